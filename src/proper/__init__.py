@@ -1,0 +1,34 @@
+"""Personalize a causal language model in three stages: population, groups, users.
+
+    import proper
+    run = proper.run("notes.yaml", out="runs/notes")
+    model = proper.load(run)
+
+Names are loaded when they are first used, so that `import proper` does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from proper.inference import load
+    from proper.pipeline import run
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load", "run"]
+
+_HOME = {"load": "proper.inference", "run": "proper.pipeline"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'proper' has no attribute '{name}'")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

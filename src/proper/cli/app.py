@@ -1,0 +1,96 @@
+"""The command line as a whole: which commands there are, and how any error becomes one line and an exit code.
+
+Knows nothing about what the commands do. They import what they need when they run, so `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import proper
+from proper.cli import check, demo, evaluate, generate, report, run
+from proper.console import quiet_libraries, say
+from proper.errors import ProperError
+
+INTERRUPTED = 130
+
+# No markup: help is plain text that fits a pipe, and nothing heavy is imported for it.
+app = typer.Typer(name="proper", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+for command in (demo, check, run, evaluate, report, generate):
+    app.command(command.__name__.rpartition(".")[2], epilog=f"\b\nExamples:\n{command.EXAMPLES}")(command.command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"proper {proper.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def proper_command(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Personalize a causal language model in three stages: population, groups, users.
+
+    Results go to stdout or files, everything else to stderr. Exit codes: 0 done, 1 failed, 2 bad input or usage,
+    130 interrupted. PROPER_DEBUG=1 shows where an error came from.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code; an error is one line on stderr.
+
+    Args:
+        arguments: what follows the word `proper`; None takes the process's own.
+    """
+    quiet_libraries()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = typer.main.get_command(app).main(args=list(arguments), prog_name="proper", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Exception as error:
+        if os.environ.get("PROPER_DEBUG") == "1":
+            traceback.print_exc()
+        message, code = _explain(error)
+        say("proper: " + " ".join(line.strip() for line in message.splitlines() if line.strip()))
+    if code == INTERRUPTED:
+        say(f"proper: interrupted; {_after_interruption(arguments)}")
+    return code if isinstance(code, int) else 0
+
+
+def entry() -> None:
+    """Run the command line of this process and leave with its exit code."""
+    sys.exit(main())
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """Return the line for a person, and the exit code."""
+    if isinstance(error, ProperError):
+        return str(error), error.exit_code
+    if isinstance(error, typer.TyperException):
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "proper"
+        return f"{error.format_message().rstrip('.')}; see '{path} --help'", 2
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}", 1
+    return f"{type(error).__name__}: {error}; PROPER_DEBUG=1 shows where", 1
+
+
+def _after_interruption(arguments: Sequence[str]) -> str:
+    if arguments and arguments[0] in {"demo", "run", "evaluate"}:
+        return "the same command goes on where this one stopped"
+    return "the same command starts again"

@@ -1,0 +1,32 @@
+"""`proper demo`: the whole job on data that the package makes itself. Knows nothing about the data or the stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from proper.cli.outcome import print_outcome
+
+EXAMPLES = """\
+  proper demo
+  proper demo --out runs/rating --task rating --seed 1
+"""
+
+Task = Literal["classification", "rating", "style"]
+
+
+def command(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The run folder.")] = Path("runs/demo"),
+    task: Annotated[Task, typer.Option(help="What people do with a text.")] = "classification",
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the data and of the training.")] = 0,
+    people: Annotated[int, typer.Option(min=1, metavar="N", help="How many people to make up.")] = 300,
+) -> None:
+    """Run all stages on made-up people, offline.
+
+    Their true groups and habits are known, so the report says how much of them was found.
+    """
+    from proper import pipeline
+
+    print_outcome(pipeline.demo(out, task=task, seed=seed, people=people))

@@ -1,0 +1,104 @@
+"""`proper generate`: answers for one user or a file of many. Knows nothing about tiers but their names."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from proper.cli.options import RunFolder, existing_run
+from proper.cli.requests import Request, final_prompts, from_fields, from_file
+from proper.console import progress, say
+from proper.errors import InputError
+
+if TYPE_CHECKING:
+    from proper.inference import Answer
+
+EXAMPLES = """\
+  proper generate runs/demo --user p0007 --field input="The bus was late again."
+  proper generate runs/demo --user p0007 --prompt "The bus was late again. Category:" --max-new-tokens 8
+  proper generate runs/demo --input questions.jsonl > answers.jsonl
+"""
+
+# So many requests are answered before they are written out; the model makes its own batches within them.
+_PIECE = 256
+
+
+def command(
+    folder: RunFolder,
+    user: Annotated[
+        str | None, typer.Option(metavar="ID", help="Who asks; with --input, who asks where a line has no user_id.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Final text that the model goes on from.")] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Fill a column of the run's template; repeatable.")
+    ] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option("--input", metavar="FILE", help="JSONL with user_id and prompt, or columns; - is stdin."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Longest answer, in tokens, instead of the config's.", show_default=False
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(metavar="X", help="0 takes the likeliest token; more is more random.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(metavar="X", help="Sample among the likeliest tokens of this mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print user, output and tier as JSON.")] = False,
+) -> None:
+    """Answer prompts as a user's own model would.
+
+    A user without an adapter of their own gets the best tier they have. The answer goes to stdout and the
+    tier that gave it to stderr. With --input each line of stdout is one JSON object with user_id, output
+    and tier.
+    """
+    existing_run(folder)
+    requests = _requests(user, prompt, field or [], input_file)
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"--temperature: {temperature} is not a number from 0 up")
+    if not 0 < top_p <= 1:
+        raise InputError(f"--top-p: {top_p} is not above 0 and at most 1")
+    from proper.inference import load
+    from proper.inference.generate import Sampling
+
+    model = load(folder)
+    prompts = final_prompts(requests, model.template.fill)
+    sampling = Sampling(max_new_tokens or model.config.task.max_new_tokens, temperature, top_p, seed)
+    tiers: Counter[str] = Counter()
+    with progress("generate", len(requests)) if input_file else nullcontext(_ignore) as advance:
+        for start in range(0, len(requests), _PIECE):
+            piece = slice(start, start + _PIECE)
+            answers = model.respond(prompts[piece], [request.user for request in requests[piece]], sampling)
+            for answer in answers:
+                typer.echo(_line(answer) if as_json or input_file else answer.text)
+            tiers.update(answer.tier for answer in answers)
+            advance(len(answers))
+    say("answered by: " + ", ".join(f"{tier} ({count})" if input_file else tier for tier, count in tiers.items()))
+
+
+def _requests(user: str | None, prompt: str | None, fields: list[str], path: Path | None) -> list[Request]:
+    given = [prompt is not None, bool(fields), path is not None]
+    if sum(given) != 1:
+        raise InputError("give one of --prompt, --field and --input; see 'proper generate --help'")
+    if path is not None:
+        return from_file(path, user)
+    if fields:
+        return [from_fields(user, fields)]
+    return [Request(user, prompt, {}, "--prompt")]
+
+
+def _ignore(n: int) -> None:
+    """Stand for a bar where there is one prompt only."""
+
+
+def _line(answer: Answer) -> str:
+    return json.dumps({"user_id": answer.user, "output": answer.text, "tier": answer.tier}, ensure_ascii=False)

@@ -1,0 +1,52 @@
+"""The outcome of a run in a few lines of text: each method's main metric, and each step's gain.
+
+Reads the plain values of results.json. Knows nothing about models or how the numbers came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def ladder(results: Mapping[str, Any]) -> list[str]:
+    """Return lines for a terminal: a heading per task, then its methods in the order of `results`."""
+    rows = [row for row in results.get("metrics", []) if row.get("primary")]
+    lines: list[str] = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        here = [row for row in rows if row["task"] == task]
+        lines.append(_heading(here[0]))
+        width = max(len(row["method"]) for row in here)
+        steps = {
+            step["method"]: step
+            for step in results.get("comparisons", [])
+            if step["task"] == task and step.get("primary") and step["metric"] == here[0]["metric"]
+        }
+        lines += [_method(row, steps.get(row["method"]), width) for row in here]
+    return lines
+
+
+def _heading(row: Mapping[str, Any]) -> str:
+    better = "higher" if row["higher_is_better"] else "lower"
+    seeds = row["seeds"] if isinstance(row["seeds"], int) else len(row["seeds"])
+    repeats = f", {seeds} seeds" if seeds > 1 else ""
+    count = f"{row['users']} users, {row['queries']} queries{repeats}"
+    return f"{row['task']}: {row['metric']}, {better} is better; {count}"
+
+
+def _method(row: Mapping[str, Any], step: Mapping[str, Any] | None, width: int) -> str:
+    line = f"  {row['method']:<{width}}  {row['value']:.4f}{_interval(row.get('ci95'))}"
+    if step is None:
+        return line
+    relative = "" if step.get("relative") is None else f", {_percent(step['relative'])}"
+    chance = step.get("p_adjusted") if step.get("p_adjusted") is not None else step.get("p_value")
+    p = "" if chance is None else ", p < .001" if chance < 0.001 else f", p = {chance:.3f}".replace("0.", ".", 1)
+    return f"{line}   {step['difference']:+.4f}{_interval(step.get('ci95'))} against {step['against']}{relative}{p}"
+
+
+def _percent(relative: float) -> str:
+    return f"{100 * abs(relative):.1f} % {'better' if relative >= 0 else 'worse'}"
+
+
+def _interval(bounds: list[float] | None) -> str:
+    return "" if bounds is None else f" [{bounds[0]:.4f}, {bounds[1]:.4f}]"

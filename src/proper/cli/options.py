@@ -1,0 +1,55 @@
+"""Arguments that several commands share, and the checks that need no model.
+
+Knows nothing about what the commands do with them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from proper.errors import InputError, RunFolderError
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as in groups.experts=8; repeatable."),
+]
+SkipBadRows = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Go on without rows that cannot be read, and say how many.")
+]
+
+
+def existing_run(folder: Path) -> Path:
+    """Return `folder` if it is there.
+
+    Raises:
+        RunFolderError: it is not a folder, or no run was ever started in it.
+    """
+    if not folder.is_dir():
+        raise RunFolderError(f"{folder}: no such run folder")
+    if not (folder / "config.yaml").is_file():
+        raise RunFolderError(f"{folder}: not a run folder, config.yaml is missing")
+    return folder
+
+
+def chosen(option: str, text: str, known: Sequence[str] | None = None) -> list[str]:
+    """Split `a,b` into names, and check them where the choice is known.
+
+    Raises:
+        InputError: there is no name, or one that is not known; names the option.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise InputError(f"{option}: names are missing, write it as a,b")
+    for name in names if known is not None else ():
+        if name not in (known or ()):
+            near = difflib.get_close_matches(name, known or (), n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known or ())}"
+            raise InputError(f"{option}: unknown name '{name}'; {hint}")
+    return names

@@ -1,0 +1,128 @@
+"""What `proper generate` is asked: prompts or template fields, from the command line or a JSONL file.
+
+Knows nothing about models: filling a template is given as a function.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from proper.data.templates import BadValue
+from proper.errors import DataError, InputError
+
+_Given = TypeVar("_Given")
+_Made = TypeVar("_Made")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to answer.
+
+    Attributes:
+        user: whose model answers; None asks for the one that nobody's history is known to.
+        prompt: final text; None where `fields` fill the run's template.
+        fields: values for the template's columns.
+        where: what an error names: an option, or FILE:LINE.
+    """
+
+    user: str | None
+    prompt: str | None
+    fields: Mapping[str, Any]
+    where: str
+
+
+def from_fields(user: str | None, fields: Sequence[str]) -> Request:
+    """Read `k=v` pairs.
+
+    Raises:
+        InputError: a pair has no `=`, or no key.
+    """
+    values: dict[str, str] = {}
+    for field in fields:
+        key, separator, value = field.partition("=")
+        if not separator or not key.strip():
+            raise InputError(f"--field {field}: write it as name=value")
+        values[key.strip()] = value
+    return Request(user, None, values, "--field")
+
+
+def from_file(path: Path, user: str | None = None) -> list[Request]:
+    """Read one request a line: `{"user_id": ..., "prompt": ...}`, or the template's columns instead of a prompt.
+
+    Args:
+        path: a JSONL file; `-` is standard input. Empty lines are passed over.
+        user: who asks where a line has no `user_id`.
+
+    Raises:
+        DataError: the file cannot be read, or lines are bad; names the first as FILE:LINE and counts the others.
+    """
+    name = "<stdin>" if str(path) == "-" else str(path)
+    try:
+        lines = sys.stdin.buffer.readlines() if name == "<stdin>" else path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    numbered = [(f"{name}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    requests = _all(lambda item: _parse(item[1], user, item[0]), numbered)
+    if not requests:
+        raise DataError(f"{name}: has no lines to answer")
+    return requests
+
+
+def final_prompts(requests: Iterable[Request], render: Callable[[Mapping[str, Any]], str]) -> list[str]:
+    """Return each request's prompt, its template filled by `render` where it has fields.
+
+    Raises:
+        DataError: a template's column is missing or a prompt empty; names the first such request, counts the others.
+    """
+
+    def fill(request: Request) -> str:
+        try:
+            prompt = render(request.fields) if request.prompt is None else request.prompt
+        except BadValue as error:
+            raise DataError(f"{request.where}: {error}") from error
+        if not prompt.strip():
+            raise DataError(f"{request.where}: prompt: is empty")
+        return prompt
+
+    return _all(fill, requests)
+
+
+def _all(function: Callable[[_Given], _Made], items: Iterable[_Given]) -> list[_Made]:
+    """Apply `function` to every item, so that an error can say how many items are bad."""
+    done: list[_Made] = []
+    problems: list[DataError] = []
+    for item in items:
+        try:
+            done.append(function(item))
+        except DataError as error:
+            problems.append(error)
+    if problems:
+        others = len(problems) - 1
+        more = f" (and {others} more bad line{'s' if others > 1 else ''})" if others else ""
+        raise DataError(f"{problems[0]}{more}")
+    return done
+
+
+def _parse(line: bytes, user: str | None, where: str) -> Request:
+    try:
+        row = json.loads(line)
+        # A lone surrogate is valid JSON and cannot be written out again.
+        json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not readable as JSON: {getattr(error, 'msg', error)}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a line is one JSON object, this is {type(row).__name__}")
+    name = row.pop("user_id", None)
+    if isinstance(name, bool) or not isinstance(name, str | int | None):
+        raise DataError(f"{where}: user_id: should be text or a whole number, not {type(name).__name__}")
+    prompt = row.pop("prompt", None)
+    if prompt is not None and not isinstance(prompt, str):
+        raise DataError(f"{where}: prompt: should be text, not {type(prompt).__name__}")
+    if prompt is None and not row:
+        raise DataError(f"{where}: prompt: is missing, and there are no fields for the template")
+    return Request(user if name is None else str(name), prompt, row, where)

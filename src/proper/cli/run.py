@@ -1,0 +1,41 @@
+"""`proper run`: train, evaluate and report by a config. Knows nothing about the stages but their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from proper.cli.options import ConfigFile, Overrides, SkipBadRows, chosen
+from proper.cli.outcome import print_outcome
+
+EXAMPLES = """\
+  proper run notes.yaml --out runs/notes
+  proper run notes.yaml --out runs/notes8 --set groups.experts=8 --set evaluation.seeds=[0,1,2]
+  proper run notes.yaml --out runs/notes --stages population,groups
+"""
+
+
+def command(
+    config: ConfigFile,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The run folder.", show_default=False)],
+    overrides: Overrides = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Some of population, groups, users, evaluate, report.", show_default=False),
+    ] = None,
+    skip_bad_rows: SkipBadRows = False,
+) -> None:
+    """Train the three stages, evaluate and report.
+
+    Each stage is measured on held-out queries. The same command again after a kill continues where it stopped.
+    """
+    from proper.config import load_config
+
+    # Read before torch is imported: a typing error is answered at once.
+    settings = load_config(config, overrides or ())
+    from proper import pipeline
+
+    wanted = pipeline.STAGES if stages is None else chosen("--stages", stages, pipeline.STAGES)
+    print_outcome(pipeline.run(settings, out, stages=wanted, skip_bad_rows=skip_bad_rows))

@@ -1,0 +1,87 @@
+"""What pydantic found wrong with a config, in one line that a person can act on.
+
+Knows nothing about what the settings are.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+_EXPECTED = "Input should be "
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Put the first problem in one line that names its key, and count the others.
+
+    Args:
+        error: what pydantic found.
+        model: what it validated: sections of keys, nested.
+
+    Returns:
+        One line; an unknown key goes first, as it may be why another is missing, and comes with the nearest known one.
+    """
+    problems: dict[str, list[ErrorDetails]] = {}
+    for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
+        # A value that fits no branch of a union is one problem, however many branches there are.
+        problems.setdefault(".".join(_names(problem, model)) or "config", []).append(problem)
+    key, branches = next(iter(problems.items()))
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if branches[0]["type"] == "extra_forbidden":
+        known = _keys_beside(key.split("."), model)
+        near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key '{key}'; {hint}{more}"
+    if branches[0]["type"] == "missing":
+        return f"'{key}' is missing{more}"
+    return f"'{key}': {_complaint(branches)}{more}"
+
+
+def _names(problem: ErrorDetails, model: type[BaseModel]) -> list[str]:
+    """Return the keys down to a problem, without the list indices and union branches in pydantic's locations."""
+    names: list[str] = []
+    section: type[BaseModel] | None = model
+    for part in problem["loc"]:
+        if section is None:
+            break
+        if part in section.model_fields:
+            names.append(str(part))
+            section = _section(section.model_fields[str(part)].annotation)
+        elif problem["type"] in {"extra_forbidden", "invalid_key"}:
+            names.append(str(part))
+    return names
+
+
+def _complaint(branches: Sequence[ErrorDetails]) -> str:
+    """Say what a value should be instead; a rule that the value breaks says more than a type that it is not."""
+    messages = list(dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in branches))
+    rules = [message for message in messages if not message.startswith(_EXPECTED)]
+    if rules:
+        return rules[0][:1].lower() + rules[0][1:]
+    wanted = (message.removeprefix(_EXPECTED).partition(", unable to")[0] for message in messages)
+    plain = (wish.partition(" or instance of")[0].replace("a valid dictionary", "a section of keys") for wish in wanted)
+    return f"should be {' or '.join(plain)}, not {_short(branches[0]['input'])}"
+
+
+def _short(value: Any, most: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a key holds, or None where it holds a plain value."""
+    for choice in (annotation, *get_args(annotation)):
+        if isinstance(choice, type) and issubclass(choice, BaseModel):
+            return choice
+    return None
+
+
+def _keys_beside(names: Sequence[str], model: type[BaseModel]) -> list[str]:
+    section = model
+    for name in names[:-1]:
+        section = _section(section.model_fields[name].annotation) or section
+    return list(section.model_fields)

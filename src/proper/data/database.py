@@ -1,0 +1,102 @@
+"""The SQLite file that holds a run's prepared data: its tables, how it is opened, and seeded order inside SQL.
+
+Texts lie apart from the narrow table of what the split needs, so that splitting never moves text. Big sorts and
+temporary tables spill to disk, so memory does not grow with rows. Knows nothing about how a split is made.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from proper.errors import RunFolderError
+
+VERSION = 1
+
+SCHEMA = """
+CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE texts(id INTEGER PRIMARY KEY, prompt TEXT NOT NULL, target TEXT NOT NULL, item TEXT);
+CREATE TABLE users(
+    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE,
+    role TEXT NOT NULL DEFAULT 'other', timed INTEGER NOT NULL DEFAULT 0,
+    history INTEGER NOT NULL DEFAULT 0, queries INTEGER NOT NULL DEFAULT 0);
+-- In the order of (user, time, digest), so that `id` sorts a user's rows by time.
+CREATE TABLE rows(
+    id INTEGER PRIMARY KEY, text INTEGER NOT NULL, user INTEGER NOT NULL, time REAL, tokens INTEGER NOT NULL,
+    digest BLOB NOT NULL, item_key INTEGER, prompt_key INTEGER NOT NULL,
+    part TEXT NOT NULL DEFAULT 'history', reason TEXT);
+"""
+"""`digest` hashes user, prompt, target and time; the keys hash the item and the normalized prompt; part is history,
+query or unused, the last with a reason."""
+
+_CACHE_KIB = 8192
+
+
+def create(path: Path) -> sqlite3.Connection:
+    """Open a new database for writing. It has no journal: a failed build is thrown away, never repaired."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode = OFF")
+    connection.execute("PRAGMA synchronous = OFF")
+    _set_up(connection)
+    connection.executescript(SCHEMA)
+    return connection
+
+
+def open_read_only(path: Path) -> sqlite3.Connection:
+    """Open a prepared database.
+
+    Raises:
+        RunFolderError: it is missing, or is not one of this version.
+    """
+    if not path.is_file():
+        raise RunFolderError(f"{path}: no such file; `proper run` prepares it")
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
+    )
+    try:
+        _set_up(connection)
+        version = get_meta(connection, "version")
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        raise RunFolderError(f"{path}: not readable as prepared data: {error}") from error
+    if version != VERSION:
+        connection.close()
+        raise RunFolderError(f"{path}: prepared by another version of proper (format {version}, not {VERSION})")
+    return connection
+
+
+def _set_up(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA temp_store = FILE")
+    for schema in ("main", "temp"):
+        connection.execute(f"PRAGMA {schema}.cache_size = -{_CACHE_KIB}")
+    connection.create_function("scramble", 2, scramble, deterministic=True)
+
+
+def set_meta(connection: sqlite3.Connection, key: str, value: Any) -> None:
+    """Store a JSON-able value under `key`."""
+    connection.execute("REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value, ensure_ascii=False)))
+
+
+def get_meta(connection: sqlite3.Connection, key: str) -> Any:
+    """Return what `set_meta` stored, or None."""
+    found = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+    return json.loads(found[0]) if found else None
+
+
+def salt(*parts: object) -> bytes:
+    """Return 16 bytes that stand for `parts`: the seed of one kind of random order."""
+    return blake2b(json.dumps([str(part) for part in parts]).encode(), digest_size=16).digest()
+
+
+def scramble(key: bytes | int | str, salted: bytes) -> int:
+    """Return a uniform signed 64-bit number for a key. In SQL, to order by it is a seeded shuffle."""
+    content = key if isinstance(key, bytes) else str(key).encode()
+    return int.from_bytes(blake2b(content, digest_size=8, salt=salted).digest(), "little", signed=True)
+
+
+def text_key(text: str) -> int:
+    """Hash a text to a signed 64-bit number."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

@@ -1,0 +1,159 @@
+"""A run's data, ready for training and evaluation: one SQLite file, prepared once and then only read.
+
+Everything streams; memory does not grow with rows. Knows nothing about models: what a token is comes in as a callable.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Literal
+
+from proper.config import Config
+from proper.data.database import VERSION, create, get_meta, open_read_only, set_meta
+from proper.data.ingest import CountTokens, ingest
+from proper.data.sampling import EXAMPLES, Example, Sample, Who, draw
+from proper.data.splits import assign
+from proper.data.summary import DataSummary, summarize
+from proper.errors import ProperError
+from proper.files import atomic_path
+
+__all__ = ["CountTokens", "Dataset", "Example", "Role", "Sample", "User", "Who", "prepare"]
+
+Role = Literal["target", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """One user, with the number of history rows and queries."""
+
+    id: str
+    role: Role
+    history: int
+    queries: int
+
+
+def prepare(
+    config: Config,
+    path: Path,
+    count_tokens: CountTokens,
+    *,
+    skip_bad_rows: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Dataset:
+    """Read, check and split the interactions of `config` into the database `path`, which is replaced whole or not.
+
+    `count_tokens` maps prompts and targets to their lengths in tokens, prompt and target together, untruncated.
+    `progress` is called with the number of good rows read since its last call.
+
+    Raises:
+        DataError: the data cannot be read, has bad rows (without `skip_bad_rows`), or leaves nothing to evaluate.
+        ProperError: `path` cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        connection = create(temporary)
+        try:
+            connection.execute("BEGIN")
+            ingest(connection, config, count_tokens, skip_bad_rows, progress)
+            shared = config.split.shared_items
+            if shared == "auto":
+                shared = "exclude" if config.task.kind == "generation" else "allow"
+            assign(connection, config.split, exclude=shared == "exclude")
+            for key, value in {
+                "version": VERSION,
+                "path": config.data.path,
+                "split_by": config.split.by,
+                "shared_items": shared,
+                "evaluate_on": config.split.evaluate_on,
+                "max_length": config.compute.max_length,
+            }.items():
+                set_meta(connection, key, value)
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise ProperError(f"{path}: cannot be written: {error}") from error
+        finally:
+            connection.close()
+    return Dataset.open(path)
+
+
+class Dataset:
+    """Prepared data.
+
+    Attributes:
+        sha256: hash of the good rows' content and of the settings that map and split them.
+        labels: the answers to choose from, sorted (ratings as numbers); empty for generation.
+        connection: the read-only database, for measures that this class does not know.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+        self.sha256: str = get_meta(connection, "sha256")
+        self.labels: list[str] = get_meta(connection, "labels")
+        self._tables = count()
+
+    @classmethod
+    def open(cls, path: Path) -> Dataset:
+        """Open what `prepare` wrote.
+
+        Raises:
+            RunFolderError: it is missing or not readable.
+        """
+        return cls(open_read_only(path))
+
+    def close(self) -> None:
+        """Close the file; iterators that are still open end with it."""
+        self.connection.close()
+
+    def __enter__(self) -> Dataset:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def users(self, role: Role | None = None) -> Iterator[User]:
+        """Yield users, those with most history first, ties by id."""
+        found = self.connection.execute(
+            """SELECT id, role, history, queries FROM users WHERE ?1 IS NULL OR role = ?1
+            ORDER BY history DESC, number""",
+            (role,),
+        )
+        return (User(*row) for row in found)
+
+    def user(self, user: str) -> User | None:
+        """Return one user, or None where there is no such id."""
+        found = self.connection.execute("SELECT id, role, history, queries FROM users WHERE id = ?", (user,)).fetchone()
+        return User(*found) if found else None
+
+    def history(self, user: str, newest: int | None = None) -> list[Example]:
+        """List a user's history, oldest first (rows without time before all others); only the `newest` n if given."""
+        found = self.connection.execute(
+            f"""{EXAMPLES} WHERE r.id IN (
+                SELECT r.id FROM rows r WHERE r.user = (SELECT number FROM users WHERE id = ?) AND r.part = 'history'
+                ORDER BY r.id DESC LIMIT ?) ORDER BY r.id""",
+            (user, -1 if newest is None else newest),
+        )
+        return [Example(*row) for row in found]
+
+    def queries(self, user: str | None = None) -> Iterator[Example]:
+        """Yield the targets' held-out queries, or one user's, by user and then by time."""
+        if user is None:
+            found = self.connection.execute(f"{EXAMPLES} WHERE r.part = 'query' ORDER BY r.id")
+        else:
+            found = self.connection.execute(
+                f"""{EXAMPLES} WHERE r.user = (SELECT number FROM users WHERE id = ?) AND r.part = 'query'
+                ORDER BY r.id""",
+                (user,),
+            )
+        return (Example(*row) for row in found)
+
+    def sample(self, who: Who, max_tokens: int | None, seed: int) -> Sample:
+        """Choose history rows of `who` to train on, at most `max_tokens` tokens, spread evenly over users."""
+        table = f"sample_{next(self._tables)}"
+        return draw(self.connection, who, max_tokens, seed, get_meta(self.connection, "max_length"), table)
+
+    def summary(self) -> DataSummary:
+        """Measure what is in the database; see `DataSummary`."""
+        return summarize(self.connection, self.labels)

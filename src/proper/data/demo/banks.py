@@ -1,0 +1,81 @@
+"""Phrase banks: topics, templates and interchangeable phrases, read from the YAML files beside this module.
+
+Knows nothing about people: a text is drawn from its topic alone, so no text can tell who wrote it.
+"""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import product
+from typing import Any
+
+import yaml
+
+from proper.data.demo.settings import DemoTask
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """One sentence with `{slots}`; `content` is what a styled answer says of it, empty where answers are labels."""
+
+    text: str
+    content: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """Templates, and for each slot the phrases that fit it; any combination is good English."""
+
+    name: str
+    slots: Mapping[str, tuple[str, ...]]
+    templates: tuple[Template, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """All phrases of a task.
+
+    Attributes:
+        prompt: template of a run's prompt over the column `input`.
+        choices: what people choose among for a topic: labels, ratings or openings.
+        closings: sign-offs, one of which is a person's own; empty where answers are labels.
+        topics: two more than choices, see `settings.TOPICS`.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    closings: tuple[str, ...]
+    topics: tuple[Topic, ...]
+
+
+def load_bank(task: DemoTask) -> Bank:
+    """Read the phrase bank of a task."""
+    file = resources.files(__package__).joinpath(f"{task}.yaml")
+    raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    shared = raw.get("shared", {})
+    frames = raw.get("frames", ())
+    topics = tuple(_topic(name, part, shared, frames) for name, part in raw["topics"].items())
+    return Bank(raw["prompt"], tuple(map(str, raw["choices"])), tuple(raw.get("closings", ())), topics)
+
+
+def draw(topic: Topic, rng: random.Random) -> tuple[str, str]:
+    """Draw one (input, content) pair of a topic; both are filled with the same phrases."""
+    template = rng.choice(topic.templates)
+    names = sorted({name for _, name, _, _ in string.Formatter().parse(template.text + template.content) if name})
+    phrases = {name: rng.choice(topic.slots[name]) for name in names}
+    return sentence(template.text.format(**phrases)), template.content.format(**phrases)
+
+
+def sentence(text: str) -> str:
+    """Start with a capital letter."""
+    return text[:1].upper() + text[1:]
+
+
+def _topic(name: str, part: Mapping[str, Any], shared: Mapping[str, list[str]], frames: Sequence[str]) -> Topic:
+    slots = {slot: tuple(phrases) for slot, phrases in {**shared, **part["slots"]}.items()}
+    framed = [Template(frame.replace("{content}", said), said) for said, frame in product(part["templates"], frames)]
+    return Topic(name, slots, tuple(framed) or tuple(Template(text) for text in part["templates"]))

@@ -1,0 +1,102 @@
+"""The best answers that the planted truth allows to someone who knows the population, the group or the person.
+
+"Knows" means: the exact share of people who answer in each way, and no noise. What is best depends on the metric: the
+likeliest label, the median rating, the text with the highest expected ROUGE-1. Knows nothing about files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from statistics import fmean
+
+from proper.data.demo.banks import Bank, sentence
+from proper.data.demo.people import Person
+from proper.data.demo.settings import DemoTask
+
+Plan = tuple[int | None, int | None]  # which choice and which sign-off an answer uses; None leaves it out
+
+METRICS: Mapping[DemoTask, str] = {"classification": "accuracy", "rating": "mae", "style": "rouge1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """Best plans per topic: for somebody of whom nothing is known, and for a member of each group."""
+
+    population: tuple[Plan, ...]
+    groups: Mapping[int, tuple[Plan, ...]]
+
+
+def find_truth(task: DemoTask, bank: Bank, people: Sequence[Person], contents: Sequence[Sequence[str]]) -> Truth:
+    """Work out the best plans for the population and for each group.
+
+    Args:
+        task: decides what an answer is worth.
+        bank: the task's phrases.
+        people: everybody, with equal weight.
+        contents: per topic a few contents of answers; a plan is judged by its mean worth over them.
+    """
+    worths = [_worths(task, bank, some) for some in contents]
+    groups = sorted({person.group for person in people})
+
+    def best(knows: Sequence[Person]) -> tuple[Plan, ...]:
+        return tuple(_best(worth, Counter(own_plan(p, topic) for p in knows)) for topic, worth in enumerate(worths))
+
+    return Truth(best(people), {group: best([p for p in people if p.group == group]) for group in groups})
+
+
+def own_plan(person: Person, topic: int) -> Plan:
+    """Return how a person answers on a topic when no noise interferes."""
+    return person.habit[topic], person.closing
+
+
+def compose(bank: Bank, plan: Plan, content: str) -> str:
+    """Put an answer together: the label, or opening, content and sign-off."""
+    choice, closing = plan
+    opening = "" if choice is None else bank.choices[choice]
+    if not bank.closings:
+        return opening
+    ending = "" if closing is None else bank.closings[closing]
+    return " ".join(part for part in (opening, content if opening else sentence(content), ending) if part)
+
+
+def rouge1(answer: str, gold: str) -> float:
+    """Return the F-measure of shared words, counted with repeats, as `rouge_score` has it without a stemmer."""
+    left, right = _words(answer), _words(gold)
+    return 2 * (left & right).total() / max(1, left.total() + right.total())
+
+
+@lru_cache(maxsize=1024)
+def _words(text: str) -> Counter[str]:
+    return Counter(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def worth(task: DemoTask, answer: str, gold: str) -> float:
+    """Return what an answer is worth, higher is better: a hit, minus the absolute error, or ROUGE-1."""
+    if task == "style":
+        return rouge1(answer, gold)
+    return -abs(float(answer) - float(gold)) if task == "rating" else float(answer == gold)
+
+
+def _worths(task: DemoTask, bank: Bank, contents: Sequence[str]) -> dict[Plan, dict[Plan, float]]:
+    """Return the mean worth of each possible plan against each plan that somebody may follow."""
+    choices, closings = range(len(bank.choices)), range(max(1, len(bank.closings)))
+    golds = list(product(choices, closings))
+    # A styled answer may leave out what its writer cannot know; a label cannot be left out.
+    plans: list[Plan] = [*product((*choices, None), (*closings, None))] if bank.closings else [*golds]
+    return {
+        plan: {
+            gold: fmean(worth(task, compose(bank, plan, text), compose(bank, gold, text)) for text in contents)
+            for gold in golds
+        }
+        for plan in plans
+    }
+
+
+def _best(worths: Mapping[Plan, Mapping[Plan, float]], shares: Mapping[Plan, int]) -> Plan:
+    """Return the plan of the highest expected worth; the first of equals."""
+    return max(worths, key=lambda plan: sum(worths[plan][gold] * count for gold, count in shares.items()))

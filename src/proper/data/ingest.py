@@ -1,0 +1,139 @@
+"""Reads interactions into the database: in chunks, duplicates once, in an order that the files' order does not change.
+
+Knows nothing about histories and queries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from hashlib import blake2b
+from itertools import islice
+
+from proper.config import Config
+from proper.data.database import set_meta, text_key
+from proper.data.interactions import BadRows, Interaction, read_interactions
+from proper.errors import DataError
+
+CountTokens = Callable[[Sequence[str], Sequence[str]], list[int]]
+"""Prompts and targets (B each) to B lengths in tokens, prompt and target together, untruncated."""
+
+_CHUNK = 1000
+# A huge text must not sit in memory a thousand times.
+_CHUNK_CHARACTERS = 4_000_000
+
+
+def normalize(prompt: str) -> str:
+    """Return what makes two inputs the same input: neither case nor spaces count."""
+    return " ".join(prompt.casefold().split())
+
+
+def ingest(
+    connection: sqlite3.Connection,
+    config: Config,
+    count_tokens: CountTokens,
+    skip_bad_rows: bool,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Fill the tables with the good rows of `config.data`, each as history, and store labels, counts and hash.
+
+    Raises:
+        DataError: there are bad rows and `skip_bad_rows` is off, no good ones, or fewer than two labels.
+    """
+    connection.execute("""
+        CREATE TEMP TABLE arrived(text INTEGER PRIMARY KEY, user TEXT, time REAL, digest BLOB, item TEXT,
+                                  item_key INTEGER, prompt_key INTEGER, tokens INTEGER)""")
+    bad, count = BadRows(), 0
+    for chunk in _chunks(read_interactions(config.data, bad, config.task)):
+        if bad.count and not skip_bad_rows:
+            continue  # Nothing will be kept; the rest is read to say how many rows are bad.
+        tokens = count_tokens([each.prompt for each in chunk], [each.target for each in chunk])
+        _insert(connection, chunk, tokens, count)
+        count += len(chunk)
+        if progress is not None:
+            progress(len(chunk))
+    if bad.count and not skip_bad_rows:
+        raise DataError(bad.message())
+    if not count:
+        raise DataError(f"{config.data.path}: not one good row; the first of {bad.count:,} bad rows: {bad.first[0]}")
+    _settle(connection)
+    rows = connection.execute("SELECT count(*) FROM rows").fetchone()[0]
+    set_meta(connection, "bad_rows", {"count": bad.count, "first": bad.first})
+    set_meta(connection, "duplicates", count - rows)
+    set_meta(connection, "labels", _labels(connection, config))
+    set_meta(connection, "sha256", _sha256(connection, config))
+    connection.execute("DROP TABLE arrived")
+
+
+def _chunks(interactions: Iterable[Interaction]) -> Iterator[list[Interaction]]:
+    chunk: list[Interaction] = []
+    characters = 0
+    for each in interactions:
+        chunk.append(each)
+        characters += len(each.prompt) + len(each.target)
+        if len(chunk) == _CHUNK or characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _insert(connection: sqlite3.Connection, chunk: list[Interaction], tokens: list[int], before: int) -> None:
+    texts, narrow = [], []
+    for number, (each, length) in enumerate(zip(chunk, tokens, strict=True), before + 1):
+        texts.append((number, each.prompt, each.target, each.item))
+        item_key = None if each.item is None else text_key(each.item)
+        key = text_key(normalize(each.prompt))
+        narrow.append((number, each.user, each.time, _digest(each), each.item, item_key, key, length))
+    connection.executemany("INSERT INTO texts VALUES (?, ?, ?, ?)", texts)
+    connection.executemany("INSERT INTO arrived VALUES (?, ?, ?, ?, ?, ?, ?, ?)", narrow)
+
+
+def _digest(each: Interaction) -> bytes:
+    """Hash what makes a row a duplicate: user, prompt, target and time, not the item."""
+    content = json.dumps([each.user, each.prompt, each.target, each.time])
+    return blake2b(content.encode(), digest_size=16).digest()
+
+
+def _settle(connection: sqlite3.Connection) -> None:
+    """Number users and rows by content; of duplicates the one with the least item id stays."""
+    connection.execute("INSERT INTO users(id) SELECT DISTINCT user FROM arrived ORDER BY user")
+    # With a single min(), SQLite takes the other columns from the row that has the minimum.
+    connection.execute("""
+        INSERT INTO rows(text, user, time, tokens, digest, item_key, prompt_key)
+        SELECT a.text, u.number, a.time, a.tokens, a.digest, a.item_key, a.prompt_key FROM (
+            SELECT *, min(coalesce(item, '')) FROM arrived GROUP BY user, time, digest) a
+        JOIN users u ON u.id = a.user ORDER BY u.number, a.time, a.digest""")
+    connection.execute("DELETE FROM texts WHERE id NOT IN (SELECT text FROM rows)")
+    connection.execute("CREATE INDEX rows_of_user ON rows(user, part)")
+    connection.execute("""
+        UPDATE users SET timed = NOT EXISTS (SELECT 1 FROM rows WHERE user = number AND time IS NULL)""")
+
+
+def _labels(connection: sqlite3.Connection, config: Config) -> list[str]:
+    """List the answers to choose from, numbers in their order; none for generation."""
+    if config.task.kind == "generation":
+        return []
+    if config.task.labels != "auto":
+        return list(config.task.labels)
+    labels = [label for (label,) in connection.execute("SELECT DISTINCT target FROM texts ORDER BY target")]
+    if len(labels) < 2:
+        raise DataError(f"data.target: every row has the answer {labels[0]!r}; task.kind {config.task.kind} needs two")
+    return sorted(labels, key=lambda label: (float(label), label)) if config.task.kind == "rating" else labels
+
+
+def _sha256(connection: sqlite3.Connection, config: Config) -> str:
+    """Hash the rows, whatever their order, and the settings that decide what becomes of them; not where they lie."""
+    digest = hashlib.sha256()
+    settings = {
+        "data": config.data.model_dump(include={"user", "time", "item", "prompt", "target"}),
+        "task": config.task.model_dump(),
+        "split": config.split.model_dump(),
+    }
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    rows = connection.execute("SELECT r.digest, t.item FROM rows r CROSS JOIN texts t ON t.id = r.text ORDER BY r.id")
+    while some := list(islice(rows, _CHUNK)):
+        digest.update(json.dumps([(key.hex(), item) for key, item in some]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,200 @@
+"""From rows to interactions: columns mapped, templates filled, bad rows set aside and counted.
+
+Knows nothing about splits, tokens or what is done with an interaction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from proper.config import DataConfig, TaskConfig
+from proper.data.sources import Source, open_sources
+from proper.data.templates import BadValue, Template, nearest, parse_template, plain
+from proper.data.times import parse_time
+from proper.errors import DataError
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Interaction:
+    """One good row, ready for a model. `time` is in seconds since 1970, UTC."""
+
+    user: str
+    prompt: str
+    target: str
+    item: str | None
+    time: float | None
+
+
+@dataclass
+class BadRows:
+    """How many rows were bad, and the first 20 as "FILE:LINE: field: what is wrong"."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, message: str) -> None:
+        """Count one bad row."""
+        self.count += 1
+        if len(self.first) < _SHOWN:
+            self.first.append(message)
+
+    def message(self) -> str:
+        """Say in one line which row is bad first, and how many are."""
+        if self.count == 1:
+            return f"{self.first[0]} (--skip-bad-rows goes on without it)"
+        more = self.count - 1
+        return f"{self.first[0]} (and {more:,} more bad row{'s' * (more > 1)}; --skip-bad-rows goes on without them)"
+
+
+def read_interactions(config: DataConfig, bad: BadRows, task: TaskConfig | None = None) -> Iterator[Interaction]:
+    """Yield the good rows of `config.path` one by one; count the others in `bad`.
+
+    With a `task`, a target must also suit it: a number for ratings, one of the labels where they are configured.
+    Every file is opened and its columns are checked before the first row is yielded.
+
+    Raises:
+        DataError: there is nothing to read, a template is malformed, or a column is missing.
+    """
+    reader = _Reader(
+        config,
+        parse_template(config.prompt, "data.prompt"),
+        parse_template(config.target, "data.target"),
+        task or TaskConfig(),
+    )
+    if not reader.target.columns:
+        raise DataError(f"data.target: {config.target!r} names no column, so every answer would be the same")
+    sources = open_sources(config)
+    wanted = [reader.columns(source) for source in sources]
+    return _read(reader, sources, wanted, bad)
+
+
+def _read(
+    reader: _Reader, sources: Sequence[Source], wanted: Sequence[Sequence[str]], bad: BadRows
+) -> Iterator[Interaction]:
+    seen = False
+    for source, columns in zip(sources, wanted, strict=True):
+        for number, row in source.read(columns):
+            seen = True
+            try:
+                if isinstance(row, str):
+                    raise BadValue("row", row)
+                interaction = reader.interaction(row)
+            except BadValue as error:
+                bad.add(f"{source.name}:{number}: {error}")
+            else:
+                yield interaction
+    if not seen:
+        raise DataError(f"{reader.config.path}: empty, there is not a single row")
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """What a config says about a row."""
+
+    config: DataConfig
+    prompt: Template
+    target: Template
+    task: TaskConfig
+
+    def columns(self, source: Source) -> list[str]:
+        """List the columns to read from `source`; raise DataError for the first that it lacks."""
+        config, have = self.config, source.columns
+        named = {config.user: "data.user"}
+        for template in (self.prompt, self.target):
+            named.update(dict.fromkeys(template.columns, template.key))
+        defaults = DataConfig.model_fields
+        for column, key in ((config.time, "time"), (config.item, "item")):
+            if column is not None and (column != defaults[key].default or column in (have or ())):
+                named.setdefault(column, f"data.{key}")
+        for column, key in named.items():
+            if have is not None and column not in have:
+                raise DataError(f"{source.name}: no column '{column}' ({key}); {nearest(column, have)}")
+        return list(named)
+
+    def interaction(self, row: Mapping[str, object]) -> Interaction:
+        """Make an interaction of a row's values, or raise BadValue."""
+        config = self.config
+        user = _identifier(row, config.user)
+        if user is None:
+            raise BadValue(config.user, "null" if config.user in row else "missing")
+        if not user.strip():
+            raise BadValue(config.user, "empty")
+        prompt, target = self.prompt.fill(row), self.target.fill(row).strip()
+        if not prompt.strip():
+            raise BadValue(_name(self.prompt), "empty")
+        item = _identifier(row, config.item) or None
+        for name, text in ((config.user, user), (_name(self.prompt), prompt), (config.item, item)):
+            _check_characters(str(name), text)
+        return Interaction(user, prompt, self._answer(target), item, self._time(row))
+
+    def _answer(self, target: str) -> str:
+        name = _name(self.target)
+        if not target:
+            raise BadValue(name, "empty")
+        _check_characters(name, target)
+        labels = self.task.labels if self.task.kind != "generation" and self.task.labels != "auto" else None
+        if self.task.kind == "rating":
+            number = _number(target)
+            if number is None:
+                raise BadValue(name, f"{_short(target)} is not a number")
+            if labels is not None and target not in labels:
+                # A label "4" is what a column of floats writes as "4.0".
+                target = next((label for label in labels if _number(label) == number), target)
+        if labels is not None and target not in labels:
+            raise BadValue(name, f"{_short(target)} is none of task.labels; {nearest(target, labels)}")
+        return target
+
+    def _time(self, row: Mapping[str, object]) -> float | None:
+        column = self.config.time
+        value = row.get(column) if column is not None else None
+        if value is None:
+            return None
+        try:
+            return parse_time(value)
+        except ValueError as error:
+            raise BadValue(str(column), str(error)) from None
+
+
+def _name(template: Template) -> str:
+    """Name a template's text in a message: by its column where it has one, else by its setting."""
+    return template.columns[0] if len(set(template.columns)) == 1 else template.key
+
+
+def _identifier(row: Mapping[str, object], column: str | None) -> str | None:
+    """Return a user's or item's id as text; numbers count as their digits."""
+    value = row.get(column) if column is not None else None
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        # Tables without a null for integers turn ids into floats.
+        if math.isnan(value):
+            return None
+        value = int(value) if value.is_integer() else value
+    if isinstance(value, bool | list | dict | bytes):
+        raise BadValue(str(column), f"a {type(value).__name__}, where text or a number is wanted")
+    return plain(value)
+
+
+def _check_characters(name: str, text: str | None) -> None:
+    if text is None or text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadValue(name, "half of a surrogate pair, which is no character") from None
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "...")

@@ -1,0 +1,192 @@
+"""What the prepared data holds, measured on the database itself: counts, lengths, labels and leaks.
+
+Knows nothing about how it was prepared; the measures do not trust the split.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from proper.data.database import get_meta
+
+if TYPE_CHECKING:
+    from proper.data.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What `proper check` prints. `unused` counts rows by reason; `history` is (min, median, max) over targets.
+
+    `cutoff` is the one date of `split.by: time-global`, in epoch seconds; otherwise None.
+    """
+
+    path: str
+    users: int
+    targets: int
+    others: int
+    one_item_users: int
+    dropped_targets: int
+    rows: int
+    history_rows: int
+    history_tokens: int
+    history: tuple[int, float, int]
+    queries: int
+    unused: dict[str, int]
+    duplicates: int
+    bad_rows: int
+    first_bad_rows: list[str]
+    untimed_users: int
+    labels: list[str]
+    unseen_labels: list[str]
+    unseen_label_queries: int
+    max_length: int
+    truncated: int
+    leaks: int
+    split_by: str
+    cutoff: float | None
+    shared_items: str
+    evaluated_on: str
+    sha256: str
+
+    @property
+    def truncated_share(self) -> float:
+        """Share of rows longer than `max_length` tokens."""
+        return self.truncated / self.rows
+
+    def lines(self) -> list[str]:
+        """Put it into lines for a terminal, a heading in the first column."""
+        low, median, high = self.history
+        table = [
+            ("data", f"{self.path} (sha256 {self.sha256[:12]})"),
+            ("rows", f"{self.rows:,} ({self.duplicates:,} duplicates dropped)"),
+            ("bad rows", f"{self.bad_rows:,}{' skipped' * (self.bad_rows > 0)}"),
+            *(("", message) for message in self.first_bad_rows[:3]),
+            ("users", f"{self.users:,}: {self.targets:,} targets, {self.others:,} others"),
+            *self._special_users(),
+            ("split", f"by {self.split_by}{self._date()}; shared items: {self.shared_items}"),
+            ("history", f"{self.history_rows:,} rows, {self.history_tokens:,} tokens"),
+            ("", f"a target has {low:,} to {high:,} rows, median {median:g}"),
+            ("queries", f"{self.queries:,}{' (of the validation part)' * (self.evaluated_on == 'validation')}"),
+            *(("unused", f"{count:,}: {reason}") for reason, count in self.unused.items()),
+            *self._about_labels(),
+            ("too long", f"{self.truncated:,} rows ({self.truncated_share:.1%}) beyond {self.max_length} tokens"),
+            ("leaks", f"{self.leaks:,}"),
+        ]
+        return [f"{heading:<10}{text}" for heading, text in table]
+
+    def _date(self) -> str:
+        if self.cutoff is None:
+            return ""
+        # From the epoch by hand: fromtimestamp refuses years that some systems do not know.
+        date = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=self.cutoff)
+        return f" at {date:%Y-%m-%d %H:%M}".removesuffix(" 00:00")
+
+    def _special_users(self) -> Iterator[tuple[str, str]]:
+        if self.one_item_users:
+            yield "", f"{self.one_item_users:,} with one row only"
+        if self.untimed_users:
+            yield "", f"{self.untimed_users:,} with rows without time, in seeded order"
+        if self.dropped_targets:
+            yield "", f"{self.dropped_targets:,} no longer targets: all their history is shared with queries"
+
+    def _about_labels(self) -> Iterator[tuple[str, str]]:
+        if not self.labels:
+            return
+        yield "labels", f"{len(self.labels):,}: {_some(self.labels)}"
+        if self.unseen_labels:
+            unseen = f"{len(self.unseen_labels):,} not in any history: {_some(self.unseen_labels)}"
+            yield "", f"{unseen} ({self.unseen_label_queries:,} queries ask for them)"
+
+
+def _some(names: list[str], limit: int = 12) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+# A query's own row is found by content, not by id: ids have one part each by construction.
+_OWN_ROW = "SELECT id FROM rows WHERE part = 'query' AND digest IN (SELECT digest FROM rows WHERE part = 'history')"
+_ITEM = """SELECT id FROM rows WHERE part = 'query'
+    AND item_key IN (SELECT item_key FROM rows WHERE part = 'history' AND item_key IS NOT NULL)"""
+_INPUT = """SELECT id FROM rows WHERE part = 'query'
+    AND prompt_key IN (SELECT prompt_key FROM rows WHERE part = 'history')"""
+
+
+def _measures(connection: sqlite3.Connection) -> dict[str, str]:
+    """Queries for the ids of queries that leak, by kind of leak."""
+    measures = {"its own row": _OWN_ROW}
+    if get_meta(connection, "shared_items") == "exclude":
+        measures |= {"its item": _ITEM, "its input": _INPUT}
+    return measures
+
+
+def leaks(dataset: Dataset) -> list[str]:
+    """Name every query that leaks: its own row is in training, or, under `exclude`, its item or normalized input."""
+    connection, found = dataset.connection, []
+    for what, query in _measures(connection).items():
+        rows = connection.execute(f"""
+            SELECT r.id, u.id FROM rows r JOIN users u ON u.number = r.user WHERE r.id IN ({query}) ORDER BY r.id""")
+        found += [f"query {row} of user '{user}': {what} is in training" for row, user in rows]
+    return found
+
+
+def summarize(connection: sqlite3.Connection, labels: list[str]) -> DataSummary:
+    """Measure a prepared database."""
+
+    def one(query: str, *values: Any) -> Any:
+        return connection.execute(query, values).fetchone()[0]
+
+    max_length = get_meta(connection, "max_length")
+    bad = get_meta(connection, "bad_rows")
+    unseen = _unseen_labels(connection, labels)
+    return DataSummary(
+        path=get_meta(connection, "path"),
+        users=one("SELECT count(*) FROM users"),
+        targets=one("SELECT count(*) FROM users WHERE role = 'target'"),
+        others=one("SELECT count(*) FROM users WHERE role = 'other'"),
+        one_item_users=one("SELECT count(*) FROM (SELECT user FROM rows GROUP BY user HAVING count(*) = 1)"),
+        dropped_targets=get_meta(connection, "dropped_targets") or 0,
+        rows=one("SELECT count(*) FROM rows"),
+        history_rows=one("SELECT count(*) FROM rows WHERE part = 'history'"),
+        history_tokens=one("SELECT coalesce(sum(tokens), 0) FROM rows WHERE part = 'history'"),
+        history=_history(connection),
+        queries=one("SELECT count(*) FROM rows WHERE part = 'query'"),
+        unused=dict(connection.execute("SELECT reason, count(*) FROM rows WHERE part = 'unused' GROUP BY reason")),
+        duplicates=get_meta(connection, "duplicates"),
+        bad_rows=bad["count"],
+        first_bad_rows=bad["first"],
+        untimed_users=one("SELECT count(*) FROM users WHERE NOT timed"),
+        labels=labels,
+        unseen_labels=[label for label, _ in unseen],
+        unseen_label_queries=sum(queries for _, queries in unseen),
+        max_length=max_length,
+        truncated=one("SELECT count(*) FROM rows WHERE tokens > ?", max_length),
+        leaks=one(f"SELECT count(*) FROM ({' UNION '.join(_measures(connection).values())})"),
+        split_by=get_meta(connection, "split_by"),
+        cutoff=get_meta(connection, "cutoff"),
+        shared_items=get_meta(connection, "shared_items"),
+        evaluated_on=get_meta(connection, "evaluate_on"),
+        sha256=get_meta(connection, "sha256"),
+    )
+
+
+def _history(connection: sqlite3.Connection) -> tuple[int, float, int]:
+    """Return the least, median and greatest history of the targets, in rows."""
+    sizes = "SELECT history FROM users WHERE role = 'target'"
+    count, low, high = connection.execute(f"SELECT count(*), min(history), max(history) FROM ({sizes})").fetchone()
+    middle = f"{sizes} ORDER BY history LIMIT {2 - count % 2} OFFSET {(count - 1) // 2}"
+    median = connection.execute(f"SELECT avg(history) FROM ({middle})").fetchone()[0]
+    return int(low), float(median), int(high)
+
+
+def _unseen_labels(connection: sqlite3.Connection, labels: list[str]) -> list[tuple[str, int]]:
+    """List the labels that no history row has, each with the number of queries that ask for it."""
+    if not labels:
+        return []
+    counts = connection.execute("""
+        SELECT t.target, sum(r.part = 'history'), sum(r.part = 'query')
+        FROM rows r CROSS JOIN texts t ON t.id = r.text GROUP BY t.target""")
+    by_label = {label: (history, queries) for label, history, queries in counts}
+    return [(label, by_label.get(label, (0, 0))[1]) for label in labels if not by_label.get(label, (0, 0))[0]]

@@ -1,0 +1,1 @@
+"""Predictions in, numbers out: metrics, statistics, routing figures and the results file."""

@@ -1,0 +1,290 @@
+"""How good an answer is: every metric as the official LaMP script computes it.
+
+A metric is two small functions: what each query *contributes* (a row of numbers), and how the *sum* of contributions
+becomes the value. Sums add up over users, so that a resample of users is a matrix product, for F1 and RMSE too.
+Knows nothing about resampling, methods, stages or files.
+
+Shapes: N queries, L labels, F numbers that a query contributes (1, or 3 L for F1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from rouge_score import rouge_scorer
+
+from proper.errors import DataError
+
+FloatArray = NDArray[np.float64]
+TaskKind = Literal["classification", "rating", "generation"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """One query answered by one method.
+
+    `loss` is the mean answer loss in nats per token, `tier` what the user was answered with, `history` how many
+    interactions that user had before.
+    """
+
+    id: int
+    user: str
+    prompt: str
+    target: str
+    prediction: str
+    item: str | None = None
+    loss: float | None = None
+    tokens: int = 0
+    tier: str = ""
+    history: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInfo:
+    """What is predicted: a name for the tables, the kind, and the fixed label list (empty for generation)."""
+
+    name: str
+    kind: TaskKind
+    labels: Sequence[str] = ()
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """The lowest and the highest rating.
+
+        Raises:
+            DataError: there are no labels, or one is not a number.
+        """
+        if not self.labels:
+            raise DataError(f"task {self.name}: a rating task needs its labels, to know the scale")
+        numbers = [_number(label) for label in self.labels]
+        for label, number in zip(self.labels, numbers, strict=True):
+            if number is None:
+                raise DataError(f"task {self.name}: the rating label {label!r} is not a number")
+        finite = [number for number in numbers if number is not None]
+        return min(finite), max(finite)
+
+
+Contributions = Callable[[Sequence[Prediction], TaskInfo], FloatArray]
+Finish = Callable[[FloatArray, FloatArray], FloatArray]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric over a set of queries.
+
+    `contributions(predictions, task)` is `(N, F)`. `finish(sums (..., F), counts (...))` is the value `(...)` of sets
+    with those sums; `finish_user` is the same for one user's queries alone (only F1 differs, see `_f1_present`).
+    `per_item` says that the value is the mean of one number per query.
+    """
+
+    name: str
+    higher_is_better: bool
+    per_item: bool
+    contributions: Contributions
+    finish: Finish
+    finish_user: Finish
+
+
+def item_values(name: str, predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
+    """Return one number per query, `(N,)`: 0/1, absolute error, squared error (for rmse), ROUGE or loss.
+
+    Raises:
+        DataError: there is no such metric, it has no value per query (f1_macro), or a gold is unusable.
+    """
+    metric = get_metric(name)
+    if metric.finish is _f1_fixed:
+        raise DataError(f"metric {name}: it is defined on a set of queries, not on one")
+    return metric.contributions(predictions, task)[:, 0]
+
+
+def score(name: str, predictions: Sequence[Prediction], task: TaskInfo) -> float:
+    """Return the metric over all `predictions`, each query counting once.
+
+    Raises:
+        DataError: there is no such metric, there are no predictions, or a gold is unusable.
+    """
+    if not predictions:
+        raise DataError("no predictions to score")
+    metric = get_metric(name)
+    total = metric.contributions(predictions, task).sum(axis=0)
+    return float(metric.finish(total, np.asarray(float(len(predictions)))))
+
+
+def require_ids(name: str, predictions: Sequence[Prediction], golds: Iterable[int]) -> None:
+    """Check that `predictions` cover exactly the ids in `golds`, each once.
+
+    Raises:
+        DataError: an id is missing, unknown or there twice; `name` says whose predictions these are.
+    """
+    wanted, found = set(golds), [row.id for row in predictions]
+    have = set(found)
+    missing, unknown = sorted(wanted - have), sorted(have - wanted)
+    if missing:
+        raise DataError(f"predictions of {name}: {len(missing)} queries are not answered, the first is {missing[0]}")
+    if unknown:
+        raise DataError(f"predictions of {name}: {len(unknown)} ids are no queries, the first is {unknown[0]}")
+    if len(found) != len(have):
+        twice = Counter(found).most_common(1)[0][0]
+        raise DataError(f"predictions of {name}: query {twice} is answered twice")
+
+
+def rouge_official(values: FloatArray, seed: int, samples: int = 1000) -> float:
+    """Return what the official script prints for these ROUGE values: the median of bootstrapped means, not the mean.
+
+    Same draws as `rouge_score.scoring.BootstrapAggregator` after `numpy.random.seed(seed)`, on one score type.
+    """
+    if len(values) == 0:
+        raise DataError("no ROUGE values to aggregate")
+    # The aggregator draws from numpy's legacy generator; its stream differs from that of default_rng.
+    draws = np.random.RandomState(seed)
+    means = [values[draws.choice(np.arange(len(values)), size=len(values))].mean() for _ in range(samples)]
+    return float(np.percentile(means, 50))
+
+
+def get_metric(name: str) -> Metric:
+    """Return the metric called `name`.
+
+    Raises:
+        DataError: there is none.
+    """
+    if name not in METRICS:
+        raise DataError(f"metric {name!r} is not known; known are {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+def _label_indices(texts: Iterable[str], task: TaskInfo) -> NDArray[np.int64]:
+    """Return each text's place in the fixed label list after stripping, -1 for anything else."""
+    places = {label.strip(): place for place, label in enumerate(task.labels)}
+    return np.asarray([places.get(text.strip(), -1) for text in texts], dtype=np.int64)
+
+
+def _accuracy(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
+    if not task.labels:
+        raise DataError(f"task {task.name}: a classification task needs its labels")
+    found = _label_indices((row.prediction for row in predictions), task)
+    golds = _label_indices((row.target for row in predictions), task)
+    # A gold outside the list is wrong for every method; the official script would call -1 == -1 correct.
+    return np.asarray((found == golds) & (golds >= 0), dtype=np.float64)[:, None]
+
+
+def _confusions(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
+    """Return `(N, 3 L)`: for each label whether it was hit, was the gold, was predicted."""
+    if not task.labels:
+        raise DataError(f"task {task.name}: a classification task needs its labels")
+    found = _label_indices((row.prediction for row in predictions), task)
+    golds = _label_indices((row.target for row in predictions), task)
+    labels = np.arange(len(task.labels))
+    predicted, gold = found[:, None] == labels, golds[:, None] == labels
+    return np.concatenate([predicted & gold, gold, predicted], axis=1).astype(np.float64)
+
+
+def _number(text: str) -> float | None:
+    """Return `float(text)`; None where that fails or is not finite (the official script would return NaN)."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _errors(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
+    """Return `(N,)` answer minus gold; an unreadable answer is the end of the scale farther from the gold."""
+    low, high = task.scale
+    errors = np.empty(len(predictions))
+    for place, row in enumerate(predictions):
+        gold, answer = _number(row.target), _number(row.prediction)
+        if gold is None:
+            raise DataError(f"query {row.id} of user {row.user}: the gold rating {row.target!r} is not a number")
+        if answer is None:
+            answer = low if abs(low - gold) > abs(high - gold) else high
+        errors[place] = answer - gold
+    return errors
+
+
+def _rouge(kind: str) -> Contributions:
+    def contributions(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
+        del task
+        scorer = rouge_scorer.RougeScorer([kind], use_stemmer=False)
+        # The whole gold counts: cutting it at ": ", as some evaluations do, truncates headlines.
+        values = [scorer.score(row.target.strip(), row.prediction.strip())[kind].fmeasure for row in predictions]
+        return np.asarray(values, dtype=np.float64)[:, None]
+
+    return contributions
+
+
+def _absolute_errors(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
+    return np.abs(_errors(predictions, task))[:, None]
+
+
+def _squared_errors(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
+    return np.square(_errors(predictions, task))[:, None]
+
+
+def _losses(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
+    del task
+    return np.asarray([math.nan if row.loss is None else row.loss for row in predictions], dtype=np.float64)[:, None]
+
+
+def _mean(sums: FloatArray, counts: FloatArray) -> FloatArray:
+    return np.asarray(sums[..., 0] / counts)
+
+
+def _root_mean(sums: FloatArray, counts: FloatArray) -> FloatArray:
+    return np.sqrt(sums[..., 0] / counts)
+
+
+def _f1_by_label(sums: FloatArray) -> tuple[FloatArray, NDArray[np.bool_]]:
+    hits, golds, predicted = np.split(sums, 3, axis=-1)
+    either = golds + predicted
+    present = either > 0
+    return 2 * hits / np.where(present, either, 1.0), present
+
+
+def _f1_fixed(sums: FloatArray, counts: FloatArray) -> FloatArray:
+    """Macro-F1 over the fixed list: a label that nobody has or predicts counts as 0, as in the official script."""
+    del counts
+    return np.asarray(_f1_by_label(sums)[0].mean(axis=-1))
+
+
+def _f1_present(sums: FloatArray, counts: FloatArray) -> FloatArray:
+    """Macro-F1 over the labels a user has or was given: over the fixed list, three labels of 15 could not pass .2."""
+    del counts
+    values, present = _f1_by_label(sums)
+    return np.asarray(values.sum(axis=-1) / np.maximum(present.sum(axis=-1), 1))
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        metric.name: metric
+        for metric in (
+            Metric("accuracy", True, True, _accuracy, _mean, _mean),
+            Metric("f1_macro", True, False, _confusions, _f1_fixed, _f1_present),
+            Metric("mae", False, True, _absolute_errors, _mean, _mean),
+            Metric("rmse", False, False, _squared_errors, _root_mean, _root_mean),
+            Metric("rouge1", True, True, _rouge("rouge1"), _mean, _mean),
+            Metric("rougeL", True, True, _rouge("rougeL"), _mean, _mean),
+            Metric("loss", False, True, _losses, _mean, _mean),
+        )
+    }
+)
+
+TASK_METRICS: Mapping[TaskKind, tuple[str, ...]] = MappingProxyType(
+    {
+        "classification": ("accuracy", "f1_macro"),
+        "rating": ("mae", "rmse"),
+        "generation": ("rouge1", "rougeL"),
+    }
+)
+"""The metrics of each kind of task; the first is the primary one."""
+
+
+def primary_metric(task: TaskInfo) -> str:
+    """Return the name of the task's main metric: accuracy, mae or rouge1."""
+    return TASK_METRICS[task.kind][0]

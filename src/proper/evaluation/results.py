@@ -1,0 +1,274 @@
+"""From predictions to `results.json` and `users.json`: which numbers are reported, and which are tested.
+
+The primary family is the two steps of the ladder (groups against population, users against groups) on the task's main
+metric, Holm-adjusted; every other comparison is in the family "other", adjusted among themselves. Knows nothing about
+models, and writes no file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from proper.errors import DataError
+from proper.evaluation.metrics import TASK_METRICS, Prediction, TaskInfo, get_metric, primary_metric, require_ids
+from proper.evaluation.signatures import failure_signatures
+from proper.evaluation.slices import slice_rows
+from proper.evaluation.statistics import UserScores, compare, estimate, holm, user_scores
+
+Predictions = Mapping[int, Mapping[str, Sequence[Prediction]]]
+"""Predictions by seed, then by method; everybody answers the same queries."""
+
+Scores = Mapping[tuple[str, str], UserScores]
+"""Scores by (method, metric)."""
+
+STEPS = (("groups", "population"), ("users", "groups"))
+
+
+def build_results(
+    *,
+    predictions: Predictions,
+    task: TaskInfo,
+    run: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    cost: Sequence[Mapping[str, Any]] = (),
+    routing: Mapping[str, Any] | None = None,
+    truth: Mapping[str, Any] | None = None,
+    history_losses: Mapping[str, float] | None = None,
+    pairs: Sequence[tuple[str, str]] = (),
+    resamples: int = 2000,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Assemble `results.json`, schema 1. The result is plain values only; what is not finite is None.
+
+    Args:
+        predictions: by seed, then by method. Seeds are averaged per user before tests.
+        task: name, kind and labels.
+        run: backbone, versions, data_sha256, device, and whatever else describes the run.
+        seconds: of each stage.
+        cost: one row per method.
+        routing: from `routing.analyze_routing`.
+        truth: from `truth.truth_section`, where the data has a truth.
+        history_losses: by user, the answer loss of method `users` on that user's own history, to see overfitting.
+        pairs: further (method, against) to compare, beside those of `default_pairs`.
+        resamples: of the bootstrap.
+        draws: of the permutation test.
+        seed: of both.
+
+    Raises:
+        DataError: there are no predictions, or methods or seeds did not answer exactly the same queries.
+    """
+    histories = require_same_queries(predictions)
+    methods = list(next(iter(predictions.values())))
+    scores = score_all(predictions, task)
+    metrics = [_metric_row(key, one, task, resamples, seed) for key, one in scores.items()]
+    wanted = list(dict.fromkeys([*default_pairs(methods), *pairs]))
+    comparisons = _comparisons(scores, wanted, task, resamples, draws, seed)
+    gains = gains_by_user(predictions, task, scores)
+    lengths = list(histories.values())
+    results = {
+        "schema": 1,
+        "run": {**run, "seeds": list(predictions), "seconds": dict(seconds)},
+        "task": {
+            "name": task.name,
+            "kind": task.kind,
+            "target_users": len(histories),
+            "queries": metrics[0]["queries"],
+            "history": {"min": min(lengths), "median": median(lengths), "max": max(lengths)},
+        },
+        "metrics": metrics,
+        "comparisons": comparisons,
+        "cost": [dict(row) for row in cost],
+        "routing": dict(routing or {}),
+        "slices": slice_rows(scores, histories, resamples, seed),
+        "signatures": failure_signatures(
+            routing=routing or {},
+            comparisons=comparisons,
+            gains=gains["users"],
+            query_losses=_query_losses(scores),
+            history_losses=history_losses or {},
+        ),
+    }
+    if truth is not None:
+        results["truth"] = dict(truth)
+    plain_results: dict[str, Any] = plain(results)
+    return plain_results
+
+
+def gains_by_user(predictions: Predictions, task: TaskInfo, scores: Scores | None = None) -> dict[str, Any]:
+    """Return `users.json`: what each user gained at each step on the main metric, shortest history first.
+
+    `{"metric", "higher_is_better", "users": [{"user", "history", "queries", "tier", "values": {method: value},
+    "gain_groups", "gain_users"}]}`. Values are means over the user's queries and over seeds; gains are signed so that
+    better is positive, also for errors, and None where a stage is missing. `tier` is what answered as method `users`
+    in the first seed.
+
+    Raises:
+        DataError: there are no predictions, or methods or seeds did not answer exactly the same queries.
+    """
+    histories = require_same_queries(predictions)
+    name = primary_metric(task)
+    first = next(iter(predictions.values()))
+    if scores is None:
+        scores = {(method, name): _scores_of(name, method, predictions, task) for method in first}
+    tiers = {row.user: row.tier for row in first.get("users", next(iter(first.values())))}
+    values = {method: scores[method, name].user_values() for method in first}
+    users, counts = scores[next(iter(first)), name].users, scores[next(iter(first)), name].counts
+    higher = get_metric(name).higher_is_better
+    rows = []
+    for place in sorted(range(len(users)), key=lambda place: (histories[users[place]], users[place])):
+        own = {method: float(found[place]) for method, found in values.items()}
+        rows.append(
+            {
+                "user": users[place],
+                "history": histories[users[place]],
+                "queries": int(counts[place]),
+                "tier": tiers[users[place]],
+                "values": own,
+                **{f"gain_{step}": _gain(own, step, below, higher) for step, below in STEPS},
+            }
+        )
+    return {"metric": name, "higher_is_better": higher, "users": rows}
+
+
+def score_all(predictions: Predictions, task: TaskInfo) -> dict[tuple[str, str], UserScores]:
+    """Score every method on every metric of the task, and on answer loss where every prediction has a finite one."""
+    seeds = list(predictions.values())
+    scores = {}
+    for method in seeds[0]:
+        rows = (row for methods in seeds for row in methods[method])
+        has_loss = all(row.loss is not None and math.isfinite(row.loss) for row in rows)
+        for name in [*TASK_METRICS[task.kind], *(["loss"] if has_loss else [])]:
+            scores[method, name] = _scores_of(name, method, predictions, task)
+    return scores
+
+
+def default_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the (method, against) that every run compares.
+
+    The steps of the ladder, users against population, and the last stage that is there against everything else.
+    """
+    pairs = [pair for pair in (*STEPS, ("users", "population")) if set(pair) <= set(methods)]
+    ladder = [method for method in ("population", "groups", "users") if method in methods]
+    others = [method for method in methods if method not in ladder]
+    return pairs + [(ladder[-1], other) for other in others if ladder]
+
+
+def require_same_queries(predictions: Predictions) -> dict[str, int]:
+    """Check that every method in every seed answered exactly the same queries; return history length by user.
+
+    Raises:
+        DataError: they did not, or there are no predictions; names the method and the seed.
+    """
+    first = next(iter(predictions.values()), {})
+    reference = next(iter(first.values()), [])
+    if not reference:
+        raise DataError("no predictions to evaluate")
+    golds = {row.id: (row.user, row.target) for row in reference}
+    for seed, methods in predictions.items():
+        if list(methods) != list(first):
+            raise DataError(f"predictions of seed {seed} are of {', '.join(methods)}, not of {', '.join(first)}")
+        for method, rows in methods.items():
+            require_ids(f"{method} (seed {seed})", rows, golds)
+            for row in rows:
+                if golds[row.id] != (row.user, row.target):
+                    raise DataError(f"predictions of {method} (seed {seed}): query {row.id} has another user or gold")
+    return {row.user: row.history for row in reference}
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as JSON has it: numpy numbers as Python's, tuples as lists, NaN and infinity as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scores_of(name: str, method: str, predictions: Predictions, task: TaskInfo) -> UserScores:
+    return user_scores(name, [methods[method] for methods in predictions.values()], task)
+
+
+def _metric_row(key: tuple[str, str], scores: UserScores, task: TaskInfo, resamples: int, seed: int) -> dict[str, Any]:
+    method, name = key
+    found = estimate(scores, resamples, seed)
+    by_seed = [float(value) for value in scores.values()]
+    return {
+        "task": task.name,
+        "method": method,
+        "metric": name,
+        "value": found.value,
+        "value_users": found.value_users,
+        "ci95": [found.low, found.high],
+        "users": len(scores.users),
+        "queries": int(scores.counts.sum()),
+        "seeds": len(by_seed),
+        "by_seed": by_seed,
+        "higher_is_better": scores.metric.higher_is_better,
+        "primary": name == primary_metric(task),
+    }
+
+
+def _comparisons(
+    scores: Scores, pairs: Sequence[tuple[str, str]], task: TaskInfo, resamples: int, draws: int, seed: int
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for method, against, name in _tested(scores, pairs):
+        primary = name == primary_metric(task)
+        found = compare(scores[method, name], scores[against, name], resamples, draws, seed)
+        rows.append(
+            {
+                "task": task.name,
+                "method": method,
+                "against": against,
+                "metric": name,
+                "difference": found.difference,
+                "relative": found.relative,
+                "ci95": [found.low, found.high],
+                "p_value": found.p_value,
+                "p_adjusted": math.nan,
+                "family": "primary" if primary and (method, against) in STEPS else "other",
+                "test": found.test,
+                "primary": primary,
+                "resolvable": found.resolvable,
+                "higher_is_better": scores[method, name].metric.higher_is_better,
+            }
+        )
+    for family in ("primary", "other"):
+        members = [row for row in rows if row["family"] == family]
+        for row, adjusted in zip(members, holm([row["p_value"] for row in members]), strict=True):
+            row["p_adjusted"] = adjusted
+    return rows
+
+
+def _tested(scores: Scores, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str, str]]:
+    """Yield (method, against, metric) for every pair and every metric that both have."""
+    names = list(dict.fromkeys(name for _, name in scores))
+    for method, against in pairs:
+        for name in names:
+            if (method, name) in scores and (against, name) in scores:
+                yield method, against, name
+
+
+def _gain(values: Mapping[str, float], step: str, below: str, higher_is_better: bool) -> float | None:
+    if step not in values or below not in values:
+        return None
+    gain = values[step] - values[below]
+    return gain if higher_is_better else -gain
+
+
+def _query_losses(scores: Scores) -> dict[str, float]:
+    """Return by user the answer loss of method `users` on queries; empty where it is not known."""
+    found = scores.get(("users", "loss"))
+    if found is None:
+        return {}
+    return dict(zip(found.users, (float(loss) for loss in found.user_values()), strict=True))

@@ -1,0 +1,160 @@
+"""Who uses which expert: figures and a map of users, from the users' mean gates.
+
+Knows nothing about tensors on devices, routers or modules: gates come in as one array, averaged over each user's
+tokens. Shapes: U users, M adapted modules, E experts, D embedding size. Entropies are in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.cluster import KMeans
+from sklearn.metrics import normalized_mutual_info_score
+
+from proper.errors import DataError
+from proper.evaluation.metrics import FloatArray
+
+IntArray = NDArray[np.int64]
+
+
+def analyze_routing(
+    gates: ArrayLike,
+    users: Sequence[str],
+    embeddings: ArrayLike,
+    histories: Mapping[str, int],
+    groups: Mapping[str, int] | None = None,
+    token_entropy: ArrayLike | None = None,
+    seed: int = 0,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Describe the routing: a small dict for `results.json`, and one row per user for `routing.json`.
+
+    Args:
+        gates: `(U, M, E)`, each user's mean gate over their tokens; every row sums to 1.
+        users: the U ids, in the order of `gates`.
+        embeddings: `(U, D)`, or `(U, M, D)` where every module has its own table.
+        histories: history length by user.
+        groups: the true group of each user, where it is known (demo data).
+        token_entropy: mean entropy of single tokens' gates, any shape (its mean is taken); without it `entropy` is
+            that of the mean gates, which is never smaller.
+        seed: of k-means.
+
+    Raises:
+        DataError: shapes do not fit, a gate is not finite, or rows do not sum to 1.
+    """
+    mean_gates = _checked(gates, users)
+    places = np.asarray(embeddings, dtype=np.float64).reshape(len(users), -1)
+    main = main_experts(mean_gates)
+    entropy = _entropy(mean_gates).mean() if token_entropy is None else np.mean(np.asarray(token_entropy))
+    cosine = constraint_cosine(mean_gates)
+    results: dict[str, Any] = {
+        "experts": mean_gates.shape[2],
+        "utilization": [float(share) for share in mean_gates.mean(axis=(0, 1))],
+        "entropy": float(entropy),
+        "user_expert_mutual_information": mutual_information(mean_gates),
+        "constraint_cosine": cosine,
+    }
+    if groups is not None:
+        results["nmi"] = group_nmi(mean_gates, users, groups, seed)
+    (map_, map_share), (gate_map, gate_share) = project(places), project(mean_gates.reshape(len(users), -1))
+    by_expert = mean_gates.mean(axis=1)
+    rows = [
+        {
+            "user": user,
+            "history": int(histories.get(user, 0)),
+            "gates": [float(share) for share in by_expert[place]],
+            "main": int(main[place]),
+            "x": float(map_[place, 0]),
+            "y": float(map_[place, 1]),
+            "gate_x": float(gate_map[place, 0]),
+            "gate_y": float(gate_map[place, 1]),
+            "group": None if groups is None else groups.get(user),
+        }
+        for place, user in enumerate(users)
+    ]
+    explained = {"embeddings": map_share, "gates": gate_share}
+    return results, {**results, "modules": mean_gates.shape[1], "explained_variance": explained, "users": rows}
+
+
+def mutual_information(gates: FloatArray) -> float:
+    """Return the mutual information of user and expert, averaged over modules, in nats.
+
+    The joint is `p(u, e) = m_u(e) / U` in each module, so this is the entropy of the average user less the average
+    entropy of users: 0 where all users mix alike, at most `log(min(U, E))`.
+    """
+    together, apart = _entropy(gates.mean(axis=0)), _entropy(gates).mean(axis=0)
+    return max(0.0, float((together - apart).mean()))
+
+
+def constraint_cosine(gates: FloatArray) -> float | None:
+    """Return the cosine between two users' mean gates, averaged over pairs of different users and over modules.
+
+    This is the figure that the constraint loss lowers. None with fewer than two users.
+    """
+    users = len(gates)
+    if users < 2:
+        return None
+    units = gates / np.linalg.norm(gates, axis=2, keepdims=True)
+    # The squared sum of unit vectors holds every pair twice and each vector's 1 with itself.
+    pairs = (np.square(units.sum(axis=0)).sum(axis=1) - users) / (users * (users - 1))
+    return min(1.0, float(pairs.mean()))
+
+
+def group_nmi(gates: FloatArray, users: Sequence[str], groups: Mapping[str, int], seed: int = 0) -> float | None:
+    """Return how well k-means on the concatenated mean gates finds the true groups (NMI, 0 to 1).
+
+    As many clusters as `groups` has groups; users without a true group are left out. None where nobody has one.
+    """
+    known = [place for place, user in enumerate(users) if user in groups]
+    if not known:
+        return None
+    points = gates.reshape(len(users), -1)[known]
+    truth = [groups[users[place]] for place in known]
+    clusters = min(len(set(groups.values())), len(np.unique(points, axis=0)))
+    found = KMeans(n_clusters=clusters, n_init=10, random_state=seed).fit_predict(points)
+    return float(normalized_mutual_info_score(truth, found))
+
+
+def main_experts(gates: FloatArray) -> IntArray:
+    """Return each user's main expert, `(U,)`: the largest mean gate, averaged over modules.
+
+    Where that is one and the same expert for everybody, the one that stands out most from the average user instead.
+    """
+    shares = gates.mean(axis=1)
+    largest = shares.argmax(axis=1)
+    if len(shares) > 1 and (largest == largest[0]).all():
+        largest = (shares / np.maximum(shares.mean(axis=0), 1e-12)).argmax(axis=1)
+    return np.asarray(largest, dtype=np.int64)
+
+
+def project(points: FloatArray) -> tuple[FloatArray, list[float]]:
+    """Return the first two principal components of `(U, K)` points, `(U, 2)`, and their shares of the variance.
+
+    Missing dimensions are 0. Signs are fixed (the largest coordinate is positive), so that a map does not flip.
+    """
+    centred = points - points.mean(axis=0)
+    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    found = (left * sizes)[:, :2]
+    flat = np.zeros((len(points), 2))
+    flat[:, : found.shape[1]] = found
+    signs = np.sign(flat[np.abs(flat).argmax(axis=0), [0, 1]])
+    variance = float(np.square(sizes).sum())
+    shares = [float(size**2 / variance) if variance > 0 else 0.0 for size in sizes[:2]]
+    return flat * np.where(signs == 0, 1.0, signs), [*shares, 0.0, 0.0][:2]
+
+
+def _entropy(gates: FloatArray) -> FloatArray:
+    return np.asarray(-(gates * np.log(np.maximum(gates, 1e-300))).sum(axis=-1))
+
+
+def _checked(gates: ArrayLike, users: Sequence[str]) -> FloatArray:
+    array = np.asarray(gates, dtype=np.float64)
+    if array.ndim != 3 or array.shape[0] != len(users) or 0 in array.shape:
+        raise DataError(f"gates must be (users, modules, experts) for {len(users)} users, not {array.shape}")
+    wrong = ~np.isfinite(array).all(axis=(1, 2)) | (np.abs(array.sum(axis=2) - 1) > 1e-2).any(axis=1)
+    if wrong.any():
+        raise DataError(f"gates of user {users[int(wrong.argmax())]}: they do not sum to 1 in every module")
+    # fp32 or bf16 sums are a little off 1; the information figures want exactly 1.
+    return np.asarray(array / array.sum(axis=2, keepdims=True))

@@ -1,0 +1,140 @@
+"""Every method on the same queries: predictions, the loss of the true answer, and the gates that made them.
+
+Knows how methods are run, not how they are judged.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from proper.config import TaskConfig
+from proper.console import progress
+from proper.data.batching import collate, number_users
+from proper.data.dataset import Dataset, Example
+from proper.evaluation.metrics import Prediction
+from proper.files import write_text
+from proper.inference.personalized import PersonalizedModel, by_length
+from proper.layers.routing import Rows
+from proper.models.personal import answer_loss
+
+CHUNK = 512
+"""Queries that are held in memory at once."""
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """A method's predictions and what they cost.
+
+    Attributes:
+        seconds: wall time, loading excluded.
+        tokens: prompt and answer tokens that went through the model.
+    """
+
+    predictions: list[Prediction]
+    seconds: float
+    tokens: int
+
+
+def predict(model: PersonalizedModel, dataset: Dataset, task: TaskConfig, title: str) -> MethodRun:
+    """Answer every query of the data set with `model`."""
+    histories = {user.id: user.history for user in dataset.users("target")}
+    queries = list(dataset.queries())
+    started, found = time.perf_counter(), []
+    with progress(f"evaluate: {title}", len(queries)) as advance:
+        for at in range(0, len(queries), CHUNK):
+            chunk = queries[at : at + CHUNK]
+            answers = _answers(model, chunk, task, dataset.labels)
+            losses = answer_losses(model, chunk)
+            for query, answer, loss in zip(chunk, answers, losses, strict=True):
+                found.append(_prediction(query, answer, loss, model.tier(query.user), histories.get(query.user, 0)))
+            advance(len(chunk))
+    return MethodRun(found, time.perf_counter() - started, sum(p.tokens for p in found))
+
+
+def _answers(
+    model: PersonalizedModel, queries: Sequence[Example], task: TaskConfig, labels: Sequence[str]
+) -> list[str]:
+    prompts, users = [q.prompt for q in queries], [q.user for q in queries]
+    if not task.scored:
+        return [answer.text for answer in model.respond(prompts, users)]
+    scores = model.score(prompts, users, labels)
+    chosen = likely_rating(scores, labels) if task.kind == "rating" else scores.argmax(1).tolist()
+    return [labels[i] for i in chosen]
+
+
+def likely_rating(scores: Float[Tensor, "B L"], labels: Sequence[str]) -> list[int]:
+    """Return the median of each row's distribution over the ratings: the answer with the least expected MAE."""
+    order = sorted(range(len(labels)), key=lambda i: float(labels[i]))
+    cumulative = scores[:, order].softmax(1).cumsum(1)
+    middle = (cumulative < 0.5).sum(1).clamp(max=len(order) - 1)
+    return [order[i] for i in middle.tolist()]
+
+
+def answer_losses(model: PersonalizedModel, examples: Sequence[Example]) -> list[float]:
+    """Return the mean loss per token (nats) of each example's true answer."""
+    encoded = [model.encoder.encode(example) for example in examples]
+    losses = [0.0] * len(encoded)
+    for chunk in by_length([len(row.ids) for row in encoded], model.config.compute.batch_size):
+        batch = collate([encoded[i] for i in chunk], model.model.backbone.pad_id, model.model.device)
+        with torch.no_grad():
+            logits = model.model.answer_logits(batch, model.rows(batch.users))
+        total, tokens = answer_loss(logits, batch.labels)
+        for i, loss in zip(chunk, (total / tokens).tolist(), strict=True):
+            losses[i] = loss
+    return losses
+
+
+def mean_gates(
+    model: PersonalizedModel, dataset: Dataset, users: Sequence[str], items: int = 16
+) -> Float[Tensor, "U M E"]:
+    """Return each user's mean gates in every module, over the tokens of their newest history items."""
+    found = []
+    for user in users:
+        rows = [model.encoder.encode(example) for example in dataset.history(user, items)]
+        batch = collate(rows, model.model.backbone.pad_id, model.model.device)
+        _, numbers = number_users(batch.users)
+        wanted = model.rows(batch.users)
+        who = torch.tensor(numbers, device=model.model.device)
+        rows_of = Rows(wanted.mode, wanted.embedding, wanted.slots, users=who, mask=batch.attention_mask.bool())
+        with torch.no_grad():
+            model.model.answer_logits(batch, rows_of)
+        found.append(model.model.routing.stacked()[:, 0].cpu())
+    return torch.stack(found)
+
+
+def _prediction(query: Example, answer: str, loss: float, tier: str, history: int) -> Prediction:
+    return Prediction(
+        id=query.id,
+        user=query.user,
+        item=query.item,
+        prompt=query.prompt,
+        target=query.target,
+        prediction=answer,
+        loss=loss,
+        tokens=query.tokens,
+        tier=tier,
+        history=history,
+    )
+
+
+def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
+    """Write predictions as JSONL, atomically."""
+    write_text(path, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions))
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """Read what `write_predictions` wrote."""
+    with path.open(encoding="utf-8") as lines:
+        return [Prediction(**json.loads(line)) for line in lines]
+
+
+Runs = Mapping[int, Mapping[str, Sequence[Prediction]]]
+"""Predictions per seed and method."""

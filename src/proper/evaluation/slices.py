@@ -1,0 +1,67 @@
+"""The same metrics on part of the users: by how much history they have.
+
+Knows nothing about how scores were made. A slice is a set of users, so its intervals are over those users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from proper.evaluation.statistics import UserScores, estimate
+
+
+def history_slices(histories: Mapping[str, int]) -> dict[str, list[str]]:
+    """Return the users of each slice, sorted by history and id; empty slices are left out.
+
+    `history-q1` (shortest) to `history-q4`: quartiles, where users with equally much history stay together.
+    `bottom-100`: the 100 users with the shortest histories (everybody, where there are fewer), ties by id.
+    `under-10`: users with fewer than 10 interactions.
+    """
+    ordered = sorted(histories, key=lambda user: (histories[user], user))
+    if not ordered:
+        return {}
+    lengths = np.asarray([histories[user] for user in ordered], dtype=np.float64)
+    quartile = np.searchsorted(np.quantile(lengths, [0.25, 0.5, 0.75]), lengths, side="left")
+    slices = {
+        f"history-q{part + 1}": [user for user, place in zip(ordered, quartile, strict=True) if place == part]
+        for part in range(4)
+    }
+    slices["bottom-100"] = ordered[:100]
+    slices["under-10"] = [user for user in ordered if histories[user] < 10]
+    return {name: users for name, users in slices.items() if users}
+
+
+def slice_rows(
+    scores: Mapping[tuple[str, str], UserScores],
+    histories: Mapping[str, int],
+    resamples: int = 2000,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Return the `slices` of `results.json`: one row per slice, method and metric.
+
+    `scores` is keyed by (method, metric). Each row adds to the interface its queries and its shortest and longest
+    history, `"history": [low, high]`.
+    """
+    rows = []
+    for name, users in history_slices(histories).items():
+        lengths = [histories[user] for user in users]
+        for (method, metric), whole in scores.items():
+            part = whole.only(set(users))
+            found = estimate(part, resamples, seed)
+            rows.append(
+                {
+                    "slice": name,
+                    "method": method,
+                    "metric": metric,
+                    "value": found.value,
+                    "value_users": found.value_users,
+                    "ci95": [found.low, found.high],
+                    "users": len(part.users),
+                    "queries": int(part.counts.sum()),
+                    "history": [min(lengths), max(lengths)],
+                }
+            )
+    return rows

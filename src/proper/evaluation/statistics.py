@@ -1,0 +1,250 @@
+"""How sure we are: intervals and tests in which the user, not the query, is the unit.
+
+One estimator everywhere. `value` is the metric over all queries pooled; with several seeds it is computed in each and
+averaged. A *difference* is value minus value, its interval resamples users and pools their queries, and its p-value
+comes from swapping the two methods' answers user by user and recomputing that same difference. So `difference`,
+`ci95` and `p_value` speak of one number, also for F1 and RMSE, which have no value per query. For a metric that is a
+mean, the swap is the sign-flip test on each user's summed difference, averaged over seeds. (`value_users`, in which
+every user counts the same, is reported beside it and is not tested.) Queries of one user are not independent; that
+is why they move together. The intervals are plain percentile ones: for F1, which is biased down in resamples that
+lose a label, they can sit a little low.
+
+Knows nothing about stages, files or how predictions were made.
+
+Shapes: S seeds, U users, F contributions of the metric, N resamples or draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+
+import numpy as np
+
+from proper.errors import DataError
+from proper.evaluation.metrics import FloatArray, Metric, Prediction, TaskInfo, get_metric
+
+_LARGEST_EXACT = 13  # 2 ** 13 = 8,192 swaps: fewer than the draws that would replace them
+_CELLS = 1 << 22  # numbers that one piece of resamples may hold
+
+
+@dataclass(frozen=True, slots=True)
+class UserScores:
+    """One method on one metric: sums over each user's queries, `sums (S, U, F)`, and `counts (U,)` of queries."""
+
+    metric: Metric
+    users: tuple[str, ...]
+    sums: FloatArray
+    counts: FloatArray
+
+    def values(self) -> FloatArray:
+        """The metric over all queries in each seed, `(S,)`."""
+        return self.metric.finish(self.sums.sum(axis=1), self.counts.sum())
+
+    def user_values(self) -> FloatArray:
+        """The metric on each user's own queries, averaged over seeds, `(U,)`."""
+        return np.asarray(self.metric.finish_user(self.sums, self.counts).mean(axis=0))
+
+    def only(self, users: Collection[str]) -> UserScores:
+        """The same for some of the users."""
+        keep = np.asarray([user in users for user in self.users], dtype=np.bool_)
+        kept = tuple(user for user in self.users if user in users)
+        return replace(self, users=kept, sums=self.sums[:, keep], counts=self.counts[keep])
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value, the mean of users' own values, and a 95 % interval of the value (NaN with fewer than two users)."""
+
+    value: float
+    value_users: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Method minus against: the difference, `relative` (better is positive), interval, two-sided p, smallest shown.
+
+    `resolvable` is the smallest true difference that this many users would show with 80 % power.
+    """
+
+    difference: float
+    relative: float
+    low: float
+    high: float
+    p_value: float
+    test: str
+    resolvable: float
+
+
+def user_scores(name: str, seeds: Sequence[Sequence[Prediction]], task: TaskInfo) -> UserScores:
+    """Sum a metric's contributions by user; one sequence of predictions per seed, all on the same queries.
+
+    The result does not depend on the order of the predictions, to the bit.
+
+    Raises:
+        DataError: there are no predictions, a gold is unusable, or seeds differ in their queries.
+    """
+    metric = get_metric(name)
+    if not seeds or not seeds[0]:
+        raise DataError(f"metric {name}: no predictions to score")
+    ordered = [sorted(rows, key=lambda row: (row.user, row.id)) for rows in seeds]
+    queries = [(row.user, row.id) for row in ordered[0]]
+    users = tuple(sorted({user for user, _ in queries}))
+    places = {user: place for place, user in enumerate(users)}
+    owner = np.asarray([places[user] for user, _ in queries])
+    sums = []
+    for rows in ordered:
+        if [(row.user, row.id) for row in rows] != queries:
+            raise DataError(f"metric {name}: seeds answer different queries")
+        contributions = metric.contributions(rows, task)
+        starts = np.searchsorted(owner, np.arange(len(users)))
+        sums.append(np.add.reduceat(contributions, starts, axis=0))
+    counts = np.bincount(owner, minlength=len(users)).astype(np.float64)
+    return UserScores(metric, users, np.stack(sums), counts)
+
+
+def bootstrap(scores: Sequence[UserScores], resamples: int = 2000, seed: int = 0) -> FloatArray:
+    """Recompute several scores of the same users in the same resamples of these users, `(len(scores), N)`.
+
+    Raises:
+        DataError: the scores are not of the same users and queries.
+    """
+    for other in scores[1:]:
+        _require_paired(scores[0], other)
+    count = len(scores[0].users)
+    widest = max(one.sums.shape[0] * one.sums.shape[2] for one in scores)
+    draws = np.random.default_rng(seed)
+    share = np.full(count, 1.0 / count)
+    pieces = []
+    for size in _pieces(resamples, count + widest):
+        weights = draws.multinomial(count, share, size=size).astype(np.float64)
+        pieces.append(np.stack([_weighted(one, weights) for one in scores]))
+    return np.concatenate(pieces, axis=1)
+
+
+def estimate(scores: UserScores, resamples: int = 2000, seed: int = 0) -> Estimate:
+    """Return the value over queries with its 95 % bootstrap interval over users."""
+    low, high = _interval(scores, bootstrap([scores], resamples, seed)[0])
+    return Estimate(float(scores.values().mean()), float(scores.user_values().mean()), low, high)
+
+
+def compare(
+    method: UserScores, against: UserScores, resamples: int = 2000, draws: int = 10_000, seed: int = 0
+) -> Comparison:
+    """Compare two methods on the same queries, paired by user.
+
+    Raises:
+        DataError: the scores are not of the same users and queries.
+    """
+    _require_paired(method, against)
+    ours, theirs = float(method.values().mean()), float(against.values().mean())
+    difference = ours - theirs
+    sign = 1.0 if method.metric.higher_is_better else -1.0
+    ours_again, theirs_again = bootstrap([method, against], resamples, seed)
+    differences = ours_again - theirs_again
+    low, high = _interval(method, differences)
+    p_value, test = permutation_test(method, against, draws, seed)
+    users = len(method.users)
+    # The spread of the resamples is sd / sqrt(users) for any metric, so it stands for the users' differences.
+    sd = float(differences.std()) * math.sqrt(users) if users > 1 else math.nan
+    relative = sign * difference / abs(theirs) if theirs else math.nan
+    return Comparison(difference, relative, low, high, p_value, test, minimal_detectable_difference(sd, users))
+
+
+def permutation_test(method: UserScores, against: UserScores, draws: int = 10_000, seed: int = 0) -> tuple[float, str]:
+    """Return the two-sided p-value of the difference under swapping methods user by user, and the test's name.
+
+    With at most 13 users whose answers differ all swaps are counted; otherwise `draws` random ones, with
+    p = (1 + b) / (1 + draws) for b swaps at least as extreme (Phipson and Smyth, 2010), which is never 0.
+
+    Raises:
+        DataError: the scores are not of the same users and queries.
+    """
+    _require_paired(method, against)
+    gap = against.sums - method.sums
+    # Swapping a user with the same score under both methods changes nothing: the exact test needs only the others.
+    gap = gap[:, gap.any(axis=(0, 2))]
+    users = gap.shape[1]
+    ours, theirs, total = method.sums.sum(axis=1), against.sums.sum(axis=1), method.counts.sum()
+    finish = method.metric.finish
+
+    def statistic(swaps: FloatArray) -> FloatArray:
+        moved = swaps @ gap
+        return np.asarray((finish(ours[:, None] + moved, total) - finish(theirs[:, None] - moved, total)).mean(axis=0))
+
+    observed = abs(float(statistic(np.zeros((1, users)))[0]))
+    # Equal differences can come out a rounding error apart, and a tie counts as extreme.
+    bar = observed * (1 - 1e-9) - 1e-12
+    exact = users <= _LARGEST_EXACT
+    count = 2**users if exact else draws
+    swaps = _all_swaps(users) if exact else _random_swaps(users, draws, gap.shape[0] * gap.shape[2], seed)
+    extreme = sum(int((np.abs(statistic(piece)) >= bar).sum()) for piece in swaps)
+    if exact:
+        return extreme / count, "paired permutation over users, exact"
+    return (1 + extreme) / (1 + count), f"paired permutation over users, {draws} draws"
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return Holm's (1979) adjusted p-values of one family, in the given order."""
+    adjusted = [0.0] * len(p_values)
+    so_far = 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        so_far = max(so_far, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = so_far
+    return adjusted
+
+
+def minimal_detectable_difference(sd: float, users: int, power: float = 0.8, level: float = 0.05) -> float:
+    """Return the smallest true difference that a two-sided test at `level` finds with probability `power`.
+
+    Normal approximation: `(z(1 - level / 2) + z(power)) * sd / sqrt(users)`, with `sd` the standard deviation over
+    users of the paired difference.
+
+    Raises:
+        DataError: there are no users.
+    """
+    if users < 1:
+        raise DataError("the smallest detectable difference needs at least one user")
+    normal = NormalDist()
+    return (normal.inv_cdf(1 - level / 2) + normal.inv_cdf(power)) * sd / math.sqrt(users)
+
+
+def _require_paired(one: UserScores, other: UserScores) -> None:
+    if one.metric.name != other.metric.name:
+        raise DataError(f"metric {one.metric.name} cannot be compared with {other.metric.name}")
+    if one.users != other.users or not np.array_equal(one.counts, other.counts) or one.sums.shape != other.sums.shape:
+        raise DataError(f"metric {one.metric.name}: the methods did not answer the same queries of the same users")
+
+
+def _weighted(scores: UserScores, weights: FloatArray) -> FloatArray:
+    """Return the value, averaged over seeds, for each row of user weights `(N, U)`."""
+    return np.asarray(scores.metric.finish(weights @ scores.sums, weights @ scores.counts).mean(axis=0))
+
+
+def _interval(scores: UserScores, values: FloatArray) -> tuple[float, float]:
+    if len(scores.users) < 2:  # one user says nothing about others; an interval of width 0 would
+        return math.nan, math.nan
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _pieces(count: int, width: int) -> Iterator[int]:
+    """Cut `count` rows of `width` numbers into pieces that fit in memory."""
+    size = max(1, _CELLS // max(1, width))
+    for start in range(0, count, size):
+        yield min(size, count - start)
+
+
+def _all_swaps(users: int) -> Iterator[FloatArray]:
+    codes = np.arange(2**users)
+    yield ((codes[:, None] >> np.arange(users)) & 1).astype(np.float64)
+
+
+def _random_swaps(users: int, draws: int, width: int, seed: int) -> Iterator[FloatArray]:
+    random = np.random.default_rng(seed)
+    for size in _pieces(draws, users + width):
+        yield random.integers(0, 2, size=(size, users)).astype(np.float64)

@@ -1,0 +1,108 @@
+"""How much of what the planted truth allows each stage won: only demo data knows its truth.
+
+The truth file holds, for every item, the best answer of somebody who knows only the population, the person's group, or
+the person. Scored on the very queries that the methods answered, these oracles bound each stage. Knows nothing about
+how the truth was planted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from proper.errors import DataError, ProperError
+from proper.evaluation.metrics import METRICS, Prediction, TaskInfo, score
+from proper.files import read_json
+
+LEVELS = ("population", "groups", "users")
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What was planted: the metric, each user's group, and per item the best answer at each level."""
+
+    metric: str
+    groups: Mapping[str, int]
+    n_groups: int
+    answers: Mapping[str, Mapping[str, str]]
+
+
+def read_truth(path: Path) -> Truth:
+    """Read a `truth.json`.
+
+    Raises:
+        DataError: the file is missing, is not JSON or lacks a key; the message names file and key.
+    """
+    try:
+        raw = read_json(path)
+    except ProperError as error:
+        raise DataError(str(error)) from error
+    for key, kind in (("metric", str), ("groups", dict), ("n_groups", int), ("answers", dict)):
+        if not isinstance(raw, dict) or not isinstance(raw.get(key), kind):
+            raise DataError(f"{path}: {key}: is missing or is no {kind.__name__}")
+    if raw["metric"] not in METRICS:
+        raise DataError(f"{path}: metric: {raw['metric']!r} is not known; known are {', '.join(METRICS)}")
+    return Truth(raw["metric"], raw["groups"], raw["n_groups"], raw["answers"])
+
+
+def oracle(truth: Truth, level: str, predictions: Sequence[Prediction]) -> list[Prediction]:
+    """Return the same queries answered by the oracle of `level`.
+
+    Raises:
+        DataError: a query has no item id, or its item has no answer at this level.
+    """
+    answered = []
+    for row in predictions:
+        answers = truth.answers.get(row.item) if row.item is not None else None
+        if answers is None or level not in answers:
+            raise DataError(f"query {row.id} of user {row.user}: item {row.item} has no {level} answer in the truth")
+        answered.append(replace(row, prediction=answers[level], loss=None))
+    return answered
+
+
+def truth_section(
+    truth: Truth,
+    predictions: Mapping[int, Mapping[str, Sequence[Prediction]]],
+    task: TaskInfo,
+    nmi: float | None = None,
+) -> dict[str, Any]:
+    """Return the `truth` of `results.json`.
+
+    `allowed` is each oracle's value, `measured` each stage's (averaged over seeds), `won` the share of the allowed
+    step: `(m_groups - m_population) / (t_groups - t_population)`, likewise for users. A share can pass 1, where the
+    stage below stayed under its own oracle; it is None where a stage is missing or the truth allows nothing.
+
+    Args:
+        truth: from `read_truth`.
+        predictions: by seed, then by method.
+        task: what was predicted.
+        nmi: how well k-means on the gates found the groups, see `routing.group_nmi`.
+
+    Raises:
+        DataError: there are no predictions, or a query's item is not in the truth.
+    """
+    seeds = list(predictions.values())
+    rows = next((rows for methods in seeds for rows in methods.values() if rows), None)
+    if rows is None:
+        raise DataError("truth: no predictions to compare with")
+    allowed = {level: score(truth.metric, oracle(truth, level, rows), task) for level in LEVELS}
+    measured = {
+        level: math.fsum(score(truth.metric, methods[level], task) for methods in seeds) / len(seeds)
+        for level in LEVELS
+        if all(level in methods for methods in seeds)
+    }
+    won = {
+        "groups": _share("groups", "population", measured, allowed),
+        "users": _share("users", "groups", measured, allowed),
+    }
+    return {"metric": truth.metric, "allowed": allowed, "measured": measured, "won": won, "nmi": nmi}
+
+
+def _share(level: str, below: str, measured: Mapping[str, float], allowed: Mapping[str, float]) -> float | None:
+    possible = allowed[level] - allowed[below]
+    if level not in measured or below not in measured or possible == 0:
+        return None
+    return (measured[level] - measured[below]) / possible

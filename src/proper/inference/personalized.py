@@ -1,0 +1,212 @@
+"""A run folder as one model that answers everybody: each row of a batch for its own user, at the user's own tier.
+
+    none    group model with the mean user embedding     (a user nobody has seen)
+    groups  group model with the user's embedding
+    users   the same with the user's adapter
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from proper.adapters.cache import SlotCache
+from proper.adapters.store import AdapterStore
+from proper.config import Config, load_config
+from proper.data.batching import Encoder
+from proper.data.templates import parse_template
+from proper.errors import InputError, RunFolderError
+from proper.files import read_json
+from proper.inference.generate import Sampling, generate
+from proper.inference.score import score_labels
+from proper.layers.bank import AdapterBank
+from proper.layers.routing import Rows
+from proper.models.backbone import load_backbone, pick_device, pick_dtype
+from proper.models.merge import apply_population
+from proper.models.personal import ProperModel
+from proper.models.tensors import load_tensors
+
+Stage = Literal["base", "population", "groups", "users"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer: its text, the user it is for, and the tier that gave it."""
+
+    text: str
+    user: str | None
+    tier: str
+
+
+class PersonalizedModel:
+    """A backbone with population, groups and the users of a store.
+
+    Attributes:
+        model: backbone and layers.
+        users: the store; None before stage 2.
+        template: the prompt template of the run's data.
+    """
+
+    def __init__(
+        self, model: ProperModel, encoder: Encoder, config: Config, cache: SlotCache | None, stage: Stage
+    ) -> None:
+        self.model, self.encoder, self.config, self.cache, self.stage = model, encoder, config, cache, stage
+        self.users = cache.store if cache is not None else None
+        self.template = parse_template(config.data.prompt, "data.prompt")
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        user_ids: Sequence[str | None],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Return one continuation per prompt, each for its own user; a batch may mix any users.
+
+        Raises:
+            InputError: the two lists differ in length, or a prompt is empty.
+        """
+        length = max_new_tokens or self.config.task.max_new_tokens
+        sampling = Sampling(length, temperature, top_p, seed)
+        return [answer.text for answer in self.respond(prompts, user_ids, sampling)]
+
+    def respond(
+        self, prompts: Sequence[str], user_ids: Sequence[str | None], sampling: Sampling | None = None
+    ) -> list[Answer]:
+        """`generate`, saying also which tier answered."""
+        if len(prompts) != len(user_ids):
+            raise InputError(f"{len(prompts)} prompts and {len(user_ids)} user ids: there must be one user per prompt")
+        if any(not prompt.strip() for prompt in prompts):
+            raise InputError("a prompt is empty")
+        sampling = sampling or Sampling(self.config.task.max_new_tokens)
+        encoded = [self.encoder.prompt(prompt, room=sampling.max_new_tokens) for prompt in prompts]
+        texts: dict[int, str] = {}
+        for chunk in by_length([len(ids) for ids in encoded], self.config.compute.batch_size):
+            rows = self.rows([user_ids[i] for i in chunk])
+            chosen = [encoded[i] for i in chunk]
+            for i, ids in zip(chunk, generate(self.model, chosen, rows, sampling, self.encoder.end), strict=True):
+                texts[i] = self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return [Answer(texts[i], user, self.tier(user)) for i, user in enumerate(user_ids)]
+
+    def score(
+        self, prompts: Sequence[str], user_ids: Sequence[str | None], labels: Sequence[str]
+    ) -> Float[Tensor, "B L"]:
+        """Return the log-likelihood (nats) of every label after every prompt."""
+        tokens = [self.encoder.answer(label) for label in labels]
+        room = max(len(label) for label in tokens)
+        encoded = [self.encoder.prompt(prompt, room=room) for prompt in prompts]
+        found = torch.empty(len(prompts), len(labels))
+        for chunk in by_length([len(ids) for ids in encoded], self.config.compute.batch_size):
+            rows = self.rows([user_ids[i] for i in chunk])
+            found[chunk] = score_labels(self.model, [encoded[i] for i in chunk], tokens, rows).cpu()
+        return found
+
+    def tier(self, user: str | None) -> str:
+        """Return the tier that answers this user: "base", "population", "none", "groups" or "users"."""
+        if self.cache is None or self.stage in ("base", "population"):
+            return self.stage
+        tier = self.cache.tier(user)
+        return "groups" if self.stage == "groups" and tier == "users" else tier
+
+    def rows(self, users: Sequence[str | None]) -> Rows:
+        """Return what the layers need for a batch of these users, their adapters loaded."""
+        if self.cache is None or self.stage in ("base", "population"):
+            return Rows()
+        embedding = self.cache.embeddings(users).to(self.model.device)
+        if self.stage == "groups":
+            return Rows("groups", embedding=embedding)
+        slots = self.cache.slots(users)
+        if slots is None:
+            return Rows("groups", embedding=embedding)
+        return Rows("users", embedding=embedding, slots=slots.to(self.model.device))
+
+
+def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Return row numbers in chunks of similar length."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[at : at + size] for at in range(0, len(order), size)]
+
+
+def load(folder: str | Path, stage: Stage | None = None) -> PersonalizedModel:
+    """Load a run folder as one model for all its users.
+
+    Args:
+        folder: what `proper run` wrote.
+        stage: how far up the ladder to go; the highest that the folder has if None.
+
+    Raises:
+        RunFolderError: the folder is not a run, or has not got that far.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").exists():
+        raise RunFolderError(f"{folder}: not a run folder (no config.yaml); make one with: proper run CONFIG --out {folder}")
+    config = load_config(folder / "config.yaml")
+    stage = stage or highest_stage(folder)
+    device = pick_device(config.compute.device)
+    backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), device)
+    if stage != "base":
+        _require(folder, "population")
+        apply_population(backbone, folder / "population")
+    model = ProperModel(backbone)
+    cache = None
+    if stage in ("groups", "users"):
+        cache = load_groups(folder, config, model)
+        if stage == "users":
+            _require(folder, "users")
+            load_router(folder, config, model)
+    encoder = Encoder(backbone.tokenizer, config.compute.max_length)
+    return PersonalizedModel(model, encoder, config, cache, stage)
+
+
+def highest_stage(folder: Path) -> Stage:
+    """Return the last stage whose marker is in the folder."""
+    stages: tuple[Stage, ...] = ("users", "groups", "population")
+    for stage in stages:
+        if (folder / stage / "stage.json").exists():
+            return stage
+    return "base"
+
+
+def load_groups(folder: Path, config: Config, model: ProperModel) -> SlotCache:
+    """Put the trained experts and routers of a run into a model; return the cache over its users."""
+    _require(folder, "groups")
+    model.add_experts(config.groups, seed=0)
+    tensors, _ = load_tensors(folder / "groups" / "groups.safetensors")
+    for name, parameter in model.group_parameters().items():
+        parameter.data.copy_(tensors[name])
+        parameter.requires_grad_(False)
+    mean = tensors["mean_embedding"]
+    store = AdapterStore(folder / "users")
+    layout = model.layout(config.users.rank)
+    slots = max(2, config.compute.batch_size)
+    bank = AdapterBank(layout, slots, alpha=config.users.alpha, trainable=False, device=model.device)
+    model.use_bank(bank)
+    return SlotCache(store, bank, mean)
+
+
+def load_router(folder: Path, config: Config, model: ProperModel) -> None:
+    """Put the trained LoRA-aware routers of a run into a model."""
+    model.add_lora_router(config.users)
+    path = folder / "users" / "router.safetensors"
+    if not path.exists():
+        return
+    tensors, _ = load_tensors(path)
+    for name, parameter in model.router_parameters().items():
+        parameter.data.copy_(tensors[name])
+        parameter.requires_grad_(False)
+
+
+def _require(folder: Path, stage: str) -> None:
+    marker = folder / stage / "stage.json"
+    if not marker.exists():
+        raise RunFolderError(f"{folder}: stage '{stage}' is not there; run: proper run CONFIG --out {folder}")
+    read_json(marker)

@@ -1,0 +1,98 @@
+"""One linear layer of the backbone with everything the method adds to it.
+
+    y = W x  +  s_g * sum_i b_i * B_i A_i x  +  h_u          (method: stages 2 and 3)
+
+The base layer is only called, so it may be dense, quantized, GPT-2's Conv1D or a layer that already carries a LoRA.
+What is added depends on the rows in hand (`Routing`); with none set, the layer is the backbone's.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from proper.layers.bank import AdapterBank
+from proper.layers.mixture import Experts
+from proper.layers.routers import LoraAwareRouter, UserAwareRouter
+from proper.layers.routing import Routing, Rows
+
+
+class AdaptedLinear(nn.Module):
+    """A base layer, and beside it experts with their router and a bank of user adapters, each optional.
+
+    Attributes:
+        base: the backbone's layer, frozen.
+        experts, router: stage 2; None before it.
+        bank: user adapters, shared by all layers of the model; None before stage 3.
+        lora_router: the router of stage 3b; None keeps the gates of stage 2.
+        residual: whether 3b adds to stage 2's logits (default) or replaces them (the paper's form).
+    """
+
+    def __init__(self, name: str, base: nn.Module, inputs: int, outputs: int, routing: Routing) -> None:
+        super().__init__()
+        self.name, self.base, self.inputs, self.outputs, self.routing = name, base, inputs, outputs, routing
+        self.experts: Experts | None = None
+        self.router: UserAwareRouter | None = None
+        self.bank: AdapterBank | None = None
+        self.lora_router: LoraAwareRouter | None = None
+        self.residual = True
+        self.user_dropout = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to (B, T, I), or to (B*T, I) where a backbone flattens its rows."""
+        y: Tensor = self.base(x)
+        rows = self.routing.rows
+        if rows.mode == "off":
+            return y
+        shaped = x if x.dim() == 3 else x.reshape(rows.size, -1, self.inputs)
+        middle, own = self._user(shaped, rows)
+        delta = self._mixture(shaped, middle, rows)
+        if own is not None:
+            delta = own if delta is None else delta + own
+        return y if delta is None else y + delta.reshape(y.shape)
+
+    def _user(self, x: Float[Tensor, "B T I"], rows: Rows) -> tuple[Tensor | None, Tensor | None]:
+        if rows.mode == "groups" or rows.slots is None or self.bank is None:
+            return None, None
+        if rows.generators is not None and self.user_dropout > 0:
+            x = x * dropout_mask(x, self.user_dropout, rows)
+        middle, own = self.bank.lora(self.name, x, rows.slots)
+        return middle, own
+
+    def _mixture(self, x: Float[Tensor, "B T I"], middle: Tensor | None, rows: Rows) -> Tensor | None:
+        if self.experts is None or self.router is None:
+            return None
+        if rows.embedding is None:
+            raise RuntimeError("a mixture needs the user embedding of every row")
+        scores = self.router.scores(x, rows.embedding)
+        if rows.mode == "users" and middle is not None and self.lora_router is not None:
+            scores = self._own_scores(scores, middle, rows)
+        gates = self.router.gates(scores)
+        self.routing.record(self.name, gates)
+        mixed: Tensor = self.experts(x, gates)
+        return mixed
+
+    def _own_scores(self, scores: Tensor, middle: Float[Tensor, "B T R"], rows: Rows) -> Float[Tensor, "B T E"]:
+        """W_r h_u through the small matrices M_u; rows without an adapter keep stage 2's logits."""
+        assert self.bank is not None and self.lora_router is not None and rows.slots is not None
+        index = rows.slots.clamp(min=0)
+        matrices = self.lora_router.matrices(self.bank.up[self.name][index], self.bank.scale)
+        own = torch.bmm(middle.float(), matrices.transpose(1, 2))
+        if self.residual:
+            return scores + own
+        return torch.where((rows.slots >= 0)[:, None, None], own, scores)
+
+
+def dropout_mask(x: Float[Tensor, "B T I"], rate: float, rows: Rows) -> Float[Tensor, "B T I"]:
+    """Draw each row's mask from the row's own generator, so that it does not depend on who else is in the batch.
+
+    Only the row's own tokens (`rows.mask`, right-aligned) use random numbers: padding must not shift the stream.
+    """
+    assert rows.generators is not None and rows.mask is not None
+    keep = torch.ones_like(x)
+    for row, (generator, tokens) in enumerate(zip(rows.generators, rows.mask.sum(1).tolist(), strict=True)):
+        draw = torch.rand(tokens, x.shape[-1], generator=generator) >= rate
+        keep[row, x.shape[1] - tokens :] = draw.to(x.dtype) / (1 - rate)
+    return keep
+

@@ -1,0 +1,143 @@
+"""The bank of user adapters: S slots, each holding one user's LoRAs on every adapted module.
+
+All parameters of a slot lie in one row of one buffer, so loading a user is one copy and an optimizer step over many
+users is a handful of vectorized operations. The modules see views: A (S, R, I) and B (S, O, R). Within a row, the
+tensors of one projection (say, all layers' gate_proj A) lie side by side, which is how they are stored on disk.
+Knows nothing about users: a slot is a number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+_LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of one module inside a slot's row."""
+
+    module: str
+    projection: str
+    down: bool
+    shape: tuple[int, int]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Numbers it takes up."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every module's A and B lie inside a row of `width` numbers."""
+
+    rank: int
+    pieces: tuple[Piece, ...]
+    width: int
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, int]], rank: int) -> Layout:
+        """Lay out LoRAs of `rank` for modules given as name -> (inputs, outputs)."""
+        kinds: dict[str, list[str]] = {}
+        for name, (inputs, outputs) in shapes.items():
+            pattern = _LAYER_NUMBER.sub(".*.", name, count=1)
+            same = [k for k in kinds if k.split("@")[0] == pattern and shapes[kinds[k][0]] == (inputs, outputs)]
+            key = same[0] if same else pattern if pattern not in kinds else f"{pattern}@{inputs}x{outputs}"
+            kinds.setdefault(key, []).append(name)
+        pieces, offset = [], 0
+        for projection, names in kinds.items():
+            for down in (True, False):
+                for name in names:
+                    inputs, outputs = shapes[name]
+                    shape = (rank, inputs) if down else (outputs, rank)
+                    pieces.append(Piece(name, projection, down, shape, offset))
+                    offset += pieces[-1].size
+        return cls(rank, tuple(pieces), offset)
+
+    def stacks(self) -> dict[str, tuple[int, tuple[int, int, int]]]:
+        """Return, per stored tensor "PROJECTION.A" or ".B", its offset in the row and its shape (layers, ...)."""
+        groups: dict[str, list[Piece]] = {}
+        for piece in self.pieces:
+            groups.setdefault(f"{piece.projection}.{'A' if piece.down else 'B'}", []).append(piece)
+        return {key: (group[0].offset, (len(group), *group[0].shape)) for key, group in groups.items()}
+
+    def unpack(self, row: Float[Tensor, "P"]) -> dict[str, Tensor]:
+        """Return views of a slot's row as the stacked tensors that are stored."""
+        return {key: row[at : at + _count(shape)].view(shape) for key, (at, shape) in self.stacks().items()}
+
+    def pack(self, tensors: Mapping[str, Tensor], row: Float[Tensor, "P"]) -> None:
+        """Copy stored tensors into a slot's row.
+
+        Raises:
+            ValueError: a tensor is missing, unknown or of another shape.
+        """
+        stacks = self.stacks()
+        if tensors.keys() != stacks.keys():
+            odd = sorted(tensors.keys() ^ stacks.keys())
+            raise ValueError(f"the adapter does not fit the model's modules: {', '.join(odd[:3])}")
+        for key, (at, shape) in stacks.items():
+            if tuple(tensors[key].shape) != shape:
+                raise ValueError(f"{key} has shape {tuple(tensors[key].shape)}, the model's is {shape}")
+            row[at : at + _count(shape)].copy_(tensors[key].reshape(-1))
+
+
+class AdapterBank:
+    """S slots of user adapters, fp32, with room for their gradients.
+
+    Attributes:
+        values: all slots' parameters (S, P).
+        gradients: all slots' gradients (S, P), or None for a bank that is only read.
+        down, up: per module, the A (S, R, I) and B (S, O, R) of all slots, views of `values`.
+    """
+
+    def __init__(
+        self, layout: Layout, slots: int, *, alpha: float, trainable: bool, device: torch.device | str = "cpu"
+    ) -> None:
+        self.layout, self.slots, self.scale = layout, slots, alpha / layout.rank
+        self.values = torch.zeros(slots, layout.width, device=device)
+        self.gradients = torch.zeros_like(self.values) if trainable else None
+        self.down: dict[str, nn.Parameter] = {}
+        self.up: dict[str, nn.Parameter] = {}
+        for piece in layout.pieces:
+            span = slice(piece.offset, piece.offset + piece.size)
+            view = nn.Parameter(self.values[:, span].unflatten(1, piece.shape), requires_grad=trainable)
+            if self.gradients is not None:
+                view.grad = self.gradients[:, span].unflatten(1, piece.shape)
+            (self.down if piece.down else self.up)[piece.module] = view
+
+    def fresh(self, slot: int, generator: torch.Generator) -> None:
+        """Give a slot start values drawn from `generator`: every A Kaiming-uniform, every B zero."""
+        row = self.values[slot].zero_()
+        for piece in self.layout.pieces:
+            if piece.down:
+                bound = piece.shape[1] ** -0.5
+                draw = torch.rand(piece.size, generator=generator) * (2 * bound) - bound
+                row[piece.offset : piece.offset + piece.size] = draw.to(row.device)
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Stop (or go on) collecting gradients."""
+        for view in (*self.down.values(), *self.up.values()):
+            view.requires_grad_(not frozen)
+
+    def lora(
+        self, module: str, x: Float[Tensor, "B T I"], slots: Int[Tensor, "B"]
+    ) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B T O"]]:
+        """Return A_u x and h_u = s_u B_u A_u x for each row's user; zeros for rows with slot -1."""
+        present = (slots >= 0).to(x.dtype)[:, None, None]
+        index = slots.clamp(min=0)
+        down = self.down[module][index].to(x.dtype)
+        up = self.up[module][index].to(x.dtype)
+        middle = torch.bmm(x, down.transpose(1, 2)) * present
+        return middle, torch.bmm(middle, up.transpose(1, 2)) * self.scale
+
+
+def _count(shape: Sequence[int]) -> int:
+    return shape[0] * shape[1] * shape[2]

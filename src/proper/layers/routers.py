@@ -1,0 +1,74 @@
+"""The two routers: which experts a token of a user gets.
+
+Each returns logits in fp32; the gates are their softmax. Knows nothing about the experts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+RouterForm = Literal["default", "released"]
+
+
+class UserAwareRouter(nn.Module):
+    """Stage 2: `w = softmax(W_x x + W_u e_u)`, per token.
+
+    With `form="released"` it is what the authors' code computes, `softmax(softmax(W_x x) + softmax(W_u e_u)) / E`:
+    no weight before the factor 1/E can pass e / (e + E - 1) ... e^2 / (e^2 + E - 1), .649 at E = 5.
+
+    Attributes:
+        token: W_x (E, I).
+        user: W_u (E, D).
+        span: which part of the embedding is this module's; all of it unless every module has its own table.
+    """
+
+    def __init__(
+        self, inputs: int, embedding: int, experts: int, *, form: RouterForm = "default", offset: int = 0
+    ) -> None:
+        super().__init__()
+        self.form, self.experts = form, experts
+        self.span = slice(offset, offset + embedding)
+        self.token = nn.Parameter(_uniform(experts, inputs))
+        self.user = nn.Parameter(_uniform(experts, embedding))
+
+    def scores(self, x: Float[Tensor, "B T I"], embedding: Float[Tensor, "B D"]) -> Float[Tensor, "B T E"]:
+        """Return the logits whose softmax are the gates, fp32."""
+        by_token = functional.linear(x, self.token.to(x.dtype)).float()
+        by_user = functional.linear(embedding[:, self.span].float(), self.user).unsqueeze(1)
+        if self.form == "released":
+            return by_token.softmax(-1) + by_user.softmax(-1)
+        return by_token + by_user
+
+    def gates(self, scores: Float[Tensor, "B T E"]) -> Float[Tensor, "B T E"]:
+        """Return the gates, fp32; they sum to 1, or to 1/E in the released form."""
+        gates = scores.softmax(-1)
+        return gates / self.experts if self.form == "released" else gates
+
+
+class LoraAwareRouter(nn.Module):
+    """Stage 3b: `softmax(W_r h_u)`, or `softmax(logits of stage 2 + W_r h_u)`, with h_u = s_u B_u A_u x.
+
+    `W_r h_u = (s_u W_r B_u)(A_u x)`: with the small matrices M_u = s_u W_r B_u (E, R) a token costs E*R.
+
+    Attributes:
+        weight: W_r (E, O), zero at the start, shared by all users.
+    """
+
+    def __init__(self, outputs: int, experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(experts, outputs))
+
+    def matrices(self, up: Float[Tensor, "S O R"], scale: float) -> Float[Tensor, "S E R"]:
+        """Return M_u for every slot, fp32."""
+        return scale * torch.einsum("eo,sor->ser", self.weight, up.float())
+
+
+def _uniform(rows: int, columns: int) -> Tensor:
+    bound = 1 / math.sqrt(columns)
+    return torch.empty(rows, columns).uniform_(-bound, bound)

@@ -1,0 +1,96 @@
+"""Who owns each row of the batch in hand: the one object through which every adapted layer learns it.
+
+A model has one `Routing`; all its adapted layers hold it. Whoever runs the model sets it just before the forward pass.
+Knows nothing about user ids, models or tokens: rows are numbers, embeddings are vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Mode = Literal["off", "groups", "fit", "users"]
+"""off: the backbone alone; groups: experts (stage 2); fit: + user LoRA (3a); users: + LoRA-aware router (3b)."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the layers need to know about the B rows of one batch.
+
+    Attributes:
+        mode: which of the stages' layers take part.
+        embedding: e_u of each row's user (B, D); None where no mixture is used.
+        slots: each row's slot in the adapter bank (B,); -1 for a row without an adapter. None: no row has one.
+        users: which distinct user each row belongs to, counted from 0 within the batch (B,); only for recording.
+        mask: the tokens (B, T) over which gates are averaged; None switches recording off.
+        generators: one per row, from which dropout of user adapters is drawn; None switches that dropout off.
+    """
+
+    mode: Mode = "off"
+    embedding: Float[Tensor, "B D"] | None = None
+    slots: Int[Tensor, "B"] | None = None
+    users: Int[Tensor, "B"] | None = None
+    mask: Bool[Tensor, "B T"] | None = None
+    generators: tuple[torch.Generator, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of rows; 0 where nothing depends on rows."""
+        for tensor in (self.embedding, self.slots):
+            if tensor is not None:
+                return int(tensor.shape[0])
+        return 0
+
+    def repeat(self, times: int) -> Rows:
+        """Each row `times` times in a row, as `DynamicCache.batch_repeat_interleave` does with the cache."""
+
+        def spread(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.repeat_interleave(times, dim=0)
+
+        return replace(self, embedding=spread(self.embedding), slots=spread(self.slots), users=None, mask=None)
+
+
+@dataclass
+class Routing:
+    """The rows in hand, and what the layers saw of them.
+
+    Attributes:
+        rows: set by `use`, read by every adapted layer.
+        gates: mean gates (U, E) per module of the batch's users, recorded where `rows.mask` is set.
+    """
+
+    rows: Rows = field(default_factory=Rows)
+    gates: dict[str, Float[Tensor, "U E"]] = field(default_factory=dict)
+
+    @contextmanager
+    def use(self, rows: Rows) -> Iterator[Routing]:
+        """Let the layers work for `rows` inside the block; afterwards they are switched off again."""
+        before, self.rows, self.gates = self.rows, rows, {}
+        try:
+            yield self
+        finally:
+            self.rows = before
+
+    def record(self, name: str, gates: Float[Tensor, "B T E"]) -> None:
+        """Keep each user's mean gates in module `name`: the mean over their tokens in the mask.
+
+        The first call for a module counts: gradient checkpointing runs a layer once more in the backward pass.
+        """
+        rows = self.rows
+        if rows.mask is None or rows.users is None or name in self.gates:
+            return
+        mask = rows.mask.to(gates.dtype).unsqueeze(-1)
+        users = int(rows.users.max()) + 1
+        sums = gates.new_zeros(users, gates.shape[-1]).index_add(0, rows.users, (gates * mask).sum(1))
+        counts = gates.new_zeros(users, 1).index_add(0, rows.users, mask.sum(1))
+        self.gates[name] = sums / counts.clamp(min=1)
+
+    def stacked(self) -> Float[Tensor, "M U E"]:
+        """The recorded mean gates of all modules, in the order in which they ran."""
+        return torch.stack(list(self.gates.values()))

@@ -1,0 +1,172 @@
+"""A backbone with the method's layers put in: experts and their routers, a bank of user adapters, the LoRA-aware router.
+
+Everything that belongs to the rows of a batch goes through `ProperModel.routing`. Knows nothing about users' names,
+files or training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from proper.config import GroupsConfig, UsersConfig
+from proper.data.batching import Batch
+from proper.layers.adapted import AdaptedLinear
+from proper.layers.bank import AdapterBank, Layout
+from proper.layers.mixture import Experts
+from proper.layers.routers import LoraAwareRouter, UserAwareRouter
+from proper.layers.routing import Routing, Rows
+from proper.models.backbone import Backbone
+from proper.models.targets import find_targets
+
+
+class ProperModel:
+    """A frozen backbone and what is added to it.
+
+    Attributes:
+        backbone: the model and its tokenizer; its adapted modules are replaced in place.
+        routing: who owns the rows in hand; shared by all layers.
+        layers: the adapted layers by module name.
+        embedding_size: numbers in one user's embedding (D, or the sum of all inputs with per-module tables).
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.routing = Routing()
+        self.layers: dict[str, AdaptedLinear] = {}
+        self.embedding_size = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return self.backbone.device
+
+    def add_experts(self, config: GroupsConfig, seed: int) -> None:
+        """Adapt the target modules with fresh experts and user-aware routers, drawn from `seed`."""
+        shapes = find_targets(self.backbone.model, config.target_modules)
+        per_module = config.embedding == "per-module"
+        self.embedding_size = sum(i for i, _ in shapes.values()) if per_module else config.user_embedding
+        offset = 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for name, (inputs, outputs) in shapes.items():
+                layer = AdaptedLinear(name, self._module(name), inputs, outputs, self.routing)
+                layer.experts = Experts(
+                    inputs,
+                    outputs,
+                    experts=config.experts,
+                    rank=config.rank,
+                    alpha=config.alpha,
+                    dropout=config.dropout,
+                )
+                width = inputs if per_module else config.user_embedding
+                layer.router = UserAwareRouter(inputs, width, config.experts, form=config.router, offset=offset)
+                offset += width if per_module else 0
+                layer.experts.to(self.device)
+                layer.router.to(self.device)
+                self._put(name, layer)
+        self.train(False)
+
+    def add_lora_router(self, config: UsersConfig) -> None:
+        """Add the router of stage 3b, zero at the start; `router: none` adds nothing."""
+        for layer in self.layers.values():
+            layer.residual = config.router == "residual"
+            layer.lora_router = None
+            if config.router != "none" and layer.experts is not None:
+                layer.lora_router = LoraAwareRouter(layer.outputs, layer.experts.experts).to(self.device)
+
+    def add_plain_targets(self, config: UsersConfig, target_modules: str | list[str]) -> None:
+        """Adapt modules for user adapters alone, without experts."""
+        for name, (inputs, outputs) in find_targets(self.backbone.model, target_modules).items():
+            self._put(name, AdaptedLinear(name, self._module(name), inputs, outputs, self.routing))
+
+    def layout(self, rank: int) -> Layout:
+        """Return how one user's adapter lies in memory."""
+        return Layout.of({name: (layer.inputs, layer.outputs) for name, layer in self.layers.items()}, rank)
+
+    def use_bank(self, bank: AdapterBank | None, dropout: float = 0.0) -> None:
+        """Let all layers read user adapters from `bank`."""
+        for layer in self.layers.values():
+            layer.bank, layer.user_dropout = bank, dropout
+
+    def group_parameters(self) -> dict[str, nn.Parameter]:
+        """Return experts and user-aware routers as MODULE.{down,up,token,user}."""
+        found: dict[str, nn.Parameter] = {}
+        for name, layer in self.layers.items():
+            if layer.experts is not None and layer.router is not None:
+                found |= {f"{name}.down": layer.experts.down, f"{name}.up": layer.experts.up}
+                found |= {f"{name}.token": layer.router.token, f"{name}.user": layer.router.user}
+        return found
+
+    def router_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the LoRA-aware routers' W_r by module name."""
+        pairs = ((name, layer.lora_router) for name, layer in self.layers.items())
+        return {name: router.weight for name, router in pairs if router is not None}
+
+    def train(self, on: bool) -> None:
+        """Switch the experts' dropout on or off; the backbone always runs in evaluation mode."""
+        for layer in self.layers.values():
+            if layer.experts is not None:
+                layer.experts.train(on)
+
+    def answer_logits(self, batch: Batch, rows: Rows) -> Float[Tensor, "B A V"]:
+        """Return the logits that predict the last A tokens of each row, in the compute type."""
+        with self.routing.use(rows):
+            return answer_logits(self.backbone.model, batch)
+
+    def _module(self, name: str) -> nn.Module:
+        module = self.backbone.model.get_submodule(name)
+        return module.base if isinstance(module, AdaptedLinear) else module
+
+    def _put(self, name: str, layer: AdaptedLinear) -> None:
+        parent, _, leaf = name.rpartition(".")
+        setattr(self.backbone.model.get_submodule(parent), leaf, layer)
+        self.layers[name] = layer
+
+
+def answer_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "B A V"]:
+    """Return the logits that predict the last A tokens of each row; no others are computed."""
+    length, answer = batch.input_ids.shape[1], batch.labels.shape[1]
+    # Given as indices, not as a number: a slice would reach the LM head as a strided view, which torch multiplies row
+    # by row with copies of the whole head.
+    wanted = torch.arange(length - answer - 1, length - 1, device=batch.input_ids.device)
+    logits: Tensor = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=wanted,
+        use_cache=False,
+    ).logits
+    return logits
+
+
+def answer_loss(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+    """Return each row's summed answer loss in nats (fp32) and its number of answer tokens."""
+    losses = nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+    ).view(labels.shape)
+    return losses.sum(1), (labels != -100).sum(1).float()
+
+
+@contextmanager
+def gradient_checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
+    """Keep no activations inside the block; they are computed again in the backward pass."""
+    if not on:
+        yield
+        return
+    training = {name for name, module in model.named_modules() if module.training}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    # transformers checkpoints only modules that believe they are training.
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.training = True
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()  # type: ignore[operator]
+        for name, module in model.named_modules():
+            module.training = name in training

@@ -1,0 +1,182 @@
+"""A few instructive queries, answered by the population, group and user model side by side.
+
+Chosen by rule, not by eye: wins and losses of both steps in turn, the clearest first, one user at most once as long
+as there are others. Two passes over the predictions, so memory holds scores, never all texts.
+Knows nothing about HTML.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from proper.reports.reading import count, number, read_lines
+
+STAGES = ("population", "groups", "users")
+WHY = {
+    ("users", 1): "The user model wins",
+    ("users", -1): "The user model loses",
+    ("groups", 1): "The group model wins",
+    ("groups", -1): "The group model loses",
+    ("any", 0): "Different words, same score",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one method said; `score` is higher where better."""
+
+    method: str
+    text: str
+    score: float
+    verdict: str
+    loss: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One query with the answers of the stages, in the order of the ladder."""
+
+    id: str
+    user: str
+    why: str
+    prompt: str
+    target: str
+    history: int | None
+    tier: str
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    user: str
+    scores: tuple[float, ...]
+    texts: tuple[str, ...]  # digests of the predictions: equal or not is all that the choice needs
+
+
+def choose_examples(folder: Path, kind: str, wanted: int) -> list[Example] | None:
+    """Return at most `wanted` examples, or None where fewer than two stages left predictions."""
+    paths = {method: folder / "predictions" / f"{method}.jsonl" for method in STAGES}
+    methods = [method for method in STAGES if paths[method].is_file()]
+    if len(methods) < 2:
+        return None
+    scored = _score_all([paths[method] for method in methods], kind)
+    chosen = _choose(scored, methods, wanted)
+    return _read_texts(chosen, methods, paths, kind)
+
+
+def score(kind: str, target: str, prediction: str) -> float:
+    """Return how good one answer is: 1 or 0 for a label, minus the error for a rating, word overlap (F1) for text."""
+    if kind == "rating":
+        right, said = _as_number(target), _as_number(prediction)
+        return -9.0 if right is None or said is None else -abs(right - said)
+    if kind == "generation":
+        return _overlap(target, prediction)
+    return float(target.strip() == prediction.strip())
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        return number(float(text.strip()))
+    except ValueError:
+        return None
+
+
+def _overlap(target: str, prediction: str) -> float:
+    right, said = (Counter(re.findall(r"\w+", text.casefold())) for text in (target, prediction))
+    shared = (right & said).total()
+    return 2 * shared / (right.total() + said.total()) if shared else 0.0
+
+
+def _verdict(kind: str, value: float) -> str:
+    if kind == "rating":
+        return "right" if value == 0 else "not a rating" if value == -9 else f"off by {-value:g}"
+    return f"overlap {value:.2f}" if kind == "generation" else ("right" if value == 1 else "wrong")
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+
+
+def _score_all(paths: Sequence[Path], kind: str) -> dict[str, _Scored]:
+    """Return the queries that every file answers; the first line of an id counts (later ones are other seeds)."""
+    scored: dict[str, _Scored] = {}
+    for done, path in enumerate(paths):
+        for row in read_lines(path):
+            name, text = str(row.get("id")), _text(row, "prediction")
+            known = scored.get(name, _Scored(_text(row, "user"), (), ()))
+            if len(known.scores) == done:
+                value = score(kind, _text(row, "target"), text)
+                scored[name] = replace(known, scores=(*known.scores, value), texts=(*known.texts, _digest(text)))
+    return {name: row for name, row in scored.items() if len(row.scores) == len(paths)}
+
+
+def _choose(scored: dict[str, _Scored], methods: Sequence[str], wanted: int) -> list[tuple[str, str]]:
+    """Return (id, why), taking from the wins and losses of each step in turn."""
+    queues: dict[tuple[str, int], list[tuple[float, str, str]]] = {key: [] for key in WHY}
+    for name, row in scored.items():
+        if len(set(row.texts)) == 1:
+            continue
+        changed = False
+        for (old, new), method in zip(pairwise(row.scores), methods[1:], strict=True):
+            if new != old:
+                queues[method, 1 if new > old else -1].append((-abs(new - old), _digest(name), name))
+                changed = True
+        if not changed:
+            queues["any", 0].append((0.0, _digest(name), name))
+    for queue in queues.values():
+        queue.sort(reverse=True)
+    return _take_in_turn(queues, scored, wanted)
+
+
+def _take_in_turn(
+    queues: dict[tuple[str, int], list[tuple[float, str, str]]], scored: dict[str, _Scored], wanted: int
+) -> list[tuple[str, str]]:
+    chosen: dict[str, str] = {}
+    for may_repeat in (False, True):
+        seen = {scored[name].user for name in chosen}
+        left = {key: list(queue) for key, queue in queues.items()}
+        while len(chosen) < wanted and any(left.values()):
+            for key, queue in left.items():
+                while queue and len(chosen) < wanted:
+                    name = queue.pop()[2]
+                    if name not in chosen and (may_repeat or scored[name].user not in seen):
+                        chosen[name] = WHY[key]
+                        seen.add(scored[name].user)
+                        break
+    return list(chosen.items())
+
+
+def _read_texts(
+    chosen: Sequence[tuple[str, str]], methods: Sequence[str], paths: dict[str, Path], kind: str
+) -> list[Example]:
+    reasons = dict(chosen)
+    examples: dict[str, Example] = {}
+    for done, method in enumerate(methods):
+        for row in read_lines(paths[method]):
+            name = str(row.get("id"))
+            if name not in reasons:
+                continue
+            example = examples.get(name) or _new_example(name, reasons[name], row)
+            if len(example.answers) == done:
+                value = score(kind, _text(row, "target"), _text(row, "prediction"))
+                loss = number(row.get("loss"))
+                answer = Answer(method, _text(row, "prediction"), value, _verdict(kind, value), loss)
+                examples[name] = replace(example, answers=(*example.answers, answer), tier=_text(row, "tier"))
+    return [examples[name] for name, _ in chosen]
+
+
+def _new_example(name: str, why: str, row: dict[str, Any]) -> Example:
+    user, prompt, target = _text(row, "user"), _text(row, "prompt"), _text(row, "target")
+    return Example(name, user, why, prompt, target, count(row.get("history")), _text(row, "tier"), ())
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    return "" if value is None else str(value)

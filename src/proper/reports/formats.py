@@ -1,0 +1,121 @@
+"""Numbers and names as a reader sees them. Knows nothing about what they say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+NO_BREAK = "\u00a0"  # a space that no line is broken at
+METHODS = {
+    "base": "Backbone",
+    "population": "Population",
+    "groups": "Groups",
+    "users": "Users",
+    "end-to-end": "End to end",
+    "oppu": "OPPU",
+    "rag": "RAG",
+    "pag": "PAG",
+    "groups-no-constraint": "Groups, no constraint",
+    "users-no-router": "Users, no LoRA-aware router",
+    "static-export": "Static export",
+    "population-more": "Population, more training",
+    "groups-shared-e": "Groups, one shared embedding",
+    "swapped": "Swapped users (control)",
+}
+METRICS = {
+    "accuracy": "accuracy",
+    "f1_macro": "macro F1",
+    "mae": "mean absolute error",
+    "rmse": "root mean squared error",
+    "rouge1": "ROUGE-1",
+    "rougeL": "ROUGE-L",
+    "loss": "answer loss",
+}
+
+
+def method_name(method: str) -> str:
+    """Return a method's name as a reader sees it."""
+    return METHODS.get(method, method)
+
+
+def metric_name(metric: str) -> str:
+    """Return a metric's name as a reader sees it."""
+    return METRICS.get(metric, metric)
+
+
+def plain(value: float | None, digits: int = 3) -> str:
+    """Return a number with `digits` decimals, fewer for large ones, or a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    decimals = digits if size < 10 else max(0, digits - 2) if size < 1000 else 0
+    text = f"{value:,.{decimals}f}"
+    return text.replace("-", "") if float(text.replace(",", "")) == 0 else text.replace("-", "−")
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """Return a number with its sign always shown."""
+    text = plain(value, digits)
+    return f"+{text}" if value is not None and value > 0 else text
+
+
+def percent(share: float | None, digits: int = 1, sign: bool = False) -> str:
+    """Return a share as a percentage."""
+    if share is None:
+        return "–"
+    text = f"{abs(share) * 100:.{digits}f}"
+    if float(text) == 0:
+        return f"{text}{NO_BREAK}%"
+    return f"{'−' if share < 0 else '+' if sign else ''}{text}{NO_BREAK}%"
+
+
+def p_text(p: float | None) -> str:
+    """Return a p value the usual way: `p = .012`, `p < .001`."""
+    if p is None:
+        return "p not available"
+    text = "p < .001" if p < 0.001 else "p = 1" if p >= 0.9995 else f"p = {p:.3f}".replace("0.", ".")
+    return text.replace(" ", NO_BREAK)
+
+
+def span(pair: tuple[float, float] | None, sign: bool = False) -> str:
+    """Return an interval as `[low, high]`."""
+    show = signed if sign else plain
+    return "–" if pair is None else f"[{show(pair[0])}, {show(pair[1])}]"
+
+
+def size(amount: float | None) -> str:
+    """Return bytes in the unit a person would choose (powers of 1000)."""
+    if amount is None:
+        return "–"
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "bytes" else f"{amount:.3g} {unit}"
+        amount /= 1000
+    return f"{amount:.3g} TB"
+
+
+def duration(seconds: float | None) -> str:
+    """Return seconds as a person would say them."""
+    if seconds is None:
+        return "–"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    return (
+        f"{seconds:.3g} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def plural(amount: int, noun: str) -> str:
+    """Return `1 user`, `2 users`, `2 queries`."""
+    many = noun[:-1] + "ies" if noun.endswith("ry") else noun + "s"
+    return f"{amount:,} {noun if amount == 1 else many}"
+
+
+def mean_text(values: Sequence[float]) -> str:
+    """Return the mean with its sign, or a dash for no values."""
+    return signed(fmean(values)) if values else "–"

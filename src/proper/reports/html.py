@@ -1,0 +1,136 @@
+"""The report: one HTML file that holds everything it shows and opens offline.
+
+Gathers words, tables, figures and examples for the template, which does the layout. Never loads a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from proper.files import write_text
+from proper.reports import figures, formats, svg, tables, words
+from proper.reports.curves import curves
+from proper.reports.examples import choose_examples
+from proper.reports.load import RunFiles, load_run
+from proper.reports.reading import mapping, number
+
+
+def write_report(folder: Path) -> Path:
+    """Turn the files of a run folder into `report.html` beside them, atomically, and return its path.
+
+    Only `results.json` is needed; a section whose file or key is missing says so.
+
+    Raises:
+        RunFolderError: results.json is missing, or a file that is there is not JSON; names file and line.
+        ProperError: the report cannot be written.
+    """
+    run = load_run(folder)
+    environment = Environment(
+        loader=PackageLoader("proper.reports", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(gather(run))
+    path = folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def gather(run: RunFiles) -> dict[str, Any]:
+    """Return what the template shows, section by section."""
+    summary, steps = words.headline(run)
+    kind = str(run.part("task").get("kind") or "")
+    routing, truth, tiers = run.part("routing"), run.part("truth"), run.part("tiers")
+    return {
+        "title": _title(run, kind),
+        "summary": summary,
+        "steps": steps,
+        "tiles": _tiles(run),
+        "ladders": _ladders(run),
+        "metrics": tables.metrics(run),
+        "comparisons": tables.comparisons(run),
+        "slices": tables.slices(run),
+        "curves": curves(run.curves),
+        "heat": figures.heat(run.routed),
+        "maps": figures.maps(run.routed),
+        "routing": words.routing_story(routing),
+        "gains": _gains(run),
+        "examples": choose_examples(run.folder, kind, run.examples),
+        "method_name": formats.method_name,
+        "signatures": _sentences(run.results.get("signatures")),
+        "cost": tables.cost(run),
+        "cost_words": words.cost_story(run.rows("cost")),
+        "tiers": tables.tiers(tiers) if tiers else None,
+        "key": svg.key,
+        "truth": words.truth_story(truth),
+        "truth_shares": _shares(truth),
+        "truth_table": tables.truth(truth),
+        "facts": tables.facts(run),
+        "shapes": svg.shapes(),
+    }
+
+
+def _title(run: RunFiles, kind: str) -> str:
+    task, backbone = run.part("task").get("name") or kind or run.folder.name, run.part("run").get("backbone")
+    return f"{task} on {Path(str(backbone)).name}" if backbone else str(task)
+
+
+def _tiles(run: RunFiles) -> list[tuple[str, str]]:
+    """Return the few numbers that place the result: main metric by stage, users and queries."""
+    rows = words.primary_metrics(run) if run.metrics else []
+    tiles = []
+    for task in dict.fromkeys(row.task for row in rows):
+        values = {row.method: formats.plain(row.value) for row in rows if row.task == task}
+        stages = [values[method] for method in ("population", "groups", "users") if method in values]
+        name = next(row.metric for row in rows if row.task == task)
+        tiles.append((formats.metric_name(name), " → ".join(stages or values.values())))
+    task_facts = run.part("task")
+    for name, key in (("target users", "target_users"), ("held-out queries", "queries")):
+        if (amount := task_facts.get(key)) is not None:
+            tiles.append((name, f"{amount:,}" if isinstance(amount, int) else str(amount)))
+    return tiles
+
+
+def _ladders(run: RunFiles) -> list[figures.Figure]:
+    if not run.metrics:
+        return []
+    rows = words.primary_metrics(run)
+    drawn = []
+    for task in dict.fromkeys(row.task for row in rows):
+        steps = {("groups", "population"), ("users", "groups"), ("population", "base")}
+        changes = {
+            row.method: words.change_text(row, run)
+            for row in run.comparisons
+            if row.task == task and (row.method, row.against) in steps and row.metric in {one.metric for one in rows}
+        }
+        figure = figures.ladder([row for row in rows if row.task == task], changes)
+        drawn += [figure] if figure else []
+    return drawn
+
+
+def _gains(run: RunFiles) -> list[dict[str, Any]]:
+    found = []
+    for step in ("users", "groups"):
+        figure = figures.gains(run.gains, step, run.gain_metric)
+        if figure:
+            story, table = words.gain_story(run.gains, step), tables.who_gained(run.gains, step)
+            found.append({"figure": figure, "story": story, "table": table})
+    return found
+
+
+def _sentences(value: Any) -> list[str] | None:
+    return [str(one) for one in value] if isinstance(value, list) else None
+
+
+def _shares(truth: dict[str, Any]) -> Sequence[tuple[str, str, float]]:
+    """Return (step in words, share as text, share held between 0 and 1) of the gain that the truth allows."""
+    won = mapping(truth.get("won"))
+    steps = (("groups", "Population → Groups"), ("users", "Groups → Users"))
+    known = [(name, share) for step, name in steps if (share := number(won.get(step))) is not None]
+    return [(name, formats.percent(share, 0), min(1.0, max(0.0, share))) for name, share in known]

@@ -1,0 +1,238 @@
+"""A run folder's files as plain values: what is missing is None or empty, what is not finite is None.
+
+Knows nothing about words, figures or HTML, and never loads a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from proper.errors import RunFolderError
+from proper.reports.reading import count, interval, mapping, number, objects, read_lines, read_object
+
+LADDER = ("base", "population", "groups", "users")
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of `metrics`: a method's score. `interval` is the 95 % interval of `value` over users."""
+
+    task: str
+    method: str
+    metric: str
+    value: float
+    value_users: float | None
+    interval: tuple[float, float] | None
+    users: int | None
+    queries: int | None
+    seeds: int | None
+    higher_is_better: bool
+    primary: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One row of `comparisons`: `method` minus `against`. `relative` is positive where `method` is better."""
+
+    task: str
+    method: str
+    against: str
+    metric: str
+    difference: float
+    relative: float | None
+    interval: tuple[float, float] | None
+    p_value: float | None
+    p_adjusted: float | None
+    family: str
+    test: str
+    primary: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One optimizer step; `loss` in nats per answer token, `penalty` the constraint loss times its weight."""
+
+    seed: int
+    step: int
+    loss: float
+    epoch: float | None
+    learning_rate: float | None
+    constraint: float | None
+    penalty: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedUser:
+    """How one user is routed: mean gates over experts, and a place on the two-dimensional map of embeddings."""
+
+    user: str
+    history: int | None
+    gates: tuple[float, ...]
+    main: int
+    place: tuple[float, float] | None
+    group: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class UserGain:
+    """One target user's gains, positive where the later stage is better."""
+
+    user: str
+    history: int
+    queries: int | None
+    tier: str
+    gain_groups: float | None
+    gain_users: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """All that a report shows, except the examples, which are read in two passes from `folder`."""
+
+    folder: Path
+    results: Mapping[str, Any]
+    metrics: list[Metric]
+    comparisons: list[Comparison]
+    curves: dict[str, list[Point]]
+    routed: list[RoutedUser]
+    gains: list[UserGain]
+    gain_metric: str
+    examples: int
+
+    def part(self, key: str) -> dict[str, Any]:
+        """Return the mapping `key` of results.json, empty where it is absent."""
+        return mapping(self.results.get(key))
+
+    def rows(self, key: str) -> list[dict[str, Any]]:
+        """Return the list of objects `key` of results.json, empty where it is absent."""
+        return objects(self.results.get(key))
+
+
+def load_run(folder: Path) -> RunFiles:
+    """Read a run folder.
+
+    Raises:
+        RunFolderError: results.json is missing, or a file that is there is not JSON; names file and line.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        raise RunFolderError(f"{path}: no such file; 'proper evaluate {folder}' makes it once the stages are trained")
+    results = read_object(path)
+    users = read_object(folder / "users.json")
+    rows = [row for row in map(_metric, objects(results.get("metrics"))) if row]
+    higher = users.get("higher_is_better") is not False
+    return RunFiles(
+        folder=folder,
+        results=results,
+        metrics=rows,
+        comparisons=[row for row in map(_comparison, objects(results.get("comparisons"))) if row],
+        curves=_curves(folder / "metrics.jsonl"),
+        routed=[row for row in map(_routed, objects(read_object(folder / "routing.json").get("users"))) if row],
+        gains=[_gain(row, higher) for row in objects(users.get("users"))],
+        gain_metric=str(users.get("metric") or ""),
+        examples=_wanted_examples(folder / "config.yaml"),
+    )
+
+
+def _metric(row: dict[str, Any]) -> Metric | None:
+    value = number(row.get("value"))
+    if value is None:
+        return None
+    return Metric(
+        task=str(row.get("task") or ""),
+        method=str(row.get("method")),
+        metric=str(row.get("metric")),
+        value=value,
+        value_users=number(row.get("value_users")),
+        interval=interval(row.get("ci95")),
+        users=count(row.get("users")),
+        queries=count(row.get("queries")),
+        seeds=count(row.get("seeds")),
+        higher_is_better=row.get("higher_is_better") is not False,
+        primary=bool(row.get("primary")),
+    )
+
+
+def _comparison(row: dict[str, Any]) -> Comparison | None:
+    difference = number(row.get("difference"))
+    if difference is None:
+        return None
+    return Comparison(
+        task=str(row.get("task") or ""),
+        method=str(row.get("method")),
+        against=str(row.get("against")),
+        metric=str(row.get("metric")),
+        difference=difference,
+        relative=number(row.get("relative")),
+        interval=interval(row.get("ci95")),
+        p_value=number(row.get("p_value")),
+        p_adjusted=number(row.get("p_adjusted")),
+        family=str(row.get("family") or ""),
+        test=str(row.get("test") or ""),
+        primary=bool(row.get("primary")),
+    )
+
+
+def _curves(path: Path) -> dict[str, list[Point]]:
+    """Return points by stage, or by phase where a stage has several (`users: trial`), in order of seed and step.
+
+    A step done twice (after a resume) counts once, the later time.
+    """
+    stages: dict[str, dict[tuple[int, int], Point]] = {}
+    for row in read_lines(path):
+        step, loss, seed = count(row.get("step")), number(row.get("loss")), count(row.get("seed")) or 0
+        if step is None or loss is None or not isinstance(row.get("stage"), str):
+            continue
+        phase = row.get("phase")
+        name = row["stage"] if not isinstance(phase, str) else f"{row['stage']}: {phase.rpartition(': ')[2]}"
+        facts = (number(row.get(key)) for key in ("epoch", "learning_rate", "constraint", "penalty"))
+        stages.setdefault(name, {})[seed, step] = Point(seed, step, loss, *facts)
+    return {stage: [points[key] for key in sorted(points)] for stage, points in stages.items()}
+
+
+def _routed(row: dict[str, Any]) -> RoutedUser | None:
+    raw = row.get("gates")
+    gates = tuple(number(gate) or 0.0 for gate in raw) if isinstance(raw, list) else ()
+    if not gates:
+        return None
+    main = count(row.get("main"))
+    if main is None or not 0 <= main < len(gates):
+        main = max(range(len(gates)), key=gates.__getitem__)
+    x, y = number(row.get("x")), number(row.get("y"))
+    place = None if x is None or y is None else (x, y)
+    return RoutedUser(str(row.get("user")), count(row.get("history")), gates, main, place, count(row.get("group")))
+
+
+def _gain(row: dict[str, Any], higher_is_better: bool) -> UserGain:
+    raw = row.get("values")
+    values = raw if isinstance(raw, dict) else {}
+
+    def gain(key: str, method: str, against: str) -> float | None:
+        said, new, old = number(row.get(key)), number(values.get(method)), number(values.get(against))
+        if said is not None or new is None or old is None:
+            return said
+        return new - old if higher_is_better else old - new
+
+    return UserGain(
+        user=str(row.get("user")),
+        history=count(row.get("history")) or 0,
+        queries=count(row.get("queries")),
+        tier=str(row.get("tier") or "unknown"),
+        gain_groups=gain("gain_groups", "groups", "population"),
+        gain_users=gain("gain_users", "users", "groups"),
+    )
+
+
+def _wanted_examples(path: Path, default: int = 8) -> int:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except yaml.YAMLError as error:
+        raise RunFolderError(f"{path}: not readable as YAML") from error
+    section = config.get("evaluation") if isinstance(config, dict) else None
+    wanted = count(section.get("examples")) if isinstance(section, dict) else None
+    return default if wanted is None else max(0, wanted)

@@ -1,0 +1,202 @@
+"""The tables of a report as plain cells. Knows nothing about HTML beyond which cells are numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from proper.reports.figures import mini
+from proper.reports.formats import (
+    NO_BREAK,
+    duration,
+    mean_text,
+    method_name,
+    metric_name,
+    p_text,
+    percent,
+    plain,
+    plural,
+    signed,
+    size,
+    span,
+)
+from proper.reports.load import LADDER, Metric, RunFiles, UserGain
+from proper.reports.reading import count, interval, mapping, number
+from proper.reports.words import gain_of, is_higher_better, judged_word, outcome, primary_metrics
+
+COUNTS = ("users", "queries", "seeds")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A head and rows of text; `text` names the columns that are not numbers, `notes` what a row needs said."""
+
+    head: list[str]
+    rows: list[list[str]]
+    text: frozenset[int] = field(default_factory=lambda: frozenset({0}))
+    note: str = ""
+
+
+def metrics(run: RunFiles) -> Table | None:
+    """Return every method's score, the main metric first, with a small drawing of its interval."""
+    several = len({row.task for row in run.metrics}) > 1
+    groups: dict[tuple[str, str], list[Metric]] = {}
+    for row in sorted(run.metrics, key=lambda row: not row.primary):
+        groups.setdefault((row.task, row.metric), []).append(row)
+    lines = []
+    for (task, name), rows in groups.items():
+        rows.sort(key=lambda row: LADDER.index(row.method) if row.method in LADDER else len(LADDER))
+        arrow = "↑" if rows[0].higher_is_better else "↓"
+        title = f"{f'{task}: ' if several else ''}{metric_name(name)} {arrow}"
+        for index, row in enumerate(rows):
+            cells = [plain(row.value), span(row.interval), mini(row, rows), plain(row.value_users)]
+            lines.append(["" if index else title, method_name(row.method), *cells, *_counts(row)])
+    head = ["metric", "method", "over queries", "95 % interval", "", "mean of users", *COUNTS]
+    note = "↑ higher is better, ↓ lower is better. The small drawings of one metric share one range."
+    note += " Answer loss is in nats per token." if any(row.metric == "loss" for row in run.metrics) else ""
+    alike = {tuple(line[-3:]) for line in lines}
+    if len(alike) == 1:
+        head, lines = head[:-3], [line[:-3] for line in lines]
+        note += f" All over {', '.join(f'{n} {name}' for n, name in zip(alike.pop(), COUNTS, strict=True))}."
+    return Table(head, lines, frozenset({0, 1, 4}), note) if lines else None
+
+
+def _counts(row: Metric) -> list[str]:
+    return [_whole(row.users), _whole(row.queries), _whole(row.seeds)]
+
+
+def comparisons(run: RunFiles) -> Table | None:
+    """Return every paired comparison with its verdict at p < .05, adjusted where a family was."""
+    lines = []
+    for row in sorted(run.comparisons, key=lambda row: not row.primary):
+        judged = judged_word(outcome(row, is_higher_better(run, row.metric)))
+        step = f"{method_name(row.method)} − {method_name(row.against)}"
+        values = [signed(row.difference), span(row.interval, sign=True), percent(row.relative, sign=True)]
+        tests = [_p_cell(row.p_value), _p_cell(row.p_adjusted)]
+        lines.append([step, metric_name(row.metric), *values, *tests, judged])
+    tests_named = sorted({row.test for row in run.comparisons if row.test})
+    note = "Relative change is positive where the first method is better, also for errors."
+    note += f" Test: {', '.join(tests_named)}." if tests_named else ""
+    head = ["comparison", "metric", "difference", "95 % interval", "relative", "p", "p adjusted", "verdict"]
+    return Table(head, lines, frozenset({0, 1, 7}), note) if lines else None
+
+
+def _p_cell(p: float | None) -> str:
+    return "–" if p is None else p_text(p).removeprefix(f"p{NO_BREAK}").removeprefix(f"={NO_BREAK}")
+
+
+def slices(run: RunFiles) -> Table | None:
+    """Return the main metric of parts of the users, such as those with short histories, one column a method."""
+    rows = [row for row in run.rows("slices") if number(row.get("value")) is not None]
+    wanted = {row.metric for row in primary_metrics(run)} & {row.get("metric") for row in rows}
+    rows = [row for row in rows if row.get("metric") in wanted or not wanted]
+    methods = list(dict.fromkeys(str(row.get("method")) for row in rows))
+    parts: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        parts.setdefault(str(row.get("slice")), {})[str(row.get("method"))] = row
+    lines = []
+    for name, by_method in parts.items():
+        first = next(iter(by_method.values()))
+        lengths = interval(first.get("history"))
+        reach = f"{lengths[0]:.0f} to {lengths[1]:.0f}" if lengths else "–"
+        values = [_value_and_interval(by_method.get(method, {})) for method in methods]
+        lines.append([name, reach, _whole(count(first.get("users"))), *values])
+    head = ["slice", "history, items", "users", *map(method_name, methods)]
+    note = f"Values are {', '.join(metric_name(str(name)) for name in sorted(map(str, wanted)))}, with 95 % intervals."
+    return Table(head, lines, frozenset({0}), note if wanted else "") if lines else None
+
+
+def _value_and_interval(row: dict[str, Any]) -> str:
+    return f"{plain(number(row.get('value')))} {span(interval(row.get('ci95')))}".removesuffix(" –")
+
+
+def cost(run: RunFiles) -> Table | None:
+    """Return what a user costs under each method."""
+    lines = [
+        [
+            method_name(str(row.get("method"))),
+            _whole(count(row.get("parameters_per_user"))),
+            size(number(row.get("bytes_per_user"))),
+            duration(number(row.get("train_seconds_per_user"))),
+            plain(number(row.get("tokens_per_second")), 0),
+        ]
+        for row in run.rows("cost")
+    ]
+    head = ["method", "parameters a user", "on disk a user", "training a user", "tokens a second"]
+    return Table(head, lines) if lines else None
+
+
+def who_gained(gains: Sequence[UserGain], step: str) -> Table | None:
+    """Return how many users gained by `step`, by thirds of history length and by tier."""
+    known = [user for user in gains if gain_of(user, step) is not None]
+    if not known:
+        return None
+    lines = []
+    if len({user.history for user in known}) > 2 and len(known) >= 6:
+        ordered = sorted(known, key=lambda user: (user.history, user.user))
+        for name, part in zip(("shortest", "middle", "longest"), np.array_split(np.arange(len(known)), 3), strict=True):
+            users = [ordered[index] for index in part]
+            title = f"{name} histories ({users[0].history:,} to {users[-1].history:,} items)"
+            lines.append(_gain_row(title, users, step))
+    for tier in sorted({user.tier for user in known}):
+        lines.append(_gain_row(f"served by tier: {tier}", [user for user in known if user.tier == tier], step))
+    return Table(["users", "how many", "gained", "same", "lost", "mean gain"], lines)
+
+
+def _gain_row(title: str, users: Sequence[UserGain], step: str) -> list[str]:
+    values = [gain for user in users if (gain := gain_of(user, step)) is not None]
+    up, down = sum(value > 0 for value in values), sum(value < 0 for value in values)
+    return [title, *(_whole(n) for n in (len(values), up, len(values) - up - down, down)), mean_text(values)]
+
+
+def truth(values: dict[str, Any]) -> Table | None:
+    """Return what the truth allows each method against what was measured."""
+    allowed, measured = mapping(values.get("allowed")), mapping(values.get("measured"))
+    names = list(dict.fromkeys([*allowed, *measured]))
+    names.sort(key=lambda name: LADDER.index(name) if name in LADDER else len(LADDER))
+    lines = [[method_name(name), plain(number(allowed.get(name))), plain(number(measured.get(name)))] for name in names]
+    return Table(["method", "the truth allows", "measured"], lines) if lines else None
+
+
+def facts(run: RunFiles) -> list[tuple[str, str]]:
+    """Return what the run was: backbone, data, versions, device, time."""
+    about, task = run.part("run"), run.part("task")
+    history, seconds, versions = (
+        mapping(part) for part in (task.get("history"), about.get("seconds"), about.get("versions"))
+    )
+    lengths = [plain(number(history.get(name)), 0) for name in ("min", "median", "max")]
+    seeds = about.get("seeds")
+    rows = {
+        "backbone": about.get("backbone"),
+        "task": task.get("kind"),
+        "target users": _whole(count(task.get("target_users"))),
+        "queries": _whole(count(task.get("queries"))),
+        "history, items": f"{lengths[0]} to {lengths[2]}, median {lengths[1]}" if history else None,
+        "seeds": ", ".join(map(str, seeds)) if isinstance(seeds, list) else seeds,
+        "device": about.get("device"),
+        "time": ", ".join(f"{name} {duration(number(value))}" for name, value in seconds.items()),
+        "versions": ", ".join(f"{name} {value}" for name, value in versions.items()),
+        "data sha256": about.get("data_sha256"),
+    }
+    return [(name, str(value)) for name, value in rows.items() if value not in (None, "", "–")]
+
+
+def tiers(values: dict[str, Any]) -> tuple[list[tuple[str, int, float]], list[str]]:
+    """Return (tier, users, share of users) down from the users' own adapters, and the reasons in words."""
+    amounts = [(name, amount) for name in ("users", "groups", "population") if (amount := count(values.get(name)))]
+    whole = sum(amount for _, amount in amounts)
+    reasons = []
+    for name, said in mapping(values.get("reasons")).items():
+        inner = said.items() if isinstance(said, dict) else [(None, said)]
+        for what, amount in inner:
+            title = f"{name}: {what}" if what is not None else str(name)
+            known = count(amount)
+            reasons.append(f"{title} – {plural(known, 'user')}" if known is not None else f"{title} – {amount}")
+    return [(name, amount, amount / whole) for name, amount in amounts], reasons
+
+
+def _whole(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"

@@ -1,0 +1,74 @@
+"""Where a stage stands, in one safetensors file that is replaced as a whole.
+
+Nothing random is stored: every step draws from a seed made of (run seed, stage, step), so a resumed stage draws the
+same numbers. Knows nothing about what the tensors are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proper.models.tensors import load_tensors, save_tensors
+
+
+def seed_of(*parts: Any) -> int:
+    """Return a 63-bit seed made of any values: the same values give the same seed on every machine."""
+    text = json.dumps(parts, ensure_ascii=True, default=str)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@dataclass
+class Checkpoint:
+    """One stage's checkpoint file, written at most every `seconds`."""
+
+    path: Path
+    seconds: float
+    _last: float = field(default_factory=time.monotonic)
+
+    def due(self) -> bool:
+        """Say whether it is time to save."""
+        return time.monotonic() - self._last >= self.seconds
+
+    def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Replace the checkpoint."""
+        save_tensors(self.path, tensors, facts)
+        self._last = time.monotonic()
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the last saved state, or None where there is none."""
+        return load_tensors(self.path) if self.path.exists() else None
+
+    def remove(self) -> None:
+        """The stage is done: its checkpoint is not needed any more."""
+        self.path.unlink(missing_ok=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """Return an optimizer's state as flat tensors "NAME/exp_avg" and so on."""
+    return {
+        f"{names[parameter]}/{key}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` returned."""
+    keys = ("step", "exp_avg", "exp_avg_sq")
+    for parameter, name in names.items():
+        if f"{name}/exp_avg" in tensors:
+            state = {key: tensors[f"{name}/{key}"] for key in keys}
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+            }

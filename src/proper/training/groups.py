@@ -1,0 +1,118 @@
+"""Stage 2: experts shared by everybody, mixed per token by a user-aware router (method: stage 2).
+
+Trained: experts, routers, and one embedding per user. Embeddings of users who are not in a batch do not move: they have
+a rate, moments and a step count of their own. Knows nothing about user adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from proper.config import GroupsConfig
+from proper.data.batching import Batch, number_users
+from proper.layers.constraint import constraint_loss
+from proper.layers.routing import Rows
+from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
+from proper.training.checkpoint import seed_of
+from proper.training.loop import Loss, Plan, train
+from proper.training.optim import RowAdamW
+
+
+class GroupsStage:
+    """Experts, routers and user embeddings, as the training loop sees them.
+
+    Attributes:
+        embeddings: e_u of every user (U, D), fp32, N(0, 0.02^2) at the start.
+    """
+
+    name = "groups"
+
+    def __init__(
+        self, model: ProperModel, config: GroupsConfig, users: Sequence[str], seed: int, accelerator: Accelerator
+    ) -> None:
+        self.model, self.config, self.accelerator = model, config, accelerator
+        self.index = {user: at for at, user in enumerate(users)}
+        generator = torch.Generator().manual_seed(seed_of(seed, "embeddings") % 2**63)
+        self.embeddings = 0.02 * torch.randn(len(users), model.embedding_size, generator=generator)
+        self.optimizer = RowAdamW.of(self.embeddings)
+        self._pending: list[tuple[list[int], Tensor]] = []
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return experts and routers."""
+        return self.model.group_parameters()
+
+    def loss(self, batch: Batch, progress: float) -> Loss:
+        """Answer loss of a batch of several users, and the weighted constraint."""
+        users, numbers = number_users(batch.users)
+        index = [self.index[user] for user in users]
+        own = self.embeddings[index].to(batch.input_ids.device).requires_grad_()
+        self._pending.append((index, own))
+        who = torch.tensor(numbers, device=own.device)
+        rows = Rows("groups", embedding=own[who], users=who, mask=batch.attention_mask.bool())
+        logits = self.model.answer_logits(batch, rows)
+        total, tokens = answer_loss(logits, batch.labels)
+        return Loss(total.sum(), tokens.sum(), self._penalty(progress))
+
+    def _penalty(self, progress: float) -> Tensor | None:
+        constraint = self.config.constraint
+        if constraint.kind == "none":
+            return None
+        warm = 1.0 if progress >= constraint.warmup else progress / constraint.warmup
+        return warm * constraint.weight * constraint_loss(constraint.kind, self.model.routing.stacked())
+
+    def after_backward(self, rate_factor: float, share: float) -> None:
+        """Move the embeddings of the users in this update, in whichever process their rows were."""
+        gradients: dict[int, Tensor] = {}
+        for index, own in self._pending:
+            if own.grad is not None:
+                for row, gradient in zip(index, own.grad.cpu(), strict=True):
+                    gradients[row] = gradients[row] + gradient if row in gradients else gradient
+        self._pending.clear()
+        if self.accelerator.num_processes > 1:
+            gradients = _sum_rows(gradients)
+        if gradients:
+            rows = torch.tensor(sorted(gradients))
+            stacked = torch.stack([gradients[int(row)] for row in rows])
+            self.optimizer.step(self.embeddings, rows, stacked, self.config.embedding_learning_rate * rate_factor)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return embeddings and their moments."""
+        return {
+            "embeddings": self.embeddings,
+            **{f"embeddings/{k}": v for k, v in self.optimizer.tensors().items()},
+        }
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put embeddings and moments back."""
+        self.embeddings.copy_(tensors["embeddings"])
+        prefix = "embeddings/"
+        self.optimizer.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
+
+def train_groups(
+    model: ProperModel, config: GroupsConfig, users: Sequence[str], plan: Plan, accelerator: Accelerator
+) -> Tensor:
+    """Train stage 2 in place and return the users' embeddings (U, D) in the order of `users`."""
+    stage = GroupsStage(model, config, users, plan.seed, accelerator)
+    for parameter in stage.parameters().values():
+        parameter.requires_grad_(True)
+    model.train(True)
+    with gradient_checkpointing(model.backbone.model, config.gradient_checkpointing):
+        train(stage, plan, accelerator)
+    model.train(False)
+    for parameter in stage.parameters().values():
+        parameter.requires_grad_(False)
+    return stage.embeddings
+
+
+def _sum_rows(gradients: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Sum every user's gradient over all processes."""
+    summed: dict[int, Tensor] = {}
+    for row, gradient in gather_object(list(gradients.items())):
+        summed[row] = summed[row] + gradient if row in summed else gradient
+    return summed

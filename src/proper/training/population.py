@@ -1,0 +1,88 @@
+"""Stage 1: one LoRA for what everybody shares, through PEFT, then merged into the backbone (method: stage 1).
+
+Knows nothing about users beyond whose rows are read.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from proper.config import PopulationConfig
+from proper.data.batching import Batch
+from proper.models.backbone import Backbone
+from proper.models.merge import absorb
+from proper.models.personal import answer_logits, answer_loss, gradient_checkpointing
+from proper.models.targets import find_targets
+from proper.training.checkpoint import seed_of
+from proper.training.loop import Loss, Plan, train
+
+
+class PopulationStage:
+    """A PEFT LoRA on the backbone, as the training loop sees it."""
+
+    name = "population"
+
+    def __init__(self, model: PeftModel, low_precision: bool) -> None:
+        self.model = model
+        # PEFT keeps its LoRA in fp32; autocast runs its products in the backbone's type.
+        device = model.device.type
+        self._context = torch.autocast(device, torch.bfloat16) if low_precision else nullcontext()
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the LoRA's tensors."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def loss(self, batch: Batch, progress: float) -> Loss:
+        """Answer loss of a batch."""
+        with self._context:
+            logits = answer_logits(self.model, batch)
+        total, tokens = answer_loss(logits, batch.labels)
+        return Loss(total.sum(), tokens.sum())
+
+    def after_backward(self, rate_factor: float, share: float) -> None:
+        """Nothing moves outside AdamW."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing beyond parameters and moments."""
+        return {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing to put back."""
+
+
+def train_population(
+    backbone: Backbone, config: PopulationConfig, plan: Plan, accelerator: Accelerator, folder: Path
+) -> None:
+    """Train stage 1, write a PEFT adapter folder, and merge it into `backbone` in place."""
+    wrapped = wrap(backbone, config, plan.seed)
+    stage = PopulationStage(wrapped, backbone.model.dtype == torch.bfloat16)
+    # Only the LoRA's dropout is wanted; a backbone's own dropout would make stage 1 differ between families.
+    wrapped.eval()
+    for module in wrapped.modules():
+        if isinstance(module, LoraLayer):
+            module.train()
+    with gradient_checkpointing(backbone.model, config.gradient_checkpointing):
+        train(stage, plan, accelerator)
+    if accelerator.is_main_process:
+        wrapped.save_pretrained(str(folder))
+    absorb(backbone, wrapped)
+
+
+def wrap(backbone: Backbone, config: PopulationConfig, seed: int) -> PeftModel:
+    """Put a fresh PEFT LoRA, drawn from `seed`, on the backbone."""
+    targets = list(find_targets(backbone.model, config.target_modules))
+    settings: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "population"))
+        lora = LoraConfig(task_type="CAUSAL_LM", bias="none", target_modules=targets, **settings)
+        wrapped = get_peft_model(backbone.model, lora)
+    assert isinstance(wrapped, PeftModel)
+    return wrapped

@@ -1,0 +1,176 @@
+"""One seed's three stages in a folder, each going on where it stopped and skipped where it is done.
+
+    population/  a PEFT adapter     groups/  experts, routers, mean embedding     users/  the adapter store
+
+A stage is done when its `stage.json` is there; it is written last. Knows the order of things and where they lie.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from proper.adapters.store import AdapterStore, UserRecord
+from proper.config import Config, OptimizerConfig
+from proper.data.batching import Encoder
+from proper.data.dataset import Dataset, Sample
+from proper.errors import RunFolderError
+from proper.files import write_json
+from proper.inference.personalized import load_groups, load_router
+from proper.models.backbone import load_backbone, pick_device, pick_dtype
+from proper.models.merge import apply_population
+from proper.models.personal import ProperModel
+from proper.models.tensors import save_tensors
+from proper.training.checkpoint import Checkpoint, seed_of
+from proper.training.groups import train_groups
+from proper.training.loop import Log, Plan
+from proper.training.population import train_population
+from proper.training.schedule import resolve_rate
+from proper.training.users import UserStage, train_users
+
+TRAINED = ("population", "groups", "users")
+
+
+class StageRunner:
+    """The stages of one seed.
+
+    Attributes:
+        folder: the seed's run folder.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset, folder: Path, seed: int, log: Log) -> None:
+        self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
+        device = pick_device(config.compute.device)
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        self.backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), self.accelerator.device)
+        self.encoder = Encoder(self.backbone.tokenizer, config.compute.max_length)
+
+    def run(self, stages: Sequence[str]) -> None:
+        """Train the stages asked for, in their order; earlier ones must be there.
+
+        Raises:
+            RunFolderError: a stage is asked for whose predecessor is neither done nor asked for.
+        """
+        last = max((TRAINED.index(stage) for stage in stages), default=-1)
+        self._population("population" in stages)
+        if last < 1:
+            return
+        model = ProperModel(self.backbone)
+        self._groups(model, "groups" in stages)
+        if last == 2:
+            self._users(model)
+
+    def _population(self, wanted: bool) -> None:
+        folder = self.folder / "population"
+        if self._is_done("population", wanted):
+            apply_population(self.backbone, folder)
+            return
+        config = self.config.population
+        sample = self.dataset.sample(config.train_on, config.max_tokens, self.seed)
+
+        def work() -> None:
+            train_population(
+                self.backbone, config, self._plan("population", config, sample), self.accelerator, folder
+            )
+
+        self._record("population", work, {"rows": sample.size, "tokens": sample.tokens})
+
+    def _groups(self, model: ProperModel, wanted: bool) -> None:
+        if self._is_done("groups", wanted):
+            load_groups(self.folder, self.config, model)
+            return
+        config = self.config.groups
+        model.add_experts(config, seed_of(self.seed, "experts"))
+        sample = self.dataset.sample(config.train_on, config.max_tokens, self.seed)
+        role = "target" if config.train_on == "targets" else None
+        users = [user.id for user in self.dataset.users(role) if user.history > 0]
+
+        def work() -> None:
+            plan = self._plan("groups", config, sample)
+            self._save_groups(model, users, train_groups(model, config, users, plan, self.accelerator))
+
+        self._record("groups", work, {"rows": sample.size, "tokens": sample.tokens, "users": len(users)})
+
+    def _save_groups(self, model: ProperModel, users: Sequence[str], embeddings: Tensor) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {**model.group_parameters(), "mean_embedding": embeddings.mean(0)}
+        save_tensors(self.folder / "groups" / "groups.safetensors", tensors, {"modules": list(model.layers)})
+        store = AdapterStore(self.folder / "users")
+        store.put(UserRecord(user, "groups", embeddings[at]) for at, user in enumerate(users))
+        store.close()
+
+    def _users(self, model: ProperModel) -> None:
+        folder = self.folder / "users"
+        if self._is_done("users", wanted=True):
+            return
+        model.add_lora_router(self.config.users)
+        store = AdapterStore(folder)
+        store.bind({"backbone": self.backbone.digest, "rank": str(self.config.users.rank)})
+        users = [user.id for user in self.dataset.users("target") if user.history > 0]
+        records = [store.get(user) for user in users]
+        embeddings = torch.stack([record.embedding for record in records if record is not None])
+        if len(embeddings) != len(users):
+            raise RunFolderError(f"{folder}: the store lacks target users; delete {self.folder} and run again")
+        work_folder = folder / "work"
+        stage = UserStage(
+            model=model,
+            config=self.config.users,
+            dataset=self.dataset,
+            encoder=self.encoder,
+            users=users,
+            embeddings=embeddings,
+            store=store,
+            folder=work_folder,
+            seed=self.seed,
+            checkpoint_seconds=self.config.compute.checkpoint_seconds,
+            log=self.log,
+        )
+
+        def work() -> None:
+            save_tensors(folder / "router.safetensors", train_users(stage), {})
+
+        if self.accelerator.is_main_process:
+            self._record("users", work, {"users": len(users)})
+            shutil.rmtree(work_folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        store.close()
+
+    def _plan(self, stage: str, config: OptimizerConfig, sample: Sample) -> Plan:
+        return Plan(
+            config=config,
+            rate=resolve_rate(config.learning_rate, stage, self.backbone.hidden_size),
+            seed=self.seed,
+            encoder=self.encoder,
+            pad=self.backbone.pad_id,
+            sample=sample,
+            checkpoint=Checkpoint(self.folder / stage / "stage.checkpoint", self.config.compute.checkpoint_seconds),
+            log=self.log,
+        )
+
+    def _is_done(self, stage: str, wanted: bool) -> bool:
+        if (self.folder / stage / "stage.json").exists():
+            return True
+        if not wanted:
+            raise RunFolderError(f"{self.folder}: stage '{stage}' is not there yet; add it to --stages")
+        return False
+
+    def _record(self, stage: str, work: Callable[[], None], facts: dict[str, Any]) -> None:
+        """Do a stage's work, then say that it is done."""
+        started = time.perf_counter()
+        work()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            seconds = round(time.perf_counter() - started, 3)
+            facts = {**facts, "seed": self.seed, "seconds": seconds, "backbone": self.backbone.digest}
+            write_json(self.folder / stage / "stage.json", facts)
+            (self.folder / stage / "stage.checkpoint").unlink(missing_ok=True)
+
+

@@ -1,0 +1,74 @@
+"""Who gets an adapter of their own: those whose own held-out items say that it helps.
+
+An improvement is the fall of the held-out loss per answer token from the group tier to the form that is served. Below
+`pool_below` items one user's held-out part is too small to say anything, so the decision is pooled over the users whose
+embeddings are nearest. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from proper.config import TiersConfig
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the held-out items of one user said.
+
+    Attributes:
+        items: length of the history, held-out items included.
+        group_loss: held-out loss per token on the group tier.
+        user_loss: the same with the adapter, in the form that is served.
+        passes: passes over the items after which the adapter was best.
+    """
+
+    user: str
+    items: int
+    group_loss: float
+    user_loss: float
+    passes: int
+
+    @property
+    def gain(self) -> float:
+        """How much the adapter lowers the loss, nats per token."""
+        return self.group_loss - self.user_loss
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a user moves up, and why, in words."""
+
+    user: str
+    up: bool
+    reason: str
+    pooled: bool = False
+
+
+def decide(trials: Sequence[Trial], embeddings: Float[Tensor, "U D"], config: TiersConfig) -> list[Decision]:
+    """Decide every user's tier; `embeddings` are in the order of `trials`."""
+    if not trials:
+        return []
+    gains = torch.tensor([trial.gain for trial in trials])
+    unit = functional.normalize(embeddings.float(), dim=1)
+    decisions = []
+    for at, trial in enumerate(trials):
+        if trial.passes == 0:
+            decisions.append(Decision(trial.user, False, "no pass over the history lowered the held-out loss"))
+        elif trial.items < config.pool_below:
+            near = (unit @ unit[at]).topk(min(config.neighbours, len(trials))).indices
+            gain = float(gains[near].mean())
+            what = f"{'helps' if gain > 0 else 'does not help'} users with similar histories ({gain:+.4f} nats)"
+            decisions.append(Decision(trial.user, gain > 0, f"an adapter {what}", pooled=True))
+        else:
+            what = "lowers" if trial.gain > 0 else "does not lower"
+            decisions.append(
+                Decision(trial.user, trial.gain > 0, f"the adapter {what} the held-out loss ({trial.gain:+.4f} nats)")
+            )
+    return decisions

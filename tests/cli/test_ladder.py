@@ -1,0 +1,91 @@
+"""The outcome of a run in a few lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proper.cli.ladder import ladder
+from proper.cli.outcome import print_outcome
+from proper.files import write_json
+
+
+def metric(method: str, value: float, **more: Any) -> dict[str, Any]:
+    common = {
+        "task": "classification",
+        "metric": "accuracy",
+        "value_users": value,
+        "ci95": [value - 0.05, value + 0.05],
+    }
+    counts = {"users": 100, "queries": 1234, "seeds": 1, "higher_is_better": True, "primary": True}
+    return {**common, **counts, "method": method, "value": value, **more}
+
+
+def step(method: str, against: str, **more: Any) -> dict[str, Any]:
+    common = {"task": "classification", "metric": "accuracy", "difference": 0.1, "relative": 0.2, "ci95": [0.05, 0.15]}
+    return {
+        **common,
+        "method": method,
+        "against": against,
+        "p_value": 0.01,
+        "p_adjusted": 0.02,
+        "primary": True,
+        **more,
+    }
+
+
+def test_each_method_has_a_line_and_each_step_its_gain() -> None:
+    results = {
+        "metrics": [
+            metric("population", 0.5),
+            metric("population", 0.4, metric="f1_macro", primary=False),
+            metric("groups", 0.6),
+        ],
+        "comparisons": [step("groups", "population")],
+    }
+    assert ladder(results) == [
+        "classification: accuracy, higher is better; 100 users, 1234 queries",
+        "  population  0.5000 [0.4500, 0.5500]",
+        "  groups      0.6000 [0.5500, 0.6500]   +0.1000 [0.0500, 0.1500] against population, 20.0 % better, p = .020",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "end"),
+    [
+        ({"p_adjusted": 0.00002}, "20.0 % better, p < .001"),
+        ({"p_adjusted": None}, "20.0 % better, p = .010"),
+        ({"p_adjusted": 1.0}, "20.0 % better, p = 1.000"),
+        ({"p_adjusted": None, "p_value": None}, "20.0 % better"),
+        ({"relative": -0.034}, "3.4 % worse, p = .020"),
+        ({"relative": None}, "against population, p = .020"),
+    ],
+)
+def test_chance_and_gain_are_said_in_short(more: dict[str, Any], end: str) -> None:
+    results = {
+        "metrics": [metric("population", 0.5), metric("groups", 0.6)],
+        "comparisons": [step("groups", "population", **more)],
+    }
+    assert ladder(results)[-1].endswith(end)
+
+
+def test_errors_are_better_when_lower_and_seeds_are_counted() -> None:
+    row = metric("users", 0.7, task="rating", metric="mae", higher_is_better=False, seeds=[0, 1, 2], ci95=None)
+    assert ladder({"metrics": [row], "comparisons": []}) == [
+        "rating: mae, lower is better; 100 users, 1234 queries, 3 seeds",
+        "  users  0.7000",
+    ]
+
+
+def test_a_run_prints_its_ladder_and_where_its_report_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_outcome(tmp_path)
+    assert capsys.readouterr().out == f"{tmp_path}\n"
+    write_json(tmp_path / "results.json", {"metrics": [metric("population", 0.5)], "comparisons": []})
+    (tmp_path / "report.html").write_text("<html></html>")
+    print_outcome(tmp_path)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "  population  0.5000 [0.4500, 0.5500]",
+        f"{tmp_path}/report.html",
+    ]

@@ -1,0 +1,29 @@
+"""Lists of names on the command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from proper.cli.options import chosen
+from proper.errors import InputError
+
+STAGES = ("population", "groups", "users", "evaluate", "report")
+
+
+def test_names_are_split_in_their_order() -> None:
+    assert chosen("--stages", " groups, users,", STAGES) == ["groups", "users"]
+    assert chosen("--methods", "rag,base") == ["rag", "base"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("grups", "--stages: unknown name 'grups'; did you mean 'groups'?"),
+        ("groups,zzz", "--stages: unknown name 'zzz'; known: population, groups, users, evaluate, report"),
+        ("", "--stages: names are missing, write it as a,b"),
+    ],
+)
+def test_an_unknown_name_suggests_the_nearest(text: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        chosen("--stages", text, STAGES)
+    assert str(caught.value) == message

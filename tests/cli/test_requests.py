@@ -1,0 +1,105 @@
+"""What `proper generate` is asked, from options and files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proper.cli.requests import Request, final_prompts, from_fields, from_file
+from proper.data.templates import parse_template
+from proper.errors import DataError, InputError
+
+
+def test_fields_keep_all_after_the_first_equals_sign() -> None:
+    request = from_fields("u7", ["text=a=b", " label =", "n=3"])
+    assert request == Request("u7", None, {"text": "a=b", "label": "", "n": "3"}, "--field")
+
+
+@pytest.mark.parametrize("field", ["text", "=x", " =x"])
+def test_a_field_without_a_name_is_named(field: str) -> None:
+    with pytest.raises(InputError, match="write it as name=value"):
+        from_fields(None, [field])
+
+
+def test_a_file_holds_prompts_and_fields_of_many_users(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(
+        '{"user_id": "u7", "prompt": "Hello"}\n\n{"user_id": 9, "text": "Tram"}\n{"prompt": ""}\n', encoding="utf-8"
+    )
+    assert from_file(path) == [
+        Request("u7", "Hello", {}, f"{path}:1"),
+        Request("9", None, {"text": "Tram"}, f"{path}:3"),
+        Request(None, "", {}, f"{path}:4"),
+    ]
+    assert [request.user for request in from_file(path, "somebody")] == ["u7", "9", "somebody"]
+
+
+@given(st.lists(st.tuples(st.text(st.characters(codec="utf-8")), st.text(st.characters(codec="utf-8"))), min_size=1))
+def test_any_text_comes_back(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]]) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    lines = [json.dumps({"user_id": user, "prompt": prompt}, ensure_ascii=False) for user, prompt in rows]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert [(request.user, request.prompt) for request in from_file(path)] == rows
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "1: not readable as JSON"),
+        (b"\xff", "1: not readable as JSON"),
+        (b"[" * 100_000, "1: not readable as JSON"),
+        (b'["a"]', "1: a line is one JSON object, this is list"),
+        (b'{"prompt": 3}', "1: prompt: should be text, not int"),
+        (b'{"prompt": "\\ud800"}', "1: not readable as JSON"),
+        (b'{"user_id": true, "prompt": "x"}', "1: user_id: should be text or a whole number, not bool"),
+        (b'{"user_id": 1.5, "prompt": "x"}', "1: user_id: should be text or a whole number, not float"),
+        (b'{"user_id": "u7"}', "1: prompt: is missing, and there are no fields for the template"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_bytes(line + b"\n")
+    with pytest.raises(DataError) as caught:
+        from_file(path)
+    assert str(caught.value).startswith(f"{path}:{message}")
+
+
+def test_all_bad_lines_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"prompt": "fine"}\n{\n{"prompt": "fine"}\n3\n[]\n')
+    with pytest.raises(DataError, match=r":2: not readable as JSON: .* \(and 2 more bad lines\)$"):
+        from_file(path)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_file_is_an_error(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match="has no lines to answer"):
+        from_file(path)
+
+
+render = parse_template("Text: {text}", "data.prompt").fill
+
+
+def test_a_prompt_is_final_and_fields_fill_the_template() -> None:
+    requests = [Request("a", "Hello {text}", {"text": "x"}, "f:1"), Request("b", None, {"text": "Tram"}, "f:2")]
+    assert final_prompts(requests, render) == ["Hello {text}", "Text: Tram"]
+
+
+def test_a_line_that_lacks_a_column_is_named() -> None:
+    requests = [Request("a", None, {"text": "x"}, "f:1"), Request("b", None, {"txt": "y"}, "f:2")]
+    with pytest.raises(DataError) as caught:
+        final_prompts(requests, render)
+    assert str(caught.value) == "f:2: text: missing"
+
+
+def test_an_empty_prompt_is_named() -> None:
+    with pytest.raises(DataError, match="^f:1: prompt: is empty$"):
+        final_prompts([Request("a", " ", {}, "f:1")], render)
+    with pytest.raises(DataError, match="^--field: text: null$"):
+        final_prompts([Request("a", None, {"text": None}, "--field")], render)

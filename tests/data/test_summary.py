@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proper.data.dataset import Dataset
+from proper.data.summary import leaks
+
+Build = Callable[..., Dataset]
+CHOICE = {"kind": "classification"}
+
+
+def make_rows(lengths: dict[str, int]) -> list[dict[str, Any]]:
+    return [
+        {"user_id": user, "input": f"{user} {n}", "output": f"answer{n % 4}", "timestamp": n, "item_id": f"{user}{n}"}
+        for user, length in lengths.items()
+        for n in range(length)
+    ]
+
+
+def test_everything_is_counted(build: Build) -> None:
+    rows = make_rows({"a": 20, "b": 15, "c": 40, "one": 1, "two": 1})
+    rows[19]["input"] += " word" * 300
+    dataset = build([*rows, rows[0], {}], task=CHOICE, skip_bad_rows=True)
+    summary = dataset.summary()
+    assert (summary.users, summary.targets, summary.others, summary.one_item_users) == (5, 3, 2, 2)
+    assert (summary.rows, summary.duplicates, summary.bad_rows) == (77, 1, 1)
+    assert summary.history == (12, 16.0, 32)
+    assert (summary.history_rows, summary.queries, summary.unused) == (62, 15, {})
+    assert summary.history_tokens == 62 * 3
+    assert (summary.truncated, summary.truncated_share) == (1, 1 / 77)
+    assert (summary.leaks, summary.shared_items) == (0, "allow")
+    assert summary.sha256 == dataset.sha256
+
+
+def test_the_median_of_an_even_number_of_targets_lies_between(build: Build) -> None:
+    assert build(make_rows({"a": 20, "b": 15})).summary().history == (12, 14.0, 16)
+
+
+def test_labels_that_no_history_has_are_listed(build: Build) -> None:
+    rows = make_rows({"a": 20})
+    rows[19]["output"] = rows[18]["output"] = "new"
+    summary = build(rows, task=CHOICE).summary()
+    assert (summary.unseen_labels, summary.unseen_label_queries) == (["new"], 2)
+    configured = ["answer0", "answer1", "answer2", "answer3", "new", "never"]
+    summary = build(rows, task=CHOICE | {"labels": configured}).summary()
+    assert (summary.unseen_labels, summary.unseen_label_queries) == (["new", "never"], 2)
+    assert ["2", "not", "in", "any", "history:", "new,", "never", "(2", "queries", "ask", "for", "them)"] in [
+        line.split() for line in summary.lines()
+    ]
+
+
+def test_lines_are_a_small_table(build: Build) -> None:
+    dataset = build([*make_rows({"a": 20, "one": 1}), {}], skip_bad_rows=True)
+    summary = dataset.summary()
+    lines = summary.lines()
+    assert lines == [
+        f"data      {summary.path} (sha256 {summary.sha256[:12]})",
+        "rows      21 (0 duplicates dropped)",
+        "bad rows  1 skipped",
+        f"          {summary.path}:22: user_id: missing",
+        "users     2: 1 targets, 1 others",
+        "          1 with one row only",
+        "split     by time; shared items: exclude",
+        "history   17 rows, 51 tokens",
+        "          a target has 16 to 16 rows, median 16",
+        "queries   4",
+        "too long  0 rows (0.0%) beyond 256 tokens",
+        "leaks     0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (
+            "UPDATE rows SET digest = (SELECT digest FROM rows WHERE part = 'query' AND id = 18) WHERE id = 1",
+            "its own row",
+        ),
+        ("UPDATE rows SET item_key = (SELECT item_key FROM rows WHERE id = 18) WHERE id = 1", "its item"),
+        ("UPDATE rows SET prompt_key = (SELECT prompt_key FROM rows WHERE id = 18) WHERE id = 1", "its input"),
+    ],
+)
+def test_leaks_are_measured_and_not_believed(tmp_path: Path, build: Build, change: str, what: str) -> None:
+    """A file that a wrong split could have written is caught."""
+    assert leaks(build(make_rows({"a": 20}))) == []
+    path = tmp_path / "data0.sqlite"
+    connection = sqlite3.connect(path)
+    connection.execute(change)
+    connection.commit()
+    connection.close()
+    with Dataset.open(path) as dataset:
+        assert leaks(dataset) == [f"query 18 of user 'a': {what} is in training"]
+        assert dataset.summary().leaks == 1
+        assert dataset.summary().lines()[-1] == "leaks     1"
+
+
+def test_shared_items_are_no_leak_where_they_are_allowed(build: Build) -> None:
+    rows = [row | {"item_id": "same", "input": "same"} for row in make_rows({"a": 20})]
+    dataset = build(rows, task=CHOICE)
+    assert leaks(dataset) == []
+    assert dataset.summary().leaks == 0
+
+
+def test_the_one_date_is_shown(build: Build) -> None:
+    rows = [row | {"timestamp": f"2020-01-{row['timestamp'] + 1:02}"} for row in make_rows({"a": 20})]
+    lines = build(rows, split={"by": "time-global"}).summary().lines()
+    assert "split     by time-global at 2020-01-17; shared items: exclude" in lines

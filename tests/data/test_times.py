@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from datetime import UTC, date, datetime, timedelta, timezone
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proper.data.times import parse_time
+
+
+@pytest.mark.parametrize(
+    ("value", "iso"),
+    [
+        ("2018", "2018-01-01"),
+        ("2018-03", "2018-03-01"),
+        ("2018/3", "2018-03-01"),
+        ("2018-03-30", "2018-03-30"),
+        (" 20180330 ", "2018-03-30"),
+        ("2018-03-30 12:30:00", "2018-03-30T12:30:00"),
+        ("2018-03-30T12:30:00Z", "2018-03-30T12:30:00"),
+        ("2018-03-30T12:30:00+02:00", "2018-03-30T10:30:00"),
+        (1522368000, "2018-03-30"),
+        (1522368000.0, "2018-03-30"),
+        (1522368000000, "2018-03-30"),
+        ("1522368000", "2018-03-30"),
+        ("1522368000000", "2018-03-30"),
+        (0, "1970-01-01"),
+        (-86400, "1969-12-31"),
+        (date(2018, 3, 30), "2018-03-30"),
+        (datetime(2018, 3, 30, 12), "2018-03-30T12:00:00"),
+        (datetime(2018, 3, 30, 12, tzinfo=timezone(timedelta(hours=2))), "2018-03-30T10:00:00"),
+    ],
+)
+def test_every_way_to_write_a_time_is_the_same_number(value: object, iso: str) -> None:
+    assert parse_time(value) == datetime.fromisoformat(iso).replace(tzinfo=UTC).timestamp()
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (float("nan"), "NaN is not a time"),
+        (float("inf"), "infinity is not a time"),
+        (10**400, "infinity is not a time"),
+        ("", "'' is not a time"),
+        ("soon", "'soon' is not a time"),
+        ("2018-13", "'2018-13' is not a time"),
+        ("201803", "'201803' is not a time"),
+        ("x" * 99, f"'{'x' * 40}...' is not a time"),
+        ("0000", "'0000' is not a time"),
+        (True, "True is not a time"),
+        (["2018"], "a list is not a time"),
+    ],
+)
+def test_what_is_no_time_is_said_in_a_few_words(value: object, what: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_time(value)
+    assert str(caught.value) == what
+
+
+@given(st.datetimes(), st.datetimes())
+def test_order_of_datetimes_is_order_of_numbers(one: datetime, other: datetime) -> None:
+    assert (one < other) == (parse_time(one) < parse_time(other.isoformat())) or abs(one - other) < timedelta(seconds=1)
+
+
+@given(st.text())
+def test_text_gives_a_number_or_a_value_error(text: str) -> None:
+    try:
+        assert isinstance(parse_time(text), float)
+    except ValueError as error:
+        assert str(error).endswith("is not a time")

@@ -1,0 +1,227 @@
+"""Configs: defaults, presets, overrides, and errors that name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from proper.config import Config, load_config, make_config
+from proper.config_errors import explain
+from proper.errors import ConfigError
+
+
+def complaint(**sections: Any) -> str:
+    """The message for a config that is wrong in `sections`."""
+    with pytest.raises(ConfigError) as caught:
+        make_config({"data": {"path": "x.jsonl"}, **sections}, "notes.yaml")
+    message = str(caught.value)
+    assert message.startswith("notes.yaml: ")
+    assert "\n" not in message
+    return message.removeprefix("notes.yaml: ")
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "notes.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_only_the_path_of_the_data_is_needed() -> None:
+    config = make_config({"data": {"path": "x.jsonl"}})
+    assert config.data.user == "user_id"
+    assert config.backbone == "proper-nano"
+    assert config.split.target_users == 100
+    assert config.groups.experts == 5
+    assert complaint(data={}) == "'data.path' is missing"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"grups": {}}, "unknown key 'grups'; did you mean 'groups'?"),
+        ({"groups": {"expert": 3}}, "unknown key 'groups.expert'; did you mean 'experts'?"),
+        (
+            {"groups": {"constraint": {"weigth": 1}}},
+            "unknown key 'groups.constraint.weigth'; did you mean 'weight'?",
+        ),
+        ({"users": {"tiers": {"zzz": 1}}}, "unknown key 'users.tiers.zzz'; known keys: select, validation, pool_below"),
+        # The misspelled key is why the right one is missing, so it goes first.
+        ({"data": {"pth": "x"}}, "unknown key 'data.pth'; did you mean 'path'? (and 1 more)"),
+    ],
+)
+def test_an_unknown_key_suggests_the_nearest(sections: dict[str, Any], message: str) -> None:
+    assert complaint(**sections).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"groups": {"learning_rate": -1}}, "'groups.learning_rate': should be greater than 0 or 'auto', not -1"),
+        (
+            {"groups": {"learning_rate": "fast"}},
+            "'groups.learning_rate': should be a valid number or 'auto', not 'fast'",
+        ),
+        ({"users": {"slots": 0}}, "'users.slots': should be 'auto' or greater than or equal to 1, not 0"),
+        ({"task": {"labels": ["a"]}}, "'task.labels': list should have at least 2 items after validation, not 1"),
+        (
+            {"groups": {"experts": 2.5}},
+            "'groups.experts': should be a valid integer, got a number with a fractional part",
+        ),
+        ({"split": {"queries": float("nan")}}, "'split.queries': should be a finite number, not nan"),
+        ({"groups": {"learning_rate": float("inf")}}, "'groups.learning_rate': should be a finite number or 'auto'"),
+        ({"evaluation": {"seeds": [0, "a"]}}, "'evaluation.seeds': should be a valid integer, not 'a'"),
+        ({"evaluation": {"seeds": [1, 1]}}, "'evaluation.seeds': seeds must be distinct"),
+        ({"task": {"kind": "generation", "decode": "score"}}, "'task': decode: 'score' needs labels"),
+        ({"groups": 3}, "'groups': should be a section of keys, not 3"),
+        ({"preset": "papr"}, "'preset': should be 'paper' or 'released', not 'papr'"),
+        ({"preset": ["paper"]}, "'preset': should be 'paper' or 'released', not ['paper']"),
+        ({"backbone": ["x" * 500]}, "'backbone': should be a valid string, not ['xxx"),
+    ],
+)
+def test_an_impossible_value_is_named_with_what_it_should_be(sections: dict[str, Any], message: str) -> None:
+    said = complaint(**sections)
+    assert said.startswith(message)
+    assert len(said) < 200
+
+
+def test_the_branches_of_a_union_are_one_problem_and_never_part_of_a_key() -> None:
+    both = complaint(groups={"learning_rate": -1}, users={"slots": 0})
+    assert both.startswith("'groups.learning_rate': ")
+    assert both.endswith("(and 1 more)")
+    wrong_list = complaint(groups={"target_modules": [1, 2, 3]})
+    assert wrong_list.startswith("'groups.target_modules': ")
+    assert "more" not in wrong_list
+
+
+def test_a_key_that_is_not_text_is_named() -> None:
+    with pytest.raises(ConfigError, match="'1': keys should be strings"):
+        make_config({"data": {"path": "x"}, 1: 2})  # type: ignore[dict-item]
+
+
+def keys(section: type[BaseModel], before: str = "") -> list[str]:
+    """Every key of the config down to plain values, as `section.key`."""
+    found: list[str] = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found += keys(inner, f"{before}{name}.")
+        else:
+            found.append(before + name)
+    return found
+
+
+@given(st.sampled_from(keys(Config)))
+def test_any_key_with_a_value_of_no_possible_type_is_named_exactly(key: str) -> None:
+    nested: Any = {"neither": "a number", "nor": "text"}
+    for name in reversed(key.split(".")):
+        nested = {name: nested}
+    data = {"path": "x"} | nested.pop("data", {})
+    said = complaint(data=data, **nested)
+    assert said.startswith(f"'{key}': should be ")
+    assert "more)" not in said
+
+
+def test_explain_works_for_any_model() -> None:
+    class Inner(BaseModel):
+        size: int | list[int] = 1
+
+    class Outer(BaseModel):
+        inner: Inner = Inner()
+
+    from pydantic import ValidationError
+
+    with pytest.raises(ValidationError) as caught:
+        Outer.model_validate({"inner": {"size": "big"}})
+    assert explain(caught.value, Outer) == "'inner.size': should be a valid integer or a valid list, not 'big'"
+
+
+def test_a_number_in_scientific_notation_is_a_number(tmp_path: Path) -> None:
+    # YAML 1.1 reads 1e-3 as text; people write it all the same.
+    path = write(tmp_path, "data: {path: x}\ngroups: {learning_rate: 1e-3}\n")
+    assert load_config(path).groups.learning_rate == 1e-3
+    assert load_config(path, ["groups.learning_rate=2e-4"]).groups.learning_rate == 2e-4
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
+    path = write(tmp_path, "preset: paper\ndata: {path: x}\ngroups: {learning_rate: 0.5}\n")
+    config = load_config(path, ["groups.constraint.kind=none", "users.router=residual", "evaluation.seeds=[0, 1]"])
+    assert config.groups.learning_rate == 0.5
+    assert config.groups.train_on == "targets"  # the preset's
+    assert config.users.router == "residual"
+    assert config.groups.constraint.kind == "none"
+    assert config.evaluation.seeds == [0, 1]
+
+
+def test_presets_say_what_the_paper_and_its_code_do() -> None:
+    paper = make_config({"preset": "paper", "data": {"path": "x"}})
+    assert (paper.population.learning_rate, paper.population.train_on, paper.groups.train_on) == (
+        3e-4,
+        "others",
+        "targets",
+    )
+    assert (paper.groups.router, paper.groups.constraint.kind, paper.users.router) == ("default", "users", "paper")
+    released = make_config({"preset": "released", "data": {"path": "x"}})
+    assert (released.groups.router, released.groups.embedding) == ("released", "per-module")
+    assert released.groups.constraint.kind == "released"
+    assert released.population.target_modules == "attention"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("groups.experts", "--set groups.experts: write it as section.key=value"),
+        ("=3", "--set =3: write it as section.key=value"),
+        ("groups.experts=[", "--set groups.experts=[: the value is not YAML"),
+        ("groups.exprts=3", "unknown key 'groups.exprts'; did you mean 'experts'?"),
+        ("groups..experts=3", "unknown key 'groups.'"),
+    ],
+)
+def test_a_bad_override_is_named(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, "data: {path: x}\n"), [override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "notes.yaml: a config is a mapping of sections, this is empty"),
+        (b"- a\n- b\n", "notes.yaml: a config is a mapping of sections, this is a list"),
+        (b"data: {path: x}\ngroups: [\n", "notes.yaml:3: not YAML: "),
+        (b"data: {path: \xff\xfe}\n", "notes.yaml: not YAML: "),
+        (b"data: {path: '\x00'}\n", "notes.yaml: not YAML: "),
+    ],
+)
+def test_an_unreadable_file_is_named_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "notes.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gone\.yaml: cannot be read: No such file"):
+        load_config(tmp_path / "gone.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(tmp_path)
+
+
+def test_paths_are_looked_up_beside_the_config(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    path = write(tmp_path, "data: {path: rows.jsonl}\nbackbone: not-a-folder\n")
+    config = load_config(path)
+    assert config.data.path == str((tmp_path / "rows.jsonl").resolve())
+    assert config.backbone == "not-a-folder"
+
+
+def test_a_config_cannot_change() -> None:
+    config = make_config({"data": {"path": "x"}})
+    with pytest.raises(ValueError, match="frozen"):
+        config.backbone = "other"  # type: ignore[misc]

@@ -1,0 +1,110 @@
+"""Progress and messages go to stderr: a bar on a terminal, a few plain lines anywhere else."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import time
+
+import pytest
+
+from proper.console import progress, say
+
+
+def test_messages_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    say("three users")
+    assert capsys.readouterr() == ("", "three users\n")
+
+
+def test_quick_work_is_one_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("groups", 1000) as advance:
+        for step in range(1000):
+            advance(note=f"loss {step}")
+    assert capsys.readouterr() == ("", "groups: 1000/1000, 0 s, loss 999\n")
+
+
+def test_a_note_stays_until_the_next_and_the_total_may_be_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("rows", None) as advance:
+        advance(3, "file 1")
+        advance(4)
+    assert capsys.readouterr().err == "rows: 7, 0 s, file 1\n"
+
+
+def test_slow_work_says_so_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proper.console._SECONDS_BETWEEN_LINES", 0.1)
+    start = time.monotonic()
+    with progress("users", 40) as advance:
+        for _ in range(40):
+            time.sleep(0.01)
+            advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 1 + (time.monotonic() - start) / 0.1
+    assert lines[-1].startswith("users: 40/40, ")
+
+
+def test_work_that_fails_does_not_say_that_it_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ZeroDivisionError), progress("users", 2) as advance:
+        advance()
+        raise ZeroDivisionError
+    assert capsys.readouterr().err == ""
+
+
+def test_on_a_terminal_it_is_a_bar_and_stdout_stays_clean() -> None:
+    code = (
+        "from proper.console import progress, say\n"
+        "with progress('population [x]', 3) as advance:\n"
+        "    advance(2, 'loss [1.5]'); say('said'); advance(1)\n"
+        "print('result')\n"
+    )
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment
+    )
+    os.close(theirs)
+    shown = bytearray()
+    # Read while it runs: a terminal that nobody reads fills up. Linux reports its end as an error.
+    try:
+        while piece := os.read(ours, 65536):
+            shown += piece
+    except OSError:
+        pass
+    os.close(ours)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert out == "result\n"
+    text = shown.decode()
+    assert "population [x]" in text
+    assert "3/3" in text
+    assert "loss [1.5]" in text
+    assert "said" in text
+
+
+_LOAD = """
+import sys, tempfile
+from proper.console import quiet_libraries
+first = sys.argv[1]
+if first == "before":
+    quiet_libraries()
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+import datasets
+if first == "after":
+    quiet_libraries()
+with tempfile.TemporaryDirectory() as folder:
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(folder)
+    datasets.Dataset.from_dict({"x": [1, 2]}).map(lambda row: row).save_to_disk(folder)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("when", "quiet"), [("before", True), ("after", True), ("never", False)])
+def test_libraries_are_quiet_before_and_after_they_are_imported(when: str, quiet: bool) -> None:
+    done = subprocess.run([sys.executable, "-c", _LOAD, when], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == ""
+    assert (done.stderr == "") is quiet
