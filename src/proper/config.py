@@ -25,7 +25,7 @@ Rate = Positive | Literal["auto"]
 class Section(BaseModel):
     """A part of the config: frozen, and closed to keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 class DataConfig(Section):

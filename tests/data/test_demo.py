@@ -134,7 +134,7 @@ def test_every_group_makes_every_choice_equally_often(demo: Demo) -> None:
     choices = load_bank(demo.truth["task"]).choices
     counts = np.zeros((5, len(choices)))
     for row in demo.rows:
-        counts[demo.group_of(row), next(i for i, choice in enumerate(choices) if row["output"].startswith(choice))] += 1
+        counts[demo.group_of(row), next(i for i, choice in enumerate(choices) if choice in (row["output"], row["output"].split()[-1]) or row["output"].startswith(choice))] += 1
     shares = counts / counts.sum(axis=1, keepdims=True)
     assert np.abs(shares - 1 / len(choices)).max() < 0.03
 

@@ -85,9 +85,9 @@ class Encoder:
         self._start = tuple(start)
 
     def prompt(self, text: str, room: int = 0) -> tuple[int, ...]:
-        """Encode a prompt, cut in the middle so that `room` more tokens fit the model's length."""
+        """Encode a prompt, cut in the middle so that `room` more tokens fit the model's length; half of it is safe."""
         ids = self._tokens(text)
-        limit = self.max_length - room - len(self._start)
+        limit = max(self.max_length - room, self.max_length // 2) - len(self._start)
         if len(ids) > limit:
             tail = min(_TAIL, limit // 2)
             ids = ids[: limit - tail] + ids[len(ids) - tail :]
@@ -108,7 +108,8 @@ class Encoder:
         """Return the untruncated length of each interaction in tokens."""
         if not prompts:
             return []
-        sides = [self.tokenizer(list(t), add_special_tokens=False).input_ids for t in (prompts, targets)]
+        answers = [self._space + target.strip() for target in targets]
+        sides = [self.tokenizer(list(t), add_special_tokens=False).input_ids for t in (prompts, answers)]
         extra = len(self._start) + (self.end is not None)
         return [len(p) + len(t) + extra for p, t in zip(*sides, strict=True)]
 

@@ -117,6 +117,11 @@ class PersonalizedModel:
         tier = self.cache.tier(user)
         return "groups" if self.stage == "groups" and tier == "users" else tier
 
+    def close(self) -> None:
+        """Close the store."""
+        if self.users is not None:
+            self.users.close()
+
     def rows(self, users: Sequence[str | None]) -> Rows:
         """Return what the layers need for a batch of these users, their adapters loaded."""
         if self.cache is None or self.stage in ("base", "population"):

@@ -32,6 +32,8 @@ class AdaptedLinear(nn.Module):
     def __init__(self, name: str, base: nn.Module, inputs: int, outputs: int, routing: Routing) -> None:
         super().__init__()
         self.name, self.base, self.inputs, self.outputs, self.routing = name, base, inputs, outputs, routing
+        # Whoever looks for linear layers takes this one, not the base inside it.
+        self.in_features, self.out_features = inputs, outputs
         self.experts: Experts | None = None
         self.router: UserAwareRouter | None = None
         self.bank: AdapterBank | None = None
@@ -68,16 +70,16 @@ class AdaptedLinear(nn.Module):
         scores = self.router.scores(x, rows.embedding)
         if rows.mode == "users" and middle is not None and self.lora_router is not None:
             scores = self._own_scores(scores, middle, rows)
-        gates = self.router.gates(scores)
+        gates = scores.softmax(-1)
         self.routing.record(self.name, gates)
-        mixed: Tensor = self.experts(x, gates)
+        mixed: Tensor = self.experts(x, gates * self.router.factor)
         return mixed
 
     def _own_scores(self, scores: Tensor, middle: Float[Tensor, "B T R"], rows: Rows) -> Float[Tensor, "B T E"]:
         """W_r h_u through the small matrices M_u; rows without an adapter keep stage 2's logits."""
         assert self.bank is not None and self.lora_router is not None and rows.slots is not None
         index = rows.slots.clamp(min=0)
-        matrices = self.lora_router.matrices(self.bank.up[self.name][index], self.bank.scale)
+        matrices = self.lora_router.matrices(self.bank.take(self.bank.up[self.name], index), self.bank.scale)
         own = torch.bmm(middle.float(), matrices.transpose(1, 2))
         if self.residual:
             return scores + own
@@ -95,4 +97,3 @@ def dropout_mask(x: Float[Tensor, "B T I"], rate: float, rows: Rows) -> Float[Te
         draw = torch.rand(tokens, x.shape[-1], generator=generator) >= rate
         keep[row, x.shape[1] - tokens :] = draw.to(x.dtype) / (1 - rate)
     return keep
-

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -95,7 +96,8 @@ class AdapterBank:
     Attributes:
         values: all slots' parameters (S, P).
         gradients: all slots' gradients (S, P), or None for a bank that is only read.
-        down, up: per module, the A (S, R, I) and B (S, O, R) of all slots, views of `values`.
+        down, up: per module, the A (S, R, I) and B (S, O, R) of all slots, views of `values`. They have no `.grad`:
+            what passes through `take` adds its gradient to `gradients`.
     """
 
     def __init__(
@@ -106,11 +108,12 @@ class AdapterBank:
         self.gradients = torch.zeros_like(self.values) if trainable else None
         self.down: dict[str, nn.Parameter] = {}
         self.up: dict[str, nn.Parameter] = {}
+        self._gradient: dict[nn.Parameter, Tensor] = {}
         for piece in layout.pieces:
             span = slice(piece.offset, piece.offset + piece.size)
-            view = nn.Parameter(self.values[:, span].unflatten(1, piece.shape), requires_grad=trainable)
+            view = nn.Parameter(self.values[:, span].view(slots, *piece.shape), requires_grad=trainable)
             if self.gradients is not None:
-                view.grad = self.gradients[:, span].unflatten(1, piece.shape)
+                self._gradient[view] = self.gradients[:, span].view(slots, *piece.shape)
             (self.down if piece.down else self.up)[piece.module] = view
 
     def fresh(self, slot: int, generator: torch.Generator) -> None:
@@ -127,16 +130,43 @@ class AdapterBank:
         for view in (*self.down.values(), *self.up.values()):
             view.requires_grad_(not frozen)
 
+    def take(self, view: nn.Parameter, slots: Int[Tensor, "B"]) -> Float[Tensor, "B J K"]:
+        """Return the slots of one of the views, differentiably."""
+        if view not in self._gradient:
+            return view[slots]
+        taken: Tensor = _Take.apply(view, self._gradient[view], slots)  # type: ignore[no-untyped-call]
+        return taken
+
     def lora(
         self, module: str, x: Float[Tensor, "B T I"], slots: Int[Tensor, "B"]
     ) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B T O"]]:
         """Return A_u x and h_u = s_u B_u A_u x for each row's user; zeros for rows with slot -1."""
         present = (slots >= 0).to(x.dtype)[:, None, None]
         index = slots.clamp(min=0)
-        down = self.down[module][index].to(x.dtype)
-        up = self.up[module][index].to(x.dtype)
+        down = self.take(self.down[module], index).to(x.dtype)
+        up = self.take(self.up[module], index).to(x.dtype)
         middle = torch.bmm(x, down.transpose(1, 2)) * present
         return middle, torch.bmm(middle, up.transpose(1, 2)) * self.scale
+
+
+class _Take(torch.autograd.Function):
+    """`view[slots]`, whose gradient goes straight to its place in the bank's buffer.
+
+    As a parameter's `.grad` the place would do too, but autograd first builds the gradient of all slots, and warns that
+    views of a wider row are slow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, view: Tensor, gradient: Tensor, slots: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        ctx.save_for_backward(slots)
+        return view[slots]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None, None]:
+        (slots,) = ctx.saved_tensors
+        ctx.gradient.index_put_((slots,), upstream[0], accumulate=True)
+        return None, None, None
 
 
 def _count(shape: Sequence[int]) -> int:

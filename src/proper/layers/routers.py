@@ -1,6 +1,6 @@
 """The two routers: which experts a token of a user gets.
 
-Each returns logits in fp32; the gates are their softmax. Knows nothing about the experts.
+Each returns scores in fp32; the gates are their softmax. Knows nothing about the experts.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ class UserAwareRouter(nn.Module):
     """Stage 2: `w = softmax(W_x x + W_u e_u)`, per token.
 
     With `form="released"` it is what the authors' code computes, `softmax(softmax(W_x x) + softmax(W_u e_u)) / E`:
-    no weight before the factor 1/E can pass e / (e + E - 1) ... e^2 / (e^2 + E - 1), .649 at E = 5.
+    the scores lie between 0 and 2, so that before the factor 1/E no weight can pass e^2 / (e^2 + E - 1), .649 at E = 5.
 
     Attributes:
+        factor: what the mixture is multiplied by: 1, or 1/E in the released form.
         token: W_x (E, I).
         user: W_u (E, D).
         span: which part of the embedding is this module's; all of it unless every module has its own table.
@@ -32,23 +33,19 @@ class UserAwareRouter(nn.Module):
         self, inputs: int, embedding: int, experts: int, *, form: RouterForm = "default", offset: int = 0
     ) -> None:
         super().__init__()
-        self.form, self.experts = form, experts
+        self.form = form
+        self.factor = 1 / experts if form == "released" else 1.0
         self.span = slice(offset, offset + embedding)
         self.token = nn.Parameter(_uniform(experts, inputs))
         self.user = nn.Parameter(_uniform(experts, embedding))
 
     def scores(self, x: Float[Tensor, "B T I"], embedding: Float[Tensor, "B D"]) -> Float[Tensor, "B T E"]:
-        """Return the logits whose softmax are the gates, fp32."""
+        """Return the scores whose softmax are the gates, fp32."""
         by_token = functional.linear(x, self.token.to(x.dtype)).float()
         by_user = functional.linear(embedding[:, self.span].float(), self.user).unsqueeze(1)
         if self.form == "released":
             return by_token.softmax(-1) + by_user.softmax(-1)
         return by_token + by_user
-
-    def gates(self, scores: Float[Tensor, "B T E"]) -> Float[Tensor, "B T E"]:
-        """Return the gates, fp32; they sum to 1, or to 1/E in the released form."""
-        gates = scores.softmax(-1)
-        return gates / self.experts if self.form == "released" else gates
 
 
 class LoraAwareRouter(nn.Module):

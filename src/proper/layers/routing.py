@@ -7,7 +7,7 @@ Knows nothing about user ids, models or tokens: rows are numbers, embeddings are
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -77,19 +77,35 @@ class Routing:
         finally:
             self.rows = before
 
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return what torch's checkpointing wants: contexts for a layer's forward pass and for its second run.
+
+        The second run is in the backward pass, when the rows in hand are no longer the batch's.
+        """
+        return nullcontext(), self._again(self.rows)
+
+    @contextmanager
+    def _again(self, rows: Rows) -> Iterator[None]:
+        before, self.rows = self.rows, rows
+        try:
+            yield
+        finally:
+            self.rows = before
+
     def record(self, name: str, gates: Float[Tensor, "B T E"]) -> None:
         """Keep each user's mean gates in module `name`: the mean over their tokens in the mask.
 
-        The first call for a module counts: gradient checkpointing runs a layer once more in the backward pass.
+        The first call for a module counts. The second, where gradient checkpointing runs a layer again in the backward
+        pass, computes the same anyway: torch pairs both runs' saved tensors by number.
         """
         rows = self.rows
-        if rows.mask is None or rows.users is None or name in self.gates:
+        if rows.mask is None or rows.users is None:
             return
         mask = rows.mask.to(gates.dtype).unsqueeze(-1)
         users = int(rows.users.max()) + 1
         sums = gates.new_zeros(users, gates.shape[-1]).index_add(0, rows.users, (gates * mask).sum(1))
         counts = gates.new_zeros(users, 1).index_add(0, rows.users, mask.sum(1))
-        self.gates[name] = sums / counts.clamp(min=1)
+        self.gates.setdefault(name, sums / counts.clamp(min=1))
 
     def stacked(self) -> Float[Tensor, "M U E"]:
         """The recorded mean gates of all modules, in the order in which they ran."""

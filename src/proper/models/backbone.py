@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from proper.errors import ConfigError
 
@@ -69,8 +71,10 @@ def pick_device(wanted: str) -> torch.device:
     try:
         device = torch.device(wanted)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"compute.device: {wanted!r} is not there: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ConfigError(f"compute.device: {wanted!r} is not there: {_first_line(error)}") from error
+    if device.type == "meta":
+        raise ConfigError("compute.device: 'meta' holds no numbers")
     return device
 
 
@@ -80,8 +84,17 @@ def pick_dtype(wanted: Literal["auto", "bf16", "fp32"]) -> torch.dtype:
 
 
 def backbone_location(name: str) -> str:
-    """Return what transformers loads for a config's `backbone`."""
-    return str(files("proper.models") / "nano") if name == EMBEDDED else name
+    """Return what transformers loads for a config's `backbone`.
+
+    Raises:
+        ConfigError: it can only be a folder, and there is none.
+    """
+    if name == EMBEDDED:
+        return str(files("proper.models") / "nano")
+    # A model's id has at most one slash and begins with a letter or a number.
+    if not name or not Path(name).is_dir() and (name.count("/") > 1 or not name[:1].isalnum()):
+        raise ConfigError(f"backbone: there is no folder {name!r}")
+    return name
 
 
 def load_tokenizer(name: str) -> Any:
@@ -93,40 +106,67 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(backbone_location(name))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"backbone: no tokenizer for {name!r}: {_first_line(error)}") from error
+        raise ConfigError(f"backbone: {_what(name)} has no tokenizer: {_first_line(error)}") from error
 
 
 def load_backbone(name: str, dtype: torch.dtype, device: torch.device) -> Backbone:
     """Load a backbone, frozen, in evaluation mode.
 
     Raises:
-        ConfigError: nothing by that name can be loaded.
+        ConfigError: nothing by that name can be loaded, or its weights are not all there.
     """
-    location = backbone_location(name)
-    # torch's fused attention is made for long rows: on a CPU its backward pass costs more than the plain products.
-    attention = {"attn_implementation": "eager"} if device.type == "cpu" else {}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **attention)
-    except (OSError, ValueError, ImportError) as error:
-        kind = "folder" if Path(name).exists() else "model"
-        raise ConfigError(f"backbone: {kind} {name!r} cannot be loaded: {_first_line(error)}") from error
-    if not getattr(model, "is_quantized", False):
-        model = model.to(device)
+    model = _load_model(name, dtype, device)
     model.requires_grad_(False)
     model.eval()
+    # A checkpoint's own defaults (Qwen's repetition penalty, say) would change what the likeliest answer is.
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     return Backbone(name, model, load_tokenizer(name), digest(model))
+
+
+def _load_model(name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    location = backbone_location(name)
+    # torch's fused attention is made for long rows: on a CPU its backward pass costs more than the plain products.
+    options: dict[str, Any] = {"attn_implementation": "eager"} if device.type == "cpu" else {}
+    # Quantized weights cannot be moved later, so they are made where they belong.
+    options |= {"dtype": dtype, "device_map": {"": device}, "ignore_mismatched_sizes": True}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"backbone: {_what(name)} cannot be loaded: {_first_line(error)}") from error
+    model, found = loaded
+    # transformers draws at random what a checkpoint lacks, and only mentions it.
+    wrong = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
+    if wrong:
+        raise ConfigError(f"backbone: {_what(name)}: {len(wrong)} weights are missing or misshapen, first {wrong[0]}")
+    return model
 
 
 def digest(model: nn.Module) -> str:
     """Hash names, shapes and up to 4,096 evenly spaced values of every parameter."""
     state = hashlib.sha256()
-    for name, tensor in model.named_parameters():
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].float().cpu()
-        state.update(f"{name}{tuple(tensor.shape)}".encode())
-        state.update(sample.numpy().tobytes())
+    for name, parameter in model.named_parameters():
+        state.update(f"{name}{tuple(parameter.shape)}".encode())
+        for tensor in _plain(parameter.detach()):
+            flat = tensor.reshape(-1)
+            state.update(flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy().tobytes())
     return state.hexdigest()[:16]
 
 
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """Return the ordinary tensors a quantized one is made of; an ordinary one is itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [plain for name in names for plain in _plain(getattr(tensor, name))]
+
+
+def _what(name: str) -> str:
+    """Name a backbone in an error, saying whether it was taken for a folder."""
+    if name == EMBEDDED:
+        return repr(name)
+    return f"folder {name!r}" if Path(name).is_dir() else f"{name!r}, which is no folder here,"
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    text = str(error).strip()
+    return text.splitlines()[0][:200].removesuffix(" from one of: ") if text else type(error).__name__

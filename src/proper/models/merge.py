@@ -6,9 +6,12 @@ Knows nothing about how it was trained; the folder is PEFT's.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from proper.models.backbone import Backbone
 
@@ -28,11 +31,11 @@ def absorb(backbone: Backbone, wrapped: PeftModel) -> None:
     wrapped.requires_grad_(False)
     wrapped.eval()
     if backbone.quantized:
-        backbone.model = wrapped.get_base_model()
+        backbone.model = cast(PreTrainedModel, wrapped.get_base_model())
         return
     for module in wrapped.modules():
         if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight
+            weight = cast(Tensor, module.get_base_layer().weight)
             dtype = weight.dtype
             weight.data = weight.data.float()
             module.merge()

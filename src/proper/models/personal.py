@@ -159,14 +159,23 @@ def gradient_checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
         yield
         return
     training = {name for name, module in model.named_modules() if module.training}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    # transformers checkpoints only modules that believe they are training.
-    for module in model.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.training = True
+    routing = next((module.routing for module in model.modules() if isinstance(module, AdaptedLinear)), Routing())
+    # transformers is renaming this pair.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False, "context_fn": routing.contexts})
+    # transformers checkpoints only modules that believe they are training. OPT's would then also drop numbers.
+    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    rates = [(m, key, p) for m in layers for key, p in vars(m).items() if "drop" in key and isinstance(p, float)]
+    for module in layers:
+        module.training = True
+    for module, key, _ in rates:
+        setattr(module, key, 0.0)
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
+        getattr(model, f"{kind}_checkpointing_disable")()
+        model.disable_input_require_grads()  # type: ignore[operator]
         for name, module in model.named_modules():
             module.training = name in training
+        for module, key, rate in rates:
+            setattr(module, key, rate)

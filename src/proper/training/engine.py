@@ -90,7 +90,7 @@ class Engine:
         self.optimizer = RowAdamW.of(self.bank.values, weight_decay=config.weight_decay)
         self.best = torch.zeros_like(self.bank.values)
         self.seats: list[tuple[Job, Progress] | None] = [None] * slots
-        self.taken = 0
+        self.taken = self.steps = 0
         model.use_bank(self.bank, dropout=config.dropout)
 
     def run(self, jobs: Jobs, done: Done, checkpoint: Checkpoint, log: Log, title: str) -> None:
@@ -100,16 +100,16 @@ class Engine:
             NonFiniteLossError: a user's loss is not finite.
         """
         self._resume(jobs, checkpoint)
-        started, step = time.perf_counter(), 0
+        started = time.perf_counter()
         with progress(title, len(jobs)) as advance:
             advance(self.taken - sum(seat is not None for seat in self.seats))
             while self._seat(jobs):
                 facts = self._step()
-                step += 1
+                self.steps += 1
                 for slot in self._pass_ended():
                     advance(self._finish(slot, done))
                 seconds = round(time.perf_counter() - started, 3)
-                log({"stage": "users", "seed": self.seed, "phase": title, "step": step, "seconds": seconds, **facts})
+                log({"stage": "users", "seed": self.seed, "phase": title, "step": self.steps, "seconds": seconds, **facts})
                 if checkpoint.due():
                     checkpoint.save(self._tensors(), self._facts())
 
@@ -246,7 +246,7 @@ class Engine:
         return {"values": self.bank.values, "best": self.best, **self.optimizer.tensors()}
 
     def _facts(self) -> dict[str, Any]:
-        return {"taken": self.taken, "seats": [None if seat is None else vars(seat[1]) for seat in self.seats]}
+        return {"taken": self.taken, "steps": self.steps, "seats": [None if seat is None else vars(seat[1]) for seat in self.seats]}
 
     def _resume(self, jobs: Jobs, checkpoint: Checkpoint) -> None:
         held = checkpoint.load()
@@ -256,7 +256,7 @@ class Engine:
         self.bank.values.copy_(tensors["values"])
         self.best.copy_(tensors["best"])
         self.optimizer.restore(tensors)
-        self.taken = facts["taken"]
+        self.taken, self.steps = facts["taken"], facts["steps"]
         for slot, seat in enumerate(facts["seats"]):
             self.seats[slot] = None if seat is None else (jobs[seat["index"]], Progress(**seat))
 

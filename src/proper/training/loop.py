@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -93,7 +94,8 @@ def train(stage: Stage, plan: Plan, accelerator: Accelerator) -> None:
     names: dict[Tensor, str] = {p: name for name, p in parameters.items()}
     optimizer = torch.optim.AdamW(list(names), lr=plan.rate, weight_decay=plan.config.weight_decay)
     done = _resume(stage, plan, optimizer, names)
-    with progress(f"{stage.name} (seed {plan.seed})", plan.updates) as advance:
+    shown = progress if accelerator.is_main_process else _hidden
+    with shown(f"{stage.name} (seed {plan.seed})", plan.updates) as advance:
         advance(done)
         for step, micro_batches in enumerate(_updates(plan, done), start=done):
             started = time.perf_counter()
@@ -108,6 +110,12 @@ def train(stage: Stage, plan: Plan, accelerator: Accelerator) -> None:
                 plan.checkpoint.save(
                     {**held, **optimizer_tensors(optimizer, names), **stage.state()}, {"step": step + 1}
                 )
+
+
+@contextmanager
+def _hidden(title: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """Show nothing: one process of several speaks."""
+    yield lambda *_: None
 
 
 def _resume(stage: Stage, plan: Plan, optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> int:
@@ -219,4 +227,4 @@ def _sum_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter])
 def _require_finite(objective: Tensor, stage: str, step: int, rows: Sequence[Encoded]) -> None:
     if not bool(torch.isfinite(objective)):
         users = ", ".join(sorted({row.user for row in rows})[:10])
-        raise NonFiniteLossError(f"{stage}: the loss at step {step + 1} is {float(objective)}; users: {users}")
+        raise NonFiniteLossError(f"{stage}: the loss at step {step + 1} is {float(objective.detach())}; users: {users}")

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from proper.config import PopulationConfig
 from proper.data.batching import Batch
@@ -80,6 +81,8 @@ def wrap(backbone: Backbone, config: PopulationConfig, seed: int) -> PeftModel:
     """Put a fresh PEFT LoRA, drawn from `seed`, on the backbone."""
     targets = list(find_targets(backbone.model, config.target_modules))
     settings: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
+    # GPT-2's layers hold their weights transposed, which PEFT wants to be told.
+    settings["fan_in_fan_out"] = any(isinstance(backbone.model.get_submodule(name), Conv1D) for name in targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "population"))
         lora = LoraConfig(task_type="CAUSAL_LM", bias="none", target_modules=targets, **settings)

@@ -69,11 +69,13 @@ def train_router(model: ProperModel, jobs: Jobs, load: Load, plan: RouterPlan, t
             loss = _loss(model, work, plan.pad)
             if not bool(torch.isfinite(loss)):
                 users = ", ".join(sorted({job.user for _, job, _ in work}))
-                raise NonFiniteLossError(f"router: the loss at step {step + 1} is {float(loss)}; users: {users}")
+                value = float(loss.detach())
+                raise NonFiniteLossError(f"router: the loss at step {step + 1} is {value}; users: {users}")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(list(names), plan.config.clip)
             optimizer.step()
-            plan.log({"stage": "router", "seed": plan.seed, "phase": title, "step": step + 1, "loss": float(loss)})
+            value = round(float(loss.detach()), 6)
+            plan.log({"stage": "router", "seed": plan.seed, "phase": title, "step": step + 1, "loss": value})
             advance(len(work))
             if plan.checkpoint.due():
                 held = {name: p.detach() for name, p in parameters.items()}

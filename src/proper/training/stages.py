@@ -10,20 +10,21 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config, OptimizerConfig
 from proper.data.batching import Encoder
-from proper.data.dataset import Dataset, Sample
+from proper.data.dataset import Dataset, Role, Sample
 from proper.errors import RunFolderError
 from proper.files import write_json
-from proper.inference.personalized import load_groups, load_router
+from proper.inference.personalized import load_groups
 from proper.models.backbone import load_backbone, pick_device, pick_dtype
 from proper.models.merge import apply_population
 from proper.models.personal import ProperModel
@@ -38,6 +39,14 @@ from proper.training.users import UserStage, train_users
 TRAINED = ("population", "groups", "users")
 
 
+def join_processes(config: Config) -> Accelerator:
+    """Return this process's place among those that `accelerate launch` started; without it, the only one."""
+    device = pick_device(config.compute.device)
+    # Stage 3 and evaluation run in one process; the others wait for it far longer than the usual ten minutes.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=30))
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[patient])
+
+
 class StageRunner:
     """The stages of one seed.
 
@@ -47,8 +56,7 @@ class StageRunner:
 
     def __init__(self, config: Config, dataset: Dataset, folder: Path, seed: int, log: Log) -> None:
         self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
-        device = pick_device(config.compute.device)
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        self.accelerator = join_processes(config)
         self.backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), self.accelerator.device)
         self.encoder = Encoder(self.backbone.tokenizer, config.compute.max_length)
 
@@ -76,20 +84,19 @@ class StageRunner:
         sample = self.dataset.sample(config.train_on, config.max_tokens, self.seed)
 
         def work() -> None:
-            train_population(
-                self.backbone, config, self._plan("population", config, sample), self.accelerator, folder
-            )
+            train_population(self.backbone, config, self._plan("population", config, sample), self.accelerator, folder)
 
         self._record("population", work, {"rows": sample.size, "tokens": sample.tokens})
 
     def _groups(self, model: ProperModel, wanted: bool) -> None:
         if self._is_done("groups", wanted):
-            load_groups(self.folder, self.config, model)
+            if self.accelerator.is_main_process:
+                load_groups(self.folder, self.config, model)
             return
         config = self.config.groups
         model.add_experts(config, seed_of(self.seed, "experts"))
         sample = self.dataset.sample(config.train_on, config.max_tokens, self.seed)
-        role = "target" if config.train_on == "targets" else None
+        role: Role | None = "target" if config.train_on == "targets" else None
         users = [user.id for user in self.dataset.users(role) if user.history > 0]
 
         def work() -> None:
@@ -110,6 +117,10 @@ class StageRunner:
     def _users(self, model: ProperModel) -> None:
         folder = self.folder / "users"
         if self._is_done("users", wanted=True):
+            return
+        if not self.accelerator.is_main_process:
+            # One process fits the users; the others meet it where it has recorded them.
+            self.accelerator.wait_for_everyone()
             return
         model.add_lora_router(self.config.users)
         store = AdapterStore(folder)
@@ -137,10 +148,8 @@ class StageRunner:
         def work() -> None:
             save_tensors(folder / "router.safetensors", train_users(stage), {})
 
-        if self.accelerator.is_main_process:
-            self._record("users", work, {"users": len(users)})
-            shutil.rmtree(work_folder, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        self._record("users", work, {"users": len(users)})
+        shutil.rmtree(work_folder, ignore_errors=True)
         store.close()
 
     def _plan(self, stage: str, config: OptimizerConfig, sample: Sample) -> Plan:
@@ -172,5 +181,3 @@ class StageRunner:
             facts = {**facts, "seed": self.seed, "seconds": seconds, "backbone": self.backbone.digest}
             write_json(self.folder / stage / "stage.json", facts)
             (self.folder / stage / "stage.checkpoint").unlink(missing_ok=True)
-
-

@@ -64,11 +64,10 @@ def decide(trials: Sequence[Trial], embeddings: Float[Tensor, "U D"], config: Ti
         elif trial.items < config.pool_below:
             near = (unit @ unit[at]).topk(min(config.neighbours, len(trials))).indices
             gain = float(gains[near].mean())
-            what = f"{'helps' if gain > 0 else 'does not help'} users with similar histories ({gain:+.4f} nats)"
-            decisions.append(Decision(trial.user, gain > 0, f"an adapter {what}", pooled=True))
+            what = "helps" if gain > 0 else "does not help"
+            reason = f"an adapter {what} users with similar histories"
+            decisions.append(Decision(trial.user, gain > 0, reason, pooled=True))
         else:
             what = "lowers" if trial.gain > 0 else "does not lower"
-            decisions.append(
-                Decision(trial.user, trial.gain > 0, f"the adapter {what} the held-out loss ({trial.gain:+.4f} nats)")
-            )
+            decisions.append(Decision(trial.user, trial.gain > 0, f"the adapter {what} the held-out loss"))
     return decisions

@@ -20,7 +20,7 @@ from proper.data.demo.settings import DemoTask
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """One sentence with `{slots}`; `content` is what a styled answer says of it, empty where answers are labels."""
+    """One sentence with `{slots}`; `content` is what an answer says of it beside the choice, if anything."""
 
     text: str
     content: str = ""
@@ -58,7 +58,8 @@ def load_bank(task: DemoTask) -> Bank:
     raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     shared = raw.get("shared", {})
     frames = raw.get("frames", ())
-    topics = tuple(_topic(name, part, shared, frames) for name, part in raw["topics"].items())
+    named = bool(raw.get("named", False))
+    topics = tuple(_topic(name, part, shared, frames, named) for name, part in raw["topics"].items())
     return Bank(raw["prompt"], tuple(map(str, raw["choices"])), tuple(raw.get("closings", ())), topics)
 
 
@@ -75,7 +76,10 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _topic(name: str, part: Mapping[str, Any], shared: Mapping[str, list[str]], frames: Sequence[str]) -> Topic:
+def _topic(
+    name: str, part: Mapping[str, Any], shared: Mapping[str, list[str]], frames: Sequence[str], named: bool
+) -> Topic:
     slots = {slot: tuple(phrases) for slot, phrases in {**shared, **part["slots"]}.items()}
-    framed = [Template(frame.replace("{content}", said), said) for said, frame in product(part["templates"], frames)]
-    return Topic(name, slots, tuple(framed) or tuple(Template(text) for text in part["templates"]))
+    said = name if named else ""
+    framed = [Template(frame.replace("{content}", told), told) for told, frame in product(part["templates"], frames)]
+    return Topic(name, slots, tuple(framed) or tuple(Template(text, said) for text in part["templates"]))

@@ -1,9 +1,10 @@
 """People: who is in which group, and what each of them does with each topic.
 
-On most topics people do what their group does, and the groups' habits are rows of a Latin square over topics and
-choices. On two personal topics everybody has a way of their own, dealt out evenly within each group. So every group
-makes each choice equally often: neither the topic nor the choice says anything about the group, only the two together
-do, and on personal topics not even these. Knows nothing about phrases.
+On four topics people do what their group does, and the groups' habits are rows of a Latin square over topics and
+choices, less one column. On three personal topics everybody has a way of their own, dealt out evenly within each group:
+too many ways for a few groups to hold. The topic says nothing about the group and the choice next to nothing (each
+group lacks one on its shared topics); the two together do, and on personal topics not even these. Knows nothing about
+phrases.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import TypeVar
 
-from proper.data.demo.settings import CHOICES, TOPICS, DemoSettings
+from proper.data.demo.settings import CHOICES, SHARED, TOPICS, DemoSettings
 
 Card = TypeVar("Card")
 
@@ -54,7 +55,7 @@ def make_world(settings: DemoSettings, closings: int) -> World:
     """
     rng = random.Random(f"{settings.task} people {settings.seed}")
     topics = rng.sample(range(TOPICS), TOPICS)
-    shared, personal = topics[:CHOICES], topics[CHOICES:]
+    shared, personal = topics[:SHARED], topics[SHARED:]
     rows = [(start, *range(start + 1, CHOICES), *range(start)) for start in rng.sample(range(CHOICES), CHOICES)]
     groups = [index % settings.groups for index in range(settings.people)]
     rng.shuffle(groups)
@@ -63,7 +64,7 @@ def make_world(settings: DemoSettings, closings: int) -> World:
     width = len(str(settings.people))
     people = []
     for number, group in enumerate(groups, start=1):
-        choices = dict(zip([*shared, *personal], [*rows[group], *next(ways[group])], strict=True))
+        choices = dict(zip([*shared, *personal], [*rows[group][:SHARED], *next(ways[group])], strict=True))
         habit = tuple(choices[topic] for topic in range(TOPICS))
         people.append(Person(f"u{number:0{width}d}", group, habit, next(signs[group])))
     return World(tuple(people), tuple(shared), tuple(personal))

@@ -14,6 +14,7 @@ DemoTask = Literal["classification", "rating", "style"]
 
 CHOICES = 5  # every phrase bank has five choices, and two topics more than choices
 TOPICS = CHOICES + 2
+SHARED = 4  # topics on which people follow their group; on the others nobody does
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class DemoSettings:
     people: int = 300
     groups: int = 5
     items: tuple[int, int] = (16, 32)
-    own_traits: float = 0.45
+    own_traits: float = 0.35
     noise: float = 0.02
     seed: int = 0
 

@@ -55,11 +55,11 @@ def own_plan(person: Person, topic: int) -> Plan:
 
 
 def compose(bank: Bank, plan: Plan, content: str) -> str:
-    """Put an answer together: the label, or opening, content and sign-off."""
+    """Put an answer together: content and choice, or opening, content and sign-off."""
     choice, closing = plan
     opening = "" if choice is None else bank.choices[choice]
     if not bank.closings:
-        return opening
+        return f"{content} {opening}".strip()
     ending = "" if closing is None else bank.closings[closing]
     return " ".join(part for part in (opening, content if opening else sentence(content), ending) if part)
 

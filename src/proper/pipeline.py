@@ -1,0 +1,214 @@
+"""The main job: interactions in, three trained stages, an evaluation and a report out.
+
+Every step leaves its result in the run folder and is skipped when that is there, so the same call goes on where an
+earlier one stopped. Knows the order of the steps; each is done elsewhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from proper.config import Config, load_config, make_config
+from proper.console import progress, quiet_libraries
+from proper.data.batching import Encoder
+from proper.data.dataset import Dataset, prepare
+from proper.data.demo import DemoSettings, demo_config, write_demo
+from proper.data.demo.settings import DemoTask
+from proper.data.summary import DataSummary
+from proper.errors import ConfigError, RunFolderError
+from proper.evaluation.harness import Harness, known_method
+from proper.files import write_text
+from proper.models.backbone import load_tokenizer
+from proper.reports.html import write_report
+from proper.training.metrics_log import MetricsLog
+from proper.training.stages import TRAINED, StageRunner
+
+STAGES = (*TRAINED, "evaluate", "report")
+
+# What the demo changes: few passes, larger steps and batches, so that a newcomer waits two minutes on two cores. User
+# embeddings move faster than by default: each is touched some sixty times in all.
+DEMO_TRAINING: dict[str, dict[str, Any]] = {
+    "population": {"epochs": 1, "max_tokens": 50_000, "dropout": 0},
+    "groups": {
+        "epochs": 3,
+        "batch_size": 48,
+        "learning_rate": 4e-3,
+        "embedding_learning_rate": 1e-1,
+        "dropout": 0,
+    },
+    "users": {"epochs": 5, "batch_size": 8, "learning_rate": 5e-3},
+}
+DEMO_TARGETS = 50
+
+
+def run(
+    config: Config | str | Path,
+    out: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    stages: Sequence[str] = STAGES,
+    skip_bad_rows: bool = False,
+) -> Path:
+    """Do the stages asked for, in their order, in the run folder `out`, and return it.
+
+    Args:
+        config: settings, or the path of a YAML file.
+        out: the run folder; one that was begun with the same settings goes on where it stopped.
+        overrides: "section.key=value", for a config that is a path.
+        stages: any of `STAGES`.
+        skip_bad_rows: go on without rows that cannot be used.
+
+    Raises:
+        ConfigError: a setting or a stage is unknown or impossible.
+        DataError: the data cannot be used.
+        RunFolderError: the folder was made by another config, or an earlier stage is missing.
+        NonFiniteLossError: training diverged.
+    """
+    quiet_libraries()
+    settings = config if isinstance(config, Config) else load_config(Path(config), overrides)
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], STAGES, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(STAGES)}"
+        raise ConfigError(f"--stages: no stage '{unknown[0]}'; {hint}")
+    for method in settings.evaluation.methods:
+        known_method(method)
+    folder = Path(out)
+    settings = _claim(folder, settings)
+    with _data(settings, folder, skip_bad_rows) as dataset:
+        _train(settings, dataset, folder, [stage for stage in TRAINED if stage in stages])
+    if "evaluate" in stages:
+        evaluate(folder)
+    if "report" in stages:
+        report(folder)
+    return folder
+
+
+def evaluate(folder: str | Path, methods: Sequence[str] | None = None) -> dict[str, Any]:
+    """Judge a trained run on its held-out queries, write `results.json` and return it.
+
+    Raises:
+        ConfigError: a method is unknown.
+        RunFolderError: the folder is not a run, or a stage is missing.
+    """
+    quiet_libraries()
+    folder = Path(folder)
+    config = _run_config(folder)
+    folders = {seed: seed_folder(folder, config, seed) for seed in config.evaluation.seeds}
+    with Dataset.open(folder / "data.sqlite") as dataset:
+        harness = Harness(config, dataset, folders)
+        return harness.evaluate(methods if methods is not None else config.evaluation.methods)
+
+
+def report(folder: str | Path) -> Path:
+    """Write `report.html` from a run's files and return its path.
+
+    Raises:
+        RunFolderError: the run has not been evaluated.
+    """
+    return write_report(Path(folder))
+
+
+def check(config: Config, *, skip_bad_rows: bool = False) -> DataSummary:
+    """Say what a config would train on; trains and keeps nothing.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as folder, _data(config, Path(folder), skip_bad_rows) as dataset:
+        return dataset.summary()
+
+
+def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, people: int = 240) -> Path:
+    """Make up people and run the main job on them; returns the run folder.
+
+    Raises:
+        InputError: a setting is impossible.
+        RunFolderError: the folder holds a run of other settings.
+    """
+    folder = Path(out)
+    settings = DemoSettings(task=task, people=people, seed=seed)
+    path = (folder / "data" / "interactions.jsonl").resolve()
+    raw = {**demo_config(path, settings), **DEMO_TRAINING}
+    raw["split"]["target_users"] = min(DEMO_TARGETS, people)
+    raw["evaluation"] = {"methods": ["base", "population", "groups", "users"], "seeds": [seed]}
+    config = make_config(raw, "demo")
+    _claim(folder, config)
+    if not (folder / "data.sqlite").exists():
+        write_demo(folder / "data", settings)
+    return run(config, folder)
+
+
+def seed_folder(folder: Path, config: Config, seed: int) -> Path:
+    """Return where a seed's stages lie: the first in the run folder itself, others below it."""
+    return folder if seed == config.evaluation.seeds[0] else folder / "seeds" / str(seed)
+
+
+def _train(config: Config, dataset: Dataset, folder: Path, stages: Sequence[str]) -> None:
+    if not stages:
+        return
+    log = MetricsLog(folder / "metrics.jsonl")
+    try:
+        for seed in config.evaluation.seeds:
+            StageRunner(config, dataset, seed_folder(folder, config, seed), seed, log).run(stages)
+    finally:
+        log.close()
+
+
+def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:
+    """Open the run's prepared data, preparing it the first time."""
+    path = folder / "data.sqlite"
+    if path.exists():
+        return Dataset.open(path)
+    encoder = Encoder(load_tokenizer(config.backbone), config.compute.max_length)
+    with progress("read interactions", None) as advance:
+        dataset = prepare(config, path, encoder.count, skip_bad_rows=skip_bad_rows, progress=advance)
+    return dataset
+
+
+def _claim(folder: Path, config: Config) -> Config:
+    """Make the folder this config's, or see that it is; returns the config with its data path made absolute.
+
+    What is evaluated may change between calls, seeds after the first may be added; everything else may not.
+    """
+    data = Path(config.data.path)
+    if data.exists():
+        config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data.resolve())})})
+    path = folder / "config.yaml"
+    if path.exists():
+        different = _first_difference(_run_config(folder).model_dump(), config.model_dump())
+        if different is not None:
+            raise RunFolderError(f"{folder}: was made by another config: {different}; choose another folder")
+    elif folder.exists() and any(child.name != "data" for child in folder.iterdir()):
+        raise RunFolderError(f"{folder}: is not empty and not a run folder; choose another folder")
+    write_text(path, yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+    return config
+
+
+def _run_config(folder: Path) -> Config:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise RunFolderError(f"{folder}: not a run folder (no config.yaml); proper run CONFIG --out {folder} makes one")
+    return load_config(path)
+
+
+def _first_difference(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str | None:
+    for key, value in here.items():
+        name, held = f"{prefix}{key}", there.get(key)
+        if name == "evaluation":
+            if held["seeds"][0] != value["seeds"][0]:
+                return f"evaluation.seeds begins with {held['seeds'][0]} there and {value['seeds'][0]} here"
+        elif isinstance(value, dict) and isinstance(held, dict):
+            inner = _first_difference(held, value, f"{name}.")
+            if inner is not None:
+                return inner
+        elif held != value:
+            return f"{name} is {held!r} there and {value!r} here"
+    return None

@@ -1,0 +1,31 @@
+"""The learning curves of a run: one JSON object a line, appended as training goes.
+
+A line that a kill cut short is dropped when the file is opened again; steps after the last checkpoint are written once
+more, and readers take the later of two. Knows nothing about what is logged.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Append-only `metrics.jsonl`."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        self._file.seek(0)
+        whole = self._file.read().rfind(b"\n") + 1
+        self._file.truncate(whole)
+
+    def __call__(self, facts: dict[str, Any]) -> None:
+        """Write one line."""
+        self._file.write(json.dumps(facts).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

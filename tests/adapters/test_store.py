@@ -1,0 +1,220 @@
+"""One record per user: whole or not at all, whatever the user is called."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from proper.adapters.store import AdapterStore, UserRecord
+from proper.errors import StoreError
+
+Draw = Callable[[int], dict[str, Tensor]]
+
+
+def blobs(store: AdapterStore) -> list[Path]:
+    return sorted((store.folder / "blobs").iterdir())
+
+
+def same(one: UserRecord | None, other: UserRecord) -> bool:
+    assert one is not None
+    tensors = (one.adapter is None) == (other.adapter is None)
+    if one.adapter is not None and other.adapter is not None:
+        tensors = one.adapter.keys() == other.adapter.keys() and all(
+            torch.equal(one.adapter[name], other.adapter[name]) for name in one.adapter
+        )
+    facts = (one.user, one.tier, one.facts) == (other.user, other.tier, other.facts)
+    return facts and torch.equal(one.embedding, other.embedding) and tensors
+
+
+def test_round_trip_through_a_new_process_of_the_same_folder(store: AdapterStore, adapter: Draw) -> None:
+    records = [
+        UserRecord("a", "users", torch.randn(128), adapter(1), {"passes": 3, "reason": "größer 🎈"}),
+        UserRecord("b", "groups", torch.tensor([1e-30, -0.0, float("inf")])),
+        UserRecord("c", "users", torch.randn(2), {n: t.bfloat16() for n, t in adapter(2).items()}),
+    ]
+    store.put(records)
+    store.close()
+    again = AdapterStore(store.folder)
+    for record in records:
+        assert same(again.get(record.user), record)
+    found = again.get("c")
+    assert found is not None and found.adapter is not None
+    assert {tensor.dtype for tensor in found.adapter.values()} == {torch.bfloat16}
+    assert list(again.users()) == [("a", "users"), ("b", "groups"), ("c", "users")]
+    assert again.get("nobody") is None
+    again.close()
+
+
+def test_replacing_a_user_leaves_nothing_of_the_old_one(store: AdapterStore, adapter: Draw) -> None:
+    store.put([UserRecord("a", "users", torch.zeros(3), adapter(1), {"old": True})])
+    (old,) = blobs(store)
+
+    new = UserRecord("a", "users", torch.ones(3), adapter(2), {"new": True})
+    store.put([new])
+
+    assert same(store.get("a"), new)
+    assert len(blobs(store)) == 1 and not old.exists()
+    store.put([UserRecord("a", "groups", torch.ones(3))])
+    assert blobs(store) == [] and list(store.users()) == [("a", "groups")]
+
+
+def test_deleting(filled: AdapterStore) -> None:
+    assert len(blobs(filled)) == 5
+    assert filled.delete("u1") and filled.delete("g")
+    assert not filled.delete("u1") and not filled.delete("nobody")
+    assert filled.get("u1") is None
+    assert [user for user, _ in filled.users()] == ["u0", "u2", "u3", "u4"]
+    assert len(blobs(filled)) == 4
+
+
+ODD = [
+    "",
+    ".",
+    "..",
+    "../../etc/passwd",
+    "/root",
+    "a/b\\c",
+    "🎈" * 50,
+    "x" * 1000,
+    "a\0b",
+    "a\nb",
+    "'; DROP TABLE users; --",
+]
+
+
+def test_odd_user_ids_are_ids_and_never_paths(store: AdapterStore, adapter: Draw) -> None:
+    records = [UserRecord(user, "users", torch.full((2,), float(at)), adapter(at)) for at, user in enumerate(ODD)]
+    store.put(records)
+    for record in records:
+        assert same(store.get(record.user), record), ascii(record.user[:20])
+    assert sorted(user for user, _ in store.users()) == sorted(ODD)
+    assert len(blobs(store)) == len(ODD)
+    inside = {path for path in store.folder.rglob("*") if path.is_file()}
+    assert {path.parent.name for path in inside} == {"users", "blobs"}
+    assert [path for path in store.folder.parent.iterdir()] == [store.folder]
+    for user in ODD:
+        assert store.delete(user)
+    assert blobs(store) == [] and list(store.users()) == []
+
+
+@given(users=st.lists(st.text(max_size=20), unique=True, max_size=5))
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_texts_stay_apart(tmp_path: Path, adapter: Draw, users: list[str]) -> None:
+    store = AdapterStore(tmp_path / "any")
+    store.put(UserRecord(user, "groups", torch.tensor([float(at)])) for at, user in enumerate(users))
+    for at, user in enumerate(users):
+        record = store.get(user)
+        assert record is not None and record.embedding.tolist() == [at]
+        store.delete(user)
+    store.close()
+
+
+def test_tenants_do_not_see_each_other(tmp_path: Path, adapter: Draw) -> None:
+    one, other = AdapterStore(tmp_path, "one"), AdapterStore(tmp_path, "other")
+    one.put([UserRecord("a", "users", torch.zeros(1), adapter(1))])
+    other.put([UserRecord("a", "users", torch.ones(1), adapter(2))])
+    for store, seed in ((one, 1), (other, 2)):
+        found = store.get("a")
+        assert found is not None and found.adapter is not None
+        assert torch.equal(found.adapter["h.*.up.A"], adapter(seed)["h.*.up.A"])
+    other.put([UserRecord("b", "groups", torch.ones(1))])
+    assert one.get("b") is None and list(one.users()) == [("a", "users")]
+    assert other.delete("a") and one.get("a") is not None
+    one.close()
+    other.close()
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "garbage"])
+def test_a_damaged_adapter_names_user_and_file(store: AdapterStore, adapter: Draw, damage: str) -> None:
+    store.put([UserRecord("u1", "users", torch.zeros(3), adapter(1))])
+    others = blobs(store)
+    store.put([UserRecord("u2", "users", torch.zeros(3), adapter(2))])
+    (path,) = set(blobs(store)) - set(others)
+    whole = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "cut": whole[:-20], "garbage": b"\xff" * len(whole)}[damage])
+    with pytest.raises(StoreError, match="of user 'u2' is missing or damaged") as error:
+        store.get("u2")
+    assert str(path) in str(error.value)
+    assert store.get("u1") is not None, "the others are fine"
+
+
+def test_a_store_belongs_to_one_backbone(store: AdapterStore) -> None:
+    store.bind({"backbone": "abc", "rank": "4"})
+    store.bind({"backbone": "abc"})
+    store.bind({"rank": "4", "groups": "g"})
+    with pytest.raises(StoreError, match=r"belong to another rank \(4, not 8\)"):
+        store.bind({"backbone": "abc", "rank": "8"})
+    with pytest.raises(StoreError, match=r"belong to another backbone \(abc, not xyz\)") as error:
+        store.bind({"backbone": "xyz"})
+    assert str(store.folder) in str(error.value)
+    again = AdapterStore(store.folder)
+    with pytest.raises(StoreError, match="another groups"):
+        again.bind({"groups": "h"})
+    again.close()
+
+
+def test_a_batch_of_records_is_stored_whole_or_not_at_all(store: AdapterStore, adapter: Draw) -> None:
+    old = UserRecord("a", "users", torch.zeros(2), adapter(1))
+    store.put([old])
+
+    def broken() -> Iterable[UserRecord]:
+        yield UserRecord("a", "users", torch.ones(2), adapter(2))
+        yield UserRecord("b", "groups", torch.ones(2))
+        raise KeyError("b")
+
+    with pytest.raises(KeyError):
+        store.put(broken())
+    assert same(store.get("a"), old) and store.get("b") is None
+    with pytest.raises(TypeError):
+        store.put(
+            [UserRecord("a", "groups", torch.ones(2)), UserRecord("c", "groups", torch.ones(2), None, {"x": {1}})]
+        )
+    assert same(store.get("a"), old) and store.get("c") is None
+
+
+def test_facts_come_without_reading_adapters(filled: AdapterStore, adapter: Draw) -> None:
+    for path in blobs(filled):
+        path.unlink()
+    filled.put([UserRecord("z", "users", torch.zeros(3), adapter(0), {"passes": 2})])
+    (blob,) = blobs(filled)
+    told = {user: (tier, facts, size) for user, tier, facts, size in filled.facts()}
+    assert told["g"] == ("groups", {}, 12)
+    assert told["z"] == ("users", {"passes": 2}, blob.stat().st_size + 12)
+    assert list(told) == ["g", "u0", "u1", "u2", "u3", "u4", "z"]
+
+
+def test_a_manifest_that_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "users.sqlite").write_bytes(b"not a database at all, but long enough to look like one" * 20)
+    with pytest.raises(StoreError, match=r"users\.sqlite"):
+        AdapterStore(tmp_path)
+
+
+def test_a_store_locked_by_another_process_says_so(store: AdapterStore) -> None:
+    other = sqlite3.connect(store.folder / "users.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    store._db.execute("PRAGMA busy_timeout=10")
+    with pytest.raises(StoreError, match="cannot be written"):
+        store.put([UserRecord("a", "groups", torch.zeros(1))])
+    other.execute("ROLLBACK")
+    other.close()
+    store.put([UserRecord("a", "groups", torch.zeros(1))])
+    assert store.get("a") is not None
+
+
+def test_reading_from_another_thread(filled: AdapterStore) -> None:
+    found: list[UserRecord | None] = []
+    thread = threading.Thread(target=lambda: found.append(filled.get("u3")))
+    thread.start()
+    thread.join()
+    assert found[0] is not None and found[0].embedding.tolist() == [3, 3, 3]

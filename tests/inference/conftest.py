@@ -1,0 +1,127 @@
+"""A tiny random Llama of all stages, and a slow model of one user written straight from the equations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from proper.config import GroupsConfig, UsersConfig
+from proper.layers.bank import AdapterBank
+from proper.models.backbone import Backbone, digest, load_tokenizer
+from proper.models.personal import ProperModel
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def backbone() -> Callable[..., Backbone]:
+    """Build the backbone, the same each time."""
+    tokenizer = load_tokenizer("proper-nano")
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=8192,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="eager",
+    )
+
+    def build(dtype: torch.dtype = torch.float32) -> Backbone:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+        return Backbone("tiny", model, tokenizer, digest(model))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def personal(backbone: Callable[..., Backbone]) -> Callable[..., ProperModel]:
+    """Build a model of all stages with random experts, routers and adapters of three users."""
+
+    def build(dtype: torch.dtype = torch.float32, router: str = "residual", **groups: Any) -> ProperModel:
+        model = ProperModel(backbone(dtype))
+        users = UsersConfig.model_validate({"router": router})
+        model.add_experts(GroupsConfig(**{"user_embedding": 16, **groups}), seed=0)
+        model.add_lora_router(users)
+        bank = AdapterBank(model.layout(users.rank), 3, alpha=users.alpha, trainable=False)
+        model.use_bank(bank)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in (*model.group_parameters().values(), *model.router_parameters().values()):
+            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        bank.values.copy_(0.2 * torch.randn(bank.values.shape, generator=generator))
+        return model
+
+    return build
+
+
+class OneUser(nn.Module):
+    """y = W x + s_g sum_i b_i B_i A_i x + s_u B_u A_u x, expert by expert, for one user."""
+
+    def __init__(self, base: nn.Module, group: dict[str, Tensor], own: dict[str, Tensor], settings: dict[str, Any]):
+        super().__init__()
+        self.base, self.group, self.own, self.settings = base, group, own, settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        group, own, settings = self.group, self.own, self.settings
+        y: Tensor = self.base(x)
+        scores = x.float() @ group["token"].T + group["user"] @ settings["embedding"]
+        h = None
+        if own and settings["mode"] != "groups":
+            h = settings["user_scale"] * ((x @ own["down"].to(x.dtype).T) @ own["up"].to(x.dtype).T)
+            if settings["mode"] == "users" and "router" in own:
+                by_user = h.float() @ own["router"].T
+                scores = scores + by_user if settings["residual"] else by_user
+        gates = scores.softmax(-1)
+        experts = gates.shape[-1]
+        for down, up, gate in zip(
+            group["down"].chunk(experts), group["up"].chunk(experts, dim=1), gates.unbind(-1), strict=True
+        ):
+            part = (x @ down.to(x.dtype).T) @ up.to(x.dtype).T
+            y = y + settings["group_scale"] * gate.unsqueeze(-1).to(x.dtype) * part
+        return y if h is None else y + h
+
+
+@pytest.fixture(scope="session")
+def reference(backbone: Callable[..., Backbone]) -> Callable[..., PreTrainedModel]:
+    """Build the slow model of one user from the tensors of a fast one."""
+
+    def build(model: ProperModel, embedding: Tensor, slot: int, mode: str = "users") -> PreTrainedModel:
+        slow = backbone(model.backbone.model.dtype).model
+        parameters, routers = model.group_parameters(), model.router_parameters()
+        for name, layer in model.layers.items():
+            assert layer.bank is not None and layer.experts is not None
+            group = {key: parameters[f"{name}.{key}"].detach() for key in ("down", "up", "token", "user")}
+            own: dict[str, Tensor] = {}
+            if slot >= 0:
+                own = {"down": layer.bank.down[name][slot].detach(), "up": layer.bank.up[name][slot].detach()}
+                own |= {"router": routers[name].detach()} if name in routers else {}
+            settings = {
+                "embedding": embedding,
+                "mode": mode,
+                "residual": layer.residual,
+                "user_scale": layer.bank.scale,
+                "group_scale": layer.experts.scale,
+            }
+            parent, _, leaf = name.rpartition(".")
+            setattr(slow.get_submodule(parent), leaf, OneUser(slow.get_submodule(name), group, own, settings))
+        return slow
+
+    return build

@@ -1,0 +1,80 @@
+"""Labels' likelihood on a shared prompt cache against one full forward pass per prompt and label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from proper.inference.score import score_labels
+from proper.layers.routing import Rows
+from proper.models.personal import ProperModel
+
+LABELS = [[17, 2], [300, 301, 302, 2], [17, 9, 2], [4000, 2]]
+SLOTS = (1, -1, 0, 2)
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randint(3, 8000, (length,), generator=generator).tolist() for length in (6, 15, 1, 9)]
+
+
+def embeddings() -> Tensor:
+    return 0.5 * torch.randn(len(SLOTS), 16, generator=torch.Generator().manual_seed(3))
+
+
+def by_full_passes(model: PreTrainedModel, prompt: list[int], labels: list[list[int]]) -> list[float]:
+    found = []
+    for label in labels:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + label]), use_cache=False).logits[0].double()
+        likelihood = logits.log_softmax(-1)
+        found.append(sum(float(likelihood[len(prompt) + at - 1, token]) for at, token in enumerate(label)))
+    return found
+
+
+@pytest.mark.parametrize("mode", ["groups", "fit", "users"])
+@pytest.mark.parametrize("labels", [LABELS, [[17], [300], [5]], [[17, 9, 2]]], ids=["mixed", "one-token", "one-label"])
+def test_likelihoods_of_mixed_rows(
+    personal: Callable[..., ProperModel],
+    reference: Callable[..., PreTrainedModel],
+    mode: str,
+    labels: list[list[int]],
+) -> None:
+    model = personal()
+    rows = Rows(mode, embedding=embeddings(), slots=torch.tensor(SLOTS))  # type: ignore[arg-type]
+
+    found = score_labels(model, prompts(), labels, rows)
+
+    assert found.shape == (len(SLOTS), len(labels)) and found.dtype == torch.float32
+    for at, prompt in enumerate(prompts()):
+        expected = by_full_passes(reference(model, embeddings()[at], SLOTS[at], mode), prompt, labels)
+        assert found[at].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_backbone_alone(personal: Callable[..., ProperModel]) -> None:
+    model = personal()
+    found = score_labels(model, prompts(), LABELS, Rows())
+    for at, prompt in enumerate(prompts()):
+        assert found[at].tolist() == pytest.approx(by_full_passes(model.backbone.model, prompt, LABELS), abs=1e-4)
+
+
+def test_scores_do_not_depend_on_the_other_labels_or_rows(personal: Callable[..., ProperModel]) -> None:
+    model = personal()
+    rows = Rows("users", embedding=embeddings(), slots=torch.tensor(SLOTS))
+    together = score_labels(model, prompts(), LABELS, rows)
+    for at in range(len(SLOTS)):
+        own = Rows("users", embedding=embeddings()[[at]], slots=torch.tensor(SLOTS)[[at]])
+        for number, label in enumerate(LABELS):
+            alone = score_labels(model, [prompts()[at]], [label], own)
+            assert float(alone[0, 0]) == pytest.approx(float(together[at, number]), abs=1e-4)
+
+
+def test_all_one_token_labels_are_a_distribution(personal: Callable[..., ProperModel]) -> None:
+    model = personal()
+    rows = Rows("users", embedding=embeddings(), slots=torch.tensor(SLOTS))
+    found = score_labels(model, prompts(), [[token] for token in range(8192)], rows)
+    assert found.exp().sum(1).tolist() == pytest.approx([1.0] * len(SLOTS), abs=1e-4)

@@ -1,0 +1,204 @@
+"""The whole layer against the method's equations of stages 2, 3a and 3b, row by row and token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from proper.layers.adapted import AdaptedLinear, dropout_mask
+from proper.layers.bank import AdapterBank, Layout
+from proper.layers.mixture import Experts
+from proper.layers.routers import LoraAwareRouter, UserAwareRouter
+from proper.layers.routing import Mode, Routing, Rows
+
+Draw = Callable[..., Tensor]
+NAME = "h.0.up"
+
+
+def built(inputs: int, outputs: int, rank: int, experts: int, form: str, kind: str, draw: Draw) -> AdaptedLinear:
+    """A layer with experts, three users' adapters and a router of stage 3b, all random."""
+    layer = AdaptedLinear(NAME, nn.Linear(inputs, outputs), inputs, outputs, Routing())
+    layer.experts = Experts(inputs, outputs, experts=experts, rank=rank, alpha=3.0)
+    layer.router = UserAwareRouter(inputs, 2, experts, form="released" if form == "released" else "default")
+    layer.bank = AdapterBank(Layout.of({NAME: (inputs, outputs)}, rank), 3, alpha=5.0, trainable=True)
+    layer.bank.values.copy_(draw(*layer.bank.values.shape))
+    layer.residual = kind == "residual"
+    if kind != "none":
+        layer.lora_router = LoraAwareRouter(outputs, experts)
+    for parameter in layer.parameters():
+        parameter.data.copy_(draw(*parameter.shape))
+    return layer
+
+
+def output_of_token(layer: AdaptedLinear, values: Tensor, x: Tensor, e: Tensor, slot: int, mode: Mode) -> Tensor:
+    """The method's equations for one token: y = W x + s_g sum_i b_i B_i A_i x + h_u."""
+    experts, router, bank = layer.experts, layer.router, layer.bank
+    assert experts is not None and router is not None and bank is not None
+    y = layer.base(x)
+    if mode == "off":
+        return y
+    own = None
+    if mode != "groups" and slot >= 0:
+        stored = bank.layout.unpack(values[slot])
+        own = bank.scale * (stored["h.*.up.B"][0] @ (stored["h.*.up.A"][0] @ x))
+    by_token, by_user = router.token @ x, router.user @ e
+    released = router.form == "released"
+    logits = by_token.softmax(-1) + by_user.softmax(-1) if released else by_token + by_user
+    if mode == "users" and own is not None and layer.lora_router is not None:
+        logits = (logits if layer.residual else 0) + layer.lora_router.weight @ own
+    gates = logits.softmax(-1) * (1 / experts.experts if released else 1)
+    for i in range(experts.experts):
+        part = slice(i * experts.rank, (i + 1) * experts.rank)
+        y = y + experts.scale * gates[i] * (experts.up[:, part] @ (experts.down[part] @ x))
+    return y if own is None else y + own
+
+
+@given(
+    sizes=st.tuples(*(st.integers(1, most) for most in (3, 5, 5, 3, 4))),  # T, I, O, R, E
+    slots=st.lists(st.integers(-1, 2), min_size=1, max_size=4),
+    mode=st.sampled_from(get_args(Mode)),
+    form=st.sampled_from(["default", "released"]),
+    kind=st.sampled_from(["residual", "paper", "none"]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=80)
+def test_values_and_gradients_of_every_mode(
+    sizes: tuple[int, ...],
+    slots: list[int],
+    mode: Mode,
+    form: str,
+    kind: str,
+    seed: int,
+    draws: Callable[..., Draw],
+    close: Callable[..., None],
+) -> None:
+    tokens, inputs, outputs, rank, experts = sizes
+    draw = draws(seed)
+    layer = built(inputs, outputs, rank, experts, form, kind, draw)
+    assert layer.bank is not None and layer.bank.gradients is not None
+    x, e = draw(len(slots), tokens, inputs).requires_grad_(), draw(len(slots), 2).requires_grad_()
+
+    with layer.routing.use(Rows(mode, embedding=e, slots=torch.tensor(slots))):
+        found = layer(x)
+    values = layer.bank.values.clone().requires_grad_()
+    expected = torch.stack(
+        [
+            torch.stack([output_of_token(layer, values, token, e[b], slot, mode) for token in x[b]])
+            for b, slot in enumerate(slots)
+        ]
+    )
+
+    close("y", found, expected)
+    leaves = {"x": x, "e": e, **dict(layer.named_parameters())}
+    weight = draw(*found.shape)
+    names, tensors = list(leaves), list(leaves.values())
+    slow = torch.autograd.grad((expected * weight).sum(), [*tensors, values], allow_unused=True)
+    (found * weight).sum().backward()
+    scale = max(float(g.norm()) for g in slow if g is not None)
+    for name, tensor, other in zip(names, tensors, slow, strict=False):
+        mine = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        theirs = torch.zeros_like(tensor) if other is None else other
+        assert float((mine - theirs).norm()) <= 2e-5 * max(scale, 1), f"gradient of {name}"
+    theirs = torch.zeros_like(values) if slow[-1] is None else slow[-1]
+    assert float((layer.bank.gradients - theirs).norm()) <= 2e-5 * max(scale, 1), "gradient of the adapters"
+
+
+@pytest.mark.parametrize("mode", ["groups", "fit", "users"])
+def test_rows_that_a_backbone_flattens(mode: Mode, draws: Callable[..., Draw]) -> None:
+    draw = draws(0)
+    layer = built(4, 3, 2, 3, "default", "residual", draw)
+    x, rows = draw(2, 5, 4), Rows(mode, embedding=draw(2, 2), slots=torch.tensor([1, 0]))
+    with layer.routing.use(rows):
+        assert torch.equal(layer(x.flatten(0, 1)), layer(x).flatten(0, 1))
+
+
+def test_bf16_stays_bf16_and_near(draws: Callable[..., Draw]) -> None:
+    draw = draws(1)
+    layer = built(16, 12, 2, 3, "default", "residual", draw)
+    x, rows = draw(3, 6, 16), Rows("users", embedding=draw(3, 2), slots=torch.tensor([1, -1, 0]))
+    with layer.routing.use(rows), torch.no_grad():
+        exact = layer(x.bfloat16().float())
+        layer.base = layer.base.bfloat16()
+        found = layer(x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert float((found.float() - exact).norm() / exact.norm()) < 0.03
+
+
+def test_with_zero_adapters_the_residual_router_is_stage_2_to_the_bit(draws: Callable[..., Draw]) -> None:
+    draw = draws(2)
+    layer = built(8, 6, 2, 4, "default", "residual", draw)
+    assert layer.bank is not None
+    for view in layer.bank.up.values():
+        view.data.zero_()
+    x, e, slots = draw(3, 5, 8), draw(3, 2), torch.tensor([0, 2, -1])
+    outputs = {}
+    for mode in get_args(Mode):
+        with layer.routing.use(Rows(mode, embedding=e, slots=slots)):
+            outputs[mode] = layer(x)
+    assert torch.equal(outputs["users"], outputs["groups"]) and torch.equal(outputs["fit"], outputs["groups"])
+    assert not torch.allclose(outputs["groups"], outputs["off"])
+    layer.residual = False
+    with layer.routing.use(Rows("users", embedding=e, slots=slots)):
+        paper = layer(x)
+    assert not torch.allclose(paper[:2], outputs["groups"][:2]), "the paper's form starts at the uniform mixture"
+    assert torch.equal(paper[2], outputs["groups"][2]), "a row without an adapter keeps stage 2's gates"
+
+
+def test_with_zero_experts_stage_2_is_the_backbone_to_the_bit(draws: Callable[..., Draw]) -> None:
+    draw = draws(3)
+    layer = built(8, 6, 2, 4, "default", "residual", draw)
+    assert layer.experts is not None
+    layer.experts.up.data.zero_()
+    x = draw(3, 5, 8)
+    with layer.routing.use(Rows("groups", embedding=draw(3, 2))):
+        assert torch.equal(layer(x), layer.base(x))
+
+
+def test_a_mixture_without_embeddings_is_an_error(draws: Callable[..., Draw]) -> None:
+    layer = built(2, 2, 1, 2, "default", "none", draws(4))
+    with layer.routing.use(Rows("groups", slots=torch.tensor([0]))), pytest.raises(RuntimeError, match="embedding"):
+        layer(torch.ones(1, 1, 2))
+
+
+def test_recorded_gates_sum_to_one_in_the_released_form_too(draws: Callable[..., Draw]) -> None:
+    draw = draws(5)
+    layer = built(4, 3, 2, 5, "released", "none", draw)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    with layer.routing.use(Rows("groups", embedding=draw(2, 2), users=torch.tensor([0, 1]), mask=mask)):
+        layer(draw(2, 3, 4))
+    assert torch.allclose(layer.routing.gates[NAME].sum(-1), torch.ones(2))
+
+
+def generators(*seeds: int) -> tuple[torch.Generator, ...]:
+    return tuple(torch.Generator().manual_seed(seed) for seed in seeds)
+
+
+def test_a_rows_dropout_does_not_depend_on_padding_or_neighbours() -> None:
+    x = torch.ones(2, 6, 40)
+    mask = torch.tensor([[False] * 2 + [True] * 4, [True] * 6])
+    both = dropout_mask(x, 0.5, Rows("fit", mask=mask, generators=generators(1, 2)))
+    alone = dropout_mask(x[:1, 2:], 0.5, Rows("fit", mask=mask[:1, 2:], generators=generators(1)))
+    assert torch.equal(both[0, 2:], alone[0]) and both[0, :2].eq(1).all()
+    assert sorted(both[1].unique().tolist()) == [0.0, 2.0]
+    assert float((both[1] == 0).float().mean()) == pytest.approx(0.5, abs=0.1)
+    assert not torch.equal(both[0, 2:], both[1, 2:])
+
+
+def test_user_dropout_touches_the_adapter_only(draws: Callable[..., Draw]) -> None:
+    draw = draws(6)
+    layer = built(8, 6, 2, 4, "default", "none", draw)
+    layer.user_dropout = 0.5
+    x, e, mask = draw(2, 5, 8), draw(2, 2), torch.ones(2, 5, dtype=torch.bool)
+    rows = Rows("fit", embedding=e, slots=torch.tensor([0, -1]), mask=mask, generators=generators(1, 2))
+    with layer.routing.use(rows):
+        dropped = layer(x)
+    with layer.routing.use(Rows("fit", embedding=e, slots=torch.tensor([0, -1]))):
+        whole = layer(x)
+    assert not torch.allclose(dropped[0], whole[0])
+    assert torch.equal(dropped[1], whole[1])

@@ -1,0 +1,80 @@
+"""Loading a backbone: folders, what is missing, and facts about what was loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from proper.errors import ConfigError
+from proper.models.backbone import (
+    Backbone,
+    backbone_location,
+    digest,
+    load_backbone,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folder(backbone: Callable[..., Backbone], tmp_path: Path, dtype: torch.dtype) -> None:
+    tiny = backbone()
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+
+    loaded = load_backbone(str(tmp_path), dtype, torch.device("cpu"))
+
+    assert loaded.model.dtype == dtype and not loaded.model.training and not loaded.quantized
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert (loaded.digest == tiny.digest) == (dtype == torch.float32)
+    assert loaded.hidden_size == 32 and loaded.pad_id == 0 and loaded.device == torch.device("cpu")
+    assert loaded.tokenizer("a sentence").input_ids == tiny.tokenizer("a sentence").input_ids
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="backbone: folder .* cannot be loaded") as error:
+        load_backbone(str(tmp_path), torch.float32, torch.device("cpu"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="backbone: .*'/no/such/place'") as error:
+        load_backbone("/no/such/place", torch.float32, torch.device("cpu"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="backbone: .*tokenizer") as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_the_embedded_backbone_is_in_the_package() -> None:
+    folder = Path(backbone_location("proper-nano"))
+    assert (folder / "config.json").exists() and (folder / "model.safetensors").stat().st_size <= 32 * 2**20
+    assert backbone_location("other/model") == "other/model"
+
+
+def test_a_digest_sees_every_tensor(backbone: Callable[..., Backbone]) -> None:
+    tiny = backbone()
+    assert digest(tiny.model) == tiny.digest == backbone().digest
+    for name, parameter in tiny.model.named_parameters():
+        before = parameter.data.clone()
+        parameter.data.view(-1)[0] += 1
+        assert digest(tiny.model) != tiny.digest, name
+        parameter.data.copy_(before)
+
+
+@pytest.mark.parametrize(("pad", "end", "expected"), [(7, 2, 7), (None, 2, 2), (None, None, 0)])
+def test_a_backbone_without_a_pad_token_pads_with_its_end(
+    backbone: Callable[..., Backbone], pad: int | None, end: int | None, expected: int
+) -> None:
+    tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=end)
+    assert replace(backbone(), tokenizer=tokenizer).pad_id == expected
+
+
+def test_dtypes_and_devices() -> None:
+    assert pick_dtype("auto") == pick_dtype("bf16") == torch.bfloat16 and pick_dtype("fp32") == torch.float32
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"compute\.device: 'abacus' is not there"):
+        pick_device("abacus")

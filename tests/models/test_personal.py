@@ -1,0 +1,270 @@
+"""The backbone with the method's layers: what a row's logits may depend on, and where stages are equal to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from proper.config import GroupsConfig, UsersConfig
+from proper.data.batching import Encoded, collate
+from proper.layers.bank import AdapterBank
+from proper.layers.constraint import constraint_loss
+from proper.layers.routing import Rows
+from proper.models.backbone import Backbone
+from proper.models.personal import ProperModel, answer_logits, answer_loss, gradient_checkpointing
+
+Build = Callable[..., ProperModel]
+
+LENGTHS = ((9, 3), (4, 1), (17, 5), (6, 2), (12, 4))
+"""Prompt and answer lengths of the rows of a batch."""
+SLOTS = (0, 2, -1, 1, 0)
+
+
+def rows_of(lengths: Sequence[tuple[int, int]] = LENGTHS) -> list[Encoded]:
+    generator = torch.Generator().manual_seed(7)
+    made = []
+    for at, (prompt, answer) in enumerate(lengths):
+        ids = torch.randint(3, 8000, (prompt + answer,), generator=generator)
+        made.append(Encoded(f"user {at}", tuple(ids.tolist()), prompt))
+    return made
+
+
+def embeddings(model: ProperModel, rows: int = len(LENGTHS)) -> Tensor:
+    return torch.randn(rows, model.embedding_size, generator=torch.Generator().manual_seed(3))
+
+
+def mixed(model: ProperModel, mode: str = "users") -> Rows:
+    return Rows(mode, embedding=embeddings(model), slots=torch.tensor(SLOTS))  # type: ignore[arg-type]
+
+
+def pick(rows: Rows, index: list[int]) -> Rows:
+    assert rows.embedding is not None and rows.slots is not None
+    return Rows(rows.mode, embedding=rows.embedding[index], slots=rows.slots[index])
+
+
+def answers(model: ProperModel, encoded: Sequence[Encoded], rows: Rows) -> list[Tensor]:
+    """Each row's logits for its own answer."""
+    batch = collate(encoded, pad=0)
+    with torch.no_grad():
+        logits = model.answer_logits(batch, rows)
+    return [logits[at, logits.shape[1] - (len(row.ids) - row.start) :] for at, row in enumerate(encoded)]
+
+
+@pytest.mark.parametrize("router", ["residual", "paper", "none"])
+@pytest.mark.parametrize("mode", ["groups", "fit", "users"])
+def test_a_rows_logits_do_not_depend_on_its_neighbours_or_their_order(personal: Build, router: str, mode: str) -> None:
+    model = personal(router=router)
+    encoded, rows = rows_of(), mixed(model, mode)
+
+    together = answers(model, encoded, rows)
+
+    for at in range(len(encoded)):
+        alone = answers(model, [encoded[at]], pick(rows, [at]))[0]
+        assert float((together[at] - alone).abs().max()) < 1e-4
+    order = [3, 0, 4, 2, 1]
+    shuffled = answers(model, [encoded[at] for at in order], pick(rows, order))
+    for place, at in enumerate(order):
+        assert float((together[at] - shuffled[place]).abs().max()) < 1e-4
+    others = answers(model, encoded, Rows(rows.mode, rows.embedding, torch.tensor([0, 1, 1, 2, 2])))
+    assert torch.equal(others[0], together[0]), "the neighbours' adapters are none of a row's business"
+    if mode != "groups":
+        assert not torch.allclose(others[1], together[1], atol=1e-2), "but its own adapter is"
+
+
+@pytest.mark.parametrize("mode", ["off", "groups", "fit", "users"])
+def test_logits_do_not_depend_on_the_padding_side(personal: Build, mode: str) -> None:
+    model = personal()
+    encoded, rows = rows_of(), mixed(model, mode)
+    left = answers(model, encoded, rows)
+
+    length = max(len(row.ids) for row in encoded)
+    ids = torch.tensor([[*row.ids, *[5] * (length - len(row.ids))] for row in encoded])
+    mask = torch.tensor([[1] * len(row.ids) + [0] * (length - len(row.ids)) for row in encoded])
+    with torch.no_grad(), model.routing.use(rows):
+        right = model.backbone.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+    for at, row in enumerate(encoded):
+        expected = right[at, row.start - 1 : len(row.ids) - 1]
+        assert float((left[at] - expected).abs().max()) < 1e-4
+
+
+def test_only_the_answers_logits_are_computed(personal: Build) -> None:
+    model = personal()
+    batch, rows = collate(rows_of(), pad=0), mixed(model)
+    with torch.no_grad(), model.routing.use(rows):
+        some = answer_logits(model.backbone.model, batch)
+        every = model.backbone.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
+        ).logits
+    assert some.shape == (5, 5, 8192)
+    assert float((some - every[:, -6:-1]).abs().max()) < 1e-5
+
+
+def test_answer_loss_is_the_sum_over_answer_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 11, generator=generator)
+    labels = torch.tensor([[-100, 3, 5, 1], [0, 0, 10, 2], [-100, -100, -100, 7]])
+    expected = []
+    for row in range(3):
+        loss = 0.0
+        for t in range(4):
+            if labels[row, t] >= 0:
+                powers = logits[row, t].double().exp()
+                loss -= float((powers[labels[row, t]] / powers.sum()).log())
+        expected.append(loss)
+
+    total, tokens = answer_loss(logits, labels)
+
+    assert total.tolist() == pytest.approx(expected, rel=1e-5)
+    assert tokens.tolist() == [3, 4, 1]
+    low, _ = answer_loss(logits.bfloat16(), labels)
+    assert low.dtype == torch.float32
+    assert torch.equal(low, answer_loss(logits.bfloat16().float(), labels)[0]), "the softmax is fp32"
+
+
+def test_fresh_layers_leave_every_stage_at_the_one_before_it_to_the_bit(backbone: Callable[..., Backbone]) -> None:
+    model, users = ProperModel(backbone()), UsersConfig()
+    encoded = rows_of()
+    population = answers(model, encoded, Rows())
+    model.add_experts(GroupsConfig(user_embedding=16), seed=0)
+    rows = mixed(model, "groups")
+    groups = answers(model, encoded, rows)
+    assert all(torch.equal(a, b) for a, b in zip(population, groups, strict=True)), "zero experts"
+
+    for name, parameter in model.group_parameters().items():
+        if name.endswith(".up"):
+            parameter.data.normal_(std=0.2)
+    groups = answers(model, encoded, rows)
+    model.add_lora_router(users)
+    bank = AdapterBank(model.layout(users.rank), 3, alpha=users.alpha, trainable=True)
+    for slot in range(3):
+        bank.fresh(slot, torch.Generator().manual_seed(slot))
+    model.use_bank(bank)
+    for parameter in model.router_parameters().values():
+        parameter.data.normal_()
+    for mode in ("fit", "users"):
+        own = answers(model, encoded, mixed(model, mode))
+        assert all(torch.equal(a, b) for a, b in zip(groups, own, strict=True)), f"B_u = 0, {mode}"
+    assert not torch.allclose(groups[0], population[0], atol=1e-2)
+
+
+def test_switched_off_layers_are_the_backbone_to_the_bit(personal: Build, backbone: Callable[..., Backbone]) -> None:
+    plain, model = ProperModel(backbone()), personal()
+    for one, other in zip(answers(plain, rows_of(), Rows()), answers(model, rows_of(), Rows()), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["none", "users"])
+def test_gradient_checkpointing_changes_no_gradient(personal: Build, dropout: float, kind: str) -> None:
+    def gradients(on: bool) -> dict[str, Tensor]:
+        model = personal(dropout=dropout)
+        parameters = model.group_parameters()
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        model.train(True)
+        torch.manual_seed(4)
+        batch, own = collate(rows_of(), pad=0), embeddings(model).requires_grad_()
+        users = torch.tensor([0, 1, 2, 1, 0])
+        training = {name for name, module in model.backbone.model.named_modules() if module.training}
+        with gradient_checkpointing(model.backbone.model, on):
+            logits = model.answer_logits(
+                batch, Rows("groups", embedding=own, users=users, mask=batch.attention_mask.bool())
+            )
+            loss = answer_loss(logits, batch.labels)[0].sum()
+            if kind == "users":
+                loss = loss + 10 * constraint_loss("users", model.routing.stacked())
+            loss.backward()
+        assert training == {name for name, module in model.backbone.model.named_modules() if module.training}
+        found = {name: p.grad for name, p in parameters.items()} | {"embeddings": own.grad}
+        assert all(gradient is not None for gradient in found.values())
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+    kept, again = gradients(on=False), gradients(on=True)
+    for name, gradient in kept.items():
+        assert torch.allclose(again[name], gradient, rtol=1e-5, atol=1e-7), name
+    assert kept["embeddings"].abs().max() > 0
+
+
+def test_gradient_checkpointing_leaves_nothing_behind(personal: Build) -> None:
+    model = personal()
+    with gradient_checkpointing(model.backbone.model, True):
+        pass
+    logits = model.answer_logits(collate(rows_of(), pad=0), Rows())
+    assert not logits.requires_grad
+
+
+def test_experts_follow_from_their_seed_and_nothing_else(backbone: Callable[..., Backbone]) -> None:
+    def parameters(seed: int) -> dict[str, Tensor]:
+        model = ProperModel(backbone())
+        before = torch.random.get_rng_state()
+        model.add_experts(GroupsConfig(), seed)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        return {name: p.detach() for name, p in model.group_parameters().items()}
+
+    one, same, other = parameters(3), parameters(3), parameters(4)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one if not name.endswith(".up"))
+
+
+def test_what_is_added_has_the_methods_shapes(personal: Build) -> None:
+    model = personal()
+    modules = [f"model.layers.{layer}.mlp.{part}_proj" for layer in (0, 1) for part in ("gate", "up", "down")]
+    assert list(model.layers) == modules
+    shapes = {name: tuple(p.shape) for name, p in model.group_parameters().items()}
+    assert len(shapes) == 24
+    down = "model.layers.1.mlp.down_proj"
+    assert shapes[f"{down}.down"] == (20, 48) and shapes[f"{down}.up"] == (32, 20)
+    assert shapes[f"{down}.token"] == (5, 48) and shapes[f"{down}.user"] == (5, 16)
+    assert {name: tuple(p.shape) for name, p in model.router_parameters().items()}[down] == (5, 32)
+    assert all(p.dtype == torch.float32 for p in personal(torch.bfloat16).group_parameters().values())
+
+
+def test_every_module_reads_its_own_part_of_a_per_module_table(personal: Build) -> None:
+    model = personal(embedding="per-module")
+    assert model.embedding_size == 2 * (32 + 32 + 48)
+    encoded, rows = rows_of(), mixed(model, "groups")
+    before = answers(model, encoded, rows)
+    assert rows.embedding is not None
+    rows.embedding[0, -1] += 10  # the last module's last coordinate
+    after = answers(model, encoded, rows)
+    assert not torch.allclose(after[0], before[0], atol=1e-3) and torch.equal(after[1], before[1])
+    spans = [layer.router.span for layer in model.layers.values() if layer.router is not None]
+    assert [(span.start, span.stop) for span in spans] == [
+        (0, 32), (32, 64), (64, 112), (112, 144), (144, 176), (176, 224),
+    ]  # fmt: skip
+
+
+def test_adding_experts_again_replaces_them(personal: Build) -> None:
+    model = personal()
+    model.add_experts(GroupsConfig(user_embedding=16), seed=1)
+    assert len(model.layers) == 6 and len(model.group_parameters()) == 24
+    assert not any("base.base" in name for name, _ in model.backbone.model.named_modules())
+    plain = answers(model, rows_of(), Rows())
+    assert torch.equal(answers(model, rows_of(), mixed(model, "groups"))[0], plain[0])
+
+
+def test_user_adapters_without_experts(backbone: Callable[..., Backbone]) -> None:
+    model, users = ProperModel(backbone()), UsersConfig(rank=2)
+    model.add_plain_targets(users, "all")
+    bank = AdapterBank(model.layout(2), 3, alpha=4.0, trainable=True)
+    bank.values.normal_(std=0.2)
+    model.use_bank(bank)
+    encoded = rows_of()
+    slots = torch.tensor(SLOTS)
+    plain, own = answers(model, encoded, Rows()), answers(model, encoded, Rows("fit", slots=slots))
+    assert len(model.layers) == 14 and not model.group_parameters()
+    assert torch.equal(plain[2], own[2]), "slot -1"
+    assert not torch.allclose(plain[0], own[0], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("router", "count", "residual"), [("residual", 6, True), ("paper", 6, False), ("none", 0, False)]
+)
+def test_router_forms(personal: Build, router: str, count: int, residual: bool) -> None:
+    model = personal(router=router)
+    assert len(model.router_parameters()) == count
+    assert all(layer.residual == residual for layer in model.layers.values())

@@ -1,0 +1,160 @@
+"""A tiny random Llama, a small data set, and what a stage needs to train on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from proper.config import Config, GroupsConfig, OptimizerConfig, make_config
+from proper.data.batching import Encoded, Encoder
+from proper.data.dataset import Dataset, Sample, prepare
+from proper.models.backbone import Backbone, digest, load_tokenizer
+from proper.models.personal import ProperModel
+from proper.training.checkpoint import Checkpoint
+from proper.training.engine import Job
+from proper.training.loop import Plan
+
+HISTORIES = {"ann": 13, "bob": 9, "çem": 6, "dan/../x": 4, "eve": 8, "fay": 5}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True, mixed_precision="no")
+
+
+@pytest.fixture(scope="session")
+def backbone() -> Callable[..., Backbone]:
+    """Build the backbone, the same each time."""
+    tokenizer = load_tokenizer("proper-nano")
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=8192,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="eager",
+    )
+
+    def build(dtype: torch.dtype = torch.float32) -> Backbone:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+        return Backbone("tiny", model, tokenizer, digest(model))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def grouped(backbone: Callable[..., Backbone]) -> Callable[..., ProperModel]:
+    """Build a model with random experts and user-aware routers, as if stage 2 were done."""
+
+    def build(dtype: torch.dtype = torch.float32, **groups: Any) -> ProperModel:
+        model = ProperModel(backbone(dtype))
+        model.add_experts(GroupsConfig(**{"user_embedding": 16, **groups}), seed=0)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.group_parameters().values():
+            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+            parameter.requires_grad_(False)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def jobs() -> list[Job]:
+    """Users with histories of different lengths, some with items of their own held out."""
+    generator = torch.Generator().manual_seed(5)
+
+    def item(user: str) -> Encoded:
+        prompt, answer = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((3, 20), (1, 5)))
+        return Encoded(user, tuple(torch.randint(3, 60, (prompt + answer,), generator=generator).tolist()), prompt)
+
+    made = []
+    for user, size in {"ann": 3, "bob": 9, "çem": 6, "dan": 14, "eve": 5}.items():
+        embedding = 0.5 * torch.randn(16, generator=generator)
+        made.append(Job(user, embedding, tuple(item(user) for _ in range(size)), epochs=2))
+    return made
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory: pytest.TempPathFactory, backbone: Callable[..., Backbone]) -> Config:
+    """The config of a run on a small data set, with the tiny backbone in a folder."""
+    folder = tmp_path_factory.mktemp("settings")
+    tiny = backbone()
+    tiny.model.save_pretrained(folder / "backbone")
+    tiny.tokenizer.save_pretrained(folder / "backbone")
+    words = ["red", "green", "blue", "small", "large", "old", "new", "quiet", "loud", "round"]
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for number, (user, size) in enumerate(HISTORIES.items()):
+            for at in range(size + 2):
+                text = " ".join(words[(number * 3 + at * k) % 10] for k in range(1, 3 + (at * 5 + number) % 7))
+                row = {"user_id": user, "timestamp": at, "input": f"{text} is", "output": words[(number + at) % 3]}
+                file.write(json.dumps(row) + "\n")
+    return make_config(
+        {
+            "data": {"path": str(folder / "rows.jsonl"), "prompt": "{input}"},
+            "backbone": str(folder / "backbone"),
+            "compute": {"dtype": "fp32", "max_length": 64, "device": "cpu"},
+            "split": {"target_users": 4, "min_history": 1, "shared_items": "allow"},
+            "groups": {"user_embedding": 16},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def encoder(backbone: Callable[..., Backbone]) -> Encoder:
+    return Encoder(backbone().tokenizer, 64)
+
+
+@pytest.fixture(scope="session")
+def dataset(settings: Config, encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dataset]:
+    with prepare(settings, tmp_path_factory.mktemp("data") / "data.sqlite", encoder.count) as prepared:
+        yield prepared
+
+
+@pytest.fixture
+def plan(dataset: Dataset, encoder: Encoder, tmp_path: Path) -> Callable[..., Plan]:
+    """`plan(config)` trains on all histories; steps are appended to `log` where it is a list."""
+
+    def build(
+        config: OptimizerConfig,
+        *,
+        log: list[dict[str, Any]] | Callable[[dict[str, Any]], None] | None = None,
+        sample: Sample | None = None,
+        seed: int = 0,
+        seconds: float = 1e9,
+        name: str = "stage",
+    ) -> Plan:
+        return Plan(
+            config=config,
+            rate=2e-3,
+            seed=seed,
+            encoder=encoder,
+            pad=0,
+            sample=sample or dataset.sample("all", None, 0),
+            checkpoint=Checkpoint(tmp_path / f"{name}.checkpoint", seconds),
+            log=log if callable(log) else [].append if log is None else log.append,
+        )
+
+    return build

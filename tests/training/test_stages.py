@@ -1,0 +1,100 @@
+"""Three stages into a run folder and out of it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from proper.config import Config
+from proper.data.dataset import Dataset
+from proper.errors import RunFolderError
+from proper.files import hash_file, read_json
+from proper.inference.personalized import load
+from proper.training.stages import TRAINED, StageRunner
+
+
+class Stopped(Exception):
+    """What a test throws into a run."""
+
+
+@pytest.fixture
+def config(settings: Config) -> Config:
+    stage = {"epochs": 1, "batch_size": 8}
+    changed = {
+        "population": settings.population.model_copy(update=stage),
+        "groups": settings.groups.model_copy(update=stage),
+        "users": settings.users.model_copy(update={"epochs": 2, "slots": 3}),
+        "compute": settings.compute.model_copy(update={"checkpoint_seconds": 1e-9}),
+    }
+    return settings.model_copy(update=changed)
+
+
+@pytest.fixture
+def runner(config: Config, dataset: Dataset, tmp_path: Path) -> Callable[..., StageRunner]:
+    def build(name: str = "run", log: Callable[[dict[str, Any]], None] = [].append) -> StageRunner:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump()), encoding="utf-8")
+        return StageRunner(config, dataset, folder, 0, log)
+
+    return build
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Hashes of everything that was trained; the manifest is a database, whose bytes follow its history."""
+    names = ["population/adapter_model.safetensors", "groups/groups.safetensors", "users/router.safetensors"]
+    found = {name: hash_file(folder / name) for name in names}
+    blobs = sorted(hash_file(path) for path in (folder / "users" / "blobs").iterdir())
+    return found | {str(at): value for at, value in enumerate(blobs)}
+
+
+def test_all_stages_then_nothing_left_to_do(runner: Callable[..., StageRunner], tmp_path: Path) -> None:
+    log: list[dict[str, Any]] = []
+    runner(log=log.append).run(TRAINED)
+    folder = tmp_path / "run"
+    assert list(dict.fromkeys(facts["stage"] for facts in log)) == ["population", "groups", "users", "router"]
+    for stage in TRAINED:
+        facts = read_json(folder / stage / "stage.json")
+        assert facts["seed"] == 0 and facts["seconds"] > 0
+        assert not (folder / stage / "stage.checkpoint").exists()
+    assert not (folder / "users" / "work").exists()
+
+    before, steps = fingerprint(folder), len(log)
+    runner(log=log.append).run(TRAINED)
+    assert len(log) == steps and fingerprint(folder) == before
+
+    model = load(folder)
+    answers = model.respond(["red green is"] * 3, ["ann", "nobody", None])
+    assert model.stage == "users" and [answer.tier for answer in answers][1:] == ["none", "none"]
+    assert answers[0].tier in ("users", "groups")
+    model.close()
+
+
+def test_stages_one_at_a_time_and_killed_in_between_give_the_same_files(
+    runner: Callable[..., StageRunner], tmp_path: Path
+) -> None:
+    log: list[dict[str, Any]] = []
+    runner("whole", log.append).run(TRAINED)
+    for stage in TRAINED:
+        steps: list[dict[str, Any]] = []
+
+        def told(facts: dict[str, Any], steps: list[dict[str, Any]] = steps) -> None:
+            steps.append(facts)
+            if len(steps) == 3:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            runner("cut", told).run([stage])
+        assert not (tmp_path / "cut" / stage / "stage.json").exists()
+        runner("cut").run([stage])
+    assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("stage", "lacks"), [("groups", "population"), ("users", "population")])
+def test_a_stage_needs_the_one_before_it(runner: Callable[..., StageRunner], stage: str, lacks: str) -> None:
+    with pytest.raises(RunFolderError, match=f"stage '{lacks}' is not there yet"):
+        runner().run([stage])

@@ -1,0 +1,185 @@
+"""Stage 3 as a whole: trial, router, tiers, final, router; and going on after a kill at any step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from proper.adapters.store import AdapterStore, UserRecord
+from proper.config import UsersConfig
+from proper.data.batching import Encoder, collate
+from proper.data.dataset import Dataset
+from proper.layers.bank import AdapterBank
+from proper.layers.routing import Mode, Rows
+from proper.models.personal import ProperModel, answer_loss
+from proper.models.tensors import load_tensors
+from proper.training.users import UserStage, held_out, train_users
+
+Build = Callable[..., ProperModel]
+Everything = tuple[dict[str, UserRecord], dict[str, Tensor]]
+
+
+class Stopped(Exception):
+    """What a test throws into a run."""
+
+
+class Log:
+    """Collects steps; throws after `stop_at` of them."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.stop_at = stop_at
+
+    def __call__(self, facts: dict[str, Any]) -> None:
+        self.steps.append(facts)
+        if len(self.steps) == self.stop_at:
+            raise Stopped
+
+
+@pytest.fixture
+def run(grouped: Build, dataset: Dataset, encoder: Encoder, tmp_path: Path) -> Iterator[Callable[..., Everything]]:
+    stores: list[AdapterStore] = []
+
+    def fit(name: str, log: Callable[[dict[str, Any]], None], **users: Any) -> Everything:
+        config = UsersConfig.model_validate({"slots": 2, "epochs": 3, "learning_rate": 5e-3} | users)
+        model = grouped()
+        model.add_lora_router(config)
+        targets = [user.id for user in dataset.users("target")]
+        store = AdapterStore(tmp_path / name / "users")
+        stores.append(store)
+        generator = torch.Generator().manual_seed(4)
+        stage = UserStage(
+            model=model,
+            config=config,
+            dataset=dataset,
+            encoder=encoder,
+            users=targets,
+            embeddings=0.5 * torch.randn(len(targets), 16, generator=generator),
+            store=store,
+            folder=tmp_path / name / "work",
+            seed=0,
+            checkpoint_seconds=1e-9,
+            log=log,
+        )
+        router = {name: p.detach().clone() for name, p in train_users(stage).items()}
+        records = {user: store.get(user) for user, _ in store.users()}
+        return {user: record for user, record in records.items() if record is not None}, router
+
+    yield fit
+    for store in stores:
+        store.close()
+
+
+def assert_same(one: Everything, other: Everything) -> None:
+    assert one[0].keys() == other[0].keys() and one[1].keys() == other[1].keys()
+    for user, record in one[0].items():
+        again = other[0][user]
+        assert (record.tier, record.facts) == (again.tier, again.facts)
+        assert torch.equal(record.embedding, again.embedding)
+        assert (record.adapter is None) == (again.adapter is None)
+        for name, tensor in (record.adapter or {}).items():
+            assert again.adapter is not None and torch.equal(tensor, again.adapter[name])
+    assert all(torch.equal(weight, other[1][name]) for name, weight in one[1].items())
+
+
+def test_everybody_ends_in_the_store_with_a_reason(run: Callable[..., Everything], dataset: Dataset) -> None:
+    log = Log()
+    records, router = run("a", log)
+    targets = [user.id for user in dataset.users("target")]
+    assert sorted(records) == sorted(targets) and len(targets) == 4
+    for user, record in records.items():
+        assert (record.adapter is not None) == (record.tier == "users")
+        assert record.facts["user"] == user and record.facts["reason"]
+        assert record.facts["up"] == (record.tier == "users")
+        if record.adapter is not None:
+            assert {tensor.dtype for tensor in record.adapter.values()} == {torch.bfloat16}
+            history = dataset.history(user)
+            assert record.facts["items"] == len(history), "the final adapter is fitted on all items"
+    phases = list(dict.fromkeys(facts["phase"] for facts in log.steps))
+    assert phases[:2] == ["users: trial", "router: trial"]
+    if any(record.tier == "users" for record in records.values()):
+        assert phases[2:] == ["users: final", "router: final"] and any(weight.any() for weight in router.values())
+
+
+def test_a_run_killed_anywhere_ends_in_the_same_bits(run: Callable[..., Everything]) -> None:
+    log = Log()
+    whole = run("whole", log, tiers={"select": True, "pool_below": 0})
+    steps = len(log.steps)
+    assert log.steps[-1]["phase"] == "router: final"
+    for stop_at in (1, steps // 3, steps // 2, steps - 1):
+        name = f"cut{stop_at}"
+        with pytest.raises(Stopped):
+            run(name, Log(stop_at), tiers={"select": True, "pool_below": 0})
+        assert_same(run(name, Log(), tiers={"select": True, "pool_below": 0}), whole)
+
+
+def test_the_number_of_slots_changes_nothing_but_rounding(run: Callable[..., Everything]) -> None:
+    options: dict[str, Any] = {"storage": "fp32", "tiers": {"select": False}, "router": "none"}
+    two, four = run("two", Log(), **options)[0], run("four", Log(), slots=4, **options)[0]
+    for user, record in two.items():
+        other = four[user].adapter
+        assert record.adapter is not None and other is not None
+        for name, tensor in record.adapter.items():
+            assert float((tensor - other[name]).norm()) <= 1e-4 * float(other[name].norm())
+
+
+def test_without_selection_everybody_gets_an_adapter(run: Callable[..., Everything]) -> None:
+    log = Log()
+    records, router = run("all", log, tiers={"select": False}, router="none")
+    assert {record.tier for record in records.values()} == {"users"} and router == {}
+    assert {facts["phase"] for facts in log.steps} == {"users: final"}
+
+
+def test_tiers_follow_from_losses_on_held_out_items_as_served(
+    run: Callable[..., Everything], grouped: Build, dataset: Dataset, encoder: Encoder, tmp_path: Path
+) -> None:
+    records, _ = run("hot", Log(), learning_rate=0.5, schedule="constant", patience=1, tiers={"pool_below": 0})
+    model, config = grouped(), UsersConfig()
+    model.add_lora_router(config)
+    bank = AdapterBank(model.layout(config.rank), 1, alpha=config.alpha, trainable=False)
+    model.use_bank(bank)
+    routers, _ = load_tensors(tmp_path / "hot" / "work" / "trial-router.safetensors")
+    for name, parameter in model.router_parameters().items():
+        parameter.data.copy_(routers[name])
+    trials = AdapterStore(tmp_path / "hot" / "work" / "trial")
+
+    def loss(user: str, mode: Mode) -> float:
+        items = [encoder.encode(example) for example in dataset.history(user)]
+        sums = tokens = 0.0
+        for item in items[len(items) - held_out(len(items), config.tiers.validation) :]:
+            rows = Rows(mode, embedding=records[user].embedding.unsqueeze(0), slots=torch.zeros(1, dtype=torch.long))
+            batch = collate([item], pad=0)
+            with torch.no_grad():
+                total, count = answer_loss(model.answer_logits(batch, rows), batch.labels)
+            sums, tokens = sums + float(total), tokens + float(count)
+        return sums / tokens
+
+    for user, record in records.items():
+        trial = trials.get(user)
+        assert trial is not None and trial.adapter is not None
+        bank.layout.pack(trial.adapter, bank.values[0])
+        own, group = loss(user, "users"), loss(user, "groups")
+        assert record.facts["user_loss"] == pytest.approx(own, rel=1e-4)
+        assert record.facts["group_loss"] == pytest.approx(group, rel=1e-4)
+        assert (record.tier == "users") == (own < group and record.facts["passes"] > 0)
+    trials.close()
+    assert {record.tier for record in records.values()} == {"users", "groups"}, "this run shows both"
+
+
+def test_only_the_newest_items_are_used(run: Callable[..., Everything]) -> None:
+    records, _ = run("few", Log(), max_items=3, tiers={"select": False})
+    assert {record.facts["items"] for record in records.values()} == {3}
+
+
+@given(items=st.integers(2, 500), share=st.floats(0.01, 0.5))
+def test_held_out(items: int, share: float) -> None:
+    held = held_out(items, share)
+    assert 1 <= held <= items - 1
+    assert held == 1 or held <= items * share + 0.5
