@@ -6,6 +6,7 @@ being done.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -49,6 +50,9 @@ def quiet_libraries() -> None:
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     }.items():
         os.environ.setdefault(name, value)
+    # torchao, where it is installed, complains on import about kernels that a CPU has no use for.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # The variables are read on import: a library that is already there has to be told.
     if "huggingface_hub.utils" in sys.modules and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1":
         sys.modules["huggingface_hub.utils"].disable_progress_bars()

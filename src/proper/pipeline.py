@@ -27,17 +27,17 @@ from proper.files import write_text
 from proper.models.backbone import load_tokenizer
 from proper.reports.html import write_report
 from proper.training.metrics_log import MetricsLog
-from proper.training.stages import TRAINED, StageRunner
+from proper.training.stages import TRAINED, StageRunner, join_processes
 
 STAGES = (*TRAINED, "evaluate", "report")
 
 # What the demo changes: few passes, larger steps and batches, so that a newcomer waits two minutes on two cores. User
 # embeddings move faster than by default: each is touched some sixty times in all.
 DEMO_TRAINING: dict[str, dict[str, Any]] = {
-    "population": {"epochs": 1, "max_tokens": 50_000, "dropout": 0},
+    "population": {"epochs": 1, "max_tokens": 60_000, "dropout": 0},
     "groups": {
         "epochs": 3,
-        "batch_size": 48,
+        "batch_size": 64,
         "learning_rate": 4e-3,
         "embedding_learning_rate": 1e-1,
         "dropout": 0,
@@ -80,9 +80,15 @@ def run(
     for method in settings.evaluation.methods:
         known_method(method)
     folder = Path(out)
-    settings = _claim(folder, settings)
-    with _data(settings, folder, skip_bad_rows) as dataset:
-        _train(settings, dataset, folder, [stage for stage in TRAINED if stage in stages])
+    processes = join_processes(settings)
+    with processes.main_process_first():
+        settings = _claim(folder, settings)
+        data = _data(settings, folder, skip_bad_rows)
+    with data as dataset:
+        _train(settings, dataset, folder, [stage for stage in TRAINED if stage in stages], processes.is_main_process)
+    # Stages 1 and 2 are shared by all processes that `accelerate launch` started; the rest is one process's.
+    if not processes.is_main_process:
+        return folder
     if "evaluate" in stages:
         evaluate(folder)
     if "report" in stages:
@@ -126,7 +132,7 @@ def check(config: Config, *, skip_bad_rows: bool = False) -> DataSummary:
         return dataset.summary()
 
 
-def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, people: int = 240) -> Path:
+def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, people: int = 300) -> Path:
     """Make up people and run the main job on them; returns the run folder.
 
     Raises:
@@ -151,15 +157,23 @@ def seed_folder(folder: Path, config: Config, seed: int) -> Path:
     return folder if seed == config.evaluation.seeds[0] else folder / "seeds" / str(seed)
 
 
-def _train(config: Config, dataset: Dataset, folder: Path, stages: Sequence[str]) -> None:
+def _train(config: Config, dataset: Dataset, folder: Path, stages: Sequence[str], is_main: bool) -> None:
     if not stages:
         return
-    log = MetricsLog(folder / "metrics.jsonl")
+    log = MetricsLog(folder / "metrics.jsonl") if is_main else None
     try:
         for seed in config.evaluation.seeds:
-            StageRunner(config, dataset, seed_folder(folder, config, seed), seed, log).run(stages)
+            place = seed_folder(folder, config, seed)
+            if is_main and place != folder:
+                _write_config(place / "config.yaml", config)
+            StageRunner(config, dataset, place, seed, log or _unsaid).run(stages)
     finally:
-        log.close()
+        if log is not None:
+            log.close()
+
+
+def _unsaid(facts: dict[str, Any]) -> None:
+    """What other processes than the first log: nothing."""
 
 
 def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:
@@ -188,8 +202,14 @@ def _claim(folder: Path, config: Config) -> Config:
             raise RunFolderError(f"{folder}: was made by another config: {different}; choose another folder")
     elif folder.exists() and any(child.name != "data" for child in folder.iterdir()):
         raise RunFolderError(f"{folder}: is not empty and not a run folder; choose another folder")
-    write_text(path, yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+    _write_config(path, config)
     return config
+
+
+def _write_config(path: Path, config: Config) -> None:
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
 
 
 def _run_config(folder: Path) -> Config:
@@ -201,7 +221,7 @@ def _run_config(folder: Path) -> Config:
 
 def _first_difference(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str | None:
     for key, value in here.items():
-        name, held = f"{prefix}{key}", there.get(key)
+        name, held = f"{prefix}{key}", there[key]
         if name == "evaluation":
             if held["seeds"][0] != value["seeds"][0]:
                 return f"evaluation.seeds begins with {held['seeds'][0]} there and {value['seeds'][0]} here"

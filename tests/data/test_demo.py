@@ -28,7 +28,7 @@ from proper.config import make_config
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.data.demo.banks import Bank, Topic, load_bank
 from proper.data.demo.people import make_world
-from proper.data.demo.settings import CHOICES, TOPICS
+from proper.data.demo.settings import CHOICES, SHARED, TOPICS
 from proper.data.demo.truth import rouge1
 from proper.errors import InputError
 
@@ -42,9 +42,9 @@ _SCORES: dict[str, Callable[[str, str], float]] = {
     "style": lambda answer, gold: _ROUGE.score(gold, answer)["rouge1"].fmeasure,
 }
 _LADDERS = {
-    "classification": {"population": (0.17, 0.25), "groups": (0.59, 0.67), "users": (0.96, 1.0)},
-    "rating": {"population": (1.1, 1.3), "groups": (0.45, 0.65), "users": (0.0, 0.08)},
-    "style": {"population": (0.5, 0.62), "groups": (0.67, 0.77), "users": (0.98, 1.0)},
+    "classification": {"population": (0.17, 0.25), "groups": (0.66, 0.76), "users": (0.96, 1.0)},
+    "rating": {"population": (1.1, 1.3), "groups": (0.38, 0.5), "users": (0.0, 0.08)},
+    "style": {"population": (0.5, 0.62), "groups": (0.69, 0.8), "users": (0.98, 1.0)},
 }
 
 
@@ -130,13 +130,17 @@ def test_texts_are_short_distinct_and_made_of_plain_words(demo: Demo) -> None:
     assert all(text[0].isupper() and text[-1] in ".?" for text in inputs)
 
 
-def test_every_group_makes_every_choice_equally_often(demo: Demo) -> None:
+def test_no_group_makes_one_choice_much_more_often_than_another_group(demo: Demo) -> None:
     choices = load_bank(demo.truth["task"]).choices
     counts = np.zeros((5, len(choices)))
     for row in demo.rows:
-        counts[demo.group_of(row), next(i for i, choice in enumerate(choices) if choice in (row["output"], row["output"].split()[-1]) or row["output"].startswith(choice))] += 1
+        said = row["output"]
+        counts[demo.group_of(row), next(i for i, c in enumerate(choices) if said.startswith(c) or said.endswith(c))] += 1
     shares = counts / counts.sum(axis=1, keepdims=True)
-    assert np.abs(shares - 1 / len(choices)).max() < 0.03
+    # Each group lacks one choice on its shared topics, so the others come up a little more often.
+    assert shares.max() < 0.27
+    # Whoever sees one choice and bets on the likeliest group is right little more often than by chance.
+    assert shares.max(axis=0).sum() / 5 < 0.2 + 0.1
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -162,16 +166,16 @@ def test_groups_are_rows_of_a_latin_square(groups: int, extra: int, own: float, 
     assert len({person.id for person in world.people}) == groups + extra
     rows = {(person.group, *(person.habit[topic] for topic in world.shared)) for person in world.people}
     assert sorted(group for group, *_ in rows) == list(range(groups))
-    assert all(sorted(choices) == list(range(CHOICES)) for _, *choices in rows)
+    assert all(len(set(choices)) == SHARED for _, *choices in rows)
     assert all(len(set(choices)) == groups for choices in list(zip(*rows, strict=True))[1:])
 
 
 def test_personal_choices_say_nothing_about_the_group() -> None:
-    world = make_world(DemoSettings(people=500), closings=10)
+    world = make_world(DemoSettings(people=600), closings=10)
     for topic in world.personal:
         counts = Counter((person.group, person.habit[topic]) for person in world.people)
-        assert counts == dict.fromkeys(product(range(5), range(CHOICES)), 20)
-    assert set(Counter((person.group, person.closing) for person in world.people).values()) == {10}
+        assert counts == dict.fromkeys(product(range(5), range(CHOICES)), 24)
+    assert set(Counter((person.group, person.closing) for person in world.people).values()) == {12}
 
 
 def test_every_history_has_every_topic_twice_where_items_allow(tmp_path: Path) -> None:
@@ -250,7 +254,7 @@ def test_the_config_is_one_that_a_run_accepts(task: Any, tmp_path: Path) -> None
     config = make_config(demo_config(path, demo_settings))
     assert config.data.path == str(path)
     assert config.split.target_users == 12
-    assert config.task.scored == (task != "style")
+    assert config.task.scored == (task == "rating")
     row = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
     assert config.data.prompt.format(**row).startswith(row["input"])
     if task != "style":

@@ -21,7 +21,7 @@ def command(
     out: Annotated[Path, typer.Option(metavar="DIR", help="The run folder.")] = Path("runs/demo"),
     task: Annotated[Task, typer.Option(help="What people do with a text.")] = "classification",
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the data and of the training.")] = 0,
-    people: Annotated[int, typer.Option(min=1, metavar="N", help="How many people to make up.")] = 240,
+    people: Annotated[int, typer.Option(min=1, metavar="N", help="How many people to make up.")] = 300,
 ) -> None:
     """Run all stages on made-up people, offline.
 

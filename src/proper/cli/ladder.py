@@ -20,7 +20,7 @@ def ladder(results: Mapping[str, Any]) -> list[str]:
         steps = {
             step["method"]: step
             for step in results.get("comparisons", [])
-            if step["task"] == task and step.get("primary") and step["metric"] == here[0]["metric"]
+            if step["task"] == task and step.get("family") == "primary" and step["metric"] == here[0]["metric"]
         }
         lines += [_method(row, steps.get(row["method"]), width) for row in here]
     return lines

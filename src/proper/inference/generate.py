@@ -49,7 +49,7 @@ def generate(
     """
     ids, mask = pad_left(prompts, model.backbone.pad_id, model.device)
     sampled = sampling.temperature > 0
-    settings = GenerationConfig(
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=sampling.max_new_tokens,
         do_sample=sampled,
         temperature=sampling.temperature if sampled else None,
@@ -61,6 +61,8 @@ def generate(
     )
     with torch.no_grad(), torch.random.fork_rng(devices=[]), model.routing.use(rows):
         torch.manual_seed(sampling.seed)
-        output = model.backbone.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        output = model.backbone.model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, generation_config=settings
+        )
     answers = output[:, ids.shape[1] :].tolist()
     return [answer[: answer.index(end)] if end in answer else answer for answer in answers]

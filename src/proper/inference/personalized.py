@@ -1,8 +1,8 @@
 """A run folder as one model that answers everybody: each row of a batch for its own user, at the user's own tier.
 
-    none    group model with the mean user embedding     (a user nobody has seen)
-    groups  group model with the user's embedding
-    users   the same with the user's adapter
+none    group model with the mean user embedding     (a user nobody has seen)
+groups  group model with the user's embedding
+users   the same with the user's adapter
 """
 
 from __future__ import annotations
@@ -153,7 +153,9 @@ def load(folder: str | Path, stage: Stage | None = None) -> PersonalizedModel:
     """
     folder = Path(folder)
     if not (folder / "config.yaml").exists():
-        raise RunFolderError(f"{folder}: not a run folder (no config.yaml); make one with: proper run CONFIG --out {folder}")
+        raise RunFolderError(
+            f"{folder}: not a run folder (no config.yaml); make one with: proper run CONFIG --out {folder}"
+        )
     config = load_config(folder / "config.yaml")
     stage = stage or highest_stage(folder)
     device = pick_device(config.compute.device)

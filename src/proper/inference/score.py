@@ -43,11 +43,10 @@ def score_labels(
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-        starts = first.float().log_softmax(-1)[:, tokens[:, 0]]
+        starts: Tensor = first.float().log_softmax(-1)[:, tokens[:, 0]]
         if longest == 1:
             return starts
-        rest = _continue(model, cache, mask, positions, tokens, real, rows)
-    return starts + rest
+        return starts + _continue(model, cache, mask, positions, tokens, real, rows)
 
 
 def _continue(
@@ -65,4 +64,5 @@ def _continue(
         ).logits
     likelihood = logits.float().log_softmax(-1).view(prompts, labels, longest - 1, -1)
     target = tokens[:, 1:].expand(prompts, -1, -1).unsqueeze(-1)
-    return (likelihood.gather(-1, target).squeeze(-1) * real[:, 1:]).sum(-1)
+    found: Tensor = (likelihood.gather(-1, target).squeeze(-1) * real[:, 1:]).sum(-1)
+    return found

@@ -1,4 +1,4 @@
-"""A backbone with the method's layers put in: experts and their routers, a bank of user adapters, the LoRA-aware router.
+"""A backbone with the method's layers put in: experts and routers, a bank of user adapters, the LoRA-aware router.
 
 Everything that belongs to the rows of a batch goes through `ProperModel.routing`. Knows nothing about users' names,
 files or training.
@@ -144,7 +144,9 @@ def answer_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "B A V"]:
     return logits
 
 
-def answer_loss(logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+def answer_loss(
+    logits: Float[Tensor, "B A V"], labels: Int[Tensor, "B A"]
+) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
     """Return each row's summed answer loss in nats (fp32) and its number of answer tokens."""
     losses = nn.functional.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"

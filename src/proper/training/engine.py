@@ -109,7 +109,16 @@ class Engine:
                 for slot in self._pass_ended():
                     advance(self._finish(slot, done))
                 seconds = round(time.perf_counter() - started, 3)
-                log({"stage": "users", "seed": self.seed, "phase": title, "step": self.steps, "seconds": seconds, **facts})
+                log(
+                    {
+                        "stage": "users",
+                        "seed": self.seed,
+                        "phase": title,
+                        "step": self.steps,
+                        "seconds": seconds,
+                        **facts,
+                    }
+                )
                 if checkpoint.due():
                     checkpoint.save(self._tensors(), self._facts())
 
@@ -139,7 +148,9 @@ class Engine:
         losses = dict.fromkeys(chosen, 0.0)
         for micro in micro_batches(work):
             sums, _ = self._losses(micro, "fit", training=True)
-            (sums / torch.tensor([float(tokens[slot]) for slot, _, _ in micro], device=sums.device)).sum().backward()
+            torch.autograd.backward(
+                (sums / torch.tensor([float(tokens[slot]) for slot, _, _ in micro], device=sums.device)).sum()
+            )
             for (slot, _, _), value in zip(micro, sums.tolist(), strict=True):
                 losses[slot] += value / tokens[slot]
         self._require_finite(losses)
@@ -246,7 +257,11 @@ class Engine:
         return {"values": self.bank.values, "best": self.best, **self.optimizer.tensors()}
 
     def _facts(self) -> dict[str, Any]:
-        return {"taken": self.taken, "steps": self.steps, "seats": [None if seat is None else vars(seat[1]) for seat in self.seats]}
+        return {
+            "taken": self.taken,
+            "steps": self.steps,
+            "seats": [None if seat is None else vars(seat[1]) for seat in self.seats],
+        }
 
     def _resume(self, jobs: Jobs, checkpoint: Checkpoint) -> None:
         held = checkpoint.load()

@@ -76,4 +76,5 @@ class RowAdamW:
 def clip_rows(gradients: Float[Tensor, "n P"], limit: float) -> Float[Tensor, "n P"]:
     """Scale every row down to at most `limit` in 2-norm, each by its own norm (fp32)."""
     norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
-    return gradients * (limit / norms.clamp(min=1e-12)).clamp(max=1)
+    clipped: Tensor = gradients * (limit / norms.clamp(min=1e-12)).clamp(max=1)
+    return clipped

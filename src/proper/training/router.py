@@ -71,7 +71,7 @@ def train_router(model: ProperModel, jobs: Jobs, load: Load, plan: RouterPlan, t
                 users = ", ".join(sorted({job.user for _, job, _ in work}))
                 value = float(loss.detach())
                 raise NonFiniteLossError(f"router: the loss at step {step + 1} is {value}; users: {users}")
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(list(names), plan.config.clip)
             optimizer.step()
             value = round(float(loss.detach()), 6)

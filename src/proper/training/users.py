@@ -233,5 +233,3 @@ def _loader(stage: UserStage, store: AdapterStore) -> Callable[[str, Float[Tenso
 
 def _storage(config: UsersConfig) -> torch.dtype:
     return torch.bfloat16 if config.storage == "bf16" else torch.float32
-
-

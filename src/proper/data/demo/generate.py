@@ -70,7 +70,7 @@ def demo_config(path: Path, settings: DemoSettings) -> dict[str, Any]:
     """Return the data, task and split sections of a config for `path`, as plain values for `make_config`."""
     bank = load_bank(settings.task)
     kind = _KINDS[settings.task]
-    answers = {"max_new_tokens": 40} if kind == "generation" else {"labels": _labels(bank)}
+    answers: dict[str, Any] = {"max_new_tokens": 40} if kind == "generation" else {"labels": _labels(bank)}
     if settings.task == "classification":
         answers |= {"decode": "generate", "max_new_tokens": 8}  # quicker than to score the many labels
     return {
@@ -83,7 +83,9 @@ def demo_config(path: Path, settings: DemoSettings) -> dict[str, Any]:
 def _labels(bank: Bank) -> list[str]:
     """Return all answers there can be, in the bank's order."""
     said = [topic.templates[0].content for topic in bank.topics]
-    return list(dict.fromkeys(compose(bank, (choice, None), what) for what in said for choice in range(len(bank.choices))))
+    return list(
+        dict.fromkeys(compose(bank, (choice, None), what) for what in said for choice in range(len(bank.choices)))
+    )
 
 
 def _events(settings: DemoSettings, bank: Bank, world: World) -> Iterator[Event]:
