@@ -135,7 +135,9 @@ def test_no_group_makes_one_choice_much_more_often_than_another_group(demo: Demo
     counts = np.zeros((5, len(choices)))
     for row in demo.rows:
         said = row["output"]
-        counts[demo.group_of(row), next(i for i, c in enumerate(choices) if said.startswith(c) or said.endswith(c))] += 1
+        counts[
+            demo.group_of(row), next(i for i, c in enumerate(choices) if said.startswith(c) or said.endswith(c))
+        ] += 1
     shares = counts / counts.sum(axis=1, keepdims=True)
     # Each group lacks one choice on its shared topics, so the others come up a little more often.
     assert shares.max() < 0.27

@@ -54,6 +54,15 @@ class UserRecord:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Head:
+    """A user's record without the adapter; every replacement has a new version."""
+
+    version: int
+    tier: Tier
+    embedding: Tensor
+
+
 class AdapterStore:
     """A folder with the manifest `users.sqlite` and one file per adapter in `blobs/`."""
 
@@ -91,21 +100,34 @@ class AdapterStore:
         Raises:
             StoreError: something cannot be written; no record is changed.
         """
-        rows, old = [], []
-        for record in records:
-            held = self._db.execute(
-                "SELECT version, blob FROM users WHERE tenant = ? AND user = ?", (self.tenant, record.user)
-            ).fetchone()
-            version = held[0] + 1 if held else 1
-            old += [held[1]] if held and held[1] else []
-            blob, digest, size = self._write_blob(record, version)
-            embedding = record.embedding.detach().float().cpu().numpy().tobytes()
-            facts = json.dumps(dict(record.facts), ensure_ascii=False)
-            rows.append((self.tenant, record.user, version, record.tier, embedding, blob, digest, size, facts))
-        with self._write():
-            self._db.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
-        for name in old:
-            (self.folder / "blobs" / name).unlink(missing_ok=True)
+        rows: list[tuple[Any, ...]] = []
+        old: list[str] = []
+        try:
+            for record in records:
+                rows.append(self._row(record, old))
+            with self._write():
+                self._db.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        except BaseException:
+            self._remove(row[5] for row in rows)
+            raise
+        self._remove(old)
+
+    def _row(self, record: UserRecord, old: list[str]) -> tuple[Any, ...]:
+        """Write a record's adapter; return its manifest row, and note in `old` the file that it replaces."""
+        held = self._db.execute(
+            "SELECT version, blob FROM users WHERE tenant = ? AND user = ?", (self.tenant, record.user)
+        ).fetchone()
+        version = held[0] + 1 if held else 1
+        old += [held[1]] if held and held[1] else []
+        blob, digest, size = self._write_blob(record, version)
+        embedding = record.embedding.detach().float().cpu().numpy().tobytes()
+        facts = json.dumps(dict(record.facts), ensure_ascii=False)
+        return (self.tenant, record.user, version, record.tier, embedding, blob, digest, size, facts)
+
+    def _remove(self, blobs: Iterable[str | None]) -> None:
+        for name in blobs:
+            if name is not None:
+                (self.folder / "blobs" / name).unlink(missing_ok=True)
 
     def get(self, user: str) -> UserRecord | None:
         """Return a user's record, or None for a user the store does not know.
@@ -122,6 +144,15 @@ class AdapterStore:
         adapter = self._read_blob(user, blob) if blob else None
         vector = torch.frombuffer(bytearray(embedding), dtype=torch.float32)
         return UserRecord(user, tier, vector, adapter, json.loads(facts))
+
+    def head(self, user: str) -> Head | None:
+        """Return what a user's record says without reading the adapter, or None for an unknown user."""
+        row = self._db.execute(
+            "SELECT version, tier, embedding FROM users WHERE tenant = ? AND user = ?", (self.tenant, user)
+        ).fetchone()
+        if row is None:
+            return None
+        return Head(row[0], row[1], torch.frombuffer(bytearray(row[2]), dtype=torch.float32))
 
     def users(self) -> Iterator[tuple[str, Tier]]:
         """Yield every user and their tier, ordered by user."""

@@ -1,0 +1,183 @@
+"""The main job from end to end, on a handful of made-up people: files, results, resume, refusals, answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import proper
+from proper import pipeline
+from proper.cli.app import main
+from proper.config import Config, make_config
+from proper.data.demo import DemoSettings, demo_config, write_demo
+from proper.errors import ConfigError, RunFolderError
+
+DOCUMENTED = (
+    *("config.yaml", "results.json", "report.html", "metrics.jsonl", "routing.json", "users.json"),
+    *("population/adapter_config.json", "population/adapter_model.safetensors"),
+    *("groups/groups.safetensors", "users/users.sqlite", "users/router.safetensors"),
+)
+PEOPLE = DemoSettings(people=20, items=(10, 12))
+
+
+def small_config(folder: Path, **changes: Any) -> Config:
+    """A run of seconds: every stage takes a few steps."""
+    path = folder / "people" / "interactions.jsonl"
+    if not path.exists():
+        write_demo(path.parent, PEOPLE)
+    raw = demo_config(path, PEOPLE)
+    raw["split"] |= {"target_users": 4, "min_history": 5}
+    raw |= {
+        "population": {"epochs": 1, "max_tokens": 1500},
+        "groups": {"epochs": 1, "max_tokens": 3000, "experts": 3},
+        "users": {"epochs": 2, "slots": 3},
+        "compute": {"checkpoint_seconds": 0.2},
+        "evaluation": {"methods": ["base", "population", "groups", "users"], "resamples": 200, "seeds": [0]},
+    }
+    for key, value in changes.items():
+        raw[key] = {**raw.get(key, {}), **value}
+    return make_config(raw)
+
+
+def without_times(results: dict[str, Any]) -> dict[str, Any]:
+    """Results less everything that is a time."""
+    kept: dict[str, Any] = json.loads(json.dumps(results))
+    del kept["run"]["seconds"]
+    for row in kept["cost"]:
+        del row["train_seconds_per_user"], row["tokens_per_second"]
+    return kept
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    return pipeline.run(small_config(folder), folder / "run")
+
+
+def test_a_run_leaves_the_documented_files_and_no_pickle(finished: Path) -> None:
+    for name in DOCUMENTED:
+        assert (finished / name).is_file(), name
+    files = [path for path in finished.rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix in {".pt", ".pth", ".pkl", ".bin", ".tmp", ".checkpoint"}]
+    assert not (finished / "users" / "work").exists()
+
+
+def test_every_method_answers_every_query(finished: Path) -> None:
+    results = read(finished / "results.json")
+    assert results["schema"] == 1
+    assert {row["method"] for row in results["metrics"]} == {"base", "population", "groups", "users"}
+    counts = {
+        method: (finished / "predictions" / f"{method}.jsonl").read_text(encoding="utf-8").count("\n")
+        for method in ("base", "population", "groups", "users")
+    }
+    assert set(counts.values()) == {results["task"]["queries"]}
+    assert results["truth"]["allowed"]["users"] > results["truth"]["allowed"]["population"]
+    assert results["tiers"]["groups"] + results["tiers"]["users"] == 4
+    primary = [row for row in results["comparisons"] if row["family"] == "primary"]
+    assert [(row["method"], row["against"]) for row in primary] == [("groups", "population"), ("users", "groups")]
+
+
+def test_the_same_call_again_trains_nothing_and_says_the_same(finished: Path) -> None:
+    before = read(finished / "results.json")
+    written = {stage: (finished / stage / "stage.json").stat().st_mtime_ns for stage in pipeline.TRAINED}
+    pipeline.run(small_config(finished.parent), finished)
+    assert written == {stage: (finished / stage / "stage.json").stat().st_mtime_ns for stage in pipeline.TRAINED}
+    assert without_times(read(finished / "results.json")) == without_times(before)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    raw = yaml.safe_load((finished / "config.yaml").read_text(encoding="utf-8"))
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    command = [sys.executable, "-m", "proper", "run", str(config), "--out", str(tmp_path / "run")]
+    # Not before there is something to lose: once while stage 2 trains, once while stage 3 does.
+    for stage in ("groups", "users"):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(tmp_path / "run" / "metrics.jsonl", f'"stage": "{stage}"', process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "run" / "results.json").exists()
+    assert subprocess.run(command, check=False, capture_output=True, timeout=240).returncode == 0
+    assert without_times(read(tmp_path / "run" / "results.json")) == without_times(read(finished / "results.json"))
+    for method in ("population", "groups", "users"):
+        name = f"predictions/{method}.jsonl"
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+
+
+def wait_for(path: Path, text: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 200
+    while not (path.exists() and text in path.read_text(encoding="utf-8")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_folder_of_another_config_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = small_config(finished.parent, groups={"experts": 4})
+    with pytest.raises(RunFolderError, match="groups.experts is 3 there and 4 here"):
+        pipeline.run(other, finished)
+
+
+def test_a_folder_that_is_no_run_is_refused(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "letters.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(RunFolderError, match="is not empty and not a run folder"):
+        pipeline.run(small_config(finished.parent), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
+
+
+def test_unknown_stages_and_methods_are_named(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no stage 'group'; did you mean 'groups'"):
+        pipeline.run(small_config(finished.parent), tmp_path / "run", stages=["group"])
+    with pytest.raises(ConfigError, match="no method 'grups'; did you mean 'groups'"):
+        pipeline.evaluate(finished, ["grups"])
+
+
+def test_a_stage_without_its_predecessor_is_refused(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="stage 'population' is not there"):
+        pipeline.run(small_config(finished.parent), tmp_path / "run", stages=["groups"])
+
+
+def test_seeds_are_repeats_in_folders_of_their_own(finished: Path, tmp_path: Path) -> None:
+    config = small_config(finished.parent, evaluation={"seeds": [0, 7], "methods": ["population", "groups"]})
+    out = pipeline.run(config, tmp_path / "run", stages=["population", "groups", "evaluate", "report"])
+    results = read(out / "results.json")
+    assert results["run"]["seeds"] == [0, 7]
+    assert (out / "seeds" / "7" / "predictions" / "groups.jsonl").is_file()
+    first = (out / "groups" / "groups.safetensors").read_bytes()
+    assert first == (finished / "groups" / "groups.safetensors").read_bytes()
+    assert first != (out / "seeds" / "7" / "groups" / "groups.safetensors").read_bytes()
+
+
+def test_generate_answers_known_unknown_and_mixed_users(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    user = read(finished / "users.json")["users"][0]["user"]
+    prompt = "The bank wrote about the rent.\nTag:"
+    assert main(["generate", str(finished), "--user", user, "--prompt", prompt, "--max-new-tokens", "4"]) == 0
+    known = capsys.readouterr()
+    model = proper.load(finished)
+    assert [known.out.strip()] == model.generate([prompt], user_ids=[user], max_new_tokens=4)
+    model.close()
+    assert main(["generate", str(finished), "--user", "nobody", "--prompt", prompt, "--max-new-tokens", "4"]) == 0
+    unknown = capsys.readouterr()
+    assert "none" in unknown.err
+    mixed = tmp_path / "mixed.jsonl"
+    lines = [{"user_id": user, "prompt": prompt}, {"user_id": "nobody", "prompt": prompt}]
+    mixed.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert main(["generate", str(finished), "--input", str(mixed), "--max-new-tokens", "4"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(answer["user_id"], answer["tier"] == "none") for answer in answers] == [(user, False), ("nobody", True)]
+    assert [answer["output"] for answer in answers] == [known.out.strip(), unknown.out.strip()]
