@@ -36,13 +36,13 @@ STAGES = (*TRAINED, "evaluate", "report")
 DEMO_TRAINING: dict[str, dict[str, Any]] = {
     "population": {"epochs": 1, "max_tokens": 60_000, "dropout": 0},
     "groups": {
-        "epochs": 3,
+        "epochs": 4,
         "batch_size": 64,
         "learning_rate": 4e-3,
         "embedding_learning_rate": 1e-1,
         "dropout": 0,
     },
-    "users": {"epochs": 5, "batch_size": 8, "learning_rate": 5e-3},
+    "users": {"epochs": 4, "batch_size": 8, "learning_rate": 5e-3},
 }
 DEMO_TARGETS = 50
 

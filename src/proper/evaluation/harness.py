@@ -65,8 +65,8 @@ class Harness:
         stages = [known_method(method) for method in methods]
         runs = {seed: self._predict(folder, stages) for seed, folder in self.folders.items()}
         predictions = {seed: {m: run.predictions for m, run in by.items()} for seed, by in runs.items()}
-        top = next((stage for stage in ("users", "groups") if stage in stages), None)
-        routing, history_losses = self._look_inside(cast(Stage, top)) if top else (None, None)
+        routing = self._routing() if {"groups", "users"} & set(stages) else None
+        history_losses = self._history_losses() if "users" in stages else None
         results = build_results(
             predictions=predictions,
             task=self.task,
@@ -94,24 +94,30 @@ class Harness:
             model.close()
         return runs
 
-    def _look_inside(self, stage: Stage) -> tuple[dict[str, Any], dict[str, float]]:
-        """Routing figures of the first seed, and the answer loss of every user on their own history."""
-        model = load(self.home, stage)
+    def _routing(self) -> dict[str, Any]:
+        """Routing figures of the first seed, from the gates of stage 2: the groups are what it found."""
         users = list(self.dataset.users("target"))
         ids = [user.id for user in users]
+        model = load(self.home, "groups")
         gates = mean_gates(model, self.dataset, ids)
         embeddings = _embeddings(model, ids)
+        model.close()
         truth = self._read_truth()
         groups = {user: truth.groups[user] for user in ids if user in truth.groups} if truth else None
         histories = {user.id: user.history for user in users}
         routing, detail = analyze_routing(gates.numpy(), ids, embeddings.numpy(), histories, groups)
         write_json(self.home / "routing.json", plain(detail))
+        return routing
+
+    def _history_losses(self) -> dict[str, float]:
+        """Answer loss of every target user on their own newest history, first seed."""
+        model = load(self.home, "users")
         losses = {}
-        for user in ids:
-            own = answer_losses(model, self.dataset.history(user, HISTORY_SAMPLE))
-            losses[user] = sum(own) / len(own)
+        for user in self.dataset.users("target"):
+            own = answer_losses(model, self.dataset.history(user.id, HISTORY_SAMPLE))
+            losses[user.id] = sum(own) / len(own)
         model.close()
-        return routing, losses
+        return losses
 
     def _read_truth(self) -> Truth | None:
         path = Path(self.config.data.path).with_name("truth.json")

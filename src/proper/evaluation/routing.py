@@ -113,7 +113,7 @@ def group_nmi(gates: FloatArray, users: Sequence[str], groups: Mapping[str, int]
     points = gates.reshape(len(users), -1)[known]
     truth = [groups[users[place]] for place in known]
     clusters = min(len(set(groups.values())), len(np.unique(points, axis=0)))
-    found = KMeans(n_clusters=clusters, n_init=10, random_state=seed).fit_predict(points)
+    found = KMeans(n_clusters=clusters, n_init=50, random_state=seed).fit_predict(points)
     return float(normalized_mutual_info_score(truth, found))
 
 

@@ -93,7 +93,7 @@ def answer_losses(model: PersonalizedModel, examples: Sequence[Example]) -> list
 
 
 def mean_gates(
-    model: PersonalizedModel, dataset: Dataset, users: Sequence[str], items: int = 16
+    model: PersonalizedModel, dataset: Dataset, users: Sequence[str], items: int = 32
 ) -> Float[Tensor, "U M E"]:
     """Return each user's mean gates in every module, over the tokens of their newest history items."""
     found = []
