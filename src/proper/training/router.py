@@ -88,7 +88,7 @@ Work = list[tuple[int, Job, Encoded]]
 
 
 def _loss(model: ProperModel, work: Work, pad: int) -> Tensor:
-    """Mean over the users in this step of each one's mean loss per answer token."""
+    """Mean loss per answer token of all rows in this step."""
     batch = collate([row for _, _, row in work], pad, model.device)
     slots = torch.tensor([slot for slot, _, _ in work], device=model.device)
     embedding = torch.stack([job.embedding for _, job, _ in work]).to(model.device)
