@@ -314,7 +314,7 @@ class Training:
         if not bool(torch.isfinite(loss)):
             raise NonFiniteLossError(f"the loss at step {self.step + 1} is {float(loss)}; try a lower --rate")
         self.optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(list(self.names), self.recipe.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate()

@@ -29,7 +29,7 @@ DOCUMENTED = (
 PEOPLE = DemoSettings(people=20, items=(10, 12))
 
 
-def small_config(folder: Path, **changes: Any) -> Config:
+def small_config(folder: Path, preset: str | None = None, **changes: Any) -> Config:
     """A run of seconds: every stage takes a few steps."""
     path = folder / "people" / "interactions.jsonl"
     if not path.exists():
@@ -45,7 +45,7 @@ def small_config(folder: Path, **changes: Any) -> Config:
     }
     for key, value in changes.items():
         raw[key] = {**raw.get(key, {}), **value}
-    return make_config(raw)
+    return make_config({**raw, "preset": preset})
 
 
 def without_times(results: dict[str, Any]) -> dict[str, Any]:
@@ -159,6 +159,19 @@ def test_seeds_are_repeats_in_folders_of_their_own(finished: Path, tmp_path: Pat
     first = (out / "groups" / "groups.safetensors").read_bytes()
     assert first == (finished / "groups" / "groups.safetensors").read_bytes()
     assert first != (out / "seeds" / "7" / "groups" / "groups.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_presets_run_to_the_report(finished: Path, tmp_path: Path, preset: str) -> None:
+    out = pipeline.run(small_config(finished.parent, preset), tmp_path / "run")
+    assert (out / "report.html").is_file()
+    results = read(out / "results.json")
+    assert results["routing"]["experts"] == 3
+    assert {row["method"] for row in results["metrics"]} == {"base", "population", "groups", "users"}
+    if preset == "released":
+        # A table per module with D = I: the sum of all inputs of the FFN's 24 layers.
+        cost = next(row for row in results["cost"] if row["method"] == "groups")
+        assert cost["parameters_per_user"] == 8 * (320 + 320 + 896)
 
 
 def test_generate_answers_known_unknown_and_mixed_users(

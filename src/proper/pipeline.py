@@ -34,7 +34,7 @@ STAGES = (*TRAINED, "evaluate", "report")
 # What the demo changes: few passes, larger steps and batches, so that a newcomer waits two minutes on two cores. User
 # embeddings move faster than by default: each is touched some sixty times in all.
 DEMO_TRAINING: dict[str, dict[str, Any]] = {
-    "population": {"epochs": 1, "max_tokens": 60_000, "dropout": 0},
+    "population": {"epochs": 1, "max_tokens": 90_000, "dropout": 0},
     "groups": {
         "epochs": 4,
         "batch_size": 64,

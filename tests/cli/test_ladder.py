@@ -31,6 +31,7 @@ def step(method: str, against: str, **more: Any) -> dict[str, Any]:
         "against": against,
         "p_value": 0.01,
         "p_adjusted": 0.02,
+        "family": "primary",
         "primary": True,
         **more,
     }

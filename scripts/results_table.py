@@ -1,0 +1,48 @@
+"""The table of results that README.md shows, from the `results.json` files under docs/results.
+
+    python scripts/results_table.py
+
+One line per data set and stage: the main metric with its interval over users, and the step from the stage before with
+its Holm-adjusted p. Nothing is computed here that the files do not hold.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+NAMES = {"accuracy": "accuracy ↑", "mae": "MAE ↓", "rouge1": "ROUGE-1 ↑"}
+
+
+def table(folder: Path = RESULTS) -> str:
+    """Return the markdown table of all results in `folder`, by file name."""
+    lines = ["| data set | stage | main metric [95 %] | step | p |", "|---|---|---|---|---|"]
+    for path in sorted(folder.glob("*.json")):
+        lines += rows(path.stem, json.loads(path.read_text(encoding="utf-8")))
+    return "\n".join(lines) + "\n"
+
+
+def rows(name: str, results: dict[str, Any]) -> list[str]:
+    """Return the lines of one run."""
+    steps = {row["method"]: row for row in results["comparisons"] if row["family"] == "primary"}
+    lines = []
+    for row in results["metrics"]:
+        if row["primary"]:
+            low, high = row["ci95"]
+            value = f"{NAMES[row['metric']]} {row['value']:.3f} [{low:.3f}, {high:.3f}]"
+            lines.append(f"| {name} | {row['method']} | {value} | {_step(steps.get(row['method']))} |")
+    return lines
+
+
+def _step(step: dict[str, Any] | None) -> str:
+    if step is None:
+        return "| "
+    low, high = step["ci95"]
+    p = "< .001" if step["p_adjusted"] < 0.001 else f"{step['p_adjusted']:.3f}".replace("0.", ".", 1)
+    return f"{step['difference']:+.3f} [{low:+.3f}, {high:+.3f}] ({100 * step['relative']:+.1f} %) | {p}"
+
+
+if __name__ == "__main__":
+    print(table(), end="")
