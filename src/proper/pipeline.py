@@ -31,8 +31,8 @@ from proper.training.stages import TRAINED, StageRunner, join_processes
 
 STAGES = (*TRAINED, "evaluate", "report")
 
-# What the demo changes: few passes, larger steps and batches, so that a newcomer waits two minutes on two cores. User
-# embeddings move faster than by default: each is touched some sixty times in all.
+# What the demo changes: few passes, larger steps and batches, to keep a newcomer's wait short. User embeddings move
+# faster than by default, since each is touched less than a hundred times in all.
 DEMO_TRAINING: dict[str, dict[str, Any]] = {
     "population": {"epochs": 1, "max_tokens": 90_000, "dropout": 0},
     "groups": {
