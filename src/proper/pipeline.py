@@ -36,8 +36,8 @@ STAGES = (*TRAINED, "evaluate", "report")
 DEMO_TRAINING: dict[str, dict[str, Any]] = {
     "population": {"epochs": 1, "max_tokens": 90_000, "dropout": 0},
     "groups": {
-        "epochs": 4,
-        "batch_size": 64,
+        "epochs": 3,
+        "batch_size": 48,
         "learning_rate": 4e-3,
         "embedding_learning_rate": 1e-1,
         "dropout": 0,

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from proper.inference.score import score_labels
+from proper.inference.score import _row_by_row, _takes_trees, score_labels
 from proper.layers.routing import Rows
 from proper.models.personal import ProperModel
 
@@ -78,3 +80,23 @@ def test_all_one_token_labels_are_a_distribution(personal: Callable[..., ProperM
     rows = Rows("users", embedding=embeddings(), slots=torch.tensor(SLOTS))
     found = score_labels(model, prompts(), [[token] for token in range(8192)], rows)
     assert found.exp().sum(1).tolist() == pytest.approx([1.0] * len(SLOTS), abs=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(labels=st.lists(st.lists(st.integers(3, 6), min_size=1, max_size=5), min_size=1, max_size=8))
+def test_labels_that_share_beginnings(personal: Callable[..., ProperModel], labels: list[list[int]]) -> None:
+    """Few tokens, so that labels are often equal, or one is another's beginning."""
+    model = personal()
+    rows = Rows("users", embedding=embeddings(), slots=torch.tensor(SLOTS))
+    found = score_labels(model, prompts(), labels, rows)
+    with torch.no_grad():
+        torch.testing.assert_close(found, _row_by_row(model, prompts(), labels, rows), atol=1e-4, rtol=1e-4)
+
+
+def test_a_window_shorter_than_the_row_is_respected(personal: Callable[..., ProperModel]) -> None:
+    model = personal()
+    model.backbone.model.config.sliding_window = 8
+    try:
+        assert not _takes_trees(model, 9) and _takes_trees(model, 8)
+    finally:
+        del model.backbone.model.config.sliding_window

@@ -106,15 +106,3 @@ def test_the_second_run_of_a_checkpointed_layer_sees_the_rows_of_the_first() -> 
     with again:
         assert routing.rows is rows
     assert routing.rows.mode == "off" and "layer" in routing.gates
-
-
-def test_repeating_rows() -> None:
-    rows = Rows(
-        "users", embedding=torch.tensor([[1.0], [2.0]]), slots=torch.tensor([4, -1]), users=torch.tensor([0, 1])
-    )
-    again = rows.repeat(3)
-    assert again.mode == "users" and again.size == 6 and rows.size == 2
-    assert again.embedding is not None and again.embedding.flatten().tolist() == [1, 1, 1, 2, 2, 2]
-    assert again.slots is not None and again.slots.tolist() == [4, 4, 4, -1, -1, -1]
-    assert again.users is None and again.mask is None
-    assert Rows().repeat(2).size == 0

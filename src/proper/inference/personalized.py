@@ -32,8 +32,8 @@ from proper.models.merge import apply_population
 from proper.models.personal import ProperModel
 from proper.models.tensors import load_tensors
 
-LABEL_ROWS = 512
-"""Labels, over all prompts of a batch, that are scored at once: each carries a copy of its prompt's cache."""
+LABEL_TOKENS = 1024
+"""Label tokens, over all prompts of a batch, that are scored at once: each has a row of logits."""
 
 Stage = Literal["base", "population", "groups", "users"]
 
@@ -108,7 +108,7 @@ class PersonalizedModel:
         room = max(len(label) for label in tokens)
         encoded = [self.encoder.prompt(prompt, room=room) for prompt in prompts]
         found = torch.empty(len(prompts), len(labels))
-        size = max(1, min(self.config.compute.batch_size, LABEL_ROWS // len(labels)))
+        size = max(1, min(self.config.compute.batch_size, LABEL_TOKENS // sum(map(len, tokens))))
         for chunk in by_length([len(ids) for ids in encoded], size):
             rows = self.rows([user_ids[i] for i in chunk])
             found[chunk] = score_labels(self.model, [encoded[i] for i in chunk], tokens, rows).cpu()

@@ -2,67 +2,134 @@
 
     log p(label | prompt) = sum of the log-probabilities of its tokens and of the end token
 
-Knows nothing about users: `rows` says what the layers need.
+The labels form a tree: beginnings that several share are one branch. All branches of a prompt run in one row behind its
+cache, and a mask lets every token see the prompt and the tokens before it on its own branch, so that nothing is
+computed or kept twice. Knows nothing about users: `rows` says what the layers need.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from proper.data.batching import Encoded, collate
 from proper.inference.generate import pad_left
 from proper.layers.routing import Rows
-from proper.models.personal import ProperModel
+from proper.models.personal import ProperModel, answer_loss
+
+
+@dataclass(frozen=True)
+class LabelTree:
+    """L labels' tokens as a tree of N inner nodes and E edges; an edge is a token after the prompt or after a node.
+
+    Attributes:
+        tokens: the token of each inner node (one that is followed by another).
+        depth: how many tokens of its label come before it.
+        sees: whether node i stands on the branch of node j, itself included.
+        start: the node an edge leaves, counted from 1; 0 for the prompt.
+        target: the edge's token.
+        member: which edges make up a label.
+    """
+
+    tokens: Int[Tensor, "N"]
+    depth: Int[Tensor, "N"]
+    sees: Bool[Tensor, "N N"]
+    start: Int[Tensor, "E"]
+    target: Int[Tensor, "E"]
+    member: Float[Tensor, "E L"]
+
+    @classmethod
+    def of(cls, labels: Sequence[Sequence[int]]) -> LabelTree:
+        """Build the tree of these labels' tokens."""
+        inner = sorted({tuple(label[:end]) for label in labels for end in range(1, len(label))})
+        number = {(): 0} | {path: at for at, path in enumerate(inner, start=1)}
+        edges = sorted({tuple(label[:end]) for label in labels for end in range(1, len(label) + 1)})
+        sees = torch.zeros(len(inner), len(inner), dtype=torch.bool)
+        for at, path in enumerate(inner):
+            sees[at, [number[path[:end]] - 1 for end in range(1, len(path) + 1)]] = True
+        place = {path: at for at, path in enumerate(edges)}
+        member = torch.zeros(len(edges), len(labels))
+        for at, label in enumerate(labels):
+            member[[place[tuple(label[:end])] for end in range(1, len(label) + 1)], at] = 1.0
+        return cls(
+            tokens=torch.tensor([path[-1] for path in inner], dtype=torch.long),
+            depth=torch.tensor([len(path) - 1 for path in inner], dtype=torch.long),
+            sees=sees,
+            start=torch.tensor([number[path[:-1]] for path in edges]),
+            target=torch.tensor([path[-1] for path in edges]),
+            member=member,
+        )
+
+    @property
+    def size(self) -> int:
+        """The inner nodes: tokens that each prompt is followed by."""
+        return len(self.tokens)
 
 
 def score_labels(
     model: ProperModel, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], rows: Rows
 ) -> Float[Tensor, "B L"]:
     """Return log-likelihoods (nats, fp32) of every label's tokens after every prompt."""
-    device = model.device
-    ids, mask = pad_left(prompts, model.backbone.pad_id, device)
-    longest = max(len(label) for label in labels)
-    tokens = torch.full((len(labels), longest), model.backbone.pad_id, device=device)
-    real = torch.zeros((len(labels), longest), dtype=torch.bool, device=device)
-    for at, label in enumerate(labels):
-        tokens[at, : len(label)] = torch.tensor(label, device=device)
-        real[at, : len(label)] = True
-    cache = DynamicCache(config=model.backbone.model.config)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
+        if not _takes_trees(model, max(map(len, prompts)) + max(map(len, labels))):
+            return _row_by_row(model, prompts, labels, rows)
+        tree = LabelTree.of(labels)
         with model.routing.use(rows):
-            first = model.backbone.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-        starts: Tensor = first.float().log_softmax(-1)[:, tokens[:, 0]]
-        if longest == 1:
-            return starts
-        return starts + _continue(model, cache, mask, positions, tokens, real, rows)
+            logits = _tree_logits(model, prompts, tree)
+        # Only the tokens that labels have are wanted, so the vocabulary is summed over and not kept.
+        wanted = logits[:, tree.start.to(logits.device), tree.target.to(logits.device)]
+        sums = logits.logsumexp(-1)[:, tree.start.to(logits.device)]
+        return (wanted - sums) @ tree.member.to(logits.device)
 
 
-def _continue(
-    model: ProperModel, cache: DynamicCache, mask: Tensor, positions: Tensor, tokens: Tensor, real: Tensor, rows: Rows
+def _tree_logits(model: ProperModel, prompts: Sequence[Sequence[int]], tree: LabelTree) -> Float[Tensor, "B 1+N V"]:
+    """Logits after each prompt and after each inner node, fp32."""
+    backbone, device = model.backbone.model, model.device
+    ids, mask = pad_left(prompts, model.backbone.pad_id, device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    # Every layer keeps all tokens: `_takes_trees` made sure that no window is shorter.
+    cache = DynamicCache()
+    prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}
+    first: Tensor = backbone(**prompt, past_key_values=cache, use_cache=True).logits[:, -1:].float()
+    if tree.size == 0:
+        return first
+    size = (len(prompts), tree.size)
+    sees = torch.cat([mask.bool()[:, None].expand(*size, -1), tree.sees.to(device).expand(*size, -1)], dim=2)
+    hidden = torch.zeros(sees.shape, dtype=backbone.dtype, device=device)
+    hidden.masked_fill_(~sees, torch.finfo(backbone.dtype).min)
+    rest: Tensor = backbone(
+        input_ids=tree.tokens.to(device).expand(size),
+        attention_mask=hidden.unsqueeze(1),
+        position_ids=positions[:, -1:] + 1 + tree.depth.to(device),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    return torch.cat([first, rest.float()], dim=1)
+
+
+def _takes_trees(model: ProperModel, length: int) -> bool:
+    """Whether the backbone takes a mask over single tokens, and no layer's window is shorter than `length`."""
+    backbone = model.backbone.model
+    config = backbone.config.get_text_config()
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    takes_masks = getattr(backbone, "_supports_attention_backend", False) and not getattr(
+        backbone, "_is_stateful", False
+    )
+    return bool(takes_masks) and all(window is None or length <= window for window in windows)
+
+
+def _row_by_row(
+    model: ProperModel, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], rows: Rows
 ) -> Float[Tensor, "B L"]:
-    """Log-likelihood of the labels' tokens after their first, on the prompt's cache."""
-    prompts, (labels, longest) = mask.shape[0], tokens.shape
-    cache.batch_repeat_interleave(labels)
-    inputs = tokens[:, :-1].repeat(prompts, 1)
-    seen = torch.cat([mask.repeat_interleave(labels, 0), real[:, :-1].repeat(prompts, 1).to(mask.dtype)], dim=1)
-    after = torch.arange(1, longest, device=mask.device) + positions[:, -1:].repeat_interleave(labels, 0)
-    with model.routing.use(rows.repeat(labels)):
-        logits = model.backbone.model(
-            input_ids=inputs, attention_mask=seen, position_ids=after, past_key_values=cache, use_cache=True
-        ).logits
-    likelihood = logits.float().log_softmax(-1).view(prompts, labels, longest - 1, -1)
-    target = tokens[:, 1:].expand(prompts, -1, -1).unsqueeze(-1)
-    found: Tensor = (likelihood.gather(-1, target).squeeze(-1) * real[:, 1:]).sum(-1)
-    return found
+    """The same without a cache, one label at a time, for any backbone."""
+    found = []
+    for label in labels:
+        whole = [Encoded(str(at), (*prompt, *label), len(prompt)) for at, prompt in enumerate(prompts)]
+        batch = collate(whole, model.backbone.pad_id, model.device)
+        found.append(-answer_loss(model.answer_logits(batch, rows), batch.labels)[0])
+    return torch.stack(found, dim=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -46,14 +46,6 @@ class Rows:
             if tensor is not None:
                 return int(tensor.shape[0])
         return 0
-
-    def repeat(self, times: int) -> Rows:
-        """Each row `times` times in a row, as `DynamicCache.batch_repeat_interleave` does with the cache."""
-
-        def spread(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.repeat_interleave(times, dim=0)
-
-        return replace(self, embedding=spread(self.embedding), slots=spread(self.slots), users=None, mask=None)
 
 
 @dataclass

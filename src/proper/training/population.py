@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -70,7 +71,9 @@ def train_population(
     for module in wrapped.modules():
         if isinstance(module, LoraLayer):
             module.train()
-    with gradient_checkpointing(backbone.model, config.gradient_checkpointing):
+    # PEFT widens every module's input to fp32 for its fp32 weights; autocast would only narrow it again.
+    narrow = disable_input_dtype_casting(wrapped, backbone.model.dtype == torch.bfloat16)
+    with narrow, gradient_checkpointing(backbone.model, config.gradient_checkpointing):
         train(stage, plan, accelerator)
     if accelerator.is_main_process:
         wrapped.save_pretrained(str(folder))
