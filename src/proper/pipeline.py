@@ -39,7 +39,7 @@ DEMO_TRAINING: dict[str, dict[str, Any]] = {
         "epochs": 3,
         "batch_size": 48,
         "learning_rate": 4e-3,
-        "embedding_learning_rate": 1e-1,
+        "embedding_learning_rate": 2e-1,
         "dropout": 0,
     },
     "users": {"epochs": 4, "batch_size": 8, "learning_rate": 5e-3},

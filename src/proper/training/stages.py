@@ -42,6 +42,9 @@ TRAINED = ("population", "groups", "users")
 def join_processes(config: Config) -> Accelerator:
     """Return this process's place among those that `accelerate launch` started; without it, the only one."""
     device = pick_device(config.compute.device)
+    if device.type == "cuda" and device.index is not None:
+        # Without this a single process would take the first device, whichever was asked for.
+        torch.cuda.set_device(device)
     # Stage 3 and evaluation run in one process; the others wait for it far longer than the usual ten minutes.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=30))
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[patient])
