@@ -31,7 +31,7 @@ class LabelTree:
         tokens: the token of each inner node (one that is followed by another).
         depth: how many tokens of its label come before it.
         sees: whether node i stands on the branch of node j, itself included.
-        start: the node an edge leaves, counted from 1; 0 for the prompt.
+        start: the node an edge leaves, counted from 1; 0 for the prompt, whose edges come first.
         target: the edge's token.
         member: which edges make up a label.
     """
@@ -48,7 +48,8 @@ class LabelTree:
         """Build the tree of these labels' tokens."""
         inner = sorted({tuple(label[:end]) for label in labels for end in range(1, len(label))})
         number = {(): 0} | {path: at for at, path in enumerate(inner, start=1)}
-        edges = sorted({tuple(label[:end]) for label in labels for end in range(1, len(label) + 1)})
+        paths = {tuple(label[:end]) for label in labels for end in range(1, len(label) + 1)}
+        edges = sorted(paths, key=lambda path: (number[path[:-1]], path))
         sees = torch.zeros(len(inner), len(inner), dtype=torch.bool)
         for at, path in enumerate(inner):
             sees[at, [number[path[:end]] - 1 for end in range(1, len(path) + 1)]] = True
@@ -80,36 +81,39 @@ def score_labels(
             return _row_by_row(model, prompts, labels, rows)
         tree = LabelTree.of(labels)
         with model.routing.use(rows):
-            logits = _tree_logits(model, prompts, tree)
-        # Only the tokens that labels have are wanted, so the vocabulary is summed over and not kept.
-        wanted = logits[:, tree.start.to(logits.device), tree.target.to(logits.device)]
-        sums = logits.logsumexp(-1)[:, tree.start.to(logits.device)]
-        return (wanted - sums) @ tree.member.to(logits.device)
+            edges = _edges(model, prompts, tree)
+        return edges @ tree.member.to(edges.device)
 
 
-def _tree_logits(model: ProperModel, prompts: Sequence[Sequence[int]], tree: LabelTree) -> Float[Tensor, "B 1+N V"]:
-    """Logits after each prompt and after each inner node, fp32."""
+def _edges(model: ProperModel, prompts: Sequence[Sequence[int]], tree: LabelTree) -> Float[Tensor, "B E"]:
+    """Log-probability (nats, fp32) of every edge's token after every prompt."""
     backbone, device = model.backbone.model, model.device
     ids, mask = pad_left(prompts, model.backbone.pad_id, device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     # Every layer keeps all tokens: `_takes_trees` made sure that no window is shorter.
     cache = DynamicCache()
     prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}
-    first: Tensor = backbone(**prompt, past_key_values=cache, use_cache=True).logits[:, -1:].float()
-    if tree.size == 0:
-        return first
-    size = (len(prompts), tree.size)
-    sees = torch.cat([mask.bool()[:, None].expand(*size, -1), tree.sees.to(device).expand(*size, -1)], dim=2)
-    hidden = torch.zeros(sees.shape, dtype=backbone.dtype, device=device)
-    hidden.masked_fill_(~sees, torch.finfo(backbone.dtype).min)
-    rest: Tensor = backbone(
-        input_ids=tree.tokens.to(device).expand(size),
-        attention_mask=hidden.unsqueeze(1),
-        position_ids=positions[:, -1:] + 1 + tree.depth.to(device),
-        past_key_values=cache,
-        use_cache=True,
-    ).logits
-    return torch.cat([first, rest.float()], dim=1)
+    first: Tensor = backbone(**prompt, past_key_values=cache, use_cache=True).logits[:, -1:]
+    found = [_after(first, tree.start[tree.start == 0], tree.target[tree.start == 0])]
+    if tree.size:
+        size = (len(prompts), tree.size)
+        sees = torch.cat([mask.bool()[:, None].expand(*size, -1), tree.sees.to(device).expand(*size, -1)], dim=2)
+        hidden = torch.zeros(sees.shape, dtype=backbone.dtype, device=device)
+        hidden.masked_fill_(~sees, torch.finfo(backbone.dtype).min)
+        rest: Tensor = backbone(
+            input_ids=tree.tokens.to(device).expand(size),
+            attention_mask=hidden.unsqueeze(1),
+            position_ids=positions[:, -1:] + 1 + tree.depth.to(device),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        found.append(_after(rest, tree.start[tree.start > 0] - 1, tree.target[tree.start > 0]))
+    return torch.cat(found, dim=1)
+
+
+def _after(logits: Float[Tensor, "B N V"], start: Int[Tensor, "E"], target: Int[Tensor, "E"]) -> Float[Tensor, "B E"]:
+    """Log-probability of token `target` at place `start`, for some edges."""
+    return logits.log_softmax(-1, dtype=torch.float32)[:, start.to(logits.device), target.to(logits.device)]
 
 
 def _takes_trees(model: ProperModel, length: int) -> bool:
