@@ -1,6 +1,6 @@
 """Adapters from the store straight into rows of a bank: every byte is copied once and checked on the way.
 
-An adapter that lies in the store as it lies in a row (one dtype, the layout's order) is read into the row, or widened
+An adapter that lies in the store as it lies in a row (one dtype, the layout's order) is read into the row, or converted
 into it piece by piece while the piece is still in the core's cache. Any other form (int8, say) is made tensors first.
 Knows nothing about which slot is free.
 """
@@ -58,10 +58,10 @@ class RowLoader:
         elif dtype == row.dtype and row.device.type == "cpu":
             fill(self.store.blobs, found.place, found.xxh3, row.view(torch.uint8).numpy().data)
         else:
-            self._widen(found, dtype, row)
+            self._convert(found, dtype, row)
         return found.xxh3
 
-    def _widen(self, found: Row, dtype: torch.dtype, row: Float[Tensor, "P"]) -> None:
+    def _convert(self, found: Row, dtype: torch.dtype, row: Float[Tensor, "P"]) -> None:
         assert found.place is not None
         piece, size = self._buffer.view(dtype), dtype.itemsize
 
