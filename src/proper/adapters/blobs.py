@@ -40,7 +40,12 @@ class _Shard:
     pending: list[bytes] = field(default_factory=list)
     waiting: int = 0
 
+    def gone(self) -> bool:
+        """Has somebody removed the file?"""
+        return os.fstat(self.file).st_nlink == 0
+
     def flush(self) -> None:
+        """Write what waits."""
         data, at = memoryview(b"".join(self.pending)), self.end - self.waiting
         while data:
             written = os.pwrite(self.file, data, at)
@@ -121,11 +126,14 @@ class BlobWriter:
         self._current, self._touched, self._files = None, [], []
 
     def _with_room(self, needed: int) -> _Shard:
-        if self._current is None or (self._current.end and self._current.end + needed > self.shard_bytes):
-            if self._current is not None and self._current not in self._touched:
-                os.close(self._current.file)
-            self._current = self._claim(needed)
-        return self._current
+        shard = self._current
+        if shard is not None and ((shard.end and shard.end + needed > self.shard_bytes) or shard.gone()):
+            if shard not in self._touched:
+                os.close(shard.file)
+            shard = None
+        if shard is None:
+            shard = self._current = self._claim(needed)
+        return shard
 
     def _claim(self, needed: int) -> _Shard:
         """Take over a shard with room that nobody appends to, or make one."""

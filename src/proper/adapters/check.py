@@ -52,9 +52,12 @@ def check(store: AdapterStore, repair: bool = False) -> list[Finding]:
     Raises:
         StoreError: the manifest cannot be read, or a repair cannot be written.
     """
-    said = [row[0] for row in store.manifest.read("PRAGMA quick_check")]
-    if said != ["ok"]:
-        return [Finding("manifest", f"{store.manifest.path}: {text}") for text in said]
+    try:
+        said = [f"{store.manifest.path}: {row[0]}" for row in store.manifest.read("PRAGMA quick_check")]
+    except StoreError as error:
+        said = [str(error)]
+    if said != [f"{store.manifest.path}: ok"]:
+        return [Finding("manifest", text) for text in said]
     erase(store.blobs, store.manifest)
     findings: list[Finding] = []
     for _, rows in groupby(store.manifest.rows(), key=lambda row: row[:2]):

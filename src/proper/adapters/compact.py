@@ -87,8 +87,7 @@ def _move(store: AdapterStore, files: dict[str, int]) -> None:
         for old, new in copies.items():
             if not manifest.move(owners[old], old, new):
                 manifest.erase_later(*new)
-        for size, number in writer.sizes():
-            manifest.write("UPDATE shards SET size = ? WHERE id = ?", (size, number))
+        manifest.grow(writer.sizes())
         for name in files:
             manifest.write("DELETE FROM shards WHERE id = ?", (int(name.partition(".")[0]),))
             manifest.erase_later(name, None, None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -274,6 +274,10 @@ class Manifest:
         """Point a user's versions to where their bytes were copied; return whether any version still has them."""
         query = "UPDATE records SET blob = ?, offset = ? WHERE tenant = ? AND user = ? AND blob = ? AND offset = ?"
         return self.write(query, (new.blob, new.offset, *owner, old.blob, old.offset)) > 0
+
+    def grow(self, sizes: Iterable[tuple[int, int]]) -> None:
+        """Note new sizes of shards, given as (size, number) (inside a transaction)."""
+        self._db.executemany("UPDATE shards SET size = ? WHERE id = ?", sizes)
 
     def new_shard(self) -> int:
         """Return the number of a new, empty shard."""

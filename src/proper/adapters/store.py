@@ -11,25 +11,23 @@ One writer at a time commits; readers never wait. Knows nothing about models: an
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-import xxhash
 from torch import Tensor
 
 from proper.adapters.blobs import BlobError, BlobWriter, erase, fill
-from proper.adapters.manifest import Manifest, Place, Row, key_of, user_of
-from proper.adapters.packing import Spec, pack, unpack
+from proper.adapters.manifest import Manifest, Row, key_of, user_of
+from proper.adapters.packing import Spec, unpack
+from proper.adapters.putting import commit, prepare
 from proper.adapters.quantize import decode
 from proper.adapters.records import Head as Head
 from proper.adapters.records import Tier as Tier
@@ -43,20 +41,6 @@ KEEP = 2
 FILE_BYTES = 256 << 10
 SHARD_BYTES = 64 << 20
 WAIT_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A record whose bytes are written and not yet pointed to."""
-
-    user: bytes
-    tier: Tier
-    embedding: bytes
-    facts: str
-    spec: str | None = None
-    place: Place | None = None
-    xxh3: bytes | None = None
-    sha256: bytes | None = None
 
 
 class AdapterStore:
@@ -130,10 +114,10 @@ class AdapterStore:
         """
         with self.appending():
             try:
-                prepared = [self._prepare(record) for record in records]
+                prepared = [prepare(record, self.writer, self.file_bytes) for record in records]
                 self.writer.sync()
                 with self.manifest.transaction():
-                    self._commit(prepared)
+                    commit(self.manifest, self.tenant, prepared, self.writer.sizes(), self.keep)
             except BaseException as error:
                 with suppress(StoreError, OSError):  # what is left behind is what `check` calls an orphan
                     self.writer.undo()
@@ -276,50 +260,6 @@ class AdapterStore:
     def spec(self, row: Row) -> Spec:
         """Return what the bytes of a row's adapter mean."""
         return self._spec(row.layout)
-
-    def _prepare(self, record: UserRecord) -> _Prepared:
-        """Write a record's adapter."""
-        facts = json.dumps(dict(record.facts), ensure_ascii=False)
-        embedding = record.embedding.detach().float().cpu().numpy().tobytes()
-        if record.adapter is None:
-            if record.tier == "users":
-                raise StoreError(f"user {record.user!r} cannot be on the tier 'users' without an adapter")
-            return _Prepared(key_of(record.user), record.tier, embedding, facts)
-        spec, data = pack(record.adapter)
-        large = len(data) > self.file_bytes
-        place = self.writer.write_file(spec.header(), data) if large else self.writer.append(data)
-        hashes = xxhash.xxh3_64_digest(data), hashlib.sha256(data).digest()
-        return _Prepared(key_of(record.user), record.tier, embedding, facts, spec.text(), place, *hashes)
-
-    def _commit(self, prepared: Iterable[_Prepared]) -> None:
-        """Point to what was written (inside a transaction)."""
-        manifest, now = self.manifest, int(time.time())
-        layouts: dict[str, int] = {}
-        for new in prepared:
-            if new.spec is not None and new.spec not in layouts:
-                layouts[new.spec] = manifest.layout_id(new.spec)
-            layout = None if new.spec is None else layouts[new.spec]
-            place = new.place
-            row = Row(
-                tenant=self.tenant,
-                user=new.user,
-                version=0,
-                parent=None,
-                tier=new.tier,
-                written=now,
-                facts=new.facts,
-                layout=layout,
-                blob=None if place is None else place.blob,
-                offset=None if place is None else place.offset,
-                length=0 if place is None else place.length,
-                xxh3=new.xxh3,
-                sha256=new.sha256,
-                embedding=new.embedding,
-            )
-            if manifest.add(row) > self.keep:
-                manifest.prune(self.tenant, new.user, self.keep)
-        for size, number in self.writer.sizes():
-            manifest.write("UPDATE shards SET size = ? WHERE id = ?", (size, number))
 
     def _row(self, user: str, version: int | None) -> Row | None:
         if version is None:

@@ -21,7 +21,9 @@ from proper.benchmarks.store_many import PAYLOAD, many_figures
 MANY, QUICK = 1_000_000, 100_000
 
 
-def run(folder: Path | None = None, *, users: int = MANY, repeats: int = 400, say: Callable[[str], None]) -> dict[str, Any]:
+def run(
+    folder: Path | None = None, *, users: int = MANY, repeats: int = 400, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Return {"setting", "figures"} of the store.
 
     Args:

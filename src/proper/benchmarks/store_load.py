@@ -1,4 +1,4 @@
-"""One adapter of 11.6 MB from the store into its slot, beside a plain memcpy of as many bytes and PEFT's `load_adapter`.
+"""One adapter of 11.6 MB from the store into its slot, beside a memcpy of as many bytes and PEFT's `load_adapter`.
 
 The adapter has the shapes of a 1.5 B model: rank 4 on 7 projections of 32 layers, bf16. Warm: the file is in the page
 cache, as the memcpy's source is in memory. Sides take turns, and each goes round several adapters and slots, so that no
