@@ -270,8 +270,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _read(file: int, view: memoryview, offset: int) -> None:
-    while view:
-        got = os.preadv(file, [view], offset)
+    while (got := os.preadv(file, [view], offset)) < len(view):
         if got == 0:
             raise BlobError("it is cut off")
         view, offset = view[got:], offset + got

@@ -34,7 +34,7 @@ def run(
     """
     with tempfile.TemporaryDirectory(prefix="proper-bench-", dir=folder) as name:
         say("store: loading an adapter of 11.6 MB, beside memcpy and PEFT")
-        figures = load_figures(Path(name) / "load", repeats, peft_repeats=max(3, repeats // 20))
+        figures = load_figures(Path(name) / "load", repeats, every=min(20, repeats))
         say(f"store: {users} users of {PAYLOAD} bytes")
         figures |= many_figures(Path(name) / "many", users)
     setting = {
@@ -44,7 +44,7 @@ def run(
         "load": f"rank {RANK} on 7 projections of {LAYERS} layers, bf16, warm, into a bf16 slot, xxh3 checked",
         "load_fp32_slot": "the same, widened into an fp32 slot of twice the bytes",
         "memcpy": "the C library's, of the same bytes; p50 over p50 and p99 over p99 of the same repeats",
-        "peft": "PEFT's load_adapter of equal bytes, warm, deleting the one before included",
+        "peft": "PEFT's load_adapter of equal bytes, warm, in every 20th repeat; deleting the one before is not timed",
         "many": f"{users} users, an adapter of {PAYLOAD} bytes each, no embedding; disk bytes after closing",
         "compact": "after every second one of the first half of the users is deleted",
         "store": {"keep": KEEP, "file_bytes": FILE_BYTES, "shard_bytes": SHARD_BYTES},

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from proper.adapters.load import RowLoader
 from proper.adapters.store import AdapterStore, UserRecord
-from proper.benchmarks.timing import interleaved, percentile
+from proper.benchmarks.timing import Side, interleaved, percentile
 from proper.layers.bank import AdapterBank, Layout
 
 LAYERS, HIDDEN, KEYS, MIDDLE, RANK = 32, 2048, 512, 8616, 4
@@ -38,23 +38,23 @@ def shapes() -> dict[str, tuple[int, int]]:
     return {f"model.layers.{at}.{name}": size for at in range(LAYERS) for name, size in sizes.items()}
 
 
-def load_figures(folder: Path, repeats: int, peft_repeats: int) -> dict[str, float]:
+def load_figures(folder: Path, repeats: int, every: int) -> dict[str, float]:
     """Return the figures of loading one adapter, in ms and as ratios.
 
     Args:
         folder: an empty folder with room for some 100 MB.
         repeats: of the store and the memcpy.
-        peft_repeats: of PEFT, which takes longer.
+        every: so many repeats give PEFT, which takes longer, one turn.
     """
     layout = Layout.of(shapes(), RANK)
     row = torch.randn(layout.width, generator=torch.Generator().manual_seed(0)).bfloat16()
     store = AdapterStore(folder / "store")
     for at in range(_ROUND):
         store.put([UserRecord(f"u{at}", "users", torch.zeros(0), layout.unpack(row.roll(at)))])
-    sides = _sides(store, layout, row)
+    sides = {name: Side(work) for name, work in _sides(store, layout, row).items()}
+    sides["peft"] = _peft_side(folder / "peft", every)
     seconds = interleaved(sides, repeats)
     store.close()
-    seconds |= interleaved({"peft": _peft_side(folder / "peft")}, peft_repeats)
     figures = {"load_bytes": float(row.numel() * row.itemsize)}
     for name, times in seconds.items():
         figures |= {f"{name}_p{share}_ms": percentile(times, share) * 1e3 for share in (50, 99)}
@@ -65,8 +65,8 @@ def load_figures(folder: Path, repeats: int, peft_repeats: int) -> dict[str, flo
 
 
 def _sides(store: AdapterStore, layout: Layout, row: Tensor) -> dict[str, Callable[[int], object]]:
-    same = AdapterBank(layout, _ROUND, alpha=8, trainable=False, dtype=torch.bfloat16).values
-    wide = AdapterBank(layout, _ROUND, alpha=8, trainable=False).values
+    same = AdapterBank(layout, _ROUND, alpha=8.0, trainable=False, dtype=torch.bfloat16).values
+    wide = AdapterBank(layout, _ROUND, alpha=8.0, trainable=False).values
     sources = [row.roll(at).clone() for at in range(_ROUND)]
     targets = torch.zeros(_ROUND, layout.width, dtype=torch.bfloat16)
     loader, size = RowLoader(store, layout), row.numel() * row.itemsize
@@ -89,7 +89,7 @@ def _sides(store: AdapterStore, layout: Layout, row: Tensor) -> dict[str, Callab
     return sides
 
 
-def _peft_side(folder: Path) -> Callable[[int], object]:
+def _peft_side(folder: Path, every: int) -> Side:
     """Return PEFT's way: `load_adapter` of equal bytes from a folder, into a model of these shapes."""
     from peft import LoraConfig, get_peft_model
 
@@ -100,12 +100,14 @@ def _peft_side(folder: Path) -> Callable[[int], object]:
     model: Any = get_peft_model(bare.to_empty(device="cpu").to(torch.bfloat16), config, autocast_adapter_dtype=False)
     model.save_pretrained(folder)
 
-    def load(at: int) -> None:
+    def unload(at: int) -> None:
         if "loaded" in model.peft_config:
             model.delete_adapter("loaded")
+
+    def load(at: int) -> None:
         model.load_adapter(folder, "loaded", autocast_adapter_dtype=False)
 
-    return load
+    return Side(load, unload, every)
 
 
 class _Shapes(torch.nn.Module):

@@ -7,19 +7,49 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 
-def interleaved(sides: Mapping[str, Callable[[int], object]], repeats: int, warm: int = 1) -> dict[str, list[float]]:
-    """Return seconds per call of each side; every repeat calls each side once, told the repeat's number."""
+def _nothing(at: int) -> None:
+    """Most sides have nothing to prepare."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to do it.
+
+    Attributes:
+        work: what is timed; told the number of the repeat.
+        prepare: what comes before it and is not timed.
+        every: its turn comes only in every so many repeats.
+    """
+
+    work: Callable[[int], object]
+    prepare: Callable[[int], object] = _nothing
+    every: int = 1
+
+
+def interleaved(sides: Mapping[str, Side], repeats: int) -> dict[str, list[float]]:
+    """Return seconds per call of each side.
+
+    Every repeat gives each side its turn. The first repeat, and each that follows the turn of a rare side, is not
+    counted: the caches are somebody else's then.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for at in range(-warm, repeats):
+    at, counted, cold = 0, 0, True
+    while counted < repeats:
+        rare = False
         for name, side in sides.items():
-            start = time.perf_counter()
-            side(at)
-            if at >= 0:
-                seconds[name].append(time.perf_counter() - start)
+            if (side.every == 1) if cold else (counted % side.every == side.every - 1):
+                side.prepare(at)
+                taken = seconds_of(partial(side.work, at))
+                seconds[name] += [] if cold else [taken]
+                rare = rare or side.every > 1
+        counted += not cold
+        at, cold = at + 1, rare
     return seconds
 
 

@@ -133,8 +133,8 @@ def check(
 ) -> None:
     """Find what is damaged, missing or nobody's.
 
-    Reads every stored byte. With --repair, a user with a damaged adapter goes back to the newest good version, or to the group tier, and what
-    belongs to nobody is removed. Exit code 1 if damage remains.
+    Reads every stored byte. With --repair, a user with a damaged adapter goes back to the newest good version, or to
+    the group tier, and what belongs to nobody is removed. Exit code 1 if damage remains.
     """
     from proper.adapters.check import check as check_store
 
