@@ -162,7 +162,7 @@ class UsersConfig(OptimizerConfig):
     router_epochs: Count = 1
     slots: Literal["auto"] | Count = "auto"
     max_items: Count | None = None
-    storage: Literal["bf16", "fp32"] = "bf16"
+    storage: Literal["bf16", "int8", "fp32"] = "bf16"
     tiers: TiersConfig = TiersConfig()
 
 

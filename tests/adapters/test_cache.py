@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from proper.adapters.cache import SlotCache
+from proper.adapters.quantize import encode
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import StoreError
 from proper.layers.bank import AdapterBank, Layout
@@ -97,3 +98,47 @@ def test_bf16_adapters_are_widened(
     assert cache.bank is not None and cache.slots(["a"]) is not None
     assert cache.bank.values.dtype == torch.float32
     assert torch.equal(cache.bank.down["h.1.up"][0], low["h.*.up.A"][1].float())
+
+
+def test_int8_adapters_are_decoded(
+    store: AdapterStore, layout: Layout, adapter: Callable[[int], dict[str, Tensor]]
+) -> None:
+    store.put([UserRecord("a", "users", torch.zeros(3), encode(adapter(3), "int8"))])
+    cache = cache_of(store, layout, 1)
+    assert cache.bank is not None and cache.slots(["a"]) is not None
+    assert torch.equal(cache.bank.values[0], row_of(cache, "a"))
+    error = cache.bank.down["h.1.up"][0] - adapter(3)["h.*.up.A"][1]
+    assert 0 < error.norm() < 0.01 * adapter(3)["h.*.up.A"][1].norm()
+
+
+def test_a_change_of_the_store_is_noticed(
+    filled: AdapterStore, layout: Layout, adapter: Callable[[int], dict[str, Tensor]]
+) -> None:
+    cache = cache_of(filled, layout, 2)
+    assert cache.bank is not None and cache.slots(["u1"]) is not None
+
+    def serves(seed: int) -> bool:
+        slots = cache.slots(["u1"])
+        assert slots is not None and cache.bank is not None
+        return torch.equal(cache.bank.down["h.0.up"][int(slots)], adapter(seed)["h.*.up.A"][0])
+
+    assert serves(1)
+    filled.put([UserRecord("u1", "users", torch.zeros(3), adapter(20))])
+    assert serves(20)
+    filled.rollback("u1")
+    assert serves(1)
+    filled.delete("u1")
+    assert cache.slots(["u1"]) is None and cache.tier("u1") == "none"
+    filled.put([UserRecord("u1", "users", torch.zeros(3), adapter(21))])
+    assert serves(21), "version 1 again, and another adapter"
+
+
+def test_a_damaged_adapter_frees_its_slot(filled: AdapterStore, layout: Layout) -> None:
+    cache = cache_of(filled, layout, 1)
+    cache.slots(["u0"])
+    (path,) = filled.blobs.iterdir()
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(StoreError, match="'u1' is missing or damaged"):
+        cache.slots(["u1"])
+    assert cache.bank is not None and not cache.bank.values.any()
+    assert cache.slots(["g"]) is None

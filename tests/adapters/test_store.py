@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,15 @@ Draw = Callable[[int], dict[str, Tensor]]
 
 def blobs(store: AdapterStore) -> list[Path]:
     return sorted((store.folder / "blobs").iterdir())
+
+
+def raw(adapter: Mapping[str, Tensor]) -> bytes:
+    return b"".join(tensor.numpy().tobytes() for tensor in adapter.values())
+
+
+def found_in(store: AdapterStore, data: bytes) -> bool:
+    """Is this anywhere in the store's files, the database and its log included?"""
+    return any(data in path.read_bytes() for path in store.folder.rglob("*") if path.is_file())
 
 
 def same(one: UserRecord | None, other: UserRecord) -> bool:
@@ -53,26 +62,50 @@ def test_round_trip_through_a_new_process_of_the_same_folder(store: AdapterStore
     again.close()
 
 
-def test_replacing_a_user_leaves_nothing_of_the_old_one(store: AdapterStore, adapter: Draw) -> None:
+@pytest.mark.parametrize("file_bytes", [0, 1 << 20], ids=["files", "shards"])
+def test_replacing_a_user_leaves_nothing_of_the_old_one(tmp_path: Path, adapter: Draw, file_bytes: int) -> None:
+    store = AdapterStore(tmp_path, keep=1, file_bytes=file_bytes)
     store.put([UserRecord("a", "users", torch.zeros(3), adapter(1), {"old": True})])
-    (old,) = blobs(store)
+    old = raw(adapter(1))
+    assert found_in(store, old)
 
     new = UserRecord("a", "users", torch.ones(3), adapter(2), {"new": True})
     store.put([new])
 
     assert same(store.get("a"), new)
-    assert len(blobs(store)) == 1 and not old.exists()
+    assert not found_in(store, old) and found_in(store, raw(adapter(2)))
     store.put([UserRecord("a", "groups", torch.ones(3))])
-    assert blobs(store) == [] and list(store.users()) == [("a", "groups")]
+    assert not found_in(store, raw(adapter(2))) and list(store.users()) == [("a", "groups")]
+    store.close()
 
 
-def test_deleting(filled: AdapterStore) -> None:
-    assert len(blobs(filled)) == 5
-    assert filled.delete("u1") and filled.delete("g")
-    assert not filled.delete("u1") and not filled.delete("nobody")
-    assert filled.get("u1") is None
-    assert [user for user, _ in filled.users()] == ["u0", "u2", "u3", "u4"]
-    assert len(blobs(filled)) == 4
+@pytest.mark.parametrize("file_bytes", [0, 1 << 20], ids=["files", "shards"])
+def test_deleting_leaves_no_byte_of_the_user(tmp_path: Path, adapter: Draw, file_bytes: int) -> None:
+    store = AdapterStore(tmp_path, file_bytes=file_bytes)
+    embedding = torch.tensor([1.2345, 6.789, 3.14159])
+    for seed in (1, 2, 3):
+        secret = {"text": "tell nobody"}
+        store.put([UserRecord("someone in particular", "users", embedding, adapter(seed), secret)])
+    store.put([UserRecord("other", "users", torch.zeros(3), adapter(4)), UserRecord("g", "groups", torch.zeros(3))])
+    personal = [raw(adapter(2)), raw(adapter(3)), b"someone in particular", b"tell nobody", raw({"e": embedding})]
+    assert all(found_in(store, data) for data in personal)
+
+    assert store.delete("someone in particular")
+
+    assert not any(found_in(store, data) for data in personal)
+    assert store.get("someone in particular") is None and store.versions("someone in particular") == []
+    assert not store.delete("someone in particular") and not store.delete("nobody")
+    assert same(store.get("other"), UserRecord("other", "users", torch.zeros(3), adapter(4)))
+    assert store.delete_many(["g", "nobody", "other"]) == 2 and list(store.users()) == []
+    store.close()
+
+
+def test_a_user_who_comes_back_starts_anew(filled: AdapterStore, adapter: Draw) -> None:
+    filled.delete("u1")
+    new = UserRecord("u1", "users", torch.zeros(3), adapter(9))
+    filled.put([new])
+    assert same(filled.get("u1"), new)
+    assert [(each.version, each.parent) for each in filled.versions("u1")] == [(1, None)]
 
 
 ODD = [
@@ -87,22 +120,28 @@ ODD = [
     "a\0b",
     "a\nb",
     "'; DROP TABLE users; --",
+    "\ud83d",
+    "e\u0301",
+    "\u00e9",
 ]
 
 
-def test_odd_user_ids_are_ids_and_never_paths(store: AdapterStore, adapter: Draw) -> None:
+@pytest.mark.parametrize("file_bytes", [0, 1 << 20], ids=["files", "shards"])
+def test_odd_user_ids_are_ids_and_never_paths(tmp_path: Path, adapter: Draw, file_bytes: int) -> None:
+    store = AdapterStore(tmp_path / "users", file_bytes=file_bytes)
     records = [UserRecord(user, "users", torch.full((2,), float(at)), adapter(at)) for at, user in enumerate(ODD)]
     store.put(records)
     for record in records:
         assert same(store.get(record.user), record), ascii(record.user[:20])
     assert sorted(user for user, _ in store.users()) == sorted(ODD)
-    assert len(blobs(store)) == len(ODD)
+    assert len(blobs(store)) == (1 if file_bytes else len(ODD))
     inside = {path for path in store.folder.rglob("*") if path.is_file()}
     assert {path.parent.name for path in inside} == {"users", "blobs"}
     assert [path for path in store.folder.parent.iterdir()] == [store.folder]
     for user in ODD:
         assert store.delete(user)
-    assert blobs(store) == [] and list(store.users()) == []
+    assert sum(len(path.read_bytes().strip(b"\0")) for path in blobs(store)) == 0 and list(store.users()) == []
+    store.close()
 
 
 @given(users=st.lists(st.text(max_size=20), unique=True, max_size=5))
@@ -132,21 +171,27 @@ def test_tenants_do_not_see_each_other(tmp_path: Path, adapter: Draw) -> None:
     other.close()
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "garbage"])
-def test_a_damaged_adapter_names_user_and_file(store: AdapterStore, adapter: Draw, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "garbage", "one bit"])
+@pytest.mark.parametrize("file_bytes", [0, 1 << 20], ids=["files", "shards"])
+def test_a_damaged_adapter_names_user_and_file(tmp_path: Path, adapter: Draw, damage: str, file_bytes: int) -> None:
+    store = AdapterStore(tmp_path, file_bytes=file_bytes)
     store.put([UserRecord("u1", "users", torch.zeros(3), adapter(1))])
-    others = blobs(store)
+    others = blobs(store) if not file_bytes else []
     store.put([UserRecord("u2", "users", torch.zeros(3), adapter(2))])
     (path,) = set(blobs(store)) - set(others)
     whole = path.read_bytes()
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes({"empty": b"", "cut": whole[:-20], "garbage": b"\xff" * len(whole)}[damage])
+        flipped = whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:]
+        garbage = whole[: len(whole) // 2] + b"\xff" * (len(whole) // 2)
+        path.write_bytes({"empty": b"", "cut": whole[:-20], "garbage": garbage, "one bit": flipped}[damage])
     with pytest.raises(StoreError, match="of user 'u2' is missing or damaged") as error:
         store.get("u2")
     assert str(path) in str(error.value)
-    assert store.get("u1") is not None, "the others are fine"
+    if not file_bytes or damage not in ("missing", "empty"):
+        assert store.get("u1") is not None, "the others are fine"
+    store.close()
 
 
 def test_a_store_belongs_to_one_backbone(store: AdapterStore) -> None:
@@ -184,13 +229,12 @@ def test_a_batch_of_records_is_stored_whole_or_not_at_all(store: AdapterStore, a
 
 
 def test_facts_come_without_reading_adapters(filled: AdapterStore, adapter: Draw) -> None:
+    filled.put([UserRecord("z", "users", torch.zeros(3), adapter(0), {"passes": 2})])
     for path in blobs(filled):
         path.unlink()
-    filled.put([UserRecord("z", "users", torch.zeros(3), adapter(0), {"passes": 2})])
-    (blob,) = blobs(filled)
     told = {user: (tier, facts, size) for user, tier, facts, size in filled.facts()}
     assert told["g"] == ("groups", {}, 12)
-    assert told["z"] == ("users", {"passes": 2}, blob.stat().st_size + 12)
+    assert told["z"] == ("users", {"passes": 2}, len(raw(adapter(0))) + 12)
     assert list(told) == ["g", "u0", "u1", "u2", "u3", "u4", "z"]
 
 
@@ -200,16 +244,31 @@ def test_a_manifest_that_is_no_database(tmp_path: Path) -> None:
         AdapterStore(tmp_path)
 
 
-def test_a_store_locked_by_another_process_says_so(store: AdapterStore) -> None:
-    other = sqlite3.connect(store.folder / "users.sqlite", isolation_level=None)
+def test_a_store_of_the_first_format_is_refused(tmp_path: Path) -> None:
+    db = sqlite3.connect(tmp_path / "users.sqlite")
+    db.execute("CREATE TABLE users (tenant TEXT)")
+    db.close()
+    with pytest.raises(StoreError, match=r"users\.sqlite: a store of another version of proper \(format 1\)"):
+        AdapterStore(tmp_path)
+
+
+def test_a_store_locked_by_another_process_says_so(filled: AdapterStore) -> None:
+    other = sqlite3.connect(filled.folder / "users.sqlite", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    store._db.execute("PRAGMA busy_timeout=10")
-    with pytest.raises(StoreError, match="cannot be written"):
-        store.put([UserRecord("a", "groups", torch.zeros(1))])
+    store = AdapterStore(filled.folder, wait_seconds=0.01)
+    for change in (
+        lambda: store.put([UserRecord("a", "groups", torch.zeros(1))]),
+        lambda: store.delete("u1"),
+        lambda: store.bind({"rank": "1"}),
+    ):
+        with pytest.raises(StoreError, match=r"users\.sqlite: the store cannot be written: database is locked"):
+            change()
+    assert store.get("a") is None and store.get("u1") is not None
     other.execute("ROLLBACK")
     other.close()
     store.put([UserRecord("a", "groups", torch.zeros(1))])
     assert store.get("a") is not None
+    store.close()
 
 
 def test_reading_from_another_thread(filled: AdapterStore) -> None:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from proper.adapters.load import RowLoader
 from proper.adapters.store import AdapterStore, Head
 from proper.errors import StoreError
 from proper.layers.bank import AdapterBank
@@ -27,8 +28,9 @@ class SlotCache:
 
     def __init__(self, store: AdapterStore, bank: AdapterBank | None, mean: Float[Tensor, "D"]) -> None:
         self.store, self.bank, self.mean = store, bank, mean
+        self._loader = RowLoader(store, bank.layout) if bank is not None else None
         self._slots: OrderedDict[str, int] = OrderedDict()
-        self._versions: dict[str, int] = {}
+        self._checksums: dict[str, bytes | None] = {}
 
     def tier(self, user: str | None) -> str:
         """Return "users", "groups", or "none" for a user the store does not know."""
@@ -53,26 +55,21 @@ class SlotCache:
         if len(distinct) > self.bank.slots:
             raise StoreError(f"{len(distinct)} users in one batch, and the bank has {self.bank.slots} slots")
         for user in distinct:
-            # A record that was replaced since has another version: what lies in the slot is out of date.
-            if user in self._slots and self._versions[user] == heads[user].version:
+            # An adapter that was replaced since has another checksum: what lies in the slot is out of date. Version
+            # numbers would not do: they start again when a user is deleted and comes back.
+            if user in self._slots and self._checksums[user] == heads[user].checksum:
                 self._slots.move_to_end(user)
         for user in distinct:
-            if user not in self._slots or self._versions[user] != heads[user].version:
-                self._load(user, heads[user].version, self._slots.pop(user, None), keep=distinct)
+            if user not in self._slots or self._checksums[user] != heads[user].checksum:
+                self._load(user, self._slots.pop(user, None), keep=distinct)
         wanted = [user if user in heads else None for user in users]
         return torch.tensor([self._slots[user] if user is not None else -1 for user in wanted])
 
-    def _load(self, user: str, version: int, slot: int | None, keep: Sequence[str]) -> None:
-        assert self.bank is not None
-        record = self.store.get(user)
-        if record is None or record.adapter is None:
-            raise StoreError(f"user {user!r} lost their adapter while it was being loaded")
+    def _load(self, user: str, slot: int | None, keep: Sequence[str]) -> None:
+        assert self.bank is not None and self._loader is not None
         slot = self._free(keep) if slot is None else slot
-        try:
-            self.bank.layout.pack(record.adapter, self.bank.values[slot])
-        except ValueError as error:
-            raise StoreError(f"the adapter of user {user!r} does not fit: {error}") from error
-        self._slots[user], self._versions[user] = slot, version
+        self._checksums[user] = self._loader.load(user, self.bank.values[slot])
+        self._slots[user] = slot
 
     def _free(self, keep: Sequence[str]) -> int:
         assert self.bank is not None

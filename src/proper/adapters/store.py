@@ -1,85 +1,86 @@
-"""The store of everything personal: one record per user, in a SQLite manifest with adapters in files beside it.
+"""The store of everything personal: versions of one record per user, in a manifest with adapters in files beside it.
 
-The manifest holds the user's tier, embedding and facts (a few hundred bytes); the adapter, megabytes on a large
-backbone, is one safetensors file whose name is a hash, so that a user id is never a path. A record is replaced as a
-whole: the new file is written first, then one transaction points to it, then the old file goes.
-Knows nothing about models: an adapter is a mapping of tensors.
+    users.sqlite   the manifest: tiers, versions, embeddings, facts, checksums, and where the bytes lie
+    blobs/         N.shard: small adapters packed together;  HEX.safetensors: a large adapter each
+
+A put writes bytes first and then points to them in one transaction, so a kill at any moment leaves the old state or the
+new one. What a commit gives up (a deleted user, a version beyond `keep`) is noted in that commit and wiped after it.
+One writer at a time commits; readers never wait. Knows nothing about models: an adapter is a mapping of tensors.
 """
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import json
-import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from proper.adapters.blobs import BlobError, BlobWriter, erase, fill
+from proper.adapters.manifest import Manifest, Row, key_of, user_of
+from proper.adapters.packing import Spec, unpack
+from proper.adapters.putting import commit, prepare
+from proper.adapters.quantize import decode
+from proper.adapters.records import Head as Head
+from proper.adapters.records import Tier as Tier
+from proper.adapters.records import UserRecord as UserRecord
+from proper.adapters.records import Version as Version
 from proper.errors import StoreError
-from proper.files import atomic_path, hash_file
 
-Tier = Literal["groups", "users"]
+T = TypeVar("T")
 DEFAULT_TENANT = ""
-
-_TABLES = """
-CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS users (
-    tenant TEXT NOT NULL, user TEXT NOT NULL, version INTEGER NOT NULL, tier TEXT NOT NULL, embedding BLOB NOT NULL,
-    blob TEXT, sha256 TEXT, bytes INTEGER NOT NULL, facts TEXT NOT NULL, PRIMARY KEY (tenant, user)) WITHOUT ROWID;
-"""
-
-
-@dataclass(frozen=True)
-class UserRecord:
-    """One user's own state.
-
-    Attributes:
-        user: any string.
-        tier: "groups" (embedding only) or "users" (embedding and adapter).
-        embedding: e_u (D,), fp32.
-        adapter: stacked tensors, as `layers.bank.Layout` names them; None on the group tier.
-        facts: JSON-able facts about how it came about.
-    """
-
-    user: str
-    tier: Tier
-    embedding: Tensor
-    adapter: Mapping[str, Tensor] | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Head:
-    """A user's record without the adapter; every replacement has a new version."""
-
-    version: int
-    tier: Tier
-    embedding: Tensor
+KEEP = 2
+FILE_BYTES = 256 << 10
+SHARD_BYTES = 64 << 20
+WAIT_SECONDS = 60.0
 
 
 class AdapterStore:
-    """A folder with the manifest `users.sqlite` and one file per adapter in `blobs/`."""
+    """A folder with a manifest and blobs, made if it is not there.
 
-    def __init__(self, folder: Path, tenant: str = DEFAULT_TENANT) -> None:
-        self.folder, self.tenant = folder, tenant
-        (folder / "blobs").mkdir(parents=True, exist_ok=True)
-        try:
-            self._db = sqlite3.connect(folder / "users.sqlite", isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.executescript(_TABLES)
-        except sqlite3.Error as error:
-            raise StoreError(f"{folder / 'users.sqlite'}: {error}") from error
+    Args:
+        folder: the folder.
+        tenant: whose users; tenants do not see each other.
+        keep: versions of a user that are kept, the current one included.
+        file_bytes: an adapter larger than this gets a file of its own.
+        shard_bytes: how large a shard grows.
+        wait_seconds: how long to wait for another process that writes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tenant: str = DEFAULT_TENANT,
+        *,
+        keep: int = KEEP,
+        file_bytes: int = FILE_BYTES,
+        shard_bytes: int = SHARD_BYTES,
+        wait_seconds: float = WAIT_SECONDS,
+    ) -> None:
+        if keep < 1:
+            raise ValueError("keep: the current version is always kept")
+        self.folder, self.tenant, self.keep, self.file_bytes = folder, tenant, keep, file_bytes
+        self.blobs = folder / "blobs"
+        self.blobs.mkdir(parents=True, exist_ok=True)
+        self.manifest = Manifest(folder / "users.sqlite", wait_seconds)
+        self.writer = BlobWriter(self.blobs, self.manifest, shard_bytes)
+        self._appending = threading.Lock()
+        # Layouts never change under their number.
+        self._spec = lru_cache(maxsize=256)(self._read_spec)
+        erase(self.blobs, self.manifest)
 
     def close(self) -> None:
-        """Close the manifest."""
-        self._db.close()
+        """Close the manifest and let go of the shard that was written to."""
+        self.writer.close()
+        self.manifest.close()
 
     def bind(self, facts: Mapping[str, str]) -> None:
         """Tie the store to a backbone and groups (by their hashes), or check that it is tied to these.
@@ -87,130 +88,191 @@ class AdapterStore:
         Raises:
             StoreError: its adapters belong to others; says which fact differs.
         """
-        held = dict(self._db.execute("SELECT key, value FROM facts"))
+        self.require(facts)
+        with self.manifest.transaction():
+            self.manifest.bind(facts)
+
+    def require(self, facts: Mapping[str, str]) -> None:
+        """Check that nothing the store is tied to differs from these facts; ties it to nothing.
+
+        Raises:
+            StoreError: its adapters belong to others; says which fact differs.
+        """
+        held = self.manifest.facts()
         for key, value in facts.items():
             if key in held and held[key] != value:
                 raise StoreError(f"{self.folder}: these adapters belong to another {key} ({held[key]}, not {value})")
-        with self._write():
-            self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
 
     def put(self, records: Iterable[UserRecord]) -> None:
-        """Add or replace users, all in one transaction.
+        """Add users or new versions of them, all in one transaction.
+
+        Records stream, and may not write to this store; a few hundred bytes of each (and its embedding) stay until
+        the commit.
 
         Raises:
             StoreError: something cannot be written; no record is changed.
         """
-        rows: list[tuple[Any, ...]] = []
-        old: list[str] = []
+        with self.appending():
+            try:
+                prepared = [prepare(record, self.writer, self.file_bytes) for record in records]
+                self.writer.sync()
+                with self.manifest.transaction():
+                    commit(self.manifest, self.tenant, prepared, self.writer.sizes(), self.keep)
+            except BaseException as error:
+                with suppress(StoreError, OSError):  # what is left behind is what `check` calls an orphan
+                    self.writer.undo()
+                if isinstance(error, OSError):
+                    why = error.strerror or error
+                    raise StoreError(f"{self.blobs}: the adapter cannot be written: {why}") from error
+                raise
+            self.writer.done()
+        erase(self.blobs, self.manifest)
+
+    @contextmanager
+    def appending(self) -> Iterator[None]:
+        """Have `writer` to oneself."""
+        with self._appending, self.writing():
+            yield
+
+    @contextmanager
+    def writing(self, alone: bool = False) -> Iterator[None]:
+        """Say that blobs are being written which no record points to yet; `alone` waits until nobody else does."""
+        file = os.open(self.folder / "users.lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            for record in records:
-                rows.append(self._row(record, old))
-            with self._write():
-                self._db.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
-        except BaseException:
-            self._remove(row[5] for row in rows)
-            raise
-        self._remove(old)
+            fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(file)
 
-    def _row(self, record: UserRecord, old: list[str]) -> tuple[Any, ...]:
-        """Write a record's adapter; return its manifest row, and note in `old` the file that it replaces."""
-        held = self._db.execute(
-            "SELECT version, blob FROM users WHERE tenant = ? AND user = ?", (self.tenant, record.user)
-        ).fetchone()
-        version = held[0] + 1 if held else 1
-        old += [held[1]] if held and held[1] else []
-        blob, digest, size = self._write_blob(record, version)
-        embedding = record.embedding.detach().float().cpu().numpy().tobytes()
-        facts = json.dumps(dict(record.facts), ensure_ascii=False)
-        return (self.tenant, record.user, version, record.tier, embedding, blob, digest, size, facts)
-
-    def _remove(self, blobs: Iterable[str | None]) -> None:
-        for name in blobs:
-            if name is not None:
-                (self.folder / "blobs" / name).unlink(missing_ok=True)
-
-    def get(self, user: str) -> UserRecord | None:
-        """Return a user's record, or None for a user the store does not know.
+    def get(self, user: str, version: int | None = None) -> UserRecord | None:
+        """Return a user's record, or None for a user (or version) the store does not know.
 
         Raises:
-            StoreError: the adapter's file is missing or damaged; names user and file.
+            StoreError: the adapter is missing or damaged; names user and file.
         """
-        row = self._db.execute(
-            "SELECT tier, embedding, blob, facts FROM users WHERE tenant = ? AND user = ?", (self.tenant, user)
-        ).fetchone()
-        if row is None:
-            return None
-        tier, embedding, blob, facts = row
-        adapter = self._read_blob(user, blob) if blob else None
-        vector = torch.frombuffer(bytearray(embedding), dtype=torch.float32)
-        return UserRecord(user, tier, vector, adapter, json.loads(facts))
+        return self.read(user, lambda row: self.record(user, row), version)
+
+    def read(self, user: str, take: Callable[[Row], T], version: int | None = None) -> T | None:
+        """Return what `take` makes of a user's row, or None for a user (or version) the store does not know.
+
+        Where `take` finds bytes damaged, the row is looked up again: they may have been replaced or moved meanwhile.
+
+        Raises:
+            StoreError: the adapter is missing or damaged; names user and file.
+        """
+        row = self._row(user, version)
+        while row is not None:
+            try:
+                return take(row)
+            except BlobError as error:
+                again = self._row(user, version)
+                if again is not None and (again.version, again.place) == (row.version, row.place):
+                    path = self.blobs / str(row.blob)
+                    raise StoreError(f"{path}: the adapter of user {user!r} is missing or damaged: {error}") from error
+                row = again
+        return None
 
     def head(self, user: str) -> Head | None:
         """Return what a user's record says without reading the adapter, or None for an unknown user."""
-        row = self._db.execute(
-            "SELECT version, tier, embedding FROM users WHERE tenant = ? AND user = ?", (self.tenant, user)
-        ).fetchone()
-        if row is None:
-            return None
-        return Head(row[0], row[1], torch.frombuffer(bytearray(row[2]), dtype=torch.float32))
+        row = self._row(user, None)
+        return None if row is None else Head(row.version, cast(Tier, row.tier), _vector(row.embedding), row.xxh3)
+
+    def versions(self, user: str) -> list[Version]:
+        """Return a user's stored versions, newest first; empty for an unknown user."""
+        return [
+            Version(
+                row.version,
+                row.parent,
+                cast(Tier, row.tier),
+                row.length + len(row.embedding),
+                row.written,
+                row.xxh3.hex() if row.xxh3 else None,
+                json.loads(row.facts),
+            )
+            for row in self.manifest.versions(self.tenant, key_of(user))
+        ]
+
+    def rollback(self, user: str, to: int | None = None) -> int:
+        """Make an older version current again, and return the new version's number.
+
+        It becomes a new version with the old one's content, so that numbers only grow and caches notice; the version
+        it replaces stays as the one before. Rolling back twice is where it started.
+
+        Args:
+            user: whose.
+            to: which version; None takes the one before the current one.
+
+        Raises:
+            StoreError: there is no such version.
+        """
+        with self.manifest.transaction():
+            held = self.manifest.versions(self.tenant, key_of(user))
+            chosen = [row for row in held[1:] if to in (None, row.version)]
+            if not chosen:
+                wanted = "an earlier version" if to is None else f"a version {to} to go back to"
+                raise StoreError(f"{self.folder}: user {user!r} does not have {wanted}")
+            version = self.manifest.add(chosen[0]._replace(written=int(time.time())))
+            self.manifest.prune(self.tenant, key_of(user), max(self.keep, 2))
+        erase(self.blobs, self.manifest)
+        return version
 
     def users(self) -> Iterator[tuple[str, Tier]]:
         """Yield every user and their tier, ordered by user."""
-        yield from self._db.execute("SELECT user, tier FROM users WHERE tenant = ? ORDER BY user", (self.tenant,))
+        for row in self.manifest.heads(self.tenant):
+            yield user_of(row.user), cast(Tier, row.tier)
 
     def facts(self) -> Iterator[tuple[str, Tier, dict[str, Any], int]]:
-        """Yield user, tier, facts and bytes of every record without reading adapters."""
-        query = "SELECT user, tier, facts, bytes + length(embedding) FROM users WHERE tenant = ? ORDER BY user"
-        for user, tier, facts, size in self._db.execute(query, (self.tenant,)):
-            yield user, tier, json.loads(facts), size
+        """Yield user, tier, facts and bytes of every current record without reading adapters."""
+        for row in self.manifest.heads(self.tenant):
+            size = row.length + len(row.embedding)
+            yield user_of(row.user), cast(Tier, row.tier), json.loads(row.facts), size
 
     def delete(self, user: str) -> bool:
-        """Remove a user's record and adapter; return whether there was one."""
-        where = (self.tenant, user)
-        row = self._db.execute("SELECT blob FROM users WHERE tenant = ? AND user = ?", where).fetchone()
-        if row is None:
-            return False
-        with self._write():
-            self._db.execute("DELETE FROM users WHERE tenant = ? AND user = ?", where)
-        if row[0]:
-            (self.folder / "blobs" / row[0]).unlink(missing_ok=True)
-        return True
+        """Remove all of a user; return whether there was anything. Their bytes are wiped before this returns."""
+        return self.delete_many([user]) == 1
 
-    def _write_blob(self, record: UserRecord, version: int) -> tuple[str | None, str | None, int]:
-        if record.adapter is None:
-            return None, None, 0
-        key = hashlib.sha256(f"{self.tenant}\0{record.user}".encode()).hexdigest()[:32]
-        path = self.folder / "blobs" / f"{key}-{version}.safetensors"
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in record.adapter.items()}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary)
-        return path.name, hash_file(path), path.stat().st_size
+    def delete_many(self, users: Iterable[str]) -> int:
+        """Remove all of these users in one transaction; return how many there were."""
+        found = 0
+        with self.manifest.transaction():
+            for user in users:
+                rows = self.manifest.versions(self.tenant, key_of(user))
+                self.manifest.drop(rows)
+                found += bool(rows)
+        erase(self.blobs, self.manifest)
+        if found:
+            self.manifest.shrink_log()
+        return found
 
-    def _read_blob(self, user: str, name: str) -> dict[str, Tensor]:
-        path = self.folder / "blobs" / name
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise StoreError(f"{path}: the adapter of user {user!r} is missing or damaged: {error}") from error
+    def record(self, user: str, row: Row) -> UserRecord:
+        """Return the record that a row of the manifest stands for.
 
-    def _write(self) -> _Transaction:
-        return _Transaction(self._db)
+        Raises:
+            BlobError: the adapter is not there as it was written; `read` says what to do then.
+        """
+        adapter = None
+        if row.place is not None:
+            data = torch.empty(row.length, dtype=torch.uint8)
+            fill(self.blobs, row.place, row.xxh3, data.numpy().data)
+            adapter = decode(unpack(self.spec(row), data))
+        return UserRecord(user, cast(Tier, row.tier), _vector(row.embedding), adapter, json.loads(row.facts))
+
+    def spec(self, row: Row) -> Spec:
+        """Return what the bytes of a row's adapter mean."""
+        return self._spec(row.layout)
+
+    def _row(self, user: str, version: int | None) -> Row | None:
+        if version is None:
+            return self.manifest.head(self.tenant, key_of(user))
+        rows = self.manifest.versions(self.tenant, key_of(user))
+        return next((row for row in rows if row.version == version), None)
+
+    def _read_spec(self, number: int | None) -> Spec:
+        text = None if number is None else self.manifest.layout(number)
+        if text is None:
+            raise StoreError(f"{self.manifest.path}: layout {number} is missing")
+        return Spec.parse(text)
 
 
-class _Transaction:
-    """BEGIN IMMEDIATE ... COMMIT, rolled back on any error."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __enter__(self) -> None:
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as error:
-            raise StoreError(f"the store cannot be written: {error}") from error
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self._db.execute("ROLLBACK" if kind else "COMMIT")
-        except sqlite3.Error as error:
-            raise StoreError(f"the store cannot be written: {error}") from error
+def _vector(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.float32) if data else torch.empty(0)

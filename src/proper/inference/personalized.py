@@ -22,7 +22,7 @@ from proper.config import Config, load_config
 from proper.data.batching import Encoder
 from proper.data.templates import parse_template
 from proper.errors import InputError, RunFolderError
-from proper.files import read_json
+from proper.files import hash_file, read_json
 from proper.inference.generate import Sampling, generate
 from proper.inference.score import score_labels
 from proper.layers.bank import AdapterBank
@@ -197,9 +197,12 @@ def load_groups(folder: Path, config: Config, model: ProperModel) -> SlotCache:
         parameter.requires_grad_(False)
     mean = tensors["mean_embedding"]
     store = AdapterStore(folder / "users")
+    store.require({"backbone": model.backbone.digest, "groups": hash_file(folder / "groups" / "groups.safetensors")})
     layout = model.layout(config.users.rank)
     slots = max(2, config.compute.batch_size)
-    bank = AdapterBank(layout, slots, alpha=config.users.alpha, trainable=False, device=model.device)
+    # As they are stored: half the memory, a load is one copy, and products are in the input's dtype in any case.
+    dtype = torch.bfloat16 if config.users.storage == "bf16" else torch.float32
+    bank = AdapterBank(layout, slots, alpha=config.users.alpha, trainable=False, device=model.device, dtype=dtype)
     model.use_bank(bank)
     return SlotCache(store, bank, mean)
 

@@ -91,7 +91,7 @@ class Layout:
 
 
 class AdapterBank:
-    """S slots of user adapters, fp32, with room for their gradients.
+    """S slots of user adapters, fp32 unless told otherwise, with room for their gradients.
 
     Attributes:
         values: all slots' parameters (S, P).
@@ -101,10 +101,17 @@ class AdapterBank:
     """
 
     def __init__(
-        self, layout: Layout, slots: int, *, alpha: float, trainable: bool, device: torch.device | str = "cpu"
+        self,
+        layout: Layout,
+        slots: int,
+        *,
+        alpha: float,
+        trainable: bool,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.layout, self.slots, self.scale = layout, slots, alpha / layout.rank
-        self.values = torch.zeros(slots, layout.width, device=device)
+        self.values = torch.zeros(slots, layout.width, device=device, dtype=dtype)
         self.gradients = torch.zeros_like(self.values) if trainable else None
         self.down: dict[str, nn.Parameter] = {}
         self.up: dict[str, nn.Parameter] = {}

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from proper.adapters.quantize import encode
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import UsersConfig
 from proper.data.batching import Encoded, Encoder
@@ -157,10 +158,9 @@ def _fit(
     if marker.exists() or not len(jobs):
         return
     engine = Engine(stage.model, stage.config, stage.rate("users"), stage.seed, stage.slots, stage.pad)
-    keep = _storage(stage.config)
 
     def done(job: Job, state: Progress, row: Float[Tensor, "P"]) -> None:
-        adapter = {name: tensor.to(keep) for name, tensor in engine.bank.layout.unpack(row).items()}
+        adapter = encode(engine.bank.layout.unpack(row), stage.config.storage)
         told = {"items": len(job.items), "passes": state.best, "held_losses": state.losses, "loss": state.trained}
         record = UserRecord(job.user, "users", job.embedding, adapter, {**told, **facts.get(job.user, {})})
         store.put([record])
@@ -229,7 +229,3 @@ def _loader(stage: UserStage, store: AdapterStore) -> Callable[[str, Float[Tenso
         layout.pack(record.adapter, row)
 
     return load
-
-
-def _storage(config: UsersConfig) -> torch.dtype:
-    return torch.bfloat16 if config.storage == "bf16" else torch.float32

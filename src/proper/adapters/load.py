@@ -1,0 +1,82 @@
+"""Adapters from the store straight into rows of a bank: every byte is copied once and checked on the way.
+
+An adapter that lies in the store as it lies in a row (one dtype, the layout's order) is read into the row, or converted
+into it piece by piece while the piece is still in the core's cache. Any other form (int8, say) is made tensors first.
+Knows nothing about which slot is free.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from proper.adapters.blobs import CHUNK, fill, stream
+from proper.adapters.manifest import Row
+from proper.adapters.packing import Spec
+from proper.adapters.store import AdapterStore
+from proper.errors import StoreError
+from proper.layers.bank import Layout
+
+
+class RowLoader:
+    """Loads users' adapters into rows of one layout; one thread at a time."""
+
+    def __init__(self, store: AdapterStore, layout: Layout) -> None:
+        self.store, self.layout = store, layout
+        self._wanted = [(name, shape) for name, (_, shape) in layout.stacks().items()]
+        self._straight: dict[int | None, torch.dtype | None] = {}
+        self._buffer = torch.empty(CHUNK, dtype=torch.uint8)
+
+    def load(self, user: str, row: Float[Tensor, "P"]) -> bytes:
+        """Fill a row with a user's adapter; return the adapter's checksum. A row that cannot be filled is zeroed.
+
+        Raises:
+            StoreError: the user has no adapter, or it is damaged or does not fit the layout.
+        """
+        checksum = None
+        try:
+            checksum = self.store.read(user, lambda found: self._load(user, found, row))
+        finally:
+            if checksum is None:
+                row.zero_()
+        if checksum is None:
+            raise StoreError(f"user {user!r} lost their adapter while it was being loaded")
+        return checksum
+
+    def _load(self, user: str, found: Row, row: Float[Tensor, "P"]) -> bytes | None:
+        if found.place is None:
+            return None
+        dtype = self._dtype(found)
+        if dtype is None:
+            adapter = self.store.record(user, found).adapter
+            assert adapter is not None
+            try:
+                self.layout.pack(adapter, row)
+            except ValueError as error:
+                raise StoreError(f"the adapter of user {user!r} does not fit: {error}") from error
+        elif dtype == row.dtype and row.device.type == "cpu":
+            fill(self.store.blobs, found.place, found.xxh3, row.view(torch.uint8).numpy().data)
+        else:
+            self._convert(found, dtype, row)
+        return found.xxh3
+
+    def _convert(self, found: Row, dtype: torch.dtype, row: Float[Tensor, "P"]) -> None:
+        assert found.place is not None
+        piece, size = self._buffer.view(dtype), dtype.itemsize
+
+        def take(at: int, count: int) -> None:
+            row[at // size : (at + count) // size].copy_(piece[: count // size])
+
+        stream(self.store.blobs, found.place, found.xxh3, self._buffer.numpy().data, take)
+
+    def _dtype(self, found: Row) -> torch.dtype | None:
+        """Return the dtype of an adapter that lies in the store as it lies in a row, None of any other."""
+        if found.layout not in self._straight:
+            self._straight[found.layout] = self._compare(self.store.spec(found))
+        return self._straight[found.layout]
+
+    def _compare(self, spec: Spec) -> torch.dtype | None:
+        dtypes = {entry.dtype for entry in spec.entries}
+        same = [(entry.name, entry.shape) for entry in spec.entries] == self._wanted
+        return dtypes.pop() if same and len(dtypes) == 1 else None

@@ -1,0 +1,287 @@
+"""The manifest: one SQLite file that says who has which record, in which versions, and where an adapter's bytes lie.
+
+The current version of a user is the one with the highest number. Long reads go page by page, so that nobody holds an
+old state open and a deleted row leaves the write-ahead log at the next checkpoint. Knows SQL and nothing about files.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from proper.errors import StoreError
+
+FORMAT = 2
+_PAGE = 1000
+_TABLES = (
+    "CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    # What an adapter's bytes mean, once for all users who share it.
+    "CREATE TABLE layouts (id INTEGER PRIMARY KEY, spec TEXT NOT NULL UNIQUE)",
+    # Bytes of each shard that committed records reach; numbers are never used twice.
+    "CREATE TABLE shards (id INTEGER PRIMARY KEY AUTOINCREMENT, size INTEGER NOT NULL)",
+    # Bytes that nobody owns any more and that are still to be wiped; offset is NULL where the file goes as a whole.
+    "CREATE TABLE erasures (id INTEGER PRIMARY KEY, blob TEXT NOT NULL, offset INTEGER, length INTEGER)",
+    """CREATE TABLE records (
+        tenant TEXT NOT NULL, user BLOB NOT NULL, version INTEGER NOT NULL, parent INTEGER, tier TEXT NOT NULL,
+        written INTEGER NOT NULL, facts TEXT NOT NULL, layout INTEGER, blob TEXT, offset INTEGER,
+        length INTEGER NOT NULL, xxh3 BLOB, sha256 BLOB, embedding BLOB NOT NULL,
+        PRIMARY KEY (tenant, user, version)) WITHOUT ROWID""",
+)
+
+
+class Place(NamedTuple):
+    """Where bytes lie: a file of the store's `blobs/`, and a range in it."""
+
+    blob: str
+    offset: int
+    length: int
+
+
+class Row(NamedTuple):
+    """One version of one user as the manifest holds it; the user's id is UTF-8, lone surrogates let through."""
+
+    tenant: str
+    user: bytes
+    version: int
+    parent: int | None
+    tier: str
+    written: int
+    facts: str
+    layout: int | None
+    blob: str | None
+    offset: int | None
+    length: int
+    xxh3: bytes | None
+    sha256: bytes | None
+    embedding: bytes
+
+    @property
+    def place(self) -> Place | None:
+        """Where the adapter lies; None without one."""
+        return None if self.blob is None else Place(self.blob, self.offset or 0, self.length)
+
+
+_COLUMNS = ", ".join(Row._fields)
+
+
+def key_of(user: str) -> bytes:
+    """Return the bytes that stand for a user id: any Python string has some."""
+    return user.encode("utf-8", "surrogatepass")
+
+
+def user_of(key: bytes) -> str:
+    """Return the user id that `key_of` took."""
+    return key.decode("utf-8", "surrogatepass")
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
+    return f"{number}.shard"
+
+
+class Manifest:
+    """The SQLite file at `path`, made if it is not there.
+
+    Args:
+        path: the file.
+        wait_seconds: how long to wait for another process that writes.
+    """
+
+    def __init__(self, path: Path, wait_seconds: float) -> None:
+        self.path = path
+        self._writing = threading.RLock()
+        try:
+            # One connection serves all threads: SQLite itself takes turns, and writers hold the lock.
+            self._db = sqlite3.connect(path, timeout=wait_seconds, isolation_level=None, check_same_thread=False)
+            self._prepare(wait_seconds)
+        except sqlite3.Error as error:
+            raise StoreError(f"{path}: {error}") from error
+
+    def _prepare(self, wait_seconds: float) -> None:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                break
+            except sqlite3.OperationalError as error:
+                # SQLite does not wait for another process that is making the same file.
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+        # FULL: a version's bytes are wiped after the commit that replaces it, so that commit has to be on the disk.
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("PRAGMA secure_delete=ON")
+        if self._format() == 0:
+            with self.transaction():
+                if self._format() == 0:
+                    for table in _TABLES:
+                        self._db.execute(table)
+                    self._db.execute(f"PRAGMA user_version={FORMAT}")
+        if self._format() != FORMAT:
+            raise StoreError(f"{self.path}: a store of another version of proper (format {self._format()})")
+
+    def _format(self) -> int:
+        (number,) = self._db.execute("PRAGMA user_version").fetchone()
+        if number == 0 and self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]:
+            return 1  # the first store numbered nothing
+        return int(number)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """BEGIN IMMEDIATE ... COMMIT, rolled back on any error.
+
+        Raises:
+            StoreError: another process writes for too long, or the disk is full or broken.
+        """
+        with self._writing:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as error:
+                raise StoreError(f"{self.path}: the store cannot be written: {error}") from error
+
+    def read(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        """Return all rows of a query.
+
+        Raises:
+            StoreError: the file is damaged.
+        """
+        try:
+            return self._db.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path}: {error}") from error
+
+    def write(self, sql: str, values: Sequence[Any] = ()) -> int:
+        """Run one statement of a transaction; return how many rows it changed."""
+        return self._db.execute(sql, values).rowcount
+
+    def shrink_log(self) -> None:
+        """Move the write-ahead log into the file and empty it, so that it keeps nothing that was deleted."""
+        self.read("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def facts(self) -> dict[str, str]:
+        """Return what the store is bound to."""
+        return dict(self.read("SELECT key, value FROM facts"))
+
+    def bind(self, facts: Mapping[str, str]) -> None:
+        """Write what the store is bound to (inside a transaction)."""
+        self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
+
+    def head(self, tenant: str, user: bytes) -> Row | None:
+        """Return a user's current version."""
+        rows = self.read(
+            f"SELECT {_COLUMNS} FROM records WHERE tenant = ? AND user = ? ORDER BY version DESC LIMIT 1",
+            (tenant, user),
+        )
+        return Row(*rows[0]) if rows else None
+
+    def versions(self, tenant: str, user: bytes) -> list[Row]:
+        """Return a user's stored versions, newest first."""
+        query = f"SELECT {_COLUMNS} FROM records WHERE tenant = ? AND user = ? ORDER BY version DESC"
+        return [Row(*row) for row in self.read(query, (tenant, user))]
+
+    def heads(self, tenant: str) -> Iterator[Row]:
+        """Yield every user's current version, ordered by user."""
+        # SQLite takes the other columns from the row that has the maximum.
+        columns = _COLUMNS.replace("version", "MAX(version)")
+        query = f"SELECT {columns} FROM records WHERE tenant = ? AND user > ? GROUP BY user ORDER BY user LIMIT {_PAGE}"
+        page = self.read(query.replace("user > ?", "user >= ?"), (tenant, b""))
+        while page:
+            yield from (Row(*row) for row in page)
+            page = self.read(query, (tenant, page[-1][1]))
+
+    def rows(self) -> Iterator[Row]:
+        """Yield every version of every user of every tenant."""
+        query = f"SELECT {_COLUMNS} FROM records WHERE (tenant, user, version) > (?, ?, ?)"
+        query += f" ORDER BY tenant, user, version LIMIT {_PAGE}"
+        page = self.read(query.replace(" WHERE (tenant, user, version) > (?, ?, ?)", ""))
+        while page:
+            yield from (Row(*row) for row in page)
+            page = self.read(query, page[-1][:3])
+
+    def add(self, row: Row) -> int:
+        """Add a row as its user's new current version, whatever number and parent it carries; return the number."""
+        (newest,) = self._db.execute(
+            "SELECT MAX(version) FROM records WHERE tenant = ? AND user = ?", (row.tenant, row.user)
+        ).fetchone()
+        row = row._replace(version=(newest or 0) + 1, parent=newest)
+        self._db.execute(f"INSERT INTO records ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})", row)
+        return row.version
+
+    def drop(self, rows: Sequence[Row]) -> None:
+        """Remove versions, and note for erasure the bytes that no other version of the user shares."""
+        for row in rows:
+            key = (row.tenant, row.user)
+            self.write("DELETE FROM records WHERE tenant = ? AND user = ? AND version = ?", (*key, row.version))
+            shared = "SELECT 1 FROM records WHERE tenant = ? AND user = ? AND blob = ? AND offset = ?"
+            if row.blob is not None and not self.read(shared, (*key, row.blob, row.offset)):
+                self.erase_later(row.blob, row.offset if row.blob.endswith(".shard") else None, row.length)
+
+    def prune(self, tenant: str, user: bytes, keep: int) -> None:
+        """Remove all but the `keep` newest versions of a user."""
+        self.drop(self.versions(tenant, user)[keep:])
+
+    def erase_later(self, blob: str, offset: int | None, length: int | None) -> None:
+        """Note bytes to be wiped; without an offset, a whole file."""
+        self.write("INSERT INTO erasures (blob, offset, length) VALUES (?, ?, ?)", (blob, offset, length))
+
+    def layout_id(self, spec: str) -> int:
+        """Return the number of a layout, adding it if it is new (inside a transaction)."""
+        self.write("INSERT OR IGNORE INTO layouts (spec) VALUES (?)", (spec,))
+        return int(self.read("SELECT id FROM layouts WHERE spec = ?", (spec,))[0][0])
+
+    def layout(self, number: int) -> str | None:
+        """Return the layout of this number."""
+        found = self.read("SELECT spec FROM layouts WHERE id = ?", (number,))
+        return found[0][0] if found else None
+
+    def shards(self) -> dict[int, int]:
+        """Return the committed size of every shard."""
+        return dict(self.read("SELECT id, size FROM shards ORDER BY id"))
+
+    def shard_size(self, number: int) -> int | None:
+        """Return the committed size of a shard, None if it is gone."""
+        found = self.read("SELECT size FROM shards WHERE id = ?", (number,))
+        return found[0][0] if found else None
+
+    def live_bytes(self) -> dict[str, int]:
+        """Return how many bytes of each blob belong to somebody."""
+        places = "SELECT DISTINCT blob, offset, length FROM records WHERE blob IS NOT NULL"
+        return dict(self.read(f"SELECT blob, SUM(length) FROM ({places}) GROUP BY blob"))
+
+    def owners(self, blobs: Sequence[str]) -> dict[Place, tuple[str, bytes]]:
+        """Return tenant and user of every range of these blobs, in the order of the bytes."""
+        marks = ", ".join("?" * len(blobs))
+        query = f"SELECT blob, offset, length, tenant, user FROM records WHERE blob IN ({marks}) ORDER BY blob, offset"
+        return {Place(*row[:3]): (row[3], row[4]) for row in self.read(query, list(blobs))}
+
+    def move(self, owner: tuple[str, bytes], old: Place, new: Place) -> bool:
+        """Point a user's versions to where their bytes were copied; return whether any version still has them."""
+        query = "UPDATE records SET blob = ?, offset = ? WHERE tenant = ? AND user = ? AND blob = ? AND offset = ?"
+        return self.write(query, (new.blob, new.offset, *owner, old.blob, old.offset)) > 0
+
+    def grow(self, sizes: Iterable[tuple[int, int]]) -> None:
+        """Note new sizes of shards, given as (size, number) (inside a transaction)."""
+        self._db.executemany("UPDATE shards SET size = ? WHERE id = ?", sizes)
+
+    def new_shard(self) -> int:
+        """Return the number of a new, empty shard."""
+        with self.transaction():
+            number = self._db.execute("INSERT INTO shards (size) VALUES (0)").lastrowid
+        assert number is not None
+        return number

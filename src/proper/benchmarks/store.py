@@ -1,0 +1,52 @@
+"""`proper bench store`: how fast one large adapter is loaded, and what a million small ones cost.
+
+Knows where the figures come from, not how they are taken.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from proper.adapters.store import FILE_BYTES, KEEP, SHARD_BYTES
+from proper.benchmarks.store_load import LAYERS, RANK, load_figures
+from proper.benchmarks.store_many import PAYLOAD, many_figures
+
+MANY, QUICK = 1_000_000, 100_000
+
+
+def run(
+    folder: Path | None = None, *, users: int = MANY, repeats: int = 400, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return {"setting", "figures"} of the store.
+
+    Args:
+        folder: on the disk to measure; None takes the system's temporary folder.
+        users: of the store of small adapters; a million needs some 6 GB.
+        repeats: of loading the large adapter.
+        say: hears what is being done.
+    """
+    with tempfile.TemporaryDirectory(prefix="proper-bench-", dir=folder) as name:
+        say("store: loading an adapter of 11.6 MB, beside memcpy and PEFT")
+        figures = load_figures(Path(name) / "load", repeats, every=min(20, repeats))
+        say(f"store: {users} users of {PAYLOAD} bytes")
+        figures |= many_figures(Path(name) / "many", users)
+    setting = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "xxhash": xxhash.XXHASH_VERSION,
+        "load": f"rank {RANK} on 7 projections of {LAYERS} layers, bf16, warm, into a bf16 slot, xxh3 checked",
+        "load_fp32_slot": "the same, widened into an fp32 slot of twice the bytes",
+        "memcpy": "the C library's, of the same bytes; p50 over p50 and p99 over p99 of the same repeats",
+        "peft": "PEFT's load_adapter of equal bytes, warm, in every 20th repeat; deleting the one before is not timed",
+        "many": f"{users} users, an adapter of {PAYLOAD} bytes each, no embedding; disk bytes after closing",
+        "compact": "after every second one of the first half of the users is deleted",
+        "store": {"keep": KEEP, "file_bytes": FILE_BYTES, "shard_bytes": SHARD_BYTES},
+    }
+    return {"setting": setting, "figures": {key: float(f"{value:.6g}") for key, value in figures.items()}}

@@ -1,0 +1,157 @@
+"""`proper users`: look after the users of a run. Knows nothing about how they are stored or served."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from proper.cli.options import RunFolder, existing_run
+from proper.console import say
+from proper.errors import InputError, RunFolderError
+
+if TYPE_CHECKING:
+    from proper.adapters.store import AdapterStore
+
+OneUser = Annotated[str, typer.Option("--user", metavar="U", help="The user's id.", show_default=False)]
+ManyUsers = Annotated[
+    list[str], typer.Option("--user", metavar="U", help="A user's id; repeatable.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
+
+app = typer.Typer(
+    help="List, show, roll back, delete and check the users of a run.",
+    rich_markup_mode=None,
+    epilog="\b\nExamples:\n  proper users list runs/notes\n  proper users check runs/notes --repair",
+)
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a command's help."""
+    return "\b\nExamples:\n" + "\n".join(f"  proper users {line}" for line in lines)
+
+
+@contextmanager
+def opened(folder: RunFolder) -> Iterator[AdapterStore]:
+    """Open the store of a run.
+
+    Raises:
+        RunFolderError: the run has none yet.
+    """
+    path = existing_run(folder) / "users"
+    if not (path / "users.sqlite").is_file():
+        raise RunFolderError(f"{path}: no users yet; the run has not come that far")
+    from proper.adapters.store import AdapterStore
+
+    store = AdapterStore(path)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def known(store: AdapterStore, user: str) -> str:
+    """Return a user's id if the store has it.
+
+    Raises:
+        InputError: it has not.
+    """
+    if store.head(user) is None:
+        raise InputError(f"--user {user}: no such user in {store.folder}")
+    return user
+
+
+@app.command("list", epilog=examples("list runs/notes", "list runs/notes --json > users.jsonl"))
+def list_users(folder: RunFolder, as_json: AsJson = False) -> None:
+    """Print every user with their tier and the bytes they take up."""
+    with opened(folder) as store:
+        for user, tier, facts, size in store.facts():
+            told = {"user": user, "tier": tier, "bytes": size, "facts": facts}
+            typer.echo(_line(told) if as_json else f"{_printable(user)}\t{tier}\t{size}")
+
+
+@app.command(epilog=examples("show runs/notes --user u7", "show runs/notes --user u7 --json"))
+def show(folder: RunFolder, user: OneUser, as_json: AsJson = False) -> None:
+    """Print what is stored of a user.
+
+    All versions, newest first, with their facts.
+    """
+    with opened(folder) as store:
+        versions = store.versions(known(store, user))
+        if as_json:
+            typer.echo(_line({"user": user, "versions": [asdict(each) for each in versions]}))
+            return
+        for at, each in enumerate(versions):
+            current = "current" if at == 0 else "earlier"
+            typer.echo(f"version {each.version} ({current}): tier {each.tier}, {each.bytes} bytes")
+            if each.checksum is not None:
+                typer.echo(f"  xxh3: {each.checksum}")
+            for key, value in each.facts.items():
+                typer.echo(f"  {key}: {_line(value)}")
+
+
+@app.command(epilog=examples("rollback runs/notes --user u7", "rollback runs/notes --user u7 --version 3"))
+def rollback(
+    folder: RunFolder,
+    user: OneUser,
+    version: Annotated[
+        int | None, typer.Option(help="Which version; the one before the current one if left out.")
+    ] = None,
+) -> None:
+    """Make an earlier version of a user current again.
+
+    It becomes a new version with the old content. What was current stays as the one before: doing it twice undoes it.
+    """
+    with opened(folder) as store:
+        held = [each.version for each in store.versions(known(store, user))]
+        if len(held) < 2 or version not in (None, *held[1:]):
+            others = f"earlier ones are {', '.join(map(str, held[1:]))}" if held[1:] else "there are no earlier ones"
+            raise InputError(f"--user {user}: nothing to go back to; version {held[0]} is current and {others}")
+        typer.echo(f"version {store.rollback(user, version)} is current")
+
+
+@app.command(epilog=examples("delete runs/notes --user u7", "delete runs/notes --user u7 --user u8"))
+def delete(folder: RunFolder, user: ManyUsers) -> None:
+    """Delete users and wipe their bytes.
+
+    All versions of them; nothing of it can be read from the store's files afterwards.
+    """
+    with opened(folder) as store:
+        deleted = store.delete_many([known(store, each) for each in dict.fromkeys(user)])
+        typer.echo(f"{deleted} deleted")
+
+
+@app.command(epilog=examples("check runs/notes", "check runs/notes --repair --json"))
+def check(
+    folder: RunFolder,
+    repair: Annotated[bool, typer.Option("--repair", help="Put right what can be put right.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find what is damaged, missing or nobody's.
+
+    Reads every stored byte. With --repair, a user with a damaged adapter goes back to the newest good version, or to
+    the group tier, and what belongs to nobody is removed. Exit code 1 if damage remains.
+    """
+    from proper.adapters.check import check as check_store
+
+    with opened(folder) as store:
+        findings = check_store(store, repair=repair)
+    for found in findings:
+        typer.echo(_line(asdict(found)) if as_json else f"{found.text}{found.repair and '; ' + found.repair}")
+    left = sum(not found.repair for found in findings)
+    say(f"{len(findings)} found, {left} left" if findings else "nothing is wrong")
+    if left:
+        raise typer.Exit(1)
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _printable(user: str) -> str:
+    """Return a user id that stays in its cell."""
+    return user if user.isprintable() else _line(user)
