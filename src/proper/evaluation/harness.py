@@ -20,6 +20,7 @@ from torch import Tensor
 from proper.config import Config
 from proper.data.dataset import Dataset
 from proper.errors import ConfigError
+from proper.evaluation.lamp_predictions import write_lamp_predictions
 from proper.evaluation.metrics import Prediction, TaskInfo
 from proper.evaluation.results import build_results, gains_by_user, plain
 from proper.evaluation.routing import analyze_routing
@@ -53,7 +54,7 @@ class Harness:
     def task(self) -> TaskInfo:
         """What is predicted."""
         kind = self.config.task.kind
-        return TaskInfo(Path(self.config.data.path).stem, kind, tuple(self.dataset.labels))
+        return TaskInfo(self.config.data.task or Path(self.config.data.path).stem, kind, tuple(self.dataset.labels))
 
     def evaluate(self, methods: Sequence[str]) -> dict[str, Any]:
         """Answer all queries with all methods, write predictions, results and what the report reads; return results.
@@ -91,6 +92,7 @@ class Harness:
             model = load(folder, stage)
             runs[stage] = predict(model, self.dataset, self.config.task, f"{stage}, {folder.name}")
             write_predictions(folder / "predictions" / f"{stage}.jsonl", runs[stage].predictions)
+            write_lamp_predictions(folder / "predictions", stage, runs[stage].predictions, self.config.data)
             model.close()
         return runs
 
