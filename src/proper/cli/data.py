@@ -21,7 +21,6 @@ app = typer.Typer(
     help="Fetch benchmark data.",
     epilog=f"\b\nExamples:\n{EXAMPLES}",
     rich_markup_mode=None,
-    no_args_is_help=True,
 )
 
 
@@ -64,5 +63,7 @@ def fetch(
 def _agree() -> None:
     if not sys.stdin.isatty():
         raise InputError("the license has to be agreed to; --yes does so where nobody can be asked")
-    if not typer.confirm("Agree and fetch?", err=True):
+    # typer.confirm lets a space through to stdout.
+    typer.echo("Agree and fetch? [y/N]: ", err=True, nl=False)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise ProperError("not agreed to; nothing was fetched")

@@ -43,8 +43,8 @@ def download(url: str, path: Path, started: Started, advanced: Advanced) -> bool
         _check_present(path, known)
         return False
     part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         _transfer(url, part, started, advanced)
         _check_json(url, part)
         found = hash_file(part)
@@ -112,9 +112,7 @@ def _transfer(url: str, part: Path, started: Started, advanced: Advanced) -> Non
             tag.unlink(missing_ok=True)
         total = _total(response, held)
         started(total, held)
-        with part.open("r+b" if held else "wb") as file:
-            file.truncate(held)
-            file.seek(held)
+        with part.open("ab" if held else "wb") as file:
             _copy(url, response, file, total, advanced)
             file.flush()
             os.fsync(file.fileno())

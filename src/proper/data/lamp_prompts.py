@@ -45,8 +45,7 @@ _OFFICIAL = {
     "lamp-7": "Paraphrase the following tweet without any explanation before or after it: {source}",
 }
 _OPPU = {
-    # Neither of OPPU's two forms of LaMP-1: one ends in "[", after which a model writes "1]" and no scorer takes it;
-    # the other drops both candidates.
+    # OPPU's own text drops both candidates here. No prompt ends in "[": a model would go on with "1]".
     "lamp-1": _REFERENCE + "\npaper title: {title}\nreference: [1] - {option1} [2] - {option2}\nanswer:",
     "lamp-2m": _MOVIE + "\n description: {description} tag:",
     "lamp-2n": _NEWS + "\n article: {text} category:",

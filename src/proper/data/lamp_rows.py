@@ -143,8 +143,8 @@ class RowMaker:
     def _choice(self, user: str, item: Mapping[str, object], place: int, titles: Sequence[str]) -> dict[str, str]:
         """Make a paper the choice between what its author relates it to and a stranger's paper.
 
-        OPPU's items have a citation. The benchmark's have none: there the author's paper before it in the profile stands
-        in for one. Which comes first is a fair coin, tossed by hash; in OPPU's code the answer is always the first.
+        OPPU's items have a citation. The benchmark's have none: there the author's paper before it in the profile
+        stands in for one. Which comes first is a fair coin, tossed by hash; OPPU's answer is always the first.
         """
         title = _text(item, "title")
         coin = text_key(f"{user}\n{title}")

@@ -34,9 +34,7 @@ def oppu_sources(config: DataConfig) -> list[Source]:
     tested = [folder / name for name in _TESTED if (folder / name).is_file()]
     if len(tested) != 1:
         problem = "both" if tested else "neither"
-        raise DataError(
-            f"{config.path}: {problem} of {' and '.join(_TESTED)} in this folder, one is wanted (data.path)"
-        )
+        raise DataError(f"{config.path}: {problem} of {' and '.join(_TESTED)} in this folder; one is wanted")
     others = [folder / _OTHERS] if (folder / _OTHERS).is_file() else []
     files = [*others, *tested]
     titles = paper_titles(_profiles(files)) if task.name == "lamp-1" else ()
@@ -74,11 +72,11 @@ def _entry_rows(entry: object, maker: RowMaker, query: bool) -> Iterator[Row | s
         return
     questions = []
     for place, each in enumerate(asked):
-        missing = next(
-            (key for key in ("id", "input", "gold") if not isinstance(each, dict) or each.get(key) is None), ""
-        )
-        if missing:
+        fields = each if isinstance(each, dict) else {}
+        missing = next((key for key in ("id", "input", "gold") if fields.get(key) is None), None)
+        if missing is not None:
             yield f"query[{place}].{missing}: missing"
         else:
-            questions.append(Question(plain(each["id"]), plain(each["input"]), each["gold"], query, each.get("date")))
+            question = Question(plain(each["id"]), plain(each["input"]), each["gold"], query, each.get("date"))
+            questions.append(question)
     yield from maker.rows(str(user), entry.get("profile"), questions)

@@ -38,4 +38,4 @@ def official_output(task: str, text: str) -> str:
 def _ids(predictions: Sequence[Prediction]) -> list[str]:
     """Return the questions' ids in the files, with the user in front where two users' questions share one."""
     ids = [str(row.item) for row in predictions]
-    return ids if len(set(ids)) == len(ids) else [f"{row.user}/{identity}" for row, identity in zip(predictions, ids)]
+    return ids if len(set(ids)) == len(ids) else [f"{row.user}/{row.item}" for row in predictions]

@@ -11,7 +11,7 @@ from typing import Any
 from proper.lamp_tasks import LAMP_TASKS
 
 TASKS = ("lamp-1", "lamp-2m", "lamp-2n", "lamp-3", "lamp-4", "lamp-5", "lamp-7")
-_WORDS = "river tram apple market winter signal garden paper engine music harbour window letter bridge".split()
+_WORDS = ("river", "tram", "apple", "market", "winter", "signal", "garden", "paper", "engine", "music", "harbour")
 _TAGS = ", ".join(LAMP_TASKS["lamp-2m"].labels)
 _CATEGORIES = ", ".join(LAMP_TASKS["lamp-2n"].labels)
 
@@ -121,7 +121,7 @@ def write_oppu(folder: Path, task: str, *, users: int = 3, others: int = 3, item
     """Write a task's files as OPPU regroups them: whole years as numbers for dates, a gold with every query."""
     people = People(task, citations=True)
     tested = "user_more_100_history.json" if task == "lamp-7" else "user_top_100_history.json"
-    for name, first, count in (("user_others.json", 100, others), (tested, 0, users)):
+    for name, first, count in (("user_others.json", 1000, others), (tested, 0, users)):
         entries = []
         for user in range(first, first + count):
             profile = [people.item(user, place) | {"date": 2000 + place} for place in range(items)]
