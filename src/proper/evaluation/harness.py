@@ -66,6 +66,8 @@ class Harness:
         stages = [known_method(method) for method in methods]
         runs = {seed: self._predict(folder, stages) for seed, folder in self.folders.items()}
         predictions = {seed: {m: run.predictions for m, run in by.items()} for seed, by in runs.items()}
+        for seed, found in predictions.items():
+            write_lamp_predictions(self.folders[seed] / "predictions", found, self.config.data, self.task)
         routing = self._routing() if {"groups", "users"} & set(stages) else None
         history_losses = self._history_losses() if "users" in stages else None
         results = build_results(
@@ -92,7 +94,6 @@ class Harness:
             model = load(folder, stage)
             runs[stage] = predict(model, self.dataset, self.config.task, f"{stage}, {folder.name}")
             write_predictions(folder / "predictions" / f"{stage}.jsonl", runs[stage].predictions)
-            write_lamp_predictions(folder / "predictions", stage, runs[stage].predictions, self.config.data)
             model.close()
         return runs
 
