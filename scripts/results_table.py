@@ -1,6 +1,6 @@
 """The table of results that README.md shows, from the `results.json` files under docs/results.
 
-    python scripts/results_table.py
+    python scripts/results_table.py [FOLDER]
 
 One line per data set and stage: the main metric with its interval over users, and the step from the stage before with
 its Holm-adjusted p. Nothing is computed here that the files do not hold.
@@ -9,6 +9,7 @@ its Holm-adjusted p. Nothing is computed here that the files do not hold.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,4 +46,4 @@ def _step(step: dict[str, Any] | None) -> str:
 
 
 if __name__ == "__main__":
-    print(table(), end="")
+    print(table(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS), end="")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from proper.config_errors import explain
 from proper.errors import ConfigError
+from proper.lamp_tasks import GIVEN_FORMATS, LampName, Layout, lamp_defaults, lamp_name
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -29,10 +30,16 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Where the interactions are and which columns they have."""
+    """Where the interactions are and which columns they have.
+
+    For `format` lamp or oppu, `path` is a folder of the benchmark's files, `task` says which task they are of and
+    `layout` how prompts are worded; the columns are the task's own.
+    """
 
     path: str
-    format: Literal["auto", "jsonl", "parquet", "huggingface"] = "auto"
+    format: Literal["auto", "jsonl", "parquet", "huggingface", "lamp", "oppu"] = "auto"
+    task: LampName | None = None
+    layout: Layout = "official"
     name: str | None = None
     part: str = "train"
     user: str = "user_id"
@@ -40,6 +47,24 @@ class DataConfig(Section):
     item: str | None = "item_id"
     prompt: str = "{input}"
     target: str = "{output}"
+
+    @property
+    def given_split(self) -> bool:
+        """Whether the files say themselves which rows are queries."""
+        return self.format in GIVEN_FORMATS
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _spelling(cls, task: object) -> object:
+        return lamp_name(task) if isinstance(task, str) else task
+
+    @model_validator(mode="after")
+    def _task_goes_with_format(self) -> DataConfig:
+        if self.given_split and self.task is None:
+            raise ValueError(f"format: '{self.format}' needs data.task, one of {', '.join(get_args(LampName))}")
+        if self.task is not None and not self.given_split:
+            raise ValueError(f"task: '{self.task}' goes with format: lamp or oppu, not '{self.format}'")
+        return self
 
 
 class TaskConfig(Section):
@@ -252,6 +277,7 @@ def make_config(raw: dict[str, Any], source: str = "config") -> Config:
     """
     preset = raw.get("preset")
     merged = _merge(PRESETS[preset], raw) if isinstance(preset, str) and preset in PRESETS else raw
+    merged = _merge(lamp_defaults(raw.get("data")), merged)
     try:
         return Config.model_validate(merged)
     except ValidationError as error:

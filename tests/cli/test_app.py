@@ -18,7 +18,7 @@ from proper.cli.app import app, main
 from proper.cli.demo import Task
 from proper.data.demo.settings import DemoTask
 
-COMMANDS = ["demo", "check", "run", "evaluate", "report", "generate", "users", "bench"]
+COMMANDS = ["demo", "check", "run", "evaluate", "report", "generate", "users", "data", "bench"]
 Output = pytest.CaptureFixture[str]
 
 

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import proper
-from proper.cli import bench, check, demo, evaluate, generate, report, run, users
+from proper.cli import bench, check, data, demo, evaluate, generate, report, run, users
 from proper.console import quiet_libraries, say
 from proper.errors import ProperError
 
@@ -25,7 +25,7 @@ app = typer.Typer(name="proper", add_completion=False, rich_markup_mode=None, pr
 
 for command in (demo, check, run, evaluate, report, generate):
     app.command(command.__name__.rpartition(".")[2], epilog=f"\b\nExamples:\n{command.EXAMPLES}")(command.command)
-for group in (users, bench):
+for group in (users, data, bench):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 
 
@@ -93,6 +93,6 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 
 def _after_interruption(arguments: Sequence[str]) -> str:
-    if arguments and arguments[0] in {"demo", "run", "evaluate"}:
+    if arguments and arguments[0] in {"demo", "run", "evaluate", "data"}:
         return "the same command goes on where this one stopped"
     return "the same command starts again"

@@ -61,11 +61,12 @@ def prepare(
             shared = config.split.shared_items
             if shared == "auto":
                 shared = "exclude" if config.task.kind == "generation" else "allow"
-            assign(connection, config.split, exclude=shared == "exclude")
+            given = config.data.given_split
+            assign(connection, config.split, exclude=shared == "exclude", given=given)
             for key, value in {
                 "version": VERSION,
                 "path": config.data.path,
-                "split_by": config.split.by,
+                "split_by": "the files" if given else config.split.by,
                 "shared_items": shared,
                 "evaluate_on": config.split.evaluate_on,
                 "max_length": config.compute.max_length,

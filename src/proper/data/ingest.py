@@ -44,7 +44,7 @@ def ingest(
     """
     connection.execute("""
         CREATE TEMP TABLE arrived(text INTEGER PRIMARY KEY, user TEXT, time REAL, digest BLOB, item TEXT,
-                                  item_key INTEGER, prompt_key INTEGER, tokens INTEGER)""")
+                                  item_key INTEGER, prompt_key INTEGER, tokens INTEGER, part TEXT)""")
     bad, count = BadRows(), 0
     for chunk in _chunks(read_interactions(config.data, bad, config.task)):
         if bad.count and not skip_bad_rows:
@@ -86,14 +86,19 @@ def _insert(connection: sqlite3.Connection, chunk: list[Interaction], tokens: li
         texts.append((number, each.prompt, each.target, each.item))
         item_key = None if each.item is None else text_key(each.item)
         key = text_key(normalize(each.prompt))
-        narrow.append((number, each.user, each.time, _digest(each), each.item, item_key, key, length))
+        part = "query" if each.query else "history"
+        narrow.append((number, each.user, each.time, _digest(each), each.item, item_key, key, length, part))
     connection.executemany("INSERT INTO texts VALUES (?, ?, ?, ?)", texts)
-    connection.executemany("INSERT INTO arrived VALUES (?, ?, ?, ?, ?, ?, ?, ?)", narrow)
+    connection.executemany("INSERT INTO arrived VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", narrow)
 
 
 def _digest(each: Interaction) -> bytes:
-    """Hash what makes a row a duplicate: user, prompt, target and time, not the item."""
-    content = json.dumps([each.user, each.prompt, each.target, each.time])
+    """Hash what makes a row a duplicate: user, prompt, target and time, not the item.
+
+    A query that the files give keeps its id too: each id has to be answered.
+    """
+    own = [each.item] if each.query else []
+    content = json.dumps([each.user, each.prompt, each.target, each.time, *own])
     return blake2b(content.encode(), digest_size=16).digest()
 
 
@@ -102,8 +107,8 @@ def _settle(connection: sqlite3.Connection) -> None:
     connection.execute("INSERT INTO users(id) SELECT DISTINCT user FROM arrived ORDER BY user")
     # With a single min(), SQLite takes the other columns from the row that has the minimum.
     connection.execute("""
-        INSERT INTO rows(text, user, time, tokens, digest, item_key, prompt_key)
-        SELECT a.text, u.number, a.time, a.tokens, a.digest, a.item_key, a.prompt_key FROM (
+        INSERT INTO rows(text, user, time, tokens, digest, item_key, prompt_key, part)
+        SELECT a.text, u.number, a.time, a.tokens, a.digest, a.item_key, a.prompt_key, a.part FROM (
             SELECT *, min(coalesce(item, '')) FROM arrived GROUP BY user, time, digest) a
         JOIN users u ON u.id = a.user ORDER BY u.number, a.time, a.digest""")
     connection.execute("DELETE FROM texts WHERE id NOT IN (SELECT text FROM rows)")
@@ -132,6 +137,8 @@ def _sha256(connection: sqlite3.Connection, config: Config) -> str:
         "task": config.task.model_dump(),
         "split": config.split.model_dump(),
     }
+    if config.data.given_split:
+        settings["lamp"] = config.data.model_dump(include={"format", "task", "layout"})
     digest.update(json.dumps(settings, sort_keys=True).encode())
     rows = connection.execute("SELECT r.digest, t.item FROM rows r CROSS JOIN texts t ON t.id = r.text ORDER BY r.id")
     while some := list(islice(rows, _CHUNK)):

@@ -20,13 +20,14 @@ _SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Interaction:
-    """One good row, ready for a model. `time` is in seconds since 1970, UTC."""
+    """One good row, ready for a model. `time` is in seconds since 1970, UTC; `query` says that the files test on it."""
 
     user: str
     prompt: str
     target: str
     item: str | None
     time: float | None
+    query: bool = False
 
 
 @dataclass
@@ -129,7 +130,8 @@ class _Reader:
         item = _identifier(row, config.item) or None
         for name, text in ((config.user, user), (_name(self.prompt), prompt), (config.item, item)):
             _check_characters(str(name), text)
-        return Interaction(user, prompt, self._answer(target), item, self._time(row))
+        query = config.given_split and bool(row.get("query"))
+        return Interaction(user, prompt, self._answer(target), item, self._time(row), query)
 
     def _answer(self, target: str) -> str:
         name = _name(self.target)

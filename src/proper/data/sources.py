@@ -49,6 +49,8 @@ def open_sources(config: DataConfig) -> list[Source]:
     Raises:
         DataError: nothing is there, its format is not known, or it cannot be read.
     """
+    if config.given_split:
+        return _benchmark(config)
     path = Path(config.path).expanduser()
     kind = _kind(config, path) if config.format == "auto" else config.format
     if kind == "huggingface":
@@ -59,6 +61,13 @@ def open_sources(config: DataConfig) -> list[Source]:
     if not files:
         raise DataError(f"{config.path}: no {kind} file in this folder; the names end in {', '.join(_ENDINGS[kind])}")
     return [_jsonl(file) if kind == "jsonl" else _parquet(file) for file in files]
+
+
+def _benchmark(config: DataConfig) -> list[Source]:
+    from proper.data.lamp import lamp_sources  # noqa: PLC0415 - they build on this module
+    from proper.data.oppu import oppu_sources
+
+    return lamp_sources(config) if config.format == "lamp" else oppu_sources(config)
 
 
 def _kind(config: DataConfig, path: Path) -> str:

@@ -14,17 +14,20 @@ from proper.data.database import get_meta, salt, set_meta
 from proper.errors import DataError
 
 AFTER_CUTOFF = "another user's row at or after the date"
+ANOTHERS_QUESTION = "question of a user who is no target"
 BEYOND_BUDGET = "query beyond split.max_queries"
 HELD_OUT = "query, kept away from validation"
 NO_TIME = "no time"
 NO_HISTORY = "query of a user whose whole history was shared"
 OTHERS_QUERY_ITEM = "another user's row with a query item"
+OWN_QUESTION = "asks what a query of the same user asks"
 SHARED = "shares an item or input with a query"
 
 
-def assign(connection: sqlite3.Connection, split: SplitConfig, exclude: bool) -> None:
+def assign(connection: sqlite3.Connection, split: SplitConfig, exclude: bool, given: bool = False) -> None:
     """Set `part` and `reason` of every row and `role` of every user.
 
+    `given` keeps the queries that the files name, instead of choosing some by `split.by`.
     `exclude` keeps what shares an item or a normalized input with a query out of everyone's history. For
     `evaluate_on: validation` the same rule is applied twice: the second time to the history that the first left,
     for the targets that it chose.
@@ -33,22 +36,32 @@ def assign(connection: sqlite3.Connection, split: SplitConfig, exclude: bool) ->
         DataError: no user can be a target, or the rule needs times and there are none.
     """
     validation = split.evaluate_on == "validation"
-    _pass(connection, split, exclude, "queries", split.max_queries if not validation else None)
+    _pass(connection, split, exclude, "queries", split.max_queries if not validation else None, given)
     if validation:
         connection.execute("UPDATE rows SET part = 'unused', reason = ? WHERE part = 'query'", (HELD_OUT,))
         _pass(connection, split, exclude, "validation", split.max_queries)
     _count_users(connection)
 
 
-def _pass(connection: sqlite3.Connection, split: SplitConfig, exclude: bool, name: str, limit: int | None) -> None:
+def _pass(
+    connection: sqlite3.Connection,
+    split: SplitConfig,
+    exclude: bool,
+    name: str,
+    limit: int | None,
+    given: bool = False,
+) -> None:
     connection.execute("CREATE TEMP TABLE aside(id INTEGER PRIMARY KEY)")
-    _RULES[split.by](connection, split, salt(name, split.by, split.seed))
+    if given:
+        _by_files(connection)
+    else:
+        _RULES[split.by](connection, split, salt(name, split.by, split.seed))
     _choose_targets(connection, split, first=name == "queries")
     connection.execute("""
         UPDATE rows SET part = 'query' WHERE id IN aside
         AND user IN (SELECT number FROM users WHERE role = 'target')""")
     # Later rows and query items stay out of training whoever they belong to; the other rules are each user's own.
-    reason = {"time-global": AFTER_CUTOFF, "item": OTHERS_QUERY_ITEM}.get(split.by)
+    reason = {"time-global": AFTER_CUTOFF, "item": OTHERS_QUERY_ITEM}.get(split.by) if not given else ANOTHERS_QUESTION
     if reason is not None:
         connection.execute(
             "UPDATE rows SET part = 'unused', reason = ? WHERE part = 'history' AND id IN aside", (reason,)
@@ -59,6 +72,18 @@ def _pass(connection: sqlite3.Connection, split: SplitConfig, exclude: bool, nam
     if exclude:
         _exclude_shared(connection)
         _drop_targets_without_history(connection)
+
+
+def _by_files(connection: sqlite3.Connection) -> None:
+    """Set aside what the files name as queries, and drop a question's own row from its user's history."""
+    connection.execute("INSERT INTO aside SELECT id FROM rows WHERE part = 'query' ORDER BY id")
+    connection.execute(
+        """
+        UPDATE rows SET part = 'unused', reason = ? WHERE part = 'history' AND EXISTS (
+            SELECT 1 FROM rows q WHERE q.user = rows.user AND q.part = 'query' AND q.prompt_key = rows.prompt_key)""",
+        (OWN_QUESTION,),
+    )
+    connection.execute("UPDATE rows SET part = 'history' WHERE part = 'query'")
 
 
 def _by_time(connection: sqlite3.Connection, split: SplitConfig, salted: bytes) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from proper.config import Config
 from proper.data.dataset import Dataset
 from proper.errors import ConfigError
+from proper.evaluation.lamp_predictions import write_lamp_predictions
 from proper.evaluation.metrics import Prediction, TaskInfo
 from proper.evaluation.results import build_results, gains_by_user, plain
 from proper.evaluation.routing import analyze_routing
@@ -53,7 +54,7 @@ class Harness:
     def task(self) -> TaskInfo:
         """What is predicted."""
         kind = self.config.task.kind
-        return TaskInfo(Path(self.config.data.path).stem, kind, tuple(self.dataset.labels))
+        return TaskInfo(self.config.data.task or Path(self.config.data.path).stem, kind, tuple(self.dataset.labels))
 
     def evaluate(self, methods: Sequence[str]) -> dict[str, Any]:
         """Answer all queries with all methods, write predictions, results and what the report reads; return results.
@@ -65,6 +66,8 @@ class Harness:
         stages = [known_method(method) for method in methods]
         runs = {seed: self._predict(folder, stages) for seed, folder in self.folders.items()}
         predictions = {seed: {m: run.predictions for m, run in by.items()} for seed, by in runs.items()}
+        for seed, found in predictions.items():
+            write_lamp_predictions(self.folders[seed] / "predictions", found, self.config.data, self.task)
         routing = self._routing() if {"groups", "users"} & set(stages) else None
         history_losses = self._history_losses() if "users" in stages else None
         results = build_results(

@@ -1,0 +1,69 @@
+"""`proper data`: data sets of others, brought here. Knows nothing about where their files lie."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from proper.console import say
+from proper.errors import InputError, ProperError
+
+EXAMPLES = """\
+  proper data fetch lamp-3
+  proper data fetch lamp-2m --split time --out data/movies --yes
+"""
+
+app = typer.Typer(
+    name="data",
+    help="Fetch benchmark data.",
+    epilog=f"\b\nExamples:\n{EXAMPLES}",
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def group() -> None:
+    """Fetch benchmark data."""
+
+
+@app.command("fetch", epilog=f"\b\nExamples:\n{EXAMPLES}")
+def fetch(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="lamp-1, -2m, -2n, -3, -4, -5 or -7.", show_default=False)
+    ],
+    split: Annotated[Literal["user", "time"], typer.Option(help="The benchmark's split by user or by time.")] = "user",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to; data/NAME or data/NAME-time.", show_default=False)
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Agree to the license without being asked.")] = False,
+    site: Annotated[
+        str | None,
+        typer.Option(metavar="URL", envvar="PROPER_LAMP_SITE", help="Another copy of the site.", show_default=False),
+    ] = None,
+) -> None:
+    """Download a task of the LaMP benchmark from its site.
+
+    Shows the license and asks first. What broke off goes on where it stopped; checksums are kept in SHA256SUMS beside
+    the files, and a file that is there already is checked against it. Prints the folder, for data.path.
+    """
+    from proper.data.lamp_fetch import LICENSE, SITE, fetch_task, fetchable_task
+
+    task = fetchable_task(name)
+    folder = out or Path("data") / (task.name if split == "user" else f"{task.name}-time")
+    say(LICENSE)
+    if not yes:
+        _agree()
+    fetch_task(task, split, folder, site or SITE)
+    typer.echo(folder)
+
+
+def _agree() -> None:
+    if not sys.stdin.isatty():
+        raise InputError("the license has to be agreed to; --yes does so where nobody can be asked")
+    # typer.confirm lets a space through to stdout.
+    typer.echo("Agree and fetch? [y/N]: ", err=True, nl=False)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise ProperError("not agreed to; nothing was fetched")

@@ -1,0 +1,89 @@
+"""Which files of LaMP lie where on the benchmark's site, under what license, and how they come here.
+
+Nothing of the benchmark is in this package or passed on by it. Knows nothing about how a file is transferred or what
+is in it.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal
+
+from proper.console import Advance, progress, say
+from proper.data.download import download
+from proper.errors import InputError
+from proper.lamp_tasks import LAMP_TASKS, LampTask, lamp_name
+
+SITE = "https://ciir.cs.umass.edu/downloads/LaMP"
+"""Where the benchmark's download page (https://lamp-benchmark.github.io/download) points to."""
+
+LICENSE = """\
+LaMP (Salemi, Mysore, Bendersky and Zamani, ACL 2024; https://lamp-benchmark.github.io) is licensed CC BY-NC-SA 4.0
+(https://creativecommons.org/licenses/by-nc-sa/4.0/): attribution, no commercial use, the same license for what is made
+from it. The data sets that it is built on have licenses of their own, which hold too. The files go from the benchmark's
+site to this machine; proper does not pass them on."""
+
+Split = Literal["user", "time"]
+
+_PARTS = tuple(f"{part}_{what}.json" for part in ("train", "dev") for what in ("questions", "outputs"))
+_KIB = 1024
+
+
+def fetchable_task(name: str) -> LampTask:
+    """Return the task called `name`, in any spelling ("lamp-3", "LaMP_3").
+
+    Raises:
+        InputError: there is no such task, or its data is not public.
+    """
+    task = LAMP_TASKS.get(lamp_name(name))
+    public = ", ".join(known for known in LAMP_TASKS if known != "lamp-6")
+    if task is None:
+        raise InputError(f"no data set '{name}'; known: {public}")
+    if task.name == "lamp-6":
+        raise InputError("lamp-6: needs the Avocado mails (LDC2015T03), which are not public")
+    return task
+
+
+def file_urls(task: LampTask, split: Split, site: str = SITE) -> dict[str, str]:
+    """Return the address of each file by its name: train and dev, questions and outputs."""
+    base = "/".join([site.rstrip("/"), *(["time"] if split == "time" else []), task.site])
+    return {name: f"{base}/{name.partition('_')[0]}/{name}" for name in _PARTS}
+
+
+def fetch_task(task: LampTask, split: Split, folder: Path, site: str = SITE) -> None:
+    """Bring a task's four files into `folder`; those that are there are checked and kept.
+
+    Raises:
+        InputError: `site` is no web address, or a file is in the way.
+        ProperError: a file cannot be fetched.
+    """
+    if not site.startswith(("https://", "http://")):
+        raise InputError(f"--site {site}: not a web address (https://...)")
+    for name, url in file_urls(task, split, site).items():
+        if not _fetch(url, folder / name):
+            say(f"{folder / name}: is there, and as it was fetched")
+
+
+def _fetch(url: str, path: Path) -> bool:
+    done = 0
+    advance: Advance = _unseen
+    with ExitStack() as stack:
+
+        def advanced(more: int) -> None:
+            nonlocal done
+            before, done = done // _KIB, done + more
+            advance(done // _KIB - before)
+
+        def started(total: int | None, held: int) -> None:
+            # How long the bar is, only the server's answer says.
+            nonlocal advance
+            units = None if total is None else total // _KIB
+            advance = stack.enter_context(progress(f"fetch {path.name}, KiB", units))
+            advanced(held)
+
+        return download(url, path, started, advanced)
+
+
+def _unseen(n: int = 1, note: str = "") -> None:
+    """Stand for a bar until there is one."""
