@@ -23,7 +23,7 @@ from proper.config import Config, OptimizerConfig
 from proper.data.batching import Encoder
 from proper.data.dataset import Dataset, Role, Sample
 from proper.errors import RunFolderError
-from proper.files import write_json
+from proper.files import hash_file, write_json
 from proper.inference.personalized import load_groups
 from proper.models.backbone import load_backbone, pick_device, pick_dtype
 from proper.models.merge import apply_population
@@ -93,6 +93,9 @@ class StageRunner:
             if self.accelerator.is_main_process:
                 load_groups(self.folder, self.config, model)
             return
+        if (self.folder / "users" / "stage.json").exists():
+            place = self.folder / "users"
+            raise RunFolderError(f"{place}: made for groups that are gone; delete it as well to train both again")
         config = self.config.groups
         model.add_experts(config, seed_of(self.seed, "experts"))
         sample = self.dataset.sample(config.train_on, config.max_tokens, self.seed)
@@ -124,7 +127,9 @@ class StageRunner:
             return
         model.add_lora_router(self.config.users)
         store = AdapterStore(folder)
-        store.bind({"backbone": self.backbone.digest, "rank": str(self.config.users.rank)})
+        # Adapters stand on these very groups: trained again in place, they are others, and the store says so.
+        groups = hash_file(self.folder / "groups" / "groups.safetensors")[:16]
+        store.bind({"backbone": self.backbone.digest, "groups": groups, "rank": str(self.config.users.rank)})
         users = [user.id for user in self.dataset.users("target") if user.history > 0]
         records = [store.get(user) for user in users]
         embeddings = torch.stack([record.embedding for record in records if record is not None])
