@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from proper.adapters.cache import SlotCache
 from proper.adapters.store import AdapterStore, UserRecord
-from proper.config import make_config
+from proper.config import UsersConfig, make_config
 from proper.data.batching import Encoder, collate
 from proper.data.dataset import Example
 from proper.errors import InputError
@@ -113,7 +113,8 @@ def test_without_a_history_there_is_nothing_to_average(
 def hold_gates(model: ProperModel, form: str) -> None:
     """Let no gate depend on a token."""
     for layer in model.layers.values():
-        assert layer.router is not None
+        if layer.router is None:
+            continue
         layer.router.token.data.zero_()
         if form == "released":
             layer.router.form, layer.router.factor = "released", 1 / 5
@@ -134,6 +135,29 @@ def test_folding_is_exact_where_gates_are_constant(
     torch.testing.assert_close(logits(model, USERS), expected, **CLOSE)
     assert (logits(model, USERS) - logits(model, USERS[1:] + USERS[:1])).abs().max() > 0.1
     assert not model.model.group_parameters()
+    plain.close()
+
+
+def test_modules_without_experts_and_users_without_an_adapter_are_zero_padded(
+    personal: Callable[..., ProperModel], store: AdapterStore, tmp_path: Path
+) -> None:
+    model = personal()
+    model.add_plain_targets(UsersConfig(), "attention")
+    bank = AdapterBank(model.layout(4), 2, alpha=8.0, trainable=False)
+    bank.values.copy_(0.2 * torch.randn(bank.values.shape, generator=torch.Generator().manual_seed(3)))
+    model.use_bank(bank)
+    exact = served(model, store)
+    hold_gates(exact.model, "default")
+    loras = {user: fold(exact, user, HISTORY).loras for user in ("own", "group")}
+    assert all(one.keys() == exact.model.layers.keys() for one in loras.values())
+    assert {lora.rank for one in loras.values() for lora in one.values()} == {24}
+    attention = [name for name in exact.model.layers if "attn" in name]
+    assert attention and not any(loras["group"][name].up.any() for name in attention)
+    expected = logits(exact, USERS)
+    plain = AdapterStore(tmp_path / "plain")
+    torch.testing.assert_close(
+        logits(fold_all(exact, ["own", "group", "other"], lambda _: HISTORY, plain), USERS), expected, **CLOSE
+    )
     plain.close()
 
 

@@ -29,7 +29,7 @@ class Folded:
     """What a user's layers come to under constant gates.
 
     Attributes:
-        loras: one per module, all of one rank, E*R_g + R_u.
+        loras: one per module, on the CPU, all of one rank, E*R_g + R_u; zero where nothing is added.
         gates: the mean gates (E,) that were used, per module with experts.
     """
 
@@ -76,9 +76,8 @@ def fold_with(model: PersonalizedModel, user: str, gates: Mapping[str, Float[Ten
     """Return the user's layers under these constant gates, every module padded to one rank."""
     slots = model.rows([user]).slots
     slot = -1 if slots is None else int(slots[0])
-    parts = {name: list(_parts(layer, slot, gates.get(name))) for name, layer in model.model.layers.items()}
-    loras = {name: joined(found) for name, found in parts.items() if found}
-    return uniform(loras, folded_rank(model))
+    layers = model.model.layers.items()
+    return uniform({name: joined(_parts(layer, slot, gates.get(name))) for name, layer in layers}, folded_rank(model))
 
 
 def folded_rank(model: PersonalizedModel) -> int:
@@ -91,12 +90,12 @@ def folded_rank(model: PersonalizedModel) -> int:
 
 
 def _parts(layer: AdaptedLinear, slot: int, gates: Float[Tensor, "E"] | None) -> list[Lora]:
-    """The experts under their gates, then the user's own LoRA, as far as they are there."""
-    found = []
+    """The experts under their gates, then the user's own LoRA, as far as they are there, after a LoRA of rank 0."""
+    found = [Lora(torch.zeros(0, layer.inputs), torch.zeros(layer.outputs, 0))]
     if layer.experts is not None and layer.router is not None and gates is not None:
         scale = layer.experts.scale * layer.router.factor
-        found.append(folded_experts(layer.experts.down, layer.experts.up, gates, scale))
+        found.append(folded_experts(layer.experts.down.cpu(), layer.experts.up.cpu(), gates, scale))
     if layer.bank is not None and slot >= 0 and layer.name in layer.bank.down:
         down, up = layer.bank.down[layer.name][slot], layer.bank.up[layer.name][slot]
-        found.append(scaled(down, up, layer.bank.scale))
+        found.append(scaled(down.cpu(), up.cpu(), layer.bank.scale))
     return found
