@@ -131,7 +131,9 @@ def test_a_new_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "out"
     with atomic_folder(path) as temporary:
         (temporary / "a").write_text("1")
+        (temporary / "a").chmod(0o600)
         assert not path.exists()
+    assert ((path / "a").stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o644, 0o755)
     assert os.listdir(path) == ["a"]
     with atomic_folder(path) as temporary:
         (temporary / "b").write_text("2")

@@ -61,6 +61,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb+") as opened:
                     os.fsync(opened.fileno())
+                file.chmod(0o644)
         new.chmod(0o755)
         if path.exists():
             os.replace(path, old)
