@@ -30,6 +30,7 @@ from proper.files import atomic_folder, hash_file, read_json, write_json
 from proper.inference.fold import fold, folded_rank
 from proper.inference.personalized import PersonalizedModel, load
 from proper.layers.bank import Layout
+from proper.models.backbone import Backbone
 from proper.models.tensors import load_tensors
 
 Format = Literal["native", "peft"]
@@ -51,7 +52,8 @@ def export_user(folder: Path, user: str, out: Path, *, form: Format = "native", 
     """Write one user of a run to the folder `out`.
 
     Raises:
-        InputError: the store does not know the user, or `out` is there (without `force`).
+        InputError: the store does not know the user, `out` is there (without `force`), or for other servers the user
+            has no history or the backbone is quantized.
         RunFolderError: the run has not got that far.
         StoreError: the user's adapter is damaged.
     """
@@ -65,6 +67,7 @@ def export_user(folder: Path, user: str, out: Path, *, form: Format = "native", 
         return
     model = load(folder)
     try:
+        _require_dense(folder, model.model.backbone)
         with Dataset.open(_data(folder)) as dataset, atomic_folder(out) as place:
             _write_peft(place, model, dataset, user, origin)
     finally:
@@ -101,10 +104,7 @@ def export_backbone(folder: Path, out: Path, *, force: bool = False) -> None:
     """
     require_free(out, force)
     backbone = load(folder, "population").model.backbone
-    if backbone.quantized:
-        raise InputError(
-            f"{folder}: the backbone is quantized, so stage 1 cannot be merged; serve it with {folder / 'population'}"
-        )
+    _require_dense(folder, backbone)
     # A server stops where the model's own config says; ours had its checkpoint's habits of generation taken off.
     backbone.model.generation_config = GenerationConfig.from_model_config(backbone.model.config)
     with atomic_folder(out) as place:
@@ -151,8 +151,6 @@ def _write_peft(place: Path, model: PersonalizedModel, dataset: Dataset, user: s
     history = dataset.history(user, model.config.users.max_items)
     folded = fold(model, user, history)
     layers, backbone = model.model.layers, model.model.backbone
-    if backbone.quantized:
-        raise InputError("the backbone is quantized: other servers have no merged backbone for this user's adapter")
     loras = uniform(folded.loras, served_rank(folded_rank(model)))
     inside = tuple(f"{name}." for name in layers)
     modules = [name for name, _ in backbone.model.named_modules() if not name.startswith(inside)]
@@ -170,6 +168,13 @@ def _write_peft(place: Path, model: PersonalizedModel, dataset: Dataset, user: s
         "origin": origin,
     }
     write_json(place / FACTS, said)
+
+
+def _require_dense(folder: Path, backbone: Backbone) -> None:
+    if backbone.quantized:
+        raise InputError(
+            f"{folder}: its backbone is quantized: stage 1 lies beside it and cannot be merged for servers"
+        )
 
 
 def _require_fit(folder: Path, source: Path, record: UserRecord) -> None:
