@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proper.errors import ProperError
-from proper.files import atomic_path, hash_file, hash_value, read_json, write_json, write_text
+from proper.files import atomic_folder, atomic_path, hash_file, hash_value, read_json, write_json, write_text
 
 
 def test_a_new_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
@@ -125,3 +125,35 @@ def test_a_file_is_hashed_over_all_its_bytes(tmp_path: Path) -> None:
     content = os.urandom((1 << 20) + 17)
     (tmp_path / "a.bin").write_bytes(content)
     assert hash_file(tmp_path / "a.bin") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_new_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "out"
+    with atomic_folder(path) as temporary:
+        (temporary / "a").write_text("1")
+        (temporary / "a").chmod(0o600)
+        assert not path.exists()
+    assert ((path / "a").stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o644, 0o755)
+    assert os.listdir(path) == ["a"]
+    with atomic_folder(path) as temporary:
+        (temporary / "b").write_text("2")
+        assert os.listdir(path) == ["a"]
+    assert os.listdir(path) == ["b"]
+    assert os.listdir(path.parent) == ["out"]
+
+
+def test_a_failure_leaves_the_old_folder_and_no_traces(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    for existed in (False, True):
+        with pytest.raises(ZeroDivisionError), atomic_folder(path) as temporary:
+            (temporary / "new").write_text("half")
+            raise ZeroDivisionError
+        assert os.listdir(tmp_path) == (["out"] if existed else [])
+        path.mkdir(exist_ok=True)
+    assert os.listdir(path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ProperError, match="file/out: cannot be written"), atomic_folder(tmp_path / "file" / "out"):
+        pass

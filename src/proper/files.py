@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,38 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise ProperError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it becomes `path`, on failure it is removed.
+
+    A folder that was there is put aside first and removed last; between the two renames neither is at `path`.
+
+    Raises:
+        ProperError: the disk is full or the place cannot be written; `path` is as it was.
+    """
+    places: list[Path] = []
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in ("new", "old"):
+            places.append(Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent)))
+        new, old = places
+        yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+                file.chmod(0o644)
+        new.chmod(0o755)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+    except OSError as error:
+        raise ProperError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        for place in places:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

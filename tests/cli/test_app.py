@@ -18,7 +18,13 @@ from proper.cli.app import app, main
 from proper.cli.demo import Task
 from proper.data.demo.settings import DemoTask
 
-COMMANDS = ["demo", "check", "run", "evaluate", "report", "generate", "users", "data", "bench"]
+COMMANDS = ["demo", "check", "run", "evaluate", "report", "generate", "export-backbone"]
+GROUPS = {
+    "users": ["list", "show", "rollback", "delete", "check", "export", "import"],
+    "data": ["fetch"],
+    "bench": ["store"],
+}
+EVERY = [[name] for name in COMMANDS] + [[group, name] for group, names in GROUPS.items() for name in names]
 Output = pytest.CaptureFixture[str]
 
 
@@ -37,6 +43,8 @@ def parse(command: str) -> None:
     program, name, *arguments = shlex.split(command.partition(">")[0])
     assert program == "proper"
     group = typer.main.get_command(app)
+    if name in GROUPS:
+        group, (name, *arguments) = group.commands[name], arguments  # type: ignore[attr-defined]
     group.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
 
 
@@ -52,19 +60,27 @@ def run_folder(tmp_path: Path) -> Path:
 def test_the_commands_are_those_that_exist(capsys: Output) -> None:
     assert main(["--help"]) == 0
     listed = capsys.readouterr().out.partition("Commands:\n")[2]
-    assert [line.split()[0] for line in listed.splitlines()] == COMMANDS
+    assert [line.split()[0] for line in listed.splitlines()] == [*COMMANDS, *GROUPS]
     assert "..." not in listed
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_with_examples_that_parse(capsys: Output, name: str) -> None:
-    assert main([name, "--help"]) == 0
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_lists_its_commands(capsys: Output, group: str) -> None:
+    assert main([group, "--help"]) == 0
+    listed = capsys.readouterr().out.partition("Commands:\n")[2]
+    assert {line.split()[0] for line in listed.splitlines()} >= set(GROUPS[group])
+    assert "..." not in listed
+
+
+@pytest.mark.parametrize("name", EVERY, ids=" ".join)
+def test_every_command_has_help_with_examples_that_parse(capsys: Output, name: list[str]) -> None:
+    assert main([*name, "--help"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     examples = [line.strip() for line in out.partition("Examples:\n")[2].splitlines()]
     assert examples
     for example in examples:
-        assert example.startswith(f"proper {name}")
+        assert example.startswith(f"proper {' '.join(name)} ") or example == f"proper {' '.join(name)}"
         parse(example)
 
 

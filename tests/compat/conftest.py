@@ -128,6 +128,12 @@ def folder(family: Family, save: Callable[[Family], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def named(save: Callable[[Family], Path]) -> Callable[[str], Path]:
+    """Save a random model of the family with this name."""
+    return lambda name: save(next(family for family in FAMILIES if family.name == name))
+
+
+@pytest.fixture(scope="session")
 def llama(save: Callable[[Family], Path]) -> Path:
     return save(FAMILIES[0])
 

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import proper
 from proper.data.batching import Batch
+from proper.errors import InputError
+from proper.inference.exchange import export_backbone, export_user
 from proper.models.backbone import Backbone, digest, load_backbone
 from proper.models.merge import apply_population
 from proper.models.personal import answer_loss
@@ -126,3 +128,14 @@ def _logits(model: Any, batch: Batch) -> Tensor:
     with torch.no_grad():
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         return model(**inputs, position_ids=batch.position_ids).logits * batch.attention_mask.unsqueeze(-1)
+
+
+def test_there_is_no_merged_backbone_to_export(run: Path, tmp_path: Path) -> None:
+    out, refused = tmp_path / "out", "its backbone is quantized"
+    with pytest.raises(InputError, match=refused):
+        export_backbone(run, out)
+    user = next(user for user, _ in proper.load(run).users.users())
+    with pytest.raises(InputError, match=refused):
+        export_user(run, user, out, form="peft")
+    assert not list(tmp_path.iterdir())
+    export_user(run, user, out)

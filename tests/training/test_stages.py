@@ -11,9 +11,10 @@ import yaml
 
 from proper.config import Config
 from proper.data.dataset import Dataset
-from proper.errors import RunFolderError
+from proper.errors import RunFolderError, StoreError
 from proper.files import hash_file, read_json
 from proper.inference.personalized import load
+from proper.models.tensors import load_tensors, save_tensors
 from proper.training.stages import TRAINED, StageRunner
 
 
@@ -98,3 +99,21 @@ def test_stages_one_at_a_time_and_killed_in_between_give_the_same_files(
 def test_a_stage_needs_the_one_before_it(runner: Callable[..., StageRunner], stage: str, lacks: str) -> None:
     with pytest.raises(RunFolderError, match=f"stage '{lacks}' is not there yet"):
         runner().run([stage])
+
+
+def test_groups_trained_again_in_place_are_not_served_with_old_adapters(
+    runner: Callable[..., StageRunner], tmp_path: Path
+) -> None:
+    runner().run(TRAINED)
+    folder = tmp_path / "run"
+    (folder / "groups" / "stage.json").unlink()
+    with pytest.raises(RunFolderError, match="users: made for groups that are gone; delete it as well"):
+        runner().run(["groups"])
+    (folder / "users" / "stage.json").unlink()
+    # The same groups come out again, and the adapters are theirs.
+    runner().run(TRAINED)
+    (folder / "users" / "stage.json").unlink()
+    tensors, facts = load_tensors(folder / "groups" / "groups.safetensors")
+    save_tensors(folder / "groups" / "groups.safetensors", {n: t + 1 for n, t in tensors.items()}, facts)
+    with pytest.raises(StoreError, match=r"users: these adapters belong to another groups \("):
+        runner().run(TRAINED)

@@ -14,7 +14,19 @@ from typing import Annotated
 import typer
 
 import proper
-from proper.cli import bench, check, data, demo, evaluate, generate, report, run, users
+from proper.cli import (
+    bench,
+    check,
+    data,
+    demo,
+    evaluate,
+    export_backbone,
+    generate,
+    report,
+    run,
+    users,
+    users_exchange,
+)
 from proper.console import quiet_libraries, say
 from proper.errors import ProperError
 
@@ -23,8 +35,13 @@ INTERRUPTED = 130
 # No markup: help is plain text that fits a pipe, and nothing heavy is imported for it.
 app = typer.Typer(name="proper", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-for command in (demo, check, run, evaluate, report, generate):
-    app.command(command.__name__.rpartition(".")[2], epilog=f"\b\nExamples:\n{command.EXAMPLES}")(command.command)
+for command in (demo, check, run, evaluate, report, generate, export_backbone):
+    app.command(command.__name__.rpartition(".")[2].replace("_", "-"), epilog=f"\b\nExamples:\n{command.EXAMPLES}")(
+        command.command
+    )
+
+# Imported for the commands that it puts into its group.
+assert users_exchange
 for group in (users, data, bench):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 

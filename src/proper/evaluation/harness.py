@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,7 @@ from proper.evaluation.routing import analyze_routing
 from proper.evaluation.runner import MethodRun, answer_losses, mean_gates, predict, write_predictions
 from proper.evaluation.truth import Truth, read_truth, truth_section
 from proper.files import read_json, write_json
+from proper.inference.folded import STATIC_EXPORT, folded_size, static_export
 from proper.inference.personalized import PersonalizedModel, Stage, load
 
 HISTORY_SAMPLE = 8
@@ -88,13 +90,12 @@ class Harness:
         write_json(self.home / "results.json", results)
         return results
 
-    def _predict(self, folder: Path, stages: Sequence[Stage]) -> dict[str, MethodRun]:
+    def _predict(self, folder: Path, stages: Sequence[str]) -> dict[str, MethodRun]:
         runs: dict[str, MethodRun] = {}
         for stage in stages:
-            model = load(folder, stage)
-            runs[stage] = predict(model, self.dataset, self.config.task, f"{stage}, {folder.name}")
+            with _opened(folder, stage, self.dataset) as model:
+                runs[stage] = predict(model, self.dataset, self.config.task, f"{stage}, {folder.name}")
             write_predictions(folder / "predictions" / f"{stage}.jsonl", runs[stage].predictions)
-            model.close()
         return runs
 
     def _routing(self) -> dict[str, Any]:
@@ -172,17 +173,21 @@ class Harness:
         return rows
 
     def _user_cost(self, method: str) -> tuple[float, float, float]:
-        if method not in ("groups", "users"):
+        if method not in ("groups", "users", STATIC_EXPORT):
             return 0, 0, 0
-        model = load(self.home, cast(Stage, method))
+        stage = "users" if method == STATIC_EXPORT else method
+        model = load(self.home, cast(Stage, stage))
         assert model.users is not None
         targets = {user.id for user in self.dataset.users("target")}
         width = model.model.embedding_size
         adapter = model.model.layout(self.config.users.rank).width
         held = [(tier, size) for user, tier, _, size in model.users.facts() if user in targets]
+        exported = folded_size(model)
         model.close()
-        marker = read_json(self.home / method / "stage.json")
+        marker = read_json(self.home / stage / "stage.json")
         seconds = round(marker["seconds"] / max(1, marker["users"]), 3)
+        if method == STATIC_EXPORT:
+            return (*exported, seconds)
         if method == "groups":
             return width, 4 * width, seconds
         adapted = sum(tier == "users" for tier, _ in held) / len(held)
@@ -200,18 +205,32 @@ class Harness:
         return {"groups": counts["groups"], "users": counts["users"], "reasons": dict(reasons.most_common())}
 
 
-def known_method(name: str) -> Stage:
+@contextmanager
+def _opened(folder: Path, method: str, dataset: Dataset) -> Iterator[PersonalizedModel]:
+    """The model that answers as this method, closed at the end."""
+    if method == STATIC_EXPORT:
+        with static_export(folder, dataset) as model:
+            yield model
+        return
+    model = load(folder, cast(Stage, method))
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def known_method(name: str) -> str:
     """Return a method by its name.
 
     Raises:
         ConfigError: there is none of that name.
     """
-    known = get_args(Stage)
+    known = (*get_args(Stage), STATIC_EXPORT)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
         raise ConfigError(f"evaluation.methods: no method '{name}'; {hint}")
-    return cast(Stage, name)
+    return name
 
 
 def _embeddings(model: PersonalizedModel, users: Sequence[str]) -> Tensor:

@@ -96,6 +96,9 @@ class StageRunner:
             if self.accelerator.is_main_process:
                 load_groups(self.folder, self.config, model)
             return
+        if (self.folder / "users" / "stage.json").exists():
+            place = self.folder / "users"
+            raise RunFolderError(f"{place}: made for groups that are gone; delete it as well to train both again")
         config = self.config.groups
         model.add_experts(config, seed_of(self.seed, "experts"))
         sample = self.dataset.sample(config.train_on, config.max_tokens, self.seed)
@@ -127,6 +130,7 @@ class StageRunner:
             return
         model.add_lora_router(self.config.users)
         store = AdapterStore(folder)
+        # Adapters stand on these very groups: trained again in place, they are others, and the store says so.
         groups = hash_file(self.folder / "groups" / "groups.safetensors")
         store.bind({"backbone": self.backbone.digest, "groups": groups, "rank": str(self.config.users.rank)})
         users = [user.id for user in self.dataset.users("target") if user.history > 0]

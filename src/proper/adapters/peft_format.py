@@ -1,0 +1,184 @@
+"""Adapters as other servers read them: one plain LoRA per module, in PEFT's names.
+
+Token-level routing is not a plain LoRA. With the gates held at g the method's layer is one, of rank E*R_g + R_u:
+
+    delta = s_g * sum_i g_i B_i A_i + s_u B_u A_u = [s_g g_1 B_1 ... s_g g_E B_E  s_u B_u] [A_1; ...; A_E; A_u]
+
+Pure converters between tensors: knows nothing about stores, users, models or how gates are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from proper.errors import InputError
+from proper.layers.bank import Layout
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that vLLM takes."""
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What one module adds: `up @ down @ x`. Whatever scale there was is in `up`; fp32."""
+
+    down: Float[Tensor, "R I"]
+    up: Float[Tensor, "O R"]
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return int(self.down.shape[0])
+
+    def padded(self, rank: int) -> Lora:
+        """Return the same LoRA with zeros up to `rank`.
+
+        Raises:
+            ValueError: it has more already.
+        """
+        missing = rank - self.rank
+        if missing < 0:
+            raise ValueError(f"a LoRA of rank {self.rank} has no room in rank {rank}")
+        return Lora(
+            torch.cat([self.down, self.down.new_zeros(missing, self.down.shape[1])]),
+            torch.cat([self.up, self.up.new_zeros(self.up.shape[0], missing)], dim=1),
+        )
+
+
+def scaled(down: Float[Tensor, "R I"], up: Float[Tensor, "O R"], scale: float) -> Lora:
+    """Return a LoRA with its scale folded into B, exactly the same map: a user's own, or stage 1's."""
+    return Lora(down.detach().float().clone(), scale * up.detach().float())
+
+
+def folded_experts(
+    down: Float[Tensor, "E*R I"], up: Float[Tensor, "O E*R"], gates: Float[Tensor, "E"], scale: float
+) -> Lora:
+    """Return E fused experts under constant gates as one LoRA of rank E*R.
+
+    Args:
+        down: the A_i, stacked.
+        up: the B_i, side by side.
+        gates: the constant weight of each expert.
+        scale: s_g, times whatever else the router multiplies the mixture by.
+    """
+    ranks = down.shape[0] // gates.shape[0]
+    weights = (gates.float() * scale).to(up.device).repeat_interleave(ranks)
+    return Lora(down.detach().float().clone(), up.detach().float() * weights)
+
+
+def joined(parts: Iterable[Lora]) -> Lora:
+    """Return the sum of LoRAs on one module as one, whose rank is the sum of theirs."""
+    held = list(parts)
+    return Lora(torch.cat([part.down for part in held]), torch.cat([part.up for part in held], dim=1))
+
+
+def served_rank(rank: int) -> int:
+    """Return the smallest rank of `RANKS` with room for `rank`.
+
+    Raises:
+        InputError: there is none.
+    """
+    for known in RANKS:
+        if known >= rank:
+            return known
+    raise InputError(f"a folded adapter of rank {rank} is more than other servers take ({RANKS[-1]})")
+
+
+def uniform(loras: Mapping[str, Lora], rank: int) -> dict[str, Lora]:
+    """Return all modules' LoRAs with zeros up to one rank: modules may lack experts, or an adapter of the user."""
+    return {name: lora.padded(rank) for name, lora in loras.items()}
+
+
+def to_peft(loras: Mapping[str, Lora]) -> dict[str, Tensor]:
+    """Return the tensors of PEFT's adapter_model.safetensors."""
+    tensors = {}
+    for name, lora in loras.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = lora.down.contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = lora.up.contiguous()
+    return tensors
+
+
+def from_peft(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Lora]:
+    """Return the LoRAs in PEFT's tensors, `scale` (PEFT's alpha / r) folded into B.
+
+    Raises:
+        ValueError: a tensor is no LoRA's, or lacks its other half.
+    """
+    loras = {}
+    for key in tensors:
+        name, end = key.removeprefix(_PREFIX), ".lora_A.weight"
+        if name.endswith(end) and (other := key.removesuffix(end) + ".lora_B.weight") in tensors:
+            loras[name.removesuffix(end)] = scaled(tensors[key], tensors[other], scale)
+    if 2 * len(loras) != len(tensors):
+        raise ValueError(f"{len(tensors)} tensors are not the A and B of {len(loras)} modules")
+    return loras
+
+
+def adapter_config(loras: Mapping[str, Lora], modules: Collection[str], *, fan_in_fan_out: bool) -> dict[str, Any]:
+    """Return PEFT's adapter_config.json: `lora_alpha = r`, so that whoever reads it scales by 1.
+
+    Only what every version of PEFT knows; it fills in the rest.
+
+    Args:
+        loras: what is written, all of one rank.
+        modules: the names of all modules of the backbone, so that no other is meant by accident.
+        fan_in_fan_out: whether the adapted layers keep their weights as (I, O), as GPT-2's Conv1D does.
+
+    Raises:
+        ValueError: the ranks differ.
+    """
+    ranks = {lora.rank for lora in loras.values()}
+    if len(ranks) != 1:
+        raise ValueError(f"one rank is written, these are {sorted(ranks)}")
+    rank = ranks.pop()
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        # A path or name of the merged backbone would be this machine's; whoever loads the adapter gives it.
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "target_modules": target_names(loras, modules),
+        "modules_to_save": None,
+    }
+
+
+def target_names(written: Collection[str], modules: Collection[str]) -> list[str]:
+    """Return the shortest dotted endings that mean the written modules and none else of `modules`.
+
+    Servers want names like `gate_proj`; where that would take in others (GPT-2's `c_proj`) an ending is longer, and
+    where only some layers are written it is the whole name.
+    """
+    wanted, found = set(written), set()
+    for name in wanted:
+        parts = name.split(".")
+        endings = (".".join(parts[at:]) for at in range(len(parts) - 1, -1, -1))
+        found.add(next((end for end in endings if _meant(end, modules) <= wanted), name))
+    return sorted(found)
+
+
+def _meant(ending: str, modules: Collection[str]) -> set[str]:
+    return {name for name in modules if name == ending or name.endswith(f".{ending}")}
+
+
+def pack(loras: Mapping[str, Lora], layout: Layout) -> Float[Tensor, "P"]:
+    """Return the LoRAs as a slot's row, padded to the layout's rank; modules without one are zero."""
+    row = torch.zeros(layout.width)
+    for piece in layout.pieces:
+        lora = loras.get(piece.module)
+        if lora is not None:
+            tensor = lora.padded(layout.rank)
+            row[piece.offset : piece.offset + piece.size] = (tensor.down if piece.down else tensor.up).reshape(-1).cpu()
+    return row

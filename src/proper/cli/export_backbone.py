@@ -1,0 +1,31 @@
+"""`proper export-backbone`: the backbone that exported adapters stand on. Knows nothing about models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from proper.cli.options import RunFolder, existing_run
+
+EXAMPLES = """\
+  proper export-backbone runs/notes --out exports/backbone
+"""
+
+
+def command(
+    folder: RunFolder,
+    out: Annotated[Path, typer.Option(metavar="F", help="The folder to write.", show_default=False)],
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write the backbone with stage 1 merged.
+
+    Prints the path of a transformers folder with its tokenizer. One serves all users of the run: their
+    adapters from 'proper users export --format peft' are loaded on it.
+    """
+    existing_run(folder)
+    from proper.inference.exchange import export_backbone
+
+    export_backbone(folder, out, force=force)
+    typer.echo(out)

@@ -1,0 +1,107 @@
+"""Users and the backbone out of a run and into another, from the command line."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from proper.cli.app import main
+from proper.config import make_config
+from proper.data.demo import DemoSettings, demo_config, write_demo
+
+Output = pytest.CaptureFixture[str]
+ODD = "../a/b 🦊"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has come as far as groups: its users are on the group tier."""
+    from proper import pipeline
+    from proper.adapters.store import AdapterStore, UserRecord
+
+    folder = tmp_path_factory.mktemp("exchange")
+    settings = DemoSettings(people=4, groups=2, items=(6, 7))
+    raw = demo_config(write_demo(folder / "people", settings), settings)
+    raw["split"] |= {"target_users": 2, "min_history": 2}
+    short = {"max_tokens": 300, "epochs": 1}
+    raw |= {"population": short, "groups": short | {"experts": 2, "rank": 3}, "compute": {"max_length": 64}}
+    made = pipeline.run(make_config(raw), folder / "run", stages=("population", "groups"))
+    store = AdapterStore(made / "users")
+    record = store.get(next(user for user, _ in store.users()))
+    assert record is not None
+    store.put([UserRecord("ann", "groups", record.embedding), UserRecord(ODD, "groups", record.embedding)])
+    store.close()
+    return made
+
+
+def known(run: Path) -> str:
+    """A user with a history."""
+    from proper.data.dataset import Dataset
+
+    with Dataset.open(run / "data.sqlite") as dataset:
+        return next(dataset.users("target")).id
+
+
+def fails(capsys: Output, *arguments: str | Path) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    return err.removeprefix("proper: ").removesuffix("\n")
+
+
+def test_out_of_a_run_and_into_a_copy(run: Path, tmp_path: Path, capsys: Output) -> None:
+    out, copy = tmp_path / "out", tmp_path / "copy"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("users.sqlite*"))
+    assert main(["users", "export", str(run), "--user", ODD, "--out", str(out)]) == 0
+    assert capsys.readouterr() == (f"{out}\n", "")
+    assert main(["users", "import", str(copy), str(out)]) == 0
+    assert capsys.readouterr() == (f"{ODD}\tgroups\n", "")
+    assert main(["users", "import", str(copy), str(out), "--user", "bo"]) == 0
+    assert capsys.readouterr() == ("bo\tgroups\n", "")
+    said = fails(capsys, "users", "import", copy, out)
+    assert said == f"{copy}: has a user {ODD!r} already; --force replaces them, --user names another"
+
+
+def test_an_adapter_and_its_backbone_for_other_servers(run: Path, tmp_path: Path, capsys: Output) -> None:
+    user = known(run)
+    arguments = ["users", "export", str(run), "--user", user, "--out", str(tmp_path / "ann"), "--format", "peft"]
+    assert main(arguments) == 0
+    assert main(["export-backbone", str(run), "--out", str(tmp_path / "backbone")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'ann'}\n{tmp_path / 'backbone'}\n"
+    assert {path.name for path in (tmp_path / "ann").iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "proper.json")
+    }
+    assert (tmp_path / "backbone" / "model.safetensors").is_file()
+
+
+def test_what_is_there_is_replaced_only_if_asked(run: Path, tmp_path: Path, capsys: Output) -> None:
+    out = tmp_path / "out"
+    for arguments in (["users", "export", str(run), "--user", "ann"], ["export-backbone", str(run)]):
+        assert main([*arguments, "--out", str(out)]) == 0
+        capsys.readouterr()
+        assert fails(capsys, *arguments, "--out", out) == f"{out}: is there already; --force replaces an earlier export"
+        assert main([*arguments, "--out", str(out), "--force"]) == 0
+        capsys.readouterr()
+        shutil.rmtree(out)
+        out.mkdir()
+        (out / "diary.txt").write_text("mine")
+        assert "is not an earlier export" in fails(capsys, *arguments, "--out", out, "--force")
+        shutil.rmtree(out)
+
+
+def test_unknown_users_runs_and_exports_are_named(run: Path, tmp_path: Path, capsys: Output) -> None:
+    out = tmp_path / "out"
+    for form in ("native", "peft"):
+        said = fails(capsys, "users", "export", run, "--user", "nobody/🦊", "--out", out, "--format", form)
+        assert said == f"{run / 'users'}: there is no user 'nobody/🦊'"
+    said = fails(capsys, "users", "export", run, "--user", "ann", "--out", out, "--format", "peft")
+    assert said == "user 'ann' has no history in this run to average the gates over"
+    gone = tmp_path / "gone"
+    for command in (["export-backbone", gone], ["users", "export", gone, "--user", "u"]):
+        assert fails(capsys, *command, "--out", out) == f"{gone}: no such run folder"
+    assert fails(capsys, "users", "import", gone, out) == f"{gone}: no such run folder"
+    assert fails(capsys, "users", "import", run, gone) == f"{gone}: not an exported user (no proper.json)"
+    assert not list(tmp_path.iterdir())
