@@ -162,10 +162,9 @@ def test_the_configs_hold_the_paper_s_hyperparameters(task: str) -> None:
 @pytest.mark.slow
 def test_the_recipe_makes_the_table(site: Any, lamp_files: ModuleType, backbone: Path, tmp_path: Path) -> None:
     publish(site, lamp_files, "lamp-2n", "time", tmp_path / "made")
-    short = (
-        "split.target_users=2 compute.dtype=fp32 split.min_history=1 population.epochs=1 groups.epochs=1 users.epochs=1"
-    )
-    short += " groups.epochs=1 users.epochs=1 users.tiers.select=false evaluation.seeds=[0] evaluation.resamples=100 evaluation.methods=[base]"
+    short = "compute.dtype=fp32 split.target_users=2 split.min_history=1 population.epochs=1 groups.epochs=1"
+    short += " users.epochs=1 users.tiers.select=false evaluation.seeds=[0] evaluation.resamples=100"
+    short += " evaluation.methods=[base]"
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, rest in (("python", ""), ("proper", " -m proper")):

@@ -43,14 +43,13 @@ def write_lamp_predictions(
 
 def official_scores(predictions: Sequence[Prediction], task: TaskInfo) -> dict[str, float]:
     """Return the task's metrics by the names and, for ROUGE, with the bootstrap of the official script (seed 0)."""
-    found = {}
-    for metric in TASK_METRICS[task.kind]:
-        generated = task.kind == "generation"
-        value = (
-            rouge_official(item_values(metric, predictions, task), 0) if generated else score(metric, predictions, task)
-        )
-        found[_OFFICIAL_NAMES[metric]] = value
-    return found
+
+    def value(metric: str) -> float:
+        if task.kind == "generation":
+            return rouge_official(item_values(metric, predictions, task), seed=0)
+        return score(metric, predictions, task)
+
+    return {_OFFICIAL_NAMES[metric]: value(metric) for metric in TASK_METRICS[task.kind]}
 
 
 def _write(path: Path, task: str, ids: Sequence[str], texts: Sequence[str]) -> None:
