@@ -24,7 +24,7 @@ ManyUsers = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
 app = typer.Typer(
-    help="Look after the users of a run: their adapters.",
+    help="Look after the users of a run.",
     rich_markup_mode=None,
     epilog="\b\nExamples:\n  proper users list runs/notes\n  proper users check runs/notes --repair",
 )
