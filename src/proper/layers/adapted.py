@@ -60,7 +60,7 @@ class AdaptedLinear(nn.Module):
             return None, y
         if rows.generators is not None and self.user_dropout > 0:
             x = x * dropout_mask(x, self.user_dropout, rows)
-        return self.bank.lora(self.name, x, rows.slots, onto=y)
+        return self.bank.lora(self.name, x, rows.slots, onto=y, complete=rows.complete)
 
     def _mixture(
         self, x: Float[Tensor, "B T I"], y: Float[Tensor, "B T O"], middle: Tensor | None, rows: Rows

@@ -150,14 +150,18 @@ class AdapterBank:
         x: Float[Tensor, "B T I"],
         slots: Int[Tensor, "B"],
         onto: Float[Tensor, "B T O"] | None = None,
+        *,
+        complete: bool = False,
     ) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B T O"]]:
         """Return A_u x and h_u = s_u B_u A_u x for each row's user; zeros for rows with slot -1.
 
-        With `onto`, the second is `onto` + h_u, made in one pass over it.
+        With `onto`, the second is `onto` + h_u, made in one pass over it. `complete` promises that no slot is -1.
         """
         down, up = self.down[module], self.up[module]
         places = (self._gradient.get(down), self._gradient.get(up)) if down.requires_grad else None
-        found: tuple[Tensor, Tensor] = _Lora.apply(x, onto, down, up, slots, self.scale, places)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, Tensor] = _Lora.apply(  # type: ignore[no-untyped-call]
+            x, onto, down, up, slots, None if complete else (slots < 0).view(-1, 1, 1), self.scale, places
+        )
         return found
 
 
@@ -176,13 +180,15 @@ class _Lora(torch.autograd.Function):
         down: Tensor,
         up: Tensor,
         slots: Tensor,
+        absent: Tensor | None,
         scale: float,
         places: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        absent = (slots < 0).view(-1, 1, 1)
-        index = slots.clamp(min=0)
-        own_down = _rows(down, index, x.dtype).masked_fill_(absent, 0)
-        own_up = _rows(up, index, x.dtype).masked_fill_(absent, 0)
+        index = slots if absent is None else slots.clamp(min=0)
+        own_down, own_up = _rows(down, index, x.dtype), _rows(up, index, x.dtype)
+        if absent is not None:
+            own_down.masked_fill_(absent, 0)
+            own_up.masked_fill_(absent, 0)
         middle = torch.bmm(x, own_down.mT)
         scaled = middle * scale
         if onto is None:
@@ -190,21 +196,21 @@ class _Lora(torch.autograd.Function):
         else:
             out = torch.baddbmm(onto.to(x.dtype), scaled, own_up.mT).to(onto.dtype)
         ctx.scale, ctx.places, ctx.has_onto = scale, places, onto is not None
-        ctx.save_for_backward(own_down, own_up, slots, *((x, scaled) if places is not None else ()))
+        ctx.save_for_backward(own_down, own_up, index, absent, *((x, scaled) if places is not None else ()))
         return middle, out
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        own_down, own_up, slots, *kept = ctx.saved_tensors
+        own_down, own_up, index, absent, *kept = ctx.saved_tensors
         by_middle, by_out = upstream[0], upstream[1].to(own_down.dtype)
         by_middle = by_middle + torch.bmm(by_out, own_up) * ctx.scale
         if ctx.places is not None:
             x, scaled = kept
-            _collect(ctx.places[0], slots, torch.bmm(by_middle.mT, x))
+            _collect(ctx.places[0], index, absent, torch.bmm(by_middle.mT, x))
             # One product with the long axis last is a third faster than its transpose.
-            _collect(ctx.places[1], slots, torch.bmm(scaled.mT, by_out).mT)
+            _collect(ctx.places[1], index, absent, torch.bmm(scaled.mT, by_out).mT)
         by_x = torch.bmm(by_middle, own_down) if ctx.needs_input_grad[0] else None
-        return by_x, upstream[1] if ctx.has_onto else None, None, None, None, None, None
+        return by_x, upstream[1] if ctx.has_onto else None, None, None, None, None, None, None
 
 
 def _rows(view: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -214,10 +220,12 @@ def _rows(view: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     return view.index_select(0, index).to(dtype)
 
 
-def _collect(place: Tensor, slots: Tensor, gradient: Tensor) -> None:
+def _collect(place: Tensor, index: Tensor, absent: Tensor | None, gradient: Tensor) -> None:
     """Add each row's gradient to its slot; rows without one have none, whatever their numbers."""
-    gradient = gradient.to(place.dtype).masked_fill((slots < 0).view(-1, 1, 1), 0)
-    place.index_put_((slots.clamp(min=0),), gradient, accumulate=True)
+    gradient = gradient.to(place.dtype)
+    if absent is not None:
+        gradient = gradient.masked_fill(absent, 0)
+    place.index_put_((index,), gradient, accumulate=True)
 
 
 class _Take(torch.autograd.Function):

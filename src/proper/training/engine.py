@@ -238,7 +238,7 @@ class Engine:
         seats = [self.sitting(slot) for slot, _, _ in micro]
         embedding = torch.stack([job.embedding for job, _ in seats]).to(self.model.device)
         slots = torch.tensor([slot for slot, _, _ in micro], device=self.model.device)
-        rows = Rows(mode, embedding=embedding, slots=slots)
+        rows = Rows(mode, embedding=embedding, slots=slots, complete=True)
         if training and self.config.dropout > 0:
             keys = [(job.user, state.step, at) for (job, state), (_, at, _) in zip(seats, micro, strict=True)]
             drawn = tuple(torch.Generator().manual_seed(seed_of(self.seed, "dropout", *key)) for key in keys)
@@ -257,6 +257,8 @@ class Engine:
 
     def _tensors(self) -> dict[str, Tensor]:
         rows = {f"pending/{at}": outcome.row for at, outcome in enumerate(self.pending) if outcome.row is not None}
+        if not any(self.seats):
+            return rows
         return {"values": self.bank.values, "best": self.best, **self.optimizer.tensors(), **rows}
 
     def _facts(self) -> dict[str, Any]:
@@ -272,9 +274,10 @@ class Engine:
         if held is None:
             return
         tensors, facts = held
-        self.bank.values.copy_(tensors["values"])
-        self.best.copy_(tensors["best"])
-        self.optimizer.restore(tensors)
+        if any(facts["seats"]):
+            self.bank.values.copy_(tensors["values"])
+            self.best.copy_(tensors["best"])
+            self.optimizer.restore(tensors)
         self.taken, self.steps = facts["taken"], facts["steps"]
         for slot, seat in enumerate(facts["seats"]):
             self.seats[slot] = None if seat is None else (jobs[seat["index"]], Progress(**seat))
