@@ -56,7 +56,7 @@ def fit(
     found: Results = {} if results is None else results
     steps = []
 
-    def done(outcomes: Sequence[Outcome]) -> None:
+    def done(outcomes: Sequence[Outcome], again: bool) -> None:
         for outcome in outcomes:
             if outcome.row is not None:
                 found[outcome.user] = (copy.deepcopy(outcome.state), outcome.row.clone())

@@ -28,7 +28,7 @@ def fit(model: ProperModel, jobs: Sequence[Job], folder: Path, slots: int) -> tu
     rows: dict[str, Tensor] = {}
     reasons: dict[str, str] = {}
 
-    def done(outcomes: Sequence[Outcome]) -> None:
+    def done(outcomes: Sequence[Outcome], again: bool) -> None:
         for outcome in outcomes:
             if outcome.row is not None:
                 rows[outcome.user] = outcome.row

@@ -5,9 +5,9 @@
     mixed     this package's engine
     ceiling   one LoRA of the same shape for everybody, a plain loop over the very batches of `mixed`
 
-All sides train the same items in bf16, batch 4, 2 epochs, and include each user's set-up. The first two go one user after
-another, so a part of the users is enough to know their rate. Each side has a second form beside frozen experts, but for
-OPPU, which has none. The floor is what the products alone would take at the speed of the largest of them.
+All sides train the same items in bf16, batch 4, 2 epochs, and include each user's set-up. The first two go one user
+after another, so a part of the users is enough to know their rate. Each side has a second form beside frozen experts,
+but for OPPU, which has none. The floor is what the products alone would take at the speed of the largest of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from proper.data.batching import Encoded, Encoder, collate
 from proper.errors import ProperError
 from proper.layers.routing import Mode, Rows
 from proper.models.backbone import pick_device
-from proper.models.personal import ProperModel, answer_loss
+from proper.models.personal import answer_loss
 from proper.training.checkpoint import Checkpoint
 from proper.training.engine import Engine
 from proper.training.jobs import Job, Outcome
@@ -168,7 +168,7 @@ class _Bench:
     def _run(self, engine: Engine, jobs: Sequence[Job]) -> None:
         kept: list[Tensor] = []
 
-        def done(outcomes: Sequence[Outcome]) -> None:
+        def done(outcomes: Sequence[Outcome], again: bool) -> None:
             kept.extend(outcome.row.to(DTYPE) for outcome in outcomes if outcome.row is not None)
 
         with tempfile.TemporaryDirectory(prefix="proper-bench-") as folder:

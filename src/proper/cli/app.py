@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import proper
-from proper.cli import check, demo, evaluate, generate, report, run
+from proper.cli import bench, check, demo, evaluate, generate, report, run
 from proper.console import quiet_libraries, say
 from proper.errors import ProperError
 
@@ -25,6 +25,8 @@ app = typer.Typer(name="proper", add_completion=False, rich_markup_mode=None, pr
 
 for command in (demo, check, run, evaluate, report, generate):
     app.command(command.__name__.rpartition(".")[2], epilog=f"\b\nExamples:\n{command.EXAMPLES}")(command.command)
+
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

@@ -56,13 +56,10 @@ class Engine:
         model.use_bank(self.bank, dropout=config.dropout)
 
     def run(self, jobs: Jobs, done: Done, checkpoint: Checkpoint, log: Log, title: str) -> None:
-        """Fit all jobs, going on from the checkpoint.
-
-        `done` gets several outcomes at a time. A kill just after it may have it called with the same once more.
-        """
+        """Fit all jobs, going on from the checkpoint; `done` gets several outcomes at a time."""
         self._resume(jobs, checkpoint)
         if self.pending:
-            self._hand_over(done)
+            self._hand_over(done, again=True)
         started, limit = time.perf_counter(), pending_rows(self.bank)
         with progress(title, len(jobs)) as advance:
             advance(self._finished())
@@ -86,8 +83,8 @@ class Engine:
     def _finished(self) -> int:
         return self.taken - sum(seat is not None for seat in self.seats)
 
-    def _hand_over(self, done: Done) -> None:
-        done(self.pending)
+    def _hand_over(self, done: Done, again: bool = False) -> None:
+        done(self.pending, again)
         self.pending = []
 
     def _seat(self, jobs: Jobs) -> bool:

@@ -78,7 +78,8 @@ class Jobs(Protocol):
     def __getitem__(self, index: int, /) -> Job: ...  # noqa: D105
 
 
-Done = Callable[[Sequence[Outcome]], None]
+Done = Callable[[Sequence[Outcome], bool], None]
+"""Takes outcomes, and whether a kill may have come after they were handed over before."""
 
 
 def refusal(job: Job, longest: int | None) -> str | None:

@@ -4,9 +4,9 @@
 
 S slots of P numbers each: values, gradients, two moments and the best values so far, in fp32; and for each of a user's
 `batch_size` rows a copy in the compute type (c bytes a number) that the backward pass needs. M tokens run through the
-model at once. `per_token` counts what the backward pass of a block needs, in the compute type: about 20 vectors of the
-hidden size and 8 of the inner size, and the attention's probabilities, three times over T tokens per head, one of them
-in fp32; and three rows of logits in fp32 for the share of tokens that are answers. `pending` are adapters that are done
+model at once. `per_token` counts what the backward pass of a block needs: in the compute type, about 10 vectors of the
+hidden size and 5 of the inner size, and for each head the probabilities of T tokens, once more in fp32; and three rows
+of logits in fp32 for the share of tokens that are answers, taken as a quarter. `pending` are adapters that are done
 and wait for the next checkpoint. tests/training/test_memory.py holds the formula against what torch allocates.
 
 Knows nothing about users. Memory is the device's own, not what is free right now: the same machine gives the same S.
@@ -72,7 +72,7 @@ def token_bytes(config: Any, compute: int, longest: int) -> int:
     """Return what one token needs until its backward pass; `config` is the text model's."""
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    block = compute * (20 * hidden + 8 * inner) + heads * longest * (2 * compute + 4)
+    block = compute * (10 * hidden + 5 * inner) + heads * longest * (compute + 4)
     return int(config.num_hidden_layers) * block + 3 * 4 * int(config.vocab_size) // 4
 
 

@@ -211,12 +211,19 @@ def _fit(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str, facts: 
         told = {"items": outcome.items, "passes": state.best, "held_losses": state.losses, "loss": state.trained}
         return UserRecord(user, "users", outcome.embedding, adapter, {**told, **facts(user)})
 
-    def done(outcomes: Sequence[Outcome]) -> None:
-        store.put(record(outcome) for outcome in outcomes)
+    def done(outcomes: Sequence[Outcome], again: bool) -> None:
+        records = (record(outcome) for outcome in outcomes)
+        store.put(new for new in records if not (again and _is_held(store, new)))
 
     engine.run(jobs, done, checkpoint, stage.log, f"users: {phase}")
     write_json(marker, {"users": len(jobs)})
     checkpoint.remove()
+
+
+def _is_held(store: AdapterStore, record: UserRecord) -> bool:
+    """Say whether the store has this very record, from before a kill."""
+    held = store.get(record.user)
+    return held is not None and (held.tier, held.facts) == (record.tier, record.facts)
 
 
 def _refused(user: str, embedding: Tensor, reason: str | None, facts: Mapping[str, Any]) -> UserRecord:
