@@ -116,8 +116,10 @@ def _stage(
     model.add_experts(config, seed=0)
     if looped:
         for layer in model.layers.values():
-            options = {"experts": config.experts, "rank": config.rank, "alpha": config.alpha}
-            layer.experts = LoopedExperts(layer.inputs, layer.outputs, **options).to(device)
+            looped_experts = LoopedExperts(
+                layer.inputs, layer.outputs, experts=config.experts, rank=config.rank, alpha=config.alpha
+            )
+            layer.experts = looped_experts.to(device)
     stage = GroupsStage(model, config, users, 0, Accelerator(cpu=device.type == "cpu", mixed_precision="no"))
     parameters = list(stage.parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=RATE)

@@ -51,8 +51,8 @@ def train_one_by_one(
             trainer.remove_callback(PrinterCallback)
             trainer.train()
             found.append({n: p.detach().clone() for n, p in wrapped.named_parameters() if p.requires_grad})
-            wrapped.unload()  # type: ignore[operator]
-            model.requires_grad_(False).eval()
+            wrapped.unload()
+            model.requires_grad_(False).train(False)
     return found
 
 

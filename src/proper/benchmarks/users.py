@@ -224,7 +224,7 @@ def _floor(bench: _Bench, hourly: float) -> dict[str, float]:
     """
     model = bench.bare.model
     weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in f".{name}")
-    head = model.get_output_embeddings().weight.numel()
+    head = model.config.get_text_config().vocab_size * bench.bare.hidden_size
     rows = [row for step in bench.stream for piece in step for _, _, row in piece]
     answers = sum(len(row.ids) - row.start for row in rows)
     adapter = bench.model.layout(bench.config.rank).width
