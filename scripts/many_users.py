@@ -31,8 +31,8 @@ ITEMS = (7, 15)
 """Interactions of a person: 5 to 12 of them are history."""
 
 TRAINING: dict[str, dict[str, Any]] = {
-    "population": {"epochs": 1, "max_tokens": 60_000},
-    "groups": {"epochs": 1, "batch_size": 48, "max_tokens": 100_000},
+    "population": {"epochs": 1, "max_tokens": 20_000},
+    "groups": {"epochs": 1, "batch_size": 48, "max_tokens": 40_000},
     "users": {"epochs": 2},
 }
 
