@@ -22,7 +22,7 @@ COMMANDS = ["demo", "check", "run", "evaluate", "report", "generate", "export-ba
 GROUPS = {
     "users": ["list", "show", "rollback", "delete", "check", "export", "import"],
     "data": ["fetch"],
-    "bench": ["store"],
+    "bench": ["users", "groups", "store"],
 }
 EVERY = [[name] for name in COMMANDS] + [[group, name] for group, names in GROUPS.items() for name in names]
 Output = pytest.CaptureFixture[str]

@@ -18,7 +18,7 @@ from proper.data.dataset import Dataset, Sample, prepare
 from proper.models.backbone import Backbone, digest, load_tokenizer
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint
-from proper.training.engine import Job
+from proper.training.jobs import Job
 from proper.training.loop import Plan
 
 HISTORIES = {"ann": 13, "bob": 9, "çem": 6, "dan/../x": 4, "eve": 8, "fay": 5}

@@ -18,7 +18,7 @@ from proper.layers.routing import Rows
 from proper.models.personal import ProperModel, answer_loss
 from proper.training import router as router_module
 from proper.training.checkpoint import Checkpoint
-from proper.training.engine import Job
+from proper.training.jobs import Job
 from proper.training.router import RouterPlan, train_router
 
 Build = Callable[..., ProperModel]

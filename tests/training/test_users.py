@@ -20,7 +20,7 @@ from proper.layers.bank import AdapterBank
 from proper.layers.routing import Mode, Rows
 from proper.models.personal import ProperModel, answer_loss
 from proper.models.tensors import load_tensors
-from proper.training.users import UserStage, held_out, train_users
+from proper.training.users import UserStage, _Jobs, held_out, train_users
 
 Build = Callable[..., ProperModel]
 Everything = tuple[dict[str, UserRecord], dict[str, Tensor]]
@@ -47,21 +47,23 @@ class Log:
 def run(grouped: Build, dataset: Dataset, encoder: Encoder, tmp_path: Path) -> Iterator[Callable[..., Everything]]:
     stores: list[AdapterStore] = []
 
-    def fit(name: str, log: Callable[[dict[str, Any]], None], **users: Any) -> Everything:
+    def fit(name: str, log: Callable[[dict[str, Any]], None], spoil: int | None = None, **users: Any) -> Everything:
         config = UsersConfig.model_validate({"slots": 2, "epochs": 3, "learning_rate": 5e-3} | users)
         model = grouped()
         model.add_lora_router(config)
         targets = [user.id for user in dataset.users("target")]
         store = AdapterStore(tmp_path / name / "users")
         stores.append(store)
-        generator = torch.Generator().manual_seed(4)
+        embeddings = 0.5 * torch.randn(len(targets), 16, generator=torch.Generator().manual_seed(4))
+        if spoil is not None:
+            embeddings[spoil] = float("nan")
         stage = UserStage(
             model=model,
             config=config,
             dataset=dataset,
             encoder=encoder,
             users=targets,
-            embeddings=0.5 * torch.randn(len(targets), 16, generator=generator),
+            embeddings=embeddings,
             store=store,
             folder=tmp_path / name / "work",
             seed=0,
@@ -135,6 +137,45 @@ def test_without_selection_everybody_gets_an_adapter(run: Callable[..., Everythi
     records, router = run("all", log, tiers={"select": False}, router="none")
     assert {record.tier for record in records.values()} == {"users"} and router == {}
     assert {facts["phase"] for facts in log.steps} == {"users: final"}
+
+
+@pytest.mark.parametrize("select", [True, False])
+def test_a_bad_user_stays_on_the_group_tier_and_harms_nobody(
+    run: Callable[..., Everything], dataset: Dataset, capsys: pytest.CaptureFixture[str], select: bool
+) -> None:
+    bad = [user.id for user in dataset.users("target")][1]
+    tiers = {"select": select, "pool_below": 100}
+    records, router = run("spoiled", Log(), spoil=1, tiers=tiers)
+    assert records[bad].tier == "groups" and records[bad].adapter is None
+    assert "not finite" in records[bad].facts["reason"] and not records[bad].facts["up"]
+    assert sum(f"{bad!r}: quarantined" in line for line in capsys.readouterr().err.splitlines()) == 1
+    assert all(weight.isfinite().all() for weight in router.values())
+    whole, _ = run("whole", Log(), tiers=tiers)
+    for user, record in records.items():
+        if user != bad and not select:
+            assert record.tier == "users" and record.adapter is not None
+            other = whole[user].adapter
+            assert other is not None
+            for name, tensor in record.adapter.items():
+                assert float((tensor.float() - other[name].float()).norm()) <= 2e-2 * float(other[name].float().norm())
+        if select and user != bad:
+            assert "users with similar histories" in record.facts["reason"], "their neighbours' gains are finite"
+
+
+def test_rows_are_counted_without_reading_them(
+    grouped: Build, dataset: Dataset, encoder: Encoder, tmp_path: Path
+) -> None:
+    users = [user.id for user in dataset.users("target")]
+    store = AdapterStore(tmp_path / "store")
+    config = UsersConfig(max_items=5)
+    stage = UserStage(
+        grouped(), config, dataset, encoder, users, torch.zeros(4, 16), store, tmp_path, 0, 1.0, lambda facts: None
+    )
+    for passes in (None, dict.fromkeys(users, 2)):
+        jobs = _Jobs(stage, range(4), passes)
+        assert jobs.rows() == sum(len(jobs[at].items) for at in range(4))
+    assert stage.slots == 4, "as many as there are users, where memory allows more"
+    store.close()
 
 
 def test_tiers_follow_from_losses_on_held_out_items_as_served(

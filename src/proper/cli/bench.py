@@ -14,12 +14,13 @@ from proper.files import write_json
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write setting and figures here, not to stdout.")
 ]
+Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or auto.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A smaller setting, for a first look.")]
 
 app = typer.Typer(
     help="Measure speed and memory on this machine.",
     rich_markup_mode=None,
-    epilog="\b\nExamples:\n  proper bench store --quick\n  proper bench store --json store.json",
+    epilog="\b\nExamples:\n  proper bench users --quick\n  proper bench store --json store.json",
 )
 
 
@@ -29,11 +30,35 @@ def examples(*lines: str) -> str:
 
 
 def publish(result: dict[str, Any], path: Path | None) -> None:
-    """Write what a benchmark found to a file, or print it."""
+    """Print what a benchmark found; with a file, all goes there and the figures alone are printed."""
     if path is None:
         typer.echo(json.dumps(result, indent=2))
-    else:
-        write_json(path, result)
+        return
+    write_json(path, result)
+    for name, value in result["figures"].items():
+        typer.echo(f"{name:32} {value}")
+
+
+@app.command(epilog=examples("users", "users --quick --json users.json"))
+def users(json_file: JsonFile = None, quick: Quick = False, device: Device = "auto") -> None:
+    """Time how many users an hour get an adapter.
+
+    Beside it: a Trainer per user, one slot, and one LoRA for everybody on the same batches.
+    """
+    from proper.benchmarks.users import QUICK, Size, run
+
+    publish(run(QUICK if quick else Size(), device, say), json_file)
+
+
+@app.command(epilog=examples("groups", "groups --quick --json groups.json"))
+def groups(json_file: JsonFile = None, quick: Quick = False, device: Device = "auto") -> None:
+    """Time a step of stage 2.
+
+    Fused experts beside a loop over experts and beside one LoRA of as many numbers.
+    """
+    from proper.benchmarks.groups import QUICK, Size, run
+
+    publish(run(QUICK if quick else Size(), device, say), json_file)
 
 
 @app.command(epilog=examples("store --quick", "store --json store.json", "store --folder /mnt/disk"))

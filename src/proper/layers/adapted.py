@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from proper.layers.bank import AdapterBank
 from proper.layers.mixture import Experts
-from proper.layers.routers import LoraAwareRouter, UserAwareRouter
+from proper.layers.routers import LoraAwareRouter, UserAwareRouter, at_least_fp32
 from proper.layers.routing import Routing, Rows
 
 
@@ -48,23 +48,26 @@ class AdaptedLinear(nn.Module):
         if rows.mode == "off":
             return y
         shaped = x if x.dim() == 3 else x.reshape(rows.size, -1, self.inputs)
-        middle, own = self._user(shaped, rows)
-        delta = self._mixture(shaped, middle, rows)
-        if own is not None:
-            delta = own if delta is None else delta + own
-        return y if delta is None else y + delta.reshape(y.shape)
+        total = y.reshape(*shaped.shape[:2], self.outputs)
+        middle, total = self._user(shaped, total, rows)
+        return self._mixture(shaped, total, middle, rows).reshape(y.shape)
 
-    def _user(self, x: Float[Tensor, "B T I"], rows: Rows) -> tuple[Tensor | None, Tensor | None]:
+    def _user(
+        self, x: Float[Tensor, "B T I"], y: Float[Tensor, "B T O"], rows: Rows
+    ) -> tuple[Tensor | None, Float[Tensor, "B T O"]]:
+        """Return A_u x, None where no row has an adapter, and y + h_u."""
         if rows.mode == "groups" or rows.slots is None or self.bank is None:
-            return None, None
+            return None, y
         if rows.generators is not None and self.user_dropout > 0:
             x = x * dropout_mask(x, self.user_dropout, rows)
-        middle, own = self.bank.lora(self.name, x, rows.slots)
-        return middle, own
+        return self.bank.lora(self.name, x, rows.slots, onto=y, complete=rows.complete)
 
-    def _mixture(self, x: Float[Tensor, "B T I"], middle: Tensor | None, rows: Rows) -> Tensor | None:
+    def _mixture(
+        self, x: Float[Tensor, "B T I"], y: Float[Tensor, "B T O"], middle: Tensor | None, rows: Rows
+    ) -> Float[Tensor, "B T O"]:
+        """Return y plus the experts' gated sum."""
         if self.experts is None or self.router is None:
-            return None
+            return y
         if rows.embedding is None:
             raise RuntimeError("a mixture needs the user embedding of every row")
         scores = self.router.scores(x, rows.embedding)
@@ -72,7 +75,7 @@ class AdaptedLinear(nn.Module):
             scores = self._own_scores(scores, middle, rows)
         gates = scores.softmax(-1)
         self.routing.record(self.name, gates)
-        mixed: Tensor = self.experts(x, gates * self.router.factor)
+        mixed: Tensor = self.experts(x, gates * self.router.factor, onto=y)
         return mixed
 
     def _own_scores(self, scores: Tensor, middle: Float[Tensor, "B T R"], rows: Rows) -> Float[Tensor, "B T E"]:
@@ -80,7 +83,7 @@ class AdaptedLinear(nn.Module):
         assert self.bank is not None and self.lora_router is not None and rows.slots is not None
         index = rows.slots.clamp(min=0)
         matrices = self.lora_router.matrices(self.bank.take(self.bank.up[self.name], index), self.bank.scale)
-        own = torch.bmm(middle.float(), matrices.transpose(1, 2))
+        own = torch.bmm(at_least_fp32(middle), matrices.transpose(1, 2))
         if self.residual:
             return scores + own
         return torch.where((rows.slots >= 0)[:, None, None], own, scores)

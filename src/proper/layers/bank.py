@@ -97,7 +97,7 @@ class AdapterBank:
         values: all slots' parameters (S, P).
         gradients: all slots' gradients (S, P), or None for a bank that is only read.
         down, up: per module, the A (S, R, I) and B (S, O, R) of all slots, views of `values`. They have no `.grad`:
-            what passes through `take` adds its gradient to `gradients`.
+            what passes through `lora` or `take` adds its gradient to `gradients`.
     """
 
     def __init__(
@@ -145,23 +145,91 @@ class AdapterBank:
         return taken
 
     def lora(
-        self, module: str, x: Float[Tensor, "B T I"], slots: Int[Tensor, "B"]
+        self,
+        module: str,
+        x: Float[Tensor, "B T I"],
+        slots: Int[Tensor, "B"],
+        onto: Float[Tensor, "B T O"] | None = None,
+        *,
+        complete: bool = False,
     ) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B T O"]]:
-        """Return A_u x and h_u = s_u B_u A_u x for each row's user; zeros for rows with slot -1."""
-        present = (slots >= 0).to(x.dtype)[:, None, None]
-        index = slots.clamp(min=0)
-        down = self.take(self.down[module], index).to(x.dtype)
-        up = self.take(self.up[module], index).to(x.dtype)
-        middle = torch.bmm(x, down.transpose(1, 2)) * present
-        return middle, torch.bmm(middle, up.transpose(1, 2)) * self.scale
+        """Return A_u x and h_u = s_u B_u A_u x for each row's user; zeros for rows with slot -1.
+
+        With `onto`, the second is `onto` + h_u, made in one pass over it. `complete` promises that no slot is -1.
+        """
+        down, up = self.down[module], self.up[module]
+        places = (self._gradient.get(down), self._gradient.get(up)) if down.requires_grad else None
+        found: tuple[Tensor, Tensor] = _Lora.apply(  # type: ignore[no-untyped-call]
+            x, onto, down, up, slots, None if complete else (slots < 0).view(-1, 1, 1), self.scale, places
+        )
+        return found
+
+
+class _Lora(torch.autograd.Function):
+    """Every row's own LoRA, whose gradients go straight to their places in the bank's buffer.
+
+    As parameters' `.grad` the places would do too, but autograd first builds the gradient of all slots, row by row, and
+    keeps copies that one formula does without.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        onto: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        slots: Tensor,
+        absent: Tensor | None,
+        scale: float,
+        places: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        index = slots if absent is None else slots.clamp(min=0)
+        own_down, own_up = _rows(down, index, x.dtype), _rows(up, index, x.dtype)
+        if absent is not None:
+            own_down.masked_fill_(absent, 0)
+            own_up.masked_fill_(absent, 0)
+        middle = torch.bmm(x, own_down.mT)
+        scaled = middle * scale
+        if onto is None:
+            out = torch.bmm(scaled, own_up.mT)
+        else:
+            out = torch.baddbmm(onto.to(x.dtype), scaled, own_up.mT).to(onto.dtype)
+        ctx.scale, ctx.places, ctx.has_onto = scale, places, onto is not None
+        ctx.save_for_backward(own_down, own_up, index, absent, *((x, scaled) if places is not None else ()))
+        return middle, out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        own_down, own_up, index, absent, *kept = ctx.saved_tensors
+        by_middle, by_out = upstream[0], upstream[1].to(own_down.dtype)
+        by_middle = by_middle + torch.bmm(by_out, own_up) * ctx.scale
+        if ctx.places is not None:
+            x, scaled = kept
+            _collect(ctx.places[0], index, absent, torch.bmm(by_middle.mT, x))
+            # One product with the long axis last is a third faster than its transpose.
+            _collect(ctx.places[1], index, absent, torch.bmm(scaled.mT, by_out).mT)
+        by_x = torch.bmm(by_middle, own_down) if ctx.needs_input_grad[0] else None
+        return by_x, upstream[1] if ctx.has_onto else None, None, None, None, None, None, None
+
+
+def _rows(view: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """`view[index]` in `dtype`, a copy: cast whichever is smaller."""
+    if view.shape[0] <= index.shape[0]:
+        return view.to(dtype).index_select(0, index)
+    return view.index_select(0, index).to(dtype)
+
+
+def _collect(place: Tensor, index: Tensor, absent: Tensor | None, gradient: Tensor) -> None:
+    """Add each row's gradient to its slot; rows without one have none, whatever their numbers."""
+    gradient = gradient.to(place.dtype)
+    if absent is not None:
+        gradient = gradient.masked_fill(absent, 0)
+    place.index_put_((index,), gradient, accumulate=True)
 
 
 class _Take(torch.autograd.Function):
-    """`view[slots]`, whose gradient goes straight to its place in the bank's buffer.
-
-    As a parameter's `.grad` the place would do too, but autograd first builds the gradient of all slots, and warns that
-    views of a wider row are slow.
-    """
+    """`view[slots]`, whose gradient goes straight to its place in the bank's buffer."""
 
     @staticmethod
     def forward(ctx: Any, view: Tensor, gradient: Tensor, slots: Tensor) -> Tensor:
@@ -172,7 +240,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None, None]:
         (slots,) = ctx.saved_tensors
-        ctx.gradient.index_put_((slots,), upstream[0], accumulate=True)
+        ctx.gradient.index_put_((slots,), upstream[0].to(ctx.gradient.dtype), accumulate=True)
         return None, None, None
 
 

@@ -34,12 +34,18 @@ class Experts(nn.Module):
         bound = 1 / math.sqrt(inputs)
         nn.init.uniform_(self.down, -bound, bound)
 
-    def forward(self, x: Float[Tensor, "B T I"], gates: Float[Tensor, "B T E"]) -> Float[Tensor, "B T O"]:
-        """Return the gated sum of the experts' outputs."""
+    def forward(
+        self, x: Float[Tensor, "B T I"], gates: Float[Tensor, "B T E"], onto: Float[Tensor, "B T O"] | None = None
+    ) -> Float[Tensor, "B T O"]:
+        """Return the gated sum of the experts' outputs, added to `onto` (in one pass over it) where that is given."""
         dropped = dropout(x, self.dropout) if self.training and self.dropout > 0 else x
         middle = functional.linear(dropped, self.down.to(x.dtype))
         weights = (gates * self.scale).to(x.dtype).repeat_interleave(self.rank, dim=-1)
-        return functional.linear(middle * weights, self.up.to(x.dtype))
+        up = self.up.to(x.dtype)
+        if onto is None:
+            return functional.linear(middle * weights, up)
+        flat = torch.addmm(onto.to(x.dtype).flatten(0, 1), (middle * weights).flatten(0, 1), up.t())
+        return flat.view(onto.shape).to(onto.dtype)
 
 
 def dropout(x: Float[Tensor, "B T I"], rate: float) -> Float[Tensor, "B T I"]:

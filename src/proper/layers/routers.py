@@ -1,6 +1,6 @@
 """The two routers: which experts a token of a user gets.
 
-Each returns scores in fp32; the gates are their softmax. Knows nothing about the experts.
+Each returns scores in fp32 (fp64 for fp64); the gates are their softmax. Knows nothing about the experts.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class UserAwareRouter(nn.Module):
 
     def scores(self, x: Float[Tensor, "B T I"], embedding: Float[Tensor, "B D"]) -> Float[Tensor, "B T E"]:
         """Return the scores whose softmax are the gates, fp32."""
-        by_token = functional.linear(x, self.token.to(x.dtype)).float()
-        by_user = functional.linear(embedding[:, self.span].float(), self.user).unsqueeze(1)
+        by_token = at_least_fp32(functional.linear(x, self.token.to(x.dtype)))
+        by_user = functional.linear(embedding[:, self.span].to(self.user.dtype), self.user).unsqueeze(1)
         if self.form == "released":
             return by_token.softmax(-1) + by_user.softmax(-1)
         return by_token + by_user
@@ -63,7 +63,12 @@ class LoraAwareRouter(nn.Module):
 
     def matrices(self, up: Float[Tensor, "S O R"], scale: float) -> Float[Tensor, "S E R"]:
         """Return M_u for every slot, fp32."""
-        return scale * torch.einsum("eo,sor->ser", self.weight, up.float())
+        return scale * torch.einsum("eo,sor->ser", self.weight, up.to(self.weight.dtype))
+
+
+def at_least_fp32(x: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    """Return `x` in fp32, or in fp64 where it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _uniform(rows: int, columns: int) -> Tensor:

@@ -27,6 +27,7 @@ class Rows:
         mode: which of the stages' layers take part.
         embedding: e_u of each row's user (B, D); None where no mixture is used.
         slots: each row's slot in the adapter bank (B,); -1 for a row without an adapter. None: no row has one.
+        complete: every row has a slot; this spares the layers masks.
         users: which distinct user each row belongs to, counted from 0 within the batch (B,); only for recording.
         mask: the tokens (B, T) over which gates are averaged; None switches recording off.
         generators: one per row, from which dropout of user adapters is drawn; None switches that dropout off.
@@ -35,6 +36,7 @@ class Rows:
     mode: Mode = "off"
     embedding: Float[Tensor, "B D"] | None = None
     slots: Int[Tensor, "B"] | None = None
+    complete: bool = False
     users: Int[Tensor, "B"] | None = None
     mask: Bool[Tensor, "B T"] | None = None
     generators: tuple[torch.Generator, ...] | None = None

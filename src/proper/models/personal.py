@@ -18,7 +18,7 @@ from proper.data.batching import Batch
 from proper.layers.adapted import AdaptedLinear
 from proper.layers.bank import AdapterBank, Layout
 from proper.layers.mixture import Experts
-from proper.layers.routers import LoraAwareRouter, UserAwareRouter
+from proper.layers.routers import LoraAwareRouter, UserAwareRouter, at_least_fp32
 from proper.layers.routing import Routing, Rows
 from proper.models.backbone import Backbone
 from proper.models.targets import find_targets
@@ -149,9 +149,9 @@ def answer_loss(
 ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
     """Return each row's summed answer loss in nats (fp32) and its number of answer tokens."""
     losses = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+        at_least_fp32(logits).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
     ).view(labels.shape)
-    return losses.sum(1), (labels != -100).sum(1).float()
+    return losses.sum(1), (labels != -100).sum(1).to(losses.dtype)
 
 
 @contextmanager

@@ -37,3 +37,17 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ProperError(f"{path}: damaged or unreadable: {error}") from error
+
+
+def load_facts(path: Path) -> dict[str, Any]:
+    """Read only the facts of what `save_tensors` wrote.
+
+    Raises:
+        ProperError: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts: dict[str, Any] = json.loads((file.metadata() or {}).get("facts", "{}"))
+            return facts
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ProperError(f"{path}: damaged or unreadable: {error}") from error

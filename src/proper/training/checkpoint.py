@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proper.models.tensors import load_tensors, save_tensors
+from proper.models.tensors import load_facts, load_tensors, save_tensors
 
 
 def seed_of(*parts: Any) -> int:
@@ -28,24 +28,31 @@ def seed_of(*parts: Any) -> int:
 
 @dataclass
 class Checkpoint:
-    """One stage's checkpoint file, written at most every `seconds`."""
+    """One stage's checkpoint file, written every `seconds`, or less often where writing takes long."""
 
     path: Path
     seconds: float
     _last: float = field(default_factory=time.monotonic)
+    _took: float = 0.0
 
     def due(self) -> bool:
-        """Say whether it is time to save."""
-        return time.monotonic() - self._last >= self.seconds
+        """Say whether it is time to save: a twentieth of the time at most goes into it."""
+        return time.monotonic() - self._last >= max(self.seconds, min(20 * self._took, 20 * self.seconds))
 
     def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Replace the checkpoint."""
+        started = time.monotonic()
         save_tensors(self.path, tensors, facts)
         self._last = time.monotonic()
+        self._took = self._last - started
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return the last saved state, or None where there is none."""
         return load_tensors(self.path) if self.path.exists() else None
+
+    def facts(self) -> dict[str, Any] | None:
+        """Return the facts of the last saved state without its tensors, or None where there is none."""
+        return load_facts(self.path) if self.path.exists() else None
 
     def remove(self) -> None:
         """The stage is done: its checkpoint is not needed any more."""

@@ -7,6 +7,7 @@ step count, and a row that is absent keeps its values, moments and count to the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,8 @@ class RowAdamW:
     """Moments and step counts for N rows of P numbers.
 
     Attributes:
-        first, second: the moments (N, P), fp32.
-        steps: each row's own step count (N,).
+        first, second: the moments (N, P), in the values' type.
+        steps: each row's own step count (N,), on the CPU.
     """
 
     first: Float[Tensor, "N P"]
@@ -33,7 +34,7 @@ class RowAdamW:
     @classmethod
     def of(cls, values: Float[Tensor, "N P"], weight_decay: float = 0.0) -> RowAdamW:
         """Return fresh state for `values`."""
-        steps = torch.zeros(values.shape[0], dtype=torch.long, device=values.device)
+        steps = torch.zeros(values.shape[0], dtype=torch.long)
         return cls(torch.zeros_like(values), torch.zeros_like(values), steps, weight_decay=weight_decay)
 
     def reset(self, row: int) -> None:
@@ -46,21 +47,25 @@ class RowAdamW:
         self,
         values: Float[Tensor, "N P"],
         rows: Int[Tensor, "n"],
-        gradients: Float[Tensor, "n P"],
+        gradients: Iterable[Float[Tensor, "P"]],
         rates: Float[Tensor, "n"] | float,
     ) -> None:
-        """Move `values[rows]` by one step, each at its own rate; `rows` are distinct."""
-        beta1, beta2 = self.betas
+        """Move `values[rows]` by one step, each at its own rate; `rows` are distinct, `gradients` in their order."""
         self.steps[rows] += 1
-        count = self.steps[rows].double().unsqueeze(1)
-        first = torch.lerp(self.first[rows], gradients, 1 - beta1)
-        second = torch.lerp(self.second[rows], gradients.square(), 1 - beta2)
-        self.first[rows], self.second[rows] = first, second
-        rate = torch.as_tensor(rates, dtype=torch.float64, device=values.device).reshape(-1, 1)
-        size = (rate / (1 - beta1**count)).to(values.dtype)
-        spread = (second.sqrt() / (1 - beta2**count).sqrt().to(values.dtype)).add_(self.epsilon)
-        kept = values[rows] * (1 - rate * self.weight_decay).to(values.dtype)
-        values[rows] = kept - size * first / spread
+        counts = self.steps[rows].tolist()
+        each = torch.as_tensor(rates, dtype=torch.float64).expand(len(counts)).tolist()
+        # Row after row, in place: a row's numbers stay in the cache for all the passes over them.
+        for row, gradient, count, rate in zip(rows.tolist(), gradients, counts, each, strict=True):
+            self._move(values[row], row, gradient, count, rate)
+
+    def _move(self, value: Float[Tensor, "P"], row: int, gradient: Float[Tensor, "P"], count: int, rate: float) -> None:
+        beta1, beta2 = self.betas
+        first = self.first[row].lerp_(gradient, 1 - beta1)
+        second = self.second[row].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        spread = second.sqrt().div_((1 - beta2**count) ** 0.5).add_(self.epsilon)
+        if self.weight_decay:
+            value.mul_(1 - rate * self.weight_decay)
+        value.addcdiv_(first, spread, value=-rate / (1 - beta1**count))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state for a checkpoint."""
@@ -78,3 +83,11 @@ def clip_rows(gradients: Float[Tensor, "n P"], limit: float) -> Float[Tensor, "n
     norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
     clipped: Tensor = gradients * (limit / norms.clamp(min=1e-12)).clamp(max=1)
     return clipped
+
+
+def clip_row_(gradient: Float[Tensor, "P"], limit: float) -> float:
+    """Scale one row down to at most `limit` in 2-norm, in place; return the norm it had. A bad norm changes nothing."""
+    norm = float(torch.linalg.vector_norm(gradient))
+    if limit < norm < float("inf"):
+        gradient.mul_(limit / norm)
+    return norm

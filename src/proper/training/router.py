@@ -22,7 +22,7 @@ from proper.layers.bank import AdapterBank
 from proper.layers.routing import Rows
 from proper.models.personal import ProperModel, answer_loss
 from proper.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, seed_of
-from proper.training.engine import Job, Jobs
+from proper.training.jobs import Job, Jobs
 from proper.training.loop import Log
 from proper.training.schedule import factor
 

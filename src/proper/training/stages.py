@@ -134,10 +134,12 @@ class StageRunner:
         groups = hash_file(self.folder / "groups" / "groups.safetensors")
         store.bind({"backbone": self.backbone.digest, "groups": groups, "rank": str(self.config.users.rank)})
         users = [user.id for user in self.dataset.users("target") if user.history > 0]
-        records = [store.get(user) for user in users]
-        embeddings = torch.stack([record.embedding for record in records if record is not None])
-        if len(embeddings) != len(users):
-            raise RunFolderError(f"{folder}: the store lacks target users; delete {self.folder} and run again")
+        embeddings = torch.zeros(len(users), model.embedding_size)
+        for at, user in enumerate(users):
+            head = store.head(user)
+            if head is None:
+                raise RunFolderError(f"{folder}: the store lacks target users; delete {self.folder} and run again")
+            embeddings[at] = head.embedding
         work_folder = folder / "work"
         stage = UserStage(
             model=model,

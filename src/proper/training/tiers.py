@@ -7,7 +7,7 @@ embeddings are nearest. Knows nothing about models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,11 @@ from torch.nn import functional
 
 from proper.config import TiersConfig
 
+BLOCK = 256
+"""Users whose neighbours are looked for at once."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Trial:
     """What the held-out items of one user said.
 
@@ -41,7 +44,7 @@ class Trial:
         return self.group_loss - self.user_loss
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Decision:
     """Whether a user moves up, and why, in words."""
 
@@ -55,15 +58,13 @@ def decide(trials: Sequence[Trial], embeddings: Float[Tensor, "U D"], config: Ti
     """Decide every user's tier; `embeddings` are in the order of `trials`."""
     if not trials:
         return []
-    gains = torch.tensor([trial.gain for trial in trials])
-    unit = functional.normalize(embeddings.float(), dim=1)
+    near = iter(_pooled_gains(trials, embeddings, config))
     decisions = []
-    for at, trial in enumerate(trials):
+    for trial in trials:
         if trial.passes == 0:
             decisions.append(Decision(trial.user, False, "no pass over the history lowered the held-out loss"))
         elif trial.items < config.pool_below:
-            near = (unit @ unit[at]).topk(min(config.neighbours, len(trials))).indices
-            gain = float(gains[near].mean())
+            gain = next(near)
             what = "helps" if gain > 0 else "does not help"
             reason = f"an adapter {what} users with similar histories"
             decisions.append(Decision(trial.user, gain > 0, reason, pooled=True))
@@ -71,3 +72,13 @@ def decide(trials: Sequence[Trial], embeddings: Float[Tensor, "U D"], config: Ti
             what = "lowers" if trial.gain > 0 else "does not lower"
             decisions.append(Decision(trial.user, trial.gain > 0, f"the adapter {what} the held-out loss"))
     return decisions
+
+
+def _pooled_gains(trials: Sequence[Trial], embeddings: Float[Tensor, "U D"], config: TiersConfig) -> Iterator[float]:
+    """Yield, for every user whose decision is pooled, the mean gain of their nearest users."""
+    gains = torch.tensor([trial.gain for trial in trials])
+    unit = functional.normalize(embeddings.float(), dim=1)
+    pooled = [at for at, trial in enumerate(trials) if trial.passes > 0 and trial.items < config.pool_below]
+    for at in range(0, len(pooled), BLOCK):
+        near = (unit[pooled[at : at + BLOCK]] @ unit.T).topk(min(config.neighbours, len(trials))).indices
+        yield from gains[near].mean(1).tolist()

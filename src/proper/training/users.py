@@ -6,14 +6,18 @@
     4. final:  the adapters of those who are, on all their items, for as many passes as were best
     5. 3b on the final adapters
 
-Each phase leaves a file, so a restart goes on after the last one. Knows how users are trained, not how they are stored:
-adapters pass through `AdapterStore`.
+Each phase leaves a file, so a restart goes on after the last one. A user who cannot be trained (see `Outcome.reason`)
+stays on the group tier and is no part of later phases. Knows how users are trained, not how they are stored: adapters
+pass through `AdapterStore`. Per user, memory holds an embedding, a name and a few numbers; histories are read when
+needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +28,26 @@ from torch import Tensor
 from proper.adapters.quantize import encode
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import UsersConfig
+from proper.console import say
 from proper.data.batching import Encoded, Encoder
 from proper.data.dataset import Dataset
 from proper.files import read_json, write_json
 from proper.models.personal import ProperModel
 from proper.models.tensors import load_tensors, save_tensors
 from proper.training.checkpoint import Checkpoint
-from proper.training.engine import Engine, Job, Progress
+from proper.training.engine import Engine
+from proper.training.jobs import Job, Outcome, Progress, refusal
 from proper.training.loop import Log
+from proper.training.memory import auto_slots, device_memory, footprint
 from proper.training.router import RouterPlan, train_router
 from proper.training.schedule import resolve_rate
-from proper.training.tiers import Decision, Trial, decide
+from proper.training.tiers import Trial, decide
 
-DEFAULT_SLOTS = 32
+ROUTER_USERS = 32
+"""Users of a cohort in stage 3b. It shapes W_r, so it does not follow the device's memory as `slots` does."""
+
+RECORDS = 1000
+"""Records that are put at once where nothing was trained."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,14 @@ class UserStage:
     @property
     def slots(self) -> int:
         """How many users are resident at once."""
-        return min(DEFAULT_SLOTS if self.config.slots == "auto" else self.config.slots, max(1, len(self.users)))
+        return min(self._slots, max(1, len(self.users)))
+
+    @cached_property
+    def _slots(self) -> int:
+        if self.config.slots != "auto":
+            return self.config.slots
+        parts = footprint(self.model, self.config, self.encoder.max_length)
+        return auto_slots(parts, device_memory(self.model.device), self.model.device.type)
 
     @property
     def pad(self) -> int:
@@ -105,7 +123,12 @@ class _Jobs:
         return Job(user, embedding, tuple(items[:cut]), tuple(items[cut:]), epochs=epochs)
 
     def rows(self) -> int:
-        return sum(len(self[at].items) for at in range(len(self)))
+        """How many items all jobs train on; nothing is encoded for it."""
+        stage, found = self.stage, 0
+        for index in self.indices:
+            items = len(stage.dataset.history(stage.users[index], stage.config.max_items))
+            found += items if self.passes is not None else items - held_out(items, stage.config.tiers.validation)
+        return found
 
 
 def held_out(items: int, share: float) -> int:
@@ -116,59 +139,101 @@ def held_out(items: int, share: float) -> int:
 def train_users(stage: UserStage) -> dict[str, torch.nn.Parameter]:
     """Run stage 3, leaving every user's record in the store; return the LoRA-aware routers' tensors."""
     stage.folder.mkdir(parents=True, exist_ok=True)
-    everybody = list(range(len(stage.users)))
-    passes = dict.fromkeys(stage.users, int(stage.config.epochs))
+    chosen: Sequence[int] = range(len(stage.users))
+    passes: Mapping[str, int] = dict.fromkeys(stage.users, int(stage.config.epochs))
+    facts: Facts = _no_facts
     if stage.config.tiers.select:
-        decisions, trials = _select(stage, everybody)
-        passes = {trial.user: trial.passes for trial in trials}
-        facts = {user: {"reason": "one item cannot be both trained on and held out"} for user in stage.users}
-        facts |= {d.user: {**asdict(t), **asdict(d)} for d, t in zip(decisions, trials, strict=True)}
-        up = {d.user for d in decisions if d.up}
-        chosen = [index for index in everybody if stage.users[index] in up]
-    else:
-        facts, chosen = {}, everybody
+        chosen, passes, facts = _select(stage)
     _fit(stage, _Jobs(stage, chosen, passes), stage.store, "final", facts)
-    _keep_on_group_tier(stage, set(everybody) - set(chosen), facts)
-    _router(stage, _Jobs(stage, chosen, passes), stage.store, "final")
+    _keep_on_group_tier(stage, chosen, facts)
+    _router(stage, _Jobs(stage, _fitted(stage, chosen, stage.store), passes), stage.store, "final")
     return stage.model.router_parameters()
 
 
-def _select(stage: UserStage, everybody: Sequence[int]) -> tuple[list[Decision], list[Trial]]:
-    """Phases 1 to 3: fit on the older items, then see who is better off."""
+Facts = Callable[[str], Mapping[str, Any]]
+"""What is known of a user from the trial."""
+
+
+def _no_facts(user: str) -> Mapping[str, Any]:
+    return {}
+
+
+def _select(stage: UserStage) -> tuple[list[int], dict[str, int], Facts]:
+    """Phases 1 to 3: fit on the older items, then see who is better off; return who, their passes, and why."""
     path = stage.folder / "trials.json"
-    able = [index for index in everybody if len(stage.dataset.history(stage.users[index], 2)) == 2]
-    jobs = _Jobs(stage, able, None)
-    if not path.exists():
-        trial_store = AdapterStore(stage.folder / "trial")
-        try:
-            _fit(stage, jobs, trial_store, "trial", {})
+    able = [at for at, user in enumerate(stage.users) if len(stage.dataset.history(user, 2)) == 2]
+    trial_store = AdapterStore(stage.folder / "trial")
+    try:
+        if not path.exists():
+            _fit(stage, _Jobs(stage, able, None), trial_store, "trial", _no_facts)
+            jobs = _Jobs(stage, _fitted(stage, able, trial_store), None)
             _router(stage, jobs, trial_store, "trial")
             write_json(path, [asdict(trial) for trial in _served(stage, jobs, trial_store)])
-        finally:
-            trial_store.close()
+        refused = {user: told for user, tier, told, _ in trial_store.facts() if tier == "groups"}
+    finally:
+        trial_store.close()
     trials = [Trial(**trial) for trial in read_json(path)]
-    return decide(trials, stage.embeddings[able], stage.config.tiers), trials
+    index = {user: at for at, user in enumerate(stage.users)}
+    embeddings = stage.embeddings[[index[trial.user] for trial in trials]]
+    decisions = decide(trials, embeddings, stage.config.tiers)
+    decided = {trial.user: (trial, decision) for trial, decision in zip(trials, decisions, strict=True)}
+    chosen = [at for at, user in enumerate(stage.users) if user in decided and decided[user][1].up]
+
+    def facts(user: str) -> Mapping[str, Any]:
+        if user in decided:
+            trial, decision = decided[user]
+            return {**asdict(trial), **asdict(decision)}
+        return refused.get(user) or {"reason": _why_untried(stage, user)}
+
+    return chosen, {trial.user: trial.passes for trial in trials}, facts
 
 
-def _fit(
-    stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str, facts: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Stage 3a for these jobs; every adapter goes to the store as soon as it is done."""
+def _why_untried(stage: UserStage, user: str) -> str:
+    items = tuple(stage.history(user))
+    return refusal(Job(user, torch.empty(0), items), None) or "one item cannot be both trained on and held out"
+
+
+def _fit(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str, facts: Facts) -> None:
+    """Stage 3a for these jobs; adapters go to the store as they are done."""
     marker = stage.folder / f"{phase}-fit.json"
     if marker.exists() or not len(jobs):
         return
-    engine = Engine(stage.model, stage.config, stage.rate("users"), stage.seed, stage.slots, stage.pad)
-
-    def done(job: Job, state: Progress, row: Float[Tensor, "P"]) -> None:
-        adapter = encode(engine.bank.layout.unpack(row), stage.config.storage)
-        told = {"items": len(job.items), "passes": state.best, "held_losses": state.losses, "loss": state.trained}
-        record = UserRecord(job.user, "users", job.embedding, adapter, {**told, **facts.get(job.user, {})})
-        store.put([record])
-
     checkpoint = stage.checkpoint(f"{phase}-fit")
+    held = checkpoint.facts()
+    slots = stage.slots if held is None else len(held["seats"])
+    engine = Engine(stage.model, stage.config, stage.rate("users"), stage.seed, slots, stage.pad)
+
+    def record(outcome: Outcome) -> UserRecord:
+        user, state = outcome.user, outcome.state
+        if outcome.row is None:
+            return _refused(user, outcome.embedding, outcome.reason, facts(user))
+        adapter = encode(engine.bank.layout.unpack(outcome.row), stage.config.storage)
+        told = {"items": outcome.items, "passes": state.best, "held_losses": state.losses, "loss": state.trained}
+        return UserRecord(user, "users", outcome.embedding, adapter, {**told, **facts(user)})
+
+    def done(outcomes: Sequence[Outcome], again: bool) -> None:
+        records = (record(outcome) for outcome in outcomes)
+        store.put(new for new in records if not (again and _is_held(store, new)))
+
     engine.run(jobs, done, checkpoint, stage.log, f"users: {phase}")
     write_json(marker, {"users": len(jobs)})
     checkpoint.remove()
+
+
+def _is_held(store: AdapterStore, record: UserRecord) -> bool:
+    """Say whether the store has this very record, from before a kill."""
+    held = store.get(record.user)
+    return held is not None and (held.tier, held.facts) == (record.tier, record.facts)
+
+
+def _refused(user: str, embedding: Tensor, reason: str | None, facts: Mapping[str, Any]) -> UserRecord:
+    return UserRecord(user, "groups", embedding, None, {**facts, "user": user, "up": False, "reason": reason})
+
+
+def _fitted(stage: UserStage, indices: Sequence[int], store: AdapterStore) -> list[int]:
+    """Return those of the users whose adapter is in the store: all but the ones in quarantine."""
+    heads = ((at, store.head(stage.users[at])) for at in indices)
+    return [at for at, head in heads if head is not None and head.tier == "users"]
 
 
 def _router(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str) -> None:
@@ -184,40 +249,50 @@ def _router(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str) -> N
         return
     config = stage.config
     checkpoint = stage.checkpoint(f"{phase}-router")
-    rows = jobs.rows() * config.router_epochs
-    plan = RouterPlan(config, stage.rate("router"), stage.seed, stage.pad, stage.slots, rows, checkpoint, stage.log)
+    rows, users = jobs.rows() * config.router_epochs, min(ROUTER_USERS, len(stage.users))
+    plan = RouterPlan(config, stage.rate("router"), stage.seed, stage.pad, users, rows, checkpoint, stage.log)
     train_router(stage.model, jobs, _loader(stage, store), plan, f"router: {phase}")
     save_tensors(path, parameters, {})
     checkpoint.remove()
 
 
-def _served(stage: UserStage, jobs: _Jobs, store: AdapterStore) -> list[Trial]:
-    """Held-out loss of every user on the group tier and in the form that is served."""
+def _served(stage: UserStage, jobs: _Jobs, store: AdapterStore) -> Iterator[Trial]:
+    """Yield every user's held-out loss on the group tier and in the form that is served."""
     engine = Engine(stage.model, stage.config, 0.0, stage.seed, stage.slots, stage.pad)
-    load, trials = _loader(stage, store), []
+    layout = engine.bank.layout
     for at in range(0, len(jobs), stage.slots):
-        slots = range(min(stage.slots, len(jobs) - at))
+        slots = list(range(min(stage.slots, len(jobs) - at)))
+        told: dict[int, Mapping[str, Any]] = {}
         for slot in slots:
             job = jobs[at + slot]
             engine.seats[slot] = (job, Progress(at + slot))
-            load(job.user, engine.bank.values[slot])
-        group = engine.held_losses(list(slots), "groups")
-        own = engine.held_losses(list(slots), "users")
-        for slot in slots:
-            job = jobs[at + slot]
             record = store.get(job.user)
-            passes = int(record.facts["passes"]) if record else 0
-            items = len(job.items) + len(job.held)
-            trials.append(Trial(job.user, items, group[slot], own[slot], passes))
-    return trials
+            assert record is not None and record.adapter is not None
+            layout.pack(record.adapter, engine.bank.values[slot])
+            told[slot] = record.facts
+        group = engine.held_losses(slots, "groups")
+        own = engine.held_losses(slots, "users")
+        for slot in slots:
+            job, _ = engine.sitting(slot)
+            if math.isfinite(group[slot]) and math.isfinite(own[slot]):
+                items, passes = len(job.items) + len(job.held), int(told[slot]["passes"])
+                yield Trial(job.user, items, group[slot], own[slot], passes)
+            else:
+                reason = "quarantined: the held-out loss is not finite"
+                say(f"proper: user {job.user!r}: {reason}; they stay on the group tier")
+                store.put([_refused(job.user, job.embedding, reason, {})])
 
 
-def _keep_on_group_tier(stage: UserStage, indices: set[int], facts: Mapping[str, Mapping[str, Any]]) -> None:
-    records = []
-    for index in sorted(indices):
-        user = stage.users[index]
-        records.append(UserRecord(user, "groups", stage.embeddings[index], None, facts.get(user, {})))
-    stage.store.put(records)
+def _keep_on_group_tier(stage: UserStage, chosen: Sequence[int], facts: Facts) -> None:
+    """Say in the store why the others have no adapter."""
+    marker = stage.folder / "kept.json"
+    if marker.exists():
+        return
+    others = sorted(set(range(len(stage.users))) - set(chosen))
+    for at in range(0, len(others), RECORDS):
+        users = ((stage.users[index], stage.embeddings[index]) for index in others[at : at + RECORDS])
+        stage.store.put(UserRecord(user, "groups", embedding, None, facts(user)) for user, embedding in users)
+    write_json(marker, {"users": len(others)})
 
 
 def _loader(stage: UserStage, store: AdapterStore) -> Callable[[str, Float[Tensor, "P"]], None]:

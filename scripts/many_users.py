@@ -1,0 +1,100 @@
+"""Fit many made-up users with short histories, and write down how long it took and how much memory.
+
+Each stage runs in a process of its own, so that each has a peak of its own. What a user has is 5 to 12 history items;
+a fifth of their interactions are queries and not trained on.
+
+    python scripts/many_users.py --people 10000 --out runs/many --json docs/results/bench/many-users.json
+
+The same command again after a kill goes on where it stopped; seconds are then those of the last start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from proper.adapters.store import AdapterStore
+from proper.data.demo import DemoSettings, demo_config, write_demo
+from proper.files import write_json
+
+ITEMS = (7, 15)
+"""Interactions of a person: 5 to 12 of them are history."""
+
+TRAINING: dict[str, dict[str, Any]] = {
+    "population": {"epochs": 1, "max_tokens": 20_000},
+    "groups": {"epochs": 1, "batch_size": 48, "max_tokens": 40_000},
+    "users": {"epochs": 2},
+}
+
+
+def main() -> None:
+    """Make the data, run the stages, write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--people", type=int, default=10_000)
+    parser.add_argument("--out", type=Path, default=Path("runs/many"))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    config = prepare(options.out, options.people)
+    figures: dict[str, Any] = {"people": options.people, "history_items": [5, 12], "machine": machine()}
+    for stage in ("population", "groups", "users"):
+        seconds, peak = timed(["run", str(config), "--out", str(options.out / "run"), "--stages", stage])
+        figures[stage] = {"seconds": round(seconds, 1), "peak_memory_bytes": peak}
+        print(f"{stage}: {seconds:.0f} s, at most {peak / 1e6:.0f} MB", flush=True)
+    figures["tiers"] = tiers(options.out / "run")
+    figures["users_per_hour"] = round(3600 * options.people / figures["users"]["seconds"])
+    print(json.dumps(figures, indent=2))
+    if options.json is not None:
+        write_json(options.json, figures)
+
+
+def prepare(folder: Path, people: int) -> Path:
+    """Write the interactions and the config, once; return the config's path."""
+    settings = DemoSettings(people=people, items=ITEMS)
+    data, path = folder / "data" / "interactions.jsonl", folder / "config.yaml"
+    if path.exists():
+        return path
+    write_demo(data.parent, settings)
+    raw = {**demo_config(data.resolve(), settings), **TRAINING}
+    raw["split"] |= {"target_users": people, "min_history": 5}
+    path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def timed(arguments: list[str]) -> tuple[float, int]:
+    """Run `proper` and return seconds and the most memory its process held, in bytes."""
+    started = time.perf_counter()
+    child = subprocess.Popen([sys.executable, "-m", "proper", *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        sys.exit(f"proper {' '.join(arguments)}: failed")
+    # Linux counts KiB, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return time.perf_counter() - started, usage.ru_maxrss * unit
+
+
+def tiers(run: Path) -> dict[str, Any]:
+    """Return how many users are on which tier, and why."""
+    store = AdapterStore(run / "users")
+    held = [(tier, str(facts.get("reason"))) for _, tier, facts, _ in store.facts()]
+    store.close()
+    counts = Counter(tier for tier, _ in held)
+    return {**counts, "reasons": dict(Counter(reason for _, reason in held).most_common())}
+
+
+def machine() -> str:
+    """Return what the figures were taken on."""
+    return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""`proper bench groups`: a step of stage 2 with fused experts, beside a loop over experts and beside one wider LoRA.
+
+    fused  experts stacked: two products a module, the gates between them (what this package does)
+    loop   the same experts one after another, as the equation is written
+    plain  one LoRA of rank E*R on the same modules: as many numbers, no router, no gates, no user embeddings
+
+A step is forward pass, backward pass and the optimizer, on the same rows, in bf16, without dropout.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from proper.benchmarks.people import BACKBONE, backbone, people, share_lora
+from proper.benchmarks.timing import Side, interleaved
+from proper.config import GroupsConfig
+from proper.data.batching import Batch, Encoder, collate
+from proper.layers.mixture import Experts
+from proper.models.backbone import pick_device
+from proper.models.personal import ProperModel, answer_logits, answer_loss
+from proper.training.groups import GroupsStage
+
+RATE = 1e-3
+MAX_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run: `steps` are timed together, `repeats` times."""
+
+    rows: int = 64
+    steps: int = 4
+    repeats: int = 15
+
+
+QUICK = Size(steps=2, repeats=7)
+
+
+class LoopedExperts(Experts):
+    """The experts as the method's equation has them: sum_i w_i B_i A_i x."""
+
+    def forward(
+        self, x: Float[Tensor, "B T I"], gates: Float[Tensor, "B T E"], onto: Float[Tensor, "B T O"] | None = None
+    ) -> Float[Tensor, "B T O"]:
+        """Return the gated sum of the experts' outputs, added to `onto` where that is given."""
+        weights = (gates * self.scale).to(x.dtype)
+        total = onto
+        for expert in range(self.experts):
+            part = slice(expert * self.rank, (expert + 1) * self.rank)
+            middle = functional.linear(x, self.down[part].to(x.dtype))
+            mixed = weights[..., expert : expert + 1] * functional.linear(middle, self.up[:, part].to(x.dtype))
+            total = mixed if total is None else total + mixed
+        assert total is not None
+        return total
+
+
+def run(size: Size, device: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return {"setting", "figures", "seconds_per_step"} of the benchmark.
+
+    Args:
+        size: how much is run.
+        device: "cpu", "cuda" or "auto".
+        say: hears what is being done.
+    """
+    place, config = pick_device(device), GroupsConfig(dropout=0.0)
+    bare = backbone(place)
+    histories = people(Encoder(bare.tokenizer, MAX_LENGTH), users=size.rows // 4, items=8)
+    rows = [row for items in histories.values() for row in items]
+    shuffle = random.Random(0)
+    batches = [collate(shuffle.sample(rows, size.rows), bare.pad_id, place) for _ in range(size.steps)]
+    users = list(histories)
+    sides = {
+        "fused": _stage(config, users, batches, place, looped=False),
+        "loop": _stage(config, users, batches, place, looped=True),
+        "plain": _plain(config, batches, place),
+    }
+    say(f"groups: {size.repeats} repeats of {size.steps} steps of {size.rows} rows, {len(sides)} sides")
+    seconds = interleaved({name: Side(work) for name, work in sides.items()}, size.repeats)
+    step = {name: statistics.median(times) / size.steps for name, times in seconds.items()}
+    return {
+        "setting": {
+            "backbone": BACKBONE,
+            "device": f"{place.type}, {torch.get_num_threads()} threads",
+            "dtype": "bf16",
+            "compile": False,
+            "rows": size.rows,
+            "tokens": sum(batch.tokens for batch in batches) // size.steps,
+            "experts": config.experts,
+            "rank": config.rank,
+            "repeats": size.repeats,
+            "torch": torch.__version__,
+        },
+        "figures": {
+            "fused_over_loop": round(step["loop"] / step["fused"], 3),
+            "fused_over_plain": round(step["plain"] / step["fused"], 3),
+        },
+        "seconds_per_step": {name: round(value, 4) for name, value in step.items()},
+    }
+
+
+def _stage(
+    config: GroupsConfig, users: Sequence[str], batches: Sequence[Batch], device: torch.device, *, looped: bool
+) -> Callable[[int], None]:
+    """Return stage 2's own step on these batches."""
+    model = ProperModel(backbone(device))
+    model.add_experts(config, seed=0)
+    if looped:
+        for layer in model.layers.values():
+            looped_experts = LoopedExperts(
+                layer.inputs, layer.outputs, experts=config.experts, rank=config.rank, alpha=config.alpha
+            )
+            layer.experts = looped_experts.to(device)
+    stage = GroupsStage(model, config, users, 0, Accelerator(cpu=device.type == "cpu", mixed_precision="no"))
+    parameters = list(stage.parameters().values())
+    optimizer = torch.optim.AdamW(parameters, lr=RATE)
+
+    def steps(_: int) -> None:
+        for batch in batches:
+            optimizer.zero_grad()
+            loss = stage.loss(batch, progress=1.0)
+            objective = loss.total / loss.tokens
+            torch.autograd.backward(objective if loss.penalty is None else objective + loss.penalty)
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+            optimizer.step()
+            stage.after_backward(1.0, 1.0)
+
+    return steps
+
+
+def _plain(config: GroupsConfig, batches: Sequence[Batch], device: torch.device) -> Callable[[int], None]:
+    """Return the step of one LoRA with as many numbers as all experts."""
+    model = backbone(device).model
+    parameters = share_lora(model, config.experts * config.rank, config.alpha)
+    optimizer = torch.optim.AdamW(parameters, lr=RATE)
+
+    def steps(_: int) -> None:
+        for batch in batches:
+            optimizer.zero_grad()
+            total, tokens = answer_loss(answer_logits(model, batch), batch.labels)
+            torch.autograd.backward(total.sum() / tokens.sum())
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+            optimizer.step()
+
+    return steps

@@ -1,0 +1,106 @@
+"""What the training benchmarks train on: made-up people's interactions in tokens, and the models that are compared.
+
+Knows nothing about what is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from proper.config import GroupsConfig, UsersConfig
+from proper.data.batching import Encoded, Encoder
+from proper.data.demo import DemoSettings, demo_config, write_demo
+from proper.models.backbone import Backbone, load_backbone
+from proper.models.personal import ProperModel
+from proper.models.targets import find_targets
+from proper.training.jobs import Job
+
+BACKBONE = "proper-nano"
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class _Row:
+    user: str
+    prompt: str
+    target: str
+
+
+def backbone(device: torch.device) -> Backbone:
+    """Load the backbone that is measured."""
+    return load_backbone(BACKBONE, DTYPE, device)
+
+
+def people(encoder: Encoder, users: int, items: int) -> dict[str, tuple[Encoded, ...]]:
+    """Make up people with `items` interactions each, in tokens."""
+    settings = DemoSettings(people=users, items=(items, items), groups=min(5, users))
+    with tempfile.TemporaryDirectory(prefix="proper-bench-") as name:
+        path = write_demo(Path(name), settings)
+        prompt = demo_config(path, settings)["data"]["prompt"]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found: dict[str, list[Encoded]] = {}
+    for row in rows:
+        text = prompt.format(input=row["input"])
+        found.setdefault(row["user_id"], []).append(encoder.encode(_Row(row["user_id"], text, row["output"])))
+    return {user: tuple(encoded) for user, encoded in found.items()}
+
+
+def make_jobs(histories: dict[str, tuple[Encoded, ...]], epochs: int, embedding: int) -> list[Job]:
+    """Return each person's history as work for the engine."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Job(user, 0.02 * torch.randn(max(1, embedding), generator=generator), items, epochs=epochs)
+        for user, items in histories.items()
+    ]
+
+
+def personal_model(device: torch.device, users: UsersConfig, groups: GroupsConfig | None) -> ProperModel:
+    """Return a model whose FFN modules take user adapters, beside frozen experts where `groups` says so."""
+    model = ProperModel(backbone(device))
+    if groups is None:
+        model.add_plain_targets(users, "ffn")
+        return model
+    model.add_experts(groups, seed=0)
+    for parameter in model.group_parameters().values():
+        parameter.requires_grad_(False)
+    return model
+
+
+class SharedLora(nn.Module):
+    """A base layer and one LoRA for everybody, fp32 weights, products in the input's type: nothing is simpler.
+
+    Attributes:
+        down: A (R, I), Kaiming-uniform.
+        up: B (O, R), zero at the start.
+    """
+
+    def __init__(self, base: nn.Module, inputs: int, outputs: int, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.base, self.scale = base, alpha / rank
+        self.in_features, self.out_features = inputs, outputs
+        bound = inputs**-0.5
+        self.down = nn.Parameter(torch.empty(rank, inputs).uniform_(-bound, bound))
+        self.up = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return base(x) + s B A x."""
+        y: Tensor = self.base(x)
+        middle = nn.functional.linear(x, self.down.to(x.dtype)) * self.scale
+        return torch.addmm(y.flatten(0, -2), middle.flatten(0, -2), self.up.to(x.dtype).t()).view(y.shape)
+
+
+def share_lora(model: nn.Module, rank: int, alpha: float) -> list[nn.Parameter]:
+    """Put one LoRA on every FFN module of a model, in place; return its tensors."""
+    found: list[nn.Parameter] = []
+    for name, (inputs, outputs) in find_targets(model, "ffn").items():
+        layer = SharedLora(model.get_submodule(name), inputs, outputs, rank, alpha).to(next(model.parameters()).device)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+        found += [layer.down, layer.up]
+    return found

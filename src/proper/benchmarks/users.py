@@ -1,0 +1,270 @@
+"""`proper bench users`: how many users an hour get an adapter, beside other ways to train them.
+
+    oppu      one user after another: PEFT's get_peft_model and transformers' Trainer, as OPPU does
+    one_slot  this package's engine with one slot
+    mixed     this package's engine
+    ceiling   one LoRA of the same shape for everybody, a plain loop over the very batches of `mixed`
+
+All sides train the same items in bf16, batch 4, 2 epochs, and include each user's set-up. The first two go one user
+after another, so a part of the users is enough to know their rate. Each side has a second form beside frozen experts,
+but for OPPU, which has none. The floor is what the products alone would take at the speed of the largest of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proper.benchmarks.oppu import train_one_by_one
+from proper.benchmarks.people import BACKBONE, DTYPE, backbone, make_jobs, people, personal_model, share_lora
+from proper.benchmarks.timing import Side, interleaved
+from proper.config import GroupsConfig, UsersConfig
+from proper.data.batching import Encoded, Encoder, collate
+from proper.errors import ProperError
+from proper.layers.routing import Mode, Rows
+from proper.models.backbone import pick_device
+from proper.models.personal import answer_loss
+from proper.training.checkpoint import Checkpoint
+from proper.training.engine import Engine
+from proper.training.jobs import Job, Outcome
+from proper.training.memory import auto_slots, device_memory, footprint
+from proper.training.micro import Work
+
+RATE = 1e-3
+MAX_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained.
+
+    Attributes:
+        alone: users of the sides that go one after another.
+    """
+
+    users: int = 64
+    items: int = 20
+    alone: int = 16
+    repeats: int = 5
+
+
+QUICK = Size(users=32, alone=4, repeats=3)
+
+Step = list[list[Work]]
+"""One step's rows, in the pieces that run through the model at once."""
+
+
+class Recording(Engine):
+    """An engine that remembers what runs through the model."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.stream: list[Step] = []
+
+    def _losses(self, micro: Sequence[Work], mode: Mode, *, training: bool) -> tuple[Tensor, Tensor]:
+        if training:
+            self.stream += [[]] if len(self.stream) == self.steps else []
+            self.stream[-1].append(list(micro))
+        return super()._losses(micro, mode, training=training)
+
+
+def run(size: Size, device: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return {"setting", "figures", ...} of the benchmark.
+
+    Args:
+        size: how much is trained.
+        device: "cpu", "cuda" or "auto".
+        say: hears what is being done.
+    """
+    place = pick_device(device)
+    config = UsersConfig(batch_size=4, epochs=2, clip=1.0)
+    plain = _Bench(size, config, None, place)
+    grouped = _Bench(size, config, GroupsConfig(), place)
+    sides: dict[str, Callable[[int], object]] = {
+        "oppu": lambda _: train_one_by_one(plain.bare.model, plain.alone, config, RATE, plain.pad),
+        "one_slot": lambda _: plain.fit(plain.alone, 1),
+        "mixed": lambda _: plain.fit(plain.jobs, plain.slots),
+        "ceiling": lambda _: plain.shared(),
+        "one_slot_experts": lambda _: grouped.fit(grouped.alone, 1),
+        "mixed_experts": lambda _: grouped.fit(grouped.jobs, grouped.slots),
+        "ceiling_experts": lambda _: grouped.shared(),
+    }
+    say(f"users: {size.users} users x {size.items} items, {size.repeats} repeats of {len(sides)} sides")
+    _reset_peak(place)
+    plain.fit(plain.jobs, plain.slots)
+    peak = _peak(place)
+    seconds = interleaved({name: Side(work) for name, work in sides.items()}, size.repeats)
+    users = {name: size.alone if name.startswith(("oppu", "one_slot")) else size.users for name in sides}
+    hourly = {name: 3600 * users[name] / statistics.median(times) for name, times in seconds.items()}
+    return {
+        "setting": _setting(size, plain, place),
+        "figures": {**_ratios(hourly), "padding": plain.padding, "peak_memory_bytes": peak},
+        "users_per_hour": {name: round(value, 1) for name, value in hourly.items()},
+        "seconds": {name: [round(value, 3) for value in times] for name, times in seconds.items()},
+        "floor": _floor(plain, hourly["mixed"]),
+    }
+
+
+def _ratios(hourly: dict[str, float]) -> dict[str, float]:
+    """Return how `mixed` stands beside the others, and the same beside experts."""
+    found = {}
+    for form in ("", "_experts"):
+        for other in ("oppu", "one_slot", "ceiling"):
+            base = hourly[other if other == "oppu" else other + form]
+            found[f"mixed_over_{other}{form}"] = round(hourly[f"mixed{form}"] / base, 3)
+    return found
+
+
+class _Bench:
+    """The models and the work of one form: with experts or without."""
+
+    def __init__(self, size: Size, config: UsersConfig, groups: GroupsConfig | None, device: torch.device) -> None:
+        self.config, self.groups, self.device = config, groups, device
+        self.model = personal_model(device, config, groups)
+        self.bare = backbone(device) if groups is None else self.model.backbone
+        self.pad = self.bare.pad_id
+        encoder = Encoder(self.bare.tokenizer, MAX_LENGTH)
+        width = self.model.embedding_size
+        self.jobs = make_jobs(people(encoder, size.users, size.items), int(config.epochs), width)
+        self.alone = self.jobs[: size.alone]
+        parts = footprint(self.model, config, MAX_LENGTH)
+        self.slots = min(size.users, auto_slots(parts, device_memory(device), device.type))
+        self.stream = self._record()
+        # The ceiling's LoRA lies around the same layers; while users are trained it is taken off.
+        self.ceiling = personal_model(device, config, groups)
+        self.parameters = share_lora(self.ceiling.backbone.model, config.rank, config.alpha)
+        for layer in self.ceiling.layers.values():
+            layer.bank = None
+
+    @property
+    def padding(self) -> float:
+        """Share of the tokens that run through the model and are padding."""
+        rows = [piece for step in self.stream for piece in step]
+        padded = sum(len(piece) * max(len(row.ids) for _, _, row in piece) for piece in rows)
+        return round(1 - self.tokens / padded, 4)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that run through the model, padding left out."""
+        return sum(len(row.ids) for step in self.stream for piece in step for _, _, row in piece)
+
+    def _record(self) -> list[Step]:
+        engine = Recording(self.model, self.config, RATE, 0, self.slots, self.pad)
+        self._run(engine, self.jobs)
+        return engine.stream
+
+    def fit(self, jobs: Sequence[Job], slots: int) -> None:
+        """Train these users' adapters."""
+        self._run(Engine(self.model, self.config, RATE, 0, slots, self.pad), jobs)
+
+    def _run(self, engine: Engine, jobs: Sequence[Job]) -> None:
+        kept: list[Tensor] = []
+
+        def done(outcomes: Sequence[Outcome], again: bool) -> None:
+            kept.extend(outcome.row.to(DTYPE) for outcome in outcomes if outcome.row is not None)
+
+        with tempfile.TemporaryDirectory(prefix="proper-bench-") as folder:
+            engine.run(jobs, done, Checkpoint(Path(folder) / "engine", 1e9), lambda _: None, "users")
+        if len(kept) != len(jobs):
+            raise ProperError(f"bench users: {len(jobs) - len(kept)} users could not be trained")
+
+    def shared(self) -> None:
+        """Train one LoRA for everybody on the same batches."""
+        optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
+        for step in self.stream:
+            optimizer.zero_grad()
+            answers = sum(len(row.ids) - row.start for piece in step for _, _, row in piece)
+            for piece in step:
+                torch.autograd.backward(self._loss([row for _, _, row in piece]) / answers)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+            optimizer.step()
+
+    def _loss(self, rows: Sequence[Encoded]) -> Tensor:
+        batch = collate(rows, self.pad, self.device)
+        who = Rows("off")
+        if self.groups is not None:
+            who = Rows("groups", embedding=torch.zeros(len(rows), self.ceiling.embedding_size, device=self.device))
+        total, _ = answer_loss(self.ceiling.answer_logits(batch, who), batch.labels)
+        return total.sum()
+
+
+def _setting(size: Size, bench: _Bench, device: torch.device) -> dict[str, Any]:
+    tokens = [len(row.ids) for job in bench.jobs for row in job.items]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return {
+        "backbone": BACKBONE,
+        "device": f"{device.type}, {name}",
+        "dtype": "bf16",
+        "compile": False,
+        "users": size.users,
+        "users_one_by_one": size.alone,
+        "items": size.items,
+        "tokens_per_item": round(statistics.mean(tokens), 1),
+        "batch_size": bench.config.batch_size,
+        "epochs": bench.config.epochs,
+        "rank": bench.config.rank,
+        "slots": bench.slots,
+        "repeats": size.repeats,
+        "torch": torch.__version__,
+    }
+
+
+def _floor(bench: _Bench, hourly: float) -> dict[str, float]:
+    """Operations and bytes of one user, and the share of `mixed`'s time that the products alone would take.
+
+    Forward and backward pass of a frozen layer take 2 products of 2 operations a weight and token; a LoRA takes 3.
+    """
+    model = bench.bare.model
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in f".{name}")
+    head = model.config.get_text_config().vocab_size * bench.bare.hidden_size
+    rows = [row for step in bench.stream for piece in step for _, _, row in piece]
+    answers = sum(len(row.ids) - row.start for row in rows)
+    adapter = bench.model.layout(bench.config.rank).width
+    operations = 4 * (weights * bench.tokens + head * answers) + 6 * adapter * bench.tokens
+    users, speed = len(bench.jobs), _speed(bench)
+    # Gradients, values and both moments are read, all but the gradients written, once a step of a user.
+    steps = sum(len({slot for piece in step for slot, _, _ in piece}) for step in bench.stream)
+    return {
+        "operations_per_user": round(operations / users),
+        "optimizer_bytes_per_user": round(7 * 4 * adapter * steps / users),
+        "operations_per_second": round(speed),
+        "share_of_mixed": round(operations / users / speed / (3600 / hourly), 3),
+    }
+
+
+def _speed(bench: _Bench, tokens: int = 1024) -> float:
+    """Operations a second of the FFN's product at `tokens` tokens, median of 20."""
+    weight = next(p for name, p in bench.bare.model.named_parameters() if "gate_proj" in name or "up_proj" in name)
+    x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    times = []
+    for _ in range(20):
+        started = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        if weight.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return 2 * tokens * weight.numel() / statistics.median(times)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak(device: torch.device) -> int:
+    """Return the most memory since `_reset_peak`: the GPU's allocator's, or the whole process's."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)

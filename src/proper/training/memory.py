@@ -1,0 +1,98 @@
+"""How many users fit: the memory of stage 3a as a formula, and `slots: auto` from it.
+
+    bytes = weights + S * P * (5 * 4 + batch_size * c) + M * per_token + pending
+
+S slots of P numbers each: values, gradients, two moments and the best values so far, in fp32; and for each of a user's
+`batch_size` rows a copy in the compute type (c bytes a number) that the backward pass needs. M tokens run through the
+model at once. `per_token` counts what the backward pass of a block needs: in the compute type, about 10 vectors of the
+hidden size and 5 of the inner size, and for each head the probabilities of T tokens, once more in fp32; and three rows
+of logits in fp32 for the share of tokens that are answers, taken as a quarter. `pending` are adapters that are done
+and wait for the next checkpoint. tests/training/test_memory.py holds the formula against what torch allocates.
+
+Knows nothing about users. Memory is the device's own, not what is free right now: the same machine gives the same S.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from proper.config import UsersConfig
+from proper.layers.bank import AdapterBank
+from proper.models.personal import ProperModel
+from proper.training.micro import MICRO_TOKENS
+
+SHARE = 0.6
+"""Part of the device's memory that stage 3 takes for itself."""
+
+MOST = {"cpu": 32, "cuda": 256}
+"""Slots beyond which a step's rows fill the device anyway."""
+
+PENDING_BYTES = 1 << 29
+"""Finished adapters that wait in memory for a checkpoint, at least one per slot."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What stage 3a takes, in bytes.
+
+    Attributes:
+        weights: backbone, experts and routers.
+        slot: one more resident user.
+        activations: of `MICRO_TOKENS` tokens.
+        pending: finished adapters, on the host.
+    """
+
+    weights: int
+    slot: int
+    activations: int
+    pending: int
+
+    def total(self, slots: int) -> int:
+        """Return all of it for this many slots."""
+        return self.weights + slots * self.slot + self.activations + max(self.pending, slots * self.slot // 5)
+
+
+def footprint(model: ProperModel, config: UsersConfig, longest: int, tokens: int = MICRO_TOKENS) -> Footprint:
+    """Return the formula's parts for a model and rows of at most `longest` tokens."""
+    network = model.backbone.model
+    compute = network.dtype.itemsize
+    width = model.layout(config.rank).width
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+    per_token = token_bytes(network.config.get_text_config(), compute, longest)
+    slot = width * (5 * max(4, compute) + config.batch_size * compute)
+    return Footprint(weights, slot, max(tokens, longest) * per_token, PENDING_BYTES)
+
+
+def token_bytes(config: Any, compute: int, longest: int) -> int:
+    """Return what one token needs until its backward pass; `config` is the text model's."""
+    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    block = compute * (10 * hidden + 5 * inner) + heads * longest * (compute + 4)
+    return int(config.num_hidden_layers) * block + 3 * 4 * int(config.vocab_size) // 4
+
+
+def auto_slots(parts: Footprint, memory: int, device: str) -> int:
+    """Return as many slots as fit in `SHARE` of `memory` bytes, at least one, at most `MOST` of the kind of device."""
+    most = MOST.get(device, MOST["cpu"])
+    fitting = [slots for slots in range(1, most + 1) if parts.total(slots) <= memory * SHARE]
+    return fitting[-1] if fitting else 1
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the bytes that a device has; for a CPU, those of the machine or of the container around the process."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(physical, int(text)) if text.isdigit() else physical
+
+
+def pending_rows(bank: AdapterBank) -> int:
+    """Return how many finished adapters may wait for a checkpoint."""
+    return max(bank.slots, PENDING_BYTES // (bank.layout.width * bank.values.element_size()))

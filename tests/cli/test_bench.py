@@ -1,0 +1,24 @@
+"""`proper bench`: figures on stdout and in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from proper.benchmarks import groups as groups_module
+from proper.cli.app import main
+from proper.files import read_json
+
+
+def test_figures_go_to_stdout_and_to_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups_module, "QUICK", groups_module.Size(rows=20, steps=1, repeats=1))
+    path = tmp_path / "groups.json"
+    assert main(["bench", "groups", "--quick", "--json", str(path), "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    found = read_json(path)
+    assert set(found["figures"]) == {"fused_over_loop", "fused_over_plain"}
+    assert [line.split()[0] for line in out.splitlines()] == [*found["figures"]]
+    assert "3 sides" in err
