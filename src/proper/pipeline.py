@@ -22,8 +22,10 @@ from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.data.demo.settings import DemoTask
 from proper.data.summary import DataSummary
 from proper.errors import ConfigError, RunFolderError
-from proper.evaluation.harness import Harness, known_method
+from proper.evaluation.harness import Harness
 from proper.files import write_text
+from proper.methods.judge import judging
+from proper.methods.table import known_methods
 from proper.models.backbone import load_tokenizer
 from proper.reports.html import write_report
 from proper.training.metrics_log import MetricsLog
@@ -77,8 +79,7 @@ def run(
         near = difflib.get_close_matches(unknown[0], STAGES, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(STAGES)}"
         raise ConfigError(f"--stages: no stage '{unknown[0]}'; {hint}")
-    for method in settings.evaluation.methods:
-        known_method(method)
+    known_methods(settings.evaluation.methods, settings)
     folder = Path(out)
     processes = join_processes(settings)
     with processes.main_process_first():
@@ -97,19 +98,20 @@ def run(
 
 
 def evaluate(folder: str | Path, methods: Sequence[str] | None = None) -> dict[str, Any]:
-    """Judge a trained run on its held-out queries, write `results.json` and return it.
+    """Judge a run on its held-out queries, training what methods need beyond it; write `results.json` and return it.
 
     Raises:
         ConfigError: a method is unknown.
-        RunFolderError: the folder is not a run, or a stage is missing.
+        DataError: a query leaks into training.
+        RunFolderError: the folder is not a run, or one of its own stages is missing.
     """
     quiet_libraries()
     folder = Path(folder)
     config = _run_config(folder)
+    chosen = known_methods(config.evaluation.methods if methods is None else methods, config)
     folders = {seed: seed_folder(folder, config, seed) for seed in config.evaluation.seeds}
-    with Dataset.open(folder / "data.sqlite") as dataset:
-        harness = Harness(config, dataset, folders)
-        return harness.evaluate(methods if methods is not None else config.evaluation.methods)
+    with Dataset.open(folder / "data.sqlite") as dataset, judging(config, dataset, folders) as judge:
+        return Harness(config, dataset, folders).evaluate(judge.contenders(chosen))
 
 
 def report(folder: str | Path) -> Path:
