@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from proper.data.demo.settings import DemoTask
 from proper.data.summary import DataSummary
 from proper.errors import ConfigError, RunFolderError
 from proper.evaluation.harness import Harness
+from proper.evaluation.power import Power, expected_power
 from proper.files import write_text
 from proper.methods.judge import judging
 from proper.methods.table import known_methods
@@ -123,15 +125,27 @@ def report(folder: str | Path) -> Path:
     return write_report(Path(folder))
 
 
-def check(config: Config, *, skip_bad_rows: bool = False) -> DataSummary:
-    """Say what a config would train on; trains and keeps nothing.
+@dataclass(frozen=True)
+class Checked:
+    """What a config would train on, and how small a difference its queries could show."""
+
+    summary: DataSummary
+    power: Power | None
+
+    def lines(self) -> list[str]:
+        """Put it into lines for a terminal."""
+        return [*self.summary.lines(), *([self.power.line()] if self.power is not None else [])]
+
+
+def check(config: Config, *, skip_bad_rows: bool = False) -> Checked:
+    """Say what a config would train on, and what that could show; trains and keeps nothing.
 
     Raises:
         DataError: the data cannot be used.
     """
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder, _data(config, Path(folder), skip_bad_rows) as dataset:
-        return dataset.summary()
+        return Checked(dataset.summary(), expected_power(dataset, config.task.kind))
 
 
 def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, people: int = 300) -> Path:

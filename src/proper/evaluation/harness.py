@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from proper.config import Config
+from proper.data.coverage import queries_seen_by_others, targets_outside
 from proper.data.dataset import Dataset
 from proper.data.summary import require_no_leaks
 from proper.evaluation.metrics import Prediction, TaskInfo
@@ -92,6 +93,8 @@ class Harness:
             routing=routing,
             truth=self._truth(predictions, routing),
             history_losses=history_losses,
+            user_slices=self._user_slices(),
+            query_slices=self._query_slices(),
             resamples=self.config.evaluation.resamples,
         )
         if "users" in names:
@@ -137,6 +140,17 @@ class Harness:
         if truth is None:
             return None
         return truth_section(truth, predictions, self.task, (routing or {}).get("nmi"))
+
+    def _user_slices(self) -> dict[str, set[str]]:
+        """Target users of whom stage 2 of the first seed drew no row: to it they are new."""
+        groups = self.config.groups
+        sample = self.dataset.sample(groups.train_on, groups.max_tokens, next(iter(self.folders)))
+        return {"new-to-groups": targets_outside(self.dataset, sample)}
+
+    def _query_slices(self) -> dict[str, set[int]]:
+        seen = queries_seen_by_others(self.dataset)
+        unseen = {query.id for query in self.dataset.queries()} - seen
+        return {"items-seen-by-others": seen, "items-unseen-by-others": unseen}
 
     def _facts(self) -> dict[str, Any]:
         packages = ("proper-llm", "torch", "transformers", "peft", "accelerate")
