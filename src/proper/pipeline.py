@@ -30,6 +30,7 @@ from proper.methods.judge import judging
 from proper.methods.table import known_methods
 from proper.models.backbone import load_tokenizer
 from proper.reports.html import write_report
+from proper.reports.methods import write_methods_csv
 from proper.training.metrics_log import MetricsLog
 from proper.training.stages import TRAINED, StageRunner, join_processes
 
@@ -100,7 +101,9 @@ def run(
 
 
 def evaluate(folder: str | Path, methods: Sequence[str] | None = None) -> dict[str, Any]:
-    """Judge a run on its held-out queries, training what methods need beyond it; write `results.json` and return it.
+    """Judge a run on its held-out queries, training what methods need beyond it; write `results.json`, return it.
+
+    The same numbers lie in `methods.csv` beside it.
 
     Raises:
         ConfigError: a method is unknown.
@@ -113,7 +116,9 @@ def evaluate(folder: str | Path, methods: Sequence[str] | None = None) -> dict[s
     chosen = known_methods(config.evaluation.methods if methods is None else methods, config)
     folders = {seed: seed_folder(folder, config, seed) for seed in config.evaluation.seeds}
     with Dataset.open(folder / "data.sqlite") as dataset, judging(config, dataset, folders) as judge:
-        return Harness(config, dataset, folders).evaluate(judge.contenders(chosen))
+        results = Harness(config, dataset, folders).evaluate(judge.contenders(chosen))
+    write_methods_csv(folder)
+    return results
 
 
 def report(folder: str | Path) -> Path:
