@@ -206,3 +206,51 @@ def test_a_planted_leak_ends_the_evaluation_with_code_2(
     assert main(["evaluate", str(folder)]) == 2
     assert "its own row is in training" in capsys.readouterr().err
     assert not (folder / "results.json").exists()
+
+
+def test_what_a_kill_left_unfinished_is_done_again_and_nothing_else(
+    judged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["population", "groups", "groups-no-constraint", "user-majority"]
+    pipeline.evaluate(judged, names)
+    before, told = read(judged / "results.json"), answers(judged, "groups-no-constraint")
+    (folder_of(judged, "groups-no-constraint") / "groups" / "stage.json").unlink()
+    capsys.readouterr()
+    pipeline.evaluate(judged, names)
+    said = capsys.readouterr().err
+    assert said.count("evaluate: trains") == 1 and "evaluate: trains groups-no-constraint (seed 0)" in said
+    assert answers(judged, "groups-no-constraint") == told
+    assert read(judged / "results.json")["metrics"] == before["metrics"]
+    assert (judged / "methods.csv").read_text(encoding="utf-8").count("\n") == 1 + len(before["metrics"])
+
+
+@pytest.mark.parametrize("kind", ["rating", "generation"])
+def test_ratings_and_free_text(kind: str, settings: Callable[..., Config], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    with rows.open("w", encoding="utf-8") as file:
+        for user in ("ann", "bob", "eve"):
+            for at in range(9):
+                output = str(1 + (at + ord(user[0])) % 5) if kind == "rating" else f"{user} likes it {at % 2}"
+                row = {"user_id": user, "timestamp": at, "input": f"{user} has text {at}", "output": output}
+                file.write(json.dumps(row) + "\n")
+    names = ["users", "user-majority", "global-majority", "swapped", "rag-2", "pag"]
+    config = settings(
+        data={"path": str(rows)},
+        task={"kind": kind, "max_new_tokens": 3},
+        users={"epochs": 1},
+        evaluation={"methods": names},
+    )
+    results = read(pipeline.run(config, tmp_path / "run") / "results.json")
+    main = {"rating": "mae", "generation": "rouge1"}[kind]
+    found = {row["method"]: row["value"] for row in results["metrics"] if row["metric"] == main}
+    assert list(found) == names
+    if kind == "generation":
+        # Everybody says "NAME likes it": the user's own usual title has three words of four at least.
+        assert found["user-majority"] >= 0.75 > found["global-majority"]
+    assert any(row["slice"] == "items-unseen-by-others" for row in results["slices"])
+
+
+def test_check_says_what_can_be_resolved(settings: Callable[..., Config]) -> None:
+    line = pipeline.check(settings()).lines()[-1]
+    assert line.startswith("power     a difference of 0.") and "in accuracy shows with 9 queries of 4 users" in line
+    assert "methods differ on 25% of the queries" in line

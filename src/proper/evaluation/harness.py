@@ -16,17 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proper.adapters.store import AdapterStore
 from proper.config import Config
 from proper.data.coverage import queries_seen_by_others, targets_outside
 from proper.data.dataset import Dataset
 from proper.data.summary import require_no_leaks
+from proper.evaluation.fingerprint import code_version
 from proper.evaluation.metrics import Prediction, TaskInfo
 from proper.evaluation.results import build_results, gains_by_user, plain
 from proper.evaluation.routing import analyze_routing
 from proper.evaluation.runner import MethodRun, answer_losses, mean_gates
 from proper.evaluation.truth import Truth, read_truth, truth_section
-from proper.files import read_json, write_json
+from proper.files import hash_value, read_json, write_json
 from proper.inference.personalized import PersonalizedModel, load
+
+MEASURING_CODE = ("data", "layers", "models", "inference", "evaluation")
 
 HISTORY_SAMPLE = 8
 """Newest history items per user on which overfitting is looked for."""
@@ -81,8 +85,8 @@ class Harness:
         # Method by method, so that a call that is killed loses one at most.
         by_method = {one.name: {seed: one.answers(seed) for seed in self.folders} for one in contenders}
         predictions = {seed: {name: by_method[name][seed].predictions for name in names} for seed in self.folders}
-        routing = self._routing() if {"groups", "users"} & set(names) else None
-        history_losses = self._history_losses() if "users" in names else None
+        routing = self._remembered("routing", self._routing) if {"groups", "users"} & set(names) else None
+        history_losses = self._remembered("history_losses", self._history_losses) if "users" in names else None
         first = next(iter(self.folders))
         results = build_results(
             predictions=predictions,
@@ -103,6 +107,19 @@ class Harness:
         write_json(self.home / "users.json", plain(gains))
         write_json(self.home / "results.json", results)
         return results
+
+    def _remembered(self, what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a measure of the trained stages, made once for the stages, data and code that are there."""
+        markers = [self.home / stage / "stage.json" for stage in ("groups", "users")]
+        stages = [read_json(marker) for marker in markers if marker.exists()]
+        key = hash_value([what, self.dataset.sha256, stages, code_version(*MEASURING_CODE)])
+        path = self.home / "analysis.json"
+        held: dict[str, Any] = read_json(path) if path.exists() else {}
+        if held.get(what, {}).get("key") != key:
+            held[what] = {"key": key, "value": plain(measure())}
+            write_json(path, held)
+        value: dict[str, Any] = held[what]["value"]
+        return value
 
     def _routing(self) -> dict[str, Any]:
         """Routing figures of the first seed, from the gates of stage 2: the groups are what it found."""
@@ -175,11 +192,10 @@ class Harness:
 
     def _tiers(self) -> dict[str, Any]:
         """How many target users are served on which tier, and why, first seed."""
-        model = load(self.home, "users")
-        assert model.users is not None
+        store = AdapterStore(self.home / "users")
         targets = {user.id for user in self.dataset.users("target")}
-        held = [(tier, facts) for user, tier, facts, _ in model.users.facts() if user in targets]
-        model.close()
+        held = [(tier, facts) for user, tier, facts, _ in store.facts() if user in targets]
+        store.close()
         counts = Counter(tier for tier, _ in held)
         reasons = Counter(str(facts["reason"]) for _, facts in held if "reason" in facts)
         return {"groups": counts["groups"], "users": counts["users"], "reasons": dict(reasons.most_common())}

@@ -40,8 +40,9 @@ class Power:
 
     def line(self) -> str:
         """Put it into one line for a terminal."""
-        size = f"{self.metric} {self.smallest:.3f} with {self.queries:,} queries of {self.users:,} users"
-        return f"{'power':<10}differences from {size} (80 %, p < .05), if {self.assumes}"
+        size = f"a difference of {self.smallest:.3f} in {self.metric}"
+        whom = f"{self.queries:,} queries of {self.users:,} users"
+        return f"{'power':<10}{size} shows with {whom} (80 %, p < .05), if {self.assumes}"
 
 
 def expected_power(dataset: Dataset, kind: TaskKind) -> Power | None:
