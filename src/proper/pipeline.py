@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.data.demo.settings import DemoTask
 from proper.data.summary import DataSummary
 from proper.errors import ConfigError, RunFolderError
-from proper.evaluation.harness import Harness, known_method
+from proper.evaluation.harness import Harness
+from proper.evaluation.power import Power, expected_power
 from proper.files import write_text
+from proper.methods.judge import judging
+from proper.methods.table import known_methods
 from proper.models.backbone import load_tokenizer
 from proper.reports.html import write_report
+from proper.reports.methods import write_methods_csv
 from proper.training.metrics_log import MetricsLog
 from proper.training.stages import TRAINED, StageRunner, join_processes
 
@@ -77,8 +82,7 @@ def run(
         near = difflib.get_close_matches(unknown[0], STAGES, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(STAGES)}"
         raise ConfigError(f"--stages: no stage '{unknown[0]}'; {hint}")
-    for method in settings.evaluation.methods:
-        known_method(method)
+    known_methods(settings.evaluation.methods, settings)
     folder = Path(out)
     processes = join_processes(settings)
     with processes.main_process_first():
@@ -97,19 +101,24 @@ def run(
 
 
 def evaluate(folder: str | Path, methods: Sequence[str] | None = None) -> dict[str, Any]:
-    """Judge a trained run on its held-out queries, write `results.json` and return it.
+    """Judge a run on its held-out queries, training what methods need beyond it; write `results.json`, return it.
+
+    The same numbers lie in `methods.csv` beside it.
 
     Raises:
         ConfigError: a method is unknown.
-        RunFolderError: the folder is not a run, or a stage is missing.
+        DataError: a query leaks into training.
+        RunFolderError: the folder is not a run, or one of its own stages is missing.
     """
     quiet_libraries()
     folder = Path(folder)
     config = _run_config(folder)
+    chosen = known_methods(config.evaluation.methods if methods is None else methods, config)
     folders = {seed: seed_folder(folder, config, seed) for seed in config.evaluation.seeds}
-    with Dataset.open(folder / "data.sqlite") as dataset:
-        harness = Harness(config, dataset, folders)
-        return harness.evaluate(methods if methods is not None else config.evaluation.methods)
+    with Dataset.open(folder / "data.sqlite") as dataset, judging(config, dataset, folders) as judge:
+        results = Harness(config, dataset, folders).evaluate(judge.contenders(chosen))
+    write_methods_csv(folder)
+    return results
 
 
 def report(folder: str | Path) -> Path:
@@ -121,15 +130,27 @@ def report(folder: str | Path) -> Path:
     return write_report(Path(folder))
 
 
-def check(config: Config, *, skip_bad_rows: bool = False) -> DataSummary:
-    """Say what a config would train on; trains and keeps nothing.
+@dataclass(frozen=True)
+class Checked:
+    """What a config would train on, and how small a difference its queries could show."""
+
+    summary: DataSummary
+    power: Power | None
+
+    def lines(self) -> list[str]:
+        """Put it into lines for a terminal."""
+        return [*self.summary.lines(), *([self.power.line()] if self.power is not None else [])]
+
+
+def check(config: Config, *, skip_bad_rows: bool = False) -> Checked:
+    """Say what a config would train on, and what that could show; trains and keeps nothing.
 
     Raises:
         DataError: the data cannot be used.
     """
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder, _data(config, Path(folder), skip_bad_rows) as dataset:
-        return dataset.summary()
+        return Checked(dataset.summary(), expected_power(dataset, config.task.kind))
 
 
 def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, people: int = 300) -> Path:

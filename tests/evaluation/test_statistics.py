@@ -14,14 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proper.errors import DataError
-from proper.evaluation.metrics import METRICS, Prediction, TaskInfo, score
+from proper.evaluation.metrics import METRICS, Prediction, TaskInfo, get_metric, score
 from proper.evaluation.statistics import (
+    UserScores,
     bootstrap,
     compare,
     estimate,
     holm,
     minimal_detectable_difference,
     permutation_test,
+    standings,
     user_scores,
 )
 
@@ -288,3 +290,19 @@ def test_a_hundred_users_of_fifty_queries_take_little_time():
     start = time.perf_counter()
     compare(*both)
     assert time.perf_counter() - start < 2
+
+
+def test_standings_name_the_best_and_what_cannot_be_told_from_it():
+    draw = np.random.default_rng(3)
+
+    def made(right: float) -> UserScores:
+        hits = (draw.random((40, 10)) < right).astype(float)
+        return UserScores(get_metric("accuracy"), tuple(f"u{n}" for n in range(40)), hits.sum(1)[None, :, None],
+                          np.full(40, 10.0))  # fmt: skip
+
+    good, same, bad = made(0.8), made(0.8), made(0.4)
+    places = dict(zip(("good", "same", "bad"), standings([good, same, bad], 500), strict=True))
+    assert places["bad"] == "" and sorted([places["good"], places["same"]]) == ["best", "tied"]
+    assert standings([bad, bad]) == ["best", "tied"]
+    alone = good.only({"u0"})
+    assert standings([alone, bad.only({"u0"})])[0] in {"best", "tied"}

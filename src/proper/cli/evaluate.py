@@ -12,6 +12,7 @@ from proper.cli.options import RunFolder, chosen, existing_run
 EXAMPLES = """\
   proper evaluate runs/notes
   proper evaluate runs/notes --methods base,population,groups,users
+  proper evaluate runs/notes --methods users,swapped,shuffled,oppu,rag,user-majority
 """
 
 
@@ -22,9 +23,10 @@ def command(
         typer.Option(metavar="A,B", help="Methods to compare instead of the config's.", show_default=False),
     ] = None,
 ) -> None:
-    """Measure a trained run on its held-out queries.
+    """Measure methods on a run's held-out queries.
 
-    Writes predictions and results.json, and prints the ladder of stages.
+    Trains what they need beyond the run, in its folder variants/, and reuses what is there; says on stderr which.
+    Writes predictions, results.json and methods.csv, and prints the main metric.
     """
     existing_run(folder)
     names = None if methods is None else chosen("--methods", methods)

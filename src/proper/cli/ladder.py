@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_LADDER = {"base", "population", "groups", "users"}
+_STANDINGS = {"best": "   best", "tied": "   not told from the best"}
+
 
 def ladder(results: Mapping[str, Any]) -> list[str]:
     """Return lines for a terminal: a heading per task, then its methods in the order of `results`."""
@@ -22,8 +25,15 @@ def ladder(results: Mapping[str, Any]) -> list[str]:
             for step in results.get("comparisons", [])
             if step["task"] == task and step.get("family") == "primary" and step["metric"] == here[0]["metric"]
         }
-        lines += [_method(row, steps.get(row["method"]), width) for row in here]
+        shown = [_method(row, steps.get(row["method"]), width) for row in here]
+        # Four stages speak for themselves; among more methods the best is looked for.
+        marks = [_STANDINGS.get(row.get("standing"), "") if set(map(_name, here)) - _LADDER else "" for row in here]
+        lines += [f"{line}{mark}" for line, mark in zip(shown, marks, strict=True)]
     return lines
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return str(row["method"])
 
 
 def _heading(row: Mapping[str, Any]) -> str:
@@ -41,6 +51,8 @@ def _method(row: Mapping[str, Any], step: Mapping[str, Any] | None, width: int) 
     relative = "" if step.get("relative") is None else f", {_percent(step['relative'])}"
     chance = step.get("p_adjusted") if step.get("p_adjusted") is not None else step.get("p_value")
     p = "" if chance is None else ", p < .001" if chance < 0.001 else f", p = {chance:.3f}".replace("0.", ".", 1)
+    small = step.get("resolvable") is not None and abs(step["difference"]) < step["resolvable"]
+    p += ", not resolvable here" if small and (chance is None or chance >= 0.05) else ""
     return f"{line}   {step['difference']:+.4f}{_interval(step.get('ci95'))} against {step['against']}{relative}{p}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from proper.data.database import salt
 
@@ -34,6 +34,16 @@ class Example:
 EXAMPLES = """
     SELECT r.id, u.id, t.prompt, t.target, t.item, r.time, r.tokens
     FROM rows r CROSS JOIN users u ON u.number = r.user CROSS JOIN texts t ON t.id = r.text"""
+
+
+class Rows(Protocol):
+    """Rows to train on: `size` of them with `tokens` tokens, in another order in every epoch."""
+
+    @property
+    def size(self) -> int: ...  # noqa: D102
+    @property
+    def tokens(self) -> int: ...  # noqa: D102
+    def rows(self, epoch: int) -> Iterator[Example]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)

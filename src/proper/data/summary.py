@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from proper.data.database import get_meta
+from proper.errors import DataError
 
 if TYPE_CHECKING:
     from proper.data.dataset import Dataset
@@ -114,11 +115,31 @@ _INPUT = """SELECT id FROM rows WHERE part = 'query'
     AND prompt_key IN (SELECT prompt_key FROM rows WHERE part = 'history')"""
 
 
+# In a data set made from another, what else stands in a row's prompt must be the user's own, earlier history.
+_SOURCE = """SELECT s.row AS id FROM sources s JOIN rows r ON r.id = s.row JOIN rows o ON o.id = s.source
+    JOIN users u ON u.number = r.user
+    WHERE o.part <> 'history' OR o.user <> r.user OR (u.timed AND o.time >= r.time)"""
+
+
+def require_no_leaks(dataset: Dataset) -> None:
+    """Check that no query leaks into training; see `leaks`.
+
+    Raises:
+        DataError: one does; names the first and says how many.
+    """
+    found = leaks(dataset)
+    if found:
+        more = f" ({len(found) - 1:,} more)" if len(found) > 1 else ""
+        raise DataError(f"{get_meta(dataset.connection, 'path')}: leak: {found[0]}{more}; nothing is evaluated")
+
+
 def _measures(connection: sqlite3.Connection) -> dict[str, str]:
     """Queries for the ids of queries that leak, by kind of leak."""
     measures = {"its own row": _OWN_ROW}
     if get_meta(connection, "shared_items") == "exclude":
         measures |= {"its item": _ITEM, "its input": _INPUT}
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'sources'").fetchone():
+        measures |= {"what is not earlier": _SOURCE}
     return measures
 
 
@@ -128,7 +149,9 @@ def leaks(dataset: Dataset) -> list[str]:
     for what, query in _measures(connection).items():
         rows = connection.execute(f"""
             SELECT r.id, u.id FROM rows r JOIN users u ON u.number = r.user WHERE r.id IN ({query}) ORDER BY r.id""")
-        found += [f"query {row} of user '{user}': {what} is in training" for row, user in rows]
+        place = "its prompt" if query is _SOURCE else "training"
+        kind = "row" if query is _SOURCE else "query"
+        found += [f"{kind} {row} of user '{user}': {what} is in {place}" for row, user in rows]
     return found
 
 

@@ -1,38 +1,54 @@
 """A run folder judged: every method and seed on the same queries, then one results.json.
 
-Knows where a run's files lie and which method is which stage; statistics and models are elsewhere.
+Knows where a run's files lie; how a method is trained and answers comes in as a `Contender`, statistics are elsewhere.
 """
 
 from __future__ import annotations
 
-import difflib
 import platform
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from proper.adapters.store import AdapterStore
 from proper.config import Config
+from proper.data.coverage import queries_seen_by_others, targets_outside
 from proper.data.dataset import Dataset
-from proper.errors import ConfigError
+from proper.data.summary import require_no_leaks
+from proper.evaluation.fingerprint import code_version
 from proper.evaluation.lamp_predictions import write_lamp_predictions
 from proper.evaluation.metrics import Prediction, TaskInfo
 from proper.evaluation.results import build_results, gains_by_user, plain
 from proper.evaluation.routing import analyze_routing
-from proper.evaluation.runner import MethodRun, answer_losses, mean_gates, predict, write_predictions
+from proper.evaluation.runner import MethodRun, answer_losses, mean_gates
 from proper.evaluation.truth import Truth, read_truth, truth_section
-from proper.files import read_json, write_json
-from proper.inference.folded import STATIC_EXPORT, folded_size, static_export
-from proper.inference.personalized import PersonalizedModel, Stage, load
+from proper.files import hash_value, read_json, write_json
+from proper.inference.personalized import PersonalizedModel, load
+
+MEASURING_CODE = ("data", "layers", "models", "inference", "evaluation")
 
 HISTORY_SAMPLE = 8
 """Newest history items per user on which overfitting is looked for."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method as the harness sees it.
+
+    Attributes:
+        answers: its predictions for a seed.
+        cost: its row of `cost`, from the first seed's predictions.
+    """
+
+    name: str
+    answers: Callable[[int], MethodRun]
+    cost: Callable[[MethodRun], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -58,45 +74,55 @@ class Harness:
         kind = self.config.task.kind
         return TaskInfo(self.config.data.task or Path(self.config.data.path).stem, kind, tuple(self.dataset.labels))
 
-    def evaluate(self, methods: Sequence[str]) -> dict[str, Any]:
-        """Answer all queries with all methods, write predictions, results and what the report reads; return results.
+    def evaluate(self, contenders: Sequence[Contender]) -> dict[str, Any]:
+        """Let all contenders answer all queries, write results and what the report reads; return results.
 
         Raises:
-            ConfigError: a method is unknown.
+            DataError: a query leaks into training.
             RunFolderError: a stage is missing.
         """
-        stages = [known_method(method) for method in methods]
-        runs = {seed: self._predict(folder, stages) for seed, folder in self.folders.items()}
-        predictions = {seed: {m: run.predictions for m, run in by.items()} for seed, by in runs.items()}
+        require_no_leaks(self.dataset)
+        names = [contender.name for contender in contenders]
+        # Method by method, so that a call that is killed loses one at most.
+        by_method = {one.name: {seed: one.answers(seed) for seed in self.folders} for one in contenders}
+        predictions = {seed: {name: by_method[name][seed].predictions for name in names} for seed in self.folders}
         for seed, found in predictions.items():
             write_lamp_predictions(self.folders[seed] / "predictions", found, self.config.data, self.task)
-        routing = self._routing() if {"groups", "users"} & set(stages) else None
-        history_losses = self._history_losses() if "users" in stages else None
+        routing = self._remembered("routing", self._routing) if {"groups", "users"} & set(names) else None
+        history_losses = self._remembered("history_losses", self._history_losses) if "users" in names else None
+        first = next(iter(self.folders))
         results = build_results(
             predictions=predictions,
             task=self.task,
             run=self._facts(),
             seconds=self._seconds(),
-            cost=self._cost(next(iter(runs.values()))),
+            cost=[one.cost(by_method[one.name][first]) for one in contenders],
             routing=routing,
             truth=self._truth(predictions, routing),
             history_losses=history_losses,
+            user_slices=self._user_slices(),
+            query_slices=self._query_slices(),
             resamples=self.config.evaluation.resamples,
         )
-        if "users" in stages:
+        if "users" in names:
             results["tiers"] = self._tiers()
         gains = gains_by_user(predictions, self.task)
         write_json(self.home / "users.json", plain(gains))
         write_json(self.home / "results.json", results)
         return results
 
-    def _predict(self, folder: Path, stages: Sequence[str]) -> dict[str, MethodRun]:
-        runs: dict[str, MethodRun] = {}
-        for stage in stages:
-            with _opened(folder, stage, self.dataset) as model:
-                runs[stage] = predict(model, self.dataset, self.config.task, f"{stage}, {folder.name}")
-            write_predictions(folder / "predictions" / f"{stage}.jsonl", runs[stage].predictions)
-        return runs
+    def _remembered(self, what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a measure of the trained stages, made once for the stages, data and code that are there."""
+        markers = [self.home / stage / "stage.json" for stage in ("groups", "users")]
+        stages = [read_json(marker) for marker in markers if marker.exists()]
+        key = hash_value([what, self.dataset.sha256, stages, code_version(*MEASURING_CODE)])
+        path = self.home / "analysis.json"
+        held: dict[str, Any] = read_json(path) if path.exists() else {}
+        if held.get(what, {}).get("key") != key:
+            held[what] = {"key": key, "value": plain(measure())}
+            write_json(path, held)
+        value: dict[str, Any] = held[what]["value"]
+        return value
 
     def _routing(self) -> dict[str, Any]:
         """Routing figures of the first seed, from the gates of stage 2: the groups are what it found."""
@@ -135,6 +161,17 @@ class Harness:
             return None
         return truth_section(truth, predictions, self.task, (routing or {}).get("nmi"))
 
+    def _user_slices(self) -> dict[str, set[str]]:
+        """Target users of whom stage 2 of the first seed drew no row: to it they are new."""
+        groups = self.config.groups
+        sample = self.dataset.sample(groups.train_on, groups.max_tokens, next(iter(self.folders)))
+        return {"new-to-groups": targets_outside(self.dataset, sample)}
+
+    def _query_slices(self) -> dict[str, set[int]]:
+        seen = queries_seen_by_others(self.dataset)
+        unseen = {query.id for query in self.dataset.queries()} - seen
+        return {"items-seen-by-others": seen, "items-unseen-by-others": unseen}
+
     def _facts(self) -> dict[str, Any]:
         packages = ("proper-llm", "torch", "transformers", "peft", "accelerate")
         versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
@@ -156,81 +193,15 @@ class Harness:
                     found[stage] += read_json(marker)["seconds"]
         return dict(found)
 
-    def _cost(self, runs: Mapping[str, MethodRun]) -> list[dict[str, Any]]:
-        """What one user costs with each method, mean over target users, first seed."""
-        rows = []
-        for method, run in runs.items():
-            numbers, size, seconds = self._user_cost(method)
-            rows.append(
-                {
-                    "method": method,
-                    "parameters_per_user": numbers,
-                    "bytes_per_user": size,
-                    "train_seconds_per_user": seconds,
-                    "tokens_per_second": round(run.tokens / run.seconds, 1),
-                }
-            )
-        return rows
-
-    def _user_cost(self, method: str) -> tuple[float, float, float]:
-        if method not in ("groups", "users", STATIC_EXPORT):
-            return 0, 0, 0
-        stage = "users" if method == STATIC_EXPORT else method
-        model = load(self.home, cast(Stage, stage))
-        assert model.users is not None
-        targets = {user.id for user in self.dataset.users("target")}
-        width = model.model.embedding_size
-        adapter = model.model.layout(self.config.users.rank).width
-        held = [(tier, size) for user, tier, _, size in model.users.facts() if user in targets]
-        exported = folded_size(model)
-        model.close()
-        marker = read_json(self.home / stage / "stage.json")
-        seconds = round(marker["seconds"] / max(1, marker["users"]), 3)
-        if method == STATIC_EXPORT:
-            return (*exported, seconds)
-        if method == "groups":
-            return width, 4 * width, seconds
-        adapted = sum(tier == "users" for tier, _ in held) / len(held)
-        return width + round(adapter * adapted), round(sum(size for _, size in held) / len(held)), seconds
-
     def _tiers(self) -> dict[str, Any]:
         """How many target users are served on which tier, and why, first seed."""
-        model = load(self.home, "users")
-        assert model.users is not None
+        store = AdapterStore(self.home / "users")
         targets = {user.id for user in self.dataset.users("target")}
-        held = [(tier, facts) for user, tier, facts, _ in model.users.facts() if user in targets]
-        model.close()
+        held = [(tier, facts) for user, tier, facts, _ in store.facts() if user in targets]
+        store.close()
         counts = Counter(tier for tier, _ in held)
         reasons = Counter(str(facts["reason"]) for _, facts in held if "reason" in facts)
         return {"groups": counts["groups"], "users": counts["users"], "reasons": dict(reasons.most_common())}
-
-
-@contextmanager
-def _opened(folder: Path, method: str, dataset: Dataset) -> Iterator[PersonalizedModel]:
-    """The model that answers as this method, closed at the end."""
-    if method == STATIC_EXPORT:
-        with static_export(folder, dataset) as model:
-            yield model
-        return
-    model = load(folder, cast(Stage, method))
-    try:
-        yield model
-    finally:
-        model.close()
-
-
-def known_method(name: str) -> str:
-    """Return a method by its name.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    known = (*get_args(Stage), STATIC_EXPORT)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-        raise ConfigError(f"evaluation.methods: no method '{name}'; {hint}")
-    return name
 
 
 def _embeddings(model: PersonalizedModel, users: Sequence[str]) -> Tensor:

@@ -1,24 +1,25 @@
 """From predictions to `results.json` and `users.json`: which numbers are reported, and which are tested.
 
 The primary family is the two steps of the ladder (groups against population, users against groups) on the task's main
-metric, Holm-adjusted; every other comparison is in the family "other", adjusted among themselves. Knows nothing about
-models, and writes no file.
+metric, Holm-adjusted; the controls are a family of their own, and every other comparison is in the family "other", each
+adjusted among themselves. Knows nothing about models, and writes no file.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 from proper.errors import DataError
+from proper.evaluation.controls import CONTROLS, claim
 from proper.evaluation.metrics import TASK_METRICS, Prediction, TaskInfo, get_metric, primary_metric, require_ids
 from proper.evaluation.signatures import failure_signatures
-from proper.evaluation.slices import slice_rows
-from proper.evaluation.statistics import UserScores, compare, estimate, holm, user_scores
+from proper.evaluation.slices import part_rows, slice_rows
+from proper.evaluation.statistics import UserScores, compare, estimate, holm, standings, user_scores
 
 Predictions = Mapping[int, Mapping[str, Sequence[Prediction]]]
 """Predictions by seed, then by method; everybody answers the same queries."""
@@ -27,6 +28,14 @@ Scores = Mapping[tuple[str, str], UserScores]
 """Scores by (method, metric)."""
 
 STEPS = (("groups", "population"), ("users", "groups"))
+
+ABLATIONS = (
+    ("groups", "groups-no-constraint"),
+    ("groups", "constraint-experts"),
+    ("oppu-released", "oppu"),
+    ("users+rag", "rag"),
+)
+"""What is compared with its own counterpart, besides with the last stage."""
 
 
 def build_results(
@@ -40,6 +49,8 @@ def build_results(
     truth: Mapping[str, Any] | None = None,
     history_losses: Mapping[str, float] | None = None,
     pairs: Sequence[tuple[str, str]] = (),
+    user_slices: Mapping[str, Collection[str]] | None = None,
+    query_slices: Mapping[str, Collection[int]] | None = None,
     resamples: int = 2000,
     draws: int = 10_000,
     seed: int = 0,
@@ -56,6 +67,8 @@ def build_results(
         truth: from `truth.truth_section`, where the data has a truth.
         history_losses: by user, the answer loss of method `users` on that user's own history, to see overfitting.
         pairs: further (method, against) to compare, beside those of `default_pairs`.
+        user_slices: further slices by name, sets of users.
+        query_slices: slices by name that are sets of queries, by id.
         resamples: of the bootstrap.
         draws: of the permutation test.
         seed: of both.
@@ -67,6 +80,7 @@ def build_results(
     methods = list(next(iter(predictions.values())))
     scores = score_all(predictions, task)
     metrics = [_metric_row(key, one, task, resamples, seed) for key, one in scores.items()]
+    _add_standings(metrics, scores, resamples, seed)
     wanted = list(dict.fromkeys([*default_pairs(methods), *pairs]))
     comparisons = _comparisons(scores, wanted, task, resamples, draws, seed)
     gains = gains_by_user(predictions, task, scores)
@@ -85,7 +99,10 @@ def build_results(
         "comparisons": comparisons,
         "cost": [dict(row) for row in cost],
         "routing": dict(routing or {}),
-        "slices": slice_rows(scores, histories, resamples, seed),
+        "slices": [
+            *slice_rows(scores, histories, resamples, seed, user_slices),
+            *_query_slices(predictions, task, histories, query_slices or {}, resamples, seed),
+        ],
         "signatures": failure_signatures(
             routing=routing or {},
             comparisons=comparisons,
@@ -96,6 +113,9 @@ def build_results(
     }
     if truth is not None:
         results["truth"] = dict(truth)
+    claimed = claim(comparisons)
+    if claimed is not None:
+        results["personalization"] = claimed
     plain_results: dict[str, Any] = plain(results)
     return plain_results
 
@@ -151,12 +171,13 @@ def score_all(predictions: Predictions, task: TaskInfo) -> dict[tuple[str, str],
 def default_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
     """Return the (method, against) that every run compares.
 
-    The steps of the ladder, users against population, and the last stage that is there against everything else.
+    The steps of the ladder, users against population, the controls, and the last stage that is there against
+    everything else.
     """
-    pairs = [pair for pair in (*STEPS, ("users", "population")) if set(pair) <= set(methods)]
+    pairs = [pair for pair in (*STEPS, ("users", "population"), *CONTROLS, *ABLATIONS) if set(pair) <= set(methods)]
     ladder = [method for method in ("population", "groups", "users") if method in methods]
     others = [method for method in methods if method not in ladder]
-    return pairs + [(ladder[-1], other) for other in others if ladder]
+    return list(dict.fromkeys(pairs + [(ladder[-1], other) for other in others if ladder]))
 
 
 def require_same_queries(predictions: Predictions) -> dict[str, int]:
@@ -236,17 +257,49 @@ def _comparisons(
                 "ci95": [found.low, found.high],
                 "p_value": found.p_value,
                 "p_adjusted": math.nan,
-                "family": "primary" if primary and (method, against) in STEPS else "other",
+                "family": _family(method, against) if primary else "other",
                 "test": found.test,
                 "primary": primary,
                 "resolvable": found.resolvable,
                 "higher_is_better": scores[method, name].metric.higher_is_better,
             }
         )
-    for family in ("primary", "other"):
+    for family in ("primary", "controls", "other"):
         members = [row for row in rows if row["family"] == family]
         for row, adjusted in zip(members, holm([row["p_value"] for row in members]), strict=True):
             row["p_adjusted"] = adjusted
+    return rows
+
+
+def _family(method: str, against: str) -> str:
+    return "primary" if (method, against) in STEPS else "controls" if (method, against) in CONTROLS else "other"
+
+
+def _add_standings(rows: list[dict[str, Any]], scores: Scores, resamples: int, seed: int) -> None:
+    """Say of every row whether its method is the best on its metric, or cannot be told from the best."""
+    for name in dict.fromkeys(row["metric"] for row in rows):
+        here = [row for row in rows if row["metric"] == name]
+        places = standings([scores[row["method"], name] for row in here], resamples, seed)
+        for row, place in zip(here, places, strict=True):
+            row["standing"] = place
+
+
+def _query_slices(
+    predictions: Predictions,
+    task: TaskInfo,
+    histories: Mapping[str, int],
+    slices: Mapping[str, Collection[int]],
+    resamples: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    rows = []
+    for name, queries in slices.items():
+        part = {
+            each: {method: [row for row in answers if row.id in queries] for method, answers in by_method.items()}
+            for each, by_method in predictions.items()
+        }
+        if any(answers for by_method in part.values() for answers in by_method.values()):
+            rows += part_rows(name, score_all(part, task), histories, resamples, seed)
     return rows
 
 

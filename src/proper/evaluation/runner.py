@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,18 +43,22 @@ class MethodRun:
     tokens: int
 
 
-def predict(model: PersonalizedModel, dataset: Dataset, task: TaskConfig, title: str) -> MethodRun:
-    """Answer every query of the data set with `model`."""
+def predict(
+    model: PersonalizedModel, dataset: Dataset, task: TaskConfig, title: str, alias: Callable[[str], str] = str
+) -> MethodRun:
+    """Answer every query of the data set with `model`, each for its user, or as the user that `alias` says."""
     histories = {user.id: user.history for user in dataset.users("target")}
     queries = list(dataset.queries())
     started, found = time.perf_counter(), []
     with progress(f"evaluate: {title}", len(queries)) as advance:
         for at in range(0, len(queries), CHUNK):
             chunk = queries[at : at + CHUNK]
-            answers = _answers(model, chunk, task, dataset.labels)
-            losses = answer_losses(model, chunk)
+            asked = [replace(query, user=alias(query.user)) for query in chunk]
+            answers = _answers(model, asked, task, dataset.labels)
+            losses = answer_losses(model, asked)
             for query, answer, loss in zip(chunk, answers, losses, strict=True):
-                found.append(_prediction(query, answer, loss, model.tier(query.user), histories.get(query.user, 0)))
+                tier = model.tier(alias(query.user))
+                found.append(_prediction(query, answer, loss, tier, histories.get(query.user, 0)))
             advance(len(chunk))
     return MethodRun(found, time.perf_counter() - started, sum(p.tokens for p in found))
 

@@ -1,11 +1,11 @@
-"""The same metrics on part of the users: by how much history they have.
+"""The same metrics on part of the users or of the queries: short histories, items that others had, new users.
 
-Knows nothing about how scores were made. A slice is a set of users, so its intervals are over those users.
+Knows nothing about how scores were made. Intervals are over the users of a slice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,29 +39,44 @@ def slice_rows(
     histories: Mapping[str, int],
     resamples: int = 2000,
     seed: int = 0,
+    more: Mapping[str, Collection[str]] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the `slices` of `results.json`: one row per slice, method and metric.
 
-    `scores` is keyed by (method, metric). Each row adds to the interface its queries and its shortest and longest
-    history, `"history": [low, high]`.
+    `scores` is keyed by (method, metric); `more` are further slices, of users. Each row adds to the interface its
+    queries and its shortest and longest history, `"history": [low, high]`.
     """
     rows = []
-    for name, users in history_slices(histories).items():
-        lengths = [histories[user] for user in users]
-        for (method, metric), whole in scores.items():
-            part = whole.only(set(users))
-            found = estimate(part, resamples, seed)
-            rows.append(
-                {
-                    "slice": name,
-                    "method": method,
-                    "metric": metric,
-                    "value": found.value,
-                    "value_users": found.value_users,
-                    "ci95": [found.low, found.high],
-                    "users": len(part.users),
-                    "queries": int(part.counts.sum()),
-                    "history": [min(lengths), max(lengths)],
-                }
-            )
+    others = {name: [user for user in histories if user in users] for name, users in (more or {}).items()}
+    for name, users in {**history_slices(histories), **others}.items():
+        parts = {key: whole.only(set(users)) for key, whole in scores.items()} if users else {}
+        rows += part_rows(name, parts, histories, resamples, seed)
+    return rows
+
+
+def part_rows(
+    name: str,
+    scores: Mapping[tuple[str, str], UserScores],
+    histories: Mapping[str, int],
+    resamples: int = 2000,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Return one slice's rows from scores of its queries alone."""
+    rows = []
+    for (method, metric), part in scores.items():
+        found = estimate(part, resamples, seed)
+        lengths = [histories[user] for user in part.users]
+        rows.append(
+            {
+                "slice": name,
+                "method": method,
+                "metric": metric,
+                "value": found.value,
+                "value_users": found.value_users,
+                "ci95": [found.low, found.high],
+                "users": len(part.users),
+                "queries": int(part.counts.sum()),
+                "history": [min(lengths), max(lengths)],
+            }
+        )
     return rows

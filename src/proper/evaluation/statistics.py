@@ -155,6 +155,26 @@ def compare(
     return Comparison(difference, relative, low, high, p_value, test, minimal_detectable_difference(sd, users))
 
 
+def standings(scores: Sequence[UserScores], resamples: int = 2000, seed: int = 0) -> list[str]:
+    """Return "best" for the best of several methods, "tied" where the 95 % interval of the difference holds 0, else "".
+
+    Paired by user in the same resamples. Ties say what these users cannot tell apart from the best; they are not tests.
+
+    Raises:
+        DataError: the scores are not of the same users and queries.
+    """
+    sign = 1.0 if scores[0].metric.higher_is_better else -1.0
+    values = [sign * float(one.values().mean()) for one in scores]
+    top = max(range(len(values)), key=values.__getitem__)
+    again = sign * bootstrap(scores, resamples, seed)
+    found = []
+    for place, value in enumerate(values):
+        _, high = _interval(scores[place], again[place] - again[top])
+        tied = value == values[top] or not high < 0
+        found.append("best" if place == top else "tied" if tied else "")
+    return found
+
+
 def permutation_test(method: UserScores, against: UserScores, draws: int = 10_000, seed: int = 0) -> tuple[float, str]:
     """Return the two-sided p-value of the difference under swapping methods user by user, and the test's name.
 

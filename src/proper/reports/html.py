@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from proper.files import write_text
-from proper.reports import figures, formats, svg, tables, words
+from proper.reports import figures, formats, methods, svg, tables, words
 from proper.reports.curves import curves
 from proper.reports.examples import choose_examples
 from proper.reports.load import RunFiles, load_run
@@ -53,6 +53,9 @@ def gather(run: RunFiles) -> dict[str, Any]:
         "steps": steps,
         "tiles": _tiles(run),
         "ladders": _ladders(run),
+        "methods": methods.methods_table(run),
+        "claim": methods.claim_story(run.part("personalization")),
+        "cost_quality": methods.cost_quality(run),
         "metrics": tables.metrics(run),
         "comparisons": tables.comparisons(run),
         "slices": tables.slices(run),

@@ -20,7 +20,10 @@ LADDER = ("base", "population", "groups", "users")
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One row of `metrics`: a method's score. `interval` is the 95 % interval of `value` over users."""
+    """One row of `metrics`: a method's score. `interval` is the 95 % interval of `value` over users.
+
+    `standing` is "best", "tied" with the best, or "".
+    """
 
     task: str
     method: str
@@ -33,11 +36,15 @@ class Metric:
     seeds: int | None
     higher_is_better: bool
     primary: bool
+    standing: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One row of `comparisons`: `method` minus `against`. `relative` is positive where `method` is better."""
+    """One row of `comparisons`: `method` minus `against`. `relative` is positive where `method` is better.
+
+    `resolvable` is the smallest true difference that the users would show with 80 % power.
+    """
 
     task: str
     method: str
@@ -51,6 +58,7 @@ class Comparison:
     family: str
     test: str
     primary: bool
+    resolvable: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +163,7 @@ def _metric(row: dict[str, Any]) -> Metric | None:
         seeds=count(row.get("seeds")),
         higher_is_better=row.get("higher_is_better") is not False,
         primary=bool(row.get("primary")),
+        standing=str(row.get("standing") or ""),
     )
 
 
@@ -175,6 +184,7 @@ def _comparison(row: dict[str, Any]) -> Comparison | None:
         family=str(row.get("family") or ""),
         test=str(row.get("test") or ""),
         primary=bool(row.get("primary")),
+        resolvable=number(row.get("resolvable")),
     )
 
 

@@ -25,7 +25,7 @@ from proper.reports.formats import (
 )
 from proper.reports.load import LADDER, Metric, RunFiles, UserGain
 from proper.reports.reading import count, interval, mapping, number
-from proper.reports.words import gain_of, is_higher_better, judged_word, outcome, primary_metrics
+from proper.reports.words import gain_of, is_higher_better, primary_metrics, verdict
 
 COUNTS = ("users", "queries", "seeds")
 
@@ -72,7 +72,7 @@ def comparisons(run: RunFiles) -> Table | None:
     """Return every paired comparison with its verdict at p < .05, adjusted where a family was."""
     lines = []
     for row in sorted(run.comparisons, key=lambda row: not row.primary):
-        judged = judged_word(outcome(row, is_higher_better(run, row.metric)))
+        judged = verdict(row, is_higher_better(run, row.metric))
         step = f"{method_name(row.method)} − {method_name(row.against)}"
         values = [signed(row.difference), span(row.interval, sign=True), percent(row.relative, sign=True)]
         tests = [_p_cell(row.p_value), _p_cell(row.p_adjusted)]

@@ -106,6 +106,14 @@ def judged_word(judged: Outcome) -> str:
     return {"gain": "better", "loss": "worse", "none": "not measurable"}[judged]
 
 
+def verdict(row: Comparison, higher_is_better: bool) -> str:
+    """Return the verdict of a comparison; a difference too small for these users to show is said to be so."""
+    judged = outcome(row, higher_is_better)
+    if judged == "none" and row.resolvable is not None and abs(row.difference) < row.resolvable:
+        return "not resolvable here"
+    return judged_word(judged)
+
+
 def primary_metrics(run: RunFiles) -> list[Metric]:
     """Return the rows of each task's main metric, in the file's order; the first metric's where none is marked."""
     marked = [row for row in run.metrics if row.primary]

@@ -19,7 +19,7 @@ from proper.layers.constraint import constraint_loss
 from proper.layers.routing import Rows
 from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
 from proper.training.checkpoint import seed_of
-from proper.training.loop import Loss, Plan, train
+from proper.training.loop import Loss, Plan, Stage, train
 from proper.training.optim import RowAdamW
 
 
@@ -48,17 +48,21 @@ class GroupsStage:
 
     def loss(self, batch: Batch, progress: float) -> Loss:
         """Answer loss of a batch of several users, and the weighted constraint."""
+        logits = self.model.answer_logits(batch, self.rows(batch))
+        total, tokens = answer_loss(logits, batch.labels)
+        return Loss(total.sum(), tokens.sum(), self.penalty(progress))
+
+    def rows(self, batch: Batch) -> Rows:
+        """Return what the layers need, with embeddings whose gradients the next update uses."""
         users, numbers = number_users(batch.users)
         index = [self.index[user] for user in users]
         own = self.embeddings[index].to(batch.input_ids.device).requires_grad_()
         self._pending.append((index, own))
         who = torch.tensor(numbers, device=own.device)
-        rows = Rows("groups", embedding=own[who], users=who, mask=batch.attention_mask.bool())
-        logits = self.model.answer_logits(batch, rows)
-        total, tokens = answer_loss(logits, batch.labels)
-        return Loss(total.sum(), tokens.sum(), self._penalty(progress))
+        return Rows("groups", embedding=own[who], users=who, mask=batch.attention_mask.bool())
 
-    def _penalty(self, progress: float) -> Tensor | None:
+    def penalty(self, progress: float) -> Tensor | None:
+        """Return the weighted constraint on the gates of the batch that has just run."""
         constraint = self.config.constraint
         if constraint.kind == "none":
             return None
@@ -99,6 +103,12 @@ def train_groups(
 ) -> Tensor:
     """Train stage 2 in place and return the users' embeddings (U, D) in the order of `users`."""
     stage = GroupsStage(model, config, users, plan.seed, accelerator)
+    train_stage(stage, model, config, plan, accelerator)
+    return stage.embeddings
+
+
+def train_stage(stage: Stage, model: ProperModel, config: GroupsConfig, plan: Plan, accelerator: Accelerator) -> None:
+    """Train a stage of experts and routers in place; they are frozen before and after."""
     for parameter in stage.parameters().values():
         parameter.requires_grad_(True)
     model.train(True)
@@ -107,7 +117,6 @@ def train_groups(
     model.train(False)
     for parameter in stage.parameters().values():
         parameter.requires_grad_(False)
-    return stage.embeddings
 
 
 def _sum_rows(gradients: dict[int, Tensor]) -> dict[int, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from proper.config import OptimizerConfig
 from proper.console import progress
 from proper.data.batching import Batch, Encoded, Encoder, collate, similar_batches
-from proper.data.dataset import Example, Sample
+from proper.data.sampling import Example, Rows
 from proper.errors import DataError, NonFiniteLossError
 from proper.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, seed_of
 from proper.training.schedule import factor
@@ -68,7 +68,7 @@ class Plan:
     seed: int
     encoder: Encoder
     pad: int
-    sample: Sample
+    sample: Rows
     checkpoint: Checkpoint
     log: Log
 

@@ -21,7 +21,9 @@ from torch import Tensor
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config, OptimizerConfig
 from proper.data.batching import Encoder
-from proper.data.dataset import Dataset, Role, Sample
+from proper.data.dataset import Role
+from proper.data.sampling import Rows
+from proper.data.views import Histories
 from proper.errors import RunFolderError
 from proper.files import hash_file, write_json
 from proper.inference.personalized import load_groups
@@ -57,7 +59,7 @@ class StageRunner:
         folder: the seed's run folder.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, folder: Path, seed: int, log: Log) -> None:
+    def __init__(self, config: Config, dataset: Histories, folder: Path, seed: int, log: Log) -> None:
         self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
         self.accelerator = join_processes(config)
         self.backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), self.accelerator.device)
@@ -162,7 +164,7 @@ class StageRunner:
         shutil.rmtree(work_folder, ignore_errors=True)
         store.close()
 
-    def _plan(self, stage: str, config: OptimizerConfig, sample: Sample) -> Plan:
+    def _plan(self, stage: str, config: OptimizerConfig, sample: Rows) -> Plan:
         return Plan(
             config=config,
             rate=resolve_rate(config.learning_rate, stage, self.backbone.hidden_size),

@@ -30,7 +30,7 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import UsersConfig
 from proper.console import say
 from proper.data.batching import Encoded, Encoder
-from proper.data.dataset import Dataset
+from proper.data.views import Histories
 from proper.files import read_json, write_json
 from proper.models.personal import ProperModel
 from proper.models.tensors import load_tensors, save_tensors
@@ -62,7 +62,7 @@ class UserStage:
 
     model: ProperModel
     config: UsersConfig
-    dataset: Dataset
+    dataset: Histories
     encoder: Encoder
     users: Sequence[str]
     embeddings: Float[Tensor, "U D"]

@@ -1,0 +1,28 @@
+"""Which queries and users training has touched otherwise: items that others had, users whose rows a stage drew.
+
+Knows nothing about methods or scores.
+"""
+
+from __future__ import annotations
+
+from proper.data.dataset import Dataset
+from proper.data.sampling import Sample
+
+
+def queries_seen_by_others(dataset: Dataset) -> set[int]:
+    """Return the queries whose item, or normalized input where there is no item, is in another user's history."""
+    found = dataset.connection.execute("""
+        SELECT DISTINCT q.id FROM rows h JOIN rows q ON q.item_key = h.item_key AND q.user <> h.user
+        WHERE h.part = 'history' AND q.part = 'query'
+        UNION
+        SELECT DISTINCT q.id FROM rows h JOIN rows q ON q.prompt_key = h.prompt_key AND q.user <> h.user
+        WHERE h.part = 'history' AND q.part = 'query' AND q.item_key IS NULL""")
+    return {row for (row,) in found}
+
+
+def targets_outside(dataset: Dataset, sample: Sample) -> set[str]:
+    """Return the target users of whom a sample holds no row."""
+    found = dataset.connection.execute(f"""
+        SELECT id FROM users WHERE role = 'target' AND number NOT IN (
+            SELECT r.user FROM {sample.table} s JOIN rows r ON r.id = s.id)""")
+    return {user for (user,) in found}

@@ -1,0 +1,118 @@
+"""A data set made from another: the same rows and split with other texts, in a file of its own.
+
+Queries, users, times and roles stay, so that methods on both answer the same questions. Knows nothing about what the
+texts are for.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from proper.data.database import get_meta, salt, scramble, set_meta
+from proper.data.dataset import Dataset
+from proper.errors import ProperError
+from proper.files import atomic_path, hash_value
+
+SOURCES = "CREATE TABLE sources(row INTEGER NOT NULL, source INTEGER NOT NULL)"
+"""In a derived file: which rows' texts a row's prompt also holds. The leak check reads it."""
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A row's new prompt.
+
+    Attributes:
+        tokens: of prompt and target together, untruncated.
+        sources: the rows whose texts are in it besides the row's own.
+        cut: whether something had to be left out to fit the model's length.
+    """
+
+    row: int
+    prompt: str
+    tokens: int
+    sources: tuple[int, ...] = ()
+    cut: bool = False
+
+
+@contextmanager
+def _copy(source: Dataset, path: Path, name: str) -> Iterator[sqlite3.Connection]:
+    """Yield a writable copy of `source` that takes its place at `path` if all goes well."""
+    with atomic_path(path) as temporary:
+        connection = sqlite3.connect(temporary, isolation_level=None)
+        try:
+            source.connection.backup(connection)
+            connection.create_function("scramble", 2, scramble, deterministic=True)
+            connection.execute("PRAGMA journal_mode = OFF")
+            connection.execute("PRAGMA temp_store = FILE")
+            connection.execute("BEGIN")
+            yield connection
+            set_meta(connection, "sha256", hash_value([source.sha256, name]))
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise ProperError(f"{path}: cannot be written: {error}") from error
+        finally:
+            connection.close()
+
+
+def shuffle_users(source: Dataset, path: Path, seed: int) -> None:
+    """Give history rows to other users: within targets and within the others, every row gets the text of another row.
+
+    Users keep how many rows they have, and when; whose text it was is lost. Queries stay as they are.
+    """
+    with _copy(source, path, f"shuffled {seed}") as connection:
+        connection.execute(
+            """CREATE TEMP TABLE places AS SELECT r.id AS place, u.role AS role,
+                   row_number() OVER (PARTITION BY u.role ORDER BY r.id) AS number
+            FROM rows r JOIN users u ON u.number = r.user WHERE r.part = 'history'"""
+        )
+        connection.execute(
+            """CREATE TEMP TABLE contents AS SELECT r.text, r.tokens, r.digest, r.item_key, r.prompt_key,
+                   u.role AS role,
+                   row_number() OVER (PARTITION BY u.role ORDER BY scramble(r.digest, ?), r.id) AS number
+            FROM rows r JOIN users u ON u.number = r.user WHERE r.part = 'history'""",
+            (salt("shuffled", seed),),
+        )
+        connection.execute("CREATE INDEX temp.by_number ON contents(role, number)")
+        connection.execute("CREATE INDEX temp.by_place ON places(place)")
+        connection.execute("""
+            UPDATE rows SET (text, tokens, digest, item_key, prompt_key) = (
+                SELECT c.text, c.tokens, c.digest, c.item_key, c.prompt_key
+                FROM places p JOIN contents c ON c.role = p.role AND c.number = p.number WHERE p.place = rows.id)
+            WHERE part = 'history'""")
+
+
+def rewrite(source: Dataset, path: Path, name: str, rewritten: Iterable[Rewritten]) -> None:
+    """Give rows new prompts, keeping their keys, so that leaks are still found."""
+    with _copy(source, path, name) as connection:
+        connection.execute(SOURCES)
+        cut = {"history": 0, "query": 0}
+        for row in rewritten:
+            text = connection.execute(
+                "INSERT INTO texts(prompt, target, item) SELECT ?, t.target, t.item FROM texts t"
+                " WHERE t.id = (SELECT text FROM rows WHERE id = ?) RETURNING id",
+                (row.prompt, row.row),
+            ).fetchone()[0]
+            connection.execute("UPDATE rows SET text = ?, tokens = ? WHERE id = ?", (text, row.tokens, row.row))
+            connection.executemany("INSERT INTO sources VALUES (?, ?)", [(row.row, other) for other in row.sources])
+            if row.cut:
+                part = connection.execute("SELECT part FROM rows WHERE id = ?", (row.row,)).fetchone()[0]
+                cut[part] += 1
+        connection.execute("DELETE FROM texts WHERE id NOT IN (SELECT text FROM rows)")
+        set_meta(connection, "cut", cut)
+
+
+def cut_queries(dataset: Dataset) -> int:
+    """Return how many queries' prompts lost something: at the model's length, or of what was put in front."""
+    longest = get_meta(dataset.connection, "max_length")
+    long = dataset.connection.execute(
+        "SELECT count(*) FROM rows WHERE part = 'query' AND tokens > ?", (longest,)
+    ).fetchone()[0]
+    return max(int(long), int((get_meta(dataset.connection, "cut") or {}).get("query", 0)))
+
+
+Count = Callable[[str, str], int]
+"""A prompt and a target to their length in tokens, together and untruncated."""

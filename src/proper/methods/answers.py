@@ -1,0 +1,105 @@
+"""How a trained folder answers: as itself, with users exchanged, or with everybody as the same user.
+
+Knows nothing about how the folder came about.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from proper.adapters.cache import SlotCache
+from proper.adapters.store import AdapterStore
+from proper.data.batching import Encoder
+from proper.errors import DataError
+from proper.evaluation.runner import MethodRun, predict
+from proper.inference.folded import STATIC_EXPORT, static_export
+from proper.inference.personalized import PersonalizedModel, Stage, load, load_groups
+from proper.layers.bank import AdapterBank
+from proper.methods.method import Place
+from proper.models.backbone import load_backbone, pick_device, pick_dtype
+from proper.models.personal import ProperModel
+from proper.training.checkpoint import seed_of
+from proper.training.direct import direct_model
+
+Answer = Callable[[Place], MethodRun]
+
+
+def as_itself(stage: Stage) -> Answer:
+    """Answer every user as the model of `stage` does."""
+
+    def answer(place: Place) -> MethodRun:
+        return _answers(place, stage, lambda user: user)
+
+    return answer
+
+
+def as_another(place: Place) -> MethodRun:
+    """Answer every user with the embedding and the adapter of another (control `swapped`)."""
+    others = derangement([user.id for user in place.dataset.users("target")], place.seed)
+    return _answers(place, "users", lambda user: others[user])
+
+
+def as_one(stage: Stage, user: str) -> Answer:
+    """Answer everybody as `user`."""
+
+    def answer(place: Place) -> MethodRun:
+        return _answers(place, stage, lambda _: user)
+
+    return answer
+
+
+def exported(place: Place) -> MethodRun:
+    """Answer every user from the plain LoRA that `proper users export --format peft` would write."""
+    with static_export(place.folder, place.dataset) as model:
+        return predict(model, place.dataset, place.config.task, f"{STATIC_EXPORT}, {place.folder.name}")
+
+
+def directly(place: Place) -> MethodRun:
+    """Answer from adapters that sit straight on the backbone or on population (`DirectRunner`)."""
+    model, users = direct_model(place.config, place.folder), place.config.users
+    slots = max(2, place.config.compute.batch_size)
+    bank = AdapterBank(model.layout(users.rank), slots, alpha=users.alpha, trainable=False, device=model.device)
+    model.use_bank(bank)
+    cache = SlotCache(AdapterStore(place.folder / "users"), bank, torch.zeros(1))
+    return _run(place, model, cache)
+
+
+def jointly(place: Place) -> MethodRun:
+    """Answer from experts and adapters that were trained together on the bare backbone (`JointRunner`)."""
+    config = place.config
+    backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), pick_device(config.compute.device))
+    model = ProperModel(backbone)
+    return _run(place, model, load_groups(place.folder, config, model))
+
+
+def _run(place: Place, model: ProperModel, cache: SlotCache) -> MethodRun:
+    encoder = Encoder(model.backbone.tokenizer, place.config.compute.max_length)
+    whole = PersonalizedModel(model, encoder, place.config, cache, "users")
+    try:
+        return predict(whole, place.dataset, place.config.task, place.folder.name)
+    finally:
+        whole.close()
+
+
+def derangement(users: Sequence[str], seed: int) -> Mapping[str, str]:
+    """Return another user for every user, each taken once: one seeded cycle through all of them.
+
+    Raises:
+        DataError: there is only one user.
+    """
+    if len(users) < 2:
+        raise DataError("method 'swapped' needs two target users: one has nobody to be swapped with")
+    order = sorted(users)
+    random.Random(seed_of(seed, "derangement")).shuffle(order)
+    return dict(zip(order, [*order[1:], order[0]], strict=True))
+
+
+def _answers(place: Place, stage: Stage, alias: Callable[[str], str]) -> MethodRun:
+    model = load(place.folder, stage)
+    try:
+        return predict(model, place.dataset, place.config.task, f"{stage}, {place.folder.name}", alias)
+    finally:
+        model.close()

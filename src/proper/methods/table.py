@@ -1,0 +1,206 @@
+"""Every method by its name: the ladder, what people compare with, the paper's ablations, and the controls.
+
+This is the one place that knows all of them; a new method is a new line here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from proper.config import PRESETS, Config
+from proper.data.batching import Encoder
+from proper.data.dataset import Dataset
+from proper.data.derive import Count, shuffle_users
+from proper.data.retrieval import add_profiles, retrieve
+from proper.data.views import EVERYBODY
+from proper.errors import ConfigError
+from proper.inference.folded import STATIC_EXPORT
+from proper.methods import train
+from proper.methods.answers import as_another, as_itself, as_one, directly, exported, jointly
+from proper.methods.method import Derive, Method, Trained, Variant
+from proper.methods.trivial import global_majority, user_majority
+from proper.models.backbone import load_tokenizer
+
+ALL: tuple[Trained, ...] = ("population", "groups", "users")
+GROUPS: tuple[Trained, ...] = ("population", "groups")
+
+OPPU: Mapping[str, Any] = {
+    "rank": 8,
+    "alpha": 8,
+    "dropout": 0.05,
+    "batch_size": 16,
+    "weight_decay": 0.01,
+    "warmup": 0.1,
+    "schedule": "linear",
+    "clip": 0.3,
+    "router": "none",
+    "slots": 1,
+    "tiers": {"select": False},
+}
+"""OPPU's recipe for a user's LoRA (its released code), but for the learning rate, which is the run's: its 1e-4 is for a
+model of 7 B, and rates follow the backbone's width here."""
+
+OPPU_MODULES = ["q_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"]
+"""OPPU adapts q and v; where a family has them in one layer, that layer."""
+
+
+def all_methods(config: Config) -> dict[str, Method]:
+    """Return every method by name, for a run of this config."""
+    methods = [*_ladder(), *_trivial(), *_controls(config), *_ablations(config), *_baselines(config), *_retrieval()]
+    return {method.name: method for method in methods}
+
+
+def known_methods(names: Sequence[str], config: Config) -> list[Method]:
+    """Return methods by their names.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    known = all_methods(config)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"evaluation.methods: no method '{name}'; {hint}")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def _ladder() -> list[Method]:
+    return [
+        Method("base", as_itself("base")),
+        Method("population", as_itself("population"), ALL[:1]),
+        Method("groups", as_itself("groups"), ALL[:2], keeps="embedding"),
+        Method("users", as_itself("users"), ALL, keeps="adapter"),
+        Method(STATIC_EXPORT, exported, ALL, keeps="export"),
+    ]
+
+
+def _trivial() -> list[Method]:
+    return [
+        Method("user-majority", user_majority, keeps="history"),
+        Method("global-majority", global_majority),
+    ]
+
+
+def _controls(config: Config) -> list[Method]:
+    groups = config.groups
+    # One expert always has the gate 1: stage 2 with one expert of rank E R is a plain LoRA on stage 2's own rows.
+    more = {
+        "experts": 1,
+        "rank": groups.experts * groups.rank,
+        "alpha": groups.experts * groups.alpha,
+        "router": "default",
+        "constraint": {"kind": "none"},
+    }
+    shuffled = Variant("shuffled", train.ladder, ("population",), derive=_shuffled)
+    return [
+        Method(
+            "population-more",
+            as_itself("groups"),
+            GROUPS,
+            Variant("population-more", train.ladder, ("population",), {"groups": more}),
+        ),
+        Method(
+            "groups-shared-e",
+            as_one("groups", EVERYBODY),
+            GROUPS,
+            Variant("groups-shared-e", train.one_user, ("population",)),
+        ),
+        Method("swapped", as_another, ALL, keeps="adapter"),
+        Method("shuffled", as_itself("users"), ALL, shuffled, keeps="adapter"),
+    ]
+
+
+def _ablations(config: Config) -> list[Method]:
+    released = {
+        section: {key: value for key, value in values.items() if "learning_rate" not in key}
+        for section, values in PRESETS["released"].items()
+    }
+    return [
+        _groups("groups-no-constraint", {"constraint": {**config.groups.constraint.model_dump(), "kind": "none"}}),
+        _groups("constraint-experts", {"constraint": {**config.groups.constraint.model_dump(), "kind": "experts"}}),
+        # Its architecture and losses; the learning rates are the run's, as those of the preset are for 7 B.
+        Method("released", as_itself("users"), ALL, Variant("released", train.ladder, (), released), keeps="adapter"),
+        _users("users-no-router", config, "none"),
+        _users("users-residual", config, "residual"),
+        _users("users-paper", config, "paper"),
+    ]
+
+
+def _groups(name: str, settings: Mapping[str, Any]) -> Method:
+    variant = Variant(name, train.ladder, ("population",), {"groups": settings})
+    return Method(name, as_itself("groups"), GROUPS, variant, keeps="embedding")
+
+
+def _users(name: str, config: Config, router: str) -> Method:
+    variant = Variant(name, train.ladder, GROUPS, {"users": {"router": router}})
+    same = config.users.router == router
+    return Method(name, as_itself("users"), ALL, None if same else variant, keeps="adapter")
+
+
+def _baselines(config: Config) -> list[Method]:
+    oppu = {"users": OPPU, "groups": {"target_modules": OPPU_MODULES}}
+    own: tuple[Trained, ...] = ("population", "users")
+    return [
+        Method(
+            "per-user-only",
+            directly,
+            ("users",),
+            Variant("per-user-only", train.direct, (), {"users": {"router": "none"}}),
+            keeps="adapter",
+        ),
+        Method(
+            "end-to-end",
+            jointly,
+            ("groups", "users"),
+            Variant("end-to-end", train.joint, (), {"users": {"router": "none"}}),
+            keeps="adapter",
+        ),
+        Method("oppu", directly, own, Variant("oppu", train.direct, ("population",), oppu), keeps="adapter"),
+        Method(
+            "oppu-released",
+            directly,
+            own,
+            Variant("oppu-released", train.leaking, ("population",), oppu),
+            keeps="adapter",
+        ),
+    ]
+
+
+def _retrieval() -> list[Method]:
+    one, two, four = (Variant(f"rag-{k}", train.ladder, derive=_retrieved(k)) for k in (1, 2, 4))
+    population = as_itself("population")
+    return [
+        *(Method(name, population, ALL[:1], one, keeps="history") for name in ("rag", "rag-1")),
+        Method("rag-2", population, ALL[:1], two, keeps="history"),
+        Method("rag-4", population, ALL[:1], four, keeps="history"),
+        Method("pag", population, ALL[:1], Variant("pag", train.ladder, derive=_profiled), keeps="history"),
+        Method("users+rag", as_itself("users"), ALL, one, keeps="adapter"),
+    ]
+
+
+def _shuffled(source: Dataset, path: Path, config: Config, seed: int) -> None:
+    shuffle_users(source, path, seed)
+
+
+def _retrieved(k: int) -> Derive:
+    def derive(source: Dataset, path: Path, config: Config, seed: int) -> None:
+        retrieve(source, path, k, _counter(config), config.compute.max_length)
+
+    return derive
+
+
+def _profiled(source: Dataset, path: Path, config: Config, seed: int) -> None:
+    add_profiles(source, path, config.task.kind, _counter(config), config.compute.max_length)
+
+
+def _counter(config: Config) -> Count:
+    encoder = Encoder(load_tokenizer(config.backbone), config.compute.max_length)
+
+    def count(prompt: str, target: str) -> int:
+        return encoder.count([prompt], [target])[0]
+
+    return count

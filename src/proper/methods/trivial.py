@@ -1,0 +1,84 @@
+"""Answers without a model: what this user, or everybody, answered before. Every table needs them.
+
+Labels: the most frequent one. Ratings: the mean, rounded to the nearest rating of the scale. Free text: the most
+frequent one, the newest where all differ.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from proper.data.dataset import Dataset, Example
+from proper.evaluation.metrics import Prediction
+from proper.evaluation.runner import MethodRun
+from proper.methods.method import Place
+
+
+def user_majority(place: Place) -> MethodRun:
+    """Answer every query with what its user answered most, or on average."""
+    return _answer(place, own=True)
+
+
+def global_majority(place: Place) -> MethodRun:
+    """Answer every query with what all users answered most, or on average."""
+    return _answer(place, own=False)
+
+
+def usual(counts: Mapping[str, int], kind: str, labels: Sequence[str]) -> str:
+    """Return the usual answer; `counts` says how often each was given, newest last; "" where there are none."""
+    if not counts:
+        return ""
+    if kind == "rating":
+        mean = fmean(map(float, counts), counts.values())
+        # Exactly between two ratings neither is better; the lower one is a rule.
+        return min(labels, key=lambda label: (abs(float(label) - mean), float(label)))
+    most = max(counts.values())
+    return [answer for answer, count in counts.items() if count == most][-1]
+
+
+def _answer(place: Place, *, own: bool) -> MethodRun:
+    started = time.perf_counter()
+    dataset, kind = place.dataset, place.config.task.kind
+    answers: dict[str, str] = {}
+    everybody = "" if own else usual(_everybodys(dataset), kind, dataset.labels)
+    found = []
+    histories = {user.id: user.history for user in dataset.users("target")}
+    for query in dataset.queries():
+        if own and query.user not in answers:
+            answers[query.user] = usual(_counts(dataset.history(query.user)), kind, dataset.labels)
+        found.append(_prediction(query, answers.get(query.user, everybody), histories.get(query.user, 0)))
+    return MethodRun(found, max(time.perf_counter() - started, 1e-9), 0)
+
+
+def _counts(history: Sequence[Example]) -> dict[str, int]:
+    """Count answers, in the order of the last time each was given."""
+    counts: dict[str, int] = {}
+    for item in history:
+        counts[item.target] = counts.pop(item.target, 0) + 1
+    return counts
+
+
+def _everybodys(dataset: Dataset) -> dict[str, int]:
+    """Count everybody's answers in SQL: there can be as many as rows. Of free texts only the most frequent counts."""
+    found = dataset.connection.execute(
+        """SELECT t.target, count(*) FROM rows r CROSS JOIN texts t ON t.id = r.text WHERE r.part = 'history'
+        GROUP BY t.target ORDER BY count(*) DESC, t.target LIMIT ?""",
+        (-1 if dataset.labels else 1,),
+    )
+    return dict(reversed(found.fetchall()))
+
+
+def _prediction(query: Example, answer: str, history: int) -> Prediction:
+    return Prediction(
+        id=query.id,
+        user=query.user,
+        item=query.item,
+        prompt=query.prompt,
+        target=query.target,
+        prediction=answer,
+        tokens=0,
+        tier="trivial",
+        history=history,
+    )

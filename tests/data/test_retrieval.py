@@ -1,0 +1,145 @@
+"""What stands in front of a prompt: only the user's own, strictly earlier items, the best ones, as far as they fit."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proper.data.dataset import Dataset
+from proper.data.derive import cut_queries, rewrite, shuffle_users
+from proper.data.retrieval import add_profiles, retrieve, template_profile
+from proper.data.summary import leaks, require_no_leaks
+from proper.errors import DataError
+
+
+def make_rows(users: dict[str, int]) -> list[dict[str, Any]]:
+    return [
+        {"user_id": user, "timestamp": at, "input": f"{user} asks {at}", "output": f"answer {at % 3}"}
+        for user, size in users.items()
+        for at in range(size)
+    ]
+
+
+def count(prompt: str, target: str) -> int:
+    return len(prompt.split()) + len(target.split())
+
+
+@pytest.fixture
+def rows():
+    made = make_rows({"a": 20, "b": 15, "c": 3})
+    for at, row in enumerate(made):
+        row["input"] = f"{row['user_id']} word{at % 4} text{at}"
+    return made
+
+
+@pytest.fixture
+def dataset(build, rows) -> Dataset:
+    return build(rows)
+
+
+def test_every_item_in_front_is_the_users_own_and_earlier(dataset: Dataset, tmp_path: Path) -> None:
+    retrieve(dataset, tmp_path / "rag.sqlite", 2, count, 100)
+    with Dataset.open(tmp_path / "rag.sqlite") as rag:
+        assert leaks(rag) == [] and rag.sha256 != dataset.sha256
+        users = [user.id for user in dataset.users()]
+        plain = {row.id: row for user in users for row in (*dataset.history(user), *dataset.queries(user))}
+        sources = dict.fromkeys(plain, ())
+        for row, source in rag.connection.execute("SELECT row, source FROM sources ORDER BY rowid"):
+            sources[row] = (*sources[row], source)
+        seen = 0
+        for user in rag.users():
+            history = dataset.history(user.id)
+            for row in (*rag.history(user.id), *rag.queries(user.id)):
+                own = plain[row.id]
+                assert (row.user, row.target, row.time) == (own.user, own.target, own.time)
+                assert row.prompt.endswith(own.prompt) and row.tokens == count(row.prompt, row.target)
+                earlier = [item.id for item in history if item.time < own.time]
+                assert set(sources[row.id]) <= set(earlier) and len(sources[row.id]) == min(2, len(earlier))
+                for source in sources[row.id]:
+                    assert f"{plain[source].prompt} {plain[source].target}" in row.prompt
+                seen += len(sources[row.id])
+        assert seen > 20
+
+
+def test_the_best_item_stands_nearest(build, tmp_path: Path) -> None:
+    rows = make_rows({"a": 15})
+    for at, row in enumerate(rows):
+        row["input"] = f"plain text {at}"
+    rows[2]["input"], rows[-1]["input"] = "a zebra crossing 2", "the zebra 14"
+    retrieve(build(rows), tmp_path / "rag.sqlite", 2, count, 100)
+    with Dataset.open(tmp_path / "rag.sqlite") as rag:
+        (last,) = (query.prompt.split("\n\n") for query in rag.queries() if "the zebra 14" in query.prompt)
+        assert len(last) == 3 and last[1].startswith("a zebra crossing 2") and last[2] == "the zebra 14"
+
+
+def test_items_that_do_not_fit_are_cut_and_counted(dataset: Dataset, tmp_path: Path) -> None:
+    retrieve(dataset, tmp_path / "rag.sqlite", 4, count, 9)
+    with Dataset.open(tmp_path / "rag.sqlite") as rag:
+        everything = [row for user in rag.users() for row in (*rag.history(user.id), *rag.queries(user.id))]
+        assert max(row.tokens for row in everything) <= 9
+        assert cut_queries(rag) == len(list(rag.queries())) > 0
+    retrieve(dataset, tmp_path / "all.sqlite", 1, count, 100)
+    with Dataset.open(tmp_path / "all.sqlite") as rag:
+        assert cut_queries(rag) == 0
+
+
+def test_a_profile_knows_nothing_of_what_comes_later(dataset: Dataset, tmp_path: Path) -> None:
+    told: dict[int, list[float]] = {}
+
+    def write(earlier, kind):
+        return "times " + " ".join(str(item.time) for item in earlier)
+
+    add_profiles(dataset, tmp_path / "pag.sqlite", "generation", count, 1000, write)
+    with Dataset.open(tmp_path / "pag.sqlite") as pag:
+        require_no_leaks(pag)
+        for user in pag.users():
+            for row in (*pag.history(user.id), *pag.queries(user.id)):
+                times = [float(t) for t in re.findall(r"times ([\d. ]+)\n", row.prompt) for t in t.split()]
+                told[row.id] = times
+                assert all(time < row.time for time in times)
+                expected = [item.time for item in dataset.history(user.id) if item.time < row.time]
+                assert times == expected
+    assert max(map(len, told.values())) >= 8
+
+
+def test_profiles_in_words(dataset: Dataset) -> None:
+    history = dataset.history("a")
+    assert template_profile(history, "classification").startswith("Profile: often ")
+    assert template_profile(history, "generation").startswith("Profile: about ")
+
+
+def test_a_later_item_in_a_prompt_is_a_leak(dataset: Dataset, tmp_path: Path) -> None:
+    retrieve(dataset, tmp_path / "rag.sqlite", 1, count, 100)
+    connection = sqlite3.connect(tmp_path / "rag.sqlite")
+    history, query = (
+        connection.execute(f"SELECT id FROM rows WHERE user = 1 AND part = '{part}' LIMIT 1").fetchone()[0]
+        for part in ("history", "query")
+    )
+    connection.execute("INSERT INTO sources VALUES (?, ?)", (history, query))
+    connection.commit()
+    connection.close()
+    with Dataset.open(tmp_path / "rag.sqlite") as rag, pytest.raises(DataError, match="not earlier is in its prompt"):
+        require_no_leaks(rag)
+
+
+def test_shuffling_again_gives_the_same_and_another_seed_another(dataset: Dataset, tmp_path: Path) -> None:
+    texts = []
+    for name, seed in (("one", 1), ("again", 1), ("two", 2)):
+        shuffle_users(dataset, tmp_path / name, seed)
+        with Dataset.open(tmp_path / name) as shuffled:
+            texts.append([row.prompt for row in shuffled.history("a")])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_failed_rewriting_leaves_no_file(dataset: Dataset, tmp_path: Path) -> None:
+    def broken():
+        yield from ()
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError):
+        rewrite(dataset, tmp_path / "half.sqlite", "half", broken())
+    assert not list(tmp_path.glob("half*"))

@@ -1,0 +1,92 @@
+"""A trained run of seconds: a tiny random Llama, six people who label short texts, each in their own way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from proper import pipeline
+from proper.config import Config, make_config
+from proper.models.backbone import load_tokenizer
+
+PEOPLE = {"ann": 13, "bob": 9, "çem": 8, "dan/../x": 6, "eve": 10, "fay": 3}
+WORDS = ["red", "green", "blue", "small", "large", "old", "new", "quiet", "loud", "round"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("backbone")
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=8192,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    load_tokenizer("proper-nano").save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for number, (user, size) in enumerate(PEOPLE.items()):
+            for at in range(size):
+                text = " ".join(WORDS[(number * 3 + at * k) % 10] for k in range(1, 3 + (at * 5 + number) % 7))
+                label = WORDS[(number + (at % 4 == 0)) % 3]
+                row = {"user_id": user, "timestamp": at, "input": f"{text} is", "output": label, "item_id": f"i{at}"}
+                file.write(json.dumps(row) + "\n")
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory: pytest.TempPathFactory, backbone_folder: Path) -> Callable[..., Config]:
+    """Build the config of a run; sections are merged."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write_rows(path)
+
+    def build(**changes: Any) -> Config:
+        raw: dict[str, Any] = {
+            "data": {"path": str(path), "prompt": "{input}"},
+            "task": {"kind": "classification"},
+            "backbone": str(backbone_folder),
+            "compute": {"dtype": "fp32", "max_length": 64, "device": "cpu"},
+            "split": {"target_users": 4, "min_history": 3},
+            "population": {"epochs": 1, "learning_rate": 1e-3},
+            "groups": {"epochs": 1, "user_embedding": 16, "experts": 3, "learning_rate": 1e-3, "dropout": 0},
+            "users": {"epochs": 2, "learning_rate": 1e-2, "slots": 2, "tiers": {"select": False}},
+            "evaluation": {"methods": ["population", "groups", "users"], "resamples": 100, "seeds": [0]},
+        }
+        for key, value in changes.items():
+            raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
+        return make_config(raw)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def run(settings: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with all three stages of its own."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    return pipeline.run(settings(), folder, stages=["population", "groups", "users"])
