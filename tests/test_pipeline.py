@@ -53,7 +53,8 @@ def without_times(results: dict[str, Any]) -> dict[str, Any]:
     kept: dict[str, Any] = json.loads(json.dumps(results))
     del kept["run"]["seconds"]
     for row in kept["cost"]:
-        del row["train_seconds_per_user"], row["tokens_per_second"]
+        for key in ("train_seconds_per_user", "train_seconds", "tokens_per_second"):
+            row.pop(key, None)
     return kept
 
 
