@@ -44,9 +44,10 @@ def run(
         "load": f"rank {RANK} on 7 projections of {LAYERS} layers, bf16, warm, into a bf16 slot, xxh3 checked",
         "load_fp32_slot": "the same, widened into an fp32 slot of twice the bytes",
         "memcpy": "the C library's, of the same bytes; p50 over p50 and p99 over p99 of the same repeats",
-        "peft": "PEFT's load_adapter of equal bytes, warm, in every 20th repeat; deleting the one before is not timed",
+        "peft_load": "PEFT's load_adapter of equal bytes, warm, in every 20th repeat; deleting the last one is untimed",
         "many": f"{users} users, an adapter of {PAYLOAD} bytes each, no embedding; disk bytes after closing",
         "compact": "after every second one of the first half of the users is deleted",
         "store": {"keep": KEEP, "file_bytes": FILE_BYTES, "shard_bytes": SHARD_BYTES},
     }
-    return {"setting": setting, "figures": {key: float(f"{value:.6g}") for key, value in figures.items()}}
+    rounded = {key: value if value.is_integer() else float(f"{value:.4g}") for key, value in figures.items()}
+    return {"setting": setting, "figures": rounded}

@@ -52,7 +52,7 @@ def load_figures(folder: Path, repeats: int, every: int) -> dict[str, float]:
     for at in range(_ROUND):
         store.put([UserRecord(f"u{at}", "users", torch.zeros(0), layout.unpack(row.roll(at)))])
     sides = {name: Side(work) for name, work in _sides(store, layout, row).items()}
-    sides["peft"] = _peft_side(folder / "peft", every)
+    sides["peft_load"] = _peft_side(folder / "peft", every)
     seconds = interleaved(sides, repeats)
     store.close()
     figures = {"load_bytes": float(row.numel() * row.itemsize)}
