@@ -19,6 +19,6 @@ def test_figures_go_to_stdout_and_to_the_file(
     assert main(["bench", "groups", "--quick", "--json", str(path), "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
     found = read_json(path)
-    assert set(found["figures"]) == {"fused_over_loop", "fused_over_plain"}
+    assert {"fused_over_loop", "fused_over_plain"} <= set(found["figures"])
     assert [line.split()[0] for line in out.splitlines()] == [*found["figures"]]
-    assert "3 sides" in err
+    assert "4 sides" in err

@@ -95,10 +95,10 @@ class SharedLora(nn.Module):
         return torch.addmm(y.flatten(0, -2), middle.flatten(0, -2), self.up.to(x.dtype).t()).view(y.shape)
 
 
-def share_lora(model: nn.Module, rank: int, alpha: float) -> list[nn.Parameter]:
-    """Put one LoRA on every FFN module of a model, in place; return its tensors."""
+def share_lora(model: nn.Module, rank: int, alpha: float, modules: int | None = None) -> list[nn.Parameter]:
+    """Put one LoRA on every FFN module of a model, or on the first few, in place; return its tensors."""
     found: list[nn.Parameter] = []
-    for name, (inputs, outputs) in find_targets(model, "ffn").items():
+    for name, (inputs, outputs) in list(find_targets(model, "ffn").items())[:modules]:
         layer = SharedLora(model.get_submodule(name), inputs, outputs, rank, alpha).to(next(model.parameters()).device)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)

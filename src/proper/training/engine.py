@@ -58,24 +58,23 @@ class Engine:
     def run(self, jobs: Jobs, done: Done, checkpoint: Checkpoint, log: Log, title: str) -> None:
         """Fit all jobs, going on from the checkpoint; `done` gets several outcomes at a time."""
         self._resume(jobs, checkpoint)
-        if self.pending:
-            self._hand_over(done, again=True)
-        started, limit = time.perf_counter(), pending_rows(self.bank)
+        self._hand_over(done, again=True)
+        started, limit, shown = time.perf_counter(), pending_rows(self.bank), 0
         with progress(title, len(jobs)) as advance:
-            advance(self._finished())
             while self._seat(jobs):
-                before = self._finished()
                 facts = self._step()
                 if facts is None:
                     continue
                 self._pass_ended()
-                advance(self._finished() - before)
+                advance(self._finished() - shown)
+                shown = self._finished()
                 seconds = round(time.perf_counter() - started, 3)
                 said = {"stage": "users", "seed": self.seed, "phase": title, "step": self.steps}
                 log({**said, "seconds": seconds, **facts})
                 if checkpoint.due() or len(self.pending) >= limit:
                     checkpoint.save(self._tensors(), self._facts())
                     self._hand_over(done)
+            advance(self._finished() - shown)
             if self.pending:
                 checkpoint.save(self._tensors(), self._facts())
                 self._hand_over(done)
@@ -84,7 +83,8 @@ class Engine:
         return self.taken - sum(seat is not None for seat in self.seats)
 
     def _hand_over(self, done: Done, again: bool = False) -> None:
-        done(self.pending, again)
+        if self.pending:
+            done(self.pending, again)
         self.pending = []
 
     def _seat(self, jobs: Jobs) -> bool:

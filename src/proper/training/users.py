@@ -139,11 +139,7 @@ def held_out(items: int, share: float) -> int:
 def train_users(stage: UserStage) -> dict[str, torch.nn.Parameter]:
     """Run stage 3, leaving every user's record in the store; return the LoRA-aware routers' tensors."""
     stage.folder.mkdir(parents=True, exist_ok=True)
-    chosen: Sequence[int] = range(len(stage.users))
-    passes: Mapping[str, int] = dict.fromkeys(stage.users, int(stage.config.epochs))
-    facts: Facts = _no_facts
-    if stage.config.tiers.select:
-        chosen, passes, facts = _select(stage)
+    chosen, passes, facts = _select(stage) if stage.config.tiers.select else _everybody(stage)
     _fit(stage, _Jobs(stage, chosen, passes), stage.store, "final", facts)
     _keep_on_group_tier(stage, chosen, facts)
     _router(stage, _Jobs(stage, _fitted(stage, chosen, stage.store), passes), stage.store, "final")
@@ -154,8 +150,8 @@ Facts = Callable[[str], Mapping[str, Any]]
 """What is known of a user from the trial."""
 
 
-def _no_facts(user: str) -> Mapping[str, Any]:
-    return {}
+def _everybody(stage: UserStage) -> tuple[list[int], dict[str, int], Facts]:
+    return list(range(len(stage.users))), dict.fromkeys(stage.users, int(stage.config.epochs)), lambda user: {}
 
 
 def _select(stage: UserStage) -> tuple[list[int], dict[str, int], Facts]:
@@ -165,7 +161,7 @@ def _select(stage: UserStage) -> tuple[list[int], dict[str, int], Facts]:
     trial_store = AdapterStore(stage.folder / "trial")
     try:
         if not path.exists():
-            _fit(stage, _Jobs(stage, able, None), trial_store, "trial", _no_facts)
+            _fit(stage, _Jobs(stage, able, None), trial_store, "trial", lambda user: {})
             jobs = _Jobs(stage, _fitted(stage, able, trial_store), None)
             _router(stage, jobs, trial_store, "trial")
             write_json(path, [asdict(trial) for trial in _served(stage, jobs, trial_store)])
