@@ -98,3 +98,16 @@ def test_stages_one_at_a_time_and_killed_in_between_give_the_same_files(
 def test_a_stage_needs_the_one_before_it(runner: Callable[..., StageRunner], stage: str, lacks: str) -> None:
     with pytest.raises(RunFolderError, match=f"stage '{lacks}' is not there yet"):
         runner().run([stage])
+
+
+def test_a_stage_without_rows_is_refused(settings: Config, dataset: Dataset, tmp_path: Path) -> None:
+    others = settings.model_copy(
+        update={"population": settings.population.model_copy(update={"train_on": "others", "max_tokens": 1})}
+    )
+    dataset.connection.execute("CREATE TEMP VIEW users AS SELECT number, id, 'target' AS role, timed, history, queries"
+                               " FROM main.users")  # fmt: skip
+    try:
+        with pytest.raises(DataError, match="population.train_on: 'others' leaves no rows"):
+            StageRunner(others, dataset, tmp_path, 0, lambda _: None).run(["population"])
+    finally:
+        dataset.connection.execute("DROP VIEW temp.users")
