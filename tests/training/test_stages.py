@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from proper.config import Config
-from proper.data.dataset import Dataset
-from proper.errors import RunFolderError
+from proper.data.batching import Encoder
+from proper.data.dataset import Dataset, prepare
+from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, read_json
 from proper.inference.personalized import load
 from proper.training.stages import TRAINED, StageRunner
@@ -100,14 +101,14 @@ def test_a_stage_needs_the_one_before_it(runner: Callable[..., StageRunner], sta
         runner().run([stage])
 
 
-def test_a_stage_without_rows_is_refused(settings: Config, dataset: Dataset, tmp_path: Path) -> None:
-    others = settings.model_copy(
-        update={"population": settings.population.model_copy(update={"train_on": "others", "max_tokens": 1})}
+def test_a_stage_without_rows_is_refused(settings: Config, encoder: Encoder, tmp_path: Path) -> None:
+    everybody = settings.model_copy(
+        update={
+            "split": settings.split.model_copy(update={"target_users": 6}),
+            "population": settings.population.model_copy(update={"train_on": "others"}),
+        }
     )
-    dataset.connection.execute("CREATE TEMP VIEW users AS SELECT number, id, 'target' AS role, timed, history, queries"
-                               " FROM main.users")  # fmt: skip
-    try:
+    with prepare(everybody, tmp_path / "data.sqlite", encoder.count) as dataset:
+        stages = StageRunner(everybody, dataset, tmp_path, 0, lambda _: None)
         with pytest.raises(DataError, match="population.train_on: 'others' leaves no rows"):
-            StageRunner(others, dataset, tmp_path, 0, lambda _: None).run(["population"])
-    finally:
-        dataset.connection.execute("DROP VIEW temp.users")
+            stages.run(["population"])
