@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from proper.errors import DataError
+from proper.evaluation.comparisons import default_pairs
 from proper.evaluation.metrics import Prediction, TaskInfo, score
-from proper.evaluation.results import build_results, default_pairs, gains_by_user, plain, require_same_queries
+from proper.evaluation.results import build_results, gains_by_user, plain, require_same_queries
 from proper.evaluation.statistics import holm
 
 LABELS = TaskInfo("demo", "classification", ("a", "b", "c"))

@@ -238,12 +238,17 @@ def test_ratings_and_free_text(kind: str, settings: Callable[..., Config], tmp_p
         data={"path": str(rows)},
         task={"kind": kind, "max_new_tokens": 3},
         users={"epochs": 1},
-        evaluation={"methods": names},
+        evaluation={"methods": names, "seeds": [0, 3] if kind == "rating" else [0]},
     )
     results = read(pipeline.run(config, tmp_path / "run") / "results.json")
     main = {"rating": "mae", "generation": "rouge1"}[kind]
     found = {row["method"]: row["value"] for row in results["metrics"] if row["metric"] == main}
     assert list(found) == names
+    # What is looked up does not depend on the seed, and lies there once; what is trained does.
+    assert len(list((tmp_path / "run" / "variants" / "data").iterdir())) == 2
+    if kind == "rating":
+        by_seed = {row["method"]: row["by_seed"] for row in results["metrics"] if row["metric"] == "loss"}
+        assert by_seed["swapped"][0] != by_seed["swapped"][1] and len(by_seed["pag"]) == 2
     if kind == "generation":
         # Everybody says "NAME likes it": the user's own usual title has three words of four at least.
         assert found["user-majority"] >= 0.75 > found["global-majority"]

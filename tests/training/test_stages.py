@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from proper.config import Config
-from proper.data.dataset import Dataset
-from proper.errors import RunFolderError, StoreError
+from proper.data.batching import Encoder
+from proper.data.dataset import Dataset, prepare
+from proper.errors import DataError, RunFolderError, StoreError
 from proper.files import hash_file, read_json
 from proper.inference.personalized import load
 from proper.models.tensors import load_tensors, save_tensors
@@ -117,3 +118,16 @@ def test_groups_trained_again_in_place_are_not_served_with_old_adapters(
     save_tensors(folder / "groups" / "groups.safetensors", {n: t + 1 for n, t in tensors.items()}, facts)
     with pytest.raises(StoreError, match=r"users: these adapters belong to another groups \("):
         runner().run(TRAINED)
+
+
+def test_a_stage_without_rows_is_refused(settings: Config, encoder: Encoder, tmp_path: Path) -> None:
+    everybody = settings.model_copy(
+        update={
+            "split": settings.split.model_copy(update={"target_users": 6}),
+            "population": settings.population.model_copy(update={"train_on": "others"}),
+        }
+    )
+    with prepare(everybody, tmp_path / "data.sqlite", encoder.count) as dataset:
+        stages = StageRunner(everybody, dataset, tmp_path, 0, lambda _: None)
+        with pytest.raises(DataError, match="population.train_on: 'others' leaves no rows"):
+            stages.run(["population"])

@@ -1,41 +1,27 @@
 """From predictions to `results.json` and `users.json`: which numbers are reported, and which are tested.
 
-The primary family is the two steps of the ladder (groups against population, users against groups) on the task's main
-metric, Holm-adjusted; the controls are a family of their own, and every other comparison is in the family "other", each
-adjusted among themselves. Knows nothing about models, and writes no file.
+Knows nothing about models, and writes no file.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 from proper.errors import DataError
-from proper.evaluation.controls import CONTROLS, claim
+from proper.evaluation.comparisons import STEPS, Scores, comparison_rows, default_pairs
+from proper.evaluation.controls import claim
 from proper.evaluation.metrics import TASK_METRICS, Prediction, TaskInfo, get_metric, primary_metric, require_ids
 from proper.evaluation.signatures import failure_signatures
 from proper.evaluation.slices import part_rows, slice_rows
-from proper.evaluation.statistics import UserScores, compare, estimate, holm, standings, user_scores
+from proper.evaluation.statistics import UserScores, estimate, standings, user_scores
 
 Predictions = Mapping[int, Mapping[str, Sequence[Prediction]]]
 """Predictions by seed, then by method; everybody answers the same queries."""
-
-Scores = Mapping[tuple[str, str], UserScores]
-"""Scores by (method, metric)."""
-
-STEPS = (("groups", "population"), ("users", "groups"))
-
-ABLATIONS = (
-    ("groups", "groups-no-constraint"),
-    ("groups", "constraint-experts"),
-    ("oppu-released", "oppu"),
-    ("users+rag", "rag"),
-)
-"""What is compared with its own counterpart, besides with the last stage."""
 
 
 def build_results(
@@ -82,7 +68,7 @@ def build_results(
     metrics = [_metric_row(key, one, task, resamples, seed) for key, one in scores.items()]
     _add_standings(metrics, scores, resamples, seed)
     wanted = list(dict.fromkeys([*default_pairs(methods), *pairs]))
-    comparisons = _comparisons(scores, wanted, task, resamples, draws, seed)
+    comparisons = comparison_rows(scores, wanted, task, resamples, draws, seed)
     gains = gains_by_user(predictions, task, scores)
     lengths = list(histories.values())
     results = {
@@ -168,18 +154,6 @@ def score_all(predictions: Predictions, task: TaskInfo) -> dict[tuple[str, str],
     return scores
 
 
-def default_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the (method, against) that every run compares.
-
-    The steps of the ladder, users against population, the controls, and the last stage that is there against
-    everything else.
-    """
-    pairs = [pair for pair in (*STEPS, ("users", "population"), *CONTROLS, *ABLATIONS) if set(pair) <= set(methods)]
-    ladder = [method for method in ("population", "groups", "users") if method in methods]
-    others = [method for method in methods if method not in ladder]
-    return list(dict.fromkeys(pairs + [(ladder[-1], other) for other in others if ladder]))
-
-
 def require_same_queries(predictions: Predictions) -> dict[str, int]:
     """Check that every method in every seed answered exactly the same queries; return history length by user.
 
@@ -239,42 +213,6 @@ def _metric_row(key: tuple[str, str], scores: UserScores, task: TaskInfo, resamp
     }
 
 
-def _comparisons(
-    scores: Scores, pairs: Sequence[tuple[str, str]], task: TaskInfo, resamples: int, draws: int, seed: int
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for method, against, name in _tested(scores, pairs):
-        primary = name == primary_metric(task)
-        found = compare(scores[method, name], scores[against, name], resamples, draws, seed)
-        rows.append(
-            {
-                "task": task.name,
-                "method": method,
-                "against": against,
-                "metric": name,
-                "difference": found.difference,
-                "relative": found.relative,
-                "ci95": [found.low, found.high],
-                "p_value": found.p_value,
-                "p_adjusted": math.nan,
-                "family": _family(method, against) if primary else "other",
-                "test": found.test,
-                "primary": primary,
-                "resolvable": found.resolvable,
-                "higher_is_better": scores[method, name].metric.higher_is_better,
-            }
-        )
-    for family in ("primary", "controls", "other"):
-        members = [row for row in rows if row["family"] == family]
-        for row, adjusted in zip(members, holm([row["p_value"] for row in members]), strict=True):
-            row["p_adjusted"] = adjusted
-    return rows
-
-
-def _family(method: str, against: str) -> str:
-    return "primary" if (method, against) in STEPS else "controls" if (method, against) in CONTROLS else "other"
-
-
 def _add_standings(rows: list[dict[str, Any]], scores: Scores, resamples: int, seed: int) -> None:
     """Say of every row whether its method is the best on its metric, or cannot be told from the best."""
     for name in dict.fromkeys(row["metric"] for row in rows):
@@ -301,15 +239,6 @@ def _query_slices(
         if any(answers for by_method in part.values() for answers in by_method.values()):
             rows += part_rows(name, score_all(part, task), histories, resamples, seed)
     return rows
-
-
-def _tested(scores: Scores, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str, str]]:
-    """Yield (method, against, metric) for every pair and every metric that both have."""
-    names = list(dict.fromkeys(name for _, name in scores))
-    for method, against in pairs:
-        for name in names:
-            if (method, name) in scores and (against, name) in scores:
-                yield method, against, name
 
 
 def _gain(values: Mapping[str, float], step: str, below: str, higher_is_better: bool) -> float | None:

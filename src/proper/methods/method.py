@@ -56,6 +56,7 @@ class Variant:
         inherits: the stages that are the run's own; the method's others are trained anew.
         settings: what its config has otherwise, section by section.
         derive: how its data is made from the run's; None for the same data.
+        seeded: whether that data is another one for every seed.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Variant:
     inherits: tuple[Trained, ...] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     derive: Derive | None = None
+    seeded: bool = False
 
 
 @dataclass(frozen=True)

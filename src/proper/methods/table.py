@@ -95,7 +95,7 @@ def _controls(config: Config) -> list[Method]:
         "router": "default",
         "constraint": {"kind": "none"},
     }
-    shuffled = Variant("shuffled", train.ladder, ("population",), derive=_shuffled)
+    shuffled = Variant("shuffled", train.ladder, ("population",), derive=_shuffled, seeded=True)
     return [
         Method(
             "population-more",

@@ -83,7 +83,9 @@ def _place(variant: Variant, run: Place, home: Path, opened: dict[Path, Dataset]
 
 def _derived(variant: Variant, config: Config, run: Place, home: Path, opened: dict[Path, Dataset]) -> Dataset:
     assert variant.derive is not None
-    key = hash_value([variant.name, run.dataset.sha256, run.seed, config.compute.max_length, code_version("data")])
+    seed = run.seed if variant.seeded else None
+    made_of = [variant.name, run.dataset.sha256, seed, config.backbone, config.compute.max_length]
+    key = hash_value([*made_of, code_version("data", "methods/table.py")])
     path = home / "variants" / "data" / f"{variant.name}-{key[:8]}.sqlite"
     if path not in opened:
         if not path.exists():

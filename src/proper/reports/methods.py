@@ -49,8 +49,8 @@ def methods_table(run: RunFiles) -> Table | None:
                 span(row.interval),
                 _spread(run, row),
                 signed(found.difference) if found else "–",
-                f"{method_name(found.method)} − {method_name(found.against)}" if found else "",
                 verdict(found, is_higher_better(run, row.metric)) if found else "",
+                f"{method_name(found.method)} − {method_name(found.against)}" if found else "",
                 size(number(cost.get("bytes_per_user"))),
                 _cut(cost),
             ]
@@ -61,7 +61,7 @@ def methods_table(run: RunFiles) -> Table | None:
         "the 95 % interval of the difference, paired by user, holds 0. Not resolvable here: the difference is smaller "
         "than what these users and queries show with 80 % power."
     )
-    head = ["method", metric, "95 % interval", "seeds", "difference", "of", "verdict", "kept a user", "cut prompts"]
+    head = ["method", metric, "95 % interval", "seeds", "difference", "verdict", "of", "kept a user", "cut prompts"]
     return Table(head, lines, frozenset({0, 5, 6}), note)
 
 

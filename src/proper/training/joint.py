@@ -21,7 +21,7 @@ from proper.data.batching import Batch, Encoder
 from proper.data.dataset import User
 from proper.data.sampling import Example, Rows
 from proper.data.views import Histories
-from proper.files import write_json
+from proper.files import hash_file, write_json
 from proper.layers.bank import AdapterBank
 from proper.models.backbone import load_backbone, pick_dtype
 from proper.models.personal import ProperModel, answer_loss
@@ -223,7 +223,8 @@ class JointRunner:
         save_tensors(self.folder / "groups" / "groups.safetensors", tensors, {"modules": list(model.layers)})
         keep = torch.bfloat16 if self.config.users.storage == "bf16" else torch.float32
         store = AdapterStore(self.folder / "users")
-        store.bind({"backbone": model.backbone.digest, "rank": str(self.config.users.rank)})
+        groups = hash_file(self.folder / "groups" / "groups.safetensors")
+        store.bind({"backbone": model.backbone.digest, "groups": groups, "rank": str(self.config.users.rank)})
         for at, user in enumerate(users):
             adapter = None
             if user in slots:

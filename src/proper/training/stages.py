@@ -22,9 +22,9 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config, OptimizerConfig
 from proper.data.batching import Encoder
 from proper.data.dataset import Role
-from proper.data.sampling import Rows
+from proper.data.sampling import Rows, Who
 from proper.data.views import Histories
-from proper.errors import RunFolderError
+from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
 from proper.inference.personalized import load_groups
 from proper.models.backbone import load_backbone, pick_device, pick_dtype
@@ -86,7 +86,7 @@ class StageRunner:
             apply_population(self.backbone, folder)
             return
         config = self.config.population
-        sample = self.dataset.sample(config.train_on, config.max_tokens, self.seed)
+        sample = self._sample("population", config.train_on, config.max_tokens)
 
         def work() -> None:
             train_population(self.backbone, config, self._plan("population", config, sample), self.accelerator, folder)
@@ -103,7 +103,7 @@ class StageRunner:
             raise RunFolderError(f"{place}: made for groups that are gone; delete it as well to train both again")
         config = self.config.groups
         model.add_experts(config, seed_of(self.seed, "experts"))
-        sample = self.dataset.sample(config.train_on, config.max_tokens, self.seed)
+        sample = self._sample("groups", config.train_on, config.max_tokens)
         role: Role | None = "target" if config.train_on == "targets" else None
         users = [user.id for user in self.dataset.users(role) if user.history > 0]
 
@@ -163,6 +163,12 @@ class StageRunner:
         self._record("users", work, {"users": len(users)})
         shutil.rmtree(work_folder, ignore_errors=True)
         store.close()
+
+    def _sample(self, stage: str, who: Who, max_tokens: int | None) -> Rows:
+        sample = self.dataset.sample(who, max_tokens, self.seed)
+        if not sample.size:
+            raise DataError(f"{stage}.train_on: '{who}' leaves no rows to train on: there are no such users")
+        return sample
 
     def _plan(self, stage: str, config: OptimizerConfig, sample: Rows) -> Plan:
         return Plan(

@@ -1,0 +1,87 @@
+"""Which methods are compared with which, and what comes of it.
+
+The primary family is the two steps of the ladder (groups against population, users against groups) on the task's main
+metric, Holm-adjusted; the controls are a family of their own, and every other comparison is in the family "other", each
+adjusted among themselves. Knows nothing about how methods are made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from proper.evaluation.controls import CONTROLS
+from proper.evaluation.metrics import TaskInfo, primary_metric
+from proper.evaluation.statistics import UserScores, compare, holm
+
+Scores = Mapping[tuple[str, str], UserScores]
+"""Scores by (method, metric)."""
+
+STEPS = (("groups", "population"), ("users", "groups"))
+
+ABLATIONS = (
+    ("groups", "groups-no-constraint"),
+    ("groups", "constraint-experts"),
+    ("oppu-released", "oppu"),
+    ("users+rag", "rag"),
+)
+"""What is compared with its own counterpart, besides with the last stage."""
+
+
+def default_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the (method, against) that every run compares.
+
+    The steps of the ladder, users against population, the controls, and the last stage that is there against
+    everything else.
+    """
+    pairs = [pair for pair in (*STEPS, ("users", "population"), *CONTROLS, *ABLATIONS) if set(pair) <= set(methods)]
+    ladder = [method for method in ("population", "groups", "users") if method in methods]
+    others = [method for method in methods if method not in ladder]
+    return list(dict.fromkeys(pairs + [(ladder[-1], other) for other in others if ladder]))
+
+
+def comparison_rows(
+    scores: Scores, pairs: Sequence[tuple[str, str]], task: TaskInfo, resamples: int, draws: int, seed: int
+) -> list[dict[str, Any]]:
+    """Return the `comparisons` of `results.json`: every pair on every metric that both have, adjusted by family."""
+    rows: list[dict[str, Any]] = []
+    for method, against, name in _tested(scores, pairs):
+        primary = name == primary_metric(task)
+        found = compare(scores[method, name], scores[against, name], resamples, draws, seed)
+        rows.append(
+            {
+                "task": task.name,
+                "method": method,
+                "against": against,
+                "metric": name,
+                "difference": found.difference,
+                "relative": found.relative,
+                "ci95": [found.low, found.high],
+                "p_value": found.p_value,
+                "p_adjusted": math.nan,
+                "family": _family(method, against) if primary else "other",
+                "test": found.test,
+                "primary": primary,
+                "resolvable": found.resolvable,
+                "higher_is_better": scores[method, name].metric.higher_is_better,
+            }
+        )
+    for family in ("primary", "controls", "other"):
+        members = [row for row in rows if row["family"] == family]
+        for row, adjusted in zip(members, holm([row["p_value"] for row in members]), strict=True):
+            row["p_adjusted"] = adjusted
+    return rows
+
+
+def _family(method: str, against: str) -> str:
+    return "primary" if (method, against) in STEPS else "controls" if (method, against) in CONTROLS else "other"
+
+
+def _tested(scores: Scores, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str, str]]:
+    """Yield (method, against, metric) for every pair and every metric that both have."""
+    names = list(dict.fromkeys(name for _, name in scores))
+    for method, against in pairs:
+        for name in names:
+            if (method, name) in scores and (against, name) in scores:
+                yield method, against, name
