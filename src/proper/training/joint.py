@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from proper.adapters.quantize import encode
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config
 from proper.data.batching import Batch, Encoder
@@ -221,13 +222,12 @@ class JointRunner:
     ) -> None:
         tensors = {**model.group_parameters(), "mean_embedding": embeddings.mean(0)}
         save_tensors(self.folder / "groups" / "groups.safetensors", tensors, {"modules": list(model.layers)})
-        keep = torch.bfloat16 if self.config.users.storage == "bf16" else torch.float32
         store = AdapterStore(self.folder / "users")
         groups = hash_file(self.folder / "groups" / "groups.safetensors")
         store.bind({"backbone": model.backbone.digest, "groups": groups, "rank": str(self.config.users.rank)})
         for at, user in enumerate(users):
             adapter = None
             if user in slots:
-                adapter = {name: t.to(keep) for name, t in bank.layout.unpack(bank.values[slots[user]]).items()}
+                adapter = encode(bank.layout.unpack(bank.values[slots[user]]), self.config.users.storage)
             store.put([UserRecord(user, "users" if adapter else "groups", embeddings[at], adapter)])
         store.close()

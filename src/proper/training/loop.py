@@ -22,7 +22,7 @@ from proper.config import OptimizerConfig
 from proper.console import progress
 from proper.data.batching import Batch, Encoded, Encoder, collate, similar_batches
 from proper.data.sampling import Example, Rows
-from proper.errors import DataError, NonFiniteLossError
+from proper.errors import NonFiniteLossError
 from proper.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, seed_of
 from proper.training.schedule import factor
 
@@ -88,11 +88,8 @@ def train(stage: Stage, plan: Plan, accelerator: Accelerator) -> None:
     """Run a stage to its end, going on from its checkpoint where there is one.
 
     Raises:
-        DataError: there is not one row to train on.
         NonFiniteLossError: a step's loss is not finite; says which step and users.
     """
-    if plan.sample.size == 0:
-        raise DataError(f"{stage.name}.train_on: leaves not one row of history to train on")
     parameters = stage.parameters()
     names: dict[Tensor, str] = {p: name for name, p in parameters.items()}
     optimizer = torch.optim.AdamW(list(names), lr=plan.rate, weight_decay=plan.config.weight_decay)
