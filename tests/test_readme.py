@@ -51,8 +51,10 @@ def test_there_are_examples_of_each_kind() -> None:
 
 @pytest.mark.parametrize("words", commands(README + CONTRIBUTING, "proper"), ids=shlex.join)
 def test_commands_parse(words: list[str]) -> None:
-    group = typer.main.get_command(app)
-    group.commands[words[0]].make_context(words[0], words[1:])  # type: ignore[attr-defined]
+    command, (name, *rest) = typer.main.get_command(app), words
+    while hasattr(command := command.commands[name], "commands"):  # type: ignore[attr-defined]
+        name, *rest = rest
+    command.make_context(name, rest)
 
 
 @pytest.mark.parametrize("words", commands(README + CONTRIBUTING, "make"), ids=shlex.join)
