@@ -18,7 +18,7 @@ from proper.cli.app import app, main
 from proper.cli.demo import Task
 from proper.data.demo.settings import DemoTask
 
-COMMANDS = ["demo", "check", "run", "evaluate", "report", "generate"]
+COMMANDS = ["demo", "check", "run", "evaluate", "report", "generate", "serve", "keys"]
 Output = pytest.CaptureFixture[str]
 
 

@@ -237,9 +237,9 @@ class AdapterStore:
         erase(self.blobs, self.manifest)
         return version
 
-    def users(self) -> Iterator[tuple[str, Tier]]:
-        """Yield every user and their tier, ordered by user."""
-        for row in self.manifest.heads(self.tenant):
+    def users(self, after: str | None = None) -> Iterator[tuple[str, Tier]]:
+        """Yield every user and their tier, ordered by user, from the beginning or `after` a user."""
+        for row in self.manifest.heads(self.tenant, None if after is None else key_of(after)):
             yield user_of(row.user), cast(Tier, row.tier)
 
     def facts(self) -> Iterator[tuple[str, Tier, dict[str, Any], int]]:

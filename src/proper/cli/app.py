@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import proper
-from proper.cli import check, demo, evaluate, generate, report, run
+from proper.cli import check, demo, evaluate, generate, keys, report, run, serve
 from proper.console import quiet_libraries, say
 from proper.errors import ProperError
 
@@ -23,8 +23,9 @@ INTERRUPTED = 130
 # No markup: help is plain text that fits a pipe, and nothing heavy is imported for it.
 app = typer.Typer(name="proper", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-for command in (demo, check, run, evaluate, report, generate):
+for command in (demo, check, run, evaluate, report, generate, serve):
     app.command(command.__name__.rpartition(".")[2], epilog=f"\b\nExamples:\n{command.EXAMPLES}")(command.command)
+app.add_typer(keys.app, name="keys")
 
 
 def _print_version(wanted: bool) -> None:

@@ -87,6 +87,19 @@ class Engine:
             self._forget.append((tenant, user))
             self.changed.notify_all()
 
+    def store(self, tenant: str) -> AdapterStore:
+        """Return a tenant's store, opened when it is first asked for; for any thread.
+
+        Raises:
+            ProperError: the run has no users.
+        """
+        with self.changed:
+            if tenant not in self._stores:
+                if self.model.users is None:
+                    raise ProperError("this run has no users: its stage 2 is missing")
+                self._stores[tenant] = AdapterStore(self.model.users.folder, tenant)
+            return self._stores[tenant]
+
     def wake(self) -> None:
         """Have whoever waits on `changed` look again; for any thread."""
         with self.changed:
@@ -132,6 +145,9 @@ class Engine:
             self._leave(len(self._rows) - 1, "cancelled")
         if self._residents is not None:
             self._residents.close()
+        for tenant, store in self._stores.items():
+            if tenant:  # the others are the engine's own; this one is the model's
+                store.close()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -161,14 +177,7 @@ class Engine:
                 bank.layout, self.limits.bank, alpha=alpha, trainable=False, device=self.model.model.device
             )
             self.model.model.use_bank(bank)
-        return Residents(self._store, bank, self.wake)
-
-    def _store(self, tenant: str) -> AdapterStore:
-        if tenant not in self._stores:
-            if self.model.users is None:
-                raise ProperError("a run without groups has no users")
-            self._stores[tenant] = AdapterStore(self.model.users.folder, tenant)
-        return self._stores[tenant]
+        return Residents(self.store, bank, self.wake)
 
     def _take_in(self) -> None:
         while self._forget:
@@ -179,14 +188,15 @@ class Engine:
             ticket = self._inbox.popleft()
             guest = Guest(ticket, Sampler(ticket.request.sampling))
             if guest.owner is not None and self.model.cache is not None:
-                self._accept(guest, self._store(guest.owner[0]).head(guest.owner[1]))
+                self._accept(guest, self.store(guest.owner[0]).head(guest.owner[1]))
             self._waiting.add(guest)
 
     def _accept(self, guest: Guest, head: Head | None) -> None:
         """Tie a request to a record of its user."""
         assert guest.owner is not None
         guest.head = head
-        guest.key = Key.of(*guest.owner, head) if self._residents is not None else None
+        wanted = self._residents is not None and guest.request.tier == "users"
+        guest.key = Key.of(*guest.owner, head) if wanted else None
         if self._residents is not None and guest.key is not None and guest.key in self._residents:
             self._residents.counts.hits += 1
 

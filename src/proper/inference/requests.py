@@ -20,12 +20,14 @@ class Request:
         prompt: its tokens.
         user: whose model answers; None or an unknown user gets the group model with the mean embedding.
         tenant: whose user.
+        tier: the highest that may answer; "groups" leaves the user's adapter out.
         sampling: how tokens are drawn, and how many at most. The seed is this request's own.
     """
 
     prompt: tuple[int, ...]
     user: str | None = None
     tenant: str = ""
+    tier: Literal["users", "groups"] = "users"
     sampling: Sampling = field(default_factory=Sampling)
 
 
