@@ -301,7 +301,7 @@ def test_other_tenants_users_are_others(copied: PersonalizedModel, alone: Alone)
     ids = engine.model.encoder.prompt(PROMPTS[2], room=6)
     for tenant in ("", "theirs", "nobody's"):
         heard[tenant] = Heard()
-        engine.submit(Request(ids, "u0", tenant, Sampling(6)), heard[tenant])
+        engine.submit(Request(ids, "u0", tenant, sampling=Sampling(6)), heard[tenant])
     finish(engine)
     expected = {"": "u0", "theirs": "u1", "nobody's": None}
     assert {t: text(engine, one) for t, one in heard.items()} == {t: alone(2, u, 6) for t, u in expected.items()}

@@ -45,7 +45,7 @@ class Running:
 
     def client(self, key: str | None = None) -> httpx.Client:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, verify=False)
 
     def figures(self, key: str | None = None) -> dict[str, float]:
         """The metrics by name with labels."""

@@ -43,7 +43,7 @@ def add(
 
 @app.command("list")
 def list_keys(folder: RunFolder) -> None:
-    """Print each key's id, scopes and tenant; the keys themselves are not kept."""
+    """Print each key's id, scopes and tenant."""
     existing_run(folder)
     from proper.serving.keys import FILE, Keys
 

@@ -13,7 +13,7 @@ from proper.console import say
 EXAMPLES = """\
   proper serve runs/demo
   proper serve runs/demo --port 9000 --rows 16
-  proper keys add runs/demo && proper serve runs/demo --host 0.0.0.0
+  proper serve runs/demo --host 0.0.0.0 --rate 600
 """
 
 
@@ -37,14 +37,16 @@ def command(
     ),
     log_users: Annotated[bool, typer.Option("--log-users", help="Write paths, and so user ids, to the log.")] = False,
 ) -> None:
-    """Serve a run folder as an OpenAI-compatible API; the `user` of a request is the person it answers for.
+    """Answer everybody over HTTP, as OpenAI's API does.
 
-    POST /v1/chat/completions and /v1/completions, GET /v1/models, /v1/users, /healthz, /readyz, /metrics and
-    /openapi.json. SIGTERM or Ctrl-C lets running requests finish. Without keys only this machine may ask.
+    The `user` of a request is the person it is answered for. POST /v1/chat/completions and /v1/completions, GET
+    /v1/models, /v1/users, /healthz, /readyz, /metrics and /openapi.json. SIGTERM or Ctrl-C lets running requests
+    finish. Without keys only this machine may ask.
     """
     existing_run(folder)
+    from proper.serving.gate import is_loopback
     from proper.serving.keys import FILE, Keys
-    from proper.serving.server import free_port, is_loopback, make_server, require_keys
+    from proper.serving.server import free_port, make_server, require_keys
 
     keys = Keys(folder / FILE)
     require_keys(host, keys, f"make one with: proper keys add {folder}")

@@ -16,15 +16,14 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import DynamicCache
 
 from proper.adapters.records import Head
 from proper.adapters.residents import Counts, Key, Outcome, Residents
 from proper.adapters.store import AdapterStore
 from proper.errors import InputError, ProperError
-from proper.inference.generate import pad_left
 from proper.inference.guests import Guest, Limits, Stats, Ticket
 from proper.inference.kv import RowCache
+from proper.inference.passes import decode, prefill, rows_of
 from proper.inference.personalized import PersonalizedModel
 from proper.inference.requests import Event, Finished, Reason, Request, Sink, Started, Token
 from proper.inference.sampling import Sampler, next_tokens
@@ -115,7 +114,7 @@ class Engine:
         """Whether the next step has nothing to do before a load ends or something is handed in or cancelled."""
         if self._rows or self._inbox or self._forget or (self._residents is not None and self._residents.finished):
             return False
-        return not any(guest.ticket.cancelled for guest in self._waiting.items())
+        return not any(guest.ticket.cancelled or self._ready(guest) for guest in self._waiting.items())
 
     def stats(self) -> Stats:
         """Return a snapshot; for any thread."""
@@ -162,7 +161,9 @@ class Engine:
             self._load_ahead()
             if seated:
                 self._prefill(seated)
-        except (RuntimeError, MemoryError) as error:  # torch: out of memory, a device that fails
+        except Exception as error:
+            # Out of memory, a device that fails, a token beyond the vocabulary: whoever asked hears of it, and the
+            # next ones may do better.
             self._fail(f"{type(error).__name__}: {error}")
         self._counts["steps"] += 1
 
@@ -223,10 +224,7 @@ class Engine:
             guest.head, guest.key = outcome.head, Key.of(*guest.owner, outcome.head)
 
     def _seat(self) -> list[Guest]:
-        def ready(guest: Guest) -> bool:
-            return guest.key is None or (self._residents is not None and guest.key in self._residents)
-
-        seated = self._waiting.take(self.limits.rows - len(self._rows), self.limits.prefill, ready)
+        seated = self._waiting.take(self.limits.rows - len(self._rows), self.limits.prefill, self._ready)
         for guest in seated:
             if self._residents is not None and guest.key is not None:
                 guest.slot = self._residents.pin(guest.key)
@@ -234,6 +232,9 @@ class Engine:
             version = None if guest.head is None else guest.head.version
             self._say(guest, Started(self._tier(guest), version, guest.fallback))
         return seated
+
+    def _ready(self, guest: Guest) -> bool:
+        return guest.key is None or (self._residents is not None and guest.key in self._residents)
 
     def _load_ahead(self) -> None:
         """Start loads for those who wait, the longest waiting first; nobody takes a slot from who waits longer."""
@@ -249,48 +250,21 @@ class Engine:
 
     def _prefill(self, seated: list[Guest]) -> None:
         """Compute the prompts of new rows, which are the last ones, and each one's first token."""
-        model = self.model.model
-        ids, mask = pad_left([guest.request.prompt for guest in seated], model.backbone.pad_id, model.device)
-        filled = DynamicCache()
-        last = torch.tensor([ids.shape[1] - 1], device=model.device)
-        with model.routing.use(self._rows_of(seated)):
-            logits = model.backbone.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                past_key_values=filled,
-                use_cache=True,
-                logits_to_keep=last,
-            ).logits[:, -1]
-        self._cache.join(filled, [guest.size for guest in seated])
+        prompts = [guest.request.prompt for guest in seated]
+        logits = prefill(self.model.model, self._cache, prompts, self._rows_of(seated))
         self._routing = None
-        self._counts["prompt"] += sum(guest.size for guest in seated)
+        self._counts["prompt"] += sum(map(len, prompts))
         self._hand_out(logits, len(self._rows) - len(seated))
 
     def _decode(self) -> None:
         """Compute the next token of all rows."""
-        model = self.model.model
         if self._routing is None:
             self._routing = self._rows_of(self._rows)
-        cache, mask, positions = self._cache.step()
-        ids = torch.tensor([[guest.last] for guest in self._rows], device=model.device)
-        with model.routing.use(self._routing):
-            logits = model.backbone.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            ).logits[:, -1]
-        self._cache.advance()
-        self._hand_out(logits, 0)
+        last = [guest.last for guest in self._rows]
+        self._hand_out(decode(self.model.model, self._cache, last, self._routing), 0)
 
     def _rows_of(self, guests: list[Guest]) -> Rows:
-        cache = self.model.cache
-        if cache is None or self.model.stage in ("base", "population"):
-            return Rows()
-        device = self.model.model.device
-        vectors = [cache.mean if guest.head is None else guest.head.embedding for guest in guests]
-        embedding = torch.stack(vectors).to(device)
-        if self.model.stage == "groups" or all(guest.slot < 0 for guest in guests):
-            return Rows("groups", embedding=embedding)
-        return Rows("users", embedding=embedding, slots=torch.tensor([guest.slot for guest in guests], device=device))
+        return rows_of(self.model, [guest.head for guest in guests], [guest.slot for guest in guests])
 
     def _hand_out(self, logits: Float[Tensor, "B V"], first: int) -> None:
         """Give rows from `first` on their next token; those that are done leave."""

@@ -28,11 +28,20 @@ class Sampler:
         return self._generator is None
 
     def draw(self, logits: Float[Tensor, "V"]) -> int:
-        """Draw a token by temperature and top_p, on the CPU: generators of devices differ."""
-        scores = logits.float().cpu() / self.sampling.temperature
+        """Draw a token by temperature and top_p, on the CPU: generators of devices differ.
+
+        Where there is nothing to draw from (an adapter may hold NaNs), the likeliest is taken: nobody else's row may
+        fail because of this one.
+        """
+        logits = logits.float().cpu()
+        # Less than the largest, so that a temperature near 0 makes -inf of the others and never inf - inf.
+        scores = ((logits - logits.max()).double() / self.sampling.temperature).float()
         if self.sampling.top_p < 1:
             scores = nucleus(scores, self.sampling.top_p)
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+        shares = scores.softmax(-1)
+        if shares.isnan().any():
+            return int(logits.argmax())
+        return int(torch.multinomial(shares, 1, generator=self._generator))
 
 
 def nucleus(scores: Float[Tensor, "V"], mass: float) -> Float[Tensor, "V"]:

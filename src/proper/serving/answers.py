@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from proper.errors import InputError, ProperError
 from proper.inference.generate import Sampling
 from proper.inference.guests import Ticket
-from proper.inference.requests import Event, Finished, Request, Started, Token
+from proper.inference.requests import Event, Request, Sink, Started, Token
 from proper.inference.runner import Runner
 from proper.inference.stream import TextStream
 from proper.serving.metrics import Metrics
@@ -39,8 +40,8 @@ class Piece:
 class Answers:
     """Asks a running engine."""
 
-    def __init__(self, runner: Runner, metrics: Metrics) -> None:
-        self.runner, self.metrics = runner, metrics
+    def __init__(self, runner: Runner, metrics: Metrics, log: Callable[[str], None]) -> None:
+        self.runner, self.metrics, self.log = runner, metrics, log
         self.encoder = runner.engine.model.encoder
 
     def request(self, prompt: str, options: Options, tenant: str, max_tokens: int | None, ready: bool) -> Request:
@@ -91,13 +92,13 @@ class Answers:
                 def sink(event: Event, index: int = index) -> None:
                     loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
-                tickets.append(self.runner.engine.submit(request, self.metrics.timed(sink)))
+                tickets.append(self._submit(request, self.metrics.timed(sink)))
             going = set(range(len(requests)))
             while going:
                 index, event = await events.get()
                 if index not in going:
                     continue
-                piece = _piece(index, event, texts[index])
+                piece = self._piece(index, event, texts[index])
                 if texts[index].stopped and piece.finish is None:
                     tickets[index].cancel()
                     piece = Piece(index, piece.text + texts[index].close(), tokens=piece.tokens, finish="stop")
@@ -108,15 +109,22 @@ class Answers:
             for ticket in tickets:
                 ticket.cancel()
 
+    def _submit(self, request: Request, sink: Sink) -> Ticket:
+        try:
+            return self.runner.engine.submit(request, sink)
+        except InputError as error:
+            raise Refusal(400, str(error)) from error
+        except ProperError as error:
+            raise Refusal(503, "the server is stopping", code="stopping") from error
 
-def _piece(index: int, event: Event, text: TextStream) -> Piece:
-    if isinstance(event, Started):
-        return Piece(index, started=event)
-    if isinstance(event, Token):
-        return Piece(index, text.push(event.id), tokens=1)
-    assert isinstance(event, Finished)
-    if event.reason == "error":
-        raise Refusal(500, "the request failed", code="failed")
-    if event.reason == "cancelled":
-        raise Refusal(503, "the server is stopping", code="stopping")
-    return Piece(index, text.close(), finish=event.reason)
+    def _piece(self, index: int, event: Event, text: TextStream) -> Piece:
+        if isinstance(event, Started):
+            return Piece(index, started=event)
+        if isinstance(event, Token):
+            return Piece(index, text.push(event.id), tokens=1)
+        if event.reason == "error":
+            self.log(f"a request failed: {event.error}")
+            raise Refusal(500, "the request failed", code="failed")
+        if event.reason == "cancelled":
+            raise Refusal(503, "the server is stopping", code="stopping")
+        return Piece(index, text.close(), finish=event.reason)

@@ -72,7 +72,7 @@ def create_app(runner: Runner, keys: Keys, settings: ServeSettings, log: Callabl
     )
     metrics = Metrics(runner.engine)
     gate = Gate(keys, settings.open_without_keys)
-    answers = Answers(runner, metrics)
+    answers = Answers(runner, metrics, log)
     app.include_router(generation_routes(settings.model, answers, gate, Turnstile(settings.limits)))
     app.include_router(people_routes(runner.engine, gate))
     app.include_router(health_routes(runner, metrics, gate))

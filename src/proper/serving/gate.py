@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable
 
 from fastapi import Request
@@ -34,6 +35,9 @@ class Gate:
 
     def _principal(self, request: Request) -> Principal:
         if self.open_without and not len(self.keys):
+            # A page from elsewhere may have a browser on this machine ask under a name of its own.
+            if not is_loopback(request.url.hostname or ""):
+                raise Refusal(403, "without keys only this machine may ask, and by its own name", code="host")
             return ANYBODY
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         principal = self.keys.principal(key.strip()) if scheme.lower() == "bearer" else None
@@ -41,6 +45,14 @@ class Gate:
             why = "this key is not known" if key else "an API key is needed: Authorization: Bearer KEY"
             raise Refusal(401, why, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return principal
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def own_tenant(principal: Principal, asked: str | None) -> str:

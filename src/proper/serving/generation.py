@@ -6,14 +6,15 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from proper.inference.requests import Request
@@ -38,6 +39,7 @@ from proper.serving.wire import (
 )
 
 Kind = Literal["chat", "text"]
+T = TypeVar("T")
 
 
 def generation_routes(model: str, answers: Answers, gate: Gate, turnstile: Turnstile) -> APIRouter:
@@ -58,7 +60,7 @@ def generation_routes(model: str, answers: Answers, gate: Gate, turnstile: Turns
             if body.stream:
                 wants_usage = body.stream_options is not None and body.stream_options.include_usage
                 return EventStream(server_sent(shape, pieces, wants_usage), stack.pop_all())
-            whole = await unless_gone(http, collect(shape, pieces, len(asked)))
+            whole = await unless_gone(http.receive, collect(shape, pieces, len(asked)))
             return JSONResponse(whole.model_dump(exclude_none=True))
 
     @router.post("/chat/completions", response_model=Reply, response_model_exclude_none=True)
@@ -184,25 +186,39 @@ class EventStream(StreamingResponse):
         self._lines, self._held = lines, held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all."""
+        """Send all, unless the client goes away first: a row may be busy for long without anything to send."""
         with self._held:
             try:
-                await super().__call__(scope, receive, send)
+                await unless_gone(receive, super().__call__(scope, receive, send))
+            except (Refusal, ClientDisconnect):
+                return  # nobody is there to be told
             finally:
                 await self._lines.aclose()
 
 
-async def unless_gone(http: HttpRequest, work: Any) -> Reply:
-    """Return what `work` returns, unless whoever asked goes away first: then it is cancelled."""
-    task: asyncio.Task[Reply] = asyncio.ensure_future(work)
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Return what `work` returns, unless whoever asked goes away first: then it is cancelled.
+
+    Raises:
+        Refusal: they went away.
+    """
+    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
     try:
-        while not task.done():
-            await asyncio.wait({task}, timeout=0.05)
-            if not task.done() and await http.is_disconnected():
-                raise Refusal(499, "the client has gone")
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Refusal(499, "the client has gone")
         return task.result()
     finally:
-        task.cancel()
+        for one in (task, gone):
+            one.cancel()
+        # The rows are free when this returns.
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    """Return when the client has closed the connection; the body has been read by now."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _event(body: dict[str, Any]) -> str:

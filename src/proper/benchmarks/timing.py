@@ -1,0 +1,65 @@
+"""Several ways to do the same, timed in turns, so that whatever else the machine does falls on all of them.
+
+Knows nothing about what is timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+
+def _nothing(at: int) -> None:
+    """Most sides have nothing to prepare."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to do it.
+
+    Attributes:
+        work: what is timed; told the number of the repeat.
+        prepare: what comes before it and is not timed.
+        every: its turn comes only in every so many repeats.
+    """
+
+    work: Callable[[int], object]
+    prepare: Callable[[int], object] = _nothing
+    every: int = 1
+
+
+def interleaved(sides: Mapping[str, Side], repeats: int) -> dict[str, list[float]]:
+    """Return seconds per call of each side.
+
+    Every repeat gives each side its turn. The first repeat, and each that follows the turn of a rare side, is not
+    counted: the caches are somebody else's then.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    at, counted, cold = 0, 0, True
+    while counted < repeats:
+        rare = False
+        for name, side in sides.items():
+            if (side.every == 1) if cold else (counted % side.every == side.every - 1):
+                side.prepare(at)
+                taken = seconds_of(partial(side.work, at))
+                seconds[name] += [] if cold else [taken]
+                rare = rare or side.every > 1
+        counted += not cold
+        at, cold = at + 1, rare
+    return seconds
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Return how long one call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Return the value below which `share` percent of the values lie."""
+    return float(np.percentile(values, share))
