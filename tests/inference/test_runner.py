@@ -52,10 +52,10 @@ def test_answers_drain_and_stop(tiny_run: Path) -> None:
 
 def test_rows_that_end_with_their_first_token_leave_nobody_waiting(tiny_run: Path) -> None:
     model = load(tiny_run)
-    runner = Runner(Engine(model, Limits(rows=1, slots=2)))
+    runner = Runner(Engine(model, Limits(rows=2, slots=1)))
     sinks = [Last() for _ in range(9)]
     for at, sink in enumerate(sinks):
-        runner.engine.submit(Request((5, 6), f"u{at % 2}" if at % 3 else None, sampling=Sampling(1)), sink)
+        runner.engine.submit(Request((5, 6), f"u{at}" if at % 3 else None, sampling=Sampling(1)), sink)
     runner.start()
     assert runner.drain(60) and all(sink.reason == "length" for sink in sinks)
     runner.stop()

@@ -112,8 +112,11 @@ class Engine:
     @property
     def blocked(self) -> bool:
         """Whether the next step has nothing to do before a load ends or something is handed in or cancelled."""
-        if self._rows or self._inbox or self._forget or (self._residents is not None and self._residents.finished):
+        residents = self._residents
+        if self._rows or self._inbox or self._forget or (residents is not None and residents.finished):
             return False
+        if len(self._waiting) and (residents is None or not residents.loading):
+            return False  # a row that ended with its first token has freed what they wait for
         return not any(guest.ticket.cancelled or self._ready(guest) for guest in self._waiting.items())
 
     def stats(self) -> Stats:
