@@ -134,7 +134,8 @@ class _Bench:
         layout = self.model.layout(self.config.users.rank)
         self.names = [f"u{at}" for at in range(max(size.users, CROWD * size.slots))]
         self.store.put(self._records(layout.width))
-        bank = AdapterBank(layout, 1, alpha=self.config.users.alpha, trainable=False, device=device)
+        form: dict[str, Any] = {"device": device, "dtype": size.dtype}
+        bank = AdapterBank(layout, 1, alpha=self.config.users.alpha, trainable=False, **form)
         self.model.use_bank(bank)
         encoder = Encoder(backbone.tokenizer, limit)
         encoder.end = None

@@ -176,9 +176,9 @@ class Engine:
             return None
         bank = cache.bank
         if bank.slots != self.limits.bank:
-            alpha = bank.scale * bank.layout.rank
+            alpha, form = bank.scale * bank.layout.rank, bank.values
             bank = AdapterBank(
-                bank.layout, self.limits.bank, alpha=alpha, trainable=False, device=self.model.model.device
+                bank.layout, self.limits.bank, alpha=alpha, trainable=False, device=form.device, dtype=form.dtype
             )
             self.model.model.use_bank(bank)
         return Residents(self.store, bank, self.wake)
