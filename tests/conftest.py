@@ -54,3 +54,63 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     folder.mkdir()
     with _load("range_server").serve(folder) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder made by hand around a tiny random Llama: `u0` to `u7` have adapters, `group` has an embedding."""
+    import torch
+    import yaml
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from proper.adapters.store import AdapterStore, UserRecord
+    from proper.config import make_config
+    from proper.files import write_json
+    from proper.layers.bank import AdapterBank
+    from proper.models.backbone import Backbone, digest, load_tokenizer
+    from proper.models.personal import ProperModel
+    from proper.models.tensors import save_tensors
+
+    folder, place = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("backbone")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 8192, "max_position_embeddings": 256}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tiny = LlamaForCausalLM(LlamaConfig(**shape, **tokens, initializer_range=0.2)).eval().requires_grad_(False)
+    tokenizer = load_tokenizer("proper-nano")
+    tiny.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    raw = {
+        "data": {"path": "nothing.jsonl"},
+        "task": {"max_new_tokens": 6},
+        "backbone": str(place),
+        "compute": {"dtype": "fp32", "max_length": 64, "batch_size": 8, "device": "cpu"},
+        "groups": {"user_embedding": 16},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    get_peft_model(tiny, lora).save_pretrained(str(folder / "population"))
+
+    config = make_config(raw)
+    model = ProperModel(Backbone("tiny", LlamaForCausalLM(tiny.config), tokenizer, digest(tiny)))
+    model.add_experts(config.groups, seed=0)
+    model.add_lora_router(config.users)
+    draw = torch.Generator().manual_seed(1)
+    for parameter in (*model.group_parameters().values(), *model.router_parameters().values()):
+        parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=draw))
+    bank = AdapterBank(model.layout(config.users.rank), 8, alpha=config.users.alpha, trainable=False)
+    bank.values.copy_(0.2 * torch.randn(bank.values.shape, generator=draw))
+    vectors = 0.5 * torch.randn(10, 16, generator=draw)
+    groups = {**model.group_parameters(), "mean_embedding": vectors[9]}
+    save_tensors(folder / "groups" / "groups.safetensors", groups, {})
+    save_tensors(folder / "users" / "router.safetensors", model.router_parameters(), {})
+    store = AdapterStore(folder / "users")
+    adapters = [bank.layout.unpack(bank.values[slot]) for slot in range(8)]
+    store.put(UserRecord(f"u{at}", "users", vectors[at], adapters[at]) for at in range(8))
+    store.put([UserRecord("group", "groups", vectors[8])])
+    store.close()
+    for stage in ("population", "groups", "users"):
+        write_json(folder / stage / "stage.json", {"seed": 0})
+    return folder

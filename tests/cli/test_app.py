@@ -18,11 +18,12 @@ from proper.cli.app import app, main
 from proper.cli.demo import Task
 from proper.data.demo.settings import DemoTask
 
-COMMANDS = ["demo", "check", "run", "evaluate", "report", "generate", "export-backbone"]
+COMMANDS = ["demo", "check", "run", "evaluate", "report", "generate", "serve", "export-backbone"]
 GROUPS = {
     "users": ["list", "show", "rollback", "delete", "check", "export", "import"],
+    "keys": ["add", "list", "revoke"],
     "data": ["fetch"],
-    "bench": ["users", "groups", "store"],
+    "bench": ["users", "groups", "serve", "store"],
 }
 EVERY = [[name] for name in COMMANDS] + [[group, name] for group, names in GROUPS.items() for name in names]
 Output = pytest.CaptureFixture[str]

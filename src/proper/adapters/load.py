@@ -14,6 +14,7 @@ from torch import Tensor
 from proper.adapters.blobs import CHUNK, fill, stream
 from proper.adapters.manifest import Row
 from proper.adapters.packing import Spec
+from proper.adapters.records import Head
 from proper.adapters.store import AdapterStore
 from proper.errors import StoreError
 from proper.layers.bank import Layout
@@ -34,15 +35,30 @@ class RowLoader:
         Raises:
             StoreError: the user has no adapter, or it is damaged or does not fit the layout.
         """
-        checksum = None
-        try:
-            checksum = self.store.read(user, lambda found: self._load(user, found, row))
-        finally:
-            if checksum is None:
-                row.zero_()
-        if checksum is None:
+        head = self.load_head(user, row)
+        if head is None or head.checksum is None:
             raise StoreError(f"user {user!r} lost their adapter while it was being loaded")
-        return checksum
+        return head.checksum
+
+    def load_head(self, user: str, row: Float[Tensor, "P"]) -> Head | None:
+        """Fill a row with a user's adapter; return what else the very record says that it was read from.
+
+        None for an unknown user, a head of the tier "groups" where there is no adapter; the row is then zeroed.
+
+        Raises:
+            StoreError: the adapter is damaged or does not fit the layout; the row is zeroed.
+        """
+        head = None
+        try:
+            head = self.store.read(user, lambda found: self._fill(user, found, row))
+        finally:
+            if head is None or head.checksum is None:
+                row.zero_()
+        return head
+
+    def _fill(self, user: str, found: Row, row: Float[Tensor, "P"]) -> Head:
+        self._load(user, found, row)
+        return self.store.head_of(found)
 
     def _load(self, user: str, found: Row, row: Float[Tensor, "P"]) -> bytes | None:
         if found.place is None:

@@ -195,12 +195,13 @@ class Manifest:
         query = f"SELECT {_COLUMNS} FROM records WHERE tenant = ? AND user = ? ORDER BY version DESC"
         return [Row(*row) for row in self.read(query, (tenant, user))]
 
-    def heads(self, tenant: str) -> Iterator[Row]:
-        """Yield every user's current version, ordered by user."""
+    def heads(self, tenant: str, after: bytes | None = None) -> Iterator[Row]:
+        """Yield every user's current version, ordered by user, from the beginning or `after` a user."""
         # SQLite takes the other columns from the row that has the maximum.
         columns = _COLUMNS.replace("version", "MAX(version)")
         query = f"SELECT {columns} FROM records WHERE tenant = ? AND user > ? GROUP BY user ORDER BY user LIMIT {_PAGE}"
-        page = self.read(query.replace("user > ?", "user >= ?"), (tenant, b""))
+        first = query if after is not None else query.replace("user > ?", "user >= ?")
+        page = self.read(first, (tenant, after or b""))
         while page:
             yield from (Row(*row) for row in page)
             page = self.read(query, (tenant, page[-1][1]))

@@ -175,7 +175,12 @@ class AdapterStore:
     def head(self, user: str) -> Head | None:
         """Return what a user's record says without reading the adapter, or None for an unknown user."""
         row = self._row(user, None)
-        return None if row is None else Head(row.version, cast(Tier, row.tier), _vector(row.embedding), row.xxh3)
+        return None if row is None else self.head_of(row)
+
+    @staticmethod
+    def head_of(row: Row) -> Head:
+        """Return what a row of the manifest says without its adapter."""
+        return Head(row.version, cast(Tier, row.tier), _vector(row.embedding), row.xxh3)
 
     def versions(self, user: str) -> list[Version]:
         """Return a user's stored versions, newest first; empty for an unknown user."""
@@ -216,9 +221,9 @@ class AdapterStore:
         erase(self.blobs, self.manifest)
         return version
 
-    def users(self) -> Iterator[tuple[str, Tier]]:
-        """Yield every user and their tier, ordered by user."""
-        for row in self.manifest.heads(self.tenant):
+    def users(self, after: str | None = None) -> Iterator[tuple[str, Tier]]:
+        """Yield every user and their tier, ordered by user, from the beginning or `after` a user."""
+        for row in self.manifest.heads(self.tenant, None if after is None else key_of(after)):
             yield user_of(row.user), cast(Tier, row.tier)
 
     def facts(self) -> Iterator[tuple[str, Tier, dict[str, Any], int]]:

@@ -22,8 +22,10 @@ from proper.cli import (
     evaluate,
     export_backbone,
     generate,
+    keys,
     report,
     run,
+    serve,
     users,
     users_exchange,
 )
@@ -35,14 +37,14 @@ INTERRUPTED = 130
 # No markup: help is plain text that fits a pipe, and nothing heavy is imported for it.
 app = typer.Typer(name="proper", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-for command in (demo, check, run, evaluate, report, generate, export_backbone):
+for command in (demo, check, run, evaluate, report, generate, serve, export_backbone):
     app.command(command.__name__.rpartition(".")[2].replace("_", "-"), epilog=f"\b\nExamples:\n{command.EXAMPLES}")(
         command.command
     )
 
 # Imported for the commands that it puts into its group.
 assert users_exchange
-for group in (users, data, bench):
+for group in (users, keys, data, bench):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 
 

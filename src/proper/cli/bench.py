@@ -61,6 +61,18 @@ def groups(json_file: JsonFile = None, quick: Quick = False, device: Device = "a
     publish(run(QUICK if quick else Size(), device, say), json_file)
 
 
+@app.command(epilog=examples("serve --quick", "serve --json serve.json"))
+def serve(json_file: JsonFile = None, quick: Quick = False, device: Device = "auto") -> None:
+    """Time answers for 32 people at once.
+
+    Beside them: the backbone alone, one person, PEFT's mixed batch and plain generate; and the time to the first token
+    with 16 users to a slot.
+    """
+    from proper.benchmarks.serve import QUICK, Size, run
+
+    publish(run(QUICK if quick else Size(), device, say), json_file)
+
+
 @app.command(epilog=examples("store --quick", "store --json store.json", "store --folder /mnt/disk"))
 def store(
     json_file: JsonFile = None,

@@ -54,8 +54,7 @@ def predict(
         for at in range(0, len(queries), CHUNK):
             chunk = queries[at : at + CHUNK]
             asked = [replace(query, user=alias(query.user)) for query in chunk]
-            answers = _answers(model, asked, task, dataset.labels)
-            losses = answer_losses(model, asked)
+            answers, losses = _answers(model, asked, task, dataset.labels)
             for query, answer, loss in zip(chunk, answers, losses, strict=True):
                 tier = model.tier(alias(query.user))
                 found.append(_prediction(query, answer, loss, tier, histories.get(query.user, 0)))
@@ -65,13 +64,28 @@ def predict(
 
 def _answers(
     model: PersonalizedModel, queries: Sequence[Example], task: TaskConfig, labels: Sequence[str]
-) -> list[str]:
+) -> tuple[list[str], list[float]]:
+    """Return the answers, and the mean loss per token (nats) of the true ones."""
     prompts, users = [q.prompt for q in queries], [q.user for q in queries]
     if not task.scored:
-        return [answer.text for answer in model.respond(prompts, users)]
+        return [answer.text for answer in model.respond(prompts, users)], answer_losses(model, queries)
     scores = model.score(prompts, users, labels)
     chosen = likely_rating(scores, labels) if task.kind == "rating" else scores.argmax(1).tolist()
-    return [labels[i] for i in chosen]
+    return [labels[i] for i in chosen], _losses_from(model, scores, queries, labels)
+
+
+def _losses_from(
+    model: PersonalizedModel, scores: Float[Tensor, "B L"], queries: Sequence[Example], labels: Sequence[str]
+) -> list[float]:
+    """The same losses from the labels' log-likelihoods; only a true answer that is no label runs through the model."""
+    tokens = {label: (at, len(model.encoder.answer(label))) for at, label in enumerate(labels)}
+    strange = [query for query in queries if query.target not in tokens]
+    others = iter(answer_losses(model, strange) if strange else [])
+    losses = []
+    for row, query in zip(scores, queries, strict=True):
+        at, length = tokens.get(query.target, (-1, 0))
+        losses.append(next(others) if at < 0 else -float(row[at]) / length)
+    return losses
 
 
 def likely_rating(scores: Float[Tensor, "B L"], labels: Sequence[str]) -> list[int]:

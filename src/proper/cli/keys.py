@@ -1,0 +1,62 @@
+"""`proper keys`: who may ask a server. Knows nothing about servers but the file they read."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from proper.cli.options import RunFolder, chosen, existing_run
+from proper.console import say
+
+EXAMPLES = """\
+  proper keys add runs/demo
+  proper keys add runs/demo --scopes generate,write --tenant acme
+  proper keys list runs/demo
+  proper keys revoke runs/demo 3f9a1c0b7d52
+"""
+
+app = typer.Typer(
+    help="Make, list and take back the API keys of a server.",
+    rich_markup_mode=None,
+    epilog=f"\b\nExamples:\n{EXAMPLES}",
+)
+
+
+@app.command()
+def add(
+    folder: RunFolder,
+    scopes: Annotated[
+        str, typer.Option(metavar="A,B", help="Some of generate, write (versions, rollback) and admin.")
+    ] = "generate",
+    tenant: Annotated[str, typer.Option(metavar="NAME", help="Whose users; by default those of the run itself.")] = "",
+) -> None:
+    """Make a key and print it, this once: only its hash is kept. A running server knows it at once."""
+    existing_run(folder)
+    from proper.serving.keys import FILE, SCOPES, Keys
+
+    names = chosen("--scopes", scopes, SCOPES)
+    key = Keys(folder / FILE).add(tenant, [scope for scope in SCOPES if scope in names])
+    say("proper: keep this key, it cannot be shown again")
+    typer.echo(key)
+
+
+@app.command("list")
+def list_keys(folder: RunFolder) -> None:
+    """Print each key's id, scopes and tenant."""
+    existing_run(folder)
+    from proper.serving.keys import FILE, Keys
+
+    for principal in Keys(folder / FILE).principals():
+        typer.echo(f"{principal.id}\t{','.join(principal.scopes)}\t{principal.tenant}")
+
+
+@app.command()
+def revoke(
+    folder: RunFolder, key: Annotated[str, typer.Argument(metavar="ID", help="As listed.", show_default=False)]
+) -> None:
+    """Take a key back. A running server refuses it at once."""
+    existing_run(folder)
+    from proper.serving.keys import FILE, Keys
+
+    Keys(folder / FILE).revoke(key)

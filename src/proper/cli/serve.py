@@ -1,0 +1,71 @@
+"""`proper serve`: one model behind HTTP for everybody. Knows nothing about routes or batches."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import proper
+from proper.cli.options import RunFolder, existing_run
+from proper.console import say
+
+EXAMPLES = """\
+  proper serve runs/demo
+  proper serve runs/demo --port 9000 --rows 16
+  proper serve runs/demo --host 0.0.0.0 --rate 600
+"""
+
+
+def command(
+    folder: RunFolder,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; beyond 127.0.0.1 only with keys.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Which port; 0 takes a free one.")] = 8000,
+    rows: Annotated[int, typer.Option(min=1, metavar="N", help="Requests that run together.")] = 32,
+    slots: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Adapters in memory instead of 1.25 a row.", show_default=False),
+    ] = None,
+    max_open: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts that run or wait, of everybody.")] = 1024,
+    rate: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Requests a minute of each key.", show_default=False)
+    ] = None,
+    drain: Annotated[int, typer.Option(min=0, metavar="S", help="Seconds that SIGTERM leaves to running requests.")] = (
+        30
+    ),
+    log_users: Annotated[bool, typer.Option("--log-users", help="Write paths, and so user ids, to the log.")] = False,
+) -> None:
+    """Answer everybody over HTTP, as OpenAI's API does.
+
+    The `user` of a request is the person it is answered for. POST /v1/chat/completions and /v1/completions, GET
+    /v1/models, /v1/users, /healthz, /readyz, /metrics and /openapi.json. SIGTERM or Ctrl-C lets running requests
+    finish. Without keys only this machine may ask.
+    """
+    existing_run(folder)
+    from proper.serving.gate import is_loopback
+    from proper.serving.keys import FILE, Keys
+    from proper.serving.server import free_port, make_server, require_keys
+
+    keys = Keys(folder / FILE)
+    require_keys(host, keys, f"make one with: proper keys add {folder}")
+    from proper.inference import load
+    from proper.inference.engine import Engine
+    from proper.inference.guests import Limits
+    from proper.inference.runner import Runner
+    from proper.serving.app import ServeSettings, create_app
+    from proper.serving.limits import ServeLimits
+
+    with free_port(host, port) as socket:
+        model = load(folder)
+        runner = Runner(Engine(model, Limits(rows, slots)))
+        limits = ServeLimits(open_requests=max_open, per_minute=rate)
+        settings = ServeSettings(folder.resolve().name, proper.__version__, is_loopback(host), limits, log_users)
+        server = make_server(create_app(runner, keys, settings, say), drain)
+        address, number = socket.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        say(f"proper: serving {folder} as {settings.model!r} on http://{shown}:{number} (Ctrl-C drains and stops)")
+        server.run([socket])
+        model.close()
+    say("proper: stopped")

@@ -1,0 +1,110 @@
+"""A request inside the engine, from the line to its row, and the engine's settings and figures.
+
+Knows nothing about what the engine does with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from proper.adapters.records import Head
+from proper.adapters.residents import Counts, Key
+from proper.inference.requests import Request, Sink
+from proper.inference.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much the engine does at once.
+
+    Attributes:
+        rows: requests that run together.
+        slots: adapters in the bank; None takes one per row and a quarter more, for loading ahead.
+        prefill: tokens of new prompts, padding included, in one step; a longer prompt goes alone.
+        patience: how often a request whose adapter is not there may be passed by others whose is.
+    """
+
+    rows: int = 32
+    slots: int | None = None
+    prefill: int = 2048
+    patience: int = 16
+
+    @property
+    def bank(self) -> int:
+        """Slots of the bank."""
+        return self.slots or self.rows + max(1, self.rows // 4)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the engine is doing and has done. The counters (from `steps` on) only grow.
+
+    Attributes:
+        tokens: new tokens by tier.
+        fallbacks: requests answered below their user's tier because the adapter is damaged.
+        errors: requests that ended because something failed.
+    """
+
+    waiting: int
+    running: int
+    slots: int
+    resident: int
+    loading: int
+    steps: int
+    prompt_tokens: int
+    tokens: dict[str, int]
+    fallbacks: int
+    errors: int
+    adapters: Counts
+
+
+class Ticket:
+    """A request's way back: `cancel` gives up its place or its row before the next step. For any thread."""
+
+    def __init__(self, request: Request, sink: Sink, wake: Callable[[], None]) -> None:
+        self.request, self.sink, self.cancelled = request, sink, False
+        self._wake = wake
+
+    def cancel(self) -> None:
+        """Let go; the sink still gets `Finished`, unless it had it."""
+        self.cancelled = True
+        self._wake()
+
+
+@dataclass(eq=False)
+class Guest:
+    """A request inside the engine.
+
+    Attributes:
+        head: the record of its user that it is tied to; None for nobody's.
+        key: the adapter it needs; None if it needs none.
+        slot: where that adapter is while the request has a row.
+        fallback: why it does without its user's adapter.
+        last: its newest token.
+        made: new tokens so far.
+    """
+
+    ticket: Ticket
+    sampler: Sampler
+    head: Head | None = None
+    key: Key | None = None
+    slot: int = -1
+    fallback: str | None = None
+    last: int = 0
+    made: int = 0
+
+    @property
+    def request(self) -> Request:
+        """What was asked."""
+        return self.ticket.request
+
+    @property
+    def size(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def owner(self) -> tuple[str, str] | None:
+        """Tenant and user; None for nobody."""
+        return None if self.request.user is None else (self.request.tenant, self.request.user)

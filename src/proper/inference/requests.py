@@ -1,0 +1,66 @@
+"""What the engine is asked and what it says back, event by event. Knows nothing about how answers come about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from proper.inference.generate import Sampling
+
+Reason = Literal["stop", "length", "cancelled", "error"]
+"""The end token came; max_new_tokens are there; somebody cancelled; something failed."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to go on from.
+
+    Attributes:
+        prompt: its tokens.
+        user: whose model answers; None or an unknown user gets the group model with the mean embedding.
+        tenant: whose user.
+        tier: the highest that may answer; "groups" leaves the user's adapter out.
+        sampling: how tokens are drawn, and how many at most. The seed is this request's own.
+    """
+
+    prompt: tuple[int, ...]
+    user: str | None = None
+    tenant: str = ""
+    tier: Literal["users", "groups"] = "users"
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A request has a row.
+
+    Attributes:
+        tier: which tier answers.
+        version: the user's version in force until the request ends; None for nobody's.
+        fallback: why a tier below the user's own answers; None if it does not.
+    """
+
+    tier: str
+    version: int | None
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class Token:
+    """One more token."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Nothing more comes. The end token is not among the tokens."""
+
+    reason: Reason
+    error: str | None = None
+
+
+Event = Started | Token | Finished
+Sink = Callable[[Event], None]
+"""Called from the engine's thread, in order, ending with one `Finished`. It must be quick."""

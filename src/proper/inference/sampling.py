@@ -1,0 +1,64 @@
+"""The next token of each row, every row by its own rules and its own random numbers.
+
+A row's draws come from a generator seeded by its request, so they do not depend on who else is in the batch. Knows
+nothing about models or users.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from proper.inference.generate import Sampling
+
+
+class Sampler:
+    """One request's way from logits to tokens."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._generator: torch.Generator | None = None
+        if sampling.temperature > 0:
+            self._generator = torch.Generator().manual_seed(sampling.seed)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self._generator is None
+
+    def draw(self, logits: Float[Tensor, "V"]) -> int:
+        """Draw a token by temperature and top_p, on the CPU: generators of devices differ.
+
+        Where there is nothing to draw from (an adapter may hold NaNs), the likeliest is taken: nobody else's row may
+        fail because of this one.
+        """
+        logits = logits.float().cpu()
+        # Less than the largest, so that a temperature near 0 makes -inf of the others and never inf - inf.
+        scores = ((logits - logits.max()).double() / self.sampling.temperature).float()
+        if self.sampling.top_p < 1:
+            scores = nucleus(scores, self.sampling.top_p)
+        shares = scores.softmax(-1)
+        if shares.isnan().any():
+            return int(logits.argmax())
+        return int(torch.multinomial(shares, 1, generator=self._generator))
+
+
+def nucleus(scores: Float[Tensor, "V"], mass: float) -> Float[Tensor, "V"]:
+    """Return scores with all but the likeliest tokens that together reach `mass` at -inf; the likeliest stays.
+
+    Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
+    """
+    ordered, order = scores.sort()
+    drop = ordered.softmax(-1).cumsum(-1) <= 1 - mass
+    drop[-1] = False
+    return scores.masked_fill(torch.zeros_like(drop).scatter(0, order, drop), -torch.inf)
+
+
+def next_tokens(logits: Float[Tensor, "B V"], samplers: list[Sampler]) -> list[int]:
+    """Return one token per row."""
+    found: list[int] = logits.argmax(-1).tolist()
+    for row, sampler in enumerate(samplers):
+        if not sampler.greedy:
+            found[row] = sampler.draw(logits[row])
+    return found

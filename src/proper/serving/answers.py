@@ -1,0 +1,130 @@
+"""Between texts of asyncio's world and tokens of the engine's thread. Knows nothing about HTTP or who may ask."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from proper.errors import InputError, ProperError
+from proper.inference.generate import Sampling
+from proper.inference.guests import Ticket
+from proper.inference.requests import Event, Request, Sink, Started, Token
+from proper.inference.runner import Runner
+from proper.inference.stream import TextStream
+from proper.serving.metrics import Metrics
+from proper.serving.refusals import Refusal
+from proper.serving.wire import Options
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of one answer.
+
+    Attributes:
+        index: which answer, where several were asked for.
+        started: on the first piece of each: who answers.
+        tokens: how many are in it.
+        finish: on the last piece of each: why it ends.
+    """
+
+    index: int
+    text: str = ""
+    started: Started | None = None
+    tokens: int = 0
+    finish: Literal["stop", "length"] | None = None
+
+
+class Answers:
+    """Asks a running engine."""
+
+    def __init__(self, runner: Runner, metrics: Metrics, log: Callable[[str], None]) -> None:
+        self.runner, self.metrics, self.log = runner, metrics, log
+        self.encoder = runner.engine.model.encoder
+
+    def request(self, prompt: str, options: Options, tenant: str, max_tokens: int | None, ready: bool) -> Request:
+        """Return what the engine is asked for one prompt.
+
+        Args:
+            prompt: its text.
+            options: what came over the wire.
+            tenant: whose user.
+            max_tokens: the longest answer; the config's if None.
+            ready: whether the prompt holds the tokenizer's start tokens.
+
+        Raises:
+            Refusal: the prompt is empty, or does not fit.
+        """
+        if not prompt.strip():
+            raise Refusal(400, "the prompt is empty", param="prompt")
+        engine = self.runner.engine
+        room = max_tokens or engine.model.config.task.max_new_tokens
+        ids = tuple(self.encoder.tokenizer(prompt, add_special_tokens=False).input_ids)
+        if not ready:
+            start = self.encoder.prompt("")
+            ids = start + ids
+        if len(ids) + room > engine.limit:
+            why = f"prompt ({len(ids)} tokens) and answer (up to {room}) are longer than the {engine.limit} that fit"
+            raise Refusal(400, why, code="context_length_exceeded", param="max_tokens")
+        temperature = options.temperature or 0.0
+        seed = options.seed
+        if seed is None:
+            seed = secrets.randbits(63) if temperature else 0
+        top_p = 1.0 if options.top_p is None else options.top_p
+        tier = options.proper.tier if options.proper else "users"
+        return Request(ids, options.user, tenant, tier, Sampling(room, temperature, top_p, seed))
+
+    async def stream(self, requests: Sequence[Request], stop: Sequence[str]) -> AsyncGenerator[Piece, None]:
+        """Yield the answers as they grow; leaving the loop early frees their rows.
+
+        Raises:
+            Refusal: the server is about to stop, or a request failed.
+        """
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        tickets: list[Ticket] = []
+        texts = [TextStream(self.encoder.tokenizer, stop) for _ in requests]
+        try:
+            for index, request in enumerate(requests):
+
+                def sink(event: Event, index: int = index) -> None:
+                    loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+                tickets.append(self._submit(request, self.metrics.timed(sink)))
+            going = set(range(len(requests)))
+            while going:
+                index, event = await events.get()
+                if index not in going:
+                    continue
+                piece = self._piece(index, event, texts[index])
+                if texts[index].stopped and piece.finish is None:
+                    tickets[index].cancel()
+                    piece = Piece(index, piece.text + texts[index].close(), tokens=piece.tokens, finish="stop")
+                if piece.finish is not None:
+                    going.discard(index)
+                yield piece
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+
+    def _submit(self, request: Request, sink: Sink) -> Ticket:
+        try:
+            return self.runner.engine.submit(request, sink)
+        except InputError as error:
+            raise Refusal(400, str(error)) from error
+        except ProperError as error:
+            raise Refusal(503, "the server is stopping", code="stopping") from error
+
+    def _piece(self, index: int, event: Event, text: TextStream) -> Piece:
+        if isinstance(event, Started):
+            return Piece(index, started=event)
+        if isinstance(event, Token):
+            return Piece(index, text.push(event.id), tokens=1)
+        if event.reason == "error":
+            self.log(f"a request failed: {event.error}")
+            raise Refusal(500, "the request failed", code="failed")
+        if event.reason == "cancelled":
+            raise Refusal(503, "the server is stopping", code="stopping")
+        return Piece(index, text.close(), finish=event.reason)

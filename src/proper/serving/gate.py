@@ -1,0 +1,66 @@
+"""Who may do what: the key of a request, the scopes of a route, the tenant of a user. Knows nothing about models."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+
+from fastapi import Request
+
+from proper.serving.keys import ANYBODY, Keys, Principal, Scope
+from proper.serving.refusals import Refusal
+
+
+class Gate:
+    """Checks requests against keys.
+
+    Args:
+        keys: the keys.
+        open_without: whether a server without any key answers everybody; only one on loopback may.
+    """
+
+    def __init__(self, keys: Keys, open_without: bool) -> None:
+        self.keys, self.open_without = keys, open_without
+
+    def needs(self, *scopes: Scope) -> Callable[[Request], Principal]:
+        """Return a dependency that lets in keys with one of these scopes."""
+
+        async def check(request: Request) -> Principal:
+            principal = self._principal(request)
+            if not set(scopes) & set(principal.scopes):
+                raise Refusal(403, f"this key lacks the scope {' or '.join(scopes)}", code="scope")
+            return principal
+
+        return check  # type: ignore[return-value]
+
+    def _principal(self, request: Request) -> Principal:
+        if self.open_without and not len(self.keys):
+            # A page from elsewhere may have a browser on this machine ask under a name of its own.
+            if not is_loopback(request.url.hostname or ""):
+                raise Refusal(403, "without keys only this machine may ask, and by its own name", code="host")
+            return ANYBODY
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        principal = self.keys.principal(key.strip()) if scheme.lower() == "bearer" else None
+        if principal is None:
+            why = "this key is not known" if key else "an API key is needed: Authorization: Bearer KEY"
+            raise Refusal(401, why, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return principal
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def own_tenant(principal: Principal, asked: str | None) -> str:
+    """Return the tenant a request is about.
+
+    Raises:
+        Refusal: 403 for another's, before anything is looked up: existing or not, the reply is the same.
+    """
+    if asked is not None and asked != principal.tenant:
+        raise Refusal(403, "this key may not name another tenant's users", code="tenant")
+    return principal.tenant

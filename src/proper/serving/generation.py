@@ -1,0 +1,225 @@
+"""/v1/chat/completions, /v1/completions and /v1/models. Knows nothing about how answers come about."""
+
+# No postponed annotations here: FastAPI could not look up those that are made inside a function.
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Depends
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from proper.inference.requests import Request
+from proper.serving.answers import Answers, Piece
+from proper.serving.chat import chat_prompt
+from proper.serving.gate import Gate, own_tenant
+from proper.serving.keys import Principal
+from proper.serving.limits import Turnstile
+from proper.serving.refusals import Refusal
+from proper.serving.wire import (
+    ChatAnswer,
+    ChatChoice,
+    ChatRequest,
+    CompletionRequest,
+    Extras,
+    ModelCard,
+    ModelList,
+    Options,
+    Reply,
+    TextChoice,
+    Usage,
+)
+
+Kind = Literal["chat", "text"]
+T = TypeVar("T")
+
+
+def generation_routes(model: str, answers: Answers, gate: Gate, turnstile: Turnstile) -> APIRouter:
+    """Return the routes for one model of the given name."""
+    router = APIRouter(prefix="/v1", tags=["generate"])
+    Asking = Annotated[Principal, Depends(gate.needs("generate"))]
+
+    def known(name: str) -> None:
+        if name != model:
+            raise Refusal(404, f"there is no model {name!r}; there is {model!r}", code="model_not_found", param="model")
+
+    async def reply(kind: Kind, http: HttpRequest, who: Principal, body: Options, asked: list[Request]) -> Response:
+        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        shape = Shape(kind, model, sum(len(request.prompt) for request in asked))
+        with ExitStack() as stack:
+            stack.enter_context(turnstile.enter(who.id, len(asked)))
+            pieces = answers.stream(asked, stop)
+            if body.stream:
+                wants_usage = body.stream_options is not None and body.stream_options.include_usage
+                return EventStream(server_sent(shape, pieces, wants_usage), stack.pop_all())
+            whole = await unless_gone(http.receive, collect(shape, pieces, len(asked)))
+            return JSONResponse(whole.model_dump(exclude_none=True))
+
+    @router.post("/chat/completions", response_model=Reply, response_model_exclude_none=True)
+    async def chat(http: HttpRequest, body: ChatRequest, who: Asking) -> Response:
+        """Answer the last message as the `user`'s own model would; without a user, as the group model does."""
+        known(body.model)
+        if body.response_format not in (None, {"type": "text"}):
+            raise Refusal(400, "response_format: only text is made", param="response_format")
+        tenant = own_tenant(who, body.proper.tenant if body.proper else None)
+        text, ready = chat_prompt(body.messages, answers.encoder.tokenizer)
+        longest = body.max_completion_tokens or body.max_tokens
+        return await reply("chat", http, who, body, [answers.request(text, body, tenant, longest, ready)])
+
+    @router.post("/completions", response_model=Reply, response_model_exclude_none=True)
+    async def completions(http: HttpRequest, body: CompletionRequest, who: Asking) -> Response:
+        """Go on from each prompt as the `user`'s own model would; without a user, as the group model does."""
+        known(body.model)
+        tenant = own_tenant(who, body.proper.tenant if body.proper else None)
+        prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        asked = [answers.request(prompt, body, tenant, body.max_tokens, False) for prompt in prompts]
+        return await reply("text", http, who, body, asked)
+
+    @router.get("/models")
+    async def models(who: Asking) -> ModelList:
+        """List the models that can be asked: there is one, for everybody."""
+        return ModelList(data=[ModelCard(id=model)])
+
+    @router.get("/models/{name}")
+    async def one_model(name: str, who: Asking) -> ModelCard:
+        """Describe a model."""
+        known(name)
+        return ModelCard(id=model)
+
+    return router
+
+
+@dataclass
+class Shape:
+    """One reply as it grows, in the shape of its kind."""
+
+    kind: Kind
+    model: str
+    prompt_tokens: int
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+    tokens: int = 0
+    extras: Extras | None = None
+
+    def note(self, piece: Piece) -> None:
+        """Count a piece, and keep who answers."""
+        self.tokens += piece.tokens
+        if piece.started is not None:
+            started = piece.started
+            self.extras = Extras(tier=started.tier, version=started.version, fallback=started.fallback)
+
+    def reply(self, choices: Any, streamed: bool, usage: bool) -> Reply:
+        """Return the reply around some choices."""
+        prefix = "chatcmpl" if self.kind == "chat" else "cmpl"
+        whole: Any = "chat.completion" if self.kind == "chat" else "text_completion"
+        kind = "chat.completion.chunk" if streamed and self.kind == "chat" else whole
+        total = Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.tokens,
+            total_tokens=self.prompt_tokens + self.tokens,
+        )
+        return Reply(
+            id=f"{prefix}-{self.id}",
+            object=kind,
+            created=self.created,
+            model=self.model,
+            choices=choices,
+            usage=total if usage else None,
+            proper=self.extras,
+        )
+
+    def chunk(self, piece: Piece) -> Reply:
+        """Return one piece of a stream."""
+        choice: ChatChoice | TextChoice = TextChoice(index=piece.index, text=piece.text, finish_reason=piece.finish)
+        if self.kind == "chat":
+            role: Literal["assistant"] | None = "assistant" if piece.started is not None else None
+            delta = ChatAnswer(role=role, content=piece.text)
+            choice = ChatChoice(index=piece.index, delta=delta, finish_reason=piece.finish)
+        return self.reply([choice], streamed=True, usage=False)
+
+
+async def collect(shape: Shape, pieces: AsyncGenerator[Piece, None], count: int) -> Reply:
+    """Return the whole reply."""
+    texts = [""] * count
+    ends: list[Literal["stop", "length"] | None] = [None] * count
+    async with aclosing(pieces) as stream:
+        async for piece in stream:
+            shape.note(piece)
+            texts[piece.index] += piece.text
+            ends[piece.index] = piece.finish
+    if shape.kind == "chat":
+        message = ChatAnswer(role="assistant", content=texts[0])
+        return shape.reply([ChatChoice(index=0, message=message, finish_reason=ends[0])], streamed=False, usage=True)
+    choices = [TextChoice(index=at, text=text, finish_reason=ends[at]) for at, text in enumerate(texts)]
+    return shape.reply(choices, streamed=False, usage=True)
+
+
+async def server_sent(shape: Shape, pieces: AsyncGenerator[Piece, None], usage: bool) -> AsyncGenerator[str, None]:
+    """Yield the reply as server-sent events; a failure under way is the last one."""
+    try:
+        async with aclosing(pieces) as stream:
+            async for piece in stream:
+                shape.note(piece)
+                if piece.text or piece.started is not None or piece.finish is not None:
+                    yield _event(shape.chunk(piece).model_dump(exclude_none=True))
+        if usage:
+            yield _event(shape.reply([], streamed=True, usage=True).model_dump(exclude_none=True))
+    except Refusal as refusal:
+        yield _event(refusal.body())
+        return
+    yield "data: [DONE]\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; whatever ends them, even before the first, frees the rows and the places they hold."""
+
+    def __init__(self, lines: AsyncGenerator[str, None], held: ExitStack) -> None:
+        super().__init__(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._lines, self._held = lines, held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all, unless the client goes away first: a row may be busy for long without anything to send."""
+        with self._held:
+            try:
+                await unless_gone(receive, super().__call__(scope, receive, send))
+            except (Refusal, ClientDisconnect):
+                return  # nobody is there to be told
+            finally:
+                await self._lines.aclose()
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Return what `work` returns, unless whoever asked goes away first: then it is cancelled.
+
+    Raises:
+        Refusal: they went away.
+    """
+    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Refusal(499, "the client has gone")
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        # The rows are free when this returns.
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    """Return when the client has closed the connection; the body has been read by now."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"

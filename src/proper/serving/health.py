@@ -1,0 +1,42 @@
+"""/healthz, /readyz and /metrics: for whoever watches over the server."""
+
+# No postponed annotations here: FastAPI could not look up those that are made inside a function.
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from proper.inference.runner import Runner
+from proper.serving.gate import Gate
+from proper.serving.keys import Principal
+from proper.serving.metrics import Metrics
+from proper.serving.refusals import Refusal
+from proper.serving.wire import Health
+
+
+def health_routes(runner: Runner, metrics: Metrics, gate: Gate) -> APIRouter:
+    """Return the routes over a runner and its figures."""
+    router = APIRouter(tags=["health"])
+    Watching = Annotated[Principal, Depends(gate.needs("admin"))]
+
+    @router.get("/healthz")
+    async def healthz() -> Health:
+        """Say whether the server works; 500 asks for a restart."""
+        if runner.error is not None:
+            raise Refusal(500, "the engine has stopped", code="engine")
+        return Health(status="ok")
+
+    @router.get("/readyz")
+    async def readyz() -> Health:
+        """Say whether requests are taken."""
+        if not runner.alive:
+            raise Refusal(503, "no requests are taken", code="not_ready")
+        return Health(status="ready")
+
+    @router.get("/metrics", response_class=Response)
+    async def figures(who: Watching) -> Response:
+        """Show the figures in Prometheus's text format."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return router

@@ -1,0 +1,70 @@
+"""How much one key, and all together, may ask for. Knows nothing about HTTP or models."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from proper.serving.refusals import Refusal
+
+
+@dataclass(frozen=True)
+class ServeLimits:
+    """What is refused.
+
+    Attributes:
+        body_bytes: of one request's body.
+        open_requests: prompts that run or wait, of everybody.
+        open_per_key: of one key.
+        per_minute: requests of one key; None for any number. As many may come at once.
+    """
+
+    body_bytes: int = 1 << 20
+    open_requests: int = 1024
+    open_per_key: int = 256
+    per_minute: int | None = None
+
+
+class Turnstile:
+    """Counts who is in and how fast they come. For one thread."""
+
+    def __init__(self, limits: ServeLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits = limits
+        self._clock = clock
+        self._open: Counter[str] = Counter()
+        self._buckets: dict[str, tuple[float, float]] = {}
+
+    @contextmanager
+    def enter(self, key: str, prompts: int) -> Iterator[None]:
+        """Hold `prompts` places inside the block.
+
+        Raises:
+            Refusal: 429; too many are open, or too many came within a minute.
+        """
+        if self._open.total() + prompts > self.limits.open_requests:
+            raise _too_many("the server is full", 1.0)
+        if self._open[key] + prompts > self.limits.open_per_key:
+            raise _too_many(f"this key may have {self.limits.open_per_key} prompts open at once", 1.0)
+        self._count(key)
+        self._open[key] += prompts
+        try:
+            yield
+        finally:
+            self._open[key] -= prompts
+
+    def _count(self, key: str) -> None:
+        if self.limits.per_minute is None:
+            return
+        size, now = float(self.limits.per_minute), self._clock()
+        left, since = self._buckets.get(key, (size, now))
+        left = min(size, left + (now - since) * size / 60)
+        if left < 1:
+            raise _too_many(f"this key may ask {self.limits.per_minute} times a minute", (1 - left) * 60 / size)
+        self._buckets[key] = (left - 1, now)
+
+
+def _too_many(why: str, seconds: float) -> Refusal:
+    return Refusal(429, f"{why}; try again later", code="rate_limited", headers={"Retry-After": str(int(seconds) + 1)})

@@ -1,0 +1,89 @@
+"""What Prometheus reads: the engine's figures when it asks, and latencies as they happen.
+
+No label carries a user or a key. Knows nothing about HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from proper.inference.engine import Engine
+from proper.inference.requests import Event, Finished, Sink, Started, Token
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """One server's figures."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineFigures(engine))
+        self.replies = Counter("proper_http_replies", "Replies.", ["route", "status"], registry=self.registry)
+        self._first = self._histogram("proper_first_token_seconds", "From a request's acceptance to its first token.")
+        self._whole = self._histogram("proper_request_seconds", "From a request's acceptance to its end.")
+        self._ends = Counter("proper_requests", "Ended requests.", ["tier", "reason"], registry=self.registry)
+
+    def text(self) -> bytes:
+        """Return all figures in Prometheus's format."""
+        return generate_latest(self.registry)
+
+    def timed(self, sink: Sink) -> Sink:
+        """Return a sink that also measures what passes through it."""
+        begun, tier, first = time.monotonic(), "none", True
+
+        def measure(event: Event) -> None:
+            nonlocal tier, first
+            if isinstance(event, Started):
+                tier = event.tier
+            elif isinstance(event, Token) and first:
+                first = False
+                self._first.labels(tier).observe(time.monotonic() - begun)
+            elif isinstance(event, Finished):
+                self._whole.labels(tier).observe(time.monotonic() - begun)
+                self._ends.labels(tier, event.reason).inc()
+            sink(event)
+
+        return measure
+
+    def _histogram(self, name: str, help_text: str) -> Histogram:
+        return Histogram(name, help_text, ["tier"], buckets=_SECONDS, registry=self.registry)
+
+
+class _EngineFigures(Collector):
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self.engine.stats()
+        gauges = {
+            "queue_requests": ("Requests that wait for a row.", stats.waiting),
+            "batch_rows": ("Requests that run.", stats.running),
+            "slots": ("Slots of the adapter bank.", stats.slots),
+            "slots_resident": ("Slots that hold an adapter.", stats.resident),
+            "slots_loading": ("Adapters on their way into a slot.", stats.loading),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(f"proper_{name}", text, value)
+        adapters = stats.adapters
+        counters = {
+            "steps": ("Steps of the engine.", stats.steps),
+            "prompt_tokens": ("Tokens of prompts.", stats.prompt_tokens),
+            "slot_hits": ("Requests that found their adapter in a slot.", adapters.hits),
+            "adapter_loads": ("Adapters loaded.", adapters.loads),
+            "slot_evictions": ("Adapters that made room for another.", adapters.evictions),
+            "damaged_adapters": ("Loads that found an adapter damaged: look into it.", adapters.damaged),
+            "fallbacks": ("Requests answered by a lower tier because of that.", stats.fallbacks),
+            "failed_requests": ("Requests that ended because a step failed.", stats.errors),
+        }
+        for name, (text, value) in counters.items():
+            yield CounterMetricFamily(f"proper_{name}", text, value)
+        tokens = CounterMetricFamily("proper_new_tokens", "New tokens.", labels=["tier"])
+        for tier, count in stats.tokens.items():
+            tokens.add_metric([tier], count)
+        yield tokens

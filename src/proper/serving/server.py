@@ -1,0 +1,76 @@
+"""The process: where it listens, and how SIGTERM ends it: no new requests, the running ones to their end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from proper.errors import InputError
+from proper.serving.gate import is_loopback
+from proper.serving.keys import Keys
+
+
+def require_keys(host: str, keys: Keys, how: str) -> None:
+    """Refuse to listen to other machines without keys.
+
+    Raises:
+        InputError: it would; `how` says what to do.
+    """
+    if not is_loopback(host) and not len(keys):
+        raise InputError(f"--host {host}: other machines may ask only with keys; {how}")
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that returns after a signal: the process itself decides how to end."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take SIGINT and SIGTERM as the wish to drain, and give them back afterwards."""
+        if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def free_port(host: str, port: int) -> socket.socket:
+    """Return a bound socket, so that an address in use is known before a model is loaded.
+
+    Raises:
+        InputError: the address cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with ExitStack() as stack:
+            bound = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind((host, port))
+            stack.pop_all()
+    except OSError as error:
+        raise InputError(f"--host {host} --port {port}: {error.strerror or error}") from error
+    return bound
+
+
+def make_server(app: FastAPI, drain_seconds: int) -> Server:
+    """Return a server for an application; `run` returns when it has drained."""
+    return Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=drain_seconds,
+            # Idle connections may not hold places for ever.
+            timeout_keep_alive=15,
+        )
+    )

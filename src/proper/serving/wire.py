@@ -1,0 +1,226 @@
+"""What goes over the wire: OpenAI's chat and completions as far as they are served, and the project's own fields.
+
+An option that would be ignored is refused unless it has the value that changes nothing. Knows nothing about how
+requests are answered.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Name = Annotated[str, Field(min_length=1, max_length=512)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Wanted(_Asked):
+    """The project's own options, in one field.
+
+    Attributes:
+        tenant: whose user; only the key's own tenant is allowed.
+        tier: the highest tier that may answer; "groups" leaves the user's own adapter out.
+    """
+
+    tenant: Annotated[str, Field(max_length=512)] | None = None
+    tier: Literal["users", "groups"] = "users"
+
+
+class StreamOptions(_Asked):
+    """What a stream carries beside the text."""
+
+    include_usage: bool = False
+
+
+class Options(_Asked):
+    """What chat and completions have in common."""
+
+    model: Name
+    user: Name | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    proper: Wanted | None = None
+    n: Literal[1] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+
+
+class TextPart(_Asked):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Asked):
+    """One turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(Options):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    logprobs: Literal[False] | None = None
+    response_format: Annotated[dict[str, Any], Field(max_length=1)] | None = None
+
+
+class CompletionRequest(Options):
+    """The body of /v1/completions."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=64)]
+    echo: Literal[False] | None = None
+    logprobs: None = None
+    suffix: None = None
+    best_of: Literal[1] | None = None
+
+
+class Extras(BaseModel):
+    """Who answered: in every reply and every piece of a stream.
+
+    Attributes:
+        tier: "users" (the user's own adapter), "groups" (the user's embedding), "none" (nobody's); "population" or
+            "base" of a run that has come no further.
+        version: the user's version that answered; None for nobody's.
+        fallback: why a lower tier than the user's own answered; None if it did not.
+    """
+
+    tier: str
+    version: int | None
+    fallback: str | None = None
+
+
+class Usage(BaseModel):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatAnswer(BaseModel):
+    """A message that answers, or a piece of it."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChoice(BaseModel):
+    """The answer of a chat: `message` of a whole one, `delta` of a streamed one."""
+
+    index: int
+    message: ChatAnswer | None = None
+    delta: ChatAnswer | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class TextChoice(BaseModel):
+    """One answer of a completion, or a piece of it."""
+
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None = None
+    logprobs: None = None
+
+
+class Reply(BaseModel):
+    """What chat and completions reply with, streamed or not."""
+
+    id: str
+    object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice] | list[TextChoice]
+    usage: Usage | None = None
+    proper: Extras | None = None
+
+
+class ModelCard(BaseModel):
+    """A model that can be asked."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "proper"
+
+
+class ModelList(BaseModel):
+    """The models that can be asked."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class UserCard(BaseModel):
+    """A user of the store."""
+
+    id: str
+    object: Literal["user"] = "user"
+    tier: str
+    version: int | None = None
+
+
+class UserList(BaseModel):
+    """A page of users, ordered by id; `next` asks for the page after it."""
+
+    object: Literal["list"] = "list"
+    data: list[UserCard]
+    next: str | None = None
+
+
+class VersionCard(BaseModel):
+    """A stored version of a user."""
+
+    version: int
+    parent: int | None
+    tier: str
+    bytes: int
+    written: int
+
+
+class VersionList(BaseModel):
+    """A user's stored versions, newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[VersionCard]
+
+
+class Rollback(_Asked):
+    """Which version to go back to; the one before the current one if None."""
+
+    to: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+
+
+class Deleted(BaseModel):
+    """What was deleted."""
+
+    id: str
+    object: Literal["user.deleted"] = "user.deleted"
+    deleted: bool = True
+
+
+class Health(BaseModel):
+    """How the server is."""
+
+    status: Literal["ok", "ready"]

@@ -1,0 +1,402 @@
+"""Answers of the engine are those of each user alone, whatever comes, goes or waits beside them."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from proper.adapters.store import AdapterStore, UserRecord
+from proper.errors import InputError, ProperError
+from proper.inference import PersonalizedModel, load
+from proper.inference.engine import DAMAGED, Engine
+from proper.inference.generate import Sampling
+from proper.inference.guests import Limits, Ticket
+from proper.inference.requests import Event, Finished, Request, Started, Token
+
+PROMPTS = (
+    "What does this say?",
+    "Short",
+    "A rather longer text than both of the others: what does it say, and to whom does it say it?",
+    "Well?",
+)
+USERS = (*(f"u{at}" for at in range(8)), "group", "stranger", None)
+
+
+@dataclass
+class Heard:
+    """What a sink was told."""
+
+    events: list[Event] = field(default_factory=list)
+
+    def __call__(self, event: Event) -> None:
+        assert not self.done, "nothing follows the end"
+        self.events.append(event)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [event.id for event in self.events if isinstance(event, Token)]
+
+    @property
+    def started(self) -> Started:
+        (event,) = [event for event in self.events if isinstance(event, Started)]
+        return event
+
+    @property
+    def reason(self) -> str:
+        assert isinstance(self.events[-1], Finished)
+        return self.events[-1].reason
+
+    @property
+    def done(self) -> bool:
+        return bool(self.events) and isinstance(self.events[-1], Finished)
+
+
+class Alone:
+    """The oracle: `PersonalizedModel`, one request at a time, on a model of its own."""
+
+    def __init__(self, model: PersonalizedModel) -> None:
+        self.model = model
+        self._known: dict[tuple[int, str | None, int], str] = {}
+
+    def __call__(self, prompt: int, user: str | None, length: int) -> str:
+        key = prompt, user, length
+        if key not in self._known:
+            self._known[key] = self.model.generate([PROMPTS[prompt]], [user], max_new_tokens=length)[0]
+        return self._known[key]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_run: Path) -> Iterator[Alone]:
+    model = load(tiny_run)
+    yield Alone(model)
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_run: Path) -> Iterator[PersonalizedModel]:
+    """A model for one engine after the other."""
+    model = load(tiny_run)
+    yield model
+    model.close()
+
+
+@pytest.fixture
+def copied(tiny_run: Path, tmp_path: Path) -> Iterator[PersonalizedModel]:
+    """A run of one's own, whose store may be changed."""
+    model = load(shutil.copytree(tiny_run, tmp_path / "run"))
+    yield model
+    model.close()
+
+
+def ask(engine: Engine, prompt: int, user: str | None, length: int = 6, **sampling: float) -> tuple[Heard, Ticket]:
+    heard = Heard()
+    ids = engine.model.encoder.prompt(PROMPTS[prompt], room=length)
+    request = Request(ids, user, sampling=Sampling(length, **sampling))  # type: ignore[arg-type]
+    return heard, engine.submit(request, heard)
+
+
+def finish(engine: Engine) -> None:
+    deadline = time.monotonic() + 60
+    while not engine.idle:
+        assert time.monotonic() < deadline, "stuck"
+        if engine.blocked:
+            time.sleep(0.001)
+        engine.step()
+
+
+def text(engine: Engine, heard: Heard) -> str:
+    decoded: str = engine.model.encoder.tokenizer.decode(heard.tokens, skip_special_tokens=True)
+    return decoded.strip()
+
+
+visits = st.tuples(
+    st.integers(0, 3),  # prompt
+    st.sampled_from(USERS),
+    st.integers(1, 8),  # length
+    st.integers(0, 4),  # steps before it comes
+    st.none() | st.integers(0, 6),  # steps after which it is cancelled
+)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    asked=st.lists(visits, min_size=1, max_size=14),
+    rows=st.integers(1, 5),
+    slots=st.integers(1, 4),
+    prefill=st.sampled_from([1, 40, 500]),
+    patience=st.integers(0, 3),
+)
+def test_everybody_is_answered_as_alone(
+    shared: PersonalizedModel,
+    alone: Alone,
+    asked: list[tuple[int, str | None, int, int, int | None]],
+    rows: int,
+    slots: int,
+    prefill: int,
+    patience: int,
+) -> None:
+    engine = Engine(shared, Limits(rows, slots, prefill, patience))
+    running: list[tuple[Heard, Ticket, int | None]] = []
+    for prompt, user, length, pause, leave in asked:
+        for _ in range(pause):
+            engine.step()
+        running.append((*ask(engine, prompt, user, length), leave))
+        for heard, ticket, after in running:
+            if after is not None and len(heard.tokens) >= after:
+                ticket.cancel()
+    finish(engine)
+    for (prompt, user, length, _, _), (heard, ticket, _) in zip(asked, running, strict=True):
+        whole = alone(prompt, user, length)
+        if ticket.cancelled and heard.reason == "cancelled":
+            assert whole.startswith(text(engine, heard).rstrip("\N{REPLACEMENT CHARACTER}"))
+            continue
+        assert text(engine, heard) == whole
+        assert heard.started.tier == alone.model.tier(user)
+        assert heard.reason in ("stop", "length")
+    stats = engine.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    assert sum(stats.tokens.values()) == sum(len(heard.tokens) for heard, _, _ in running)
+    engine.close()
+
+
+def test_long_traffic_goes_past_the_end_of_the_buffers(shared: PersonalizedModel, alone: Alone) -> None:
+    engine = Engine(shared, Limits(3, 3))
+    running = []
+    for at in range(60):
+        running.append((at, ask(engine, at % 4, USERS[at % 11], 8)[0]))
+        engine.step()
+    finish(engine)
+    assert engine.stats().steps > 130, "the cursor has come round"
+    for at, heard in running:
+        assert text(engine, heard) == alone(at % 4, USERS[at % 11], 8)
+    engine.close()
+
+
+def test_the_same_prompt_of_two_users_at_once(shared: PersonalizedModel, alone: Alone) -> None:
+    engine = Engine(shared)
+    heard = {user: ask(engine, 2, user)[0] for user in USERS}
+    finish(engine)
+    answers = {user: text(engine, one) for user, one in heard.items()}
+    assert answers == {user: alone(2, user, 6) for user in USERS}
+    assert len(set(answers.values())) == len(USERS) - 1, "only the two unknown ones agree"
+    engine.close()
+
+
+def test_draws_do_not_depend_on_who_else_is_there(shared: PersonalizedModel, alone: Alone) -> None:
+    engine = Engine(shared)
+    sampling = {"temperature": 0.9, "top_p": 0.8}
+    together = [ask(engine, at % 4, USERS[at % 11], seed=at % 3, **sampling)[0] for at in range(12)]
+    finish(engine)
+    for at, heard in enumerate(together):
+        one = alone.model.generate([PROMPTS[at % 4]], [USERS[at % 11]], max_new_tokens=6, seed=at % 3, **sampling)
+        assert text(engine, heard) == one[0]
+    engine.close()
+
+
+def test_cancelling_frees_the_row_before_the_next_step(shared: PersonalizedModel) -> None:
+    engine = Engine(shared, Limits(rows=1, slots=1))
+    first, ticket = ask(engine, 0, None, 8)
+    second, _ = ask(engine, 1, None, 8)
+    engine.step()
+    assert first.events and not second.events
+    ticket.cancel()
+    engine.step()
+    assert first.reason == "cancelled" and second.tokens
+    finish(engine)
+    engine.close()
+
+
+def test_nobody_starves_behind_users_who_are_in(shared: PersonalizedModel) -> None:
+    engine = Engine(shared, Limits(rows=2, slots=1, patience=3))
+    resident, _ = ask(engine, 1, "u0", 3)
+    while not resident.events:
+        engine.step()
+    late, _ = ask(engine, 1, "u1", 3)
+    passed = 0
+    while not late.events:
+        assert passed < 20
+        passed += len([ask(engine, 1, "u0", 3)])
+        engine.step()
+        time.sleep(0.002)
+    finish(engine)
+    engine.close()
+
+
+def test_an_update_is_for_those_who_come_after_it(copied: PersonalizedModel, alone: Alone) -> None:
+    assert copied.users is not None
+    engine = Engine(copied, Limits(rows=4, slots=4))
+    before, _ = ask(engine, 2, "u0", 8)
+    while not before.tokens:
+        engine.step()
+    other = copied.users.get("u1")
+    assert other is not None
+    copied.users.put([replace(other, user="u0")])
+    after, _ = ask(engine, 2, "u0", 8)
+    finish(engine)
+    assert text(engine, before) == alone(2, "u0", 8) and before.started.version == 1
+    assert text(engine, after) == alone(2, "u1", 8) and after.started.version == 2
+    copied.users.rollback("u0")
+    back, _ = ask(engine, 2, "u0", 8)
+    finish(engine)
+    assert text(engine, back) == alone(2, "u0", 8) and back.started.version == 3
+    engine.close()
+
+
+def test_a_version_that_goes_while_its_request_waits(copied: PersonalizedModel, alone: Alone) -> None:
+    """Between acceptance and load the user is updated beyond what the store keeps, or deleted."""
+    assert copied.users is not None
+    engine = Engine(copied, Limits(rows=1, slots=1))
+    busy, _ = ask(engine, 0, "u7", 8)
+    while not busy.events:
+        engine.step()
+    updated, _ = ask(engine, 2, "u0")
+    deleted, _ = ask(engine, 2, "u2")
+    engine.step()
+    other = copied.users.get("u1")
+    assert other is not None
+    for _ in range(4):
+        copied.users.put([replace(other, user="u0")])
+    copied.users.delete("u2")
+    finish(engine)
+    assert text(engine, updated) == alone(2, "u1", 6) and updated.started.version == 5
+    assert text(engine, deleted) == alone(2, None, 6) and deleted.started.tier == "none"
+    engine.close()
+
+
+def test_a_damaged_adapter_falls_back_and_says_so(copied: PersonalizedModel, alone: Alone) -> None:
+    assert copied.users is not None
+    record = copied.users.get("u3")
+    assert record is not None
+    copied.users.put([UserRecord("plain", "groups", record.embedding)])
+    for blob in (copied.users.folder / "blobs").iterdir():
+        data = bytearray(blob.read_bytes())
+        data[:] = bytes(len(data))
+        blob.write_bytes(data)
+    engine = Engine(copied)
+    damaged, whole = ask(engine, 0, "u3")[0], ask(engine, 0, "plain")[0]
+    finish(engine)
+    assert damaged.started == Started("groups", 1, DAMAGED)
+    assert damaged.tokens == whole.tokens and whole.started.fallback is None
+    assert engine.stats().fallbacks == 1 and engine.stats().adapters.damaged == 1
+    engine.close()
+
+
+def test_other_tenants_users_are_others(copied: PersonalizedModel, alone: Alone) -> None:
+    assert copied.users is not None
+    other = copied.users.get("u1")
+    assert other is not None
+    theirs = AdapterStore(copied.users.folder, "theirs")
+    theirs.put([replace(other, user="u0")])
+    theirs.close()
+    engine = Engine(copied)
+    heard = {}
+    ids = engine.model.encoder.prompt(PROMPTS[2], room=6)
+    for tenant in ("", "theirs", "nobody's"):
+        heard[tenant] = Heard()
+        engine.submit(Request(ids, "u0", tenant, sampling=Sampling(6)), heard[tenant])
+    finish(engine)
+    expected = {"": "u0", "theirs": "u1", "nobody's": None}
+    assert {t: text(engine, one) for t, one in heard.items()} == {t: alone(2, u, 6) for t, u in expected.items()}
+    engine.close()
+
+
+def test_forgotten_users_leave_the_bank(copied: PersonalizedModel) -> None:
+    engine = Engine(copied, Limits(rows=2, slots=2))
+    ask(engine, 0, "u0")
+    finish(engine)
+    bank = next(iter(copied.model.layers.values())).bank
+    assert bank is not None and bank.values.abs().sum() > 0
+    engine.forget("", "u0")
+    engine.step()
+    assert bank.values.abs().sum() == 0 and engine.stats().resident == 0
+    engine.close()
+
+
+def test_a_failing_step_ends_its_rows_and_no_others(
+    shared: PersonalizedModel, alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(shared)
+    lost, _ = ask(engine, 0, "u0")
+    while not lost.events:
+        engine.step()
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared.model.backbone.model, "forward", broken)
+        engine.step()
+    assert lost.reason == "error" and engine.stats().errors == 1
+    again, _ = ask(engine, 0, "u0")
+    finish(engine)
+    assert text(engine, again) == alone(0, "u0", 6)
+    engine.close()
+
+
+def test_a_sink_that_raises_loses_its_row_only(shared: PersonalizedModel, alone: Alone) -> None:
+    engine = Engine(shared)
+
+    def deaf(event: Event) -> None:
+        raise OSError("gone")
+
+    ids = engine.model.encoder.prompt(PROMPTS[0], room=6)
+    engine.submit(Request(ids, "u0", sampling=Sampling(6)), deaf)
+    heard, _ = ask(engine, 0, "u1")
+    finish(engine)
+    assert text(engine, heard) == alone(0, "u1", 6)
+    engine.close()
+
+
+def test_what_does_not_fit_is_refused(shared: PersonalizedModel) -> None:
+    engine = Engine(shared)
+    with pytest.raises(InputError, match="64 tokens together, these would have 65"):
+        engine.submit(Request((5,) * 60, sampling=Sampling(5)), Heard())
+    with pytest.raises(InputError, match="at least one token"):
+        engine.submit(Request((), sampling=Sampling(5)), Heard())
+    heard = Heard()
+    engine.submit(Request((5,) * 60, sampling=Sampling(4)), heard)
+    engine.close()
+    assert heard.reason == "cancelled"
+    with pytest.raises(ProperError, match="closed"):
+        engine.submit(Request((5,)), Heard())
+
+
+@pytest.mark.parametrize("stage", ["base", "population", "groups"])
+def test_lower_stages(tiny_run: Path, stage: str) -> None:
+    oracle, model = load(tiny_run, stage), load(tiny_run, stage)  # type: ignore[arg-type]
+    engine = Engine(model)
+    heard = [ask(engine, at, user)[0] for at, user in enumerate(("u0", None, "group", "u0"))]
+    finish(engine)
+    expected = oracle.respond(PROMPTS, ["u0", None, "group", "u0"])
+    assert [text(engine, one) for one in heard] == [answer.text for answer in expected]
+    assert [one.started.tier for one in heard] == [answer.tier for answer in expected]
+    for one in (oracle, model):
+        one.close()
+    engine.close()
+
+
+def test_bf16_tokens_are_as_likely_as_those_alone(copied: PersonalizedModel, tiny_run: Path) -> None:
+    """Rounding may choose another token, but only one that is nearly as likely: within the noise of bf16 logits."""
+    oracle = load(tiny_run)
+    for model in (copied, oracle):
+        model.model.backbone.model.to(torch.bfloat16)
+    engine = Engine(copied, Limits(rows=5, slots=3))
+    heard = [(at, ask(engine, at % 4, USERS[at % 11])[0]) for at in range(11)]
+    finish(engine)
+    engine.close()
+    for at, one in heard:
+        prompt = list(oracle.encoder.prompt(PROMPTS[at % 4], room=6))
+        for token in one.tokens:
+            with torch.no_grad(), oracle.model.routing.use(oracle.rows([USERS[at % 11]])):
+                logits = oracle.model.backbone.model(input_ids=torch.tensor([prompt])).logits[0, -1].float()
+            assert logits.max() - logits[token] <= 2**-5 * logits.abs().max()
+            prompt.append(token)
+    oracle.close()

@@ -1,0 +1,136 @@
+"""The official client, unchanged: 64 people at once get what `proper generate` answers them, streamed or not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from proper.inference import PersonalizedModel
+
+PROMPTS = ("What does this say?", "Short", "A rather longer text: what does it say, and to whom?", "Well?")
+USERS = (*(f"u{at}" for at in range(8)), "group", "stranger", None)
+
+if TYPE_CHECKING:
+    Running = Any  # tests/serving/conftest.py
+
+
+def named(user: str | None) -> dict[str, str]:
+    return {} if user is None else {"user": user}
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none needed", max_retries=0) as made:
+        yield made
+
+
+def test_64_people_at_once(server: Running, alone: PersonalizedModel) -> None:
+    asked = [(PROMPTS[at % 4], USERS[at % 11], 3 + at % 9) for at in range(64)]
+
+    async def one(client: AsyncOpenAI, at: int) -> str:
+        prompt, user, length = asked[at]
+        common: dict[str, Any] = {"model": "tiny", "max_tokens": length, "stream": at % 2 == 1, **named(user)}
+        if at % 4 < 2:
+            reply: Any = await client.completions.create(prompt=prompt, **common)
+            if at % 2:
+                return "".join([part.choices[0].text async for part in reply])
+            return str(reply.choices[0].text)
+        reply = await client.chat.completions.create(messages=[{"role": "user", "content": prompt}], **common)
+        if at % 2:
+            return "".join([part.choices[0].delta.content or "" async for part in reply])
+        return str(reply.choices[0].message.content)
+
+    async def everybody() -> list[str]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none needed", max_retries=0) as client:
+            return await asyncio.gather(*(one(client, at) for at in range(64)))
+
+    answers = asyncio.run(everybody())
+    for (prompt, user, length), answer in zip(asked, answers, strict=True):
+        assert answer == alone.generate([prompt], [user], max_new_tokens=length)[0]
+    stats = server.engine.stats()
+    assert stats.adapters.evictions > 0, "there were more people than slots"
+
+
+def test_who_answered_is_said_in_one_field(client: OpenAI) -> None:
+    for user, tier, version in (("u0", "users", 1), ("group", "groups", 1), ("stranger", "none", None)):
+        whole = client.completions.create(model="tiny", prompt="Well?", user=user)
+        assert whole.model_extra is not None
+        assert whole.model_extra["proper"]["tier"] == tier
+        assert whole.model_extra["proper"].get("version") == version
+        for part in client.completions.create(model="tiny", prompt="Well?", user=user, stream=True):
+            assert part.model_extra is not None and part.model_extra["proper"]["tier"] == tier
+    lower = client.completions.create(
+        model="tiny", prompt="Well?", user="u0", extra_body={"proper": {"tier": "groups"}}
+    )
+    assert lower.model_extra is not None and lower.model_extra["proper"]["tier"] == "groups"
+
+
+def test_usage_and_ends(client: OpenAI, alone: PersonalizedModel) -> None:
+    size = len(alone.encoder.prompt(PROMPTS[0]))
+    whole = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": PROMPTS[0]}], user="u0", max_completion_tokens=7
+    )
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (size, 7)
+    assert whole.choices[0].finish_reason == "length" and whole.choices[0].message.role == "assistant"
+    parts = list(
+        client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": PROMPTS[0]}],
+            user="u0",
+            max_tokens=7,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert parts[-1].usage is not None and parts[-1].usage.total_tokens == size + 7 and not parts[-1].choices
+    assert [part.choices[0].finish_reason for part in parts[:-1] if part.choices][-1] == "length"
+    assert "".join(part.choices[0].delta.content or "" for part in parts[:-1]) == whole.choices[0].message.content
+
+
+def test_several_prompts_and_a_stop_text(client: OpenAI, alone: PersonalizedModel) -> None:
+    expected = alone.generate(PROMPTS, ["u1"] * 4, max_new_tokens=12)
+    both = client.completions.create(model="tiny", prompt=list(PROMPTS), user="u1", max_tokens=12)
+    assert [choice.text for choice in both.choices] == expected
+    streamed = [""] * 4
+    for part in client.completions.create(model="tiny", prompt=list(PROMPTS), user="u1", max_tokens=12, stream=True):
+        streamed[part.choices[0].index] += part.choices[0].text
+    assert streamed == expected
+    stop = expected[0][len(expected[0]) // 2 :][:3]
+    cut = client.completions.create(model="tiny", prompt=PROMPTS[0], user="u1", max_tokens=12, stop=[stop])
+    assert cut.choices[0].text == expected[0].partition(stop)[0].strip() and cut.choices[0].finish_reason == "stop"
+
+
+def test_draws_follow_the_seed(client: OpenAI, alone: PersonalizedModel) -> None:
+    options: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9}
+    drawn = [
+        client.completions.create(model="tiny", prompt="Well?", user="u2", max_tokens=9, seed=seed, **options)
+        for seed in (1, 1, 2)
+    ]
+    texts = [one.choices[0].text for one in drawn]
+    assert texts[0] == texts[1] == alone.generate(["Well?"], ["u2"], max_new_tokens=9, seed=1, **options)[0]
+    assert texts[2] != texts[0]
+
+
+def test_models(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'"):
+        client.models.retrieve("gpt")
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'"):
+        client.completions.create(model="gpt", prompt="x")
+
+
+def test_a_chat_of_several_turns_is_written_out(client: OpenAI, alone: PersonalizedModel) -> None:
+    reply = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}],
+        user="u3",
+    )
+    expected = alone.generate(["System: Be brief.\nUser: Who?\nAssistant:"], ["u3"])
+    assert reply.choices[0].message.content == expected[0]

@@ -1,0 +1,96 @@
+"""`proper serve` as a process: where it listens, SIGTERM while an answer streams, one line for what is wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from proper.cli.app import main
+from proper.serving.gate import is_loopback
+from proper.serving.server import free_port
+
+
+@pytest.fixture
+def process(long_run: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command on a free port, and its URL."""
+    command = [sys.executable, "-m", "proper", "serve", str(long_run), "--port", "0", "--rows", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert started.stderr is not None
+    said = ""
+    while not (found := re.search(r"on (http://\S+)", said)):
+        line = started.stderr.readline()
+        assert line, said
+        said += line
+    until_ready(found[1])
+    yield started, found[1]
+    started.kill()
+    started.communicate()
+
+
+def until_ready(url: str) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(httpx.ConnectError):
+            if httpx.get(f"{url}/readyz").status_code == 200:
+                return
+        time.sleep(0.01)
+    raise AssertionError("the server does not get ready")
+
+
+def test_sigterm_lets_an_answer_finish(process: tuple[subprocess.Popen[str], str]) -> None:
+    started, url = process
+    body = {"model": "tiny", "prompt": "Well?", "user": "u0", "max_tokens": 200, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as reply:
+        lines = reply.iter_lines()
+        assert next(lines).startswith("data: ")
+        os.kill(started.pid, signal.SIGTERM)
+        text = "\n".join(lines)
+    assert '"finish_reason":' in text and "[DONE]" in text and "error" not in text
+    _, rest = started.communicate(timeout=60)
+    assert started.returncode == 0 and "proper: stopped" in rest
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/healthz")
+
+
+def test_other_machines_need_keys(long_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(long_run), "--host", "0.0.0.0"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"make one with: proper keys add {long_run}" in said
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.org")] == [
+        *(True, True, True, False, False)
+    ]
+
+
+def test_an_address_in_use_is_named_before_anything_is_loaded(
+    long_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with free_port("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["serve", str(long_run), "--port", port]) == 2
+    assert capsys.readouterr().err.startswith(f"proper: --host 127.0.0.1 --port {port}: ")
+
+
+def test_keys_from_the_command_line(long_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text((long_run / "config.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    assert main(["keys", "add", str(tmp_path), "--scopes", "write,generate", "--tenant", "acme"]) == 0
+    key = capsys.readouterr().out.strip()
+    assert key.startswith("proper-")
+    assert main(["keys", "list", str(tmp_path)]) == 0
+    name, scopes, tenant = capsys.readouterr().out.strip().split("\t")
+    assert (scopes, tenant) == ("generate,write", "acme")
+    assert main(["keys", "revoke", str(tmp_path), name]) == 0
+    assert main(["keys", "revoke", str(tmp_path), name]) == 2
+    assert main(["keys", "add", str(tmp_path), "--scopes", "wirte"]) == 2
+    assert "did you mean 'write'?" in capsys.readouterr().err
