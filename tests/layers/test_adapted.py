@@ -202,3 +202,18 @@ def test_user_dropout_touches_the_adapter_only(draws: Callable[..., Draw]) -> No
         whole = layer(x)
     assert not torch.allclose(dropped[0], whole[0])
     assert torch.equal(dropped[1], whole[1])
+
+
+@pytest.mark.parametrize("kind", ["residual", "paper", "none"])
+def test_a_broken_adapter_stays_with_its_owner(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = built(4, 3, 2, 3, "default", kind, lambda *shape: torch.randn(*shape, generator=generator))
+    assert layer.bank is not None
+    x, e = torch.randn(2, 5, 4, generator=generator), torch.randn(2, 2, generator=generator)
+    rows = Rows("users", embedding=e, slots=torch.tensor([0, -1]))
+    with torch.no_grad(), layer.routing.use(rows):
+        whole = layer(x)
+        layer.bank.values[0] = float("nan")
+        broken = layer(x)
+    assert broken[0].isnan().all()
+    assert torch.equal(broken[1], whole[1])

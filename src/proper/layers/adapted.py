@@ -85,7 +85,8 @@ class AdaptedLinear(nn.Module):
         matrices = self.lora_router.matrices(self.bank.take(self.bank.up[self.name], index), self.bank.scale)
         own = torch.bmm(at_least_fp32(middle), matrices.transpose(1, 2))
         if self.residual:
-            return scores + own
+            own = scores + own
+        # Chosen, not multiplied by zero: a row without an adapter must not see what is wrong in somebody else's.
         return torch.where((rows.slots >= 0)[:, None, None], own, scores)
 
 
