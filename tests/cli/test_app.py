@@ -200,7 +200,14 @@ def test_an_interrupt_is_130_and_one_line(run_folder: Path) -> None:
     pipe = run_folder / "questions"
     os.mkfifo(pipe)
     command = [sys.executable, "-m", "proper", "generate", str(run_folder), "--input", str(pipe)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A suite that a script started in the background has its interrupts ignored, and children inherit that.
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     # This open returns when the command has opened the other end; then it waits for lines that never come.
     with pipe.open("wb"):
         process.send_signal(signal.SIGINT)

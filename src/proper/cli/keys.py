@@ -9,21 +9,20 @@ import typer
 from proper.cli.options import RunFolder, chosen, existing_run
 from proper.console import say
 
-EXAMPLES = """\
-  proper keys add runs/demo
-  proper keys add runs/demo --scopes generate,write --tenant acme
-  proper keys list runs/demo
-  proper keys revoke runs/demo 3f9a1c0b7d52
-"""
+
+def examples(*lines: str) -> str:
+    """Return the end of a command's help."""
+    return "\b\nExamples:\n" + "\n".join(f"  proper keys {line}" for line in lines)
+
 
 app = typer.Typer(
     help="Make, list and take back the API keys of a server.",
     rich_markup_mode=None,
-    epilog=f"\b\nExamples:\n{EXAMPLES}",
+    epilog=examples("add runs/demo", "list runs/demo"),
 )
 
 
-@app.command()
+@app.command(epilog=examples("add runs/demo", "add runs/demo --scopes generate,write --tenant acme"))
 def add(
     folder: RunFolder,
     scopes: Annotated[
@@ -41,7 +40,7 @@ def add(
     typer.echo(key)
 
 
-@app.command("list")
+@app.command("list", epilog=examples("list runs/demo"))
 def list_keys(folder: RunFolder) -> None:
     """Print each key's id, scopes and tenant."""
     existing_run(folder)
@@ -51,7 +50,7 @@ def list_keys(folder: RunFolder) -> None:
         typer.echo(f"{principal.id}\t{','.join(principal.scopes)}\t{principal.tenant}")
 
 
-@app.command()
+@app.command(epilog=examples("revoke runs/demo 3f9a1c0b7d52"))
 def revoke(
     folder: RunFolder, key: Annotated[str, typer.Argument(metavar="ID", help="As listed.", show_default=False)]
 ) -> None:
