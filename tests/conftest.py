@@ -6,16 +6,24 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaConfig
+
+    from proper.models.backbone import Backbone
+
 # Before any test imports the Hugging Face libraries, which read these once.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# One thread for everybody, also in processes that tests start: equal bits need equal threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # The same examples on every run: a failure in continuous integration is a failure here. Machines differ in speed.
 settings.register_profile("proper", deadline=None, derandomize=True)
@@ -29,6 +37,55 @@ def chromium() -> str:
     if path is None:
         pytest.skip("chromium is not installed")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> LlamaConfig:
+    """The shape of the tests' tiny Llama, with `proper-nano`'s vocabulary."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=8192,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="eager",
+    )
+
+
+@pytest.fixture(scope="session")
+def backbone(tiny_config: LlamaConfig) -> Callable[..., Backbone]:
+    """Build the tiny Llama with random weights, the same each time."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from proper.models.backbone import Backbone, digest, load_tokenizer
+
+    tokenizer = load_tokenizer("proper-nano")
+
+    def build(dtype: torch.dtype = torch.float32) -> Backbone:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(tiny_config).to(dtype).eval().requires_grad_(False)
+        return Backbone("tiny", model, tokenizer, digest(model))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(backbone: Callable[..., Backbone], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama as a folder."""
+    folder, made = tmp_path_factory.mktemp("backbone"), backbone()
+    made.model.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
+    return folder
 
 
 def _load(name: str) -> ModuleType:
@@ -57,44 +114,35 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_run(
+    backbone: Callable[..., Backbone], backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A run folder made by hand around a tiny random Llama: `u0` to `u7` have adapters, `group` has an embedding."""
     import torch
     import yaml
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from proper.adapters.store import AdapterStore, UserRecord
     from proper.config import make_config
     from proper.files import write_json
     from proper.layers.bank import AdapterBank
-    from proper.models.backbone import Backbone, digest, load_tokenizer
     from proper.models.personal import ProperModel
     from proper.models.tensors import save_tensors
 
-    folder, place = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("backbone")
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    shape |= {"num_key_value_heads": 2, "vocab_size": 8192, "max_position_embeddings": 256}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tiny = LlamaForCausalLM(LlamaConfig(**shape, **tokens, initializer_range=0.2)).eval().requires_grad_(False)
-    tokenizer = load_tokenizer("proper-nano")
-    tiny.save_pretrained(place)
-    tokenizer.save_pretrained(place)
+    folder, made = tmp_path_factory.mktemp("run"), backbone()
     raw = {
         "data": {"path": "nothing.jsonl"},
         "task": {"max_new_tokens": 6},
-        "backbone": str(place),
+        "backbone": str(backbone_folder),
         "compute": {"dtype": "fp32", "max_length": 64, "batch_size": 8, "device": "cpu"},
         "groups": {"user_embedding": 16},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
-    get_peft_model(tiny, lora).save_pretrained(str(folder / "population"))
+    get_peft_model(made.model, lora).save_pretrained(str(folder / "population"))
 
     config = make_config(raw)
-    model = ProperModel(Backbone("tiny", LlamaForCausalLM(tiny.config), tokenizer, digest(tiny)))
+    model = ProperModel(backbone())
     model.add_experts(config.groups, seed=0)
     model.add_lora_router(config.users)
     draw = torch.Generator().manual_seed(1)

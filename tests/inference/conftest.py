@@ -2,54 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from proper.config import GroupsConfig, UsersConfig
 from proper.layers.bank import AdapterBank
-from proper.models.backbone import Backbone, digest, load_tokenizer
+from proper.models.backbone import Backbone
 from proper.models.personal import ProperModel
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def backbone() -> Callable[..., Backbone]:
-    """Build the backbone, the same each time."""
-    tokenizer = load_tokenizer("proper-nano")
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=8192,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        attn_implementation="eager",
-    )
-
-    def build(dtype: torch.dtype = torch.float32) -> Backbone:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
-        return Backbone("tiny", model, tokenizer, digest(model))
-
-    return build
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 import yaml
 
 from proper.inference import PersonalizedModel, load
@@ -23,14 +22,6 @@ from proper.serving.app import ServeSettings, create_app
 from proper.serving.keys import FILE, Keys
 from proper.serving.limits import ServeLimits
 from proper.serving.server import free_port, make_server
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass

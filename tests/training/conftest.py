@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from proper.config import Config, GroupsConfig, OptimizerConfig, make_config
 from proper.data.batching import Encoded, Encoder
 from proper.data.dataset import Dataset, Sample, prepare
-from proper.models.backbone import Backbone, digest, load_tokenizer
+from proper.models.backbone import Backbone
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import Job
@@ -24,45 +23,9 @@ from proper.training.loop import Plan
 HISTORIES = {"ann": 13, "bob": 9, "çem": 6, "dan/../x": 4, "eve": 8, "fay": 5}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def accelerator() -> Accelerator:
     return Accelerator(cpu=True, mixed_precision="no")
-
-
-@pytest.fixture(scope="session")
-def backbone() -> Callable[..., Backbone]:
-    """Build the backbone, the same each time."""
-    tokenizer = load_tokenizer("proper-nano")
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=8192,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        attn_implementation="eager",
-    )
-
-    def build(dtype: torch.dtype = torch.float32) -> Backbone:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
-        return Backbone("tiny", model, tokenizer, digest(model))
-
-    return build
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ def export_command(
     """Write one user to a folder and print its path.
 
     native is the user's own state, exactly, for another run of the same backbone and groups. peft is one
-    plain LoRA that PEFT, vLLM and others load on the merged backbone (proper export-backbone); the router's
+    plain LoRA in the format of PEFT, for the merged backbone (proper export-backbone); the router's
     gates are averaged over the user's history in it, and 'proper evaluate --methods users,static-export'
     says what that costs.
     """
