@@ -68,6 +68,18 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     assert str(caught.value).startswith(f"{path}:{message}")
 
 
+def test_a_line_may_use_the_runs_own_name_for_the_user(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"author": "ann", "text": "x"}\n{"user_id": "ben", "author": "x", "text": "y"}\n{"text": "z"}\n')
+    requests = from_file(path, column="author")
+    assert [request.user for request in requests] == ["ann", "ben", None]
+    assert [dict(request.fields) for request in requests] == [
+        {"text": "x"},
+        {"author": "x", "text": "y"},
+        {"text": "z"},
+    ]
+
+
 def test_all_bad_lines_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text('{"prompt": "fine"}\n{\n{"prompt": "fine"}\n3\n[]\n')

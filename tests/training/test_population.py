@@ -14,6 +14,7 @@ from torch import Tensor
 from proper.config import PopulationConfig
 from proper.data.batching import Batch, Encoder, collate
 from proper.data.dataset import Dataset
+from proper.layers.dropout import Dropout
 from proper.models.backbone import Backbone
 from proper.models.merge import apply_population
 from proper.models.personal import answer_logits
@@ -105,3 +106,18 @@ def test_the_lora_is_fp32_follows_its_seed_and_covers_the_targets(backbone: Make
     assert not any(p.any() for name, p in one.items() if "lora_B" in name)
     assert len(lora(0, target_modules="attention")) == 2 * 8
     assert len(lora(0, target_modules=["up_proj"])) == 2 * 2
+
+
+def test_every_lora_drops_out_while_it_trains_and_none_without_a_rate(backbone: Make, batch: Batch) -> None:
+    def twice(rate: float, training: bool) -> bool:
+        wrapped = wrap(backbone(), PopulationConfig(dropout=rate), 0).train(training)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.data.fill_(0.1)
+        return torch.equal(answer_logits(wrapped, batch), answer_logits(wrapped, batch))
+
+    assert not twice(0.5, training=True)
+    assert twice(0.5, training=False)
+    assert twice(0.0, training=True)
+    dropouts = [m for m in wrap(backbone(), PopulationConfig(dropout=0.5), 0).modules() if isinstance(m, Dropout)]
+    assert dropouts and {one.rate for one in dropouts} == {0.5}

@@ -13,6 +13,7 @@ import typer
 
 from proper.cli.options import RunFolder, existing_run
 from proper.cli.requests import Request, final_prompts, from_fields, from_file
+from proper.config import load_config
 from proper.console import progress, say
 from proper.errors import InputError
 
@@ -32,7 +33,7 @@ _PIECE = 256
 def command(
     folder: RunFolder,
     user: Annotated[
-        str | None, typer.Option(metavar="ID", help="Who asks; with --input, who asks where a line has no user_id.")
+        str | None, typer.Option(metavar="ID", help="Who asks; with --input, who asks where a line names nobody.")
     ] = None,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Final text that the model goes on from.")] = None,
     field: Annotated[
@@ -40,7 +41,11 @@ def command(
     ] = None,
     input_file: Annotated[
         Path | None,
-        typer.Option("--input", metavar="FILE", help="JSONL with user_id and prompt, or columns; - is stdin."),
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help="JSONL with user_id (or the run's user column) and prompt, or columns; - is stdin.",
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
@@ -62,7 +67,7 @@ def command(
     and tier.
     """
     existing_run(folder)
-    requests = _requests(user, prompt, field or [], input_file)
+    requests = _requests(folder, user, prompt, field or [], input_file)
     if not 0 <= temperature < math.inf:
         raise InputError(f"--temperature: {temperature} is not a number from 0 up")
     if not 0 < top_p <= 1:
@@ -85,12 +90,18 @@ def command(
     say("answered by: " + ", ".join(f"{tier} ({count})" if input_file else tier for tier, count in tiers.items()))
 
 
-def _requests(user: str | None, prompt: str | None, fields: list[str], path: Path | None) -> list[Request]:
+def _requests(
+    folder: Path, user: str | None, prompt: str | None, fields: list[str], path: Path | None
+) -> list[Request]:
     given = [prompt is not None, bool(fields), path is not None]
     if sum(given) != 1:
         raise InputError("give one of --prompt, --field and --input; see 'proper generate --help'")
     if path is not None:
-        return from_file(path, user)
+        requests = from_file(path, user, load_config(folder / "config.yaml").data.user)
+        nameless = sum(request.user is None for request in requests)
+        if nameless:
+            say(f"{path}: {nameless} of {len(requests)} lines name no user; the mean of all users answers them")
+        return requests
     if fields:
         return [from_fields(user, fields)]
     return [Request(user, prompt, {}, "--prompt")]

@@ -15,6 +15,9 @@ from typing import Any, TypeVar
 from proper.data.templates import BadValue
 from proper.errors import DataError, InputError
 
+USER = "user_id"
+"""What a line calls the user, whatever the run's data call them."""
+
 _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
 
@@ -51,12 +54,13 @@ def from_fields(user: str | None, fields: Sequence[str]) -> Request:
     return Request(user, None, values, "--field")
 
 
-def from_file(path: Path, user: str | None = None) -> list[Request]:
+def from_file(path: Path, user: str | None = None, column: str = USER) -> list[Request]:
     """Read one request a line: `{"user_id": ..., "prompt": ...}`, or the template's columns instead of a prompt.
 
     Args:
         path: a JSONL file; `-` is standard input. Empty lines are passed over.
-        user: who asks where a line has no `user_id`.
+        user: who asks where a line names nobody.
+        column: the run's own name for the user, which a line may use instead of `user_id`.
 
     Raises:
         DataError: the file cannot be read, or lines are bad; names the first as FILE:LINE and counts the others.
@@ -67,7 +71,7 @@ def from_file(path: Path, user: str | None = None) -> list[Request]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     numbered = [(f"{name}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
-    requests = _all(lambda item: _parse(item[1], user, item[0]), numbered)
+    requests = _all(lambda item: _parse(item[1], user, column, item[0]), numbered)
     if not requests:
         raise DataError(f"{name}: has no lines to answer")
     return requests
@@ -108,7 +112,7 @@ def _all(function: Callable[[_Given], _Made], items: Iterable[_Given]) -> list[_
     return done
 
 
-def _parse(line: bytes, user: str | None, where: str) -> Request:
+def _parse(line: bytes, user: str | None, column: str, where: str) -> Request:
     try:
         row = json.loads(line)
         # A lone surrogate is valid JSON and cannot be written out again.
@@ -117,9 +121,10 @@ def _parse(line: bytes, user: str | None, where: str) -> Request:
         raise DataError(f"{where}: not readable as JSON: {getattr(error, 'msg', error)}") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: a line is one JSON object, this is {type(row).__name__}")
-    name = row.pop("user_id", None)
+    key = USER if USER in row else column
+    name = row.pop(key, None)
     if isinstance(name, bool) or not isinstance(name, str | int | None):
-        raise DataError(f"{where}: user_id: should be text or a whole number, not {type(name).__name__}")
+        raise DataError(f"{where}: {key}: should be text or a whole number, not {type(name).__name__}")
     prompt = row.pop("prompt", None)
     if prompt is not None and not isinstance(prompt, str):
         raise DataError(f"{where}: prompt: should be text, not {type(prompt).__name__}")

@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from proper.layers.dropout import dropout
+
 
 class Experts(nn.Module):
     """E LoRAs of rank R on one linear layer. Weights are fp32; products run in the input's type.
@@ -46,14 +48,3 @@ class Experts(nn.Module):
             return functional.linear(middle * weights, up)
         flat = torch.addmm(onto.to(x.dtype).flatten(0, 1), (middle * weights).flatten(0, 1), up.t())
         return flat.view(onto.shape).to(onto.dtype)
-
-
-def dropout(x: Float[Tensor, "B T I"], rate: float) -> Float[Tensor, "B T I"]:
-    """Drop about `rate` of the numbers, in steps of 1/256, and scale the rest so that the mean stays.
-
-    One 64-bit draw serves eight numbers: drawing one Bernoulli each took a quarter of a training step on a CPU.
-    """
-    dropped = max(1, round(rate * 256))
-    words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,), dtype=torch.int64, device=x.device)
-    kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
-    return x * kept.to(x.dtype) * (256 / (256 - dropped))
