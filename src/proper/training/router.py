@@ -6,7 +6,6 @@ adapters came about: `load` puts a user's into a slot.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from proper.models.personal import ProperModel, answer_loss
 from proper.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, seed_of
 from proper.training.jobs import Job, Jobs
 from proper.training.loop import Log
-from proper.training.micro import micro_batches
 from proper.training.schedule import factor
 
 ROWS_PER_STEP = 32
@@ -68,10 +66,15 @@ def train_router(model: ProperModel, jobs: Jobs, load: Load, plan: RouterPlan, t
             for group in optimizer.param_groups:
                 group["lr"] = plan.rate * factor(seen, plan.rows, plan.config.warmup, plan.config.schedule)
             optimizer.zero_grad()
-            loss = _backward(model, work, plan.pad, step)
+            loss = _loss(model, work, plan.pad)
+            if not bool(torch.isfinite(loss)):
+                users = ", ".join(sorted({job.user for _, job, _ in work}))
+                value = float(loss.detach())
+                raise NonFiniteLossError(f"router: the loss at step {step + 1} is {value}; users: {users}")
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(list(names), plan.config.clip)
             optimizer.step()
-            value = round(loss, 6)
+            value = round(float(loss.detach()), 6)
             plan.log({"stage": "router", "seed": plan.seed, "phase": title, "step": step + 1, "loss": value})
             advance(len(work))
             if plan.checkpoint.due():
@@ -84,25 +87,14 @@ def train_router(model: ProperModel, jobs: Jobs, load: Load, plan: RouterPlan, t
 Work = list[tuple[int, Job, Encoded]]
 
 
-def _backward(model: ProperModel, work: Work, pad: int, step: int) -> float:
-    """Add up the gradients of the mean loss per answer token of all rows in this step; return that loss."""
-    answers = sum(len(row.ids) - row.start for _, _, row in work)
-    found = 0.0
-    # Rows come shuffled: in one piece of their longest row's length, a third of the tokens would be padding.
-    for piece in micro_batches([(slot, at, row) for at, (slot, _, row) in enumerate(work)]):
-        jobs = [work[at][1] for _, at, _ in piece]
-        batch = collate([row for _, _, row in piece], pad, model.device)
-        slots = torch.tensor([slot for slot, _, _ in piece], device=model.device)
-        embedding = torch.stack([job.embedding for job in jobs]).to(model.device)
-        logits = model.answer_logits(batch, Rows("users", embedding=embedding, slots=slots))
-        loss = answer_loss(logits, batch.labels)[0].sum() / answers
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            users = ", ".join(sorted({job.user for job in jobs}))
-            raise NonFiniteLossError(f"router: the loss at step {step + 1} is {value}; users: {users}")
-        torch.autograd.backward(loss)
-        found += value
-    return found
+def _loss(model: ProperModel, work: Work, pad: int) -> Tensor:
+    """Mean loss per answer token of all rows in this step."""
+    batch = collate([row for _, _, row in work], pad, model.device)
+    slots = torch.tensor([slot for slot, _, _ in work], device=model.device)
+    embedding = torch.stack([job.embedding for _, job, _ in work]).to(model.device)
+    logits = model.answer_logits(batch, Rows("users", embedding=embedding, slots=slots))
+    total, tokens = answer_loss(logits, batch.labels)
+    return total.sum() / tokens.sum()
 
 
 def _steps(jobs: Jobs, bank: AdapterBank, load: Load, plan: RouterPlan, done: int) -> Iterator[tuple[int, Work]]:
