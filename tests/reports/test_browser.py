@@ -66,8 +66,8 @@ def test_every_figure_is_drawn(browser: Browser, folder: Path, width: int, schem
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
 def test_a_user_and_two_runs_are_drawn(browser: Browser, folder: Path, width: int, scheme: str) -> None:
     row = {"method": "users", "metric": "accuracy", "primary": True, "higher_is_better": True, "difference": 0.1,
-           "first": {"value": 0.6, "ci95": [0.5, 0.7]}, "second": {"value": 0.5, "ci95": [0.4, 0.6]}, "ci95": [0.0, 0.2],
-           "p_adjusted": 0.01, "users": 60, "queries": 300, "test": "paired"}  # fmt: skip
+           "first": {"value": 0.6, "ci95": [0.5, 0.7]}, "second": {"value": 0.5, "ci95": [0.4, 0.6]},
+           "ci95": [0.0, 0.2], "p_adjusted": 0.01, "users": 60, "queries": 300, "test": "paired"}  # fmt: skip
     compared, _ = write_comparison(folder, folder, {"rows": [row], "seeds": [[0, 0]]})
     for path, drawn in ((compared, 4), (write_user_pages(folder, ["u1"])[0], 4)):
         page, trouble = opened(browser, folder, width, scheme, path)
