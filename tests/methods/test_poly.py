@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PolyConfig, get_peft_model
 
 from proper import pipeline
-from proper.adapters.store import AdapterStore
+from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config, GroupsConfig
 from proper.data.batching import collate
 from proper.data.dataset import Dataset
 from proper.errors import ConfigError
+from proper.evaluation.runner import answer_losses
 from proper.methods.method import Place
 from proper.methods.poly import load_poly
 from proper.models.backbone import Backbone, load_backbone
 from proper.models.merge import apply_population
 from proper.models.personal import ProperModel, answer_loss
 from proper.models.poly import add_poly
-from proper.models.tensors import load_tensors
+from proper.models.tensors import load_tensors, save_tensors
 from proper.training.poly import PolyStage
 
 
 @pytest.fixture(scope="module")
-def place(run: Path, settings: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Place:
+def place(run: Path, settings: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A copy of the run in which Poly was trained and scored."""
     folder = tmp_path_factory.mktemp("poly") / "run"
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("variants", "predictions"))
@@ -57,43 +60,53 @@ def test_it_sees_the_tokens_of_stage_2_and_a_user_is_a_row_of_logits(place: Plac
     assert ("groups", "poly") in [(row["method"], row["against"]) for row in results["comparisons"]]
 
 
-def test_every_row_is_scored_with_its_own_users_task(place: Place) -> None:
-    """Against PEFT's own forward pass with `task_ids`, from the tensors on disk."""
+def test_every_row_is_scored_with_its_own_users_task(place: Place, tmp_path: Path) -> None:
+    """Against PEFT's own forward pass with `task_ids`, with skills and logits far from where they begin."""
+    strong = replace(place, folder=tmp_path / "strong")
+    shutil.copytree(place.folder, strong.folder)
     tensors, facts = load_tensors(place.folder / "groups" / "poly.safetensors")
+    draw = torch.Generator().manual_seed(0)
+    tensors = {name: 0.5 * torch.randn(tensor.shape, generator=draw) for name, tensor in tensors.items()}
+    save_tensors(strong.folder / "groups" / "poly.safetensors", tensors, facts)
     queries = list(place.dataset.queries())
     users = sorted({query.user for query in queries})
-    store = AdapterStore(place.folder / "users")
-    logits = torch.stack([store.head(user).embedding for user in users])  # type: ignore[union-attr]
+    logits = 3 * torch.randn(len(users), len(tensors["mean_logits"]), generator=draw)
+    store = AdapterStore(strong.folder / "users")
+    store.put(UserRecord(user, "groups", logits[at]) for at, user in enumerate(users))
     store.close()
+    peft = rebuilt(strong, tensors, facts["modules"], logits)
+    model = load_poly(strong)
+    batch = collate([model.encoder.encode(query) for query in queries], 0)
+    tasks = torch.tensor([users.index(query.user) for query in queries])
+    losses = []
+    for given in (tasks, tasks.roll(1)):
+        inputs = {name: getattr(batch, name) for name in ("input_ids", "attention_mask", "position_ids")}
+        with torch.no_grad():
+            logits_of_answers = peft(**inputs, task_ids=given).logits[:, -batch.labels.shape[1] - 1 : -1]
+        total, tokens = answer_loss(logits_of_answers, batch.labels)
+        losses.append((total / tokens).tolist())
+    assert answer_losses(model, queries) == pytest.approx(losses[0], abs=1e-4)
+    assert answer_losses(model, queries) != pytest.approx(losses[1], abs=1e-2)
+    # Labels are scored with the prompt's cache, many to a row, and with the same task.
+    scores = model.score(
+        [query.prompt for query in queries], [query.user for query in queries], ["red", "green", "blue"]
+    )
+    alone = [model.score([query.prompt], [query.user], ["red", "green", "blue"])[0] for query in queries]
+    assert torch.allclose(scores, torch.stack(alone), atol=1e-4)
+
+
+def rebuilt(place: Place, tensors: dict[str, Any], modules: list[str], logits: torch.Tensor) -> Any:
+    """The same Poly through PEFT alone."""
     backbone = load_backbone(place.config.backbone, torch.float32, torch.device("cpu"))
     apply_population(backbone, place.folder / "population")
-    shape = {"r": place.config.groups.rank, "n_skills": 3, "n_tasks": len(users)}
-    config = PolyConfig(task_type="CAUSAL_LM", target_modules=facts["modules"], **shape)
-    peft = get_peft_model(backbone.model, config).eval()
-    for at, name in enumerate(facts["modules"]):
+    shape = {"r": place.config.groups.rank, "n_skills": 3, "n_tasks": len(logits)}
+    wrapped = get_peft_model(backbone.model, PolyConfig(task_type="CAUSAL_LM", target_modules=modules, **shape)).eval()
+    for at, name in enumerate(modules):
         layer = backbone.model.get_submodule(name)
         layer.poly_lora_A["default"].data.copy_(tensors[f"{name}.a"])
         layer.poly_lora_B["default"].data.copy_(tensors[f"{name}.b"])
         layer.poly_router["default"].module_logits.data.copy_(logits[:, 3 * at : 3 * at + 3])
-    model = load_poly(place)
-    batch = collate([model.encoder.encode(query) for query in queries], backbone.pad_id)
-    tasks = torch.tensor([users.index(query.user) for query in queries])
-    with torch.no_grad():
-        inputs = {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "position_ids": batch.position_ids,
-        }
-        answers = batch.labels.shape[1]
-        expected = peft(**inputs, task_ids=tasks).logits[:, -answers - 1 : -1]
-        swapped = peft(**inputs, task_ids=tasks.roll(1)).logits[:, -answers - 1 : -1]
-    rows = (place.folder.parents[1] / "predictions" / "poly.jsonl").read_text(encoding="utf-8").splitlines()
-    told = {row["id"]: row["loss"] for row in map(json.loads, rows)}
-    losses = [
-        (total / tokens).tolist() for total, tokens in (answer_loss(x, batch.labels) for x in (expected, swapped))
-    ]
-    assert [told[query.id] for query in queries] == pytest.approx(losses[0], abs=1e-4)
-    assert [told[query.id] for query in queries] != pytest.approx(losses[1], abs=1e-4)
+    return wrapped
 
 
 def test_who_was_not_seen_is_answered_with_the_mean_of_the_others(place: Place) -> None:

@@ -91,7 +91,7 @@ class Harness:
         routing = self._remembered("routing", self._routing) if {"groups", "users"} & set(names) else None
         history_losses = self._remembered("history_losses", self._history_losses) if "users" in names else None
         first = next(iter(self.folders))
-        found = Evidence(
+        evidence = Evidence(
             predictions=predictions,
             task=self.task,
             run=self._facts(),
@@ -103,7 +103,7 @@ class Harness:
             user_slices=self._user_slices(),
             query_slices=self._query_slices(),
         )
-        results = build_results(found, Effort(self.config.evaluation.resamples))
+        results = build_results(evidence, Effort(self.config.evaluation.resamples))
         if "users" in names:
             results["tiers"] = self._tiers()
         gains = gains_by_user(predictions, self.task)

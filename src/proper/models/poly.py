@@ -57,7 +57,7 @@ class Poly:
     def put(self, rows: Tensor, logits: Float[Tensor, "n P"]) -> None:
         """Give tasks `rows` these logits."""
         tables = self.tables()
-        for table, part in zip(tables, logits.split(tables[0].shape[1], dim=1), strict=True):
+        for table, part in zip(tables, logits.chunk(len(tables), dim=1), strict=True):
             table.data[rows.to(table.device)] = part.to(table)
 
     def sample(self, on: bool) -> None:

@@ -118,8 +118,8 @@ class PolyRunner:
         _switch(poly, trained, on=False)
         self._save(stage, users)
         facts = {"rows": plan.sample.size, "tokens": plan.sample.tokens, "users": len(users), "seed": self.seed}
-        facts |= {"seconds": round(time.perf_counter() - started, 3), "backbone": backbone.digest}
-        write_json(self.folder / "groups" / "stage.json", facts)
+        timed = {**facts, "seconds": round(time.perf_counter() - started, 3), "backbone": backbone.digest}
+        write_json(self.folder / "groups" / "stage.json", timed)
         plan.checkpoint.remove()
 
     def _plan(self, hidden: int, tokenizer: object, pad: int) -> Plan:
