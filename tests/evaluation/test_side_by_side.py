@@ -41,7 +41,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("data")
     rows = [{"user_id": f"u{n % 3}", "timestamp": n, "input": f"text {n}", "output": "ab"[n % 2]} for n in range(30)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = make_config({"data": {"path": str(folder / "rows.jsonl")}, "split": {"min_history": 3}})
+    task = {"kind": "classification"}
+    config = make_config({"data": {"path": str(folder / "rows.jsonl")}, "task": task, "split": {"min_history": 3}})
     prepare(config, folder / "data.sqlite", lambda prompts, targets: [1] * len(prompts)).close()
     return (folder / "data.sqlite").read_bytes()
 
