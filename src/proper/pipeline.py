@@ -25,12 +25,15 @@ from proper.data.summary import DataSummary
 from proper.errors import ConfigError, RunFolderError
 from proper.evaluation.harness import Harness
 from proper.evaluation.power import Power, expected_power
+from proper.evaluation.side_by_side import compare_runs
 from proper.files import write_text
 from proper.methods.judge import judging
 from proper.methods.table import known_methods
 from proper.models.backbone import load_tokenizer
+from proper.reports.compare import write_comparison
 from proper.reports.html import write_report
 from proper.reports.methods import write_methods_csv
+from proper.reports.user_page import write_user_pages
 from proper.training.metrics_log import MetricsLog
 from proper.training.stages import TRAINED, StageRunner, join_processes
 
@@ -129,6 +132,27 @@ def report(folder: str | Path) -> Path:
         RunFolderError: the run has not been evaluated.
     """
     return write_report(Path(folder))
+
+
+def report_comparison(folder: str | Path, other: str | Path) -> list[Path]:
+    """Put a run beside another of the same data; write the page and its CSV into the first and return their paths.
+
+    Raises:
+        DataError: they are of different tasks or data.
+        RunFolderError: one of them has not been evaluated.
+    """
+    folder, other = Path(folder), Path(other)
+    return write_comparison(folder, other, compare_runs(folder, other))
+
+
+def report_users(folder: str | Path, users: Sequence[str]) -> list[Path]:
+    """Write a page for each of these users into a run folder, all or none, and return the paths.
+
+    Raises:
+        InputError: a user is not in the run.
+        RunFolderError: the run has not been evaluated.
+    """
+    return write_user_pages(Path(folder), users)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from proper.errors import DataError
 from proper.evaluation.comparisons import default_pairs
 from proper.evaluation.metrics import Prediction, TaskInfo, score
-from proper.evaluation.results import build_results, gains_by_user, plain, require_same_queries
+from proper.evaluation.results import Effort, Evidence, build_results, gains_by_user, plain, require_same_queries
 from proper.evaluation.statistics import holm
 
 LABELS = TaskInfo("demo", "classification", ("a", "b", "c"))
@@ -47,15 +48,14 @@ def predictions_of(task: TaskInfo, seeds: int = 2, **more: float) -> dict[int, d
 
 
 def build(task: TaskInfo = LABELS, predictions: Any = None, **more: Any) -> dict[str, Any]:
-    return build_results(
+    found = Evidence(
         predictions=predictions or predictions_of(task),
         task=task,
         run={"backbone": "tiny", "versions": {}, "data_sha256": "0", "device": "cpu"},
         seconds={"population": 1.5},
-        resamples=200,
-        draws=500,
         **more,
     )
+    return build_results(found, Effort(200, 500))
 
 
 @pytest.mark.parametrize("task", [LABELS, STARS])
@@ -210,3 +210,51 @@ def test_methods_that_answered_something_else_are_refused(spoil, says):
 def test_plain_values():
     value = {"a": (np.float32(0.5), math.inf), 1: np.asarray([1.0, math.nan]), "b": [np.bool_(True), None, "x", 2]}
     assert plain(value) == {"a": [0.5, None], "1": [1.0, None], "b": [True, None, "x", 2]}
+
+
+def test_a_small_file_is_what_it_always_was():
+    """Against `results_before.json`, written before this module was taken apart: every key, in order, every number."""
+
+    def same(found: Any, before: Any) -> bool:
+        if isinstance(before, dict):
+            return list(found) == list(before) and all(same(found[key], before[key]) for key in before)
+        if isinstance(before, list):
+            return len(found) == len(before) and all(map(same, found, before))
+        return found == (pytest.approx(before, rel=1e-9) if isinstance(before, float) else before)
+
+    predictions = {
+        seed: {method: few(right, seed) for method, right in (("population", 0.3), ("groups", 0.6), ("swapped", 0.2))}
+        for seed in (0, 1)
+    }
+    evidence = Evidence(
+        predictions=predictions,
+        task=STARS,
+        run={"backbone": "tiny"},
+        seconds={"population": 1.5},
+        cost=[{"method": "groups", "bytes_per_user": 3}],
+        routing={"experts": 2, "entropy": 0.3},
+        truth={"nmi": 1.0},
+        history_losses={"u1": 0.1},
+        pairs=[("population", "swapped")],
+        user_slices={"new": {"u1", "u2"}},
+        query_slices={"seen": set(range(0, 24, 2)), "none": set()},
+    )
+    before = json.loads(Path(__file__).with_name("results_before.json").read_text(encoding="utf-8"))
+    assert same(build_results(evidence, Effort(50, 100)), before)
+
+
+def few(right: float, seed: int) -> list[Prediction]:
+    """Invent 6 users with 4 queries each."""
+    truth, noise = random.Random(0), random.Random(f"{right} {seed}")
+    rows = []
+    for id_ in range(24):
+        target = truth.choice(STARS.labels)
+        answer = target if noise.random() < right else noise.choice(STARS.labels)
+        user = id_ % 6
+        rows.append(
+            Prediction(
+                id=id_, user=f"u{user}", prompt="", target=target, prediction=answer, loss=2 - right,
+                tier="users" if user else "groups", history=5 + 3 * user,
+            )
+        )  # fmt: skip
+    return rows

@@ -258,3 +258,15 @@ class Page(HTMLParser):
 def render(folder: Path) -> Callable[[], Page]:
     """Write the report of `folder` and parse it."""
     return lambda: Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def parse() -> Callable[[Path], Page]:
+    """Parse a page that was written."""
+    return lambda path: Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def hostile_ids() -> list[str]:
+    """The user ids of the run that are no file names."""
+    return [user_name(index) for index in (3, 4, 5)]

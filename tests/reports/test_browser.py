@@ -9,6 +9,8 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from proper.reports import write_report
+from proper.reports.compare import write_comparison
+from proper.reports.user_page import write_user_pages
 
 pytestmark = pytest.mark.browser
 FLAGS = [
@@ -31,13 +33,13 @@ def browser(chromium: str) -> Iterator[Browser]:
         started.close()
 
 
-def opened(browser: Browser, folder: Path, width: int, scheme: str) -> tuple[Page, list[str]]:
-    """Open the report; the list fills with errors, messages and requests for anything but the page itself."""
+def opened(browser: Browser, folder: Path, width: int, scheme: str, path: Path | None = None) -> tuple[Page, list[str]]:
+    """Open a page, the report if None; the list fills with errors, messages and requests for anything but itself."""
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
     trouble: list[str] = []
     page.on("console", lambda message: trouble.append(message.text))
     page.on("pageerror", lambda error: trouble.append(str(error)))
-    url = write_report(folder).as_uri()
+    url = (path or write_report(folder)).as_uri()
     page.on("request", lambda request: None if request.url in (url, "data:,") else trouble.append(request.url))
     page.goto(url)
     return page, trouble
@@ -59,6 +61,23 @@ def test_every_figure_is_drawn(browser: Browser, folder: Path, width: int, schem
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate("window.hacked") is None
     assert trouble == []
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
+def test_a_user_and_two_runs_are_drawn(browser: Browser, folder: Path, width: int, scheme: str) -> None:
+    row = {"method": "users", "metric": "accuracy", "primary": True, "higher_is_better": True, "difference": 0.1,
+           "first": {"value": 0.6, "ci95": [0.5, 0.7]}, "second": {"value": 0.5, "ci95": [0.4, 0.6]},
+           "ci95": [0.0, 0.2], "p_adjusted": 0.01, "users": 60, "queries": 300, "test": "paired"}  # fmt: skip
+    compared, _ = write_comparison(folder, folder, {"rows": [row], "seeds": [[0, 0]]})
+    for path, drawn in ((compared, 4), (write_user_pages(folder, ["u1"])[0], 4)):
+        page, trouble = opened(browser, folder, width, scheme, path)
+        drawings = page.locator("svg[role=img]")
+        assert drawings.count() == drawn  # values, differences, two heat maps; two strips, gates, the map
+        for index in range(drawn):
+            box = drawings.nth(index).bounding_box()
+            assert box and box["width"] > 80 and box["height"] > 8
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert trouble == []
 
 
 def test_hovering_names_the_user_and_the_values(browser: Browser, folder: Path) -> None:

@@ -51,12 +51,14 @@ def test_ladder_shows_stages_with_intervals_and_no_other_method(render: Render) 
 
 
 def test_tables_hold_every_score_and_comparison(render: Render) -> None:
-    text = render().text["scores"]
+    page = render()
+    text = page.text["scores"]
     for said in ("OPPU0.590–", "[0.472, 0.552]", "Groups − Population", "+0.058", "not measurable", "better"):
         assert said in text
     assert "All over 60 users, 300 queries, 2 seeds." in text
-    assert "10 to 19" in text and "0.432 [0.400, 0.800]" in text
     assert "paired permutation over users" in text
+    text = page.text["history"]
+    assert "10 to 19" in text and "0.432 [0.400, 0.800]" in text
 
 
 def test_each_user_has_a_bar_and_a_dot_for_each_step(render: Render) -> None:

@@ -23,6 +23,7 @@ STEPS = (("groups", "population"), ("users", "groups"))
 ABLATIONS = (
     ("groups", "groups-no-constraint"),
     ("groups", "constraint-experts"),
+    ("groups", "poly"),
     ("oppu-released", "oppu"),
     ("users+rag", "rag"),
 )

@@ -24,7 +24,7 @@ from proper.data.summary import require_no_leaks
 from proper.evaluation.fingerprint import code_version
 from proper.evaluation.lamp_predictions import write_lamp_predictions
 from proper.evaluation.metrics import Prediction, TaskInfo
-from proper.evaluation.results import build_results, gains_by_user, plain
+from proper.evaluation.results import Effort, Evidence, build_results, gains_by_user, plain
 from proper.evaluation.routing import analyze_routing
 from proper.evaluation.runner import MethodRun, answer_losses, mean_gates
 from proper.evaluation.truth import Truth, read_truth, truth_section
@@ -91,19 +91,19 @@ class Harness:
         routing = self._remembered("routing", self._routing) if {"groups", "users"} & set(names) else None
         history_losses = self._remembered("history_losses", self._history_losses) if "users" in names else None
         first = next(iter(self.folders))
-        results = build_results(
+        evidence = Evidence(
             predictions=predictions,
             task=self.task,
             run=self._facts(),
             seconds=self._seconds(),
             cost=[one.cost(by_method[one.name][first]) for one in contenders],
-            routing=routing,
+            routing=routing or {},
             truth=self._truth(predictions, routing),
-            history_losses=history_losses,
+            history_losses=history_losses or {},
             user_slices=self._user_slices(),
             query_slices=self._query_slices(),
-            resamples=self.config.evaluation.resamples,
         )
+        results = build_results(evidence, Effort(self.config.evaluation.resamples))
         if "users" in names:
             results["tiers"] = self._tiers()
         gains = gains_by_user(predictions, self.task)

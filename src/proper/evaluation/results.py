@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -24,26 +25,11 @@ Predictions = Mapping[int, Mapping[str, Sequence[Prediction]]]
 """Predictions by seed, then by method; everybody answers the same queries."""
 
 
-def build_results(
-    *,
-    predictions: Predictions,
-    task: TaskInfo,
-    run: Mapping[str, Any],
-    seconds: Mapping[str, float],
-    cost: Sequence[Mapping[str, Any]] = (),
-    routing: Mapping[str, Any] | None = None,
-    truth: Mapping[str, Any] | None = None,
-    history_losses: Mapping[str, float] | None = None,
-    pairs: Sequence[tuple[str, str]] = (),
-    user_slices: Mapping[str, Collection[str]] | None = None,
-    query_slices: Mapping[str, Collection[int]] | None = None,
-    resamples: int = 2000,
-    draws: int = 10_000,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Assemble `results.json`, schema 1. The result is plain values only; what is not finite is None.
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What was measured, from which `results.json` is made.
 
-    Args:
+    Attributes:
         predictions: by seed, then by method. Seeds are averaged per user before tests.
         task: name, kind and labels.
         run: backbone, versions, data_sha256, device, and whatever else describes the run.
@@ -55,50 +41,62 @@ def build_results(
         pairs: further (method, against) to compare, beside those of `default_pairs`.
         user_slices: further slices by name, sets of users.
         query_slices: slices by name that are sets of queries, by id.
-        resamples: of the bootstrap.
-        draws: of the permutation test.
-        seed: of both.
+    """
+
+    predictions: Predictions
+    task: TaskInfo
+    run: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    cost: Sequence[Mapping[str, Any]] = ()
+    routing: Mapping[str, Any] = field(default_factory=dict)
+    truth: Mapping[str, Any] | None = None
+    history_losses: Mapping[str, float] = field(default_factory=dict)
+    pairs: Sequence[tuple[str, str]] = ()
+    user_slices: Mapping[str, Collection[str]] = field(default_factory=dict)
+    query_slices: Mapping[str, Collection[int]] = field(default_factory=dict)
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods, in the order in which they were given."""
+        return list(next(iter(self.predictions.values())))
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is drawn: resamples of the bootstrap, draws of the permutation test, and the seed of both."""
+
+    resamples: int = 2000
+    draws: int = 10_000
+    seed: int = 0
+
+
+def build_results(found: Evidence, effort: Effort | None = None) -> dict[str, Any]:
+    """Assemble `results.json`, schema 1. The result is plain values only; what is not finite is None.
 
     Raises:
         DataError: there are no predictions, or methods or seeds did not answer exactly the same queries.
     """
-    histories = require_same_queries(predictions)
-    methods = list(next(iter(predictions.values())))
-    scores = score_all(predictions, task)
-    metrics = [_metric_row(key, one, task, resamples, seed) for key, one in scores.items()]
-    _add_standings(metrics, scores, resamples, seed)
-    wanted = list(dict.fromkeys([*default_pairs(methods), *pairs]))
-    comparisons = comparison_rows(scores, wanted, task, resamples, draws, seed)
-    gains = gains_by_user(predictions, task, scores)
-    lengths = list(histories.values())
+    effort = effort or Effort()
+    histories = require_same_queries(found.predictions)
+    scores = score_all(found.predictions, found.task)
+    metrics = _metric_rows(scores, found.task, effort)
+    pairs = list(dict.fromkeys([*default_pairs(found.methods), *found.pairs]))
+    comparisons = comparison_rows(scores, pairs, found.task, effort.resamples, effort.draws, effort.seed)
     results = {
         "schema": 1,
-        "run": {**run, "seeds": list(predictions), "seconds": dict(seconds)},
-        "task": {
-            "name": task.name,
-            "kind": task.kind,
-            "target_users": len(histories),
-            "queries": metrics[0]["queries"],
-            "history": {"min": min(lengths), "median": median(lengths), "max": max(lengths)},
-        },
+        "run": {**found.run, "seeds": list(found.predictions), "seconds": dict(found.seconds)},
+        "task": _task_facts(found.task, list(histories.values()), metrics[0]["queries"]),
         "metrics": metrics,
         "comparisons": comparisons,
-        "cost": [dict(row) for row in cost],
-        "routing": dict(routing or {}),
+        "cost": [dict(row) for row in found.cost],
+        "routing": dict(found.routing),
         "slices": [
-            *slice_rows(scores, histories, resamples, seed, user_slices),
-            *_query_slices(predictions, task, histories, query_slices or {}, resamples, seed),
+            *slice_rows(scores, histories, effort.resamples, effort.seed, found.user_slices),
+            *_query_slices(found, histories, effort),
         ],
-        "signatures": failure_signatures(
-            routing=routing or {},
-            comparisons=comparisons,
-            gains=gains["users"],
-            query_losses=_query_losses(scores),
-            history_losses=history_losses or {},
-        ),
+        "signatures": _signatures(found, scores, comparisons),
+        **({"truth": dict(found.truth)} if found.truth is not None else {}),
     }
-    if truth is not None:
-        results["truth"] = dict(truth)
     claimed = claim(comparisons)
     if claimed is not None:
         results["personalization"] = claimed
@@ -193,9 +191,25 @@ def _scores_of(name: str, method: str, predictions: Predictions, task: TaskInfo)
     return user_scores(name, [methods[method] for methods in predictions.values()], task)
 
 
-def _metric_row(key: tuple[str, str], scores: UserScores, task: TaskInfo, resamples: int, seed: int) -> dict[str, Any]:
+def _task_facts(task: TaskInfo, lengths: Sequence[int], queries: int) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "kind": task.kind,
+        "target_users": len(lengths),
+        "queries": queries,
+        "history": {"min": min(lengths), "median": median(lengths), "max": max(lengths)},
+    }
+
+
+def _metric_rows(scores: Scores, task: TaskInfo, effort: Effort) -> list[dict[str, Any]]:
+    rows = [_metric_row(key, one, task, effort) for key, one in scores.items()]
+    _add_standings(rows, scores, effort)
+    return rows
+
+
+def _metric_row(key: tuple[str, str], scores: UserScores, task: TaskInfo, effort: Effort) -> dict[str, Any]:
     method, name = key
-    found = estimate(scores, resamples, seed)
+    found = estimate(scores, effort.resamples, effort.seed)
     by_seed = [float(value) for value in scores.values()]
     return {
         "task": task.name,
@@ -213,32 +227,35 @@ def _metric_row(key: tuple[str, str], scores: UserScores, task: TaskInfo, resamp
     }
 
 
-def _add_standings(rows: list[dict[str, Any]], scores: Scores, resamples: int, seed: int) -> None:
+def _add_standings(rows: list[dict[str, Any]], scores: Scores, effort: Effort) -> None:
     """Say of every row whether its method is the best on its metric, or cannot be told from the best."""
     for name in dict.fromkeys(row["metric"] for row in rows):
         here = [row for row in rows if row["metric"] == name]
-        places = standings([scores[row["method"], name] for row in here], resamples, seed)
+        places = standings([scores[row["method"], name] for row in here], effort.resamples, effort.seed)
         for row, place in zip(here, places, strict=True):
             row["standing"] = place
 
 
-def _query_slices(
-    predictions: Predictions,
-    task: TaskInfo,
-    histories: Mapping[str, int],
-    slices: Mapping[str, Collection[int]],
-    resamples: int,
-    seed: int,
-) -> list[dict[str, Any]]:
+def _query_slices(found: Evidence, histories: Mapping[str, int], effort: Effort) -> list[dict[str, Any]]:
     rows = []
-    for name, queries in slices.items():
+    for name, queries in found.query_slices.items():
         part = {
             each: {method: [row for row in answers if row.id in queries] for method, answers in by_method.items()}
-            for each, by_method in predictions.items()
+            for each, by_method in found.predictions.items()
         }
         if any(answers for by_method in part.values() for answers in by_method.values()):
-            rows += part_rows(name, score_all(part, task), histories, resamples, seed)
+            rows += part_rows(name, score_all(part, found.task), histories, effort.resamples, effort.seed)
     return rows
+
+
+def _signatures(found: Evidence, scores: Scores, comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
+    return failure_signatures(
+        routing=found.routing,
+        comparisons=comparisons,
+        gains=gains_by_user(found.predictions, found.task, scores)["users"],
+        query_losses=_query_losses(scores),
+        history_losses=found.history_losses,
+    )
 
 
 def _gain(values: Mapping[str, float], step: str, below: str, higher_is_better: bool) -> float | None:

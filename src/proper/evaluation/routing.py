@@ -46,36 +46,42 @@ def analyze_routing(
     """
     mean_gates = _checked(gates, users)
     places = np.asarray(embeddings, dtype=np.float64).reshape(len(users), -1)
-    main = main_experts(mean_gates)
     entropy = _entropy(mean_gates).mean() if token_entropy is None else np.mean(np.asarray(token_entropy))
-    cosine = constraint_cosine(mean_gates)
     results: dict[str, Any] = {
         "experts": mean_gates.shape[2],
         "utilization": [float(share) for share in mean_gates.mean(axis=(0, 1))],
         "entropy": float(entropy),
         "user_expert_mutual_information": mutual_information(mean_gates),
-        "constraint_cosine": cosine,
+        "constraint_cosine": constraint_cosine(mean_gates),
     }
     if groups is not None:
         results["nmi"] = group_nmi(mean_gates, users, groups, seed)
     (map_, map_share), (gate_map, gate_share) = project(places), project(mean_gates.reshape(len(users), -1))
-    by_expert = mean_gates.mean(axis=1)
-    rows = [
+    rows = _user_rows(mean_gates, users, histories, groups, np.concatenate([map_, gate_map], axis=1))
+    explained = {"embeddings": map_share, "gates": gate_share}
+    return results, {**results, "modules": mean_gates.shape[1], "explained_variance": explained, "users": rows}
+
+
+def _user_rows(
+    gates: FloatArray,
+    users: Sequence[str],
+    histories: Mapping[str, int],
+    groups: Mapping[str, int] | None,
+    maps: FloatArray,
+) -> list[dict[str, Any]]:
+    """Return one row per user; `maps (U, 4)` are places by embedding and by gates."""
+    by_expert, main = gates.mean(axis=1), main_experts(gates)
+    return [
         {
             "user": user,
             "history": int(histories.get(user, 0)),
             "gates": [float(share) for share in by_expert[place]],
             "main": int(main[place]),
-            "x": float(map_[place, 0]),
-            "y": float(map_[place, 1]),
-            "gate_x": float(gate_map[place, 0]),
-            "gate_y": float(gate_map[place, 1]),
+            **{name: float(at) for name, at in zip(("x", "y", "gate_x", "gate_y"), maps[place], strict=True)},
             "group": None if groups is None else groups.get(user),
         }
         for place, user in enumerate(users)
     ]
-    explained = {"embeddings": map_share, "gates": gate_share}
-    return results, {**results, "modules": mean_gates.shape[1], "explained_variance": explained, "users": rows}
 
 
 def mutual_information(gates: FloatArray) -> float:

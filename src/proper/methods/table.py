@@ -21,6 +21,7 @@ from proper.inference.folded import STATIC_EXPORT
 from proper.methods import train
 from proper.methods.answers import as_another, as_itself, as_one, directly, exported, jointly
 from proper.methods.method import Derive, Method, Trained, Variant
+from proper.methods.poly import with_poly
 from proper.methods.trivial import global_majority, user_majority
 from proper.models.backbone import load_tokenizer
 
@@ -159,6 +160,7 @@ def _baselines(config: Config) -> list[Method]:
             Variant("end-to-end", train.joint, (), {"users": {"router": "none"}}),
             keeps="adapter",
         ),
+        Method("poly", with_poly, GROUPS, Variant("poly", train.poly, ("population",)), keeps="embedding"),
         Method("oppu", directly, own, Variant("oppu", train.direct, ("population",), oppu), keeps="adapter"),
         Method(
             "oppu-released",

@@ -9,6 +9,7 @@ from proper.data.views import Leaking, OneUser
 from proper.methods.method import Work
 from proper.training.direct import DirectRunner
 from proper.training.joint import JointRunner
+from proper.training.poly import PolyRunner
 from proper.training.stages import StageRunner
 
 
@@ -35,6 +36,12 @@ def leaking(work: Work) -> None:
     place = work.place
     data = Leaking(place.dataset, place.config.users.max_items)
     DirectRunner(place.config, data, place.folder, place.seed, work.log).run()
+
+
+def poly(work: Work) -> None:
+    """Train PEFT's Poly in place of stage 2."""
+    place = work.place
+    PolyRunner(place.config, place.dataset, place.folder, place.seed, work.log).run()
 
 
 def joint(work: Work) -> None:

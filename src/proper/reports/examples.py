@@ -71,6 +71,27 @@ def choose_examples(folder: Path, kind: str, wanted: int) -> list[Example] | Non
     return _read_texts(chosen, methods, paths, kind)
 
 
+def user_examples(folder: Path, kind: str, user: str) -> list[Example]:
+    """Return all queries of one user with the answers of every stage that left predictions, in the files' order."""
+    examples: dict[str, Example] = {}
+    known = [method for method in ("base", *STAGES) if (folder / "predictions" / f"{method}.jsonl").is_file()]
+    for done, method in enumerate(known):
+        for row in read_lines(folder / "predictions" / f"{method}.jsonl"):
+            name = str(row.get("id"))
+            if row.get("user") == user and (name in examples or not done):
+                examples[name] = _answered(examples.get(name) or _new_example(name, "", row), done, method, row, kind)
+    return [replace(example, why=_change(example)) for example in examples.values()]
+
+
+def _change(example: Example) -> str:
+    """Say in words what the stages changed, the latest step first."""
+    by_method = {answer.method: answer.score for answer in example.answers}
+    for above, below in (("users", "groups"), ("groups", "population")):
+        if above in by_method and below in by_method and by_method[above] != by_method[below]:
+            return WHY[above, 1 if by_method[above] > by_method[below] else -1]
+    return "Same score at every stage"
+
+
 def score(kind: str, target: str, prediction: str) -> float:
     """Return how good one answer is: 1 or 0 for a label, minus the error for a rating, word overlap (F1) for text."""
     if kind == "rating":
@@ -164,12 +185,17 @@ def _read_texts(
             if name not in reasons:
                 continue
             example = examples.get(name) or _new_example(name, reasons[name], row)
-            if len(example.answers) == done:
-                value = score(kind, _text(row, "target"), _text(row, "prediction"))
-                loss = number(row.get("loss"))
-                answer = Answer(method, _text(row, "prediction"), value, _verdict(kind, value), loss)
-                examples[name] = replace(example, answers=(*example.answers, answer), tier=_text(row, "tier"))
+            examples[name] = _answered(example, done, method, row, kind)
     return [examples[name] for name, _ in chosen]
+
+
+def _answered(example: Example, done: int, method: str, row: dict[str, Any], kind: str) -> Example:
+    """Add a method's answer to an example that has `done` of them; a second line of the same id is another seed's."""
+    if len(example.answers) != done:
+        return example
+    value = score(kind, _text(row, "target"), _text(row, "prediction"))
+    answer = Answer(method, _text(row, "prediction"), value, _verdict(kind, value), number(row.get("loss")))
+    return replace(example, answers=(*example.answers, answer), tier=_text(row, "tier"))
 
 
 def _new_example(name: str, why: str, row: dict[str, Any]) -> Example:

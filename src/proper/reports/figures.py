@@ -41,7 +41,7 @@ def ladder(rows: Sequence[Metric], changes: dict[str, str]) -> Figure | None:
     spots = [(index + 0.5) * 100 / len(stages) for index in range(len(stages))]
     marks = [path([(x, scale.at(row.value)) for x, row in zip(spots, stages, strict=True)], "rise")]
     for x, row in zip(spots, stages, strict=True):
-        marks.append(_whisker(x, row, scale))
+        marks.append(whisker(x, row, scale))
     names = [(x, method_name(row.method), changes.get(row.method, "")) for x, row in zip(spots, stages, strict=True)]
     metric, better = metric_name(stages[0].metric), "higher" if stages[0].higher_is_better else "lower"
     axis = Axis(scale, f"{metric} ({better} is better)")
@@ -55,7 +55,8 @@ def ladder(rows: Sequence[Metric], changes: dict[str, str]) -> Figure | None:
     return Figure(f"{stages[0].task}: {metric}" if stages[0].task else metric, drawing, caption)
 
 
-def _whisker(x: float, row: Metric, scale: Scale) -> Markup:
+def whisker(x: float, row: Metric, scale: Scale) -> Markup:
+    """Draw a value with its interval at `x` percent: a dot, a bar, the number above, and a tip."""
     tip = f"{method_name(row.method)}\n{metric_name(row.metric)} {plain(row.value)}\n95 % {span(row.interval)}"
     across, y = percent(x), percent(100 - scale.at(row.value))
     bar, top = Markup(""), scale.at(row.value)

@@ -14,6 +14,7 @@ METHODS = {
     "users": "Users",
     "end-to-end": "End to end",
     "oppu": "OPPU",
+    "poly": "Poly (PEFT)",
     "rag": "RAG",
     "pag": "PAG",
     "groups-no-constraint": "Groups, no constraint",

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from proper.files import write_text
-from proper.reports import figures, formats, methods, svg, tables, words
+from proper.reports import figures, formats, methods, tables, words
+from proper.reports.ablations import ablations
 from proper.reports.curves import curves
 from proper.reports.examples import choose_examples
+from proper.reports.history import history_curves
 from proper.reports.load import RunFiles, load_run
+from proper.reports.page import render
 from proper.reports.reading import mapping, number
 
 
@@ -29,16 +30,8 @@ def write_report(folder: Path) -> Path:
         ProperError: the report cannot be written.
     """
     run = load_run(folder)
-    environment = Environment(
-        loader=PackageLoader("proper.reports", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(gather(run))
     path = folder / "report.html"
-    write_text(path, page)
+    write_text(path, render("report.html.j2", gather(run)))
     return path
 
 
@@ -59,23 +52,22 @@ def gather(run: RunFiles) -> dict[str, Any]:
         "metrics": tables.metrics(run),
         "comparisons": tables.comparisons(run),
         "slices": tables.slices(run),
+        "history": history_curves(run),
+        "ablations": ablations(run),
         "curves": curves(run.curves),
         "heat": figures.heat(run.routed),
         "maps": figures.maps(run.routed),
         "routing": words.routing_story(routing),
         "gains": _gains(run),
         "examples": choose_examples(run.folder, kind, run.examples),
-        "method_name": formats.method_name,
         "signatures": _sentences(run.results.get("signatures")),
         "cost": tables.cost(run),
         "cost_words": words.cost_story(run.rows("cost")),
         "tiers": tables.tiers(tiers) if tiers else None,
-        "key": svg.key,
         "truth": words.truth_story(truth),
         "truth_shares": _shares(truth),
         "truth_table": tables.truth(truth),
         "facts": tables.facts(run),
-        "shapes": svg.shapes(),
     }
 
 

@@ -16,6 +16,7 @@ from proper.errors import RunFolderError
 from proper.reports.reading import count, interval, mapping, number, objects, read_lines, read_object
 
 LADDER = ("base", "population", "groups", "users")
+EXAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,10 @@ class UserGain:
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """All that a report shows, except the examples, which are read in two passes from `folder`."""
+    """All that a report shows, except the examples, which are read in two passes from `folder`.
+
+    `settings` is config.yaml.
+    """
 
     folder: Path
     results: Mapping[str, Any]
@@ -110,7 +114,13 @@ class RunFiles:
     routed: list[RoutedUser]
     gains: list[UserGain]
     gain_metric: str
-    examples: int
+    settings: Mapping[str, Any]
+
+    @property
+    def examples(self) -> int:
+        """How many examples are wanted."""
+        wanted = count(mapping(self.settings.get("evaluation")).get("examples"))
+        return EXAMPLES if wanted is None else max(0, wanted)
 
     def part(self, key: str) -> dict[str, Any]:
         """Return the mapping `key` of results.json, empty where it is absent."""
@@ -143,7 +153,7 @@ def load_run(folder: Path) -> RunFiles:
         routed=[row for row in map(_routed, objects(read_object(folder / "routing.json").get("users"))) if row],
         gains=[_gain(row, higher) for row in objects(users.get("users"))],
         gain_metric=str(users.get("metric") or ""),
-        examples=_wanted_examples(folder / "config.yaml"),
+        settings=read_settings(folder / "config.yaml"),
     )
 
 
@@ -238,11 +248,14 @@ def _gain(row: dict[str, Any], higher_is_better: bool) -> UserGain:
     )
 
 
-def _wanted_examples(path: Path, default: int = 8) -> int:
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the mapping of a YAML file; empty if the file does not exist.
+
+    Raises:
+        RunFolderError: it is not readable.
+    """
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RunFolderError(f"{path}: not readable as YAML") from error
-    section = config.get("evaluation") if isinstance(config, dict) else None
-    wanted = count(section.get("examples")) if isinstance(section, dict) else None
-    return default if wanted is None else max(0, wanted)
+    return mapping(config)

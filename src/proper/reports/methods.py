@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from proper.reports.figures import Figure
 from proper.reports.formats import method_name, metric_name, plain, plural, signed, size, span
 from proper.reports.load import LADDER, Comparison, Metric, RunFiles, load_run
 from proper.reports.reading import number
-from proper.reports.svg import Axis, chart, join, key, linear, logarithmic, symbol, tag
+from proper.reports.svg import COLOURS, Axis, Scale, chart, join, key, linear, logarithmic, percent, symbol, tag
 from proper.reports.tables import Table
 from proper.reports.words import is_higher_better, primary_metrics, verdict
 
@@ -75,23 +76,43 @@ def cost_quality(run: RunFiles) -> Figure | None:
         return None
     sizes = {row.method: float(kept[row.method] or 0) for row in rows}
     least = min((amount for amount in sizes.values() if amount > 0), default=1.0)
-    # On a logarithmic axis nothing has no place; it stands apart on the left.
-    places = {method: amount or least / 8 for method, amount in sizes.items()}
-    across, up = logarithmic(list(places.values())), linear([row.value for row in rows], pad=0.12)
-    marks, keys = [], []
-    for index, row in enumerate(rows):
-        name, amount = method_name(row.method), sizes[row.method]
-        tip = f"{name}\n{metric_name(row.metric)} {plain(row.value)}\nkept a user {size(amount)}"
-        marks.append(symbol(index, across.at(places[row.method]), up.at(row.value), tip))
-        keys.append(key(index, name))
+    across = _sizes_axis(sizes, least)
+    up = linear([edge for row in rows for edge in (row.value, *(row.interval or ()))], pad=0.08)
+    marks = [_priced(index, row, sizes[row.method], least / 8, (across.scale, up)) for index, row in enumerate(rows)]
+    keys = [key(index, method_name(row.method)) for index, row in enumerate(rows)]
     metric, better = metric_name(rows[0].metric), "higher" if rows[0].higher_is_better else "lower"
     frame = tag("rect", x="0", y="0", width="100%", height="100%", class_="frame")
     label = f"{metric} of {plural(len(rows), 'method')} over bytes kept for a user"
-    x, y = Axis(across, "bytes kept for a user"), Axis(up, f"{metric} ({better} is better)")
-    drawing = join([chart(frame, *marks, height=320, label=label, x=x, y=y), tag("p", *keys, class_="keys")])
+    y = Axis(up, f"{metric} ({better} is better)")
+    drawing = join([chart(frame, *marks, height=320, label=label, x=across, y=y), tag("p", *keys, class_="keys")])
     corner = "top" if rows[0].higher_is_better else "bottom"
-    caption = f"Towards the {corner} left: better for less. What keeps nothing for a user stands at the left edge."
+    caption = (
+        f"Towards the {corner} left: better for less. Bars are 95 % intervals over users; sizes are logarithmic, and "
+    )
+    caption += "what keeps nothing for a user stands apart at the left."
     return Figure("Cost against quality", drawing, caption)
+
+
+def _sizes_axis(sizes: Mapping[str, float], least: float) -> Axis:
+    """Return a logarithmic axis of bytes on which nothing has a place of its own, at an eighth of the least."""
+    nothing = least / 8
+    scale = logarithmic([amount or nothing for amount in sizes.values()])
+    real = tuple(tick for tick in scale.ticks if tick >= least * 0.8)
+    free = any(not amount for amount in sizes.values())
+    ticks = (nothing, *real) if free else real
+    return Axis(
+        replace(scale, ticks=ticks), "kept for a user", lambda tick: size(tick) if tick > nothing else "nothing"
+    )
+
+
+def _priced(index: int, row: Metric, amount: float, nothing: float, scales: tuple[Scale, Scale]) -> Markup:
+    across, up = scales
+    tip = f"{method_name(row.method)}\n{metric_name(row.metric)} {plain(row.value)}\nkept a user {size(amount)}"
+    x, bar = across.at(amount or nothing), Markup("")
+    if row.interval:
+        low, high = (percent(100 - up.at(edge)) for edge in row.interval)
+        bar = tag("line", x1=percent(x), x2=percent(x), y1=low, y2=high, class_=f"reach c{index % COLOURS}")
+    return tag("g", bar, symbol(index, x, up.at(row.value)), data_tip=tip)
 
 
 def claim_story(claim: Mapping[str, Any]) -> list[str]:

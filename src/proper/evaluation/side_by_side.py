@@ -1,0 +1,193 @@
+"""Two runs of the same data: what each method scored in both, and the difference where both kept their predictions.
+
+Differences are those of `statistics.compare`, on the queries of the users that both answered. Knows nothing about how
+runs were trained, and writes no file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from proper.data.dataset import Dataset
+from proper.errors import DataError, RunFolderError
+from proper.evaluation.metrics import TASK_METRICS, Prediction, TaskInfo
+from proper.evaluation.results import Effort, plain
+from proper.evaluation.runner import read_predictions
+from proper.evaluation.statistics import compare, holm, user_scores
+from proper.files import read_json
+
+COMPARED = (
+    *("difference", "relative", "ci95", "p_value", "p_adjusted", "test", "resolvable", "users", "queries"),
+    *("paired_first", "paired_second"),
+)
+"""What a row says of a difference."""
+
+Seeds = Sequence[Sequence[Prediction]]
+"""One method's predictions of every seed, the same queries in each."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two runs: its folder and its `results.json`."""
+
+    folder: Path
+    results: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, folder: Path) -> Side:
+        """Read a run folder.
+
+        Raises:
+            RunFolderError: it has not been evaluated.
+        """
+        path = folder / "results.json"
+        if not path.is_file():
+            raise RunFolderError(f"{path}: no such file; 'proper evaluate {folder}' makes it")
+        return cls(folder, read_json(path))
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of the run, its own first."""
+        return [int(seed) for seed in self.results["run"]["seeds"]]
+
+    def predictions(self, method: str, seed: int) -> list[Prediction] | None:
+        """Return what a method answered in one seed; None where that is not kept."""
+        place = self.folder if seed == self.seeds[0] else self.folder / "seeds" / str(seed)
+        path = place / "predictions" / f"{method}.jsonl"
+        return read_predictions(path) if path.is_file() else None
+
+
+def compare_runs(first: Path, second: Path, effort: Effort | None = None) -> dict[str, Any]:
+    """Return `{"task", "seeds", "rows", "missing"}`: one row per method and metric that both scored.
+
+    A row holds `first` and `second` (`value`, `ci95`, as in each results.json), and `difference` with `ci95`,
+    `p_value`, `p_adjusted` and the rest of a comparison (first minus second), None where it could not be paired.
+    `seeds` are the pairs of seeds that were compared; `missing` says by method why there is no difference.
+
+    Raises:
+        RunFolderError: a run has not been evaluated.
+        DataError: the runs are of different tasks or data; says which.
+    """
+    sides = (Side.of(first), Side.of(second))
+    _require_same_data(*sides)
+    task, seeds = _task(sides[0]), _seed_pairs(*sides)
+    rows: list[dict[str, Any]] = []
+    missing: dict[str, str] = {}
+    for method in _common(sides):
+        pair = _paired(sides, method, seeds) if task is not None else "data.sqlite is missing"
+        if isinstance(pair, str):
+            missing[method] = pair
+        rows += _rows(sides, method, task, None if isinstance(pair, str) else pair, effort or Effort())
+    _adjust(rows)
+    found: dict[str, Any] = plain({"task": sides[0].results["task"], "seeds": seeds, "rows": rows, "missing": missing})
+    return found
+
+
+def _require_same_data(one: Side, other: Side) -> None:
+    for key in ("name", "kind"):
+        left, right = one.results["task"][key], other.results["task"][key]
+        if left != right:
+            raise DataError(f"{one.folder} and {other.folder} are of different tasks: {key} {left!r} and {right!r}")
+    left, right = (side.results["run"].get("data_sha256") for side in (one, other))
+    if left != right:
+        raise DataError(
+            f"{one.folder} and {other.folder} are of different data: sha256 {str(left)[:12]} and {str(right)[:12]}; "
+            "rows, templates, task and split must be the same"
+        )
+
+
+def _task(side: Side) -> TaskInfo | None:
+    """Return the task with its labels, which only the prepared data knows."""
+    path = side.folder / "data.sqlite"
+    if not path.is_file():
+        return None
+    dataset = Dataset.open(path)
+    try:
+        return TaskInfo(side.results["task"]["name"], side.results["task"]["kind"], tuple(dataset.labels))
+    finally:
+        dataset.close()
+
+
+def _seed_pairs(one: Side, other: Side) -> list[tuple[int, int]]:
+    """Return the seeds of both runs, paired; where they share none, in their order."""
+    shared = [seed for seed in one.seeds if seed in other.seeds]
+    return [(seed, seed) for seed in shared] or list(zip(one.seeds, other.seeds, strict=False))
+
+
+def _common(sides: tuple[Side, Side]) -> list[str]:
+    left, right = ([row["method"] for row in side.results["metrics"]] for side in sides)
+    return [method for method in dict.fromkeys(left) if method in right]
+
+
+def _paired(sides: tuple[Side, Side], method: str, seeds: Sequence[tuple[int, int]]) -> tuple[Seeds, Seeds] | str:
+    """Return both runs' answers to the queries that both have in every seed, or why there are none."""
+    lists: tuple[list[list[Prediction]], list[list[Prediction]]] = ([], [])
+    for pair in seeds:
+        for side, seed, kept in zip(sides, pair, lists, strict=True):
+            rows = side.predictions(method, seed)
+            if rows is None:
+                return f"{side.folder.name} keeps no predictions of seed {seed}"
+            kept.append(rows)
+    common = set.intersection(*({_query(row) for row in rows} for rows in (*lists[0], *lists[1])))
+    if not common:
+        return "the two answered different queries"
+    first, second = ([[row for row in rows if _query(row) in common] for rows in kept] for kept in lists)
+    return first, second
+
+
+def _query(row: Prediction) -> tuple[int, str, str]:
+    """What makes two predictions answers to the same query; prompts may differ where other items stand in front."""
+    return row.id, row.user, row.target
+
+
+def _rows(
+    sides: tuple[Side, Side], method: str, task: TaskInfo | None, pair: tuple[Seeds, Seeds] | None, effort: Effort
+) -> list[dict[str, Any]]:
+    values = [{row["metric"]: row for row in side.results["metrics"] if row["method"] == method} for side in sides]
+    rows = []
+    for metric in (metric for metric in values[0] if metric in values[1]):
+        row: dict[str, Any] = {"method": method, "metric": metric, "primary": values[0][metric]["primary"]}
+        row["higher_is_better"] = values[0][metric]["higher_is_better"]
+        for name, held in zip(("first", "second"), values, strict=True):
+            row[name] = {key: held[metric][key] for key in ("value", "ci95")}
+        told = _difference(metric, task, pair, effort) if task is not None and pair is not None else None
+        rows.append({**row, **(told or dict.fromkeys(COMPARED))})
+    return rows
+
+
+def _difference(metric: str, task: TaskInfo, pair: tuple[Seeds, Seeds], effort: Effort) -> dict[str, Any] | None:
+    if metric == "loss" and not all(_finite(rows) for seeds in pair for rows in seeds):
+        return None
+    if metric != "loss" and metric not in TASK_METRICS[task.kind]:
+        return None
+    one, other = (user_scores(metric, seeds, task) for seeds in pair)
+    found = compare(one, other, effort.resamples, effort.draws, effort.seed)
+    return {
+        "difference": found.difference,
+        "relative": found.relative,
+        "ci95": [found.low, found.high],
+        "p_value": found.p_value,
+        "p_adjusted": found.p_value,
+        "test": found.test,
+        "resolvable": found.resolvable,
+        "users": len(one.users),
+        "queries": int(one.counts.sum()),
+        "paired_first": float(one.values().mean()),
+        "paired_second": float(other.values().mean()),
+    }
+
+
+def _finite(rows: Sequence[Prediction]) -> bool:
+    return all(row.loss is not None and math.isfinite(row.loss) for row in rows)
+
+
+def _adjust(rows: list[dict[str, Any]]) -> None:
+    """Put Holm's p-values in place, the main metric's methods as one family and all else as another."""
+    for primary in (True, False):
+        members = [row for row in rows if row["primary"] is primary and row["p_value"] is not None]
+        for row, adjusted in zip(members, holm([row["p_value"] for row in members]), strict=True):
+            row["p_adjusted"] = adjusted

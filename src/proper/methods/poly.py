@@ -1,0 +1,69 @@
+"""How a folder with Poly answers: every row with the mixture of skills of its own user.
+
+A user without logits (no row of theirs was seen in training, or nobody knows them) gets the mean of the others', as an
+unknown user of the group model gets the mean embedding. Knows nothing about how the folder came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from proper.adapters.store import AdapterStore
+from proper.config import Config
+from proper.data.batching import Encoder
+from proper.evaluation.runner import MethodRun, predict
+from proper.inference.personalized import PersonalizedModel
+from proper.layers.routing import Rows
+from proper.methods.method import Place
+from proper.models.backbone import load_backbone, pick_device, pick_dtype
+from proper.models.merge import apply_population
+from proper.models.personal import ProperModel
+from proper.models.poly import add_poly
+from proper.models.tensors import load_tensors
+
+
+class PolyAnswers(PersonalizedModel):
+    """A `PersonalizedModel` whose rows are told apart by their task.
+
+    Attributes:
+        tasks: the task of every user who has one; all others are of the last.
+        last: the task with the mean logits.
+    """
+
+    def __init__(self, model: ProperModel, encoder: Encoder, config: Config, tasks: dict[str, int]) -> None:
+        super().__init__(model, encoder, config, None, "groups")
+        self.tasks, self.last = tasks, len(tasks)
+
+    def tier(self, user: str | None) -> str:
+        """Return "groups" for a user with logits of their own, "none" for all others."""
+        return "groups" if user in self.tasks else "none"
+
+    def rows(self, users: Sequence[str | None]) -> Rows:
+        """Return each row's task."""
+        own = [self.last if user is None else self.tasks.get(user, self.last) for user in users]
+        return Rows(slots=torch.tensor(own, device=self.model.device))
+
+
+def load_poly(place: Place) -> PolyAnswers:
+    """Load the backbone, its population, and Poly with the logits of the target users."""
+    config = place.config
+    backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), pick_device(config.compute.device))
+    apply_population(backbone, place.folder / "population")
+    model, store = ProperModel(backbone), AdapterStore(place.folder / "users")
+    heads = {user.id: head for user in place.dataset.users("target") if (head := store.head(user.id)) is not None}
+    store.close()
+    tensors, _ = load_tensors(place.folder / "groups" / "poly.safetensors")
+    poly = add_poly(model, config.groups, len(heads) + 1, seed=0)
+    for name, parameter in poly.skills().items():
+        parameter.data.copy_(tensors[name])
+    logits = [*(head.embedding for head in heads.values()), tensors["mean_logits"]]
+    poly.put(torch.arange(len(logits)), torch.stack(logits))
+    encoder = Encoder(backbone.tokenizer, config.compute.max_length)
+    return PolyAnswers(model, encoder, config, {user: at for at, user in enumerate(heads)})
+
+
+def with_poly(place: Place) -> MethodRun:
+    """Answer every query with Poly."""
+    return predict(load_poly(place), place.dataset, place.config.task, f"poly, {place.folder.name}")
