@@ -22,6 +22,7 @@ from proper.serving.health import health_routes
 from proper.serving.keys import Keys
 from proper.serving.limits import ServeLimits, Turnstile
 from proper.serving.metrics import Metrics
+from proper.serving.page import page_routes
 from proper.serving.people import people_routes
 from proper.serving.refusals import ErrorReply, Refusal
 
@@ -76,6 +77,7 @@ def create_app(runner: Runner, keys: Keys, settings: ServeSettings, log: Callabl
     app.include_router(generation_routes(settings.model, answers, gate, Turnstile(settings.limits)))
     app.include_router(people_routes(runner.engine, gate))
     app.include_router(health_routes(runner, metrics, gate))
+    app.include_router(page_routes())
     app.add_exception_handler(Refusal, refuse)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
