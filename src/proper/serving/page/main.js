@@ -43,7 +43,8 @@ async function action(button, work) {
   }
 }
 
-function chosen(who, card) {
+// The list says only who there is; what is known of them comes after it.
+async function chosen(who, card) {
   Object.assign(state, { who, card });
   field.settled(who);
   if (!state.busy) $("delete").disabled = card === null;
@@ -52,11 +53,18 @@ function chosen(who, card) {
     : card === null
       ? `${who} is new: nothing is known of them until they are taught.`
       : described(who, card);
+  if (card === null || "interactions" in card) return;
+  try {
+    const whole = await call("GET", address(who));
+    if (state.who === who && state.card === card) chosen(who, { interactions: null, ...whole });
+  } catch (error) {
+    trouble(error);
+  }
 }
 
 function described(who, { tier, version, interactions }) {
   const has = { users: "an adapter of their own", groups: "an embedding of their own, and no adapter", none: "no model of their own yet" }[tier] ?? `the tier ${tier}`;
-  const more = [version ? `version ${version}` : "", interactions === undefined ? "" : `taught ${interactions} examples here`];
+  const more = [version ? `version ${version}` : "", interactions === null || interactions === undefined ? "" : `taught ${interactions} examples here`];
   return [`${who} has ${has}`, ...more.filter(Boolean)].join(", ") + ".";
 }
 
