@@ -194,13 +194,72 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class Taught(_Asked):
+    """An interaction to learn from, in final texts: what was asked as a prompt has it, and the answer to give.
+
+    Attributes:
+        id: names it among the user's interactions; without one, equal content is the same interaction.
+        timestamp: ISO 8601, or seconds since 1970.
+    """
+
+    id: Name | None = None
+    input: str
+    output: str
+    timestamp: Annotated[str, Field(max_length=64)] | None = None
+
+
+Lesson = Annotated[list[Taught], Field(max_length=10_000)]
+
+
+class Enrolment(_Asked):
+    """Who is new, and what is known of them."""
+
+    user: Name
+    interactions: Lesson
+    tenant: Annotated[str, Field(max_length=512)] | None = None
+
+
+class Lessons(_Asked):
+    """Further interactions of a user."""
+
+    interactions: Lesson
+
+
+class FitState(BaseModel):
+    """How far a user's latest fit is; `version` is what it made, `progress` goes from 0 to 1."""
+
+    state: Literal["idle", "queued", "fitting", "done", "failed"]
+    progress: float
+    phase: str | None
+    message: str | None
+    version: int | None
+
+
+class Learned(BaseModel):
+    """What became of the interactions that were handed in: on the disk, and queued for a fit."""
+
+    id: str
+    tier: str
+    version: int | None
+    accepted: int
+    duplicates: int
+    fit: FitState
+
+
 class UserCard(BaseModel):
-    """A user of the store."""
+    """A user; of the tier "none" until the first fit."""
 
     id: str
     object: Literal["user"] = "user"
     tier: str
     version: int | None = None
+
+
+class Person(UserCard):
+    """A user, with how many interactions were logged for them and how far their fit is."""
+
+    interactions: int
+    fit: FitState
 
 
 class UserList(BaseModel):
