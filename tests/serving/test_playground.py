@@ -215,6 +215,56 @@ def test_deleting_asks_first(opened: Opened, served: Running) -> None:
     expect(page.get_by_role("option")).to_have_text(["u7new person"])
 
 
+def test_teaching_shows_before_and_after(browser: Browser, serve: Serve, long_run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("proper.serving.worker")
+    prompt = {"prompt": "Title: {title}\nText: {text}\nTag:", "target": "{tag}"}
+    running = serve(changed(long_run, tmp_path / "tiny", data=prompt, task={"max_new_tokens": TOKENS}), fits=True)
+    opened = Opened(browser, running)
+    page, asked = opened.page, "Title: Late\nText: The bus was late again.\nTag:"
+
+    def taught(user: str) -> Any:
+        """Teach what is written, wait for the answers after it, and return what the server knows of the person."""
+        before = by_api(running, asked, user)
+        page.get_by_role("button", name="Teach three examples").click()
+        expect(page.get_by_role("progressbar")).to_be_visible()
+        expect(page.locator("#said")).to_contain_text("hanged", timeout=90_000)
+        after = by_api(running, asked, user)
+        assert opened.answers() == after
+        expect(page.locator("#fit-told")).to_contain_text("Fitted, 100%")
+        assert page.get_by_role("progressbar").evaluate("bar => bar.value") == 1
+        for tier, was, now in zip(TIERS, before, after, strict=True):
+            expect(opened.column(tier).locator(".before")).to_have_text(f"Before{was or '(an empty answer)'}")
+            said = "same as before" if was == now else "changed"
+            expect(opened.column(tier).locator(".pill").last).to_have_text(said)
+        assert before[0] == after[0] and before[1:] != after[1:], "what was taught is theirs alone, and it shows"
+        with running.client() as client:
+            return client.get(f"/v1/users/{user}").json()
+
+    page.get_by_role("combobox").fill("ann")
+    page.keyboard.press("Enter")
+    expect(page.locator("#who-told")).to_contain_text("ann is new")
+    opened.write("Late", "The bus was late again.")
+    for at in range(3):
+        box = page.get_by_role("group", name=f"Example {at + 1}")
+        box.get_by_label("Title").fill("Late")
+        box.get_by_label("Text").fill(f"The bus was late again, {at}.")
+        box.get_by_label("Their answer").fill("travel")
+    card = taught("ann")
+    assert (card["interactions"], card["version"]) == (3, 1)
+    expect(page.locator("#who-told")).to_contain_text("version 1, taught 3 examples here.")
+    opened.pick("u5")
+    expect(page.locator("#who-told")).to_contain_text("u5 has an adapter of their own, version 1")
+    card = taught("u5")
+    assert (card["interactions"], card["version"]) == (3, 2)
+    page.get_by_role("combobox").fill("ann")
+    page.keyboard.press("Enter")
+    page.locator("#delete").click()
+    page.get_by_role("button", name="Delete for good").click()
+    expect(page.locator("#who-told")).to_have_text("ann is deleted.")
+    assert opened.trouble == []
+    opened.context.close()
+
+
 def test_what_is_missing_or_refused_is_said_in_words(opened: Opened) -> None:
     page = opened.page
     alert = page.get_by_role("alert")
