@@ -16,6 +16,7 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     import torch
+    from playwright.sync_api import Browser
     from transformers import LlamaConfig
 
     from proper.models.backbone import Backbone
@@ -37,6 +38,19 @@ def chromium() -> str:
     if path is None:
         pytest.skip("chromium is not installed")
     return path
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Browser]:
+    """A browser that asks nobody for updates. Not for longer than a module: no event loop may run beside it."""
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    quiet = ["--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=[*flags, *quiet])
+        yield started
+        started.close()
 
 
 @pytest.fixture(scope="session")

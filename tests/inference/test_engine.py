@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from proper.inference import PersonalizedModel, load
 from proper.inference.engine import DAMAGED, Engine
 from proper.inference.generate import Sampling
 from proper.inference.guests import Limits, Ticket
-from proper.inference.requests import Event, Finished, Request, Started, Token
+from proper.inference.requests import Event, Finished, Request, Started, Tier, Token
 
 PROMPTS = (
     "What does this say?",
@@ -60,24 +61,42 @@ class Heard:
 
 
 class Alone:
-    """The oracle: `PersonalizedModel`, one request at a time, on a model of its own."""
+    """The oracle: `PersonalizedModel`, one request at a time, on models of its own, one for each tier."""
 
-    def __init__(self, model: PersonalizedModel) -> None:
-        self.model = model
-        self._known: dict[tuple[int, str | None, int], str] = {}
+    def __init__(self, folder: Path) -> None:
+        self.models = {tier: load(folder, tier) for tier in get_args(Tier)}
+        self.model = self.models["users"]
+        self._known: dict[tuple[int, str | None, int, Tier], str] = {}
 
-    def __call__(self, prompt: int, user: str | None, length: int) -> str:
-        key = prompt, user, length
+    def __call__(self, prompt: int, user: str | None, length: int, tier: Tier = "users") -> str:
+        key = prompt, user, length, tier
         if key not in self._known:
-            self._known[key] = self.model.generate([PROMPTS[prompt]], [user], max_new_tokens=length)[0]
+            self._known[key] = self.models[tier].generate([PROMPTS[prompt]], [user], max_new_tokens=length)[0]
         return self._known[key]
+
+    def gates(self, prompt: int, user: str | None, tier: Tier, tokens: list[int]) -> list[list[float]]:
+        """Each token's gates, from the softmax of every module's router over the whole text up to there."""
+        model, found = self.models[tier], []
+        ids = list(model.encoder.prompt(PROMPTS[prompt], room=6))
+        for token in tokens:
+            rows = replace(model.rows([user]), users=torch.tensor([0]), mask=torch.ones(1, len(ids), dtype=torch.bool))
+            rows.mask[:, :-1] = False  # type: ignore[index]
+            with torch.no_grad(), model.model.routing.use(rows):
+                model.model.backbone.model(input_ids=torch.tensor([ids]))
+            found.append(model.model.routing.stacked().mean(0)[0].tolist())
+            ids.append(token)
+        return found
+
+    def close(self) -> None:
+        for model in self.models.values():
+            model.close()
 
 
 @pytest.fixture(scope="module")
 def alone(tiny_run: Path) -> Iterator[Alone]:
-    model = load(tiny_run)
-    yield Alone(model)
-    model.close()
+    oracle = Alone(tiny_run)
+    yield oracle
+    oracle.close()
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +115,19 @@ def copied(tiny_run: Path, tmp_path: Path) -> Iterator[PersonalizedModel]:
     model.close()
 
 
-def ask(engine: Engine, prompt: int, user: str | None, length: int = 6, **sampling: float) -> tuple[Heard, Ticket]:
+def ask(
+    engine: Engine,
+    prompt: int,
+    user: str | None,
+    length: int = 6,
+    *,
+    tier: Tier = "users",
+    gates: bool = False,
+    **sampling: float,
+) -> tuple[Heard, Ticket]:
     heard = Heard()
     ids = engine.model.encoder.prompt(PROMPTS[prompt], room=length)
-    request = Request(ids, user, sampling=Sampling(length, **sampling))  # type: ignore[arg-type]
+    request = Request(ids, user, tier=tier, sampling=Sampling(length, **sampling), gates=gates)  # type: ignore[arg-type]
     return heard, engine.submit(request, heard)
 
 
@@ -123,6 +151,8 @@ visits = st.tuples(
     st.integers(1, 8),  # length
     st.integers(0, 4),  # steps before it comes
     st.none() | st.integers(0, 6),  # steps after which it is cancelled
+    st.sampled_from(get_args(Tier)),
+    st.booleans(),  # whether gates are wanted
 )
 
 
@@ -137,7 +167,7 @@ visits = st.tuples(
 def test_everybody_is_answered_as_alone(
     shared: PersonalizedModel,
     alone: Alone,
-    asked: list[tuple[int, str | None, int, int, int | None]],
+    asked: list[tuple[int, str | None, int, int, int | None, Tier, bool]],
     rows: int,
     slots: int,
     prefill: int,
@@ -145,21 +175,23 @@ def test_everybody_is_answered_as_alone(
 ) -> None:
     engine = Engine(shared, Limits(rows, slots, prefill, patience))
     running: list[tuple[Heard, Ticket, int | None]] = []
-    for prompt, user, length, pause, leave in asked:
+    for prompt, user, length, pause, leave, tier, gates in asked:
         for _ in range(pause):
             engine.step()
-        running.append((*ask(engine, prompt, user, length), leave))
+        running.append((*ask(engine, prompt, user, length, tier=tier, gates=gates), leave))
         for heard, ticket, after in running:
             if after is not None and len(heard.tokens) >= after:
                 ticket.cancel()
     finish(engine)
-    for (prompt, user, length, _, _), (heard, ticket, _) in zip(asked, running, strict=True):
-        whole = alone(prompt, user, length)
+    for (prompt, user, length, _, _, tier, gates), (heard, ticket, _) in zip(asked, running, strict=True):
+        whole = alone(prompt, user, length, tier)
+        told = [event.gates is not None for event in heard.events if isinstance(event, Token)]
+        assert all(told) if gates and tier != "population" else not any(told)
         if ticket.cancelled and heard.reason == "cancelled":
             assert whole.startswith(text(engine, heard).rstrip("\N{REPLACEMENT CHARACTER}"))
             continue
         assert text(engine, heard) == whole
-        assert heard.started.tier == alone.model.tier(user)
+        assert heard.started.tier == alone.models[tier].tier(user)
         assert heard.reason in ("stop", "length")
     stats = engine.stats()
     assert (stats.running, stats.waiting) == (0, 0)
@@ -188,6 +220,20 @@ def test_the_same_prompt_of_two_users_at_once(shared: PersonalizedModel, alone: 
     assert answers == {user: alone(2, user, 6) for user in USERS}
     assert len(set(answers.values())) == len(USERS) - 1, "only the two unknown ones agree"
     engine.close()
+
+
+def test_gates_are_the_routers_where_each_token_was_drawn(shared: PersonalizedModel, alone: Alone) -> None:
+    engine = Engine(shared, Limits(rows=8, slots=4))
+    asked: list[tuple[int, str | None, Tier]] = [(0, "u0", "users"), (2, "u0", "groups"), (1, None, "users")]
+    heard = [ask(engine, prompt, user, tier=tier, gates=True)[0] for prompt, user, tier in asked]
+    ask(engine, 3, "u1", tier="population", gates=True)
+    finish(engine)
+    engine.close()
+    for (prompt, user, tier), one in zip(asked, heard, strict=True):
+        found = [list(event.gates or ()) for event in one.events if isinstance(event, Token)]
+        expected = alone.gates(prompt, user, tier, one.tokens)
+        assert found and len(found[0]) == 5
+        assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=1e-5)
 
 
 def test_draws_do_not_depend_on_who_else_is_there(shared: PersonalizedModel, alone: Alone) -> None:

@@ -166,6 +166,31 @@ def test_a_mixture_without_embeddings_is_an_error(draws: Callable[..., Draw]) ->
         layer(torch.ones(1, 1, 2))
 
 
+@given(
+    kinds=st.lists(st.tuples(st.booleans(), st.integers(-1, 2)), min_size=1, max_size=5),
+    mode=st.sampled_from(["groups", "users"]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=40)
+def test_rows_without_experts_are_the_backbones_to_the_bit(
+    kinds: list[tuple[bool, int]], mode: Mode, seed: int, draws: Callable[..., Draw]
+) -> None:
+    """Beside others, whose own numbers do not change either."""
+    draw = draws(seed)
+    layer = built(4, 3, 2, 3, "default", "residual", draw)
+    grouped = torch.tensor([own for own, _ in kinds])
+    slots = torch.tensor([slot if own else -1 for own, slot in kinds])
+    x, e = draw(len(kinds), 3, 4), draw(len(kinds), 2)
+    with torch.no_grad():
+        with layer.routing.use(Rows(mode, embedding=e, slots=slots)):
+            whole = layer(x)
+        with layer.routing.use(Rows(mode, embedding=e, slots=slots, experts=grouped, trace=True)):
+            found, gates = layer(x), layer.routing.last()
+        assert torch.equal(found[grouped], whole[grouped])
+        assert torch.equal(found[~grouped], layer.base(x)[~grouped])
+    assert gates is not None and torch.allclose(gates.sum(-1), grouped.float())
+
+
 def test_recorded_gates_sum_to_one_in_the_released_form_too(draws: Callable[..., Draw]) -> None:
     draw = draws(5)
     layer = built(4, 3, 2, 5, "released", "none", draw)

@@ -81,6 +81,23 @@ def test_the_first_run_of_a_layer_counts() -> None:
     assert torch.allclose(routing.gates["layer"], torch.tensor([[0.9, 0.1]]))
 
 
+def test_a_trace_is_the_mean_over_modules_at_the_last_token(draws: Callable[..., Draw]) -> None:
+    draw, routing = draws(0), Routing()
+    modules = {name: draw(2, 3, 4).softmax(-1) for name in ("up", "down")}
+    with routing.use(Rows("groups", trace=True)):
+        for name, gates in modules.items():
+            routing.record(name, gates)
+    found = routing.last()
+    assert found is not None
+    for row in range(2):
+        for expert in range(4):
+            mean = (modules["up"][row][2][expert] + modules["down"][row][2][expert]) / 2
+            assert torch.isclose(found[row, expert], mean)
+    with routing.use(Rows("groups")):
+        routing.record("up", modules["up"])
+        assert routing.last() is None, "only where it is asked for"
+
+
 def test_rows_are_set_inside_the_block_only() -> None:
     routing, rows = Routing(), Rows("groups", embedding=torch.zeros(2, 3))
     assert routing.rows.mode == "off"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from proper.inference import PersonalizedModel
+from proper.inference import PersonalizedModel, load
 
 PROMPTS = ("What does this say?", "Short", "A rather longer text: what does it say, and to whom?", "Well?")
 USERS = (*(f"u{at}" for at in range(8)), "group", "stranger", None)
@@ -70,6 +71,38 @@ def test_who_answered_is_said_in_one_field(client: OpenAI) -> None:
     assert lower.model_extra is not None and lower.model_extra["proper"]["tier"] == "groups"
 
 
+def test_the_population_beside_the_others(client: OpenAI, long_run: Path, alone: PersonalizedModel) -> None:
+    lower = load(long_run, "population")
+    expected = lower.generate(PROMPTS, [None] * 4, max_new_tokens=9)
+    lower.close()
+    for at, prompt in enumerate(PROMPTS):
+        reply = client.completions.create(
+            model="tiny", prompt=prompt, user="u0", max_tokens=9, extra_body={"proper": {"tier": "population"}}
+        )
+        assert reply.choices[0].text == expected[at] != alone.generate([prompt], ["u0"], max_new_tokens=9)[0]
+        assert reply.model_extra is not None and reply.model_extra["proper"] == {"tier": "population"}
+
+
+def test_gates_of_every_token_whole_or_streamed(client: OpenAI) -> None:
+    common: dict[str, Any] = {"model": "tiny", "user": "u0", "max_tokens": 9}
+    wanted: dict[str, Any] = {"extra_body": {"proper": {"gates": True}}}
+    whole = client.completions.create(prompt=PROMPTS[2], **common, **wanted)
+    assert whole.model_extra is not None and whole.usage is not None
+    gates = whole.model_extra["proper"]["gates"]
+    assert len(gates) == whole.usage.completion_tokens and {len(token) for token in gates} == {5}
+    assert all(sum(token) == pytest.approx(1, abs=1e-3) for token in gates)
+    pieces = [
+        part.model_extra["proper"].get("gates", [])
+        for part in client.completions.create(prompt=PROMPTS[2], stream=True, **common, **wanted)
+        if part.model_extra is not None
+    ]
+    assert sum(pieces, []) == gates and len([piece for piece in pieces if piece]) > 1
+    without = client.completions.create(prompt=PROMPTS[2], **common)
+    assert without.model_extra is not None and "gates" not in without.model_extra["proper"]
+    with pytest.raises(openai.BadRequestError, match="one prompt at a time"):
+        client.completions.create(prompt=list(PROMPTS), **common, **wanted)
+
+
 def test_usage_and_ends(client: OpenAI, alone: PersonalizedModel) -> None:
     size = len(alone.encoder.prompt(PROMPTS[0]))
     whole = client.chat.completions.create(
@@ -120,6 +153,9 @@ def test_draws_follow_the_seed(client: OpenAI, alone: PersonalizedModel) -> None
 def test_models(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
+    assert client.models.retrieve("tiny").model_extra == {
+        "proper": {"stage": "users", "experts": 5, "literals": ["", ""], "columns": ["input"]}
+    }
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'"):
         client.models.retrieve("gpt")
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'"):

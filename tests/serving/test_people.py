@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
 
@@ -46,7 +47,9 @@ def test_users_are_listed_read_taken_back_and_deleted(own: Running, alone: Perso
             after = {"after": page["next"]}
         assert pages == ["a/b c", "group", *(f"u{at}" for at in range(8))]
         assert client.get("/v1/users/a%2Fb%20c").json()["tier"] == "users"
-        assert client.get("/v1/users/u0").json() == {"id": "u0", "object": "user", "tier": "users", "version": 2}
+        idle = {"state": "idle", "progress": 0, "phase": None, "message": None, "version": None}
+        card = {"id": "u0", "object": "user", "tier": "users", "version": 2}
+        assert client.get("/v1/users/u0").json() == {**card, "interactions": 0, "fit": idle}
         assert [one["version"] for one in client.get("/v1/users/u0/versions").json()["data"]] == [2, 1]
         assert answer() == (alone.generate(["Well?"], ["u1"])[0], 2)
         assert client.post("/v1/users/u0/rollback").json()["version"] == 3
@@ -57,6 +60,32 @@ def test_users_are_listed_read_taken_back_and_deleted(own: Running, alone: Perso
             reply = client.request(method, f"/v1/users/u0{path}")
             assert (reply.status_code, reply.json()["error"]["code"]) == (404, "user_not_found")
         assert answer() == (alone.generate(["Well?"], [None])[0], None)
+
+
+@pytest.mark.parametrize(
+    "user", ["x/versions", "x/rollback", "x/interactions", "a b/ü?#%2F🎈", "versions", "%2E", "a+b"]
+)
+def test_any_id_is_one_segment(own: Running, user: str) -> None:
+    store = AdapterStore(own.folder / "users")
+    plain = store.get("group")
+    assert plain is not None
+    store.put([replace(plain, user=user), replace(plain, user="x"), replace(plain, user="x")])
+    store.close()
+    url = f"/v1/users/{quote(user, safe='')}"
+    with own.client() as client:
+        assert client.get(url).json()["id"] == user
+        assert len(client.get(f"{url}/versions").json()["data"]) == 1
+        assert client.post(f"{url}/rollback").json()["error"]["code"] == "no_version"
+        assert client.post(f"{url}/interactions", json={"interactions": []}).json()["id"] == user
+        assert client.delete(url).json()["id"] == user
+        assert client.get(url).status_code == 404
+        assert client.get("/v1/users/x").json()["version"] == 2, "and nobody else's"
+
+
+def test_an_id_that_is_no_text(own: Running) -> None:
+    with own.client() as client:
+        assert client.get("/v1/users/%ff").json()["error"]["message"] == "user: not UTF-8"
+        assert client.get("/v1/users/a/b").status_code == 404
 
 
 def test_a_damaged_adapter_is_said_in_reply_and_figures(own: Running) -> None:

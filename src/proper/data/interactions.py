@@ -6,7 +6,7 @@ Knows nothing about splits, tokens or what is done with an interaction.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from proper.config import DataConfig, TaskConfig
@@ -71,6 +71,16 @@ def read_interactions(config: DataConfig, bad: BadRows, task: TaskConfig | None 
     sources = open_sources(config)
     wanted = [reader.columns(source) for source in sources]
     return _read(reader, sources, wanted, bad)
+
+
+def row_reader(config: DataConfig, task: TaskConfig) -> Callable[[Mapping[str, object]], Interaction]:
+    """Return what makes an interaction of one row's values; it raises `BadValue` where it cannot.
+
+    Raises:
+        DataError: a template is malformed.
+    """
+    prompt, target = parse_template(config.prompt, "data.prompt"), parse_template(config.target, "data.target")
+    return _Reader(config, prompt, target, task).interaction
 
 
 def _read(

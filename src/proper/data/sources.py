@@ -98,13 +98,18 @@ def _files(folder: Path, kind: str) -> list[Path]:
 
 def _jsonl(file: Path) -> Source:
     columns: dict[str, None] = {}
-    for _, row in islice(_json_lines(file), _HEAD):
+    for _, row in islice(json_rows(file), _HEAD):
         if isinstance(row, dict):
             columns.update(dict.fromkeys(row))
-    return Source(str(file), tuple(columns) or None, lambda wanted: _json_lines(file))
+    return Source(str(file), tuple(columns) or None, lambda wanted: json_rows(file))
 
 
-def _json_lines(file: Path) -> Iterator[tuple[int, Row | str]]:
+def json_rows(file: Path) -> Iterator[tuple[int, Row | str]]:
+    """Yield the lines of a JSONL file that are not empty, with their numbers; what is wrong with one as a text.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     try:
         with _open(file) as lines:
             for number, line in enumerate(lines, 1):

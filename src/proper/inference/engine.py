@@ -14,22 +14,18 @@ from collections import Counter, deque
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from proper.adapters.records import Head
 from proper.adapters.residents import Counts, Key, Outcome, Residents
 from proper.adapters.store import AdapterStore
 from proper.errors import InputError, ProperError
+from proper.inference.batch import Batch
 from proper.inference.guests import Guest, Limits, Stats, Ticket
-from proper.inference.kv import RowCache
-from proper.inference.passes import decode, prefill, rows_of
 from proper.inference.personalized import PersonalizedModel
 from proper.inference.requests import Event, Finished, Reason, Request, Sink, Started, Token
-from proper.inference.sampling import Sampler, next_tokens
+from proper.inference.sampling import Sampler
 from proper.inference.waiting import Waiting
 from proper.layers.bank import AdapterBank
-from proper.layers.routing import Rows
 
 DAMAGED = "damaged adapter"
 
@@ -52,9 +48,7 @@ class Engine:
         self._inbox: deque[Ticket] = deque()
         self._forget: deque[tuple[str, str]] = deque()
         self._waiting: Waiting[Guest] = Waiting(limits.patience)
-        self._rows: list[Guest] = []
-        self._cache = RowCache(limits.rows, self.limit)
-        self._routing: Rows | None = None
+        self._batch = Batch(model, limits.rows, self.limit)
         self._open, self._closed = 0, False
         self._counts: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
@@ -113,7 +107,7 @@ class Engine:
     def blocked(self) -> bool:
         """Whether the next step has nothing to do before a load ends or something is handed in or cancelled."""
         residents = self._residents
-        if self._rows or self._inbox or self._forget or (residents is not None and residents.finished):
+        if len(self._batch) or self._inbox or self._forget or (residents is not None and residents.finished):
             return False
         if len(self._waiting) and (residents is None or not residents.loading):
             return False  # a row that ended with its first token has freed what they wait for
@@ -124,7 +118,7 @@ class Engine:
         residents, counts = self._residents, self._counts
         return Stats(
             waiting=len(self._waiting) + len(self._inbox),
-            running=len(self._rows),
+            running=len(self._batch),
             slots=residents.bank.slots if residents is not None else 0,
             resident=len(residents) if residents is not None else 0,
             loading=residents.loading if residents is not None else 0,
@@ -143,8 +137,8 @@ class Engine:
         self._take_in()
         for guest in self._waiting.remove(lambda _: True):
             self._say(guest, Finished("cancelled"))
-        while self._rows:
-            self._leave(len(self._rows) - 1, "cancelled")
+        while len(self._batch):
+            self._leave(len(self._batch) - 1, "cancelled")
         if self._residents is not None:
             self._residents.close()
         for tenant, store in self._stores.items():
@@ -158,12 +152,13 @@ class Engine:
         self._let_go()
         self._collect()
         try:
-            if self._rows:
-                self._decode()
+            if len(self._batch):
+                self._hand_out(self._batch.decode(), 0)
             seated = self._seat()
             self._load_ahead()
             if seated:
-                self._prefill(seated)
+                self._counts["prompt"] += sum(guest.size for guest in seated)
+                self._hand_out(self._batch.prefill(len(seated)), len(self._batch) - len(seated))
         except Exception as error:
             # Out of memory, a device that fails, a token beyond the vocabulary: whoever asked hears of it, and the
             # next ones may do better.
@@ -207,8 +202,8 @@ class Engine:
     def _let_go(self) -> None:
         for guest in self._waiting.remove(lambda guest: guest.ticket.cancelled):
             self._say(guest, Finished("cancelled"))
-        for row in reversed(range(len(self._rows))):
-            if self._rows[row].ticket.cancelled:
+        for row in reversed(range(len(self._batch))):
+            if self._batch.guests[row].ticket.cancelled:
                 self._leave(row, "cancelled")
 
     def _collect(self) -> None:
@@ -227,11 +222,11 @@ class Engine:
             guest.head, guest.key = outcome.head, Key.of(*guest.owner, outcome.head)
 
     def _seat(self) -> list[Guest]:
-        seated = self._waiting.take(self.limits.rows - len(self._rows), self.limits.prefill, self._ready)
+        seated = self._waiting.take(self.limits.rows - len(self._batch), self.limits.prefill, self._ready)
         for guest in seated:
             if self._residents is not None and guest.key is not None:
                 guest.slot = self._residents.pin(guest.key)
-            self._rows.append(guest)
+            self._batch.guests.append(guest)
             version = None if guest.head is None else guest.head.version
             self._say(guest, Started(self._tier(guest), version, guest.fallback))
         return seated
@@ -251,54 +246,29 @@ class Engine:
                 break
             keep.add(guest.key)
 
-    def _prefill(self, seated: list[Guest]) -> None:
-        """Compute the prompts of new rows, which are the last ones, and each one's first token."""
-        prompts = [guest.request.prompt for guest in seated]
-        logits = prefill(self.model.model, self._cache, prompts, self._rows_of(seated))
-        self._routing = None
-        self._counts["prompt"] += sum(map(len, prompts))
-        self._hand_out(logits, len(self._rows) - len(seated))
-
-    def _decode(self) -> None:
-        """Compute the next token of all rows."""
-        if self._routing is None:
-            self._routing = self._rows_of(self._rows)
-        last = [guest.last for guest in self._rows]
-        self._hand_out(decode(self.model.model, self._cache, last, self._routing), 0)
-
-    def _rows_of(self, guests: list[Guest]) -> Rows:
-        return rows_of(self.model, [guest.head for guest in guests], [guest.slot for guest in guests])
-
-    def _hand_out(self, logits: Float[Tensor, "B V"], first: int) -> None:
+    def _hand_out(self, tokens: list[Token], first: int) -> None:
         """Give rows from `first` on their next token; those that are done leave."""
-        guests = self._rows[first : first + len(logits)]
-        found = next_tokens(logits, [guest.sampler for guest in guests])
+        guests = self._batch.guests[first : first + len(tokens)]
         for row in reversed(range(len(guests))):
-            guest, token = guests[row], found[row]
-            if token == self.model.encoder.end:
+            guest, token = guests[row], tokens[row]
+            if token.id == self.model.encoder.end:
                 self._leave(first + row, "stop")
                 continue
-            guest.last, guest.made = token, guest.made + 1
+            guest.last, guest.made = token.id, guest.made + 1
             self._tokens[self._tier(guest)] += 1
-            self._say(guest, Token(token))
+            self._say(guest, token)
             if guest.made == guest.request.sampling.max_new_tokens:
                 self._leave(first + row, "length")
 
     def _leave(self, row: int, reason: Reason, error: str | None = None) -> None:
-        guest = self._rows[row]
-        self._cache.leave(row)
-        self._rows[row] = self._rows[-1]
-        self._rows.pop()
-        self._routing = None
+        guest = self._batch.leave(row)
         if self._residents is not None and guest.key is not None and guest.slot >= 0:
             self._residents.unpin(guest.key)
         self._say(guest, Finished(reason, error))
 
     def _fail(self, error: str) -> None:
         """End all rows: what they hold may be half written."""
-        guests, self._rows = self._rows, []
-        self._cache.clear()
-        self._routing = None
+        guests = self._batch.clear()
         self._counts["errors"] += len(guests)
         for guest in guests:
             if self._residents is not None and guest.key is not None and guest.slot >= 0:
@@ -308,6 +278,8 @@ class Engine:
     def _tier(self, guest: Guest) -> str:
         if self.model.cache is None or self.model.stage in ("base", "population"):
             return self.model.stage
+        if not guest.grouped:
+            return "population"
         if guest.head is None:
             return "none"
         return "users" if guest.slot >= 0 else "groups"

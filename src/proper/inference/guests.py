@@ -106,5 +106,12 @@ class Guest:
 
     @property
     def owner(self) -> tuple[str, str] | None:
-        """Tenant and user; None for nobody."""
-        return None if self.request.user is None else (self.request.tenant, self.request.user)
+        """Tenant and user of the record it needs; None for nobody's."""
+        if self.request.user is None or not self.grouped:
+            return None
+        return self.request.tenant, self.request.user
+
+    @property
+    def grouped(self) -> bool:
+        """Whether experts take part in its answer."""
+        return self.request.tier != "population"

@@ -20,16 +20,31 @@ from proper.layers.routing import Rows
 from proper.models.personal import ProperModel
 
 
-def rows_of(model: PersonalizedModel, heads: Sequence[Head | None], slots: Sequence[int]) -> Rows:
-    """Return what the layers need for rows of these records, in these slots; -1 for a row without an adapter."""
-    if model.cache is None or model.stage in ("base", "population"):
+def rows_of(
+    model: PersonalizedModel,
+    heads: Sequence[Head | None],
+    slots: Sequence[int],
+    grouped: Sequence[bool],
+    trace: bool = False,
+) -> Rows:
+    """Return what the layers need for a batch.
+
+    Args:
+        model: whose layers.
+        heads: each row's record; None for nobody's.
+        slots: where each row's adapter is; -1 for a row without one.
+        grouped: whether experts take part in a row; population rows take neither experts nor adapter.
+        trace: whether the gates of each row's last token are kept.
+    """
+    if model.cache is None or model.stage in ("base", "population") or not any(grouped):
         return Rows()
     device = model.model.device
     mean = model.cache.mean
     embedding = torch.stack([mean if head is None else head.embedding for head in heads]).to(device)
+    experts = None if all(grouped) else torch.tensor(grouped, device=device)
     if max(slots) < 0:
-        return Rows("groups", embedding=embedding)
-    return Rows("users", embedding=embedding, slots=torch.tensor(slots, device=device))
+        return Rows("groups", embedding=embedding, experts=experts, trace=trace)
+    return Rows("users", embedding=embedding, slots=torch.tensor(slots, device=device), experts=experts, trace=trace)
 
 
 def prefill(model: ProperModel, cache: RowCache, prompts: Sequence[Sequence[int]], rows: Rows) -> Float[Tensor, "B V"]:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from proper.inference.generate import Sampling
 
+Tier = Literal["users", "groups", "population"]
+
 Reason = Literal["stop", "length", "cancelled", "error"]
 """The end token came; max_new_tokens are there; somebody cancelled; something failed."""
 
@@ -20,15 +22,17 @@ class Request:
         prompt: its tokens.
         user: whose model answers; None or an unknown user gets the group model with the mean embedding.
         tenant: whose user.
-        tier: the highest that may answer; "groups" leaves the user's adapter out.
+        tier: the highest that may answer; "groups" leaves the user's adapter out, "population" the experts too.
         sampling: how tokens are drawn, and how many at most. The seed is this request's own.
+        gates: whether its tokens tell which experts they came from.
     """
 
     prompt: tuple[int, ...]
     user: str | None = None
     tenant: str = ""
-    tier: Literal["users", "groups"] = "users"
+    tier: Tier = "users"
     sampling: Sampling = field(default_factory=Sampling)
+    gates: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,15 @@ class Started:
 
 @dataclass(frozen=True)
 class Token:
-    """One more token."""
+    """One more token.
+
+    Attributes:
+        gates: each expert's gate where the token was drawn, the mean over modules; None unless the request wants them
+            and experts answer it.
+    """
 
     id: int
+    gates: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,8 @@ class AdaptedLinear(nn.Module):
         if rows.mode == "users" and middle is not None and self.lora_router is not None:
             scores = self._own_scores(scores, middle, rows)
         gates = scores.softmax(-1)
+        if rows.experts is not None:
+            gates = gates.masked_fill(~rows.experts[:, None, None], 0)
         self.routing.record(self.name, gates)
         mixed: Tensor = self.experts(x, gates * self.router.factor, onto=y)
         return mixed

@@ -28,6 +28,8 @@ class Rows:
         embedding: e_u of each row's user (B, D); None where no mixture is used.
         slots: each row's slot in the adapter bank (B,); -1 for a row without an adapter. None: no row has one.
         complete: every row has a slot; this spares the layers masks.
+        experts: the rows that experts take part in (B,); the others get the backbone alone. None: all of them.
+        trace: whether the gates of every row's last token are kept, for `Routing.last`.
         users: which distinct user each row belongs to, counted from 0 within the batch (B,); only for recording.
         mask: the tokens (B, T) over which gates are averaged; None switches recording off.
         generators: one per row, from which dropout of user adapters is drawn; None switches that dropout off.
@@ -37,6 +39,8 @@ class Rows:
     embedding: Float[Tensor, "B D"] | None = None
     slots: Int[Tensor, "B"] | None = None
     complete: bool = False
+    experts: Bool[Tensor, "B"] | None = None
+    trace: bool = False
     users: Int[Tensor, "B"] | None = None
     mask: Bool[Tensor, "B T"] | None = None
     generators: tuple[torch.Generator, ...] | None = None
@@ -57,15 +61,17 @@ class Routing:
     Attributes:
         rows: set by `use`, read by every adapted layer.
         gates: mean gates (U, E) per module of the batch's users, recorded where `rows.mask` is set.
+        traced: gates (B, E) per module of each row's last token, recorded where `rows.trace` is set.
     """
 
     rows: Rows = field(default_factory=Rows)
     gates: dict[str, Float[Tensor, "U E"]] = field(default_factory=dict)
+    traced: dict[str, Float[Tensor, "B E"]] = field(default_factory=dict)
 
     @contextmanager
     def use(self, rows: Rows) -> Iterator[Routing]:
         """Let the layers work for `rows` inside the block; afterwards they are switched off again."""
-        before, self.rows, self.gates = self.rows, rows, {}
+        before, self.rows, self.gates, self.traced = self.rows, rows, {}, {}
         try:
             yield self
         finally:
@@ -87,12 +93,14 @@ class Routing:
             self.rows = before
 
     def record(self, name: str, gates: Float[Tensor, "B T E"]) -> None:
-        """Keep each user's mean gates in module `name`: the mean over their tokens in the mask.
+        """Keep what is wanted of the gates in module `name`: each user's mean over their tokens in the mask, traces.
 
         The first call for a module counts. The second, where gradient checkpointing runs a layer again in the backward
         pass, computes the same anyway: torch pairs both runs' saved tensors by number.
         """
         rows = self.rows
+        if rows.trace:
+            self.traced.setdefault(name, gates[:, -1])
         if rows.mask is None or rows.users is None:
             return
         mask = rows.mask.to(gates.dtype).unsqueeze(-1)
@@ -104,3 +112,7 @@ class Routing:
     def stacked(self) -> Float[Tensor, "M U E"]:
         """The recorded mean gates of all modules, in the order in which they ran."""
         return torch.stack(list(self.gates.values()))
+
+    def last(self) -> Float[Tensor, "B E"] | None:
+        """The traced gates of each row's last token, the mean over modules; None where no mixture was used."""
+        return torch.stack(list(self.traced.values())).mean(0) if self.traced else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from proper.errors import InputError, ProperError
@@ -16,7 +16,7 @@ from proper.inference.runner import Runner
 from proper.inference.stream import TextStream
 from proper.serving.metrics import Metrics
 from proper.serving.refusals import Refusal
-from proper.serving.wire import Options
+from proper.serving.wire import Options, RunCard, Wanted
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Piece:
         index: which answer, where several were asked for.
         started: on the first piece of each: who answers.
         tokens: how many are in it.
+        gates: those of each, where they were asked for and experts answer.
         finish: on the last piece of each: why it ends.
     """
 
@@ -34,6 +35,7 @@ class Piece:
     text: str = ""
     started: Started | None = None
     tokens: int = 0
+    gates: tuple[tuple[float, ...], ...] = ()
     finish: Literal["stop", "length"] | None = None
 
 
@@ -43,6 +45,15 @@ class Answers:
     def __init__(self, runner: Runner, metrics: Metrics, log: Callable[[str], None]) -> None:
         self.runner, self.metrics, self.log = runner, metrics, log
         self.encoder = runner.engine.model.encoder
+
+    def card(self) -> RunCard:
+        """Describe the run that answers."""
+        model = self.runner.engine.model
+        experts = model.config.groups.experts if model.stage in ("groups", "users") else 0
+        template = model.template
+        return RunCard(
+            stage=model.stage, experts=experts, literals=list(template.literals), columns=list(template.columns)
+        )
 
     def request(self, prompt: str, options: Options, tenant: str, max_tokens: int | None, ready: bool) -> Request:
         """Return what the engine is asked for one prompt.
@@ -73,8 +84,9 @@ class Answers:
         if seed is None:
             seed = secrets.randbits(63) if temperature else 0
         top_p = 1.0 if options.top_p is None else options.top_p
-        tier = options.proper.tier if options.proper else "users"
-        return Request(ids, options.user, tenant, tier, Sampling(room, temperature, top_p, seed))
+        wanted = options.proper or Wanted()
+        sampling = Sampling(room, temperature, top_p, seed)
+        return Request(ids, options.user, tenant, wanted.tier, sampling, wanted.gates)
 
     async def stream(self, requests: Sequence[Request], stop: Sequence[str]) -> AsyncGenerator[Piece, None]:
         """Yield the answers as they grow; leaving the loop early frees their rows.
@@ -101,7 +113,7 @@ class Answers:
                 piece = self._piece(index, event, texts[index])
                 if texts[index].stopped and piece.finish is None:
                     tickets[index].cancel()
-                    piece = Piece(index, piece.text + texts[index].close(), tokens=piece.tokens, finish="stop")
+                    piece = replace(piece, text=piece.text + texts[index].close(), finish="stop")
                 if piece.finish is not None:
                     going.discard(index)
                 yield piece
@@ -121,7 +133,7 @@ class Answers:
         if isinstance(event, Started):
             return Piece(index, started=event)
         if isinstance(event, Token):
-            return Piece(index, text.push(event.id), tokens=1)
+            return Piece(index, text.push(event.id), tokens=1, gates=() if event.gates is None else (event.gates,))
         if event.reason == "error":
             self.log(f"a request failed: {event.error}")
             raise Refusal(500, "the request failed", code="failed")

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from proper.errors import ProperError
 from proper.inference.runner import Runner
+from proper.people.log import InteractionLog
 from proper.serving.answers import Answers
 from proper.serving.gate import Gate
 from proper.serving.generation import generation_routes
@@ -22,6 +23,7 @@ from proper.serving.health import health_routes
 from proper.serving.keys import Keys
 from proper.serving.limits import ServeLimits, Turnstile
 from proper.serving.metrics import Metrics
+from proper.serving.page import page_routes
 from proper.serving.people import people_routes
 from proper.serving.refusals import ErrorReply, Refusal
 
@@ -47,6 +49,8 @@ class ServeSettings:
 
 def create_app(runner: Runner, keys: Keys, settings: ServeSettings, log: Callable[[str], None]) -> FastAPI:
     """Return the application. The runner is started with it and stopped after its last reply."""
+    users = runner.engine.model.users
+    people = None if users is None else InteractionLog(users.folder)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -55,6 +59,8 @@ def create_app(runner: Runner, keys: Keys, settings: ServeSettings, log: Callabl
             yield
         finally:
             runner.stop()
+            if people is not None:
+                people.close()
 
     replies: dict[int | str, dict[str, Any]] = {
         "4XX": {"model": ErrorReply, "description": "Refused."},
@@ -74,8 +80,9 @@ def create_app(runner: Runner, keys: Keys, settings: ServeSettings, log: Callabl
     gate = Gate(keys, settings.open_without_keys)
     answers = Answers(runner, metrics, log)
     app.include_router(generation_routes(settings.model, answers, gate, Turnstile(settings.limits)))
-    app.include_router(people_routes(runner.engine, gate))
+    app.include_router(people_routes(runner.engine, people, gate))
     app.include_router(health_routes(runner, metrics, gate))
+    app.include_router(page_routes())
     app.add_exception_handler(Refusal, refuse)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)

@@ -40,6 +40,7 @@ from proper.serving.wire import (
 
 Kind = Literal["chat", "text"]
 T = TypeVar("T")
+GATE_DIGITS = 4
 
 
 def generation_routes(model: str, answers: Answers, gate: Gate, turnstile: Turnstile) -> APIRouter:
@@ -80,19 +81,21 @@ def generation_routes(model: str, answers: Answers, gate: Gate, turnstile: Turns
         known(body.model)
         tenant = own_tenant(who, body.proper.tenant if body.proper else None)
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        if len(prompts) > 1 and body.proper is not None and body.proper.gates:
+            raise Refusal(400, "proper.gates: of one prompt at a time", param="proper.gates")
         asked = [answers.request(prompt, body, tenant, body.max_tokens, False) for prompt in prompts]
         return await reply("text", http, who, body, asked)
 
     @router.get("/models")
     async def models(who: Asking) -> ModelList:
         """List the models that can be asked: there is one, for everybody."""
-        return ModelList(data=[ModelCard(id=model)])
+        return ModelList(data=[ModelCard(id=model, proper=answers.card())])
 
     @router.get("/models/{name}")
     async def one_model(name: str, who: Asking) -> ModelCard:
         """Describe a model."""
         known(name)
-        return ModelCard(id=model)
+        return ModelCard(id=model, proper=answers.card())
 
     return router
 
@@ -108,16 +111,21 @@ class Shape:
     created: int = field(default_factory=lambda: int(time.time()))
     tokens: int = 0
     extras: Extras | None = None
+    gates: list[list[float]] = field(default_factory=list)
 
     def note(self, piece: Piece) -> None:
-        """Count a piece, and keep who answers."""
+        """Count a piece, and keep who answers and its gates until they are said."""
         self.tokens += piece.tokens
+        self.gates += [[round(gate, GATE_DIGITS) for gate in token] for token in piece.gates]
         if piece.started is not None:
             started = piece.started
             self.extras = Extras(tier=started.tier, version=started.version, fallback=started.fallback)
 
     def reply(self, choices: Any, streamed: bool, usage: bool) -> Reply:
         """Return the reply around some choices."""
+        extras = self.extras
+        if extras is not None and self.gates:
+            extras, self.gates = extras.model_copy(update={"gates": self.gates}), []
         prefix = "chatcmpl" if self.kind == "chat" else "cmpl"
         whole: Any = "chat.completion" if self.kind == "chat" else "text_completion"
         kind = "chat.completion.chunk" if streamed and self.kind == "chat" else whole
@@ -133,7 +141,7 @@ class Shape:
             model=self.model,
             choices=choices,
             usage=total if usage else None,
-            proper=self.extras,
+            proper=extras,
         )
 
     def chunk(self, piece: Piece) -> Reply:

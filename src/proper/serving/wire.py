@@ -23,11 +23,13 @@ class Wanted(_Asked):
 
     Attributes:
         tenant: whose user; only the key's own tenant is allowed.
-        tier: the highest tier that may answer; "groups" leaves the user's own adapter out.
+        tier: the highest tier that may answer; "groups" leaves the user's own adapter out, "population" also experts.
+        gates: whether the reply tells, token by token, which experts it came from; of one prompt only.
     """
 
     tenant: Annotated[str, Field(max_length=512)] | None = None
-    tier: Literal["users", "groups"] = "users"
+    tier: Literal["users", "groups", "population"] = "users"
+    gates: bool = False
 
 
 class StreamOptions(_Asked):
@@ -100,15 +102,19 @@ class Extras(BaseModel):
     """Who answered: in every reply and every piece of a stream.
 
     Attributes:
-        tier: "users" (the user's own adapter), "groups" (the user's embedding), "none" (nobody's); "population" or
-            "base" of a run that has come no further.
+        tier: "users" (the user's own adapter), "groups" (the user's embedding), "none" (nobody's), "population" (no
+            experts); "base" of a run that has come no further.
         version: the user's version that answered; None for nobody's.
         fallback: why a lower tier than the user's own answered; None if it did not.
+        gates: for each token of the reply, or of this piece of a stream, the gate of each of the E experts at the place
+            where the token was drawn, the mean over modules: E numbers that sum to 1. None unless asked for, and where
+            no experts answer.
     """
 
     tier: str
     version: int | None
     fallback: str | None = None
+    gates: list[list[float]] | None = None
 
 
 class Usage(BaseModel):
@@ -156,6 +162,21 @@ class Reply(BaseModel):
     proper: Extras | None = None
 
 
+class RunCard(BaseModel):
+    """What a run answers with.
+
+    Attributes:
+        stage: how far it has come: "base", "population", "groups" or "users".
+        experts: E; 0 before the groups.
+        literals, columns: how prompts were written in training: `literals[0] {columns[0]} literals[1] ...`.
+    """
+
+    stage: str
+    experts: int
+    literals: list[str]
+    columns: list[str]
+
+
 class ModelCard(BaseModel):
     """A model that can be asked."""
 
@@ -163,6 +184,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int = 0
     owned_by: str = "proper"
+    proper: RunCard
 
 
 class ModelList(BaseModel):
@@ -172,13 +194,72 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class Taught(_Asked):
+    """An interaction to learn from, in final texts: what was asked as a prompt has it, and the answer to give.
+
+    Attributes:
+        id: names it among the user's interactions; without one, equal content is the same interaction.
+        timestamp: ISO 8601, or seconds since 1970.
+    """
+
+    id: Name | None = None
+    input: str
+    output: str
+    timestamp: Annotated[str, Field(max_length=64)] | None = None
+
+
+Lesson = Annotated[list[Taught], Field(max_length=10_000)]
+
+
+class Enrolment(_Asked):
+    """Who is new, and what is known of them."""
+
+    user: Name
+    interactions: Lesson
+    tenant: Annotated[str, Field(max_length=512)] | None = None
+
+
+class Lessons(_Asked):
+    """Further interactions of a user."""
+
+    interactions: Lesson
+
+
+class FitState(BaseModel):
+    """How far a user's latest fit is; `version` is what it made, `progress` goes from 0 to 1."""
+
+    state: Literal["idle", "queued", "fitting", "done", "failed"]
+    progress: float
+    phase: str | None
+    message: str | None
+    version: int | None
+
+
+class Learned(BaseModel):
+    """What became of the interactions that were handed in: on the disk, and queued for a fit."""
+
+    id: str
+    tier: str
+    version: int | None
+    accepted: int
+    duplicates: int
+    fit: FitState
+
+
 class UserCard(BaseModel):
-    """A user of the store."""
+    """A user; of the tier "none" until the first fit."""
 
     id: str
     object: Literal["user"] = "user"
     tier: str
     version: int | None = None
+
+
+class Person(UserCard):
+    """A user, with how many interactions were logged for them and how far their fit is."""
+
+    interactions: int
+    fit: FitState
 
 
 class UserList(BaseModel):

@@ -1,0 +1,83 @@
+"""The rows that run: whose they are, their keys and values, and the next token of each.
+
+Knows nothing about who waits, how adapters get into their slots, or when a row has enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from proper.inference.guests import Guest
+from proper.inference.kv import RowCache
+from proper.inference.passes import decode, prefill, rows_of
+from proper.inference.personalized import PersonalizedModel
+from proper.inference.requests import Token
+from proper.inference.sampling import next_tokens
+from proper.layers.routing import Rows
+
+
+class Batch:
+    """Up to `rows` rows of up to `limit` tokens.
+
+    Attributes:
+        guests: whose the rows are. The last ones may be new: their prompts are not computed yet.
+    """
+
+    def __init__(self, model: PersonalizedModel, rows: int, limit: int) -> None:
+        self.guests: list[Guest] = []
+        self._model, self._cache = model, RowCache(rows, limit)
+        self._routing: Rows | None = None
+
+    def __len__(self) -> int:
+        return len(self.guests)
+
+    def prefill(self, count: int) -> list[Token]:
+        """Compute the prompts of the last `count` rows, and return each one's first token."""
+        new = self.guests[-count:]
+        logits = prefill(self._model.model, self._cache, [guest.request.prompt for guest in new], self._rows_of(new))
+        self._routing = None
+        return self._draw(logits, new)
+
+    def decode(self) -> list[Token]:
+        """Return the next token of every row."""
+        if self._routing is None:
+            self._routing = self._rows_of(self.guests)
+        last = [guest.last for guest in self.guests]
+        return self._draw(decode(self._model.model, self._cache, last, self._routing), self.guests)
+
+    def leave(self, row: int) -> Guest:
+        """Drop a row; the last row takes its number."""
+        guest = self.guests[row]
+        self._cache.leave(row)
+        self.guests[row] = self.guests[-1]
+        self.guests.pop()
+        self._routing = None
+        return guest
+
+    def clear(self) -> list[Guest]:
+        """Drop all rows, and return whose they were."""
+        guests, self.guests = self.guests, []
+        self._cache.clear()
+        self._routing = None
+        return guests
+
+    def _rows_of(self, guests: Sequence[Guest]) -> Rows:
+        return rows_of(
+            self._model,
+            [guest.head for guest in guests],
+            [guest.slot for guest in guests],
+            [guest.grouped for guest in guests],
+            any(guest.request.gates for guest in guests),
+        )
+
+    def _draw(self, logits: Float[Tensor, "B V"], guests: Sequence[Guest]) -> list[Token]:
+        tokens = next_tokens(logits, [guest.sampler for guest in guests])
+        gates = self._model.model.routing.last()
+        told = gates.tolist() if gates is not None else [()] * len(guests)
+        return [
+            Token(token, tuple(one) if guest.request.gates and guest.grouped and one else None)
+            for token, guest, one in zip(tokens, guests, told, strict=True)
+        ]

@@ -1,0 +1,129 @@
+"""The SQLite file beside the store: interactions, who is known, and the fits that wait or run.
+
+A commit is on the disk before it returns, and what is deleted is overwritten. Knows tables and nothing about what they
+mean.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from proper.errors import StoreError
+
+FILE = "interactions.sqlite"
+FORMAT = 1
+WAIT_SECONDS = 60.0
+_TABLES = (
+    "CREATE TABLE people (tenant TEXT NOT NULL, user BLOB NOT NULL, PRIMARY KEY (tenant, user)) WITHOUT ROWID",
+    # `number` is the order of arrival; numbers are never used twice.
+    """CREATE TABLE interactions (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, user BLOB NOT NULL, id TEXT NOT NULL,
+        prompt TEXT NOT NULL, target TEXT NOT NULL, time REAL, received REAL NOT NULL, UNIQUE (tenant, user, id))""",
+    # `wanted` counts what was asked for; a fit that began before the last request is queued again when it ends.
+    """CREATE TABLE fits (
+        tenant TEXT NOT NULL, user BLOB NOT NULL, state TEXT NOT NULL, place INTEGER, wanted INTEGER NOT NULL,
+        claim INTEGER, attempts INTEGER NOT NULL, progress REAL NOT NULL, phase TEXT, message TEXT, version INTEGER,
+        PRIMARY KEY (tenant, user)) WITHOUT ROWID""",
+    "CREATE INDEX fits_by_place ON fits (state, place)",
+    "CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
+)
+
+
+class Database:
+    """The file at `path`, made if it is not there. Methods are for any thread.
+
+    Args:
+        path: the file.
+        durable: whether a commit waits for the disk; what may be lost with the machine need not.
+        wait_seconds: how long to wait for another process that writes.
+    """
+
+    def __init__(self, path: Path, *, durable: bool = True, wait_seconds: float = WAIT_SECONDS) -> None:
+        self.path = path
+        # Held while reading too: one connection would show other threads what is not committed yet.
+        self._lock = threading.RLock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, timeout=wait_seconds, isolation_level=None, check_same_thread=False)
+            self._prepare(durable, wait_seconds)
+        except (sqlite3.Error, OSError) as error:
+            raise StoreError(f"{path}: {error}") from error
+
+    def _prepare(self, durable: bool, wait_seconds: float) -> None:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                break
+            except sqlite3.OperationalError as error:
+                # SQLite does not wait for another process that is making the same file.
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+        self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+        self._db.execute("PRAGMA secure_delete=ON")
+        if self._format() == 0:
+            with self.transaction():
+                if self._format() == 0:
+                    for table in _TABLES:
+                        self._db.execute(table)
+                    self._db.execute(f"PRAGMA user_version={FORMAT}")
+        if self._format() != FORMAT:
+            raise StoreError(f"{self.path}: a log of another version of proper (format {self._format()})")
+
+    def _format(self) -> int:
+        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """BEGIN IMMEDIATE ... COMMIT, rolled back on any error; inside another one, a part of it.
+
+        Raises:
+            StoreError: another process writes for too long, or the disk is full or broken.
+        """
+        with self._lock:
+            if self._db.in_transaction:
+                yield
+                return
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as error:
+                raise StoreError(f"{self.path}: the log cannot be written: {error}") from error
+
+    def read(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        """Return all rows of a query.
+
+        Raises:
+            StoreError: the file is damaged.
+        """
+        try:
+            with self._lock:
+                return self._db.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path}: {error}") from error
+
+    def write(self, sql: str, values: Sequence[Any] = ()) -> int:
+        """Run one statement of a transaction; return how many rows it changed."""
+        return self._db.execute(sql, values).rowcount
+
+    def wipe(self) -> None:
+        """Empty the write-ahead log into the file, so that nothing that was deleted is left in it."""
+        self.read("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -1,0 +1,85 @@
+"""POST /v1/users and /v1/users/ID/interactions: new people, and what they said since. On the disk before the reply.
+
+Knows nothing about fits but that they are queued.
+"""
+
+# No postponed annotations here: FastAPI could not look up those that are made inside a function.
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query
+
+from proper.data.templates import BadValue
+from proper.inference.personalized import PersonalizedModel
+from proper.people.entries import Read, plain_reader
+from proper.people.log import ConflictError, Entry, ExistsError
+from proper.serving.gate import Gate
+from proper.serving.keys import Principal
+from proper.serving.paths import user_in_path
+from proper.serving.refusals import Refusal
+from proper.serving.tenancy import Holdings, Reach
+from proper.serving.wire import Enrolment, Learned, Lessons, Taught
+
+
+def enrolment_routes(router: APIRouter, model: PersonalizedModel, holdings: Reach, gate: Gate) -> None:
+    """Add the routes that take interactions in to a router at /v1/users."""
+    Writing = Annotated[Principal, Depends(gate.needs("write", "admin"))]
+    reading = plain_reader(model.config.task, "input", "output")
+
+    @router.post("")
+    async def enrol(body: Enrolment, who: Writing) -> Learned:
+        """Take in a person with what is known of them; their fit begins in the background."""
+        held = holdings(who, body.tenant)
+        if body.user in (".", ".."):
+            raise Refusal(400, "user: no URL can name this id", code="invalid", param="user")
+        if held.knows(body.user):
+            raise _exists(body.user)
+        return await asyncio.to_thread(_learn, held, body.user, _entries(body.interactions, reading), True)
+
+    @router.post("/{user}/interactions")
+    async def append(
+        user: Annotated[str, Depends(user_in_path)],
+        body: Lessons,
+        who: Writing,
+        tenant: Annotated[str | None, Query(max_length=512)] = None,
+    ) -> Learned:
+        """Add interactions of a person; those that are there already count as duplicates."""
+        held = holdings(who, tenant)
+        held.require(user)
+        return await asyncio.to_thread(_learn, held, user, _entries(body.interactions, reading), False)
+
+
+def _learn(held: Holdings, user: str, entries: Sequence[Entry], new: bool) -> Learned:
+    try:
+        said = held.log.append(held.tenant, user, entries, new=new)
+    except ExistsError as error:
+        raise _exists(user) from error
+    except ConflictError as error:
+        place = f"interactions.{error.at}.id"
+        raise Refusal(409, f"{place}: {error}", code="interaction_conflict", param=place) from error
+    card = held.card(user)
+    return Learned(
+        id=user,
+        tier=card.tier,
+        version=card.version,
+        accepted=said.accepted,
+        duplicates=said.duplicates,
+        fit=held.fit(user),
+    )
+
+
+def _entries(interactions: Sequence[Taught], read: Read) -> list[Entry]:
+    entries = []
+    for at, each in enumerate(interactions):
+        try:
+            entries.append(read(each.model_dump(exclude_none=True)))
+        except BadValue as error:
+            place = f"interactions.{at}.{error.field}"
+            raise Refusal(400, f"{place}: {error.what}", code="invalid", param=place) from error
+    return entries
+
+
+def _exists(user: str) -> Refusal:
+    return Refusal(409, f"there is a user {user!r} already", code="user_exists", param="user")

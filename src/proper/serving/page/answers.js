@@ -1,0 +1,161 @@
+// Three answers side by side as they stream, token by token, with the gates of each. Knows nothing about people.
+
+import { stream } from "./api.js";
+import { make } from "./dom.js";
+
+// The columns, lowest tier first: what each is called, and what it stands for.
+const TIERS = [
+  ["population", "Population", "One model, the same for everybody."],
+  ["groups", "Group", "The experts of people like them, mixed by who they are."],
+  ["users", "User", "The experts again, and an adapter that is theirs alone."],
+];
+const COLOURS = 8;
+
+export const makeColumns = () => TIERS.map((tier) => new Column(...tier));
+
+class Column {
+  constructor(tier, name, about) {
+    Object.assign(this, { tier, name, text: "", gates: [], before: null });
+    this.answer = make("div", { class: "answer", dir: "auto" });
+    this.pills = make("p", { class: "pills" });
+    this.past = make("p", { class: "before", dir: "auto", hidden: true });
+    this.title = make("h4");
+    this.bars = make("ul");
+    this.box = make("div", { class: "gates", hidden: true }, this.title, this.bars);
+    const id = `column-${tier}`;
+    this.element = make("article", { class: "column", "aria-labelledby": id },
+      make("header", {}, make("h3", { id }, name), make("p", { class: "note" }, about)),
+      this.answer, this.past, this.pills, this.box);
+    this.answer.addEventListener("keydown", (event) => this.#move(event));
+    this.answer.addEventListener("pointerleave", () => this.#show(null));
+    this.answer.addEventListener("focusout", () => this.#show(null));
+    this.#empty("No answer yet.");
+  }
+
+  // Asks for an answer and shows it as it comes; resolves when it is whole.
+  async ask(prompt, user, model, signal) {
+    this.reset();
+    this.answer.classList.add("waiting");
+    this.answer.setAttribute("aria-busy", "true");
+    const proper = { tier: this.tier, gates: true };
+    try {
+      await stream("v1/completions", { model, prompt, user: user || undefined, proper }, (piece) => this.#hear(piece), signal);
+      if (!this.text) this.#empty("(an empty answer)");
+    } catch (error) {
+      if (error.name !== "AbortError") throw error;
+      this.#pill("stopped", "bad");
+    } finally {
+      this.answer.classList.remove("waiting");
+      this.answer.removeAttribute("aria-busy");
+    }
+  }
+
+  // Back to nothing, for the next answer.
+  reset(words) {
+    Object.assign(this, { text: "", gates: [] });
+    this.#listed(false);
+    this.answer.replaceChildren();
+    this.pills.replaceChildren();
+    this.past.hidden = true;
+    this.box.hidden = true;
+    if (words) this.#empty(words);
+  }
+
+  // Shows what the answer was before, and whether that is different.
+  compare(before) {
+    this.past.replaceChildren(make("b", {}, "Before"), before || "(an empty answer)");
+    this.past.hidden = false;
+    this.#pill(before === this.text ? "same as before" : "changed", before === this.text ? "" : "good");
+  }
+
+  #hear(piece) {
+    const { choices: [choice], proper } = piece;
+    if (proper && !this.pills.hasChildNodes()) this.#who(proper);
+    const gates = proper?.gates ?? [];
+    this.gates.push(...gates);
+    const text = choice?.text ?? "";
+    this.text += text;
+    if (text) this.#token(text, gates);
+    if (gates.length) this.#show(null);
+  }
+
+  #who({ tier, version, fallback }) {
+    const words = {
+      users: `own adapter, version ${version}`,
+      groups: this.tier === "users" ? "no adapter of their own: the group answers" : "their own embedding",
+      none: "a stranger: the average person's experts",
+      population: "no experts",
+      base: "the bare backbone",
+    };
+    this.#pill(words[tier] ?? tier, this.tier === "users" && tier === "users" ? "good" : "");
+    if (fallback) this.#pill(fallback, "bad");
+  }
+
+  #token(text, gates) {
+    if (!gates.length) {
+      this.answer.append(text);
+      return;
+    }
+    this.#listed(true);
+    const mean = average(gates);
+    const first = !this.answer.querySelector(".token");
+    const token = make("span", {
+      class: `token c${top(mean) % COLOURS}`, role: "option", tabindex: first ? "0" : "-1", "aria-selected": "false",
+      "aria-label": `${text.trim() || "space"}: ${mean.map((gate, at) => `expert ${at + 1} ${percent(gate)}`).join(", ")}`,
+    }, text);
+    for (const kind of ["pointerenter", "focus"]) token.addEventListener(kind, () => this.#show(token, text, mean));
+    this.answer.append(token);
+  }
+
+  #listed(on) {
+    const told = { role: "listbox", "aria-orientation": "horizontal", "aria-label": `${this.name}: tokens of the answer` };
+    for (const [name, value] of Object.entries(told)) {
+      if (on) this.answer.setAttribute(name, value);
+      else this.answer.removeAttribute(name);
+    }
+  }
+
+  // The bars of one token, or of the whole answer.
+  #show(token, text, gates) {
+    for (const other of this.answer.querySelectorAll(".token")) {
+      other.classList.toggle("shown", other === token);
+      other.setAttribute("aria-selected", String(other === token));
+    }
+    const shown = token ? gates : this.gates.length ? average(this.gates) : [];
+    this.box.hidden = !shown.length;
+    this.title.textContent = token ? `Gates of “${text.trim() || "␣"}”` : "Gates, mean of the answer";
+    while (this.bars.children.length > shown.length) this.bars.lastChild.remove();
+    shown.forEach((gate, at) => {
+      const item = this.bars.children[at] ?? this.bars.appendChild(bar(at));
+      item.querySelector("i").style.width = percent(gate);
+      item.querySelector("b").textContent = percent(gate);
+    });
+  }
+
+  #move(event) {
+    const tokens = [...this.answer.querySelectorAll(".token")];
+    const at = tokens.indexOf(document.activeElement);
+    const to = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: tokens.length - 1 }[event.key];
+    if (at < 0 || to === undefined) return;
+    event.preventDefault();
+    if (!tokens[to]) return;
+    tokens[at].tabIndex = -1;
+    tokens[to].tabIndex = 0;
+    tokens[to].focus();
+  }
+
+  #pill(words, kind) {
+    this.pills.append(make("span", { class: `pill ${kind}` }, words));
+  }
+
+  #empty(words) {
+    this.answer.replaceChildren(make("span", { class: "empty" }, words));
+  }
+}
+
+const bar = (at) => make("li", { class: `c${at % COLOURS}` },
+  make("span", {}, `expert ${at + 1}`), make("div", { class: "track", "aria-hidden": "true" }, make("i")), make("b"));
+
+const average = (rows) => rows[0].map((_, at) => rows.reduce((sum, row) => sum + row[at], 0) / rows.length);
+const top = (gates) => gates.indexOf(Math.max(...gates));
+const percent = (share) => `${Math.round(100 * share)}%`;

@@ -1,0 +1,203 @@
+// The page put together: who is chosen, what is asked, what is taught, who is deleted.
+
+import { address, call, key } from "./api.js";
+import { makeColumns } from "./answers.js";
+import { $, tell } from "./dom.js";
+import { picker } from "./people.js";
+import { missing, promptFields } from "./prompt.js";
+import { exampleFields, fitted, teach } from "./teach.js";
+
+const columns = makeColumns();
+$("columns").append(...columns.map((column) => column.element));
+
+// `who`: the person's id, "" for nobody; `card`: what the server knows of them, null for somebody new.
+const state = { model: null, stage: null, who: "", card: null, busy: null, answered: null };
+let prompt = null;
+let examples = null;
+let field = null;
+
+function trouble(error) {
+  if (error.status === 401) {
+    const refused = key.get() !== null;
+    key.forget();
+    $("locked").hidden = false;
+    tell($("trouble"), refused ? error.message : "");
+    $("key").focus();
+  } else tell($("trouble"), error.message);
+}
+
+// Runs one action at a time, its failure in words, its button off meanwhile.
+async function action(button, work) {
+  if (state.busy) return;
+  state.busy = button;
+  tell($("trouble"), "");
+  for (const one of [$("ask"), $("teach-go"), $("delete")]) one.disabled = true;
+  try {
+    await work();
+  } catch (error) {
+    trouble(error);
+  } finally {
+    state.busy = null;
+    for (const one of [$("ask"), $("teach-go")]) one.disabled = false;
+    $("delete").disabled = state.card === null;
+  }
+}
+
+// The list says only who there is; what is known of them comes after it.
+async function chosen(who, card) {
+  Object.assign(state, { who, card });
+  field.settled(who);
+  if (!state.busy) $("delete").disabled = card === null;
+  $("who-told").textContent = !who
+    ? "Nobody is chosen: the user model answers with the average person."
+    : card === null
+      ? `${who} is new: nothing is known of them until they are taught.`
+      : described(who, card);
+  if (card === null || "interactions" in card) return;
+  try {
+    const whole = await call("GET", address(who));
+    if (state.who === who && state.card === card) chosen(who, { interactions: null, ...whole });
+  } catch (error) {
+    trouble(error);
+  }
+}
+
+function described(who, { tier, version, interactions }) {
+  const has = { users: "an adapter of their own", groups: "an embedding of their own, and no adapter", none: "no model of their own yet" }[tier] ?? `the tier ${tier}`;
+  const more = [version ? `version ${version}` : "", interactions === null || interactions === undefined ? "" : `taught ${interactions} examples here`];
+  return [`${who} has ${has}`, ...more.filter(Boolean)].join(", ") + ".";
+}
+
+// Asks all three; returns their answers.
+async function ask() {
+  const [sent, stop] = [prompt.text(), new AbortController()];
+  $("stop").hidden = false;
+  $("stop").onclick = () => stop.abort();
+  $("said").textContent = "";
+  try {
+    const done = await Promise.allSettled(columns.map((column) => column.ask(sent, state.who, state.model, stop.signal)));
+    const failed = done.find((one) => one.status === "rejected");
+    if (failed) {
+      stop.abort();
+      throw failed.reason;
+    }
+  } finally {
+    $("stop").hidden = true;
+  }
+  const stopped = stop.signal.aborted;
+  state.answered = stopped ? null : { sent, who: state.who };
+  $("said").textContent = stopped ? "Stopped." : columns.map(({ name, text }) => `${name}: ${text || "empty"}.`).join(" ");
+  return columns.map((column) => column.text);
+}
+
+// The prompt's first empty field is marked; returns whether there was one.
+function unwritten() {
+  const empty = prompt.empty();
+  if (empty) missing(empty);
+  return Boolean(empty);
+}
+
+$("ask-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (unwritten()) tell($("trouble"), "Write a prompt first.");
+  else action($("ask"), ask);
+});
+$("ask-form").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask-form").requestSubmit();
+});
+$("ask-form").addEventListener("input", () => { $("sent").textContent = prompt.text(); });
+
+$("teach-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const told = (words) => tell($("trouble"), words);
+  if (!state.who) {
+    told("Choose a person first: pick one, or type a new id.");
+    $("who").focus();
+    return;
+  }
+  const taught = examples.read();
+  if (!taught) told("An example needs its text and its answer.");
+  else if (unwritten()) told("Write a prompt above first, so that there is an answer to watch.");
+  else action($("teach-go"), () => lesson(taught));
+});
+
+async function lesson(taught) {
+  const { answered, who } = state;
+  const same = answered && answered.sent === prompt.text() && answered.who === who;
+  const before = same ? columns.map((column) => column.text) : await ask();
+  $("fit").hidden = false;
+  progress({ state: "queued", progress: 0, phase: null, message: null });
+  const reply = await teach(who, state.card === null, taught);
+  progress(reply.fit);
+  chosen(who, await fitted(who, progress));
+  await ask();
+  columns.forEach((column, at) => column.compare(before[at]));
+  const changed = columns.filter((column, at) => column.text !== before[at]).map(({ name }) => name.toLowerCase());
+  $("said").textContent += changed.length ? ` Changed: ${changed.join(" and ")}.` : " Nothing changed.";
+  $("answers").scrollIntoView({ block: "start" });
+}
+
+function progress(fit) {
+  const words = { queued: "Waiting for its turn", fitting: "Fitting", done: "Fitted", failed: "Failed", idle: "Nothing to fit" };
+  const share = fit.state === "done" || fit.state === "idle" ? 1 : fit.progress;
+  $("fit-bar").value = share;
+  const line = [`${words[fit.state] ?? fit.state}, ${Math.round(100 * share)}%`, fit.phase, fit.message].filter(Boolean).join(" · ");
+  if ($("fit-told").textContent !== line) $("fit-told").textContent = line;
+}
+
+$("delete").addEventListener("click", () => {
+  $("sure-who").textContent = state.who;
+  $("sure").showModal();
+});
+$("sure-no").addEventListener("click", () => $("sure").close());
+$("sure-yes").addEventListener("click", () => {
+  $("sure").close();
+  const who = state.who;
+  action($("delete"), async () => {
+    await call("DELETE", address(who));
+    chosen("", null);
+    state.answered = null;
+    for (const column of columns) column.reset("No answer yet.");
+    $("fit").hidden = true;
+    $("who-told").textContent = `${who} is deleted.`;
+    $("said").textContent = `${who} is deleted.`;
+    $("who").focus();
+  });
+});
+
+$("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const typed = $("key").value.trim();
+  if (!typed) return;
+  key.set(typed);
+  $("key").value = "";
+  start();
+});
+$("key-forget").addEventListener("click", () => {
+  key.forget();
+  location.reload();
+});
+
+async function start() {
+  tell($("trouble"), "");
+  try {
+    const model = (await call("GET", "v1/models")).data[0];
+    $("locked").hidden = true;
+    $("key-used").hidden = key.get() === null;
+    if (state.model !== null) return;
+    Object.assign(state, { model: model.id, stage: model.proper.stage });
+    $("model").textContent = model.id;
+    document.title = `${model.id} · proper`;
+    prompt = promptFields($("ask-fields"), model.proper, "prompt-field", 3);
+    $("sent").textContent = prompt.text();
+    examples = exampleFields(model.proper);
+    const people = ["groups", "users"].includes(model.proper.stage);
+    for (const name of ["person", "teach"]) $(name).hidden = !people;
+    field = picker(chosen, trouble);
+    if (!people) tell($("trouble"), "This run has no people yet: the same model answers in all three places.");
+  } catch (error) {
+    trouble(error);
+  }
+}
+
+start();

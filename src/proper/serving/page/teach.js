@@ -1,0 +1,73 @@
+// Teaching somebody three examples: sent once, then the fit's progress until it is done. Knows nothing about answers.
+
+import { Trouble, address, call } from "./api.js";
+import { $, make } from "./dom.js";
+import { missing, promptFields } from "./prompt.js";
+
+const EXAMPLES = 3;
+const EVERY = 400; // ms between two looks at the progress
+const FORGIVEN = 5; // looks in a row that may fail
+
+// Builds the fields of three examples. Returns how to read them.
+export function exampleFields(template) {
+  const all = Array.from({ length: EXAMPLES }, (_, at) => {
+    const set = make("fieldset", {}, make("legend", {}, `Example ${at + 1}`));
+    $("examples").append(set);
+    const input = promptFields(set, template, `example-${at}`, 2);
+    const output = make("input", { id: `example-${at}-answer`, dir: "auto", autocomplete: "off", "aria-required": "true" });
+    set.append(make("div", { class: "field" }, make("label", { for: output.id }, "Their answer"), output));
+    return { input, output };
+  });
+  return {
+    // The examples, or null after the first empty field was marked.
+    read: () => {
+      const empty = all.flatMap(({ input, output }) => [...input.areas, output]).find((field) => !field.value.trim());
+      if (empty) {
+        missing(empty);
+        return null;
+      }
+      return all.map(({ input, output }) => ({ input: input.text(), output: output.value.trim() }));
+    },
+    clear: () => all.flatMap(({ input, output }) => [...input.areas, output]).forEach((field) => { field.value = ""; }),
+  };
+}
+
+let last = { said: "", ids: [] };
+
+// Sends the examples; sent again after a lost reply, they count once.
+export async function teach(user, isNew, examples) {
+  const said = JSON.stringify([user, examples]);
+  if (said !== last.said) last = { said, ids: examples.map(() => `playground-${random()}`) };
+  const interactions = examples.map((example, at) => ({ id: last.ids[at], ...example }));
+  const append = () => call("POST", address(user, "/interactions"), { interactions });
+  if (!isNew) return append();
+  try {
+    return await call("POST", "v1/users", { user, interactions });
+  } catch (error) {
+    if (error.code !== "user_exists") throw error;
+    return append();
+  }
+}
+
+// Looks at the fit until it ends; `told(fit)` hears of each state. Returns the person's card.
+export async function fitted(user, told) {
+  let failures = 0;
+  for (;;) {
+    let card = null;
+    try {
+      card = await call("GET", address(user));
+      failures = 0;
+    } catch (error) {
+      failures += 1;
+      if (error.status || failures > FORGIVEN) throw error;
+    }
+    if (card) {
+      told(card.fit);
+      if (card.fit.state === "failed") throw new Trouble(`The fit failed: ${card.fit.message ?? "no reason is known"}.`);
+      if (card.fit.state === "done" || card.fit.state === "idle") return card;
+    }
+    await new Promise((resolve) => { setTimeout(resolve, EVERY); });
+  }
+}
+
+const random = () => [...crypto.getRandomValues(new Uint8Array(9))].map((byte) => byte.toString(36).padStart(2, "0")).join("");

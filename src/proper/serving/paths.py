@@ -1,0 +1,38 @@
+"""User ids in URLs: one percent-encoded segment each, whatever characters they have.
+
+Frameworks decode a path before they match it, so that the user "a/versions" could not be told from the versions of the
+user "a". Here the path is matched as it was sent. Knows nothing about who the users are.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+from urllib.parse import unquote_to_bytes
+
+from fastapi import Path
+from fastapi.routing import APIRoute
+from starlette.routing import Match
+from starlette.types import Scope
+
+from proper.serving.refusals import Refusal
+
+
+class RawRoute(APIRoute):
+    """A route that is matched against the path as it was sent."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Say whether a request is for this route."""
+        raw = scope.get("raw_path")
+        return super().matches(scope if raw is None else {**scope, "path": raw.decode("ascii")})
+
+
+def user_in_path(user: Annotated[str, Path(description="The user's id, percent-encoded as one segment.")]) -> str:
+    """Return the user id that a path names.
+
+    Raises:
+        Refusal: 400; its bytes are no UTF-8.
+    """
+    try:
+        return unquote_to_bytes(user).decode()
+    except UnicodeDecodeError as error:
+        raise Refusal(400, "user: not UTF-8", code="invalid", param="user") from error
