@@ -101,7 +101,7 @@ def run(size: Size, device: str, say: Callable[[str], None]) -> dict[str, Any]:
     _reset_peak(place)
     plain.fit(plain.jobs, plain.slots)
     peak = _peak(place)
-    seconds = interleaved({name: Side(work) for name, work in sides.items()}, size.repeats)
+    seconds = interleaved({name: Side(work) for name, work in sides.items()}, size.repeats, say)
     users = {name: size.alone if name.startswith(("oppu", "one_slot")) else size.users for name in sides}
     hourly = {name: 3600 * users[name] / statistics.median(times) for name, times in seconds.items()}
     return {
