@@ -88,6 +88,7 @@ def timed(arguments: list[str]) -> tuple[float, int, list[int]]:
         ended, status, usage = os.wait4(child.pid, os.WNOHANG)
         if not ended and time.perf_counter() - started >= SECONDS_BETWEEN * (len(held) + 1):
             held.append(resident(child.pid))
+    child.returncode = os.waitstatus_to_exitcode(status)  # `Popen` does not see what `wait4` has reaped.
     if status:
         sys.exit(f"proper {' '.join(arguments)}: failed")
     # Linux counts KiB, macOS bytes.

@@ -41,5 +41,5 @@ def test_a_process_is_looked_at_while_it_runs(
     seconds, peak, held = script.timed(["--help"])
     assert seconds > 0 and peak > 2**22
     assert all(0 <= size <= peak for size in held)
-    with pytest.raises(SystemExit, match="proper run nowhere: failed"):
-        script.timed(["run", "nowhere"])
+    with pytest.raises(SystemExit, match="proper nothing: failed"):
+        script.timed(["nothing"])

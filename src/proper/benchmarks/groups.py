@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from proper.benchmarks.machine import machine
 from proper.benchmarks.people import BACKBONE, backbone, people, share_lora
 from proper.benchmarks.timing import Side, interleaved
 from proper.config import GroupsConfig
@@ -103,7 +104,8 @@ def run(size: Size, device: str, say: Callable[[str], None]) -> dict[str, Any]:
     return {
         "setting": {
             "backbone": BACKBONE,
-            "device": f"{place.type}, {torch.get_num_threads()} threads",
+            "device": place.type,
+            "machine": machine(place),
             "dtype": "bf16",
             "compile": False,
             "rows": size.rows,
