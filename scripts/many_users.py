@@ -1,7 +1,8 @@
 """Fit many made-up users with short histories, and write down how long it took and how much memory.
 
 Each stage runs in a process of its own, so that each has a peak of its own. What a user has is 5 to 12 history items;
-a fifth of their interactions are queries and not trained on.
+a fifth of their interactions are queries and not trained on. `memory_bytes` is what a stage's process held over its
+time, looked at at equal distances.
 
     python scripts/many_users.py --people 10000 --out runs/many --json docs/results/bench/many-users.json
 
@@ -30,6 +31,12 @@ from proper.files import write_json
 ITEMS = (7, 15)
 """Interactions of a person: 5 to 12 of them are history."""
 
+SECONDS_BETWEEN = 1.0
+"""How often memory is looked at."""
+
+SAMPLES = 40
+"""About so many of these looks are written down, at equal distances."""
+
 TRAINING: dict[str, dict[str, Any]] = {
     "population": {"epochs": 1, "max_tokens": 20_000},
     "groups": {"epochs": 1, "batch_size": 48, "max_tokens": 40_000},
@@ -47,8 +54,8 @@ def main() -> None:
     config = prepare(options.out, options.people)
     figures: dict[str, Any] = {"people": options.people, "history_items": [5, 12], "machine": machine()}
     for stage in ("population", "groups", "users"):
-        seconds, peak = timed(["run", str(config), "--out", str(options.out / "run"), "--stages", stage])
-        figures[stage] = {"seconds": round(seconds, 1), "peak_memory_bytes": peak}
+        seconds, peak, held = timed(["run", str(config), "--out", str(options.out / "run"), "--stages", stage])
+        figures[stage] = {"seconds": round(seconds, 1), "peak_memory_bytes": peak, "memory_bytes": held}
         print(f"{stage}: {seconds:.0f} s, at most {peak / 1e6:.0f} MB", flush=True)
     figures["tiers"] = tiers(options.out / "run")
     figures["users_per_hour"] = round(3600 * options.people / figures["users"]["seconds"])
@@ -70,16 +77,30 @@ def prepare(folder: Path, people: int) -> Path:
     return path
 
 
-def timed(arguments: list[str]) -> tuple[float, int]:
-    """Run `proper` and return seconds and the most memory its process held, in bytes."""
+def timed(arguments: list[str]) -> tuple[float, int, list[int]]:
+    """Run `proper` and return seconds, the most memory its process held, and what it held over time, in bytes."""
     started = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", "proper", *arguments], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
+    held: list[int] = []
+    ended = 0
+    while not ended:
+        time.sleep(0.25)
+        ended, status, usage = os.wait4(child.pid, os.WNOHANG)
+        if not ended and time.perf_counter() - started >= SECONDS_BETWEEN * (len(held) + 1):
+            held.append(resident(child.pid))
+    child.returncode = os.waitstatus_to_exitcode(status)  # `Popen` does not see what `wait4` has reaped.
     if status:
         sys.exit(f"proper {' '.join(arguments)}: failed")
     # Linux counts KiB, macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024
-    return time.perf_counter() - started, usage.ru_maxrss * unit
+    # At equal distances, the last one among them.
+    return time.perf_counter() - started, usage.ru_maxrss * unit, held[:: -max(1, len(held) // SAMPLES)][::-1]
+
+
+def resident(process: int) -> int:
+    """Return the memory a process holds right now, in bytes; 0 where the system does not say."""
+    path = Path(f"/proc/{process}/statm")
+    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 0
 
 
 def tiers(run: Path) -> dict[str, Any]:

@@ -43,9 +43,13 @@ def test_sides_take_turns_and_what_follows_a_rare_one_is_not_counted() -> None:
         "b": Side(lambda at: calls.append(f"b{at}"), prepare=lambda at: calls.append("-")),
         "c": Side(lambda at: calls.append(f"c{at}"), every=2),
     }
-    seconds = interleaved(sides, repeats=4)
+    said: list[str] = []
+    seconds = interleaved(sides, repeats=4, say=said.append)
     assert " ".join(calls) == "a0 - b0 a1 - b1 a2 - b2 c2 a3 - b3 a4 - b4 a5 - b5 c5"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 4, "b": 4, "c": 2}
+    assert [line.partition(":")[0] for line in said] == [
+        "warm-up", "repeat 1 of 4", "repeat 2 of 4", "warm-up", "repeat 3 of 4", "repeat 4 of 4"
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from proper import pipeline
+from proper.adapters.quantize import decode, encode
 from proper.adapters.store import AdapterStore
 from proper.cli.app import main
 from proper.config import Config
@@ -23,9 +24,12 @@ from proper.data.views import EVERYBODY
 from proper.errors import ConfigError, DataError
 from proper.evaluation.runner import answer_losses
 from proper.inference.personalized import load
+from proper.inference.recoded import in_int8
 from proper.methods.answers import derangement
 from proper.methods.table import all_methods
 from proper.methods.variants import varied
+
+LABELS = ["blue", "green", "red"]
 
 
 def read(path: Path) -> Any:
@@ -259,3 +263,27 @@ def test_check_says_what_can_be_resolved(settings: Callable[..., Config]) -> Non
     line = pipeline.check(settings()).lines()[-1]
     assert line.startswith("power     a difference of 0.") and "in accuracy shows with 9 queries of 4 users" in line
     assert "methods differ on 25% of the queries" in line
+
+
+def test_users_int8_answers_with_the_rounded_adapters_and_leaves_the_run_as_it_was(judged: Path) -> None:
+    with Dataset.open(judged / "data.sqlite") as dataset:
+        users = [user.id for user in dataset.users("target")]
+    exact = load(judged, "users")
+    assert exact.users is not None
+    try:
+        theirs = exact.score(["red small is"] * len(users), users, LABELS)
+        with in_int8(judged, users) as coded:
+            assert coded.users is not None and coded.users.folder != exact.users.folder
+            for user in users:
+                held, rounded = exact.users.get(user), coded.users.get(user)
+                assert held is not None and rounded is not None and held.adapter is not None
+                expected = decode(encode(held.adapter, "int8"))
+                assert rounded.adapter is not None and rounded.adapter.keys() == expected.keys()
+                assert all(torch.equal(rounded.adapter[name], expected[name]) for name in expected)
+            ours = coded.score(["red small is"] * len(users), users, LABELS)
+    finally:
+        exact.close()
+    assert not torch.equal(ours, theirs) and torch.allclose(ours, theirs, atol=0.05)
+    cost = {row["method"]: row for row in read(judged / "results.json")["cost"]}
+    assert cost["users-int8"]["parameters_per_user"] == cost["users"]["parameters_per_user"]
+    assert cost["users-int8"]["bytes_per_user"] < cost["users"]["bytes_per_user"]

@@ -23,11 +23,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from proper.benchmarks.machine import machine
 from proper.benchmarks.people import BACKBONE, backbone, people, share_lora
 from proper.benchmarks.timing import Side, interleaved
 from proper.config import GroupsConfig
 from proper.data.batching import Batch, Encoder, collate
 from proper.layers.mixture import Experts
+from proper.layers.products import tokens_last
 from proper.models.backbone import pick_device
 from proper.models.personal import ProperModel, answer_logits, answer_loss
 from proper.training.groups import GroupsStage
@@ -53,7 +55,11 @@ class LoopedExperts(Experts):
     """The experts as the method's equation has them: sum_i w_i B_i A_i x."""
 
     def forward(
-        self, x: Float[Tensor, "B T I"], gates: Float[Tensor, "B T E"], onto: Float[Tensor, "B T O"] | None = None
+        self,
+        x: Float[Tensor, "B T I"],
+        gates: Float[Tensor, "B T E"],
+        onto: Float[Tensor, "B T O"] | None = None,
+        middle: Float[Tensor, "ER B T"] | None = None,
     ) -> Float[Tensor, "B T O"]:
         """Return the gated sum of the experts' outputs, added to `onto` where that is given."""
         weights = (gates * self.scale).to(x.dtype)
@@ -65,6 +71,10 @@ class LoopedExperts(Experts):
             total = mixed if total is None else total + mixed
         assert total is not None
         return total
+
+    def products(self, x: Float[Tensor, "B T I"], token: Float[Tensor, "E I"]) -> tuple[None, Float[Tensor, "E B T"]]:
+        """Return the router's product alone: the experts' come one after another."""
+        return None, tokens_last(token, x)
 
 
 def run(size: Size, device: str, say: Callable[[str], None]) -> dict[str, Any]:
@@ -89,12 +99,13 @@ def run(size: Size, device: str, say: Callable[[str], None]) -> dict[str, Any]:
         "bare": _plain(1, 1, batches, place),
     }
     say(f"groups: {size.repeats} repeats of {size.steps} steps of {size.rows} rows, {len(sides)} sides")
-    seconds = interleaved({name: Side(work) for name, work in sides.items()}, size.repeats)
+    seconds = interleaved({name: Side(work) for name, work in sides.items()}, size.repeats, say)
     step = {name: statistics.median(times) / size.steps for name, times in seconds.items()}
     return {
         "setting": {
             "backbone": BACKBONE,
-            "device": f"{place.type}, {torch.get_num_threads()} threads",
+            "device": place.type,
+            "machine": machine(place),
             "dtype": "bf16",
             "compile": False,
             "rows": size.rows,

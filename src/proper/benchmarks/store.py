@@ -5,7 +5,6 @@ Knows where the figures come from, not how they are taken.
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 import xxhash
 
 from proper.adapters.store import FILE_BYTES, KEEP, SHARD_BYTES
+from proper.benchmarks.machine import machine
 from proper.benchmarks.store_load import LAYERS, RANK, load_figures
 from proper.benchmarks.store_many import PAYLOAD, many_figures
 
@@ -38,7 +38,7 @@ def run(
         say(f"store: {users} users of {PAYLOAD} bytes")
         figures |= many_figures(Path(name) / "many", users)
     setting = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": machine(),
         "torch": torch.__version__,
         "xxhash": xxhash.XXHASH_VERSION,
         "load": f"rank {RANK} on 7 projections of {LAYERS} layers, bf16, warm, into a bf16 slot, xxh3 checked",

@@ -17,6 +17,10 @@ def _nothing(at: int) -> None:
     """Most sides have nothing to prepare."""
 
 
+def _silent(line: str) -> None:
+    """Whoever times in microseconds wants no lines between."""
+
+
 @dataclass(frozen=True)
 class Side:
     """One way to do it.
@@ -32,23 +36,32 @@ class Side:
     every: int = 1
 
 
-def interleaved(sides: Mapping[str, Side], repeats: int) -> dict[str, list[float]]:
+def interleaved(
+    sides: Mapping[str, Side], repeats: int, say: Callable[[str], object] = _silent
+) -> dict[str, list[float]]:
     """Return seconds per call of each side.
 
     Every repeat gives each side its turn. The first repeat, and each that follows the turn of a rare side, is not
     counted: the caches are somebody else's then.
+
+    Args:
+        sides: what is compared, by name.
+        repeats: how many turns of each side are counted.
+        say: hears every repeat's seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     at, counted, cold = 0, 0, True
     while counted < repeats:
-        rare = False
+        rare, told = False, []
         for name, side in sides.items():
             if (side.every == 1) if cold else (counted % side.every == side.every - 1):
                 side.prepare(at)
                 taken = seconds_of(partial(side.work, at))
                 seconds[name] += [] if cold else [taken]
+                told.append(f"{name} {taken:.3g} s")
                 rare = rare or side.every > 1
         counted += not cold
+        say(f"{'warm-up' if cold else f'repeat {counted} of {repeats}'}: {', '.join(told)}")
         at, cold = at + 1, rare
     return seconds
 

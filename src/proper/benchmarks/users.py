@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proper.benchmarks.machine import machine
 from proper.benchmarks.oppu import train_one_by_one
 from proper.benchmarks.people import BACKBONE, DTYPE, backbone, make_jobs, people, personal_model, share_lora
 from proper.benchmarks.timing import Side, interleaved
@@ -101,7 +102,7 @@ def run(size: Size, device: str, say: Callable[[str], None]) -> dict[str, Any]:
     _reset_peak(place)
     plain.fit(plain.jobs, plain.slots)
     peak = _peak(place)
-    seconds = interleaved({name: Side(work) for name, work in sides.items()}, size.repeats)
+    seconds = interleaved({name: Side(work) for name, work in sides.items()}, size.repeats, say)
     users = {name: size.alone if name.startswith(("oppu", "one_slot")) else size.users for name in sides}
     hourly = {name: 3600 * users[name] / statistics.median(times) for name, times in seconds.items()}
     return {
@@ -198,10 +199,10 @@ class _Bench:
 
 def _setting(size: Size, bench: _Bench, device: torch.device) -> dict[str, Any]:
     tokens = [len(row.ids) for job in bench.jobs for row in job.items]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     return {
         "backbone": BACKBONE,
-        "device": f"{device.type}, {name}",
+        "device": device.type,
+        "machine": machine(device),
         "dtype": "bf16",
         "compile": False,
         "users": size.users,

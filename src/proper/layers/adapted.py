@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from proper.layers.bank import AdapterBank
 from proper.layers.mixture import Experts
-from proper.layers.routers import LoraAwareRouter, UserAwareRouter, at_least_fp32
+from proper.layers.routers import LoraAwareRouter, UserAwareRouter, at_least_fp32, gates_of
 from proper.layers.routing import Routing, Rows
 
 
@@ -70,14 +70,16 @@ class AdaptedLinear(nn.Module):
             return y
         if rows.embedding is None:
             raise RuntimeError("a mixture needs the user embedding of every row")
-        scores = self.router.scores(x, rows.embedding)
+        inside, by_token = self.experts.products(x, self.router.token)
+        scores = self.router.scores_of(by_token, rows.embedding)
         if rows.mode == "users" and middle is not None and self.lora_router is not None:
             scores = self._own_scores(scores, middle, rows)
-        gates = scores.softmax(-1)
+        gates = gates_of(scores)
         if rows.experts is not None:
             gates = gates.masked_fill(~rows.experts[:, None, None], 0)
         self.routing.record(self.name, gates)
-        mixed: Tensor = self.experts(x, gates * self.router.factor, onto=y)
+        weights = gates if self.router.factor == 1 else gates * self.router.factor
+        mixed: Tensor = self.experts(x, weights, onto=y, middle=inside)
         return mixed
 
     def _own_scores(self, scores: Tensor, middle: Float[Tensor, "B T R"], rows: Rows) -> Float[Tensor, "B T E"]:

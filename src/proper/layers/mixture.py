@@ -13,9 +13,9 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from proper.layers.dropout import dropout
+from proper.layers.products import tokens_last
 
 
 class Experts(nn.Module):
@@ -37,14 +37,39 @@ class Experts(nn.Module):
         nn.init.uniform_(self.down, -bound, bound)
 
     def forward(
-        self, x: Float[Tensor, "B T I"], gates: Float[Tensor, "B T E"], onto: Float[Tensor, "B T O"] | None = None
+        self,
+        x: Float[Tensor, "B T I"],
+        gates: Float[Tensor, "B T E"],
+        onto: Float[Tensor, "B T O"] | None = None,
+        middle: Float[Tensor, "ER B T"] | None = None,
     ) -> Float[Tensor, "B T O"]:
-        """Return the gated sum of the experts' outputs, added to `onto` (in one pass over it) where that is given."""
-        dropped = dropout(x, self.dropout) if self.training and self.dropout > 0 else x
-        middle = functional.linear(dropped, self.down.to(x.dtype))
-        weights = (gates * self.scale).to(x.dtype).repeat_interleave(self.rank, dim=-1)
+        """Return the gated sum of the experts' outputs, added to `onto` (in one pass over it) where that is given.
+
+        `middle` is what `products` returned for the same `x`.
+        """
+        if middle is None:
+            dropped = dropout(x, self.dropout) if self._drops else x
+            middle = tokens_last(self.down, dropped)
+        weights = (gates.permute(2, 0, 1) * self.scale).to(x.dtype).unsqueeze(1)
+        mixed = (middle.unflatten(0, (self.experts, self.rank)) * weights).flatten(2).flatten(0, 1)
         up = self.up.to(x.dtype)
         if onto is None:
-            return functional.linear(middle * weights, up)
-        flat = torch.addmm(onto.to(x.dtype).flatten(0, 1), (middle * weights).flatten(0, 1), up.t())
+            return torch.mm(mixed.t(), up.t()).view(*x.shape[:2], -1)
+        flat = torch.addmm(onto.to(x.dtype).flatten(0, 1), mixed.t(), up.t())
         return flat.view(onto.shape).to(onto.dtype)
+
+    def products(
+        self, x: Float[Tensor, "B T I"], token: Float[Tensor, "E I"]
+    ) -> tuple[Float[Tensor, "ER B T"] | None, Float[Tensor, "E B T"]]:
+        """Return the A_i x of all experts for `forward`, and a router's W_x x: one product where both see the same x.
+
+        With dropout, which is the experts' alone, the first is None.
+        """
+        if self._drops:
+            return None, tokens_last(token, x)
+        both = tokens_last(torch.cat((self.down, token)), x)
+        return both[: len(self.down)], both[len(self.down) :]
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.dropout > 0

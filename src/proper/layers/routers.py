@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from proper.layers.products import tokens_last
+
 RouterForm = Literal["default", "released"]
 
 
@@ -41,11 +43,20 @@ class UserAwareRouter(nn.Module):
 
     def scores(self, x: Float[Tensor, "B T I"], embedding: Float[Tensor, "B D"]) -> Float[Tensor, "B T E"]:
         """Return the scores whose softmax are the gates, fp32."""
-        by_token = at_least_fp32(functional.linear(x, self.token.to(x.dtype)))
-        by_user = functional.linear(embedding[:, self.span].to(self.user.dtype), self.user).unsqueeze(1)
+        return self.scores_of(tokens_last(self.token, x), embedding)
+
+    def scores_of(self, by_token: Float[Tensor, "E B T"], embedding: Float[Tensor, "B D"]) -> Float[Tensor, "B T E"]:
+        """Return the scores where W_x x is there already."""
+        by_user = functional.linear(self.user, embedding[:, self.span].to(self.user.dtype)).unsqueeze(2)
+        by_token = at_least_fp32(by_token)
         if self.form == "released":
-            return by_token.softmax(-1) + by_user.softmax(-1)
-        return by_token + by_user
+            return (by_token.softmax(0) + by_user.softmax(0)).permute(1, 2, 0)
+        return (by_token + by_user).permute(1, 2, 0)
+
+
+def gates_of(scores: Float[Tensor, "B T E"]) -> Float[Tensor, "B T E"]:
+    """Return the softmax over experts, which lie first in memory."""
+    return scores.permute(2, 0, 1).softmax(0).permute(1, 2, 0)
 
 
 class LoraAwareRouter(nn.Module):

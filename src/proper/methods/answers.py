@@ -17,6 +17,7 @@ from proper.errors import DataError
 from proper.evaluation.runner import MethodRun, predict
 from proper.inference.folded import STATIC_EXPORT, static_export
 from proper.inference.personalized import PersonalizedModel, Stage, load, load_groups
+from proper.inference.recoded import USERS_INT8, in_int8
 from proper.layers.bank import AdapterBank
 from proper.methods.method import Place
 from proper.models.backbone import load_backbone, pick_device, pick_dtype
@@ -55,6 +56,13 @@ def exported(place: Place) -> MethodRun:
     """Answer every user from the plain LoRA that `proper users export --format peft` would write."""
     with static_export(place.folder, place.dataset) as model:
         return predict(model, place.dataset, place.config.task, f"{STATIC_EXPORT}, {place.folder.name}")
+
+
+def in_eight_bits(place: Place) -> MethodRun:
+    """Answer every user with their adapter in the form that `users.storage: int8` keeps."""
+    users = [user.id for user in place.dataset.users("target")]
+    with in_int8(place.folder, users) as model:
+        return predict(model, place.dataset, place.config.task, f"{USERS_INT8}, {place.folder.name}")
 
 
 def directly(place: Place) -> MethodRun:

@@ -23,6 +23,7 @@ from proper.evaluation.runner import MethodRun, read_predictions, write_predicti
 from proper.files import hash_value, read_json, write_json
 from proper.inference.folded import folded_size
 from proper.inference.personalized import load
+from proper.inference.recoded import int8_bytes
 from proper.methods.method import Method, Place
 from proper.methods.variants import find_place, seconds_of
 
@@ -96,7 +97,7 @@ def cost_row(method: Method, place: Place, run: MethodRun) -> dict[str, Any]:
     """Return what one user costs, mean over target users."""
     numbers, size, users = _kept(method, place)
     own = [stage for stage in method.stages if stage != "population"][-1:]
-    seconds = seconds_of(place, own) / max(1, users) if method.keeps in ("embedding", "adapter", "export") else 0
+    seconds = seconds_of(place, own) / max(1, users) if method.keeps not in ("nothing", "history") else 0
     inherited = method.variant.inherits if method.variant is not None else ()
     return {
         "method": method.name,
@@ -130,6 +131,9 @@ def _kept(method: Method, place: Place) -> tuple[int, int, int]:
         adapted = [user for user, tier, _ in held if tier == "users"]
         record = store.get(adapted[0]) if adapted else None
         adapter = sum(t.numel() for t in (record.adapter or {}).values()) if record else 0
+        if method.keeps == "int8":
+            own_bytes = int8_bytes(record) if record else 0
+            held = [(user, tier, 4 * width + (own_bytes if tier == "users" else 0)) for user, tier, _ in held]
     finally:
         store.close()
     return (

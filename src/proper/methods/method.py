@@ -19,7 +19,7 @@ from proper.training.loop import Log
 Trained = Literal["population", "groups", "users"]
 """A stage's folder in a run folder."""
 
-PerUser = Literal["nothing", "history", "embedding", "adapter", "export"]
+PerUser = Literal["nothing", "history", "embedding", "adapter", "export", "int8"]
 """What must be kept for a user so that a method can answer them."""
 
 

@@ -18,8 +18,9 @@ from proper.data.retrieval import add_profiles, retrieve
 from proper.data.views import EVERYBODY
 from proper.errors import ConfigError
 from proper.inference.folded import STATIC_EXPORT
+from proper.inference.recoded import USERS_INT8
 from proper.methods import train
-from proper.methods.answers import as_another, as_itself, as_one, directly, exported, jointly
+from proper.methods.answers import as_another, as_itself, as_one, directly, exported, in_eight_bits, jointly
 from proper.methods.method import Derive, Method, Trained, Variant
 from proper.methods.poly import with_poly
 from proper.methods.trivial import global_majority, user_majority
@@ -76,6 +77,7 @@ def _ladder() -> list[Method]:
         Method("groups", as_itself("groups"), ALL[:2], keeps="embedding"),
         Method("users", as_itself("users"), ALL, keeps="adapter"),
         Method(STATIC_EXPORT, exported, ALL, keeps="export"),
+        Method(USERS_INT8, in_eight_bits, ALL, keeps="int8"),
     ]
 
 

@@ -20,6 +20,7 @@ METHODS = {
     "groups-no-constraint": "Groups, no constraint",
     "users-no-router": "Users, no LoRA-aware router",
     "static-export": "Static export",
+    "users-int8": "Users, adapters in 8 bits",
     "population-more": "Population, more training",
     "groups-shared-e": "Groups, one shared embedding",
     "swapped": "Swapped users (control)",
