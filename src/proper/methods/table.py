@@ -20,6 +20,7 @@ from proper.errors import ConfigError
 from proper.inference.folded import STATIC_EXPORT
 from proper.methods import train
 from proper.methods.answers import as_another, as_itself, as_one, directly, exported, jointly
+from proper.methods.changed import change, split_name
 from proper.methods.method import Derive, Method, Trained, Variant
 from proper.methods.trivial import global_majority, user_majority
 from proper.models.backbone import load_tokenizer
@@ -54,18 +55,21 @@ def all_methods(config: Config) -> dict[str, Method]:
 
 
 def known_methods(names: Sequence[str], config: Config) -> list[Method]:
-    """Return methods by their names.
+    """Return methods by their names, with the changes that stand in brackets behind them (`changed`).
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or a change is impossible.
     """
     known = all_methods(config)
-    for name in names:
+    found = []
+    for full in dict.fromkeys(names):
+        name, changes = split_name(full)
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
             raise ConfigError(f"evaluation.methods: no method '{name}'; {hint}")
-    return [known[name] for name in dict.fromkeys(names)]
+        found.append(change(known[name], changes, config) if changes else known[name])
+    return found
 
 
 def _ladder() -> list[Method]:
