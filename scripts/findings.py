@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -179,22 +178,10 @@ def do(job: Job) -> None:
 
 @contextmanager
 def _said_to(log: Path) -> Iterator[None]:
-    """Send everything written to stdout and stderr, by whomever, to the end of a file."""
+    """Send what is written to stdout and stderr to the end of a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
-    with log.open("ab") as file:
-        try:
-            for place in (1, 2):
-                os.dup2(file.fileno(), place)
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for place, before in zip((1, 2), kept, strict=True):
-                os.dup2(before, place)
-                os.close(before)
+    with log.open("a", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        yield
 
 
 def run(chosen: list[Job], by_name: Mapping[str, Job], max_minutes: float | None, *, keep: bool) -> int:

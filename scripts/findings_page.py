@@ -101,7 +101,7 @@ def _section(question: Question, found: Sequence[tuple[Source, Mapping[str, Any]
         lines += [f"**{question.answer(tests)}**", ""]
         for source, part in found:
             lines += [*_table(source, part, tests[source.name]), ""]
-            lines += [*_routing(part), *([""] if "routing" in part else [])]
+            lines += [*_routing(part), *([""] if "routing_of" in part else [])]
         lines += [f"![{question.title}](findings/q{question.number}.svg)", ""]
         said = [test for of_source in tests.values() for test in of_source if _is_key(question, test)]
         lines += [*(f"- {test.sentence()}" for test in said), ""]
@@ -202,13 +202,13 @@ def _higher(part: Mapping[str, Any]) -> bool:
 
 
 def _routing(part: Mapping[str, Any]) -> list[str]:
-    if "routing" not in part:
+    if "routing_of" not in part:
         return []
     lines = [
         "| routing, seed 0 | experts' shares | entropy | user-expert information | cosine between users |",
         "|---|---|---|---|---|",
     ]
-    for method, row in part["routing"].items():
+    for method, row in part["routing_of"].items():
         shares = ", ".join(plain(share, 2) for share in row["utilization"])
         numbers = [row["entropy"], row["user_expert_mutual_information"], row["constraint_cosine"]]
         lines.append(f"| {label(method)} | {shares} | " + " | ".join(plain(number) for number in numbers) + " |")
@@ -222,7 +222,9 @@ def _figure(question: Question, found: Sequence[tuple[Source, Mapping[str, Any]]
     panels = []
     for source, part in found:
         main = {against for _, against in source.pairs}
-        rows = [Row(label(r["method"]), r["value"], *r["ci95"], main=r["method"] in main) for r in _rows(part)]
+        # The bare backbone is far off, and would press all else together.
+        shown = [row for row in _rows(part) if row["method"] != "base"]
+        rows = [Row(label(r["method"]), r["value"], *r["ci95"], main=r["method"] in main) for r in shown]
         panels.append(Panel(f"{source.name}: {_axis(part)}", rows))
     return intervals(panels, question.title)
 

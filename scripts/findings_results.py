@@ -50,7 +50,7 @@ def collect(job: Job, config: Config) -> dict[str, Any]:
         if job.slice:
             found["slice"] = of_slice(job, predictions, info, results)
         if job.routing:
-            found["routing"] = {
+            found["routing_of"] = {
                 method.name: routing_of(method, job.folder, config, dataset)
                 for method in known_methods(job.methods, config)
                 if method.stages[-1:] == ("groups",)

@@ -176,3 +176,56 @@ def test_two_tasks_are_two_rows_an_article(scripts: None, tmp_path: Path) -> Non
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [(row["input"].splitlines()[-1], row["output"]) for row in rows] == [("Category:", "L"), ("Headline:", "H")]
     assert "L" not in rows[1]["input"].split() and {row["item_id"] for row in rows} == {"a"}
+
+
+def test_a_job_leaves_what_the_page_needs_and_is_then_done(
+    queue: ModuleType, backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    with rows.open("w", encoding="utf-8") as file:
+        for user in ("ann", "bob", "eve"):
+            for at in range(16):
+                asked, answer = (
+                    ("Colour", "red" if user == "ann" else "blue") if at % 2 else ("Name", f"{user} {at % 3}")
+                )
+                same = {"user_id": user, "timestamp": at // 2, "item_id": f"{user}{at // 2}"}
+                file.write(json.dumps({**same, "input": f"thing {at // 2}\n{asked}:", "output": answer}) + "\n")
+    settings = {
+        "data": {"path": str(rows)},
+        "task": {"max_new_tokens": 3},
+        "backbone": str(backbone_folder),
+        "compute": {"dtype": "fp32", "max_length": 64, "device": "cpu"},
+        "split": {"min_history": 3, "queries": 0.3},
+        "population": {"epochs": 1},
+        "groups": {"epochs": 1, "user_embedding": 16},
+        "evaluation": {"resamples": 100},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(settings), encoding="utf-8")
+    monkeypatch.setattr(queue, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(queue, "RESULTS", tmp_path / "results")
+    changed = "groups[groups.experts=2]"
+    job = queue.Job(
+        **{"name": "tried", "run": "tiny", "config": str(tmp_path / "config.yaml"), "source": str(rows), "made": None},
+        **{
+            "seeds": (0,),
+            "minutes": 1,
+            "methods": ("population", "groups", changed),
+            "stages": ("population", "groups"),
+        },
+        **{"questions": (3,), "against": ("population",), "slice": "bottom-100", "routing": True},
+        tasks=(("Colour", "classification"), ("Name", "generation")),
+    )
+    queue.do(job)
+    found = json.loads(job.result.read_text(encoding="utf-8"))
+    assert queue.state(job, {"tried": job}) == "done"
+    assert "trains groups" in (tmp_path / "runs" / "tried.log").read_text(encoding="utf-8")
+    assert {row["metric"] for row in found["metrics"]} == {"rouge1", "loss"}
+    pairs = [(row["method"], row["against"]) for row in found["comparisons"] if row["metric"] == "rouge1"]
+    assert sorted(pairs) == sorted([("groups", "population"), ("groups", changed), (changed, "population")])
+    assert list(found["routing_of"]) == ["groups", changed]
+    assert [found["routing_of"][name]["experts"] for name in found["routing_of"]] == [5, 2]
+    assert [row["method"] for row in found["slice"]["metrics"]] == list(job.methods)
+    queries = [found["tasks"][asked]["metrics"][0]["queries"] for asked in ("Colour", "Name")]
+    assert sum(queries) == found["task"]["queries"] and min(queries) > 0
+    assert found["tasks"]["Colour"]["metrics"][0]["metric"] == "accuracy"
+    assert str(tmp_path) not in json.dumps({**found, "run": {**found["run"], "backbone": ""}, "config": ""})

@@ -90,7 +90,8 @@ def _read(name: str, changes: list[tuple[str, str]], config: Config, variant: Va
         raw[section] = {**raw[section], **values}
     derive: Derive | None = None
     touched: list[Trained] = []
-    sections: list[Trained] = []
+    sections: list[str] = []
+    first: Trained
     for key, value in changes:
         stage = next((stage for stage in STAGES if key.startswith(f"{stage}.")), None)
         if key == "history":
