@@ -13,6 +13,7 @@ EXAMPLES = """\
   proper evaluate runs/notes
   proper evaluate runs/notes --methods base,population,groups,users
   proper evaluate runs/notes --methods users,swapped,shuffled,oppu,rag,user-majority
+  proper evaluate runs/notes --methods 'groups,groups[groups.experts=8],users[history=5]'
 """
 
 

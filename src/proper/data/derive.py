@@ -14,8 +14,11 @@ from pathlib import Path
 
 from proper.data.database import get_meta, salt, scramble, set_meta
 from proper.data.dataset import Dataset
-from proper.errors import ProperError
+from proper.errors import DataError, ProperError
 from proper.files import atomic_path, hash_value
+
+SHORTENED = "older than the history that is kept"
+ASKS_OTHERWISE = "asks for something else"
 
 SOURCES = "CREATE TABLE sources(row INTEGER NOT NULL, source INTEGER NOT NULL)"
 """In a derived file: which rows' texts a row's prompt also holds. The leak check reads it."""
@@ -83,6 +86,47 @@ def shuffle_users(source: Dataset, path: Path, seed: int) -> None:
                 SELECT c.text, c.tokens, c.digest, c.item_key, c.prompt_key
                 FROM places p JOIN contents c ON c.role = p.role AND c.number = p.number WHERE p.place = rows.id)
             WHERE part = 'history'""")
+
+
+def shorten_histories(source: Dataset, path: Path, keep: int) -> None:
+    """Leave every target user the newest `keep` rows of their history; other users and queries stay as they are."""
+    with _copy(source, path, f"shortened {keep}") as connection:
+        connection.execute(
+            """UPDATE rows SET part = 'unused', reason = ? WHERE id IN (
+                SELECT id FROM (
+                    SELECT r.id, row_number() OVER (PARTITION BY r.user ORDER BY r.id DESC) AS place
+                    FROM rows r JOIN users u ON u.number = r.user WHERE r.part = 'history' AND u.role = 'target')
+                WHERE place > ?)""",
+            (SHORTENED, keep),
+        )
+        _recount(connection)
+
+
+def keep_asking(source: Dataset, path: Path, asked: str) -> None:
+    """Leave everybody the history rows that ask for `asked`: the last line of their prompt, without its colon.
+
+    Raises:
+        DataError: no history row asks for that.
+    """
+    with _copy(source, path, f"asks for {asked}") as connection:
+        connection.create_function("asks", 1, _asked, deterministic=True)
+        connection.execute(
+            """UPDATE rows SET part = 'unused', reason = ? WHERE part = 'history'
+            AND (SELECT asks(t.prompt) FROM texts t WHERE t.id = rows.text) <> ?""",
+            (ASKS_OTHERWISE, asked),
+        )
+        _recount(connection)
+        if not connection.execute("SELECT sum(history) FROM users").fetchone()[0]:
+            raise DataError(f"rows={asked}: the last line of no history row's prompt is '{asked}:'")
+
+
+def _asked(prompt: str) -> str:
+    return prompt.rstrip().rsplit("\n", 1)[-1].rstrip(": ")
+
+
+def _recount(connection: sqlite3.Connection) -> None:
+    connection.execute("""
+        UPDATE users SET history = (SELECT count(*) FROM rows WHERE user = number AND part = 'history')""")
 
 
 def rewrite(source: Dataset, path: Path, name: str, rewritten: Iterable[Rewritten]) -> None:

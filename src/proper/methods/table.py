@@ -21,6 +21,7 @@ from proper.inference.folded import STATIC_EXPORT
 from proper.inference.recoded import USERS_INT8
 from proper.methods import train
 from proper.methods.answers import as_another, as_itself, as_one, directly, exported, in_eight_bits, jointly
+from proper.methods.changed import change, split_name
 from proper.methods.method import Derive, Method, Trained, Variant
 from proper.methods.poly import with_poly
 from proper.methods.trivial import global_majority, user_majority
@@ -56,18 +57,21 @@ def all_methods(config: Config) -> dict[str, Method]:
 
 
 def known_methods(names: Sequence[str], config: Config) -> list[Method]:
-    """Return methods by their names.
+    """Return methods by their names, with the changes that stand in brackets behind them (`changed`).
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or a change is impossible.
     """
     known = all_methods(config)
-    for name in names:
+    found = []
+    for full in dict.fromkeys(names):
+        name, changes = split_name(full)
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
             raise ConfigError(f"evaluation.methods: no method '{name}'; {hint}")
-    return [known[name] for name in dict.fromkeys(names)]
+        found.append(change(known[name], changes, config) if changes else known[name])
+    return found
 
 
 def _ladder() -> list[Method]:

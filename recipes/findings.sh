@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The questions of the paper on the real data sets: every job of recipes/findings.yaml, then docs/findings.md.
+# Jobs that are done by the same settings, data and code are skipped, and what was killed goes on where it stopped.
+# Run it from the root of the repository, with the data beside it as configs/ say.
+#
+#   recipes/findings.sh                          everything that remains
+#   recipes/findings.sh --only 10                one question
+#   recipes/findings.sh --max-minutes 60         no job is begun that would end after an hour
+#   recipes/findings.sh --list                   what is done, what remains, and for how long
+set -euo pipefail
+
+python scripts/findings.py run "$@" || failed=$?
+case " $* " in *" --list "*) ;; *) python scripts/findings.py page ;; esac
+exit "${failed:-0}"

@@ -1,0 +1,230 @@
+"""The ten questions: what is asked, which results answer, and which pairs count.
+
+Knows nothing about numbers: an answer is a rule from `findings_answers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from findings_answers import Tests, controls, each, grid, short, steps
+
+from proper.evaluation.comparisons import STEPS
+from proper.evaluation.controls import CONTROLS
+
+
+@dataclass(frozen=True)
+class Source:
+    """A committed result.
+
+    Attributes:
+        pairs: (method, against) of its table; the other way round is turned.
+        inside: keys that lead to the part of the file that counts.
+        items: how many items of a history were kept, for curves.
+    """
+
+    name: str
+    file: str
+    pairs: tuple[tuple[str, str], ...]
+    inside: tuple[str, ...] = ()
+    items: int = 0
+
+
+@dataclass(frozen=True)
+class Question:
+    """One section of the page. `key` are the pairs that are also said in words; all of them where it is empty."""
+
+    number: int
+    title: str
+    asked: str
+    sources: tuple[Source, ...]
+    answer: Callable[[Tests], str]
+    command: str
+    key: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    curve: bool = False
+
+
+RIVALS = (*STEPS, *CONTROLS, ("users", "user-majority"), ("users", "global-majority"))
+PROGRESSIVE = (("users", "end-to-end"),)
+CATEGORY, HEADLINE = (
+    f"users[rows={asked}][population.max_tokens=150000][groups.max_tokens=150000][users.max_items=12]"
+    for asked in ("Category", "Headline")
+)
+GROUPS_GRID = "groups[groups.{}={}]"
+
+
+def _grid(key: str, values: Sequence[object]) -> tuple[tuple[str, str], ...]:
+    return (*((GROUPS_GRID.format(key, value), "groups") for value in values), ("groups", "population"))
+
+
+def _short(items: int) -> Source:
+    others = ("groups", "oppu", "per-user-only", "rag", "user-majority")
+    pairs = [(f"users[history={items}]", f"{other}[history={items}]") for other in others]
+    pairs += [(f"groups[history={items}]", "population"), (f"users[history={items}]", "population")]
+    return Source(f"{items} item{'s' if items > 1 else ''}", f"findings/short-{items}.json", tuple(pairs), items=items)
+
+
+def _command(number: int) -> str:
+    return f"recipes/findings.sh --only {number}"
+
+
+QUESTIONS = (
+    Question(
+        1,
+        "Population, groups, users",
+        "Does each stage gain on the one before? The paper states +4.69 % and +5.02 % relative on LaMP with 7 B.",
+        (
+            Source("huffpost-label", "huffpost-label.json", STEPS),
+            Source("movielens-rating", "movielens-rating.json", STEPS),
+            Source("acl-title", "acl-title.json", STEPS),
+        ),
+        steps,
+        "for set in huffpost-label movielens-rating acl-title; do proper run configs/$set.yaml --out runs/$set; done",
+        STEPS,
+        (
+            "A gain here is over a stage 1 that saw one pass over a small budget. "
+            "Question 10 says how much of it is the users.",
+        ),
+    ),
+    Question(
+        2,
+        "Progressive against end to end",
+        "Are three stages better than experts and adapters trained together from the backbone, on the same rows?",
+        (
+            Source("huffpost-label", "findings/progressive-huffpost.json", PROGRESSIVE),
+            Source("movielens-rating", "findings/progressive-movielens.json", PROGRESSIVE),
+            Source("acl-title", "findings/progressive-acl.json", PROGRESSIVE),
+        ),
+        each(*PROGRESSIVE),
+        _command(2),
+    ),
+    Question(
+        3,
+        "How many experts",
+        "E in {1, 2, 5, 8}, stage 2 trained on one population each time; the paper finds 5 best of {2, 5, 8}.",
+        (Source("movielens", "findings/experts.json", _grid("experts", (1, 2, 8))),),
+        grid("E = 5"),
+        _command(3),
+    ),
+    Question(
+        4,
+        "How large an embedding",
+        "D in {32, 64, 128, 256}, stage 2 trained on one population each time.",
+        (Source("movielens", "findings/embedding.json", _grid("user_embedding", (32, 64, 256))),),
+        grid("D = 128"),
+        _command(4),
+    ),
+    Question(
+        5,
+        "The constraint",
+        "On users (the default), on experts, as released (it has no gradient), and none.",
+        (
+            Source(
+                "movielens",
+                "findings/constraint.json",
+                (
+                    ("groups-no-constraint", "groups"),
+                    ("constraint-experts", "groups"),
+                    ("groups[groups.constraint.kind=released]", "groups"),
+                    ("groups", "population"),
+                ),
+            ),
+        ),
+        grid("users"),
+        _command(5),
+    ),
+    Question(
+        6,
+        "Forms of the LoRA-aware router",
+        "Residual (the default), the paper's, and stage 3a alone.",
+        (
+            Source(
+                "movielens-rating",
+                "findings/routers-movielens.json",
+                (
+                    ("users", "users-paper"),
+                    ("users", "users-no-router"),
+                    ("users", "groups"),
+                    ("users-paper", "groups"),
+                    ("users-no-router", "groups"),
+                ),
+            ),
+        ),
+        each(("users", "users-paper"), ("users", "users-no-router")),
+        _command(6),
+    ),
+    Question(
+        7,
+        "Short histories",
+        "60 people with 1, 5 or 20 items kept, stage 1 without them; and the 100 shortest histories of everybody.",
+        (
+            *(_short(items) for items in (1, 5, 20)),
+            Source(
+                "bottom 100",
+                "findings/bottom-100.json",
+                tuple(
+                    ("users", other)
+                    for other in ("groups", "population", "oppu", "per-user-only", "rag", "user-majority")
+                ),
+                inside=("slice",),
+            ),
+        ),
+        short,
+        _command(7),
+        curve=True,
+    ),
+    Question(
+        8,
+        "Train on one task, test on another",
+        "Authors trained on sections alone write headlines, and the other way round.",
+        (
+            Source(
+                "headlines, HuffPost",
+                "findings/two-tasks.json",
+                ((CATEGORY, HEADLINE), (CATEGORY, "base")),
+                inside=("tasks", "Headline"),
+            ),
+            Source(
+                "sections, HuffPost",
+                "findings/two-tasks.json",
+                ((HEADLINE, CATEGORY), (HEADLINE, "base")),
+                inside=("tasks", "Category"),
+            ),
+        ),
+        each((CATEGORY, "base"), (CATEGORY, HEADLINE), (HEADLINE, "base"), (HEADLINE, CATEGORY)),
+        _command(8),
+        notes=(
+            "ACL titles to HuffPost headlines is not built: no user is in both, so only the experts could carry over.",
+        ),
+    ),
+    Question(
+        9,
+        "Two tasks trained together",
+        "One run on sections and headlines of the same authors, groups shared, against a run a task of half the size.",
+        (
+            Source(
+                "sections, HuffPost", "findings/two-tasks.json", (("users", CATEGORY),), inside=("tasks", "Category")
+            ),
+            Source(
+                "headlines, HuffPost", "findings/two-tasks.json", (("users", HEADLINE),), inside=("tasks", "Headline")
+            ),
+        ),
+        each(("users", CATEGORY), ("users", HEADLINE)),
+        _command(9),
+    ),
+    Question(
+        10,
+        "Controls",
+        "Is a gain knowledge of the user, or more training? Against one LoRA on stage 2's rows, one embedding for all, "
+        "another user's embedding and adapter, and ids shuffled.",
+        (
+            Source("huffpost-label", "findings/controls-huffpost.json", RIVALS),
+            Source("movielens-rating", "findings/controls-movielens.json", RIVALS),
+        ),
+        controls,
+        _command(10),
+        (*CONTROLS, *RIVALS[-2:]),
+    ),
+)

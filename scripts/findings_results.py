@@ -1,0 +1,165 @@
+"""From a job's run folder to what is committed of it: the main metric and the loss, tests, cost and routing.
+
+Knows where a run's files lie; nothing about the queue.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as parquet
+
+from proper.config import Config
+from proper.data.dataset import Dataset
+from proper.evaluation.comparisons import Scores, comparison_rows
+from proper.evaluation.metrics import Prediction, TaskInfo, primary_metric
+from proper.evaluation.power import expected_power
+from proper.evaluation.results import Predictions, build_results, plain, require_same_queries, score_all
+from proper.evaluation.routing import analyze_routing
+from proper.evaluation.runner import mean_gates, read_predictions
+from proper.evaluation.slices import history_slices
+from proper.files import read_json, write_text
+from proper.inference.personalized import load
+from proper.methods.method import Method, Place
+from proper.methods.table import known_methods
+from proper.methods.variants import find_place
+from proper.pipeline import seed_folder
+
+if TYPE_CHECKING:
+    from findings import Job
+
+RESAMPLES, DRAWS = 2000, 10_000
+KEPT = ("run", "task", "personalization")
+
+
+def collect(job: Job, config: Config) -> dict[str, Any]:
+    """Return what is committed of a job that has just been evaluated."""
+    results = read_json(job.folder / "results.json")
+    predictions = _predictions(job.folder, config, job.methods)
+    task = results["task"]
+    labels = _labels(task["kind"], predictions)
+    info = TaskInfo(task["name"], task["kind"], labels)
+    with closing(Dataset.open(job.folder / "data.sqlite")) as dataset:
+        power = expected_power(dataset, config.task.kind)
+        found: dict[str, Any] = {"expected_to_show": None if power is None else power.smallest, **small(results)}
+        found["comparisons"] += _against(job, score_all(predictions, info), info, found["comparisons"])
+        if job.slice:
+            found["slice"] = of_slice(job, predictions, info, results)
+        if job.routing:
+            found["routing_of"] = {
+                method.name: routing_of(method, job.folder, config, dataset)
+                for method in known_methods(job.methods, config)
+                if method.stages[-1:] == ("groups",)
+            }
+        if job.tasks:
+            found["tasks"] = {
+                asked: small(of_task(job, predictions, asked, kind, results["run"])) for asked, kind in job.tasks
+            }
+    return dict(plain(found))
+
+
+def small(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return results without what the page does not need: other metrics than the main one and the loss."""
+    wanted = {row["metric"] for row in results["metrics"] if row["primary"]} | {"loss"}
+    parts = {name: results[name] for name in KEPT if name in results}
+    for name in ("metrics", "comparisons"):
+        parts[name] = [row for row in results[name] if row["metric"] in wanted]
+    return {**parts, "cost": results["cost"]}
+
+
+def routing_of(method: Method, home: Path, config: Config, dataset: Dataset) -> dict[str, Any]:
+    """Return the routing figures of a method that ends with groups, of the first seed."""
+    opened: dict[Path, Dataset] = {}
+    run = Place(config, dataset, home, config.evaluation.seeds[0])
+    place = find_place(method, run, home, opened)
+    users = list(dataset.users("target"))
+    ids = [user.id for user in users]
+    model = load(place.folder, "groups")
+    try:
+        assert model.cache is not None
+        embeddings = model.cache.embeddings(ids)
+        gates = mean_gates(model, place.dataset, ids)
+    finally:
+        model.close()
+        for each in opened.values():
+            each.close()
+    return analyze_routing(gates.numpy(), ids, embeddings.numpy(), {user.id: user.history for user in users})[0]
+
+
+def of_slice(job: Job, predictions: Predictions, task: TaskInfo, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the main metric and the job's comparisons on the users of one slice alone."""
+    histories = require_same_queries(predictions)
+    users = set(history_slices(histories)[job.slice])
+    scores = {key: one.only(users) for key, one in score_all(predictions, task).items()}
+    rows = [row for row in results["slices"] if row["slice"] == job.slice and row["metric"] == primary_metric(task)]
+    return {"name": job.slice, "metrics": rows, "comparisons": _against(job, scores, task, ())}
+
+
+def of_task(job: Job, predictions: Predictions, asked: str, kind: str, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the results on the queries that ask for `asked` in the last line of their prompt."""
+    part = {
+        seed: {method: [row for row in rows if _asks(row, asked)] for method, rows in by_method.items()}
+        for seed, by_method in predictions.items()
+    }
+    task = TaskInfo(asked.lower(), kind, _labels(kind, part))  # type: ignore[arg-type]
+    results = build_results(predictions=part, task=task, run=run, seconds={})
+    return {
+        **results,
+        "comparisons": [*results["comparisons"], *_against(job, score_all(part, task), task, results["comparisons"])],
+    }
+
+
+def _against(job: Job, scores: Scores, task: TaskInfo, there: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Compare every method with each of the job's `against`, on the main metric, where that was not done yet."""
+    done = {(row["method"], row["against"]) for row in there}
+    done |= {(against, method) for method, against in done}
+    pairs = [(method, other) for other in job.against for method in job.methods if method != other]
+    main = {key: one for key, one in scores.items() if key[1] == primary_metric(task)}
+    return comparison_rows(main, [pair for pair in pairs if pair not in done], task, RESAMPLES, DRAWS, seed=0)
+
+
+def _predictions(home: Path, config: Config, methods: Sequence[str]) -> Predictions:
+    found = {}
+    for seed in config.evaluation.seeds:
+        folder = seed_folder(home, config, seed) / "predictions"
+        found[seed] = {method: read_predictions(folder / f"{method}.jsonl") for method in methods}
+    return found
+
+
+def _labels(kind: str, predictions: Predictions) -> tuple[str, ...]:
+    """Return the labels that occur as true answers: the scale's ends, for a rating."""
+    rows = next(iter(next(iter(predictions.values())).values()))
+    return () if kind == "generation" else tuple(sorted({row.target for row in rows}))
+
+
+def _asks(row: Prediction, asked: str) -> bool:
+    return row.prompt.rstrip().rsplit("\n", 1)[-1].rstrip(": ") == asked
+
+
+def make_data(made: str, source: Path, folder: Path) -> Path:
+    """Write a data file that is made of another one, where it is not there; returns its path.
+
+    Raises:
+        ValueError: nothing of that name is made.
+    """
+    if made != "two-tasks":
+        raise ValueError(f"no data is made by the name '{made}'")
+    path = folder / "huffpost-two-tasks.jsonl"
+    if not path.exists():
+        rows = parquet.read_table(source).to_pylist()
+        write_text(
+            path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for both in map(_both, rows) for row in both)
+        )
+    return path
+
+
+def _both(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return an article as two rows: its section asked for, and its headline."""
+    same = {key: row[key] for key in ("user_id", "timestamp", "item_id")}
+    section = f"Headline: {row['headline']}\nDescription: {row['description']}\nCategory:"
+    headline = f"Description: {row['description']}\nHeadline:"
+    return [{**same, "input": section, "output": row["label"]}, {**same, "input": headline, "output": row["headline"]}]
