@@ -93,7 +93,8 @@ class Column {
 
   #token(text, gates) {
     if (!gates.length) {
-      this.answer.append(text);
+      // Where there are tokens, it is the end of the last one that was held back.
+      (this.answer.querySelector(".token:last-child") ?? this.answer).append(text);
       return;
     }
     this.#listed(true);
