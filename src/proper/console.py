@@ -12,12 +12,19 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 _SECONDS_BETWEEN_LINES = 5.0
 
 Advance = Callable[..., None]
 """`advance(n=1, note="")`: n more units are done; a note (a loss, say) stands beside the count until the next one."""
+
+
+class Bar(Protocol):
+    """Shows how far a piece of work is; `progress` does, `no_bar` does not."""
+
+    def __call__(self, title: str, total: int | None, /) -> AbstractContextManager[Advance]: ...  # noqa: D102
 
 
 def say(message: str) -> None:
@@ -36,6 +43,12 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
     shown = _bar(title, total) if sys.stderr.isatty() else _lines(title, total)
     with shown as advance:
         yield advance
+
+
+@contextmanager
+def no_bar(title: str, total: int | None) -> Iterator[Advance]:
+    """Show nothing, for work that is shown as a part of something larger."""
+    yield lambda n=1, note="": None
 
 
 def quiet_libraries() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,25 @@ def test_out_of_a_run_and_into_a_copy(run: Path, tmp_path: Path, capsys: Output)
     assert capsys.readouterr() == ("bo\tgroups\n", "")
     said = fails(capsys, "users", "import", copy, out)
     assert said == f"{copy}: has a user {ODD!r} already; --force replaces them, --user names another"
+
+
+def test_an_export_has_all_texts_that_the_run_has_of_the_user(run: Path, tmp_path: Path, capsys: Output) -> None:
+    from proper.people.log import Entry, InteractionLog
+
+    copy, user, out = Path(shutil.copytree(run, tmp_path / "copy")), known(run), tmp_path / "out"
+    log = InteractionLog(copy / "users")
+    log.append("", user, [Entry("since then", "ü", 3.0, "7")])
+    log.close()
+    assert main(["users", "export", str(copy), "--user", user, "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in (out / "interactions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["source"] for row in rows[:-1]} == {"run"} and {row["part"] for row in rows[:-1]} == {
+        "history",
+        "query",
+    }
+    last = rows[-1]
+    assert (last["source"], last["id"], last["prompt"], last["target"]) == ("log", "7", "since then", "ü")
+    assert main(["users", "import", str(copy), str(out), "--user", "again"]) == 0
+    capsys.readouterr()
 
 
 def test_an_adapter_and_its_backbone_for_other_servers(run: Path, tmp_path: Path, capsys: Output) -> None:

@@ -111,7 +111,7 @@ def test_stages_2_and_3_train_on_top_and_everybody_gets_an_answer(run: Path) -> 
     layer = next(iter(model.model.layers.values()))
     assert isinstance(layer.base, LoraLayer) and _is_int8(layer.base.get_base_layer())
     assert all(parameter.abs().max() > 0 for parameter in model.model.group_parameters().values())
-    users = [user for user, _ in model.users.users()][:3]
+    users = [user for user, _ in model.store.users()][:3]
     who = [*users, None]
     prompts = ["Tag this note: the roof leaks again.", "Tag this note: soup.", "Tag: a long walk home.", "Tag this."]
     together = model.generate(prompts, who, max_new_tokens=6)

@@ -277,19 +277,19 @@ def test_nobody_starves_behind_users_who_are_in(shared: PersonalizedModel) -> No
 
 
 def test_an_update_is_for_those_who_come_after_it(copied: PersonalizedModel, alone: Alone) -> None:
-    assert copied.users is not None
+    assert copied.store is not None
     engine = Engine(copied, Limits(rows=4, slots=4))
     before, _ = ask(engine, 2, "u0", 8)
     while not before.tokens:
         engine.step()
-    other = copied.users.get("u1")
+    other = copied.store.get("u1")
     assert other is not None
-    copied.users.put([replace(other, user="u0")])
+    copied.store.put([replace(other, user="u0")])
     after, _ = ask(engine, 2, "u0", 8)
     finish(engine)
     assert text(engine, before) == alone(2, "u0", 8) and before.started.version == 1
     assert text(engine, after) == alone(2, "u1", 8) and after.started.version == 2
-    copied.users.rollback("u0")
+    copied.store.rollback("u0")
     back, _ = ask(engine, 2, "u0", 8)
     finish(engine)
     assert text(engine, back) == alone(2, "u0", 8) and back.started.version == 3
@@ -298,7 +298,7 @@ def test_an_update_is_for_those_who_come_after_it(copied: PersonalizedModel, alo
 
 def test_a_version_that_goes_while_its_request_waits(copied: PersonalizedModel, alone: Alone) -> None:
     """Between acceptance and load the user is updated beyond what the store keeps, or deleted."""
-    assert copied.users is not None
+    assert copied.store is not None
     engine = Engine(copied, Limits(rows=1, slots=1))
     busy, _ = ask(engine, 0, "u7", 8)
     while not busy.events:
@@ -306,11 +306,11 @@ def test_a_version_that_goes_while_its_request_waits(copied: PersonalizedModel, 
     updated, _ = ask(engine, 2, "u0")
     deleted, _ = ask(engine, 2, "u2")
     engine.step()
-    other = copied.users.get("u1")
+    other = copied.store.get("u1")
     assert other is not None
     for _ in range(4):
-        copied.users.put([replace(other, user="u0")])
-    copied.users.delete("u2")
+        copied.store.put([replace(other, user="u0")])
+    copied.store.delete("u2")
     finish(engine)
     assert text(engine, updated) == alone(2, "u1", 6) and updated.started.version == 5
     assert text(engine, deleted) == alone(2, None, 6) and deleted.started.tier == "none"
@@ -318,11 +318,11 @@ def test_a_version_that_goes_while_its_request_waits(copied: PersonalizedModel, 
 
 
 def test_a_damaged_adapter_falls_back_and_says_so(copied: PersonalizedModel, alone: Alone) -> None:
-    assert copied.users is not None
-    record = copied.users.get("u3")
+    assert copied.store is not None
+    record = copied.store.get("u3")
     assert record is not None
-    copied.users.put([UserRecord("plain", "groups", record.embedding)])
-    for blob in (copied.users.folder / "blobs").iterdir():
+    copied.store.put([UserRecord("plain", "groups", record.embedding)])
+    for blob in (copied.store.folder / "blobs").iterdir():
         data = bytearray(blob.read_bytes())
         data[:] = bytes(len(data))
         blob.write_bytes(data)
@@ -336,10 +336,10 @@ def test_a_damaged_adapter_falls_back_and_says_so(copied: PersonalizedModel, alo
 
 
 def test_other_tenants_users_are_others(copied: PersonalizedModel, alone: Alone) -> None:
-    assert copied.users is not None
-    other = copied.users.get("u1")
+    assert copied.store is not None
+    other = copied.store.get("u1")
     assert other is not None
-    theirs = AdapterStore(copied.users.folder, "theirs")
+    theirs = AdapterStore(copied.store.folder, "theirs")
     theirs.put([replace(other, user="u0")])
     theirs.close()
     engine = Engine(copied)

@@ -106,8 +106,8 @@ def test_scores_are_those_of_the_tier(run: Path, model: PersonalizedModel) -> No
         ids = [model.encoder.prompt(PROMPTS[at], room=room)]
         rows = Rows("groups", embedding=model.cache.mean.unsqueeze(0))
         if user in ("own", "group"):
-            assert model.users is not None
-            record = model.users.get(user)
+            assert model.store is not None
+            record = model.store.get(user)
             assert record is not None
             rows = Rows("groups", embedding=record.embedding.unsqueeze(0))
             if record.adapter is not None:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import yaml
 
+from proper.cli.serve import watching
 from proper.inference import PersonalizedModel, load
 from proper.inference.engine import Engine
 from proper.inference.guests import Limits
@@ -22,6 +23,7 @@ from proper.serving.app import ServeSettings, create_app
 from proper.serving.keys import FILE, Keys
 from proper.serving.limits import ServeLimits
 from proper.serving.server import free_port, make_server
+from proper.serving.worker import Worker
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Running:
     engine: Engine
     keys: Keys
     log: list[str] = field(default_factory=list)
+    worker: Worker | None = None
 
     def client(self, key: str | None = None) -> httpx.Client:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -74,12 +77,18 @@ def serve() -> Iterator[Serve]:
     stops: list[Callable[[], None]] = []
 
     def start(
-        folder: Path, limits: ServeLimits | None = None, rows: int = 8, slots: int = 4, log_users: bool = False
+        folder: Path,
+        limits: ServeLimits | None = None,
+        rows: int = 8,
+        slots: int = 4,
+        log_users: bool = False,
+        fits: bool = False,
     ) -> Running:
         model, keys, log = load(folder), Keys(folder / FILE), []
+        worker = Worker(watching(folder), log.append, pause=0.1) if fits else None
         engine = Engine(model, Limits(rows, slots))
         settings = ServeSettings("tiny", limits=limits or ServeLimits(), log_users=log_users)
-        server = make_server(create_app(Runner(engine), keys, settings, log.append), 10)
+        server = make_server(create_app(Runner(engine), keys, settings, log.append, worker), 10)
         bound = free_port("127.0.0.1", 0)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
@@ -94,7 +103,7 @@ def serve() -> Iterator[Serve]:
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        return Running(f"http://127.0.0.1:{bound.getsockname()[1]}", folder, engine, keys, log)
+        return Running(f"http://127.0.0.1:{bound.getsockname()[1]}", folder, engine, keys, log, worker)
 
     yield start
     for stop in stops:

@@ -144,13 +144,18 @@ class AdapterStore:
         finally:
             os.close(file)
 
-    def get(self, user: str, version: int | None = None) -> UserRecord | None:
+    def get(self, user: str, version: int | None = None, *, coded: bool = False) -> UserRecord | None:
         """Return a user's record, or None for a user (or version) the store does not know.
+
+        Args:
+            user: whose.
+            version: which; None takes the current one.
+            coded: return the adapter as it is stored, for another store, and not as it computes.
 
         Raises:
             StoreError: the adapter is missing or damaged; names user and file.
         """
-        return self.read(user, lambda row: self.record(user, row), version)
+        return self.read(user, lambda row: self.record(user, row, coded), version)
 
     def read(self, user: str, take: Callable[[Row], T], version: int | None = None) -> T | None:
         """Return what `take` makes of a user's row, or None for a user (or version) the store does not know.
@@ -232,6 +237,11 @@ class AdapterStore:
             size = row.length + len(row.embedding)
             yield user_of(row.user), cast(Tier, row.tier), json.loads(row.facts), size
 
+    def heads(self) -> Iterator[tuple[str, Head, dict[str, Any]]]:
+        """Yield user, head and facts of every current record without reading adapters."""
+        for row in self.manifest.heads(self.tenant):
+            yield user_of(row.user), self.head_of(row), json.loads(row.facts)
+
     def delete(self, user: str) -> bool:
         """Remove all of a user; return whether there was anything. Their bytes are wiped before this returns."""
         return self.delete_many([user]) == 1
@@ -249,8 +259,8 @@ class AdapterStore:
             self.manifest.shrink_log()
         return found
 
-    def record(self, user: str, row: Row) -> UserRecord:
-        """Return the record that a row of the manifest stands for.
+    def record(self, user: str, row: Row, coded: bool = False) -> UserRecord:
+        """Return the record that a row of the manifest stands for; `coded` as in `get`.
 
         Raises:
             BlobError: the adapter is not there as it was written; `read` says what to do then.
@@ -259,7 +269,8 @@ class AdapterStore:
         if row.place is not None:
             data = torch.empty(row.length, dtype=torch.uint8)
             fill(self.blobs, row.place, row.xxh3, data.numpy().data)
-            adapter = decode(unpack(self.spec(row), data))
+            stored = unpack(self.spec(row), data)
+            adapter = stored if coded else decode(stored)
         return UserRecord(user, cast(Tier, row.tier), _vector(row.embedding), adapter, json.loads(row.facts))
 
     def spec(self, row: Row) -> Spec:

@@ -27,6 +27,7 @@ from proper.cli import (
     run,
     serve,
     users,
+    users_enrol,
     users_exchange,
 )
 from proper.console import quiet_libraries, say
@@ -43,7 +44,7 @@ for command in (demo, check, run, evaluate, report, generate, serve, export_back
     )
 
 # Imported for the commands that it puts into its group.
-assert users_exchange
+assert users_enrol and users_exchange
 for group in (users, keys, data, bench):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 

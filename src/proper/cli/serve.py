@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +17,13 @@ EXAMPLES = """\
   proper serve runs/demo
   proper serve runs/demo --port 9000 --rows 16
   proper serve runs/demo --host 0.0.0.0 --rate 600
+  proper serve runs/demo --no-worker
 """
+
+
+def watching(folder: Path) -> list[str]:
+    """Return the command of the process that fits people while this one serves."""
+    return [sys.executable, "-m", "proper", "users", "update", str(folder), "--watch", "--parent", str(os.getpid())]
 
 
 def command(
@@ -36,12 +45,16 @@ def command(
         30
     ),
     log_users: Annotated[bool, typer.Option("--log-users", help="Write paths, and so user ids, to the log.")] = False,
+    no_worker: Annotated[
+        bool, typer.Option("--no-worker", help="Fit nobody; what is learned waits in the queue.")
+    ] = False,
 ) -> None:
     """Answer everybody over HTTP, as OpenAI's API does.
 
     The `user` of a request is the person it is answered for. POST /v1/chat/completions and /v1/completions, GET
-    /v1/models, /v1/users, /healthz, /readyz, /metrics and /openapi.json. SIGTERM or Ctrl-C lets running requests
-    finish. Without keys only this machine may ask.
+    /v1/models, /v1/users, /healthz, /readyz, /metrics and /openapi.json. New people and what they say since are fitted
+    by a process of its own, which holds the backbone a second time. SIGTERM or Ctrl-C lets running requests finish.
+    Without keys only this machine may ask.
     """
     existing_run(folder)
     from proper.serving.gate import is_loopback
@@ -56,13 +69,15 @@ def command(
     from proper.inference.runner import Runner
     from proper.serving.app import ServeSettings, create_app
     from proper.serving.limits import ServeLimits
+    from proper.serving.worker import Worker
 
     with free_port(host, port) as socket:
         model = load(folder)
         runner = Runner(Engine(model, Limits(rows, slots)))
         limits = ServeLimits(open_requests=max_open, per_minute=rate)
         settings = ServeSettings(folder.resolve().name, proper.__version__, is_loopback(host), limits, log_users)
-        server = make_server(create_app(runner, keys, settings, say), drain)
+        fits = None if no_worker or model.store is None else Worker(watching(folder), say)
+        server = make_server(create_app(runner, keys, settings, say, fits), drain)
         address, number = socket.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         say(f"proper: serving {folder} as {settings.model!r} on http://{shown}:{number} (Ctrl-C drains and stops)")

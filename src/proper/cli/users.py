@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,10 +118,16 @@ def rollback(
 def delete(folder: RunFolder, user: ManyUsers) -> None:
     """Delete users and wipe their bytes.
 
-    All versions of them; nothing of it can be read from the store's files afterwards.
+    All versions, all interactions, their rows in the run's data and in its predictions; nothing of it can be read
+    from the run's files afterwards, but for what all users share (groups, router). The report is removed if it shows
+    them. The file that the run was trained on is yours and stays as it is.
     """
-    with opened(folder) as store:
-        deleted = store.delete_many([known(store, each) for each in dict.fromkeys(user)])
+    from proper.people.log import InteractionLog
+    from proper.people.removal import remove
+
+    with opened(folder) as store, closing(InteractionLog(store.folder)) as log:
+        wanted = [each if log.knows(store.tenant, each) else known(store, each) for each in dict.fromkeys(user)]
+        deleted = sum(remove(store, log, each) for each in wanted)
         typer.echo(f"{deleted} deleted")
 
 

@@ -1,11 +1,11 @@
-"""A data set seen otherwise: what training needs of it, and two views that controls and faulty recipes train on.
+"""A data set seen otherwise: what training needs of it, views that controls and faulty recipes train on, one history.
 
 Knows nothing about models or methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -86,3 +86,24 @@ class Leaking:
     def sample(self, who: Who, max_tokens: int | None, seed: int) -> Rows:
         """Choose the rows that the data set chooses."""
         return self.dataset.sample(who, max_tokens, seed)
+
+
+@dataclass(frozen=True)
+class OneHistory:
+    """Items of one user that lie in no data set."""
+
+    user: str
+    items: Sequence[Example]
+
+    def users(self, role: Role | None = None) -> Iterator[User]:
+        """Yield the user."""
+        yield User(self.user, "target", len(self.items), 0)
+
+    def history(self, user: str, newest: int | None = None) -> list[Example]:
+        """List the items, oldest first; only the `newest` n if given."""
+        items = list(self.items) if user == self.user else []
+        return items if newest is None else items[-newest:]
+
+    def sample(self, who: Who, max_tokens: int | None, seed: int) -> Rows:
+        """Choose nothing: the stages that sample are everybody's."""
+        raise NotImplementedError("one user's history is no sample of everybody's")

@@ -43,7 +43,7 @@ class Engine:
         limits = limits or Limits()
         self.model, self.limits, self.limit = model, limits, model.config.compute.max_length
         self.changed = threading.Condition()
-        self._stores = {"": model.users} if model.users is not None else {}
+        self._stores = {"": model.store} if model.store is not None else {}
         self._residents = self._make_residents()
         self._inbox: deque[Ticket] = deque()
         self._forget: deque[tuple[str, str]] = deque()
@@ -88,9 +88,9 @@ class Engine:
         """
         with self.changed:
             if tenant not in self._stores:
-                if self.model.users is None:
+                if self.model.store is None:
                     raise ProperError("this run has no users: its stage 2 is missing")
-                self._stores[tenant] = AdapterStore(self.model.users.folder, tenant)
+                self._stores[tenant] = AdapterStore(self.model.store.folder, tenant)
             return self._stores[tenant]
 
     def wake(self) -> None:

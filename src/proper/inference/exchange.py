@@ -9,8 +9,9 @@ Every export is a folder that appears whole or not at all. Knows which files of 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from proper.adapters.exchange import FACTS, read_user, write_user
 from proper.adapters.peft_format import adapter_config, served_rank, to_peft, uniform
-from proper.adapters.store import AdapterStore, UserRecord
+from proper.adapters.store import DEFAULT_TENANT, AdapterStore, UserRecord
 from proper.config import Config, load_config
 from proper.data.dataset import Dataset
 from proper.errors import InputError, RunFolderError
@@ -32,8 +33,14 @@ from proper.inference.personalized import PersonalizedModel, load
 from proper.layers.bank import Layout
 from proper.models.backbone import Backbone
 from proper.models.tensors import load_tensors
+from proper.people.log import InteractionLog
+from proper.people.places import run_home
+from proper.people.removal import logged_rows, run_rows
 
 Format = Literal["native", "peft"]
+
+TEXTS = "interactions.jsonl"
+"""In a native export: what the run knows of the user in words, for the user to read; an import leaves it alone."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ def export_user(folder: Path, user: str, out: Path, *, form: Format = "native", 
     if form == "native":
         with atomic_folder(out) as place:
             write_user(place, record, origin | _router(folder))
+            _write_texts(place / TEXTS, folder, user)
         return
     model = load(folder)
     try:
@@ -147,6 +155,14 @@ def require_free(out: Path, force: bool) -> None:
         raise InputError(f"{out}: is not an earlier export (no {FACTS}), so --force does not replace it")
 
 
+def _write_texts(path: Path, folder: Path, user: str) -> None:
+    """Write all texts that the run has of a user, a JSON object a line; nothing where it has none."""
+    with closing(InteractionLog(folder / "users")) as log:
+        rows = [*run_rows(run_home(folder), user), *logged_rows(log, DEFAULT_TENANT, user)]
+    if rows:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
 def _write_peft(place: Path, model: PersonalizedModel, dataset: Dataset, user: str, origin: dict[str, str]) -> None:
     history = dataset.history(user, model.config.users.max_items)
     folded = fold(model, user, history)
@@ -224,7 +240,7 @@ def _router(folder: Path) -> dict[str, str]:
 
 def _data(folder: Path) -> Path:
     """The prepared data of a run, which further seeds share."""
-    return (folder.parent.parent if folder.parent.name == "seeds" else folder) / "data.sqlite"
+    return run_home(folder) / "data.sqlite"
 
 
 def _hash(path: Path) -> str:

@@ -52,7 +52,7 @@ class PersonalizedModel:
 
     Attributes:
         model: backbone and layers.
-        users: the store; None before stage 2.
+        store: the users; None before stage 2.
         template: the prompt template of the run's data.
     """
 
@@ -60,7 +60,7 @@ class PersonalizedModel:
         self, model: ProperModel, encoder: Encoder, config: Config, cache: SlotCache | None, stage: Stage
     ) -> None:
         self.model, self.encoder, self.config, self.cache, self.stage = model, encoder, config, cache, stage
-        self.users = cache.store if cache is not None else None
+        self.store = cache.store if cache is not None else None
         self.template = parse_template(config.data.prompt, "data.prompt")
 
     def generate(
@@ -123,8 +123,8 @@ class PersonalizedModel:
 
     def close(self) -> None:
         """Close the store."""
-        if self.users is not None:
-            self.users.close()
+        if self.store is not None:
+            self.store.close()
 
     def rows(self, users: Sequence[str | None]) -> Rows:
         """Return what the layers need for a batch of these users, their adapters loaded."""

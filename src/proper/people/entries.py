@@ -9,7 +9,7 @@ Both may hold an `id`, and a time in the run's column or in `timestamp`. Knows n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +61,17 @@ def read_file(path: Path, read: Read) -> list[Entry]:
     Raises:
         DataError: it cannot be read, has no rows, or has bad ones; names the first as FILE:LINE, counts the others.
     """
-    return read_rows(((f"{path}:{number}", row) for number, row in json_rows(path)), read, str(path))
+    entries = read_rows(((f"{path}:{number}", row) for number, row in json_rows(path)), read)
+    if not entries:
+        raise DataError(f"{path}: there is no interaction in it")
+    return entries
 
 
-def read_rows(rows: Iterator[tuple[str, Mapping[str, Any] | str]], read: Read, source: str) -> list[Entry]:
+def read_rows(rows: Iterable[tuple[str, Mapping[str, Any] | str]], read: Read) -> list[Entry]:
     """Read rows that have names; a text instead of a row is what is wrong with it.
 
     Raises:
-        DataError: a row is bad, or there is none; names the first, counts the others.
+        DataError: a row is bad; names the first, counts the others.
     """
     entries, bad = list[Entry](), BadRows()
     for name, row in rows:
@@ -81,8 +84,6 @@ def read_rows(rows: Iterator[tuple[str, Mapping[str, Any] | str]], read: Read, s
     if bad.count:
         others = f" (and {bad.count - 1:,} more bad row{'s' * (bad.count > 2)})" if bad.count > 1 else ""
         raise DataError(f"{bad.first[0]}{others}")
-    if not entries:
-        raise DataError(f"{source}: there is no interaction in it")
     return entries
 
 

@@ -88,6 +88,14 @@ class Appended:
     duplicates: int
 
 
+@dataclass(frozen=True)
+class Known:
+    """Whether the log knew a user, and whether somebody fits them just now."""
+
+    known: bool
+    fitting: bool
+
+
 class InteractionLog:
     """The log of a store's folder, made if it is not there. Methods are for any thread.
 
@@ -171,15 +179,16 @@ class InteractionLog:
         return [Logged(*row) for row in rows]
 
     @contextmanager
-    def deleting(self, tenant: str, user: str) -> Iterator[bool]:
-        """Remove all of a user when the block ends; yields whether there was anything.
+    def deleting(self, tenant: str, user: str) -> Iterator[Known]:
+        """Remove all of a user when the block ends; yields what there was.
 
         Nobody writes meanwhile, no fit of the user can end after it, and if the block fails nothing is removed. The
         bytes are wiped before it returns.
         """
-        key, found = key_of(user), False
+        key = key_of(user)
         with self.database.transaction():
+            found = Known(self.knows(tenant, user), self.queue.fit(tenant, user).state == "fitting")
             for table in ("interactions", "fits", "people"):
-                found |= bool(self.database.write(f"DELETE FROM {table} WHERE tenant = ? AND user = ?", (tenant, key)))
+                self.database.write(f"DELETE FROM {table} WHERE tenant = ? AND user = ?", (tenant, key))
             yield found
         self.database.wipe()

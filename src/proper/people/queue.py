@@ -97,6 +97,11 @@ class FitQueue:
         ended = dict(self.database.read("SELECT name, value FROM counters"))
         return Figures(states.get("queued", 0), states.get("fitting", 0), ended.get("done", 0), ended.get("failed", 0))
 
+    def waiting(self) -> list[tuple[str, str]]:
+        """Return tenant and user of everybody whose fit waits or runs."""
+        rows = self.database.read("SELECT tenant, user FROM fits WHERE state IN ('queued', 'fitting')")
+        return [(tenant, user_of(key)) for tenant, key in rows]
+
     def take(self, tenant: str | None = None, user: str | None = None) -> Claim | None:
         """Claim the user who has waited longest, or this one; None where nobody waits."""
         where, values = "state = 'queued'", list[object]()

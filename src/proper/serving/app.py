@@ -26,6 +26,7 @@ from proper.serving.metrics import Metrics
 from proper.serving.page import page_routes
 from proper.serving.people import people_routes
 from proper.serving.refusals import ErrorReply, Refusal
+from proper.serving.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,24 @@ class ServeSettings:
     log_users: bool = False
 
 
-def create_app(runner: Runner, keys: Keys, settings: ServeSettings, log: Callable[[str], None]) -> FastAPI:
-    """Return the application. The runner is started with it and stopped after its last reply."""
-    users = runner.engine.model.users
-    people = None if users is None else InteractionLog(users.folder)
+def create_app(
+    runner: Runner, keys: Keys, settings: ServeSettings, log: Callable[[str], None], worker: Worker | None = None
+) -> FastAPI:
+    """Return the application. Runner and worker are started with it and stopped after its last reply."""
+    store = runner.engine.model.store
+    people = None if store is None else InteractionLog(store.folder)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         runner.start()
+        if worker is not None:
+            worker.start()
         try:
             yield
         finally:
             runner.stop()
+            if worker is not None:
+                worker.stop()
             if people is not None:
                 people.close()
 
@@ -76,12 +83,12 @@ def create_app(runner: Runner, keys: Keys, settings: ServeSettings, log: Callabl
         docs_url=None,
         redoc_url=None,
     )
-    metrics = Metrics(runner.engine)
+    metrics = Metrics(runner.engine, None if people is None else people.queue, worker)
     gate = Gate(keys, settings.open_without_keys)
     answers = Answers(runner, metrics, log)
     app.include_router(generation_routes(settings.model, answers, gate, Turnstile(settings.limits)))
     app.include_router(people_routes(runner.engine, people, gate))
-    app.include_router(health_routes(runner, metrics, gate))
+    app.include_router(health_routes(runner, worker, metrics, gate))
     app.include_router(page_routes())
     app.add_exception_handler(Refusal, refuse)
     app.add_exception_handler(RequestValidationError, _invalid)

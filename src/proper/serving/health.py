@@ -2,7 +2,7 @@
 
 # No postponed annotations here: FastAPI could not look up those that are made inside a function.
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -13,26 +13,32 @@ from proper.serving.keys import Principal
 from proper.serving.metrics import Metrics
 from proper.serving.refusals import Refusal
 from proper.serving.wire import Health
+from proper.serving.worker import Worker
 
 
-def health_routes(runner: Runner, metrics: Metrics, gate: Gate) -> APIRouter:
-    """Return the routes over a runner and its figures."""
+def health_routes(runner: Runner, worker: Worker | None, metrics: Metrics, gate: Gate) -> APIRouter:
+    """Return the routes over a runner, the worker that fits people, and their figures."""
     router = APIRouter(tags=["health"])
+
+    def health(status: Literal["ok", "ready"]) -> Health:
+        fits: Literal["off", "alive", "down"] = "off" if worker is None else "alive" if worker.alive else "down"
+        return Health(status=status, worker=fits)
+
     Watching = Annotated[Principal, Depends(gate.needs("admin"))]
 
     @router.get("/healthz")
     async def healthz() -> Health:
-        """Say whether the server works; 500 asks for a restart."""
+        """Say whether the server works; 500 asks for a restart. A worker that is down is started again from here."""
         if runner.error is not None:
             raise Refusal(500, "the engine has stopped", code="engine")
-        return Health(status="ok")
+        return health("ok")
 
     @router.get("/readyz")
     async def readyz() -> Health:
         """Say whether requests are taken."""
         if not runner.alive:
             raise Refusal(503, "no requests are taken", code="not_ready")
-        return Health(status="ready")
+        return health("ready")
 
     @router.get("/metrics", response_class=Response)
     async def figures(who: Watching) -> Response:

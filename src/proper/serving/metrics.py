@@ -1,4 +1,4 @@
-"""What Prometheus reads: the engine's figures when it asks, and latencies as they happen.
+"""What Prometheus reads: the engine's figures and the fits' when it asks, and latencies as they happen.
 
 No label carries a user or a key. Knows nothing about HTTP.
 """
@@ -14,6 +14,8 @@ from prometheus_client.registry import Collector
 
 from proper.inference.engine import Engine
 from proper.inference.requests import Event, Finished, Sink, Started, Token
+from proper.people.queue import FitQueue
+from proper.serving.worker import Worker
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -21,9 +23,11 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 class Metrics:
     """One server's figures."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, fits: FitQueue | None = None, worker: Worker | None = None) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineFigures(engine))
+        if fits is not None:
+            self.registry.register(_FitFigures(fits, worker))
         self.replies = Counter("proper_http_replies", "Replies.", ["route", "status"], registry=self.registry)
         self._first = self._histogram("proper_first_token_seconds", "From a request's acceptance to its first token.")
         self._whole = self._histogram("proper_request_seconds", "From a request's acceptance to its end.")
@@ -53,6 +57,22 @@ class Metrics:
 
     def _histogram(self, name: str, help_text: str) -> Histogram:
         return Histogram(name, help_text, ["tier"], buckets=_SECONDS, registry=self.registry)
+
+
+class _FitFigures(Collector):
+    def __init__(self, fits: FitQueue, worker: Worker | None) -> None:
+        self.fits, self.worker = fits, worker
+
+    def collect(self) -> Iterator[Metric]:
+        figures, worker = self.fits.figures(), self.worker
+        yield GaugeMetricFamily("proper_fits_queued", "People who wait for a fit.", figures.queued)
+        yield GaugeMetricFamily("proper_fits_running", "People who are being fitted.", figures.fitting)
+        yield CounterMetricFamily("proper_fits_done", "Fits that ended well, ever.", figures.done)
+        yield CounterMetricFamily("proper_fits_failed", "Fits that failed, ever.", figures.failed)
+        alive = worker is not None and worker.alive
+        yield GaugeMetricFamily("proper_fit_worker_up", "Whether the worker that fits people runs.", int(alive))
+        restarts = 0 if worker is None else worker.restarts
+        yield CounterMetricFamily("proper_fit_worker_restarts", "Times that it had to be started again.", restarts)
 
 
 class _EngineFigures(Collector):

@@ -302,6 +302,7 @@ class Deleted(BaseModel):
 
 
 class Health(BaseModel):
-    """How the server is."""
+    """How the server is, and the worker that fits people; "off" where it was started without one."""
 
     status: Literal["ok", "ready"]
+    worker: Literal["off", "alive", "down"]

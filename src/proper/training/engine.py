@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from proper.config import UsersConfig
-from proper.console import progress, say
+from proper.console import Bar, progress, say
 from proper.data.batching import Encoded, collate
 from proper.layers.bank import AdapterBank
 from proper.layers.routing import Mode, Rows
@@ -55,12 +55,12 @@ class Engine:
         self.taken = self.steps = 0
         model.use_bank(self.bank, dropout=config.dropout)
 
-    def run(self, jobs: Jobs, done: Done, checkpoint: Checkpoint, log: Log, title: str) -> None:
-        """Fit all jobs, going on from the checkpoint; `done` gets several outcomes at a time."""
+    def run(self, jobs: Jobs, done: Done, checkpoint: Checkpoint, log: Log, title: str, bar: Bar = progress) -> None:
+        """Fit all jobs, going on from the checkpoint; `done` gets several outcomes at a time, `bar` shows how many."""
         self._resume(jobs, checkpoint)
         self._hand_over(done, again=True)
         started, limit, shown = time.perf_counter(), pending_rows(self.bank), 0
-        with progress(title, len(jobs)) as advance:
+        with bar(title, len(jobs)) as advance:
             while self._seat(jobs):
                 facts = self._step()
                 if facts is None:

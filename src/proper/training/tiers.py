@@ -7,7 +7,7 @@ embeddings are nearest. Knows nothing about models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,15 @@ class Decision:
     up: bool
     reason: str
     pooled: bool = False
+
+
+Others = Callable[[Float[Tensor, "U D"]], Sequence[tuple[Trial, Float[Tensor, "D"]]]]
+"""From the embeddings of the stage's users to further users near them, with embeddings."""
+
+
+def nobody(embeddings: Float[Tensor, "U D"]) -> Sequence[tuple[Trial, Float[Tensor, "D"]]]:
+    """Know no further users."""
+    return ()
 
 
 def decide(trials: Sequence[Trial], embeddings: Float[Tensor, "U D"], config: TiersConfig) -> list[Decision]:

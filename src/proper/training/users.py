@@ -28,7 +28,7 @@ from torch import Tensor
 from proper.adapters.quantize import encode
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import UsersConfig
-from proper.console import say
+from proper.console import Bar, progress, say
 from proper.data.batching import Encoded, Encoder
 from proper.data.views import Histories
 from proper.files import read_json, write_json
@@ -41,7 +41,7 @@ from proper.training.loop import Log
 from proper.training.memory import auto_slots, device_memory, footprint
 from proper.training.router import RouterPlan, train_router
 from proper.training.schedule import resolve_rate
-from proper.training.tiers import Trial, decide
+from proper.training.tiers import Others, Trial, decide, nobody
 
 ROUTER_USERS = 32
 """Users of a cohort in stage 3b. It shapes W_r, so it does not follow the device's memory as `slots` does."""
@@ -58,6 +58,9 @@ class UserStage:
         users: whom to fit, in order.
         embeddings: e_u of these users (U, D); not trained here.
         folder: where phases leave their files while the stage runs; the caller removes it when all is saved.
+        fixed_router: whether W_r stays as it is in the model; new users do not move what all share.
+        others: users whose trials are known, for decisions that are pooled; by default nobody.
+        bar: shows how many users are fitted.
     """
 
     model: ProperModel
@@ -71,6 +74,9 @@ class UserStage:
     seed: int
     checkpoint_seconds: float
     log: Log
+    fixed_router: bool = False
+    others: Others = nobody
+    bar: Bar = progress
 
     @property
     def slots(self) -> int:
@@ -171,7 +177,10 @@ def _select(stage: UserStage) -> tuple[list[int], dict[str, int], Facts]:
     trials = [Trial(**trial) for trial in read_json(path)]
     index = {user: at for at, user in enumerate(stage.users)}
     embeddings = stage.embeddings[[index[trial.user] for trial in trials]]
-    decisions = decide(trials, embeddings, stage.config.tiers)
+    pooled = any(trial.passes > 0 and trial.items < stage.config.tiers.pool_below for trial in trials)
+    others = stage.others(embeddings) if pooled else ()
+    everybody = torch.cat([embeddings, *(theirs.unsqueeze(0) for _, theirs in others)])
+    decisions = decide([*trials, *(trial for trial, _ in others)], everybody, stage.config.tiers)[: len(trials)]
     decided = {trial.user: (trial, decision) for trial, decision in zip(trials, decisions, strict=True)}
     chosen = [at for at, user in enumerate(stage.users) if user in decided and decided[user][1].up]
 
@@ -209,14 +218,14 @@ def _fit(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str, facts: 
 
     def done(outcomes: Sequence[Outcome], again: bool) -> None:
         records = (record(outcome) for outcome in outcomes)
-        store.put(new for new in records if not (again and _is_held(store, new)))
+        store.put(new for new in records if not (again and is_held(store, new)))
 
-    engine.run(jobs, done, checkpoint, stage.log, f"users: {phase}")
+    engine.run(jobs, done, checkpoint, stage.log, f"users: {phase}", stage.bar)
     write_json(marker, {"users": len(jobs)})
     checkpoint.remove()
 
 
-def _is_held(store: AdapterStore, record: UserRecord) -> bool:
+def is_held(store: AdapterStore, record: UserRecord) -> bool:
     """Say whether the store has this very record, from before a kill."""
     held = store.get(record.user)
     return held is not None and (held.tier, held.facts) == (record.tier, record.facts)
@@ -236,7 +245,7 @@ def _router(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str) -> N
     """Stage 3b for these jobs; leaves W_r in the model."""
     parameters = stage.model.router_parameters()
     path = stage.folder / f"{phase}-router.safetensors"
-    if not parameters or not len(jobs):
+    if stage.fixed_router or not parameters or not len(jobs):
         return
     if path.exists():
         tensors, _ = load_tensors(path)

@@ -1,0 +1,201 @@
+"""`proper users enrol` and `update`: users who are new, who grow, who wait. Knows nothing about how they are fitted."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from proper.cli.options import RunFolder, existing_run
+from proper.cli.users import OneUser, app, examples, known, opened
+from proper.config import load_config
+from proper.console import progress, say
+from proper.errors import InputError, ProperError
+
+if TYPE_CHECKING:
+    from proper.library import Users
+    from proper.people.log import Entry
+    from proper.training.enrol import Fitter
+
+_INPUT = typer.Option(
+    "--input",
+    metavar="FILE",
+    help="JSONL, an interaction a line: the run's own columns, or prompt and target. An id makes it count once.",
+    show_default=False,
+)
+
+
+@app.command(epilog=examples("enrol runs/notes --user ann --input ann.jsonl"))
+def enrol(folder: RunFolder, user: OneUser, input_file: Annotated[Path, _INPUT]) -> None:
+    """Take in a user and fit them; print their tier and version.
+
+    Their embedding is fitted first, then an adapter if it helps on items of their own that it has not seen. Nobody
+    else's state changes. The interactions are kept: an interrupted fit goes on with 'proper users update'.
+    """
+    entries = _entries(folder, user, input_file)
+    with _users(folder) as users:
+        if user in users:
+            raise InputError(f"--user {user}: is there already; 'proper users update' adds to what they have")
+        _append(users, user, entries, new=True)
+
+
+@app.command(
+    epilog=examples(
+        "update runs/notes --user ann --input more.jsonl",
+        "update runs/notes --user ann",
+        "update runs/notes",
+        "update runs/notes --watch",
+    )
+)
+def update(
+    folder: RunFolder,
+    user: Annotated[str | None, typer.Option("--user", metavar="U", help="The user's id.", show_default=False)] = None,
+    input_file: Annotated[Path | None, _INPUT] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Fit whoever comes, until SIGTERM or Ctrl-C.")] = False,
+    parent: Annotated[
+        int | None,
+        typer.Option(metavar="PID", help="With --watch: end when this process, which started it, does."),
+    ] = None,
+) -> None:
+    """Fit a user to what is new, or whoever waits.
+
+    Interactions are added to those that are known, and the user is fitted to all of them; without --user, everybody
+    who waits for it. All is what the run was trained on, where its data is still there, and what was logged since.
+    The result is a new version; 'proper users rollback' goes back. With --watch it is the worker of 'proper serve'.
+    """
+    if input_file is not None and user is None:
+        raise InputError("--input: whose? Give --user as well")
+    if watch:
+        if user is not None:
+            raise InputError("--watch: fits everybody who waits; leave --user out")
+        _watch(folder, parent)
+        return
+    entries = [] if user is None or input_file is None else _entries(folder, user, input_file)
+    with _users(folder) as users:
+        if user is None:
+            _fit_all(users)
+            return
+        if user not in users:
+            known(users.store, user)
+        _append(users, user, entries, new=False)
+
+
+def _entries(folder: Path, user: str, path: Path) -> list[Entry]:
+    existing_run(folder)
+    from proper.people.entries import read_file, record_reader
+
+    config = load_config(folder / "config.yaml")
+    return read_file(path, record_reader(config.data, config.task, user))
+
+
+@contextmanager
+def _users(folder: Path) -> Iterator[Users]:
+    """Open a run's users; the model is loaded when there is somebody to fit."""
+    with opened(folder) as store:
+        from proper.library import Users
+
+        with _fitter(folder) as fitter, closing(Users(folder, store, fitter)) as users:
+            yield users
+
+
+@contextmanager
+def _fitter(folder: Path) -> Iterator[Callable[[], Fitter]]:
+    made: list[Fitter] = []
+
+    def make() -> Fitter:
+        if not made:
+            from proper.inference import load
+            from proper.training.enrol import open_fitter
+
+            made.append(open_fitter(folder, load(folder)))
+        return made[0]
+
+    try:
+        yield make
+    finally:
+        for fitter in made:
+            fitter.close()
+
+
+def _append(users: Users, user: str, entries: list[Entry], *, new: bool) -> None:
+    with users.log.queue.lock(wait=False) as free:
+        if not free:
+            say("another process is fitting somebody; waiting for it")
+    with _bar(f"fit {user if user.isprintable() else 'the user'}") as heard:
+        users.append(user, entries, new=new, heard=heard)
+    _print(users, user)
+
+
+def _fit_all(users: Users) -> None:
+    waiting = users.log.queue.waiting()
+    with progress("fit", len(waiting)) as advance:
+        while users.desk.waiting() and users.desk.fit_next():
+            advance(1)
+    failed = 0
+    for tenant, user in waiting:
+        fit = users.log.queue.fit(tenant, user)
+        failed += fit.state == "failed"
+        if tenant == users.store.tenant:
+            _print(users, user)
+        if fit.state == "failed":
+            say(f"user {user!r} could not be fitted: {fit.message}")
+    if not waiting:
+        say("nobody waits")
+    if failed:
+        raise ProperError(f"{failed} of {len(waiting)} could not be fitted")
+
+
+def _print(users: Users, user: str) -> None:
+    head, fit = users.head(user), users.log.queue.fit(users.store.tenant, user)
+    tier, version = ("none", "-") if head is None else (head.tier, str(head.version))
+    typer.echo(f"{user if user.isprintable() else repr(user)}\t{tier}\t{version}")
+    if fit.message is not None and fit.state == "done":
+        say(fit.message)
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[str, float], None]]:
+    """Show a fit in hundredths; yields what hears about it."""
+    shown = 0
+    with progress(title, 100) as advance:
+
+        def heard(phase: str, share: float) -> None:
+            nonlocal shown
+            now = int(100 * share)
+            advance(max(0, now - shown), phase)
+            shown = max(shown, now)
+
+        yield heard
+        advance(100 - shown)
+
+
+class _Ended(BaseException):
+    """SIGTERM, or the parent is gone."""
+
+
+def _watch(folder: Path, parent: int | None) -> None:
+    if parent is not None:
+        os.nice(10)  # whoever is being answered comes first
+
+    def end(*_: Any) -> None:
+        raise _Ended
+
+    def heard(phase: str, share: float) -> None:
+        if parent is not None and os.getppid() != parent:
+            raise _Ended
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with _users(folder) as users, redirect_stderr(io.StringIO()):
+            # What fits say names users, who stay out of a server's log.
+            users.desk.watch(heard)
+    except _Ended:
+        say("proper: the worker stops; what it was at is queued again")
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,191 @@
+"""The registry of files that can hold something of one person: what each is, and how a person is taken out of it.
+
+Deletion and export go through this list and no other, and a test walks a run folder and asks that every file in it is
+listed here, as personal or as not. What many people share (population, groups, the LoRA-aware router, aggregate
+results) is residue: nobody can be taken out of it but by training again. The file that the run read (`data.path`)
+belongs to whoever made it and is not touched.
+
+    users/users.sqlite, users/blobs/    the store                         `AdapterStore.delete`
+    users/interactions.sqlite           the log                           `InteractionLog.deleting`
+    all others                          `PLACES`, patterns below the run folder and the folders of seeds and methods
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from proper.adapters.manifest import key_of
+from proper.errors import StoreError
+from proper.files import atomic_path, read_json, write_json
+from proper.people.database import FILE
+
+STORES = ("users/users.sqlite*", "users/users.lock", "users/blobs/*", f"users/{FILE}*", "users/fits.lock")
+"""Of every tenant; all other places hold people of the default tenant only. `users/fits/` is `work_folder`'s."""
+
+IMPERSONAL = (
+    "config.yaml",
+    "results.json",
+    "methods.csv",
+    "metrics.jsonl",
+    "serving/keys.json",
+    "population/*",
+    "groups/groups.safetensors",
+    "groups/stage.json",
+    "users/stage.json",
+    "users/router.safetensors",
+)
+"""What no single person can be read out of, or taken out of."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A kind of file.
+
+    Attributes:
+        pattern: below a run folder.
+        holds: what of a person.
+        remove: takes a person out of the file.
+    """
+
+    pattern: str
+    holds: str
+    remove: Callable[[Path, str], None]
+
+
+def run_home(folder: Path) -> Path:
+    """Return the run folder that a seed's folder belongs to: data, predictions and results lie there."""
+    return folder.parent.parent if folder.parent.name == "seeds" else folder
+
+
+def fits_folder(users: Path) -> Path:
+    """Return where fits of a store's users leave what they need to go on after a kill."""
+    return users / "fits"
+
+
+def work_folder(users: Path, tenant: str, user: str) -> Path:
+    """Return where one user's fit does so; the name gives nobody away."""
+    key = json.dumps([tenant, key_of(user).hex()])
+    return fits_folder(users) / blake2b(key.encode(), digest_size=16).hexdigest()
+
+
+def folders(run: Path) -> Iterator[Path]:
+    """Yield the run folder and the folders below it that are run folders themselves: further seeds, other methods."""
+    yield run
+    for config in sorted(run.rglob("config.yaml")):
+        if config.parent != run:
+            yield config.parent
+
+
+def files_of(run: Path) -> Iterator[tuple[Place, Path]]:
+    """Yield every file beside stores and logs that can hold something of a person, with what it is."""
+    for folder in folders(run):
+        for place in PLACES:
+            for path in sorted(folder.glob(place.pattern)):
+                if path.is_file():
+                    yield place, path
+
+
+def _from_lines(path: Path, user: str) -> None:
+    """Take a person's lines out of a JSONL file."""
+
+    def theirs(line: bytes) -> bool:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return False
+        return isinstance(row, dict) and user in (row.get("user"), row.get("user_id"))
+
+    if not _mentions(path, user):
+        return
+    with atomic_path(path) as temporary, path.open("rb") as lines, temporary.open("wb") as kept:
+        kept.writelines(line for line in lines if not theirs(line))
+
+
+def _from_json(path: Path, user: str) -> None:
+    """Take a person out of the lists and mappings of a JSON file."""
+    if _mentions(path, user):
+        write_json(path, _without(read_json(path), user))
+
+
+def _without(value: Any, user: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(each, user) for key, each in value.items() if key != user}
+    if isinstance(value, list):
+        return [_without(each, user) for each in value if each != user and not _is_about(each, user)]
+    return value
+
+
+def _is_about(value: Any, user: str) -> bool:
+    return isinstance(value, dict) and user in (value.get("user"), value.get("user_id"))
+
+
+def _whole(path: Path, user: str) -> None:
+    """Remove a file that can be made again."""
+    if _mentions(path, user):
+        path.unlink(missing_ok=True)
+
+
+def _mentions(path: Path, user: str) -> bool:
+    """Whether a text file may name a user, in any way in which JSON or HTML write the name."""
+    plain = all(letter.isalnum() or letter in " .-_" for letter in user) and user.isascii()
+    if not plain:
+        return True
+    wanted, tail = user.encode(), b""
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            if wanted in tail + piece:
+                return True
+            tail = piece[-len(wanted) :]
+    return False
+
+
+def _from_data(path: Path, user: str) -> None:
+    """Take a person's rows and texts out of the prepared data."""
+    try:
+        with closing(sqlite3.connect(path, isolation_level=None, timeout=60)) as data:
+            data.execute("PRAGMA secure_delete=ON")
+            data.execute("BEGIN IMMEDIATE")
+            found = data.execute("SELECT number FROM users WHERE id = ?", (user,)).fetchone()
+            if found is not None:
+                data.execute("DELETE FROM texts WHERE id IN (SELECT text FROM rows WHERE user = ?)", found)
+                data.execute("DELETE FROM rows WHERE user = ?", found)
+                data.execute("DELETE FROM users WHERE number = ?", found)
+            data.execute("COMMIT")
+    except sqlite3.Error as error:
+        raise StoreError(f"{path}: cannot be written: {error}") from error
+
+
+def _answers(path: Path, user: str) -> None:
+    """Remove a file of answers that names nobody, where the answers beside it are somebody's."""
+    if any(_mentions(beside, user) for beside in path.parent.glob("*.jsonl")):
+        path.unlink(missing_ok=True)
+
+
+def remove_work(users: Path, tenant: str, user: str) -> None:
+    """Remove what a fit of a user left to go on from."""
+    shutil.rmtree(work_folder(users, tenant, user), ignore_errors=True)
+
+
+PLACES: tuple[Place, ...] = (
+    Place("predictions/*.lamp.json", "answers in the benchmark's format, without names", _answers),
+    Place("predictions/*.jsonl", "their queries and the answers", _from_lines),
+    Place("predictions/*.json", "their scores", _from_json),
+    Place("users.json", "their scores", _from_json),
+    Place("routing.json", "their gates and where their embedding lies", _from_json),
+    Place("analysis.json", "what the report knows of them", _from_json),
+    Place("report.html", "examples and scores; 'proper report' writes it again", _whole),
+    Place("data.sqlite", "their rows and texts", _from_data),
+    Place("data/*.jsonl", "the demo's rows", _from_lines),
+    Place("data/*.json", "the demo's truth about them", _from_json),
+)
+
+UNFINISHED = ("population/stage.checkpoint", "groups/stage.checkpoint", "users/work")
+"""What a stage leaves while it is trained: people are in it, and cannot be taken out before it ends."""

@@ -1,0 +1,168 @@
+"""`proper users enrol` and `update`: what they print, what they say to bad rows, and the worker under signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proper.adapters.store import AdapterStore
+from proper.cli.app import main
+from proper.people.log import Entry, InteractionLog
+from proper.people.queue import Fit
+
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
+
+
+def written(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+ROWS = [{"input": f"Thing number {at}?", "output": ("yes", "no")[at % 2], "timestamp": at} for at in range(6)]
+
+
+def test_enrol_update_delete(run: Path, tmp_path: Path, capsys: Output) -> None:
+    rows = written(tmp_path / "rows.jsonl", ROWS)
+    assert main(["users", "enrol", str(run), "--user", "ann", "--input", rows]) == 0
+    out, err = capsys.readouterr()
+    user, tier, version = out.strip().split("\t")
+    assert (user, version) == ("ann", "1") and tier in ("groups", "users")
+    assert "6 logged" in err and "the run's data is gone" in err
+    more = written(tmp_path / "more.jsonl", [{"prompt": "Final text.", "target": "yes", "id": 1}, *ROWS])
+    assert main(["users", "update", str(run), "--user", "ann", "--input", more]) == 0
+    out, err = capsys.readouterr()
+    assert out.split("\t")[2] == "2\n" and "7 logged" in err
+    assert main(["users", "update", str(run), "--user", "u0", "--input", rows]) == 0
+    assert capsys.readouterr().out.startswith("u0\t")
+    assert main(["users", "delete", str(run), "--user", "ann"]) == 0
+    capsys.readouterr()
+    for path in run.rglob("*"):
+        assert not path.is_file() or b"Final text." not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([ROWS[0], "{"], ":2: row: not JSON"),
+        ([{"input": "x"}, {"output": "y"}], ":1: output: missing (and 1 more bad row)"),
+        ([{**ROWS[0], "user_id": "bo"}], ":1: user_id: is another user's"),
+        ([{**ROWS[0], "timestamp": "soon"}], ":1: timestamp: 'soon' is not a time"),
+        ([{**ROWS[0], "id": True}], ":1: id: should be text"),
+        ([], ": there is no interaction in it"),
+    ],
+)
+def test_bad_rows_are_named_and_leave_nothing(
+    run: Path, tmp_path: Path, capsys: Output, rows: list[Any], said: str
+) -> None:
+    path = written(tmp_path / "rows.jsonl", rows)
+    assert main(["users", "enrol", str(run), "--user", "ann", "--input", path]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and f"{path}{said}" in err
+    assert not (run / "users" / "interactions.sqlite").exists()
+
+
+def test_usage_errors_are_one_line(run: Path, tmp_path: Path, capsys: Output) -> None:
+    rows = written(tmp_path / "rows.jsonl", ROWS)
+    for arguments, said in (
+        (["enrol", str(run), "--user", "u0", "--input", rows], "--user u0: is there already"),
+        (["update", str(run), "--user", "nobody", "--input", rows], "--user nobody: no such user"),
+        (["update", str(run), "--input", rows], "--input: whose?"),
+        (["update", str(run), "--watch", "--user", "u0"], "--watch: fits everybody"),
+        (["enrol", str(run), "--user", "ann", "--input", str(tmp_path / "no.jsonl")], "no.jsonl: cannot be read"),
+    ):
+        assert main(["users", *arguments]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and said in err
+    assert main(["users", "update", str(run)]) == 0
+    assert capsys.readouterr().err.endswith("nobody waits\n")
+
+
+Start = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def start(run: Path) -> Any:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def begin() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "proper", "users", "update", str(run), "--watch"]
+        started.append(subprocess.Popen(command, env=os.environ, stderr=subprocess.PIPE))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def until(log: InteractionLog, user: str, right: Callable[[Fit], bool]) -> Fit:
+    deadline = time.monotonic() + 60
+    while not right(fit := log.queue.fit("", user)):
+        assert time.monotonic() < deadline, fit
+        time.sleep(0.005)
+    return fit
+
+
+MANY = [Entry(f"Thing number {at}?", ("yes", "no")[at % 2]) for at in range(60)]
+
+
+def test_a_worker_killed_in_a_fit_goes_on_and_ends_the_same(run: Path, tmp_path: Path, start: Start) -> None:
+    with closing(InteractionLog(run / "users")) as log:
+        log.append("", "ann", MANY)
+        first = start()
+        seen = until(log, "ann", lambda fit: fit.state == "fitting" and fit.progress > 0.2)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        assert log.queue.fit("", "ann").state == "fitting", f"it was killed at {seen}"
+        second = start()
+        fit = until(log, "ann", lambda fit: fit.state == "done")
+        assert fit.version == 1 and log.queue.figures().done == 1
+        second.send_signal(signal.SIGTERM)
+        assert second.wait(timeout=30) == 0
+    alone = Path(shutil.copytree(run, tmp_path / "alone"))
+    with closing(AdapterStore(run / "users")) as store, closing(AdapterStore(alone / "users")) as again:
+        again.delete("ann")
+        with closing(InteractionLog(alone / "users")) as log:
+            log.queue.add("", "ann")
+        assert main(["users", "update", str(alone)]) == 0
+        one, other = store.get("ann"), again.get("ann")
+    assert one is not None and other is not None and one.facts == other.facts and one.tier == other.tier
+    assert one.embedding.equal(other.embedding)
+    assert all(tensor.equal((other.adapter or {})[name]) for name, tensor in (one.adapter or {}).items())
+
+
+def test_sigterm_queues_again_and_a_deleted_user_does_not_come_back(run: Path, start: Start) -> None:
+    with closing(InteractionLog(run / "users")) as log, closing(AdapterStore(run / "users")) as store:
+        log.append("", "ann", MANY)
+        worker = start()
+        until(log, "ann", lambda fit: fit.state == "fitting" and fit.progress > 0.05)
+        worker.send_signal(signal.SIGTERM)
+        _, said = worker.communicate(timeout=30)
+        assert worker.returncode == 0 and b"ann" not in said
+        assert log.queue.fit("", "ann").state == "queued"
+        worker = start()
+        until(log, "ann", lambda fit: fit.state == "fitting" and fit.progress > 0.3)
+        from proper.people.removal import remove
+
+        assert remove(store, log, "ann")
+        assert not any(b"Thing number" in path.read_bytes() for path in run.rglob("*") if path.is_file())
+        log.append("", "bo", [Entry("x", "y")])
+        until(log, "bo", lambda fit: fit.state == "done")
+        assert store.head("ann") is None and log.queue.fit("", "ann").state == "idle"
+        assert not [path for path in (run / "users" / "fits").iterdir()]
