@@ -125,6 +125,7 @@ class Column {
     const shown = token ? gates : this.gates.length ? average(this.gates) : [];
     this.box.hidden = !shown.length;
     this.title.textContent = token ? `Gates of “${text.trim() || "␣"}”` : "Gates, mean of the answer";
+    if (shown.length) this.bars.style.setProperty("--even", `${100 / shown.length}%`);
     while (this.bars.children.length > shown.length) this.bars.lastChild.remove();
     shown.forEach((gate, at) => {
       const item = this.bars.children[at] ?? this.bars.appendChild(bar(at));
