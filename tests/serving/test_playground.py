@@ -216,7 +216,6 @@ def test_deleting_asks_first(opened: Opened, served: Running) -> None:
 
 
 def test_teaching_shows_before_and_after(browser: Browser, serve: Serve, long_run: Path, tmp_path: Path) -> None:
-    pytest.importorskip("proper.serving.worker")
     prompt = {"prompt": "Title: {title}\nText: {text}\nTag:", "target": "{tag}"}
     running = serve(changed(long_run, tmp_path / "tiny", data=prompt, task={"max_new_tokens": TOKENS}), fits=True)
     opened = Opened(browser, running)

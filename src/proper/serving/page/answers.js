@@ -93,7 +93,8 @@ class Column {
 
   #token(text, gates) {
     if (!gates.length) {
-      this.answer.append(text);
+      // Where there are tokens, it is the end of the last one that was held back.
+      (this.answer.querySelector(".token:last-child") ?? this.answer).append(text);
       return;
     }
     this.#listed(true);
@@ -124,6 +125,7 @@ class Column {
     const shown = token ? gates : this.gates.length ? average(this.gates) : [];
     this.box.hidden = !shown.length;
     this.title.textContent = token ? `Gates of “${text.trim() || "␣"}”` : "Gates, mean of the answer";
+    if (shown.length) this.bars.style.setProperty("--even", `${100 / shown.length}%`);
     while (this.bars.children.length > shown.length) this.bars.lastChild.remove();
     shown.forEach((gate, at) => {
       const item = this.bars.children[at] ?? this.bars.appendChild(bar(at));

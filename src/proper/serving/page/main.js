@@ -53,10 +53,10 @@ async function chosen(who, card) {
     : card === null
       ? `${who} is new: nothing is known of them until they are taught.`
       : described(who, card);
-  if (card === null || "interactions" in card) return;
+  if (card === null || "fit" in card) return;
   try {
     const whole = await call("GET", address(who));
-    if (state.who === who && state.card === card) chosen(who, { interactions: null, ...whole });
+    if (state.who === who && state.card === card) chosen(who, whole);
   } catch (error) {
     trouble(error);
   }
@@ -64,7 +64,7 @@ async function chosen(who, card) {
 
 function described(who, { tier, version, interactions }) {
   const has = { users: "an adapter of their own", groups: "an embedding of their own, and no adapter", none: "no model of their own yet" }[tier] ?? `the tier ${tier}`;
-  const more = [version ? `version ${version}` : "", interactions === null || interactions === undefined ? "" : `taught ${interactions} examples here`];
+  const more = [version ? `version ${version}` : "", interactions ? `taught ${interactions} examples here` : ""];
   return [`${who} has ${has}`, ...more.filter(Boolean)].join(", ") + ".";
 }
 

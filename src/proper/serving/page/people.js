@@ -112,6 +112,8 @@ export function picker(chosen, trouble) {
       }
     }
   };
+  // Somebody may have begun to type before the page was ready.
+  if (document.activeElement === field && field.value) show();
   return {
     // Tells the field who the person is now.
     settled: (who) => {
