@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 HISTORY = [{"input": f"Thing number {at}?", "output": ("yes", "no")[at % 2], "id": f"{at}"} for at in range(12)]
 
 
-def until(right: Callable[[], Any], seconds: float = 90) -> Any:
+def until(right: Callable[[], Any], seconds: float = 200) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := right()):
         assert time.monotonic() < deadline
