@@ -112,7 +112,7 @@ def start(run: Path) -> Any:
 
 
 def until(log: InteractionLog, user: str, right: Callable[[Fit], bool]) -> Fit:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not right(fit := log.queue.fit("", user)):
         assert time.monotonic() < deadline, fit
         time.sleep(0.005)

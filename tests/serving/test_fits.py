@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 HISTORY = [{"input": f"Thing number {at}?", "output": ("yes", "no")[at % 2], "id": f"{at}"} for at in range(12)]
 
 
-def until(right: Callable[[], Any], seconds: float = 90) -> Any:
+def until(right: Callable[[], Any], seconds: float = 200) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := right()):
         assert time.monotonic() < deadline
@@ -56,7 +56,7 @@ def test_what_is_taught_is_what_answers(serve: Serve, tiny_run: Path, tmp_path: 
 
         def answer(user: str) -> tuple[str, Any]:
             reply = client.post("/v1/completions", json={"model": "tiny", "prompt": "Well?", "user": user}).json()
-            return reply["choices"][0]["text"], reply["proper"]["version"]
+            return reply["choices"][0]["text"], reply["proper"].get("version")
 
         nobody, version = answer("ann")
         assert version is None and client.get("/readyz").json() == {"status": "ready", "worker": "alive"}
