@@ -34,8 +34,14 @@ from proper.files import hash_file, hash_value, read_json, write_json, write_tex
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "findings"
 RUNS = ROOT / "runs" / "findings"
-CODE = ("data", "layers", "models", "adapters", "training", "inference", "methods", "evaluation")
+TRAINING = ("data", "layers", "models", "adapters", "training")
+CODE = (*TRAINING, "inference", "methods", "evaluation")
 STAGES = ("population", "groups", "users")
+
+
+@lru_cache
+def _file_hash(path: Path) -> str:
+    return hash_file(path) if path.is_file() else ""
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,10 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
-        return RUNS / self.run
+        """The run folder, one for all jobs on a run while its settings, data and training code are the same."""
+        settings = self.settings().model_dump(exclude={"evaluation": True, "data": {"path"}})
+        key = hash_value([settings, _file_hash((ROOT / self.source).resolve()), code_version(*TRAINING)])
+        return RUNS / f"{self.run}-{key[:8]}"
 
     @property
     def result(self) -> Path:
@@ -103,11 +111,6 @@ def read_queue(path: Path = ROOT / "recipes" / "findings.yaml") -> list[Job]:
             )
         )
     return jobs
-
-
-@lru_cache
-def _file_hash(path: Path) -> str:
-    return hash_file(path) if path.is_file() else ""
 
 
 def key_of(job: Job, *, code: bool = True) -> str:
@@ -162,6 +165,7 @@ def do(job: Job) -> None:
     """Do one job and write its result; what it says goes to runs/findings/JOB.log."""
     started = time.perf_counter()
     with _said_to(RUNS / f"{job.name}.log"):
+        print(f"{job.name}: in {job.folder.name}")
         found = work(job)
     facts = {
         "job": job.name,

@@ -105,6 +105,8 @@ def controls(tests: Tests) -> str:
             parts.append(f"On {source} no claim yet: {', '.join(missing)} was not run.")
         else:
             parts.append(f"On {source} every control is beaten: the gain comes from knowing the user.")
+        if pairs.get(("users", "user-majority")) == "worse":
+            parts.append(f"On {source} a user's own usual answer, without a model, is better than Users.")
     return " ".join(parts)
 
 
