@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from proper.reports.figures import Figure, whisker
-from proper.reports.formats import method_name, metric_name, plain, plural, signed
+from proper.reports.formats import method_name, metric_name, plain, signed
 from proper.reports.load import Metric, RunFiles
 from proper.reports.reading import count, mapping
 from proper.reports.svg import Axis, chart, linear
@@ -47,7 +47,7 @@ def _families(run: RunFiles) -> list[Family]:
     experts = count(run.part("routing").get("experts")) or count(groups.get("experts"))
     constraint, size = mapping(groups.get("constraint")).get("kind"), count(groups.get("user_embedding"))
     return [
-        Family("Number of experts, E", "groups", _own(experts), _numbered(EXPERTS), "experts"),
+        Family("Number of experts, E", "groups", _own(experts), _numbered(EXPERTS), "numbers of experts"),
         Family("Size of the user embedding, D", "groups", _own(size), _numbered(EMBEDDING), "embedding sizes"),
         Family("Constraint", "groups", _own(constraint), CONSTRAINTS.get, "constraints"),
         Family("Router of stage 3", "users", _own(users.get("router")), ROUTERS.get, "router forms"),
@@ -80,7 +80,7 @@ def _figure(family: Family, rows: Sequence[Metric], run: RunFiles) -> Figure | N
     said = ", ".join(f"{setting} {plain(row.value)}" for setting, row in named)
     drawing = chart(*marks, height=200, label=f"{metric} by {family.title}: {said}", y=Axis(scale, metric), names=names)
     caption = (
-        f"{plural(len(named), 'setting')} of {family.what}; {better} is better, bars are 95 % intervals over users. "
+        f"{len(named)} {family.what}; {better} is better, bars are 95 % intervals over users. "
         f"Below: the difference from {method_name(family.own).lower()} of this run, in brackets where the test shows "
         "none."
     )
