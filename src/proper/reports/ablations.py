@@ -19,8 +19,8 @@ from proper.reports.words import is_higher_better, outcome, primary_metrics
 
 CONSTRAINTS = {"constraint-experts": "experts", "groups-no-constraint": "none", "released": "released preset"}
 ROUTERS = {"users-residual": "residual", "users-paper": "paper", "users-no-router": "none (3a)"}
-EXPERTS = re.compile(r"(?:^|-)experts-(\d+)$")
-EMBEDDING = re.compile(r"(?:^|-)(?:user-)?embedding-(\d+)$")
+EXPERTS = re.compile(r"^groups\[groups\.experts=(\d+)\]$")
+EMBEDDING = re.compile(r"^groups\[groups\.user_embedding=(\d+)\]$")
 
 
 @dataclass(frozen=True, slots=True)
