@@ -59,7 +59,15 @@ def scored(*methods: str) -> Callable[[dict[str, Any]], None]:
 
 def test_families_hold_the_runs_own_setting_and_its_variants(folder: Path, change: Change) -> None:
     assert ablations(load_run(folder)) == []
-    change(scored("groups[groups.experts=8]", "groups[groups.experts=2]", "constraint-experts", "groups-no-constraint", "users-paper"))
+    change(
+        scored(
+            "groups[groups.experts=8]",
+            "groups[groups.experts=2]",
+            "constraint-experts",
+            "groups-no-constraint",
+            "users-paper",
+        )
+    )
     (folder / "config.yaml").write_text("users: {router: residual}\ngroups: {constraint: {kind: users}}\n")
     figures = {figure.title: str(figure.drawing) for figure in ablations(load_run(folder))}
     assert list(figures) == ["Number of experts, E", "Constraint", "Router of stage 3"]
