@@ -51,7 +51,7 @@ def made_run(tmp_path: Path) -> tuple[Path, str]:
     data = write_demo(run / "data", settings)
     first, user = json.loads(data.read_text(encoding="utf-8").partition("\n")[0])["user_id"], f"{MARK}-who"
     for path in (run / "data").iterdir():
-        text = path.read_text(encoding="utf-8").replace(json.dumps(first), json.dumps(user))
+        text = path.read_text(encoding="utf-8").replace(f'"{first}', f'"{user}')
         path.write_text(text, encoding="utf-8")
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     for row in rows:

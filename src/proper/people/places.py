@@ -35,6 +35,7 @@ IMPERSONAL = (
     "results.json",
     "methods.csv",
     "metrics.jsonl",
+    "predictions/*.json",
     "serving/keys.json",
     "population/*",
     "groups/groups.safetensors",
@@ -110,17 +111,28 @@ def _from_lines(path: Path, user: str) -> None:
 
 
 def _from_json(path: Path, user: str) -> None:
-    """Take a person out of the lists and mappings of a JSON file."""
+    """Take the entries about a person out of the lists of a JSON file."""
     if _mentions(path, user):
         write_json(path, _without(read_json(path), user))
 
 
 def _without(value: Any, user: str) -> Any:
     if isinstance(value, dict):
-        return {key: _without(each, user) for key, each in value.items() if key != user}
+        return {key: _without(each, user) for key, each in value.items()}
     if isinstance(value, list):
-        return [_without(each, user) for each in value if each != user and not _is_about(each, user)]
+        return [_without(each, user) for each in value if not _is_about(each, user)]
     return value
+
+
+def _from_truth(path: Path, user: str) -> None:
+    """Take a person of the demo, and their items, out of its mappings."""
+    if not _mentions(path, user):
+        return
+    truth = read_json(path)
+    for name, value in truth.items():
+        if isinstance(value, dict):
+            truth[name] = {k: each for k, each in value.items() if k != user and not k.startswith(f"{user}-")}
+    write_json(path, truth)
 
 
 def _is_about(value: Any, user: str) -> bool:
@@ -177,14 +189,13 @@ def remove_work(users: Path, tenant: str, user: str) -> None:
 PLACES: tuple[Place, ...] = (
     Place("predictions/*.lamp.json", "answers in the benchmark's format, without names", _answers),
     Place("predictions/*.jsonl", "their queries and the answers", _from_lines),
-    Place("predictions/*.json", "their scores", _from_json),
     Place("users.json", "their scores", _from_json),
     Place("routing.json", "their gates and where their embedding lies", _from_json),
-    Place("analysis.json", "what the report knows of them", _from_json),
+    Place("analysis.json", "losses on their history, kept so as not to be measured again", _whole),
     Place("report.html", "examples and scores; 'proper report' writes it again", _whole),
     Place("data.sqlite", "their rows and texts", _from_data),
     Place("data/*.jsonl", "the demo's rows", _from_lines),
-    Place("data/*.json", "the demo's truth about them", _from_json),
+    Place("data/*.json", "the demo's truth about them", _from_truth),
 )
 
 UNFINISHED = ("population/stage.checkpoint", "groups/stage.checkpoint", "users/work")
