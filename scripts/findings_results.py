@@ -18,7 +18,7 @@ from proper.data.dataset import Dataset
 from proper.evaluation.comparisons import Scores, comparison_rows
 from proper.evaluation.metrics import Prediction, TaskInfo, primary_metric
 from proper.evaluation.power import expected_power
-from proper.evaluation.results import Predictions, build_results, plain, require_same_queries, score_all
+from proper.evaluation.results import Evidence, Predictions, build_results, plain, require_same_queries, score_all
 from proper.evaluation.routing import analyze_routing
 from proper.evaluation.runner import mean_gates, read_predictions
 from proper.evaluation.slices import history_slices
@@ -106,7 +106,7 @@ def of_task(job: Job, predictions: Predictions, asked: str, kind: str, run: Mapp
         for seed, by_method in predictions.items()
     }
     task = TaskInfo(asked.lower(), kind, _labels(kind, part))  # type: ignore[arg-type]
-    results = build_results(predictions=part, task=task, run=run, seconds={})
+    results = build_results(Evidence(predictions=part, task=task, run=run, seconds={}))
     return {
         **results,
         "comparisons": [*results["comparisons"], *_against(job, score_all(part, task), task, results["comparisons"])],

@@ -134,7 +134,7 @@ def test_there_is_no_merged_backbone_to_export(run: Path, tmp_path: Path) -> Non
     out, refused = tmp_path / "out", "its backbone is quantized"
     with pytest.raises(InputError, match=refused):
         export_backbone(run, out)
-    user = next(user for user, _ in proper.load(run).users.users())
+    user = next(iter(proper.load(run).users))
     with pytest.raises(InputError, match=refused):
         export_user(run, user, out, form="peft")
     assert not list(tmp_path.iterdir())

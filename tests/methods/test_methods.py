@@ -269,13 +269,13 @@ def test_users_int8_answers_with_the_rounded_adapters_and_leaves_the_run_as_it_w
     with Dataset.open(judged / "data.sqlite") as dataset:
         users = [user.id for user in dataset.users("target")]
     exact = load(judged, "users")
-    assert exact.users is not None
+    assert exact.store is not None
     try:
         theirs = exact.score(["red small is"] * len(users), users, LABELS)
         with in_int8(judged, users) as coded:
-            assert coded.users is not None and coded.users.folder != exact.users.folder
+            assert coded.store is not None and coded.store.folder != exact.store.folder
             for user in users:
-                held, rounded = exact.users.get(user), coded.users.get(user)
+                held, rounded = exact.store.get(user), coded.store.get(user)
                 assert held is not None and rounded is not None and held.adapter is not None
                 expected = decode(encode(held.adapter, "int8"))
                 assert rounded.adapter is not None and rounded.adapter.keys() == expected.keys()
