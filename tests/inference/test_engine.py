@@ -222,6 +222,17 @@ def test_the_same_prompt_of_two_users_at_once(shared: PersonalizedModel, alone: 
     engine.close()
 
 
+def test_all_tiers_in_one_batch(shared: PersonalizedModel, alone: Alone) -> None:
+    engine = Engine(shared, Limits(rows=12, slots=4))
+    asked = [(prompt, user, tier) for prompt, user in ((0, "u0"), (2, "u1")) for tier in get_args(Tier)]
+    heard = [ask(engine, prompt, user, tier=tier)[0] for prompt, user, tier in asked]
+    finish(engine)
+    assert engine.stats().steps < 12, "they ran together"
+    engine.close()
+    for (prompt, user, tier), one in zip(asked, heard, strict=True):
+        assert text(engine, one) == alone(prompt, user, 6, tier) and one.started.tier == tier
+
+
 def test_gates_are_the_routers_where_each_token_was_drawn(shared: PersonalizedModel, alone: Alone) -> None:
     engine = Engine(shared, Limits(rows=8, slots=4))
     asked: list[tuple[int, str | None, Tier]] = [(0, "u0", "users"), (2, "u0", "groups"), (1, None, "users")]
