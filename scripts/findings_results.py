@@ -123,10 +123,12 @@ def _against(job: Job, scores: Scores, task: TaskInfo, there: Sequence[Mapping[s
 
 
 def _predictions(home: Path, config: Config, methods: Sequence[str]) -> Predictions:
+    # What is not trained was answered once, in the run folder itself.
+    trained = {method.name: bool(method.stages) for method in known_methods(methods, config)}
     found = {}
     for seed in config.evaluation.seeds:
-        folder = seed_folder(home, config, seed) / "predictions"
-        found[seed] = {method: read_predictions(folder / f"{method}.jsonl") for method in methods}
+        places = {name: seed_folder(home, config, seed) if own else home for name, own in trained.items()}
+        found[seed] = {name: read_predictions(at / "predictions" / f"{name}.jsonl") for name, at in places.items()}
     return found
 
 

@@ -207,9 +207,9 @@ def test_a_job_leaves_what_the_page_needs_and_is_then_done(
     job = queue.Job(
         **{"name": "tried", "run": "tiny", "config": str(tmp_path / "config.yaml"), "source": str(rows), "made": None},
         **{
-            "seeds": (0,),
+            "seeds": (0, 1),
             "minutes": 1,
-            "methods": ("population", "groups", changed),
+            "methods": ("user-majority", "population", "groups", changed),
             "stages": ("population", "groups"),
         },
         **{"questions": (3,), "against": ("population",), "slice": "bottom-100", "routing": True},
@@ -221,7 +221,10 @@ def test_a_job_leaves_what_the_page_needs_and_is_then_done(
     assert "trains groups" in (tmp_path / "runs" / "tried.log").read_text(encoding="utf-8")
     assert {row["metric"] for row in found["metrics"]} == {"rouge1", "loss"}
     pairs = [(row["method"], row["against"]) for row in found["comparisons"] if row["metric"] == "rouge1"]
-    assert sorted(pairs) == sorted([("groups", "population"), ("groups", changed), (changed, "population")])
+    assert sorted(pairs) == sorted(
+        [("groups", "population"), ("groups", changed), (changed, "population")]
+        + [("groups", "user-majority"), ("user-majority", "population")]
+    )
     assert list(found["routing_of"]) == ["groups", changed]
     assert [found["routing_of"][name]["experts"] for name in found["routing_of"]] == [5, 2]
     assert [row["method"] for row in found["slice"]["metrics"]] == list(job.methods)
