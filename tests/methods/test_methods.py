@@ -284,6 +284,7 @@ def test_users_int8_answers_with_the_rounded_adapters_and_leaves_the_run_as_it_w
     finally:
         exact.close()
     assert not torch.equal(ours, theirs) and torch.allclose(ours, theirs, atol=0.05)
+    pipeline.evaluate(judged, ["users", "users-int8"])
     cost = {row["method"]: row for row in read(judged / "results.json")["cost"]}
     assert cost["users-int8"]["parameters_per_user"] == cost["users"]["parameters_per_user"]
     assert cost["users-int8"]["bytes_per_user"] < cost["users"]["bytes_per_user"]

@@ -51,7 +51,7 @@ class Experts(nn.Module):
             dropped = dropout(x, self.dropout) if self._drops else x
             middle = tokens_last(self.down, dropped)
         weights = (gates.permute(2, 0, 1) * self.scale).to(x.dtype).unsqueeze(1)
-        mixed = (middle.reshape(self.experts, self.rank, *middle.shape[1:]) * weights).flatten(2).flatten(0, 1)
+        mixed = (middle.reshape(self.experts, self.rank, *x.shape[:2]) * weights).flatten(2).flatten(0, 1)
         up = self.up.to(x.dtype)
         if onto is None:
             return torch.mm(mixed.t(), up.t()).view(*x.shape[:2], -1)
