@@ -51,7 +51,7 @@ DEMO_TRAINING: dict[str, dict[str, Any]] = {
         "embedding_learning_rate": 3e-1,
         "dropout": 0,
     },
-    "users": {"epochs": 4, "batch_size": 8, "learning_rate": 5e-3},
+    "users": {"epochs": 3, "batch_size": 8, "learning_rate": 5e-3},
 }
 DEMO_TARGETS = 50
 
