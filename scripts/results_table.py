@@ -1,9 +1,10 @@
-"""The table of results that README.md shows, from the `results.json` files under docs/results.
+"""The tables of results that README.md shows, from the `results.json` files under docs/results.
 
     python scripts/results_table.py [FOLDER]
 
 One line per data set and stage: the main metric with its interval over users, and the step from the stage before with
-its Holm-adjusted p. Nothing is computed here that the files do not hold.
+its Holm-adjusted p. Then one line per control: is a step knowledge of the user, or just more training? Nothing is
+computed here that the files do not hold.
 """
 
 from __future__ import annotations
@@ -16,12 +17,34 @@ from typing import Any
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 NAMES = {"accuracy": "accuracy ↑", "mae": "MAE ↓", "rouge1": "ROUGE-1 ↑"}
 
+CONTROLS = {
+    "groups": {"population-more": "as much training, no users", "groups-shared-e": "one embedding for all"},
+    "users": {"swapped": "somebody else's model", "shuffled": "ids shuffled", "user-majority": "their usual answer"},
+}
+"""What each stage is held against, and what that is."""
+
 
 def table(folder: Path = RESULTS) -> str:
     """Return the markdown table of all results in `folder`, by file name."""
     lines = ["| data set | stage | main metric [95 %] | step | p |", "|---|---|---|---|---|"]
     for path in sorted(folder.glob("*.json")):
         lines += rows(path.stem, json.loads(path.read_text(encoding="utf-8")))
+    return "\n".join(lines) + "\n"
+
+
+def controls(folder: Path = RESULTS) -> str:
+    """Return the markdown table of the controls in `folder`/findings."""
+    lines = ["| data set | stage | against | value | difference [95 %] | p |", "|---|---|---|---|---|---|"]
+    for path in sorted((folder / "findings").glob("controls-*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        values = {row["method"]: row["value"] for row in results["metrics"] if row["primary"]}
+        for row in results["comparisons"]:
+            told = CONTROLS.get(row["method"], {}).get(row["against"])
+            if row["primary"] and told is not None:
+                pair = f"{row['method']} {values[row['method']]:.3f} | `{row['against']}`, {told}"
+                lines.append(
+                    f"| {Path(results['config']).stem} | {pair} | {values[row['against']]:.3f} | {_difference(row)} |"
+                )
     return "\n".join(lines) + "\n"
 
 
@@ -38,12 +61,15 @@ def rows(name: str, results: dict[str, Any]) -> list[str]:
 
 
 def _step(step: dict[str, Any] | None) -> str:
-    if step is None:
-        return "| "
-    low, high = step["ci95"]
-    p = "< .001" if step["p_adjusted"] < 0.001 else f"{step['p_adjusted']:.3f}".replace("0.", ".", 1)
-    return f"{step['difference']:+.3f} [{low:+.3f}, {high:+.3f}] ({100 * step['relative']:+.1f} %) | {p}"
+    return "| " if step is None else _difference(step)
+
+
+def _difference(row: dict[str, Any]) -> str:
+    low, high = row["ci95"]
+    p = "< .001" if row["p_adjusted"] < 0.001 else f"{row['p_adjusted']:.3f}".replace("0.", ".", 1)
+    return f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}] ({100 * row['relative']:+.1f} %) | {p}"
 
 
 if __name__ == "__main__":
-    print(table(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS), end="")
+    place = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    print(table(place) + "\n" + controls(place), end="")

@@ -1,4 +1,4 @@
-"""README.md shows the committed results and no others."""
+"""README.md shows the committed results and no others, the controls with them."""
 
 from __future__ import annotations
 
@@ -13,4 +13,6 @@ def test_the_readme_s_table_is_that_of_the_committed_results() -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.table() in (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert module.table() in readme and module.controls() in readme
+    assert module.controls().count("| `population-more`") >= 1
