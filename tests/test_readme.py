@@ -97,6 +97,7 @@ def test_the_import_direction_is_the_one_that_is_checked() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_demo_s_examples_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
