@@ -37,11 +37,12 @@ from proper.config import Config, make_config
 from proper.data.batching import Encoder
 from proper.errors import ProperError
 from proper.inference.engine import Engine
-from proper.inference.generate import Sampling, pad_left
 from proper.inference.guests import Limits
+from proper.inference.passes import pad_left
 from proper.inference.personalized import PersonalizedModel
 from proper.inference.requests import Event, Request, Token
 from proper.inference.runner import Runner
+from proper.inference.sampling import Sampling
 from proper.layers.bank import AdapterBank
 from proper.models.backbone import Backbone, digest, load_tokenizer, pick_device
 from proper.models.personal import ProperModel

@@ -6,6 +6,7 @@ Knows nothing about who waits, how adapters get into their slots, or when a row 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,10 +14,12 @@ from torch import Tensor
 from proper.inference.guests import Guest
 from proper.inference.kv import RowCache
 from proper.inference.passes import decode, prefill, rows_of
-from proper.inference.personalized import PersonalizedModel
 from proper.inference.requests import Token
 from proper.inference.sampling import next_tokens
 from proper.layers.routing import Rows
+
+if TYPE_CHECKING:
+    from proper.inference.personalized import PersonalizedModel
 
 
 class Batch:

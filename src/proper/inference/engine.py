@@ -12,20 +12,23 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from proper.adapters.records import Head
 from proper.adapters.residents import Counts, Key, Outcome, Residents
 from proper.adapters.store import AdapterStore
-from proper.errors import InputError, ProperError
+from proper.errors import InputError, ProperError, StoreError
 from proper.inference.batch import Batch
 from proper.inference.guests import Guest, Limits, Stats, Ticket
-from proper.inference.personalized import PersonalizedModel
 from proper.inference.requests import Event, Finished, Reason, Request, Sink, Started, Token
 from proper.inference.sampling import Sampler
 from proper.inference.waiting import Waiting
 from proper.layers.bank import AdapterBank
+
+if TYPE_CHECKING:
+    from proper.inference.personalized import PersonalizedModel
 
 DAMAGED = "damaged adapter"
 
@@ -33,15 +36,22 @@ DAMAGED = "damaged adapter"
 class Engine:
     """One model, many requests. `submit` is for any thread, everything else for the one that runs the steps.
 
-    While an engine lives, the model's own `generate` and `score` may not be used: both fill the same bank.
+    It fills the model's bank. From here to `close` the model's own `generate` and `score` may not be used, nor may
+    another engine; afterwards they may.
+
+    Args:
+        model: whose answers.
+        limits: how much at once; the defaults if None.
+        strict: raise what goes wrong, damaged adapters too, from `step`, where a server goes on for everybody else.
 
     Attributes:
         limit: tokens that a prompt and its answer may have together.
     """
 
-    def __init__(self, model: PersonalizedModel, limits: Limits | None = None) -> None:
+    def __init__(self, model: PersonalizedModel, limits: Limits | None = None, *, strict: bool = False) -> None:
         limits = limits or Limits()
-        self.model, self.limits, self.limit = model, limits, model.config.compute.max_length
+        self.model, self.limits, self.limit = model, limits, limits.length or model.config.compute.max_length
+        self._strict = strict
         self.changed = threading.Condition()
         self._stores = {"": model.store} if model.store is not None else {}
         self._residents = self._make_residents()
@@ -98,6 +108,12 @@ class Engine:
         with self.changed:
             self.changed.notify_all()
 
+    def settle(self) -> None:
+        """Wait for the loads in hand: what the next step does then depends on nothing but what was asked."""
+        residents = self._residents
+        with self.changed:
+            self.changed.wait_for(lambda: residents is None or residents.settled)
+
     @property
     def idle(self) -> bool:
         """Whether no request is left without its end."""
@@ -131,7 +147,7 @@ class Engine:
         )
 
     def close(self) -> None:
-        """End every request as cancelled, and the loading thread."""
+        """End every request as cancelled, and the loading thread; the bank is the model's own again."""
         with self.changed:
             self._closed = True
         self._take_in()
@@ -141,13 +157,20 @@ class Engine:
             self._leave(len(self._batch) - 1, "cancelled")
         if self._residents is not None:
             self._residents.close()
+            assert self.model.cache is not None
+            self.model.cache.clear()
+            self.model.model.use_bank(self.model.cache.bank)
         for tenant, store in self._stores.items():
             if tenant:  # the others are the engine's own; this one is the model's
                 store.close()
 
     @torch.no_grad()
     def step(self) -> None:
-        """Give every row one more token, after letting go and taking in."""
+        """Give every row one more token, after letting go and taking in.
+
+        Raises:
+            StoreError: an adapter is damaged, if `strict`; and then also whatever the model raises.
+        """
         self._take_in()
         self._let_go()
         self._collect()
@@ -163,6 +186,8 @@ class Engine:
             # Out of memory, a device that fails, a token beyond the vocabulary: whoever asked hears of it, and the
             # next ones may do better.
             self._fail(f"{type(error).__name__}: {error}")
+            if self._strict:
+                raise
         self._counts["steps"] += 1
 
     def _make_residents(self) -> Residents | None:
@@ -215,6 +240,8 @@ class Engine:
     def _settle(self, guest: Guest, outcome: Outcome) -> None:
         """Tell a request that waits how the load of its adapter ended."""
         if outcome.error is not None:
+            if self._strict:
+                raise StoreError(outcome.error)
             guest.key, guest.fallback = None, DAMAGED
             self._counts["fallbacks"] += 1
         else:

@@ -23,12 +23,15 @@ class Limits:
         slots: adapters in the bank; None takes one per row and a quarter more, for loading ahead.
         prefill: tokens of new prompts, padding included, in one step; a longer prompt goes alone.
         patience: how often a request whose adapter is not there may be passed by others whose is.
+        length: tokens that a prompt and its answer may have together, for which memory is taken; the config's
+            `compute.max_length` if None.
     """
 
     rows: int = 32
     slots: int | None = None
     prefill: int = 2048
     patience: int = 16
+    length: int | None = None
 
     @property
     def bank(self) -> int:

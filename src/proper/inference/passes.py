@@ -6,18 +6,33 @@ Knows nothing about who asks or waits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
 from proper.adapters.records import Head
-from proper.inference.generate import pad_left
 from proper.inference.kv import RowCache
-from proper.inference.personalized import PersonalizedModel
 from proper.layers.routing import Rows
 from proper.models.personal import ProperModel
+
+if TYPE_CHECKING:
+    from proper.inference.personalized import PersonalizedModel
+
+
+def pad_left(
+    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """Return token ids and attention mask of prompts, padded on the left."""
+    length = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), length), pad)
+    mask = torch.zeros((len(prompts), length), dtype=torch.long)
+    for at, prompt in enumerate(prompts):
+        ids[at, length - len(prompt) :] = torch.tensor(prompt)
+        mask[at, length - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
 
 
 def rows_of(
