@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import InputError, ProperError
 from proper.inference import PersonalizedModel, load
-from proper.inference.engine import DAMAGED, Engine
+from proper.inference.engine import Engine
 from proper.inference.guests import Limits, Ticket
+from proper.inference.loading import DAMAGED
 from proper.inference.requests import Event, Finished, Request, Started, Tier, Token
 from proper.inference.sampling import Sampling
 

@@ -154,7 +154,7 @@ class _Bench:
 
     def sides(self) -> dict[str, Side]:
         """Return what is compared in the closed loop. Whatever a side needs in memory is there before it is timed."""
-        limits = Limits(rows=self.size.users, slots=self.size.users, prefill=1 << 30)
+        limits = Limits(rows=self.size.users, slots=self.size.users, prefill=1 << 30, prefix_bytes=0)
         crowd = list(self.names[: self.size.users])
         engine: Engine | None = None
 
@@ -198,7 +198,7 @@ class _Bench:
         for name, layer in self.model.layers.items():
             layer.experts, layer.router = self.mixtures[name]
         people = self.names[: CROWD * self.size.slots]
-        engine = Engine(self.personal, Limits(rows=self.size.rows, slots=slots))
+        engine = Engine(self.personal, Limits(rows=self.size.rows, slots=slots, prefix_bytes=0))
         _answer(engine, [Request((5,), user, sampling=Sampling(1)) for user in people])
         runner = Runner(engine)
         runner.start()

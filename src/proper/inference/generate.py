@@ -71,4 +71,5 @@ def _limits(model: PersonalizedModel, prompts: Sequence[Sequence[int]], room: in
     bank = model.cache.bank if model.cache is not None else None
     # The model's own bank: a second one would take its memory again.
     slots = bank.slots if bank is not None else None
-    return Limits(rows, slots, prefill=rows * longest, length=longest + room)
+    # No prefixes: they would make bits depend on who was answered before.
+    return Limits(rows, slots, prefill=rows * longest, length=longest + room, prefix_bytes=0)

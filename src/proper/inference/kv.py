@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from proper.inference.prefixes import States
+
 SLACK = 128
 """Columns beyond the longest row, or as many as that has if it has fewer: the steps between two moves."""
 
@@ -104,6 +106,11 @@ class RowCache:
                 layer.v[row, :, span] = layer.v[last, :, span]
             window.lengths[row] = window.lengths[last]
         window.lengths.pop()
+
+    def states(self, row: int) -> States:
+        """Return views of a row's keys and values."""
+        span = slice(self.window.cursor - self.window.lengths[row], self.window.cursor)
+        return tuple((layer.k[row, :, span], layer.v[row, :, span]) for layer in self._layers)
 
     def clear(self) -> None:
         """Drop all rows."""
