@@ -16,6 +16,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from proper.data.batching import Batch, Encoded, collate
+from proper.inference.kv import RowCache
+from proper.inference.passes import prefill
+from proper.inference.prefixes import Prefix
 from proper.inference.sampling import Sampling
 from proper.inference.score import score_labels
 from proper.layers.adapted import AdaptedLinear
@@ -181,6 +184,22 @@ def test_greedy_decoding_equals_full_recomputation(personal: Any, encoded: list[
             ids.append(token)
         assert answer == expected
     assert len({tuple(answer) for answer in together}) == len(together)
+
+
+def test_a_prompt_that_goes_on_from_a_prefix_is_the_whole_prompt(personal: Any, encoded: list[Encoded]) -> None:
+    """Windows reach from the rest into the prefix."""
+    personal.fill()
+    prompts, rows = [row.ids for row in encoded], personal.rows([0, 3, 1, 2])
+    shares = [len(row.ids) - 4 - at for at, row in enumerate(encoded)]
+    with torch.no_grad():
+        whole = RowCache(4, 40)
+        expected = prefill(personal.model, whole, prompts, rows)
+        prefixes = [
+            Prefix(tuple(ids[:share]), tuple((keys[:, :share], values[:, :share]) for keys, values in states))
+            for ids, share, states in zip(prompts, shares, map(whole.states, range(4)), strict=True)
+        ]
+        found = prefill(personal.model, RowCache(4, 40), prompts, rows, prefixes)
+    torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_scores_equal_a_full_forward_of_every_label(personal: Any, encoded: list[Encoded]) -> None:

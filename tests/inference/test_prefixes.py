@@ -104,11 +104,11 @@ def answer(engine: Engine, prompt: Sequence[int], user: str | None, tier: Tier =
 conversations = st.lists(
     st.tuples(st.sampled_from(USERS), st.sampled_from(get_args(Tier)), st.integers(0, 1), st.lists(st.integers(0, 2))),
     min_size=1,
-    max_size=8,
+    max_size=5,
 )
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(asked=conversations, budget=st.sampled_from([0, 7000, 1 << 20]), rows=st.integers(1, 4), pause=st.integers(0, 6))
 def test_chats_are_answered_as_without(
     shared: PersonalizedModel,
@@ -120,8 +120,8 @@ def test_chats_are_answered_as_without(
 ) -> None:
     """Everybody's chats begin alike, and go on from what was answered; turns of all of them run together."""
     engine = Engine(shared, Limits(rows, slots=2, prefix_bytes=budget))
-    chats = [(user, tier, [*OPENINGS[opening]], turns[:3]) for user, tier, opening, turns in asked]
-    for turn in range(4):
+    chats = [(user, tier, [*OPENINGS[opening]], turns[:2]) for user, tier, opening, turns in asked]
+    for turn in range(3):
         running = []
         for user, tier, said, turns in chats:
             if turn <= len(turns):
@@ -219,13 +219,13 @@ def test_another_version_has_prefixes_of_its_own(copied: PersonalizedModel, alon
     copied.store.rollback("u0")
     finish(engine)
     assert late.tokens == alone(prompt, "u1", length=8), "it runs on the old version"
+    assert engine.stats().prefix_bytes == held, "and leaves nothing"
     assert answer(engine, prompt, "u0") == (alone(prompt, "u0"), 0)
     assert engine.stats().prefix_bytes == held
     engine.close()
 
 
-@pytest.mark.parametrize("deleted", [False, True])
-def test_those_who_are_deleted_leave_nothing(copied: PersonalizedModel, deleted: bool) -> None:
+def test_those_who_are_deleted_leave_nothing(copied: PersonalizedModel) -> None:
     assert copied.store is not None
     engine, prompt = Engine(copied, Limits(rows=1)), OPENINGS[0]
     answer(engine, prompt, "u1")
@@ -237,14 +237,13 @@ def test_those_who_are_deleted_leave_nothing(copied: PersonalizedModel, deleted:
     while not running.tokens:
         engine.step()
     waiting = ask(engine, prompt, "u0", tier="groups")
-    if deleted:
-        copied.store.delete("u0")
+    engine.step()
+    copied.store.delete("u0")
     engine.forget("", "u0")
     engine.step()
     assert engine.stats().prefix_bytes == others and not running.done
     finish(engine)
-    assert waiting.done
-    assert not deleted or engine.stats().prefix_bytes == others
+    assert waiting.done and engine.stats().prefix_bytes == others
     engine.close()
 
 

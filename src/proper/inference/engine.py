@@ -179,21 +179,15 @@ class Engine:
         self._counts["steps"] += 1
 
     def _take_in(self) -> None:
+        while self._forget:
+            tenant, user = self._forget.popleft()
+            self._loading.forget(tenant, user)
+            self._prefixes.forget(tenant, user)
         while self._inbox:
             ticket = self._inbox.popleft()
             guest = Guest(ticket, Sampler(ticket.request.sampling))
             self._loading.accept(guest)
             self._waiting.add(guest)
-        # After the requests: those from before it are to leave nothing behind.
-        while self._forget:
-            self._forget_now(*self._forget.popleft())
-
-    def _forget_now(self, tenant: str, user: str) -> None:
-        self._loading.forget(tenant, user)
-        self._prefixes.forget(tenant, user)
-        for guest in self._batch.guests:
-            if guest.owner == (tenant, user):
-                guest.origin = None
 
     def _let_go(self) -> None:
         for guest in self._waiting.remove(lambda guest: guest.ticket.cancelled):
@@ -236,7 +230,7 @@ class Engine:
     def _leave(self, row: int, reason: Reason) -> None:
         guest = self._batch.guests[row]
         if guest.origin is not None and guest.origin != self._origin(guest, self._loading.head(guest)):
-            guest.origin = None  # they were updated or deleted meanwhile
+            guest.origin = None  # they were updated or deleted meanwhile, and leave nothing
         self._batch.leave(row)
         self._loading.release(guest)
         self._say(guest, Finished(reason))
