@@ -117,6 +117,12 @@ def lamp_files() -> ModuleType:
     return _load("lamp_files")
 
 
+@pytest.fixture(scope="session")
+def decoding() -> ModuleType:
+    """`tests/decoding.py`: transformers' `generate` as the oracle, and the engine's passes."""
+    return _load("decoding")
+
+
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A web server of this test's own, see `tests/range_server.py`; it serves `site.folder` at `site.url`."""

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from proper.data.batching import Batch, Encoded, collate
-from proper.inference.generate import Sampling, generate
+from proper.inference.kv import RowCache
+from proper.inference.passes import prefill
+from proper.inference.prefixes import Prefix
+from proper.inference.sampling import Sampling
 from proper.inference.score import score_labels
 from proper.layers.adapted import AdaptedLinear
 from proper.layers.routing import Rows
@@ -108,7 +112,7 @@ def test_one_expert_and_an_adapter_are_two_merged_loras(personal: Any, folder: P
 
 
 def test_a_checkpoints_own_habits_do_not_decide_what_is_said(
-    personal: Any, personalize: Any, folder: Path, encoded: list[Encoded], tmp_path: Path
+    personal: Any, personalize: Any, folder: Path, encoded: list[Encoded], tmp_path: Path, decoding: ModuleType
 ) -> None:
     """Qwen's files ask for a repetition penalty; greedy decoding takes the likeliest token all the same."""
     shutil.copytree(folder, tmp_path / "habits")
@@ -118,10 +122,10 @@ def test_a_checkpoints_own_habits_do_not_decide_what_is_said(
     prompts, answers = [row.ids[: row.start] for row in encoded], []
     for either in (personal, personalize(load_backbone(str(tmp_path / "habits"), torch.float32, CPU))):
         either.fill()
-        sampling = Sampling(max_new_tokens=6)
-        answers.append(generate(either.model, prompts, either.rows([0, 1, 2, 3]), sampling, end=None))
-        assert all(len(answer) == 6 for answer in answers[-1])
-    assert answers[0] == answers[1]
+        rows = either.rows([0, 1, 2, 3])
+        answers.append(decoding.theirs(either.model, prompts, rows, Sampling(6)))
+        answers.append(decoding.ours(either.model, prompts, rows, 6))
+    assert all(answer == answers[0] for answer in answers)
 
 
 def _gradients(personal: Any, batch: Batch, checkpointing: bool) -> dict[str, Tensor]:
@@ -166,22 +170,36 @@ def _is_the_backbones_module(module: nn.Module) -> bool:
     return not isinstance(module, AdaptedLinear) and "proper" not in type(module).__module__
 
 
-def test_greedy_decoding_equals_full_recomputation(personal: Any, encoded: list[Encoded]) -> None:
+def test_greedy_decoding_equals_full_recomputation(personal: Any, encoded: list[Encoded], decoding: ModuleType) -> None:
     personal.fill()
     users, steps = [0, 3, 1, 2], 6
     prompts = [row.ids[: row.start] for row in encoded]
-    together = generate(personal.model, prompts, personal.rows(users), Sampling(max_new_tokens=steps), end=2)
+    together = decoding.ours(personal.model, prompts, personal.rows(users), steps)
     for prompt, user, answer in zip(prompts, users, together, strict=True):
         ids, expected = list(prompt), []
         while len(expected) < steps:
             with torch.no_grad(), personal.model.routing.use(personal.rows([user])):
                 token = int(personal.backbone.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
-            if token == 2:
-                break
             expected.append(token)
             ids.append(token)
         assert answer == expected
     assert len({tuple(answer) for answer in together}) == len(together)
+
+
+def test_a_prompt_that_goes_on_from_a_prefix_is_the_whole_prompt(personal: Any, encoded: list[Encoded]) -> None:
+    """Windows reach from the rest into the prefix."""
+    personal.fill()
+    prompts, rows = [row.ids for row in encoded], personal.rows([0, 3, 1, 2])
+    shares = [len(row.ids) - 4 - at for at, row in enumerate(encoded)]
+    with torch.no_grad():
+        whole = RowCache(4, 40)
+        expected = prefill(personal.model, whole, prompts, rows)
+        prefixes = [
+            Prefix(tuple(ids[:share]), tuple((keys[:, :share], values[:, :share]) for keys, values in states))
+            for ids, share, states in zip(prompts, shares, map(whole.states, range(4)), strict=True)
+        ]
+        found = prefill(personal.model, RowCache(4, 40), prompts, rows, prefixes)
+    torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_scores_equal_a_full_forward_of_every_label(personal: Any, encoded: list[Encoded]) -> None:
@@ -199,7 +217,7 @@ def test_scores_equal_a_full_forward_of_every_label(personal: Any, encoded: list
 
 
 def test_a_backbone_without_a_padding_token_works(
-    personal: Any, personalize: Any, folder: Path, encoded: list[Encoded], tmp_path: Path
+    personal: Any, personalize: Any, folder: Path, encoded: list[Encoded], tmp_path: Path, decoding: ModuleType
 ) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare)
@@ -214,7 +232,7 @@ def test_a_backbone_without_a_padding_token_works(
     for either in (personal, unpadded):
         either.fill()
         rows = either.rows([0, 1, 2, 3])
-        answers.append(generate(either.model, prompts, rows, Sampling(max_new_tokens=3), end=2))
+        answers.append(decoding.ours(either.model, prompts, rows, 3))
     assert answers[0] == answers[1]
     batches = [collate(encoded, pad=either.backbone.pad_id) for either in (personal, unpadded)]
     with torch.no_grad():

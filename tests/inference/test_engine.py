@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import get_args
 
 import pytest
@@ -17,10 +18,11 @@ from hypothesis import strategies as st
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import InputError, ProperError
 from proper.inference import PersonalizedModel, load
-from proper.inference.engine import DAMAGED, Engine
-from proper.inference.generate import Sampling
+from proper.inference.engine import Engine
 from proper.inference.guests import Limits, Ticket
+from proper.inference.loading import DAMAGED
 from proper.inference.requests import Event, Finished, Request, Started, Tier, Token
+from proper.inference.sampling import Sampling
 
 PROMPTS = (
     "What does this say?",
@@ -61,9 +63,10 @@ class Heard:
 
 
 class Alone:
-    """The oracle: `PersonalizedModel`, one request at a time, on models of its own, one for each tier."""
+    """The oracle: transformers' `generate`, one request at a time, on models of its own, one for each tier."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, decoding: ModuleType) -> None:
+        self.decoding = decoding
         self.models = {tier: load(folder, tier) for tier in get_args(Tier)}
         self.model = self.models["users"]
         self._known: dict[tuple[int, str | None, int, Tier], str] = {}
@@ -71,7 +74,7 @@ class Alone:
     def __call__(self, prompt: int, user: str | None, length: int, tier: Tier = "users") -> str:
         key = prompt, user, length, tier
         if key not in self._known:
-            self._known[key] = self.models[tier].generate([PROMPTS[prompt]], [user], max_new_tokens=length)[0]
+            self._known[key] = self.decoding.alone(self.models[tier], PROMPTS[prompt], user, Sampling(length))
         return self._known[key]
 
     def gates(self, prompt: int, user: str | None, tier: Tier, tokens: list[int]) -> list[list[float]]:
@@ -93,8 +96,8 @@ class Alone:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_run: Path) -> Iterator[Alone]:
-    oracle = Alone(tiny_run)
+def alone(tiny_run: Path, decoding: ModuleType) -> Iterator[Alone]:
+    oracle = Alone(tiny_run, decoding)
     yield oracle
     oracle.close()
 
@@ -253,8 +256,8 @@ def test_draws_do_not_depend_on_who_else_is_there(shared: PersonalizedModel, alo
     together = [ask(engine, at % 4, USERS[at % 11], seed=at % 3, **sampling)[0] for at in range(12)]
     finish(engine)
     for at, heard in enumerate(together):
-        one = alone.model.generate([PROMPTS[at % 4]], [USERS[at % 11]], max_new_tokens=6, seed=at % 3, **sampling)
-        assert text(engine, heard) == one[0]
+        drawn = Sampling(6, seed=at % 3, **sampling)
+        assert text(engine, heard) == alone.decoding.alone(alone.model, PROMPTS[at % 4], USERS[at % 11], drawn)
     engine.close()
 
 
@@ -427,14 +430,15 @@ def test_what_does_not_fit_is_refused(shared: PersonalizedModel) -> None:
 
 
 @pytest.mark.parametrize("stage", ["base", "population", "groups"])
-def test_lower_stages(tiny_run: Path, stage: str) -> None:
+def test_lower_stages(tiny_run: Path, stage: str, decoding: ModuleType) -> None:
     oracle, model = load(tiny_run, stage), load(tiny_run, stage)  # type: ignore[arg-type]
     engine = Engine(model)
-    heard = [ask(engine, at, user)[0] for at, user in enumerate(("u0", None, "group", "u0"))]
+    users = ("u0", None, "group", "u0")
+    heard = [ask(engine, at, user)[0] for at, user in enumerate(users)]
     finish(engine)
-    expected = oracle.respond(PROMPTS, ["u0", None, "group", "u0"])
-    assert [text(engine, one) for one in heard] == [answer.text for answer in expected]
-    assert [one.started.tier for one in heard] == [answer.tier for answer in expected]
+    for prompt, user, one in zip(PROMPTS, users, heard, strict=True):
+        assert text(engine, one) == decoding.alone(oracle, prompt, user, Sampling(6))
+        assert one.started.tier == oracle.tier(user)
     for one in (oracle, model):
         one.close()
     engine.close()

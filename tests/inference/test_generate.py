@@ -1,125 +1,124 @@
-"""Fast against slow: mixed batches with a cache against one user, one row, everything computed again for each token."""
+"""Lists of prompts through an engine of their own: what transformers' `generate` says, and nothing is left behind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from proper.inference.generate import Sampling, generate, pad_left
-from proper.layers.routing import Rows
-from proper.models.personal import ProperModel
+from proper.errors import StoreError
+from proper.inference import PersonalizedModel, load
+from proper.inference import kv as kv_module
+from proper.inference.generate import generate
+from proper.inference.sampling import Sampling
 
-Build = Callable[..., ProperModel]
-Reference = Callable[..., PreTrainedModel]
-
-SLOTS = (0, 2, -1, 1, 0, 2)
-NEW = 12
-
-
-def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(2)
-    return [torch.randint(3, 8000, (length,), generator=generator).tolist() for length in (4, 19, 7, 1, 12, 7)]
+PROMPTS = ["What does this say?", "Short", "A rather longer text than both of the others: what does it say?", "Well?"]
+USERS: list[str | None] = [*(f"u{at}" for at in range(8)), "group", "stranger", None]
+ASKED = [(PROMPTS[at % 4], USERS[at % 11]) for at in range(30)]
+"""More people than the bank has slots, more prompts than rows."""
 
 
-def embeddings() -> Tensor:
-    return 0.5 * torch.randn(len(SLOTS), 16, generator=torch.Generator().manual_seed(3))
+@pytest.fixture(scope="module")
+def model(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PersonalizedModel]:
+    folder = shutil.copytree(tiny_run, tmp_path_factory.mktemp("generate") / "run")
+    text = (folder / "config.yaml").read_text(encoding="utf-8")
+    assert "batch_size: 8" in text
+    (folder / "config.yaml").write_text(text.replace("batch_size: 8", "batch_size: 4"), encoding="utf-8")
+    loaded = load(folder)
+    yield loaded
+    loaded.close()
 
 
-def mixed(mode: str = "users") -> Rows:
-    return Rows(mode, embedding=embeddings(), slots=torch.tensor(SLOTS))  # type: ignore[arg-type]
+@pytest.fixture(scope="module")
+def alone(tiny_run: Path, decoding: ModuleType) -> Iterator[Callable[[str, str | None, Sampling], str]]:
+    oracle = load(tiny_run)
+    yield lambda prompt, user, sampling: decoding.alone(oracle, prompt, user, sampling)
+    oracle.close()
 
 
-def next_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float()
-    return found
-
-
-@pytest.mark.parametrize("router", ["residual", "paper", "none"])
-@pytest.mark.parametrize("mode", ["groups", "fit", "users"])
-def test_fp32_logits_are_the_slow_ones_and_greedy_tokens_the_same(
-    personal: Build, reference: Reference, router: str, mode: str
+@pytest.mark.parametrize("sampling", [Sampling(9), Sampling(9, temperature=0.9, top_p=0.8, seed=5)])
+def test_a_list_is_answered_as_transformers_answers_one_by_one(
+    model: PersonalizedModel, alone: Callable[..., str], sampling: Sampling
 ) -> None:
-    model, rows = personal(router=router), mixed(mode)
-
-    answers = generate(model, prompts(), rows, Sampling(NEW), end=None)
-
-    ids, mask = pad_left(prompts(), 0, model.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad(), model.routing.use(rows):
-        logits = model.backbone.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1]
-    for at, prompt in enumerate(prompts()):
-        slow = reference(model, embeddings()[at], SLOTS[at], mode)
-        assert float((logits[at] - next_logits(slow, prompt)).abs().max()) < 1e-4
-        seen = list(prompt)
-        for token in answers[at]:
-            assert token == int(next_logits(slow, seen).argmax()), f"row {at}"
-            seen.append(token)
-        assert len(seen) == len(prompt) + NEW
+    found = model.respond([prompt for prompt, _ in ASKED], [user for _, user in ASKED], sampling)
+    expected = {pair: alone(*pair, sampling) for pair in set(ASKED)}
+    assert [answer.text for answer in found] == [expected[pair] for pair in ASKED]
+    assert [(answer.user, answer.tier) for answer in found] == [(user, model.tier(user)) for _, user in ASKED]
+    assert len(set(expected.values())) > 20
 
 
-def test_in_bf16_the_first_divergence_is_at_a_near_tie(personal: Build, reference: Reference) -> None:
-    model = personal(torch.bfloat16)
-    answers = generate(model, prompts(), mixed(), Sampling(NEW), end=None)
-    agreed = 0
-    for at, prompt in enumerate(prompts()):
-        slow = reference(model, embeddings()[at], SLOTS[at])
-        seen = list(prompt)
-        for token in answers[at]:
-            logits = next_logits(slow, seen)
-            best = logits.topk(2).values
-            if token != int(logits.argmax()):
-                assert float(best[0] - best[1]) <= 0.05, f"row {at}, token {len(seen) - len(prompt)}"
-                break
-            seen.append(token)
-            agreed += 1
-    assert agreed > len(SLOTS) * NEW / 2
-
-
-def test_rows_do_not_depend_on_the_batch_or_its_order(personal: Build) -> None:
-    model, rows = personal(), mixed()
-    assert rows.embedding is not None and rows.slots is not None
-    together = generate(model, prompts(), rows, Sampling(NEW), end=None)
-    for at, prompt in enumerate(prompts()):
-        own = Rows("users", rows.embedding[[at]], rows.slots[[at]])
-        assert generate(model, [prompt], own, Sampling(NEW), end=None) == [together[at]]
-    order = [5, 2, 0, 4, 1, 3]
-    shuffled = Rows("users", rows.embedding[order], rows.slots[order])
-    assert generate(model, [prompts()[at] for at in order], shuffled, Sampling(NEW), end=None) == [
-        together[at] for at in order
-    ]
-    swapped = generate(model, prompts(), Rows("users", rows.embedding, (rows.slots + 1) % 3), Sampling(NEW), end=None)
-    assert swapped != together, "whose adapter it is matters"
-
-
-def test_answers_stop_before_the_end_token(personal: Build) -> None:
-    model = personal()
-    free = generate(model, prompts(), mixed(), Sampling(NEW), end=None)
+def test_an_answer_ends_before_its_end_token(model: PersonalizedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [model.encoder.prompt(prompt) for prompt in PROMPTS]
+    free = [one.tokens for one in generate(model, ids, ["u0", "u1", "u2", None], Sampling(9))]
+    assert all(len(tokens) == 9 for tokens in free)
     end = free[1][4]
-    stopped = generate(model, prompts(), mixed(), Sampling(NEW), end=end)
-    for whole, cut in zip(free, stopped, strict=True):
-        assert cut == (whole[: whole.index(end)] if end in whole else whole)
+    monkeypatch.setattr(model.encoder, "end", end)
+    stopped = [one.tokens for one in generate(model, ids, ["u0", "u1", "u2", None], Sampling(9))]
+    assert stopped == [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in free]
 
 
-def test_sampling_follows_its_seed_and_leaves_the_generator_alone(personal: Build) -> None:
-    model = personal()
+def test_draws_leave_the_generator_alone(model: PersonalizedModel) -> None:
     torch.manual_seed(9)
     before = torch.random.get_rng_state()
-
-    def draw(seed: int, temperature: float = 1.0, top_p: float = 1.0) -> list[list[int]]:
-        return generate(model, prompts(), mixed(), Sampling(NEW, temperature, top_p, seed), end=None)
-
-    assert draw(1) == draw(1) != draw(2)
-    greedy = generate(model, prompts(), mixed(), Sampling(NEW), end=None)
-    assert draw(1, temperature=1e-4) == greedy
-    assert draw(1, top_p=1e-6) == greedy
+    drawn = [model.generate(PROMPTS, ["u0"] * 4, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_padding(personal: Build) -> None:
-    ids, mask = pad_left([[5, 6, 7], [8]], pad=0, device=torch.device("cpu"))
-    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+def test_the_bank_is_the_models_own_again(model: PersonalizedModel) -> None:
+    """Scores load their adapters into the slots that the answers have taken over."""
+    labels = ["yes", "no, not at all"]
+    users = ["u0", "u1", "u2", "u3"]
+    before = model.score(PROMPTS, users, labels)
+    bank = model.cache.bank if model.cache is not None else None
+    model.generate(PROMPTS, ["u4", "u5", "u6", "u7"])
+    assert torch.equal(model.score(PROMPTS, users, labels), before)
+    assert all(layer.bank is bank for layer in model.model.layers.values())
+
+
+def test_memory_is_taken_for_what_is_asked(model: PersonalizedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, int]] = []
+    buffer = kv_module.RowCache._buffer
+
+    def noted(self: kv_module.RowCache, states: torch.Tensor) -> torch.Tensor:
+        found = buffer(self, states)
+        made.append((found.shape[0], found.shape[2]))
+        return found
+
+    monkeypatch.setattr(kv_module.RowCache, "_buffer", noted)
+    model.generate(PROMPTS[1:2], ["u0"], max_new_tokens=3)
+    model.generate(PROMPTS * 2, ["u0"] * 8, max_new_tokens=6)
+    sizes = [len(model.encoder.prompt(prompt)) for prompt in PROMPTS]
+    assert set(made) == {(1, 2 * (sizes[1] + 3)), (4, 2 * (max(sizes) + 6))}
+
+
+def test_more_than_the_models_length(model: PersonalizedModel, alone: Callable[..., str]) -> None:
+    """A prompt loses its middle, and half the length is always its own, however long the answer may get."""
+    long = ["word " * 500 + "What now?", "Short"]
+    for length in (6, 100):
+        sampling = Sampling(length)
+        found = [answer.text for answer in model.respond(long, ["u0", "u1"], sampling)]
+        assert found == [alone(prompt, user, sampling) for prompt, user in zip(long, ("u0", "u1"), strict=True)]
+
+
+def test_what_goes_wrong_is_raised(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(shutil.copytree(tiny_run, tmp_path / "run"))
+    whole = model.generate(PROMPTS, [None] * 4)
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.backbone.model, "forward", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model.generate(PROMPTS, ["u0"] * 4)
+    for blob in (tmp_path / "run" / "users" / "blobs").iterdir():
+        blob.write_bytes(bytes(blob.stat().st_size))
+    with pytest.raises(StoreError, match="user 'u3' is missing or damaged"):
+        model.generate(PROMPTS, [None, "u3", None, None])
+    assert model.generate(PROMPTS, [None] * 4) == whole
+    model.close()

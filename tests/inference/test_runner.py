@@ -10,10 +10,10 @@ import pytest
 
 from proper.inference import load
 from proper.inference.engine import Engine
-from proper.inference.generate import Sampling
 from proper.inference.guests import Limits
 from proper.inference.requests import Event, Finished, Request
 from proper.inference.runner import Runner
+from proper.inference.sampling import Sampling
 
 
 class Last:

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TopPLogitsWarper
 
-from proper.inference.generate import Sampling
-from proper.inference.sampling import Sampler, next_tokens, nucleus
+from proper.inference.sampling import Sampler, Sampling, next_tokens, nucleus
 
 
 @given(seed=st.integers(0, 99), mass=st.floats(0.05, 0.99))

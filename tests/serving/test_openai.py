@@ -170,3 +170,18 @@ def test_a_chat_of_several_turns_is_written_out(client: OpenAI, alone: Personali
     )
     expected = alone.generate(["System: Be brief.\nUser: Who?\nAssistant:"], ["u3"])
     assert reply.choices[0].message.content == expected[0]
+
+
+def test_the_next_turn_of_a_chat_goes_on_from_the_last(
+    client: OpenAI, server: Running, alone: PersonalizedModel
+) -> None:
+    turns: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPTS[2]}]
+    for turn in range(3):
+        before = server.figures()["proper_prompt_tokens_reused_total"]
+        reply = client.chat.completions.create(model="tiny", messages=turns, user="u4", max_tokens=8)
+        text = "\n".join([*(f"{one['role'].capitalize()}: {one['content']}" for one in turns), "Assistant:"])
+        said = reply.choices[0].message.content
+        assert said == alone.generate([text], ["u4"], max_new_tokens=8)[0]
+        reused = server.figures()["proper_prompt_tokens_reused_total"] - before
+        assert reused == 0 if turn == 0 else reused > 25 * turn
+        turns += [{"role": "assistant", "content": said}, {"role": "user", "content": "And why?"}]

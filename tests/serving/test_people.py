@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,20 @@ def test_any_id_is_one_segment(own: Running, user: str) -> None:
         assert client.delete(url).json()["id"] == user
         assert client.get(url).status_code == 404
         assert client.get("/v1/users/x").json()["version"] == 2, "and nobody else's"
+
+
+def test_what_was_said_is_kept_until_its_person_is_deleted(own: Running) -> None:
+    prompt = "A rather longer text: what does it say, and to whom does it say it?"
+    with own.client() as client:
+        for _ in range(2):
+            for user in ("u0", "u1"):
+                client.post("/v1/completions", json={"model": "tiny", "prompt": prompt, "user": user})
+        both = own.figures()
+        assert both["proper_prompt_tokens_reused_total"] > 0 and both["proper_prefix_bytes"] > 0
+        client.delete("/v1/users/u0")
+        deadline = time.monotonic() + 60
+        while own.figures()["proper_prefix_bytes"] != both["proper_prefix_bytes"] / 2:
+            assert time.monotonic() < deadline, "still there"
 
 
 def test_an_id_that_is_no_text(own: Running) -> None:

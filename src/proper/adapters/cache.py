@@ -65,6 +65,11 @@ class SlotCache:
         wanted = [user if user in heads else None for user in users]
         return torch.tensor([self._slots[user] if user is not None else -1 for user in wanted])
 
+    def clear(self) -> None:
+        """Forget who is in which slot: somebody else has filled the bank."""
+        self._slots.clear()
+        self._checksums.clear()
+
     def _load(self, user: str, slot: int | None, keep: Sequence[str]) -> None:
         assert self.bank is not None and self._loader is not None
         slot = self._free(keep) if slot is None else slot

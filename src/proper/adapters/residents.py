@@ -104,6 +104,11 @@ class Residents:
         """Whether there is something to collect."""
         return any(future.done() for _, future in self._loading.values())
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is on its way any more; what has come may still have to be collected."""
+        return all(future.done() for _, future in self._loading.values())
+
     def pin(self, key: Key) -> int:
         """Return the slot of an adapter that is there, and keep it there until `unpin`."""
         slot = self._slots[key]

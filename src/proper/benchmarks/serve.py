@@ -37,11 +37,12 @@ from proper.config import Config, make_config
 from proper.data.batching import Encoder
 from proper.errors import ProperError
 from proper.inference.engine import Engine
-from proper.inference.generate import Sampling, pad_left
 from proper.inference.guests import Limits
+from proper.inference.passes import pad_left
 from proper.inference.personalized import PersonalizedModel
 from proper.inference.requests import Event, Request, Token
 from proper.inference.runner import Runner
+from proper.inference.sampling import Sampling
 from proper.layers.bank import AdapterBank
 from proper.models.backbone import Backbone, digest, load_tokenizer, pick_device
 from proper.models.personal import ProperModel
@@ -153,7 +154,7 @@ class _Bench:
 
     def sides(self) -> dict[str, Side]:
         """Return what is compared in the closed loop. Whatever a side needs in memory is there before it is timed."""
-        limits = Limits(rows=self.size.users, slots=self.size.users, prefill=1 << 30)
+        limits = Limits(rows=self.size.users, slots=self.size.users, prefill=1 << 30, prefix_bytes=0)
         crowd = list(self.names[: self.size.users])
         engine: Engine | None = None
 
@@ -197,7 +198,7 @@ class _Bench:
         for name, layer in self.model.layers.items():
             layer.experts, layer.router = self.mixtures[name]
         people = self.names[: CROWD * self.size.slots]
-        engine = Engine(self.personal, Limits(rows=self.size.rows, slots=slots))
+        engine = Engine(self.personal, Limits(rows=self.size.rows, slots=slots, prefix_bytes=0))
         _answer(engine, [Request((5,), user, sampling=Sampling(1)) for user in people])
         runner = Runner(engine)
         runner.start()

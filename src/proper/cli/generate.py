@@ -57,7 +57,7 @@ def command(
         float, typer.Option(metavar="X", help="0 takes the likeliest token; more is more random.")
     ] = 0.0,
     top_p: Annotated[float, typer.Option(metavar="X", help="Sample among the likeliest tokens of this mass.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling, for each prompt by itself.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print user, output and tier as JSON.")] = False,
 ) -> None:
     """Answer prompts as a user's own model would.
@@ -65,6 +65,9 @@ def command(
     A user without an adapter of their own gets the best tier they have. The answer goes to stdout and the
     tier that gave it to stderr. With --input each line of stdout is one JSON object with user_id, output
     and tier.
+
+    With a --temperature each prompt draws from --seed by itself: no answer depends on what else is asked, and the same
+    prompt of the same user twice gets the same answer twice.
     """
     existing_run(folder)
     requests = _requests(folder, user, prompt, field or [], input_file)
@@ -73,7 +76,7 @@ def command(
     if not 0 < top_p <= 1:
         raise InputError(f"--top-p: {top_p} is not above 0 and at most 1")
     from proper.inference import load
-    from proper.inference.generate import Sampling
+    from proper.inference.sampling import Sampling
 
     model = load(folder)
     prompts = final_prompts(requests, model.template.fill)

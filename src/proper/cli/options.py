@@ -6,6 +6,7 @@ Knows nothing about what the commands do with them.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -36,6 +37,18 @@ def existing_run(folder: Path) -> Path:
     if not (folder / "config.yaml").is_file():
         raise RunFolderError(f"{folder}: not a run folder, config.yaml is missing")
     return folder
+
+
+def size_in_bytes(option: str, text: str) -> int:
+    """Return the bytes that `64MiB`, `1.5G`, `4096` or `0` stand for; K, M and G are powers of 1024.
+
+    Raises:
+        InputError: it is no size; names the option.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)(?:i?b)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise InputError(f"{option}: {text!r} is not a size, write it as 64MiB, 1GiB or 0")
+    return int(float(found[1]) * 1024 ** ["", "k", "m", "g"].index(found[2].lower()))
 
 
 def chosen(option: str, text: str, known: Sequence[str] | None = None) -> list[str]:

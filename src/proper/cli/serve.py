@@ -10,12 +10,13 @@ from typing import Annotated
 import typer
 
 import proper
-from proper.cli.options import RunFolder, existing_run
+from proper.cli.options import RunFolder, existing_run, size_in_bytes
 from proper.console import say
 
 EXAMPLES = """\
   proper serve runs/demo
   proper serve runs/demo --port 9000 --rows 16
+  proper serve runs/demo --prefix-cache 1GiB
   proper serve runs/demo --host 0.0.0.0 --rate 600
   proper serve runs/demo --no-worker
 """
@@ -37,6 +38,12 @@ def command(
         int | None,
         typer.Option(min=1, metavar="N", help="Adapters in memory instead of 1.25 a row.", show_default=False),
     ] = None,
+    prefix_cache: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE", help="Memory for the keys and values of a person's last prompts and answers; 0 keeps none."
+        ),
+    ] = "64MiB",
     max_open: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts that run or wait, of everybody.")] = 1024,
     rate: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Requests a minute of each key.", show_default=False)
@@ -57,6 +64,7 @@ def command(
     Without keys only this machine may ask.
     """
     existing_run(folder)
+    prefix_bytes = size_in_bytes("--prefix-cache", prefix_cache)
     from proper.serving.gate import is_loopback
     from proper.serving.keys import FILE, Keys
     from proper.serving.server import free_port, make_server, require_keys
@@ -73,7 +81,7 @@ def command(
 
     with free_port(host, port) as socket:
         model = load(folder)
-        runner = Runner(Engine(model, Limits(rows, slots)))
+        runner = Runner(Engine(model, Limits(rows, slots, prefix_bytes=prefix_bytes)))
         limits = ServeLimits(open_requests=max_open, per_minute=rate)
         settings = ServeSettings(folder.resolve().name, proper.__version__, is_loopback(host), limits, log_users)
         fits = None if no_worker or model.store is None else Worker(watching(folder), say)

@@ -1,68 +1,75 @@
-"""Free text for a batch of rows, each of its own user, decoded with a cache.
+"""Answers to a list of prompts: an engine that lives for the call, with room for what is asked and no more.
 
-Knows nothing about users: `rows` says what the layers need.
+What runs together depends on the list only, never on how fast adapters load, so the same call gives the same bits.
+Knows nothing about text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-from transformers import GenerationConfig
+from proper.inference.engine import Engine
+from proper.inference.guests import Limits
+from proper.inference.requests import Event, Request, Started, Token
+from proper.inference.sampling import Sampling
 
-from proper.layers.routing import Rows
-from proper.models.personal import ProperModel
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; temperature 0 takes the likeliest."""
-
-    max_new_tokens: int = 48
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+if TYPE_CHECKING:
+    from proper.inference.personalized import PersonalizedModel
 
 
-def pad_left(
-    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
-) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Return token ids and attention mask of prompts, padded on the left."""
-    length = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), length), pad)
-    mask = torch.zeros((len(prompts), length), dtype=torch.long)
-    for at, prompt in enumerate(prompts):
-        ids[at, length - len(prompt) :] = torch.tensor(prompt)
-        mask[at, length - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
+@dataclass
+class Continuation:
+    """One prompt's answer.
+
+    Attributes:
+        tokens: without the end token.
+        tier: which tier answered.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    tier: str = ""
+
+    def __call__(self, event: Event) -> None:
+        """Hear from the engine."""
+        if isinstance(event, Started):
+            self.tier = event.tier
+        elif isinstance(event, Token):
+            self.tokens.append(event.id)
 
 
 def generate(
-    model: ProperModel, prompts: Sequence[Sequence[int]], rows: Rows, sampling: Sampling, end: int | None
-) -> list[list[int]]:
-    """Continue each prompt until its end token; returns the new tokens without it.
+    model: PersonalizedModel, prompts: Sequence[Sequence[int]], users: Sequence[str | None], sampling: Sampling
+) -> list[Continuation]:
+    """Continue each prompt for its user until its end token, `compute.batch_size` at a time.
 
-    Sampling draws for the whole batch from one seed; greedy rows do not depend on each other.
+    Every prompt draws from `sampling.seed` by itself: its answer does not depend on the others, and the same prompt
+    of the same user twice gets the same answer twice.
+
+    Raises:
+        StoreError: a user's adapter is damaged.
     """
-    ids, mask = pad_left(prompts, model.backbone.pad_id, model.device)
-    sampled = sampling.temperature > 0
-    settings = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=sampled,
-        temperature=sampling.temperature if sampled else None,
-        top_p=sampling.top_p if sampled else None,
-        top_k=0 if sampled else None,
-        pad_token_id=model.backbone.pad_id,
-        eos_token_id=end,
-        use_cache=True,
-    )
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), model.routing.use(rows):
-        torch.manual_seed(sampling.seed)
-        output = model.backbone.model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, generation_config=settings
-        )
-    answers = output[:, ids.shape[1] :].tolist()
-    return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
+    if not prompts:
+        return []
+    found = [Continuation() for _ in prompts]
+    engine = Engine(model, _limits(model, prompts, sampling.max_new_tokens), strict=True)
+    try:
+        # Prompts of similar length run together: what the longest row needs, all rows pay for.
+        for at in sorted(range(len(prompts)), key=lambda at: len(prompts[at])):
+            engine.submit(Request(tuple(prompts[at]), users[at], sampling=sampling), found[at])
+        while not engine.idle:
+            engine.settle()
+            engine.step()
+    finally:
+        engine.close()
+    return found
+
+
+def _limits(model: PersonalizedModel, prompts: Sequence[Sequence[int]], room: int) -> Limits:
+    rows, longest = min(model.config.compute.batch_size, len(prompts)), max(map(len, prompts))
+    bank = model.cache.bank if model.cache is not None else None
+    # The model's own bank: a second one would take its memory again.
+    slots = bank.slots if bank is not None else None
+    # No prefixes: they would make bits depend on who was answered before.
+    return Limits(rows, slots, prefill=rows * longest, length=longest + room, prefix_bytes=0)

@@ -6,10 +6,11 @@ Knows nothing about what the engine does with them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from proper.adapters.records import Head
 from proper.adapters.residents import Counts, Key
+from proper.inference.prefixes import Origin
 from proper.inference.requests import Request, Sink
 from proper.inference.sampling import Sampler
 
@@ -23,12 +24,17 @@ class Limits:
         slots: adapters in the bank; None takes one per row and a quarter more, for loading ahead.
         prefill: tokens of new prompts, padding included, in one step; a longer prompt goes alone.
         patience: how often a request whose adapter is not there may be passed by others whose is.
+        length: tokens that a prompt and its answer may have together, for which memory is taken; the config's
+            `compute.max_length` if None.
+        prefix_bytes: for keys and values that the same person's next prompt may begin with; 0 keeps none.
     """
 
     rows: int = 32
     slots: int | None = None
     prefill: int = 2048
     patience: int = 16
+    length: int | None = None
+    prefix_bytes: int = 64 << 20
 
     @property
     def bank(self) -> int:
@@ -41,6 +47,8 @@ class Stats:
     """What the engine is doing and has done. The counters (from `steps` on) only grow.
 
     Attributes:
+        prefix_bytes: of the prefixes that are kept.
+        reused_tokens: those of the prompts' tokens that did not have to be computed.
         tokens: new tokens by tier.
         fallbacks: requests answered below their user's tier because the adapter is damaged.
         errors: requests that ended because something failed.
@@ -51,8 +59,10 @@ class Stats:
     slots: int
     resident: int
     loading: int
+    prefix_bytes: int
     steps: int
     prompt_tokens: int
+    reused_tokens: int
     tokens: dict[str, int]
     fallbacks: int
     errors: int
@@ -81,8 +91,8 @@ class Guest:
         key: the adapter it needs; None if it needs none.
         slot: where that adapter is while the request has a row.
         fallback: why it does without its user's adapter.
-        last: its newest token.
-        made: new tokens so far.
+        origin: whose its row's keys and values are; None if they are not to be kept.
+        said: its new tokens so far.
     """
 
     ticket: Ticket
@@ -91,8 +101,8 @@ class Guest:
     key: Key | None = None
     slot: int = -1
     fallback: str | None = None
-    last: int = 0
-    made: int = 0
+    origin: Origin | None = None
+    said: list[int] = field(default_factory=list)
 
     @property
     def request(self) -> Request:

@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from proper.inference.prefixes import States
+
 SLACK = 128
-"""Columns beyond the longest row: the steps between two moves."""
+"""Columns beyond the longest row, or as many as that has if it has fewer: the steps between two moves."""
 
 
 @dataclass
@@ -66,7 +68,7 @@ class RowCache:
     """Keys and values of up to `rows` rows of at most `limit` tokens, in memory once the first row is there."""
 
     def __init__(self, rows: int, limit: int) -> None:
-        self.rows, self.limit = rows, limit
+        self.rows, self.limit, self.columns = rows, limit, limit + min(SLACK, limit)
         self.window = Window(limit)
         self._layers: list[WindowLayer] = []
 
@@ -105,13 +107,18 @@ class RowCache:
             window.lengths[row] = window.lengths[last]
         window.lengths.pop()
 
+    def states(self, row: int) -> States:
+        """Return views of a row's keys and values."""
+        span = slice(self.window.cursor - self.window.lengths[row], self.window.cursor)
+        return tuple((layer.k[row, :, span], layer.v[row, :, span]) for layer in self._layers)
+
     def clear(self) -> None:
         """Drop all rows."""
         self.window.lengths.clear()
 
     def step(self) -> tuple[Cache, Int[Tensor, "B T"], Int[Tensor, "B 1"]]:
         """Return what a forward pass over one token of every row needs: cache, attention mask and positions."""
-        if self.window.cursor == self.limit + SLACK:
+        if self.window.cursor == self.columns:
             self._move_back()
         device = self._layers[0].device
         lengths = torch.tensor(self.window.lengths, device=device)[:, None]
@@ -126,7 +133,7 @@ class RowCache:
 
     def _buffer(self, states: Float[Tensor, "B H T D"]) -> Float[Tensor, "B H T D"]:
         # Zeros, not whatever lies there: a masked NaN times a weight of 0 is a NaN.
-        return states.new_zeros(self.rows, states.shape[1], self.limit + SLACK, states.shape[3])
+        return states.new_zeros(self.rows, states.shape[1], self.columns, states.shape[3])
 
     def _move_back(self) -> None:
         start, cursor, rows = self.window.start, self.window.cursor, len(self)

@@ -6,18 +6,34 @@ Knows nothing about who asks or waits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
 from proper.adapters.records import Head
-from proper.inference.generate import pad_left
 from proper.inference.kv import RowCache
-from proper.inference.personalized import PersonalizedModel
+from proper.inference.prefixes import Prefix
 from proper.layers.routing import Rows
 from proper.models.personal import ProperModel
+
+if TYPE_CHECKING:
+    from proper.inference.personalized import PersonalizedModel
+
+
+def pad_left(
+    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """Return token ids and attention mask of prompts, padded on the left."""
+    length = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), length), pad)
+    mask = torch.zeros((len(prompts), length), dtype=torch.long)
+    for at, prompt in enumerate(prompts):
+        ids[at, length - len(prompt) :] = torch.tensor(prompt)
+        mask[at, length - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
 
 
 def rows_of(
@@ -47,23 +63,64 @@ def rows_of(
     return Rows("users", embedding=embedding, slots=torch.tensor(slots, device=device), experts=experts, trace=trace)
 
 
-def prefill(model: ProperModel, cache: RowCache, prompts: Sequence[Sequence[int]], rows: Rows) -> Float[Tensor, "B V"]:
-    """Compute prompts, add their rows to the cache, and return the logits of each one's first token."""
+def columns_left(prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix]) -> int:
+    """Return how many tokens of each prompt a pass has to compute: as many for all, the longest rest decides.
+
+    Prompts whose rest is shorter use less of their prefix. Padding between prefix and rest would cost the same and
+    would not do: distances between columns must be distances between tokens.
+    """
+    return max(len(prompt) - len(prefix.tokens) for prompt, prefix in zip(prompts, prefixes, strict=True))
+
+
+def prefill(
+    model: ProperModel,
+    cache: RowCache,
+    prompts: Sequence[Sequence[int]],
+    rows: Rows,
+    prefixes: Sequence[Prefix] | None = None,
+) -> Float[Tensor, "B V"]:
+    """Compute prompts, add their rows to the cache, and return the logits of each one's first token.
+
+    Args:
+        model: what computes.
+        cache: where the rows go.
+        prompts: their tokens.
+        rows: whose they are.
+        prefixes: what each begins with that is computed already; nothing if None.
+    """
     ids, mask = pad_left(prompts, model.backbone.pad_id, model.device)
-    filled = DynamicCache()
+    width = ids.shape[1] if prefixes is None else columns_left(prompts, prefixes)
+    sizes = [len(prompt) for prompt in prompts]
+    filled = DynamicCache() if prefixes is None else _filled(prefixes, sizes, width)
     # As an index, not a number: see `models.personal.answer_logits`.
-    last = torch.tensor([ids.shape[1] - 1], device=model.device)
+    last = torch.tensor([width - 1], device=model.device)
     with model.routing.use(rows):
         logits: Tensor = model.backbone.model(
-            input_ids=ids,
+            input_ids=ids[:, -width:],
             attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -width:],
             past_key_values=filled,
             use_cache=True,
             logits_to_keep=last,
         ).logits[:, -1]
-    cache.join(filled, [len(prompt) for prompt in prompts])
+    cache.join(filled, sizes)
     return logits
+
+
+def _filled(prefixes: Sequence[Prefix], sizes: Sequence[int], width: int) -> DynamicCache:
+    """Return the cache of left-padded prompts of these sizes but for their last `width` columns."""
+    filled = DynamicCache()
+    columns = max(sizes) - width
+    for number, pair in enumerate(prefixes[0].states if columns > 0 else ()):
+        sides = []
+        for side, state in enumerate(pair):
+            held = state.new_zeros(len(sizes), state.shape[0], columns, state.shape[2])
+            for at, (prefix, size) in enumerate(zip(prefixes, sizes, strict=True)):
+                if size > width:
+                    held[at, :, columns - (size - width) :] = prefix.states[number][side][:, : size - width]
+            sides.append(held)
+        filled.update(sides[0], sides[1], number)
+    return filled
 
 
 def decode(model: ProperModel, cache: RowCache, last: Sequence[int], rows: Rows) -> Float[Tensor, "B V"]:

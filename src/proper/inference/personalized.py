@@ -23,7 +23,8 @@ from proper.data.batching import Encoder
 from proper.data.templates import parse_template
 from proper.errors import InputError, RunFolderError
 from proper.files import hash_file, read_json
-from proper.inference.generate import Sampling, generate
+from proper.inference.generate import generate
+from proper.inference.sampling import Sampling
 from proper.inference.score import score_labels
 from proper.layers.bank import AdapterBank
 from proper.layers.routing import Rows
@@ -75,8 +76,12 @@ class PersonalizedModel:
     ) -> list[str]:
         """Return one continuation per prompt, each for its own user; a batch may mix any users.
 
+        Each prompt draws from `seed` by itself, so its answer depends on nothing else that is asked: the same prompt of
+        the same user twice gets the same answer twice.
+
         Raises:
             InputError: the two lists differ in length, or a prompt is empty.
+            StoreError: a user's adapter is damaged.
         """
         length = max_new_tokens or self.config.task.max_new_tokens
         sampling = Sampling(length, temperature, top_p, seed)
@@ -92,13 +97,9 @@ class PersonalizedModel:
             raise InputError("a prompt is empty")
         sampling = sampling or Sampling(self.config.task.max_new_tokens)
         encoded = [self.encoder.prompt(prompt, room=sampling.max_new_tokens) for prompt in prompts]
-        texts: dict[int, str] = {}
-        for chunk in by_length([len(ids) for ids in encoded], self.config.compute.batch_size):
-            rows = self.rows([user_ids[i] for i in chunk])
-            chosen = [encoded[i] for i in chunk]
-            for i, ids in zip(chunk, generate(self.model, chosen, rows, sampling, self.encoder.end), strict=True):
-                texts[i] = self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return [Answer(texts[i], user, self.tier(user)) for i, user in enumerate(user_ids)]
+        found = zip(generate(self, encoded, user_ids, sampling), user_ids, strict=True)
+        decode = self.encoder.tokenizer.decode
+        return [Answer(decode(one.tokens, skip_special_tokens=True).strip(), user, one.tier) for one, user in found]
 
     def score(
         self, prompts: Sequence[str], user_ids: Sequence[str | None], labels: Sequence[str]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from proper.inference.generate import Sampling
+from proper.inference.sampling import Sampling
 
 Tier = Literal["users", "groups", "population"]
 

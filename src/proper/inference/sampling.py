@@ -6,11 +6,28 @@ nothing about models or users.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from proper.inference.generate import Sampling
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request's tokens are drawn.
+
+    Attributes:
+        max_new_tokens: the longest answer.
+        temperature: 0 takes the likeliest token.
+        top_p: draw among the likeliest tokens of this mass.
+        seed: of this request's own draws: the same prompt, user and seed give the same answer in any batch.
+    """
+
+    max_new_tokens: int = 48
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
 
 
 class Sampler:

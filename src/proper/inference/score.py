@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from proper.data.batching import Encoded, collate
-from proper.inference.generate import pad_left
+from proper.inference.passes import pad_left
 from proper.layers.routing import Rows
 from proper.models.personal import ProperModel, answer_loss
 

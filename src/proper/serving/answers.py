@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from proper.errors import InputError, ProperError
-from proper.inference.generate import Sampling
 from proper.inference.guests import Ticket
 from proper.inference.requests import Event, Request, Sink, Started, Token
 from proper.inference.runner import Runner
+from proper.inference.sampling import Sampling
 from proper.inference.stream import TextStream
 from proper.serving.metrics import Metrics
 from proper.serving.refusals import Refusal

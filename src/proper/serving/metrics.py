@@ -87,6 +87,7 @@ class _EngineFigures(Collector):
             "slots": ("Slots of the adapter bank.", stats.slots),
             "slots_resident": ("Slots that hold an adapter.", stats.resident),
             "slots_loading": ("Adapters on their way into a slot.", stats.loading),
+            "prefix_bytes": ("Keys and values kept for the same person's next prompt.", stats.prefix_bytes),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"proper_{name}", text, value)
@@ -94,6 +95,7 @@ class _EngineFigures(Collector):
         counters = {
             "steps": ("Steps of the engine.", stats.steps),
             "prompt_tokens": ("Tokens of prompts.", stats.prompt_tokens),
+            "prompt_tokens_reused": ("Those that a prefix spared.", stats.reused_tokens),
             "slot_hits": ("Requests that found their adapter in a slot.", adapters.hits),
             "adapter_loads": ("Adapters loaded.", adapters.loads),
             "slot_evictions": ("Adapters that made room for another.", adapters.evictions),
