@@ -16,7 +16,7 @@ from proper.adapters.records import Head
 from proper.inference.generate import pad_left
 from proper.inference.kv import RowCache
 from proper.inference.personalized import PersonalizedModel
-from proper.layers.routing import Rows
+from proper.layers.routing import Kept, Rows
 from proper.models.personal import ProperModel
 
 
@@ -44,7 +44,9 @@ def rows_of(
     experts = None if all(grouped) else torch.tensor(grouped, device=device)
     if max(slots) < 0:
         return Rows("groups", embedding=embedding, experts=experts, trace=trace)
-    return Rows("users", embedding=embedding, slots=torch.tensor(slots, device=device), experts=experts, trace=trace)
+    own = torch.tensor(slots, device=device)
+    # Rows are pinned to their slots while they run, so what is gathered from those stays right for every step.
+    return Rows("users", embedding=embedding, slots=own, experts=experts, trace=trace, kept=Kept())
 
 
 def prefill(model: ProperModel, cache: RowCache, prompts: Sequence[Sequence[int]], rows: Rows) -> Float[Tensor, "B V"]:
