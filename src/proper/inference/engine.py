@@ -121,6 +121,7 @@ class Engine:
             running=len(self._batch),
             slots=residents.bank.slots if residents is not None else 0,
             resident=len(residents) if residents is not None else 0,
+            pinned=residents.pinned if residents is not None else 0,
             loading=residents.loading if residents is not None else 0,
             steps=counts["steps"],
             prompt_tokens=counts["prompt"],

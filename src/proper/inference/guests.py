@@ -41,6 +41,7 @@ class Stats:
     """What the engine is doing and has done. The counters (from `steps` on) only grow.
 
     Attributes:
+        pinned: slots that running requests hold.
         tokens: new tokens by tier.
         fallbacks: requests answered below their user's tier because the adapter is damaged.
         errors: requests that ended because something failed.
@@ -50,6 +51,7 @@ class Stats:
     running: int
     slots: int
     resident: int
+    pinned: int
     loading: int
     steps: int
     prompt_tokens: int
