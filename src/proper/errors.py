@@ -34,5 +34,9 @@ class StoreError(ProperError):
     """The adapter store is damaged, or an adapter does not fit this model."""
 
 
+class NoVersionError(StoreError):
+    """The store does not have the version that was asked for."""
+
+
 class NonFiniteLossError(ProperError):
     """A training step's loss is NaN or infinite; the message says where and which users."""

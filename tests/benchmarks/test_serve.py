@@ -2,19 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from proper.benchmarks.serve import QUICK, run
+from proper.benchmarks import serve
+from proper.benchmarks.serve_loads import ClosedLoop, open_loop
+from proper.benchmarks.serve_people import Served, backbone_of
+from proper.benchmarks.timing import interleaved
+
+SIDES = {"base", "one", "mixed", "crowd", "plain", "peft", "generate", "loop"}
+SMALL = replace(
+    serve.QUICK,
+    **{"hidden": 64, "inner": 96, "layers": 1, "users": 3, "prompt": 6, "answer": 4, "repeats": 1},  # type: ignore
+    rows=2,
+    slots=1,
+    arrivals=6,
+    dtype=torch.float32,
+)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    shape, cpu = SMALL.shape(serve.HEADLINE), torch.device("cpu")
+    made = Served(shape, backbone_of(shape, cpu), cpu, tmp_path_factory.mktemp("serve"))
+    yield made
+    made.close()
 
 
 def test_a_small_setting() -> None:
-    small = {"hidden": 64, "inner": 96, "layers": 1, "users": 3, "prompt": 6, "answer": 4, "repeats": 1}
     said: list[str] = []
-    size = replace(QUICK, **small, rows=2, slots=1, arrivals=5, dtype=torch.float32)  # type: ignore[arg-type]
-    result = run(size, "cpu", said.append)
+    result = serve.run(SMALL, "cpu", said.append)
     assert set(result["figures"]) >= {"mixed_over_base", "mixed_over_peft", "cliff_p95_first_token"}
     assert all(value > 0 for value in result["figures"].values())
-    assert set(result["tokens_per_second"]) == {"base", "one", "mixed", "plain", "peft", "generate"}
-    assert result["setting"]["users"] == 3 and len(said) == 2
+    assert set(result["closed"]) == {"llama", "proper-nano"}
+    for sides in result["closed"].values():
+        assert set(sides) == SIDES
+        assert all(_ordered(told) for told in sides.values())
+    assert _ordered(result["open"]["resident"]) and _ordered(result["open"]["crowded"])
+    assert result["setting"]["users"] == 3 and len([line for line in said if not line.startswith(" ")]) == 3
+
+
+def _ordered(told: dict[str, Any]) -> bool:
+    kinds = (told["first_token_seconds"], told["token_seconds"])
+    return all(0 < kind["p50"] <= kind["p95"] <= kind["p99"] for kind in kinds)
+
+
+def test_every_token_of_every_side_is_stamped(served: Served) -> None:
+    loop = ClosedLoop(served, alone=2)
+    interleaved(loop.sides(), 2)
+    for name, times in loop.times.items():
+        assert len(times) == 2 * (2 if name == "loop" else 3), "two repeats, the first one left out"
+        assert {len(stamps) for stamps in times} == {4} and all(sorted(one) == one for one in times)
+
+
+def test_a_crowd_finds_nothing_in_its_slots(served: Served) -> None:
+    loop = ClosedLoop(served, alone=1)
+    sides = loop.sides()
+    for name, hits in (("mixed", 3), ("crowd", 0), ("one", 3)):
+        side = sides[name]
+        side.prepare(0)
+        before = loop.counts().hits
+        side.work(1)
+        assert loop.counts().hits - before == hits
+    assert len(open_loop(served, 2, 1, 1000.0, 5, seed=1)) == 5
+
+
+def test_memory_is_what_lies_there(served: Served, tmp_path: Path) -> None:
+    told = served.memory(3)
+    assert told["slots"] == 3 * told["adapter_of_one_user"] == told["peft_adapters"]
+    assert told["backbone"] == sum(tensor.numel() * 4 for tensor in served.bare.parameters())
+    assert all(value > 0 for value in told.values())

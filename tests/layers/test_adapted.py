@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -15,7 +16,7 @@ from proper.layers.adapted import AdaptedLinear, dropout_mask
 from proper.layers.bank import AdapterBank, Layout
 from proper.layers.mixture import Experts
 from proper.layers.routers import LoraAwareRouter, UserAwareRouter
-from proper.layers.routing import Mode, Routing, Rows
+from proper.layers.routing import Kept, Mode, Routing, Rows
 
 Draw = Callable[..., Tensor]
 NAME = "h.0.up"
@@ -95,6 +96,9 @@ def test_values_and_gradients_of_every_mode(
     )
 
     close("y", found, expected)
+    with torch.no_grad(), layer.routing.use(Rows(mode, embedding=e, slots=torch.tensor(slots), kept=Kept())):
+        for time in ("first", "second"):
+            close(f"y where adapters are kept, the {time} time", layer(x), expected)
     leaves = {"x": x, "e": e, **dict(layer.named_parameters())}
     weight = draw(*found.shape)
     names, tensors = list(leaves), list(leaves.values())
@@ -242,3 +246,21 @@ def test_a_broken_adapter_stays_with_its_owner(kind: str) -> None:
         broken = layer(x)
     assert broken[0].isnan().all()
     assert torch.equal(broken[1], whole[1])
+
+
+def test_kept_adapters_of_one_bf16_token(draws: Callable[..., Draw]) -> None:
+    draw = draws(3)
+    layer = built(24, 40, 4, 3, "default", "residual", draw)
+    layer.base.to(torch.bfloat16)
+    assert layer.bank is not None
+    layer.bank = AdapterBank(layer.bank.layout, 3, alpha=5.0, trainable=False, dtype=torch.bfloat16)
+    layer.bank.values.copy_(draw(*layer.bank.values.shape))
+    x, e = draw(4, 1, 24).bfloat16(), draw(4, 2)
+    rows = Rows("users", embedding=e, slots=torch.tensor([2, -1, 0, 2]))
+    with torch.no_grad():
+        with layer.routing.use(rows):
+            expected = layer(x)
+        with layer.routing.use(replace(rows, kept=Kept())):
+            found = layer(x)
+    assert found.dtype == torch.bfloat16
+    assert float((found.float() - expected.float()).norm()) <= 0.02 * float(expected.float().norm())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 from proper.serving.generation import unless_gone
 from proper.serving.limits import ServeLimits, Turnstile
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     Running = Serve = Any  # tests/serving/conftest.py
 
 ASK: dict[str, Any] = {"model": "tiny", "prompt": "What does this say?", "user": "u0"}
+LONGEST = 4000
+"""Tokens of an answer that nobody waits for: many seconds of the tiny model."""
 
 
 @pytest.fixture(scope="module")
@@ -77,27 +81,52 @@ def sent(running: Running, body: dict[str, Any]) -> socket.socket:
     return connection
 
 
+@pytest.fixture(scope="module")
+def endless(serve: Serve, long_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Running:
+    """A server of one row, whose answers take far longer than it may take to notice that somebody has gone."""
+    folder = shutil.copytree(long_run, tmp_path_factory.mktemp("endless") / "tiny")
+    raw = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    raw["compute"]["max_length"] = LONGEST + 50
+    (folder / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    running: Running = serve(folder, rows=1, slots=1)
+    return running
+
+
+def ends(running: Running) -> dict[str, float]:
+    """How many requests have ended so far, by tier and reason."""
+    figures = running.figures().items()
+    return {name.partition("{")[2]: count for name, count in figures if name.startswith("proper_requests_total{")}
+
+
 @pytest.mark.parametrize("stream", [True, False])
-def test_whoever_goes_away_frees_the_row(small: Running, stream: bool) -> None:
-    def ended(reason: str = "") -> float:
-        figures = small.figures().items()
-        return sum(count for name, count in figures if name.startswith("proper_requests_total{") and reason in name)
-
-    def leave_early() -> bool:
-        """Go away while the answer is made; it may be ready before that is noticed."""
-        before, cancelled = ended(), ended("cancelled")
-        with sent(small, {**ASK, "stream": stream, "max_tokens": 230}) as connection:
-            if stream:
-                assert connection.recv(64)
-            else:
-                until(lambda: small.engine.stats().running == 1 or ended() > before)
-        until(lambda: ended() > before)
-        return ended("cancelled") > cancelled
-
-    assert any(leave_early() for _ in range(20))
-    until(lambda: small.engine.stats().running == 0)
-    with small.client() as client:
+def test_whoever_goes_away_frees_the_row(endless: Running, stream: bool) -> None:
+    before = ends(endless)
+    with sent(endless, {**ASK, "stream": stream, "max_tokens": LONGEST}) as connection:
+        if stream:
+            # Not at the first bytes: the head of the reply is sent before the request has a row.
+            while b"data: " not in connection.recv(4096):
+                pass
+        until(lambda: endless.engine.stats().running == 1)
+    until(lambda: endless.engine.idle)
+    cancelled = 'reason="cancelled",tier="users"}'
+    assert ends(endless) == {**before, cancelled: before.get(cancelled, 0) + 1}
+    assert endless.engine.stats().running == 0
+    with endless.client() as client:
         assert client.post("/v1/completions", json=ASK).status_code == 200
+
+
+def test_whoever_goes_away_in_the_line_never_gets_a_row(endless: Running) -> None:
+    before = ends(endless)
+    with sent(endless, {**ASK, "stream": True, "max_tokens": LONGEST}) as first:
+        until(lambda: endless.engine.stats().running == 1)
+        with sent(endless, {**ASK, "stream": True, "max_tokens": LONGEST, "user": "u1"}) as second:
+            assert second.recv(64).startswith(b"HTTP/1.1 200"), "the head comes while the request waits"
+            until(lambda: endless.engine.stats().waiting == 1)
+        until(lambda: endless.engine.stats().waiting == 0)
+        nobodys = 'reason="cancelled",tier="none"}'
+        until(lambda: ends(endless) == {**before, nobodys: before.get(nobodys, 0) + 1})
+        assert first.recv(64).startswith(b"HTTP/1.1 200") and endless.engine.stats().running == 1
+    until(lambda: endless.engine.idle)
 
 
 def test_going_away_is_noticed_while_nothing_is_sent() -> None:
@@ -130,12 +159,14 @@ def test_prompts_and_users_stay_out_of_the_log(serve: Serve, long_run: Path, sma
         client.get("/v1/users/u3")
         client.post("/v1/completions", json={**ASK, "user": "u3"})
         client.post("/v1/completions", json={**ASK, "temperature": "u3"})
-    assert any(line.startswith("GET /v1/users/{user} 200 ") for line in small.log)
+    # A line is written after the last byte of its reply.
+    until(lambda: any(line.startswith("GET /v1/users/{user} 200 ") for line in small.log))
+    until(lambda: small.log[-1].startswith("POST /v1/completions 400 "))
     assert not any("u3" in line or ASK["prompt"] in line for line in small.log)
     asked = serve(long_run, log_users=True)
     with asked.client() as client:
         client.get("/v1/users/u3")
-    assert any(line.startswith("GET /v1/users/u3 200 ") for line in asked.log)
+    until(lambda: any(line.startswith("GET /v1/users/u3 200 ") for line in asked.log))
 
 
 def test_a_page_from_elsewhere_is_not_this_machine(small: Running) -> None:

@@ -100,6 +100,11 @@ class Residents:
         return len(self._loading)
 
     @property
+    def pinned(self) -> int:
+        """Slots that may not make room."""
+        return sum(slot.pins > 0 for slot in list(self._slots.values()))
+
+    @property
     def finished(self) -> bool:
         """Whether there is something to collect."""
         return any(future.done() for _, future in self._loading.values())

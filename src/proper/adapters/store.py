@@ -33,7 +33,7 @@ from proper.adapters.records import Head as Head
 from proper.adapters.records import Tier as Tier
 from proper.adapters.records import UserRecord as UserRecord
 from proper.adapters.records import Version as Version
-from proper.errors import StoreError
+from proper.errors import NoVersionError, StoreError
 
 T = TypeVar("T")
 DEFAULT_TENANT = ""
@@ -213,14 +213,15 @@ class AdapterStore:
             to: which version; None takes the one before the current one.
 
         Raises:
-            StoreError: there is no such version.
+            NoVersionError: there is no such version.
+            StoreError: it cannot be written.
         """
         with self.manifest.transaction():
             held = self.manifest.versions(self.tenant, key_of(user))
             chosen = [row for row in held[1:] if to in (None, row.version)]
             if not chosen:
                 wanted = "an earlier version" if to is None else f"a version {to} to go back to"
-                raise StoreError(f"{self.folder}: user {user!r} does not have {wanted}")
+                raise NoVersionError(f"{self.folder}: user {user!r} does not have {wanted}")
             version = self.manifest.add(chosen[0]._replace(written=int(time.time())))
             self.manifest.prune(self.tenant, key_of(user), max(self.keep, 2))
         erase(self.blobs, self.manifest)

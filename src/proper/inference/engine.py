@@ -131,6 +131,7 @@ class Engine:
             running=len(self._batch),
             slots=residents.bank.slots if residents is not None else 0,
             resident=len(residents) if residents is not None else 0,
+            pinned=residents.pinned if residents is not None else 0,
             loading=self._loading.underway,
             prefix_bytes=self._prefixes.bytes,
             steps=counts["steps"],

@@ -47,6 +47,7 @@ class Stats:
     """What the engine is doing and has done. The counters (from `steps` on) only grow.
 
     Attributes:
+        pinned: slots that running requests hold.
         prefix_bytes: of the prefixes that are kept.
         reused_tokens: those of the prompts' tokens that did not have to be computed.
         tokens: new tokens by tier.
@@ -58,6 +59,7 @@ class Stats:
     running: int
     slots: int
     resident: int
+    pinned: int
     loading: int
     prefix_bytes: int
     steps: int

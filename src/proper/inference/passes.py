@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from proper.adapters.records import Head
 from proper.inference.kv import RowCache
 from proper.inference.prefixes import Prefix
-from proper.layers.routing import Rows
+from proper.layers.routing import Kept, Rows
 from proper.models.personal import ProperModel
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ def rows_of(
     experts = None if all(grouped) else torch.tensor(grouped, device=device)
     if max(slots) < 0:
         return Rows("groups", embedding=embedding, experts=experts, trace=trace)
-    return Rows("users", embedding=embedding, slots=torch.tensor(slots, device=device), experts=experts, trace=trace)
+    own = torch.tensor(slots, device=device)
+    # Rows are pinned to their slots while they run, so what is gathered from those stays right for every step.
+    return Rows("users", embedding=embedding, slots=own, experts=experts, trace=trace, kept=Kept())
 
 
 def columns_left(prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix]) -> int:

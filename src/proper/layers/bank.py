@@ -164,6 +164,22 @@ class AdapterBank:
         )
         return found
 
+    def gathered(
+        self, module: str, slots: Int[Tensor, "B"], dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "B R I"], Float[Tensor, "B R O"]]:
+        """Return each row's A_u and turned B_u in one type, zeros for rows with slot -1: for many short products."""
+        index, absent = slots.clamp(min=0), (slots < 0).view(-1, 1, 1)
+        down, up = _rows(self.down[module], index, dtype), _rows(self.up[module], index, dtype).mT.contiguous()
+        return down.masked_fill_(absent, 0), up.masked_fill_(absent, 0)
+
+    def lora_of(
+        self, x: Float[Tensor, "B T I"], own: tuple[Tensor, Tensor], onto: Float[Tensor, "B T O"]
+    ) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B T O"]]:
+        """`lora` of what `gathered` returned, in that type, without gradients."""
+        down, up = own
+        middle = torch.bmm(down, x.to(down.dtype).mT)
+        return middle.mT, torch.baddbmm(onto.to(down.dtype), (middle * self.scale).mT, up).to(onto.dtype)
+
 
 class _Lora(torch.autograd.Function):
     """Every row's own LoRA, whose gradients go straight to their places in the bank's buffer.

@@ -76,6 +76,11 @@ class LoraAwareRouter(nn.Module):
         """Return M_u for every slot, fp32."""
         return scale * torch.einsum("eo,sor->ser", self.weight, up.to(self.weight.dtype))
 
+    def matrices_of(self, turned: Float[Tensor, "S R O"], scale: float) -> Float[Tensor, "S E R"]:
+        """`matrices` of turned B_u: one product, with nothing to be moved."""
+        flat = torch.mm(turned.to(self.weight.dtype).flatten(0, 1), self.weight.t())
+        return (scale * flat).view(*turned.shape[:2], -1).mT
+
 
 def at_least_fp32(x: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
     """Return `x` in fp32, or in fp64 where it is that already."""

@@ -20,6 +20,14 @@ Mode = Literal["off", "groups", "fit", "users"]
 
 
 @dataclass(frozen=True)
+class Kept:
+    """By module: each row's A_u (B, R, I), turned B_u (B, R, O) and, where there is a router of 3b, M_u (B, E, R)."""
+
+    adapters: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    matrices: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Rows:
     """What the layers need to know about the B rows of one batch.
 
@@ -33,6 +41,8 @@ class Rows:
         users: which distinct user each row belongs to, counted from 0 within the batch (B,); only for recording.
         mask: the tokens (B, T) over which gates are averaged; None switches recording off.
         generators: one per row, from which dropout of user adapters is drawn; None switches that dropout off.
+        kept: what layers keep between forward passes over these same rows. Only where nothing is trained and no slot in
+            use changes meanwhile; None keeps nothing.
     """
 
     mode: Mode = "off"
@@ -44,6 +54,7 @@ class Rows:
     users: Int[Tensor, "B"] | None = None
     mask: Bool[Tensor, "B T"] | None = None
     generators: tuple[torch.Generator, ...] | None = None
+    kept: Kept | None = None
 
     @property
     def size(self) -> int:

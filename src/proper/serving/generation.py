@@ -15,7 +15,7 @@ from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from proper.inference.requests import Request
 from proper.serving.answers import Answers, Piece
@@ -60,7 +60,8 @@ def generation_routes(model: str, answers: Answers, gate: Gate, turnstile: Turns
             pieces = answers.stream(asked, stop)
             if body.stream:
                 wants_usage = body.stream_options is not None and body.stream_options.include_usage
-                return EventStream(server_sent(shape, pieces, wants_usage), stack.pop_all())
+                lines = server_sent(shape, pieces, wants_usage)
+                return EventStream(lines, stack.pop_all(), turnstile.limits.stalled_seconds)
             whole = await unless_gone(http.receive, collect(shape, pieces, len(asked)))
             return JSONResponse(whole.model_dump(exclude_none=True))
 
@@ -187,17 +188,31 @@ async def server_sent(shape: Shape, pieces: AsyncGenerator[Piece, None], usage: 
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; whatever ends them, even before the first, frees the rows and the places they hold."""
+    """Server-sent events; whatever ends them, even before the first, frees the rows and the places they hold.
 
-    def __init__(self, lines: AsyncGenerator[str, None], held: ExitStack) -> None:
+    Args:
+        lines: the events.
+        held: what they hold.
+        stalled: seconds that a client may leave an event unread.
+    """
+
+    def __init__(self, lines: AsyncGenerator[str, None], held: ExitStack, stalled: float) -> None:
         super().__init__(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._lines, self._held = lines, held
+        self._lines, self._held, self._stalled = lines, held, stalled
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all, unless the client goes away first: a row may be busy for long without anything to send."""
+
+        async def in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._stalled):
+                    await send(message)
+            except OSError as error:  # a timeout is one too
+                raise ClientDisconnect from error
+
         with self._held:
             try:
-                await unless_gone(receive, super().__call__(scope, receive, send))
+                await unless_gone(receive, self.stream_response(in_time))
             except (Refusal, ClientDisconnect):
                 return  # nobody is there to be told
             finally:

@@ -20,12 +20,14 @@ class ServeLimits:
         open_requests: prompts that run or wait, of everybody.
         open_per_key: of one key.
         per_minute: requests of one key; None for any number. As many may come at once.
+        stalled_seconds: how long a client may leave a piece of a stream unread before its place is another's.
     """
 
     body_bytes: int = 1 << 20
     open_requests: int = 1024
     open_per_key: int = 256
     per_minute: int | None = None
+    stalled_seconds: float = 60.0
 
 
 class Turnstile:

@@ -86,6 +86,7 @@ class _EngineFigures(Collector):
             "batch_rows": ("Requests that run.", stats.running),
             "slots": ("Slots of the adapter bank.", stats.slots),
             "slots_resident": ("Slots that hold an adapter.", stats.resident),
+            "slots_pinned": ("Slots that running requests hold.", stats.pinned),
             "slots_loading": ("Adapters on their way into a slot.", stats.loading),
             "prefix_bytes": ("Keys and values kept for the same person's next prompt.", stats.prefix_bytes),
         }

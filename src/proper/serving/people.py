@@ -8,7 +8,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query
 
-from proper.errors import StoreError
+from proper.errors import NoVersionError
 from proper.inference.engine import Engine
 from proper.people.log import InteractionLog
 from proper.people.removal import remove
@@ -73,7 +73,7 @@ def _versions(router: APIRouter, holdings: Reach, gate: Gate) -> None:
         held.require(user)
         try:
             await asyncio.to_thread(held.store.rollback, user, body.to if body else None)
-        except StoreError as error:
+        except NoVersionError as error:
             raise Refusal(409, str(error), code="no_version", param="to") from error
         return held.card(user)
 

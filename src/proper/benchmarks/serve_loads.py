@@ -1,0 +1,177 @@
+"""The loads of `proper bench serve`: all requests at once on every side, and requests that arrive at random.
+
+Every token of every request is stamped. Knows nothing about what the stamps are summed up to.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from proper.adapters.residents import Counts
+from proper.benchmarks.serve_people import Served
+from proper.benchmarks.timing import Side
+from proper.errors import ProperError
+from proper.inference.engine import Engine
+from proper.inference.guests import Limits
+from proper.inference.passes import pad_left
+from proper.inference.requests import Event, Request, Sink, Token
+from proper.inference.runner import Runner
+from proper.inference.sampling import Sampling
+
+Times = list[list[float]]
+"""Of each request: seconds from its arrival to each of its tokens."""
+
+
+class ClosedLoop:
+    """Every side answers the same prompts, all there at the beginning.
+
+    Attributes:
+        times: of each side, all repeats after the first.
+    """
+
+    def __init__(self, served: Served, alone: int) -> None:
+        self.served, self.times = served, dict[str, Times]()
+        self._alone, self._engine = alone, Engine(served.alone, Limits(rows=1))
+
+    def sides(self) -> dict[str, Side]:
+        """Return what is compared. Whatever a side needs in memory is there before it is timed."""
+        served, rows = self.served, self.served.shape.rows
+        people, others = served.names[:rows], served.names[rows : 2 * rows]
+        one = people[:1] * rows
+        sides = {
+            "base": self._by_engine("base", people, people, bare=True),
+            "one": self._by_engine("one", one, one),
+            "mixed": self._by_engine("mixed", people, people),
+            "crowd": self._by_engine("crowd", people, others),
+            "plain": self._by_engine("plain", people, people, experts=False),
+            "peft": self._by_generate("peft", served.peft, [range(rows)], adapter_names=people),
+            "generate": self._by_generate("generate", served.bare, [range(rows)]),
+            "loop": self._by_generate("loop", served.bare, [[at] for at in range(min(self._alone, rows))]),
+        }
+        self.times = {name: [] for name in sides}
+        return sides
+
+    def counts(self) -> Counts:
+        """Return what the engine that answers now has found in its slots."""
+        return self._engine.stats().adapters
+
+    def _by_engine(
+        self, name: str, who: Sequence[str], before: Sequence[str], *, experts: bool = True, bare: bool = False
+    ) -> Side:
+        """Return a side of the engine, which has answered `before` when it is asked for `who`."""
+        served, rows = self.served, self.served.shape.rows
+
+        def prepare(_: int) -> None:
+            self._engine.close()
+            served.mix(experts)
+            self._engine = Engine(
+                served.alone if bare else served.personal, Limits(rows, slots=rows, prefill=1 << 30, prefix_bytes=0)
+            )
+            _answer(self._engine, [(5,)] * rows, before, 1, [])
+
+        def work(at: int) -> None:
+            found: Times = []
+            _answer(self._engine, served.prompts, who, served.shape.answer, found)
+            self.times[name] += found if at else []
+
+        return Side(work, prepare)
+
+    def _by_generate(self, name: str, model: Any, batches: Sequence[Sequence[int]], **more: Any) -> Side:
+        """Return a side of transformers' generate, batch after batch; one that waits arrives when its turn comes."""
+        served, length = self.served, self.served.shape.answer
+        settings = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=length, min_new_tokens=length, do_sample=False, pad_token_id=0, use_cache=True
+        )
+
+        def work(at: int) -> None:
+            for batch in batches:
+                ids, mask = pad_left([served.prompts[row] for row in batch], 0, served.device)
+                clock = _Clock()
+                with torch.no_grad():
+                    model.generate(
+                        input_ids=ids,
+                        attention_mask=mask,
+                        generation_config=settings,
+                        stopping_criteria=StoppingCriteriaList([clock]),
+                        **more,
+                    )
+                self.times[name] += [list(clock.stamps) for _ in batch] if at else []
+
+        return Side(work)
+
+
+def open_loop(served: Served, rows: int, slots: int, rate: float, arrivals: int, seed: int) -> Times:
+    """Let requests of all users arrive at random; one that is taken in late has waited since it was due.
+
+    Args:
+        served: who is there.
+        rows: of the engine.
+        slots: of the engine.
+        rate: requests a second.
+        arrivals: how many.
+        seed: of the times of arrival and of whose they are.
+    """
+    served.mix(True)
+    people = served.names
+    engine = Engine(served.personal, Limits(rows=rows, slots=slots, prefix_bytes=0))
+    _answer(engine, [(5,)] * len(people), people, 1, [])
+    runner = Runner(engine)
+    runner.start()
+    draw, due, times = random.Random(seed), 0.0, Times()
+    begun = time.perf_counter()
+    for at in range(arrivals):
+        due += draw.expovariate(rate)
+        time.sleep(max(0.0, begun + due - time.perf_counter()))
+        prompt = served.prompts[at % len(served.prompts)]
+        request = Request(prompt, draw.choice(people), sampling=Sampling(served.shape.answer))
+        times.append([])
+        engine.submit(request, _stamped(begun + due, times[-1]))
+    runner.drain(float("inf"))
+    runner.stop()
+    _check(engine)
+    return times
+
+
+class _Clock(StoppingCriteria):
+    """Stamps each token of a batch, and stops nothing."""
+
+    def __init__(self) -> None:
+        self.begun, self.stamps = time.perf_counter(), list[float]()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        self.stamps.append(time.perf_counter() - self.begun)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _answer(engine: Engine, prompts: Sequence[tuple[int, ...]], who: Sequence[str], length: int, times: Times) -> None:
+    """Answer all on this thread; `times` takes the stamps of each."""
+    begun = time.perf_counter()
+    for prompt, user in zip(prompts, who, strict=True):
+        times.append([])
+        engine.submit(Request(prompt, user, sampling=Sampling(length)), _stamped(begun, times[-1]))
+    while not engine.idle:
+        with engine.changed:
+            engine.changed.wait_for(lambda: not engine.blocked)
+        engine.step()
+    _check(engine)
+
+
+def _stamped(due: float, stamps: list[float]) -> Sink:
+    def note(event: Event) -> None:
+        if isinstance(event, Token):
+            stamps.append(time.perf_counter() - due)
+
+    return note
+
+
+def _check(engine: Engine) -> None:
+    stats = engine.stats()
+    if stats.errors or stats.fallbacks:
+        raise ProperError(f"bench serve: {stats.errors} requests failed, {stats.fallbacks} lost their adapter")

@@ -1,0 +1,166 @@
+"""What `proper bench serve` serves: a backbone with experts and routers, a store of people, and PEFT beside it.
+
+Knows nothing about loads or times.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from proper.adapters.cache import SlotCache
+from proper.adapters.store import AdapterStore, UserRecord
+from proper.config import make_config
+from proper.data.batching import Encoder
+from proper.inference.kv import SLACK
+from proper.inference.personalized import PersonalizedModel
+from proper.layers.bank import AdapterBank
+from proper.models.backbone import Backbone, digest, load_backbone, load_tokenizer
+from proper.models.personal import ProperModel
+from proper.models.targets import find_targets
+
+CROWD = 16
+"""Users per slot where the cliff is looked for."""
+NANO = "proper-nano"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model and its people.
+
+    Attributes:
+        random: hidden size, FFN and layers of a random Llama; None takes `proper-nano`.
+        people: users in the store.
+        rows: requests of the closed loop, and adapters of PEFT's model.
+        prompt, answer: tokens of a request, at most and exactly.
+    """
+
+    random: tuple[int, int, int] | None
+    dtype: torch.dtype
+    people: int
+    rows: int
+    prompt: int
+    answer: int
+
+
+class Served:
+    """One backbone, users for it in a store, and the same backbone bare and under PEFT.
+
+    Attributes:
+        personal: the model with its users.
+        alone: the same backbone without anything personal.
+        bare, peft: for transformers' own generate.
+        names: the users.
+        prompts: in tokens; lengths differ, as people's do.
+    """
+
+    def __init__(self, shape: Shape, backbone: Backbone, device: torch.device, folder: Path) -> None:
+        self.shape, self.device = shape, device
+        limit = shape.prompt + shape.answer
+        self.config = make_config({"data": {"path": "none"}, "compute": {"max_length": limit}})
+        self.bare = copy.deepcopy(backbone.model)
+        self.names = [f"u{at}" for at in range(shape.people)]
+        self.peft = self._peft_model()
+        self.model = ProperModel(backbone)
+        self.model.add_experts(self.config.groups, seed=0)
+        self.model.add_lora_router(self.config.users)
+        self._mixtures = {name: (layer.experts, layer.router) for name, layer in self.model.layers.items()}
+        self.store = AdapterStore(folder / "users")
+        self.layout = self.model.layout(self.config.users.rank)
+        self.store.put(self._records())
+        form: dict[str, Any] = {"device": device, "dtype": shape.dtype}
+        bank = AdapterBank(self.layout, 1, alpha=self.config.users.alpha, trainable=False, **form)
+        self.model.use_bank(bank)
+        encoder = Encoder(backbone.tokenizer, limit)
+        encoder.end = None
+        cache = SlotCache(self.store, bank, torch.zeros(self.model.embedding_size))
+        self.personal = PersonalizedModel(self.model, encoder, self.config, cache, "users")
+        self.alone = PersonalizedModel(self.model, encoder, self.config, None, "base")
+        draw = random.Random(0)
+        lengths = [draw.randint(shape.prompt // 2, shape.prompt) for _ in range(shape.rows)]
+        self.prompts = [tuple(draw.randint(3, 8000) for _ in range(length)) for length in lengths]
+
+    def close(self) -> None:
+        """Close the store."""
+        self.personal.close()
+
+    def mix(self, experts: bool) -> None:
+        """Put experts and routers into the layers, or take them out."""
+        for name, layer in self.model.layers.items():
+            layer.experts, layer.router = self._mixtures[name] if experts else (None, None)
+
+    def memory(self, rows: int) -> dict[str, int]:
+        """Return the bytes of what is kept in memory for `rows` requests with a slot each."""
+        self.mix(True)
+        one = torch.empty(0, dtype=self.shape.dtype).itemsize
+        config = self.bare.config
+        heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+        columns = self.shape.prompt + self.shape.answer + SLACK
+        shared = {**self.model.group_parameters(), **self.model.router_parameters()}
+        # While decoding on a CPU in fp32; elsewhere as they are stored.
+        gathered = self.layout.width * (4 if self.device.type == "cpu" else one)
+        return {
+            "backbone": _bytes(self.bare.parameters()),
+            "experts_and_routers": _bytes(shared.values()),
+            "adapter_of_one_user": self.layout.width * one,
+            "slots": rows * self.layout.width * one,
+            "gathered_adapters_of_rows": rows * gathered,
+            "keys_and_values_of_rows": 2 * config.num_hidden_layers * rows * columns * heads * one,
+            "peft_adapters": _bytes(p for name, p in self.peft.named_parameters() if "lora_" in name),
+        }
+
+    def _records(self) -> Iterator[UserRecord]:
+        for at, name in enumerate(self.names):
+            generator = torch.Generator().manual_seed(at)
+            row = (0.02 * torch.randn(self.layout.width, generator=generator)).to(torch.bfloat16)
+            embedding = torch.randn(self.model.embedding_size, generator=generator)
+            yield UserRecord(name, "users", embedding, self.layout.unpack(row))
+
+    def _peft_model(self) -> Any:
+        """Return PEFT's model with one LoRA for each row, on the same modules and of the same rank."""
+        names, users = self.names[: self.shape.rows], self.config.users
+        model = copy.deepcopy(self.bare)
+        targets = list(find_targets(model, self.config.groups.target_modules))
+        lora = LoraConfig(r=users.rank, lora_alpha=int(users.alpha), target_modules=targets, init_lora_weights=False)
+        wrapped: Any = get_peft_model(model, lora, adapter_name=names[0])
+        for name in names[1:]:
+            wrapped.add_adapter(name, lora)
+        return wrapped.to(self.shape.dtype).eval()
+
+
+def backbone_of(shape: Shape, device: torch.device) -> Backbone:
+    """Return the backbone that a shape asks for, with `proper-nano`'s tokenizer."""
+    if shape.random is None:
+        return load_backbone(NANO, shape.dtype, device)
+    hidden, inner, layers = shape.random
+    config: dict[str, Any] = {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, hidden // 64),
+        "num_key_value_heads": max(1, hidden // 64),
+        "vocab_size": 8192,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "attn_implementation": "eager" if device.type == "cpu" else "sdpa",
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = LlamaForCausalLM(LlamaConfig(**config))
+    model.to(device=device, dtype=shape.dtype).eval().requires_grad_(False)
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    return Backbone("random", model, load_tokenizer(NANO), digest(model))
+
+
+def _bytes(tensors: Any) -> int:
+    found: Iterator[Tensor] = iter(tensors)
+    return sum(tensor.numel() * tensor.itemsize for tensor in found)

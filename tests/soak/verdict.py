@@ -1,0 +1,157 @@
+"""What has to hold in the end: nothing lost, nobody answered as somebody else, nothing held for ever, enough done.
+
+Every function returns what is wrong, a line each. Knows nothing about how any of it came about.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from folk import PROMPT, Archive, Asked, offline, says
+from ledger import Answer, Ledger
+from server import Server
+
+from proper.adapters.store import AdapterStore
+from proper.people.log import InteractionLog
+
+REST_SECONDS = 180.0
+
+
+def at_rest(server: Server) -> list[str]:
+    """Wait until whoever came has been fitted; then nothing may run, wait or hold a slot."""
+    deadline = time.monotonic() + REST_SECONDS
+    while time.monotonic() < deadline:
+        figures = server.figures()
+        if not figures["proper_fits_queued"] + figures["proper_fits_running"]:
+            break
+        time.sleep(0.2)
+    else:
+        return [f"people still wait for their fits: {figures}"]
+    idle = ("batch_rows", "queue_requests", "slots_pinned", "slots_loading")
+    return [f"proper_{name} is {figures[f'proper_{name}']:g} at rest" for name in idle if figures[f"proper_{name}"]]
+
+
+def nothing_lost(folder: Path, ledger: Ledger) -> list[str]:
+    """Every acknowledged interaction is in the log, once, as it was sent; nothing else is; the deleted are gone."""
+    wrong: list[str] = []
+    with closing(InteractionLog(folder / "users")) as log, closing(AdapterStore(folder / "users")) as store:
+        for user in sorted({user for user, _ in ledger.sent}):
+            logged = Counter((one.id, one.prompt, one.target) for one in log.interactions("", user))
+            logged = +Counter({key: count for key, count in logged.items() if not key[0].startswith("first-")})
+            sent = {(id_, PROMPT, text) for (who, id_), text in ledger.sent.items() if who == user}
+            promised = {(id_, PROMPT, ledger.sent[who, id_]) for who, id_ in ledger.acknowledged if who == user}
+            if user in ledger.deleted:
+                if logged or store.head(user) is not None or log.knows("", user):
+                    wrong.append(f"{user!r} was deleted and is there")
+                continue
+            fit, held = log.queue.fit("", user), store.versions(user)
+            if fit.state == "done" and held and held[0].version == fit.version:
+                learned = held[0].facts["history"]["logged"]
+                if learned != log.count("", user):
+                    wrong.append(f"{user!r} has {log.count('', user)} interactions, and was fitted to {learned}")
+            wrong += [f"{user!r} lost {one[0]}" for one in sorted(promised - {*logged})]
+            wrong += [f"{user!r} has {one[0]}, which nobody sent" for one in sorted({*logged} - sent)]
+            wrong += [f"{user!r} has {one[0]} {count} times" for one, count in logged.items() if count > 1]
+    return wrong
+
+
+def nobody_elses(run: Path, folder: Path, archive: Archive, ledger: Ledger, people: Mapping[str, str]) -> list[str]:
+    """Every answer is what `generate` gives the same user at that version, and holds no other user's word."""
+    wrong = []
+    known: list[Answer] = []
+    for one in ledger.answers:
+        if one.version is None or (str(one.user), one.version) in archive.records:
+            known.append(one)
+        else:
+            wrong.append(f"a version that never was: {one}")
+    expected = offline(run, folder, archive.records, {_asked(one) for one in known})
+    for one in known:
+        text = expected[_asked(one)]
+        if one.text != text if one.whole else not text.startswith(one.text):
+            wrong.append(f"not what generate answers ({text!r}): {one}")
+        wrong += _by_word(one, people, ledger)
+        if one.fallback is not None and not _damaged(one, ledger):
+            wrong.append(f"fell back without damage: {one}")
+    return wrong
+
+
+def _by_word(one: Answer, people: Mapping[str, str], ledger: Ledger) -> list[str]:
+    own = people.get(str(one.user))
+    if own is not None and one.tier == "users":
+        return [] if says(one.text, own) or (not one.whole and not one.text) else [f"not the code word {own!r}: {one}"]
+    if own is not None and (one.tier, one.fallback) != ("groups", "damaged adapter"):
+        return [f"neither the user's own adapter nor a fallback that is said: {one}"]
+    theirs = ledger.guests.get(str(one.user))
+    others = {*people.values(), *ledger.guests.values()} - {theirs}
+    return [f"another user's code word: {one}" for word in one.text.split() if word in others][:1]
+
+
+def _damaged(one: Answer, ledger: Ledger) -> bool:
+    return any(
+        damage.user == one.user
+        and damage.since <= one.ended
+        and (damage.until is None or one.asked <= damage.until + 0.5)
+        for damage in ledger.damages
+    )
+
+
+def _asked(one: Answer) -> Asked:
+    return (
+        (one.user, one.version, one.tier, one.length) if one.version is not None else (None, None, "none", one.length)
+    )
+
+
+def refused_rightly(ledger: Ledger) -> list[str]:
+    """Replies that faults explain: none at all, a server that stops, a log that cannot be written."""
+    fair = ("200", "left", "cut off", "Error", "409 user_exists", "404 user_not_found", "409 no_version")
+    writes = ("teach", "teach again", "enrol", "delete", "rollback", "read", "versions")
+    wrong = []
+    for what, count in sorted(ledger.replies.items()):
+        name, _, said = what.partition(": ")
+        if said.endswith(fair) or (name in writes and said == "500 store") or "stopping" in said:
+            continue
+        wrong.append(f"{count} times {what}")
+    return wrong
+
+
+def enough_done(ledger: Ledger, archive: Archive, people: Mapping[str, str]) -> list[str]:
+    """A soak in which something never happened shows nothing about it."""
+    answers, done = ledger.answers, [what for _, what in ledger.done]
+    happened = {
+        "an answer of every user": all(
+            any(one.user == user and one.tier == "users" for one in answers) for user in people
+        ),
+        "an answer to nobody": any(one.tier == "none" for one in answers),
+        "a fallback": any(one.fallback is not None for one in answers),
+        "an answer by a newer version": any(one.user in people and (one.version or 0) > 1 for one in answers),
+        "a guest": bool(ledger.guests),
+        "a client that left": bool(ledger.replies["stream: left"]),
+        "an answer that was cut off": any("Error" in what for what in ledger.replies),
+        "an interaction": any(user in people for user, _ in ledger.acknowledged),
+        "a write on a full disk": any("500 store" in what for what in ledger.replies),
+        **{fault: fault in done for fault in ("worker killed", "server back", "disk has room")},
+    }
+    return [f"in all the time there was not {what}" for what, there in happened.items() if not there]
+
+
+def bounded(samples: Sequence[tuple[float, int, int]]) -> list[str]:
+    """The memory of one server does not grow without end; lives shorter than two minutes tell nothing.
+
+    Args:
+        samples: seconds, process id and bytes.
+    """
+    wrong = []
+    for pid in dict.fromkeys(pid for _, pid, _ in samples):
+        life = [(at, size) for at, which, size in samples if which == pid and size]
+        if not life or life[-1][0] - life[0][0] < 120:
+            continue
+        middle = (life[0][0] + life[-1][0]) / 2
+        first = max(size for at, size in life if life[0][0] + 30 < at <= middle)
+        last = max(size for at, size in life if at > middle)
+        if last > 1.15 * first + (32 << 20):
+            wrong.append(f"process {pid} grew from {first >> 20} to {last >> 20} MiB")
+    return wrong
