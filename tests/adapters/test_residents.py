@@ -112,3 +112,18 @@ def test_forgetting_waits_for_the_last_pin(filled: AdapterStore, residents: Resi
     assert residents.bank.values[slot].abs().sum() > 0
     residents.unpin(key)
     assert residents.bank.values[slot].abs().sum() == 0 and key not in residents
+
+
+def test_who_is_forgotten_on_the_way_does_not_arrive(filled: AdapterStore, residents: Residents) -> None:
+    key, other = key_of(filled, "u0"), key_of(filled, "u1")
+    assert residents.load(key, ()) and residents.load(other, ())
+    residents.forget("", "u0")
+    while not residents.settled:
+        time.sleep(0.001)
+    outcomes = {outcome.asked: outcome for outcome in residents.collect()}
+    assert outcomes[key].head is None and outcomes[key].error is None and key not in residents
+    assert outcomes[other].head is not None and other in residents
+    assert residents.counts.loads == 1
+    slot = residents.pin(other)
+    assert all(residents.bank.values[at].abs().sum() == 0 for at in range(residents.bank.slots) if at != slot)
+    assert load(residents, key)[0].head is not None  # who comes back is loaded anew

@@ -85,6 +85,7 @@ class Residents:
         self._loaders: dict[str, RowLoader] = {}
         self._slots: OrderedDict[Key, _Slot] = OrderedDict()
         self._loading: dict[Key, tuple[int, Future[Head | None]]] = {}
+        self._gone: set[Key] = set()
         self._free = list(range(bank.slots))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="proper-load")
 
@@ -151,7 +152,8 @@ class Residents:
         return [self._take_over(key) for key in done]
 
     def forget(self, tenant: str, user: str) -> None:
-        """Wipe all of a user that is in slots, as soon as nothing runs on it."""
+        """Wipe all of a user that is in slots or on its way, as soon as nothing runs on it."""
+        self._gone |= {key for key in self._loading if (key.tenant, key.user) == (tenant, user)}
         for key in [key for key in self._slots if (key.tenant, key.user) == (tenant, user)]:
             self._slots[key].forgotten = True
             if not self._slots[key].pins:
@@ -180,6 +182,11 @@ class Residents:
 
     def _take_over(self, asked: Key) -> Outcome:
         number, future = self._loading.pop(asked)
+        if asked in self._gone:
+            self._gone.remove(asked)
+            self.bank.values[number].zero_()
+            self._free.append(number)
+            return Outcome(asked, None)
         error = future.exception()
         if error is not None:
             self._free.append(number)
