@@ -24,12 +24,16 @@ ENDPOINTS: list[tuple[str, str, dict[str, Any] | None, set[str], bool]] = [
     ("GET", "/v1/models", None, {"generate"}, False),
     ("GET", "/v1/models/tiny", None, {"generate"}, False),
     ("GET", "/v1/users", None, {"admin"}, True),
+    ("POST", "/v1/users", {"interactions": []}, {"write", "admin"}, True),
+    ("POST", "/v1/users/{user}/interactions", {"interactions": []}, {"write", "admin"}, True),
     ("GET", "/v1/users/{user}", None, {"write", "admin"}, True),
     ("GET", "/v1/users/{user}/versions", None, {"write", "admin"}, True),
     ("POST", "/v1/users/{user}/rollback", {}, {"write", "admin"}, True),
     ("DELETE", "/v1/users/{user}", None, {"admin"}, True),
     ("GET", "/metrics", None, {"admin"}, False),
 ]
+OPEN = ["/healthz", "/readyz", "/openapi.json", "/", "/page/main.js"]
+ENROL = ("POST", "/v1/users")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,9 @@ def _scopes() -> tuple[Any, ...]:
 def send(server: Running, key: str | None, endpoint: Any, user: str, tenant: str | None) -> tuple[int, Any]:
     method, path, body, _, _ = endpoint
     parameters = {}
-    if tenant is not None and "users" in path:
+    if (method, path) == ENROL:
+        body = {**body, "user": user, **({"tenant": tenant} if tenant is not None else {})}
+    elif tenant is not None and "users" in path:
         parameters = {"tenant": tenant}
     if body is not None and "completions" in path:
         body = {**body, "user": user, **({"proper": {"tenant": tenant}} if tenant is not None else {})}
@@ -70,22 +76,43 @@ def send(server: Running, key: str | None, endpoint: Any, user: str, tenant: str
 def test_the_matrix(kept: tuple[Running, dict[str, str]], endpoint: Any) -> None:
     server, keys = kept
     scopes, names_user = endpoint[3:]
-    status, body = send(server, None, endpoint, "nobody", None)
+    # Whoever is enrolled is somebody afterwards.
+    nobody = "newcomer" if endpoint[:2] == ENROL else "nobody"
+    status, body = send(server, None, endpoint, nobody, None)
     assert (status, body["error"]["type"]) == (401, "authentication_error")
-    assert send(server, "proper-wrong", endpoint, "nobody", None)[0] == 401
+    assert send(server, "proper-wrong", endpoint, nobody, None)[0] == 401
     for name, key in keys.items():
         tenant, _, scope = name.partition(":")
-        status, body = send(server, key, endpoint, "nobody", None)
+        status, body = send(server, key, endpoint, nobody, None)
         if scope not in scopes:
             assert (status, body["error"]["code"]) == (403, "scope")
             continue
-        assert status == (404 if "{user}" in endpoint[1] else 200), body
+        if endpoint[:2] == ENROL:
+            assert status == (200 if scope == "write" else 409), "once in each tenant"
+        else:
+            assert status == (404 if "{user}" in endpoint[1] else 200), body
         if names_user:
             other = "" if tenant else "theirs"
             replies = [send(server, key, endpoint, user, other) for user in ("only", "u0", "nobody")]
             assert {status for status, _ in replies} == {403}
             assert replies[0] == replies[1] == replies[2], "nothing tells whether the user exists"
-            assert send(server, key, endpoint, "nobody", tenant)[0] != 403
+            assert send(server, key, endpoint, nobody, tenant)[0] != 403
+    if endpoint[:2] == ENROL:
+        for tenant in ("", "theirs"):
+            leave = ("DELETE", "/v1/users/{user}", None, ..., ...)
+            assert send(server, keys[f"{tenant}:admin"], leave, nobody, None)[0] == 200
+
+
+def test_the_matrix_is_of_all_routes(kept: tuple[Running, dict[str, str]]) -> None:
+    server, _ = kept
+    with server.client() as client:
+        paths = client.get("/openapi.json").json()["paths"]
+        assert {client.get(path).status_code for path in OPEN} == {200}
+    known = {(method, path.replace("tiny", "{name}")) for method, path, *_ in ENDPOINTS}
+    assert {(method.upper(), path) for path, methods in paths.items() for method in methods} - known == {
+        ("GET", "/healthz"),
+        ("GET", "/readyz"),
+    }
 
 
 def test_a_user_belongs_to_the_keys_tenant(kept: tuple[Running, dict[str, str]]) -> None:

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
 from proper.cli.app import main
 from proper.serving.gate import is_loopback
 from proper.serving.server import free_port
 
+Process = tuple[subprocess.Popen[str], str]
+
 
 @pytest.fixture
-def process(long_run: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def process(long_run: Path) -> Iterator[Process]:
     """The command on a free port, and its URL."""
-    command = [sys.executable, "-m", "proper", "serve", str(long_run), "--port", "0", "--rows", "2"]
+    with serving(long_run) as started:
+        yield started
+
+
+@contextmanager
+def serving(folder: Path, *more: str) -> Iterator[Process]:
+    command = [sys.executable, "-m", "proper", "serve", str(folder), "--port", "0", "--rows", "2", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert started.stderr is not None
@@ -33,9 +43,11 @@ def process(long_run: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         assert line, said
         said += line
     until_ready(found[1])
-    yield started, found[1]
-    started.kill()
-    started.communicate()
+    try:
+        yield started, found[1]
+    finally:
+        started.kill()
+        started.communicate()
 
 
 def until_ready(url: str) -> None:
@@ -48,7 +60,7 @@ def until_ready(url: str) -> None:
     raise AssertionError("the server does not get ready")
 
 
-def test_sigterm_lets_an_answer_finish(process: tuple[subprocess.Popen[str], str]) -> None:
+def test_sigterm_lets_an_answer_finish(process: Process) -> None:
     started, url = process
     body = {"model": "tiny", "prompt": "Well?", "user": "u0", "max_tokens": 200, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as reply:
@@ -61,6 +73,27 @@ def test_sigterm_lets_an_answer_finish(process: tuple[subprocess.Popen[str], str
     assert started.returncode == 0 and "proper: stopped" in rest
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/healthz")
+
+
+def test_sigterm_waits_no_longer_than_it_was_told(long_run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(long_run, tmp_path / "tiny"))
+    raw = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    raw["compute"]["max_length"] = 100_000
+    (folder / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    body = {"model": "tiny", "prompt": "Well?", "user": "u0", "max_tokens": 90_000, "stream": True}
+    with serving(folder, "--drain", "1") as (started, url):
+        text = ""
+        with (
+            suppress(httpx.RemoteProtocolError),
+            httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as reply,
+        ):
+            for line in reply.iter_lines():
+                if not text:
+                    os.kill(started.pid, signal.SIGTERM)
+                text += line
+        _, rest = started.communicate(timeout=60)
+    assert started.returncode == 0 and "proper: stopped" in rest
+    assert text.startswith("data: ") and "[DONE]" not in text and '"finish_reason":' not in text
 
 
 def test_other_machines_need_keys(long_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import httpx
 from folk import GUESTS, LENGTHS, PROMPT, target
 from ledger import Answer, Ledger
 
-PAUSE = 0.05
+PAUSE = 0.15
 """Seconds before something is tried again."""
 
 
