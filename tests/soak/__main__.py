@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--disk", type=Path, help="where the copy lies; a mount point is filled to make its disk full")
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="proper-soak-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="proper-soak-", ignore_cleanup_errors=True) as scratch:
         home = asked.disk or Path(scratch)
         ledger, told, wrong = soak(asked.run, Path(scratch), home / "run", asked.seconds, asked.seed)
     print(json.dumps(told, indent=2))

@@ -28,6 +28,8 @@ FULL_SECONDS = 1.5
 """At least; longer, within reason, if nobody has tried to write meanwhile."""
 DAMAGED_SECONDS = 6.0
 """At most; until somebody was told of it, if that is sooner."""
+LIFE = 6
+"""Rounds that a server lives: long enough to see whether its memory grows."""
 TRIES = 5
 """Adapters that are damaged one after another until somebody is told."""
 
@@ -52,9 +54,11 @@ class Saboteur:
 
     def run(self) -> None:
         """Go through all faults in random order, again and again, at least once."""
-        faults = [self.kill_worker, self.kill_server, self.fill_disk, self.damage]
         try:
             while True:
+                faults = [self.kill_worker, self.fill_disk, self.damage]
+                if self.rounds % LIFE == 0:
+                    faults.append(self.kill_server)
                 self.random.shuffle(faults)
                 for fault in faults:
                     time.sleep(self.random.uniform(0.5, 2.5))

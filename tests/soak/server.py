@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-START_SECONDS = 180.0
+START_SECONDS = 600.0
 
 
 class Server:

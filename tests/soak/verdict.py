@@ -18,7 +18,7 @@ from server import Server
 from proper.adapters.store import AdapterStore
 from proper.people.log import InteractionLog
 
-REST_SECONDS = 180.0
+REST_SECONDS = 600.0
 
 
 def at_rest(server: Server) -> list[str]:
@@ -139,7 +139,7 @@ def enough_done(ledger: Ledger, archive: Archive, people: Mapping[str, str]) -> 
 
 
 def bounded(samples: Sequence[tuple[float, int, int]]) -> list[str]:
-    """The memory of one server does not grow without end; lives shorter than two minutes tell nothing.
+    """The memory of one server does not grow without end; lives shorter than a minute tell nothing.
 
     Args:
         samples: seconds, process id and bytes.
@@ -147,11 +147,11 @@ def bounded(samples: Sequence[tuple[float, int, int]]) -> list[str]:
     wrong = []
     for pid in dict.fromkeys(pid for _, pid, _ in samples):
         life = [(at, size) for at, which, size in samples if which == pid and size]
-        if not life or life[-1][0] - life[0][0] < 120:
+        if not life or life[-1][0] - life[0][0] < 60:
             continue
         middle = (life[0][0] + life[-1][0]) / 2
-        first = max(size for at, size in life if life[0][0] + 30 < at <= middle)
+        first = max(size for at, size in life if life[0][0] + 15 < at <= middle)
         last = max(size for at, size in life if at > middle)
-        if last > 1.15 * first + (32 << 20):
+        if last > 1.15 * first + (128 << 20):
             wrong.append(f"process {pid} grew from {first >> 20} to {last >> 20} MiB")
     return wrong
