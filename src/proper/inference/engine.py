@@ -1,6 +1,6 @@
 """Continuous batching for mixed users: a loop whose every step adds one token to every row, whoever it belongs to.
 
-    step:  take in what came, let rows go -> seat those who wait and whose adapters are there -> one token per row
+    step:  take in what came, let rows go -> start loads -> one token per row -> seat those whose adapters are there
 
 New rows are prefilled together and join the running ones. Keys and values are personal: a row gets none of another
 person's, not even for the same prompt (`prefixes.py`). A request keeps the version of its user's adapter from when it
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -104,7 +105,7 @@ class Engine:
             self.changed.notify_all()
 
     def settle(self) -> None:
-        """Wait for the loads in hand: what the next step does then depends on nothing but what was asked."""
+        """Wait for the loads in hand: what is done then depends on nothing but what was asked."""
         with self.changed:
             self.changed.wait_for(lambda: self._loading.settled)
 
@@ -162,22 +163,34 @@ class Engine:
         """
         self._take_in()
         self._let_go()
+        # Loads go on while the rows compute: who needs one does not wait a step longer than who does not.
+        self._loading.ahead(self._waiting.items())
+        self._guarded(self._decode)
+        if self._strict:
+            self.settle()
         self._loading.collect(self._waiting.items())
+        self._guarded(self._prefill)
+        self._counts["steps"] += 1
+
+    def _decode(self) -> None:
+        if len(self._batch):
+            self._hand_out(self._batch.decode(), 0)
+
+    def _prefill(self) -> None:
+        seated = self._seat()
+        if seated:
+            self._counts["prompt"] += sum(guest.size for guest in seated)
+            self._hand_out(self._batch.prefill(len(seated)), len(self._batch) - len(seated))
+
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
-            if len(self._batch):
-                self._hand_out(self._batch.decode(), 0)
-            seated = self._seat()
-            self._loading.ahead(self._waiting.items())
-            if seated:
-                self._counts["prompt"] += sum(guest.size for guest in seated)
-                self._hand_out(self._batch.prefill(len(seated)), len(self._batch) - len(seated))
+            work()
         except Exception as error:
             # Out of memory, a device that fails, a token beyond the vocabulary: whoever asked hears of it, and the
             # next ones may do better.
             self._counts["errors"] += self._end_all("error", f"{type(error).__name__}: {error}")
             if self._strict:
                 raise
-        self._counts["steps"] += 1
 
     def _take_in(self) -> None:
         while self._forget:

@@ -59,7 +59,6 @@ def generate(
         for at in sorted(range(len(prompts)), key=lambda at: len(prompts[at])):
             engine.submit(Request(tuple(prompts[at]), users[at], sampling=sampling), found[at])
         while not engine.idle:
-            engine.settle()
             engine.step()
     finally:
         engine.close()
