@@ -257,7 +257,9 @@ def test_teaching_shows_before_and_after(browser: Browser, serve: Serve, long_ru
     assert (card["interactions"], card["version"]) == (3, 2)
     page.get_by_role("combobox").fill("ann")
     page.keyboard.press("Enter")
+    # At once: the server has not said yet who ann is, and u5 was chosen before.
     page.locator("#delete").click()
+    expect(page.locator("#sure-who")).to_have_text("ann")
     page.get_by_role("button", name="Delete for good").click()
     expect(page.locator("#who-told")).to_have_text("ann is deleted.")
     assert opened.trouble == []

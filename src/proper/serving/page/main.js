@@ -33,6 +33,7 @@ async function action(button, work) {
   tell($("trouble"), "");
   for (const one of [$("ask"), $("teach-go"), $("delete")]) one.disabled = true;
   try {
+    await field?.ready();
     await work();
   } catch (error) {
     trouble(error);
@@ -107,8 +108,9 @@ $("ask-form").addEventListener("keydown", (event) => {
 });
 $("ask-form").addEventListener("input", () => { $("sent").textContent = prompt.text(); });
 
-$("teach-form").addEventListener("submit", (event) => {
+$("teach-form").addEventListener("submit", async (event) => {
   event.preventDefault();
+  await field?.ready();
   const told = (words) => tell($("trouble"), words);
   if (!state.who) {
     told("Choose a person first: pick one, or type a new id.");
@@ -145,14 +147,17 @@ function progress(fit) {
   if ($("fit-told").textContent !== line) $("fit-told").textContent = line;
 }
 
-$("delete").addEventListener("click", () => {
+$("delete").addEventListener("click", async () => {
+  await field.ready();
+  if (state.card === null) return;
   $("sure-who").textContent = state.who;
   $("sure").showModal();
 });
 $("sure-no").addEventListener("click", () => $("sure").close());
 $("sure-yes").addEventListener("click", () => {
   $("sure").close();
-  const who = state.who;
+  // Whoever the question named, and nobody else.
+  const who = $("sure-who").textContent;
   action($("delete"), async () => {
     await call("DELETE", address(who));
     chosen("", null);

@@ -115,6 +115,8 @@ export function picker(chosen, trouble) {
   // Somebody may have begun to type before the page was ready.
   if (document.activeElement === field && field.value) show();
   return {
+    // Until this has come true, the person is still the one before.
+    ready: settle,
     // Tells the field who the person is now.
     settled: (who) => {
       settled = who;
