@@ -49,14 +49,14 @@ class Job:
     """One line of the queue; see recipes/findings.yaml.
 
     Attributes:
-        run: its run folder's name; `config` and `source` are that run's.
+        run: its run folder's name; `config` and `sources` are that run's.
         prepares: the jobs that it is a part of; one that prepares leaves no result.
     """
 
     name: str
     run: str
     config: str
-    source: str
+    sources: tuple[str, ...]
     made: str | None
     seeds: tuple[int, ...]
     minutes: float
@@ -73,8 +73,13 @@ class Job:
     def folder(self) -> Path:
         """The run folder, one for all jobs on a run while its settings, data and training code are the same."""
         settings = self.settings().model_dump(exclude={"evaluation": True, "data": {"path"}})
-        key = hash_value([settings, _file_hash((ROOT / self.source).resolve()), code_version(*TRAINING)])
+        key = hash_value([settings, *map(_file_hash, self.data), code_version(*TRAINING)])
         return RUNS / f"{self.run}-{key[:8]}"
+
+    @property
+    def data(self) -> list[Path]:
+        """The files that its data is read from or made of."""
+        return [(ROOT / source).resolve() for source in self.sources]
 
     @property
     def result(self) -> Path:
@@ -100,7 +105,8 @@ def read_queue(path: Path = ROOT / "recipes" / "findings.yaml") -> list[Job]:
         jobs.append(
             Job(
                 **{key: row[key] for key in ("name", "run", "minutes")},
-                **{key: run[key] for key in ("config", "source")},
+                config=run["config"],
+                sources=tuple(run["sources"]),
                 made=run.get("made"),
                 **{key: tuple(row[key]) for key in ("seeds", "methods", "stages", "against") if key in row},
                 questions=tuple(questions),
@@ -117,7 +123,7 @@ def key_of(job: Job, *, code: bool = True) -> str:
     """Return what a job's result hangs on, as a hash: settings, data and, unless told otherwise, code."""
     settings = job.settings().model_dump(exclude={"evaluation": {"methods", "seeds"}, "data": {"path"}})
     made_of: list[Any] = [settings, job.methods, job.stages, job.seeds, job.tasks, job.against, job.slice, job.routing]
-    made_of.append(_file_hash((ROOT / job.source).resolve()))
+    made_of += map(_file_hash, job.data)
     return hash_value([*made_of, code_version(*CODE)] if code else made_of)
 
 
@@ -150,12 +156,13 @@ def listing(jobs: list[Job], by_name: Mapping[str, Job], *, keep: bool) -> str:
 
 def work(job: Job) -> dict[str, Any]:
     """Train what the job lacks, answer, and return its result."""
-    import findings_results  # listing and the page need no torch
+    import findings_data  # listing and the page need no torch
+    import findings_results
 
     from proper import pipeline
 
     if job.made is not None:
-        findings_results.make_data(job.made, (ROOT / job.source).resolve(), RUNS / "data")
+        findings_data.make_data(job.made, job.data, RUNS / "data")
     settings = job.settings()
     pipeline.run(settings, job.folder, stages=[*job.stages, *(["evaluate"] if job.methods else [])])
     return findings_results.collect(job, settings) if job.methods and not job.prepares else {}

@@ -52,6 +52,8 @@ CATEGORY, HEADLINE = (
     f"users[rows={asked}][population.max_tokens=150000][groups.max_tokens=150000][users.max_items=12]"
     for asked in ("Category", "Headline")
 )
+TITLE_ONLY, ALL_TITLE = "population[rows=Title]", "groups-shared-e[rows=Title]"
+HEADLINE_ONLY, ALL_HEADLINE = "population[rows=Headline]", "groups-shared-e[rows=Headline]"
 GROUPS_GRID = "groups[groups.{}={}]"
 
 
@@ -178,7 +180,8 @@ QUESTIONS = (
     Question(
         8,
         "Train on one task, test on another",
-        "Authors trained on sections alone write headlines, and the other way round.",
+        "Authors trained on sections alone write headlines, and the other way round; and what was trained on papers "
+        "writes headlines.",
         (
             Source(
                 "headlines, HuffPost",
@@ -192,11 +195,26 @@ QUESTIONS = (
                 ((HEADLINE, CATEGORY), (HEADLINE, "base")),
                 inside=("tasks", "Category"),
             ),
+            Source(
+                "ACL titles to HuffPost headlines",
+                "findings/acl-to-headlines.json",
+                (
+                    (TITLE_ONLY, "base"),
+                    (TITLE_ONLY, HEADLINE_ONLY),
+                    (ALL_TITLE, "base"),
+                    (ALL_TITLE, TITLE_ONLY),
+                    (ALL_TITLE, ALL_HEADLINE),
+                ),
+            ),
         ),
-        each((CATEGORY, "base"), (CATEGORY, HEADLINE), (HEADLINE, "base"), (HEADLINE, CATEGORY)),
+        each(
+            *((CATEGORY, "base"), (CATEGORY, HEADLINE), (HEADLINE, "base"), (HEADLINE, CATEGORY)),
+            *((TITLE_ONLY, "base"), (TITLE_ONLY, HEADLINE_ONLY), (ALL_TITLE, TITLE_ONLY)),
+        ),
         _command(8),
         notes=(
-            "ACL titles to HuffPost headlines is not built: no user is in both, so only the experts could carry over.",
+            "No author is in both ACL and HuffPost, so of stage 2 only the experts can carry over: everybody has the "
+            "one embedding that was trained with them.",
         ),
     ),
     Question(

@@ -5,13 +5,10 @@ Knows where a run's files lie; nothing about the queue.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import pyarrow.parquet as parquet
 
 from proper.config import Config
 from proper.data.dataset import Dataset
@@ -22,7 +19,7 @@ from proper.evaluation.results import Evidence, Predictions, build_results, plai
 from proper.evaluation.routing import analyze_routing
 from proper.evaluation.runner import mean_gates, read_predictions
 from proper.evaluation.slices import history_slices
-from proper.files import read_json, write_text
+from proper.files import read_json
 from proper.inference.personalized import load
 from proper.methods.method import Method, Place
 from proper.methods.table import known_methods
@@ -140,28 +137,3 @@ def _labels(kind: str, predictions: Predictions) -> tuple[str, ...]:
 
 def _asks(row: Prediction, asked: str) -> bool:
     return row.prompt.rstrip().rsplit("\n", 1)[-1].rstrip(": ") == asked
-
-
-def make_data(made: str, source: Path, folder: Path) -> Path:
-    """Write a data file that is made of another one, where it is not there; returns its path.
-
-    Raises:
-        ValueError: nothing of that name is made.
-    """
-    if made != "two-tasks":
-        raise ValueError(f"no data is made by the name '{made}'")
-    path = folder / "huffpost-two-tasks.jsonl"
-    if not path.exists():
-        rows = parquet.read_table(source).to_pylist()
-        write_text(
-            path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for both in map(_both, rows) for row in both)
-        )
-    return path
-
-
-def _both(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return an article as two rows: its section asked for, and its headline."""
-    same = {key: row[key] for key in ("user_id", "timestamp", "item_id")}
-    section = f"Headline: {row['headline']}\nDescription: {row['description']}\nCategory:"
-    headline = f"Description: {row['description']}\nHeadline:"
-    return [{**same, "input": section, "output": row["label"]}, {**same, "input": headline, "output": row["headline"]}]

@@ -59,6 +59,18 @@ def write(folder: Path, name: str, rows: list[dict[str, Any]], tests: list[dict[
     (folder / "findings" / f"{name}.json").write_text(text, encoding="utf-8")
 
 
+def article(user: str, item: str) -> dict[str, Any]:
+    same = {"headline": "H", "description": "D", "label": "L"}
+    return {"user_id": user, "timestamp": "2020-01-01", "item_id": item, **same}
+
+
+def parquet_of(path: Path, rows: list[dict[str, Any]]) -> Path:
+    importlib.import_module("pyarrow.parquet").write_table(
+        importlib.import_module("pyarrow").Table.from_pylist(rows), path
+    )
+    return path
+
+
 def section(text: str, number: int) -> str:
     return text.split(f"\n## {number}. ")[1].split("\n## ")[0]
 
@@ -152,30 +164,41 @@ def test_a_job_is_done_while_settings_data_and_code_are_the_same(
     assert queue.state(job, jobs) == "done"
     job.result.write_text(json.dumps({**held, "key": "made by other code"}), encoding="utf-8")
     assert queue.state(job, jobs) == "stale" and queue.state(job, jobs, keep=True) == "done"
-    other = importlib.import_module("dataclasses").replace(job, seeds=(0,))
+    other = importlib.import_module("dataclasses").replace(job, seeds=(1,))
     assert queue.state(other, jobs, keep=True) == "stale"
 
 
 def test_two_tasks_are_two_rows_an_article(scripts: None, tmp_path: Path) -> None:
-    results = importlib.import_module("findings_results")
-    parquet = importlib.import_module("pyarrow.parquet")
-    table = importlib.import_module("pyarrow").Table.from_pylist(
-        [
-            {
-                "user_id": "ann",
-                "timestamp": "2020-01-01",
-                "item_id": "a",
-                "headline": "H",
-                "description": "D",
-                "label": "L",
-            }
-        ]
-    )
-    parquet.write_table(table, tmp_path / "news.parquet")
-    path = results.make_data("two-tasks", tmp_path / "news.parquet", tmp_path / "data")
+    data = importlib.import_module("findings_data")
+    news = parquet_of(tmp_path / "news.parquet", [article("ann", "a")])
+    path = data.make_data("huffpost-two-tasks", [news], tmp_path / "data")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [(row["input"].splitlines()[-1], row["output"]) for row in rows] == [("Category:", "L"), ("Headline:", "H")]
     assert "L" not in rows[1]["input"].split() and {row["item_id"] for row in rows} == {"a"}
+    with pytest.raises(ValueError, match="no data is made by the name 'two'"):
+        data.make_data("two", [news], tmp_path / "data")
+
+
+def test_papers_and_articles_are_made_one_file_in_which_only_huffpost_s_authors_wrote_much(
+    scripts: None, tmp_path: Path
+) -> None:
+    data = importlib.import_module("findings_data")
+    papers = [
+        {"user_id": "ann", "timestamp": f"2020-{month:02}", "item_id": f"p{month}", "abstract": "A", "title": "T"}
+        for month in range(1, 13)
+        for _ in range(2)
+    ]
+    sources = [
+        parquet_of(tmp_path / "papers.parquet", papers),
+        parquet_of(tmp_path / "news.parquet", [article("ann", f"a{number}") for number in range(20)]),
+    ]
+    path = data.make_data("acl-and-headlines", sources, tmp_path / "data")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    of = {user: [row for row in rows if row["user_id"] == user] for user in ("acl-ann", "huffpost-ann")}
+    assert len(of["acl-ann"]) + len(of["huffpost-ann"]) == len(rows) == data.PAPERS + 20
+    assert {row["item_id"] for row in of["acl-ann"]} == {f"p{month}" for month in range(7, 13)}
+    assert {(row["input"].splitlines()[-1], row["output"]) for row in of["acl-ann"]} == {("Title:", "T")}
+    assert {(row["input"].splitlines()[-1], row["output"]) for row in of["huffpost-ann"]} == {("Headline:", "H")}
 
 
 def test_a_job_leaves_what_the_page_needs_and_is_then_done(
@@ -205,7 +228,13 @@ def test_a_job_leaves_what_the_page_needs_and_is_then_done(
     monkeypatch.setattr(queue, "RESULTS", tmp_path / "results")
     changed = "groups[groups.experts=2]"
     job = queue.Job(
-        **{"name": "tried", "run": "tiny", "config": str(tmp_path / "config.yaml"), "source": str(rows), "made": None},
+        **{
+            "name": "tried",
+            "run": "tiny",
+            "config": str(tmp_path / "config.yaml"),
+            "sources": (str(rows),),
+            "made": None,
+        },
         **{
             "seeds": (0, 1),
             "minutes": 1,
