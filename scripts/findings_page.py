@@ -74,13 +74,16 @@ class Test:
 
 def pages(results: Path) -> dict[str, str]:
     """Return the text of every file of the page, by its path under docs/."""
-    parts, files = [HEAD], {}
+    parts, files, answers = [], {}, []
     for question in QUESTIONS:
         found = [(source, part) for source in question.sources for part in _load(results, source)]
-        parts.append(_section(question, found))
+        tests = {source.name: tests_of(source, part) for source, part in found}
+        answers.append(f"{question.number}. {question.title}: {question.answer(tests) if found else 'not run yet.'}")
+        parts.append(_section(question, found, tests))
         if found:
             files[f"findings/q{question.number}.svg"] = _figure(question, found)
-    return {"findings.md": "\n".join(parts).rstrip() + "\n", **files}
+    short = "\n".join(["## In short", "", *answers, ""])
+    return {"findings.md": "\n".join([HEAD, short, *parts]).rstrip() + "\n", **files}
 
 
 def _load(results: Path, source: Source) -> Iterator[Mapping[str, Any]]:
@@ -92,15 +95,16 @@ def _load(results: Path, source: Source) -> Iterator[Mapping[str, Any]]:
         yield found
 
 
-def _section(question: Question, found: Sequence[tuple[Source, Mapping[str, Any]]]) -> str:
+def _section(
+    question: Question, found: Sequence[tuple[Source, Mapping[str, Any]]], tests: Mapping[str, list[Test]]
+) -> str:
     lines = [f"## {question.number}. {question.title}", "", question.asked, ""]
     there = {source.name for source, _ in found}
     missing = [source.name for source in question.sources if source.name not in there]
     if found:
-        tests = {source.name: tests_of(source, part) for source, part in found}
         lines += [f"**{question.answer(tests)}**", ""]
         for source, part in found:
-            lines += [*_table(source, part, tests[source.name]), ""]
+            lines += [*_table(source, part, tests[source.name]), "", *_truncated(part)]
             lines += [*_routing(part), *([""] if "routing_of" in part else [])]
         lines += [f"![{question.title}](findings/q{question.number}.svg)", ""]
         said = [test for of_source in tests.values() for test in of_source if _is_key(question, test)]
@@ -184,6 +188,18 @@ def _table(source: Source, part: Mapping[str, Any], tests: Sequence[Test]) -> li
         for place, test in enumerate(by_method.get(row["method"], [None])):
             lines.append("| " + " | ".join([*(cells if not place else ["", "", ""]), *_cells(test)]) + " |")
     return lines
+
+
+def _truncated(part: Mapping[str, Any]) -> list[str]:
+    """Say whose prompts were longer than the backbone's context, as retrieval's are."""
+    cut = {row["method"]: row["truncated_prompts"] for row in part.get("cost", []) if row.get("truncated_prompts")}
+    if not cut:
+        return []
+    queries = _rows(part)[0]["queries"]
+    if len(set(cut.values())) == 1 and len(cut) == len(_rows(part)):
+        return [f"Prompts cut to the backbone's context: {next(iter(cut.values()))} of {queries}.", ""]
+    told = ", ".join(f"{label(method)} {number}" for method, number in cut.items())
+    return [f"Prompts cut to the backbone's context, of {queries}: {told}.", ""]
 
 
 def _cells(test: Test | None) -> list[str]:
