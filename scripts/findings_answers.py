@@ -99,8 +99,10 @@ def controls(tests: Tests) -> str:
         pairs = {(test.method, test.against): test.verdict for test in found}
         lost = [f"{label(a)} over {label(b)}" for a, b in CONTROLS if pairs.get((a, b)) not in ("better", None)]
         missing = [label(b) for a, b in CONTROLS if (a, b) not in pairs]
+        won = [f"{label(a)} over {label(b)}" for a, b in CONTROLS if pairs.get((a, b)) == "better"]
         if lost:
-            parts.append(f"On {source} personalization is not claimed: no gain shown of {'; '.join(lost)}.")
+            shown = f"; shown is that of {'; '.join(won)}" if won else ""
+            parts.append(f"On {source} personalization is not claimed: no gain shown of {'; '.join(lost)}{shown}.")
         elif missing:
             parts.append(f"On {source} no claim yet: {', '.join(missing)} was not run.")
         else:
