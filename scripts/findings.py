@@ -165,7 +165,7 @@ def work(job: Job) -> dict[str, Any]:
         findings_data.make_data(job.made, job.data, RUNS / "data")
     settings = job.settings()
     pipeline.run(settings, job.folder, stages=[*job.stages, *(["evaluate"] if job.methods else [])])
-    return findings_results.collect(job, settings) if job.methods and not job.prepares else {}
+    return findings_results.collect(job) if job.methods and not job.prepares else {}
 
 
 def do(job: Job) -> None:

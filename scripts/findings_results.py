@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proper.config import Config
+from proper.config import Config, load_config
 from proper.data.dataset import Dataset
 from proper.evaluation.comparisons import Scores, comparison_rows
 from proper.evaluation.metrics import Prediction, TaskInfo, primary_metric
@@ -33,8 +33,10 @@ RESAMPLES, DRAWS = 2000, 10_000
 KEPT = ("run", "task", "personalization")
 
 
-def collect(job: Job, config: Config) -> dict[str, Any]:
+def collect(job: Job) -> dict[str, Any]:
     """Return what is committed of a job that has just been evaluated."""
+    # As the run wrote it, paths made absolute: variants are found by it, and trained once more by any other.
+    config = load_config(job.folder / "config.yaml")
     results = read_json(job.folder / "results.json")
     predictions = _predictions(job.folder, config, job.methods)
     task = results["task"]
