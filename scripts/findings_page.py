@@ -23,6 +23,7 @@ from proper.files import read_json
 from proper.reports.formats import METRICS, NO_BREAK, p_text, plain, signed
 
 LEVEL = 0.05
+LOSS = "loss"
 Pair = tuple[str, str]
 HEAD = """\
 # The paper's questions on real data
@@ -34,7 +35,9 @@ would do. `recipes/findings.sh` runs whatever is missing; `recipes/findings.sh -
 How to read it: intervals resample users (95 %), and average seeds first. p is from a permutation test paired by user,
 after Holm's correction within a table's family: the steps of the ladder, the controls, the rest. "Better" and "worse"
 are said only where p < .05. "Not resolvable here" is a difference that is not shown and is smaller than what these
-users and queries show with 80 % power. Results are as they came: nothing was tuned on the queries.
+users and queries show with 80 % power. Results are as they came: nothing was tuned on the queries. Claims are of the
+main metric. The loss of the true answers (nats per token) is a second look at the same answers: it shows smaller
+differences, since it sees how sure a model was, and a reader of the answers does not see it.
 
 """
 
@@ -107,8 +110,7 @@ def _section(
             lines += [*_table(source, part, tests[source.name]), "", *_truncated(part)]
             lines += [*_routing(part), *([""] if "routing_of" in part else [])]
         lines += [f"![{question.title}](findings/q{question.number}.svg)", ""]
-        said = [test for of_source in tests.values() for test in of_source if _is_key(question, test)]
-        lines += [*(f"- {test.sentence()}" for test in said), ""]
+        lines += [*_sentences(question, tests), "", *_by_loss(question, found)]
     if missing:
         lines += [f"Not run yet: {', '.join(missing)}.", ""]
     lines += [f"Note: {note}" for note in question.notes] + ([""] if question.notes else [])
@@ -116,14 +118,28 @@ def _section(
     return "\n".join(lines)
 
 
+def _sentences(question: Question, tests: Mapping[str, Sequence[Test]]) -> list[str]:
+    said = [test for of_source in tests.values() for test in of_source if _is_key(question, test)]
+    return [f"- {test.sentence()}" for test in said]
+
+
+def _by_loss(question: Question, found: Sequence[tuple[Source, Mapping[str, Any]]]) -> list[str]:
+    """Say the same by the loss of the true answers, where it was measured."""
+    tests = {source.name: tests_of(source, part, LOSS) for source, part in found}
+    tests = {name: of_source for name, of_source in tests.items() if of_source}
+    if not tests:
+        return []
+    return [f"By the loss of the true answers: {question.answer(tests)}", "", *_sentences(question, tests), ""]
+
+
 def _is_key(question: Question, test: Test) -> bool:
     return not question.key or (test.method, test.against) in question.key
 
 
-def tests_of(source: Source, part: Mapping[str, Any]) -> list[Test]:
-    """Return the tests that a source's table shows, turned as its pairs say, Holm-adjusted among themselves."""
-    main = _metric(part)
-    rows = {(row["method"], row["against"]): row for row in part["comparisons"] if row["metric"] == main}
+def tests_of(source: Source, part: Mapping[str, Any], metric: str | None = None) -> list[Test]:
+    """Return tests by a metric, else the main one, turned as the pairs say, Holm-adjusted among themselves."""
+    by = metric or _metric(part)
+    rows = {(row["method"], row["against"]): row for row in part["comparisons"] if row["metric"] == by}
     found = []
     for method, against in source.pairs:
         row, sign = rows.get((method, against)), 1
@@ -135,7 +151,7 @@ def tests_of(source: Source, part: Mapping[str, Any]) -> list[Test]:
     adjusted = [_adjusted(p_values)[pair] for pair in p_values]
     return [
         Test(
-            source.name, method, against, main, sign * row["difference"], relative,
+            source.name, method, against, by, sign * row["difference"], relative,
             *sorted(sign * edge for edge in row["ci95"]), p, row["resolvable"], row["higher_is_better"],
         )
         for (method, against, row, sign, relative), p in zip(found, adjusted, strict=True)

@@ -90,12 +90,13 @@ def routing_of(method: Method, home: Path, config: Config, dataset: Dataset) -> 
 
 
 def of_slice(job: Job, predictions: Predictions, task: TaskInfo, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the main metric and the job's comparisons on the users of one slice alone."""
+    """Return the main metric, the loss, and the job's comparisons by both on the users of one slice alone."""
     histories = require_same_queries(predictions)
     users = set(history_slices(histories)[job.slice])
     scores = {key: one.only(users) for key, one in score_all(predictions, task).items()}
-    rows = [row for row in results["slices"] if row["slice"] == job.slice and row["metric"] == primary_metric(task)]
-    return {"name": job.slice, "metrics": rows, "comparisons": _against(job, scores, task, ())}
+    rows = [row for row in results["slices"] if row["slice"] == job.slice]
+    kept = [row for metric in (primary_metric(task), "loss") for row in rows if row["metric"] == metric]
+    return {"name": job.slice, "metrics": kept, "comparisons": _against(job, scores, task, ())}
 
 
 def of_task(job: Job, predictions: Predictions, asked: str, kind: str, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,12 +114,15 @@ def of_task(job: Job, predictions: Predictions, asked: str, kind: str, run: Mapp
 
 
 def _against(job: Job, scores: Scores, task: TaskInfo, there: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Compare every method with each of the job's `against`, on the main metric, where that was not done yet."""
-    done = {(row["method"], row["against"]) for row in there}
-    done |= {(against, method) for method, against in done}
+    """Compare every method with each of the job's `against`, by the main metric and the loss, where not yet done."""
     pairs = [(method, other) for other in job.against for method in job.methods if method != other]
-    main = {key: one for key, one in scores.items() if key[1] == primary_metric(task)}
-    return comparison_rows(main, [pair for pair in pairs if pair not in done], task, RESAMPLES, DRAWS, seed=0)
+    rows = []
+    for metric in (primary_metric(task), "loss"):
+        done = {(row["method"], row["against"]) for row in there if row["metric"] == metric}
+        done |= {(against, method) for method, against in done}
+        wanted = {key: one for key, one in scores.items() if key[1] == metric}
+        rows += comparison_rows(wanted, [p for p in pairs if p not in done], task, RESAMPLES, DRAWS, seed=0)
+    return rows
 
 
 def _predictions(home: Path, config: Config, methods: Sequence[str]) -> Predictions:
