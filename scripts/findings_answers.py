@@ -30,17 +30,20 @@ SETTINGS = {
     "groups.experts": "E",
     "groups.user_embedding": "D",
     "groups.constraint.kind": "constraint",
+    "users.max_items": "items at most",
     "history": "items",
     "rows": "trained on",
 }
 BUDGETS = ("population.max_tokens", "groups.max_tokens", "users.max_items")
+"""What goes with `rows`, and is not what a method is about."""
 
 
 def label(method: str) -> str:
     """Return a method's name as a reader sees it, the changes in brackets told by their letters."""
     name, _, rest = method.partition("[")
     changes = [change.partition("=") for change in re.findall(r"\[([^\]]+)\]", f"[{rest}")]
-    told = [f"{SETTINGS.get(key, key)} = {value}" for key, _, value in changes if key not in BUDGETS and rest]
+    hidden = BUDGETS if any(key == "rows" for key, _, _ in changes) else ()
+    told = [f"{SETTINGS.get(key, key)} = {value}" for key, _, value in changes if key not in hidden and rest]
     return ", ".join([method_name(name), *told])
 
 

@@ -48,6 +48,7 @@ class Question:
 
 RIVALS = (*STEPS, *CONTROLS, ("users", "user-majority"), ("users", "global-majority"))
 PROGRESSIVE = (("users", "end-to-end"),)
+MORE_ITEMS = "users[users.max_items=64]"
 CATEGORY, HEADLINE = (
     f"users[rows={asked}][population.max_tokens=150000][groups.max_tokens=150000][users.max_items=12]"
     for asked in ("Category", "Headline")
@@ -98,9 +99,18 @@ QUESTIONS = (
             Source("huffpost-label", "findings/progressive-huffpost.json", PROGRESSIVE),
             Source("movielens-rating", "findings/progressive-movielens.json", PROGRESSIVE),
             Source("acl-title", "findings/progressive-acl.json", PROGRESSIVE),
+            Source(
+                "movielens-rating, adapters of 64 items",
+                "findings/progressive-more-items.json",
+                ((MORE_ITEMS, "users"), (MORE_ITEMS, "end-to-end")),
+            ),
         ),
-        each(*PROGRESSIVE),
+        each(*PROGRESSIVE, (MORE_ITEMS, "users"), (MORE_ITEMS, "end-to-end")),
         _command(2),
+        notes=(
+            "Equal tokens are not equal knowledge of a user: end to end, an adapter also learns from its user's rows "
+            "of stages 1 and 2, while a stage-3 adapter sees the newest 12, 24 or 8. So the last table lets it see 64.",
+        ),
     ),
     Question(
         3,
