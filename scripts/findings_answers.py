@@ -43,7 +43,11 @@ def label(method: str) -> str:
     name, _, rest = method.partition("[")
     changes = [change.partition("=") for change in re.findall(r"\[([^\]]+)\]", f"[{rest}")]
     hidden = BUDGETS if any(key == "rows" for key, _, _ in changes) else ()
-    told = [f"{SETTINGS.get(key, key)} = {value}" for key, _, value in changes if key not in hidden and rest]
+    told = [
+        f"{SETTINGS.get(key, key)} {'' if key == 'rows' else '= '}{value}"
+        for key, _, value in changes
+        if key not in hidden and rest
+    ]
     return ", ".join([method_name(name), *told])
 
 

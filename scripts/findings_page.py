@@ -7,6 +7,7 @@ Knows nothing about how results are made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,8 @@ class Test:
     def sentence(self) -> str:
         """Put it into one sentence."""
         numbers = f"{signed(self.difference)} {METRICS[self.metric]} [{signed(self.low)}, {signed(self.high)}]"
-        change = f"{signed(100 * self.relative, 1)} % relative, {_p(self.p)}"
+        change = f"{signed(100 * self.relative, 1)} % relative, " if math.isfinite(self.relative) else ""
+        change += _p(self.p)
         told = f"is {self.verdict} than" if self.verdict in ("better", "worse") else "against"
         rest = "" if self.verdict in ("better", "worse") else f": {self.verdict}"
         rest += f" (smallest to show: {plain(self.resolvable)})" if self.verdict == "not resolvable here" else ""
@@ -168,9 +170,11 @@ def _adjusted(p_values: Mapping[Pair, float]) -> dict[Pair, float]:
 
 
 def _relative(part: Mapping[str, Any], row: Mapping[str, Any], against: str) -> float:
-    """Return the change in terms of what it is compared with; better is positive."""
+    """Return the change in terms of what it is compared with; better is positive, and against 0 it is NaN."""
     values = {one["method"]: one["value"] for one in part["metrics"] if one["metric"] == row["metric"]}
     other = row["method"] if against == row["against"] else row["against"]
+    if not values[against]:
+        return math.nan
     change = (values[other] - values[against]) / abs(values[against])
     return float(change if row["higher_is_better"] else -change)
 
