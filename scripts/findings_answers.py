@@ -85,8 +85,11 @@ def grid(default: str) -> Callable[[Tests], str]:
     """Return the rule of a grid: which values are told apart from the default."""
 
     def answer(tests: Tests) -> str:
-        found = [test for of_source in tests.values() for test in of_source if test.against == "groups"]
-        told = {verdict: [label(t.method) for t in found if t.verdict == verdict] for verdict in ("better", "worse")}
+        told: dict[str, list[str]] = {"better": [], "worse": []}
+        for place, (source, of_source) in enumerate(tests.items()):
+            for test in of_source:
+                if test.against == "groups" and test.verdict in told:
+                    told[test.verdict].append(label(test.method) + (f" ({source})" if place else ""))
         if not any(told.values()):
             return f"No value is told apart from the default, {default}."
         parts = [
@@ -105,7 +108,8 @@ def controls(tests: Tests) -> str:
     for source, found in tests.items():
         pairs = {(test.method, test.against): test.verdict for test in found}
         lost = [f"{label(a)} over {label(b)}" for a, b in CONTROLS if pairs.get((a, b)) not in ("better", None)]
-        missing = [label(b) for a, b in CONTROLS if (a, b) not in pairs]
+        stages = {method for method, _ in pairs}
+        missing = [label(b) for a, b in CONTROLS if a in stages and (a, b) not in pairs]
         won = [f"{label(a)} over {label(b)}" for a, b in CONTROLS if pairs.get((a, b)) == "better"]
         if lost:
             shown = f"; shown is that of {'; '.join(won)}" if won else ""
