@@ -155,6 +155,11 @@ QUESTIONS = (
         ),
         grid("users"),
         _command(5),
+        notes=(
+            "As released, the constraint has no gradient: its figures are those of no constraint, to the digit. On "
+            "users it does what it is for, their mixtures differ more (the last column), but answers gain nothing that "
+            "shows; on experts it sends everybody through the same mixture.",
+        ),
     ),
     Question(
         6,
@@ -175,6 +180,10 @@ QUESTIONS = (
         ),
         each(("users", "users-paper"), ("users", "users-no-router")),
         _command(6),
+        notes=(
+            "Against the paper, stage 3b adds nothing that shows to 3a. The paper's form replaces the group's router by "
+            "one that is trained on few rows; the residual one starts as the group's router and adds to it.",
+        ),
     ),
     Question(
         7,
@@ -194,6 +203,12 @@ QUESTIONS = (
         ),
         short,
         _command(7),
+        notes=(
+            "The group model hardly moves here, unlike in question 1: its budget is spread over all 610 people, so it "
+            "sees few rows of anybody, and these 60 have few to show.",
+            "Population, OPPU and RAG answer everybody with the same rating, which is why their errors agree to the "
+            "digit; their losses differ. A person's mean rating over the same few items is the better answer.",
+        ),
         curve=True,
     ),
     Question(
@@ -232,6 +247,8 @@ QUESTIONS = (
         ),
         _command(8),
         notes=(
+            "Answers are free text here, so whoever was trained on one task writes its kind of answer under every "
+            "prompt; of this transfer the paper's larger backbone may show more.",
             "No author is in both ACL and HuffPost, so of stage 2 only the experts can carry over: everybody has the "
             "one embedding that was trained with them.",
         ),
