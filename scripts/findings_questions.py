@@ -181,8 +181,8 @@ QUESTIONS = (
         each(("users", "users-paper"), ("users", "users-no-router")),
         _command(6),
         notes=(
-            "Against the paper, stage 3b adds nothing that shows to 3a. The paper's form replaces the group's router by "
-            "one that is trained on few rows; the residual one starts as the group's router and adds to it.",
+            "Against the paper, stage 3b adds nothing that shows to 3a. The paper's form puts a router that was "
+            "trained on few rows in place of the group's; the residual one adds to the group's.",
         ),
     ),
     Question(
