@@ -30,9 +30,9 @@ HEAD = """\
 # The paper's questions on real data
 
 Made by `python scripts/findings.py page` from the files in `docs/results/`: no figure is typed in, and what is bold
-follows from the tests by rule; the notes are ours. The backbone is the embedded one of 13 M parameters, so a number says
-what this code does with that backbone, not what a model of 7 B would do. `recipes/findings.sh` runs whatever is missing;
-`recipes/findings.sh --list` says how long that takes.
+follows from the tests by rule; the notes are ours. The backbone is the embedded one of 13 M parameters, so a number
+says what this code does with that backbone, not what a model of 7 B would do. `recipes/findings.sh` runs whatever is
+missing; `recipes/findings.sh --list` says how long that takes.
 
 How to read it: intervals resample users (95 %), and average seeds first. p is from a permutation test paired by user,
 after Holm's correction within a table's family: the steps of the ladder, the controls, the rest. "Better" and "worse"
