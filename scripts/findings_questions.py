@@ -112,8 +112,8 @@ QUESTIONS = (
             "Against the paper, training all at once is not worse here, and on two sets better. Two reasons "
             "are likely. With budgets this small three stages warm up and cool down thrice, one goes on learning. And "
             "equal tokens are not equal knowledge of a user: end to end, an adapter also learns from its user's rows "
-            "of stages 1 and 2, while a stage-3 adapter sees the newest 12, 24 or 8. So the last table lets it see 64: on "
-            "that seed it is level with end to end.",
+            "of stages 1 and 2, while a stage-3 adapter sees the newest 12, 24 or 8. So the last table lets it see 64: "
+            "on that seed it is level with end to end.",
         ),
     ),
     Question(
