@@ -126,7 +126,10 @@ QUESTIONS = (
         ),
         grid("E = 5"),
         _command(3),
-        notes=(PICKED,),
+        notes=(
+            PICKED,
+            "The paper's order of 2, 5 and 8 does not show here; that one expert is worse does, in the loss.",
+        ),
     ),
     Question(
         4,
@@ -138,7 +141,10 @@ QUESTIONS = (
         ),
         grid("D = 128"),
         _command(4),
-        notes=(PICKED,),
+        notes=(
+            PICKED,
+            "The default stays: one set and a second look that shows nothing are too little to change it by.",
+        ),
     ),
     Question(
         5,
