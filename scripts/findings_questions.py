@@ -110,10 +110,10 @@ QUESTIONS = (
         _command(2),
         notes=(
             "Against the paper, training all at once is not worse here, and on two sets better. Two reasons "
-            "are likely. With budgets this small three stages warm up and cool down thrice, one goes on learning. And "
+            "seem likely. With budgets this small three stages warm up and cool down thrice, one goes on learning. And "
             "equal tokens are not equal knowledge of a user: end to end, an adapter also learns from its user's rows "
             "of stages 1 and 2, while a stage-3 adapter sees the newest 12, 24 or 8. So the last table lets it see 64: "
-            "on that seed it is level with end to end.",
+            "on that seed no difference to end to end is shown, nor, though, is one to the adapters of 24.",
         ),
     ),
     Question(
@@ -213,8 +213,8 @@ QUESTIONS = (
         short,
         _command(7),
         notes=(
-            "The group model hardly moves here, unlike in question 1: its budget is spread over all 610 people, so it "
-            "sees few rows of anybody, and these 60 have few to show.",
+            "The group model hardly moves here, unlike in question 1. Likely, but not tested: its budget is spread "
+            "over all 610 people, so it sees few rows of anybody, and these 60 have few to show.",
             "Population, OPPU and RAG answer everybody with the same rating, which is why their errors agree to the "
             "digit; their losses differ. A person's mean rating over the same few items is the better answer.",
         ),

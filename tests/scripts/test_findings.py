@@ -126,6 +126,32 @@ def test_a_grid_turns_comparisons_and_corrects_for_their_number(page: ModuleType
     ElementTree.fromstring(made["findings/q3.svg"])
 
 
+def test_the_loss_is_a_second_look_and_claims_nothing_by_itself(page: ModuleType, tmp_path: Path) -> None:
+    names = ("groups", "population-more", "groups-shared-e")
+    rows = [row(name, 0.7) for name in names]
+    losses = [{**row(name, 0.5), "metric": "loss", "primary": False} for name in names]
+    tests = [test("groups", other, -0.01, 0.8) for other in names[1:]]
+    by_loss = [{**test("groups", other, -0.1, 0.001), "metric": "loss"} for other in names[1:]]
+    write(tmp_path, "groups-controls", rows + losses, tests + by_loss)
+    said = section(page.pages(tmp_path)["findings.md"], 10)
+    bold = next(line for line in said.splitlines() if line.startswith("**"))
+    second = next(line for line in said.splitlines() if line.startswith("By the loss"))
+    assert "personalization is not claimed" in bold and "every control is beaten" not in bold
+    # Controls of a stage that was not trained are not missing.
+    assert "every control is beaten" in second and "was not run" not in second
+    write(tmp_path, "groups-controls", rows, tests)
+    assert "By the loss" not in section(page.pages(tmp_path)["findings.md"], 10)
+
+
+def test_whose_prompts_were_cut_is_said_and_nothing_is_divided_by_zero(page: ModuleType, tmp_path: Path) -> None:
+    rows = [row("users", 0.7), row("end-to-end", 0.0)]
+    cost = [{"method": "users", "truncated_prompts": 4}, {"method": "end-to-end", "truncated_prompts": 0}]
+    write(tmp_path, "progressive-movielens", rows, [test("users", "end-to-end", 0.7, 0.001)], cost=cost)
+    said = section(page.pages(tmp_path)["findings.md"], 2)
+    assert "Prompts cut to the backbone's context, of 90: Users 4." in said
+    assert "+0.700 mean absolute error" in said and "relative" not in said and "nan" not in said
+
+
 def test_curves_are_drawn_over_the_items_kept(page: ModuleType, tmp_path: Path) -> None:
     for items in (1, 20):
         names = [f"{name}[history={items}]" for name in ("users", "groups", "oppu")]
