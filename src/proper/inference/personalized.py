@@ -21,7 +21,7 @@ from proper.adapters.store import AdapterStore
 from proper.config import Config, load_config
 from proper.data.batching import Encoder
 from proper.data.templates import parse_template
-from proper.errors import InputError, RunFolderError
+from proper.errors import InputError, ProperError, RunFolderError
 from proper.files import hash_file, read_json
 from proper.inference.generate import generate
 from proper.inference.sampling import Sampling
@@ -104,7 +104,12 @@ class PersonalizedModel:
     def score(
         self, prompts: Sequence[str], user_ids: Sequence[str | None], labels: Sequence[str]
     ) -> Float[Tensor, "B L"]:
-        """Return the log-likelihood (nats) of every label after every prompt."""
+        """Return the log-likelihood (nats) of every label after every prompt.
+
+        Raises:
+            StoreError: a user's adapter or embedding is damaged.
+            ProperError: a likelihood is not a number; names the user.
+        """
         tokens = [self.encoder.answer(label) for label in labels]
         room = max(len(label) for label in tokens)
         encoded = [self.encoder.prompt(prompt, room=room) for prompt in prompts]
@@ -113,6 +118,8 @@ class PersonalizedModel:
         for chunk in by_length([len(ids) for ids in encoded], size):
             rows = self.rows([user_ids[i] for i in chunk])
             found[chunk] = score_labels(self.model, [encoded[i] for i in chunk], tokens, rows).cpu()
+        for at in found.isnan().any(1).nonzero().flatten().tolist():
+            raise ProperError(f"user {user_ids[at]!r}: the likelihoods are not finite")
         return found
 
     def tier(self, user: str | None) -> str:

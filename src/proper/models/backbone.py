@@ -47,6 +47,12 @@ class Backbone:
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
+    def embeddings(self) -> int:
+        """Tokens that have an embedding, from 0 on; a tokenizer may know more."""
+        table: Any = self.model.get_input_embeddings()
+        return int(table.weight.shape[0])
+
+    @property
     def quantized(self) -> bool:
         """Whether the weights are quantized, so that nothing can be merged into them."""
         return bool(getattr(self.model, "is_quantized", False))
