@@ -28,7 +28,7 @@ from proper.inference.sampling import Sampling
 from proper.inference.score import score_labels
 from proper.layers.bank import AdapterBank
 from proper.layers.routing import Rows
-from proper.models.backbone import load_backbone, pick_device, pick_dtype
+from proper.models.backbone import backbone_of
 from proper.models.merge import apply_population
 from proper.models.personal import ProperModel
 from proper.models.tensors import load_tensors
@@ -170,8 +170,7 @@ def load(folder: str | Path, stage: Stage | None = None) -> PersonalizedModel:
         )
     config = load_config(folder / "config.yaml")
     stage = stage or highest_stage(folder)
-    device = pick_device(config.compute.device)
-    backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), device)
+    backbone = backbone_of(config)
     if stage != "base":
         _require(folder, "population")
         apply_population(backbone, folder / "population")
