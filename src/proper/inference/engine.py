@@ -150,6 +150,7 @@ class Engine:
         with self.changed:
             self._closed = True
             left = list(self._open)
+        self._counts["errors"] += len(left) if error is not None else 0
         for ticket in left:
             self._say(ticket, Finished("cancelled") if error is None else Finished("error", error))
         self._inbox.clear()
