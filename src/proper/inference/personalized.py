@@ -7,7 +7,7 @@ users   the same with the user's adapter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,11 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from proper.adapters.cache import SlotCache
+from proper.adapters.sound import fault_of
 from proper.adapters.store import AdapterStore
 from proper.config import Config, load_config
 from proper.data.batching import Encoder
 from proper.data.templates import parse_template
-from proper.errors import InputError, ProperError, RunFolderError
+from proper.errors import InputError, ProperError, RunFolderError, StoreError
 from proper.files import hash_file, read_json
 from proper.inference.generate import generate
 from proper.inference.sampling import Sampling
@@ -162,6 +163,7 @@ def load(folder: str | Path, stage: Stage | None = None) -> PersonalizedModel:
 
     Raises:
         RunFolderError: the folder is not a run, or has not got that far.
+        StoreError: what all users share has numbers that are not finite or absurdly large.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").exists():
@@ -199,6 +201,7 @@ def load_groups(folder: Path, config: Config, model: ProperModel) -> SlotCache:
     _require(folder, "groups")
     model.add_experts(config.groups, seed=0)
     tensors, _ = load_tensors(folder / "groups" / "groups.safetensors")
+    _require_sound(folder / "groups" / "groups.safetensors", tensors)
     for name, parameter in model.group_parameters().items():
         parameter.data.copy_(tensors[name])
         parameter.requires_grad_(False)
@@ -221,9 +224,17 @@ def load_router(folder: Path, config: Config, model: ProperModel) -> None:
     if not path.exists():
         return
     tensors, _ = load_tensors(path)
+    _require_sound(path, tensors)
     for name, parameter in model.router_parameters().items():
         parameter.data.copy_(tensors[name])
         parameter.requires_grad_(False)
+
+
+def _require_sound(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """See that what all users share has no numbers that would spoil every answer."""
+    fault = fault_of(tensors)
+    if fault is not None:
+        raise StoreError(f"{path}: {fault}")
 
 
 def _require(folder: Path, stage: str) -> None:
