@@ -38,8 +38,8 @@ from proper.models.tensors import load_tensors, save_tensors
 from proper.training.checkpoint import Checkpoint
 from proper.training.engine import Engine
 from proper.training.jobs import Job, Outcome, Progress, refusal
-from proper.training.loop import Log
 from proper.training.kept import refused, storable
+from proper.training.loop import Log
 from proper.training.memory import auto_slots, device_memory, footprint
 from proper.training.router import RouterPlan, train_router
 from proper.training.schedule import resolve_rate
