@@ -190,10 +190,10 @@ class Residents:
         error = future.exception()
         if error is not None:
             self._free.append(number)
-            if not isinstance(error, StoreError | OSError):
-                raise error
             self.counts.damaged += 1
-            return Outcome(asked, None, str(error))
+            # Whatever it is, it is this user's: the others' adapters load as before.
+            known = isinstance(error, StoreError | OSError)
+            return Outcome(asked, None, str(error) if known else f"{type(error).__name__}: {error}")
         head = future.result()
         found = Key.of(asked.tenant, asked.user, head)
         if found is None or found in self._slots:

@@ -110,7 +110,8 @@ class AdapterStore:
         the commit.
 
         Raises:
-            StoreError: something cannot be written; no record is changed.
+            StoreError: something cannot be written, or a record's numbers are not finite or absurdly large (names
+                user and tensor); no record is changed.
         """
         with self.appending():
             try:

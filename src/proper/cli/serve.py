@@ -60,14 +60,15 @@ def command(
 
     The `user` of a request is the person it is answered for. POST /v1/chat/completions and /v1/completions, GET
     /v1/models, /v1/users, /healthz, /readyz, /metrics and /openapi.json. New people and what they say since are fitted
-    by a process of its own, which holds the backbone a second time. SIGTERM or Ctrl-C lets running requests finish.
+    by a process of its own, which holds the backbone a second time. SIGTERM or Ctrl-C lets running requests finish. An
+    engine that cannot go on ends the process with exit code 1, for a supervisor to start it again.
     Without keys only this machine may ask.
     """
     existing_run(folder)
     prefix_bytes = size_in_bytes("--prefix-cache", prefix_cache)
     from proper.serving.gate import is_loopback
     from proper.serving.keys import FILE, Keys
-    from proper.serving.server import free_port, make_server, require_keys
+    from proper.serving.server import free_port, make_server, require_keys, require_no_failure
 
     keys = Keys(folder / FILE)
     require_keys(host, keys, f"make one with: proper keys add {folder}")
@@ -86,9 +87,11 @@ def command(
         settings = ServeSettings(folder.resolve().name, proper.__version__, is_loopback(host), limits, log_users)
         fits = None if no_worker or model.store is None else Worker(watching(folder), say)
         server = make_server(create_app(runner, keys, settings, say, fits), drain)
+        runner.on_error = server.end
         address, number = socket.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         say(f"proper: serving {folder} as {settings.model!r} on http://{shown}:{number} (Ctrl-C drains and stops)")
         server.run([socket])
         model.close()
+    require_no_failure(runner)
     say("proper: stopped")

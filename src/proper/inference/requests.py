@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from proper.errors import InputError
 from proper.inference.sampling import Sampling
 
 Tier = Literal["users", "groups", "population"]
@@ -69,6 +70,27 @@ class Finished:
 
     reason: Reason
     error: str | None = None
+
+
+def require_possible(request: Request, limit: int, embeddings: int) -> None:
+    """See that a request can be computed.
+
+    Args:
+        request: what is asked.
+        limit: tokens that a prompt and its answer may have together.
+        embeddings: tokens that the model has embeddings for, from 0 on.
+
+    Raises:
+        InputError: the prompt is empty, does not fit with its answer, or has a token without an embedding.
+    """
+    size = len(request.prompt) + request.sampling.max_new_tokens
+    if not request.prompt or request.sampling.max_new_tokens < 1:
+        raise InputError("a prompt and its answer have at least one token each")
+    if size > limit:
+        raise InputError(f"prompt and answer may have {limit} tokens together, these would have {size}")
+    for odd in (min(request.prompt), max(request.prompt)):
+        if not 0 <= odd < embeddings:
+            raise InputError(f"the prompt has token {odd}, and the model has embeddings for 0 to {embeddings - 1}")
 
 
 Event = Started | Token | Finished

@@ -20,7 +20,7 @@ from proper.inference.personalized import PersonalizedModel, Stage, load, load_g
 from proper.inference.recoded import USERS_INT8, in_int8
 from proper.layers.bank import AdapterBank
 from proper.methods.method import Place
-from proper.models.backbone import load_backbone, pick_device, pick_dtype
+from proper.models.backbone import backbone_of
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import seed_of
 from proper.training.direct import direct_model
@@ -78,7 +78,7 @@ def directly(place: Place) -> MethodRun:
 def jointly(place: Place) -> MethodRun:
     """Answer from experts and adapters that were trained together on the bare backbone (`JointRunner`)."""
     config = place.config
-    backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), pick_device(config.compute.device))
+    backbone = backbone_of(config)
     model = ProperModel(backbone)
     return _run(place, model, load_groups(place.folder, config, model))
 

@@ -17,7 +17,7 @@ from proper.evaluation.runner import MethodRun, predict
 from proper.inference.personalized import PersonalizedModel
 from proper.layers.routing import Rows
 from proper.methods.method import Place
-from proper.models.backbone import load_backbone, pick_device, pick_dtype
+from proper.models.backbone import backbone_of
 from proper.models.merge import apply_population
 from proper.models.personal import ProperModel
 from proper.models.poly import add_poly
@@ -49,7 +49,7 @@ class PolyAnswers(PersonalizedModel):
 def load_poly(place: Place) -> PolyAnswers:
     """Load the backbone, its population, and Poly with the logits of the target users."""
     config = place.config
-    backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), pick_device(config.compute.device))
+    backbone = backbone_of(config)
     apply_population(backbone, place.folder / "population")
     model, store = ProperModel(backbone), AdapterStore(place.folder / "users")
     heads = {user.id: head for user in place.dataset.users("target") if (head := store.head(user.id)) is not None}

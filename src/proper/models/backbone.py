@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from proper.config import Config
 from proper.errors import ConfigError
+from proper.models.rope import fix_rope
 
 EMBEDDED = "proper-nano"
 
@@ -45,6 +47,12 @@ class Backbone:
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def embeddings(self) -> int:
+        """Tokens that have an embedding, from 0 on; a tokenizer may know more."""
+        table: Any = self.model.get_input_embeddings()
+        return int(table.weight.shape[0])
 
     @property
     def quantized(self) -> bool:
@@ -109,18 +117,38 @@ def load_tokenizer(name: str) -> Any:
         raise ConfigError(f"backbone: {_what(name)} has no tokenizer: {_first_line(error)}") from error
 
 
-def load_backbone(name: str, dtype: torch.dtype, device: torch.device) -> Backbone:
+def load_backbone(name: str, dtype: torch.dtype, device: torch.device, max_length: int | None = None) -> Backbone:
     """Load a backbone, frozen, in evaluation mode.
 
+    Args:
+        name: as the config has it.
+        dtype: the compute type.
+        device: where it goes.
+        max_length: tokens of the longest row; a RoPE that depends on it is fixed for that, and left as it is if None.
+
     Raises:
-        ConfigError: nothing by that name can be loaded, or its weights are not all there.
+        ConfigError: nothing by that name can be loaded, its weights are not all there, or an answer would depend on
+            how long other texts in its batch are.
     """
     model = _load_model(name, dtype, device)
+    if max_length is not None:
+        fix_rope(model, max_length)
     model.requires_grad_(False)
     model.eval()
     # A checkpoint's own defaults (Qwen's repetition penalty, say) would change what the likeliest answer is.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     return Backbone(name, model, load_tokenizer(name), digest(model))
+
+
+def backbone_of(config: Config, device: torch.device | None = None) -> Backbone:
+    """Load a run's backbone as its config wants it: every answer of a run, and all its training, is this one's.
+
+    Raises:
+        ConfigError: as from `load_backbone` and `pick_device`.
+    """
+    compute = config.compute
+    device = pick_device(compute.device) if device is None else device
+    return load_backbone(config.backbone, pick_dtype(compute.dtype), device, compute.max_length)
 
 
 def _load_model(name: str, dtype: torch.dtype, device: torch.device) -> Any:

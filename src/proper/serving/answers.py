@@ -86,7 +86,12 @@ class Answers:
         top_p = 1.0 if options.top_p is None else options.top_p
         wanted = options.proper or Wanted()
         sampling = Sampling(room, temperature, top_p, seed)
-        return Request(ids, options.user, tenant, wanted.tier, sampling, wanted.gates)
+        request = Request(ids, options.user, tenant, wanted.tier, sampling, wanted.gates)
+        try:
+            engine.check(request)
+        except InputError as error:
+            raise Refusal(400, str(error), param="prompt") from error
+        return request
 
     async def stream(self, requests: Sequence[Request], stop: Sequence[str]) -> AsyncGenerator[Piece, None]:
         """Yield the answers as they grow; leaving the loop early frees their rows.

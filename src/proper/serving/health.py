@@ -28,7 +28,7 @@ def health_routes(runner: Runner, worker: Worker | None, metrics: Metrics, gate:
 
     @router.get("/healthz")
     async def healthz() -> Health:
-        """Say whether the server works; 500 asks for a restart. A worker that is down is started again from here."""
+        """Say whether the server works; with 500 the process ends. A worker that is down is started again from here."""
         if runner.error is not None:
             raise Refusal(500, "the engine has stopped", code="engine")
         return health("ok")

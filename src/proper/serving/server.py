@@ -1,4 +1,7 @@
-"""The process: where it listens, and how SIGTERM ends it: no new requests, the running ones to their end."""
+"""The process: where it listens, and how SIGTERM ends it: no new requests, the running ones to their end.
+
+An engine that cannot go on ends it the same way, with an exit code that has its supervisor start it again.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from contextlib import ExitStack, contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from proper.errors import InputError
+from proper.errors import InputError, ProperError
+from proper.inference.runner import Runner
 from proper.serving.gate import is_loopback
 from proper.serving.keys import Keys
 
@@ -28,6 +32,10 @@ def require_keys(host: str, keys: Keys, how: str) -> None:
 
 class Server(uvicorn.Server):
     """A uvicorn server that returns after a signal: the process itself decides how to end."""
+
+    def end(self) -> None:
+        """Take no new requests, and return when the running ones have their replies; for any thread."""
+        self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -59,6 +67,18 @@ def free_port(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise InputError(f"--host {host} --port {port}: {error.strerror or error}") from error
     return bound
+
+
+def require_no_failure(runner: Runner) -> None:
+    """See that a runner was stopped and did not break.
+
+    Raises:
+        ProperError: the engine could not go on.
+    """
+    error = runner.error
+    if error is not None:
+        said = str(error) if isinstance(error, ProperError) else f"{type(error).__name__}: {error}"
+        raise ProperError(f"the engine has stopped: {said}") from error
 
 
 def make_server(app: FastAPI, drain_seconds: int) -> Server:

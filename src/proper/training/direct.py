@@ -17,7 +17,7 @@ from proper.config import Config
 from proper.data.batching import Encoder
 from proper.data.views import Histories
 from proper.files import write_json
-from proper.models.backbone import load_backbone, pick_device, pick_dtype
+from proper.models.backbone import backbone_of
 from proper.models.merge import apply_population
 from proper.models.personal import ProperModel
 from proper.training.loop import Log
@@ -63,7 +63,7 @@ class DirectRunner:
 
 def direct_model(config: Config, folder: Path) -> ProperModel:
     """Return the backbone with the folder's population, if any, and places for users' adapters, but no experts."""
-    backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), pick_device(config.compute.device))
+    backbone = backbone_of(config)
     if (folder / "population" / "stage.json").exists():
         apply_population(backbone, folder / "population")
     model = ProperModel(backbone)

@@ -24,7 +24,7 @@ from proper.data.sampling import Example, Rows
 from proper.data.views import Histories
 from proper.files import hash_file, write_json
 from proper.layers.bank import AdapterBank
-from proper.models.backbone import load_backbone, pick_dtype
+from proper.models.backbone import backbone_of
 from proper.models.personal import ProperModel, answer_loss
 from proper.models.tensors import save_tensors
 from proper.training.checkpoint import Checkpoint, seed_of
@@ -165,7 +165,7 @@ class JointRunner:
             return
         config, started = self.config, time.perf_counter()
         accelerator = join_processes(config)
-        backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), accelerator.device)
+        backbone = backbone_of(config, accelerator.device)
         model = ProperModel(backbone)
         model.add_experts(config.groups, seed_of(self.seed, "experts"))
         users = [user.id for user in self.dataset.users() if user.history > 0]

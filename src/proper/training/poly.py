@@ -20,7 +20,7 @@ from proper.data.views import Histories
 from proper.errors import DataError
 from proper.files import write_json
 from proper.layers.routing import Rows
-from proper.models.backbone import load_backbone, pick_dtype
+from proper.models.backbone import backbone_of
 from proper.models.merge import apply_population
 from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
 from proper.models.poly import Poly, add_poly
@@ -105,7 +105,7 @@ class PolyRunner:
             return
         config, started = self.config.groups, time.perf_counter()
         accelerator = join_processes(self.config)
-        backbone = load_backbone(self.config.backbone, pick_dtype(self.config.compute.dtype), accelerator.device)
+        backbone = backbone_of(self.config, accelerator.device)
         apply_population(backbone, self.folder / "population")
         model, plan = ProperModel(backbone), self._plan(backbone.hidden_size, backbone.tokenizer, backbone.pad_id)
         users = [user.id for user in self.dataset.users() if user.history > 0]

@@ -27,7 +27,7 @@ from proper.data.views import Histories
 from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
 from proper.inference.personalized import load_groups
-from proper.models.backbone import load_backbone, pick_device, pick_dtype
+from proper.models.backbone import backbone_of, pick_device
 from proper.models.merge import apply_population
 from proper.models.personal import ProperModel
 from proper.models.tensors import save_tensors
@@ -62,7 +62,7 @@ class StageRunner:
     def __init__(self, config: Config, dataset: Histories, folder: Path, seed: int, log: Log) -> None:
         self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
         self.accelerator = join_processes(config)
-        self.backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), self.accelerator.device)
+        self.backbone = backbone_of(config, self.accelerator.device)
         self.encoder = Encoder(self.backbone.tokenizer, config.compute.max_length)
 
     def run(self, stages: Sequence[str]) -> None:
