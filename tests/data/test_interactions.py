@@ -173,6 +173,13 @@ def test_a_rating_takes_the_configured_label_of_its_value(jsonl: Callable[..., P
     assert bad == ["3: output: '2.5' is none of task.labels; did you mean '2'?"]
 
 
+def test_a_class_takes_the_configured_label_of_its_number(jsonl: Callable[..., Path]) -> None:
+    rows = [ROW | {"output": value} for value in (1.0, "2", "2.00", "02")]
+    good, bad = read(jsonl(rows), TaskConfig(kind="classification", labels=["1", "2"]))
+    assert [each.target for each in good] == ["1", "2", "2"]
+    assert bad == ["4: output: '02' is none of task.labels; did you mean '2'?"]
+
+
 def test_parquet_rows_are_numbered_from_one(tmp_path: Path) -> None:
     columns = {name: [value] * 3000 for name, value in ROW.items()}
     columns["output"] = [None if n == 2500 else "out" for n in range(3000)]

@@ -50,6 +50,14 @@ def test_a_label_that_nobody_has_counts_as_zero_in_macro_f1(make):
     assert score("f1_macro", rows, NEWS) == pytest.approx(2 / 3)
 
 
+def test_a_label_is_also_hit_by_its_number_in_another_spelling(make):
+    rows = make([("a", "3", "3.0\n"), ("a", "2", "2"), ("a", "3", "3.5"), ("a", "2", "02"), ("a", "x", "3.0")])
+    for labels in (("2", "3", "x"), ("2.0", "3.0", "x")):
+        assert item_values("accuracy", rows, TaskInfo("own", "classification", labels)).tolist() == [1, 1, 0, 0, 0]
+    # Where a run's list has both, the letters decide.
+    assert score("accuracy", rows[:1], TaskInfo("own", "classification", ("3", "3.0"))) == 0
+
+
 def test_a_citation_needs_its_opening_bracket(make):
     rows = make([("a", "[1]", "[1]"), ("a", "[1]", "1]"), ("b", "[2]", "[2"), ("b", "[2]", "[2] ")])
     assert item_values("accuracy", rows, CITE).tolist() == [1, 0, 0, 1]

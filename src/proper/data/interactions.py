@@ -5,11 +5,11 @@ Knows nothing about splits, tokens or what is done with an interaction.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from proper.config import DataConfig, TaskConfig
+from proper.data.labels import find_label, rating_of
 from proper.data.source import Source
 from proper.data.sources import open_sources
 from proper.data.templates import BadValue, Template, identifier, nearest, parse_template, written_id
@@ -152,16 +152,14 @@ class _Reader:
             raise BadValue(name, "empty")
         _check_characters(name, target)
         labels = self.task.labels if self.task.kind != "generation" and self.task.labels != "auto" else None
-        if self.task.kind == "rating":
-            number = _number(target)
-            if number is None:
-                raise BadValue(name, f"{_short(target)} is not a number")
-            if labels is not None and target not in labels:
-                # A label "4" is what a column of floats writes as "4.0".
-                target = next((label for label in labels if _number(label) == number), target)
-        if labels is not None and target not in labels:
+        if self.task.kind == "rating" and rating_of(target) is None:
+            raise BadValue(name, f"{_short(target)} is not a number")
+        if labels is None:
+            return target
+        found = find_label(target, labels, self.task.kind)
+        if found is None:
             raise BadValue(name, f"{_short(target)} is none of task.labels; {nearest(target, labels)}")
-        return target
+        return found
 
     def _time(self, row: Mapping[str, object]) -> float | None:
         column = self.config.time
@@ -195,14 +193,6 @@ def _check_characters(name: str, text: str | None) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise BadValue(name, "half of a surrogate pair, which is no character") from None
-
-
-def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _short(text: str) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rouge_score import rouge_scorer
 
+from proper.data.labels import number_of
 from proper.errors import DataError
 
 FloatArray = NDArray[np.float64]
@@ -160,9 +161,12 @@ def get_metric(name: str) -> Metric:
 
 
 def _label_indices(texts: Iterable[str], task: TaskInfo) -> NDArray[np.int64]:
-    """Return each text's place in the fixed label list after stripping, -1 for anything else."""
+    """Return each text's place in the fixed label list after stripping, or as the same number; -1 for anything else."""
     places = {label.strip(): place for place, label in enumerate(task.labels)}
-    return np.asarray([places.get(text.strip(), -1) for text in texts], dtype=np.int64)
+    numbers = {number_of(label, task.kind): place for label, place in places.items()}
+    numbers[None] = -1
+    found = (places.get(text, numbers.get(number_of(text, task.kind), -1)) for text in map(str.strip, texts))
+    return np.asarray([*found], dtype=np.int64)
 
 
 def _accuracy(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
