@@ -27,7 +27,7 @@ from proper.evaluation.metrics import (
 CITE = TaskInfo("lamp-1", "classification", ("[1]", "[2]"))
 NEWS = TaskInfo("lamp-2n", "classification", ("crime", "food & drink", "politics"))
 STARS = TaskInfo("lamp-3", "rating", ("1", "2", "3", "4", "5"))
-TITLE = TaskInfo("lamp-4", "generation")
+TITLE = TaskInfo("lamp-4", "generation", official=True)
 
 
 def test_a_classification_worked_out_by_hand(make):
