@@ -92,7 +92,7 @@ def _unpacked(file: Path) -> IO[bytes]:
 
 def _json_object(line: bytes) -> Row | str:
     try:
-        value = json.loads(line.decode("utf-8-sig").rstrip(), object_pairs_hook=_once)
+        value = _JSON.decode(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError:
         return "not UTF-8"
     except json.JSONDecodeError as error:
@@ -115,6 +115,9 @@ def _once(pairs: list[tuple[str, Any]]) -> Row:
         twice = next(key for key in made if keys.count(key) > 1)
         raise _TwiceError(f"the key {ascii(twice[:40])} is there twice")
     return made
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def _json_name(value: object) -> str:
