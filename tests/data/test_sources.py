@@ -145,8 +145,10 @@ def test_what_is_not_there_or_not_known_is_said(tmp_path: Path) -> None:
 def test_empty_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     (tmp_path / "b.jsonl").write_text("\n\n")
+    (tmp_path / "d.csv").touch()
+    (tmp_path / "e.csv").write_text("user_id,input,output\n\n")
     parquet.write_table(arrow.table({name: arrow.array([], "string") for name in ROW}), tmp_path / "c.parquet")
-    for name in ("a.jsonl", "b.jsonl", "c.parquet"):
+    for name in ("a.jsonl", "b.jsonl", "c.parquet", "d.csv", "e.csv"):
         assert refused(tmp_path / name) == f"{tmp_path / name}: empty, there is not a single row"
 
 
@@ -219,6 +221,20 @@ def test_bad_rows_of_csv_have_the_number_of_the_line_where_they_begin(tmp_path: 
         "10: timestamp: 'soon' is not a time",
         "11: row: not CSV (unexpected end of data)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ("user_id,input,output\n".encode("utf-16"), "1: row: not UTF-8"),
+        (b'"user_id"x,input\n', "1: row: not CSV (',' expected after '\"')"),
+        (b"user_id;input;output\n", " no column 'user_id' (data.user); did you mean 'user_id;input;output'?"),
+    ],
+)
+def test_a_csv_file_whose_first_row_names_no_columns_is_refused(tmp_path: Path, body: bytes, what: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(body)
+    assert refused(path) == f"{path}:{what}"
 
 
 def test_a_csv_cell_may_be_long_but_not_endless(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import io
 import json
 import lzma
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -111,8 +112,7 @@ class _TwiceError(Exception):
 def _once(pairs: list[tuple[str, Any]]) -> Row:
     made = dict(pairs)
     if len(made) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in made if keys.count(key) > 1)
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise _TwiceError(f"the key {ascii(twice[:40])} is there twice")
     return made
 
@@ -128,7 +128,9 @@ def _json_name(value: object) -> str:
 def _named(file: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
     """Yield the wanted cells of a CSV file by column; an empty cell is null, as where pandas reads it."""
     rows = _csv_rows(file)
-    header = cast(list[str], next(rows)[1])
+    header = next(rows, (1, ""))[1]
+    if isinstance(header, str):
+        return  # an empty file; `csv_source` refuses a malformed first row
     places = {column: header.index(column) for column in wanted}
     for number, cells in rows:
         if isinstance(cells, str):
