@@ -37,7 +37,7 @@ class DataConfig(Section):
     """
 
     path: str
-    format: Literal["auto", "jsonl", "parquet", "huggingface", "lamp", "oppu"] = "auto"
+    format: Literal["auto", "jsonl", "csv", "parquet", "huggingface", "lamp", "oppu"] = "auto"
     task: LampName | None = None
     layout: Layout = "official"
     name: str | None = None

@@ -25,6 +25,9 @@ __all__ = ["CountTokens", "Dataset", "Example", "Role", "Sample", "User", "Who",
 
 Role = Literal["target", "other"]
 
+GIVEN = "the files"
+"""Stands for the rule of a split that the files made."""
+
 
 @dataclass(frozen=True, slots=True)
 class User:
@@ -66,7 +69,7 @@ def prepare(
             for key, value in {
                 "version": VERSION,
                 "path": config.data.path,
-                "split_by": "the files" if given else config.split.by,
+                "split_by": GIVEN if given else config.split.by,
                 "shared_items": shared,
                 "evaluate_on": config.split.evaluate_on,
                 "max_length": config.compute.max_length,
@@ -86,6 +89,7 @@ class Dataset:
     Attributes:
         sha256: hash of the good rows' content and of the settings that map and split them.
         labels: the answers to choose from, sorted (ratings as numbers); empty for generation.
+        given_split: whether the files said themselves which rows are queries, as a benchmark's do.
         connection: the read-only database, for measures that this class does not know.
     """
 
@@ -93,6 +97,7 @@ class Dataset:
         self.connection = connection
         self.sha256: str = get_meta(connection, "sha256")
         self.labels: list[str] = get_meta(connection, "labels")
+        self.given_split: bool = get_meta(connection, "split_by") == GIVEN
         self._tables = count()
 
     @classmethod
