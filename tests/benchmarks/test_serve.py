@@ -39,7 +39,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def test_a_small_setting() -> None:
     said: list[str] = []
     result = serve.run(SMALL, "cpu", said.append)
-    assert set(result["figures"]) >= {"mixed_over_base", "mixed_over_peft", "cliff_p95_first_token", "noisy_neighbour_wait_steps"}
+    assert set(result["figures"]) >= {
+        "mixed_over_base",
+        "mixed_over_peft",
+        "cliff_p95_first_token",
+        "noisy_neighbour_wait_steps",
+    }
     assert all(value > 0 for value in result["figures"].values())
     assert set(result["closed"]) == {"llama", "proper-nano"}
     for sides in result["closed"].values():

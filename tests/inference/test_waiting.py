@@ -119,7 +119,9 @@ asked = st.tuples(st.integers(0, 40), st.integers(1, 60), st.sampled_from("abcd"
 
 
 @given(asked=st.lists(asked, max_size=40), rows=st.integers(1, 9), limit=st.integers(1, 4))
-def test_no_flow_starves_and_each_keeps_its_order(asked: list[tuple[int, int, str, int]], rows: int, limit: int) -> None:
+def test_no_flow_starves_and_each_keeps_its_order(
+    asked: list[tuple[int, int, str, int]], rows: int, limit: int
+) -> None:
     arrivals = sorted(asked)
     items = [One(name, size, True, flow, answer) for name, (_, size, flow, answer) in enumerate(arrivals)]
     serving = Rows(rows, flow_rows=limit)

@@ -177,7 +177,8 @@ def _percentiles(values: list[float]) -> dict[str, float]:
 def _setting(size: Size, device: torch.device) -> dict[str, Any]:
     model = f"random Llama, hidden {size.hidden}, FFN {size.inner}, {size.layers} layers"
     counts = {
-        name: getattr(size, name) for name in ("users", "prompt", "answer", "repeats", "rows", "slots", "arrivals", "asks")
+        name: getattr(size, name)
+        for name in ("users", "prompt", "answer", "repeats", "rows", "slots", "arrivals", "asks")
     }
     facts = {"machine": machine(device), "torch": torch.__version__, "dtype": str(size.dtype).removeprefix("torch.")}
     return {HEADLINE: model, **facts, **counts, "alone": size.alone, "load": size.load, "crowd": CROWD}

@@ -7,13 +7,18 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from proper.errors import InputError
+from proper.serving.connections import ACCEPTED_AT_ONCE, ConnectionLimits, protocol
 from proper.serving.gate import is_loopback
 from proper.serving.keys import Keys
+
+QUEUED = 2048
+"""Connections that wait for the event loop."""
 
 
 def require_keys(host: str, keys: Keys, how: str) -> None:
@@ -28,6 +33,12 @@ def require_keys(host: str, keys: Keys, how: str) -> None:
 
 class Server(uvicorn.Server):
     """A uvicorn server that returns after a signal: the process itself decides how to end."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; who comes while the event loop is busy waits in the kernel."""
+        await super().startup(sockets)
+        for bound in sockets or []:
+            bound.listen(QUEUED)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -61,16 +72,21 @@ def free_port(host: str, port: int) -> socket.socket:
     return bound
 
 
-def make_server(app: FastAPI, drain_seconds: int) -> Server:
+def make_server(app: FastAPI, drain_seconds: int, connections: ConnectionLimits | None = None) -> Server:
     """Return a server for an application; `run` returns when it has drained."""
+    connections = connections or ConnectionLimits()
+    made: Any = protocol(connections)
     return Server(
         uvicorn.Config(
             app,
+            http=made,
+            ws="none",
+            # The event loop accepts as many in one go; `startup` gives the kernel a longer queue.
+            backlog=ACCEPTED_AT_ONCE,
             log_level="warning",
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=drain_seconds,
-            # Idle connections may not hold places for ever.
-            timeout_keep_alive=15,
+            timeout_keep_alive=connections.keep_alive_seconds,
         )
     )
