@@ -1,4 +1,4 @@
-"""Connections that never finish a request, leave a reply unread, or are too many; and those that stay open between two."""
+"""Connections that never finish a request, leave a reply unread, or are too many; and keep-alive."""
 
 from __future__ import annotations
 

@@ -12,9 +12,10 @@
 All sides answer the same prompts, asked at once, with the same number of tokens (closed loop); nobody ends early. The
 cliff is measured in an open loop: requests arrive at random at a fixed share of what the engine can do, with a slot for
 every user and with 16 users to a slot, in turns; the figure is the ratio of the 95th percentiles of the time to the
-first token. The noisy neighbour is an API key that keeps three requests per row open, beside one that asks one by one:
-the figures are the 95th percentiles of the second key's wait for a row, in steps of the engine (1 is the next step), and
-of its whole answers, beside those of the same key alone. Weights are random but for `proper-nano`'s: speed does not depend on them. Knows what is compared, not how.
+first token. The noisy neighbour is an API key that keeps three requests per row open, beside one that asks one by one.
+The figures are 95th percentiles of the second key: its wait for a row in steps of the engine (1 is the next step), and
+the time of a whole answer, beside that of the same key alone. Weights are random but for `proper-nano`'s: speed does
+not depend on them. Knows what is compared, not how.
 """
 
 from __future__ import annotations
