@@ -193,7 +193,7 @@ def test_a_rate_fills_up_again() -> None:
     turnstile = Turnstile(ServeLimits(per_minute=2), lambda: now[0])
 
     def ask(key: str) -> None:
-        with turnstile.enter(key, 1):
+        with turnstile.visit(key):
             pass
 
     for key in ("a", "a", "b"):

@@ -48,6 +48,39 @@ def command(
     rate: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Requests a minute of each key.", show_default=False)
     ] = None,
+    key_rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Rows of one key while other keys wait; half of them by default.",
+            show_default=False,
+        ),
+    ] = None,
+    keep_alive: Annotated[
+        int, typer.Option(min=1, metavar="S", help="Seconds that a connection may idle between two requests.")
+    ] = 75,
+    header_timeout: Annotated[
+        float, typer.Option(min=0.1, metavar="S", help="Seconds that the headers of a request may take.")
+    ] = 20.0,
+    body_timeout: Annotated[
+        float, typer.Option(min=0.1, metavar="S", help="Seconds that the body of a request may take.")
+    ] = 60.0,
+    max_connections: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Connections of everybody; at most what the limit of open files leaves.",
+            show_default=False,
+        ),
+    ] = None,
+    max_connections_per_address: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Connections of one address; half of all by default.", show_default=False
+        ),
+    ] = None,
     drain: Annotated[int, typer.Option(min=0, metavar="S", help="Seconds that SIGTERM leaves to running requests.")] = (
         30
     ),
@@ -66,10 +99,18 @@ def command(
     """
     existing_run(folder)
     prefix_bytes = size_in_bytes("--prefix-cache", prefix_cache)
+    from proper.serving.connections import ConnectionLimits
     from proper.serving.gate import is_loopback
     from proper.serving.keys import FILE, Keys
     from proper.serving.server import free_port, make_server, require_keys, require_no_failure
 
+    connections = ConnectionLimits(
+        max_connections,
+        max_connections_per_address,
+        header_seconds=header_timeout,
+        body_seconds=body_timeout,
+        keep_alive_seconds=keep_alive,
+    )
     keys = Keys(folder / FILE)
     require_keys(host, keys, f"make one with: proper keys add {folder}")
     from proper.inference import load
@@ -82,11 +123,11 @@ def command(
 
     with free_port(host, port) as socket:
         model = load(folder)
-        runner = Runner(Engine(model, Limits(rows, slots, prefix_bytes=prefix_bytes)))
+        runner = Runner(Engine(model, Limits(rows, slots, prefix_bytes=prefix_bytes, flow_rows=key_rows)))
         limits = ServeLimits(open_requests=max_open, per_minute=rate)
         settings = ServeSettings(folder.resolve().name, proper.__version__, is_loopback(host), limits, log_users)
         fits = None if no_worker or model.store is None else Worker(watching(folder), say)
-        server = make_server(create_app(runner, keys, settings, say, fits), drain)
+        server = make_server(create_app(runner, keys, settings, say, fits), drain, connections)
         runner.on_error = server.end
         address, number = socket.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address

@@ -58,7 +58,7 @@ class Engine:
         self._prefixes = Prefixes(limits.prefix_bytes)
         self._inbox: deque[Ticket] = deque()
         self._forget: deque[tuple[str, str]] = deque()
-        self._waiting: Waiting[Guest] = Waiting(limits.patience)
+        self._waiting: Waiting[Guest] = Waiting(limits.patience, limits.flow_rows)
         self._batch = Batch(model, limits.rows, self.limit, self._prefixes)
         self._open: dict[Ticket, None] = {}
         self._closed = False
@@ -217,7 +217,7 @@ class Engine:
 
     def _seat(self) -> list[Guest]:
         free = self.limits.rows - len(self._batch)
-        seated = self._waiting.take(free, self.limits.prefill, self._loading.ready)
+        seated = self._waiting.take(free, self.limits.prefill, self._loading.ready, self._batch.guests)
         for guest in seated:
             self._loading.take(guest)
             guest.origin = self._origin(guest, guest.head)

@@ -26,6 +26,7 @@ class Request:
         tier: the highest that may answer; "groups" leaves the user's adapter out, "population" the experts too.
         sampling: how tokens are drawn, and how many at most. The seed is this request's own.
         gates: whether its tokens tell which experts they came from.
+        client: the API key that asks; the rows are shared between tenants' keys.
     """
 
     prompt: tuple[int, ...]
@@ -34,6 +35,7 @@ class Request:
     tier: Tier = "users"
     sampling: Sampling = field(default_factory=Sampling)
     gates: bool = False
+    client: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from proper.errors import InputError, ProperError
@@ -16,7 +17,11 @@ from proper.inference.sampling import Sampling
 from proper.inference.stream import TextStream
 from proper.serving.metrics import Metrics
 from proper.serving.refusals import Refusal
+from proper.serving.threads import Threads
 from proper.serving.wire import Options, RunCard, Wanted
+
+LONG = 512
+"""Tokens from which on an answer is decoded on a thread."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Answers:
     def __init__(self, runner: Runner, metrics: Metrics, log: Callable[[str], None]) -> None:
         self.runner, self.metrics, self.log = runner, metrics, log
         self.encoder = runner.engine.model.encoder
+        self.threads = Threads(4)
+        self._longest_token = max(map(len, self.encoder.tokenizer.get_vocab()))
 
     def card(self) -> RunCard:
         """Describe the run that answers."""
@@ -56,7 +63,7 @@ class Answers:
         )
 
     def request(self, prompt: str, options: Options, tenant: str, max_tokens: int | None, ready: bool) -> Request:
-        """Return what the engine is asked for one prompt.
+        """Return what the engine is asked for one prompt. Tokenizing takes its time: not for the event loop.
 
         Args:
             prompt: its text.
@@ -72,6 +79,10 @@ class Answers:
             raise Refusal(400, "the prompt is empty", param="prompt")
         engine = self.runner.engine
         room = max_tokens or engine.model.config.task.max_new_tokens
+        if len(prompt) > self._longest_token * max(1, engine.limit - room):  # that many tokens would not hold it
+            sizes = f"prompt ({len(prompt)} characters) and answer (up to {room})"
+            why = f"{sizes} are longer than the {engine.limit} that fit"
+            raise Refusal(400, why, code="context_length_exceeded", param="max_tokens")
         ids = tuple(self.encoder.tokenizer(prompt, add_special_tokens=False).input_ids)
         if not ready:
             start = self.encoder.prompt("")
@@ -102,7 +113,7 @@ class Answers:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         tickets: list[Ticket] = []
-        texts = [TextStream(self.encoder.tokenizer, stop) for _ in requests]
+        texts, counts = [TextStream(self.encoder.tokenizer, stop) for _ in requests], [0] * len(requests)
         try:
             for index, request in enumerate(requests):
 
@@ -115,7 +126,9 @@ class Answers:
                 index, event = await events.get()
                 if index not in going:
                     continue
-                piece = self._piece(index, event, texts[index])
+                counts[index] += 1
+                work = partial(self._piece, index, event, texts[index])
+                piece = work() if counts[index] < LONG else await self.threads.run(requests[index].client, work)
                 if texts[index].stopped and piece.finish is None:
                     tickets[index].cancel()
                     piece = replace(piece, text=piece.text + texts[index].close(), finish="stop")

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from proper.errors import ProperError
 from proper.inference.runner import Runner
 from proper.people.log import InteractionLog
+from proper.serving.admission import Admission
 from proper.serving.answers import Answers
 from proper.serving.gate import Gate
 from proper.serving.generation import generation_routes
@@ -54,6 +55,8 @@ def create_app(
     """Return the application. Runner and worker are started with it and stopped after its last reply."""
     store = runner.engine.model.store
     people = None if store is None else InteractionLog(store.folder)
+    # A connection of their own: what is read for the figures does not wait for what is written.
+    watched = None if store is None else InteractionLog(store.folder)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -66,8 +69,9 @@ def create_app(
             runner.stop()
             if worker is not None:
                 worker.stop()
-            if people is not None:
-                people.close()
+            for one in (people, watched):
+                if one is not None:
+                    one.close()
 
     replies: dict[int | str, dict[str, Any]] = {
         "4XX": {"model": ErrorReply, "description": "Refused."},
@@ -83,10 +87,10 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    metrics = Metrics(runner.engine, None if people is None else people.queue, worker)
+    metrics = Metrics(runner.engine, None if watched is None else watched.queue, worker)
     gate = Gate(keys, settings.open_without_keys)
-    answers = Answers(runner, metrics, log)
-    app.include_router(generation_routes(settings.model, answers, gate, Turnstile(settings.limits)))
+    answers, turnstile = Answers(runner, metrics, log), Turnstile(settings.limits)
+    app.include_router(generation_routes(settings.model, answers, gate, turnstile))
     app.include_router(people_routes(runner.engine, people, gate))
     app.include_router(health_routes(runner, worker, metrics, gate))
     app.include_router(page_routes())
@@ -94,6 +98,7 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(ProperError, _failed)
+    app.add_middleware(Admission, gate=gate, turnstile=turnstile)
     app.add_middleware(
         Guard, body_bytes=settings.limits.body_bytes, metrics=metrics, log=log, log_users=settings.log_users
     )

@@ -4,8 +4,8 @@ Knows nothing about fits but that they are queued.
 """
 
 # No postponed annotations here: FastAPI could not look up those that are made inside a function.
+# The routes are no coroutines: FastAPI runs them on threads, where they may wait for files and locks.
 
-import asyncio
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -29,17 +29,17 @@ def enrolment_routes(router: APIRouter, model: PersonalizedModel, holdings: Reac
     reading = plain_reader(model.config.task, "input", "output")
 
     @router.post("")
-    async def enrol(body: Enrolment, who: Writing) -> Learned:
+    def enrol(body: Enrolment, who: Writing) -> Learned:
         """Take in a person with what is known of them; their fit begins in the background."""
         held = holdings(who, body.tenant)
         if body.user in (".", ".."):
             raise Refusal(400, "user: no URL can name this id", code="invalid", param="user")
         if held.knows(body.user):
             raise _exists(body.user)
-        return await asyncio.to_thread(_learn, held, body.user, _entries(body.interactions, reading), True)
+        return _learn(held, body.user, _entries(body.interactions, reading), True)
 
     @router.post("/{user}/interactions")
-    async def append(
+    def append(
         user: Annotated[str, Depends(user_in_path)],
         body: Lessons,
         who: Writing,
@@ -48,7 +48,7 @@ def enrolment_routes(router: APIRouter, model: PersonalizedModel, holdings: Reac
         """Add interactions of a person; those that are there already count as duplicates."""
         held = holdings(who, tenant)
         held.require(user)
-        return await asyncio.to_thread(_learn, held, user, _entries(body.interactions, reading), False)
+        return _learn(held, user, _entries(body.interactions, reading), False)
 
 
 def _learn(held: Holdings, user: str, entries: Sequence[Entry], new: bool) -> Learned:

@@ -26,14 +26,20 @@ class Gate:
         """Return a dependency that lets in keys with one of these scopes."""
 
         async def check(request: Request) -> Principal:
-            principal = self._principal(request)
+            known = getattr(request.state, "principal", None)
+            principal = self.principal(request) if known is None else known
             if not set(scopes) & set(principal.scopes):
                 raise Refusal(403, f"this key lacks the scope {' or '.join(scopes)}", code="scope")
             return principal
 
         return check  # type: ignore[return-value]
 
-    def _principal(self, request: Request) -> Principal:
+    def principal(self, request: Request) -> Principal:
+        """Return who asks. It may read the file of keys.
+
+        Raises:
+            Refusal: 401 or 403; nobody known, or a server without keys is not asked from this machine.
+        """
         if self.open_without and not len(self.keys):
             # A page from elsewhere may have a browser on this machine ask under a name of its own.
             if not is_loopback(request.url.hostname or ""):

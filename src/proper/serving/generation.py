@@ -6,9 +6,9 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends
@@ -22,6 +22,7 @@ from proper.serving.answers import Answers, Piece
 from proper.serving.chat import chat_prompt
 from proper.serving.gate import Gate, own_tenant
 from proper.serving.keys import Principal
+from proper.serving.large import CheckedRoute
 from proper.serving.limits import Turnstile
 from proper.serving.refusals import Refusal
 from proper.serving.wire import (
@@ -40,23 +41,26 @@ from proper.serving.wire import (
 
 Kind = Literal["chat", "text"]
 T = TypeVar("T")
+Ask = Callable[[], list[Request]]
+"""Tokenizes the prompts; not for the event loop."""
 GATE_DIGITS = 4
 
 
 def generation_routes(model: str, answers: Answers, gate: Gate, turnstile: Turnstile) -> APIRouter:
     """Return the routes for one model of the given name."""
-    router = APIRouter(prefix="/v1", tags=["generate"])
+    router = APIRouter(prefix="/v1", tags=["generate"], route_class=CheckedRoute)
     Asking = Annotated[Principal, Depends(gate.needs("generate"))]
 
     def known(name: str) -> None:
         if name != model:
             raise Refusal(404, f"there is no model {name!r}; there is {model!r}", code="model_not_found", param="model")
 
-    async def reply(kind: Kind, http: HttpRequest, who: Principal, body: Options, asked: list[Request]) -> Response:
+    async def reply(kind: Kind, http: HttpRequest, who: Principal, body: Options, count: int, ask: Ask) -> Response:
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        shape = Shape(kind, model, sum(len(request.prompt) for request in asked))
         with ExitStack() as stack:
-            stack.enter_context(turnstile.enter(who.id, len(asked)))
+            stack.enter_context(turnstile.enter(who.id, count))
+            asked = [replace(one, client=who.id) for one in await answers.threads.run(who.id, ask)]
+            shape = Shape(kind, model, sum(len(request.prompt) for request in asked))
             pieces = answers.stream(asked, stop)
             if body.stream:
                 wants_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -72,9 +76,13 @@ def generation_routes(model: str, answers: Answers, gate: Gate, turnstile: Turns
         if body.response_format not in (None, {"type": "text"}):
             raise Refusal(400, "response_format: only text is made", param="response_format")
         tenant = own_tenant(who, body.proper.tenant if body.proper else None)
-        text, ready = chat_prompt(body.messages, answers.encoder.tokenizer)
         longest = body.max_completion_tokens or body.max_tokens
-        return await reply("chat", http, who, body, [answers.request(text, body, tenant, longest, ready)])
+
+        def ask() -> list[Request]:
+            text, ready = chat_prompt(body.messages, answers.encoder.tokenizer)
+            return [answers.request(text, body, tenant, longest, ready)]
+
+        return await reply("chat", http, who, body, 1, ask)
 
     @router.post("/completions", response_model=Reply, response_model_exclude_none=True)
     async def completions(http: HttpRequest, body: CompletionRequest, who: Asking) -> Response:
@@ -84,8 +92,11 @@ def generation_routes(model: str, answers: Answers, gate: Gate, turnstile: Turns
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         if len(prompts) > 1 and body.proper is not None and body.proper.gates:
             raise Refusal(400, "proper.gates: of one prompt at a time", param="proper.gates")
-        asked = [answers.request(prompt, body, tenant, body.max_tokens, False) for prompt in prompts]
-        return await reply("text", http, who, body, asked)
+
+        def ask() -> list[Request]:
+            return [answers.request(prompt, body, tenant, body.max_tokens, False) for prompt in prompts]
+
+        return await reply("text", http, who, body, len(prompts), ask)
 
     @router.get("/models")
     async def models(who: Asking) -> ModelList:

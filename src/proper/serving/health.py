@@ -2,6 +2,7 @@
 
 # No postponed annotations here: FastAPI could not look up those that are made inside a function.
 
+import asyncio
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Response
@@ -43,6 +44,6 @@ def health_routes(runner: Runner, worker: Worker | None, metrics: Metrics, gate:
     @router.get("/metrics", response_class=Response)
     async def figures(who: Watching) -> Response:
         """Show the figures in Prometheus's text format."""
-        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await asyncio.to_thread(metrics.text), media_type=CONTENT_TYPE_LATEST)
 
     return router

@@ -1,8 +1,8 @@
 """/v1/users: who there is, in which versions; deleting and going back. Knows nothing about adapters or fits."""
 
 # No postponed annotations here: FastAPI could not look up those that are made inside a function.
+# The routes are no coroutines: FastAPI runs them on threads, where they may wait for files and locks.
 
-import asyncio
 from itertools import islice
 from typing import Annotated
 
@@ -39,7 +39,7 @@ def _listing(router: APIRouter, holdings: Reach, gate: Gate) -> None:
     Ruling = Annotated[Principal, Depends(gate.needs("admin"))]
 
     @router.get("")
-    async def listed(
+    def listed(
         who: Ruling,
         after: Annotated[str | None, Query(max_length=512)] = None,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
@@ -47,7 +47,7 @@ def _listing(router: APIRouter, holdings: Reach, gate: Gate) -> None:
     ) -> UserList:
         """List users by id, a page at a time."""
         held = holdings(who, tenant)
-        found = await asyncio.to_thread(lambda: list(islice(held.users(after), limit + 1)))
+        found = list(islice(held.users(after), limit + 1))
         cards = [UserCard(id=user, tier=tier) for user, tier in found[:limit]]
         return UserList(data=cards, next=cards[-1].id if len(found) > limit else None)
 
@@ -56,7 +56,7 @@ def _versions(router: APIRouter, holdings: Reach, gate: Gate) -> None:
     Writing = Annotated[Principal, Depends(gate.needs("write", "admin"))]
 
     @router.get("/{user}/versions")
-    async def versions(user: User, who: Writing, tenant: Tenant = None) -> VersionList:
+    def versions(user: User, who: Writing, tenant: Tenant = None) -> VersionList:
         """List a user's stored versions, newest first."""
         held = holdings(who, tenant)
         held.require(user)
@@ -67,12 +67,12 @@ def _versions(router: APIRouter, holdings: Reach, gate: Gate) -> None:
         return VersionList(data=cards)
 
     @router.post("/{user}/rollback")
-    async def rollback(user: User, who: Writing, body: Rollback | None = None, tenant: Tenant = None) -> UserCard:
+    def rollback(user: User, who: Writing, body: Rollback | None = None, tenant: Tenant = None) -> UserCard:
         """Make an older version current again; requests that run finish on the version they began with."""
         held = holdings(who, tenant)
         held.require(user)
         try:
-            await asyncio.to_thread(held.store.rollback, user, body.to if body else None)
+            held.store.rollback(user, body.to if body else None)
         except NoVersionError as error:
             raise Refusal(409, str(error), code="no_version", param="to") from error
         return held.card(user)
@@ -83,18 +83,18 @@ def _persons(router: APIRouter, engine: Engine, holdings: Reach, gate: Gate) -> 
     Ruling = Annotated[Principal, Depends(gate.needs("admin"))]
 
     @router.get("/{user}")
-    async def read(user: User, who: Writing, tenant: Tenant = None) -> Person:
+    def read(user: User, who: Writing, tenant: Tenant = None) -> Person:
         """Describe a user: tier, version, how many interactions were logged, how far their fit is."""
         held = holdings(who, tenant)
         held.require(user)
-        count = await asyncio.to_thread(held.log.count, held.tenant, user)
+        count = held.log.count(held.tenant, user)
         return Person(**held.card(user).model_dump(), interactions=count, fit=held.fit(user))
 
     @router.delete("/{user}")
-    async def delete(user: User, who: Ruling, tenant: Tenant = None) -> Deleted:
+    def delete(user: User, who: Ruling, tenant: Tenant = None) -> Deleted:
         """Delete all of a user; it is gone from the disk before the reply, and from memory when nothing runs on it."""
         held = holdings(who, tenant)
         held.require(user)
-        await asyncio.to_thread(remove, held.store, held.log, user)
+        remove(held.store, held.log, user)
         engine.forget(held.tenant, user)
         return Deleted(id=user)

@@ -10,14 +10,19 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from proper.errors import InputError, ProperError
 from proper.inference.runner import Runner
+from proper.serving.connections import ACCEPTED_AT_ONCE, ConnectionLimits, protocol
 from proper.serving.gate import is_loopback
 from proper.serving.keys import Keys
+
+QUEUED = 2048
+"""Connections that wait for the event loop."""
 
 
 def require_keys(host: str, keys: Keys, how: str) -> None:
@@ -36,6 +41,12 @@ class Server(uvicorn.Server):
     def end(self) -> None:
         """Take no new requests, and return when the running ones have their replies; for any thread."""
         self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; who comes while the event loop is busy waits in the kernel."""
+        await super().startup(sockets)
+        for bound in sockets or []:
+            bound.listen(QUEUED)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -81,16 +92,21 @@ def require_no_failure(runner: Runner) -> None:
         raise ProperError(f"the engine has stopped: {said}") from error
 
 
-def make_server(app: FastAPI, drain_seconds: int) -> Server:
+def make_server(app: FastAPI, drain_seconds: int, connections: ConnectionLimits | None = None) -> Server:
     """Return a server for an application; `run` returns when it has drained."""
+    connections = connections or ConnectionLimits()
+    made: Any = protocol(connections)
     return Server(
         uvicorn.Config(
             app,
+            http=made,
+            ws="none",
+            # The event loop accepts as many in one go; `startup` gives the kernel a longer queue.
+            backlog=ACCEPTED_AT_ONCE,
             log_level="warning",
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=drain_seconds,
-            # Idle connections may not hold places for ever.
-            timeout_keep_alive=15,
+            timeout_keep_alive=connections.keep_alive_seconds,
         )
     )
