@@ -1,6 +1,7 @@
 """Files that are never half-written and that only their owner reads, and hashes of what is in them.
 
-Personal is the default: 0600 for files, 0700 for folders, whatever the umask says. Knows nothing about what the files mean.
+Personal is the default: 0600 for files, 0700 for folders, whatever the umask says. Knows nothing about what the files
+mean.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from proper.errors import ProperError
-
 
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 _OTHERS = 0o007

@@ -71,6 +71,8 @@ class AdapterStore:
             raise ValueError("keep: the current version is always kept")
         self.folder, self.tenant, self.keep, self.file_bytes = folder, tenant, keep, file_bytes
         self.blobs = folder / "blobs"
+        if self.blobs.is_symlink():
+            raise StoreError(f"{self.blobs}: is a symbolic link; put the folder itself there, or mount one")
         self.manifest = Manifest(folder / "users.sqlite", wait_seconds, self._require_no_blobs)
         if not self.manifest.read_only:
             private_folder(folder)
@@ -85,7 +87,8 @@ class AdapterStore:
     def _require_no_blobs(self) -> None:
         """See that no adapters are there without a manifest: they would all belong to nobody."""
         if self.blobs.is_dir() and any(self.blobs.iterdir()):
-            raise StoreError(f"{self.folder / 'users.sqlite'}: is missing, but {self.blobs} is not; put back a copy of it")
+            path = self.folder / "users.sqlite"
+            raise StoreError(f"{path}: is missing, but {self.blobs} holds adapters; put back a copy of it")
 
     def close(self) -> None:
         """Close the manifest and let go of the shard that was written to."""

@@ -12,6 +12,8 @@ import typer
 import proper
 from proper.cli.options import RunFolder, existing_run, size_in_bytes
 from proper.console import say
+from proper.errors import ReadOnlyError
+from proper.sqlite_files import writable
 
 EXAMPLES = """\
   proper serve runs/demo
@@ -23,8 +25,12 @@ EXAMPLES = """\
 
 
 def watching(folder: Path) -> list[str]:
-    """Return the command of the process that fits people while this one serves."""
-    return [sys.executable, "-m", "proper", "users", "update", str(folder), "--watch", "--parent", str(os.getpid())]
+    """Return the command of the process that fits people while this one serves.
+
+    -P: it imports nothing from the folder that it is started in.
+    """
+    python = [sys.executable, "-P", "-m", "proper"]
+    return [*python, "users", "update", str(folder), "--watch", "--parent", str(os.getpid())]
 
 
 def command(
@@ -61,7 +67,7 @@ def command(
     The `user` of a request is the person it is answered for. POST /v1/chat/completions and /v1/completions, GET
     /v1/models, /v1/users, /healthz, /readyz, /metrics and /openapi.json. New people and what they say since are fitted
     by a process of its own, which holds the backbone a second time. SIGTERM or Ctrl-C lets running requests finish.
-    Without keys only this machine may ask.
+    While there has never been a key, whoever is on this machine may ask; others only with one.
     """
     existing_run(folder)
     prefix_bytes = size_in_bytes("--prefix-cache", prefix_cache)
@@ -70,6 +76,11 @@ def command(
     from proper.serving.server import free_port, make_server, require_keys
 
     keys = Keys(folder / FILE)
+    keys.remember()
+    if keys.required and not len(keys):
+        say(f"proper: no key is valid, so nobody gets in; 'proper keys add {folder}' makes one")
+    if not no_worker and not writable(folder / "users" / "users.sqlite"):
+        raise ReadOnlyError(f"{folder}: is read-only, so nobody can be fitted; serve it with --no-worker")
     require_keys(host, keys, f"make one with: proper keys add {folder}")
     from proper.inference import load
     from proper.inference.engine import Engine
