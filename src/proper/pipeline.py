@@ -7,10 +7,9 @@ earlier one stopped. Knows the order of the steps; each is done elsewhere.
 from __future__ import annotations
 
 import difflib
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from proper.errors import ConfigError, RunFolderError
 from proper.evaluation.harness import Harness
 from proper.evaluation.power import Power, expected_power
 from proper.evaluation.side_by_side import compare_runs
-from proper.files import locked, make_folder, private_folder, write_text
+from proper.files import private_folder, write_text
 from proper.methods.judge import judging
 from proper.methods.table import known_methods
 from proper.models.backbone import load_tokenizer
@@ -36,12 +35,11 @@ from proper.reports.compare import write_comparison
 from proper.reports.html import write_report
 from proper.reports.methods import write_methods_csv
 from proper.reports.user_page import write_user_pages
+from proper.run_lock import LOCK, exclusive
 from proper.training.metrics_log import MetricsLog
 from proper.training.stages import TRAINED, StageRunner, join_processes
 
 STAGES = (*TRAINED, "evaluate", "report")
-LOCK = "run.lock"
-"""The file in a run folder whose lock is held by whoever trains, evaluates or reports there; holds their process id."""
 
 # What the demo changes: few passes, larger steps and batches, to keep a newcomer's wait short. User embeddings move
 # faster than by default, since each is touched less than a hundred times in all.
@@ -93,7 +91,7 @@ def run(
         raise ConfigError(f"--stages: no stage '{unknown[0]}'; {hint}")
     known_methods(settings.evaluation.methods, settings)
     folder = Path(out)
-    with _exclusive(folder):
+    with _alone(folder):
         _run(settings, folder, stages, skip_bad_rows)
     return folder
 
@@ -126,7 +124,7 @@ def evaluate(folder: str | Path, methods: Sequence[str] | None = None) -> dict[s
     """
     quiet_libraries()
     _run_config(Path(folder))
-    with _exclusive(Path(folder)):
+    with exclusive(Path(folder)):
         return _evaluate(Path(folder), methods)
 
 
@@ -147,7 +145,7 @@ def report(folder: str | Path) -> Path:
         RunFolderError: the run has not been evaluated, or another process works in its folder.
     """
     _run_config(Path(folder))
-    with _exclusive(Path(folder)):
+    with exclusive(Path(folder)):
         return write_report(Path(folder))
 
 
@@ -160,7 +158,7 @@ def report_comparison(folder: str | Path, other: str | Path) -> list[Path]:
     """
     folder, other = Path(folder), Path(other)
     _run_config(folder)
-    with _exclusive(folder):
+    with exclusive(folder):
         return write_comparison(folder, other, compare_runs(folder, other))
 
 
@@ -172,7 +170,7 @@ def report_users(folder: str | Path, users: Sequence[str]) -> list[Path]:
         RunFolderError: the run has not been evaluated.
     """
     _run_config(Path(folder))
-    with _exclusive(Path(folder)):
+    with exclusive(Path(folder)):
         return write_user_pages(Path(folder), users)
 
 
@@ -214,7 +212,7 @@ def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, p
     raw["evaluation"] = {"methods": ["base", "population", "groups", "users"], "seeds": [seed]}
     config = make_config(raw, "demo")
     quiet_libraries()
-    with _exclusive(folder):
+    with _alone(folder):
         _claim(folder, config)
         if not (folder / "data.sqlite").exists():
             write_demo(folder / "data", settings)
@@ -286,29 +284,11 @@ def _require_free(folder: Path) -> None:
 
 
 @contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Be the only process that trains, evaluates or reports in a run folder; a process that dies leaves it free.
-
-    Raises:
-        RunFolderError: another process works in it; names its id. Or the folder cannot be written.
-    """
-    # All processes of one `accelerate launch` work together; the first of them holds the lock.
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
+def _alone(folder: Path) -> Iterator[None]:
+    """Be the only process that works in a run folder, or in one that can become one."""
     if not (folder / "config.yaml").exists():
         _require_free(folder)
-    with ExitStack() as stack:
-        try:
-            make_folder(folder)
-            held = stack.enter_context(locked(folder / LOCK, wait=False))
-        except OSError as error:
-            raise RunFolderError(f"{folder}: cannot be written: {error.strerror or error}") from error
-        if held is None:
-            pid = (folder / LOCK).read_text(encoding="utf-8").strip() or "unknown"
-            raise RunFolderError(f"{folder}: another process works in it (pid {pid}); wait for it, or stop it")
-        os.ftruncate(held, 0)
-        os.pwrite(held, f"{os.getpid()}\n".encode(), 0)
+    with exclusive(folder):
         yield
 
 

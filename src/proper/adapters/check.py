@@ -25,6 +25,7 @@ from proper.adapters.manifest import Place, Row, shard_name, user_of
 from proper.adapters.quarantine import QUARANTINE, put_bytes_aside, put_file_aside, put_row_aside
 from proper.adapters.store import AdapterStore
 from proper.errors import StoreError
+from proper.sqlite_files import read_only_error
 
 Kind = Literal["manifest", "row", "missing", "torn", "flipped", "orphan-file", "orphan-bytes", "log"]
 _BLOB = re.compile(r"\d+\.shard|[0-9a-f]{32}\.safetensors")
@@ -63,6 +64,8 @@ def check(store: AdapterStore, repair: bool = False) -> list[Finding]:
     Raises:
         StoreError: the manifest cannot be read, or a repair cannot be written.
     """
+    if repair and store.manifest.read_only:
+        raise read_only_error(store.manifest.path)
     try:
         said = [row[0] for row in store.manifest.read("PRAGMA quick_check")]
     except StoreError as error:

@@ -16,6 +16,7 @@ from proper.errors import InputError, StoreError
 from proper.files import links_out_of
 from proper.people.log import InteractionLog
 from proper.people.places import UNFINISHED, files_of, folders, remove_quarantine, remove_work, run_home
+from proper.sqlite_files import read_only_error
 
 
 def remove(store: AdapterStore, log: InteractionLog, user: str) -> bool:
@@ -29,6 +30,8 @@ def remove(store: AdapterStore, log: InteractionLog, user: str) -> bool:
         StoreError: a file cannot be written, or a symbolic link leads out of the run folder.
     """
     run = run_home(store.folder.parent)
+    if store.manifest.read_only:
+        raise read_only_error(store.manifest.path)
     if away := links_out_of(run):
         raise StoreError(f"{away[0]}: is a symbolic link out of the run folder and is not followed; remove it first")
     if store.tenant == DEFAULT_TENANT:
