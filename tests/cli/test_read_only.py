@@ -34,7 +34,7 @@ WRITING = (
     ["users", "check", "{run}", "--repair"],
     ["users", "delete", "{run}", "--user", "u0"],
     ["users", "rollback", "{run}", "--user", "u1"],
-    ["users", "update", "{run}"],
+    ["users", "update", "{run}", "--user", "u1"],
     ["keys", "add", "{run}"],
     ["report", "{run}"],
     ["serve", "{run}", "--port", "0"],
