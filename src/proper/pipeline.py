@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from proper.errors import ConfigError, RunFolderError
 from proper.evaluation.harness import Harness
 from proper.evaluation.power import Power, expected_power
 from proper.evaluation.side_by_side import compare_runs
-from proper.files import write_text
+from proper.files import private_folder, write_text
 from proper.methods.judge import judging
 from proper.methods.table import known_methods
 from proper.models.backbone import load_tokenizer
@@ -34,6 +35,7 @@ from proper.reports.compare import write_comparison
 from proper.reports.html import write_report
 from proper.reports.methods import write_methods_csv
 from proper.reports.user_page import write_user_pages
+from proper.run_lock import LOCK, exclusive
 from proper.training.metrics_log import MetricsLog
 from proper.training.stages import TRAINED, StageRunner, join_processes
 
@@ -76,7 +78,8 @@ def run(
     Raises:
         ConfigError: a setting or a stage is unknown or impossible.
         DataError: the data cannot be used.
-        RunFolderError: the folder was made by another config, or an earlier stage is missing.
+        RunFolderError: the folder was made by another config, another process works in it, or an earlier stage is
+            missing.
         NonFiniteLossError: training diverged.
     """
     quiet_libraries()
@@ -88,6 +91,12 @@ def run(
         raise ConfigError(f"--stages: no stage '{unknown[0]}'; {hint}")
     known_methods(settings.evaluation.methods, settings)
     folder = Path(out)
+    with _alone(folder):
+        _run(settings, folder, stages, skip_bad_rows)
+    return folder
+
+
+def _run(settings: Config, folder: Path, stages: Sequence[str], skip_bad_rows: bool) -> None:
     processes = join_processes(settings)
     with processes.main_process_first():
         settings = _claim(folder, settings)
@@ -96,12 +105,11 @@ def run(
         _train(settings, dataset, folder, [stage for stage in TRAINED if stage in stages], processes.is_main_process)
     # Stages 1 and 2 are shared by all processes that `accelerate launch` started; the rest is one process's.
     if not processes.is_main_process:
-        return folder
+        return
     if "evaluate" in stages:
-        evaluate(folder)
+        _evaluate(folder, None)
     if "report" in stages:
-        report(folder)
-    return folder
+        write_report(folder)
 
 
 def evaluate(folder: str | Path, methods: Sequence[str] | None = None) -> dict[str, Any]:
@@ -112,10 +120,15 @@ def evaluate(folder: str | Path, methods: Sequence[str] | None = None) -> dict[s
     Raises:
         ConfigError: a method is unknown.
         DataError: a query leaks into training.
-        RunFolderError: the folder is not a run, or one of its own stages is missing.
+        RunFolderError: the folder is not a run, another process works in it, or one of its own stages is missing.
     """
     quiet_libraries()
-    folder = Path(folder)
+    _run_config(Path(folder))
+    with exclusive(Path(folder)):
+        return _evaluate(Path(folder), methods)
+
+
+def _evaluate(folder: Path, methods: Sequence[str] | None) -> dict[str, Any]:
     config = _run_config(folder)
     chosen = known_methods(config.evaluation.methods if methods is None else methods, config)
     folders = {seed: seed_folder(folder, config, seed) for seed in config.evaluation.seeds}
@@ -129,9 +142,11 @@ def report(folder: str | Path) -> Path:
     """Write `report.html` from a run's files and return its path.
 
     Raises:
-        RunFolderError: the run has not been evaluated.
+        RunFolderError: the run has not been evaluated, or another process works in its folder.
     """
-    return write_report(Path(folder))
+    _run_config(Path(folder))
+    with exclusive(Path(folder)):
+        return write_report(Path(folder))
 
 
 def report_comparison(folder: str | Path, other: str | Path) -> list[Path]:
@@ -142,7 +157,9 @@ def report_comparison(folder: str | Path, other: str | Path) -> list[Path]:
         RunFolderError: one of them has not been evaluated.
     """
     folder, other = Path(folder), Path(other)
-    return write_comparison(folder, other, compare_runs(folder, other))
+    _run_config(folder)
+    with exclusive(folder):
+        return write_comparison(folder, other, compare_runs(folder, other))
 
 
 def report_users(folder: str | Path, users: Sequence[str]) -> list[Path]:
@@ -152,7 +169,9 @@ def report_users(folder: str | Path, users: Sequence[str]) -> list[Path]:
         InputError: a user is not in the run.
         RunFolderError: the run has not been evaluated.
     """
-    return write_user_pages(Path(folder), users)
+    _run_config(Path(folder))
+    with exclusive(Path(folder)):
+        return write_user_pages(Path(folder), users)
 
 
 @dataclass(frozen=True)
@@ -192,10 +211,13 @@ def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, p
     raw["split"]["target_users"] = min(DEMO_TARGETS, people)
     raw["evaluation"] = {"methods": ["base", "population", "groups", "users"], "seeds": [seed]}
     config = make_config(raw, "demo")
-    _claim(folder, config)
-    if not (folder / "data.sqlite").exists():
-        write_demo(folder / "data", settings)
-    return run(config, folder)
+    quiet_libraries()
+    with _alone(folder):
+        _claim(folder, config)
+        if not (folder / "data.sqlite").exists():
+            write_demo(folder / "data", settings)
+        _run(config, folder, STAGES, skip_bad_rows=False)
+    return folder
 
 
 def seed_folder(folder: Path, config: Config, seed: int) -> Path:
@@ -246,10 +268,28 @@ def _claim(folder: Path, config: Config) -> Config:
         different = _first_difference(_run_config(folder).model_dump(), config.model_dump())
         if different is not None:
             raise RunFolderError(f"{folder}: was made by another config: {different}; choose another folder")
-    elif folder.exists() and any(child.name != "data" for child in folder.iterdir()):
-        raise RunFolderError(f"{folder}: is not empty and not a run folder; choose another folder")
+    else:
+        _require_free(folder)
+    private_folder(folder)
     _write_config(path, config)
     return config
+
+
+def _require_free(folder: Path) -> None:
+    """See that a folder that is no run folder can become one."""
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder}: is a file; choose another folder")
+    if folder.exists() and any(child.name not in ("data", LOCK) for child in folder.iterdir()):
+        raise RunFolderError(f"{folder}: is not empty and not a run folder; choose another folder")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Be the only process that works in a run folder, or in one that can become one."""
+    if not (folder / "config.yaml").exists():
+        _require_free(folder)
+    with exclusive(folder):
+        yield
 
 
 def _write_config(path: Path, config: Config) -> None:

@@ -34,6 +34,8 @@ from proper.adapters.records import Tier as Tier
 from proper.adapters.records import UserRecord as UserRecord
 from proper.adapters.records import Version as Version
 from proper.errors import NoVersionError, StoreError
+from proper.files import open_private, private_folder
+from proper.sqlite_files import read_only_error
 
 T = TypeVar("T")
 DEFAULT_TENANT = ""
@@ -69,13 +71,24 @@ class AdapterStore:
             raise ValueError("keep: the current version is always kept")
         self.folder, self.tenant, self.keep, self.file_bytes = folder, tenant, keep, file_bytes
         self.blobs = folder / "blobs"
-        self.blobs.mkdir(parents=True, exist_ok=True)
-        self.manifest = Manifest(folder / "users.sqlite", wait_seconds)
+        if self.blobs.is_symlink():
+            raise StoreError(f"{self.blobs}: is a symbolic link; put the folder itself there, or mount one")
+        self.manifest = Manifest(folder / "users.sqlite", wait_seconds, self._require_no_blobs)
+        if not self.manifest.read_only:
+            private_folder(folder)
+            private_folder(self.blobs)
         self.writer = BlobWriter(self.blobs, self.manifest, shard_bytes)
         self._appending = threading.Lock()
         # Layouts never change under their number.
         self._spec = lru_cache(maxsize=256)(self._read_spec)
-        erase(self.blobs, self.manifest)
+        if not self.manifest.read_only:
+            erase(self.blobs, self.manifest)
+
+    def _require_no_blobs(self) -> None:
+        """See that no adapters are there without a manifest: they would all belong to nobody."""
+        if self.blobs.is_dir() and any(self.blobs.iterdir()):
+            path = self.folder / "users.sqlite"
+            raise StoreError(f"{path}: is missing, but {self.blobs} holds adapters; put back a copy of it")
 
     def close(self) -> None:
         """Close the manifest and let go of the shard that was written to."""
@@ -138,7 +151,9 @@ class AdapterStore:
     @contextmanager
     def writing(self, alone: bool = False) -> Iterator[None]:
         """Say that blobs are being written which no record points to yet; `alone` waits until nobody else does."""
-        file = os.open(self.folder / "users.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        if self.manifest.read_only:
+            raise read_only_error(self.manifest.path)
+        file = open_private(self.folder / "users.lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             yield

@@ -12,6 +12,8 @@ import typer
 import proper
 from proper.cli.options import RunFolder, existing_run, size_in_bytes
 from proper.console import say
+from proper.errors import ReadOnlyError
+from proper.sqlite_files import writable
 
 EXAMPLES = """\
   proper serve runs/demo
@@ -23,8 +25,12 @@ EXAMPLES = """\
 
 
 def watching(folder: Path) -> list[str]:
-    """Return the command of the process that fits people while this one serves."""
-    return [sys.executable, "-m", "proper", "users", "update", str(folder), "--watch", "--parent", str(os.getpid())]
+    """Return the command of the process that fits people while this one serves.
+
+    -P: it imports nothing from the folder that it is started in.
+    """
+    python = [sys.executable, "-P", "-m", "proper"]
+    return [*python, "users", "update", str(folder), "--watch", "--parent", str(os.getpid())]
 
 
 def command(
@@ -95,7 +101,7 @@ def command(
     /v1/models, /v1/users, /healthz, /readyz, /metrics and /openapi.json. New people and what they say since are fitted
     by a process of its own, which holds the backbone a second time. SIGTERM or Ctrl-C lets running requests finish. An
     engine that cannot go on ends the process with exit code 1, for a supervisor to start it again.
-    Without keys only this machine may ask.
+    While there has never been a key, any program on this machine may ask; other machines only with one.
     """
     existing_run(folder)
     prefix_bytes = size_in_bytes("--prefix-cache", prefix_cache)
@@ -112,6 +118,11 @@ def command(
         keep_alive_seconds=keep_alive,
     )
     keys = Keys(folder / FILE)
+    keys.remember()
+    if keys.required and not len(keys):
+        say(f"proper: no key is valid, so nobody gets in; 'proper keys add {folder}' makes one")
+    if not no_worker and not writable(folder / "users" / "users.sqlite"):
+        raise ReadOnlyError(f"{folder}: is read-only, so nobody can be fitted; serve it with --no-worker")
     require_keys(host, keys, f"make one with: proper keys add {folder}")
     from proper.inference import load
     from proper.inference.engine import Engine

@@ -12,7 +12,7 @@ import typer
 
 from proper.cli.options import RunFolder, existing_run
 from proper.console import say
-from proper.errors import InputError, RunFolderError
+from proper.errors import InputError, ReadOnlyError, RunFolderError, StoreError
 
 if TYPE_CHECKING:
     from proper.adapters.store import AdapterStore
@@ -139,13 +139,22 @@ def check(
 ) -> None:
     """Find what is damaged, missing or nobody's.
 
-    Reads every stored byte. With --repair, a user with a damaged adapter goes back to the newest good version, or to
-    the group tier, and what belongs to nobody is removed. Exit code 1 if damage remains.
+    Reads every stored byte of the store and the log of interactions. With --repair, a user with a damaged adapter goes
+    back to the newest good version, or to the group tier, and what belongs to nobody is moved to users/quarantine,
+    which the next deletion of a user removes. A damaged log is not repaired. Exit code 1 if damage remains.
     """
+    from proper.adapters.check import Finding
     from proper.adapters.check import check as check_store
+    from proper.people.check import check_log
 
-    with opened(folder) as store:
-        findings = check_store(store, repair=repair)
+    try:
+        with opened(folder) as store:
+            findings = check_store(store, repair=repair)
+    except ReadOnlyError:
+        raise
+    except StoreError as error:
+        findings = [Finding("manifest", str(error))]
+    findings += check_log(folder / "users")
     for found in findings:
         typer.echo(_line(asdict(found)) if as_json else f"{found.text}{found.repair and '; ' + found.repair}")
     left = sum(not found.repair for found in findings)

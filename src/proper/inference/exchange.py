@@ -115,7 +115,7 @@ def export_backbone(folder: Path, out: Path, *, force: bool = False) -> None:
     _require_dense(folder, backbone)
     # A server stops where the model's own config says; ours had its checkpoint's habits of generation taken off.
     backbone.model.generation_config = GenerationConfig.from_model_config(backbone.model.config)
-    with atomic_folder(out) as place:
+    with atomic_folder(out, shared=True) as place:
         backbone.model.save_pretrained(place)
         backbone.tokenizer.save_pretrained(place)
         said = {"backbone": backbone.digest, "population": _hash(folder / "population" / "adapter_model.safetensors")}

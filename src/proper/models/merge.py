@@ -10,9 +10,11 @@ from typing import cast
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from proper.errors import ProperError
 from proper.models.backbone import Backbone
 
 
@@ -21,8 +23,14 @@ def apply_population(backbone: Backbone, folder: Path) -> None:
 
     Dense weights are merged in fp32 and cast back, so that small updates are rounded once. A quantized backbone keeps
     the LoRA frozen beside its weights; adapted layers then call both.
+
+    Raises:
+        ProperError: the adapter cannot be read.
     """
-    wrapped = PeftModel.from_pretrained(backbone.model, str(folder))
+    try:
+        wrapped = PeftModel.from_pretrained(backbone.model, str(folder))
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise ProperError(f"{folder}: not readable as a PEFT adapter: {error}") from error
     absorb(backbone, wrapped)
 
 

@@ -6,6 +6,7 @@ results) is residue: nobody can be taken out of it but by training again. The fi
 belongs to whoever made it and is not touched.
 
     users/users.sqlite, users/blobs/    the store                         `AdapterStore.delete`
+    users/quarantine/                   what a repair put aside           `remove_quarantine`
     users/interactions.sqlite           the log                           `InteractionLog.deleting`
     all others                          `PLACES`, patterns below the run folder and the folders of seeds and methods
 """
@@ -23,11 +24,19 @@ from pathlib import Path
 from typing import Any
 
 from proper.adapters.manifest import key_of
+from proper.adapters.quarantine import QUARANTINE
 from proper.errors import StoreError
 from proper.files import atomic_path, read_json, write_json
 from proper.people.database import FILE
 
-STORES = ("users/users.sqlite*", "users/users.lock", "users/blobs/*", f"users/{FILE}*", "users/fits.lock")
+STORES = (
+    "users/users.sqlite*",
+    "users/users.lock",
+    "users/blobs/*",
+    f"users/{QUARANTINE}/*",
+    f"users/{FILE}*",
+    "users/fits.lock",
+)
 """Of every tenant; all other places hold people of the default tenant only. `users/fits/` is `work_folder`'s."""
 
 IMPERSONAL = (
@@ -37,6 +46,9 @@ IMPERSONAL = (
     "metrics.jsonl",
     "predictions/*.json",
     "serving/keys.json",
+    "serving/keys.lock",
+    "serving/keys.required",
+    "run.lock",
     "population/*",
     "groups/groups.safetensors",
     "groups/stage.json",
@@ -179,6 +191,13 @@ def _answers(path: Path, user: str) -> None:
     """Remove a file of answers that names nobody, where the answers beside it are somebody's."""
     if any(_mentions(beside, user) for beside in path.parent.glob("*.jsonl")):
         path.unlink(missing_ok=True)
+
+
+def remove_quarantine(users: Path) -> None:
+    """Remove all that a repair put aside: whose it is nobody can tell, so it may be of whoever is deleted."""
+    folder = users / QUARANTINE
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def remove_work(users: Path, tenant: str, user: str) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore
 from proper.errors import InputError, StoreError
+from proper.files import links_out_of
 from proper.people.log import InteractionLog
-from proper.people.places import UNFINISHED, files_of, folders, remove_work, run_home
+from proper.people.places import UNFINISHED, files_of, folders, remove_quarantine, remove_work, run_home
+from proper.sqlite_files import read_only_error
 
 
 def remove(store: AdapterStore, log: InteractionLog, user: str) -> bool:
@@ -25,9 +27,13 @@ def remove(store: AdapterStore, log: InteractionLog, user: str) -> bool:
 
     Raises:
         InputError: a stage is being trained on the run's users, this one among them.
-        StoreError: a file cannot be written.
+        StoreError: a file cannot be written, or a symbolic link leads out of the run folder.
     """
     run = run_home(store.folder.parent)
+    if store.manifest.read_only:
+        raise read_only_error(store.manifest.path)
+    if away := links_out_of(run):
+        raise StoreError(f"{away[0]}: is a symbolic link out of the run folder and is not followed; remove it first")
     if store.tenant == DEFAULT_TENANT:
         _require_rest(run, user)
         for place, path in files_of(run):
@@ -50,6 +56,7 @@ def _remove(store: AdapterStore, log: InteractionLog, user: str) -> bool:
         with log.queue.lock():
             pass
     remove_work(store.folder, store.tenant, user)
+    remove_quarantine(store.folder)
     return logged.known or stored
 
 

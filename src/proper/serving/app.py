@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from proper.errors import ProperError
+from proper.errors import ProperError, ReadOnlyError
 from proper.inference.runner import Runner
 from proper.people.log import InteractionLog
 from proper.serving.admission import Admission
@@ -37,7 +37,7 @@ class ServeSettings:
     Attributes:
         model: the name it answers to.
         version: the package's.
-        open_without_keys: whether it answers everybody while there is no key.
+        open_without_keys: whether it answers everybody while there has never been a key.
         limits: what is refused.
         log_users: whether logs may hold user ids.
     """
@@ -120,4 +120,6 @@ async def _http(_: Any, error: Exception) -> JSONResponse:
 
 
 async def _failed(_: Any, error: Exception) -> JSONResponse:
+    if isinstance(error, ReadOnlyError):
+        return await refuse(None, Refusal(403, "this server serves a read-only copy", code="read_only"))
     return await refuse(None, Refusal(500, str(error), code="store"))

@@ -32,7 +32,7 @@ from proper.config import UsersConfig
 from proper.console import Bar, progress, say
 from proper.data.batching import Encoded, Encoder
 from proper.data.views import Histories
-from proper.files import read_json, write_json
+from proper.files import private_folder, read_json, write_json
 from proper.models.personal import ProperModel
 from proper.models.tensors import load_tensors, save_tensors
 from proper.training.checkpoint import Checkpoint
@@ -146,7 +146,7 @@ def held_out(items: int, share: float) -> int:
 
 def train_users(stage: UserStage) -> dict[str, torch.nn.Parameter]:
     """Run stage 3, leaving every user's record in the store; return the LoRA-aware routers' tensors."""
-    stage.folder.mkdir(parents=True, exist_ok=True)
+    private_folder(stage.folder)
     chosen, passes, facts = _select(stage) if stage.config.tiers.select else _everybody(stage)
     _fit(stage, _Jobs(stage, chosen, passes), stage.store, "final", facts)
     _keep_on_group_tier(stage, chosen, facts)
