@@ -17,7 +17,6 @@ import yaml
 
 from proper.config import Config, load_config, make_config
 from proper.console import progress, quiet_libraries
-from proper.data.batching import Encoder
 from proper.data.dataset import Dataset, prepare
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.data.demo.settings import DemoTask
@@ -29,7 +28,7 @@ from proper.evaluation.side_by_side import compare_runs
 from proper.files import write_text
 from proper.methods.judge import judging
 from proper.methods.table import known_methods
-from proper.models.backbone import load_tokenizer
+from proper.models.tokenizer import configured_encoder
 from proper.reports.compare import write_comparison
 from proper.reports.html import write_report
 from proper.reports.methods import write_methods_csv
@@ -227,7 +226,7 @@ def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:
     path = folder / "data.sqlite"
     if path.exists():
         return Dataset.open(path)
-    encoder = Encoder(load_tokenizer(config.backbone), config.compute.max_length)
+    encoder = configured_encoder(config)
     with progress("read interactions", None) as advance:
         dataset = prepare(config, path, encoder.count, skip_bad_rows=skip_bad_rows, progress=advance)
     return dataset

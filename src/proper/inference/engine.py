@@ -232,7 +232,7 @@ class Engine:
         guests = self._batch.guests[first : first + len(tokens)]
         for row in reversed(range(len(guests))):
             guest, token = guests[row], tokens[row]
-            if token.id == self.model.encoder.end:
+            if token.id in self.model.encoder.ends:
                 self._leave(first + row, "stop")
                 continue
             guest.said.append(token.id)
