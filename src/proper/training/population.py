@@ -5,7 +5,8 @@ Knows nothing about users beyond whose rows are read.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +67,26 @@ def train_population(
 ) -> None:
     """Train stage 1, write a PEFT adapter folder, and merge it into `backbone` in place."""
     wrapped = wrap(backbone, config, plan.seed)
-    stage = PopulationStage(wrapped, backbone.model.dtype == torch.bfloat16)
+    with in_training(backbone, wrapped, config) as stage:
+        train(stage, plan, accelerator)
+    if accelerator.is_main_process:
+        wrapped.save_pretrained(str(folder))
+    absorb(backbone, wrapped)
+
+
+@contextmanager
+def in_training(backbone: Backbone, wrapped: PeftModel, config: PopulationConfig) -> Iterator[PopulationStage]:
+    """Make a wrapped backbone ready for stage 1's forward and backward passes inside the block."""
+    low_precision = backbone.model.dtype == torch.bfloat16
     # Only the LoRA's dropout is wanted; a backbone's own dropout would make stage 1 differ between families.
     wrapped.eval()
     for module in wrapped.modules():
         if isinstance(module, LoraLayer):
             module.train()
     # PEFT widens every module's input to fp32 for its fp32 weights; autocast would only narrow it again.
-    narrow = disable_input_dtype_casting(wrapped, backbone.model.dtype == torch.bfloat16)
+    narrow = disable_input_dtype_casting(wrapped, low_precision)
     with narrow, gradient_checkpointing(backbone.model, config.gradient_checkpointing):
-        train(stage, plan, accelerator)
-    if accelerator.is_main_process:
-        wrapped.save_pretrained(str(folder))
-    absorb(backbone, wrapped)
+        yield PopulationStage(wrapped, low_precision)
 
 
 def wrap(backbone: Backbone, config: PopulationConfig, seed: int) -> PeftModel:
