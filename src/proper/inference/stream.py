@@ -28,6 +28,7 @@ class TextStream:
         self.stopped = False
         self._window = _CLEANED if _cleans_up(tokenizer) else 0
         self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
+        self._unseen = set(tokenizer.all_special_ids)
         self._ids: list[int] = []
         self._sent = ""
 
@@ -60,9 +61,13 @@ class TextStream:
     def _open(self, text: str) -> int:
         """Return how many characters are of a run of byte tokens that may go on: it is text only if all of it is."""
         size = len(self._ids)
-        while size and _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(self._ids[size - 1]) or ""):
+        while size and self._may_go_on(self._ids[size - 1]):
             size -= 1
         return 0 if size == len(self._ids) else len(text) - len(self._decode(self._ids[:size]))
+
+    def _may_go_on(self, token: int) -> bool:
+        name = self._tokenizer.convert_ids_to_tokens(token) or ""
+        return token in self._unseen or _BYTE.fullmatch(name) is not None
 
     def _send(self, text: str) -> str:
         if len(text) <= len(self._sent):

@@ -54,7 +54,8 @@ def find_targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, tup
         leaves = sorted({name.rpartition(".")[2] for name in known if not _of_mixture(name)})
         there = f"there are: {', '.join(leaves)}" if leaves else "it has no linear layers"
         if fused:
-            there = f"its experts are fused parameters ({fused}), which are not adapted; {there} ('auto' takes the attention's)"
+            which = f"its experts are fused parameters ({fused}), which are not adapted"
+            there = f"{which}; {there} ('auto' takes the attention's)"
         raise ConfigError(f"target_modules: nothing in {type(model).__name__} matches {wanted!r}; {there}")
     return found
 
