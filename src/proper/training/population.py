@@ -22,7 +22,7 @@ from proper.config import PopulationConfig
 from proper.data.batching import Batch
 from proper.layers.dropout import Dropout
 from proper.models.backbone import Backbone
-from proper.models.merge import absorb
+from proper.models.merge import absorb, modules_as_named
 from proper.models.personal import answer_logits, answer_loss, gradient_checkpointing
 from proper.models.targets import find_targets
 from proper.training.checkpoint import seed_of
@@ -95,7 +95,7 @@ def wrap(backbone: Backbone, config: PopulationConfig, seed: int) -> PeftModel:
     settings: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
     # GPT-2's layers hold their weights transposed, which PEFT wants to be told.
     settings["fan_in_fan_out"] = any(isinstance(backbone.model.get_submodule(name), Conv1D) for name in targets)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), modules_as_named(backbone.model):
         torch.manual_seed(seed_of(seed, "population"))
         lora = LoraConfig(task_type="CAUSAL_LM", bias="none", target_modules=targets, **settings)
         wrapped = get_peft_model(backbone.model, lora)

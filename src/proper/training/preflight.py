@@ -27,6 +27,7 @@ from proper.inference.passes import decode, prefill
 from proper.layers.bank import AdapterBank
 from proper.layers.routing import Rows
 from proper.models.backbone import EMBEDDED, Backbone
+from proper.models.merge import load_lora
 from proper.models.personal import ProperModel, answer_logits, answer_loss, gradient_checkpointing
 from proper.models.targets import find_targets
 from proper.models.tensors import load_tensors, save_tensors
@@ -153,7 +154,7 @@ def _try_population(backbone: Backbone, config: Config, batch: Batch, place: Pat
         expected = answer_logits(wrapped, batch)
         wrapped.save_pretrained(str(place / "population"))
         wrapped.unload()
-        again = peft.PeftModel.from_pretrained(backbone.model, str(place / "population"))
+        again = load_lora(backbone.model, place / "population")
         again.eval()
         _compare(answer_logits(again, batch), expected, "the loaded adapter answers otherwise than the saved one")
         again.unload()
