@@ -146,6 +146,12 @@ def decoding() -> ModuleType:
     return _load("decoding")
 
 
+@pytest.fixture(scope="session")
+def tokenizer_kinds() -> ModuleType:
+    """`tests/tokenizer_kinds.py`: a small tokenizer of every kind."""
+    return _load("tokenizer_kinds")
+
+
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A web server of this test's own, see `tests/range_server.py`; it serves `site.folder` at `site.url`."""

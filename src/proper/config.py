@@ -208,13 +208,18 @@ class EvaluationConfig(Section):
 
 
 class Config(Section):
-    """Everything a run can be told."""
+    """Everything a run can be told.
+
+    `trust_remote_code` runs the Python code that some backbones bring beside their weights; without it such a backbone
+    is refused, and nothing asks.
+    """
 
     preset: Literal["paper", "released"] | None = None
     data: DataConfig
     task: TaskConfig = TaskConfig()
     split: SplitConfig = SplitConfig()
     backbone: str = "proper-nano"
+    trust_remote_code: bool = False
     compute: ComputeConfig = ComputeConfig()
     population: PopulationConfig = PopulationConfig()
     groups: GroupsConfig = GroupsConfig()

@@ -18,7 +18,6 @@ import yaml
 
 from proper.config import Config, load_config, make_config
 from proper.console import progress, quiet_libraries
-from proper.data.batching import Encoder
 from proper.data.dataset import Dataset, prepare
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.data.demo.settings import DemoTask
@@ -30,13 +29,16 @@ from proper.evaluation.side_by_side import compare_runs
 from proper.files import private_folder, write_text
 from proper.methods.judge import judging
 from proper.methods.table import known_methods
-from proper.models.backbone import load_tokenizer
+from proper.models.backbone import configured_backbone
+from proper.models.targets import find_targets
+from proper.models.tokenizer import configured_encoder
 from proper.reports.compare import write_comparison
 from proper.reports.html import write_report
 from proper.reports.methods import write_methods_csv
 from proper.reports.user_page import write_user_pages
 from proper.run_lock import LOCK, exclusive
 from proper.training.metrics_log import MetricsLog
+from proper.training.preflight import check_once, preflight
 from proper.training.stages import TRAINED, StageRunner, join_processes
 
 STAGES = (*TRAINED, "evaluate", "report")
@@ -197,6 +199,21 @@ def check(config: Config, *, skip_bad_rows: bool = False) -> Checked:
         return Checked(dataset.summary(), expected_power(dataset, config.task.kind))
 
 
+def check_backbone(config: Config) -> str:
+    """Try what a run does with its backbone on two short rows; returns a line that says what would be adapted.
+
+    Raises:
+        ConfigError: something is not supported; the message says what.
+    """
+    quiet_libraries()
+    backbone = configured_backbone(config)
+    preflight(backbone, config)
+    stages = (("population", config.population.target_modules), ("groups and users", config.groups.target_modules))
+    found = {stage: find_targets(backbone.model, wanted) for stage, wanted in stages}
+    parts = [f"{stage}: {', '.join(sorted({n.rpartition('.')[2] for n in names}))}" for stage, names in found.items()]
+    return f"backbone {config.backbone} ({type(backbone.model).__name__}) is supported; adapted are {'; '.join(parts)}"
+
+
 def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, people: int = 300) -> Path:
     """Make up people and run the main job on them; returns the run folder.
 
@@ -234,7 +251,10 @@ def _train(config: Config, dataset: Dataset, folder: Path, stages: Sequence[str]
             place = seed_folder(folder, config, seed)
             if is_main and place != folder:
                 _write_config(place / "config.yaml", config)
-            StageRunner(config, dataset, place, seed, log or _unsaid).run(stages)
+            runner = StageRunner(config, dataset, place, seed, log or _unsaid)
+            if not (place / "population" / "stage.json").exists():
+                check_once(runner.backbone, config, folder, write=is_main)
+            runner.run(stages)
     finally:
         if log is not None:
             log.close()
@@ -249,7 +269,7 @@ def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:
     path = folder / "data.sqlite"
     if path.exists():
         return Dataset.open(path)
-    encoder = Encoder(load_tokenizer(config.backbone), config.compute.max_length)
+    encoder = configured_encoder(config)
     with progress("read interactions", None) as advance:
         dataset = prepare(config, path, encoder.count, skip_bad_rows=skip_bad_rows, progress=advance)
     return dataset

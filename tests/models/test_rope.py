@@ -23,7 +23,7 @@ from proper.inference.requests import Event, Finished, Request, Token
 from proper.inference.sampling import Sampling
 from proper.inference.score import score_labels
 from proper.layers.routing import Rows
-from proper.models.backbone import backbone_of, load_tokenizer
+from proper.models.backbone import configured_backbone, load_tokenizer
 from proper.models.personal import ProperModel
 
 SHAPE: dict[str, Any] = {
@@ -82,7 +82,7 @@ def settings(folder: Path, length: int = 64) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=sorted(KINDS))
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ProperModel]:
     folder = written(tmp_path_factory.mktemp(request.param), KINDS[request.param]())
-    return folder, ProperModel(backbone_of(make_config(settings(folder))))
+    return folder, ProperModel(configured_backbone(make_config(settings(folder))))
 
 
 class Heard:
@@ -161,7 +161,7 @@ def test_the_longest_row_of_the_run_decides(tmp_path: Path, length: int, same: b
     """Up to the length of pretraining, the frequencies are those of pretraining; beyond, those of the longest row."""
     for kind, name in (("phi3", "inv_freq"), ("llama", "inv_freq"), ("gemma3", "full_attention_inv_freq")):
         folder = written(tmp_path / f"{kind}{length}", KINDS[kind]())
-        held = getattr(backbone_of(make_config(settings(folder, length))).model.model.rotary_emb, name)  # type: ignore
+        held = getattr(configured_backbone(make_config(settings(folder, length))).model.model.rotary_emb, name)  # type: ignore
         theirs = AutoModelForCausalLM.from_pretrained(folder)
         first = getattr(theirs.model.rotary_emb, name).clone()
         assert torch.equal(held, first) == same
@@ -176,11 +176,11 @@ def test_a_family_with_a_rule_of_its_own_is_refused(tmp_path: Path) -> None:
     config = PhimoeConfig(**SHAPE, num_local_experts=4, max_position_embeddings=128, rope_parameters=rope)
     folder = written(tmp_path / "phimoe", config)
     with pytest.raises(ConfigError, match=r"RoPE \(longrope\) depends on the longest text of a batch"):
-        backbone_of(make_config(settings(folder)))
+        configured_backbone(make_config(settings(folder)))
 
 
 def test_a_rope_that_depends_on_nothing_stays(tmp_path: Path) -> None:
     for kind in ("linear", "yarn"):
         rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
         folder = written(tmp_path / kind, LlamaConfig(**SHAPE, max_position_embeddings=64, rope_parameters=rope))
-        assert backbone_of(make_config(settings(folder))).model.model.rotary_emb.rope_type == kind  # type: ignore
+        assert configured_backbone(make_config(settings(folder))).model.model.rotary_emb.rope_type == kind  # type: ignore

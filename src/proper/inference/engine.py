@@ -239,7 +239,7 @@ class Engine:
             if isinstance(token, Exception):
                 self._lose(first + row, token)
                 continue
-            if token.id == self.model.encoder.end:
+            if token.id in self.model.encoder.ends:
                 self._leave(first + row, "stop")
                 continue
             guest.said.append(token.id)

@@ -29,7 +29,7 @@ from proper.inference.sampling import Sampling
 from proper.inference.score import score_labels
 from proper.layers.bank import AdapterBank
 from proper.layers.routing import Rows
-from proper.models.backbone import backbone_of
+from proper.models.backbone import configured_backbone
 from proper.models.merge import apply_population
 from proper.models.personal import ProperModel
 from proper.models.tensors import load_tensors
@@ -99,8 +99,7 @@ class PersonalizedModel:
         sampling = sampling or Sampling(self.config.task.max_new_tokens)
         encoded = [self.encoder.prompt(prompt, room=sampling.max_new_tokens) for prompt in prompts]
         found = zip(generate(self, encoded, user_ids, sampling), user_ids, strict=True)
-        decode = self.encoder.tokenizer.decode
-        return [Answer(decode(one.tokens, skip_special_tokens=True).strip(), user, one.tier) for one, user in found]
+        return [Answer(self.encoder.decode(one.tokens), user, one.tier) for one, user in found]
 
     def score(
         self, prompts: Sequence[str], user_ids: Sequence[str | None], labels: Sequence[str]
@@ -172,7 +171,7 @@ def load(folder: str | Path, stage: Stage | None = None) -> PersonalizedModel:
         )
     config = load_config(folder / "config.yaml")
     stage = stage or highest_stage(folder)
-    backbone = backbone_of(config)
+    backbone = configured_backbone(config)
     if stage != "base":
         _require(folder, "population")
         apply_population(backbone, folder / "population")
@@ -183,7 +182,7 @@ def load(folder: str | Path, stage: Stage | None = None) -> PersonalizedModel:
         if stage == "users":
             _require(folder, "users")
             load_router(folder, config, model)
-    encoder = Encoder(backbone.tokenizer, config.compute.max_length)
+    encoder = backbone.encoder(config.compute.max_length)
     return PersonalizedModel(model, encoder, config, cache, stage)
 
 

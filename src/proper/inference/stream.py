@@ -6,9 +6,14 @@ nothing about models or users.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_CLEANED = 19
+"""Characters at the end that clean-up may still rewrite: it replaces ten texts in turn, each of which may reach back by
+its length less one (" ." by 1, " ' " by 2, " n't" by 3, ...)."""
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -21,7 +26,9 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self.stopped = False
+        self._window = _CLEANED if _cleans_up(tokenizer) else 0
         self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
+        self._unseen = set(tokenizer.all_special_ids)
         self._ids: list[int] = []
         self._sent = ""
 
@@ -31,7 +38,8 @@ class TextStream:
         text, certain = self._text(), None
         if not self.stopped:
             held = max((overlap(text, stop) for stop in self._stop), default=0)
-            certain = text[: len(text) - held].rstrip(_UNFINISHED).rstrip()
+            held = max(held, self._window, self._open(text))
+            certain = text[: max(0, len(text) - held)].rstrip(_UNFINISHED).rstrip()
         return self._send(text if certain is None else certain)
 
     def close(self) -> str:
@@ -39,18 +47,41 @@ class TextStream:
         return self._send(self._text())
 
     def _text(self) -> str:
-        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True).strip()
+        text = self._decode(self._ids)
         places = [at for stop in self._stop if (at := text.find(stop)) >= 0]
         if places:
             self.stopped = True
             text = text[: min(places)].strip()
         return text
 
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip()
+
+    def _open(self, text: str) -> int:
+        """Return how many characters are of a run of byte tokens that may go on: it is text only if all of it is."""
+        size = len(self._ids)
+        while size and self._may_go_on(self._ids[size - 1]):
+            size -= 1
+        return 0 if size == len(self._ids) else len(text) - len(self._decode(self._ids[:size]))
+
+    def _may_go_on(self, token: int) -> bool:
+        name = self._tokenizer.convert_ids_to_tokens(token) or ""
+        return token in self._unseen or _BYTE.fullmatch(name) is not None
+
     def _send(self, text: str) -> str:
-        if len(text) <= len(self._sent) or not text.startswith(self._sent):
+        if len(text) <= len(self._sent):
             return ""
         piece, self._sent = text[len(self._sent) :], text
         return piece
+
+
+def _cleans_up(tokenizer: Any) -> bool:
+    """Return whether decoding takes spaces out before punctuation; many say so of whom it is not true (byte-level)."""
+    if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return False
+    ids = tokenizer("a . b ' s", add_special_tokens=False).input_ids
+    return bool(tokenizer.decode(ids) != tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def overlap(text: str, stop: str) -> int:

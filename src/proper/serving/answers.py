@@ -73,7 +73,7 @@ class Answers:
             ready: whether the prompt holds the tokenizer's start tokens.
 
         Raises:
-            Refusal: the prompt is empty, or does not fit.
+            Refusal: the prompt is empty, does not fit, or has a token that the model has no embedding for.
         """
         if not prompt.strip():
             raise Refusal(400, "the prompt is empty", param="prompt")
@@ -83,10 +83,10 @@ class Answers:
             sizes = f"prompt ({len(prompt)} characters) and answer (up to {room})"
             why = f"{sizes} are longer than the {engine.limit} that fit"
             raise Refusal(400, why, code="context_length_exceeded", param="max_tokens")
-        ids = tuple(self.encoder.tokenizer(prompt, add_special_tokens=False).input_ids)
-        if not ready:
-            start = self.encoder.prompt("")
-            ids = start + ids
+        try:
+            ids = self.encoder.filled(prompt) if ready else self.encoder.start + self.encoder.tokens(prompt)
+        except InputError as error:
+            raise Refusal(400, f"the prompt: {error}", param="prompt") from error
         if len(ids) + room > engine.limit:
             why = f"prompt ({len(ids)} tokens) and answer (up to {room}) are longer than the {engine.limit} that fit"
             raise Refusal(400, why, code="context_length_exceeded", param="max_tokens")

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
+from proper.data.markup import quote, special_names
 from proper.serving.refusals import Refusal
 
 
@@ -26,13 +27,16 @@ class Turn(Protocol):
 def chat_prompt(turns: Sequence[Turn], tokenizer: Any) -> tuple[str, bool]:
     """Return the prompt, and whether it holds the tokenizer's start tokens already.
 
+    Names of special tokens in the messages are quoted then (`data.markup`): `Encoder.filled` takes them for text.
+
     Raises:
         Refusal: the tokenizer's template does not take these messages.
     """
     if not getattr(tokenizer, "chat_template", None):
         return plain(turns), False
     roles = {"developer": "system"}
-    messages = [{"role": roles.get(turn.role, turn.role), "content": turn.text} for turn in turns]
+    names = special_names(tokenizer)
+    messages = [{"role": roles.get(turn.role, turn.role), "content": quote(turn.text, names)} for turn in turns]
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ValueError) as error:
