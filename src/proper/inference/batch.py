@@ -16,7 +16,7 @@ from proper.inference.kv import RowCache
 from proper.inference.passes import columns_left, decode, prefill, rows_of
 from proper.inference.prefixes import Prefix, Prefixes
 from proper.inference.requests import Token
-from proper.inference.sampling import next_tokens
+from proper.inference.sampling import logprobs_of, next_tokens
 from proper.layers.routing import Rows
 
 if TYPE_CHECKING:
@@ -104,7 +104,9 @@ class Batch:
         tokens = next_tokens(logits, [guest.sampler for guest in guests])
         gates = self._model.model.routing.last()
         told = gates.tolist() if gates is not None else [()] * len(guests)
-        return [
-            Token(token, tuple(one) if guest.request.gates and guest.grouped and one else None)
-            for token, guest, one in zip(tokens, guests, told, strict=True)
-        ]
+        drawn = []
+        for row, (token, guest, one) in enumerate(zip(tokens, guests, told, strict=True)):
+            own = tuple(one) if guest.request.gates and guest.grouped and one else None
+            count = guest.request.alternatives
+            drawn.append(Token(token, own, None if count is None else logprobs_of(logits[row], token, count)))
+        return drawn

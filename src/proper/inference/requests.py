@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from proper.inference.sampling import Sampling
+from proper.inference.sampling import Logprobs, Sampling
 
 Tier = Literal["users", "groups", "population"]
 
@@ -25,6 +25,7 @@ class Request:
         tier: the highest that may answer; "groups" leaves the user's adapter out, "population" the experts too.
         sampling: how tokens are drawn, and how many at most. The seed is this request's own.
         gates: whether its tokens tell which experts they came from.
+        alternatives: how many likely tokens each of its tokens tells beside its own log-probability; None for neither.
     """
 
     prompt: tuple[int, ...]
@@ -33,6 +34,7 @@ class Request:
     tier: Tier = "users"
     sampling: Sampling = field(default_factory=Sampling)
     gates: bool = False
+    alternatives: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,12 @@ class Token:
     Attributes:
         gates: each expert's gate where the token was drawn, the mean over modules; None unless the request wants them
             and experts answer it.
+        logprobs: its log-probability and the likeliest tokens; None unless the request wants them.
     """
 
     id: int
     gates: tuple[float, ...] | None = None
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)

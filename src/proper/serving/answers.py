@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from proper.errors import InputError, ProperError
 from proper.inference.guests import Ticket
@@ -28,6 +28,7 @@ class Piece:
         started: on the first piece of each: who answers.
         tokens: how many are in it.
         gates: those of each, where they were asked for and experts answer.
+        told: the tokens themselves, where their log-probabilities were asked for.
         finish: on the last piece of each: why it ends.
     """
 
@@ -36,6 +37,7 @@ class Piece:
     started: Started | None = None
     tokens: int = 0
     gates: tuple[tuple[float, ...], ...] = ()
+    told: tuple[Token, ...] = ()
     finish: Literal["stop", "length"] | None = None
 
 
@@ -46,6 +48,11 @@ class Answers:
         self.runner, self.metrics, self.log = runner, metrics, log
         self.encoder = runner.engine.model.encoder
 
+    def decode(self, token: int) -> str:
+        """Return the text of one token."""
+        text: str = self.encoder.tokenizer.decode([token])
+        return text
+
     def card(self) -> RunCard:
         """Describe the run that answers."""
         model = self.runner.engine.model
@@ -55,27 +62,29 @@ class Answers:
             stage=model.stage, experts=experts, literals=list(template.literals), columns=list(template.columns)
         )
 
-    def request(self, prompt: str, options: Options, tenant: str, max_tokens: int | None, ready: bool) -> Request:
+    def request(
+        self,
+        prompt: str | Sequence[int],
+        options: Options,
+        tenant: str,
+        max_tokens: int | None,
+        alternatives: int | None = None,
+    ) -> Request:
         """Return what the engine is asked for one prompt.
 
         Args:
-            prompt: its text.
+            prompt: its text, or the ids of all its tokens.
             options: what came over the wire.
             tenant: whose user.
             max_tokens: the longest answer; the config's if None.
-            ready: whether the prompt holds the tokenizer's start tokens.
+            alternatives: how many likely tokens are told beside each of the answer; None for no log-probabilities.
 
         Raises:
-            Refusal: the prompt is empty, or does not fit.
+            Refusal: the prompt is empty, has an id that is no token's, or does not fit.
         """
-        if not prompt.strip():
-            raise Refusal(400, "the prompt is empty", param="prompt")
         engine = self.runner.engine
         room = max_tokens or engine.model.config.task.max_new_tokens
-        ids = tuple(self.encoder.tokenizer(prompt, add_special_tokens=False).input_ids)
-        if not ready:
-            start = self.encoder.prompt("")
-            ids = start + ids
+        ids = self._ids(prompt)
         if len(ids) + room > engine.limit:
             why = f"prompt ({len(ids)} tokens) and answer (up to {room}) are longer than the {engine.limit} that fit"
             raise Refusal(400, why, code="context_length_exceeded", param="max_tokens")
@@ -86,7 +95,21 @@ class Answers:
         top_p = 1.0 if options.top_p is None else options.top_p
         wanted = options.proper or Wanted()
         sampling = Sampling(room, temperature, top_p, seed)
-        return Request(ids, options.user, tenant, wanted.tier, sampling, wanted.gates)
+        return Request(ids, options.user, tenant, wanted.tier or "users", sampling, bool(wanted.gates), alternatives)
+
+    def _ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            size: Any = self.runner.engine.model.model.backbone.model.get_input_embeddings().num_embeddings
+            bad = next((one for one in prompt if not 0 <= one < size), None)
+            if bad is not None:
+                raise Refusal(
+                    400, f"prompt: there is no token {bad}; ids are 0 to {size - 1}", code="invalid", param="prompt"
+                )
+            return tuple(prompt)
+        if not prompt.strip():
+            raise Refusal(400, "the prompt is empty", param="prompt")
+        start: tuple[int, ...] = self.encoder.prompt("")
+        return start + tuple(self.encoder.tokenizer(prompt, add_special_tokens=False).input_ids)
 
     async def stream(self, requests: Sequence[Request], stop: Sequence[str]) -> AsyncGenerator[Piece, None]:
         """Yield the answers as they grow; leaving the loop early frees their rows.
@@ -133,7 +156,8 @@ class Answers:
         if isinstance(event, Started):
             return Piece(index, started=event)
         if isinstance(event, Token):
-            return Piece(index, text.push(event.id), tokens=1, gates=() if event.gates is None else (event.gates,))
+            gates = () if event.gates is None else (event.gates,)
+            return Piece(index, text.push(event.id), None, 1, gates, () if event.logprobs is None else (event,))
         if event.reason == "error":
             self.log(f"a request failed: {event.error}")
             raise Refusal(500, "the request failed", code="failed")
