@@ -14,9 +14,10 @@ import pytest
 import typer
 
 import proper
-from proper.cli.app import app, main
+from proper.cli.app import app, main, require_text
 from proper.cli.demo import Task
 from proper.data.demo.settings import DemoTask
+from proper.errors import InputError
 
 COMMANDS = ["demo", "check", "run", "evaluate", "report", "generate", "serve", "export-backbone"]
 GROUPS = {
@@ -234,7 +235,9 @@ def test_an_argument_that_is_no_text_is_refused(capsys: Output, arguments: list[
     assert "caf\\udce9: this argument is not UTF-8" in fails(capsys, arguments)
 
 
-def test_a_file_may_have_any_name(capsys: Output, tmp_path: Path) -> None:
-    folder = tmp_path / "caf\udce9"
-    folder.mkdir()
-    assert "not a run folder" in fails(capsys, ["users", "list", str(folder)])
+def test_a_file_may_have_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "caf\udce9"
+    with pytest.raises(InputError):
+        require_text([f"--out={path}"])
+    path.mkdir()
+    require_text([f"--out={path}", str(path)])

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        _require_text(arguments)
+        require_text(arguments)
         code = typer.main.get_command(app).main(args=list(arguments), prog_name="proper", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
@@ -100,7 +100,7 @@ def entry() -> None:
     sys.exit(main())
 
 
-def _require_text(arguments: Sequence[str]) -> None:
+def require_text(arguments: Sequence[str]) -> None:
     """Refuse arguments that are no text, before anything is written; files may have any name.
 
     Raises:

@@ -67,11 +67,14 @@ def place_of(error: dict[str, Any], body: Any) -> Place:
 
 
 def right_cause(errors: Sequence[dict[str, Any]], body: Any) -> tuple[Place, dict[str, Any]]:
-    """Return the first error and its place; of a union's branches, the one that got furthest."""
+    """Return the first error and its place; of a union's branches, the one that got furthest.
+
+    Of two that got as far, one that says more than that another type is expected.
+    """
     placed = [(place_of(error, body), error) for error in errors]
     first = placed[0][0]
     same = [pair for pair in placed if pair[0][: len(first)] == first]
-    return max(same, key=lambda pair: len(pair[0]))
+    return max(same, key=lambda pair: (len(pair[0]), not pair[1]["type"].endswith("_type")))
 
 
 def _suspect(body: bytes) -> bool:
