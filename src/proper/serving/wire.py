@@ -148,7 +148,7 @@ class Message(_Asked):
     @classmethod
     def _is_there(cls, value: Any, info: ValidationInfo) -> Any:
         if not value and value != "" and info.data.get("role") != "assistant":
-            raise PydanticCustomError("content", "should be text, or a list of text parts")
+            raise PydanticCustomError("missing", "should be text, or a list of text parts")
         return value
 
     @property
