@@ -197,7 +197,7 @@ def test_a_new_id_is_somebody_new(opened: Opened) -> None:
 def test_nothing_can_be_typed_or_pressed_before_the_page_is_ready(browser: Browser, served: Running) -> None:
     context = browser.new_context()
     page, held = context.new_page(), list[Route]()
-    page.route("**/v1/models", held.append)
+    page.route("**/v1/models", lambda route: held.append(route))
     page.goto(served.url)
     expect(page.locator("article")).to_have_count(3)  # the script has run and waits for the server
     for name in ("#who", "#ask", "#teach-go"):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import ValidationError
 
+from proper.serving.asking import ChatRequest, CompletionRequest
 from proper.serving.bodies import lone_surrogates, place_of, right_cause
-from proper.serving.wire import ChatRequest, CompletionRequest
 
 if TYPE_CHECKING:
     import httpx

@@ -14,9 +14,10 @@ from proper.inference.requests import Event, Request, Sink, Started, Token
 from proper.inference.runner import Runner
 from proper.inference.sampling import Sampling
 from proper.inference.stream import TextStream
+from proper.serving.asking import Options, Wanted
 from proper.serving.metrics import Metrics
 from proper.serving.refusals import Refusal
-from proper.serving.wire import Options, RunCard, Wanted
+from proper.serving.wire import RunCard
 
 
 @dataclass(frozen=True)

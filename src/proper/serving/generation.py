@@ -16,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from proper.inference.requests import Request
 from proper.serving.answers import Answers, Piece
+from proper.serving.asking import ChatRequest, CompletionRequest, Options
 from proper.serving.chat import chat_prompt
 from proper.serving.gate import Gate, own_tenant
 from proper.serving.keys import Principal
@@ -23,7 +24,7 @@ from proper.serving.limits import Turnstile
 from proper.serving.refusals import Refusal
 from proper.serving.replies import Reply, dump
 from proper.serving.shape import Kind, Shape, collect
-from proper.serving.wire import ChatRequest, CompletionRequest, ModelCard, ModelList, Options
+from proper.serving.wire import ModelCard, ModelList
 
 T = TypeVar("T")
 
