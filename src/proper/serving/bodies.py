@@ -22,8 +22,8 @@ async def whole_text(request: Request) -> None:
     Raises:
         Refusal: 400; names the place of a lone surrogate.
     """
-    body = await request.body()
-    if not _suspect(body):
+    # Only these have bodies that anything reads, and FastAPI has read them by now.
+    if request.method != "POST" or not _suspect(await request.body()):
         return
     try:
         value = await request.json()
