@@ -34,6 +34,8 @@ class DataConfig(Section):
 
     For `format` lamp or oppu, `path` is a folder of the benchmark's files, `task` says which task they are of and
     `layout` how prompts are worded; the columns are the task's own.
+
+    `chat` says whether prompts are written by the tokenizer's chat template, in training as in serving: `off`, never.
     """
 
     path: str
@@ -47,6 +49,7 @@ class DataConfig(Section):
     item: str | None = "item_id"
     prompt: str = "{input}"
     target: str = "{output}"
+    chat: Literal["off"] = "off"
 
     @property
     def given_split(self) -> bool:
@@ -57,6 +60,12 @@ class DataConfig(Section):
     @classmethod
     def _spelling(cls, task: object) -> object:
         return lamp_name(task) if isinstance(task, str) else task
+
+    @field_validator("chat", mode="before")
+    @classmethod
+    def _word(cls, chat: object) -> object:
+        """Return the word that YAML reads as a truth value: `off` is one of its names for false."""
+        return "off" if chat is False else chat
 
     @model_validator(mode="after")
     def _task_goes_with_format(self) -> DataConfig:

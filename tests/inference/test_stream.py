@@ -30,11 +30,11 @@ def test_pieces_joined_are_the_answer(tokenizer: Any, ids: list[int], text: str)
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-@given(stop=st.text(alphabet="ab .", min_size=1, max_size=4), text=st.text(alphabet="ab .", max_size=30))
+@given(stop=st.text(alphabet="ab .\n", min_size=1, max_size=4), text=st.text(alphabet="ab .\n", max_size=30))
 def test_a_stop_text_ends_the_answer_before_it(tokenizer: Any, stop: str, text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False).input_ids
     pieces, stream = pieces_of(tokenizer, ids, (stop,))
-    whole = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
     assert "".join(pieces) == whole.partition(stop)[0].strip()
     assert stream.stopped == (stop in whole)
 
@@ -80,6 +80,12 @@ def test_only_where_clean_up_happens_is_anything_held_back_for_it(tokenizer_kind
 def _is_the_whole(tokenizer: Any, ids: list[int]) -> None:
     pieces, _ = pieces_of(tokenizer, ids)
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize(("text", "answer"), [("\nlate", ""), ("late\n", "late"), ("late", "late")])
+def test_a_newline_at_the_beginning_or_the_end_is_a_stop(tokenizer: Any, text: str, answer: str) -> None:
+    pieces, stream = pieces_of(tokenizer, tokenizer(text, add_special_tokens=False).input_ids, ("\n",))
+    assert ("".join(pieces), stream.stopped) == (answer, "\n" in text)
 
 
 def test_half_a_character_waits_for_the_other_half(tokenizer: Any) -> None:

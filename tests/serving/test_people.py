@@ -53,12 +53,12 @@ def test_users_are_listed_read_taken_back_and_deleted(own: Running, alone: Perso
         assert client.get("/v1/users/u0").json() == {**card, "interactions": 0, "fit": idle}
         assert [one["version"] for one in client.get("/v1/users/u0/versions").json()["data"]] == [2, 1]
         assert answer() == (alone.generate(["Well?"], ["u1"])[0], 2)
-        assert client.post("/v1/users/u0/rollback").json()["version"] == 3
+        assert client.post("/v1/users/u0/rollback", json={}).json()["version"] == 3
         assert answer() == (alone.generate(["Well?"], ["u0"])[0], 3)
         assert client.post("/v1/users/u0/rollback", json={"to": 99}).status_code == 409
         assert client.delete("/v1/users/u0").json() == {"id": "u0", "object": "user.deleted", "deleted": True}
         for method, path in (("GET", ""), ("GET", "/versions"), ("POST", "/rollback"), ("DELETE", "")):
-            reply = client.request(method, f"/v1/users/u0{path}")
+            reply = client.request(method, f"/v1/users/u0{path}", json={} if method == "POST" else None)
             assert (reply.status_code, reply.json()["error"]["code"]) == (404, "user_not_found")
         assert answer() == (alone.generate(["Well?"], [None])[0], None)
 
@@ -76,7 +76,7 @@ def test_any_id_is_one_segment(own: Running, user: str) -> None:
     with own.client() as client:
         assert client.get(url).json()["id"] == user
         assert len(client.get(f"{url}/versions").json()["data"]) == 1
-        assert client.post(f"{url}/rollback").json()["error"]["code"] == "no_version"
+        assert client.post(f"{url}/rollback", json={}).json()["error"]["code"] == "no_version"
         assert client.post(f"{url}/interactions", json={"interactions": []}).json()["id"] == user
         assert client.delete(url).json()["id"] == user
         assert client.get(url).status_code == 404

@@ -20,7 +20,7 @@ from proper.inference.kv import RowCache
 from proper.inference.passes import columns_left, decode, prefill, rows_of
 from proper.inference.prefixes import Prefix, Prefixes
 from proper.inference.requests import Token
-from proper.inference.sampling import next_tokens
+from proper.inference.sampling import logprobs_of, next_tokens
 from proper.layers.routing import Rows
 
 if TYPE_CHECKING:
@@ -163,8 +163,12 @@ class Batch:
         except Exception as error:
             return [error] * len(guests)
         return [
-            token
-            if isinstance(token, Exception)
-            else Token(token, tuple(one) if guest.request.gates and guest.grouped and one else None)
-            for token, guest, one in zip(tokens, guests, told, strict=True)
+            token if isinstance(token, Exception) else _token(token, guest, tuple(one), logits[row])
+            for row, (token, guest, one) in enumerate(zip(tokens, guests, told, strict=True))
         ]
+
+
+def _token(token: int, guest: Guest, gates: tuple[float, ...], logits: Float[Tensor, "V"]) -> Token:
+    own = gates if guest.request.gates and guest.grouped and gates else None
+    count = guest.request.alternatives
+    return Token(token, own, None if count is None else logprobs_of(logits, token, count))

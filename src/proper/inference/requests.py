@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from proper.errors import InputError
-from proper.inference.sampling import Sampling
+from proper.inference.sampling import Logprobs, Sampling
 
 Tier = Literal["users", "groups", "population"]
 
@@ -27,6 +27,7 @@ class Request:
         sampling: how tokens are drawn, and how many at most. The seed is this request's own.
         gates: whether its tokens tell which experts they came from.
         client: the API key that asks; the rows are shared between tenants' keys.
+        alternatives: how many likely tokens each of its tokens tells beside its own log-probability; None for neither.
     """
 
     prompt: tuple[int, ...]
@@ -36,6 +37,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     gates: bool = False
     client: str = ""
+    alternatives: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,12 @@ class Token:
     Attributes:
         gates: each expert's gate where the token was drawn, the mean over modules; None unless the request wants them
             and experts answer it.
+        logprobs: its log-probability and the likeliest tokens; None unless the request wants them.
     """
 
     id: int
     gates: tuple[float, ...] | None = None
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from proper.errors import ProperError
 
+LEAST = -9999.0
+"""The log-probability of what cannot come; OpenAI's for what is very unlikely."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -31,6 +34,19 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities (nats) at one token's place, by the model itself: temperature and top_p do not show.
+
+    Attributes:
+        own: of the token.
+        likeliest: tokens and theirs, the likeliest first.
+    """
+
+    own: float
+    likeliest: tuple[tuple[int, float], ...]
 
 
 class Sampler:
@@ -66,6 +82,13 @@ def nucleus(scores: Float[Tensor, "V"], mass: float) -> Float[Tensor, "V"]:
     drop = ordered.softmax(-1).cumsum(-1) <= 1 - mass
     drop[-1] = False
     return scores.masked_fill(torch.zeros_like(drop).scatter(0, order, drop), -torch.inf)
+
+
+def logprobs_of(logits: Float[Tensor, "V"], token: int, count: int) -> Logprobs:
+    """Return a token's log-probability and the `count` likeliest; `LEAST` stands for -inf, which JSON lacks."""
+    shares = logits.float().log_softmax(-1).nan_to_num(nan=LEAST, neginf=LEAST).clamp(min=LEAST).cpu()
+    values, ids = shares.topk(min(count, len(shares)))
+    return Logprobs(float(shares[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def next_tokens(logits: Float[Tensor, "B V"], samplers: Sequence[Sampler]) -> list[int | Exception]:

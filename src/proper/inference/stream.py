@@ -1,7 +1,8 @@
 """Tokens of one answer to text, piece by piece: the pieces joined are the decoded answer, stripped.
 
-A character may be spread over tokens and a stop text over pieces, so what could still change is held back. Knows
-nothing about models or users.
+A character may be spread over tokens and a stop text over pieces, so what could still change is held back. A stop text
+is looked for in the answer before it is stripped: it may be a newline at the beginning or the end. Knows nothing about
+models or users.
 """
 
 from __future__ import annotations
@@ -35,28 +36,27 @@ class TextStream:
     def push(self, token: int) -> str:
         """Take a token; return the text that is certain now."""
         self._ids.append(token)
-        text, certain = self._text(), None
+        raw = self._raw()
         if not self.stopped:
-            held = max((overlap(text, stop) for stop in self._stop), default=0)
-            held = max(held, self._window, self._open(text))
-            certain = text[: max(0, len(text) - held)].rstrip(_UNFINISHED).rstrip()
-        return self._send(text if certain is None else certain)
+            held = max((overlap(raw, stop) for stop in self._stop), default=0)
+            held = max(held, self._window, self._open(raw))
+            raw = raw[: max(0, len(raw) - held)].rstrip(_UNFINISHED)
+        return self._send(raw.strip())
 
     def close(self) -> str:
         """Return what was held back."""
-        return self._send(self._text())
+        return self._send(self._raw().strip())
 
-    def _text(self) -> str:
+    def _raw(self) -> str:
+        """Return the text before the first stop text, not stripped."""
         text = self._decode(self._ids)
         places = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        if places:
-            self.stopped = True
-            text = text[: min(places)].strip()
-        return text
+        self.stopped = bool(places)
+        return text[: min(places)] if places else text
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text.strip()
+        return text
 
     def _open(self, text: str) -> int:
         """Return how many characters are of a run of byte tokens that may go on: it is text only if all of it is."""

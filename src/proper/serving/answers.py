@@ -15,10 +15,11 @@ from proper.inference.requests import Event, Request, Sink, Started, Token
 from proper.inference.runner import Runner
 from proper.inference.sampling import Sampling
 from proper.inference.stream import TextStream
+from proper.serving.asking import Options, Wanted
 from proper.serving.metrics import Metrics
 from proper.serving.refusals import Refusal
 from proper.serving.threads import Threads
-from proper.serving.wire import Options, RunCard, Wanted
+from proper.serving.wire import RunCard
 
 LONG = 512
 """Tokens from which on an answer is decoded on a thread."""
@@ -33,6 +34,7 @@ class Piece:
         started: on the first piece of each: who answers.
         tokens: how many are in it.
         gates: those of each, where they were asked for and experts answer.
+        told: the tokens themselves, where their log-probabilities were asked for.
         finish: on the last piece of each: why it ends.
     """
 
@@ -41,6 +43,7 @@ class Piece:
     started: Started | None = None
     tokens: int = 0
     gates: tuple[tuple[float, ...], ...] = ()
+    told: tuple[Token, ...] = ()
     finish: Literal["stop", "length"] | None = None
 
 
@@ -53,6 +56,11 @@ class Answers:
         self.threads = Threads(4)
         self._longest_token = max(map(len, self.encoder.tokenizer.get_vocab()))
 
+    def decode(self, token: int) -> str:
+        """Return the text of one token."""
+        text: str = self.encoder.tokenizer.decode([token])
+        return text
+
     def card(self) -> RunCard:
         """Describe the run that answers."""
         model = self.runner.engine.model
@@ -62,31 +70,29 @@ class Answers:
             stage=model.stage, experts=experts, literals=list(template.literals), columns=list(template.columns)
         )
 
-    def request(self, prompt: str, options: Options, tenant: str, max_tokens: int | None, ready: bool) -> Request:
+    def request(
+        self,
+        prompt: str | Sequence[int],
+        options: Options,
+        tenant: str,
+        max_tokens: int | None,
+        alternatives: int | None = None,
+    ) -> Request:
         """Return what the engine is asked for one prompt. Tokenizing takes its time: not for the event loop.
 
         Args:
-            prompt: its text.
+            prompt: its text, or the ids of all its tokens.
             options: what came over the wire.
             tenant: whose user.
             max_tokens: the longest answer; the config's if None.
-            ready: whether the prompt holds the tokenizer's start tokens.
+            alternatives: how many likely tokens are told beside each of the answer; None for no log-probabilities.
 
         Raises:
             Refusal: the prompt is empty, does not fit, or has a token that the model has no embedding for.
         """
-        if not prompt.strip():
-            raise Refusal(400, "the prompt is empty", param="prompt")
         engine = self.runner.engine
         room = max_tokens or engine.model.config.task.max_new_tokens
-        if len(prompt) > self._longest_token * max(1, engine.limit - room):  # that many tokens would not hold it
-            sizes = f"prompt ({len(prompt)} characters) and answer (up to {room})"
-            why = f"{sizes} are longer than the {engine.limit} that fit"
-            raise Refusal(400, why, code="context_length_exceeded", param="max_tokens")
-        try:
-            ids = self.encoder.filled(prompt) if ready else self.encoder.start + self.encoder.tokens(prompt)
-        except InputError as error:
-            raise Refusal(400, f"the prompt: {error}", param="prompt") from error
+        ids = self._ids(prompt, max(1, engine.limit - room))
         if len(ids) + room > engine.limit:
             why = f"prompt ({len(ids)} tokens) and answer (up to {room}) are longer than the {engine.limit} that fit"
             raise Refusal(400, why, code="context_length_exceeded", param="max_tokens")
@@ -97,12 +103,34 @@ class Answers:
         top_p = 1.0 if options.top_p is None else options.top_p
         wanted = options.proper or Wanted()
         sampling = Sampling(room, temperature, top_p, seed)
-        request = Request(ids, options.user, tenant, wanted.tier, sampling, wanted.gates)
+        request = Request(
+            ids,
+            options.user,
+            tenant,
+            wanted.tier or "users",
+            sampling,
+            bool(wanted.gates),
+            alternatives=alternatives,
+        )
         try:
             engine.check(request)
         except InputError as error:
-            raise Refusal(400, str(error), param="prompt") from error
+            raise Refusal(400, str(error), code="invalid", param="prompt") from error
         return request
+
+    def _ids(self, prompt: str | Sequence[int], room: int) -> tuple[int, ...]:
+        """Return a prompt's tokens; a text that `room` tokens cannot hold is refused before it is tokenized."""
+        if not isinstance(prompt, str):
+            return tuple(prompt)
+        if not prompt.strip():
+            raise Refusal(400, "the prompt is empty", param="prompt")
+        if len(prompt) > self._longest_token * room:
+            why = f"prompt ({len(prompt)} characters) is longer than the {room} tokens that fit beside its answer"
+            raise Refusal(400, why, code="context_length_exceeded", param="max_tokens")
+        try:
+            return self.encoder.start + self.encoder.tokens(prompt)
+        except InputError as error:
+            raise Refusal(400, f"the prompt: {error}", param="prompt") from error
 
     async def stream(self, requests: Sequence[Request], stop: Sequence[str]) -> AsyncGenerator[Piece, None]:
         """Yield the answers as they grow; leaving the loop early frees their rows.
@@ -151,7 +179,8 @@ class Answers:
         if isinstance(event, Started):
             return Piece(index, started=event)
         if isinstance(event, Token):
-            return Piece(index, text.push(event.id), tokens=1, gates=() if event.gates is None else (event.gates,))
+            gates = () if event.gates is None else (event.gates,)
+            return Piece(index, text.push(event.id), None, 1, gates, () if event.logprobs is None else (event,))
         if event.reason == "error":
             self.log(f"a request failed: {event.error}")
             raise Refusal(500, "the request failed", code="failed")
