@@ -112,7 +112,7 @@ def json_lines(dice: random.Random, path: Path, size: int) -> Written:
     for n in range(1, size + 1):
         row = ordinary(n)
         verdicts[n] = spoil(dice, row, pools) if n > 40 else row["user_id"]
-        if dice.random() < 0.1:  # a bad value in a column that nobody asked for harms nobody
+        if dice.random() < 0.1:  # a bad value in a column that is not read is no fault
             row["unused"] = dice.choice(PROMPTS)[0]
         line = json.dumps(row).encode()
         if n > 40 and dice.random() < 0.1:
