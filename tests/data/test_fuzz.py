@@ -322,7 +322,7 @@ def test_hostile_rows_are_all_in_or_nothing_is(tmp_path: Path) -> None:
 
 
 def test_check_says_it_in_one_line_or_goes_on_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for written in hostile_files(tmp_path, seed=1, rows=750):
+    for written in hostile_files(tmp_path, seed=2, rows=300, size=100):
         settings = config_of(written).model_dump(include={"data": {"path", "prompt"}, "task": {"kind"}, "split": ...})
         config = tmp_path / "config.yaml"
         config.write_text(yaml.safe_dump(settings), encoding="utf-8")
