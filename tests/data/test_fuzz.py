@@ -112,7 +112,7 @@ def json_lines(dice: random.Random, path: Path, size: int) -> Written:
     for n in range(1, size + 1):
         row = ordinary(n)
         verdicts[n] = spoil(dice, row, pools) if n > 40 else row["user_id"]
-        if dice.random() < 0.1:  # a bad value in a column that nobody asked for harms nobody
+        if dice.random() < 0.1:  # a bad value in a column that is not read is no fault
             row["unused"] = dice.choice(PROMPTS)[0]
         line = json.dumps(row).encode()
         if n > 40 and dice.random() < 0.1:
@@ -322,7 +322,7 @@ def test_hostile_rows_are_all_in_or_nothing_is(tmp_path: Path) -> None:
 
 
 def test_check_says_it_in_one_line_or_goes_on_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for written in hostile_files(tmp_path, seed=1, rows=750):
+    for written in hostile_files(tmp_path, seed=2, rows=300, size=100):
         settings = config_of(written).model_dump(include={"data": {"path", "prompt"}, "task": {"kind"}, "split": ...})
         config = tmp_path / "config.yaml"
         config.write_text(yaml.safe_dump(settings), encoding="utf-8")

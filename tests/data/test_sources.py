@@ -295,7 +295,7 @@ def test_a_time_that_no_calendar_has_is_a_bad_row_like_any_other(tmp_path: Path,
     assert good.time in (0, 1)
     (message,) = bad.first
     assert message.startswith(f"{path}:2: timestamp: ")
-    # Where the column is no time, it is in nobody's way.
+    # A column that is not read has no bad values.
     assert len(read(path, time=None)) == 2
 
 

@@ -73,8 +73,8 @@ def test_own_data_is_seen_in_any_script_and_the_benchmark_stays_official(make) -
 
 NO_HOME = """
 import os, pwd, sys
-def nobody(_): raise KeyError("uid not found")
-pwd.getpwuid = nobody  # as for a uid without an entry in /etc/passwd, which only root could take on
+def unknown(_): raise KeyError("uid not found")
+pwd.getpwuid = unknown  # as for a uid without an entry in /etc/passwd, which only root could take on
 assert os.path.expanduser("~") == "~"
 import {module}
 assert not {"nltk", "rouge_score"} & {*sys.modules}
