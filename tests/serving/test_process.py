@@ -96,7 +96,7 @@ def test_sigterm_lets_an_answer_finish(process: Process) -> None:
         assert next(lines).startswith("data: ")
         os.kill(started.pid, signal.SIGTERM)
         text = "\n".join(lines)
-    assert '"finish_reason":' in text and "[DONE]" in text and "error" not in text
+    assert '"finish_reason": "' in text and "[DONE]" in text and "error" not in text
     _, rest = started.communicate(timeout=60)
     assert started.returncode == 0 and "proper: stopped" in rest
     with pytest.raises(httpx.ConnectError):
@@ -121,7 +121,7 @@ def test_sigterm_waits_no_longer_than_it_was_told(long_run: Path, tmp_path: Path
                 text += line
         _, rest = started.communicate(timeout=60)
     assert started.returncode == 0 and "proper: stopped" in rest
-    assert text.startswith("data: ") and "[DONE]" not in text and '"finish_reason":' not in text
+    assert text.startswith("data: ") and "[DONE]" not in text and '"finish_reason": "' not in text
 
 
 def test_other_machines_need_keys(long_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
