@@ -129,7 +129,7 @@ def test_an_open_folder_is_closed_and_one_for_a_group_stays(tmp_path: Path) -> N
 
 def test_a_private_file_is_not_opened_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "victim")
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(OSError, match="is a symbolic link"):
         open_private(tmp_path / "link", os.O_RDWR | os.O_CREAT)
     assert not (tmp_path / "victim").exists()
 

@@ -6,6 +6,7 @@ mean.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -57,7 +58,12 @@ def open_private(path: Path, flags: int) -> int:
     Raises:
         OSError: also where the path is a symbolic link, which is never followed.
     """
-    file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE_FILE)
+    try:
+        file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE_FILE)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "is a symbolic link and is not followed", str(path)) from error
+        raise
     found = os.fstat(file)
     if found.st_mode & _OTHERS and found.st_uid == os.geteuid() and flags & os.O_ACCMODE != os.O_RDONLY:
         os.fchmod(file, stat.S_IMODE(found.st_mode) & 0o7700)
