@@ -92,10 +92,9 @@ class Answers:
         """
         engine = self.runner.engine
         room = max_tokens or engine.model.config.task.max_new_tokens
-        ids = self._ids(prompt, max(1, engine.limit - room))
+        ids = self._ids(prompt, room)
         if len(ids) + room > engine.limit:
-            why = f"prompt ({len(ids)} tokens) and answer (up to {room}) are longer than the {engine.limit} that fit"
-            raise Refusal(400, why, code="context_length_exceeded", param="max_tokens")
+            raise self._too_long(f"{len(ids)} tokens", room)
         temperature = options.temperature or 0.0
         seed = options.seed
         if seed is None:
@@ -118,15 +117,23 @@ class Answers:
             raise Refusal(400, str(error), code="invalid", param="prompt") from error
         return request
 
-    def _ids(self, prompt: str | Sequence[int], room: int) -> tuple[int, ...]:
-        """Return a prompt's tokens; a text that `room` tokens cannot hold is refused before it is tokenized."""
+    def _too_long(self, prompt: str, answer: int) -> Refusal:
+        limit = self.runner.engine.limit
+        why = f"prompt ({prompt}) and answer (up to {answer}) are longer than the {limit} that fit"
+        return Refusal(400, why, code="context_length_exceeded", param="max_tokens")
+
+    def _ids(self, prompt: str | Sequence[int], answer: int) -> tuple[int, ...]:
+        """Return a prompt's tokens. A text with more characters than its tokens can have is not tokenized at all.
+
+        Raises:
+            Refusal: the text is empty, is too long, or has a token that the model has no embedding for.
+        """
         if not isinstance(prompt, str):
             return tuple(prompt)
         if not prompt.strip():
             raise Refusal(400, "the prompt is empty", param="prompt")
-        if len(prompt) > self._longest_token * room:
-            why = f"prompt ({len(prompt)} characters) is longer than the {room} tokens that fit beside its answer"
-            raise Refusal(400, why, code="context_length_exceeded", param="max_tokens")
+        if len(prompt) > self._longest_token * max(1, self.runner.engine.limit - answer):
+            raise self._too_long(f"{len(prompt)} characters", answer)
         try:
             return self.encoder.start + self.encoder.tokens(prompt)
         except InputError as error:

@@ -103,8 +103,9 @@ def create_app(
     app.include_router(health_routes(runner, worker, metrics, gate))
     app.include_router(page_routes())
     _explain_errors(app, None if store is None else store.folder.parent, note)
-    app.add_middleware(Admission, gate=gate, turnstile=turnstile)
     app.add_middleware(Door)
+    # Outside of the door: what it refuses counts for the rate.
+    app.add_middleware(Admission, gate=gate, turnstile=turnstile)
     app.add_middleware(
         Guard, body_bytes=settings.limits.body_bytes, metrics=metrics, log=note, log_users=settings.log_users
     )
