@@ -1,10 +1,13 @@
 """Files that are never half-written, and hashes of what is in them.
 
+Below a run folder only files of its registry (`run_files`) are written. What is not whole yet lies in a hidden folder
+beside its place, which its writer keeps locked: so `sweep` can tell what a killed process left there.
 Knows nothing about what the files mean.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -12,10 +15,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from proper.errors import ProperError
+from proper.run_files import TEMPORARY, require_listed
 
 
 @contextmanager
@@ -23,22 +28,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed.
 
     Raises:
+        InputError: `path` lies in a run folder and is none of its files.
         ProperError: the disk is full or the folder cannot be written; `path` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    require_listed(path)
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _hidden_folder(path) as folder:
+            temporary = folder / "new.tmp"
+            temporary.touch()
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
     except OSError as error:
         raise ProperError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -48,29 +53,90 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     A folder that was there is put aside first and removed last; between the two renames neither is at `path`.
 
     Raises:
+        InputError: `path` lies in a run folder.
         ProperError: the disk is full or the place cannot be written; `path` is as it was.
     """
-    places: list[Path] = []
+    require_listed(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for _ in ("new", "old"):
-            places.append(Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent)))
-        new, old = places
-        yield new
-        for file in new.rglob("*"):
-            if file.is_file():
-                with file.open("rb+") as opened:
-                    os.fsync(opened.fileno())
-                file.chmod(0o644)
-        new.chmod(0o755)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(new, path)
+        with _hidden_folder(path) as new, _hidden_folder(path) as old:
+            yield new
+            for file in new.rglob("*"):
+                if file.is_file():
+                    with file.open("rb+") as opened:
+                        os.fsync(opened.fileno())
+                    file.chmod(0o644)
+            new.chmod(0o755)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(new, path)
     except OSError as error:
         raise ProperError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written in `folder` and below it; what a living one writes stays.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    for place, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
+            if fnmatchcase(name, TEMPORARY):
+                _remove_dead(Path(place, name))
+        # A store may have very many blobs, and none of them is written through here.
+        folders[:] = [name for name in folders if name != "blobs" and not fnmatchcase(name, TEMPORARY)]
+
+
+@contextmanager
+def _hidden_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, locked while this process lives; it is removed afterwards."""
+    folder, handle = _locked_folder(path)
+    try:
+        yield folder
     finally:
-        for place in places:
-            shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent))
+        # The lock is the folder's: writers may replace the file in it.
+        handle = os.open(folder, os.O_RDONLY)
+        if _lock(handle) is not False and folder.exists():
+            return folder, handle
+        os.close(handle)  # another process swept it before it was locked
+
+
+def _lock(handle: int) -> bool | None:
+    """Lock an open file or folder; False where another process has it, None where the file system has no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove_dead(path: Path) -> None:
+    if path.is_symlink():
+        return  # nothing that is written here
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        if _lock(handle):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    except FileNotFoundError:
+        return  # its writer, or another process that sweeps, was faster
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

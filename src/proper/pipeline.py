@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from proper.adapters.store import DEFAULT_TENANT
+from proper.adapters.tombstones import Tombstones
 from proper.config import Config, load_config, make_config
 from proper.console import progress, quiet_libraries
 from proper.data.batching import Encoder
@@ -30,6 +32,8 @@ from proper.files import write_text
 from proper.methods.judge import judging
 from proper.methods.table import known_methods
 from proper.models.backbone import load_tokenizer
+from proper.people.places import remove_deleted
+from proper.people.removal import working
 from proper.reports.compare import write_comparison
 from proper.reports.html import write_report
 from proper.reports.methods import write_methods_csv
@@ -91,8 +95,9 @@ def run(
     processes = join_processes(settings)
     with processes.main_process_first():
         settings = _claim(folder, settings)
-        data = _data(settings, folder, skip_bad_rows)
-    with data as dataset:
+        with working(folder):
+            data = _data(settings, folder, skip_bad_rows)
+    with data as dataset, working(folder):
         _train(settings, dataset, folder, [stage for stage in TRAINED if stage in stages], processes.is_main_process)
     # Stages 1 and 2 are shared by all processes that `accelerate launch` started; the rest is one process's.
     if not processes.is_main_process:
@@ -119,9 +124,13 @@ def evaluate(folder: str | Path, methods: Sequence[str] | None = None) -> dict[s
     config = _run_config(folder)
     chosen = known_methods(config.evaluation.methods if methods is None else methods, config)
     folders = {seed: seed_folder(folder, config, seed) for seed in config.evaluation.seeds}
-    with Dataset.open(folder / "data.sqlite") as dataset, judging(config, dataset, folders) as judge:
+    with (
+        working(folder),
+        Dataset.open(folder / "data.sqlite") as dataset,
+        judging(config, dataset, folders) as judge,
+    ):
         results = Harness(config, dataset, folders).evaluate(judge.contenders(chosen))
-    write_methods_csv(folder)
+        write_methods_csv(folder)
     return results
 
 
@@ -131,7 +140,8 @@ def report(folder: str | Path) -> Path:
     Raises:
         RunFolderError: the run has not been evaluated.
     """
-    return write_report(Path(folder))
+    with working(Path(folder)):
+        return write_report(Path(folder))
 
 
 def report_comparison(folder: str | Path, other: str | Path) -> list[Path]:
@@ -142,7 +152,8 @@ def report_comparison(folder: str | Path, other: str | Path) -> list[Path]:
         RunFolderError: one of them has not been evaluated.
     """
     folder, other = Path(folder), Path(other)
-    return write_comparison(folder, other, compare_runs(folder, other))
+    with working(folder):
+        return write_comparison(folder, other, compare_runs(folder, other))
 
 
 def report_users(folder: str | Path, users: Sequence[str]) -> list[Path]:
@@ -152,7 +163,8 @@ def report_users(folder: str | Path, users: Sequence[str]) -> list[Path]:
         InputError: a user is not in the run.
         RunFolderError: the run has not been evaluated.
     """
-    return write_user_pages(Path(folder), users)
+    with working(Path(folder)):
+        return write_user_pages(Path(folder), users)
 
 
 @dataclass(frozen=True)
@@ -195,6 +207,7 @@ def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, p
     _claim(folder, config)
     if not (folder / "data.sqlite").exists():
         write_demo(folder / "data", settings)
+        remove_deleted(folder, folder / "data")
     return run(config, folder)
 
 
@@ -229,7 +242,10 @@ def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:
         return Dataset.open(path)
     encoder = Encoder(load_tokenizer(config.backbone), config.compute.max_length)
     with progress("read interactions", None) as advance:
-        dataset = prepare(config, path, encoder.count, skip_bad_rows=skip_bad_rows, progress=advance)
+        deleted = Tombstones(folder / "users").of_tenant(DEFAULT_TENANT)
+        dataset = prepare(
+            config, path, encoder.count, skip_bad_rows=skip_bad_rows, progress=advance, is_left_out=deleted
+        )
     return dataset
 
 

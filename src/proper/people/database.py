@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from proper.adapters.manifest import empty_wal
 from proper.errors import StoreError
 
 FILE = "interactions.sqlite"
@@ -33,6 +34,9 @@ _TABLES = (
     "CREATE INDEX fits_by_place ON fits (state, place)",
     "CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
 )
+# Files of this format were made without it at first. `user` is NULL once only write-ahead logs are left to be emptied.
+_DELETIONS = """CREATE TABLE IF NOT EXISTS deletions (
+    job TEXT PRIMARY KEY, tenant TEXT NOT NULL, user BLOB, state TEXT NOT NULL, ended REAL) WITHOUT ROWID"""
 
 
 class Database:
@@ -74,6 +78,8 @@ class Database:
                     for table in _TABLES:
                         self._db.execute(table)
                     self._db.execute(f"PRAGMA user_version={FORMAT}")
+        if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'deletions'").fetchone():
+            self._db.execute(_DELETIONS)
         if self._format() != FORMAT:
             raise StoreError(f"{self.path}: a log of another version of proper (format {self._format()})")
 
@@ -124,6 +130,9 @@ class Database:
         """Run one statement of a transaction; return how many rows it changed."""
         return self._db.execute(sql, values).rowcount
 
-    def wipe(self) -> None:
-        """Empty the write-ahead log into the file, so that nothing that was deleted is left in it."""
-        self.read("PRAGMA wal_checkpoint(TRUNCATE)")
+    def wipe(self, patience: float = 1.0) -> bool:
+        """Empty the write-ahead log into the file, so that nothing that was deleted is left in it.
+
+        Returns False if another process reads or writes for longer than `patience` (seconds).
+        """
+        return empty_wal(self.path, patience)

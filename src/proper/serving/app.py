@@ -24,8 +24,9 @@ from proper.serving.keys import Keys
 from proper.serving.limits import ServeLimits, Turnstile
 from proper.serving.metrics import Metrics
 from proper.serving.page import page_routes
-from proper.serving.people import people_routes
+from proper.serving.people import deletion_routes, people_routes
 from proper.serving.refusals import ErrorReply, Refusal
+from proper.serving.watch import DeletionWatch
 from proper.serving.worker import Worker
 
 
@@ -54,15 +55,20 @@ def create_app(
     """Return the application. Runner and worker are started with it and stopped after its last reply."""
     store = runner.engine.model.store
     people = None if store is None else InteractionLog(store.folder)
+    watch = None if store is None else DeletionWatch(runner.engine, store.folder, log)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         runner.start()
         if worker is not None:
             worker.start()
+        if watch is not None:
+            watch.start()
         try:
             yield
         finally:
+            if watch is not None:
+                watch.stop()
             runner.stop()
             if worker is not None:
                 worker.stop()
@@ -88,6 +94,7 @@ def create_app(
     answers = Answers(runner, metrics, log)
     app.include_router(generation_routes(settings.model, answers, gate, Turnstile(settings.limits)))
     app.include_router(people_routes(runner.engine, people, gate))
+    app.include_router(deletion_routes(runner.engine, people, gate))
     app.include_router(health_routes(runner, worker, metrics, gate))
     app.include_router(page_routes())
     app.add_exception_handler(Refusal, refuse)
