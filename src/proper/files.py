@@ -1,7 +1,8 @@
 """Files that are never half-written and that only their owner reads, and hashes of what is in them.
 
-Personal is the default: 0600 for files, 0700 for folders, whatever the umask says. Knows nothing about what the files
-mean.
+Below a run folder only files of its registry (`run_files`) are written. What is not whole yet lies in a hidden folder
+beside its place, which its writer keeps locked: so `sweep` can tell what a killed process left there. Personal is the
+default: 0600 for files, 0700 for folders, whatever the umask says. Knows nothing about what the files mean.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import fcntl
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from proper.errors import ProperError
+from proper.run_files import TEMPORARY, require_listed
 
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 _OTHERS = 0o007
@@ -108,25 +111,24 @@ def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
     Only the owner may read it (0600), unless `shared`: then the umask decides.
 
     Raises:
+        InputError: `path` lies in a run folder and is none of its files.
         ProperError: the disk is full or the folder cannot be written; `path` is as it was.
     """
-    temporary: Path | None = None
+    require_listed(path)
     try:
         make_folder(path.parent, shared=shared)
-        temporary = _temporary(path)
-        os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666 if shared else PRIVATE_FILE))
-        mode = stat.S_IMODE(temporary.stat().st_mode)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        # Some writers replace the file, and with it its mode.
-        temporary.chmod(mode)
-        os.replace(temporary, path)
+        with _hidden_folder(path) as folder:
+            temporary = folder / "new.tmp"
+            os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666 if shared else PRIVATE_FILE))
+            mode = stat.S_IMODE(temporary.stat().st_mode)
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            # Some writers replace the file, and with it its mode.
+            temporary.chmod(mode)
+            os.replace(temporary, path)
     except OSError as error:
         raise ProperError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -137,38 +139,99 @@ def atomic_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
     owner may open it and its files (0700, 0600), unless `shared`: then the umask decides.
 
     Raises:
+        InputError: `path` lies in a run folder.
         ProperError: the disk is full or the place cannot be written; `path` is as it was.
     """
-    places: list[Path] = []
+    require_listed(path)
     try:
         make_folder(path.parent, shared=shared)
-        for _ in ("new", "old"):
-            place = _temporary(path)
-            place.mkdir(0o777 if shared else PRIVATE_FOLDER)
-            places.append(place)
-        new, old = places
-        yield new
-        mode = stat.S_IMODE(new.stat().st_mode)
-        for entry in new.rglob("*"):
-            if entry.is_file() and not entry.is_symlink():
-                with entry.open("rb+") as opened:
-                    os.fsync(opened.fileno())
-                entry.chmod(mode & 0o666)
-            elif entry.is_dir() and not entry.is_symlink():
-                entry.chmod(mode)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(new, path)
+        with _hidden_folder(path) as hidden:
+            new = hidden / "new"
+            new.mkdir(0o777 if shared else PRIVATE_FOLDER)
+            yield new
+            _settle(new)
+            if path.exists():
+                os.replace(path, hidden / "old")
+            os.replace(new, path)
     except OSError as error:
         raise ProperError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _settle(folder: Path) -> None:
+    """Have all files of a folder on the disk, with the folder's own mode."""
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    for entry in folder.rglob("*"):
+        if entry.is_file() and not entry.is_symlink():
+            with entry.open("rb+") as opened:
+                os.fsync(opened.fileno())
+            entry.chmod(mode & 0o666)
+        elif entry.is_dir() and not entry.is_symlink():
+            entry.chmod(mode)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written in `folder` and below it; what a living one writes stays.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    for place, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
+            if fnmatchcase(name, TEMPORARY):
+                _remove_dead(Path(place, name))
+        # A store may have very many blobs, and none of them is written through here.
+        folders[:] = [name for name in folders if name != "blobs" and not fnmatchcase(name, TEMPORARY)]
+
+
+@contextmanager
+def _hidden_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, locked while this process lives; it is removed afterwards."""
+    folder, handle = _locked_folder(path)
+    try:
+        yield folder
     finally:
-        for place in places:
-            shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
 
 
-def _temporary(path: Path) -> Path:
-    """Return a name beside `path` that nothing has."""
-    return path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent))
+        # The lock is the folder's: writers may replace the file in it.
+        handle = os.open(folder, os.O_RDONLY)
+        if _lock(handle) is not False and folder.exists():
+            return folder, handle
+        os.close(handle)  # another process swept it before it was locked
+
+
+def _lock(handle: int) -> bool | None:
+    """Lock an open file or folder; False where another process has it, None where the file system has no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove_dead(path: Path) -> None:
+    if path.is_symlink():
+        return  # nothing that is written here
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        if _lock(handle):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    except FileNotFoundError:
+        return  # its writer, or another process that sweeps, was faster
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from proper.adapters.store import DEFAULT_TENANT
+from proper.adapters.tombstones import Tombstones
 from proper.config import Config, load_config, make_config
 from proper.console import progress, quiet_libraries
 from proper.data.dataset import Dataset, prepare
@@ -32,6 +34,8 @@ from proper.methods.table import known_methods
 from proper.models.backbone import configured_backbone
 from proper.models.targets import find_targets
 from proper.models.tokenizer import configured_encoder
+from proper.people.places import remove_deleted
+from proper.people.removal import working
 from proper.reports.compare import write_comparison
 from proper.reports.html import write_report
 from proper.reports.methods import write_methods_csv
@@ -102,8 +106,9 @@ def _run(settings: Config, folder: Path, stages: Sequence[str], skip_bad_rows: b
     processes = join_processes(settings)
     with processes.main_process_first():
         settings = _claim(folder, settings)
-        data = _data(settings, folder, skip_bad_rows)
-    with data as dataset:
+        with working(folder):
+            data = _data(settings, folder, skip_bad_rows)
+    with data as dataset, working(folder):
         _train(settings, dataset, folder, [stage for stage in TRAINED if stage in stages], processes.is_main_process)
     # Stages 1 and 2 are shared by all processes that `accelerate launch` started; the rest is one process's.
     if not processes.is_main_process:
@@ -111,7 +116,8 @@ def _run(settings: Config, folder: Path, stages: Sequence[str], skip_bad_rows: b
     if "evaluate" in stages:
         _evaluate(folder, None)
     if "report" in stages:
-        write_report(folder)
+        with working(folder):
+            write_report(folder)
 
 
 def evaluate(folder: str | Path, methods: Sequence[str] | None = None) -> dict[str, Any]:
@@ -134,9 +140,13 @@ def _evaluate(folder: Path, methods: Sequence[str] | None) -> dict[str, Any]:
     config = _run_config(folder)
     chosen = known_methods(config.evaluation.methods if methods is None else methods, config)
     folders = {seed: seed_folder(folder, config, seed) for seed in config.evaluation.seeds}
-    with Dataset.open(folder / "data.sqlite") as dataset, judging(config, dataset, folders) as judge:
+    with (
+        working(folder),
+        Dataset.open(folder / "data.sqlite") as dataset,
+        judging(config, dataset, folders) as judge,
+    ):
         results = Harness(config, dataset, folders).evaluate(judge.contenders(chosen))
-    write_methods_csv(folder)
+        write_methods_csv(folder)
     return results
 
 
@@ -147,7 +157,7 @@ def report(folder: str | Path) -> Path:
         RunFolderError: the run has not been evaluated, or another process works in its folder.
     """
     _run_config(Path(folder))
-    with exclusive(Path(folder)):
+    with exclusive(Path(folder)), working(Path(folder)):
         return write_report(Path(folder))
 
 
@@ -160,7 +170,7 @@ def report_comparison(folder: str | Path, other: str | Path) -> list[Path]:
     """
     folder, other = Path(folder), Path(other)
     _run_config(folder)
-    with exclusive(folder):
+    with exclusive(folder), working(folder):
         return write_comparison(folder, other, compare_runs(folder, other))
 
 
@@ -172,7 +182,7 @@ def report_users(folder: str | Path, users: Sequence[str]) -> list[Path]:
         RunFolderError: the run has not been evaluated.
     """
     _run_config(Path(folder))
-    with exclusive(Path(folder)):
+    with exclusive(Path(folder)), working(Path(folder)):
         return write_user_pages(Path(folder), users)
 
 
@@ -233,6 +243,7 @@ def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, p
         _claim(folder, config)
         if not (folder / "data.sqlite").exists():
             write_demo(folder / "data", settings)
+            remove_deleted(folder, folder / "data")
         _run(config, folder, STAGES, skip_bad_rows=False)
     return folder
 
@@ -271,7 +282,10 @@ def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:
         return Dataset.open(path)
     encoder = configured_encoder(config)
     with progress("read interactions", None) as advance:
-        dataset = prepare(config, path, encoder.count, skip_bad_rows=skip_bad_rows, progress=advance)
+        deleted = Tombstones(folder / "users").of_tenant(DEFAULT_TENANT)
+        dataset = prepare(
+            config, path, encoder.count, skip_bad_rows=skip_bad_rows, progress=advance, is_left_out=deleted
+        )
     return dataset
 
 

@@ -109,6 +109,8 @@ def _make(path: Path, schema: Schema) -> None:
             os.link(temporary, path)
         except FileExistsError:
             return  # another process was faster
+        except FileNotFoundError:  # a sweep took it for what a killed process left
+            _make(path, schema)
         except OSError:  # a file system without hard links
             os.replace(temporary, path)
     finally:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +87,37 @@ def shard_name(number: int) -> str:
     return f"{number}.shard"
 
 
+def empty_wal(path: Path, patience: float) -> bool:
+    """Move a database's write-ahead log into its file and empty it, so that it keeps nothing that was deleted.
+
+    Returns False if another process reads or writes for longer than `patience` (seconds): what was deleted is still
+    in the write-ahead log then.
+
+    Raises:
+        StoreError: the database is damaged, or the disk full.
+    """
+    deadline = time.monotonic() + patience
+    try:
+        # A connection of its own: others of this process may be in the middle of a read.
+        with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as database:
+            while _is_busy(database):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.02)
+    except sqlite3.Error as error:
+        raise StoreError(f"{path}: {error}") from error
+    return True
+
+
+def _is_busy(database: sqlite3.Connection) -> bool:
+    try:
+        return bool(database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error):
+            raise
+        return True
+
+
 class Manifest:
     """The SQLite file at `path`, made if it is not there.
 
@@ -146,9 +178,13 @@ class Manifest:
         """Run one statement of a transaction; return how many rows it changed."""
         return self._db.execute(sql, values).rowcount
 
-    def shrink_log(self) -> None:
-        """Move the write-ahead log into the file and empty it, so that it keeps nothing that was deleted."""
-        self.read("PRAGMA wal_checkpoint(TRUNCATE)")
+    def shrink_log(self, patience: float = 1.0) -> bool:
+        """Empty the write-ahead log; see `empty_wal`."""
+        return empty_wal(self.path, patience)
+
+    def changes(self) -> int:
+        """Return a number that is another one after another connection has committed."""
+        return int(self.read("PRAGMA data_version")[0][0])
 
     def facts(self) -> dict[str, str]:
         """Return what the store is bound to."""

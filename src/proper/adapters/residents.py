@@ -159,6 +159,10 @@ class Residents:
             if not self._slots[key].pins:
                 self._wipe(key)
 
+    def owners(self) -> set[tuple[str, str]]:
+        """Return tenant and user of every adapter that is in a slot or on its way."""
+        return {(key.tenant, key.user) for key in (*self._slots, *self._loading)}
+
     def close(self) -> None:
         """Wait for the load in hand and end the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -46,11 +46,13 @@ def prepare(
     *,
     skip_bad_rows: bool = False,
     progress: Callable[[int], None] | None = None,
+    is_left_out: Callable[[str], bool] | None = None,
 ) -> Dataset:
     """Read, check and split the interactions of `config` into the database `path`, which is replaced whole or not.
 
     `count_tokens` maps prompts and targets to their lengths in tokens, prompt and target together, untruncated.
-    `progress` is called with the number of good rows read since its last call.
+    `progress` is called with the number of good rows read since its last call. Rows of users of whom `is_left_out` is
+    true are passed over: those were deleted from the run.
 
     Raises:
         DataError: the data cannot be read, has bad rows (without `skip_bad_rows`), or leaves nothing to evaluate.
@@ -60,7 +62,7 @@ def prepare(
         connection = create(temporary)
         try:
             connection.execute("BEGIN")
-            ingest(connection, config, count_tokens, skip_bad_rows, progress)
+            ingest(connection, config, count_tokens, skip_bad_rows, progress, is_left_out)
             shared = config.split.shared_items
             if shared == "auto":
                 shared = "exclude" if config.task.kind == "generation" else "allow"

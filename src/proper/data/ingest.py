@@ -38,6 +38,7 @@ def ingest(
     count_tokens: CountTokens,
     skip_bad_rows: bool,
     progress: Callable[[int], None] | None,
+    is_left_out: Callable[[str], bool] | None = None,
 ) -> None:
     """Fill the tables with the good rows of `config.data`, each as history, and store labels, counts and hash.
 
@@ -48,7 +49,10 @@ def ingest(
         CREATE TEMP TABLE arrived(text INTEGER PRIMARY KEY, user TEXT, time REAL, digest BLOB, item TEXT,
                                   item_key INTEGER, prompt_key INTEGER, tokens INTEGER, part TEXT)""")
     bad, count = BadRows(), 0
-    for chunk in _chunks(read_interactions(config.data, bad, config.task)):
+    interactions = read_interactions(config.data, bad, config.task)
+    if is_left_out is not None:
+        interactions = (each for each in interactions if not is_left_out(each.user))
+    for chunk in _chunks(interactions):
         if bad.count and not skip_bad_rows:
             continue  # Nothing will be kept; the rest is read to say how many rows are bad.
         tokens = count_tokens([each.prompt for each in chunk], [each.target for each in chunk])

@@ -58,6 +58,7 @@ class Engine:
         self._prefixes = Prefixes(limits.prefix_bytes)
         self._inbox: deque[Ticket] = deque()
         self._forget: deque[tuple[str, str]] = deque()
+        self._recheck = False
         self._waiting: Waiting[Guest] = Waiting(limits.patience, limits.flow_rows)
         self._batch = Batch(model, limits.rows, self.limit, self._prefixes)
         self._open: dict[Ticket, None] = {}
@@ -92,6 +93,15 @@ class Engine:
             self._forget.append((tenant, user))
             self.changed.notify_all()
 
+    def recheck(self) -> None:
+        """Forget those users of whom something is kept and who are not in their store any more; for any thread.
+
+        Another process may have deleted them.
+        """
+        with self.changed:
+            self._recheck = True
+            self.changed.notify_all()
+
     def store(self, tenant: str) -> AdapterStore:
         """Return a tenant's store, opened when it is first asked for; for any thread.
 
@@ -119,7 +129,7 @@ class Engine:
     def blocked(self) -> bool:
         """Whether the next step has nothing to do before a load ends or something is handed in or cancelled."""
         loading = self._loading
-        if len(self._batch) or self._inbox or self._forget or loading.finished:
+        if len(self._batch) or self._inbox or self._forget or self._recheck or loading.finished:
             return False
         if len(self._waiting) and not loading.underway:
             return False  # a row that ended with its first token has freed what they wait for
@@ -194,6 +204,10 @@ class Engine:
                 self._batch.require_backbone()
 
     def _take_in(self) -> None:
+        if self._recheck:
+            self._recheck = False
+            kept = self._loading.owners() | self._prefixes.owners()
+            self._forget.extend(owner for owner in kept if self._loading.is_gone(*owner))
         while self._forget:
             tenant, user = self._forget.popleft()
             self._loading.forget(tenant, user)

@@ -140,6 +140,14 @@ class Loading:
         if self.residents is not None:
             self.residents.forget(tenant, user)
 
+    def owners(self) -> set[tuple[str, str]]:
+        """Return tenant and user of every adapter that is in a slot or on its way."""
+        return self.residents.owners() if self.residents is not None else set()
+
+    def is_gone(self, tenant: str, user: str) -> bool:
+        """Whether a user is not in their store any more."""
+        return self.store(tenant).head(user) is None
+
     def close(self) -> None:
         """End the loading thread and close the stores; the bank is the model's own again."""
         if self.residents is not None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from proper.adapters.manifest import empty_wal
 from proper.errors import StoreError
 from proper.sqlite_files import Schema, open_shared, read_only_error
 
@@ -33,6 +34,9 @@ _TABLES = (
     "CREATE INDEX fits_by_place ON fits (state, place)",
     "CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
 )
+# Files of this format were made without it at first. `user` is NULL once only write-ahead logs are left to be emptied.
+_DELETIONS = """CREATE TABLE IF NOT EXISTS deletions (
+    job TEXT PRIMARY KEY, tenant TEXT NOT NULL, user BLOB, state TEXT NOT NULL, ended REAL) WITHOUT ROWID"""
 
 
 class Database:
@@ -49,6 +53,11 @@ class Database:
         # Held while reading too: one connection would show other threads what is not committed yet.
         self._lock = threading.RLock()
         self._db, self.read_only = open_shared(path, Schema("a log", FORMAT, _TABLES, durable), wait_seconds)
+        if not self.read_only and not self._has_deletions():
+            self._db.execute(_DELETIONS)
+
+    def _has_deletions(self) -> bool:
+        return bool(self.read("SELECT 1 FROM sqlite_master WHERE name = 'deletions'"))
 
     def close(self) -> None:
         """Close the file."""
@@ -97,6 +106,9 @@ class Database:
         """Run one statement of a transaction; return how many rows it changed."""
         return self._db.execute(sql, values).rowcount
 
-    def wipe(self) -> None:
-        """Empty the write-ahead log into the file, so that nothing that was deleted is left in it."""
-        self.read("PRAGMA wal_checkpoint(TRUNCATE)")
+    def wipe(self, patience: float = 1.0) -> bool:
+        """Empty the write-ahead log into the file, so that nothing that was deleted is left in it.
+
+        Returns False if another process reads or writes for longer than `patience` (seconds).
+        """
+        return empty_wal(self.path, patience)

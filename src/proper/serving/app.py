@@ -28,8 +28,9 @@ from proper.serving.keys import Keys
 from proper.serving.limits import ServeLimits, Turnstile
 from proper.serving.metrics import Metrics
 from proper.serving.page import page_routes
-from proper.serving.people import people_routes
+from proper.serving.people import deletion_routes, people_routes
 from proper.serving.refusals import ErrorReply, Refusal, one_line, without_folders
+from proper.serving.watch import DeletionWatch
 from proper.serving.worker import Worker
 
 
@@ -64,15 +65,20 @@ def create_app(
     people = None if store is None else InteractionLog(store.folder)
     # A connection of their own: what is read for the figures does not wait for what is written.
     watched = None if store is None else InteractionLog(store.folder)
+    watch = None if store is None or store.manifest.read_only else DeletionWatch(runner.engine, store.folder, note)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         runner.start()
         if worker is not None:
             worker.start()
+        if watch is not None:
+            watch.start()
         try:
             yield
         finally:
+            if watch is not None:
+                watch.stop()
             runner.stop()
             if worker is not None:
                 worker.stop()
@@ -100,6 +106,7 @@ def create_app(
     answers, turnstile = Answers(runner, metrics, note), Turnstile(settings.limits)
     app.include_router(generation_routes(settings.model, answers, gate, turnstile))
     app.include_router(people_routes(runner.engine, people, gate))
+    app.include_router(deletion_routes(runner.engine, people, gate))
     app.include_router(health_routes(runner, worker, metrics, gate))
     app.include_router(page_routes())
     _explain_errors(app, None if store is None else store.folder.parent, note)

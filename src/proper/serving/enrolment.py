@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Query
 from proper.data.templates import BadValue
 from proper.inference.personalized import PersonalizedModel
 from proper.people.entries import Read, plain_reader
-from proper.people.log import ConflictError, Entry, ExistsError
+from proper.people.log import ConflictError, DeletedError, Entry, ExistsError
 from proper.serving.gate import Gate
 from proper.serving.keys import Principal
 from proper.serving.paths import user_in_path
@@ -56,6 +56,10 @@ def _learn(held: Holdings, user: str, entries: Sequence[Entry], new: bool) -> Le
         said = held.log.append(held.tenant, user, entries, new=new)
     except ExistsError as error:
         raise _exists(user) from error
+    except DeletedError as error:
+        if new:
+            raise Refusal(409, str(error), code="deletion_running", param="user") from error
+        raise Refusal(404, str(error), code="user_not_found", param="user") from error
     except ConflictError as error:
         place = f"interactions.{error.at}.id"
         raise Refusal(409, f"{place}: {error}", code="interaction_conflict", param=place) from error

@@ -144,11 +144,19 @@ class Rollback(Asked):
 
 
 class Deleted(BaseModel):
-    """What was deleted."""
+    """Who was deleted: no byte of them is left in the run's files, but for what all users share."""
 
     id: str
     object: Literal["user.deleted"] = "user.deleted"
     deleted: bool = True
+
+
+class Deletion(BaseModel):
+    """A deletion that goes on: `running` while bytes of the user are left, then `done`. `id` names it, not the user."""
+
+    id: str
+    object: Literal["user.deletion"] = "user.deletion"
+    state: Literal["running", "done"]
 
 
 class Health(BaseModel):

@@ -16,7 +16,7 @@ from proper.data.labels import find_label
 from proper.data.sampling import Example
 from proper.files import hash_value
 from proper.people.log import InteractionLog, Logged
-from proper.people.places import run_home
+from proper.run_files import run_home
 
 
 @dataclass(frozen=True)
