@@ -63,6 +63,7 @@ SHARED = (
     "preflight.json",
     "population/*",
     "groups/groups.safetensors",
+    "groups/poly.safetensors",
     "groups/stage.json",
     "users/stage.json",
     "users/router.safetensors",

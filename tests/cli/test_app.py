@@ -22,8 +22,8 @@ from proper.errors import InputError
 COMMANDS = ["demo", "check", "run", "evaluate", "report", "generate", "serve", "export-backbone"]
 GROUPS = {
     "users": ["list", "show", "rollback", "delete", "check", "export", "import"],
-    "keys": ["add", "list", "revoke"],
-    "data": ["fetch"],
+    "keys": ["add", "list", "revoke", "open"],
+    "data": ["fetch", "from-git"],
     "bench": ["users", "groups", "serve", "store"],
 }
 EVERY = [[name] for name in COMMANDS] + [[group, name] for group, names in GROUPS.items() for name in names]

@@ -22,7 +22,7 @@ FROM_GIT_EXAMPLES = """\
 
 app = typer.Typer(
     name="data",
-    help="Fetch benchmark data, or make a data set from a git history.",
+    help="Fetch or make data sets.",
     epilog=f"\b\nExamples:\n{EXAMPLES}{FROM_GIT_EXAMPLES}",
     rich_markup_mode=None,
 )
@@ -74,8 +74,9 @@ def from_git(
         str, typer.Option(help="Key of the authors' pseudonyms; the first commit's id by default.", show_default=False)
     ] = "",
 ) -> None:
-    """Make a data set from a repository's commits: who (a pseudonym), when, body, subject, prefix, area.
+    """Make a data set from a repository's commits.
 
+    One row is one commit: its author (a pseudonym), time, body, subject, the subject's prefix, and the area it changes.
     Merges, short bodies and repeated subjects are left out, trailers removed, addresses and URLs masked. The columns
     are user_id, item_id, timestamp, subject, body, prefix and area. Prints the file.
     """

@@ -66,7 +66,7 @@ def revoke(
 
 @app.command("open", epilog=examples("open runs/demo"))
 def open_run(folder: RunFolder) -> None:
-    """Let everybody on the same machine in again, once all keys are revoked.
+    """Open a server to this machine again, without keys.
 
     A run that has had a key answers nobody without one, also when its keys are lost. This takes that back: everything
     that reaches the server from its own machine, a proxy included, gets in with all rights.

@@ -52,11 +52,14 @@ class Database:
         self.path = path
         # Held while reading too: one connection would show other threads what is not committed yet.
         self._lock = threading.RLock()
-        self._db, self.read_only = open_shared(path, Schema("a log", FORMAT, _TABLES, durable), wait_seconds)
-        if not self.read_only and not self._has_deletions():
+        self._db, self.read_only = open_shared(
+            path, Schema("a log", FORMAT, (*_TABLES, _DELETIONS), durable), wait_seconds
+        )
+        if not self.read_only and not self.has_deletions():
             self._db.execute(_DELETIONS)
 
-    def _has_deletions(self) -> bool:
+    def has_deletions(self) -> bool:
+        """Whether the file has the table of deletions: a read-only file of an earlier version lacks it."""
         return bool(self.read("SELECT 1 FROM sqlite_master WHERE name = 'deletions'"))
 
     def close(self) -> None:
