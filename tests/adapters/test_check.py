@@ -228,3 +228,32 @@ def test_an_erasure_that_a_kill_cut_short_is_finished(two: AdapterStore) -> None
     assert not path.exists() or not any(path.read_bytes()[offset : offset + length])
     assert check(again) == []
     again.close()
+
+
+def spoil_last(store: AdapterStore, user: str, seed: int, draw: Draw, number: float, part: str) -> None:
+    """Put a version whose checksums are right and whose numbers are not."""
+    tensors, embedding = draw(seed), torch.ones(2)
+    (embedding if part == "embedding" else next(iter(tensors.values())).view(-1))[0] = number
+    with pytest.MonkeyPatch.context() as patch:  # as an earlier version of the program, which did not look, put it
+        patch.setattr("proper.adapters.putting.require_sound", lambda *_: None)
+        store.put([UserRecord(user, "users", embedding, tensors)])
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("part", ["adapter", "embedding"])
+def test_numbers_that_take_no_part_in_an_answer(two: AdapterStore, adapter: Draw, part: str, number: float) -> None:
+    spoil_last(two, "b", 50, adapter, number, part)
+    (found,) = check(two)
+    assert (found.kind, found.user, found.version) == ("unsound", "b", 3)
+    assert "numbers" in found.text and ("embedding" in found.text) == (part == "embedding")
+    (fixed,) = check(two, repair=True)
+    assert fixed.repair == "went back to version 2" and check(two) == []
+    record = two.get("b")
+    assert record is not None and record.embedding.tolist() == [1, 1]
+
+
+def test_an_unsound_embedding_is_not_what_a_user_goes_back_to(store: AdapterStore, adapter: Draw) -> None:
+    spoil_last(store, "a", 1, adapter, float("nan"), "embedding")
+    (found,) = check(store, repair=True)
+    assert (found.kind, found.repair) == ("unsound", "removed the user: nothing of them was left")
+    assert list(store.users()) == []

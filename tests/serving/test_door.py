@@ -91,6 +91,36 @@ def test_the_servers_own_pages_and_other_programs_may_write(own: Running) -> Non
             assert reply.status_code == 200, (sent, reply.text)
 
 
+ALSO_MINE = ("127.0.0.1", "127.0.0.1:8000", "localhost", "LOCALHOST:1", "[::1]", "[::1]:8000")
+NOT_MINE = (
+    "",
+    "evil.example",
+    "127.0.0.1.evil.example",
+    "127.0.0.1@evil.example",
+    "evil.example@127.0.0.1",
+    "evil.example#@127.0.0.1",
+    "evil.example?@127.0.0.1:8000",
+    "127.0.0.1/x",
+    "127.0.0.1:8000@evil.example",
+    "127.0.0.1:port",
+    "::1",
+)
+
+
+def test_a_server_without_keys_is_asked_by_its_own_name_only(own: Running) -> None:
+    """A name that a URL would have more in (a user, a path) is not this machine's, whichever part of it is."""
+    with own.client() as client:
+        answered = {host: client.get("/v1/users", headers={"Host": host}).status_code for host in ALSO_MINE + NOT_MINE}
+    assert answered == dict.fromkeys(ALSO_MINE, 200) | dict.fromkeys(NOT_MINE, 403)
+
+
+@pytest.mark.parametrize("hosts", ["", "Host: evil.example\r\nHost: 127.0.0.1\r\n"], ids=["none", "two"])
+def test_one_host_must_be_named(own: Running, hosts: str) -> None:
+    with socket.create_connection(("127.0.0.1", int(own.url.rpartition(":")[2])), timeout=10) as connection:
+        connection.sendall(f"GET /v1/users HTTP/1.0\r\n{hosts}\r\n".encode())
+        assert connection.makefile("rb").readline().split()[1] in (b"400", b"403")
+
+
 PAGE = """<script>
 const url = "%(url)s/v1/users/u1/rollback";
 const tries = [{}, {headers: {"Content-Type": "text/plain"}}, {credentials: "include"}, {body: new URLSearchParams()}];

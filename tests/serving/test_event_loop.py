@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proper.serving.large import VALUES
+from proper.serving.large import LARGE, VALUES
 from proper.serving.limits import ServeLimits
 
 if TYPE_CHECKING:
@@ -149,3 +149,37 @@ def test_every_route_is_open_or_counted(serve: Serve, long_run: Path) -> None:
             for method in methods:
                 status = client.request(method, path.replace("{", "").replace("}", "")).status_code
                 assert status == (200 if path in ("/healthz", "/readyz") else 429), path
+
+
+BAD = "half \ud800 of one"
+FILLED = [{"input": "x" * LARGE, "output": "y"}]
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "place"),
+    [
+        ("/v1/completions", ASK | {"prompt": "x" * LARGE + BAD}, "prompt"),
+        ("/v1/completions", ASK | {"prompt": "x" * LARGE, "user": BAD}, "user"),
+        ("/v1/completions", ASK | {"prompt": "x" * LARGE, "metadata": {BAD: "1"}}, "metadata.half \\ud800 of one"),
+        (
+            "/v1/chat/completions",
+            {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "text", "text": "x" * LARGE + BAD}]}]},
+            "messages.0.content.0.text",
+        ),
+        ("/v1/users", {"user": BAD, "interactions": FILLED}, "user"),
+        (
+            "/v1/users/u0/interactions",
+            {"interactions": [*FILLED, {"input": BAD, "output": "y"}]},
+            "interactions.1.input",
+        ),
+    ],
+)
+def test_half_a_character_in_a_large_body_is_refused_with_its_place(
+    copied: Running, route: str, body: dict[str, Any], place: str
+) -> None:
+    data = json.dumps(body).encode()
+    assert len(data) > LARGE
+    with copied.client() as client:
+        reply = client.post(route, content=data, headers={"Content-Type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, place), reply.text
+    assert "half of a character" in reply.json()["error"]["message"]

@@ -1,5 +1,7 @@
 """Is the store what its manifest says: every adapter whole (sha256), every row sensible, no byte without an owner?
 
+Adapters and embeddings must also be sound: finite, and of a size that training makes.
+
 Repair takes a user whose adapter is damaged back to the newest version that is good, or to the group tier where none
 is. What it takes out (bytes without an owner, rows of damaged versions) goes into quarantine: beside a manifest that
 was set back anything looks like nobody's. It may run beside readers and writers. Knows nothing about models.
@@ -20,14 +22,15 @@ from typing import Literal
 
 import xxhash
 
-from proper.adapters.blobs import erase, lock_shard
+from proper.adapters.blobs import BlobError, erase, lock_shard
 from proper.adapters.manifest import Place, Row, shard_name, user_of
 from proper.adapters.quarantine import QUARANTINE, put_bytes_aside, put_file_aside, put_row_aside
+from proper.adapters.sound import fault_of, is_sound
 from proper.adapters.store import AdapterStore
 from proper.errors import StoreError
 from proper.sqlite_files import read_only_error
 
-Kind = Literal["manifest", "row", "missing", "torn", "flipped", "orphan-file", "orphan-bytes", "log"]
+Kind = Literal["manifest", "row", "missing", "torn", "flipped", "unsound", "orphan-file", "orphan-bytes", "log"]
 _BLOB = re.compile(r"\d+\.shard|[0-9a-f]{32}\.safetensors")
 _PIECE = 1 << 20
 
@@ -38,7 +41,8 @@ class Finding:
 
     Attributes:
         kind: "manifest": the database itself is damaged; "row": a row that makes no sense; "missing", "torn" (cut off)
-            or "flipped" (other bytes): an adapter; "orphan-file", "orphan-bytes": what nobody owns; "log": the log of
+            or "flipped" (other bytes): an adapter; "unsound": numbers of an adapter or an embedding that are not
+            finite or absurdly large; "orphan-file", "orphan-bytes": what nobody owns; "log": the log of
             interactions.
         text: what is wrong, with the user or file.
         user: whose version this is; None of an orphan.
@@ -106,6 +110,8 @@ def _check_row(store: AdapterStore, row: Row) -> Finding | None:
     if found is None and row.place is not None:
         kind, found = _damage(store, row, row.place)
     if not found:
+        kind, found = _unsound(store, row)
+    if not found:
         return None
     user = user_of(row.user)
     return Finding(kind, f"user {user!r}, version {row.version}: {found}", user, row.version)
@@ -155,12 +161,21 @@ def _damage(store: AdapterStore, row: Row, place: Place) -> tuple[Kind, str]:
     return ("flipped", "its checksum (xxh3) differs") if xxh3.digest() != row.xxh3 else ("row", "")
 
 
+def _unsound(store: AdapterStore, row: Row) -> tuple[Kind, str]:
+    """Say which numbers of a whole row can take no part in an answer; an empty text if all can."""
+    try:
+        record = store.record(user_of(row.user), row, coded=True)
+    except BlobError as error:  # damaged since it was looked at
+        return "flipped", str(error)
+    return "unsound", fault_of({"embedding": record.embedding, **(record.adapter or {})}) or ""
+
+
 def _fall_back(store: AdapterStore, now: list[Row], bad: dict[int, Finding]) -> str:
     """Drop a user's bad versions (inside a transaction); their bytes are orphans then. Says what became of the user."""
     manifest, good = store.manifest, [row for row in now if row.version not in bad]
     done = "removed this version; a newer one is current"
     if now[0].version in bad:
-        sound = [row for row in now if len(row.embedding) % 4 == 0]
+        sound = [row for row in now if _embedding_is_sound(store, row)]
         if good:
             manifest.add(good[0])
             done = f"went back to version {good[0].version}"
@@ -175,6 +190,10 @@ def _fall_back(store: AdapterStore, now: list[Row], bad: dict[int, Finding]) -> 
         query = "DELETE FROM records WHERE tenant = ? AND user = ? AND version = ?"
         manifest.write(query, (now[0].tenant, now[0].user, version))
     return done
+
+
+def _embedding_is_sound(store: AdapterStore, row: Row) -> bool:
+    return len(row.embedding) % 4 == 0 and is_sound(store.head_of(row).embedding)
 
 
 def _orphan_files(store: AdapterStore, repair: bool) -> Iterator[Finding]:

@@ -52,6 +52,9 @@ class Engine:
     def __init__(self, model: PersonalizedModel, limits: Limits | None = None, *, strict: bool = False) -> None:
         limits = limits or Limits()
         self.model, self.limits, self.limit = model, limits, limits.length or model.config.compute.max_length
+        positions = model.model.backbone.positions
+        if positions is not None:
+            self.limit = min(self.limit, positions)
         self._strict = strict
         self.changed = threading.Condition()
         self._loading = Loading(model, limits.bank, self.wake, strict)

@@ -19,6 +19,7 @@ from proper.config import Config
 from proper.data.batching import Encoder
 from proper.errors import ConfigError
 from proper.models.names import EMBEDDED, backbone_location, first_line, what
+from proper.models.positions import positions_of, require_positions
 from proper.models.rope import fix_rope
 from proper.models.tokenizer import load_tokenizer, named_ends, settle_ends
 
@@ -78,6 +79,11 @@ class Backbone:
         return _rows(self.model)
 
     @property
+    def positions(self) -> int | None:
+        """Tokens of the longest row where positions are a table; None where rows may be of any length."""
+        return positions_of(self.model)
+
+    @property
     def pad_id(self) -> int:
         """A token for padding, hidden by the attention mask: the tokenizer's own if the model has it, else its end."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
@@ -117,12 +123,15 @@ def configured_backbone(config: Config, device: torch.device | None = None) -> B
     """Load the backbone of a config, on its device unless another is given.
 
     Raises:
-        ConfigError: see `load_backbone` and `pick_device`.
+        ConfigError: see `load_backbone` and `pick_device`; or its table of positions is shorter than a row may be.
     """
     place = pick_device(config.compute.device) if device is None else device
     dtype = pick_dtype(config.compute.dtype)
-    trusted = config.trust_remote_code
-    return load_backbone(config.backbone, dtype, place, config.compute.max_length, trust_remote_code=trusted)
+    trusted, longest = config.trust_remote_code, config.compute.max_length
+    backbone = load_backbone(config.backbone, dtype, place, longest, trust_remote_code=trusted)
+    # A prompt keeps half of the longest row whatever its answer may need; see `Encoder.prompt`.
+    require_positions(backbone.model, max(longest, longest // 2 + config.task.max_new_tokens))
+    return backbone
 
 
 def load_backbone(

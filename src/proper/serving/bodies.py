@@ -23,12 +23,21 @@ async def whole_text(request: Request) -> None:
         Refusal: 400; names the place of a lone surrogate.
     """
     # Only these have bodies that anything reads, and FastAPI has read them by now.
-    if request.method != "POST" or not _suspect(await request.body()):
+    if request.method != "POST" or not may_hold_surrogates(await request.body()):
         return
     try:
         value = await request.json()
     except (ValueError, RecursionError):
         return  # no JSON: whoever needs a body refuses it
+    refuse_lone_surrogates(value)
+
+
+def refuse_lone_surrogates(value: Any) -> None:
+    """See that all texts and keys of a parsed body are whole.
+
+    Raises:
+        Refusal: 400; names the place of a lone surrogate.
+    """
     for place in lone_surrogates(value):
         name = ".".join(str(part) for part in place).encode("ascii", "backslashreplace").decode()
         raise Refusal(
@@ -77,7 +86,7 @@ def right_cause(errors: Sequence[dict[str, Any]], body: Any) -> tuple[Place, dic
     return max(same, key=lambda pair: (len(pair[0]), not pair[1]["type"].endswith("_type")))
 
 
-def _suspect(body: bytes) -> bool:
+def may_hold_surrogates(body: bytes) -> bool:
     """Whether a body may hold a surrogate: most cannot, and need not be looked through."""
     try:
         return "\\ud" in body.decode().lower()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Callable
 
 from fastapi import Request
 
 from proper.serving.keys import ANYBODY, DamagedKeysError, Keys, Principal, Scope
 from proper.serving.refusals import Refusal
+
+_AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s\[\]:/?#@\\]+)(:[0-9]{1,5})?")
+"""What a Host header may be: a name or an address, and a port; nothing that a URL has before or after them."""
 
 
 class Gate:
@@ -42,7 +46,7 @@ class Gate:
         """
         if self.open_without and not self.keys.required:
             # A page from elsewhere may have a browser on this machine ask under a name of its own.
-            if not is_loopback(request.url.hostname or ""):
+            if not is_loopback(asked_host(request)):
                 raise Refusal(403, "without keys only this machine may ask, and by its own name", code="host")
             return ANYBODY
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -54,6 +58,13 @@ class Gate:
             why = "this key is not known" if key else "an API key is needed: Authorization: Bearer KEY"
             raise Refusal(401, why, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return principal
+
+
+def asked_host(request: Request) -> str:
+    """Return the name or address by which a server was asked; empty where the request has not one plain Host header."""
+    hosts = request.headers.getlist("host")
+    found = _AUTHORITY.fullmatch(hosts[0]) if len(hosts) == 1 else None
+    return "" if found is None else found[1].strip("[]").lower()
 
 
 def is_loopback(host: str) -> bool:

@@ -14,6 +14,7 @@ from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 
+from proper.serving.bodies import may_hold_surrogates, refuse_lone_surrogates
 from proper.serving.refusals import Refusal
 from proper.serving.threads import Threads
 
@@ -58,7 +59,7 @@ def _validated(body: bytes, model: TypeAdapter[Any]) -> Any:
     """Return a body as its model; as plain values if it has few errors; None if it is no JSON.
 
     Raises:
-        Refusal: 400; it has too many values or errors.
+        Refusal: 400; it has too many values or errors, or text that is not whole.
     """
     try:
         value = json.loads(body)
@@ -66,6 +67,9 @@ def _validated(body: bytes, model: TypeAdapter[Any]) -> Any:
         return None  # whoever needs the body says so
     if _more_values_than(value, VALUES):
         raise Refusal(400, f"body: holds more than {VALUES} values", code="invalid")
+    # Here, because nothing can be looked through any more once it is a model.
+    if may_hold_surrogates(body):
+        refuse_lone_surrogates(value)
     try:
         return model.validate_python(value)
     except ValidationError as error:
