@@ -30,6 +30,8 @@ HEALTH_SECONDS = 3.0
 """Within which /healthz answers while a lock is held; some milliseconds where the machine is free."""
 FORGET_SECONDS = 3.0
 """Within which a server sees that a user was deleted beside it."""
+UP_SECONDS = 300.0
+"""In which a server that was killed is back."""
 HOLD = """
 import sqlite3, sys, time
 database = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=30)
@@ -71,7 +73,7 @@ class Beside:
         self.scene.ledger.deleted.add(user)
         if ended.returncode not in (1, 2) or len(ended.stderr.strip().splitlines()) != 1:
             self.scene.ledger.amiss(f"import of {kind} ended with {ended.returncode}: {ended.stdout} {ended.stderr}")
-        self.scene.ledger.fault(f"import refused: {kind}")
+        self.scene.ledger.fault(f"import tried: {kind}")
 
     def spoil_slot(self) -> None:
         """Fill a stored adapter with NaN, with the checksum of that; its user falls back or is refused."""
@@ -83,16 +85,19 @@ class Beside:
                 _fill_with_nan(store, user)
             except ProperError as error:  # the disk is full just now
                 scene.ledger.fault(f"no slot spoiled: {error}")
+        replies = 0
+        scene.wait(lambda: not self._is_down(), UP_SECONDS)
         for _ in range(3):
             body = {"model": scene.folder.name, "prompt": PROMPT, "max_tokens": max(LENGTHS), "user": user}
             try:
                 reply = self.client.http.post("/v1/completions", json=body)
             except httpx.TransportError:
                 continue
+            replies += 1
             if reply.status_code == 200 and reply.json()["proper"]["tier"] == "users":
                 scene.ledger.amiss(f"{user} is answered by an adapter of NaN: {reply.text}")
         self._delete(user)
-        scene.ledger.fault("slot spoiled")
+        scene.ledger.fault("slot spoiled" if replies else "slot spoiled unseen")
 
     def delete_by_cli(self) -> None:
         """Enrol one user, import another, and delete both by the command line while the server knows them."""
@@ -157,13 +162,14 @@ class Beside:
             path, seconds = self.scene.folder / "users" / name, self.scene.random.uniform(1, 4)
             command = [sys.executable, "-c", HOLD, str(path), str(seconds)]
             worst = 0.0
+            self.scene.wait(lambda: not self._is_down(), UP_SECONDS)
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ}) as holder:
                 assert holder.stdout is not None
                 held = holder.stdout.readline()
                 while holder.poll() is None:
                     worst = max(worst, self._health())
                     time.sleep(0.1)
-            if not held or holder.returncode:
+            if not held or holder.returncode or not worst:  # nothing answered: the server was killed meanwhile
                 self.scene.ledger.fault(f"no lock held: {name}")
                 continue
             self.scene.ledger.fault(f"lock held: {name}, {seconds:.1f} s, /healthz within {worst:.2f} s")

@@ -30,7 +30,7 @@ LATE = ("500 store", "503 store", "503 busy")
 """Replies to a write that the store could not take just then."""
 FAULTS = (
     *("worker killed", "server back", "disk has room", "adapter damaged"),
-    *("import refused", "slot spoiled", "deleted by the command line"),
+    *("import tried", "slot spoiled", "deleted by the command line"),
     *("lock held: interactions.sqlite", "lock held: users.sqlite"),
     *("flood", "idle connections", "second server"),
 )
@@ -196,7 +196,10 @@ def enough_done(ledger: Ledger, archive: Archive, people: Mapping[str, str]) -> 
         "an interaction": any(user in people for user, _ in ledger.acknowledged),
         "a write on a full disk": any("500 store" in what for what in ledger.replies),
         "a big prompt that was refused": any(what.startswith("flood of big prompts: 4") for what in ledger.replies),
-        **{fault: any(what.startswith(fault) for what in done) for fault in FAULTS},
+        **{
+            fault: any(what == fault or what.startswith(f"{fault}:") or what.startswith(f"{fault},") for what in done)
+            for fault in FAULTS
+        },
     }
     return [f"in all the time there was not {what}" for what, there in happened.items() if not there]
 
