@@ -80,7 +80,7 @@ def prepare(folder: Path, people: int) -> Path:
 def timed(arguments: list[str]) -> tuple[float, int, list[int]]:
     """Run `proper` and return seconds, the most memory its process held, and what it held over time, in bytes."""
     started = time.perf_counter()
-    child = subprocess.Popen([sys.executable, "-m", "proper", *arguments], stdout=subprocess.DEVNULL)
+    child = subprocess.Popen([sys.executable, "-P", "-m", "proper", *arguments], stdout=subprocess.DEVNULL)
     held: list[int] = []
     ended = 0
     while not ended:

@@ -54,6 +54,29 @@ def browser(chromium: str) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session")
+def unprivileged() -> list[str]:
+    """What a command begins with whose process a folder's mode keeps from writing, also where tests run as root."""
+    if os.geteuid():
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("tests run as root, and there is no setpriv")
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner"]
+
+
+@pytest.fixture
+def read_only() -> Callable[[Path, Path], Path]:
+    """`read_only(source, target)`: copy a folder so that nobody but root may write into the copy."""
+
+    def copy(source: Path, target: Path) -> Path:
+        shutil.copytree(source, target)
+        for path in (target, *target.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        return target
+
+    return copy
+
+
+@pytest.fixture(scope="session")
 def tiny_config() -> LlamaConfig:
     """The shape of the tests' tiny Llama, with `proper-nano`'s vocabulary."""
     from transformers import LlamaConfig
@@ -121,6 +144,12 @@ def lamp_files() -> ModuleType:
 def decoding() -> ModuleType:
     """`tests/decoding.py`: transformers' `generate` as the oracle, and the engine's passes."""
     return _load("decoding")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_kinds() -> ModuleType:
+    """`tests/tokenizer_kinds.py`: a small tokenizer of every kind."""
+    return _load("tokenizer_kinds")
 
 
 @pytest.fixture

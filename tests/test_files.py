@@ -16,7 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proper.errors import ProperError
-from proper.files import atomic_folder, atomic_path, hash_file, hash_value, read_json, write_json, write_text
+from proper.files import (
+    atomic_folder,
+    atomic_path,
+    close_to_others,
+    hash_file,
+    hash_value,
+    links_out_of,
+    open_private,
+    private_folder,
+    read_json,
+    write_json,
+    write_text,
+)
 
 
 def test_a_new_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
@@ -69,9 +81,66 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "old"
 
 
-def test_written_files_can_be_read_by_others(tmp_path: Path) -> None:
-    write_text(tmp_path / "a.txt", "x")
-    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o644
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700), (0, 0o666, 0o777)])
+def test_files_are_the_owners_and_shared_ones_as_the_umask_says(
+    tmp_path: Path, umask: int, file: int, folder: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        for shared, wanted in ((False, (0o600, 0o700)), (True, (file, folder))):
+            home = tmp_path / str(shared)
+            write_text(home / "a.txt", "x", shared=shared)
+            with atomic_folder(home / "out", shared=shared) as place:
+                (place / "inner").mkdir()
+                (place / "inner" / "b").write_text("1")
+            out = home / "out"
+            assert (mode(home / "a.txt"), mode(home)) == wanted
+            assert (mode(out / "inner" / "b"), mode(out / "inner")) == wanted == (mode(home / "a.txt"), mode(out))
+    finally:
+        os.umask(before)
+
+
+def test_a_file_that_everybody_could_read_is_the_owners_when_it_is_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    path.chmod(0o644)
+    write_text(path, "new")
+    assert mode(path) == 0o600
+
+
+def test_an_open_folder_is_closed_and_one_for_a_group_stays(tmp_path: Path) -> None:
+    for before, after in ((0o755, 0o700), (0o777, 0o700), (0o750, 0o750), (0o700, 0o700)):
+        folder = tmp_path / f"{before:o}"
+        folder.mkdir()
+        folder.chmod(before)
+        private_folder(folder)
+        assert mode(folder) == after
+    victim, link = tmp_path / "victim", tmp_path / "link"
+    victim.mkdir()
+    victim.chmod(0o755)
+    link.symlink_to(victim)
+    close_to_others(link)
+    assert mode(victim) == 0o755
+
+
+def test_a_private_file_is_not_opened_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="is a symbolic link"):
+        open_private(tmp_path / "link", os.O_RDWR | os.O_CREAT)
+    assert not (tmp_path / "victim").exists()
+
+
+def test_links_that_lead_out_of_a_folder_are_found(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "in").mkdir(parents=True)
+    (home / "loop").symlink_to("..")
+    (home / "in" / "self").symlink_to(home)
+    (home / "in" / "out").symlink_to(tmp_path / "gone")
+    assert links_out_of(home) == [home / "in" / "out", home / "loop"]
 
 
 json_values = st.recursive(
@@ -131,9 +200,7 @@ def test_a_new_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "out"
     with atomic_folder(path) as temporary:
         (temporary / "a").write_text("1")
-        (temporary / "a").chmod(0o600)
         assert not path.exists()
-    assert ((path / "a").stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o644, 0o755)
     assert os.listdir(path) == ["a"]
     with atomic_folder(path) as temporary:
         (temporary / "b").write_text("2")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from importlib import metadata, resources
+from pathlib import Path
 
 import pytest
 
 import proper
+from proper.cli.serve import watching
 
 
 def test_the_face_is_small_and_stable() -> None:
@@ -27,6 +30,23 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert resources.files("proper").joinpath("py.typed").is_file()
+
+
+def test_the_worker_runs_nothing_from_the_folder_it_is_started_in(tmp_path: Path) -> None:
+    for name in ("typer", "xxhash", "torch", "proper", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    *python, _, _, _, _, _, _ = watching(tmp_path)
+    done = subprocess.run([*python, "users", "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "proper users" in done.stdout and not (tmp_path / "ran").exists(), done.stderr
+
+
+def test_every_python_that_is_started_has_a_safe_path() -> None:
+    root, found = Path(__file__).parents[1], []
+    for path in (*(root / "src").rglob("*.py"), *(root / "scripts").rglob("*.py"), *(root / "recipes").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.List | ast.Tuple) and node.elts and ast.unparse(node.elts[0]) == "sys.executable":
+                found.append((path.name, ast.unparse(node.elts[1])))
+    assert found and {second for _, second in found} == {"'-P'"}, found
 
 
 @pytest.mark.parametrize("code", ["import proper", "from proper.cli.app import main; main(['run', '--help'])"])

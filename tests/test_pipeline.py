@@ -20,6 +20,7 @@ from proper.cli.app import main
 from proper.config import Config, make_config
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.errors import ConfigError, RunFolderError
+from proper.people.places import STORES, files_of
 
 DOCUMENTED = (
     *("config.yaml", "results.json", "report.html", "metrics.jsonl", "routing.json", "users.json"),
@@ -97,6 +98,16 @@ def test_the_same_call_again_trains_nothing_and_says_the_same(finished: Path) ->
     pipeline.run(small_config(finished.parent), finished)
     assert written == {stage: (finished / stage / "stage.json").stat().st_mtime_ns for stage in pipeline.TRAINED}
     assert without_times(read(finished / "results.json")) == without_times(before)
+
+
+def test_what_holds_personal_data_is_the_owners_alone(finished: Path) -> None:
+    folders = [finished, finished / "users", finished / "users" / "blobs", finished / "predictions"]
+    assert {path.stat().st_mode & 0o777 for path in folders} == {0o700}
+    personal = {path for pattern in STORES for path in finished.glob(pattern)}
+    personal |= {path for _, path in files_of(finished)}
+    names = {path.name for path in personal}
+    assert {"users.sqlite", "users.jsonl", "users.json", "data.sqlite", "report.html"} <= names
+    assert {path for path in personal if path.is_file() and path.stat().st_mode & 0o777 != 0o600} == set()
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(finished: Path, tmp_path: Path) -> None:

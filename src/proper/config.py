@@ -34,10 +34,12 @@ class DataConfig(Section):
 
     For `format` lamp or oppu, `path` is a folder of the benchmark's files, `task` says which task they are of and
     `layout` how prompts are worded; the columns are the task's own.
+
+    `chat` says whether prompts are written by the tokenizer's chat template, in training as in serving: `off`, never.
     """
 
     path: str
-    format: Literal["auto", "jsonl", "parquet", "huggingface", "lamp", "oppu"] = "auto"
+    format: Literal["auto", "jsonl", "csv", "parquet", "huggingface", "lamp", "oppu"] = "auto"
     task: LampName | None = None
     layout: Layout = "official"
     name: str | None = None
@@ -47,6 +49,7 @@ class DataConfig(Section):
     item: str | None = "item_id"
     prompt: str = "{input}"
     target: str = "{output}"
+    chat: Literal["off"] = "off"
 
     @property
     def given_split(self) -> bool:
@@ -57,6 +60,12 @@ class DataConfig(Section):
     @classmethod
     def _spelling(cls, task: object) -> object:
         return lamp_name(task) if isinstance(task, str) else task
+
+    @field_validator("chat", mode="before")
+    @classmethod
+    def _word(cls, chat: object) -> object:
+        """Return the word that YAML reads as a truth value: `off` is one of its names for false."""
+        return "off" if chat is False else chat
 
     @model_validator(mode="after")
     def _task_goes_with_format(self) -> DataConfig:
@@ -208,13 +217,18 @@ class EvaluationConfig(Section):
 
 
 class Config(Section):
-    """Everything a run can be told."""
+    """Everything a run can be told.
+
+    `trust_remote_code` runs the Python code that some backbones bring beside their weights; without it such a backbone
+    is refused, and nothing asks.
+    """
 
     preset: Literal["paper", "released"] | None = None
     data: DataConfig
     task: TaskConfig = TaskConfig()
     split: SplitConfig = SplitConfig()
     backbone: str = "proper-nano"
+    trust_remote_code: bool = False
     compute: ComputeConfig = ComputeConfig()
     population: PopulationConfig = PopulationConfig()
     groups: GroupsConfig = GroupsConfig()

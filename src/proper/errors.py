@@ -40,3 +40,9 @@ class NoVersionError(StoreError):
 
 class NonFiniteLossError(ProperError):
     """A training step's loss is NaN or infinite; the message says where and which users."""
+
+
+class ReadOnlyError(StoreError):
+    """Something would be written where nothing may be written: a read-only copy of a run. Exit code 2."""
+
+    exit_code = 2

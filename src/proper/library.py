@@ -95,8 +95,17 @@ class Users:
         return self.append(user, entries, new=False, heard=heard)
 
     def delete(self, user: str) -> bool:
-        """Remove all of a user from every file of the run; return whether there was anything."""
-        return remove(self.store, self.log, user)
+        """Remove all of a user from every file of the run; return whether there was anything.
+
+        Raises:
+            InputError: a stage is being trained that the user is part of.
+            ProperError: bytes of the user are still there, as another process reads or writes; the next command that
+                writes into the run, or `proper users check`, goes on with it.
+        """
+        removal = remove(self.store, self.log, user)
+        if removal.waits:
+            raise ProperError(f"user {user!r} is not gone from all files yet: {removal.waits[0]}")
+        return removal.found
 
     def export(self, user: str, path: str | Path, *, form: Format = "native", force: bool = False) -> Path:
         """Write all of a user to a folder and return it; see `exchange.export_user`."""
@@ -127,7 +136,7 @@ class Users:
         tenant = self.store.tenant
         self.log.append(tenant, user, entries, new=new)
         if entries or not new:
-            self.log.queue.add(tenant, user)
+            self.log.request_fit(tenant, user)
         while self.desk.fit_next(tenant, user, *([heard] if heard is not None else [])):
             pass
         fit = self.log.queue.fit(tenant, user)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import difflib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from proper.adapters.store import DEFAULT_TENANT
+from proper.adapters.tombstones import Tombstones
 from proper.config import Config, load_config, make_config
 from proper.console import progress, quiet_libraries
-from proper.data.batching import Encoder
 from proper.data.dataset import Dataset, prepare
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.data.demo.settings import DemoTask
@@ -26,15 +28,21 @@ from proper.errors import ConfigError, RunFolderError
 from proper.evaluation.harness import Harness
 from proper.evaluation.power import Power, expected_power
 from proper.evaluation.side_by_side import compare_runs
-from proper.files import write_text
+from proper.files import private_folder, write_text
 from proper.methods.judge import judging
 from proper.methods.table import known_methods
-from proper.models.backbone import load_tokenizer
+from proper.models.backbone import configured_backbone
+from proper.models.targets import find_targets
+from proper.models.tokenizer import configured_encoder
+from proper.people.places import remove_deleted
+from proper.people.removal import working
 from proper.reports.compare import write_comparison
 from proper.reports.html import write_report
 from proper.reports.methods import write_methods_csv
 from proper.reports.user_page import write_user_pages
+from proper.run_lock import LOCK, exclusive
 from proper.training.metrics_log import MetricsLog
+from proper.training.preflight import check_once, preflight
 from proper.training.stages import TRAINED, StageRunner, join_processes
 
 STAGES = (*TRAINED, "evaluate", "report")
@@ -76,7 +84,8 @@ def run(
     Raises:
         ConfigError: a setting or a stage is unknown or impossible.
         DataError: the data cannot be used.
-        RunFolderError: the folder was made by another config, or an earlier stage is missing.
+        RunFolderError: the folder was made by another config, another process works in it, or an earlier stage is
+            missing.
         NonFiniteLossError: training diverged.
     """
     quiet_libraries()
@@ -88,20 +97,27 @@ def run(
         raise ConfigError(f"--stages: no stage '{unknown[0]}'; {hint}")
     known_methods(settings.evaluation.methods, settings)
     folder = Path(out)
+    with _alone(folder):
+        _run(settings, folder, stages, skip_bad_rows)
+    return folder
+
+
+def _run(settings: Config, folder: Path, stages: Sequence[str], skip_bad_rows: bool) -> None:
     processes = join_processes(settings)
     with processes.main_process_first():
         settings = _claim(folder, settings)
-        data = _data(settings, folder, skip_bad_rows)
-    with data as dataset:
+        with working(folder):
+            data = _data(settings, folder, skip_bad_rows)
+    with data as dataset, working(folder):
         _train(settings, dataset, folder, [stage for stage in TRAINED if stage in stages], processes.is_main_process)
     # Stages 1 and 2 are shared by all processes that `accelerate launch` started; the rest is one process's.
     if not processes.is_main_process:
-        return folder
+        return
     if "evaluate" in stages:
-        evaluate(folder)
+        _evaluate(folder, None)
     if "report" in stages:
-        report(folder)
-    return folder
+        with working(folder):
+            write_report(folder)
 
 
 def evaluate(folder: str | Path, methods: Sequence[str] | None = None) -> dict[str, Any]:
@@ -112,16 +128,25 @@ def evaluate(folder: str | Path, methods: Sequence[str] | None = None) -> dict[s
     Raises:
         ConfigError: a method is unknown.
         DataError: a query leaks into training.
-        RunFolderError: the folder is not a run, or one of its own stages is missing.
+        RunFolderError: the folder is not a run, another process works in it, or one of its own stages is missing.
     """
     quiet_libraries()
-    folder = Path(folder)
+    _run_config(Path(folder))
+    with exclusive(Path(folder)):
+        return _evaluate(Path(folder), methods)
+
+
+def _evaluate(folder: Path, methods: Sequence[str] | None) -> dict[str, Any]:
     config = _run_config(folder)
     chosen = known_methods(config.evaluation.methods if methods is None else methods, config)
     folders = {seed: seed_folder(folder, config, seed) for seed in config.evaluation.seeds}
-    with Dataset.open(folder / "data.sqlite") as dataset, judging(config, dataset, folders) as judge:
+    with (
+        working(folder),
+        Dataset.open(folder / "data.sqlite") as dataset,
+        judging(config, dataset, folders) as judge,
+    ):
         results = Harness(config, dataset, folders).evaluate(judge.contenders(chosen))
-    write_methods_csv(folder)
+        write_methods_csv(folder)
     return results
 
 
@@ -129,9 +154,11 @@ def report(folder: str | Path) -> Path:
     """Write `report.html` from a run's files and return its path.
 
     Raises:
-        RunFolderError: the run has not been evaluated.
+        RunFolderError: the run has not been evaluated, or another process works in its folder.
     """
-    return write_report(Path(folder))
+    _run_config(Path(folder))
+    with exclusive(Path(folder)), working(Path(folder)):
+        return write_report(Path(folder))
 
 
 def report_comparison(folder: str | Path, other: str | Path) -> list[Path]:
@@ -142,7 +169,9 @@ def report_comparison(folder: str | Path, other: str | Path) -> list[Path]:
         RunFolderError: one of them has not been evaluated.
     """
     folder, other = Path(folder), Path(other)
-    return write_comparison(folder, other, compare_runs(folder, other))
+    _run_config(folder)
+    with exclusive(folder), working(folder):
+        return write_comparison(folder, other, compare_runs(folder, other))
 
 
 def report_users(folder: str | Path, users: Sequence[str]) -> list[Path]:
@@ -152,7 +181,9 @@ def report_users(folder: str | Path, users: Sequence[str]) -> list[Path]:
         InputError: a user is not in the run.
         RunFolderError: the run has not been evaluated.
     """
-    return write_user_pages(Path(folder), users)
+    _run_config(Path(folder))
+    with exclusive(Path(folder)), working(Path(folder)):
+        return write_user_pages(Path(folder), users)
 
 
 @dataclass(frozen=True)
@@ -178,6 +209,21 @@ def check(config: Config, *, skip_bad_rows: bool = False) -> Checked:
         return Checked(dataset.summary(), expected_power(dataset, config.task.kind))
 
 
+def check_backbone(config: Config) -> str:
+    """Try what a run does with its backbone on two short rows; returns a line that says what would be adapted.
+
+    Raises:
+        ConfigError: something is not supported; the message says what.
+    """
+    quiet_libraries()
+    backbone = configured_backbone(config)
+    preflight(backbone, config)
+    stages = (("population", config.population.target_modules), ("groups and users", config.groups.target_modules))
+    found = {stage: find_targets(backbone.model, wanted) for stage, wanted in stages}
+    parts = [f"{stage}: {', '.join(sorted({n.rpartition('.')[2] for n in names}))}" for stage, names in found.items()]
+    return f"backbone {config.backbone} ({type(backbone.model).__name__}) is supported; adapted are {'; '.join(parts)}"
+
+
 def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, people: int = 300) -> Path:
     """Make up people and run the main job on them; returns the run folder.
 
@@ -192,10 +238,14 @@ def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, p
     raw["split"]["target_users"] = min(DEMO_TARGETS, people)
     raw["evaluation"] = {"methods": ["base", "population", "groups", "users"], "seeds": [seed]}
     config = make_config(raw, "demo")
-    _claim(folder, config)
-    if not (folder / "data.sqlite").exists():
-        write_demo(folder / "data", settings)
-    return run(config, folder)
+    quiet_libraries()
+    with _alone(folder):
+        _claim(folder, config)
+        if not (folder / "data.sqlite").exists():
+            write_demo(folder / "data", settings)
+            remove_deleted(folder, folder / "data")
+        _run(config, folder, STAGES, skip_bad_rows=False)
+    return folder
 
 
 def seed_folder(folder: Path, config: Config, seed: int) -> Path:
@@ -212,7 +262,10 @@ def _train(config: Config, dataset: Dataset, folder: Path, stages: Sequence[str]
             place = seed_folder(folder, config, seed)
             if is_main and place != folder:
                 _write_config(place / "config.yaml", config)
-            StageRunner(config, dataset, place, seed, log or _unsaid).run(stages)
+            runner = StageRunner(config, dataset, place, seed, log or _unsaid)
+            if not (place / "population" / "stage.json").exists():
+                check_once(runner.backbone, config, folder, write=is_main)
+            runner.run(stages)
     finally:
         if log is not None:
             log.close()
@@ -227,9 +280,12 @@ def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:
     path = folder / "data.sqlite"
     if path.exists():
         return Dataset.open(path)
-    encoder = Encoder(load_tokenizer(config.backbone), config.compute.max_length)
+    encoder = configured_encoder(config)
     with progress("read interactions", None) as advance:
-        dataset = prepare(config, path, encoder.count, skip_bad_rows=skip_bad_rows, progress=advance)
+        deleted = Tombstones(folder / "users").of_tenant(DEFAULT_TENANT)
+        dataset = prepare(
+            config, path, encoder.count, skip_bad_rows=skip_bad_rows, progress=advance, is_left_out=deleted
+        )
     return dataset
 
 
@@ -246,10 +302,28 @@ def _claim(folder: Path, config: Config) -> Config:
         different = _first_difference(_run_config(folder).model_dump(), config.model_dump())
         if different is not None:
             raise RunFolderError(f"{folder}: was made by another config: {different}; choose another folder")
-    elif folder.exists() and any(child.name != "data" for child in folder.iterdir()):
-        raise RunFolderError(f"{folder}: is not empty and not a run folder; choose another folder")
+    else:
+        _require_free(folder)
+    private_folder(folder)
     _write_config(path, config)
     return config
+
+
+def _require_free(folder: Path) -> None:
+    """See that a folder that is no run folder can become one."""
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder}: is a file; choose another folder")
+    if folder.exists() and any(child.name not in ("data", LOCK) for child in folder.iterdir()):
+        raise RunFolderError(f"{folder}: is not empty and not a run folder; choose another folder")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Be the only process that works in a run folder, or in one that can become one."""
+    if not (folder / "config.yaml").exists():
+        _require_free(folder)
+    with exclusive(folder):
+        yield
 
 
 def _write_config(path: Path, config: Config) -> None:

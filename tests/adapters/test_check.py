@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor
 
 from proper.adapters.check import Finding, check
+from proper.adapters.quarantine import QUARANTINE
 from proper.adapters.store import AdapterStore, UserRecord
+from proper.errors import StoreError
+from proper.files import read_json
 
 Draw = Callable[[int], dict[str, Tensor]]
 
@@ -98,6 +102,8 @@ def test_a_damaged_old_version_is_only_dropped(two: AdapterStore) -> None:
     assert (found.kind, found.user, found.version) == ("flipped", "a", 1)
     assert found.repair == "removed this version; a newer one is current"
     assert [each.version for each in two.versions("a")] == [2] and check(two) == []
+    (aside,) = (two.folder / QUARANTINE).glob("*-row.json")
+    assert read_json(aside)["version"] == 1 and bytes.fromhex(read_json(aside)["user"]) == b"a"
 
 
 @pytest.mark.parametrize(
@@ -132,8 +138,14 @@ def test_orphans(two: AdapterStore) -> None:
     (two.blobs / f"{'0' * 32}.safetensors").write_bytes(b"never committed")
     (two.blobs / "77.shard").write_bytes(b"of no manifest")
     assert {each.kind for each in check(two)} == {"orphan-file"} and len(check(two)) == 3
-    assert {each.repair for each in check(two, repair=True)} == {"removed"}
+    fixed = check(two, repair=True)
+    assert all(each.repair.startswith(f"moved to {two.folder / QUARANTINE}/00000") for each in fixed)
     assert check(two) == []
+    kept = {path.read_bytes() for path in (two.folder / QUARANTINE).iterdir()}
+    assert kept == {b"half", b"never committed", b"of no manifest"}
+    (two.blobs / "77.shard").write_bytes(b"another of that name")
+    check(two, repair=True)
+    assert len(list((two.folder / QUARANTINE).iterdir())) == 4
 
 
 def test_orphan_bytes_in_and_behind_a_shard(filled: AdapterStore) -> None:
@@ -150,7 +162,10 @@ def test_orphan_bytes_in_and_behind_a_shard(filled: AdapterStore) -> None:
     (found,) = check(filled)
     assert found.kind == "orphan-bytes" and str(path) in found.text
     (found,) = check(filled, repair=True)
-    assert found.repair == "wiped" and path.read_bytes() == whole and check(filled) == []
+    assert found.repair == f"moved to {filled.folder / QUARANTINE}"
+    assert path.read_bytes() == whole and check(filled) == []
+    in_hole, behind = sorted((filled.folder / QUARANTINE).iterdir())
+    assert in_hole.read_bytes().startswith(b"remains of somebody") and behind.read_bytes() == b"torn tail"
 
 
 def test_nothing_at_all_is_left_of_a_user(store: AdapterStore, adapter: Draw) -> None:
@@ -178,6 +193,30 @@ def test_a_damaged_manifest_is_said(tmp_path: Path, adapter: Draw) -> None:
     found = check(store, repair=True)
     assert found and {each.kind for each in found} == {"manifest"} and not any(each.repair for each in found)
     store.close()
+
+
+@pytest.mark.parametrize("lost", ["empty", "missing", "without tables"])
+def test_adapters_are_left_alone_where_the_manifest_is_lost(two: AdapterStore, lost: str) -> None:
+    two.close()
+    before, path = sizes(two), two.folder / "users.sqlite"
+    path.unlink()
+    if lost != "missing":
+        path.touch()
+    if lost == "without tables":
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("VACUUM")
+    with pytest.raises(StoreError, match=r"users\.sqlite: .*; put back a copy of it"):
+        AdapterStore(two.folder)
+    assert sizes(two) == before
+
+
+def test_a_link_is_moved_and_not_followed(two: AdapterStore, tmp_path: Path) -> None:
+    victim = tmp_path / "precious"
+    victim.write_bytes(b"precious")
+    (two.blobs / "77.shard").symlink_to(victim)
+    check(two, repair=True)
+    assert victim.read_bytes() == b"precious" and not (two.blobs / "77.shard").is_symlink()
+    assert [path.is_symlink() for path in (two.folder / QUARANTINE).iterdir()] == [True]
 
 
 def test_an_erasure_that_a_kill_cut_short_is_finished(two: AdapterStore) -> None:

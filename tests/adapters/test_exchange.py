@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,23 @@ def test_what_is_no_exported_user_is_named(folder: Path, change: dict[str, Any],
     (folder / FACTS).write_text(json.dumps({**said, **change}), encoding="utf-8")
     with pytest.raises(InputError, match=message):
         read_user(folder, ORIGIN)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf, 1e30])
+def test_numbers_that_would_spoil_answers_are_not_taken_in(tmp_path: Path, record: UserRecord, bad: float) -> None:
+    assert record.adapter is not None
+    name = list(record.adapter)[-1]
+    spoiled = record.adapter[name].clone()
+    spoiled.view(-1)[1] = bad
+    for odd, place in (
+        (replace(record, adapter={**record.adapter, name: spoiled}), name),
+        (replace(record, embedding=torch.full_like(record.embedding, bad)), "embedding"),
+    ):
+        folder = tmp_path / place
+        folder.mkdir()
+        write_user(folder, odd, ORIGIN)
+        with pytest.raises(InputError, match=f"user.safetensors: {place}: numbers (that are not finite|beyond 10000)"):
+            read_user(folder, ORIGIN)
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "not readable as JSON"), ("[]", "not an exported user: value")])

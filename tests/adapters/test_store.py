@@ -46,7 +46,7 @@ def same(one: UserRecord | None, other: UserRecord) -> bool:
 def test_round_trip_through_a_new_process_of_the_same_folder(store: AdapterStore, adapter: Draw) -> None:
     records = [
         UserRecord("a", "users", torch.randn(128), adapter(1), {"passes": 3, "reason": "größer 🎈"}),
-        UserRecord("b", "groups", torch.tensor([1e-30, -0.0, float("inf")])),
+        UserRecord("b", "groups", torch.tensor([1e-30, -0.0, 1e4])),
         UserRecord("c", "users", torch.randn(2), {n: t.bfloat16() for n, t in adapter(2).items()}),
     ]
     store.put(records)

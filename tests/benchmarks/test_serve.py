@@ -12,6 +12,7 @@ import torch
 
 from proper.benchmarks import serve
 from proper.benchmarks.serve_loads import ClosedLoop, open_loop
+from proper.benchmarks.serve_neighbour import quiet_key
 from proper.benchmarks.serve_people import Served, backbone_of
 from proper.benchmarks.timing import interleaved
 
@@ -22,6 +23,7 @@ SMALL = replace(
     rows=2,
     slots=1,
     arrivals=6,
+    asks=3,
     dtype=torch.float32,
 )
 
@@ -37,14 +39,19 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def test_a_small_setting() -> None:
     said: list[str] = []
     result = serve.run(SMALL, "cpu", said.append)
-    assert set(result["figures"]) >= {"mixed_over_base", "mixed_over_peft", "cliff_p95_first_token"}
+    assert set(result["figures"]) >= {
+        "mixed_over_base",
+        "mixed_over_peft",
+        "cliff_p95_first_token",
+        "noisy_neighbour_wait_steps",
+    }
     assert all(value > 0 for value in result["figures"].values())
     assert set(result["closed"]) == {"llama", "proper-nano"}
     for sides in result["closed"].values():
         assert set(sides) == SIDES
         assert all(_ordered(told) for told in sides.values())
     assert _ordered(result["open"]["resident"]) and _ordered(result["open"]["crowded"])
-    assert result["setting"]["users"] == 3 and len([line for line in said if not line.startswith(" ")]) == 3
+    assert result["setting"]["users"] == 3 and len([line for line in said if not line.startswith(" ")]) == 4
 
 
 def _ordered(told: dict[str, Any]) -> bool:
@@ -77,3 +84,10 @@ def test_memory_is_what_lies_there(served: Served, tmp_path: Path) -> None:
     assert told["slots"] == 3 * told["adapter_of_one_user"] == told["peft_adapters"]
     assert told["backbone"] == sum(tensor.numel() * 4 for tensor in served.bare.parameters())
     assert all(value > 0 for value in told.values())
+
+
+def test_a_quiet_key_waits_at_most_two_steps_beside_a_flood(served: Served) -> None:
+    asked = quiet_key(served, rows=8, asks=20, flooded=True)
+    assert sorted(asked.steps)[18] <= 2, asked.steps
+    assert len(asked.seconds) == 20
+    assert max(quiet_key(served, rows=8, asks=3, flooded=False).steps) == 1

@@ -14,9 +14,10 @@ import pytest
 import typer
 
 import proper
-from proper.cli.app import app, main
+from proper.cli.app import app, main, require_text
 from proper.cli.demo import Task
 from proper.data.demo.settings import DemoTask
+from proper.errors import InputError
 
 COMMANDS = ["demo", "check", "run", "evaluate", "report", "generate", "serve", "export-backbone"]
 GROUPS = {
@@ -218,3 +219,25 @@ def test_an_interrupt_is_130_and_one_line(run_folder: Path) -> None:
 
 def test_the_demo_s_tasks_are_those_that_the_data_has() -> None:
     assert get_args(Task) == get_args(DemoTask)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "nothing", "--prompt", "caf\udce9"],
+        ["generate", "nothing", "--field", "input=caf\udce9"],
+        ["generate", "nothing", "--user=caf\udce9", "--prompt", "x"],
+        ["report", "nothing", "--user", "caf\udce9"],
+        ["keys", "add", "nothing", "--tenant", "caf\udce9"],
+    ],
+)
+def test_an_argument_that_is_no_text_is_refused(capsys: Output, arguments: list[str]) -> None:
+    assert "caf\\udce9: this argument is not UTF-8" in fails(capsys, arguments)
+
+
+def test_a_file_may_have_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "caf\udce9"
+    with pytest.raises(InputError):
+        require_text([f"--out={path}"])
+    path.mkdir()
+    require_text([f"--out={path}", str(path)])

@@ -136,7 +136,10 @@ def test_a_device_that_holds_nothing() -> None:
 
 def test_target_modules_that_match_nothing(llama: Path) -> None:
     backbone = load(llama)()
-    expected = "target_modules: nothing in LlamaForCausalLM matches ['c_fc', 'fc']"
+    expected = (
+        "target_modules: nothing in LlamaForCausalLM matches ['c_fc', 'fc']; there are: down_proj, gate_proj, k_proj, "
+        "o_proj, q_proj, up_proj, v_proj"
+    )
     assert refused(lambda: find_targets(backbone.model, ["c_fc", "fc"])) == expected
     assert refused(lambda: wrap(backbone, PopulationConfig(target_modules=["c_fc", "fc"]), 0)) == expected
 

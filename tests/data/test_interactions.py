@@ -23,6 +23,14 @@ def read(path: Path, task: TaskConfig | None = None, **settings: Any) -> tuple[l
     return good, [message.removeprefix(f"{path}:") for message in bad.first]
 
 
+def nested(depth: int) -> list[Any]:
+    """Return a list in a list in a list."""
+    made: list[Any] = []
+    for _ in range(depth):
+        made = [made]
+    return made
+
+
 def complaint(path: Path, raw: str, **settings: Any) -> str:
     """Return what is said about one line that follows a good one."""
     path.write_text(json.dumps(ROW) + "\n" + raw + "\n")
@@ -46,6 +54,8 @@ def test_a_good_row_is_mapped(jsonl: Callable[..., Path]) -> None:
         ("null", "row: a JSON null, where an object is wanted"),
         ("[" * 100_000, "row: not JSON that can be read (a number too long, or nested too deep)"),
         ("9" * 5000, "row: not JSON that can be read (a number too long, or nested too deep)"),
+        ('{"user_id": "u", "input": "a", "input": "b"}', "row: the key 'input' is there twice"),
+        ('{"user_id": "u", "x": [{"\\ud800": 1, "\\ud800": 2}]}', "row: the key '\\ud800' is there twice"),
     ],
 )
 def test_lines_that_are_no_objects(tmp_path: Path, raw: str, message: str) -> None:
@@ -75,6 +85,21 @@ def test_lines_that_are_not_utf8(tmp_path: Path) -> None:
         ({"output": float("nan")}, "output: NaN"),
         ({"output": "  "}, "output: empty"),
         ({"item_id": {}}, "item_id: a dict, where text or a number is wanted"),
+        ({"item_id": "\ud800"}, "item_id: half of a surrogate pair, which is no character"),
+        ({"output": "\ud800"}, "output: half of a surrogate pair, which is no character"),
+        ({"input": ["\ud800"]}, "input: half of a surrogate pair, which is no character"),
+        ({"input": {"\ud800": 1}}, "input: half of a surrogate pair, which is no character"),
+        ({"input": nested(600)}, "input: nested too deep"),
+        ({"user_id": 2.0**53}, "user_id: 9007199254740992.0: the id has lost digits; write it as text"),
+        (
+            {"user_id": -7.656119796028794e16},
+            "user_id: -7.656119796028794e+16: the id has lost digits; write it as text",
+        ),
+        ({"user_id": 1e300}, "user_id: 1e+300: the id has lost digits; write it as text"),
+        ({"user_id": 1.5}, "user_id: 1.5 is no whole number; write the id as text"),
+        ({"item_id": 2.0**53}, "item_id: 9007199254740992.0: the id has lost digits; write it as text"),
+        ({"item_id": float("inf")}, "item_id: inf is no whole number; write the id as text"),
+        ({"timestamp": 10**300}, "timestamp: a time outside of the years 1 to 9999"),
         ({"timestamp": "soon"}, "timestamp: 'soon' is not a time"),
         ({"timestamp": float("nan")}, "timestamp: NaN is not a time"),
         ({"timestamp": ""}, "timestamp: '' is not a time"),
@@ -105,10 +130,14 @@ def test_ids_are_text_and_empty_items_and_null_times_are_none(jsonl: Callable[..
         ROW | {"user_id": "ü 7\t", "item_id": ""},
         {key: value for key, value in ROW.items() if key not in ("timestamp", "item_id")},
         ROW | {"timestamp": None, "item_id": None},
+        ROW | {"user_id": 2.0**53 - 1, "item_id": 76561197960287931},
     ]
     good, bad = read(jsonl(rows))
-    assert [(each.user, each.item) for each in good] == [("7", "3"), ("ü 7\t", None), ("u7", None), ("u7", None)]
-    assert [each.time for each in good][2:] == [None, None]
+    assert [(each.user, each.item) for each in good] == [
+        *[("7", "3"), ("ü 7\t", None), ("u7", None), ("u7", None)],
+        ("9007199254740991", "76561197960287931"),
+    ]
+    assert [each.time for each in good][2:4] == [None, None]
     assert bad == []
 
 
@@ -142,6 +171,13 @@ def test_a_rating_takes_the_configured_label_of_its_value(jsonl: Callable[..., P
     good, bad = read(jsonl(rows), TaskConfig(kind="rating", labels=["1", "2"]))
     assert [each.target for each in good] == ["1", "2"]
     assert bad == ["3: output: '2.5' is none of task.labels; did you mean '2'?"]
+
+
+def test_a_class_takes_the_configured_label_of_its_number(jsonl: Callable[..., Path]) -> None:
+    rows = [ROW | {"output": value} for value in (1.0, "2", "2.00", "02")]
+    good, bad = read(jsonl(rows), TaskConfig(kind="classification", labels=["1", "2"]))
+    assert [each.target for each in good] == ["1", "2", "2"]
+    assert bad == ["4: output: '02' is none of task.labels; did you mean '2'?"]
 
 
 def test_parquet_rows_are_numbered_from_one(tmp_path: Path) -> None:

@@ -425,6 +425,10 @@ def test_quotes_and_markers_inside_a_text_are_text(tmp_path: Path, lamp_files: M
         (lambda e: e[1]["profile"][3].update(text="", score=""), ":2: output: empty"),
         (lambda e: e[1]["profile"][3].update(date="soon"), ":2: row: profile[3].date: 'soon' is not a time"),
         (lambda e: e[1]["profile"].append(7), ":2: row: profile[6].item: no object"),
+        (
+            lambda e: e[1]["profile"][3].update(id=2.0**53),
+            ":2: row: profile[3].id: 9007199254740992.0: the id has lost digits; write it as text",
+        ),
         (lambda e: e[1]["profile"][3].update(score="9"), ":2: output: '9' is none of task.labels"),
         (lambda e: e[1].update(input="Rate this."), "': input: no question of lamp-3: 'review:' is missing"),
         (lambda e: e[1].update(id=e[0]["id"]), "no answer is left for it in dev_outputs.json"),

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from pyarrow import parquet
 from proper.config import DataConfig
 from proper.data.interactions import BadRows, Interaction, read_interactions
 from proper.errors import DataError
+from proper.files import hash_value
 
 ROW = {"user_id": "u", "input": "in", "output": "out"}
 
@@ -115,7 +119,9 @@ def test_a_dataset_that_is_loaded_by_id_streams(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_or_not_known_is_said(tmp_path: Path) -> None:
-    (tmp_path / "data.csv").write_text("a,b")
+    (tmp_path / "data.txt").write_text("a,b")
+    for name in ("data.zip", "rows.parquet.gz", "rows.zst"):
+        (tmp_path / name).touch()
     (tmp_path / "none").mkdir()
     (tmp_path / "both").mkdir()
     (tmp_path / "both" / "a.jsonl").touch()
@@ -123,8 +129,11 @@ def test_what_is_not_there_or_not_known_is_said(tmp_path: Path) -> None:
     for name, what in {
         "missing.jsonl": "no such file or folder (data.path)",
         "missing": "no such file or folder (data.path)",
-        "data.csv": "format not known by its name; set data.format to jsonl or parquet",
-        "none": "no .jsonl or .parquet file in this folder; data.format says which format to read",
+        "data.txt": "format not known by its name; set data.format to jsonl, csv or parquet",
+        "data.zip": "a .zip file is not read; unpack it first",
+        "rows.parquet.gz": "a .gz file is not read; unpack it first",
+        "rows.zst": "format not known by its name; set data.format to jsonl or csv",
+        "none": "no .jsonl, .csv or .parquet file in this folder; data.format says which format to read",
         "both": "files of several formats in this folder; data.format says which format to read",
     }.items():
         assert refused(tmp_path / name) == f"{tmp_path / name}: {what}"
@@ -136,9 +145,194 @@ def test_what_is_not_there_or_not_known_is_said(tmp_path: Path) -> None:
 def test_empty_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     (tmp_path / "b.jsonl").write_text("\n\n")
+    (tmp_path / "d.csv").touch()
+    (tmp_path / "e.csv").write_text("user_id,input,output\n\n")
     parquet.write_table(arrow.table({name: arrow.array([], "string") for name in ROW}), tmp_path / "c.parquet")
-    for name in ("a.jsonl", "b.jsonl", "c.parquet"):
+    for name in ("a.jsonl", "b.jsonl", "c.parquet", "d.csv", "e.csv"):
         assert refused(tmp_path / name) == f"{tmp_path / name}: empty, there is not a single row"
+
+
+def packed(path: Path, body: bytes) -> None:
+    """Write a file packed as its name says."""
+    if path.suffix == ".zst":
+        with arrow.output_stream(str(path), compression="zstd") as file:
+            file.write(body)
+        return
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
+    path.write_bytes(pack(body))
+
+
+PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
+
+
+@pytest.mark.parametrize("ending", PACKED)
+def test_packed_jsonl_is_read_with_its_line_numbers(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"rows.jsonl{ending}"
+    packed(path, lines(ROW) + b"{\n" + lines(*[ROW] * 3000))
+    bad = BadRows()
+    assert len(list(read_interactions(DataConfig(path=str(path)), bad))) == 3001
+    assert bad.first == [f"{path}:2: row: not JSON (Expecting property name enclosed in double quotes at column 2)"]
+
+
+@pytest.mark.parametrize("ending", PACKED[1:])
+def test_packed_files_that_are_cut_or_not_packed_are_refused(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"rows.jsonl{ending}"
+    packed(path, lines(*(ROW | {"input": hash_value(n)} for n in range(2000))))
+    path.write_bytes(path.read_bytes()[:-200])
+    assert refused(path).startswith(f"{path}: cannot be read: ")
+    path.write_bytes(b"plain")
+    assert refused(path).startswith(f"{path}: cannot be read: ")
+
+
+@pytest.mark.parametrize("ending", PACKED)
+def test_csv_is_read_whatever_it_is_packed_in(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"rows.csv{ending}"
+    body = (
+        "\ufeffuser_id,item_id,timestamp,input,output\r\n"
+        '7,1.0,1700000000.0,"a, ""b""\nc",1.0\r\n\r\n'
+        "7.0,,,d,é\r\n"
+        "7.1,x-1.0,2018-03-30,1.10,+1\r\n"
+    )
+    packed(path, body.encode())
+    assert read(path) == [
+        Interaction("7", 'a, "b"\nc', "1.0", "1", 1700000000.0),
+        Interaction("7", "d", "é", None, None),
+        Interaction("7.1", "1.10", "+1", "x-1.0", 1522368000.0),
+    ]
+    packed(tmp_path / f"rows.tsv{ending}", b"user_id\tinput\toutput\nu\ta,b\tc\n")
+    assert read(tmp_path / f"rows.tsv{ending}") == [Interaction("u", "a,b", "c", None, None)]
+
+
+def test_bad_rows_of_csv_have_the_number_of_the_line_where_they_begin(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(
+        b'user_id,input,output,timestamp\nu,"two\nlines",a,2018\nu,x\nu,"x"y,b,\nu,\xff,c,\nu,,d,\n'
+        b'7.656119796028794e+16,x,e,\nu,x,f,1.7e+18\nu,x,g,soon\nu,"never closed,h,\nu,x,i,\n'
+    )
+    bad = BadRows()
+    good = list(read_interactions(DataConfig(path=str(path)), bad))
+    assert [(each.target, each.time) for each in good] == [("a", 1514764800.0), ("f", 1.7e9)]
+    assert [message.removeprefix(f"{path}:") for message in bad.first] == [
+        "4: row: 2 cells, where the first row has 4",
+        "5: row: not CSV (',' expected after '\"')",
+        "6: row: not UTF-8",
+        "7: input: null",
+        "8: user_id: 7.656119796028794e+16: the id has lost digits; write it as text",
+        "10: timestamp: 'soon' is not a time",
+        "11: row: not CSV (unexpected end of data)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ("user_id,input,output\n".encode("utf-16"), "1: row: not UTF-8"),
+        (b'"user_id"x,input\n', "1: row: not CSV (',' expected after '\"')"),
+        (b"user_id;input;output\n", " no column 'user_id' (data.user); did you mean 'user_id;input;output'?"),
+    ],
+)
+def test_a_csv_file_whose_first_row_names_no_columns_is_refused(tmp_path: Path, body: bytes, what: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(body)
+    assert refused(path) == f"{path}:{what}"
+
+
+def test_a_csv_cell_may_be_long_but_not_endless(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    long = "word " * 100_000
+    path.write_text(f"user_id,input,output\nu,{long},a\nu,{'x' * (1 << 24)}y,b\nu,x,c\n")
+    bad = BadRows()
+    good = list(read_interactions(DataConfig(path=str(path)), bad))
+    assert [(each.target, each.prompt == long) for each in good] == [("a", True), ("c", False)]
+    assert bad.first == [f"{path}:3: row: not CSV (field larger than field limit (16777216))"]
+
+
+def test_a_folder_of_csv_is_read_and_a_table_beside_jsonl_is_not(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.csv").write_text(f"user_id,input,output\nu,{name},x\n")
+    assert [each.prompt for each in read(tmp_path)] == ["a", "b"]
+    (tmp_path / "rows.jsonl").write_bytes(lines(ROW))
+    assert [each.prompt for each in read(tmp_path)] == ["in"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_two_columns_of_one_name_are_refused_where_they_are_used(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"rows.{kind}"
+    names = ["user_id", "input", "output", "input", "note", "note"]
+    if kind == "csv":
+        path.write_text(",".join(names) + "\nu,a,b,c,d,e\n")
+    else:
+        parquet.write_table(arrow.table([arrow.array(["u"])] * len(names), names), path)
+    assert refused(path) == f"{path}: 2 columns are called 'input' (data.prompt)"
+    assert len(read(path, prompt="{user_id}")) == 1
+
+
+FAR = 10**12  # seconds; the year 33658
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        arrow.array([1, FAR], arrow.timestamp("s")),
+        arrow.array([1000, FAR * 1000], arrow.timestamp("ms", "UTC")),
+        arrow.array([1_000_000, FAR * 10**6], arrow.timestamp("us")),
+        arrow.array([1_000_000, 2**63 - 1], arrow.timestamp("us", "Europe/Berlin")),
+        arrow.array([1, -FAR], arrow.timestamp("s")),
+        arrow.array([0, 2**31 - 1], arrow.date32()),
+        arrow.array([0, FAR * 1000], arrow.date64()),
+        arrow.array([1000, FAR * 1000], arrow.timestamp("ms")).dictionary_encode(),
+        arrow.array([1.0, float("inf")], arrow.float64()),
+        arrow.array([1.0, 1e21], arrow.float64()),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_a_time_that_no_calendar_has_is_a_bad_row_like_any_other(tmp_path: Path, column: Any) -> None:
+    path = tmp_path / "rows.parquet"
+    table = arrow.table({**{name: [value] * 2 for name, value in ROW.items()}, "timestamp": column})
+    parquet.write_table(table, path)
+    bad = BadRows()
+    (good,) = read_interactions(DataConfig(path=str(path)), bad)
+    assert good.time in (0, 1)
+    (message,) = bad.first
+    assert message.startswith(f"{path}:2: timestamp: ")
+    # A column that is not read has no bad values.
+    assert len(read(path, time=None)) == 2
+
+
+def test_values_that_python_cannot_hold_spoil_their_own_row_only(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    broken = arrow.array([b"fine", b"\xff", b"fine"], arrow.binary()).view(arrow.string())
+    times = arrow.array([[0], [0], [FAR]], arrow.list_(arrow.timestamp("s")))
+    table = arrow.table({**{name: [value] * 3 for name, value in ROW.items()}, "input": broken, "times": times})
+    parquet.write_table(table, path)
+    bad = BadRows()
+    assert len(list(read_interactions(DataConfig(path=str(path), prompt="{input} {times}"), bad))) == 1
+    assert [message.removeprefix(f"{path}:") for message in bad.first] == [
+        "2: input: not UTF-8",
+        "3: times: a value of type list<element: timestamp[ms]> that cannot be read (date value out of range)",
+    ]
+
+
+def test_ids_in_columns_of_floats_and_decimals_are_exact_or_bad(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    lost = "the id has lost digits; write it as text"
+    for column, good, message in (
+        (arrow.array([2.0**53 - 1, 2.0**53], arrow.float64()), "9007199254740991", f"9007199254740992.0: {lost}"),
+        (arrow.array([2.0**24 - 1, 2.0**24], arrow.float32()), "16777215", f"16777216.0: {lost}"),
+        (arrow.array([7.0, 7.5], arrow.float64()), "7", "7.5 is no whole number; write the id as text"),
+        (arrow.array([7.0, float("inf")]), "7", "inf is no whole number; write the id as text"),
+        (
+            arrow.array([Decimal("90071992547409930.00"), Decimal("0.50")]),
+            "90071992547409930",
+            "0.50 is no whole number; write the id as text",
+        ),
+    ):
+        for name in ("user_id", "item_id"):
+            parquet.write_table(arrow.table({**{key: [text] * 2 for key, text in ROW.items()}, name: column}), path)
+            bad = BadRows()
+            (found,) = read_interactions(DataConfig(path=str(path)), bad)
+            assert (found.user if name == "user_id" else found.item) == good
+            assert bad.first == [f"{path}:2: {name}: {message}"]
 
 
 def test_damaged_files_are_refused_in_one_line(tmp_path: Path) -> None:

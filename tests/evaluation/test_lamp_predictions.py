@@ -38,7 +38,7 @@ def data(task: str, form: str = "lamp") -> DataConfig:
 
 
 def task(name: str) -> TaskInfo:
-    return TaskInfo(name, LAMP_TASKS[name].kind, LAMP_TASKS[name].labels)
+    return TaskInfo(name, LAMP_TASKS[name].kind, LAMP_TASKS[name].labels, official=True)
 
 
 def test_the_official_script_counts_what_we_count(tmp_path: Path, make: Any) -> None:

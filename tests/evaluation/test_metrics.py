@@ -27,7 +27,7 @@ from proper.evaluation.metrics import (
 CITE = TaskInfo("lamp-1", "classification", ("[1]", "[2]"))
 NEWS = TaskInfo("lamp-2n", "classification", ("crime", "food & drink", "politics"))
 STARS = TaskInfo("lamp-3", "rating", ("1", "2", "3", "4", "5"))
-TITLE = TaskInfo("lamp-4", "generation")
+TITLE = TaskInfo("lamp-4", "generation", official=True)
 
 
 def test_a_classification_worked_out_by_hand(make):
@@ -48,6 +48,14 @@ def test_a_classification_worked_out_by_hand(make):
 def test_a_label_that_nobody_has_counts_as_zero_in_macro_f1(make):
     rows = make([("a", "crime", "crime"), ("a", "politics", "politics")])
     assert score("f1_macro", rows, NEWS) == pytest.approx(2 / 3)
+
+
+def test_a_label_is_also_hit_by_its_number_in_another_spelling(make):
+    rows = make([("a", "3", "3.0\n"), ("a", "2", "2"), ("a", "3", "3.5"), ("a", "2", "02"), ("a", "x", "3.0")])
+    for labels in (("2", "3", "x"), ("2.0", "3.0", "x")):
+        assert item_values("accuracy", rows, TaskInfo("own", "classification", labels)).tolist() == [1, 1, 0, 0, 0]
+    # Where a run's list has both, the letters decide.
+    assert score("accuracy", rows[:1], TaskInfo("own", "classification", ("3", "3.0"))) == 0
 
 
 def test_a_citation_needs_its_opening_bracket(make):

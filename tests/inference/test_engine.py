@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -380,27 +381,6 @@ def test_forgotten_users_leave_the_bank(copied: PersonalizedModel) -> None:
     engine.close()
 
 
-def test_a_failing_step_ends_its_rows_and_no_others(
-    shared: PersonalizedModel, alone: Alone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = Engine(shared)
-    lost, _ = ask(engine, 0, "u0")
-    while not lost.events:
-        engine.step()
-
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("out of memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shared.model.backbone.model, "forward", broken)
-        engine.step()
-    assert lost.reason == "error" and engine.stats().errors == 1
-    again, _ = ask(engine, 0, "u0")
-    finish(engine)
-    assert text(engine, again) == alone(0, "u0", 6)
-    engine.close()
-
-
 def test_a_sink_that_raises_loses_its_row_only(shared: PersonalizedModel, alone: Alone) -> None:
     engine = Engine(shared)
 
@@ -447,13 +427,16 @@ def test_lower_stages(tiny_run: Path, stage: str, decoding: ModuleType) -> None:
 def test_bf16_tokens_are_as_likely_as_those_alone(copied: PersonalizedModel, tiny_run: Path) -> None:
     """Rounding may choose another token, but only one that is nearly as likely: within the noise of bf16 logits."""
     oracle = load(tiny_run)
-    for model in (copied, oracle):
-        model.model.backbone.model.to(torch.bfloat16)
+    for model in (copied, oracle):  # experts and routers stay as they are: fp32
+        for name, parameter in model.model.backbone.model.named_parameters():
+            if not re.search(r"\.(experts|router|lora_router)\.", name):
+                parameter.data = parameter.data.bfloat16()
     engine = Engine(copied, Limits(rows=5, slots=3))
     heard = [(at, ask(engine, at % 4, USERS[at % 11])[0]) for at in range(11)]
     finish(engine)
     engine.close()
     for at, one in heard:
+        assert one.reason in ("stop", "length")
         prompt = list(oracle.encoder.prompt(PROMPTS[at % 4], room=6))
         for token in one.tokens:
             with torch.no_grad(), oracle.model.routing.use(oracle.rows([USERS[at % 11]])):

@@ -56,7 +56,7 @@ def test_an_answer_ends_before_its_end_token(model: PersonalizedModel, monkeypat
     free = [one.tokens for one in generate(model, ids, ["u0", "u1", "u2", None], Sampling(9))]
     assert all(len(tokens) == 9 for tokens in free)
     end = free[1][4]
-    monkeypatch.setattr(model.encoder, "end", end)
+    monkeypatch.setattr(model.encoder, "ends", frozenset({end}))
     stopped = [one.tokens for one in generate(model, ids, ["u0", "u1", "u2", None], Sampling(9))]
     assert stopped == [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in free]
 

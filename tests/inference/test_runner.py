@@ -62,7 +62,6 @@ def test_rows_that_end_with_their_first_token_leave_nobody_waiting(tiny_run: Pat
     model.close()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_loop_that_breaks_tells_those_who_wait(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(tiny_run)
     runner = Runner(Engine(model))
@@ -71,10 +70,12 @@ def test_a_loop_that_breaks_tells_those_who_wait(tiny_run: Path, monkeypatch: py
         raise ZeroDivisionError
 
     monkeypatch.setattr(runner.engine, "step", broken)
-    sink = Last()
+    sink, ended = Last(), threading.Event()
+    runner.on_error = ended.set
     runner.engine.submit(Request((5,), sampling=Sampling(4)), sink)
     runner.start()
-    assert sink.done.wait(60)
+    assert ended.wait(60)
     runner.stop()
-    assert isinstance(runner.error, ZeroDivisionError) and sink.reason == "cancelled"
+    assert isinstance(runner.error, ZeroDivisionError) and sink.reason == "error"
+    assert runner.engine.stats().errors == 1 and runner.engine.idle
     model.close()

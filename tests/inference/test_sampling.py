@@ -30,7 +30,10 @@ def test_hardly_any_temperature_is_greedy(temperature: float) -> None:
     assert Sampler(Sampling(temperature=temperature, top_p=0.9)).draw(torch.tensor([1.0, 3.0, 2.0])) == 1
 
 
-def test_a_row_of_nans_fails_nobody() -> None:
-    logits = torch.tensor([[float("nan")] * 3, [0.0, 9.0, 0.0]])
-    found = next_tokens(logits, [Sampler(Sampling(temperature=1.0)), Sampler(Sampling())])
-    assert found[1] == 1 and 0 <= found[0] < 3
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_is_not_finite_fails_alone(bad: float, temperature: float) -> None:
+    logits = torch.tensor([[1.0, bad, 2.0], [0.0, 9.0, 0.0], [-float("inf"), 9.0, -float("inf")], [-float("inf")] * 3])
+    found = next_tokens(logits, [Sampler(Sampling(temperature=temperature * 0.01)) for _ in range(4)])
+    assert found[1:3] == [1, 1]
+    assert str(found[0]) == str(found[3]) == "the logits are not finite"

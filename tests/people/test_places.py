@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -15,20 +16,20 @@ from proper.config import make_config
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.errors import InputError
 from proper.people.log import Entry, InteractionLog
-from proper.people.places import IMPERSONAL, PLACES, STORES, folders
-from proper.people.removal import remove
+from proper.people.removal import Removal, remove
+from proper.run_files import kind_of
 
 MARK = "zyzzyva"
 
 
 def test_all_of_a_user_goes_from_a_whole_run(tmp_path: Path) -> None:
     run, user = made_run(tmp_path)
-    for folder in folders(run):
-        known = {path for pattern in (*STORES, *IMPERSONAL) for path in folder.glob(pattern)}
-        known |= {path for place in PLACES for path in folder.glob(place.pattern)}
-        inner = {path for other in folders(run) if other != folder for path in other.rglob("*")}
-        unknown = {path for path in folder.rglob("*") if path.is_file()} - known - inner
-        assert not unknown, "a new kind of file has to say in places.py whether it is personal"
+    pipeline.evaluate(run, ["groups", "users", "shuffled", "rag"])
+    pipeline.report(run)
+    pipeline.report_users(run, [each["user"] for each in json.loads((run / "users.json").read_text())["users"]])
+    pipeline.report_comparison(run, run)
+    unlisted = [path for path in files(run) if kind_of(path.relative_to(run)) is None]
+    assert not unlisted, "a new kind of file has to be listed in run_files.py"
     with closing(AdapterStore(run / "users")) as store, closing(InteractionLog(run / "users")) as log:
         log.append("", user, [Entry(f"{MARK} {number}", "since then") for number in range(30)])
         before = {path for path in files(run) if MARK.encode() in path.read_bytes()}
@@ -36,12 +37,26 @@ def test_all_of_a_user_goes_from_a_whole_run(tmp_path: Path) -> None:
             path.name for path in before
         }
         assert any(path.parent.parent.name == "1" for path in before), "further seeds too"
-        assert remove(store, log, user)
-        assert not remove(store, log, user)
+        hits = {path for path in files(run) if MARK.encode() in path.read_bytes()}
+        kinds = {path: kind_of(path.relative_to(run)) for path in hits}
+        assert set(kinds.values()) == {"personal", "store"}, kinds
+        names = {path.name.split("-")[0] for path in hits}
+        assert {"report", "shuffled", "rag"} <= names, "user pages and variants' data"
+        assert remove(store, log, user) == Removal(True, ANY)
+        assert remove(store, log, user) == Removal(False, ANY)
         assert store.head(user) is None and log.count("", user) == 0
         assert len(list(store.users())) > 1
-    left = {path for path in files(run) if MARK.encode() in path.read_bytes()}
-    assert not left
+    assert not marked(run)
+    (run / "predictions" / "shuffled.json").unlink()
+    pipeline.evaluate(run, ["groups", "users", "shuffled", "rag"])
+    assert not marked(run), "an evaluation writes nothing back"
+    (run / "data.sqlite").unlink()
+    pipeline.run(run / "config.yaml", run)
+    assert not marked(run) - {run / "data" / "interactions.jsonl"}, "nor does data that is prepared again"
+
+
+def marked(run: Path) -> set[Path]:
+    return {path for path in files(run) if MARK.encode() in path.read_bytes() or MARK in str(path.relative_to(run))}
 
 
 def made_run(tmp_path: Path) -> tuple[Path, str]:
@@ -84,7 +99,7 @@ def test_while_a_stage_is_trained_its_users_stay(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="a stage is being trained and holds user 'ann'"):
             remove(store, log, user)
         log.append("", "bo", [Entry("x", "y")])
-        assert remove(store, log, "bo")
+        assert remove(store, log, "bo").found
 
 
 def _made(path: Path) -> Path:

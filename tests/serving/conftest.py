@@ -20,6 +20,7 @@ from proper.inference.engine import Engine
 from proper.inference.guests import Limits
 from proper.inference.runner import Runner
 from proper.serving.app import ServeSettings, create_app
+from proper.serving.connections import ConnectionLimits
 from proper.serving.keys import FILE, Keys
 from proper.serving.limits import ServeLimits
 from proper.serving.server import free_port, make_server
@@ -83,12 +84,14 @@ def serve() -> Iterator[Serve]:
         slots: int = 4,
         log_users: bool = False,
         fits: bool = False,
+        connections: ConnectionLimits | None = None,
+        **more: Any,
     ) -> Running:
         model, keys, log = load(folder), Keys(folder / FILE), []
         worker = Worker(watching(folder), log.append, pause=0.1) if fits else None
-        engine = Engine(model, Limits(rows, slots))
+        engine = Engine(model, Limits(rows, slots, **more))
         settings = ServeSettings("tiny", limits=limits or ServeLimits(), log_users=log_users)
-        server = make_server(create_app(Runner(engine), keys, settings, log.append, worker), 10)
+        server = make_server(create_app(Runner(engine), keys, settings, log.append, worker), 10, connections)
         bound = free_port("127.0.0.1", 0)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()

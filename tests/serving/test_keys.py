@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from proper.adapters.store import AdapterStore
+from proper.cli.app import main
 from proper.errors import InputError
-from proper.serving.keys import FILE, Keys, Principal
+from proper.serving.keys import FILE, DamagedKeysError, Keys, Principal
 
 if TYPE_CHECKING:
     Running = Serve = Any  # tests/serving/conftest.py
@@ -135,6 +138,98 @@ def test_a_revoked_key_stops_at_once(kept: tuple[Running, dict[str, str]]) -> No
         assert client.get("/v1/models").status_code == 200
         Keys(server.folder / FILE).revoke(server.keys.principals()[-1].id)
         assert client.get("/v1/models").status_code == 401
+
+
+STATES: dict[str, str | None] = {
+    "all revoked": '{"schema": 1, "keys": []}',
+    "lost": None,
+    "empty": "",
+    "cut off": '{"schema": 1, "keys": [{"id": "',
+    "not a file of keys": "{}",
+    "a list": "[1]",
+    "keys of another form": '{"keys": [{"id": 1}]}',
+    "not text": "\udcff",
+}
+
+
+def test_a_run_that_has_had_keys_stays_closed(serve: Serve, tiny_run: Path, tmp_path: Path) -> None:
+    server = serve(shutil.copytree(tiny_run, tmp_path / "tiny"))
+    with server.client() as client:
+        assert client.get("/v1/users").status_code == 200, "there has never been a key"
+        key, path = server.keys.add("", ["admin"]), server.keys.path
+        for name, content in STATES.items():
+            path.unlink(missing_ok=True)
+            if content is not None:
+                path.write_bytes(content.encode("utf-8", "surrogateescape"))
+            for headers in ({}, {"Authorization": f"Bearer {key}"}, {"Host": "127.0.0.1:8000"}):
+                reply = client.get("/v1/users", headers=headers)
+                assert reply.status_code in (401, 503) and str(path) not in reply.text, (name, headers)
+            assert Keys(path).required, "also for a server that starts now"
+        path.unlink()
+        Keys(path).open()
+        assert client.get("/v1/users").status_code == 200
+
+
+def test_damaged_keys_are_named_and_never_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text("[1")
+    for change in (lambda: Keys(path).add("", ["admin"]), lambda: Keys(path).revoke("x"), lambda: Keys(path).open()):
+        with pytest.raises(DamagedKeysError, match=r"keys\.json: .*; put back a copy of it, or remove it"):
+            change()
+    assert path.read_text() == "[1"
+
+
+def test_keys_of_an_earlier_version_are_remembered(tmp_path: Path) -> None:
+    keys = Keys(tmp_path / "serving" / "keys.json")
+    keys.add("", ["admin"])
+    (tmp_path / "serving" / "keys.required").unlink()
+    Keys(keys.path).remember()
+    keys.path.unlink()
+    assert Keys(keys.path).required
+    Keys(tmp_path / "never" / "keys.json").remember()
+    assert not Keys(tmp_path / "never" / "keys.json").required
+
+
+def test_a_run_is_opened_again_on_purpose_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("data: {path: x}\n")
+    assert main(["keys", "add", str(tmp_path)]) == 0
+    assert main(["keys", "open", str(tmp_path)]) == 2
+    assert "there are keys; revoke them first" in capsys.readouterr().err
+    keys = Keys(tmp_path / FILE)
+    assert main(["keys", "revoke", str(tmp_path), keys.principals()[0].id]) == 0
+    assert "no key is left, so no request is answered" in capsys.readouterr().err and keys.required
+    assert main(["keys", "open", str(tmp_path)]) == 0 and not keys.required
+    modes = {path.stat().st_mode & 0o077 for path in (tmp_path / "serving", *(tmp_path / "serving").iterdir())}
+    assert modes == {0}
+
+
+CHANGE = """
+import sys
+from pathlib import Path
+from proper.serving.keys import Keys
+keys, tenant = Keys(Path(sys.argv[1])), sys.argv[2]
+sys.stdin.readline()
+for number in range(6):
+    principal = keys.principal(keys.add(tenant, ["admin"]))
+    if number % 2:
+        keys.revoke(principal.id)
+        assert principal.id not in {each.id for each in keys.principals()}
+"""
+
+
+def test_many_processes_lose_no_key_and_bring_none_back(tmp_path: Path) -> None:
+    path, tenants = tmp_path / "keys.json", [f"t{number}" for number in range(6)]
+    command = [sys.executable, "-c", CHANGE, str(path)]
+    started = [subprocess.Popen([*command, tenant], stdin=subprocess.PIPE, text=True) for tenant in tenants]
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in started:
+        process.communicate(timeout=60)
+    assert [process.returncode for process in started] == [0] * len(started)
+    left = [principal.tenant for principal in Keys(path).principals()]
+    assert sorted(left) == sorted(tenants * 3)
 
 
 def test_only_hashes_are_kept(tmp_path: Path) -> None:

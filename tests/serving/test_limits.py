@@ -43,7 +43,7 @@ def small(serve: Serve, long_run: Path) -> Running:
         ({"temperature": -1}, 400, "temperature: "),
         ({"top_p": 0}, 400, "top_p: "),
         ({"n": 2}, 400, "n: "),
-        ({"logprobs": 3}, 400, "logprobs: "),
+        ({"logprobs": 6}, 400, "logprobs: "),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty: "),
         ({"promt": "x"}, 400, "promt: "),
         ({"user": ""}, 400, "user: "),
@@ -65,6 +65,7 @@ def test_refused_in_one_line(small: Running, change: dict[str, Any], status: int
 
 def test_bodies_that_are_no_json_or_come_in_pieces(small: Running) -> None:
     with small.client() as client:
+        client.headers["Content-Type"] = "application/json"
         assert client.post("/v1/completions", content=b"{").status_code == 400
         assert client.post("/v1/completions", content=(b"x" * 500 for _ in range(9))).status_code == 413
         assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
@@ -193,7 +194,7 @@ def test_a_rate_fills_up_again() -> None:
     turnstile = Turnstile(ServeLimits(per_minute=2), lambda: now[0])
 
     def ask(key: str) -> None:
-        with turnstile.enter(key, 1):
+        with turnstile.visit(key):
             pass
 
     for key in ("a", "a", "b"):

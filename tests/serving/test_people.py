@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,12 +58,12 @@ def test_users_are_listed_read_taken_back_and_deleted(own: Running, alone: Perso
         assert client.get("/v1/users/u0").json() == {**card, "interactions": 0, "fit": idle}
         assert [one["version"] for one in client.get("/v1/users/u0/versions").json()["data"]] == [2, 1]
         assert answer() == (alone.generate(["Well?"], ["u1"])[0], 2)
-        assert client.post("/v1/users/u0/rollback").json()["version"] == 3
+        assert client.post("/v1/users/u0/rollback", json={}).json()["version"] == 3
         assert answer() == (alone.generate(["Well?"], ["u0"])[0], 3)
         assert client.post("/v1/users/u0/rollback", json={"to": 99}).status_code == 409
         assert client.delete("/v1/users/u0").json() == {"id": "u0", "object": "user.deleted", "deleted": True}
         for method, path in (("GET", ""), ("GET", "/versions"), ("POST", "/rollback"), ("DELETE", "")):
-            reply = client.request(method, f"/v1/users/u0{path}")
+            reply = client.request(method, f"/v1/users/u0{path}", json={} if method == "POST" else None)
             assert (reply.status_code, reply.json()["error"]["code"]) == (404, "user_not_found")
         assert answer() == (alone.generate(["Well?"], [None])[0], None)
 
@@ -76,7 +81,7 @@ def test_any_id_is_one_segment(own: Running, user: str) -> None:
     with own.client() as client:
         assert client.get(url).json()["id"] == user
         assert len(client.get(f"{url}/versions").json()["data"]) == 1
-        assert client.post(f"{url}/rollback").json()["error"]["code"] == "no_version"
+        assert client.post(f"{url}/rollback", json={}).json()["error"]["code"] == "no_version"
         assert client.post(f"{url}/interactions", json={"interactions": []}).json()["id"] == user
         assert client.delete(url).json()["id"] == user
         assert client.get(url).status_code == 404
@@ -95,6 +100,45 @@ def test_what_was_said_is_kept_until_its_person_is_deleted(own: Running) -> None
         deadline = time.monotonic() + 60
         while own.figures()["proper_prefix_bytes"] != both["proper_prefix_bytes"] / 2:
             assert time.monotonic() < deadline, "still there"
+
+
+def test_a_deletion_that_has_to_wait_is_202_and_says_when_it_is_done(own: Running) -> None:
+    secret = "zyzzyva of u0"
+    with own.client() as client:
+        lesson = {"input": secret, "output": "y"}
+        assert client.post("/v1/users/u0/interactions", json={"interactions": [lesson]}).status_code == 200
+        with closing(sqlite3.connect(own.folder / "users" / "interactions.sqlite", isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM interactions").fetchone()
+            reply = client.delete("/v1/users/u0")
+            assert (reply.status_code, reply.json()["state"]) == (202, "running")
+            place = reply.headers["location"]
+            assert client.get(place).json() == reply.json()
+            assert client.delete("/v1/users/u0").json() == reply.json(), "the same deletion"
+            again = client.post("/v1/users", json={"user": "u0", "interactions": [lesson]})
+            assert (again.status_code, again.json()["error"]["code"]) == (409, "deletion_running")
+        wait_for(lambda: client.get(place).json()["state"] == "done")
+        assert not [path for path in own.folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+        assert client.get("/v1/deletions/none").json()["error"]["code"] == "deletion_not_found"
+        assert client.post("/v1/users", json={"user": "u0", "interactions": [lesson]}).status_code == 200
+
+
+def test_a_server_forgets_whom_another_process_deletes(own: Running) -> None:
+    prompt = "A rather longer text: what does it say, and to whom does it say it?"
+    with own.client() as client:
+        client.post("/v1/completions", json={"model": "tiny", "prompt": prompt, "user": "u0"})
+        figures = own.figures()
+        assert figures["proper_slots_resident"] == 1 and figures["proper_prefix_bytes"] > 0
+        command = [sys.executable, "-m", "proper", "users", "delete", str(own.folder), "--user", "u0"]
+        assert subprocess.run(command, check=False, capture_output=True).returncode == 0
+        wait_for(lambda: own.figures()["proper_slots_resident"] == 0 and own.figures()["proper_prefix_bytes"] == 0)
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_an_id_that_is_no_text(own: Running) -> None:

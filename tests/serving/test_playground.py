@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 if TYPE_CHECKING:
     Running = Serve = Any  # tests/serving/conftest.py
@@ -192,6 +192,21 @@ def test_a_new_id_is_somebody_new(opened: Opened) -> None:
     page.get_by_role("combobox").fill("group")
     page.keyboard.press("Enter")
     expect(page.locator("#who-told")).to_contain_text("group has an embedding of their own, and no adapter")
+
+
+def test_nothing_can_be_typed_or_pressed_before_the_page_is_ready(browser: Browser, served: Running) -> None:
+    context = browser.new_context()
+    page, held = context.new_page(), list[Route]()
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.goto(served.url)
+    expect(page.locator("article")).to_have_count(3)  # the script has run and waits for the server
+    for name in ("#who", "#ask", "#teach-go"):
+        expect(page.locator(name)).to_be_disabled()
+    held[0].continue_()
+    page.get_by_role("combobox").fill("ann")
+    page.keyboard.press("Enter")
+    expect(page.locator("#who-told")).to_contain_text("ann is new")
+    context.close()
 
 
 def test_deleting_asks_first(opened: Opened, served: Running) -> None:

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def process(long_run: Path) -> Iterator[Process]:
 
 
 @contextmanager
-def serving(folder: Path, *more: str) -> Iterator[Process]:
-    command = [sys.executable, "-m", "proper", "serve", str(folder), "--port", "0", "--rows", "2", *more]
+def serving(folder: Path, *more: str, start: Sequence[str] = ("-m", "proper")) -> Iterator[Process]:
+    command = [sys.executable, *start, "serve", str(folder), "--port", "0", "--rows", "2", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert started.stderr is not None
@@ -48,6 +49,33 @@ def serving(folder: Path, *more: str) -> Iterator[Process]:
     finally:
         started.kill()
         started.communicate()
+
+
+BREAKS = """
+from proper.cli.app import entry
+from proper.inference.kv import RowCache
+whole = RowCache.make_room
+def make_room(self):
+    if max(self.window.lengths) > 40:
+        raise RuntimeError("moved by half")
+    whole(self)
+RowCache.make_room = make_room
+entry()
+"""
+"""The command, with an engine that breaks where no single request is at fault: when a row is 41 tokens long."""
+
+
+def test_an_engine_that_cannot_go_on_answers_all_and_ends_the_process(long_run: Path) -> None:
+    body = {"model": "tiny", "prompt": "Well?", "user": "u0", "max_tokens": 60}
+    with serving(long_run, "--no-worker", start=("-c", BREAKS)) as (started, url), ThreadPoolExecutor() as threads:
+        asked = [threads.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=60) for _ in range(5)]
+        with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}, timeout=60) as reply:
+            text = "".join(reply.iter_lines())
+        replies = [one.result() for one in asked]
+        _, rest = started.communicate(timeout=60)
+    assert {reply.status_code for reply in replies} == {500} and '"error"' in text and "[DONE]" not in text
+    assert started.returncode == 1
+    assert "proper: the engine has stopped: RuntimeError: moved by half" in rest and "Traceback" not in rest
 
 
 def until_ready(url: str) -> None:
@@ -68,7 +96,7 @@ def test_sigterm_lets_an_answer_finish(process: Process) -> None:
         assert next(lines).startswith("data: ")
         os.kill(started.pid, signal.SIGTERM)
         text = "\n".join(lines)
-    assert '"finish_reason":' in text and "[DONE]" in text and "error" not in text
+    assert '"finish_reason": "' in text and "[DONE]" in text and "error" not in text
     _, rest = started.communicate(timeout=60)
     assert started.returncode == 0 and "proper: stopped" in rest
     with pytest.raises(httpx.ConnectError):
@@ -93,7 +121,7 @@ def test_sigterm_waits_no_longer_than_it_was_told(long_run: Path, tmp_path: Path
                 text += line
         _, rest = started.communicate(timeout=60)
     assert started.returncode == 0 and "proper: stopped" in rest
-    assert text.startswith("data: ") and "[DONE]" not in text and '"finish_reason":' not in text
+    assert text.startswith("data: ") and "[DONE]" not in text and '"finish_reason": "' not in text
 
 
 def test_other_machines_need_keys(long_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

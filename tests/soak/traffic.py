@@ -216,7 +216,7 @@ class Client:
     def take_back(self, user: str) -> None:
         """Go back a version, where there is one to go back to."""
         held = self.send("versions", "GET", f"/v1/users/{path_of(user)}/versions")
-        reply = self.send("rollback", "POST", f"/v1/users/{path_of(user)}/rollback")
+        reply = self.send("rollback", "POST", f"/v1/users/{path_of(user)}/rollback", {})
         if held is None or reply is None or not held.is_success:
             return
         if reply.status_code == 409 and len(held.json()["data"]) > 1:

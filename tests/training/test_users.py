@@ -224,3 +224,13 @@ def test_held_out(items: int, share: float) -> None:
     held = held_out(items, share)
     assert 1 <= held <= items - 1
     assert held == 1 or held <= items * share + 0.5
+
+
+def test_adapters_of_absurd_size_are_not_kept(
+    run: Callable[..., Everything], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate at which numbers grow beyond all reason, and the loss stays finite."""
+    records, _ = run("huge", Log(), learning_rate=1e5, tiers={"select": False}, router="none")
+    assert records and all(record.tier == "groups" for record in records.values())
+    assert {record.facts["reason"].partition(":")[0] for record in records.values()} == {"quarantined"}
+    assert "numbers beyond 10000; they stay on the group tier" in capsys.readouterr().err

@@ -20,6 +20,7 @@ import xxhash
 
 from proper.adapters.manifest import Manifest, Place, shard_name
 from proper.errors import StoreError
+from proper.files import open_private
 
 # Small enough to be still in a core's cache when the checksum reads it.
 CHUNK = 1 << 18
@@ -85,7 +86,7 @@ class BlobWriter:
         """Write a file of its own."""
         name = f"{secrets.token_hex(16)}.safetensors"
         self._files.append(name)
-        with (self.folder / name).open("xb") as file:
+        with os.fdopen(open_private(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
             file.write(header)
             file.write(payload)
             file.flush()
@@ -145,7 +146,7 @@ class BlobWriter:
                 os.close(file)
         while True:
             number = self.manifest.new_shard()
-            (self.folder / shard_name(number)).touch()
+            os.close(open_private(self.folder / shard_name(number), os.O_RDWR | os.O_CREAT))
             file = lock_shard(self.folder, number)
             if file is not None:
                 return _Shard(number, file, 0)
@@ -206,9 +207,13 @@ def _check(
 
 
 def lock_shard(folder: Path, number: int) -> int | None:
-    """Open a shard for this process alone; None if it is gone or somebody else's."""
+    """Open a shard for this process alone; None if it is gone or somebody else's.
+
+    Raises:
+        OSError: it cannot be opened, or is a symbolic link.
+    """
     try:
-        file = os.open(folder / shard_name(number), os.O_RDWR)
+        file = open_private(folder / shard_name(number), os.O_RDWR)
     except FileNotFoundError:
         return None
     try:
@@ -247,7 +252,7 @@ def _erase_blob(path: Path, ranges: list[tuple[int | None, int]]) -> None:
         path.unlink(missing_ok=True)
         return
     try:
-        file = os.open(path, os.O_WRONLY)
+        file = open_private(path, os.O_WRONLY)
     except FileNotFoundError:
         return  # compacted away
     try:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from proper.adapters.load import RowLoader
+from proper.adapters.sound import require_sound
 from proper.adapters.store import AdapterStore, Head
 from proper.errors import StoreError
 from proper.layers.bank import AdapterBank
@@ -38,8 +39,15 @@ class SlotCache:
         return head.tier if head is not None else "none"
 
     def embeddings(self, users: Sequence[str | None]) -> Float[Tensor, "B D"]:
-        """Return every row's user embedding; the mean for unknown users."""
+        """Return every row's user embedding; the mean for unknown users.
+
+        Raises:
+            StoreError: an embedding has numbers that are not finite or absurdly large.
+        """
         heads = [self._head(user) for user in users]
+        for user, head in zip(users, heads, strict=True):
+            if user is not None and head is not None:
+                require_sound(user, {"embedding": head.embedding})
         return torch.stack([head.embedding if head is not None else self.mean for head in heads])
 
     def slots(self, users: Sequence[str | None]) -> Int[Tensor, "B"] | None:

@@ -1,7 +1,8 @@
 """Is the store what its manifest says: every adapter whole (sha256), every row sensible, no byte without an owner?
 
-Repair removes what nobody owns and takes a user whose adapter is damaged back to the newest version that is good, or to
-the group tier where none is. It may run beside readers and writers. Knows nothing about models.
+Repair takes a user whose adapter is damaged back to the newest version that is good, or to the group tier where none
+is. What it takes out (bytes without an owner, rows of damaged versions) goes into quarantine: beside a manifest that
+was set back anything looks like nobody's. It may run beside readers and writers. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 from typing import Literal
 
 import xxhash
 
 from proper.adapters.blobs import erase, lock_shard
 from proper.adapters.manifest import Place, Row, shard_name, user_of
+from proper.adapters.quarantine import QUARANTINE, put_bytes_aside, put_file_aside, put_row_aside
 from proper.adapters.store import AdapterStore
 from proper.errors import StoreError
+from proper.sqlite_files import read_only_error
 
-Kind = Literal["manifest", "row", "missing", "torn", "flipped", "orphan-file", "orphan-bytes"]
+Kind = Literal["manifest", "row", "missing", "torn", "flipped", "orphan-file", "orphan-bytes", "log"]
 _BLOB = re.compile(r"\d+\.shard|[0-9a-f]{32}\.safetensors")
 _PIECE = 1 << 20
 
@@ -33,7 +38,8 @@ class Finding:
 
     Attributes:
         kind: "manifest": the database itself is damaged; "row": a row that makes no sense; "missing", "torn" (cut off)
-            or "flipped" (other bytes): an adapter; "orphan-file", "orphan-bytes": what nobody owns.
+            or "flipped" (other bytes): an adapter; "orphan-file", "orphan-bytes": what nobody owns; "log": the log of
+            interactions.
         text: what is wrong, with the user or file.
         user: whose version this is; None of an orphan.
         repair: what was done about it; empty if nothing was.
@@ -46,19 +52,28 @@ class Finding:
     repair: str = ""
 
 
+def one_line(path: Path, text: str) -> str:
+    """Return what SQLite says about a file as one line that names the file."""
+    said = " ".join(text.split())
+    return said if said.startswith(str(path)) else f"{path}: {said}"
+
+
 def check(store: AdapterStore, repair: bool = False) -> list[Finding]:
     """Return everything that is wrong with a store, all tenants included; with `repair`, put it right.
 
     Raises:
         StoreError: the manifest cannot be read, or a repair cannot be written.
     """
+    if repair and store.manifest.read_only:
+        raise read_only_error(store.manifest.path)
     try:
-        said = [f"{store.manifest.path}: {row[0]}" for row in store.manifest.read("PRAGMA quick_check")]
+        said = [row[0] for row in store.manifest.read("PRAGMA quick_check")]
     except StoreError as error:
         said = [str(error)]
-    if said != [f"{store.manifest.path}: ok"]:
-        return [Finding("manifest", text) for text in said]
-    erase(store.blobs, store.manifest)
+    if said != ["ok"]:
+        return [Finding("manifest", one_line(store.manifest.path, text)) for text in said]
+    if not store.manifest.read_only:
+        erase(store.blobs, store.manifest)
     findings: list[Finding] = []
     for _, rows in groupby(store.manifest.rows(), key=lambda row: row[:2]):
         findings += _check_user(store, list(rows), repair)
@@ -72,12 +87,15 @@ def _check_user(store: AdapterStore, rows: list[Row], repair: bool) -> list[Find
     bad = {row.version: finding for row in rows if (finding := _check_row(store, row)) is not None}
     if not bad:
         return []
-    with store.manifest.transaction():
+    with nullcontext() if store.manifest.read_only else store.manifest.transaction():
         # What was replaced, deleted or moved since it was read is not damaged.
         now = store.manifest.versions(rows[0].tenant, rows[0].user)
         bad = {row.version: bad[row.version] for row in now if row.version in bad and row in rows}
         if not bad or not repair:
             return list(bad.values())
+        for row in now:
+            if row.version in bad:
+                put_row_aside(store.folder, row._asdict())
         done = _fall_back(store, now, bad)
     return [replace(finding, repair=done) for finding in bad.values()]
 
@@ -162,16 +180,14 @@ def _fall_back(store: AdapterStore, now: list[Row], bad: dict[int, Finding]) -> 
 def _orphan_files(store: AdapterStore, repair: bool) -> Iterator[Finding]:
     manifest = store.manifest
     # Nobody may be between writing a file and pointing to it.
-    with store.writing(alone=True):
+    with nullcontext() if manifest.read_only else store.writing(alone=True):
         owned = {row[0] for row in manifest.read("SELECT DISTINCT blob FROM records")}
         owned |= {shard_name(number) for number in manifest.shards()}
         owned |= {row[0] for row in manifest.read("SELECT blob FROM erasures")}
         for path in sorted(store.blobs.iterdir()):
             if path.name not in owned:
-                size = path.stat().st_size
-                if repair:
-                    path.unlink()
-                done = "removed" if repair else ""
+                size = path.lstat().st_size
+                done = put_file_aside(store.folder, path) if repair else ""
                 yield Finding("orphan-file", f"{path}: {size} bytes that nobody owns", repair=done)
 
 
@@ -182,27 +198,33 @@ def _orphan_bytes(store: AdapterStore, number: int, size: int, repair: bool) -> 
     path = store.blobs / shard_name(number)
     if not path.exists():
         return
-    with path.open("r+b") as file:
+    # A link is not followed: what it leads to is not the store's to write.
+    file = os.open(path, (os.O_RDWR if repair else os.O_RDONLY) | os.O_NOFOLLOW)
+    try:
         at, wiped = 0, 0
         for start, end in [*((p.offset, p.offset + p.length) for p in places), (size, size)]:
-            wiped += _wipe(file.fileno(), at, min(start, size), repair)
+            wiped += _wipe(store, file, path.name, at, min(start, size), repair)
             at = max(at, end)
         if repair and wiped:
-            os.fsync(file.fileno())
-    wiped += _cut_tail(store, number, repair)
+            os.fsync(file)
+    finally:
+        os.close(file)
+    if not store.manifest.read_only:
+        wiped += _cut_tail(store, number, repair)
     if wiped:
         text = f"{path}: {wiped} bytes that nobody owns"
-        yield Finding("orphan-bytes", text, repair="wiped" if repair else "")
+        yield Finding("orphan-bytes", text, repair=f"moved to {store.folder / QUARANTINE}" if repair else "")
 
 
-def _wipe(file: int, start: int, end: int, repair: bool) -> int:
-    """Return how many bytes of a hole belong to pieces that are not zero; zero them if asked to."""
+def _wipe(store: AdapterStore, file: int, name: str, start: int, end: int, repair: bool) -> int:
+    """Return how many bytes of a hole belong to pieces that are not zero; put them aside if asked to."""
     found = 0
     for at in range(start, end, _PIECE):
         piece = os.pread(file, min(_PIECE, end - at), at)
         if piece.count(0) < len(piece):
             found += len(piece)
             if repair:
+                put_bytes_aside(store.folder, file, name, at, at + len(piece))
                 os.pwrite(file, bytes(len(piece)), at)
     return found
 
@@ -215,6 +237,7 @@ def _cut_tail(store: AdapterStore, number: int, repair: bool) -> int:
         size = store.manifest.shard_size(number)
         tail = 0 if size is None else max(0, os.fstat(file).st_size - size)
         if tail and repair and size is not None:
+            put_bytes_aside(store.folder, file, shard_name(number), size, size + tail)
             os.ftruncate(file, size)
         return tail
     finally:

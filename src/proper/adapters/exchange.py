@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from proper.adapters.sound import fault_of
 from proper.adapters.store import Tier, UserRecord
 from proper.errors import InputError, ProperError
 from proper.files import hash_file, read_json, write_json
@@ -68,7 +69,8 @@ def read_user(folder: Path, origin: Mapping[str, str]) -> tuple[UserRecord, dict
         origin: what must be the same.
 
     Raises:
-        InputError: it is no exported user, is damaged, or belongs to another origin; says which part differs.
+        InputError: it is no exported user, is damaged, belongs to another origin (says which part differs), or has
+            numbers that are not finite or absurdly large (names the tensor).
     """
     said = _read_facts(folder)
     for key, value in origin.items():
@@ -84,6 +86,9 @@ def read_user(folder: Path, origin: Mapping[str, str]) -> tuple[UserRecord, dict
     embedding = tensors.pop(_EMBEDDING, None)
     if embedding is None or embedding.dim() != 1 or (said.tier == "users") != bool(tensors):
         raise InputError(f"{path}: its tensors are not those of a user on the tier '{said.tier}'")
+    fault = fault_of({_EMBEDDING: embedding, **tensors})
+    if fault is not None:
+        raise InputError(f"{path}: {fault}")
     return UserRecord(said.user, said.tier, embedding.float(), tensors or None, said.facts), said.origin
 
 

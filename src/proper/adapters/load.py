@@ -15,6 +15,7 @@ from proper.adapters.blobs import CHUNK, fill, stream
 from proper.adapters.manifest import Row
 from proper.adapters.packing import Spec
 from proper.adapters.records import Head
+from proper.adapters.sound import is_sound, require_sound
 from proper.adapters.store import AdapterStore
 from proper.errors import StoreError
 from proper.layers.bank import Layout
@@ -33,7 +34,8 @@ class RowLoader:
         """Fill a row with a user's adapter; return the adapter's checksum. A row that cannot be filled is zeroed.
 
         Raises:
-            StoreError: the user has no adapter, or it is damaged or does not fit the layout.
+            StoreError: the user has no adapter, or it is damaged, does not fit the layout, or has numbers that are not
+                finite or absurdly large.
         """
         head = self.load_head(user, row)
         if head is None or head.checksum is None:
@@ -46,7 +48,8 @@ class RowLoader:
         None for an unknown user, a head of the tier "groups" where there is no adapter; the row is then zeroed.
 
         Raises:
-            StoreError: the adapter is damaged or does not fit the layout; the row is zeroed.
+            StoreError: adapter or embedding is damaged, does not fit the layout or has numbers that are not finite or
+                absurdly large; the row is zeroed.
         """
         head = None
         try:
@@ -57,8 +60,11 @@ class RowLoader:
         return head
 
     def _fill(self, user: str, found: Row, row: Float[Tensor, "P"]) -> Head:
-        self._load(user, found, row)
-        return self.store.head_of(found)
+        if self._load(user, found, row) is not None and not is_sound(row):
+            require_sound(user, self.layout.unpack(row))
+        head = self.store.head_of(found)
+        require_sound(user, {"embedding": head.embedding})
+        return head
 
     def _load(self, user: str, found: Row, row: Float[Tensor, "P"]) -> bytes | None:
         if found.place is None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from proper.errors import StoreError
+from proper.sqlite_files import Schema, open_shared, read_only_error
 
 FORMAT = 2
 _PAGE = 1000
@@ -32,6 +33,8 @@ _TABLES = (
         length INTEGER NOT NULL, xxh3 BLOB, sha256 BLOB, embedding BLOB NOT NULL,
         PRIMARY KEY (tenant, user, version)) WITHOUT ROWID""",
 )
+# FULL: a version's bytes are wiped after the commit that replaces it, so that commit has to be on the disk.
+_SCHEMA = Schema("a store", FORMAT, _TABLES, durable=True)
 
 
 class Place(NamedTuple):
@@ -84,52 +87,54 @@ def shard_name(number: int) -> str:
     return f"{number}.shard"
 
 
+def empty_wal(path: Path, patience: float) -> bool:
+    """Move a database's write-ahead log into its file and empty it, so that it keeps nothing that was deleted.
+
+    Returns False if another process reads or writes for longer than `patience` (seconds): what was deleted is still
+    in the write-ahead log then.
+
+    Raises:
+        StoreError: the database is damaged, or the disk full.
+    """
+    deadline = time.monotonic() + patience
+    try:
+        # A connection of its own: others of this process may be in the middle of a read.
+        with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as database:
+            while _is_busy(database):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.02)
+    except sqlite3.Error as error:
+        raise StoreError(f"{path}: {error}") from error
+    return True
+
+
+def _is_busy(database: sqlite3.Connection) -> bool:
+    try:
+        return bool(database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error):
+            raise
+        return True
+
+
 class Manifest:
     """The SQLite file at `path`, made if it is not there.
 
     Args:
         path: the file.
         wait_seconds: how long to wait for another process that writes.
+        may_make: called before a new file is made; raises where the file must have been lost.
+
+    Raises:
+        StoreError: the file is damaged or lost.
     """
 
-    def __init__(self, path: Path, wait_seconds: float) -> None:
+    def __init__(self, path: Path, wait_seconds: float, may_make: Callable[[], None] = lambda: None) -> None:
         self.path = path
         self._writing = threading.RLock()
-        try:
-            # One connection serves all threads: SQLite itself takes turns, and writers hold the lock.
-            self._db = sqlite3.connect(path, timeout=wait_seconds, isolation_level=None, check_same_thread=False)
-            self._prepare(wait_seconds)
-        except sqlite3.Error as error:
-            raise StoreError(f"{path}: {error}") from error
-
-    def _prepare(self, wait_seconds: float) -> None:
-        deadline = time.monotonic() + wait_seconds
-        while True:
-            try:
-                self._db.execute("PRAGMA journal_mode=WAL")
-                break
-            except sqlite3.OperationalError as error:
-                # SQLite does not wait for another process that is making the same file.
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
-        # FULL: a version's bytes are wiped after the commit that replaces it, so that commit has to be on the disk.
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.execute("PRAGMA secure_delete=ON")
-        if self._format() == 0:
-            with self.transaction():
-                if self._format() == 0:
-                    for table in _TABLES:
-                        self._db.execute(table)
-                    self._db.execute(f"PRAGMA user_version={FORMAT}")
-        if self._format() != FORMAT:
-            raise StoreError(f"{self.path}: a store of another version of proper (format {self._format()})")
-
-    def _format(self) -> int:
-        (number,) = self._db.execute("PRAGMA user_version").fetchone()
-        if number == 0 and self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]:
-            return 1  # the first store numbered nothing
-        return int(number)
+        # One connection serves all threads: SQLite itself takes turns, and writers hold the lock.
+        self._db, self.read_only = open_shared(path, _SCHEMA, wait_seconds, may_make)
 
     def close(self) -> None:
         """Close the file."""
@@ -141,7 +146,10 @@ class Manifest:
 
         Raises:
             StoreError: another process writes for too long, or the disk is full or broken.
+            ReadOnlyError: the file may only be read here.
         """
+        if self.read_only:
+            raise read_only_error(self.path)
         with self._writing:
             try:
                 self._db.execute("BEGIN IMMEDIATE")
@@ -170,9 +178,13 @@ class Manifest:
         """Run one statement of a transaction; return how many rows it changed."""
         return self._db.execute(sql, values).rowcount
 
-    def shrink_log(self) -> None:
-        """Move the write-ahead log into the file and empty it, so that it keeps nothing that was deleted."""
-        self.read("PRAGMA wal_checkpoint(TRUNCATE)")
+    def shrink_log(self, patience: float = 1.0) -> bool:
+        """Empty the write-ahead log; see `empty_wal`."""
+        return empty_wal(self.path, patience)
+
+    def changes(self) -> int:
+        """Return a number that is another one after another connection has committed."""
+        return int(self.read("PRAGMA data_version")[0][0])
 
     def facts(self) -> dict[str, str]:
         """Return what the store is bound to."""

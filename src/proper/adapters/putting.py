@@ -17,6 +17,7 @@ from proper.adapters.blobs import BlobWriter
 from proper.adapters.manifest import Manifest, Place, Row, key_of
 from proper.adapters.packing import pack
 from proper.adapters.records import Tier, UserRecord
+from proper.adapters.sound import require_sound
 from proper.errors import StoreError
 
 
@@ -38,9 +39,10 @@ def prepare(record: UserRecord, writer: BlobWriter, file_bytes: int) -> Prepared
     """Write a record's adapter, to a file of its own if it is larger than `file_bytes`.
 
     Raises:
-        StoreError: the record makes no sense.
+        StoreError: the record makes no sense, or a number of it is not finite or absurdly large.
         OSError: the disk is full or broken.
     """
+    require_sound(record.user, {"embedding": record.embedding, **(record.adapter or {})})
     facts = json.dumps(dict(record.facts), ensure_ascii=False)
     embedding = record.embedding.detach().float().cpu().numpy().tobytes()
     if record.adapter is None:

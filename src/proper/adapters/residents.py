@@ -159,6 +159,10 @@ class Residents:
             if not self._slots[key].pins:
                 self._wipe(key)
 
+    def owners(self) -> set[tuple[str, str]]:
+        """Return tenant and user of every adapter that is in a slot or on its way."""
+        return {(key.tenant, key.user) for key in (*self._slots, *self._loading)}
+
     def close(self) -> None:
         """Wait for the load in hand and end the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -190,10 +194,10 @@ class Residents:
         error = future.exception()
         if error is not None:
             self._free.append(number)
-            if not isinstance(error, StoreError | OSError):
-                raise error
             self.counts.damaged += 1
-            return Outcome(asked, None, str(error))
+            # Whatever it is, it is this user's: the others' adapters load as before.
+            known = isinstance(error, StoreError | OSError)
+            return Outcome(asked, None, str(error) if known else f"{type(error).__name__}: {error}")
         head = future.result()
         found = Key.of(asked.tenant, asked.user, head)
         if found is None or found in self._slots:

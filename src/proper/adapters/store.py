@@ -27,13 +27,16 @@ from torch import Tensor
 from proper.adapters.blobs import BlobError, BlobWriter, erase, fill
 from proper.adapters.manifest import Manifest, Row, key_of, user_of
 from proper.adapters.packing import Spec, unpack
-from proper.adapters.putting import commit, prepare
+from proper.adapters.putting import Prepared, commit, prepare
 from proper.adapters.quantize import decode
 from proper.adapters.records import Head as Head
 from proper.adapters.records import Tier as Tier
 from proper.adapters.records import UserRecord as UserRecord
 from proper.adapters.records import Version as Version
+from proper.adapters.tombstones import Tombstones
 from proper.errors import NoVersionError, StoreError
+from proper.files import open_private, private_folder
+from proper.sqlite_files import read_only_error
 
 T = TypeVar("T")
 DEFAULT_TENANT = ""
@@ -68,14 +71,25 @@ class AdapterStore:
         if keep < 1:
             raise ValueError("keep: the current version is always kept")
         self.folder, self.tenant, self.keep, self.file_bytes = folder, tenant, keep, file_bytes
-        self.blobs = folder / "blobs"
-        self.blobs.mkdir(parents=True, exist_ok=True)
-        self.manifest = Manifest(folder / "users.sqlite", wait_seconds)
+        self.blobs, self.tombstones = folder / "blobs", Tombstones(folder)
+        if self.blobs.is_symlink():
+            raise StoreError(f"{self.blobs}: is a symbolic link; put the folder itself there, or mount one")
+        self.manifest = Manifest(folder / "users.sqlite", wait_seconds, self._require_no_blobs)
+        if not self.manifest.read_only:
+            private_folder(folder)
+            private_folder(self.blobs)
         self.writer = BlobWriter(self.blobs, self.manifest, shard_bytes)
         self._appending = threading.Lock()
         # Layouts never change under their number.
         self._spec = lru_cache(maxsize=256)(self._read_spec)
-        erase(self.blobs, self.manifest)
+        if not self.manifest.read_only:
+            erase(self.blobs, self.manifest)
+
+    def _require_no_blobs(self) -> None:
+        """See that no adapters are there without a manifest: they would all belong to nobody."""
+        if self.blobs.is_dir() and any(self.blobs.iterdir()):
+            path = self.folder / "users.sqlite"
+            raise StoreError(f"{path}: is missing, but {self.blobs} holds adapters; put back a copy of it")
 
     def close(self) -> None:
         """Close the manifest and let go of the shard that was written to."""
@@ -107,17 +121,19 @@ class AdapterStore:
         """Add users or new versions of them, all in one transaction.
 
         Records stream, and may not write to this store; a few hundred bytes of each (and its embedding) stay until
-        the commit.
+        the commit. Those of users who were deleted from the run are left out.
 
         Raises:
-            StoreError: something cannot be written; no record is changed.
+            StoreError: something cannot be written, or a record's numbers are not finite or absurdly large (names
+                user and tensor); no record is changed.
         """
         with self.appending():
             try:
                 prepared = [prepare(record, self.writer, self.file_bytes) for record in records]
                 self.writer.sync()
                 with self.manifest.transaction():
-                    commit(self.manifest, self.tenant, prepared, self.writer.sizes(), self.keep)
+                    living = list(self._living(prepared))
+                    commit(self.manifest, self.tenant, living, self.writer.sizes(), self.keep)
             except BaseException as error:
                 with suppress(StoreError, OSError):  # what is left behind is what `check` calls an orphan
                     self.writer.undo()
@@ -128,6 +144,18 @@ class AdapterStore:
             self.writer.done()
         erase(self.blobs, self.manifest)
 
+    def _living(self, prepared: Iterable[Prepared]) -> Iterator[Prepared]:
+        """Leave out deleted users, and note their bytes for erasure (inside a transaction).
+
+        A deletion writes its tombstone before it removes records, so there is no moment at which this would miss it.
+        """
+        for new in prepared:
+            if not self.tombstones.has(self.tenant, user_of(new.user)):
+                yield new
+            elif new.place is not None:
+                blob, offset, length = new.place
+                self.manifest.erase_later(blob, offset if blob.endswith(".shard") else None, length)
+
     @contextmanager
     def appending(self) -> Iterator[None]:
         """Have `writer` to oneself."""
@@ -137,7 +165,9 @@ class AdapterStore:
     @contextmanager
     def writing(self, alone: bool = False) -> Iterator[None]:
         """Say that blobs are being written which no record points to yet; `alone` waits until nobody else does."""
-        file = os.open(self.folder / "users.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        if self.manifest.read_only:
+            raise read_only_error(self.manifest.path)
+        file = open_private(self.folder / "users.lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             yield
@@ -244,11 +274,15 @@ class AdapterStore:
             yield user_of(row.user), self.head_of(row), json.loads(row.facts)
 
     def delete(self, user: str) -> bool:
-        """Remove all of a user; return whether there was anything. Their bytes are wiped before this returns."""
+        """Remove all of a user; return whether there was anything. `delete_many` says when the bytes are gone."""
         return self.delete_many([user]) == 1
 
     def delete_many(self, users: Iterable[str]) -> int:
-        """Remove all of these users in one transaction; return how many there were."""
+        """Remove all of these users in one transaction; return how many there were.
+
+        Adapters are wiped before this returns. Embeddings stay in the write-ahead log for as long as another process
+        reads; `wipe` says whether they are gone.
+        """
         found = 0
         with self.manifest.transaction():
             for user in users:
@@ -257,8 +291,13 @@ class AdapterStore:
                 found += bool(rows)
         erase(self.blobs, self.manifest)
         if found:
-            self.manifest.shrink_log()
+            self.wipe(0)
         return found
+
+    def wipe(self, patience: float) -> bool:
+        """Wipe what deleted users left; return False if another process reads for longer than `patience` (seconds)."""
+        erase(self.blobs, self.manifest)
+        return self.manifest.shrink_log(patience)
 
     def record(self, user: str, row: Row, coded: bool = False) -> UserRecord:
         """Return the record that a row of the manifest stands for; `coded` as in `get`.

@@ -12,7 +12,10 @@
 All sides answer the same prompts, asked at once, with the same number of tokens (closed loop); nobody ends early. The
 cliff is measured in an open loop: requests arrive at random at a fixed share of what the engine can do, with a slot for
 every user and with 16 users to a slot, in turns; the figure is the ratio of the 95th percentiles of the time to the
-first token. Weights are random but for `proper-nano`'s: speed does not depend on them. Knows what is compared, not how.
+first token. The noisy neighbour is an API key that keeps three requests per row open, beside one that asks one by one.
+The figures are 95th percentiles of the second key: its wait for a row in steps of the engine (1 is the next step), and
+the time of a whole answer, beside that of the same key alone. Weights are random but for `proper-nano`'s: speed does
+not depend on them. Knows what is compared, not how.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import torch
 
 from proper.benchmarks.machine import machine
 from proper.benchmarks.serve_loads import ClosedLoop, Times, open_loop
+from proper.benchmarks.serve_neighbour import quiet_key
 from proper.benchmarks.serve_people import CROWD, Served, Shape, backbone_of
 from proper.benchmarks.timing import interleaved, percentile
 from proper.models.backbone import pick_device
@@ -49,6 +53,7 @@ class Size:
         rows, slots: of the open loop.
         arrivals: requests of each of the open loop's two kinds.
         load: which share of what the closed loop reached arrives.
+        asks: requests of the quiet key beside its noisy neighbour, and of the same key alone.
     """
 
     hidden: int = 1024
@@ -63,6 +68,7 @@ class Size:
     slots: int = 8
     arrivals: int = 160
     load: float = 0.5
+    asks: int = 40
     dtype: torch.dtype = torch.bfloat16
 
     def shape(self, backbone: str) -> Shape:
@@ -72,11 +78,11 @@ class Size:
         return Shape(random, self.dtype, people, self.users, self.prompt, self.answer)
 
 
-QUICK = Size(layers=3, prompt=32, answer=16, repeats=2, arrivals=96)
+QUICK = Size(layers=3, prompt=32, answer=16, repeats=2, arrivals=96, asks=20)
 
 
 def run(size: Size, device: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return {"setting", "figures", "closed", "open", "memory_bytes"} of the benchmark.
+    """Return {"setting", "figures", "closed", "open", "noisy_neighbour", "memory_bytes"} of the benchmark.
 
     Args:
         size: what is measured.
@@ -93,14 +99,16 @@ def run(size: Size, device: str, say: Callable[[str], None]) -> dict[str, Any]:
             closed[name] = {side: _told(loop.times[side], times) for side, times in seconds.items()}
             if name == HEADLINE:
                 opened = _open(size, served, closed[name]["mixed"]["tokens_per_second"], say)
+                neighbour = _neighbour(size, served, say)
                 memory = served.memory(size.users)
             served.close()
     memory["peak_of_the_process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "setting": _setting(size, place),
-        "figures": _figures(closed, opened),
+        "figures": _figures(closed, opened, neighbour),
         "closed": closed,
         "open": opened,
+        "noisy_neighbour": neighbour,
         "memory_bytes": memory,
     }
 
@@ -117,7 +125,19 @@ def _open(size: Size, served: Served, mixed: float, say: Callable[[str], None]) 
     return {"arrivals_per_second": round(rate, 3), **{kind: _latencies(found) for kind, found in times.items()}}
 
 
-def _figures(closed: Mapping[str, Any], opened: Mapping[str, Any]) -> dict[str, float]:
+def _neighbour(size: Size, served: Served, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return the quiet key's waits in steps and seconds beside a flood, and its seconds alone."""
+    say(f"serve: {size.asks} requests of one key alone, then beside one that floods {size.users} rows")
+    alone = quiet_key(served, size.users, size.asks, flooded=False)
+    beside = quiet_key(served, size.users, size.asks, flooded=True)
+    return {
+        "wait_steps": _percentiles([float(count) for count in beside.steps]),
+        "answer_seconds": _percentiles(beside.seconds),
+        "answer_seconds_alone": _percentiles(alone.seconds),
+    }
+
+
+def _figures(closed: Mapping[str, Any], opened: Mapping[str, Any], neighbour: Mapping[str, Any]) -> dict[str, float]:
     rates = {name: {side: told["tokens_per_second"] for side, told in sides.items()} for name, sides in closed.items()}
     large, nano = rates[HEADLINE], rates[NANO]
     first = {kind: opened[kind]["first_token_seconds"]["p95"] for kind in ("resident", "crowded")}
@@ -130,6 +150,10 @@ def _figures(closed: Mapping[str, Any], opened: Mapping[str, Any]) -> dict[str, 
         "base_over_generate": large["base"] / large["generate"],
         "nano_mixed_over_base": nano["mixed"] / nano["base"],
         "nano_mixed_over_peft": nano["plain"] / nano["peft"],
+        "noisy_neighbour_wait_steps": neighbour["wait_steps"]["p95"],
+        "noisy_neighbour_seconds": neighbour["answer_seconds"]["p95"],
+        "noisy_neighbour_alone_seconds": neighbour["answer_seconds_alone"]["p95"],
+        "noisy_neighbour_over_alone": neighbour["answer_seconds"]["p95"] / neighbour["answer_seconds_alone"]["p95"],
     }
     return {name: round(value, 3) for name, value in figures.items()}
 
@@ -154,7 +178,8 @@ def _percentiles(values: list[float]) -> dict[str, float]:
 def _setting(size: Size, device: torch.device) -> dict[str, Any]:
     model = f"random Llama, hidden {size.hidden}, FFN {size.inner}, {size.layers} layers"
     counts = {
-        name: getattr(size, name) for name in ("users", "prompt", "answer", "repeats", "rows", "slots", "arrivals")
+        name: getattr(size, name)
+        for name in ("users", "prompt", "answer", "repeats", "rows", "slots", "arrivals", "asks")
     }
     facts = {"machine": machine(device), "torch": torch.__version__, "dtype": str(size.dtype).removeprefix("torch.")}
     return {HEADLINE: model, **facts, **counts, "alone": size.alone, "load": size.load, "crowd": CROWD}

@@ -20,7 +20,6 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from proper.adapters.cache import SlotCache
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import make_config
-from proper.data.batching import Encoder
 from proper.inference.kv import SLACK
 from proper.inference.personalized import PersonalizedModel
 from proper.layers.bank import AdapterBank
@@ -80,8 +79,8 @@ class Served:
         form: dict[str, Any] = {"device": device, "dtype": shape.dtype}
         bank = AdapterBank(self.layout, 1, alpha=self.config.users.alpha, trainable=False, **form)
         self.model.use_bank(bank)
-        encoder = Encoder(backbone.tokenizer, limit)
-        encoder.end = None
+        encoder = backbone.encoder(limit)
+        encoder.end, encoder.ends = None, frozenset()
         cache = SlotCache(self.store, bank, torch.zeros(self.model.embedding_size))
         self.personal = PersonalizedModel(self.model, encoder, self.config, cache, "users")
         self.alone = PersonalizedModel(self.model, encoder, self.config, None, "base")

@@ -31,7 +31,7 @@ from proper.cli import (
     users_exchange,
 )
 from proper.console import quiet_libraries, say
-from proper.errors import ProperError
+from proper.errors import InputError, ProperError
 
 INTERRUPTED = 130
 
@@ -81,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        require_text(arguments)
         code = typer.main.get_command(app).main(args=list(arguments), prog_name="proper", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
@@ -97,6 +98,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def entry() -> None:
     """Run the command line of this process and leave with its exit code."""
     sys.exit(main())
+
+
+def require_text(arguments: Sequence[str]) -> None:
+    """Refuse arguments that are no text, before anything is written; files may have any name.
+
+    Raises:
+        InputError: an argument has bytes that are not UTF-8 and names no file.
+    """
+    for argument in arguments:
+        if not argument.isascii() and argument.encode(errors="replace").decode() != argument:
+            if os.path.lexists(argument.rpartition("=")[2]):
+                continue
+            raise InputError(f"{argument.encode(errors='backslashreplace').decode()}: this argument is not UTF-8")
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -34,7 +34,7 @@ def publish(result: dict[str, Any], path: Path | None) -> None:
     if path is None:
         typer.echo(json.dumps(result, indent=2))
         return
-    write_json(path, result)
+    write_json(path, result, shared=True)
     for name, value in result["figures"].items():
         typer.echo(f"{name:32} {value}")
 

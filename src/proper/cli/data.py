@@ -1,4 +1,4 @@
-"""`proper data`: data sets of others, brought here. Knows nothing about where their files lie."""
+"""`proper data`: benchmark data from the web, and a data set from any git history."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from typing import Annotated, Literal
 
 import typer
 
-from proper.console import say
+from proper.console import progress, say
 from proper.errors import InputError, ProperError
 
 EXAMPLES = """\
   proper data fetch lamp-3
   proper data fetch lamp-2m --split time --out data/movies --yes
 """
+FROM_GIT_EXAMPLES = """\
+  proper data from-git . --out commits.parquet
+  proper data from-git ~/src/linux --out linux.parquet --min-words 20
+"""
 
 app = typer.Typer(
     name="data",
-    help="Fetch benchmark data.",
-    epilog=f"\b\nExamples:\n{EXAMPLES}",
+    help="Fetch benchmark data, or make a data set from a git history.",
+    epilog=f"\b\nExamples:\n{EXAMPLES}{FROM_GIT_EXAMPLES}",
     rich_markup_mode=None,
 )
 
 
 @app.callback()
 def group() -> None:
-    """Fetch benchmark data."""
+    """Fetch benchmark data, or make a data set from a git history."""
 
 
 @app.command("fetch", epilog=f"\b\nExamples:\n{EXAMPLES}")
@@ -58,6 +62,30 @@ def fetch(
         _agree()
     fetch_task(task, split, folder, site or SITE)
     typer.echo(folder)
+
+
+@app.command("from-git", epilog=f"\b\nExamples:\n{FROM_GIT_EXAMPLES}")
+def from_git(
+    repository: Annotated[Path, typer.Argument(metavar="REPO", help="A git repository.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE.parquet", help="The file to write.", show_default=False)],
+    min_words: Annotated[int, typer.Option(min=0, help="Words that a commit's body needs.")] = 12,
+    max_chars: Annotated[int, typer.Option(min=1, help="Characters at which a body is cut.")] = 800,
+    salt: Annotated[
+        str, typer.Option(help="Key of the authors' pseudonyms; the first commit's id by default.", show_default=False)
+    ] = "",
+) -> None:
+    """Make a data set from a repository's commits: who (a pseudonym), when, body, subject, prefix, area.
+
+    Merges, short bodies and repeated subjects are left out, trailers removed, addresses and URLs masked. The columns
+    are user_id, item_id, timestamp, subject, body, prefix and area. Prints the file.
+    """
+    from proper.data.git_history import CommitFilter, count_commits, write_git_history
+
+    total = count_commits(repository)
+    with progress("commits", total) as advance:
+        rows, users = write_git_history(repository, out, CommitFilter(min_words, max_chars, salt), advance)
+    say(f"{rows} of {total} commits by {users} authors")
+    typer.echo(out)
 
 
 def _agree() -> None:

@@ -58,4 +58,21 @@ def revoke(
     existing_run(folder)
     from proper.serving.keys import FILE, Keys
 
-    Keys(folder / FILE).revoke(key)
+    keys = Keys(folder / FILE)
+    keys.revoke(key)
+    if not len(keys):
+        say(f"proper: no key is left, so no request is answered; 'proper keys open {folder}' lets this machine in")
+
+
+@app.command("open", epilog=examples("open runs/demo"))
+def open_run(folder: RunFolder) -> None:
+    """Let everybody on the same machine in again, once all keys are revoked.
+
+    A run that has had a key answers nobody without one, also when its keys are lost. This takes that back: everything
+    that reaches the server from its own machine, a proxy included, gets in with all rights.
+    """
+    existing_run(folder)
+    from proper.serving.keys import FILE, Keys
+
+    Keys(folder / FILE).open()
+    say("proper: the run has no keys now; a server of it answers everybody on its own machine")

@@ -12,6 +12,8 @@ import typer
 import proper
 from proper.cli.options import RunFolder, existing_run, size_in_bytes
 from proper.console import say
+from proper.errors import ReadOnlyError
+from proper.sqlite_files import writable
 
 EXAMPLES = """\
   proper serve runs/demo
@@ -23,8 +25,12 @@ EXAMPLES = """\
 
 
 def watching(folder: Path) -> list[str]:
-    """Return the command of the process that fits people while this one serves."""
-    return [sys.executable, "-m", "proper", "users", "update", str(folder), "--watch", "--parent", str(os.getpid())]
+    """Return the command of the process that fits people while this one serves.
+
+    -P: it imports nothing from the folder that it is started in.
+    """
+    python = [sys.executable, "-P", "-m", "proper"]
+    return [*python, "users", "update", str(folder), "--watch", "--parent", str(os.getpid())]
 
 
 def command(
@@ -48,6 +54,39 @@ def command(
     rate: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Requests a minute of each key.", show_default=False)
     ] = None,
+    key_rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Rows of one key while other keys wait; half of them by default.",
+            show_default=False,
+        ),
+    ] = None,
+    keep_alive: Annotated[
+        int, typer.Option(min=1, metavar="S", help="Seconds that a connection may idle between two requests.")
+    ] = 75,
+    header_timeout: Annotated[
+        float, typer.Option(min=0.1, metavar="S", help="Seconds that the headers of a request may take.")
+    ] = 20.0,
+    body_timeout: Annotated[
+        float, typer.Option(min=0.1, metavar="S", help="Seconds that the body of a request may take.")
+    ] = 60.0,
+    max_connections: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Connections of everybody; at most what the limit of open files leaves.",
+            show_default=False,
+        ),
+    ] = None,
+    max_connections_per_address: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Connections of one address; half of all by default.", show_default=False
+        ),
+    ] = None,
     drain: Annotated[int, typer.Option(min=0, metavar="S", help="Seconds that SIGTERM leaves to running requests.")] = (
         30
     ),
@@ -60,16 +99,30 @@ def command(
 
     The `user` of a request is the person it is answered for. POST /v1/chat/completions and /v1/completions, GET
     /v1/models, /v1/users, /healthz, /readyz, /metrics and /openapi.json. New people and what they say since are fitted
-    by a process of its own, which holds the backbone a second time. SIGTERM or Ctrl-C lets running requests finish.
-    Without keys only this machine may ask.
+    by a process of its own, which holds the backbone a second time. SIGTERM or Ctrl-C lets running requests finish. An
+    engine that cannot go on ends the process with exit code 1, for a supervisor to start it again.
+    While there has never been a key, any program on this machine may ask; other machines only with one.
     """
     existing_run(folder)
     prefix_bytes = size_in_bytes("--prefix-cache", prefix_cache)
+    from proper.serving.connections import ConnectionLimits
     from proper.serving.gate import is_loopback
     from proper.serving.keys import FILE, Keys
-    from proper.serving.server import free_port, make_server, require_keys
+    from proper.serving.server import free_port, make_server, require_keys, require_no_failure
 
+    connections = ConnectionLimits(
+        max_connections,
+        max_connections_per_address,
+        header_seconds=header_timeout,
+        body_seconds=body_timeout,
+        keep_alive_seconds=keep_alive,
+    )
     keys = Keys(folder / FILE)
+    keys.remember()
+    if keys.required and not len(keys):
+        say(f"proper: no key is valid, so nobody gets in; 'proper keys add {folder}' makes one")
+    if not no_worker and not writable(folder / "users" / "users.sqlite"):
+        raise ReadOnlyError(f"{folder}: is read-only, so nobody can be fitted; serve it with --no-worker")
     require_keys(host, keys, f"make one with: proper keys add {folder}")
     from proper.inference import load
     from proper.inference.engine import Engine
@@ -81,14 +134,16 @@ def command(
 
     with free_port(host, port) as socket:
         model = load(folder)
-        runner = Runner(Engine(model, Limits(rows, slots, prefix_bytes=prefix_bytes)))
+        runner = Runner(Engine(model, Limits(rows, slots, prefix_bytes=prefix_bytes, flow_rows=key_rows)))
         limits = ServeLimits(open_requests=max_open, per_minute=rate)
         settings = ServeSettings(folder.resolve().name, proper.__version__, is_loopback(host), limits, log_users)
         fits = None if no_worker or model.store is None else Worker(watching(folder), say)
-        server = make_server(create_app(runner, keys, settings, say, fits), drain)
+        server = make_server(create_app(runner, keys, settings, say, fits), drain, connections)
+        runner.on_error = server.end
         address, number = socket.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         say(f"proper: serving {folder} as {settings.model!r} on http://{shown}:{number} (Ctrl-C drains and stops)")
         server.run([socket])
         model.close()
+    require_no_failure(runner)
     say("proper: stopped")

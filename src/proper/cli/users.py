@@ -12,7 +12,7 @@ import typer
 
 from proper.cli.options import RunFolder, existing_run
 from proper.console import say
-from proper.errors import InputError, RunFolderError
+from proper.errors import InputError, ReadOnlyError, RunFolderError, StoreError
 
 if TYPE_CHECKING:
     from proper.adapters.store import AdapterStore
@@ -119,16 +119,26 @@ def delete(folder: RunFolder, user: ManyUsers) -> None:
     """Delete users and wipe their bytes.
 
     All versions, all interactions, their rows in the run's data and in its predictions; nothing of it can be read
-    from the run's files afterwards, but for what all users share (groups, router). The report is removed if it shows
-    them. The file that the run was trained on is yours and stays as it is.
+    from the run's files afterwards, but for what all users share (groups, router). The report and pages are removed if
+    they show them. The file that the run was trained on is yours and stays as it is. Exit code 1 if bytes are left,
+    because another process reads or writes just now: 'proper users check' goes on with the deletion, as does every
+    command that writes into the run. Nothing but 'proper users enrol' and an import that says so brings a user back.
     """
     from proper.people.log import InteractionLog
-    from proper.people.removal import remove
+    from proper.people.removal import finish_deletions, remove
+
+    finish_deletions(existing_run(folder) / "users")
 
     with opened(folder) as store, closing(InteractionLog(store.folder)) as log:
-        wanted = [each if log.knows(store.tenant, each) else known(store, each) for each in dict.fromkeys(user)]
-        deleted = sum(remove(store, log, each) for each in wanted)
-        typer.echo(f"{deleted} deleted")
+        begun = {each.user for each in log.deletions.pending() if each.tenant == store.tenant}
+        wanted = [
+            each if each in begun or log.knows(store.tenant, each) else known(store, each)
+            for each in dict.fromkeys(user)
+        ]
+        removals = [remove(store, log, each) for each in wanted]
+    waits = dict.fromkeys(wait for removal in removals for wait in removal.waits)
+    typer.echo(f"{sum(removal.found for removal in removals)} deleted")
+    _require_gone(list(waits))
 
 
 @app.command(epilog=examples("check runs/notes", "check runs/notes --repair --json"))
@@ -139,18 +149,42 @@ def check(
 ) -> None:
     """Find what is damaged, missing or nobody's.
 
-    Reads every stored byte. With --repair, a user with a damaged adapter goes back to the newest good version, or to
-    the group tier, and what belongs to nobody is removed. Exit code 1 if damage remains.
+    Reads every stored byte of the store and the log of interactions, and goes on with deletions that are not over. With
+    --repair, a user with a damaged adapter goes back to the newest good version, or to the group tier, and what belongs
+    to nobody is moved to users/quarantine, which the next deletion of a user removes. A damaged log is not repaired.
+    Exit code 1 if damage or a deletion remains.
     """
+    from proper.adapters.check import Finding
     from proper.adapters.check import check as check_store
+    from proper.people.check import check_log
+    from proper.people.removal import PATIENCE, finish_deletions
 
-    with opened(folder) as store:
-        findings = check_store(store, repair=repair)
+    users = existing_run(folder) / "users"
+    findings = check_log(users)
+    # A damaged log says nothing about deletions.
+    waits = [] if findings else finish_deletions(users, PATIENCE)
+    try:
+        with opened(folder) as store:
+            findings = check_store(store, repair=repair) + findings
+    except ReadOnlyError:
+        raise
+    except StoreError as error:
+        findings.insert(0, Finding("manifest", str(error)))
     for found in findings:
         typer.echo(_line(asdict(found)) if as_json else f"{found.text}{found.repair and '; ' + found.repair}")
     left = sum(not found.repair for found in findings)
     say(f"{len(findings)} found, {left} left" if findings else "nothing is wrong")
+    _require_gone(waits)
     if left:
+        raise typer.Exit(1)
+
+
+def _require_gone(waits: list[str]) -> None:
+    """End with exit code 1 where bytes of deleted users are left; says why."""
+    for wait in waits:
+        say(f"not gone yet: {wait}")
+    if waits:
+        say("'proper users check' goes on with the deletion, as does every command that writes into the run")
         raise typer.Exit(1)
 
 

@@ -52,6 +52,9 @@ def import_command(
     source: Annotated[Path, typer.Argument(metavar="F", help="An exported user (native).", show_default=False)],
     user: Annotated[str | None, typer.Option(metavar="ID", help="Take them in under this name.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a user of that name.")] = False,
+    even_if_deleted: Annotated[
+        bool, typer.Option("--even-if-deleted", help="Take in a user who was deleted from this run.")
+    ] = False,
 ) -> None:
     """Take an exported user into a run and print their name and tier.
 
@@ -60,7 +63,7 @@ def import_command(
     existing_run(folder)
     from proper.inference.exchange import import_user
 
-    taken = import_user(folder, source, name=user, force=force)
+    taken = import_user(folder, source, name=user, force=force, deleted=even_if_deleted)
     typer.echo(f"{taken.record.user}\t{taken.record.tier}")
     if taken.record.tier == "users" and not taken.same_router:
         say("this run's LoRA-aware router is another than the user came with; their answers can differ from there")

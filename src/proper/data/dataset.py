@@ -25,6 +25,9 @@ __all__ = ["CountTokens", "Dataset", "Example", "Role", "Sample", "User", "Who",
 
 Role = Literal["target", "other"]
 
+GIVEN = "the files"
+"""Stands for the rule of a split that the files made."""
+
 
 @dataclass(frozen=True, slots=True)
 class User:
@@ -43,11 +46,13 @@ def prepare(
     *,
     skip_bad_rows: bool = False,
     progress: Callable[[int], None] | None = None,
+    is_left_out: Callable[[str], bool] | None = None,
 ) -> Dataset:
     """Read, check and split the interactions of `config` into the database `path`, which is replaced whole or not.
 
     `count_tokens` maps prompts and targets to their lengths in tokens, prompt and target together, untruncated.
-    `progress` is called with the number of good rows read since its last call.
+    `progress` is called with the number of good rows read since its last call. Rows of users of whom `is_left_out` is
+    true are passed over: those were deleted from the run.
 
     Raises:
         DataError: the data cannot be read, has bad rows (without `skip_bad_rows`), or leaves nothing to evaluate.
@@ -57,7 +62,7 @@ def prepare(
         connection = create(temporary)
         try:
             connection.execute("BEGIN")
-            ingest(connection, config, count_tokens, skip_bad_rows, progress)
+            ingest(connection, config, count_tokens, skip_bad_rows, progress, is_left_out)
             shared = config.split.shared_items
             if shared == "auto":
                 shared = "exclude" if config.task.kind == "generation" else "allow"
@@ -66,7 +71,7 @@ def prepare(
             for key, value in {
                 "version": VERSION,
                 "path": config.data.path,
-                "split_by": "the files" if given else config.split.by,
+                "split_by": GIVEN if given else config.split.by,
                 "shared_items": shared,
                 "evaluate_on": config.split.evaluate_on,
                 "max_length": config.compute.max_length,
@@ -86,6 +91,7 @@ class Dataset:
     Attributes:
         sha256: hash of the good rows' content and of the settings that map and split them.
         labels: the answers to choose from, sorted (ratings as numbers); empty for generation.
+        given_split: whether the files said themselves which rows are queries, as a benchmark's do.
         connection: the read-only database, for measures that this class does not know.
     """
 
@@ -93,6 +99,7 @@ class Dataset:
         self.connection = connection
         self.sha256: str = get_meta(connection, "sha256")
         self.labels: list[str] = get_meta(connection, "labels")
+        self.given_split: bool = get_meta(connection, "split_by") == GIVEN
         self._tables = count()
 
     @classmethod

@@ -75,7 +75,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 def _add_sum(path: Path, found: str) -> None:
     sums = {**read_sums(path.parent), path.name: found}
-    write_text(path.parent / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+    write_text(path.parent / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())), shared=True)
 
 
 def _check_present(path: Path, known: str | None) -> None:
@@ -107,7 +107,7 @@ def _transfer(url: str, part: Path, started: Started, advanced: Advanced) -> Non
         held = _begin(response, held)
         version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
         if version and not version.startswith("W/"):
-            write_text(tag, version)
+            write_text(tag, version, shared=True)
         else:
             tag.unlink(missing_ok=True)
         total = _total(response, held)

@@ -15,6 +15,7 @@ from itertools import islice
 from proper.config import Config
 from proper.data.database import set_meta, text_key
 from proper.data.interactions import BadRows, Interaction, read_interactions
+from proper.data.labels import respelled
 from proper.errors import DataError
 
 CountTokens = Callable[[Sequence[str], Sequence[str]], list[int]]
@@ -23,6 +24,7 @@ CountTokens = Callable[[Sequence[str], Sequence[str]], list[int]]
 _CHUNK = 1000
 # A huge text must not sit in memory a thousand times.
 _CHUNK_CHARACTERS = 4_000_000
+_RESPELLED = 100
 
 
 def normalize(prompt: str) -> str:
@@ -36,6 +38,7 @@ def ingest(
     count_tokens: CountTokens,
     skip_bad_rows: bool,
     progress: Callable[[int], None] | None,
+    is_left_out: Callable[[str], bool] | None = None,
 ) -> None:
     """Fill the tables with the good rows of `config.data`, each as history, and store labels, counts and hash.
 
@@ -46,7 +49,10 @@ def ingest(
         CREATE TEMP TABLE arrived(text INTEGER PRIMARY KEY, user TEXT, time REAL, digest BLOB, item TEXT,
                                   item_key INTEGER, prompt_key INTEGER, tokens INTEGER, part TEXT)""")
     bad, count = BadRows(), 0
-    for chunk in _chunks(read_interactions(config.data, bad, config.task)):
+    interactions = read_interactions(config.data, bad, config.task)
+    if is_left_out is not None:
+        interactions = (each for each in interactions if not is_left_out(each.user))
+    for chunk in _chunks(interactions):
         if bad.count and not skip_bad_rows:
             continue  # Nothing will be kept; the rest is read to say how many rows are bad.
         tokens = count_tokens([each.prompt for each in chunk], [each.target for each in chunk])
@@ -58,6 +64,8 @@ def ingest(
         raise DataError(bad.message())
     if not count:
         raise DataError(f"{config.data.path}: not one good row; the first of {bad.count:,} bad rows: {bad.first[0]}")
+    if config.task.kind != "generation" and config.task.labels == "auto":
+        _respell(connection, config.task.kind, count_tokens)
     _settle(connection)
     rows = connection.execute("SELECT count(*) FROM rows").fetchone()[0]
     set_meta(connection, "bad_rows", {"count": bad.count, "first": bad.first})
@@ -100,6 +108,32 @@ def _digest(each: Interaction) -> bytes:
     own = [each.item] if each.query else []
     content = json.dumps([each.user, each.prompt, each.target, each.time, *own])
     return blake2b(content.encode(), digest_size=16).digest()
+
+
+def _respell(connection: sqlite3.Connection, kind: str, count_tokens: CountTokens) -> None:
+    """Give answers that are one number one spelling; all that was derived from the other spelling is made anew."""
+    targets = [target for (target,) in connection.execute("SELECT DISTINCT target FROM texts")]
+    connection.execute("CREATE TEMP TABLE respelled(old TEXT PRIMARY KEY, new TEXT)")
+    connection.executemany("INSERT INTO respelled VALUES (?, ?)", respelled(targets, kind).items())
+    last = 0
+    while rows := connection.execute(
+        """SELECT t.id, a.user, t.prompt, s.new, t.item, a.time, a.part = 'query'
+        FROM arrived a CROSS JOIN texts t ON t.id = a.text CROSS JOIN respelled s ON s.old = t.target
+        WHERE a.text > ? ORDER BY a.text LIMIT ?""",
+        (last, _RESPELLED),
+    ).fetchall():
+        found = [Interaction(*row) for _, *row in rows]
+        tokens = count_tokens([each.prompt for each in found], [each.target for each in found])
+        numbers = [number for number, *_ in rows]
+        connection.executemany(
+            "UPDATE texts SET target = ? WHERE id = ?", zip((each.target for each in found), numbers, strict=True)
+        )
+        connection.executemany(
+            "UPDATE arrived SET digest = ?, tokens = ? WHERE text = ?",
+            zip(map(_digest, found), tokens, numbers, strict=True),
+        )
+        last = numbers[-1]
+    connection.execute("DROP TABLE respelled")
 
 
 def _settle(connection: sqlite3.Connection) -> None:

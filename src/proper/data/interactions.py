@@ -5,13 +5,14 @@ Knows nothing about splits, tokens or what is done with an interaction.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from proper.config import DataConfig, TaskConfig
-from proper.data.sources import Source, open_sources
-from proper.data.templates import BadValue, Template, nearest, parse_template, plain
+from proper.data.labels import find_label, rating_of
+from proper.data.source import Source
+from proper.data.sources import open_sources
+from proper.data.templates import BadValue, Template, identifier, nearest, parse_template, written_id
 from proper.data.times import parse_time
 from proper.errors import DataError
 
@@ -93,7 +94,7 @@ def _read(
             try:
                 if isinstance(row, str):
                     raise BadValue("row", row)
-                interaction = reader.interaction(row)
+                interaction = reader.interaction(row, source.typed)
             except BadValue as error:
                 bad.add(f"{source.name}:{number}: {error}")
             else:
@@ -124,12 +125,14 @@ class _Reader:
         for column, key in named.items():
             if have is not None and column not in have:
                 raise DataError(f"{source.name}: no column '{column}' ({key}); {nearest(column, have)}")
+            if have is not None and have.count(column) > 1:
+                raise DataError(f"{source.name}: {have.count(column)} columns are called '{column}' ({key})")
         return list(named)
 
-    def interaction(self, row: Mapping[str, object]) -> Interaction:
-        """Make an interaction of a row's values, or raise BadValue."""
+    def interaction(self, row: Mapping[str, object], typed: bool = True) -> Interaction:
+        """Make an interaction of a row's values, or raise BadValue; all are text where they are not `typed`."""
         config = self.config
-        user = _identifier(row, config.user)
+        user = _identifier(row, config.user, typed)
         if user is None:
             raise BadValue(config.user, "null" if config.user in row else "missing")
         if not user.strip():
@@ -137,7 +140,7 @@ class _Reader:
         prompt, target = self.prompt.fill(row), self.target.fill(row).strip()
         if not prompt.strip():
             raise BadValue(_name(self.prompt), "empty")
-        item = _identifier(row, config.item) or None
+        item = _identifier(row, config.item, typed) or None
         for name, text in ((config.user, user), (_name(self.prompt), prompt), (config.item, item)):
             _check_characters(str(name), text)
         query = config.given_split and bool(row.get("query"))
@@ -149,16 +152,14 @@ class _Reader:
             raise BadValue(name, "empty")
         _check_characters(name, target)
         labels = self.task.labels if self.task.kind != "generation" and self.task.labels != "auto" else None
-        if self.task.kind == "rating":
-            number = _number(target)
-            if number is None:
-                raise BadValue(name, f"{_short(target)} is not a number")
-            if labels is not None and target not in labels:
-                # A label "4" is what a column of floats writes as "4.0".
-                target = next((label for label in labels if _number(label) == number), target)
-        if labels is not None and target not in labels:
+        if self.task.kind == "rating" and rating_of(target) is None:
+            raise BadValue(name, f"{_short(target)} is not a number")
+        if labels is None:
+            return target
+        found = find_label(target, labels, self.task.kind)
+        if found is None:
             raise BadValue(name, f"{_short(target)} is none of task.labels; {nearest(target, labels)}")
-        return target
+        return found
 
     def _time(self, row: Mapping[str, object]) -> float | None:
         column = self.config.time
@@ -176,19 +177,13 @@ def _name(template: Template) -> str:
     return template.columns[0] if len(set(template.columns)) == 1 else template.key
 
 
-def _identifier(row: Mapping[str, object], column: str | None) -> str | None:
-    """Return a user's or item's id as text; numbers count as their digits."""
+def _identifier(row: Mapping[str, object], column: str | None, typed: bool) -> str | None:
+    """Return a user's or item's id as text; see `identifier`."""
     value = row.get(column) if column is not None else None
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, float):
-        # Tables without a null for integers turn ids into floats.
-        if math.isnan(value):
-            return None
-        value = int(value) if value.is_integer() else value
-    if isinstance(value, bool | list | dict | bytes):
-        raise BadValue(str(column), f"a {type(value).__name__}, where text or a number is wanted")
-    return plain(value)
+    try:
+        return identifier(value if typed else written_id(value))
+    except ValueError as error:
+        raise BadValue(str(column), str(error)) from None
 
 
 def _check_characters(name: str, text: str | None) -> None:
@@ -198,14 +193,6 @@ def _check_characters(name: str, text: str | None) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise BadValue(name, "half of a surrogate pair, which is no character") from None
-
-
-def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _short(text: str) -> str:

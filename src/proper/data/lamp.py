@@ -16,7 +16,7 @@ from pathlib import Path
 from proper.config import DataConfig
 from proper.data.json_arrays import json_entries, json_value
 from proper.data.lamp_rows import Question, Row, RowMaker, paper_titles, row_maker
-from proper.data.sources import Source
+from proper.data.source import Source
 from proper.data.templates import plain
 from proper.errors import DataError
 from proper.lamp_tasks import LAMP_TASKS, LampTask

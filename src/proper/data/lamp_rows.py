@@ -14,7 +14,7 @@ from typing import Any
 
 from proper.data.database import text_key
 from proper.data.lamp_prompts import Wording, question_fields, wording
-from proper.data.templates import BadValue, plain
+from proper.data.templates import BadValue, identifier, plain
 from proper.data.times import parse_time
 from proper.lamp_tasks import LampTask, Layout
 
@@ -88,7 +88,8 @@ class RowMaker:
                     raise BadValue("item", "no object")
                 fields = self._choice(user, item, place, titles) if titles else self._fields(item)
                 # An item's id is the user's own: two users' items of one id are different things.
-                item_id = f"{user}/{plain(item['id'])}" if item.get("id") is not None else f"{user}/#{place}"
+                own_id = _own_id(item)
+                item_id = f"{user}/#{place}" if own_id is None else f"{user}/{own_id}"
                 yield {
                     **fields,
                     "user_id": user,
@@ -221,6 +222,13 @@ def _text(item: Mapping[str, object], field: str) -> str:
         return plain(item[field])
     except ValueError as error:
         raise BadValue(field, str(error)) from None
+
+
+def _own_id(item: Mapping[str, object]) -> str | None:
+    try:
+        return identifier(item.get("id"))
+    except ValueError as error:
+        raise BadValue("id", str(error)) from None
 
 
 def _title(item: object) -> str:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
+from decimal import Decimal
 from string import Formatter
 
 from proper.errors import DataError
@@ -22,6 +24,17 @@ class BadValue(Exception):
     def __init__(self, field: str, what: str) -> None:
         super().__init__(f"{field}: {what}")
         self.field, self.what = field, what
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands in a cell for a value that Python cannot hold; `what` says in a few words what it is."""
+
+    what: str
+
+
+class Rounded(float):
+    """A number from a column of short floats, so large that it may have been another whole number."""
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -47,6 +60,8 @@ def plain(value: object) -> str:
         raise ValueError("NaN")
     if isinstance(value, bytes):
         raise ValueError("bytes, where text is wanted")
+    if isinstance(value, Unreadable):
+        raise ValueError(value.what)
     if isinstance(value, list | tuple):
         return ", ".join(plain(each) for each in value)
     if isinstance(value, dict):
@@ -54,6 +69,40 @@ def plain(value: object) -> str:
     if isinstance(value, date | datetime):
         return value.isoformat()
     return str(value)
+
+
+_EXACT = 2**53
+"""From here on a float no longer tells neighbouring whole numbers apart."""
+
+_FLOAT_ID = re.compile(r"[-+]?(\d+\.0+|\d(\.\d+)?[eE]\+\d+)")
+
+
+def identifier(value: object) -> str | None:
+    """Write an id as text: a whole number as its digits (7.0 is "7"), None for null and NaN.
+
+    Tables without a null for integers turn ids into floats, which is why floats are taken at all.
+
+    Raises:
+        ValueError: it is no id, or a float that stands for several whole numbers; the message is a few words.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool | list | tuple | dict | bytes):
+        raise ValueError(f"a {type(value).__name__}, where text or a number is wanted")
+    if not isinstance(value, float | Decimal):
+        return plain(value)
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if not math.isfinite(value) or value != value // 1:
+        raise ValueError(f"{value} is no whole number; write the id as text")
+    if isinstance(value, float) and (abs(value) >= _EXACT or isinstance(value, Rounded)):
+        raise ValueError(f"{value}: the id has lost digits; write it as text")
+    return str(int(value))
+
+
+def written_id(value: object) -> object:
+    """Return what a cell of a table without types holds: a float where it is written like one of a whole number."""
+    return float(value) if isinstance(value, str) and _FLOAT_ID.fullmatch(value) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +130,8 @@ class Template:
                 pieces.append(plain(values[column]))
             except ValueError as error:
                 raise BadValue(column, str(error)) from None
+            except RecursionError:
+                raise BadValue(column, "nested too deep") from None
             pieces.append(literal)
         return "".join(pieces)
 

@@ -9,17 +9,24 @@ import math
 import re
 from datetime import UTC, date, datetime
 
+from proper.data.templates import Unreadable
+
 _YEAR = re.compile(r"\d{4}")
 _MONTH = re.compile(r"(\d{4})[-/.](\d{1,2})")
-_NUMBER = re.compile(r"[-+]?\d{9,}(\.\d*)?")
-# Seconds reach 1e11 in the year 5138, milliseconds in 1973.
-_MILLISECONDS_ABOVE = 1e11
+_NUMBER = re.compile(r"[-+]?(\d{9,}(\.\d*)?|\d(\.\d+)?[eE]\+\d+)")
+# Seconds reach 1e11 in the year 5138, and milliseconds in 1973, when microseconds reach 1e14 and nanoseconds 1e17.
+_UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
+_FIRST, _LAST = -62_135_596_800.0, 253_402_300_800.0
+"""The years 1 to 9999; the end is the first second after them."""
+
+OUT_OF_RANGE = "a time outside of the years 1 to 9999"
 
 
 def parse_time(value: object) -> float:
     """Return epoch seconds for ISO text (year, month, day or more), a number, a date or a datetime.
 
-    Numbers above 1e11 are milliseconds. A time without a zone is UTC. Text of nine or more digits is a number.
+    Numbers above 1e11 are milliseconds, above 1e14 microseconds, above 1e17 nanoseconds; so are negative ones beyond
+    these. A time without a zone is UTC. Text of nine or more digits is a number.
 
     Raises:
         ValueError: it is none of these; the message is a few words.
@@ -34,6 +41,8 @@ def parse_time(value: object) -> float:
         return _from_datetime(value)
     if isinstance(value, date):
         return _from_datetime(datetime(value.year, value.month, value.day))
+    if isinstance(value, Unreadable):
+        raise ValueError(value.what)
     raise ValueError(f"a {type(value).__name__} is not a time")
 
 
@@ -58,8 +67,15 @@ def _from_number(number: float) -> float:
         seconds = math.inf
     if not math.isfinite(seconds):
         raise ValueError(f"{'NaN' if math.isnan(seconds) else 'infinity'} is not a time")
-    return seconds / 1000 if seconds > _MILLISECONDS_ABOVE else seconds
+    return _in_range(seconds / next((unit for above, unit in _UNITS if abs(seconds) > above), 1.0))
 
 
 def _from_datetime(moment: datetime) -> float:
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return _in_range((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+
+
+def _in_range(seconds: float) -> float:
+    # Beyond these a time could be sorted, but no longer shown as a date.
+    if not _FIRST <= seconds < _LAST:
+        raise ValueError(OUT_OF_RANGE)
+    return seconds

@@ -71,8 +71,8 @@ class Harness:
     @property
     def task(self) -> TaskInfo:
         """What is predicted."""
-        kind = self.config.task.kind
-        return TaskInfo(self.config.data.task or Path(self.config.data.path).stem, kind, tuple(self.dataset.labels))
+        data, labels = self.config.data, tuple(self.dataset.labels)
+        return TaskInfo(data.task or Path(data.path).stem, self.config.task.kind, labels, data.given_split)
 
     def evaluate(self, contenders: Sequence[Contender]) -> dict[str, Any]:
         """Let all contenders answer all queries, write results and what the report reads; return results.

@@ -18,9 +18,10 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from rouge_score import rouge_scorer
 
+from proper.data.labels import number_of
 from proper.errors import DataError
+from proper.evaluation.rouge import official_words, rouge_1, rouge_l, words
 
 FloatArray = NDArray[np.float64]
 TaskKind = Literal["classification", "rating", "generation"]
@@ -48,11 +49,15 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class TaskInfo:
-    """What is predicted: a name for the tables, the kind, and the fixed label list (empty for generation)."""
+    """What is predicted: a name for the tables, the kind, and the fixed label list (empty for generation).
+
+    `official` says that ROUGE sees the words that the benchmark's scorer sees: those of ASCII.
+    """
 
     name: str
     kind: TaskKind
     labels: Sequence[str] = ()
+    official: bool = False
 
     @property
     def scale(self) -> tuple[float, float]:
@@ -160,9 +165,12 @@ def get_metric(name: str) -> Metric:
 
 
 def _label_indices(texts: Iterable[str], task: TaskInfo) -> NDArray[np.int64]:
-    """Return each text's place in the fixed label list after stripping, -1 for anything else."""
+    """Return each text's place in the fixed label list after stripping, or as the same number; -1 for anything else."""
     places = {label.strip(): place for place, label in enumerate(task.labels)}
-    return np.asarray([places.get(text.strip(), -1) for text in texts], dtype=np.int64)
+    numbers = {number_of(label, task.kind): place for label, place in places.items()}
+    numbers[None] = -1
+    found = (places.get(text, numbers.get(number_of(text, task.kind), -1)) for text in map(str.strip, texts))
+    return np.asarray([*found], dtype=np.int64)
 
 
 def _accuracy(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
@@ -208,12 +216,11 @@ def _errors(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
     return errors
 
 
-def _rouge(kind: str) -> Contributions:
+def _rouge(measure: Callable[[Sequence[str], Sequence[str]], float]) -> Contributions:
     def contributions(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
-        del task
-        scorer = rouge_scorer.RougeScorer([kind], use_stemmer=False)
+        split = official_words if task.official else words
         # The whole gold counts: cutting it at ": ", as some evaluations do, truncates headlines.
-        values = [scorer.score(row.target.strip(), row.prediction.strip())[kind].fmeasure for row in predictions]
+        values = [measure(split(row.target), split(row.prediction)) for row in predictions]
         return np.asarray(values, dtype=np.float64)[:, None]
 
     return contributions
@@ -268,8 +275,8 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             Metric("f1_macro", True, False, _confusions, _f1_fixed, _f1_present),
             Metric("mae", False, True, _absolute_errors, _mean, _mean),
             Metric("rmse", False, False, _squared_errors, _root_mean, _root_mean),
-            Metric("rouge1", True, True, _rouge("rouge1"), _mean, _mean),
-            Metric("rougeL", True, True, _rouge("rougeL"), _mean, _mean),
+            Metric("rouge1", True, True, _rouge(rouge_1), _mean, _mean),
+            Metric("rougeL", True, True, _rouge(rouge_l), _mean, _mean),
             Metric("loss", False, True, _losses, _mean, _mean),
         )
     }

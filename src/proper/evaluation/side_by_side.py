@@ -107,7 +107,8 @@ def _task(side: Side) -> TaskInfo | None:
         return None
     dataset = Dataset.open(path)
     try:
-        return TaskInfo(side.results["task"]["name"], side.results["task"]["kind"], tuple(dataset.labels))
+        task = side.results["task"]
+        return TaskInfo(task["name"], task["kind"], tuple(dataset.labels), dataset.given_split)
     finally:
         dataset.close()
 

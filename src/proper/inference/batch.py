@@ -1,33 +1,43 @@
 """The rows that run: whose they are, their keys and values, and the next token of each.
 
-Knows nothing about who waits, how adapters get into their slots, or when a row has enough.
+Where a pass over several rows fails, each is computed alone, so that a failure stays with the row it belongs to. Knows
+nothing about who waits, how adapters get into their slots, or when a row has enough.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from proper.errors import ProperError
 from proper.inference.guests import Guest
 from proper.inference.kv import RowCache
 from proper.inference.passes import columns_left, decode, prefill, rows_of
 from proper.inference.prefixes import Prefix, Prefixes
 from proper.inference.requests import Token
-from proper.inference.sampling import next_tokens
+from proper.inference.sampling import logprobs_of, next_tokens
 from proper.layers.routing import Rows
 
 if TYPE_CHECKING:
     from proper.inference.personalized import PersonalizedModel
+
+Drawn = Token | Exception
+"""A row's next token, or why there is none."""
+
+New = tuple[Guest, Prefix | None]
+"""A row to be, and what is there of its prompt already."""
 
 
 class Batch:
     """Up to `rows` rows of up to `limit` tokens; what ends and what begins goes through `prefixes`.
 
     Attributes:
-        guests: whose the rows are. The last ones may be new: their prompts are not computed yet.
+        guests: whose the rows are.
         reused: tokens of prompts that came from prefixes so far.
     """
 
@@ -40,56 +50,100 @@ class Batch:
     def __len__(self) -> int:
         return len(self.guests)
 
-    def prefill(self, count: int) -> list[Token]:
-        """Compute the prompts of the last `count` rows, and return each one's first token.
+    def prefill(self, guests: Sequence[Guest]) -> tuple[list[Drawn], list[tuple[Guest, Exception]]]:
+        """Compute prompts and add their rows, in an order of their own.
 
         Those that have a prefix come last, and in a pass of their own: the others' prompts would have it compute all.
-        """
-        new = [(guest, self._prefixes.find(guest.origin, guest.request.prompt)) for guest in self.guests[-count:]]
-        whole = [guest for guest, prefix in new if prefix is None]
-        begun = [(guest, prefix) for guest, prefix in new if prefix is not None]
-        self.guests[-count:] = [*whole, *(guest for guest, _ in begun)]
-        self._routing = None
-        tokens = self._compute(whole, None) if whole else []
-        if begun:
-            guests, prefixes = zip(*begun, strict=True)
-            tokens += self._compute(guests, prefixes)
-        return tokens
 
-    def decode(self) -> list[Token]:
+        Returns:
+            The first token of each row that was added, and those that got no row, with why.
+        """
+        new = [(guest, self._prefixes.find(guest.origin, guest.request.prompt)) for guest in guests]
+        drawn: list[Drawn] = []
+        failed: list[tuple[Guest, Exception]] = []
+        for part in ([one for one in new if one[1] is None], [one for one in new if one[1] is not None]):
+            if part:
+                self._begin(part, drawn, failed)
+        return drawn, failed
+
+    def decode(self) -> list[Drawn]:
         """Return the next token of every row."""
-        if self._routing is None:
-            self._routing = self._rows_of(self.guests)
+        # Not a row's affair: what is moved by half would be wrong in all of them.
+        self._cache.make_room()
         last = [guest.said[-1] for guest in self.guests]
-        return self._draw(decode(self._model.model, self._cache, last, self._routing), self.guests)
+        logits: Tensor | None = None
+        with suppress(Exception):  # what it is, the rows say one by one, when this pass has let go of its memory
+            if self._routing is None:
+                self._routing = self._rows_of(self.guests)
+            logits = decode(self._model.model, self._cache, last, self._routing)
+        return self._decode_alone(last) if logits is None else self._draw(logits, self.guests)
 
     def leave(self, row: int) -> None:
         """Drop a row; the last row takes its number."""
-        guest = self.guests[row]
-        if guest.origin is not None:
-            # The newest token is not in the row: it would have gone in with the next step.
-            tokens = (*guest.request.prompt, *guest.said)[: self._cache.window.lengths[row]]
-            self._prefixes.keep(guest.origin, tokens, self._cache.states(row))
         self._cache.leave(row)
         self.guests[row] = self.guests[-1]
         self.guests.pop()
         self._routing = None
 
-    def clear(self) -> list[Guest]:
-        """Drop all rows, and return whose they were."""
-        guests, self.guests = self.guests, []
-        self._cache.clear()
-        self._routing = None
-        return guests
+    def keep(self, row: int) -> None:
+        """Keep what is computed of a row for the next prompt of the same origin, if it has one."""
+        guest = self.guests[row]
+        if guest.origin is not None:
+            # The newest token is not in the row: it would have gone in with the next step.
+            tokens = (*guest.request.prompt, *guest.said)[: self._cache.window.lengths[row]]
+            self._prefixes.keep(guest.origin, tokens, self._cache.states(row))
 
-    def _compute(self, guests: Sequence[Guest], prefixes: Sequence[Prefix] | None) -> list[Token]:
-        """Compute some of the new rows' prompts."""
+    def require_backbone(self) -> None:
+        """See that the backbone still computes, by itself and for nobody: where it does not, no row can.
+
+        Raises:
+            ProperError: it does not.
+        """
+        model = self._model.model
+        try:
+            logits: Tensor = model.backbone.model(torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits
+            works = bool(logits.amax().isfinite())
+        except Exception as error:
+            raise ProperError(f"the backbone does not compute any more: {type(error).__name__}: {error}") from error
+        if not works:
+            raise ProperError("the backbone does not compute any more: its logits are not finite")
+
+    def _begin(self, part: Sequence[New], drawn: list[Drawn], failed: list[tuple[Guest, Exception]]) -> None:
+        """Compute some new rows in one pass, or each alone where that fails."""
+        try:
+            drawn += self._compute(part)
+            return
+        except Exception as error:
+            if len(part) == 1:
+                failed.append((part[0][0], error))
+        # Not inside `except`, where the error would hold the memory of the pass that failed.
+        for one in part if len(part) > 1 else ():
+            self._begin([one], drawn, failed)
+
+    def _compute(self, part: Sequence[New]) -> list[Drawn]:
+        guests = [guest for guest, _ in part]
         prompts = [guest.request.prompt for guest in guests]
+        prefixes = [prefix for _, prefix in part if prefix is not None] or None
+        logits = prefill(self._model.model, self._cache, prompts, self._rows_of(guests), prefixes)
         if prefixes is not None:
             width = columns_left(prompts, prefixes)
             self.reused += sum(max(0, len(prompt) - width) for prompt in prompts)
-        logits = prefill(self._model.model, self._cache, prompts, self._rows_of(guests), prefixes)
+        self.guests += guests
+        self._routing = None
         return self._draw(logits, guests)
+
+    def _decode_alone(self, last: Sequence[int]) -> list[Drawn]:
+        """`decode` row by row: the failed pass has moved nothing, and what it wrote is written again."""
+        drawn: list[Drawn] = []
+        for row, guest in enumerate(self.guests):
+            try:
+                rows = self._rows_of([guest])
+                logits = decode(self._model.model, self._cache.alone(row), last[row : row + 1], rows)
+                drawn += self._draw(logits, [guest])
+            except Exception as error:
+                drawn.append(error)
+        self._cache.advance()
+        return drawn
 
     def _rows_of(self, guests: Sequence[Guest]) -> Rows:
         return rows_of(
@@ -100,11 +154,21 @@ class Batch:
             any(guest.request.gates for guest in guests),
         )
 
-    def _draw(self, logits: Float[Tensor, "B V"], guests: Sequence[Guest]) -> list[Token]:
-        tokens = next_tokens(logits, [guest.sampler for guest in guests])
-        gates = self._model.model.routing.last()
-        told = gates.tolist() if gates is not None else [()] * len(guests)
+    def _draw(self, logits: Float[Tensor, "B V"], guests: Sequence[Guest]) -> list[Drawn]:
+        """Draw from logits of rows that are in the cache; raises nothing, for it could not be done again."""
+        try:
+            tokens = next_tokens(logits, [guest.sampler for guest in guests])
+            gates = self._model.model.routing.last()
+            told = gates.tolist() if gates is not None else [()] * len(guests)
+        except Exception as error:
+            return [error] * len(guests)
         return [
-            Token(token, tuple(one) if guest.request.gates and guest.grouped and one else None)
-            for token, guest, one in zip(tokens, guests, told, strict=True)
+            token if isinstance(token, Exception) else _token(token, guest, tuple(one), logits[row])
+            for row, (token, guest, one) in enumerate(zip(tokens, guests, told, strict=True))
         ]
+
+
+def _token(token: int, guest: Guest, gates: tuple[float, ...], logits: Float[Tensor, "V"]) -> Token:
+    own = gates if guest.request.gates and guest.grouped and gates else None
+    count = guest.request.alternatives
+    return Token(token, own, None if count is None else logprobs_of(logits, token, count))

@@ -4,7 +4,8 @@
 
 New rows are prefilled together and join the running ones. Keys and values are personal: a row gets none of another
 person's, not even for the same prompt (`prefixes.py`). A request keeps the version of its user's adapter from when it
-was accepted to its end.
+was accepted to its end. What fails ends the request that it belongs to; where it belongs to none, `step` raises and the
+engine has to be closed.
 Knows nothing about text, HTTP or time.
 """
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,12 +21,12 @@ import torch
 from proper.adapters.records import Head
 from proper.adapters.residents import Counts
 from proper.adapters.store import AdapterStore
-from proper.errors import InputError, ProperError
-from proper.inference.batch import Batch
+from proper.errors import ProperError
+from proper.inference.batch import Batch, Drawn
 from proper.inference.guests import Guest, Limits, Stats, Ticket
 from proper.inference.loading import Loading
 from proper.inference.prefixes import Origin, Prefixes
-from proper.inference.requests import Event, Finished, Reason, Request, Sink, Started, Token
+from proper.inference.requests import Event, Finished, Reason, Request, Sink, Started, require_possible
 from proper.inference.sampling import Sampler
 from proper.inference.waiting import Waiting
 
@@ -58,9 +58,11 @@ class Engine:
         self._prefixes = Prefixes(limits.prefix_bytes)
         self._inbox: deque[Ticket] = deque()
         self._forget: deque[tuple[str, str]] = deque()
-        self._waiting: Waiting[Guest] = Waiting(limits.patience)
+        self._recheck = False
+        self._waiting: Waiting[Guest] = Waiting(limits.patience, limits.flow_rows)
         self._batch = Batch(model, limits.rows, self.limit, self._prefixes)
-        self._open, self._closed = 0, False
+        self._open: dict[Ticket, None] = {}
+        self._closed = False
         self._counts: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
 
@@ -68,27 +70,36 @@ class Engine:
         """Accept a request; the sink is told about it from the thread that runs the steps.
 
         Raises:
-            InputError: the prompt is empty, or does not fit with its answer.
+            InputError: as from `check`.
             ProperError: the engine is closed.
         """
-        size = len(request.prompt) + request.sampling.max_new_tokens
-        if not request.prompt or request.sampling.max_new_tokens < 1:
-            raise InputError("a prompt and its answer have at least one token each")
-        if size > self.limit:
-            raise InputError(f"prompt and answer may have {self.limit} tokens together, these would have {size}")
+        self.check(request)
         ticket = Ticket(request, sink, self.wake)
         with self.changed:
             if self._closed:
                 raise ProperError("the engine is closed")
-            self._open += 1
+            self._open[ticket] = None
             self._inbox.append(ticket)
             self.changed.notify_all()
         return ticket
+
+    def check(self, request: Request) -> None:
+        """See that a request can be computed; for any thread. Raises InputError as `requests.require_possible`."""
+        require_possible(request, self.limit, self.model.model.backbone.embeddings)
 
     def forget(self, tenant: str, user: str) -> None:
         """Wipe a user's adapters from the bank once nothing runs on them, and drop their prefixes; for any thread."""
         with self.changed:
             self._forget.append((tenant, user))
+            self.changed.notify_all()
+
+    def recheck(self) -> None:
+        """Forget those users of whom something is kept and who are not in their store any more; for any thread.
+
+        Another process may have deleted them.
+        """
+        with self.changed:
+            self._recheck = True
             self.changed.notify_all()
 
     def store(self, tenant: str) -> AdapterStore:
@@ -118,7 +129,7 @@ class Engine:
     def blocked(self) -> bool:
         """Whether the next step has nothing to do before a load ends or something is handed in or cancelled."""
         loading = self._loading
-        if len(self._batch) or self._inbox or self._forget or loading.finished:
+        if len(self._batch) or self._inbox or self._forget or self._recheck or loading.finished:
             return False
         if len(self._waiting) and not loading.underway:
             return False  # a row that ended with its first token has freed what they wait for
@@ -144,14 +155,17 @@ class Engine:
             adapters=replace(residents.counts) if residents is not None else Counts(),
         )
 
-    def close(self) -> None:
-        """End every request as cancelled, and the loading thread; the bank is the model's own again."""
+    def close(self, error: str | None = None) -> None:
+        """End every request, cancelled or with an error, and the loading thread; the bank is the model's own again."""
         with self.changed:
             self._closed = True
-        self._take_in()
-        for guest in self._waiting.remove(lambda _: True):
-            self._say(guest, Finished("cancelled"))
-        self._end_all("cancelled")
+            left = list(self._open)
+        self._counts["errors"] += len(left) if error is not None else 0
+        for ticket in left:
+            self._say(ticket, Finished("cancelled") if error is None else Finished("error", error))
+        self._inbox.clear()
+        self._waiting.remove(lambda _: True)
+        self._batch.guests.clear()
         self._loading.close()
 
     @torch.no_grad()
@@ -159,17 +173,18 @@ class Engine:
         """Give every row one more token, after letting go and taking in.
 
         Raises:
-            StoreError: an adapter is damaged, if `strict`; and then also whatever the model raises.
+            StoreError: an adapter is damaged, if `strict`; and then also whatever else ends a request.
+            Exception: something failed that belongs to no request; the engine cannot go on.
         """
         self._take_in()
         self._let_go()
         # Loads go on while the rows compute: who needs one does not wait a step longer than who does not.
         self._loading.ahead(self._waiting.items())
-        self._guarded(self._decode)
+        self._decode()
         if self._strict:
             self.settle()
         self._loading.collect(self._waiting.items())
-        self._guarded(self._prefill)
+        self._prefill()
         self._counts["steps"] += 1
 
     def _decode(self) -> None:
@@ -180,45 +195,48 @@ class Engine:
         seated = self._seat()
         if seated:
             self._counts["prompt"] += sum(guest.size for guest in seated)
-            self._hand_out(self._batch.prefill(len(seated)), len(self._batch) - len(seated))
-
-    def _guarded(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:
-            # Out of memory, a device that fails, a token beyond the vocabulary: whoever asked hears of it, and the
-            # next ones may do better.
-            self._counts["errors"] += self._end_all("error", f"{type(error).__name__}: {error}")
-            if self._strict:
-                raise
+            drawn, failed = self._batch.prefill(seated)
+            for guest, error in failed:
+                self._loading.release(guest)
+                self._fail(guest.ticket, error)
+            self._hand_out(drawn, len(self._batch) - len(drawn))
+            if not drawn:
+                self._batch.require_backbone()
 
     def _take_in(self) -> None:
+        if self._recheck:
+            self._recheck = False
+            kept = self._loading.owners() | self._prefixes.owners()
+            self._forget.extend(owner for owner in kept if self._loading.is_gone(*owner))
         while self._forget:
             tenant, user = self._forget.popleft()
             self._loading.forget(tenant, user)
             self._prefixes.forget(tenant, user)
         while self._inbox:
             ticket = self._inbox.popleft()
-            guest = Guest(ticket, Sampler(ticket.request.sampling))
-            self._loading.accept(guest)
+            try:
+                guest = Guest(ticket, Sampler(ticket.request.sampling))
+                self._loading.accept(guest)
+            except Exception as error:  # a store that cannot be read, say
+                self._fail(ticket, error)
+                continue
             self._waiting.add(guest)
 
     def _let_go(self) -> None:
         for guest in self._waiting.remove(lambda guest: guest.ticket.cancelled):
-            self._say(guest, Finished("cancelled"))
+            self._say(guest.ticket, Finished("cancelled"))
         for row in reversed(range(len(self._batch))):
             if self._batch.guests[row].ticket.cancelled:
                 self._leave(row, "cancelled")
 
     def _seat(self) -> list[Guest]:
         free = self.limits.rows - len(self._batch)
-        seated = self._waiting.take(free, self.limits.prefill, self._loading.ready)
+        seated = self._waiting.take(free, self.limits.prefill, self._loading.ready, self._batch.guests)
         for guest in seated:
             self._loading.take(guest)
             guest.origin = self._origin(guest, guest.head)
-            self._batch.guests.append(guest)
             version = None if guest.head is None else guest.head.version
-            self._say(guest, Started(self._tier(guest), version, guest.fallback))
+            self._say(guest.ticket, Started(self._tier(guest), version, guest.fallback))
         return seated
 
     def _origin(self, guest: Guest, head: Head | None) -> Origin | None:
@@ -227,35 +245,56 @@ class Engine:
             return None
         return Origin.of(*guest.owner, head, adapter=guest.slot >= 0)
 
-    def _hand_out(self, tokens: list[Token], first: int) -> None:
-        """Give rows from `first` on their next token; those that are done leave."""
-        guests = self._batch.guests[first : first + len(tokens)]
+    def _hand_out(self, drawn: list[Drawn], first: int) -> None:
+        """Give rows from `first` on their next token; those that are done, or have none, leave."""
+        guests = self._batch.guests[first : first + len(drawn)]
         for row in reversed(range(len(guests))):
-            guest, token = guests[row], tokens[row]
-            if token.id == self.model.encoder.end:
+            guest, token = guests[row], drawn[row]
+            if isinstance(token, Exception):
+                self._lose(first + row, token)
+                continue
+            if token.id in self.model.encoder.ends:
                 self._leave(first + row, "stop")
                 continue
             guest.said.append(token.id)
             self._tokens[self._tier(guest)] += 1
-            self._say(guest, token)
+            self._say(guest.ticket, token)
             if len(guest.said) == guest.request.sampling.max_new_tokens:
                 self._leave(first + row, "length")
+        if drawn and all(isinstance(token, Exception) for token in drawn):
+            self._batch.require_backbone()
 
     def _leave(self, row: int, reason: Reason) -> None:
         guest = self._batch.guests[row]
-        if guest.origin is not None and guest.origin != self._origin(guest, self._loading.head(guest)):
-            guest.origin = None  # they were updated or deleted meanwhile, and leave nothing
+        try:  # who was updated or deleted meanwhile leaves nothing
+            if guest.origin is not None and guest.origin == self._origin(guest, self._loading.head(guest)):
+                self._batch.keep(row)
+        except Exception:  # a store or memory that fails costs the next prompt some time, and no answer
+            self._counts["unkept"] += 1
         self._batch.leave(row)
         self._loading.release(guest)
-        self._say(guest, Finished(reason))
+        self._say(guest.ticket, Finished(reason))
 
-    def _end_all(self, reason: Reason, error: str | None = None) -> int:
-        """End all rows, whatever they hold; return how many there were."""
-        guests = self._batch.clear()
-        for guest in guests:
-            self._loading.release(guest)
-            self._say(guest, Finished(reason, error))
-        return len(guests)
+    def _lose(self, row: int, error: Exception) -> None:
+        """End a row that has no next token. What it was computed with is not trusted any more: it is loaded again."""
+        guest = self._batch.guests[row]
+        self._batch.leave(row)
+        self._loading.release(guest)
+        if guest.owner is not None:
+            self._loading.forget(*guest.owner)
+            self._prefixes.forget(*guest.owner)
+        self._fail(guest.ticket, error)
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        """End one request as failed.
+
+        Raises:
+            Exception: the error, if `strict`.
+        """
+        self._counts["errors"] += 1
+        self._say(ticket, Finished("error", f"{type(error).__name__}: {error}"))
+        if self._strict:
+            raise error
 
     def _tier(self, guest: Guest) -> str:
         if self.model.cache is None or self.model.stage in ("base", "population"):
@@ -266,13 +305,13 @@ class Engine:
             return "none"
         return "users" if guest.slot >= 0 else "groups"
 
-    def _say(self, guest: Guest, event: Event) -> None:
+    def _say(self, ticket: Ticket, event: Event) -> None:
         if isinstance(event, Finished):
             with self.changed:
-                self._open -= 1
+                del self._open[ticket]
         try:
-            guest.ticket.sink(event)
+            ticket.sink(event)
         except Exception:
             # Whoever asked is gone; the others' rows go on. It is counted, and the row is free before the next step.
             self._counts["deaf"] += 1
-            guest.ticket.cancelled = True
+            ticket.cancelled = True

@@ -34,8 +34,8 @@ from proper.layers.bank import Layout
 from proper.models.backbone import Backbone
 from proper.models.tensors import load_tensors
 from proper.people.log import InteractionLog
-from proper.people.places import run_home
 from proper.people.removal import logged_rows, run_rows
+from proper.run_files import run_home
 
 Format = Literal["native", "peft"]
 
@@ -82,12 +82,14 @@ def export_user(folder: Path, user: str, out: Path, *, form: Format = "native", 
         model.close()
 
 
-def import_user(folder: Path, source: Path, *, name: str | None = None, force: bool = False) -> Imported:
+def import_user(
+    folder: Path, source: Path, *, name: str | None = None, force: bool = False, deleted: bool = False
+) -> Imported:
     """Take an exported user into a run, under another name if one is given.
 
     Raises:
         InputError: it is no exported user, belongs to another backbone or other groups, or the run has a user of that
-            name (without `force`).
+            name (without `force`), or had one who was deleted (without `deleted`).
         RunFolderError: the run has no groups yet.
     """
     record, written = read_user(source, run_origin(folder))
@@ -98,6 +100,8 @@ def import_user(folder: Path, source: Path, *, name: str | None = None, force: b
             raise InputError(
                 f"{folder}: has a user {record.user!r} already; --force replaces them, --user names another"
             )
+        _require_undeleted(folder, record.user, deleted)
+        store.tombstones.lift(DEFAULT_TENANT, record.user)
         store.put([record])
     router = _router(folder)
     return Imported(record, all(written.get(key) == value for key, value in router.items()))
@@ -115,7 +119,7 @@ def export_backbone(folder: Path, out: Path, *, force: bool = False) -> None:
     _require_dense(folder, backbone)
     # A server stops where the model's own config says; ours had its checkpoint's habits of generation taken off.
     backbone.model.generation_config = GenerationConfig.from_model_config(backbone.model.config)
-    with atomic_folder(out) as place:
+    with atomic_folder(out, shared=True) as place:
         backbone.model.save_pretrained(place)
         backbone.tokenizer.save_pretrained(place)
         said = {"backbone": backbone.digest, "population": _hash(folder / "population" / "adapter_model.safetensors")}
@@ -207,6 +211,14 @@ def _require_fit(folder: Path, source: Path, record: UserRecord) -> None:
         layout.pack(record.adapter, torch.empty(layout.width))
     except ValueError as error:
         raise InputError(f"{source}: {error}") from error
+
+
+def _require_undeleted(folder: Path, user: str, deleted: bool) -> None:
+    with closing(InteractionLog(folder / "users")) as log:
+        if log.deletions.of(DEFAULT_TENANT, user) is not None:
+            raise InputError(f"{folder}: user {user!r} is being deleted; 'proper users check {folder}' says how far")
+        if log.tombstones.has(DEFAULT_TENANT, user) and not deleted:
+            raise InputError(f"{folder}: user {user!r} was deleted from it; --even-if-deleted takes them in again")
 
 
 def _existing(store: AdapterStore, user: str) -> UserRecord:

@@ -27,6 +27,7 @@ class Limits:
         length: tokens that a prompt and its answer may have together, for which memory is taken; the config's
             `compute.max_length` if None.
         prefix_bytes: for keys and values that the same person's next prompt may begin with; 0 keeps none.
+        flow_rows: rows that the requests of one API key may hold while other keys wait; half of `rows` if None.
     """
 
     rows: int = 32
@@ -35,6 +36,7 @@ class Limits:
     patience: int = 16
     length: int | None = None
     prefix_bytes: int = 64 << 20
+    flow_rows: int | None = None
 
     @property
     def bank(self) -> int:
@@ -115,6 +117,16 @@ class Guest:
     def size(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.prompt)
+
+    @property
+    def cost(self) -> int:
+        """Tokens of the prompt and of the longest answer."""
+        return self.size + self.request.sampling.max_new_tokens
+
+    @property
+    def flow(self) -> tuple[str, str]:
+        """Between which the rows are shared: tenant and API key."""
+        return self.request.tenant, self.request.client
 
     @property
     def owner(self) -> tuple[str, str] | None:

@@ -3,7 +3,11 @@
 Rows are aligned on the right, as a left-padded batch is, so one decoding step writes one column and distances between
 columns are distances between tokens (which masks of a sliding window rely on). A new row is copied in so that it ends
 where the others end; a row that leaves is replaced by the last one. Only when the window reaches the buffer's end is
-everything moved back, once in `SLACK` steps. Rows share nothing. Knows nothing about users, tokens or sampling.
+everything moved back, once in `SLACK` steps. Rows share nothing.
+
+Every column outside a row's own is zero, in every row of the buffer: attention reads the whole window, and a masked
+number takes part with the weight 0, which turns a NaN or an infinity of an earlier row into a NaN of this one. So a row
+is zeroed when it leaves, and columns are when the window moves. Knows nothing about users, tokens or sampling.
 """
 
 from __future__ import annotations
@@ -90,36 +94,51 @@ class RowCache:
         if not len(self):
             self.window.cursor = self.limit
         first, cursor = len(self), self.window.cursor
-        for layer, (keys, values) in zip(self._layers, states, strict=True):
+        try:
+            for layer, (keys, values) in zip(self._layers, states, strict=True):
+                for at, length in enumerate(lengths):
+                    layer.k[first + at, :, cursor - length : cursor] = keys[at, :, -length:]
+                    layer.v[first + at, :, cursor - length : cursor] = values[at, :, -length:]
+        except BaseException:
             for at, length in enumerate(lengths):
-                layer.k[first + at, :, cursor - length : cursor] = keys[at, :, -length:]
-                layer.v[first + at, :, cursor - length : cursor] = values[at, :, -length:]
+                self._zero(first + at, length)
+            raise
         self.window.lengths += lengths
 
     def leave(self, row: int) -> None:
-        """Drop a row; the last row takes its number."""
+        """Drop a row and zero what it held; the last row takes its number."""
         last, window = len(self) - 1, self.window
+        self._zero(row, window.lengths[row])
         if row != last:
             span = slice(window.cursor - window.lengths[last], window.cursor)
             for layer in self._layers:
                 layer.k[row, :, span] = layer.k[last, :, span]
                 layer.v[row, :, span] = layer.v[last, :, span]
+            self._zero(last, window.lengths[last])
             window.lengths[row] = window.lengths[last]
         window.lengths.pop()
+
+    def alone(self, row: int) -> RowCache:
+        """Return one row as a cache of its own on the same memory; its window does not move the others'."""
+        one = RowCache(1, self.limit)
+        one.window = Window(self.window.cursor, [self.window.lengths[row]])
+        span = slice(row, row + 1)
+        one._layers = [WindowLayer(one.window, layer.k[span], layer.v[span]) for layer in self._layers]
+        return one
 
     def states(self, row: int) -> States:
         """Return views of a row's keys and values."""
         span = slice(self.window.cursor - self.window.lengths[row], self.window.cursor)
         return tuple((layer.k[row, :, span], layer.v[row, :, span]) for layer in self._layers)
 
-    def clear(self) -> None:
-        """Drop all rows."""
-        self.window.lengths.clear()
+    def make_room(self) -> None:
+        """See that there is a column for the next token: at the end of the buffer everything is moved back."""
+        if self.window.cursor == self.columns:
+            self._move_back()
 
     def step(self) -> tuple[Cache, Int[Tensor, "B T"], Int[Tensor, "B 1"]]:
         """Return what a forward pass over one token of every row needs: cache, attention mask and positions."""
-        if self.window.cursor == self.columns:
-            self._move_back()
+        self.make_room()
         device = self._layers[0].device
         lengths = torch.tensor(self.window.lengths, device=device)[:, None]
         columns = torch.arange(self.window.cursor - self.window.start + 1, device=device)
@@ -132,7 +151,6 @@ class RowCache:
         self.window.lengths[:] = [length + 1 for length in self.window.lengths]
 
     def _buffer(self, states: Float[Tensor, "B H T D"]) -> Float[Tensor, "B H T D"]:
-        # Zeros, not whatever lies there: a masked NaN times a weight of 0 is a NaN.
         return states.new_zeros(self.rows, states.shape[1], self.columns, states.shape[3])
 
     def _move_back(self) -> None:
@@ -141,4 +159,13 @@ class RowCache:
         for layer in self._layers:
             layer.k[:rows, :, target] = layer.k[:rows, :, start:cursor].clone()
             layer.v[:rows, :, target] = layer.v[:rows, :, start:cursor].clone()
+            layer.k[:rows, :, self.limit :] = 0
+            layer.v[:rows, :, self.limit :] = 0
         self.window.cursor = self.limit
+
+    def _zero(self, row: int, length: int) -> None:
+        """Zero a row's tokens, and the column that a pass which failed may have begun to write."""
+        span = slice(self.window.cursor - length, self.window.cursor + 1)
+        for layer in self._layers:
+            layer.k[row, :, span] = 0
+            layer.v[row, :, span] = 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from proper.adapters.records import Head
 from proper.adapters.residents import Key, Outcome, Residents
+from proper.adapters.sound import fault_of
 from proper.adapters.store import AdapterStore
 from proper.errors import ProperError, StoreError
 from proper.inference.guests import Guest
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from proper.inference.personalized import PersonalizedModel
 
 DAMAGED = "damaged adapter"
+DAMAGED_EMBEDDING = "damaged embedding"
 
 
 class Loading:
@@ -78,8 +80,17 @@ class Loading:
         return self.store(guest.owner[0]).head(guest.owner[1])
 
     def accept(self, guest: Guest) -> None:
-        """Tie a request to the record of its user."""
+        """Tie a request to the record of its user; with an embedding that is of no use they are a stranger.
+
+        Raises:
+            StoreError: the record cannot be read, or, if `strict`, its embedding is damaged.
+        """
         guest.head = self.head(guest)
+        if guest.head is not None and (fault := self._fault(guest.head)) is not None:
+            if self._strict:
+                raise StoreError(f"user {guest.request.user!r}: {fault}")
+            guest.head, guest.fallback = None, DAMAGED_EMBEDDING
+            self.fallbacks += 1
         if guest.owner is None or self.residents is None or guest.request.tier != "users":
             return
         guest.key = Key.of(*guest.owner, guest.head)
@@ -129,6 +140,14 @@ class Loading:
         if self.residents is not None:
             self.residents.forget(tenant, user)
 
+    def owners(self) -> set[tuple[str, str]]:
+        """Return tenant and user of every adapter that is in a slot or on its way."""
+        return self.residents.owners() if self.residents is not None else set()
+
+    def is_gone(self, tenant: str, user: str) -> bool:
+        """Whether a user is not in their store any more."""
+        return self.store(tenant).head(user) is None
+
     def close(self) -> None:
         """End the loading thread and close the stores; the bank is the model's own again."""
         if self.residents is not None:
@@ -150,6 +169,13 @@ class Loading:
             bank = AdapterBank(bank.layout, slots, alpha=alpha, trainable=False, device=form.device, dtype=form.dtype)
             self._model.model.use_bank(bank)
         return Residents(self.store, bank, wake)
+
+    def _fault(self, head: Head) -> str | None:
+        assert self._model.cache is not None
+        held, wanted = tuple(head.embedding.shape), tuple(self._model.cache.mean.shape)
+        if held != wanted:
+            return f"embedding: has shape {held}, this run's have {wanted}"
+        return fault_of({"embedding": head.embedding})
 
     def _settle(self, guest: Guest, outcome: Outcome) -> None:
         """Tell a request how the load of its adapter ended."""

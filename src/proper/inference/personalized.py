@@ -7,7 +7,7 @@ users   the same with the user's adapter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,18 +17,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from proper.adapters.cache import SlotCache
+from proper.adapters.sound import fault_of
 from proper.adapters.store import AdapterStore
 from proper.config import Config, load_config
 from proper.data.batching import Encoder
 from proper.data.templates import parse_template
-from proper.errors import InputError, RunFolderError
+from proper.errors import InputError, ProperError, RunFolderError, StoreError
 from proper.files import hash_file, read_json
 from proper.inference.generate import generate
 from proper.inference.sampling import Sampling
 from proper.inference.score import score_labels
 from proper.layers.bank import AdapterBank
 from proper.layers.routing import Rows
-from proper.models.backbone import load_backbone, pick_device, pick_dtype
+from proper.models.backbone import configured_backbone
 from proper.models.merge import apply_population
 from proper.models.personal import ProperModel
 from proper.models.tensors import load_tensors
@@ -98,13 +99,17 @@ class PersonalizedModel:
         sampling = sampling or Sampling(self.config.task.max_new_tokens)
         encoded = [self.encoder.prompt(prompt, room=sampling.max_new_tokens) for prompt in prompts]
         found = zip(generate(self, encoded, user_ids, sampling), user_ids, strict=True)
-        decode = self.encoder.tokenizer.decode
-        return [Answer(decode(one.tokens, skip_special_tokens=True).strip(), user, one.tier) for one, user in found]
+        return [Answer(self.encoder.decode(one.tokens), user, one.tier) for one, user in found]
 
     def score(
         self, prompts: Sequence[str], user_ids: Sequence[str | None], labels: Sequence[str]
     ) -> Float[Tensor, "B L"]:
-        """Return the log-likelihood (nats) of every label after every prompt."""
+        """Return the log-likelihood (nats) of every label after every prompt.
+
+        Raises:
+            StoreError: a user's adapter or embedding is damaged.
+            ProperError: a likelihood is not a number; names the user.
+        """
         tokens = [self.encoder.answer(label) for label in labels]
         room = max(len(label) for label in tokens)
         encoded = [self.encoder.prompt(prompt, room=room) for prompt in prompts]
@@ -113,6 +118,8 @@ class PersonalizedModel:
         for chunk in by_length([len(ids) for ids in encoded], size):
             rows = self.rows([user_ids[i] for i in chunk])
             found[chunk] = score_labels(self.model, [encoded[i] for i in chunk], tokens, rows).cpu()
+        for at in found.isnan().any(1).nonzero().flatten().tolist():
+            raise ProperError(f"user {user_ids[at]!r}: the likelihoods are not finite")
         return found
 
     def tier(self, user: str | None) -> str:
@@ -155,6 +162,7 @@ def load(folder: str | Path, stage: Stage | None = None) -> PersonalizedModel:
 
     Raises:
         RunFolderError: the folder is not a run, or has not got that far.
+        StoreError: what all users share has numbers that are not finite or absurdly large.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").exists():
@@ -163,8 +171,7 @@ def load(folder: str | Path, stage: Stage | None = None) -> PersonalizedModel:
         )
     config = load_config(folder / "config.yaml")
     stage = stage or highest_stage(folder)
-    device = pick_device(config.compute.device)
-    backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), device)
+    backbone = configured_backbone(config)
     if stage != "base":
         _require(folder, "population")
         apply_population(backbone, folder / "population")
@@ -175,7 +182,7 @@ def load(folder: str | Path, stage: Stage | None = None) -> PersonalizedModel:
         if stage == "users":
             _require(folder, "users")
             load_router(folder, config, model)
-    encoder = Encoder(backbone.tokenizer, config.compute.max_length)
+    encoder = backbone.encoder(config.compute.max_length)
     return PersonalizedModel(model, encoder, config, cache, stage)
 
 
@@ -193,6 +200,7 @@ def load_groups(folder: Path, config: Config, model: ProperModel) -> SlotCache:
     _require(folder, "groups")
     model.add_experts(config.groups, seed=0)
     tensors, _ = load_tensors(folder / "groups" / "groups.safetensors")
+    _require_sound(folder / "groups" / "groups.safetensors", tensors)
     for name, parameter in model.group_parameters().items():
         parameter.data.copy_(tensors[name])
         parameter.requires_grad_(False)
@@ -215,9 +223,17 @@ def load_router(folder: Path, config: Config, model: ProperModel) -> None:
     if not path.exists():
         return
     tensors, _ = load_tensors(path)
+    _require_sound(path, tensors)
     for name, parameter in model.router_parameters().items():
         parameter.data.copy_(tensors[name])
         parameter.requires_grad_(False)
+
+
+def _require_sound(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """See that what all users share has no numbers that would spoil every answer."""
+    fault = fault_of(tensors)
+    if fault is not None:
+        raise StoreError(f"{path}: {fault}")
 
 
 def _require(folder: Path, stage: str) -> None:

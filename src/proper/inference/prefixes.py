@@ -115,6 +115,10 @@ class Prefixes:
         """Drop all of a user."""
         self._drop(lambda origin: (origin.tenant, origin.user) == (tenant, user))
 
+    def owners(self) -> set[tuple[str, str]]:
+        """Return tenant and user of all that is kept."""
+        return {(origin.tenant, origin.user) for origin, _ in self._kept}
+
     def _drop(self, gone: Callable[[Origin], bool]) -> None:
         for key in [key for key in self._kept if gone(key[0])]:
             self._pop(key)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from proper.inference.sampling import Sampling
+from proper.errors import InputError
+from proper.inference.sampling import Logprobs, Sampling
 
 Tier = Literal["users", "groups", "population"]
 
@@ -25,6 +26,8 @@ class Request:
         tier: the highest that may answer; "groups" leaves the user's adapter out, "population" the experts too.
         sampling: how tokens are drawn, and how many at most. The seed is this request's own.
         gates: whether its tokens tell which experts they came from.
+        client: the API key that asks; the rows are shared between tenants' keys.
+        alternatives: how many likely tokens each of its tokens tells beside its own log-probability; None for neither.
     """
 
     prompt: tuple[int, ...]
@@ -33,6 +36,8 @@ class Request:
     tier: Tier = "users"
     sampling: Sampling = field(default_factory=Sampling)
     gates: bool = False
+    client: str = ""
+    alternatives: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,12 @@ class Token:
     Attributes:
         gates: each expert's gate where the token was drawn, the mean over modules; None unless the request wants them
             and experts answer it.
+        logprobs: its log-probability and the likeliest tokens; None unless the request wants them.
     """
 
     id: int
     gates: tuple[float, ...] | None = None
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,27 @@ class Finished:
 
     reason: Reason
     error: str | None = None
+
+
+def require_possible(request: Request, limit: int, embeddings: int) -> None:
+    """See that a request can be computed.
+
+    Args:
+        request: what is asked.
+        limit: tokens that a prompt and its answer may have together.
+        embeddings: tokens that the model has embeddings for, from 0 on.
+
+    Raises:
+        InputError: the prompt is empty, does not fit with its answer, or has a token without an embedding.
+    """
+    size = len(request.prompt) + request.sampling.max_new_tokens
+    if not request.prompt or request.sampling.max_new_tokens < 1:
+        raise InputError("a prompt and its answer have at least one token each")
+    if size > limit:
+        raise InputError(f"prompt and answer may have {limit} tokens together, these would have {size}")
+    for odd in (min(request.prompt), max(request.prompt)):
+        if not 0 <= odd < embeddings:
+            raise InputError(f"the prompt has token {odd}, and the model has embeddings for 0 to {embeddings - 1}")
 
 
 Event = Started | Token | Finished

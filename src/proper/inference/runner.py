@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from proper.inference.engine import Engine
 
@@ -12,12 +13,14 @@ class Runner:
     """An engine at work from `start` to `stop`.
 
     Attributes:
-        error: what ended the thread, if it was not `stop`.
+        error: what ended the thread, if it was not `stop`. The engine cannot go on, nor be started again.
+        on_error: called from the thread after that, when every request has had its end.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.error: BaseException | None = None
+        self.on_error: Callable[[], None] = lambda: None
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="proper-engine", daemon=True)
 
@@ -52,8 +55,10 @@ class Runner:
                 with engine.changed:
                     engine.changed.wait_for(lambda: self._stopping or not engine.blocked)
                 engine.step()
-        except BaseException as error:
+        except BaseException as error:  # kept, and raised by whoever ends the process because of it
             self.error = error
-            raise
+        try:
+            engine.close(None if self.error is None else "the engine has stopped")
         finally:
-            engine.close()
+            if self.error is not None:
+                self.on_error()

@@ -6,11 +6,17 @@ nothing about models or users.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from proper.errors import ProperError
+
+LEAST = -9999.0
+"""The log-probability of what cannot come; OpenAI's for what is very unlikely."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,19 @@ class Sampling:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities (nats) at one token's place, by the model itself: temperature and top_p do not show.
+
+    Attributes:
+        own: of the token.
+        likeliest: tokens and theirs, the likeliest first.
+    """
+
+    own: float
+    likeliest: tuple[tuple[int, float], ...]
+
+
 class Sampler:
     """One request's way from logits to tokens."""
 
@@ -45,20 +64,13 @@ class Sampler:
         return self._generator is None
 
     def draw(self, logits: Float[Tensor, "V"]) -> int:
-        """Draw a token by temperature and top_p, on the CPU: generators of devices differ.
-
-        Where there is nothing to draw from (an adapter may hold NaNs), the likeliest is taken: nobody else's row may
-        fail because of this one.
-        """
+        """Draw a token by temperature and top_p, on the CPU: generators of devices differ. The largest is finite."""
         logits = logits.float().cpu()
         # Less than the largest, so that a temperature near 0 makes -inf of the others and never inf - inf.
         scores = ((logits - logits.max()).double() / self.sampling.temperature).float()
         if self.sampling.top_p < 1:
             scores = nucleus(scores, self.sampling.top_p)
-        shares = scores.softmax(-1)
-        if shares.isnan().any():
-            return int(logits.argmax())
-        return int(torch.multinomial(shares, 1, generator=self._generator))
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
 
 def nucleus(scores: Float[Tensor, "V"], mass: float) -> Float[Tensor, "V"]:
@@ -72,10 +84,25 @@ def nucleus(scores: Float[Tensor, "V"], mass: float) -> Float[Tensor, "V"]:
     return scores.masked_fill(torch.zeros_like(drop).scatter(0, order, drop), -torch.inf)
 
 
-def next_tokens(logits: Float[Tensor, "B V"], samplers: list[Sampler]) -> list[int]:
-    """Return one token per row."""
-    found: list[int] = logits.argmax(-1).tolist()
+def logprobs_of(logits: Float[Tensor, "V"], token: int, count: int) -> Logprobs:
+    """Return a token's log-probability and the `count` likeliest; `LEAST` stands for -inf, which JSON lacks."""
+    shares = logits.float().log_softmax(-1).nan_to_num(nan=LEAST, neginf=LEAST).clamp(min=LEAST).cpu()
+    values, ids = shares.topk(min(count, len(shares)))
+    return Logprobs(float(shares[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def next_tokens(logits: Float[Tensor, "B V"], samplers: Sequence[Sampler]) -> list[int | Exception]:
+    """Return one token per row, or why there is none in a row: what is wrong with one does not concern the others."""
+    likeliest = logits.argmax(-1, keepdim=True)
+    # A NaN counts as the largest, so this one number tells of NaNs and infinities in the whole row.
+    finite: list[bool] = logits.gather(-1, likeliest).isfinite().flatten().tolist()
+    found: list[int | Exception] = likeliest.flatten().tolist()
     for row, sampler in enumerate(samplers):
-        if not sampler.greedy:
-            found[row] = sampler.draw(logits[row])
+        if not finite[row]:
+            found[row] = ProperError("the logits are not finite")
+        elif not sampler.greedy:
+            try:
+                found[row] = sampler.draw(logits[row])
+            except Exception as error:
+                found[row] = error
     return found

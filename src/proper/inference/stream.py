@@ -1,14 +1,20 @@
 """Tokens of one answer to text, piece by piece: the pieces joined are the decoded answer, stripped.
 
-A character may be spread over tokens and a stop text over pieces, so what could still change is held back. Knows
-nothing about models or users.
+A character may be spread over tokens and a stop text over pieces, so what could still change is held back. A stop text
+is looked for in the answer before it is stripped: it may be a newline at the beginning or the end. Knows nothing about
+models or users.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_CLEANED = 19
+"""Characters at the end that clean-up may still rewrite: it replaces ten texts in turn, each of which may reach back by
+its length less one (" ." by 1, " ' " by 2, " n't" by 3, ...)."""
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -21,36 +27,61 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self.stopped = False
+        self._window = _CLEANED if _cleans_up(tokenizer) else 0
         self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
+        self._unseen = set(tokenizer.all_special_ids)
         self._ids: list[int] = []
         self._sent = ""
 
     def push(self, token: int) -> str:
         """Take a token; return the text that is certain now."""
         self._ids.append(token)
-        text, certain = self._text(), None
+        raw = self._raw()
         if not self.stopped:
-            held = max((overlap(text, stop) for stop in self._stop), default=0)
-            certain = text[: len(text) - held].rstrip(_UNFINISHED).rstrip()
-        return self._send(text if certain is None else certain)
+            held = max((overlap(raw, stop) for stop in self._stop), default=0)
+            held = max(held, self._window, self._open(raw))
+            raw = raw[: max(0, len(raw) - held)].rstrip(_UNFINISHED)
+        return self._send(raw.strip())
 
     def close(self) -> str:
         """Return what was held back."""
-        return self._send(self._text())
+        return self._send(self._raw().strip())
 
-    def _text(self) -> str:
-        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True).strip()
+    def _raw(self) -> str:
+        """Return the text before the first stop text, not stripped."""
+        text = self._decode(self._ids)
         places = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        if places:
-            self.stopped = True
-            text = text[: min(places)].strip()
+        self.stopped = bool(places)
+        return text[: min(places)] if places else text
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
+    def _open(self, text: str) -> int:
+        """Return how many characters are of a run of byte tokens that may go on: it is text only if all of it is."""
+        size = len(self._ids)
+        while size and self._may_go_on(self._ids[size - 1]):
+            size -= 1
+        return 0 if size == len(self._ids) else len(text) - len(self._decode(self._ids[:size]))
+
+    def _may_go_on(self, token: int) -> bool:
+        name = self._tokenizer.convert_ids_to_tokens(token) or ""
+        return token in self._unseen or _BYTE.fullmatch(name) is not None
+
     def _send(self, text: str) -> str:
-        if len(text) <= len(self._sent) or not text.startswith(self._sent):
+        if len(text) <= len(self._sent):
             return ""
         piece, self._sent = text[len(self._sent) :], text
         return piece
+
+
+def _cleans_up(tokenizer: Any) -> bool:
+    """Return whether decoding takes spaces out before punctuation; many say so of whom it is not true (byte-level)."""
+    if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return False
+    ids = tokenizer("a . b ' s", add_special_tokens=False).input_ids
+    return bool(tokenizer.decode(ids) != tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def overlap(text: str, stop: str) -> int:

@@ -12,7 +12,6 @@ import torch
 
 from proper.adapters.cache import SlotCache
 from proper.adapters.store import AdapterStore
-from proper.data.batching import Encoder
 from proper.errors import DataError
 from proper.evaluation.runner import MethodRun, predict
 from proper.inference.folded import STATIC_EXPORT, static_export
@@ -20,7 +19,7 @@ from proper.inference.personalized import PersonalizedModel, Stage, load, load_g
 from proper.inference.recoded import USERS_INT8, in_int8
 from proper.layers.bank import AdapterBank
 from proper.methods.method import Place
-from proper.models.backbone import load_backbone, pick_device, pick_dtype
+from proper.models.backbone import configured_backbone
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import seed_of
 from proper.training.direct import direct_model
@@ -78,13 +77,13 @@ def directly(place: Place) -> MethodRun:
 def jointly(place: Place) -> MethodRun:
     """Answer from experts and adapters that were trained together on the bare backbone (`JointRunner`)."""
     config = place.config
-    backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), pick_device(config.compute.device))
+    backbone = configured_backbone(config)
     model = ProperModel(backbone)
     return _run(place, model, load_groups(place.folder, config, model))
 
 
 def _run(place: Place, model: ProperModel, cache: SlotCache) -> MethodRun:
-    encoder = Encoder(model.backbone.tokenizer, place.config.compute.max_length)
+    encoder = model.backbone.encoder(place.config.compute.max_length)
     whole = PersonalizedModel(model, encoder, place.config, cache, "users")
     try:
         return predict(whole, place.dataset, place.config.task, place.folder.name)

@@ -17,7 +17,7 @@ from proper.evaluation.runner import MethodRun, predict
 from proper.inference.personalized import PersonalizedModel
 from proper.layers.routing import Rows
 from proper.methods.method import Place
-from proper.models.backbone import load_backbone, pick_device, pick_dtype
+from proper.models.backbone import configured_backbone
 from proper.models.merge import apply_population
 from proper.models.personal import ProperModel
 from proper.models.poly import add_poly
@@ -49,7 +49,7 @@ class PolyAnswers(PersonalizedModel):
 def load_poly(place: Place) -> PolyAnswers:
     """Load the backbone, its population, and Poly with the logits of the target users."""
     config = place.config
-    backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), pick_device(config.compute.device))
+    backbone = configured_backbone(config)
     apply_population(backbone, place.folder / "population")
     model, store = ProperModel(backbone), AdapterStore(place.folder / "users")
     heads = {user.id: head for user in place.dataset.users("target") if (head := store.head(user.id)) is not None}
@@ -60,7 +60,7 @@ def load_poly(place: Place) -> PolyAnswers:
         parameter.data.copy_(tensors[name])
     logits = [*(head.embedding for head in heads.values()), tensors["mean_logits"]]
     poly.put(torch.arange(len(logits)), torch.stack(logits))
-    encoder = Encoder(backbone.tokenizer, config.compute.max_length)
+    encoder = backbone.encoder(config.compute.max_length)
     return PolyAnswers(model, encoder, config, {user: at for at, user in enumerate(heads)})
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from proper.config import PRESETS, Config
-from proper.data.batching import Encoder
 from proper.data.dataset import Dataset
 from proper.data.derive import Count, shuffle_users
 from proper.data.retrieval import add_profiles, retrieve
@@ -25,7 +24,7 @@ from proper.methods.changed import change, split_name
 from proper.methods.method import Derive, Method, Trained, Variant
 from proper.methods.poly import with_poly
 from proper.methods.trivial import global_majority, user_majority
-from proper.models.backbone import load_tokenizer
+from proper.models.tokenizer import configured_encoder
 
 ALL: tuple[Trained, ...] = ("population", "groups", "users")
 GROUPS: tuple[Trained, ...] = ("population", "groups")
@@ -206,7 +205,7 @@ def _profiled(source: Dataset, path: Path, config: Config, seed: int) -> None:
 
 
 def _counter(config: Config) -> Count:
-    encoder = Encoder(load_tokenizer(config.backbone), config.compute.max_length)
+    encoder = configured_encoder(config)
 
     def count(prompt: str, target: str) -> int:
         return encoder.count([prompt], [target])[0]

@@ -24,7 +24,7 @@ from proper.data.dataset import Dataset
 from proper.data.summary import require_no_leaks
 from proper.errors import ConfigError, RunFolderError
 from proper.evaluation.fingerprint import code_version
-from proper.files import hash_value, read_json, write_text
+from proper.files import hash_value, make_folder, read_json, write_text
 from proper.methods.method import Method, Place, Trained, Variant, Work
 from proper.training.metrics_log import MetricsLog
 from proper.training.stages import TRAINED, join_processes
@@ -128,7 +128,7 @@ def _inherit(stage: Trained, source: Path, target: Path) -> None:
     if stage == "groups":
         _inherit_embeddings(source / "users", target / "users")
     names = sorted(path.name for path in (source / stage).iterdir() if path.is_file() and path.name != "stage.json")
-    (target / stage).mkdir(parents=True, exist_ok=True)
+    make_folder(target / stage)
     for name in [*names, "stage.json"]:
         (target / stage / name).unlink(missing_ok=True)
         linked = False

@@ -7,19 +7,32 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from proper.config import Config
+from proper.data.batching import Encoder
 from proper.errors import ConfigError
+from proper.models.names import EMBEDDED, backbone_location, first_line, what
+from proper.models.rope import fix_rope
+from proper.models.tokenizer import load_tokenizer, named_ends, settle_ends
 
-EMBEDDED = "proper-nano"
+__all__ = [
+    "EMBEDDED",
+    "Backbone",
+    "backbone_location",
+    "configured_backbone",
+    "digest",
+    "load_backbone",
+    "load_tokenizer",
+    "pick_device",
+    "pick_dtype",
+]
 
 
 @dataclass
@@ -29,12 +42,14 @@ class Backbone:
     Attributes:
         name: as the config has it.
         digest: a hash of the model's shape and of a sample of every parameter.
+        ends: ids that end an answer.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: Any
     digest: str
+    ends: tuple[int, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -47,17 +62,32 @@ class Backbone:
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
+    def embeddings(self) -> int:
+        """Tokens that have an embedding, from 0 on; a tokenizer may know more."""
+        table: Any = self.model.get_input_embeddings()
+        return int(table.weight.shape[0])
+
+    @property
     def quantized(self) -> bool:
         """Whether the weights are quantized, so that nothing can be merged into them."""
         return bool(getattr(self.model, "is_quantized", False))
 
     @property
+    def rows(self) -> int:
+        """Tokens that the model has an embedding for."""
+        return _rows(self.model)
+
+    @property
     def pad_id(self) -> int:
-        """A token for padding; where the tokenizer has none, the end token, which the attention mask hides."""
+        """A token for padding, hidden by the attention mask: the tokenizer's own if the model has it, else its end."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
+            if token is not None and 0 <= token < self.rows:
                 return int(token)
         return 0
+
+    def encoder(self, max_length: int) -> Encoder:
+        """Return what turns texts into this model's tokens, and refuses those it has no embedding for."""
+        return Encoder(self.tokenizer, max_length, rows=self.rows, ends=self.ends)
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -72,7 +102,7 @@ def pick_device(wanted: str) -> torch.device:
         device = torch.device(wanted)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ConfigError(f"compute.device: {wanted!r} is not there: {_first_line(error)}") from error
+        raise ConfigError(f"compute.device: {wanted!r} is not there: {first_line(error)}") from error
     if device.type == "meta":
         raise ConfigError("compute.device: 'meta' holds no numbers")
     return device
@@ -83,62 +113,75 @@ def pick_dtype(wanted: Literal["auto", "bf16", "fp32"]) -> torch.dtype:
     return torch.float32 if wanted == "fp32" else torch.bfloat16
 
 
-def backbone_location(name: str) -> str:
-    """Return what transformers loads for a config's `backbone`.
+def configured_backbone(config: Config, device: torch.device | None = None) -> Backbone:
+    """Load the backbone of a config, on its device unless another is given.
 
     Raises:
-        ConfigError: it can only be a folder, and there is none.
+        ConfigError: see `load_backbone` and `pick_device`.
     """
-    if name == EMBEDDED:
-        return str(files("proper.models") / "nano")
-    # A model's id has at most one slash and begins with a letter or a number.
-    if not name or not Path(name).is_dir() and (name.count("/") > 1 or not name[:1].isalnum()):
-        raise ConfigError(f"backbone: there is no folder {name!r}")
-    return name
+    place = pick_device(config.compute.device) if device is None else device
+    dtype = pick_dtype(config.compute.dtype)
+    trusted = config.trust_remote_code
+    return load_backbone(config.backbone, dtype, place, config.compute.max_length, trust_remote_code=trusted)
 
 
-def load_tokenizer(name: str) -> Any:
-    """Load only the tokenizer of a backbone.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(backbone_location(name))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"backbone: {_what(name)} has no tokenizer: {_first_line(error)}") from error
-
-
-def load_backbone(name: str, dtype: torch.dtype, device: torch.device) -> Backbone:
+def load_backbone(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_length: int | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Backbone:
     """Load a backbone, frozen, in evaluation mode.
 
+    Args:
+        name: as the config has it.
+        dtype: the compute type.
+        device: where the weights go.
+        max_length: tokens of the longest row; a RoPE that depends on it is fixed for that, and left as it is if None.
+        trust_remote_code: run Python that lies beside the weights, as some families need. Never asks.
+
     Raises:
-        ConfigError: nothing by that name can be loaded, or its weights are not all there.
+        ConfigError: nothing by that name can be loaded, its weights are not all there, its answers have no end, or an
+            answer would depend on how long other texts in its batch are.
     """
-    model = _load_model(name, dtype, device)
+    model = _load_model(name, dtype, device, trust_remote_code)
+    if max_length is not None:
+        fix_rope(model, max_length)
     model.requires_grad_(False)
     model.eval()
+    rows = _rows(model)
+    named = named_ends(model.config, model.generation_config, rows)
     # A checkpoint's own defaults (Qwen's repetition penalty, say) would change what the likeliest answer is.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    return Backbone(name, model, load_tokenizer(name), digest(model))
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    ends = settle_ends(tokenizer, named, rows, name)
+    return Backbone(name, model, tokenizer, digest(model), ends)
 
 
-def _load_model(name: str, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_model(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
     location = backbone_location(name)
     # torch's fused attention is made for long rows: on a CPU its backward pass costs more than the plain products.
     options: dict[str, Any] = {"attn_implementation": "eager"} if device.type == "cpu" else {}
     # Quantized weights cannot be moved later, so they are made where they belong.
     options |= {"dtype": dtype, "device_map": {"": device}, "ignore_mismatched_sizes": True}
+    options["trust_remote_code"] = trust_remote_code
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"backbone: {_what(name)} cannot be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"backbone: {what(name)} cannot be loaded: {first_line(error)}") from error
     model, found = loaded
     # transformers draws at random what a checkpoint lacks, and only mentions it.
     wrong = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
     if wrong:
-        raise ConfigError(f"backbone: {_what(name)}: {len(wrong)} weights are missing or misshapen, first {wrong[0]}")
+        raise ConfigError(f"backbone: {what(name)}: {len(wrong)} weights are missing or misshapen, first {wrong[0]}")
     return model
+
+
+def _rows(model: PreTrainedModel) -> int:
+    weight: Any = model.get_input_embeddings().weight
+    return int(weight.shape[0])
 
 
 def digest(model: nn.Module) -> str:
@@ -158,15 +201,3 @@ def _plain(tensor: Tensor) -> list[Tensor]:
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
     return [plain for name in names for plain in _plain(getattr(tensor, name))]
-
-
-def _what(name: str) -> str:
-    """Name a backbone in an error, saying whether it was taken for a folder."""
-    if name == EMBEDDED:
-        return repr(name)
-    return f"folder {name!r}" if Path(name).is_dir() else f"{name!r}, which is no folder here,"
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200].removesuffix(" from one of: ") if text else type(error).__name__

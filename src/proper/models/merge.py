@@ -5,14 +5,18 @@ Knows nothing about how it was trained; the folder is PEFT's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from proper.errors import ProperError
 from proper.models.backbone import Backbone
 
 
@@ -21,9 +25,40 @@ def apply_population(backbone: Backbone, folder: Path) -> None:
 
     Dense weights are merged in fp32 and cast back, so that small updates are rounded once. A quantized backbone keeps
     the LoRA frozen beside its weights; adapted layers then call both.
+
+    Raises:
+        ProperError: the adapter cannot be read.
     """
-    wrapped = PeftModel.from_pretrained(backbone.model, str(folder))
-    absorb(backbone, wrapped)
+    absorb(backbone, load_lora(backbone.model, folder))
+
+
+def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Wrap a backbone in the PEFT adapter in `folder`.
+
+    Raises:
+        ProperError: the adapter cannot be read.
+    """
+    try:
+        with modules_as_named(model):
+            return PeftModel.from_pretrained(model, str(folder))
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise ProperError(f"{folder}: not readable as a PEFT adapter: {error}") from error
+
+
+@contextmanager
+def modules_as_named(model: PreTrainedModel) -> Iterator[None]:
+    """Have PEFT adapt the modules that are named, and nothing else, inside the block.
+
+    In a mixture of experts it takes `gate_proj`, of a shared expert too, for the name that the fused experts once had,
+    and adapts all of those instead. It knows such a model by its type.
+    """
+    config: Any = model.config
+    kind = config.model_type
+    config.model_type = "named"
+    try:
+        yield
+    finally:
+        config.model_type = kind
 
 
 def absorb(backbone: Backbone, wrapped: PeftModel) -> None:

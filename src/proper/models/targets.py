@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +16,8 @@ from proper.errors import ConfigError
 
 # A layer belongs to the FFN (or attention) if a part of its path says so; OPT and some Phi models name only the leaf.
 _FFN = re.compile(r"(^|[._])(mlp|ffn|feed_forward|fc1|fc2)($|[._])")
+_ROUTER = re.compile(r"(\w+_)?(gate|router)|experts")
+_EXPERTS = re.compile(r"(^|[._])(moe|experts?)($|[._])")
 _ATTENTION = re.compile(r"(^|[._])(attn|attention)($|[._])")
 
 
@@ -31,27 +34,70 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 def find_targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, tuple[int, int]]:
     """Return the adapted modules as name -> (inputs, outputs), in the model's order.
 
+    Only layers of the text model are meant: in a model that also sees or hears, no text reaches the others. Routers,
+    gates and single experts of a mixture of experts are meant by no kind, shared experts are.
+
     Args:
         model: the backbone.
-        wanted: "ffn" (also "auto"), "attention", "all" (both), or names: a module is meant by its full name, its last
-            part, or any dotted ending.
+        wanted: "ffn", "attention", "all" (both), "auto" ("ffn", or "attention" where a mixture of experts leaves no
+            FFN to adapt), or names: a module is meant by its full name, its last part, or any dotted ending.
 
     Raises:
-        ConfigError: nothing matches.
+        ConfigError: nothing matches; the message names what there is.
     """
+    known = _layers(model)
+    found = {name: shape for name, shape in known.items() if _is_wanted(name, wanted)}
+    fused = _fused_experts(model)
+    if not found and wanted == "auto" and fused:
+        found = {name: shape for name, shape in known.items() if _is_wanted(name, "attention")}
+    if not found:
+        leaves = sorted({name.rpartition(".")[2] for name in known if not _of_mixture(name)})
+        there = f"there are: {', '.join(leaves)}" if leaves else "it has no linear layers"
+        if fused:
+            which = f"its experts are fused parameters ({fused}), which are not adapted"
+            there = f"{which}; {there} ('auto' takes the attention's)"
+        raise ConfigError(f"target_modules: nothing in {type(model).__name__} matches {wanted!r}; {there}")
+    return found
+
+
+def _layers(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the linear layers of the text model's blocks, each once: none inside another."""
     found: dict[str, tuple[int, int]] = {}
+    inner = _text_model(model)
     for name, module in model.named_modules():
         shape = linear_shape(module)
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if shape is not None and not inside and re.search(r"\.\d+\.", name) and _is_wanted(name, wanted):
+        if shape is None or not name.startswith(inner) or not re.search(r"\.\d+\.", name):
+            continue
+        if not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = shape
-    if not found:
-        raise ConfigError(f"target_modules: nothing in {type(model).__name__} matches {wanted!r}")
     return found
+
+
+def _text_model(model: nn.Module) -> str:
+    """Return what the names of the text model's modules begin with: nothing, if there is nothing else."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or config.get_text_config() is config:
+        return ""
+    decoder = model.get_decoder()  # type: ignore[operator]
+    return next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
+
+
+def _fused_experts(model: nn.Module) -> str:
+    """Return the name of the first parameter that holds all experts of a layer as one (E, O, I); "" without any."""
+    inner = _text_model(model)
+    parameters = (name for name, p in model.named_parameters() if p.dim() == 3 and name.startswith(inner))
+    return next((name for name in parameters if _FFN.search(name) or _EXPERTS.search(name)), "")
+
+
+def _of_mixture(name: str) -> bool:
+    """Return whether a module routes tokens to experts, or is one of those that only some tokens reach."""
+    return any(_ROUTER.fullmatch(part) for part in name.split("."))
 
 
 def _is_wanted(name: str, wanted: str | Sequence[str]) -> bool:
     if not isinstance(wanted, str):
         return any(name == ending or name.endswith(f".{ending}") for ending in wanted)
+    if _of_mixture(name):
+        return False
     ffn, attention = bool(_FFN.search(name)), bool(_ATTENTION.search(name))
     return {"ffn": ffn, "auto": ffn, "attention": attention, "all": ffn or attention}[wanted]

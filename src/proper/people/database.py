@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from proper.adapters.manifest import empty_wal
 from proper.errors import StoreError
+from proper.sqlite_files import Schema, open_shared, read_only_error
 
 FILE = "interactions.sqlite"
 FORMAT = 1
@@ -33,6 +34,9 @@ _TABLES = (
     "CREATE INDEX fits_by_place ON fits (state, place)",
     "CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
 )
+# Files of this format were made without it at first. `user` is NULL once only write-ahead logs are left to be emptied.
+_DELETIONS = """CREATE TABLE IF NOT EXISTS deletions (
+    job TEXT PRIMARY KEY, tenant TEXT NOT NULL, user BLOB, state TEXT NOT NULL, ended REAL) WITHOUT ROWID"""
 
 
 class Database:
@@ -48,37 +52,12 @@ class Database:
         self.path = path
         # Held while reading too: one connection would show other threads what is not committed yet.
         self._lock = threading.RLock()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=wait_seconds, isolation_level=None, check_same_thread=False)
-            self._prepare(durable, wait_seconds)
-        except (sqlite3.Error, OSError) as error:
-            raise StoreError(f"{path}: {error}") from error
+        self._db, self.read_only = open_shared(path, Schema("a log", FORMAT, _TABLES, durable), wait_seconds)
+        if not self.read_only and not self._has_deletions():
+            self._db.execute(_DELETIONS)
 
-    def _prepare(self, durable: bool, wait_seconds: float) -> None:
-        deadline = time.monotonic() + wait_seconds
-        while True:
-            try:
-                self._db.execute("PRAGMA journal_mode=WAL")
-                break
-            except sqlite3.OperationalError as error:
-                # SQLite does not wait for another process that is making the same file.
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
-        self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-        self._db.execute("PRAGMA secure_delete=ON")
-        if self._format() == 0:
-            with self.transaction():
-                if self._format() == 0:
-                    for table in _TABLES:
-                        self._db.execute(table)
-                    self._db.execute(f"PRAGMA user_version={FORMAT}")
-        if self._format() != FORMAT:
-            raise StoreError(f"{self.path}: a log of another version of proper (format {self._format()})")
-
-    def _format(self) -> int:
-        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
+    def _has_deletions(self) -> bool:
+        return bool(self.read("SELECT 1 FROM sqlite_master WHERE name = 'deletions'"))
 
     def close(self) -> None:
         """Close the file."""
@@ -91,7 +70,10 @@ class Database:
 
         Raises:
             StoreError: another process writes for too long, or the disk is full or broken.
+            ReadOnlyError: the file may only be read here.
         """
+        if self.read_only:
+            raise read_only_error(self.path)
         with self._lock:
             if self._db.in_transaction:
                 yield
@@ -124,6 +106,9 @@ class Database:
         """Run one statement of a transaction; return how many rows it changed."""
         return self._db.execute(sql, values).rowcount
 
-    def wipe(self) -> None:
-        """Empty the write-ahead log into the file, so that nothing that was deleted is left in it."""
-        self.read("PRAGMA wal_checkpoint(TRUNCATE)")
+    def wipe(self, patience: float = 1.0) -> bool:
+        """Empty the write-ahead log into the file, so that nothing that was deleted is left in it.
+
+        Returns False if another process reads or writes for longer than `patience` (seconds).
+        """
+        return empty_wal(self.path, patience)

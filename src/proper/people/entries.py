@@ -15,8 +15,8 @@ from typing import Any
 
 from proper.config import DataConfig, TaskConfig
 from proper.data.interactions import BadRows, Interaction, row_reader
-from proper.data.sources import json_rows
-from proper.data.templates import BadValue, parse_template
+from proper.data.templates import BadValue, identifier, parse_template
+from proper.data.text_files import json_rows
 from proper.errors import DataError
 from proper.people.log import Entry
 
@@ -45,8 +45,11 @@ def record_reader(config: DataConfig, task: TaskConfig, user: str) -> Read:
     columns |= {*parse_template(config.target, "data.target").columns}
 
     def read(row: Mapping[str, Any]) -> Entry:
-        said = row.get(config.user, user)
-        if not isinstance(said, str | int) or str(said) != user:
+        try:
+            said = identifier(row.get(config.user, user))
+        except ValueError as error:
+            raise BadValue(config.user, str(error)) from None
+        if said != user:
             raise BadValue(config.user, "is another user's")
         if not columns <= {*row} and {"prompt", "target"} <= {*row}:
             return plain(row)

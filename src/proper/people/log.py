@@ -15,8 +15,10 @@ from hashlib import blake2b
 from pathlib import Path
 
 from proper.adapters.manifest import key_of, user_of
+from proper.adapters.tombstones import Tombstones
 from proper.errors import InputError
 from proper.people.database import FILE, Database
+from proper.people.deletions import Deletions
 from proper.people.queue import FitQueue
 
 _PAGE = 1000
@@ -36,6 +38,10 @@ class ConflictError(InputError):
 
 class ExistsError(InputError):
     """The user is known already."""
+
+
+class DeletedError(InputError):
+    """The user was deleted, or is being deleted just now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +107,14 @@ class InteractionLog:
 
     Attributes:
         queue: the fits that follow from it.
+        deletions: those that are not over yet.
     """
 
     def __init__(self, folder: Path) -> None:
         self.database = Database(folder / FILE)
         self.queue = FitQueue(self.database)
+        self.deletions = Deletions(self.database)
+        self.tombstones = Tombstones(folder)
 
     def close(self) -> None:
         """Close the file."""
@@ -118,15 +127,17 @@ class InteractionLog:
             tenant: whose user.
             user: anybody; a user that was unknown is known afterwards, also without interactions.
             entries: in their order.
-            new: whether the user must be unknown to the log.
+            new: whether the user must be unknown to the log; one who was deleted may come back in this way only.
 
         Raises:
             ExistsError: the user is known, and `new`.
+            DeletedError: the user is being deleted, or was and is not `new`.
             ConflictError: an id is taken by other content; names it.
             StoreError: it cannot be written.
         """
         key, accepted, now = key_of(user), 0, time.time()
         with self.database.transaction():
+            self._require_present(tenant, user, new)
             added = self.database.write("INSERT OR IGNORE INTO people VALUES (?, ?)", (tenant, key))
             if new and not added:
                 raise ExistsError(f"there is a user {user!r} already")
@@ -134,7 +145,26 @@ class InteractionLog:
                 accepted += self._insert(tenant, key, entry, at, now)
             if accepted:
                 self.queue.add(tenant, user)
+            if new:
+                self.tombstones.lift(tenant, user)
         return Appended(accepted, len(entries) - accepted)
+
+    def request_fit(self, tenant: str, user: str) -> None:
+        """Queue a user for a fit, whether or not there is anything new.
+
+        Raises:
+            DeletedError: the user was deleted meanwhile.
+        """
+        with self.database.transaction():
+            self._require_present(tenant, user, new=False)
+            self.queue.add(tenant, user)
+
+    def _require_present(self, tenant: str, user: str, new: bool) -> None:
+        """See that a user is not deleted (inside a transaction, which a deletion waits for)."""
+        if self.deletions.of(tenant, user) is not None:
+            raise DeletedError(f"user {user!r} is being deleted; enrol them again when that is over")
+        if not new and self.tombstones.has(tenant, user):
+            raise DeletedError(f"user {user!r} was deleted; enrol them to have them back")
 
     def _insert(self, tenant: str, key: bytes, entry: Entry, at: int, now: float) -> bool:
         """Add one interaction; return whether it was new."""
@@ -183,7 +213,7 @@ class InteractionLog:
         """Remove all of a user when the block ends; yields what there was.
 
         Nobody writes meanwhile, no fit of the user can end after it, and if the block fails nothing is removed. The
-        bytes are wiped before it returns.
+        bytes are gone when this returns, but for those that another process still reads: `database.wipe` says so.
         """
         key = key_of(user)
         with self.database.transaction():
@@ -191,4 +221,4 @@ class InteractionLog:
             for table in ("interactions", "fits", "people"):
                 self.database.write(f"DELETE FROM {table} WHERE tenant = ? AND user = ?", (tenant, key))
             yield found
-        self.database.wipe()
+        self.database.wipe(0)

@@ -1,13 +1,17 @@
-"""The registry of files that can hold something of one person: what each is, and how a person is taken out of it.
+"""How a user is taken out of each personal file of a run folder.
 
-Deletion and export go through this list and no other, and a test walks a run folder and asks that every file in it is
-listed here, as personal or as not. What many people share (population, groups, the LoRA-aware router, aggregate
-results) is residue: nobody can be taken out of it but by training again. The file that the run read (`data.path`)
-belongs to whoever made it and is not touched.
+`run_files` is the registry: it lists every file that can lie in a run folder, and nothing else can be written there.
+Each pattern of its `PERSONAL` has a remover here, or this module cannot be imported. A test runs all commands on a run,
+looks for every user's id and texts in every byte of the folder, asks the registry about each hit, and finds none after
+the user is deleted. What many users share (population, groups, the LoRA-aware router, aggregate results, adapters of a
+control that trains on texts handed to other users) is residue: no user can be taken out of it but by training again.
+The file that the run read (`data.path`) belongs to the run's owner and is not touched.
 
-    users/users.sqlite, users/blobs/    the store                         `AdapterStore.delete`
-    users/interactions.sqlite           the log                           `InteractionLog.deleting`
-    all others                          `PLACES`, patterns below the run folder and the folders of seeds and methods
+    users/users.sqlite, users/blobs/    the store                         `AdapterStore.delete`, `AdapterStore.wipe`
+    users/quarantine/                   what a repair put aside           `remove_quarantine`
+    users/interactions.sqlite           the log                           `InteractionLog.deleting`, `Database.wipe`
+    all others                          `PLACES`, patterns below the run folder and the folders of seeds and variants
+    .NAME.*.tmp                         half-written files                `files.sweep`, where their writer is dead
 """
 
 from __future__ import annotations
@@ -23,27 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from proper.adapters.manifest import key_of
+from proper.adapters.quarantine import QUARANTINE
+from proper.adapters.store import DEFAULT_TENANT
+from proper.adapters.tombstones import Tombstones
 from proper.errors import StoreError
 from proper.files import atomic_path, read_json, write_json
-from proper.people.database import FILE
-
-STORES = ("users/users.sqlite*", "users/users.lock", "users/blobs/*", f"users/{FILE}*", "users/fits.lock")
-"""Of every tenant; all other places hold people of the default tenant only. `users/fits/` is `work_folder`'s."""
-
-IMPERSONAL = (
-    "config.yaml",
-    "results.json",
-    "methods.csv",
-    "metrics.jsonl",
-    "predictions/*.json",
-    "serving/keys.json",
-    "population/*",
-    "groups/groups.safetensors",
-    "groups/stage.json",
-    "users/stage.json",
-    "users/router.safetensors",
-)
-"""What no single person can be read out of, or taken out of."""
+from proper.run_files import PERSONAL
 
 
 @dataclass(frozen=True)
@@ -59,11 +48,6 @@ class Place:
     pattern: str
     holds: str
     remove: Callable[[Path, str], None]
-
-
-def run_home(folder: Path) -> Path:
-    """Return the run folder that a seed's folder belongs to: data, predictions and results lie there."""
-    return folder.parent.parent if folder.parent.name == "seeds" else folder
 
 
 def fits_folder(users: Path) -> Path:
@@ -92,6 +76,17 @@ def files_of(run: Path) -> Iterator[tuple[Place, Path]]:
             for path in sorted(folder.glob(place.pattern)):
                 if path.is_file():
                     yield place, path
+
+
+def remove_deleted(run: Path, data: Path) -> None:
+    """Take the users who were deleted from a run out of the demo's files in `data`, which were written anew."""
+    deleted = Tombstones(run / "users").of_tenant(DEFAULT_TENANT)
+    if deleted is None:
+        return
+    rows = (json.loads(line) for line in (data / "interactions.jsonl").read_text(encoding="utf-8").splitlines())
+    for user in {user for row in rows if deleted(user := row["user_id"])}:
+        _from_lines(data / "interactions.jsonl", user)
+        _from_truth(data / "truth.json", user)
 
 
 def _from_lines(path: Path, user: str) -> None:
@@ -145,6 +140,17 @@ def _whole(path: Path, user: str) -> None:
         path.unlink(missing_ok=True)
 
 
+def _derived(path: Path, user: str) -> None:
+    """Remove data derived from the run's, which can be made again; texts may have been handed to other users in it."""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as data:
+            held = data.execute("SELECT 1 FROM users WHERE id = ?", (user,)).fetchone() is not None
+    except sqlite3.Error:
+        held = True  # half-written: it has to be made again in any case
+    if held:
+        path.unlink(missing_ok=True)
+
+
 def _mentions(path: Path, user: str) -> bool:
     """Whether a text file may name a user, in any way in which JSON or HTML write the name."""
     plain = all(letter.isalnum() or letter in " .-_" for letter in user) and user.isascii()
@@ -167,6 +173,7 @@ def _from_data(path: Path, user: str) -> None:
             data.execute("BEGIN IMMEDIATE")
             found = data.execute("SELECT number FROM users WHERE id = ?", (user,)).fetchone()
             if found is not None:
+                _forget_bad_rows(data)
                 data.execute("DELETE FROM texts WHERE id IN (SELECT text FROM rows WHERE user = ?)", found)
                 data.execute("DELETE FROM rows WHERE user = ?", found)
                 data.execute("DELETE FROM users WHERE number = ?", found)
@@ -175,10 +182,25 @@ def _from_data(path: Path, user: str) -> None:
         raise StoreError(f"{path}: cannot be written: {error}") from error
 
 
+def _forget_bad_rows(data: sqlite3.Connection) -> None:
+    """Drop the messages about bad rows, which quote values and do not say whose; their count stays."""
+    found = data.execute("SELECT value FROM meta WHERE key = 'bad_rows'").fetchone()
+    if found is not None:
+        value = json.dumps({**json.loads(found[0]), "first": []})
+        data.execute("UPDATE meta SET value = ? WHERE key = 'bad_rows'", (value,))
+
+
 def _answers(path: Path, user: str) -> None:
     """Remove a file of answers that names nobody, where the answers beside it are somebody's."""
     if any(_mentions(beside, user) for beside in path.parent.glob("*.jsonl")):
         path.unlink(missing_ok=True)
+
+
+def remove_quarantine(users: Path) -> None:
+    """Remove all that a repair put aside: whose it is nobody can tell, so it may be of whoever is deleted."""
+    folder = users / QUARANTINE
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def remove_work(users: Path, tenant: str, user: str) -> None:
@@ -186,17 +208,21 @@ def remove_work(users: Path, tenant: str, user: str) -> None:
     shutil.rmtree(work_folder(users, tenant, user), ignore_errors=True)
 
 
-PLACES: tuple[Place, ...] = (
-    Place("predictions/*.lamp.json", "answers in the benchmark's format, without names", _answers),
-    Place("predictions/*.jsonl", "their queries and the answers", _from_lines),
-    Place("users.json", "their scores", _from_json),
-    Place("routing.json", "their gates and where their embedding lies", _from_json),
-    Place("analysis.json", "losses on their history, kept so as not to be measured again", _whole),
-    Place("report.html", "examples and scores; 'proper report' writes it again", _whole),
-    Place("data.sqlite", "their rows and texts", _from_data),
-    Place("data/*.jsonl", "the demo's rows", _from_lines),
-    Place("data/*.json", "the demo's truth about them", _from_truth),
-)
+_REMOVERS: dict[str, tuple[str, Callable[[Path, str], None]]] = {
+    "predictions/*.lamp.json": ("answers in the benchmark's format, without names", _answers),
+    "predictions/*.jsonl": ("their queries and the answers", _from_lines),
+    "users.json": ("their scores", _from_json),
+    "routing.json": ("their gates and where their embedding lies", _from_json),
+    "analysis.json": ("losses on their history, kept so as not to be measured again", _whole),
+    "report.html": ("examples and scores; 'proper report' writes it again", _whole),
+    "report-user-*.html": ("a page of the user, or of another whose neighbour the user is", _whole),
+    "compare-*.html": ("the page of two runs", _whole),
+    "compare-*.csv": ("its numbers", _whole),
+    "data.sqlite": ("their rows and texts", _from_data),
+    "variants/data/*.sqlite": ("their rows and texts, made for a method", _derived),
+    "variants/data/*.sqlite.between": ("the same, on the way", _derived),
+    "data/*.jsonl": ("the demo's rows", _from_lines),
+    "data/*.json": ("the demo's truth about them", _from_truth),
+}
 
-UNFINISHED = ("population/stage.checkpoint", "groups/stage.checkpoint", "users/work")
-"""What a stage leaves while it is trained: people are in it, and cannot be taken out before it ends."""
+PLACES = tuple(Place(pattern, *_REMOVERS[pattern]) for pattern in PERSONAL)

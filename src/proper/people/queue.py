@@ -9,8 +9,6 @@ process that died, and is queued again. Knows nothing about how users are fitted
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from proper.adapters.manifest import key_of, user_of
+from proper.files import locked
 from proper.people.database import Database
+from proper.sqlite_files import read_only_error
 
 State = Literal["idle", "queued", "fitting", "done", "failed"]
 ATTEMPTS = 3
@@ -158,17 +158,12 @@ class FitQueue:
 
         Fits that a process left behind when it died are queued again, or fail after `ATTEMPTS` of them.
         """
-        file = os.open(lock_path(self.database.path), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            self._recover()
-            yield True
-        finally:
-            os.close(file)
+        if self.database.read_only:
+            raise read_only_error(self.database.path)
+        with locked(lock_path(self.database.path), wait=wait) as held:
+            if held is not None:
+                self._recover()
+            yield held is not None
 
     def _recover(self) -> None:
         left = self.database.read("SELECT tenant, user, claim, wanted, attempts FROM fits WHERE state = 'fitting'")

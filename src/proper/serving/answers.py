@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from proper.errors import InputError, ProperError
@@ -14,9 +15,14 @@ from proper.inference.requests import Event, Request, Sink, Started, Token
 from proper.inference.runner import Runner
 from proper.inference.sampling import Sampling
 from proper.inference.stream import TextStream
+from proper.serving.asking import Options, Wanted
 from proper.serving.metrics import Metrics
 from proper.serving.refusals import Refusal
-from proper.serving.wire import Options, RunCard, Wanted
+from proper.serving.threads import Threads
+from proper.serving.wire import RunCard
+
+LONG = 512
+"""Tokens from which on an answer is decoded on a thread."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Piece:
         started: on the first piece of each: who answers.
         tokens: how many are in it.
         gates: those of each, where they were asked for and experts answer.
+        told: the tokens themselves, where their log-probabilities were asked for.
         finish: on the last piece of each: why it ends.
     """
 
@@ -36,6 +43,7 @@ class Piece:
     started: Started | None = None
     tokens: int = 0
     gates: tuple[tuple[float, ...], ...] = ()
+    told: tuple[Token, ...] = ()
     finish: Literal["stop", "length"] | None = None
 
 
@@ -45,6 +53,13 @@ class Answers:
     def __init__(self, runner: Runner, metrics: Metrics, log: Callable[[str], None]) -> None:
         self.runner, self.metrics, self.log = runner, metrics, log
         self.encoder = runner.engine.model.encoder
+        self.threads = Threads(4)
+        self._longest_token = max(map(len, self.encoder.tokenizer.get_vocab()))
+
+    def decode(self, token: int) -> str:
+        """Return the text of one token."""
+        text: str = self.encoder.tokenizer.decode([token])
+        return text
 
     def card(self) -> RunCard:
         """Describe the run that answers."""
@@ -55,30 +70,31 @@ class Answers:
             stage=model.stage, experts=experts, literals=list(template.literals), columns=list(template.columns)
         )
 
-    def request(self, prompt: str, options: Options, tenant: str, max_tokens: int | None, ready: bool) -> Request:
-        """Return what the engine is asked for one prompt.
+    def request(
+        self,
+        prompt: str | Sequence[int],
+        options: Options,
+        tenant: str,
+        max_tokens: int | None,
+        alternatives: int | None = None,
+    ) -> Request:
+        """Return what the engine is asked for one prompt. Tokenizing takes its time: not for the event loop.
 
         Args:
-            prompt: its text.
+            prompt: its text, or the ids of all its tokens.
             options: what came over the wire.
             tenant: whose user.
             max_tokens: the longest answer; the config's if None.
-            ready: whether the prompt holds the tokenizer's start tokens.
+            alternatives: how many likely tokens are told beside each of the answer; None for no log-probabilities.
 
         Raises:
-            Refusal: the prompt is empty, or does not fit.
+            Refusal: the prompt is empty, does not fit, or has a token that the model has no embedding for.
         """
-        if not prompt.strip():
-            raise Refusal(400, "the prompt is empty", param="prompt")
         engine = self.runner.engine
         room = max_tokens or engine.model.config.task.max_new_tokens
-        ids = tuple(self.encoder.tokenizer(prompt, add_special_tokens=False).input_ids)
-        if not ready:
-            start = self.encoder.prompt("")
-            ids = start + ids
+        ids = self._ids(prompt, room)
         if len(ids) + room > engine.limit:
-            why = f"prompt ({len(ids)} tokens) and answer (up to {room}) are longer than the {engine.limit} that fit"
-            raise Refusal(400, why, code="context_length_exceeded", param="max_tokens")
+            raise self._too_long(f"{len(ids)} tokens", room)
         temperature = options.temperature or 0.0
         seed = options.seed
         if seed is None:
@@ -86,7 +102,42 @@ class Answers:
         top_p = 1.0 if options.top_p is None else options.top_p
         wanted = options.proper or Wanted()
         sampling = Sampling(room, temperature, top_p, seed)
-        return Request(ids, options.user, tenant, wanted.tier, sampling, wanted.gates)
+        request = Request(
+            ids,
+            options.user,
+            tenant,
+            wanted.tier or "users",
+            sampling,
+            bool(wanted.gates),
+            alternatives=alternatives,
+        )
+        try:
+            engine.check(request)
+        except InputError as error:
+            raise Refusal(400, str(error), code="invalid", param="prompt") from error
+        return request
+
+    def _too_long(self, prompt: str, answer: int) -> Refusal:
+        limit = self.runner.engine.limit
+        why = f"prompt ({prompt}) and answer (up to {answer}) are longer than the {limit} that fit"
+        return Refusal(400, why, code="context_length_exceeded", param="max_tokens")
+
+    def _ids(self, prompt: str | Sequence[int], answer: int) -> tuple[int, ...]:
+        """Return a prompt's tokens. A text with more characters than its tokens can have is not tokenized at all.
+
+        Raises:
+            Refusal: the text is empty, is too long, or has a token that the model has no embedding for.
+        """
+        if not isinstance(prompt, str):
+            return tuple(prompt)
+        if not prompt.strip():
+            raise Refusal(400, "the prompt is empty", param="prompt")
+        if len(prompt) > self._longest_token * max(1, self.runner.engine.limit - answer):
+            raise self._too_long(f"{len(prompt)} characters", answer)
+        try:
+            return self.encoder.start + self.encoder.tokens(prompt)
+        except InputError as error:
+            raise Refusal(400, f"the prompt: {error}", param="prompt") from error
 
     async def stream(self, requests: Sequence[Request], stop: Sequence[str]) -> AsyncGenerator[Piece, None]:
         """Yield the answers as they grow; leaving the loop early frees their rows.
@@ -97,7 +148,7 @@ class Answers:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         tickets: list[Ticket] = []
-        texts = [TextStream(self.encoder.tokenizer, stop) for _ in requests]
+        texts, counts = [TextStream(self.encoder.tokenizer, stop) for _ in requests], [0] * len(requests)
         try:
             for index, request in enumerate(requests):
 
@@ -110,7 +161,9 @@ class Answers:
                 index, event = await events.get()
                 if index not in going:
                     continue
-                piece = self._piece(index, event, texts[index])
+                counts[index] += 1
+                work = partial(self._piece, index, event, texts[index])
+                piece = work() if counts[index] < LONG else await self.threads.run(requests[index].client, work)
                 if texts[index].stopped and piece.finish is None:
                     tickets[index].cancel()
                     piece = replace(piece, text=piece.text + texts[index].close(), finish="stop")
@@ -133,7 +186,8 @@ class Answers:
         if isinstance(event, Started):
             return Piece(index, started=event)
         if isinstance(event, Token):
-            return Piece(index, text.push(event.id), tokens=1, gates=() if event.gates is None else (event.gates,))
+            gates = () if event.gates is None else (event.gates,)
+            return Piece(index, text.push(event.id), None, 1, gates, () if event.logprobs is None else (event,))
         if event.reason == "error":
             self.log(f"a request failed: {event.error}")
             raise Refusal(500, "the request failed", code="failed")

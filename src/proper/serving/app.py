@@ -5,27 +5,32 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from proper.errors import ProperError
+from proper.errors import ProperError, ReadOnlyError
 from proper.inference.runner import Runner
 from proper.people.log import InteractionLog
+from proper.serving.admission import Admission
 from proper.serving.answers import Answers
+from proper.serving.bodies import right_cause, whole_text
+from proper.serving.door import Door
 from proper.serving.gate import Gate
 from proper.serving.generation import generation_routes
-from proper.serving.guard import Guard, refuse
+from proper.serving.guard import Guard, reply
 from proper.serving.health import health_routes
 from proper.serving.keys import Keys
 from proper.serving.limits import ServeLimits, Turnstile
 from proper.serving.metrics import Metrics
 from proper.serving.page import page_routes
-from proper.serving.people import people_routes
-from proper.serving.refusals import ErrorReply, Refusal
+from proper.serving.people import deletion_routes, people_routes
+from proper.serving.refusals import ErrorReply, Refusal, one_line, without_folders
+from proper.serving.watch import DeletionWatch
 from proper.serving.worker import Worker
 
 
@@ -36,7 +41,7 @@ class ServeSettings:
     Attributes:
         model: the name it answers to.
         version: the package's.
-        open_without_keys: whether it answers everybody while there is no key.
+        open_without_keys: whether it answers everybody while there has never been a key.
         limits: what is refused.
         log_users: whether logs may hold user ids.
     """
@@ -53,21 +58,33 @@ def create_app(
 ) -> FastAPI:
     """Return the application. Runner and worker are started with it and stopped after its last reply."""
     store = runner.engine.model.store
+
+    def note(line: str) -> None:
+        log(one_line(line))
+
     people = None if store is None else InteractionLog(store.folder)
+    # A connection of their own: what is read for the figures does not wait for what is written.
+    watched = None if store is None else InteractionLog(store.folder)
+    watch = None if store is None or store.manifest.read_only else DeletionWatch(runner.engine, store.folder, note)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         runner.start()
         if worker is not None:
             worker.start()
+        if watch is not None:
+            watch.start()
         try:
             yield
         finally:
+            if watch is not None:
+                watch.stop()
             runner.stop()
             if worker is not None:
                 worker.stop()
-            if people is not None:
-                people.close()
+            for one in (people, watched):
+                if one is not None:
+                    one.close()
 
     replies: dict[int | str, dict[str, Any]] = {
         "4XX": {"model": ErrorReply, "description": "Refused."},
@@ -79,40 +96,57 @@ def create_app(
         description="One model, personal for each `user`. OpenAI-compatible.",
         lifespan=lifespan,
         responses=replies,
+        dependencies=[Depends(whole_text)],
         # Their pages load scripts from elsewhere; the document is at /openapi.json.
         docs_url=None,
         redoc_url=None,
     )
-    metrics = Metrics(runner.engine, None if people is None else people.queue, worker)
+    metrics = Metrics(runner.engine, None if watched is None else watched.queue, worker)
     gate = Gate(keys, settings.open_without_keys)
-    answers = Answers(runner, metrics, log)
-    app.include_router(generation_routes(settings.model, answers, gate, Turnstile(settings.limits)))
+    answers, turnstile = Answers(runner, metrics, note), Turnstile(settings.limits)
+    app.include_router(generation_routes(settings.model, answers, gate, turnstile))
     app.include_router(people_routes(runner.engine, people, gate))
+    app.include_router(deletion_routes(runner.engine, people, gate))
     app.include_router(health_routes(runner, worker, metrics, gate))
     app.include_router(page_routes())
-    app.add_exception_handler(Refusal, refuse)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(ProperError, _failed)
+    _explain_errors(app, None if store is None else store.folder.parent, note)
+    app.add_middleware(Door)
+    # Outside of the door: what it refuses counts for the rate.
+    app.add_middleware(Admission, gate=gate, turnstile=turnstile)
     app.add_middleware(
-        Guard, body_bytes=settings.limits.body_bytes, metrics=metrics, log=log, log_users=settings.log_users
+        Guard, body_bytes=settings.limits.body_bytes, metrics=metrics, log=note, log_users=settings.log_users
     )
     return app
 
 
-async def _invalid(_: Any, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    # The value itself stays out of it: it may be somebody's prompt.
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
-    return await refuse(None, Refusal(400, f"{place or 'body'}: {first['msg']}", param=place or None, code="invalid"))
+def _explain_errors(app: FastAPI, run: Path | None, log: Callable[[str], None]) -> None:
+    """Have every error become the API's own reply; what the server alone may know goes to its log."""
+
+    async def refused(_: Any, error: Exception) -> JSONResponse:
+        refusal = _as_refusal(error)
+        if isinstance(error, ProperError):
+            log(f"{type(error).__name__}: {error}")
+        if run is not None:
+            refusal.message = without_folders(refusal.message, run)
+        return reply(refusal)
+
+    for kind in (Refusal, RequestValidationError, HTTPException, ProperError, Exception):
+        app.add_exception_handler(kind, refused)
 
 
-async def _http(_: Any, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    headers = dict(error.headers or {})
-    return await refuse(None, Refusal(error.status_code, str(error.detail), code="http", headers=headers))
-
-
-async def _failed(_: Any, error: Exception) -> JSONResponse:
-    return await refuse(None, Refusal(500, str(error), code="store"))
+def _as_refusal(error: Exception) -> Refusal:
+    match error:
+        case Refusal():
+            return error
+        case RequestValidationError():
+            # The value itself stays out of it: it may be somebody's prompt.
+            place, first = right_cause(error.errors(), error.body)
+            where = ".".join(str(part) for part in place)
+            return Refusal(400, f"{where or 'body'}: {first['msg']}", param=where or None, code="invalid")
+        case HTTPException():
+            return Refusal(error.status_code, str(error.detail), code="http", headers=dict(error.headers or {}))
+        case ReadOnlyError():
+            return Refusal(403, "this server serves a read-only copy", code="read_only")
+        case ProperError():
+            return Refusal(500, str(error), code="store")
+    return Refusal(500, "the server failed; its log says where", code="internal")

@@ -4,8 +4,8 @@ Knows nothing about fits but that they are queued.
 """
 
 # No postponed annotations here: FastAPI could not look up those that are made inside a function.
+# The routes are no coroutines: FastAPI runs them on threads, where they may wait for files and locks.
 
-import asyncio
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Query
 from proper.data.templates import BadValue
 from proper.inference.personalized import PersonalizedModel
 from proper.people.entries import Read, plain_reader
-from proper.people.log import ConflictError, Entry, ExistsError
+from proper.people.log import ConflictError, DeletedError, Entry, ExistsError
 from proper.serving.gate import Gate
 from proper.serving.keys import Principal
 from proper.serving.paths import user_in_path
@@ -29,17 +29,17 @@ def enrolment_routes(router: APIRouter, model: PersonalizedModel, holdings: Reac
     reading = plain_reader(model.config.task, "input", "output")
 
     @router.post("")
-    async def enrol(body: Enrolment, who: Writing) -> Learned:
+    def enrol(body: Enrolment, who: Writing) -> Learned:
         """Take in a person with what is known of them; their fit begins in the background."""
         held = holdings(who, body.tenant)
         if body.user in (".", ".."):
             raise Refusal(400, "user: no URL can name this id", code="invalid", param="user")
         if held.knows(body.user):
             raise _exists(body.user)
-        return await asyncio.to_thread(_learn, held, body.user, _entries(body.interactions, reading), True)
+        return _learn(held, body.user, _entries(body.interactions, reading), True)
 
     @router.post("/{user}/interactions")
-    async def append(
+    def append(
         user: Annotated[str, Depends(user_in_path)],
         body: Lessons,
         who: Writing,
@@ -48,7 +48,7 @@ def enrolment_routes(router: APIRouter, model: PersonalizedModel, holdings: Reac
         """Add interactions of a person; those that are there already count as duplicates."""
         held = holdings(who, tenant)
         held.require(user)
-        return await asyncio.to_thread(_learn, held, user, _entries(body.interactions, reading), False)
+        return _learn(held, user, _entries(body.interactions, reading), False)
 
 
 def _learn(held: Holdings, user: str, entries: Sequence[Entry], new: bool) -> Learned:
@@ -56,6 +56,10 @@ def _learn(held: Holdings, user: str, entries: Sequence[Entry], new: bool) -> Le
         said = held.log.append(held.tenant, user, entries, new=new)
     except ExistsError as error:
         raise _exists(user) from error
+    except DeletedError as error:
+        if new:
+            raise Refusal(409, str(error), code="deletion_running", param="user") from error
+        raise Refusal(404, str(error), code="user_not_found", param="user") from error
     except ConflictError as error:
         place = f"interactions.{error.at}.id"
         raise Refusal(409, f"{place}: {error}", code="interaction_conflict", param=place) from error

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from fastapi import Request
 
-from proper.serving.keys import ANYBODY, Keys, Principal, Scope
+from proper.serving.keys import ANYBODY, DamagedKeysError, Keys, Principal, Scope
 from proper.serving.refusals import Refusal
 
 
@@ -16,7 +16,7 @@ class Gate:
 
     Args:
         keys: the keys.
-        open_without: whether a server without any key answers everybody; only one on loopback may.
+        open_without: whether a server answers everybody that has never had a key; only one on loopback may.
     """
 
     def __init__(self, keys: Keys, open_without: bool) -> None:
@@ -26,21 +26,30 @@ class Gate:
         """Return a dependency that lets in keys with one of these scopes."""
 
         async def check(request: Request) -> Principal:
-            principal = self._principal(request)
+            known = getattr(request.state, "principal", None)
+            principal = self.principal(request) if known is None else known
             if not set(scopes) & set(principal.scopes):
                 raise Refusal(403, f"this key lacks the scope {' or '.join(scopes)}", code="scope")
             return principal
 
         return check  # type: ignore[return-value]
 
-    def _principal(self, request: Request) -> Principal:
-        if self.open_without and not len(self.keys):
+    def principal(self, request: Request) -> Principal:
+        """Return who asks. It may read the file of keys.
+
+        Raises:
+            Refusal: 401 or 403; nobody known, or a server without keys is not asked from this machine.
+        """
+        if self.open_without and not self.keys.required:
             # A page from elsewhere may have a browser on this machine ask under a name of its own.
             if not is_loopback(request.url.hostname or ""):
                 raise Refusal(403, "without keys only this machine may ask, and by its own name", code="host")
             return ANYBODY
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        principal = self.keys.principal(key.strip()) if scheme.lower() == "bearer" else None
+        try:
+            principal = self.keys.principal(key.strip()) if scheme.lower() == "bearer" else None
+        except DamagedKeysError as error:
+            raise Refusal(503, "the server's keys cannot be read", code="keys") from error
         if principal is None:
             why = "this key is not known" if key else "an API key is needed: Authorization: Bearer KEY"
             raise Refusal(401, why, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

@@ -4,12 +4,10 @@
 
 import asyncio
 import json
-import secrets
-import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import replace
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
@@ -19,73 +17,71 @@ from starlette.types import Message, Receive, Scope, Send
 
 from proper.inference.requests import Request
 from proper.serving.answers import Answers, Piece
+from proper.serving.asking import ChatRequest, CompletionRequest, Options
 from proper.serving.chat import chat_prompt
 from proper.serving.gate import Gate, own_tenant
 from proper.serving.keys import Principal
+from proper.serving.large import CheckedRoute
 from proper.serving.limits import Turnstile
 from proper.serving.refusals import Refusal
-from proper.serving.wire import (
-    ChatAnswer,
-    ChatChoice,
-    ChatRequest,
-    CompletionRequest,
-    Extras,
-    ModelCard,
-    ModelList,
-    Options,
-    Reply,
-    TextChoice,
-    Usage,
-)
+from proper.serving.replies import Reply, dump
+from proper.serving.shape import Kind, Shape, collect
+from proper.serving.wire import ModelCard, ModelList
 
-Kind = Literal["chat", "text"]
 T = TypeVar("T")
-GATE_DIGITS = 4
+Ask = Callable[[], list[Request]]
+"""Tokenizes the prompts; not for the event loop."""
 
 
 def generation_routes(model: str, answers: Answers, gate: Gate, turnstile: Turnstile) -> APIRouter:
     """Return the routes for one model of the given name."""
-    router = APIRouter(prefix="/v1", tags=["generate"])
+    router = APIRouter(prefix="/v1", tags=["generate"], route_class=CheckedRoute)
     Asking = Annotated[Principal, Depends(gate.needs("generate"))]
 
     def known(name: str) -> None:
         if name != model:
             raise Refusal(404, f"there is no model {name!r}; there is {model!r}", code="model_not_found", param="model")
 
-    async def reply(kind: Kind, http: HttpRequest, who: Principal, body: Options, asked: list[Request]) -> Response:
+    async def reply(kind: Kind, http: HttpRequest, who: Principal, body: Options, count: int, ask: Ask) -> Response:
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        shape = Shape(kind, model, sum(len(request.prompt) for request in asked))
         with ExitStack() as stack:
-            stack.enter_context(turnstile.enter(who.id, len(asked)))
+            stack.enter_context(turnstile.enter(who.id, count))
+            asked = [replace(one, client=who.id) for one in await answers.threads.run(who.id, ask)]
+            size, logprobs = sum(len(request.prompt) for request in asked), asked[0].alternatives is not None
+            shape = Shape(kind, model, size, answers.decode, logprobs)
             pieces = answers.stream(asked, stop)
             if body.stream:
-                wants_usage = body.stream_options is not None and body.stream_options.include_usage
+                wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
                 lines = server_sent(shape, pieces, wants_usage)
                 return EventStream(lines, stack.pop_all(), turnstile.limits.stalled_seconds)
             whole = await unless_gone(http.receive, collect(shape, pieces, len(asked)))
-            return JSONResponse(whole.model_dump(exclude_none=True))
+            return JSONResponse(dump(whole))
 
-    @router.post("/chat/completions", response_model=Reply, response_model_exclude_none=True)
+    @router.post("/chat/completions", response_model=Reply, response_model_exclude_unset=True)
     async def chat(http: HttpRequest, body: ChatRequest, who: Asking) -> Response:
         """Answer the last message as the `user`'s own model would; without a user, as the group model does."""
         known(body.model)
-        if body.response_format not in (None, {"type": "text"}):
-            raise Refusal(400, "response_format: only text is made", param="response_format")
         tenant = own_tenant(who, body.proper.tenant if body.proper else None)
-        text, ready = chat_prompt(body.messages, answers.encoder.tokenizer)
         longest = body.max_completion_tokens or body.max_tokens
-        return await reply("chat", http, who, body, [answers.request(text, body, tenant, longest, ready)])
 
-    @router.post("/completions", response_model=Reply, response_model_exclude_none=True)
+        def ask() -> list[Request]:
+            return [answers.request(chat_prompt(body.messages), body, tenant, longest, body.alternatives)]
+
+        return await reply("chat", http, who, body, 1, ask)
+
+    @router.post("/completions", response_model=Reply, response_model_exclude_unset=True)
     async def completions(http: HttpRequest, body: CompletionRequest, who: Asking) -> Response:
         """Go on from each prompt as the `user`'s own model would; without a user, as the group model does."""
         known(body.model)
         tenant = own_tenant(who, body.proper.tenant if body.proper else None)
-        prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        prompts = body.prompts
         if len(prompts) > 1 and body.proper is not None and body.proper.gates:
             raise Refusal(400, "proper.gates: of one prompt at a time", param="proper.gates")
-        asked = [answers.request(prompt, body, tenant, body.max_tokens, False) for prompt in prompts]
-        return await reply("text", http, who, body, asked)
+
+        def ask() -> list[Request]:
+            return [answers.request(prompt, body, tenant, body.max_tokens, body.alternatives) for prompt in prompts]
+
+        return await reply("text", http, who, body, len(prompts), ask)
 
     @router.get("/models")
     async def models(who: Asking) -> ModelList:
@@ -101,76 +97,6 @@ def generation_routes(model: str, answers: Answers, gate: Gate, turnstile: Turns
     return router
 
 
-@dataclass
-class Shape:
-    """One reply as it grows, in the shape of its kind."""
-
-    kind: Kind
-    model: str
-    prompt_tokens: int
-    id: str = field(default_factory=lambda: secrets.token_hex(12))
-    created: int = field(default_factory=lambda: int(time.time()))
-    tokens: int = 0
-    extras: Extras | None = None
-    gates: list[list[float]] = field(default_factory=list)
-
-    def note(self, piece: Piece) -> None:
-        """Count a piece, and keep who answers and its gates until they are said."""
-        self.tokens += piece.tokens
-        self.gates += [[round(gate, GATE_DIGITS) for gate in token] for token in piece.gates]
-        if piece.started is not None:
-            started = piece.started
-            self.extras = Extras(tier=started.tier, version=started.version, fallback=started.fallback)
-
-    def reply(self, choices: Any, streamed: bool, usage: bool) -> Reply:
-        """Return the reply around some choices."""
-        extras = self.extras
-        if extras is not None and self.gates:
-            extras, self.gates = extras.model_copy(update={"gates": self.gates}), []
-        prefix = "chatcmpl" if self.kind == "chat" else "cmpl"
-        whole: Any = "chat.completion" if self.kind == "chat" else "text_completion"
-        kind = "chat.completion.chunk" if streamed and self.kind == "chat" else whole
-        total = Usage(
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.tokens,
-            total_tokens=self.prompt_tokens + self.tokens,
-        )
-        return Reply(
-            id=f"{prefix}-{self.id}",
-            object=kind,
-            created=self.created,
-            model=self.model,
-            choices=choices,
-            usage=total if usage else None,
-            proper=extras,
-        )
-
-    def chunk(self, piece: Piece) -> Reply:
-        """Return one piece of a stream."""
-        choice: ChatChoice | TextChoice = TextChoice(index=piece.index, text=piece.text, finish_reason=piece.finish)
-        if self.kind == "chat":
-            role: Literal["assistant"] | None = "assistant" if piece.started is not None else None
-            delta = ChatAnswer(role=role, content=piece.text)
-            choice = ChatChoice(index=piece.index, delta=delta, finish_reason=piece.finish)
-        return self.reply([choice], streamed=True, usage=False)
-
-
-async def collect(shape: Shape, pieces: AsyncGenerator[Piece, None], count: int) -> Reply:
-    """Return the whole reply."""
-    texts = [""] * count
-    ends: list[Literal["stop", "length"] | None] = [None] * count
-    async with aclosing(pieces) as stream:
-        async for piece in stream:
-            shape.note(piece)
-            texts[piece.index] += piece.text
-            ends[piece.index] = piece.finish
-    if shape.kind == "chat":
-        message = ChatAnswer(role="assistant", content=texts[0])
-        return shape.reply([ChatChoice(index=0, message=message, finish_reason=ends[0])], streamed=False, usage=True)
-    choices = [TextChoice(index=at, text=text, finish_reason=ends[at]) for at, text in enumerate(texts)]
-    return shape.reply(choices, streamed=False, usage=True)
-
-
 async def server_sent(shape: Shape, pieces: AsyncGenerator[Piece, None], usage: bool) -> AsyncGenerator[str, None]:
     """Yield the reply as server-sent events; a failure under way is the last one."""
     try:
@@ -178,9 +104,9 @@ async def server_sent(shape: Shape, pieces: AsyncGenerator[Piece, None], usage: 
             async for piece in stream:
                 shape.note(piece)
                 if piece.text or piece.started is not None or piece.finish is not None:
-                    yield _event(shape.chunk(piece).model_dump(exclude_none=True))
+                    yield _event(dump(shape.chunk(piece, usage)))
         if usage:
-            yield _event(shape.reply([], streamed=True, usage=True).model_dump(exclude_none=True))
+            yield _event(dump(shape.reply([], True, usage=shape.totals())))
     except Refusal as refusal:
         yield _event(refusal.body())
         return

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
@@ -49,10 +48,14 @@ class Guard:
 
         try:
             await self._limited(scope, receive, noting)
+        except Exception:
+            status = 500  # the application around this one answers so
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "-")
             self.metrics.replies.labels(route, str(status)).inc()
-            shown = scope["path"] if self.log_users else route
+            # As it was sent: percent-encoded, so that no user id can look like a line or a field of the log.
+            shown = scope["raw_path"].decode("ascii", "backslashreplace") if self.log_users else route
             self.log(f"{scope['method']} {shown} {status} {1000 * (time.monotonic() - begun):.0f} ms")
 
     async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,7 +71,7 @@ class Guard:
             return message
 
         if announced.isdigit() and int(announced) > self.body_bytes:
-            await _reply(_too_large(self.body_bytes))(scope, receive, send)
+            await reply(_too_large(self.body_bytes))(scope, receive, send)
             return
         await self.app(scope, counting, send)
 
@@ -77,11 +80,6 @@ def _too_large(limit: int) -> Refusal:
     return Refusal(413, f"the body is larger than {limit} bytes", code="too_large", headers={"Connection": "close"})
 
 
-def _reply(refusal: Refusal) -> JSONResponse:
+def reply(refusal: Refusal) -> JSONResponse:
+    """Return a refusal as a response."""
     return JSONResponse(refusal.body(), refusal.status, headers=refusal.headers)
-
-
-async def refuse(_: Any, error: Exception) -> JSONResponse:
-    """Turn a `Refusal` into its reply."""
-    assert isinstance(error, Refusal)
-    return _reply(error)

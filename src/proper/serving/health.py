@@ -2,6 +2,7 @@
 
 # No postponed annotations here: FastAPI could not look up those that are made inside a function.
 
+import asyncio
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Response
@@ -28,7 +29,7 @@ def health_routes(runner: Runner, worker: Worker | None, metrics: Metrics, gate:
 
     @router.get("/healthz")
     async def healthz() -> Health:
-        """Say whether the server works; 500 asks for a restart. A worker that is down is started again from here."""
+        """Say whether the server works; with 500 the process ends. A worker that is down is started again from here."""
         if runner.error is not None:
             raise Refusal(500, "the engine has stopped", code="engine")
         return health("ok")
@@ -43,6 +44,6 @@ def health_routes(runner: Runner, worker: Worker | None, metrics: Metrics, gate:
     @router.get("/metrics", response_class=Response)
     async def figures(who: Watching) -> Response:
         """Show the figures in Prometheus's text format."""
-        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await asyncio.to_thread(metrics.text), media_type=CONTENT_TYPE_LATEST)
 
     return router

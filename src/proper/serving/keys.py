@@ -1,7 +1,8 @@
 """API keys: who may do what, for which tenant. Only hashes are kept.
 
 A key is 32 random bytes, so a plain SHA-256 of it cannot be guessed back and needs no slow hash. The file is read
-again when it changes: a revoked key stops at once. Knows nothing about HTTP.
+again when it changes: a revoked key stops at once. A run that has had a key stays closed without one, also where the
+file is lost, until it is opened again on purpose: a second file, `keys.required`, says so. Knows nothing about HTTP.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from proper.errors import InputError
-from proper.files import read_json, write_json
+from proper.errors import InputError, ProperError
+from proper.files import locked, private_folder, read_json, write_json, write_text
 
 Scope = Literal["generate", "write", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -53,17 +55,44 @@ class _Entry:
     created: int
 
 
+class DamagedKeysError(ProperError):
+    """The file of keys cannot be read, so nobody can be told from anybody."""
+
+
 class Keys:
     """The keys of the file at `path`, which need not be there."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._marker = path, path.with_name("keys.required")
         self._seen: tuple[int, int, int] | None = None
         self._entries: dict[str, _Entry] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._read())
+
+    @property
+    def required(self) -> bool:
+        """Whether a key is needed: there is one, or there has been one since `open` was last called."""
+        return self._marker.exists() or self.path.exists()
+
+    def remember(self) -> None:
+        """Note that keys are needed where there is a file of them: one that an earlier version made has no note."""
+        if self.path.exists() and not self._marker.exists() and os.access(self.path.parent, os.W_OK):
+            self._mark()
+
+    def open(self) -> None:
+        """Let everybody on the same machine in again.
+
+        Raises:
+            InputError: there are keys left.
+            DamagedKeysError: it cannot be read whether there are.
+        """
+        with self._changing():
+            if self._read():
+                raise InputError(f"{self.path}: there are keys; revoke them first")
+            self.path.unlink(missing_ok=True)
+            self._marker.unlink(missing_ok=True)
 
     def principal(self, key: str) -> Principal | None:
         """Return who has this key, or None."""
@@ -87,7 +116,9 @@ class Keys:
         chosen = tuple(scope for scope in SCOPES if scope in wanted)
         key = f"proper-{secrets.token_urlsafe(32)}"
         digest = hashlib.sha256(key.encode()).hexdigest()
-        self._write([*self._read().values(), _Entry(digest[:12], digest, tenant, chosen, int(time.time()))])
+        with self._changing():
+            self._mark()
+            self._write([*self._read().values(), _Entry(digest[:12], digest, tenant, chosen, int(time.time()))])
         return key
 
     def revoke(self, key_id: str) -> None:
@@ -96,17 +127,41 @@ class Keys:
         Raises:
             InputError: there is none with this id.
         """
-        entries = list(self._read().values())
-        left = [entry for entry in entries if entry.id != key_id]
-        if len(left) == len(entries):
-            raise InputError(f"{self.path}: there is no key {key_id!r}")
-        self._write(left)
+        with self._changing():
+            entries = list(self._read().values())
+            left = [entry for entry in entries if entry.id != key_id]
+            if len(left) == len(entries):
+                raise InputError(f"{self.path}: there is no key {key_id!r}")
+            self._mark()
+            self._write(left)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Keep other processes and threads from changing the file between reading and writing it.
+
+        Raises:
+            ProperError: the folder cannot be written.
+        """
+        try:
+            private_folder(self.path.parent)
+            with locked(self.path.with_name("keys.lock")):
+                yield
+        except OSError as error:
+            raise ProperError(f"{self.path}: keys cannot be changed: {error.strerror or error}") from error
+
+    def _mark(self) -> None:
+        if not self._marker.exists():
+            write_text(self._marker, "This run has had API keys: without a valid one nobody gets in.\n")
 
     def _write(self, entries: list[_Entry]) -> None:
         write_json(self.path, {"schema": 1, "keys": [asdict(entry) for entry in entries]})
-        self.path.chmod(0o600)
 
     def _read(self) -> dict[str, _Entry]:
+        """Return the entries by hash.
+
+        Raises:
+            DamagedKeysError: the file cannot be read.
+        """
         try:
             found = os.stat(self.path)
         except FileNotFoundError:
@@ -114,7 +169,13 @@ class Keys:
         stamp = (found.st_mtime_ns, found.st_ino, found.st_size)
         with self._lock:
             if stamp != self._seen:
-                raw = read_json(self.path)
-                entries = [_Entry(**{**entry, "scopes": tuple(entry["scopes"])}) for entry in raw["keys"]]
-                self._entries, self._seen = {entry.sha256: entry for entry in entries}, stamp
+                self._entries, self._seen = {entry.sha256: entry for entry in _entries(self.path)}, stamp
             return self._entries
+
+
+def _entries(path: Path) -> list[_Entry]:
+    try:
+        return [_Entry(**{**entry, "scopes": tuple(entry["scopes"])}) for entry in read_json(path)["keys"]]
+    except (ProperError, OSError, KeyError, TypeError, ValueError) as error:
+        said = str(error) if isinstance(error, ProperError) else f"{path}: not a file of keys: {error!r}"
+        raise DamagedKeysError(f"{said}; put back a copy of it, or remove it and add keys anew") from error

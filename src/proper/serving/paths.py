@@ -10,14 +10,14 @@ from typing import Annotated
 from urllib.parse import unquote_to_bytes
 
 from fastapi import Path
-from fastapi.routing import APIRoute
 from starlette.routing import Match
 from starlette.types import Scope
 
+from proper.serving.large import CheckedRoute
 from proper.serving.refusals import Refusal
 
 
-class RawRoute(APIRoute):
+class RawRoute(CheckedRoute):
     """A route that is matched against the path as it was sent."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:

@@ -1,12 +1,12 @@
 """/v1/users: who there is, in which versions; deleting and going back. Knows nothing about adapters or fits."""
 
 # No postponed annotations here: FastAPI could not look up those that are made inside a function.
+# The routes are no coroutines: FastAPI runs them on threads, where they may wait for files and locks.
 
-import asyncio
 from itertools import islice
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Path, Query, Response
 
 from proper.errors import NoVersionError
 from proper.inference.engine import Engine
@@ -18,10 +18,12 @@ from proper.serving.keys import Principal
 from proper.serving.paths import RawRoute, user_in_path
 from proper.serving.refusals import Refusal
 from proper.serving.tenancy import Reach, reach
-from proper.serving.wire import Deleted, Person, Rollback, UserCard, UserList, VersionCard, VersionList
+from proper.serving.wire import Deleted, Deletion, Person, Rollback, UserCard, UserList, VersionCard, VersionList
 
 Tenant = Annotated[str | None, Query(max_length=512, description="Only the key's own tenant is allowed.")]
 User = Annotated[str, Depends(user_in_path)]
+PATIENCE = 2.0
+"""Seconds for which a DELETE waits for other processes before it answers 202."""
 
 
 def people_routes(engine: Engine, log: InteractionLog | None, gate: Gate) -> APIRouter:
@@ -39,7 +41,7 @@ def _listing(router: APIRouter, holdings: Reach, gate: Gate) -> None:
     Ruling = Annotated[Principal, Depends(gate.needs("admin"))]
 
     @router.get("")
-    async def listed(
+    def listed(
         who: Ruling,
         after: Annotated[str | None, Query(max_length=512)] = None,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
@@ -47,7 +49,7 @@ def _listing(router: APIRouter, holdings: Reach, gate: Gate) -> None:
     ) -> UserList:
         """List users by id, a page at a time."""
         held = holdings(who, tenant)
-        found = await asyncio.to_thread(lambda: list(islice(held.users(after), limit + 1)))
+        found = list(islice(held.users(after), limit + 1))
         cards = [UserCard(id=user, tier=tier) for user, tier in found[:limit]]
         return UserList(data=cards, next=cards[-1].id if len(found) > limit else None)
 
@@ -56,7 +58,7 @@ def _versions(router: APIRouter, holdings: Reach, gate: Gate) -> None:
     Writing = Annotated[Principal, Depends(gate.needs("write", "admin"))]
 
     @router.get("/{user}/versions")
-    async def versions(user: User, who: Writing, tenant: Tenant = None) -> VersionList:
+    def versions(user: User, who: Writing, tenant: Tenant = None) -> VersionList:
         """List a user's stored versions, newest first."""
         held = holdings(who, tenant)
         held.require(user)
@@ -67,12 +69,12 @@ def _versions(router: APIRouter, holdings: Reach, gate: Gate) -> None:
         return VersionList(data=cards)
 
     @router.post("/{user}/rollback")
-    async def rollback(user: User, who: Writing, body: Rollback | None = None, tenant: Tenant = None) -> UserCard:
+    def rollback(user: User, who: Writing, body: Rollback | None = None, tenant: Tenant = None) -> UserCard:
         """Make an older version current again; requests that run finish on the version they began with."""
         held = holdings(who, tenant)
         held.require(user)
         try:
-            await asyncio.to_thread(held.store.rollback, user, body.to if body else None)
+            held.store.rollback(user, body.to if body else None)
         except NoVersionError as error:
             raise Refusal(409, str(error), code="no_version", param="to") from error
         return held.card(user)
@@ -83,18 +85,45 @@ def _persons(router: APIRouter, engine: Engine, holdings: Reach, gate: Gate) -> 
     Ruling = Annotated[Principal, Depends(gate.needs("admin"))]
 
     @router.get("/{user}")
-    async def read(user: User, who: Writing, tenant: Tenant = None) -> Person:
+    def read(user: User, who: Writing, tenant: Tenant = None) -> Person:
         """Describe a user: tier, version, how many interactions were logged, how far their fit is."""
         held = holdings(who, tenant)
         held.require(user)
-        count = await asyncio.to_thread(held.log.count, held.tenant, user)
+        count = held.log.count(held.tenant, user)
         return Person(**held.card(user).model_dump(), interactions=count, fit=held.fit(user))
 
-    @router.delete("/{user}")
-    async def delete(user: User, who: Ruling, tenant: Tenant = None) -> Deleted:
-        """Delete all of a user; it is gone from the disk before the reply, and from memory when nothing runs on it."""
+    @router.delete("/{user}", responses={202: {"model": Deletion, "description": "The deletion goes on."}})
+    def delete(user: User, who: Ruling, response: Response, tenant: Tenant = None) -> Deleted | Deletion:
+        """Delete all of a user; gone from the disk before a 200, and from memory when nothing runs on it.
+
+        Where another process reads or writes the run's files just now, the reply is 202 and names the deletion, which
+        the server goes on with; GET /v1/deletions/ID says when it is done.
+        """
         held = holdings(who, tenant)
-        held.require(user)
-        await asyncio.to_thread(remove, held.store, held.log, user)
+        if not held.log.deletions.of(held.tenant, user):
+            held.require(user)
+        removal = remove(held.store, held.log, user, PATIENCE)
         engine.forget(held.tenant, user)
-        return Deleted(id=user)
+        if not removal.waits:
+            return Deleted(id=user)
+        response.status_code = 202
+        response.headers["Location"] = f"/v1/deletions/{removal.job}"
+        return Deletion(id=removal.job, state="running")
+
+
+def deletion_routes(engine: Engine, log: InteractionLog | None, gate: Gate) -> APIRouter:
+    """Return the route that says how far a deletion is."""
+    router = APIRouter(prefix="/v1/deletions", tags=["users"])
+    holdings = reach(engine, log)
+    Ruling = Annotated[Principal, Depends(gate.needs("admin"))]
+
+    @router.get("/{deletion}")
+    def read(deletion: Annotated[str, Path(max_length=64)], who: Ruling, tenant: Tenant = None) -> Deletion:
+        """Say whether bytes of the deleted user are left; known for a week after the end."""
+        held = holdings(who, tenant)
+        state = held.log.deletions.state(held.tenant, deletion)
+        if state is None:
+            raise Refusal(404, "there is no such deletion", code="deletion_not_found", param="deletion")
+        return Deletion(id=deletion, state="done" if state == "done" else "running")
+
+    return router

@@ -5,6 +5,7 @@ Knows nothing about why anything is refused.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -46,6 +47,18 @@ class Refusal(Exception):
         return ErrorReply(
             error=ErrorBody(message=self.message, type=kind, param=self.param, code=self.code)
         ).model_dump()
+
+
+def without_folders(text: str, run: Path) -> str:
+    """Return an error's text with files named as they are within the run folder: where that is, is the server's own."""
+    for folder in {str(run.absolute()), str(run.resolve())}:
+        text = text.replace(f"{folder}/", "").replace(folder, run.name)
+    return text
+
+
+def one_line(text: str) -> str:
+    """Return a line of a log with its control characters written out: one thing that happened is one line."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}

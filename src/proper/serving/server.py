@@ -1,4 +1,7 @@
-"""The process: where it listens, and how SIGTERM ends it: no new requests, the running ones to their end."""
+"""The process: where it listens, and how SIGTERM ends it: no new requests, the running ones to their end.
+
+An engine that cannot go on ends it the same way, with an exit code that has its supervisor start it again.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,19 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
-from proper.errors import InputError
+from proper.errors import InputError, ProperError
+from proper.inference.runner import Runner
+from proper.serving.connections import ACCEPTED_AT_ONCE, ConnectionLimits, protocol
 from proper.serving.gate import is_loopback
 from proper.serving.keys import Keys
+
+QUEUED = 2048
+"""Connections that wait for the event loop."""
 
 
 def require_keys(host: str, keys: Keys, how: str) -> None:
@@ -28,6 +37,16 @@ def require_keys(host: str, keys: Keys, how: str) -> None:
 
 class Server(uvicorn.Server):
     """A uvicorn server that returns after a signal: the process itself decides how to end."""
+
+    def end(self) -> None:
+        """Take no new requests, and return when the running ones have their replies; for any thread."""
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; who comes while the event loop is busy waits in the kernel."""
+        await super().startup(sockets)
+        for bound in sockets or []:
+            bound.listen(QUEUED)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -61,16 +80,33 @@ def free_port(host: str, port: int) -> socket.socket:
     return bound
 
 
-def make_server(app: FastAPI, drain_seconds: int) -> Server:
+def require_no_failure(runner: Runner) -> None:
+    """See that a runner was stopped and did not break.
+
+    Raises:
+        ProperError: the engine could not go on.
+    """
+    error = runner.error
+    if error is not None:
+        said = str(error) if isinstance(error, ProperError) else f"{type(error).__name__}: {error}"
+        raise ProperError(f"the engine has stopped: {said}") from error
+
+
+def make_server(app: FastAPI, drain_seconds: int, connections: ConnectionLimits | None = None) -> Server:
     """Return a server for an application; `run` returns when it has drained."""
+    connections = connections or ConnectionLimits()
+    made: Any = protocol(connections)
     return Server(
         uvicorn.Config(
             app,
+            http=made,
+            ws="none",
+            # The event loop accepts as many in one go; `startup` gives the kernel a longer queue.
+            backlog=ACCEPTED_AT_ONCE,
             log_level="warning",
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=drain_seconds,
-            # Idle connections may not hold places for ever.
-            timeout_keep_alive=15,
+            timeout_keep_alive=connections.keep_alive_seconds,
         )
     )

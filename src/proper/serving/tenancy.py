@@ -16,7 +16,7 @@ from proper.inference.engine import Engine
 from proper.people.log import InteractionLog
 from proper.serving.gate import own_tenant
 from proper.serving.keys import Principal
-from proper.serving.refusals import Refusal
+from proper.serving.refusals import Refusal, without_folders
 from proper.serving.wire import FitState, UserCard
 
 
@@ -52,7 +52,10 @@ class Holdings:
 
     def fit(self, user: str) -> FitState:
         """Say how far a user's fit is."""
-        return FitState(**asdict(self.log.queue.fit(self.tenant, user)))
+        state = FitState(**asdict(self.log.queue.fit(self.tenant, user)))
+        if state.message is not None:
+            state.message = without_folders(state.message, self.store.folder.parent)
+        return state
 
     def users(self, after: str | None) -> Iterator[tuple[str, str]]:
         """Yield users and tiers, ordered by id."""

@@ -1,165 +1,15 @@
-"""What goes over the wire: OpenAI's chat and completions as far as they are served, and the project's own fields.
+"""What goes over the wire about the run, its users and their interactions: the project's own routes.
 
-An option that would be ignored is refused unless it has the value that changes nothing. Knows nothing about how
-requests are answered.
+Knows nothing about how requests are answered.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-Name = Annotated[str, Field(min_length=1, max_length=512)]
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-class _Asked(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Wanted(_Asked):
-    """The project's own options, in one field.
-
-    Attributes:
-        tenant: whose user; only the key's own tenant is allowed.
-        tier: the highest tier that may answer; "groups" leaves the user's own adapter out, "population" also experts.
-        gates: whether the reply tells, token by token, which experts it came from; of one prompt only.
-    """
-
-    tenant: Annotated[str, Field(max_length=512)] | None = None
-    tier: Literal["users", "groups", "population"] = "users"
-    gates: bool = False
-
-
-class StreamOptions(_Asked):
-    """What a stream carries beside the text."""
-
-    include_usage: bool = False
-
-
-class Options(_Asked):
-    """What chat and completions have in common."""
-
-    model: Name
-    user: Name | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    proper: Wanted | None = None
-    n: Literal[1] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
-
-
-class TextPart(_Asked):
-    """A piece of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Asked):
-    """One turn of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
-    name: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class ChatRequest(Options):
-    """The body of /v1/chat/completions."""
-
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
-    logprobs: Literal[False] | None = None
-    response_format: Annotated[dict[str, Any], Field(max_length=1)] | None = None
-
-
-class CompletionRequest(Options):
-    """The body of /v1/completions."""
-
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=64)]
-    echo: Literal[False] | None = None
-    logprobs: None = None
-    suffix: None = None
-    best_of: Literal[1] | None = None
-
-
-class Extras(BaseModel):
-    """Who answered: in every reply and every piece of a stream.
-
-    Attributes:
-        tier: "users" (the user's own adapter), "groups" (the user's embedding), "none" (nobody's), "population" (no
-            experts); "base" of a run that has come no further.
-        version: the user's version that answered; None for nobody's.
-        fallback: why a lower tier than the user's own answered; None if it did not.
-        gates: for each token of the reply, or of this piece of a stream, the gate of each of the E experts at the place
-            where the token was drawn, the mean over modules: E numbers that sum to 1. None unless asked for, and where
-            no experts answer.
-    """
-
-    tier: str
-    version: int | None
-    fallback: str | None = None
-    gates: list[list[float]] | None = None
-
-
-class Usage(BaseModel):
-    """Tokens of a request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class ChatAnswer(BaseModel):
-    """A message that answers, or a piece of it."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class ChatChoice(BaseModel):
-    """The answer of a chat: `message` of a whole one, `delta` of a streamed one."""
-
-    index: int
-    message: ChatAnswer | None = None
-    delta: ChatAnswer | None = None
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-class TextChoice(BaseModel):
-    """One answer of a completion, or a piece of it."""
-
-    index: int
-    text: str
-    finish_reason: Literal["stop", "length"] | None = None
-    logprobs: None = None
-
-
-class Reply(BaseModel):
-    """What chat and completions reply with, streamed or not."""
-
-    id: str
-    object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice] | list[TextChoice]
-    usage: Usage | None = None
-    proper: Extras | None = None
+from proper.serving.asking import Asked, Name
 
 
 class RunCard(BaseModel):
@@ -194,7 +44,7 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-class Taught(_Asked):
+class Taught(Asked):
     """An interaction to learn from, in final texts: what was asked as a prompt has it, and the answer to give.
 
     Attributes:
@@ -211,7 +61,7 @@ class Taught(_Asked):
 Lesson = Annotated[list[Taught], Field(max_length=10_000)]
 
 
-class Enrolment(_Asked):
+class Enrolment(Asked):
     """Who is new, and what is known of them."""
 
     user: Name
@@ -219,7 +69,7 @@ class Enrolment(_Asked):
     tenant: Annotated[str, Field(max_length=512)] | None = None
 
 
-class Lessons(_Asked):
+class Lessons(Asked):
     """Further interactions of a user."""
 
     interactions: Lesson
@@ -287,18 +137,26 @@ class VersionList(BaseModel):
     data: list[VersionCard]
 
 
-class Rollback(_Asked):
+class Rollback(Asked):
     """Which version to go back to; the one before the current one if None."""
 
     to: Annotated[int, Field(ge=1, lt=2**63)] | None = None
 
 
 class Deleted(BaseModel):
-    """What was deleted."""
+    """Who was deleted: no byte of them is left in the run's files, but for what all users share."""
 
     id: str
     object: Literal["user.deleted"] = "user.deleted"
     deleted: bool = True
+
+
+class Deletion(BaseModel):
+    """A deletion that goes on: `running` while bytes of the user are left, then `done`. `id` names it, not the user."""
+
+    id: str
+    object: Literal["user.deletion"] = "user.deletion"
+    state: Literal["running", "done"]
 
 
 class Health(BaseModel):

@@ -14,10 +14,9 @@ import torch
 
 from proper.adapters.store import AdapterStore
 from proper.config import Config
-from proper.data.batching import Encoder
 from proper.data.views import Histories
 from proper.files import write_json
-from proper.models.backbone import load_backbone, pick_device, pick_dtype
+from proper.models.backbone import configured_backbone
 from proper.models.merge import apply_population
 from proper.models.personal import ProperModel
 from proper.training.loop import Log
@@ -44,7 +43,7 @@ class DirectRunner:
             model=model,
             config=self.config.users,
             dataset=self.dataset,
-            encoder=Encoder(backbone.tokenizer, self.config.compute.max_length),
+            encoder=backbone.encoder(self.config.compute.max_length),
             users=users,
             embeddings=torch.zeros(len(users), 1),
             store=store,
@@ -63,7 +62,7 @@ class DirectRunner:
 
 def direct_model(config: Config, folder: Path) -> ProperModel:
     """Return the backbone with the folder's population, if any, and places for users' adapters, but no experts."""
-    backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), pick_device(config.compute.device))
+    backbone = configured_backbone(config)
     if (folder / "population" / "stage.json").exists():
         apply_population(backbone, folder / "population")
     model = ProperModel(backbone)

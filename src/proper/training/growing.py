@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from proper.adapters.store import DEFAULT_TENANT
 from proper.data.dataset import Dataset
+from proper.data.labels import find_label
 from proper.data.sampling import Example
 from proper.files import hash_value
 from proper.people.log import InteractionLog, Logged
-from proper.people.places import run_home
+from proper.run_files import run_home
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,20 @@ class Grown:
 Count = Callable[[Sequence[str], Sequence[str]], list[int]]
 
 
-def grown_history(dataset: Dataset | None, log: InteractionLog, tenant: str, user: str, count: Count) -> Grown:
+def grown_history(
+    dataset: Dataset | None, log: InteractionLog, tenant: str, user: str, count: Count, kind: str
+) -> Grown:
     """Gather a user's history.
 
     The run's data belongs to the default tenant. An interaction without a time counts as of when it was logged, one of
-    the run's data as before all others.
+    the run's data as before all others. A label that the run's data spells otherwise (3 for 3.0, by the task's
+    `kind`) is spelled as there.
     """
-    logged = log.interactions(tenant, user)
+    labels = dataset.labels if dataset is not None else []
+    logged = [
+        replace(each, target=find_label(each.target, labels, kind) or each.target)
+        for each in log.interactions(tenant, user)
+    ]
     before: list[Example] | None = []
     if tenant == DEFAULT_TENANT:
         before = dataset.history(user) if dataset is not None else None

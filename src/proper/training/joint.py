@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from proper.adapters.quantize import encode
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config
-from proper.data.batching import Batch, Encoder
+from proper.data.batching import Batch
 from proper.data.dataset import User
 from proper.data.sampling import Example, Rows
 from proper.data.views import Histories
 from proper.files import hash_file, write_json
 from proper.layers.bank import AdapterBank
-from proper.models.backbone import load_backbone, pick_dtype
+from proper.models.backbone import configured_backbone
 from proper.models.personal import ProperModel, answer_loss
 from proper.models.tensors import save_tensors
 from proper.training.checkpoint import Checkpoint, seed_of
@@ -165,7 +165,7 @@ class JointRunner:
             return
         config, started = self.config, time.perf_counter()
         accelerator = join_processes(config)
-        backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), accelerator.device)
+        backbone = configured_backbone(config, accelerator.device)
         model = ProperModel(backbone)
         model.add_experts(config.groups, seed_of(self.seed, "experts"))
         users = [user.id for user in self.dataset.users() if user.history > 0]
@@ -179,7 +179,7 @@ class JointRunner:
             config=config.groups.model_copy(update={"epochs": 1.0}),
             rate=resolve_rate(config.groups.learning_rate, "groups", backbone.hidden_size),
             seed=self.seed,
-            encoder=Encoder(backbone.tokenizer, config.compute.max_length),
+            encoder=backbone.encoder(config.compute.max_length),
             pad=backbone.pad_id,
             sample=sample,
             checkpoint=Checkpoint(self.folder / "groups" / "stage.checkpoint", config.compute.checkpoint_seconds),

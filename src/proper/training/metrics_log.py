@@ -7,16 +7,19 @@ more, and readers take the later of two. Knows nothing about what is logged.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+from proper.files import make_folder, open_private
 
 
 class MetricsLog:
     """Append-only `metrics.jsonl`."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
+        make_folder(path.parent)
+        self._file = os.fdopen(open_private(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "a+b")
         self._file.seek(0)
         whole = self._file.read().rfind(b"\n") + 1
         self._file.truncate(whole)

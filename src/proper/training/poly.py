@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config
-from proper.data.batching import Batch, Encoder
+from proper.data.batching import Batch
 from proper.data.views import Histories
 from proper.errors import DataError
 from proper.files import write_json
 from proper.layers.routing import Rows
-from proper.models.backbone import load_backbone, pick_dtype
+from proper.models.backbone import Backbone, configured_backbone
 from proper.models.merge import apply_population
 from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
 from proper.models.poly import Poly, add_poly
@@ -105,9 +105,9 @@ class PolyRunner:
             return
         config, started = self.config.groups, time.perf_counter()
         accelerator = join_processes(self.config)
-        backbone = load_backbone(self.config.backbone, pick_dtype(self.config.compute.dtype), accelerator.device)
+        backbone = configured_backbone(self.config, accelerator.device)
         apply_population(backbone, self.folder / "population")
-        model, plan = ProperModel(backbone), self._plan(backbone.hidden_size, backbone.tokenizer, backbone.pad_id)
+        model, plan = ProperModel(backbone), self._plan(backbone)
         users = [user.id for user in self.dataset.users() if user.history > 0]
         poly = add_poly(model, config, len(users) + 1, seed_of(self.seed, "poly"))
         stage = PolyStage(model, poly, users, config.embedding_learning_rate)
@@ -122,7 +122,7 @@ class PolyRunner:
         write_json(self.folder / "groups" / "stage.json", timed)
         plan.checkpoint.remove()
 
-    def _plan(self, hidden: int, tokenizer: object, pad: int) -> Plan:
+    def _plan(self, backbone: Backbone) -> Plan:
         """Return stage 2's plan: its rows, batches and rates."""
         config, compute = self.config.groups, self.config.compute
         sample = self.dataset.sample(config.train_on, config.max_tokens, self.seed)
@@ -130,10 +130,10 @@ class PolyRunner:
             raise DataError(f"groups.train_on: '{config.train_on}' leaves no rows to train on: there are no such users")
         return Plan(
             config=config,
-            rate=resolve_rate(config.learning_rate, "groups", hidden),
+            rate=resolve_rate(config.learning_rate, "groups", backbone.hidden_size),
             seed=self.seed,
-            encoder=Encoder(tokenizer, compute.max_length),
-            pad=pad,
+            encoder=backbone.encoder(compute.max_length),
+            pad=backbone.pad_id,
             sample=sample,
             checkpoint=Checkpoint(self.folder / "groups" / "stage.checkpoint", compute.checkpoint_seconds),
             log=self.log,

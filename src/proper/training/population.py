@@ -5,7 +5,8 @@ Knows nothing about users beyond whose rows are read.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from proper.config import PopulationConfig
 from proper.data.batching import Batch
 from proper.layers.dropout import Dropout
 from proper.models.backbone import Backbone
-from proper.models.merge import absorb
+from proper.models.merge import absorb, modules_as_named
 from proper.models.personal import answer_logits, answer_loss, gradient_checkpointing
 from proper.models.targets import find_targets
 from proper.training.checkpoint import seed_of
@@ -66,19 +67,26 @@ def train_population(
 ) -> None:
     """Train stage 1, write a PEFT adapter folder, and merge it into `backbone` in place."""
     wrapped = wrap(backbone, config, plan.seed)
-    stage = PopulationStage(wrapped, backbone.model.dtype == torch.bfloat16)
+    with in_training(backbone, wrapped, config) as stage:
+        train(stage, plan, accelerator)
+    if accelerator.is_main_process:
+        wrapped.save_pretrained(str(folder))
+    absorb(backbone, wrapped)
+
+
+@contextmanager
+def in_training(backbone: Backbone, wrapped: PeftModel, config: PopulationConfig) -> Iterator[PopulationStage]:
+    """Make a wrapped backbone ready for stage 1's forward and backward passes inside the block."""
+    low_precision = backbone.model.dtype == torch.bfloat16
     # Only the LoRA's dropout is wanted; a backbone's own dropout would make stage 1 differ between families.
     wrapped.eval()
     for module in wrapped.modules():
         if isinstance(module, LoraLayer):
             module.train()
     # PEFT widens every module's input to fp32 for its fp32 weights; autocast would only narrow it again.
-    narrow = disable_input_dtype_casting(wrapped, backbone.model.dtype == torch.bfloat16)
+    narrow = disable_input_dtype_casting(wrapped, low_precision)
     with narrow, gradient_checkpointing(backbone.model, config.gradient_checkpointing):
-        train(stage, plan, accelerator)
-    if accelerator.is_main_process:
-        wrapped.save_pretrained(str(folder))
-    absorb(backbone, wrapped)
+        yield PopulationStage(wrapped, low_precision)
 
 
 def wrap(backbone: Backbone, config: PopulationConfig, seed: int) -> PeftModel:
@@ -87,7 +95,7 @@ def wrap(backbone: Backbone, config: PopulationConfig, seed: int) -> PeftModel:
     settings: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
     # GPT-2's layers hold their weights transposed, which PEFT wants to be told.
     settings["fan_in_fan_out"] = any(isinstance(backbone.model.get_submodule(name), Conv1D) for name in targets)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), modules_as_named(backbone.model):
         torch.manual_seed(seed_of(seed, "population"))
         lora = LoraConfig(task_type="CAUSAL_LM", bias="none", target_modules=targets, **settings)
         wrapped = get_peft_model(backbone.model, lora)

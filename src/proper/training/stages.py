@@ -20,14 +20,13 @@ from torch import Tensor
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config, OptimizerConfig
-from proper.data.batching import Encoder
 from proper.data.dataset import Role
 from proper.data.sampling import Rows, Who
 from proper.data.views import Histories
 from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
 from proper.inference.personalized import load_groups
-from proper.models.backbone import load_backbone, pick_device, pick_dtype
+from proper.models.backbone import configured_backbone, pick_device
 from proper.models.merge import apply_population
 from proper.models.personal import ProperModel
 from proper.models.tensors import save_tensors
@@ -62,8 +61,8 @@ class StageRunner:
     def __init__(self, config: Config, dataset: Histories, folder: Path, seed: int, log: Log) -> None:
         self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
         self.accelerator = join_processes(config)
-        self.backbone = load_backbone(config.backbone, pick_dtype(config.compute.dtype), self.accelerator.device)
-        self.encoder = Encoder(self.backbone.tokenizer, config.compute.max_length)
+        self.backbone = configured_backbone(config, self.accelerator.device)
+        self.encoder = self.backbone.encoder(config.compute.max_length)
 
     def run(self, stages: Sequence[str]) -> None:
         """Train the stages asked for, in their order; earlier ones must be there.

@@ -26,17 +26,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from proper.adapters.quantize import encode
+from proper.adapters.sound import fault_of
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import UsersConfig
 from proper.console import Bar, progress, say
 from proper.data.batching import Encoded, Encoder
 from proper.data.views import Histories
-from proper.files import read_json, write_json
+from proper.files import private_folder, read_json, write_json
 from proper.models.personal import ProperModel
 from proper.models.tensors import load_tensors, save_tensors
 from proper.training.checkpoint import Checkpoint
 from proper.training.engine import Engine
 from proper.training.jobs import Job, Outcome, Progress, refusal
+from proper.training.kept import refused, storable
 from proper.training.loop import Log
 from proper.training.memory import auto_slots, device_memory, footprint
 from proper.training.router import RouterPlan, train_router
@@ -144,7 +146,7 @@ def held_out(items: int, share: float) -> int:
 
 def train_users(stage: UserStage) -> dict[str, torch.nn.Parameter]:
     """Run stage 3, leaving every user's record in the store; return the LoRA-aware routers' tensors."""
-    stage.folder.mkdir(parents=True, exist_ok=True)
+    private_folder(stage.folder)
     chosen, passes, facts = _select(stage) if stage.config.tiers.select else _everybody(stage)
     _fit(stage, _Jobs(stage, chosen, passes), stage.store, "final", facts)
     _keep_on_group_tier(stage, chosen, facts)
@@ -211,8 +213,13 @@ def _fit(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str, facts: 
     def record(outcome: Outcome) -> UserRecord:
         user, state = outcome.user, outcome.state
         if outcome.row is None:
-            return _refused(user, outcome.embedding, outcome.reason, facts(user))
-        adapter = encode(engine.bank.layout.unpack(outcome.row), stage.config.storage)
+            return refused(stage.embeddings, user, outcome.embedding, outcome.reason, facts(user))
+        tensors = engine.bank.layout.unpack(outcome.row)
+        fault = fault_of(tensors)
+        if fault is not None:
+            say(f"proper: user {user!r}: quarantined: {fault}; they stay on the group tier")
+            return refused(stage.embeddings, user, outcome.embedding, f"quarantined: {fault}", facts(user))
+        adapter = encode(tensors, stage.config.storage)
         told = {"items": outcome.items, "passes": state.best, "held_losses": state.losses, "loss": state.trained}
         return UserRecord(user, "users", outcome.embedding, adapter, {**told, **facts(user)})
 
@@ -229,10 +236,6 @@ def is_held(store: AdapterStore, record: UserRecord) -> bool:
     """Say whether the store has this very record, from before a kill."""
     held = store.get(record.user)
     return held is not None and (held.tier, held.facts) == (record.tier, record.facts)
-
-
-def _refused(user: str, embedding: Tensor, reason: str | None, facts: Mapping[str, Any]) -> UserRecord:
-    return UserRecord(user, "groups", embedding, None, {**facts, "user": user, "up": False, "reason": reason})
 
 
 def _fitted(stage: UserStage, indices: Sequence[int], store: AdapterStore) -> list[int]:
@@ -285,7 +288,7 @@ def _served(stage: UserStage, jobs: _Jobs, store: AdapterStore) -> Iterator[Tria
             else:
                 reason = "quarantined: the held-out loss is not finite"
                 say(f"proper: user {job.user!r}: {reason}; they stay on the group tier")
-                store.put([_refused(job.user, job.embedding, reason, {})])
+                store.put([refused(stage.embeddings, job.user, job.embedding, reason, {})])
 
 
 def _keep_on_group_tier(stage: UserStage, chosen: Sequence[int], facts: Facts) -> None:
@@ -296,7 +299,10 @@ def _keep_on_group_tier(stage: UserStage, chosen: Sequence[int], facts: Facts) -
     others = sorted(set(range(len(stage.users))) - set(chosen))
     for at in range(0, len(others), RECORDS):
         users = ((stage.users[index], stage.embeddings[index]) for index in others[at : at + RECORDS])
-        stage.store.put(UserRecord(user, "groups", embedding, None, facts(user)) for user, embedding in users)
+        stage.store.put(
+            UserRecord(user, "groups", storable(stage.embeddings, embedding), None, facts(user))
+            for user, embedding in users
+        )
     write_json(marker, {"users": len(others)})
 
 

@@ -92,8 +92,9 @@ class Desk:
             closing(AdapterStore(self.users, claim.tenant)) as store,
             closing(Database(self.users / FILE, durable=False)) as database,
         ):
-            encoder = fitter.model.encoder
-            grown = grown_history(fitter.dataset, self.log, claim.tenant, claim.user, encoder.count)
+            model = fitter.model
+            count, kind = model.encoder.count, model.config.task.kind
+            grown = grown_history(fitter.dataset, self.log, claim.tenant, claim.user, count, kind)
             if not grown.items:
                 self.log.queue.done(claim, None, "no interactions yet")
                 return

@@ -199,6 +199,8 @@ async function start() {
     const people = ["groups", "users"].includes(model.proper.stage);
     for (const name of ["person", "teach"]) $(name).hidden = !people;
     field = picker(chosen, trouble);
+    // Not before: what is typed or pressed while the page starts would be lost.
+    for (const name of ["who", "ask", "teach-go"]) $(name).disabled = false;
     if (!people) tell($("trouble"), "This run has no people yet: the same model answers in all three places.");
   } catch (error) {
     trouble(error);

@@ -112,8 +112,6 @@ export function picker(chosen, trouble) {
       }
     }
   };
-  // Somebody may have begun to type before the page was ready.
-  if (document.activeElement === field && field.value) show();
   return {
     // Until this has come true, the person is still the one before.
     ready: settle,

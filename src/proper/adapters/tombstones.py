@@ -1,0 +1,96 @@
+"""Which users were deleted from a run, so that nothing brings them back: an empty file each, named by a keyed hash.
+
+    RUN/tombstones/key       32 random bytes, made for this run
+    RUN/tombstones/HASH      blake2b of tenant and user under that key
+
+No id can be read out of it. Whoever has the folder and guesses an id can see whether it is there: that much a tombstone
+has to say. `AdapterStore.put`, the log, imports and the preparation of data ask here; only an explicit enrolment, or an
+import that says so, lifts a tombstone. Knows nothing about what is deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+
+from proper.adapters.blobs import sync_folder
+from proper.adapters.manifest import key_of
+from proper.errors import StoreError
+from proper.run_files import run_home
+
+FOLDER = "tombstones"
+
+
+class Tombstones:
+    """The tombstones of the run that a store's folder (`RUN/users`) belongs to."""
+
+    def __init__(self, users: Path) -> None:
+        self.folder = run_home(users.absolute().parent) / FOLDER
+
+    def has(self, tenant: str, user: str) -> bool:
+        """Whether this user was deleted and not enrolled again."""
+        key = self._key()
+        return key is not None and (self.folder / _name(key, tenant, user)).exists()
+
+    def of_tenant(self, tenant: str) -> Callable[[str], bool] | None:
+        """Return what says of a tenant's user whether it was deleted, for very many users; None if none ever was."""
+        key = self._key()
+        if key is None:
+            return None
+        names = {path.name for path in self.folder.iterdir()}
+        return lambda user: _name(key, tenant, user) in names
+
+    def add(self, tenant: str, user: str) -> None:
+        """Remember that a user was deleted; it is on the disk before this returns.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        try:
+            key = self._key() or self._new_key()
+            (self.folder / _name(key, tenant, user)).touch(mode=0o600)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise StoreError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
+
+    def lift(self, tenant: str, user: str) -> None:
+        """Forget that a user was deleted: the user is enrolled again."""
+        key = self._key()
+        if key is not None:
+            (self.folder / _name(key, tenant, user)).unlink(missing_ok=True)
+
+    def _key(self) -> bytes | None:
+        try:
+            return bytes.fromhex((self.folder / "key").read_text(encoding="ascii"))
+        except FileNotFoundError:
+            return None
+
+    def _new_key(self) -> bytes:
+        """Make the key, whole or not at all; where another process was faster, its key counts."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = self.folder / f".{secrets.token_hex(8)}.tmp"
+        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.write(handle, secrets.token_hex(32).encode("ascii"))
+            os.fsync(handle)
+            if not (self.folder / "key").exists():
+                os.link(draft, self.folder / "key")
+        except FileExistsError:
+            pass  # made between the look and the link
+        except FileNotFoundError:  # a sweep took it for what a killed process left
+            return self._new_key()
+        finally:
+            os.close(handle)
+            draft.unlink(missing_ok=True)
+        key = self._key()
+        assert key is not None
+        return key
+
+
+def _name(key: bytes, tenant: str, user: str) -> str:
+    content = json.dumps([tenant, key_of(user).hex()]).encode()
+    return blake2b(content, key=key, digest_size=16).hexdigest()

@@ -1,0 +1,177 @@
+"""A data set from a git repository: one row per commit, with the author as user, for `body -> subject` and `area`.
+
+Authors are pseudonyms, keyed hashes of their addresses. Addresses and URLs in messages are masked, trailers are
+removed.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from hashlib import blake2b
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from proper.errors import InputError
+from proper.files import atomic_path
+
+_TRAILER = re.compile(r"^([A-Z][A-Za-z0-9]*(-[A-Za-z0-9]+)*: \S.*|\(cherry picked from commit [0-9a-f]+\)|\s+\S.*)$")
+_EMAIL = re.compile(r"<?[\w.+-]+@[\w-]+(\.[\w-]+)+>?")
+_URL = re.compile(r"\b(?:https?|ftp|git)://\S+")
+_PREFIX = re.compile(r"^([\w./*{},+ -]{1,40}?): \S")
+
+
+@dataclass(frozen=True)
+class CommitFilter:
+    """Which commits become rows, and how much of each.
+
+    Attributes:
+        min_words: words that a body needs.
+        max_chars: characters at which a body is cut.
+        salt: key of the authors' pseudonyms; the same salt gives the same ids for another repository.
+    """
+
+    min_words: int = 12
+    max_chars: int = 800
+    salt: str = ""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One row of the data set. `area` is the top-level folder with most changed lines, "." for the root."""
+
+    user_id: str
+    item_id: str
+    timestamp: str
+    subject: str
+    body: str
+    prefix: str
+    area: str
+
+
+def write_git_history(
+    repository: Path, out: Path, wanted: CommitFilter, step: Callable[[], None] = lambda: None
+) -> tuple[int, int]:
+    """Write a repository's commits as Parquet, oldest first; return rows and authors.
+
+    Args:
+        repository: a work tree, a bare repository, or a folder inside one.
+        out: the Parquet file, written atomically.
+        wanted: which commits.
+        step: called once per commit read.
+
+    Raises:
+        InputError: no git, no repository there, or no commit that qualifies.
+    """
+    seen: set[str] = set()
+    rows = []
+    for commit in read_commits(repository, wanted, step):
+        # An equal subject later is a re-sent or a reverted change: it would put a query's answer into a history.
+        if commit.subject not in seen:
+            seen.add(commit.subject)
+            rows.append(asdict(commit))
+    if not rows:
+        raise InputError(f"{repository}: no commit has a body of at least {wanted.min_words} words; see --min-words")
+    with atomic_path(out) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
+    return len(rows), len({row["user_id"] for row in rows})
+
+
+def count_commits(repository: Path) -> int:
+    """Return the number of commits without merges that HEAD reaches.
+
+    Raises:
+        InputError: no git, or no repository with commits there.
+    """
+    return int(_git(repository, "rev-list", "--count", "--no-merges", "HEAD"))
+
+
+def read_commits(repository: Path, wanted: CommitFilter, step: Callable[[], None]) -> Iterator[Commit]:
+    """Yield the commits that qualify, oldest first, in memory of one commit.
+
+    Raises:
+        InputError: no git, or no repository with commits there.
+    """
+    # A message may hold any character, so the separators are drawn anew for each call.
+    first, between = f"commit {uuid.uuid4().hex}", f"field {uuid.uuid4().hex}"
+    form = "%n" + first + "%n" + (between + "%n").join(("%H%n", "%aE%n", "%at%n", "%s%n", "%b%n", ""))
+    salt = wanted.salt or _git(repository, "rev-list", "--max-parents=0", "HEAD").split()[-1]
+    options = ("--no-merges", "--reverse", "--numstat", "--no-renames", "--encoding=UTF-8", f"--format=tformat:{form}")
+    command = ["git", "-C", str(repository), "-c", "core.quotePath=false", "log", *options, "HEAD", "--"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        record: list[str] = []
+        for line in (raw.decode("utf-8", "replace").rstrip("\n") for raw in process.stdout):
+            if line != first:
+                record.append(line)
+                continue
+            yield from _parse(record, between, wanted, salt, step)
+            record = []
+        yield from _parse(record, between, wanted, salt, step)
+    if process.returncode:
+        raise InputError(f"{repository}: git log ended with {process.returncode}")
+
+
+def _parse(
+    lines: list[str], between: str, wanted: CommitFilter, salt: str, step: Callable[[], None]
+) -> Iterator[Commit]:
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if line == between:
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    if len(parts) != 6:  # what stands before the first commit
+        return
+    step()
+    commit, address, seconds, subject = (part[0] for part in parts[:4])
+    body = clean_body(parts[4], wanted.max_chars)
+    if len(body.split()) < wanted.min_words or not subject.strip():
+        return
+    author = blake2b(address.lower().encode(), key=blake2b(salt.encode()).digest(), digest_size=6).hexdigest()
+    when = datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    subject = _masked(subject.strip())
+    prefix = _PREFIX.match(subject)
+    yield Commit(f"u{author}", commit[:12], when, subject, body, prefix[1] if prefix else "", area_of(parts[5]))
+
+
+def clean_body(lines: list[str], max_chars: int) -> str:
+    """Return a message's body without trailers, masked, cut at `max_chars` characters."""
+    paragraphs = "\n".join(lines).strip().split("\n\n")
+    while paragraphs and all(_TRAILER.match(line) for line in paragraphs[-1].strip().splitlines()):
+        paragraphs.pop()
+    return _masked("\n\n".join(paragraphs).strip())[:max_chars].rstrip()
+
+
+def area_of(numstat: list[str]) -> str:
+    """Return the top-level folder with the most changed lines; "." for the root and for a commit without files."""
+    changed: Counter[str] = Counter()
+    for line in numstat:
+        added, deleted, path = (line.split("\t", 2) + ["", ""])[:3]
+        if path:
+            folder = path.strip('"').partition("/")[0] if "/" in path else "."
+            # A binary file counts "-" lines.
+            changed[folder] += sum(int(number) for number in (added, deleted) if number.isdigit()) + 1
+    return min(changed, key=lambda folder: (-changed[folder], folder)) if changed else "."
+
+
+def _masked(text: str) -> str:
+    return _EMAIL.sub("[email]", _URL.sub("[url]", text))
+
+
+def _git(repository: Path, *words: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(repository), *words], capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise InputError("git is not installed, or not on PATH") from error
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"git ended with {done.returncode}"]
+        raise InputError(f"{repository}: {said[0].removeprefix('fatal: ')}")
+    return done.stdout.strip()

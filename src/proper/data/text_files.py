@@ -1,0 +1,170 @@
+"""Rows of JSONL and CSV files, packed or not, one at a time and with their line numbers.
+
+What is wrong with a line takes its place, so one bad line never ends the file. Knows nothing about what columns mean.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, cast
+
+from proper.data.source import Row, Source
+from proper.errors import DataError
+
+PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
+"""Endings of packed files that are read as they are; the first is that of an unpacked one."""
+
+_HEAD = 1000
+"""Rows of a JSONL file that are read to learn which columns there are."""
+
+_FIELD = 1 << 24
+"""Characters that a CSV cell may have: a quote that is never closed must not take the rest of the file into memory."""
+
+
+def jsonl_source(file: Path) -> Source:
+    """Open a JSONL file; its columns are the keys of its first rows."""
+    columns: dict[str, None] = {}
+    for _, row in islice(json_rows(file), _HEAD):
+        if isinstance(row, dict):
+            columns.update(dict.fromkeys(row))
+    return Source(str(file), tuple(columns) or None, lambda wanted: json_rows(file))
+
+
+def csv_source(file: Path) -> Source:
+    """Open a CSV or TSV file, whose first row names the columns.
+
+    Raises:
+        DataError: the file cannot be read, or the first row is malformed.
+    """
+    first = next(_csv_rows(file), (1, None))[1]
+    if isinstance(first, str):
+        raise DataError(f"{file}:1: row: {first}")
+    columns = None if first is None else tuple(first)
+    return Source(str(file), columns, lambda wanted: _named(file, wanted), typed=False)
+
+
+def json_rows(file: Path) -> Iterator[tuple[int, Row | str]]:
+    """Yield the lines of a JSONL file that are not empty, with their numbers; what is wrong with one as a text.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with _opened(file) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, _json_object(line)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[IO[bytes]]:
+    """Open a file for reading, unpacked; errors of reading are DataErrors."""
+    try:
+        with _unpacked(file) as lines:
+            yield lines
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _unpacked(file: Path) -> IO[bytes]:
+    ending = file.suffix.lower()
+    if ending == ".gz":
+        return cast(IO[bytes], gzip.open(file, "rb"))
+    if ending == ".bz2":
+        return bz2.open(file, "rb")
+    if ending == ".xz":
+        return lzma.open(file, "rb")
+    if ending == ".zst":
+        import pyarrow as arrow  # noqa: PLC0415 - half a second that other files need not pay
+
+        return io.BufferedReader(arrow.input_stream(str(file), compression="zstd"))
+    return file.open("rb")
+
+
+def _json_object(line: bytes) -> Row | str:
+    try:
+        value = _JSON.decode(line.decode("utf-8-sig").rstrip())
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except json.JSONDecodeError as error:
+        return f"not JSON ({error.msg} at column {error.colno})"
+    except _TwiceError as error:
+        return str(error)
+    except (ValueError, RecursionError):
+        return "not JSON that can be read (a number too long, or nested too deep)"
+    return value if isinstance(value, dict) else f"a JSON {_json_name(value)}, where an object is wanted"
+
+
+class _TwiceError(Exception):
+    """An object has one key twice, and nothing says which value is meant."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Row:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise _TwiceError(f"the key {ascii(twice[:40])} is there twice")
+    return made
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_once)
+
+
+def _json_name(value: object) -> str:
+    names = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def _named(file: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
+    """Yield the wanted cells of a CSV file by column; an empty cell is null, as where pandas reads it."""
+    rows = _csv_rows(file)
+    header = next(rows, (1, ""))[1]
+    if isinstance(header, str):
+        return  # an empty file; `csv_source` refuses a malformed first row
+    places = {column: header.index(column) for column in wanted}
+    for number, cells in rows:
+        if isinstance(cells, str):
+            yield number, cells
+        elif len(cells) != len(header):
+            yield number, f"{len(cells)} cells, where the first row has {len(header)}"
+        else:
+            yield number, {column: cells[place] or None for column, place in places.items()}
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[int, list[str] | str]]:
+    """Yield the rows that are not empty, each with the number of the line where it begins, or what is wrong with it."""
+    tabs = ".tsv" in (ending.lower() for ending in file.suffixes[-2:])
+    with _opened(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as text:
+        # The limit is one for the whole process; everything here that reads CSV is this function.
+        csv.field_size_limit(_FIELD)
+        rows = csv.reader(cast(Iterable[str], text), delimiter="\t" if tabs else ",", strict=True)
+        while True:
+            begun = rows.line_num + 1
+            try:
+                cells = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield begun, f"not CSV ({error})"
+                continue
+            if cells:
+                yield begun, cells if _is_text(cells) else "not UTF-8"
+
+
+def _is_text(cells: Sequence[str]) -> bool:
+    """Whether no byte had to be escaped when the cells were decoded."""
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,92 @@
+"""RoPE whose frequencies depend on the longest row of a batch, made the same for all rows of a run.
+
+    longrope    one of two sets, by whether the longest row is longer than the length of pretraining
+    dynamic     NTK: frequencies stretched by how long the longest row is
+
+transformers picks them anew in each forward pass, so that a row's answer would depend on what runs beside it. Here they
+are those of the longest row that a run can have (`compute.max_length`), in training, scoring and serving alike. Knows
+nothing about rows or runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from proper.errors import ConfigError
+
+MOVING = ("longrope", "dynamic")
+"""The `rope_type`s that depend on the longest row."""
+
+FIXED = "fixed"
+"""A `rope_type` that transformers does not know, and therefore leaves as it is."""
+
+_PROBE = 8
+
+
+def fix_rope(model: nn.Module, length: int) -> None:
+    """Give every rotary embedding of a model the frequencies for rows of `length` tokens, for good.
+
+    Raises:
+        ConfigError: one depends on the longest row in a way of its own, so that it cannot be fixed.
+    """
+    wanted = _moving_types(model)
+    for module in model.modules():
+        kinds: Any = getattr(module, "rope_type", None)
+        by_layer = kinds if isinstance(kinds, dict) else {None: kinds}
+        moving = {layer: kind for layer, kind in by_layer.items() if kind in MOVING}
+        if not moving:
+            continue
+        for layer, kind in moving.items():
+            _fix(module, kind, layer, length)
+        module.rope_type = kinds | dict.fromkeys(moving, FIXED) if isinstance(kinds, dict) else FIXED  # type: ignore
+        for layer, kind in moving.items():
+            _require_fixed(module, kind, layer, length)
+        wanted -= set(moving.values())
+    if wanted:
+        raise ConfigError(_refusal(", ".join(sorted(wanted))))
+
+
+def _fix(module: Any, kind: str, layer: str | None, length: int) -> None:
+    prefix = "" if layer is None else f"{layer}_"
+    config = module.config
+    settings = config.rope_parameters if layer is None else config.rope_parameters[layer]
+    # Up to here the frequencies are those that the module was made with, whatever rule of its own it has for them.
+    first = settings["original_max_position_embeddings"] if kind == "longrope" else config.max_position_embeddings
+    if length <= first:
+        return
+    held: Tensor = getattr(module, f"{prefix}inv_freq")
+    numbers, scaling = ROPE_INIT_FUNCTIONS[kind](config, held.device, seq_len=length, layer_type=layer)
+    held.copy_(numbers)
+    setattr(module, f"{prefix}attention_scaling", scaling)
+
+
+def _require_fixed(module: Any, kind: str, layer: str | None, length: int) -> None:
+    """See that the first positions' angles are the same whatever comes after them."""
+    layers = () if layer is None else (layer,)
+    device = next(buffer.device for buffer in module.buffers())
+    x = torch.zeros(1, 1, device=device)
+    few, every = (torch.arange(size, device=device)[None] for size in (min(_PROBE, length), length))
+    try:
+        same = all(
+            torch.equal(before, after[:, : before.shape[1]])
+            for before, after in zip(module(x, few, *layers), module(x, every, *layers), strict=True)
+        )
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # a family with positions of its own kind
+        raise ConfigError(_refusal(kind)) from error
+    if not same:
+        raise ConfigError(_refusal(kind))
+
+
+def _moving_types(model: Any) -> set[str]:
+    """The moving types that the text model's config names, for all layers or for some."""
+    parameters: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    named = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {str(each["rope_type"]) for each in named if each.get("rope_type") in MOVING}
+
+
+def _refusal(kinds: str) -> str:
+    return f"backbone: its RoPE ({kinds}) depends on the longest text of a batch, and this family's cannot be fixed"

@@ -1,0 +1,182 @@
+"""SQLite files that several processes share: made whole, readable for the owner only, in WAL mode, damage named.
+
+A file whose folder cannot be written is opened for reading, without any file beside it being made. Knows nothing about
+tables.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from proper.errors import ReadOnlyError, StoreError
+from proper.files import PRIVATE_FILE, close_to_others, make_folder
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What a file has to be.
+
+    Attributes:
+        noun: how messages call it: "a store".
+        version: SQLite's `user_version`.
+        tables: the statements that make a new file.
+        durable: whether a commit waits for the disk.
+    """
+
+    noun: str
+    version: int
+    tables: Sequence[str]
+    durable: bool = True
+
+
+class Opened(NamedTuple):
+    """A connection for all threads, in autocommit mode, and whether it may not write."""
+
+    connection: sqlite3.Connection
+    read_only: bool
+
+
+def open_shared(path: Path, schema: Schema, wait_seconds: float, may_make: Callable[[], None] = lambda: None) -> Opened:
+    """Open a file, made if it is not there.
+
+    Args:
+        path: the file.
+        schema: what it has to be.
+        wait_seconds: how long to wait for another process that writes.
+        may_make: called before a new file is made; raises where the file must have been lost.
+
+    Raises:
+        StoreError: it is damaged, of another version, or a symbolic link.
+    """
+    try:
+        if path.is_symlink():
+            raise StoreError(f"{path}: is a symbolic link; put the file itself there")
+        read_only = not writable(path)
+        if not path.exists():
+            _ask(path, may_make)
+            if read_only:
+                return Opened(_empty(schema), True)
+            _make(path, schema)
+        elif path.stat().st_size == 0:
+            raise StoreError(f"{path}: the file is empty, so its content is lost; put back a copy of it")
+        connection = _connect_to_read(path) if read_only else _connect(path, schema, wait_seconds)
+    except (sqlite3.Error, OSError) as error:
+        raise StoreError(f"{path}: {error}") from error
+    try:
+        _require(path, connection, schema)
+    except BaseException:
+        connection.close()
+        raise
+    return Opened(connection, read_only)
+
+
+def _ask(path: Path, may_make: Callable[[], None]) -> None:
+    try:
+        may_make()
+    except StoreError:
+        if not path.exists():  # made by another process meanwhile
+            raise
+
+
+def writable(path: Path) -> bool:
+    """Whether this process may write a file, or make it and what SQLite puts beside it."""
+    there = next(each for each in (path.parent, *path.parents) if each.exists())
+    return os.access(there, os.W_OK | os.X_OK) and (not path.exists() or os.access(path, os.W_OK))
+
+
+def read_only_error(path: Path) -> ReadOnlyError:
+    """Return what a write to a file that was opened for reading raises."""
+    return ReadOnlyError(f"{path}: is read-only here, so nothing can be changed in this run")
+
+
+def _make(path: Path, schema: Schema) -> None:
+    """Make a new file elsewhere and link it into place: nobody ever sees one without tables."""
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, PRIVATE_FILE))
+    try:
+        with closing(sqlite3.connect(temporary, isolation_level=None)) as new:
+            _add_tables(new, schema)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return  # another process was faster
+        except FileNotFoundError:  # a sweep took it for what a killed process left
+            _make(path, schema)
+        except OSError:  # a file system without hard links
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _add_tables(new: sqlite3.Connection, schema: Schema) -> None:
+    new.execute("BEGIN")
+    for table in schema.tables:
+        new.execute(table)
+    new.execute(f"PRAGMA user_version={schema.version}")
+    new.execute("COMMIT")
+
+
+def _empty(schema: Schema) -> sqlite3.Connection:
+    """Stand for a file that is not there and cannot be made."""
+    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    _add_tables(connection, schema)
+    connection.execute("PRAGMA query_only=ON")
+    return connection
+
+
+def _connect(path: Path, schema: Schema, wait_seconds: float) -> sqlite3.Connection:
+    # SQLite gives -wal and -shm the mode of the file.
+    for each in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
+        if each.exists():
+            close_to_others(each)
+    connection = sqlite3.connect(path, timeout=wait_seconds, isolation_level=None, check_same_thread=False)
+    try:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+                break
+            except sqlite3.OperationalError as error:
+                # SQLite does not wait for another process that is making the same file.
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+        connection.execute(f"PRAGMA synchronous={'FULL' if schema.durable else 'NORMAL'}")
+        connection.execute("PRAGMA secure_delete=ON")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _connect_to_read(path: Path) -> sqlite3.Connection:
+    wal = path.with_name(path.name + "-wal")
+    held = wal.exists() and wal.stat().st_size > 0
+    if held and not path.with_name(path.name + "-shm").exists():
+        raise StoreError(f"{path}: {wal.name} cannot be read without {path.name}-shm in a read-only folder; copy both")
+    # Without a log nothing but this file counts, and SQLite would want to make one.
+    options = "mode=ro" if held else "mode=ro&immutable=1"
+    uri = f"{path.absolute().as_uri()}?{options}"
+    return sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+
+
+def _require(path: Path, connection: sqlite3.Connection, schema: Schema) -> None:
+    try:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+    except sqlite3.Error as error:
+        raise StoreError(f"{path}: {error}") from error
+    if version == 0 and not tables:
+        raise StoreError(f"{path}: holds no tables, so its content is lost; put back a copy of it")
+    found = 1 if version == 0 else version  # the first store numbered nothing
+    if found != schema.version:
+        raise StoreError(f"{path}: {schema.noun} of another version of proper (format {found})")

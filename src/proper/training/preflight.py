@@ -1,0 +1,217 @@
+"""Before hours of training: does all that a run does with its backbone work, on two short rows?
+
+    find the modules of all stages -> stage 1 and stages 2, 3: forward, backward, save, load -> cached decoding
+
+What does not work is one line that names the step. The backbone is left as it was. Knows nothing about data or users.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import torch
+import transformers
+from torch import Tensor
+
+from proper.config import Config
+from proper.data.batching import Batch, collate
+from proper.errors import ConfigError
+from proper.files import read_json, write_json
+from proper.inference.kv import RowCache
+from proper.inference.passes import decode, prefill
+from proper.layers.bank import AdapterBank
+from proper.layers.routing import Rows
+from proper.models.backbone import EMBEDDED, Backbone
+from proper.models.merge import load_lora
+from proper.models.personal import ProperModel, answer_logits, answer_loss, gradient_checkpointing
+from proper.models.targets import find_targets
+from proper.models.tensors import load_tensors, save_tensors
+from proper.training.population import in_training, wrap
+
+MARKER = "preflight.json"
+ALIKE = 0.8
+"""Cosine between logits with and without a cache; rounding, which may send a token to another expert, stays above."""
+STEPS = 2
+
+
+class Sample(NamedTuple):
+    """A row to try things on; what `Encoder.encode` asks for."""
+
+    prompt: str
+    target: str
+    user: str
+
+
+SAMPLES = (Sample("Which word fits?", "none", "a"), Sample("A line that is longer than the other. Which?", "two", "b"))
+
+
+def check_once(backbone: Backbone, config: Config, folder: Path, *, write: bool = True) -> None:
+    """Run `preflight` unless it passed for this run folder, backbone and libraries; `write` notes that it passed.
+
+    Of the embedded backbone, only the target modules are looked up.
+
+    Raises:
+        ConfigError: see `preflight`.
+    """
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    facts = {"backbone": backbone.digest, **versions}
+    marker = folder / MARKER
+    if marker.exists() and read_json(marker) == facts:
+        return
+    if backbone.name == EMBEDDED:  # the tests of every release try it
+        _find_all(backbone, config)
+        return
+    preflight(backbone, config)
+    if write:
+        write_json(marker, facts)
+
+
+def preflight(backbone: Backbone, config: Config) -> None:
+    """Try everything that a run does with its backbone, and leave it as it was.
+
+    Raises:
+        ConfigError: something is not supported; one line says what.
+    """
+    _refuse_states(backbone)
+    _find_all(backbone, config)
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as place:
+        with _step(backbone, "turning text into tokens"):
+            encoder = backbone.encoder(config.compute.max_length)
+            batch = collate([encoder.encode(sample) for sample in SAMPLES], backbone.pad_id, backbone.device)
+        with _step(backbone, "stage 1 (forward, backward, save, load)"):
+            _try_population(backbone, config, batch, Path(place))
+        with _step(backbone, "stages 2 and 3 (forward, backward, save, load)"):
+            model, rows = _try_personal(backbone, config, batch, Path(place))
+        with _step(backbone, "cached decoding"):
+            _try_decoding(model, [encoder.prompt(sample.prompt) for sample in SAMPLES], rows)
+        for name, layer in model.layers.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(backbone.model.get_submodule(parent), leaf, layer.base)
+
+
+@contextmanager
+def _step(backbone: Backbone, name: str) -> Iterator[None]:
+    """Put whatever a step raises into one line."""
+    try:
+        yield
+    except _Unsupported as error:
+        raise _refusal(backbone, f"{name} fails: {error}") from error
+    except ConfigError:
+        raise
+    except Exception as error:
+        what = (str(error).strip().splitlines() or [""])[0][:200]
+        raise _refusal(backbone, f"{name} fails: {type(error).__name__}: {what}") from error
+
+
+def _refusal(backbone: Backbone, why: str) -> ConfigError:
+    family = f"{backbone.name!r} ({type(backbone.model).__name__})"
+    return ConfigError(f"backbone: {family} is not supported: {why}")
+
+
+class _Unsupported(Exception):
+    """Something is wrong that raises nothing by itself."""
+
+
+def _find_all(backbone: Backbone, config: Config) -> None:
+    for stage, wanted in (("population", config.population.target_modules), ("groups", config.groups.target_modules)):
+        try:
+            find_targets(backbone.model, wanted)
+        except ConfigError as error:
+            raise ConfigError(f"{stage}.{error}") from error
+
+
+def _refuse_states(backbone: Backbone) -> None:
+    """Refuse layers that keep a state of their own: rows that come and go are made of keys and values only."""
+    config: Any = backbone.model.config.get_text_config()
+    kinds = {kind for kind in getattr(config, "layer_types", None) or () if not _is_attention(kind)}
+    if kinds or getattr(backbone.model, "_is_stateful", False):
+        which = f"its {' and '.join(sorted(kinds))} layers keep" if kinds else "its layers keep"
+        states = "states (of a convolution, a state space, linear attention) instead of keys and values"
+        raise _refusal(backbone, f"{which} {states}, which generation cannot hand from row to row")
+
+
+def _is_attention(kind: str) -> bool:
+    return kind.endswith("attention") and "linear" not in kind
+
+
+def _try_population(backbone: Backbone, config: Config, batch: Batch, place: Path) -> None:
+    wrapped = wrap(backbone, config.population, seed=0)
+    with in_training(backbone, wrapped, config.population) as stage:
+        loss = stage.loss(batch, 0.0)
+        _backward(loss.total / loss.tokens)
+    parameters = list(stage.parameters().values())
+    _check_gradients(parameters)
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.add_(parameter.grad.sign(), alpha=0.1)
+        wrapped.eval()
+        expected = answer_logits(wrapped, batch)
+        wrapped.save_pretrained(str(place / "population"))
+        wrapped.unload()
+        again = load_lora(backbone.model, place / "population")
+        again.eval()
+        _compare(answer_logits(again, batch), expected, "the loaded adapter answers otherwise than the saved one")
+        again.unload()
+
+
+def _try_personal(backbone: Backbone, config: Config, batch: Batch, place: Path) -> tuple[ProperModel, Rows]:
+    model = ProperModel(backbone)
+    model.add_experts(config.groups, seed=0)
+    model.add_lora_router(config.users)
+    layout = model.layout(config.users.rank)
+    bank = AdapterBank(layout, len(SAMPLES), alpha=config.users.alpha, trainable=True, device=model.device)
+    for slot in range(len(SAMPLES)):
+        bank.fresh(slot, torch.Generator().manual_seed(slot))
+    model.use_bank(bank)
+    embedding = torch.ones(len(SAMPLES), model.embedding_size, device=model.device, requires_grad=True)
+    slots = torch.arange(len(SAMPLES), device=model.device)
+    own = Rows("users", embedding=embedding, slots=slots)
+    with gradient_checkpointing(backbone.model, config.groups.gradient_checkpointing):
+        total, tokens = answer_loss(model.answer_logits(batch, own), batch.labels)
+        _backward(total.sum() / tokens.sum())
+    _check_gradients([*model.group_parameters().values()])
+    save_tensors(place / "groups.safetensors", model.group_parameters(), {})
+    loaded, _ = load_tensors(place / "groups.safetensors")
+    if any(not torch.equal(loaded[name], p.detach().cpu()) for name, p in model.group_parameters().items()):
+        raise _Unsupported("what is loaded differs from what was saved")
+    return model, Rows("users", embedding=embedding.detach(), slots=slots)
+
+
+def _try_decoding(model: ProperModel, prompts: list[tuple[int, ...]], rows: Rows) -> None:
+    """Decode a few tokens as the engine does, and compare with passes over the whole rows."""
+    with torch.no_grad():
+        cache = RowCache(len(prompts), max(map(len, prompts)) + STEPS)
+        logits = prefill(model, cache, prompts, rows)
+        for _ in range(STEPS):
+            chosen = logits.argmax(-1).tolist()
+            prompts = [(*prompt, token) for prompt, token in zip(prompts, chosen, strict=True)]
+            logits = decode(model, cache, chosen, rows)
+        whole = prefill(model, RowCache(len(prompts), max(map(len, prompts))), prompts, rows)
+    _compare(logits, whole, "decoding with a cache answers otherwise than without")
+
+
+def _backward(loss: Tensor) -> None:
+    if not torch.isfinite(loss):
+        raise _Unsupported(f"the loss is {loss.item()}")
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _check_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not any(bool(gradient.any()) for gradient in found):
+        raise _Unsupported("no gradient reaches what is trained")
+    if not all(bool(torch.isfinite(gradient).all()) for gradient in found):
+        raise _Unsupported("a gradient is not finite")
+
+
+def _compare(found: Tensor, expected: Tensor, otherwise: str) -> None:
+    one, two = (logits.float().flatten(0, -2) for logits in (found, expected))
+    alike = torch.nn.functional.cosine_similarity(one - one.mean(-1, True), two - two.mean(-1, True), dim=-1)
+    if not bool((alike > ALIKE).all()):
+        raise _Unsupported(otherwise)

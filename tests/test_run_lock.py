@@ -1,0 +1,87 @@
+"""One process at a time works in a run folder, and one that is killed leaves it free."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from proper.cli.app import main
+from proper.run_lock import LOCK, exclusive
+
+HOLD = """
+import sys
+from pathlib import Path
+from proper.run_lock import exclusive
+with exclusive(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"path": str(tmp_path / "rows.jsonl")}}))
+    return folder
+
+
+@pytest.fixture
+def holder(run: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that works in the run folder."""
+    command = [sys.executable, "-c", HOLD, str(run)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+COMMANDS = (
+    ["run", "{run}/config.yaml", "--out", "{run}"],
+    ["evaluate", "{run}"],
+    ["report", "{run}"],
+    ["report", "{run}", "--user", "u1"],
+    ["report", "{run}", "--compare", "{run}"],
+)
+
+
+def test_a_second_process_is_told_who_works_there(
+    run: Path, holder: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(run.iterdir())
+    for command in COMMANDS:
+        assert main([word.format(run=run) for word in command]) == 2
+        said = f"proper: {run}: another process works in it (pid {holder.pid}); wait for it, or stop it\n"
+        assert capsys.readouterr().err == said, command
+    assert sorted(run.iterdir()) == before
+
+
+def test_a_killed_process_leaves_the_folder_free(run: Path, holder: subprocess.Popen[str]) -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (run / LOCK).read_text() == f"{holder.pid}\n"
+    with exclusive(run):
+        assert (run / LOCK).read_text() == f"{os.getpid()}\n"
+
+
+def test_processes_of_one_launch_work_together(
+    run: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with exclusive(run):
+        pass
+
+
+def test_the_lock_is_not_taken_through_a_link(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (run / LOCK).symlink_to(victim)
+    assert main(["report", str(run)]) == 2
+    assert "cannot be written" in capsys.readouterr().err and victim.read_text() == "precious"

@@ -1,0 +1,114 @@
+"""Shared SQLite files: the owner's, whole, read where nothing can be written, and damage is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from proper.errors import StoreError
+from proper.sqlite_files import Schema, open_shared
+
+NUMBERS = Schema("numbers", 3, ("CREATE TABLE numbers (n INTEGER)",))
+READ = """
+import json, sys
+from pathlib import Path
+from proper.errors import ProperError
+from proper.sqlite_files import Schema, open_shared
+try:
+    opened = open_shared(Path(sys.argv[1]), Schema("numbers", 3, ("CREATE TABLE numbers (n INTEGER)",)), 1)
+    print(json.dumps([opened.read_only, opened.connection.execute("SELECT n FROM numbers").fetchall()]))
+except ProperError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077])
+def test_a_file_and_what_sqlite_puts_beside_it_are_the_owners(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with closing(open_shared(tmp_path / "new" / "x", NUMBERS, 1).connection) as db:
+            db.execute("INSERT INTO numbers VALUES (1)")
+            modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()}
+    finally:
+        os.umask(before)
+    assert modes == {"x": 0o600, "x-wal": 0o600, "x-shm": 0o600}
+
+
+def test_a_file_that_everybody_could_read_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    open_shared(path, NUMBERS, 1).connection.close()
+    path.chmod(0o644)
+    with closing(open_shared(path, NUMBERS, 1).connection) as db:
+        db.execute("INSERT INTO numbers VALUES (1)")
+        assert {each.stat().st_mode & 0o777 for each in tmp_path.iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "the file is empty, so its content is lost; put back a copy of it"),
+        (b"no database at all, but long enough to be one" * 20, "file is not a database"),
+    ],
+)
+def test_damage_is_named_and_left_as_it_is(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(content)
+    with pytest.raises(StoreError) as caught:
+        open_shared(path, NUMBERS, 1)
+    assert str(caught.value) == f"{path}: {said}"
+    assert path.read_bytes() == content and [each.name for each in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_file_of_another_version_is_named(tmp_path: Path) -> None:
+    open_shared(tmp_path / "x", Schema("numbers", 2, NUMBERS.tables), 1).connection.close()
+    with pytest.raises(StoreError, match=r"x: numbers of another version of proper \(format 2\)"):
+        open_shared(tmp_path / "x", NUMBERS, 1)
+
+
+def test_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to(tmp_path / "victim")
+    with pytest.raises(StoreError, match="is a symbolic link"):
+        open_shared(tmp_path / "x", NUMBERS, 1)
+    assert not (tmp_path / "victim").exists()
+
+
+def test_no_file_is_made_where_one_must_have_been_lost(tmp_path: Path) -> None:
+    def lost() -> None:
+        raise StoreError("lost")
+
+    with pytest.raises(StoreError, match="lost"):
+        open_shared(tmp_path / "x", NUMBERS, 1, lost)
+    assert list(tmp_path.iterdir()) == []
+    open_shared(tmp_path / "x", NUMBERS, 1).connection.close()
+    open_shared(tmp_path / "x", NUMBERS, 1, lost).connection.close()
+
+
+def test_a_folder_that_cannot_be_written_is_read(
+    tmp_path: Path, unprivileged: list[str], read_only: Callable[[Path, Path], Path]
+) -> None:
+    home = tmp_path / "home"
+    db = open_shared(home / "x", NUMBERS, 1).connection
+    db.execute("INSERT INTO numbers VALUES (7)")
+    running = shutil.copytree(home, tmp_path / "running")
+    db.close()
+    half = shutil.copytree(running, tmp_path / "half")
+    (half / "x-shm").unlink()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    found = {}
+    for source in (home, running, half, empty):
+        folder = read_only(source, tmp_path / f"{source.name}-ro")
+        command = [*unprivileged, sys.executable, "-c", READ, str(folder / "x")]
+        found[source.name] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        assert sorted(os.listdir(folder)) == sorted(os.listdir(source)), "reading leaves nothing behind"
+    assert found["home"] == found["running"] == [True, [[7]]]
+    assert found["empty"] == [True, []]
+    assert "x-wal cannot be read without x-shm in a read-only folder" in found["half"]
