@@ -7,12 +7,14 @@ import random
 import runpy
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from proper.adapters.blobs import erase
 from proper.adapters.check import check
 from proper.adapters.compact import compact
 from proper.adapters.store import AdapterStore
@@ -114,3 +116,24 @@ def test_a_full_disk_loses_no_committed_version(tmp_path: Path, start: Start, fi
     assert {verify(store.get(f"k{at}")) for at in range(4)} == {int(number)}
     assert check(store) == [], "what was half-written is gone"
     store.close()
+
+
+def test_an_erasure_that_another_process_ended_takes_no_other_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(AdapterStore(tmp_path / "users")) as store:
+        one, two = (store.blobs / f"{digit * 32}.safetensors" for digit in "ab")
+        two.write_bytes(b"of a deleted user")
+        with store.manifest.transaction():
+            store.manifest.erase_later(one.name, None, None)
+
+        def meanwhile(_: Path) -> None:
+            with store.manifest.transaction():
+                store.manifest.write("DELETE FROM erasures")
+                store.manifest.erase_later(two.name, None, None)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("proper.adapters.blobs.sync_folder", meanwhile)
+            erase(store.blobs, store.manifest)
+        erase(store.blobs, store.manifest)
+        assert not two.exists()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -137,3 +139,24 @@ def test_what_a_killed_writer_left_is_swept_and_a_living_ones_is_not(tmp_path: P
     (tmp_path / ".b.txt.x1y2.tmp").write_text("of an earlier version")
     sweep(tmp_path)
     assert not os.listdir(tmp_path)
+
+
+def test_no_other_module_writes_files_by_itself() -> None:
+    """Whatever does not go through `files` writes under a fixed, listed name, or not into a run folder at all."""
+    root = Path(str(resources.files("proper")))
+    opens = re.compile(
+        r"sqlite3\.connect\((?!\")|\.open\(\"[wax]|\.open\(.*\"(wb|ab)\"|\.write_(bytes|text)\(|save_(file|pretrained)\(|os\.open\("
+        r"|mkstemp|mkdtemp"
+    )
+    found = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if path.parent.name != "benchmarks" and any(opens.search(line) for line in path.read_text().splitlines())
+    }
+    assert found == {
+        "files.py",
+        *("adapters/blobs.py", "adapters/manifest.py", "adapters/store.py", "adapters/tombstones.py"),
+        *("people/database.py", "people/queue.py", "people/removal.py", "people/places.py"),  # listed names
+        *("data/database.py", "data/derive.py", "data/download.py", "models/tensors.py", "training/metrics_log.py"),
+        *("adapters/exchange.py", "inference/exchange.py", "training/population.py"),  # folders of their own
+    }

@@ -244,7 +244,8 @@ def erase(folder: Path, manifest: Manifest) -> None:
         raise StoreError(f"{error.filename or folder}: cannot be erased: {error.strerror or error}") from error
     with manifest.transaction():
         for row in noted:
-            manifest.write("DELETE FROM erasures WHERE id = ?", row[:1])
+            # All of the row: another process may have ended it already, and SQLite given its id to another one.
+            manifest.write("DELETE FROM erasures WHERE id = ? AND blob = ? AND offset IS ? AND length IS ?", row)
 
 
 def _erase_blob(path: Path, ranges: list[tuple[int | None, int]]) -> None:
