@@ -31,7 +31,7 @@ import verdict
 from beside import Beside
 from crowd import Crowd
 from faults import Saboteur
-from folk import LENGTHS, Archive, offline, prepare, says
+from folk import LENGTHS, Archive, labels_of, offline, prepare, says
 from ledger import Ledger
 from scene import Scene
 from server import Server, memory
@@ -49,19 +49,25 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="a run folder with all three stages; it is copied")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--askers", type=int, default=5, help="clients that ask without a pause")
     parser.add_argument("--disk", type=Path, help="where the copy lies; a mount point is filled to make its disk full")
     asked = parser.parse_args()
+    if labels_of(asked.run):
+        print(f"soak: {asked.run}: the run has task.labels and cannot answer with a code word", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory(prefix="proper-soak-", ignore_cleanup_errors=True) as scratch:
         home = asked.disk or Path(scratch)
-        ledger, told, wrong = soak(asked.run, Path(scratch), home / "run", asked.seconds, asked.seed)
+        ledger, told, wrong = soak(asked.run, Path(scratch), home / "run", asked.seconds, asked.seed, asked.askers)
     print(json.dumps(told, indent=2))
     if wrong:
-        lines = [f"soak: seed {asked.seed}, {asked.seconds:g} s:", *wrong[:40], f"{len(wrong)} wrong in all; done:"]
+        lines = [f"soak: seed {asked.seed}, {asked.seconds:g} s:", *verdict.grouped(wrong), "done:"]
         print("\n".join([*lines, *(f"{at:8.2f} s  {what}" for at, what in ledger.done)]), file=sys.stderr)
     return int(bool(wrong))
 
 
-def soak(run: Path, scratch: Path, folder: Path, seconds: float, seed: int) -> tuple[Ledger, dict[str, Any], list[str]]:
+def soak(
+    run: Path, scratch: Path, folder: Path, seconds: float, seed: int, askers: int
+) -> tuple[Ledger, dict[str, Any], list[str]]:
     """Prepare, run and judge; return all notes, a summary, and what is wrong."""
     pristine = scratch / "pristine" / "run"
     people = prepare(run, pristine)
@@ -78,13 +84,14 @@ def soak(run: Path, scratch: Path, folder: Path, seconds: float, seed: int) -> t
     spoiled.export(pristine, next(iter(people)), scratch / "exports")
     hidden = verdict.hidden(folder)
     server, archive = Server(folder, ROWS, SLOTS, *deadlines()), Archive(folder / "users")
+    archive.look()
     idle: list[socket.socket] = []
     samples: list[tuple[float, int, int]] = []
     server.start()
     ledger = Ledger()
     try:
         scene = Scene(server, folder, scratch / "exports", people, archive, ledger, threading.Event(), Random(seed))
-        threads = begin(scene, idle, seed, seconds, samples)
+        threads = begin(scene, idle, seed, seconds, askers, samples)
         for thread in threads:
             thread.join()
         wrong = verdict.at_rest(server)
@@ -108,7 +115,7 @@ def soak(run: Path, scratch: Path, folder: Path, seconds: float, seed: int) -> t
     wrong += verdict.refused_rightly(ledger) + verdict.bounded(samples)
     wrong += verdict.enough_done(ledger, archive, people)
     if wrong:
-        wrong += ["the server's last words:", *list(server.said)[-20:]]
+        wrong.append("\n  ".join(["the server's last words:", *list(server.said)[-20:]]))
     return ledger, summary(ledger, archive, server, samples, seed), wrong
 
 
@@ -120,7 +127,12 @@ def deadlines() -> list[str]:
 
 
 def begin(
-    scene: Scene, idle: list[socket.socket], seed: int, seconds: float, samples: list[tuple[float, int, int]]
+    scene: Scene,
+    idle: list[socket.socket],
+    seed: int,
+    seconds: float,
+    askers: int,
+    samples: list[tuple[float, int, int]],
 ) -> list[threading.Thread]:
     """Start all clients and faults; they end by themselves after `seconds`, the faults first."""
     server, ledger, archive, calm, stop = scene.server, scene.ledger, scene.archive, scene.stop, threading.Event()
@@ -154,7 +166,7 @@ def begin(
         stop.set()
 
     steps = {
-        **{f"asker-{at}": "ask" for at in range(5)},
+        **{f"asker-{at}": "ask" for at in range(askers)},
         "teacher-0": "teach",
         "teacher-1": "teach",
         "visitor": "visit",

@@ -42,6 +42,7 @@ class Crowd:
 
     def flood(self) -> None:
         """Many requests at once, some of them with a prompt near the limit of a body."""
+        self.scene.await_server()
         threads = [threading.Thread(target=self._flood_one, args=(at,)) for at in range(FLOODERS)]
         for thread in threads:
             thread.start()
@@ -67,6 +68,7 @@ class Crowd:
 
     def idlers(self) -> None:
         """Connections that never finish a request; they stay open until the server closes them."""
+        self.scene.await_server()
         address, opened = ("127.0.0.1", self.scene.server.port), 0
         for at in range(IDLERS):
             with suppress(OSError):  # the server is being started, or has enough

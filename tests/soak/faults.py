@@ -26,7 +26,7 @@ DAMAGED_SECONDS = 6.0
 """At most; until somebody was told of it, if that is sooner."""
 LIFE = 6
 """Rounds that a server lives: long enough to see whether its memory grows."""
-WORKER_SECONDS = 10.0
+WORKER_SECONDS = 60.0
 TRIES = 5
 """Adapters that are damaged one after another until somebody is told."""
 
@@ -69,14 +69,16 @@ class Saboteur:
         """No more writes for a while."""
         heal = self._fill_own_disk() if os.path.ismount(self.scene.folder.parent) else self._forbid_writes()
         self.scene.ledger.fault("disk full")
-        before, began = self.scene.ledger.replies["teach: 500 store"], self.scene.ledger.now
+        before, began = self._refused_writes(), self.scene.ledger.now
         while self.scene.ledger.now < began + FULL_SECONDS or (
-            self.scene.ledger.replies["teach: 500 store"] == before
-            and self.scene.ledger.now < began + 10 * FULL_SECONDS
+            self._refused_writes() == before and self.scene.ledger.now < began + 10 * FULL_SECONDS
         ):
             time.sleep(0.05)
         heal()
         self.scene.ledger.fault("disk has room")
+
+    def _refused_writes(self) -> int:
+        return sum(self.scene.ledger.replies[f"teach: {status} store"] for status in (500, 503))
 
     def _fill_own_disk(self) -> Callable[[], None]:
         filler = self.scene.folder.parent / "filler"

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+import httpx
 from folk import Archive
 from ledger import Ledger
 from server import Server
 
 CLI_SECONDS = 120.0
+UP_SECONDS = 300.0
+"""In which a server that was killed is back."""
 
 
 @dataclass
@@ -71,6 +74,17 @@ class Scene:
                 return False
             time.sleep(0.05)
         return True
+
+    def server_is_up(self) -> bool:
+        """Whether the server takes requests just now."""
+        try:
+            return httpx.get(f"{self.server.url}/readyz", timeout=10).is_success
+        except httpx.TransportError:
+            return False
+
+    def await_server(self) -> None:
+        """Wait for a server that was killed, so that what comes next meets one; go on without one if it stays away."""
+        self.wait(self.server_is_up, UP_SECONDS)
 
     def marker(self) -> str:
         """Return a text that occurs nowhere else: part of a user's id and texts, to look for after the deletion."""

@@ -5,6 +5,7 @@ Every function returns what is wrong, a line each. Knows nothing about how any o
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import time
@@ -26,8 +27,8 @@ SETTLE_SECONDS = 60.0
 """Within which deletions are over that were acknowledged before they were."""
 IDLE_SECONDS = 30.0
 """Within which the server closes connections that never finish a request."""
-LATE = ("500 store", "503 store", "503 busy")
-"""Replies to a write that the store could not take just then."""
+LATE = ("500 store", "503 store", "503 busy", "503 keys", "429 rate_limited")
+"""Replies to a write that the store could not take just then; the clients send it again."""
 FAULTS = (
     *("worker killed", "server back", "disk has room", "adapter damaged"),
     *("import tried", "slot spoiled", "deleted by the command line"),
@@ -123,7 +124,7 @@ def _asked(one: Answer) -> Asked:
 def refused_rightly(ledger: Ledger) -> list[str]:
     """Replies that faults explain: none at all, a server that stops, a log that cannot be written."""
     fair = ("200", "202", "left", "cut off", "Error", "409 user_exists", "404 user_not_found", "409 no_version")
-    writes = ("teach", "teach again", "enrol", "delete", "rollback", "read", "versions")
+    writes = ("teach", "teach again", "enrol", "delete", "rollback", "read", "versions", "deletion")
     wrong = []
     for what, count in sorted(ledger.replies.items()):
         name, _, said = what.partition(": ")
@@ -194,7 +195,7 @@ def enough_done(ledger: Ledger, archive: Archive, people: Mapping[str, str]) -> 
         "a client that left": bool(ledger.replies["stream: left"]),
         "an answer that was cut off": any("Error" in what for what in ledger.replies),
         "an interaction": any(user in people for user, _ in ledger.acknowledged),
-        "a write on a full disk": any("500 store" in what for what in ledger.replies),
+        "a write on a full disk": any("500 store" in what or "503 store" in what for what in ledger.replies),
         "a big prompt that was refused": any(what.startswith("flood of big prompts: 4") for what in ledger.replies),
         **{
             fault: any(what == fault or what.startswith(f"{fault}:") or what.startswith(f"{fault},") for what in done)
@@ -221,3 +222,11 @@ def bounded(samples: Sequence[tuple[float, int, int]]) -> list[str]:
         if last > 1.15 * first + (128 << 20):
             wrong.append(f"process {pid} grew from {first >> 20} to {last >> 20} MiB")
     return wrong
+
+
+def grouped(wrong: Sequence[str]) -> list[str]:
+    """Return the lines with those that differ in numbers and markers only as one, so that every kind is seen."""
+    kinds: dict[str, list[str]] = {}
+    for line in wrong:
+        kinds.setdefault(re.sub(r"[0-9a-f]{16}|[0-9]+", "#", line)[:100], []).append(line)
+    return [first if not more else f"{first} (and {len(more)} more like it)" for first, *more in kinds.values()]
