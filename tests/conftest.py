@@ -201,7 +201,7 @@ def tiny_run(
     bank.values.copy_(0.2 * torch.randn(bank.values.shape, generator=draw))
     vectors = 0.5 * torch.randn(10, 16, generator=draw)
     groups = {**model.group_parameters(), "mean_embedding": vectors[9]}
-    save_tensors(folder / "groups" / "groups.safetensors", groups, {})
+    save_tensors(folder / "groups" / "groups.safetensors", groups, {"modules": list(model.layers)})
     save_tensors(folder / "users" / "router.safetensors", model.router_parameters(), {})
     store = AdapterStore(folder / "users")
     adapters = [bank.layout.unpack(bank.values[slot]) for slot in range(8)]
@@ -209,5 +209,5 @@ def tiny_run(
     store.put([UserRecord("group", "groups", vectors[8])])
     store.close()
     for stage in ("population", "groups", "users"):
-        write_json(folder / stage / "stage.json", {"seed": 0})
+        write_json(folder / stage / "stage.json", {"seed": 0, "backbone": made.digest})
     return folder

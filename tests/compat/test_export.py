@@ -237,6 +237,12 @@ def test_another_backbone_population_or_groups_is_refused_with_the_reason(
     refused("population")
 
 
+def test_a_stage_that_names_no_backbone_is_refused_in_one_line(copy: Path, targets: list[str], tmp_path: Path) -> None:
+    write_json(copy / "groups" / "stage.json", {"seed": 0})
+    with pytest.raises(RunFolderError, match=r"groups/stage\.json: key 'backbone' is missing"):
+        export_user(copy, targets[0], tmp_path / "out")
+
+
 def test_another_router_is_told(run: Path, copy: Path, targets: list[str], tmp_path: Path) -> None:
     export_user(run, targets[0], tmp_path / "out")
     (copy / "users" / "router.safetensors").unlink()

@@ -16,8 +16,9 @@ import pytest
 SOAK = Path(__file__).parents[1] / "soak"
 
 
-def soak(run: Path, seconds: float, seed: int) -> dict[str, Any]:
-    command = [sys.executable, str(SOAK), str(run), "--seconds", str(seconds), "--seed", str(seed)]
+def soak(run: Path, seconds: float, seed: int, *more: str) -> dict[str, Any]:
+    options = ["--seconds", str(seconds), "--seed", str(seed), *more]
+    command = [sys.executable, str(SOAK), str(run), *options]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 1500)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     told: dict[str, Any] = json.loads(ended.stdout)
@@ -26,8 +27,16 @@ def soak(run: Path, seconds: float, seed: int) -> dict[str, Any]:
 
 @pytest.mark.timeout(1600)
 def test_half_a_minute(tiny_run: Path) -> None:
-    told = soak(tiny_run, 20, 0)
+    told = soak(tiny_run, 20, 0, "--askers", "2")
     assert told["answers"] > 100 and told["acknowledged"] > 10
+
+
+def test_a_run_with_labels_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("task: {labels: ['yes', 'no']}\n", encoding="utf-8")
+    ended = subprocess.run([sys.executable, str(SOAK), str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and not ended.stdout
+    line = f"soak: {tmp_path}: the run has task.labels and cannot answer with a code word"
+    assert ended.stderr.splitlines()[-1] == line and "Traceback" not in ended.stderr
 
 
 @pytest.mark.slow

@@ -45,6 +45,12 @@ def target(word: str) -> str:
     return " ".join([word] * (max(LENGTHS) + 4))
 
 
+def labels_of(run: Path) -> list[str]:
+    """Return the labels that a run's task answers with; none where it writes text."""
+    raw = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    return list(raw.get("task", {}).get("labels") or ())
+
+
 def prepare(run: Path, folder: Path) -> dict[str, str]:
     """Copy a run to `folder` and teach its new users; return their words by user."""
     shutil.copytree(run, folder)

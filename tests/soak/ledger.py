@@ -45,7 +45,8 @@ class Ledger:
     Attributes:
         sent: interactions by user and id, with their target; noted before they are sent.
         acknowledged: those of them whose receipt was confirmed.
-        deleted: users whose deletion was confirmed, and those for whom it was asked.
+        deleted: users whose deletion was confirmed, and those for whom it was asked; where the id of one has a "-",
+            what follows the last is in no other user's id or texts.
         guests: users who came in the meantime, with their words.
         replies: how often each route gave each reply.
         wrong: what must not be.

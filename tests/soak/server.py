@@ -27,12 +27,12 @@ class Server:
         ended: exit codes of those that were stopped.
     """
 
-    def __init__(self, folder: Path, rows: int, slots: int) -> None:
+    def __init__(self, folder: Path, rows: int, slots: int, *extra: str) -> None:
         with closing(socket.create_server(("127.0.0.1", 0))) as free:
             self.port = int(free.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
         options = ("--port", str(self.port), "--rows", str(rows), "--slots", str(slots))
-        self._command = [sys.executable, "-m", "proper", "serve", str(folder), *options]
+        self._command = [sys.executable, "-m", "proper", "serve", str(folder), *options, *extra]
         self._process: subprocess.Popen[str] | None = None
         self.said: deque[str] = deque(maxlen=400)
         self.starts = 0

@@ -18,6 +18,8 @@ from ledger import Answer, Ledger
 
 PAUSE = 0.15
 """Seconds before something is tried again."""
+DELETION_SECONDS = 300.0
+"""Within which a deletion that was acknowledged is done, a killed server's start included."""
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Client:
         again = False
         while True:
             reply = self.send(what, method, path, body)
-            if reply is not None and reply.status_code < 500:
+            if reply is not None and reply.status_code < 500 and reply.status_code != 429:
                 return reply, again
             again = True
             if self.stop.wait(PAUSE):
@@ -153,7 +155,7 @@ class Client:
         self.hand_in(user, word, ids)
         if self.random.random() < 0.2:
             reply, _ = self.insist("teach again", "POST", f"/v1/users/{user}/interactions", lesson(word, ids))
-            if reply is not None and reply.json()["accepted"]:
+            if reply is not None and reply.is_success and reply.json()["accepted"]:
                 self.ledger.amiss(f"{user}: {ids} were acknowledged before, and are new again")
         self.stop.wait(self.random.uniform(0.1, 0.6))
 
@@ -175,21 +177,24 @@ class Client:
 
     def visit(self) -> None:
         """Enrol somebody; see them fitted or not; sometimes delete them, sometimes take a version back."""
-        user = f"guest {self.name}/{len(self.ledger.guests)}"
-        word, ids = GUESTS[len(self.ledger.guests) % len(GUESTS)], ["a", "b"]
-        for one in ids:
-            self.ledger.sent[user, one] = target(word)
-        reply, again = self.insist("enrol", "POST", "/v1/users", {"user": user, **lesson(word, ids)})
+        marker = f"{self.random.getrandbits(64):016x}"
+        user = f"guest {self.name}/{len(self.ledger.guests)}-{marker}"
+        word, ids = GUESTS[len(self.ledger.guests) % len(GUESTS)], [f"a-{marker}", f"b-{marker}"]
+        body = lesson(word, ids, marker)
+        for one in body["interactions"]:
+            self.ledger.sent[user, one["id"]] = one["output"]
+        reply, again = self.insist("enrol", "POST", "/v1/users", {"user": user, **body})
         if reply is None:
             return
         if reply.status_code != 200 and not (again and reply.json()["error"]["code"] == "user_exists"):
             self.ledger.amiss(f"{user} could not be enrolled: {reply.text}")
+            self.stop.wait(1)
             return
         # Whoever is there after no reply is there with all that was sent.
         self.ledger.acknowledged |= {(user, one) for one in ids}
         self.ledger.guests[user] = word
         for _ in range(self.random.randrange(30)):
-            card = self.send("read", "GET", f"/v1/users/{_path(user)}")
+            card = self.send("read", "GET", f"/v1/users/{path_of(user)}")
             if card is not None and card.is_success and card.json()["fit"]["state"] in ("done", "failed"):
                 break
             if self.stop.wait(0.2):
@@ -202,29 +207,46 @@ class Client:
     def delete(self, user: str) -> None:
         """Delete a user, and see that nothing of theirs answers any more."""
         self.ledger.deleted.add(user)
-        reply, again = self.insist("delete", "DELETE", f"/v1/users/{_path(user)}")
+        reply, again = self.insist("delete", "DELETE", f"/v1/users/{path_of(user)}")
         if reply is None:
             return
-        if reply.status_code != 200 and not (again and reply.status_code == 404):
+        if reply.status_code not in (200, 202) and not (again and reply.status_code == 404):
             self.ledger.amiss(f"{user} could not be deleted: {reply.text}")
+        if reply.status_code == 202:
+            self.await_deletion(user, reply.json()["id"])
         answer = self.whole(user, LENGTHS[0])
         if answer is not None and (answer.tier, answer.version) != ("none", None):
             self.ledger.amiss(f"{user} was deleted and still answers: {answer}")
 
+    def await_deletion(self, user: str, job: str) -> None:
+        """Ask how far a deletion is until it is done; it may not take for ever."""
+        deadline = self.ledger.now + DELETION_SECONDS
+        while self.ledger.now < deadline:
+            state = self.send("deletion", "GET", f"/v1/deletions/{job}")
+            if state is not None and state.is_success and state.json()["state"] == "done":
+                return
+            if state is not None and state.status_code == 404:
+                self.ledger.amiss(f"the deletion of {user} was acknowledged and is not known: {state.text}")
+                return
+            if self.stop.wait(PAUSE):
+                return
+        self.ledger.amiss(f"the deletion of {user} is not done after {DELETION_SECONDS:g} s")
+
     def take_back(self, user: str) -> None:
         """Go back a version, where there is one to go back to."""
-        held = self.send("versions", "GET", f"/v1/users/{_path(user)}/versions")
-        reply = self.send("rollback", "POST", f"/v1/users/{_path(user)}/rollback", {})
+        held = self.send("versions", "GET", f"/v1/users/{path_of(user)}/versions")
+        reply = self.send("rollback", "POST", f"/v1/users/{path_of(user)}/rollback", {})
         if held is None or reply is None or not held.is_success:
             return
         if reply.status_code == 409 and len(held.json()["data"]) > 1:
             self.ledger.amiss(f"{user} has versions {held.text}, and none to go back to: {reply.text}")
 
 
-def lesson(word: str, ids: Sequence[str]) -> dict[str, Any]:
-    """Return the body that hands in these interactions."""
-    return {"interactions": [{"id": one, "input": PROMPT, "output": target(word)} for one in ids]}
+def lesson(word: str, ids: Sequence[str], marker: str = "") -> dict[str, Any]:
+    """Return the body that hands in these interactions; their outputs end with the marker."""
+    return {"interactions": [{"id": one, "input": PROMPT, "output": f"{target(word)} {marker}".strip()} for one in ids]}
 
 
-def _path(user: str) -> str:
+def path_of(user: str) -> str:
+    """Return a user id as a part of a path."""
     return user.replace(" ", "%20").replace("/", "%2F")

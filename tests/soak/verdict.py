@@ -5,12 +5,16 @@ Every function returns what is wrong, a line each. Knows nothing about how any o
 
 from __future__ import annotations
 
+import re
+import socket
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from crowd import still_open
 from folk import PROMPT, Archive, Asked, offline, says
 from ledger import Answer, Ledger
 from server import Server
@@ -19,6 +23,18 @@ from proper.adapters.store import AdapterStore
 from proper.people.log import InteractionLog
 
 REST_SECONDS = 600.0
+SETTLE_SECONDS = 60.0
+"""Within which deletions are over that were acknowledged before they were."""
+IDLE_SECONDS = 30.0
+"""Within which the server closes connections that never finish a request."""
+LATE = ("500 store", "503 store", "503 busy", "503 keys", "429 rate_limited")
+"""Replies to a write that the store could not take just then; the clients send it again."""
+FAULTS = (
+    *("worker killed", "server back", "disk has room", "adapter damaged"),
+    *("import tried", "slot spoiled", "deleted by the command line"),
+    *("lock held: interactions.sqlite", "lock held: users.sqlite"),
+    *("flood", "idle connections", "second server"),
+)
 
 
 def at_rest(server: Server) -> list[str]:
@@ -107,15 +123,62 @@ def _asked(one: Answer) -> Asked:
 
 def refused_rightly(ledger: Ledger) -> list[str]:
     """Replies that faults explain: none at all, a server that stops, a log that cannot be written."""
-    fair = ("200", "left", "cut off", "Error", "409 user_exists", "404 user_not_found", "409 no_version")
-    writes = ("teach", "teach again", "enrol", "delete", "rollback", "read", "versions")
+    fair = ("200", "202", "left", "cut off", "Error", "409 user_exists", "404 user_not_found", "409 no_version")
+    writes = ("teach", "teach again", "enrol", "delete", "rollback", "read", "versions", "deletion")
     wrong = []
     for what, count in sorted(ledger.replies.items()):
         name, _, said = what.partition(": ")
-        if said.endswith(fair) or (name in writes and said == "500 store") or "stopping" in said:
+        if name.startswith("flood") and said.split()[0] in ("400", "413", "429", "503"):
+            continue
+        if said.endswith(fair) or (name in writes and said in LATE) or "stopping" in said:
             continue
         wrong.append(f"{count} times {what}")
     return wrong
+
+
+def idle_closed(idle: Sequence[socket.socket]) -> list[str]:
+    """The server has closed all connections that never finished a request, and goes on answering; closes them here."""
+    deadline = time.monotonic() + IDLE_SECONDS
+    while (count := still_open(idle)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    for one in idle:
+        one.close()
+    return [f"{count} connections that never finished a request are still open"] if count else []
+
+
+def settled(folder: Path, ledger: Ledger) -> list[str]:
+    """While the server runs, deletions that were promised come to their end."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while (left := _traces(folder, ledger)) and time.monotonic() < deadline:
+        time.sleep(2)
+    return [f"after {SETTLE_SECONDS:g} s beside the running server: {line}" for line in left]
+
+
+def nothing_left(folder: Path, ledger: Ledger, hidden_before: set[Path]) -> list[str]:
+    """No byte and no file name of the run has a deleted user's marker; no temporary file is there."""
+    new = sorted(hidden(folder) - hidden_before)
+    return [f"left behind: {line}" for line in [*_traces(folder, ledger), *map(str, new)]]
+
+
+def hidden(folder: Path) -> set[Path]:
+    """Return all files and folders whose name begins with a dot: what atomic writes are made of."""
+    return {path for path in folder.rglob(".*")}
+
+
+def _traces(folder: Path, ledger: Ledger) -> list[str]:
+    # A process of its own reads: closing a database's file here would give up the locks that SQLite holds on it.
+    markers = [user.rpartition("-")[2] for user in ledger.deleted if "-" in user]
+    if not markers:
+        return []
+    names = [str(path) for path in folder.rglob("*") if any(marker in path.name for marker in markers)]
+    patterns = "\n".join(markers)
+    command = ["grep", "--recursive", "--text", "--only-matching", "--fixed-strings", "--file=-", str(folder)]
+    found = subprocess.run(command, input=patterns, capture_output=True, text=True, errors="replace")
+    if found.returncode == 2 and "No such file" not in found.stderr:
+        return [f"grep cannot read the run: {found.stderr}"]
+    owner = {user.rpartition("-")[2]: user for user in ledger.deleted}
+    hits = sorted({tuple(line.rsplit(":", 1)) for line in found.stdout.splitlines()})
+    return [*names, *(f"{owner.get(marker, marker)!r} in {path}" for path, marker in hits)]
 
 
 def enough_done(ledger: Ledger, archive: Archive, people: Mapping[str, str]) -> list[str]:
@@ -132,8 +195,12 @@ def enough_done(ledger: Ledger, archive: Archive, people: Mapping[str, str]) -> 
         "a client that left": bool(ledger.replies["stream: left"]),
         "an answer that was cut off": any("Error" in what for what in ledger.replies),
         "an interaction": any(user in people for user, _ in ledger.acknowledged),
-        "a write on a full disk": any("500 store" in what for what in ledger.replies),
-        **{fault: fault in done for fault in ("worker killed", "server back", "disk has room")},
+        "a write on a full disk": any("500 store" in what or "503 store" in what for what in ledger.replies),
+        "a big prompt that was refused": any(what.startswith("flood of big prompts: 4") for what in ledger.replies),
+        **{
+            fault: any(what == fault or what.startswith(f"{fault}:") or what.startswith(f"{fault},") for what in done)
+            for fault in FAULTS
+        },
     }
     return [f"in all the time there was not {what}" for what, there in happened.items() if not there]
 
@@ -155,3 +222,11 @@ def bounded(samples: Sequence[tuple[float, int, int]]) -> list[str]:
         if last > 1.15 * first + (128 << 20):
             wrong.append(f"process {pid} grew from {first >> 20} to {last >> 20} MiB")
     return wrong
+
+
+def grouped(wrong: Sequence[str]) -> list[str]:
+    """Return the lines with those that differ in numbers and markers only as one, so that every kind is seen."""
+    kinds: dict[str, list[str]] = {}
+    for line in wrong:
+        kinds.setdefault(re.sub(r"[0-9a-f]{16}|[0-9]+", "#", line)[:100], []).append(line)
+    return [first if not more else f"{first} (and {len(more)} more like it)" for first, *more in kinds.values()]

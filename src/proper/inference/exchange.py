@@ -130,14 +130,17 @@ def run_origin(folder: Path) -> dict[str, str]:
     """Return what this run's adapters belong to: hashes of what they were trained on, their rank and their scale.
 
     Raises:
-        RunFolderError: stages 1 and 2 are not there.
+        RunFolderError: stages 1 and 2 are not there, or do not name their backbone.
     """
     config = _config(folder)
     marker = folder / "groups" / "stage.json"
     if not marker.is_file():
         raise RunFolderError(f"{folder}: stage 'groups' is not there; run: proper run CONFIG --out {folder}")
+    facts = read_json(marker)
+    if not isinstance(facts, dict) or "backbone" not in facts:
+        raise RunFolderError(f"{marker}: key 'backbone' is missing; the stage has to be trained again")
     return {
-        "backbone": str(read_json(marker)["backbone"]),
+        "backbone": str(facts["backbone"]),
         "population": _hash(folder / "population" / "adapter_model.safetensors"),
         "groups": _hash(folder / "groups" / "groups.safetensors"),
         "rank": str(config.users.rank),
