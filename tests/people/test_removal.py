@@ -146,7 +146,7 @@ def test_no_other_module_writes_files_by_itself() -> None:
     root = Path(str(resources.files("proper")))
     opens = re.compile(
         r"sqlite3\.connect\((?!\")|\.open\(\"[wax]|\.open\(.*\"(wb|ab)\"|\.write_(bytes|text)\(|save_(file|pretrained)\(|os\.open\("
-        r"|mkstemp|mkdtemp"
+        r"|open_private\(|mkstemp|mkdtemp"
     )
     found = {
         path.relative_to(root).as_posix()
