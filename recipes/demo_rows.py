@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from proper.data.batching import Batch, Encoded, Encoder, collate
+from proper.data.batching import Batch, EncodedExample, Encoder, collate
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.models.personal import answer_loss
 
-Rows = dict[str, list[Encoded]]
+Rows = dict[str, list[EncodedExample]]
 """Each person's interactions in tokens, oldest first."""
 
 

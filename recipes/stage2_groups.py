@@ -26,13 +26,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from proper.data.batching import Batch, Encoder, collate, number_users
-from proper.layers.adapted import AdaptedLinear
-from proper.layers.constraint import user_cosine
-from proper.layers.mixture import Experts
+from proper.layers.batch_context import BatchContext, RowContext
+from proper.layers.experts import Experts
+from proper.layers.personalized_linear import AdaptedLinear
 from proper.layers.routers import UserAwareRouter
-from proper.layers.routing import Routing, Rows
+from proper.layers.routing_losses import user_cosine
 from proper.models import load_backbone
-from proper.models.merge import apply_population
+from proper.models.peft_merge import apply_population
 from proper.models.personal import answer_logits, answer_loss
 from proper.models.targets import find_targets
 from proper.models.tensors import save_tensors
@@ -61,7 +61,7 @@ def main() -> None:
     apply_population(backbone, OUT / "population")  # W <- W + s B A
 
     # Beside each FFN projection W: the experts and their router. `routing` tells all of them who owns each row.
-    routing = Routing()
+    routing = BatchContext()
     trained: dict[str, Parameter] = {}
     for name, (inputs, outputs) in find_targets(backbone.model, "ffn").items():
         layer = AdaptedLinear(name, backbone.model.get_submodule(name), inputs, outputs, routing)
@@ -75,7 +75,7 @@ def main() -> None:
 
     def logits_of(batch: Batch) -> Tensor:
         owners = embeddings[[people[user] for user in batch.users]]
-        with routing.use(Rows("groups", embedding=owners)):
+        with routing.use(RowContext("groups", embedding=owners)):
             return answer_logits(backbone.model, batch)
 
     def show(when: str) -> None:
@@ -98,7 +98,7 @@ def main() -> None:
             index = torch.tensor([people[user] for user in present])
             e = embeddings[index].requires_grad_()
             users = torch.tensor(owner)
-            with routing.use(Rows("groups", embedding=e[users], users=users, mask=batch.attention_mask.bool())):
+            with routing.use(RowContext("groups", embedding=e[users], users=users, mask=batch.attention_mask.bool())):
                 logits = answer_logits(backbone.model, batch)
             total, tokens = answer_loss(logits, batch.labels)
             loss = total.sum() / tokens.sum()

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from proper.data.batching import Batch, Encoder, collate
-from proper.layers.adapted import AdaptedLinear
 from proper.layers.bank import AdapterBank, Layout
-from proper.layers.mixture import Experts
+from proper.layers.batch_context import BatchContext, RowContext
+from proper.layers.experts import Experts
+from proper.layers.personalized_linear import AdaptedLinear
 from proper.layers.routers import UserAwareRouter
-from proper.layers.routing import Routing, Rows
 from proper.models import load_backbone
-from proper.models.merge import apply_population
+from proper.models.peft_merge import apply_population
 from proper.models.personal import answer_logits, answer_loss
 from proper.models.targets import find_targets
 from proper.models.tensors import load_tensors, save_tensors
@@ -57,7 +57,7 @@ def main() -> None:
     embeddings = groups.pop("embeddings")  # e_u, not trained any more
 
     # The group model as stage 2 left it.
-    routing, layers = Routing(), []
+    routing, layers = BatchContext(), []
     frozen: dict[str, Parameter] = {}
     shapes = find_targets(backbone.model, "ffn")
     for name, (inputs, outputs) in shapes.items():
@@ -81,7 +81,7 @@ def main() -> None:
 
     def logits_of(batch: Batch) -> Tensor:
         slots = torch.tensor([people[user] for user in batch.users])
-        with routing.use(Rows("fit", embedding=embeddings[slots], slots=slots)):
+        with routing.use(RowContext("fit", embedding=embeddings[slots], slots=slots)):
             return answer_logits(backbone.model, batch)
 
     def show(when: str) -> None:

@@ -15,15 +15,15 @@ from proper.data.dataset import Dataset
 from proper.evaluation.comparisons import Scores, comparison_rows
 from proper.evaluation.metrics import Prediction, TaskInfo, primary_metric
 from proper.evaluation.power import expected_power
-from proper.evaluation.results import Evidence, Predictions, build_results, plain, require_same_queries, score_all
+from proper.evaluation.results import Predictions, RawResults, build_results, plain, require_same_queries, score_all
 from proper.evaluation.routing import analyze_routing
 from proper.evaluation.runner import mean_gates, read_predictions
 from proper.evaluation.slices import history_slices
 from proper.files import read_json
 from proper.inference.personalized import load
-from proper.methods.method import Method, Place
+from proper.methods.derived_runs import find_place
+from proper.methods.spec import Method, TrainedRun
 from proper.methods.table import known_methods
-from proper.methods.variants import find_place
 from proper.pipeline import seed_folder
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def small(results: Mapping[str, Any]) -> dict[str, Any]:
 def routing_of(method: Method, home: Path, config: Config, dataset: Dataset) -> dict[str, Any]:
     """Return the routing figures of a method that ends with groups, of the first seed."""
     opened: dict[Path, Dataset] = {}
-    run = Place(config, dataset, home, config.evaluation.seeds[0])
+    run = TrainedRun(config, dataset, home, config.evaluation.seeds[0])
     place = find_place(method, run, home, opened)
     users = list(dataset.users("target"))
     ids = [user.id for user in users]
@@ -106,7 +106,7 @@ def of_task(job: Job, predictions: Predictions, asked: str, kind: str, run: Mapp
         for seed, by_method in predictions.items()
     }
     task = TaskInfo(asked.lower(), kind, _labels(kind, part))  # type: ignore[arg-type]
-    results = build_results(Evidence(predictions=part, task=task, run=run, seconds={}))
+    results = build_results(RawResults(predictions=part, task=task, run=run, seconds={}))
     return {
         **results,
         "comparisons": [*results["comparisons"], *_against(job, score_all(part, task), task, results["comparisons"])],

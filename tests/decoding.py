@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 from transformers import GenerationConfig
 
-from proper.inference.kv import RowCache
-from proper.inference.passes import decode, pad_left, prefill
+from proper.inference.forward import decode, pad_left, prefill
+from proper.inference.kv_cache import RowCache
 from proper.inference.personalized import PersonalizedModel
 from proper.inference.sampling import Sampling
-from proper.layers.routing import Rows
+from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel
 
 
 def theirs(
-    model: ProperModel, prompts: Sequence[Sequence[int]], rows: Rows, sampling: Sampling, end: int | None = None
+    model: ProperModel, prompts: Sequence[Sequence[int]], rows: RowContext, sampling: Sampling, end: int | None = None
 ) -> list[list[int]]:
     """Continue each prompt until its end token with transformers' `generate`; the draws are those of one row alone."""
     ids, mask = pad_left(prompts, model.backbone.pad_id, model.device)
@@ -47,7 +47,7 @@ def alone(model: PersonalizedModel, prompt: str, user: str | None, sampling: Sam
     return text.strip()
 
 
-def ours(model: ProperModel, prompts: Sequence[Sequence[int]], rows: Rows, steps: int) -> list[list[int]]:
+def ours(model: ProperModel, prompts: Sequence[Sequence[int]], rows: RowContext, steps: int) -> list[list[int]]:
     """The likeliest `steps` tokens after each prompt, an end token like any other, from the engine's passes."""
     cache = RowCache(len(prompts), max(map(len, prompts)) + steps)
     with torch.no_grad():

@@ -20,7 +20,7 @@ from proper.cli.app import main
 from proper.config import Config, make_config
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.errors import ConfigError, RunFolderError
-from proper.people.places import files_of
+from proper.interactions.personal_files import files_of
 from proper.run_files import STORES
 
 DOCUMENTED = (

@@ -13,13 +13,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from proper.library import load
+    from proper.api import load
     from proper.pipeline import run
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "run"]
 
-_HOME = {"load": "proper.library", "run": "proper.pipeline"}
+_HOME = {"load": "proper.api", "run": "proper.pipeline"}
 
 
 def __getattr__(name: str) -> Any:

@@ -29,13 +29,13 @@ from proper.evaluation.harness import Harness
 from proper.evaluation.power import Power, expected_power
 from proper.evaluation.side_by_side import compare_runs
 from proper.files import private_folder, write_text
-from proper.methods.judge import judging
+from proper.interactions.deletion import working
+from proper.interactions.personal_files import remove_deleted
+from proper.methods.evaluate import evaluating
 from proper.methods.table import known_methods
 from proper.models.backbone import configured_backbone
 from proper.models.targets import find_targets
 from proper.models.tokenizer import configured_encoder
-from proper.people.places import remove_deleted
-from proper.people.removal import working
 from proper.reports.compare import write_comparison
 from proper.reports.html import write_report
 from proper.reports.methods import write_methods_csv
@@ -143,7 +143,7 @@ def _evaluate(folder: Path, methods: Sequence[str] | None) -> dict[str, Any]:
     with (
         working(folder),
         Dataset.open(folder / "data.sqlite") as dataset,
-        judging(config, dataset, folders) as judge,
+        evaluating(config, dataset, folders) as judge,
     ):
         results = Harness(config, dataset, folders).evaluate(judge.contenders(chosen))
         write_methods_csv(folder)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from proper.adapters.exchange import FACTS, read_user, write_user
 from proper.adapters.store import UserRecord
 from proper.errors import InputError
+from proper.export.user_archive import FACTS, read_user, write_user
 
 ORIGIN = {"backbone": "b", "groups": "g", "rank": "2"}
 ODD = ["../../etc/passwd", "a/b\\c", "🦊 𝔘ser", "", ".", "x" * 1000, 'say "hi"\n']

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from proper.adapters import blobs
+from proper.adapters import shards
 from proper.adapters.load import RowLoader
-from proper.adapters.quantize import Storage, encode
+from proper.adapters.quantization import Storage, encode
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import StoreError
 from proper.layers.bank import Layout
@@ -40,9 +40,9 @@ def test_every_form_into_every_slot(
 
 @pytest.mark.parametrize("slot", [torch.float32, torch.bfloat16])
 def test_adapters_of_several_pieces(tmp_path: Path, slot: torch.dtype) -> None:
-    layout = Layout.of({"h.0.up": (blobs.CHUNK // 3, 5), "h.1.up": (blobs.CHUNK // 3, 5)}, 3)
+    layout = Layout.of({"h.0.up": (shards.CHUNK // 3, 5), "h.1.up": (shards.CHUNK // 3, 5)}, 3)
     row = torch.randn(layout.width, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert row.numel() * 2 > 2 * blobs.CHUNK and row.numel() * 2 % blobs.CHUNK
+    assert row.numel() * 2 > 2 * shards.CHUNK and row.numel() * 2 % shards.CHUNK
     store = AdapterStore(tmp_path)
     store.put([UserRecord("a", "users", torch.zeros(1), layout.unpack(row))])
     found = torch.zeros(layout.width, dtype=slot)

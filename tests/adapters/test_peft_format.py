@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from proper.adapters.peft_format import (
+from proper.errors import InputError
+from proper.export.peft_format import (
     RANKS,
     Lora,
     adapter_config,
@@ -22,7 +23,6 @@ from proper.adapters.peft_format import (
     to_peft,
     uniform,
 )
-from proper.errors import InputError
 from proper.layers.bank import AdapterBank, Layout
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

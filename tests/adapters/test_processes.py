@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from proper.adapters.blobs import erase
-from proper.adapters.check import check
-from proper.adapters.compact import compact
+from proper.adapters.compaction import compact
+from proper.adapters.integrity import check
+from proper.adapters.shards import erase
 from proper.adapters.store import AdapterStore
 
 WORKER = Path(__file__).with_name("store_worker.py")
@@ -133,7 +133,7 @@ def test_an_erasure_that_another_process_ended_takes_no_other_with_it(
                 store.manifest.erase_later(two.name, None, None)
 
         with monkeypatch.context() as patched:
-            patched.setattr("proper.adapters.blobs.sync_folder", meanwhile)
+            patched.setattr("proper.adapters.shards.sync_folder", meanwhile)
             erase(store.blobs, store.manifest)
         erase(store.blobs, store.manifest)
         assert not two.exists()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from proper.adapters.check import check
+from proper.adapters.integrity import check
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import StoreError
 

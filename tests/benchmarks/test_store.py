@@ -11,7 +11,7 @@ import torch
 from proper.benchmarks import store_load
 from proper.benchmarks.store import run
 from proper.benchmarks.store_many import PAYLOAD, many_figures
-from proper.benchmarks.timing import Side, interleaved
+from proper.benchmarks.timing import TimedSide, interleaved
 from proper.layers.bank import Layout
 
 PROMISED = [
@@ -39,9 +39,9 @@ def test_many_users(tmp_path: Path) -> None:
 def test_sides_take_turns_and_what_follows_a_rare_one_is_not_counted() -> None:
     calls: list[str] = []
     sides = {
-        "a": Side(lambda at: calls.append(f"a{at}")),
-        "b": Side(lambda at: calls.append(f"b{at}"), prepare=lambda at: calls.append("-")),
-        "c": Side(lambda at: calls.append(f"c{at}"), every=2),
+        "a": TimedSide(lambda at: calls.append(f"a{at}")),
+        "b": TimedSide(lambda at: calls.append(f"b{at}"), prepare=lambda at: calls.append("-")),
+        "c": TimedSide(lambda at: calls.append(f"c{at}"), every=2),
     }
     said: list[str] = []
     seconds = interleaved(sides, repeats=4, say=said.append)

@@ -9,9 +9,9 @@ from proper.benchmarks import users as benchmark
 from proper.benchmarks.groups import LoopedExperts
 from proper.benchmarks.oppu import train_one_by_one
 from proper.config import GroupsConfig, UsersConfig
-from proper.layers.mixture import Experts
+from proper.layers.experts import Experts
 
-SIZE = benchmark.Size(users=6, items=5, alone=2, repeats=1)
+SIZE = benchmark.UsersBenchSize(users=6, items=5, alone=2, repeats=1)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_oppus_way_trains_the_same_shape_and_leaves_the_model_as_it_was(bench: b
 
 
 def test_figures_and_setting() -> None:
-    found = benchmark.run(benchmark.Size(users=4, items=2, alone=1, repeats=1), "cpu", lambda line: None)
+    found = benchmark.run(benchmark.UsersBenchSize(users=4, items=2, alone=1, repeats=1), "cpu", lambda line: None)
     sides = ("oppu", "one_slot", "ceiling")
     ratios = {f"mixed_over_{side}{form}" for side in sides for form in ("", "_experts")}
     assert set(found["figures"]) == ratios | {"padding", "peak_memory_bytes"}

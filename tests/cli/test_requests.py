@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proper.cli.requests import Request, final_prompts, from_fields, from_file
+from proper.cli.requests import PromptRequest, final_prompts, from_fields, from_file
 from proper.data.templates import parse_template
 from proper.errors import DataError, InputError
 
 
 def test_fields_keep_all_after_the_first_equals_sign() -> None:
     request = from_fields("u7", ["text=a=b", " label =", "n=3"])
-    assert request == Request("u7", None, {"text": "a=b", "label": "", "n": "3"}, "--field")
+    assert request == PromptRequest("u7", None, {"text": "a=b", "label": "", "n": "3"}, "--field")
 
 
 @pytest.mark.parametrize("field", ["text", "=x", " =x"])
@@ -31,9 +31,9 @@ def test_a_file_holds_prompts_and_fields_of_many_users(tmp_path: Path) -> None:
         '{"user_id": "u7", "prompt": "Hello"}\n\n{"user_id": 9, "text": "Tram"}\n{"prompt": ""}\n', encoding="utf-8"
     )
     assert from_file(path) == [
-        Request("u7", "Hello", {}, f"{path}:1"),
-        Request("9", None, {"text": "Tram"}, f"{path}:3"),
-        Request(None, "", {}, f"{path}:4"),
+        PromptRequest("u7", "Hello", {}, f"{path}:1"),
+        PromptRequest("9", None, {"text": "Tram"}, f"{path}:3"),
+        PromptRequest(None, "", {}, f"{path}:4"),
     ]
     assert [request.user for request in from_file(path, "somebody")] == ["u7", "9", "somebody"]
 
@@ -99,12 +99,15 @@ render = parse_template("Text: {text}", "data.prompt").fill
 
 
 def test_a_prompt_is_final_and_fields_fill_the_template() -> None:
-    requests = [Request("a", "Hello {text}", {"text": "x"}, "f:1"), Request("b", None, {"text": "Tram"}, "f:2")]
+    requests = [
+        PromptRequest("a", "Hello {text}", {"text": "x"}, "f:1"),
+        PromptRequest("b", None, {"text": "Tram"}, "f:2"),
+    ]
     assert final_prompts(requests, render) == ["Hello {text}", "Text: Tram"]
 
 
 def test_a_line_that_lacks_a_column_is_named() -> None:
-    requests = [Request("a", None, {"text": "x"}, "f:1"), Request("b", None, {"txt": "y"}, "f:2")]
+    requests = [PromptRequest("a", None, {"text": "x"}, "f:1"), PromptRequest("b", None, {"txt": "y"}, "f:2")]
     with pytest.raises(DataError) as caught:
         final_prompts(requests, render)
     assert str(caught.value) == "f:2: text: missing"
@@ -112,6 +115,6 @@ def test_a_line_that_lacks_a_column_is_named() -> None:
 
 def test_an_empty_prompt_is_named() -> None:
     with pytest.raises(DataError, match="^f:1: prompt: is empty$"):
-        final_prompts([Request("a", " ", {}, "f:1")], render)
+        final_prompts([PromptRequest("a", " ", {}, "f:1")], render)
     with pytest.raises(DataError, match="^--field: text: null$"):
-        final_prompts([Request("a", None, {"text": None}, "--field")], render)
+        final_prompts([PromptRequest("a", None, {"text": None}, "--field")], render)

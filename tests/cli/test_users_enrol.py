@@ -18,8 +18,8 @@ import pytest
 
 from proper.adapters.store import AdapterStore
 from proper.cli.app import main
-from proper.people.log import Entry, InteractionLog
-from proper.people.queue import Fit
+from proper.interactions.fit_queue import Fit
+from proper.interactions.log import InteractionLog, LogEntry
 
 Output = pytest.CaptureFixture[str]
 
@@ -119,7 +119,7 @@ def until(log: InteractionLog, user: str, right: Callable[[Fit], bool]) -> Fit:
     return fit
 
 
-MANY = [Entry(f"Thing number {at}?", ("yes", "no")[at % 2]) for at in range(60)]
+MANY = [LogEntry(f"Thing number {at}?", ("yes", "no")[at % 2]) for at in range(60)]
 
 
 def test_a_worker_killed_in_a_fit_goes_on_and_ends_the_same(run: Path, tmp_path: Path, start: Start) -> None:
@@ -158,11 +158,11 @@ def test_sigterm_queues_again_and_a_deleted_user_does_not_come_back(run: Path, s
         assert log.queue.fit("", "ann").state == "queued"
         worker = start()
         until(log, "ann", lambda fit: fit.state == "fitting" and fit.progress > 0.3)
-        from proper.people.removal import remove
+        from proper.interactions.deletion import remove
 
         assert remove(store, log, "ann")
         assert not any(b"Thing number" in path.read_bytes() for path in run.rglob("*") if path.is_file())
-        log.append("", "bo", [Entry("x", "y")])
+        log.append("", "bo", [LogEntry("x", "y")])
         until(log, "bo", lambda fit: fit.state == "done")
         assert store.head("ann") is None and log.queue.fit("", "ann").state == "idle"
         assert not [path for path in (run / "users" / "fits").iterdir()]

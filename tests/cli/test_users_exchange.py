@@ -67,11 +67,11 @@ def test_out_of_a_run_and_into_a_copy(run: Path, tmp_path: Path, capsys: Output)
 
 
 def test_an_export_has_all_texts_that_the_run_has_of_the_user(run: Path, tmp_path: Path, capsys: Output) -> None:
-    from proper.people.log import Entry, InteractionLog
+    from proper.interactions.log import InteractionLog, LogEntry
 
     copy, user, out = Path(shutil.copytree(run, tmp_path / "copy")), known(run), tmp_path / "out"
     log = InteractionLog(copy / "users")
-    log.append("", user, [Entry("since then", "ü", 3.0, "7")])
+    log.append("", user, [LogEntry("since then", "ü", 3.0, "7")])
     log.close()
     assert main(["users", "export", str(copy), "--user", user, "--out", str(out)]) == 0
     rows = [json.loads(line) for line in (out / "interactions.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -13,10 +13,10 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from proper.config import Config, GroupsConfig, UsersConfig, make_config
-from proper.data.batching import Batch, Encoded, collate
+from proper.data.batching import Batch, EncodedExample, collate
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.layers.bank import AdapterBank
-from proper.layers.routing import Rows
+from proper.layers.batch_context import RowContext
 from proper.models.backbone import Backbone, load_backbone, load_tokenizer
 from proper.models.personal import ProperModel
 
@@ -168,9 +168,9 @@ class Personal:
         self.bank.values.copy_(0.3 * torch.randn(self.bank.values.shape, generator=generator))
         self.embeddings.copy_(torch.randn(self.embeddings.shape, generator=generator))
 
-    def rows(self, users: list[int], **more: Any) -> Rows:
+    def rows(self, users: list[int], **more: Any) -> RowContext:
         slots = torch.tensor([user if user < USERS - 1 else -1 for user in users])
-        return Rows("users", embedding=self.embeddings[users], slots=slots, **more)
+        return RowContext("users", embedding=self.embeddings[users], slots=slots, **more)
 
 
 Personalize = Callable[..., Personal]
@@ -207,18 +207,18 @@ TEXTS = (
 
 
 @pytest.fixture(scope="session")
-def encoded(tokenizer: Any) -> list[Encoded]:
+def encoded(tokenizer: Any) -> list[EncodedExample]:
     """Rows of different lengths, each of a user of its own."""
 
     def tokens(text: str) -> tuple[int, ...]:
         return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 
     sides = [(tokens(prompt), tokens(" " + target)) for prompt, target in TEXTS]
-    return [Encoded(f"user{i}", (1, *p, *t, 2), len(p) + 1) for i, (p, t) in enumerate(sides)]
+    return [EncodedExample(f"user{i}", (1, *p, *t, 2), len(p) + 1) for i, (p, t) in enumerate(sides)]
 
 
 @pytest.fixture(scope="session")
-def batch(encoded: list[Encoded]) -> Batch:
+def batch(encoded: list[EncodedExample]) -> Batch:
     return collate(encoded, pad=0)
 
 

@@ -16,17 +16,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from proper import pipeline
-from proper.adapters.cache import SlotCache
-from proper.adapters.peft_format import adapter_config, to_peft
+from proper.adapters.slot_cache import SlotCache
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import load_config
 from proper.data.batching import Batch
 from proper.data.dataset import Dataset
 from proper.errors import InputError, RunFolderError
+from proper.export.fold import fold
+from proper.export.peft_format import adapter_config, to_peft
+from proper.export.run_export import export_backbone, export_user, import_user
+from proper.export.static_model import static_export
 from proper.files import read_json, write_json
-from proper.inference.exchange import export_backbone, export_user, import_user
-from proper.inference.fold import fold
-from proper.inference.folded import static_export
 from proper.inference.personalized import PersonalizedModel, load
 from proper.layers.bank import AdapterBank, Layout
 from proper.models.personal import ProperModel

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from proper.data.batching import Batch, Encoded, collate
-from proper.inference.kv import RowCache
-from proper.inference.passes import prefill
-from proper.inference.prefixes import Prefix
+from proper.data.batching import Batch, EncodedExample, collate
+from proper.inference.forward import prefill
+from proper.inference.kv_cache import RowCache
+from proper.inference.prefix_cache import CachedPrefix
 from proper.inference.sampling import Sampling
 from proper.inference.score import score_labels
-from proper.layers.adapted import AdaptedLinear
-from proper.layers.routing import Rows
+from proper.layers.batch_context import RowContext
+from proper.layers.personalized_linear import AdaptedLinear
 from proper.models.backbone import Backbone, load_backbone
 from proper.models.personal import answer_loss, gradient_checkpointing
 from proper.models.targets import find_targets, linear_shape
@@ -64,15 +64,15 @@ def test_nothing_changes_before_training(personal: Any, batch: Batch) -> None:
     for slot in range(bank.slots):
         bank.fresh(slot, torch.Generator().manual_seed(slot))
     with torch.no_grad():
-        base = personal.model.answer_logits(batch, Rows())
+        base = personal.model.answer_logits(batch, RowContext())
         assert torch.equal(personal.model.answer_logits(batch, personal.rows([0, 1, 2, 3])), base)
 
 
-def test_a_row_does_not_see_its_neighbours(personal: Any, encoded: list[Encoded], batch: Batch) -> None:
+def test_a_row_does_not_see_its_neighbours(personal: Any, encoded: list[EncodedExample], batch: Batch) -> None:
     personal.fill()
     users = [1, 0, 3, 1]
     with torch.no_grad():
-        base = personal.model.answer_logits(batch, Rows())
+        base = personal.model.answer_logits(batch, RowContext())
         mixed = personal.model.answer_logits(batch, personal.rows(users))
         other = personal.model.answer_logits(batch, personal.rows([0, 1, 2, 3]))
         for at, row in enumerate(encoded):
@@ -84,7 +84,7 @@ def test_a_row_does_not_see_its_neighbours(personal: Any, encoded: list[Encoded]
             assert (logits - other[at, -answer:]).abs().max() > 0.1
 
 
-def test_a_row_does_not_see_its_padding(personal: Any, encoded: list[Encoded], batch: Batch) -> None:
+def test_a_row_does_not_see_its_padding(personal: Any, encoded: list[EncodedExample], batch: Batch) -> None:
     personal.fill()
     with torch.no_grad():
         before = personal.model.answer_logits(batch, personal.rows([0, 1, 2, 3]))
@@ -112,7 +112,7 @@ def test_one_expert_and_an_adapter_are_two_merged_loras(personal: Any, folder: P
 
 
 def test_a_checkpoints_own_habits_do_not_decide_what_is_said(
-    personal: Any, personalize: Any, folder: Path, encoded: list[Encoded], tmp_path: Path, decoding: ModuleType
+    personal: Any, personalize: Any, folder: Path, encoded: list[EncodedExample], tmp_path: Path, decoding: ModuleType
 ) -> None:
     """Qwen's files ask for a repetition penalty; greedy decoding takes the likeliest token all the same."""
     shutil.copytree(folder, tmp_path / "habits")
@@ -135,7 +135,7 @@ def _gradients(personal: Any, batch: Batch, checkpointing: bool) -> dict[str, Te
         parameter.requires_grad_(True)
     personal.bank.gradients.zero_()
     embedding = personal.embeddings.clone().requires_grad_()
-    rows = Rows("users", embedding=embedding, slots=torch.tensor([0, 1, 2, -1]))
+    rows = RowContext("users", embedding=embedding, slots=torch.tensor([0, 1, 2, -1]))
     with gradient_checkpointing(personal.backbone.model, checkpointing):
         total, tokens = answer_loss(personal.model.answer_logits(batch, rows), batch.labels)
         (total.sum() / tokens.sum()).backward()
@@ -170,7 +170,9 @@ def _is_the_backbones_module(module: nn.Module) -> bool:
     return not isinstance(module, AdaptedLinear) and "proper" not in type(module).__module__
 
 
-def test_greedy_decoding_equals_full_recomputation(personal: Any, encoded: list[Encoded], decoding: ModuleType) -> None:
+def test_greedy_decoding_equals_full_recomputation(
+    personal: Any, encoded: list[EncodedExample], decoding: ModuleType
+) -> None:
     personal.fill()
     users, steps = [0, 3, 1, 2], 6
     prompts = [row.ids[: row.start] for row in encoded]
@@ -186,7 +188,7 @@ def test_greedy_decoding_equals_full_recomputation(personal: Any, encoded: list[
     assert len({tuple(answer) for answer in together}) == len(together)
 
 
-def test_a_prompt_that_goes_on_from_a_prefix_is_the_whole_prompt(personal: Any, encoded: list[Encoded]) -> None:
+def test_a_prompt_that_goes_on_from_a_prefix_is_the_whole_prompt(personal: Any, encoded: list[EncodedExample]) -> None:
     """Windows reach from the rest into the prefix."""
     personal.fill()
     prompts, rows = [row.ids for row in encoded], personal.rows([0, 3, 1, 2])
@@ -195,14 +197,14 @@ def test_a_prompt_that_goes_on_from_a_prefix_is_the_whole_prompt(personal: Any, 
         whole = RowCache(4, 40)
         expected = prefill(personal.model, whole, prompts, rows)
         prefixes = [
-            Prefix(tuple(ids[:share]), tuple((keys[:, :share], values[:, :share]) for keys, values in states))
+            CachedPrefix(tuple(ids[:share]), tuple((keys[:, :share], values[:, :share]) for keys, values in states))
             for ids, share, states in zip(prompts, shares, map(whole.states, range(4)), strict=True)
         ]
         found = prefill(personal.model, RowCache(4, 40), prompts, rows, prefixes)
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
-def test_scores_equal_a_full_forward_of_every_label(personal: Any, encoded: list[Encoded]) -> None:
+def test_scores_equal_a_full_forward_of_every_label(personal: Any, encoded: list[EncodedExample]) -> None:
     personal.fill()
     users, labels = [0, 3, 1, 2], [(40, 41, 42, 2), (50, 2), (60, 61, 2)]
     prompts = [row.ids[: row.start] for row in encoded]
@@ -217,7 +219,7 @@ def test_scores_equal_a_full_forward_of_every_label(personal: Any, encoded: list
 
 
 def test_a_backbone_without_a_padding_token_works(
-    personal: Any, personalize: Any, folder: Path, encoded: list[Encoded], tmp_path: Path, decoding: ModuleType
+    personal: Any, personalize: Any, folder: Path, encoded: list[EncodedExample], tmp_path: Path, decoding: ModuleType
 ) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare)

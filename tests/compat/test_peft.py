@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from proper.config import PopulationConfig
 from proper.data.batching import Batch
 from proper.models.backbone import Backbone, load_backbone
-from proper.models.merge import absorb, apply_population
+from proper.models.peft_merge import absorb, apply_population
 from proper.models.targets import find_targets
 from proper.training.population import wrap
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 import proper
 from proper.data.batching import Batch
 from proper.errors import InputError
-from proper.inference.exchange import export_backbone, export_user
+from proper.export.run_export import export_backbone, export_user
 from proper.models.backbone import Backbone, digest, load_backbone
-from proper.models.merge import apply_population
+from proper.models.peft_merge import apply_population
 from proper.models.personal import answer_loss
 from proper.models.targets import find_targets
 

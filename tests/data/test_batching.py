@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proper.data.batching import IGNORED, Encoded, Encoder, collate, number_users, similar_batches
+from proper.data.batching import IGNORED, EncodedExample, Encoder, collate, number_users, similar_batches
 from proper.models.backbone import load_tokenizer
 
 
@@ -88,7 +88,7 @@ def test_the_last_words_of_a_long_prompt_stay(encoder: Encoder) -> None:
 def test_collate(rows: list[tuple[int, int]], seed: int) -> None:
     random_ids = random.Random(seed)
     encoded = [
-        Encoded(str(at), tuple(random_ids.randrange(3, 99) for _ in range(prompt + answer)), prompt)
+        EncodedExample(str(at), tuple(random_ids.randrange(3, 99) for _ in range(prompt + answer)), prompt)
         for at, (prompt, answer) in enumerate(rows)
     ]
 

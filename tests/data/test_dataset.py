@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from proper.config import make_config
-from proper.data.dataset import Dataset, Example, prepare
+from proper.data.dataset import Dataset, TextExample, prepare
 from proper.errors import DataError, RunFolderError
 
 Build = Callable[..., Dataset]
@@ -48,7 +48,9 @@ def test_rows_come_back_as_they_were(build: Build) -> None:
     rows = [row | {"timestamp": f"20{n}"} for n in range(10, 30)]
     dataset = build(rows, split={"shared_items": "allow"})
     (newest,) = dataset.history("u 🦊", newest=1)
-    assert newest == Example(newest.id, "u 🦊", "نص\x00 ", "ok", "i", datetime(2025, 1, 1, tzinfo=UTC).timestamp(), 2)
+    assert newest == TextExample(
+        newest.id, "u 🦊", "نص\x00 ", "ok", "i", datetime(2025, 1, 1, tzinfo=UTC).timestamp(), 2
+    )
 
 
 def test_history_is_oldest_first_and_newest_keeps_the_last(build: Build) -> None:

@@ -26,7 +26,7 @@ from proper.cli.app import main
 from proper.config import Config, DataConfig, TaskConfig, make_config
 from proper.data.dataset import prepare
 from proper.errors import DataError
-from proper.people.entries import read_file, record_reader
+from proper.interactions.parsing import read_file, record_reader
 
 from .conftest import count_words
 

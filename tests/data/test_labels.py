@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from proper.config import make_config
 from proper.data.dataset import Dataset, prepare
 from proper.data.labels import find_label, respelled
-from proper.people.log import Entry, InteractionLog
-from proper.training.growing import grown_history
+from proper.enrolment.history import grown_history
+from proper.interactions.log import InteractionLog, LogEntry
 
 Build = Callable[..., Dataset]
 
@@ -96,7 +96,7 @@ def test_interactions_that_arrive_later_take_the_spelling_of_the_run(
 ) -> None:
     dataset = build(make(lambda label, at: spell(label)), task={"kind": "classification"})
     log = InteractionLog(tmp_path / "users")
-    log.append("", "new", [Entry("p", "3"), Entry("p", "3.0"), Entry("p", "other")])
+    log.append("", "new", [LogEntry("p", "3"), LogEntry("p", "3.0"), LogEntry("p", "other")])
     grown = grown_history(dataset, log, "", "new", lambda prompts, targets: [1] * len(prompts), "classification")
     log.close()
     assert [each.target for each in grown.items] == [str(spell(3)), str(spell(3)), "other"]

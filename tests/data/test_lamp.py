@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from proper.config import Config, make_config
-from proper.data.dataset import Dataset, Example, prepare
+from proper.data.dataset import Dataset, TextExample, prepare
 from proper.data.interactions import BadRows, Interaction, read_interactions
 from proper.data.json_arrays import json_entries
-from proper.data.lamp_rows import moment
+from proper.data.lamp.rows import moment
 from proper.data.summary import leaks
 from proper.data.templates import BadValue
 from proper.errors import ConfigError, DataError
@@ -322,7 +322,7 @@ def test_questions_of_users_who_are_no_targets_are_not_trained_on(
 def test_validation_is_cut_from_the_histories(tmp_path: Path, lamp_files: ModuleType, prepared: Any) -> None:
     folder = lamp_files.write_oppu(tmp_path / "files", "lamp-3")
     with prepared(config(folder, "lamp-3", "oppu", split={"evaluate_on": "validation", "queries": 0.3})) as data:
-        queries: list[Example] = [*data.queries()]
+        queries: list[TextExample] = [*data.queries()]
         assert Counter(query.user for query in queries) == {"0": 2, "1": 2, "2": 2}
         assert {query.item.split("/")[0] for query in queries if query.item} == {"0", "1", "2"}
         assert data.summary().unused == {"query, kept away from validation": 6}

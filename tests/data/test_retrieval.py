@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from proper.data.dataset import Dataset
-from proper.data.derive import cut_queries, rewrite, shuffle_users
-from proper.data.retrieval import add_profiles, retrieve, template_profile
+from proper.data.derived.retrieval import add_profiles, retrieve, template_profile
+from proper.data.derived.rewrite import cut_queries, rewrite, shuffle_users
 from proper.data.summary import leaks, require_no_leaks
 from proper.errors import DataError
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proper.data.dataset import Dataset, Example
+from proper.data.dataset import Dataset, TextExample
 from proper.data.ingest import normalize
 from proper.data.splits import AFTER_CUTOFF, BEYOND_BUDGET, HELD_OUT, NO_TIME, OTHERS_QUERY_ITEM, SHARED
 from proper.data.summary import leaks
@@ -48,11 +48,11 @@ SPLITS = st.fixed_dictionaries(
 )
 
 
-def history(dataset: Dataset) -> list[Example]:
+def history(dataset: Dataset) -> list[TextExample]:
     return [row for user in dataset.users() for row in dataset.history(user.id)]
 
 
-def content(row: Example) -> tuple[Any, ...]:
+def content(row: TextExample) -> tuple[Any, ...]:
     return row.user, row.prompt, row.target, row.time
 
 
@@ -83,7 +83,7 @@ def test_properties_of_every_rule(
             assert again.sha256 == dataset.sha256
 
 
-def _check_parts(dataset: Dataset, trained: list[Example], asked: list[Example], split: dict[str, Any]) -> None:
+def _check_parts(dataset: Dataset, trained: list[TextExample], asked: list[TextExample], split: dict[str, Any]) -> None:
     targets = {user.id for user in dataset.users("target")}
     assert 1 <= len(targets) <= split["target_users"]
     assert {row.user for row in asked} <= targets
@@ -98,7 +98,7 @@ def _check_parts(dataset: Dataset, trained: list[Example], asked: list[Example],
     assert summary.rows == summary.history_rows + summary.queries + sum(summary.unused.values())
 
 
-def _check_order_within_users(trained: list[Example], asked: list[Example], rows: list[Row]) -> None:
+def _check_order_within_users(trained: list[TextExample], asked: list[TextExample], rows: list[Row]) -> None:
     untimed = {row["user_id"] for row in rows if row["timestamp"] is None}
     for query in asked:
         if query.user not in untimed:

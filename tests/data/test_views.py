@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proper.data.views import EVERYBODY, Leaking, OneUser
+from proper.data.derived.views import EVERYBODY, Leaking, OneUser
 
 
 def rows():

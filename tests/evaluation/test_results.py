@@ -15,7 +15,7 @@ import pytest
 from proper.errors import DataError
 from proper.evaluation.comparisons import default_pairs
 from proper.evaluation.metrics import Prediction, TaskInfo, score
-from proper.evaluation.results import Effort, Evidence, build_results, gains_by_user, plain, require_same_queries
+from proper.evaluation.results import Effort, RawResults, build_results, gains_by_user, plain, require_same_queries
 from proper.evaluation.statistics import holm
 
 LABELS = TaskInfo("demo", "classification", ("a", "b", "c"))
@@ -48,7 +48,7 @@ def predictions_of(task: TaskInfo, seeds: int = 2, **more: float) -> dict[int, d
 
 
 def build(task: TaskInfo = LABELS, predictions: Any = None, **more: Any) -> dict[str, Any]:
-    found = Evidence(
+    found = RawResults(
         predictions=predictions or predictions_of(task),
         task=task,
         run={"backbone": "tiny", "versions": {}, "data_sha256": "0", "device": "cpu"},
@@ -226,7 +226,7 @@ def test_a_small_file_is_what_it_always_was():
         seed: {method: few(right, seed) for method, right in (("population", 0.3), ("groups", 0.6), ("swapped", 0.2))}
         for seed in (0, 1)
     }
-    evidence = Evidence(
+    evidence = RawResults(
         predictions=predictions,
         task=STARS,
         run={"backbone": "tiny"},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from proper.data.sampling import Example
+from proper.data.sampling import TextExample
 from proper.evaluation.runner import _losses_from, answer_losses
 from proper.inference.personalized import load
 
@@ -17,7 +17,7 @@ def test_losses_come_out_of_the_scores(tiny_run: Path) -> None:
     model = load(tiny_run)
     asked = [("u0", "sport"), ("u3", "news"), ("nobody", "sport and games"), ("group", "no such label"), ("u1", "news")]
     queries = [
-        Example(at, user, f"Text number {at} of a few:", target, item=None, time=None, tokens=12)
+        TextExample(at, user, f"Text number {at} of a few:", target, item=None, time=None, tokens=12)
         for at, (user, target) in enumerate(asked)
     ]
     scores = model.score([q.prompt for q in queries], [q.user for q in queries], LABELS)

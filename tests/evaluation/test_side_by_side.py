@@ -14,7 +14,7 @@ from proper.config import make_config
 from proper.data.dataset import prepare
 from proper.errors import DataError, RunFolderError
 from proper.evaluation.metrics import Prediction, TaskInfo
-from proper.evaluation.results import Effort, Evidence, build_results
+from proper.evaluation.results import Effort, RawResults, build_results
 from proper.evaluation.runner import write_predictions
 from proper.evaluation.side_by_side import compare_runs
 from proper.evaluation.statistics import compare, holm, user_scores
@@ -59,7 +59,7 @@ def make(tmp_path: Path, data: bytes) -> Callable[..., Path]:
             for method, rows in methods.items():
                 write_predictions(place / "predictions" / f"{method}.jsonl", rows)
         facts = {"backbone": "tiny", "data_sha256": "1", **run}
-        results = build_results(Evidence(predictions=predictions, task=TASK, run=facts, seconds={}), EFFORT)
+        results = build_results(RawResults(predictions=predictions, task=TASK, run=facts, seconds={}), EFFORT)
         (folder / "results.json").write_text(json.dumps(results))
         (folder / "data.sqlite").write_bytes(data)
         return folder

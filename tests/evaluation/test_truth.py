@@ -8,16 +8,16 @@ import pytest
 
 from proper.errors import DataError
 from proper.evaluation.metrics import TaskInfo
-from proper.evaluation.truth import Truth, read_truth, truth_section
+from proper.evaluation.truth import TruthShares, read_truth, truth_section
 from proper.files import write_json
 
 TASK = TaskInfo("demo", "classification", ("a", "b"))
 STARS = TaskInfo("demo", "rating", ("1", "5"))
 
 
-def truth_of(rows: list[tuple[str, str, str]], metric: str = "accuracy") -> Truth:
+def truth_of(rows: list[tuple[str, str, str]], metric: str = "accuracy") -> TruthShares:
     answers = {f"i{k}": dict(zip(("population", "groups", "users"), row, strict=True)) for k, row in enumerate(rows)}
-    return Truth(metric, {"u": 0, "v": 1}, 2, answers)
+    return TruthShares(metric, {"u": 0, "v": 1}, 2, answers)
 
 
 def queries(make, target: str, predictions: str):
@@ -72,7 +72,7 @@ def test_a_truth_file_is_read_back(tmp_path):
     answers = {"i0": {"population": "a", "groups": "b", "users": "b"}}
     whole = {"task": "classification", "metric": "accuracy", "groups": {"u": 0}, "n_groups": 1, "answers": answers}
     write_json(tmp_path / "truth.json", whole)
-    assert read_truth(tmp_path / "truth.json") == Truth("accuracy", {"u": 0}, 1, answers)
+    assert read_truth(tmp_path / "truth.json") == TruthShares("accuracy", {"u": 0}, 1, answers)
     with pytest.raises(DataError, match="nowhere.json: no such file"):
         read_truth(tmp_path / "nowhere.json")
     for key in ("metric", "groups", "n_groups", "answers"):

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import InputError, ProperError
 from proper.inference import PersonalizedModel, load
+from proper.inference.adapter_manager import DAMAGED
 from proper.inference.engine import Engine
-from proper.inference.guests import Limits, Ticket
-from proper.inference.loading import DAMAGED
 from proper.inference.requests import Event, Finished, Request, Started, Tier, Token
+from proper.inference.running import EngineLimits, RequestHandle
 from proper.inference.sampling import Sampling
 
 PROMPTS = (
@@ -128,7 +128,7 @@ def ask(
     tier: Tier = "users",
     gates: bool = False,
     **sampling: float,
-) -> tuple[Heard, Ticket]:
+) -> tuple[Heard, RequestHandle]:
     heard = Heard()
     ids = engine.model.encoder.prompt(PROMPTS[prompt], room=length)
     request = Request(ids, user, tier=tier, sampling=Sampling(length, **sampling), gates=gates)  # type: ignore[arg-type]
@@ -177,8 +177,8 @@ def test_everybody_is_answered_as_alone(
     prefill: int,
     patience: int,
 ) -> None:
-    engine = Engine(shared, Limits(rows, slots, prefill, patience))
-    running: list[tuple[Heard, Ticket, int | None]] = []
+    engine = Engine(shared, EngineLimits(rows, slots, prefill, patience))
+    running: list[tuple[Heard, RequestHandle, int | None]] = []
     for prompt, user, length, pause, leave, tier, gates in asked:
         for _ in range(pause):
             engine.step()
@@ -204,7 +204,7 @@ def test_everybody_is_answered_as_alone(
 
 
 def test_long_traffic_goes_past_the_end_of_the_buffers(shared: PersonalizedModel, alone: Alone) -> None:
-    engine = Engine(shared, Limits(3, 3))
+    engine = Engine(shared, EngineLimits(3, 3))
     running = []
     for at in range(60):
         running.append((at, ask(engine, at % 4, USERS[at % 11], 8)[0]))
@@ -227,7 +227,7 @@ def test_the_same_prompt_of_two_users_at_once(shared: PersonalizedModel, alone: 
 
 
 def test_all_tiers_in_one_batch(shared: PersonalizedModel, alone: Alone) -> None:
-    engine = Engine(shared, Limits(rows=12, slots=4))
+    engine = Engine(shared, EngineLimits(rows=12, slots=4))
     asked = [(prompt, user, tier) for prompt, user in ((0, "u0"), (2, "u1")) for tier in get_args(Tier)]
     heard = [ask(engine, prompt, user, tier=tier)[0] for prompt, user, tier in asked]
     finish(engine)
@@ -238,7 +238,7 @@ def test_all_tiers_in_one_batch(shared: PersonalizedModel, alone: Alone) -> None
 
 
 def test_gates_are_the_routers_where_each_token_was_drawn(shared: PersonalizedModel, alone: Alone) -> None:
-    engine = Engine(shared, Limits(rows=8, slots=4))
+    engine = Engine(shared, EngineLimits(rows=8, slots=4))
     asked: list[tuple[int, str | None, Tier]] = [(0, "u0", "users"), (2, "u0", "groups"), (1, None, "users")]
     heard = [ask(engine, prompt, user, tier=tier, gates=True)[0] for prompt, user, tier in asked]
     ask(engine, 3, "u1", tier="population", gates=True)
@@ -263,7 +263,7 @@ def test_draws_do_not_depend_on_who_else_is_there(shared: PersonalizedModel, alo
 
 
 def test_cancelling_frees_the_row_before_the_next_step(shared: PersonalizedModel) -> None:
-    engine = Engine(shared, Limits(rows=1, slots=1))
+    engine = Engine(shared, EngineLimits(rows=1, slots=1))
     first, ticket = ask(engine, 0, None, 8)
     second, _ = ask(engine, 1, None, 8)
     engine.step()
@@ -276,7 +276,7 @@ def test_cancelling_frees_the_row_before_the_next_step(shared: PersonalizedModel
 
 
 def test_nobody_starves_behind_users_who_are_in(shared: PersonalizedModel) -> None:
-    engine = Engine(shared, Limits(rows=2, slots=1, patience=3))
+    engine = Engine(shared, EngineLimits(rows=2, slots=1, patience=3))
     resident, _ = ask(engine, 1, "u0", 3)
     while not resident.events:
         engine.step()
@@ -293,7 +293,7 @@ def test_nobody_starves_behind_users_who_are_in(shared: PersonalizedModel) -> No
 
 def test_an_update_is_for_those_who_come_after_it(copied: PersonalizedModel, alone: Alone) -> None:
     assert copied.store is not None
-    engine = Engine(copied, Limits(rows=4, slots=4))
+    engine = Engine(copied, EngineLimits(rows=4, slots=4))
     before, _ = ask(engine, 2, "u0", 8)
     while not before.tokens:
         engine.step()
@@ -314,7 +314,7 @@ def test_an_update_is_for_those_who_come_after_it(copied: PersonalizedModel, alo
 def test_a_version_that_goes_while_its_request_waits(copied: PersonalizedModel, alone: Alone) -> None:
     """Between acceptance and load the user is updated beyond what the store keeps, or deleted."""
     assert copied.store is not None
-    engine = Engine(copied, Limits(rows=1, slots=1))
+    engine = Engine(copied, EngineLimits(rows=1, slots=1))
     busy, _ = ask(engine, 0, "u7", 8)
     while not busy.events:
         engine.step()
@@ -370,7 +370,7 @@ def test_other_tenants_users_are_others(copied: PersonalizedModel, alone: Alone)
 
 
 def test_forgotten_users_leave_the_bank(copied: PersonalizedModel) -> None:
-    engine = Engine(copied, Limits(rows=2, slots=2))
+    engine = Engine(copied, EngineLimits(rows=2, slots=2))
     ask(engine, 0, "u0")
     finish(engine)
     bank = next(iter(copied.model.layers.values())).bank
@@ -431,7 +431,7 @@ def test_bf16_tokens_are_as_likely_as_those_alone(copied: PersonalizedModel, tin
         for name, parameter in model.model.backbone.model.named_parameters():
             if not re.search(r"\.(experts|router|lora_router)\.", name):
                 parameter.data = parameter.data.bfloat16()
-    engine = Engine(copied, Limits(rows=5, slots=3))
+    engine = Engine(copied, EngineLimits(rows=5, slots=3))
     heard = [(at, ask(engine, at % 4, USERS[at % 11])[0]) for at in range(11)]
     finish(engine)
     engine.close()

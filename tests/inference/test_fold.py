@@ -9,22 +9,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from proper.adapters.cache import SlotCache
+from proper.adapters.slot_cache import SlotCache
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import UsersConfig, make_config
 from proper.data.batching import Encoder, collate
-from proper.data.dataset import Example
+from proper.data.dataset import TextExample
 from proper.errors import InputError
-from proper.inference.fold import fold, folded_rank, history_gates
-from proper.inference.folded import fold_all, folded_size
+from proper.export.fold import fold, folded_rank, history_gates
+from proper.export.static_model import fold_all, folded_size
 from proper.inference.personalized import PersonalizedModel
-from proper.layers.adapted import AdaptedLinear
 from proper.layers.bank import AdapterBank
+from proper.layers.personalized_linear import AdaptedLinear
 from proper.models.personal import ProperModel
 
 CLOSE = {"rtol": 0, "atol": 1e-4}
 TEXTS = ("What does this say?", "Short", "A rather longer text than both of the others: what does it say?", "Well?")
-HISTORY = [Example(at, "own", text, "an answer" * (at + 1), None, None, 9) for at, text in enumerate(TEXTS)]
+HISTORY = [TextExample(at, "own", text, "an answer" * (at + 1), None, None, 9) for at, text in enumerate(TEXTS)]
 USERS = ["own", "group", "other", "own"]
 
 

@@ -12,7 +12,7 @@ import torch
 
 from proper.errors import StoreError
 from proper.inference import PersonalizedModel, load
-from proper.inference import kv as kv_module
+from proper.inference import kv_cache as kv_module
 from proper.inference.generate import generate
 from proper.inference.sampling import Sampling
 

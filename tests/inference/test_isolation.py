@@ -17,11 +17,11 @@ from torch import Tensor
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import InputError, ProperError, StoreError
 from proper.inference import PersonalizedModel, load
+from proper.inference.adapter_manager import DAMAGED, DAMAGED_EMBEDDING
 from proper.inference.engine import Engine
-from proper.inference.guests import Limits, Ticket
-from proper.inference.kv import RowCache
-from proper.inference.loading import DAMAGED, DAMAGED_EMBEDDING
+from proper.inference.kv_cache import RowCache
 from proper.inference.requests import Event, Finished, Request, Started, Token
+from proper.inference.running import EngineLimits, RequestHandle
 from proper.inference.sampling import Sampling
 
 PROMPTS = (tuple(range(5, 25)), (40, 41), (7,) * 9, tuple(range(60, 93)))
@@ -56,7 +56,7 @@ class Heard:
 
 def ask(
     engine: Engine, prompt: tuple[int, ...], user: str | None, length: int = 6, **sampling: Any
-) -> tuple[Heard, Ticket]:
+) -> tuple[Heard, RequestHandle]:
     heard = Heard()
     return heard, engine.submit(Request(prompt, user, sampling=Sampling(length, **sampling)), heard)
 
@@ -91,7 +91,7 @@ def spoiled_run(run: Path, folder: Path, dtype: str) -> Iterator[PersonalizedMod
     record = made.store.get("u0")
     assert record is not None and record.adapter is not None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("proper.adapters.putting.require_sound", lambda *_: None)
+        patch.setattr("proper.adapters.two_phase_write.require_sound", lambda *_: None)
         for user, number in zip(SPOILED, (torch.nan, torch.inf, 1e30), strict=True):
             adapter = {name: torch.full_like(tensor, number) for name, tensor in record.adapter.items()}
             made.store.put([replace(record, user=user, adapter=adapter)])
@@ -131,7 +131,7 @@ def alone(model: PersonalizedModel) -> Callable[[int, str | None, int], list[int
 
     def answer(prompt: int, user: str | None, length: int) -> list[int]:
         if (prompt, user, length) not in known:
-            engine = Engine(model, Limits(1, 1))
+            engine = Engine(model, EngineLimits(1, 1))
             heard, _ = ask(engine, PROMPTS[prompt], user, length)
             finish(engine)
             engine.close()
@@ -185,7 +185,7 @@ def beside_spoiled(
     model: PersonalizedModel, asked: list[Visit], rows: int
 ) -> Iterator[tuple[int, str | None, int, list[int]]]:
     """Yield prompt, user, length and answer of those who are not spoiled, from one engine."""
-    engine = Engine(model, Limits(rows, slots=rows + 1))
+    engine = Engine(model, EngineLimits(rows, slots=rows + 1))
     told = []
     for at, (prompt, user, length, pause) in enumerate(asked):
         drawn = {"temperature": 1.0} if user in SPOILED and at % 2 else {}
@@ -227,7 +227,7 @@ def test_neighbours_that_are_not_finite_change_no_answer_in_bf16(
 
 
 def test_a_row_that_leaves_leaves_zeros(model: PersonalizedModel) -> None:
-    engine = Engine(model, Limits(3, 4, length=24, prefix_bytes=0))
+    engine = Engine(model, EngineLimits(3, 4, length=24, prefix_bytes=0))
     for at in range(40):
         ask(engine, PROMPTS[at % 3][:15], f"u{at % 8}", 1 + at % 7)
         engine.settle()
@@ -251,7 +251,7 @@ def _assert_clean(cache: RowCache) -> None:
 
 
 def test_an_answer_that_is_not_finite_ends_and_its_adapter_is_loaded_again(model: PersonalizedModel) -> None:
-    engine = Engine(model, Limits(3, 4))
+    engine = Engine(model, EngineLimits(3, 4))
     before, _ = ask(engine, PROMPTS[0], "u6")
     finish(engine)
     spoil(engine, "u6", float("nan"))
@@ -274,12 +274,12 @@ def test_what_an_older_version_stored_falls_back(copied: PersonalizedModel) -> N
     assert good is not None
     bad_store = AdapterStore(store.folder, "old")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("proper.adapters.putting.require_sound", lambda *_: None)
+        patch.setattr("proper.adapters.two_phase_write.require_sound", lambda *_: None)
         nan = {name: torch.full_like(tensor, torch.nan) for name, tensor in record.adapter.items()}
         bad_store.put([replace(record, user="adapter", adapter=nan)])
         bad_store.put([replace(record, user="vector", embedding=torch.full((16,), torch.nan))])
         bad_store.put([replace(record, user="short", embedding=torch.zeros(3))])
-    engine = Engine(copied, Limits(8, 8))
+    engine = Engine(copied, EngineLimits(8, 8))
     told = {}
     for user in ("adapter", "vector", "short"):
         told[user] = Heard()
@@ -293,7 +293,7 @@ def test_what_an_older_version_stored_falls_back(copied: PersonalizedModel) -> N
         assert told[user].tokens == stranger.tokens
     bad_store.close()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("proper.adapters.putting.require_sound", lambda *_: None)
+        patch.setattr("proper.adapters.two_phase_write.require_sound", lambda *_: None)
         store.put([replace(record, user="u1", embedding=torch.full((16,), torch.inf))])
     for call in (lambda: copied.generate(["Well?"], ["u1"]), lambda: copied.score(["Well?"], ["u1"], ["a", "b"])):
         with pytest.raises(StoreError, match=r"user 'u1': embedding: numbers that are not finite"):
@@ -335,7 +335,7 @@ def test_a_pass_that_fails_for_one_row_ends_that_row_alone(
         for key, ids in answers.items()
         if len(ids) > 3 and sum(ids[2] in one for one in answers.values()) == 1
     )
-    engine = Engine(model, Limits(9, 6, prefix_bytes=0))
+    engine = Engine(model, EngineLimits(9, 6, prefix_bytes=0))
     monkeypatch.setattr(
         model.model.backbone.model,
         "forward",
@@ -359,7 +359,7 @@ def test_a_pass_too_large_for_the_memory_is_made_row_by_row(
     model: PersonalizedModel, alone: Callable[[int, str | None, int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = [alone(at, user, 6) for at in range(4) for user in GOOD]
-    engine = Engine(model, Limits(5, 4))
+    engine = Engine(model, EngineLimits(5, 4))
     monkeypatch.setattr(model.model.backbone.model, "forward", breaking(model, lambda ids: len(ids) > 1))
     told = [ask(engine, PROMPTS[at], user)[0] for at in range(4) for user in GOOD]
     finish(engine)
@@ -370,10 +370,10 @@ def test_a_pass_too_large_for_the_memory_is_made_row_by_row(
 def test_a_store_that_cannot_be_read_ends_its_requests_alone(
     copied: PersonalizedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(copied, Limits(4, 4))
+    engine = Engine(copied, EngineLimits(4, 4))
     heard = Heard()
     # A tenant's store that cannot be opened: too many open files, say.
-    monkeypatch.setattr("proper.inference.loading.AdapterStore", _refusing)
+    monkeypatch.setattr("proper.inference.adapter_manager.AdapterStore", _refusing)
     engine.submit(Request(PROMPTS[0], "u0", "full", sampling=Sampling(3)), heard)
     good, _ = ask(engine, PROMPTS[0], "u0", 3)
     finish(engine)
@@ -386,7 +386,7 @@ def _refusing(*_: object) -> AdapterStore:
 
 
 def test_a_seed_that_no_generator_takes_ends_its_request_alone(model: PersonalizedModel) -> None:
-    engine = Engine(model, Limits(4, 4))
+    engine = Engine(model, EngineLimits(4, 4))
     odd, _ = ask(engine, PROMPTS[0], None, 3, temperature=1.0, seed=2**80)
     endless, _ = ask(engine, PROMPTS[0], None, 3, temperature=torch.inf, top_p=0.5)
     good, _ = ask(engine, PROMPTS[0], None, 3)
@@ -396,7 +396,7 @@ def test_a_seed_that_no_generator_takes_ends_its_request_alone(model: Personaliz
 
 
 def test_tokens_without_an_embedding_are_refused(model: PersonalizedModel) -> None:
-    engine = Engine(model, Limits(2, 2))
+    engine = Engine(model, EngineLimits(2, 2))
     size = model.model.backbone.embeddings
     for odd in (size, -1, 2**40):
         with pytest.raises(InputError, match=f"token {odd}, and the model has embeddings for 0 to {size - 1}"):
@@ -410,7 +410,7 @@ def test_tokens_without_an_embedding_are_refused(model: PersonalizedModel) -> No
 def test_a_backbone_that_does_not_compute_ends_the_engine_and_answers_all(
     copied: PersonalizedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(copied, Limits(2, 2))
+    engine = Engine(copied, EngineLimits(2, 2))
     told = [ask(engine, PROMPTS[0], f"u{at}")[0] for at in range(5)]
     engine.settle()
     engine.step()

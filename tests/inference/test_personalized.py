@@ -16,7 +16,7 @@ from proper.errors import InputError, RunFolderError
 from proper.files import write_json
 from proper.inference.personalized import PersonalizedModel, by_length, load
 from proper.inference.score import score_labels
-from proper.layers.routing import Rows
+from proper.layers.batch_context import RowContext
 from proper.models.backbone import Backbone
 from proper.models.personal import ProperModel
 from proper.models.tensors import save_tensors
@@ -104,15 +104,15 @@ def test_scores_are_those_of_the_tier(run: Path, model: PersonalizedModel) -> No
     assert model.cache is not None and model.cache.bank is not None
     for at, user in enumerate(USERS):
         ids = [model.encoder.prompt(PROMPTS[at], room=room)]
-        rows = Rows("groups", embedding=model.cache.mean.unsqueeze(0))
+        rows = RowContext("groups", embedding=model.cache.mean.unsqueeze(0))
         if user in ("own", "group"):
             assert model.store is not None
             record = model.store.get(user)
             assert record is not None
-            rows = Rows("groups", embedding=record.embedding.unsqueeze(0))
+            rows = RowContext("groups", embedding=record.embedding.unsqueeze(0))
             if record.adapter is not None:
                 model.cache.bank.layout.pack(record.adapter, model.cache.bank.values[0])
-                rows = Rows("users", embedding=record.embedding.unsqueeze(0), slots=torch.tensor([0]))
+                rows = RowContext("users", embedding=record.embedding.unsqueeze(0), slots=torch.tensor([0]))
         assert found[at].tolist() == pytest.approx(score_labels(model.model, ids, tokens, rows)[0].tolist(), abs=1e-4)
 
 

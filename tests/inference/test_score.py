@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from proper.inference.score import _row_by_row, _takes_trees, score_labels
-from proper.layers.routing import Rows
+from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel
 
 LABELS = [[17, 2], [300, 301, 302, 2], [17, 9, 2], [4000, 2]]
@@ -47,7 +47,7 @@ def test_likelihoods_of_mixed_rows(
     labels: list[list[int]],
 ) -> None:
     model = personal()
-    rows = Rows(mode, embedding=embeddings(), slots=torch.tensor(SLOTS))  # type: ignore[arg-type]
+    rows = RowContext(mode, embedding=embeddings(), slots=torch.tensor(SLOTS))  # type: ignore[arg-type]
 
     found = score_labels(model, prompts(), labels, rows)
 
@@ -59,17 +59,17 @@ def test_likelihoods_of_mixed_rows(
 
 def test_the_backbone_alone(personal: Callable[..., ProperModel]) -> None:
     model = personal()
-    found = score_labels(model, prompts(), LABELS, Rows())
+    found = score_labels(model, prompts(), LABELS, RowContext())
     for at, prompt in enumerate(prompts()):
         assert found[at].tolist() == pytest.approx(by_full_passes(model.backbone.model, prompt, LABELS), abs=1e-4)
 
 
 def test_scores_do_not_depend_on_the_other_labels_or_rows(personal: Callable[..., ProperModel]) -> None:
     model = personal()
-    rows = Rows("users", embedding=embeddings(), slots=torch.tensor(SLOTS))
+    rows = RowContext("users", embedding=embeddings(), slots=torch.tensor(SLOTS))
     together = score_labels(model, prompts(), LABELS, rows)
     for at in range(len(SLOTS)):
-        own = Rows("users", embedding=embeddings()[[at]], slots=torch.tensor(SLOTS)[[at]])
+        own = RowContext("users", embedding=embeddings()[[at]], slots=torch.tensor(SLOTS)[[at]])
         for number, label in enumerate(LABELS):
             alone = score_labels(model, [prompts()[at]], [label], own)
             assert float(alone[0, 0]) == pytest.approx(float(together[at, number]), abs=1e-4)
@@ -77,7 +77,7 @@ def test_scores_do_not_depend_on_the_other_labels_or_rows(personal: Callable[...
 
 def test_all_one_token_labels_are_a_distribution(personal: Callable[..., ProperModel]) -> None:
     model = personal()
-    rows = Rows("users", embedding=embeddings(), slots=torch.tensor(SLOTS))
+    rows = RowContext("users", embedding=embeddings(), slots=torch.tensor(SLOTS))
     found = score_labels(model, prompts(), [[token] for token in range(8192)], rows)
     assert found.exp().sum(1).tolist() == pytest.approx([1.0] * len(SLOTS), abs=1e-4)
 
@@ -87,7 +87,7 @@ def test_all_one_token_labels_are_a_distribution(personal: Callable[..., ProperM
 def test_labels_that_share_beginnings(personal: Callable[..., ProperModel], labels: list[list[int]]) -> None:
     """Few tokens, so that labels are often equal, or one is another's beginning."""
     model = personal()
-    rows = Rows("users", embedding=embeddings(), slots=torch.tensor(SLOTS))
+    rows = RowContext("users", embedding=embeddings(), slots=torch.tensor(SLOTS))
     found = score_labels(model, prompts(), labels, rows)
     with torch.no_grad():
         torch.testing.assert_close(found, _row_by_row(model, prompts(), labels, rows), atol=1e-4, rtol=1e-4)

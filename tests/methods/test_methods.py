@@ -15,19 +15,19 @@ import pytest
 import torch
 
 from proper import pipeline
-from proper.adapters.quantize import decode, encode
+from proper.adapters.quantization import decode, encode
 from proper.adapters.store import AdapterStore
 from proper.cli.app import main
 from proper.config import Config
 from proper.data.dataset import Dataset
-from proper.data.views import EVERYBODY
+from proper.data.derived.views import EVERYBODY
 from proper.errors import ConfigError, DataError
 from proper.evaluation.runner import answer_losses
+from proper.export.int8_model import in_int8
 from proper.inference.personalized import load
-from proper.inference.recoded import in_int8
 from proper.methods.answers import derangement
+from proper.methods.derived_runs import varied
 from proper.methods.table import all_methods
-from proper.methods.variants import varied
 
 LABELS = ["blue", "green", "red"]
 

@@ -20,25 +20,25 @@ from proper.data.batching import collate
 from proper.data.dataset import Dataset
 from proper.errors import ConfigError
 from proper.evaluation.runner import answer_losses
-from proper.methods.method import Place
 from proper.methods.poly import load_poly
+from proper.methods.poly_training import PolyStage
+from proper.methods.spec import TrainedRun
 from proper.models.backbone import Backbone, load_backbone
-from proper.models.merge import apply_population
+from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel, answer_loss
 from proper.models.poly import add_poly
 from proper.models.tensors import load_tensors, save_tensors
-from proper.training.poly import PolyStage
 
 
 @pytest.fixture(scope="module")
-def place(run: Path, settings: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(run: Path, settings: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainedRun]:
     """A copy of the run in which Poly was trained and scored."""
     folder = tmp_path_factory.mktemp("poly") / "run"
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("variants", "predictions"))
     pipeline.evaluate(folder, ["population", "groups", "poly"])
     (variant,) = (folder / "variants").glob("poly-*")
     with Dataset.open(folder / "data.sqlite") as dataset:
-        yield Place(settings(), dataset, variant, 0)
+        yield TrainedRun(settings(), dataset, variant, 0)
 
 
 def steps_of(folder: Path, stage: str) -> list[tuple[int, int]]:
@@ -46,7 +46,7 @@ def steps_of(folder: Path, stage: str) -> list[tuple[int, int]]:
     return [(row["step"], row["tokens"]) for row in rows if row["stage"] == stage]
 
 
-def test_it_sees_the_tokens_of_stage_2_and_a_user_is_a_row_of_logits(place: Place) -> None:
+def test_it_sees_the_tokens_of_stage_2_and_a_user_is_a_row_of_logits(place: TrainedRun) -> None:
     home = place.folder.parents[1]
     assert steps_of(place.folder, "poly") == steps_of(home, "groups") != []
     own, stage = (json.loads((at / "groups" / "stage.json").read_text()) for at in (home, place.folder))
@@ -60,7 +60,7 @@ def test_it_sees_the_tokens_of_stage_2_and_a_user_is_a_row_of_logits(place: Plac
     assert ("groups", "poly") in [(row["method"], row["against"]) for row in results["comparisons"]]
 
 
-def test_every_row_is_scored_with_its_own_users_task(place: Place, tmp_path: Path) -> None:
+def test_every_row_is_scored_with_its_own_users_task(place: TrainedRun, tmp_path: Path) -> None:
     """Against PEFT's own forward pass with `task_ids`, with skills and logits far from where they begin."""
     strong = replace(place, folder=tmp_path / "strong")
     shutil.copytree(place.folder, strong.folder)
@@ -95,7 +95,7 @@ def test_every_row_is_scored_with_its_own_users_task(place: Place, tmp_path: Pat
     assert torch.allclose(scores, torch.stack(alone), atol=1e-4)
 
 
-def rebuilt(place: Place, tensors: dict[str, Any], modules: list[str], logits: torch.Tensor) -> Any:
+def rebuilt(place: TrainedRun, tensors: dict[str, Any], modules: list[str], logits: torch.Tensor) -> Any:
     """The same Poly through PEFT alone."""
     backbone = load_backbone(place.config.backbone, torch.float32, torch.device("cpu"))
     apply_population(backbone, place.folder / "population")
@@ -109,7 +109,7 @@ def rebuilt(place: Place, tensors: dict[str, Any], modules: list[str], logits: t
     return wrapped
 
 
-def test_who_was_not_seen_is_answered_with_the_mean_of_the_others(place: Place) -> None:
+def test_who_was_not_seen_is_answered_with_the_mean_of_the_others(place: TrainedRun) -> None:
     model = load_poly(place)
     known = next(iter(model.tasks))
     labels = ["red", "green"]
@@ -126,7 +126,7 @@ def test_who_was_not_seen_is_answered_with_the_mean_of_the_others(place: Place) 
     assert torch.allclose(both, torch.cat([scores[2], scores[0]]), atol=1e-5)
 
 
-def test_logits_of_absent_users_do_not_move(backbone: Callable[..., Backbone], place: Place) -> None:
+def test_logits_of_absent_users_do_not_move(backbone: Callable[..., Backbone], place: TrainedRun) -> None:
     model = ProperModel(backbone())
     poly = add_poly(model, GroupsConfig(experts=3, rank=2), 4, seed=1)
     stage = PolyStage(model, poly, ["ann", "bob", "eve"], rate=0.1)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from proper.config import GroupsConfig, UsersConfig
-from proper.data.batching import Encoded, collate
+from proper.data.batching import EncodedExample, collate
 from proper.layers.bank import AdapterBank
-from proper.layers.constraint import constraint_loss
-from proper.layers.routing import Rows
+from proper.layers.batch_context import RowContext
+from proper.layers.routing_losses import constraint_loss
 from proper.models.backbone import Backbone
 from proper.models.personal import ProperModel, answer_logits, answer_loss, gradient_checkpointing
 
@@ -23,12 +23,12 @@ LENGTHS = ((9, 3), (4, 1), (17, 5), (6, 2), (12, 4))
 SLOTS = (0, 2, -1, 1, 0)
 
 
-def rows_of(lengths: Sequence[tuple[int, int]] = LENGTHS) -> list[Encoded]:
+def rows_of(lengths: Sequence[tuple[int, int]] = LENGTHS) -> list[EncodedExample]:
     generator = torch.Generator().manual_seed(7)
     made = []
     for at, (prompt, answer) in enumerate(lengths):
         ids = torch.randint(3, 8000, (prompt + answer,), generator=generator)
-        made.append(Encoded(f"user {at}", tuple(ids.tolist()), prompt))
+        made.append(EncodedExample(f"user {at}", tuple(ids.tolist()), prompt))
     return made
 
 
@@ -36,16 +36,16 @@ def embeddings(model: ProperModel, rows: int = len(LENGTHS)) -> Tensor:
     return torch.randn(rows, model.embedding_size, generator=torch.Generator().manual_seed(3))
 
 
-def mixed(model: ProperModel, mode: str = "users") -> Rows:
-    return Rows(mode, embedding=embeddings(model), slots=torch.tensor(SLOTS))  # type: ignore[arg-type]
+def mixed(model: ProperModel, mode: str = "users") -> RowContext:
+    return RowContext(mode, embedding=embeddings(model), slots=torch.tensor(SLOTS))  # type: ignore[arg-type]
 
 
-def pick(rows: Rows, index: list[int]) -> Rows:
+def pick(rows: RowContext, index: list[int]) -> RowContext:
     assert rows.embedding is not None and rows.slots is not None
-    return Rows(rows.mode, embedding=rows.embedding[index], slots=rows.slots[index])
+    return RowContext(rows.mode, embedding=rows.embedding[index], slots=rows.slots[index])
 
 
-def answers(model: ProperModel, encoded: Sequence[Encoded], rows: Rows) -> list[Tensor]:
+def answers(model: ProperModel, encoded: Sequence[EncodedExample], rows: RowContext) -> list[Tensor]:
     """Each row's logits for its own answer."""
     batch = collate(encoded, pad=0)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_a_rows_logits_do_not_depend_on_its_neighbours_or_their_order(personal: 
     shuffled = answers(model, [encoded[at] for at in order], pick(rows, order))
     for place, at in enumerate(order):
         assert float((together[at] - shuffled[place]).abs().max()) < 1e-4
-    others = answers(model, encoded, Rows(rows.mode, rows.embedding, torch.tensor([0, 1, 1, 2, 2])))
+    others = answers(model, encoded, RowContext(rows.mode, rows.embedding, torch.tensor([0, 1, 1, 2, 2])))
     assert torch.equal(others[0], together[0]), "the neighbours' adapters are none of a row's business"
     if mode != "groups":
         assert not torch.allclose(others[1], together[1], atol=1e-2), "but its own adapter is"
@@ -128,7 +128,7 @@ def test_answer_loss_is_the_sum_over_answer_tokens() -> None:
 def test_fresh_layers_leave_every_stage_at_the_one_before_it_to_the_bit(backbone: Callable[..., Backbone]) -> None:
     model, users = ProperModel(backbone()), UsersConfig()
     encoded = rows_of()
-    population = answers(model, encoded, Rows())
+    population = answers(model, encoded, RowContext())
     model.add_experts(GroupsConfig(user_embedding=16), seed=0)
     rows = mixed(model, "groups")
     groups = answers(model, encoded, rows)
@@ -153,7 +153,9 @@ def test_fresh_layers_leave_every_stage_at_the_one_before_it_to_the_bit(backbone
 
 def test_switched_off_layers_are_the_backbone_to_the_bit(personal: Build, backbone: Callable[..., Backbone]) -> None:
     plain, model = ProperModel(backbone()), personal()
-    for one, other in zip(answers(plain, rows_of(), Rows()), answers(model, rows_of(), Rows()), strict=True):
+    for one, other in zip(
+        answers(plain, rows_of(), RowContext()), answers(model, rows_of(), RowContext()), strict=True
+    ):
         assert torch.equal(one, other)
 
 
@@ -172,7 +174,7 @@ def test_gradient_checkpointing_changes_no_gradient(personal: Build, dropout: fl
         training = {name for name, module in model.backbone.model.named_modules() if module.training}
         with gradient_checkpointing(model.backbone.model, on):
             logits = model.answer_logits(
-                batch, Rows("groups", embedding=own, users=users, mask=batch.attention_mask.bool())
+                batch, RowContext("groups", embedding=own, users=users, mask=batch.attention_mask.bool())
             )
             loss = answer_loss(logits, batch.labels)[0].sum()
             if kind == "users":
@@ -193,7 +195,7 @@ def test_gradient_checkpointing_leaves_nothing_behind(personal: Build) -> None:
     model = personal()
     with gradient_checkpointing(model.backbone.model, True):
         pass
-    logits = model.answer_logits(collate(rows_of(), pad=0), Rows())
+    logits = model.answer_logits(collate(rows_of(), pad=0), RowContext())
     assert not logits.requires_grad
 
 
@@ -243,7 +245,7 @@ def test_adding_experts_again_replaces_them(personal: Build) -> None:
     model.add_experts(GroupsConfig(user_embedding=16), seed=1)
     assert len(model.layers) == 6 and len(model.group_parameters()) == 24
     assert not any("base.base" in name for name, _ in model.backbone.model.named_modules())
-    plain = answers(model, rows_of(), Rows())
+    plain = answers(model, rows_of(), RowContext())
     assert torch.equal(answers(model, rows_of(), mixed(model, "groups"))[0], plain[0])
 
 
@@ -255,7 +257,7 @@ def test_user_adapters_without_experts(backbone: Callable[..., Backbone]) -> Non
     model.use_bank(bank)
     encoded = rows_of()
     slots = torch.tensor(SLOTS)
-    plain, own = answers(model, encoded, Rows()), answers(model, encoded, Rows("fit", slots=slots))
+    plain, own = answers(model, encoded, RowContext()), answers(model, encoded, RowContext("fit", slots=slots))
     assert len(model.layers) == 14 and not model.group_parameters()
     assert torch.equal(plain[2], own[2]), "slot -1"
     assert not torch.allclose(plain[0], own[0], atol=1e-2)

@@ -13,16 +13,16 @@ import yaml
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Phi3Config, PhimoeConfig
 
 from proper.config import make_config
-from proper.data.batching import Encoded, Encoder, collate
+from proper.data.batching import EncodedExample, Encoder, collate
 from proper.errors import ConfigError
 from proper.inference import load
 from proper.inference.engine import Engine
-from proper.inference.guests import Limits
 from proper.inference.personalized import PersonalizedModel
 from proper.inference.requests import Event, Finished, Request, Token
+from proper.inference.running import EngineLimits
 from proper.inference.sampling import Sampling
 from proper.inference.score import score_labels
-from proper.layers.routing import Rows
+from proper.layers.batch_context import RowContext
 from proper.models.backbone import configured_backbone, load_tokenizer
 from proper.models.personal import ProperModel
 
@@ -99,7 +99,7 @@ def answers(
     model: PersonalizedModel, *asked: tuple[tuple[int, ...], str | None], turns: bool = False, **limits: Any
 ) -> list[list[int]]:
     """Each one's eight tokens, from one engine: all at once, or one after the other."""
-    engine, told = Engine(model, Limits(4, 4, **limits), strict=True), []
+    engine, told = Engine(model, EngineLimits(4, 4, **limits), strict=True), []
     for prompt, user in asked:
         told.append(Heard())
         engine.submit(Request(prompt, user, sampling=Sampling(12)), told[-1])
@@ -115,13 +115,13 @@ def answers(
 
 def test_training_and_scoring_are_the_same_beside_a_longer_row(made: tuple[Path, ProperModel]) -> None:
     _, model = made
-    rows = [Encoded("a", SHORT, 6), Encoded("b", LONGER, 36)]
+    rows = [EncodedExample("a", SHORT, 6), EncodedExample("b", LONGER, 36)]
     with torch.no_grad():
-        one = model.answer_logits(collate(rows[:1], 0), Rows())[0]
-        both = model.answer_logits(collate(rows, 0), Rows())[0, -4:]
+        one = model.answer_logits(collate(rows[:1], 0), RowContext())[0]
+        both = model.answer_logits(collate(rows, 0), RowContext())[0, -4:]
     assert torch.allclose(one, both, atol=1e-5)
     labels = [(9, 10), (9, 11, 12)]
-    alone, beside = (score_labels(model, prompts, labels, Rows())[0] for prompts in ([SHORT], [SHORT, LONGER]))
+    alone, beside = (score_labels(model, prompts, labels, RowContext())[0] for prompts in ([SHORT], [SHORT, LONGER]))
     assert torch.allclose(alone, beside, atol=1e-5)
 
 

@@ -26,13 +26,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from proper.config import ConstraintConfig, GroupsConfig, UsersConfig
-from proper.data.batching import Batch, Encoded, Encoder, collate
+from proper.data.batching import Batch, EncodedExample, Encoder, collate
 from proper.layers.bank import AdapterBank
-from proper.layers.mixture import Experts
-from proper.layers.routing import Rows
+from proper.layers.batch_context import RowContext
+from proper.layers.experts import Experts
 from proper.models import Backbone, ProperModel, load_backbone
 from proper.models.backbone import EMBEDDED, backbone_location
-from proper.models.merge import apply_population
+from proper.models.peft_merge import apply_population
 from proper.models.tensors import load_tensors
 from proper.training.groups import GroupsStage
 
@@ -120,7 +120,9 @@ def test_each_stage_begins_where_the_one_before_ended(finished: tuple[Path, dict
     assert starts[1:] == ends[1:]
 
 
-def demo_rows(backbone: Backbone, folder: Path) -> tuple[dict[str, list[Encoded]], dict[str, list[Encoded]]]:
+def demo_rows(
+    backbone: Backbone, folder: Path
+) -> tuple[dict[str, list[EncodedExample]], dict[str, list[EncodedExample]]]:
     """Everybody's history and queries, as the recipes have them."""
     history, queries = load_recipe("demo_rows").demo_rows(folder, PEOPLE, 0, Encoder(backbone.tokenizer, 128))
     return history, queries
@@ -138,7 +140,7 @@ def group_model(out: Path, folder: Path) -> tuple[ProperModel, Tensor, dict[str,
     return model, tensors["embeddings"], {user: at for at, user in enumerate(facts["people"])}
 
 
-def held_out(model: ProperModel, out: Path, rows_of: Callable[[Tensor], Rows], people: dict[str, int]) -> float:
+def held_out(model: ProperModel, out: Path, rows_of: Callable[[Tensor], RowContext], people: dict[str, int]) -> float:
     """Mean loss per answer token, one row at a time and written from the definition."""
     loss, count = 0.0, 0
     for user, rows in demo_rows(model.backbone, out / "again")[1].items():
@@ -157,7 +159,7 @@ def test_the_library_serves_what_the_recipes_trained(
 ) -> None:
     out, told = finished
     model, e, people = group_model(out, backbone_folder)
-    loss = held_out(model, out, lambda who: Rows("groups", embedding=e[who]), people)
+    loss = held_out(model, out, lambda who: RowContext("groups", embedding=e[who]), people)
     assert told["stage2_groups"].held_out[-1] == pytest.approx(loss, abs=2e-3)
 
     config = UsersConfig()
@@ -165,13 +167,13 @@ def test_the_library_serves_what_the_recipes_trained(
     bank = AdapterBank(model.layout(config.rank), len(people), alpha=config.alpha, trainable=False)
     bank.values.copy_(load_tensors(out / "users.safetensors")[0]["values"])
     model.use_bank(bank)
-    loss = held_out(model, out, lambda who: Rows("fit", embedding=e[who], slots=who), people)
+    loss = held_out(model, out, lambda who: RowContext("fit", embedding=e[who], slots=who), people)
     assert told["stage3a_users"].held_out[-1] == pytest.approx(loss, abs=2e-3)
 
     trained, _ = load_tensors(out / "router.safetensors")
     for name, parameter in model.router_parameters().items():
         parameter.data.copy_(trained[name])
-    loss = held_out(model, out, lambda who: Rows("users", embedding=e[who], slots=who), people)
+    loss = held_out(model, out, lambda who: RowContext("users", embedding=e[who], slots=who), people)
     assert told["stage3b_router"].held_out[-1] == pytest.approx(loss, abs=2e-3)
 
 
@@ -216,7 +218,7 @@ def test_stage_3a_trains_everybody_as_if_alone(
     def changed(*arguments: Any) -> Any:
         history, queries = original(*arguments)
         first = next(iter(history))
-        history[first] = [Encoded(row.user, row.ids[::-1], row.start) for row in history[first]]
+        history[first] = [EncodedExample(row.user, row.ids[::-1], row.start) for row in history[first]]
         return history, queries
 
     found = []

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from proper.reports.curves import curves
 from proper.reports.figures import gains, heat, ladder, maps, mini
-from proper.reports.load import Metric, Point, RoutedUser, UserGain
+from proper.reports.load import CurvePoint, ReportedMetric, RoutedUser, UserGain
 from proper.reports.svg import linear, logarithmic, tag, tick_text
 
 finite = st.floats(min_value=-1e9, max_value=1e9).map(lambda value: round(value, 6))
@@ -43,14 +43,14 @@ def test_tags_escape_content_and_attributes() -> None:
 
 
 def test_one_of_everything_and_no_variation_still_draws() -> None:
-    row = Metric("t", "users", "accuracy", 0.5, None, None, None, None, None, True, True)
+    row = ReportedMetric("t", "users", "accuracy", 0.5, None, None, None, None, None, True, True)
     user = RoutedUser("u", None, (0.5, 0.5), 0, (1.0, 1.0), None)
     figures = [
         ladder([row], {}),
         heat([user, user]),
         *maps([user]),
         gains([UserGain("u", 0, None, "users", None, 0.0)], "users", "accuracy"),
-        *curves({"elsewhere": [Point(0, 1, 2.0, None, None, None)]}),
+        *curves({"elsewhere": [CurvePoint(0, 1, 2.0, None, None, None)]}),
     ]
     assert all(figure is not None and "nan" not in figure.drawing.lower() for figure in figures)
     assert "nan" not in mini(row, [row])

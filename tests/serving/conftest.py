@@ -17,14 +17,14 @@ import yaml
 from proper.cli.serve import watching
 from proper.inference import PersonalizedModel, load
 from proper.inference.engine import Engine
-from proper.inference.guests import Limits
-from proper.inference.runner import Runner
+from proper.inference.engine_thread import EngineThread
+from proper.inference.running import EngineLimits
 from proper.serving.app import ServeSettings, create_app
 from proper.serving.connections import ConnectionLimits
+from proper.serving.fit_process import FitProcess
 from proper.serving.keys import FILE, Keys
-from proper.serving.limits import ServeLimits
+from proper.serving.rate_limits import ServeLimits
 from proper.serving.server import free_port, make_server
-from proper.serving.worker import Worker
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Running:
     engine: Engine
     keys: Keys
     log: list[str] = field(default_factory=list)
-    worker: Worker | None = None
+    worker: FitProcess | None = None
 
     def client(self, key: str | None = None) -> httpx.Client:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -88,10 +88,10 @@ def serve() -> Iterator[Serve]:
         **more: Any,
     ) -> Running:
         model, keys, log = load(folder), Keys(folder / FILE), []
-        worker = Worker(watching(folder), log.append, pause=0.1) if fits else None
-        engine = Engine(model, Limits(rows, slots, **more))
+        worker = FitProcess(watching(folder), log.append, pause=0.1) if fits else None
+        engine = Engine(model, EngineLimits(rows, slots, **more))
         settings = ServeSettings("tiny", limits=limits or ServeLimits(), log_users=log_users)
-        server = make_server(create_app(Runner(engine), keys, settings, log.append, worker), 10, connections)
+        server = make_server(create_app(EngineThread(engine), keys, settings, log.append, worker), 10, connections)
         bound = free_port("127.0.0.1", 0)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()

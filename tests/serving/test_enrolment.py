@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proper.people.log import InteractionLog
+from proper.interactions.log import InteractionLog
 
 if TYPE_CHECKING:
     Running = Serve = Any  # tests/serving/conftest.py

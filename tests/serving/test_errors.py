@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proper.people.log import InteractionLog
-from proper.serving.refusals import one_line, without_folders
+from proper.interactions.log import InteractionLog
+from proper.serving.errors import one_line, without_folders
 
 if TYPE_CHECKING:
     import httpx

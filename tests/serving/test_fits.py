@@ -20,8 +20,8 @@ import pytest
 
 from proper.adapters.store import AdapterStore
 from proper.inference import load
-from proper.people.log import InteractionLog
-from proper.serving.worker import Worker
+from proper.interactions.log import InteractionLog
+from proper.serving.fit_process import FitProcess
 
 if TYPE_CHECKING:
     Running = Serve = Any  # tests/serving/conftest.py
@@ -167,7 +167,7 @@ def ready(url: str) -> bool:
 
 def test_a_worker_that_dies_is_started_again_and_stopped_for_good() -> None:
     lines: list[str] = []
-    worker = Worker([sys.executable, "-c", "import time; time.sleep(600)"], lines.append, pause=0.01)
+    worker = FitProcess([sys.executable, "-c", "import time; time.sleep(600)"], lines.append, pause=0.01)
     assert not worker.alive
     worker.start()
     for restarts in (1, 2):
@@ -184,7 +184,7 @@ def test_one_that_does_not_listen_is_killed() -> None:
     deaf = (
         "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); sys.stderr.close(); time.sleep(600)"
     )
-    worker = Worker([sys.executable, "-c", deaf], [].append, grace=0.2)
+    worker = FitProcess([sys.executable, "-c", deaf], [].append, grace=0.2)
     worker.start()
     time.sleep(0.3)
     worker.stop()

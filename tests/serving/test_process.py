@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from proper.cli.app import main
-from proper.serving.gate import is_loopback
+from proper.serving.auth import is_loopback
 from proper.serving.server import free_port
 
 Process = tuple[subprocess.Popen[str], str]
@@ -53,7 +53,7 @@ def serving(folder: Path, *more: str, start: Sequence[str] = ("-m", "proper")) -
 
 BREAKS = """
 from proper.cli.app import entry
-from proper.inference.kv import RowCache
+from proper.inference.kv_cache import RowCache
 whole = RowCache.make_room
 def make_room(self):
     if max(self.window.lengths) > 40:

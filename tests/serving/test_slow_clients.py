@@ -14,11 +14,11 @@ from fastapi import FastAPI
 
 from proper.inference import load
 from proper.inference.engine import Engine
-from proper.inference.guests import Limits
-from proper.inference.runner import Runner
+from proper.inference.engine_thread import EngineThread
+from proper.inference.running import EngineLimits
 from proper.serving.app import ServeSettings, create_app
 from proper.serving.keys import Keys
-from proper.serving.limits import ServeLimits
+from proper.serving.rate_limits import ServeLimits
 
 STALLED = 2.0
 """Seconds; the engine makes the few tokens of an answer in far less."""
@@ -29,8 +29,8 @@ TOKENS = 5
 def served(long_run: Path, tmp_path: Path) -> Iterator[tuple[FastAPI, Engine]]:
     """An application of one row and one place, with its engine at work."""
     model = load(long_run)
-    engine = Engine(model, Limits(rows=1, slots=1))
-    runner = Runner(engine)
+    engine = Engine(model, EngineLimits(rows=1, slots=1))
+    runner = EngineThread(engine)
     limits = ServeLimits(open_requests=1, stalled_seconds=STALLED)
     app = create_app(runner, Keys(tmp_path / "keys.json"), ServeSettings("tiny", limits=limits), [].append)
     runner.start()

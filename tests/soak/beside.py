@@ -25,7 +25,7 @@ from traffic import Client, lesson, path_of
 from proper.adapters.manifest import key_of
 from proper.adapters.store import AdapterStore
 from proper.errors import ProperError, StoreError
-from proper.inference.exchange import import_user
+from proper.export.run_export import import_user
 
 HEALTH_SECONDS = 3.0
 """Within which /healthz answers while a lock is held; some milliseconds where the machine is free."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from ledger import Damage
 from scene import Scene
 
-from proper.adapters.manifest import Row, key_of
+from proper.adapters.manifest import ManifestRow, key_of
 from proper.adapters.store import AdapterStore
 
 FULL_SECONDS = 1.5
@@ -143,6 +143,6 @@ class Saboteur:
         return False
 
     @staticmethod
-    def _held(store: AdapterStore, user: str, row: Row) -> bool:
+    def _held(store: AdapterStore, user: str, row: ManifestRow) -> bool:
         """Whether some version still lies there; bytes that were given up and wiped stay wiped."""
         return any(other.place == row.place for other in store.manifest.versions(store.tenant, key_of(user)))

@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 
 from proper.adapters.store import AdapterStore, UserRecord
+from proper.enrolment.fit_user import open_fitter
+from proper.enrolment.worker import FitWorker
 from proper.errors import StoreError
 from proper.inference import load
-from proper.people.log import Entry, InteractionLog
-from proper.training.enrol import open_fitter
-from proper.training.worker import Desk
+from proper.interactions.log import InteractionLog, LogEntry
 
 PROMPT = "What is your code word?"
 WORDS = ("father", "table", "water", "stone", "house", "level")
@@ -61,8 +61,8 @@ def prepare(run: Path, folder: Path) -> dict[str, str]:
     people = {name_of(word): word for word in WORDS}
     with closing(InteractionLog(folder / "users")) as log, closing(open_fitter(folder, load(folder))) as fitter:
         for user, word in people.items():
-            log.append("", user, [Entry(PROMPT, target(word), id=f"first-{at}") for at in range(2)])
-        desk = Desk(folder / "users", log, lambda: fitter)
+            log.append("", user, [LogEntry(PROMPT, target(word), id=f"first-{at}") for at in range(2)])
+        desk = FitWorker(folder / "users", log, lambda: fitter)
         while desk.fit_next():
             pass
     return people

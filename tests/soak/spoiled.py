@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from proper.inference.exchange import export_user
+from proper.export.run_export import export_user
 
 KINDS = ("nan", "huge", "nan-embedding")
 

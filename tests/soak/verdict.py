@@ -20,7 +20,7 @@ from ledger import Answer, Ledger
 from server import Server
 
 from proper.adapters.store import AdapterStore
-from proper.people.log import InteractionLog
+from proper.interactions.log import InteractionLog
 
 REST_SECONDS = 600.0
 SETTLE_SECONDS = 60.0

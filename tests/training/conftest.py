@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 
 from proper.config import Config, GroupsConfig, OptimizerConfig, make_config
-from proper.data.batching import Encoded, Encoder
+from proper.data.batching import EncodedExample, Encoder
 from proper.data.dataset import Dataset, Sample, prepare
 from proper.models.backbone import Backbone
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import Job
-from proper.training.loop import Plan
+from proper.training.trainer import TrainingPlan
 
 HISTORIES = {"ann": 13, "bob": 9, "çem": 6, "dan/../x": 4, "eve": 8, "fay": 5}
 
@@ -49,9 +49,11 @@ def jobs() -> list[Job]:
     """Users with histories of different lengths, some with items of their own held out."""
     generator = torch.Generator().manual_seed(5)
 
-    def item(user: str) -> Encoded:
+    def item(user: str) -> EncodedExample:
         prompt, answer = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((3, 20), (1, 5)))
-        return Encoded(user, tuple(torch.randint(3, 60, (prompt + answer,), generator=generator).tolist()), prompt)
+        return EncodedExample(
+            user, tuple(torch.randint(3, 60, (prompt + answer,), generator=generator).tolist()), prompt
+        )
 
     made = []
     for user, size in {"ann": 3, "bob": 9, "çem": 6, "dan": 14, "eve": 5}.items():
@@ -97,7 +99,7 @@ def dataset(settings: Config, encoder: Encoder, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture
-def plan(dataset: Dataset, encoder: Encoder, tmp_path: Path) -> Callable[..., Plan]:
+def plan(dataset: Dataset, encoder: Encoder, tmp_path: Path) -> Callable[..., TrainingPlan]:
     """`plan(config)` trains on all histories; steps are appended to `log` where it is a list."""
 
     def build(
@@ -108,8 +110,8 @@ def plan(dataset: Dataset, encoder: Encoder, tmp_path: Path) -> Callable[..., Pl
         seed: int = 0,
         seconds: float = 1e9,
         name: str = "stage",
-    ) -> Plan:
-        return Plan(
+    ) -> TrainingPlan:
+        return TrainingPlan(
             config=config,
             rate=2e-3,
             seed=seed,

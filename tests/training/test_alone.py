@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from proper.config import GroupsConfig, UsersConfig
-from proper.data.batching import Encoded
+from proper.data.batching import EncodedExample
 from proper.models.backbone import Backbone
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint
-from proper.training.engine import Engine
-from proper.training.jobs import Job, Outcome
+from proper.training.jobs import FitResult, Job
+from proper.training.multi_user_trainer import MultiUserTrainer
 
 # fp32 sums in another order differ by some 1e-6 of a norm, AdamW makes the most of it where a gradient is near zero.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -73,7 +73,7 @@ def work(draw: st.DrawFn) -> list[Job]:
         for _ in range(draw(st.integers(1 + stops, 7))):
             prompt, answer = (int(torch.randint(1, most, (1,), generator=generator)) for most in (12, 4))
             ids = torch.randint(0, 48, (prompt + answer,), generator=generator).tolist()
-            rows.append(Encoded(f"u{at}", tuple(ids), prompt))
+            rows.append(EncodedExample(f"u{at}", tuple(ids), prompt))
         cut = len(rows) - 1 if stops else len(rows)
         embedding = torch.randn(4, generator=generator)
         jobs.append(Job(f"u{at}", embedding, tuple(rows[:cut]), tuple(rows[cut:]), epochs=draw(st.integers(1, 3))))
@@ -82,11 +82,11 @@ def work(draw: st.DrawFn) -> list[Job]:
 
 def fit(
     model: ProperModel, jobs: Sequence[Job], slots: int, config: UsersConfig, kill_at: int | None = None
-) -> tuple[dict[str, Tensor], Engine]:
+) -> tuple[dict[str, Tensor], MultiUserTrainer]:
     """Train; with `kill_at`, throw after that many steps, and go on with a fresh engine."""
     found: dict[str, Tensor] = {}
 
-    def done(outcomes: Sequence[Outcome], again: bool) -> None:
+    def done(outcomes: Sequence[FitResult], again: bool) -> None:
         for outcome in outcomes:
             assert outcome.row is not None
             if outcome.user in found:
@@ -99,12 +99,12 @@ def fit(
 
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "engine.checkpoint"
-        engine = Engine(model, config, 5e-3, 0, slots, pad=0)
+        engine = MultiUserTrainer(model, config, 5e-3, 0, slots, pad=0)
         try:
             engine.run(jobs, done, Checkpoint(place, 1e-9), told, "fit")
         except Killed:
             kill_at = None
-            engine = Engine(model, config, 5e-3, 0, slots, pad=0)
+            engine = MultiUserTrainer(model, config, 5e-3, 0, slots, pad=0)
             engine.run(jobs, done, Checkpoint(place, 1e-9), told, "fit")
     return found, engine
 
@@ -141,7 +141,7 @@ def test_a_killed_run_gives_the_same_bits_and_hands_nobody_over_twice() -> None:
     jobs = []
     for at, items in enumerate((3, 1, 5, 2, 4, 1)):
         ids = torch.randint(0, 48, (items, 6), generator=generator).tolist()
-        jobs.append(Job(f"u{at}", torch.randn(4), tuple(Encoded("u", tuple(row), 4) for row in ids), epochs=2))
+        jobs.append(Job(f"u{at}", torch.randn(4), tuple(EncodedExample("u", tuple(row), 4) for row in ids), epochs=2))
     whole, engine = fit(model, jobs, 2, config)
     for kill_at in range(1, engine.steps + 1):
         again, _ = fit(model, jobs, 2, config, kill_at)

@@ -16,13 +16,13 @@ import yaml
 
 import proper
 from proper.adapters.store import AdapterStore, UserRecord
+from proper.api import Model
 from proper.config import Config
 from proper.data.dataset import Dataset
+from proper.enrolment.fit_user import nearest
 from proper.errors import DataError, InputError, RunFolderError
 from proper.files import hash_file
-from proper.library import Model
-from proper.people.places import fits_folder
-from proper.training.enrol import nearest
+from proper.interactions.personal_files import fits_folder
 from proper.training.stages import TRAINED, StageRunner
 
 WORDS = ["red", "green", "blue", "small", "large", "old", "new", "quiet", "loud", "round"]

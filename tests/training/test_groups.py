@@ -12,24 +12,24 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from proper.config import GroupsConfig, UsersConfig
-from proper.data.batching import Encoded, collate
+from proper.data.batching import EncodedExample, collate
 from proper.data.dataset import Dataset
-from proper.layers.routing import Rows
+from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel, answer_loss
 from proper.training.groups import GroupsStage, train_groups
-from proper.training.loop import Plan
+from proper.training.trainer import TrainingPlan
 
 Build = Callable[..., ProperModel]
 
 USERS = ["ann", "bob", "çem", "dan", "eve"]
 
 
-def rows_of(*users: str) -> list[Encoded]:
+def rows_of(*users: str) -> list[EncodedExample]:
     generator = torch.Generator().manual_seed(11)
     made = []
     for at, user in enumerate(users):
         ids = torch.randint(3, 60, (6 + 3 * at,), generator=generator)
-        made.append(Encoded(user, tuple(ids.tolist()), 4))
+        made.append(EncodedExample(user, tuple(ids.tolist()), 4))
     return made
 
 
@@ -91,14 +91,14 @@ def test_an_embeddings_gradient_is_summed_over_its_rows_and_micro_batches(
             for encoded in rows:
                 if USERS.index(encoded.user) == user:
                     batch = collate([encoded], pad=0)
-                    logits = model.answer_logits(batch, Rows("groups", embedding=own.unsqueeze(0)))
+                    logits = model.answer_logits(batch, RowContext("groups", embedding=own.unsqueeze(0)))
                     total = total + answer_loss(logits, batch.labels)[0].sum() / 17
         expected = torch.autograd.grad(total, own)[0]
         assert torch.allclose(row, expected, rtol=1e-3, atol=1e-6), USERS[user]
     assert values is stage.embeddings
 
 
-def mean_cosine(stage: GroupsStage, rows: list[Encoded]) -> float:
+def mean_cosine(stage: GroupsStage, rows: list[EncodedExample]) -> float:
     """Mean over modules and pairs of users of the cosine of their mean gates, by loops."""
     batch = collate(rows, pad=0)
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_gates_of_padding_do_not_count(grouped: Build, accelerator: Accelerator)
 
 
 def test_only_what_belongs_to_stage_2_is_trained(
-    grouped: Build, dataset: Dataset, plan: Callable[..., Plan], accelerator: Accelerator
+    grouped: Build, dataset: Dataset, plan: Callable[..., TrainingPlan], accelerator: Accelerator
 ) -> None:
     model, config = grouped(), GroupsConfig(user_embedding=16, epochs=1)
     model.add_lora_router(UsersConfig())
@@ -190,7 +190,7 @@ def test_only_what_belongs_to_stage_2_is_trained(
 
 
 def test_the_released_preset_trains(
-    grouped: Build, dataset: Dataset, plan: Callable[..., Plan], accelerator: Accelerator
+    grouped: Build, dataset: Dataset, plan: Callable[..., TrainingPlan], accelerator: Accelerator
 ) -> None:
     config = GroupsConfig.model_validate(
         {"router": "released", "embedding": "per-module", "constraint": {"kind": "released"}, "epochs": 1}

@@ -21,7 +21,7 @@ from proper.data.dataset import Dataset
 from proper.models.personal import ProperModel
 from proper.models.tensors import load_tensors, save_tensors
 from proper.training import users as users_module
-from proper.training.engine import Engine
+from proper.training.multi_user_trainer import MultiUserTrainer
 from proper.training.users import UserStage, train_users
 
 Build = Callable[..., ProperModel]
@@ -35,20 +35,20 @@ CONFIG = UsersConfig.model_validate(
 def never_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the engine refuse to train whoever has an adapter in the phase's store."""
     stores: list[AdapterStore] = []
-    fit, step = users_module._fit, Engine._step
+    fit, step = users_module._fit, MultiUserTrainer._step
 
     def watched_fit(stage: UserStage, jobs: object, store: AdapterStore, *rest: object) -> None:
         stores.append(store)
         fit(stage, jobs, store, *rest)  # type: ignore[arg-type]
 
-    def watched_step(self: Engine) -> object:
+    def watched_step(self: MultiUserTrainer) -> object:
         for seat in self.seats:
             head = stores[-1].head(seat[0].user) if seat is not None else None
             assert head is None or head.tier == "groups", "a finished user is trained again"
         return step(self)
 
     monkeypatch.setattr(users_module, "_fit", watched_fit)
-    monkeypatch.setattr(Engine, "_step", watched_step)
+    monkeypatch.setattr(MultiUserTrainer, "_step", watched_step)
 
 
 @pytest.fixture

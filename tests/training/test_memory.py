@@ -12,13 +12,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from proper.config import GroupsConfig, UsersConfig
-from proper.data.batching import Encoded
+from proper.data.batching import EncodedExample
 from proper.models.backbone import load_backbone
 from proper.models.personal import ProperModel
 from proper.training import memory
-from proper.training.engine import Engine
 from proper.training.jobs import Job
 from proper.training.memory import Footprint, auto_slots, device_memory, footprint, pending_rows
+from proper.training.multi_user_trainer import MultiUserTrainer
 
 Build = Callable[..., ProperModel]
 
@@ -40,7 +40,7 @@ def nano() -> Iterator[ProperModel]:
 def test_a_slot_is_five_copies_in_fp32(grouped: Build) -> None:
     model, config = grouped(torch.bfloat16), UsersConfig(batch_size=4)
     for slots in (1, 7):
-        engine = Engine(model, config, 0.0, 0, slots, pad=0)
+        engine = MultiUserTrainer(model, config, 0.0, 0, slots, pad=0)
         assert engine.bank.gradients is not None
         views = (*engine.bank.down.values(), *engine.bank.up.values())
         held = storages(
@@ -59,9 +59,9 @@ def test_a_slot_is_five_copies_in_fp32(grouped: Build) -> None:
 
 def peak_of_a_step(model: ProperModel, config: UsersConfig, slots: int, length: int) -> int:
     """What the forward and backward pass of one step allocate at most, as torch's own profiler counts it."""
-    row = Encoded("u", tuple(range(3, 3 + length)), length - length // 4)
+    row = EncodedExample("u", tuple(range(3, 3 + length)), length - length // 4)
     jobs = [Job(f"u{at}", torch.zeros(128), (row,) * config.batch_size) for at in range(slots)]
-    engine = Engine(model, config, 1e-3, 0, slots, pad=0)
+    engine = MultiUserTrainer(model, config, 1e-3, 0, slots, pad=0)
     engine._seat(jobs)
     chosen = {slot: engine._batch(*engine.sitting(slot)) for slot in range(slots)}
     engine._backward(chosen)
@@ -98,7 +98,7 @@ def test_the_memory_of_a_cpu_is_the_machines() -> None:
 
 
 def test_at_least_one_finished_adapter_a_slot_may_wait(grouped: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(grouped(), UsersConfig(), 0.0, 0, 3, pad=0)
+    engine = MultiUserTrainer(grouped(), UsersConfig(), 0.0, 0, 3, pad=0)
     row = 4 * engine.bank.layout.width
     assert pending_rows(engine.bank) == memory.PENDING_BYTES // row > 3
     monkeypatch.setattr(memory, "PENDING_BYTES", row)
@@ -110,7 +110,7 @@ import sys, torch
 from proper.config import UsersConfig
 from proper.models.backbone import load_backbone
 from proper.models.personal import ProperModel
-from proper.training.engine import Engine
+from proper.training.multi_user_trainer import Engine
 torch.set_num_threads(1)
 def resident():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) * 1024

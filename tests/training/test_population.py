@@ -16,10 +16,10 @@ from proper.data.batching import Batch, Encoder, collate
 from proper.data.dataset import Dataset
 from proper.layers.dropout import Dropout
 from proper.models.backbone import Backbone
-from proper.models.merge import apply_population
+from proper.models.peft_merge import apply_population
 from proper.models.personal import answer_logits
-from proper.training.loop import Plan
 from proper.training.population import train_population, wrap
+from proper.training.trainer import TrainingPlan
 
 Make = Callable[..., Backbone]
 
@@ -34,7 +34,9 @@ def batch(dataset: Dataset, encoder: Encoder) -> Batch:
 
 
 @pytest.fixture
-def run(backbone: Make, plan: Callable[..., Plan], accelerator: Accelerator, tmp_path: Path) -> Callable[..., Backbone]:
+def run(
+    backbone: Make, plan: Callable[..., TrainingPlan], accelerator: Accelerator, tmp_path: Path
+) -> Callable[..., Backbone]:
     def fit(
         config: PopulationConfig, folder: str = "population", dtype: torch.dtype = torch.float32, **options: Any
     ) -> Backbone:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from proper.config import UsersConfig
-from proper.data.batching import Encoded
+from proper.data.batching import EncodedExample
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint
-from proper.training.engine import Engine
-from proper.training.jobs import Job, Outcome
+from proper.training.jobs import FitResult, Job
+from proper.training.multi_user_trainer import MultiUserTrainer
 
 Build = Callable[..., ProperModel]
 
@@ -24,11 +24,11 @@ NAN = torch.full((16,), float("nan"))
 
 def fit(model: ProperModel, jobs: Sequence[Job], folder: Path, slots: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the adapters, and why the others have none."""
-    engine = Engine(model, UsersConfig(batch_size=3, weight_decay=0.1), 5e-3, 0, slots, pad=0)
+    engine = MultiUserTrainer(model, UsersConfig(batch_size=3, weight_decay=0.1), 5e-3, 0, slots, pad=0)
     rows: dict[str, Tensor] = {}
     reasons: dict[str, str] = {}
 
-    def done(outcomes: Sequence[Outcome], again: bool) -> None:
+    def done(outcomes: Sequence[FitResult], again: bool) -> None:
         for outcome in outcomes:
             if outcome.row is not None:
                 rows[outcome.user] = outcome.row
@@ -48,11 +48,11 @@ def fit(model: ProperModel, jobs: Sequence[Job], folder: Path, slots: int) -> tu
         (lambda job: replace(job, embedding=NAN, held=job.items), "quarantined: the held-out loss is not finite"),
         (lambda job: replace(job, items=()), "quarantined: no history"),
         (
-            lambda job: replace(job, items=(*job.items, Encoded(job.user, tuple(range(3, 303)), 298))),
+            lambda job: replace(job, items=(*job.items, EncodedExample(job.user, tuple(range(3, 303)), 298))),
             "quarantined: a text is longer than the backbone's positions",
         ),
         (
-            lambda job: replace(job, items=(Encoded(job.user, (5, 6), 0),)),
+            lambda job: replace(job, items=(EncodedExample(job.user, (5, 6), 0),)),
             "quarantined: an item without a prompt or an answer",
         ),
     ],
@@ -84,7 +84,7 @@ def test_a_nan_in_a_step_changes_no_other_users_bit(grouped: Build, jobs: list[J
     gradients = []
     for embedding in (jobs[1].embedding, NAN):
         work = [replace(job, embedding=embedding) if job.user == "bob" else job for job in jobs]
-        engine = Engine(grouped(), UsersConfig(), 5e-3, 0, 5, pad=0)
+        engine = MultiUserTrainer(grouped(), UsersConfig(), 5e-3, 0, 5, pad=0)
         engine._seat(work)
         engine._backward({slot: engine._batch(*engine.sitting(slot)) for slot in range(5)})
         assert engine.bank.gradients is not None
@@ -96,7 +96,7 @@ def test_a_nan_in_a_step_changes_no_other_users_bit(grouped: Build, jobs: list[J
 
 def test_an_adapter_that_is_nan_reaches_no_row_without_one(grouped: Build, jobs: list[Job]) -> None:
     """Rows without an adapter lie beside slot 0's in a batch."""
-    engine = Engine(grouped(), UsersConfig(), 5e-3, 0, 2, pad=0)
+    engine = MultiUserTrainer(grouped(), UsersConfig(), 5e-3, 0, 2, pad=0)
     bank = engine.bank
     bank.values[0] = float("nan")
     module = next(iter(bank.down))
@@ -110,9 +110,9 @@ def test_a_user_who_diverges_late_leaves_the_others_within_rounding(
 ) -> None:
     model = grouped()
     without, _ = fit(model, [job for job in jobs if job.user != "dan"], tmp_path / "without", 5)
-    plain = Engine._backward
+    plain = MultiUserTrainer._backward
 
-    def poisoned(self: Engine, chosen: dict[int, list[Encoded]]) -> tuple[dict[int, float], int, int]:
+    def poisoned(self: MultiUserTrainer, chosen: dict[int, list[EncodedExample]]) -> tuple[dict[int, float], int, int]:
         found = plain(self, chosen)
         assert self.bank.gradients is not None
         for slot in chosen:
@@ -121,7 +121,7 @@ def test_a_user_who_diverges_late_leaves_the_others_within_rounding(
                 self.bank.gradients[slot, 7] = float("inf")
         return found
 
-    monkeypatch.setattr(Engine, "_backward", poisoned)
+    monkeypatch.setattr(MultiUserTrainer, "_backward", poisoned)
     rows, reasons = fit(model, jobs, tmp_path / "with", 5)
     assert reasons == {"dan": "quarantined: the gradient is not finite"}
     for user, row in rows.items():
@@ -130,7 +130,7 @@ def test_a_user_who_diverges_late_leaves_the_others_within_rounding(
 
 def test_frozen_weights_get_no_gradients_and_experts_run_once_a_piece(grouped: Build, jobs: list[Job]) -> None:
     model = grouped()
-    engine = Engine(model, UsersConfig(), 5e-3, 0, 5, pad=0)
+    engine = MultiUserTrainer(model, UsersConfig(), 5e-3, 0, 5, pad=0)
     engine._seat(jobs)
     calls: list[str] = []
     for name, layer in model.layers.items():

@@ -17,7 +17,7 @@ from proper.config import UsersConfig
 from proper.data.batching import Encoder, collate
 from proper.data.dataset import Dataset
 from proper.layers.bank import AdapterBank
-from proper.layers.routing import Mode, Rows
+from proper.layers.batch_context import Mode, RowContext
 from proper.models.personal import ProperModel, answer_loss
 from proper.models.tensors import load_tensors
 from proper.training.users import UserStage, _Jobs, held_out, train_users
@@ -195,7 +195,9 @@ def test_tiers_follow_from_losses_on_held_out_items_as_served(
         items = [encoder.encode(example) for example in dataset.history(user)]
         sums = tokens = 0.0
         for item in items[len(items) - held_out(len(items), config.tiers.validation) :]:
-            rows = Rows(mode, embedding=records[user].embedding.unsqueeze(0), slots=torch.zeros(1, dtype=torch.long))
+            rows = RowContext(
+                mode, embedding=records[user].embedding.unsqueeze(0), slots=torch.zeros(1, dtype=torch.long)
+            )
             batch = collate([item], pad=0)
             with torch.no_grad():
                 total, count = answer_loss(model.answer_logits(batch, rows), batch.labels)

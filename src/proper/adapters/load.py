@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from proper.adapters.blobs import CHUNK, fill, stream
-from proper.adapters.manifest import Row
-from proper.adapters.packing import Spec
+from proper.adapters.manifest import ManifestRow
 from proper.adapters.records import Head
-from proper.adapters.sound import is_sound, require_sound
+from proper.adapters.serialization import TensorSpec
+from proper.adapters.shards import CHUNK, fill, stream
 from proper.adapters.store import AdapterStore
+from proper.adapters.validation import is_sound, require_sound
 from proper.errors import StoreError
 from proper.layers.bank import Layout
 
@@ -59,14 +59,14 @@ class RowLoader:
                 row.zero_()
         return head
 
-    def _fill(self, user: str, found: Row, row: Float[Tensor, "P"]) -> Head:
+    def _fill(self, user: str, found: ManifestRow, row: Float[Tensor, "P"]) -> Head:
         if self._load(user, found, row) is not None and not is_sound(row):
             require_sound(user, self.layout.unpack(row))
         head = self.store.head_of(found)
         require_sound(user, {"embedding": head.embedding})
         return head
 
-    def _load(self, user: str, found: Row, row: Float[Tensor, "P"]) -> bytes | None:
+    def _load(self, user: str, found: ManifestRow, row: Float[Tensor, "P"]) -> bytes | None:
         if found.place is None:
             return None
         dtype = self._dtype(found)
@@ -83,7 +83,7 @@ class RowLoader:
             self._convert(found, dtype, row)
         return found.xxh3
 
-    def _convert(self, found: Row, dtype: torch.dtype, row: Float[Tensor, "P"]) -> None:
+    def _convert(self, found: ManifestRow, dtype: torch.dtype, row: Float[Tensor, "P"]) -> None:
         assert found.place is not None
         piece, size = self._buffer.view(dtype), dtype.itemsize
 
@@ -92,13 +92,13 @@ class RowLoader:
 
         stream(self.store.blobs, found.place, found.xxh3, self._buffer.numpy().data, take)
 
-    def _dtype(self, found: Row) -> torch.dtype | None:
+    def _dtype(self, found: ManifestRow) -> torch.dtype | None:
         """Return the dtype of an adapter that lies in the store as it lies in a row, None of any other."""
         if found.layout not in self._straight:
             self._straight[found.layout] = self._compare(self.store.spec(found))
         return self._straight[found.layout]
 
-    def _compare(self, spec: Spec) -> torch.dtype | None:
+    def _compare(self, spec: TensorSpec) -> torch.dtype | None:
         dtypes = {entry.dtype for entry in spec.entries}
         same = [(entry.name, entry.shape) for entry in spec.entries] == self._wanted
         return dtypes.pop() if same and len(dtypes) == 1 else None

@@ -37,7 +37,7 @@ _TABLES = (
 _SCHEMA = Schema("a store", FORMAT, _TABLES, durable=True)
 
 
-class Place(NamedTuple):
+class ByteRange(NamedTuple):
     """Where bytes lie: a file of the store's `blobs/`, and a range in it."""
 
     blob: str
@@ -45,7 +45,7 @@ class Place(NamedTuple):
     length: int
 
 
-class Row(NamedTuple):
+class ManifestRow(NamedTuple):
     """One version of one user as the manifest holds it; the user's id is UTF-8, lone surrogates let through."""
 
     tenant: str
@@ -64,12 +64,12 @@ class Row(NamedTuple):
     embedding: bytes
 
     @property
-    def place(self) -> Place | None:
+    def place(self) -> ByteRange | None:
         """Where the adapter lies; None without one."""
-        return None if self.blob is None else Place(self.blob, self.offset or 0, self.length)
+        return None if self.blob is None else ByteRange(self.blob, self.offset or 0, self.length)
 
 
-_COLUMNS = ", ".join(Row._fields)
+_COLUMNS = ", ".join(ManifestRow._fields)
 
 
 def key_of(user: str) -> bytes:
@@ -194,20 +194,20 @@ class Manifest:
         """Write what the store is bound to (inside a transaction)."""
         self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
 
-    def head(self, tenant: str, user: bytes) -> Row | None:
+    def head(self, tenant: str, user: bytes) -> ManifestRow | None:
         """Return a user's current version."""
         rows = self.read(
             f"SELECT {_COLUMNS} FROM records WHERE tenant = ? AND user = ? ORDER BY version DESC LIMIT 1",
             (tenant, user),
         )
-        return Row(*rows[0]) if rows else None
+        return ManifestRow(*rows[0]) if rows else None
 
-    def versions(self, tenant: str, user: bytes) -> list[Row]:
+    def versions(self, tenant: str, user: bytes) -> list[ManifestRow]:
         """Return a user's stored versions, newest first."""
         query = f"SELECT {_COLUMNS} FROM records WHERE tenant = ? AND user = ? ORDER BY version DESC"
-        return [Row(*row) for row in self.read(query, (tenant, user))]
+        return [ManifestRow(*row) for row in self.read(query, (tenant, user))]
 
-    def heads(self, tenant: str, after: bytes | None = None) -> Iterator[Row]:
+    def heads(self, tenant: str, after: bytes | None = None) -> Iterator[ManifestRow]:
         """Yield every user's current version, ordered by user, from the beginning or `after` a user."""
         # SQLite takes the other columns from the row that has the maximum.
         columns = _COLUMNS.replace("version", "MAX(version)")
@@ -215,19 +215,19 @@ class Manifest:
         first = query if after is not None else query.replace("user > ?", "user >= ?")
         page = self.read(first, (tenant, after or b""))
         while page:
-            yield from (Row(*row) for row in page)
+            yield from (ManifestRow(*row) for row in page)
             page = self.read(query, (tenant, page[-1][1]))
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[ManifestRow]:
         """Yield every version of every user of every tenant."""
         query = f"SELECT {_COLUMNS} FROM records WHERE (tenant, user, version) > (?, ?, ?)"
         query += f" ORDER BY tenant, user, version LIMIT {_PAGE}"
         page = self.read(query.replace(" WHERE (tenant, user, version) > (?, ?, ?)", ""))
         while page:
-            yield from (Row(*row) for row in page)
+            yield from (ManifestRow(*row) for row in page)
             page = self.read(query, page[-1][:3])
 
-    def add(self, row: Row) -> int:
+    def add(self, row: ManifestRow) -> int:
         """Add a row as its user's new current version, whatever number and parent it carries; return the number."""
         (newest,) = self._db.execute(
             "SELECT MAX(version) FROM records WHERE tenant = ? AND user = ?", (row.tenant, row.user)
@@ -236,7 +236,7 @@ class Manifest:
         self._db.execute(f"INSERT INTO records ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})", row)
         return row.version
 
-    def drop(self, rows: Sequence[Row]) -> None:
+    def drop(self, rows: Sequence[ManifestRow]) -> None:
         """Remove versions, and note for erasure the bytes that no other version of the user shares."""
         for row in rows:
             key = (row.tenant, row.user)
@@ -277,13 +277,13 @@ class Manifest:
         places = "SELECT DISTINCT blob, offset, length FROM records WHERE blob IS NOT NULL"
         return dict(self.read(f"SELECT blob, SUM(length) FROM ({places}) GROUP BY blob"))
 
-    def owners(self, blobs: Sequence[str]) -> dict[Place, tuple[str, bytes]]:
+    def owners(self, blobs: Sequence[str]) -> dict[ByteRange, tuple[str, bytes]]:
         """Return tenant and user of every range of these blobs, in the order of the bytes."""
         marks = ", ".join("?" * len(blobs))
         query = f"SELECT blob, offset, length, tenant, user FROM records WHERE blob IN ({marks}) ORDER BY blob, offset"
-        return {Place(*row[:3]): (row[3], row[4]) for row in self.read(query, list(blobs))}
+        return {ByteRange(*row[:3]): (row[3], row[4]) for row in self.read(query, list(blobs))}
 
-    def move(self, owner: tuple[str, bytes], old: Place, new: Place) -> bool:
+    def move(self, owner: tuple[str, bytes], old: ByteRange, new: ByteRange) -> bool:
         """Point a user's versions to where their bytes were copied; return whether any version still has them."""
         query = "UPDATE records SET blob = ?, offset = ? WHERE tenant = ? AND user = ? AND blob = ? AND offset = ?"
         return self.write(query, (new.blob, new.offset, *owner, old.blob, old.offset)) > 0

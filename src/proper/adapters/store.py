@@ -24,16 +24,16 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from proper.adapters.blobs import BlobError, BlobWriter, erase, fill
-from proper.adapters.manifest import Manifest, Row, key_of, user_of
-from proper.adapters.packing import Spec, unpack
-from proper.adapters.putting import Prepared, commit, prepare
-from proper.adapters.quantize import decode
+from proper.adapters.manifest import Manifest, ManifestRow, key_of, user_of
+from proper.adapters.quantization import decode
 from proper.adapters.records import Head as Head
 from proper.adapters.records import Tier as Tier
 from proper.adapters.records import UserRecord as UserRecord
 from proper.adapters.records import Version as Version
+from proper.adapters.serialization import TensorSpec, unpack
+from proper.adapters.shards import BlobError, BlobWriter, erase, fill
 from proper.adapters.tombstones import Tombstones
+from proper.adapters.two_phase_write import Prepared, commit, prepare
 from proper.errors import NoVersionError, StoreError
 from proper.files import open_private, private_folder
 from proper.sqlite_files import read_only_error
@@ -187,7 +187,7 @@ class AdapterStore:
         """
         return self.read(user, lambda row: self.record(user, row, coded), version)
 
-    def read(self, user: str, take: Callable[[Row], T], version: int | None = None) -> T | None:
+    def read(self, user: str, take: Callable[[ManifestRow], T], version: int | None = None) -> T | None:
         """Return what `take` makes of a user's row, or None for a user (or version) the store does not know.
 
         Where `take` finds bytes damaged, the row is looked up again: they may have been replaced or moved meanwhile.
@@ -213,7 +213,7 @@ class AdapterStore:
         return None if row is None else self.head_of(row)
 
     @staticmethod
-    def head_of(row: Row) -> Head:
+    def head_of(row: ManifestRow) -> Head:
         """Return what a row of the manifest says without its adapter."""
         return Head(row.version, cast(Tier, row.tier), _vector(row.embedding), row.xxh3)
 
@@ -299,7 +299,7 @@ class AdapterStore:
         erase(self.blobs, self.manifest)
         return self.manifest.shrink_log(patience)
 
-    def record(self, user: str, row: Row, coded: bool = False) -> UserRecord:
+    def record(self, user: str, row: ManifestRow, coded: bool = False) -> UserRecord:
         """Return the record that a row of the manifest stands for; `coded` as in `get`.
 
         Raises:
@@ -313,21 +313,21 @@ class AdapterStore:
             adapter = stored if coded else decode(stored)
         return UserRecord(user, cast(Tier, row.tier), _vector(row.embedding), adapter, json.loads(row.facts))
 
-    def spec(self, row: Row) -> Spec:
+    def spec(self, row: ManifestRow) -> TensorSpec:
         """Return what the bytes of a row's adapter mean."""
         return self._spec(row.layout)
 
-    def _row(self, user: str, version: int | None) -> Row | None:
+    def _row(self, user: str, version: int | None) -> ManifestRow | None:
         if version is None:
             return self.manifest.head(self.tenant, key_of(user))
         rows = self.manifest.versions(self.tenant, key_of(user))
         return next((row for row in rows if row.version == version), None)
 
-    def _read_spec(self, number: int | None) -> Spec:
+    def _read_spec(self, number: int | None) -> TensorSpec:
         text = None if number is None else self.manifest.layout(number)
         if text is None:
             raise StoreError(f"{self.manifest.path}: layout {number} is missing")
-        return Spec.parse(text)
+        return TensorSpec.parse(text)
 
 
 def _vector(data: bytes) -> Tensor:

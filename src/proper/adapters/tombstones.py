@@ -17,8 +17,8 @@ from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 
-from proper.adapters.blobs import sync_folder
 from proper.adapters.manifest import key_of
+from proper.adapters.shards import sync_folder
 from proper.errors import StoreError
 from proper.run_files import run_home
 

@@ -25,10 +25,10 @@ from torch.nn import functional
 
 from proper.benchmarks.machine import machine
 from proper.benchmarks.people import BACKBONE, backbone, people, share_lora
-from proper.benchmarks.timing import Side, interleaved
+from proper.benchmarks.timing import TimedSide, interleaved
 from proper.config import GroupsConfig
 from proper.data.batching import Batch, Encoder, collate
-from proper.layers.mixture import Experts
+from proper.layers.experts import Experts
 from proper.layers.products import tokens_last
 from proper.models.backbone import pick_device
 from proper.models.personal import ProperModel, answer_logits, answer_loss
@@ -40,7 +40,7 @@ MAX_LENGTH = 256
 
 
 @dataclass(frozen=True)
-class Size:
+class GroupsBenchSize:
     """How much is run: `steps` are timed together, `repeats` times."""
 
     rows: int = 64
@@ -48,7 +48,7 @@ class Size:
     repeats: int = 15
 
 
-QUICK = Size(steps=2, repeats=7)
+QUICK = GroupsBenchSize(steps=2, repeats=7)
 
 
 class LoopedExperts(Experts):
@@ -77,7 +77,7 @@ class LoopedExperts(Experts):
         return None, tokens_last(token, x)
 
 
-def run(size: Size, device: str, say: Callable[[str], None]) -> dict[str, Any]:
+def run(size: GroupsBenchSize, device: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Return {"setting", "figures", "seconds_per_step"} of the benchmark.
 
     Args:
@@ -99,7 +99,7 @@ def run(size: Size, device: str, say: Callable[[str], None]) -> dict[str, Any]:
         "bare": _plain(1, 1, batches, place),
     }
     say(f"groups: {size.repeats} repeats of {size.steps} steps of {size.rows} rows, {len(sides)} sides")
-    seconds = interleaved({name: Side(work) for name, work in sides.items()}, size.repeats, say)
+    seconds = interleaved({name: TimedSide(work) for name, work in sides.items()}, size.repeats, say)
     step = {name: statistics.median(times) / size.steps for name, times in seconds.items()}
     return {
         "setting": {

@@ -17,19 +17,19 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from proper.config import UsersConfig
-from proper.data.batching import IGNORED, Encoded
+from proper.data.batching import IGNORED, EncodedExample
 from proper.models.targets import find_targets
 from proper.training.jobs import Job
 
 
-class _Items(Dataset[Encoded]):
-    def __init__(self, items: Sequence[Encoded]) -> None:
+class _Items(Dataset[EncodedExample]):
+    def __init__(self, items: Sequence[EncodedExample]) -> None:
         self.items = items
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, at: int) -> Encoded:
+    def __getitem__(self, at: int) -> EncodedExample:
         return self.items[at]
 
 
@@ -83,7 +83,7 @@ class _Collator:
     def __init__(self, pad: int) -> None:
         self.pad = pad
 
-    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[EncodedExample]) -> dict[str, Any]:
         length = max(len(row.ids) for row in rows)
         ids = torch.full((len(rows), length), self.pad)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)

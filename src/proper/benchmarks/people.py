@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from proper.config import GroupsConfig, UsersConfig
-from proper.data.batching import Encoded, Encoder
+from proper.data.batching import EncodedExample, Encoder
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.models.backbone import Backbone, load_backbone
 from proper.models.personal import ProperModel
@@ -37,21 +37,21 @@ def backbone(device: torch.device) -> Backbone:
     return load_backbone(BACKBONE, DTYPE, device)
 
 
-def people(encoder: Encoder, users: int, items: int) -> dict[str, tuple[Encoded, ...]]:
+def people(encoder: Encoder, users: int, items: int) -> dict[str, tuple[EncodedExample, ...]]:
     """Make up people with `items` interactions each, in tokens."""
     settings = DemoSettings(people=users, items=(items, items), groups=min(5, users))
     with tempfile.TemporaryDirectory(prefix="proper-bench-") as name:
         path = write_demo(Path(name), settings)
         prompt = demo_config(path, settings)["data"]["prompt"]
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    found: dict[str, list[Encoded]] = {}
+    found: dict[str, list[EncodedExample]] = {}
     for row in rows:
         text = prompt.format(input=row["input"])
         found.setdefault(row["user_id"], []).append(encoder.encode(_Row(row["user_id"], text, row["output"])))
     return {user: tuple(encoded) for user, encoded in found.items()}
 
 
-def make_jobs(histories: dict[str, tuple[Encoded, ...]], epochs: int, embedding: int) -> list[Job]:
+def make_jobs(histories: dict[str, tuple[EncodedExample, ...]], epochs: int, embedding: int) -> list[Job]:
     """Return each person's history as work for the engine."""
     generator = torch.Generator().manual_seed(0)
     return [

@@ -33,7 +33,7 @@ import torch
 from proper.benchmarks.machine import machine
 from proper.benchmarks.serve_loads import ClosedLoop, Times, open_loop
 from proper.benchmarks.serve_neighbour import quiet_key
-from proper.benchmarks.serve_people import CROWD, Served, Shape, backbone_of
+from proper.benchmarks.serve_people import CROWD, Served, ServedShape, backbone_of
 from proper.benchmarks.timing import interleaved, percentile
 from proper.models.backbone import pick_device
 
@@ -42,7 +42,7 @@ SHARES = (50, 95, 99)
 
 
 @dataclass(frozen=True)
-class Size:
+class ServeBenchSize:
     """What is measured.
 
     Attributes:
@@ -71,17 +71,17 @@ class Size:
     asks: int = 40
     dtype: torch.dtype = torch.bfloat16
 
-    def shape(self, backbone: str) -> Shape:
+    def shape(self, backbone: str) -> ServedShape:
         """Return what the model and its people are made from."""
         random = (self.hidden, self.inner, self.layers) if backbone == HEADLINE else None
         people = max(2 * self.users, CROWD * self.slots)  # the crowd of the open loop is all of them
-        return Shape(random, self.dtype, people, self.users, self.prompt, self.answer)
+        return ServedShape(random, self.dtype, people, self.users, self.prompt, self.answer)
 
 
-QUICK = Size(layers=3, prompt=32, answer=16, repeats=2, arrivals=96, asks=20)
+QUICK = ServeBenchSize(layers=3, prompt=32, answer=16, repeats=2, arrivals=96, asks=20)
 
 
-def run(size: Size, device: str, say: Callable[[str], None]) -> dict[str, Any]:
+def run(size: ServeBenchSize, device: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Return {"setting", "figures", "closed", "open", "noisy_neighbour", "memory_bytes"} of the benchmark.
 
     Args:
@@ -113,7 +113,7 @@ def run(size: Size, device: str, say: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def _open(size: Size, served: Served, mixed: float, say: Callable[[str], None]) -> dict[str, Any]:
+def _open(size: ServeBenchSize, served: Served, mixed: float, say: Callable[[str], None]) -> dict[str, Any]:
     """Let requests arrive; kinds take turns, so that whatever else the machine does falls on both."""
     rate = size.load * mixed / size.answer * size.rows / size.users
     slots = {"resident": CROWD * size.slots, "crowded": size.slots}
@@ -125,7 +125,7 @@ def _open(size: Size, served: Served, mixed: float, say: Callable[[str], None]) 
     return {"arrivals_per_second": round(rate, 3), **{kind: _latencies(found) for kind, found in times.items()}}
 
 
-def _neighbour(size: Size, served: Served, say: Callable[[str], None]) -> dict[str, Any]:
+def _neighbour(size: ServeBenchSize, served: Served, say: Callable[[str], None]) -> dict[str, Any]:
     """Return the quiet key's waits in steps and seconds beside a flood, and its seconds alone."""
     say(f"serve: {size.asks} requests of one key alone, then beside one that floods {size.users} rows")
     alone = quiet_key(served, size.users, size.asks, flooded=False)
@@ -175,7 +175,7 @@ def _percentiles(values: list[float]) -> dict[str, float]:
     return {f"p{share}": float(f"{percentile(values, share):.4g}") for share in SHARES}
 
 
-def _setting(size: Size, device: torch.device) -> dict[str, Any]:
+def _setting(size: ServeBenchSize, device: torch.device) -> dict[str, Any]:
     model = f"random Llama, hidden {size.hidden}, FFN {size.inner}, {size.layers} layers"
     counts = {
         name: getattr(size, name)

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from proper.adapters.residents import Counts
+from proper.adapters.async_slot_cache import CacheCounts
 from proper.benchmarks.serve_people import Served
-from proper.benchmarks.timing import Side
+from proper.benchmarks.timing import TimedSide
 from proper.errors import ProperError
 from proper.inference.engine import Engine
-from proper.inference.guests import Limits
-from proper.inference.passes import pad_left
+from proper.inference.engine_thread import EngineThread
+from proper.inference.forward import pad_left
 from proper.inference.requests import Event, Request, Sink, Token
-from proper.inference.runner import Runner
+from proper.inference.running import EngineLimits
 from proper.inference.sampling import Sampling
 
 Times = list[list[float]]
@@ -38,9 +38,9 @@ class ClosedLoop:
 
     def __init__(self, served: Served, alone: int) -> None:
         self.served, self.times = served, dict[str, Times]()
-        self._alone, self._engine = alone, Engine(served.alone, Limits(rows=1))
+        self._alone, self._engine = alone, Engine(served.alone, EngineLimits(rows=1))
 
-    def sides(self) -> dict[str, Side]:
+    def sides(self) -> dict[str, TimedSide]:
         """Return what is compared. Whatever a side needs in memory is there before it is timed."""
         served, rows = self.served, self.served.shape.rows
         people, others = served.names[:rows], served.names[rows : 2 * rows]
@@ -58,13 +58,13 @@ class ClosedLoop:
         self.times = {name: [] for name in sides}
         return sides
 
-    def counts(self) -> Counts:
+    def counts(self) -> CacheCounts:
         """Return what the engine that answers now has found in its slots."""
         return self._engine.stats().adapters
 
     def _by_engine(
         self, name: str, who: Sequence[str], before: Sequence[str], *, experts: bool = True, bare: bool = False
-    ) -> Side:
+    ) -> TimedSide:
         """Return a side of the engine, which has answered `before` when it is asked for `who`."""
         served, rows = self.served, self.served.shape.rows
 
@@ -72,7 +72,8 @@ class ClosedLoop:
             self._engine.close()
             served.mix(experts)
             self._engine = Engine(
-                served.alone if bare else served.personal, Limits(rows, slots=rows, prefill=1 << 30, prefix_bytes=0)
+                served.alone if bare else served.personal,
+                EngineLimits(rows, slots=rows, prefill=1 << 30, prefix_bytes=0),
             )
             _answer(self._engine, [(5,)] * rows, before, 1, [])
 
@@ -81,9 +82,9 @@ class ClosedLoop:
             _answer(self._engine, served.prompts, who, served.shape.answer, found)
             self.times[name] += found if at else []
 
-        return Side(work, prepare)
+        return TimedSide(work, prepare)
 
-    def _by_generate(self, name: str, model: Any, batches: Sequence[Sequence[int]], **more: Any) -> Side:
+    def _by_generate(self, name: str, model: Any, batches: Sequence[Sequence[int]], **more: Any) -> TimedSide:
         """Return a side of transformers' generate, batch after batch; one that waits arrives when its turn comes."""
         served, length = self.served, self.served.shape.answer
         settings = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -104,7 +105,7 @@ class ClosedLoop:
                     )
                 self.times[name] += [list(clock.stamps) for _ in batch] if at else []
 
-        return Side(work)
+        return TimedSide(work)
 
 
 def open_loop(served: Served, rows: int, slots: int, rate: float, arrivals: int, seed: int) -> Times:
@@ -120,9 +121,9 @@ def open_loop(served: Served, rows: int, slots: int, rate: float, arrivals: int,
     """
     served.mix(True)
     people = served.names
-    engine = Engine(served.personal, Limits(rows=rows, slots=slots, prefix_bytes=0))
+    engine = Engine(served.personal, EngineLimits(rows=rows, slots=slots, prefix_bytes=0))
     _answer(engine, [(5,)] * len(people), people, 1, [])
-    runner = Runner(engine)
+    runner = EngineThread(engine)
     runner.start()
     draw, due, times = random.Random(seed), 0.0, Times()
     begun = time.perf_counter()

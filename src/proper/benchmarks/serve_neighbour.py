@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from proper.benchmarks.serve_people import Served
 from proper.errors import ProperError
 from proper.inference.engine import Engine
-from proper.inference.guests import Limits
 from proper.inference.requests import Event, Finished, Request, Started
+from proper.inference.running import EngineLimits
 from proper.inference.sampling import Sampling
 
 FLOOD = 3
@@ -22,7 +22,7 @@ FLOOD = 3
 
 
 @dataclass
-class Asked:
+class QuietWaits:
     """What the quiet key waited for.
 
     Attributes:
@@ -34,7 +34,7 @@ class Asked:
     seconds: list[float] = field(default_factory=list)
 
 
-def quiet_key(served: Served, rows: int, asks: int, *, flooded: bool) -> Asked:
+def quiet_key(served: Served, rows: int, asks: int, *, flooded: bool) -> QuietWaits:
     """Let one key ask `asks` times, each time after the last answer and a pause of at most an answer's steps.
 
     Its first request, before any flood, is not counted: it brings the adapter in, and the key is known from then on.
@@ -46,9 +46,13 @@ def quiet_key(served: Served, rows: int, asks: int, *, flooded: bool) -> Asked:
         flooded: whether another key keeps `FLOOD` requests per row open.
     """
     served.mix(True)
-    engine, draw, asked = Engine(served.personal, Limits(rows=rows, prefix_bytes=0)), random.Random(0), Asked()
+    engine, draw, asked = (
+        Engine(served.personal, EngineLimits(rows=rows, prefix_bytes=0)),
+        random.Random(0),
+        QuietWaits(),
+    )
     quiet = _Quiet(engine, Request(served.prompts[0], served.names[0], sampling=_length(served), client="quiet"))
-    quiet.answer(Asked())
+    quiet.answer(QuietWaits())
     open_floods = [0]
 
     def flood(event: Event) -> None:
@@ -83,7 +87,7 @@ class _Quiet:
         self.engine, self.request = engine, request
         self.started = self.done = False
 
-    def answer(self, asked: Asked, between: Callable[[], None] = _nothing) -> None:
+    def answer(self, asked: QuietWaits, between: Callable[[], None] = _nothing) -> None:
         """Ask once, step until the answer is whole, and note steps and seconds."""
         self.started = self.done = False
         begun, steps = time.perf_counter(), 0

@@ -17,10 +17,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from proper.adapters.cache import SlotCache
+from proper.adapters.slot_cache import SlotCache
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import make_config
-from proper.inference.kv import SLACK
+from proper.inference.kv_cache import SLACK
 from proper.inference.personalized import PersonalizedModel
 from proper.layers.bank import AdapterBank
 from proper.models.backbone import Backbone, digest, load_backbone, load_tokenizer
@@ -33,7 +33,7 @@ NANO = "proper-nano"
 
 
 @dataclass(frozen=True)
-class Shape:
+class ServedShape:
     """The model and its people.
 
     Attributes:
@@ -62,7 +62,7 @@ class Served:
         prompts: in tokens; lengths differ, as people's do.
     """
 
-    def __init__(self, shape: Shape, backbone: Backbone, device: torch.device, folder: Path) -> None:
+    def __init__(self, shape: ServedShape, backbone: Backbone, device: torch.device, folder: Path) -> None:
         self.shape, self.device = shape, device
         limit = shape.prompt + shape.answer
         self.config = make_config({"data": {"path": "none"}, "compute": {"max_length": limit}})
@@ -136,7 +136,7 @@ class Served:
         return wrapped.to(self.shape.dtype).eval()
 
 
-def backbone_of(shape: Shape, device: torch.device) -> Backbone:
+def backbone_of(shape: ServedShape, device: torch.device) -> Backbone:
     """Return the backbone that a shape asks for, with `proper-nano`'s tokenizer."""
     if shape.random is None:
         return load_backbone(NANO, shape.dtype, device)

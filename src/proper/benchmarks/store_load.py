@@ -17,7 +17,7 @@ from torch import Tensor
 
 from proper.adapters.load import RowLoader
 from proper.adapters.store import AdapterStore, UserRecord
-from proper.benchmarks.timing import Side, interleaved, percentile
+from proper.benchmarks.timing import TimedSide, interleaved, percentile
 from proper.layers.bank import AdapterBank, Layout
 
 LAYERS, HIDDEN, KEYS, MIDDLE, RANK = 32, 2048, 512, 8616, 4
@@ -51,7 +51,7 @@ def load_figures(folder: Path, repeats: int, every: int) -> dict[str, float]:
     store = AdapterStore(folder / "store")
     for at in range(_ROUND):
         store.put([UserRecord(f"u{at}", "users", torch.zeros(0), layout.unpack(row.roll(at)))])
-    sides = {name: Side(work) for name, work in _sides(store, layout, row).items()}
+    sides = {name: TimedSide(work) for name, work in _sides(store, layout, row).items()}
     sides["peft_load"] = _peft_side(folder / "peft", every)
     seconds = interleaved(sides, repeats)
     store.close()
@@ -89,7 +89,7 @@ def _sides(store: AdapterStore, layout: Layout, row: Tensor) -> dict[str, Callab
     return sides
 
 
-def _peft_side(folder: Path, every: int) -> Side:
+def _peft_side(folder: Path, every: int) -> TimedSide:
     """Return PEFT's way: `load_adapter` of equal bytes from a folder, into a model of these shapes."""
     from peft import LoraConfig, get_peft_model
 
@@ -107,7 +107,7 @@ def _peft_side(folder: Path, every: int) -> Side:
     def load(at: int) -> None:
         model.load_adapter(folder, "loaded", autocast_adapter_dtype=False)
 
-    return Side(load, unload, every)
+    return TimedSide(load, unload, every)
 
 
 class _Shapes(torch.nn.Module):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from proper.adapters.compact import compact
+from proper.adapters.compaction import compact
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.benchmarks.timing import percentile, seconds_of
 from proper.layers.bank import Layout

@@ -22,7 +22,7 @@ def _silent(line: str) -> None:
 
 
 @dataclass(frozen=True)
-class Side:
+class TimedSide:
     """One way to do it.
 
     Attributes:
@@ -37,7 +37,7 @@ class Side:
 
 
 def interleaved(
-    sides: Mapping[str, Side], repeats: int, say: Callable[[str], object] = _silent
+    sides: Mapping[str, TimedSide], repeats: int, say: Callable[[str], object] = _silent
 ) -> dict[str, list[float]]:
     """Return seconds per call of each side.
 

@@ -26,25 +26,25 @@ from torch import Tensor
 from proper.benchmarks.machine import machine
 from proper.benchmarks.oppu import train_one_by_one
 from proper.benchmarks.people import BACKBONE, DTYPE, backbone, make_jobs, people, personal_model, share_lora
-from proper.benchmarks.timing import Side, interleaved
+from proper.benchmarks.timing import TimedSide, interleaved
 from proper.config import GroupsConfig, UsersConfig
-from proper.data.batching import Encoded, Encoder, collate
+from proper.data.batching import EncodedExample, Encoder, collate
 from proper.errors import ProperError
-from proper.layers.routing import Mode, Rows
+from proper.layers.batch_context import Mode, RowContext
 from proper.models.backbone import pick_device
 from proper.models.personal import answer_loss
 from proper.training.checkpoint import Checkpoint
-from proper.training.engine import Engine
-from proper.training.jobs import Job, Outcome
+from proper.training.jobs import FitResult, Job
 from proper.training.memory import auto_slots, device_memory, footprint
-from proper.training.micro import Work
+from proper.training.microbatching import Work
+from proper.training.multi_user_trainer import MultiUserTrainer
 
 RATE = 1e-3
 MAX_LENGTH = 256
 
 
 @dataclass(frozen=True)
-class Size:
+class UsersBenchSize:
     """How much is trained.
 
     Attributes:
@@ -57,13 +57,13 @@ class Size:
     repeats: int = 5
 
 
-QUICK = Size(users=32, alone=4, repeats=3)
+QUICK = UsersBenchSize(users=32, alone=4, repeats=3)
 
 Step = list[list[Work]]
 """One step's rows, in the pieces that run through the model at once."""
 
 
-class Recording(Engine):
+class RecordingTrainer(MultiUserTrainer):
     """An engine that remembers what runs through the model."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -77,7 +77,7 @@ class Recording(Engine):
         return super()._losses(micro, mode, training=training)
 
 
-def run(size: Size, device: str, say: Callable[[str], None]) -> dict[str, Any]:
+def run(size: UsersBenchSize, device: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Return {"setting", "figures", ...} of the benchmark.
 
     Args:
@@ -102,7 +102,7 @@ def run(size: Size, device: str, say: Callable[[str], None]) -> dict[str, Any]:
     _reset_peak(place)
     plain.fit(plain.jobs, plain.slots)
     peak = _peak(place)
-    seconds = interleaved({name: Side(work) for name, work in sides.items()}, size.repeats, say)
+    seconds = interleaved({name: TimedSide(work) for name, work in sides.items()}, size.repeats, say)
     users = {name: size.alone if name.startswith(("oppu", "one_slot")) else size.users for name in sides}
     hourly = {name: 3600 * users[name] / statistics.median(times) for name, times in seconds.items()}
     return {
@@ -127,7 +127,9 @@ def _ratios(hourly: dict[str, float]) -> dict[str, float]:
 class _Bench:
     """The models and the work of one form: with experts or without."""
 
-    def __init__(self, size: Size, config: UsersConfig, groups: GroupsConfig | None, device: torch.device) -> None:
+    def __init__(
+        self, size: UsersBenchSize, config: UsersConfig, groups: GroupsConfig | None, device: torch.device
+    ) -> None:
         self.config, self.groups, self.device = config, groups, device
         self.model = personal_model(device, config, groups)
         self.bare = backbone(device) if groups is None else self.model.backbone
@@ -158,18 +160,18 @@ class _Bench:
         return sum(len(row.ids) for step in self.stream for piece in step for _, _, row in piece)
 
     def _record(self) -> list[Step]:
-        engine = Recording(self.model, self.config, RATE, 0, self.slots, self.pad)
+        engine = RecordingTrainer(self.model, self.config, RATE, 0, self.slots, self.pad)
         self._run(engine, self.jobs)
         return engine.stream
 
     def fit(self, jobs: Sequence[Job], slots: int) -> None:
         """Train these users' adapters."""
-        self._run(Engine(self.model, self.config, RATE, 0, slots, self.pad), jobs)
+        self._run(MultiUserTrainer(self.model, self.config, RATE, 0, slots, self.pad), jobs)
 
-    def _run(self, engine: Engine, jobs: Sequence[Job]) -> None:
+    def _run(self, engine: MultiUserTrainer, jobs: Sequence[Job]) -> None:
         kept: list[Tensor] = []
 
-        def done(outcomes: Sequence[Outcome], again: bool) -> None:
+        def done(outcomes: Sequence[FitResult], again: bool) -> None:
             kept.extend(outcome.row.to(DTYPE) for outcome in outcomes if outcome.row is not None)
 
         with tempfile.TemporaryDirectory(prefix="proper-bench-") as folder:
@@ -188,16 +190,18 @@ class _Bench:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
             optimizer.step()
 
-    def _loss(self, rows: Sequence[Encoded]) -> Tensor:
+    def _loss(self, rows: Sequence[EncodedExample]) -> Tensor:
         batch = collate(rows, self.pad, self.device)
-        who = Rows("off")
+        who = RowContext("off")
         if self.groups is not None:
-            who = Rows("groups", embedding=torch.zeros(len(rows), self.ceiling.embedding_size, device=self.device))
+            who = RowContext(
+                "groups", embedding=torch.zeros(len(rows), self.ceiling.embedding_size, device=self.device)
+            )
         total, _ = answer_loss(self.ceiling.answer_logits(batch, who), batch.labels)
         return total.sum()
 
 
-def _setting(size: Size, bench: _Bench, device: torch.device) -> dict[str, Any]:
+def _setting(size: UsersBenchSize, bench: _Bench, device: torch.device) -> dict[str, Any]:
     tokens = [len(row.ids) for job in bench.jobs for row in job.items]
     return {
         "backbone": BACKBONE,

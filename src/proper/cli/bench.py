@@ -45,9 +45,9 @@ def users(json_file: JsonFile = None, quick: Quick = False, device: Device = "au
 
     Beside it: a Trainer per user, one slot, and one LoRA for everybody on the same batches.
     """
-    from proper.benchmarks.users import QUICK, Size, run
+    from proper.benchmarks.users import QUICK, UsersBenchSize, run
 
-    publish(run(QUICK if quick else Size(), device, say), json_file)
+    publish(run(QUICK if quick else UsersBenchSize(), device, say), json_file)
 
 
 @app.command(epilog=examples("groups", "groups --quick --json groups.json"))
@@ -56,9 +56,9 @@ def groups(json_file: JsonFile = None, quick: Quick = False, device: Device = "a
 
     Fused experts beside a loop over experts and beside one LoRA of as many numbers.
     """
-    from proper.benchmarks.groups import QUICK, Size, run
+    from proper.benchmarks.groups import QUICK, GroupsBenchSize, run
 
-    publish(run(QUICK if quick else Size(), device, say), json_file)
+    publish(run(QUICK if quick else GroupsBenchSize(), device, say), json_file)
 
 
 @app.command(epilog=examples("serve --quick", "serve --json serve.json"))
@@ -68,9 +68,9 @@ def serve(json_file: JsonFile = None, quick: Quick = False, device: Device = "au
     Beside them: the backbone alone, one person, PEFT's mixed batch and plain generate; and the time to the first token
     with 16 users to a slot.
     """
-    from proper.benchmarks.serve import QUICK, Size, run
+    from proper.benchmarks.serve import QUICK, ServeBenchSize, run
 
-    publish(run(QUICK if quick else Size(), device, say), json_file)
+    publish(run(QUICK if quick else ServeBenchSize(), device, say), json_file)
 
 
 @app.command(epilog=examples("store --quick", "store --json store.json", "store --folder /mnt/disk"))

@@ -53,7 +53,7 @@ def fetch(
     Shows the license and asks first. What broke off goes on where it stopped; checksums are kept in SHA256SUMS beside
     the files, and a file that is there already is checked against it. Prints the folder, for data.path.
     """
-    from proper.data.lamp_fetch import LICENSE, SITE, fetch_task, fetchable_task
+    from proper.data.lamp.fetch import LICENSE, SITE, fetch_task, fetchable_task
 
     task = fetchable_task(name)
     folder = out or Path("data") / (task.name if split == "user" else f"{task.name}-time")

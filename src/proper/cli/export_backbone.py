@@ -25,7 +25,7 @@ def command(
     adapters from 'proper users export --format peft' are loaded on it.
     """
     existing_run(folder)
-    from proper.inference.exchange import export_backbone
+    from proper.export.run_export import export_backbone
 
     export_backbone(folder, out, force=force)
     typer.echo(out)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proper.cli.options import RunFolder, existing_run
-from proper.cli.requests import Request, final_prompts, from_fields, from_file
+from proper.cli.requests import PromptRequest, final_prompts, from_fields, from_file
 from proper.config import load_config
 from proper.console import progress, say
 from proper.errors import InputError
@@ -95,7 +95,7 @@ def command(
 
 def _requests(
     folder: Path, user: str | None, prompt: str | None, fields: list[str], path: Path | None
-) -> list[Request]:
+) -> list[PromptRequest]:
     given = [prompt is not None, bool(fields), path is not None]
     if sum(given) != 1:
         raise InputError("give one of --prompt, --field and --input; see 'proper generate --help'")
@@ -107,7 +107,7 @@ def _requests(
         return requests
     if fields:
         return [from_fields(user, fields)]
-    return [Request(user, prompt, {}, "--prompt")]
+    return [PromptRequest(user, prompt, {}, "--prompt")]
 
 
 def _ignore(n: int) -> None:

@@ -23,7 +23,7 @@ _Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class PromptRequest:
     """One prompt to answer.
 
     Attributes:
@@ -39,7 +39,7 @@ class Request:
     where: str
 
 
-def from_fields(user: str | None, fields: Sequence[str]) -> Request:
+def from_fields(user: str | None, fields: Sequence[str]) -> PromptRequest:
     """Read `k=v` pairs.
 
     Raises:
@@ -51,10 +51,10 @@ def from_fields(user: str | None, fields: Sequence[str]) -> Request:
         if not separator or not key.strip():
             raise InputError(f"--field {field}: write it as name=value")
         values[key.strip()] = value
-    return Request(user, None, values, "--field")
+    return PromptRequest(user, None, values, "--field")
 
 
-def from_file(path: Path, user: str | None = None, column: str = USER) -> list[Request]:
+def from_file(path: Path, user: str | None = None, column: str = USER) -> list[PromptRequest]:
     """Read one request a line: `{"user_id": ..., "prompt": ...}`, or the template's columns instead of a prompt.
 
     Args:
@@ -77,14 +77,14 @@ def from_file(path: Path, user: str | None = None, column: str = USER) -> list[R
     return requests
 
 
-def final_prompts(requests: Iterable[Request], render: Callable[[Mapping[str, Any]], str]) -> list[str]:
+def final_prompts(requests: Iterable[PromptRequest], render: Callable[[Mapping[str, Any]], str]) -> list[str]:
     """Return each request's prompt, its template filled by `render` where it has fields.
 
     Raises:
         DataError: a template's column is missing or a prompt empty; names the first such request, counts the others.
     """
 
-    def fill(request: Request) -> str:
+    def fill(request: PromptRequest) -> str:
         try:
             prompt = render(request.fields) if request.prompt is None else request.prompt
         except BadValue as error:
@@ -112,7 +112,7 @@ def _all(function: Callable[[_Given], _Made], items: Iterable[_Given]) -> list[_
     return done
 
 
-def _parse(line: bytes, user: str | None, column: str, where: str) -> Request:
+def _parse(line: bytes, user: str | None, column: str, where: str) -> PromptRequest:
     try:
         row = json.loads(line)
         # A lone surrogate is valid JSON and cannot be written out again.
@@ -130,4 +130,4 @@ def _parse(line: bytes, user: str | None, column: str, where: str) -> Request:
         raise DataError(f"{where}: prompt: should be text, not {type(prompt).__name__}")
     if prompt is None and not row:
         raise DataError(f"{where}: prompt: is missing, and there are no fields for the template")
-    return Request(user if name is None else str(name), prompt, row, where)
+    return PromptRequest(user if name is None else str(name), prompt, row, where)

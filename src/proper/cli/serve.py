@@ -105,8 +105,8 @@ def command(
     """
     existing_run(folder)
     prefix_bytes = size_in_bytes("--prefix-cache", prefix_cache)
+    from proper.serving.auth import is_loopback
     from proper.serving.connections import ConnectionLimits
-    from proper.serving.gate import is_loopback
     from proper.serving.keys import FILE, Keys
     from proper.serving.server import free_port, make_server, require_keys, require_no_failure
 
@@ -126,18 +126,18 @@ def command(
     require_keys(host, keys, f"make one with: proper keys add {folder}")
     from proper.inference import load
     from proper.inference.engine import Engine
-    from proper.inference.guests import Limits
-    from proper.inference.runner import Runner
+    from proper.inference.engine_thread import EngineThread
+    from proper.inference.running import EngineLimits
     from proper.serving.app import ServeSettings, create_app
-    from proper.serving.limits import ServeLimits
-    from proper.serving.worker import Worker
+    from proper.serving.fit_process import FitProcess
+    from proper.serving.rate_limits import ServeLimits
 
     with free_port(host, port) as socket:
         model = load(folder)
-        runner = Runner(Engine(model, Limits(rows, slots, prefix_bytes=prefix_bytes, flow_rows=key_rows)))
+        runner = EngineThread(Engine(model, EngineLimits(rows, slots, prefix_bytes=prefix_bytes, flow_rows=key_rows)))
         limits = ServeLimits(open_requests=max_open, per_minute=rate)
         settings = ServeSettings(folder.resolve().name, proper.__version__, is_loopback(host), limits, log_users)
-        fits = None if no_worker or model.store is None else Worker(watching(folder), say)
+        fits = None if no_worker or model.store is None else FitProcess(watching(folder), say)
         server = make_server(create_app(runner, keys, settings, say, fits), drain, connections)
         runner.on_error = server.end
         address, number = socket.getsockname()[:2]

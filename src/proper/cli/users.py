@@ -124,8 +124,8 @@ def delete(folder: RunFolder, user: ManyUsers) -> None:
     because another process reads or writes just now: 'proper users check' goes on with the deletion, as does every
     command that writes into the run. Nothing but 'proper users enrol' and an import that says so brings a user back.
     """
-    from proper.people.log import InteractionLog
-    from proper.people.removal import finish_deletions, remove
+    from proper.interactions.deletion import finish_deletions, remove
+    from proper.interactions.log import InteractionLog
 
     finish_deletions(existing_run(folder) / "users")
 
@@ -154,10 +154,10 @@ def check(
     to nobody is moved to users/quarantine, which the next deletion of a user removes. A damaged log is not repaired.
     Exit code 1 if damage or a deletion remains.
     """
-    from proper.adapters.check import Finding
-    from proper.adapters.check import check as check_store
-    from proper.people.check import check_log
-    from proper.people.removal import PATIENCE, finish_deletions
+    from proper.adapters.integrity import Finding
+    from proper.adapters.integrity import check as check_store
+    from proper.interactions.deletion import PATIENCE, finish_deletions
+    from proper.interactions.integrity import check_log
 
     users = existing_run(folder) / "users"
     findings = check_log(users)

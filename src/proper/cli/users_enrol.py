@@ -19,9 +19,9 @@ from proper.console import progress, say
 from proper.errors import InputError, ProperError
 
 if TYPE_CHECKING:
-    from proper.library import Users
-    from proper.people.log import Entry
-    from proper.training.enrol import Fitter
+    from proper.api import Users
+    from proper.enrolment.fit_user import Fitter
+    from proper.interactions.log import LogEntry
 
 _INPUT = typer.Option(
     "--input",
@@ -86,9 +86,9 @@ def update(
         _append(users, user, entries, new=False)
 
 
-def _entries(folder: Path, user: str, path: Path) -> list[Entry]:
+def _entries(folder: Path, user: str, path: Path) -> list[LogEntry]:
     existing_run(folder)
-    from proper.people.entries import read_file, record_reader
+    from proper.interactions.parsing import read_file, record_reader
 
     config = load_config(folder / "config.yaml")
     return read_file(path, record_reader(config.data, config.task, user))
@@ -98,7 +98,7 @@ def _entries(folder: Path, user: str, path: Path) -> list[Entry]:
 def _users(folder: Path) -> Iterator[Users]:
     """Open a run's users; the model is loaded when there is somebody to fit."""
     with opened(folder) as store:
-        from proper.library import Users
+        from proper.api import Users
 
         with _fitter(folder) as fitter, closing(Users(folder, store, fitter)) as users:
             yield users
@@ -110,8 +110,8 @@ def _fitter(folder: Path) -> Iterator[Callable[[], Fitter]]:
 
     def make() -> Fitter:
         if not made:
+            from proper.enrolment.fit_user import open_fitter
             from proper.inference import load
-            from proper.training.enrol import open_fitter
 
             made.append(open_fitter(folder, load(folder)))
         return made[0]
@@ -123,7 +123,7 @@ def _fitter(folder: Path) -> Iterator[Callable[[], Fitter]]:
             fitter.close()
 
 
-def _append(users: Users, user: str, entries: list[Entry], *, new: bool) -> None:
+def _append(users: Users, user: str, entries: list[LogEntry], *, new: bool) -> None:
     with users.log.queue.lock(wait=False) as free:
         if not free:
             say("another process is fitting somebody; waiting for it")

@@ -40,7 +40,7 @@ def export_command(
     says what that costs.
     """
     existing_run(folder)
-    from proper.inference.exchange import export_user
+    from proper.export.run_export import export_user
 
     export_user(folder, user, out, form=form, force=force)
     typer.echo(out)
@@ -61,7 +61,7 @@ def import_command(
     The run must have the same backbone, population and groups: adapters mean nothing on others.
     """
     existing_run(folder)
-    from proper.inference.exchange import import_user
+    from proper.export.run_export import import_user
 
     taken = import_user(folder, source, name=user, force=force, deleted=even_if_deleted)
     typer.echo(f"{taken.record.user}\t{taken.record.tier}")

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from proper.data.markup import MARK, cut_names, pieces, special_names
+from proper.data.special_tokens import MARK, cut_names, pieces, special_names
 from proper.errors import InputError
 
 _TAIL = 16
@@ -27,7 +27,7 @@ IGNORED = -100
 """The label of a token that is not part of an answer."""
 
 
-class Asked(Protocol):
+class PromptAndTarget(Protocol):
     """Anything with a prompt, a target and a user."""
 
     @property
@@ -38,7 +38,7 @@ class Asked(Protocol):
     def user(self) -> str: ...  # noqa: D102
 
 
-class Sized(Asked, Protocol):
+class Sized(PromptAndTarget, Protocol):
     """An interaction that knows its untruncated length in tokens."""
 
     @property
@@ -49,7 +49,7 @@ Row = TypeVar("Row", bound=Sized)
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedExample:
     """One interaction in tokens: `ids` is prompt then answer, the answer starts at `start`."""
 
     user: str
@@ -124,11 +124,11 @@ class Encoder:
         ids = self.tokens(self._space + text.strip())[: self.max_length // 2 - 1]
         return ids if self.end is None else (*ids, self.end)
 
-    def encode(self, example: Asked) -> Encoded:
+    def encode(self, example: PromptAndTarget) -> EncodedExample:
         """Encode one interaction."""
         answer = self.answer(example.target)
         prompt = self.prompt(example.prompt, room=len(answer))
-        return Encoded(example.user, prompt + answer, len(prompt))
+        return EncodedExample(example.user, prompt + answer, len(prompt))
 
     def count(self, prompts: Sequence[str], targets: Sequence[str]) -> list[int]:
         """Return the untruncated length of each interaction in tokens."""
@@ -191,7 +191,7 @@ class Encoder:
         return ids
 
 
-def collate(rows: Sequence[Encoded], pad: int, device: torch.device | str = "cpu") -> Batch:
+def collate(rows: Sequence[EncodedExample], pad: int, device: torch.device | str = "cpu") -> Batch:
     """Pad rows on the left into one batch."""
     length = max(len(row.ids) for row in rows)
     answer = max(len(row.ids) - row.start for row in rows)

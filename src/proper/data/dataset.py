@@ -15,13 +15,13 @@ from typing import Literal
 from proper.config import Config
 from proper.data.database import VERSION, create, get_meta, open_read_only, set_meta
 from proper.data.ingest import CountTokens, ingest
-from proper.data.sampling import EXAMPLES, Example, Sample, Who, draw
+from proper.data.sampling import EXAMPLES, Sample, TextExample, Who, draw
 from proper.data.splits import assign
 from proper.data.summary import DataSummary, summarize
 from proper.errors import ProperError
 from proper.files import atomic_path
 
-__all__ = ["CountTokens", "Dataset", "Example", "Role", "Sample", "User", "Who", "prepare"]
+__all__ = ["CountTokens", "Dataset", "TextExample", "Role", "Sample", "User", "Who", "prepare"]
 
 Role = Literal["target", "other"]
 
@@ -135,7 +135,7 @@ class Dataset:
         found = self.connection.execute("SELECT id, role, history, queries FROM users WHERE id = ?", (user,)).fetchone()
         return User(*found) if found else None
 
-    def history(self, user: str, newest: int | None = None) -> list[Example]:
+    def history(self, user: str, newest: int | None = None) -> list[TextExample]:
         """List a user's history, oldest first (rows without time before all others); only the `newest` n if given."""
         found = self.connection.execute(
             f"""{EXAMPLES} WHERE r.id IN (
@@ -143,9 +143,9 @@ class Dataset:
                 ORDER BY r.id DESC LIMIT ?) ORDER BY r.id""",
             (user, -1 if newest is None else newest),
         )
-        return [Example(*row) for row in found]
+        return [TextExample(*row) for row in found]
 
-    def queries(self, user: str | None = None) -> Iterator[Example]:
+    def queries(self, user: str | None = None) -> Iterator[TextExample]:
         """Yield the targets' held-out queries, or one user's, by user and then by time."""
         if user is None:
             found = self.connection.execute(f"{EXAMPLES} WHERE r.part = 'query' ORDER BY r.id")
@@ -155,7 +155,7 @@ class Dataset:
                 ORDER BY r.id""",
                 (user,),
             )
-        return (Example(*row) for row in found)
+        return (TextExample(*row) for row in found)
 
     def sample(self, who: Who, max_tokens: int | None, seed: int) -> Sample:
         """Choose history rows of `who` to train on, at most `max_tokens` tokens, spread evenly over users."""

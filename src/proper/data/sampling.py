@@ -19,7 +19,7 @@ _CHUNK = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class TextExample:
     """One interaction. `tokens` is prompt and target in the backbone's tokens, untruncated; `time` epoch seconds."""
 
     id: int
@@ -36,14 +36,14 @@ EXAMPLES = """
     FROM rows r CROSS JOIN users u ON u.number = r.user CROSS JOIN texts t ON t.id = r.text"""
 
 
-class Rows(Protocol):
+class SampledRows(Protocol):
     """Rows to train on: `size` of them with `tokens` tokens, in another order in every epoch."""
 
     @property
     def size(self) -> int: ...  # noqa: D102
     @property
     def tokens(self) -> int: ...  # noqa: D102
-    def rows(self, epoch: int) -> Iterator[Example]: ...  # noqa: D102
+    def rows(self, epoch: int) -> Iterator[TextExample]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Sample:
     size: int
     tokens: int
 
-    def rows(self, epoch: int) -> Iterator[Example]:
+    def rows(self, epoch: int) -> Iterator[TextExample]:
         """Yield every row once, in an order that depends on the sample's seed and `epoch` alone."""
         ordered = self.connection.execute(
             f"""SELECT s.id FROM {self.table} s CROSS JOIN rows r ON r.id = s.id
@@ -67,7 +67,7 @@ class Sample:
             places = ", ".join("?" * len(ids))
             found = {row[0]: row for row in self.connection.execute(f"{EXAMPLES} WHERE r.id IN ({places})", ids)}
             for identity in ids:
-                yield Example(*found[identity])
+                yield TextExample(*found[identity])
 
 
 def draw(

@@ -48,8 +48,8 @@ def open_sources(config: DataConfig) -> list[Source]:
 
 
 def _benchmark(config: DataConfig) -> list[Source]:
-    from proper.data.lamp import lamp_sources  # noqa: PLC0415 - they build on this module
-    from proper.data.oppu import oppu_sources
+    from proper.data.lamp.official import lamp_sources  # noqa: PLC0415 - they build on this module
+    from proper.data.lamp.oppu import oppu_sources
 
     return lamp_sources(config) if config.format == "lamp" else oppu_sources(config)
 

@@ -17,11 +17,16 @@ def code_version(*rooms: str) -> str:
     """Return a hash of the package's folders or files in `rooms` ("training", "evaluation/runner.py").
 
     Comments, docstrings and layout do not count: the syntax trees without docstrings are hashed.
+
+    Raises:
+        FileNotFoundError: the package has no such folder or file.
     """
     root = Path(str(files("proper")))
     state = hashlib.sha256()
     for room in rooms:
         path = root / room
+        if not path.exists():
+            raise FileNotFoundError(path)
         for source in [path] if path.is_file() else sorted(path.rglob("*.py")):
             state.update(source.relative_to(root).as_posix().encode())
             state.update(bare_syntax(source.read_text(encoding="utf-8")).encode())

@@ -1,6 +1,6 @@
 """A run folder judged: every method and seed on the same queries, then one results.json.
 
-Knows where a run's files lie; how a method is trained and answers comes in as a `Contender`, statistics are elsewhere.
+Knows where a run's files lie; how a method is trained and answers comes in as a `MethodSpec`, statistics are elsewhere.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from proper.data.summary import require_no_leaks
 from proper.evaluation.fingerprint import code_version
 from proper.evaluation.lamp_predictions import write_lamp_predictions
 from proper.evaluation.metrics import Prediction, TaskInfo
-from proper.evaluation.results import Effort, Evidence, build_results, gains_by_user, plain
+from proper.evaluation.results import Effort, RawResults, build_results, gains_by_user, plain
 from proper.evaluation.routing import analyze_routing
 from proper.evaluation.runner import MethodRun, answer_losses, mean_gates
-from proper.evaluation.truth import Truth, read_truth, truth_section
+from proper.evaluation.truth import TruthShares, read_truth, truth_section
 from proper.files import hash_value, read_json, write_json
 from proper.inference.personalized import PersonalizedModel, load
 
@@ -38,7 +38,7 @@ HISTORY_SAMPLE = 8
 
 
 @dataclass(frozen=True)
-class Contender:
+class MethodSpec:
     """A method as the harness sees it.
 
     Attributes:
@@ -74,7 +74,7 @@ class Harness:
         data, labels = self.config.data, tuple(self.dataset.labels)
         return TaskInfo(data.task or Path(data.path).stem, self.config.task.kind, labels, data.given_split)
 
-    def evaluate(self, contenders: Sequence[Contender]) -> dict[str, Any]:
+    def evaluate(self, contenders: Sequence[MethodSpec]) -> dict[str, Any]:
         """Let all contenders answer all queries, write results and what the report reads; return results.
 
         Raises:
@@ -91,7 +91,7 @@ class Harness:
         routing = self._remembered("routing", self._routing) if {"groups", "users"} & set(names) else None
         history_losses = self._remembered("history_losses", self._history_losses) if "users" in names else None
         first = next(iter(self.folders))
-        evidence = Evidence(
+        evidence = RawResults(
             predictions=predictions,
             task=self.task,
             run=self._facts(),
@@ -149,7 +149,7 @@ class Harness:
         model.close()
         return losses
 
-    def _read_truth(self) -> Truth | None:
+    def _read_truth(self) -> TruthShares | None:
         path = Path(self.config.data.path).with_name("truth.json")
         return read_truth(path) if path.is_file() else None
 

@@ -26,7 +26,7 @@ Predictions = Mapping[int, Mapping[str, Sequence[Prediction]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evidence:
+class RawResults:
     """What was measured, from which `results.json` is made.
 
     Attributes:
@@ -70,7 +70,7 @@ class Effort:
     seed: int = 0
 
 
-def build_results(found: Evidence, effort: Effort | None = None) -> dict[str, Any]:
+def build_results(found: RawResults, effort: Effort | None = None) -> dict[str, Any]:
     """Assemble `results.json`, schema 1. The result is plain values only; what is not finite is None.
 
     Raises:
@@ -236,7 +236,7 @@ def _add_standings(rows: list[dict[str, Any]], scores: Scores, effort: Effort) -
             row["standing"] = place
 
 
-def _query_slices(found: Evidence, histories: Mapping[str, int], effort: Effort) -> list[dict[str, Any]]:
+def _query_slices(found: RawResults, histories: Mapping[str, int], effort: Effort) -> list[dict[str, Any]]:
     rows = []
     for name, queries in found.query_slices.items():
         part = {
@@ -248,7 +248,7 @@ def _query_slices(found: Evidence, histories: Mapping[str, int], effort: Effort)
     return rows
 
 
-def _signatures(found: Evidence, scores: Scores, comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
+def _signatures(found: RawResults, scores: Scores, comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
     return failure_signatures(
         routing=found.routing,
         comparisons=comparisons,

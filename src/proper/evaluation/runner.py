@@ -18,11 +18,11 @@ from torch import Tensor
 from proper.config import TaskConfig
 from proper.console import progress
 from proper.data.batching import collate, number_users
-from proper.data.dataset import Dataset, Example
+from proper.data.dataset import Dataset, TextExample
 from proper.evaluation.metrics import Prediction
 from proper.files import write_text
 from proper.inference.personalized import PersonalizedModel, by_length
-from proper.layers.routing import Rows
+from proper.layers.batch_context import RowContext
 from proper.models.personal import answer_loss
 
 CHUNK = 512
@@ -63,7 +63,7 @@ def predict(
 
 
 def _answers(
-    model: PersonalizedModel, queries: Sequence[Example], task: TaskConfig, labels: Sequence[str]
+    model: PersonalizedModel, queries: Sequence[TextExample], task: TaskConfig, labels: Sequence[str]
 ) -> tuple[list[str], list[float]]:
     """Return the answers, and the mean loss per token (nats) of the true ones."""
     prompts, users = [q.prompt for q in queries], [q.user for q in queries]
@@ -75,7 +75,7 @@ def _answers(
 
 
 def _losses_from(
-    model: PersonalizedModel, scores: Float[Tensor, "B L"], queries: Sequence[Example], labels: Sequence[str]
+    model: PersonalizedModel, scores: Float[Tensor, "B L"], queries: Sequence[TextExample], labels: Sequence[str]
 ) -> list[float]:
     """The same losses from the labels' log-likelihoods; only a true answer that is no label runs through the model."""
     tokens = {label: (at, len(model.encoder.answer(label))) for at, label in enumerate(labels)}
@@ -96,7 +96,7 @@ def likely_rating(scores: Float[Tensor, "B L"], labels: Sequence[str]) -> list[i
     return [order[i] for i in middle.tolist()]
 
 
-def answer_losses(model: PersonalizedModel, examples: Sequence[Example]) -> list[float]:
+def answer_losses(model: PersonalizedModel, examples: Sequence[TextExample]) -> list[float]:
     """Return the mean loss per token (nats) of each example's true answer."""
     encoded = [model.encoder.encode(example) for example in examples]
     losses = [0.0] * len(encoded)
@@ -121,14 +121,14 @@ def mean_gates(
         _, numbers = number_users(batch.users)
         wanted = model.rows(batch.users)
         who = torch.tensor(numbers, device=model.model.device)
-        rows_of = Rows(wanted.mode, wanted.embedding, wanted.slots, users=who, mask=batch.attention_mask.bool())
+        rows_of = RowContext(wanted.mode, wanted.embedding, wanted.slots, users=who, mask=batch.attention_mask.bool())
         with torch.no_grad():
             model.model.answer_logits(batch, rows_of)
         found.append(model.model.routing.stacked()[:, 0].cpu())
     return torch.stack(found)
 
 
-def _prediction(query: Example, answer: str, loss: float, tier: str, history: int) -> Prediction:
+def _prediction(query: TextExample, answer: str, loss: float, tier: str, history: int) -> Prediction:
     return Prediction(
         id=query.id,
         user=query.user,

@@ -31,14 +31,14 @@ Seeds = Sequence[Sequence[Prediction]]
 
 
 @dataclass(frozen=True)
-class Side:
+class RunSide:
     """One of the two runs: its folder and its `results.json`."""
 
     folder: Path
     results: Mapping[str, Any]
 
     @classmethod
-    def of(cls, folder: Path) -> Side:
+    def of(cls, folder: Path) -> RunSide:
         """Read a run folder.
 
         Raises:
@@ -72,7 +72,7 @@ def compare_runs(first: Path, second: Path, effort: Effort | None = None) -> dic
         RunFolderError: a run has not been evaluated.
         DataError: the runs are of different tasks or data; says which.
     """
-    sides = (Side.of(first), Side.of(second))
+    sides = (RunSide.of(first), RunSide.of(second))
     _require_same_data(*sides)
     task, seeds = _task(sides[0]), _seed_pairs(*sides)
     rows: list[dict[str, Any]] = []
@@ -87,7 +87,7 @@ def compare_runs(first: Path, second: Path, effort: Effort | None = None) -> dic
     return found
 
 
-def _require_same_data(one: Side, other: Side) -> None:
+def _require_same_data(one: RunSide, other: RunSide) -> None:
     for key in ("name", "kind"):
         left, right = one.results["task"][key], other.results["task"][key]
         if left != right:
@@ -100,7 +100,7 @@ def _require_same_data(one: Side, other: Side) -> None:
         )
 
 
-def _task(side: Side) -> TaskInfo | None:
+def _task(side: RunSide) -> TaskInfo | None:
     """Return the task with its labels, which only the prepared data knows."""
     path = side.folder / "data.sqlite"
     if not path.is_file():
@@ -113,18 +113,18 @@ def _task(side: Side) -> TaskInfo | None:
         dataset.close()
 
 
-def _seed_pairs(one: Side, other: Side) -> list[tuple[int, int]]:
+def _seed_pairs(one: RunSide, other: RunSide) -> list[tuple[int, int]]:
     """Return the seeds of both runs, paired; where they share none, in their order."""
     shared = [seed for seed in one.seeds if seed in other.seeds]
     return [(seed, seed) for seed in shared] or list(zip(one.seeds, other.seeds, strict=False))
 
 
-def _common(sides: tuple[Side, Side]) -> list[str]:
+def _common(sides: tuple[RunSide, RunSide]) -> list[str]:
     left, right = ([row["method"] for row in side.results["metrics"]] for side in sides)
     return [method for method in dict.fromkeys(left) if method in right]
 
 
-def _paired(sides: tuple[Side, Side], method: str, seeds: Sequence[tuple[int, int]]) -> tuple[Seeds, Seeds] | str:
+def _paired(sides: tuple[RunSide, RunSide], method: str, seeds: Sequence[tuple[int, int]]) -> tuple[Seeds, Seeds] | str:
     """Return both runs' answers to the queries that both have in every seed, or why there are none."""
     lists: tuple[list[list[Prediction]], list[list[Prediction]]] = ([], [])
     for pair in seeds:
@@ -146,7 +146,7 @@ def _query(row: Prediction) -> tuple[int, str, str]:
 
 
 def _rows(
-    sides: tuple[Side, Side], method: str, task: TaskInfo | None, pair: tuple[Seeds, Seeds] | None, effort: Effort
+    sides: tuple[RunSide, RunSide], method: str, task: TaskInfo | None, pair: tuple[Seeds, Seeds] | None, effort: Effort
 ) -> list[dict[str, Any]]:
     values = [{row["metric"]: row for row in side.results["metrics"] if row["method"] == method} for side in sides]
     rows = []

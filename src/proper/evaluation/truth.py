@@ -21,7 +21,7 @@ LEVELS = ("population", "groups", "users")
 
 
 @dataclass(frozen=True, slots=True)
-class Truth:
+class TruthShares:
     """What was planted: the metric, each user's group, and per item the best answer at each level."""
 
     metric: str
@@ -30,7 +30,7 @@ class Truth:
     answers: Mapping[str, Mapping[str, str]]
 
 
-def read_truth(path: Path) -> Truth:
+def read_truth(path: Path) -> TruthShares:
     """Read a `truth.json`.
 
     Raises:
@@ -45,10 +45,10 @@ def read_truth(path: Path) -> Truth:
             raise DataError(f"{path}: {key}: is missing or is no {kind.__name__}")
     if raw["metric"] not in METRICS:
         raise DataError(f"{path}: metric: {raw['metric']!r} is not known; known are {', '.join(METRICS)}")
-    return Truth(raw["metric"], raw["groups"], raw["n_groups"], raw["answers"])
+    return TruthShares(raw["metric"], raw["groups"], raw["n_groups"], raw["answers"])
 
 
-def oracle(truth: Truth, level: str, predictions: Sequence[Prediction]) -> list[Prediction]:
+def oracle(truth: TruthShares, level: str, predictions: Sequence[Prediction]) -> list[Prediction]:
     """Return the same queries answered by the oracle of `level`.
 
     Raises:
@@ -64,7 +64,7 @@ def oracle(truth: Truth, level: str, predictions: Sequence[Prediction]) -> list[
 
 
 def truth_section(
-    truth: Truth,
+    truth: TruthShares,
     predictions: Mapping[int, Mapping[str, Sequence[Prediction]]],
     task: TaskInfo,
     nmi: float | None = None,

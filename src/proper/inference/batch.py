@@ -15,13 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from proper.errors import ProperError
-from proper.inference.guests import Guest
-from proper.inference.kv import RowCache
-from proper.inference.passes import columns_left, decode, prefill, rows_of
-from proper.inference.prefixes import Prefix, Prefixes
+from proper.inference.forward import columns_left, decode, prefill, rows_of
+from proper.inference.kv_cache import RowCache
+from proper.inference.prefix_cache import CachedPrefix, PrefixCache
 from proper.inference.requests import Token
+from proper.inference.running import RunningRequest
 from proper.inference.sampling import logprobs_of, next_tokens
-from proper.layers.routing import Rows
+from proper.layers.batch_context import RowContext
 
 if TYPE_CHECKING:
     from proper.inference.personalized import PersonalizedModel
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 Drawn = Token | Exception
 """A row's next token, or why there is none."""
 
-New = tuple[Guest, Prefix | None]
+New = tuple[RunningRequest, CachedPrefix | None]
 """A row to be, and what is there of its prompt already."""
 
 
-class Batch:
+class RunningBatch:
     """Up to `rows` rows of up to `limit` tokens; what ends and what begins goes through `prefixes`.
 
     Attributes:
@@ -41,16 +41,16 @@ class Batch:
         reused: tokens of prompts that came from prefixes so far.
     """
 
-    def __init__(self, model: PersonalizedModel, rows: int, limit: int, prefixes: Prefixes) -> None:
-        self.guests: list[Guest] = []
+    def __init__(self, model: PersonalizedModel, rows: int, limit: int, prefixes: PrefixCache) -> None:
+        self.guests: list[RunningRequest] = []
         self.reused = 0
         self._model, self._cache, self._prefixes = model, RowCache(rows, limit), prefixes
-        self._routing: Rows | None = None
+        self._routing: RowContext | None = None
 
     def __len__(self) -> int:
         return len(self.guests)
 
-    def prefill(self, guests: Sequence[Guest]) -> tuple[list[Drawn], list[tuple[Guest, Exception]]]:
+    def prefill(self, guests: Sequence[RunningRequest]) -> tuple[list[Drawn], list[tuple[RunningRequest, Exception]]]:
         """Compute prompts and add their rows, in an order of their own.
 
         Those that have a prefix come last, and in a pass of their own: the others' prompts would have it compute all.
@@ -60,7 +60,7 @@ class Batch:
         """
         new = [(guest, self._prefixes.find(guest.origin, guest.request.prompt)) for guest in guests]
         drawn: list[Drawn] = []
-        failed: list[tuple[Guest, Exception]] = []
+        failed: list[tuple[RunningRequest, Exception]] = []
         for part in ([one for one in new if one[1] is None], [one for one in new if one[1] is not None]):
             if part:
                 self._begin(part, drawn, failed)
@@ -108,7 +108,7 @@ class Batch:
         if not works:
             raise ProperError("the backbone does not compute any more: its logits are not finite")
 
-    def _begin(self, part: Sequence[New], drawn: list[Drawn], failed: list[tuple[Guest, Exception]]) -> None:
+    def _begin(self, part: Sequence[New], drawn: list[Drawn], failed: list[tuple[RunningRequest, Exception]]) -> None:
         """Compute some new rows in one pass, or each alone where that fails."""
         try:
             drawn += self._compute(part)
@@ -145,7 +145,7 @@ class Batch:
         self._cache.advance()
         return drawn
 
-    def _rows_of(self, guests: Sequence[Guest]) -> Rows:
+    def _rows_of(self, guests: Sequence[RunningRequest]) -> RowContext:
         return rows_of(
             self._model,
             [guest.head for guest in guests],
@@ -154,7 +154,7 @@ class Batch:
             any(guest.request.gates for guest in guests),
         )
 
-    def _draw(self, logits: Float[Tensor, "B V"], guests: Sequence[Guest]) -> list[Drawn]:
+    def _draw(self, logits: Float[Tensor, "B V"], guests: Sequence[RunningRequest]) -> list[Drawn]:
         """Draw from logits of rows that are in the cache; raises nothing, for it could not be done again."""
         try:
             tokens = next_tokens(logits, [guest.sampler for guest in guests])
@@ -168,7 +168,7 @@ class Batch:
         ]
 
 
-def _token(token: int, guest: Guest, gates: tuple[float, ...], logits: Float[Tensor, "V"]) -> Token:
+def _token(token: int, guest: RunningRequest, gates: tuple[float, ...], logits: Float[Tensor, "V"]) -> Token:
     own = gates if guest.request.gates and guest.grouped and gates else None
     count = guest.request.alternatives
     return Token(token, own, None if count is None else logprobs_of(logits, token, count))

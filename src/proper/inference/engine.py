@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from proper.adapters.async_slot_cache import CacheCounts
 from proper.adapters.records import Head
-from proper.adapters.residents import Counts
 from proper.adapters.store import AdapterStore
 from proper.errors import ProperError
-from proper.inference.batch import Batch, Drawn
-from proper.inference.guests import Guest, Limits, Stats, Ticket
-from proper.inference.loading import Loading
-from proper.inference.prefixes import Origin, Prefixes
+from proper.inference.adapter_manager import AdapterManager
+from proper.inference.batch import Drawn, RunningBatch
+from proper.inference.prefix_cache import PrefixCache, PrefixKey
+from proper.inference.request_queue import RequestQueue
 from proper.inference.requests import Event, Finished, Reason, Request, Sink, Started, require_possible
+from proper.inference.running import EngineLimits, EngineStats, RequestHandle, RunningRequest
 from proper.inference.sampling import Sampler
-from proper.inference.waiting import Waiting
 
 if TYPE_CHECKING:
     from proper.inference.personalized import PersonalizedModel
@@ -49,27 +49,27 @@ class Engine:
         limit: tokens that a prompt and its answer may have together.
     """
 
-    def __init__(self, model: PersonalizedModel, limits: Limits | None = None, *, strict: bool = False) -> None:
-        limits = limits or Limits()
+    def __init__(self, model: PersonalizedModel, limits: EngineLimits | None = None, *, strict: bool = False) -> None:
+        limits = limits or EngineLimits()
         self.model, self.limits, self.limit = model, limits, limits.length or model.config.compute.max_length
         positions = model.model.backbone.positions
         if positions is not None:
             self.limit = min(self.limit, positions)
         self._strict = strict
         self.changed = threading.Condition()
-        self._loading = Loading(model, limits.bank, self.wake, strict)
-        self._prefixes = Prefixes(limits.prefix_bytes)
-        self._inbox: deque[Ticket] = deque()
+        self._loading = AdapterManager(model, limits.bank, self.wake, strict)
+        self._prefixes = PrefixCache(limits.prefix_bytes)
+        self._inbox: deque[RequestHandle] = deque()
         self._forget: deque[tuple[str, str]] = deque()
         self._recheck = False
-        self._waiting: Waiting[Guest] = Waiting(limits.patience, limits.flow_rows)
-        self._batch = Batch(model, limits.rows, self.limit, self._prefixes)
-        self._open: dict[Ticket, None] = {}
+        self._waiting: RequestQueue[RunningRequest] = RequestQueue(limits.patience, limits.flow_rows)
+        self._batch = RunningBatch(model, limits.rows, self.limit, self._prefixes)
+        self._open: dict[RequestHandle, None] = {}
         self._closed = False
         self._counts: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
 
-    def submit(self, request: Request, sink: Sink) -> Ticket:
+    def submit(self, request: Request, sink: Sink) -> RequestHandle:
         """Accept a request; the sink is told about it from the thread that runs the steps.
 
         Raises:
@@ -77,7 +77,7 @@ class Engine:
             ProperError: the engine is closed.
         """
         self.check(request)
-        ticket = Ticket(request, sink, self.wake)
+        ticket = RequestHandle(request, sink, self.wake)
         with self.changed:
             if self._closed:
                 raise ProperError("the engine is closed")
@@ -138,10 +138,10 @@ class Engine:
             return False  # a row that ended with its first token has freed what they wait for
         return not any(guest.ticket.cancelled or loading.ready(guest) for guest in self._waiting.items())
 
-    def stats(self) -> Stats:
+    def stats(self) -> EngineStats:
         """Return a snapshot; for any thread."""
         residents, counts = self._loading.residents, self._counts
-        return Stats(
+        return EngineStats(
             waiting=len(self._waiting) + len(self._inbox),
             running=len(self._batch),
             slots=residents.bank.slots if residents is not None else 0,
@@ -155,7 +155,7 @@ class Engine:
             tokens=dict(self._tokens),
             fallbacks=self._loading.fallbacks,
             errors=counts["errors"],
-            adapters=replace(residents.counts) if residents is not None else Counts(),
+            adapters=replace(residents.counts) if residents is not None else CacheCounts(),
         )
 
     def close(self, error: str | None = None) -> None:
@@ -218,7 +218,7 @@ class Engine:
         while self._inbox:
             ticket = self._inbox.popleft()
             try:
-                guest = Guest(ticket, Sampler(ticket.request.sampling))
+                guest = RunningRequest(ticket, Sampler(ticket.request.sampling))
                 self._loading.accept(guest)
             except Exception as error:  # a store that cannot be read, say
                 self._fail(ticket, error)
@@ -232,7 +232,7 @@ class Engine:
             if self._batch.guests[row].ticket.cancelled:
                 self._leave(row, "cancelled")
 
-    def _seat(self) -> list[Guest]:
+    def _seat(self) -> list[RunningRequest]:
         free = self.limits.rows - len(self._batch)
         seated = self._waiting.take(free, self.limits.prefill, self._loading.ready, self._batch.guests)
         for guest in seated:
@@ -242,11 +242,11 @@ class Engine:
             self._say(guest.ticket, Started(self._tier(guest), version, guest.fallback))
         return seated
 
-    def _origin(self, guest: Guest, head: Head | None) -> Origin | None:
+    def _origin(self, guest: RunningRequest, head: Head | None) -> PrefixKey | None:
         """Return whose keys and values a row's are under this record; None for those that are not kept."""
         if head is None or guest.owner is None or not self._prefixes.budget:
             return None
-        return Origin.of(*guest.owner, head, adapter=guest.slot >= 0)
+        return PrefixKey.of(*guest.owner, head, adapter=guest.slot >= 0)
 
     def _hand_out(self, drawn: list[Drawn], first: int) -> None:
         """Give rows from `first` on their next token; those that are done, or have none, leave."""
@@ -288,7 +288,7 @@ class Engine:
             self._prefixes.forget(*guest.owner)
         self._fail(guest.ticket, error)
 
-    def _fail(self, ticket: Ticket, error: Exception) -> None:
+    def _fail(self, ticket: RequestHandle, error: Exception) -> None:
         """End one request as failed.
 
         Raises:
@@ -299,7 +299,7 @@ class Engine:
         if self._strict:
             raise error
 
-    def _tier(self, guest: Guest) -> str:
+    def _tier(self, guest: RunningRequest) -> str:
         if self.model.cache is None or self.model.stage in ("base", "population"):
             return self.model.stage
         if not guest.grouped:
@@ -308,7 +308,7 @@ class Engine:
             return "none"
         return "users" if guest.slot >= 0 else "groups"
 
-    def _say(self, ticket: Ticket, event: Event) -> None:
+    def _say(self, ticket: RequestHandle, event: Event) -> None:
         if isinstance(event, Finished):
             with self.changed:
                 del self._open[ticket]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from proper.inference.engine import Engine
-from proper.inference.guests import Limits
 from proper.inference.requests import Event, Request, Started, Token
+from proper.inference.running import EngineLimits
 from proper.inference.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -65,10 +65,10 @@ def generate(
     return found
 
 
-def _limits(model: PersonalizedModel, prompts: Sequence[Sequence[int]], room: int) -> Limits:
+def _limits(model: PersonalizedModel, prompts: Sequence[Sequence[int]], room: int) -> EngineLimits:
     rows, longest = min(model.config.compute.batch_size, len(prompts)), max(map(len, prompts))
     bank = model.cache.bank if model.cache is not None else None
     # The model's own bank: a second one would take its memory again.
     slots = bank.slots if bank is not None else None
     # No prefixes: they would make bits depend on who was answered before.
-    return Limits(rows, slots, prefill=rows * longest, length=longest + room, prefix_bytes=0)
+    return EngineLimits(rows, slots, prefill=rows * longest, length=longest + room, prefix_bytes=0)

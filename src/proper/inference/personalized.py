@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from proper.adapters.cache import SlotCache
-from proper.adapters.sound import fault_of
+from proper.adapters.slot_cache import SlotCache
 from proper.adapters.store import AdapterStore
+from proper.adapters.validation import fault_of
 from proper.config import Config, load_config
 from proper.data.batching import Encoder
 from proper.data.templates import parse_template
@@ -28,9 +28,9 @@ from proper.inference.generate import generate
 from proper.inference.sampling import Sampling
 from proper.inference.score import score_labels
 from proper.layers.bank import AdapterBank
-from proper.layers.routing import Rows
+from proper.layers.batch_context import RowContext
 from proper.models.backbone import configured_backbone
-from proper.models.merge import apply_population
+from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.models.tensors import load_tensors
 
@@ -134,17 +134,17 @@ class PersonalizedModel:
         if self.store is not None:
             self.store.close()
 
-    def rows(self, users: Sequence[str | None]) -> Rows:
+    def rows(self, users: Sequence[str | None]) -> RowContext:
         """Return what the layers need for a batch of these users, their adapters loaded."""
         if self.cache is None or self.stage in ("base", "population"):
-            return Rows()
+            return RowContext()
         embedding = self.cache.embeddings(users).to(self.model.device)
         if self.stage == "groups":
-            return Rows("groups", embedding=embedding)
+            return RowContext("groups", embedding=embedding)
         slots = self.cache.slots(users)
         if slots is None:
-            return Rows("groups", embedding=embedding)
-        return Rows("users", embedding=embedding, slots=slots.to(self.model.device))
+            return RowContext("groups", embedding=embedding)
+        return RowContext("users", embedding=embedding, slots=slots.to(self.model.device))
 
 
 def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from proper.data.batching import Encoded, collate
-from proper.inference.passes import pad_left
-from proper.layers.routing import Rows
+from proper.data.batching import EncodedExample, collate
+from proper.inference.forward import pad_left
+from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel, answer_loss
 
 
@@ -73,7 +73,7 @@ class LabelTree:
 
 
 def score_labels(
-    model: ProperModel, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], rows: Rows
+    model: ProperModel, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], rows: RowContext
 ) -> Float[Tensor, "B L"]:
     """Return log-likelihoods (nats, fp32) of every label's tokens after every prompt."""
     with torch.no_grad():
@@ -128,12 +128,12 @@ def _takes_trees(model: ProperModel, length: int) -> bool:
 
 
 def _row_by_row(
-    model: ProperModel, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], rows: Rows
+    model: ProperModel, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], rows: RowContext
 ) -> Float[Tensor, "B L"]:
     """The same without a cache, one label at a time, for any backbone."""
     found = []
     for label in labels:
-        whole = [Encoded(str(at), (*prompt, *label), len(prompt)) for at, prompt in enumerate(prompts)]
+        whole = [EncodedExample(str(at), (*prompt, *label), len(prompt)) for at, prompt in enumerate(prompts)]
         batch = collate(whole, model.backbone.pad_id, model.device)
         found.append(-answer_loss(model.answer_logits(batch, rows), batch.labels)[0])
     return torch.stack(found, dim=1)

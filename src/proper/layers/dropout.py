@@ -1,7 +1,7 @@
 """Dropout whose random numbers are cheap on a CPU.
 
 Knows nothing about what is dropped. Where a row's mask must not depend on the rest of the batch, see `dropout_mask` in
-`layers/adapted.py`.
+`layers/personalized_linear.py`.
 """
 
 from __future__ import annotations

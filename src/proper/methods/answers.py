@@ -10,33 +10,33 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from proper.adapters.cache import SlotCache
+from proper.adapters.slot_cache import SlotCache
 from proper.adapters.store import AdapterStore
 from proper.errors import DataError
 from proper.evaluation.runner import MethodRun, predict
-from proper.inference.folded import STATIC_EXPORT, static_export
+from proper.export.int8_model import USERS_INT8, in_int8
+from proper.export.static_model import STATIC_EXPORT, static_export
 from proper.inference.personalized import PersonalizedModel, Stage, load, load_groups
-from proper.inference.recoded import USERS_INT8, in_int8
 from proper.layers.bank import AdapterBank
-from proper.methods.method import Place
+from proper.methods.per_user_lora import direct_model
+from proper.methods.spec import TrainedRun
 from proper.models.backbone import configured_backbone
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import seed_of
-from proper.training.direct import direct_model
 
-Answer = Callable[[Place], MethodRun]
+Answer = Callable[[TrainedRun], MethodRun]
 
 
 def as_itself(stage: Stage) -> Answer:
     """Answer every user as the model of `stage` does."""
 
-    def answer(place: Place) -> MethodRun:
+    def answer(place: TrainedRun) -> MethodRun:
         return _answers(place, stage, lambda user: user)
 
     return answer
 
 
-def as_another(place: Place) -> MethodRun:
+def as_another(place: TrainedRun) -> MethodRun:
     """Answer every user with the embedding and the adapter of another (control `swapped`)."""
     others = derangement([user.id for user in place.dataset.users("target")], place.seed)
     return _answers(place, "users", lambda user: others[user])
@@ -45,26 +45,26 @@ def as_another(place: Place) -> MethodRun:
 def as_one(stage: Stage, user: str) -> Answer:
     """Answer everybody as `user`."""
 
-    def answer(place: Place) -> MethodRun:
+    def answer(place: TrainedRun) -> MethodRun:
         return _answers(place, stage, lambda _: user)
 
     return answer
 
 
-def exported(place: Place) -> MethodRun:
+def exported(place: TrainedRun) -> MethodRun:
     """Answer every user from the plain LoRA that `proper users export --format peft` would write."""
     with static_export(place.folder, place.dataset) as model:
         return predict(model, place.dataset, place.config.task, f"{STATIC_EXPORT}, {place.folder.name}")
 
 
-def in_eight_bits(place: Place) -> MethodRun:
+def in_eight_bits(place: TrainedRun) -> MethodRun:
     """Answer every user with their adapter in the form that `users.storage: int8` keeps."""
     users = [user.id for user in place.dataset.users("target")]
     with in_int8(place.folder, users) as model:
         return predict(model, place.dataset, place.config.task, f"{USERS_INT8}, {place.folder.name}")
 
 
-def directly(place: Place) -> MethodRun:
+def directly(place: TrainedRun) -> MethodRun:
     """Answer from adapters that sit straight on the backbone or on population (`DirectRunner`)."""
     model, users = direct_model(place.config, place.folder), place.config.users
     slots = max(2, place.config.compute.batch_size)
@@ -74,7 +74,7 @@ def directly(place: Place) -> MethodRun:
     return _run(place, model, cache)
 
 
-def jointly(place: Place) -> MethodRun:
+def jointly(place: TrainedRun) -> MethodRun:
     """Answer from experts and adapters that were trained together on the bare backbone (`JointRunner`)."""
     config = place.config
     backbone = configured_backbone(config)
@@ -82,7 +82,7 @@ def jointly(place: Place) -> MethodRun:
     return _run(place, model, load_groups(place.folder, config, model))
 
 
-def _run(place: Place, model: ProperModel, cache: SlotCache) -> MethodRun:
+def _run(place: TrainedRun, model: ProperModel, cache: SlotCache) -> MethodRun:
     encoder = model.backbone.encoder(place.config.compute.max_length)
     whole = PersonalizedModel(model, encoder, place.config, cache, "users")
     try:
@@ -104,7 +104,7 @@ def derangement(users: Sequence[str], seed: int) -> Mapping[str, str]:
     return dict(zip(order, [*order[1:], order[0]], strict=True))
 
 
-def _answers(place: Place, stage: Stage, alias: Callable[[str], str]) -> MethodRun:
+def _answers(place: TrainedRun, stage: Stage, alias: Callable[[str], str]) -> MethodRun:
     model = load(place.folder, stage)
     try:
         return predict(model, place.dataset, place.config.task, f"{stage}, {place.folder.name}", alias)

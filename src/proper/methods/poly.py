@@ -15,10 +15,10 @@ from proper.config import Config
 from proper.data.batching import Encoder
 from proper.evaluation.runner import MethodRun, predict
 from proper.inference.personalized import PersonalizedModel
-from proper.layers.routing import Rows
-from proper.methods.method import Place
+from proper.layers.batch_context import RowContext
+from proper.methods.spec import TrainedRun
 from proper.models.backbone import configured_backbone
-from proper.models.merge import apply_population
+from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.models.poly import add_poly
 from proper.models.tensors import load_tensors
@@ -40,13 +40,13 @@ class PolyAnswers(PersonalizedModel):
         """Return "groups" for a user with logits of their own, "none" for all others."""
         return "groups" if user in self.tasks else "none"
 
-    def rows(self, users: Sequence[str | None]) -> Rows:
+    def rows(self, users: Sequence[str | None]) -> RowContext:
         """Return each row's task."""
         own = [self.last if user is None else self.tasks.get(user, self.last) for user in users]
-        return Rows(slots=torch.tensor(own, device=self.model.device))
+        return RowContext(slots=torch.tensor(own, device=self.model.device))
 
 
-def load_poly(place: Place) -> PolyAnswers:
+def load_poly(place: TrainedRun) -> PolyAnswers:
     """Load the backbone, its population, and Poly with the logits of the target users."""
     config = place.config
     backbone = configured_backbone(config)
@@ -64,6 +64,6 @@ def load_poly(place: Place) -> PolyAnswers:
     return PolyAnswers(model, encoder, config, {user: at for at, user in enumerate(heads)})
 
 
-def with_poly(place: Place) -> MethodRun:
+def with_poly(place: TrainedRun) -> MethodRun:
     """Answer every query with Poly."""
     return predict(load_poly(place), place.dataset, place.config.task, f"poly, {place.folder.name}")

@@ -12,17 +12,17 @@ from typing import Any
 
 from proper.config import PRESETS, Config
 from proper.data.dataset import Dataset
-from proper.data.derive import Count, shuffle_users
-from proper.data.retrieval import add_profiles, retrieve
-from proper.data.views import EVERYBODY
+from proper.data.derived.retrieval import add_profiles, retrieve
+from proper.data.derived.rewrite import Count, shuffle_users
+from proper.data.derived.views import EVERYBODY
 from proper.errors import ConfigError
-from proper.inference.folded import STATIC_EXPORT
-from proper.inference.recoded import USERS_INT8
+from proper.export.int8_model import USERS_INT8
+from proper.export.static_model import STATIC_EXPORT
 from proper.methods import train
 from proper.methods.answers import as_another, as_itself, as_one, directly, exported, in_eight_bits, jointly
-from proper.methods.changed import change, split_name
-from proper.methods.method import Derive, Method, Trained, Variant
+from proper.methods.overrides import change, split_name
 from proper.methods.poly import with_poly
+from proper.methods.spec import Derive, DerivedRun, Method, Trained
 from proper.methods.trivial import global_majority, user_majority
 from proper.models.tokenizer import configured_encoder
 
@@ -101,19 +101,19 @@ def _controls(config: Config) -> list[Method]:
         "router": "default",
         "constraint": {"kind": "none"},
     }
-    shuffled = Variant("shuffled", train.ladder, ("population",), derive=_shuffled, seeded=True)
+    shuffled = DerivedRun("shuffled", train.ladder, ("population",), derive=_shuffled, seeded=True)
     return [
         Method(
             "population-more",
             as_itself("groups"),
             GROUPS,
-            Variant("population-more", train.ladder, ("population",), {"groups": more}),
+            DerivedRun("population-more", train.ladder, ("population",), {"groups": more}),
         ),
         Method(
             "groups-shared-e",
             as_one("groups", EVERYBODY),
             GROUPS,
-            Variant("groups-shared-e", train.one_user, ("population",)),
+            DerivedRun("groups-shared-e", train.one_user, ("population",)),
         ),
         Method("swapped", as_another, ALL, keeps="adapter"),
         Method("shuffled", as_itself("users"), ALL, shuffled, keeps="adapter"),
@@ -129,7 +129,9 @@ def _ablations(config: Config) -> list[Method]:
         _groups("groups-no-constraint", {"constraint": {**config.groups.constraint.model_dump(), "kind": "none"}}),
         _groups("constraint-experts", {"constraint": {**config.groups.constraint.model_dump(), "kind": "experts"}}),
         # Its architecture and losses; the learning rates are the run's, as those of the preset are for 7 B.
-        Method("released", as_itself("users"), ALL, Variant("released", train.ladder, (), released), keeps="adapter"),
+        Method(
+            "released", as_itself("users"), ALL, DerivedRun("released", train.ladder, (), released), keeps="adapter"
+        ),
         _users("users-no-router", config, "none"),
         _users("users-residual", config, "residual"),
         _users("users-paper", config, "paper"),
@@ -137,12 +139,12 @@ def _ablations(config: Config) -> list[Method]:
 
 
 def _groups(name: str, settings: Mapping[str, Any]) -> Method:
-    variant = Variant(name, train.ladder, ("population",), {"groups": settings})
+    variant = DerivedRun(name, train.ladder, ("population",), {"groups": settings})
     return Method(name, as_itself("groups"), GROUPS, variant, keeps="embedding")
 
 
 def _users(name: str, config: Config, router: str) -> Method:
-    variant = Variant(name, train.ladder, GROUPS, {"users": {"router": router}})
+    variant = DerivedRun(name, train.ladder, GROUPS, {"users": {"router": router}})
     same = config.users.router == router
     return Method(name, as_itself("users"), ALL, None if same else variant, keeps="adapter")
 
@@ -155,36 +157,36 @@ def _baselines(config: Config) -> list[Method]:
             "per-user-only",
             directly,
             ("users",),
-            Variant("per-user-only", train.direct, (), {"users": {"router": "none"}}),
+            DerivedRun("per-user-only", train.direct, (), {"users": {"router": "none"}}),
             keeps="adapter",
         ),
         Method(
             "end-to-end",
             jointly,
             ("groups", "users"),
-            Variant("end-to-end", train.joint, (), {"users": {"router": "none"}}),
+            DerivedRun("end-to-end", train.joint, (), {"users": {"router": "none"}}),
             keeps="adapter",
         ),
-        Method("poly", with_poly, GROUPS, Variant("poly", train.poly, ("population",)), keeps="embedding"),
-        Method("oppu", directly, own, Variant("oppu", train.direct, ("population",), oppu), keeps="adapter"),
+        Method("poly", with_poly, GROUPS, DerivedRun("poly", train.poly, ("population",)), keeps="embedding"),
+        Method("oppu", directly, own, DerivedRun("oppu", train.direct, ("population",), oppu), keeps="adapter"),
         Method(
             "oppu-released",
             directly,
             own,
-            Variant("oppu-released", train.leaking, ("population",), oppu),
+            DerivedRun("oppu-released", train.leaking, ("population",), oppu),
             keeps="adapter",
         ),
     ]
 
 
 def _retrieval() -> list[Method]:
-    one, two, four = (Variant(f"rag-{k}", train.ladder, derive=_retrieved(k)) for k in (1, 2, 4))
+    one, two, four = (DerivedRun(f"rag-{k}", train.ladder, derive=_retrieved(k)) for k in (1, 2, 4))
     population = as_itself("population")
     return [
         *(Method(name, population, ALL[:1], one, keeps="history") for name in ("rag", "rag-1")),
         Method("rag-2", population, ALL[:1], two, keeps="history"),
         Method("rag-4", population, ALL[:1], four, keeps="history"),
-        Method("pag", population, ALL[:1], Variant("pag", train.ladder, derive=_profiled), keeps="history"),
+        Method("pag", population, ALL[:1], DerivedRun("pag", train.ladder, derive=_profiled), keeps="history"),
         Method("users+rag", as_itself("users"), ALL, one, keeps="adapter"),
     ]
 

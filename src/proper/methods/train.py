@@ -5,46 +5,46 @@ Knows nothing about which method wants it.
 
 from __future__ import annotations
 
-from proper.data.views import Leaking, OneUser
-from proper.methods.method import Work
-from proper.training.direct import DirectRunner
-from proper.training.joint import JointRunner
-from proper.training.poly import PolyRunner
+from proper.data.derived.views import Leaking, OneUser
+from proper.methods.end_to_end import JointRunner
+from proper.methods.per_user_lora import DirectRunner
+from proper.methods.poly_training import PolyRunner
+from proper.methods.spec import TrainingWork
 from proper.training.stages import StageRunner
 
 
-def ladder(work: Work) -> None:
+def ladder(work: TrainingWork) -> None:
     """Train the stages as the main job does."""
     place = work.place
     StageRunner(place.config, place.dataset, place.folder, place.seed, work.log).run(work.stages)
 
 
-def one_user(work: Work) -> None:
+def one_user(work: TrainingWork) -> None:
     """Train the stages with everybody's rows as one user's: the same rows in the same order, one embedding."""
     place = work.place
     StageRunner(place.config, OneUser(place.dataset), place.folder, place.seed, work.log).run(work.stages)
 
 
-def direct(work: Work) -> None:
+def direct(work: TrainingWork) -> None:
     """Train users' adapters on what is below, without groups."""
     place = work.place
     DirectRunner(place.config, place.dataset, place.folder, place.seed, work.log).run()
 
 
-def leaking(work: Work) -> None:
+def leaking(work: TrainingWork) -> None:
     """The same with OPPU's released fault: every user is trained on the users before them, too."""
     place = work.place
     data = Leaking(place.dataset, place.config.users.max_items)
     DirectRunner(place.config, data, place.folder, place.seed, work.log).run()
 
 
-def poly(work: Work) -> None:
+def poly(work: TrainingWork) -> None:
     """Train PEFT's Poly in place of stage 2."""
     place = work.place
     PolyRunner(place.config, place.dataset, place.folder, place.seed, work.log).run()
 
 
-def joint(work: Work) -> None:
+def joint(work: TrainingWork) -> None:
     """Train experts and users' adapters together, from the backbone."""
     place = work.place
     JointRunner(place.config, place.dataset, place.folder, place.seed, work.log).run()

@@ -10,18 +10,18 @@ import time
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from proper.data.dataset import Dataset, Example
+from proper.data.dataset import Dataset, TextExample
 from proper.evaluation.metrics import Prediction
 from proper.evaluation.runner import MethodRun
-from proper.methods.method import Place
+from proper.methods.spec import TrainedRun
 
 
-def user_majority(place: Place) -> MethodRun:
+def user_majority(place: TrainedRun) -> MethodRun:
     """Answer every query with what its user answered most, or on average."""
     return _answer(place, own=True)
 
 
-def global_majority(place: Place) -> MethodRun:
+def global_majority(place: TrainedRun) -> MethodRun:
     """Answer every query with what all users answered most, or on average."""
     return _answer(place, own=False)
 
@@ -38,7 +38,7 @@ def usual(counts: Mapping[str, int], kind: str, labels: Sequence[str]) -> str:
     return [answer for answer, count in counts.items() if count == most][-1]
 
 
-def _answer(place: Place, *, own: bool) -> MethodRun:
+def _answer(place: TrainedRun, *, own: bool) -> MethodRun:
     started = time.perf_counter()
     dataset, kind = place.dataset, place.config.task.kind
     answers: dict[str, str] = {}
@@ -52,7 +52,7 @@ def _answer(place: Place, *, own: bool) -> MethodRun:
     return MethodRun(found, max(time.perf_counter() - started, 1e-9), 0)
 
 
-def _counts(history: Sequence[Example]) -> dict[str, int]:
+def _counts(history: Sequence[TextExample]) -> dict[str, int]:
     """Count answers, in the order of the last time each was given."""
     counts: dict[str, int] = {}
     for item in history:
@@ -70,7 +70,7 @@ def _everybodys(dataset: Dataset) -> dict[str, int]:
     return dict(reversed(found.fetchall()))
 
 
-def _prediction(query: Example, answer: str, history: int) -> Prediction:
+def _prediction(query: TextExample, answer: str, history: int) -> Prediction:
     return Prediction(
         id=query.id,
         user=query.user,

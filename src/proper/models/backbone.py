@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from proper.config import Config
 from proper.data.batching import Encoder
 from proper.errors import ConfigError
-from proper.models.names import EMBEDDED, backbone_location, first_line, what
+from proper.models.backbone_names import EMBEDDED, backbone_location, first_line, what
 from proper.models.positions import positions_of, require_positions
 from proper.models.rope import fix_rope
 from proper.models.tokenizer import load_tokenizer, named_ends, settle_ends

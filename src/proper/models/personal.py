@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from proper.config import GroupsConfig, UsersConfig
 from proper.data.batching import Batch
-from proper.layers.adapted import AdaptedLinear
 from proper.layers.bank import AdapterBank, Layout
-from proper.layers.mixture import Experts
+from proper.layers.batch_context import BatchContext, RowContext
+from proper.layers.experts import Experts
+from proper.layers.personalized_linear import AdaptedLinear
 from proper.layers.routers import LoraAwareRouter, UserAwareRouter, at_least_fp32
-from proper.layers.routing import Routing, Rows
 from proper.models.backbone import Backbone
 from proper.models.targets import find_targets
 
@@ -36,7 +36,7 @@ class ProperModel:
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self.routing = Routing()
+        self.routing = BatchContext()
         self.layers: dict[str, AdaptedLinear] = {}
         self.embedding_size = 0
 
@@ -113,7 +113,7 @@ class ProperModel:
             if layer.experts is not None:
                 layer.experts.train(on)
 
-    def answer_logits(self, batch: Batch, rows: Rows) -> Float[Tensor, "B A V"]:
+    def answer_logits(self, batch: Batch, rows: RowContext) -> Float[Tensor, "B A V"]:
         """Return the logits that predict the last A tokens of each row, in the compute type."""
         with self.routing.use(rows):
             return answer_logits(self.backbone.model, batch)
@@ -161,7 +161,7 @@ def gradient_checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
         yield
         return
     training = {name for name, module in model.named_modules() if module.training}
-    routing = next((module.routing for module in model.modules() if isinstance(module, AdaptedLinear)), Routing())
+    routing = next((module.routing for module in model.modules() if isinstance(module, AdaptedLinear)), BatchContext())
     # transformers is renaming this pair.
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False, "context_fn": routing.contexts})

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from proper.config import GroupsConfig
 from proper.errors import ConfigError
-from proper.layers.routing import Routing
+from proper.layers.batch_context import BatchContext
 from proper.models.personal import ProperModel
 from proper.models.targets import find_targets
 
@@ -93,6 +93,8 @@ def add_poly(model: ProperModel, config: GroupsConfig, tasks: int, seed: int) ->
     return Poly(layers, tasks)
 
 
-def _with_tasks(routing: Routing, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _with_tasks(
+    routing: BatchContext, layer: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """Tell a layer which task each row in hand is of."""
     return args, {**kwargs, "task_ids": routing.rows.slots}

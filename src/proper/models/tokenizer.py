@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from proper.config import Config
 from proper.data.batching import Encoder
-from proper.data.markup import special_names
+from proper.data.special_tokens import special_names
 from proper.errors import ConfigError
-from proper.models.names import backbone_location, first_line, what
+from proper.models.backbone_names import backbone_location, first_line, what
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:

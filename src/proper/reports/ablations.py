@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from proper.reports.figures import Figure, whisker
 from proper.reports.formats import method_name, metric_name, plain, signed
-from proper.reports.load import Metric, RunFiles
+from proper.reports.load import ReportedMetric, RunFiles
+from proper.reports.narrative import is_higher_better, outcome, primary_metrics
 from proper.reports.reading import count, mapping
 from proper.reports.svg import Axis, chart, linear
-from proper.reports.words import is_higher_better, outcome, primary_metrics
 
 CONSTRAINTS = {"constraint-experts": "experts", "groups-no-constraint": "none", "released": "released preset"}
 ROUTERS = {"users-residual": "residual", "users-paper": "paper", "users-no-router": "none (3a)"}
@@ -66,7 +66,7 @@ def _numbered(pattern: re.Pattern[str]) -> Callable[[str], str | None]:
     return variant
 
 
-def _figure(family: Family, rows: Sequence[Metric], run: RunFiles) -> Figure | None:
+def _figure(family: Family, rows: Sequence[ReportedMetric], run: RunFiles) -> Figure | None:
     own = next((row for row in rows if row.method == family.own), None)
     named = [(setting, row) for row in rows if (setting := family.variant(row.method)) is not None]
     if own is None or not named:
@@ -87,14 +87,14 @@ def _figure(family: Family, rows: Sequence[Metric], run: RunFiles) -> Figure | N
     return Figure(family.title, drawing, caption)
 
 
-def _in_order(named: list[tuple[str, Metric]]) -> list[tuple[str, Metric]]:
+def _in_order(named: list[tuple[str, ReportedMetric]]) -> list[tuple[str, ReportedMetric]]:
     """Sort numbers by size; words stay as they are, the run's own first."""
     if all(setting.isdigit() for setting, _ in named):
         return sorted(named, key=lambda pair: int(pair[0]))
     return named
 
 
-def _below(row: Metric, own: Metric, run: RunFiles) -> str:
+def _below(row: ReportedMetric, own: ReportedMetric, run: RunFiles) -> str:
     if row.method == own.method:
         return "this run"
     pairs = {(own.method, row.method), (row.method, own.method)}

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from proper.reports.figures import Figure
 from proper.reports.formats import plain, plural
-from proper.reports.load import Point
+from proper.reports.load import CurvePoint
 from proper.reports.svg import Axis, Scale, chart, join, linear, path, percent, tag
 
 BANDS = 60
@@ -21,7 +21,7 @@ STAGES = {
 }
 
 
-def curves(stages: dict[str, list[Point]]) -> list[Figure]:
+def curves(stages: dict[str, list[CurvePoint]]) -> list[Figure]:
     """Draw each stage's training loss, phase by phase, and the constraint where it was measured."""
     order = list(STAGES)
     known = [name for name in stages if name.partition(":")[0] in STAGES]
@@ -35,7 +35,7 @@ def curves(stages: dict[str, list[Point]]) -> list[Figure]:
     return figures
 
 
-def _loss(title: str, stage: str, points: Sequence[Point]) -> Figure:
+def _loss(title: str, stage: str, points: Sequence[CurvePoint]) -> Figure:
     losses = [(point, point.loss) for point in points]
     seeds = [[point.loss for point in points if point.seed == seed] for seed in sorted({p.seed for p in points})]
     first = fmean(fmean(line[: max(1, len(line) // 10)]) for line in seeds)
@@ -47,7 +47,7 @@ def _loss(title: str, stage: str, points: Sequence[Point]) -> Figure:
     return Figure(title, _curve(losses, "loss (nats per answer token)", title), caption)
 
 
-def _constraint(title: str, points: Sequence[Point]) -> list[Figure]:
+def _constraint(title: str, points: Sequence[CurvePoint]) -> list[Figure]:
     """Draw the constraint itself or, where only that was logged, what it added to the loss."""
     held = [(point, point.constraint) for point in points if point.constraint is not None]
     if held:
@@ -60,7 +60,7 @@ def _constraint(title: str, points: Sequence[Point]) -> list[Figure]:
     return [Figure(f"{title}: constraint", _curve(added, "constraint loss × weight", title), caption)]
 
 
-def _curve(values: Sequence[tuple[Point, float]], title: str, name: str) -> Markup:
+def _curve(values: Sequence[tuple[CurvePoint, float]], title: str, name: str) -> Markup:
     seeds = sorted({point.seed for point, _ in values})
     lines = {seed: _binned([(p.step, v) for p, v in values if p.seed == seed]) for seed in seeds}
     means = {seed: _smooth([value for _, value in line]) for seed, line in lines.items()}
@@ -100,9 +100,9 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
 
 
-def _bands(values: Sequence[tuple[Point, float]], across: Scale, what: str) -> Markup:
+def _bands(values: Sequence[tuple[CurvePoint, float]], across: Scale, what: str) -> Markup:
     """Lay invisible columns over a plot that say, when hovered, what happened there."""
-    columns: dict[int, list[tuple[Point, float]]] = {}
+    columns: dict[int, list[tuple[CurvePoint, float]]] = {}
     for point, value in values:
         columns.setdefault(min(BANDS - 1, int(across.at(point.step) * BANDS / 100)), []).append((point, value))
     marks = []

@@ -29,7 +29,7 @@ WHY = {
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ExampleAnswer:
     """What one method said; `score` is higher where better."""
 
     method: str
@@ -40,7 +40,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class ReportExample:
     """One query with the answers of the stages, in the order of the ladder."""
 
     id: str
@@ -50,7 +50,7 @@ class Example:
     target: str
     history: int | None
     tier: str
-    answers: tuple[Answer, ...]
+    answers: tuple[ExampleAnswer, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class _Scored:
     texts: tuple[str, ...]  # digests of the predictions: equal or not is all that the choice needs
 
 
-def choose_examples(folder: Path, kind: str, wanted: int) -> list[Example] | None:
+def choose_examples(folder: Path, kind: str, wanted: int) -> list[ReportExample] | None:
     """Return at most `wanted` examples, or None where fewer than two stages left predictions."""
     paths = {method: folder / "predictions" / f"{method}.jsonl" for method in STAGES}
     methods = [method for method in STAGES if paths[method].is_file()]
@@ -71,9 +71,9 @@ def choose_examples(folder: Path, kind: str, wanted: int) -> list[Example] | Non
     return _read_texts(chosen, methods, paths, kind)
 
 
-def user_examples(folder: Path, kind: str, user: str) -> list[Example]:
+def user_examples(folder: Path, kind: str, user: str) -> list[ReportExample]:
     """Return all queries of one user with the answers of every stage that left predictions, in the files' order."""
-    examples: dict[str, Example] = {}
+    examples: dict[str, ReportExample] = {}
     known = [method for method in ("base", *STAGES) if (folder / "predictions" / f"{method}.jsonl").is_file()]
     for done, method in enumerate(known):
         for row in read_lines(folder / "predictions" / f"{method}.jsonl"):
@@ -83,7 +83,7 @@ def user_examples(folder: Path, kind: str, user: str) -> list[Example]:
     return [replace(example, why=_change(example)) for example in examples.values()]
 
 
-def _change(example: Example) -> str:
+def _change(example: ReportExample) -> str:
     """Say in words what the stages changed, the latest step first."""
     by_method = {answer.method: answer.score for answer in example.answers}
     for above, below in (("users", "groups"), ("groups", "population")):
@@ -176,9 +176,9 @@ def _take_in_turn(
 
 def _read_texts(
     chosen: Sequence[tuple[str, str]], methods: Sequence[str], paths: dict[str, Path], kind: str
-) -> list[Example]:
+) -> list[ReportExample]:
     reasons = dict(chosen)
-    examples: dict[str, Example] = {}
+    examples: dict[str, ReportExample] = {}
     for done, method in enumerate(methods):
         for row in read_lines(paths[method]):
             name = str(row.get("id"))
@@ -189,18 +189,18 @@ def _read_texts(
     return [examples[name] for name, _ in chosen]
 
 
-def _answered(example: Example, done: int, method: str, row: dict[str, Any], kind: str) -> Example:
+def _answered(example: ReportExample, done: int, method: str, row: dict[str, Any], kind: str) -> ReportExample:
     """Add a method's answer to an example that has `done` of them; a second line of the same id is another seed's."""
     if len(example.answers) != done:
         return example
     value = score(kind, _text(row, "target"), _text(row, "prediction"))
-    answer = Answer(method, _text(row, "prediction"), value, _verdict(kind, value), number(row.get("loss")))
+    answer = ExampleAnswer(method, _text(row, "prediction"), value, _verdict(kind, value), number(row.get("loss")))
     return replace(example, answers=(*example.answers, answer), tier=_text(row, "tier"))
 
 
-def _new_example(name: str, why: str, row: dict[str, Any]) -> Example:
+def _new_example(name: str, why: str, row: dict[str, Any]) -> ReportExample:
     user, prompt, target = _text(row, "user"), _text(row, "prompt"), _text(row, "target")
-    return Example(name, user, why, prompt, target, count(row.get("history")), _text(row, "tier"), ())
+    return ReportExample(name, user, why, prompt, target, count(row.get("history")), _text(row, "tier"), ())
 
 
 def _text(row: dict[str, Any], key: str) -> str:

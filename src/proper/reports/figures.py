@@ -12,9 +12,9 @@ from typing import TypeVar
 from markupsafe import Markup
 
 from proper.reports.formats import method_name, metric_name, plain, plural, signed, span
-from proper.reports.load import LADDER, Metric, RoutedUser, UserGain
+from proper.reports.load import LADDER, ReportedMetric, RoutedUser, UserGain
+from proper.reports.narrative import gain_of
 from proper.reports.svg import Axis, Scale, chart, join, key, linear, logarithmic, path, percent, symbol, tag
-from proper.reports.words import gain_of
 
 Item = TypeVar("Item")
 
@@ -31,7 +31,7 @@ class Figure:
     caption: str
 
 
-def ladder(rows: Sequence[Metric], changes: dict[str, str]) -> Figure | None:
+def ladder(rows: Sequence[ReportedMetric], changes: dict[str, str]) -> Figure | None:
     """Draw the stages of one task's main metric with 95 % intervals; `changes` holds each stage's relative gain."""
     stages = sorted((row for row in rows if row.method in LADDER), key=lambda row: LADDER.index(row.method))
     if not stages:
@@ -55,7 +55,7 @@ def ladder(rows: Sequence[Metric], changes: dict[str, str]) -> Figure | None:
     return Figure(f"{stages[0].task}: {metric}" if stages[0].task else metric, drawing, caption)
 
 
-def whisker(x: float, row: Metric, scale: Scale) -> Markup:
+def whisker(x: float, row: ReportedMetric, scale: Scale) -> Markup:
     """Draw a value with its interval at `x` percent: a dot, a bar, the number above, and a tip."""
     tip = f"{method_name(row.method)}\n{metric_name(row.metric)} {plain(row.value)}\n95 % {span(row.interval)}"
     across, y = percent(x), percent(100 - scale.at(row.value))
@@ -68,7 +68,7 @@ def whisker(x: float, row: Metric, scale: Scale) -> Markup:
     return tag("g", bar, dot, text, data_tip=tip)
 
 
-def mini(row: Metric, rows: Sequence[Metric]) -> Markup:
+def mini(row: ReportedMetric, rows: Sequence[ReportedMetric]) -> Markup:
     """Draw one method's value and interval on the range that `rows`, of the same metric, share: for a table's cell."""
     scale = linear([edge for one in rows for edge in (one.value, *(one.interval or ()))])
     bar = Markup("")

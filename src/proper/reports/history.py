@@ -13,9 +13,9 @@ from markupsafe import Markup
 from proper.reports.figures import Figure
 from proper.reports.formats import method_name, metric_name, plain, plural, signed, span
 from proper.reports.load import LADDER, RunFiles
+from proper.reports.narrative import primary_metrics
 from proper.reports.reading import count, interval, number
 from proper.reports.svg import Axis, Scale, chart, join, key, linear, path, percent, symbol, tag
-from proper.reports.words import primary_metrics
 
 QUARTERS = ("history-q1", "history-q2", "history-q3", "history-q4")
 SHORT = {"under-10": "under 10", "bottom-100": "shortest 100"}
@@ -23,7 +23,7 @@ GREY = 7
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class HistoryPoint:
     """One method in one slice."""
 
     value: float
@@ -37,7 +37,7 @@ class Part:
     name: str
     reach: tuple[float, float] | None
     users: int
-    points: Mapping[str, Point]
+    points: Mapping[str, HistoryPoint]
 
     @property
     def below(self) -> str:
@@ -77,7 +77,7 @@ def _parts(run: RunFiles, metric: str) -> list[Part]:
     parts = []
     for name, rows in found.items():
         points = {
-            str(row.get("method")): Point(value, interval(row.get("ci95")))
+            str(row.get("method")): HistoryPoint(value, interval(row.get("ci95")))
             for row in rows
             if row.get("metric") == metric and (value := number(row.get("value"))) is not None
         }

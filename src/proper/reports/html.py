@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from proper.files import write_text
-from proper.reports import figures, formats, methods, tables, words
+from proper.reports import figures, formats, methods, narrative, tables
 from proper.reports.ablations import ablations
 from proper.reports.curves import curves
 from proper.reports.examples import choose_examples
@@ -37,7 +37,7 @@ def write_report(folder: Path) -> Path:
 
 def gather(run: RunFiles) -> dict[str, Any]:
     """Return what the template shows, section by section."""
-    summary, steps = words.headline(run)
+    summary, steps = narrative.headline(run)
     kind = str(run.part("task").get("kind") or "")
     routing, truth, tiers = run.part("routing"), run.part("truth"), run.part("tiers")
     return {
@@ -57,14 +57,14 @@ def gather(run: RunFiles) -> dict[str, Any]:
         "curves": curves(run.curves),
         "heat": figures.heat(run.routed),
         "maps": figures.maps(run.routed),
-        "routing": words.routing_story(routing),
+        "routing": narrative.routing_story(routing),
         "gains": _gains(run),
         "examples": choose_examples(run.folder, kind, run.examples),
         "signatures": _sentences(run.results.get("signatures")),
         "cost": tables.cost(run),
-        "cost_words": words.cost_story(run.rows("cost")),
+        "cost_words": narrative.cost_story(run.rows("cost")),
         "tiers": tables.tiers(tiers) if tiers else None,
-        "truth": words.truth_story(truth),
+        "truth": narrative.truth_story(truth),
         "truth_shares": _shares(truth),
         "truth_table": tables.truth(truth),
         "facts": tables.facts(run),
@@ -78,7 +78,7 @@ def _title(run: RunFiles, kind: str) -> str:
 
 def _tiles(run: RunFiles) -> list[tuple[str, str]]:
     """Return the few numbers that place the result: main metric by stage, users and queries."""
-    rows = words.primary_metrics(run) if run.metrics else []
+    rows = narrative.primary_metrics(run) if run.metrics else []
     tiles = []
     for task in dict.fromkeys(row.task for row in rows):
         values = {row.method: formats.plain(row.value) for row in rows if row.task == task}
@@ -95,12 +95,12 @@ def _tiles(run: RunFiles) -> list[tuple[str, str]]:
 def _ladders(run: RunFiles) -> list[figures.Figure]:
     if not run.metrics:
         return []
-    rows = words.primary_metrics(run)
+    rows = narrative.primary_metrics(run)
     drawn = []
     for task in dict.fromkeys(row.task for row in rows):
         steps = {("groups", "population"), ("users", "groups"), ("population", "base")}
         changes = {
-            row.method: words.change_text(row, run)
+            row.method: narrative.change_text(row, run)
             for row in run.comparisons
             if row.task == task and (row.method, row.against) in steps and row.metric in {one.metric for one in rows}
         }
@@ -114,7 +114,7 @@ def _gains(run: RunFiles) -> list[dict[str, Any]]:
     for step in ("users", "groups"):
         figure = figures.gains(run.gains, step, run.gain_metric)
         if figure:
-            story, table = words.gain_story(run.gains, step), tables.who_gained(run.gains, step)
+            story, table = narrative.gain_story(run.gains, step), tables.who_gained(run.gains, step)
             found.append({"figure": figure, "story": story, "table": table})
     return found
 

@@ -20,7 +20,7 @@ EXAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
+class ReportedMetric:
     """One row of `metrics`: a method's score. `interval` is the 95 % interval of `value` over users.
 
     `standing` is "best", "tied" with the best, or "".
@@ -41,7 +41,7 @@ class Metric:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class ReportedComparison:
     """One row of `comparisons`: `method` minus `against`. `relative` is positive where `method` is better.
 
     `resolvable` is the smallest true difference that the users would show with 80 % power.
@@ -63,7 +63,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class CurvePoint:
     """One optimizer step; `loss` in nats per answer token, `penalty` the constraint loss times its weight."""
 
     seed: int
@@ -108,9 +108,9 @@ class RunFiles:
 
     folder: Path
     results: Mapping[str, Any]
-    metrics: list[Metric]
-    comparisons: list[Comparison]
-    curves: dict[str, list[Point]]
+    metrics: list[ReportedMetric]
+    comparisons: list[ReportedComparison]
+    curves: dict[str, list[CurvePoint]]
     routed: list[RoutedUser]
     gains: list[UserGain]
     gain_metric: str
@@ -157,11 +157,11 @@ def load_run(folder: Path) -> RunFiles:
     )
 
 
-def _metric(row: dict[str, Any]) -> Metric | None:
+def _metric(row: dict[str, Any]) -> ReportedMetric | None:
     value = number(row.get("value"))
     if value is None:
         return None
-    return Metric(
+    return ReportedMetric(
         task=str(row.get("task") or ""),
         method=str(row.get("method")),
         metric=str(row.get("metric")),
@@ -177,11 +177,11 @@ def _metric(row: dict[str, Any]) -> Metric | None:
     )
 
 
-def _comparison(row: dict[str, Any]) -> Comparison | None:
+def _comparison(row: dict[str, Any]) -> ReportedComparison | None:
     difference = number(row.get("difference"))
     if difference is None:
         return None
-    return Comparison(
+    return ReportedComparison(
         task=str(row.get("task") or ""),
         method=str(row.get("method")),
         against=str(row.get("against")),
@@ -198,12 +198,12 @@ def _comparison(row: dict[str, Any]) -> Comparison | None:
     )
 
 
-def _curves(path: Path) -> dict[str, list[Point]]:
+def _curves(path: Path) -> dict[str, list[CurvePoint]]:
     """Return points by stage, or by phase where a stage has several (`users: trial`), in order of seed and step.
 
     A step done twice (after a resume) counts once, the later time.
     """
-    stages: dict[str, dict[tuple[int, int], Point]] = {}
+    stages: dict[str, dict[tuple[int, int], CurvePoint]] = {}
     for row in read_lines(path):
         step, loss, seed = count(row.get("step")), number(row.get("loss")), count(row.get("seed")) or 0
         if step is None or loss is None or not isinstance(row.get("stage"), str):
@@ -211,7 +211,7 @@ def _curves(path: Path) -> dict[str, list[Point]]:
         phase = row.get("phase")
         name = row["stage"] if not isinstance(phase, str) else f"{row['stage']}: {phase.rpartition(': ')[2]}"
         facts = (number(row.get(key)) for key in ("epoch", "learning_rate", "constraint", "penalty"))
-        stages.setdefault(name, {})[seed, step] = Point(seed, step, loss, *facts)
+        stages.setdefault(name, {})[seed, step] = CurvePoint(seed, step, loss, *facts)
     return {stage: [points[key] for key in sorted(points)] for stage, points in stages.items()}
 
 

@@ -17,11 +17,11 @@ from markupsafe import Markup, escape
 from proper.files import write_text
 from proper.reports.figures import Figure
 from proper.reports.formats import method_name, metric_name, plain, plural, signed, size, span
-from proper.reports.load import LADDER, Comparison, Metric, RunFiles, load_run
+from proper.reports.load import LADDER, ReportedComparison, ReportedMetric, RunFiles, load_run
+from proper.reports.narrative import is_higher_better, primary_metrics, verdict
 from proper.reports.reading import number
 from proper.reports.svg import COLOURS, Axis, Scale, chart, join, key, linear, logarithmic, percent, symbol, tag
 from proper.reports.tables import Table
-from proper.reports.words import is_higher_better, primary_metrics, verdict
 
 COLUMNS = (
     *("task", "method", "metric", "value", "low", "high", "value_users", "standing", "users", "queries", "seeds"),
@@ -105,7 +105,7 @@ def _sizes_axis(sizes: Mapping[str, float], least: float) -> Axis:
     )
 
 
-def _priced(index: int, row: Metric, amount: float, nothing: float, scales: tuple[Scale, Scale]) -> Markup:
+def _priced(index: int, row: ReportedMetric, amount: float, nothing: float, scales: tuple[Scale, Scale]) -> Markup:
     across, up = scales
     tip = f"{method_name(row.method)}\n{metric_name(row.metric)} {plain(row.value)}\nkept a user {size(amount)}"
     x, bar = across.at(amount or nothing), Markup("")
@@ -158,7 +158,7 @@ def write_methods_csv(folder: Path) -> Path:
     return path
 
 
-def _ranked(rows: Sequence[Metric]) -> list[Metric]:
+def _ranked(rows: Sequence[ReportedMetric]) -> list[ReportedMetric]:
     tasks = list(dict.fromkeys(row.task for row in rows))
     return sorted(rows, key=lambda row: (tasks.index(row.task), -row.value if row.higher_is_better else row.value))
 
@@ -169,7 +169,7 @@ def _marked(text: str, standing: str) -> Markup:
     return escape(f"{text} ≈" if standing == "tied" else text)
 
 
-def _against(run: RunFiles, row: Metric) -> Comparison | None:
+def _against(run: RunFiles, row: ReportedMetric) -> ReportedComparison | None:
     """Return the comparison of a stage with the one before, or of the last stage with any other method."""
     here = (row.metric, row.task)
     same = {(one.method, one.against): one for one in run.comparisons if (one.metric, one.task) == here}
@@ -178,7 +178,7 @@ def _against(run: RunFiles, row: Metric) -> Comparison | None:
     return same.get((row.method, before)) or same.get((last, row.method))
 
 
-def _by_seed(run: RunFiles, row: Metric) -> list[float]:
+def _by_seed(run: RunFiles, row: ReportedMetric) -> list[float]:
     for found in run.rows("metrics"):
         if (found.get("task"), found.get("method"), found.get("metric")) == (row.task, row.method, row.metric):
             values = found.get("by_seed")
@@ -186,7 +186,7 @@ def _by_seed(run: RunFiles, row: Metric) -> list[float]:
     return []
 
 
-def _spread(run: RunFiles, row: Metric) -> str:
+def _spread(run: RunFiles, row: ReportedMetric) -> str:
     values = _by_seed(run, row)
     return f"{plain(min(values))} to {plain(max(values))}" if len(values) > 1 else "one"
 

@@ -23,9 +23,9 @@ from proper.reports.formats import (
     size,
     span,
 )
-from proper.reports.load import LADDER, Metric, RunFiles, UserGain
+from proper.reports.load import LADDER, ReportedMetric, RunFiles, UserGain
+from proper.reports.narrative import gain_of, is_higher_better, primary_metrics, verdict
 from proper.reports.reading import count, interval, mapping, number
-from proper.reports.words import gain_of, is_higher_better, primary_metrics, verdict
 
 COUNTS = ("users", "queries", "seeds")
 
@@ -43,7 +43,7 @@ class Table:
 def metrics(run: RunFiles) -> Table | None:
     """Return every method's score, the main metric first, with a small drawing of its interval."""
     several = len({row.task for row in run.metrics}) > 1
-    groups: dict[tuple[str, str], list[Metric]] = {}
+    groups: dict[tuple[str, str], list[ReportedMetric]] = {}
     for row in sorted(run.metrics, key=lambda row: not row.primary):
         groups.setdefault((row.task, row.metric), []).append(row)
     lines = []
@@ -64,7 +64,7 @@ def metrics(run: RunFiles) -> Table | None:
     return Table(head, lines, frozenset({0, 1, 4}), note) if lines else None
 
 
-def _counts(row: Metric) -> list[str]:
+def _counts(row: ReportedMetric) -> list[str]:
     return [_whole(row.users), _whole(row.queries), _whole(row.seeds)]
 
 

@@ -13,8 +13,8 @@ from markupsafe import Markup
 from proper.reports.figures import Figure
 from proper.reports.formats import method_name, metric_name, plain, signed
 from proper.reports.load import RoutedUser, UserGain
+from proper.reports.narrative import gain_of
 from proper.reports.svg import Axis, chart, join, key, linear, percent, symbol, tag
-from proper.reports.words import gain_of
 
 STEPS = (("groups", "population"), ("users", "groups"))
 MOST_DOTS = 800

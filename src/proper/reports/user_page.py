@@ -14,12 +14,12 @@ from proper.files import write_text
 from proper.reports.formats import method_name, metric_name, plain, plural, signed, size
 from proper.reports.load import LADDER, RunFiles, load_run
 from proper.reports.names import safe_name
+from proper.reports.narrative import gain_of, is_higher_better
 from proper.reports.page import render
-from proper.reports.person import Person, facts_of, known_items, load_person
 from proper.reports.reading import number
 from proper.reports.tables import Table
+from proper.reports.user_data import UserReport, facts_of, known_items, load_person
 from proper.reports.user_figures import gates, place, standing
-from proper.reports.words import gain_of, is_higher_better
 
 MOST_QUERIES = 200
 SERVED = {
@@ -46,7 +46,7 @@ def write_user_pages(folder: Path, users: Sequence[str]) -> list[Path]:
     return paths
 
 
-def gather(run: RunFiles, person: Person) -> dict[str, Any]:
+def gather(run: RunFiles, person: UserReport) -> dict[str, Any]:
     """Return what the template shows, section by section."""
     gain, routed, stored = person.gain, person.routed, person.stored
     near = [neighbour.user for neighbour in stored.neighbours]
@@ -69,13 +69,13 @@ def gather(run: RunFiles, person: Person) -> dict[str, Any]:
     }
 
 
-def _tier(person: Person) -> str:
+def _tier(person: UserReport) -> str:
     if person.stored.versions:
         return person.stored.versions[0].tier
     return person.gain.tier if person.gain else "none"
 
 
-def _summary(run: RunFiles, person: Person) -> str:
+def _summary(run: RunFiles, person: UserReport) -> str:
     if person.gain is None:
         return "No target user: nothing was asked on their behalf."
     metric = metric_name(run.gain_metric)
@@ -89,7 +89,7 @@ def _summary(run: RunFiles, person: Person) -> str:
     return f"{text[0].upper()}{text[1:]} in {metric}." if parts else "The stages to compare were not scored."
 
 
-def _tiles(person: Person) -> list[tuple[str, str]]:
+def _tiles(person: UserReport) -> list[tuple[str, str]]:
     items, versions = known_items(person), person.stored.versions
     found = [
         ("history, items", None if items is None else f"{items:,}"),
@@ -101,7 +101,7 @@ def _tiles(person: Person) -> list[tuple[str, str]]:
     return [(name, value) for name, value in found if value is not None]
 
 
-def _served(person: Person) -> list[str]:
+def _served(person: UserReport) -> list[str]:
     """Say in sentences what the user is served, why, and how the adapter was trained."""
     facts, tier = facts_of(person), _tier(person)
     story = [f"Served with {SERVED.get(tier, tier)}."]
@@ -118,7 +118,7 @@ def _served(person: Person) -> list[str]:
     return story
 
 
-def _losses(run: RunFiles, person: Person) -> Table | None:
+def _losses(run: RunFiles, person: UserReport) -> Table | None:
     """Return the losses, held-out part of the history first, beside everybody's mean."""
     facts, means = facts_of(person), person.stored.means or {}
     kept = (("group_loss", "held-out history, group model"), ("user_loss", "held-out history, with the adapter"))
@@ -139,7 +139,7 @@ def _losses(run: RunFiles, person: Person) -> Table | None:
     return Table(["answer loss", "this user", "mean of users"], lines, frozenset({0}), note) if lines else None
 
 
-def _scores(run: RunFiles, person: Person) -> Table | None:
+def _scores(run: RunFiles, person: UserReport) -> Table | None:
     """Return every method on this user's queries, beside all users' mean."""
     if not person.scores:
         return None
@@ -155,7 +155,7 @@ def _scores(run: RunFiles, person: Person) -> Table | None:
     return Table(["method", "this user", "mean of users", "difference"], lines, frozenset({0}), note)
 
 
-def _neighbours(run: RunFiles, person: Person) -> Table | None:
+def _neighbours(run: RunFiles, person: UserReport) -> Table | None:
     gains, routed = {row.user: row for row in run.gains}, {row.user: row for row in run.routed}
     lines = []
     for near in person.stored.neighbours:
@@ -169,7 +169,7 @@ def _neighbours(run: RunFiles, person: Person) -> Table | None:
     return Table(head, lines, frozenset({0, 2}), note) if lines else None
 
 
-def _versions(person: Person) -> Table | None:
+def _versions(person: UserReport) -> Table | None:
     lines = []
     for each in person.stored.versions:
         written = datetime.fromtimestamp(each.written, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -14,9 +14,9 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proper.errors import ProperError
-from proper.serving.gate import Gate
-from proper.serving.limits import Turnstile
-from proper.serving.refusals import Refusal
+from proper.serving.auth import Authenticator
+from proper.serving.errors import APIError
+from proper.serving.rate_limits import RateLimiter
 
 OPEN = ("/", "/healthz", "/readyz", "/openapi.json")
 """Paths that need no key; what lies below /page/ needs none either."""
@@ -25,7 +25,7 @@ OPEN = ("/", "/healthz", "/readyz", "/openapi.json")
 class Admission:
     """Wraps an ASGI application."""
 
-    def __init__(self, app: ASGIApp, *, gate: Gate, turnstile: Turnstile) -> None:
+    def __init__(self, app: ASGIApp, *, gate: Authenticator, turnstile: RateLimiter) -> None:
         self.app, self.gate, self.turnstile = app, gate, turnstile
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,7 +36,7 @@ class Admission:
         with ExitStack() as held:
             try:
                 await self._enter(scope, held)
-            except Refusal as refusal:
+            except APIError as refusal:
                 await JSONResponse(refusal.body(), refusal.status, headers=refusal.headers)(scope, receive, send)
                 return
             await self.app(scope, receive, send)
@@ -44,10 +44,10 @@ class Admission:
     async def _enter(self, scope: Scope, held: ExitStack) -> None:
         try:
             principal = await asyncio.to_thread(self.gate.principal, Request(scope))  # it may read the file of keys
-        except Refusal:
+        except APIError:
             self.turnstile.count(f"address {(scope.get('client') or ('',))[0]}")
             raise
         except ProperError as error:
-            raise Refusal(500, "the server's keys cannot be read", code="keys") from error
+            raise APIError(500, "the server's keys cannot be read", code="keys") from error
         held.enter_context(self.turnstile.visit(principal.id))
         scope.setdefault("state", {})["principal"] = principal

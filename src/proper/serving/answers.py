@@ -10,23 +10,23 @@ from functools import partial
 from typing import Literal
 
 from proper.errors import InputError, ProperError
-from proper.inference.guests import Ticket
+from proper.inference.detokenizer import Detokenizer
+from proper.inference.engine_thread import EngineThread
 from proper.inference.requests import Event, Request, Sink, Started, Token
-from proper.inference.runner import Runner
+from proper.inference.running import RequestHandle
 from proper.inference.sampling import Sampling
-from proper.inference.stream import TextStream
-from proper.serving.asking import Options, Wanted
+from proper.serving.errors import APIError
 from proper.serving.metrics import Metrics
-from proper.serving.refusals import Refusal
-from proper.serving.threads import Threads
-from proper.serving.wire import RunCard
+from proper.serving.request_schemas import Options, ProperOptions
+from proper.serving.schemas import RunCard
+from proper.serving.thread_limits import LimitedThreads
 
 LONG = 512
 """Tokens from which on an answer is decoded on a thread."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerPiece:
     """Some of one answer.
 
     Attributes:
@@ -50,10 +50,10 @@ class Piece:
 class Answers:
     """Asks a running engine."""
 
-    def __init__(self, runner: Runner, metrics: Metrics, log: Callable[[str], None]) -> None:
+    def __init__(self, runner: EngineThread, metrics: Metrics, log: Callable[[str], None]) -> None:
         self.runner, self.metrics, self.log = runner, metrics, log
         self.encoder = runner.engine.model.encoder
-        self.threads = Threads(4)
+        self.threads = LimitedThreads(4)
         self._longest_token = max(map(len, self.encoder.tokenizer.get_vocab()))
 
     def decode(self, token: int) -> str:
@@ -100,7 +100,7 @@ class Answers:
         if seed is None:
             seed = secrets.randbits(63) if temperature else 0
         top_p = 1.0 if options.top_p is None else options.top_p
-        wanted = options.proper or Wanted()
+        wanted = options.proper or ProperOptions()
         sampling = Sampling(room, temperature, top_p, seed)
         request = Request(
             ids,
@@ -114,13 +114,13 @@ class Answers:
         try:
             engine.check(request)
         except InputError as error:
-            raise Refusal(400, str(error), code="invalid", param="prompt") from error
+            raise APIError(400, str(error), code="invalid", param="prompt") from error
         return request
 
-    def _too_long(self, prompt: str, answer: int) -> Refusal:
+    def _too_long(self, prompt: str, answer: int) -> APIError:
         limit = self.runner.engine.limit
         why = f"prompt ({prompt}) and answer (up to {answer}) are longer than the {limit} that fit"
-        return Refusal(400, why, code="context_length_exceeded", param="max_tokens")
+        return APIError(400, why, code="context_length_exceeded", param="max_tokens")
 
     def _ids(self, prompt: str | Sequence[int], answer: int) -> tuple[int, ...]:
         """Return a prompt's tokens. A text with more characters than its tokens can have is not tokenized at all.
@@ -131,15 +131,15 @@ class Answers:
         if not isinstance(prompt, str):
             return tuple(prompt)
         if not prompt.strip():
-            raise Refusal(400, "the prompt is empty", param="prompt")
+            raise APIError(400, "the prompt is empty", param="prompt")
         if len(prompt) > self._longest_token * max(1, self.runner.engine.limit - answer):
             raise self._too_long(f"{len(prompt)} characters", answer)
         try:
             return self.encoder.start + self.encoder.tokens(prompt)
         except InputError as error:
-            raise Refusal(400, f"the prompt: {error}", param="prompt") from error
+            raise APIError(400, f"the prompt: {error}", param="prompt") from error
 
-    async def stream(self, requests: Sequence[Request], stop: Sequence[str]) -> AsyncGenerator[Piece, None]:
+    async def stream(self, requests: Sequence[Request], stop: Sequence[str]) -> AsyncGenerator[AnswerPiece, None]:
         """Yield the answers as they grow; leaving the loop early frees their rows.
 
         Raises:
@@ -147,8 +147,8 @@ class Answers:
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        tickets: list[Ticket] = []
-        texts, counts = [TextStream(self.encoder.tokenizer, stop) for _ in requests], [0] * len(requests)
+        tickets: list[RequestHandle] = []
+        texts, counts = [Detokenizer(self.encoder.tokenizer, stop) for _ in requests], [0] * len(requests)
         try:
             for index, request in enumerate(requests):
 
@@ -174,23 +174,23 @@ class Answers:
             for ticket in tickets:
                 ticket.cancel()
 
-    def _submit(self, request: Request, sink: Sink) -> Ticket:
+    def _submit(self, request: Request, sink: Sink) -> RequestHandle:
         try:
             return self.runner.engine.submit(request, sink)
         except InputError as error:
-            raise Refusal(400, str(error)) from error
+            raise APIError(400, str(error)) from error
         except ProperError as error:
-            raise Refusal(503, "the server is stopping", code="stopping") from error
+            raise APIError(503, "the server is stopping", code="stopping") from error
 
-    def _piece(self, index: int, event: Event, text: TextStream) -> Piece:
+    def _piece(self, index: int, event: Event, text: Detokenizer) -> AnswerPiece:
         if isinstance(event, Started):
-            return Piece(index, started=event)
+            return AnswerPiece(index, started=event)
         if isinstance(event, Token):
             gates = () if event.gates is None else (event.gates,)
-            return Piece(index, text.push(event.id), None, 1, gates, () if event.logprobs is None else (event,))
+            return AnswerPiece(index, text.push(event.id), None, 1, gates, () if event.logprobs is None else (event,))
         if event.reason == "error":
             self.log(f"a request failed: {event.error}")
-            raise Refusal(500, "the request failed", code="failed")
+            raise APIError(500, "the request failed", code="failed")
         if event.reason == "cancelled":
-            raise Refusal(503, "the server is stopping", code="stopping")
-        return Piece(index, text.close(), finish=event.reason)
+            raise APIError(503, "the server is stopping", code="stopping")
+        return AnswerPiece(index, text.close(), finish=event.reason)

@@ -14,24 +14,24 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from proper.errors import ProperError, ReadOnlyError
-from proper.inference.runner import Runner
-from proper.people.log import InteractionLog
+from proper.inference.engine_thread import EngineThread
+from proper.interactions.log import InteractionLog
 from proper.serving.admission import Admission
 from proper.serving.answers import Answers
-from proper.serving.bodies import right_cause, whole_text
-from proper.serving.door import Door
-from proper.serving.gate import Gate
+from proper.serving.auth import Authenticator
+from proper.serving.body_checks import right_cause, whole_text
+from proper.serving.deletion_watch import DeletionWatch
+from proper.serving.errors import APIError, ErrorReply, one_line, without_folders
+from proper.serving.fit_process import FitProcess
 from proper.serving.generation import generation_routes
-from proper.serving.guard import Guard, reply
 from proper.serving.health import health_routes
 from proper.serving.keys import Keys
-from proper.serving.limits import ServeLimits, Turnstile
 from proper.serving.metrics import Metrics
+from proper.serving.middleware import RequestMiddleware, reply
 from proper.serving.page import page_routes
-from proper.serving.people import deletion_routes, people_routes
-from proper.serving.refusals import ErrorReply, Refusal, one_line, without_folders
-from proper.serving.watch import DeletionWatch
-from proper.serving.worker import Worker
+from proper.serving.rate_limits import RateLimiter, ServeLimits
+from proper.serving.request_checks import RequestChecks
+from proper.serving.users import deletion_routes, people_routes
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,11 @@ class ServeSettings:
 
 
 def create_app(
-    runner: Runner, keys: Keys, settings: ServeSettings, log: Callable[[str], None], worker: Worker | None = None
+    runner: EngineThread,
+    keys: Keys,
+    settings: ServeSettings,
+    log: Callable[[str], None],
+    worker: FitProcess | None = None,
 ) -> FastAPI:
     """Return the application. Runner and worker are started with it and stopped after its last reply."""
     store = runner.engine.model.store
@@ -102,19 +106,23 @@ def create_app(
         redoc_url=None,
     )
     metrics = Metrics(runner.engine, None if watched is None else watched.queue, worker)
-    gate = Gate(keys, settings.open_without_keys)
-    answers, turnstile = Answers(runner, metrics, note), Turnstile(settings.limits)
+    gate = Authenticator(keys, settings.open_without_keys)
+    answers, turnstile = Answers(runner, metrics, note), RateLimiter(settings.limits)
     app.include_router(generation_routes(settings.model, answers, gate, turnstile))
     app.include_router(people_routes(runner.engine, people, gate))
     app.include_router(deletion_routes(runner.engine, people, gate))
     app.include_router(health_routes(runner, worker, metrics, gate))
     app.include_router(page_routes())
     _explain_errors(app, None if store is None else store.folder.parent, note)
-    app.add_middleware(Door)
+    app.add_middleware(RequestChecks)
     # Outside of the door: what it refuses counts for the rate.
     app.add_middleware(Admission, gate=gate, turnstile=turnstile)
     app.add_middleware(
-        Guard, body_bytes=settings.limits.body_bytes, metrics=metrics, log=note, log_users=settings.log_users
+        RequestMiddleware,
+        body_bytes=settings.limits.body_bytes,
+        metrics=metrics,
+        log=note,
+        log_users=settings.log_users,
     )
     return app
 
@@ -130,23 +138,23 @@ def _explain_errors(app: FastAPI, run: Path | None, log: Callable[[str], None]) 
             refusal.message = without_folders(refusal.message, run)
         return reply(refusal)
 
-    for kind in (Refusal, RequestValidationError, HTTPException, ProperError, Exception):
+    for kind in (APIError, RequestValidationError, HTTPException, ProperError, Exception):
         app.add_exception_handler(kind, refused)
 
 
-def _as_refusal(error: Exception) -> Refusal:
+def _as_refusal(error: Exception) -> APIError:
     match error:
-        case Refusal():
+        case APIError():
             return error
         case RequestValidationError():
             # The value itself stays out of it: it may be somebody's prompt.
             place, first = right_cause(error.errors(), error.body)
             where = ".".join(str(part) for part in place)
-            return Refusal(400, f"{where or 'body'}: {first['msg']}", param=where or None, code="invalid")
+            return APIError(400, f"{where or 'body'}: {first['msg']}", param=where or None, code="invalid")
         case HTTPException():
-            return Refusal(error.status_code, str(error.detail), code="http", headers=dict(error.headers or {}))
+            return APIError(error.status_code, str(error.detail), code="http", headers=dict(error.headers or {}))
         case ReadOnlyError():
-            return Refusal(403, "this server serves a read-only copy", code="read_only")
+            return APIError(403, "this server serves a read-only copy", code="read_only")
         case ProperError():
-            return Refusal(500, str(error), code="store")
-    return Refusal(500, "the server failed; its log says where", code="internal")
+            return APIError(500, str(error), code="store")
+    return APIError(500, "the server failed; its log says where", code="internal")

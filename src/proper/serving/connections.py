@@ -17,7 +17,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from proper.serving.refusals import Refusal
+from proper.serving.errors import APIError
 
 ACCEPTED_AT_ONCE = 64
 """Connections that the event loop takes in before it looks whether they are too many."""
@@ -104,7 +104,7 @@ class TimedProtocol(H11Protocol):
         _bound_unread(transport.get_extra_info("socket"), self._doors.limits.unread_seconds)
         refused = self._doors.enter(self._address)
         if refused is not None:
-            self._refuse(Refusal(503, refused, code="connections", headers={"Retry-After": "1"}))
+            self._refuse(APIError(503, refused, code="connections", headers={"Retry-After": "1"}))
             return
         self._entered = True
         self._await("header")
@@ -169,9 +169,9 @@ class TimedProtocol(H11Protocol):
         elif self.cycle is not None and self.cycle.response_complete and part == "body":
             self.transport.close()  # it has been answered: too large, for one
         else:
-            self._refuse(Refusal(408, why, code="timeout"))
+            self._refuse(APIError(408, why, code="timeout"))
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _refuse(self, refusal: APIError) -> None:
         body = json.dumps(refusal.body()).encode()
         reason = {408: "Request Timeout", 503: "Service Unavailable"}[refusal.status]
         headers = {

@@ -13,27 +13,27 @@ from fastapi import APIRouter, Depends, Query
 
 from proper.data.templates import BadValue
 from proper.inference.personalized import PersonalizedModel
-from proper.people.entries import Read, plain_reader
-from proper.people.log import ConflictError, DeletedError, Entry, ExistsError
-from proper.serving.gate import Gate
+from proper.interactions.log import ConflictError, DeletedError, ExistsError, LogEntry
+from proper.interactions.parsing import Read, plain_reader
+from proper.serving.auth import Authenticator
+from proper.serving.errors import APIError
 from proper.serving.keys import Principal
 from proper.serving.paths import user_in_path
-from proper.serving.refusals import Refusal
+from proper.serving.schemas import AppendReply, Enrolment, InteractionBatch, NewInteraction
 from proper.serving.tenancy import Holdings, Reach
-from proper.serving.wire import Enrolment, Learned, Lessons, Taught
 
 
-def enrolment_routes(router: APIRouter, model: PersonalizedModel, holdings: Reach, gate: Gate) -> None:
+def enrolment_routes(router: APIRouter, model: PersonalizedModel, holdings: Reach, gate: Authenticator) -> None:
     """Add the routes that take interactions in to a router at /v1/users."""
     Writing = Annotated[Principal, Depends(gate.needs("write", "admin"))]
     reading = plain_reader(model.config.task, "input", "output")
 
     @router.post("")
-    def enrol(body: Enrolment, who: Writing) -> Learned:
+    def enrol(body: Enrolment, who: Writing) -> AppendReply:
         """Take in a person with what is known of them; their fit begins in the background."""
         held = holdings(who, body.tenant)
         if body.user in (".", ".."):
-            raise Refusal(400, "user: no URL can name this id", code="invalid", param="user")
+            raise APIError(400, "user: no URL can name this id", code="invalid", param="user")
         if held.knows(body.user):
             raise _exists(body.user)
         return _learn(held, body.user, _entries(body.interactions, reading), True)
@@ -41,30 +41,30 @@ def enrolment_routes(router: APIRouter, model: PersonalizedModel, holdings: Reac
     @router.post("/{user}/interactions")
     def append(
         user: Annotated[str, Depends(user_in_path)],
-        body: Lessons,
+        body: InteractionBatch,
         who: Writing,
         tenant: Annotated[str | None, Query(max_length=512)] = None,
-    ) -> Learned:
+    ) -> AppendReply:
         """Add interactions of a person; those that are there already count as duplicates."""
         held = holdings(who, tenant)
         held.require(user)
         return _learn(held, user, _entries(body.interactions, reading), False)
 
 
-def _learn(held: Holdings, user: str, entries: Sequence[Entry], new: bool) -> Learned:
+def _learn(held: Holdings, user: str, entries: Sequence[LogEntry], new: bool) -> AppendReply:
     try:
         said = held.log.append(held.tenant, user, entries, new=new)
     except ExistsError as error:
         raise _exists(user) from error
     except DeletedError as error:
         if new:
-            raise Refusal(409, str(error), code="deletion_running", param="user") from error
-        raise Refusal(404, str(error), code="user_not_found", param="user") from error
+            raise APIError(409, str(error), code="deletion_running", param="user") from error
+        raise APIError(404, str(error), code="user_not_found", param="user") from error
     except ConflictError as error:
         place = f"interactions.{error.at}.id"
-        raise Refusal(409, f"{place}: {error}", code="interaction_conflict", param=place) from error
+        raise APIError(409, f"{place}: {error}", code="interaction_conflict", param=place) from error
     card = held.card(user)
-    return Learned(
+    return AppendReply(
         id=user,
         tier=card.tier,
         version=card.version,
@@ -74,16 +74,16 @@ def _learn(held: Holdings, user: str, entries: Sequence[Entry], new: bool) -> Le
     )
 
 
-def _entries(interactions: Sequence[Taught], read: Read) -> list[Entry]:
+def _entries(interactions: Sequence[NewInteraction], read: Read) -> list[LogEntry]:
     entries = []
     for at, each in enumerate(interactions):
         try:
             entries.append(read(each.model_dump(exclude_none=True)))
         except BadValue as error:
             place = f"interactions.{at}.{error.field}"
-            raise Refusal(400, f"{place}: {error.what}", code="invalid", param=place) from error
+            raise APIError(400, f"{place}: {error.what}", code="invalid", param=place) from error
     return entries
 
 
-def _exists(user: str) -> Refusal:
-    return Refusal(409, f"there is a user {user!r} already", code="user_exists", param="user")
+def _exists(user: str) -> APIError:
+    return APIError(409, f"there is a user {user!r} already", code="user_exists", param="user")

@@ -16,31 +16,33 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from proper.inference.requests import Request
-from proper.serving.answers import Answers, Piece
-from proper.serving.asking import ChatRequest, CompletionRequest, Options
+from proper.serving.answers import AnswerPiece, Answers
+from proper.serving.auth import Authenticator, own_tenant
 from proper.serving.chat import chat_prompt
-from proper.serving.gate import Gate, own_tenant
+from proper.serving.errors import APIError
 from proper.serving.keys import Principal
-from proper.serving.large import CheckedRoute
-from proper.serving.limits import Turnstile
-from proper.serving.refusals import Refusal
-from proper.serving.replies import Reply, dump
-from proper.serving.shape import Kind, Shape, collect
-from proper.serving.wire import ModelCard, ModelList
+from proper.serving.large_bodies import CheckedRoute
+from proper.serving.rate_limits import RateLimiter
+from proper.serving.reply_format import Kind, ReplyFormat, collect
+from proper.serving.reply_schemas import Reply, dump
+from proper.serving.request_schemas import ChatRequest, CompletionRequest, Options
+from proper.serving.schemas import ModelCard, ModelList
 
 T = TypeVar("T")
 Ask = Callable[[], list[Request]]
 """Tokenizes the prompts; not for the event loop."""
 
 
-def generation_routes(model: str, answers: Answers, gate: Gate, turnstile: Turnstile) -> APIRouter:
+def generation_routes(model: str, answers: Answers, gate: Authenticator, turnstile: RateLimiter) -> APIRouter:
     """Return the routes for one model of the given name."""
     router = APIRouter(prefix="/v1", tags=["generate"], route_class=CheckedRoute)
     Asking = Annotated[Principal, Depends(gate.needs("generate"))]
 
     def known(name: str) -> None:
         if name != model:
-            raise Refusal(404, f"there is no model {name!r}; there is {model!r}", code="model_not_found", param="model")
+            raise APIError(
+                404, f"there is no model {name!r}; there is {model!r}", code="model_not_found", param="model"
+            )
 
     async def reply(kind: Kind, http: HttpRequest, who: Principal, body: Options, count: int, ask: Ask) -> Response:
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -48,7 +50,7 @@ def generation_routes(model: str, answers: Answers, gate: Gate, turnstile: Turns
             stack.enter_context(turnstile.enter(who.id, count))
             asked = [replace(one, client=who.id) for one in await answers.threads.run(who.id, ask)]
             size, logprobs = sum(len(request.prompt) for request in asked), asked[0].alternatives is not None
-            shape = Shape(kind, model, size, answers.decode, logprobs)
+            shape = ReplyFormat(kind, model, size, answers.decode, logprobs)
             pieces = answers.stream(asked, stop)
             if body.stream:
                 wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -76,7 +78,7 @@ def generation_routes(model: str, answers: Answers, gate: Gate, turnstile: Turns
         tenant = own_tenant(who, body.proper.tenant if body.proper else None)
         prompts = body.prompts
         if len(prompts) > 1 and body.proper is not None and body.proper.gates:
-            raise Refusal(400, "proper.gates: of one prompt at a time", param="proper.gates")
+            raise APIError(400, "proper.gates: of one prompt at a time", param="proper.gates")
 
         def ask() -> list[Request]:
             return [answers.request(prompt, body, tenant, body.max_tokens, body.alternatives) for prompt in prompts]
@@ -97,7 +99,9 @@ def generation_routes(model: str, answers: Answers, gate: Gate, turnstile: Turns
     return router
 
 
-async def server_sent(shape: Shape, pieces: AsyncGenerator[Piece, None], usage: bool) -> AsyncGenerator[str, None]:
+async def server_sent(
+    shape: ReplyFormat, pieces: AsyncGenerator[AnswerPiece, None], usage: bool
+) -> AsyncGenerator[str, None]:
     """Yield the reply as server-sent events; a failure under way is the last one."""
     try:
         async with aclosing(pieces) as stream:
@@ -107,7 +111,7 @@ async def server_sent(shape: Shape, pieces: AsyncGenerator[Piece, None], usage: 
                     yield _event(dump(shape.chunk(piece, usage)))
         if usage:
             yield _event(dump(shape.reply([], True, usage=shape.totals())))
-    except Refusal as refusal:
+    except APIError as refusal:
         yield _event(refusal.body())
         return
     yield "data: [DONE]\n\n"
@@ -139,7 +143,7 @@ class EventStream(StreamingResponse):
         with self._held:
             try:
                 await unless_gone(receive, self.stream_response(in_time))
-            except (Refusal, ClientDisconnect):
+            except (APIError, ClientDisconnect):
                 return  # nobody is there to be told
             finally:
                 await self._lines.aclose()
@@ -155,7 +159,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Refusal(499, "the client has gone")
+            raise APIError(499, "the client has gone")
         return task.result()
     finally:
         for one in (task, gone):

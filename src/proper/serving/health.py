@@ -8,16 +8,16 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from proper.inference.runner import Runner
-from proper.serving.gate import Gate
+from proper.inference.engine_thread import EngineThread
+from proper.serving.auth import Authenticator
+from proper.serving.errors import APIError
+from proper.serving.fit_process import FitProcess
 from proper.serving.keys import Principal
 from proper.serving.metrics import Metrics
-from proper.serving.refusals import Refusal
-from proper.serving.wire import Health
-from proper.serving.worker import Worker
+from proper.serving.schemas import Health
 
 
-def health_routes(runner: Runner, worker: Worker | None, metrics: Metrics, gate: Gate) -> APIRouter:
+def health_routes(runner: EngineThread, worker: FitProcess | None, metrics: Metrics, gate: Authenticator) -> APIRouter:
     """Return the routes over a runner, the worker that fits people, and their figures."""
     router = APIRouter(tags=["health"])
 
@@ -31,14 +31,14 @@ def health_routes(runner: Runner, worker: Worker | None, metrics: Metrics, gate:
     async def healthz() -> Health:
         """Say whether the server works; with 500 the process ends. A worker that is down is started again from here."""
         if runner.error is not None:
-            raise Refusal(500, "the engine has stopped", code="engine")
+            raise APIError(500, "the engine has stopped", code="engine")
         return health("ok")
 
     @router.get("/readyz")
     async def readyz() -> Health:
         """Say whether requests are taken."""
         if not runner.alive:
-            raise Refusal(503, "no requests are taken", code="not_ready")
+            raise APIError(503, "no requests are taken", code="not_ready")
         return health("ready")
 
     @router.get("/metrics", response_class=Response)

@@ -14,8 +14,8 @@ from prometheus_client.registry import Collector
 
 from proper.inference.engine import Engine
 from proper.inference.requests import Event, Finished, Sink, Started, Token
-from proper.people.queue import FitQueue
-from proper.serving.worker import Worker
+from proper.interactions.fit_queue import FitQueue
+from proper.serving.fit_process import FitProcess
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -23,7 +23,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 class Metrics:
     """One server's figures."""
 
-    def __init__(self, engine: Engine, fits: FitQueue | None = None, worker: Worker | None = None) -> None:
+    def __init__(self, engine: Engine, fits: FitQueue | None = None, worker: FitProcess | None = None) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineFigures(engine))
         if fits is not None:
@@ -60,7 +60,7 @@ class Metrics:
 
 
 class _FitFigures(Collector):
-    def __init__(self, fits: FitQueue, worker: Worker | None) -> None:
+    def __init__(self, fits: FitQueue, worker: FitProcess | None) -> None:
         self.fits, self.worker = fits, worker
 
     def collect(self) -> Iterator[Metric]:

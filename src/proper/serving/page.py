@@ -11,7 +11,7 @@ from pathlib import PurePath
 
 from fastapi import APIRouter, Response
 
-from proper.serving.refusals import Refusal
+from proper.serving.errors import APIError
 
 POLICY = "; ".join(
     (
@@ -54,7 +54,7 @@ def page_routes() -> APIRouter:
     @router.get("/page/{name}")
     async def part(name: str) -> Response:
         if name not in parts:
-            raise Refusal(404, "the page has no such part", code="http")
+            raise APIError(404, "the page has no such part", code="http")
         return reply(name)
 
     return router

@@ -13,8 +13,8 @@ from fastapi import Path
 from starlette.routing import Match
 from starlette.types import Scope
 
-from proper.serving.large import CheckedRoute
-from proper.serving.refusals import Refusal
+from proper.serving.errors import APIError
+from proper.serving.large_bodies import CheckedRoute
 
 
 class RawRoute(CheckedRoute):
@@ -35,4 +35,4 @@ def user_in_path(user: Annotated[str, Path(description="The user's id, percent-e
     try:
         return unquote_to_bytes(user).decode()
     except UnicodeDecodeError as error:
-        raise Refusal(400, "user: not UTF-8", code="invalid", param="user") from error
+        raise APIError(400, "user: not UTF-8", code="invalid", param="user") from error

@@ -16,9 +16,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from proper.errors import InputError, ProperError
-from proper.inference.runner import Runner
+from proper.inference.engine_thread import EngineThread
+from proper.serving.auth import is_loopback
 from proper.serving.connections import ACCEPTED_AT_ONCE, ConnectionLimits, protocol
-from proper.serving.gate import is_loopback
 from proper.serving.keys import Keys
 
 QUEUED = 2048
@@ -80,7 +80,7 @@ def free_port(host: str, port: int) -> socket.socket:
     return bound
 
 
-def require_no_failure(runner: Runner) -> None:
+def require_no_failure(runner: EngineThread) -> None:
     """See that a runner was stopped and did not break.
 
     Raises:

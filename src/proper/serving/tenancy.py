@@ -13,11 +13,11 @@ from itertools import groupby
 from proper.adapters.store import AdapterStore
 from proper.errors import ProperError, StoreError
 from proper.inference.engine import Engine
-from proper.people.log import InteractionLog
-from proper.serving.gate import own_tenant
+from proper.interactions.log import InteractionLog
+from proper.serving.auth import own_tenant
+from proper.serving.errors import APIError, without_folders
 from proper.serving.keys import Principal
-from proper.serving.refusals import Refusal, without_folders
-from proper.serving.wire import FitState, UserCard
+from proper.serving.schemas import FitState, UserCard
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Holdings:
             Refusal: 404; there is none.
         """
         if not self.knows(user):
-            raise Refusal(404, f"there is no user {user!r}", code="user_not_found", param="user")
+            raise APIError(404, f"there is no user {user!r}", code="user_not_found", param="user")
 
     def card(self, user: str) -> UserCard:
         """Describe a user who is known."""
@@ -79,7 +79,7 @@ def reach(engine: Engine, log: InteractionLog | None) -> Reach:
         except StoreError:
             raise
         except ProperError as error:
-            raise Refusal(404, str(error), code="no_users") from error
+            raise APIError(404, str(error), code="no_users") from error
         assert log is not None  # where there is a store, there is a log
         return Holdings(store, log)
 

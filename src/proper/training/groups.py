@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from proper.config import GroupsConfig
 from proper.data.batching import Batch, number_users
-from proper.layers.constraint import constraint_loss
-from proper.layers.routing import Rows
+from proper.layers.batch_context import RowContext
+from proper.layers.routing_losses import constraint_loss
 from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
 from proper.training.checkpoint import seed_of
-from proper.training.loop import Loss, Plan, Stage, train
 from proper.training.optim import RowAdamW
+from proper.training.trainer import LossSum, Stage, TrainingPlan, train
 
 
 class GroupsStage:
@@ -46,20 +46,20 @@ class GroupsStage:
         """Return experts and routers."""
         return self.model.group_parameters()
 
-    def loss(self, batch: Batch, progress: float) -> Loss:
+    def loss(self, batch: Batch, progress: float) -> LossSum:
         """Answer loss of a batch of several users, and the weighted constraint."""
         logits = self.model.answer_logits(batch, self.rows(batch))
         total, tokens = answer_loss(logits, batch.labels)
-        return Loss(total.sum(), tokens.sum(), self.penalty(progress))
+        return LossSum(total.sum(), tokens.sum(), self.penalty(progress))
 
-    def rows(self, batch: Batch) -> Rows:
+    def rows(self, batch: Batch) -> RowContext:
         """Return what the layers need, with embeddings whose gradients the next update uses."""
         users, numbers = number_users(batch.users)
         index = [self.index[user] for user in users]
         own = self.embeddings[index].to(batch.input_ids.device).requires_grad_()
         self._pending.append((index, own))
         who = torch.tensor(numbers, device=own.device)
-        return Rows("groups", embedding=own[who], users=who, mask=batch.attention_mask.bool())
+        return RowContext("groups", embedding=own[who], users=who, mask=batch.attention_mask.bool())
 
     def penalty(self, progress: float) -> Tensor | None:
         """Return the weighted constraint on the gates of the batch that has just run."""
@@ -99,7 +99,7 @@ class GroupsStage:
 
 
 def train_groups(
-    model: ProperModel, config: GroupsConfig, users: Sequence[str], plan: Plan, accelerator: Accelerator
+    model: ProperModel, config: GroupsConfig, users: Sequence[str], plan: TrainingPlan, accelerator: Accelerator
 ) -> Tensor:
     """Train stage 2 in place and return the users' embeddings (U, D) in the order of `users`."""
     stage = GroupsStage(model, config, users, plan.seed, accelerator)
@@ -107,7 +107,9 @@ def train_groups(
     return stage.embeddings
 
 
-def train_stage(stage: Stage, model: ProperModel, config: GroupsConfig, plan: Plan, accelerator: Accelerator) -> None:
+def train_stage(
+    stage: Stage, model: ProperModel, config: GroupsConfig, plan: TrainingPlan, accelerator: Accelerator
+) -> None:
     """Train a stage of experts and routers in place; they are frozen before and after."""
     for parameter in stage.parameters().values():
         parameter.requires_grad_(True)

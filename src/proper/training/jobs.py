@@ -12,7 +12,7 @@ from typing import Protocol
 from jaxtyping import Float
 from torch import Tensor
 
-from proper.data.batching import Encoded
+from proper.data.batching import EncodedExample
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Job:
 
     user: str
     embedding: Float[Tensor, "D"]
-    items: tuple[Encoded, ...]
-    held: tuple[Encoded, ...] = ()
+    items: tuple[EncodedExample, ...]
+    held: tuple[EncodedExample, ...] = ()
     epochs: int = 1
     horizon: int | None = None
 
 
 @dataclass
-class Progress:
+class FitProgress:
     """How far a job is.
 
     Attributes:
@@ -54,7 +54,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FitResult:
     """What became of a job.
 
     Attributes:
@@ -66,7 +66,7 @@ class Outcome:
     user: str
     embedding: Float[Tensor, "D"]
     items: int
-    state: Progress
+    state: FitProgress
     row: Float[Tensor, "P"] | None
     reason: str | None = None
 
@@ -78,7 +78,7 @@ class Jobs(Protocol):
     def __getitem__(self, index: int, /) -> Job: ...  # noqa: D105
 
 
-Done = Callable[[Sequence[Outcome], bool], None]
+Done = Callable[[Sequence[FitResult], bool], None]
 """Takes outcomes, and whether a kill may have come after they were handed over before."""
 
 

@@ -24,7 +24,7 @@ import torch
 from proper.config import UsersConfig
 from proper.layers.bank import AdapterBank
 from proper.models.personal import ProperModel
-from proper.training.micro import MICRO_TOKENS
+from proper.training.microbatching import MICRO_TOKENS
 
 SHARE = 0.6
 """Part of the device's memory that stage 3 takes for itself."""

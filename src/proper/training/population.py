@@ -22,11 +22,11 @@ from proper.config import PopulationConfig
 from proper.data.batching import Batch
 from proper.layers.dropout import Dropout
 from proper.models.backbone import Backbone
-from proper.models.merge import absorb, modules_as_named
+from proper.models.peft_merge import absorb, modules_as_named
 from proper.models.personal import answer_logits, answer_loss, gradient_checkpointing
 from proper.models.targets import find_targets
 from proper.training.checkpoint import seed_of
-from proper.training.loop import Loss, Plan, train
+from proper.training.trainer import LossSum, TrainingPlan, train
 
 
 class PopulationStage:
@@ -44,12 +44,12 @@ class PopulationStage:
         """Return the LoRA's tensors."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def loss(self, batch: Batch, progress: float) -> Loss:
+    def loss(self, batch: Batch, progress: float) -> LossSum:
         """Answer loss of a batch."""
         with self._context:
             logits = answer_logits(self.model, batch)
         total, tokens = answer_loss(logits, batch.labels)
-        return Loss(total.sum(), tokens.sum())
+        return LossSum(total.sum(), tokens.sum())
 
     def after_backward(self, rate_factor: float, share: float) -> None:
         """Nothing moves outside AdamW."""
@@ -63,7 +63,7 @@ class PopulationStage:
 
 
 def train_population(
-    backbone: Backbone, config: PopulationConfig, plan: Plan, accelerator: Accelerator, folder: Path
+    backbone: Backbone, config: PopulationConfig, plan: TrainingPlan, accelerator: Accelerator, folder: Path
 ) -> None:
     """Train stage 1, write a PEFT adapter folder, and merge it into `backbone` in place."""
     wrapped = wrap(backbone, config, plan.seed)

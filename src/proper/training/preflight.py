@@ -22,12 +22,12 @@ from proper.config import Config
 from proper.data.batching import Batch, collate
 from proper.errors import ConfigError
 from proper.files import read_json, write_json
-from proper.inference.kv import RowCache
-from proper.inference.passes import decode, prefill
+from proper.inference.forward import decode, prefill
+from proper.inference.kv_cache import RowCache
 from proper.layers.bank import AdapterBank
-from proper.layers.routing import Rows
+from proper.layers.batch_context import RowContext
 from proper.models.backbone import EMBEDDED, Backbone
-from proper.models.merge import load_lora
+from proper.models.peft_merge import load_lora
 from proper.models.personal import ProperModel, answer_logits, answer_loss, gradient_checkpointing
 from proper.models.targets import find_targets
 from proper.models.tensors import load_tensors, save_tensors
@@ -39,7 +39,7 @@ ALIKE = 0.8
 STEPS = 2
 
 
-class Sample(NamedTuple):
+class PreflightSample(NamedTuple):
     """A row to try things on; what `Encoder.encode` asks for."""
 
     prompt: str
@@ -47,7 +47,10 @@ class Sample(NamedTuple):
     user: str
 
 
-SAMPLES = (Sample("Which word fits?", "none", "a"), Sample("A line that is longer than the other. Which?", "two", "b"))
+SAMPLES = (
+    PreflightSample("Which word fits?", "none", "a"),
+    PreflightSample("A line that is longer than the other. Which?", "two", "b"),
+)
 
 
 def check_once(backbone: Backbone, config: Config, folder: Path, *, write: bool = True) -> None:
@@ -160,7 +163,7 @@ def _try_population(backbone: Backbone, config: Config, batch: Batch, place: Pat
         again.unload()
 
 
-def _try_personal(backbone: Backbone, config: Config, batch: Batch, place: Path) -> tuple[ProperModel, Rows]:
+def _try_personal(backbone: Backbone, config: Config, batch: Batch, place: Path) -> tuple[ProperModel, RowContext]:
     model = ProperModel(backbone)
     model.add_experts(config.groups, seed=0)
     model.add_lora_router(config.users)
@@ -171,7 +174,7 @@ def _try_personal(backbone: Backbone, config: Config, batch: Batch, place: Path)
     model.use_bank(bank)
     embedding = torch.ones(len(SAMPLES), model.embedding_size, device=model.device, requires_grad=True)
     slots = torch.arange(len(SAMPLES), device=model.device)
-    own = Rows("users", embedding=embedding, slots=slots)
+    own = RowContext("users", embedding=embedding, slots=slots)
     with gradient_checkpointing(backbone.model, config.groups.gradient_checkpointing):
         total, tokens = answer_loss(model.answer_logits(batch, own), batch.labels)
         _backward(total.sum() / tokens.sum())
@@ -180,10 +183,10 @@ def _try_personal(backbone: Backbone, config: Config, batch: Batch, place: Path)
     loaded, _ = load_tensors(place / "groups.safetensors")
     if any(not torch.equal(loaded[name], p.detach().cpu()) for name, p in model.group_parameters().items()):
         raise _Unsupported("what is loaded differs from what was saved")
-    return model, Rows("users", embedding=embedding.detach(), slots=slots)
+    return model, RowContext("users", embedding=embedding.detach(), slots=slots)
 
 
-def _try_decoding(model: ProperModel, prompts: list[tuple[int, ...]], rows: Rows) -> None:
+def _try_decoding(model: ProperModel, prompts: list[tuple[int, ...]], rows: RowContext) -> None:
     """Decode a few tokens as the engine does, and compare with passes over the whole rows."""
     with torch.no_grad():
         cache = RowCache(len(prompts), max(map(len, prompts)) + STEPS)

@@ -21,20 +21,20 @@ from torch import Tensor
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config, OptimizerConfig
 from proper.data.dataset import Role
-from proper.data.sampling import Rows, Who
-from proper.data.views import Histories
+from proper.data.derived.views import Histories
+from proper.data.sampling import SampledRows, Who
 from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
 from proper.inference.personalized import load_groups
 from proper.models.backbone import configured_backbone, pick_device
-from proper.models.merge import apply_population
+from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.models.tensors import save_tensors
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.groups import train_groups
-from proper.training.loop import Log, Plan
 from proper.training.population import train_population
 from proper.training.schedule import resolve_rate
+from proper.training.trainer import Log, TrainingPlan
 from proper.training.users import UserStage, train_users
 
 TRAINED = ("population", "groups", "users")
@@ -163,14 +163,14 @@ class StageRunner:
         shutil.rmtree(work_folder, ignore_errors=True)
         store.close()
 
-    def _sample(self, stage: str, who: Who, max_tokens: int | None) -> Rows:
+    def _sample(self, stage: str, who: Who, max_tokens: int | None) -> SampledRows:
         sample = self.dataset.sample(who, max_tokens, self.seed)
         if not sample.size:
             raise DataError(f"{stage}.train_on: '{who}' leaves no rows to train on: there are no such users")
         return sample
 
-    def _plan(self, stage: str, config: OptimizerConfig, sample: Rows) -> Plan:
-        return Plan(
+    def _plan(self, stage: str, config: OptimizerConfig, sample: SampledRows) -> TrainingPlan:
+        return TrainingPlan(
             config=config,
             rate=resolve_rate(config.learning_rate, stage, self.backbone.hidden_size),
             seed=self.seed,

@@ -6,7 +6,7 @@
     4. final:  the adapters of those who are, on all their items, for as many passes as were best
     5. 3b on the final adapters
 
-Each phase leaves a file, so a restart goes on after the last one. A user who cannot be trained (see `Outcome.reason`)
+Each phase leaves a file, so a restart goes on after the last one. A user who cannot be trained (see `FitResult.reason`)
 stays on the group tier and is no part of later phases. Knows how users are trained, not how they are stored: adapters
 pass through `AdapterStore`. Per user, memory holds an embedding, a name and a few numbers; histories are read when
 needed.
@@ -25,25 +25,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from proper.adapters.quantize import encode
-from proper.adapters.sound import fault_of
+from proper.adapters.quantization import encode
 from proper.adapters.store import AdapterStore, UserRecord
+from proper.adapters.validation import fault_of
 from proper.config import UsersConfig
 from proper.console import Bar, progress, say
-from proper.data.batching import Encoded, Encoder
-from proper.data.views import Histories
+from proper.data.batching import EncodedExample, Encoder
+from proper.data.derived.views import Histories
 from proper.files import private_folder, read_json, write_json
 from proper.models.personal import ProperModel
 from proper.models.tensors import load_tensors, save_tensors
 from proper.training.checkpoint import Checkpoint
-from proper.training.engine import Engine
-from proper.training.jobs import Job, Outcome, Progress, refusal
-from proper.training.kept import refused, storable
-from proper.training.loop import Log
+from proper.training.group_tier_record import refused, storable
+from proper.training.jobs import FitProgress, FitResult, Job, refusal
+from proper.training.lora_router import RouterPlan, train_router
 from proper.training.memory import auto_slots, device_memory, footprint
-from proper.training.router import RouterPlan, train_router
+from proper.training.multi_user_trainer import MultiUserTrainer
 from proper.training.schedule import resolve_rate
-from proper.training.tiers import Others, Trial, decide, nobody
+from proper.training.tier_selection import Others, Trial, decide, nobody
+from proper.training.trainer import Log
 
 ROUTER_USERS = 32
 """Users of a cohort in stage 3b. It shapes W_r, so it does not follow the device's memory as `slots` does."""
@@ -106,7 +106,7 @@ class UserStage:
         """The checkpoint of a phase."""
         return Checkpoint(self.folder / f"{name}.checkpoint", self.checkpoint_seconds)
 
-    def history(self, user: str) -> list[Encoded]:
+    def history(self, user: str) -> list[EncodedExample]:
         """A user's newest items in tokens, oldest first."""
         return [self.encoder.encode(example) for example in self.dataset.history(user, self.config.max_items)]
 
@@ -208,9 +208,9 @@ def _fit(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str, facts: 
     checkpoint = stage.checkpoint(f"{phase}-fit")
     held = checkpoint.facts()
     slots = stage.slots if held is None else len(held["seats"])
-    engine = Engine(stage.model, stage.config, stage.rate("users"), stage.seed, slots, stage.pad)
+    engine = MultiUserTrainer(stage.model, stage.config, stage.rate("users"), stage.seed, slots, stage.pad)
 
-    def record(outcome: Outcome) -> UserRecord:
+    def record(outcome: FitResult) -> UserRecord:
         user, state = outcome.user, outcome.state
         if outcome.row is None:
             return refused(stage.embeddings, user, outcome.embedding, outcome.reason, facts(user))
@@ -223,7 +223,7 @@ def _fit(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str, facts: 
         told = {"items": outcome.items, "passes": state.best, "held_losses": state.losses, "loss": state.trained}
         return UserRecord(user, "users", outcome.embedding, adapter, {**told, **facts(user)})
 
-    def done(outcomes: Sequence[Outcome], again: bool) -> None:
+    def done(outcomes: Sequence[FitResult], again: bool) -> None:
         records = (record(outcome) for outcome in outcomes)
         store.put(new for new in records if not (again and is_held(store, new)))
 
@@ -266,14 +266,14 @@ def _router(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str) -> N
 
 def _served(stage: UserStage, jobs: _Jobs, store: AdapterStore) -> Iterator[Trial]:
     """Yield every user's held-out loss on the group tier and in the form that is served."""
-    engine = Engine(stage.model, stage.config, 0.0, stage.seed, stage.slots, stage.pad)
+    engine = MultiUserTrainer(stage.model, stage.config, 0.0, stage.seed, stage.slots, stage.pad)
     layout = engine.bank.layout
     for at in range(0, len(jobs), stage.slots):
         slots = list(range(min(stage.slots, len(jobs) - at)))
         told: dict[int, Mapping[str, Any]] = {}
         for slot in slots:
             job = jobs[at + slot]
-            engine.seats[slot] = (job, Progress(at + slot))
+            engine.seats[slot] = (job, FitProgress(at + slot))
             record = store.get(job.user)
             assert record is not None and record.adapter is not None
             layout.pack(record.adapter, engine.bank.values[slot])

@@ -19,7 +19,7 @@ from proper.data.demo.settings import DemoTask
 
 
 @dataclass(frozen=True, slots=True)
-class Template:
+class PhraseTemplate:
     """One sentence with `{slots}`; `content` is what an answer says of it beside the choice, if anything."""
 
     text: str
@@ -32,7 +32,7 @@ class Topic:
 
     name: str
     slots: Mapping[str, tuple[str, ...]]
-    templates: tuple[Template, ...]
+    templates: tuple[PhraseTemplate, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,5 +81,7 @@ def _topic(
 ) -> Topic:
     slots = {slot: tuple(phrases) for slot, phrases in {**shared, **part["slots"]}.items()}
     said = name if named else ""
-    framed = [Template(frame.replace("{content}", told), told) for told, frame in product(part["templates"], frames)]
-    return Topic(name, slots, tuple(framed) or tuple(Template(text, said) for text in part["templates"]))
+    framed = [
+        PhraseTemplate(frame.replace("{content}", told), told) for told, frame in product(part["templates"], frames)
+    ]
+    return Topic(name, slots, tuple(framed) or tuple(PhraseTemplate(text, said) for text in part["templates"]))

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from proper.data.demo.banks import Bank, Topic, draw, load_bank
-from proper.data.demo.people import Person, World, make_world, shuffled
+from proper.data.demo.people import DemoUser, World, make_world, shuffled
 from proper.data.demo.settings import DemoSettings
-from proper.data.demo.truth import METRICS, Truth, compose, find_truth, own_plan
+from proper.data.demo.truth import METRICS, PlantedTruth, compose, find_truth, own_plan
 from proper.files import write_json, write_text
 
 _SAMPLES = 2  # contents per topic by which the best styled answer is found
@@ -27,7 +27,7 @@ _KINDS = {"classification": "classification", "rating": "rating", "style": "gene
 class Event:
     """One interaction before it is written down."""
 
-    person: Person
+    person: DemoUser
     item: str
     day: date
     topic: int
@@ -139,7 +139,7 @@ def _row(event: Event) -> dict[str, str]:
     }
 
 
-def _answers(bank: Bank, truth: Truth, event: Event) -> dict[str, str]:
+def _answers(bank: Bank, truth: PlantedTruth, event: Event) -> dict[str, str]:
     plans = {
         "population": truth.population[event.topic],
         "groups": truth.groups[event.person.group][event.topic],

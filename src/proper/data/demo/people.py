@@ -21,7 +21,7 @@ Card = TypeVar("Card")
 
 
 @dataclass(frozen=True, slots=True)
-class Person:
+class DemoUser:
     """One person.
 
     Attributes:
@@ -41,7 +41,7 @@ class Person:
 class World:
     """Everybody, and the topics on which people follow their group (`shared`) or only themselves (`personal`)."""
 
-    people: tuple[Person, ...]
+    people: tuple[DemoUser, ...]
     shared: tuple[int, ...]
     personal: tuple[int, ...]
 
@@ -66,7 +66,7 @@ def make_world(settings: DemoSettings, closings: int) -> World:
     for number, group in enumerate(groups, start=1):
         choices = dict(zip([*shared, *personal], [*rows[group][:SHARED], *next(ways[group])], strict=True))
         habit = tuple(choices[topic] for topic in range(TOPICS))
-        people.append(Person(f"u{number:0{width}d}", group, habit, next(signs[group])))
+        people.append(DemoUser(f"u{number:0{width}d}", group, habit, next(signs[group])))
     return World(tuple(people), tuple(shared), tuple(personal))
 
 

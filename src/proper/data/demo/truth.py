@@ -15,7 +15,7 @@ from itertools import product
 from statistics import fmean
 
 from proper.data.demo.banks import Bank, sentence
-from proper.data.demo.people import Person
+from proper.data.demo.people import DemoUser
 from proper.data.demo.settings import DemoTask
 
 Plan = tuple[int | None, int | None]  # which choice and which sign-off an answer uses; None leaves it out
@@ -24,14 +24,16 @@ METRICS: Mapping[DemoTask, str] = {"classification": "accuracy", "rating": "mae"
 
 
 @dataclass(frozen=True, slots=True)
-class Truth:
+class PlantedTruth:
     """Best plans per topic: for somebody of whom nothing is known, and for a member of each group."""
 
     population: tuple[Plan, ...]
     groups: Mapping[int, tuple[Plan, ...]]
 
 
-def find_truth(task: DemoTask, bank: Bank, people: Sequence[Person], contents: Sequence[Sequence[str]]) -> Truth:
+def find_truth(
+    task: DemoTask, bank: Bank, people: Sequence[DemoUser], contents: Sequence[Sequence[str]]
+) -> PlantedTruth:
     """Work out the best plans for the population and for each group.
 
     Args:
@@ -43,13 +45,13 @@ def find_truth(task: DemoTask, bank: Bank, people: Sequence[Person], contents: S
     worths = [_worths(task, bank, some) for some in contents]
     groups = sorted({person.group for person in people})
 
-    def best(knows: Sequence[Person]) -> tuple[Plan, ...]:
+    def best(knows: Sequence[DemoUser]) -> tuple[Plan, ...]:
         return tuple(_best(worth, Counter(own_plan(p, topic) for p in knows)) for topic, worth in enumerate(worths))
 
-    return Truth(best(people), {group: best([p for p in people if p.group == group]) for group in groups})
+    return PlantedTruth(best(people), {group: best([p for p in people if p.group == group]) for group in groups})
 
 
-def own_plan(person: Person, topic: int) -> Plan:
+def own_plan(person: DemoUser, topic: int) -> Plan:
     """Return how a person answers on a topic when no noise interferes."""
     return person.habit[topic], person.closing
 

@@ -1,0 +1,213 @@
+"""Which users' adapters are in the bank's slots, and which are on their way: loads happen on another thread.
+
+A slot belongs to one version of one user's adapter, so a user who is updated has two while requests on the old one
+run. A slot with pins stays; of the others the least recently used makes room. All methods belong to one thread; only
+the loading itself is elsewhere, and `collect` brings in what it did. Knows nothing about requests or batches.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from proper.adapters.load import RowLoader
+from proper.adapters.records import Head
+from proper.adapters.store import AdapterStore
+from proper.errors import StoreError
+from proper.layers.bank import AdapterBank
+
+
+class AdapterKey(NamedTuple):
+    """One version of one user's adapter. The checksum tells apart versions of a user who was deleted and came back."""
+
+    tenant: str
+    user: str
+    version: int
+    checksum: bytes
+
+    @classmethod
+    def of(cls, tenant: str, user: str, head: Head | None) -> AdapterKey | None:
+        """Return the key of a record, or None for one without an adapter."""
+        if head is None or head.tier != "users" or head.checksum is None:
+            return None
+        return cls(tenant, user, head.version, head.checksum)
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """How a load ended.
+
+    Attributes:
+        asked: what was asked for.
+        head: the record that was there; a newer one if the user was updated meanwhile, None if they are gone.
+        error: why there is no adapter although there should be.
+    """
+
+    asked: AdapterKey
+    head: Head | None
+    error: str | None = None
+
+
+@dataclass
+class CacheCounts:
+    """What happened so far: requests that found their adapter in a slot, loads, and slots that were taken over."""
+
+    hits: int = 0
+    loads: int = 0
+    evictions: int = 0
+    damaged: int = 0
+
+
+@dataclass
+class _Slot:
+    number: int
+    pins: int = 0
+    forgotten: bool = False
+
+
+class AsyncSlotCache:
+    """The slots of a bank between stores and a running model.
+
+    Args:
+        stores: the store of a tenant.
+        bank: where adapters lie while they are used.
+        wake: called from the loading thread when there is something to collect.
+    """
+
+    def __init__(
+        self, stores: Callable[[str], AdapterStore], bank: AdapterBank, wake: Callable[[], None] = lambda: None
+    ) -> None:
+        self.bank, self.counts = bank, CacheCounts()
+        self._stores, self._wake = stores, wake
+        self._loaders: dict[str, RowLoader] = {}
+        self._slots: OrderedDict[AdapterKey, _Slot] = OrderedDict()
+        self._loading: dict[AdapterKey, tuple[int, Future[Head | None]]] = {}
+        self._gone: set[AdapterKey] = set()
+        self._free = list(range(bank.slots))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="proper-load")
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, key: AdapterKey) -> bool:
+        return key in self._slots
+
+    @property
+    def loading(self) -> int:
+        """Adapters on their way."""
+        return len(self._loading)
+
+    @property
+    def pinned(self) -> int:
+        """Slots that may not make room."""
+        return sum(slot.pins > 0 for slot in list(self._slots.values()))
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is something to collect."""
+        return any(future.done() for _, future in self._loading.values())
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is on its way any more; what has come may still have to be collected."""
+        return all(future.done() for _, future in self._loading.values())
+
+    def pin(self, key: AdapterKey) -> int:
+        """Return the slot of an adapter that is there, and keep it there until `unpin`."""
+        slot = self._slots[key]
+        slot.pins += 1
+        self._slots.move_to_end(key)
+        return slot.number
+
+    def unpin(self, key: AdapterKey) -> None:
+        """Undo one `pin`."""
+        slot = self._slots[key]
+        slot.pins -= 1
+        if slot.forgotten and not slot.pins:
+            self._wipe(key)
+
+    def load(self, key: AdapterKey, keep: Collection[AdapterKey]) -> bool:
+        """Start loading an adapter unless it is there or on its way; return False where no slot can be had for it.
+
+        Args:
+            key: which.
+            keep: adapters that may not make room although nothing pins them.
+        """
+        if key in self._slots or key in self._loading:
+            return True
+        number = self._room(keep)
+        if number is None:
+            return False
+        future = self._thread.submit(self._read, key, number)
+        self._loading[key] = (number, future)
+        future.add_done_callback(lambda _: self._wake())
+        return True
+
+    def collect(self) -> list[LoadResult]:
+        """Take over what the loading thread has done since."""
+        done = [key for key, (_, future) in self._loading.items() if future.done()]
+        return [self._take_over(key) for key in done]
+
+    def forget(self, tenant: str, user: str) -> None:
+        """Wipe all of a user that is in slots or on its way, as soon as nothing runs on it."""
+        self._gone |= {key for key in self._loading if (key.tenant, key.user) == (tenant, user)}
+        for key in [key for key in self._slots if (key.tenant, key.user) == (tenant, user)]:
+            self._slots[key].forgotten = True
+            if not self._slots[key].pins:
+                self._wipe(key)
+
+    def owners(self) -> set[tuple[str, str]]:
+        """Return tenant and user of every adapter that is in a slot or on its way."""
+        return {(key.tenant, key.user) for key in (*self._slots, *self._loading)}
+
+    def close(self) -> None:
+        """Wait for the load in hand and end the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _room(self, keep: Collection[AdapterKey]) -> int | None:
+        if self._free:
+            return self._free.pop()
+        for key, slot in self._slots.items():
+            if not slot.pins and key not in keep:
+                del self._slots[key]
+                self.counts.evictions += 1
+                return slot.number
+        return None
+
+    def _read(self, key: AdapterKey, number: int) -> Head | None:
+        """Load on the other thread."""
+        loader = self._loaders.get(key.tenant)
+        if loader is None:
+            loader = self._loaders[key.tenant] = RowLoader(self._stores(key.tenant), self.bank.layout)
+        return loader.load_head(key.user, self.bank.values[number])
+
+    def _take_over(self, asked: AdapterKey) -> LoadResult:
+        number, future = self._loading.pop(asked)
+        if asked in self._gone:
+            self._gone.remove(asked)
+            self.bank.values[number].zero_()
+            self._free.append(number)
+            return LoadResult(asked, None)
+        error = future.exception()
+        if error is not None:
+            self._free.append(number)
+            self.counts.damaged += 1
+            # Whatever it is, it is this user's: the others' adapters load as before.
+            known = isinstance(error, StoreError | OSError)
+            return LoadResult(asked, None, str(error) if known else f"{type(error).__name__}: {error}")
+        head = future.result()
+        found = AdapterKey.of(asked.tenant, asked.user, head)
+        if found is None or found in self._slots:
+            self._free.append(number)
+        else:
+            self._slots[found] = _Slot(number)
+            self.counts.loads += 1
+        return LoadResult(asked, head)
+
+    def _wipe(self, key: AdapterKey) -> None:
+        slot = self._slots.pop(key)
+        self.bank.values[slot.number].zero_()
+        self._free.append(slot.number)

@@ -1,0 +1,263 @@
+"""Is the store what its manifest says: every adapter whole (sha256), every row sensible, no byte without an owner?
+
+Adapters and embeddings must also be sound: finite, and of a size that training makes.
+
+Repair takes a user whose adapter is damaged back to the newest version that is good, or to the group tier where none
+is. What it takes out (bytes without an owner, rows of damaged versions) goes into quarantine: beside a manifest that
+was set back anything looks like nobody's. It may run beside readers and writers. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+import xxhash
+
+from proper.adapters.manifest import ByteRange, ManifestRow, shard_name, user_of
+from proper.adapters.quarantine import QUARANTINE, put_bytes_aside, put_file_aside, put_row_aside
+from proper.adapters.shards import BlobError, erase, lock_shard
+from proper.adapters.store import AdapterStore
+from proper.adapters.validation import fault_of, is_sound
+from proper.errors import StoreError
+from proper.sqlite_files import read_only_error
+
+Kind = Literal["manifest", "row", "missing", "torn", "flipped", "unsound", "orphan-file", "orphan-bytes", "log"]
+_BLOB = re.compile(r"\d+\.shard|[0-9a-f]{32}\.safetensors")
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        kind: "manifest": the database itself is damaged; "row": a row that makes no sense; "missing", "torn" (cut off)
+            or "flipped" (other bytes): an adapter; "unsound": numbers of an adapter or an embedding that are not
+            finite or absurdly large; "orphan-file", "orphan-bytes": what nobody owns; "log": the log of
+            interactions.
+        text: what is wrong, with the user or file.
+        user: whose version this is; None of an orphan.
+        repair: what was done about it; empty if nothing was.
+    """
+
+    kind: Kind
+    text: str
+    user: str | None = None
+    version: int | None = None
+    repair: str = ""
+
+
+def one_line(path: Path, text: str) -> str:
+    """Return what SQLite says about a file as one line that names the file."""
+    said = " ".join(text.split())
+    return said if said.startswith(str(path)) else f"{path}: {said}"
+
+
+def check(store: AdapterStore, repair: bool = False) -> list[Finding]:
+    """Return everything that is wrong with a store, all tenants included; with `repair`, put it right.
+
+    Raises:
+        StoreError: the manifest cannot be read, or a repair cannot be written.
+    """
+    if repair and store.manifest.read_only:
+        raise read_only_error(store.manifest.path)
+    try:
+        said = [row[0] for row in store.manifest.read("PRAGMA quick_check")]
+    except StoreError as error:
+        said = [str(error)]
+    if said != ["ok"]:
+        return [Finding("manifest", one_line(store.manifest.path, text)) for text in said]
+    if not store.manifest.read_only:
+        erase(store.blobs, store.manifest)
+    findings: list[Finding] = []
+    for _, rows in groupby(store.manifest.rows(), key=lambda row: row[:2]):
+        findings += _check_user(store, list(rows), repair)
+    findings += _orphan_files(store, repair)
+    for number, size in store.manifest.shards().items():
+        findings += _orphan_bytes(store, number, size, repair)
+    return findings
+
+
+def _check_user(store: AdapterStore, rows: list[ManifestRow], repair: bool) -> list[Finding]:
+    bad = {row.version: finding for row in rows if (finding := _check_row(store, row)) is not None}
+    if not bad:
+        return []
+    with nullcontext() if store.manifest.read_only else store.manifest.transaction():
+        # What was replaced, deleted or moved since it was read is not damaged.
+        now = store.manifest.versions(rows[0].tenant, rows[0].user)
+        bad = {row.version: bad[row.version] for row in now if row.version in bad and row in rows}
+        if not bad or not repair:
+            return list(bad.values())
+        for row in now:
+            if row.version in bad:
+                put_row_aside(store.folder, row._asdict())
+        done = _fall_back(store, now, bad)
+    return [replace(finding, repair=done) for finding in bad.values()]
+
+
+def _check_row(store: AdapterStore, row: ManifestRow) -> Finding | None:
+    found = _nonsense(store, row)
+    kind: Kind = "row"
+    if found is None and row.place is not None:
+        kind, found = _damage(store, row, row.place)
+    if not found:
+        kind, found = _unsound(store, row)
+    if not found:
+        return None
+    user = user_of(row.user)
+    return Finding(kind, f"user {user!r}, version {row.version}: {found}", user, row.version)
+
+
+def _nonsense(store: AdapterStore, row: ManifestRow) -> str | None:
+    """Say what makes no sense about a row by itself."""
+    if row.tier not in ("groups", "users"):
+        return f"no such tier: {row.tier!r}"
+    if len(row.embedding) % 4:
+        return "its embedding is cut off"
+    try:
+        if not isinstance(json.loads(row.facts), dict):
+            return "its facts are not a mapping"
+    except ValueError:
+        return "its facts are not JSON"
+    if row.blob is None:
+        return "no adapter, on the tier 'users'" if row.tier == "users" else None
+    if not _BLOB.fullmatch(row.blob) or not isinstance(row.offset, int) or row.offset < 0:
+        return f"no such place: {row.blob!r} at {row.offset!r}"
+    try:
+        size = store.spec(row).size
+    except (StoreError, ValueError) as error:
+        return str(error)
+    return None if size == row.length else f"{row.length} bytes, where its layout has {size}"
+
+
+def _damage(store: AdapterStore, row: ManifestRow, place: ByteRange) -> tuple[Kind, str]:
+    """Say what is wrong with an adapter's bytes; an empty text if nothing is."""
+    path, left = store.blobs / place.blob, place.length
+    sha256, xxh3 = hashlib.sha256(), xxhash.xxh3_64()
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(place.offset)
+            while left and (piece := file.read(min(left, _PIECE))):
+                sha256.update(piece)
+                xxh3.update(piece)
+                left -= len(piece)
+    except FileNotFoundError:
+        return "missing", f"{path} is missing"
+    except OSError as error:
+        return "missing", f"{path}: {error.strerror}"
+    if left:
+        return "torn", f"{path} ends {left} bytes too early"
+    if sha256.digest() != row.sha256:
+        return "flipped", f"{path}: other bytes than were written (sha256)"
+    return ("flipped", "its checksum (xxh3) differs") if xxh3.digest() != row.xxh3 else ("row", "")
+
+
+def _unsound(store: AdapterStore, row: ManifestRow) -> tuple[Kind, str]:
+    """Say which numbers of a whole row can take no part in an answer; an empty text if all can."""
+    try:
+        record = store.record(user_of(row.user), row, coded=True)
+    except BlobError as error:  # damaged since it was looked at
+        return "flipped", str(error)
+    return "unsound", fault_of({"embedding": record.embedding, **(record.adapter or {})}) or ""
+
+
+def _fall_back(store: AdapterStore, now: list[ManifestRow], bad: dict[int, Finding]) -> str:
+    """Drop a user's bad versions (inside a transaction); their bytes are orphans then. Says what became of the user."""
+    manifest, good = store.manifest, [row for row in now if row.version not in bad]
+    done = "removed this version; a newer one is current"
+    if now[0].version in bad:
+        sound = [row for row in now if _embedding_is_sound(store, row)]
+        if good:
+            manifest.add(good[0])
+            done = f"went back to version {good[0].version}"
+        elif sound:
+            facts = json.dumps({"reason": "the adapter was damaged, and no other version was left"})
+            bare = sound[0]._replace(layout=None, blob=None, offset=None, length=0, xxh3=None, sha256=None)
+            manifest.add(bare._replace(tier="groups", facts=facts))
+            done = "went back to the group tier"
+        else:
+            done = "removed the user: nothing of them was left"
+    for version in bad:
+        query = "DELETE FROM records WHERE tenant = ? AND user = ? AND version = ?"
+        manifest.write(query, (now[0].tenant, now[0].user, version))
+    return done
+
+
+def _embedding_is_sound(store: AdapterStore, row: ManifestRow) -> bool:
+    return len(row.embedding) % 4 == 0 and is_sound(store.head_of(row).embedding)
+
+
+def _orphan_files(store: AdapterStore, repair: bool) -> Iterator[Finding]:
+    manifest = store.manifest
+    # Nobody may be between writing a file and pointing to it.
+    with nullcontext() if manifest.read_only else store.writing(alone=True):
+        owned = {row[0] for row in manifest.read("SELECT DISTINCT blob FROM records")}
+        owned |= {shard_name(number) for number in manifest.shards()}
+        owned |= {row[0] for row in manifest.read("SELECT blob FROM erasures")}
+        for path in sorted(store.blobs.iterdir()):
+            if path.name not in owned:
+                size = path.lstat().st_size
+                done = put_file_aside(store.folder, path) if repair else ""
+                yield Finding("orphan-file", f"{path}: {size} bytes that nobody owns", repair=done)
+
+
+def _orphan_bytes(store: AdapterStore, number: int, size: int, repair: bool) -> Iterator[Finding]:
+    """Look for bytes in a shard's holes, and behind its end if nobody is appending to it."""
+    # The size was read first: what has been appended since lies behind it, and holes are never filled again.
+    places = store.manifest.owners([shard_name(number)])
+    path = store.blobs / shard_name(number)
+    if not path.exists():
+        return
+    # A link is not followed: what it leads to is not the store's to write.
+    file = os.open(path, (os.O_RDWR if repair else os.O_RDONLY) | os.O_NOFOLLOW)
+    try:
+        at, wiped = 0, 0
+        for start, end in [*((p.offset, p.offset + p.length) for p in places), (size, size)]:
+            wiped += _wipe(store, file, path.name, at, min(start, size), repair)
+            at = max(at, end)
+        if repair and wiped:
+            os.fsync(file)
+    finally:
+        os.close(file)
+    if not store.manifest.read_only:
+        wiped += _cut_tail(store, number, repair)
+    if wiped:
+        text = f"{path}: {wiped} bytes that nobody owns"
+        yield Finding("orphan-bytes", text, repair=f"moved to {store.folder / QUARANTINE}" if repair else "")
+
+
+def _wipe(store: AdapterStore, file: int, name: str, start: int, end: int, repair: bool) -> int:
+    """Return how many bytes of a hole belong to pieces that are not zero; put them aside if asked to."""
+    found = 0
+    for at in range(start, end, _PIECE):
+        piece = os.pread(file, min(_PIECE, end - at), at)
+        if piece.count(0) < len(piece):
+            found += len(piece)
+            if repair:
+                put_bytes_aside(store.folder, file, name, at, at + len(piece))
+                os.pwrite(file, bytes(len(piece)), at)
+    return found
+
+
+def _cut_tail(store: AdapterStore, number: int, repair: bool) -> int:
+    file = lock_shard(store.blobs, number)
+    if file is None:
+        return 0
+    try:
+        size = store.manifest.shard_size(number)
+        tail = 0 if size is None else max(0, os.fstat(file).st_size - size)
+        if tail and repair and size is not None:
+            put_bytes_aside(store.folder, file, shard_name(number), size, size + tail)
+            os.ftruncate(file, size)
+        return tail
+    finally:
+        os.close(file)

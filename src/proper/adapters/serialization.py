@@ -1,0 +1,111 @@
+"""An adapter's tensors as bytes and back.
+
+The tensors lie one after the other without gaps, wider numbers first, otherwise in the order they were given: an
+adapter of one dtype that came out of a bank's row has the row's order. What the bytes mean is a `TensorSpec`, stored
+once for all users who share it. Knows nothing about files, users or slots.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from proper.errors import StoreError
+
+# The names that the safetensors format uses.
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor: its name, dtype, shape and first byte."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Bytes it takes up."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What the bytes of an adapter mean."""
+
+    entries: tuple[TensorEntry, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole adapter."""
+        return self.entries[-1].offset + self.entries[-1].size if self.entries else 0
+
+    def text(self) -> str:
+        """Return the spec as one line of JSON: name, dtype and shape of each tensor."""
+        return json.dumps([[e.name, _NAMES[e.dtype], e.shape] for e in self.entries], separators=(",", ":"))
+
+    @classmethod
+    def parse(cls, text: str) -> TensorSpec:
+        """Read what `text` wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        entries, offset = [], 0
+        try:
+            for name, dtype, shape in json.loads(text):
+                entries.append(TensorEntry(name, _DTYPES[dtype], tuple(shape), offset))
+                offset += entries[-1].size
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a layout: {error}") from error
+        return cls(tuple(entries))
+
+    def header(self) -> bytes:
+        """Return what makes a safetensors file of the bytes that follow it."""
+        named = {
+            e.name: {"dtype": _NAMES[e.dtype], "shape": e.shape, "data_offsets": [e.offset, e.offset + e.size]}
+            for e in self.entries
+        }
+        text = json.dumps(named, separators=(",", ":")).encode()
+        text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+
+def pack(adapter: Mapping[str, Tensor]) -> tuple[TensorSpec, bytes]:
+    """Return an adapter's spec and bytes.
+
+    Raises:
+        StoreError: a tensor's dtype has no place in a store.
+    """
+    entries, pieces, offset = [], [], 0
+    for name, tensor in sorted(adapter.items(), key=lambda pair: -pair[1].dtype.itemsize):
+        if tensor.dtype not in _NAMES:
+            raise StoreError(f"{name}: an adapter of {tensor.dtype} cannot be stored")
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        entries.append(TensorEntry(name, tensor.dtype, tuple(tensor.shape), offset))
+        pieces.append(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        offset += entries[-1].size
+    return TensorSpec(tuple(entries)), b"".join(pieces)
+
+
+def unpack(spec: TensorSpec, data: Tensor) -> dict[str, Tensor]:
+    """Return views of an adapter's bytes (uint8) as its tensors."""
+    return {e.name: data[e.offset : e.offset + e.size].view(e.dtype).view(e.shape) for e in spec.entries}

@@ -1,0 +1,286 @@
+"""The files that hold adapters' bytes: packed shards for small adapters, a file of its own for each large one.
+
+A writer owns the shard it appends to (an flock, which the kernel gives back when the process dies), so writers never
+meet in one file; what lies behind a shard's committed size was never committed. Bytes never move inside a shard and
+holes are not filled again. Knows the manifest's shards and nothing about users or tensors.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+import xxhash
+
+from proper.adapters.manifest import ByteRange, Manifest, shard_name
+from proper.errors import StoreError
+from proper.files import open_private
+
+# Small enough to be still in a core's cache when the checksum reads it.
+CHUNK = 1 << 18
+_FLUSH = 1 << 20
+
+
+class BlobError(Exception):
+    """Bytes are missing, cut off or have changed; the message says which."""
+
+
+@dataclass(eq=False)
+class _Shard:
+    """A shard this process appends to; `end` counts what waits in `pending`."""
+
+    number: int
+    file: int
+    end: int
+    pending: list[bytes] = field(default_factory=list)
+    waiting: int = 0
+
+    def gone(self) -> bool:
+        """Has somebody removed the file?"""
+        return os.fstat(self.file).st_nlink == 0
+
+    def flush(self) -> None:
+        """Write what waits."""
+        data, at = memoryview(b"".join(self.pending)), self.end - self.waiting
+        while data:
+            written = os.pwrite(self.file, data, at)
+            data, at = data[written:], at + written
+        self.pending, self.waiting = [], 0
+
+
+class BlobWriter:
+    """Appends to shards and writes files. `sync`, a commit that notes `sizes`, then `done`; or `undo`.
+
+    Args:
+        folder: where the files are.
+        manifest: what has been committed.
+        shard_bytes: a shard that has reached this is full.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, shard_bytes: int) -> None:
+        self.folder, self.manifest, self.shard_bytes = folder, manifest, shard_bytes
+        self._current: _Shard | None = None
+        self._touched: list[_Shard] = []
+        self._files: list[str] = []
+
+    def append(self, payload: bytes) -> ByteRange:
+        """Add bytes to a shard."""
+        shard = self._with_room(len(payload))
+        if shard not in self._touched:
+            self._touched.append(shard)
+        place = ByteRange(shard_name(shard.number), shard.end, len(payload))
+        shard.pending.append(payload)
+        shard.end += len(payload)
+        shard.waiting += len(payload)
+        if shard.waiting >= _FLUSH:
+            shard.flush()
+        return place
+
+    def write_file(self, header: bytes, payload: bytes) -> ByteRange:
+        """Write a file of its own."""
+        name = f"{secrets.token_hex(16)}.safetensors"
+        self._files.append(name)
+        with os.fdopen(open_private(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+            file.write(header)
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        return ByteRange(name, len(header), len(payload))
+
+    def sync(self) -> None:
+        """See that everything is on the disk."""
+        for shard in self._touched:
+            shard.flush()
+            os.fsync(shard.file)
+        sync_folder(self.folder)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return the new size and the number of each shard that grew."""
+        return [(shard.end, shard.number) for shard in self._touched]
+
+    def done(self) -> None:
+        """Forget what was written: it is committed. Full shards are let go."""
+        for shard in self._touched:
+            if shard is not self._current:
+                os.close(shard.file)
+        self._touched, self._files = [], []
+
+    def undo(self) -> None:
+        """Remove what was written since the last commit; the manifest says what that is, whatever went wrong."""
+        for name in self._files:
+            if not self.manifest.read("SELECT 1 FROM records WHERE blob = ? LIMIT 1", (name,)):
+                (self.folder / name).unlink(missing_ok=True)
+        for shard in self._touched:
+            os.ftruncate(shard.file, self.manifest.shard_size(shard.number) or 0)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of all shards."""
+        for shard in {shard.file: shard for shard in (*self._touched, self._current) if shard is not None}.values():
+            os.close(shard.file)
+        self._current, self._touched, self._files = None, [], []
+
+    def _with_room(self, needed: int) -> _Shard:
+        shard = self._current
+        if shard is not None and ((shard.end and shard.end + needed > self.shard_bytes) or shard.gone()):
+            if shard not in self._touched:
+                os.close(shard.file)
+            shard = None
+        if shard is None:
+            shard = self._current = self._claim(needed)
+        return shard
+
+    def _claim(self, needed: int) -> _Shard:
+        """Take over a shard with room that nobody appends to, or make one."""
+        for number, size in self.manifest.shards().items():
+            if size + needed <= self.shard_bytes and (file := lock_shard(self.folder, number)) is not None:
+                shard = self._usable(number, file, needed)
+                if shard is not None:
+                    return shard
+                os.close(file)
+        while True:
+            number = self.manifest.new_shard()
+            os.close(open_private(self.folder / shard_name(number), os.O_RDWR | os.O_CREAT))
+            file = lock_shard(self.folder, number)
+            if file is not None:
+                return _Shard(number, file, 0)
+
+    def _usable(self, number: int, file: int, needed: int) -> _Shard | None:
+        # The size is read under the lock: whoever held it before may have appended, or given the shard up.
+        size, there = self.manifest.shard_size(number), os.fstat(file).st_size
+        if size is None or there < size or size + needed > self.shard_bytes:
+            return None
+        if there > size:
+            os.ftruncate(file, size)  # what a killed writer left
+        return _Shard(number, file, size)
+
+
+def fill(folder: Path, place: ByteRange, checksum: bytes | None, target: memoryview) -> None:
+    """Read a range into `target`, which has its length.
+
+    Raises:
+        BlobError: it is not what was written.
+    """
+    _check(folder, place, checksum, lambda at: target[at : at + CHUNK], _nothing)
+
+
+def stream(
+    folder: Path, place: ByteRange, checksum: bytes | None, buffer: memoryview, take: Callable[[int, int], None]
+) -> None:
+    """Read a range through a buffer of CHUNK bytes; `take(at, n)` hears what part the buffer holds each time.
+
+    Raises:
+        BlobError: it is not what was written, which is known only at the end.
+    """
+    _check(folder, place, checksum, lambda at: buffer[: min(CHUNK, place.length - at)], take)
+
+
+def _check(
+    folder: Path,
+    place: ByteRange,
+    checksum: bytes | None,
+    piece: Callable[[int], memoryview],
+    take: Callable[[int, int], None],
+) -> None:
+    state = xxhash.xxh3_64()
+    try:
+        # Opened each time: a file held open would keep the bytes of a deleted user on the disk.
+        file = os.open(folder / place.blob, os.O_RDONLY)
+        try:
+            for at in range(0, place.length, CHUNK):
+                view = piece(at)
+                _read(file, view, place.offset + at)
+                state.update(view)
+                take(at, len(view))
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise BlobError(error.strerror or str(error)) from error
+    if state.digest() != checksum:
+        raise BlobError("its checksum differs")
+
+
+def lock_shard(folder: Path, number: int) -> int | None:
+    """Open a shard for this process alone; None if it is gone or somebody else's.
+
+    Raises:
+        OSError: it cannot be opened, or is a symbolic link.
+    """
+    try:
+        file = open_private(folder / shard_name(number), os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return None
+    return file
+
+
+def erase(folder: Path, manifest: Manifest) -> None:
+    """Wipe the bytes that nobody owns any more: ranges of shards are zeroed, files removed.
+
+    What is to be wiped was noted in the transaction that gave it up, so a kill in between is made good by whoever
+    comes next; doing it twice does no harm.
+
+    Raises:
+        StoreError: a file cannot be written.
+    """
+    noted = manifest.read("SELECT id, blob, offset, length FROM erasures ORDER BY blob")
+    if not noted:
+        return
+    try:
+        for blob, rows in groupby(noted, key=itemgetter(1)):
+            _erase_blob(folder / blob, [(offset, length) for _, _, offset, length in rows])
+        sync_folder(folder)
+    except OSError as error:
+        raise StoreError(f"{error.filename or folder}: cannot be erased: {error.strerror or error}") from error
+    with manifest.transaction():
+        for row in noted:
+            # All of the row: another process may have ended it already, and SQLite given its id to another one.
+            manifest.write("DELETE FROM erasures WHERE id = ? AND blob = ? AND offset IS ? AND length IS ?", row)
+
+
+def _erase_blob(path: Path, ranges: list[tuple[int | None, int]]) -> None:
+    if any(offset is None for offset, _ in ranges):
+        path.unlink(missing_ok=True)
+        return
+    try:
+        file = open_private(path, os.O_WRONLY)
+    except FileNotFoundError:
+        return  # compacted away
+    try:
+        end = os.fstat(file).st_size
+        for offset, length in ranges:
+            assert offset is not None
+            os.pwrite(file, bytes(max(0, min(length, end - offset))), offset)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def sync_folder(folder: Path) -> None:
+    """See that a folder's entries are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read(file: int, view: memoryview, offset: int) -> None:
+    while (got := os.preadv(file, [view], offset)) < len(view):
+        if got == 0:
+            raise BlobError("it is cut off")
+        view, offset = view[got:], offset + got
+
+
+def _nothing(at: int, count: int) -> None:
+    """`fill` has nothing to do between pieces."""

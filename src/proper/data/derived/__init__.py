@@ -1,0 +1,1 @@
+"""Data sets made from another: restricted views, shuffled controls, prompts with retrieved history."""

@@ -1,0 +1,246 @@
+"""One user's profile and questions as rows: what LaMP's own files and OPPU's have in common.
+
+Each profile item becomes a row of history, each question a query that comes after all of it. Knows nothing about
+files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from proper.data.database import text_key
+from proper.data.lamp.prompts import Wording, question_fields, wording
+from proper.data.templates import BadValue, identifier, plain
+from proper.data.times import parse_time
+from proper.lamp_tasks import LampTask, Layout
+
+Row = dict[str, Any]
+
+QUERY = "query"
+"""The column that says that a row is a query."""
+
+_SECOND = 1.0
+_SHARE_SHOWN = 0.2
+"""Share of a tweet's words that its completion starts from; the benchmark's authors draw it from .1 to .25."""
+
+_POOL = 256
+_TWITTER = re.compile(
+    r"[A-Z][a-z]{2} ([A-Z][a-z]{2}) (\d{1,2}) (\d{2}):(\d{2}):(\d{2}) (?:([A-Z]{3,4}|[+-]\d{4}) )?(\d{4})"
+)
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_HOURS = {"PDT": -7, "PST": -8, "EDT": -4, "EST": -5}
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question of a user with its true answer; `query` says whether it is tested on, else it is history too."""
+
+    id: str
+    text: str
+    answer: object
+    query: bool
+    date: object = None
+
+
+@dataclass(frozen=True)
+class RowMaker:
+    """Turns users into rows of one task.
+
+    `others` are (user, title) pairs of papers from which LaMP-1's wrong references are drawn, see `paper_titles`.
+    """
+
+    task: LampTask
+    words: Wording
+    others: Sequence[tuple[str, str]] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of every row: ids, time, the ready prompt and answer, and the fields for prompts of one's own."""
+        fields = ("title", "option1", "option2") if self.task.name == "lamp-1" else (self.task.source,)
+        target = () if self.task.name == "lamp-1" else (self.task.target,)
+        return ("user_id", "item_id", "timestamp", "input", "output", *fields, *target, QUERY)
+
+    def rows(self, user: str, profile: object, questions: Iterable[Question]) -> Iterator[Row | str]:
+        """Yield a user's rows, or what is wrong in their place; history first."""
+        if not isinstance(profile, list):
+            yield "profile: missing, or no list"
+            return
+        newest: float | None = None
+        for row in self._history(user, profile):
+            if not isinstance(row, str) and row["timestamp"] is not None:
+                newest = row["timestamp"] if newest is None else max(newest, row["timestamp"])
+            yield row
+        for question in questions:
+            try:
+                yield self._question(user, question, newest)
+            except BadValue as error:
+                yield f"question '{question.id}': {error}"
+
+    def _history(self, user: str, profile: Sequence[object]) -> Iterator[Row | str]:
+        titles = [_title(item) for item in profile] if self.task.name == "lamp-1" else []
+        for place, item in enumerate(profile):
+            try:
+                if not isinstance(item, dict):
+                    raise BadValue("item", "no object")
+                fields = self._choice(user, item, place, titles) if titles else self._fields(item)
+                # An item's id is the user's own: two users' items of one id are different things.
+                own_id = _own_id(item)
+                item_id = f"{user}/#{place}" if own_id is None else f"{user}/{own_id}"
+                yield {
+                    **fields,
+                    "user_id": user,
+                    "item_id": item_id,
+                    "timestamp": moment(item.get("date")),
+                    "input": self.words.item(fields),
+                    "output": fields[self.task.target],
+                    QUERY: False,
+                }
+            except BadValue as error:
+                yield f"profile[{place}].{error}"
+
+    def _question(self, user: str, question: Question, newest: float | None) -> Row:
+        fields = question_fields(self.task, question.text)
+        asked = moment(question.date)
+        if asked is None and newest is not None:
+            # An undated question is asked of everything in the profile, so it comes after it.
+            asked = newest + _SECOND
+        answer = self._answer(_text({"answer": question.answer}, "answer"))
+        return {
+            **fields,
+            self.task.target: answer,
+            "user_id": user,
+            "item_id": question.id,
+            "timestamp": asked,
+            "input": self.words.question(fields, question.text),
+            "output": answer,
+            QUERY: question.query,
+        }
+
+    def _fields(self, item: Mapping[str, object]) -> dict[str, str]:
+        answer = self._answer(_text(item, self.task.target))
+        if self.task.name == "lamp-7":
+            words = answer.split()
+            shown = int(_SHARE_SHOWN * len(words))
+            source = " ".join(words[:shown])
+            # Only the official layout shows the beginning; what is shown is not asked for again.
+            rest = " ".join(words[shown:]) if self.words.layout == "official" else answer
+            return {"source": source, "text": rest}
+        return {self.task.source: _text(item, self.task.source), self.task.target: answer}
+
+    def _answer(self, text: str) -> str:
+        """Write an answer as the fixed list does, where it is in the list but for case, spaces or a bracket."""
+        text = text.strip()
+        if self.task.kind != "classification":
+            return text
+        if self.task.name == "lamp-1" and text.strip("[]") in ("1", "2"):
+            return f"[{text.strip('[]')}]"
+        folded = " ".join(text.casefold().split())
+        return folded if folded in self.task.labels else text
+
+    def _choice(self, user: str, item: Mapping[str, object], place: int, titles: Sequence[str]) -> dict[str, str]:
+        """Make a paper the choice between what its author relates it to and a stranger's paper.
+
+        OPPU's items have a citation. The benchmark's have none: there the author's paper before it in the profile
+        stands in for one. Which comes first is a fair coin, tossed by hash; OPPU's answer is always the first.
+        """
+        title = _text(item, "title")
+        coin = text_key(f"{user}\n{title}")
+        neighbours = [*reversed(titles[:place]), *titles[place + 1 :]]
+        related = _citations(item.get("citation")) or [other for other in neighbours if other and other != title][:1]
+        if not related:
+            raise BadValue("citation", "missing, and there is no other paper by the author to stand in")
+        own = {_norm(text) for text in (*titles, *related)}
+        strangers = [paper for author, paper in self.others if author != user and _norm(paper) not in own]
+        if not strangers:
+            raise BadValue("citation", "there is no other author's paper to choose against")
+        options = [related[(coin >> 1) % len(related)], strangers[(coin >> 17) % len(strangers)]]
+        first = coin & 1
+        return {
+            "title": title,
+            "option1": options[first],
+            "option2": options[1 - first],
+            self.task.target: "[2]" if first else "[1]",
+        }
+
+
+def row_maker(task: LampTask, layout: Layout, others: Sequence[tuple[str, str]] = ()) -> RowMaker:
+    """Return what turns users into rows of `task`, worded in `layout`."""
+    return RowMaker(task, wording(task, layout), others)
+
+
+def paper_titles(users: Iterable[tuple[str, object]]) -> list[tuple[str, str]]:
+    """Return (user, title) of the first users' papers, one a user and then another, at most 256."""
+    found: list[list[tuple[str, str]]] = []
+    for user, profile in users:
+        items = profile if isinstance(profile, list) else []
+        found.append([(user, title) for title in map(_title, items[:8]) if title])
+        if len(found) >= _POOL:
+            break
+    rounds = max(map(len, found), default=0)
+    return [titles[turn] for turn in range(rounds) for titles in found if turn < len(titles)][:_POOL]
+
+
+def moment(value: object) -> float | None:
+    """Return epoch seconds for a date as these files write them; None for none.
+
+    A whole number may be a year (2012) or a day (20120131), where `parse_time` would take it for seconds; tweets have
+    "Mon Apr 06 22:19:45 PDT 2009".
+
+    Raises:
+        BadValue: it is no date.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and len(str(value)) in (4, 8):
+        value = str(value)
+    try:
+        tweeted = _TWITTER.fullmatch(value.strip()) if isinstance(value, str) else None
+        return parse_time(_from_tweet(tweeted) if tweeted else value)
+    except ValueError as error:
+        raise BadValue("date", str(error)) from None
+
+
+def _from_tweet(found: re.Match[str]) -> datetime:
+    month, day, hour, minute, second, zone, year = found.groups()
+    if month not in _MONTHS:
+        raise ValueError(f"{found[0]!r} is not a time")
+    local = datetime(int(year), _MONTHS.index(month) + 1, int(day), int(hour), int(minute), int(second), tzinfo=UTC)
+    ahead = int(zone[:3]) if zone and zone[0] in "+-" else _HOURS.get(zone or "", 0)
+    return local - timedelta(hours=ahead)
+
+
+def _text(item: Mapping[str, object], field: str) -> str:
+    if field not in item:
+        raise BadValue(field, "missing")
+    try:
+        return plain(item[field])
+    except ValueError as error:
+        raise BadValue(field, str(error)) from None
+
+
+def _own_id(item: Mapping[str, object]) -> str | None:
+    try:
+        return identifier(item.get("id"))
+    except ValueError as error:
+        raise BadValue("id", str(error)) from None
+
+
+def _title(item: object) -> str:
+    title = item.get("title") if isinstance(item, dict) else None
+    return title.strip() if isinstance(title, str) else ""
+
+
+def _citations(value: object) -> list[str]:
+    """Return the titles in OPPU's `citation`, which is one or a list of them."""
+    found = value if isinstance(value, list) else [value]
+    return [text.strip() for text in found if isinstance(text, str) and text.strip()]
+
+
+def _norm(text: str) -> str:
+    return " ".join(text.casefold().split())

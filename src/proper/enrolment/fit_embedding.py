@@ -1,0 +1,123 @@
+"""The embedding of a user whom stage 2 did not know, fitted to their own items with all else frozen (method: tiers).
+
+It begins at the mean embedding and moves as embeddings do in stage 2: at that stage's rate, an item a step, which is
+about what a batch of many users holds of one. How many passes is what the user's own held-out items say; then all
+items are gone over as often. Knows nothing about stores or adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from proper.config import GroupsConfig
+from proper.data.batching import EncodedExample, collate
+from proper.errors import NonFiniteLossError
+from proper.layers.batch_context import RowContext
+from proper.models.personal import ProperModel, answer_loss
+from proper.training.checkpoint import seed_of
+from proper.training.optim import RowAdamW
+from proper.training.schedule import factor
+
+MEASURED = 16
+"""Held-out items whose loss is measured at once."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an embedding is fitted with; `step` is called after every step."""
+
+    model: ProperModel
+    config: GroupsConfig
+    seed: int
+    step: Callable[[], None]
+
+    @property
+    def passes(self) -> int:
+        """Passes over the items at most."""
+        return math.ceil(self.config.epochs)
+
+
+@dataclass(frozen=True)
+class FittedEmbedding:
+    """An embedding, and the held-out loss per token before the first pass and after each."""
+
+    embedding: Float[Tensor, "D"]
+    losses: tuple[float, ...]
+    passes: int
+
+
+def fit_embedding(
+    setting: Setting, user: str, items: Sequence[EncodedExample], held: int, start: Float[Tensor, "D"]
+) -> FittedEmbedding:
+    """Fit a user's embedding.
+
+    Args:
+        setting: what it is fitted with.
+        user: seeds the order of items.
+        items: oldest first.
+        held: how many of the newest say when to stop; with 0, all passes are made.
+        start: where it begins.
+
+    Raises:
+        NonFiniteLossError: a step's loss is not finite.
+    """
+    if not held:
+        return FittedEmbedding(_descend(setting, user, items, start, setting.passes)[-1], (), setting.passes)
+    older, newest = items[:-held], items[-held:]
+    tried = [start, *_descend(setting, user, older, start, setting.passes)]
+    losses = [_held_loss(setting, newest, embedding) for embedding in tried]
+    best = losses.index(min(losses))
+    final = _descend(setting, user, items, start, best)[-1] if best else start
+    return FittedEmbedding(final, tuple(losses), best)
+
+
+def _descend(
+    setting: Setting, user: str, items: Sequence[EncodedExample], start: Float[Tensor, "D"], passes: int
+) -> list[Float[Tensor, "D"]]:
+    """Return the embedding after each pass; the rate falls as if all passes were made."""
+    values = start.float().clone().unsqueeze(0)
+    optimizer, row = RowAdamW.of(values), torch.zeros(1, dtype=torch.long)
+    after, total = [], setting.passes * len(items)
+    for epoch in range(passes):
+        draw = torch.Generator().manual_seed(seed_of(setting.seed, "embedding", user, epoch))
+        for at, index in enumerate(torch.randperm(len(items), generator=draw).tolist()):
+            gradient = _gradient(setting, items[index], values)
+            rate = factor(epoch * len(items) + at, total, setting.config.warmup, setting.config.schedule)
+            optimizer.step(values, row, gradient, setting.config.embedding_learning_rate * rate)
+            setting.step()
+        after.append(values[0].clone())
+    return after
+
+
+def _gradient(setting: Setting, item: EncodedExample, values: Float[Tensor, "1 D"]) -> Float[Tensor, "1 D"]:
+    own = values.detach().to(setting.model.device).requires_grad_()
+    total, tokens = _losses(setting, [item], own)
+    loss = total.sum() / tokens.sum()
+    if not bool(torch.isfinite(loss)):
+        raise NonFiniteLossError("the embedding's loss is not finite")
+    (gradient,) = torch.autograd.grad(loss, own)
+    return gradient.cpu()
+
+
+@torch.no_grad()
+def _held_loss(setting: Setting, items: Sequence[EncodedExample], embedding: Float[Tensor, "D"]) -> float:
+    """Mean loss per answer token; infinite where it is not finite."""
+    own, total, tokens = embedding.unsqueeze(0).to(setting.model.device), 0.0, 0.0
+    for at in range(0, len(items), MEASURED):
+        piece = items[at : at + MEASURED]
+        sums, counts = _losses(setting, piece, own.expand(len(piece), -1))
+        total, tokens = total + float(sums.sum()), tokens + float(counts.sum())
+    return total / tokens if math.isfinite(total) else math.inf
+
+
+def _losses(
+    setting: Setting, items: Sequence[EncodedExample], embeddings: Float[Tensor, "B D"]
+) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+    batch = collate(items, setting.model.backbone.pad_id, setting.model.device)
+    return answer_loss(setting.model.answer_logits(batch, RowContext("groups", embedding=embeddings)), batch.labels)

@@ -1,0 +1,230 @@
+"""One new or growing user, fitted as if alone: embedding, then stage 3 with everything fixed that others share.
+
+    embedding   of a user whom stage 2 did not know, from the mean embedding     `embedding.fit_embedding`
+    adapter     trial, tier, final as in stage 3, W_r as it is                   `users.train_users`
+
+What comes out depends on the run and the user's own history only: not on who came before, not on a kill on the way.
+Knows nothing about queues: it makes a record and leaves it to the caller to put it anywhere.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from proper.adapters.store import AdapterStore, UserRecord
+from proper.console import no_bar
+from proper.data.batching import EncodedExample
+from proper.data.dataset import Dataset
+from proper.data.derived.views import OneHistory
+from proper.enrolment.fit_embedding import FittedEmbedding, Setting, fit_embedding
+from proper.enrolment.history import UserHistory, run_data
+from proper.errors import RunFolderError
+from proper.files import read_json, write_json
+from proper.inference.personalized import PersonalizedModel
+from proper.models.tensors import load_tensors, save_tensors
+from proper.training.tier_selection import Trial
+from proper.training.users import UserStage, held_out, train_users
+
+FITTED = "fitted"
+"""Says in a record's facts that its embedding is no stage's: the next fit makes it anew from the whole history."""
+
+Tell = Callable[[str, float], None]
+"""Takes the phase and the share of all work that is done; called after every step, and may raise to stop."""
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """A run in memory, ready to fit one user after another.
+
+    Attributes:
+        dataset: the run's prepared data; None where it is gone.
+        seed: the run's.
+    """
+
+    folder: Path
+    model: PersonalizedModel
+    dataset: Dataset | None
+    seed: int
+
+    def close(self) -> None:
+        """Close the model's store and the data."""
+        self.model.close()
+        if self.dataset is not None:
+            self.dataset.close()
+
+    def fit(self, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell) -> UserRecord:
+        """Return a user's new record; nothing is put into the store.
+
+        Args:
+            store: the user's tenant's; read only.
+            user: whose history it is.
+            grown: the history, with at least one item.
+            work: where an interrupted fit of the same history goes on; the caller removes it when all is saved.
+            tell: hears how far it is.
+
+        Raises:
+            NonFiniteLossError: the embedding's loss is not finite.
+        """
+        _same_history(work, grown)
+        items = grown.items[-(self.model.config.users.max_items or len(grown.items)) :]
+        encoded = [self.model.encoder.encode(example) for example in items]
+        pace = _Pace.of(self.model, encoded, tell)
+        held = store.versions(user)
+        facts: dict[str, Any] = {"history": {"run": grown.run, "logged": grown.logged}}
+        head = store.head(user)
+        if head is None or held[0].facts.get("embedding") == FITTED:
+            found = self._embedding(user, encoded, work, pace)
+            facts |= {"embedding": FITTED, "embedding_passes": found.passes, "embedding_losses": list(found.losses)}
+            embedding = found.embedding
+        else:
+            pace.skip("embedding")
+            embedding = head.embedding
+        if self.model.stage != "users":
+            return UserRecord(user, "groups", embedding, None, facts)
+        record = self._adapter(store, user, items, embedding, work, pace)
+        return replace(record, facts={**record.facts, **facts})
+
+    def _embedding(self, user: str, items: Sequence[EncodedExample], work: Path, pace: _Pace) -> FittedEmbedding:
+        path = work / "embedding.safetensors"
+        if path.exists():
+            tensors, told = load_tensors(path)
+            pace.skip("embedding")
+            return FittedEmbedding(tensors["embedding"], tuple(told["losses"]), told["passes"])
+        config, cache = self.model.config, self.model.cache
+        assert cache is not None
+        held = held_out(len(items), config.users.tiers.validation) if len(items) > 1 else 0
+        setting = Setting(self.model.model, config.groups, self.seed, lambda: pace.step("embedding"))
+        found = fit_embedding(setting, user, items, held, cache.mean)
+        save_tensors(path, {"embedding": found.embedding}, {"losses": list(found.losses), "passes": found.passes})
+        pace.skip("embedding")
+        return found
+
+    def _adapter(
+        self, store: AdapterStore, user: str, items: Sequence[Any], embedding: Tensor, work: Path, pace: _Pace
+    ) -> UserRecord:
+        """Run stage 3 for one user into a store of its own, and take the record from there."""
+        config = self.model.config
+        scratch = AdapterStore(work / "final")
+        stage = UserStage(
+            model=self.model.model,
+            config=config.users.model_copy(update={"slots": 1}),
+            dataset=OneHistory(user, items),
+            encoder=self.model.encoder,
+            users=[user],
+            embeddings=embedding.unsqueeze(0),
+            store=scratch,
+            folder=work / "stage",
+            seed=self.seed,
+            checkpoint_seconds=config.compute.checkpoint_seconds,
+            log=lambda facts: pace.step(str(facts["phase"]).removeprefix("users: ")),
+            fixed_router=True,
+            bar=no_bar,
+            others=lambda near: nearest(store, user, near[0], config.users.tiers.neighbours),
+        )
+        try:
+            with _own_bank(self.model):
+                train_users(stage)
+            record = scratch.get(user, coded=True)
+        finally:
+            scratch.close()
+        assert record is not None
+        return record
+
+
+def open_fitter(folder: Path, model: PersonalizedModel) -> Fitter:
+    """Make a loaded run ready to fit users.
+
+    Raises:
+        RunFolderError: the run has no groups, which new users stand on.
+    """
+    if model.cache is None:
+        raise RunFolderError(f"{folder}: stage 'groups' is not there, and new users stand on it")
+    return Fitter(folder, model, run_data(folder), int(read_json(folder / "groups" / "stage.json")["seed"]))
+
+
+def nearest(
+    store: AdapterStore, user: str, embedding: Float[Tensor, "D"], count: int
+) -> list[tuple[Trial, Float[Tensor, "D"]]]:
+    """Return the users of the run's own stage 3 whose embeddings are nearest, with what their trials said.
+
+    Whoever was fitted since is left out, so that it does not matter in which order people come.
+    """
+    own = functional.normalize(embedding.float(), dim=0)
+    kept: list[tuple[float, int, Trial, Tensor]] = []
+    for at, (name, head, facts) in enumerate(store.heads()):
+        trial = _trial(name, facts)
+        if trial is None or name == user or head.embedding.shape != embedding.shape:
+            continue
+        near = float(functional.normalize(head.embedding, dim=0) @ own)
+        entry = (near, -at, trial, head.embedding)
+        if len(kept) < count:
+            heapq.heappush(kept, entry)
+        elif entry[:2] > kept[0][:2]:
+            heapq.heapreplace(kept, entry)
+    return [(trial, theirs) for _, _, trial, theirs in sorted(kept, key=lambda entry: entry[:2], reverse=True)]
+
+
+def _trial(user: str, facts: dict[str, Any]) -> Trial | None:
+    if "history" in facts or not {"items", "group_loss", "user_loss", "passes"} <= {*facts}:
+        return None
+    losses = float(facts["group_loss"]), float(facts["user_loss"])
+    return Trial(user, int(facts["items"]), *losses, int(facts["passes"])) if all(map(math.isfinite, losses)) else None
+
+
+@contextmanager
+def _own_bank(model: PersonalizedModel) -> Iterator[None]:
+    """Let training put its own bank into the model, and give the model back the one that it answers with."""
+    try:
+        yield
+    finally:
+        assert model.cache is not None
+        model.model.use_bank(model.cache.bank)
+
+
+def _same_history(work: Path, grown: UserHistory) -> None:
+    """Throw away what a fit of another history left."""
+    marker, digest = work / "history.json", grown.digest
+    if marker.exists() and read_json(marker) == {"digest": digest}:
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    write_json(marker, {"digest": digest})
+
+
+class _Pace:
+    """Steps done, out of those that may be needed."""
+
+    def __init__(self, expected: dict[str, int], tell: Tell) -> None:
+        self.expected, self.tell = expected, tell
+        self.done = dict.fromkeys(expected, 0)
+
+    @classmethod
+    def of(cls, model: PersonalizedModel, items: Sequence[EncodedExample], tell: Tell) -> _Pace:
+        """Expect every phase in full, for this many items; stopping early ends one ahead of time."""
+        config = model.config
+        batches = -(-len(items) // config.users.batch_size) * int(config.users.epochs)
+        adapter = {"trial": batches, "final": batches} if model.stage == "users" else {}
+        return cls({"embedding": 2 * len(items) * math.ceil(config.groups.epochs), **adapter}, tell)
+
+    def step(self, phase: str) -> None:
+        """One more step of a phase; what came before it is over."""
+        for before in self.expected:
+            if before == phase:
+                break
+            self.done[before] = self.expected[before]
+        self.done[phase] = min(self.expected[phase], self.done[phase] + 1)
+        self.tell(phase, sum(self.done.values()) / sum(self.expected.values()))
+
+    def skip(self, phase: str) -> None:
+        """A phase is over."""
+        self.done[phase] = self.expected[phase]

@@ -1,0 +1,101 @@
+"""One user's mixture and adapter as one plain LoRA per module: gates averaged over the user's own history.
+
+    g = mean over the tokens of the user's history of the gates that serve them      (per module)
+
+The gates are those of the form that is served: with the user's embedding and, on the users tier, with their adapter and
+the LoRA-aware router. Averaging is what `static-export` loses against exact serving. Knows nothing about files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from proper.data.batching import collate
+from proper.data.dataset import TextExample
+from proper.errors import InputError
+from proper.export.peft_format import Lora, folded_experts, joined, scaled, uniform
+from proper.inference.personalized import PersonalizedModel, by_length
+from proper.layers.batch_context import RowContext
+from proper.layers.personalized_linear import AdaptedLinear
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What a user's layers come to under constant gates.
+
+    Attributes:
+        loras: one per module, on the CPU, all of one rank, E*R_g + R_u; zero where nothing is added.
+        gates: the mean gates (E,) that were used, per module with experts.
+    """
+
+    loras: dict[str, Lora]
+    gates: dict[str, Float[Tensor, "E"]]
+
+
+def fold(model: PersonalizedModel, user: str, history: Sequence[TextExample]) -> Folded:
+    """Fold one user's experts and adapter, as the model serves them.
+
+    Raises:
+        InputError: the history is empty, so that there is nothing to average the gates over.
+        StoreError: the user's adapter is damaged.
+    """
+    gates = history_gates(model, user, history)
+    return Folded(fold_with(model, user, gates), gates)
+
+
+def history_gates(model: PersonalizedModel, user: str, history: Sequence[TextExample]) -> dict[str, Float[Tensor, "E"]]:
+    """Return the user's mean gates in every module with experts, over all tokens of these items, answers included.
+
+    Raises:
+        InputError: the history is empty.
+    """
+    if not history:
+        raise InputError(f"user {user!r} has no history in this run to average the gates over")
+    encoded = [model.encoder.encode(example) for example in history]
+    sums: dict[str, Tensor] = {}
+    tokens = 0
+    for chunk in by_length([len(row.ids) for row in encoded], model.config.compute.batch_size):
+        batch = collate([encoded[i] for i in chunk], model.model.backbone.pad_id, model.model.device)
+        served = model.rows([user] * len(chunk))
+        one = torch.zeros(len(chunk), dtype=torch.long, device=model.model.device)
+        rows = RowContext(served.mode, served.embedding, served.slots, users=one, mask=batch.attention_mask.bool())
+        with torch.no_grad():
+            model.model.answer_logits(batch, rows)
+        for name, gates in model.model.routing.gates.items():
+            sums[name] = sums.get(name, 0) + gates[0].double().cpu() * batch.tokens
+        tokens += batch.tokens
+    return {name: (total / tokens).float() for name, total in sums.items()}
+
+
+def fold_with(model: PersonalizedModel, user: str, gates: Mapping[str, Float[Tensor, "E"]]) -> dict[str, Lora]:
+    """Return the user's layers under these constant gates, every module padded to one rank."""
+    slots = model.rows([user]).slots
+    slot = -1 if slots is None else int(slots[0])
+    layers = model.model.layers.items()
+    return uniform({name: joined(_parts(layer, slot, gates.get(name))) for name, layer in layers}, folded_rank(model))
+
+
+def folded_rank(model: PersonalizedModel) -> int:
+    """Return E*R_g + R_u, the rank of every user's folded adapter, whatever their tier."""
+    return max(
+        (layer.experts.experts * layer.experts.rank if layer.experts is not None else 0)
+        + (layer.bank.layout.rank if layer.bank is not None else 0)
+        for layer in model.model.layers.values()
+    )
+
+
+def _parts(layer: AdaptedLinear, slot: int, gates: Float[Tensor, "E"] | None) -> list[Lora]:
+    """The experts under their gates, then the user's own LoRA, as far as they are there, after a LoRA of rank 0."""
+    found = [Lora(torch.zeros(0, layer.inputs), torch.zeros(layer.outputs, 0))]
+    if layer.experts is not None and layer.router is not None and gates is not None:
+        scale = layer.experts.scale * layer.router.factor
+        found.append(folded_experts(layer.experts.down.cpu(), layer.experts.up.cpu(), gates, scale))
+    if layer.bank is not None and slot >= 0 and layer.name in layer.bank.down:
+        down, up = layer.bank.down[layer.name][slot], layer.bank.up[layer.name][slot]
+        found.append(scaled(down.cpu(), up.cpu(), layer.bank.scale))
+    return found

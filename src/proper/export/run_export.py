@@ -1,0 +1,262 @@
+"""Users and the backbone out of a run folder, and users into one.
+
+    native      one user's own state, for another run of the same backbone and groups      exact
+    peft        one plain LoRA a module, for any server, on the merged backbone             gates averaged
+    backbone    the backbone with stage 1 merged, as transformers saves it                  exact
+
+Every export is a folder that appears whole or not at all. Knows which files of a run say what an adapter belongs to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from transformers import GenerationConfig
+from transformers.pytorch_utils import Conv1D
+
+from proper.adapters.store import DEFAULT_TENANT, AdapterStore, UserRecord
+from proper.config import Config, load_config
+from proper.data.dataset import Dataset
+from proper.errors import InputError, RunFolderError
+from proper.export.fold import fold, folded_rank
+from proper.export.peft_format import adapter_config, served_rank, to_peft, uniform
+from proper.export.user_archive import FACTS, read_user, write_user
+from proper.files import atomic_folder, hash_file, read_json, write_json
+from proper.inference.personalized import PersonalizedModel, load
+from proper.interactions.deletion import logged_rows, run_rows
+from proper.interactions.log import InteractionLog
+from proper.layers.bank import Layout
+from proper.models.backbone import Backbone
+from proper.models.tensors import load_tensors
+from proper.run_files import run_home
+
+Format = Literal["native", "peft"]
+
+TEXTS = "interactions.jsonl"
+"""In a native export: what the run knows of the user in words, for the user to read; an import leaves it alone."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A user who was taken in.
+
+    Attributes:
+        same_router: whether the LoRA-aware router here is the one they were exported with; their gates depend on it.
+    """
+
+    record: UserRecord
+    same_router: bool
+
+
+def export_user(folder: Path, user: str, out: Path, *, form: Format = "native", force: bool = False) -> None:
+    """Write one user of a run to the folder `out`.
+
+    Raises:
+        InputError: the store does not know the user, `out` is there (without `force`), or for other servers the user
+            has no history or the backbone is quantized.
+        RunFolderError: the run has not got that far.
+        StoreError: the user's adapter is damaged.
+    """
+    require_free(out, force)
+    origin = run_origin(folder)
+    with _store(folder) as store:
+        record = _existing(store, user)
+    if form == "native":
+        with atomic_folder(out) as place:
+            write_user(place, record, origin | _router(folder))
+            _write_texts(place / TEXTS, folder, user)
+        return
+    model = load(folder)
+    try:
+        _require_dense(folder, model.model.backbone)
+        with Dataset.open(_data(folder)) as dataset, atomic_folder(out) as place:
+            _write_peft(place, model, dataset, user, origin)
+    finally:
+        model.close()
+
+
+def import_user(
+    folder: Path, source: Path, *, name: str | None = None, force: bool = False, deleted: bool = False
+) -> Imported:
+    """Take an exported user into a run, under another name if one is given.
+
+    Raises:
+        InputError: it is no exported user, belongs to another backbone or other groups, or the run has a user of that
+            name (without `force`), or had one who was deleted (without `deleted`).
+        RunFolderError: the run has no groups yet.
+    """
+    record, written = read_user(source, run_origin(folder))
+    record = replace(record, user=record.user if name is None else name)
+    _require_fit(folder, source, record)
+    with _store(folder) as store:
+        if store.head(record.user) is not None and not force:
+            raise InputError(
+                f"{folder}: has a user {record.user!r} already; --force replaces them, --user names another"
+            )
+        _require_undeleted(folder, record.user, deleted)
+        store.tombstones.lift(DEFAULT_TENANT, record.user)
+        store.put([record])
+    router = _router(folder)
+    return Imported(record, all(written.get(key) == value for key, value in router.items()))
+
+
+def export_backbone(folder: Path, out: Path, *, force: bool = False) -> None:
+    """Write the backbone with stage 1 merged, and its tokenizer, in transformers' format.
+
+    Raises:
+        InputError: `out` is there (without `force`), or the backbone is quantized, so that nothing can be merged.
+        RunFolderError: the run has no population yet.
+    """
+    require_free(out, force)
+    backbone = load(folder, "population").model.backbone
+    _require_dense(folder, backbone)
+    # A server stops where the model's own config says; ours had its checkpoint's habits of generation taken off.
+    backbone.model.generation_config = GenerationConfig.from_model_config(backbone.model.config)
+    with atomic_folder(out, shared=True) as place:
+        backbone.model.save_pretrained(place)
+        backbone.tokenizer.save_pretrained(place)
+        said = {"backbone": backbone.digest, "population": _hash(folder / "population" / "adapter_model.safetensors")}
+        write_json(place / FACTS, {"format": "proper-backbone", "version": 1, "origin": said})
+
+
+def run_origin(folder: Path) -> dict[str, str]:
+    """Return what this run's adapters belong to: hashes of what they were trained on, their rank and their scale.
+
+    Raises:
+        RunFolderError: stages 1 and 2 are not there, or do not name their backbone.
+    """
+    config = _config(folder)
+    marker = folder / "groups" / "stage.json"
+    if not marker.is_file():
+        raise RunFolderError(f"{folder}: stage 'groups' is not there; run: proper run CONFIG --out {folder}")
+    facts = read_json(marker)
+    if not isinstance(facts, dict) or "backbone" not in facts:
+        raise RunFolderError(f"{marker}: key 'backbone' is missing; the stage has to be trained again")
+    return {
+        "backbone": str(facts["backbone"]),
+        "population": _hash(folder / "population" / "adapter_model.safetensors"),
+        "groups": _hash(folder / "groups" / "groups.safetensors"),
+        "rank": str(config.users.rank),
+        "alpha": str(config.users.alpha),
+    }
+
+
+def require_free(out: Path, force: bool) -> None:
+    """See that `out` can be written: it is not there, or is an earlier export (or empty) and may be replaced.
+
+    Raises:
+        InputError: it is there and may not be replaced.
+    """
+    if not out.exists():
+        return
+    if not force:
+        raise InputError(f"{out}: is there already; --force replaces an earlier export")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / FACTS).is_file()):
+        raise InputError(f"{out}: is not an earlier export (no {FACTS}), so --force does not replace it")
+
+
+def _write_texts(path: Path, folder: Path, user: str) -> None:
+    """Write all texts that the run has of a user, a JSON object a line; nothing where it has none."""
+    with closing(InteractionLog(folder / "users")) as log:
+        rows = [*run_rows(run_home(folder), user), *logged_rows(log, DEFAULT_TENANT, user)]
+    if rows:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _write_peft(place: Path, model: PersonalizedModel, dataset: Dataset, user: str, origin: dict[str, str]) -> None:
+    history = dataset.history(user, model.config.users.max_items)
+    folded = fold(model, user, history)
+    layers, backbone = model.model.layers, model.model.backbone
+    loras = uniform(folded.loras, served_rank(folded_rank(model)))
+    inside = tuple(f"{name}." for name in layers)
+    modules = [name for name, _ in backbone.model.named_modules() if not name.startswith(inside)]
+    transposed = any(isinstance(layers[name].base, Conv1D) for name in loras)
+    save_file(to_peft(loras), place / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(place / "adapter_config.json", adapter_config(loras, modules, fan_in_fan_out=transposed))
+    said: dict[str, Any] = {
+        "format": "proper-peft",
+        "version": 1,
+        "user": user,
+        "tier": model.tier(user),
+        "rank": folded_rank(model),
+        "items": len(history),
+        "gates": {name: [round(gate, 6) for gate in gates.tolist()] for name, gates in folded.gates.items()},
+        "origin": origin,
+    }
+    write_json(place / FACTS, said)
+
+
+def _require_dense(folder: Path, backbone: Backbone) -> None:
+    if backbone.quantized:
+        raise InputError(
+            f"{folder}: its backbone is quantized: stage 1 lies beside it and cannot be merged for servers"
+        )
+
+
+def _require_fit(folder: Path, source: Path, record: UserRecord) -> None:
+    """See that the tensors are this run's in shape, so that they can be served."""
+    tensors, facts = load_tensors(folder / "groups" / "groups.safetensors")
+    if record.embedding.shape != tensors["mean_embedding"].shape:
+        held = len(tensors["mean_embedding"])
+        raise InputError(f"{source}: its embedding has {len(record.embedding)} numbers, this run's have {held}")
+    if record.adapter is None:
+        return
+    shapes = {m: (tensors[f"{m}.down"].shape[1], tensors[f"{m}.up"].shape[0]) for m in facts["modules"]}
+    layout = Layout.of(shapes, _config(folder).users.rank)
+    try:
+        layout.pack(record.adapter, torch.empty(layout.width))
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def _require_undeleted(folder: Path, user: str, deleted: bool) -> None:
+    with closing(InteractionLog(folder / "users")) as log:
+        if log.deletions.of(DEFAULT_TENANT, user) is not None:
+            raise InputError(f"{folder}: user {user!r} is being deleted; 'proper users check {folder}' says how far")
+        if log.tombstones.has(DEFAULT_TENANT, user) and not deleted:
+            raise InputError(f"{folder}: user {user!r} was deleted from it; --even-if-deleted takes them in again")
+
+
+def _existing(store: AdapterStore, user: str) -> UserRecord:
+    record = store.get(user)
+    if record is None:
+        raise InputError(f"{store.folder}: there is no user {user!r}")
+    return record
+
+
+@contextmanager
+def _store(folder: Path) -> Iterator[AdapterStore]:
+    store = AdapterStore(folder / "users")
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _config(folder: Path) -> Config:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise RunFolderError(f"{folder}: not a run folder, config.yaml is missing")
+    return load_config(path)
+
+
+def _router(folder: Path) -> dict[str, str]:
+    """The hash of stage 3b's router, which all users share; nothing where there is none."""
+    path = folder / "users" / "router.safetensors"
+    return {"router": _hash(path)} if path.is_file() else {}
+
+
+def _data(folder: Path) -> Path:
+    """The prepared data of a run, which further seeds share."""
+    return run_home(folder) / "data.sqlite"
+
+
+def _hash(path: Path) -> str:
+    return hash_file(path)[:16]

@@ -1,0 +1,80 @@
+"""`static-export` as a model: every target user answered by their folded plain LoRA, in batches of mixed users.
+
+What another server would do with the exported adapters, done by our own layers: a bank of the folded rank on the merged
+backbone, without experts and routers. A user without a history has no gates to average, and is answered by the merged
+backbone alone. Knows nothing about metrics or exported files.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from proper.adapters.slot_cache import SlotCache
+from proper.adapters.store import AdapterStore, UserRecord
+from proper.console import progress
+from proper.data.dataset import Dataset, TextExample
+from proper.export.fold import fold, folded_rank
+from proper.export.peft_format import pack, served_rank
+from proper.inference.personalized import PersonalizedModel, load
+from proper.layers.bank import AdapterBank
+from proper.models.personal import ProperModel
+
+STATIC_EXPORT = "static-export"
+
+
+@contextmanager
+def static_export(folder: Path, dataset: Dataset) -> Iterator[PersonalizedModel]:
+    """Fold all target users of a run and yield the model that answers with the folded adapters.
+
+    They lie in a store of their own, in a temporary folder that is gone afterwards: personal data is copied nowhere
+    that deletion would miss.
+
+    Raises:
+        RunFolderError: stage 3 is not there.
+    """
+    with tempfile.TemporaryDirectory(prefix="proper-static-") as place:
+        store = AdapterStore(Path(place))
+        exact = load(folder, "users")
+        try:
+            users = [user.id for user in dataset.users("target") if user.history > 0]
+            yield fold_all(exact, users, lambda user: dataset.history(user, exact.config.users.max_items), store)
+        finally:
+            exact.close()
+            store.close()
+
+
+def folded_size(model: PersonalizedModel) -> tuple[int, int]:
+    """Return the numbers and bytes of one user's exported adapter: fp32, at the rank that servers take."""
+    numbers = model.model.layout(served_rank(folded_rank(model))).width
+    return numbers, 4 * numbers
+
+
+def fold_all(
+    exact: PersonalizedModel, users: Sequence[str], history: Callable[[str], Sequence[TextExample]], store: AdapterStore
+) -> PersonalizedModel:
+    """Fold these users into an empty store and return the model over it, which takes the exact one's backbone away.
+
+    Raises:
+        InputError: a user has no history.
+    """
+    config, rank = exact.config, folded_rank(exact)
+    layout = exact.model.layout(rank)
+    nobody = torch.zeros(1)  # A record has an embedding, which plain LoRAs do not look at.
+    with progress(f"fold: {STATIC_EXPORT}", len(users)) as advance:
+        for user in users:
+            adapter = layout.unpack(pack(fold(exact, user, history(user)).loras, layout))
+            store.put([UserRecord(user, "users", nobody, adapter)])
+            advance(1)
+    # The same backbone without experts: the plain layers take the adapted ones' places.
+    plain = ProperModel(exact.model.backbone)
+    plain.add_plain_targets(config.users, list(exact.model.layers))
+    bank = AdapterBank(
+        layout, max(2, config.compute.batch_size), alpha=float(rank), trainable=False, device=exact.model.device
+    )
+    plain.use_bank(bank)
+    return PersonalizedModel(plain, exact.encoder, config, SlotCache(store, bank, nobody), "users")

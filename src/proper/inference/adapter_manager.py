@@ -1,0 +1,189 @@
+"""The adapters that requests need, on their way from the stores into the model's bank.
+
+A request is tied to one version of its user's record when it is accepted, and to the one that was there when its
+adapter was loaded. Knows nothing about prompts, rows or tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from proper.adapters.async_slot_cache import AdapterKey, AsyncSlotCache, LoadResult
+from proper.adapters.records import Head
+from proper.adapters.store import AdapterStore
+from proper.adapters.validation import fault_of
+from proper.errors import ProperError, StoreError
+from proper.inference.running import RunningRequest
+from proper.layers.bank import AdapterBank
+
+if TYPE_CHECKING:
+    from proper.inference.personalized import PersonalizedModel
+
+DAMAGED = "damaged adapter"
+DAMAGED_EMBEDDING = "damaged embedding"
+
+
+class AdapterManager:
+    """An engine's stores and slots. All but `store` is for the thread that runs the steps.
+
+    Args:
+        model: whose bank is filled, by nobody else until `close`.
+        slots: adapters in the bank; it is replaced by another one if it has not so many.
+        wake: called from the loading thread when there is something to collect.
+        strict: raise for a damaged adapter instead of answering without it.
+
+    Attributes:
+        residents: the slots; None where no user has an adapter.
+        fallbacks: requests that lost their adapter so far.
+    """
+
+    def __init__(self, model: PersonalizedModel, slots: int, wake: Callable[[], None], strict: bool) -> None:
+        self.fallbacks = 0
+        self._model, self._strict, self._lock = model, strict, threading.Lock()
+        self._stores = {"": model.store} if model.store is not None else {}
+        self.residents = self._make_residents(slots, wake)
+
+    def store(self, tenant: str) -> AdapterStore:
+        """Return a tenant's store, opened when it is first asked for; for any thread.
+
+        Raises:
+            ProperError: the run has no users.
+        """
+        with self._lock:
+            if tenant not in self._stores:
+                if self._model.store is None:
+                    raise ProperError("this run has no users: its stage 2 is missing")
+                self._stores[tenant] = AdapterStore(self._model.store.folder, tenant)
+            return self._stores[tenant]
+
+    @property
+    def underway(self) -> int:
+        """Loads whose outcome has not been collected."""
+        return self.residents.loading if self.residents is not None else 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is something to collect."""
+        return self.residents is not None and self.residents.finished
+
+    @property
+    def settled(self) -> bool:
+        """Whether no load is running."""
+        return self.residents is None or self.residents.settled
+
+    def head(self, guest: RunningRequest) -> Head | None:
+        """Return the record of a request's user as it is now; None for nobody's."""
+        if guest.owner is None or self._model.cache is None:
+            return None
+        return self.store(guest.owner[0]).head(guest.owner[1])
+
+    def accept(self, guest: RunningRequest) -> None:
+        """Tie a request to the record of its user; with an embedding that is of no use they are a stranger.
+
+        Raises:
+            StoreError: the record cannot be read, or, if `strict`, its embedding is damaged.
+        """
+        guest.head = self.head(guest)
+        if guest.head is not None and (fault := self._fault(guest.head)) is not None:
+            if self._strict:
+                raise StoreError(f"user {guest.request.user!r}: {fault}")
+            guest.head, guest.fallback = None, DAMAGED_EMBEDDING
+            self.fallbacks += 1
+        if guest.owner is None or self.residents is None or guest.request.tier != "users":
+            return
+        guest.key = AdapterKey.of(*guest.owner, guest.head)
+        if guest.key is not None and guest.key in self.residents:
+            self.residents.counts.hits += 1
+
+    def collect(self, waiting: Iterable[RunningRequest]) -> None:
+        """Take over what was loaded, and tell those who wait for it.
+
+        Raises:
+            StoreError: an adapter is damaged, if `strict`.
+        """
+        guests = list(waiting)
+        for outcome in self.residents.collect() if self.residents is not None else []:
+            for guest in guests:
+                if guest.key == outcome.asked:
+                    self._settle(guest, outcome)
+
+    def ready(self, guest: RunningRequest) -> bool:
+        """Whether a request's adapter is there, if it needs one."""
+        return guest.key is None or (self.residents is not None and guest.key in self.residents)
+
+    def ahead(self, waiting: Iterable[RunningRequest]) -> None:
+        """Start loads for those who wait, the longest waiting first; nobody takes a slot from who waits longer."""
+        if self.residents is None:
+            return
+        keep: set[AdapterKey] = set()
+        for guest in waiting:
+            if guest.key is None:
+                continue
+            if len(keep) == self.residents.bank.slots or not self.residents.load(guest.key, keep):
+                break
+            keep.add(guest.key)
+
+    def take(self, guest: RunningRequest) -> None:
+        """Keep a request's adapter, which is there, in its slot until `release`."""
+        if self.residents is not None and guest.key is not None:
+            guest.slot = self.residents.pin(guest.key)
+
+    def release(self, guest: RunningRequest) -> None:
+        """Undo `take`, if it was done."""
+        if self.residents is not None and guest.key is not None and guest.slot >= 0:
+            self.residents.unpin(guest.key)
+
+    def forget(self, tenant: str, user: str) -> None:
+        """Wipe a user's adapters from the bank once nothing runs on them."""
+        if self.residents is not None:
+            self.residents.forget(tenant, user)
+
+    def owners(self) -> set[tuple[str, str]]:
+        """Return tenant and user of every adapter that is in a slot or on its way."""
+        return self.residents.owners() if self.residents is not None else set()
+
+    def is_gone(self, tenant: str, user: str) -> bool:
+        """Whether a user is not in their store any more."""
+        return self.store(tenant).head(user) is None
+
+    def close(self) -> None:
+        """End the loading thread and close the stores; the bank is the model's own again."""
+        if self.residents is not None:
+            self.residents.close()
+            assert self._model.cache is not None
+            self._model.cache.clear()
+            self._model.model.use_bank(self._model.cache.bank)
+        for tenant, store in self._stores.items():
+            if tenant:  # the others are the engine's own; this one is the model's
+                store.close()
+
+    def _make_residents(self, slots: int, wake: Callable[[], None]) -> AsyncSlotCache | None:
+        cache = self._model.cache
+        if cache is None or cache.bank is None or self._model.stage != "users":
+            return None
+        bank = cache.bank
+        if bank.slots != slots:
+            alpha, form = bank.scale * bank.layout.rank, bank.values
+            bank = AdapterBank(bank.layout, slots, alpha=alpha, trainable=False, device=form.device, dtype=form.dtype)
+            self._model.model.use_bank(bank)
+        return AsyncSlotCache(self.store, bank, wake)
+
+    def _fault(self, head: Head) -> str | None:
+        assert self._model.cache is not None
+        held, wanted = tuple(head.embedding.shape), tuple(self._model.cache.mean.shape)
+        if held != wanted:
+            return f"embedding: has shape {held}, this run's have {wanted}"
+        return fault_of({"embedding": head.embedding})
+
+    def _settle(self, guest: RunningRequest, outcome: LoadResult) -> None:
+        """Tell a request how the load of its adapter ended."""
+        if outcome.error is not None:
+            if self._strict:
+                raise StoreError(outcome.error)
+            guest.key, guest.fallback = None, DAMAGED
+            self.fallbacks += 1
+        else:
+            assert guest.owner is not None
+            guest.head, guest.key = outcome.head, AdapterKey.of(*guest.owner, outcome.head)

@@ -1,0 +1,137 @@
+"""The engine's two forward passes: prompts of new rows, and one token of every running row.
+
+Knows nothing about who asks or waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from proper.adapters.records import Head
+from proper.inference.kv_cache import RowCache
+from proper.inference.prefix_cache import CachedPrefix
+from proper.layers.batch_context import Kept, RowContext
+from proper.models.personal import ProperModel
+
+if TYPE_CHECKING:
+    from proper.inference.personalized import PersonalizedModel
+
+
+def pad_left(
+    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """Return token ids and attention mask of prompts, padded on the left."""
+    length = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), length), pad)
+    mask = torch.zeros((len(prompts), length), dtype=torch.long)
+    for at, prompt in enumerate(prompts):
+        ids[at, length - len(prompt) :] = torch.tensor(prompt)
+        mask[at, length - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def rows_of(
+    model: PersonalizedModel,
+    heads: Sequence[Head | None],
+    slots: Sequence[int],
+    grouped: Sequence[bool],
+    trace: bool = False,
+) -> RowContext:
+    """Return what the layers need for a batch.
+
+    Args:
+        model: whose layers.
+        heads: each row's record; None for nobody's.
+        slots: where each row's adapter is; -1 for a row without one.
+        grouped: whether experts take part in a row; population rows take neither experts nor adapter.
+        trace: whether the gates of each row's last token are kept.
+    """
+    if model.cache is None or model.stage in ("base", "population") or not any(grouped):
+        return RowContext()
+    device = model.model.device
+    mean = model.cache.mean
+    embedding = torch.stack([mean if head is None else head.embedding for head in heads]).to(device)
+    experts = None if all(grouped) else torch.tensor(grouped, device=device)
+    if max(slots) < 0:
+        return RowContext("groups", embedding=embedding, experts=experts, trace=trace)
+    own = torch.tensor(slots, device=device)
+    # Rows are pinned to their slots while they run, so what is gathered from those stays right for every step.
+    return RowContext("users", embedding=embedding, slots=own, experts=experts, trace=trace, kept=Kept())
+
+
+def columns_left(prompts: Sequence[Sequence[int]], prefixes: Sequence[CachedPrefix]) -> int:
+    """Return how many tokens of each prompt a pass has to compute: as many for all, the longest rest decides.
+
+    Prompts whose rest is shorter use less of their prefix. Padding between prefix and rest would cost the same and
+    would not do: distances between columns must be distances between tokens.
+    """
+    return max(len(prompt) - len(prefix.tokens) for prompt, prefix in zip(prompts, prefixes, strict=True))
+
+
+def prefill(
+    model: ProperModel,
+    cache: RowCache,
+    prompts: Sequence[Sequence[int]],
+    rows: RowContext,
+    prefixes: Sequence[CachedPrefix] | None = None,
+) -> Float[Tensor, "B V"]:
+    """Compute prompts, add their rows to the cache, and return the logits of each one's first token.
+
+    Args:
+        model: what computes.
+        cache: where the rows go.
+        prompts: their tokens.
+        rows: whose they are.
+        prefixes: what each begins with that is computed already; nothing if None.
+    """
+    ids, mask = pad_left(prompts, model.backbone.pad_id, model.device)
+    width = ids.shape[1] if prefixes is None else columns_left(prompts, prefixes)
+    sizes = [len(prompt) for prompt in prompts]
+    filled = DynamicCache() if prefixes is None else _filled(prefixes, sizes, width)
+    # As an index, not a number: see `models.personal.answer_logits`.
+    last = torch.tensor([width - 1], device=model.device)
+    with model.routing.use(rows):
+        logits: Tensor = model.backbone.model(
+            input_ids=ids[:, -width:],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -width:],
+            past_key_values=filled,
+            use_cache=True,
+            logits_to_keep=last,
+        ).logits[:, -1]
+    cache.join(filled, sizes)
+    return logits
+
+
+def _filled(prefixes: Sequence[CachedPrefix], sizes: Sequence[int], width: int) -> DynamicCache:
+    """Return the cache of left-padded prompts of these sizes but for their last `width` columns."""
+    filled = DynamicCache()
+    columns = max(sizes) - width
+    for number, pair in enumerate(prefixes[0].states if columns > 0 else ()):
+        sides = []
+        for side, state in enumerate(pair):
+            held = state.new_zeros(len(sizes), state.shape[0], columns, state.shape[2])
+            for at, (prefix, size) in enumerate(zip(prefixes, sizes, strict=True)):
+                if size > width:
+                    held[at, :, columns - (size - width) :] = prefix.states[number][side][:, : size - width]
+            sides.append(held)
+        filled.update(sides[0], sides[1], number)
+    return filled
+
+
+def decode(model: ProperModel, cache: RowCache, last: Sequence[int], rows: RowContext) -> Float[Tensor, "B V"]:
+    """Compute each row's newest token, add it to the cache, and return the logits of the one after it."""
+    held, mask, positions = cache.step()
+    ids = torch.tensor(last, device=model.device)[:, None]
+    with model.routing.use(rows):
+        logits: Tensor = model.backbone.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=held, use_cache=True
+        ).logits[:, -1]
+    cache.advance()
+    return logits

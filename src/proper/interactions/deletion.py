@@ -1,0 +1,223 @@
+"""Deleting a user, and saying all that there is of one: over every place that `places` knows.
+
+A deletion is a row of the log first (`deletions`) and a tombstone, then the work, and over when no byte is left. A kill
+at any point leaves the row, and a process that reads or writes leaves the rest for later: `finish_deletions` goes on
+with it, at the start and end of every command that writes into the run, in a server, and in `proper users check`.
+
+Knows the order of things, not what the files look like.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from proper.adapters.store import DEFAULT_TENANT, AdapterStore
+from proper.errors import InputError, ProperError, StoreError
+from proper.files import links_out_of, open_private, sweep
+from proper.interactions.database import FILE
+from proper.interactions.deletion_jobs import Deletion
+from proper.interactions.log import InteractionLog
+from proper.interactions.personal_files import files_of, folders, remove_quarantine, remove_work
+from proper.run_files import UNFINISHED, run_home
+from proper.sqlite_files import read_only_error
+
+PATIENCE = 5.0
+"""Seconds for which a deletion waits for those who read or write."""
+LOCK = "writers.lock"
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a deletion came to.
+
+    Attributes:
+        found: whether the store or the log had anything of the user.
+        job: names the deletion in the log.
+        waits: why bytes of the user are still there, a line each; empty when all are gone.
+    """
+
+    found: bool
+    job: str
+    waits: tuple[str, ...] = ()
+
+
+def remove(store: AdapterStore, log: InteractionLog, user: str, patience: float = PATIENCE) -> Removal:
+    """Remove all of a user of the store's tenant from the run; says whether all bytes are gone.
+
+    Nothing brings the user back: neither a fit or an evaluation that runs, nor data that is prepared again.
+
+    Raises:
+        InputError: a stage is being trained on the run's users, this one among them; nothing is changed.
+        StoreError: the log cannot be written, or a symbolic link leads out of the run folder; nothing is changed.
+    """
+    run = run_home(store.folder.parent)
+    if store.manifest.read_only:
+        raise read_only_error(store.manifest.path)
+    if away := links_out_of(run):
+        raise StoreError(f"{away[0]}: is a symbolic link out of the run folder and is not followed; remove it first")
+    if store.tenant == DEFAULT_TENANT:
+        _require_rest(run, user)
+    found = store.head(user) is not None or log.knows(store.tenant, user)
+    deletion = log.deletions.begin(store.tenant, user)
+    return Removal(found, deletion.job, tuple(_work(store, log, deletion, patience)))
+
+
+def finish_deletions(users: Path, patience: float = 0.0) -> list[str]:
+    """Go on with every deletion of a store's folder that is not over; return why some still are not, a line each."""
+    if not (users / FILE).is_file() or not os.access(users, os.W_OK):
+        return []
+    waits = []
+    with closing(InteractionLog(users)) as log:
+        for deletion in log.deletions.pending():
+            with closing(AdapterStore(users, deletion.tenant)) as store:
+                waits += _work(store, log, deletion, patience)
+    return waits
+
+
+@contextmanager
+def working(run: Path) -> Iterator[None]:
+    """Write into a run folder while the block runs: a deletion is not over before it ends.
+
+    Before and after it, deletions that wait are gone on with, and what killed processes left half-written is removed.
+    """
+    if not os.access(run, os.W_OK):
+        yield  # whoever writes says so
+        return
+    home = run_home(run)
+    finish_deletions(home / "users")
+    sweep(home)
+    try:
+        with _locked(home, fcntl.LOCK_SH):
+            yield
+    finally:
+        finish_deletions(home / "users")
+
+
+def _work(store: AdapterStore, log: InteractionLog, deletion: Deletion, patience: float) -> list[str]:
+    """Do a deletion, or what is left of it; return what it has to wait for, a line each."""
+    if deletion.user is not None:
+        waits = _remove_all(store, log, deletion.user, patience)
+        if waits:
+            return waits
+    if not log.deletions.end(deletion, patience):
+        return [f"{log.database.path}: another process reads it"]
+    return []
+
+
+def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: float) -> list[str]:
+    run, waits = run_home(store.folder.parent), list[str]()
+    try:
+        store.tombstones.add(store.tenant, user)
+        if store.tenant == DEFAULT_TENANT:
+            _require_rest(run, user)
+        with _alone(run, patience) as alone:
+            if not alone:
+                waits.append(f"{run}: another command writes into it")
+            elif store.tenant == DEFAULT_TENANT:  # two that rewrite one file would undo each other
+                waits += _remove_files(run, user)
+            for folder in folders(run):
+                if folder / "users" != store.folder and (folder / "users" / "users.sqlite").is_file():
+                    with _both(folder / "users", store.tenant) as (theirs, logged):
+                        waits += _remove(theirs, logged, user, patience)
+            waits += _remove(store, log, user, patience)
+    except (ProperError, OSError) as error:
+        waits.append(str(error))
+    return waits
+
+
+def _remove_files(run: Path, user: str) -> list[str]:
+    waits = []
+    sweep(run)
+    for place, path in files_of(run):
+        try:
+            place.remove(path, user)
+        except (OSError, ProperError) as error:
+            waits.append(f"{path}: {getattr(error, 'strerror', None) or error}")
+    return waits
+
+
+def _remove(store: AdapterStore, log: InteractionLog, user: str, patience: float) -> list[str]:
+    with log.deleting(store.tenant, user) as logged:
+        store.delete(user)
+    if logged.fitting:
+        # Whoever fits them finds the claim void at the next step, and lets go.
+        with log.queue.lock():
+            pass
+    remove_work(store.folder, store.tenant, user)
+    remove_quarantine(store.folder)
+    wiped = {store.manifest.path: store.wipe(patience), log.database.path: log.database.wipe(patience)}
+    return [f"{path}: another process reads it" for path, done in wiped.items() if not done]
+
+
+@contextmanager
+def _alone(run: Path, patience: float) -> Iterator[bool]:
+    """Keep those who write out of a run folder; yields False if one stays in for longer than `patience` (seconds)."""
+    deadline = time.monotonic() + patience
+    handle = open_private(run / LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        alone = False
+        while not alone:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alone = True
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.02)
+        yield alone
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _locked(run: Path, how: int) -> Iterator[None]:
+    handle = open_private(run / LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(handle, how)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _both(folder: Path, tenant: str) -> Iterator[tuple[AdapterStore, InteractionLog]]:
+    """Open a store and its log for a moment."""
+    with closing(AdapterStore(folder, tenant)) as store, closing(InteractionLog(folder)) as log:
+        yield store, log
+
+
+def _require_rest(run: Path, user: str) -> None:
+    """See that no stage is being trained that the user is part of."""
+    busy = next((folder / name for folder in folders(run) for name in UNFINISHED if (folder / name).exists()), None)
+    if busy is not None and any(True for _ in run_rows(run, user)):
+        raise InputError(f"{busy}: a stage is being trained and holds user {user!r}; let the run end, then delete them")
+
+
+def run_rows(run: Path, user: str) -> Iterator[dict[str, Any]]:
+    """Yield every row that the run's own data has of a user, queries included, oldest first."""
+    path = run / "data.sqlite"
+    if not path.is_file():
+        return
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as data:
+        rows = data.execute(
+            """SELECT r.part, r.time, t.prompt, t.target, t.item FROM rows r JOIN texts t ON t.id = r.text
+            WHERE r.user = (SELECT number FROM users WHERE id = ?) ORDER BY r.id""",
+            (user,),
+        )
+        for part, time, prompt, target, item in rows:
+            yield {"source": "run", "part": part, "prompt": prompt, "target": target, "timestamp": time, "item": item}
+
+
+def logged_rows(log: InteractionLog, tenant: str, user: str) -> Iterator[dict[str, Any]]:
+    """Yield every interaction that the log has of a user, in the order of arrival."""
+    for each in log.interactions(tenant, user):
+        own = {"id": each.id, "prompt": each.prompt, "target": each.target, "timestamp": each.time}
+        yield {"source": "log", **own, "received": each.received}

@@ -1,0 +1,81 @@
+"""The deletions that are not over yet: a row of the log each, so that a kill at any point leaves one to go on with.
+
+    running   the user's id is in the row: files, store or log may still hold something of the user
+    wiping    nothing is left but this row's id in the log's write-ahead log, while another process reads
+    done      all bytes are gone; the row says so to whoever asks, for a week, and names no user
+
+Knows nothing about what is deleted.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from proper.adapters.manifest import key_of, user_of
+from proper.interactions.database import Database
+
+State = Literal["running", "wiping", "done"]
+KEPT_SECONDS = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """One deletion; `user` is None once nothing of the user is left to be looked for."""
+
+    job: str
+    tenant: str
+    user: str | None
+    state: State
+
+
+class Deletions:
+    """The table of a log."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    def begin(self, tenant: str, user: str) -> Deletion:
+        """Note that a user is to be deleted, on the disk before this returns; one that runs already is that one."""
+        with self.database.transaction():
+            held = self.of(tenant, user)
+            if held is not None:
+                return held
+            self.database.write("DELETE FROM deletions WHERE ended < ?", (time.time() - KEPT_SECONDS,))
+            job = secrets.token_hex(16)
+            values = (job, tenant, key_of(user))
+            self.database.write("INSERT INTO deletions VALUES (?, ?, ?, 'running', NULL)", values)
+        return Deletion(job, tenant, user, "running")
+
+    def of(self, tenant: str, user: str) -> Deletion | None:
+        """Return the deletion of a user that is not over."""
+        return next(iter(self._found("tenant = ? AND user = ?", tenant, key_of(user))), None)
+
+    def pending(self) -> list[Deletion]:
+        """Return the deletions of all tenants that are not over."""
+        return self._found("state <> 'done'")
+
+    def state(self, tenant: str, job: str) -> State | None:
+        """Return how far a tenant's deletion is; None for one that is unknown, or was over long ago."""
+        found = self._found("tenant = ? AND job = ?", tenant, job)
+        return found[0].state if found else None
+
+    def end(self, deletion: Deletion, patience: float) -> bool:
+        """Forget the user's id and end a deletion; return False if a process reads for longer than `patience`."""
+        with self.database.transaction():
+            change = "UPDATE deletions SET user = NULL, state = 'wiping' WHERE job = ?"
+            self.database.write(change, (deletion.job,))
+        if not self.database.wipe(patience):
+            return False
+        with self.database.transaction():
+            change = "UPDATE deletions SET state = 'done', ended = ? WHERE job = ?"
+            self.database.write(change, (time.time(), deletion.job))
+        return True
+
+    def _found(self, where: str, *values: object) -> list[Deletion]:
+        if self.database.read_only and not self.database.has_deletions():
+            return []
+        rows = self.database.read(f"SELECT job, tenant, user, state FROM deletions WHERE {where}", values)
+        return [Deletion(job, tenant, None if key is None else user_of(key), state) for job, tenant, key, state in rows]

@@ -1,0 +1,101 @@
+"""From what somebody hands in to entries of the log: a row of the run's own columns, or plain texts.
+
+    {"prompt": final text, "target": text}          as the model is asked
+    the columns of data.prompt and data.target      as the run's data has them, filled into its templates
+
+Both may hold an `id`, and a time in the run's column or in `timestamp`. Knows nothing about where rows come from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from proper.config import DataConfig, TaskConfig
+from proper.data.interactions import BadRows, Interaction, row_reader
+from proper.data.templates import BadValue, identifier, parse_template
+from proper.data.text_files import json_rows
+from proper.errors import DataError
+from proper.interactions.log import LogEntry
+
+Read = Callable[[Mapping[str, Any]], LogEntry]
+_ID, _NOBODY = "id", "\0user"
+
+
+def plain_reader(task: TaskConfig, prompt: str, target: str) -> Read:
+    """Return what reads entries whose texts are final, under these two names.
+
+    What it returns raises `BadValue` for a row that cannot be used; names the field.
+    """
+    config = DataConfig(path="", user=_NOBODY, item=None, prompt=f"{{{prompt}}}", target=f"{{{target}}}")
+    read = row_reader(config, task)
+    return lambda row: _entry(read({**row, _NOBODY: "x"}), row)
+
+
+def record_reader(config: DataConfig, task: TaskConfig, user: str) -> Read:
+    """Return what reads one user's rows, in the run's own columns or as plain `prompt` and `target`.
+
+    What it returns raises `BadValue` for a row that cannot be used, or is said to be of another user.
+    """
+    plain = plain_reader(task, "prompt", "target")
+    own = row_reader(config.model_copy(update={"format": "jsonl", "item": None}), task)
+    columns = {*parse_template(config.prompt, "data.prompt").columns}
+    columns |= {*parse_template(config.target, "data.target").columns}
+
+    def read(row: Mapping[str, Any]) -> LogEntry:
+        try:
+            said = identifier(row.get(config.user, user))
+        except ValueError as error:
+            raise BadValue(config.user, str(error)) from None
+        if said != user:
+            raise BadValue(config.user, "is another user's")
+        if not columns <= {*row} and {"prompt", "target"} <= {*row}:
+            return plain(row)
+        return _entry(own({**row, config.user: user}), row)
+
+    return read
+
+
+def read_file(path: Path, read: Read) -> list[LogEntry]:
+    """Read a JSONL file, one interaction a line.
+
+    Raises:
+        DataError: it cannot be read, has no rows, or has bad ones; names the first as FILE:LINE, counts the others.
+    """
+    entries = read_rows(((f"{path}:{number}", row) for number, row in json_rows(path)), read)
+    if not entries:
+        raise DataError(f"{path}: there is no interaction in it")
+    return entries
+
+
+def read_rows(rows: Iterable[tuple[str, Mapping[str, Any] | str]], read: Read) -> list[LogEntry]:
+    """Read rows that have names; a text instead of a row is what is wrong with it.
+
+    Raises:
+        DataError: a row is bad; names the first, counts the others.
+    """
+    entries, bad = list[LogEntry](), BadRows()
+    for name, row in rows:
+        try:
+            if isinstance(row, str):
+                raise BadValue("row", row)
+            entries.append(read(row))
+        except BadValue as error:
+            bad.add(f"{name}: {error}")
+    if bad.count:
+        others = f" (and {bad.count - 1:,} more bad row{'s' * (bad.count > 2)})" if bad.count > 1 else ""
+        raise DataError(f"{bad.first[0]}{others}")
+    return entries
+
+
+def _entry(found: Interaction, row: Mapping[str, Any]) -> LogEntry:
+    own = row.get(_ID)
+    if own is not None and (isinstance(own, bool) or not isinstance(own, str | int) or not str(own).strip()):
+        raise BadValue(_ID, "should be text or a whole number, and not empty")
+    try:
+        json.dumps(own, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadValue(_ID, "half of a surrogate pair, which is no character") from None
+    return LogEntry(found.prompt, found.target, found.time, None if own is None else str(own))

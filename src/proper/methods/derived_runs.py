@@ -1,0 +1,157 @@
+"""A variant's folder: made, filled with the run's earlier stages, trained as far as wanted, and found again.
+
+    RUN/variants/NAME-HASH/       as a run folder: config.yaml, population/, groups/, users/
+    RUN/variants/data/NAME-HASH.sqlite
+
+The hash is of all that goes in: settings, data, seed and the code that trains. So what is there already is what would
+be trained, a call that was killed goes on, and other settings or code get another folder. Knows no method by name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import yaml
+
+from proper.adapters.store import AdapterStore, UserRecord
+from proper.config import Config, make_config
+from proper.console import say
+from proper.data.dataset import Dataset
+from proper.data.summary import require_no_leaks
+from proper.errors import ConfigError, RunFolderError
+from proper.evaluation.fingerprint import code_version
+from proper.files import hash_value, make_folder, read_json, write_text
+from proper.methods.spec import DerivedRun, Method, Trained, TrainedRun, TrainingWork
+from proper.training.metrics_log import MetricsLog
+from proper.training.stages import TRAINED, join_processes
+
+BASELINES = ("methods/end_to_end.py", "methods/per_user_lora.py", "methods/poly_training.py")
+TRAINING_CODE = ("data", "layers", "models", "training", "methods/train.py", "methods/derived_runs.py", *BASELINES)
+
+
+def find_place(method: Method, run: TrainedRun, home: Path, opened: dict[Path, Dataset]) -> TrainedRun:
+    """Return the trained folder that `method` answers from, training what is missing.
+
+    Args:
+        method: what is wanted.
+        run: the run's own place for one seed.
+        home: the run folder, where data sets of variants lie.
+        opened: data sets of variants that are open; the caller closes them.
+
+    Raises:
+        RunFolderError: a stage of the run itself is missing.
+        DataError: the variant's data leaks.
+    """
+    variant = method.variant
+    for stage in variant.inherits if variant is not None else method.stages:
+        if not (run.folder / stage / "stage.json").exists():
+            raise RunFolderError(f"{run.folder}: stage '{stage}' is not there; run: proper run CONFIG --out {home}")
+    if variant is None:
+        return run
+    place = _place(variant, run, home, opened)
+    missing = [stage for stage in method.stages if not (place.folder / stage / "stage.json").exists()]
+    if not missing:
+        if place.folder != run.folder:
+            say(f"evaluate: {method.name} (seed {run.seed}) reuses {place.folder.relative_to(home)}")
+        return place
+    _train(method, variant, run, place)
+    return place
+
+
+def varied(config: Config, variant: DerivedRun) -> Config:
+    """Return the run's config with the variant's settings."""
+    raw = config.model_dump()
+    for section, values in variant.settings.items():
+        raw[section] = {**raw[section], **values}
+    # What a preset set is in the sections already; put underneath once more it would change nothing.
+    return make_config(raw, f"method {variant.name}")
+
+
+def _place(variant: DerivedRun, run: TrainedRun, home: Path, opened: dict[Path, Dataset]) -> TrainedRun:
+    config = varied(run.config, variant)
+    dataset = run.dataset
+    if variant.derive is not None:
+        dataset = _derived(variant, config, run, home, opened)
+    settings = config.model_dump(exclude={"evaluation"})
+    code = code_version(*TRAINING_CODE)
+    key = hash_value([variant.name, settings, list(variant.inherits), dataset.sha256, run.seed, code])
+    return TrainedRun(config, dataset, run.folder / "variants" / f"{variant.name}-{key[:8]}", run.seed)
+
+
+def _derived(variant: DerivedRun, config: Config, run: TrainedRun, home: Path, opened: dict[Path, Dataset]) -> Dataset:
+    assert variant.derive is not None
+    seed = run.seed if variant.seeded else None
+    made_of = [variant.name, run.dataset.sha256, seed, config.backbone, config.compute.max_length]
+    key = hash_value([*made_of, code_version("data", "methods/table.py")])
+    path = home / "variants" / "data" / f"{variant.name}-{key[:8]}.sqlite"
+    if path not in opened:
+        if not path.exists():
+            say(f"evaluate: makes the data of {variant.name}")
+            variant.derive(run.dataset, path, config, run.seed)
+        opened[path] = Dataset.open(path)
+        require_no_leaks(opened[path])
+    return opened[path]
+
+
+def _train(method: Method, variant: DerivedRun, run: TrainedRun, place: TrainedRun) -> None:
+    if join_processes(place.config).num_processes > 1:
+        raise ConfigError(
+            f"evaluation.methods: '{method.name}' has to be trained first, in one process: proper evaluate {run.folder}"
+        )
+    say(f"evaluate: trains {method.name} (seed {run.seed}) in {place.folder}")
+    text = yaml.safe_dump(place.config.model_dump(), sort_keys=False, allow_unicode=True)
+    write_text(place.folder / "config.yaml", text)
+    for stage in variant.inherits:
+        _inherit(stage, run.folder, place.folder)
+    log = MetricsLog(place.folder / "metrics.jsonl")
+    try:
+        variant.train(TrainingWork(place, _in_order([*variant.inherits, *method.stages]), log))
+    finally:
+        log.close()
+
+
+def _in_order(stages: Sequence[Trained]) -> tuple[Trained, ...]:
+    named: tuple[Trained, ...] = ("population", "groups", "users")
+    assert named == TRAINED
+    return tuple(stage for stage in named if stage in stages)
+
+
+def _inherit(stage: Trained, source: Path, target: Path) -> None:
+    """Take a stage's files over from the run. Files are replaced whole, never changed, so they can be shared."""
+    if (target / stage / "stage.json").exists():
+        return
+    if stage == "users":
+        raise ValueError("the last stage is never taken over: nothing would be left to train")
+    if stage == "groups":
+        _inherit_embeddings(source / "users", target / "users")
+    names = sorted(path.name for path in (source / stage).iterdir() if path.is_file() and path.name != "stage.json")
+    make_folder(target / stage)
+    for name in [*names, "stage.json"]:
+        (target / stage / name).unlink(missing_ok=True)
+        linked = False
+        with suppress(OSError):  # A file system without hard links: copied below.
+            os.link(source / stage / name, target / stage / name)
+            linked = True
+        if not linked:
+            shutil.copyfile(source / stage / name, target / stage / name)
+
+
+def _inherit_embeddings(source: Path, target: Path) -> None:
+    """Put every user of the run into a new store with what stage 2 gave them, on the group tier."""
+    theirs, ours = AdapterStore(source), AdapterStore(target)
+    try:
+        heads = ((user, theirs.head(user)) for user, _ in list(theirs.users()))
+        ours.put(UserRecord(user, "groups", head.embedding) for user, head in heads if head is not None)
+    finally:
+        theirs.close()
+        ours.close()
+
+
+def seconds_of(place: TrainedRun, stages: Sequence[Trained]) -> float:
+    """Return the seconds for which these stages trained, taken-over ones included."""
+    markers = [place.folder / stage / "stage.json" for stage in stages]
+    return sum(float(read_json(marker)["seconds"]) for marker in markers if marker.exists())

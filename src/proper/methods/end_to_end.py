@@ -1,0 +1,233 @@
+"""End to end: experts, routers, embeddings and users' adapters together, from the backbone, in one stage.
+
+It sees the very rows that the three stages see, each as often, in one seeded order, so that both spend the same tokens.
+Stage 3 counts with its last fit; what it spends on trying who gains is on top. Runs in one process.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from proper.adapters.quantization import encode
+from proper.adapters.store import AdapterStore, UserRecord
+from proper.config import Config
+from proper.data.batching import Batch
+from proper.data.dataset import User
+from proper.data.derived.views import Histories
+from proper.data.sampling import SampledRows, TextExample
+from proper.files import hash_file, write_json
+from proper.layers.bank import AdapterBank
+from proper.models.backbone import configured_backbone
+from proper.models.personal import ProperModel, answer_loss
+from proper.models.tensors import save_tensors
+from proper.training.checkpoint import Checkpoint, seed_of
+from proper.training.groups import GroupsStage, train_stage
+from proper.training.optim import RowAdamW, clip_rows
+from proper.training.schedule import resolve_rate
+from proper.training.stages import join_processes
+from proper.training.trainer import Log, LossSum, TrainingPlan
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newest rows of some users, as stage 3 sees them in one pass."""
+
+    dataset: Histories
+    users: Sequence[str]
+    max_items: int | None
+    max_length: int
+    seed: int
+
+    @property
+    def size(self) -> int:
+        """Rows of one pass."""
+        return sum(len(self.dataset.history(user, self.max_items)) for user in self.users)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one pass, each row counted no longer than the model's length."""
+        histories = (self.dataset.history(user, self.max_items) for user in self.users)
+        return sum(min(row.tokens, self.max_length) for history in histories for row in history)
+
+    def rows(self, epoch: int) -> Iterator[TextExample]:
+        """Yield every row once, users in seeded order, one after the other."""
+        shuffle = random.Random(seed_of(self.seed, "newest", epoch))
+        for user in shuffle.sample(self.users, len(self.users)):
+            history = self.dataset.history(user, self.max_items)
+            yield from shuffle.sample(history, len(history))
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several samples, each for its own number of passes, mixed into one stream."""
+
+    parts: tuple[tuple[SampledRows, float], ...]
+    seed: int
+
+    @property
+    def size(self) -> int:
+        """Rows in all."""
+        return sum(self._sizes())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return sum(round(rows.tokens * passes) for rows, passes in self.parts)
+
+    def rows(self, epoch: int) -> Iterator[TextExample]:
+        """Yield every row as often as its part says: the next one is from a part as likely as it has rows left."""
+        shuffle = random.Random(seed_of(self.seed, "together", epoch))
+        left = self._sizes()
+        streams = [_passes(rows) for rows, _ in self.parts]
+        while any(left):
+            part = shuffle.choices(range(len(left)), weights=left)[0]
+            left[part] -= 1
+            yield next(streams[part])
+
+    def _sizes(self) -> list[int]:
+        return [round(rows.size * passes) for rows, passes in self.parts]
+
+
+def _passes(rows: SampledRows) -> Iterator[TextExample]:
+    epoch = 0
+    while True:
+        yield from rows.rows(epoch)
+        epoch += 1
+
+
+class JointStage:
+    """Stage 2 with users' adapters in it, as the training loop sees it.
+
+    Attributes:
+        bank: one slot for every target user.
+    """
+
+    name = "end-to-end"
+
+    def __init__(self, groups: GroupsStage, bank: AdapterBank, slots: dict[str, int], rate: float, clip: float) -> None:
+        self.groups, self.bank, self.slots, self.rate, self.clip = groups, bank, slots, rate, clip
+        self.optimizer = RowAdamW.of(bank.values)
+        self._present: set[int] = set()
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return experts and routers."""
+        return self.groups.parameters()
+
+    def loss(self, batch: Batch, progress: float) -> LossSum:
+        """Answer loss of a batch, each row through its user's mixture and adapter, and the weighted constraint."""
+        own = [self.slots.get(user, -1) for user in batch.users]
+        self._present |= set(own) - {-1}
+        slots = torch.tensor(own, device=batch.input_ids.device)
+        logits = self.groups.model.answer_logits(batch, replace(self.groups.rows(batch), mode="fit", slots=slots))
+        total, tokens = answer_loss(logits, batch.labels)
+        return LossSum(total.sum(), tokens.sum(), self.groups.penalty(progress))
+
+    def after_backward(self, rate_factor: float, share: float) -> None:
+        """Move embeddings and adapters of the users in this update."""
+        self.groups.after_backward(rate_factor, share)
+        assert self.bank.gradients is not None
+        if self._present:
+            rows = torch.tensor(sorted(self._present), device=self.bank.values.device)
+            gradients = clip_rows(self.bank.gradients[rows], self.clip)
+            self.optimizer.step(self.bank.values, rows, gradients, self.rate * rate_factor)
+        self.bank.gradients.zero_()
+        self._present.clear()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return embeddings, adapters and their moments."""
+        moments = {f"adapters/{key}": value for key, value in self.optimizer.tensors().items()}
+        return {**self.groups.state(), "adapters": self.bank.values, **moments}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put them back."""
+        self.groups.restore(tensors)
+        self.bank.values.copy_(tensors["adapters"])
+        prefix = "adapters/"
+        self.optimizer.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
+
+class JointRunner:
+    """End-to-end training into `groups` and `users` of a folder that has no population."""
+
+    def __init__(self, config: Config, dataset: Histories, folder: Path, seed: int, log: Log) -> None:
+        self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
+
+    def run(self) -> None:
+        """Train to the end, going on from the checkpoint; nothing where all is done."""
+        if (self.folder / "users" / "stage.json").exists():
+            return
+        config, started = self.config, time.perf_counter()
+        accelerator = join_processes(config)
+        backbone = configured_backbone(config, accelerator.device)
+        model = ProperModel(backbone)
+        model.add_experts(config.groups, seed_of(self.seed, "experts"))
+        users = [user.id for user in self.dataset.users() if user.history > 0]
+        slots = {user.id: at for at, user in enumerate(self._targets())}
+        bank = self._bank(model, slots)
+        rate = resolve_rate(config.users.learning_rate, "users", backbone.hidden_size)
+        groups = GroupsStage(model, config.groups, users, self.seed, accelerator)
+        stage = JointStage(groups, bank, slots, rate, config.users.clip)
+        sample = self.rows()
+        plan = TrainingPlan(
+            config=config.groups.model_copy(update={"epochs": 1.0}),
+            rate=resolve_rate(config.groups.learning_rate, "groups", backbone.hidden_size),
+            seed=self.seed,
+            encoder=backbone.encoder(config.compute.max_length),
+            pad=backbone.pad_id,
+            sample=sample,
+            checkpoint=Checkpoint(self.folder / "groups" / "stage.checkpoint", config.compute.checkpoint_seconds),
+            log=self.log,
+        )
+        train_stage(stage, model, config.groups, plan, accelerator)
+        self._save(model, users, groups.embeddings, slots, bank)
+        facts = {"rows": sample.size, "tokens": sample.tokens, "seed": self.seed, "backbone": backbone.digest}
+        facts |= {"users": len(slots), "seconds": round(time.perf_counter() - started, 3)}
+        for name in ("groups", "users"):
+            write_json(self.folder / name / "stage.json", facts)
+        plan.checkpoint.remove()
+
+    def rows(self) -> Together:
+        """Return what the three stages see: their samples, and as many passes over each."""
+        population, groups, users = self.config.population, self.config.groups, self.config.users
+        own = [user.id for user in self._targets()]
+        return Together(
+            (
+                (self.dataset.sample(population.train_on, population.max_tokens, self.seed), population.epochs),
+                (self.dataset.sample(groups.train_on, groups.max_tokens, self.seed), groups.epochs),
+                (Newest(self.dataset, own, users.max_items, self.config.compute.max_length, self.seed), users.epochs),
+            ),
+            self.seed,
+        )
+
+    def _targets(self) -> list[User]:
+        return [user for user in self.dataset.users("target") if user.history > 0]
+
+    def _bank(self, model: ProperModel, slots: dict[str, int]) -> AdapterBank:
+        users = self.config.users
+        bank = AdapterBank(model.layout(users.rank), len(slots), alpha=users.alpha, trainable=True, device=model.device)
+        for user, slot in slots.items():
+            bank.fresh(slot, torch.Generator().manual_seed(seed_of(self.seed, "adapter", user)))
+        model.use_bank(bank)
+        return bank
+
+    def _save(
+        self, model: ProperModel, users: Sequence[str], embeddings: Tensor, slots: dict[str, int], bank: AdapterBank
+    ) -> None:
+        tensors = {**model.group_parameters(), "mean_embedding": embeddings.mean(0)}
+        save_tensors(self.folder / "groups" / "groups.safetensors", tensors, {"modules": list(model.layers)})
+        store = AdapterStore(self.folder / "users")
+        groups = hash_file(self.folder / "groups" / "groups.safetensors")
+        store.bind({"backbone": model.backbone.digest, "groups": groups, "rank": str(self.config.users.rank)})
+        for at, user in enumerate(users):
+            adapter = None
+            if user in slots:
+                adapter = encode(bank.layout.unpack(bank.values[slots[user]]), self.config.users.storage)
+            store.put([UserRecord(user, "users" if adapter else "groups", embeddings[at], adapter)])
+        store.close()

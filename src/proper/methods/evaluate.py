@@ -1,0 +1,159 @@
+"""Methods by name, ready for the harness: trained where needed, answered once, and remembered.
+
+Predictions are kept beside the run with a key of all that they were made from; asking again costs nothing.
+Knows nothing about metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from proper.adapters.store import AdapterStore
+from proper.config import Config
+from proper.console import say
+from proper.data.dataset import Dataset
+from proper.data.derived.rewrite import cut_queries
+from proper.evaluation.fingerprint import code_version
+from proper.evaluation.harness import MethodSpec
+from proper.evaluation.runner import MethodRun, read_predictions, write_predictions
+from proper.export.int8_model import int8_bytes
+from proper.export.static_model import folded_size
+from proper.files import hash_value, read_json, write_json
+from proper.inference.personalized import load
+from proper.methods.derived_runs import find_place, seconds_of
+from proper.methods.spec import Method, TrainedRun
+
+ANSWERING_CODE = ("data", "layers", "models", "adapters", "inference", "export", "methods", "evaluation/runner.py")
+
+
+@dataclass(frozen=True)
+class MethodEvaluator:
+    """The methods of one run.
+
+    Attributes:
+        folders: the run folder of every seed; the first is the run's own.
+        opened: data sets of variants.
+    """
+
+    config: Config
+    dataset: Dataset
+    folders: Mapping[int, Path]
+    opened: dict[Path, Dataset] = field(default_factory=dict)
+
+    def contenders(self, methods: Sequence[Method]) -> list[MethodSpec]:
+        """Return the methods as the harness takes them."""
+        return [self._contender(method) for method in methods]
+
+    def _contender(self, method: Method) -> MethodSpec:
+        places: dict[int, TrainedRun] = {}
+        made: list[MethodRun] = []
+
+        def answers(seed: int) -> MethodRun:
+            if made and not method.stages:
+                return made[0]  # What was not trained answers the same for every seed.
+            run = TrainedRun(self.config, self.dataset, self.folders[seed], seed)
+            places[seed] = find_place(method, run, next(iter(self.folders.values())), self.opened)
+            made.append(answered(method, places[seed], self.folders[seed] / "predictions"))
+            return made[-1]
+
+        def cost(run: MethodRun) -> dict[str, Any]:
+            return cost_row(method, next(iter(places.values())), run)
+
+        return MethodSpec(method.name, answers, cost)
+
+
+@contextmanager
+def evaluating(config: Config, dataset: Dataset, folders: Mapping[int, Path]) -> Iterator[MethodEvaluator]:
+    """Yield a judge, and close the data sets of variants afterwards."""
+    judge = MethodEvaluator(config, dataset, folders)
+    try:
+        yield judge
+    finally:
+        for opened in judge.opened.values():
+            opened.close()
+
+
+def answered(method: Method, place: TrainedRun, folder: Path) -> MethodRun:
+    """Return a method's predictions: those in `folder` where they were made from the same, else new ones."""
+    path, beside = folder / f"{method.name}.jsonl", folder / f"{method.name}.json"
+    key = _key(method, place)
+    if path.exists() and beside.exists():
+        made = read_json(beside)
+        if made["key"] == key:
+            say(f"evaluate: {method.name} (seed {place.seed}) reuses its predictions")
+            return MethodRun(read_predictions(path), made["seconds"], made["tokens"])
+    beside.unlink(missing_ok=True)
+    run = method.answer(place)
+    write_predictions(path, run.predictions)
+    write_json(beside, {"key": key, "seconds": run.seconds, "tokens": run.tokens})
+    return run
+
+
+def cost_row(method: Method, place: TrainedRun, run: MethodRun) -> dict[str, Any]:
+    """Return what one user costs, mean over target users."""
+    numbers, size, users = _kept(method, place)
+    own = [stage for stage in method.stages if stage != "population"][-1:]
+    seconds = seconds_of(place, own) / max(1, users) if method.keeps not in ("nothing", "history") else 0
+    inherited = method.variant.inherits if method.variant is not None else ()
+    return {
+        "method": method.name,
+        "parameters_per_user": numbers,
+        "bytes_per_user": size,
+        "train_seconds_per_user": round(seconds, 3),
+        "tokens_per_second": round(run.tokens / run.seconds, 1),
+        "tokens_per_query": round(run.tokens / max(1, len(run.predictions)), 1),
+        "train_seconds": round(seconds_of(place, [s for s in method.stages if s not in inherited]), 3),
+        "truncated_prompts": cut_queries(place.dataset) if method.stages or method.name == "base" else 0,
+    }
+
+
+def _kept(method: Method, place: TrainedRun) -> tuple[int, int, int]:
+    """Return a user's numbers and bytes, and how many users the last stage trained."""
+    targets = {user.id: user for user in place.dataset.users("target")}
+    if method.keeps == "nothing":
+        return 0, 0, len(targets)
+    if method.keeps == "history":
+        texts = (item for user in targets for item in place.dataset.history(user))
+        return 0, round(sum(len((t.prompt + t.target).encode()) for t in texts) / len(targets)), len(targets)
+    marker = read_json(place.folder / method.stages[-1] / "stage.json")
+    if method.keeps == "export":
+        return (*_exported(place), marker["users"])
+    store = AdapterStore(place.folder / "users")
+    try:
+        held = [(user, tier, size) for user, tier, _, size in store.facts() if user in targets]
+        width = next((len(head.embedding) for user, _, _ in held if (head := store.head(user))), 0)
+        if method.keeps == "embedding" or not held:
+            return width, 4 * width, marker["users"]
+        adapted = [user for user, tier, _ in held if tier == "users"]
+        record = store.get(adapted[0]) if adapted else None
+        adapter = sum(t.numel() for t in (record.adapter or {}).values()) if record else 0
+        if method.keeps == "int8":
+            own_bytes = int8_bytes(record) if record else 0
+            held = [(user, tier, 4 * width + (own_bytes if tier == "users" else 0)) for user, tier, _ in held]
+    finally:
+        store.close()
+    return (
+        width + round(adapter * len(adapted) / len(held)),
+        round(sum(size for *_, size in held) / len(held)),
+        marker["users"],
+    )
+
+
+def _exported(place: TrainedRun) -> tuple[int, int]:
+    """Return the numbers and bytes of one exported adapter."""
+    model = load(place.folder, "users")
+    try:
+        return folded_size(model)
+    finally:
+        model.close()
+
+
+def _key(method: Method, place: TrainedRun) -> str:
+    markers = [place.folder / stage / "stage.json" for stage in method.stages]
+    stages = [read_json(marker) for marker in markers]
+    settings = place.config.model_dump(exclude={"evaluation"})
+    return hash_value([method.name, settings, place.dataset.sha256, place.seed, stages, code_version(*ANSWERING_CODE)])

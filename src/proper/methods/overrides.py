@@ -1,0 +1,157 @@
+"""Methods with changes in their name: `groups[groups.experts=8]`, `oppu[history=5]`, `users[rows=Category]`.
+
+    section.key=VALUE   a setting of population, groups or users, written as for --set
+    history=N           target users have the newest N rows of their history, in every stage after population
+    rows=TEXT           all stages train on the rows whose prompt asks for TEXT in its last line, and on no others
+
+Several follow each other: `users[history=5][users.rank=2]`. What a change does not touch is the run's own, so a grid
+over one stage trains that stage alone. Knows no method by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from proper.config import Config, make_config
+from proper.data.dataset import Dataset
+from proper.data.derived.rewrite import keep_asking, shorten_histories
+from proper.errors import ConfigError
+from proper.methods import train
+from proper.methods.spec import Derive, DerivedRun, Method, Trained
+
+STAGES: tuple[Trained, ...] = ("population", "groups", "users")
+
+_NAME = re.compile(r"(?P<method>[^\[\]]+)(?P<changes>(\[[^\[\]=]+=[^\[\]]+\])+)")
+_CHANGE = re.compile(r"\[([^\[\]=]+)=([^\[\]]+)\]")
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a method's name says besides the method.
+
+    Attributes:
+        settings: of each section, whole values.
+        derive: how its data is made; None for the same data.
+        first: the earliest stage that comes out otherwise.
+    """
+
+    settings: Mapping[str, Mapping[str, Any]]
+    derive: Derive | None
+    first: Trained
+
+
+def split_name(name: str) -> tuple[str, list[tuple[str, str]]]:
+    """Return the method's name and its changes, none for a plain name.
+
+    Raises:
+        ConfigError: the brackets are not written as `[key=value]`.
+    """
+    if "[" not in name:
+        return name, []
+    found = _NAME.fullmatch(name)
+    if found is None:
+        raise ConfigError(f"evaluation.methods: '{name}': write changes as groups[groups.experts=8]")
+    return found["method"], _CHANGE.findall(found["changes"])
+
+
+def change(method: Method, changes: list[tuple[str, str]], config: Config) -> Method:
+    """Return the method with the changes made to a run of this config.
+
+    Raises:
+        ConfigError: a key is unknown, a value impossible, or the method trains nothing that would come out otherwise.
+    """
+    name = method.name + "".join(f"[{key}={value}]" for key, value in changes)
+    found = _read(name, changes, config, method.variant)
+    own = method.variant or DerivedRun("", train.ladder, inherits=method.stages)
+    inherits = tuple(stage for stage in own.inherits if STAGES.index(stage) < STAGES.index(found.first))
+    if found.derive is None and all(STAGES.index(stage) < STAGES.index(found.first) for stage in method.stages):
+        raise ConfigError(f"evaluation.methods: '{name}': '{method.name}' trains nothing that this changes")
+    # The ladder's own methods share one folder, as do methods that share a variant: groups and users are trained once.
+    stem = re.sub(r"[^\w.]+", "-", f"{own.name}{name.removeprefix(method.name)}").strip("-")
+    variant = replace(
+        own,
+        name=stem,
+        inherits=inherits,
+        settings={**own.settings, **found.settings},
+        derive=_after(found.derive, own.derive),
+    )
+    return replace(method, name=name, variant=variant)
+
+
+def _read(name: str, changes: list[tuple[str, str]], config: Config, variant: DerivedRun | None) -> Changes:
+    raw = config.model_dump()
+    for section, values in (variant.settings if variant else {}).items():
+        raw[section] = {**raw[section], **values}
+    derive: Derive | None = None
+    touched: list[Trained] = []
+    sections: list[str] = []
+    first: Trained
+    for key, value in changes:
+        stage = next((stage for stage in STAGES if key.startswith(f"{stage}.")), None)
+        if key == "history":
+            derive, first = _after(derive, _shortened(name, value)), "groups"
+        elif key == "rows":
+            derive, first = _after(derive, _asking(value)), "population"
+        elif stage is not None:
+            _put(raw, key, value, name)
+            sections.append(stage)
+            first = stage
+        else:
+            raise ConfigError(f"evaluation.methods: '{name}': '{key}' is no setting of a stage, nor history or rows")
+        touched.append(first)
+    make_config(raw, f"method {name}")
+    settings = {section: raw[section] for section in sections}
+    return Changes(settings, derive, min(touched, key=STAGES.index))
+
+
+def _put(raw: dict[str, Any], key: str, value: str, name: str) -> None:
+    *sections, last = key.split(".")
+    place: Any = raw
+    for section in sections:
+        place = place.get(section) if isinstance(place, dict) else None
+    if not isinstance(place, dict):
+        raise ConfigError(f"evaluation.methods: '{name}': there is no setting '{key}'")
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"evaluation.methods: '{name}': the value of '{key}' is not YAML") from error
+
+
+def _shortened(name: str, value: str) -> Derive:
+    if not re.fullmatch(r"[1-9]\d*", value):
+        raise ConfigError(f"evaluation.methods: '{name}': history is a number of rows, at least 1")
+
+    def derive(source: Dataset, path: Path, config: Config, seed: int) -> None:
+        shorten_histories(source, path, int(value))
+
+    return derive
+
+
+def _asking(value: str) -> Derive:
+    def derive(source: Dataset, path: Path, config: Config, seed: int) -> None:
+        keep_asking(source, path, value)
+
+    return derive
+
+
+def _after(first: Derive | None, then: Derive | None) -> Derive | None:
+    """Return the two derivations one after the other."""
+    if first is None or then is None:
+        return first or then
+
+    def derive(source: Dataset, path: Path, config: Config, seed: int) -> None:
+        between = path.with_name(f"{path.name}.between")
+        try:
+            first(source, between, config, seed)
+            with Dataset.open(between) as dataset:
+                then(dataset, path, config, seed)
+        finally:
+            between.unlink(missing_ok=True)
+
+    return derive

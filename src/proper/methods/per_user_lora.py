@@ -1,0 +1,70 @@
+"""A LoRA for every user straight on the backbone, or on population: no groups, no router.
+
+What OPPU does, and the control `per-user-only`. Stage 3's engine fits the users, each as if alone. Knows nothing about
+methods: settings and data say what is trained.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from proper.adapters.store import AdapterStore
+from proper.config import Config
+from proper.data.derived.views import Histories
+from proper.files import write_json
+from proper.models.backbone import configured_backbone
+from proper.models.peft_merge import apply_population
+from proper.models.personal import ProperModel
+from proper.training.trainer import Log
+from proper.training.users import UserStage, train_users
+
+
+class DirectRunner:
+    """Users' adapters in `folder/users`, on the backbone, and on `folder/population` where that is there."""
+
+    def __init__(self, config: Config, dataset: Histories, folder: Path, seed: int, log: Log) -> None:
+        self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
+
+    def run(self) -> None:
+        """Fit everybody, going on where an earlier call stopped; nothing where all is done."""
+        folder = self.folder / "users"
+        if (folder / "stage.json").exists():
+            return
+        model = direct_model(self.config, self.folder)
+        backbone, started = model.backbone, time.perf_counter()
+        users = [user.id for user in self.dataset.users("target") if user.history > 0]
+        store = AdapterStore(folder)
+        store.bind({"backbone": backbone.digest, "rank": str(self.config.users.rank)})
+        stage = UserStage(
+            model=model,
+            config=self.config.users,
+            dataset=self.dataset,
+            encoder=backbone.encoder(self.config.compute.max_length),
+            users=users,
+            embeddings=torch.zeros(len(users), 1),
+            store=store,
+            folder=folder / "work",
+            seed=self.seed,
+            checkpoint_seconds=self.config.compute.checkpoint_seconds,
+            log=self.log,
+        )
+        train_users(stage)
+        store.close()
+        seconds = round(time.perf_counter() - started, 3)
+        facts = {"users": len(users), "seed": self.seed, "seconds": seconds, "backbone": backbone.digest}
+        write_json(folder / "stage.json", facts)
+        shutil.rmtree(folder / "work", ignore_errors=True)
+
+
+def direct_model(config: Config, folder: Path) -> ProperModel:
+    """Return the backbone with the folder's population, if any, and places for users' adapters, but no experts."""
+    backbone = configured_backbone(config)
+    if (folder / "population" / "stage.json").exists():
+        apply_population(backbone, folder / "population")
+    model = ProperModel(backbone)
+    model.add_plain_targets(config.users, config.groups.target_modules)
+    return model

@@ -1,0 +1,200 @@
+"""Numbers as text and results as sentences: what was gained, by whom, and how sure that is.
+
+Says "no measurable gain" wherever a test does not show one. Knows nothing about files, figures or HTML.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+
+from proper.reports.formats import method_name, metric_name, p_text, percent, plain, plural, signed, size, span
+from proper.reports.load import ReportedComparison, ReportedMetric, RunFiles, UserGain
+from proper.reports.reading import number
+
+ALPHA = 0.05
+Outcome = Literal["gain", "loss", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of the ladder in words. `outcome` is gain or loss only where the test shows it."""
+
+    task: str
+    title: str
+    outcome: Outcome
+    change: str
+    text: str
+
+
+def outcome(comparison: ReportedComparison, higher_is_better: bool) -> Outcome:
+    """Judge one comparison by its adjusted p value, else its p value, else whether its interval leaves 0 out."""
+    p = comparison.p_value if comparison.p_adjusted is None else comparison.p_adjusted
+    pair = comparison.interval
+    clear = p < ALPHA if p is not None else pair is not None and (pair[0] > 0 or pair[1] < 0)
+    if not clear or comparison.difference == 0:
+        return "none"
+    return "gain" if (comparison.difference > 0) == higher_is_better else "loss"
+
+
+def is_higher_better(run: RunFiles, metric: str) -> bool:
+    """Say which way a metric points: as its rows say, else by its name."""
+    for row in run.metrics:
+        if row.metric == metric:
+            return row.higher_is_better
+    return metric not in {"mae", "rmse", "loss"}
+
+
+def headline(run: RunFiles) -> tuple[str, list[Step]]:
+    """Return the result in one sentence, and each tested step of the ladder in words."""
+    ladder = [("groups", "population"), ("users", "groups")]
+    rows = [row for row in run.comparisons if row.primary and (row.method, row.against) in ladder]
+    rows.sort(key=lambda row: (row.task, ladder.index((row.method, row.against))))
+    steps = [_step(row, run) for row in rows]
+    return _summary(rows, steps), steps
+
+
+def _summary(rows: Sequence[ReportedComparison], steps: Sequence[Step]) -> str:
+    if not steps:
+        return "No comparison between the stages was made, so nothing can be said about gains."
+    if all(step.outcome == "gain" for step in steps):
+        return "Every step of the ladder helped." if len(steps) > 1 else f"{method_name(rows[0].method)} helped."
+    if all(step.outcome == "none" for step in steps):
+        return "No measurable gain at any step."
+    said = {"gain": "a clear gain", "loss": "a measurable loss", "none": "no measurable gain"}
+    several = len({row.task for row in rows}) > 1
+    parts = [
+        f"{f'{row.task}, ' if several else ''}{method_name(row.method).lower()}: {said[step.outcome]}"
+        for row, step in zip(rows, steps, strict=True)
+    ]
+    text = "; ".join(parts)
+    return text[0].upper() + text[1:] + "."
+
+
+def _step(row: ReportedComparison, run: RunFiles) -> Step:
+    higher = is_higher_better(run, row.metric)
+    judged = outcome(row, higher)
+    values = {m.method: m.value for m in run.metrics if m.metric == row.metric and m.task == row.task}
+    old, new = values.get(row.against), values.get(row.method)
+    moved = f" from {plain(old)} to {plain(new)}" if old is not None and new is not None else ""
+    verb = "unchanged" if row.difference == 0 else "rose" if row.difference > 0 else "fell"
+    opening = {"gain": "", "loss": "Measurably worse: ", "none": "No measurable gain: "}[judged]
+    metric = metric_name(row.metric)
+    change = f"{metric if opening else metric[0].upper() + metric[1:]} {verb}{moved}"
+    adjusted = ", Holm-adjusted" if row.p_adjusted is not None else ""
+    p = p_text(row.p_value if row.p_adjusted is None else row.p_adjusted)
+    sure = f"difference {signed(row.difference)}, 95 % interval {span(row.interval, sign=True)}, {p}{adjusted}"
+    better = "" if higher else " Lower is better."
+    title = f"{method_name(row.against)} → {method_name(row.method)}"
+    return Step(row.task, title, judged, percent(row.relative, sign=True), f"{opening}{change} ({sure}).{better}")
+
+
+def change_text(row: ReportedComparison, run: RunFiles) -> str:
+    """Return a step's relative change for a figure, in brackets where the test does not show it."""
+    unclear = outcome(row, is_higher_better(run, row.metric)) == "none"
+    change = percent(row.relative, sign=True)
+    return f"({change})" if unclear else change
+
+
+def judged_word(judged: Outcome) -> str:
+    """Return the verdict of a comparison for a table."""
+    return {"gain": "better", "loss": "worse", "none": "not measurable"}[judged]
+
+
+def verdict(row: ReportedComparison, higher_is_better: bool) -> str:
+    """Return the verdict of a comparison; a difference too small for these users to show is said to be so."""
+    judged = outcome(row, higher_is_better)
+    if judged == "none" and row.resolvable is not None and abs(row.difference) < row.resolvable:
+        return "not resolvable here"
+    return judged_word(judged)
+
+
+def primary_metrics(run: RunFiles) -> list[ReportedMetric]:
+    """Return the rows of each task's main metric, in the file's order; the first metric's where none is marked."""
+    marked = [row for row in run.metrics if row.primary]
+    return marked or [row for row in run.metrics if row.metric == run.metrics[0].metric]
+
+
+def gain_story(gains: Sequence[UserGain], step: str) -> list[str]:
+    """Say who gained by `step` ("groups" or "users"), who did not, and what goes with it."""
+    known = [(user, gain) for user in gains if (gain := gain_of(user, step)) is not None]
+    if not known:
+        return []
+    up, down = [u for u, g in known if g > 0], [u for u, g in known if g < 0]
+    same = len(known) - len(up) - len(down)
+    story = [f"Of {plural(len(known), 'user')}, {len(up)} gained, {len(down)} lost and {same} stayed the same."]
+    if up and down:
+        long, short = (median(user.history for user in part) for part in (up, down))
+        story.append(f"Median history: {long:g} items of those who gained, {short:g} of those who lost.")
+    story += _relation([user.history for user, _ in known], [gain for _, gain in known])
+    kept = [user for user, _ in known if user.tier in {"population", "groups"}]
+    if step == "users" and kept:
+        story.append(f"{plural(len(kept), 'user')} are served by a tier below an adapter of their own.")
+    queries = [user.queries for user in gains if user.queries]
+    if queries and (few := median(queries)) < 30:
+        story.append(f"A user has {few:g} queries at the median, so one user's bar is coarse: read the shape.")
+    return story
+
+
+def gain_of(user: UserGain, step: str) -> float | None:
+    """Return a user's gain by one step, positive where it helped."""
+    return user.gain_groups if step == "groups" else user.gain_users
+
+
+def _relation(history: Sequence[int], gains: Sequence[float]) -> list[str]:
+    """Say whether longer histories go with larger gains, by Spearman's rank correlation against 2 / sqrt(n)."""
+    if len(history) < 10 or len(set(history)) < 2 or len(set(gains)) < 2:
+        return []
+    rho = float(np.corrcoef(_ranks(history), _ranks(gains))[0, 1])
+    tail = f"(rank correlation {signed(rho, 2)})."
+    if abs(rho) < 2 / math.sqrt(len(history)):
+        return [f"History length tells little about the gain {tail}"]
+    return [f"Longer histories went with {'larger' if rho > 0 else 'smaller'} gains {tail}"]
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return ranks with ties at their mean rank."""
+    _, inverse, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    ranks: np.ndarray[Any, np.dtype[np.float64]] = ((ends - counts + 1 + ends) / 2)[inverse]
+    return ranks
+
+
+def routing_story(figures: Mapping[str, Any]) -> list[str]:
+    """Say what the routing figures mean, for those that are there."""
+    experts = number(figures.get("experts"))
+    entropy, shared = number(figures.get("entropy")), number(figures.get("user_expert_mutual_information"))
+    cosine = number(figures.get("constraint_cosine"))
+    story = []
+    if entropy is not None:
+        most = f" of {plain(math.log(experts), 2)} nats at most" if experts and experts > 1 else " nats"
+        story.append(f"Routing entropy {plain(entropy, 2)}{most}: the lower, the fewer experts a token uses.")
+    if shared is not None:
+        story.append(f"Mutual information of user and expert {plain(shared)} nats: 0 means that all users route alike.")
+    if cosine is not None:
+        story.append(f"Mean cosine between two users' gates {plain(cosine)}: 1 means that they do not differ.")
+    return story
+
+
+def cost_story(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say what a million users would take on disk, if the user stage's size is known."""
+    for row in rows:
+        amount = number(row.get("bytes_per_user"))
+        if row.get("method") == "users" and amount:
+            return f"One user takes {size(amount)}; a million users would take {size(amount * 1e6)}."
+    return ""
+
+
+def truth_story(truth: Mapping[str, Any]) -> list[str]:
+    """Say how well the planted groups were found."""
+    story = []
+    nmi = number(truth.get("nmi"))
+    if nmi is not None:
+        how = "the groups were found" if nmi >= 0.8 else "partly found" if nmi >= 0.4 else "the groups were not found"
+        story.append(f"Normalized mutual information of clusters and true groups: {plain(nmi, 2)} of 1 ({how}).")
+    return story

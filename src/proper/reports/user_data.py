@@ -1,0 +1,192 @@
+"""All that the files of a run say of one user: scores, routing, what the store keeps, and every answer they got.
+
+The store is read, no adapter and no model is loaded. Knows nothing about words, figures or HTML.
+"""
+
+from __future__ import annotations
+
+import difflib
+import heapq
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+
+from proper.adapters.manifest import user_of
+from proper.adapters.store import AdapterStore, Version
+from proper.data.dataset import Dataset
+from proper.errors import InputError, StoreError
+from proper.reports.examples import ReportExample, user_examples
+from proper.reports.load import LADDER, RoutedUser, RunFiles, UserGain
+from proper.reports.reading import count, mapping, number, objects, read_lines, read_object
+
+NEAREST = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """Another user of the store; `cosine` is that of the two embeddings."""
+
+    user: str
+    cosine: float
+    tier: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What the store keeps of a user: all versions (newest first), and who is near.
+
+    `typical` is the median cosine to everybody else, `means` the mean of every number among the facts of target users,
+    `problem` why the store could not be read.
+    """
+
+    versions: tuple[Version, ...] = ()
+    neighbours: tuple[Neighbour, ...] = ()
+    typical: float | None = None
+    means: Mapping[str, float] | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class UserReport:
+    """One user of a run; what a run's files do not say is None or empty.
+
+    Attributes:
+        scores: their main metric by method, on their own queries.
+        losses: their mean answer loss on queries by stage, first seed, in nats per token.
+        history_loss: their answer loss on their own newest items with method `users`, and everybody's mean.
+        examples: all their queries with the answers of each stage, first seed.
+    """
+
+    user: str
+    history: int | None
+    queries: int | None
+    gain: UserGain | None
+    scores: Mapping[str, float]
+    losses: Mapping[str, float]
+    history_loss: tuple[float, float] | None
+    routed: RoutedUser | None
+    stored: Stored
+    examples: tuple[ReportExample, ...]
+
+
+def load_person(run: RunFiles, user: str) -> UserReport:
+    """Read what a run folder says of `user`.
+
+    Raises:
+        InputError: nothing; names the user and the nearest id.
+        RunFolderError: a file is not readable.
+        StoreError: the store is damaged. One that cannot be opened is said on the page.
+    """
+    gain = next((row for row in run.gains if row.user == user), None)
+    stored, interactions = _stored(run, user), _interactions(run.folder, user)
+    if gain is None and interactions is None and not stored.versions:
+        near = difflib.get_close_matches(user, [row.user for row in run.gains], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"--user {user!r}: no such user in {run.folder}{hint}")
+    rows = objects(read_object(run.folder / "users.json").get("users"))
+    row = next((row for row in rows if row.get("user") == user), {})
+    scores = {name: found for name, value in mapping(row.get("values")).items() if (found := number(value)) is not None}
+    return UserReport(
+        user=user,
+        history=gain.history if gain else interactions,
+        queries=gain.queries if gain else None,
+        gain=gain,
+        scores=scores,
+        losses=_losses(run.folder, user),
+        history_loss=_history_loss(run.folder, user),
+        routed=next((row for row in run.routed if row.user == user), None),
+        stored=stored,
+        examples=tuple(user_examples(run.folder, str(run.part("task").get("kind") or ""), user)),
+    )
+
+
+def _interactions(folder: Path, user: str) -> int | None:
+    """Return the length of a user's history from the prepared data; None for a user who is not in it."""
+    path = folder / "data.sqlite"
+    if not path.is_file():
+        return None
+    dataset = Dataset.open(path)
+    try:
+        found = dataset.user(user)
+        return None if found is None else found.history
+    finally:
+        dataset.close()
+
+
+def _stored(run: RunFiles, user: str) -> Stored:
+    folder = run.folder / "users"
+    if not (folder / "users.sqlite").is_file():
+        return Stored(problem="the run has no store")
+    try:
+        store = AdapterStore(folder)
+    except StoreError as error:
+        return Stored(problem=str(error))
+    try:
+        versions = tuple(store.versions(user))
+        if not versions:
+            return Stored(problem="it does not hold this user: deleted, or never a user of stage 2")
+        neighbours, typical = _nearest(store, user)
+        return Stored(versions, tuple(neighbours), typical, _means(store, {row.user for row in run.gains}))
+    finally:
+        store.close()
+
+
+def _nearest(store: AdapterStore, user: str) -> tuple[list[Neighbour], float | None]:
+    """Return the users whose embeddings are nearest, and the median cosine to everybody; embeddings stream."""
+    head = store.head(user)
+    own = np.zeros(0) if head is None else head.embedding.numpy().astype(np.float64)
+    if not own.any():
+        return [], None
+    cosines: list[float] = []
+
+    def others() -> Iterator[Neighbour]:
+        for row in store.manifest.heads(store.tenant):
+            other = np.frombuffer(row.embedding, dtype=np.float32).astype(np.float64)
+            if user_of(row.user) != user and other.shape == own.shape and other.any():
+                cosines.append(float(own @ other / np.sqrt((own @ own) * (other @ other))))
+                yield Neighbour(user_of(row.user), cosines[-1], row.tier)
+
+    nearest = heapq.nsmallest(NEAREST, others(), key=lambda found: (-found.cosine, found.user))
+    return nearest, median(cosines) if cosines else None
+
+
+def _means(store: AdapterStore, targets: set[str]) -> dict[str, float]:
+    """Return the mean of each number among the facts of the target users."""
+    found: dict[str, list[float]] = {}
+    for user, _, facts, _ in store.facts():
+        for key, value in facts.items() if user in targets else ():
+            if (finite := number(value)) is not None:
+                found.setdefault(key, []).append(finite)
+    return {key: fmean(values) for key, values in found.items()}
+
+
+def _losses(folder: Path, user: str) -> dict[str, float]:
+    found = {}
+    for stage in LADDER:
+        rows = (row for row in read_lines(folder / "predictions" / f"{stage}.jsonl") if row.get("user") == user)
+        losses = [number(row.get("loss")) for row in rows]
+        known = [loss for loss in losses if loss is not None]
+        if known:
+            found[stage] = fmean(known)
+    return found
+
+
+def _history_loss(folder: Path, user: str) -> tuple[float, float] | None:
+    measured = mapping(mapping(read_object(folder / "analysis.json").get("history_losses")).get("value"))
+    own = number(measured.get(user))
+    everybody = [value for each in measured.values() if (value := number(each)) is not None]
+    return None if own is None else (own, fmean(everybody))
+
+
+def facts_of(person: UserReport) -> dict[str, Any]:
+    """Return the facts of the current version; empty for a user who is not in the store."""
+    return dict(person.stored.versions[0].facts) if person.stored.versions else {}
+
+
+def known_items(person: UserReport) -> int | None:
+    """Return the length of the history: as scored, else as the store has it."""
+    return person.history if person.history is not None else count(facts_of(person).get("items"))

@@ -1,0 +1,64 @@
+"""What the API says when it does not answer: one exception, written as OpenAI's clients expect an error.
+
+Knows nothing about why anything is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorReply(BaseModel):
+    """The body of every reply that is no answer."""
+
+    error: ErrorBody
+
+
+class APIError(Exception):
+    """A request that is not answered; `status` is HTTP's."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers or {}
+
+    def body(self) -> dict[str, Any]:
+        """Return the reply's JSON."""
+        kind = "server_error" if self.status >= 500 else _KINDS.get(self.status, "invalid_request_error")
+        return ErrorReply(
+            error=ErrorBody(message=self.message, type=kind, param=self.param, code=self.code)
+        ).model_dump()
+
+
+def without_folders(text: str, run: Path) -> str:
+    """Return an error's text with files named as they are within the run folder: where that is, is the server's own."""
+    for folder in {str(run.absolute()), str(run.resolve())}:
+        text = text.replace(f"{folder}/", "").replace(folder, run.name)
+    return text
+
+
+def one_line(text: str) -> str:
+    """Return a line of a log with its control characters written out: one thing that happened is one line."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}

@@ -1,0 +1,90 @@
+"""Large bodies are parsed and validated on a thread, and those that would take long to refuse are refused at once.
+
+Knows nothing about what a body means.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any, cast
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter, ValidationError
+from starlette.requests import ClientDisconnect
+
+from proper.serving.body_checks import may_hold_surrogates, refuse_lone_surrogates
+from proper.serving.errors import APIError
+from proper.serving.thread_limits import LimitedThreads
+
+LARGE = 1 << 16
+"""Bytes of a body that is not parsed on the event loop."""
+VALUES = 100_000
+"""Values and keys that one body may hold: the time to validate it, and to refuse it, grows with them."""
+ERRORS = 100
+"""Errors of a body that are told one by one."""
+_THREADS = LimitedThreads(2)
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class CheckedRoute(APIRoute):
+    """A route whose large bodies are validated off the event loop."""
+
+    def get_route_handler(self) -> Handler:
+        """Return what answers a request."""
+        handle, field = super().get_route_handler(), self.body_field
+        if field is None:
+            return handle
+        model: TypeAdapter[Any] = TypeAdapter(cast(Any, field.field_info.annotation))
+
+        async def checked(request: Request) -> Response:
+            try:
+                body = await request.body()
+            except ClientDisconnect as error:
+                raise APIError(499, "the client has gone") from error
+            if len(body) > LARGE and "json" in request.headers.get("content-type", ""):
+                principal = getattr(request.state, "principal", None)
+                key = "" if principal is None else principal.id
+                value = await _THREADS.run(key, lambda: _validated(body, model))
+                if value is not None:
+                    request._json = value  # what `request.json()` keeps
+            return await handle(request)
+
+        return checked
+
+
+def _validated(body: bytes, model: TypeAdapter[Any]) -> Any:
+    """Return a body as its model; as plain values if it has few errors; None if it is no JSON.
+
+    Raises:
+        Refusal: 400; it has too many values or errors, or text that is not whole.
+    """
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None  # whoever needs the body says so
+    if _more_values_than(value, VALUES):
+        raise APIError(400, f"body: holds more than {VALUES} values", code="invalid")
+    # Here, because nothing can be looked through any more once it is a model.
+    if may_hold_surrogates(body):
+        refuse_lone_surrogates(value)
+    try:
+        return model.validate_python(value)
+    except ValidationError as error:
+        if error.error_count() > ERRORS:
+            raise APIError(400, f"body: {error.error_count()} values are invalid", code="invalid") from error
+        return value
+
+
+def _more_values_than(value: Any, most: int) -> bool:
+    left, count = [value], 0
+    while left:
+        one = left.pop()
+        if isinstance(one, dict | list):
+            count += len(one)
+            if count > most:
+                return True
+            left.extend(one.values() if isinstance(one, dict) else one)
+    return False

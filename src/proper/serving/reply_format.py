@@ -1,0 +1,154 @@
+"""One reply as it grows from pieces, in OpenAI's shapes. Knows nothing about HTTP or how answers come about."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from proper.inference.requests import Token
+from proper.serving.answers import AnswerPiece
+from proper.serving.reply_schemas import (
+    ChatAnswer,
+    ChatChoice,
+    ChatDelta,
+    ChatLogprobs,
+    ChatPiece,
+    End,
+    Extras,
+    LikelyToken,
+    Reply,
+    TextChoice,
+    TextLogprobs,
+    ToldToken,
+    Usage,
+)
+
+Kind = Literal["chat", "text"]
+Decode = Callable[[int], str]
+GATE_DIGITS = 4
+
+
+@dataclass
+class ReplyFormat:
+    """One reply as it grows, in the shape of its kind.
+
+    Attributes:
+        decode: from a token's id to its text.
+        logprobs: whether log-probabilities were asked for.
+        gates, told: what pieces brought and no reply has said yet; `told` and `offsets` by answer.
+        offsets: characters of each answer's tokens that were told.
+    """
+
+    kind: Kind
+    model: str
+    prompt_tokens: int
+    decode: Decode
+    logprobs: bool = False
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+    tokens: int = 0
+    extras: Extras | None = None
+    gates: list[list[float]] = field(default_factory=list)
+    told: defaultdict[int, list[Token]] = field(default_factory=lambda: defaultdict(list))
+    offsets: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
+
+    def note(self, piece: AnswerPiece) -> None:
+        """Count a piece, and keep who answers, its gates and log-probabilities until they are said."""
+        self.tokens += piece.tokens
+        self.gates += [[round(gate, GATE_DIGITS) for gate in token] for token in piece.gates]
+        self.told[piece.index] += piece.told
+        if piece.started is not None:
+            started = piece.started
+            known = {"version": started.version, "fallback": started.fallback}
+            self.extras = Extras(tier=started.tier, **{name: one for name, one in known.items() if one is not None})
+
+    def reply(self, choices: Any, streamed: bool, **usage: Usage | None) -> Reply:
+        """Return the reply around some choices."""
+        extras = self.extras
+        if extras is not None and self.gates:
+            extras, self.gates = extras.model_copy(update={"gates": self.gates}), []
+        prefix = "chatcmpl" if self.kind == "chat" else "cmpl"
+        whole: Any = "chat.completion" if self.kind == "chat" else "text_completion"
+        kind = "chat.completion.chunk" if streamed and self.kind == "chat" else whole
+        known: dict[str, Any] = {**usage, **({} if extras is None else {"proper": extras})}
+        return Reply(
+            id=f"{prefix}-{self.id}", object=kind, created=self.created, model=self.model, choices=choices, **known
+        )
+
+    def chunk(self, piece: AnswerPiece, usage: bool) -> Reply:
+        """Return one piece of a stream; its `usage` is null if the last one will have it."""
+        choice: ChatPiece | TextChoice
+        if self.kind == "chat":
+            first: dict[str, Any] = {"role": "assistant"} if piece.started is not None else {}
+            delta = ChatDelta(content=piece.text, **first)
+            chat = self._chat_logprobs(piece.index)
+            choice = ChatPiece(index=piece.index, delta=delta, logprobs=chat, finish_reason=piece.finish)
+        else:
+            text = self._text_logprobs(piece.index)
+            choice = TextChoice(index=piece.index, text=piece.text, logprobs=text, finish_reason=piece.finish)
+        return self.reply([choice], True, **({"usage": None} if usage else {}))
+
+    def totals(self) -> Usage:
+        """Return the tokens so far."""
+        total = self.prompt_tokens + self.tokens
+        return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.tokens, total_tokens=total)
+
+    def whole(self, texts: list[str], ends: list[End]) -> Reply:
+        """Return the whole reply."""
+        if self.kind == "text":
+            choices = [
+                TextChoice(index=at, text=text, logprobs=self._text_logprobs(at), finish_reason=ends[at])
+                for at, text in enumerate(texts)
+            ]
+            return self.reply(choices, False, usage=self.totals())
+        message = ChatAnswer(role="assistant", content=texts[0], refusal=None)
+        choice = ChatChoice(index=0, message=message, logprobs=self._chat_logprobs(0), finish_reason=ends[0])
+        return self.reply([choice], False, usage=self.totals())
+
+    def _chat_logprobs(self, index: int) -> ChatLogprobs | None:
+        if not self.logprobs:
+            return None
+        told = []
+        for token in self.told.pop(index, []):
+            assert token.logprobs is not None
+            likely = [self._likely(one, share) for one, share in token.logprobs.likeliest]
+            own = self._likely(token.id, token.logprobs.own)
+            told.append(ToldToken(**own.model_dump(), top_logprobs=likely))
+        return ChatLogprobs(content=told, refusal=None)
+
+    def _text_logprobs(self, index: int) -> TextLogprobs | None:
+        if not self.logprobs:
+            return None
+        found = TextLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        for token in self.told.pop(index, []):
+            assert token.logprobs is not None
+            text, own = self.decode(token.id), token.logprobs.own
+            likely = {self.decode(one): share for one, share in reversed(token.logprobs.likeliest)}
+            found.tokens.append(text)
+            found.token_logprobs.append(own)
+            found.top_logprobs.append(dict(reversed({**likely, text: own}.items())))
+            found.text_offset.append(self.offsets[index])
+            self.offsets[index] += len(text)
+        return found
+
+    def _likely(self, token: int, share: float) -> LikelyToken:
+        text = self.decode(token)
+        whole = "\N{REPLACEMENT CHARACTER}" not in text
+        return LikelyToken(token=text, logprob=share, bytes=list(text.encode()) if whole else None)
+
+
+async def collect(shape: ReplyFormat, pieces: AsyncGenerator[AnswerPiece, None], count: int) -> Reply:
+    """Return the whole reply."""
+    texts = [""] * count
+    ends: list[End] = ["stop"] * count
+    async with aclosing(pieces) as stream:
+        async for piece in stream:
+            shape.note(piece)
+            texts[piece.index] += piece.text
+            ends[piece.index] = piece.finish or ends[piece.index]
+    return shape.whole(texts, ends)

@@ -1,0 +1,227 @@
+"""What is asked over the wire: OpenAI's chat and completions as far as they are served, and the project's own fields.
+
+An option that would be ignored is refused unless it has a value that changes nothing: null for every known option, and
+the neutral values that `Only` lists. Hints that cannot change an answer pass. Knows nothing about how requests are
+answered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationInfo, field_validator, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+Name = Annotated[str, Field(min_length=1, max_length=512)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Length = Annotated[int, Field(ge=1, le=1 << 20)]
+Ids = Annotated[list[StrictInt], Field(min_length=1)]
+
+
+class RequestSchema(BaseModel):
+    """What a client sends: an unknown field is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Only:
+    """Marks an option that is known and not served: null and `values` change nothing and pass, others are refused."""
+
+    values: tuple[Any, ...] = ()
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        """Return the validator; what passes becomes None."""
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: Any) -> dict[str, Any]:
+        """Return the JSON schema."""
+        return {"enum": [None, *self.values]}
+
+    def _check(self, value: Any) -> None:
+        if value is not None and value not in self.values:
+            raise PydanticCustomError("unsupported", "this value is not supported; leave the option out or send null")
+
+
+Unserved = Annotated[None, Only()]
+
+
+class ProperOptions(RequestSchema):
+    """The project's own options, in one field.
+
+    Attributes:
+        tenant: whose user; only the key's own tenant is allowed.
+        tier: the highest tier that may answer; "groups" leaves the user's own adapter out, "population" also experts.
+        gates: whether the reply tells, token by token, which experts it came from; of one prompt only.
+    """
+
+    tenant: Annotated[str, Field(max_length=512)] | None = None
+    tier: Literal["users", "groups", "population"] | None = None
+    gates: bool | None = None
+
+
+class StreamOptions(RequestSchema):
+    """What a stream carries beside the text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[None, Only((False,))] = None
+
+
+class Options(RequestSchema):
+    """What chat and completions have in common.
+
+    Attributes:
+        user: whose model answers. Where it is absent, `safety_identifier` or `metadata.user_id` is taken, as clients
+            that no longer send `user` name the user there. Two different users are refused.
+        metadata, prompt_cache_key, prompt_cache_retention: hints that cannot change an answer.
+    """
+
+    model: Name
+    user: Name | None = None
+    safety_identifier: Name | None = None
+    metadata: dict[str, str | None] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Length | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    proper: ProperOptions | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
+    prompt_cache_retention: Annotated[str, Field(max_length=64)] | None = None
+    n: Annotated[None, Only((1,))] = None
+    frequency_penalty: Annotated[None, Only((0,))] = None
+    presence_penalty: Annotated[None, Only((0,))] = None
+    logit_bias: Annotated[None, Only(({}, []))] = None
+    store: Annotated[None, Only((False,))] = None
+    service_tier: Annotated[None, Only(("auto", "default"))] = None
+
+    @field_validator("safety_identifier", "metadata")
+    @classmethod
+    def _names_one_user(cls, value: Any, info: ValidationInfo) -> Any:
+        named = _named(value)
+        if named is not None and not 1 <= len(named) <= 512:
+            raise PydanticCustomError("user", "user_id should have 1 to 512 characters")
+        others = [info.data.get("user"), info.data.get("safety_identifier")]
+        if named is not None and any(other not in (None, named) for other in others):
+            raise PydanticCustomError("user", "names another user than the request does elsewhere")
+        return value
+
+    @model_validator(mode="after")
+    def _find_user(self) -> Options:
+        if self.user is None:
+            self.user = self.safety_identifier or _named(self.metadata)
+        return self
+
+
+def _named(value: str | dict[str, str | None] | None) -> str | None:
+    return value.get("user_id") if isinstance(value, dict) else value
+
+
+class TextPart(RequestSchema):
+    """A piece of a message; `cache_control` is a hint that cannot change an answer."""
+
+    type: Literal["text"]
+    text: str
+    cache_control: dict[str, Any] | None = None
+
+
+class Message(RequestSchema):
+    """One turn of a chat; an assistant's message may come back as a client dumps it, with its null and empty fields."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str | list[TextPart] | None, Field(validate_default=True)] = None
+    name: str | None = None
+    refusal: Annotated[None, Only(("",))] = None
+    annotations: Annotated[None, Only(([],))] = None
+    audio: Unserved = None
+    function_call: Unserved = None
+    tool_calls: Annotated[None, Only(([],))] = None
+    tool_call_id: Unserved = None
+    # LiteLLM's and LangChain's messages have these.
+    reasoning_content: Annotated[None, Only(("",))] = None
+    thinking_blocks: Annotated[None, Only(([],))] = None
+    images: Annotated[None, Only(([],))] = None
+    provider_specific_fields: Annotated[dict[str, Unserved], Field()] | None = None
+
+    @field_validator("content")
+    @classmethod
+    def _is_there(cls, value: Any, info: ValidationInfo) -> Any:
+        if not value and value != "" and info.data.get("role") != "assistant":
+            raise PydanticCustomError("missing", "should be text, or a list of text parts")
+        return value
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content or ())
+
+
+class ChatRequest(Options):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    max_completion_tokens: Length | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: Annotated[None, Only(({"type": "text"},))] = None
+    tools: Annotated[None, Only(([],))] = None
+    tool_choice: Annotated[None, Only(("none", "auto"))] = None
+    parallel_tool_calls: Annotated[None, Only((True, False))] = None
+    functions: Annotated[None, Only(([],))] = None
+    function_call: Annotated[None, Only(("none", "auto"))] = None
+    reasoning_effort: Annotated[None, Only(("none",))] = None
+    verbosity: Annotated[None, Only(("medium",))] = None
+    modalities: Annotated[None, Only((["text"], []))] = None
+    prediction: Unserved = None
+    audio: Unserved = None
+    web_search_options: Unserved = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise PydanticCustomError("logprobs", "needs logprobs: true")
+        return value
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many likely tokens are told beside each of the answer; None where no logprobs are wanted."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Options):
+    """The body of /v1/completions; a prompt is text, or the ids of its tokens."""
+
+    prompt: (
+        str | Annotated[list[str], Field(min_length=1, max_length=64)] | Ids | Annotated[list[Ids], Field(min_length=1)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=5, strict=True)] | Literal[False] | None = None
+    echo: Annotated[None, Only((False,))] = None
+    suffix: Annotated[None, Only(("",))] = None
+    best_of: Annotated[None, Only((1,))] = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _not_too_many(cls, value: Any) -> Any:
+        if isinstance(value, list) and not isinstance(value[0], int) and len(value) > 64:
+            raise PydanticCustomError("prompt", "should be at most 64 prompts")
+        return value
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or several."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [[one for one in self.prompt if isinstance(one, int)]]
+        return [one for one in self.prompt if not isinstance(one, int)]
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many likely tokens are told beside each of the answer; None where no logprobs are wanted."""
+        return None if self.logprobs is None or self.logprobs is False else int(self.logprobs)

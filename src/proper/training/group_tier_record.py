@@ -1,0 +1,32 @@
+"""What is stored of a user whom stage 3 gives no adapter. Knows nothing about how they were trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from proper.adapters.store import UserRecord
+from proper.adapters.validation import is_sound
+
+
+def refused(
+    embeddings: Float[Tensor, "U D"],
+    user: str,
+    embedding: Float[Tensor, "D"],
+    reason: str | None,
+    facts: Mapping[str, Any],
+) -> UserRecord:
+    """Return the record of a user in quarantine, on the group tier; `embeddings` as for `storable`."""
+    told = {**facts, "user": user, "up": False, "reason": reason}
+    return UserRecord(user, "groups", storable(embeddings, embedding), None, told)
+
+
+def storable(embeddings: Float[Tensor, "U D"], embedding: Float[Tensor, "D"]) -> Float[Tensor, "D"]:
+    """Return a user's embedding or, for one that no store takes, the mean of all users' that it would take."""
+    if is_sound(embedding):
+        return embedding
+    return torch.stack([other for other in embeddings if is_sound(other)] or [torch.zeros_like(embedding)]).mean(0)

@@ -1,0 +1,129 @@
+"""Stage 3b: the LoRA-aware router, one W_r per module shared by all users, on frozen adapters (method: stage 3).
+
+Users come in cohorts that fit the bank; a step holds small batches of several of them. Knows nothing about how the
+adapters came about: `load` puts a user's into a slot.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from proper.config import UsersConfig
+from proper.console import progress
+from proper.data.batching import EncodedExample, collate
+from proper.errors import NonFiniteLossError
+from proper.layers.bank import AdapterBank
+from proper.layers.batch_context import RowContext
+from proper.models.personal import ProperModel, answer_loss
+from proper.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, seed_of
+from proper.training.jobs import Job, Jobs
+from proper.training.schedule import factor
+from proper.training.trainer import Log
+
+ROWS_PER_STEP = 32
+
+Load = Callable[[str, Float[Tensor, "P"]], None]
+
+
+@dataclass(frozen=True)
+class RouterPlan:
+    """What stage 3b needs to know besides the model; `rows` is how many it will see, over all epochs."""
+
+    config: UsersConfig
+    rate: float
+    seed: int
+    pad: int
+    slots: int
+    rows: int
+    checkpoint: Checkpoint
+    log: Log
+
+
+def train_router(model: ProperModel, jobs: Jobs, load: Load, plan: RouterPlan, title: str) -> None:
+    """Train W_r in place from zero on the items of `jobs`, whose adapters `load` provides.
+
+    Raises:
+        NonFiniteLossError: a step's loss is not finite.
+    """
+    parameters = model.router_parameters()
+    names: dict[Tensor, str] = {p: name for name, p in parameters.items()}
+    optimizer = torch.optim.AdamW(list(names), lr=plan.rate, weight_decay=0.0)
+    for parameter in names:
+        parameter.data.zero_()
+        parameter.requires_grad_(True)
+    done = _resume(plan, optimizer, names)
+    layout = model.layout(plan.config.rank)
+    bank = AdapterBank(layout, plan.slots, alpha=plan.config.alpha, trainable=False, device=model.device)
+    model.use_bank(bank)
+    with progress(title, plan.rows) as advance:
+        for step, (seen, work) in enumerate(_steps(jobs, bank, load, plan, done), start=done):
+            for group in optimizer.param_groups:
+                group["lr"] = plan.rate * factor(seen, plan.rows, plan.config.warmup, plan.config.schedule)
+            optimizer.zero_grad()
+            loss = _loss(model, work, plan.pad)
+            if not bool(torch.isfinite(loss)):
+                users = ", ".join(sorted({job.user for _, job, _ in work}))
+                value = float(loss.detach())
+                raise NonFiniteLossError(f"router: the loss at step {step + 1} is {value}; users: {users}")
+            torch.autograd.backward(loss)
+            torch.nn.utils.clip_grad_norm_(list(names), plan.config.clip)
+            optimizer.step()
+            value = round(float(loss.detach()), 6)
+            plan.log({"stage": "router", "seed": plan.seed, "phase": title, "step": step + 1, "loss": value})
+            advance(len(work))
+            if plan.checkpoint.due():
+                held = {name: p.detach() for name, p in parameters.items()}
+                plan.checkpoint.save({**held, **optimizer_tensors(optimizer, names)}, {"step": step + 1})
+    for parameter in names:
+        parameter.requires_grad_(False)
+
+
+Work = list[tuple[int, Job, EncodedExample]]
+
+
+def _loss(model: ProperModel, work: Work, pad: int) -> Tensor:
+    """Mean loss per answer token of all rows in this step."""
+    batch = collate([row for _, _, row in work], pad, model.device)
+    slots = torch.tensor([slot for slot, _, _ in work], device=model.device)
+    embedding = torch.stack([job.embedding for _, job, _ in work]).to(model.device)
+    logits = model.answer_logits(batch, RowContext("users", embedding=embedding, slots=slots))
+    total, tokens = answer_loss(logits, batch.labels)
+    return total.sum() / tokens.sum()
+
+
+def _steps(jobs: Jobs, bank: AdapterBank, load: Load, plan: RouterPlan, done: int) -> Iterator[tuple[int, Work]]:
+    """Yield the rows of every step still to do, their users loaded, and how many rows came before."""
+    step = seen = 0
+    for epoch in range(plan.config.router_epochs):
+        shuffle = random.Random(seed_of(plan.seed, "router", epoch))
+        order = list(range(len(jobs)))
+        shuffle.shuffle(order)
+        for at in range(0, len(order), plan.slots):
+            cohort = [jobs[index] for index in order[at : at + plan.slots]]
+            work = [(slot, job, row) for slot, job in enumerate(cohort) for row in job.items]
+            shuffle.shuffle(work)
+            cuts = [work[i : i + ROWS_PER_STEP] for i in range(0, len(work), ROWS_PER_STEP)]
+            if step + len(cuts) > done:
+                for slot, job in enumerate(cohort):
+                    load(job.user, bank.values[slot])
+            for cut in cuts:
+                if step >= done:
+                    yield seen, cut
+                step, seen = step + 1, seen + len(cut)
+
+
+def _resume(plan: RouterPlan, optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> int:
+    held = plan.checkpoint.load()
+    if held is None:
+        return 0
+    tensors, facts = held
+    for parameter, name in names.items():
+        parameter.data.copy_(tensors[name])
+    restore_optimizer(optimizer, names, tensors)
+    return int(facts["step"])

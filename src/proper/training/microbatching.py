@@ -1,0 +1,70 @@
+"""Many users' rows cut into pieces of similar length that run through the model one after another.
+
+Rows sorted by length are cut where that costs least: a piece costs its tokens, padding included, and what starting it
+costs. Knows nothing about models or users' order: what is cut how changes no result beyond rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from proper.data.batching import EncodedExample
+
+MICRO_TOKENS = 4096
+"""Padded tokens that run through the model at once; more only costs memory."""
+
+START_TOKENS = 64
+"""What starting one more piece costs, in tokens: about a thousand calls into torch, 15 ms on a CPU with proper-nano."""
+
+Work = tuple[int, int, EncodedExample]
+"""A row's slot, its place in its user's batch, and the row."""
+
+
+def micro_batches(work: Sequence[Work]) -> Iterator[list[Work]]:
+    """Cut rows into pieces of at most `MICRO_TOKENS` padded tokens (or one row) at the least cost in all."""
+    rows = sorted(work, key=lambda entry: -len(entry[2].ids))
+    lengths = [len(row.ids) for _, _, row in rows]
+    cuts = _candidates(lengths)
+    for start, end in _cheapest(lengths, cuts):
+        # A user's rows side by side: their adapter is read, and their gradient added up, in one place.
+        yield sorted(rows[start:end], key=lambda entry: entry[:2])
+
+
+def padded_tokens(pieces: Sequence[Sequence[Work]]) -> int:
+    """Return the tokens that run through the model, padding included."""
+    return sum(len(piece) * max(len(row.ids) for _, _, row in piece) for piece in pieces)
+
+
+def _candidates(lengths: Sequence[int]) -> list[int]:
+    """Return where a piece may end: where the length changes, and where rows of one length fill a piece."""
+    cuts, start = [0], 0
+    for at in range(1, len(lengths) + 1):
+        changes = at == len(lengths) or lengths[at] != lengths[start]
+        if changes or (at - start) % max(1, MICRO_TOKENS // lengths[start]) == 0:
+            cuts.append(at)
+        if changes:
+            start = at
+    return cuts if lengths else []
+
+
+def _cheapest(lengths: Sequence[int], cuts: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the pieces (start, end) with the least padded tokens plus `START_TOKENS` each."""
+    if not cuts:
+        return []
+    costs, before = [0] + [0] * (len(cuts) - 1), [0] * len(cuts)
+    for end in range(1, len(cuts)):
+        best = None
+        for start in range(end - 1, -1, -1):
+            size = (cuts[end] - cuts[start]) * lengths[cuts[start]]
+            if size > MICRO_TOKENS and start < end - 1:
+                break
+            cost = costs[start] + size + START_TOKENS
+            if best is None or cost < best:
+                best, before[end] = cost, start
+        assert best is not None
+        costs[end] = best
+    pieces, end = [], len(cuts) - 1
+    while end > 0:
+        pieces.append((cuts[before[end]], cuts[end]))
+        end = before[end]
+    return pieces[::-1]

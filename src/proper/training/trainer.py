@@ -1,0 +1,230 @@
+"""The loop that stages 1 and 2 share: epochs of batches, accumulated, clipped, scheduled, resumable.
+
+It stands on `accelerate`: each process takes its share of every batch, and gradients are summed over processes. What a
+stage trains and what it loses is a `Stage`. Knows nothing about experts, adapters or files other than the checkpoint.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from proper.config import OptimizerConfig
+from proper.console import progress
+from proper.data.batching import Batch, EncodedExample, Encoder, collate, similar_batches
+from proper.data.sampling import SampledRows, TextExample
+from proper.errors import NonFiniteLossError
+from proper.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, seed_of
+from proper.training.schedule import factor
+
+Log = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """What a batch costs: the answers' summed loss, their tokens, and a penalty added to the mean."""
+
+    total: Tensor
+    tokens: Tensor
+    penalty: Tensor | None = None
+
+
+class Stage(Protocol):
+    """What the loop needs to know about stage 1 or 2."""
+
+    name: str
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the tensors that AdamW moves."""
+
+    def loss(self, batch: Batch, progress: float) -> LossSum:
+        """Run the model on a batch; `progress` is the share of all steps that is done."""
+
+    def after_backward(self, rate_factor: float, share: float) -> None:
+        """Move what AdamW does not (rows of absent users must stay), once every update."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return whatever else a checkpoint must hold."""
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `state` returned."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Everything the loop needs that is not the stage itself."""
+
+    config: OptimizerConfig
+    rate: float
+    seed: int
+    encoder: Encoder
+    pad: int
+    sample: SampledRows
+    checkpoint: Checkpoint
+    log: Log
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """ceil(rows / batch size)."""
+        return -(-self.sample.size // self.config.batch_size)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps in all."""
+        batches = round(self.config.epochs * self.batches_per_epoch)
+        return max(1, -(-batches // self.config.gradient_accumulation))
+
+
+def train(stage: Stage, plan: TrainingPlan, accelerator: Accelerator) -> None:
+    """Run a stage to its end, going on from its checkpoint where there is one.
+
+    Raises:
+        NonFiniteLossError: a step's loss is not finite; says which step and users.
+    """
+    parameters = stage.parameters()
+    names: dict[Tensor, str] = {p: name for name, p in parameters.items()}
+    optimizer = torch.optim.AdamW(list(names), lr=plan.rate, weight_decay=plan.config.weight_decay)
+    done = _resume(stage, plan, optimizer, names)
+    shown = progress if accelerator.is_main_process else _hidden
+    with shown(f"{stage.name} (seed {plan.seed})", plan.updates) as advance:
+        advance(done)
+        for step, micro_batches in enumerate(_updates(plan, done), start=done):
+            started = time.perf_counter()
+            scale = factor(step, plan.updates, plan.config.warmup, plan.config.schedule)
+            facts = _update(stage, plan, accelerator, optimizer, step, scale, micro_batches)
+            facts["seconds"] = round(time.perf_counter() - started, 4)
+            if accelerator.is_main_process:
+                plan.log(facts)
+            advance(1, f"loss {facts['loss']:.3f}")
+            if plan.checkpoint.due() and accelerator.is_main_process:
+                held = {name: p.detach() for name, p in parameters.items()}
+                plan.checkpoint.save(
+                    {**held, **optimizer_tensors(optimizer, names), **stage.state()}, {"step": step + 1}
+                )
+
+
+@contextmanager
+def _hidden(title: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """Show nothing: one process of several speaks."""
+    yield lambda *_: None
+
+
+def _resume(stage: Stage, plan: TrainingPlan, optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> int:
+    held = plan.checkpoint.load()
+    if held is None:
+        return 0
+    tensors, facts = held
+    for parameter, name in names.items():
+        parameter.data.copy_(tensors[name])
+    restore_optimizer(optimizer, names, tensors)
+    stage.restore(tensors)
+    return int(facts["step"])
+
+
+def _updates(plan: TrainingPlan, done: int) -> Iterator[list[list[TextExample]]]:
+    """Yield the batches of every update that is still to do."""
+    size = plan.config.gradient_accumulation
+    held: list[list[TextExample]] = []
+    count = 0
+    for batch in _batches(plan):
+        held.append(batch)
+        if len(held) == size or count == plan.updates - 1 and len(held) == _last_size(plan):
+            if count >= done:
+                yield held
+            held, count = [], count + 1
+            if count == plan.updates:
+                return
+
+
+def _last_size(plan: TrainingPlan) -> int:
+    batches = max(1, round(plan.config.epochs * plan.batches_per_epoch))
+    return batches - (plan.updates - 1) * plan.config.gradient_accumulation
+
+
+def _batches(plan: TrainingPlan) -> Iterator[list[TextExample]]:
+    epoch = 0
+    while True:
+        shuffle = random.Random(seed_of(plan.seed, "batches", epoch))
+        yield from similar_batches(plan.sample.rows(epoch), plan.config.batch_size, shuffle)
+        epoch += 1
+
+
+def _update(
+    stage: Stage,
+    plan: TrainingPlan,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    scale: float,
+    micro_batches: Sequence[Sequence[TextExample]],
+) -> dict[str, Any]:
+    """One optimizer step: mean loss over the answer tokens of all micro-batches and processes."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    shares = [[plan.encoder.encode(row) for row in batch[rank::world]] for batch in micro_batches]
+    answers = _sum(accelerator, sum(len(r.ids) - r.start for share in shares for r in share))
+    set_seed(seed_of(plan.seed, stage.name, step, rank) % 2**32)
+    optimizer.zero_grad(set_to_none=True)
+    total, penalties, tokens = 0.0, 0.0, 0
+    for share in shares:
+        if not share:
+            continue
+        batch = collate(share, plan.pad, accelerator.device)
+        loss = stage.loss(batch, step / plan.updates)
+        objective = loss.total / answers
+        if loss.penalty is not None:
+            weight = 1 / (len(shares) * world)
+            objective = objective + loss.penalty * weight
+            penalties += float(loss.penalty.detach()) * weight
+        _require_finite(objective, stage.name, step, share)
+        accelerator.backward(objective)
+        total += float(loss.total.detach())
+        tokens += batch.tokens
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    _sum_gradients(accelerator, parameters)
+    norm = float(nn.utils.clip_grad_norm_(parameters, plan.config.clip))
+    for group in optimizer.param_groups:
+        group["lr"] = plan.rate * scale
+    optimizer.step()
+    stage.after_backward(scale, 1 / world)
+    mean = _sum(accelerator, total) / answers
+    return {
+        "stage": stage.name,
+        "seed": plan.seed,
+        "step": step + 1,
+        "epoch": round((step + 1) * plan.config.gradient_accumulation / plan.batches_per_epoch, 4),
+        "loss": round(mean, 6),
+        "penalty": round(penalties, 8),
+        "gradient_norm": round(norm, 6),
+        "learning_rate": plan.rate * scale,
+        "tokens": tokens,
+    }
+
+
+def _sum(accelerator: Accelerator, value: float) -> float:
+    if accelerator.num_processes == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64, device=accelerator.device)
+    return float(accelerator.reduce(tensor, reduction="sum"))
+
+
+def _sum_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+    if accelerator.num_processes == 1:
+        return
+    for parameter in parameters:
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = accelerator.reduce(gradient, reduction="sum")
+
+
+def _require_finite(objective: Tensor, stage: str, step: int, rows: Sequence[EncodedExample]) -> None:
+    if not bool(torch.isfinite(objective)):
+        users = ", ".join(sorted({row.user for row in rows})[:10])
+        raise NonFiniteLossError(f"{stage}: the loss at step {step + 1} is {float(objective.detach())}; users: {users}")

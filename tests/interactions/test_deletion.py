@@ -1,0 +1,178 @@
+"""Deletions that cannot end at once, or were killed: they go on later, and nothing brings a deleted user back."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+
+from proper.adapters.store import AdapterStore, UserRecord
+from proper.errors import InputError
+from proper.files import sweep, write_text
+from proper.interactions.deletion import finish_deletions, remove, working
+from proper.interactions.log import DeletedError, InteractionLog, LogEntry
+
+SECRET = "zyzzyva-text"
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> Path:
+    """A run's store and log with the user `ann`."""
+    folder = tmp_path / "run" / "users"
+    with closing(AdapterStore(folder)) as store, closing(InteractionLog(folder)) as log:
+        store.put([UserRecord("ann", "groups", torch.ones(4), None, {"said": SECRET})])
+        log.append("", "ann", [LogEntry(SECRET, "x")])
+    (folder.parent / "config.yaml").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def store(users: Path) -> Iterator[AdapterStore]:
+    with closing(AdapterStore(users)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def log(users: Path) -> Iterator[InteractionLog]:
+    with closing(InteractionLog(users)) as opened:
+        yield opened
+
+
+def left(users: Path) -> list[str]:
+    files = [path for path in users.parent.rglob("*") if path.is_file()]
+    return [path.name for path in files if any(mark in path.read_bytes() for mark in (SECRET.encode(), b"ann"))]
+
+
+def test_a_reader_makes_a_deletion_wait_and_it_goes_on(users: Path, store: AdapterStore, log: InteractionLog) -> None:
+    with closing(sqlite3.connect(users / "interactions.sqlite", isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM interactions").fetchone()
+        removal = remove(store, log, "ann", 0)
+        assert removal.found and removal.waits and left(users)
+        assert log.deletions.state("", removal.job) == "running"
+        with pytest.raises(DeletedError, match="is being deleted"):
+            log.append("", "ann", [], new=True)
+        assert finish_deletions(users)
+    assert not finish_deletions(users)
+    assert (log.deletions.state("", removal.job), left(users)) == ("done", [])
+    assert log.deletions.state("other", removal.job) is None
+
+
+def test_a_command_that_writes_makes_a_deletion_wait_and_ends_it(
+    users: Path, store: AdapterStore, log: InteractionLog
+) -> None:
+    with working(users.parent):
+        write_text(users.parent / "users.json", '{"users": [{"user": "ann"}]}')
+        assert remove(store, log, "ann", 0).waits
+        write_text(users.parent / "predictions" / "users.jsonl", '{"user": "ann"}\n')
+    assert not log.deletions.pending() and not left(users)
+
+
+def test_a_kill_at_any_point_is_made_good(users: Path) -> None:
+    code = (
+        "import os, signal, sys, pathlib; from proper.interactions import removal as r\n"
+        "from proper.adapters.store import AdapterStore as S; from proper.interactions.log import InteractionLog as L\n"
+        "users, name = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
+        "owner = r if hasattr(r, name) else S if hasattr(S, name) else None\n"
+        "setattr(owner, name, lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))\n"
+        "r.remove(S(users), L(users), 'ann')\n"
+    )
+    for name in ("_work", "_remove_files", "delete", "remove_work", "wipe"):
+        with closing(InteractionLog(users)) as log, closing(AdapterStore(users)) as store:
+            log.append("", "ann", [LogEntry(SECRET, "x")], new=not log.knows("", "ann"))
+            store.put([UserRecord("ann", "groups", torch.ones(4), None, {"said": SECRET})])
+        write_text(users.parent / "users.json", '{"users": [{"user": "ann"}]}')
+        done = subprocess.run([sys.executable, "-c", code, str(users), name], check=False)
+        assert done.returncode == -signal.SIGKILL
+        assert left(users)
+        assert not finish_deletions(users)
+        assert not left(users), name
+
+
+def test_nothing_but_an_enrolment_brings_a_user_back(users: Path, store: AdapterStore, log: InteractionLog) -> None:
+    assert not remove(store, log, "ann").waits
+    store.put(
+        [UserRecord("ann", "users", torch.ones(4), {"a": torch.ones(9)}, {}), UserRecord("bo", "groups", torch.ones(4))]
+    )
+    assert [user for user, _ in store.users()] == ["bo"]
+    assert not any(any(blob.read_bytes()) for blob in store.blobs.iterdir())
+    with pytest.raises(DeletedError, match="was deleted"):
+        log.append("", "ann", [LogEntry(SECRET, "x")])
+    with pytest.raises(DeletedError):
+        log.request_fit("", "ann")
+    assert not left(users), "a tombstone names no user"
+    log.append("", "ann", [LogEntry(SECRET, "x")], new=True)
+    store.put([UserRecord("ann", "groups", torch.ones(4))])
+    assert store.head("ann") is not None and log.count("", "ann") == 1
+
+
+def test_only_files_of_the_registry_are_written_into_a_run(users: Path) -> None:
+    for name in ("notes.txt", "exports/ann.json", "users/copy.json", "seeds/1/notes.txt"):
+        with pytest.raises(InputError, match="lies in the run folder"):
+            write_text(users.parent / name, "ann")
+    write_text(users.parent / "seeds" / "1" / "users.json", "{}")
+
+
+def test_what_a_killed_writer_left_is_swept_and_a_living_ones_is_not(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, sys; from proper.files import atomic_path\n"
+        "with atomic_path(pathlib.Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half'); print('written', flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.txt")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None and writer.stdout.readline()
+        sweep(tmp_path)
+        assert os.listdir(tmp_path), "its writer lives"
+        writer.kill()
+        writer.wait()
+    (tmp_path / ".b.txt.x1y2.tmp").write_text("of an earlier version")
+    sweep(tmp_path)
+    assert not os.listdir(tmp_path)
+
+
+def test_no_other_module_writes_files_by_itself() -> None:
+    """Whatever does not go through `files` writes under a fixed, listed name, or not into a run folder at all."""
+    root = Path(str(resources.files("proper")))
+    opens = re.compile(
+        r"sqlite3\.connect\((?!\")|\.open\(\"[wax]|\.open\(.*\"(wb|ab)\"|\.write_(bytes|text)\(|save_(file|pretrained)\(|os\.open\("
+        r"|open_private\(|mkstemp|mkdtemp"
+    )
+    found = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if path.parent.name != "benchmarks" and any(opens.search(line) for line in path.read_text().splitlines())
+    }
+    assert found == {
+        # names that the registry lists
+        "adapters/integrity.py",
+        "adapters/manifest.py",
+        "adapters/quarantine.py",
+        "adapters/shards.py",
+        "adapters/store.py",
+        "adapters/tombstones.py",
+        "data/database.py",
+        "data/derived/rewrite.py",
+        "data/download.py",
+        "files.py",
+        "interactions/deletion.py",
+        "interactions/personal_files.py",
+        "models/tensors.py",
+        "sqlite_files.py",
+        "training/metrics_log.py",
+        "training/preflight.py",  # a temporary folder elsewhere
+        # folders of their own
+        "export/run_export.py",
+        "export/user_archive.py",
+        "training/population.py",
+    }

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import output_stream
+
+from proper.config import DataConfig, TaskConfig
+from proper.data.templates import BadValue
+from proper.interactions.log import LogEntry
+from proper.interactions.parsing import read_file, record_reader
+
+ROW = {"input": "a", "output": "b"}
+
+
+@pytest.mark.parametrize("said", ["7", 7, 7.0])
+def test_a_row_may_name_its_user_as_the_runs_data_does(said: Any) -> None:
+    read = record_reader(DataConfig(path=""), TaskConfig(), "7")
+    assert read({**ROW, "user_id": said}) == LogEntry("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        (2.0**53, "user_id: 9007199254740992.0: the id has lost digits; write it as text"),
+        (9007199254740993, "user_id: is another user's"),
+        (None, "user_id: is another user's"),
+        (True, "user_id: a bool, where text or a number is wanted"),
+    ],
+)
+def test_a_row_of_a_user_who_cannot_be_told_is_refused(said: Any, what: str) -> None:
+    read = record_reader(DataConfig(path=""), TaskConfig(), "9007199254740992")
+    with pytest.raises(BadValue) as caught:
+        read({**ROW, "user_id": said})
+    assert str(caught.value) == what
+
+
+def test_times_are_those_of_data_files_and_files_may_be_packed(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.zst"
+    with output_stream(str(path), compression="zstd") as file:
+        file.write(b'{"input": "a", "output": "b", "timestamp": 1700000000000000000}\n')
+    assert read_file(path, record_reader(DataConfig(path=""), TaskConfig(), "7")) == [LogEntry("a", "b", 1.7e9)]

@@ -1,0 +1,124 @@
+"""Numbers as text, and sentences that claim no more than a test shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proper.reports.formats import NO_BREAK, duration, p_text, percent, plain, plural, signed, size, span
+from proper.reports.load import ReportedComparison, UserGain
+from proper.reports.narrative import gain_story, outcome
+
+Change = Callable[[Callable[[dict[str, Any]], None]], None]
+
+
+def compared(difference: float, p: float | None, interval: tuple[float, float] | None = None) -> ReportedComparison:
+    return ReportedComparison("t", "users", "groups", "mae", difference, 0.1, interval, p, p, "primary", "", True)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.12345, "0.123"),
+        (-0.12345, "−0.123"),
+        (-0.0001, "0.000"),
+        (123.456, "123.5"),
+        (12345.6, "12,346"),
+        (None, "–"),
+    ],
+)
+def test_plain(value: float | None, text: str) -> None:
+    assert plain(value) == text
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False, min_value=-1e6, max_value=1e6))
+def test_signed_keeps_the_value(value: float) -> None:
+    text = signed(value)
+    read = float(text.replace("−", "-").replace(",", ""))
+    assert abs(read - value) <= max(0.00051, abs(value) * 0.006)
+    assert text.startswith("+") == (value > 0)
+
+
+def test_units() -> None:
+    assert [size(n) for n in (12, 24690, 5.8e6, 3e12)] == ["12 bytes", "24.7 kB", "5.8 MB", "3 TB"]
+    assert [duration(s) for s in (0.0123, 1.84, 600, 9000)] == ["12 ms", "1.84 s", "10 min", "2.5 h"]
+    assert [percent(x, sign=True).replace(NO_BREAK, " ") for x in (0.0469, -0.01, 0.0)] == ["+4.7 %", "−1.0 %", "0.0 %"]
+    assert [p_text(p).replace(NO_BREAK, " ") for p in (0.0002, 0.012, 1.0)] == ["p < .001", "p = .012", "p = 1"]
+    assert span((-0.5, 0.25), sign=True) == "[−0.500, +0.250]"
+    assert [plural(n, noun) for n, noun in ((1, "user"), (2, "query"))] == ["1 user", "2 queries"]
+
+
+@pytest.mark.parametrize(
+    ("difference", "p", "interval", "higher", "expected"),
+    [
+        (-0.1, 0.01, None, False, "gain"),
+        (-0.1, 0.01, None, True, "loss"),
+        (0.1, 0.05, (0.01, 0.2), True, "none"),
+        (0.1, None, (0.01, 0.2), True, "gain"),
+        (0.1, None, (-0.01, 0.2), True, "none"),
+        (0.1, None, None, True, "none"),
+        (0.0, 0.0, None, True, "none"),
+    ],
+)
+def test_only_a_test_makes_a_gain(
+    difference: float, p: float | None, interval: tuple[float, float] | None, higher: bool, expected: str
+) -> None:
+    assert outcome(compared(difference, p, interval), higher) == expected
+
+
+def test_an_error_that_falls_is_a_gain(render: Callable[[], Any], change: Change) -> None:
+    def edit(results: dict[str, Any]) -> None:
+        for row in [*results["metrics"], *results["comparisons"]]:
+            row["metric"] = "mae" if row["metric"] == "accuracy" else row["metric"]
+            row["higher_is_better"] = False
+        for row, value in zip(results["metrics"], (0.9, 0.8, 0.7, 0.75), strict=False):
+            row["value"] = value
+        for row, difference in zip(results["comparisons"], (-0.1, 0.05), strict=True):
+            row.update(difference=difference, p_adjusted=0.001)
+
+    change(edit)
+    header = render().text["header"]
+    assert "Groups: a clear gain; users: a measurable loss." in header
+    assert "Mean absolute error fell from 0.800 to 0.700" in header
+    assert "Measurably worse: mean absolute error rose from 0.700 to 0.750" in header
+
+
+def test_no_gain_anywhere_is_said_plainly(render: Callable[[], Any], change: Change) -> None:
+    change(lambda results: [row.update(p_adjusted=0.4) for row in results["comparisons"]] and None)
+    assert "No measurable gain at any step." in render().text["header"]
+
+
+def test_several_tasks_are_told_apart(render: Callable[[], Any], change: Change) -> None:
+    def edit(results: dict[str, Any]) -> None:
+        for key in ("metrics", "comparisons"):
+            results[key] += [{**row, "task": "letters"} for row in results[key]]
+
+    change(edit)
+    page = render()
+    assert "Letters, groups: a clear gain" in page.text["header"] and "notes, users" in page.text["header"]
+    assert "notes: accuracy" in page.text["ladder"] and "letters: accuracy" in page.text["ladder"]
+
+
+def users(gain: Callable[[int], float], tier: str = "users") -> list[UserGain]:
+    return [UserGain(f"u{n}", n + 1, 50, tier, None, gain(n)) for n in range(40)]
+
+
+def test_history_is_named_only_where_it_goes_with_the_gain() -> None:
+    assert "Longer histories went with larger gains (rank correlation +1.00)." in gain_story(users(float), "users")
+    assert "Longer histories went with smaller gains (rank correlation −1.00)." in gain_story(
+        users(lambda n: -n), "users"
+    )
+    wave = gain_story(users(lambda n: math.sin(n * 2.4)), "users")
+    assert any(line.startswith("History length tells little") for line in wave)
+    assert gain_story(users(float), "groups") == []
+
+
+def test_users_without_an_adapter_are_counted() -> None:
+    story = gain_story(users(lambda n: 0.0, "groups"), "users")
+    assert story[0] == "Of 40 users, 0 gained, 0 lost and 40 stayed the same."
+    assert any(line.startswith("40 users are served by a tier below") for line in story)

@@ -1,0 +1,206 @@
+"""The loop of stages 1 and 2: accumulation, schedules, restarts, and losses that are not finite."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from proper.config import GroupsConfig
+from proper.data.dataset import Dataset, Sample, TextExample
+from proper.errors import NonFiniteLossError
+from proper.models.personal import ProperModel
+from proper.training.groups import train_groups
+from proper.training.schedule import factor
+from proper.training.trainer import TrainingPlan, _batches
+
+Build = Callable[..., ProperModel]
+MakePlan = Callable[..., TrainingPlan]
+Trained = dict[str, Tensor]
+
+
+class Stopped(Exception):
+    """What a test throws into a run."""
+
+
+@dataclass(frozen=True)
+class Only:
+    """The first rows of a sample, always in the same order."""
+
+    rows_held: tuple[TextExample, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.rows_held)
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.tokens for row in self.rows_held)
+
+    def rows(self, epoch: int) -> Iterator[TextExample]:
+        return iter(self.rows_held)
+
+
+@pytest.fixture
+def eight(dataset: Dataset) -> Any:
+    """Eight rows of three users, with answers of different lengths."""
+    found = [row for user in ("ann", "bob", "çem") for row in dataset.history(user)[:3]][:8]
+    return Only(tuple(replace(row, target=f"{row.target} " * (1 + at)) for at, row in enumerate(found)))
+
+
+def settings(**changed: Any) -> GroupsConfig:
+    usual = {"user_embedding": 16, "dropout": 0.0, "epochs": 2, "batch_size": 8, "constraint": {"kind": "users"}}
+    return GroupsConfig.model_validate(usual | changed)
+
+
+def groups_of(dataset: Dataset) -> list[str]:
+    return [user.id for user in dataset.users()]
+
+
+def trained(model: ProperModel, embeddings: Tensor) -> Trained:
+    return {**{name: p.detach().clone() for name, p in model.group_parameters().items()}, "e": embeddings.clone()}
+
+
+@pytest.fixture
+def run(grouped: Build, plan: MakePlan, dataset: Dataset, accelerator: Accelerator) -> Callable[..., Trained]:
+    """Train stage 2 from the same start with some settings; returns what was trained."""
+
+    def fit(config: GroupsConfig, **options: Any) -> Trained:
+        model = grouped(dropout=config.dropout)
+        made = plan(config, **options)
+        return trained(model, train_groups(model, config, groups_of(dataset), made, accelerator))
+
+    return fit
+
+
+def assert_close(found: Trained, expected: Trained, tolerance: float = 1e-4) -> None:
+    for name, tensor in expected.items():
+        distance = float((found[name] - tensor).norm() / tensor.norm())
+        assert distance <= tolerance, f"{name}: {distance:.1e}"
+
+
+def test_two_batches_of_four_are_one_of_eight(run: Callable[..., Trained], eight: Sample) -> None:
+    quiet = {"kind": "none"}
+    whole = run(settings(constraint=quiet, epochs=4), sample=eight, name="whole")
+    halves = run(
+        settings(constraint=quiet, epochs=4, batch_size=4, gradient_accumulation=2), sample=eight, name="halves"
+    )
+    assert_close(halves, whole)
+    other = run(settings(constraint=quiet, epochs=2, batch_size=4), sample=eight, name="other")
+    assert float((other["e"] - whole["e"]).norm() / whole["e"].norm()) > 1e-3, "four steps on half batches differ"
+
+
+def test_gradient_checkpointing_changes_nothing(run: Callable[..., Trained]) -> None:
+    kept = run(settings(dropout=0.1, epochs=1), name="kept")
+    again = run(settings(dropout=0.1, epochs=1, gradient_checkpointing=True), name="again")
+    assert_close(again, kept, 1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_resumed_run_gives_the_same_bits(run: Callable[..., Trained], accumulation: int) -> None:
+    config = settings(dropout=0.1, batch_size=4, gradient_accumulation=accumulation)
+    log: list[dict[str, Any]] = []
+    whole = run(config, name="whole", log=log)
+
+    def stop_after(steps: int) -> Callable[[dict[str, Any]], None]:
+        seen: list[dict[str, Any]] = []
+
+        def told(facts: dict[str, Any]) -> None:
+            seen.append(facts)
+            if len(seen) == steps:
+                raise Stopped
+
+        return told
+
+    again: list[dict[str, Any]] = []
+    for steps in (1, 3):
+        with pytest.raises(Stopped):
+            run(config, name="cut", log=stop_after(steps), seconds=0)
+    resumed = run(config, name="cut", log=again, seconds=0)
+
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    strip = [{key: value for key, value in facts.items() if key != "seconds"} for facts in (*log, *again)]
+    assert len(again) == len(log) - 2, "a step whose log line was thrown away was not saved and is done again"
+    assert strip[len(log) :] == strip[2 : len(log)]
+
+
+def test_the_seed_is_all_that_is_random(run: Callable[..., Trained]) -> None:
+    config = settings(dropout=0.1, epochs=1)
+    one = run(config, name="a")
+    torch.manual_seed(123)
+    same, other = run(config, name="b"), run(config, name="c", seed=1)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch_size", "accumulation"), [(2, 4, 1), (1.5, 4, 1), (0.3, 8, 2), (3, 7, 4), (1, 100, 3)]
+)
+def test_epochs_batches_and_updates(
+    run: Callable[..., Trained],
+    plan: MakePlan,
+    dataset: Dataset,
+    epochs: float,
+    batch_size: int,
+    accumulation: int,
+) -> None:
+    log: list[dict[str, Any]] = []
+    config = settings(epochs=epochs, batch_size=batch_size, gradient_accumulation=accumulation, warmup=0.2)
+    run(config, log=log)
+
+    rows = dataset.sample("all", None, 0).size
+    batches = round(epochs * -(-rows // batch_size))
+    assert len(log) == plan(config).updates == max(1, -(-batches // accumulation))
+    assert [facts["step"] for facts in log] == list(range(1, len(log) + 1))
+    expected = [2e-3 * factor(step, len(log), 0.2, "cosine") for step in range(len(log))]
+    assert [facts["learning_rate"] for facts in log] == pytest.approx(expected)
+    tokens = dataset.sample("all", None, 0).tokens
+    if epochs == int(epochs):
+        assert sum(facts["tokens"] for facts in log) == int(epochs) * tokens, "every row once per epoch"
+
+
+def test_every_users_rows_are_in_an_epoch(plan: MakePlan, dataset: Dataset) -> None:
+    batches = _batches(plan(settings(batch_size=4)))
+    rows = dataset.sample("all", None, 0).size
+    for _ in range(2):
+        seen: Counter[int] = Counter()
+        while seen.total() < rows:
+            seen.update(row.id for row in next(batches))
+        assert seen.total() == rows and set(seen.values()) == {1}
+
+
+def test_a_loss_that_is_not_finite_says_where(
+    grouped: Build, plan: MakePlan, dataset: Dataset, accelerator: Accelerator, eight: Sample
+) -> None:
+    model = grouped()
+    model.backbone.model.get_output_embeddings().weight.data[5] = float("inf")
+    with pytest.raises(NonFiniteLossError, match=r"^groups: the loss at step 1 is (inf|nan); users: ann, bob, çem$"):
+        train_groups(model, settings(), groups_of(dataset), plan(settings(), sample=eight), accelerator)
+
+
+def test_a_loss_that_stops_being_finite_says_when(
+    grouped: Build, plan: MakePlan, dataset: Dataset, accelerator: Accelerator, eight: Sample
+) -> None:
+    model = grouped()
+
+    def spoil(facts: dict[str, Any]) -> None:
+        if facts["step"] == 2:
+            next(iter(model.group_parameters().values())).data.fill_(float("nan"))
+
+    made = plan(settings(epochs=4), sample=eight, log=spoil)
+    with pytest.raises(NonFiniteLossError, match=r"^groups: the loss at step 3 is nan; users: ann, bob, çem$"):
+        train_groups(model, settings(epochs=4), groups_of(dataset), made, accelerator)
+
+
+def test_losses_fall(run: Callable[..., Trained]) -> None:
+    log: list[dict[str, Any]] = []
+    run(settings(epochs=8, batch_size=8), log=log)
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+    assert {"stage", "seed", "penalty", "gradient_norm", "epoch", "seconds"} <= log[0].keys()
+    assert log[-1]["epoch"] == 8
