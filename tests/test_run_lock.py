@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from proper.cli.app import main
+from proper.errors import RunFolderError
 from proper.run_lock import LOCK, exclusive
 
 HOLD = """
@@ -85,3 +87,16 @@ def test_the_lock_is_not_taken_through_a_link(run: Path, tmp_path: Path, capsys:
     (run / LOCK).symlink_to(victim)
     assert main(["report", str(run)]) == 2
     assert "cannot be written" in capsys.readouterr().err and victim.read_text() == "precious"
+
+
+def test_a_full_disk_is_one_line_that_names_the_folder(tmp_path: Path) -> None:
+    """The lock itself takes no room, but the process's id in it does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(RunFolderError, match="run: cannot be written: File too large"), exclusive(tmp_path / "run"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)

@@ -32,11 +32,12 @@ def exclusive(folder: Path) -> Iterator[None]:
         try:
             make_folder(folder)
             held = stack.enter_context(locked(folder / LOCK, wait=False))
+            if held is not None:
+                os.ftruncate(held, 0)
+                os.pwrite(held, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:
             raise RunFolderError(f"{folder}: cannot be written: {error.strerror or error}") from error
         if held is None:
             pid = (folder / LOCK).read_text(encoding="utf-8").strip() or "unknown"
             raise RunFolderError(f"{folder}: another process works in it (pid {pid}); wait for it, or stop it")
-        os.ftruncate(held, 0)
-        os.pwrite(held, f"{os.getpid()}\n".encode(), 0)
         yield

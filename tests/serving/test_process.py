@@ -6,12 +6,13 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -155,3 +156,28 @@ def test_keys_from_the_command_line(long_run: Path, tmp_path: Path, capsys: pyte
     assert main(["keys", "revoke", str(tmp_path), name]) == 2
     assert main(["keys", "add", str(tmp_path), "--scopes", "wirte"]) == 2
     assert "did you mean 'write'?" in capsys.readouterr().err
+
+
+def test_a_burst_of_connections_leaves_descriptors_for_the_store(long_run: Path, tmp_path: Path) -> None:
+    """Connections that are refused hold a descriptor until they are closed, three turns of the event loop later."""
+    limited = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (200, 200)); from proper.cli.app import main; main()"
+    with serving(shutil.copytree(long_run, tmp_path / "tiny"), "--no-worker", start=("-c", limited)) as (started, url):
+        host, port = url.removeprefix("http://").split(":")
+        with ExitStack() as held:
+            started.send_signal(signal.SIGSTOP)  # so that all of them wait when it looks
+            for _ in range(400):
+                one = held.enter_context(socket.socket())
+                one.setblocking(False)
+                one.connect_ex((host, int(port)))
+            started.send_signal(signal.SIGCONT)
+            until_refused(host, int(port))
+        until_ready(url)
+        started.terminate()
+        _, said = started.communicate(timeout=30)
+    assert started.returncode == 0 and "out of system resource" not in said, said[-600:]
+
+
+def until_refused(host: str, port: int) -> None:
+    """Wait until the connections before this one have been taken in or refused."""
+    with socket.create_connection((host, port), timeout=20) as last:
+        assert b"too many connections" in last.recv(4096)

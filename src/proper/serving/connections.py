@@ -19,9 +19,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from proper.serving.errors import APIError
 
-ACCEPTED_AT_ONCE = 64
+ACCEPTED_AT_ONCE = 16
 """Connections that the event loop takes in before it looks whether they are too many."""
-RESERVED = ACCEPTED_AT_ONCE + 96
+_TURNS = 3
+"""Turns of the event loop from taking in a connection to closing it as one too many; each may take in as many again."""
+RESERVED = _TURNS * ACCEPTED_AT_ONCE + 112
 """File descriptors that connections never get: the store, the log, weights, the worker."""
 MOST = 4096
 
