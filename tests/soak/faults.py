@@ -26,7 +26,10 @@ DAMAGED_SECONDS = 6.0
 """At most; until somebody was told of it, if that is sooner."""
 LIFE = 6
 """Rounds that a server lives: long enough to see whether its memory grows."""
-WORKER_SECONDS = 60.0
+WORKER_SECONDS, FIRST_WORKER_SECONDS = 10.0, 120.0
+"""To wait for one to kill; longer for the first, so that there is one in a short soak."""
+WORKS_SECONDS = 4.0
+"""That one is left alone at most, so that some are killed in the middle of a fit."""
 TRIES = 5
 """Adapters that are damaged one after another until somebody is told."""
 
@@ -48,9 +51,12 @@ class Saboteur:
     def kill_worker(self) -> None:
         """SIGKILL for the process that fits people; it may be starting still."""
         # One that waits for the other server's to end may be absent for a while.
-        if not self.scene.wait(lambda: self.scene.server.worker() is not None, WORKER_SECONDS):
+        before = any(what == "worker killed" for _, what in self.scene.ledger.done)
+        seconds = WORKER_SECONDS if before else FIRST_WORKER_SECONDS
+        if not self.scene.wait(lambda: self.scene.server.worker() is not None, seconds):
             self.scene.ledger.fault("no worker to kill")
             return
+        time.sleep(self.scene.random.uniform(0, WORKS_SECONDS))
         worker = self.scene.server.worker()
         if worker is None:
             return
