@@ -80,7 +80,7 @@ def test_a_command_that_writes_makes_a_deletion_wait_and_ends_it(
 
 def test_a_kill_at_any_point_is_made_good(users: Path) -> None:
     code = (
-        "import os, signal, sys, pathlib; from proper.interactions import removal as r\n"
+        "import os, signal, sys, pathlib; from proper.interactions import deletion as r\n"
         "from proper.adapters.store import AdapterStore as S; from proper.interactions.log import InteractionLog as L\n"
         "users, name = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
         "owner = r if hasattr(r, name) else S if hasattr(S, name) else None\n"

@@ -110,14 +110,14 @@ import sys, torch
 from proper.config import UsersConfig
 from proper.models.backbone import load_backbone
 from proper.models.personal import ProperModel
-from proper.training.multi_user_trainer import Engine
+from proper.training.multi_user_trainer import MultiUserTrainer
 torch.set_num_threads(1)
 def resident():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) * 1024
 model = ProperModel(load_backbone("proper-nano", torch.bfloat16, torch.device("cpu")))
 model.add_plain_targets(UsersConfig(), "ffn")
 before = resident()
-engine = Engine(model, UsersConfig(), 0.0, 0, 200, pad=0)
+engine = MultiUserTrainer(model, UsersConfig(), 0.0, 0, 200, pad=0)
 for tensor in (engine.bank.values, engine.bank.gradients, engine.optimizer.first, engine.optimizer.second, engine.best):
     tensor.fill_(1.0)
 print(resident() - before, 200 * 20 * engine.bank.layout.width)
