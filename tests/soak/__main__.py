@@ -28,7 +28,7 @@ from typing import Any
 
 import spoiled
 import verdict
-from beside import Beside
+from beside import Beside, Imports
 from crowd import Crowd
 from faults import Saboteur
 from folk import LENGTHS, Archive, labels_of, offline, prepare, says
@@ -143,7 +143,7 @@ def begin(
     faults = [
         threading.Thread(target=Saboteur(apart("faults")).run, name="saboteur"),
         threading.Thread(target=Beside(apart("beside")).run, name="beside"),
-        threading.Thread(target=Crowd(apart("crowd"), idle).run, name="crowd"),
+        threading.Thread(target=Crowd(apart("crowd"), idle, Imports(apart("imports"))).run, name="crowd"),
     ]
 
     def client(name: str, step: str) -> threading.Thread:

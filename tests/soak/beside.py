@@ -46,24 +46,11 @@ database.execute("ROLLBACK")
 
 
 @dataclass
-class Beside:
-    """Everything that is done to the run folder by others than the server."""
+class Imports:
+    """Spoiled exports, one kind after another."""
 
     scene: Scene
-    client: Client = field(init=False)
     kinds: list[str] = field(default_factory=lambda: [*KINDS])
-
-    def __post_init__(self) -> None:
-        scene = self.scene
-        self.client = Client(
-            "beside", scene.server.url, scene.folder.name, scene.people, scene.ledger, threading.Event(), Random(0)
-        )
-
-    def run(self) -> None:
-        """Go through all of them until the scene's end."""
-        steps = [self.import_spoiled, self.spoil_slot, self.delete_by_cli, self.hold_locks]
-        with closing(self.client.http):
-            self.scene.go_through("what is beside the server", lambda number: steps)
 
     def import_spoiled(self) -> None:
         """Import an exported user with numbers that are no numbers, or absurd; it must be refused."""
@@ -78,6 +65,26 @@ class Beside:
         if ended.returncode not in (1, 2) or len(said) != 1 or not any(why in said[0] for why in REFUSALS):
             self.scene.ledger.amiss(f"import of {kind} ended with {ended.returncode}: {ended.stdout} {ended.stderr}")
         self.scene.ledger.fault(f"import tried: {kind}")
+
+
+@dataclass
+class Beside:
+    """Everything that is done to the run folder by others than the server."""
+
+    scene: Scene
+    client: Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        scene = self.scene
+        self.client = Client(
+            "beside", scene.server.url, scene.folder.name, scene.people, scene.ledger, threading.Event(), Random(0)
+        )
+
+    def run(self) -> None:
+        """Go through all of them until the scene's end."""
+        steps = [self.spoil_slot, self.delete_by_cli, self.hold_locks]
+        with closing(self.client.http):
+            self.scene.go_through("what is beside the server", lambda number: steps)
 
     def spoil_slot(self) -> None:
         """Fill a stored adapter with NaN, with the checksum of that; its user falls back or is refused."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from random import Random
 
 import httpx
+from beside import Imports
 from folk import LENGTHS, PROMPT
 from scene import Scene
 from server import Server
@@ -35,10 +36,13 @@ class Crowd:
 
     scene: Scene
     idle: list[socket.socket]
+    imports: Imports
 
     def run(self) -> None:
         """Go through all of them until the scene's end."""
-        self.scene.go_through("the crowd", lambda number: [self.flood, self.idlers, self.second_server])
+        # The imports are here and not beside the others, so that the threads of a short soak end together.
+        steps = [self.flood, self.idlers, self.second_server, self.imports.import_spoiled]
+        self.scene.go_through("the crowd", lambda number: steps)
 
     def flood(self) -> None:
         """Many requests at once, some of them with a prompt near the limit of a body."""
