@@ -14,7 +14,7 @@ from proper.files import read_json
 def test_figures_go_to_stdout_and_to_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(groups_module, "QUICK", groups_module.Size(rows=20, steps=1, repeats=1))
+    monkeypatch.setattr(groups_module, "QUICK", groups_module.GroupsBenchSize(rows=20, steps=1, repeats=1))
     path = tmp_path / "groups.json"
     assert main(["bench", "groups", "--quick", "--json", str(path), "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
