@@ -182,7 +182,7 @@ class AdapterBank:
     def lora_of(
         self, x: Float[Tensor, "B T I"], own: tuple[Tensor, Tensor], onto: Float[Tensor, "B T O"]
     ) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B T O"]]:
-        """Return A_u x and `onto` + h_u from the weights that `gathered` returned, in their dtype, without gradients."""
+        """Return A_u x and `onto` + h_u, computed without gradients in the dtype of `own`, the result of `gathered`."""
         down, up = own
         middle = torch.bmm(down, x.to(down.dtype).mT)
         return middle.mT, torch.baddbmm(onto.to(down.dtype), (middle * self.scale).mT, up).to(onto.dtype)
