@@ -1,1 +1,1 @@
-"""Trained parts for other programs: PEFT folders, user archives, static and 8-bit forms of the adapters."""
+"""Export of users and the backbone (PEFT folders, user archives), and of adapters in static and int8 form."""

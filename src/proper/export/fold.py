@@ -1,9 +1,9 @@
-"""One user's mixture and adapter as one plain LoRA per module: gates averaged over the user's own history.
+"""Folding of a user's expert mixture and adapter into one plain LoRA per module, with gates averaged over the history.
 
     g = mean over the tokens of the user's history of the gates that serve them      (per module)
 
-The gates are those of the form that is served: with the user's embedding and, on the users tier, with their adapter and
-the LoRA-aware router. Averaging is what `static-export` loses against exact serving. Knows nothing about files.
+The gates are those of exact serving: with the user's embedding and, on the users tier, with the user's adapter and the
+LoRA-aware router. Averaging them is what `static-export` loses against exact serving.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from proper.layers.personalized_linear import AdaptedLinear
 
 @dataclass(frozen=True)
 class Folded:
-    """What a user's layers come to under constant gates.
+    """A user's folded LoRAs under constant gates.
 
     Attributes:
-        loras: one per module, on the CPU, all of one rank, E*R_g + R_u; zero where nothing is added.
+        loras: one LoRA per module, on the CPU, all of rank E*R_g + R_u; zero where a module adds nothing.
         gates: the mean gates (E,) that were used, per module with experts.
     """
 
@@ -38,10 +38,10 @@ class Folded:
 
 
 def fold(model: PersonalizedModel, user: str, history: Sequence[TextExample]) -> Folded:
-    """Fold one user's experts and adapter, as the model serves them.
+    """Fold one user's experts and adapter, at the tier that the model serves the user.
 
     Raises:
-        InputError: the history is empty, so that there is nothing to average the gates over.
+        InputError: the history is empty, so that the gates cannot be averaged.
         StoreError: the user's adapter is damaged.
     """
     gates = history_gates(model, user, history)
@@ -49,7 +49,7 @@ def fold(model: PersonalizedModel, user: str, history: Sequence[TextExample]) ->
 
 
 def history_gates(model: PersonalizedModel, user: str, history: Sequence[TextExample]) -> dict[str, Float[Tensor, "E"]]:
-    """Return the user's mean gates in every module with experts, over all tokens of these items, answers included.
+    """Return the user's mean gates per module with experts, over all tokens of the history, answers included.
 
     Raises:
         InputError: the history is empty.
@@ -73,7 +73,7 @@ def history_gates(model: PersonalizedModel, user: str, history: Sequence[TextExa
 
 
 def fold_with(model: PersonalizedModel, user: str, gates: Mapping[str, Float[Tensor, "E"]]) -> dict[str, Lora]:
-    """Return the user's layers under these constant gates, every module padded to one rank."""
+    """Return the user's LoRA per module under these constant gates, all padded to one rank."""
     slots = model.rows([user]).slots
     slot = -1 if slots is None else int(slots[0])
     layers = model.model.layers.items()
@@ -81,7 +81,7 @@ def fold_with(model: PersonalizedModel, user: str, gates: Mapping[str, Float[Ten
 
 
 def folded_rank(model: PersonalizedModel) -> int:
-    """Return E*R_g + R_u, the rank of every user's folded adapter, whatever their tier."""
+    """Return E*R_g + R_u, the rank of every user's folded adapter on any tier."""
     return max(
         (layer.experts.experts * layer.experts.rank if layer.experts is not None else 0)
         + (layer.bank.layout.rank if layer.bank is not None else 0)
@@ -90,7 +90,7 @@ def folded_rank(model: PersonalizedModel) -> int:
 
 
 def _parts(layer: AdaptedLinear, slot: int, gates: Float[Tensor, "E"] | None) -> list[Lora]:
-    """The experts under their gates, then the user's own LoRA, as far as they are there, after a LoRA of rank 0."""
+    """Return a LoRA of rank 0, then the gated experts and the user's own LoRA, if the layer has them."""
     found = [Lora(torch.zeros(0, layer.inputs), torch.zeros(layer.outputs, 0))]
     if layer.experts is not None and layer.router is not None and gates is not None:
         scale = layer.experts.scale * layer.router.factor

@@ -1,7 +1,7 @@
-"""`users-int8` as a model: a run's users answered from their adapters as `users.storage: int8` would keep them.
+"""The derived method `users-int8`: a run's model with its users' adapters quantized as by `users.storage: int8`.
 
-What stands in the store is encoded once more, so that both forms answer with the same training; from adapters kept in
-bf16 the loss of both roundings is measured together. Knows nothing about metrics.
+The stored adapters are quantized again, so that both forms share the same training. If they are stored in bf16, the
+losses of both roundings are measured together.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ USERS_INT8 = "users-int8"
 
 @contextmanager
 def in_int8(folder: Path, users: Sequence[str]) -> Iterator[PersonalizedModel]:
-    """Yield the model of a run that answers these users with their adapters in int8; all others are unknown to it.
+    """Yield a run's model with these users' adapters in int8; all other users are unknown to it.
 
-    They lie in a store of their own, in a temporary folder that is gone afterwards: personal data is copied nowhere
-    that deletion would miss.
+    The adapters are in a separate store in a temporary folder, which is removed at the end: no copy of personal data
+    remains where deletion would miss it.
 
     Raises:
-        RunFolderError: stage 3 is not there.
+        RunFolderError: stage 3 is missing.
     """
     with tempfile.TemporaryDirectory(prefix="proper-int8-") as place:
         store, exact = AdapterStore(Path(place)), load(folder, "users")
@@ -43,7 +43,7 @@ def in_int8(folder: Path, users: Sequence[str]) -> Iterator[PersonalizedModel]:
 
 
 def int8_bytes(record: UserRecord) -> int:
-    """Return the bytes of one user's adapter in int8, scales included; 0 without one."""
+    """Return the size of one user's adapter in int8 in bytes, scales included; 0 without an adapter."""
     return sum(tensor.nbytes for tensor in encode(record.adapter or {}, "int8").values())
 
 
@@ -61,7 +61,7 @@ def _recoded(exact: PersonalizedModel, users: Sequence[str], store: AdapterStore
         alpha=exact.config.users.alpha,
         trainable=False,
         device=exact.model.device,
-        # As a run with `storage: int8` has it: the products of numbers and scales fit no bf16.
+        # As in a run with `storage: int8`: dequantized values (number times scale) are not exact in bf16.
         dtype=torch.float32,
     )
     exact.model.use_bank(bank)

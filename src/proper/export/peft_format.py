@@ -1,10 +1,10 @@
-"""Adapters as other servers read them: one plain LoRA per module, in PEFT's names.
+"""Conversion to and from the PEFT adapter format, as vLLM and other servers read it: one plain LoRA per module.
 
-Token-level routing is not a plain LoRA. With the gates held at g the method's layer is one, of rank E*R_g + R_u:
+Token-level routing is not a plain LoRA. With constant gates g the method's layer is one, of rank E*R_g + R_u:
 
     delta = s_g * sum_i g_i B_i A_i + s_u B_u A_u = [s_g g_1 B_1 ... s_g g_E B_E  s_u B_u] [A_1; ...; A_E; A_u]
 
-Pure converters between tensors: knows nothing about stores, users, models or how gates are averaged.
+All functions are pure conversions of tensors.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from proper.errors import InputError
 from proper.layers.bank import Layout
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The ranks that vLLM takes."""
+"""The LoRA ranks that vLLM accepts."""
 
 _PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
 class Lora:
-    """What one module adds: `up @ down @ x`. Whatever scale there was is in `up`; fp32."""
+    """LoRA of one module, fp32, which adds `up @ down @ x`; its scale is already multiplied into `up`."""
 
     down: Float[Tensor, "R I"]
     up: Float[Tensor, "O R"]
 
     @property
     def rank(self) -> int:
-        """R."""
+        """The rank R."""
         return int(self.down.shape[0])
 
     def padded(self, rank: int) -> Lora:
-        """Return the same LoRA with zeros up to `rank`.
+        """Return the same LoRA, zero-padded to `rank`.
 
         Raises:
-            ValueError: it has more already.
+            ValueError: its rank is already higher.
         """
         missing = rank - self.rank
         if missing < 0:
@@ -54,7 +54,7 @@ class Lora:
 
 
 def scaled(down: Float[Tensor, "R I"], up: Float[Tensor, "O R"], scale: float) -> Lora:
-    """Return a LoRA with its scale folded into B, exactly the same map: a user's own, or stage 1's."""
+    """Return a LoRA (a user's own or stage 1's) with its scale multiplied into B, which leaves the map unchanged."""
     return Lora(down.detach().float().clone(), scale * up.detach().float())
 
 
@@ -67,7 +67,7 @@ def folded_experts(
         down: the A_i, stacked.
         up: the B_i, side by side.
         gates: the constant weight of each expert.
-        scale: s_g, times whatever else the router multiplies the mixture by.
+        scale: s_g, times the router's factor of the mixture.
     """
     ranks = down.shape[0] // gates.shape[0]
     weights = (gates.float() * scale).to(up.device).repeat_interleave(ranks)
@@ -75,16 +75,16 @@ def folded_experts(
 
 
 def joined(parts: Iterable[Lora]) -> Lora:
-    """Return the sum of LoRAs on one module as one, whose rank is the sum of theirs."""
+    """Return the sum of LoRAs on one module as one LoRA, whose rank is the sum of the ranks."""
     held = list(parts)
     return Lora(torch.cat([part.down for part in held]), torch.cat([part.up for part in held], dim=1))
 
 
 def served_rank(rank: int) -> int:
-    """Return the smallest rank of `RANKS` with room for `rank`.
+    """Return the smallest rank in `RANKS` that is at least `rank`.
 
     Raises:
-        InputError: there is none.
+        InputError: `rank` is above all of them.
     """
     for known in RANKS:
         if known >= rank:
@@ -93,12 +93,12 @@ def served_rank(rank: int) -> int:
 
 
 def uniform(loras: Mapping[str, Lora], rank: int) -> dict[str, Lora]:
-    """Return all modules' LoRAs with zeros up to one rank: modules may lack experts, or an adapter of the user."""
+    """Return all modules' LoRAs zero-padded to one rank: some modules may lack experts or the user's adapter."""
     return {name: lora.padded(rank) for name, lora in loras.items()}
 
 
 def to_peft(loras: Mapping[str, Lora]) -> dict[str, Tensor]:
-    """Return the tensors of PEFT's adapter_model.safetensors."""
+    """Return the tensors for PEFT's adapter_model.safetensors."""
     tensors = {}
     for name, lora in loras.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = lora.down.contiguous()
@@ -107,10 +107,10 @@ def to_peft(loras: Mapping[str, Lora]) -> dict[str, Tensor]:
 
 
 def from_peft(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Lora]:
-    """Return the LoRAs in PEFT's tensors, `scale` (PEFT's alpha / r) folded into B.
+    """Return the LoRAs in PEFT's tensors, with `scale` (PEFT's alpha / r) multiplied into B.
 
     Raises:
-        ValueError: a tensor is no LoRA's, or lacks its other half.
+        ValueError: a tensor is not the A or B of a LoRA, or its counterpart is missing.
     """
     loras = {}
     for key in tensors:
@@ -123,14 +123,14 @@ def from_peft(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Lora]:
 
 
 def adapter_config(loras: Mapping[str, Lora], modules: Collection[str], *, fan_in_fan_out: bool) -> dict[str, Any]:
-    """Return PEFT's adapter_config.json: `lora_alpha = r`, so that whoever reads it scales by 1.
+    """Return the content of PEFT's adapter_config.json, with `lora_alpha = r`, so that readers scale by 1.
 
-    Only what every version of PEFT knows; it fills in the rest.
+    It has only keys that every version of PEFT knows; PEFT fills in the rest.
 
     Args:
-        loras: what is written, all of one rank.
-        modules: the names of all modules of the backbone, so that no other is meant by accident.
-        fan_in_fan_out: whether the adapted layers keep their weights as (I, O), as GPT-2's Conv1D does.
+        loras: the exported LoRAs, all of one rank.
+        modules: the names of all modules of the backbone, so that `target_modules` matches no other by accident.
+        fan_in_fan_out: whether the adapted layers store their weights as (I, O), as GPT-2's Conv1D does.
 
     Raises:
         ValueError: the ranks differ.
@@ -142,7 +142,7 @@ def adapter_config(loras: Mapping[str, Lora], modules: Collection[str], *, fan_i
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        # A path or name of the merged backbone would be this machine's; whoever loads the adapter gives it.
+        # A path of the merged backbone would hold on this machine only; the program that loads the adapter gives it.
         "base_model_name_or_path": None,
         "inference_mode": True,
         "r": rank,
@@ -156,10 +156,10 @@ def adapter_config(loras: Mapping[str, Lora], modules: Collection[str], *, fan_i
 
 
 def target_names(written: Collection[str], modules: Collection[str]) -> list[str]:
-    """Return the shortest dotted endings that mean the written modules and none else of `modules`.
+    """Return the shortest dotted name endings that match the written modules and no others of `modules`.
 
-    Servers want names like `gate_proj`; where that would take in others (GPT-2's `c_proj`) an ending is longer, and
-    where only some layers are written it is the whole name.
+    Servers expect names like `gate_proj`. Where such a name would match other modules (GPT-2's `c_proj`) the ending is
+    longer, and where only some layers are written it is the whole name.
     """
     wanted, found = set(written), set()
     for name in wanted:
@@ -174,7 +174,7 @@ def _meant(ending: str, modules: Collection[str]) -> set[str]:
 
 
 def pack(loras: Mapping[str, Lora], layout: Layout) -> Float[Tensor, "P"]:
-    """Return the LoRAs as a slot's row, padded to the layout's rank; modules without one are zero."""
+    """Return the LoRAs as a row of a bank slot, padded to the layout's rank; modules without a LoRA are zero."""
     row = torch.zeros(layout.width)
     for piece in layout.pieces:
         lora = loras.get(piece.module)

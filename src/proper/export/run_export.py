@@ -1,10 +1,11 @@
-"""Users and the backbone out of a run folder, and users into one.
+"""Export of users and the backbone from a run folder, and import of users into one.
 
     native      one user's own state, for another run of the same backbone and groups      exact
-    peft        one plain LoRA a module, for any server, on the merged backbone             gates averaged
+    peft        one plain LoRA per module, for any server, on the merged backbone           gates averaged
     backbone    the backbone with stage 1 merged, as transformers saves it                  exact
 
-Every export is a folder that appears whole or not at all. Knows which files of a run say what an adapter belongs to.
+Every export is a folder that is written atomically. The origin of an adapter (`run_origin`) is computed here from the
+run's files.
 """
 
 from __future__ import annotations
@@ -40,15 +41,16 @@ from proper.run_files import run_home
 Format = Literal["native", "peft"]
 
 TEXTS = "interactions.jsonl"
-"""In a native export: what the run knows of the user in words, for the user to read; an import leaves it alone."""
+"""File of a native export with all texts that the run has of the user, for the user to read; imports ignore it."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A user who was taken in.
+    """Result of an import.
 
     Attributes:
-        same_router: whether the LoRA-aware router here is the one they were exported with; their gates depend on it.
+        record: the imported user.
+        same_router: whether this run's LoRA-aware router is that of the export; the user's gates depend on it.
     """
 
     record: UserRecord
@@ -56,12 +58,12 @@ class Imported:
 
 
 def export_user(folder: Path, user: str, out: Path, *, form: Format = "native", force: bool = False) -> None:
-    """Write one user of a run to the folder `out`.
+    """Export one user of a run to the folder `out`.
 
     Raises:
-        InputError: the store does not know the user, `out` is there (without `force`), or for other servers the user
-            has no history or the backbone is quantized.
-        RunFolderError: the run has not got that far.
+        InputError: the store does not know the user, `out` exists (without `force`), or in the peft format the user has
+            no history or the backbone is quantized.
+        RunFolderError: a stage that the export needs is missing.
         StoreError: the user's adapter is damaged.
     """
     require_free(out, force)
@@ -85,12 +87,12 @@ def export_user(folder: Path, user: str, out: Path, *, form: Format = "native", 
 def import_user(
     folder: Path, source: Path, *, name: str | None = None, force: bool = False, deleted: bool = False
 ) -> Imported:
-    """Take an exported user into a run, under another name if one is given.
+    """Import a natively exported user into a run, under another name if `name` is given.
 
     Raises:
-        InputError: it is no exported user, belongs to another backbone or other groups, or the run has a user of that
-            name (without `force`), or had one who was deleted (without `deleted`).
-        RunFolderError: the run has no groups yet.
+        InputError: `source` is not an exported user or belongs to another backbone or other groups; or the run has a
+            user of that name (without `force`), or had one who was deleted (without `deleted`).
+        RunFolderError: the run has no groups stage yet.
     """
     record, written = read_user(source, run_origin(folder))
     record = replace(record, user=record.user if name is None else name)
@@ -108,16 +110,16 @@ def import_user(
 
 
 def export_backbone(folder: Path, out: Path, *, force: bool = False) -> None:
-    """Write the backbone with stage 1 merged, and its tokenizer, in transformers' format.
+    """Export the backbone with stage 1 merged, and its tokenizer, in transformers' format.
 
     Raises:
-        InputError: `out` is there (without `force`), or the backbone is quantized, so that nothing can be merged.
-        RunFolderError: the run has no population yet.
+        InputError: `out` exists (without `force`), or the backbone is quantized, so that stage 1 cannot be merged.
+        RunFolderError: the run has no population stage yet.
     """
     require_free(out, force)
     backbone = load(folder, "population").model.backbone
     _require_dense(folder, backbone)
-    # A server stops where the model's own config says; ours had its checkpoint's habits of generation taken off.
+    # Servers take the end tokens from the generation config; `load_backbone` has removed the checkpoint's own one.
     backbone.model.generation_config = GenerationConfig.from_model_config(backbone.model.config)
     with atomic_folder(out, shared=True) as place:
         backbone.model.save_pretrained(place)
@@ -127,10 +129,10 @@ def export_backbone(folder: Path, out: Path, *, force: bool = False) -> None:
 
 
 def run_origin(folder: Path) -> dict[str, str]:
-    """Return what this run's adapters belong to: hashes of what they were trained on, their rank and their scale.
+    """Return the origin of this run's adapters: hashes of backbone, population and groups, and rank and alpha.
 
     Raises:
-        RunFolderError: stages 1 and 2 are not there, or do not name their backbone.
+        RunFolderError: stages 1 and 2 are missing, or do not name their backbone.
     """
     config = _config(folder)
     marker = folder / "groups" / "stage.json"
@@ -149,10 +151,10 @@ def run_origin(folder: Path) -> dict[str, str]:
 
 
 def require_free(out: Path, force: bool) -> None:
-    """See that `out` can be written: it is not there, or is an earlier export (or empty) and may be replaced.
+    """Check that `out` can be written: it does not exist, or with `force` is an earlier export or an empty folder.
 
     Raises:
-        InputError: it is there and may not be replaced.
+        InputError: `out` exists and may not be replaced.
     """
     if not out.exists():
         return
@@ -163,7 +165,7 @@ def require_free(out: Path, force: bool) -> None:
 
 
 def _write_texts(path: Path, folder: Path, user: str) -> None:
-    """Write all texts that the run has of a user, a JSON object a line; nothing where it has none."""
+    """Write all texts that the run has of a user, one JSON object per line; without texts no file is written."""
     with closing(InteractionLog(folder / "users")) as log:
         rows = [*run_rows(run_home(folder), user), *logged_rows(log, DEFAULT_TENANT, user)]
     if rows:
@@ -201,7 +203,7 @@ def _require_dense(folder: Path, backbone: Backbone) -> None:
 
 
 def _require_fit(folder: Path, source: Path, record: UserRecord) -> None:
-    """See that the tensors are this run's in shape, so that they can be served."""
+    """Check that the record's tensors have this run's shapes, so that they can be served."""
     tensors, facts = load_tensors(folder / "groups" / "groups.safetensors")
     if record.embedding.shape != tensors["mean_embedding"].shape:
         held = len(tensors["mean_embedding"])
@@ -248,13 +250,13 @@ def _config(folder: Path) -> Config:
 
 
 def _router(folder: Path) -> dict[str, str]:
-    """The hash of stage 3b's router, which all users share; nothing where there is none."""
+    """Return the hash of stage 3b's router, which all users share; an empty dict without a router."""
     path = folder / "users" / "router.safetensors"
     return {"router": _hash(path)} if path.is_file() else {}
 
 
 def _data(folder: Path) -> Path:
-    """The prepared data of a run, which further seeds share."""
+    """Return the path of a run's prepared data, which further seeds share."""
     return run_home(folder) / "data.sqlite"
 
 

@@ -1,8 +1,8 @@
-"""`static-export` as a model: every target user answered by their folded plain LoRA, in batches of mixed users.
+"""The derived method `static-export`: every target user answered with their folded plain LoRA, in mixed-user batches.
 
-What another server would do with the exported adapters, done by our own layers: a bank of the folded rank on the merged
+Proper's own layers do what another server would do with the exported adapters: a bank of the folded rank on the merged
 backbone, without experts and routers. A user without a history has no gates to average, and is answered by the merged
-backbone alone. Knows nothing about metrics or exported files.
+backbone alone.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ STATIC_EXPORT = "static-export"
 def static_export(folder: Path, dataset: Dataset) -> Iterator[PersonalizedModel]:
     """Fold all target users of a run and yield the model that answers with the folded adapters.
 
-    They lie in a store of their own, in a temporary folder that is gone afterwards: personal data is copied nowhere
-    that deletion would miss.
+    The adapters are in a separate store in a temporary folder, which is removed at the end: no copy of personal data
+    remains where deletion would miss it.
 
     Raises:
-        RunFolderError: stage 3 is not there.
+        RunFolderError: stage 3 is missing.
     """
     with tempfile.TemporaryDirectory(prefix="proper-static-") as place:
         store = AdapterStore(Path(place))
@@ -49,7 +49,7 @@ def static_export(folder: Path, dataset: Dataset) -> Iterator[PersonalizedModel]
 
 
 def folded_size(model: PersonalizedModel) -> tuple[int, int]:
-    """Return the numbers and bytes of one user's exported adapter: fp32, at the rank that servers take."""
+    """Return the parameters and bytes of one user's exported adapter: fp32, at a rank that servers accept."""
     numbers = model.model.layout(served_rank(folded_rank(model))).width
     return numbers, 4 * numbers
 
@@ -57,20 +57,20 @@ def folded_size(model: PersonalizedModel) -> tuple[int, int]:
 def fold_all(
     exact: PersonalizedModel, users: Sequence[str], history: Callable[[str], Sequence[TextExample]], store: AdapterStore
 ) -> PersonalizedModel:
-    """Fold these users into an empty store and return the model over it, which takes the exact one's backbone away.
+    """Fold these users into an empty store and return the model over it; `exact` loses its backbone and is unusable.
 
     Raises:
         InputError: a user has no history.
     """
     config, rank = exact.config, folded_rank(exact)
     layout = exact.model.layout(rank)
-    nobody = torch.zeros(1)  # A record has an embedding, which plain LoRAs do not look at.
+    nobody = torch.zeros(1)  # A record must have an embedding, but plain LoRAs do not use it.
     with progress(f"fold: {STATIC_EXPORT}", len(users)) as advance:
         for user in users:
             adapter = layout.unpack(pack(fold(exact, user, history(user)).loras, layout))
             store.put([UserRecord(user, "users", nobody, adapter)])
             advance(1)
-    # The same backbone without experts: the plain layers take the adapted ones' places.
+    # The same backbone without experts: plain layers replace the adapted ones in place.
     plain = ProperModel(exact.model.backbone)
     plain.add_plain_targets(config.users, list(exact.model.layers))
     bank = AdapterBank(

@@ -1,10 +1,10 @@
-"""One user's own state as a folder that another run of the same backbone and groups can take in.
+"""User archive: one user's own state as a folder that another run of the same backbone and groups can import.
 
-    proper.json         who it is, their tier and facts, what it belongs to, the other file's sha256
-    user.safetensors    embedding (D,), and PROJECTION.{A,B} stacked over layers, as the store has them
+    proper.json         user id, tier and metadata (facts), the origin, and the other file's sha256
+    user.safetensors    embedding (D,), and PROJECTION.{A,B} stacked over layers, as in the store
 
-`origin` says what an adapter belongs to: hashes of backbone, population and groups, and the adapter's shape and scale.
-It means nothing elsewhere. Knows nothing about run folders, or where the hashes come from.
+`origin` identifies what an adapter was trained on: hashes of backbone, population and groups, and the adapter's rank
+and alpha. With another origin the adapter is meaningless.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from proper.errors import InputError, ProperError
 from proper.files import hash_file, read_json, write_json
 
 FACTS = "proper.json"
-"""The file that marks a folder as an export, whatever its format, and says what it is."""
+"""The file that marks a folder as an export of any format and describes it."""
 
 _TENSORS = "user.safetensors"
 _EMBEDDING = "embedding"
 
 
 class Exported(BaseModel):
-    """What proper.json says of a user.
+    """Content of a user archive's proper.json.
 
     Attributes:
-        version: of this format.
-        origin: what the adapter belongs to, and what else it was made with.
-        sha256: of the tensors' file.
+        version: version of this format.
+        origin: hashes and settings that the adapter belongs to, and the hash of the router it was trained with.
+        sha256: hash of user.safetensors.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -55,22 +55,22 @@ def write_user(folder: Path, record: UserRecord, origin: Mapping[str, str]) -> N
     tensors = {_EMBEDDING: record.embedding, **(record.adapter or {})}
     path = folder / _TENSORS
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    # A loss among the facts may be no number, which JSON does not have.
+    # A loss among the facts may be NaN, which JSON does not have; it becomes null.
     facts = json.loads(json.dumps(dict(record.facts)), parse_constant=lambda _: None)
     said = Exported(user=record.user, tier=record.tier, facts=facts, origin=dict(origin), sha256=hash_file(path))
     write_json(folder / FACTS, said.model_dump())
 
 
 def read_user(folder: Path, origin: Mapping[str, str]) -> tuple[UserRecord, dict[str, str]]:
-    """Read what `write_user` wrote, if it belongs here; returns the user, and the origin as written.
+    """Read a user archive that `write_user` wrote; return the user's record and the written origin.
 
     Args:
-        folder: the exported user.
-        origin: what must be the same.
+        folder: the archive.
+        origin: required origin: each of its keys must have the same value in the archive.
 
     Raises:
-        InputError: it is no exported user, is damaged, belongs to another origin (says which part differs), or has
-            numbers that are not finite or absurdly large (names the tensor).
+        InputError: `folder` is not an exported user, is damaged, belongs to another origin (names the key that
+            differs), or has values that are not finite or absurdly large (names the tensor).
     """
     said = _read_facts(folder)
     for key, value in origin.items():

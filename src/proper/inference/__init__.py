@@ -1,4 +1,4 @@
-"""Answers for many users at once, from a run folder."""
+"""Inference for mixed-user batches: `load` a run folder, then generate or score for any of its users."""
 
 from proper.inference.personalized import Answer, PersonalizedModel, load
 

@@ -1,7 +1,7 @@
-"""The adapters that requests need, on their way from the stores into the model's bank.
+"""Adapter manager of the engine: loads the LoRA adapters that requests need from the stores into bank slots.
 
-A request is tied to one version of its user's record when it is accepted, and to the one that was there when its
-adapter was loaded. Knows nothing about prompts, rows or tokens.
+A request is tied to the version of its user's record that is current when the request is accepted; if its adapter has
+to be loaded, the request takes the version that the load found.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ DAMAGED_EMBEDDING = "damaged embedding"
 
 
 class AdapterManager:
-    """An engine's stores and slots. All but `store` is for the thread that runs the steps.
+    """An engine's tenant stores and slot cache. Only `store` is thread-safe; the rest is for the engine's thread.
 
     Args:
-        model: whose bank is filled, by nobody else until `close`.
-        slots: adapters in the bank; it is replaced by another one if it has not so many.
-        wake: called from the loading thread when there is something to collect.
+        model: the model whose bank is filled; until `close` nothing else may write to that bank.
+        slots: number of adapters in the bank; a bank of another size is replaced.
+        wake: called from the loading thread when a load has ended.
         strict: raise for a damaged adapter instead of answering without it.
 
     Attributes:
-        residents: the slots; None where no user has an adapter.
-        fallbacks: requests that lost their adapter so far.
+        residents: the slot cache; None where no user has an adapter.
+        fallbacks: number of requests answered without their damaged adapter or embedding so far.
     """
 
     def __init__(self, model: PersonalizedModel, slots: int, wake: Callable[[], None], strict: bool) -> None:
@@ -46,7 +46,7 @@ class AdapterManager:
         self.residents = self._make_residents(slots, wake)
 
     def store(self, tenant: str) -> AdapterStore:
-        """Return a tenant's store, opened when it is first asked for; for any thread.
+        """Return a tenant's store, which the first call opens; thread-safe.
 
         Raises:
             ProperError: the run has no users.
@@ -60,12 +60,12 @@ class AdapterManager:
 
     @property
     def underway(self) -> int:
-        """Loads whose outcome has not been collected."""
+        """Number of loads whose result has not been collected."""
         return self.residents.loading if self.residents is not None else 0
 
     @property
     def finished(self) -> bool:
-        """Whether there is something to collect."""
+        """Whether a load has ended and its result can be collected."""
         return self.residents is not None and self.residents.finished
 
     @property
@@ -74,13 +74,13 @@ class AdapterManager:
         return self.residents is None or self.residents.settled
 
     def head(self, guest: RunningRequest) -> Head | None:
-        """Return the record of a request's user as it is now; None for nobody's."""
+        """Return the current record of the request's user; None if the request has no user or the store has none."""
         if guest.owner is None or self._model.cache is None:
             return None
         return self.store(guest.owner[0]).head(guest.owner[1])
 
     def accept(self, guest: RunningRequest) -> None:
-        """Tie a request to the record of its user; with an embedding that is of no use they are a stranger.
+        """Tie a request to its user's record; a user whose embedding is damaged is answered like an unknown user.
 
         Raises:
             StoreError: the record cannot be read, or, if `strict`, its embedding is damaged.
@@ -98,7 +98,7 @@ class AdapterManager:
             self.residents.counts.hits += 1
 
     def collect(self, waiting: Iterable[RunningRequest]) -> None:
-        """Take over what was loaded, and tell those who wait for it.
+        """Collect the loads that have ended, and update the waiting requests that need those adapters.
 
         Raises:
             StoreError: an adapter is damaged, if `strict`.
@@ -110,11 +110,11 @@ class AdapterManager:
                     self._settle(guest, outcome)
 
     def ready(self, guest: RunningRequest) -> bool:
-        """Whether a request's adapter is there, if it needs one."""
+        """Whether a request needs no adapter or its adapter is in a slot."""
         return guest.key is None or (self.residents is not None and guest.key in self.residents)
 
     def ahead(self, waiting: Iterable[RunningRequest]) -> None:
-        """Start loads for those who wait, the longest waiting first; nobody takes a slot from who waits longer."""
+        """Prefetch adapters of waiting requests in queue order; no load evicts the adapter of an earlier request."""
         if self.residents is None:
             return
         keep: set[AdapterKey] = set()
@@ -126,37 +126,37 @@ class AdapterManager:
             keep.add(guest.key)
 
     def take(self, guest: RunningRequest) -> None:
-        """Keep a request's adapter, which is there, in its slot until `release`."""
+        """Pin a request's adapter, which must be loaded, to its slot until `release`."""
         if self.residents is not None and guest.key is not None:
             guest.slot = self.residents.pin(guest.key)
 
     def release(self, guest: RunningRequest) -> None:
-        """Undo `take`, if it was done."""
+        """Unpin a request's adapter, if `take` pinned it."""
         if self.residents is not None and guest.key is not None and guest.slot >= 0:
             self.residents.unpin(guest.key)
 
     def forget(self, tenant: str, user: str) -> None:
-        """Wipe a user's adapters from the bank once nothing runs on them."""
+        """Wipe a user's adapters from the bank once no running request uses them."""
         if self.residents is not None:
             self.residents.forget(tenant, user)
 
     def owners(self) -> set[tuple[str, str]]:
-        """Return tenant and user of every adapter that is in a slot or on its way."""
+        """Return (tenant, user) of every adapter that is in a slot or being loaded."""
         return self.residents.owners() if self.residents is not None else set()
 
     def is_gone(self, tenant: str, user: str) -> bool:
-        """Whether a user is not in their store any more."""
+        """Whether a user is no longer in the tenant's store."""
         return self.store(tenant).head(user) is None
 
     def close(self) -> None:
-        """End the loading thread and close the stores; the bank is the model's own again."""
+        """End the loading thread, close the stores and give the model its own bank back."""
         if self.residents is not None:
             self.residents.close()
             assert self._model.cache is not None
             self._model.cache.clear()
             self._model.model.use_bank(self._model.cache.bank)
         for tenant, store in self._stores.items():
-            if tenant:  # the others are the engine's own; this one is the model's
+            if tenant:  # the default tenant's store belongs to the model
                 store.close()
 
     def _make_residents(self, slots: int, wake: Callable[[], None]) -> AsyncSlotCache | None:
@@ -178,7 +178,7 @@ class AdapterManager:
         return fault_of({"embedding": head.embedding})
 
     def _settle(self, guest: RunningRequest, outcome: LoadResult) -> None:
-        """Tell a request how the load of its adapter ended."""
+        """Apply the result of a load to a request that needs the adapter."""
         if outcome.error is not None:
             if self._strict:
                 raise StoreError(outcome.error)

@@ -1,7 +1,6 @@
-"""The rows that run: whose they are, their keys and values, and the next token of each.
+"""Running batch of the engine: the rows in progress, their KV cache, prefill, and one decoding step for all rows.
 
-Where a pass over several rows fails, each is computed alone, so that a failure stays with the row it belongs to. Knows
-nothing about who waits, how adapters get into their slots, or when a row has enough.
+When a forward pass over several rows fails, each row is computed alone, so that only the faulty row's request fails.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ if TYPE_CHECKING:
     from proper.inference.personalized import PersonalizedModel
 
 Drawn = Token | Exception
-"""A row's next token, or why there is none."""
+"""A row's next token, or the error that prevented it."""
 
 New = tuple[RunningRequest, CachedPrefix | None]
-"""A row to be, and what is there of its prompt already."""
+"""A request to prefill, and its cached prefix if there is one."""
 
 
 class RunningBatch:
-    """Up to `rows` rows of up to `limit` tokens; what ends and what begins goes through `prefixes`.
+    """Up to `rows` rows of up to `limit` tokens; `prefixes` gives new rows their cached prefix and keeps ended rows.
 
     Attributes:
-        guests: whose the rows are.
-        reused: tokens of prompts that came from prefixes so far.
+        guests: the request of each row, in row order.
+        reused: number of prompt tokens taken from the prefix cache so far.
     """
 
     def __init__(self, model: PersonalizedModel, rows: int, limit: int, prefixes: PrefixCache) -> None:
@@ -51,12 +50,13 @@ class RunningBatch:
         return len(self.guests)
 
     def prefill(self, guests: Sequence[RunningRequest]) -> tuple[list[Drawn], list[tuple[RunningRequest, Exception]]]:
-        """Compute prompts and add their rows, in an order of their own.
+        """Compute the prompts of new requests and append their rows; the row order may differ from `guests`.
 
-        Those that have a prefix come last, and in a pass of their own: the others' prompts would have it compute all.
+        Requests with a cached prefix are computed last, in a separate pass: in one pass with prompts that have no
+        prefix, their whole prompts would be computed.
 
         Returns:
-            The first token of each row that was added, and those that got no row, with why.
+            The first token of each added row, and the failed requests with their errors.
         """
         new = [(guest, self._prefixes.find(guest.origin, guest.request.prompt)) for guest in guests]
         drawn: list[Drawn] = []
@@ -68,36 +68,36 @@ class RunningBatch:
 
     def decode(self) -> list[Drawn]:
         """Return the next token of every row."""
-        # Not a row's affair: what is moved by half would be wrong in all of them.
+        # Not caught: an interrupted move corrupts all rows, so the error must not be charged to a single row.
         self._cache.make_room()
         last = [guest.said[-1] for guest in self.guests]
         logits: Tensor | None = None
-        with suppress(Exception):  # what it is, the rows say one by one, when this pass has let go of its memory
+        with suppress(Exception):  # recomputing row by row finds the error again, after this pass's memory is free
             if self._routing is None:
                 self._routing = self._rows_of(self.guests)
             logits = decode(self._model.model, self._cache, last, self._routing)
         return self._decode_alone(last) if logits is None else self._draw(logits, self.guests)
 
     def leave(self, row: int) -> None:
-        """Drop a row; the last row takes its number."""
+        """Remove a row; the last row moves to its index."""
         self._cache.leave(row)
         self.guests[row] = self.guests[-1]
         self.guests.pop()
         self._routing = None
 
     def keep(self, row: int) -> None:
-        """Keep what is computed of a row for the next prompt of the same origin, if it has one."""
+        """Put a row's keys and values into the prefix cache, if its request has an origin."""
         guest = self.guests[row]
         if guest.origin is not None:
-            # The newest token is not in the row: it would have gone in with the next step.
+            # The newest token has no keys and values yet: the next step would have computed them.
             tokens = (*guest.request.prompt, *guest.said)[: self._cache.window.lengths[row]]
             self._prefixes.keep(guest.origin, tokens, self._cache.states(row))
 
     def require_backbone(self) -> None:
-        """See that the backbone still computes, by itself and for nobody: where it does not, no row can.
+        """Check that the backbone alone, without experts and adapters, still gives finite logits.
 
         Raises:
-            ProperError: it does not.
+            ProperError: it fails or its logits are not finite, so that no row can be computed.
         """
         model = self._model.model
         try:
@@ -109,14 +109,14 @@ class RunningBatch:
             raise ProperError("the backbone does not compute any more: its logits are not finite")
 
     def _begin(self, part: Sequence[New], drawn: list[Drawn], failed: list[tuple[RunningRequest, Exception]]) -> None:
-        """Compute some new rows in one pass, or each alone where that fails."""
+        """Prefill new rows in one pass, or each alone if that fails."""
         try:
             drawn += self._compute(part)
             return
         except Exception as error:
             if len(part) == 1:
                 failed.append((part[0][0], error))
-        # Not inside `except`, where the error would hold the memory of the pass that failed.
+        # Not inside `except`, where the error's traceback would keep the failed pass's memory alive.
         for one in part if len(part) > 1 else ():
             self._begin([one], drawn, failed)
 
@@ -133,7 +133,7 @@ class RunningBatch:
         return self._draw(logits, guests)
 
     def _decode_alone(self, last: Sequence[int]) -> list[Drawn]:
-        """`decode` row by row: the failed pass has moved nothing, and what it wrote is written again."""
+        """Decode row by row: the failed pass did not advance the window, and its writes are overwritten."""
         drawn: list[Drawn] = []
         for row, guest in enumerate(self.guests):
             try:
@@ -155,7 +155,7 @@ class RunningBatch:
         )
 
     def _draw(self, logits: Float[Tensor, "B V"], guests: Sequence[RunningRequest]) -> list[Drawn]:
-        """Draw from logits of rows that are in the cache; raises nothing, for it could not be done again."""
+        """Sample the next tokens of rows in the cache. Returns errors instead of raising: the step cannot be redone."""
         try:
             tokens = next_tokens(logits, [guest.sampler for guest in guests])
             gates = self._model.model.routing.last()

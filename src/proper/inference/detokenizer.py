@@ -1,8 +1,7 @@
-"""Tokens of one answer to text, piece by piece: the pieces joined are the decoded answer, stripped.
+"""Incremental detokenizer with stop strings: the joined pieces are the decoded answer, stripped.
 
-A character may be spread over tokens and a stop text over pieces, so what could still change is held back. A stop text
-is looked for in the answer before it is stripped: it may be a newline at the beginning or the end. Knows nothing about
-models or users.
+A character may be spread over several tokens and a stop string over several pieces, so text that could still change is
+held back. Stop strings are matched before stripping: one may be a newline at the beginning or the end of the answer.
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ from typing import Any
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _CLEANED = 19
-"""Characters at the end that clean-up may still rewrite: it replaces ten texts in turn, each of which may reach back by
-its length less one (" ." by 1, " ' " by 2, " n't" by 3, ...)."""
+"""Trailing characters that `clean_up_tokenization_spaces` may still rewrite: it replaces ten strings in turn, and each
+may reach back by its length less one (" ." by 1, " ' " by 2, " n't" by 3, ...)."""
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class Detokenizer:
-    """One answer as it grows.
+    """Decoder of one streamed answer.
 
     Attributes:
-        stopped: whether a stop text came; it and what follows are not part of the answer.
+        stopped: whether a stop string was found; it and the text after it are not part of the answer.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
@@ -34,7 +33,7 @@ class Detokenizer:
         self._sent = ""
 
     def push(self, token: int) -> str:
-        """Take a token; return the text that is certain now."""
+        """Add a token; return the new text that can no longer change."""
         self._ids.append(token)
         raw = self._raw()
         if not self.stopped:
@@ -44,11 +43,11 @@ class Detokenizer:
         return self._send(raw.strip())
 
     def close(self) -> str:
-        """Return what was held back."""
+        """Return the text that was held back."""
         return self._send(self._raw().strip())
 
     def _raw(self) -> str:
-        """Return the text before the first stop text, not stripped."""
+        """Return the text before the first stop string, not stripped."""
         text = self._decode(self._ids)
         places = [at for stop in self._stop if (at := text.find(stop)) >= 0]
         self.stopped = bool(places)
@@ -59,7 +58,7 @@ class Detokenizer:
         return text
 
     def _open(self, text: str) -> int:
-        """Return how many characters are of a run of byte tokens that may go on: it is text only if all of it is."""
+        """Return the characters of a trailing run of byte tokens, which may go on: it decodes only as a whole."""
         size = len(self._ids)
         while size and self._may_go_on(self._ids[size - 1]):
             size -= 1
@@ -77,7 +76,7 @@ class Detokenizer:
 
 
 def _cleans_up(tokenizer: Any) -> bool:
-    """Return whether decoding takes spaces out before punctuation; many say so of whom it is not true (byte-level)."""
+    """Return whether decoding removes spaces before punctuation; many byte-level tokenizers claim it but do not."""
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return False
     ids = tokenizer("a . b ' s", add_special_tokens=False).input_ids
@@ -85,5 +84,5 @@ def _cleans_up(tokenizer: Any) -> bool:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Return how many characters at the end of `text` may be the beginning of `stop`."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,12 +1,12 @@
-"""Continuous batching for mixed users: a loop whose every step adds one token to every row, whoever it belongs to.
+"""Continuous-batching engine for mixed users: each step generates one token for every running row.
 
-    step:  take in what came, let rows go -> start loads -> one token per row -> seat those whose adapters are there
+    step:  accept and cancel requests -> start adapter loads -> decode one token per row -> prefill requests whose
+           adapters are loaded
 
-New rows are prefilled together and join the running ones. Keys and values are personal: a row gets none of another
-person's, not even for the same prompt (`prefixes.py`). A request keeps the version of its user's adapter from when it
-was accepted to its end. What fails ends the request that it belongs to; where it belongs to none, `step` raises and the
-engine has to be closed.
-Knows nothing about text, HTTP or time.
+New rows are prefilled together and join the running batch. Keys and values are personal: a row never reuses those of
+another user, not even for the same prompt (`prefix_cache.py`). A request keeps one version of its user's adapter until
+it ends. An error ends the request that caused it; if no request caused it, `step` raises and the engine has to be
+closed. The engine works on tokens, not on text.
 """
 
 from __future__ import annotations
@@ -35,18 +35,20 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """One model, many requests. `submit` is for any thread, everything else for the one that runs the steps.
+    """Engine of one model. Methods not marked thread-safe are for the thread that runs the steps.
 
-    It fills the model's bank. From here to `close` the model's own `generate` and `score` may not be used, nor may
-    another engine; afterwards they may.
+    The engine fills the model's bank. Until `close`, neither the model's own `generate` and `score` nor another engine
+    may be used on the model.
 
     Args:
-        model: whose answers.
-        limits: how much at once; the defaults if None.
-        strict: raise what goes wrong, damaged adapters too, from `step`, where a server goes on for everybody else.
+        model: the model that answers.
+        limits: batch, slot and memory limits; the defaults if None.
+        strict: raise every error, damaged adapters included, from `step`. A server (not strict) fails only the request
+            that the error belongs to.
 
     Attributes:
-        limit: tokens that a prompt and its answer may have together.
+        limit: maximum tokens of a prompt and its answer together.
+        changed: condition that is notified when a request, cancellation or load needs a step.
     """
 
     def __init__(self, model: PersonalizedModel, limits: EngineLimits | None = None, *, strict: bool = False) -> None:
@@ -70,10 +72,10 @@ class Engine:
         self._tokens: Counter[str] = Counter()
 
     def submit(self, request: Request, sink: Sink) -> RequestHandle:
-        """Accept a request; the sink is told about it from the thread that runs the steps.
+        """Queue a request and return its handle; the engine's thread calls `sink` with the events. Thread-safe.
 
         Raises:
-            InputError: as from `check`.
+            InputError: see `check`.
             ProperError: the engine is closed.
         """
         self.check(request)
@@ -87,17 +89,17 @@ class Engine:
         return ticket
 
     def check(self, request: Request) -> None:
-        """See that a request can be computed; for any thread. Raises InputError as `requests.require_possible`."""
+        """Check that a request can be computed; thread-safe. Raises InputError, see `requests.require_possible`."""
         require_possible(request, self.limit, self.model.model.backbone.embeddings)
 
     def forget(self, tenant: str, user: str) -> None:
-        """Wipe a user's adapters from the bank once nothing runs on them, and drop their prefixes; for any thread."""
+        """Wipe a user's adapters from the bank once no row uses them, and drop the user's prefixes; thread-safe."""
         with self.changed:
             self._forget.append((tenant, user))
             self.changed.notify_all()
 
     def recheck(self) -> None:
-        """Forget those users of whom something is kept and who are not in their store any more; for any thread.
+        """Forget all cached users who are no longer in their store; thread-safe.
 
         Another process may have deleted them.
         """
@@ -106,7 +108,7 @@ class Engine:
             self.changed.notify_all()
 
     def store(self, tenant: str) -> AdapterStore:
-        """Return a tenant's store, opened when it is first asked for; for any thread.
+        """Return a tenant's store, which the first call opens; thread-safe.
 
         Raises:
             ProperError: the run has no users.
@@ -114,32 +116,32 @@ class Engine:
         return self._loading.store(tenant)
 
     def wake(self) -> None:
-        """Have whoever waits on `changed` look again; for any thread."""
+        """Notify the threads that wait on `changed`; thread-safe."""
         with self.changed:
             self.changed.notify_all()
 
     def settle(self) -> None:
-        """Wait for the loads in hand: what is done then depends on nothing but what was asked."""
+        """Wait for all running loads, so that the next prefill depends on the requests only and not on timing."""
         with self.changed:
             self.changed.wait_for(lambda: self._loading.settled)
 
     @property
     def idle(self) -> bool:
-        """Whether no request is left without its end."""
+        """Whether every submitted request has finished."""
         return not self._open
 
     @property
     def blocked(self) -> bool:
-        """Whether the next step has nothing to do before a load ends or something is handed in or cancelled."""
+        """Whether a step has nothing to do until a load ends or a request is submitted or cancelled."""
         loading = self._loading
         if len(self._batch) or self._inbox or self._forget or self._recheck or loading.finished:
             return False
         if len(self._waiting) and not loading.underway:
-            return False  # a row that ended with its first token has freed what they wait for
+            return False  # a row that ended with its first token has freed the slot or row that these requests need
         return not any(guest.ticket.cancelled or loading.ready(guest) for guest in self._waiting.items())
 
     def stats(self) -> EngineStats:
-        """Return a snapshot; for any thread."""
+        """Return a snapshot of the engine's figures; thread-safe."""
         residents, counts = self._loading.residents, self._counts
         return EngineStats(
             waiting=len(self._waiting) + len(self._inbox),
@@ -159,7 +161,7 @@ class Engine:
         )
 
     def close(self, error: str | None = None) -> None:
-        """End every request, cancelled or with an error, and the loading thread; the bank is the model's own again."""
+        """Finish every request as cancelled, or as failed with `error`, and give the model its own bank back."""
         with self.changed:
             self._closed = True
             left = list(self._open)
@@ -173,15 +175,15 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Give every row one more token, after letting go and taking in.
+        """Accept and cancel requests, decode one token for every row, then prefill new rows.
 
         Raises:
-            StoreError: an adapter is damaged, if `strict`; and then also whatever else ends a request.
-            Exception: something failed that belongs to no request; the engine cannot go on.
+            StoreError: an adapter is damaged, if `strict`; any other error that ends a request is then raised too.
+            Exception: an error that belongs to no request; the engine cannot go on.
         """
         self._take_in()
         self._let_go()
-        # Loads go on while the rows compute: who needs one does not wait a step longer than who does not.
+        # Loads overlap with decoding, so that a load shorter than a decoding step delays no request.
         self._loading.ahead(self._waiting.items())
         self._decode()
         if self._strict:
@@ -243,13 +245,13 @@ class Engine:
         return seated
 
     def _origin(self, guest: RunningRequest, head: Head | None) -> PrefixKey | None:
-        """Return whose keys and values a row's are under this record; None for those that are not kept."""
+        """Return the prefix cache key of a request's row under this record; None if the row is not to be cached."""
         if head is None or guest.owner is None or not self._prefixes.budget:
             return None
         return PrefixKey.of(*guest.owner, head, adapter=guest.slot >= 0)
 
     def _hand_out(self, drawn: list[Drawn], first: int) -> None:
-        """Give rows from `first` on their next token; those that are done, or have none, leave."""
+        """Append the drawn tokens to the rows from `first` on; rows that have ended or failed leave the batch."""
         guests = self._batch.guests[first : first + len(drawn)]
         for row in reversed(range(len(guests))):
             guest, token = guests[row], drawn[row]
@@ -269,17 +271,20 @@ class Engine:
 
     def _leave(self, row: int, reason: Reason) -> None:
         guest = self._batch.guests[row]
-        try:  # who was updated or deleted meanwhile leaves nothing
+        try:  # the row of a user who was updated or deleted meanwhile is not cached
             if guest.origin is not None and guest.origin == self._origin(guest, self._loading.head(guest)):
                 self._batch.keep(row)
-        except Exception:  # a store or memory that fails costs the next prompt some time, and no answer
+        except Exception:  # without the cached prefix the next prompt is slower, but no answer is lost
             self._counts["unkept"] += 1
         self._batch.leave(row)
         self._loading.release(guest)
         self._say(guest.ticket, Finished(reason))
 
     def _lose(self, row: int, error: Exception) -> None:
-        """End a row that has no next token. What it was computed with is not trusted any more: it is loaded again."""
+        """End a row whose computation failed; its user's adapter and prefixes may be corrupt, so they are dropped.
+
+        The adapter is loaded again for the user's next request.
+        """
         guest = self._batch.guests[row]
         self._batch.leave(row)
         self._loading.release(guest)
@@ -315,6 +320,6 @@ class Engine:
         try:
             ticket.sink(event)
         except Exception:
-            # Whoever asked is gone; the others' rows go on. It is counted, and the row is free before the next step.
+            # The receiver is gone: count it and cancel the request, so that the next step frees its row.
             self._counts["deaf"] += 1
             ticket.cancelled = True

@@ -1,4 +1,4 @@
-"""The thread on which an engine's steps run. Knows nothing about what a step does."""
+"""Background thread that runs an engine's steps, with drain and stop."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from proper.inference.engine import Engine
 
 
 class EngineThread:
-    """An engine at work from `start` to `stop`.
+    """Thread that steps an engine from `start` to `stop`.
 
     Attributes:
-        error: what ended the thread, if it was not `stop`. The engine cannot go on, nor be started again.
-        on_error: called from the thread after that, when every request has had its end.
+        error: the exception that ended the thread; None after `stop`. The engine can then not be restarted.
+        on_error: called from the thread after such an exception, once every request is finished.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -26,15 +26,15 @@ class EngineThread:
 
     @property
     def alive(self) -> bool:
-        """Whether requests are being answered."""
+        """Whether the thread runs, so that requests are answered."""
         return self._thread.is_alive()
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def drain(self, seconds: float) -> bool:
-        """Wait until nothing runs or waits; return False if that takes longer."""
+        """Wait until every request is finished; return False if that takes longer than `seconds`."""
         deadline = time.monotonic() + seconds
         while self.alive and not self.engine.idle:
             if time.monotonic() > deadline:
@@ -43,7 +43,7 @@ class EngineThread:
         return True
 
     def stop(self) -> None:
-        """End every request that is left as cancelled, and the thread."""
+        """End the thread and finish all remaining requests as cancelled."""
         self._stopping = True
         self.engine.wake()
         self._thread.join()
@@ -55,7 +55,7 @@ class EngineThread:
                 with engine.changed:
                     engine.changed.wait_for(lambda: self._stopping or not engine.blocked)
                 engine.step()
-        except BaseException as error:  # kept, and raised by whoever ends the process because of it
+        except BaseException as error:  # kept for the code that ends the process, which raises it
             self.error = error
         try:
             engine.close(None if self.error is None else "the engine has stopped")

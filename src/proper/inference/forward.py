@@ -1,7 +1,4 @@
-"""The engine's two forward passes: prompts of new rows, and one token of every running row.
-
-Knows nothing about who asks or waits.
-"""
+"""Forward passes of the engine: prefill of new rows' prompts, and decoding of one token for every running row."""
 
 from __future__ import annotations
 
@@ -43,14 +40,14 @@ def rows_of(
     grouped: Sequence[bool],
     trace: bool = False,
 ) -> RowContext:
-    """Return what the layers need for a batch.
+    """Return the row context of a batch: embeddings, adapter slots and expert mask.
 
     Args:
-        model: whose layers.
-        heads: each row's record; None for nobody's.
-        slots: where each row's adapter is; -1 for a row without one.
-        grouped: whether experts take part in a row; population rows take neither experts nor adapter.
-        trace: whether the gates of each row's last token are kept.
+        model: the model that will compute the batch.
+        heads: the user record of each row; None gives the mean embedding.
+        slots: the bank slot of each row's adapter; -1 for a row without an adapter.
+        grouped: whether experts are applied to a row; population rows get neither experts nor adapter.
+        trace: whether the gates of each row's last token are recorded.
     """
     if model.cache is None or model.stage in ("base", "population") or not any(grouped):
         return RowContext()
@@ -61,15 +58,15 @@ def rows_of(
     if max(slots) < 0:
         return RowContext("groups", embedding=embedding, experts=experts, trace=trace)
     own = torch.tensor(slots, device=device)
-    # Rows are pinned to their slots while they run, so what is gathered from those stays right for every step.
+    # Slots are pinned while their rows run, so weights gathered from them stay valid for every step.
     return RowContext("users", embedding=embedding, slots=own, experts=experts, trace=trace, kept=Kept())
 
 
 def columns_left(prompts: Sequence[Sequence[int]], prefixes: Sequence[CachedPrefix]) -> int:
-    """Return how many tokens of each prompt a pass has to compute: as many for all, the longest rest decides.
+    """Return how many tokens of each prompt a pass computes: the length of the longest uncached rest, for all rows.
 
-    Prompts whose rest is shorter use less of their prefix. Padding between prefix and rest would cost the same and
-    would not do: distances between columns must be distances between tokens.
+    Prompts with a shorter rest use less of their prefix. Padding between prefix and rest would cost the same and would
+    be wrong: distances between columns must be distances between tokens.
     """
     return max(len(prompt) - len(prefix.tokens) for prompt, prefix in zip(prompts, prefixes, strict=True))
 
@@ -81,14 +78,14 @@ def prefill(
     rows: RowContext,
     prefixes: Sequence[CachedPrefix] | None = None,
 ) -> Float[Tensor, "B V"]:
-    """Compute prompts, add their rows to the cache, and return the logits of each one's first token.
+    """Compute prompts, add their rows to the KV cache, and return the logits of each answer's first token.
 
     Args:
-        model: what computes.
-        cache: where the rows go.
-        prompts: their tokens.
-        rows: whose they are.
-        prefixes: what each begins with that is computed already; nothing if None.
+        model: the model.
+        cache: the KV cache that the rows are added to.
+        prompts: token ids of each prompt.
+        rows: the row context of these prompts.
+        prefixes: the cached prefix of each prompt; None computes the whole prompts.
     """
     ids, mask = pad_left(prompts, model.backbone.pad_id, model.device)
     width = ids.shape[1] if prefixes is None else columns_left(prompts, prefixes)
@@ -110,7 +107,7 @@ def prefill(
 
 
 def _filled(prefixes: Sequence[CachedPrefix], sizes: Sequence[int], width: int) -> DynamicCache:
-    """Return the cache of left-padded prompts of these sizes but for their last `width` columns."""
+    """Return the KV cache of left-padded prompts of these sizes, without their last `width` columns."""
     filled = DynamicCache()
     columns = max(sizes) - width
     for number, pair in enumerate(prefixes[0].states if columns > 0 else ()):
@@ -126,7 +123,7 @@ def _filled(prefixes: Sequence[CachedPrefix], sizes: Sequence[int], width: int) 
 
 
 def decode(model: ProperModel, cache: RowCache, last: Sequence[int], rows: RowContext) -> Float[Tensor, "B V"]:
-    """Compute each row's newest token, add it to the cache, and return the logits of the one after it."""
+    """Compute each row's newest token, add it to the KV cache, and return the logits of the next token."""
     held, mask, positions = cache.step()
     ids = torch.tensor(last, device=model.device)[:, None]
     with model.routing.use(rows):

@@ -1,7 +1,6 @@
-"""Answers to a list of prompts: an engine that lives for the call, with room for what is asked and no more.
+"""Offline batch generation: continues a list of token prompts with an engine that exists for the call only.
 
-What runs together depends on the list only, never on how fast adapters load, so the same call gives the same bits.
-Knows nothing about text.
+The batches depend on the list only, never on how fast adapters load, so the same call gives bit-identical results.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Continuation:
-    """One prompt's answer.
+    """Generated continuation of one prompt; it is the request's event sink.
 
     Attributes:
-        tokens: without the end token.
-        tier: which tier answered.
+        tokens: token ids without the end token.
+        tier: the tier that answered.
     """
 
     tokens: list[int] = field(default_factory=list)
     tier: str = ""
 
     def __call__(self, event: Event) -> None:
-        """Hear from the engine."""
+        """Receive an event of the engine."""
         if isinstance(event, Started):
             self.tier = event.tier
         elif isinstance(event, Token):
@@ -42,10 +41,10 @@ class Continuation:
 def generate(
     model: PersonalizedModel, prompts: Sequence[Sequence[int]], users: Sequence[str | None], sampling: Sampling
 ) -> list[Continuation]:
-    """Continue each prompt for its user until its end token, `compute.batch_size` at a time.
+    """Continue each prompt for its user until the end token or `max_new_tokens`, `compute.batch_size` rows at a time.
 
-    Every prompt draws from `sampling.seed` by itself: its answer does not depend on the others, and the same prompt
-    of the same user twice gets the same answer twice.
+    Every prompt has its own generator seeded with `sampling.seed`: its answer does not depend on the other prompts, and
+    a repeated prompt of the same user gets the same answer.
 
     Raises:
         StoreError: a user's adapter is damaged.
@@ -55,7 +54,7 @@ def generate(
     found = [Continuation() for _ in prompts]
     engine = Engine(model, _limits(model, prompts, sampling.max_new_tokens), strict=True)
     try:
-        # Prompts of similar length run together: what the longest row needs, all rows pay for.
+        # Prompts of similar length run together: every row costs as much as the longest one.
         for at in sorted(range(len(prompts)), key=lambda at: len(prompts[at])):
             engine.submit(Request(tuple(prompts[at]), users[at], sampling=sampling), found[at])
         while not engine.idle:
@@ -68,7 +67,7 @@ def generate(
 def _limits(model: PersonalizedModel, prompts: Sequence[Sequence[int]], room: int) -> EngineLimits:
     rows, longest = min(model.config.compute.batch_size, len(prompts)), max(map(len, prompts))
     bank = model.cache.bank if model.cache is not None else None
-    # The model's own bank: a second one would take its memory again.
+    # The size of the model's own bank, so that it is reused: a second bank would need as much memory again.
     slots = bank.slots if bank is not None else None
-    # No prefixes: they would make bits depend on who was answered before.
+    # No prefix cache: it would make the results' bits depend on earlier requests.
     return EngineLimits(rows, slots, prefill=rows * longest, length=longest + room, prefix_bytes=0)

@@ -1,13 +1,13 @@
-"""Keys and values of rows that come and go: a window of columns in which every row ends at the same one.
+"""KV cache for continuous batching: right-aligned rows that join and leave, in one window of columns.
 
-Rows are aligned on the right, as a left-padded batch is, so one decoding step writes one column and distances between
-columns are distances between tokens (which masks of a sliding window rely on). A new row is copied in so that it ends
-where the others end; a row that leaves is replaced by the last one. Only when the window reaches the buffer's end is
+Rows are aligned on the right, as in a left-padded batch, so one decoding step writes one column and distances between
+columns are distances between tokens (which sliding-window masks rely on). A new row is copied in so that it ends where
+the others end; a row that leaves is replaced by the last one. Only when the window reaches the buffer's end is
 everything moved back, once in `SLACK` steps. Rows share nothing.
 
 Every column outside a row's own is zero, in every row of the buffer: attention reads the whole window, and a masked
-number takes part with the weight 0, which turns a NaN or an infinity of an earlier row into a NaN of this one. So a row
-is zeroed when it leaves, and columns are when the window moves. Knows nothing about users, tokens or sampling.
+value takes part with weight 0, which turns a NaN or infinity left by an earlier row into a NaN in this one. So a row is
+zeroed when it leaves, and columns are zeroed when the window moves.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from transformers.cache_utils import DynamicLayer
 from proper.inference.prefix_cache import States
 
 SLACK = 128
-"""Columns beyond the longest row, or as many as that has if it has fewer: the steps between two moves."""
+"""Spare columns beyond `limit` (at most `limit` of them), which is the number of steps between two moves."""
 
 
 @dataclass
 class Window:
-    """Which part of the buffers is in use.
+    """The columns of the buffers that are in use.
 
     Attributes:
-        lengths: tokens of each row that are held, ending before `cursor`.
-        cursor: the column that the next token goes to.
+        cursor: the column of the next token.
+        lengths: cached tokens of each row, which end before `cursor`.
     """
 
     cursor: int
@@ -46,17 +46,17 @@ class Window:
 
 
 class WindowLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """One layer's keys and values (rows, heads, columns, size): what transformers asks of a cache, on the window."""
+    """One layer's keys and values (rows, heads, columns, size), as a transformers cache layer over the window."""
 
     def __init__(self, window: Window, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.window, self.k, self.v = window, keys, values
-        # What the base class and whoever inspects a cache look at.
+        # Read by the base class and by code that inspects a cache.
         self.keys, self.values = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write one token of every row, and return all that the rows hold with it."""
+        """Write one token of every row, and return the keys and values of the window, this token included."""
         rows, cursor = len(self.window.lengths), self.window.cursor
         self.k[:rows, :, cursor] = key_states[:, :, 0]
         self.v[:rows, :, cursor] = value_states[:, :, 0]
@@ -64,12 +64,12 @@ class WindowLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self.k[:rows, :, span], self.v[:rows, :, span]
 
     def get_seq_length(self) -> int:
-        """Return the columns in use."""
+        """Return the number of columns in use."""
         return self.window.cursor - self.window.start
 
 
 class RowCache:
-    """Keys and values of up to `rows` rows of at most `limit` tokens, in memory once the first row is there."""
+    """Keys and values of up to `rows` rows of at most `limit` tokens; the first `join` allocates the memory."""
 
     def __init__(self, rows: int, limit: int) -> None:
         self.rows, self.limit, self.columns = rows, limit, limit + min(SLACK, limit)
@@ -80,11 +80,14 @@ class RowCache:
         return len(self.window.lengths)
 
     def join(self, filled: DynamicCache, lengths: list[int]) -> None:
-        """Add rows behind those that are there.
+        """Append rows.
 
         Args:
             filled: the cache after a forward pass over left-padded prompts.
-            lengths: their tokens.
+            lengths: tokens of each prompt.
+
+        Raises:
+            ValueError: the rows are too many or too long.
         """
         if len(self) + len(lengths) > self.rows or max(lengths) > self.limit:
             raise ValueError(f"no room for {len(lengths)} rows of up to {max(lengths)} tokens")
@@ -106,7 +109,7 @@ class RowCache:
         self.window.lengths += lengths
 
     def leave(self, row: int) -> None:
-        """Drop a row and zero what it held; the last row takes its number."""
+        """Remove a row and zero its columns; the last row moves to its index."""
         last, window = len(self) - 1, self.window
         self._zero(row, window.lengths[row])
         if row != last:
@@ -119,7 +122,7 @@ class RowCache:
         window.lengths.pop()
 
     def alone(self, row: int) -> RowCache:
-        """Return one row as a cache of its own on the same memory; its window does not move the others'."""
+        """Return a one-row cache on the same memory, with its own window: advancing it leaves the other rows as is."""
         one = RowCache(1, self.limit)
         one.window = Window(self.window.cursor, [self.window.lengths[row]])
         span = slice(row, row + 1)
@@ -132,12 +135,12 @@ class RowCache:
         return tuple((layer.k[row, :, span], layer.v[row, :, span]) for layer in self._layers)
 
     def make_room(self) -> None:
-        """See that there is a column for the next token: at the end of the buffer everything is moved back."""
+        """Ensure a column for the next token: at the end of the buffer all rows are moved back."""
         if self.window.cursor == self.columns:
             self._move_back()
 
     def step(self) -> tuple[Cache, Int[Tensor, "B T"], Int[Tensor, "B 1"]]:
-        """Return what a forward pass over one token of every row needs: cache, attention mask and positions."""
+        """Return the inputs of a forward pass over one token of every row: cache, attention mask and positions."""
         self.make_room()
         device = self._layers[0].device
         lengths = torch.tensor(self.window.lengths, device=device)[:, None]
@@ -146,7 +149,7 @@ class RowCache:
         return Cache(layers=list(self._layers)), mask, lengths
 
     def advance(self) -> None:
-        """Keep the column that the forward pass has written."""
+        """Move the cursor past the column that the forward pass has written."""
         self.window.cursor += 1
         self.window.lengths[:] = [length + 1 for length in self.window.lengths]
 
@@ -164,7 +167,7 @@ class RowCache:
         self.window.cursor = self.limit
 
     def _zero(self, row: int, length: int) -> None:
-        """Zero a row's tokens, and the column that a pass which failed may have begun to write."""
+        """Zero a row's tokens, and the next column, which a failed pass may have begun to write."""
         span = slice(self.window.cursor - length, self.window.cursor + 1)
         for layer in self._layers:
             layer.k[row, :, span] = 0

@@ -1,8 +1,8 @@
-"""A run folder as one model that answers everybody: each row of a batch for its own user, at the user's own tier.
+"""Personalized model loaded from a run folder: `generate` and `score` on mixed-user batches, each user at their tier.
 
-none    group model with the mean user embedding     (a user nobody has seen)
+none    group model with the mean user embedding     (an unknown user)
 groups  group model with the user's embedding
-users   the same with the user's adapter
+users   the same with the user's LoRA adapter
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from proper.models.personal import ProperModel
 from proper.models.tensors import load_tensors
 
 LABEL_TOKENS = 1024
-"""Label tokens, over all prompts of a batch, that are scored at once: each has a row of logits."""
+"""Maximum label tokens, over all prompts of a batch, that are scored at once: each needs a row of logits."""
 
 Stage = Literal["base", "population", "groups", "users"]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: its text, the user it is for, and the tier that gave it."""
+    """One answer: its text, its user, and the tier that answered."""
 
     text: str
     user: str | None
@@ -50,11 +50,11 @@ class Answer:
 
 
 class PersonalizedModel:
-    """A backbone with population, groups and the users of a store.
+    """A backbone with the population LoRA, the group experts and the users' adapters from a store.
 
     Attributes:
-        model: backbone and layers.
-        store: the users; None before stage 2.
+        model: backbone and adapted layers.
+        store: the adapter store; None before stage 2.
         template: the prompt template of the run's data.
     """
 
@@ -77,8 +77,8 @@ class PersonalizedModel:
     ) -> list[str]:
         """Return one continuation per prompt, each for its own user; a batch may mix any users.
 
-        Each prompt draws from `seed` by itself, so its answer depends on nothing else that is asked: the same prompt of
-        the same user twice gets the same answer twice.
+        Each prompt has its own generator seeded with `seed`, so its answer does not depend on the other prompts, and a
+        repeated prompt of the same user gets the same answer.
 
         Raises:
             InputError: the two lists differ in length, or a prompt is empty.
@@ -91,7 +91,7 @@ class PersonalizedModel:
     def respond(
         self, prompts: Sequence[str], user_ids: Sequence[str | None], sampling: Sampling | None = None
     ) -> list[Answer]:
-        """`generate`, saying also which tier answered."""
+        """Like `generate`, but return answers that also name their user and the tier that answered."""
         if len(prompts) != len(user_ids):
             raise InputError(f"{len(prompts)} prompts and {len(user_ids)} user ids: there must be one user per prompt")
         if any(not prompt.strip() for prompt in prompts):
@@ -108,7 +108,7 @@ class PersonalizedModel:
 
         Raises:
             StoreError: a user's adapter or embedding is damaged.
-            ProperError: a likelihood is not a number; names the user.
+            ProperError: a likelihood is NaN; the message names the user.
         """
         tokens = [self.encoder.answer(label) for label in labels]
         room = max(len(label) for label in tokens)
@@ -135,7 +135,7 @@ class PersonalizedModel:
             self.store.close()
 
     def rows(self, users: Sequence[str | None]) -> RowContext:
-        """Return what the layers need for a batch of these users, their adapters loaded."""
+        """Return the row context of a batch of these users, and load their adapters into the bank."""
         if self.cache is None or self.stage in ("base", "population"):
             return RowContext()
         embedding = self.cache.embeddings(users).to(self.model.device)
@@ -148,7 +148,7 @@ class PersonalizedModel:
 
 
 def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Return row numbers in chunks of similar length."""
+    """Return row indices sorted by length, in chunks of `size`."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return [order[at : at + size] for at in range(0, len(order), size)]
 
@@ -157,12 +157,12 @@ def load(folder: str | Path, stage: Stage | None = None) -> PersonalizedModel:
     """Load a run folder as one model for all its users.
 
     Args:
-        folder: what `proper run` wrote.
-        stage: how far up the ladder to go; the highest that the folder has if None.
+        folder: the run folder that `proper run` wrote.
+        stage: the last stage to load; the highest that the folder has if None.
 
     Raises:
-        RunFolderError: the folder is not a run, or has not got that far.
-        StoreError: what all users share has numbers that are not finite or absurdly large.
+        RunFolderError: the folder is not a run folder, or the stage is missing from it.
+        StoreError: the shared group tensors or routers have values that are not finite or absurdly large.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").exists():
@@ -196,7 +196,13 @@ def highest_stage(folder: Path) -> Stage:
 
 
 def load_groups(folder: Path, config: Config, model: ProperModel) -> SlotCache:
-    """Put the trained experts and routers of a run into a model; return the cache over its users."""
+    """Load the trained experts and routers of a run into a model; return the slot cache over its store.
+
+    Raises:
+        RunFolderError: stage 2 is missing.
+        StoreError: the experts or routers have values that are not finite or absurdly large, or the store belongs to
+            another backbone or other groups.
+    """
     _require(folder, "groups")
     model.add_experts(config.groups, seed=0)
     tensors, _ = load_tensors(folder / "groups" / "groups.safetensors")
@@ -209,7 +215,7 @@ def load_groups(folder: Path, config: Config, model: ProperModel) -> SlotCache:
     store.require({"backbone": model.backbone.digest, "groups": hash_file(folder / "groups" / "groups.safetensors")})
     layout = model.layout(config.users.rank)
     slots = max(2, config.compute.batch_size)
-    # As they are stored: half the memory, a load is one copy, and products are in the input's dtype in any case.
+    # The stored dtype: half the memory, a load is one copy, and matrix products run in the input's dtype anyway.
     dtype = torch.bfloat16 if config.users.storage == "bf16" else torch.float32
     bank = AdapterBank(layout, slots, alpha=config.users.alpha, trainable=False, device=model.device, dtype=dtype)
     model.use_bank(bank)
@@ -217,7 +223,7 @@ def load_groups(folder: Path, config: Config, model: ProperModel) -> SlotCache:
 
 
 def load_router(folder: Path, config: Config, model: ProperModel) -> None:
-    """Put the trained LoRA-aware routers of a run into a model."""
+    """Load the trained LoRA-aware routers of a run into a model."""
     model.add_lora_router(config.users)
     path = folder / "users" / "router.safetensors"
     if not path.exists():
@@ -230,7 +236,7 @@ def load_router(folder: Path, config: Config, model: ProperModel) -> None:
 
 
 def _require_sound(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """See that what all users share has no numbers that would spoil every answer."""
+    """Check tensors that all users share: a NaN, infinity or absurdly large value would spoil every answer."""
     fault = fault_of(tensors)
     if fault is not None:
         raise StoreError(f"{path}: {fault}")

@@ -1,9 +1,9 @@
-"""Keys and values of rows that have ended, for the same person's next prompt if it begins with the same tokens.
+"""Prefix cache per user: keys and values of ended rows, reused when the user's next prompt begins with the same tokens.
 
-Keys and values depend on all that computed them: from the second layer on, on the user's embedding and adapter. So they
-belong to a `PrefixKey` and are never anybody else's, whatever tokens they send: not on the group tier either, where two
-people's may even be equal, for how fast an answer comes would tell what somebody else has asked. Nobody's, and those of
-people without a record, belong to no origin and are not kept. Knows nothing about models, rows or requests.
+From the second layer on, keys and values depend on the user's embedding and adapter. So each entry belongs to a
+`PrefixKey` and is never shared between users, whatever tokens they send. This holds on the group tier too, where two
+users' entries may be equal: the response time would reveal what another user has asked. Rows without a user, or of
+users without a record, have no key and are not kept.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from torch import Tensor
 from proper.adapters.records import Head
 
 SHORTEST = 16
-"""Tokens; fewer are computed again."""
+"""Minimum tokens of a prefix; shorter ones are not kept and are computed again."""
 
 States = tuple[tuple[Float[Tensor, "H T D"], Float[Tensor, "H T D"]], ...]
-"""Each layer's keys and values."""
+"""Keys and values of each layer."""
 
 
 class PrefixKey(NamedTuple):
-    """Whose keys and values, and what they were computed with.
+    """Owner of cached keys and values, and the state they were computed with.
 
-    The embedding's hash and the adapter's checksum tell apart versions of a user who was deleted and came back.
+    Version numbers restart when a deleted user returns; the embedding's hash and the adapter's checksum tell such
+    versions apart.
     """
 
     tenant: str
@@ -42,13 +43,13 @@ class PrefixKey(NamedTuple):
 
     @classmethod
     def of(cls, tenant: str, user: str, head: Head, *, adapter: bool) -> PrefixKey:
-        """Return the origin of one person's rows.
+        """Return the key of one user's rows.
 
         Args:
-            tenant: whose user.
-            user: who.
-            head: the record in force.
-            adapter: whether the user's own adapter takes part (the users tier) or not (the group tier).
+            tenant: the tenant.
+            user: the user id within the tenant.
+            head: the user's record that the row was computed with.
+            adapter: whether the user's adapter is applied (users tier) or not (group tier).
         """
         numbers = head.embedding.detach().cpu().contiguous().view(torch.uint8).numpy()
         embedding = hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
@@ -57,17 +58,17 @@ class PrefixKey(NamedTuple):
 
 @dataclass(frozen=True)
 class CachedPrefix:
-    """The first tokens of a prompt, already computed."""
+    """The first tokens of a prompt, with their cached keys and values."""
 
     tokens: tuple[int, ...]
     states: States
 
 
 class PrefixCache:
-    """What is kept, up to `budget` bytes; the least recently used makes room.
+    """LRU cache of prefixes, up to `budget` bytes.
 
     Attributes:
-        bytes: of all that is kept.
+        bytes: size of all cached keys and values.
     """
 
     def __init__(self, budget: int) -> None:
@@ -78,10 +79,10 @@ class PrefixCache:
         return len(self._kept)
 
     def find(self, origin: PrefixKey | None, prompt: Sequence[int]) -> CachedPrefix | None:
-        """Return the longest beginning of `prompt` that is there, views of what is kept; never all of the prompt.
+        """Return the longest cached prefix of `prompt` as views of the cached tensors; never the whole prompt.
 
-        Half of the prompt must be there, or it is not worth a pass of its own. What is there of other versions of this
-        person goes: they have a new one.
+        A prefix shorter than half of the prompt is not worth a separate forward pass, so it gives None. Entries of
+        other versions of this user are dropped: the user has a new version.
         """
         if origin is None:
             return None
@@ -96,7 +97,7 @@ class PrefixCache:
         return CachedPrefix(tokens[:shared], tuple((keys[:, :shared], values[:, :shared]) for keys, values in states))
 
     def keep(self, origin: PrefixKey | None, tokens: tuple[int, ...], states: States) -> None:
-        """Keep a copy of a row's keys and values (tokens of the row, each layer's states), if it fits the budget."""
+        """Store a copy of a row's tokens and of each layer's keys and values, if it fits the budget."""
         size = _size(states)
         if origin is None or len(tokens) < SHORTEST or size > self.budget:
             return
@@ -112,11 +113,11 @@ class PrefixCache:
         self.bytes += size
 
     def forget(self, tenant: str, user: str) -> None:
-        """Drop all of a user."""
+        """Drop all entries of a user."""
         self._drop(lambda origin: (origin.tenant, origin.user) == (tenant, user))
 
     def owners(self) -> set[tuple[str, str]]:
-        """Return tenant and user of all that is kept."""
+        """Return (tenant, user) of all entries."""
         return {(origin.tenant, origin.user) for origin, _ in self._kept}
 
     def _drop(self, gone: Callable[[PrefixKey], bool]) -> None:
@@ -128,7 +129,7 @@ class PrefixCache:
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two rows begin with together."""
+    """Return the length of the common prefix of two token rows."""
     length = min(len(one), len(other))
     return next((at for at in range(length) if one[at] != other[at]), length)
 

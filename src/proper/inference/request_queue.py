@@ -1,10 +1,9 @@
-"""Which of the waiting requests get a row next: fair between flows, in order of arrival within one.
+"""Fair request queue: start-time fair queueing between flows, FIFO with bounded overtaking within a flow.
 
 A flow is the requests of one API key of one tenant. Flows share the rows by tokens (start-time fair queueing, which
-deficit round robin approximates): the flow that has been given the fewest tokens goes next, and one that comes anew
-starts level with the others. Within a flow, requests whose adapter is in a slot may pass those whose is not, each of
-these at most `patience` times per flow. With a single flow the line is first in, first out with that passing.
-Knows nothing about models, slots or time.
+deficit round robin approximates): the flow that has received the fewest tokens is served next, and a new flow starts
+level with the others. Within a flow, a request whose adapter is loaded may overtake one whose adapter is not; each
+request is overtaken at most `patience` times per flow. With a single flow the queue is FIFO with this overtaking.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 RECENT = 1000
-"""Steps for which a row is kept free for the next request of a flow that has asked."""
+"""Number of steps for which a row is reserved for the next request of a recently active flow."""
 
 
 class Queued(Protocol):
-    """Something that waits.
+    """Protocol of a queued item.
 
     Attributes:
-        size: tokens to compute before its first answer.
-        cost: all of its tokens, the answer at its longest included.
-        flow: whose it is.
+        size: tokens of the prompt, computed before the first new token.
+        cost: tokens of the prompt and of the longest possible answer.
+        flow: the flow that the item belongs to.
     """
 
     @property
@@ -47,18 +46,18 @@ class _QueuedRequest(Generic[T]):
 
 
 class RequestQueue(Generic[T]):
-    """A line of flows.
+    """Queue of requests, fair between flows.
 
     Args:
-        patience: how often a request may be passed by those of one flow.
-        flow_rows: rows that a flow may hold while others wait; None takes half of them.
+        patience: how often a request may be overtaken by requests of one flow.
+        flow_rows: maximum rows of a flow while others wait; None takes half of all rows.
     """
 
     def __init__(self, patience: int, flow_rows: int | None = None) -> None:
         self.patience, self.flow_rows = patience, flow_rows
         self._lines: dict[Hashable, deque[_QueuedRequest[T]]] = {}
         self._tags: dict[Hashable, int] = {}
-        """Where the next request of a flow starts, in tokens of virtual time."""
+        """Start tag of each flow's next request, in tokens of virtual time."""
         self._now, self._added, self._steps = 0, 0, 0
         self._seen: dict[Hashable, int] = {}
 
@@ -66,7 +65,7 @@ class RequestQueue(Generic[T]):
         return sum(map(len, self._lines.values()))
 
     def add(self, item: T) -> None:
-        """Put at the end of its flow."""
+        """Append a request to its flow."""
         if item.flow not in self._lines:
             self._lines[item.flow] = deque()
             self._tags[item.flow] = max(self._tags.get(item.flow, 0), self._now)
@@ -74,23 +73,24 @@ class RequestQueue(Generic[T]):
         self._added += 1
 
     def items(self) -> list[T]:
-        """Return all, in the order in which they are to go."""
+        """Return all requests in the order in which they will be served."""
         return [place.item for place in self._order()]
 
     def remove(self, gone: Callable[[T], bool]) -> list[T]:
-        """Take out those who will not wait any longer."""
+        """Remove the requests for which `gone` is true, and return them."""
         left = [place for place in self._order() if gone(place.item)]
         self._drop(left)
         return [place.item for place in left]
 
     def take(self, rows: int, tokens: int, ready: Callable[[T], bool], running: Sequence[T] = ()) -> list[T]:
-        """Take those who go now; called once a step.
+        """Remove and return the requests that get a row now; called once per step.
 
         Args:
-            rows: how many at most.
-            tokens: how many tokens they may have together, padded to the longest; one may always go.
-            ready: whether one can go; called in order, and taken at its word.
-            running: those who have a row.
+            rows: number of free rows, the most requests to take.
+            tokens: prefill budget in tokens, with all prompts padded to the longest; one request may exceed it alone.
+            ready: whether a request can start (its adapter is loaded); called in queue order. A ready request that
+                passes the other limits is taken.
+            running: the requests that have a row.
         """
         shares = self._shares(rows, running)
         taken: list[_QueuedRequest[T]] = []
@@ -123,7 +123,7 @@ class RequestQueue(Generic[T]):
         return [place.item for place in taken]
 
     def _order(self) -> Iterator[_QueuedRequest[T]]:
-        """Yield all in the order in which they would go."""
+        """Yield all entries in the order in which they would be served."""
         lines = {flow: iter(line) for flow, line in self._lines.items()}
         if len(lines) == 1:
             yield from next(iter(lines.values()))
@@ -141,7 +141,7 @@ class RequestQueue(Generic[T]):
                 heapq.heappush(heap, (start + place.item.cost, following.number, following))
 
     def _charge(self, item: T) -> None:
-        """Have a flow pay for a request that goes."""
+        """Charge a request's cost to its flow and advance the virtual time."""
         self._now = max(self._now, self._tags[item.flow])
         self._tags[item.flow] += item.cost
 
@@ -153,13 +153,13 @@ class RequestQueue(Generic[T]):
             self._lines[flow] = deque(place for place in self._lines[flow] if place.number not in numbers)
             if not self._lines[flow]:
                 del self._lines[flow]
-        if not self._lines:  # there is enough for everybody: no flow owes another
+        if not self._lines:  # nothing waits, so no flow is behind another: virtual time restarts
             self._tags, self._now = {}, 0
         else:
             self._tags = {flow: tag for flow, tag in self._tags.items() if flow in self._lines or tag > self._now}
 
     def _shares(self, free: int, running: Sequence[T]) -> _Shares:
-        """Note who is there, and return what each may have in this step."""
+        """Record the active flows, and return the row limits of this step."""
         self._steps += 1
         rows = Counter[Hashable](item.flow for item in running)
         for flow in (*rows, *self._lines):
@@ -172,14 +172,14 @@ class RequestQueue(Generic[T]):
 
 @dataclass
 class _Shares:
-    """How many rows each flow may have in one step.
+    """Row limits of the flows in one step.
 
     Attributes:
-        running: rows of each flow.
-        limit: those that a flow may have while another one, with fewer, waits.
-        spare: rows that are kept free, one for each flow that was there lately and may come again, no more than this.
-        lately: the flows that were.
-        waiting: the flows that wait.
+        running: number of rows of each flow.
+        limit: maximum rows of a flow while another flow that is below this limit waits.
+        spare: maximum number of rows kept free, one for each recently active flow that may send a request again.
+        lately: the recently active flows.
+        waiting: the flows with waiting requests.
     """
 
     running: Counter[Hashable]
@@ -189,7 +189,7 @@ class _Shares:
     waiting: set[Hashable]
 
     def allows(self, flow: Hashable, free: int) -> bool:
-        """Whether a flow may have one more of the free rows."""
+        """Whether a flow may take one more of the free rows."""
         mine = self.running[flow]
         if not mine or len(self.lately) == 1:
             return True
@@ -198,6 +198,6 @@ class _Shares:
         return free > min(self.spare, sum(other != flow and self._may_come(other) for other in self.lately))
 
     def _may_come(self, flow: Hashable) -> bool:
-        """Whether a flow's next request is to find a row; one that waits already has its turn in the line."""
+        """Whether a row is reserved for a flow's next request; a waiting one is served in queue order anyway."""
         mine = self.running[flow]
         return not mine or (mine < self.limit and flow not in self.waiting)

@@ -1,4 +1,4 @@
-"""What the engine is asked and what it says back, event by event. Knows nothing about how answers come about."""
+"""Engine interface: `Request`, and the events Started, Token and Finished that the engine sends to its sink."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from proper.inference.sampling import Logprobs, Sampling
 Tier = Literal["users", "groups", "population"]
 
 Reason = Literal["stop", "length", "cancelled", "error"]
-"""The end token came; max_new_tokens are there; somebody cancelled; something failed."""
+"""stop: end token; length: `max_new_tokens` reached; cancelled: by the client or at shutdown; error: a failure."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to go on from.
+    """A prompt to continue for one user.
 
     Attributes:
-        prompt: its tokens.
-        user: whose model answers; None or an unknown user gets the group model with the mean embedding.
-        tenant: whose user.
-        tier: the highest that may answer; "groups" leaves the user's adapter out, "population" the experts too.
-        sampling: how tokens are drawn, and how many at most. The seed is this request's own.
-        gates: whether its tokens tell which experts they came from.
-        client: the API key that asks; the rows are shared between tenants' keys.
-        alternatives: how many likely tokens each of its tokens tells beside its own log-probability; None for neither.
+        prompt: token ids.
+        user: the user whose adapter answers; None or an unknown user gets the group model with the mean embedding.
+        tenant: the tenant of the user.
+        tier: the highest tier that may answer; "groups" skips the user's adapter, "population" the experts as well.
+        sampling: sampling parameters and the maximum number of new tokens. The seed is this request's own.
+        gates: whether its tokens carry the expert gates.
+        client: the API key of the request; rows are shared fairly between the (tenant, API key) pairs.
+        alternatives: number of top log-probabilities sent with each token's own; None sends no log-probabilities.
     """
 
     prompt: tuple[int, ...]
@@ -42,12 +42,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Started:
-    """A request has a row.
+    """Event: a request has a row in the running batch.
 
     Attributes:
-        tier: which tier answers.
-        version: the user's version in force until the request ends; None for nobody's.
-        fallback: why a tier below the user's own answers; None if it does not.
+        tier: the tier that answers.
+        version: version of the user's record that the request uses until it ends; None without a record.
+        fallback: why a tier below the user's own answers; None if the user's own tier answers.
     """
 
     tier: str
@@ -57,12 +57,13 @@ class Started:
 
 @dataclass(frozen=True)
 class Token:
-    """One more token.
+    """Event: one generated token.
 
     Attributes:
-        gates: each expert's gate where the token was drawn, the mean over modules; None unless the request wants them
-            and experts answer it.
-        logprobs: its log-probability and the likeliest tokens; None unless the request wants them.
+        id: the token id.
+        gates: gate of each expert at the position that predicted the token, mean over modules; None unless the request
+            asks for gates and experts are applied to it.
+        logprobs: its log-probability and the top tokens; None unless the request asks for them.
     """
 
     id: int
@@ -72,19 +73,19 @@ class Token:
 
 @dataclass(frozen=True)
 class Finished:
-    """Nothing more comes. The end token is not among the tokens."""
+    """Event: the request has ended; no event follows. The end token is not sent as a token."""
 
     reason: Reason
     error: str | None = None
 
 
 def require_possible(request: Request, limit: int, embeddings: int) -> None:
-    """See that a request can be computed.
+    """Check that a request can be computed.
 
     Args:
-        request: what is asked.
-        limit: tokens that a prompt and its answer may have together.
-        embeddings: tokens that the model has embeddings for, from 0 on.
+        request: the request.
+        limit: maximum tokens of a prompt and its answer together.
+        embeddings: number of token embeddings of the model; valid ids are below it.
 
     Raises:
         InputError: the prompt is empty, does not fit with its answer, or has a token without an embedding.
@@ -101,4 +102,4 @@ def require_possible(request: Request, limit: int, embeddings: int) -> None:
 
 Event = Started | Token | Finished
 Sink = Callable[[Event], None]
-"""Called from the engine's thread, in order, ending with one `Finished`. It must be quick."""
+"""Callback that gets a request's events in order, ending with one `Finished`. Runs on the engine's thread: be quick."""

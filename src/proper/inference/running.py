@@ -1,7 +1,4 @@
-"""A request inside the engine, from the line to its row, and the engine's settings and figures.
-
-Knows nothing about what the engine does with them.
-"""
+"""Engine data types: limits, statistics, the request handle (cancel), and the state of a request inside the engine."""
 
 from __future__ import annotations
 
@@ -17,17 +14,17 @@ from proper.inference.sampling import Sampler
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """How much the engine does at once.
+    """Batch, slot and memory limits of an engine.
 
     Attributes:
-        rows: requests that run together.
-        slots: adapters in the bank; None takes one per row and a quarter more, for loading ahead.
-        prefill: tokens of new prompts, padding included, in one step; a longer prompt goes alone.
-        patience: how often a request whose adapter is not there may be passed by others whose is.
-        length: tokens that a prompt and its answer may have together, for which memory is taken; the config's
-            `compute.max_length` if None.
-        prefix_bytes: for keys and values that the same person's next prompt may begin with; 0 keeps none.
-        flow_rows: rows that the requests of one API key may hold while other keys wait; half of `rows` if None.
+        rows: maximum requests that run together.
+        slots: adapter slots of the bank; None takes one per row and a quarter more, for prefetching.
+        prefill: maximum tokens of new prompts per step, padding included; a longer prompt is prefilled alone.
+        patience: how often a request whose adapter is not loaded may be overtaken by requests whose adapter is.
+        length: maximum tokens of a prompt and its answer together, for which memory is allocated; None takes the
+            config's `compute.max_length`.
+        prefix_bytes: budget of the prefix cache in bytes; 0 switches it off.
+        flow_rows: maximum rows of one API key while other keys wait; None takes half of `rows`.
     """
 
     rows: int = 32
@@ -40,21 +37,23 @@ class EngineLimits:
 
     @property
     def bank(self) -> int:
-        """Slots of the bank."""
+        """Number of slots of the bank."""
         return self.slots or self.rows + max(1, self.rows // 4)
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What the engine is doing and has done. The counters (from `steps` on) only grow.
+    """Snapshot of an engine's figures. The counters (from `steps` on) only grow.
 
     Attributes:
-        pinned: slots that running requests hold.
-        prefix_bytes: of the prefixes that are kept.
-        reused_tokens: those of the prompts' tokens that did not have to be computed.
-        tokens: new tokens by tier.
-        fallbacks: requests answered below their user's tier because the adapter is damaged.
-        errors: requests that ended because something failed.
+        resident: adapters in slots.
+        pinned: slots in use by running requests.
+        loading: adapter loads whose result has not been collected.
+        prefix_bytes: size of the prefix cache.
+        reused_tokens: prompt tokens taken from the prefix cache instead of being computed.
+        tokens: generated tokens by tier.
+        fallbacks: requests answered below their user's tier because the adapter or embedding is damaged.
+        errors: requests that ended with an error.
     """
 
     waiting: int
@@ -74,14 +73,14 @@ class EngineStats:
 
 
 class RequestHandle:
-    """A request's way back: `cancel` gives up its place or its row before the next step. For any thread."""
+    """Handle of a submitted request; `cancel` removes it from the queue or batch before the next step. Thread-safe."""
 
     def __init__(self, request: Request, sink: Sink, wake: Callable[[], None]) -> None:
         self.request, self.sink, self.cancelled = request, sink, False
         self._wake = wake
 
     def cancel(self) -> None:
-        """Let go; the sink still gets `Finished`, unless it had it."""
+        """Cancel the request; its sink still gets `Finished`, unless it already has."""
         self.cancelled = True
         self._wake()
 
@@ -91,12 +90,12 @@ class RunningRequest:
     """A request inside the engine.
 
     Attributes:
-        head: the record of its user that it is tied to; None for nobody's.
-        key: the adapter it needs; None if it needs none.
-        slot: where that adapter is while the request has a row.
-        fallback: why it does without its user's adapter.
-        origin: whose its row's keys and values are; None if they are not to be kept.
-        said: its new tokens so far.
+        head: the version of its user's record that it uses; None without a user or record.
+        key: key of the adapter that it needs; None if it needs none.
+        slot: slot of that adapter while the request has a row; -1 otherwise.
+        fallback: why its user's adapter or embedding is not used; None if nothing is damaged.
+        origin: prefix cache key of its row; None if the row is not to be cached.
+        said: the tokens generated so far.
     """
 
     ticket: RequestHandle
@@ -110,32 +109,32 @@ class RunningRequest:
 
     @property
     def request(self) -> Request:
-        """What was asked."""
+        """The submitted request."""
         return self.ticket.request
 
     @property
     def size(self) -> int:
-        """Tokens of the prompt."""
+        """Number of prompt tokens."""
         return len(self.request.prompt)
 
     @property
     def cost(self) -> int:
-        """Tokens of the prompt and of the longest answer."""
+        """Number of tokens of the prompt and of the longest possible answer."""
         return self.size + self.request.sampling.max_new_tokens
 
     @property
     def flow(self) -> tuple[str, str]:
-        """Between which the rows are shared: tenant and API key."""
+        """Flow of the request in the fair queue: (tenant, API key)."""
         return self.request.tenant, self.request.client
 
     @property
     def owner(self) -> tuple[str, str] | None:
-        """Tenant and user of the record it needs; None for nobody's."""
+        """(tenant, user) of the record that it needs; None if it needs no record."""
         if self.request.user is None or not self.grouped:
             return None
         return self.request.tenant, self.request.user
 
     @property
     def grouped(self) -> bool:
-        """Whether experts take part in its answer."""
+        """Whether the group experts are applied to the request."""
         return self.request.tier != "population"

@@ -1,7 +1,6 @@
-"""The next token of each row, every row by its own rules and its own random numbers.
+"""Sampling of next tokens (greedy, temperature, top_p) and log-probabilities, with parameters and a seed per row.
 
-A row's draws come from a generator seeded by its request, so they do not depend on who else is in the batch. Knows
-nothing about models or users.
+A row's draws come from a generator seeded by its request, so they do not depend on the other rows of the batch.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from torch import Tensor
 from proper.errors import ProperError
 
 LEAST = -9999.0
-"""The log-probability of what cannot come; OpenAI's for what is very unlikely."""
+"""Log-probability reported for impossible tokens; OpenAI's value for very unlikely ones."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a request's tokens are drawn.
+    """Sampling parameters of a request.
 
     Attributes:
-        max_new_tokens: the longest answer.
-        temperature: 0 takes the likeliest token.
-        top_p: draw among the likeliest tokens of this mass.
-        seed: of this request's own draws: the same prompt, user and seed give the same answer in any batch.
+        max_new_tokens: maximum tokens of the answer.
+        temperature: sampling temperature; 0 is greedy decoding.
+        top_p: nucleus sampling: draw among the likeliest tokens that together have this probability.
+        seed: seed of this request's generator: the same prompt, user and seed give the same answer in any batch.
     """
 
     max_new_tokens: int = 48
@@ -38,11 +37,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Log-probabilities (nats) at one token's place, by the model itself: temperature and top_p do not show.
+    """Log-probabilities (nats) at one position, of the model itself: before temperature and top_p.
 
     Attributes:
-        own: of the token.
-        likeliest: tokens and theirs, the likeliest first.
+        own: log-probability of the drawn token.
+        likeliest: top tokens with their log-probabilities, the likeliest first.
     """
 
     own: float
@@ -50,7 +49,7 @@ class Logprobs:
 
 
 class Sampler:
-    """One request's way from logits to tokens."""
+    """Sampler of one request, with its own random generator."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -60,13 +59,13 @@ class Sampler:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
+        """Whether decoding is greedy."""
         return self._generator is None
 
     def draw(self, logits: Float[Tensor, "V"]) -> int:
-        """Draw a token by temperature and top_p, on the CPU: generators of devices differ. The largest is finite."""
+        """Draw a token by temperature and top_p, on the CPU: generators differ by device. The maximum is finite."""
         logits = logits.float().cpu()
-        # Less than the largest, so that a temperature near 0 makes -inf of the others and never inf - inf.
+        # Relative to the maximum, so that a temperature near 0 turns the others into -inf and never gives inf - inf.
         scores = ((logits - logits.max()).double() / self.sampling.temperature).float()
         if self.sampling.top_p < 1:
             scores = nucleus(scores, self.sampling.top_p)
@@ -74,7 +73,7 @@ class Sampler:
 
 
 def nucleus(scores: Float[Tensor, "V"], mass: float) -> Float[Tensor, "V"]:
-    """Return scores with all but the likeliest tokens that together reach `mass` at -inf; the likeliest stays.
+    """Return scores with -inf outside the nucleus: the likeliest tokens that together reach `mass`, at least one.
 
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
     """
@@ -85,16 +84,16 @@ def nucleus(scores: Float[Tensor, "V"], mass: float) -> Float[Tensor, "V"]:
 
 
 def logprobs_of(logits: Float[Tensor, "V"], token: int, count: int) -> Logprobs:
-    """Return a token's log-probability and the `count` likeliest; `LEAST` stands for -inf, which JSON lacks."""
+    """Return a token's log-probability and the `count` largest; `LEAST` replaces -inf, which JSON lacks."""
     shares = logits.float().log_softmax(-1).nan_to_num(nan=LEAST, neginf=LEAST).clamp(min=LEAST).cpu()
     values, ids = shares.topk(min(count, len(shares)))
     return Logprobs(float(shares[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def next_tokens(logits: Float[Tensor, "B V"], samplers: Sequence[Sampler]) -> list[int | Exception]:
-    """Return one token per row, or why there is none in a row: what is wrong with one does not concern the others."""
+    """Return the next token of each row, or the row's error: an error in one row does not affect the others."""
     likeliest = logits.argmax(-1, keepdim=True)
-    # A NaN counts as the largest, so this one number tells of NaNs and infinities in the whole row.
+    # argmax treats NaN as the largest, so this value is finite only if the row has no NaN and no +inf.
     finite: list[bool] = logits.gather(-1, likeliest).isfinite().flatten().tolist()
     found: list[int | Exception] = likeliest.flatten().tolist()
     for row, sampler in enumerate(samplers):

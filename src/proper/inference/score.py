@@ -1,10 +1,10 @@
-"""The likelihood of fixed labels after a prompt, with the prompt computed once for all labels.
+"""Log-likelihoods of fixed labels after a prompt, by tree attention: the prompt is computed once for all labels.
 
     log p(label | prompt) = sum of the log-probabilities of its tokens and of the end token
 
-The labels form a tree: beginnings that several share are one branch. All branches of a prompt run in one row behind its
-cache, and a mask lets every token see the prompt and the tokens before it on its own branch, so that nothing is
-computed or kept twice. Knows nothing about users: `rows` says what the layers need.
+The labels form a tree: a prefix that several labels share is one branch. All branches of a prompt run in one row behind
+the prompt's KV cache, and a mask lets every token see the prompt and the earlier tokens of its own branch, so that
+nothing is computed or stored twice.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class LabelTree:
     """L labels' tokens as a tree of N inner nodes and E edges; an edge is a token after the prompt or after a node.
 
     Attributes:
-        tokens: the token of each inner node (one that is followed by another).
-        depth: how many tokens of its label come before it.
-        sees: whether node i stands on the branch of node j, itself included.
-        start: the node an edge leaves, counted from 1; 0 for the prompt, whose edges come first.
-        target: the edge's token.
-        member: which edges make up a label.
+        tokens: the token of each inner node (one that is followed by another token).
+        depth: number of label tokens before the node.
+        sees: whether node i attends to node j: j is i or one of its ancestors.
+        start: the node that an edge leaves, counted from 1; 0 for the prompt, whose edges come first.
+        target: the token of each edge.
+        member: 1 where an edge belongs to a label, else 0.
     """
 
     tokens: Int[Tensor, "N"]
@@ -68,7 +68,7 @@ class LabelTree:
 
     @property
     def size(self) -> int:
-        """The inner nodes: tokens that each prompt is followed by."""
+        """Number of inner nodes: the label tokens that are computed behind each prompt."""
         return len(self.tokens)
 
 
@@ -86,11 +86,11 @@ def score_labels(
 
 
 def _edges(model: ProperModel, prompts: Sequence[Sequence[int]], tree: LabelTree) -> Float[Tensor, "B E"]:
-    """Log-probability (nats, fp32) of every edge's token after every prompt."""
+    """Return the log-probability (nats, fp32) of every edge's token after every prompt."""
     backbone, device = model.backbone.model, model.device
     ids, mask = pad_left(prompts, model.backbone.pad_id, device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    # Every layer keeps all tokens: `_takes_trees` made sure that no window is shorter.
+    # A cache layer without a window for every layer: `_takes_trees` has checked that no window is shorter.
     cache = DynamicCache()
     prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}
     first: Tensor = backbone(**prompt, past_key_values=cache, use_cache=True).logits[:, -1:]
@@ -112,12 +112,12 @@ def _edges(model: ProperModel, prompts: Sequence[Sequence[int]], tree: LabelTree
 
 
 def _after(logits: Float[Tensor, "B N V"], start: Int[Tensor, "E"], target: Int[Tensor, "E"]) -> Float[Tensor, "B E"]:
-    """Log-probability of token `target` at place `start`, for some edges."""
+    """Return the log-probability of token `target` at position `start` of each given edge."""
     return logits.log_softmax(-1, dtype=torch.float32)[:, start.to(logits.device), target.to(logits.device)]
 
 
 def _takes_trees(model: ProperModel, length: int) -> bool:
-    """Whether the backbone takes a mask over single tokens, and no layer's window is shorter than `length`."""
+    """Whether the backbone accepts a 4-D attention mask, and no layer's window is shorter than `length`."""
     backbone = model.backbone.model
     config = backbone.config.get_text_config()
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
@@ -130,7 +130,7 @@ def _takes_trees(model: ProperModel, length: int) -> bool:
 def _row_by_row(
     model: ProperModel, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], rows: RowContext
 ) -> Float[Tensor, "B L"]:
-    """The same without a cache, one label at a time, for any backbone."""
+    """Return the same as the tree without a KV cache, one label at a time, for any backbone."""
     found = []
     for label in labels:
         whole = [EncodedExample(str(at), (*prompt, *label), len(prompt)) for at, prompt in enumerate(prompts)]

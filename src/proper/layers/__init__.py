@@ -1,1 +1,1 @@
-"""Pure tensors: adapters, mixtures of experts, routers and the constraint. Imports torch only."""
+"""PyTorch layers of the method: LoRA bank, LoRA experts, routers and routing losses. Imports torch only."""

@@ -1,9 +1,9 @@
-"""The bank of user adapters: S slots, each holding one user's LoRAs on every adapted module.
+"""Multi-LoRA bank: S slots, each holding one user's LoRA weights for every adapted module, with batched LoRA products.
 
 All parameters of a slot lie in one row of one buffer, so loading a user is one copy and an optimizer step over many
 users is a handful of vectorized operations. The modules see views: A (S, R, I) and B (S, O, R). Within a row, the
 tensors of one projection (say, all layers' gate_proj A) lie side by side, which is how they are stored on disk.
-Knows nothing about users: a slot is a number.
+Slots are numbers; `SlotCache` maps users to slots.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of one module inside a slot's row."""
+    """Position of one tensor of one module inside a slot's row.
+
+    Attributes:
+        projection: name of the stack that the tensor is stored in, the same for all layers.
+        down: whether the tensor is A; else it is B.
+        shape: (R, I) for A, (O, R) for B.
+        offset: index of its first value in the row.
+    """
 
     module: str
     projection: str
@@ -32,13 +39,13 @@ class Piece:
 
     @property
     def size(self) -> int:
-        """Numbers it takes up."""
+        """Number of values."""
         return self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where every module's A and B lie inside a row of `width` numbers."""
+    """Memory layout of a slot: where every module's A and B lie inside a row of `width` values."""
 
     rank: int
     pieces: tuple[Piece, ...]
@@ -64,14 +71,14 @@ class Layout:
         return cls(rank, tuple(pieces), offset)
 
     def stacks(self) -> dict[str, tuple[int, tuple[int, int, int]]]:
-        """Return, per stored tensor "PROJECTION.A" or ".B", its offset in the row and its shape (layers, ...)."""
+        """Return offset in the row and shape (layers, ...) of each stored tensor "PROJECTION.A" or "PROJECTION.B"."""
         groups: dict[str, list[Piece]] = {}
         for piece in self.pieces:
             groups.setdefault(f"{piece.projection}.{'A' if piece.down else 'B'}", []).append(piece)
         return {key: (group[0].offset, (len(group), *group[0].shape)) for key, group in groups.items()}
 
     def unpack(self, row: Float[Tensor, "P"]) -> dict[str, Tensor]:
-        """Return views of a slot's row as the stacked tensors that are stored."""
+        """Return views of a slot's row as the stacked tensors of the stored format."""
         return {key: row[at : at + _count(shape)].view(shape) for key, (at, shape) in self.stacks().items()}
 
     def pack(self, tensors: Mapping[str, Tensor], row: Float[Tensor, "P"]) -> None:
@@ -91,13 +98,13 @@ class Layout:
 
 
 class AdapterBank:
-    """S slots of user adapters, fp32 unless told otherwise, with room for their gradients.
+    """S slots of user LoRA adapters, fp32 by default, with a gradient buffer if trainable.
 
     Attributes:
         values: all slots' parameters (S, P).
-        gradients: all slots' gradients (S, P), or None for a bank that is only read.
+        gradients: all slots' gradients (S, P), or None for a bank that is not trained.
         down, up: per module, the A (S, R, I) and B (S, O, R) of all slots, views of `values`. They have no `.grad`:
-            what passes through `lora` or `take` adds its gradient to `gradients`.
+            the backward passes of `lora` and `take` add to `gradients`.
     """
 
     def __init__(
@@ -124,7 +131,7 @@ class AdapterBank:
             (self.down if piece.down else self.up)[piece.module] = view
 
     def fresh(self, slot: int, generator: torch.Generator) -> None:
-        """Give a slot start values drawn from `generator`: every A Kaiming-uniform, every B zero."""
+        """Initialize a slot with values drawn from `generator`: every A Kaiming-uniform, every B zero."""
         row = self.values[slot].zero_()
         for piece in self.layout.pieces:
             if piece.down:
@@ -133,12 +140,12 @@ class AdapterBank:
                 row[piece.offset : piece.offset + piece.size] = draw.to(row.device)
 
     def freeze(self, frozen: bool = True) -> None:
-        """Stop (or go on) collecting gradients."""
+        """Stop collecting gradients, or resume with `frozen=False`."""
         for view in (*self.down.values(), *self.up.values()):
             view.requires_grad_(not frozen)
 
     def take(self, view: nn.Parameter, slots: Int[Tensor, "B"]) -> Float[Tensor, "B J K"]:
-        """Return the slots of one of the views, differentiably."""
+        """Return `view[slots]` for a view of `down` or `up`, differentiably."""
         if view not in self._gradient:
             return view[slots]
         taken: Tensor = _Take.apply(view, self._gradient[view], slots)  # type: ignore[no-untyped-call]
@@ -155,7 +162,7 @@ class AdapterBank:
     ) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B T O"]]:
         """Return A_u x and h_u = s_u B_u A_u x for each row's user; zeros for rows with slot -1.
 
-        With `onto`, the second is `onto` + h_u, made in one pass over it. `complete` promises that no slot is -1.
+        With `onto`, the second result is `onto` + h_u, computed in one pass. `complete` promises that no slot is -1.
         """
         down, up = self.down[module], self.up[module]
         places = (self._gradient.get(down), self._gradient.get(up)) if down.requires_grad else None
@@ -167,7 +174,7 @@ class AdapterBank:
     def gathered(
         self, module: str, slots: Int[Tensor, "B"], dtype: torch.dtype
     ) -> tuple[Float[Tensor, "B R I"], Float[Tensor, "B R O"]]:
-        """Return each row's A_u and turned B_u in one type, zeros for rows with slot -1: for many short products."""
+        """Return each row's A_u and transposed B_u in `dtype`, zeros for rows with slot -1, for repeated decoding."""
         index, absent = slots.clamp(min=0), (slots < 0).view(-1, 1, 1)
         down, up = _rows(self.down[module], index, dtype), _rows(self.up[module], index, dtype).mT.contiguous()
         return down.masked_fill_(absent, 0), up.masked_fill_(absent, 0)
@@ -175,17 +182,17 @@ class AdapterBank:
     def lora_of(
         self, x: Float[Tensor, "B T I"], own: tuple[Tensor, Tensor], onto: Float[Tensor, "B T O"]
     ) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B T O"]]:
-        """`lora` of what `gathered` returned, in that type, without gradients."""
+        """Return A_u x and `onto` + h_u, computed without gradients in the dtype of `own`, the result of `gathered`."""
         down, up = own
         middle = torch.bmm(down, x.to(down.dtype).mT)
         return middle.mT, torch.baddbmm(onto.to(down.dtype), (middle * self.scale).mT, up).to(onto.dtype)
 
 
 class _Lora(torch.autograd.Function):
-    """Every row's own LoRA, whose gradients go straight to their places in the bank's buffer.
+    """Batched LoRA with one adapter per row; its backward pass adds gradients directly to the bank's buffer.
 
-    As parameters' `.grad` the places would do too, but autograd first builds the gradient of all slots, row by row, and
-    keeps copies that one formula does without.
+    The parameters' `.grad` would work too, but autograd would first build the gradient of all slots, row by row, and
+    keep copies that this single formula does not need.
     """
 
     @staticmethod
@@ -205,7 +212,7 @@ class _Lora(torch.autograd.Function):
         if absent is not None:
             own_down.masked_fill_(absent, 0)
             own_up.masked_fill_(absent, 0)
-        # Products of R rows and T tokens have the tokens last: half to two thirds of the time on a CPU, here and below.
+        # Here and below, products of R rows and T tokens keep tokens last: 1/2 to 2/3 of the time on a CPU.
         middle = torch.bmm(own_down, x.mT)
         scaled = middle * scale
         if onto is None:
@@ -224,33 +231,33 @@ class _Lora(torch.autograd.Function):
         if ctx.places is not None:
             x, scaled = kept
             _collect(ctx.places[0], index, absent, torch.bmm(by_middle, x))
-            # Turned while it is small: adding up strided numbers takes three times as long.
+            # Made contiguous while it is small: accumulating a strided tensor takes three times as long.
             _collect(ctx.places[1], index, absent, torch.bmm(scaled, by_out).mT.contiguous())
         by_x = torch.bmm(by_middle.mT, own_down) if ctx.needs_input_grad[0] else None
         return by_x, upstream[1] if ctx.has_onto else None, None, None, None, None, None, None
 
 
 def _rows(view: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """`view[index]` in `dtype`, a copy: cast whichever is smaller."""
+    """Return a copy of `view[index]` in `dtype`; casts before or after indexing, whichever casts fewer values."""
     if view.shape[0] <= index.shape[0]:
         return view.to(dtype).index_select(0, index)
     return view.index_select(0, index).to(dtype)
 
 
 def _collect(place: Tensor, index: Tensor, absent: Tensor | None, gradient: Tensor) -> None:
-    """Add each row's gradient to its slot; rows without one have none, whatever their numbers."""
+    """Add each row's gradient to its slot's gradient; rows without a slot add zero, even if theirs is not finite."""
     gradient = gradient.to(place.dtype)
     if absent is not None:
         gradient = gradient.masked_fill(absent, 0)
     if place.device.type == "cpu":
         place.index_add_(0, index, gradient)
     else:
-        # On a GPU the other one adds in no fixed order.
+        # On a GPU, index_add_ accumulates in no fixed order, so results would not be reproducible.
         place.index_put_((index,), gradient, accumulate=True)
 
 
 class _Take(torch.autograd.Function):
-    """`view[slots]`, whose gradient goes straight to its place in the bank's buffer."""
+    """`view[slots]`, whose backward pass adds the gradient directly to the bank's buffer."""
 
     @staticmethod
     def forward(ctx: Any, view: Tensor, gradient: Tensor, slots: Tensor) -> Tensor:

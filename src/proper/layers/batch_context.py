@@ -1,7 +1,7 @@
-"""Who owns each row of the batch in hand: the one object through which every adapted layer learns it.
+"""Per-row batch context for the adapted layers: mode, user embedding and adapter slot of each row; gate recording.
 
-A model has one `BatchContext`; all its adapted layers hold it. It is set just before a forward pass.
-Knows nothing about user ids, models or tokens: rows are numbers, embeddings are vectors.
+A model has one `BatchContext`, shared by all its adapted layers and set just before a forward pass. It holds slots and
+embeddings, not user ids.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Mode = Literal["off", "groups", "fit", "users"]
 
 @dataclass(frozen=True)
 class Kept:
-    """By module: each row's A_u (B, R, I), turned B_u (B, R, O) and, where there is a router of 3b, M_u (B, E, R)."""
+    """Gathered weights by module: A_u (B, R, I), transposed B_u (B, R, O) and, with a router of 3b, M_u (B, E, R)."""
 
     adapters: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     matrices: dict[str, Tensor] = field(default_factory=dict)
@@ -29,20 +29,20 @@ class Kept:
 
 @dataclass(frozen=True)
 class RowContext:
-    """What the layers need to know about the B rows of one batch.
+    """Context of the B rows of one batch, as the adapted layers need it.
 
     Attributes:
-        mode: which of the stages' layers take part.
+        mode: which stages' layers are applied.
         embedding: e_u of each row's user (B, D); None where no mixture is used.
         slots: each row's slot in the adapter bank (B,); -1 for a row without an adapter. None: no row has one.
-        complete: every row has a slot; this spares the layers masks.
-        experts: the rows that experts take part in (B,); the others get the backbone alone. None: all of them.
-        trace: whether the gates of every row's last token are kept, for `BatchContext.last`.
-        users: which distinct user each row belongs to, counted from 0 within the batch (B,); only for recording.
+        complete: whether every row has a slot, so that the layers need no masks.
+        experts: mask of the rows that experts are applied to (B,); the others use the backbone alone. None: all rows.
+        trace: whether the gates of every row's last token are recorded, for `BatchContext.last`.
+        users: index of each row's user among the batch's distinct users, from 0 (B,); only for recording.
         mask: the tokens (B, T) over which gates are averaged; None switches recording off.
-        generators: one per row, from which dropout of user adapters is drawn; None switches that dropout off.
-        kept: what layers keep between forward passes over these same rows. Only where nothing is trained and no slot in
-            use changes meanwhile; None keeps nothing.
+        generators: one per row, for the dropout of user adapters; None switches that dropout off.
+        kept: weights that layers cache between forward passes over these same rows; None caches nothing. Allowed only
+            where nothing is trained and no slot in use changes meanwhile.
     """
 
     mode: Mode = "off"
@@ -58,7 +58,7 @@ class RowContext:
 
     @property
     def size(self) -> int:
-        """The number of rows; 0 where nothing depends on rows."""
+        """Number of rows; 0 where nothing depends on rows."""
         for tensor in (self.embedding, self.slots):
             if tensor is not None:
                 return int(tensor.shape[0])
@@ -67,10 +67,10 @@ class RowContext:
 
 @dataclass
 class BatchContext:
-    """The rows in hand, and what the layers saw of them.
+    """Holder of the current batch's row context, and of the gates that the layers record for it.
 
     Attributes:
-        rows: set by `use`, read by every adapted layer.
+        rows: the current row context, set by `use` and read by every adapted layer.
         gates: mean gates (U, E) per module of the batch's users, recorded where `rows.mask` is set.
         traced: gates (B, E) per module of each row's last token, recorded where `rows.trace` is set.
     """
@@ -81,7 +81,7 @@ class BatchContext:
 
     @contextmanager
     def use(self, rows: RowContext) -> Iterator[BatchContext]:
-        """Let the layers work for `rows` inside the block; afterwards they are switched off again."""
+        """Set the row context inside the block and clear the recorded gates; then restore the previous context."""
         before, self.rows, self.gates, self.traced = self.rows, rows, {}, {}
         try:
             yield self
@@ -89,9 +89,9 @@ class BatchContext:
             self.rows = before
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Return what torch's checkpointing wants: contexts for a layer's forward pass and for its second run.
+        """Return the `context_fn` result for torch's checkpointing: contexts of a layer's forward pass and its rerun.
 
-        The second run is in the backward pass, when the rows in hand are no longer the batch's.
+        The rerun happens in the backward pass, when the row context of this batch is no longer set.
         """
         return nullcontext(), self._again(self.rows)
 
@@ -104,10 +104,10 @@ class BatchContext:
             self.rows = before
 
     def record(self, name: str, gates: Float[Tensor, "B T E"]) -> None:
-        """Keep what is wanted of the gates in module `name`: each user's mean over their tokens in the mask, traces.
+        """Record the gates of module `name`: each user's mean over the tokens in the mask, and the last token's trace.
 
-        The first call for a module counts. The second, where gradient checkpointing runs a layer again in the backward
-        pass, computes the same anyway: torch pairs both runs' saved tensors by number.
+        Only the first call for a module is stored. A second call, when gradient checkpointing reruns a layer in the
+        backward pass, still does the same computation: torch pairs both runs' saved tensors by number.
         """
         rows = self.rows
         if rows.trace:
@@ -121,9 +121,9 @@ class BatchContext:
         self.gates.setdefault(name, sums / counts.clamp(min=1))
 
     def stacked(self) -> Float[Tensor, "M U E"]:
-        """The recorded mean gates of all modules, in the order in which they ran."""
+        """Return the recorded mean gates of all modules, in the order in which they ran."""
         return torch.stack(list(self.gates.values()))
 
     def last(self) -> Float[Tensor, "B E"] | None:
-        """The traced gates of each row's last token, the mean over modules; None where no mixture was used."""
+        """Return the traced gates of each row's last token, mean over modules; None where no mixture was used."""
         return torch.stack(list(self.traced.values())).mean(0) if self.traced else None

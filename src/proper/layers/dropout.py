@@ -1,7 +1,6 @@
-"""Dropout whose random numbers are cheap on a CPU.
+"""Dropout with cheap random numbers on a CPU: eight mask values per 64-bit draw.
 
-Knows nothing about what is dropped. Where a row's mask must not depend on the rest of the batch, see `dropout_mask` in
-`layers/personalized_linear.py`.
+For masks that must not depend on the other rows of the batch, see `dropout_mask` in `layers/personalized_linear.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 
 
 def dropout(x: Float[Tensor, "*N"], rate: float) -> Float[Tensor, "*N"]:
-    """Drop about `rate` of the numbers, in steps of 1/256, and scale the rest so that the mean stays.
+    """Zero a share `rate` of the values, rounded to 1/256, and scale the rest so that the mean is kept.
 
-    One 64-bit draw serves eight numbers: drawing one Bernoulli each took a quarter of a training step of stage 2 on a
-    CPU, and a half of one of stage 1.
+    One 64-bit draw serves eight values: one Bernoulli draw per value took a quarter of a training step of stage 2 on a
+    CPU, and half of a step of stage 1.
     """
     dropped = max(1, round(rate * 256))
     words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,), dtype=torch.int64, device=x.device)
@@ -24,12 +23,12 @@ def dropout(x: Float[Tensor, "*N"], rate: float) -> Float[Tensor, "*N"]:
 
 
 class Dropout(nn.Module):
-    """`dropout` while training, as a module."""
+    """Module form of `dropout`, active in training mode only."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def forward(self, x: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-        """Return `x`, parts of it dropped while training."""
+        """Return `x`, with dropout in training mode."""
         return dropout(x, self.rate) if self.training and self.rate > 0 else x

@@ -1,9 +1,9 @@
-"""The experts of stage 2: E small LoRAs whose outputs are mixed by gates, fused into two matrix products.
+"""Mixture of LoRA experts of stage 2: E small LoRAs mixed by gates, fused into two matrix products.
 
     y = s_g * sum_i w_i * B_i A_i x        (method: stage 2)
 
 Stacking the A_i as (E*R, I) and the B_i side by side as (O, E*R) gives the same sum with one product down, one
-multiplication by the gates in the middle and one product up, whatever E is. Knows nothing about routers.
+multiplication by the gates in between and one product up, whatever E is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from proper.layers.products import tokens_last
 
 
 class Experts(nn.Module):
-    """E LoRAs of rank R on one linear layer. Weights are fp32; products run in the input's type.
+    """E LoRA experts of rank R on one linear layer. Weights are fp32; products run in the input's dtype.
 
     Attributes:
         down: the A_i, stacked (E*R, I), Kaiming-uniform.
@@ -43,9 +43,9 @@ class Experts(nn.Module):
         onto: Float[Tensor, "B T O"] | None = None,
         middle: Float[Tensor, "ER B T"] | None = None,
     ) -> Float[Tensor, "B T O"]:
-        """Return the gated sum of the experts' outputs, added to `onto` (in one pass over it) where that is given.
+        """Return the gated sum of the experts' outputs, added to `onto` (in one pass) if that is given.
 
-        `middle` is what `products` returned for the same `x`.
+        `middle` is the first result of `products` for the same `x`; it is computed here if None.
         """
         if middle is None:
             dropped = dropout(x, self.dropout) if self._drops else x
@@ -61,9 +61,9 @@ class Experts(nn.Module):
     def products(
         self, x: Float[Tensor, "B T I"], token: Float[Tensor, "E I"]
     ) -> tuple[Float[Tensor, "ER B T"] | None, Float[Tensor, "E B T"]]:
-        """Return the A_i x of all experts for `forward`, and a router's W_x x: one product where both see the same x.
+        """Return all experts' A_i x for `forward`, and a router's W_x x, in one product.
 
-        With dropout, which is the experts' alone, the first is None.
+        With dropout, which applies to the experts' input only, the inputs differ and the first result is None.
         """
         if self._drops:
             return None, tokens_last(token, x)

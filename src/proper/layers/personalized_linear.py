@@ -1,9 +1,9 @@
-"""One linear layer of the backbone with everything the method adds to it.
+"""Personalized linear layer: a frozen base layer plus gated LoRA experts and each row's user LoRA.
 
     y = W x  +  s_g * sum_i b_i * B_i A_i x  +  h_u          (method: stages 2 and 3)
 
 The base layer is only called, so it may be dense, quantized, GPT-2's Conv1D or a layer that already carries a LoRA.
-What is added depends on the rows in hand (`BatchContext`); with none set, the layer is the backbone's.
+The added terms depend on the current rows (`BatchContext`); with none set, the output is the base layer's.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from proper.layers.routers import LoraAwareRouter, UserAwareRouter, at_least_fp3
 
 
 class AdaptedLinear(nn.Module):
-    """A base layer, and beside it experts with their router and a bank of user adapters, each optional.
+    """A base layer with optional LoRA experts and their router, and an optional bank of user adapters.
 
     Attributes:
         base: the backbone's layer, frozen.
-        experts, router: stage 2; None before it.
+        experts, router: the experts and user-aware router of stage 2; None before it.
         bank: user adapters, shared by all layers of the model; None before stage 3.
-        lora_router: the router of stage 3b; None keeps the gates of stage 2.
+        lora_router: the LoRA-aware router of stage 3b; None keeps the gates of stage 2.
         residual: whether 3b adds to stage 2's logits (default) or replaces them (the paper's form).
+        user_dropout: dropout rate on the input of user adapters.
     """
 
     def __init__(self, name: str, base: nn.Module, inputs: int, outputs: int, routing: BatchContext) -> None:
         super().__init__()
         self.name, self.base, self.inputs, self.outputs, self.routing = name, base, inputs, outputs, routing
-        # Whoever looks for linear layers takes this one, not the base inside it.
+        # Code that searches for linear layers finds this module by these names, not the base inside it.
         self.in_features, self.out_features = inputs, outputs
         self.experts: Experts | None = None
         self.router: UserAwareRouter | None = None
@@ -63,7 +64,7 @@ class AdaptedLinear(nn.Module):
         if rows.kept is not None:
             held = rows.kept.adapters
             if self.name not in held:
-                # One token a row: products in fp32 take a CPU a fifth of the time of those in bf16.
+                # One token per row: on a CPU, products in fp32 take a fifth of the time of those in bf16.
                 single = x.shape[1] == 1 and x.device.type == "cpu"
                 dtype = torch.promote_types(x.dtype, torch.float32) if single else x.dtype
                 held[self.name] = self.bank.gathered(self.name, rows.slots, dtype)
@@ -91,13 +92,13 @@ class AdaptedLinear(nn.Module):
         return mixed
 
     def _own_scores(self, scores: Tensor, middle: Float[Tensor, "B T R"], rows: RowContext) -> Float[Tensor, "B T E"]:
-        """W_r h_u through the small matrices M_u; rows without an adapter keep stage 2's logits."""
+        """Return stage 3b's logits, with W_r h_u computed as M_u (A_u x); rows without an adapter keep stage 2's."""
         assert self.bank is not None and self.lora_router is not None and rows.slots is not None
         matrices = self._matrices(self.bank, self.lora_router, rows.slots, rows)
         own = torch.bmm(at_least_fp32(middle), matrices.transpose(1, 2))
         if self.residual:
             own = scores + own
-        # Chosen, not multiplied by zero: a row without an adapter must not see what is wrong in somebody else's.
+        # Selected, not multiplied by zero: a NaN in slot 0 must not reach the rows without an adapter.
         return torch.where((rows.slots >= 0)[:, None, None], own, scores)
 
     def _matrices(
@@ -112,7 +113,7 @@ class AdaptedLinear(nn.Module):
 
 
 def dropout_mask(x: Float[Tensor, "B T I"], rate: float, rows: RowContext) -> Float[Tensor, "B T I"]:
-    """Draw each row's mask from the row's own generator, so that it does not depend on who else is in the batch.
+    """Draw each row's dropout mask from the row's own generator, so that it does not depend on the other rows.
 
     Only the row's own tokens (`rows.mask`, right-aligned) use random numbers: padding must not shift the stream.
     """

@@ -1,6 +1,6 @@
-"""The two routers: which experts a token of a user gets.
+"""Routers of the mixture of LoRA experts: the user-aware router (stage 2) and the LoRA-aware router (stage 3b).
 
-Each returns scores in fp32 (fp64 for fp64); the gates are their softmax. Knows nothing about the experts.
+Scores are fp32 (fp64 for fp64 inputs); the gates are their softmax over the experts.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ RouterForm = Literal["default", "released"]
 
 
 class UserAwareRouter(nn.Module):
-    """Stage 2: `w = softmax(W_x x + W_u e_u)`, per token.
+    """User-aware router of stage 2: `w = softmax(W_x x + W_u e_u)`, per token.
 
-    With `form="released"` it is what the authors' code computes, `softmax(softmax(W_x x) + softmax(W_u e_u)) / E`:
-    the scores lie between 0 and 2, so that before the factor 1/E no weight can pass e^2 / (e^2 + E - 1), .649 at E = 5.
+    `form="released"` is the formula of the authors' code, `softmax(softmax(W_x x) + softmax(W_u e_u)) / E`: the scores
+    lie between 0 and 2, so before the factor 1/E no weight can exceed e^2 / (e^2 + E - 1), .649 at E = 5.
 
     Attributes:
-        factor: what the mixture is multiplied by: 1, or 1/E in the released form.
+        factor: factor of the mixture: 1, or 1/E in the released form.
         token: W_x (E, I).
         user: W_u (E, D).
-        span: which part of the embedding is this module's; all of it unless every module has its own table.
+        span: this module's part of the embedding; all of it unless every module has its own table.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class UserAwareRouter(nn.Module):
         self.user = nn.Parameter(_uniform(experts, embedding))
 
     def scores(self, x: Float[Tensor, "B T I"], embedding: Float[Tensor, "B D"]) -> Float[Tensor, "B T E"]:
-        """Return the scores whose softmax are the gates, fp32."""
+        """Return the scores whose softmax gives the gates, fp32."""
         return self.scores_of(tokens_last(self.token, x), embedding)
 
     def scores_of(self, by_token: Float[Tensor, "E B T"], embedding: Float[Tensor, "B D"]) -> Float[Tensor, "B T E"]:
-        """Return the scores where W_x x is there already."""
+        """Return the scores from a precomputed W_x x."""
         by_user = functional.linear(self.user, embedding[:, self.span].to(self.user.dtype)).unsqueeze(2)
         by_token = at_least_fp32(by_token)
         if self.form == "released":
@@ -55,12 +55,12 @@ class UserAwareRouter(nn.Module):
 
 
 def gates_of(scores: Float[Tensor, "B T E"]) -> Float[Tensor, "B T E"]:
-    """Return the softmax over experts, which lie first in memory."""
+    """Return the gates: the softmax over the experts, which are the outermost dimension in memory."""
     return scores.permute(2, 0, 1).softmax(0).permute(1, 2, 0)
 
 
 class LoraAwareRouter(nn.Module):
-    """Stage 3b: `softmax(W_r h_u)`, or `softmax(logits of stage 2 + W_r h_u)`, with h_u = s_u B_u A_u x.
+    """LoRA-aware router of 3b: `softmax(W_r h_u)` or `softmax(logits of stage 2 + W_r h_u)`, h_u = s_u B_u A_u x.
 
     `W_r h_u = (s_u W_r B_u)(A_u x)`: with the small matrices M_u = s_u W_r B_u (E, R) a token costs E*R.
 
@@ -77,13 +77,13 @@ class LoraAwareRouter(nn.Module):
         return scale * torch.einsum("eo,sor->ser", self.weight, up.to(self.weight.dtype))
 
     def matrices_of(self, turned: Float[Tensor, "S R O"], scale: float) -> Float[Tensor, "S E R"]:
-        """`matrices` of turned B_u: one product, with nothing to be moved."""
+        """Return M_u from transposed B_u in one matrix product, without copying."""
         flat = torch.mm(turned.to(self.weight.dtype).flatten(0, 1), self.weight.t())
         return (scale * flat).view(*turned.shape[:2], -1).mT
 
 
 def at_least_fp32(x: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """Return `x` in fp32, or in fp64 where it is that already."""
+    """Return `x` in fp32, or unchanged if it is fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""Backbones, and how the method's layers get into them."""
+"""Backbone loading, and the personalized model: a backbone with the method's layers in its target modules."""
 
 from proper.models.backbone import Backbone, load_backbone
 from proper.models.personal import ProperModel

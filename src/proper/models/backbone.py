@@ -1,7 +1,4 @@
-"""Loading a frozen causal language model and its tokenizer: an id, a folder, or the embedded `proper-nano`.
-
-Knows nothing about what is added to it later.
-"""
+"""Loading of the backbone, a frozen causal LM with its tokenizer: from a model id, a folder or `proper-nano`."""
 
 from __future__ import annotations
 
@@ -38,12 +35,12 @@ __all__ = [
 
 @dataclass
 class Backbone:
-    """A causal language model whose parameters are frozen, and its tokenizer.
+    """A frozen causal language model and its tokenizer.
 
     Attributes:
-        name: as the config has it.
-        digest: a hash of the model's shape and of a sample of every parameter.
-        ends: ids that end an answer.
+        name: the config's `backbone`.
+        digest: hash of parameter names, shapes and a sample of every parameter's values.
+        ends: token ids that end an answer.
     """
 
     name: str
@@ -54,7 +51,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the first parameter lies."""
+        """Device of the first parameter."""
         return self.model.device
 
     @property
@@ -64,43 +61,43 @@ class Backbone:
 
     @property
     def embeddings(self) -> int:
-        """Tokens that have an embedding, from 0 on; a tokenizer may know more."""
+        """Number of token embeddings; a tokenizer may have more tokens."""
         table: Any = self.model.get_input_embeddings()
         return int(table.weight.shape[0])
 
     @property
     def quantized(self) -> bool:
-        """Whether the weights are quantized, so that nothing can be merged into them."""
+        """Whether the weights are quantized, so that no LoRA can be merged into them."""
         return bool(getattr(self.model, "is_quantized", False))
 
     @property
     def rows(self) -> int:
-        """Tokens that the model has an embedding for."""
+        """Number of token embeddings."""
         return _rows(self.model)
 
     @property
     def positions(self) -> int | None:
-        """Tokens of the longest row where positions are a table; None where rows may be of any length."""
+        """Maximum row length in tokens where positions are a table; None where rows may have any length."""
         return positions_of(self.model)
 
     @property
     def pad_id(self) -> int:
-        """A token for padding, hidden by the attention mask: the tokenizer's own if the model has it, else its end."""
+        """Padding token, hidden by the attention mask: the tokenizer's pad or end token that the model has, else 0."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if token is not None and 0 <= token < self.rows:
                 return int(token)
         return 0
 
     def encoder(self, max_length: int) -> Encoder:
-        """Return what turns texts into this model's tokens, and refuses those it has no embedding for."""
+        """Return the encoder from texts to this model's tokens; it rejects tokens without an embedding."""
         return Encoder(self.tokenizer, max_length, rows=self.rows, ends=self.ends)
 
 
 def pick_device(wanted: str) -> torch.device:
-    """Return the device for `auto` (a GPU if there is one) or for a torch device name.
+    """Return the device for `auto` (a GPU if available) or for a torch device name.
 
     Raises:
-        ConfigError: torch does not know or does not have that device.
+        ConfigError: the device name is unknown, or the device is not available.
     """
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -115,21 +112,21 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def pick_dtype(wanted: Literal["auto", "bf16", "fp32"]) -> torch.dtype:
-    """Return the compute type; `auto` is bf16, which trained tensors and softmaxes never use."""
+    """Return the compute dtype; `auto` is bf16. Trained tensors and softmaxes are never in bf16."""
     return torch.float32 if wanted == "fp32" else torch.bfloat16
 
 
 def configured_backbone(config: Config, device: torch.device | None = None) -> Backbone:
-    """Load the backbone of a config, on its device unless another is given.
+    """Load the backbone of a config, on the config's device unless another is given.
 
     Raises:
-        ConfigError: see `load_backbone` and `pick_device`; or its table of positions is shorter than a row may be.
+        ConfigError: see `load_backbone` and `pick_device`; or the position table is shorter than the longest row.
     """
     place = pick_device(config.compute.device) if device is None else device
     dtype = pick_dtype(config.compute.dtype)
     trusted, longest = config.trust_remote_code, config.compute.max_length
     backbone = load_backbone(config.backbone, dtype, place, longest, trust_remote_code=trusted)
-    # A prompt keeps half of the longest row whatever its answer may need; see `Encoder.prompt`.
+    # A prompt always keeps half of `max_length`, however long its answer may be; see `Encoder.prompt`.
     require_positions(backbone.model, max(longest, longest // 2 + config.task.max_new_tokens))
     return backbone
 
@@ -145,15 +142,16 @@ def load_backbone(
     """Load a backbone, frozen, in evaluation mode.
 
     Args:
-        name: as the config has it.
-        dtype: the compute type.
-        device: where the weights go.
-        max_length: tokens of the longest row; a RoPE that depends on it is fixed for that, and left as it is if None.
-        trust_remote_code: run Python that lies beside the weights, as some families need. Never asks.
+        name: the config's `backbone`.
+        dtype: the compute dtype.
+        device: the device of the weights.
+        max_length: maximum row length in tokens; a RoPE that depends on the row length is fixed for it. None leaves
+            the RoPE as it is.
+        trust_remote_code: run the Python code that some model families ship beside the weights, without asking.
 
     Raises:
-        ConfigError: nothing by that name can be loaded, its weights are not all there, its answers have no end, or an
-            answer would depend on how long other texts in its batch are.
+        ConfigError: the model cannot be loaded, weights are missing, it has no end token, or an answer would depend on
+            the length of other rows in its batch.
     """
     model = _load_model(name, dtype, device, trust_remote_code)
     if max_length is not None:
@@ -162,7 +160,7 @@ def load_backbone(
     model.eval()
     rows = _rows(model)
     named = named_ends(model.config, model.generation_config, rows)
-    # A checkpoint's own defaults (Qwen's repetition penalty, say) would change what the likeliest answer is.
+    # A checkpoint's generation defaults (such as Qwen's repetition penalty) would change the greedy answer.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     ends = settle_ends(tokenizer, named, rows, name)
@@ -171,9 +169,9 @@ def load_backbone(
 
 def _load_model(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
     location = backbone_location(name)
-    # torch's fused attention is made for long rows: on a CPU its backward pass costs more than the plain products.
+    # torch's fused attention is made for long rows: on a CPU its backward pass costs more than eager attention.
     options: dict[str, Any] = {"attn_implementation": "eager"} if device.type == "cpu" else {}
-    # Quantized weights cannot be moved later, so they are made where they belong.
+    # Quantized weights cannot be moved later, so they are loaded directly onto their device.
     options |= {"dtype": dtype, "device_map": {"": device}, "ignore_mismatched_sizes": True}
     options["trust_remote_code"] = trust_remote_code
     try:
@@ -181,7 +179,7 @@ def _load_model(name: str, dtype: torch.dtype, device: torch.device, trust_remot
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"backbone: {what(name)} cannot be loaded: {first_line(error)}") from error
     model, found = loaded
-    # transformers draws at random what a checkpoint lacks, and only mentions it.
+    # transformers initializes missing weights at random and only warns about it.
     wrong = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
     if wrong:
         raise ConfigError(f"backbone: {what(name)}: {len(wrong)} weights are missing or misshapen, first {wrong[0]}")
@@ -194,7 +192,7 @@ def _rows(model: PreTrainedModel) -> int:
 
 
 def digest(model: nn.Module) -> str:
-    """Hash names, shapes and up to 4,096 evenly spaced values of every parameter."""
+    """Return a hash of names, shapes and about 4,096 evenly spaced values of every parameter."""
     state = hashlib.sha256()
     for name, parameter in model.named_parameters():
         state.update(f"{name}{tuple(parameter.shape)}".encode())
@@ -205,7 +203,7 @@ def digest(model: nn.Module) -> str:
 
 
 def _plain(tensor: Tensor) -> list[Tensor]:
-    """Return the ordinary tensors a quantized one is made of; an ordinary one is itself."""
+    """Return the plain tensors that a quantized tensor consists of; a plain tensor gives itself."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()

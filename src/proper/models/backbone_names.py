@@ -1,4 +1,4 @@
-"""What a config's `backbone` names: the embedded model, a folder, or a model's id; and how errors speak of it."""
+"""Resolution of a config's `backbone` (embedded model, folder or model id), and its name in error messages."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ EMBEDDED = "proper-nano"
 
 
 def backbone_location(name: str) -> str:
-    """Return what transformers loads for a config's `backbone`.
+    """Return the folder or model id that transformers loads for a config's `backbone`.
 
     Raises:
-        ConfigError: it can only be a folder, and there is none.
+        ConfigError: the name can only be a folder, and that folder does not exist.
     """
     if name == EMBEDDED:
         return str(files("proper.models") / "nano")
-    # A model's id has at most one slash and begins with a letter or a number.
+    # A model id has at most one slash and begins with a letter or a digit.
     if not name or not Path(name).is_dir() and (name.count("/") > 1 or not name[:1].isalnum()):
         raise ConfigError(f"backbone: there is no folder {name!r}")
     return name
 
 
 def what(name: str) -> str:
-    """Name a backbone in an error, saying whether it was taken for a folder."""
+    """Return a backbone's name for an error message, which tells whether it was taken as a folder."""
     if name == EMBEDDED:
         return repr(name)
     return f"folder {name!r}" if Path(name).is_dir() else f"{name!r}, which is no folder here,"
 
 
 def first_line(error: Exception) -> str:
-    """Put another library's error into one short line."""
+    """Return another library's error as one short line."""
     text = str(error).strip()
-    # transformers offers its users an argument; ours have a setting.
+    # transformers suggests a Python argument; in proper it is a config key.
     if "trust_remote_code" in text:
         return "it needs Python code that lies beside its weights; trust_remote_code: true in the config runs that code"
     return text.splitlines()[0][:200].removesuffix(" from one of: ") if text else type(error).__name__

@@ -1,7 +1,4 @@
-"""Stage 1's LoRA into the backbone: merged where the weights are dense, kept beside them where they are quantized.
-
-Knows nothing about how it was trained; the folder is PEFT's.
-"""
+"""Loading of stage 1's PEFT LoRA into the backbone: merged into dense weights, kept unmerged beside quantized ones."""
 
 from __future__ import annotations
 
@@ -21,10 +18,10 @@ from proper.models.backbone import Backbone
 
 
 def apply_population(backbone: Backbone, folder: Path) -> None:
-    """Give the backbone the population adapter in `folder`, in place.
+    """Apply the population adapter in `folder` to the backbone, in place.
 
-    Dense weights are merged in fp32 and cast back, so that small updates are rounded once. A quantized backbone keeps
-    the LoRA frozen beside its weights; adapted layers then call both.
+    Dense weights are merged in fp32 and cast back, so that small updates are rounded only once. A quantized backbone
+    keeps the frozen LoRA beside its weights, and adapted layers call both.
 
     Raises:
         ProperError: the adapter cannot be read.
@@ -47,10 +44,10 @@ def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 @contextmanager
 def modules_as_named(model: PreTrainedModel) -> Iterator[None]:
-    """Have PEFT adapt the modules that are named, and nothing else, inside the block.
+    """Make PEFT adapt exactly the named modules inside the block, by hiding the model type.
 
-    In a mixture of experts it takes `gate_proj`, of a shared expert too, for the name that the fused experts once had,
-    and adapts all of those instead. It knows such a model by its type.
+    For mixture-of-experts model types, PEFT takes `gate_proj`, even that of a shared expert, as the former name of the
+    fused experts, and would adapt all of those instead.
     """
     config: Any = model.config
     kind = config.model_type
@@ -62,7 +59,7 @@ def modules_as_named(model: PreTrainedModel) -> Iterator[None]:
 
 
 def absorb(backbone: Backbone, wrapped: PeftModel) -> None:
-    """Merge a PEFT model's active LoRA into the backbone it wraps (or leave it beside quantized weights)."""
+    """Merge a PEFT model's active LoRA into the backbone that it wraps, or keep it beside quantized weights."""
     wrapped.requires_grad_(False)
     wrapped.eval()
     if backbone.quantized:

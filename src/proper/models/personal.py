@@ -1,7 +1,7 @@
-"""A backbone with the method's layers put in: experts and routers, a bank of user adapters, the LoRA-aware router.
+"""`ProperModel`: a backbone with LoRA experts, routers, a bank of user adapters and the LoRA-aware router.
 
-Everything that belongs to the rows of a batch goes through `ProperModel.routing`. Knows nothing about users' names,
-files or training.
+Everything that is specific to the rows of a batch goes through `ProperModel.routing`. Also: answer logits, answer loss
+and gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from proper.models.targets import find_targets
 
 
 class ProperModel:
-    """A frozen backbone and what is added to it.
+    """A frozen backbone and the adapted layers that are added to it.
 
     Attributes:
         backbone: the model and its tokenizer; its adapted modules are replaced in place.
-        routing: who owns the rows in hand; shared by all layers.
+        routing: the context of the current batch's rows, shared by all layers.
         layers: the adapted layers by module name.
-        embedding_size: numbers in one user's embedding (D, or the sum of all inputs with per-module tables).
+        embedding_size: size of one user's embedding (D, or the sum of all inputs with per-module tables).
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -42,11 +42,11 @@ class ProperModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone is."""
+        """Device of the backbone."""
         return self.backbone.device
 
     def add_experts(self, config: GroupsConfig, seed: int) -> None:
-        """Adapt the target modules with fresh experts and user-aware routers, drawn from `seed`."""
+        """Add experts and user-aware routers to the target modules, initialized from `seed`."""
         shapes = find_targets(self.backbone.model, config.target_modules)
         per_module = config.embedding == "per-module"
         self.embedding_size = sum(i for i, _ in shapes.values()) if per_module else config.user_embedding
@@ -72,7 +72,7 @@ class ProperModel:
         self.train(False)
 
     def add_lora_router(self, config: UsersConfig) -> None:
-        """Add the router of stage 3b, zero at the start; `router: none` adds nothing."""
+        """Add the LoRA-aware router of stage 3b, initialized to zero; `router: none` adds nothing."""
         for layer in self.layers.values():
             layer.residual = config.router == "residual"
             layer.lora_router = None
@@ -80,21 +80,21 @@ class ProperModel:
                 layer.lora_router = LoraAwareRouter(layer.outputs, layer.experts.experts).to(self.device)
 
     def add_plain_targets(self, config: UsersConfig, target_modules: str | list[str]) -> None:
-        """Adapt modules for user adapters alone, without experts."""
+        """Adapt the target modules for user adapters only, without experts."""
         for name, (inputs, outputs) in find_targets(self.backbone.model, target_modules).items():
             self._put(name, AdaptedLinear(name, self._module(name), inputs, outputs, self.routing))
 
     def layout(self, rank: int) -> Layout:
-        """Return how one user's adapter lies in memory."""
+        """Return the memory layout of one user's adapter at this rank."""
         return Layout.of({name: (layer.inputs, layer.outputs) for name, layer in self.layers.items()}, rank)
 
     def use_bank(self, bank: AdapterBank | None, dropout: float = 0.0) -> None:
-        """Let all layers read user adapters from `bank`."""
+        """Make all layers read user adapters from `bank`, with this dropout rate on the adapters' input."""
         for layer in self.layers.values():
             layer.bank, layer.user_dropout = bank, dropout
 
     def group_parameters(self) -> dict[str, nn.Parameter]:
-        """Return experts and user-aware routers as MODULE.{down,up,token,user}."""
+        """Return the parameters of experts and user-aware routers as MODULE.{down,up,token,user}."""
         found: dict[str, nn.Parameter] = {}
         for name, layer in self.layers.items():
             if layer.experts is not None and layer.router is not None:
@@ -114,7 +114,7 @@ class ProperModel:
                 layer.experts.train(on)
 
     def answer_logits(self, batch: Batch, rows: RowContext) -> Float[Tensor, "B A V"]:
-        """Return the logits that predict the last A tokens of each row, in the compute type."""
+        """Return the logits that predict the last A tokens of each row, in the compute dtype."""
         with self.routing.use(rows):
             return answer_logits(self.backbone.model, batch)
 
@@ -131,8 +131,8 @@ class ProperModel:
 def answer_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "B A V"]:
     """Return the logits that predict the last A tokens of each row; no others are computed."""
     length, answer = batch.input_ids.shape[1], batch.labels.shape[1]
-    # Given as indices, not as a number: a slice would reach the LM head as a strided view, which torch multiplies row
-    # by row with copies of the whole head.
+    # As indices, not as a number: with a number the LM head gets a strided view, which torch multiplies row by row with
+    # copies of the whole head.
     wanted = torch.arange(length - answer - 1, length - 1, device=batch.input_ids.device)
     logits: Tensor = model(
         input_ids=batch.input_ids,
@@ -156,16 +156,16 @@ def answer_loss(
 
 @contextmanager
 def gradient_checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
-    """Keep no activations inside the block; they are computed again in the backward pass."""
+    """Enable gradient checkpointing inside the block: activations are recomputed in the backward pass."""
     if not on:
         yield
         return
     training = {name for name, module in model.named_modules() if module.training}
     routing = next((module.routing for module in model.modules() if isinstance(module, AdaptedLinear)), BatchContext())
-    # transformers is renaming this pair.
+    # transformers is renaming these two methods.
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False, "context_fn": routing.contexts})
-    # transformers checkpoints only modules that believe they are training. OPT's would then also drop numbers.
+    # transformers checkpoints only modules in training mode, where OPT's would also apply dropout: rates are set to 0.
     layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     rates = [(m, key, p) for m in layers for key, p in vars(m).items() if "drop" in key and isinstance(p, float)]
     for module in layers:

@@ -1,7 +1,6 @@
-"""How many positions a model has a row for, where its positions are a table (GPT-2, OPT) and not a formula (RoPE).
+"""Maximum length of models with a table of positions (GPT-2, OPT) instead of a formula (RoPE).
 
-A row of a text beyond the table's end has no position: an index error, in the middle of an answer. Knows nothing about
-rows or runs.
+A token beyond the table's end has no position, which is an index error in the middle of an answer.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 from proper.errors import ConfigError
 
 _SPARE = 8
-"""Rows that a table may have before its first position (OPT: 2)."""
-_TABLE = "embed_positions"  # a buffer of sines that some families look up (GPT-J, CodeGen)
+"""Maximum extra rows of a table before its first position (OPT: 2)."""
+_TABLE = "embed_positions"  # buffer with sinusoidal positions (GPT-J, CodeGen)
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """Return the positions of a model's table; None if it has none, so that its rows may be of any length."""
+    """Return the number of positions in a model's table; None without a table, where rows may have any length."""
     config: Any = model.config
     most: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     if most is None:
@@ -30,10 +29,10 @@ def positions_of(model: nn.Module) -> int | None:
 
 
 def require_positions(model: nn.Module, length: int) -> None:
-    """See that a model has a position for each token of rows of `length` tokens.
+    """Check that a model has positions for rows of `length` tokens.
 
     Raises:
-        ConfigError: its table of positions is shorter; names both lengths.
+        ConfigError: the position table is shorter; the message names both lengths.
     """
     most = positions_of(model)
     if most is not None and length > most:

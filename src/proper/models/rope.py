@@ -1,11 +1,10 @@
-"""RoPE whose frequencies depend on the longest row of a batch, made the same for all rows of a run.
+"""Fixed frequencies for RoPE types that depend on the longest row of a batch (longrope, dynamic NTK).
 
-    longrope    one of two sets, by whether the longest row is longer than the length of pretraining
-    dynamic     NTK: frequencies stretched by how long the longest row is
+    longrope    one of two sets of frequencies: whether the longest row exceeds the pretraining length decides
+    dynamic     NTK: frequencies scaled by the length of the longest row
 
-transformers picks them anew in each forward pass, so that a row's answer would depend on what runs beside it. Here they
-are those of the longest row that a run can have (`compute.max_length`), in training, scoring and serving alike. Knows
-nothing about rows or runs.
+transformers chooses them in each forward pass, so that a row's answer would depend on the other rows of its batch. Here
+they are fixed to those of the longest possible row (`compute.max_length`), in training, scoring and serving alike.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from proper.errors import ConfigError
 
 MOVING = ("longrope", "dynamic")
-"""The `rope_type`s that depend on the longest row."""
+"""The values of `rope_type` whose frequencies depend on the longest row."""
 
 FIXED = "fixed"
-"""A `rope_type` that transformers does not know, and therefore leaves as it is."""
+"""A `rope_type` that transformers does not know, so that it leaves the frequencies unchanged."""
 
 _PROBE = 8
 
 
 def fix_rope(model: nn.Module, length: int) -> None:
-    """Give every rotary embedding of a model the frequencies for rows of `length` tokens, for good.
+    """Fix the frequencies of all rotary embeddings of a model to those for rows of `length` tokens.
 
     Raises:
-        ConfigError: one depends on the longest row in a way of its own, so that it cannot be fixed.
+        ConfigError: a rotary embedding depends on the longest row in a way of its own, so that it cannot be fixed.
     """
     wanted = _moving_types(model)
     for module in model.modules():
@@ -54,7 +53,7 @@ def _fix(module: Any, kind: str, layer: str | None, length: int) -> None:
     prefix = "" if layer is None else f"{layer}_"
     config = module.config
     settings = config.rope_parameters if layer is None else config.rope_parameters[layer]
-    # Up to here the frequencies are those that the module was made with, whatever rule of its own it has for them.
+    # Up to this length the module keeps its initial frequencies, by whatever rule it has computed them.
     first = settings["original_max_position_embeddings"] if kind == "longrope" else config.max_position_embeddings
     if length <= first:
         return
@@ -65,7 +64,7 @@ def _fix(module: Any, kind: str, layer: str | None, length: int) -> None:
 
 
 def _require_fixed(module: Any, kind: str, layer: str | None, length: int) -> None:
-    """See that the first positions' angles are the same whatever comes after them."""
+    """Check that the angles of the first positions do not depend on the row's length."""
     layers = () if layer is None else (layer,)
     device = next(buffer.device for buffer in module.buffers())
     x = torch.zeros(1, 1, device=device)
@@ -75,14 +74,14 @@ def _require_fixed(module: Any, kind: str, layer: str | None, length: int) -> No
             torch.equal(before, after[:, : before.shape[1]])
             for before, after in zip(module(x, few, *layers), module(x, every, *layers), strict=True)
         )
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # a family with positions of its own kind
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # a family with another form of positions
         raise ConfigError(_refusal(kind)) from error
     if not same:
         raise ConfigError(_refusal(kind))
 
 
 def _moving_types(model: Any) -> set[str]:
-    """The moving types that the text model's config names, for all layers or for some."""
+    """Return the RoPE types in `MOVING` that the text model's config names, for all layers or for some."""
     parameters: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     named = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     return {str(each["rope_type"]) for each in named if each.get("rope_type") in MOVING}

@@ -1,7 +1,4 @@
-"""Which layers of a backbone are adapted, found by the names that model families use.
-
-Knows nothing about what is put there.
-"""
+"""Target module selection: the linear layers of a backbone to adapt (FFN, attention or by name)."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from proper.errors import ConfigError
 
-# A layer belongs to the FFN (or attention) if a part of its path says so; OPT and some Phi models name only the leaf.
+# A part of a layer's path shows whether it is FFN or attention; in OPT and some Phi models only the last part does.
 _FFN = re.compile(r"(^|[._])(mlp|ffn|feed_forward|fc1|fc2)($|[._])")
 _ROUTER = re.compile(r"(\w+_)?(gate|router)|experts")
 _EXPERTS = re.compile(r"(^|[._])(moe|experts?)($|[._])")
@@ -22,7 +19,7 @@ _ATTENTION = re.compile(r"(^|[._])(attn|attention)($|[._])")
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Return (inputs, outputs) of a linear layer of any kind (dense, quantized, Conv1D, with a LoRA), else None."""
+    """Return (inputs, outputs) of a linear layer of any kind (dense, quantized, Conv1D, with LoRA), else None."""
     if isinstance(module, Conv1D):
         return int(module.weight.shape[0]), int(module.nf)
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -34,16 +31,16 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 def find_targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, tuple[int, int]]:
     """Return the adapted modules as name -> (inputs, outputs), in the model's order.
 
-    Only layers of the text model are meant: in a model that also sees or hears, no text reaches the others. Routers,
-    gates and single experts of a mixture of experts are meant by no kind, shared experts are.
+    Only layers of the text model are selected: in a multimodal model, no text reaches the others. In a mixture of
+    experts, the keywords select shared experts but neither routers, gates nor single experts.
 
     Args:
         model: the backbone.
-        wanted: "ffn", "attention", "all" (both), "auto" ("ffn", or "attention" where a mixture of experts leaves no
-            FFN to adapt), or names: a module is meant by its full name, its last part, or any dotted ending.
+        wanted: a keyword: "ffn", "attention", "all" (both), "auto" ("ffn", or "attention" where a mixture of experts
+            leaves no FFN to adapt); or names: a full module name, its last part, or any dotted ending.
 
     Raises:
-        ConfigError: nothing matches; the message names what there is.
+        ConfigError: no module matches; the message names the candidates.
     """
     known = _layers(model)
     found = {name: shape for name, shape in known.items() if _is_wanted(name, wanted)}
@@ -61,7 +58,7 @@ def find_targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, tup
 
 
 def _layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the linear layers of the text model's blocks, each once: none inside another."""
+    """Return the linear layers of the text model's blocks, without linear layers nested in another one."""
     found: dict[str, tuple[int, int]] = {}
     inner = _text_model(model)
     for name, module in model.named_modules():
@@ -74,7 +71,7 @@ def _layers(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _text_model(model: nn.Module) -> str:
-    """Return what the names of the text model's modules begin with: nothing, if there is nothing else."""
+    """Return the name prefix of the text model's modules; "" if the whole model is the text model."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or config.get_text_config() is config:
         return ""
@@ -83,14 +80,14 @@ def _text_model(model: nn.Module) -> str:
 
 
 def _fused_experts(model: nn.Module) -> str:
-    """Return the name of the first parameter that holds all experts of a layer as one (E, O, I); "" without any."""
+    """Return the name of the first parameter that fuses all experts of a layer (E, O, I); "" without one."""
     inner = _text_model(model)
     parameters = (name for name, p in model.named_parameters() if p.dim() == 3 and name.startswith(inner))
     return next((name for name in parameters if _FFN.search(name) or _EXPERTS.search(name)), "")
 
 
 def _of_mixture(name: str) -> bool:
-    """Return whether a module routes tokens to experts, or is one of those that only some tokens reach."""
+    """Return whether a module is a router or gate of a mixture of experts, or one of its routed experts."""
     return any(_ROUTER.fullmatch(part) for part in name.split("."))
 
 

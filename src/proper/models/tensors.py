@@ -1,7 +1,4 @@
-"""Tensors and a few facts in one safetensors file.
-
-Knows nothing about what the tensors are.
-"""
+"""Safetensors files with JSON metadata: atomic writing, and reading with a clear error for damaged files."""
 
 from __future__ import annotations
 
@@ -19,14 +16,14 @@ from proper.files import atomic_path
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write tensors and JSON-able facts to one safetensors file, atomically."""
+    """Write tensors and JSON metadata (`facts`) to one safetensors file, atomically."""
     flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(flat, temporary, metadata={"facts": json.dumps(dict(facts))})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote.
+    """Return the tensors and the JSON metadata of a file that `save_tensors` wrote.
 
     Raises:
         ProperError: the file is damaged.
@@ -40,7 +37,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_facts(path: Path) -> dict[str, Any]:
-    """Read only the facts of what `save_tensors` wrote.
+    """Return only the JSON metadata of a file that `save_tensors` wrote.
 
     Raises:
         ProperError: the file is damaged.

@@ -1,7 +1,4 @@
-"""Loading a backbone's tokenizer, and which tokens end an answer.
-
-Knows nothing about weights.
-"""
+"""Loading of a backbone's tokenizer, without its weights, and the choice of end-of-answer tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """Load only the tokenizer of a backbone.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the backbone has no tokenizer.
     """
     try:
         return AutoTokenizer.from_pretrained(backbone_location(name), trust_remote_code=trust_remote_code)
@@ -29,10 +26,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def configured_encoder(config: Config) -> Encoder:
-    """Return what turns texts into tokens of a config's backbone, without loading its weights.
+    """Return the encoder from texts to tokens of a config's backbone, without loading its weights.
 
     Raises:
-        ConfigError: there is no tokenizer or config, or answers have no end.
+        ConfigError: the tokenizer or model config is missing, or there is no end token.
     """
     name, trust = config.backbone, config.trust_remote_code
     tokenizer = load_tokenizer(name, trust_remote_code=trust)
@@ -44,14 +41,14 @@ def configured_encoder(config: Config) -> Encoder:
     try:
         habits = GenerationConfig.from_pretrained(location)
     except OSError:
-        habits = None  # few folders lack the file; the config names the end then
+        habits = None  # a few folders lack this file; the model config then names the end tokens
     rows = int(shape.get_text_config().vocab_size)
     ends = settle_ends(tokenizer, named_ends(shape, habits, rows), rows, name)
     return Encoder(tokenizer, config.compute.max_length, rows=rows, ends=ends)
 
 
 def named_ends(config: Any, habits: GenerationConfig | None, rows: int) -> tuple[int, ...]:
-    """Return the ids that generation config and config say end an answer, of those that the model has."""
+    """Return the end token ids in the generation config and the model config that the model has embeddings for."""
     found: list[int] = []
     for source in (habits, config, config.get_text_config()):
         named = getattr(source, "eos_token_id", None)
@@ -60,13 +57,14 @@ def named_ends(config: Any, habits: GenerationConfig | None, rows: int) -> tuple
 
 
 def settle_ends(tokenizer: Any, named: tuple[int, ...], rows: int, name: str) -> tuple[int, ...]:
-    """Return the ids that end an answer, and see that the tokenizer has an end token that the model knows.
+    """Return the ids that end an answer, the main one first, and set the tokenizer's `eos_token` to that one.
 
-    That is its own, the first that the configs name, or its separator. Further ids that the configs name end an answer
-    if they are special tokens: an ordinary word is a default that does not fit this tokenizer.
+    The main one is the tokenizer's own end token, else the first that the configs name, else the separator token. The
+    configs' other ids are used only if they are special tokens: an ordinary word is a default that does not fit this
+    tokenizer.
 
     Raises:
-        ConfigError: there is none: answers would be trained without an end, and never stop.
+        ConfigError: there is no end token: answers would be trained without an end, and would never stop.
     """
     for number in (tokenizer.eos_token_id, *named, getattr(tokenizer, "sep_token_id", None)):
         if number is None or not 0 <= number < rows:
