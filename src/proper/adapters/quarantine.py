@@ -14,7 +14,7 @@ from typing import Any
 from proper.files import atomic_path, private_folder, write_json
 
 QUARANTINE = "quarantine"
-"""The folder beside a store's manifest. Whose its files are cannot be told, so a deletion removes all of them."""
+"""The folder beside a store's manifest. Its files cannot be attributed to users, so a deletion removes all of them."""
 
 
 def put_file_aside(users: Path, path: Path) -> str:
