@@ -22,7 +22,7 @@ from proper.sqlite_files import read_only_error
 
 State = Literal["idle", "queued", "fitting", "done", "failed"]
 ATTEMPTS = 3
-"""Processes that may die over one fit before it counts as failed."""
+"""Number of processes that may die during one fit before it counts as failed."""
 
 
 @dataclass(frozen=True, slots=True)
