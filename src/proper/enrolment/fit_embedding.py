@@ -25,7 +25,7 @@ from proper.training.optim import RowAdamW
 from proper.training.schedule import factor
 
 MEASURED = 16
-"""Held-out items whose loss is measured at once."""
+"""Batch size for the held-out loss."""
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,10 @@ from proper.training.tier_selection import Trial
 from proper.training.users import UserStage, held_out, train_users
 
 FITTED = "fitted"
-"""Says in a record's facts that its embedding is no stage's: the next fit makes it anew from the whole history."""
+"""Key in a record's metadata for an embedding not from stage 2: the next fit refits it on the whole history."""
 
 Tell = Callable[[str, float], None]
-"""Takes the phase and the share of all work that is done; called after every step, and may raise to stop."""
+"""Progress callback (phase, share of all work that is done); called after every step, and may raise to stop."""
 
 
 @dataclass(frozen=True)

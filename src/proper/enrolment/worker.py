@@ -24,11 +24,11 @@ from proper.interactions.personal_files import fits_folder, remove_work, work_fo
 from proper.training.users import is_held
 
 TOLD_SECONDS = 0.2
-"""How often a fit says how far it is, and hears whether its user was deleted."""
+"""Interval in which a fit reports its progress and checks whether its user was deleted."""
 POLL_SECONDS = 0.25
 
 Heard = Callable[[str, float], None]
-"""Takes the phase and the share of a fit that is done."""
+"""Progress callback (phase, share of the fit that is done)."""
 
 
 class _Withdrawn(Exception):
