@@ -1,1 +1,1 @@
-"""Adapters at rest: the store of everything that belongs to one user, and the cache of slots in front of it."""
+"""Adapter storage: the store of per-user records (embedding and LoRA adapter), and the slot caches in front of it."""

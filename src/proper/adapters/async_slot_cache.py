@@ -1,8 +1,8 @@
-"""Which users' adapters are in the bank's slots, and which are on their way: loads happen on another thread.
+"""LRU cache of LoRA adapters in bank slots, with pinning and asynchronous loads on a second thread.
 
-A slot belongs to one version of one user's adapter, so a user who is updated has two while requests on the old one
-run. A slot with pins stays; of the others the least recently used makes room. All methods belong to one thread; only
-the loading itself is elsewhere, and `collect` brings in what it did. Knows nothing about requests or batches.
+A slot holds one version of one user's adapter, so a user who is updated occupies two slots while requests on the old
+version run. A pinned slot is never evicted; of the others the least recently used is. Call all methods from one thread:
+only the load itself runs on the other thread, and `collect` applies finished loads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from proper.layers.bank import AdapterBank
 
 
 class AdapterKey(NamedTuple):
-    """One version of one user's adapter. The checksum tells apart versions of a user who was deleted and came back."""
+    """One version of one user's adapter. The checksum distinguishes versions of a user deleted and enrolled again."""
 
     tenant: str
     user: str
@@ -38,12 +38,12 @@ class AdapterKey(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadResult:
-    """How a load ended.
+    """The result of one load.
 
     Attributes:
-        asked: what was asked for.
-        head: the record that was there; a newer one if the user was updated meanwhile, None if they are gone.
-        error: why there is no adapter although there should be.
+        asked: the key that was requested.
+        head: the record found; a newer one if the user was updated meanwhile, None if the user was deleted.
+        error: why the adapter could not be loaded; None if it was, or if the record has no adapter.
     """
 
     asked: AdapterKey
@@ -53,7 +53,7 @@ class LoadResult:
 
 @dataclass
 class CacheCounts:
-    """What happened so far: requests that found their adapter in a slot, loads, and slots that were taken over."""
+    """Counters: requests whose adapter was in a slot (`hits`), loads, evictions, and failed loads (`damaged`)."""
 
     hits: int = 0
     loads: int = 0
@@ -69,12 +69,12 @@ class _Slot:
 
 
 class AsyncSlotCache:
-    """The slots of a bank between stores and a running model.
+    """Asynchronous LRU cache: loads adapters from the tenants' stores into the slots of a bank.
 
     Args:
-        stores: the store of a tenant.
-        bank: where adapters lie while they are used.
-        wake: called from the loading thread when there is something to collect.
+        stores: returns the store of a tenant.
+        bank: the bank whose slots are filled.
+        wake: called from the loading thread when a load has finished.
     """
 
     def __init__(
@@ -97,26 +97,26 @@ class AsyncSlotCache:
 
     @property
     def loading(self) -> int:
-        """Adapters on their way."""
+        """Number of loads that `collect` has not applied yet."""
         return len(self._loading)
 
     @property
     def pinned(self) -> int:
-        """Slots that may not make room."""
+        """Number of pinned slots, which cannot be evicted."""
         return sum(slot.pins > 0 for slot in list(self._slots.values()))
 
     @property
     def finished(self) -> bool:
-        """Whether there is something to collect."""
+        """Whether at least one load has finished and can be collected."""
         return any(future.done() for _, future in self._loading.values())
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is on its way any more; what has come may still have to be collected."""
+        """Whether no load is running; finished loads may still have to be collected."""
         return all(future.done() for _, future in self._loading.values())
 
     def pin(self, key: AdapterKey) -> int:
-        """Return the slot of an adapter that is there, and keep it there until `unpin`."""
+        """Return the slot of a cached adapter, and protect it from eviction until `unpin`."""
         slot = self._slots[key]
         slot.pins += 1
         self._slots.move_to_end(key)
@@ -130,11 +130,11 @@ class AsyncSlotCache:
             self._wipe(key)
 
     def load(self, key: AdapterKey, keep: Collection[AdapterKey]) -> bool:
-        """Start loading an adapter unless it is there or on its way; return False where no slot can be had for it.
+        """Start loading an adapter unless it is cached or loading; return False if no slot can be freed for it.
 
         Args:
-            key: which.
-            keep: adapters that may not make room although nothing pins them.
+            key: the adapter to load.
+            keep: adapters that must not be evicted although they are not pinned.
         """
         if key in self._slots or key in self._loading:
             return True
@@ -147,12 +147,12 @@ class AsyncSlotCache:
         return True
 
     def collect(self) -> list[LoadResult]:
-        """Take over what the loading thread has done since."""
+        """Apply the loads that have finished since the last call, and return their results."""
         done = [key for key, (_, future) in self._loading.items() if future.done()]
         return [self._take_over(key) for key in done]
 
     def forget(self, tenant: str, user: str) -> None:
-        """Wipe all of a user that is in slots or on its way, as soon as nothing runs on it."""
+        """Zero every slot of a user, pinned ones once they are unpinned, and discard the user's running loads."""
         self._gone |= {key for key in self._loading if (key.tenant, key.user) == (tenant, user)}
         for key in [key for key in self._slots if (key.tenant, key.user) == (tenant, user)]:
             self._slots[key].forgotten = True
@@ -160,11 +160,11 @@ class AsyncSlotCache:
                 self._wipe(key)
 
     def owners(self) -> set[tuple[str, str]]:
-        """Return tenant and user of every adapter that is in a slot or on its way."""
+        """Return tenant and user of every adapter that is cached or loading."""
         return {(key.tenant, key.user) for key in (*self._slots, *self._loading)}
 
     def close(self) -> None:
-        """Wait for the load in hand and end the thread."""
+        """Wait for the running load, cancel the others and end the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _room(self, keep: Collection[AdapterKey]) -> int | None:
@@ -178,7 +178,7 @@ class AsyncSlotCache:
         return None
 
     def _read(self, key: AdapterKey, number: int) -> Head | None:
-        """Load on the other thread."""
+        """Load an adapter into a slot; runs on the loading thread."""
         loader = self._loaders.get(key.tenant)
         if loader is None:
             loader = self._loaders[key.tenant] = RowLoader(self._stores(key.tenant), self.bank.layout)
@@ -195,7 +195,7 @@ class AsyncSlotCache:
         if error is not None:
             self._free.append(number)
             self.counts.damaged += 1
-            # Whatever it is, it is this user's: the others' adapters load as before.
+            # Any error concerns this user only: adapters of other users load as before.
             known = isinstance(error, StoreError | OSError)
             return LoadResult(asked, None, str(error) if known else f"{type(error).__name__}: {error}")
         head = future.result()

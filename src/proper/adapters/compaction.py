@@ -1,8 +1,8 @@
-"""Giving back the holes that deleted users and replaced versions leave in shards.
+"""Shard compaction: frees the space that deleted users and replaced versions leave in shards.
 
-A shard of which too little is alive is copied to the end of another one, one transaction moves its users there, and the
-file goes. Whoever reads meanwhile looks again when the file has gone; a user deleted meanwhile has the copy wiped.
-Shards that another process appends to are left alone. Knows nothing about what the bytes mean.
+The live bytes of a shard with too few of them are appended to another shard, one transaction points the manifest rows
+there, and the old file is removed. A concurrent reader that finds the file gone looks the row up again; the copy of a
+user deleted meanwhile is wiped. Shards that another process appends to are skipped.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _TOGETHER = 8
 
 @dataclass(frozen=True)
 class Compaction:
-    """What a compaction did.
+    """The result of a compaction.
 
     Attributes:
-        shards: how many were rewritten.
-        bytes_before, bytes_after: of all shards.
+        shards: number of shards rewritten.
+        bytes_before, bytes_after: total size of all shards.
     """
 
     shards: int
@@ -34,10 +34,10 @@ class Compaction:
 
 
 def compact(store: AdapterStore, below: float = ALIVE) -> Compaction:
-    """Rewrite the shards of which less than this share of bytes is alive.
+    """Rewrite the shards whose share of live bytes is less than `below`.
 
     Raises:
-        StoreError: the disk is full; every adapter is where it was.
+        StoreError: the disk is full; no adapter has moved.
     """
     manifest, shards = store.manifest, 0
     with store.appending():
@@ -58,7 +58,7 @@ def _rewrite(store: AdapterStore, numbers: list[int]) -> int:
             file = lock_shard(store.blobs, number)
             if file is not None:
                 files[shard_name(number)] = file
-                # A cut-off shard is for `check`, which says whom it hurts.
+                # Skip a truncated shard: `check` reports it, with the users whose adapters are damaged.
                 if os.fstat(file).st_size < (store.manifest.shard_size(number) or 0):
                     os.close(files.pop(shard_name(number)))
         try:

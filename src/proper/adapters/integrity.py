@@ -1,10 +1,10 @@
-"""Is the store what its manifest says: every adapter whole (sha256), every row sensible, no byte without an owner?
+"""Consistency check and repair of the adapter store: sha256 of every adapter, validity of every row, orphaned bytes.
 
-Adapters and embeddings must also be sound: finite, and of a size that training makes.
+Adapters and embeddings must also be sound: finite, and of a magnitude that training produces.
 
-Repair takes a user whose adapter is damaged back to the newest version that is good, or to the group tier where none
-is. What it takes out (bytes without an owner, rows of damaged versions) goes into quarantine: beside a manifest that
-was set back anything looks like nobody's. It may run beside readers and writers. Knows nothing about models.
+Repair rolls a user whose adapter is damaged back to the newest undamaged version, or to the group tier if there is
+none. What it removes (orphaned bytes, rows of damaged versions) goes into quarantine, because with a manifest restored
+from an older backup, valid bytes look orphaned too. Check and repair may run beside readers and writers.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """One problem found by a check.
 
     Attributes:
-        kind: "manifest": the database itself is damaged; "row": a row that makes no sense; "missing", "torn" (cut off)
-            or "flipped" (other bytes): an adapter; "unsound": numbers of an adapter or an embedding that are not
-            finite or absurdly large; "orphan-file", "orphan-bytes": what nobody owns; "log": the log of
-            interactions.
-        text: what is wrong, with the user or file.
-        user: whose version this is; None of an orphan.
-        repair: what was done about it; empty if nothing was.
+        kind: "manifest": the database itself is damaged; "row": a row is invalid; "missing", "torn" (truncated) or
+            "flipped" (bytes differ): an adapter's bytes; "unsound": numbers of an adapter or an embedding are not
+            finite or absurdly large; "orphan-file", "orphan-bytes": no record refers to them; "log": the interaction
+            log.
+        text: the problem, with the user or file.
+        user: the user of the damaged version; None for an orphan.
+        repair: how it was repaired; empty if it was not.
     """
 
     kind: Kind
@@ -57,13 +57,13 @@ class Finding:
 
 
 def one_line(path: Path, text: str) -> str:
-    """Return what SQLite says about a file as one line that names the file."""
+    """Return an SQLite message as one line that names the file."""
     said = " ".join(text.split())
     return said if said.startswith(str(path)) else f"{path}: {said}"
 
 
 def check(store: AdapterStore, repair: bool = False) -> list[Finding]:
-    """Return everything that is wrong with a store, all tenants included; with `repair`, put it right.
+    """Return all problems of a store, in all tenants; with `repair`, fix them.
 
     Raises:
         StoreError: the manifest cannot be read, or a repair cannot be written.
@@ -92,7 +92,7 @@ def _check_user(store: AdapterStore, rows: list[ManifestRow], repair: bool) -> l
     if not bad:
         return []
     with nullcontext() if store.manifest.read_only else store.manifest.transaction():
-        # What was replaced, deleted or moved since it was read is not damaged.
+        # Versions that were replaced, deleted or moved since they were read do not count as damaged.
         now = store.manifest.versions(rows[0].tenant, rows[0].user)
         bad = {row.version: bad[row.version] for row in now if row.version in bad and row in rows}
         if not bad or not repair:
@@ -118,7 +118,7 @@ def _check_row(store: AdapterStore, row: ManifestRow) -> Finding | None:
 
 
 def _nonsense(store: AdapterStore, row: ManifestRow) -> str | None:
-    """Say what makes no sense about a row by itself."""
+    """Return why a manifest row is invalid by itself, without reading the adapter; None if it is valid."""
     if row.tier not in ("groups", "users"):
         return f"no such tier: {row.tier!r}"
     if len(row.embedding) % 4:
@@ -140,7 +140,7 @@ def _nonsense(store: AdapterStore, row: ManifestRow) -> str | None:
 
 
 def _damage(store: AdapterStore, row: ManifestRow, place: ByteRange) -> tuple[Kind, str]:
-    """Say what is wrong with an adapter's bytes; an empty text if nothing is."""
+    """Return the kind of damage to an adapter's bytes and a description, which is empty if they are intact."""
     path, left = store.blobs / place.blob, place.length
     sha256, xxh3 = hashlib.sha256(), xxhash.xxh3_64()
     try:
@@ -162,16 +162,16 @@ def _damage(store: AdapterStore, row: ManifestRow, place: ByteRange) -> tuple[Ki
 
 
 def _unsound(store: AdapterStore, row: ManifestRow) -> tuple[Kind, str]:
-    """Say which numbers of a whole row can take no part in an answer; an empty text if all can."""
+    """Return which tensor of an intact record has unusable numbers (see `validation`); an empty text if none has."""
     try:
         record = store.record(user_of(row.user), row, coded=True)
-    except BlobError as error:  # damaged since it was looked at
+    except BlobError as error:  # damaged since its bytes were checked
         return "flipped", str(error)
     return "unsound", fault_of({"embedding": record.embedding, **(record.adapter or {})}) or ""
 
 
 def _fall_back(store: AdapterStore, now: list[ManifestRow], bad: dict[int, Finding]) -> str:
-    """Drop a user's bad versions (inside a transaction); their bytes are orphans then. Says what became of the user."""
+    """Delete a user's bad versions inside a transaction, which orphans their bytes; return what was done, as text."""
     manifest, good = store.manifest, [row for row in now if row.version not in bad]
     done = "removed this version; a newer one is current"
     if now[0].version in bad:
@@ -198,7 +198,7 @@ def _embedding_is_sound(store: AdapterStore, row: ManifestRow) -> bool:
 
 def _orphan_files(store: AdapterStore, repair: bool) -> Iterator[Finding]:
     manifest = store.manifest
-    # Nobody may be between writing a file and pointing to it.
+    # No writer may be between writing a blob and committing its row.
     with nullcontext() if manifest.read_only else store.writing(alone=True):
         owned = {row[0] for row in manifest.read("SELECT DISTINCT blob FROM records")}
         owned |= {shard_name(number) for number in manifest.shards()}
@@ -211,13 +211,13 @@ def _orphan_files(store: AdapterStore, repair: bool) -> Iterator[Finding]:
 
 
 def _orphan_bytes(store: AdapterStore, number: int, size: int, repair: bool) -> Iterator[Finding]:
-    """Look for bytes in a shard's holes, and behind its end if nobody is appending to it."""
-    # The size was read first: what has been appended since lies behind it, and holes are never filled again.
+    """Find non-zero bytes in a shard's holes, and behind its committed end unless another process appends to it."""
+    # The size was read first: bytes appended since lie behind it, and holes are never reused.
     places = store.manifest.owners([shard_name(number)])
     path = store.blobs / shard_name(number)
     if not path.exists():
         return
-    # A link is not followed: what it leads to is not the store's to write.
+    # Do not follow a symbolic link: its target is outside the store.
     file = os.open(path, (os.O_RDWR if repair else os.O_RDONLY) | os.O_NOFOLLOW)
     try:
         at, wiped = 0, 0
@@ -236,7 +236,7 @@ def _orphan_bytes(store: AdapterStore, number: int, size: int, repair: bool) -> 
 
 
 def _wipe(store: AdapterStore, file: int, name: str, start: int, end: int, repair: bool) -> int:
-    """Return how many bytes of a hole belong to pieces that are not zero; put them aside if asked to."""
+    """Return how many bytes of a hole are in non-zero pieces; with `repair`, quarantine and zero these pieces."""
     found = 0
     for at in range(start, end, _PIECE):
         piece = os.pread(file, min(_PIECE, end - at), at)

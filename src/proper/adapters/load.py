@@ -1,8 +1,7 @@
-"""Adapters from the store straight into rows of a bank: every byte is copied once and checked on the way.
+"""Loads adapters from the store directly into rows of an adapter bank: each byte is copied once and checksummed.
 
-An adapter that lies in the store as it lies in a row (one dtype, the layout's order) is read into the row, or converted
-into it piece by piece while the piece is still in the core's cache. Any other form (int8, say) is made tensors first.
-Knows nothing about which slot is free.
+An adapter stored as a row has it (one dtype, the layout's order) is read into the row, or converted into it piece by
+piece while the piece is still in the core's cache. Any other form (int8, for example) is unpacked to tensors first.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from proper.layers.bank import Layout
 
 
 class RowLoader:
-    """Loads users' adapters into rows of one layout; one thread at a time."""
+    """Loads users' adapters into bank rows of one layout. Not thread-safe: use it from one thread at a time."""
 
     def __init__(self, store: AdapterStore, layout: Layout) -> None:
         self.store, self.layout = store, layout
@@ -43,9 +42,9 @@ class RowLoader:
         return head.checksum
 
     def load_head(self, user: str, row: Float[Tensor, "P"]) -> Head | None:
-        """Fill a row with a user's adapter; return what else the very record says that it was read from.
+        """Fill a row with a user's adapter; return the head of the record it was read from.
 
-        None for an unknown user, a head of the tier "groups" where there is no adapter; the row is then zeroed.
+        Returns None for an unknown user, and a head of tier "groups" if there is no adapter; both zero the row.
 
         Raises:
             StoreError: adapter or embedding is damaged, does not fit the layout or has numbers that are not finite or
@@ -93,7 +92,7 @@ class RowLoader:
         stream(self.store.blobs, found.place, found.xxh3, self._buffer.numpy().data, take)
 
     def _dtype(self, found: ManifestRow) -> torch.dtype | None:
-        """Return the dtype of an adapter that lies in the store as it lies in a row, None of any other."""
+        """Return the dtype of an adapter that is stored as a row has it; None for any other form."""
         if found.layout not in self._straight:
             self._straight[found.layout] = self._compare(self.store.spec(found))
         return self._straight[found.layout]

@@ -1,7 +1,7 @@
-"""The manifest: one SQLite file that says who has which record, in which versions, and where an adapter's bytes lie.
+"""The manifest of the adapter store: one SQLite file with every user's record versions and the byte ranges of adapters.
 
-The current version of a user is the one with the highest number. Long reads go page by page, so that nobody holds an
-old state open and a deleted row leaves the write-ahead log at the next checkpoint. Knows SQL and nothing about files.
+The current version of a user is the one with the highest number. Long reads are paginated, so that no reader keeps an
+old snapshot open and a deleted row leaves the write-ahead log at the next checkpoint.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ FORMAT = 2
 _PAGE = 1000
 _TABLES = (
     "CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-    # What an adapter's bytes mean, once for all users who share it.
+    # The tensor spec of an adapter's bytes, stored once for all users who share it.
     "CREATE TABLE layouts (id INTEGER PRIMARY KEY, spec TEXT NOT NULL UNIQUE)",
-    # Bytes of each shard that committed records reach; numbers are never used twice.
+    # Committed size of each shard in bytes; shard numbers are never reused.
     "CREATE TABLE shards (id INTEGER PRIMARY KEY AUTOINCREMENT, size INTEGER NOT NULL)",
-    # Bytes that nobody owns any more and that are still to be wiped; offset is NULL where the file goes as a whole.
+    # Bytes that no record refers to any more and that are still to be wiped; offset is NULL for a whole file.
     "CREATE TABLE erasures (id INTEGER PRIMARY KEY, blob TEXT NOT NULL, offset INTEGER, length INTEGER)",
     """CREATE TABLE records (
         tenant TEXT NOT NULL, user BLOB NOT NULL, version INTEGER NOT NULL, parent INTEGER, tier TEXT NOT NULL,
@@ -38,7 +38,7 @@ _SCHEMA = Schema("a store", FORMAT, _TABLES, durable=True)
 
 
 class ByteRange(NamedTuple):
-    """Where bytes lie: a file of the store's `blobs/`, and a range in it."""
+    """A byte range in a file of the store's `blobs/`."""
 
     blob: str
     offset: int
@@ -46,7 +46,7 @@ class ByteRange(NamedTuple):
 
 
 class ManifestRow(NamedTuple):
-    """One version of one user as the manifest holds it; the user's id is UTF-8, lone surrogates let through."""
+    """One version of one user as a manifest row; the user's id is UTF-8 with lone surrogates allowed."""
 
     tenant: str
     user: bytes
@@ -65,7 +65,7 @@ class ManifestRow(NamedTuple):
 
     @property
     def place(self) -> ByteRange | None:
-        """Where the adapter lies; None without one."""
+        """The byte range of the adapter; None without one."""
         return None if self.blob is None else ByteRange(self.blob, self.offset or 0, self.length)
 
 
@@ -73,12 +73,12 @@ _COLUMNS = ", ".join(ManifestRow._fields)
 
 
 def key_of(user: str) -> bytes:
-    """Return the bytes that stand for a user id: any Python string has some."""
+    """Return the bytes that represent a user id; defined for every Python string."""
     return user.encode("utf-8", "surrogatepass")
 
 
 def user_of(key: bytes) -> str:
-    """Return the user id that `key_of` took."""
+    """Return the user id of a key; the inverse of `key_of`."""
     return key.decode("utf-8", "surrogatepass")
 
 
@@ -88,17 +88,17 @@ def shard_name(number: int) -> str:
 
 
 def empty_wal(path: Path, patience: float) -> bool:
-    """Move a database's write-ahead log into its file and empty it, so that it keeps nothing that was deleted.
+    """Checkpoint a database's write-ahead log into its file and truncate it, so that it keeps no deleted data.
 
-    Returns False if another process reads or writes for longer than `patience` (seconds): what was deleted is still
-    in the write-ahead log then.
+    Returns False if another process reads or writes for longer than `patience` (seconds): the write-ahead log then
+    still holds deleted data.
 
     Raises:
         StoreError: the database is damaged, or the disk full.
     """
     deadline = time.monotonic() + patience
     try:
-        # A connection of its own: others of this process may be in the middle of a read.
+        # A separate connection: this process's other connections may be in the middle of a read.
         with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as database:
             while _is_busy(database):
                 if time.monotonic() > deadline:
@@ -119,12 +119,12 @@ def _is_busy(database: sqlite3.Connection) -> bool:
 
 
 class Manifest:
-    """The SQLite file at `path`, made if it is not there.
+    """The SQLite file at `path`, created if it does not exist.
 
     Args:
         path: the file.
         wait_seconds: how long to wait for another process that writes.
-        may_make: called before a new file is made; raises where the file must have been lost.
+        may_make: called before a new file is created; raises if the file must have been lost.
 
     Raises:
         StoreError: the file is damaged or lost.
@@ -133,7 +133,7 @@ class Manifest:
     def __init__(self, path: Path, wait_seconds: float, may_make: Callable[[], None] = lambda: None) -> None:
         self.path = path
         self._writing = threading.RLock()
-        # One connection serves all threads: SQLite itself takes turns, and writers hold the lock.
+        # One connection serves all threads: SQLite serializes its calls, and writers hold the lock.
         self._db, self.read_only = open_shared(path, _SCHEMA, wait_seconds, may_make)
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ class Manifest:
 
         Raises:
             StoreError: another process writes for too long, or the disk is full or broken.
-            ReadOnlyError: the file may only be read here.
+            ReadOnlyError: the file is read-only.
         """
         if self.read_only:
             raise read_only_error(self.path)
@@ -175,7 +175,7 @@ class Manifest:
             raise StoreError(f"{self.path}: {error}") from error
 
     def write(self, sql: str, values: Sequence[Any] = ()) -> int:
-        """Run one statement of a transaction; return how many rows it changed."""
+        """Run one statement inside a transaction; return how many rows it changed."""
         return self._db.execute(sql, values).rowcount
 
     def shrink_log(self, patience: float = 1.0) -> bool:
@@ -183,15 +183,15 @@ class Manifest:
         return empty_wal(self.path, patience)
 
     def changes(self) -> int:
-        """Return a number that is another one after another connection has committed."""
+        """Return a number that changes whenever another connection has committed (PRAGMA data_version)."""
         return int(self.read("PRAGMA data_version")[0][0])
 
     def facts(self) -> dict[str, str]:
-        """Return what the store is bound to."""
+        """Return the metadata that the store is bound to (see `AdapterStore.bind`)."""
         return dict(self.read("SELECT key, value FROM facts"))
 
     def bind(self, facts: Mapping[str, str]) -> None:
-        """Write what the store is bound to (inside a transaction)."""
+        """Write the metadata that the store is bound to (inside a transaction)."""
         self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
 
     def head(self, tenant: str, user: bytes) -> ManifestRow | None:
@@ -209,7 +209,7 @@ class Manifest:
 
     def heads(self, tenant: str, after: bytes | None = None) -> Iterator[ManifestRow]:
         """Yield every user's current version, ordered by user, from the beginning or `after` a user."""
-        # SQLite takes the other columns from the row that has the maximum.
+        # With MAX(), SQLite takes the other columns from the row that has the maximum.
         columns = _COLUMNS.replace("version", "MAX(version)")
         query = f"SELECT {columns} FROM records WHERE tenant = ? AND user > ? GROUP BY user ORDER BY user LIMIT {_PAGE}"
         first = query if after is not None else query.replace("user > ?", "user >= ?")
@@ -228,7 +228,7 @@ class Manifest:
             page = self.read(query, page[-1][:3])
 
     def add(self, row: ManifestRow) -> int:
-        """Add a row as its user's new current version, whatever number and parent it carries; return the number."""
+        """Add a row as its user's new current version, ignoring its version and parent; return the new number."""
         (newest,) = self._db.execute(
             "SELECT MAX(version) FROM records WHERE tenant = ? AND user = ?", (row.tenant, row.user)
         ).fetchone()
@@ -237,7 +237,7 @@ class Manifest:
         return row.version
 
     def drop(self, rows: Sequence[ManifestRow]) -> None:
-        """Remove versions, and note for erasure the bytes that no other version of the user shares."""
+        """Remove versions, and schedule for erasure the bytes that no other version of the user shares."""
         for row in rows:
             key = (row.tenant, row.user)
             self.write("DELETE FROM records WHERE tenant = ? AND user = ? AND version = ?", (*key, row.version))
@@ -250,7 +250,7 @@ class Manifest:
         self.drop(self.versions(tenant, user)[keep:])
 
     def erase_later(self, blob: str, offset: int | None, length: int | None) -> None:
-        """Note bytes to be wiped; without an offset, a whole file."""
+        """Schedule bytes for erasure; without an offset, a whole file."""
         self.write("INSERT INTO erasures (blob, offset, length) VALUES (?, ?, ?)", (blob, offset, length))
 
     def layout_id(self, spec: str) -> int:
@@ -268,32 +268,32 @@ class Manifest:
         return dict(self.read("SELECT id, size FROM shards ORDER BY id"))
 
     def shard_size(self, number: int) -> int | None:
-        """Return the committed size of a shard, None if it is gone."""
+        """Return the committed size of a shard; None if it has been removed."""
         found = self.read("SELECT size FROM shards WHERE id = ?", (number,))
         return found[0][0] if found else None
 
     def live_bytes(self) -> dict[str, int]:
-        """Return how many bytes of each blob belong to somebody."""
+        """Return how many bytes of each blob records refer to."""
         places = "SELECT DISTINCT blob, offset, length FROM records WHERE blob IS NOT NULL"
         return dict(self.read(f"SELECT blob, SUM(length) FROM ({places}) GROUP BY blob"))
 
     def owners(self, blobs: Sequence[str]) -> dict[ByteRange, tuple[str, bytes]]:
-        """Return tenant and user of every range of these blobs, in the order of the bytes."""
+        """Return tenant and user of every referenced range of these blobs, in byte order."""
         marks = ", ".join("?" * len(blobs))
         query = f"SELECT blob, offset, length, tenant, user FROM records WHERE blob IN ({marks}) ORDER BY blob, offset"
         return {ByteRange(*row[:3]): (row[3], row[4]) for row in self.read(query, list(blobs))}
 
     def move(self, owner: tuple[str, bytes], old: ByteRange, new: ByteRange) -> bool:
-        """Point a user's versions to where their bytes were copied; return whether any version still has them."""
+        """Point a user's versions from `old` to the copy at `new`; return whether any version referred to `old`."""
         query = "UPDATE records SET blob = ?, offset = ? WHERE tenant = ? AND user = ? AND blob = ? AND offset = ?"
         return self.write(query, (new.blob, new.offset, *owner, old.blob, old.offset)) > 0
 
     def grow(self, sizes: Iterable[tuple[int, int]]) -> None:
-        """Note new sizes of shards, given as (size, number) (inside a transaction)."""
+        """Record new committed sizes of shards, given as (size, number) (inside a transaction)."""
         self._db.executemany("UPDATE shards SET size = ? WHERE id = ?", sizes)
 
     def new_shard(self) -> int:
-        """Return the number of a new, empty shard."""
+        """Add an empty shard and return its number."""
         with self.transaction():
             number = self._db.execute("INSERT INTO shards (size) VALUES (0)").lastrowid
         assert number is not None

@@ -1,8 +1,8 @@
-"""An adapter in 8 bits: one signed byte per number and one scale per row, symmetric about zero.
+"""Symmetric int8 quantization of LoRA adapters, with one bf16 scale per row.
 
-A row is what the last axis runs over: the inputs of one rank of A, the ranks of one output of B. Scales are bf16, whose
-range is that of fp32 (an fp16 scale of a barely trained B underflows), and are rounded up, so that no number is
-clipped: |x - q s| <= s / 2. Knows nothing about where adapters are kept.
+A row runs along the last axis: the inputs of one rank of A, the ranks of one output of B. Scales are bf16, which has
+the range of fp32 (an fp16 scale of a barely trained B underflows), and are rounded up, so that no number is
+clipped: |x - q s| <= s / 2.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def dequantize(q: Int8[Tensor, "*rows N"], scale: BFloat16[Tensor, "*rows"]) -> 
 
 
 def encode(adapter: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]:
-    """Return an adapter in the form in which it is stored; int8 tensors bring their scales as `NAME:scale`.
+    """Return an adapter in its storage form; int8 tensors come with their scales as `NAME:scale`.
 
     Raises:
-        ValueError: int8 is wanted and a number is not finite; names the tensor.
+        ValueError: the storage is int8 and a number is not finite; names the tensor.
     """
     if storage != "int8":
         kept = torch.bfloat16 if storage == "bf16" else torch.float32
@@ -58,7 +58,7 @@ def encode(adapter: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]
 
 
 def decode(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return an adapter that computes: int8 tensors with scales in fp32, all others as they are."""
+    """Return an adapter ready for computation: int8 tensors dequantized to fp32, all others unchanged."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         if not name.endswith(_SCALE):

@@ -1,4 +1,4 @@
-"""What the store keeps of a user, as its callers see it. Knows nothing about how it is kept."""
+"""Record types of the adapter store's API: a user's record, its head (without the adapter) and its versions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class UserRecord:
         user: any string.
         tier: "groups" (embedding only) or "users" (embedding and adapter).
         embedding: e_u (D,), fp32.
-        adapter: stacked tensors, as `layers.bank.Layout` names them, or what `quantize.encode` made of them; None on
-            the group tier.
-        facts: JSON-able facts about how it came about.
+        adapter: stacked tensors, as `layers.bank.Layout` names them, or their `quantization.encode` form; None on the
+            group tier.
+        facts: JSON-serializable metadata about how the record was made.
     """
 
     user: str
@@ -36,8 +36,8 @@ class Head:
     """A user's current record without the adapter.
 
     Attributes:
-        version: grows with every change of this user, a rollback included; starts again after a delete.
-        checksum: of the adapter's bytes; None without one.
+        version: increases with every change of this user, a rollback included; starts again after a delete.
+        checksum: xxh3 of the adapter's bytes; None without an adapter.
     """
 
     version: int
@@ -52,9 +52,9 @@ class Version:
 
     Attributes:
         parent: the version that was current before; None for the first.
-        bytes: of adapter and embedding.
-        written: when, in whole seconds of Unix time.
-        checksum: xxh3 of the adapter's bytes; two versions with the same one hold the same adapter.
+        bytes: size of adapter and embedding.
+        written: time of writing, in whole seconds of Unix time.
+        checksum: xxh3 of the adapter's bytes; two versions with equal checksums have the same adapter.
     """
 
     version: int

@@ -1,8 +1,8 @@
-"""An adapter's tensors as bytes and back.
+"""Serialization of adapters: named tensors to contiguous bytes and back.
 
-The tensors lie one after the other without gaps, wider numbers first, otherwise in the order they were given: an
-adapter of one dtype that came out of a bank's row has the row's order. What the bytes mean is a `TensorSpec`, stored
-once for all users who share it. Knows nothing about files, users or slots.
+The tensors follow each other without gaps, wider dtypes first, otherwise in the given order: an adapter of one dtype
+that comes from a bank's row keeps the row's order. A `TensorSpec` describes the bytes; it is stored once for all users
+who share it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor: its name, dtype, shape and first byte."""
+    """One tensor: its name, dtype, shape and byte offset."""
 
     name: str
     dtype: torch.dtype
@@ -43,19 +43,19 @@ class TensorEntry:
 
     @property
     def size(self) -> int:
-        """Bytes it takes up."""
+        """Size of the tensor in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What the bytes of an adapter mean."""
+    """Names, dtypes, shapes and offsets of the tensors in an adapter's bytes."""
 
     entries: tuple[TensorEntry, ...]
 
     @property
     def size(self) -> int:
-        """Bytes of the whole adapter."""
+        """Size of the whole adapter in bytes."""
         return self.entries[-1].offset + self.entries[-1].size if self.entries else 0
 
     def text(self) -> str:
@@ -64,10 +64,10 @@ class TensorSpec:
 
     @classmethod
     def parse(cls, text: str) -> TensorSpec:
-        """Read what `text` wrote.
+        """Parse a spec from the output of `text`.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: the text is not a spec.
         """
         entries, offset = [], 0
         try:
@@ -79,7 +79,7 @@ class TensorSpec:
         return cls(tuple(entries))
 
     def header(self) -> bytes:
-        """Return what makes a safetensors file of the bytes that follow it."""
+        """Return the safetensors header: header and adapter bytes together are a safetensors file."""
         named = {
             e.name: {"dtype": _NAMES[e.dtype], "shape": e.shape, "data_offsets": [e.offset, e.offset + e.size]}
             for e in self.entries
@@ -93,7 +93,7 @@ def pack(adapter: Mapping[str, Tensor]) -> tuple[TensorSpec, bytes]:
     """Return an adapter's spec and bytes.
 
     Raises:
-        StoreError: a tensor's dtype has no place in a store.
+        StoreError: the store does not support a tensor's dtype.
     """
     entries, pieces, offset = [], [], 0
     for name, tensor in sorted(adapter.items(), key=lambda pair: -pair[1].dtype.itemsize):
@@ -107,5 +107,5 @@ def pack(adapter: Mapping[str, Tensor]) -> tuple[TensorSpec, bytes]:
 
 
 def unpack(spec: TensorSpec, data: Tensor) -> dict[str, Tensor]:
-    """Return views of an adapter's bytes (uint8) as its tensors."""
+    """Return an adapter's tensors as views of its bytes (uint8)."""
     return {e.name: data[e.offset : e.offset + e.size].view(e.dtype).view(e.shape) for e in spec.entries}

@@ -1,8 +1,8 @@
-"""The files that hold adapters' bytes: packed shards for small adapters, a file of its own for each large one.
+"""Blob files with adapters' bytes: append-only shards for small adapters, one safetensors file for each large one.
 
-A writer owns the shard it appends to (an flock, which the kernel gives back when the process dies), so writers never
-meet in one file; what lies behind a shard's committed size was never committed. Bytes never move inside a shard and
-holes are not filled again. Knows the manifest's shards and nothing about users or tensors.
+A writer owns the shard it appends to (an flock, which the kernel releases when the process dies), so two writers never
+write to one file. Bytes behind a shard's committed size were never committed. Bytes never move inside a shard and holes
+are not reused.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from proper.adapters.manifest import ByteRange, Manifest, shard_name
 from proper.errors import StoreError
 from proper.files import open_private
 
-# Small enough to be still in a core's cache when the checksum reads it.
+# Small enough to remain in a core's cache until the checksum reads it.
 CHUNK = 1 << 18
 _FLUSH = 1 << 20
 
 
 class BlobError(Exception):
-    """Bytes are missing, cut off or have changed; the message says which."""
+    """Bytes are missing, truncated or changed; the message says which."""
 
 
 @dataclass(eq=False)
 class _Shard:
-    """A shard this process appends to; `end` counts what waits in `pending`."""
+    """A shard this process appends to; `end` includes the unwritten bytes in `pending`."""
 
     number: int
     file: int
@@ -42,11 +42,11 @@ class _Shard:
     waiting: int = 0
 
     def gone(self) -> bool:
-        """Has somebody removed the file?"""
+        """Return whether the file has been removed."""
         return os.fstat(self.file).st_nlink == 0
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Write the pending bytes."""
         data, at = memoryview(b"".join(self.pending)), self.end - self.waiting
         while data:
             written = os.pwrite(self.file, data, at)
@@ -55,12 +55,12 @@ class _Shard:
 
 
 class BlobWriter:
-    """Appends to shards and writes files. `sync`, a commit that notes `sizes`, then `done`; or `undo`.
+    """Appends to shards and writes files. After writing: `sync`, a commit that records `sizes`, then `done`; or `undo`.
 
     Args:
-        folder: where the files are.
-        manifest: what has been committed.
-        shard_bytes: a shard that has reached this is full.
+        folder: the folder of the blob files.
+        manifest: the manifest with the committed sizes.
+        shard_bytes: a shard of at least this size is full.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, shard_bytes: int) -> None:
@@ -83,7 +83,7 @@ class BlobWriter:
         return place
 
     def write_file(self, header: bytes, payload: bytes) -> ByteRange:
-        """Write a file of its own."""
+        """Write header and bytes to a new file."""
         name = f"{secrets.token_hex(16)}.safetensors"
         self._files.append(name)
         with os.fdopen(open_private(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
@@ -94,7 +94,7 @@ class BlobWriter:
         return ByteRange(name, len(header), len(payload))
 
     def sync(self) -> None:
-        """See that everything is on the disk."""
+        """Flush and fsync everything written."""
         for shard in self._touched:
             shard.flush()
             os.fsync(shard.file)
@@ -105,14 +105,14 @@ class BlobWriter:
         return [(shard.end, shard.number) for shard in self._touched]
 
     def done(self) -> None:
-        """Forget what was written: it is committed. Full shards are let go."""
+        """Mark everything written as committed, and release full shards."""
         for shard in self._touched:
             if shard is not self._current:
                 os.close(shard.file)
         self._touched, self._files = [], []
 
     def undo(self) -> None:
-        """Remove what was written since the last commit; the manifest says what that is, whatever went wrong."""
+        """Remove everything written since the last commit, as the manifest records it, whatever the error was."""
         for name in self._files:
             if not self.manifest.read("SELECT 1 FROM records WHERE blob = ? LIMIT 1", (name,)):
                 (self.folder / name).unlink(missing_ok=True)
@@ -121,7 +121,7 @@ class BlobWriter:
         self.close()
 
     def close(self) -> None:
-        """Let go of all shards."""
+        """Release all shards."""
         for shard in {shard.file: shard for shard in (*self._touched, self._current) if shard is not None}.values():
             os.close(shard.file)
         self._current, self._touched, self._files = None, [], []
@@ -137,7 +137,7 @@ class BlobWriter:
         return shard
 
     def _claim(self, needed: int) -> _Shard:
-        """Take over a shard with room that nobody appends to, or make one."""
+        """Lock a shard that has room and that no other writer owns, or create one."""
         for number, size in self.manifest.shards().items():
             if size + needed <= self.shard_bytes and (file := lock_shard(self.folder, number)) is not None:
                 shard = self._usable(number, file, needed)
@@ -152,12 +152,12 @@ class BlobWriter:
                 return _Shard(number, file, 0)
 
     def _usable(self, number: int, file: int, needed: int) -> _Shard | None:
-        # The size is read under the lock: whoever held it before may have appended, or given the shard up.
+        # Read the size under the lock: the previous owner may have appended to the shard or removed it.
         size, there = self.manifest.shard_size(number), os.fstat(file).st_size
         if size is None or there < size or size + needed > self.shard_bytes:
             return None
         if there > size:
-            os.ftruncate(file, size)  # what a killed writer left
+            os.ftruncate(file, size)  # uncommitted bytes of a killed writer
         return _Shard(number, file, size)
 
 
@@ -165,7 +165,7 @@ def fill(folder: Path, place: ByteRange, checksum: bytes | None, target: memoryv
     """Read a range into `target`, which has its length.
 
     Raises:
-        BlobError: it is not what was written.
+        BlobError: the bytes are not those that were written.
     """
     _check(folder, place, checksum, lambda at: target[at : at + CHUNK], _nothing)
 
@@ -173,10 +173,10 @@ def fill(folder: Path, place: ByteRange, checksum: bytes | None, target: memoryv
 def stream(
     folder: Path, place: ByteRange, checksum: bytes | None, buffer: memoryview, take: Callable[[int, int], None]
 ) -> None:
-    """Read a range through a buffer of CHUNK bytes; `take(at, n)` hears what part the buffer holds each time.
+    """Read a range through a buffer of CHUNK bytes; calls `take(at, n)` for each chunk: n bytes from offset `at`.
 
     Raises:
-        BlobError: it is not what was written, which is known only at the end.
+        BlobError: the bytes are not those that were written; raised after the last chunk.
     """
     _check(folder, place, checksum, lambda at: buffer[: min(CHUNK, place.length - at)], take)
 
@@ -207,10 +207,10 @@ def _check(
 
 
 def lock_shard(folder: Path, number: int) -> int | None:
-    """Open a shard for this process alone; None if it is gone or somebody else's.
+    """Open a shard and lock it for this process; None if it was removed or another process holds the lock.
 
     Raises:
-        OSError: it cannot be opened, or is a symbolic link.
+        OSError: the shard cannot be opened, or is a symbolic link.
     """
     try:
         file = open_private(folder / shard_name(number), os.O_RDWR)
@@ -225,10 +225,10 @@ def lock_shard(folder: Path, number: int) -> int | None:
 
 
 def erase(folder: Path, manifest: Manifest) -> None:
-    """Wipe the bytes that nobody owns any more: ranges of shards are zeroed, files removed.
+    """Wipe the bytes scheduled for erasure: ranges of shards are zeroed, files removed.
 
-    What is to be wiped was noted in the transaction that gave it up, so a kill in between is made good by whoever
-    comes next; doing it twice does no harm.
+    They were scheduled in the transaction that dropped the last reference to them, so after a kill in between the next
+    call completes the erasure; it is idempotent.
 
     Raises:
         StoreError: a file cannot be written.
@@ -244,7 +244,7 @@ def erase(folder: Path, manifest: Manifest) -> None:
         raise StoreError(f"{error.filename or folder}: cannot be erased: {error.strerror or error}") from error
     with manifest.transaction():
         for row in noted:
-            # All of the row: another process may have ended it already, and SQLite given its id to another one.
+            # Match the whole row: another process may have removed it, and SQLite may have reused its id.
             manifest.write("DELETE FROM erasures WHERE id = ? AND blob = ? AND offset IS ? AND length IS ?", row)
 
 
@@ -255,7 +255,7 @@ def _erase_blob(path: Path, ranges: list[tuple[int | None, int]]) -> None:
     try:
         file = open_private(path, os.O_WRONLY)
     except FileNotFoundError:
-        return  # compacted away
+        return  # removed by compaction
     try:
         end = os.fstat(file).st_size
         for offset, length in ranges:
@@ -267,7 +267,7 @@ def _erase_blob(path: Path, ranges: list[tuple[int | None, int]]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """See that a folder's entries are on the disk."""
+    """Fsync a folder, so that its entries are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -283,4 +283,4 @@ def _read(file: int, view: memoryview, offset: int) -> None:
 
 
 def _nothing(at: int, count: int) -> None:
-    """`fill` has nothing to do between pieces."""
+    """Do nothing between chunks; used by `fill`."""

@@ -1,6 +1,6 @@
-"""Slots in front of the store: the users of a batch are in the bank when the batch runs.
+"""Synchronous LRU cache of LoRA adapters in bank slots: loads the adapters of a batch before the batch runs.
 
-The least recently used slot makes room. Knows nothing about batches or models.
+The least recently used slot is evicted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class SlotCache:
     """A bank of S slots kept filled from a store.
 
     Attributes:
-        bank: where adapters lie while they are used; None if the store has none that this model could use.
+        bank: the bank with the slots; None if the store has no adapters that this model can use.
         mean: the mean user embedding (D,), for users the store does not know.
     """
 
@@ -63,8 +63,8 @@ class SlotCache:
         if len(distinct) > self.bank.slots:
             raise StoreError(f"{len(distinct)} users in one batch, and the bank has {self.bank.slots} slots")
         for user in distinct:
-            # An adapter that was replaced since has another checksum: what lies in the slot is out of date. Version
-            # numbers would not do: they start again when a user is deleted and comes back.
+            # A slot whose checksum differs from the head's is out of date. Version numbers would not tell: they start
+            # again when a user is deleted and enrolled anew.
             if user in self._slots and self._checksums[user] == heads[user].checksum:
                 self._slots.move_to_end(user)
         for user in distinct:
@@ -74,7 +74,7 @@ class SlotCache:
         return torch.tensor([self._slots[user] if user is not None else -1 for user in wanted])
 
     def clear(self) -> None:
-        """Forget who is in which slot: somebody else has filled the bank."""
+        """Mark all slots as empty, because other code has overwritten the bank."""
         self._slots.clear()
         self._checksums.clear()
 

@@ -1,11 +1,12 @@
-"""The store of everything personal: versions of one record per user, in a manifest with adapters in files beside it.
+"""Versioned adapter store: one record per user (tier, embedding, adapter), an SQLite manifest and blob files.
 
-    users.sqlite   the manifest: tiers, versions, embeddings, facts, checksums, and where the bytes lie
+    users.sqlite   the manifest: tiers, versions, embeddings, metadata (`facts`), checksums, and the byte ranges
     blobs/         N.shard: small adapters packed together;  HEX.safetensors: a large adapter each
 
-A put writes bytes first and then points to them in one transaction, so a kill at any moment leaves the old state or the
-new one. What a commit gives up (a deleted user, a version beyond `keep`) is noted in that commit and wiped after it.
-One writer at a time commits; readers never wait. Knows nothing about models: an adapter is a mapping of tensors.
+A put is a two-phase write: bytes first, then the manifest rows in one transaction, so a kill at any moment leaves the
+old state or the new one. Bytes that a commit drops (a deleted user, a version beyond `keep`) are scheduled for erasure
+in that commit and wiped after it. Commits are serialized; readers never wait. An adapter is a mapping of tensors: the
+store knows nothing about models.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ WAIT_SECONDS = 60.0
 
 
 class AdapterStore:
-    """A folder with a manifest and blobs, made if it is not there.
+    """A folder with a manifest and blobs, created if it does not exist.
 
     Args:
         folder: the folder.
-        tenant: whose users; tenants do not see each other.
-        keep: versions of a user that are kept, the current one included.
+        tenant: the tenant whose users are accessed; tenants do not see each other.
+        keep: number of versions kept per user, the current one included.
         file_bytes: an adapter larger than this gets a file of its own.
-        shard_bytes: how large a shard grows.
+        shard_bytes: size at which a shard is full.
         wait_seconds: how long to wait for another process that writes.
     """
 
@@ -80,37 +81,37 @@ class AdapterStore:
             private_folder(self.blobs)
         self.writer = BlobWriter(self.blobs, self.manifest, shard_bytes)
         self._appending = threading.Lock()
-        # Layouts never change under their number.
+        # The layout of a given number never changes.
         self._spec = lru_cache(maxsize=256)(self._read_spec)
         if not self.manifest.read_only:
             erase(self.blobs, self.manifest)
 
     def _require_no_blobs(self) -> None:
-        """See that no adapters are there without a manifest: they would all belong to nobody."""
+        """Refuse to create a manifest beside existing blobs, which would all become orphans."""
         if self.blobs.is_dir() and any(self.blobs.iterdir()):
             path = self.folder / "users.sqlite"
             raise StoreError(f"{path}: is missing, but {self.blobs} holds adapters; put back a copy of it")
 
     def close(self) -> None:
-        """Close the manifest and let go of the shard that was written to."""
+        """Close the manifest and release the shard that was written to."""
         self.writer.close()
         self.manifest.close()
 
     def bind(self, facts: Mapping[str, str]) -> None:
-        """Tie the store to a backbone and groups (by their hashes), or check that it is tied to these.
+        """Bind the store to a backbone and groups (by their hashes), or check that it is bound to these.
 
         Raises:
-            StoreError: its adapters belong to others; says which fact differs.
+            StoreError: the store is bound to others; names the value that differs.
         """
         self.require(facts)
         with self.manifest.transaction():
             self.manifest.bind(facts)
 
     def require(self, facts: Mapping[str, str]) -> None:
-        """Check that nothing the store is tied to differs from these facts; ties it to nothing.
+        """Check that the store is not bound to values other than these; does not bind it.
 
         Raises:
-            StoreError: its adapters belong to others; says which fact differs.
+            StoreError: the store is bound to others; names the value that differs.
         """
         held = self.manifest.facts()
         for key, value in facts.items():
@@ -120,12 +121,12 @@ class AdapterStore:
     def put(self, records: Iterable[UserRecord]) -> None:
         """Add users or new versions of them, all in one transaction.
 
-        Records stream, and may not write to this store; a few hundred bytes of each (and its embedding) stay until
-        the commit. Those of users who were deleted from the run are left out.
+        Records are streamed, and the iterable must not write to this store; a few hundred bytes of each record (and its
+        embedding) stay in memory until the commit. Records of users who were deleted from the run are skipped.
 
         Raises:
-            StoreError: something cannot be written, or a record's numbers are not finite or absurdly large (names
-                user and tensor); no record is changed.
+            StoreError: a write fails, or a record's numbers are not finite or absurdly large (names user and tensor);
+                no record is changed.
         """
         with self.appending():
             try:
@@ -135,7 +136,7 @@ class AdapterStore:
                     living = list(self._living(prepared))
                     commit(self.manifest, self.tenant, living, self.writer.sizes(), self.keep)
             except BaseException as error:
-                with suppress(StoreError, OSError):  # what is left behind is what `check` calls an orphan
+                with suppress(StoreError, OSError):  # bytes left behind are reported by `check` as orphans
                     self.writer.undo()
                 if isinstance(error, OSError):
                     why = error.strerror or error
@@ -145,9 +146,9 @@ class AdapterStore:
         erase(self.blobs, self.manifest)
 
     def _living(self, prepared: Iterable[Prepared]) -> Iterator[Prepared]:
-        """Leave out deleted users, and note their bytes for erasure (inside a transaction).
+        """Skip deleted users, and schedule their bytes for erasure (inside a transaction).
 
-        A deletion writes its tombstone before it removes records, so there is no moment at which this would miss it.
+        A deletion writes its tombstone before it removes records, so this check cannot miss a running deletion.
         """
         for new in prepared:
             if not self.tombstones.has(self.tenant, user_of(new.user)):
@@ -158,13 +159,13 @@ class AdapterStore:
 
     @contextmanager
     def appending(self) -> Iterator[None]:
-        """Have `writer` to oneself."""
+        """Hold `writer` exclusively."""
         with self._appending, self.writing():
             yield
 
     @contextmanager
     def writing(self, alone: bool = False) -> Iterator[None]:
-        """Say that blobs are being written which no record points to yet; `alone` waits until nobody else does."""
+        """Hold the lock for writing blobs whose rows are not committed yet: shared, or exclusive with `alone`."""
         if self.manifest.read_only:
             raise read_only_error(self.manifest.path)
         file = open_private(self.folder / "users.lock", os.O_RDWR | os.O_CREAT)
@@ -178,9 +179,9 @@ class AdapterStore:
         """Return a user's record, or None for a user (or version) the store does not know.
 
         Args:
-            user: whose.
-            version: which; None takes the current one.
-            coded: return the adapter as it is stored, for another store, and not as it computes.
+            user: the user.
+            version: the version; None takes the current one.
+            coded: return the adapter in its storage form, for another store, instead of decoded.
 
         Raises:
             StoreError: the adapter is missing or damaged; names user and file.
@@ -188,9 +189,9 @@ class AdapterStore:
         return self.read(user, lambda row: self.record(user, row, coded), version)
 
     def read(self, user: str, take: Callable[[ManifestRow], T], version: int | None = None) -> T | None:
-        """Return what `take` makes of a user's row, or None for a user (or version) the store does not know.
+        """Return `take(row)` for a user's manifest row, or None for a user (or version) the store does not know.
 
-        Where `take` finds bytes damaged, the row is looked up again: they may have been replaced or moved meanwhile.
+        If `take` finds damaged bytes, the row is looked up again: they may have been replaced or moved meanwhile.
 
         Raises:
             StoreError: the adapter is missing or damaged; names user and file.
@@ -208,13 +209,13 @@ class AdapterStore:
         return None
 
     def head(self, user: str) -> Head | None:
-        """Return what a user's record says without reading the adapter, or None for an unknown user."""
+        """Return a user's current record without reading the adapter, or None for an unknown user."""
         row = self._row(user, None)
         return None if row is None else self.head_of(row)
 
     @staticmethod
     def head_of(row: ManifestRow) -> Head:
-        """Return what a row of the manifest says without its adapter."""
+        """Return the head of a manifest row."""
         return Head(row.version, cast(Tier, row.tier), _vector(row.embedding), row.xxh3)
 
     def versions(self, user: str) -> list[Version]:
@@ -235,16 +236,16 @@ class AdapterStore:
     def rollback(self, user: str, to: int | None = None) -> int:
         """Make an older version current again, and return the new version's number.
 
-        It becomes a new version with the old one's content, so that numbers only grow and caches notice; the version
-        it replaces stays as the one before. Rolling back twice is where it started.
+        The rollback adds a new version with the old one's content, so that numbers only increase and caches notice; the
+        version it replaces stays as the previous one. Rolling back twice restores the original state.
 
         Args:
-            user: whose.
-            to: which version; None takes the one before the current one.
+            user: the user.
+            to: the version to restore; None takes the one before the current one.
 
         Raises:
             NoVersionError: there is no such version.
-            StoreError: it cannot be written.
+            StoreError: the new version cannot be written.
         """
         with self.manifest.transaction():
             held = self.manifest.versions(self.tenant, key_of(user))
@@ -263,25 +264,25 @@ class AdapterStore:
             yield user_of(row.user), cast(Tier, row.tier)
 
     def facts(self) -> Iterator[tuple[str, Tier, dict[str, Any], int]]:
-        """Yield user, tier, facts and bytes of every current record without reading adapters."""
+        """Yield user, tier, metadata and size in bytes of every current record without reading adapters."""
         for row in self.manifest.heads(self.tenant):
             size = row.length + len(row.embedding)
             yield user_of(row.user), cast(Tier, row.tier), json.loads(row.facts), size
 
     def heads(self) -> Iterator[tuple[str, Head, dict[str, Any]]]:
-        """Yield user, head and facts of every current record without reading adapters."""
+        """Yield user, head and metadata of every current record without reading adapters."""
         for row in self.manifest.heads(self.tenant):
             yield user_of(row.user), self.head_of(row), json.loads(row.facts)
 
     def delete(self, user: str) -> bool:
-        """Remove all of a user; return whether there was anything. `delete_many` says when the bytes are gone."""
+        """Delete a user with all versions; return whether the user existed. Wipes as `delete_many` does."""
         return self.delete_many([user]) == 1
 
     def delete_many(self, users: Iterable[str]) -> int:
-        """Remove all of these users in one transaction; return how many there were.
+        """Delete these users with all versions in one transaction; return how many existed.
 
         Adapters are wiped before this returns. Embeddings stay in the write-ahead log for as long as another process
-        reads; `wipe` says whether they are gone.
+        reads; `wipe` returns whether they are gone.
         """
         found = 0
         with self.manifest.transaction():
@@ -295,15 +296,15 @@ class AdapterStore:
         return found
 
     def wipe(self, patience: float) -> bool:
-        """Wipe what deleted users left; return False if another process reads for longer than `patience` (seconds)."""
+        """Wipe data of deleted users; return False if another process reads for longer than `patience` (seconds)."""
         erase(self.blobs, self.manifest)
         return self.manifest.shrink_log(patience)
 
     def record(self, user: str, row: ManifestRow, coded: bool = False) -> UserRecord:
-        """Return the record that a row of the manifest stands for; `coded` as in `get`.
+        """Return the record of a manifest row; `coded` as in `get`.
 
         Raises:
-            BlobError: the adapter is not there as it was written; `read` says what to do then.
+            BlobError: the adapter's bytes are missing or changed; `read` handles this.
         """
         adapter = None
         if row.place is not None:
@@ -314,7 +315,7 @@ class AdapterStore:
         return UserRecord(user, cast(Tier, row.tier), _vector(row.embedding), adapter, json.loads(row.facts))
 
     def spec(self, row: ManifestRow) -> TensorSpec:
-        """Return what the bytes of a row's adapter mean."""
+        """Return the tensor spec of a row's adapter."""
         return self._spec(row.layout)
 
     def _row(self, user: str, version: int | None) -> ManifestRow | None:

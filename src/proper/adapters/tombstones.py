@@ -1,11 +1,11 @@
-"""Which users were deleted from a run, so that nothing brings them back: an empty file each, named by a keyed hash.
+"""Tombstones of deleted users: one empty file each, named by a keyed hash, so that no component adds the user again.
 
-    RUN/tombstones/key       32 random bytes, made for this run
+    RUN/tombstones/key       32 random bytes, generated for this run
     RUN/tombstones/HASH      blake2b of tenant and user under that key
 
-No id can be read out of it. Whoever has the folder and guesses an id can see whether it is there: that much a tombstone
-has to say. `AdapterStore.put`, the log, imports and the preparation of data ask here; only an explicit enrolment, or an
-import that says so, lifts a tombstone. Knows nothing about what is deleted.
+No id can be read from a tombstone. A reader of the folder can test whether a guessed id was deleted, which cannot be
+avoided. `AdapterStore.put`, the interaction log, imports and data preparation check tombstones; only an explicit
+enrolment, or an import that requests it, lifts one.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Tombstones:
         self.folder = run_home(users.absolute().parent) / FOLDER
 
     def has(self, tenant: str, user: str) -> bool:
-        """Whether this user was deleted and not enrolled again."""
+        """Return whether this user was deleted and not enrolled again."""
         key = self._key()
         return key is not None and (self.folder / _name(key, tenant, user)).exists()
 
     def of_tenant(self, tenant: str) -> Callable[[str], bool] | None:
-        """Return what says of a tenant's user whether it was deleted, for very many users; None if none ever was."""
+        """Return a fast predicate for many users of a tenant: whether a user was deleted; None if no user ever was."""
         key = self._key()
         if key is None:
             return None
@@ -45,10 +45,10 @@ class Tombstones:
         return lambda user: _name(key, tenant, user) in names
 
     def add(self, tenant: str, user: str) -> None:
-        """Remember that a user was deleted; it is on the disk before this returns.
+        """Add a user's tombstone; it is on the disk before this returns.
 
         Raises:
-            StoreError: it cannot be written.
+            StoreError: the tombstone cannot be written.
         """
         try:
             key = self._key() or self._new_key()
@@ -58,7 +58,7 @@ class Tombstones:
             raise StoreError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
 
     def lift(self, tenant: str, user: str) -> None:
-        """Forget that a user was deleted: the user is enrolled again."""
+        """Remove a user's tombstone: the user is enrolled again."""
         key = self._key()
         if key is not None:
             (self.folder / _name(key, tenant, user)).unlink(missing_ok=True)
@@ -70,7 +70,7 @@ class Tombstones:
             return None
 
     def _new_key(self) -> bytes:
-        """Make the key, whole or not at all; where another process was faster, its key counts."""
+        """Create the key file atomically; if another process created it first, use that key."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         draft = self.folder / f".{secrets.token_hex(8)}.tmp"
         handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -80,8 +80,8 @@ class Tombstones:
             if not (self.folder / "key").exists():
                 os.link(draft, self.folder / "key")
         except FileExistsError:
-            pass  # made between the look and the link
-        except FileNotFoundError:  # a sweep took it for what a killed process left
+            pass  # created between the check and the link
+        except FileNotFoundError:  # `files.sweep` removed the temporary file as left by a killed process
             return self._new_key()
         finally:
             os.close(handle)

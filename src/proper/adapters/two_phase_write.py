@@ -1,6 +1,6 @@
-"""Between a record and its row: first its bytes are written, then, in a transaction, the manifest points to them.
+"""Two-phase write of a record: adapter bytes first, then the manifest row in a transaction.
 
-Knows nothing about locks or what happens when something fails.
+The caller (`store`) takes the locks and handles failures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from proper.errors import StoreError
 
 @dataclass(frozen=True)
 class Prepared:
-    """A record whose bytes are written and not yet pointed to."""
+    """A record whose adapter bytes are written and whose manifest row is not."""
 
     user: bytes
     tier: Tier
@@ -36,10 +36,10 @@ class Prepared:
 
 
 def prepare(record: UserRecord, writer: BlobWriter, file_bytes: int) -> Prepared:
-    """Write a record's adapter, to a file of its own if it is larger than `file_bytes`.
+    """Write a record's adapter bytes, to a file of its own if they exceed `file_bytes`.
 
     Raises:
-        StoreError: the record makes no sense, or a number of it is not finite or absurdly large.
+        StoreError: the record is invalid, or one of its numbers is not finite or absurdly large.
         OSError: the disk is full or broken.
     """
     require_sound(record.user, {"embedding": record.embedding, **(record.adapter or {})})
@@ -58,7 +58,7 @@ def prepare(record: UserRecord, writer: BlobWriter, file_bytes: int) -> Prepared
 def commit(
     manifest: Manifest, tenant: str, prepared: Iterable[Prepared], sizes: Iterable[tuple[int, int]], keep: int
 ) -> None:
-    """Point to what was written, and give up versions beyond `keep` (inside a transaction)."""
+    """Add the manifest rows of prepared records, and drop versions beyond `keep` (inside a transaction)."""
     now, layouts = int(time.time()), dict[str, int]()
     for new in prepared:
         if new.spec is not None and new.spec not in layouts:

@@ -1,7 +1,7 @@
-"""Whether the numbers of an adapter or an embedding can take part in an answer: finite, and of a size training makes.
+"""Validation of adapter and embedding tensors: all numbers finite, and of a magnitude that training produces.
 
-One NaN is an answer of nothing but NaNs, and numbers far beyond what training makes overflow to that a few layers
-later. Asked when a record is taken in, stored and loaded. Knows nothing about where the numbers come from.
+One NaN makes the whole output NaN, and numbers far beyond what training produces overflow to NaN a few layers later.
+Records are validated when they are imported, stored and loaded.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from proper.errors import StoreError
 LARGEST = 1e4
 """Trained adapters and embeddings stay below 1e2."""
 
-_SCALE = ":scale"  # of an int8 tensor, whose numbers reach 127 times it; see `quantize`
+_SCALE = ":scale"  # suffix of an int8 tensor's scales; its numbers reach 127 times the scale, see `quantization`
 _LEVELS = 127
 
 
 def is_sound(tensor: Tensor, largest: float = LARGEST) -> bool:
-    """Whether all numbers are finite and none is beyond `largest` in size."""
+    """Return whether all numbers are finite and none exceeds `largest` in magnitude."""
     if not tensor.numel():
         return True
     low, high = tensor.aminmax()
@@ -29,9 +29,9 @@ def is_sound(tensor: Tensor, largest: float = LARGEST) -> bool:
 
 
 def fault_of(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return what is wrong with the first tensor that is not sound, in words that begin with its name; None if none is.
+    """Return a description of the first unsound tensor, beginning with its name; None if all are sound.
 
-    int8 tensors are judged by their scales.
+    int8 tensors are checked by their scales.
     """
     for name, tensor in tensors.items():
         if not is_sound(tensor, LARGEST / _LEVELS if name.endswith(_SCALE) else LARGEST):
@@ -41,10 +41,10 @@ def fault_of(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def require_sound(user: str, tensors: Mapping[str, Tensor]) -> None:
-    """See that all tensors of a user are sound.
+    """Require that all tensors of a user are sound.
 
     Raises:
-        StoreError: one is not; names user and tensor.
+        StoreError: a tensor is not; names user and tensor.
     """
     fault = fault_of(tensors)
     if fault is not None:

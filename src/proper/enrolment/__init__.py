@@ -1,1 +1,1 @@
-"""Users who arrive or grow after training: one user fitted alone, from the queue or from the command line."""
+"""Enrolment after training: fits one new user, or one with new interactions, from the fit queue or the command line."""

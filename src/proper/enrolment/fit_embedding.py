@@ -1,8 +1,8 @@
-"""The embedding of a user whom stage 2 did not know, fitted to their own items with all else frozen (method: tiers).
+"""Fits the embedding of a user unknown to stage 2 on the user's own items, with all else frozen (method: tiers).
 
-It begins at the mean embedding and moves as embeddings do in stage 2: at that stage's rate, an item a step, which is
-about what a batch of many users holds of one. How many passes is what the user's own held-out items say; then all
-items are gone over as often. Knows nothing about stores or adapters.
+The embedding starts at the mean embedding and is trained as in stage 2: at that stage's learning rate, with one item
+per step, which is about one user's share of a batch of many users. Early stopping on the user's held-out items gives
+the number of passes; then the embedding is fitted again on all items for that many passes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from proper.training.optim import RowAdamW
 from proper.training.schedule import factor
 
 MEASURED = 16
-"""Held-out items whose loss is measured at once."""
+"""Batch size for the held-out loss."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What an embedding is fitted with; `step` is called after every step."""
+    """Model and hyperparameters for fitting an embedding; `step` is called after every step."""
 
     model: ProperModel
     config: GroupsConfig
@@ -39,7 +39,7 @@ class Setting:
 
     @property
     def passes(self) -> int:
-        """Passes over the items at most."""
+        """Maximum number of passes over the items."""
         return math.ceil(self.config.epochs)
 
 
@@ -58,11 +58,11 @@ def fit_embedding(
     """Fit a user's embedding.
 
     Args:
-        setting: what it is fitted with.
-        user: seeds the order of items.
-        items: oldest first.
-        held: how many of the newest say when to stop; with 0, all passes are made.
-        start: where it begins.
+        setting: model and hyperparameters.
+        user: the user's id; seeds the order of items.
+        items: the items, oldest first.
+        held: how many of the newest items are held out for early stopping; with 0, all passes are made.
+        start: the initial embedding.
 
     Raises:
         NonFiniteLossError: a step's loss is not finite.
@@ -80,7 +80,7 @@ def fit_embedding(
 def _descend(
     setting: Setting, user: str, items: Sequence[EncodedExample], start: Float[Tensor, "D"], passes: int
 ) -> list[Float[Tensor, "D"]]:
-    """Return the embedding after each pass; the rate falls as if all passes were made."""
+    """Return the embedding after each pass; the learning rate decays as if all passes were made."""
     values = start.float().clone().unsqueeze(0)
     optimizer, row = RowAdamW.of(values), torch.zeros(1, dtype=torch.long)
     after, total = [], setting.passes * len(items)
@@ -107,7 +107,7 @@ def _gradient(setting: Setting, item: EncodedExample, values: Float[Tensor, "1 D
 
 @torch.no_grad()
 def _held_loss(setting: Setting, items: Sequence[EncodedExample], embedding: Float[Tensor, "D"]) -> float:
-    """Mean loss per answer token; infinite where it is not finite."""
+    """Return the mean loss per answer token; infinity if it is not finite."""
     own, total, tokens = embedding.unsqueeze(0).to(setting.model.device), 0.0, 0.0
     for at in range(0, len(items), MEASURED):
         piece = items[at : at + MEASURED]

@@ -1,10 +1,10 @@
-"""One new or growing user, fitted as if alone: embedding, then stage 3 with everything fixed that others share.
+"""Fits one new user, or one with new interactions: embedding, then stage 3 with all shared parameters frozen.
 
-    embedding   of a user whom stage 2 did not know, from the mean embedding     `embedding.fit_embedding`
-    adapter     trial, tier, final as in stage 3, W_r as it is                   `users.train_users`
+    embedding   for a user unknown to stage 2, from the mean embedding     `fit_embedding.fit_embedding`
+    adapter     trial, tier, final as in stage 3, W_r frozen               `users.train_users`
 
-What comes out depends on the run and the user's own history only: not on who came before, not on a kill on the way.
-Knows nothing about queues: it makes a record and leaves it to the caller to put it anywhere.
+The result depends only on the run and the user's own history: not on users fitted before, not on a kill and resume.
+`Fitter.fit` returns a record; the caller puts it into the store.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from proper.training.tier_selection import Trial
 from proper.training.users import UserStage, held_out, train_users
 
 FITTED = "fitted"
-"""Says in a record's facts that its embedding is no stage's: the next fit makes it anew from the whole history."""
+"""Key in a record's metadata for an embedding not from stage 2: the next fit refits it on the whole history."""
 
 Tell = Callable[[str, float], None]
-"""Takes the phase and the share of all work that is done; called after every step, and may raise to stop."""
+"""Progress callback (phase, share of all work that is done); called after every step, and may raise to stop."""
 
 
 @dataclass(frozen=True)
 class Fitter:
-    """A run in memory, ready to fit one user after another.
+    """A loaded run, ready to fit one user after another.
 
     Attributes:
-        dataset: the run's prepared data; None where it is gone.
-        seed: the run's.
+        dataset: the run's prepared data; None if it no longer exists.
+        seed: the run's seed.
     """
 
     folder: Path
@@ -67,11 +67,12 @@ class Fitter:
         """Return a user's new record; nothing is put into the store.
 
         Args:
-            store: the user's tenant's; read only.
-            user: whose history it is.
-            grown: the history, with at least one item.
-            work: where an interrupted fit of the same history goes on; the caller removes it when all is saved.
-            tell: hears how far it is.
+            store: the store of the user's tenant; only read.
+            user: the user.
+            grown: the user's history, with at least one item.
+            work: checkpoint folder from which an interrupted fit of the same history resumes; the caller removes it
+                once the record is saved.
+            tell: progress callback.
 
         Raises:
             NonFiniteLossError: the embedding's loss is not finite.
@@ -113,7 +114,7 @@ class Fitter:
     def _adapter(
         self, store: AdapterStore, user: str, items: Sequence[Any], embedding: Tensor, work: Path, pace: _Pace
     ) -> UserRecord:
-        """Run stage 3 for one user into a store of its own, and take the record from there."""
+        """Run stage 3 for one user into a temporary store, and return the record from there."""
         config = self.model.config
         scratch = AdapterStore(work / "final")
         stage = UserStage(
@@ -143,10 +144,10 @@ class Fitter:
 
 
 def open_fitter(folder: Path, model: PersonalizedModel) -> Fitter:
-    """Make a loaded run ready to fit users.
+    """Return a fitter for a loaded run.
 
     Raises:
-        RunFolderError: the run has no groups, which new users stand on.
+        RunFolderError: the run has no group experts, on which new users are fitted.
     """
     if model.cache is None:
         raise RunFolderError(f"{folder}: stage 'groups' is not there, and new users stand on it")
@@ -156,9 +157,9 @@ def open_fitter(folder: Path, model: PersonalizedModel) -> Fitter:
 def nearest(
     store: AdapterStore, user: str, embedding: Float[Tensor, "D"], count: int
 ) -> list[tuple[Trial, Float[Tensor, "D"]]]:
-    """Return the users of the run's own stage 3 whose embeddings are nearest, with what their trials said.
+    """Return the trials and embeddings of the nearest users (by embedding) of the run's own stage 3.
 
-    Whoever was fitted since is left out, so that it does not matter in which order people come.
+    Users fitted after training are left out, so that the order of enrolment does not matter.
     """
     own = functional.normalize(embedding.float(), dim=0)
     kept: list[tuple[float, int, Trial, Tensor]] = []
@@ -184,7 +185,7 @@ def _trial(user: str, facts: dict[str, Any]) -> Trial | None:
 
 @contextmanager
 def _own_bank(model: PersonalizedModel) -> Iterator[None]:
-    """Let training put its own bank into the model, and give the model back the one that it answers with."""
+    """Let training replace the model's adapter bank while the block runs, and restore the serving bank after it."""
     try:
         yield
     finally:
@@ -193,7 +194,7 @@ def _own_bank(model: PersonalizedModel) -> Iterator[None]:
 
 
 def _same_history(work: Path, grown: UserHistory) -> None:
-    """Throw away what a fit of another history left."""
+    """Remove the work folder if a fit of another history left it."""
     marker, digest = work / "history.json", grown.digest
     if marker.exists() and read_json(marker) == {"digest": digest}:
         return
@@ -202,7 +203,7 @@ def _same_history(work: Path, grown: UserHistory) -> None:
 
 
 class _Pace:
-    """Steps done, out of those that may be needed."""
+    """Progress of a fit: steps done, out of the maximum number."""
 
     def __init__(self, expected: dict[str, int], tell: Tell) -> None:
         self.expected, self.tell = expected, tell
@@ -210,14 +211,14 @@ class _Pace:
 
     @classmethod
     def of(cls, model: PersonalizedModel, items: Sequence[EncodedExample], tell: Tell) -> _Pace:
-        """Expect every phase in full, for this many items; stopping early ends one ahead of time."""
+        """Count the steps of every phase in full for these items; early stopping may end a phase sooner."""
         config = model.config
         batches = -(-len(items) // config.users.batch_size) * int(config.users.epochs)
         adapter = {"trial": batches, "final": batches} if model.stage == "users" else {}
         return cls({"embedding": 2 * len(items) * math.ceil(config.groups.epochs), **adapter}, tell)
 
     def step(self, phase: str) -> None:
-        """One more step of a phase; what came before it is over."""
+        """Count one step of a phase; earlier phases count as complete."""
         for before in self.expected:
             if before == phase:
                 break
@@ -226,5 +227,5 @@ class _Pace:
         self.tell(phase, sum(self.done.values()) / sum(self.expected.values()))
 
     def skip(self, phase: str) -> None:
-        """A phase is over."""
+        """Mark a phase as complete."""
         self.done[phase] = self.expected[phase]

@@ -1,7 +1,4 @@
-"""One user's history as it has grown: what the run was trained on, then what was logged since.
-
-Knows nothing about models but how long a text is in tokens.
-"""
+"""Builds one user's history: the items of the run's data and the interactions logged since, oldest first."""
 
 from __future__ import annotations
 
@@ -21,11 +18,11 @@ from proper.run_files import run_home
 
 @dataclass(frozen=True)
 class UserHistory:
-    """All that is known of one user, oldest first.
+    """All items of one user, oldest first.
 
     Attributes:
-        run: how many items the run's own data has; None where that is not at hand.
-        logged: how many came since.
+        run: number of items in the run's own data; None if that data is not available.
+        logged: number of items from the interaction log.
     """
 
     items: tuple[TextExample, ...]
@@ -34,7 +31,7 @@ class UserHistory:
 
     @property
     def digest(self) -> str:
-        """Stands for the items."""
+        """Hash of the items."""
         return hash_value([[each.prompt, each.target, each.time] for each in self.items])
 
 
@@ -44,11 +41,11 @@ Count = Callable[[Sequence[str], Sequence[str]], list[int]]
 def grown_history(
     dataset: Dataset | None, log: InteractionLog, tenant: str, user: str, count: Count, kind: str
 ) -> UserHistory:
-    """Gather a user's history.
+    """Merge the run's data and the interaction log into a user's history.
 
-    The run's data belongs to the default tenant. An interaction without a time counts as of when it was logged, one of
-    the run's data as before all others. A label that the run's data spells otherwise (3 for 3.0, by the task's
-    `kind`) is spelled as there.
+    The run's data belongs to the default tenant. A logged interaction without a time takes its time of arrival; an item
+    of the run's data without a time comes before all others. A label that the run's data spells differently (3 for 3.0,
+    by the task's `kind`) takes the run's spelling.
     """
     labels = dataset.labels if dataset is not None else []
     logged = [
@@ -69,7 +66,7 @@ def grown_history(
 
 
 def run_data(folder: Path) -> Dataset | None:
-    """Open the run's prepared data, which further seeds share; None where it is gone."""
+    """Open the run's prepared data, which further seeds share; None if it no longer exists."""
     path = run_home(folder) / "data.sqlite"
     return Dataset.open(path) if path.is_file() else None
 

@@ -1,7 +1,7 @@
-"""From the queue to the store: takes whoever waits, fits them, puts the new version, says how it went.
+"""Fitting worker: claims users from the fit queue, fits them, puts new versions into the store, records the outcome.
 
-One process fits at a time. A kill at any moment leaves a fit that is queued again and goes on from its checkpoint; a
-user who is deleted meanwhile does not come back. Knows nothing about how a user is fitted.
+One process fits at a time. After a kill at any moment, the fit is queued again and resumes from its checkpoint; a user
+who is deleted during the fit is not added again.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from proper.interactions.personal_files import fits_folder, remove_work, work_fo
 from proper.training.users import is_held
 
 TOLD_SECONDS = 0.2
-"""How often a fit says how far it is, and hears whether its user was deleted."""
+"""Interval in which a fit reports its progress and checks whether its user was deleted."""
 POLL_SECONDS = 0.25
 
 Heard = Callable[[str, float], None]
-"""Takes the phase and the share of a fit that is done."""
+"""Progress callback (phase, share of the fit that is done)."""
 
 
 class _Withdrawn(Exception):
-    """The user was deleted while they were fitted."""
+    """The user was deleted during the fit."""
 
 
 def _unheard(phase: str, share: float) -> None:
-    """Nobody listens."""
+    """Ignore progress; the default callback."""
 
 
 @dataclass(frozen=True)
 class FitWorker:
-    """A run's queue and who works on it.
+    """Fits the users in a run's fit queue.
 
     Attributes:
         users: the folder of store and log.
-        fitter: makes the run ready; called when there is first something to do, and no claim is held meanwhile.
+        fitter: loads the run; called when the first fit is due, while no claim is held.
     """
 
     users: Path
@@ -53,9 +53,9 @@ class FitWorker:
     fitter: Callable[[], Fitter]
 
     def fit_next(self, tenant: str | None = None, user: str | None = None, heard: Heard = _unheard) -> bool:
-        """Fit whoever has waited longest, or this user; return False where nobody waits.
+        """Fit the user who has waited longest, or the given one; return False if no such fit is queued.
 
-        Blocks while another process fits. A fit that fails says so in the queue.
+        Blocks while another process fits. A failure is recorded in the queue.
         """
         fitter = self.fitter()
         with self.log.queue.lock():
@@ -68,7 +68,7 @@ class FitWorker:
             except _Withdrawn:
                 remove_work(self.users, claim.tenant, claim.user)
             except Exception as error:
-                # Out of memory, a loss that is no number, a disk that is full: the next user may do better.
+                # Out of memory, a NaN loss, a full disk: go on, because the next user's fit may succeed.
                 self.log.queue.fail(claim, str(error) if isinstance(error, ProperError) else type(error).__name__)
             except BaseException:
                 self.log.queue.release(claim)
@@ -76,14 +76,14 @@ class FitWorker:
         return True
 
     def watch(self, heard: Heard = _unheard) -> None:
-        """Fit whoever comes, until `heard` raises; it is also called now and then while nobody waits."""
+        """Fit queued users until `heard` raises; it is also called from time to time while the queue is empty."""
         while True:
             heard("idle", 0.0)
             if not (self.waiting() and self.fit_next(heard=heard)):
                 time.sleep(POLL_SECONDS)
 
     def waiting(self) -> int:
-        """How many wait, those included whom a dead process left behind."""
+        """Return the number of queued fits, including those left behind by a dead process."""
         figures = self.log.queue.figures()
         return figures.queued + figures.fitting
 
@@ -104,18 +104,18 @@ class FitWorker:
             self._land(store, claim, record)
 
     def _land(self, store: AdapterStore, claim: Claim, record: UserRecord) -> None:
-        """Put what a fit made, unless its user was deleted meanwhile."""
+        """Put the fitted record into the store, unless its user was deleted meanwhile."""
         with self.log.queue.ending(claim) as stands:
             if not stands:
                 raise _Withdrawn
-            if not is_held(store, record):  # from before a kill
+            if not is_held(store, record):  # stored already before a kill
                 store.put([record])
             remove_work(self.users, claim.tenant, claim.user)
             head = store.head(claim.user)
             self.log.queue.done(claim, None if head is None else head.version, describe(record))
 
     def _tidy(self) -> None:
-        """Remove what interrupted fits left of users who do not wait any more."""
+        """Remove work folders of interrupted fits whose users are no longer queued."""
         folder = fits_folder(self.users)
         if folder.is_dir():
             kept = {work_folder(self.users, tenant, user) for tenant, user in self.log.queue.waiting()}
@@ -124,7 +124,7 @@ class FitWorker:
 
 
 def describe(record: UserRecord) -> str:
-    """Say in one line what a fit came to."""
+    """Return the result of a fit as one line."""
     history = record.facts["history"]
     run = "the run's data is gone" if history["run"] is None else f"{history['run']} of the run"
     reason = record.facts.get("reason")
@@ -132,9 +132,9 @@ def describe(record: UserRecord) -> str:
 
 
 def _throttled(queue: FitQueue, claim: Claim, heard: Heard) -> Heard:
-    """Return what tells the queue and a listener how far a fit is, not too often.
+    """Return a rate-limited callback that reports a fit's progress to the queue and to `heard`.
 
-    What it returns raises `_Withdrawn` if the user was deleted.
+    The callback raises `_Withdrawn` if the user was deleted.
     """
     last, before = 0.0, ""
 

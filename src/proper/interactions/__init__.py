@@ -1,1 +1,1 @@
-"""What is kept of people beside their adapters: interactions, fits that wait or run, and where all of it lies."""
+"""Interaction log, fit queue, and deletion of users from every file of a run folder."""

@@ -1,7 +1,6 @@
-"""The SQLite file beside the store: interactions, who is known, and the fits that wait or run.
+"""The SQLite file beside the adapter store: tables of interactions, known users, fits and deletions.
 
-A commit is on the disk before it returns, and what is deleted is overwritten. Knows tables and nothing about what they
-mean.
+A commit is on the disk before it returns, and deleted data is overwritten.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ FORMAT = 1
 WAIT_SECONDS = 60.0
 _TABLES = (
     "CREATE TABLE people (tenant TEXT NOT NULL, user BLOB NOT NULL, PRIMARY KEY (tenant, user)) WITHOUT ROWID",
-    # `number` is the order of arrival; numbers are never used twice.
+    # `number` is the order of arrival; numbers are never reused.
     """CREATE TABLE interactions (
         number INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, user BLOB NOT NULL, id TEXT NOT NULL,
         prompt TEXT NOT NULL, target TEXT NOT NULL, time REAL, received REAL NOT NULL, UNIQUE (tenant, user, id))""",
-    # `wanted` counts what was asked for; a fit that began before the last request is queued again when it ends.
+    # `wanted` counts fit requests; a fit that began before the last request is queued again when it ends.
     """CREATE TABLE fits (
         tenant TEXT NOT NULL, user BLOB NOT NULL, state TEXT NOT NULL, place INTEGER, wanted INTEGER NOT NULL,
         claim INTEGER, attempts INTEGER NOT NULL, progress REAL NOT NULL, phase TEXT, message TEXT, version INTEGER,
@@ -34,23 +33,23 @@ _TABLES = (
     "CREATE INDEX fits_by_place ON fits (state, place)",
     "CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
 )
-# Files of this format were made without it at first. `user` is NULL once only write-ahead logs are left to be emptied.
+# Early files of this format lack this table. `user` is NULL once only write-ahead logs remain to be emptied.
 _DELETIONS = """CREATE TABLE IF NOT EXISTS deletions (
     job TEXT PRIMARY KEY, tenant TEXT NOT NULL, user BLOB, state TEXT NOT NULL, ended REAL) WITHOUT ROWID"""
 
 
 class Database:
-    """The file at `path`, made if it is not there. Methods are for any thread.
+    """The file at `path`, created if it does not exist. Thread-safe.
 
     Args:
         path: the file.
-        durable: whether a commit waits for the disk; what may be lost with the machine need not.
+        durable: whether a commit waits for the disk; data that may be lost in a machine crash need not.
         wait_seconds: how long to wait for another process that writes.
     """
 
     def __init__(self, path: Path, *, durable: bool = True, wait_seconds: float = WAIT_SECONDS) -> None:
         self.path = path
-        # Held while reading too: one connection would show other threads what is not committed yet.
+        # Readers take the lock too: on a shared connection they would see another thread's uncommitted data.
         self._lock = threading.RLock()
         self._db, self.read_only = open_shared(
             path, Schema("a log", FORMAT, (*_TABLES, _DELETIONS), durable), wait_seconds
@@ -59,7 +58,7 @@ class Database:
             self._db.execute(_DELETIONS)
 
     def has_deletions(self) -> bool:
-        """Whether the file has the table of deletions: a read-only file of an earlier version lacks it."""
+        """Whether the file has the table of deletions; a read-only file of an earlier version lacks it."""
         return bool(self.read("SELECT 1 FROM sqlite_master WHERE name = 'deletions'"))
 
     def close(self) -> None:
@@ -69,11 +68,11 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """BEGIN IMMEDIATE ... COMMIT, rolled back on any error; inside another one, a part of it.
+        """BEGIN IMMEDIATE ... COMMIT, rolled back on any error; a nested transaction joins the outer one.
 
         Raises:
             StoreError: another process writes for too long, or the disk is full or broken.
-            ReadOnlyError: the file may only be read here.
+            ReadOnlyError: the file is read-only.
         """
         if self.read_only:
             raise read_only_error(self.path)
@@ -106,11 +105,11 @@ class Database:
             raise StoreError(f"{self.path}: {error}") from error
 
     def write(self, sql: str, values: Sequence[Any] = ()) -> int:
-        """Run one statement of a transaction; return how many rows it changed."""
+        """Run one statement inside a transaction; return how many rows it changed."""
         return self._db.execute(sql, values).rowcount
 
     def wipe(self, patience: float = 1.0) -> bool:
-        """Empty the write-ahead log into the file, so that nothing that was deleted is left in it.
+        """Checkpoint the write-ahead log into the file and truncate it, so that no deleted data is left in it.
 
         Returns False if another process reads or writes for longer than `patience` (seconds).
         """

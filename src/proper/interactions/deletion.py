@@ -1,10 +1,9 @@
-"""Deleting a user, and saying all that there is of one: over every place that `places` knows.
+"""Deletion of a user from every personal file of a run, and export of a user's rows; see `personal_files`.
 
-A deletion is a row of the log first (`deletions`) and a tombstone, then the work, and over when no byte is left. A kill
-at any point leaves the row, and a process that reads or writes leaves the rest for later: `finish_deletions` goes on
-with it, at the start and end of every command that writes into the run, in a server, and in `proper users check`.
-
-Knows the order of things, not what the files look like.
+A deletion first writes a row in the log's database (`deletions`) and a tombstone, then removes the data, and ends when
+no byte is left. After a kill at any point the row remains; while another process reads or writes, the rest is
+postponed. `finish_deletions` resumes it: at the start and end of every command that writes into the run, in a server,
+and in `proper users check`.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ from proper.run_files import UNFINISHED, run_home
 from proper.sqlite_files import read_only_error
 
 PATIENCE = 5.0
-"""Seconds for which a deletion waits for those who read or write."""
+"""Seconds for which a deletion waits for other readers and writers."""
 LOCK = "writers.lock"
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What a deletion came to.
+    """The result of a deletion.
 
     Attributes:
-        found: whether the store or the log had anything of the user.
-        job: names the deletion in the log.
-        waits: why bytes of the user are still there, a line each; empty when all are gone.
+        found: whether the store or the log knew the user.
+        job: the id of the deletion in the log.
+        waits: the reasons why bytes of the user remain, one line each; empty when all are gone.
     """
 
     found: bool
@@ -50,12 +49,12 @@ class Removal:
 
 
 def remove(store: AdapterStore, log: InteractionLog, user: str, patience: float = PATIENCE) -> Removal:
-    """Remove all of a user of the store's tenant from the run; says whether all bytes are gone.
+    """Remove all data of a user of the store's tenant from the run; the result tells whether all bytes are gone.
 
-    Nothing brings the user back: neither a fit or an evaluation that runs, nor data that is prepared again.
+    Nothing adds the user again: neither a running fit or evaluation, nor data that is prepared again.
 
     Raises:
-        InputError: a stage is being trained on the run's users, this one among them; nothing is changed.
+        InputError: a stage is being trained on data that includes the user; nothing is changed.
         StoreError: the log cannot be written, or a symbolic link leads out of the run folder; nothing is changed.
     """
     run = run_home(store.folder.parent)
@@ -71,7 +70,7 @@ def remove(store: AdapterStore, log: InteractionLog, user: str, patience: float 
 
 
 def finish_deletions(users: Path, patience: float = 0.0) -> list[str]:
-    """Go on with every deletion of a store's folder that is not over; return why some still are not, a line each."""
+    """Resume all unfinished deletions of a store's folder; return why some remain unfinished, one line each."""
     if not (users / FILE).is_file() or not os.access(users, os.W_OK):
         return []
     waits = []
@@ -84,12 +83,12 @@ def finish_deletions(users: Path, patience: float = 0.0) -> list[str]:
 
 @contextmanager
 def working(run: Path) -> Iterator[None]:
-    """Write into a run folder while the block runs: a deletion is not over before it ends.
+    """Hold the shared writer lock of a run folder while the block runs: no deletion can finish before the block ends.
 
-    Before and after it, deletions that wait are gone on with, and what killed processes left half-written is removed.
+    Unfinished deletions are resumed before and after the block; temporary files of killed processes are removed before.
     """
     if not os.access(run, os.W_OK):
-        yield  # whoever writes says so
+        yield  # the write itself raises the error
         return
     home = run_home(run)
     finish_deletions(home / "users")
@@ -102,7 +101,7 @@ def working(run: Path) -> Iterator[None]:
 
 
 def _work(store: AdapterStore, log: InteractionLog, deletion: Deletion, patience: float) -> list[str]:
-    """Do a deletion, or what is left of it; return what it has to wait for, a line each."""
+    """Run or resume a deletion; return what it has to wait for, one line each."""
     if deletion.user is not None:
         waits = _remove_all(store, log, deletion.user, patience)
         if waits:
@@ -121,7 +120,7 @@ def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: f
         with _alone(run, patience) as alone:
             if not alone:
                 waits.append(f"{run}: another command writes into it")
-            elif store.tenant == DEFAULT_TENANT:  # two that rewrite one file would undo each other
+            elif store.tenant == DEFAULT_TENANT:  # two processes that rewrite one file would undo each other's change
                 waits += _remove_files(run, user)
             for folder in folders(run):
                 if folder / "users" != store.folder and (folder / "users" / "users.sqlite").is_file():
@@ -148,7 +147,7 @@ def _remove(store: AdapterStore, log: InteractionLog, user: str, patience: float
     with log.deleting(store.tenant, user) as logged:
         store.delete(user)
     if logged.fitting:
-        # Whoever fits them finds the claim void at the next step, and lets go.
+        # The worker that fits the user finds its claim void at the next step and releases the lock.
         with log.queue.lock():
             pass
     remove_work(store.folder, store.tenant, user)
@@ -159,7 +158,7 @@ def _remove(store: AdapterStore, log: InteractionLog, user: str, patience: float
 
 @contextmanager
 def _alone(run: Path, patience: float) -> Iterator[bool]:
-    """Keep those who write out of a run folder; yields False if one stays in for longer than `patience` (seconds)."""
+    """Hold a run folder's writer lock exclusively; yields False if a writer holds it longer than `patience` seconds."""
     deadline = time.monotonic() + patience
     handle = open_private(run / LOCK, os.O_RDWR | os.O_CREAT)
     try:
@@ -189,20 +188,20 @@ def _locked(run: Path, how: int) -> Iterator[None]:
 
 @contextmanager
 def _both(folder: Path, tenant: str) -> Iterator[tuple[AdapterStore, InteractionLog]]:
-    """Open a store and its log for a moment."""
+    """Open a store and its log while the block runs."""
     with closing(AdapterStore(folder, tenant)) as store, closing(InteractionLog(folder)) as log:
         yield store, log
 
 
 def _require_rest(run: Path, user: str) -> None:
-    """See that no stage is being trained that the user is part of."""
+    """Require that no stage is being trained on data of the user."""
     busy = next((folder / name for folder in folders(run) for name in UNFINISHED if (folder / name).exists()), None)
     if busy is not None and any(True for _ in run_rows(run, user)):
         raise InputError(f"{busy}: a stage is being trained and holds user {user!r}; let the run end, then delete them")
 
 
 def run_rows(run: Path, user: str) -> Iterator[dict[str, Any]]:
-    """Yield every row that the run's own data has of a user, queries included, oldest first."""
+    """Yield every row of a user in the run's own data, queries included, oldest first."""
     path = run / "data.sqlite"
     if not path.is_file():
         return
@@ -217,7 +216,7 @@ def run_rows(run: Path, user: str) -> Iterator[dict[str, Any]]:
 
 
 def logged_rows(log: InteractionLog, tenant: str, user: str) -> Iterator[dict[str, Any]]:
-    """Yield every interaction that the log has of a user, in the order of arrival."""
+    """Yield every logged interaction of a user, in the order of arrival."""
     for each in log.interactions(tenant, user):
         own = {"id": each.id, "prompt": each.prompt, "target": each.target, "timestamp": each.time}
         yield {"source": "log", **own, "received": each.received}

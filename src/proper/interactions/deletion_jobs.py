@@ -1,10 +1,10 @@
-"""The deletions that are not over yet: a row of the log each, so that a kill at any point leaves one to go on with.
+"""Persistent deletion jobs: one row each in the log's database, so that a killed deletion can be resumed.
 
-    running   the user's id is in the row: files, store or log may still hold something of the user
-    wiping    nothing is left but this row's id in the log's write-ahead log, while another process reads
-    done      all bytes are gone; the row says so to whoever asks, for a week, and names no user
+    running   the user's id is in the row: files, store or log may still have data of the user
+    wiping    only this row's user id is left, in the log's write-ahead log, while another process reads
+    done      all bytes are gone; the row reports this state for a week and names no user
 
-Knows nothing about what is deleted.
+`deletion` removes the data itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEPT_SECONDS = 7 * 24 * 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Deletion:
-    """One deletion; `user` is None once nothing of the user is left to be looked for."""
+    """One deletion; `user` is None once no data of the user is left to be removed."""
 
     job: str
     tenant: str
@@ -32,13 +32,13 @@ class Deletion:
 
 
 class Deletions:
-    """The table of a log."""
+    """The table of deletions in a log's database."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
 
     def begin(self, tenant: str, user: str) -> Deletion:
-        """Note that a user is to be deleted, on the disk before this returns; one that runs already is that one."""
+        """Record the deletion of a user durably and return it; if one is unfinished already, return that one."""
         with self.database.transaction():
             held = self.of(tenant, user)
             if held is not None:
@@ -50,20 +50,20 @@ class Deletions:
         return Deletion(job, tenant, user, "running")
 
     def of(self, tenant: str, user: str) -> Deletion | None:
-        """Return the deletion of a user that is not over."""
+        """Return the unfinished deletion of a user; None if there is none."""
         return next(iter(self._found("tenant = ? AND user = ?", tenant, key_of(user))), None)
 
     def pending(self) -> list[Deletion]:
-        """Return the deletions of all tenants that are not over."""
+        """Return the unfinished deletions of all tenants."""
         return self._found("state <> 'done'")
 
     def state(self, tenant: str, job: str) -> State | None:
-        """Return how far a tenant's deletion is; None for one that is unknown, or was over long ago."""
+        """Return the state of a tenant's deletion; None for one that is unknown, or finished long ago."""
         found = self._found("tenant = ? AND job = ?", tenant, job)
         return found[0].state if found else None
 
     def end(self, deletion: Deletion, patience: float) -> bool:
-        """Forget the user's id and end a deletion; return False if a process reads for longer than `patience`."""
+        """Erase the user's id and end a deletion; return False if a process reads for longer than `patience`."""
         with self.database.transaction():
             change = "UPDATE deletions SET user = NULL, state = 'wiping' WHERE job = ?"
             self.database.write(change, (deletion.job,))

@@ -1,10 +1,10 @@
-"""The fits that wait, run or are over: one row a user, so that any process can read how far a fit is.
+"""Fit queue: one persistent row per user with the state of the user's latest fit, readable by any process.
 
     idle -> queued -> fitting -> done | failed        new interactions queue again, also while a fit runs
 
-Whoever fits takes a claim; a user who is deleted, or deleted and enrolled anew, is no longer behind an old claim. One
-process fits at a time (an flock beside the file), so what is "fitting" when somebody gets the lock was left behind by a
-process that died, and is queued again. Knows nothing about how users are fitted.
+The fitting worker takes a claim; deleting a user (also if the user is enrolled anew) voids the claim. One process fits
+at a time (an flock beside the file), so a fit in state "fitting" when a process acquires the lock was left behind by a
+process that died, and is queued again.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from proper.sqlite_files import read_only_error
 
 State = Literal["idle", "queued", "fitting", "done", "failed"]
 ATTEMPTS = 3
-"""Processes that may die over one fit before it counts as failed."""
+"""Number of processes that may die during one fit before it counts as failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How far a user's latest fit is.
+    """State and progress of a user's latest fit.
 
     Attributes:
         progress: from 0 to 1.
-        phase: what is being done, in a word or two.
-        message: why it failed, or what came out, in one line.
-        version: the store's version that it made.
+        phase: the current phase, in a word or two.
+        message: the error or the result, in one line.
+        version: the store version that the fit wrote.
     """
 
     state: State = "idle"
@@ -45,7 +45,7 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to fit a user: `wanted` requests are in it."""
+    """The right to fit a user; it covers the first `wanted` fit requests."""
 
     tenant: str
     user: str
@@ -55,7 +55,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class QueueFigures:
-    """Fits by state, and how many have ended so far."""
+    """Number of fits by state, and how many have ended so far."""
 
     queued: int
     fitting: int
@@ -64,13 +64,13 @@ class QueueFigures:
 
 
 class FitQueue:
-    """The fits of a log's database."""
+    """The queue of fits in a log's database."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
 
     def add(self, tenant: str, user: str) -> None:
-        """Queue a user; whoever is queued keeps their place, and a fit that runs is followed by another."""
+        """Queue a user; a queued user keeps the place in the queue, and a running fit is followed by another."""
         with self.database.transaction():
             place = self._next("place")
             self.database.write(
@@ -86,13 +86,13 @@ class FitQueue:
             )
 
     def fit(self, tenant: str, user: str) -> Fit:
-        """Return how far a user's fit is."""
+        """Return the state of a user's latest fit."""
         query = "SELECT state, progress, phase, message, version FROM fits WHERE tenant = ? AND user = ?"
         rows = self.database.read(query, (tenant, key_of(user)))
         return Fit(*rows[0]) if rows else Fit()
 
     def figures(self) -> QueueFigures:
-        """Return how many there are."""
+        """Return the number of fits by state."""
         states = dict(self.database.read("SELECT state, count(*) FROM fits GROUP BY state"))
         ended = dict(self.database.read("SELECT name, value FROM counters"))
         return QueueFigures(
@@ -100,12 +100,12 @@ class FitQueue:
         )
 
     def waiting(self) -> list[tuple[str, str]]:
-        """Return tenant and user of everybody whose fit waits or runs."""
+        """Return tenant and user of every fit that is queued or running."""
         rows = self.database.read("SELECT tenant, user FROM fits WHERE state IN ('queued', 'fitting')")
         return [(tenant, user_of(key)) for tenant, key in rows]
 
     def take(self, tenant: str | None = None, user: str | None = None) -> Claim | None:
-        """Claim the user who has waited longest, or this one; None where nobody waits."""
+        """Claim the user who has waited longest, or the given one; None if no such fit is queued."""
         where, values = "state = 'queued'", list[object]()
         if tenant is not None and user is not None:
             where, values = f"{where} AND tenant = ? AND user = ?", [tenant, key_of(user)]
@@ -123,42 +123,42 @@ class FitQueue:
         return Claim(theirs, user_of(key), number, wanted)
 
     def advance(self, claim: Claim, progress: float, phase: str) -> bool:
-        """Say how far a fit is; return False if the claim is void, because the user was deleted."""
+        """Record the progress of a fit; return False if the claim is void, because the user was deleted."""
         with self.database.transaction():
             return self._set(claim, "progress = ?, phase = ?", progress, phase)
 
     def release(self, claim: Claim) -> None:
-        """Give a claim back: the fit is queued again, at its place."""
+        """Release a claim: the fit is queued again, at its old place."""
         with self.database.transaction():
             self._set(claim, "state = 'queued', claim = NULL, attempts = attempts - 1, progress = 0, phase = NULL")
 
     @contextmanager
     def ending(self, claim: Claim) -> Iterator[bool]:
-        """Yield whether the claim stands; while the block runs it does not change.
+        """Yield whether the claim is valid, which cannot change while the block runs.
 
-        The block puts what the fit made into the store and then says `done`.
+        The block puts the fitted record into the store and then calls `done`.
         """
         with self.database.transaction():
             query = "SELECT 1 FROM fits WHERE tenant = ? AND user = ? AND claim = ?"
             yield bool(self.database.read(query, (claim.tenant, key_of(claim.user), claim.number)))
 
     def done(self, claim: Claim, version: int | None, message: str | None) -> None:
-        """Say that a fit made this version."""
+        """Record that a fit is done and wrote this version."""
         with self.database.transaction():
             if self._set(claim, "version = ?, message = ?", version, message):
                 self._end(claim, "done")
 
     def fail(self, claim: Claim, message: str) -> None:
-        """Say that a fit failed, and why."""
+        """Record that a fit failed, and why."""
         with self.database.transaction():
             if self._set(claim, "message = ?", message):
                 self._end(claim, "failed")
 
     @contextmanager
     def lock(self, wait: bool = True) -> Iterator[bool]:
-        """Be the only process that fits; yields False if another one is and `wait` is off.
+        """Hold the lock of the only fitting process; yields False if another process holds it and `wait` is False.
 
-        Fits that a process left behind when it died are queued again, or fail after `ATTEMPTS` of them.
+        Fits left behind by a process that died are queued again, or fail after `ATTEMPTS` attempts.
         """
         if self.database.read_only:
             raise read_only_error(self.database.path)
@@ -178,7 +178,7 @@ class FitQueue:
                     self._set(claim, "state = 'queued', claim = NULL, progress = 0, phase = NULL")
 
     def _end(self, claim: Claim, state: State) -> None:
-        """End a claimed fit; where more was asked for since it began, it is queued again."""
+        """End a claimed fit; if there were further requests since it began, it is queued again."""
         query = "SELECT wanted FROM fits WHERE tenant = ? AND user = ?"
         again = self.database.read(query, (claim.tenant, key_of(claim.user)))[0][0] > claim.wanted
         change = "state = ?, attempts = 0, claim = NULL, phase = NULL"
@@ -194,7 +194,7 @@ class FitQueue:
         return bool(self.database.write(f"UPDATE fits SET {change} WHERE {where}", (*values, *key)))
 
     def _next(self, name: str) -> int:
-        """Count one more; return how many there are, a number that was never returned before."""
+        """Increment a named counter and return it; a number is never returned twice."""
         self.database.write(
             "INSERT INTO counters VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET value = value + 1", (name,)
         )
@@ -202,5 +202,5 @@ class FitQueue:
 
 
 def lock_path(database: Path) -> Path:
-    """Return the file whose lock whoever fits holds."""
+    """Return the file whose lock the fitting process holds."""
     return database.with_name("fits.lock")

@@ -1,6 +1,6 @@
-"""Is the log of interactions what it should be: the file sound, every row sensible, every row's user known?
+"""Consistency check of the interaction log: SQLite integrity, validity of rows, and that every row's user is known.
 
-It only looks: what is damaged here is in no other file, so nothing is put right. Knows nothing about the store.
+There is no repair, because the log's data is in no other file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from proper.interactions.database import FILE
 from proper.interactions.fit_queue import State
 from proper.interactions.log import InteractionLog
 
-# What a row can be that no writer writes, and how a finding says it. SQLite's columns take any type.
+# Queries that count rows no writer produces, each with the text of its finding. SQLite columns accept any type.
 _SENSE = (
     (
         """SELECT count(*) FROM interactions WHERE typeof(id) <> 'text' OR typeof(prompt) <> 'text'
@@ -44,7 +44,7 @@ _SENSE = (
 
 
 def check_log(users: Path) -> list[Finding]:
-    """Return everything that is wrong with the log in a store's folder; nothing where there is no log."""
+    """Return all problems of the log in a store's folder; an empty list if there is no log."""
     path = users / FILE
     if not path.exists() and not path.is_symlink():
         return []

@@ -1,7 +1,7 @@
-"""The log of interactions: durable when `append` returns, idempotent by id, and the beginning of every fit.
+"""Interaction log: durable when `append` returns, idempotent by id; appending queues a fit of the user.
 
-The key of everything is (tenant, user); an interaction has an id besides, by default the hash of its content. Knows
-nothing about models, and what becomes of a fit is the queue's affair.
+All data is keyed by (tenant, user); an interaction also has an id, by default the hash of its content. `fit_queue`
+tracks the fits.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _PAGE = 1000
 
 
 class ConflictError(InputError):
-    """An interaction's id is taken by one of other content.
+    """An interaction's id is already used with different content.
 
     Attributes:
-        at: which of the interactions handed in, from 0.
+        at: index of the interaction among those passed in, from 0.
     """
 
     def __init__(self, message: str, at: int) -> None:
@@ -37,22 +37,22 @@ class ConflictError(InputError):
 
 
 class ExistsError(InputError):
-    """The user is known already."""
+    """The log already knows the user."""
 
 
 class DeletedError(InputError):
-    """The user was deleted, or is being deleted just now."""
+    """The user was deleted, or is being deleted."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """One interaction of a user, in final texts.
+    """One interaction of a user to be appended, with final texts (templates already filled in).
 
     Attributes:
-        prompt: what the model is asked.
-        target: what it should have answered.
-        time: when, in seconds since 1970, UTC; None where nobody said.
-        id: the user's own name for it; None takes a hash of the rest.
+        prompt: the model's input.
+        target: the answer the model should have given.
+        time: time of the interaction, in seconds since 1970, UTC; None if unknown.
+        id: an id chosen by the caller; None takes a hash of the other fields.
     """
 
     prompt: str
@@ -62,7 +62,7 @@ class LogEntry:
 
     @property
     def key(self) -> str:
-        """The id, or what stands for it."""
+        """The id or, without one, the hash of the content."""
         if self.id is not None:
             return self.id
         content = json.dumps([self.prompt, self.target, self.time])
@@ -71,11 +71,11 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True)
 class LoggedInteraction:
-    """One interaction of the log.
+    """One interaction stored in the log.
 
     Attributes:
-        number: grows with arrival.
-        received: when it arrived, in seconds since 1970, UTC.
+        number: increases in the order of arrival.
+        received: time of arrival, in seconds since 1970, UTC.
     """
 
     number: int
@@ -88,7 +88,7 @@ class LoggedInteraction:
 
 @dataclass(frozen=True)
 class AppendResult:
-    """How many interactions were new, and how many the log had."""
+    """How many interactions were new, and how many the log already had."""
 
     accepted: int
     duplicates: int
@@ -96,18 +96,18 @@ class AppendResult:
 
 @dataclass(frozen=True)
 class Known:
-    """Whether the log knew a user, and whether somebody fits them just now."""
+    """Whether the log knew a user, and whether the user was being fitted."""
 
     known: bool
     fitting: bool
 
 
 class InteractionLog:
-    """The log of a store's folder, made if it is not there. Methods are for any thread.
+    """The log of a store's folder, created if it does not exist. Thread-safe.
 
     Attributes:
-        queue: the fits that follow from it.
-        deletions: those that are not over yet.
+        queue: the fit queue in the same database.
+        deletions: the deletion jobs in the same database.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -121,19 +121,19 @@ class InteractionLog:
         self.database.close()
 
     def append(self, tenant: str, user: str, entries: Sequence[LogEntry], *, new: bool = False) -> AppendResult:
-        """Add interactions, all or none, and queue the user for a fit if there is anything new to fit.
+        """Add interactions, all or none, and queue the user for a fit if any of them is new.
 
         Args:
-            tenant: whose user.
-            user: anybody; a user that was unknown is known afterwards, also without interactions.
-            entries: in their order.
-            new: whether the user must be unknown to the log; one who was deleted may come back in this way only.
+            tenant: the user's tenant.
+            user: any user; an unknown user is known afterwards, even without interactions.
+            entries: the interactions, in order.
+            new: whether the user must be unknown to the log; a deleted user can be enrolled again only with `new`.
 
         Raises:
-            ExistsError: the user is known, and `new`.
-            DeletedError: the user is being deleted, or was and is not `new`.
-            ConflictError: an id is taken by other content; names it.
-            StoreError: it cannot be written.
+            ExistsError: `new` is set and the user is known.
+            DeletedError: the user is being deleted, or was deleted and `new` is not set.
+            ConflictError: an id is already used with different content; names the id.
+            StoreError: the log cannot be written.
         """
         key, accepted, now = key_of(user), 0, time.time()
         with self.database.transaction():
@@ -150,7 +150,7 @@ class InteractionLog:
         return AppendResult(accepted, len(entries) - accepted)
 
     def request_fit(self, tenant: str, user: str) -> None:
-        """Queue a user for a fit, whether or not there is anything new.
+        """Queue a user for a fit, even without new interactions.
 
         Raises:
             DeletedError: the user was deleted meanwhile.
@@ -160,7 +160,7 @@ class InteractionLog:
             self.queue.add(tenant, user)
 
     def _require_present(self, tenant: str, user: str, new: bool) -> None:
-        """See that a user is not deleted (inside a transaction, which a deletion waits for)."""
+        """Require that a user is not deleted (inside a transaction, which a deletion waits for)."""
         if self.deletions.of(tenant, user) is not None:
             raise DeletedError(f"user {user!r} is being deleted; enrol them again when that is over")
         if not new and self.tombstones.has(tenant, user):
@@ -182,7 +182,7 @@ class InteractionLog:
         return False
 
     def knows(self, tenant: str, user: str) -> bool:
-        """Whether the log has heard of a user."""
+        """Return whether the log knows a user."""
         return bool(self.database.read("SELECT 1 FROM people WHERE tenant = ? AND user = ?", (tenant, key_of(user))))
 
     def people(self, tenant: str, after: str | None = None) -> Iterator[str]:
@@ -195,7 +195,7 @@ class InteractionLog:
             page = self.database.read(query, (tenant, page[-1][0]))
 
     def count(self, tenant: str, user: str) -> int:
-        """How many interactions of a user there are."""
+        """Return the number of interactions of a user."""
         query = "SELECT count(*) FROM interactions WHERE tenant = ? AND user = ?"
         return int(self.database.read(query, (tenant, key_of(user)))[0][0])
 
@@ -210,10 +210,10 @@ class InteractionLog:
 
     @contextmanager
     def deleting(self, tenant: str, user: str) -> Iterator[Known]:
-        """Remove all of a user when the block ends; yields what there was.
+        """Remove all rows of a user when the block ends; yields what the log knew of the user.
 
-        Nobody writes meanwhile, no fit of the user can end after it, and if the block fails nothing is removed. The
-        bytes are gone when this returns, but for those that another process still reads: `database.wipe` says so.
+        Other writers wait meanwhile, no fit of the user can end after it, and if the block fails nothing is removed.
+        The bytes are gone when this returns, unless another process still reads them: see `database.wipe`.
         """
         key = key_of(user)
         with self.database.transaction():

@@ -1,9 +1,9 @@
-"""From what somebody hands in to entries of the log: a row of the run's own columns, or plain texts.
+"""Parsing of submitted rows into log entries: rows in the run's own columns, or plain prompt and target texts.
 
-    {"prompt": final text, "target": text}          as the model is asked
-    the columns of data.prompt and data.target      as the run's data has them, filled into its templates
+    {"prompt": final text, "target": text}          final texts, as the model sees them
+    the columns of data.prompt and data.target      as in the run's data, filled into its templates
 
-Both may hold an `id`, and a time in the run's column or in `timestamp`. Knows nothing about where rows come from.
+Both may have an `id`, and a time in the run's time column or in `timestamp`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _ID, _NOBODY = "id", "\0user"
 
 
 def plain_reader(task: TaskConfig, prompt: str, target: str) -> Read:
-    """Return what reads entries whose texts are final, under these two names.
+    """Return a parser of rows with final texts in the fields named `prompt` and `target`.
 
-    What it returns raises `BadValue` for a row that cannot be used; names the field.
+    The parser raises `BadValue`, which names the field, for an invalid row.
     """
     config = DataConfig(path="", user=_NOBODY, item=None, prompt=f"{{{prompt}}}", target=f"{{{target}}}")
     read = row_reader(config, task)
@@ -35,9 +35,9 @@ def plain_reader(task: TaskConfig, prompt: str, target: str) -> Read:
 
 
 def record_reader(config: DataConfig, task: TaskConfig, user: str) -> Read:
-    """Return what reads one user's rows, in the run's own columns or as plain `prompt` and `target`.
+    """Return a parser of one user's rows, in the run's own columns or as plain `prompt` and `target`.
 
-    What it returns raises `BadValue` for a row that cannot be used, or is said to be of another user.
+    The parser raises `BadValue` for a row that is invalid or names another user.
     """
     plain = plain_reader(task, "prompt", "target")
     own = row_reader(config.model_copy(update={"format": "jsonl", "item": None}), task)
@@ -59,10 +59,10 @@ def record_reader(config: DataConfig, task: TaskConfig, user: str) -> Read:
 
 
 def read_file(path: Path, read: Read) -> list[LogEntry]:
-    """Read a JSONL file, one interaction a line.
+    """Read a JSONL file with one interaction per line.
 
     Raises:
-        DataError: it cannot be read, has no rows, or has bad ones; names the first as FILE:LINE, counts the others.
+        DataError: the file cannot be read, is empty, or has bad rows; names the first as FILE:LINE, counts the others.
     """
     entries = read_rows(((f"{path}:{number}", row) for number, row in json_rows(path)), read)
     if not entries:
@@ -71,7 +71,7 @@ def read_file(path: Path, read: Read) -> list[LogEntry]:
 
 
 def read_rows(rows: Iterable[tuple[str, Mapping[str, Any] | str]], read: Read) -> list[LogEntry]:
-    """Read rows that have names; a text instead of a row is what is wrong with it.
+    """Parse (name, row) pairs; a string in place of a row is the error message of that row.
 
     Raises:
         DataError: a row is bad; names the first, counts the others.

@@ -1,17 +1,17 @@
-"""How a user is taken out of each personal file of a run folder.
+"""Personal files of a run folder, and how a user's data is removed from each of them.
 
-`run_files` is the registry: it lists every file that can lie in a run folder, and nothing else can be written there.
-Each pattern of its `PERSONAL` has a remover here, or this module cannot be imported. A test runs all commands on a run,
-looks for every user's id and texts in every byte of the folder, asks the registry about each hit, and finds none after
-the user is deleted. What many users share (population, groups, the LoRA-aware router, aggregate results, adapters of a
-control that trains on texts handed to other users) is residue: no user can be taken out of it but by training again.
-The file that the run read (`data.path`) belongs to the run's owner and is not touched.
+`run_files` is the registry: it lists every file that can be in a run folder, and no other file can be written there.
+Each pattern of its `PERSONAL` must have a remover here; otherwise importing this module fails. A test runs all commands
+on a run, searches every byte of the folder for every user's id and texts, checks each hit against the registry, and
+finds none after the user is deleted. Artifacts shared by many users (population, groups, the LoRA-aware router,
+aggregate results, adapters of a control trained on texts assigned to other users) are residue: only retraining removes
+a user from them. The input file of the run (`data.path`) belongs to the run's owner and is not touched.
 
     users/users.sqlite, users/blobs/    the store                         `AdapterStore.delete`, `AdapterStore.wipe`
-    users/quarantine/                   what a repair put aside           `remove_quarantine`
+    users/quarantine/                   data removed by a repair          `remove_quarantine`
     users/interactions.sqlite           the log                           `InteractionLog.deleting`, `Database.wipe`
     all others                          `PERSONAL_FILES`, patterns below a run folder, seeds and variants included
-    .NAME.*.tmp                         half-written files                `files.sweep`, where their writer is dead
+    .NAME.*.tmp                         half-written files                `files.sweep`, if their writer is dead
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from proper.run_files import PERSONAL
 
 @dataclass(frozen=True)
 class PersonalFile:
-    """A kind of file.
+    """One kind of personal file.
 
     Attributes:
-        pattern: below a run folder.
-        holds: what of a person.
-        remove: takes a person out of the file.
+        pattern: path pattern relative to a run folder.
+        holds: which data of a user the file has.
+        remove: removes a user's data from the file.
     """
 
     pattern: str
@@ -51,18 +51,18 @@ class PersonalFile:
 
 
 def fits_folder(users: Path) -> Path:
-    """Return where fits of a store's users leave what they need to go on after a kill."""
+    """Return the folder in which fits of a store's users keep their state for resuming after a kill."""
     return users / "fits"
 
 
 def work_folder(users: Path, tenant: str, user: str) -> Path:
-    """Return where one user's fit does so; the name gives nobody away."""
+    """Return the folder for one user's fit in `fits_folder`; its name does not reveal the user id."""
     key = json.dumps([tenant, key_of(user).hex()])
     return fits_folder(users) / blake2b(key.encode(), digest_size=16).hexdigest()
 
 
 def folders(run: Path) -> Iterator[Path]:
-    """Yield the run folder and the folders below it that are run folders themselves: further seeds, other methods."""
+    """Yield the run folder and the run folders nested in it: further seeds and other methods."""
     yield run
     for config in sorted(run.rglob("config.yaml")):
         if config.parent != run:
@@ -70,7 +70,7 @@ def folders(run: Path) -> Iterator[Path]:
 
 
 def files_of(run: Path) -> Iterator[tuple[PersonalFile, Path]]:
-    """Yield every file beside stores and logs that can hold something of a person, with what it is."""
+    """Yield every file, other than stores and logs, that can have a user's data, with its kind."""
     for folder in folders(run):
         for place in PERSONAL_FILES:
             for path in sorted(folder.glob(place.pattern)):
@@ -79,7 +79,7 @@ def files_of(run: Path) -> Iterator[tuple[PersonalFile, Path]]:
 
 
 def remove_deleted(run: Path, data: Path) -> None:
-    """Take the users who were deleted from a run out of the demo's files in `data`, which were written anew."""
+    """Remove the run's deleted users from the demo's files in `data`, which were regenerated."""
     deleted = Tombstones(run / "users").of_tenant(DEFAULT_TENANT)
     if deleted is None:
         return
@@ -90,7 +90,7 @@ def remove_deleted(run: Path, data: Path) -> None:
 
 
 def _from_lines(path: Path, user: str) -> None:
-    """Take a person's lines out of a JSONL file."""
+    """Remove a user's lines from a JSONL file."""
 
     def theirs(line: bytes) -> bool:
         try:
@@ -106,7 +106,7 @@ def _from_lines(path: Path, user: str) -> None:
 
 
 def _from_json(path: Path, user: str) -> None:
-    """Take the entries about a person out of the lists of a JSON file."""
+    """Remove the entries about a user from the lists of a JSON file."""
     if _mentions(path, user):
         write_json(path, _without(read_json(path), user))
 
@@ -120,7 +120,7 @@ def _without(value: Any, user: str) -> Any:
 
 
 def _from_truth(path: Path, user: str) -> None:
-    """Take a person of the demo, and their items, out of its mappings."""
+    """Remove a user of the demo, and the user's items, from the mappings of its ground-truth file."""
     if not _mentions(path, user):
         return
     truth = read_json(path)
@@ -135,24 +135,24 @@ def _is_about(value: Any, user: str) -> bool:
 
 
 def _whole(path: Path, user: str) -> None:
-    """Remove a file that can be made again."""
+    """Remove a whole file that can be regenerated."""
     if _mentions(path, user):
         path.unlink(missing_ok=True)
 
 
 def _derived(path: Path, user: str) -> None:
-    """Remove data derived from the run's, which can be made again; texts may have been handed to other users in it."""
+    """Remove derived data, which can be regenerated; it may assign the user's texts to other users."""
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as data:
             held = data.execute("SELECT 1 FROM users WHERE id = ?", (user,)).fetchone() is not None
     except sqlite3.Error:
-        held = True  # half-written: it has to be made again in any case
+        held = True  # half-written: it has to be regenerated in any case
     if held:
         path.unlink(missing_ok=True)
 
 
 def _mentions(path: Path, user: str) -> bool:
-    """Whether a text file may name a user, in any way in which JSON or HTML write the name."""
+    """Return whether a text file may name a user, in any JSON or HTML escaping of the id."""
     plain = all(letter.isalnum() or letter in " .-_" for letter in user) and user.isascii()
     if not plain:
         return True
@@ -166,7 +166,7 @@ def _mentions(path: Path, user: str) -> bool:
 
 
 def _from_data(path: Path, user: str) -> None:
-    """Take a person's rows and texts out of the prepared data."""
+    """Remove a user's rows and texts from the prepared data."""
     try:
         with closing(sqlite3.connect(path, isolation_level=None, timeout=60)) as data:
             data.execute("PRAGMA secure_delete=ON")
@@ -183,7 +183,7 @@ def _from_data(path: Path, user: str) -> None:
 
 
 def _forget_bad_rows(data: sqlite3.Connection) -> None:
-    """Drop the messages about bad rows, which quote values and do not say whose; their count stays."""
+    """Drop the messages about bad rows, which quote values without naming the user; their count stays."""
     found = data.execute("SELECT value FROM meta WHERE key = 'bad_rows'").fetchone()
     if found is not None:
         value = json.dumps({**json.loads(found[0]), "first": []})
@@ -191,20 +191,20 @@ def _forget_bad_rows(data: sqlite3.Connection) -> None:
 
 
 def _answers(path: Path, user: str) -> None:
-    """Remove a file of answers that names nobody, where the answers beside it are somebody's."""
+    """Remove an answers file, which names no users, if a JSONL file beside it names this user."""
     if any(_mentions(beside, user) for beside in path.parent.glob("*.jsonl")):
         path.unlink(missing_ok=True)
 
 
 def remove_quarantine(users: Path) -> None:
-    """Remove all that a repair put aside: whose it is nobody can tell, so it may be of whoever is deleted."""
+    """Remove the whole quarantine folder: its data cannot be attributed, so it may belong to the deleted user."""
     folder = users / QUARANTINE
     if folder.exists():
         shutil.rmtree(folder)
 
 
 def remove_work(users: Path, tenant: str, user: str) -> None:
-    """Remove what a fit of a user left to go on from."""
+    """Remove the state that a user's fit keeps for resuming."""
     shutil.rmtree(work_folder(users, tenant, user), ignore_errors=True)
 
 

@@ -1,1 +1,1 @@
-"""The three stages: population, groups, users."""
+"""Training of the three LoRA stages: population, groups, users."""

@@ -1,7 +1,7 @@
-"""Where a stage stands, in one safetensors file that is replaced as a whole.
+"""Training checkpoints: one safetensors file per stage, replaced atomically, and step seeds.
 
-Nothing random is stored: every step draws from a seed made of (run seed, stage, step), so a resumed stage draws the
-same numbers. Knows nothing about what the tensors are.
+No random state is stored: every step draws from a seed derived from (run seed, stage, step), so a resumed stage draws
+the same numbers.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from proper.models.tensors import load_facts, load_tensors, save_tensors
 
 
 def seed_of(*parts: Any) -> int:
-    """Return a 63-bit seed made of any values: the same values give the same seed on every machine."""
+    """Return a 63-bit seed derived from any values: the same values give the same seed on every machine."""
     text = json.dumps(parts, ensure_ascii=True, default=str)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 @dataclass
 class Checkpoint:
-    """One stage's checkpoint file, written every `seconds`, or less often where writing takes long."""
+    """One stage's checkpoint file, written every `seconds`, or less often if writing takes long."""
 
     path: Path
     seconds: float
@@ -36,7 +36,7 @@ class Checkpoint:
     _took: float = 0.0
 
     def due(self) -> bool:
-        """Say whether it is time to save: a twentieth of the time at most goes into it."""
+        """Return whether it is time to save; saving takes at most a twentieth of the training time."""
         return time.monotonic() - self._last >= max(self.seconds, min(20 * self._took, 20 * self.seconds))
 
     def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -47,15 +47,15 @@ class Checkpoint:
         self._took = self._last - started
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the last saved state, or None where there is none."""
+        """Return the last saved tensors and metadata, or None if there is no checkpoint."""
         return load_tensors(self.path) if self.path.exists() else None
 
     def facts(self) -> dict[str, Any] | None:
-        """Return the facts of the last saved state without its tensors, or None where there is none."""
+        """Return the metadata of the last saved state without its tensors, or None if there is no checkpoint."""
         return load_facts(self.path) if self.path.exists() else None
 
     def remove(self) -> None:
-        """The stage is done: its checkpoint is not needed any more."""
+        """Remove the checkpoint of a stage that is done."""
         self.path.unlink(missing_ok=True)
 
 
@@ -71,7 +71,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` returned."""
+    """Restore an optimizer's state from the tensors of `optimizer_tensors`."""
     keys = ("step", "exp_avg", "exp_avg_sq")
     for parameter, name in names.items():
         if f"{name}/exp_avg" in tensors:

@@ -1,4 +1,4 @@
-"""What is stored of a user whom stage 3 gives no adapter. Knows nothing about how they were trained."""
+"""Store records of users who stay on the group tier, because stage 3 gives them no adapter."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def refused(
     reason: str | None,
     facts: Mapping[str, Any],
 ) -> UserRecord:
-    """Return the record of a user in quarantine, on the group tier; `embeddings` as for `storable`."""
+    """Return the group-tier record of a user in quarantine; `embeddings` as for `storable`."""
     told = {**facts, "user": user, "up": False, "reason": reason}
     return UserRecord(user, "groups", storable(embeddings, embedding), None, told)
 
 
 def storable(embeddings: Float[Tensor, "U D"], embedding: Float[Tensor, "D"]) -> Float[Tensor, "D"]:
-    """Return a user's embedding or, for one that no store takes, the mean of all users' that it would take."""
+    """Return a user's embedding or, if the store would reject it, the mean of all embeddings that it would accept."""
     if is_sound(embedding):
         return embedding
     return torch.stack([other for other in embeddings if is_sound(other)] or [torch.zeros_like(embedding)]).mean(0)

@@ -1,7 +1,7 @@
-"""Stage 2: experts shared by everybody, mixed per token by a user-aware router (method: stage 2).
+"""Stage 2 training: LoRA experts shared by all users, mixed per token by a user-aware router (method: stage 2).
 
-Trained: experts, routers, and one embedding per user. Embeddings of users who are not in a batch do not move: they have
-a rate, moments and a step count of their own. Knows nothing about user adapters.
+Trained parameters: experts, routers, and one embedding per user. Embeddings of users who are not in a batch do not
+change: embeddings have a learning rate, moments and step counts of their own.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from proper.training.trainer import LossSum, Stage, TrainingPlan, train
 
 
 class GroupsStage:
-    """Experts, routers and user embeddings, as the training loop sees them.
+    """The `Stage` of experts, routers and user embeddings for the training loop.
 
     Attributes:
-        embeddings: e_u of every user (U, D), fp32, N(0, 0.02^2) at the start.
+        embeddings: e_u of every user (U, D), fp32, initialized from N(0, 0.02^2).
     """
 
     name = "groups"
@@ -43,17 +43,17 @@ class GroupsStage:
         self._pending: list[tuple[list[int], Tensor]] = []
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return experts and routers."""
+        """Return the parameters of experts and routers."""
         return self.model.group_parameters()
 
     def loss(self, batch: Batch, progress: float) -> LossSum:
-        """Answer loss of a batch of several users, and the weighted constraint."""
+        """Return the answer loss of a batch of several users, and the weighted constraint on the gates."""
         logits = self.model.answer_logits(batch, self.rows(batch))
         total, tokens = answer_loss(logits, batch.labels)
         return LossSum(total.sum(), tokens.sum(), self.penalty(progress))
 
     def rows(self, batch: Batch) -> RowContext:
-        """Return what the layers need, with embeddings whose gradients the next update uses."""
+        """Return the layers' row context, with embeddings whose gradients the next update uses."""
         users, numbers = number_users(batch.users)
         index = [self.index[user] for user in users]
         own = self.embeddings[index].to(batch.input_ids.device).requires_grad_()
@@ -62,7 +62,7 @@ class GroupsStage:
         return RowContext("groups", embedding=own[who], users=who, mask=batch.attention_mask.bool())
 
     def penalty(self, progress: float) -> Tensor | None:
-        """Return the weighted constraint on the gates of the batch that has just run."""
+        """Return the weighted constraint on the gates of the batch in the last forward pass."""
         constraint = self.config.constraint
         if constraint.kind == "none":
             return None
@@ -70,7 +70,7 @@ class GroupsStage:
         return warm * constraint.weight * constraint_loss(constraint.kind, self.model.routing.stacked())
 
     def after_backward(self, rate_factor: float, share: float) -> None:
-        """Move the embeddings of the users in this update, in whichever process their rows were."""
+        """Update the embeddings of this step's users, with gradients summed over all processes."""
         gradients: dict[int, Tensor] = {}
         for index, own in self._pending:
             if own.grad is not None:
@@ -92,7 +92,7 @@ class GroupsStage:
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put embeddings and moments back."""
+        """Restore embeddings and moments."""
         self.embeddings.copy_(tensors["embeddings"])
         prefix = "embeddings/"
         self.optimizer.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -110,7 +110,7 @@ def train_groups(
 def train_stage(
     stage: Stage, model: ProperModel, config: GroupsConfig, plan: TrainingPlan, accelerator: Accelerator
 ) -> None:
-    """Train a stage of experts and routers in place; they are frozen before and after."""
+    """Train the experts and routers of a stage in place; they are frozen before and after."""
     for parameter in stage.parameters().values():
         parameter.requires_grad_(True)
     model.train(True)

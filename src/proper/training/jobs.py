@@ -1,7 +1,4 @@
-"""One user's piece of work for the engine, how far it is, and what became of it.
-
-Knows nothing about models or slots.
-"""
+"""Data types of stage 3a: one user's fitting job for `MultiUserTrainer`, its progress and its result."""
 
 from __future__ import annotations
 
@@ -17,13 +14,13 @@ from proper.data.batching import EncodedExample
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be fitted for one user.
+    """One user's adapter to fit.
 
     Attributes:
-        items: what the adapter is trained on.
-        held: the user's own held-out items; empty: train all `epochs` and keep the last step.
-        epochs: passes over the items at most.
-        horizon: passes after which the schedule would reach zero; None: `epochs`.
+        items: the training items.
+        held: the user's held-out items; if empty, train all `epochs` and keep the last step.
+        epochs: maximum number of passes over the items.
+        horizon: number of passes after which the schedule would reach zero; None: `epochs`.
     """
 
     user: str
@@ -36,14 +33,14 @@ class Job:
 
 @dataclass
 class FitProgress:
-    """How far a job is.
+    """The progress of a job.
 
     Attributes:
-        index: which of the jobs it is.
+        index: index of the job in `Jobs`.
         step: optimizer steps done.
         losses: held-out loss per token before training and after each pass.
         best: the pass with the lowest held-out loss (0: before training).
-        trained: training loss of the last pass, per token.
+        trained: training loss of the last step's batch, per token.
     """
 
     index: int
@@ -55,12 +52,12 @@ class FitProgress:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What became of a job.
+    """The result of a job.
 
     Attributes:
-        items: how many the adapter was trained on.
+        items: number of training items.
         row: the adapter (P,), on the CPU; None for a user in quarantine.
-        reason: why a user is in quarantine.
+        reason: why the user is in quarantine; None otherwise.
     """
 
     user: str
@@ -72,22 +69,22 @@ class FitResult:
 
 
 class Jobs(Protocol):
-    """Jobs that are made when they are asked for, so that memory does not grow with the users."""
+    """A sequence of jobs that are created on access, so that memory does not grow with the number of users."""
 
     def __len__(self) -> int: ...  # noqa: D105
     def __getitem__(self, index: int, /) -> Job: ...  # noqa: D105
 
 
 Done = Callable[[Sequence[FitResult], bool], None]
-"""Takes outcomes, and whether a kill may have come after they were handed over before."""
+"""Callback for results; the flag tells whether they may have been passed on before, by a run killed after that."""
 
 
 def refusal(job: Job, longest: int | None) -> str | None:
-    """Return why a job cannot be run at all, or None.
+    """Return why a job cannot be run at all, or None if it can.
 
     Args:
         job: the job.
-        longest: positions that the backbone has; None where it has no limit.
+        longest: maximum number of positions of the backbone; None if it has no limit.
     """
     if not job.items:
         return "quarantined: no history"

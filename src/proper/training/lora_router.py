@@ -1,7 +1,7 @@
-"""Stage 3b: the LoRA-aware router, one W_r per module shared by all users, on frozen adapters (method: stage 3).
+"""Stage 3b training: the LoRA-aware router, one W_r per module for all users, on frozen adapters (method: stage 3).
 
-Users come in cohorts that fit the bank; a step holds small batches of several of them. Knows nothing about how the
-adapters came about: `load` puts a user's into a slot.
+Users are processed in cohorts that fit the bank; a step combines small batches of several users. The `load` callback
+puts a user's adapter into a slot.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Load = Callable[[str, Float[Tensor, "P"]], None]
 
 @dataclass(frozen=True)
 class RouterPlan:
-    """What stage 3b needs to know besides the model; `rows` is how many it will see, over all epochs."""
+    """Hyperparameters of stage 3b; `rows` is the number of rows over all epochs."""
 
     config: UsersConfig
     rate: float
@@ -46,7 +46,7 @@ class RouterPlan:
 
 
 def train_router(model: ProperModel, jobs: Jobs, load: Load, plan: RouterPlan, title: str) -> None:
-    """Train W_r in place from zero on the items of `jobs`, whose adapters `load` provides.
+    """Train W_r in place from zero on the items of `jobs`, with the adapters that `load` provides.
 
     Raises:
         NonFiniteLossError: a step's loss is not finite.
@@ -88,7 +88,7 @@ Work = list[tuple[int, Job, EncodedExample]]
 
 
 def _loss(model: ProperModel, work: Work, pad: int) -> Tensor:
-    """Mean loss per answer token of all rows in this step."""
+    """Return the mean loss per answer token over all rows of a step."""
     batch = collate([row for _, _, row in work], pad, model.device)
     slots = torch.tensor([slot for slot, _, _ in work], device=model.device)
     embedding = torch.stack([job.embedding for _, job, _ in work]).to(model.device)
@@ -98,7 +98,7 @@ def _loss(model: ProperModel, work: Work, pad: int) -> Tensor:
 
 
 def _steps(jobs: Jobs, bank: AdapterBank, load: Load, plan: RouterPlan, done: int) -> Iterator[tuple[int, Work]]:
-    """Yield the rows of every step still to do, their users loaded, and how many rows came before."""
+    """Yield, for every remaining step, the number of rows before it and its rows, with their users' adapters loaded."""
     step = seen = 0
     for epoch in range(plan.config.router_epochs):
         shuffle = random.Random(seed_of(plan.seed, "router", epoch))

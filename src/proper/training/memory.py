@@ -1,15 +1,15 @@
-"""How many users fit: the memory of stage 3a as a formula, and `slots: auto` from it.
+"""Memory model of stage 3a: a formula for its footprint, and the number of bank slots (`slots: auto`) from it.
 
     bytes = weights + S * P * (5 * 4 + batch_size * c) + M * per_token + pending
 
 S slots of P numbers each: values, gradients, two moments and the best values so far, in fp32; and for each of a user's
-`batch_size` rows a copy in the compute type (c bytes a number) that the backward pass needs. M tokens run through the
-model at once. `per_token` counts what the backward pass of a block needs: in the compute type, about 10 vectors of the
-hidden size and 5 of the inner size, and for each head the probabilities of T tokens, once more in fp32; and three rows
-of logits in fp32 for the share of tokens that are answers, taken as a quarter. `pending` are adapters that are done
-and wait for the next checkpoint. tests/training/test_memory.py holds the formula against what torch allocates.
+`batch_size` rows a copy in the compute type (c bytes per number) that the backward pass needs. M tokens run through the
+model at once. `per_token` counts the activations that the backward pass of a block needs: in the compute type, about 10
+vectors of the hidden size and 5 of the inner size, and for each head the probabilities of T tokens, once more in fp32;
+and three rows of logits in fp32 for the share of answer tokens, assumed to be a quarter. `pending` are finished
+adapters that wait for the next checkpoint. tests/training/test_memory.py compares the formula with torch's allocations.
 
-Knows nothing about users. Memory is the device's own, not what is free right now: the same machine gives the same S.
+Memory is the device's total, not what is free at the moment: the same machine gives the same S.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from proper.models.personal import ProperModel
 from proper.training.microbatching import MICRO_TOKENS
 
 SHARE = 0.6
-"""Part of the device's memory that stage 3 takes for itself."""
+"""Share of the device's memory that stage 3 uses."""
 
 MOST = {"cpu": 32, "cuda": 256}
-"""Slots beyond which a step's rows fill the device anyway."""
+"""Maximum number of slots: with more, a step's rows already saturate the device."""
 
 PENDING_BYTES = 1 << 29
-"""Finished adapters that wait in memory for a checkpoint, at least one per slot."""
+"""Bytes of finished adapters that may wait in memory for a checkpoint; at least one adapter per slot may."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What stage 3a takes, in bytes.
+    """The memory of stage 3a by part, in bytes.
 
     Attributes:
         weights: backbone, experts and routers.
-        slot: one more resident user.
-        activations: of `MICRO_TOKENS` tokens.
+        slot: one slot of the bank, that is one user in training.
+        activations: activations of `MICRO_TOKENS` tokens.
         pending: finished adapters, on the host.
     """
 
@@ -53,12 +53,12 @@ class Footprint:
     pending: int
 
     def total(self, slots: int) -> int:
-        """Return all of it for this many slots."""
+        """Return the total for this many slots."""
         return self.weights + slots * self.slot + self.activations + max(self.pending, slots * self.slot // 5)
 
 
 def footprint(model: ProperModel, config: UsersConfig, longest: int, tokens: int = MICRO_TOKENS) -> Footprint:
-    """Return the formula's parts for a model and rows of at most `longest` tokens."""
+    """Return the footprint of a model for rows of at most `longest` tokens."""
     network = model.backbone.model
     compute = network.dtype.itemsize
     width = model.layout(config.rank).width
@@ -69,7 +69,7 @@ def footprint(model: ProperModel, config: UsersConfig, longest: int, tokens: int
 
 
 def token_bytes(config: Any, compute: int, longest: int) -> int:
-    """Return what one token needs until its backward pass; `config` is the text model's."""
+    """Return the bytes of activations per token until the backward pass; `config` is the text model's."""
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     block = compute * (10 * hidden + 5 * inner) + heads * longest * (compute + 4)
@@ -77,14 +77,14 @@ def token_bytes(config: Any, compute: int, longest: int) -> int:
 
 
 def auto_slots(parts: Footprint, memory: int, device: str) -> int:
-    """Return as many slots as fit in `SHARE` of `memory` bytes, at least one, at most `MOST` of the kind of device."""
+    """Return how many slots fit in `SHARE` of `memory` bytes, at least one, at most `MOST` for this device type."""
     most = MOST.get(device, MOST["cpu"])
     fitting = [slots for slots in range(1, most + 1) if parts.total(slots) <= memory * SHARE]
     return fitting[-1] if fitting else 1
 
 
 def device_memory(device: torch.device) -> int:
-    """Return the bytes that a device has; for a CPU, those of the machine or of the container around the process."""
+    """Return the total memory of a device in bytes; for a CPU, that of the machine or of the process's container."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

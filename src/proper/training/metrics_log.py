@@ -1,7 +1,7 @@
-"""The learning curves of a run: one JSON object a line, appended as training goes.
+"""Training metrics of a run as JSON Lines, appended during training.
 
-A line that a kill cut short is dropped when the file is opened again; steps after the last checkpoint are written once
-more, and readers take the later of two. Knows nothing about what is logged.
+A line truncated by a kill is dropped when the file is opened again. Steps after the last checkpoint are logged again
+after a resume; readers take the later of two lines for one step.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Many users' rows cut into pieces of similar length that run through the model one after another.
+"""Micro-batching: splits many users' rows into micro-batches of similar length, which run one after another.
 
-Rows sorted by length are cut where that costs least: a piece costs its tokens, padding included, and what starting it
-costs. Knows nothing about models or users' order: what is cut how changes no result beyond rounding.
+Rows are sorted by length and split at the least total cost: the cost of a micro-batch is its tokens, padding included,
+plus a constant for starting it. The split changes no result beyond rounding.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from collections.abc import Iterator, Sequence
 from proper.data.batching import EncodedExample
 
 MICRO_TOKENS = 4096
-"""Padded tokens that run through the model at once; more only costs memory."""
+"""Maximum padded tokens per micro-batch; more only costs memory."""
 
 START_TOKENS = 64
-"""What starting one more piece costs, in tokens: about a thousand calls into torch, 15 ms on a CPU with proper-nano."""
+"""Fixed cost of a micro-batch, in tokens: about a thousand calls into torch, 15 ms on a CPU with proper-nano."""
 
 Work = tuple[int, int, EncodedExample]
-"""A row's slot, its place in its user's batch, and the row."""
+"""A row's slot, its index in its user's batch, and the row."""
 
 
 def micro_batches(work: Sequence[Work]) -> Iterator[list[Work]]:
-    """Cut rows into pieces of at most `MICRO_TOKENS` padded tokens (or one row) at the least cost in all."""
+    """Split rows into micro-batches of at most `MICRO_TOKENS` padded tokens (or one row) at the least total cost."""
     rows = sorted(work, key=lambda entry: -len(entry[2].ids))
     lengths = [len(row.ids) for _, _, row in rows]
     cuts = _candidates(lengths)
     for start, end in _cheapest(lengths, cuts):
-        # A user's rows side by side: their adapter is read, and their gradient added up, in one place.
+        # Keep a user's rows adjacent, so that the adapter is read and its gradient accumulated in one place.
         yield sorted(rows[start:end], key=lambda entry: entry[:2])
 
 
 def padded_tokens(pieces: Sequence[Sequence[Work]]) -> int:
-    """Return the tokens that run through the model, padding included."""
+    """Return the number of tokens that run through the model, padding included."""
     return sum(len(piece) * max(len(row.ids) for _, _, row in piece) for piece in pieces)
 
 
 def _candidates(lengths: Sequence[int]) -> list[int]:
-    """Return where a piece may end: where the length changes, and where rows of one length fill a piece."""
+    """Return where a micro-batch may end: where the length changes, and where rows of one length fill it."""
     cuts, start = [0], 0
     for at in range(1, len(lengths) + 1):
         changes = at == len(lengths) or lengths[at] != lengths[start]
@@ -48,7 +48,7 @@ def _candidates(lengths: Sequence[int]) -> list[int]:
 
 
 def _cheapest(lengths: Sequence[int], cuts: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the pieces (start, end) with the least padded tokens plus `START_TOKENS` each."""
+    """Return the micro-batches (start, end) with the least sum of padded tokens plus `START_TOKENS` each."""
     if not cuts:
         return []
     costs, before = [0] + [0] * (len(cuts) - 1), [0] * len(cuts)

@@ -1,12 +1,12 @@
-"""Stage 3a for many users at once: every step trains one small batch of each resident user, each as if alone.
+"""Stage 3a training: fits LoRA adapters of many users at once; each step trains one small batch of each user in a slot.
 
-S users sit in the slots of one bank. A user's loss is the mean over that user's tokens, their gradient is clipped by
-its own norm, and their moments, step count and schedule are their own; batches depend on (seed, user) only. A user who
-finishes is handed over and the slot goes to the next; one whose loss is not finite goes into quarantine, and the step
-is done again without them. Knows nothing about tiers or stores: it fits `Job`s.
+S users occupy the slots of one bank, each trained as if alone. A user's loss is the mean over that user's tokens, the
+gradient is clipped by its own norm, and moments, step count and schedule are per user; batches depend on (seed, user)
+only. When a user is finished, the slot goes to the next job. A user whose loss or gradient is not finite goes into
+quarantine, and the step is repeated without that user.
 
-Outcomes are handed over right after a checkpoint that holds them. So a kill at any moment leaves either users who are
-not handed over yet, whose training goes on from the checkpoint, or users who are, and are not trained again.
+Results are passed to `done` right after a checkpoint that includes them. After a kill at any moment, users whose
+results were not passed on resume from the checkpoint, and the others are not trained again.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from proper.training.schedule import factors
 from proper.training.trainer import Log
 
 Bad = dict[int, str]
-"""Slots whose users cannot go on, and why."""
+"""Slots whose users cannot be trained further, and the reasons."""
 
 
 class MultiUserTrainer:
-    """S slots, and the training of whoever sits in them."""
+    """Trains the users in the S slots of a bank."""
 
     def __init__(self, model: ProperModel, config: UsersConfig, rate: float, seed: int, slots: int, pad: int) -> None:
         self.model, self.config, self.rate, self.seed, self.pad = model, config, rate, seed, pad
@@ -56,7 +56,7 @@ class MultiUserTrainer:
         model.use_bank(self.bank, dropout=config.dropout)
 
     def run(self, jobs: Jobs, done: Done, checkpoint: Checkpoint, log: Log, title: str, bar: Bar = progress) -> None:
-        """Fit all jobs, going on from the checkpoint; `done` gets several outcomes at a time, `bar` shows how many."""
+        """Fit all jobs, resuming from the checkpoint; `done` gets several results at a time, `bar` shows progress."""
         self._resume(jobs, checkpoint)
         self._hand_over(done, again=True)
         started, limit, shown = time.perf_counter(), pending_rows(self.bank), 0
@@ -88,13 +88,13 @@ class MultiUserTrainer:
         self.pending = []
 
     def _seat(self, jobs: Jobs) -> bool:
-        """Give free slots to the next users; return whether anybody sits."""
+        """Assign free slots to the next jobs; return whether any slot is occupied."""
         while new := self._take(jobs):
             self._measure(new)
         return any(seat is not None for seat in self.seats)
 
     def _take(self, jobs: Jobs) -> list[int]:
-        """Fill the free slots and return them; jobs that cannot be run at all are passed over."""
+        """Fill the free slots and return them; jobs that cannot be run at all go into quarantine."""
         longest = getattr(self.model.backbone.model.config.get_text_config(), "max_position_embeddings", None)
         new = []
         while self.taken < len(jobs) and None in self.seats:
@@ -114,7 +114,7 @@ class MultiUserTrainer:
         return new
 
     def _step(self) -> dict[str, Any] | None:
-        """One optimizer step for every resident user; None if somebody went into quarantine and nobody has moved."""
+        """Take one optimizer step for all users in slots; if a user is quarantined, update nothing and return None."""
         chosen = {slot: self._batch(*seat) for slot, seat in enumerate(self.seats) if seat is not None}
         losses, tokens, padded = self._backward(chosen)
         assert self.bank.gradients is not None
@@ -137,7 +137,7 @@ class MultiUserTrainer:
         return {"loss": round(mean, 6), "users": len(chosen), "tokens": tokens, "padded": padded}
 
     def _backward(self, chosen: dict[int, list[EncodedExample]]) -> tuple[dict[int, float], int, int]:
-        """Fill the bank's gradients; return every user's loss, and the tokens without and with padding."""
+        """Fill the bank's gradients; return each slot's loss, and the number of tokens without and with padding."""
         assert self.bank.gradients is not None
         self.bank.gradients.zero_()
         answers = {slot: sum(len(r.ids) - r.start for r in batch) for slot, batch in chosen.items()}
@@ -162,7 +162,7 @@ class MultiUserTrainer:
             self.seats[slot] = None
 
     def _batch(self, job: Job, state: FitProgress) -> list[EncodedExample]:
-        """A user's next batch: it depends on the seed, the user and the step only."""
+        """Return a user's next batch, which depends on the seed, the user and the step only."""
         per_pass = self._steps_per_pass(job)
         epoch, at = divmod(state.step, per_pass)
         generator = torch.Generator().manual_seed(seed_of(self.seed, "order", job.user, epoch))
@@ -177,7 +177,7 @@ class MultiUserTrainer:
         return factors(steps, totals, self.config.warmup, self.config.schedule).to(self.bank.values.device)
 
     def _pass_ended(self) -> None:
-        """Measure whoever has just ended a pass on their held-out items, and let go whoever is finished."""
+        """Compute the held-out loss of users who have just ended a pass, and free the slots of finished users."""
         ended = []
         for slot, seat in enumerate(self.seats):
             if seat is not None and seat[1].step % self._steps_per_pass(seat[0]) == 0:
@@ -202,7 +202,7 @@ class MultiUserTrainer:
         self.seats[slot] = None
 
     def _measure(self, slots: list[int]) -> None:
-        """Held-out loss of these slots; the best weights so far are kept."""
+        """Record the held-out loss of these slots, and keep the best weights so far."""
         bad: Bad = {}
         for slot, loss in self.held_losses(slots, "fit").items():
             _, state = self.sitting(slot)
@@ -216,7 +216,7 @@ class MultiUserTrainer:
         self._remove(bad)
 
     def held_losses(self, slots: list[int], mode: Mode) -> dict[int, float]:
-        """Return the held-out loss per token of the users in these slots, where they have held-out items."""
+        """Return the held-out loss per token of those of these slots whose users have held-out items."""
         work = [(s, at, row) for s in slots for at, row in enumerate(self.sitting(s)[0].held)]
         sums, counts = dict.fromkeys(slots, 0.0), dict.fromkeys(slots, 0.0)
         for micro in micro_batches(work):
@@ -230,7 +230,7 @@ class MultiUserTrainer:
     def _losses(
         self, micro: Sequence[Work], mode: Mode, *, training: bool
     ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
-        """Each row's summed answer loss and its tokens."""
+        """Return each row's summed answer loss and its number of answer tokens."""
         batch = collate([row for _, _, row in micro], self.pad, self.model.device)
         seats = [self.sitting(slot) for slot, _, _ in micro]
         embedding = torch.stack([job.embedding for job, _ in seats]).to(self.model.device)
@@ -247,7 +247,7 @@ class MultiUserTrainer:
         return -(-len(job.items) // self.config.batch_size)
 
     def sitting(self, slot: int) -> tuple[Job, FitProgress]:
-        """Return the job in a slot, which must be taken, and how far it is."""
+        """Return the job and progress of a slot, which must be occupied."""
         seat = self.seats[slot]
         assert seat is not None
         return seat

@@ -1,8 +1,8 @@
-"""AdamW for tensors whose first axis is users: only the users in this step move.
+"""Row-wise AdamW for tensors whose first axis is users: a step updates only the rows of its users.
 
-A plain AdamW moves and decays rows whose gradient is zero, because their moments are not. Here every row has its own
-step count, and a row that is absent keeps its values, moments and count to the bit. Formulas: Loshchilov & Hutter 2019
-(arXiv 1711.05101), with bias correction from the row's own count.
+Plain AdamW also updates and decays rows whose gradient is zero, because their moments are not zero. Here every row has
+its own step count, and an absent row keeps its values, moments and count bit for bit. Formulas: Loshchilov & Hutter
+2019 (arXiv 1711.05101), with bias correction from the row's own count.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class RowAdamW:
     """Moments and step counts for N rows of P numbers.
 
     Attributes:
-        first, second: the moments (N, P), in the values' type.
+        first, second: the moments (N, P), in the values' dtype.
         steps: each row's own step count (N,), on the CPU.
     """
 
@@ -38,7 +38,7 @@ class RowAdamW:
         return cls(torch.zeros_like(values), torch.zeros_like(values), steps, weight_decay=weight_decay)
 
     def reset(self, row: int) -> None:
-        """Forget everything about a row."""
+        """Reset a row's moments and step count to zero."""
         self.first[row] = 0
         self.second[row] = 0
         self.steps[row] = 0
@@ -50,11 +50,11 @@ class RowAdamW:
         gradients: Iterable[Float[Tensor, "P"]],
         rates: Float[Tensor, "n"] | float,
     ) -> None:
-        """Move `values[rows]` by one step, each at its own rate; `rows` are distinct, `gradients` in their order."""
+        """Update `values[rows]` by one step, each at its own rate; `rows` are distinct, `gradients` in their order."""
         self.steps[rows] += 1
         counts = self.steps[rows].tolist()
         each = torch.as_tensor(rates, dtype=torch.float64).expand(len(counts)).tolist()
-        # Row after row, in place: a row's numbers stay in the cache for all the passes over them.
+        # Update row by row, in place: a row stays in the CPU cache for all passes over it.
         for row, gradient, count, rate in zip(rows.tolist(), gradients, counts, each, strict=True):
             self._move(values[row], row, gradient, count, rate)
 
@@ -72,7 +72,7 @@ class RowAdamW:
         return {"first": self.first, "second": self.second, "steps": self.steps}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `tensors` returned."""
+        """Restore the state from the tensors of `tensors`."""
         self.first.copy_(tensors["first"])
         self.second.copy_(tensors["second"])
         self.steps.copy_(tensors["steps"])
@@ -86,7 +86,7 @@ def clip_rows(gradients: Float[Tensor, "n P"], limit: float) -> Float[Tensor, "n
 
 
 def clip_row_(gradient: Float[Tensor, "P"], limit: float) -> float:
-    """Scale one row down to at most `limit` in 2-norm, in place; return the norm it had. A bad norm changes nothing."""
+    """Clip one row to a 2-norm of at most `limit`, in place; return its old norm. A non-finite norm changes nothing."""
     norm = float(torch.linalg.vector_norm(gradient))
     if limit < norm < float("inf"):
         gradient.mul_(limit / norm)

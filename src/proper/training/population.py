@@ -1,7 +1,4 @@
-"""Stage 1: one LoRA for what everybody shares, through PEFT, then merged into the backbone (method: stage 1).
-
-Knows nothing about users beyond whose rows are read.
-"""
+"""Stage 1 training: one PEFT LoRA on the data of all users, then merged into the backbone (method: stage 1)."""
 
 from __future__ import annotations
 
@@ -30,13 +27,13 @@ from proper.training.trainer import LossSum, TrainingPlan, train
 
 
 class PopulationStage:
-    """A PEFT LoRA on the backbone, as the training loop sees it."""
+    """The `Stage` of a PEFT LoRA on the backbone for the training loop."""
 
     name = "population"
 
     def __init__(self, model: PeftModel, low_precision: bool) -> None:
         self.model = model
-        # PEFT keeps its LoRA in fp32; autocast runs its products in the backbone's type.
+        # PEFT keeps its LoRA in fp32; autocast runs its matrix products in the backbone's dtype.
         device = model.device.type
         self._context = torch.autocast(device, torch.bfloat16) if low_precision else nullcontext()
 
@@ -45,21 +42,21 @@ class PopulationStage:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def loss(self, batch: Batch, progress: float) -> LossSum:
-        """Answer loss of a batch."""
+        """Return the answer loss of a batch."""
         with self._context:
             logits = answer_logits(self.model, batch)
         total, tokens = answer_loss(logits, batch.labels)
         return LossSum(total.sum(), tokens.sum())
 
     def after_backward(self, rate_factor: float, share: float) -> None:
-        """Nothing moves outside AdamW."""
+        """Do nothing: AdamW updates all parameters."""
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing beyond parameters and moments."""
+        """Return no tensors: there is no state beyond parameters and moments."""
         return {}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Nothing to put back."""
+        """Do nothing: there is no further state to restore."""
 
 
 def train_population(
@@ -76,24 +73,24 @@ def train_population(
 
 @contextmanager
 def in_training(backbone: Backbone, wrapped: PeftModel, config: PopulationConfig) -> Iterator[PopulationStage]:
-    """Make a wrapped backbone ready for stage 1's forward and backward passes inside the block."""
+    """Prepare a wrapped backbone for stage 1's forward and backward passes inside the block."""
     low_precision = backbone.model.dtype == torch.bfloat16
-    # Only the LoRA's dropout is wanted; a backbone's own dropout would make stage 1 differ between families.
+    # Enable only the LoRA's dropout; a backbone's own dropout would make stage 1 differ between model families.
     wrapped.eval()
     for module in wrapped.modules():
         if isinstance(module, LoraLayer):
             module.train()
-    # PEFT widens every module's input to fp32 for its fp32 weights; autocast would only narrow it again.
+    # PEFT casts every module's input to fp32 for its fp32 weights; autocast would only cast it back.
     narrow = disable_input_dtype_casting(wrapped, low_precision)
     with narrow, gradient_checkpointing(backbone.model, config.gradient_checkpointing):
         yield PopulationStage(wrapped, low_precision)
 
 
 def wrap(backbone: Backbone, config: PopulationConfig, seed: int) -> PeftModel:
-    """Put a fresh PEFT LoRA, drawn from `seed`, on the backbone."""
+    """Wrap the backbone in a new PEFT LoRA initialized from `seed`."""
     targets = list(find_targets(backbone.model, config.target_modules))
     settings: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
-    # GPT-2's layers hold their weights transposed, which PEFT wants to be told.
+    # GPT-2's layers (Conv1D) store their weights transposed; PEFT needs this flag for them.
     settings["fan_in_fan_out"] = any(isinstance(backbone.model.get_submodule(name), Conv1D) for name in targets)
     with torch.random.fork_rng(devices=[]), modules_as_named(backbone.model):
         torch.manual_seed(seed_of(seed, "population"))
@@ -102,6 +99,6 @@ def wrap(backbone: Backbone, config: PopulationConfig, seed: int) -> PeftModel:
     assert isinstance(wrapped, PeftModel)
     for module in wrapped.modules():
         if isinstance(module, LoraLayer) and config.dropout > 0:
-            # PEFT's own draws one Bernoulli a number: half of a step's time on a CPU.
+            # PEFT's dropout draws one Bernoulli sample per number: half of a step's time on a CPU.
             module.lora_dropout = nn.ModuleDict({name: Dropout(config.dropout) for name in module.lora_dropout})
     return wrapped

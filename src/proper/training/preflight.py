@@ -1,8 +1,8 @@
-"""Before hours of training: does all that a run does with its backbone work, on two short rows?
+"""Preflight check before training: runs every operation that a run needs from its backbone, on two short rows.
 
     find the modules of all stages -> stage 1 and stages 2, 3: forward, backward, save, load -> cached decoding
 
-What does not work is one line that names the step. The backbone is left as it was. Knows nothing about data or users.
+A failure is reported as one line that names the step. The backbone is left unchanged.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from proper.training.population import in_training, wrap
 
 MARKER = "preflight.json"
 ALIKE = 0.8
-"""Cosine between logits with and without a cache; rounding, which may send a token to another expert, stays above."""
+"""Minimum cosine between logits with and without a cache; rounding, which can change a token's expert, stays above."""
 STEPS = 2
 
 
 class PreflightSample(NamedTuple):
-    """A row to try things on; what `Encoder.encode` asks for."""
+    """A sample row with the fields that `Encoder.encode` needs."""
 
     prompt: str
     target: str
@@ -54,7 +54,7 @@ SAMPLES = (
 
 
 def check_once(backbone: Backbone, config: Config, folder: Path, *, write: bool = True) -> None:
-    """Run `preflight` unless it passed for this run folder, backbone and libraries; `write` notes that it passed.
+    """Run `preflight` unless it passed for this run folder, backbone and libraries; with `write`, record the pass.
 
     Of the embedded backbone, only the target modules are looked up.
 
@@ -66,7 +66,7 @@ def check_once(backbone: Backbone, config: Config, folder: Path, *, write: bool 
     marker = folder / MARKER
     if marker.exists() and read_json(marker) == facts:
         return
-    if backbone.name == EMBEDDED:  # the tests of every release try it
+    if backbone.name == EMBEDDED:  # covered by the tests of every release
         _find_all(backbone, config)
         return
     preflight(backbone, config)
@@ -75,10 +75,10 @@ def check_once(backbone: Backbone, config: Config, folder: Path, *, write: bool 
 
 
 def preflight(backbone: Backbone, config: Config) -> None:
-    """Try everything that a run does with its backbone, and leave it as it was.
+    """Run every operation that a run needs from its backbone, and leave the backbone unchanged.
 
     Raises:
-        ConfigError: something is not supported; one line says what.
+        ConfigError: an operation is not supported; one line names it.
     """
     _refuse_states(backbone)
     _find_all(backbone, config)
@@ -99,7 +99,7 @@ def preflight(backbone: Backbone, config: Config) -> None:
 
 @contextmanager
 def _step(backbone: Backbone, name: str) -> Iterator[None]:
-    """Put whatever a step raises into one line."""
+    """Convert any exception of a step to a one-line error."""
     try:
         yield
     except _Unsupported as error:
@@ -117,7 +117,7 @@ def _refusal(backbone: Backbone, why: str) -> ConfigError:
 
 
 class _Unsupported(Exception):
-    """Something is wrong that raises nothing by itself."""
+    """A failed check that raises no exception by itself."""
 
 
 def _find_all(backbone: Backbone, config: Config) -> None:
@@ -129,7 +129,7 @@ def _find_all(backbone: Backbone, config: Config) -> None:
 
 
 def _refuse_states(backbone: Backbone) -> None:
-    """Refuse layers that keep a state of their own: rows that come and go are made of keys and values only."""
+    """Reject stateful layers (other than a KV cache): continuous batching moves only keys and values of a row."""
     config: Any = backbone.model.config.get_text_config()
     kinds = {kind for kind in getattr(config, "layer_types", None) or () if not _is_attention(kind)}
     if kinds or getattr(backbone.model, "_is_stateful", False):
@@ -187,7 +187,7 @@ def _try_personal(backbone: Backbone, config: Config, batch: Batch, place: Path)
 
 
 def _try_decoding(model: ProperModel, prompts: list[tuple[int, ...]], rows: RowContext) -> None:
-    """Decode a few tokens as the engine does, and compare with passes over the whole rows."""
+    """Decode a few tokens with the KV cache as the engine does, and compare with passes over the whole rows."""
     with torch.no_grad():
         cache = RowCache(len(prompts), max(map(len, prompts)) + STEPS)
         logits = prefill(model, cache, prompts, rows)

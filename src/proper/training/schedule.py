@@ -1,7 +1,4 @@
-"""Learning rates: what `auto` means, warm-up, and the fall to zero.
-
-Knows nothing about parameters.
-"""
+"""Learning-rate schedules: the value of `auto`, warm-up, and decay to zero."""
 
 from __future__ import annotations
 
@@ -19,14 +16,14 @@ PAPER_RATES = {"population": 3e-4, "groups": 2e-4, "users": 2e-4, "router": 2e-4
 def resolve_rate(rate: float | Literal["auto"], stage: str, hidden_size: int) -> float:
     """Return the learning rate of a stage; `auto` is the paper's at the paper's width, times 4096 / hidden size.
 
-    Adam moves every weight by about the rate, and a layer sums over its inputs, so a narrower model needs
+    Adam changes every weight by about the rate, and a layer sums over its inputs, so a narrower model needs
     proportionally larger steps for the same change of its outputs (Yang et al. 2022, arXiv 2203.03466).
     """
     return PAPER_RATES[stage] * REFERENCE_WIDTH / hidden_size if rate == "auto" else rate
 
 
 def factor(step: int, total: int, warmup: float, schedule: str) -> float:
-    """Return what the rate is multiplied by at `step` (from 0) of `total`."""
+    """Return the factor on the learning rate at `step` (from 0) of `total`."""
     warm = math.ceil(warmup * total)
     if step < warm:
         return (step + 1) / (warm + 1)
@@ -37,7 +34,7 @@ def factor(step: int, total: int, warmup: float, schedule: str) -> float:
 
 
 def factors(steps: Tensor, totals: Tensor, warmup: float, schedule: str) -> Tensor:
-    """`factor` for many users at once, each with a step and a total of its own."""
+    """Return `factor` for many users at once, each with its own step and total."""
     steps, totals = steps.double(), totals.double().clamp(min=1)
     warm = (warmup * totals).ceil()
     progress = (steps - warm) / (totals - warm).clamp(min=1)

@@ -1,8 +1,8 @@
-"""One seed's three stages in a folder, each going on where it stopped and skipped where it is done.
+"""Runs one seed's three training stages in a run folder; resumes an interrupted stage and skips a finished one.
 
     population/  a PEFT adapter     groups/  experts, routers, mean embedding     users/  the adapter store
 
-A stage is done when its `stage.json` is there; it is written last. Knows the order of things and where they lie.
+A stage is done when its `stage.json` exists; it is written last.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ TRAINED = ("population", "groups", "users")
 
 
 def join_processes(config: Config) -> Accelerator:
-    """Return this process's place among those that `accelerate launch` started; without it, the only one."""
+    """Return the `Accelerator` of this process among those of `accelerate launch`; without it, a single process."""
     device = pick_device(config.compute.device)
     if device.type == "cuda" and device.index is not None:
-        # Without this a single process would take the first device, whichever was asked for.
+        # Without this, a single process would use the first device instead of the requested one.
         torch.cuda.set_device(device)
-    # Stage 3 and evaluation run in one process; the others wait for it far longer than the usual ten minutes.
+    # Stage 3 and evaluation run in one process; the others wait for it far longer than the default ten minutes.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=30))
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[patient])
 
@@ -65,10 +65,10 @@ class StageRunner:
         self.encoder = self.backbone.encoder(config.compute.max_length)
 
     def run(self, stages: Sequence[str]) -> None:
-        """Train the stages asked for, in their order; earlier ones must be there.
+        """Train the given stages, in their order; earlier stages must be done.
 
         Raises:
-            RunFolderError: a stage is asked for whose predecessor is neither done nor asked for.
+            RunFolderError: the predecessor of a given stage is neither done nor given.
         """
         last = max((TRAINED.index(stage) for stage in stages), default=-1)
         self._population("population" in stages)
@@ -126,12 +126,12 @@ class StageRunner:
         if self._is_done("users", wanted=True):
             return
         if not self.accelerator.is_main_process:
-            # One process fits the users; the others meet it where it has recorded them.
+            # The main process fits the users; the others wait for it at the barrier after it has recorded the stage.
             self.accelerator.wait_for_everyone()
             return
         model.add_lora_router(self.config.users)
         store = AdapterStore(folder)
-        # Adapters stand on these very groups: trained again in place, they are others, and the store says so.
+        # Adapters fit only these group experts: after retraining in place, the hash differs and the store refuses.
         groups = hash_file(self.folder / "groups" / "groups.safetensors")
         store.bind({"backbone": self.backbone.digest, "groups": groups, "rank": str(self.config.users.rank)})
         users = [user.id for user in self.dataset.users("target") if user.history > 0]
@@ -189,7 +189,7 @@ class StageRunner:
         return False
 
     def _record(self, stage: str, work: Callable[[], None], facts: dict[str, Any]) -> None:
-        """Do a stage's work, then say that it is done."""
+        """Run a stage's work, then write its `stage.json`."""
         started = time.perf_counter()
         work()
         self.accelerator.wait_for_everyone()

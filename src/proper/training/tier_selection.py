@@ -1,8 +1,8 @@
-"""Who gets an adapter of their own: those whose own held-out items say that it helps.
+"""Tier selection: a user gets an adapter if it lowers the loss on the user's own held-out items.
 
-An improvement is the fall of the held-out loss per answer token from the group tier to the form that is served. Below
-`pool_below` items one user's held-out part is too small to say anything, so the decision is pooled over the users whose
-embeddings are nearest. Knows nothing about models.
+The gain is the decrease of the held-out loss per answer token from the group tier to the served form of the adapter.
+Below `pool_below` items, one user's held-out part is too small for a decision, so the gain is pooled over the users
+with the nearest embeddings.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch.nn import functional
 from proper.config import TiersConfig
 
 BLOCK = 256
-"""Users whose neighbours are looked for at once."""
+"""Number of users per chunk of the nearest-neighbour search."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What the held-out items of one user said.
+    """Held-out results of one user's trial adapter.
 
     Attributes:
         items: length of the history, held-out items included.
         group_loss: held-out loss per token on the group tier.
-        user_loss: the same with the adapter, in the form that is served.
-        passes: passes over the items after which the adapter was best.
+        user_loss: held-out loss per token with the adapter, in the served form.
+        passes: number of passes over the items after which the adapter was best.
     """
 
     user: str
@@ -40,13 +40,13 @@ class Trial:
 
     @property
     def gain(self) -> float:
-        """How much the adapter lowers the loss, nats per token."""
+        """Decrease of the loss by the adapter, in nats per token."""
         return self.group_loss - self.user_loss
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Whether a user moves up, and why, in words."""
+    """Whether a user gets an adapter, and the reason as text."""
 
     user: str
     up: bool
@@ -55,16 +55,16 @@ class Decision:
 
 
 Others = Callable[[Float[Tensor, "U D"]], Sequence[tuple[Trial, Float[Tensor, "D"]]]]
-"""From the embeddings of the stage's users to further users near them, with embeddings."""
+"""Function from the embeddings of the stage's users to the trials and embeddings of further users near them."""
 
 
 def nobody(embeddings: Float[Tensor, "U D"]) -> Sequence[tuple[Trial, Float[Tensor, "D"]]]:
-    """Know no further users."""
+    """Return no further users; the default of `UserStage.others`."""
     return ()
 
 
 def decide(trials: Sequence[Trial], embeddings: Float[Tensor, "U D"], config: TiersConfig) -> list[Decision]:
-    """Decide every user's tier; `embeddings` are in the order of `trials`."""
+    """Decide the tier of every user; `embeddings` are in the order of `trials`."""
     if not trials:
         return []
     near = iter(_pooled_gains(trials, embeddings, config))
@@ -84,7 +84,7 @@ def decide(trials: Sequence[Trial], embeddings: Float[Tensor, "U D"], config: Ti
 
 
 def _pooled_gains(trials: Sequence[Trial], embeddings: Float[Tensor, "U D"], config: TiersConfig) -> Iterator[float]:
-    """Yield, for every user whose decision is pooled, the mean gain of their nearest users."""
+    """Yield, for every user whose decision is pooled, the mean gain of the nearest users."""
     gains = torch.tensor([trial.gain for trial in trials])
     unit = functional.normalize(embeddings.float(), dim=1)
     pooled = [at for at, trial in enumerate(trials) if trial.passes > 0 and trial.items < config.pool_below]

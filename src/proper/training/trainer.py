@@ -1,7 +1,7 @@
-"""The loop that stages 1 and 2 share: epochs of batches, accumulated, clipped, scheduled, resumable.
+"""Training loop of stages 1 and 2: gradient accumulation, clipping, learning-rate schedule, resumable checkpoints.
 
-It stands on `accelerate`: each process takes its share of every batch, and gradients are summed over processes. What a
-stage trains and what it loses is a `Stage`. Knows nothing about experts, adapters or files other than the checkpoint.
+The loop uses `accelerate`: each process takes its share of every batch, and gradients are summed over processes. A
+`Stage` provides the trained parameters and the loss.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Log = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class LossSum:
-    """What a batch costs: the answers' summed loss, their tokens, and a penalty added to the mean."""
+    """The loss of a batch: the answers' summed loss, their number of tokens, and a penalty added to the mean."""
 
     total: Tensor
     tokens: Tensor
@@ -39,29 +39,29 @@ class LossSum:
 
 
 class Stage(Protocol):
-    """What the loop needs to know about stage 1 or 2."""
+    """The interface of stages 1 and 2 to the training loop."""
 
     name: str
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the tensors that AdamW moves."""
+        """Return the parameters that AdamW updates."""
 
     def loss(self, batch: Batch, progress: float) -> LossSum:
-        """Run the model on a batch; `progress` is the share of all steps that is done."""
+        """Return the loss of a batch; `progress` is the share of all steps that is done."""
 
     def after_backward(self, rate_factor: float, share: float) -> None:
-        """Move what AdamW does not (rows of absent users must stay), once every update."""
+        """Update, once per optimizer step, parameters outside AdamW (rows of absent users must not change)."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return whatever else a checkpoint must hold."""
+        """Return the further tensors that a checkpoint must contain."""
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `state` returned."""
+        """Restore the tensors of `state`."""
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Everything the loop needs that is not the stage itself."""
+    """Data, hyperparameters and checkpoint of a training loop, without the stage itself."""
 
     config: OptimizerConfig
     rate: float
@@ -79,16 +79,16 @@ class TrainingPlan:
 
     @property
     def updates(self) -> int:
-        """Optimizer steps in all."""
+        """Total number of optimizer steps."""
         batches = round(self.config.epochs * self.batches_per_epoch)
         return max(1, -(-batches // self.config.gradient_accumulation))
 
 
 def train(stage: Stage, plan: TrainingPlan, accelerator: Accelerator) -> None:
-    """Run a stage to its end, going on from its checkpoint where there is one.
+    """Train a stage to its end, resuming from its checkpoint if there is one.
 
     Raises:
-        NonFiniteLossError: a step's loss is not finite; says which step and users.
+        NonFiniteLossError: a step's loss is not finite; names the step and users.
     """
     parameters = stage.parameters()
     names: dict[Tensor, str] = {p: name for name, p in parameters.items()}
@@ -114,7 +114,7 @@ def train(stage: Stage, plan: TrainingPlan, accelerator: Accelerator) -> None:
 
 @contextmanager
 def _hidden(title: str, total: int | None) -> Iterator[Callable[..., None]]:
-    """Show nothing: one process of several speaks."""
+    """Show no progress bar; used by all processes but the main one."""
     yield lambda *_: None
 
 
@@ -131,7 +131,7 @@ def _resume(stage: Stage, plan: TrainingPlan, optimizer: torch.optim.Optimizer, 
 
 
 def _updates(plan: TrainingPlan, done: int) -> Iterator[list[list[TextExample]]]:
-    """Yield the batches of every update that is still to do."""
+    """Yield the micro-batches of every remaining update."""
     size = plan.config.gradient_accumulation
     held: list[list[TextExample]] = []
     count = 0
@@ -167,7 +167,7 @@ def _update(
     scale: float,
     micro_batches: Sequence[Sequence[TextExample]],
 ) -> dict[str, Any]:
-    """One optimizer step: mean loss over the answer tokens of all micro-batches and processes."""
+    """Take one optimizer step on the mean loss over the answer tokens of all micro-batches and processes."""
     world, rank = accelerator.num_processes, accelerator.process_index
     shares = [[plan.encoder.encode(row) for row in batch[rank::world]] for batch in micro_batches]
     answers = _sum(accelerator, sum(len(r.ids) - r.start for share in shares for r in share))

@@ -1,15 +1,14 @@
-"""Stage 3: an adapter for every user who gains from one, then the router that knows it (method: stage 3, tiers).
+"""Stage 3 training: a LoRA adapter per user who gains from one, then the LoRA-aware router (method: stage 3, tiers).
 
-    1. trial:  every user's adapter on the older part of their history, stopped where their held-out items say so
-    2. 3b on those adapters, because users are served in that form
-    3. tiers:  who is better off with the adapter than on the group tier
-    4. final:  the adapters of those who are, on all their items, for as many passes as were best
+    1. trial:  every user's adapter on the older part of the history, with early stopping on the held-out items
+    2. 3b on the trial adapters, because users are served in that form
+    3. tiers:  select the users whose loss is lower with the adapter than on the group tier
+    4. final:  the adapters of the selected users, on all their items, for the best number of passes
     5. 3b on the final adapters
 
-Each phase leaves a file, so a restart goes on after the last one. A user who cannot be trained (see `FitResult.reason`)
-stays on the group tier and is no part of later phases. Knows how users are trained, not how they are stored: adapters
-pass through `AdapterStore`. Per user, memory holds an embedding, a name and a few numbers; histories are read when
-needed.
+Each phase leaves a file, so a restart resumes after the last finished phase. A user who cannot be trained (see
+`FitResult.reason`) stays on the group tier and is skipped by later phases. Memory per user is an embedding, an id and a
+few numbers; histories are read when needed, and adapters go to the `AdapterStore`.
 """
 
 from __future__ import annotations
@@ -46,23 +45,23 @@ from proper.training.tier_selection import Others, Trial, decide, nobody
 from proper.training.trainer import Log
 
 ROUTER_USERS = 32
-"""Users of a cohort in stage 3b. It shapes W_r, so it does not follow the device's memory as `slots` does."""
+"""Users per cohort in stage 3b. It affects W_r, so unlike `slots` it does not depend on the device's memory."""
 
 RECORDS = 1000
-"""Records that are put at once where nothing was trained."""
+"""Number of records per put for users who were not trained."""
 
 
 @dataclass(frozen=True)
 class UserStage:
-    """Everything stage 3 works with.
+    """Inputs of stage 3.
 
     Attributes:
-        users: whom to fit, in order.
+        users: the users to fit, in order.
         embeddings: e_u of these users (U, D); not trained here.
-        folder: where phases leave their files while the stage runs; the caller removes it when all is saved.
-        fixed_router: whether W_r stays as it is in the model; new users do not move what all share.
-        others: users whose trials are known, for decisions that are pooled; by default nobody.
-        bar: shows how many users are fitted.
+        folder: folder for the phases' files while the stage runs; the caller removes it when all is saved.
+        fixed_router: whether W_r is frozen; fitting a new user must not change shared parameters.
+        others: users whose trials are known, for pooled decisions; none by default.
+        bar: progress bar of the number of users fitted.
     """
 
     model: ProperModel
@@ -82,7 +81,7 @@ class UserStage:
 
     @property
     def slots(self) -> int:
-        """How many users are resident at once."""
+        """Number of users trained at once."""
         return min(self._slots, max(1, len(self.users)))
 
     @cached_property
@@ -94,25 +93,25 @@ class UserStage:
 
     @property
     def pad(self) -> int:
-        """The padding token."""
+        """Id of the padding token."""
         return self.model.backbone.pad_id
 
     def rate(self, stage: str) -> float:
-        """The learning rate of "users" (3a) or "router" (3b)."""
+        """Return the learning rate of "users" (3a) or "router" (3b)."""
         wanted = self.config.learning_rate if stage == "users" else self.config.router_learning_rate
         return resolve_rate(wanted, stage, self.model.backbone.hidden_size)
 
     def checkpoint(self, name: str) -> Checkpoint:
-        """The checkpoint of a phase."""
+        """Return the checkpoint of a phase."""
         return Checkpoint(self.folder / f"{name}.checkpoint", self.checkpoint_seconds)
 
     def history(self, user: str) -> list[EncodedExample]:
-        """A user's newest items in tokens, oldest first."""
+        """Return a user's newest items (at most `max_items`) as tokens, oldest first."""
         return [self.encoder.encode(example) for example in self.dataset.history(user, self.config.max_items)]
 
 
 class _Jobs:
-    """The jobs of some users, made when asked for."""
+    """The jobs of some users, created on access."""
 
     def __init__(self, stage: UserStage, indices: Sequence[int], passes: Mapping[str, int] | None) -> None:
         self.stage, self.indices, self.passes = stage, indices, passes
@@ -131,7 +130,7 @@ class _Jobs:
         return Job(user, embedding, tuple(items[:cut]), tuple(items[cut:]), epochs=epochs)
 
     def rows(self) -> int:
-        """How many items all jobs train on; nothing is encoded for it."""
+        """Return the number of training items of all jobs, without encoding any."""
         stage, found = self.stage, 0
         for index in self.indices:
             items = len(stage.dataset.history(stage.users[index], stage.config.max_items))
@@ -140,12 +139,12 @@ class _Jobs:
 
 
 def held_out(items: int, share: float) -> int:
-    """How many of a user's newest items are held out: at least one, and never all."""
+    """Return how many of a user's newest items are held out: at least one, and never all."""
     return min(items - 1, max(1, round(items * share)))
 
 
 def train_users(stage: UserStage) -> dict[str, torch.nn.Parameter]:
-    """Run stage 3, leaving every user's record in the store; return the LoRA-aware routers' tensors."""
+    """Run stage 3 and write every user's record to the store; return the LoRA-aware routers' parameters."""
     private_folder(stage.folder)
     chosen, passes, facts = _select(stage) if stage.config.tiers.select else _everybody(stage)
     _fit(stage, _Jobs(stage, chosen, passes), stage.store, "final", facts)
@@ -155,7 +154,7 @@ def train_users(stage: UserStage) -> dict[str, torch.nn.Parameter]:
 
 
 Facts = Callable[[str], Mapping[str, Any]]
-"""What is known of a user from the trial."""
+"""Function from a user to the metadata of the user's trial."""
 
 
 def _everybody(stage: UserStage) -> tuple[list[int], dict[str, int], Facts]:
@@ -163,7 +162,7 @@ def _everybody(stage: UserStage) -> tuple[list[int], dict[str, int], Facts]:
 
 
 def _select(stage: UserStage) -> tuple[list[int], dict[str, int], Facts]:
-    """Phases 1 to 3: fit on the older items, then see who is better off; return who, their passes, and why."""
+    """Run phases 1 to 3 (trial and tier selection); return the selected users, their passes, and the metadata."""
     path = stage.folder / "trials.json"
     able = [at for at, user in enumerate(stage.users) if len(stage.dataset.history(user, 2)) == 2]
     trial_store = AdapterStore(stage.folder / "trial")
@@ -201,7 +200,7 @@ def _why_untried(stage: UserStage, user: str) -> str:
 
 
 def _fit(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str, facts: Facts) -> None:
-    """Stage 3a for these jobs; adapters go to the store as they are done."""
+    """Run stage 3a for these jobs; finished adapters are written to the store."""
     marker = stage.folder / f"{phase}-fit.json"
     if marker.exists() or not len(jobs):
         return
@@ -233,19 +232,19 @@ def _fit(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str, facts: 
 
 
 def is_held(store: AdapterStore, record: UserRecord) -> bool:
-    """Say whether the store has this very record, from before a kill."""
+    """Return whether the store already has exactly this record, written before a kill."""
     held = store.get(record.user)
     return held is not None and (held.tier, held.facts) == (record.tier, record.facts)
 
 
 def _fitted(stage: UserStage, indices: Sequence[int], store: AdapterStore) -> list[int]:
-    """Return those of the users whose adapter is in the store: all but the ones in quarantine."""
+    """Return the users whose adapter is in the store: all but those in quarantine."""
     heads = ((at, store.head(stage.users[at])) for at in indices)
     return [at for at, head in heads if head is not None and head.tier == "users"]
 
 
 def _router(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str) -> None:
-    """Stage 3b for these jobs; leaves W_r in the model."""
+    """Run stage 3b for these jobs; W_r is left in the model."""
     parameters = stage.model.router_parameters()
     path = stage.folder / f"{phase}-router.safetensors"
     if stage.fixed_router or not parameters or not len(jobs):
@@ -265,7 +264,7 @@ def _router(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str) -> N
 
 
 def _served(stage: UserStage, jobs: _Jobs, store: AdapterStore) -> Iterator[Trial]:
-    """Yield every user's held-out loss on the group tier and in the form that is served."""
+    """Yield every user's held-out loss on the group tier and in the served form."""
     engine = MultiUserTrainer(stage.model, stage.config, 0.0, stage.seed, stage.slots, stage.pad)
     layout = engine.bank.layout
     for at in range(0, len(jobs), stage.slots):
@@ -292,7 +291,7 @@ def _served(stage: UserStage, jobs: _Jobs, store: AdapterStore) -> Iterator[Tria
 
 
 def _keep_on_group_tier(stage: UserStage, chosen: Sequence[int], facts: Facts) -> None:
-    """Say in the store why the others have no adapter."""
+    """Write group-tier records, with the reason, for the users who get no adapter."""
     marker = stage.folder / "kept.json"
     if marker.exists():
         return
