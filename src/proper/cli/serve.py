@@ -48,7 +48,9 @@ def command(
         str,
         typer.Option(metavar="SIZE", help="Memory for the KV cache of users' last prompts and answers; 0 keeps none."),
     ] = "64MiB",
-    max_open: Annotated[int, typer.Option(min=1, metavar="N", help="Most prompts that run or wait.")] = 1024,
+    max_open: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Most prompts that run or wait, over all keys.")
+    ] = 1024,
     rate: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Requests per minute of each key.", show_default=False)
     ] = None,

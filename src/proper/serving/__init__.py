@@ -1,1 +1,1 @@
-"""OpenAI-compatible HTTP server (FastAPI, uvicorn) in front of the inference engine. It does not import torch."""
+"""OpenAI-compatible HTTP server (FastAPI, uvicorn) in front of the inference engine. It handles no tensors."""

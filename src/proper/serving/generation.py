@@ -118,11 +118,11 @@ async def server_sent(
 
 
 class EventStream(StreamingResponse):
-    """Response of server-sent events; however it ends, its batch rows and its rate limiter slots are freed.
+    """Response of server-sent events; at its end, however caused, its batch rows and open prompts are released.
 
     Args:
         lines: the events.
-        held: the rate limiter slots to release at the end.
+        held: the context that counts its prompts as open; closed at the end.
         stalled: seconds for which a client may leave an event unread.
     """
 

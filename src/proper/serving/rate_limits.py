@@ -20,7 +20,7 @@ class ServeLimits:
     Attributes:
         body_bytes: size of the largest request body.
         open_requests: most prompts that run or wait, over all keys.
-        open_per_key: most prompts that run or wait, of one key.
+        open_per_key: most prompts that run or wait, and most open requests of any kind, of one key.
         per_minute: requests per minute of one key on any route, refused ones included, and of one address without a
             valid key; also the burst size. None for no limit.
         stalled_seconds: how long a client may leave a piece of a stream unread before its request is cancelled.

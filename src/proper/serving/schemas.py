@@ -1,4 +1,4 @@
-"""Pydantic schemas of the routes that OpenAI's API does not have: models, users, interactions, deletions, health."""
+"""Pydantic schemas of all routes but chat and completions: models, users, interactions, deletions, health."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ModelList(BaseModel):
 
 
 class NewInteraction(RequestSchema):
-    """An interaction to train on: `input` is the final prompt text, `output` the answer that the user gave or wants.
+    """An interaction to train on: `input` is the final prompt text, `output` the target answer.
 
     Attributes:
         id: unique among the user's interactions; without ids, interactions with equal content are the same one.
