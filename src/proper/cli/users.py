@@ -118,9 +118,9 @@ def delete(folder: RunFolder, user: ManyUsers) -> None:
     """Delete users and erase their data.
 
     Erases all versions, all interactions, and the users' rows in the run's data and predictions; afterwards none of it
-    can be read from the run's files, except in weights that all users share (groups, router). The report and its pages
-    are removed if they show a deleted user. The file that the run was trained on is not changed. Exit code 1 if data
-    is left because another process is reading or writing: 'proper users check' continues the deletion, as does every
+    can be read from the run's files, except for what all users share (groups, router). The report and its pages are
+    removed if they show a deleted user. The file that the run was trained on is not changed. Exit code 1 if data is
+    left because another process is reading or writing: 'proper users check' continues the deletion, as does every
     command that writes into the run. Only 'proper users enrol' and an import with --even-if-deleted bring a user back.
     """
     from proper.interactions.deletion import finish_deletions, remove

@@ -141,7 +141,7 @@ class Rollback(RequestSchema):
 
 
 class DeleteReply(BaseModel):
-    """A completed deletion: the run's files have no data of the user left, except in weights that all users share."""
+    """A completed deletion: the run's files have no data of the user left, except for what all users share."""
 
     id: str
     object: Literal["user.deleted"] = "user.deleted"
