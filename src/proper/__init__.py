@@ -4,7 +4,7 @@
     run = proper.run("notes.yaml", out="runs/notes")
     model = proper.load(run)
 
-Names are loaded when they are first used, so that `import proper` does not import torch.
+Attributes are loaded on first use, so that `import proper` does not import torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""What `proper.load` returns: a run in memory that answers everybody, and its users, who can come, grow and go.
+"""Python API behind `proper.load`: a run as one model for all users, with enrolment, update and deletion of users.
 
-Stands above training, because new users are fitted with it; everything else about answering is `inference`'s. Knows
-nothing about HTTP or terminals.
+This module imports the training code, because new users are fitted with it; `proper.inference` does not.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ Row = Mapping[str, Any]
 class Users:
     """The users of a run.
 
-    Whoever is taken in or has something new is fitted before the call returns.
+    `enrol` and `update` fit the user before they return.
 
     Args:
-        folder: the run.
-        store: their records.
-        fitter: makes the run ready for fits; called when there is first something to fit.
+        folder: the run folder.
+        store: the adapter store of the run.
+        fitter: prepares the run for fits; called when there is first something to fit.
     """
 
     def __init__(self, folder: Path, store: AdapterStore, fitter: Callable[[], Fitter]) -> None:
@@ -47,7 +46,7 @@ class Users:
         return isinstance(user, str) and (self.store.head(user) is not None or self.log.knows(self.store.tenant, user))
 
     def head(self, user: str) -> Head | None:
-        """Return a user's tier, version and embedding; None for one who is unknown or was never fitted."""
+        """Return a user's tier, version and embedding; None if the user is unknown or was never fitted."""
         return self.store.head(user)
 
     def versions(self, user: str) -> list[Version]:
@@ -59,17 +58,17 @@ class Users:
         return self.store.rollback(user, to)
 
     def enrol(self, user: str, interactions: Iterable[Row], heard: Heard | None = None) -> Head | None:
-        """Take in a user, fit them, and return what they got; None where there is nothing to fit yet.
+        """Enrol and fit a new user; return their tier, version and embedding, or None if there is nothing to fit yet.
 
         Args:
-            user: who; nobody of that name may be there.
+            user: id of the new user.
             interactions: rows in the run's own columns, or `{"prompt": ..., "target": ...}`; see `entries`.
-            heard: hears how far the fit is.
+            heard: progress callback of the fit.
 
         Raises:
-            InputError: the user is there already, or two interactions have one id and different content.
-            DataError: an interaction cannot be used; names it.
-            ProperError: the fit failed; says why. The interactions are kept, `update` tries again.
+            InputError: the user exists already, or two interactions have the same id and different content.
+            DataError: an interaction cannot be used; the message names it.
+            ProperError: the fit failed; the message says why. The interactions are kept, `update` tries again.
         """
         entries = self.entries(user, interactions)
         if user in self:
@@ -77,17 +76,17 @@ class Users:
         return self.append(user, entries, new=True, heard=heard)
 
     def update(self, user: str, interactions: Iterable[Row] = (), heard: Heard | None = None) -> Head | None:
-        """Add interactions of a user, fit them to all that is known of them, and return what they got.
+        """Add interactions of a user and fit the user to all their interactions; return tier, version and embedding.
 
         Args:
-            user: who; they must be there.
-            interactions: as for `enrol`; with none, what is known is fitted again.
-            heard: hears how far the fit is.
+            user: id of an existing user.
+            interactions: as for `enrol`; with none, the user is fitted again to the stored interactions.
+            heard: progress callback of the fit.
 
         Raises:
-            InputError: there is no such user, or an id is taken by other content.
-            DataError: an interaction cannot be used; names it.
-            ProperError: the fit failed; says why.
+            InputError: there is no such user, or an interaction's id exists with different content.
+            DataError: an interaction cannot be used; the message names it.
+            ProperError: the fit failed; the message says why.
         """
         entries = self.entries(user, interactions)
         if user not in self:
@@ -95,12 +94,12 @@ class Users:
         return self.append(user, entries, new=False, heard=heard)
 
     def delete(self, user: str) -> bool:
-        """Remove all of a user from every file of the run; return whether there was anything.
+        """Delete all data of a user from every file of the run; return whether there was any.
 
         Raises:
             InputError: a stage is being trained that the user is part of.
-            ProperError: bytes of the user are still there, as another process reads or writes; the next command that
-                writes into the run, or `proper users check`, goes on with it.
+            ProperError: data of the user is left because another process is reading or writing; the next command that
+                writes into the run, or `proper users check`, continues the deletion.
         """
         removal = remove(self.store, self.log, user)
         if removal.waits:
@@ -108,30 +107,30 @@ class Users:
         return removal.found
 
     def export(self, user: str, path: str | Path, *, form: Format = "native", force: bool = False) -> Path:
-        """Write all of a user to a folder and return it; see `exchange.export_user`."""
+        """Export a user to a folder and return its path; see `run_export.export_user`."""
         export_user(self.folder, user, Path(path), form=form, force=force)
         return Path(path)
 
     def close(self) -> None:
-        """Close the log."""
+        """Close the interaction log."""
         self.log.close()
 
     def entries(self, user: str, rows: Iterable[Row]) -> list[LogEntry]:
-        """Read interactions as `enrol` takes them.
+        """Return log entries for interactions in the formats that `enrol` accepts.
 
         Raises:
-            DataError: one cannot be used; names it.
+            DataError: an interaction cannot be used; the message names it.
         """
         config = self.desk.fitter().model.config
         named = ((f"interactions[{at}]", row) for at, row in enumerate(rows))
         return read_rows(named, record_reader(config.data, config.task, user))
 
     def append(self, user: str, entries: list[LogEntry], *, new: bool, heard: Heard | None = None) -> Head | None:
-        """Log entries and fit the user; `enrol` and `update` are made of this.
+        """Log entries and fit the user; the common part of `enrol` and `update`.
 
         Raises:
-            InputError: the user is known and `new`, or an id is taken by other content.
-            ProperError: the fit failed; says why.
+            InputError: `new` and the user exists, or an entry's id exists with different content.
+            ProperError: the fit failed; the message says why.
         """
         tenant = self.store.tenant
         self.log.append(tenant, user, entries, new=new)
@@ -146,10 +145,10 @@ class Users:
 
 
 class Model(PersonalizedModel):
-    """A run in memory.
+    """A run loaded as one model for all its users.
 
     Attributes:
-        users: its users.
+        users: the users of the run: enrol, update, delete, export.
     """
 
     def __init__(self, folder: Path, loaded: PersonalizedModel) -> None:
@@ -172,7 +171,7 @@ class Model(PersonalizedModel):
         return self._users
 
     def close(self) -> None:
-        """Close store, log and data."""
+        """Close the store, the interaction log and the data set."""
         if self._users is not None:
             self._users.close()
         if self._fitter is not None and self._fitter.dataset is not None:
@@ -189,10 +188,10 @@ def load(folder: str | Path, stage: Stage | None = None) -> Model:
     """Load a run folder as one model for all its users.
 
     Args:
-        folder: what `proper run` wrote.
-        stage: how far up the ladder to go; the highest that the folder has if None.
+        folder: a run folder that `proper run` wrote.
+        stage: the last stage to load; the last one that the folder has if None.
 
     Raises:
-        RunFolderError: the folder is not a run, or has not got that far.
+        RunFolderError: the folder is not a run folder, or the stage is not trained yet.
     """
     return Model(Path(folder), load_personalized(folder, stage))

@@ -1,7 +1,7 @@
-"""What a run can be told, with every default in one place.
+"""Run configuration: pydantic models of the YAML config with every default, presets and overrides.
 
-A config is a small YAML file. An unknown key, a wrong type or an impossible value is an error that names the key
-and suggests the nearest one. Knows nothing about how the settings are used.
+An unknown key, a wrong type or an impossible value is an error that names the key; for an unknown key it suggests the
+nearest known one.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ Rate = Positive | Literal["auto"]
 
 
 class Section(BaseModel):
-    """A part of the config: frozen, and closed to keys it does not know."""
+    """Base of all config sections: frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 class DataConfig(Section):
-    """Where the interactions are and which columns they have.
+    """Location, format and columns of the interactions.
 
-    For `format` lamp or oppu, `path` is a folder of the benchmark's files, `task` says which task they are of and
-    `layout` how prompts are worded; the columns are the task's own.
+    For `format` lamp or oppu, `path` is a folder of the benchmark's files, `task` is their task and `layout` the
+    wording of the prompts; the columns are the task's own.
 
-    `chat` says whether prompts are written by the tokenizer's chat template, in training as in serving: `off`, never.
+    `chat` selects whether prompts use the tokenizer's chat template, in training and in serving: `off` means never.
     """
 
     path: str
@@ -53,7 +53,7 @@ class DataConfig(Section):
 
     @property
     def given_split(self) -> bool:
-        """Whether the files say themselves which rows are queries."""
+        """Whether the data files define which rows are queries."""
         return self.format in GIVEN_FORMATS
 
     @field_validator("task", mode="before")
@@ -64,7 +64,7 @@ class DataConfig(Section):
     @field_validator("chat", mode="before")
     @classmethod
     def _word(cls, chat: object) -> object:
-        """Return the word that YAML reads as a truth value: `off` is one of its names for false."""
+        """Return "off" for False, because YAML reads the word `off` as False."""
         return "off" if chat is False else chat
 
     @model_validator(mode="after")
@@ -77,7 +77,7 @@ class DataConfig(Section):
 
 
 class TaskConfig(Section):
-    """What is predicted, and how an answer is read off the model."""
+    """Kind of task, labels and decoding."""
 
     kind: Literal["classification", "rating", "generation"] = "generation"
     labels: Literal["auto"] | Annotated[list[str], Field(min_length=2)] = "auto"
@@ -86,7 +86,7 @@ class TaskConfig(Section):
 
     @property
     def scored(self) -> bool:
-        """Whether labels are compared by likelihood (the default wherever there are labels)."""
+        """Whether labels are scored by likelihood (the default for tasks with labels)."""
         return self.kind != "generation" and self.decode != "generate"
 
     @model_validator(mode="after")
@@ -97,7 +97,7 @@ class TaskConfig(Section):
 
 
 class SplitConfig(Section):
-    """Which users are targets, and which of their interactions are history or query."""
+    """Split of users into targets and others, and of the targets' interactions into history and queries."""
 
     target_users: Count = 100
     min_history: Count = 10
@@ -110,7 +110,7 @@ class SplitConfig(Section):
 
 
 class ComputeConfig(Section):
-    """Number types, devices and lengths."""
+    """Precision, device, sequence length, inference batch size and checkpoint interval."""
 
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     device: str = "auto"
@@ -120,7 +120,7 @@ class ComputeConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """What every training stage has. `learning_rate: auto` scales the paper's rate by 4096 / hidden size."""
+    """Optimizer settings of every stage; `learning_rate: auto` scales the paper's rate by 4096 / hidden size."""
 
     epochs: Annotated[float, Field(gt=0)] = 2
     batch_size: Count = 16
@@ -137,7 +137,7 @@ TargetModules = Literal["auto", "ffn", "attention", "all"] | list[str]
 
 
 class PopulationConfig(OptimizerConfig):
-    """Stage 1: one LoRA on everybody's histories, merged into the backbone."""
+    """Stage 1: one LoRA trained on all users' histories and merged into the backbone."""
 
     rank: Count = 8
     alpha: Positive = 16
@@ -150,7 +150,7 @@ class PopulationConfig(OptimizerConfig):
 
 
 class ConstraintConfig(Section):
-    """Keeps different users' mixtures apart."""
+    """Regularization term that keeps the expert mixtures of different users apart."""
 
     kind: Literal["users", "experts", "released", "none"] = "users"
     weight: Annotated[float, Field(ge=0)] = 0.01
@@ -158,7 +158,7 @@ class ConstraintConfig(Section):
 
 
 class GroupsConfig(OptimizerConfig):
-    """Stage 2: experts shared by everybody, mixed by a user-aware router."""
+    """Stage 2: LoRA experts shared by all users, mixed by a user-aware router."""
 
     experts: Count = 5
     rank: Count = 4
@@ -175,7 +175,7 @@ class GroupsConfig(OptimizerConfig):
 
 
 class TiersConfig(Section):
-    """When a user gets an adapter of their own."""
+    """Conditions under which a user gets an adapter of their own."""
 
     select: bool = True
     validation: Annotated[float, Field(gt=0, le=0.5)] = 0.2
@@ -201,7 +201,7 @@ class UsersConfig(OptimizerConfig):
 
 
 class EvaluationConfig(Section):
-    """What is compared, and with how many repeats."""
+    """Methods to compare, seeds, and resamples of the confidence intervals."""
 
     methods: Annotated[list[str], Field(min_length=1)] = ["population", "groups", "users"]
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
@@ -217,10 +217,10 @@ class EvaluationConfig(Section):
 
 
 class Config(Section):
-    """Everything a run can be told.
+    """All settings of a run.
 
-    `trust_remote_code` runs the Python code that some backbones bring beside their weights; without it such a backbone
-    is refused, and nothing asks.
+    `trust_remote_code` allows running the Python code that some backbones ship beside their weights; without it such a
+    backbone is refused without a prompt.
     """
 
     preset: Literal["paper", "released"] | None = None
@@ -258,9 +258,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML config and apply `key.subkey=value` overrides, which win over the file, which wins over a preset.
+    """Read a YAML config and apply `key.subkey=value` overrides; overrides win over the file, the file over a preset.
 
-    A relative `data.path` or `backbone` folder that does not exist from here is looked up beside the config file.
+    A relative `data.path` or `backbone` that does not exist below the current folder is looked up beside the config.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value impossible.
@@ -284,7 +284,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def make_config(raw: dict[str, Any], source: str = "config") -> Config:
-    """Turn nested plain values into a `Config`, with the named preset underneath.
+    """Validate nested plain values as a `Config`; keys that they lack come from the named preset, then from defaults.
 
     Raises:
         ConfigError: a key is unknown or a value impossible; the message names the key as `section.key`.

@@ -1,7 +1,4 @@
-"""What pydantic found wrong with a config, in one line that a person can act on.
-
-Knows nothing about what the settings are.
-"""
+"""One-line error messages from pydantic validation errors of a config, with suggestions for misspelled keys."""
 
 from __future__ import annotations
 
@@ -16,18 +13,19 @@ _EXPECTED = "Input should be "
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Put the first problem in one line that names its key, and count the others.
+    """Return one line that names the key of the first problem and counts the others.
 
     Args:
-        error: what pydantic found.
-        model: what it validated: sections of keys, nested.
+        error: pydantic's error.
+        model: the validated model, with nested sections.
 
     Returns:
-        One line; an unknown key goes first, as it may be why another is missing, and comes with the nearest known one.
+        One line. An unknown key is reported first, as it may be the reason why another key is missing, together with
+        the nearest known key.
     """
     problems: dict[str, list[ErrorDetails]] = {}
     for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
-        # A value that fits no branch of a union is one problem, however many branches there are.
+        # A value that matches no branch of a union counts as one problem, not one per branch.
         problems.setdefault(".".join(_names(problem, model)) or "config", []).append(problem)
     key, branches = next(iter(problems.items()))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -42,7 +40,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _names(problem: ErrorDetails, model: type[BaseModel]) -> list[str]:
-    """Return the keys down to a problem, without the list indices and union branches in pydantic's locations."""
+    """Return the path of keys to a problem, without the list indices and union branches in pydantic's locations."""
     names: list[str] = []
     section: type[BaseModel] | None = model
     for part in problem["loc"]:
@@ -57,7 +55,7 @@ def _names(problem: ErrorDetails, model: type[BaseModel]) -> list[str]:
 
 
 def _complaint(branches: Sequence[ErrorDetails]) -> str:
-    """Say what a value should be instead; a rule that the value breaks says more than a type that it is not."""
+    """Return what the value should be; a broken validation rule is reported in preference to a type mismatch."""
     messages = list(dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in branches))
     rules = [message for message in messages if not message.startswith(_EXPECTED)]
     if rules:
@@ -73,7 +71,7 @@ def _short(value: Any, most: int = 80) -> str:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that a key holds, or None where it holds a plain value."""
+    """Return the section class of a key, or None if the key has a plain value."""
     for choice in (annotation, *get_args(annotation)):
         if isinstance(choice, type) and issubclass(choice, BaseModel):
             return choice

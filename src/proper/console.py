@@ -1,7 +1,6 @@
-"""What a person watching sees: messages and progress, always on stderr, so that stdout holds results only.
+"""Messages and progress bars on stderr, so that stdout has results only; also silences the logging of libraries.
 
-On a terminal progress is a live bar; anywhere else it is a plain line now and then. Knows nothing about what is
-being done.
+On a terminal, progress is a live bar; elsewhere it is a plain line every few seconds.
 """
 
 from __future__ import annotations
@@ -18,27 +17,27 @@ from typing import Protocol
 _SECONDS_BETWEEN_LINES = 5.0
 
 Advance = Callable[..., None]
-"""`advance(n=1, note="")`: n more units are done; a note (a loss, say) stands beside the count until the next one."""
+"""`advance(n=1, note="")`: n more units are done; the note (a loss, say) is shown beside the count until the next."""
 
 
 class Bar(Protocol):
-    """Shows how far a piece of work is; `progress` does, `no_bar` does not."""
+    """Type of a progress display: `progress` shows one, `no_bar` shows nothing."""
 
     def __call__(self, title: str, total: int | None, /) -> AbstractContextManager[Advance]: ...  # noqa: D102
 
 
 def say(message: str) -> None:
-    """Print one message on stderr. It stays above a live bar."""
+    """Print one message on stderr, above a live progress bar if there is one."""
     print(message, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress(title: str, total: int | None) -> Iterator[Advance]:
-    """Show how far a piece of work is; yields `advance(n=1, note="")`.
+    """Show the progress of a piece of work; yields `advance(n=1, note="")`.
 
     Args:
-        title: what is being done, a few words.
-        total: how many units there are; None where nobody knows.
+        title: what is being done, in a few words.
+        total: number of units; None if unknown.
     """
     shown = _bar(title, total) if sys.stderr.isatty() else _lines(title, total)
     with shown as advance:
@@ -47,14 +46,14 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
 
 @contextmanager
 def no_bar(title: str, total: int | None) -> Iterator[Advance]:
-    """Show nothing, for work that is shown as a part of something larger."""
+    """Show no progress, for work that is a part of a larger piece with a progress bar."""
     yield lambda n=1, note="": None
 
 
 def quiet_libraries() -> None:
-    """Switch off the progress bars and advice of transformers, datasets and the hub, errors excepted.
+    """Switch off progress bars and messages below errors of transformers, datasets and huggingface_hub.
 
-    Works before they are imported and after; whoever set one of their environment variables keeps the last word.
+    It works before and after they are imported. Environment variables that the user has set take precedence.
     """
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
@@ -64,12 +63,12 @@ def quiet_libraries() -> None:
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     }.items():
         os.environ.setdefault(name, value)
-    # PEFT still asks transformers for a name that is being renamed; that is between the two of them.
+    # PEFT uses an attribute that transformers deprecates; users of this package cannot change that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    # torchao, where it is installed, complains on import about kernels that a CPU has no use for.
+    # torchao, if installed, warns on import about kernels that are irrelevant on a CPU.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # The variables are read on import: a library that is already there has to be told.
+    # The variables are read on import: a library that is imported already is configured through its functions.
     if "huggingface_hub.utils" in sys.modules and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1":
         sys.modules["huggingface_hub.utils"].disable_progress_bars()
     if "transformers.utils.logging" in sys.modules and os.environ["TRANSFORMERS_VERBOSITY"] == "error":
@@ -130,5 +129,5 @@ def _lines(title: str, total: int | None) -> Iterator[Advance]:
             printed_at = now
 
     yield advance
-    # Only work that came to its end says so: an error's own message must not follow a line that reads as success.
+    # Printed only on success: after an error, a last progress line would read as if the work was finished.
     say(line())

@@ -1,13 +1,10 @@
-"""One exception tree. The command line turns each into one line on stderr and the tree's exit code.
-
-Knows nothing about what the rest of the package does.
-"""
+"""Exception hierarchy of the package; the command line prints each as one line on stderr and uses its exit code."""
 
 from __future__ import annotations
 
 
 class ProperError(Exception):
-    """Something failed; the message is one line a person can act on. Exit code 1."""
+    """Base of all errors of the package; the message is one line that tells the user what to do. Exit code 1."""
 
     exit_code = 1
 
@@ -27,7 +24,7 @@ class DataError(InputError):
 
 
 class RunFolderError(InputError):
-    """A run folder is missing something, or was made by another config."""
+    """A run folder lacks a file or stage, or was made by another config."""
 
 
 class StoreError(ProperError):
@@ -35,7 +32,7 @@ class StoreError(ProperError):
 
 
 class NoVersionError(StoreError):
-    """The store does not have the version that was asked for."""
+    """The store does not have the requested version."""
 
 
 class NonFiniteLossError(ProperError):
@@ -43,6 +40,6 @@ class NonFiniteLossError(ProperError):
 
 
 class ReadOnlyError(StoreError):
-    """Something would be written where nothing may be written: a read-only copy of a run. Exit code 2."""
+    """A write was requested in a read-only copy of a run. Exit code 2."""
 
     exit_code = 2

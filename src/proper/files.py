@@ -1,8 +1,8 @@
-"""Files that are never half-written and that only their owner reads, and hashes of what is in them.
+"""Atomic file and folder writes with private permissions, file locks, JSON files and content hashes.
 
-Below a run folder only files of its registry (`run_files`) are written. What is not whole yet lies in a hidden folder
-beside its place, which its writer keeps locked: so `sweep` can tell what a killed process left there. Personal is the
-default: 0600 for files, 0700 for folders, whatever the umask says. Knows nothing about what the files mean.
+Below a run folder only files of its registry (`run_files`) can be written. An unfinished file lies in a hidden folder
+beside its final path; its writer keeps that folder locked, so that `sweep` can recognize what a killed process left.
+Files are private by default: 0600 for files, 0700 for folders, whatever the umask is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OTHERS = 0o007
 def make_folder(path: Path, *, shared: bool = False) -> None:
     """Make a folder and the folders above it that are missing, for the owner only unless `shared`.
 
-    A folder that is there keeps its mode; `close_to_others` is for those that hold personal data.
+    An existing folder keeps its mode; call `close_to_others` for one with personal data.
     """
     missing = [each for each in (path, *path.parents) if not each.exists()]
     for each in reversed(missing):
@@ -39,15 +39,15 @@ def make_folder(path: Path, *, shared: bool = False) -> None:
 
 
 def private_folder(path: Path) -> None:
-    """Make a folder for the owner only; one that is there is closed to others (see `close_to_others`)."""
+    """Make a folder for the owner only; an existing one is closed to others (see `close_to_others`)."""
     make_folder(path)
     close_to_others(path)
 
 
 def close_to_others(path: Path) -> None:
-    """Take group and others out of the mode of a file or folder that others may open; a link is not followed.
+    """Remove the permissions of group and others from a file or folder that others may open; links are not followed.
 
-    What an operator opened to a group only (0640, 0750) stays as it is; so does what belongs to another owner.
+    A mode that an operator opened to a group only (0640, 0750) is kept, and so is the mode of another owner's file.
     """
     found = path.lstat()
     if stat.S_ISLNK(found.st_mode) or not found.st_mode & _OTHERS or found.st_uid != os.geteuid():
@@ -56,10 +56,10 @@ def close_to_others(path: Path) -> None:
 
 
 def open_private(path: Path, flags: int) -> int:
-    """Open a file by `os.open`, made for the owner only if `flags` make it, and closed to others if it is there.
+    """Open a file with `os.open`; a new file is private, an existing one opened for writing is closed to others.
 
     Raises:
-        OSError: also where the path is a symbolic link, which is never followed.
+        OSError: also if the path is a symbolic link, which is never followed.
     """
     try:
         file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE_FILE)
@@ -74,7 +74,7 @@ def open_private(path: Path, flags: int) -> int:
 
 
 def links_out_of(folder: Path) -> list[Path]:
-    """Return the symbolic links below a folder that lead out of it; none of them is followed."""
+    """Return the symbolic links below a folder that point outside of it; links are not followed."""
     home, found = folder.resolve(), list[Path]()
     for parent, folders, files in os.walk(folder):
         for path in (Path(parent, name) for name in (*folders, *files)):
@@ -85,12 +85,12 @@ def links_out_of(folder: Path) -> list[Path]:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[int | None]:
-    """Hold a file's flock, which the kernel gives back when the process dies; yields the open file.
+    """Hold a file's flock, which the kernel releases when the process dies; yields the open file descriptor.
 
-    Yields None if another process or thread holds it and `wait` is off.
+    Yields None if `wait` is off and another process or thread holds the lock.
 
     Raises:
-        OSError: the file cannot be made or opened.
+        OSError: the file cannot be created or opened.
     """
     file = open_private(path, os.O_RDWR | os.O_CREAT)
     try:
@@ -108,10 +108,10 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[int | None]:
 def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed.
 
-    Only the owner may read it (0600), unless `shared`: then the umask decides.
+    Only the owner may read the file (0600), unless `shared`: then the umask decides.
 
     Raises:
-        InputError: `path` lies in a run folder and is none of its files.
+        InputError: `path` lies in a run folder and is not in the registry.
         ProperError: the disk is full or the folder cannot be written; `path` is as it was.
     """
     require_listed(path)
@@ -124,7 +124,7 @@ def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            # Some writers replace the file, and with it its mode.
+            # Some writers replace the file, which changes its mode.
             temporary.chmod(mode)
             os.replace(temporary, path)
     except OSError as error:
@@ -135,12 +135,12 @@ def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
 def atomic_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it becomes `path`, on failure it is removed.
 
-    A folder that was there is put aside first and removed last; between the two renames neither is at `path`. Only the
-    owner may open it and its files (0700, 0600), unless `shared`: then the umask decides.
+    An existing folder is renamed away first and removed last; between the two renames `path` does not exist. Only the
+    owner may open the folder and its files (0700, 0600), unless `shared`: then the umask decides.
 
     Raises:
-        InputError: `path` lies in a run folder.
-        ProperError: the disk is full or the place cannot be written; `path` is as it was.
+        InputError: `path` lies in a run folder and is not in the registry.
+        ProperError: the disk is full or the folder cannot be written; `path` is unchanged.
     """
     require_listed(path)
     try:
@@ -158,7 +158,7 @@ def atomic_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def _settle(folder: Path) -> None:
-    """Have all files of a folder on the disk, with the folder's own mode."""
+    """Sync all files of a folder to the disk and give them the folder's permissions."""
     mode = stat.S_IMODE(folder.stat().st_mode)
     for entry in folder.rglob("*"):
         if entry.is_file() and not entry.is_symlink():
@@ -170,22 +170,22 @@ def _settle(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left half-written in `folder` and below it; what a living one writes stays.
+    """Remove temporary files of killed processes in `folder` and below it; those of living processes are kept.
 
     Raises:
-        OSError: something cannot be removed.
+        OSError: a file or folder cannot be removed.
     """
     for place, folders, names in os.walk(folder):
         for name in [*folders, *names]:
             if fnmatchcase(name, TEMPORARY):
                 _remove_dead(Path(place, name))
-        # A store may have very many blobs, and none of them is written through here.
+        # A store may have very many blobs, and blobs are not written with this module.
         folders[:] = [name for name in folders if name != "blobs" and not fnmatchcase(name, TEMPORARY)]
 
 
 @contextmanager
 def _hidden_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`, locked while this process lives; it is removed afterwards."""
+    """Yield a new hidden folder beside `path`, locked by this process; it is removed afterwards."""
     folder, handle = _locked_folder(path)
     try:
         yield folder
@@ -197,7 +197,7 @@ def _hidden_folder(path: Path) -> Iterator[Path]:
 def _locked_folder(path: Path) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent))
-        # The lock is the folder's: writers may replace the file in it.
+        # The folder is locked, not the file in it: writers may replace the file.
         handle = os.open(folder, os.O_RDONLY)
         if _lock(handle) is not False and folder.exists():
             return folder, handle
@@ -205,7 +205,7 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
 
 
 def _lock(handle: int) -> bool | None:
-    """Lock an open file or folder; False where another process has it, None where the file system has no locks."""
+    """Lock an open file or folder; False if another process holds the lock, None if the file system has no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -217,7 +217,7 @@ def _lock(handle: int) -> bool | None:
 
 def _remove_dead(path: Path) -> None:
     if path.is_symlink():
-        return  # nothing that is written here
+        return  # this module writes no symbolic links
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -229,7 +229,7 @@ def _remove_dead(path: Path) -> None:
             else:
                 path.unlink()
     except FileNotFoundError:
-        return  # its writer, or another process that sweeps, was faster
+        return  # its writer or another sweep removed it first
     finally:
         os.close(handle)
 
@@ -241,7 +241,7 @@ def write_text(path: Path, text: str, *, shared: bool = False) -> None:
 
 
 def write_json(path: Path, value: Any, *, shared: bool = False) -> None:
-    """Write `value` to `path` as indented JSON, atomically. NaN is an error: JSON has none."""
+    """Write `value` to `path` as indented JSON, atomically. NaN is an error: JSON does not have it."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, sort_keys=False)
     write_text(path, text + "\n", shared=shared)
 
@@ -261,13 +261,13 @@ def read_json(path: Path) -> Any:
 
 
 def hash_value(value: Any) -> str:
-    """Return a short stable hash of a JSON-able value."""
+    """Return a stable hash of a JSON-serializable value: 16 hex digits of SHA-256."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def hash_file(path: Path) -> str:
-    """Return the sha256 of a file's bytes, read in pieces."""
+    """Return the SHA-256 of a file's bytes as hex, read in pieces of 1 MiB."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):

@@ -1,7 +1,6 @@
-"""The tasks of LaMP: what each is called, what its items hold, and which labels are allowed.
+"""Task table of the LaMP benchmark: names, kinds, profile item fields and labels, and the config defaults they imply.
 
-Facts only, for the config and for whoever reads or writes the benchmark's files. Knows nothing about files, prompts
-or rows.
+Constants only, shared by the config and by the readers and writers of the benchmark's files.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ LampName = Literal["lamp-1", "lamp-2m", "lamp-2n", "lamp-3", "lamp-4", "lamp-5",
 Layout = Literal["official", "oppu"]
 
 GIVEN_FORMATS = ("lamp", "oppu")
-"""Formats of `data.format` whose files say themselves which rows are queries."""
+"""Values of `data.format` whose files define which rows are queries."""
 
 _MOVIE_TAGS = (
     *("sci-fi", "based on a book", "comedy", "action", "twist ending", "dystopia", "dark comedy", "classic"),
@@ -29,16 +28,16 @@ _NEWS_CATEGORIES = (
 
 @dataclass(frozen=True, slots=True)
 class LampTask:
-    """One task.
+    """One task of LaMP.
 
     Attributes:
-        name: as in `data.task`.
-        official: as in the benchmark's output files.
-        site: its folder on the benchmark's site; LaMP-2 is two tasks there, and the plain folder is the news.
+        name: name in `data.task`.
+        official: name in the benchmark's output files.
+        site: folder on the benchmark's site; LaMP-2 is two tasks there, and the plain folder is LaMP-2N (news).
         kind: classification, rating or generation.
-        source: the field of a profile item that a question asks about; for LaMP-1 and LaMP-7 no item has it.
-        target: the field of a profile item that a question asks for.
-        labels: the fixed list of answers, which macro-F1 runs over; empty for generation.
+        source: the field of a profile item that is a question's input; for LaMP-1 and LaMP-7 no item has it.
+        target: the field of a profile item that is a question's output.
+        labels: the fixed list of labels, which macro-F1 averages over; empty for generation.
     """
 
     name: LampName
@@ -50,7 +49,7 @@ class LampTask:
     labels: tuple[str, ...] = ()
 
     def output_name(self, data_format: str) -> str:
-        """Return what prediction files call the task: OPPU's tell the two LaMP-2 apart, the benchmark's do not."""
+        """Return the task's name in prediction files: OPPU's distinguish the two LaMP-2 tasks, the official do not."""
         return self.official + self.name[6:].upper() if data_format == "oppu" else self.official
 
 
@@ -72,16 +71,16 @@ LAMP_TASKS: Mapping[str, LampTask] = MappingProxyType(
 
 
 def lamp_name(text: str) -> str:
-    """Return the task's name in this project's spelling: "LaMP_2M" is "lamp-2m"; an unknown one stays unknown."""
+    """Return a task's name in this project's spelling ("LaMP_2M" becomes "lamp-2m"); unknown names are not refused."""
     return text.strip().lower().replace("_", "-")
 
 
 def lamp_defaults(data: object) -> dict[str, Any]:
-    """Return the sections of a config that follow from its `data` section's task; none for other data.
+    """Return the config defaults implied by the task in the `data` section; an empty dict for data without a task.
 
-    OPPU's files name their test users (101 on some tasks), so all of them are targets. The benchmark's own need not
-    name users: a query's own row may lie in the profile of somebody who is the same person, so what a query asks is
-    kept out of everybody's history.
+    OPPU's files name their test users (101 on some tasks), so all of them are targets. The benchmark's own files need
+    not name users: two ids may be the same user, and a query's own row may lie in the profile of the other id.
+    Therefore items of queries are excluded from all users' histories.
     """
     if not isinstance(data, dict) or data.get("format") not in GIVEN_FORMATS or not isinstance(data.get("task"), str):
         return {}

@@ -1,7 +1,7 @@
-"""The main job: interactions in, three trained stages, an evaluation and a report out.
+"""Pipeline of a run: prepare data, train the stages population, groups and users, evaluate, report.
 
-Every step leaves its result in the run folder and is skipped when that is there, so the same call goes on where an
-earlier one stopped. Knows the order of the steps; each is done elsewhere.
+Every step writes its result to the run folder and is skipped if the result exists, so the same call continues where an
+earlier one stopped. The steps themselves are implemented in other modules.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from proper.training.stages import TRAINED, StageRunner, join_processes
 
 STAGES = (*TRAINED, "evaluate", "report")
 
-# What the demo changes: few passes, larger steps and batches, to keep a newcomer's wait short. User embeddings move
-# faster than by default, since each is touched less than a hundred times in all.
+# Settings of the demo: few epochs, larger learning rates and batches, so that it ends soon. The learning rate of user
+# embeddings is higher than by default, since each gets fewer than a hundred updates in all.
 DEMO_TRAINING: dict[str, dict[str, Any]] = {
     "population": {"epochs": 1, "max_tokens": 90_000, "dropout": 0},
     "groups": {
@@ -72,14 +72,14 @@ def run(
     stages: Sequence[str] = STAGES,
     skip_bad_rows: bool = False,
 ) -> Path:
-    """Do the stages asked for, in their order, in the run folder `out`, and return it.
+    """Run the requested stages in their order in the run folder `out`, and return its path.
 
     Args:
         config: settings, or the path of a YAML file.
-        out: the run folder; one that was begun with the same settings goes on where it stopped.
+        out: the run folder; a run that was started with the same settings continues where it stopped.
         overrides: "section.key=value", for a config that is a path.
         stages: any of `STAGES`.
-        skip_bad_rows: go on without rows that cannot be used.
+        skip_bad_rows: leave out rows that cannot be used instead of raising DataError.
 
     Raises:
         ConfigError: a setting or a stage is unknown or impossible.
@@ -110,7 +110,7 @@ def _run(settings: Config, folder: Path, stages: Sequence[str], skip_bad_rows: b
             data = _data(settings, folder, skip_bad_rows)
     with data as dataset, working(folder):
         _train(settings, dataset, folder, [stage for stage in TRAINED if stage in stages], processes.is_main_process)
-    # Stages 1 and 2 are shared by all processes that `accelerate launch` started; the rest is one process's.
+    # All processes of `accelerate launch` train stages 1 and 2; only the main process does the rest.
     if not processes.is_main_process:
         return
     if "evaluate" in stages:
@@ -121,9 +121,9 @@ def _run(settings: Config, folder: Path, stages: Sequence[str], skip_bad_rows: b
 
 
 def evaluate(folder: str | Path, methods: Sequence[str] | None = None) -> dict[str, Any]:
-    """Judge a run on its held-out queries, training what methods need beyond it; write `results.json`, return it.
+    """Evaluate methods on a run's held-out queries; write `results.json` and return its content.
 
-    The same numbers lie in `methods.csv` beside it.
+    Trains the models that methods need beyond the run. The same numbers are written to `methods.csv`.
 
     Raises:
         ConfigError: a method is unknown.
@@ -162,11 +162,11 @@ def report(folder: str | Path) -> Path:
 
 
 def report_comparison(folder: str | Path, other: str | Path) -> list[Path]:
-    """Put a run beside another of the same data; write the page and its CSV into the first and return their paths.
+    """Compare a run with another of the same data; write a page and a CSV into the first and return their paths.
 
     Raises:
-        DataError: they are of different tasks or data.
-        RunFolderError: one of them has not been evaluated.
+        DataError: the runs have different tasks or data.
+        RunFolderError: one of the runs has not been evaluated.
     """
     folder, other = Path(folder), Path(other)
     _run_config(folder)
@@ -175,7 +175,7 @@ def report_comparison(folder: str | Path, other: str | Path) -> list[Path]:
 
 
 def report_users(folder: str | Path, users: Sequence[str]) -> list[Path]:
-    """Write a page for each of these users into a run folder, all or none, and return the paths.
+    """Write a page for each of these users into a run folder, all or none of them, and return the paths.
 
     Raises:
         InputError: a user is not in the run.
@@ -188,18 +188,18 @@ def report_users(folder: str | Path, users: Sequence[str]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a config would train on, and how small a difference its queries could show."""
+    """Summary of the data that a config trains on, and the smallest difference that its queries can resolve."""
 
     summary: DataSummary
     power: Power | None
 
     def lines(self) -> list[str]:
-        """Put it into lines for a terminal."""
+        """Return lines for a terminal."""
         return [*self.summary.lines(), *([self.power.line()] if self.power is not None else [])]
 
 
 def check(config: Config, *, skip_bad_rows: bool = False) -> Checked:
-    """Say what a config would train on, and what that could show; trains and keeps nothing.
+    """Summarize the data that a config trains on, with its expected statistical power; trains and keeps nothing.
 
     Raises:
         DataError: the data cannot be used.
@@ -210,10 +210,10 @@ def check(config: Config, *, skip_bad_rows: bool = False) -> Checked:
 
 
 def check_backbone(config: Config) -> str:
-    """Try what a run does with its backbone on two short rows; returns a line that says what would be adapted.
+    """Try all stages and decoding on the backbone with two short rows; return a line that names the adapted modules.
 
     Raises:
-        ConfigError: something is not supported; the message says what.
+        ConfigError: the backbone is not supported; the message says why.
     """
     quiet_libraries()
     backbone = configured_backbone(config)
@@ -225,11 +225,11 @@ def check_backbone(config: Config) -> str:
 
 
 def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, people: int = 300) -> Path:
-    """Make up people and run the main job on them; returns the run folder.
+    """Generate data of simulated users and run all stages on it; return the run folder.
 
     Raises:
         InputError: a setting is impossible.
-        RunFolderError: the folder holds a run of other settings.
+        RunFolderError: the folder has a run with other settings.
     """
     folder = Path(out)
     settings = DemoSettings(task=task, people=people, seed=seed)
@@ -249,7 +249,7 @@ def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, p
 
 
 def seed_folder(folder: Path, config: Config, seed: int) -> Path:
-    """Return where a seed's stages lie: the first in the run folder itself, others below it."""
+    """Return the folder of a seed's stages: the run folder itself for the first seed, `seeds/N` below it for others."""
     return folder if seed == config.evaluation.seeds[0] else folder / "seeds" / str(seed)
 
 
@@ -272,11 +272,11 @@ def _train(config: Config, dataset: Dataset, folder: Path, stages: Sequence[str]
 
 
 def _unsaid(facts: dict[str, Any]) -> None:
-    """What other processes than the first log: nothing."""
+    """Log nothing; used by all processes but the main one."""
 
 
 def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:
-    """Open the run's prepared data, preparing it the first time."""
+    """Open the run's prepared data; prepare it if it does not exist."""
     path = folder / "data.sqlite"
     if path.exists():
         return Dataset.open(path)
@@ -290,9 +290,10 @@ def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:
 
 
 def _claim(folder: Path, config: Config) -> Config:
-    """Make the folder this config's, or see that it is; returns the config with its data path made absolute.
+    """Write the config into a new run folder, or check that an existing one has the same; return it.
 
-    What is evaluated may change between calls, seeds after the first may be added; everything else may not.
+    The returned config has an absolute data path. The section `evaluation` may change between calls, except for the
+    first seed; all other settings must stay the same.
     """
     data = Path(config.data.path)
     if data.exists():
@@ -310,7 +311,7 @@ def _claim(folder: Path, config: Config) -> Config:
 
 
 def _require_free(folder: Path) -> None:
-    """See that a folder that is no run folder can become one."""
+    """Check that a folder can become a run folder: it does not exist, or has nothing but data and a lock."""
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder}: is a file; choose another folder")
     if folder.exists() and any(child.name not in ("data", LOCK) for child in folder.iterdir()):
@@ -319,7 +320,7 @@ def _require_free(folder: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Be the only process that works in a run folder, or in one that can become one."""
+    """Hold the lock of a run folder, or of a folder that can become one."""
     if not (folder / "config.yaml").exists():
         _require_free(folder)
     with exclusive(folder):

@@ -1,11 +1,12 @@
-"""The registry of the files of a run folder: every file that may lie in one, and whether it can hold personal data.
+"""Registry of the files of a run folder: every path that may exist in one, and whether it can hold personal data.
 
-`files.atomic_path` and `files.atomic_folder` ask `require_listed` before they write, so a file that is not listed here
-cannot be written into a run folder. Deletion (`people.places`) has a remover for each pattern of `PERSONAL` and does
-not start without one. What is written in other ways (SQLite files, blobs, logs, locks) has a fixed name that is listed.
+`files.atomic_path` and `files.atomic_folder` call `require_listed` before they write, so a file that is not listed here
+cannot be written into a run folder. Deletion (`interactions.personal_files`) has a remover for each pattern of
+`PERSONAL` and does not start without one. Files that are written in other ways (SQLite files, blobs, logs, locks) have
+fixed names, which are listed.
 
 A pattern is relative to a run folder, or to a folder of a seed or a variant below it (`seeds/N/`, `variants/NAME/`);
-`**` at its end is any path. Knows nothing about what the files mean.
+`**` at its end matches any path.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PERSONAL = (
     "data/*.jsonl",
     "data/*.json",
 )
-"""Users of the default tenant; each pattern has its remover in `people.places`."""
+"""Data of users of the default tenant; each pattern has its remover in `interactions.personal_files`."""
 
 STORES = (
     "users/users.sqlite*",
@@ -45,10 +46,10 @@ STORES = (
     "users/fits/**",
     "users/quarantine/**",
 )
-"""Users of every tenant: the store, the log, and what fits leave to go on from."""
+"""Data of users of all tenants: the adapter store, the interaction log, and checkpoints of fits."""
 
 UNFINISHED = ("population/stage.checkpoint", "groups/stage.checkpoint", "users/work")
-"""What a stage leaves while it is trained: its users are in it, and cannot be taken out before the stage ends."""
+"""Checkpoints of a stage in training: they contain its users' data, which cannot be removed before the stage ends."""
 
 SHARED = (
     "config.yaml",
@@ -70,22 +71,22 @@ SHARED = (
     "tombstones/*",
     "writers.lock",
 )
-"""What no single user can be read out of, or taken out of."""
+"""Files from which no single user's data can be read or removed."""
 
 TEMPORARY = ".*.tmp"
-"""Folders of `files.atomic_path`; those whose writer is dead are removed by `files.sweep`."""
+"""Temporary folders of `files.atomic_path`; `files.sweep` removes those whose writer is dead."""
 
 _NESTED = ("seeds", "variants")
 _MARKS = ("users/users.sqlite", "population/stage.json")
 
 
 def kind_of(relative: PurePath) -> Kind | None:
-    """Return what the registry says of a path relative to a run folder; None for a path that is not listed."""
+    """Return the registry's kind of a path relative to a run folder; None for a path that is not listed."""
     while relative.parts[0] in _NESTED and len(relative.parts) > 2 and relative.parts[:2] != ("variants", "data"):
         relative = PurePath(*relative.parts[2:])
     if any(fnmatchcase(part, TEMPORARY) for part in relative.parts):
         return "unfinished"
-    # A file that is personal is listed before the wider patterns of shared ones.
+    # Personal patterns come before the wider patterns of shared files; the first match counts.
     listed: tuple[tuple[Kind, tuple[str, ...]], ...] = (
         ("personal", PERSONAL),
         ("store", STORES),
@@ -99,10 +100,10 @@ def kind_of(relative: PurePath) -> Kind | None:
 
 
 def require_listed(path: Path) -> None:
-    """See that a file or folder that lies in a run folder is one of the registry.
+    """Check that a path, if it lies in a run folder, is in the registry.
 
     Raises:
-        InputError: it is not; names the path and the run folder.
+        InputError: it is not; the message names the path and the run folder.
     """
     place = path.parent.resolve() / path.name
     runs = [parent for parent in place.parents if is_run(parent)]
@@ -113,12 +114,12 @@ def require_listed(path: Path) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run folder that has come as far as its first stage."""
+    """Return whether a folder is a run folder with at least one trained stage."""
     return (folder / "config.yaml").is_file() and any((folder / mark).is_file() for mark in _MARKS)
 
 
 def run_home(folder: Path) -> Path:
-    """Return the run folder that a folder of a seed or a variant belongs to; data and tombstones lie there."""
+    """Return the run folder that the folder of a seed or a variant belongs to; it has the data and the tombstones."""
     while folder.parent.name in _NESTED:
         folder = folder.parent.parent
     return folder

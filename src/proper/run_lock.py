@@ -1,7 +1,4 @@
-"""One process at a time changes a run folder: a lock that the kernel gives back when its holder dies.
-
-Knows nothing about what is done under it.
-"""
+"""Exclusive lock of a run folder for training, evaluation and reports; the kernel releases it when its holder dies."""
 
 from __future__ import annotations
 
@@ -14,17 +11,17 @@ from proper.errors import RunFolderError
 from proper.files import locked, make_folder
 
 LOCK = "run.lock"
-"""The file in the run folder; it holds the process id of whoever holds its lock."""
+"""The lock file in the run folder; it contains the process id of the lock's holder."""
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Be the only process that trains, evaluates or reports in a run folder, made if it is not there.
+    """Hold the lock of a run folder inside the block; the folder is created if it does not exist.
 
     Raises:
-        RunFolderError: another process does so, whose id is named; or the folder cannot be written.
+        RunFolderError: another process holds the lock, the message names its id; or the folder cannot be written.
     """
-    # All processes of one `accelerate launch` work together; the first of them holds the lock.
+    # All processes of one `accelerate launch` share the run folder; rank 0 holds the lock.
     if os.environ.get("RANK", "0") != "0":
         yield
         return

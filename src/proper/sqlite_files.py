@@ -1,7 +1,6 @@
-"""SQLite files that several processes share: made whole, readable for the owner only, in WAL mode, damage named.
+"""Shared SQLite files of several processes: atomic creation, private permissions, WAL mode, schema version check.
 
-A file whose folder cannot be written is opened for reading, without any file beside it being made. Knows nothing about
-tables.
+A file in a folder that cannot be written is opened read-only, without creating any file beside it.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from proper.files import PRIVATE_FILE, close_to_others, make_folder
 
 @dataclass(frozen=True)
 class Schema:
-    """What a file has to be.
+    """Schema of a SQLite file.
 
     Attributes:
-        noun: how messages call it: "a store".
+        noun: what error messages call the file, such as "a store".
         version: SQLite's `user_version`.
-        tables: the statements that make a new file.
-        durable: whether a commit waits for the disk.
+        tables: the SQL statements that create the tables of a new file.
+        durable: whether a commit waits for the disk (`synchronous=FULL`).
     """
 
     noun: str
@@ -38,23 +37,23 @@ class Schema:
 
 
 class Opened(NamedTuple):
-    """A connection for all threads, in autocommit mode, and whether it may not write."""
+    """A connection that all threads may use, in autocommit mode, and whether it is read-only."""
 
     connection: sqlite3.Connection
     read_only: bool
 
 
 def open_shared(path: Path, schema: Schema, wait_seconds: float, may_make: Callable[[], None] = lambda: None) -> Opened:
-    """Open a file, made if it is not there.
+    """Open a SQLite file; create it if it does not exist.
 
     Args:
         path: the file.
-        schema: what it has to be.
+        schema: the schema that the file must have.
         wait_seconds: how long to wait for another process that writes.
-        may_make: called before a new file is made; raises where the file must have been lost.
+        may_make: called before a new file is created; raises StoreError if the file must have existed and is lost.
 
     Raises:
-        StoreError: it is damaged, of another version, or a symbolic link.
+        StoreError: the file is damaged, of another schema version, or a symbolic link.
     """
     try:
         if path.is_symlink():
@@ -87,18 +86,18 @@ def _ask(path: Path, may_make: Callable[[], None]) -> None:
 
 
 def writable(path: Path) -> bool:
-    """Whether this process may write a file, or make it and what SQLite puts beside it."""
+    """Return whether this process may write a file, or create it and SQLite's files beside it."""
     there = next(each for each in (path.parent, *path.parents) if each.exists())
     return os.access(there, os.W_OK | os.X_OK) and (not path.exists() or os.access(path, os.W_OK))
 
 
 def read_only_error(path: Path) -> ReadOnlyError:
-    """Return what a write to a file that was opened for reading raises."""
+    """Return the error for a write to a file that was opened read-only."""
     return ReadOnlyError(f"{path}: is read-only here, so nothing can be changed in this run")
 
 
 def _make(path: Path, schema: Schema) -> None:
-    """Make a new file elsewhere and link it into place: nobody ever sees one without tables."""
+    """Create the file under a temporary name and link it into place: no process ever sees it without tables."""
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, PRIVATE_FILE))
@@ -109,7 +108,7 @@ def _make(path: Path, schema: Schema) -> None:
             os.link(temporary, path)
         except FileExistsError:
             return  # another process was faster
-        except FileNotFoundError:  # a sweep took it for what a killed process left
+        except FileNotFoundError:  # `files.sweep` took it for the file of a killed process
             _make(path, schema)
         except OSError:  # a file system without hard links
             os.replace(temporary, path)
@@ -126,7 +125,7 @@ def _add_tables(new: sqlite3.Connection, schema: Schema) -> None:
 
 
 def _empty(schema: Schema) -> sqlite3.Connection:
-    """Stand for a file that is not there and cannot be made."""
+    """Return an empty in-memory database in place of a file that does not exist and cannot be created."""
     connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
     _add_tables(connection, schema)
     connection.execute("PRAGMA query_only=ON")
@@ -146,7 +145,7 @@ def _connect(path: Path, schema: Schema, wait_seconds: float) -> sqlite3.Connect
                 connection.execute("PRAGMA journal_mode=WAL")
                 break
             except sqlite3.OperationalError as error:
-                # SQLite does not wait for another process that is making the same file.
+                # SQLite's timeout does not cover another process that is creating the same file.
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
@@ -163,7 +162,7 @@ def _connect_to_read(path: Path) -> sqlite3.Connection:
     held = wal.exists() and wal.stat().st_size > 0
     if held and not path.with_name(path.name + "-shm").exists():
         raise StoreError(f"{path}: {wal.name} cannot be read without {path.name}-shm in a read-only folder; copy both")
-    # Without a log nothing but this file counts, and SQLite would want to make one.
+    # Without a WAL this file is complete; immutable=1 keeps SQLite from creating a WAL.
     options = "mode=ro" if held else "mode=ro&immutable=1"
     uri = f"{path.absolute().as_uri()}?{options}"
     return sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
@@ -177,6 +176,6 @@ def _require(path: Path, connection: sqlite3.Connection, schema: Schema) -> None
         raise StoreError(f"{path}: {error}") from error
     if version == 0 and not tables:
         raise StoreError(f"{path}: holds no tables, so its content is lost; put back a copy of it")
-    found = 1 if version == 0 else version  # the first store numbered nothing
+    found = 1 if version == 0 else version  # the first store format had no version number
     if found != schema.version:
         raise StoreError(f"{path}: {schema.noun} of another version of proper (format {found})")

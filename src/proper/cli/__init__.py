@@ -1,1 +1,1 @@
-"""The command `proper`: one short file per command. Only this package and the console know a terminal."""
+"""Command line interface `proper` (typer): one module per command. Only it and `proper.console` use a terminal."""

@@ -1,6 +1,6 @@
-"""The command line as a whole: which commands there are, and how any error becomes one line and an exit code.
+"""Typer application: registers all commands and turns every error into one line on stderr and an exit code.
 
-Knows nothing about what the commands do. They import what they need when they run, so `--help` stays fast.
+Commands import what they need when they run, so that `--help` stays fast.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from proper.errors import InputError, ProperError
 
 INTERRUPTED = 130
 
-# No markup: help is plain text that fits a pipe, and nothing heavy is imported for it.
+# No markup: help is plain text that can be piped, and rich is not imported for it.
 app = typer.Typer(name="proper", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 for command in (demo, check, run, evaluate, report, generate, serve, export_backbone):
@@ -43,7 +43,7 @@ for command in (demo, check, run, evaluate, report, generate, serve, export_back
         command.command
     )
 
-# Imported for the commands that it puts into its group.
+# Imported for their side effect: they register commands in the group `users`.
 assert users_enrol and users_exchange
 for group in (users, keys, data, bench):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
@@ -73,10 +73,10 @@ def proper_command(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code; an error is one line on stderr.
+    """Run one command and return the exit code; an error is printed as one line on stderr.
 
     Args:
-        arguments: what follows the word `proper`; None takes the process's own.
+        arguments: command line without the program name; None takes the process's own.
     """
     quiet_libraries()
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -96,15 +96,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def entry() -> None:
-    """Run the command line of this process and leave with its exit code."""
+    """Run the command line of this process and exit with its exit code."""
     sys.exit(main())
 
 
 def require_text(arguments: Sequence[str]) -> None:
-    """Refuse arguments that are no text, before anything is written; files may have any name.
+    """Refuse arguments that are not UTF-8, before anything is written; names of existing files are exempt.
 
     Raises:
-        InputError: an argument has bytes that are not UTF-8 and names no file.
+        InputError: an argument has bytes that are not UTF-8 and names no existing file.
     """
     for argument in arguments:
         if not argument.isascii() and argument.encode(errors="replace").decode() != argument:
@@ -114,7 +114,7 @@ def require_text(arguments: Sequence[str]) -> None:
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    """Return the line for a person, and the exit code."""
+    """Return the message of an error and the exit code."""
     if isinstance(error, ProperError):
         return str(error), error.exit_code
     if isinstance(error, typer.TyperException):

@@ -1,4 +1,4 @@
-"""`proper bench`: speed and memory on this machine. Knows nothing about how they are measured."""
+"""Commands `proper bench ...`: benchmarks of speed and memory on this machine."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from proper.console import say
 from proper.files import write_json
 
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write setting and figures here, not to stdout.")
+    Path | None, typer.Option("--json", metavar="FILE", help="Write settings and figures to this file, not to stdout.")
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or auto.")]
-Quick = Annotated[bool, typer.Option("--quick", help="A smaller setting, for a first look.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Use a smaller setting, for a first look.")]
 
 app = typer.Typer(
     help="Measure speed and memory on this machine.",
@@ -25,12 +25,12 @@ app = typer.Typer(
 
 
 def examples(*lines: str) -> str:
-    """Return the end of a command's help."""
+    """Return the examples at the end of a command's help."""
     return "\b\nExamples:\n" + "\n".join(f"  proper bench {line}" for line in lines)
 
 
 def publish(result: dict[str, Any], path: Path | None) -> None:
-    """Print what a benchmark found; with a file, all goes there and the figures alone are printed."""
+    """Print a benchmark's result as JSON; with a file, write the JSON there and print only the figures."""
     if path is None:
         typer.echo(json.dumps(result, indent=2))
         return
@@ -41,9 +41,9 @@ def publish(result: dict[str, Any], path: Path | None) -> None:
 
 @app.command(epilog=examples("users", "users --quick --json users.json"))
 def users(json_file: JsonFile = None, quick: Quick = False, device: Device = "auto") -> None:
-    """Time how many users an hour get an adapter.
+    """Measure how many users per hour get an adapter.
 
-    Beside it: a Trainer per user, one slot, and one LoRA for everybody on the same batches.
+    Compares it with one Trainer per user, with a single slot, and with one LoRA for all users on the same batches.
     """
     from proper.benchmarks.users import QUICK, UsersBenchSize, run
 
@@ -52,9 +52,9 @@ def users(json_file: JsonFile = None, quick: Quick = False, device: Device = "au
 
 @app.command(epilog=examples("groups", "groups --quick --json groups.json"))
 def groups(json_file: JsonFile = None, quick: Quick = False, device: Device = "auto") -> None:
-    """Time a step of stage 2.
+    """Time a training step of stage 2.
 
-    Fused experts beside a loop over experts and beside one LoRA of as many numbers.
+    Compares fused experts with a loop over experts and with one LoRA of as many parameters.
     """
     from proper.benchmarks.groups import QUICK, GroupsBenchSize, run
 
@@ -63,10 +63,10 @@ def groups(json_file: JsonFile = None, quick: Quick = False, device: Device = "a
 
 @app.command(epilog=examples("serve --quick", "serve --json serve.json"))
 def serve(json_file: JsonFile = None, quick: Quick = False, device: Device = "auto") -> None:
-    """Time answers for 32 people at once.
+    """Time answers for 32 users at once.
 
-    Beside them: the backbone alone, one person, PEFT's mixed batch and plain generate; and the time to the first token
-    with 16 users to a slot.
+    Compares them with the backbone alone, one user, PEFT's mixed batch and plain generate. Also measures the time to
+    the first token with 16 users per slot.
     """
     from proper.benchmarks.serve import QUICK, ServeBenchSize, run
 
@@ -78,13 +78,14 @@ def store(
     json_file: JsonFile = None,
     quick: Quick = False,
     folder: Annotated[
-        Path | None, typer.Option(help="On the disk to measure; a temporary folder in it is used and removed.")
+        Path | None, typer.Option(help="A folder on the disk to measure; uses a temporary folder in it.")
     ] = None,
 ) -> None:
-    """Load one large adapter and keep a million small ones.
+    """Time the store: one large adapter, a million small ones.
 
-    The load of 11.6 MB into its slot stands beside a plain memcpy and PEFT's load_adapter. A million users of 4 KiB
-    (--quick: 100,000) are put, looked up, deleted and compacted; that needs some 7 GB of disk (--quick: 0.7 GB).
+    Loads an adapter of 11.6 MB into a slot and compares it with a plain memcpy and with PEFT's load_adapter. Writes,
+    looks up, deletes and compacts a million users of 4 KiB each (--quick: 100,000), which needs about 7 GB of disk
+    (--quick: 0.7 GB).
     """
     from proper.benchmarks.store import MANY, QUICK, run
 

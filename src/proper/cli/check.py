@@ -1,4 +1,4 @@
-"""`proper check`: what a config would train on, or whether its backbone will do. Knows nothing about rows or splits."""
+"""Command `proper check`: summarize the data that a config trains on, or check that its backbone is supported."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ EXAMPLES = """\
 
 Backbone = Annotated[
     bool,
-    typer.Option("--backbone", help="Instead, try all stages and cached decoding on the backbone with two short rows."),
+    typer.Option(
+        "--backbone", help="Check the backbone instead: try all stages and cached decoding on two short rows."
+    ),
 ]
 
 
 def command(
     config: ConfigFile, overrides: Overrides = None, skip_bad_rows: SkipBadRows = False, backbone: Backbone = False
 ) -> None:
-    """Say what would be trained on.
+    """Check a config and summarize its training data.
 
-    Users, rows, histories, leaks, bad rows and what the model's length cuts off. Trains nothing.
+    Reports users, rows, histories, leaks, bad rows and how much text the maximum length cuts off. Trains nothing.
     """
     from proper.config import load_config
 

@@ -1,4 +1,4 @@
-"""`proper data`: benchmark data from the web, and a data set from any git history."""
+"""Commands `proper data ...`: download LaMP benchmark data, or make a data set from a git history."""
 
 from __future__ import annotations
 
@@ -40,18 +40,23 @@ def fetch(
     ],
     split: Annotated[Literal["user", "time"], typer.Option(help="The benchmark's split by user or by time.")] = "user",
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to; data/NAME or data/NAME-time.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder to write; data/NAME or data/NAME-time by default.", show_default=False
+        ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Agree to the license without being asked.")] = False,
     site: Annotated[
         str | None,
-        typer.Option(metavar="URL", envvar="PROPER_LAMP_SITE", help="Another copy of the site.", show_default=False),
+        typer.Option(
+            metavar="URL", envvar="PROPER_LAMP_SITE", help="Another copy of the benchmark's site.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Download a task of the LaMP benchmark from its site.
 
-    Shows the license and asks first. What broke off goes on where it stopped; checksums are kept in SHA256SUMS beside
-    the files, and a file that is there already is checked against it. Prints the folder, for data.path.
+    Shows the license and asks for agreement first. An interrupted download resumes. Checksums are kept in SHA256SUMS
+    beside the files, and files that exist already are checked against it. Prints the folder, for data.path.
     """
     from proper.data.lamp.fetch import LICENSE, SITE, fetch_task, fetchable_task
 
@@ -68,8 +73,8 @@ def fetch(
 def from_git(
     repository: Annotated[Path, typer.Argument(metavar="REPO", help="A git repository.", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="FILE.parquet", help="The file to write.", show_default=False)],
-    min_words: Annotated[int, typer.Option(min=0, help="Words that a commit's body needs.")] = 12,
-    max_chars: Annotated[int, typer.Option(min=1, help="Characters at which a body is cut.")] = 800,
+    min_words: Annotated[int, typer.Option(min=0, help="Fewest words of a commit's body.")] = 12,
+    max_chars: Annotated[int, typer.Option(min=1, help="Length in characters to which a body is cut.")] = 800,
     salt: Annotated[
         str, typer.Option(help="Key of the authors' pseudonyms; the first commit's id by default.", show_default=False)
     ] = "",
@@ -77,8 +82,8 @@ def from_git(
     """Make a data set from a repository's commits.
 
     One row is one commit: its author (a pseudonym), time, body, subject, the subject's prefix, and the area it changes.
-    Merges, short bodies and repeated subjects are left out, trailers removed, addresses and URLs masked. The columns
-    are user_id, item_id, timestamp, subject, body, prefix and area. Prints the file.
+    Merges, short bodies and repeated subjects are left out, trailers are removed, addresses and URLs are masked. The
+    columns are user_id, item_id, timestamp, subject, body, prefix and area. Prints the file's path.
     """
     from proper.data.git_history import CommitFilter, count_commits, write_git_history
 
@@ -92,7 +97,7 @@ def from_git(
 def _agree() -> None:
     if not sys.stdin.isatty():
         raise InputError("the license has to be agreed to; --yes does so where nobody can be asked")
-    # typer.confirm lets a space through to stdout.
+    # Not typer.confirm: it writes a space to stdout.
     typer.echo("Agree and fetch? [y/N]: ", err=True, nl=False)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise ProperError("not agreed to; nothing was fetched")

@@ -1,4 +1,4 @@
-"""`proper demo`: the whole job on data that the package makes itself. Knows nothing about the data or the stages."""
+"""Command `proper demo`: all stages, evaluation and report on generated data, offline."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Task = Literal["classification", "rating", "style"]
 
 def command(
     out: Annotated[Path, typer.Option(metavar="DIR", help="The run folder.")] = Path("runs/demo"),
-    task: Annotated[Task, typer.Option(help="What people do with a text.")] = "classification",
+    task: Annotated[Task, typer.Option(help="What the simulated users do with a text.")] = "classification",
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the data and of the training.")] = 0,
-    people: Annotated[int, typer.Option(min=1, metavar="N", help="How many people to make up.")] = 300,
+    people: Annotated[int, typer.Option(min=1, metavar="N", help="Number of users to simulate.")] = 300,
 ) -> None:
-    """Run all stages on made-up people, offline.
+    """Run all stages on simulated users, offline.
 
-    Their true groups and habits are known, so the report says how much of them was found.
+    Their true groups and habits are known, so the report shows how much of them the model recovers.
     """
     from proper import pipeline
 

@@ -1,4 +1,4 @@
-"""`proper evaluate`: measure a run's methods on its held-out queries. Knows nothing about metrics or models."""
+"""Command `proper evaluate`: evaluate and compare methods on a run's held-out queries."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def command(
         typer.Option(metavar="A,B", help="Methods to compare instead of the config's.", show_default=False),
     ] = None,
 ) -> None:
-    """Measure methods on a run's held-out queries.
+    """Evaluate methods on a run's held-out queries.
 
-    Trains what they need beyond the run, in its folder variants/, and reuses what is there; says on stderr which.
-    Writes predictions, results.json and methods.csv, and prints the main metric.
+    Trains the models that the methods need beyond the run in its folder variants/, reuses those that exist, and
+    reports on stderr which. Writes predictions, results.json and methods.csv, and prints the main metric.
     """
     existing_run(folder)
     names = None if methods is None else chosen("--methods", methods)

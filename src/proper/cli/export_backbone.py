@@ -1,4 +1,4 @@
-"""`proper export-backbone`: the backbone that exported adapters stand on. Knows nothing about models."""
+"""Command `proper export-backbone`: write the backbone with the population LoRA merged, the base of PEFT exports."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def command(
 ) -> None:
     """Write the backbone with stage 1 merged.
 
-    Prints the path of a transformers folder with its tokenizer. One serves all users of the run: their
-    adapters from 'proper users export --format peft' are loaded on it.
+    Writes a transformers folder with the tokenizer and prints its path. All users of the run share it: load their
+    adapters from 'proper users export --format peft' on it.
     """
     existing_run(folder)
     from proper.export.run_export import export_backbone

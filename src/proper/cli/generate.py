@@ -1,4 +1,4 @@
-"""`proper generate`: answers for one user or a file of many. Knows nothing about tiers but their names."""
+"""Command `proper generate`: answer one prompt of a user, or a JSONL file of prompts of many users."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ EXAMPLES = """\
   proper generate runs/demo --input questions.jsonl > answers.jsonl
 """
 
-# So many requests are answered before they are written out; the model makes its own batches within them.
+# Number of requests that are answered before their answers are printed; the model batches within them.
 _PIECE = 256
 
 
 def command(
     folder: RunFolder,
     user: Annotated[
-        str | None, typer.Option(metavar="ID", help="Who asks; with --input, who asks where a line names nobody.")
+        str | None, typer.Option(metavar="ID", help="The user; with --input, the user of lines without one.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Final text that the model goes on from.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Final prompt text for the model to complete.")
+    ] = None,
     field: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Fill a column of the run's template; repeatable.")
     ] = None,
@@ -49,25 +51,26 @@ def command(
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=1, metavar="N", help="Longest answer, in tokens, instead of the config's.", show_default=False
-        ),
+        typer.Option(min=1, metavar="N", help="Longest answer in tokens; the config's by default.", show_default=False),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(metavar="X", help="0 takes the likeliest token; more is more random.")
+        float, typer.Option(metavar="X", help="0 takes the likeliest token; above 0, sampling temperature.")
     ] = 0.0,
-    top_p: Annotated[float, typer.Option(metavar="X", help="Sample among the likeliest tokens of this mass.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling, for each prompt by itself.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(metavar="X", help="Sample from the likeliest tokens with this total probability.")
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Seed of the sampling, used for each prompt separately.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print user, output and tier as JSON.")] = False,
 ) -> None:
-    """Answer prompts as a user's own model would.
+    """Answer prompts with a user's personal model.
 
-    A user without an adapter of their own gets the best tier they have. The answer goes to stdout and the
-    tier that gave it to stderr. With --input each line of stdout is one JSON object with user_id, output
-    and tier.
+    A user without an adapter gets the best tier that they have. The answer goes to stdout, the tier that gave it to
+    stderr. With --input each line of stdout is one JSON object with user_id, output and tier.
 
-    With a --temperature each prompt draws from --seed by itself: no answer depends on what else is asked, and the same
-    prompt of the same user twice gets the same answer twice.
+    With a --temperature each prompt is sampled from --seed separately: no answer depends on the other prompts, and
+    the same prompt of the same user gets the same answer again.
     """
     existing_run(folder)
     requests = _requests(folder, user, prompt, field or [], input_file)
@@ -111,7 +114,7 @@ def _requests(
 
 
 def _ignore(n: int) -> None:
-    """Stand for a bar where there is one prompt only."""
+    """Replace the progress bar where there is only one prompt."""
 
 
 def _line(answer: Answer) -> str:

@@ -1,4 +1,4 @@
-"""`proper keys`: who may ask a server. Knows nothing about servers but the file they read."""
+"""Commands `proper keys ...`: add, list and revoke the API keys of a run's server."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from proper.console import say
 
 
 def examples(*lines: str) -> str:
-    """Return the end of a command's help."""
+    """Return the examples at the end of a command's help."""
     return "\b\nExamples:\n" + "\n".join(f"  proper keys {line}" for line in lines)
 
 
 app = typer.Typer(
-    help="Make, list and take back the API keys of a server.",
+    help="Add, list and revoke the API keys of a server.",
     rich_markup_mode=None,
     epilog=examples("add runs/demo", "list runs/demo"),
 )
@@ -26,11 +26,16 @@ app = typer.Typer(
 def add(
     folder: RunFolder,
     scopes: Annotated[
-        str, typer.Option(metavar="A,B", help="Some of generate, write (versions, rollback) and admin.")
+        str, typer.Option(metavar="A,B", help="Any of generate, write (versions, rollback) and admin.")
     ] = "generate",
-    tenant: Annotated[str, typer.Option(metavar="NAME", help="Whose users; by default those of the run itself.")] = "",
+    tenant: Annotated[
+        str, typer.Option(metavar="NAME", help="The tenant whose users the key may name; by default the run's own.")
+    ] = "",
 ) -> None:
-    """Make a key and print it, this once: only its hash is kept. A running server knows it at once."""
+    """Make a key and print it.
+
+    It is printed only now, as only its hash is kept. A running server accepts it at once.
+    """
     existing_run(folder)
     from proper.serving.keys import FILE, SCOPES, Keys
 
@@ -52,9 +57,12 @@ def list_keys(folder: RunFolder) -> None:
 
 @app.command(epilog=examples("revoke runs/demo 3f9a1c0b7d52"))
 def revoke(
-    folder: RunFolder, key: Annotated[str, typer.Argument(metavar="ID", help="As listed.", show_default=False)]
+    folder: RunFolder,
+    key: Annotated[
+        str, typer.Argument(metavar="ID", help="The key's id, as 'proper keys list' prints it.", show_default=False)
+    ],
 ) -> None:
-    """Take a key back. A running server refuses it at once."""
+    """Revoke a key. A running server refuses it at once."""
     existing_run(folder)
     from proper.serving.keys import FILE, Keys
 
@@ -66,10 +74,10 @@ def revoke(
 
 @app.command("open", epilog=examples("open runs/demo"))
 def open_run(folder: RunFolder) -> None:
-    """Open a server to this machine again, without keys.
+    """Let this machine use a server without keys again.
 
-    A run that has had a key answers nobody without one, also when its keys are lost. This takes that back: everything
-    that reaches the server from its own machine, a proxy included, gets in with all rights.
+    A run that has had a key refuses requests without one, even if its keys are lost. This command ends that: every
+    request from the server's own machine, those of a proxy included, is accepted with all scopes.
     """
     existing_run(folder)
     from proper.serving.keys import FILE, Keys

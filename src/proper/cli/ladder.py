@@ -1,6 +1,6 @@
-"""The outcome of a run in a few lines of text: each method's main metric, and each step's gain.
+"""Text table of a run's results: each method's main metric and its gain over a compared method.
 
-Reads the plain values of results.json. Knows nothing about models or how the numbers came about.
+Reads the plain values of results.json.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _STANDINGS = {"best": "   best", "tied": "   not told from the best"}
 
 
 def ladder(results: Mapping[str, Any]) -> list[str]:
-    """Return lines for a terminal: a heading per task, then its methods in the order of `results`."""
+    """Return lines for a terminal: for each task a heading, then its methods in the order of `results`."""
     rows = [row for row in results.get("metrics", []) if row.get("primary")]
     lines: list[str] = []
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -26,7 +26,7 @@ def ladder(results: Mapping[str, Any]) -> list[str]:
             if step["task"] == task and step.get("family") == "primary" and step["metric"] == here[0]["metric"]
         }
         shown = [_method(row, steps.get(row["method"]), width) for row in here]
-        # Four stages speak for themselves; among more methods the best is looked for.
+        # The best method is marked only if there are others than the four stages.
         marks = [_STANDINGS.get(row.get("standing"), "") if set(map(_name, here)) - _LADDER else "" for row in here]
         lines += [f"{line}{mark}" for line, mark in zip(shown, marks, strict=True)]
     return lines

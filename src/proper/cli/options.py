@@ -1,7 +1,4 @@
-"""Arguments that several commands share, and the checks that need no model.
-
-Knows nothing about what the commands do with them.
-"""
+"""Arguments and options that several commands share, and their checks."""
 
 from __future__ import annotations
 
@@ -22,15 +19,15 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as in groups.experts=8; repeatable."),
 ]
 SkipBadRows = Annotated[
-    bool, typer.Option("--skip-bad-rows", help="Go on without rows that cannot be read, and say how many.")
+    bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be read, and report how many.")
 ]
 
 
 def existing_run(folder: Path) -> Path:
-    """Return `folder` if it is there.
+    """Return `folder` if it is a run folder.
 
     Raises:
-        RunFolderError: it is not a folder, or no run was ever started in it.
+        RunFolderError: it is not a folder, or has no config.yaml.
     """
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: no such run folder")
@@ -43,7 +40,7 @@ def size_in_bytes(option: str, text: str) -> int:
     """Return the bytes that `64MiB`, `1.5G`, `4096` or `0` stand for; K, M and G are powers of 1024.
 
     Raises:
-        InputError: it is no size; names the option.
+        InputError: `text` is not a size; the message names the option.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)(?:i?b)?", text.strip(), re.IGNORECASE)
     if found is None:
@@ -52,10 +49,10 @@ def size_in_bytes(option: str, text: str) -> int:
 
 
 def chosen(option: str, text: str, known: Sequence[str] | None = None) -> list[str]:
-    """Split `a,b` into names, and check them where the choice is known.
+    """Split `a,b` into names, and check them against `known` if it is given.
 
     Raises:
-        InputError: there is no name, or one that is not known; names the option.
+        InputError: there is no name, or an unknown one; the message names the option.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:

@@ -1,7 +1,4 @@
-"""What a finished run prints on stdout: the ladder of stages, then where the report lies.
-
-Knows nothing about how a run is made.
-"""
+"""Output of a finished run on stdout: the table of results, then the path of the report."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from proper.files import read_json
 
 
 def print_outcome(folder: Path) -> None:
-    """Print the ladder and the report's path, or the folder where the run has not come that far."""
+    """Print the table of results, if there are any, and the report's path, or the run folder if there is no report."""
     results, report = folder / "results.json", folder / "report.html"
     if results.is_file():
         for line in ladder(read_json(results)):

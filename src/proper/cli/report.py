@@ -1,4 +1,4 @@
-"""`proper report`: turn a run's files into HTML files. Knows nothing about figures."""
+"""Command `proper report`: write HTML reports from a run's files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def command(
     folder: RunFolder,
     compare: Annotated[
         Path | None,
-        typer.Option(metavar="DIR2", help="Put this run beside another of the same data.", show_default=False),
+        typer.Option(metavar="DIR2", help="Compare with this run of the same data.", show_default=False),
     ] = None,
     user: Annotated[
         list[str] | None,
@@ -29,8 +29,8 @@ def command(
 ) -> None:
     """Write the report and print its path.
 
-    It is one HTML file that opens offline. With --compare it is the page of two runs and its numbers as CSV, with
-    --user a page for each user; the report itself is left as it is then.
+    The report is one HTML file that opens offline. --compare writes a page that compares two runs and its numbers as
+    CSV instead, --user a page for each user; the report itself stays unchanged then.
     """
     existing_run(folder)
     if compare is not None:

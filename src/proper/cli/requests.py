@@ -1,7 +1,4 @@
-"""What `proper generate` is asked: prompts or template fields, from the command line or a JSONL file.
-
-Knows nothing about models: filling a template is given as a function.
-"""
+"""Input of `proper generate`: prompts or template fields, from the command line or a JSONL file."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from proper.data.templates import BadValue
 from proper.errors import DataError, InputError
 
 USER = "user_id"
-"""What a line calls the user, whatever the run's data call them."""
+"""Key of the user in a JSONL line, accepted whatever the run's own user column is."""
 
 _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
@@ -27,10 +24,10 @@ class PromptRequest:
     """One prompt to answer.
 
     Attributes:
-        user: whose model answers; None asks for the one that nobody's history is known to.
-        prompt: final text; None where `fields` fill the run's template.
+        user: the user whose model answers; None for the model of an unknown user (the mean over all users).
+        prompt: final text; None if `fields` fill the run's template.
         fields: values for the template's columns.
-        where: what an error names: an option, or FILE:LINE.
+        where: origin for error messages: an option, or FILE:LINE.
     """
 
     user: str | None
@@ -40,7 +37,7 @@ class PromptRequest:
 
 
 def from_fields(user: str | None, fields: Sequence[str]) -> PromptRequest:
-    """Read `k=v` pairs.
+    """Return the request of `k=v` pairs.
 
     Raises:
         InputError: a pair has no `=`, or no key.
@@ -55,15 +52,16 @@ def from_fields(user: str | None, fields: Sequence[str]) -> PromptRequest:
 
 
 def from_file(path: Path, user: str | None = None, column: str = USER) -> list[PromptRequest]:
-    """Read one request a line: `{"user_id": ..., "prompt": ...}`, or the template's columns instead of a prompt.
+    """Read one request per line: `{"user_id": ..., "prompt": ...}`, or the template's columns instead of a prompt.
 
     Args:
-        path: a JSONL file; `-` is standard input. Empty lines are passed over.
-        user: who asks where a line names nobody.
+        path: a JSONL file; `-` is standard input. Empty lines are skipped.
+        user: the user of lines without one.
         column: the run's own name for the user, which a line may use instead of `user_id`.
 
     Raises:
-        DataError: the file cannot be read, or lines are bad; names the first as FILE:LINE and counts the others.
+        DataError: the file cannot be read, or lines are bad; the message names the first as FILE:LINE and counts the
+            others.
     """
     name = "<stdin>" if str(path) == "-" else str(path)
     try:
@@ -78,10 +76,11 @@ def from_file(path: Path, user: str | None = None, column: str = USER) -> list[P
 
 
 def final_prompts(requests: Iterable[PromptRequest], render: Callable[[Mapping[str, Any]], str]) -> list[str]:
-    """Return each request's prompt, its template filled by `render` where it has fields.
+    """Return each request's prompt; `render` fills the template for requests with fields.
 
     Raises:
-        DataError: a template's column is missing or a prompt empty; names the first such request, counts the others.
+        DataError: a template's column is missing or a prompt empty; the message names the first such request and
+            counts the others.
     """
 
     def fill(request: PromptRequest) -> str:
@@ -97,7 +96,7 @@ def final_prompts(requests: Iterable[PromptRequest], render: Callable[[Mapping[s
 
 
 def _all(function: Callable[[_Given], _Made], items: Iterable[_Given]) -> list[_Made]:
-    """Apply `function` to every item, so that an error can say how many items are bad."""
+    """Apply `function` to every item; raise one `DataError` with the first problem and the number of others."""
     done: list[_Made] = []
     problems: list[DataError] = []
     for item in items:
@@ -115,7 +114,7 @@ def _all(function: Callable[[_Given], _Made], items: Iterable[_Given]) -> list[_
 def _parse(line: bytes, user: str | None, column: str, where: str) -> PromptRequest:
     try:
         row = json.loads(line)
-        # A lone surrogate is valid JSON and cannot be written out again.
+        # A lone surrogate is valid JSON but cannot be encoded as UTF-8.
         json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not readable as JSON: {getattr(error, 'msg', error)}") from error

@@ -1,4 +1,4 @@
-"""`proper run`: train, evaluate and report by a config. Knows nothing about the stages but their names."""
+"""Command `proper run`: train the stages of a config, evaluate and report."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def command(
     overrides: Overrides = None,
     stages: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help="Some of population, groups, users, evaluate, report.", show_default=False),
+        typer.Option(metavar="A,B", help="Any of population, groups, users, evaluate, report.", show_default=False),
     ] = None,
     skip_bad_rows: SkipBadRows = False,
 ) -> None:
     """Train the three stages, evaluate and report.
 
-    Each stage is measured on held-out queries. The same command again after a kill continues where it stopped.
+    Each stage is evaluated on held-out queries. After an interruption, the same command continues where it stopped.
     """
     from proper.config import load_config
 
-    # Read before torch is imported: a typing error is answered at once.
+    # Read before torch is imported, so that an error in the config is reported at once.
     settings = load_config(config, overrides or ())
     from proper import pipeline
 

@@ -1,4 +1,4 @@
-"""`proper serve`: one model behind HTTP for everybody. Knows nothing about routes or batches."""
+"""Command `proper serve`: OpenAI-compatible HTTP server for all users of a run."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ EXAMPLES = """\
 
 
 def watching(folder: Path) -> list[str]:
-    """Return the command of the process that fits people while this one serves.
+    """Return the command line of the fit worker process.
 
-    -P: it imports nothing from the folder that it is started in.
+    -P: Python does not import modules from the current folder.
     """
     python = [sys.executable, "-P", "-m", "proper"]
     return [*python, "users", "update", str(folder), "--watch", "--parent", str(os.getpid())]
@@ -35,36 +35,36 @@ def watching(folder: Path) -> list[str]:
 
 def command(
     folder: RunFolder,
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; beyond 127.0.0.1 only with keys.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Which port; 0 takes a free one.")] = 8000,
-    rows: Annotated[int, typer.Option(min=1, metavar="N", help="Requests that run together.")] = 32,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on; beyond 127.0.0.1 only with keys.")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0 takes a free one.")] = 8000,
+    rows: Annotated[int, typer.Option(min=1, metavar="N", help="Batch rows: requests that run together.")] = 32,
     slots: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Adapters in memory instead of 1.25 a row.", show_default=False),
+        typer.Option(min=1, metavar="N", help="Adapter slots in memory; 1.25 per row by default.", show_default=False),
     ] = None,
     prefix_cache: Annotated[
         str,
-        typer.Option(
-            metavar="SIZE", help="Memory for the keys and values of a person's last prompts and answers; 0 keeps none."
-        ),
+        typer.Option(metavar="SIZE", help="Memory for the KV cache of users' last prompts and answers; 0 keeps none."),
     ] = "64MiB",
-    max_open: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts that run or wait, of everybody.")] = 1024,
+    max_open: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Most prompts that run or wait, over all keys.")
+    ] = 1024,
     rate: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Requests a minute of each key.", show_default=False)
+        int | None, typer.Option(min=1, metavar="N", help="Requests per minute of each key.", show_default=False)
     ] = None,
     key_rows: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help="Rows of one key while other keys wait; half of them by default.",
+            help="Most rows of one key while other keys wait; half of all by default.",
             show_default=False,
         ),
     ] = None,
     keep_alive: Annotated[
-        int, typer.Option(min=1, metavar="S", help="Seconds that a connection may idle between two requests.")
+        int, typer.Option(min=1, metavar="S", help="Seconds that a connection may be idle between two requests.")
     ] = 75,
     header_timeout: Annotated[
         float, typer.Option(min=0.1, metavar="S", help="Seconds that the headers of a request may take.")
@@ -77,31 +77,31 @@ def command(
         typer.Option(
             min=1,
             metavar="N",
-            help="Connections of everybody; at most what the limit of open files leaves.",
+            help="Most connections; never more than the limit of open files allows.",
             show_default=False,
         ),
     ] = None,
     max_connections_per_address: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Connections of one address; half of all by default.", show_default=False
+            min=1, metavar="N", help="Most connections of one address; half of all by default.", show_default=False
         ),
     ] = None,
-    drain: Annotated[int, typer.Option(min=0, metavar="S", help="Seconds that SIGTERM leaves to running requests.")] = (
+    drain: Annotated[int, typer.Option(min=0, metavar="S", help="Seconds that running requests get after SIGTERM.")] = (
         30
     ),
-    log_users: Annotated[bool, typer.Option("--log-users", help="Write paths, and so user ids, to the log.")] = False,
+    log_users: Annotated[bool, typer.Option("--log-users", help="Log request paths, which contain user ids.")] = False,
     no_worker: Annotated[
-        bool, typer.Option("--no-worker", help="Fit nobody; what is learned waits in the queue.")
+        bool, typer.Option("--no-worker", help="Do not start the fitting worker; interactions stay queued.")
     ] = False,
 ) -> None:
-    """Answer everybody over HTTP, as OpenAI's API does.
+    """Serve all users over HTTP with OpenAI's API.
 
-    The `user` of a request is the person it is answered for. POST /v1/chat/completions and /v1/completions, GET
-    /v1/models, /v1/users, /healthz, /readyz, /metrics and /openapi.json. New people and what they say since are fitted
-    by a process of its own, which holds the backbone a second time. SIGTERM or Ctrl-C lets running requests finish. An
-    engine that cannot go on ends the process with exit code 1, for a supervisor to start it again.
-    While there has never been a key, any program on this machine may ask; other machines only with one.
+    The field `user` of a request selects the personal model that answers. Routes: POST /v1/chat/completions and
+    /v1/completions, GET /v1/models, /v1/users, /healthz, /readyz, /metrics and /openapi.json. New users and new
+    interactions are fitted by a separate worker process, which loads the backbone a second time. SIGTERM or Ctrl-C
+    lets running requests finish. If the engine fails, the process exits with code 1, so that a supervisor restarts it.
+    As long as the run has never had a key, any program on this machine may send requests; other machines need a key.
     """
     existing_run(folder)
     prefix_bytes = size_in_bytes("--prefix-cache", prefix_cache)

@@ -1,4 +1,4 @@
-"""`proper users`: look after the users of a run. Knows nothing about how they are stored or served."""
+"""Commands `proper users ...`: list, show, roll back, delete and check the users of a run."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ ManyUsers = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
 app = typer.Typer(
-    help="Look after the users of a run.",
+    help="Manage the users of a run.",
     rich_markup_mode=None,
     epilog="\b\nExamples:\n  proper users list runs/notes\n  proper users check runs/notes --repair",
 )
 
 
 def examples(*lines: str) -> str:
-    """Return the end of a command's help."""
+    """Return the examples at the end of a command's help."""
     return "\b\nExamples:\n" + "\n".join(f"  proper users {line}" for line in lines)
 
 
 @contextmanager
 def opened(folder: RunFolder) -> Iterator[AdapterStore]:
-    """Open the store of a run.
+    """Open the adapter store of a run, and close it after the block.
 
     Raises:
-        RunFolderError: the run has none yet.
+        RunFolderError: the run has no store yet.
     """
     path = existing_run(folder) / "users"
     if not (path / "users.sqlite").is_file():
@@ -55,10 +55,10 @@ def opened(folder: RunFolder) -> Iterator[AdapterStore]:
 
 
 def known(store: AdapterStore, user: str) -> str:
-    """Return a user's id if the store has it.
+    """Return a user's id if the user is in the store.
 
     Raises:
-        InputError: it has not.
+        InputError: the user is not in the store.
     """
     if store.head(user) is None:
         raise InputError(f"--user {user}: no such user in {store.folder}")
@@ -67,7 +67,7 @@ def known(store: AdapterStore, user: str) -> str:
 
 @app.command("list", epilog=examples("list runs/notes", "list runs/notes --json > users.jsonl"))
 def list_users(folder: RunFolder, as_json: AsJson = False) -> None:
-    """Print every user with their tier and the bytes they take up."""
+    """Print every user with their tier and size in bytes."""
     with opened(folder) as store:
         for user, tier, facts, size in store.facts():
             told = {"user": user, "tier": tier, "bytes": size, "facts": facts}
@@ -76,9 +76,9 @@ def list_users(folder: RunFolder, as_json: AsJson = False) -> None:
 
 @app.command(epilog=examples("show runs/notes --user u7", "show runs/notes --user u7 --json"))
 def show(folder: RunFolder, user: OneUser, as_json: AsJson = False) -> None:
-    """Print what is stored of a user.
+    """Print a user's stored versions.
 
-    All versions, newest first, with their facts.
+    All versions, newest first, with their metadata.
     """
     with opened(folder) as store:
         versions = store.versions(known(store, user))
@@ -98,13 +98,12 @@ def show(folder: RunFolder, user: OneUser, as_json: AsJson = False) -> None:
 def rollback(
     folder: RunFolder,
     user: OneUser,
-    version: Annotated[
-        int | None, typer.Option(help="Which version; the one before the current one if left out.")
-    ] = None,
+    version: Annotated[int | None, typer.Option(help="The version; by default the one before the current one.")] = None,
 ) -> None:
     """Make an earlier version of a user current again.
 
-    It becomes a new version with the old content. What was current stays as the one before: doing it twice undoes it.
+    Makes a new version with the content of the old one. The version that was current stays as the one before it, so
+    that a second rollback undoes the first.
     """
     with opened(folder) as store:
         held = [each.version for each in store.versions(known(store, user))]
@@ -116,13 +115,13 @@ def rollback(
 
 @app.command(epilog=examples("delete runs/notes --user u7", "delete runs/notes --user u7 --user u8"))
 def delete(folder: RunFolder, user: ManyUsers) -> None:
-    """Delete users and wipe their bytes.
+    """Delete users and erase their data.
 
-    All versions, all interactions, their rows in the run's data and in its predictions; nothing of it can be read
-    from the run's files afterwards, but for what all users share (groups, router). The report and pages are removed if
-    they show them. The file that the run was trained on is yours and stays as it is. Exit code 1 if bytes are left,
-    because another process reads or writes just now: 'proper users check' goes on with the deletion, as does every
-    command that writes into the run. Nothing but 'proper users enrol' and an import that says so brings a user back.
+    Erases all versions, all interactions, and the users' rows in the run's data and predictions; afterwards none of it
+    can be read from the run's files, except for what all users share (groups, router). The report and its pages are
+    removed if they show a deleted user. The file that the run was trained on is not changed. Exit code 1 if data is
+    left because another process is reading or writing: 'proper users check' continues the deletion, as does every
+    command that writes into the run. Only 'proper users enrol' and an import with --even-if-deleted bring a user back.
     """
     from proper.interactions.deletion import finish_deletions, remove
     from proper.interactions.log import InteractionLog
@@ -144,15 +143,15 @@ def delete(folder: RunFolder, user: ManyUsers) -> None:
 @app.command(epilog=examples("check runs/notes", "check runs/notes --repair --json"))
 def check(
     folder: RunFolder,
-    repair: Annotated[bool, typer.Option("--repair", help="Put right what can be put right.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Repair what can be repaired.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find what is damaged, missing or nobody's.
+    """Find damaged, missing and orphaned data.
 
-    Reads every stored byte of the store and the log of interactions, and goes on with deletions that are not over. With
-    --repair, a user with a damaged adapter goes back to the newest good version, or to the group tier, and what belongs
-    to nobody is moved to users/quarantine, which the next deletion of a user removes. A damaged log is not repaired.
-    Exit code 1 if damage or a deletion remains.
+    Reads every byte of the adapter store and of the interaction log, and continues unfinished deletions. With
+    --repair, a user with a damaged adapter is rolled back to the newest good version, or to the group tier, and data
+    of no user is moved to users/quarantine, which the next deletion of a user removes. A damaged log is not repaired.
+    Exit code 1 if damage or an unfinished deletion remains.
     """
     from proper.adapters.integrity import Finding
     from proper.adapters.integrity import check as check_store
@@ -161,7 +160,7 @@ def check(
 
     users = existing_run(folder) / "users"
     findings = check_log(users)
-    # A damaged log says nothing about deletions.
+    # A damaged log cannot be trusted about deletions.
     waits = [] if findings else finish_deletions(users, PATIENCE)
     try:
         with opened(folder) as store:
@@ -180,7 +179,7 @@ def check(
 
 
 def _require_gone(waits: list[str]) -> None:
-    """End with exit code 1 where bytes of deleted users are left; says why."""
+    """Exit with code 1 and print the reasons if data of deleted users is left."""
     for wait in waits:
         say(f"not gone yet: {wait}")
     if waits:
@@ -193,5 +192,5 @@ def _line(value: Any) -> str:
 
 
 def _printable(user: str) -> str:
-    """Return a user id that stays in its cell."""
+    """Return a user id, escaped if control characters in it would break the table."""
     return user if user.isprintable() else _line(user)

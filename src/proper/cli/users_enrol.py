@@ -1,4 +1,4 @@
-"""`proper users enrol` and `update`: users who are new, who grow, who wait. Knows nothing about how they are fitted."""
+"""Commands `proper users enrol` and `update`: fit new users, new interactions, or the fit queue (the fit worker)."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 _INPUT = typer.Option(
     "--input",
     metavar="FILE",
-    help="JSONL, an interaction a line: the run's own columns, or prompt and target. An id makes it count once.",
+    help="JSONL, one interaction per line: the run's columns, or prompt and target. Equal ids count once.",
     show_default=False,
 )
 
 
 @app.command(epilog=examples("enrol runs/notes --user ann --input ann.jsonl"))
 def enrol(folder: RunFolder, user: OneUser, input_file: Annotated[Path, _INPUT]) -> None:
-    """Take in a user and fit them; print their tier and version.
+    """Add and fit a new user; print their tier and version.
 
-    Their embedding is fitted first, then an adapter if it helps on items of their own that it has not seen. Nobody
-    else's state changes. The interactions are kept: an interrupted fit goes on with 'proper users update'.
+    Fits the user's embedding first, then an adapter, which is kept if it helps on held-out items of the user. No other
+    user's state changes. The interactions are kept: after an interruption, 'proper users update' continues the fit.
     """
     entries = _entries(folder, user, input_file)
     with _users(folder) as users:
@@ -57,17 +57,17 @@ def update(
     folder: RunFolder,
     user: Annotated[str | None, typer.Option("--user", metavar="U", help="The user's id.", show_default=False)] = None,
     input_file: Annotated[Path | None, _INPUT] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Fit whoever comes, until SIGTERM or Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep fitting queued users until SIGTERM or Ctrl-C.")] = False,
     parent: Annotated[
         int | None,
-        typer.Option(metavar="PID", help="With --watch: end when this process, which started it, does."),
+        typer.Option(metavar="PID", help="With --watch: exit when this parent process does."),
     ] = None,
 ) -> None:
-    """Fit a user to what is new, or whoever waits.
+    """Fit a user to new interactions, or all queued users.
 
-    Interactions are added to those that are known, and the user is fitted to all of them; without --user, everybody
-    who waits for it. All is what the run was trained on, where its data is still there, and what was logged since.
-    The result is a new version; 'proper users rollback' goes back. With --watch it is the worker of 'proper serve'.
+    Adds the interactions to the user's log and fits the user to all their interactions: the training data of the run,
+    if it still exists, and everything logged since. Without --user, fits every user in the queue. The result is a new
+    version; 'proper users rollback' goes back. With --watch this is the fit worker of 'proper serve'.
     """
     if input_file is not None and user is None:
         raise InputError("--input: whose? Give --user as well")
@@ -96,7 +96,7 @@ def _entries(folder: Path, user: str, path: Path) -> list[LogEntry]:
 
 @contextmanager
 def _users(folder: Path) -> Iterator[Users]:
-    """Open a run's users; the model is loaded when there is somebody to fit."""
+    """Open a run's users; the model is loaded when there is a user to fit."""
     with opened(folder) as store:
         from proper.api import Users
 
@@ -161,7 +161,7 @@ def _print(users: Users, user: str) -> None:
 
 @contextmanager
 def _bar(title: str) -> Iterator[Callable[[str, float], None]]:
-    """Show a fit in hundredths; yields what hears about it."""
+    """Show the progress of a fit in percent; yields the callback for its phase and progress."""
     shown = 0
     with progress(title, 100) as advance:
 
@@ -176,12 +176,12 @@ def _bar(title: str) -> Iterator[Callable[[str, float], None]]:
 
 
 class _Ended(BaseException):
-    """SIGTERM, or the parent is gone."""
+    """SIGTERM was received, or the parent process is gone."""
 
 
 def _watch(folder: Path, parent: int | None) -> None:
     if parent is not None:
-        os.nice(10)  # whoever is being answered comes first
+        os.nice(10)  # requests of the server have priority
 
     def end(*_: Any) -> None:
         raise _Ended
@@ -193,7 +193,7 @@ def _watch(folder: Path, parent: int | None) -> None:
     before = signal.signal(signal.SIGTERM, end)
     try:
         with _users(folder) as users, redirect_stderr(io.StringIO()):
-            # What fits say names users, who stay out of a server's log.
+            # Messages of fits name users, and user ids stay out of a server's log.
             users.desk.watch(heard)
     except _Ended:
         say("proper: the worker stops; what it was at is queued again")

@@ -1,4 +1,4 @@
-"""`proper users export` and `import`: one user out of a run, or into one. Knows nothing about tensors."""
+"""Commands `proper users export` and `import`: one user's adapter to a folder (native or PEFT), or into another run."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ Format = Literal["native", "peft"]
 @app.command("export", epilog=f"\b\nExamples:\n{EXPORT_EXAMPLES}")
 def export_command(
     folder: RunFolder,
-    user: Annotated[str, typer.Option(metavar="ID", help="Whose.", show_default=False)],
+    user: Annotated[str, typer.Option(metavar="ID", help="The user's id.", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="F", help="The folder to write.", show_default=False)],
-    form: Annotated[Format, typer.Option("--format", help="For another run, or for other servers.")] = "native",
+    form: Annotated[
+        Format, typer.Option("--format", help="native for another run, peft for other servers.")
+    ] = "native",
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write one user to a folder and print its path.
 
-    native is the user's own state, exactly, for another run of the same backbone and groups. peft is one
-    plain LoRA in the format of PEFT, for the merged backbone (proper export-backbone); the router's
-    gates are averaged over the user's history in it, and 'proper evaluate --methods users,static-export'
-    says what that costs.
+    --format native is the user's exact state, for another run with the same backbone and groups. --format peft is one
+    plain LoRA in PEFT's format, for the merged backbone (proper export-backbone). It uses the router's gates averaged
+    over the user's history; 'proper evaluate --methods users,static-export' measures the loss from that.
     """
     existing_run(folder)
     from proper.export.run_export import export_user
@@ -50,15 +51,15 @@ def export_command(
 def import_command(
     folder: RunFolder,
     source: Annotated[Path, typer.Argument(metavar="F", help="An exported user (native).", show_default=False)],
-    user: Annotated[str | None, typer.Option(metavar="ID", help="Take them in under this name.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a user of that name.")] = False,
+    user: Annotated[str | None, typer.Option(metavar="ID", help="Import the user under this id.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing user with this id.")] = False,
     even_if_deleted: Annotated[
-        bool, typer.Option("--even-if-deleted", help="Take in a user who was deleted from this run.")
+        bool, typer.Option("--even-if-deleted", help="Import a user who was deleted from this run.")
     ] = False,
 ) -> None:
-    """Take an exported user into a run and print their name and tier.
+    """Import an exported user; print their id and tier.
 
-    The run must have the same backbone, population and groups: adapters mean nothing on others.
+    The run must have the same backbone, population stage and groups stage: the adapter is useless on any others.
     """
     existing_run(folder)
     from proper.export.run_export import import_user

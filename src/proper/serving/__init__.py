@@ -1,1 +1,1 @@
-"""The HTTP side: an OpenAI-compatible API in front of the engine. Nothing here knows a tensor."""
+"""OpenAI-compatible HTTP server (FastAPI, uvicorn) in front of the inference engine. It handles no tensors."""

@@ -1,7 +1,7 @@
-"""In front of every route that needs a key: whose request it is and whether the key may ask now, before a body is read.
+"""ASGI middleware for authentication and rate limits; it runs before the request body is read.
 
-A refused request counts for the rate like any other; one without a valid key counts for its address. Knows nothing
-about routes but which are open to everybody.
+A refused request counts towards the key's rate like any other; a request without a valid key counts towards the rate of
+its address.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from proper.serving.errors import APIError
 from proper.serving.rate_limits import RateLimiter
 
 OPEN = ("/", "/healthz", "/readyz", "/openapi.json")
-"""Paths that need no key; what lies below /page/ needs none either."""
+"""Paths that need no key; paths below /page/ need none either."""
 
 
 class Admission:
-    """Wraps an ASGI application."""
+    """ASGI middleware that authenticates a request and applies the rate limits."""
 
     def __init__(self, app: ASGIApp, *, gate: Authenticator, turnstile: RateLimiter) -> None:
         self.app, self.gate, self.turnstile = app, gate, turnstile
@@ -43,7 +43,7 @@ class Admission:
 
     async def _enter(self, scope: Scope, held: ExitStack) -> None:
         try:
-            principal = await asyncio.to_thread(self.gate.principal, Request(scope))  # it may read the file of keys
+            principal = await asyncio.to_thread(self.gate.principal, Request(scope))  # may read the key file
         except APIError:
             self.turnstile.count(f"address {(scope.get('client') or ('',))[0]}")
             raise

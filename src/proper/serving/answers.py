@@ -1,4 +1,4 @@
-"""Between texts of asyncio's world and tokens of the engine's thread. Knows nothing about HTTP or who may ask."""
+"""Bridge from asyncio to the engine thread: tokenizes prompts, submits requests, streams detokenized text."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from proper.serving.schemas import RunCard
 from proper.serving.thread_limits import LimitedThreads
 
 LONG = 512
-"""Tokens from which on an answer is decoded on a thread."""
+"""Number of tokens of an answer from which on it is detokenized on a worker thread."""
 
 
 @dataclass(frozen=True)
 class AnswerPiece:
-    """Some of one answer.
+    """A piece of one streamed answer.
 
     Attributes:
-        index: which answer, where several were asked for.
-        started: on the first piece of each: who answers.
-        tokens: how many are in it.
-        gates: those of each, where they were asked for and experts answer.
-        told: the tokens themselves, where their log-probabilities were asked for.
-        finish: on the last piece of each: why it ends.
+        index: index of the answer, where the request has several prompts.
+        started: on the first piece of each answer: the tier and version that answer.
+        tokens: number of tokens in the piece.
+        gates: expert gates of each token, where they were requested and the model has experts.
+        told: the tokens themselves, where their log-probabilities were requested.
+        finish: on the last piece of each answer: the finish reason.
     """
 
     index: int
@@ -48,7 +48,7 @@ class AnswerPiece:
 
 
 class Answers:
-    """Asks a running engine."""
+    """Submits requests to a running engine and streams the answers."""
 
     def __init__(self, runner: EngineThread, metrics: Metrics, log: Callable[[str], None]) -> None:
         self.runner, self.metrics, self.log = runner, metrics, log
@@ -62,7 +62,7 @@ class Answers:
         return text
 
     def card(self) -> RunCard:
-        """Describe the run that answers."""
+        """Return the description of the run that is served."""
         model = self.runner.engine.model
         experts = model.config.groups.experts if model.stage in ("groups", "users") else 0
         template = model.template
@@ -78,17 +78,17 @@ class Answers:
         max_tokens: int | None,
         alternatives: int | None = None,
     ) -> Request:
-        """Return what the engine is asked for one prompt. Tokenizing takes its time: not for the event loop.
+        """Return the engine request for one prompt. Do not call it on the event loop: tokenizing is slow.
 
         Args:
             prompt: its text, or the ids of all its tokens.
-            options: what came over the wire.
-            tenant: whose user.
-            max_tokens: the longest answer; the config's if None.
-            alternatives: how many likely tokens are told beside each of the answer; None for no log-probabilities.
+            options: options of the HTTP request.
+            tenant: the tenant that the user belongs to.
+            max_tokens: longest answer in tokens; the config's if None.
+            alternatives: number of likeliest tokens reported at each answer token; None for no log-probabilities.
 
         Raises:
-            Refusal: the prompt is empty, does not fit, or has a token that the model has no embedding for.
+            APIError: the prompt is empty, does not fit, or has a token that the model has no embedding for.
         """
         engine = self.runner.engine
         room = max_tokens or engine.model.config.task.max_new_tokens
@@ -123,10 +123,10 @@ class Answers:
         return APIError(400, why, code="context_length_exceeded", param="max_tokens")
 
     def _ids(self, prompt: str | Sequence[int], answer: int) -> tuple[int, ...]:
-        """Return a prompt's tokens. A text with more characters than its tokens can have is not tokenized at all.
+        """Return a prompt's tokens. A text longer in characters than the token limit allows is refused untokenized.
 
         Raises:
-            Refusal: the text is empty, is too long, or has a token that the model has no embedding for.
+            APIError: the text is empty, is too long, or has a token that the model has no embedding for.
         """
         if not isinstance(prompt, str):
             return tuple(prompt)
@@ -140,10 +140,10 @@ class Answers:
             raise APIError(400, f"the prompt: {error}", param="prompt") from error
 
     async def stream(self, requests: Sequence[Request], stop: Sequence[str]) -> AsyncGenerator[AnswerPiece, None]:
-        """Yield the answers as they grow; leaving the loop early frees their rows.
+        """Yield pieces of the answers as they are generated; leaving the loop early cancels the requests.
 
         Raises:
-            Refusal: the server is about to stop, or a request failed.
+            APIError: the server is stopping, or a request failed.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()

@@ -1,4 +1,4 @@
-"""The application: routes, errors and what surrounds them, put together around a running engine."""
+"""FastAPI application factory: routes, middleware and error handlers around a running engine."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from proper.serving.users import deletion_routes, people_routes
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """How a server behaves.
+    """Settings of a server.
 
     Attributes:
-        model: the name it answers to.
-        version: the package's.
-        open_without_keys: whether it answers everybody while there has never been a key.
-        limits: what is refused.
-        log_users: whether logs may hold user ids.
+        model: the model name that clients send.
+        version: the package version.
+        open_without_keys: whether requests need no key as long as the run has never had one.
+        limits: limits on body size, open requests and rate.
+        log_users: whether logs may contain user ids.
     """
 
     model: str
@@ -60,14 +60,14 @@ def create_app(
     log: Callable[[str], None],
     worker: FitProcess | None = None,
 ) -> FastAPI:
-    """Return the application. Runner and worker are started with it and stopped after its last reply."""
+    """Return the application. It starts the engine thread and the fit worker, and stops them after its last reply."""
     store = runner.engine.model.store
 
     def note(line: str) -> None:
         log(one_line(line))
 
     people = None if store is None else InteractionLog(store.folder)
-    # A connection of their own: what is read for the figures does not wait for what is written.
+    # A separate connection: reading metrics does not wait for writes.
     watched = None if store is None else InteractionLog(store.folder)
     watch = None if store is None or store.manifest.read_only else DeletionWatch(runner.engine, store.folder, note)
 
@@ -101,7 +101,7 @@ def create_app(
         lifespan=lifespan,
         responses=replies,
         dependencies=[Depends(whole_text)],
-        # Their pages load scripts from elsewhere; the document is at /openapi.json.
+        # FastAPI's documentation pages load scripts from a CDN; the schema is at /openapi.json.
         docs_url=None,
         redoc_url=None,
     )
@@ -115,7 +115,7 @@ def create_app(
     app.include_router(page_routes())
     _explain_errors(app, None if store is None else store.folder.parent, note)
     app.add_middleware(RequestChecks)
-    # Outside of the door: what it refuses counts for the rate.
+    # Outside of the request checks: requests that they refuse count towards the rate.
     app.add_middleware(Admission, gate=gate, turnstile=turnstile)
     app.add_middleware(
         RequestMiddleware,
@@ -128,7 +128,7 @@ def create_app(
 
 
 def _explain_errors(app: FastAPI, run: Path | None, log: Callable[[str], None]) -> None:
-    """Have every error become the API's own reply; what the server alone may know goes to its log."""
+    """Install handlers that turn every error into an `ErrorReply`; server-side paths go to the log only."""
 
     async def refused(_: Any, error: Exception) -> JSONResponse:
         refusal = _as_refusal(error)
@@ -147,7 +147,7 @@ def _as_refusal(error: Exception) -> APIError:
         case APIError():
             return error
         case RequestValidationError():
-            # The value itself stays out of it: it may be somebody's prompt.
+            # The message leaves out the value: it may be a user's prompt.
             place, first = right_cause(error.errors(), error.body)
             where = ".".join(str(part) for part in place)
             return APIError(400, f"{where or 'body'}: {first['msg']}", param=where or None, code="invalid")

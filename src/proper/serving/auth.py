@@ -1,4 +1,4 @@
-"""Who may do what: the key of a request, the scopes of a route, the tenant of a user. Knows nothing about models."""
+"""Authentication and authorization: API key of a request, scopes of a route, tenant of a user."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from proper.serving.errors import APIError
 from proper.serving.keys import ANYBODY, DamagedKeysError, Keys, Principal, Scope
 
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s\[\]:/?#@\\]+)(:[0-9]{1,5})?")
-"""What a Host header may be: a name or an address, and a port; nothing that a URL has before or after them."""
+"""A valid Host header: a name or an address, and optionally a port; no scheme, user or path."""
 
 
 class Authenticator:
-    """Checks requests against keys.
+    """Authenticates requests by API key.
 
     Args:
         keys: the keys.
-        open_without: whether a server answers everybody that has never had a key; only one on loopback may.
+        open_without: whether requests need no key as long as there has never been one; only for a server on loopback.
     """
 
     def __init__(self, keys: Keys, open_without: bool) -> None:
         self.keys, self.open_without = keys, open_without
 
     def needs(self, *scopes: Scope) -> Callable[[Request], Principal]:
-        """Return a dependency that lets in keys with one of these scopes."""
+        """Return a FastAPI dependency that requires a key with one of these scopes."""
 
         async def check(request: Request) -> Principal:
             known = getattr(request.state, "principal", None)
@@ -39,13 +39,14 @@ class Authenticator:
         return check  # type: ignore[return-value]
 
     def principal(self, request: Request) -> Principal:
-        """Return who asks. It may read the file of keys.
+        """Return the principal of a request. It may read the key file.
 
         Raises:
-            Refusal: 401 or 403; nobody known, or a server without keys is not asked from this machine.
+            APIError: 401: the key is missing or unknown. 403: the server has no keys and the request does not name a
+                loopback host. 503: the key file cannot be read.
         """
         if self.open_without and not self.keys.required:
-            # A page from elsewhere may have a browser on this machine ask under a name of its own.
+            # DNS rebinding: a foreign page may have a browser on this machine ask under the page's own host name.
             if not is_loopback(asked_host(request)):
                 raise APIError(403, "without keys only this machine may ask, and by its own name", code="host")
             return ANYBODY
@@ -61,14 +62,14 @@ class Authenticator:
 
 
 def asked_host(request: Request) -> str:
-    """Return the name or address by which a server was asked; empty where the request has not one plain Host header."""
+    """Return the host of a request's Host header, without the port; empty if there is not exactly one valid header."""
     hosts = request.headers.getlist("host")
     found = _AUTHORITY.fullmatch(hosts[0]) if len(hosts) == 1 else None
     return "" if found is None else found[1].strip("[]").lower()
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Return whether a host name or address is a loopback one."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -76,10 +77,10 @@ def is_loopback(host: str) -> bool:
 
 
 def own_tenant(principal: Principal, asked: str | None) -> str:
-    """Return the tenant a request is about.
+    """Return the tenant of a request.
 
     Raises:
-        Refusal: 403 for another's, before anything is looked up: existing or not, the reply is the same.
+        APIError: 403 for another tenant, before any look-up: the reply does not tell whether that tenant exists.
     """
     if asked is not None and asked != principal.tenant:
         raise APIError(403, "this key may not name another tenant's users", code="tenant")

@@ -1,7 +1,7 @@
-"""What a request's body may not hold, wherever it stands, and where an error in it is.
+"""Checks of JSON request bodies: refuses lone surrogates, and maps pydantic errors to the field they belong to.
 
-Half of a UTF-16 pair (JavaScript's `slice` cuts emoji in two) is valid JSON and no text: it cannot be encoded, written
-to a file or put into a reply. Knows nothing about what bodies mean.
+A lone surrogate is half of a UTF-16 pair (JavaScript's `slice` cuts emoji in two). It is valid JSON but not valid text:
+it cannot be encoded, written to a file or put into a reply.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ Place = tuple[str | int, ...]
 
 
 async def whole_text(request: Request) -> None:
-    """See that a body's texts are whole.
+    """Check that a request body contains no lone surrogates; a FastAPI dependency.
 
     Raises:
-        Refusal: 400; names the place of a lone surrogate.
+        APIError: 400; names the field with the lone surrogate.
     """
-    # Only these have bodies that anything reads, and FastAPI has read them by now.
+    # Only POST routes read a body, and FastAPI has read it by now.
     if request.method != "POST" or not may_hold_surrogates(await request.body()):
         return
     try:
         value = await request.json()
     except (ValueError, RecursionError):
-        return  # no JSON: whoever needs a body refuses it
+        return  # not JSON: a route that needs a body refuses it
     refuse_lone_surrogates(value)
 
 
 def refuse_lone_surrogates(value: Any) -> None:
-    """See that all texts and keys of a parsed body are whole.
+    """Check that no text and no key of a parsed body contains a lone surrogate.
 
     Raises:
-        Refusal: 400; names the place of a lone surrogate.
+        APIError: 400; names the field with the lone surrogate.
     """
     for place in lone_surrogates(value):
         name = ".".join(str(part) for part in place).encode("ascii", "backslashreplace").decode()
@@ -46,7 +46,7 @@ def refuse_lone_surrogates(value: Any) -> None:
 
 
 def lone_surrogates(value: Any, place: Place = ()) -> Iterator[Place]:
-    """Yield the places of texts and keys that are no text, in order."""
+    """Yield the paths of texts and keys that contain a lone surrogate, in order."""
     if isinstance(value, str) and not _is_text(value):
         yield place
     elif isinstance(value, dict):
@@ -60,7 +60,7 @@ def lone_surrogates(value: Any, place: Place = ()) -> Iterator[Place]:
 
 
 def place_of(error: dict[str, Any], body: Any) -> Place:
-    """Return where in a request an error of pydantic's is; the names of a union's branches are no part of that."""
+    """Return the path in the request body of a pydantic error, without the names of union branches."""
     if error["loc"][:1] != ("body",):
         return tuple(error["loc"])
     place: list[str | int] = []
@@ -76,9 +76,9 @@ def place_of(error: dict[str, Any], body: Any) -> Place:
 
 
 def right_cause(errors: Sequence[dict[str, Any]], body: Any) -> tuple[Place, dict[str, Any]]:
-    """Return the first error and its place; of a union's branches, the one that got furthest.
+    """Return the path of the first error and the error; of a union's branches, the error with the longest path.
 
-    Of two that got as far, one that says more than that another type is expected.
+    Of two with equally long paths, an error other than a type mismatch is preferred.
     """
     placed = [(place_of(error, body), error) for error in errors]
     first = placed[0][0]
@@ -87,11 +87,11 @@ def right_cause(errors: Sequence[dict[str, Any]], body: Any) -> tuple[Place, dic
 
 
 def may_hold_surrogates(body: bytes) -> bool:
-    """Whether a body may hold a surrogate: most cannot, and need not be looked through."""
+    """Return whether a body may contain a surrogate; a cheap check that spares most bodies the full search."""
     try:
         return "\\ud" in body.decode().lower()
     except UnicodeDecodeError:
-        return True  # bytes of one, or UTF-16
+        return True  # an encoded surrogate, or UTF-16
 
 
 def _is_text(value: str) -> bool:

@@ -1,8 +1,8 @@
-"""Messages to a prompt, written as the run's training data were (`data.chat`).
+"""Chat messages to prompt text, in the format of the run's training data (`data.chat`).
 
-`off`, the only way there is so far: training writes prompts as they stand, without the tokenizer's chat template, so
-serving does too, whether the tokenizer has one or not. One message is the prompt as it stands, so a chat of one message
-is a completion. Several are written as `Role: text` lines ending in `Assistant:`. Knows nothing about models.
+Only `data.chat: off` exists so far: training uses prompts without the tokenizer's chat template, so serving does too,
+whether the tokenizer has one or not. A single message is the prompt unchanged, so a chat of one message equals a
+completion. Several messages become `Role: text` lines followed by `Assistant:`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 
 
 class Turn(Protocol):
-    """Who said what."""
+    """A message: its role and its text."""
 
     @property
     def role(self) -> str: ...  # noqa: D102
@@ -21,7 +21,7 @@ class Turn(Protocol):
 
 
 def chat_prompt(turns: Sequence[Turn]) -> str:
-    """Return the prompt of a chat as a run with `data.chat: off` reads it."""
+    """Return the prompt for a list of messages, in the format of `data.chat: off`."""
     if len(turns) == 1:
         return turns[0].text
     return "\n".join([*(f"{turn.role.capitalize()}: {turn.text}" for turn in turns), "Assistant:"])

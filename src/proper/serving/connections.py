@@ -1,6 +1,6 @@
-"""Connections: how many there may be, and how long one may take over a request or leave a reply unread.
+"""Connection limits for uvicorn: number of connections, timeouts for headers and bodies, slow readers.
 
-uvicorn's own protocol closes idle connections between requests only. Knows nothing about what is asked.
+uvicorn's own protocol has a timeout only for idle connections between requests.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from proper.serving.errors import APIError
 
 ACCEPTED_AT_ONCE = 16
-"""Connections that the event loop takes in before it looks whether they are too many."""
+"""Connections that the event loop accepts before it checks their number."""
 _TURNS = 3
-"""Turns of the event loop from taking in a connection to closing it as one too many; each may take in as many again."""
+"""Event loop iterations from accepting an excess connection to closing it; each may accept `ACCEPTED_AT_ONCE` more."""
 RESERVED = _TURNS * ACCEPTED_AT_ONCE + 112
-"""File descriptors that connections never get: the store, the log, weights, the worker."""
+"""File descriptors reserved for the store, the interaction log, weights and the worker."""
 MOST = 4096
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """What closes or refuses a connection.
+    """Limits above which a connection is closed or refused.
 
     Attributes:
-        total: connections of everybody; None takes what the limit of open files leaves.
+        total: connections in all; None takes what the limit of open files leaves.
         per_address: connections of one address; None takes half of `total`.
-        header_seconds: from a request's first byte, or the connection, to the end of its headers.
-        body_seconds: from there to the end of its body.
-        unread_seconds: for which a reply may stay unread.
-        keep_alive_seconds: between a reply and the next request.
+        header_seconds: time from a request's first byte, or from connecting, to the end of its headers.
+        body_seconds: time from the end of the headers to the end of the body.
+        unread_seconds: time for which a client may leave a reply unread.
+        keep_alive_seconds: idle time between a reply and the next request.
     """
 
     total: int | None = None
@@ -50,30 +50,30 @@ class ConnectionLimits:
 
     @property
     def most(self) -> int:
-        """Connections of everybody."""
+        """Most connections in all."""
         return descriptors_left() if self.total is None else min(self.total, descriptors_left())
 
     @property
     def most_per_address(self) -> int:
-        """Connections of one address."""
+        """Most connections of one address."""
         return max(1, self.most // 2) if self.per_address is None else self.per_address
 
 
 def descriptors_left() -> int:
-    """Return how many connections the process's limit of open files allows beside its own files; at least 8."""
+    """Return how many connections the process's limit of open files allows beyond the reserved files; at least 8."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST if soft == resource.RLIM_INFINITY else min(MOST, max(8, soft - RESERVED))
 
 
 class Doors:
-    """Counts open connections. For one thread."""
+    """Counter of open connections, in all and by address. Not thread-safe."""
 
     def __init__(self, limits: ConnectionLimits) -> None:
         self.limits, self.most, self.most_per_address = limits, limits.most, limits.most_per_address
         self._open: Counter[str] = Counter()
 
     def enter(self, address: str) -> str | None:
-        """Count a connection, and return None; or why there may be no more."""
+        """Count a new connection and return None; return the reason if it is one too many."""
         if self._open.total() >= self.most:
             return "the server has too many connections"
         if self._open[address] >= self.most_per_address:
@@ -82,7 +82,7 @@ class Doors:
         return None
 
     def leave(self, address: str) -> None:
-        """Count one less."""
+        """Count a closed connection."""
         self._open[address] -= 1
         if not self._open[address]:
             del self._open[address]
@@ -100,7 +100,7 @@ class TimedProtocol(H11Protocol):
         self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection in, or say that there are too many."""
+        """Accept a connection, or reply 503 if there are too many."""
         super().connection_made(transport)
         self._address = self.client[0] if self.client else ""
         _bound_unread(transport.get_extra_info("socket"), self._doors.limits.unread_seconds)
@@ -112,7 +112,7 @@ class TimedProtocol(H11Protocol):
         self._await("header")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let a connection go."""
+        """Cancel the deadlines and count the connection as closed."""
         self._await(None)
         self.resume_writing()
         if self._entered:
@@ -121,12 +121,12 @@ class TimedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take in a part of a request."""
+        """Process received bytes, unless the connection is closing."""
         if not self.transport.is_closing():
             super().data_received(data)
 
     def handle_events(self) -> None:
-        """Handle what is complete, and see what has to come next, and by when."""
+        """Handle complete events, then set the deadline for the next part of the request."""
         super().handle_events()
         state = self.conn.their_state
         if self.transport.is_closing():
@@ -139,20 +139,20 @@ class TimedProtocol(H11Protocol):
             self._await(None)
 
     def pause_writing(self) -> None:
-        """The client reads more slowly than it is sent to; for so long and no longer."""
+        """Start the deadline for a client that does not read its reply."""
         super().pause_writing()
         if self._unread is None:
             self._unread = self.loop.call_later(self._doors.limits.unread_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """The client has read."""
+        """Cancel that deadline: the client has read."""
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None
         super().resume_writing()
 
     def _await(self, part: str | None) -> None:
-        """Set the deadline for a part of a request; more of the same part does not move it."""
+        """Set the deadline for a part of a request; further bytes of the same part do not extend it."""
         if part == self._awaited:
             return
         self._awaited = part
@@ -167,9 +167,9 @@ class TimedProtocol(H11Protocol):
     def _late(self, part: str, seconds: float) -> None:
         why = f"the request's {part} did not come within {seconds:g} s"
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
-            self.transport.abort()  # half a reply cannot be followed by another one
+            self.transport.abort()  # an error cannot follow half a reply
         elif self.cycle is not None and self.cycle.response_complete and part == "body":
-            self.transport.close()  # it has been answered: too large, for one
+            self.transport.close()  # already answered, with 413 for example
         else:
             self._refuse(APIError(408, why, code="timeout"))
 
@@ -188,13 +188,13 @@ class TimedProtocol(H11Protocol):
 
 
 def protocol(limits: ConnectionLimits) -> Callable[..., TimedProtocol]:
-    """Return what makes the protocol of each connection of a server; they are counted together."""
+    """Return the protocol factory of a server; all its connections share one counter."""
     doors = Doors(limits)
     return lambda **settings: TimedProtocol(doors, **settings)
 
 
 def _bound_unread(connection: Any, seconds: float) -> None:
-    """Have the kernel drop a connection that does not take what was sent, also after it was closed from here."""
+    """Have the kernel drop a connection that does not acknowledge sent data, even after the server closed it."""
     option = getattr(socket, "TCP_USER_TIMEOUT", None)
     if option is not None and connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
         connection.setsockopt(socket.IPPROTO_TCP, option, int(1000 * seconds))

@@ -1,9 +1,7 @@
-"""What a server does about deletions that it was not asked for, or could not end: a look at the store twice a second.
+"""Background thread of a server that polls the store for deletions, twice a second.
 
-    another process deleted a user      the engine forgets adapter, keys and values
-    a deletion is not over              it goes on, as soon as whoever read or wrote has ended
-
-Knows nothing about routes.
+When another process has deleted a user, the engine drops the user's adapter and KV cache. An unfinished deletion is
+continued as soon as the process that blocks it has ended.
 """
 
 from __future__ import annotations
@@ -19,16 +17,16 @@ from proper.inference.engine import Engine
 from proper.interactions.deletion import finish_deletions
 
 PERIOD = 0.5
-"""Seconds between two looks."""
+"""Seconds between two polls."""
 
 
 class DeletionWatch:
-    """A thread that looks after a running engine's store.
+    """Thread that polls a running engine's store.
 
     Args:
-        engine: what forgets users.
-        users: the folder of store and log.
-        log: takes a line.
+        engine: the engine whose cached users are rechecked.
+        users: the folder of the store and the interaction log.
+        log: called with each log line.
     """
 
     def __init__(self, engine: Engine, users: Path, log: Callable[[str], None]) -> None:
@@ -38,16 +36,16 @@ class DeletionWatch:
         self._thread = threading.Thread(target=self._look, name="proper-deletions", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End, after the deletion in hand."""
+        """Stop the thread after the deletion that it is working on."""
         self._stopping.set()
         self._thread.join()
 
     def _look(self) -> None:
-        # A store of its own: a connection hears of what all others commit, those of this process included.
+        # A separate store: its connection sees commits of all other connections, those of this process included.
         with closing(AdapterStore(self.users)) as store:
             seen = -1
             while not self._stopping.is_set():
@@ -63,7 +61,7 @@ class DeletionWatch:
                 self._stopping.wait(PERIOD)
 
     def _say(self, what: str) -> None:
-        """Log what is wrong, once for as long as it lasts."""
+        """Log an error once, until it changes or is gone."""
         if what and what != self._said:
             self.log(f"proper: deletions cannot be gone on with: {what}")
         self._said = what

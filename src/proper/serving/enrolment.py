@@ -1,10 +1,10 @@
-"""POST /v1/users and /v1/users/ID/interactions: new people, and what they said since. On the disk before the reply.
+"""Routes POST /v1/users and POST /v1/users/ID/interactions: enrol a user, append interactions.
 
-Knows nothing about fits but that they are queued.
+Interactions are on the disk, and a fit is queued, before the reply. The fit itself runs in another process.
 """
 
-# No postponed annotations here: FastAPI could not look up those that are made inside a function.
-# The routes are no coroutines: FastAPI runs them on threads, where they may wait for files and locks.
+# No `from __future__ import annotations`: FastAPI could not resolve the types that are defined inside a function.
+# The routes are not coroutines: FastAPI runs them on threads, where they may wait for files and locks.
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -24,13 +24,13 @@ from proper.serving.tenancy import Holdings, Reach
 
 
 def enrolment_routes(router: APIRouter, model: PersonalizedModel, holdings: Reach, gate: Authenticator) -> None:
-    """Add the routes that take interactions in to a router at /v1/users."""
+    """Add the enrolment and append routes to a router at /v1/users."""
     Writing = Annotated[Principal, Depends(gate.needs("write", "admin"))]
     reading = plain_reader(model.config.task, "input", "output")
 
     @router.post("")
     def enrol(body: Enrolment, who: Writing) -> AppendReply:
-        """Take in a person with what is known of them; their fit begins in the background."""
+        """Enrol a new user with their interactions; an adapter is fitted in the background."""
         held = holdings(who, body.tenant)
         if body.user in (".", ".."):
             raise APIError(400, "user: no URL can name this id", code="invalid", param="user")
@@ -45,7 +45,7 @@ def enrolment_routes(router: APIRouter, model: PersonalizedModel, holdings: Reac
         who: Writing,
         tenant: Annotated[str | None, Query(max_length=512)] = None,
     ) -> AppendReply:
-        """Add interactions of a person; those that are there already count as duplicates."""
+        """Add interactions of a user; interactions that are already stored count as duplicates."""
         held = holdings(who, tenant)
         held.require(user)
         return _learn(held, user, _entries(body.interactions, reading), False)

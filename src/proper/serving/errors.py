@@ -1,7 +1,4 @@
-"""What the API says when it does not answer: one exception, written as OpenAI's clients expect an error.
-
-Knows nothing about why anything is refused.
-"""
+"""Error replies of the API: one exception, `APIError`, serialized in OpenAI's error format."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from pydantic import BaseModel
 
 
 class ErrorBody(BaseModel):
-    """What went wrong."""
+    """An error in OpenAI's format."""
 
     message: str
     type: str
@@ -21,13 +18,13 @@ class ErrorBody(BaseModel):
 
 
 class ErrorReply(BaseModel):
-    """The body of every reply that is no answer."""
+    """The body of every error reply."""
 
     error: ErrorBody
 
 
 class APIError(Exception):
-    """A request that is not answered; `status` is HTTP's."""
+    """A refused or failed request; `status` is the HTTP status."""
 
     def __init__(
         self,
@@ -50,14 +47,14 @@ class APIError(Exception):
 
 
 def without_folders(text: str, run: Path) -> str:
-    """Return an error's text with files named as they are within the run folder: where that is, is the server's own."""
+    """Return an error's text with paths relative to the run folder: clients do not learn where the folder is."""
     for folder in {str(run.absolute()), str(run.resolve())}:
         text = text.replace(f"{folder}/", "").replace(folder, run.name)
     return text
 
 
 def one_line(text: str) -> str:
-    """Return a line of a log with its control characters written out: one thing that happened is one line."""
+    """Return a log message with its control characters escaped, so that each event is one line."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 

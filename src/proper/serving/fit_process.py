@@ -1,6 +1,6 @@
-"""The process that fits people while this one serves: started, started again when it dies, stopped in the end.
+"""Supervisor of the fit worker process beside a server: start, restart with backoff, stop.
 
-It is a command like any other and shares nothing with the server but the run's files. Knows nothing about fits.
+The worker is an ordinary command (`proper users update --watch`) and shares only the run's files with the server.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import time
 from collections.abc import Callable, Sequence
 
 LONGEST_PAUSE = 60.0
-"""Seconds between two starts at most; also how long it has to live for the pauses to begin anew."""
+"""Longest pause in seconds between two starts; a worker that lived longer than this resets the pause."""
 
 
 class FitProcess:
-    """A child process and the thread that looks after it.
+    """A child process and the thread that restarts it.
 
     Args:
-        command: what to start.
-        log: takes a line.
-        pause: seconds before the first restart; doubles with each that follows.
-        grace: seconds that it has to end after SIGTERM.
+        command: the command to start.
+        log: called with each log line.
+        pause: seconds before the first restart; doubles with each further restart.
+        grace: seconds from SIGTERM to SIGKILL.
     """
 
     def __init__(
@@ -35,21 +35,21 @@ class FitProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs."""
+        """Whether the process runs."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def pid(self) -> int | None:
-        """Its process id; None before the start."""
+        """The process id; None before the start."""
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Begin."""
+        """Start the process and its supervising thread."""
         self._process = self._begin()
         self._thread.start()
 
     def stop(self) -> None:
-        """End it: what it was at is queued again."""
+        """Stop the process; the worker queues an interrupted fit again."""
         self._stopping.set()
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
@@ -79,5 +79,5 @@ class FitProcess:
             pause = min(2 * pause, LONGEST_PAUSE)
             self.restarts += 1
             self._process = self._begin()
-            if self._stopping.is_set():  # between the look and the start
+            if self._stopping.is_set():  # `stop` was called between the check and the start
                 self._process.terminate()

@@ -1,6 +1,6 @@
-"""/v1/chat/completions, /v1/completions and /v1/models. Knows nothing about how answers come about."""
+"""Routes /v1/chat/completions, /v1/completions and /v1/models, with server-sent events for streams."""
 
-# No postponed annotations here: FastAPI could not look up those that are made inside a function.
+# No `from __future__ import annotations`: FastAPI could not resolve the types that are defined inside a function.
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ from proper.serving.schemas import ModelCard, ModelList
 
 T = TypeVar("T")
 Ask = Callable[[], list[Request]]
-"""Tokenizes the prompts; not for the event loop."""
+"""Tokenizes the prompts; must not run on the event loop."""
 
 
 def generation_routes(model: str, answers: Answers, gate: Authenticator, turnstile: RateLimiter) -> APIRouter:
@@ -61,7 +61,7 @@ def generation_routes(model: str, answers: Answers, gate: Authenticator, turnsti
 
     @router.post("/chat/completions", response_model=Reply, response_model_exclude_unset=True)
     async def chat(http: HttpRequest, body: ChatRequest, who: Asking) -> Response:
-        """Answer the last message as the `user`'s own model would; without a user, as the group model does."""
+        """Complete a chat with the personal model of `user`; without `user`, with the mean over all users."""
         known(body.model)
         tenant = own_tenant(who, body.proper.tenant if body.proper else None)
         longest = body.max_completion_tokens or body.max_tokens
@@ -73,7 +73,7 @@ def generation_routes(model: str, answers: Answers, gate: Authenticator, turnsti
 
     @router.post("/completions", response_model=Reply, response_model_exclude_unset=True)
     async def completions(http: HttpRequest, body: CompletionRequest, who: Asking) -> Response:
-        """Go on from each prompt as the `user`'s own model would; without a user, as the group model does."""
+        """Complete each prompt with the personal model of `user`; without `user`, with the mean over all users."""
         known(body.model)
         tenant = own_tenant(who, body.proper.tenant if body.proper else None)
         prompts = body.prompts
@@ -87,7 +87,7 @@ def generation_routes(model: str, answers: Answers, gate: Authenticator, turnsti
 
     @router.get("/models")
     async def models(who: Asking) -> ModelList:
-        """List the models that can be asked: there is one, for everybody."""
+        """List the models that are served: one model for all users."""
         return ModelList(data=[ModelCard(id=model, proper=answers.card())])
 
     @router.get("/models/{name}")
@@ -102,7 +102,7 @@ def generation_routes(model: str, answers: Answers, gate: Authenticator, turnsti
 async def server_sent(
     shape: ReplyFormat, pieces: AsyncGenerator[AnswerPiece, None], usage: bool
 ) -> AsyncGenerator[str, None]:
-    """Yield the reply as server-sent events; a failure under way is the last one."""
+    """Yield the reply as server-sent events; if generation fails, the last event is the error."""
     try:
         async with aclosing(pieces) as stream:
             async for piece in stream:
@@ -118,12 +118,12 @@ async def server_sent(
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; whatever ends them, even before the first, frees the rows and the places they hold.
+    """Response of server-sent events; at its end, however caused, its batch rows and open prompts are released.
 
     Args:
         lines: the events.
-        held: what they hold.
-        stalled: seconds that a client may leave an event unread.
+        held: the context that counts its prompts as open; closed at the end.
+        stalled: seconds for which a client may leave an event unread.
     """
 
     def __init__(self, lines: AsyncGenerator[str, None], held: ExitStack, stalled: float) -> None:
@@ -131,7 +131,7 @@ class EventStream(StreamingResponse):
         self._lines, self._held, self._stalled = lines, held, stalled
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all, unless the client goes away first: a row may be busy for long without anything to send."""
+        """Send all events and stop when the client disconnects, even while there is nothing to send."""
 
         async def in_time(message: Message) -> None:
             try:
@@ -144,16 +144,16 @@ class EventStream(StreamingResponse):
             try:
                 await unless_gone(receive, self.stream_response(in_time))
             except (APIError, ClientDisconnect):
-                return  # nobody is there to be told
+                return  # the client is gone, so no error is sent
             finally:
                 await self._lines.aclose()
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Return what `work` returns, unless whoever asked goes away first: then it is cancelled.
+    """Return what `work` returns; cancel it if the client disconnects first.
 
     Raises:
-        Refusal: they went away.
+        APIError: 499; the client disconnected.
     """
     task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
     try:
@@ -164,7 +164,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     finally:
         for one in (task, gone):
             one.cancel()
-        # The rows are free when this returns.
+        # The batch rows are free when this returns.
         await asyncio.gather(task, gone, return_exceptions=True)
 
 

@@ -1,6 +1,6 @@
-"""/healthz, /readyz and /metrics: for whoever watches over the server."""
+"""Routes /healthz, /readyz and /metrics for monitoring."""
 
-# No postponed annotations here: FastAPI could not look up those that are made inside a function.
+# No `from __future__ import annotations`: FastAPI could not resolve the types that are defined inside a function.
 
 import asyncio
 from typing import Annotated, Literal
@@ -18,7 +18,7 @@ from proper.serving.schemas import Health
 
 
 def health_routes(runner: EngineThread, worker: FitProcess | None, metrics: Metrics, gate: Authenticator) -> APIRouter:
-    """Return the routes over a runner, the worker that fits people, and their figures."""
+    """Return the monitoring routes of an engine thread and its fit worker."""
     router = APIRouter(tags=["health"])
 
     def health(status: Literal["ok", "ready"]) -> Health:
@@ -29,21 +29,21 @@ def health_routes(runner: EngineThread, worker: FitProcess | None, metrics: Metr
 
     @router.get("/healthz")
     async def healthz() -> Health:
-        """Say whether the server works; with 500 the process ends. A worker that is down is started again from here."""
+        """Liveness: 500 if the engine has stopped, after which the process ends. A dead fit worker is restarted."""
         if runner.error is not None:
             raise APIError(500, "the engine has stopped", code="engine")
         return health("ok")
 
     @router.get("/readyz")
     async def readyz() -> Health:
-        """Say whether requests are taken."""
+        """Readiness: 503 if the server accepts no requests."""
         if not runner.alive:
             raise APIError(503, "no requests are taken", code="not_ready")
         return health("ready")
 
     @router.get("/metrics", response_class=Response)
     async def figures(who: Watching) -> Response:
-        """Show the figures in Prometheus's text format."""
+        """Return the metrics in Prometheus's text format."""
         return Response(await asyncio.to_thread(metrics.text), media_type=CONTENT_TYPE_LATEST)
 
     return router

@@ -1,8 +1,8 @@
-"""API keys: who may do what, for which tenant. Only hashes are kept.
+"""API keys with scopes and a tenant, stored as hashes.
 
-A key is 32 random bytes, so a plain SHA-256 of it cannot be guessed back and needs no slow hash. The file is read
-again when it changes: a revoked key stops at once. A run that has had a key stays closed without one, also where the
-file is lost, until it is opened again on purpose: a second file, `keys.required`, says so. Knows nothing about HTTP.
+A key is 32 random bytes, so a plain SHA-256 cannot be reversed by guessing and no slow hash is needed. The file is read
+again when it changes: a revoked key is refused at once. A run that has had a key keeps requiring one, even if the key
+file is lost, until `open` is called: a second file, `keys.required`, records this.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from proper.files import locked, private_folder, read_json, write_json, write_te
 Scope = Literal["generate", "write", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 FILE = Path("serving", "keys.json")
-"""Where a run folder keeps them."""
+"""Path of the key file in a run folder."""
 
 
 @dataclass(frozen=True)
 class Principal:
-    """Who asks.
+    """The owner of a key.
 
     Attributes:
-        id: the beginning of the key's hash; names the key without giving it away.
-        tenant: whose users it may name.
-        scopes: what it may do.
+        id: the beginning of the key's hash; identifies the key without revealing it.
+        tenant: the tenant whose users the key may name.
+        scopes: what the key may do.
     """
 
     id: str
@@ -43,7 +43,7 @@ class Principal:
 
 
 ANYBODY = Principal("", "", SCOPES)
-"""Whoever reaches a server without keys, which listens to its own machine only."""
+"""Principal of every request to a server without keys, which listens on loopback only."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class _Entry:
 
 
 class DamagedKeysError(ProperError):
-    """The file of keys cannot be read, so nobody can be told from anybody."""
+    """The key file cannot be read, so no request can be authenticated."""
 
 
 class Keys:
-    """The keys of the file at `path`, which need not be there."""
+    """The keys in the file at `path`, which need not exist."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._marker = path, path.with_name("keys.required")
@@ -73,20 +73,20 @@ class Keys:
 
     @property
     def required(self) -> bool:
-        """Whether a key is needed: there is one, or there has been one since `open` was last called."""
+        """Whether a key is required: there is one, or there has been one since `open` was last called."""
         return self._marker.exists() or self.path.exists()
 
     def remember(self) -> None:
-        """Note that keys are needed where there is a file of them: one that an earlier version made has no note."""
+        """Write `keys.required` if there is a key file without it, made by an earlier version."""
         if self.path.exists() and not self._marker.exists() and os.access(self.path.parent, os.W_OK):
             self._mark()
 
     def open(self) -> None:
-        """Let everybody on the same machine in again.
+        """Stop requiring a key for requests from the same machine.
 
         Raises:
             InputError: there are keys left.
-            DamagedKeysError: it cannot be read whether there are.
+            DamagedKeysError: the key file cannot be read.
         """
         with self._changing():
             if self._read():
@@ -95,17 +95,17 @@ class Keys:
             self._marker.unlink(missing_ok=True)
 
     def principal(self, key: str) -> Principal | None:
-        """Return who has this key, or None."""
-        # A dict look-up of a hash tells by its time at most something about hashes.
+        """Return the principal of a key; None if the key is unknown."""
+        # Not a timing leak: the look-up is by hash, so its duration depends on hashes only.
         entry = self._read().get(hashlib.sha256(key.encode()).hexdigest())
         return None if entry is None else Principal(entry.id, entry.tenant, entry.scopes)
 
     def principals(self) -> list[Principal]:
-        """Return all."""
+        """Return the principals of all keys."""
         return [Principal(entry.id, entry.tenant, entry.scopes) for entry in self._read().values()]
 
     def add(self, tenant: str, scopes: Iterable[Scope]) -> str:
-        """Make a key and return it; nobody can read it again.
+        """Make a key and return it; it cannot be read again later.
 
         Raises:
             InputError: a scope is unknown, or there is none.
@@ -122,10 +122,10 @@ class Keys:
         return key
 
     def revoke(self, key_id: str) -> None:
-        """Take a key back.
+        """Revoke a key.
 
         Raises:
-            InputError: there is none with this id.
+            InputError: there is no key with this id.
         """
         with self._changing():
             entries = list(self._read().values())
@@ -137,7 +137,7 @@ class Keys:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Keep other processes and threads from changing the file between reading and writing it.
+        """Hold the file lock, so that no other process or thread changes the file between read and write.
 
         Raises:
             ProperError: the folder cannot be written.

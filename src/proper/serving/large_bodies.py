@@ -1,7 +1,4 @@
-"""Large bodies are parsed and validated on a thread, and those that would take long to refuse are refused at once.
-
-Knows nothing about what a body means.
-"""
+"""Route class that parses and validates large JSON bodies on a thread, and limits their number of values and errors."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ from proper.serving.errors import APIError
 from proper.serving.thread_limits import LimitedThreads
 
 LARGE = 1 << 16
-"""Bytes of a body that is not parsed on the event loop."""
+"""Size in bytes above which a body is not parsed on the event loop."""
 VALUES = 100_000
-"""Values and keys that one body may hold: the time to validate it, and to refuse it, grows with them."""
+"""Most values and keys of one body: the time to validate it, and to refuse it, grows with their number."""
 ERRORS = 100
-"""Errors of a body that are told one by one."""
+"""Most validation errors of a body that are reported one by one."""
 _THREADS = LimitedThreads(2)
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -33,7 +30,7 @@ class CheckedRoute(APIRoute):
     """A route whose large bodies are validated off the event loop."""
 
     def get_route_handler(self) -> Handler:
-        """Return what answers a request."""
+        """Return the request handler."""
         handle, field = super().get_route_handler(), self.body_field
         if field is None:
             return handle
@@ -49,25 +46,25 @@ class CheckedRoute(APIRoute):
                 key = "" if principal is None else principal.id
                 value = await _THREADS.run(key, lambda: _validated(body, model))
                 if value is not None:
-                    request._json = value  # what `request.json()` keeps
+                    request._json = value  # the cache of `request.json()`
             return await handle(request)
 
         return checked
 
 
 def _validated(body: bytes, model: TypeAdapter[Any]) -> Any:
-    """Return a body as its model; as plain values if it has few errors; None if it is no JSON.
+    """Return a body as its model; as plain values if it has few errors; None if it is not JSON.
 
     Raises:
-        Refusal: 400; it has too many values or errors, or text that is not whole.
+        APIError: 400; it has too many values or errors, or a lone surrogate.
     """
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
-        return None  # whoever needs the body says so
+        return None  # a route that needs the body refuses it
     if _more_values_than(value, VALUES):
         raise APIError(400, f"body: holds more than {VALUES} values", code="invalid")
-    # Here, because nothing can be looked through any more once it is a model.
+    # Checked here, because a validated model can no longer be searched.
     if may_hold_surrogates(body):
         refuse_lone_surrogates(value)
     try:

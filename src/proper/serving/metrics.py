@@ -1,6 +1,6 @@
-"""What Prometheus reads: the engine's figures and the fits' when it asks, and latencies as they happen.
+"""Prometheus metrics: engine and fit queue figures, read on each scrape, and request latencies, recorded as they occur.
 
-No label carries a user or a key. Knows nothing about HTTP.
+No label carries a user or a key.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 
 
 class Metrics:
-    """One server's figures."""
+    """The metrics of one server."""
 
     def __init__(self, engine: Engine, fits: FitQueue | None = None, worker: FitProcess | None = None) -> None:
         self.registry = CollectorRegistry()
@@ -34,11 +34,11 @@ class Metrics:
         self._ends = Counter("proper_requests", "Ended requests.", ["tier", "reason"], registry=self.registry)
 
     def text(self) -> bytes:
-        """Return all figures in Prometheus's format."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
     def timed(self, sink: Sink) -> Sink:
-        """Return a sink that also measures what passes through it."""
+        """Return a sink that passes events on and records their latencies."""
         begun, tier, first = time.monotonic(), "none", True
 
         def measure(event: Event) -> None:

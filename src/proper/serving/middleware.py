@@ -1,7 +1,6 @@
-"""Around every request: a limit for bodies, one line of log and one count per reply.
+"""ASGI middleware for every request: body size limit, access log line, reply counter.
 
-The line names the route's pattern, not the path: user ids stay out of logs unless asked for. Knows nothing about what
-the routes do.
+The log line names the route's pattern, not the path: user ids stay out of logs unless `log_users` is set.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from proper.serving.metrics import Metrics
 
 
 class RequestMiddleware:
-    """Wraps an ASGI application.
+    """ASGI middleware that limits bodies, logs requests and counts replies.
 
     Args:
-        app: what is wrapped.
-        body_bytes: the largest body.
+        app: the wrapped application.
+        body_bytes: size of the largest body.
         metrics: where replies are counted.
-        log: takes a line.
-        log_users: whether lines may hold paths, and so user ids.
+        log: called with each log line.
+        log_users: whether log lines may contain paths, and so user ids.
     """
 
     def __init__(
@@ -49,12 +48,12 @@ class RequestMiddleware:
         try:
             await self._limited(scope, receive, noting)
         except Exception:
-            status = 500  # the application around this one answers so
+            status = 500  # the outer application replies with 500
             raise
         finally:
             route = getattr(scope.get("route"), "path", "-")
             self.metrics.replies.labels(route, str(status)).inc()
-            # As it was sent: percent-encoded, so that no user id can look like a line or a field of the log.
+            # The path stays percent-encoded, so that no user id can look like a line or a field of the log.
             shown = scope["raw_path"].decode("ascii", "backslashreplace") if self.log_users else route
             self.log(f"{scope['method']} {shown} {status} {1000 * (time.monotonic() - begun):.0f} ms")
 
@@ -67,7 +66,7 @@ class RequestMiddleware:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self.body_bytes:
-                raise HTTPException(413, _too_large(self.body_bytes).message)  # FastAPI makes any other a 400
+                raise HTTPException(413, _too_large(self.body_bytes).message)  # FastAPI makes others a 400
             return message
 
         if announced.isdigit() and int(announced) > self.body_bytes:
@@ -81,5 +80,5 @@ def _too_large(limit: int) -> APIError:
 
 
 def reply(refusal: APIError) -> JSONResponse:
-    """Return a refusal as a response."""
+    """Return an error as a response."""
     return JSONResponse(refusal.body(), refusal.status, headers=refusal.headers)

@@ -1,10 +1,10 @@
-"""`/`: the playground, a page for people made of the files in `page/`. Knows nothing about models or users.
+"""Route `/`: the playground, a static web page from the files in `page/`.
 
-It asks the API as any other client does and holds no data, so it needs no key; the policy sent with it lets a browser
-load and ask nothing but this server.
+The page calls the API as any other client does and holds no data, so it needs no key. Its Content-Security-Policy lets
+a browser load from and send to this server only.
 """
 
-# No postponed annotations here: FastAPI could not look up those that are made inside a function.
+# No `from __future__ import annotations`: FastAPI could not resolve the types that are defined inside a function.
 
 from importlib.resources import files
 from pathlib import PurePath
@@ -31,14 +31,14 @@ HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    # After an update of the package, nobody keeps half of the old page.
+    # After an update of the package, no browser mixes old and new files of the page.
     "Cache-Control": "no-cache",
 }
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 
 def page_routes() -> APIRouter:
-    """Return the routes of the page; its files are read once."""
+    """Return the routes of the page; its files are read once, here."""
     router = APIRouter(include_in_schema=False)
     folder = files("proper.serving") / "page"
     parts = {part.name: part.read_bytes() for part in folder.iterdir() if PurePath(part.name).suffix in KINDS}

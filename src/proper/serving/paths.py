@@ -1,7 +1,7 @@
-"""User ids in URLs: one percent-encoded segment each, whatever characters they have.
+"""User ids in URL paths: one percent-encoded segment each, whatever characters the id has.
 
-Frameworks decode a path before they match it, so that the user "a/versions" could not be told from the versions of the
-user "a". Here the path is matched as it was sent. Knows nothing about who the users are.
+Frameworks decode a path before they match it, so that the user "a/versions" could not be distinguished from the
+versions of the user "a". Here the undecoded path is matched.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from proper.serving.large_bodies import CheckedRoute
 
 
 class RawRoute(CheckedRoute):
-    """A route that is matched against the path as it was sent."""
+    """A route that is matched against the undecoded path."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """Say whether a request is for this route."""
+        """Return whether a request matches this route, and its scope."""
         raw = scope.get("raw_path")
         return super().matches(scope if raw is None else {**scope, "path": raw.decode("ascii")})
 
@@ -30,7 +30,7 @@ def user_in_path(user: Annotated[str, Path(description="The user's id, percent-e
     """Return the user id that a path names.
 
     Raises:
-        Refusal: 400; its bytes are no UTF-8.
+        APIError: 400; its bytes are not UTF-8.
     """
     try:
         return unquote_to_bytes(user).decode()

@@ -1,4 +1,4 @@
-"""How much one key, and all together, may ask for. Knows nothing about HTTP or models."""
+"""Rate limits: open prompts in all and by key, and a token bucket of requests per minute by key."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _BUCKETS = 10_000
 
 @dataclass(frozen=True)
 class ServeLimits:
-    """What is refused.
+    """Limits on requests.
 
     Attributes:
-        body_bytes: of one request's body.
-        open_requests: prompts that run or wait, of everybody.
-        open_per_key: of one key.
-        per_minute: requests of one key on any route, refused ones too, and of one address without a valid key; None for
-            any number. As many may come at once.
-        stalled_seconds: how long a client may leave a piece of a stream unread before its place is another's.
+        body_bytes: size of the largest request body.
+        open_requests: most prompts that run or wait, over all keys.
+        open_per_key: most prompts that run or wait, and most open requests of any kind, of one key.
+        per_minute: requests per minute of one key on any route, refused ones included, and of one address without a
+            valid key; also the burst size. None for no limit.
+        stalled_seconds: how long a client may leave a piece of a stream unread before its request is cancelled.
     """
 
     body_bytes: int = 1 << 20
@@ -34,7 +34,7 @@ class ServeLimits:
 
 
 class RateLimiter:
-    """Counts who is in and how fast they come. For one thread."""
+    """Counts open prompts, open requests and the request rate by key. Not thread-safe."""
 
     def __init__(self, limits: ServeLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
@@ -45,10 +45,10 @@ class RateLimiter:
 
     @contextmanager
     def enter(self, key: str, prompts: int) -> Iterator[None]:
-        """Hold `prompts` places inside the block.
+        """Count `prompts` prompts of a key as open inside the block.
 
         Raises:
-            Refusal: 429; too many are open.
+            APIError: 429; too many prompts are open.
         """
         if self._open.total() + prompts > self.limits.open_requests:
             raise _too_many("the server is full", 1.0)
@@ -62,10 +62,10 @@ class RateLimiter:
 
     @contextmanager
     def visit(self, key: str) -> Iterator[None]:
-        """Count one request of any kind for the rate, and as open inside the block.
+        """Count one request towards the rate of a key, and as open inside the block.
 
         Raises:
-            Refusal: 429; too many came within a minute, or are open.
+            APIError: 429; too many requests came within a minute, or are open.
         """
         self.count(key)
         if self._visits[key] >= self.limits.open_per_key:
@@ -79,10 +79,10 @@ class RateLimiter:
                 del self._visits[key]
 
     def count(self, key: str) -> None:
-        """Count one request for the rate.
+        """Count one request towards the rate of a key.
 
         Raises:
-            Refusal: 429; too many came within a minute.
+            APIError: 429; too many requests came within a minute.
         """
         if self.limits.per_minute is None:
             return
@@ -92,7 +92,7 @@ class RateLimiter:
         if left < 1:
             raise _too_many(f"this key may ask {self.limits.per_minute} times a minute", (1 - left) * 60 / size)
         self._buckets[key] = (left - 1, now)
-        if len(self._buckets) > _BUCKETS:  # those that are full again say nothing
+        if len(self._buckets) > _BUCKETS:  # drop buckets that are full again
             self._buckets = {name: pair for name, pair in self._buckets.items() if now - pair[1] < 60}
 
 

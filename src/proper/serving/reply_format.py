@@ -1,4 +1,4 @@
-"""One reply as it grows from pieces, in OpenAI's shapes. Knows nothing about HTTP or how answers come about."""
+"""Builds chat and completion replies from answer pieces in OpenAI's formats, whole or as stream chunks."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ GATE_DIGITS = 4
 
 @dataclass
 class ReplyFormat:
-    """One reply as it grows, in the shape of its kind.
+    """One reply, built up piece by piece, in the format of its kind.
 
     Attributes:
-        decode: from a token's id to its text.
-        logprobs: whether log-probabilities were asked for.
-        gates, told: what pieces brought and no reply has said yet; `told` and `offsets` by answer.
-        offsets: characters of each answer's tokens that were told.
+        decode: function from a token id to its text.
+        logprobs: whether log-probabilities were requested.
+        gates: expert gates received and not yet sent.
+        told: by answer, tokens with log-probabilities received and not yet sent.
+        offsets: by answer, number of characters of the tokens sent so far.
     """
 
     kind: Kind
@@ -58,7 +59,7 @@ class ReplyFormat:
     offsets: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
 
     def note(self, piece: AnswerPiece) -> None:
-        """Count a piece, and keep who answers, its gates and log-probabilities until they are said."""
+        """Add a piece: count its tokens, and keep its tier, gates and log-probabilities until they are sent."""
         self.tokens += piece.tokens
         self.gates += [[round(gate, GATE_DIGITS) for gate in token] for token in piece.gates]
         self.told[piece.index] += piece.told
@@ -68,7 +69,7 @@ class ReplyFormat:
             self.extras = Extras(tier=started.tier, **{name: one for name, one in known.items() if one is not None})
 
     def reply(self, choices: Any, streamed: bool, **usage: Usage | None) -> Reply:
-        """Return the reply around some choices."""
+        """Return a reply, or a stream chunk, with these choices."""
         extras = self.extras
         if extras is not None and self.gates:
             extras, self.gates = extras.model_copy(update={"gates": self.gates}), []
@@ -81,7 +82,7 @@ class ReplyFormat:
         )
 
     def chunk(self, piece: AnswerPiece, usage: bool) -> Reply:
-        """Return one piece of a stream; its `usage` is null if the last one will have it."""
+        """Return one stream chunk; its `usage` is null if the last chunk will carry the usage."""
         choice: ChatPiece | TextChoice
         if self.kind == "chat":
             first: dict[str, Any] = {"role": "assistant"} if piece.started is not None else {}
@@ -94,12 +95,12 @@ class ReplyFormat:
         return self.reply([choice], True, **({"usage": None} if usage else {}))
 
     def totals(self) -> Usage:
-        """Return the tokens so far."""
+        """Return the token counts so far."""
         total = self.prompt_tokens + self.tokens
         return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.tokens, total_tokens=total)
 
     def whole(self, texts: list[str], ends: list[End]) -> Reply:
-        """Return the whole reply."""
+        """Return the whole reply, not streamed."""
         if self.kind == "text":
             choices = [
                 TextChoice(index=at, text=text, logprobs=self._text_logprobs(at), finish_reason=ends[at])
@@ -143,7 +144,7 @@ class ReplyFormat:
 
 
 async def collect(shape: ReplyFormat, pieces: AsyncGenerator[AnswerPiece, None], count: int) -> Reply:
-    """Return the whole reply."""
+    """Read all pieces and return the whole reply."""
     texts = [""] * count
     ends: list[End] = ["stop"] * count
     async with aclosing(pieces) as stream:

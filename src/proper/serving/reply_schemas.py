@@ -1,7 +1,7 @@
-"""What chat and completions reply with: OpenAI's shapes, whole and streamed, and who answered.
+"""Pydantic schemas of chat and completion replies: OpenAI's formats, whole and streamed, plus the field `proper`.
 
-A key that OpenAI's schema requires is there even where it is null: fields without a default are always sent, others
-only where they are set (`dump`). Knows nothing about how answers come about.
+A key that OpenAI's schema requires is present even if it is null: fields without a default are always sent, others
+only if they are set (`dump`).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ End = Literal["stop", "length"]
 
 
 class Extras(BaseModel):
-    """Who answered: in every reply and every piece of a stream.
+    """Which tier answered; in every reply and every chunk of a stream.
 
     Attributes:
-        tier: "users" (the user's own adapter), "groups" (the user's embedding), "none" (nobody's), "population" (no
-            experts); "base" of a run that has come no further.
-        version: the user's version that answered; absent for nobody's.
-        fallback: why a lower tier than the user's own answered; absent if it did not.
-        gates: for each token of the reply, or of this piece of a stream, the gate of each of the E experts at the place
-            where the token was drawn, the mean over modules: E numbers that sum to 1. Absent unless asked for, and
+        tier: "users" (the user's own adapter), "groups" (the user's embedding), "none" (the mean user embedding),
+            "population" (no experts); "base" for a run without a trained stage.
+        version: the version of the user that answered; absent for the tier "none".
+        fallback: why a lower tier than the user's own answered; absent if the user's own tier answered.
+        gates: for each token of the reply, or of this chunk of a stream, the gates of the E experts at the position
+            where the token was sampled, averaged over modules: E numbers that sum to 1. Absent unless requested, and
             where no experts answer.
     """
 
@@ -33,7 +33,7 @@ class Extras(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens of a request."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -41,7 +41,7 @@ class Usage(BaseModel):
 
 
 class LikelyToken(BaseModel):
-    """A token and its log-probability (nats); `bytes` is null where the token is not whole characters."""
+    """A token and its log-probability (nats); `bytes` is null if the token is not whole characters."""
 
     token: str
     logprob: float
@@ -49,7 +49,7 @@ class LikelyToken(BaseModel):
 
 
 class ToldToken(LikelyToken):
-    """A token of an answer, with the likeliest tokens at its place."""
+    """A token of an answer, with the likeliest tokens at its position."""
 
     top_logprobs: list[LikelyToken]
 
@@ -62,7 +62,7 @@ class ChatLogprobs(BaseModel):
 
 
 class TextLogprobs(BaseModel):
-    """The log-probabilities of a completion's tokens; `text_offset` counts characters of the tokens before each."""
+    """The log-probabilities of a completion's tokens; `text_offset` counts the characters before each token."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -71,7 +71,7 @@ class TextLogprobs(BaseModel):
 
 
 class ChatAnswer(BaseModel):
-    """A message that answers."""
+    """The assistant's message."""
 
     role: Literal["assistant"]
     content: str
@@ -79,14 +79,14 @@ class ChatAnswer(BaseModel):
 
 
 class ChatDelta(BaseModel):
-    """A piece of a message; the first says whose."""
+    """A piece of the assistant's message; only the first has `role`."""
 
     role: Literal["assistant"] | None = None
     content: str
 
 
 class ChatChoice(BaseModel):
-    """The answer of a chat."""
+    """The answer to a chat request."""
 
     index: int
     message: ChatAnswer
@@ -95,7 +95,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatPiece(BaseModel):
-    """A piece of the answer of a chat."""
+    """A chunk of the answer to a chat request."""
 
     index: int
     delta: ChatDelta
@@ -104,7 +104,7 @@ class ChatPiece(BaseModel):
 
 
 class TextChoice(BaseModel):
-    """One answer of a completion, or a piece of it."""
+    """One answer to a completion request, or a chunk of it."""
 
     index: int
     text: str
@@ -113,11 +113,11 @@ class TextChoice(BaseModel):
 
 
 class Reply(BaseModel):
-    """What chat and completions reply with, streamed or not.
+    """The reply to a chat or completion request, or a chunk of a stream.
 
     Attributes:
-        usage: of a whole reply, and of the last piece of a stream that was asked to include it; null in the other
-            pieces of such a stream.
+        usage: token counts, in a whole reply and in the last chunk of a stream with `include_usage`; null in the other
+            chunks of such a stream.
     """
 
     id: str
@@ -130,5 +130,5 @@ class Reply(BaseModel):
 
 
 def dump(reply: Reply) -> dict[str, Any]:
-    """Return the reply's JSON: what was set, null or not."""
+    """Return the reply's JSON: the fields that were set, null or not."""
     return reply.model_dump(exclude_unset=True)

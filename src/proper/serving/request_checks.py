@@ -1,8 +1,8 @@
-"""Before any route: HEAD is answered as GET, and what a page of another origin may have made a browser send is refused.
+"""ASGI middleware that refuses cross-site request forgery (CSRF) and answers HEAD like GET.
 
-A browser sends some requests for any page that it shows ("simple" ones) and says which page asked: `Sec-Fetch-Site`,
-or `Origin` where that is missing. A request that writes is refused if the page is another's, and if it could be simple:
-so an old browser that says nothing cannot send it either. Knows nothing about keys or what routes do.
+A browser sends "simple" requests for any page that it shows, and names the origin of the page in `Sec-Fetch-Site`, or
+in `Origin` where that is missing. A request that writes is refused if its page has another origin, and if it is simple:
+an old browser that sends neither header cannot forge it either.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _READS = ("GET", "HEAD", "OPTIONS")
 
 
 class RequestChecks:
-    """Wraps an ASGI application."""
+    """ASGI middleware that refuses forged requests and answers HEAD."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -38,12 +38,12 @@ class RequestChecks:
             await self.app(scope, receive, send)
 
     async def _head(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer as GET does, without the body."""
+        """Answer HEAD with the headers of GET and no body."""
 
         async def bodiless(message: Message) -> None:
             await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
-        # A copy: the server knows by its own that this is HEAD, and that Content-Length may be what it is.
+        # A copy: uvicorn reads HEAD from its own scope and so accepts a Content-Length without a body.
         asked = {**scope, "method": "GET"}
         try:
             await self.app(asked, receive, bodiless)
@@ -53,11 +53,11 @@ class RequestChecks:
 
 
 def forged(method: str, headers: Mapping[str, str]) -> APIError | None:
-    """Return why a request that writes is refused: a page of another origin may have sent it. None if it cannot be."""
+    """Return the error for a request that writes and may come from a page of another origin; None if it cannot."""
     if method in _READS:
         return None
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
-    # A browser sets the first itself, so it also holds behind a proxy that gives the server another name.
+    # The browser sets Sec-Fetch-Site itself, so it is right even behind a proxy that renames the server.
     foreign = site not in ("same-origin", "none") if site is not None else origin not in (None, *_own(headers))
     if foreign:
         return APIError(403, "a page of another origin may not ask for this", code="origin")
@@ -67,7 +67,7 @@ def forged(method: str, headers: Mapping[str, str]) -> APIError | None:
 
 
 def _own(headers: Mapping[str, str]) -> list[str]:
-    """Return the origins of the server's own pages, by the name that the request gives it."""
+    """Return the origins of the server's own pages, under the name in the request's Host header."""
     host = headers.get("host", "").lower()
     return [f"http://{host}", f"https://{host}"]
 
@@ -78,5 +78,5 @@ def _json(kind: str) -> bool:
 
 
 def _not_simple(headers: Mapping[str, str]) -> bool:
-    """Whether a browser would have asked the server first (a CORS preflight), which never allows anything."""
+    """Return whether a browser would have sent a CORS preflight first, which this server never grants."""
     return "authorization" in headers or "x-requested-with" in headers

@@ -1,8 +1,7 @@
-"""What is asked over the wire: OpenAI's chat and completions as far as they are served, and the project's own fields.
+"""Pydantic schemas of chat and completion requests: the supported part of OpenAI's API, plus the field `proper`.
 
-An option that would be ignored is refused unless it has a value that changes nothing: null for every known option, and
-the neutral values that `Only` lists. Hints that cannot change an answer pass. Knows nothing about how requests are
-answered.
+An unsupported option is refused, not ignored, unless its value changes nothing: null for every known option, and the
+neutral values listed by `Only`. Hints that cannot change an answer are accepted.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ Ids = Annotated[list[StrictInt], Field(min_length=1)]
 
 
 class RequestSchema(BaseModel):
-    """What a client sends: an unknown field is refused."""
+    """Base of all request bodies; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
 class Only:
-    """Marks an option that is known and not served: null and `values` change nothing and pass, others are refused."""
+    """Marks an option that is known but not supported: null and `values` are accepted, other values are refused."""
 
     values: tuple[Any, ...] = ()
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
-        """Return the validator; what passes becomes None."""
+        """Return the validator; an accepted value becomes None."""
         return core_schema.no_info_plain_validator_function(self._check)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: Any) -> dict[str, Any]:
@@ -48,12 +47,12 @@ Unserved = Annotated[None, Only()]
 
 
 class ProperOptions(RequestSchema):
-    """The project's own options, in one field.
+    """Options that OpenAI's API does not have.
 
     Attributes:
-        tenant: whose user; only the key's own tenant is allowed.
-        tier: the highest tier that may answer; "groups" leaves the user's own adapter out, "population" also experts.
-        gates: whether the reply tells, token by token, which experts it came from; of one prompt only.
+        tenant: the tenant of the user; only the key's own tenant is allowed.
+        tier: the highest tier that may answer; "groups" leaves out the user's adapter, "population" also the experts.
+        gates: whether the reply has the expert gates of each token; for one prompt only.
     """
 
     tenant: Annotated[str, Field(max_length=512)] | None = None
@@ -62,18 +61,18 @@ class ProperOptions(RequestSchema):
 
 
 class StreamOptions(RequestSchema):
-    """What a stream carries beside the text."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
     include_obfuscation: Annotated[None, Only((False,))] = None
 
 
 class Options(RequestSchema):
-    """What chat and completions have in common.
+    """Options that chat and completion requests share.
 
     Attributes:
-        user: whose model answers. Where it is absent, `safety_identifier` or `metadata.user_id` is taken, as clients
-            that no longer send `user` name the user there. Two different users are refused.
+        user: the user whose personal model answers. If absent, `safety_identifier` or `metadata.user_id` is used, where
+            clients that no longer send `user` put the user. Two different users are refused.
         metadata, prompt_cache_key, prompt_cache_retention: hints that cannot change an answer.
     """
 
@@ -121,7 +120,7 @@ def _named(value: str | dict[str, str | None] | None) -> str | None:
 
 
 class TextPart(RequestSchema):
-    """A piece of a message; `cache_control` is a hint that cannot change an answer."""
+    """A text part of a message; `cache_control` is a hint that cannot change an answer."""
 
     type: Literal["text"]
     text: str
@@ -129,7 +128,7 @@ class TextPart(RequestSchema):
 
 
 class Message(RequestSchema):
-    """One turn of a chat; an assistant's message may come back as a client dumps it, with its null and empty fields."""
+    """One message of a chat; an assistant's message is accepted as clients send it back, with null and empty fields."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str | list[TextPart] | None, Field(validate_default=True)] = None
@@ -140,7 +139,7 @@ class Message(RequestSchema):
     function_call: Unserved = None
     tool_calls: Annotated[None, Only(([],))] = None
     tool_call_id: Unserved = None
-    # LiteLLM's and LangChain's messages have these.
+    # Messages of LiteLLM and LangChain have these fields.
     reasoning_content: Annotated[None, Only(("",))] = None
     thinking_blocks: Annotated[None, Only(([],))] = None
     images: Annotated[None, Only(([],))] = None
@@ -162,7 +161,7 @@ class Message(RequestSchema):
 
 
 class ChatRequest(Options):
-    """The body of /v1/chat/completions."""
+    """The request body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
     max_completion_tokens: Length | None = None
@@ -190,12 +189,12 @@ class ChatRequest(Options):
 
     @property
     def alternatives(self) -> int | None:
-        """How many likely tokens are told beside each of the answer; None where no logprobs are wanted."""
+        """Number of likeliest tokens reported at each token of the answer; None if no logprobs are requested."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionRequest(Options):
-    """The body of /v1/completions; a prompt is text, or the ids of its tokens."""
+    """The request body of /v1/completions; a prompt is text or a list of token ids."""
 
     prompt: (
         str | Annotated[list[str], Field(min_length=1, max_length=64)] | Ids | Annotated[list[Ids], Field(min_length=1)]
@@ -214,7 +213,7 @@ class CompletionRequest(Options):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, one or several."""
+        """The prompts as a list, also if there is only one."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -223,5 +222,5 @@ class CompletionRequest(Options):
 
     @property
     def alternatives(self) -> int | None:
-        """How many likely tokens are told beside each of the answer; None where no logprobs are wanted."""
+        """Number of likeliest tokens reported at each token of the answer; None if no logprobs are requested."""
         return None if self.logprobs is None or self.logprobs is False else int(self.logprobs)

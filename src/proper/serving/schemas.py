@@ -1,7 +1,4 @@
-"""What goes over the wire about the run, its users and their interactions: the project's own routes.
-
-Knows nothing about how requests are answered.
-"""
+"""Pydantic schemas of all routes but chat and completions: models, users, interactions, deletions, health."""
 
 from __future__ import annotations
 
@@ -13,12 +10,12 @@ from proper.serving.request_schemas import Name, RequestSchema
 
 
 class RunCard(BaseModel):
-    """What a run answers with.
+    """Description of the run that is served.
 
     Attributes:
-        stage: how far it has come: "base", "population", "groups" or "users".
-        experts: E; 0 before the groups.
-        literals, columns: how prompts were written in training: `literals[0] {columns[0]} literals[1] ...`.
+        stage: the last trained stage: "base", "population", "groups" or "users".
+        experts: number of experts, E; 0 before the stage "groups".
+        literals, columns: the prompt template of training: `literals[0] {columns[0]} literals[1] ...`.
     """
 
     stage: str
@@ -28,7 +25,7 @@ class RunCard(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model that can be asked."""
+    """A model that is served."""
 
     id: str
     object: Literal["model"] = "model"
@@ -38,17 +35,17 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The models that can be asked."""
+    """The models that are served."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class NewInteraction(RequestSchema):
-    """An interaction to learn from, in final texts: what was asked as a prompt has it, and the answer to give.
+    """An interaction to train on: `input` is the final prompt text, `output` the target answer.
 
     Attributes:
-        id: names it among the user's interactions; without one, equal content is the same interaction.
+        id: unique among the user's interactions; without ids, interactions with equal content are the same one.
         timestamp: ISO 8601, or seconds since 1970.
     """
 
@@ -62,7 +59,7 @@ Lesson = Annotated[list[NewInteraction], Field(max_length=10_000)]
 
 
 class Enrolment(RequestSchema):
-    """Who is new, and what is known of them."""
+    """A new user and their interactions."""
 
     user: Name
     interactions: Lesson
@@ -70,13 +67,13 @@ class Enrolment(RequestSchema):
 
 
 class InteractionBatch(RequestSchema):
-    """Further interactions of a user."""
+    """Further interactions of an enrolled user."""
 
     interactions: Lesson
 
 
 class FitState(BaseModel):
-    """How far a user's latest fit is; `version` is what it made, `progress` goes from 0 to 1."""
+    """State of a user's latest fit; `progress` goes from 0 to 1, `version` is the version that the fit made."""
 
     state: Literal["idle", "queued", "fitting", "done", "failed"]
     progress: float
@@ -86,7 +83,7 @@ class FitState(BaseModel):
 
 
 class AppendReply(BaseModel):
-    """What became of the interactions that were handed in: on the disk, and queued for a fit."""
+    """Result of adding interactions: the accepted ones are on the disk and queued for a fit."""
 
     id: str
     tier: str
@@ -97,7 +94,7 @@ class AppendReply(BaseModel):
 
 
 class UserCard(BaseModel):
-    """A user; of the tier "none" until the first fit."""
+    """A user; the tier is "none" until the first fit."""
 
     id: str
     object: Literal["user"] = "user"
@@ -106,14 +103,14 @@ class UserCard(BaseModel):
 
 
 class UserStatus(UserCard):
-    """A user, with how many interactions were logged for them and how far their fit is."""
+    """A user, with the number of their logged interactions and the state of their latest fit."""
 
     interactions: int
     fit: FitState
 
 
 class UserList(BaseModel):
-    """A page of users, ordered by id; `next` asks for the page after it."""
+    """A page of users, ordered by id; pass `next` as `after` for the next page."""
 
     object: Literal["list"] = "list"
     data: list[UserCard]
@@ -138,13 +135,13 @@ class VersionList(BaseModel):
 
 
 class Rollback(RequestSchema):
-    """Which version to go back to; the one before the current one if None."""
+    """The version to roll back to; null for the one before the current version."""
 
     to: Annotated[int, Field(ge=1, lt=2**63)] | None = None
 
 
 class DeleteReply(BaseModel):
-    """Who was deleted: no byte of them is left in the run's files, but for what all users share."""
+    """A completed deletion: the run's files have no data of the user left, except for what all users share."""
 
     id: str
     object: Literal["user.deleted"] = "user.deleted"
@@ -152,7 +149,7 @@ class DeleteReply(BaseModel):
 
 
 class DeletionStatus(BaseModel):
-    """A deletion that goes on: `running` while bytes of the user are left, then `done`. `id` names it, not the user."""
+    """State of a deletion: `running` while data of the user is left, then `done`; `id` names the deletion."""
 
     id: str
     object: Literal["user.deletion"] = "user.deletion"
@@ -160,7 +157,7 @@ class DeletionStatus(BaseModel):
 
 
 class Health(BaseModel):
-    """How the server is, and the worker that fits people; "off" where it was started without one."""
+    """State of the server and of its fit worker; `worker` is "off" if the server runs without one."""
 
     status: Literal["ok", "ready"]
     worker: Literal["off", "alive", "down"]

@@ -1,6 +1,6 @@
-"""The process: where it listens, and how SIGTERM ends it: no new requests, the running ones to their end.
+"""uvicorn server process: listening socket, and graceful shutdown on SIGTERM (drain running requests, accept no new).
 
-An engine that cannot go on ends it the same way, with an exit code that has its supervisor start it again.
+An engine failure shuts the server down in the same way, with an exit code that makes its supervisor restart it.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from proper.serving.connections import ACCEPTED_AT_ONCE, ConnectionLimits, proto
 from proper.serving.keys import Keys
 
 QUEUED = 2048
-"""Connections that wait for the event loop."""
+"""Listen backlog: connections that the kernel queues for the event loop."""
 
 
 def require_keys(host: str, keys: Keys, how: str) -> None:
-    """Refuse to listen to other machines without keys.
+    """Refuse to listen beyond loopback without keys.
 
     Raises:
-        InputError: it would; `how` says what to do.
+        InputError: `host` is not loopback and there are no keys; `how` is the advice in the message.
     """
     if not is_loopback(host) and not len(keys):
         raise InputError(f"--host {host}: other machines may ask only with keys; {how}")
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that returns after a signal: the process itself decides how to end."""
+    """A uvicorn server that returns after a signal instead of raising it again: the caller decides how to exit."""
 
     def end(self) -> None:
-        """Take no new requests, and return when the running ones have their replies; for any thread."""
+        """Accept no new requests and make `run` return when the running ones have their replies; thread-safe."""
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen; who comes while the event loop is busy waits in the kernel."""
+        """Listen with a backlog of `QUEUED`, so that connections wait in the kernel while the event loop is busy."""
         await super().startup(sockets)
         for bound in sockets or []:
             bound.listen(QUEUED)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM as the wish to drain, and give them back afterwards."""
-        if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        """Handle SIGINT and SIGTERM by draining, and restore the previous handlers afterwards."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
             yield
             return
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -66,7 +66,7 @@ def free_port(host: str, port: int) -> socket.socket:
     """Return a bound socket, so that an address in use is known before a model is loaded.
 
     Raises:
-        InputError: the address cannot be had.
+        InputError: the address cannot be bound.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -81,10 +81,10 @@ def free_port(host: str, port: int) -> socket.socket:
 
 
 def require_no_failure(runner: EngineThread) -> None:
-    """See that a runner was stopped and did not break.
+    """Check that an engine thread was stopped and did not fail.
 
     Raises:
-        ProperError: the engine could not go on.
+        ProperError: the engine failed.
     """
     error = runner.error
     if error is not None:
@@ -101,7 +101,7 @@ def make_server(app: FastAPI, drain_seconds: int, connections: ConnectionLimits 
             app,
             http=made,
             ws="none",
-            # The event loop accepts as many in one go; `startup` gives the kernel a longer queue.
+            # The event loop accepts this many at once; `startup` sets a longer backlog for the kernel.
             backlog=ACCEPTED_AT_ONCE,
             log_level="warning",
             access_log=False,

@@ -1,7 +1,4 @@
-"""From whoever asks to what they may reach: their tenant's part of the store and of the log.
-
-Knows nothing about routes or adapters.
-"""
+"""Multi-tenancy: maps a principal to its tenant's part of the adapter store and of the interaction log."""
 
 from __future__ import annotations
 
@@ -22,36 +19,36 @@ from proper.serving.schemas import FitState, UserCard
 
 @dataclass(frozen=True)
 class Holdings:
-    """One tenant's users: those of the store, and those whom only the log knows yet."""
+    """One tenant's users: those in the store, and those that so far are only in the log."""
 
     store: AdapterStore
     log: InteractionLog
 
     @property
     def tenant(self) -> str:
-        """Whose they are."""
+        """The tenant's name."""
         return self.store.tenant
 
     def knows(self, user: str) -> bool:
-        """Whether there is such a user."""
+        """Return whether a user exists."""
         return self.store.head(user) is not None or self.log.knows(self.tenant, user)
 
     def require(self, user: str) -> None:
-        """See that there is such a user.
+        """Check that a user exists.
 
         Raises:
-            Refusal: 404; there is none.
+            APIError: 404; the user does not exist.
         """
         if not self.knows(user):
             raise APIError(404, f"there is no user {user!r}", code="user_not_found", param="user")
 
     def card(self, user: str) -> UserCard:
-        """Describe a user who is known."""
+        """Return tier and version of an existing user."""
         head = self.store.head(user)
         return UserCard(id=user, tier=head.tier if head else "none", version=head.version if head else None)
 
     def fit(self, user: str) -> FitState:
-        """Say how far a user's fit is."""
+        """Return the state of a user's latest fit."""
         state = FitState(**asdict(self.log.queue.fit(self.tenant, user)))
         if state.message is not None:
             state.message = without_folders(state.message, self.store.folder.parent)
@@ -61,16 +58,16 @@ class Holdings:
         """Yield users and tiers, ordered by id."""
         waiting = ((user, "none") for user in self.log.people(self.tenant, after))
         both = heapq.merge(self.store.users(after), waiting, key=lambda pair: pair[0].encode("utf-8", "surrogatepass"))
-        # The store's comes first of two equal ones.
+        # For a user in both, the store's entry comes first.
         return (next(pairs) for _, pairs in groupby(both, key=lambda pair: pair[0]))
 
 
 Reach = Callable[[Principal, str | None], Holdings]
-"""From who asks, and the tenant they name, to what they may reach."""
+"""Function from a principal and the tenant that the request names to that tenant's users."""
 
 
 def reach(engine: Engine, log: InteractionLog | None) -> Reach:
-    """Return what finds a tenant's users; it refuses with 403 another's, with 404 those of a run without any."""
+    """Return the look-up of a tenant's users; it raises 403 for another tenant and 404 for a run without users."""
 
     def holdings(who: Principal, tenant: str | None) -> Holdings:
         own = own_tenant(who, tenant)

@@ -1,7 +1,4 @@
-"""Work that would hold up the event loop, on a bounded number of threads of which one key gets at most half.
-
-Knows nothing about what the work is.
-"""
+"""Bounded thread pool for work that would block the event loop; one key gets at most half of the threads."""
 
 from __future__ import annotations
 
@@ -16,14 +13,14 @@ T = TypeVar("T")
 
 
 class LimitedThreads:
-    """Up to `count` threads at work; for one event loop at a time."""
+    """Runs work on at most `count` threads; for one event loop at a time."""
 
     def __init__(self, count: int) -> None:
         self._limiter, self._share = CapacityLimiter(count), max(1, count // 2)
         self._turns: dict[str, tuple[asyncio.Semaphore, int]] = {}
 
     async def run(self, key: str, work: Callable[[], T]) -> T:
-        """Return what `work` returns; it waits while as much work of the key, or of all, is being done."""
+        """Return what `work` returns; wait while the key's share, or all, of the threads are busy."""
         async with self._turn(key):
             return await to_thread.run_sync(work, limiter=self._limiter)
 

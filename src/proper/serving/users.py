@@ -1,7 +1,7 @@
-"""/v1/users: who there is, in which versions; deleting and going back. Knows nothing about adapters or fits."""
+"""Routes below /v1/users and /v1/deletions: list users and versions, roll back, delete."""
 
-# No postponed annotations here: FastAPI could not look up those that are made inside a function.
-# The routes are no coroutines: FastAPI runs them on threads, where they may wait for files and locks.
+# No `from __future__ import annotations`: FastAPI could not resolve the types that are defined inside a function.
+# The routes are not coroutines: FastAPI runs them on threads, where they may wait for files and locks.
 
 from itertools import islice
 from typing import Annotated
@@ -36,7 +36,7 @@ PATIENCE = 2.0
 
 
 def people_routes(engine: Engine, log: InteractionLog | None, gate: Authenticator) -> APIRouter:
-    """Return the routes over the users of an engine's run, and their interactions where there is a log."""
+    """Return the routes for the users of an engine's run, and for their interactions if there is a log."""
     router = APIRouter(prefix="/v1/users", tags=["users"], route_class=RawRoute)
     holdings = reach(engine, log)
     _listing(router, holdings, gate)
@@ -56,7 +56,7 @@ def _listing(router: APIRouter, holdings: Reach, gate: Authenticator) -> None:
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         tenant: Tenant = None,
     ) -> UserList:
-        """List users by id, a page at a time."""
+        """List users ordered by id, one page at a time."""
         held = holdings(who, tenant)
         found = list(islice(held.users(after), limit + 1))
         cards = [UserCard(id=user, tier=tier) for user, tier in found[:limit]]
@@ -79,7 +79,7 @@ def _versions(router: APIRouter, holdings: Reach, gate: Authenticator) -> None:
 
     @router.post("/{user}/rollback")
     def rollback(user: User, who: Writing, body: Rollback | None = None, tenant: Tenant = None) -> UserCard:
-        """Make an older version current again; requests that run finish on the version they began with."""
+        """Make an older version current again; running requests finish on the version that they started with."""
         held = holdings(who, tenant)
         held.require(user)
         try:
@@ -95,7 +95,7 @@ def _persons(router: APIRouter, engine: Engine, holdings: Reach, gate: Authentic
 
     @router.get("/{user}")
     def read(user: User, who: Writing, tenant: Tenant = None) -> UserStatus:
-        """Describe a user: tier, version, how many interactions were logged, how far their fit is."""
+        """Return a user's tier, version, number of logged interactions and state of the latest fit."""
         held = holdings(who, tenant)
         held.require(user)
         count = held.log.count(held.tenant, user)
@@ -103,10 +103,10 @@ def _persons(router: APIRouter, engine: Engine, holdings: Reach, gate: Authentic
 
     @router.delete("/{user}", responses={202: {"model": DeletionStatus, "description": "The deletion goes on."}})
     def delete(user: User, who: Ruling, response: Response, tenant: Tenant = None) -> DeleteReply | DeletionStatus:
-        """Delete all of a user; gone from the disk before a 200, and from memory when nothing runs on it.
+        """Delete all data of a user; with 200 it is gone from the disk, and from memory once no request uses it.
 
-        Where another process reads or writes the run's files just now, the reply is 202 and names the deletion, which
-        the server goes on with; GET /v1/deletions/ID says when it is done.
+        If another process is reading or writing the run's files, the reply is 202 with the id of the deletion, which
+        the server continues; GET /v1/deletions/ID returns its state.
         """
         held = holdings(who, tenant)
         if not held.log.deletions.of(held.tenant, user):
@@ -121,14 +121,14 @@ def _persons(router: APIRouter, engine: Engine, holdings: Reach, gate: Authentic
 
 
 def deletion_routes(engine: Engine, log: InteractionLog | None, gate: Authenticator) -> APIRouter:
-    """Return the route that says how far a deletion is."""
+    """Return the route for the state of a deletion."""
     router = APIRouter(prefix="/v1/deletions", tags=["users"])
     holdings = reach(engine, log)
     Ruling = Annotated[Principal, Depends(gate.needs("admin"))]
 
     @router.get("/{deletion}")
     def read(deletion: Annotated[str, Path(max_length=64)], who: Ruling, tenant: Tenant = None) -> DeletionStatus:
-        """Say whether bytes of the deleted user are left; known for a week after the end."""
+        """Return the state of a deletion; available for a week after it is done."""
         held = holdings(who, tenant)
         state = held.log.deletions.state(held.tenant, deletion)
         if state is None:

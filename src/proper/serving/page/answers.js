@@ -1,9 +1,9 @@
-// Three answers side by side as they stream, token by token, with the gates of each. Knows nothing about people.
+// Streams three answers side by side, token by token, with the expert gates of each token.
 
 import { stream } from "./api.js";
 import { make } from "./dom.js";
 
-// The columns, lowest tier first: what each is called, and what it stands for.
+// The columns, lowest tier first: name and explanation of each.
 const TIERS = [
   ["population", "Population", "One model, the same for everybody."],
   ["groups", "Group", "The experts of people like them, mixed by who they are."],
@@ -32,7 +32,7 @@ class Column {
     this.#empty("No answer yet.");
   }
 
-  // Asks for an answer and shows it as it comes; resolves when it is whole.
+  // Requests an answer and shows it as it streams; resolves when it is complete.
   async ask(prompt, user, model, signal) {
     this.reset();
     this.answer.classList.add("waiting");
@@ -50,7 +50,7 @@ class Column {
     }
   }
 
-  // Back to nothing, for the next answer.
+  // Clears the column for the next answer.
   reset(words) {
     Object.assign(this, { text: "", gates: [] });
     this.#listed(false);
@@ -61,7 +61,7 @@ class Column {
     if (words) this.#empty(words);
   }
 
-  // Shows what the answer was before, and whether that is different.
+  // Shows the previous answer, and whether the new one differs.
   compare(before) {
     this.past.replaceChildren(make("b", {}, "Before"), before || "(an empty answer)");
     this.past.hidden = false;
@@ -93,7 +93,7 @@ class Column {
 
   #token(text, gates) {
     if (!gates.length) {
-      // Where there are tokens, it is the end of the last one that was held back.
+      // A piece without gates is held-back text of the last token, if there is a token.
       (this.answer.querySelector(".token:last-child") ?? this.answer).append(text);
       return;
     }
@@ -116,7 +116,7 @@ class Column {
     }
   }
 
-  // The bars of one token, or of the whole answer.
+  // The gate bars of one token, or of the whole answer.
   #show(token, text, gates) {
     for (const other of this.answer.querySelectorAll(".token")) {
       other.classList.toggle("shown", other === token);

@@ -1,4 +1,4 @@
-// The server's API: a key where it wants one, errors in words, answers as they stream. Knows nothing about the page.
+// Client of the server's API: API key if required, error messages, streamed answers.
 
 const STORED = "proper-key";
 
@@ -16,7 +16,7 @@ export const key = {
   forget: () => sessionStorage.removeItem(STORED),
 };
 
-// Asks, and returns the reply if it is a good one; `body` is sent as JSON.
+// Sends a request and returns the reply if its status is OK; `body` is sent as JSON.
 async function ask(method, path, body, signal) {
   const headers = { Accept: "application/json" };
   if (body !== undefined) headers["Content-Type"] = "application/json";
@@ -50,10 +50,10 @@ const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 export const call = async (method, path, body) => (await ask(method, path, body)).json();
 
-// A person's address: the id is one segment, whatever is in it.
+// URL of a user: the id is one percent-encoded segment, whatever characters it has.
 export const address = (user, rest = "") => `v1/users/${encodeURIComponent(user)}${rest}`;
 
-// Calls `heard` with each piece of a streamed reply.
+// Calls `heard` with each chunk of a streamed reply.
 export async function stream(path, body, heard, signal) {
   const reply = await ask("POST", path, { ...body, stream: true }, signal);
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -1,4 +1,4 @@
-// Small words for making elements. Text is always set as text, never as markup.
+// Helpers that create elements. Text is always set as text, never as markup.
 
 export const $ = (id) => document.getElementById(id);
 
@@ -12,7 +12,7 @@ export function make(tag, attributes = {}, ...inside) {
   return element;
 }
 
-// Puts words into an element, or hides it where there are none.
+// Sets the text of an element, or hides the element if the text is empty.
 export function tell(element, words) {
   element.textContent = words ?? "";
   element.hidden = !words;

@@ -1,4 +1,4 @@
-// The page put together: who is chosen, what is asked, what is taught, who is deleted.
+// Entry point of the playground: user selection, prompt, enrolment and deletion.
 
 import { address, call, key } from "./api.js";
 import { makeColumns } from "./answers.js";
@@ -10,7 +10,7 @@ import { exampleFields, fitted, teach } from "./teach.js";
 const columns = makeColumns();
 $("columns").append(...columns.map((column) => column.element));
 
-// `who`: the person's id, "" for nobody; `card`: what the server knows of them, null for somebody new.
+// `who`: the user's id, "" for none; `card`: the server's record of the user, null for a new user.
 const state = { model: null, stage: null, who: "", card: null, busy: null, answered: null };
 let prompt = null;
 let examples = null;
@@ -26,7 +26,7 @@ function trouble(error) {
   } else tell($("trouble"), error.message);
 }
 
-// Runs one action at a time, its failure in words, its button off meanwhile.
+// Runs one action at a time; shows its error, and disables its button meanwhile.
 async function action(button, work) {
   if (state.busy) return;
   state.busy = button;
@@ -44,7 +44,7 @@ async function action(button, work) {
   }
 }
 
-// The list says only who there is; what is known of them comes after it.
+// The list of users has ids and tiers only; the details of a user are fetched afterwards.
 async function chosen(who, card) {
   Object.assign(state, { who, card });
   field.settled(who);
@@ -69,7 +69,7 @@ function described(who, { tier, version, interactions }) {
   return [`${who} has ${has}`, ...more.filter(Boolean)].join(", ") + ".";
 }
 
-// Asks all three; returns their answers.
+// Requests all three answers and returns them.
 async function ask() {
   const [sent, stop] = [prompt.text(), new AbortController()];
   $("stop").hidden = false;
@@ -91,7 +91,7 @@ async function ask() {
   return columns.map((column) => column.text);
 }
 
-// The prompt's first empty field is marked; returns whether there was one.
+// Marks the first empty field of the prompt; returns whether there was one.
 function unwritten() {
   const empty = prompt.empty();
   if (empty) missing(empty);
@@ -156,7 +156,7 @@ $("delete").addEventListener("click", async () => {
 $("sure-no").addEventListener("click", () => $("sure").close());
 $("sure-yes").addEventListener("click", () => {
   $("sure").close();
-  // Whoever the question named, and nobody else.
+  // Deletes the user that the dialog named, and no other.
   const who = $("sure-who").textContent;
   action($("delete"), async () => {
     await call("DELETE", address(who));
@@ -199,7 +199,7 @@ async function start() {
     const people = ["groups", "users"].includes(model.proper.stage);
     for (const name of ["person", "teach"]) $(name).hidden = !people;
     field = picker(chosen, trouble);
-    // Not before: what is typed or pressed while the page starts would be lost.
+    // Enabled only now: input during start-up would be lost.
     for (const name of ["who", "ask", "teach-go"]) $(name).disabled = false;
     if (!people) tell($("trouble"), "This run has no people yet: the same model answers in all three places.");
   } catch (error) {

@@ -1,11 +1,11 @@
-// Picking a person: a list that narrows as one types, and a new id where nobody has it. Knows nothing about answers.
+// User picker: a list filtered by the typed prefix; an id that does not exist yet enrols a new user.
 
 import { call } from "./api.js";
 import { $, make } from "./dom.js";
 
 const SHOWN = 50;
 
-// Ids that begin with `start`, in order. The store is asked for those after the last id before them.
+// Ids that begin with `start`, in order. The store is asked for the ids after the last possible id before them.
 async function found(start) {
   const query = new URLSearchParams({ limit: String(SHOWN) });
   if (start) query.set("after", before(start));
@@ -13,19 +13,19 @@ async function found(start) {
   return page.data.filter((card) => card.id.startsWith(start));
 }
 
-// An id that no id between it and `start` could be.
+// The last id before `start`, with no id between the two.
 function before(start) {
   const letters = [...start];
   const last = letters.pop().codePointAt(0) - 1;
-  // There are no characters between these two, nor below the first.
+  // There are no characters between these two, and none below the first.
   const code = last === 0xdfff ? 0xd7ff : Math.max(last, 1);
   return letters.join("") + String.fromCodePoint(code) + "\u{10ffff}";
 }
 
-// Whether somebody has this id.
+// Returns whether a user with this id exists.
 export const known = async (user) => (await found(user)).find((card) => card.id === user) ?? null;
 
-// Wires up the field; `chosen(id, card or null)` and `trouble(error)` are called back.
+// Connects the field; `chosen(id, card or null)` and `trouble(error)` are the callbacks.
 export function picker(chosen, trouble) {
   const [field, list] = [$("who"), $("people")];
   let [options, at, asked] = [[], -1, 0];
@@ -97,7 +97,7 @@ export function picker(chosen, trouble) {
     settle();
   });
 
-  // What stands in the field when one leaves it is the person.
+  // On leaving the field, its content becomes the selected user.
   let settled = "";
   const settle = async () => {
     const [who, turn] = [field.value.trim(), ++asked];
@@ -113,9 +113,9 @@ export function picker(chosen, trouble) {
     }
   };
   return {
-    // Until this has come true, the person is still the one before.
+    // Until this resolves, the previous user stays selected.
     ready: settle,
-    // Tells the field who the person is now.
+    // Updates the field to the selected user.
     settled: (who) => {
       settled = who;
       field.value = who;

@@ -1,8 +1,8 @@
-// The fields that make up a prompt, by the run's own template: one for each of its columns.
+// Prompt fields from the run's template: one field per column.
 
 import { make } from "./dom.js";
 
-// Builds labelled fields for `columns` into `box`; `prefix` keeps ids apart. Returns how to read and mark them.
+// Builds labelled fields for `columns` in `box`; `prefix` keeps element ids unique. Returns their accessors.
 export function promptFields(box, template, prefix, rows) {
   const columns = [...new Set(template.columns)];
   const areas = new Map();
@@ -22,7 +22,7 @@ export function promptFields(box, template, prefix, rows) {
   };
 }
 
-// Marks one field as missing until it is written in, and goes there.
+// Marks one field as missing until it has input, and focuses it.
 export function missing(area) {
   area.setAttribute("aria-invalid", "true");
   area.addEventListener("input", () => area.removeAttribute("aria-invalid"), { once: true });

@@ -1,4 +1,4 @@
-// Teaching somebody three examples: sent once, then the fit's progress until it is done. Knows nothing about answers.
+// Enrolment with three examples: sends them once, then shows the fit's progress until it is done.
 
 import { Trouble, address, call } from "./api.js";
 import { $, make } from "./dom.js";
@@ -8,7 +8,7 @@ const EXAMPLES = 3;
 const EVERY = 400; // ms between two looks at the progress
 const FORGIVEN = 5; // looks in a row that may fail
 
-// Builds the fields of three examples. Returns how to read them.
+// Builds the fields of three examples. Returns a function that reads them.
 export function exampleFields(template) {
   const all = Array.from({ length: EXAMPLES }, (_, at) => {
     const set = make("fieldset", {}, make("legend", {}, `Example ${at + 1}`));
@@ -19,7 +19,7 @@ export function exampleFields(template) {
     return { input, output };
   });
   return {
-    // The examples, or null after the first empty field was marked.
+    // The examples, or null after marking the first empty field.
     read: () => {
       const empty = all.flatMap(({ input, output }) => [...input.areas, output]).find((field) => !field.value.trim());
       if (empty) {
@@ -34,7 +34,7 @@ export function exampleFields(template) {
 
 let last = { said: "", ids: [] };
 
-// Sends the examples; sent again after a lost reply, they count once.
+// Sends the examples; if sent again after a lost reply, they count once.
 export async function teach(user, isNew, examples) {
   const said = JSON.stringify([user, examples]);
   if (said !== last.said) last = { said, ids: examples.map(() => `playground-${random()}`) };
@@ -49,7 +49,7 @@ export async function teach(user, isNew, examples) {
   }
 }
 
-// Looks at the fit until it ends; `told(fit)` hears of each state. Returns the person's card.
+// Polls the fit until it ends; calls `told(fit)` with each state. Returns the user's card.
 export async function fitted(user, told) {
   let failures = 0;
   for (;;) {
