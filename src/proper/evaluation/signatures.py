@@ -1,4 +1,4 @@
-"""Failure signatures: sentences that diagnose router collapse, unused experts, overfitting and missing gains.
+"""Failure signatures: sentences that diagnose overlapping mixtures, unused experts, overfitting and missing gains.
 
 They are derived from the finished rows of the results; every sentence contains the numbers that it is based on.
 """
