@@ -32,7 +32,7 @@ COUNTS = ("users", "queries", "seeds")
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A head and rows of text; `text` names the non-numeric columns, `notes` are remarks below the table."""
+    """A head and rows of text; `text` are the indices of non-numeric columns, `note` is a remark on the table."""
 
     head: list[str]
     rows: list[list[str]]
