@@ -121,7 +121,7 @@ def _in_order(stages: Sequence[Trained]) -> tuple[Trained, ...]:
 
 
 def _inherit(stage: Trained, source: Path, target: Path) -> None:
-    """Hard-link a stage's files from the run. Files are replaced whole and never modified, so sharing is safe."""
+    """Hard-link (else copy) a stage's files from the run; sharing is safe, since files are only replaced whole."""
     if (target / stage / "stage.json").exists():
         return
     if stage == "users":
