@@ -1,1 +1,1 @@
-"""Speed and memory, never quality: plain functions that return figures. Each runs all its sides in one process."""
+"""Benchmarks of speed and memory: plain functions that return figures; each runs all its sides in one process."""

@@ -1,12 +1,12 @@
-"""`proper bench groups`: a step of stage 2 with fused experts, beside a loop over experts and beside one wider LoRA.
+"""`proper bench groups`: a stage 2 step with fused experts against a loop over experts and against one wider LoRA.
 
-    fused  experts stacked: two products a module, the gates between them (what this package does)
-    loop   the same experts one after another, as the equation is written
-    plain  one LoRA of rank E*R on the same modules: as many numbers, no router, no gates, no user embeddings
+    fused  experts stacked: two matrix products per module with the gates between them (this package's implementation)
+    loop   the same experts one after another, as in the equation
+    plain  one LoRA of rank E*R on the same modules: equal parameters, no router, no gates, no user embeddings
     bare   a LoRA of rank 1 on the first module only, so that the backward pass goes through the whole backbone
 
-`bare` is the floor: no way to compute experts makes the step faster, so fused over loop is at most loop / bare. A step
-is forward pass, backward pass and the optimizer, on the same rows, in bf16, without dropout.
+`bare` is the floor: no implementation of experts can be faster, so the speedup of fused over loop is at most
+loop / bare. A step is forward pass, backward pass and optimizer update, on the same rows, in bf16, without dropout.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MAX_LENGTH = 256
 
 @dataclass(frozen=True)
 class GroupsBenchSize:
-    """How much is run: `steps` are timed together, `repeats` times."""
+    """Benchmark size: `steps` are timed together, `repeats` times."""
 
     rows: int = 64
     steps: int = 4
@@ -52,7 +52,7 @@ QUICK = GroupsBenchSize(steps=2, repeats=7)
 
 
 class LoopedExperts(Experts):
-    """The experts as the method's equation has them: sum_i w_i B_i A_i x."""
+    """Experts computed one by one, as in the method's equation: sum_i w_i B_i A_i x."""
 
     def forward(
         self,
@@ -61,7 +61,7 @@ class LoopedExperts(Experts):
         onto: Float[Tensor, "B T O"] | None = None,
         middle: Float[Tensor, "ER B T"] | None = None,
     ) -> Float[Tensor, "B T O"]:
-        """Return the gated sum of the experts' outputs, added to `onto` where that is given."""
+        """Return the gated sum of the experts' outputs, added to `onto` if given."""
         weights = (gates * self.scale).to(x.dtype)
         total = onto
         for expert in range(self.experts):
@@ -73,7 +73,7 @@ class LoopedExperts(Experts):
         return total
 
     def products(self, x: Float[Tensor, "B T I"], token: Float[Tensor, "E I"]) -> tuple[None, Float[Tensor, "E B T"]]:
-        """Return the router's product alone: the experts' come one after another."""
+        """Return only the router's product: the experts' products are computed one by one in `forward`."""
         return None, tokens_last(token, x)
 
 
@@ -81,9 +81,9 @@ def run(size: GroupsBenchSize, device: str, say: Callable[[str], None]) -> dict[
     """Return {"setting", "figures", "seconds_per_step"} of the benchmark.
 
     Args:
-        size: how much is run.
+        size: benchmark size.
         device: "cpu", "cuda" or "auto".
-        say: hears what is being done.
+        say: callback for progress messages.
     """
     place, config = pick_device(device), GroupsConfig(dropout=0.0)
     bare = backbone(place)
@@ -128,7 +128,7 @@ def run(size: GroupsBenchSize, device: str, say: Callable[[str], None]) -> dict[
 def _stage(
     config: GroupsConfig, users: Sequence[str], batches: Sequence[Batch], device: torch.device, *, looped: bool
 ) -> Callable[[int], None]:
-    """Return stage 2's own step on these batches."""
+    """Return stage 2's training step on these batches."""
     model = ProperModel(backbone(device))
     model.add_experts(config, seed=0)
     if looped:
@@ -155,7 +155,7 @@ def _stage(
 
 
 def _plain(rank: int, modules: int | None, batches: Sequence[Batch], device: torch.device) -> Callable[[int], None]:
-    """Return the step of one LoRA for everybody, on all modules or the first few."""
+    """Return the training step of one LoRA shared by all users, on all modules or the first few."""
     model = backbone(device).model
     parameters = share_lora(model, rank, 2 * rank, modules)
     optimizer = torch.optim.AdamW(parameters, lr=RATE)

@@ -1,4 +1,4 @@
-"""What figures were taken on, in a line that names no machine. Knows nothing about what is timed."""
+"""One-line hardware description for benchmark figures, without the machine's name."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 _TELLING = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-"""What a CPU's products in bf16 and fp32 depend on most."""
+"""CPU features that most affect the speed of matrix products in bf16 and fp32."""
 
 
 def machine(device: torch.device | None = None) -> str:
-    """Return architecture, cores, threads and what the CPU can do; for a GPU its name too."""
+    """Return architecture, cores, threads and CPU features; for a GPU its name too."""
     path = Path("/proc/cpuinfo")
     flags = set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
     told = [platform.machine(), f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads"]

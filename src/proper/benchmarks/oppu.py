@@ -1,7 +1,6 @@
-"""OPPU's way to train users: for one after another, a fresh PEFT LoRA and a `transformers` Trainer.
+"""OPPU's training of users, as a baseline: user by user, a fresh PEFT LoRA and a `transformers` Trainer.
 
-Faster than OPPU's own loop where there is a choice: the LoRA is in bf16, nothing is logged, evaluated or saved. Knows
-nothing about what it is compared with.
+Faster than OPPU's own loop wherever there is a choice: the LoRA is in bf16, nothing is logged, evaluated or saved.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def train_one_by_one(
             wrapped = get_peft_model(model, lora, autocast_adapter_dtype=False)
             arguments = _arguments(folder, config, rate, model.device.type)
             trainer = Trainer(wrapped, arguments, data_collator=_Collator(pad), train_dataset=_Items(job.items))
-            # It would print every user's loss on stdout, where only figures belong.
+            # It would print every user's loss on stdout, which is reserved for the figures.
             trainer.remove_callback(PrinterCallback)
             trainer.train()
             found.append({n: p.detach().clone() for n, p in wrapped.named_parameters() if p.requires_grad})
@@ -78,7 +77,7 @@ def _arguments(folder: str, config: UsersConfig, rate: float, device: str) -> Tr
 
 
 class _Collator:
-    """Pads on the right; only answers have labels."""
+    """Collator that pads on the right and labels only answers."""
 
     def __init__(self, pad: int) -> None:
         self.pad = pad

@@ -1,7 +1,4 @@
-"""What the training benchmarks train on: made-up people's interactions in tokens, and the models that are compared.
-
-Knows nothing about what is timed.
-"""
+"""Fixtures of the training benchmarks: synthetic users' tokenized interactions, and the models under comparison."""
 
 from __future__ import annotations
 
@@ -33,12 +30,12 @@ class _Row:
 
 
 def backbone(device: torch.device) -> Backbone:
-    """Load the backbone that is measured."""
+    """Load the benchmark's backbone."""
     return load_backbone(BACKBONE, DTYPE, device)
 
 
 def people(encoder: Encoder, users: int, items: int) -> dict[str, tuple[EncodedExample, ...]]:
-    """Make up people with `items` interactions each, in tokens."""
+    """Return tokenized synthetic interactions by user, `items` for each."""
     settings = DemoSettings(people=users, items=(items, items), groups=min(5, users))
     with tempfile.TemporaryDirectory(prefix="proper-bench-") as name:
         path = write_demo(Path(name), settings)
@@ -52,7 +49,7 @@ def people(encoder: Encoder, users: int, items: int) -> dict[str, tuple[EncodedE
 
 
 def make_jobs(histories: dict[str, tuple[EncodedExample, ...]], epochs: int, embedding: int) -> list[Job]:
-    """Return each person's history as work for the engine."""
+    """Return each user's history as a job for the multi-user trainer."""
     generator = torch.Generator().manual_seed(0)
     return [
         Job(user, 0.02 * torch.randn(max(1, embedding), generator=generator), items, epochs=epochs)
@@ -61,7 +58,7 @@ def make_jobs(histories: dict[str, tuple[EncodedExample, ...]], epochs: int, emb
 
 
 def personal_model(device: torch.device, users: UsersConfig, groups: GroupsConfig | None) -> ProperModel:
-    """Return a model whose FFN modules take user adapters, beside frozen experts where `groups` says so."""
+    """Return a model with user adapters on its FFN modules, and with frozen experts if `groups` is given."""
     model = ProperModel(backbone(device))
     if groups is None:
         model.add_plain_targets(users, "ffn")
@@ -73,11 +70,11 @@ def personal_model(device: torch.device, users: UsersConfig, groups: GroupsConfi
 
 
 class SharedLora(nn.Module):
-    """A base layer and one LoRA for everybody, fp32 weights, products in the input's type: nothing is simpler.
+    """A base layer with one LoRA shared by all users; fp32 weights, products in the input's dtype.
 
     Attributes:
         down: A (R, I), Kaiming-uniform.
-        up: B (O, R), zero at the start.
+        up: B (O, R), initialized to zero.
     """
 
     def __init__(self, base: nn.Module, inputs: int, outputs: int, rank: int, alpha: float) -> None:
@@ -96,7 +93,7 @@ class SharedLora(nn.Module):
 
 
 def share_lora(model: nn.Module, rank: int, alpha: float, modules: int | None = None) -> list[nn.Parameter]:
-    """Put one LoRA on every FFN module of a model, or on the first few, in place; return its tensors."""
+    """Add one LoRA to every FFN module of a model, or to the first few, in place; return its parameters."""
     found: list[nn.Parameter] = []
     for name, (inputs, outputs) in list(find_targets(model, "ffn").items())[:modules]:
         layer = SharedLora(model.get_submodule(name), inputs, outputs, rank, alpha).to(next(model.parameters()).device)

@@ -1,21 +1,21 @@
-"""`proper bench serve`: how fast many people are answered from one model, beside other ways to do it.
+"""`proper bench serve`: throughput and latency of multi-user serving from one model, against other implementations.
 
     base      the engine on the backbone alone
-    one       the engine, every row the same user's
-    mixed     the engine, every row another user's: experts, routers and an adapter each
-    crowd     the same, with nobody's adapter in a slot when they ask
-    plain     mixed without experts: an adapter each, which is all that PEFT can mix
+    one       the engine, every row from the same user
+    mixed     the engine, every row from a different user: experts, routers and an adapter each
+    crowd     the same, with no adapter loaded in a slot when the requests arrive
+    plain     mixed without experts: an adapter each, which is all that PEFT can mix in a batch
     peft      PEFT's mixed batch (`adapter_names`) in transformers' generate
     generate  transformers' generate on the backbone, one padded batch
-    loop      the same, one request after another; some of the requests are enough
+    loop      the same, one request after another, on a subset of the requests
 
-All sides answer the same prompts, asked at once, with the same number of tokens (closed loop); nobody ends early. The
-cliff is measured in an open loop: requests arrive at random at a fixed share of what the engine can do, with a slot for
-every user and with 16 users to a slot, in turns; the figure is the ratio of the 95th percentiles of the time to the
-first token. The noisy neighbour is an API key that keeps three requests per row open, beside one that asks one by one.
-The figures are 95th percentiles of the second key: its wait for a row in steps of the engine (1 is the next step), and
-the time of a whole answer, beside that of the same key alone. Weights are random but for `proper-nano`'s: speed does
-not depend on them. Knows what is compared, not how.
+All sides answer the same prompts, submitted at once, with the same number of tokens (closed loop); no answer ends
+early. The cliff is measured in an open loop: requests arrive at random at a fixed share of the engine's throughput,
+alternately with one slot per user and with 16 users per slot; the figure is the ratio of the 95th percentiles of the
+time to first token. The noisy neighbour is an API key that keeps three requests per row open, beside a quiet key that
+sends one request at a time. Its figures are 95th percentiles of the quiet key: the wait for a row in engine steps (1 is
+the next step), and the time of a whole answer, beside that of the same key alone. Weights are random except for
+`proper-nano`'s, since speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ SHARES = (50, 95, 99)
 
 @dataclass(frozen=True)
 class ServeBenchSize:
-    """What is measured.
+    """Benchmark size.
 
     Attributes:
-        hidden, inner, layers: of the random Llama.
+        hidden, inner, layers: hidden size, FFN size and layers of the random Llama.
         users: rows of the closed loop.
         alone: requests of the side `loop`.
-        prompt, answer: tokens of each request; prompts are half to all of it.
-        rows, slots: of the open loop.
-        arrivals: requests of each of the open loop's two kinds.
-        load: which share of what the closed loop reached arrives.
+        prompt, answer: tokens of each request; prompts have half to all of `prompt`.
+        rows, slots: engine rows and adapter slots of the open loop.
+        arrivals: requests of each of the open loop's two settings.
+        load: arrival rate as a share of the closed loop's throughput.
         asks: requests of the quiet key beside its noisy neighbour, and of the same key alone.
     """
 
@@ -72,9 +72,9 @@ class ServeBenchSize:
     dtype: torch.dtype = torch.bfloat16
 
     def shape(self, backbone: str) -> ServedShape:
-        """Return what the model and its people are made from."""
+        """Return the shape of the model and its users."""
         random = (self.hidden, self.inner, self.layers) if backbone == HEADLINE else None
-        people = max(2 * self.users, CROWD * self.slots)  # the crowd of the open loop is all of them
+        people = max(2 * self.users, CROWD * self.slots)  # the crowd of the open loop is all users
         return ServedShape(random, self.dtype, people, self.users, self.prompt, self.answer)
 
 
@@ -85,9 +85,9 @@ def run(size: ServeBenchSize, device: str, say: Callable[[str], None]) -> dict[s
     """Return {"setting", "figures", "closed", "open", "noisy_neighbour", "memory_bytes"} of the benchmark.
 
     Args:
-        size: what is measured.
+        size: benchmark size.
         device: "cpu", "cuda" or "auto".
-        say: hears what is being done.
+        say: callback for progress messages.
     """
     place, closed = pick_device(device), dict[str, Any]()
     for name in (NANO, HEADLINE):
@@ -114,7 +114,7 @@ def run(size: ServeBenchSize, device: str, say: Callable[[str], None]) -> dict[s
 
 
 def _open(size: ServeBenchSize, served: Served, mixed: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """Let requests arrive; kinds take turns, so that whatever else the machine does falls on both."""
+    """Run the open loop; the two settings alternate, so that other load on the machine affects both."""
     rate = size.load * mixed / size.answer * size.rows / size.users
     slots = {"resident": CROWD * size.slots, "crowded": size.slots}
     say(f"serve: {size.arrivals} requests at {rate:.2f} a second, twice")
@@ -126,7 +126,7 @@ def _open(size: ServeBenchSize, served: Served, mixed: float, say: Callable[[str
 
 
 def _neighbour(size: ServeBenchSize, served: Served, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return the quiet key's waits in steps and seconds beside a flood, and its seconds alone."""
+    """Return the quiet key's waits in steps and seconds beside a flooding key, and its seconds alone."""
     say(f"serve: {size.asks} requests of one key alone, then beside one that floods {size.users} rows")
     alone = quiet_key(served, size.users, size.asks, flooded=False)
     beside = quiet_key(served, size.users, size.asks, flooded=True)
@@ -159,7 +159,7 @@ def _figures(closed: Mapping[str, Any], opened: Mapping[str, Any], neighbour: Ma
 
 
 def _told(times: Times, seconds: list[float]) -> dict[str, Any]:
-    """Return one side's figures: `times` are of all repeats, `seconds` of each."""
+    """Return one side's figures from the token `times` of all repeats and the `seconds` of each repeat."""
     tokens = sum(map(len, times)) / len(seconds)
     rate = round(tokens / statistics.median(seconds), 2)
     return {"tokens_per_second": rate, **_latencies(times), "seconds": [round(value, 3) for value in seconds]}

@@ -1,6 +1,6 @@
-"""The loads of `proper bench serve`: all requests at once on every side, and requests that arrive at random.
+"""Load generators of `proper bench serve`: closed loop (all requests at once) and open loop (random arrivals).
 
-Every token of every request is stamped. Knows nothing about what the stamps are summed up to.
+Every token of every request gets a timestamp.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from proper.inference.running import EngineLimits
 from proper.inference.sampling import Sampling
 
 Times = list[list[float]]
-"""Of each request: seconds from its arrival to each of its tokens."""
+"""For each request: seconds from its arrival to each of its tokens."""
 
 
 class ClosedLoop:
-    """Every side answers the same prompts, all there at the beginning.
+    """Closed loop: every side answers the same prompts, all submitted at the start.
 
     Attributes:
-        times: of each side, all repeats after the first.
+        times: token times by side, over all repeats after the first.
     """
 
     def __init__(self, served: Served, alone: int) -> None:
@@ -41,7 +41,7 @@ class ClosedLoop:
         self._alone, self._engine = alone, Engine(served.alone, EngineLimits(rows=1))
 
     def sides(self) -> dict[str, TimedSide]:
-        """Return what is compared. Whatever a side needs in memory is there before it is timed."""
+        """Return the sides to compare. Each side's memory is prepared before it is timed."""
         served, rows = self.served, self.served.shape.rows
         people, others = served.names[:rows], served.names[rows : 2 * rows]
         one = people[:1] * rows
@@ -59,13 +59,13 @@ class ClosedLoop:
         return sides
 
     def counts(self) -> CacheCounts:
-        """Return what the engine that answers now has found in its slots."""
+        """Return the slot cache counters of the current engine."""
         return self._engine.stats().adapters
 
     def _by_engine(
         self, name: str, who: Sequence[str], before: Sequence[str], *, experts: bool = True, bare: bool = False
     ) -> TimedSide:
-        """Return a side of the engine, which has answered `before` when it is asked for `who`."""
+        """Return a side that runs the engine for the users `who`, after it has answered `before`."""
         served, rows = self.served, self.served.shape.rows
 
         def prepare(_: int) -> None:
@@ -85,7 +85,7 @@ class ClosedLoop:
         return TimedSide(work, prepare)
 
     def _by_generate(self, name: str, model: Any, batches: Sequence[Sequence[int]], **more: Any) -> TimedSide:
-        """Return a side of transformers' generate, batch after batch; one that waits arrives when its turn comes."""
+        """Return a side that runs transformers' generate batch by batch; a batch arrives when its turn comes."""
         served, length = self.served, self.served.shape.answer
         settings = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=length, min_new_tokens=length, do_sample=False, pad_token_id=0, use_cache=True
@@ -109,15 +109,15 @@ class ClosedLoop:
 
 
 def open_loop(served: Served, rows: int, slots: int, rate: float, arrivals: int, seed: int) -> Times:
-    """Let requests of all users arrive at random; one that is taken in late has waited since it was due.
+    """Run an open loop with random arrivals of all users; waiting time counts from the scheduled arrival.
 
     Args:
-        served: who is there.
-        rows: of the engine.
-        slots: of the engine.
-        rate: requests a second.
-        arrivals: how many.
-        seed: of the times of arrival and of whose they are.
+        served: model and users.
+        rows: rows of the engine.
+        slots: adapter slots of the engine.
+        rate: requests per second.
+        arrivals: number of requests.
+        seed: seed of arrival times and users.
     """
     served.mix(True)
     people = served.names
@@ -141,7 +141,7 @@ def open_loop(served: Served, rows: int, slots: int, rate: float, arrivals: int,
 
 
 class _Clock(StoppingCriteria):
-    """Stamps each token of a batch, and stops nothing."""
+    """Stopping criterion that only records the time of each token and never stops."""
 
     def __init__(self) -> None:
         self.begun, self.stamps = time.perf_counter(), list[float]()
@@ -152,7 +152,7 @@ class _Clock(StoppingCriteria):
 
 
 def _answer(engine: Engine, prompts: Sequence[tuple[int, ...]], who: Sequence[str], length: int, times: Times) -> None:
-    """Answer all on this thread; `times` takes the stamps of each."""
+    """Answer all requests on this thread; `times` receives the token times of each."""
     begun = time.perf_counter()
     for prompt, user in zip(prompts, who, strict=True):
         times.append([])

@@ -1,7 +1,4 @@
-"""The noisy neighbour of `proper bench serve`: one API key that asks now and then, beside one that floods the engine.
-
-Knows nothing about what the figures are called.
-"""
+"""Noisy-neighbour load of `proper bench serve`: one quiet API key beside one that floods the engine."""
 
 from __future__ import annotations
 
@@ -23,11 +20,11 @@ FLOOD = 3
 
 @dataclass
 class QuietWaits:
-    """What the quiet key waited for.
+    """Waiting times of the quiet key.
 
     Attributes:
-        steps: of each request, the engine's steps until it had a row; 1 is the next step.
-        seconds: of each request, until its answer was whole.
+        steps: for each request, engine steps until it had a row; 1 is the next step.
+        seconds: for each request, seconds until its answer was complete.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -35,14 +32,14 @@ class QuietWaits:
 
 
 def quiet_key(served: Served, rows: int, asks: int, *, flooded: bool) -> QuietWaits:
-    """Let one key ask `asks` times, each time after the last answer and a pause of at most an answer's steps.
+    """Send `asks` requests of one key, each after the last answer and a pause of at most an answer's steps.
 
-    Its first request, before any flood, is not counted: it brings the adapter in, and the key is known from then on.
+    The first request, before any flood, is not counted: it loads the adapter and registers the key.
 
     Args:
-        served: who is there; the quiet key asks for the first user, the flood for all others.
-        rows: of the engine.
-        asks: how many requests are counted.
+        served: model and users; the quiet key asks for the first user, the flood for all others.
+        rows: rows of the engine.
+        asks: number of counted requests.
         flooded: whether another key keeps `FLOOD` requests per row open.
     """
     served.mix(True)
@@ -77,18 +74,18 @@ def quiet_key(served: Served, rows: int, asks: int, *, flooded: bool) -> QuietWa
 
 
 def _nothing() -> None:
-    """Without a flood there is nothing to refill."""
+    """Do nothing: without a flood there are no requests to refill."""
 
 
 class _Quiet:
-    """One request after another of the same key."""
+    """Sequential requests of one key."""
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self.engine, self.request = engine, request
         self.started = self.done = False
 
     def answer(self, asked: QuietWaits, between: Callable[[], None] = _nothing) -> None:
-        """Ask once, step until the answer is whole, and note steps and seconds."""
+        """Send one request, step the engine until the answer is complete, and record steps and seconds."""
         self.started = self.done = False
         begun, steps = time.perf_counter(), 0
         self.engine.submit(self.request, self._hear)

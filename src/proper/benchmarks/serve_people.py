@@ -1,7 +1,4 @@
-"""What `proper bench serve` serves: a backbone with experts and routers, a store of people, and PEFT beside it.
-
-Knows nothing about loads or times.
-"""
+"""Fixtures of `proper bench serve`: a backbone with experts and routers, a store of users, and the same under PEFT."""
 
 from __future__ import annotations
 
@@ -28,19 +25,19 @@ from proper.models.personal import ProperModel
 from proper.models.targets import find_targets
 
 CROWD = 16
-"""Users per slot where the cliff is looked for."""
+"""Users per slot in the open loop that measures the cliff."""
 NANO = "proper-nano"
 
 
 @dataclass(frozen=True)
 class ServedShape:
-    """The model and its people.
+    """Shape of the model and its users.
 
     Attributes:
-        random: hidden size, FFN and layers of a random Llama; None takes `proper-nano`.
-        people: users in the store.
+        random: hidden size, FFN size and layers of a random Llama; None selects `proper-nano`.
+        people: number of users in the store.
         rows: requests of the closed loop, and adapters of PEFT's model.
-        prompt, answer: tokens of a request, at most and exactly.
+        prompt, answer: maximum prompt tokens and exact answer tokens of a request.
     """
 
     random: tuple[int, int, int] | None
@@ -52,14 +49,14 @@ class ServedShape:
 
 
 class Served:
-    """One backbone, users for it in a store, and the same backbone bare and under PEFT.
+    """One backbone, a store of its users, and the same backbone bare and under PEFT.
 
     Attributes:
         personal: the model with its users.
-        alone: the same backbone without anything personal.
-        bare, peft: for transformers' own generate.
-        names: the users.
-        prompts: in tokens; lengths differ, as people's do.
+        alone: the same backbone without personalization.
+        bare, peft: models for transformers' generate.
+        names: user ids.
+        prompts: tokenized prompts of different lengths.
     """
 
     def __init__(self, shape: ServedShape, backbone: Backbone, device: torch.device, folder: Path) -> None:
@@ -93,19 +90,19 @@ class Served:
         self.personal.close()
 
     def mix(self, experts: bool) -> None:
-        """Put experts and routers into the layers, or take them out."""
+        """Add experts and routers to the layers, or remove them."""
         for name, layer in self.model.layers.items():
             layer.experts, layer.router = self._mixtures[name] if experts else (None, None)
 
     def memory(self, rows: int) -> dict[str, int]:
-        """Return the bytes of what is kept in memory for `rows` requests with a slot each."""
+        """Return the memory in bytes by component for `rows` requests with a slot each."""
         self.mix(True)
         one = torch.empty(0, dtype=self.shape.dtype).itemsize
         config = self.bare.config
         heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
         columns = self.shape.prompt + self.shape.answer + SLACK
         shared = {**self.model.group_parameters(), **self.model.router_parameters()}
-        # While decoding on a CPU in fp32; elsewhere as they are stored.
+        # In fp32 while decoding on a CPU, elsewhere in their stored dtype.
         gathered = self.layout.width * (4 if self.device.type == "cpu" else one)
         return {
             "backbone": _bytes(self.bare.parameters()),
@@ -125,7 +122,7 @@ class Served:
             yield UserRecord(name, "users", embedding, self.layout.unpack(row))
 
     def _peft_model(self) -> Any:
-        """Return PEFT's model with one LoRA for each row, on the same modules and of the same rank."""
+        """Return a PEFT model with one LoRA per row, on the same modules and of the same rank."""
         names, users = self.names[: self.shape.rows], self.config.users
         model = copy.deepcopy(self.bare)
         targets = list(find_targets(model, self.config.groups.target_modules))
@@ -137,7 +134,7 @@ class Served:
 
 
 def backbone_of(shape: ServedShape, device: torch.device) -> Backbone:
-    """Return the backbone that a shape asks for, with `proper-nano`'s tokenizer."""
+    """Return the backbone of a shape, with `proper-nano`'s tokenizer."""
     if shape.random is None:
         return load_backbone(NANO, shape.dtype, device)
     hidden, inner, layers = shape.random

@@ -1,7 +1,4 @@
-"""`proper bench store`: how fast one large adapter is loaded, and what a million small ones cost.
-
-Knows where the figures come from, not how they are taken.
-"""
+"""`proper bench store`: load time of one large adapter, and costs of a store with a million small adapters."""
 
 from __future__ import annotations
 
@@ -24,13 +21,13 @@ MANY, QUICK = 1_000_000, 100_000
 def run(
     folder: Path | None = None, *, users: int = MANY, repeats: int = 400, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Return {"setting", "figures"} of the store.
+    """Return {"setting", "figures"} of the benchmark.
 
     Args:
-        folder: on the disk to measure; None takes the system's temporary folder.
-        users: of the store of small adapters; a million needs some 6 GB.
-        repeats: of loading the large adapter.
-        say: hears what is being done.
+        folder: a folder on the disk to measure; None selects the system's temporary folder.
+        users: users in the store of small adapters; a million needs about 6 GB.
+        repeats: repeats of loading the large adapter.
+        say: callback for progress messages.
     """
     with tempfile.TemporaryDirectory(prefix="proper-bench-", dir=folder) as name:
         say("store: loading an adapter of 11.6 MB, beside memcpy and PEFT")

@@ -1,8 +1,8 @@
-"""One adapter of 11.6 MB from the store into its slot, beside a memcpy of as many bytes and PEFT's `load_adapter`.
+"""Load time of one 11.6 MB adapter from the store into its slot, against a memcpy of equal size and `load_adapter`.
 
-The adapter has the shapes of a 1.5 B model: rank 4 on 7 projections of 32 layers, bf16. Warm: the file is in the page
-cache, as the memcpy's source is in memory. Sides take turns, and each goes round several adapters and slots, so that no
-side finds its bytes in the cache of the core. Knows nothing about many users.
+The adapter has the shapes of a 1.5 B model: rank 4 on 7 projections of 32 layers, bf16. Loads are warm: the file is in
+the page cache, as the source of the memcpy is in memory. Sides alternate, and each cycles through several adapters and
+slots, so that no side finds its bytes in the core's cache. `load_adapter` is PEFT's.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def load_figures(folder: Path, repeats: int, every: int) -> dict[str, float]:
     """Return the figures of loading one adapter, in ms and as ratios.
 
     Args:
-        folder: an empty folder with room for some 100 MB.
-        repeats: of the store and the memcpy.
-        every: so many repeats give PEFT, which takes longer, one turn.
+        folder: an empty folder with about 100 MB of free space.
+        repeats: repeats of the store and the memcpy.
+        every: PEFT, which is slower, runs once in this many repeats.
     """
     layout = Layout.of(shapes(), RANK)
     row = torch.randn(layout.width, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -90,10 +90,10 @@ def _sides(store: AdapterStore, layout: Layout, row: Tensor) -> dict[str, Callab
 
 
 def _peft_side(folder: Path, every: int) -> TimedSide:
-    """Return PEFT's way: `load_adapter` of equal bytes from a folder, into a model of these shapes."""
+    """Return PEFT's side: `load_adapter` of equal size from a folder, into a model of these shapes."""
     from peft import LoraConfig, get_peft_model
 
-    # The shapes only: nothing reads the frozen weights, so their memory is never touched.
+    # Only the shapes matter: the frozen weights are never read, so their memory is never touched.
     with torch.device("meta"):
         bare = _Shapes(shapes())
     config = LoraConfig(r=RANK, lora_alpha=8, target_modules=[name.rpartition(".")[2] for name in shapes()])
@@ -111,7 +111,7 @@ def _peft_side(folder: Path, every: int) -> TimedSide:
 
 
 class _Shapes(torch.nn.Module):
-    """Nothing but linear layers under their names."""
+    """A module with only the named linear layers."""
 
     def __init__(self, sizes: Mapping[str, tuple[int, int]]) -> None:
         super().__init__()

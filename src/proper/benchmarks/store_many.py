@@ -1,7 +1,6 @@
-"""A store of many users with 4 KiB each: bulk put, look-ups, opening, deleting, compaction, and what the disk holds.
+"""Costs of a store with many users of 4 KiB each: bulk put, look-ups, opening, deleting, compaction and disk usage.
 
-Users have an adapter and no embedding, so 4 KiB is all that counts as their payload. Knows nothing about large
-adapters.
+Users have an adapter and no embedding, so their payload is exactly 4 KiB.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _DELETED = 1_000
 
 
 def many_figures(folder: Path, users: int) -> dict[str, float]:
-    """Return the figures of a store of this many users; needs some 4.3 KB of disk for each, and half as much again."""
+    """Return the figures of a store with `users` users; needs about 4.3 KB of disk per user, plus half of that."""
     figures = {"users": float(users)}
     store = AdapterStore(folder)
     seconds = 0.0
@@ -49,12 +48,12 @@ def many_figures(folder: Path, users: int) -> dict[str, float]:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Return what a folder's files take up on the disk."""
+    """Return the disk usage of a folder's files in bytes."""
     return sum(os.stat(path).st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 def _lookups(store: AdapterStore, users: int) -> dict[str, float]:
-    """Time finding a user's row, and reading a whole record, of users in random order."""
+    """Time the look-up of a user's row and the read of a whole record, for users in random order."""
     draw = random.Random(0)
     names = [_name(draw.randrange(users)) for _ in range(_LOOKUPS)]
     heads = [seconds_of(partial(store.head, name)) * 1e3 for name in names]
@@ -66,7 +65,7 @@ def _lookups(store: AdapterStore, users: int) -> dict[str, float]:
 
 
 def _compaction(store: AdapterStore, users: int) -> dict[str, float]:
-    """Delete every second one of the first half of the users, and give their bytes back."""
+    """Time deletion of every second user of the first half, and the compaction that frees their bytes."""
     store.delete_many(_name(at) for at in range(0, users // 2, 2))
     start = time.perf_counter()
     done = compact(store)
@@ -76,7 +75,7 @@ def _compaction(store: AdapterStore, users: int) -> dict[str, float]:
 
 
 def _people(first: int, last: int) -> Iterator[UserRecord]:
-    # Two modules in four layers at rank 4: 2,048 numbers in bf16.
+    # Two modules in four layers at rank 4: 2,048 parameters in bf16.
     layout = Layout.of({f"h.{at}.fc": (60, 68) for at in range(4)}, 4)
     none, generator = torch.zeros(0), torch.Generator().manual_seed(first)
     for at in range(first, last):

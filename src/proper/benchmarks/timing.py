@@ -1,7 +1,4 @@
-"""Several ways to do the same, timed in turns, so that whatever else the machine does falls on all of them.
-
-Knows nothing about what is timed.
-"""
+"""Interleaved timing of alternative implementations, so that other load on the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -14,21 +11,21 @@ import numpy as np
 
 
 def _nothing(at: int) -> None:
-    """Most sides have nothing to prepare."""
+    """Do nothing; the default preparation of a side."""
 
 
 def _silent(line: str) -> None:
-    """Whoever times in microseconds wants no lines between."""
+    """Print nothing; output would disturb timings of microseconds."""
 
 
 @dataclass(frozen=True)
 class TimedSide:
-    """One way to do it.
+    """One implementation to be timed.
 
     Attributes:
-        work: what is timed; told the number of the repeat.
-        prepare: what comes before it and is not timed.
-        every: its turn comes only in every so many repeats.
+        work: the timed function; its argument is the number of the repeat.
+        prepare: function that runs before `work` and is not timed.
+        every: the side runs once in this many repeats.
     """
 
     work: Callable[[int], object]
@@ -41,13 +38,13 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Return seconds per call of each side.
 
-    Every repeat gives each side its turn. The first repeat, and each that follows the turn of a rare side, is not
-    counted: the caches are somebody else's then.
+    Every repeat runs each side once. The first repeat, and each repeat after a run of a side with `every` above 1, is
+    not counted, because the CPU caches are cold for the other sides.
 
     Args:
-        sides: what is compared, by name.
-        repeats: how many turns of each side are counted.
-        say: hears every repeat's seconds.
+        sides: implementations by name.
+        repeats: number of counted runs of each side.
+        say: callback that receives every repeat's seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     at, counted, cold = 0, 0, True
@@ -67,12 +64,12 @@ def interleaved(
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Return how long one call takes."""
+    """Return the duration of one call in seconds."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def percentile(values: list[float], share: float) -> float:
-    """Return the value below which `share` percent of the values lie."""
+    """Return the percentile `share` (0 to 100) of the values."""
     return float(np.percentile(values, share))

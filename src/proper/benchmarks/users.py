@@ -1,13 +1,13 @@
-"""`proper bench users`: how many users an hour get an adapter, beside other ways to train them.
+"""`proper bench users`: adapters trained per hour, against other implementations of per-user training.
 
-    oppu      one user after another: PEFT's get_peft_model and transformers' Trainer, as OPPU does
-    one_slot  this package's engine with one slot
-    mixed     this package's engine
-    ceiling   one LoRA of the same shape for everybody, a plain loop over the very batches of `mixed`
+    oppu      user by user: PEFT's get_peft_model and transformers' Trainer, as in OPPU
+    one_slot  this package's multi-user trainer with one slot
+    mixed     this package's multi-user trainer
+    ceiling   one LoRA of the same shape shared by all users, a plain loop over the same batches as `mixed`
 
-All sides train the same items in bf16, batch 4, 2 epochs, and include each user's set-up. The first two go one user
-after another, so a part of the users is enough to know their rate. Each side has a second form beside frozen experts,
-but for OPPU, which has none. The floor is what the products alone would take at the speed of the largest of them.
+All sides train the same items in bf16, batch 4, 2 epochs, and include each user's set-up. The first two train user by
+user, so a subset of the users suffices to measure their rate. Each side also has a form with frozen experts, except
+OPPU, which has none. The floor is the time of the matrix products alone at the speed of the largest of them.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ MAX_LENGTH = 256
 
 @dataclass(frozen=True)
 class UsersBenchSize:
-    """How much is trained.
+    """Benchmark size.
 
     Attributes:
-        alone: users of the sides that go one after another.
+        alone: users of the sides that train user by user.
     """
 
     users: int = 64
@@ -60,11 +60,11 @@ class UsersBenchSize:
 QUICK = UsersBenchSize(users=32, alone=4, repeats=3)
 
 Step = list[list[Work]]
-"""One step's rows, in the pieces that run through the model at once."""
+"""The rows of one step, as micro-batches."""
 
 
 class RecordingTrainer(MultiUserTrainer):
-    """An engine that remembers what runs through the model."""
+    """Multi-user trainer that records its micro-batches."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -81,9 +81,9 @@ def run(size: UsersBenchSize, device: str, say: Callable[[str], None]) -> dict[s
     """Return {"setting", "figures", ...} of the benchmark.
 
     Args:
-        size: how much is trained.
+        size: benchmark size.
         device: "cpu", "cuda" or "auto".
-        say: hears what is being done.
+        say: callback for progress messages.
     """
     place = pick_device(device)
     config = UsersConfig(batch_size=4, epochs=2, clip=1.0)
@@ -115,7 +115,7 @@ def run(size: UsersBenchSize, device: str, say: Callable[[str], None]) -> dict[s
 
 
 def _ratios(hourly: dict[str, float]) -> dict[str, float]:
-    """Return how `mixed` stands beside the others, and the same beside experts."""
+    """Return the speed ratios of `mixed` to the other sides, without and with experts."""
     found = {}
     for form in ("", "_experts"):
         for other in ("oppu", "one_slot", "ceiling"):
@@ -125,7 +125,7 @@ def _ratios(hourly: dict[str, float]) -> dict[str, float]:
 
 
 class _Bench:
-    """The models and the work of one form: with experts or without."""
+    """Models and jobs of one form of the benchmark, with or without experts."""
 
     def __init__(
         self, size: UsersBenchSize, config: UsersConfig, groups: GroupsConfig | None, device: torch.device
@@ -141,7 +141,7 @@ class _Bench:
         parts = footprint(self.model, config, MAX_LENGTH)
         self.slots = min(size.users, auto_slots(parts, device_memory(device), device.type))
         self.stream = self._record()
-        # The ceiling's LoRA lies around the same layers; while users are trained it is taken off.
+        # The ceiling's LoRA wraps the same layers; it is removed while users are trained.
         self.ceiling = personal_model(device, config, groups)
         self.parameters = share_lora(self.ceiling.backbone.model, config.rank, config.alpha)
         for layer in self.ceiling.layers.values():
@@ -149,14 +149,14 @@ class _Bench:
 
     @property
     def padding(self) -> float:
-        """Share of the tokens that run through the model and are padding."""
+        """Return the share of padding among the processed tokens."""
         rows = [piece for step in self.stream for piece in step]
         padded = sum(len(piece) * max(len(row.ids) for _, _, row in piece) for piece in rows)
         return round(1 - self.tokens / padded, 4)
 
     @property
     def tokens(self) -> int:
-        """Tokens that run through the model, padding left out."""
+        """Return the number of processed tokens without padding."""
         return sum(len(row.ids) for step in self.stream for piece in step for _, _, row in piece)
 
     def _record(self) -> list[Step]:
@@ -180,7 +180,7 @@ class _Bench:
             raise ProperError(f"bench users: {len(jobs) - len(kept)} users could not be trained")
 
     def shared(self) -> None:
-        """Train one LoRA for everybody on the same batches."""
+        """Train one LoRA shared by all users on the same batches."""
         optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
         for step in self.stream:
             optimizer.zero_grad()
@@ -223,9 +223,9 @@ def _setting(size: UsersBenchSize, bench: _Bench, device: torch.device) -> dict[
 
 
 def _floor(bench: _Bench, hourly: float) -> dict[str, float]:
-    """Operations and bytes of one user, and the share of `mixed`'s time that the products alone would take.
+    """Return operations and bytes per user, and the share of `mixed`'s time that the products alone would take.
 
-    Forward and backward pass of a frozen layer take 2 products of 2 operations a weight and token; a LoRA takes 3.
+    Forward and backward pass of a frozen layer take 2 products of 2 operations per weight and token; a LoRA takes 3.
     """
     model = bench.bare.model
     weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in f".{name}")
@@ -235,7 +235,7 @@ def _floor(bench: _Bench, hourly: float) -> dict[str, float]:
     adapter = bench.model.layout(bench.config.rank).width
     operations = 4 * (weights * bench.tokens + head * answers) + 6 * adapter * bench.tokens
     users, speed = len(bench.jobs), _speed(bench)
-    # Gradients, values and both moments are read, all but the gradients written, once a step of a user.
+    # Per optimizer step of a user, gradients, values and both moments are read, and all but the gradients are written.
     steps = sum(len({slot for piece in step for slot, _, _ in piece}) for step in bench.stream)
     return {
         "operations_per_user": round(operations / users),
@@ -246,7 +246,7 @@ def _floor(bench: _Bench, hourly: float) -> dict[str, float]:
 
 
 def _speed(bench: _Bench, tokens: int = 1024) -> float:
-    """Operations a second of the FFN's product at `tokens` tokens, median of 20."""
+    """Return operations per second of the FFN's matrix product at `tokens` tokens, median of 20."""
     weight = next(p for name, p in bench.bare.model.named_parameters() if "gate_proj" in name or "up_proj" in name)
     x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
     times = []
@@ -267,7 +267,7 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int:
-    """Return the most memory since `_reset_peak`: the GPU's allocator's, or the whole process's."""
+    """Return the peak memory in bytes since `_reset_peak`: of the GPU's allocator, or of the whole process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")

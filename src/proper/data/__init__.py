@@ -1,4 +1,4 @@
-"""Users' text: from files of interactions to histories and held-out queries.
+"""Data pipeline: read interaction files, split them into user histories and held-out queries, and batch them.
 
-Stands beside the layers and models and knows neither; what a token is comes in as a callable.
+Imports no layers and no models; the token count comes in as a callable.
 """

@@ -1,6 +1,6 @@
-"""Arrow batches as rows of plain Python values; a value that Python cannot hold spoils its own cell and nothing else.
+"""Conversion of Arrow batches to rows of plain Python values.
 
-Knows nothing about files or what columns mean.
+A value that Python cannot represent makes only its own cell unreadable, not the row or the batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def table_rows(batch: Any) -> Iterator[Row]:
 
 
 def _plain_column(column: Any) -> list[Any]:
-    # A table's column is in chunks, a batch's is one.
+    # A column of a table is chunked; a column of a record batch is a single array.
     return [value for chunk in getattr(column, "chunks", [column]) for value in _plain_array(chunk)]
 
 
@@ -43,7 +43,7 @@ def _plain_array(array: Any) -> list[Any]:
 
 
 def _values(array: Any) -> list[Any]:
-    """Return an array's values; those that Python cannot hold (year 10000, broken UTF-8) as `Unreadable`."""
+    """Return an array's values; values that Python cannot represent (year 10000, invalid UTF-8) as `Unreadable`."""
     try:
         return array.to_pylist()  # type: ignore[no-any-return]
     except (ValueError, OverflowError):
@@ -64,7 +64,7 @@ def _value(scalar: Any) -> Any:
 
 
 def _short_float(value: Any, exact: float) -> float:
-    """Return the shortest digits that mean the same: 3.3 as float32 is no 3.299999952316284."""
+    """Return the shortest decimal that parses to the same float: 3.3, not 3.299999952316284, for a float32."""
     short = float(str(value))
     return short if abs(short) < exact else Rounded(short)
 

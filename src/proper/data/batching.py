@@ -1,7 +1,7 @@
-"""Text to token batches: left-padded rows whose last tokens are the answer.
+"""Tokenization and collation: prompts and targets to left-padded token batches with labels.
 
-Left padding puts every row's answer at the end, so one slice of the logits holds all answers and the same batch can be
-decoded further. Positions are given explicitly; a row does not see its padding. Knows nothing about models.
+Left padding aligns every answer at the end of its row, so one slice of the logits covers all answers and decoding can
+continue from the same batch. Position ids are explicit, and the attention mask hides the padding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from proper.data.special_tokens import MARK, cut_names, pieces, special_names
 from proper.errors import InputError
 
 _TAIL = 16
-"""Tokens at a prompt's end that truncation keeps: the words that ask for the answer."""
+"""Tokens at a prompt's end that truncation keeps: they hold the instruction."""
 
 IGNORED = -100
 """The label of a token that is not part of an answer."""
@@ -39,7 +39,7 @@ class PromptAndTarget(Protocol):
 
 
 class Sized(PromptAndTarget, Protocol):
-    """An interaction that knows its untruncated length in tokens."""
+    """An interaction with its untruncated length in tokens."""
 
     @property
     def tokens(self) -> int: ...  # noqa: D102
@@ -50,7 +50,7 @@ Row = TypeVar("Row", bound=Sized)
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """One interaction in tokens: `ids` is prompt then answer, the answer starts at `start`."""
+    """One tokenized interaction: `ids` is the prompt followed by the answer, which starts at index `start`."""
 
     user: str
     ids: tuple[int, ...]
@@ -59,7 +59,7 @@ class EncodedExample:
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens, padded on the left, with their last A tokens' labels."""
+    """B left-padded rows of T tokens, with labels for the last A tokens."""
 
     users: tuple[str, ...]
     input_ids: Int[Tensor, "B T"]
@@ -69,27 +69,27 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are not padding."""
+        """Number of tokens that are not padding."""
         return int(self.attention_mask.sum())
 
 
 class Encoder:
-    """A tokenizer with the project's conventions.
+    """Tokenizer wrapper with the project's conventions.
 
-    A prompt gets the tokenizer's own start tokens; an answer is joined to it by one space and closed by the end token.
-    A prompt that is too long loses its middle: its head and its last 16 tokens stay. A special token's name in a
-    user's text (`<s>`, `<|im_end|>`) is ordinary text.
+    A prompt starts with the tokenizer's BOS tokens; an answer follows after one space and ends with the EOS token.
+    A prompt that is too long is truncated in the middle: its head and its last 16 tokens stay. The name of a special
+    token in a user's text (`<s>`, `<|im_end|>`) is tokenized as ordinary text.
 
     Args:
-        tokenizer: turns text into ids.
-        max_length: tokens that a prompt and its answer may have together.
-        rows: of the model's embeddings; a text with an id beyond them is refused. None checks nothing.
+        tokenizer: a Hugging Face tokenizer.
+        max_length: maximum tokens of a prompt and its answer together.
+        rows: rows of the model's embedding matrix; a text with an id beyond them is refused. None disables the check.
         ends: further ids that end an answer.
 
     Attributes:
-        end: closes an answer in training; None where answers have no end.
+        end: the id appended to an answer in training (EOS); None if the tokenizer has none.
         ends: every id that ends an answer.
-        start: the tokenizer's own start tokens.
+        start: the tokenizer's BOS tokens.
         names: ids of the special tokens by name.
     """
 
@@ -98,20 +98,20 @@ class Encoder:
         self.end: int | None = tokenizer.eos_token_id
         self.ends = frozenset(ends) | (set() if self.end is None else {self.end})
         self.names = special_names(tokenizer)
-        # A copy of its own, since splitting special tokens is a state of the tokenizer, and threads share that.
+        # A private copy: `split_special_tokens` is state of the tokenizer object, which threads share.
         self._splitting = copy.deepcopy(tokenizer)
-        # A name of one character (a newline as the end token) is what ordinary text is made of.
+        # A name of one character (a newline as EOS) occurs in ordinary text, so it is not forbidden.
         special = {number for name, number in self.names.items() if len(name) > 1}
         self._beyond = (
             set() if rows is None else set(range(rows, max([len(tokenizer), *tokenizer.get_vocab().values()]) + 1))
         )
         self._forbidden = special | self._beyond
-        # SentencePiece tokenizers put the space in by themselves; a second one would be a token of its own.
+        # SentencePiece tokenizers add the leading space themselves; a second space would become a separate token.
         self._space = " " if len(self.tokens(" a")) <= len(self.tokens("a")) else ""
         self.start = tuple(i for i in tokenizer("").input_ids if i != self.end)
 
     def prompt(self, text: str, room: int = 0) -> tuple[int, ...]:
-        """Encode a prompt, cut in the middle so that `room` more tokens fit the model's length; half of it is safe."""
+        """Encode a prompt, truncated in the middle to leave `room` tokens; at least half of `max_length` stays."""
         ids = self.tokens(text)
         limit = max(self.max_length - room, self.max_length // 2) - len(self.start)
         if len(ids) > limit:
@@ -120,7 +120,7 @@ class Encoder:
         return self.start + ids
 
     def answer(self, text: str) -> tuple[int, ...]:
-        """Encode an answer with its end token; it may take half the model's length."""
+        """Encode an answer with its EOS token, truncated to half of `max_length`."""
         ids = self.tokens(self._space + text.strip())[: self.max_length // 2 - 1]
         return ids if self.end is None else (*ids, self.end)
 
@@ -140,18 +140,20 @@ class Encoder:
         return [len(p) + len(t) + extra for p, t in zip(*sides, strict=True)]
 
     def tokens(self, text: str) -> tuple[int, ...]:
-        """Encode a user's text, uncut, without start tokens.
+        """Encode a user's text, untruncated, without BOS tokens.
 
         Raises:
-            InputError: it has a token that the model has no embedding for.
+            InputError: the text contains a token that the model has no embedding for.
         """
         return tuple(self._whole([text])[0])
 
     def filled(self, text: str) -> tuple[int, ...]:
-        """Encode what a chat template made of contents that were quoted (`markup.quote`): only its own tokens count.
+        """Encode a rendered chat template whose contents were quoted (`special_tokens.quote`).
+
+        Only the special tokens that the template itself wrote become control tokens.
 
         Raises:
-            InputError: it has a token that the model has no embedding for.
+            InputError: the text contains a token that the model has no embedding for.
         """
         if MARK not in text:
             return tuple(self._checked(text, self.tokenizer(text, add_special_tokens=False).input_ids, self._beyond))
@@ -169,7 +171,7 @@ class Encoder:
         found = self._ordinary(texts)
         for at, ids in enumerate(found):
             if not self._forbidden.isdisjoint(ids):
-                # A Unigram or word vocabulary has the names as words; in parts they are none.
+                # A Unigram or word vocabulary has the names as ordinary words; cut in two they are not found.
                 parts = cut_names(texts[at], [*self.names, *self._names_beyond()])
                 cut = [number for part in self._ordinary(parts) for number in part]
                 found[at] = self._checked(texts[at], cut, self._forbidden)
@@ -192,7 +194,7 @@ class Encoder:
 
 
 def collate(rows: Sequence[EncodedExample], pad: int, device: torch.device | str = "cpu") -> Batch:
-    """Pad rows on the left into one batch."""
+    """Collate rows into one left-padded batch."""
     length = max(len(row.ids) for row in rows)
     answer = max(len(row.ids) - row.start for row in rows)
     ids = torch.full((len(rows), length), pad)
@@ -209,16 +211,16 @@ def collate(rows: Sequence[EncodedExample], pad: int, device: torch.device | str
 
 
 def number_users(users: Iterable[str]) -> tuple[list[str], list[int]]:
-    """Return the distinct users of a batch in order of appearance, and each row's number among them."""
+    """Return the distinct users of a batch in order of appearance, and each row's index into them."""
     names: dict[str, int] = {}
     numbers = [names.setdefault(user, len(names)) for user in users]
     return list(names), numbers
 
 
 def similar_batches(rows: Iterator[Row], size: int, shuffle: random.Random, window: int = 32) -> Iterator[list[Row]]:
-    """Cut a stream into batches of similar length: sort `window` batches at a time by length, hand them out shuffled.
+    """Length-bucketed batching of a stream: sort `window` batches at a time by length and yield them shuffled.
 
-    There are always ceil(rows / size) batches, and memory holds one window.
+    The number of batches is always ceil(rows / size); memory holds one window.
     """
     while held := list(itertools.islice(rows, size * window)):
         held.sort(key=lambda row: row.tokens)

@@ -1,7 +1,4 @@
-"""Which queries and users training has touched otherwise: items that others had, users whose rows a stage drew.
-
-Knows nothing about methods or scores.
-"""
+"""Training coverage: queries whose item is in another user's history, and target users that a sample missed."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from proper.data.sampling import Sample
 
 
 def queries_seen_by_others(dataset: Dataset) -> set[int]:
-    """Return the queries whose item, or normalized input where there is no item, is in another user's history."""
+    """Return the ids of queries whose item (or normalized input if there is no item) is in another user's history."""
     found = dataset.connection.execute("""
         SELECT DISTINCT q.id FROM rows h JOIN rows q ON q.item_key = h.item_key AND q.user <> h.user
         WHERE h.part = 'history' AND q.part = 'query'
@@ -21,7 +18,7 @@ def queries_seen_by_others(dataset: Dataset) -> set[int]:
 
 
 def targets_outside(dataset: Dataset, sample: Sample) -> set[str]:
-    """Return the target users of whom a sample holds no row."""
+    """Return the target users with no row in the sample."""
     found = dataset.connection.execute(f"""
         SELECT id FROM users WHERE role = 'target' AND number NOT IN (
             SELECT r.user FROM {sample.table} s JOIN rows r ON r.id = s.id)""")

@@ -1,7 +1,7 @@
-"""The SQLite file that holds a run's prepared data: its tables, how it is opened, and seeded order inside SQL.
+"""SQLite database of a run's prepared data: schema, opening, metadata, and seeded shuffles inside SQL.
 
-Texts lie apart from the narrow table of what the split needs, so that splitting never moves text. Big sorts and
-temporary tables spill to disk, so memory does not grow with rows. Knows nothing about how a split is made.
+Texts are in a table apart from the narrow table that the split needs, so that splitting never moves text. Large sorts
+and temporary tables spill to disk, so memory does not grow with the number of rows.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ CREATE TABLE rows(
     digest BLOB NOT NULL, item_key INTEGER, prompt_key INTEGER NOT NULL,
     part TEXT NOT NULL DEFAULT 'history', reason TEXT);
 """
-"""`digest` hashes user, prompt, target and time; the keys hash the item and the normalized prompt; part is history,
-query or unused, the last with a reason."""
+"""`digest` hashes user, prompt, target and time; `item_key` hashes the item, `prompt_key` the normalized prompt; `part`
+is "history", "query" or "unused" (with `reason` set)."""
 
 _CACHE_KIB = 8192
 
 
 def create(path: Path) -> sqlite3.Connection:
-    """Open a new database for writing. It has no journal: a failed build is thrown away, never repaired."""
+    """Create a database for writing, without a journal: a failed build is discarded, never repaired."""
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA journal_mode = OFF")
     connection.execute("PRAGMA synchronous = OFF")
@@ -49,7 +49,7 @@ def open_read_only(path: Path) -> sqlite3.Connection:
     """Open a prepared database.
 
     Raises:
-        RunFolderError: it is missing, or is not one of this version.
+        RunFolderError: the file is missing, not readable, or of another format version.
     """
     if not path.is_file():
         raise RunFolderError(f"{path}: no such file; `proper run` prepares it")
@@ -76,23 +76,23 @@ def _set_up(connection: sqlite3.Connection) -> None:
 
 
 def set_meta(connection: sqlite3.Connection, key: str, value: Any) -> None:
-    """Store a JSON-able value under `key`."""
+    """Store a JSON-serializable value under `key`."""
     connection.execute("REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value, ensure_ascii=False)))
 
 
 def get_meta(connection: sqlite3.Connection, key: str) -> Any:
-    """Return what `set_meta` stored, or None."""
+    """Return the value that `set_meta` stored under `key`, or None."""
     found = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
     return json.loads(found[0]) if found else None
 
 
 def salt(*parts: object) -> bytes:
-    """Return 16 bytes that stand for `parts`: the seed of one kind of random order."""
+    """Return a 16-byte hash of `parts`, the salt of one seeded order (see `scramble`)."""
     return blake2b(json.dumps([str(part) for part in parts]).encode(), digest_size=16).digest()
 
 
 def scramble(key: bytes | int | str, salted: bytes) -> int:
-    """Return a uniform signed 64-bit number for a key. In SQL, to order by it is a seeded shuffle."""
+    """Return a uniform signed 64-bit hash of a key; ordering by it in SQL is a seeded shuffle."""
     content = key if isinstance(key, bytes) else str(key).encode()
     return int.from_bytes(blake2b(content, digest_size=8, salt=salted).digest(), "little", signed=True)
 

@@ -1,6 +1,6 @@
-"""A run's data, ready for training and evaluation: one SQLite file, prepared once and then only read.
+"""Prepared dataset of a run: one SQLite file with histories and queries, written once and then read-only.
 
-Everything streams; memory does not grow with rows. Knows nothing about models: what a token is comes in as a callable.
+Rows stream, so memory does not grow with their number. The token count comes in as a callable.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ __all__ = ["CountTokens", "Dataset", "TextExample", "Role", "Sample", "User", "W
 Role = Literal["target", "other"]
 
 GIVEN = "the files"
-"""Stands for the rule of a split that the files made."""
+"""Value of `split_by` when the data files define the split."""
 
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """One user, with the number of history rows and queries."""
+    """One user, with the numbers of history rows and queries."""
 
     id: str
     role: Role
@@ -48,11 +48,11 @@ def prepare(
     progress: Callable[[int], None] | None = None,
     is_left_out: Callable[[str], bool] | None = None,
 ) -> Dataset:
-    """Read, check and split the interactions of `config` into the database `path`, which is replaced whole or not.
+    """Read, validate and split the interactions of `config` into the database `path`, which is replaced atomically.
 
     `count_tokens` maps prompts and targets to their lengths in tokens, prompt and target together, untruncated.
-    `progress` is called with the number of good rows read since its last call. Rows of users of whom `is_left_out` is
-    true are passed over: those were deleted from the run.
+    `progress` is called with the number of good rows read since its last call. Rows of users for whom `is_left_out`
+    returns true are skipped: those users were deleted from the run.
 
     Raises:
         DataError: the data cannot be read, has bad rows (without `skip_bad_rows`), or leaves nothing to evaluate.
@@ -86,13 +86,13 @@ def prepare(
 
 
 class Dataset:
-    """Prepared data.
+    """Prepared data, read-only.
 
     Attributes:
         sha256: hash of the good rows' content and of the settings that map and split them.
-        labels: the answers to choose from, sorted (ratings as numbers); empty for generation.
-        given_split: whether the files said themselves which rows are queries, as a benchmark's do.
-        connection: the read-only database, for measures that this class does not know.
+        labels: the label set, sorted (ratings as numbers); empty for generation.
+        given_split: whether the files name the queries, as benchmark files do.
+        connection: the read-only database, for measures that this class does not provide.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
@@ -104,15 +104,15 @@ class Dataset:
 
     @classmethod
     def open(cls, path: Path) -> Dataset:
-        """Open what `prepare` wrote.
+        """Open a database that `prepare` wrote.
 
         Raises:
-            RunFolderError: it is missing or not readable.
+            RunFolderError: the file is missing or not readable.
         """
         return cls(open_read_only(path))
 
     def close(self) -> None:
-        """Close the file; iterators that are still open end with it."""
+        """Close the database; open iterators end with it."""
         self.connection.close()
 
     def __enter__(self) -> Dataset:
@@ -122,7 +122,7 @@ class Dataset:
         self.close()
 
     def users(self, role: Role | None = None) -> Iterator[User]:
-        """Yield users, those with most history first, ties by id."""
+        """Yield users by descending history length, ties by id."""
         found = self.connection.execute(
             """SELECT id, role, history, queries FROM users WHERE ?1 IS NULL OR role = ?1
             ORDER BY history DESC, number""",
@@ -131,7 +131,7 @@ class Dataset:
         return (User(*row) for row in found)
 
     def user(self, user: str) -> User | None:
-        """Return one user, or None where there is no such id."""
+        """Return one user, or None for an unknown id."""
         found = self.connection.execute("SELECT id, role, history, queries FROM users WHERE id = ?", (user,)).fetchone()
         return User(*found) if found else None
 
@@ -146,7 +146,7 @@ class Dataset:
         return [TextExample(*row) for row in found]
 
     def queries(self, user: str | None = None) -> Iterator[TextExample]:
-        """Yield the targets' held-out queries, or one user's, by user and then by time."""
+        """Yield the held-out queries of all target users, or of one user, ordered by user and then by time."""
         if user is None:
             found = self.connection.execute(f"{EXAMPLES} WHERE r.part = 'query' ORDER BY r.id")
         else:
@@ -158,10 +158,10 @@ class Dataset:
         return (TextExample(*row) for row in found)
 
     def sample(self, who: Who, max_tokens: int | None, seed: int) -> Sample:
-        """Choose history rows of `who` to train on, at most `max_tokens` tokens, spread evenly over users."""
+        """Sample history rows of `who` for training, at most `max_tokens` tokens, spread evenly over users."""
         table = f"sample_{next(self._tables)}"
         return draw(self.connection, who, max_tokens, seed, get_meta(self.connection, "max_length"), table)
 
     def summary(self) -> DataSummary:
-        """Measure what is in the database; see `DataSummary`."""
+        """Compute the summary statistics of the database; see `DataSummary`."""
         return summarize(self.connection, self.labels)

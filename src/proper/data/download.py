@@ -1,7 +1,6 @@
-"""One file from the web: resumed where it stopped, checked, and in its place only when it is whole.
+"""Resumable HTTP download of one JSON file, verified by checksum and moved into place only when complete.
 
-Checksums are kept in `SHA256SUMS` beside the files, as `sha256sum` writes and checks them. Knows nothing about what is
-in a file, only that it is JSON.
+Checksums are kept in `SHA256SUMS` beside the files, in the format of `sha256sum`.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ _PIECE = 1 << 18
 _SECONDS = 60.0
 
 Started = Callable[[int | None, int], None]
-"""`started(total, done)`: bytes of the whole file where the server says so, and how many are there already."""
+"""`started(total, done)`: bytes of the whole file (None if the server does not say), and bytes already present."""
 Advanced = Callable[[int], None]
 
 
 def download(url: str, path: Path, started: Started, advanced: Advanced) -> bool:
-    """Make `path` what `url` is; False where it was there already, whole and unchanged.
+    """Download `url` to `path`; return False if the file is already there, complete and unchanged.
 
-    A partial download lies in `NAME.part` and is gone on with, if the server's file is still the same. A checksum that
-    is already in `SHA256SUMS` must be met.
+    A partial download is kept in `NAME.part` and resumed if the server's file is still the same. A checksum that
+    `SHA256SUMS` already lists must match.
 
     Raises:
-        InputError: there is a file of that name which did not come from here, or has changed since.
+        InputError: `path` exists and was not downloaded by this function, or has changed since.
         ProperError: the server cannot be reached or refuses, the file is not the expected one, or the disk is full.
     """
     known = read_sums(path.parent).get(path.name)
@@ -51,7 +50,7 @@ def download(url: str, path: Path, started: Started, advanced: Advanced) -> bool
         if known is not None and found != known:
             part.unlink()
             raise ProperError(f"{url}: sha256 is {found[:12]}..., {path.parent / SUMS} wants {known[:12]}...")
-        # The sum goes first: after a kill in between, the next call finds the part whole and only renames it.
+        # Write the checksum first: if the process is killed in between, the next call only renames the complete part.
         _add_sum(path, found)
         os.replace(part, path)
     except (OSError, http.client.HTTPException) as error:
@@ -61,7 +60,7 @@ def download(url: str, path: Path, started: Started, advanced: Advanced) -> bool
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """Return the checksums in a folder's `SHA256SUMS` by file name; none where there is no such file."""
+    """Return the checksums in a folder's `SHA256SUMS` by file name; empty if there is no such file."""
     path = folder / SUMS
     if not path.is_file():
         return {}
@@ -86,7 +85,7 @@ def _check_present(path: Path, known: str | None) -> None:
 
 
 def _tag(part: Path) -> Path:
-    """Return where the server's name for the file's version lies, while only a part of it is here."""
+    """Return the path of the file that keeps the server's ETag while the download is incomplete."""
     return part.with_name(part.name + ".etag")
 
 
@@ -98,7 +97,7 @@ def _transfer(url: str, part: Path, started: Started, advanced: Advanced) -> Non
         response = urlopen(Request(url, headers={"User-Agent": "proper", **headers}), timeout=_SECONDS)
     except HTTPError as error:
         with error:
-            # Nothing is left to send where all of it is here.
+            # 416 with this range: the part is already complete.
             if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{held}":
                 started(held, held)
                 return
@@ -119,7 +118,7 @@ def _transfer(url: str, part: Path, started: Started, advanced: Advanced) -> Non
 
 
 def _begin(response: Any, held: int) -> int:
-    """Return where in the file the answer begins: a server that cannot resume, or has another file, sends all of it."""
+    """Return the offset at which the response starts: 0 if the server cannot resume or its file has changed."""
     sent = re.match(r"bytes (\d+)-", response.headers.get("Content-Range") or "")
     return held if response.status == 206 and sent is not None and int(sent[1]) == held else 0
 
@@ -146,7 +145,7 @@ def _broken(url: str, done: int, total: int | None) -> str:
 
 
 def _check_json(url: str, part: Path) -> None:
-    """Refuse what is no JSON from end to end: this site answers a wrong address with a page of HTML and status 200."""
+    """Refuse a file that does not start and end as JSON: this site answers a wrong URL with HTML and status 200."""
     with part.open("rb") as file:
         first = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
         file.seek(-min(64, part.stat().st_size), os.SEEK_END)

@@ -1,7 +1,7 @@
-"""A data set from a git repository: one row per commit, with the author as user, for `body -> subject` and `area`.
+"""Dataset from a git repository: one row per commit, the author as user, for the tasks `body -> subject` and `area`.
 
-Authors are pseudonyms, keyed hashes of their addresses. Addresses and URLs in messages are masked, trailers are
-removed.
+Author ids are pseudonyms: keyed hashes of email addresses. Email addresses and URLs in messages are masked, trailers
+are removed.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _PREFIX = re.compile(r"^([\w./*{},+ -]{1,40}?): \S")
 
 @dataclass(frozen=True)
 class CommitFilter:
-    """Which commits become rows, and how much of each.
+    """Selection and truncation of commits.
 
     Attributes:
-        min_words: words that a body needs.
-        max_chars: characters at which a body is cut.
-        salt: key of the authors' pseudonyms; the same salt gives the same ids for another repository.
+        min_words: minimum words of a body.
+        max_chars: characters at which a body is truncated.
+        salt: key of the author pseudonyms; the same salt gives the same ids for another repository.
     """
 
     min_words: int = 12
@@ -45,7 +45,7 @@ class CommitFilter:
 
 @dataclass(frozen=True)
 class Commit:
-    """One row of the data set. `area` is the top-level folder with most changed lines, "." for the root."""
+    """One row of the dataset. `area` is the top-level folder with the most changed lines, "." for the root."""
 
     user_id: str
     item_id: str
@@ -59,21 +59,21 @@ class Commit:
 def write_git_history(
     repository: Path, out: Path, wanted: CommitFilter, step: Callable[[], None] = lambda: None
 ) -> tuple[int, int]:
-    """Write a repository's commits as Parquet, oldest first; return rows and authors.
+    """Write a repository's commits as Parquet, oldest first; return the numbers of rows and of authors.
 
     Args:
         repository: a work tree, a bare repository, or a folder inside one.
         out: the Parquet file, written atomically.
-        wanted: which commits.
+        wanted: selection of commits.
         step: called once per commit read.
 
     Raises:
-        InputError: no git, no repository there, or no commit that qualifies.
+        InputError: git is not installed, `repository` is not a git repository, or no commit qualifies.
     """
     seen: set[str] = set()
     rows = []
     for commit in read_commits(repository, wanted, step):
-        # An equal subject later is a re-sent or a reverted change: it would put a query's answer into a history.
+        # A repeated subject is a re-sent or reverted change: it would put the answer of a query into a history.
         if commit.subject not in seen:
             seen.add(commit.subject)
             rows.append(asdict(commit))
@@ -85,7 +85,7 @@ def write_git_history(
 
 
 def count_commits(repository: Path) -> int:
-    """Return the number of commits without merges that HEAD reaches.
+    """Return the number of commits reachable from HEAD, without merges.
 
     Raises:
         InputError: no git, or no repository with commits there.
@@ -94,12 +94,12 @@ def count_commits(repository: Path) -> int:
 
 
 def read_commits(repository: Path, wanted: CommitFilter, step: Callable[[], None]) -> Iterator[Commit]:
-    """Yield the commits that qualify, oldest first, in memory of one commit.
+    """Yield the commits that qualify, oldest first; memory holds one commit.
 
     Raises:
         InputError: no git, or no repository with commits there.
     """
-    # A message may hold any character, so the separators are drawn anew for each call.
+    # A message may contain any character, so the separators are random and new for each call.
     first, between = f"commit {uuid.uuid4().hex}", f"field {uuid.uuid4().hex}"
     form = "%n" + first + "%n" + (between + "%n").join(("%H%n", "%aE%n", "%at%n", "%s%n", "%b%n", ""))
     salt = wanted.salt or _git(repository, "rev-list", "--max-parents=0", "HEAD").split()[-1]
@@ -128,7 +128,7 @@ def _parse(
             parts.append([])
         else:
             parts[-1].append(line)
-    if len(parts) != 6:  # what stands before the first commit
+    if len(parts) != 6:  # output before the first commit
         return
     step()
     commit, address, seconds, subject = (part[0] for part in parts[:4])
@@ -143,7 +143,7 @@ def _parse(
 
 
 def clean_body(lines: list[str], max_chars: int) -> str:
-    """Return a message's body without trailers, masked, cut at `max_chars` characters."""
+    """Return a message's body without trailers, masked and truncated to `max_chars` characters."""
     paragraphs = "\n".join(lines).strip().split("\n\n")
     while paragraphs and all(_TRAILER.match(line) for line in paragraphs[-1].strip().splitlines()):
         paragraphs.pop()
@@ -157,7 +157,7 @@ def area_of(numstat: list[str]) -> str:
         added, deleted, path = (line.split("\t", 2) + ["", ""])[:3]
         if path:
             folder = path.strip('"').partition("/")[0] if "/" in path else "."
-            # A binary file counts "-" lines.
+            # For a binary file git prints "-" instead of line counts.
             changed[folder] += sum(int(number) for number in (added, deleted) if number.isdigit()) + 1
     return min(changed, key=lambda folder: (-changed[folder], folder)) if changed else "."
 

@@ -1,7 +1,4 @@
-"""Reads interactions into the database: in chunks, duplicates once, in an order that the files' order does not change.
-
-Knows nothing about histories and queries.
-"""
+"""Ingestion of interactions into the database: chunked, deduplicated, in an order independent of the files' order."""
 
 from __future__ import annotations
 
@@ -22,13 +19,13 @@ CountTokens = Callable[[Sequence[str], Sequence[str]], list[int]]
 """Prompts and targets (B each) to B lengths in tokens, prompt and target together, untruncated."""
 
 _CHUNK = 1000
-# A huge text must not sit in memory a thousand times.
+# Bounds the memory of a chunk when texts are long.
 _CHUNK_CHARACTERS = 4_000_000
 _RESPELLED = 100
 
 
 def normalize(prompt: str) -> str:
-    """Return what makes two inputs the same input: neither case nor spaces count."""
+    """Return the canonical form of an input: case-folded, with runs of white space as one space."""
     return " ".join(prompt.casefold().split())
 
 
@@ -40,10 +37,12 @@ def ingest(
     progress: Callable[[int], None] | None,
     is_left_out: Callable[[str], bool] | None = None,
 ) -> None:
-    """Fill the tables with the good rows of `config.data`, each as history, and store labels, counts and hash.
+    """Fill the tables with the good rows of `config.data` and store labels, counts and hash.
+
+    Every row gets part "history", except queries that the files name.
 
     Raises:
-        DataError: there are bad rows and `skip_bad_rows` is off, no good ones, or fewer than two labels.
+        DataError: there are bad rows and `skip_bad_rows` is off, no good rows, or fewer than two labels.
     """
     connection.execute("""
         CREATE TEMP TABLE arrived(text INTEGER PRIMARY KEY, user TEXT, time REAL, digest BLOB, item TEXT,
@@ -54,7 +53,7 @@ def ingest(
         interactions = (each for each in interactions if not is_left_out(each.user))
     for chunk in _chunks(interactions):
         if bad.count and not skip_bad_rows:
-            continue  # Nothing will be kept; the rest is read to say how many rows are bad.
+            continue  # Nothing is kept; the rest is read only to count the bad rows.
         tokens = count_tokens([each.prompt for each in chunk], [each.target for each in chunk])
         _insert(connection, chunk, tokens, count)
         count += len(chunk)
@@ -101,9 +100,9 @@ def _insert(connection: sqlite3.Connection, chunk: list[Interaction], tokens: li
 
 
 def _digest(each: Interaction) -> bytes:
-    """Hash what makes a row a duplicate: user, prompt, target and time, not the item.
+    """Hash the fields that define a duplicate: user, prompt, target and time, but not the item.
 
-    A query that the files give keeps its id too: each id has to be answered.
+    For a query that the files name, the item id counts too, because every query id must be answered.
     """
     own = [each.item] if each.query else []
     content = json.dumps([each.user, each.prompt, each.target, each.time, *own])
@@ -111,7 +110,7 @@ def _digest(each: Interaction) -> bytes:
 
 
 def _respell(connection: sqlite3.Connection, kind: str, count_tokens: CountTokens) -> None:
-    """Give answers that are one number one spelling; all that was derived from the other spelling is made anew."""
+    """Rewrite targets that spell one number differently to one spelling; recompute their digests and token counts."""
     targets = [target for (target,) in connection.execute("SELECT DISTINCT target FROM texts")]
     connection.execute("CREATE TEMP TABLE respelled(old TEXT PRIMARY KEY, new TEXT)")
     connection.executemany("INSERT INTO respelled VALUES (?, ?)", respelled(targets, kind).items())
@@ -137,7 +136,7 @@ def _respell(connection: sqlite3.Connection, kind: str, count_tokens: CountToken
 
 
 def _settle(connection: sqlite3.Connection) -> None:
-    """Number users and rows by content; of duplicates the one with the least item id stays."""
+    """Number users and rows by content; of duplicates, keep the row with the smallest item id."""
     connection.execute("INSERT INTO users(id) SELECT DISTINCT user FROM arrived ORDER BY user")
     # With a single min(), SQLite takes the other columns from the row that has the minimum.
     connection.execute("""
@@ -152,7 +151,7 @@ def _settle(connection: sqlite3.Connection) -> None:
 
 
 def _labels(connection: sqlite3.Connection, config: Config) -> list[str]:
-    """List the answers to choose from, numbers in their order; none for generation."""
+    """List the labels, ratings in numeric order; empty for generation."""
     if config.task.kind == "generation":
         return []
     if config.task.labels != "auto":
@@ -164,7 +163,7 @@ def _labels(connection: sqlite3.Connection, config: Config) -> list[str]:
 
 
 def _sha256(connection: sqlite3.Connection, config: Config) -> str:
-    """Hash the rows, whatever their order, and the settings that decide what becomes of them; not where they lie."""
+    """Hash the rows, independent of their order, and the settings that map and split them, without the paths."""
     digest = hashlib.sha256()
     settings = {
         "data": config.data.model_dump(include={"user", "time", "item", "prompt", "target"}),

@@ -1,7 +1,4 @@
-"""From rows to interactions: columns mapped, templates filled, bad rows set aside and counted.
-
-Knows nothing about splits, tokens or what is done with an interaction.
-"""
+"""Conversion of rows to interactions: map columns, fill prompt and target templates, count and report bad rows."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ _SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Interaction:
-    """One good row, ready for a model. `time` is in seconds since 1970, UTC; `query` says that the files test on it."""
+    """One valid row. `time` is in seconds since 1970, UTC; `query` is true if the files name it as a test query."""
 
     user: str
     prompt: str
@@ -33,7 +30,7 @@ class Interaction:
 
 @dataclass
 class BadRows:
-    """How many rows were bad, and the first 20 as "FILE:LINE: field: what is wrong"."""
+    """Number of bad rows, and messages of the first 20 as "FILE:LINE: field: what is wrong"."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -45,7 +42,7 @@ class BadRows:
             self.first.append(message)
 
     def message(self) -> str:
-        """Say in one line which row is bad first, and how many are."""
+        """Return one line with the first bad row and the number of bad rows."""
         if self.count == 1:
             return f"{self.first[0]} (--skip-bad-rows goes on without it)"
         more = self.count - 1
@@ -55,7 +52,7 @@ class BadRows:
 def read_interactions(config: DataConfig, bad: BadRows, task: TaskConfig | None = None) -> Iterator[Interaction]:
     """Yield the good rows of `config.path` one by one; count the others in `bad`.
 
-    With a `task`, a target must also suit it: a number for ratings, one of the labels where they are configured.
+    With a `task`, the target is checked too: a number for ratings, one of the labels if they are configured.
     Every file is opened and its columns are checked before the first row is yielded.
 
     Raises:
@@ -75,7 +72,7 @@ def read_interactions(config: DataConfig, bad: BadRows, task: TaskConfig | None 
 
 
 def row_reader(config: DataConfig, task: TaskConfig) -> Callable[[Mapping[str, object]], Interaction]:
-    """Return what makes an interaction of one row's values; it raises `BadValue` where it cannot.
+    """Return a function from one row's values to an interaction; the function raises `BadValue` for a bad row.
 
     Raises:
         DataError: a template is malformed.
@@ -105,7 +102,7 @@ def _read(
 
 @dataclass(frozen=True)
 class _Reader:
-    """What a config says about a row."""
+    """Row parser built from the data and task sections of a config."""
 
     config: DataConfig
     prompt: Template
@@ -113,7 +110,7 @@ class _Reader:
     task: TaskConfig
 
     def columns(self, source: Source) -> list[str]:
-        """List the columns to read from `source`; raise DataError for the first that it lacks."""
+        """List the columns to read from `source`; raise DataError for the first missing or repeated one."""
         config, have = self.config, source.columns
         named = {config.user: "data.user"}
         for template in (self.prompt, self.target):
@@ -130,7 +127,7 @@ class _Reader:
         return list(named)
 
     def interaction(self, row: Mapping[str, object], typed: bool = True) -> Interaction:
-        """Make an interaction of a row's values, or raise BadValue; all are text where they are not `typed`."""
+        """Convert a row to an interaction or raise BadValue; without `typed` all values are text."""
         config = self.config
         user = _identifier(row, config.user, typed)
         if user is None:
@@ -173,12 +170,12 @@ class _Reader:
 
 
 def _name(template: Template) -> str:
-    """Name a template's text in a message: by its column where it has one, else by its setting."""
+    """Return a template's name for messages: its column if it has exactly one, else its setting."""
     return template.columns[0] if len(set(template.columns)) == 1 else template.key
 
 
 def _identifier(row: Mapping[str, object], column: str | None, typed: bool) -> str | None:
-    """Return a user's or item's id as text; see `identifier`."""
+    """Return a user or item id as text; see `identifier`."""
     value = row.get(column) if column is not None else None
     try:
         return identifier(value if typed else written_id(value))

@@ -1,7 +1,4 @@
-"""The entries of a JSON array in a file, one at a time: memory grows with the largest entry, not with the file.
-
-Knows nothing about what an entry is.
-"""
+"""Streaming reader of JSON arrays in files: memory grows with the largest entry, not with the file."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ from proper.errors import DataError
 
 
 def json_entries(path: Path, where: str = "item") -> Iterator[tuple[int, Any]]:
-    """Yield (number from 1, entry) of the array at `where`, which is "item" for a file that is one array.
+    """Yield (number from 1, entry) of the array at ijson path `where`; "item" means that the file is one array.
 
     Raises:
-        DataError: the file cannot be read or is not JSON; says after which entry.
+        DataError: the file cannot be read or is not JSON; the message names the last good entry.
     """
     number = 0
     try:
@@ -34,7 +31,7 @@ def json_entries(path: Path, where: str = "item") -> Iterator[tuple[int, Any]]:
 
 
 def json_value(path: Path, key: str) -> Any:
-    """Return the value of one key of a file that is an object; None where there is none.
+    """Return the value of one key of a file that is a JSON object; None if the key is missing.
 
     Raises:
         DataError: as in `json_entries`.

@@ -1,6 +1,6 @@
-"""Labels that are one number in two spellings: a column of integers with a gap becomes one of floats, and 3 is 3.0.
+"""Numeric labels in different spellings: "3" and "3.0" are one label.
 
-Knows nothing about rows or files.
+A column of integers with a missing value becomes a column of floats, so both spellings occur in one dataset.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ _WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?")
 
 
 def number_of(text: str, kind: str) -> float | str | None:
-    """Return what is the same for two spellings of one number, None for a text that is no number.
+    """Return a value that is equal for two spellings of one number; None for a text that is not a number.
 
-    A rating is any finite number. A class is a whole one as columns of integers, floats and decimals spell it: "1.10"
-    and "1.1" may be two chapters, and "007" is not "7".
+    A rating is any finite number. A class is a whole number as columns of integers, floats and decimals spell it:
+    "1.10" and "1.1" may be two chapters, and "007" is not "7".
     """
     if kind == "rating":
         return rating_of(text)
@@ -25,7 +25,7 @@ def number_of(text: str, kind: str) -> float | str | None:
 
 
 def rating_of(text: str) -> float | None:
-    """Return a rating's number, None where it has none that is finite."""
+    """Return a rating as a float; None if it is not a finite number."""
     try:
         number = float(text)
     except ValueError:
@@ -34,7 +34,7 @@ def rating_of(text: str) -> float | None:
 
 
 def find_label(text: str, labels: Sequence[str], kind: str) -> str | None:
-    """Return the label that `text` is, letter by letter or as a number; None where it is none."""
+    """Return the label equal to `text`, as a string or as a number; None if there is none."""
     if text in labels:
         return text
     number = number_of(text, kind)
@@ -42,7 +42,7 @@ def find_label(text: str, labels: Sequence[str], kind: str) -> str | None:
 
 
 def respelled(texts: Iterable[str], kind: str) -> dict[str, str]:
-    """Map texts to the shortest spelling of the same number among them; those that stay as they are, are left out."""
+    """Map each text to the shortest spelling of the same number among `texts`; unchanged texts are left out."""
     numbers = {text: number for text in texts if (number := number_of(text, kind)) is not None}
     shortest: dict[float | str, str] = {}
     for text, number in sorted(numbers.items(), key=lambda pair: (len(pair[0]), pair[0])):

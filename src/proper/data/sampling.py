@@ -1,7 +1,6 @@
-"""History rows to train on: all of them or a budget of tokens spread evenly over users, in seeded order.
+"""Training samples: all history rows or a token budget spread evenly over users, in seeded order.
 
-Order and choice come from hashes inside SQL, so nothing but the narrow ids is ever sorted and rows stream.
-Knows nothing about how rows became history.
+Order and choice come from hashes inside SQL, so only ids are sorted and rows stream.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _CHUNK = 1000
 
 @dataclass(frozen=True, slots=True)
 class TextExample:
-    """One interaction. `tokens` is prompt and target in the backbone's tokens, untruncated; `time` epoch seconds."""
+    """One interaction. `tokens` counts prompt and target in backbone tokens, untruncated; `time` is epoch seconds."""
 
     id: int
     user: str
@@ -37,7 +36,7 @@ EXAMPLES = """
 
 
 class SampledRows(Protocol):
-    """Rows to train on: `size` of them with `tokens` tokens, in another order in every epoch."""
+    """Rows to train on: `size` rows with `tokens` tokens in all, in a different order in every epoch."""
 
     @property
     def size(self) -> int: ...  # noqa: D102
@@ -48,7 +47,7 @@ class SampledRows(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """`size` history rows with `tokens` tokens in all, each row counted no longer than the model's length."""
+    """`size` history rows with `tokens` tokens in all; a row counts at most the model's maximum length."""
 
     connection: sqlite3.Connection
     table: str
@@ -57,7 +56,7 @@ class Sample:
     tokens: int
 
     def rows(self, epoch: int) -> Iterator[TextExample]:
-        """Yield every row once, in an order that depends on the sample's seed and `epoch` alone."""
+        """Yield every row once, in an order that depends only on the sample's seed and `epoch`."""
         ordered = self.connection.execute(
             f"""SELECT s.id FROM {self.table} s CROSS JOIN rows r ON r.id = s.id
             ORDER BY scramble(r.digest, ?), s.id""",
@@ -73,10 +72,10 @@ class Sample:
 def draw(
     connection: sqlite3.Connection, who: Who, max_tokens: int | None, seed: int, max_length: int, table: str
 ) -> Sample:
-    """Choose history rows of `who` into the new temporary table `table`.
+    """Sample history rows of `who` into the new temporary table `table`.
 
-    Within `max_tokens`, rows are taken in rounds of one row per user, users in random order in each round, up to the
-    row that would go beyond the budget; at least one row is taken.
+    With `max_tokens`, rows are taken in rounds of one row per user, users in random order in each round, until the next
+    row would exceed the budget; at least one row is taken.
     """
     roles = {"all": "('target', 'other')", "others": "('other')", "targets": "('target')"}[who]
     history = f"""

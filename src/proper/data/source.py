@@ -1,4 +1,4 @@
-"""What rows come from, under one name. Knows nothing about files."""
+"""`Source`: a named, streaming origin of rows, such as one file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """Rows under one name.
+    """A named origin of rows.
 
-    `columns` is None where nothing tells them (no line of a JSONL file is an object). `read(columns)` yields
-    (row number from 1, values by column), or what is wrong with the row instead of its values. `typed` is false where
+    `columns` is None if they are unknown (no line of a JSONL file is an object). `read(columns)` yields
+    (row number from 1, values by column), or an error text in place of the values of a bad row. `typed` is false if
     all values are text because the format has no numbers.
     """
 

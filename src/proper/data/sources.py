@@ -1,6 +1,6 @@
-"""Opens whatever a config's `data.path` is, as rows of plain values that stream.
+"""Data sources of a config's `data.path`: JSONL, CSV, Parquet, Hugging Face datasets and LaMP files, as streamed rows.
 
-One source is one file, or one Hugging Face dataset. Knows nothing about which columns mean what.
+One source is one file or one Hugging Face dataset.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def open_sources(config: DataConfig) -> list[Source]:
     """Find and open the files behind `config.path`, in name order.
 
     Raises:
-        DataError: nothing is there, its format is not known, or it cannot be read.
+        DataError: the path does not exist, its format is not known, or it cannot be read.
     """
     if config.given_split:
         return _benchmark(config)
@@ -59,7 +59,7 @@ def _kind(config: DataConfig, path: Path) -> str:
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return "huggingface"
         kinds = [kind for kind in ("jsonl", "parquet") if _files(path, kind)]
-        # Beside those, a table is rather an extra than the rows.
+        # Beside JSONL or Parquet files, a CSV file is probably supplementary and does not hold the rows.
         kinds = kinds or [kind for kind in ("csv",) if _files(path, kind)]
         if len(kinds) == 1:
             return kinds[0]
@@ -76,7 +76,7 @@ def _kind(config: DataConfig, path: Path) -> str:
 
 
 def _advice(path: Path) -> str:
-    """Say what to do with a file whose name says no format that is read."""
+    """Return advice for a file whose name matches no supported format."""
     ending = path.suffix.lower()
     if ending not in _ARCHIVES:
         return "format not known by its name; set data.format to jsonl, csv or parquet"
@@ -87,7 +87,7 @@ def _advice(path: Path) -> str:
 
 def _files(folder: Path, kind: str) -> list[Path]:
     files = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith((".", "_")))
-    # A folder's other .json files are rather metadata than rows.
+    # Other .json files in a folder are probably metadata, not rows.
     endings = tuple(each for each in _ENDINGS[kind] if not each.startswith(".json") or each.startswith(".jsonl"))
     return sorted(file for file in files if file.name.lower().endswith(endings))
 
@@ -138,7 +138,7 @@ def _huggingface(config: DataConfig, path: Path) -> Source:
         columns = dataset.column_names or list(next(iter(dataset), {}))
     except DataError:
         raise
-    # The hub's client raises dozens of kinds, from itself and from what it stands on.
+    # The hub's client raises dozens of exception types, its own and those of its dependencies.
     except Exception as error:
         missing = "" if path.exists() else "no such file or folder, and "
         message = f"{config.path}: {missing}not readable as a Hugging Face dataset: {_first_line(error)}"
@@ -157,13 +157,13 @@ def _dataset_rows(dataset: Any, wanted: Sequence[str], name: str) -> Iterator[tu
                 for column, to_name in names.items():
                     row[column] = None if row[column] in (None, -1) else to_name(row[column])
                 yield number, row
-    # As above: what reading raises depends on where the dataset lies.
+    # As above: the exception types depend on where the dataset is stored.
     except Exception as error:
         raise DataError(f"{name}: cannot be read after row {number}: {_first_line(error)}") from error
 
 
 def _class_labels(dataset: Any) -> list[tuple[str, Any]]:
-    """Columns whose numbers stand for named classes, with the feature that knows the names."""
+    """Return the `ClassLabel` columns, each with the feature that maps its numbers to names."""
     features = dataset.features or {}
     return [(column, feature) for column, feature in features.items() if hasattr(feature, "int2str")]
 

@@ -1,8 +1,7 @@
-"""Names of special tokens inside users' texts: `<s>` in HTML or a typed `<|im_end|>` is text, never a control token.
+"""Escaping of special-token names in users' texts: `<s>` in HTML or a typed `<|im_end|>` never becomes a control token.
 
-A chat template writes its own special tokens into one text with the users' contents. So names inside contents are
-quoted before the template is filled: a mark, which no text may hold, follows their first character. Knows nothing about
-models or messages.
+A chat template writes its own special tokens and the users' contents into one text. Names inside contents are therefore
+quoted before the template is rendered: a mark character, which no text may contain, follows their first character.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 MARK = "\ufdd0"
-"""A Unicode noncharacter: reserved for use inside one program, never part of a text."""
+"""A Unicode noncharacter: reserved for internal use, never part of interchanged text."""
 
 
 def special_names(tokenizer: Any) -> dict[str, int]:
-    """Return the ids of a tokenizer's special tokens by name; the unknown token, which ordinary text makes, is none."""
+    """Return the ids of a tokenizer's special tokens by name, without UNK, which ordinary text produces."""
     found = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     added = getattr(tokenizer, "added_tokens_decoder", {})
     found |= {token.content: number for number, token in added.items() if token.special}
@@ -24,14 +23,14 @@ def special_names(tokenizer: Any) -> dict[str, int]:
 
 
 def quote(text: str, names: Iterable[str]) -> str:
-    """Mark the names in a user's text, so that `pieces` does not take them for the template's."""
+    """Mark the names in a user's text, so that `pieces` does not take them for special tokens of the template."""
     text = text.replace(MARK, "")
     pattern = _any_of(name for name in names if len(name) > 1)
     return re.sub(pattern, lambda found: found[0][0] + MARK + found[0][1:], text) if pattern else text
 
 
 def pieces(text: str, names: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Cut a filled template into (piece, whether it is a special token's name); quoted names are ordinary text."""
+    """Split a rendered template into (piece, whether it is a special token); quoted names are ordinary text."""
     pattern = _any_of(names)
     for at, piece in enumerate(re.split(f"({pattern})", text) if pattern else [text]):
         if piece:
@@ -39,7 +38,7 @@ def pieces(text: str, names: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 
 def cut_names(text: str, names: Iterable[str]) -> list[str]:
-    """Cut a text after the first character of every name in it, so that no part holds a whole one."""
+    """Split a text after the first character of every name in it, so that no part contains a whole name."""
     return [part for part in quote(text, names).split(MARK) if part]
 
 

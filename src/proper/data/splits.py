@@ -1,7 +1,7 @@
-"""Who is a target, and which rows are history, query or unused: rules written in SQL over the narrow table.
+"""Data split: choose target users and assign every row to history, query or unused, in SQL over the narrow table.
 
-Every rule sets rows aside as would-be queries; then targets are chosen, their rows become queries, and what would leak
-into training goes. Knows nothing about texts, files or tokens.
+Each rule selects candidate queries into the table `aside`; then targets are chosen, their candidates become queries,
+and rows that would leak into training become unused.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ SHARED = "shares an item or input with a query"
 def assign(connection: sqlite3.Connection, split: SplitConfig, exclude: bool, given: bool = False) -> None:
     """Set `part` and `reason` of every row and `role` of every user.
 
-    `given` keeps the queries that the files name, instead of choosing some by `split.by`.
-    `exclude` keeps what shares an item or a normalized input with a query out of everyone's history. For
-    `evaluate_on: validation` the same rule is applied twice: the second time to the history that the first left,
-    for the targets that it chose.
+    `given` uses the queries that the files name instead of `split.by`. `exclude` removes rows that share an item or a
+    normalized input with a query from every user's history. For `evaluate_on: validation` the same rule is applied
+    twice: the second pass splits the history that the first pass left, for the targets that the first pass chose.
 
     Raises:
-        DataError: no user can be a target, or the rule needs times and there are none.
+        DataError: no user qualifies as a target, or the rule needs times and no row has one.
     """
     validation = split.evaluate_on == "validation"
     _pass(connection, split, exclude, "queries", split.max_queries if not validation else None, given)
@@ -60,7 +59,7 @@ def _pass(
     connection.execute("""
         UPDATE rows SET part = 'query' WHERE id IN aside
         AND user IN (SELECT number FROM users WHERE role = 'target')""")
-    # Later rows and query items stay out of training whoever they belong to; the other rules are each user's own.
+    # For time-global and item, candidates of every user stay out of training; the other rules apply per user.
     reason = {"time-global": AFTER_CUTOFF, "item": OTHERS_QUERY_ITEM}.get(split.by) if not given else ANOTHERS_QUESTION
     if reason is not None:
         connection.execute(
@@ -75,7 +74,7 @@ def _pass(
 
 
 def _by_files(connection: sqlite3.Connection) -> None:
-    """Set aside what the files name as queries, and drop a question's own row from its user's history."""
+    """Select the queries that the files name, and drop history rows of the same user with the same input."""
     connection.execute("INSERT INTO aside SELECT id FROM rows WHERE part = 'query' ORDER BY id")
     connection.execute(
         """
@@ -95,8 +94,8 @@ def _by_chance(connection: sqlite3.Connection, split: SplitConfig, salted: bytes
 
 
 def _newest(connection: sqlite3.Connection, share: float, salted: bytes, order: str) -> None:
-    """Set aside the first ceil(share * n) of each user's n rows in `order`."""
-    # The small number keeps 0.07 * 100 = 7.000000000000001 at 7.
+    """Select the first ceil(share * n) of each user's n rows in `order`."""
+    # The 1e-9 compensates rounding: 0.07 * 100 = 7.000000000000001 must count as 7.
     connection.execute(
         f"""
         INSERT INTO aside SELECT id FROM (
@@ -120,7 +119,7 @@ def _by_date(connection: sqlite3.Connection, split: SplitConfig, salted: bytes) 
 
 
 def _cutoff(connection: sqlite3.Connection, share: float) -> float:
-    """Return the date with the share of rows at or after it nearest to `share`, and at least one row before it."""
+    """Return the time for which the fraction of rows at or after it is nearest `share`, with a row before it."""
     timed = "FROM rows WHERE part = 'history'"
     n, earliest = connection.execute(f"SELECT count(*), min(time) {timed}").fetchone()
     if not n:
@@ -157,7 +156,7 @@ _RULES: dict[str, Callable[[sqlite3.Connection, SplitConfig, bytes], None]] = {
 
 
 def _choose_targets(connection: sqlite3.Connection, split: SplitConfig, first: bool) -> None:
-    """Give `role` target to the users with most history; later passes only take the role away."""
+    """Set role "target" for the users with the most history; later passes can only remove the role."""
     counts = """
         SELECT r.user, count(*) - count(a.id) AS history, count(a.id) AS queries
         FROM rows r LEFT JOIN aside a ON a.id = r.id WHERE r.part = 'history' GROUP BY r.user"""
@@ -179,7 +178,7 @@ def _choose_targets(connection: sqlite3.Connection, split: SplitConfig, first: b
 
 
 def _limit_queries(connection: sqlite3.Connection, limit: int, salted: bytes) -> None:
-    """Keep `limit` queries, one per user and round, the users' order in a round being random."""
+    """Keep `limit` queries, taken in rounds of one query per user, users in random order in each round."""
     connection.execute(
         """
         UPDATE rows SET part = 'unused', reason = :reason WHERE part = 'query' AND id NOT IN (

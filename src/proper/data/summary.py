@@ -1,6 +1,6 @@
-"""What the prepared data holds, measured on the database itself: counts, lengths, labels and leaks.
+"""Summary and leak check of prepared data: counts, lengths, labels and leaks.
 
-Knows nothing about how it was prepared; the measures do not trust the split.
+All figures are measured on the database itself, independently of the code that made the split.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What `proper check` prints. `unused` counts rows by reason; `history` is (min, median, max) over targets.
+    """Figures that `proper check` prints. `unused` counts rows by reason; `history` is (min, median, max) over targets.
 
-    `cutoff` is the one date of `split.by: time-global`, in epoch seconds; otherwise None.
+    `cutoff` is the date of `split.by: time-global`, in epoch seconds; otherwise None.
     """
 
     path: str
@@ -59,7 +59,7 @@ class DataSummary:
         return self.truncated / self.rows
 
     def lines(self) -> list[str]:
-        """Put it into lines for a terminal, a heading in the first column."""
+        """Format the summary as lines for a terminal, with a heading in the first column."""
         low, median, high = self.history
         table = [
             ("data", f"{self.path} (sha256 {self.sha256[:12]})"),
@@ -82,7 +82,7 @@ class DataSummary:
     def _date(self) -> str:
         if self.cutoff is None:
             return ""
-        # From the epoch by hand: fromtimestamp refuses years that some systems do not know.
+        # Added to the epoch: `fromtimestamp` refuses years that some systems do not support.
         date = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=self.cutoff)
         return f" at {date:%Y-%m-%d %H:%M}".removesuffix(" 00:00")
 
@@ -107,7 +107,7 @@ def _some(names: list[str], limit: int = 12) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
-# A query's own row is found by content, not by id: ids have one part each by construction.
+# A query's own row is found by content (digest), not by id: an id has exactly one part by construction.
 _OWN_ROW = "SELECT id FROM rows WHERE part = 'query' AND digest IN (SELECT digest FROM rows WHERE part = 'history')"
 _ITEM = """SELECT id FROM rows WHERE part = 'query'
     AND item_key IN (SELECT item_key FROM rows WHERE part = 'history' AND item_key IS NOT NULL)"""
@@ -115,7 +115,7 @@ _INPUT = """SELECT id FROM rows WHERE part = 'query'
     AND prompt_key IN (SELECT prompt_key FROM rows WHERE part = 'history')"""
 
 
-# In a data set made from another, what else stands in a row's prompt must be the user's own, earlier history.
+# In a derived dataset, the other rows whose text is in a prompt must be earlier history of the same user.
 _SOURCE = """SELECT s.row AS id FROM sources s JOIN rows r ON r.id = s.row JOIN rows o ON o.id = s.source
     JOIN users u ON u.number = r.user
     WHERE o.part <> 'history' OR o.user <> r.user OR (u.timed AND o.time >= r.time)"""
@@ -125,7 +125,7 @@ def require_no_leaks(dataset: Dataset) -> None:
     """Check that no query leaks into training; see `leaks`.
 
     Raises:
-        DataError: one does; names the first and says how many.
+        DataError: a query leaks; the message names the first and counts the rest.
     """
     found = leaks(dataset)
     if found:
@@ -134,7 +134,7 @@ def require_no_leaks(dataset: Dataset) -> None:
 
 
 def _measures(connection: sqlite3.Connection) -> dict[str, str]:
-    """Queries for the ids of queries that leak, by kind of leak."""
+    """Return SQL for the ids of leaking queries, by kind of leak."""
     measures = {"its own row": _OWN_ROW}
     if get_meta(connection, "shared_items") == "exclude":
         measures |= {"its item": _ITEM, "its input": _INPUT}
@@ -144,7 +144,7 @@ def _measures(connection: sqlite3.Connection) -> dict[str, str]:
 
 
 def leaks(dataset: Dataset) -> list[str]:
-    """Name every query that leaks: its own row is in training, or, under `exclude`, its item or normalized input."""
+    """List every leak: a query's own row (under `exclude` also its item or input) in training, or a later source."""
     connection, found = dataset.connection, []
     for what, query in _measures(connection).items():
         rows = connection.execute(f"""
@@ -156,7 +156,7 @@ def leaks(dataset: Dataset) -> list[str]:
 
 
 def summarize(connection: sqlite3.Connection, labels: list[str]) -> DataSummary:
-    """Measure a prepared database."""
+    """Compute the summary of a prepared database."""
 
     def one(query: str, *values: Any) -> Any:
         return connection.execute(query, values).fetchone()[0]
@@ -196,7 +196,7 @@ def summarize(connection: sqlite3.Connection, labels: list[str]) -> DataSummary:
 
 
 def _history(connection: sqlite3.Connection) -> tuple[int, float, int]:
-    """Return the least, median and greatest history of the targets, in rows."""
+    """Return minimum, median and maximum history length of the targets, in rows."""
     sizes = "SELECT history FROM users WHERE role = 'target'"
     count, low, high = connection.execute(f"SELECT count(*), min(history), max(history) FROM ({sizes})").fetchone()
     middle = f"{sizes} ORDER BY history LIMIT {2 - count % 2} OFFSET {(count - 1) // 2}"
@@ -205,7 +205,7 @@ def _history(connection: sqlite3.Connection) -> tuple[int, float, int]:
 
 
 def _unseen_labels(connection: sqlite3.Connection, labels: list[str]) -> list[tuple[str, int]]:
-    """List the labels that no history row has, each with the number of queries that ask for it."""
+    """List the labels that no history row has, each with the number of queries with that label."""
     if not labels:
         return []
     counts = connection.execute("""

@@ -1,6 +1,6 @@
-"""A template turns one row's columns into a text, and nothing else: no attributes, no indices, no format codes.
+"""Prompt and target templates: `{column}` fields only, without attributes, indices or format codes.
 
-Knows nothing about files or tokens.
+Also conversion of cell values and ids to text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from proper.errors import DataError
 
 
 class BadValue(Exception):
-    """One value of a row is unusable; `field` names the column, `what` says why in a few words."""
+    """A value of a row is unusable; `field` names the column, `what` gives the reason in a few words."""
 
     def __init__(self, field: str, what: str) -> None:
         super().__init__(f"{field}: {what}")
@@ -28,17 +28,17 @@ class BadValue(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Stands in a cell for a value that Python cannot hold; `what` says in a few words what it is."""
+    """Placeholder in a cell for a value that Python cannot represent; `what` describes it in a few words."""
 
     what: str
 
 
 class Rounded(float):
-    """A number from a column of short floats, so large that it may have been another whole number."""
+    """A float32 or float16 value too large to identify one whole number."""
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """Put the known name most like `name` into words, or all known names where none is like it."""
+    """Return a "did you mean" hint with the closest known name, or the list of known names if none is close."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
@@ -47,10 +47,10 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def plain(value: object) -> str:
-    """Write one value as text: 4.0 stays "4.0", a list is joined with ", ", a time is ISO 8601.
+    """Convert one value to text: 4.0 stays "4.0", a list is joined with ", ", a time is ISO 8601.
 
     Raises:
-        ValueError: there is no text in it (null, NaN, bytes); the message says what it is.
+        ValueError: the value has no text form (null, NaN, bytes); the message says what it is.
     """
     if isinstance(value, str):
         return value
@@ -72,18 +72,18 @@ def plain(value: object) -> str:
 
 
 _EXACT = 2**53
-"""From here on a float no longer tells neighbouring whole numbers apart."""
+"""From this value on, a float no longer distinguishes neighbouring whole numbers."""
 
 _FLOAT_ID = re.compile(r"[-+]?(\d+\.0+|\d(\.\d+)?[eE]\+\d+)")
 
 
 def identifier(value: object) -> str | None:
-    """Write an id as text: a whole number as its digits (7.0 is "7"), None for null and NaN.
+    """Convert an id to text: a whole number as its digits (7.0 is "7"), None for null and NaN.
 
-    Tables without a null for integers turn ids into floats, which is why floats are taken at all.
+    Floats are accepted because formats without a null for integers turn ids into floats.
 
     Raises:
-        ValueError: it is no id, or a float that stands for several whole numbers; the message is a few words.
+        ValueError: the value is not an id, or is a float that stands for several whole numbers.
     """
     if value is None or isinstance(value, str):
         return value
@@ -101,7 +101,7 @@ def identifier(value: object) -> str | None:
 
 
 def written_id(value: object) -> object:
-    """Return what a cell of a table without types holds: a float where it is written like one of a whole number."""
+    """Return the value of an untyped cell: a float if the text is a whole number in float notation, else unchanged."""
     return float(value) if isinstance(value, str) and _FLOAT_ID.fullmatch(value) else value
 
 
@@ -109,7 +109,7 @@ def written_id(value: object) -> object:
 class Template:
     """A parsed template: literal texts alternating with columns, `literals[0] {columns[0]} literals[1] ...`.
 
-    `key` is the setting it comes from ("data.prompt"), for messages.
+    `key` is the setting that it comes from ("data.prompt"), for messages.
     """
 
     key: str
@@ -137,10 +137,10 @@ class Template:
 
 
 def parse_template(text: str, key: str) -> Template:
-    """Parse `{column}` places; `{{` and `}}` are braces. Everything between the braces is the column's name.
+    """Parse `{column}` fields; `{{` and `}}` are literal braces. The whole text between braces is the column's name.
 
     Raises:
-        DataError: a brace is not closed, or a place has no name, a conversion or a format code.
+        DataError: a brace is not closed, or a field has no name, a conversion or a format code.
     """
     literals, columns = [""], []
     try:

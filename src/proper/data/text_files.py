@@ -1,6 +1,6 @@
-"""Rows of JSONL and CSV files, packed or not, one at a time and with their line numbers.
+"""Streaming readers of JSONL and CSV files, compressed or not, with line numbers.
 
-What is wrong with a line takes its place, so one bad line never ends the file. Knows nothing about what columns mean.
+A bad line yields an error text in place of its row, so that one bad line never ends the file.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from proper.data.source import Row, Source
 from proper.errors import DataError
 
 PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
-"""Endings of packed files that are read as they are; the first is that of an unpacked one."""
+"""Suffixes of supported compression formats; the empty one stands for no compression."""
 
 _HEAD = 1000
-"""Rows of a JSONL file that are read to learn which columns there are."""
+"""Rows of a JSONL file that are read to find its columns."""
 
 _FIELD = 1 << 24
-"""Characters that a CSV cell may have: a quote that is never closed must not take the rest of the file into memory."""
+"""Maximum characters of a CSV cell: an unclosed quote must not read the rest of the file into memory."""
 
 
 def jsonl_source(file: Path) -> Source:
@@ -55,7 +55,7 @@ def csv_source(file: Path) -> Source:
 
 
 def json_rows(file: Path) -> Iterator[tuple[int, Row | str]]:
-    """Yield the lines of a JSONL file that are not empty, with their numbers; what is wrong with one as a text.
+    """Yield (line number, row) for the non-empty lines of a JSONL file; a bad line yields an error text as its row.
 
     Raises:
         DataError: the file cannot be read.
@@ -68,7 +68,7 @@ def json_rows(file: Path) -> Iterator[tuple[int, Row | str]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading, unpacked; errors of reading are DataErrors."""
+    """Open a file for reading, decompressed; read errors become DataErrors."""
     try:
         with _unpacked(file) as lines:
             yield lines
@@ -106,7 +106,7 @@ def _json_object(line: bytes) -> Row | str:
 
 
 class _TwiceError(Exception):
-    """An object has one key twice, and nothing says which value is meant."""
+    """A JSON object has a duplicate key, so its value is ambiguous."""
 
 
 def _once(pairs: list[tuple[str, Any]]) -> Row:
@@ -126,7 +126,7 @@ def _json_name(value: object) -> str:
 
 
 def _named(file: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
-    """Yield the wanted cells of a CSV file by column; an empty cell is null, as where pandas reads it."""
+    """Yield the wanted cells of a CSV file by column; an empty cell is null, as in pandas."""
     rows = _csv_rows(file)
     header = next(rows, (1, ""))[1]
     if isinstance(header, str):
@@ -142,10 +142,10 @@ def _named(file: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Row | str]]
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, list[str] | str]]:
-    """Yield the rows that are not empty, each with the number of the line where it begins, or what is wrong with it."""
+    """Yield (number of its first line, cells or error text) for each row that is not empty."""
     tabs = ".tsv" in (ending.lower() for ending in file.suffixes[-2:])
     with _opened(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as text:
-        # The limit is one for the whole process; everything here that reads CSV is this function.
+        # The limit is global to the process; only this function reads CSV here.
         csv.field_size_limit(_FIELD)
         rows = csv.reader(cast(Iterable[str], text), delimiter="\t" if tabs else ",", strict=True)
         while True:
@@ -162,7 +162,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, list[str] | str]]:
 
 
 def _is_text(cells: Sequence[str]) -> bool:
-    """Whether no byte had to be escaped when the cells were decoded."""
+    """Return whether all cells were valid UTF-8, that is, contain no surrogate escapes."""
     try:
         "".join(cells).encode()
     except UnicodeEncodeError:

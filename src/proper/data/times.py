@@ -1,7 +1,4 @@
-"""One sortable number for every way in which data writes a time: seconds since 1970, UTC.
-
-Knows nothing about rows or files.
-"""
+"""Timestamp parsing: ISO text, numbers, dates and datetimes to epoch seconds, UTC."""
 
 from __future__ import annotations
 
@@ -14,10 +11,10 @@ from proper.data.templates import Unreadable
 _YEAR = re.compile(r"\d{4}")
 _MONTH = re.compile(r"(\d{4})[-/.](\d{1,2})")
 _NUMBER = re.compile(r"[-+]?(\d{9,}(\.\d*)?|\d(\.\d+)?[eE]\+\d+)")
-# Seconds reach 1e11 in the year 5138, and milliseconds in 1973, when microseconds reach 1e14 and nanoseconds 1e17.
+# Seconds reach 1e11 in the year 5138. Milliseconds reach 1e11, microseconds 1e14 and nanoseconds 1e17 in 1973.
 _UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
 _FIRST, _LAST = -62_135_596_800.0, 253_402_300_800.0
-"""The years 1 to 9999; the end is the first second after them."""
+"""Epoch seconds of the years 1 to 9999; the end is exclusive."""
 
 OUT_OF_RANGE = "a time outside of the years 1 to 9999"
 
@@ -25,11 +22,11 @@ OUT_OF_RANGE = "a time outside of the years 1 to 9999"
 def parse_time(value: object) -> float:
     """Return epoch seconds for ISO text (year, month, day or more), a number, a date or a datetime.
 
-    Numbers above 1e11 are milliseconds, above 1e14 microseconds, above 1e17 nanoseconds; so are negative ones beyond
-    these. A time without a zone is UTC. Text of nine or more digits is a number.
+    Numbers with an absolute value above 1e11 are milliseconds, above 1e14 microseconds, above 1e17 nanoseconds. A time
+    without a zone is UTC. Text of nine or more digits is a number.
 
     Raises:
-        ValueError: it is none of these; the message is a few words.
+        ValueError: the value is none of these; the message is a few words.
     """
     if isinstance(value, str):
         return _from_text(value.strip())
@@ -75,7 +72,7 @@ def _from_datetime(moment: datetime) -> float:
 
 
 def _in_range(seconds: float) -> float:
-    # Beyond these a time could be sorted, but no longer shown as a date.
+    # A time outside of this range could be sorted, but not shown as a date.
     if not _FIRST <= seconds < _LAST:
         raise ValueError(OUT_OF_RANGE)
     return seconds

@@ -1,1 +1,1 @@
-"""Predictions in, numbers out: metrics, statistics, routing figures and the results file."""
+"""Evaluation of predictions: metrics, statistics, routing figures and the results file."""

@@ -1,8 +1,8 @@
-"""Which methods are compared with which, and what comes of it.
+"""Paired comparisons of methods: which pairs are tested, and their p-values, Holm-adjusted by family.
 
 The primary family is the two steps of the ladder (groups against population, users against groups) on the task's main
-metric, Holm-adjusted; the controls are a family of their own, and every other comparison is in the family "other", each
-adjusted among themselves. Knows nothing about how methods are made.
+metric. The controls are a second family, and all other comparisons form the family "other"; p-values are adjusted
+within each family.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ ABLATIONS = (
     ("oppu-released", "oppu"),
     ("users+rag", "rag"),
 )
-"""What is compared with its own counterpart, besides with the last stage."""
+"""Methods that are also compared with a specific counterpart, besides the last stage."""
 
 
 def default_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the (method, against) that every run compares.
+    """Return the (method, against) pairs that every run compares.
 
-    The steps of the ladder, users against population, the controls, and the last stage that is there against
-    everything else.
+    These are the steps of the ladder, users against population, the controls, and the last evaluated stage against
+    every other method.
     """
     pairs = [pair for pair in (*STEPS, ("users", "population"), *CONTROLS, *ABLATIONS) if set(pair) <= set(methods)]
     ladder = [method for method in ("population", "groups", "users") if method in methods]
@@ -45,7 +45,7 @@ def default_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
 def comparison_rows(
     scores: Scores, pairs: Sequence[tuple[str, str]], task: TaskInfo, resamples: int, draws: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Return the `comparisons` of `results.json`: every pair on every metric that both have, adjusted by family."""
+    """Return the `comparisons` of `results.json`: every pair on every common metric, p-values adjusted by family."""
     rows: list[dict[str, Any]] = []
     for method, against, name in _tested(scores, pairs):
         primary = name == primary_metric(task)
@@ -80,7 +80,7 @@ def _family(method: str, against: str) -> str:
 
 
 def _tested(scores: Scores, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str, str]]:
-    """Yield (method, against, metric) for every pair and every metric that both have."""
+    """Yield (method, against, metric) for every pair and every metric that both methods have."""
     names = list(dict.fromkeys(name for _, name in scores))
     for method, against in pairs:
         for name in names:

@@ -1,12 +1,12 @@
-"""What a claim of personalization rests on: the stages against controls that have everything but the users.
+"""Controls behind a claim of personalization: the stages against methods that lack only the user information.
 
     groups against population-more     the same rows, steps and parameters, one LoRA, no users
-    groups against groups-shared-e     experts and router, everybody the same embedding
+    groups against groups-shared-e     experts and router, one embedding shared by all users
     users  against swapped             another user's embedding and adapter
-    users  against shuffled            trained on rows dealt out to the wrong users
+    users  against shuffled            trained on rows permuted across users
 
-The last stands for "the gain with real ids exceeds that with shuffled ids": both are gains over one population, which
-cancels. Knows nothing about how controls are trained.
+The last comparison tests "the gain with real user ids exceeds the gain with shuffled ids": both gains are over the same
+population model, which cancels.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ CONTROLS = (
 
 
 def claim(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return the `personalization` of `results.json`; None where no control was run.
+    """Return the `personalization` of `results.json`; None if no control was run.
 
-    `claimed` is True where every control is beaten on the main metric at p < .05, adjusted over the controls; None
-    where all that were run are beaten and some are missing.
+    `claimed` is True if every control is beaten on the main metric at p < .05, adjusted over the controls; None if all
+    controls that were run are beaten but some are missing.
     """
     rows = {(row["method"], row["against"]): row for row in comparisons if row["primary"]}
     found = {pair: rows[pair] for pair in CONTROLS if pair in rows}

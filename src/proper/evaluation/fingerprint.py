@@ -1,7 +1,4 @@
-"""The version of a part of the code, found from what it does: what was made by other code is made anew.
-
-Knows nothing about what is cached under it.
-"""
+"""Code fingerprint: a hash of the package's own source, part of cache keys so that changed code invalidates results."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from pathlib import Path
 def code_version(*rooms: str) -> str:
     """Return a hash of the package's folders or files in `rooms` ("training", "evaluation/runner.py").
 
-    Comments, docstrings and layout do not count: the syntax trees without docstrings are hashed.
+    Comments, docstrings and formatting do not count: the hash is over syntax trees without docstrings.
 
     Raises:
         FileNotFoundError: the package has no such folder or file.

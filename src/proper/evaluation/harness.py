@@ -1,6 +1,6 @@
-"""A run folder judged: every method and seed on the same queries, then one results.json.
+"""Evaluation harness of a run folder: every method and seed on the same queries, written to one results.json.
 
-Knows where a run's files lie; how a method is trained and answers comes in as a `MethodSpec`, statistics are elsewhere.
+How a method is trained and answers comes in as a `MethodSpec`.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from proper.inference.personalized import PersonalizedModel, load
 MEASURING_CODE = ("data", "layers", "models", "inference", "evaluation")
 
 HISTORY_SAMPLE = 8
-"""Newest history items per user on which overfitting is looked for."""
+"""Newest history items per user on which overfitting is measured."""
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method as the harness sees it.
+    """A method to be evaluated.
 
     Attributes:
-        answers: its predictions for a seed.
-        cost: its row of `cost`, from the first seed's predictions.
+        answers: function from a seed to the method's predictions.
+        cost: function from the first seed's predictions to the method's row of `cost`.
     """
 
     name: str
@@ -53,7 +53,7 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class Harness:
-    """A run to be judged.
+    """Evaluation of one run.
 
     Attributes:
         folders: the run folder of every seed; the first is the run's own.
@@ -70,12 +70,12 @@ class Harness:
 
     @property
     def task(self) -> TaskInfo:
-        """What is predicted."""
+        """The task: name, kind and labels."""
         data, labels = self.config.data, tuple(self.dataset.labels)
         return TaskInfo(data.task or Path(data.path).stem, self.config.task.kind, labels, data.given_split)
 
     def evaluate(self, contenders: Sequence[MethodSpec]) -> dict[str, Any]:
-        """Let all contenders answer all queries, write results and what the report reads; return results.
+        """Run all methods on all queries, write the results and the report's files, and return the results.
 
         Raises:
             DataError: a query leaks into training.
@@ -83,7 +83,7 @@ class Harness:
         """
         require_no_leaks(self.dataset)
         names = [contender.name for contender in contenders]
-        # Method by method, so that a call that is killed loses one at most.
+        # Method by method, so that a killed process loses at most one method.
         by_method = {one.name: {seed: one.answers(seed) for seed in self.folders} for one in contenders}
         predictions = {seed: {name: by_method[name][seed].predictions for name in names} for seed in self.folders}
         for seed, found in predictions.items():
@@ -112,7 +112,7 @@ class Harness:
         return results
 
     def _remembered(self, what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a measure of the trained stages, made once for the stages, data and code that are there."""
+        """Return a measure of the trained stages, cached under the hash of stages, data and code."""
         markers = [self.home / stage / "stage.json" for stage in ("groups", "users")]
         stages = [read_json(marker) for marker in markers if marker.exists()]
         key = hash_value([what, self.dataset.sha256, stages, code_version(*MEASURING_CODE)])
@@ -125,7 +125,7 @@ class Harness:
         return value
 
     def _routing(self) -> dict[str, Any]:
-        """Routing figures of the first seed, from the gates of stage 2: the groups are what it found."""
+        """Return the routing figures of the first seed, from the gates of stage 2, which learns the groups."""
         users = list(self.dataset.users("target"))
         ids = [user.id for user in users]
         model = load(self.home, "groups")
@@ -140,7 +140,7 @@ class Harness:
         return routing
 
     def _history_losses(self) -> dict[str, float]:
-        """Answer loss of every target user on their own newest history, first seed."""
+        """Return the answer loss of every target user on their own newest history, first seed."""
         model = load(self.home, "users")
         losses = {}
         for user in self.dataset.users("target"):
@@ -162,7 +162,7 @@ class Harness:
         return truth_section(truth, predictions, self.task, (routing or {}).get("nmi"))
 
     def _user_slices(self) -> dict[str, set[str]]:
-        """Target users of whom stage 2 of the first seed drew no row: to it they are new."""
+        """Return the target users with no row in the stage 2 sample of the first seed (new users for stage 2)."""
         groups = self.config.groups
         sample = self.dataset.sample(groups.train_on, groups.max_tokens, next(iter(self.folders)))
         return {"new-to-groups": targets_outside(self.dataset, sample)}
@@ -184,7 +184,7 @@ class Harness:
         }
 
     def _seconds(self) -> dict[str, float]:
-        """Wall time of each stage, summed over seeds."""
+        """Return the wall time of each stage in seconds, summed over seeds."""
         found: Counter[str] = Counter()
         for folder in self.folders.values():
             for stage in ("population", "groups", "users"):
@@ -194,7 +194,7 @@ class Harness:
         return dict(found)
 
     def _tiers(self) -> dict[str, Any]:
-        """How many target users are served on which tier, and why, first seed."""
+        """Return the number of target users per serving tier, with the reasons, first seed."""
         store = AdapterStore(self.home / "users")
         targets = {user.id for user in self.dataset.users("target")}
         held = [(tier, facts) for user, tier, facts, _ in store.facts() if user in targets]

@@ -1,7 +1,7 @@
-"""Predictions in the format of the LaMP benchmark, so that its own scorer accepts them, and what that scorer would say.
+"""Predictions in the LaMP benchmark's format, accepted by its official scorer, and the scores that it would print.
 
-`{"task": "LaMP_3", "golds": [{"id", "output"}]}`; the scorer wants exactly the gold ids, so the golds of just these
-queries are written beside. Knows nothing about how answers came about.
+The format is `{"task": "LaMP_3", "golds": [{"id", "output"}]}`. The scorer requires exactly the gold ids, so the golds
+of the evaluated queries are written too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def write_lamp_predictions(
 ) -> None:
     """Write each method's `METHOD.lamp.json`, the golds and the official scores into `folder`.
 
-    Nothing is written where the data is not of LaMP.
+    Nothing is written if the data is not from LaMP.
     """
     if data.task is None:
         return
@@ -42,7 +42,7 @@ def write_lamp_predictions(
 
 
 def official_scores(predictions: Sequence[Prediction], task: TaskInfo) -> dict[str, float]:
-    """Return the task's metrics by the names and, for ROUGE, with the bootstrap of the official script (seed 0)."""
+    """Return the task's metrics under the official script's names; ROUGE with its bootstrap (seed 0)."""
 
     def value(metric: str) -> float:
         if task.kind == "generation":
@@ -58,12 +58,12 @@ def _write(path: Path, task: str, ids: Sequence[str], texts: Sequence[str]) -> N
 
 
 def official_output(task: str, text: str) -> str:
-    """Return an answer as the scorer reads it: LaMP-1's is "[1]", also where the prompt had its bracket already."""
+    """Return an answer as the scorer expects it: "[1]" for LaMP-1, even if the bracket was part of the prompt."""
     text = text.strip()
     return f"[{text}" if task == "lamp-1" and text in ("1]", "2]") else text
 
 
 def _ids(predictions: Sequence[Prediction]) -> list[str]:
-    """Return the questions' ids in the files, with the user in front where two users' questions share one."""
+    """Return the question ids of the files, prefixed with the user id if two users' questions share an id."""
     ids = [str(row.item) for row in predictions]
     return ids if len(set(ids)) == len(ids) else [f"{row.user}/{row.item}" for row in predictions]

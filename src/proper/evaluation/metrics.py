@@ -1,8 +1,7 @@
-"""How good an answer is: every metric as the official LaMP script computes it.
+"""Metrics (accuracy, macro-F1, MAE, RMSE, ROUGE, answer loss), computed as in the official LaMP script.
 
-A metric is two small functions: what each query *contributes* (a row of numbers), and how the *sum* of contributions
-becomes the value. Sums add up over users, so that a resample of users is a matrix product, for F1 and RMSE too.
-Knows nothing about resampling, methods, stages or files.
+A metric consists of two functions: the *contributions* of each query (a row of numbers), and the value of a *sum* of
+contributions. Sums are additive over users, so a resample of users is a matrix product, for F1 and RMSE too.
 
 Shapes: N queries, L labels, F numbers that a query contributes (1, or 3 L for F1).
 """
@@ -31,8 +30,8 @@ TaskKind = Literal["classification", "rating", "generation"]
 class Prediction:
     """One query answered by one method.
 
-    `loss` is the mean answer loss in nats per token, `tier` what the user was answered with, `history` how many
-    interactions that user had before.
+    `loss` is the mean answer loss in nats per token, `tier` the serving tier that answered, `history` the number of the
+    user's earlier interactions.
     """
 
     id: int
@@ -49,9 +48,9 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class TaskInfo:
-    """What is predicted: a name for the tables, the kind, and the fixed label list (empty for generation).
+    """The task: a name for tables, the kind, and the fixed label list (empty for generation).
 
-    `official` says that ROUGE sees the words that the benchmark's scorer sees: those of ASCII.
+    With `official`, ROUGE uses the tokenization of the benchmark's scorer, which keeps only ASCII words.
     """
 
     name: str
@@ -84,9 +83,9 @@ Finish = Callable[[FloatArray, FloatArray], FloatArray]
 class Metric:
     """A metric over a set of queries.
 
-    `contributions(predictions, task)` is `(N, F)`. `finish(sums (..., F), counts (...))` is the value `(...)` of sets
-    with those sums; `finish_user` is the same for one user's queries alone (only F1 differs, see `_f1_present`).
-    `per_item` says that the value is the mean of one number per query.
+    `contributions(predictions, task)` has shape `(N, F)`. `finish(sums (..., F), counts (...))` returns the values
+    `(...)` of query sets with those sums; `finish_user` does the same for the queries of one user (only F1 differs, see
+    `_f1_present`). `per_item` is true if the value is the mean of one number per query.
     """
 
     name: str
@@ -101,7 +100,7 @@ def item_values(name: str, predictions: Sequence[Prediction], task: TaskInfo) ->
     """Return one number per query, `(N,)`: 0/1, absolute error, squared error (for rmse), ROUGE or loss.
 
     Raises:
-        DataError: there is no such metric, it has no value per query (f1_macro), or a gold is unusable.
+        DataError: the metric is unknown, it has no value per query (f1_macro), or a gold is unusable.
     """
     metric = get_metric(name)
     if metric.finish is _f1_fixed:
@@ -113,7 +112,7 @@ def score(name: str, predictions: Sequence[Prediction], task: TaskInfo) -> float
     """Return the metric over all `predictions`, each query counting once.
 
     Raises:
-        DataError: there is no such metric, there are no predictions, or a gold is unusable.
+        DataError: the metric is unknown, there are no predictions, or a gold is unusable.
     """
     if not predictions:
         raise DataError("no predictions to score")
@@ -126,7 +125,7 @@ def require_ids(name: str, predictions: Sequence[Prediction], golds: Iterable[in
     """Check that `predictions` cover exactly the ids in `golds`, each once.
 
     Raises:
-        DataError: an id is missing, unknown or there twice; `name` says whose predictions these are.
+        DataError: an id is missing, unknown or duplicate; the message names the method `name`.
     """
     wanted, found = set(golds), [row.id for row in predictions]
     have = set(found)
@@ -141,13 +140,13 @@ def require_ids(name: str, predictions: Sequence[Prediction], golds: Iterable[in
 
 
 def rouge_official(values: FloatArray, seed: int, samples: int = 1000) -> float:
-    """Return what the official script prints for these ROUGE values: the median of bootstrapped means, not the mean.
+    """Return the official script's aggregate of ROUGE values: the median of bootstrapped means, not the mean.
 
-    Same draws as `rouge_score.scoring.BootstrapAggregator` after `numpy.random.seed(seed)`, on one score type.
+    Draws are those of `rouge_score.scoring.BootstrapAggregator` after `numpy.random.seed(seed)`, for one score type.
     """
     if len(values) == 0:
         raise DataError("no ROUGE values to aggregate")
-    # The aggregator draws from numpy's legacy generator; its stream differs from that of default_rng.
+    # The aggregator uses numpy's legacy generator, whose stream differs from that of default_rng.
     draws = np.random.RandomState(seed)
     means = [values[draws.choice(np.arange(len(values)), size=len(values))].mean() for _ in range(samples)]
     return float(np.percentile(means, 50))
@@ -157,7 +156,7 @@ def get_metric(name: str) -> Metric:
     """Return the metric called `name`.
 
     Raises:
-        DataError: there is none.
+        DataError: the metric is unknown.
     """
     if name not in METRICS:
         raise DataError(f"metric {name!r} is not known; known are {', '.join(METRICS)}")
@@ -165,7 +164,7 @@ def get_metric(name: str) -> Metric:
 
 
 def _label_indices(texts: Iterable[str], task: TaskInfo) -> NDArray[np.int64]:
-    """Return each text's place in the fixed label list after stripping, or as the same number; -1 for anything else."""
+    """Return each text's index in the fixed label list, matched stripped or as a number; -1 for anything else."""
     places = {label.strip(): place for place, label in enumerate(task.labels)}
     numbers = {number_of(label, task.kind): place for label, place in places.items()}
     numbers[None] = -1
@@ -183,7 +182,7 @@ def _accuracy(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
 
 
 def _confusions(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
-    """Return `(N, 3 L)`: for each label whether it was hit, was the gold, was predicted."""
+    """Return `(N, 3 L)`: for each label, indicators of a true positive, of the gold and of the prediction."""
     if not task.labels:
         raise DataError(f"task {task.name}: a classification task needs its labels")
     found = _label_indices((row.prediction for row in predictions), task)
@@ -194,7 +193,7 @@ def _confusions(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray
 
 
 def _number(text: str) -> float | None:
-    """Return `float(text)`; None where that fails or is not finite (the official script would return NaN)."""
+    """Return `float(text)`; None if that fails or is not finite (the official script would return NaN)."""
     try:
         number = float(text)
     except ValueError:
@@ -203,7 +202,7 @@ def _number(text: str) -> float | None:
 
 
 def _errors(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
-    """Return `(N,)` answer minus gold; an unreadable answer is the end of the scale farther from the gold."""
+    """Return `(N,)` answer minus gold; an unreadable answer counts as the end of the scale farther from the gold."""
     low, high = task.scale
     errors = np.empty(len(predictions))
     for place, row in enumerate(predictions):
@@ -255,13 +254,13 @@ def _f1_by_label(sums: FloatArray) -> tuple[FloatArray, NDArray[np.bool_]]:
 
 
 def _f1_fixed(sums: FloatArray, counts: FloatArray) -> FloatArray:
-    """Macro-F1 over the fixed list: a label that nobody has or predicts counts as 0, as in the official script."""
+    """Macro-F1 over the fixed list: a label without golds and predictions counts as 0, as in the official script."""
     del counts
     return np.asarray(_f1_by_label(sums)[0].mean(axis=-1))
 
 
 def _f1_present(sums: FloatArray, counts: FloatArray) -> FloatArray:
-    """Macro-F1 over the labels a user has or was given: over the fixed list, three labels of 15 could not pass .2."""
+    """Macro-F1 over the labels in a user's golds or predictions; over all 15 labels, 3 could not exceed .2."""
     del counts
     values, present = _f1_by_label(sums)
     return np.asarray(values.sum(axis=-1) / np.maximum(present.sum(axis=-1), 1))

@@ -1,10 +1,10 @@
-"""How small a difference a data set can show, said before anything is trained.
+"""Power analysis before training: the minimal detectable difference of a dataset.
 
     smallest = (z(.975) + z(.8)) * sqrt(sum_u n_u (1 + (n_u - 1) rho)) * s / N
 
-n_u queries of user u, N in all; s is the spread of one query's paired difference, rho how much the queries of one user
-agree (Kish's design effect). Both are assumptions, and are said with the number; after a run, `resolvable` beside
-every comparison is measured. Knows nothing about methods.
+n_u is the number of queries of user u, N their total, s the standard deviation of one query's paired difference, rho
+the correlation within a user (Kish's design effect). s and rho are assumptions and are reported with the number; after
+a run, `resolvable` of every comparison is measured.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from proper.evaluation.metrics import TaskKind
 from proper.evaluation.statistics import minimal_detectable_difference
 
 DISAGREEMENT = 0.25
-"""Assumed share of queries on which two methods differ in being right; HuffPost's and the demo's steps are near it."""
+"""Assumed share of queries that exactly one of two methods answers correctly; HuffPost and the demo are near it."""
 
 RATING_SHARE = 0.5
-"""Assumed spread of paired differences of absolute errors, as a share of the ratings' spread; .4 to .5 on MovieLens."""
+"""Assumed standard deviation of paired absolute-error differences over that of the ratings; .4 to .5 on MovieLens."""
 
 CORRELATION = 0.1
 """Assumed correlation of the paired differences of one user's queries."""
@@ -30,7 +30,7 @@ CORRELATION = 0.1
 
 @dataclass(frozen=True)
 class Power:
-    """The smallest difference that shows with 80 % power at 5 %, in the main metric, and what that assumes."""
+    """The minimal detectable difference in the main metric (80 % power at 5 %), with its assumptions."""
 
     metric: str
     smallest: float
@@ -39,14 +39,14 @@ class Power:
     queries: int
 
     def line(self) -> str:
-        """Put it into one line for a terminal."""
+        """Return one line for a terminal."""
         size = f"a difference of {self.smallest:.3f} in {self.metric}"
         whom = f"{self.queries:,} queries of {self.users:,} users"
         return f"{'power':<10}{size} shows with {whom} (80 %, p < .05), if {self.assumes}"
 
 
 def expected_power(dataset: Dataset, kind: TaskKind) -> Power | None:
-    """Return what this data set can resolve; None for free text, where no assumption holds for all."""
+    """Return the minimal detectable difference of a dataset; None for generation, where no assumption fits all data."""
     counts = [user.queries for user in dataset.users("target") if user.queries]
     if kind == "generation" or not counts:
         return None
@@ -62,7 +62,7 @@ def expected_power(dataset: Dataset, kind: TaskKind) -> Power | None:
 
 
 def smallest_difference(queries: Sequence[int], spread: float, correlation: float = CORRELATION) -> float:
-    """Return the smallest difference for users with so many queries each; see the module's formula."""
+    """Return the minimal detectable difference for users with these numbers of queries; see the module's formula."""
     total = sum(queries)
     variance = spread**2 * sum(n * (1 + (n - 1) * correlation) for n in queries) / total**2
     users = len(queries)

@@ -1,6 +1,6 @@
-"""From predictions to `results.json` and `users.json`: which numbers are reported, and which are tested.
+"""Assembly of `results.json` and `users.json` from predictions: scores, comparisons, slices and gains per user.
 
-Knows nothing about models, and writes no file.
+Returns plain values and writes no file.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from proper.evaluation.slices import part_rows, slice_rows
 from proper.evaluation.statistics import UserScores, estimate, standings, user_scores
 
 Predictions = Mapping[int, Mapping[str, Sequence[Prediction]]]
-"""Predictions by seed, then by method; everybody answers the same queries."""
+"""Predictions by seed, then by method; all methods answer the same queries."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RawResults:
-    """What was measured, from which `results.json` is made.
+    """Measurements from which `results.json` is made.
 
     Attributes:
         predictions: by seed, then by method. Seeds are averaged per user before tests.
         task: name, kind and labels.
-        run: backbone, versions, data_sha256, device, and whatever else describes the run.
-        seconds: of each stage.
+        run: backbone, versions, data_sha256, device, and other metadata of the run.
+        seconds: wall time by stage.
         cost: one row per method.
         routing: from `routing.analyze_routing`.
-        truth: from `truth.truth_section`, where the data has a truth.
-        history_losses: by user, the answer loss of method `users` on that user's own history, to see overfitting.
-        pairs: further (method, against) to compare, beside those of `default_pairs`.
-        user_slices: further slices by name, sets of users.
-        query_slices: slices by name that are sets of queries, by id.
+        truth: from `truth.truth_section`, if the data has a truth file.
+        history_losses: by user, the answer loss of method `users` on that user's own history, to detect overfitting.
+        pairs: further (method, against) pairs to compare, beside those of `default_pairs`.
+        user_slices: further slices by name, as sets of users.
+        query_slices: slices by name, as sets of query ids.
     """
 
     predictions: Predictions
@@ -57,13 +57,13 @@ class RawResults:
 
     @property
     def methods(self) -> list[str]:
-        """The methods, in the order in which they were given."""
+        """The methods, in the given order."""
         return list(next(iter(self.predictions.values())))
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is drawn: resamples of the bootstrap, draws of the permutation test, and the seed of both."""
+    """Number of bootstrap resamples and of permutation draws, and the seed of both."""
 
     resamples: int = 2000
     draws: int = 10_000
@@ -71,7 +71,7 @@ class Effort:
 
 
 def build_results(found: RawResults, effort: Effort | None = None) -> dict[str, Any]:
-    """Assemble `results.json`, schema 1. The result is plain values only; what is not finite is None.
+    """Assemble `results.json`, schema 1, from plain values only; non-finite numbers become None.
 
     Raises:
         DataError: there are no predictions, or methods or seeds did not answer exactly the same queries.
@@ -105,12 +105,12 @@ def build_results(found: RawResults, effort: Effort | None = None) -> dict[str, 
 
 
 def gains_by_user(predictions: Predictions, task: TaskInfo, scores: Scores | None = None) -> dict[str, Any]:
-    """Return `users.json`: what each user gained at each step on the main metric, shortest history first.
+    """Return `users.json`: each user's gain at each step on the main metric, shortest history first.
 
     `{"metric", "higher_is_better", "users": [{"user", "history", "queries", "tier", "values": {method: value},
-    "gain_groups", "gain_users"}]}`. Values are means over the user's queries and over seeds; gains are signed so that
-    better is positive, also for errors, and None where a stage is missing. `tier` is what answered as method `users`
-    in the first seed.
+    "gain_groups", "gain_users"}]}`. Values are means over the user's queries and over seeds. Gains are positive for an
+    improvement, also for error metrics, and None if a stage is missing. `tier` is the serving tier of method `users` in
+    the first seed.
 
     Raises:
         DataError: there are no predictions, or methods or seeds did not answer exactly the same queries.
@@ -141,7 +141,7 @@ def gains_by_user(predictions: Predictions, task: TaskInfo, scores: Scores | Non
 
 
 def score_all(predictions: Predictions, task: TaskInfo) -> dict[tuple[str, str], UserScores]:
-    """Score every method on every metric of the task, and on answer loss where every prediction has a finite one."""
+    """Score every method on every metric of the task, and on answer loss if every prediction has a finite loss."""
     seeds = list(predictions.values())
     scores = {}
     for method in seeds[0]:
@@ -156,7 +156,7 @@ def require_same_queries(predictions: Predictions) -> dict[str, int]:
     """Check that every method in every seed answered exactly the same queries; return history length by user.
 
     Raises:
-        DataError: they did not, or there are no predictions; names the method and the seed.
+        DataError: they did not, or there are no predictions; the message names the method and the seed.
     """
     first = next(iter(predictions.values()), {})
     reference = next(iter(first.values()), [])
@@ -175,7 +175,7 @@ def require_same_queries(predictions: Predictions) -> dict[str, int]:
 
 
 def plain(value: Any) -> Any:
-    """Return `value` as JSON has it: numpy numbers as Python's, tuples as lists, NaN and infinity as None."""
+    """Convert `value` to JSON types: numpy numbers to Python's, tuples to lists, NaN and infinity to None."""
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, np.ndarray):
@@ -228,7 +228,7 @@ def _metric_row(key: tuple[str, str], scores: UserScores, task: TaskInfo, effort
 
 
 def _add_standings(rows: list[dict[str, Any]], scores: Scores, effort: Effort) -> None:
-    """Say of every row whether its method is the best on its metric, or cannot be told from the best."""
+    """Set `standing` of every row: whether its method is the best on its metric, or tied with the best."""
     for name in dict.fromkeys(row["metric"] for row in rows):
         here = [row for row in rows if row["metric"] == name]
         places = standings([scores[row["method"], name] for row in here], effort.resamples, effort.seed)
@@ -266,7 +266,7 @@ def _gain(values: Mapping[str, float], step: str, below: str, higher_is_better: 
 
 
 def _query_losses(scores: Scores) -> dict[str, float]:
-    """Return by user the answer loss of method `users` on queries; empty where it is not known."""
+    """Return the answer loss of method `users` on queries, by user; empty if it is not known."""
     found = scores.get(("users", "loss"))
     if found is None:
         return {}

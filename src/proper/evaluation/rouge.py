@@ -1,8 +1,8 @@
-"""ROUGE-1 and ROUGE-L: what an answer and the true one have in common, in words of any script.
+"""ROUGE-1 and ROUGE-L F-measures with a tokenization for all scripts.
 
-The F-measures are those of `rouge_score` without a stemmer, to the last bit, and so are the words of ASCII text. That
-package's words are runs of a to z and digits: it cuts words at accents and sees nothing of other scripts, and its
-import needs a home directory. Knows nothing about queries.
+F-measures equal those of `rouge_score` without a stemmer, to the last bit, and so does the tokenization of ASCII text.
+That package is not used because its words are runs of a to z and digits: it splits words at accents, drops other
+scripts, and its import needs a home directory.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ _SPACELESS = (
     *("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "BOPOMOFO ", "YI ", "NUSHU ", "TANGUT "),
     *("THAI ", "LAO ", "KHMER ", "MYANMAR ", "TAI ", "NEW TAI ", "JAVANESE ", "BALINESE "),
 )
-"""How the Unicode names of letters begin whose scripts put no space between words."""
+"""Unicode name prefixes of letters whose scripts put no space between words."""
 
 
 def official_words(text: str) -> list[str]:
-    """Return the words that `rouge_score` sees, as the benchmark's own scorer uses it."""
+    """Return the words of a text as `rouge_score`, and so the benchmark's scorer, tokenizes it."""
     return _LATIN.findall(text.lower())
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text in any script: runs of letters, marks and digits, without case.
+    """Return the words of a text in any script: case-folded runs of letters, marks and digits.
 
-    Where a script has no spaces each letter is a word with its marks, as in usual scores for Chinese. So is a symbol
-    such as an emoji: an answer may be nothing else. ASCII text has the words of `official_words`.
+    In scripts without spaces each letter with its marks is a word, as is usual for Chinese. A symbol such as an emoji
+    is a word too, since an answer may consist of it alone. ASCII text has the words of `official_words`.
     """
     return official_words(text) if text.isascii() else [*_words(_folded(text))]
 
 
 def _folded(text: str) -> str:
-    """Make equal what only looks different in code: composed and decomposed accents, widths, case."""
+    """Normalize Unicode variants of equal text: composed and decomposed accents, widths, case."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
@@ -60,32 +60,32 @@ def _words(text: str) -> Iterator[str]:
 
 @lru_cache(maxsize=1 << 14)
 def _kind(character: str) -> Literal["letter", "mark", "alone", "joiner", "gap"]:
-    """Say what a character does: part of a word, a word of its own, nothing (joiners, direction), or a gap."""
+    """Classify a character: part of a word, a word by itself, ignored (joiners, direction marks), or a gap."""
     category = unicodedata.category(character)
     name = unicodedata.name(character, "")
     if category[0] == "M":
-        # Whether an emoji asks to be shown in colours does not make it another one.
+        # A variation selector (coloured or plain emoji) does not change the word.
         return "joiner" if name.startswith("VARIATION SELECTOR") else "mark"
     if category == "So" or (category[0] in "LN" and name.startswith(_SPACELESS)):
         return "alone"
     if category[0] in "LN":
         return "letter"
-    # A zero-width space is a space; other format characters stand inside words.
+    # A zero-width space separates words; other format characters occur inside words.
     return "joiner" if category == "Cf" and character != "\u200b" else "gap"
 
 
 def rouge_1(target: Sequence[str], answer: Sequence[str]) -> float:
-    """Return the F-measure of shared words, counted with repeats."""
+    """Return the ROUGE-1 F-measure: shared words, counted with repeats."""
     return _f_measure((Counter(target) & Counter(answer)).total(), len(target), len(answer))
 
 
 def rouge_l(target: Sequence[str], answer: Sequence[str]) -> float:
-    """Return the F-measure of the longest common subsequence of words."""
+    """Return the ROUGE-L F-measure: the longest common subsequence of words."""
     return _f_measure(_common(target, answer), len(target), len(answer))
 
 
 def _common(one: Sequence[str], other: Sequence[str]) -> int:
-    """Return the length of the longest common subsequence, a bit per word of `one` (Hyyro 2004)."""
+    """Return the length of the longest common subsequence, bit-parallel with one bit per word of `one` (Hyyro 2004)."""
     places: dict[str, int] = {}
     for place, word in enumerate(one):
         places[word] = places.get(word, 0) | 1 << place

@@ -1,7 +1,7 @@
-"""Who uses which expert: figures and a map of users, from the users' mean gates.
+"""Expert routing analysis: entropy, mutual information, expert load and a 2-D map of users, from users' mean gates.
 
-Knows nothing about tensors on devices, routers or modules: gates come in as one array, averaged over each user's
-tokens. Shapes: U users, M adapted modules, E experts, D embedding size. Entropies are in nats.
+Gates come in as one array, averaged over each user's tokens. Shapes: U users, M adapted modules, E experts, D embedding
+size. Entropies are in nats.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ def analyze_routing(
     token_entropy: ArrayLike | None = None,
     seed: int = 0,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Describe the routing: a small dict for `results.json`, and one row per user for `routing.json`.
+    """Return the routing figures for `results.json`, and one row per user for `routing.json`.
 
     Args:
         gates: `(U, M, E)`, each user's mean gate over their tokens; every row sums to 1.
         users: the U ids, in the order of `gates`.
-        embeddings: `(U, D)`, or `(U, M, D)` where every module has its own table.
+        embeddings: `(U, D)`, or `(U, M, D)` if every module has its own table.
         histories: history length by user.
-        groups: the true group of each user, where it is known (demo data).
-        token_entropy: mean entropy of single tokens' gates, any shape (its mean is taken); without it `entropy` is
+        groups: the true group of each user, if it is known (demo data).
+        token_entropy: mean entropy of single tokens' gates, any shape (its mean is taken); without it, `entropy` is
             that of the mean gates, which is never smaller.
         seed: of k-means.
 
     Raises:
-        DataError: shapes do not fit, a gate is not finite, or rows do not sum to 1.
+        DataError: shapes do not match, a gate is not finite, or rows do not sum to 1.
     """
     mean_gates = _checked(gates, users)
     places = np.asarray(embeddings, dtype=np.float64).reshape(len(users), -1)
@@ -69,7 +69,7 @@ def _user_rows(
     groups: Mapping[str, int] | None,
     maps: FloatArray,
 ) -> list[dict[str, Any]]:
-    """Return one row per user; `maps (U, 4)` are places by embedding and by gates."""
+    """Return one row per user; `maps (U, 4)` are 2-D coordinates by embedding and by gates."""
     by_expert, main = gates.mean(axis=1), main_experts(gates)
     return [
         {
@@ -88,7 +88,7 @@ def mutual_information(gates: FloatArray) -> float:
     """Return the mutual information of user and expert, averaged over modules, in nats.
 
     The joint is `p(u, e) = m_u(e) / U` in each module, so this is the entropy of the average user less the average
-    entropy of users: 0 where all users mix alike, at most `log(min(U, E))`.
+    entropy of users: 0 if all users have the same mixture, at most `log(min(U, E))`.
     """
     together, apart = _entropy(gates.mean(axis=0)), _entropy(gates).mean(axis=0)
     return max(0.0, float((together - apart).mean()))
@@ -97,21 +97,21 @@ def mutual_information(gates: FloatArray) -> float:
 def constraint_cosine(gates: FloatArray) -> float | None:
     """Return the cosine between two users' mean gates, averaged over pairs of different users and over modules.
 
-    This is the figure that the constraint loss lowers. None with fewer than two users.
+    The constraint loss lowers this figure. None with fewer than two users.
     """
     users = len(gates)
     if users < 2:
         return None
     units = gates / np.linalg.norm(gates, axis=2, keepdims=True)
-    # The squared sum of unit vectors holds every pair twice and each vector's 1 with itself.
+    # The squared norm of the sum of unit vectors counts every pair twice and each vector with itself (1) once.
     pairs = (np.square(units.sum(axis=0)).sum(axis=1) - users) / (users * (users - 1))
     return min(1.0, float(pairs.mean()))
 
 
 def group_nmi(gates: FloatArray, users: Sequence[str], groups: Mapping[str, int], seed: int = 0) -> float | None:
-    """Return how well k-means on the concatenated mean gates finds the true groups (NMI, 0 to 1).
+    """Return the NMI (0 to 1) between k-means clusters of the concatenated mean gates and the true groups.
 
-    As many clusters as `groups` has groups; users without a true group are left out. None where nobody has one.
+    k is the number of groups in `groups`; users without a true group are left out. None if no user has one.
     """
     known = [place for place, user in enumerate(users) if user in groups]
     if not known:
@@ -126,7 +126,7 @@ def group_nmi(gates: FloatArray, users: Sequence[str], groups: Mapping[str, int]
 def main_experts(gates: FloatArray) -> IntArray:
     """Return each user's main expert, `(U,)`: the largest mean gate, averaged over modules.
 
-    Where that is one and the same expert for everybody, the one that stands out most from the average user instead.
+    If that is the same expert for all users, the expert that deviates most from the average user instead.
     """
     shares = gates.mean(axis=1)
     largest = shares.argmax(axis=1)
@@ -138,7 +138,7 @@ def main_experts(gates: FloatArray) -> IntArray:
 def project(points: FloatArray) -> tuple[FloatArray, list[float]]:
     """Return the first two principal components of `(U, K)` points, `(U, 2)`, and their shares of the variance.
 
-    Missing dimensions are 0. Signs are fixed (the largest coordinate is positive), so that a map does not flip.
+    Missing dimensions are 0. Signs are fixed (the largest coordinate is positive), so that maps are reproducible.
     """
     centred = points - points.mean(axis=0)
     left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
@@ -162,5 +162,5 @@ def _checked(gates: ArrayLike, users: Sequence[str]) -> FloatArray:
     wrong = ~np.isfinite(array).all(axis=(1, 2)) | (np.abs(array.sum(axis=2) - 1) > 1e-2).any(axis=1)
     if wrong.any():
         raise DataError(f"gates of user {users[int(wrong.argmax())]}: they do not sum to 1 in every module")
-    # fp32 or bf16 sums are a little off 1; the information figures want exactly 1.
+    # fp32 or bf16 sums deviate slightly from 1; the information figures need exactly 1.
     return np.asarray(array / array.sum(axis=2, keepdims=True))

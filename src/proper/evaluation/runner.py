@@ -1,7 +1,4 @@
-"""Every method on the same queries: predictions, the loss of the true answer, and the gates that made them.
-
-Knows how methods are run, not how they are judged.
-"""
+"""Inference for evaluation: predictions for all queries, loss of the true answers, and users' mean gates."""
 
 from __future__ import annotations
 
@@ -26,16 +23,16 @@ from proper.layers.batch_context import RowContext
 from proper.models.personal import answer_loss
 
 CHUNK = 512
-"""Queries that are held in memory at once."""
+"""Number of queries in memory at once."""
 
 
 @dataclass(frozen=True)
 class MethodRun:
-    """A method's predictions and what they cost.
+    """A method's predictions and their cost.
 
     Attributes:
-        seconds: wall time, loading excluded.
-        tokens: prompt and answer tokens that went through the model.
+        seconds: wall time without model loading.
+        tokens: prompt and answer tokens processed by the model.
     """
 
     predictions: list[Prediction]
@@ -46,7 +43,7 @@ class MethodRun:
 def predict(
     model: PersonalizedModel, dataset: Dataset, task: TaskConfig, title: str, alias: Callable[[str], str] = str
 ) -> MethodRun:
-    """Answer every query of the data set with `model`, each for its user, or as the user that `alias` says."""
+    """Answer every query of the dataset with `model`, as its own user or as the user that `alias` maps it to."""
     histories = {user.id: user.history for user in dataset.users("target")}
     queries = list(dataset.queries())
     started, found = time.perf_counter(), []
@@ -65,7 +62,7 @@ def predict(
 def _answers(
     model: PersonalizedModel, queries: Sequence[TextExample], task: TaskConfig, labels: Sequence[str]
 ) -> tuple[list[str], list[float]]:
-    """Return the answers, and the mean loss per token (nats) of the true ones."""
+    """Return the answers, and the mean loss per token (nats) of the true answers."""
     prompts, users = [q.prompt for q in queries], [q.user for q in queries]
     if not task.scored:
         return [answer.text for answer in model.respond(prompts, users)], answer_losses(model, queries)
@@ -77,7 +74,7 @@ def _answers(
 def _losses_from(
     model: PersonalizedModel, scores: Float[Tensor, "B L"], queries: Sequence[TextExample], labels: Sequence[str]
 ) -> list[float]:
-    """The same losses from the labels' log-likelihoods; only a true answer that is no label runs through the model."""
+    """Return the losses from the labels' log-likelihoods; the model runs only for true answers outside the labels."""
     tokens = {label: (at, len(model.encoder.answer(label))) for at, label in enumerate(labels)}
     strange = [query for query in queries if query.target not in tokens]
     others = iter(answer_losses(model, strange) if strange else [])
@@ -89,7 +86,7 @@ def _losses_from(
 
 
 def likely_rating(scores: Float[Tensor, "B L"], labels: Sequence[str]) -> list[int]:
-    """Return the median of each row's distribution over the ratings: the answer with the least expected MAE."""
+    """Return the index of the median of each row's rating distribution: the answer with the least expected MAE."""
     order = sorted(range(len(labels)), key=lambda i: float(labels[i]))
     cumulative = scores[:, order].softmax(1).cumsum(1)
     middle = (cumulative < 0.5).sum(1).clamp(max=len(order) - 1)

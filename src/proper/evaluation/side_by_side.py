@@ -1,7 +1,6 @@
-"""Two runs of the same data: what each method scored in both, and the difference where both kept their predictions.
+"""Comparison of two runs on the same data: scores of the common methods, and paired differences of predictions.
 
-Differences are those of `statistics.compare`, on the queries of the users that both answered. Knows nothing about how
-runs were trained, and writes no file.
+Differences are those of `statistics.compare`, on the queries that both runs answered. Writes no file.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ COMPARED = (
     *("difference", "relative", "ci95", "p_value", "p_adjusted", "test", "resolvable", "users", "queries"),
     *("paired_first", "paired_second"),
 )
-"""What a row says of a difference."""
+"""Keys of a difference in a row."""
 
 Seeds = Sequence[Sequence[Prediction]]
 """One method's predictions of every seed, the same queries in each."""
@@ -42,7 +41,7 @@ class RunSide:
         """Read a run folder.
 
         Raises:
-            RunFolderError: it has not been evaluated.
+            RunFolderError: the run has not been evaluated.
         """
         path = folder / "results.json"
         if not path.is_file():
@@ -51,11 +50,11 @@ class RunSide:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds of the run, its own first."""
+        """The seeds of the run; the seed of the run folder itself is the first."""
         return [int(seed) for seed in self.results["run"]["seeds"]]
 
     def predictions(self, method: str, seed: int) -> list[Prediction] | None:
-        """Return what a method answered in one seed; None where that is not kept."""
+        """Return a method's predictions of one seed; None if they were not kept."""
         place = self.folder if seed == self.seeds[0] else self.folder / "seeds" / str(seed)
         path = place / "predictions" / f"{method}.jsonl"
         return read_predictions(path) if path.is_file() else None
@@ -65,12 +64,12 @@ def compare_runs(first: Path, second: Path, effort: Effort | None = None) -> dic
     """Return `{"task", "seeds", "rows", "missing"}`: one row per method and metric that both scored.
 
     A row holds `first` and `second` (`value`, `ci95`, as in each results.json), and `difference` with `ci95`,
-    `p_value`, `p_adjusted` and the rest of a comparison (first minus second), None where it could not be paired.
-    `seeds` are the pairs of seeds that were compared; `missing` says by method why there is no difference.
+    `p_value`, `p_adjusted` and the rest of a comparison (first minus second), None if it could not be paired.
+    `seeds` are the pairs of seeds that were compared; `missing` gives by method the reason for a missing difference.
 
     Raises:
         RunFolderError: a run has not been evaluated.
-        DataError: the runs are of different tasks or data; says which.
+        DataError: the runs are of different tasks or data; the message says which.
     """
     sides = (RunSide.of(first), RunSide.of(second))
     _require_same_data(*sides)
@@ -101,7 +100,7 @@ def _require_same_data(one: RunSide, other: RunSide) -> None:
 
 
 def _task(side: RunSide) -> TaskInfo | None:
-    """Return the task with its labels, which only the prepared data knows."""
+    """Return the task with its labels, which are read from the prepared data."""
     path = side.folder / "data.sqlite"
     if not path.is_file():
         return None
@@ -114,7 +113,7 @@ def _task(side: RunSide) -> TaskInfo | None:
 
 
 def _seed_pairs(one: RunSide, other: RunSide) -> list[tuple[int, int]]:
-    """Return the seeds of both runs, paired; where they share none, in their order."""
+    """Return pairs of the seeds that both runs share; if they share none, paired in order."""
     shared = [seed for seed in one.seeds if seed in other.seeds]
     return [(seed, seed) for seed in shared] or list(zip(one.seeds, other.seeds, strict=False))
 
@@ -125,7 +124,7 @@ def _common(sides: tuple[RunSide, RunSide]) -> list[str]:
 
 
 def _paired(sides: tuple[RunSide, RunSide], method: str, seeds: Sequence[tuple[int, int]]) -> tuple[Seeds, Seeds] | str:
-    """Return both runs' answers to the queries that both have in every seed, or why there are none."""
+    """Return both runs' answers to the queries that both have in every seed, or the reason why there are none."""
     lists: tuple[list[list[Prediction]], list[list[Prediction]]] = ([], [])
     for pair in seeds:
         for side, seed, kept in zip(sides, pair, lists, strict=True):
@@ -141,7 +140,7 @@ def _paired(sides: tuple[RunSide, RunSide], method: str, seeds: Sequence[tuple[i
 
 
 def _query(row: Prediction) -> tuple[int, str, str]:
-    """What makes two predictions answers to the same query; prompts may differ where other items stand in front."""
+    """Return the identity of a query across runs, without the prompt, to which retrieved items may be prepended."""
     return row.id, row.user, row.target
 
 
@@ -187,7 +186,7 @@ def _finite(rows: Sequence[Prediction]) -> bool:
 
 
 def _adjust(rows: list[dict[str, Any]]) -> None:
-    """Put Holm's p-values in place, the main metric's methods as one family and all else as another."""
+    """Set Holm-adjusted p-values: the main metric's rows are one family, all other rows another."""
     for primary in (True, False):
         members = [row for row in rows if row["primary"] is primary and row["p_value"] is not None]
         for row, adjusted in zip(members, holm([row["p_value"] for row in members]), strict=True):

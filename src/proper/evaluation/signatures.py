@@ -1,7 +1,6 @@
-"""Failure signatures in words: what to look at when a stage did not do what it should.
+"""Failure signatures: sentences that diagnose overlapping mixtures, unused experts, overfitting and missing gains.
 
-Reads the finished rows of the results; every sentence carries the numbers it rests on. Knows nothing about how they
-were computed.
+They are derived from the finished rows of the results; every sentence contains the numbers that it is based on.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ from statistics import fmean
 from typing import Any
 
 OVERLAP = 0.95
-"""Cosine between users' mean gates above which mixtures count as the same."""
+"""Cosine between users' mean gates above which mixtures count as identical."""
 
 UNUSED = 0.1
-"""Share of an even load below which an expert counts as unused."""
+"""Fraction of the uniform load below which an expert counts as unused."""
 
 OVERFIT = 1.5
-"""Query loss over history loss from which a user counts as overfitted."""
+"""Ratio of query loss to history loss from which a user counts as overfitted."""
 
 
 def failure_signatures(
@@ -29,7 +28,7 @@ def failure_signatures(
     query_losses: Mapping[str, float],
     history_losses: Mapping[str, float],
 ) -> list[str]:
-    """Return the signatures that are there, one sentence or two each, the gravest first.
+    """Return the signatures that apply, one or two sentences each, the most severe first.
 
     Args:
         routing: as in `results.json`; may be empty.

@@ -1,6 +1,6 @@
-"""The same metrics on part of the users or of the queries: short histories, items that others had, new users.
+"""Sliced metrics: scores on subsets of users or queries, such as short histories, items of other users, new users.
 
-Knows nothing about how scores were made. Intervals are over the users of a slice.
+Intervals are over the users of a slice.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from proper.evaluation.statistics import UserScores, estimate
 def history_slices(histories: Mapping[str, int]) -> dict[str, list[str]]:
     """Return the users of each slice, sorted by history and id; empty slices are left out.
 
-    `history-q1` (shortest) to `history-q4`: quartiles, where users with equally much history stay together.
-    `bottom-100`: the 100 users with the shortest histories (everybody, where there are fewer), ties by id.
+    `history-q1` (shortest) to `history-q4`: quartiles; users with equal history lengths stay together.
+    `bottom-100`: the 100 users with the shortest histories (all users if there are fewer), ties by id.
     `under-10`: users with fewer than 10 interactions.
     """
     ordered = sorted(histories, key=lambda user: (histories[user], user))
@@ -43,8 +43,8 @@ def slice_rows(
 ) -> list[dict[str, Any]]:
     """Return the `slices` of `results.json`: one row per slice, method and metric.
 
-    `scores` is keyed by (method, metric); `more` are further slices, of users. Each row adds to the interface its
-    queries and its shortest and longest history, `"history": [low, high]`.
+    `scores` is keyed by (method, metric); `more` are further slices of users. Each row also has its number of queries
+    and its shortest and longest history, `"history": [low, high]`.
     """
     rows = []
     others = {name: [user for user in histories if user in users] for name, users in (more or {}).items()}
@@ -61,7 +61,7 @@ def part_rows(
     resamples: int = 2000,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Return one slice's rows from scores of its queries alone."""
+    """Return one slice's rows from scores computed on only its queries."""
     rows = []
     for (method, metric), part in scores.items():
         found = estimate(part, resamples, seed)

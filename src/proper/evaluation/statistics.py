@@ -1,15 +1,13 @@
-"""How sure we are: intervals and tests in which the user, not the query, is the unit.
+"""Bootstrap intervals and permutation tests with the user, not the query, as the unit.
 
-One estimator everywhere. `value` is the metric over all queries pooled; with several seeds it is computed in each and
-averaged. A *difference* is value minus value, its interval resamples users and pools their queries, and its p-value
-comes from swapping the two methods' answers user by user and recomputing that same difference. So `difference`,
-`ci95` and `p_value` speak of one number, also for F1 and RMSE, which have no value per query. For a metric that is a
+One estimator is used everywhere. `value` is the metric over all queries pooled; with several seeds it is computed for
+each and averaged. A *difference* is value minus value; its interval resamples users and pools their queries; its
+p-value comes from swapping the two methods' answers user by user and recomputing the same difference. So `difference`,
+`ci95` and `p_value` refer to one number, also for F1 and RMSE, which have no value per query. For a metric that is a
 mean, the swap is the sign-flip test on each user's summed difference, averaged over seeds. (`value_users`, in which
-every user counts the same, is reported beside it and is not tested.) Queries of one user are not independent; that
-is why they move together. The intervals are plain percentile ones: for F1, which is biased down in resamples that
-lose a label, they can sit a little low.
-
-Knows nothing about stages, files or how predictions were made.
+every user has equal weight, is also reported and is not tested.) Queries of one user are not independent, so they are
+resampled and swapped together. The intervals are percentile intervals: for F1, which is biased down in resamples that
+lose a label, they can be slightly low.
 
 Shapes: S seeds, U users, F contributions of the metric, N resamples or draws.
 """
@@ -26,8 +24,8 @@ import numpy as np
 from proper.errors import DataError
 from proper.evaluation.metrics import FloatArray, Metric, Prediction, TaskInfo, get_metric
 
-_LARGEST_EXACT = 13  # 2 ** 13 = 8,192 swaps: fewer than the draws that would replace them
-_CELLS = 1 << 22  # numbers that one piece of resamples may hold
+_LARGEST_EXACT = 13  # 2 ** 13 = 8,192 swaps, fewer than the default number of random draws
+_CELLS = 1 << 22  # maximum numbers in one chunk of resamples
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ class UserScores:
         return np.asarray(self.metric.finish_user(self.sums, self.counts).mean(axis=0))
 
     def only(self, users: Collection[str]) -> UserScores:
-        """The same for some of the users."""
+        """Return the scores restricted to some of the users."""
         keep = np.asarray([user in users for user in self.users], dtype=np.bool_)
         kept = tuple(user for user in self.users if user in users)
         return replace(self, users=kept, sums=self.sums[:, keep], counts=self.counts[keep])
@@ -56,7 +54,7 @@ class UserScores:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A value, the mean of users' own values, and a 95 % interval of the value (NaN with fewer than two users)."""
+    """A value, the mean over users of their own values, and a 95 % interval of the value (NaN below two users)."""
 
     value: float
     value_users: float
@@ -66,9 +64,9 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Method minus against: the difference, `relative` (better is positive), interval, two-sided p, smallest shown.
+    """Method minus against: difference, `relative` (positive is better), interval, two-sided p, `resolvable`.
 
-    `resolvable` is the smallest true difference that this many users would show with 80 % power.
+    `resolvable` is the minimal detectable difference with these users at 80 % power.
     """
 
     difference: float
@@ -83,7 +81,7 @@ class Comparison:
 def user_scores(name: str, seeds: Sequence[Sequence[Prediction]], task: TaskInfo) -> UserScores:
     """Sum a metric's contributions by user; one sequence of predictions per seed, all on the same queries.
 
-    The result does not depend on the order of the predictions, to the bit.
+    The result is bitwise independent of the order of the predictions.
 
     Raises:
         DataError: there are no predictions, a gold is unusable, or seeds differ in their queries.
@@ -108,7 +106,7 @@ def user_scores(name: str, seeds: Sequence[Sequence[Prediction]], task: TaskInfo
 
 
 def bootstrap(scores: Sequence[UserScores], resamples: int = 2000, seed: int = 0) -> FloatArray:
-    """Recompute several scores of the same users in the same resamples of these users, `(len(scores), N)`.
+    """Recompute several scores on the same N resamples of their common users; returns `(len(scores), N)`.
 
     Raises:
         DataError: the scores are not of the same users and queries.
@@ -149,16 +147,17 @@ def compare(
     low, high = _interval(method, differences)
     p_value, test = permutation_test(method, against, draws, seed)
     users = len(method.users)
-    # The spread of the resamples is sd / sqrt(users) for any metric, so it stands for the users' differences.
+    # The standard deviation over resamples is sd / sqrt(users) for any metric, so it yields sd of users' differences.
     sd = float(differences.std()) * math.sqrt(users) if users > 1 else math.nan
     relative = sign * difference / abs(theirs) if theirs else math.nan
     return Comparison(difference, relative, low, high, p_value, test, minimal_detectable_difference(sd, users))
 
 
 def standings(scores: Sequence[UserScores], resamples: int = 2000, seed: int = 0) -> list[str]:
-    """Return "best" for the best of several methods, "tied" where the 95 % interval of the difference holds 0, else "".
+    """Return "best" for the best method, "tied" if the 95 % interval of the difference to it contains 0, else "".
 
-    Paired by user in the same resamples. Ties say what these users cannot tell apart from the best; they are not tests.
+    Resamples are paired by user. A tie means that these users cannot distinguish the method from the best; it is not a
+    test.
 
     Raises:
         DataError: the scores are not of the same users and queries.
@@ -178,7 +177,7 @@ def standings(scores: Sequence[UserScores], resamples: int = 2000, seed: int = 0
 def permutation_test(method: UserScores, against: UserScores, draws: int = 10_000, seed: int = 0) -> tuple[float, str]:
     """Return the two-sided p-value of the difference under swapping methods user by user, and the test's name.
 
-    With at most 13 users whose answers differ all swaps are counted; otherwise `draws` random ones, with
+    With at most 13 users whose answers differ, all swaps are enumerated; otherwise `draws` random swaps are used, with
     p = (1 + b) / (1 + draws) for b swaps at least as extreme (Phipson and Smyth, 2010), which is never 0.
 
     Raises:
@@ -186,7 +185,7 @@ def permutation_test(method: UserScores, against: UserScores, draws: int = 10_00
     """
     _require_paired(method, against)
     gap = against.sums - method.sums
-    # Swapping a user with the same score under both methods changes nothing: the exact test needs only the others.
+    # Swapping a user with equal scores under both methods changes nothing, so the exact test omits such users.
     gap = gap[:, gap.any(axis=(0, 2))]
     users = gap.shape[1]
     ours, theirs, total = method.sums.sum(axis=1), against.sums.sum(axis=1), method.counts.sum()
@@ -197,7 +196,7 @@ def permutation_test(method: UserScores, against: UserScores, draws: int = 10_00
         return np.asarray((finish(ours[:, None] + moved, total) - finish(theirs[:, None] - moved, total)).mean(axis=0))
 
     observed = abs(float(statistic(np.zeros((1, users)))[0]))
-    # Equal differences can come out a rounding error apart, and a tie counts as extreme.
+    # Equal differences can deviate by a rounding error, and a tie must count as extreme.
     bar = observed * (1 - 1e-9) - 1e-12
     exact = users <= _LARGEST_EXACT
     count = 2**users if exact else draws
@@ -246,14 +245,14 @@ def _weighted(scores: UserScores, weights: FloatArray) -> FloatArray:
 
 
 def _interval(scores: UserScores, values: FloatArray) -> tuple[float, float]:
-    if len(scores.users) < 2:  # one user says nothing about others; an interval of width 0 would
+    if len(scores.users) < 2:  # one user allows no inference about others; an interval of width 0 would suggest it
         return math.nan, math.nan
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 
 def _pieces(count: int, width: int) -> Iterator[int]:
-    """Cut `count` rows of `width` numbers into pieces that fit in memory."""
+    """Yield chunk sizes that split `count` rows of `width` numbers into chunks that fit in memory."""
     size = max(1, _CELLS // max(1, width))
     for start in range(0, count, size):
         yield min(size, count - start)

@@ -1,8 +1,7 @@
-"""How much of what the planted truth allows each stage won: only demo data knows its truth.
+"""Oracle bounds for demo data: the share of the gain allowed by the planted truth that each stage reached.
 
-The truth file holds, for every item, the best answer of somebody who knows only the population, the person's group, or
-the person. Scored on the very queries that the methods answered, these oracles bound each stage. Knows nothing about
-how the truth was planted.
+The truth file contains, for every item, the best answer of an oracle that knows only the population, the user's group,
+or the user. Scored on the same queries as the methods, these oracles bound each stage.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ LEVELS = ("population", "groups", "users")
 
 @dataclass(frozen=True, slots=True)
 class TruthShares:
-    """What was planted: the metric, each user's group, and per item the best answer at each level."""
+    """The planted truth: the metric, each user's group, and per item the best answer at each level."""
 
     metric: str
     groups: Mapping[str, int]
@@ -72,14 +71,14 @@ def truth_section(
     """Return the `truth` of `results.json`.
 
     `allowed` is each oracle's value, `measured` each stage's (averaged over seeds), `won` the share of the allowed
-    step: `(m_groups - m_population) / (t_groups - t_population)`, likewise for users. A share can pass 1, where the
-    stage below stayed under its own oracle; it is None where a stage is missing or the truth allows nothing.
+    step: `(m_groups - m_population) / (t_groups - t_population)`, likewise for users. A share can exceed 1 if the
+    stage below scored less than its own oracle; it is None if a stage is missing or the truth allows no gain.
 
     Args:
         truth: from `read_truth`.
         predictions: by seed, then by method.
-        task: what was predicted.
-        nmi: how well k-means on the gates found the groups, see `routing.group_nmi`.
+        task: name, kind and labels.
+        nmi: agreement of k-means clusters on the gates with the groups, see `routing.group_nmi`.
 
     Raises:
         DataError: there are no predictions, or a query's item is not in the truth.

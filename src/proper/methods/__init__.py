@@ -1,1 +1,1 @@
-"""What is compared: how each method is trained, from which data, and how it answers."""
+"""Methods under comparison (baselines, ladder, ablations, controls): training data, training and inference of each."""

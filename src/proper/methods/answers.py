@@ -1,7 +1,4 @@
-"""How a trained folder answers: as itself, with users exchanged, or with everybody as the same user.
-
-Knows nothing about how the folder came about.
-"""
+"""Inference of a trained run: unchanged, with users swapped, as one user for all, or from exported or int8 adapters."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ Answer = Callable[[TrainedRun], MethodRun]
 
 
 def as_itself(stage: Stage) -> Answer:
-    """Answer every user as the model of `stage` does."""
+    """Answer every query with the model of `stage`, as its own user."""
 
     def answer(place: TrainedRun) -> MethodRun:
         return _answers(place, stage, lambda user: user)
@@ -43,7 +40,7 @@ def as_another(place: TrainedRun) -> MethodRun:
 
 
 def as_one(stage: Stage, user: str) -> Answer:
-    """Answer everybody as `user`."""
+    """Answer every query as `user`."""
 
     def answer(place: TrainedRun) -> MethodRun:
         return _answers(place, stage, lambda _: user)
@@ -58,14 +55,14 @@ def exported(place: TrainedRun) -> MethodRun:
 
 
 def in_eight_bits(place: TrainedRun) -> MethodRun:
-    """Answer every user with their adapter in the form that `users.storage: int8` keeps."""
+    """Answer every user with their adapter quantized as with `users.storage: int8`."""
     users = [user.id for user in place.dataset.users("target")]
     with in_int8(place.folder, users) as model:
         return predict(model, place.dataset, place.config.task, f"{USERS_INT8}, {place.folder.name}")
 
 
 def directly(place: TrainedRun) -> MethodRun:
-    """Answer from adapters that sit straight on the backbone or on population (`DirectRunner`)."""
+    """Answer with user adapters directly on the backbone or on population (`DirectRunner`)."""
     model, users = direct_model(place.config, place.folder), place.config.users
     slots = max(2, place.config.compute.batch_size)
     bank = AdapterBank(model.layout(users.rank), slots, alpha=users.alpha, trainable=False, device=model.device)
@@ -75,7 +72,7 @@ def directly(place: TrainedRun) -> MethodRun:
 
 
 def jointly(place: TrainedRun) -> MethodRun:
-    """Answer from experts and adapters that were trained together on the bare backbone (`JointRunner`)."""
+    """Answer with experts and adapters that were trained jointly on the bare backbone (`JointRunner`)."""
     config = place.config
     backbone = configured_backbone(config)
     model = ProperModel(backbone)
@@ -92,7 +89,7 @@ def _run(place: TrainedRun, model: ProperModel, cache: SlotCache) -> MethodRun:
 
 
 def derangement(users: Sequence[str], seed: int) -> Mapping[str, str]:
-    """Return another user for every user, each taken once: one seeded cycle through all of them.
+    """Return a seeded derangement of the users, as one cycle: every user maps to another user, each used once.
 
     Raises:
         DataError: there is only one user.

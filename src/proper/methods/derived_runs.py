@@ -1,10 +1,10 @@
-"""A variant's folder: made, filled with the run's earlier stages, trained as far as wanted, and found again.
+"""Derived runs: create, train and cache the folder of a variant, with earlier stages taken over from the run.
 
-    RUN/variants/NAME-HASH/       as a run folder: config.yaml, population/, groups/, users/
+    RUN/variants/NAME-HASH/       same layout as a run folder: config.yaml, population/, groups/, users/
     RUN/variants/data/NAME-HASH.sqlite
 
-The hash is of all that goes in: settings, data, seed and the code that trains. So what is there already is what would
-be trained, a call that was killed goes on, and other settings or code get another folder. Knows no method by name.
+The hash covers all inputs: settings, data, seed and the training code. An existing folder is therefore up to date, a
+killed call resumes, and other settings or code get another folder.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ TRAINING_CODE = ("data", "layers", "models", "training", "methods/train.py", "me
 
 
 def find_place(method: Method, run: TrainedRun, home: Path, opened: dict[Path, Dataset]) -> TrainedRun:
-    """Return the trained folder that `method` answers from, training what is missing.
+    """Return the trained folder that `method` answers from; train missing stages.
 
     Args:
-        method: what is wanted.
-        run: the run's own place for one seed.
-        home: the run folder, where data sets of variants lie.
-        opened: data sets of variants that are open; the caller closes them.
+        method: the method.
+        run: the run's own trained folder for one seed.
+        home: the run folder, which contains the datasets of variants.
+        opened: open datasets of variants by path; the caller closes them.
 
     Raises:
         RunFolderError: a stage of the run itself is missing.
@@ -67,7 +67,7 @@ def varied(config: Config, variant: DerivedRun) -> Config:
     raw = config.model_dump()
     for section, values in variant.settings.items():
         raw[section] = {**raw[section], **values}
-    # What a preset set is in the sections already; put underneath once more it would change nothing.
+    # The preset's values are already in the sections, so applying it again would change nothing.
     return make_config(raw, f"method {variant.name}")
 
 
@@ -121,7 +121,7 @@ def _in_order(stages: Sequence[Trained]) -> tuple[Trained, ...]:
 
 
 def _inherit(stage: Trained, source: Path, target: Path) -> None:
-    """Take a stage's files over from the run. Files are replaced whole, never changed, so they can be shared."""
+    """Hard-link (else copy) a stage's files from the run; sharing is safe, since files are only replaced whole."""
     if (target / stage / "stage.json").exists():
         return
     if stage == "users":
@@ -141,7 +141,7 @@ def _inherit(stage: Trained, source: Path, target: Path) -> None:
 
 
 def _inherit_embeddings(source: Path, target: Path) -> None:
-    """Put every user of the run into a new store with what stage 2 gave them, on the group tier."""
+    """Create a store with the stage 2 embedding of every user of the run, on the groups tier."""
     theirs, ours = AdapterStore(source), AdapterStore(target)
     try:
         heads = ((user, theirs.head(user)) for user, _ in list(theirs.users()))
@@ -152,6 +152,6 @@ def _inherit_embeddings(source: Path, target: Path) -> None:
 
 
 def seconds_of(place: TrainedRun, stages: Sequence[Trained]) -> float:
-    """Return the seconds for which these stages trained, taken-over ones included."""
+    """Return the training time of these stages in seconds, stages taken over from the run included."""
     markers = [place.folder / stage / "stage.json" for stage in stages]
     return sum(float(read_json(marker)["seconds"]) for marker in markers if marker.exists())

@@ -1,7 +1,8 @@
-"""End to end: experts, routers, embeddings and users' adapters together, from the backbone, in one stage.
+"""End-to-end ablation: train experts, routers, user embeddings and user adapters jointly on the backbone, in one stage.
 
-It sees the very rows that the three stages see, each as often, in one seeded order, so that both spend the same tokens.
-Stage 3 counts with its last fit; what it spends on trying who gains is on top. Runs in one process.
+It trains on the same rows as the three stages, each equally often, in one seeded order, so that both use the same
+number of tokens. Of stage 3 only the final fit counts, not the trial fits that decide which users gain. Runs in one
+process.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from proper.training.trainer import Log, LossSum, TrainingPlan
 
 @dataclass(frozen=True)
 class Newest:
-    """The newest rows of some users, as stage 3 sees them in one pass."""
+    """The newest rows of some users, as in one pass of stage 3."""
 
     dataset: Histories
     users: Sequence[str]
@@ -47,17 +48,17 @@ class Newest:
 
     @property
     def size(self) -> int:
-        """Rows of one pass."""
+        """Number of rows in one pass."""
         return sum(len(self.dataset.history(user, self.max_items)) for user in self.users)
 
     @property
     def tokens(self) -> int:
-        """Tokens of one pass, each row counted no longer than the model's length."""
+        """Number of tokens in one pass; a row counts at most the model's maximum length."""
         histories = (self.dataset.history(user, self.max_items) for user in self.users)
         return sum(min(row.tokens, self.max_length) for history in histories for row in history)
 
     def rows(self, epoch: int) -> Iterator[TextExample]:
-        """Yield every row once, users in seeded order, one after the other."""
+        """Yield every row once, user by user, users in seeded order."""
         shuffle = random.Random(seed_of(self.seed, "newest", epoch))
         for user in shuffle.sample(self.users, len(self.users)):
             history = self.dataset.history(user, self.max_items)
@@ -66,23 +67,23 @@ class Newest:
 
 @dataclass(frozen=True)
 class Together:
-    """Several samples, each for its own number of passes, mixed into one stream."""
+    """Several samples, each with its own number of passes, interleaved into one stream."""
 
     parts: tuple[tuple[SampledRows, float], ...]
     seed: int
 
     @property
     def size(self) -> int:
-        """Rows in all."""
+        """Total number of rows."""
         return sum(self._sizes())
 
     @property
     def tokens(self) -> int:
-        """Tokens in all."""
+        """Total number of tokens."""
         return sum(round(rows.tokens * passes) for rows, passes in self.parts)
 
     def rows(self, epoch: int) -> Iterator[TextExample]:
-        """Yield every row as often as its part says: the next one is from a part as likely as it has rows left."""
+        """Yield the rows of every pass; the next part is drawn with probability proportional to its remaining rows."""
         shuffle = random.Random(seed_of(self.seed, "together", epoch))
         left = self._sizes()
         streams = [_passes(rows) for rows, _ in self.parts]
@@ -103,10 +104,10 @@ def _passes(rows: SampledRows) -> Iterator[TextExample]:
 
 
 class JointStage:
-    """Stage 2 with users' adapters in it, as the training loop sees it.
+    """Training stage that combines stage 2 with user adapters.
 
     Attributes:
-        bank: one slot for every target user.
+        bank: adapter bank with one slot for every target user.
     """
 
     name = "end-to-end"
@@ -121,7 +122,7 @@ class JointStage:
         return self.groups.parameters()
 
     def loss(self, batch: Batch, progress: float) -> LossSum:
-        """Answer loss of a batch, each row through its user's mixture and adapter, and the weighted constraint."""
+        """Return a batch's answer loss, each row with its user's mixture and adapter, plus the weighted constraint."""
         own = [self.slots.get(user, -1) for user in batch.users]
         self._present |= set(own) - {-1}
         slots = torch.tensor(own, device=batch.input_ids.device)
@@ -130,7 +131,7 @@ class JointStage:
         return LossSum(total.sum(), tokens.sum(), self.groups.penalty(progress))
 
     def after_backward(self, rate_factor: float, share: float) -> None:
-        """Move embeddings and adapters of the users in this update."""
+        """Update embeddings and adapters of the users in this batch."""
         self.groups.after_backward(rate_factor, share)
         assert self.bank.gradients is not None
         if self._present:
@@ -141,12 +142,12 @@ class JointStage:
         self._present.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """Return embeddings, adapters and their moments."""
+        """Return embeddings, adapters and their optimizer moments."""
         moments = {f"adapters/{key}": value for key, value in self.optimizer.tensors().items()}
         return {**self.groups.state(), "adapters": self.bank.values, **moments}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put them back."""
+        """Restore embeddings, adapters and their optimizer moments."""
         self.groups.restore(tensors)
         self.bank.values.copy_(tensors["adapters"])
         prefix = "adapters/"
@@ -160,7 +161,7 @@ class JointRunner:
         self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
 
     def run(self) -> None:
-        """Train to the end, going on from the checkpoint; nothing where all is done."""
+        """Train to the end, resuming from the checkpoint; do nothing if training is complete."""
         if (self.folder / "users" / "stage.json").exists():
             return
         config, started = self.config, time.perf_counter()
@@ -194,7 +195,7 @@ class JointRunner:
         plan.checkpoint.remove()
 
     def rows(self) -> Together:
-        """Return what the three stages see: their samples, and as many passes over each."""
+        """Return the training rows of the three stages: the same samples with the same number of passes."""
         population, groups, users = self.config.population, self.config.groups, self.config.users
         own = [user.id for user in self._targets()]
         return Together(

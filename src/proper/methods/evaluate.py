@@ -1,7 +1,6 @@
-"""Methods by name, ready for the harness: trained where needed, answered once, and remembered.
+"""Evaluation of methods: train what is missing, predict once, and cache the predictions for the harness.
 
-Predictions are kept beside the run with a key of all that they were made from; asking again costs nothing.
-Knows nothing about metrics.
+Predictions are cached in the run folder under a hash of all their inputs, so a repeated evaluation does not run models.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ ANSWERING_CODE = ("data", "layers", "models", "adapters", "inference", "export",
 
 @dataclass(frozen=True)
 class MethodEvaluator:
-    """The methods of one run.
+    """Evaluator of the methods of one run.
 
     Attributes:
         folders: the run folder of every seed; the first is the run's own.
-        opened: data sets of variants.
+        opened: open datasets of variants by path.
     """
 
     config: Config
@@ -45,7 +44,7 @@ class MethodEvaluator:
     opened: dict[Path, Dataset] = field(default_factory=dict)
 
     def contenders(self, methods: Sequence[Method]) -> list[MethodSpec]:
-        """Return the methods as the harness takes them."""
+        """Return the methods as `MethodSpec` for the harness."""
         return [self._contender(method) for method in methods]
 
     def _contender(self, method: Method) -> MethodSpec:
@@ -54,7 +53,7 @@ class MethodEvaluator:
 
         def answers(seed: int) -> MethodRun:
             if made and not method.stages:
-                return made[0]  # What was not trained answers the same for every seed.
+                return made[0]  # A method without training gives the same answers for every seed.
             run = TrainedRun(self.config, self.dataset, self.folders[seed], seed)
             places[seed] = find_place(method, run, next(iter(self.folders.values())), self.opened)
             made.append(answered(method, places[seed], self.folders[seed] / "predictions"))
@@ -68,7 +67,7 @@ class MethodEvaluator:
 
 @contextmanager
 def evaluating(config: Config, dataset: Dataset, folders: Mapping[int, Path]) -> Iterator[MethodEvaluator]:
-    """Yield a judge, and close the data sets of variants afterwards."""
+    """Yield an evaluator; close the datasets of variants on exit."""
     judge = MethodEvaluator(config, dataset, folders)
     try:
         yield judge
@@ -78,7 +77,7 @@ def evaluating(config: Config, dataset: Dataset, folders: Mapping[int, Path]) ->
 
 
 def answered(method: Method, place: TrainedRun, folder: Path) -> MethodRun:
-    """Return a method's predictions: those in `folder` where they were made from the same, else new ones."""
+    """Return a method's predictions: those cached in `folder` if their inputs are the same, else new ones."""
     path, beside = folder / f"{method.name}.jsonl", folder / f"{method.name}.json"
     key = _key(method, place)
     if path.exists() and beside.exists():
@@ -94,7 +93,7 @@ def answered(method: Method, place: TrainedRun, folder: Path) -> MethodRun:
 
 
 def cost_row(method: Method, place: TrainedRun, run: MethodRun) -> dict[str, Any]:
-    """Return what one user costs, mean over target users."""
+    """Return the cost per user, as a mean over target users."""
     numbers, size, users = _kept(method, place)
     own = [stage for stage in method.stages if stage != "population"][-1:]
     seconds = seconds_of(place, own) / max(1, users) if method.keeps not in ("nothing", "history") else 0
@@ -112,7 +111,7 @@ def cost_row(method: Method, place: TrainedRun, run: MethodRun) -> dict[str, Any
 
 
 def _kept(method: Method, place: TrainedRun) -> tuple[int, int, int]:
-    """Return a user's numbers and bytes, and how many users the last stage trained."""
+    """Return parameters and bytes per user, and the number of users that the last stage trained."""
     targets = {user.id: user for user in place.dataset.users("target")}
     if method.keeps == "nothing":
         return 0, 0, len(targets)
@@ -144,7 +143,7 @@ def _kept(method: Method, place: TrainedRun) -> tuple[int, int, int]:
 
 
 def _exported(place: TrainedRun) -> tuple[int, int]:
-    """Return the numbers and bytes of one exported adapter."""
+    """Return parameters and bytes of one exported adapter."""
     model = load(place.folder, "users")
     try:
         return folded_size(model)

@@ -1,11 +1,11 @@
-"""Methods with changes in their name: `groups[groups.experts=8]`, `oppu[history=5]`, `users[rows=Category]`.
+"""Method overrides in brackets: `groups[groups.experts=8]`, `oppu[history=5]`, `users[rows=Category]`.
 
-    section.key=VALUE   a setting of population, groups or users, written as for --set
+    section.key=VALUE   a setting of population, groups or users, in the syntax of --set
     history=N           target users have the newest N rows of their history, in every stage after population
-    rows=TEXT           all stages train on the rows whose prompt asks for TEXT in its last line, and on no others
+    rows=TEXT           all stages train only on rows whose prompt asks for TEXT in its last line
 
-Several follow each other: `users[history=5][users.rank=2]`. What a change does not touch is the run's own, so a grid
-over one stage trains that stage alone. Knows no method by name.
+Overrides can be chained: `users[history=5][users.rank=2]`. Stages that an override does not affect are taken from the
+run, so a grid over one stage trains only that stage.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _CHANGE = re.compile(r"\[([^\[\]=]+)=([^\[\]]+)\]")
 
 @dataclass(frozen=True)
 class Changes:
-    """What a method's name says besides the method.
+    """The overrides in a method's name.
 
     Attributes:
-        settings: of each section, whole values.
-        derive: how its data is made; None for the same data.
-        first: the earliest stage that comes out otherwise.
+        settings: settings by section, with whole values.
+        derive: function that derives the method's data; None for the same data.
+        first: the earliest stage that the overrides change.
     """
 
     settings: Mapping[str, Mapping[str, Any]]
@@ -47,10 +47,10 @@ class Changes:
 
 
 def split_name(name: str) -> tuple[str, list[tuple[str, str]]]:
-    """Return the method's name and its changes, none for a plain name.
+    """Return the method's name and its overrides, which are empty for a plain name.
 
     Raises:
-        ConfigError: the brackets are not written as `[key=value]`.
+        ConfigError: the brackets are not of the form `[key=value]`.
     """
     if "[" not in name:
         return name, []
@@ -61,10 +61,10 @@ def split_name(name: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 def change(method: Method, changes: list[tuple[str, str]], config: Config) -> Method:
-    """Return the method with the changes made to a run of this config.
+    """Return the method with the overrides applied to a run of this config.
 
     Raises:
-        ConfigError: a key is unknown, a value impossible, or the method trains nothing that would come out otherwise.
+        ConfigError: a key is unknown, a value is impossible, or the overrides change nothing that the method trains.
     """
     name = method.name + "".join(f"[{key}={value}]" for key, value in changes)
     found = _read(name, changes, config, method.variant)
@@ -72,7 +72,7 @@ def change(method: Method, changes: list[tuple[str, str]], config: Config) -> Me
     inherits = tuple(stage for stage in own.inherits if STAGES.index(stage) < STAGES.index(found.first))
     if found.derive is None and all(STAGES.index(stage) < STAGES.index(found.first) for stage in method.stages):
         raise ConfigError(f"evaluation.methods: '{name}': '{method.name}' trains nothing that this changes")
-    # The ladder's own methods share one folder, as do methods that share a variant: groups and users are trained once.
+    # The ladder's methods share one folder, as do methods with the same variant, so groups and users train only once.
     stem = re.sub(r"[^\w.]+", "-", f"{own.name}{name.removeprefix(method.name)}").strip("-")
     variant = replace(
         own,
@@ -141,7 +141,7 @@ def _asking(value: str) -> Derive:
 
 
 def _after(first: Derive | None, then: Derive | None) -> Derive | None:
-    """Return the two derivations one after the other."""
+    """Return the composition of two derivations."""
     if first is None or then is None:
         return first or then
 

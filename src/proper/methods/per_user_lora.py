@@ -1,7 +1,6 @@
-"""A LoRA for every user straight on the backbone, or on population: no groups, no router.
+"""Per-user LoRA directly on the backbone or on population, without groups and router (OPPU, control `per-user-only`).
 
-What OPPU does, and the control `per-user-only`. Stage 3's engine fits the users, each as if alone. Knows nothing about
-methods: settings and data say what is trained.
+Stage 3's trainer fits the users independently of each other. Settings and data determine what is trained.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from proper.training.users import UserStage, train_users
 
 
 class DirectRunner:
-    """Users' adapters in `folder/users`, on the backbone, and on `folder/population` where that is there."""
+    """Trainer of user adapters in `folder/users`, on the backbone and, if it exists, on `folder/population`."""
 
     def __init__(self, config: Config, dataset: Histories, folder: Path, seed: int, log: Log) -> None:
         self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
 
     def run(self) -> None:
-        """Fit everybody, going on where an earlier call stopped; nothing where all is done."""
+        """Fit all users, resuming where an earlier call stopped; do nothing if all are fitted."""
         folder = self.folder / "users"
         if (folder / "stage.json").exists():
             return
@@ -61,7 +60,7 @@ class DirectRunner:
 
 
 def direct_model(config: Config, folder: Path) -> ProperModel:
-    """Return the backbone with the folder's population, if any, and places for users' adapters, but no experts."""
+    """Return the backbone with the folder's population, if any, and user adapter slots, but without experts."""
     backbone = configured_backbone(config)
     if (folder / "population" / "stage.json").exists():
         apply_population(backbone, folder / "population")

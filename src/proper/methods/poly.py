@@ -1,7 +1,7 @@
-"""How a folder with Poly answers: every row with the mixture of skills of its own user.
+"""Inference with PEFT's Poly: every row uses its own user's mixture of skills.
 
-A user without logits (no row of theirs was seen in training, or nobody knows them) gets the mean of the others', as an
-unknown user of the group model gets the mean embedding. Knows nothing about how the folder came about.
+A user without logits (unknown, or without rows in training) gets the mean of the other users' logits, as an unknown
+user of the group model gets the mean embedding.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from proper.models.tensors import load_tensors
 
 
 class PolyAnswers(PersonalizedModel):
-    """A `PersonalizedModel` whose rows are told apart by their task.
+    """A `PersonalizedModel` that selects each row's mixture by Poly's task id.
 
     Attributes:
-        tasks: the task of every user who has one; all others are of the last.
-        last: the task with the mean logits.
+        tasks: task id of every user with logits; all other users have the task `last`.
+        last: the task id with the mean logits.
     """
 
     def __init__(self, model: ProperModel, encoder: Encoder, config: Config, tasks: dict[str, int]) -> None:
@@ -37,11 +37,11 @@ class PolyAnswers(PersonalizedModel):
         self.tasks, self.last = tasks, len(tasks)
 
     def tier(self, user: str | None) -> str:
-        """Return "groups" for a user with logits of their own, "none" for all others."""
+        """Return "groups" for a user with own logits, else "none"."""
         return "groups" if user in self.tasks else "none"
 
     def rows(self, users: Sequence[str | None]) -> RowContext:
-        """Return each row's task."""
+        """Return each row's task id."""
         own = [self.last if user is None else self.tasks.get(user, self.last) for user in users]
         return RowContext(slots=torch.tensor(own, device=self.model.device))
 

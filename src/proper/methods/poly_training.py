@@ -1,7 +1,7 @@
-"""PEFT's Poly in place of stage 2: the same rows in the same batches, users as tasks, no router over tokens.
+"""Training of PEFT's Poly in place of stage 2: the same rows in the same batches, users as tasks, no token router.
 
-Skills move as experts do, a user's logits as user embeddings do: at the embeddings' rate, and only in updates that hold
-rows of the user. Knows nothing about methods.
+Skills are trained like experts and a user's logits like user embeddings: at the embeddings' learning rate, and only in
+updates with rows of that user.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from proper.training.trainer import Log, LossSum, TrainingPlan, train
 
 
 class PolyStage:
-    """Skills and users' logits, as the training loop sees them.
+    """Training stage with Poly's skills and the users' logits.
 
     Attributes:
-        logits: z_u of every user, all modules' (U, P), fp32.
-        optimizer: of the logits; its `steps` say who was seen.
+        logits: z_u of every user, all modules concatenated, (U, P), fp32.
+        optimizer: optimizer of the logits; its `steps` show which users had rows.
     """
 
     name = "poly"
@@ -54,7 +54,7 @@ class PolyStage:
         return self.poly.skills()
 
     def loss(self, batch: Batch, progress: float) -> LossSum:
-        """Answer loss of a batch, each row with its user's mixture of skills."""
+        """Return the answer loss of a batch, each row with its user's mixture of skills."""
         own = [self.index[user] for user in batch.users]
         self._present |= set(own)
         slots = torch.tensor(own, device=batch.input_ids.device)
@@ -62,7 +62,7 @@ class PolyStage:
         return LossSum(total.sum(), tokens.sum())
 
     def after_backward(self, rate_factor: float, share: float) -> None:
-        """Move the logits of the users in this update."""
+        """Update the logits of the users in this batch."""
         tables = self.poly.tables()
         rows = torch.tensor(sorted(self._present))
         held = [torch.zeros_like(table) if table.grad is None else table.grad for table in tables]
@@ -74,11 +74,11 @@ class PolyStage:
         self._present.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """Return logits and their moments."""
+        """Return logits and their optimizer moments."""
         return {"logits": self.logits, **{f"logits/{key}": value for key, value in self.optimizer.tensors().items()}}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put logits and moments back."""
+        """Restore logits and optimizer moments."""
         self.logits.copy_(tensors["logits"])
         prefix = "logits/"
         self.optimizer.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -86,16 +86,16 @@ class PolyStage:
 
 
 class PolyRunner:
-    """Poly in `folder/groups` on the population in `folder/population`; users' logits in the store of `folder/users`.
+    """Trainer of Poly in `folder/groups` on `folder/population`, with users' logits in the store of `folder/users`.
 
-    A user of whom no row was seen gets no record: they are answered with the mean of the others' logits.
+    A user without rows in training gets no record and is answered with the mean of the other users' logits.
     """
 
     def __init__(self, config: Config, dataset: Histories, folder: Path, seed: int, log: Log) -> None:
         self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
 
     def run(self) -> None:
-        """Train to the end, going on from the checkpoint; nothing where all is done.
+        """Train to the end, resuming from the checkpoint; do nothing if training is complete.
 
         Raises:
             ConfigError: the backbone has layers that Poly cannot adapt.
@@ -123,7 +123,7 @@ class PolyRunner:
         plan.checkpoint.remove()
 
     def _plan(self, backbone: Backbone) -> TrainingPlan:
-        """Return stage 2's plan: its rows, batches and rates."""
+        """Return the training plan of stage 2: rows, batches and learning rates."""
         config, compute = self.config.groups, self.config.compute
         sample = self.dataset.sample(config.train_on, config.max_tokens, self.seed)
         if not sample.size:
@@ -149,7 +149,7 @@ class PolyRunner:
 
 
 def _switch(poly: Poly, trained: Sequence[nn.Parameter], *, on: bool) -> None:
-    """Let skills and logits learn, with sampled weights, or freeze them."""
+    """Set skills and logits to training mode with sampled weights, or freeze them."""
     for parameter in trained:
         parameter.requires_grad_(on)
     poly.sample(on)

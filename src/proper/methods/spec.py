@@ -1,7 +1,7 @@
-"""What a method is: which trained folder it needs, and how it answers from it.
+"""Method specification: the trained stages that a method needs, and how it answers from them.
 
-A `DerivedRun` is a run folder beside the run's own: other settings, other data or another way of training, with the
-run's earlier stages taken over. Knows no method by name.
+A `DerivedRun` describes a variant of the run in a folder of its own: other settings, other data or another trainer,
+with earlier stages taken over from the run.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Trained = Literal["population", "groups", "users"]
 """A stage's folder in a run folder."""
 
 PerUser = Literal["nothing", "history", "embedding", "adapter", "export", "int8"]
-"""What must be kept for a user so that a method can answer them."""
+"""Data that must be kept per user for a method to answer."""
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A trained folder of one seed, and the data whose queries are answered from it."""
+    """A trained folder of one seed, and the dataset whose queries it answers."""
 
     config: Config
     dataset: Dataset
@@ -35,7 +35,7 @@ class TrainedRun:
 
 @dataclass(frozen=True)
 class TrainingWork:
-    """What a variant's training is given: where to leave `stages`, in their order; earlier ones are there."""
+    """Arguments of a variant's training: its folder and the `stages` to train, in order; earlier stages exist."""
 
     place: TrainedRun
     stages: Sequence[Trained]
@@ -43,20 +43,20 @@ class TrainingWork:
 
 
 Derive = Callable[[Dataset, Path, Config, int], None]
-"""Write another data set, made from one, to a path: `derive(dataset, path, config, seed)`."""
+"""Function that writes a derived dataset to a path: `derive(dataset, path, config, seed)`."""
 
 
 @dataclass(frozen=True)
 class DerivedRun:
-    """A run that differs from the run in hand.
+    """A variant of the run.
 
     Attributes:
-        name: of its folder; together with everything that it is made of, a hash follows.
-        train: how.
-        inherits: the stages that are the run's own; the method's others are trained anew.
-        settings: what its config has otherwise, section by section.
-        derive: how its data is made from the run's; None for the same data.
-        seeded: whether that data is another one for every seed.
+        name: name of its folder, followed by a hash of all its inputs.
+        train: the training function.
+        inherits: stages taken over from the run; the method's other stages are trained.
+        settings: config settings that differ, by section.
+        derive: function that derives its data from the run's; None for the same data.
+        seeded: whether the derived data depends on the seed.
     """
 
     name: str
@@ -69,13 +69,13 @@ class DerivedRun:
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table.
+    """A method, that is, one row of the results table.
 
     Attributes:
-        answer: from a trained folder, the predictions for all queries of its data.
-        stages: the stages that must be there, in their order; none for a method without a trained model.
-        variant: where they are trained; None for the run itself.
-        keeps: what has to be kept for every user.
+        answer: function from a trained folder to the predictions for all queries of its data.
+        stages: required stages, in order; empty for a method without a trained model.
+        variant: the variant in which they are trained; None for the run itself.
+        keeps: data that must be kept per user.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""Every method by its name: the ladder, what people compare with, the paper's ablations, and the controls.
+"""Registry of all methods by name: the ladder, baselines, the paper's ablations, and the controls.
 
-This is the one place that knows all of them; a new method is a new line here.
+A new method is a new entry here.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ OPPU: Mapping[str, Any] = {
     "slots": 1,
     "tiers": {"select": False},
 }
-"""OPPU's recipe for a user's LoRA (its released code), but for the learning rate, which is the run's: its 1e-4 is for a
-model of 7 B, and rates follow the backbone's width here."""
+"""OPPU's recipe for a user's LoRA (its released code), except for the learning rate, which is the run's: OPPU's 1e-4 is
+for a 7 B model, and learning rates scale with the backbone's width here."""
 
 OPPU_MODULES = ["q_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"]
-"""OPPU adapts q and v; where a family has them in one layer, that layer."""
+"""OPPU adapts q and v; if a model family fuses them into one layer, that layer."""
 
 
 def all_methods(config: Config) -> dict[str, Method]:
-    """Return every method by name, for a run of this config."""
+    """Return all methods by name, for a run of this config."""
     methods = [*_ladder(), *_trivial(), *_controls(config), *_ablations(config), *_baselines(config), *_retrieval()]
     return {method.name: method for method in methods}
 
 
 def known_methods(names: Sequence[str], config: Config) -> list[Method]:
-    """Return methods by their names, with the changes that stand in brackets behind them (`changed`).
+    """Return methods by their names, with the overrides in brackets applied (`overrides.change`).
 
     Raises:
-        ConfigError: there is none of that name, or a change is impossible.
+        ConfigError: a name is unknown, or an override is impossible.
     """
     known = all_methods(config)
     found = []
@@ -93,7 +93,7 @@ def _trivial() -> list[Method]:
 
 def _controls(config: Config) -> list[Method]:
     groups = config.groups
-    # One expert always has the gate 1: stage 2 with one expert of rank E R is a plain LoRA on stage 2's own rows.
+    # A single expert always has gate 1: stage 2 with one expert of rank E R is a plain LoRA trained on stage 2's rows.
     more = {
         "experts": 1,
         "rank": groups.experts * groups.rank,
@@ -128,7 +128,7 @@ def _ablations(config: Config) -> list[Method]:
     return [
         _groups("groups-no-constraint", {"constraint": {**config.groups.constraint.model_dump(), "kind": "none"}}),
         _groups("constraint-experts", {"constraint": {**config.groups.constraint.model_dump(), "kind": "experts"}}),
-        # Its architecture and losses; the learning rates are the run's, as those of the preset are for 7 B.
+        # The architecture and losses of the preset, but the run's learning rates, since the preset's are for 7 B.
         Method(
             "released", as_itself("users"), ALL, DerivedRun("released", train.ladder, (), released), keeps="adapter"
         ),

@@ -1,7 +1,4 @@
-"""Ways of training a variant: the ladder's, or a special one. Each leaves the stages that were asked for in its folder.
-
-Knows nothing about which method wants it.
-"""
+"""Training functions of variants: each trains the requested stages into the variant's folder."""
 
 from __future__ import annotations
 
@@ -14,25 +11,25 @@ from proper.training.stages import StageRunner
 
 
 def ladder(work: TrainingWork) -> None:
-    """Train the stages as the main job does."""
+    """Train the stages as the main run does."""
     place = work.place
     StageRunner(place.config, place.dataset, place.folder, place.seed, work.log).run(work.stages)
 
 
 def one_user(work: TrainingWork) -> None:
-    """Train the stages with everybody's rows as one user's: the same rows in the same order, one embedding."""
+    """Train the stages with all rows attributed to one user: the same rows in the same order, one embedding."""
     place = work.place
     StageRunner(place.config, OneUser(place.dataset), place.folder, place.seed, work.log).run(work.stages)
 
 
 def direct(work: TrainingWork) -> None:
-    """Train users' adapters on what is below, without groups."""
+    """Train user adapters on the backbone or population, without groups."""
     place = work.place
     DirectRunner(place.config, place.dataset, place.folder, place.seed, work.log).run()
 
 
 def leaking(work: TrainingWork) -> None:
-    """The same with OPPU's released fault: every user is trained on the users before them, too."""
+    """Train as `direct`, with the leak of OPPU's released code: each user also trains on all preceding users' rows."""
     place = work.place
     data = Leaking(place.dataset, place.config.users.max_items)
     DirectRunner(place.config, data, place.folder, place.seed, work.log).run()
@@ -45,6 +42,6 @@ def poly(work: TrainingWork) -> None:
 
 
 def joint(work: TrainingWork) -> None:
-    """Train experts and users' adapters together, from the backbone."""
+    """Train experts and user adapters jointly on the backbone."""
     place = work.place
     JointRunner(place.config, place.dataset, place.folder, place.seed, work.log).run()

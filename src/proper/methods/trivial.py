@@ -1,7 +1,7 @@
-"""Answers without a model: what this user, or everybody, answered before. Every table needs them.
+"""Majority baselines without a model: the usual answer in the user's history, or in all histories.
 
 Labels: the most frequent one. Ratings: the mean, rounded to the nearest rating of the scale. Free text: the most
-frequent one, the newest where all differ.
+frequent one, or the newest if all differ.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from proper.methods.spec import TrainedRun
 
 
 def user_majority(place: TrainedRun) -> MethodRun:
-    """Answer every query with what its user answered most, or on average."""
+    """Answer every query with its user's most frequent or mean answer."""
     return _answer(place, own=True)
 
 
 def global_majority(place: TrainedRun) -> MethodRun:
-    """Answer every query with what all users answered most, or on average."""
+    """Answer every query with the most frequent or mean answer of all users."""
     return _answer(place, own=False)
 
 
 def usual(counts: Mapping[str, int], kind: str, labels: Sequence[str]) -> str:
-    """Return the usual answer; `counts` says how often each was given, newest last; "" where there are none."""
+    """Return the usual answer from `counts` (answer to frequency, newest last); "" if `counts` is empty."""
     if not counts:
         return ""
     if kind == "rating":
         mean = fmean(map(float, counts), counts.values())
-        # Exactly between two ratings neither is better; the lower one is a rule.
+        # A mean exactly between two ratings rounds down, by convention.
         return min(labels, key=lambda label: (abs(float(label) - mean), float(label)))
     most = max(counts.values())
     return [answer for answer, count in counts.items() if count == most][-1]
@@ -53,7 +53,7 @@ def _answer(place: TrainedRun, *, own: bool) -> MethodRun:
 
 
 def _counts(history: Sequence[TextExample]) -> dict[str, int]:
-    """Count answers, in the order of the last time each was given."""
+    """Count answers, in the order of their last occurrence."""
     counts: dict[str, int] = {}
     for item in history:
         counts[item.target] = counts.pop(item.target, 0) + 1
@@ -61,7 +61,7 @@ def _counts(history: Sequence[TextExample]) -> dict[str, int]:
 
 
 def _everybodys(dataset: Dataset) -> dict[str, int]:
-    """Count everybody's answers in SQL: there can be as many as rows. Of free texts only the most frequent counts."""
+    """Count all users' answers in SQL, since there can be as many as rows; for free text keep the most frequent."""
     found = dataset.connection.execute(
         """SELECT t.target, count(*) FROM rows r CROSS JOIN texts t ON t.id = r.text WHERE r.part = 'history'
         GROUP BY t.target ORDER BY count(*) DESC, t.target LIMIT ?""",

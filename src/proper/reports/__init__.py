@@ -1,4 +1,4 @@
-"""From the files of a run folder to one page that opens offline. Never loads a model."""
+"""HTML and CSV reports from the files of a run folder; pages open offline, and no model is loaded."""
 
 from proper.reports.html import write_report
 

@@ -1,7 +1,6 @@
-"""The paper's ablations side by side: experts, embedding size, constraint and router form, where a run scored them.
+"""Figures of the paper's ablations: experts, embedding size, constraint and router form, as far as the run scored them.
 
-A method belongs to a family by its name; the run's own stage stands among its variants. Knows nothing about how they
-were trained.
+A method belongs to a family by its name; the run's own stage is shown among its variants.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ EMBEDDING = re.compile(r"^groups\[groups\.user_embedding=(\d+)\]$")
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One ablation: `own` is the run's stage, called `setting` there; `variant` names another method's setting."""
+    """One ablation: `own` is the run's stage, labelled `setting`; `variant` maps another method to its setting."""
 
     title: str
     own: str
@@ -35,7 +34,7 @@ class Family:
 
 
 def ablations(run: RunFiles) -> list[Figure]:
-    """Draw each family of which the run scored its own stage and at least one variant."""
+    """Draw each family for which the run scored its own stage and at least one variant."""
     rows = primary_metrics(run) if run.metrics else []
     rows = [row for row in rows if row.task == rows[0].task]
     drawn = [_figure(family, rows, run) for family in _families(run)]
@@ -88,7 +87,7 @@ def _figure(family: Family, rows: Sequence[ReportedMetric], run: RunFiles) -> Fi
 
 
 def _in_order(named: list[tuple[str, ReportedMetric]]) -> list[tuple[str, ReportedMetric]]:
-    """Sort numbers by size; words stay as they are, the run's own first."""
+    """Sort numeric settings by value; keep the order of other settings, the run's own first."""
     if all(setting.isdigit() for setting, _ in named):
         return sorted(named, key=lambda pair: int(pair[0]))
     return named

@@ -1,7 +1,6 @@
-"""Two runs side by side: one page and the same numbers as CSV.
+"""Comparison report of two runs: one HTML page and the same numbers as CSV.
 
-What was measured comes in as plain values; configs, costs and routing are read from the two folders. Never loads a
-model.
+Measurements come in as plain values; configs, costs and routing are read from the two folders. No model is loaded.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Both:
-    """Two runs, what to call them, and the rows of `evaluation.side_by_side`."""
+    """Two runs, their display names, and the rows of `evaluation.side_by_side`."""
 
     runs: tuple[RunFiles, RunFiles]
     names: tuple[str, str]
@@ -67,9 +66,9 @@ def write_comparison(first: Path, second: Path, found: Mapping[str, Any]) -> lis
     """Write `compare-NAME.html` and `.csv`, NAME being the second folder's, into the first; return both paths.
 
     Args:
-        first: the run whose page it is.
-        second: the other.
-        found: what `evaluation.side_by_side.compare_runs` returned.
+        first: the run folder that receives the page.
+        second: the other run folder.
+        found: the result of `evaluation.side_by_side.compare_runs`.
 
     Raises:
         RunFolderError: a file of either run is not readable.
@@ -84,7 +83,7 @@ def write_comparison(first: Path, second: Path, found: Mapping[str, Any]) -> lis
 
 
 def gather(both: Both) -> dict[str, Any]:
-    """Return what the template shows, section by section."""
+    """Return the template's values, section by section."""
     task = mapping(both.found.get("task"))
     main = both.main
     return {
@@ -106,7 +105,7 @@ def gather(both: Both) -> dict[str, Any]:
 
 
 def summary(both: Both) -> str:
-    """Say in one sentence which run is better in what, as far as the tests show it."""
+    """Return one sentence that says which run is better for which methods, as far as the tests show it."""
     tested = [row for row in both.main if number(row.get("p_adjusted")) is not None]
     if not tested:
         return "No method of both can be compared query by query."
@@ -122,7 +121,7 @@ def summary(both: Both) -> str:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """Judge the first run's difference from the second: better, worse, or not shown."""
+    """Return the verdict on the first run's difference from the second: better, worse, or not shown."""
     p, difference = number(row.get("p_adjusted")), number(row.get("difference"))
     if p is None or difference is None:
         return "not paired"
@@ -167,7 +166,7 @@ def _score_note(both: Both) -> str:
 
 
 def settings(both: Both) -> Table | None:
-    """Return the settings in which the configs differ; None where there are none."""
+    """Return the settings in which the configs differ; None if there are none."""
     one, other = (dict(_flat(run.settings)) for run in both.runs)
     names = [name for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
     lines = [[name, _shown(one.get(name)), _shown(other.get(name))] for name in names]
@@ -188,7 +187,7 @@ def _shown(value: Any) -> str:
 
 
 def cost(both: Both) -> Table | None:
-    """Return what a user costs under each method of both runs."""
+    """Return the cost per user of each method of both runs."""
     sides = [{str(row.get("method")): row for row in run.rows("cost")} for run in both.runs]
     kinds = (("parameters_per_user", _whole), ("bytes_per_user", size), ("train_seconds_per_user", duration))
     lines = []
@@ -233,7 +232,7 @@ def _shares(value: Any) -> str:
 
 
 def facts(both: Both) -> Table | None:
-    """Return what the two runs were, side by side."""
+    """Return the metadata of both runs, side by side."""
     one, other = (dict(tables.facts(run)) for run in both.runs)
     lines = [[name, one.get(name, "–"), other.get(name, "–")] for name in dict.fromkeys([*one, *other])]
     return Table(["", *both.names], lines, frozenset({0, 1, 2})) if lines else None
@@ -256,7 +255,7 @@ def csv_text(both: Both) -> str:
 
 
 def _names(first: Path, second: Path) -> tuple[str, str]:
-    """Return what to call the two: their folders' names, with the one above where those are alike."""
+    """Return display names of both runs: their folder names, with the parent folder if those are equal."""
     if first.name != second.name:
         return first.name, second.name
     return f"{first.parent.name}/{first.name}", f"{second.parent.name}/{second.name}"

@@ -1,4 +1,4 @@
-"""The figures of two runs side by side. Knows nothing about files, or how the differences were found."""
+"""Figures of the comparison of two runs: values by stage, and a forest plot of paired differences."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _value(x: float, colour: int, side: Row, name: str, scale: Scale) -> Markup:
 
 
 def forest(rows: Sequence[Row], names: tuple[str, str]) -> Figure | None:
-    """Draw the paired difference of every method with its interval around zero, one row a method."""
+    """Draw a forest plot: each method's paired difference with its interval, around zero, one row per method."""
     known = [row for row in rows if number(row.get("difference")) is not None]
     if not known:
         return None

@@ -1,4 +1,4 @@
-"""The learning curves of each stage as inline SVG. Knows nothing about what was trained."""
+"""Learning curves of each stage as inline SVG."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STAGES = {
 
 
 def curves(stages: dict[str, list[CurvePoint]]) -> list[Figure]:
-    """Draw each stage's training loss, phase by phase, and the constraint where it was measured."""
+    """Draw each stage's training loss, phase by phase, and the constraint loss if it was logged."""
     order = list(STAGES)
     known = [name for name in stages if name.partition(":")[0] in STAGES]
     known.sort(key=lambda name: order.index(name.partition(":")[0]))
@@ -48,7 +48,7 @@ def _loss(title: str, stage: str, points: Sequence[CurvePoint]) -> Figure:
 
 
 def _constraint(title: str, points: Sequence[CurvePoint]) -> list[Figure]:
-    """Draw the constraint itself or, where only that was logged, what it added to the loss."""
+    """Draw the constraint loss or, if only that was logged, its weighted contribution to the loss."""
     held = [(point, point.constraint) for point in points if point.constraint is not None]
     if held:
         caption = "Lower: different users use more different mixtures."
@@ -101,7 +101,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _bands(values: Sequence[tuple[CurvePoint, float]], across: Scale, what: str) -> Markup:
-    """Lay invisible columns over a plot that say, when hovered, what happened there."""
+    """Return invisible columns over a plot whose hover tips show the values at that step."""
     columns: dict[int, list[tuple[CurvePoint, float]]] = {}
     for point, value in values:
         columns.setdefault(min(BANDS - 1, int(across.at(point.step) * BANDS / 100)), []).append((point, value))

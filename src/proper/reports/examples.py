@@ -1,8 +1,7 @@
-"""A few instructive queries, answered by the population, group and user model side by side.
+"""Example queries for the report, with the answers of the population, group and user model side by side.
 
-Chosen by rule, not by eye: wins and losses of both steps in turn, the clearest first, one user at most once as long
-as there are others. Two passes over the predictions, so memory holds scores, never all texts.
-Knows nothing about HTML.
+Examples are chosen by rule: wins and losses of both steps in turn, the largest score difference first, each user at
+most once while other users remain. Predictions are read in two passes, so memory holds scores, never all texts.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ WHY = {
 
 @dataclass(frozen=True, slots=True)
 class ExampleAnswer:
-    """What one method said; `score` is higher where better."""
+    """The answer of one method; a higher `score` is better."""
 
     method: str
     text: str
@@ -57,11 +56,11 @@ class ReportExample:
 class _Scored:
     user: str
     scores: tuple[float, ...]
-    texts: tuple[str, ...]  # digests of the predictions: equal or not is all that the choice needs
+    texts: tuple[str, ...]  # digests of the predictions, since the choice needs only their equality
 
 
 def choose_examples(folder: Path, kind: str, wanted: int) -> list[ReportExample] | None:
-    """Return at most `wanted` examples, or None where fewer than two stages left predictions."""
+    """Return at most `wanted` examples, or None if fewer than two stages have predictions."""
     paths = {method: folder / "predictions" / f"{method}.jsonl" for method in STAGES}
     methods = [method for method in STAGES if paths[method].is_file()]
     if len(methods) < 2:
@@ -72,7 +71,7 @@ def choose_examples(folder: Path, kind: str, wanted: int) -> list[ReportExample]
 
 
 def user_examples(folder: Path, kind: str, user: str) -> list[ReportExample]:
-    """Return all queries of one user with the answers of every stage that left predictions, in the files' order."""
+    """Return all queries of one user with the answers of every stage that has predictions, in the files' order."""
     examples: dict[str, ReportExample] = {}
     known = [method for method in ("base", *STAGES) if (folder / "predictions" / f"{method}.jsonl").is_file()]
     for done, method in enumerate(known):
@@ -84,7 +83,7 @@ def user_examples(folder: Path, kind: str, user: str) -> list[ReportExample]:
 
 
 def _change(example: ReportExample) -> str:
-    """Say in words what the stages changed, the latest step first."""
+    """Return a phrase for what the stages changed, the latest step first."""
     by_method = {answer.method: answer.score for answer in example.answers}
     for above, below in (("users", "groups"), ("groups", "population")):
         if above in by_method and below in by_method and by_method[above] != by_method[below]:
@@ -93,7 +92,7 @@ def _change(example: ReportExample) -> str:
 
 
 def score(kind: str, target: str, prediction: str) -> float:
-    """Return how good one answer is: 1 or 0 for a label, minus the error for a rating, word overlap (F1) for text."""
+    """Return the score of one answer: 1 or 0 for a label, minus the error for a rating, word overlap (F1) for text."""
     if kind == "rating":
         right, said = _as_number(target), _as_number(prediction)
         return -9.0 if right is None or said is None else -abs(right - said)
@@ -126,7 +125,7 @@ def _digest(text: str) -> str:
 
 
 def _score_all(paths: Sequence[Path], kind: str) -> dict[str, _Scored]:
-    """Return the queries that every file answers; the first line of an id counts (later ones are other seeds)."""
+    """Return the queries that every file answers; the first line of each id counts (later lines are other seeds)."""
     scored: dict[str, _Scored] = {}
     for done, path in enumerate(paths):
         for row in read_lines(path):
@@ -139,7 +138,7 @@ def _score_all(paths: Sequence[Path], kind: str) -> dict[str, _Scored]:
 
 
 def _choose(scored: dict[str, _Scored], methods: Sequence[str], wanted: int) -> list[tuple[str, str]]:
-    """Return (id, why), taking from the wins and losses of each step in turn."""
+    """Return (id, reason) pairs, taken in turn from the wins and losses of each step."""
     queues: dict[tuple[str, int], list[tuple[float, str, str]]] = {key: [] for key in WHY}
     for name, row in scored.items():
         if len(set(row.texts)) == 1:
@@ -190,7 +189,7 @@ def _read_texts(
 
 
 def _answered(example: ReportExample, done: int, method: str, row: dict[str, Any], kind: str) -> ReportExample:
-    """Add a method's answer to an example that has `done` of them; a second line of the same id is another seed's."""
+    """Add a method's answer to an example with `done` answers; a second line of the same id is of another seed."""
     if len(example.answers) != done:
         return example
     value = score(kind, _text(row, "target"), _text(row, "prediction"))

@@ -1,6 +1,6 @@
-"""The figures of a report, each a pure function from loaded values to inline SVG with a caption that says what to see.
+"""Figures of a run's report: pure functions from loaded values to inline SVG with an explanatory caption.
 
-Hovering shows the user and the values. Knows nothing about where the values came from or how the page is laid out.
+Hover tips show the user and the values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MOST_MARKS = 1500
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A drawing with its title and a caption that says what to see in it."""
+    """A drawing with its title and an explanatory caption."""
 
     title: str
     drawing: Markup
@@ -56,7 +56,7 @@ def ladder(rows: Sequence[ReportedMetric], changes: dict[str, str]) -> Figure | 
 
 
 def whisker(x: float, row: ReportedMetric, scale: Scale) -> Markup:
-    """Draw a value with its interval at `x` percent: a dot, a bar, the number above, and a tip."""
+    """Draw a value with its interval at `x` percent: a dot, a bar, the number above, and a hover tip."""
     tip = f"{method_name(row.method)}\n{metric_name(row.metric)} {plain(row.value)}\n95 % {span(row.interval)}"
     across, y = percent(x), percent(100 - scale.at(row.value))
     bar, top = Markup(""), scale.at(row.value)
@@ -69,7 +69,7 @@ def whisker(x: float, row: ReportedMetric, scale: Scale) -> Markup:
 
 
 def mini(row: ReportedMetric, rows: Sequence[ReportedMetric]) -> Markup:
-    """Draw one method's value and interval on the range that `rows`, of the same metric, share: for a table's cell."""
+    """Draw one method's value and interval for a table cell, on the common range of `rows` (same metric)."""
     scale = linear([edge for one in rows for edge in (one.value, *(one.interval or ()))])
     bar = Markup("")
     if row.interval:
@@ -81,7 +81,7 @@ def mini(row: ReportedMetric, rows: Sequence[ReportedMetric]) -> Markup:
 
 
 def heat(routed: Sequence[RoutedUser]) -> Figure | None:
-    """Draw mean gates, experts as rows and users as columns, users ordered by their main expert."""
+    """Draw a heat map of mean gates: experts as rows, users as columns ordered by their main expert."""
     if not routed:
         return None
     ordered = sorted(routed, key=lambda user: (user.main, -user.gates[user.main], user.user))
@@ -122,13 +122,13 @@ def _cell(
     tip = f"user {user.user}\nexpert {row}: {plain(gate)}\nmain expert {user.main}"
     tip += "" if user.history is None else f"\nhistory {plural(user.history, 'item')}"
     share = (gate - ends[0]) / (ends[1] - ends[0]) if ends[1] > ends[0] else 0.5
-    # A hair wider than its column, so that no seam shows between neighbours.
+    # Slightly wider than its column, so that no gap shows between neighbours.
     box = {"x": percent(x), "y": percent(y), "width": percent(wide + 0.03), "height": percent(tall - 1)}
     return tag("rect", **box, class_="heatcell", fill_opacity=share, data_tip=tip)
 
 
 def maps(routed: Sequence[RoutedUser]) -> list[Figure]:
-    """Draw users' embeddings in two dimensions, coloured by main expert and, where known, by true group."""
+    """Draw 2-D scatter plots of users' embeddings, coloured by main expert and, if known, by true group."""
     known = [user for user in routed if user.place]
     placed = _thin(known, MOST_MARKS)
     if not placed:

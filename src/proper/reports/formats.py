@@ -1,4 +1,4 @@
-"""Numbers and names as a reader sees them. Knows nothing about what they say."""
+"""Formatting of numbers, intervals, sizes, durations and names for display."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-NO_BREAK = "\u00a0"  # a space that no line is broken at
+NO_BREAK = "\u00a0"  # non-breaking space
 METHODS = {
     "base": "Backbone",
     "population": "Population",
@@ -50,17 +50,17 @@ METRICS = {
 
 
 def method_name(method: str) -> str:
-    """Return a method's name as a reader sees it."""
+    """Return a method's display name."""
     return METHODS.get(method, method)
 
 
 def metric_name(metric: str) -> str:
-    """Return a metric's name as a reader sees it."""
+    """Return a metric's display name."""
     return METRICS.get(metric, metric)
 
 
 def plain(value: float | None, digits: int = 3) -> str:
-    """Return a number with `digits` decimals, fewer for large ones, or a dash where there is none."""
+    """Return a number with `digits` decimals, fewer for large numbers, or a dash for None."""
     if value is None or not math.isfinite(value):
         return "–"
     size = abs(value)
@@ -86,7 +86,7 @@ def percent(share: float | None, digits: int = 1, sign: bool = False) -> str:
 
 
 def p_text(p: float | None) -> str:
-    """Return a p value the usual way: `p = .012`, `p < .001`."""
+    """Return a p-value in the usual form: `p = .012`, `p < .001`."""
     if p is None:
         return "p not available"
     text = "p < .001" if p < 0.001 else "p = 1" if p >= 0.9995 else f"p = {p:.3f}".replace("0.", ".")
@@ -100,7 +100,7 @@ def span(pair: tuple[float, float] | None, sign: bool = False) -> str:
 
 
 def size(amount: float | None) -> str:
-    """Return bytes in the unit a person would choose (powers of 1000)."""
+    """Return bytes in the largest suitable unit (powers of 1000)."""
     if amount is None:
         return "–"
     for unit in ("bytes", "kB", "MB", "GB"):
@@ -111,7 +111,7 @@ def size(amount: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Return seconds as a person would say them."""
+    """Return seconds as a human-readable duration."""
     if seconds is None:
         return "–"
     if seconds < 1:

@@ -1,6 +1,6 @@
-"""The main metric against history length: the slices of `results.json` as curves, every method that was scored.
+"""Main metric against history length: the slices of `results.json` as one curve per scored method.
 
-Knows nothing about how slices were cut; what is drawn stands in the table beside it.
+The drawn values are also in the report's table of slices.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class HistoryPoint:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One slice of the users: its name in results.json, shortest and longest history, users, and who scored what."""
+    """One slice: its name in results.json, shortest and longest history, number of users, and scores by method."""
 
     name: str
     reach: tuple[float, float] | None
@@ -41,7 +41,7 @@ class Part:
 
     @property
     def below(self) -> str:
-        """The range of histories, short enough for a phone."""
+        """The range of history lengths, short enough for a phone screen."""
         if self.reach is None:
             return ""
         low, high = (f"{edge:.0f}" for edge in self.reach)
@@ -63,7 +63,7 @@ def history_curves(run: RunFiles) -> list[Figure]:
     title = f"{metric_name(metric)} ({'higher' if higher else 'lower'} is better)"
     figures = [Figure("Against history length", _draw(parts, stages, shared, title, 280), _caption(parts, stages))]
     for method in (method for method in methods if method not in stages):
-        # The bare backbone is far from everything else; on the scale of the others its panel would be empty.
+        # The bare backbone scores far from all other methods; on their scale its panel would be empty.
         scale = _scale(parts, [method, stages[-1]]) if method == "base" else shared
         drawing = _draw(parts, [method, stages[-1]], scale, "", 150, {stages[-1]: GREY})
         figures.append(Figure(method_name(method), drawing, _gap(parts, method, stages[-1])))
@@ -71,7 +71,7 @@ def history_curves(run: RunFiles) -> list[Figure]:
 
 
 def _parts(run: RunFiles, metric: str) -> list[Part]:
-    """Return the slices by history length, shortest first; one that holds everybody is no slice."""
+    """Return the slices by history length, shortest first, without slices that contain all users."""
     found = {name: [row for row in run.rows("slices") if row.get("slice") == name] for name in (*QUARTERS, *SHORT)}
     everybody = count(run.part("task").get("target_users"))
     parts = []
@@ -104,7 +104,7 @@ def _draw(
     hues = {method: (colours or {}).get(method, index) for index, method in enumerate(methods)}
     marks = []
     for index, method in enumerate(methods):
-        # Side by side within a column, so that one interval does not hide another.
+        # Side by side within a column, so that intervals do not overlap.
         shift = (index - (len(methods) - 1) / 2) * wide * 0.56 / len(methods)
         spots = [((at + 0.5) * wide + shift, part) for at, part in enumerate(parts) if method in part.points]
         line = [(x, scale.at(part.points[method].value)) for x, part in spots if part.name in QUARTERS]

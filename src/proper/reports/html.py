@@ -1,6 +1,6 @@
-"""The report: one HTML file that holds everything it shows and opens offline.
+"""Run report: one self-contained HTML file that opens offline.
 
-Gathers words, tables, figures and examples for the template, which does the layout. Never loads a model.
+Gathers sentences, tables, figures and examples for the template. No model is loaded.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from proper.reports.reading import mapping, number
 
 
 def write_report(folder: Path) -> Path:
-    """Turn the files of a run folder into `report.html` beside them, atomically, and return its path.
+    """Write `report.html` into a run folder, atomically, and return its path.
 
-    Only `results.json` is needed; a section whose file or key is missing says so.
+    Only `results.json` is required; a section whose file or key is missing says so.
 
     Raises:
-        RunFolderError: results.json is missing, or a file that is there is not JSON; names file and line.
+        RunFolderError: results.json is missing, or a file is not JSON; the message names file and line.
         ProperError: the report cannot be written.
     """
     run = load_run(folder)
@@ -36,7 +36,7 @@ def write_report(folder: Path) -> Path:
 
 
 def gather(run: RunFiles) -> dict[str, Any]:
-    """Return what the template shows, section by section."""
+    """Return the template's values, section by section."""
     summary, steps = narrative.headline(run)
     kind = str(run.part("task").get("kind") or "")
     routing, truth, tiers = run.part("routing"), run.part("truth"), run.part("tiers")
@@ -77,7 +77,7 @@ def _title(run: RunFiles, kind: str) -> str:
 
 
 def _tiles(run: RunFiles) -> list[tuple[str, str]]:
-    """Return the few numbers that place the result: main metric by stage, users and queries."""
+    """Return the key figures of the result: main metric by stage, users and queries."""
     rows = narrative.primary_metrics(run) if run.metrics else []
     tiles = []
     for task in dict.fromkeys(row.task for row in rows):
@@ -124,7 +124,7 @@ def _sentences(value: Any) -> list[str] | None:
 
 
 def _shares(truth: dict[str, Any]) -> Sequence[tuple[str, str, float]]:
-    """Return (step in words, share as text, share held between 0 and 1) of the gain that the truth allows."""
+    """Return (step, share as text, share clamped to 0..1) of the gain that the planted truth allows."""
     won = mapping(truth.get("won"))
     steps = (("groups", "Population → Groups"), ("users", "Groups → Users"))
     known = [(name, share) for step, name in steps if (share := number(won.get(step))) is not None]

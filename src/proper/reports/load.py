@@ -1,6 +1,6 @@
-"""A run folder's files as plain values: what is missing is None or empty, what is not finite is None.
+"""Loader of a run folder's result files as plain values: missing values are None or empty, non-finite ones None.
 
-Knows nothing about words, figures or HTML, and never loads a model.
+No model is loaded.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ReportedMetric:
 class ReportedComparison:
     """One row of `comparisons`: `method` minus `against`. `relative` is positive where `method` is better.
 
-    `resolvable` is the smallest true difference that the users would show with 80 % power.
+    `resolvable` is the minimal detectable difference with these users at 80 % power.
     """
 
     task: str
@@ -77,7 +77,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class RoutedUser:
-    """How one user is routed: mean gates over experts, and a place on the two-dimensional map of embeddings."""
+    """Routing of one user: mean gates over experts, and coordinates on the two-dimensional map of embeddings."""
 
     user: str
     history: int | None
@@ -89,7 +89,7 @@ class RoutedUser:
 
 @dataclass(frozen=True, slots=True)
 class UserGain:
-    """One target user's gains, positive where the later stage is better."""
+    """Gains of one target user, positive if the later stage is better."""
 
     user: str
     history: int
@@ -101,7 +101,7 @@ class UserGain:
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """All that a report shows, except the examples, which are read in two passes from `folder`.
+    """All data of a report, except the examples, which are read in two passes from `folder`.
 
     `settings` is config.yaml.
     """
@@ -118,16 +118,16 @@ class RunFiles:
 
     @property
     def examples(self) -> int:
-        """How many examples are wanted."""
+        """Number of examples to show."""
         wanted = count(mapping(self.settings.get("evaluation")).get("examples"))
         return EXAMPLES if wanted is None else max(0, wanted)
 
     def part(self, key: str) -> dict[str, Any]:
-        """Return the mapping `key` of results.json, empty where it is absent."""
+        """Return the mapping `key` of results.json; empty if it is absent."""
         return mapping(self.results.get(key))
 
     def rows(self, key: str) -> list[dict[str, Any]]:
-        """Return the list of objects `key` of results.json, empty where it is absent."""
+        """Return the list of objects `key` of results.json; empty if it is absent."""
         return objects(self.results.get(key))
 
 
@@ -135,7 +135,7 @@ def load_run(folder: Path) -> RunFiles:
     """Read a run folder.
 
     Raises:
-        RunFolderError: results.json is missing, or a file that is there is not JSON; names file and line.
+        RunFolderError: results.json is missing, or a file is not JSON; the message names file and line.
     """
     path = folder / "results.json"
     if not path.is_file():
@@ -199,9 +199,9 @@ def _comparison(row: dict[str, Any]) -> ReportedComparison | None:
 
 
 def _curves(path: Path) -> dict[str, list[CurvePoint]]:
-    """Return points by stage, or by phase where a stage has several (`users: trial`), in order of seed and step.
+    """Return points by stage, or by phase if a stage has several (`users: trial`), in order of seed and step.
 
-    A step done twice (after a resume) counts once, the later time.
+    For a step that was logged twice (after a resume), the later entry counts.
     """
     stages: dict[str, dict[tuple[int, int], CurvePoint]] = {}
     for row in read_lines(path):

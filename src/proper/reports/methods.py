@@ -1,7 +1,4 @@
-"""All methods side by side: a table with the best marked, cost against quality as a scatter, and the same as CSV.
-
-Knows nothing about HTML beyond which words are bold.
-"""
+"""Method comparison: a table with the best marked, a scatter plot of cost against quality, and `methods.csv`."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ COLUMNS = (
 
 
 def methods_table(run: RunFiles) -> Table | None:
-    """Return one row a method on the main metric; None where only stages of the ladder were compared."""
+    """Return one row per method on the main metric; None if only stages of the ladder were compared."""
     rows = primary_metrics(run) if run.metrics else []
     if all(row.method in LADDER for row in rows):
         return None
@@ -67,7 +64,7 @@ def methods_table(run: RunFiles) -> Table | None:
 
 
 def cost_quality(run: RunFiles) -> Figure | None:
-    """Draw the main metric over what is kept for a user; None without at least three methods of known cost."""
+    """Draw the main metric over bytes kept per user; None with fewer than three methods of known cost."""
     kept = {str(row.get("method")): number(row.get("bytes_per_user")) for row in run.rows("cost")}
     rows = primary_metrics(run) if run.metrics else []
     tasks = list(dict.fromkeys(row.task for row in rows))
@@ -94,7 +91,7 @@ def cost_quality(run: RunFiles) -> Figure | None:
 
 
 def _sizes_axis(sizes: Mapping[str, float], least: float) -> Axis:
-    """Return a logarithmic axis of bytes on which nothing has a place of its own, at an eighth of the least."""
+    """Return a logarithmic axis of bytes on which 0 bytes is drawn at an eighth of the smallest size."""
     nothing = least / 8
     scale = logarithmic([amount or nothing for amount in sizes.values()])
     real = tuple(tick for tick in scale.ticks if tick >= least * 0.8)
@@ -116,7 +113,7 @@ def _priced(index: int, row: ReportedMetric, amount: float, nothing: float, scal
 
 
 def claim_story(claim: Mapping[str, Any]) -> list[str]:
-    """Say whether the controls allow to speak of personalization."""
+    """Return sentences on whether the controls support a claim of personalization."""
     if not claim:
         return []
     lost = [str(pair) for pair in claim.get("not_beaten") or []]

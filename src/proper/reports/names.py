@@ -1,4 +1,4 @@
-"""File names made of any string, such as a user's id. Knows nothing about what the files hold."""
+"""Safe file names from arbitrary strings such as user ids."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ CLEAN = re.compile(r"[a-z0-9](?:[a-z0-9_]|-(?!-)){0,39}")
 
 
 def safe_name(text: str) -> str:
-    """Return a name for any file system; different strings get different ones, also where case does not count.
+    """Return a file name valid on all file systems; different strings get different names, also ignoring case.
 
-    A short string of lower-case letters, digits, `_` and single `-` is its own name. Any other is a readable rest of
-    it, `--` and the beginning of its SHA-256.
+    A short string of lower-case letters, digits, `_` and single `-` is its own name. Any other string becomes its
+    readable characters, `--` and a prefix of its SHA-256.
     """
     if CLEAN.fullmatch(text):
         return text

@@ -1,6 +1,6 @@
-"""Numbers as text and results as sentences: what was gained, by whom, and how sure that is.
+"""Report narrative: results as sentences on gains, users who gained, routing and cost.
 
-Says "no measurable gain" wherever a test does not show one. Knows nothing about files, figures or HTML.
+A gain that the test does not show is reported as "no measurable gain".
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Outcome = Literal["gain", "loss", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of the ladder in words. `outcome` is gain or loss only where the test shows it."""
+    """One step of the ladder in words. `outcome` is gain or loss only if the test shows it."""
 
     task: str
     title: str
@@ -33,7 +33,7 @@ class Step:
 
 
 def outcome(comparison: ReportedComparison, higher_is_better: bool) -> Outcome:
-    """Judge one comparison by its adjusted p value, else its p value, else whether its interval leaves 0 out."""
+    """Return a comparison's outcome by its adjusted p-value, else its p-value, else whether its interval omits 0."""
     p = comparison.p_value if comparison.p_adjusted is None else comparison.p_adjusted
     pair = comparison.interval
     clear = p < ALPHA if p is not None else pair is not None and (pair[0] > 0 or pair[1] < 0)
@@ -43,7 +43,7 @@ def outcome(comparison: ReportedComparison, higher_is_better: bool) -> Outcome:
 
 
 def is_higher_better(run: RunFiles, metric: str) -> bool:
-    """Say which way a metric points: as its rows say, else by its name."""
+    """Return whether higher is better for a metric: as its rows say, else by its name."""
     for row in run.metrics:
         if row.metric == metric:
             return row.higher_is_better
@@ -95,7 +95,7 @@ def _step(row: ReportedComparison, run: RunFiles) -> Step:
 
 
 def change_text(row: ReportedComparison, run: RunFiles) -> str:
-    """Return a step's relative change for a figure, in brackets where the test does not show it."""
+    """Return a step's relative change for a figure, in brackets if the test does not show it."""
     unclear = outcome(row, is_higher_better(run, row.metric)) == "none"
     change = percent(row.relative, sign=True)
     return f"({change})" if unclear else change
@@ -107,7 +107,7 @@ def judged_word(judged: Outcome) -> str:
 
 
 def verdict(row: ReportedComparison, higher_is_better: bool) -> str:
-    """Return the verdict of a comparison; a difference too small for these users to show is said to be so."""
+    """Return the verdict of a comparison, with a note if the difference is below the minimal detectable one."""
     judged = outcome(row, higher_is_better)
     if judged == "none" and row.resolvable is not None and abs(row.difference) < row.resolvable:
         return "not resolvable here"
@@ -115,13 +115,13 @@ def verdict(row: ReportedComparison, higher_is_better: bool) -> str:
 
 
 def primary_metrics(run: RunFiles) -> list[ReportedMetric]:
-    """Return the rows of each task's main metric, in the file's order; the first metric's where none is marked."""
+    """Return the rows of each task's main metric, in the file's order; the first metric's if none is marked."""
     marked = [row for row in run.metrics if row.primary]
     return marked or [row for row in run.metrics if row.metric == run.metrics[0].metric]
 
 
 def gain_story(gains: Sequence[UserGain], step: str) -> list[str]:
-    """Say who gained by `step` ("groups" or "users"), who did not, and what goes with it."""
+    """Return sentences on which users gained by `step` ("groups" or "users"), and on correlates of the gain."""
     known = [(user, gain) for user in gains if (gain := gain_of(user, step)) is not None]
     if not known:
         return []
@@ -142,12 +142,12 @@ def gain_story(gains: Sequence[UserGain], step: str) -> list[str]:
 
 
 def gain_of(user: UserGain, step: str) -> float | None:
-    """Return a user's gain by one step, positive where it helped."""
+    """Return a user's gain by one step, positive for an improvement."""
     return user.gain_groups if step == "groups" else user.gain_users
 
 
 def _relation(history: Sequence[int], gains: Sequence[float]) -> list[str]:
-    """Say whether longer histories go with larger gains, by Spearman's rank correlation against 2 / sqrt(n)."""
+    """Return a sentence on whether gains grow with history length: Spearman's rank correlation against 2 / sqrt(n)."""
     if len(history) < 10 or len(set(history)) < 2 or len(set(gains)) < 2:
         return []
     rho = float(np.corrcoef(_ranks(history), _ranks(gains))[0, 1])
@@ -158,7 +158,7 @@ def _relation(history: Sequence[int], gains: Sequence[float]) -> list[str]:
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return ranks with ties at their mean rank."""
+    """Return ranks; ties get their mean rank."""
     _, inverse, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     ranks: np.ndarray[Any, np.dtype[np.float64]] = ((ends - counts + 1 + ends) / 2)[inverse]
@@ -166,7 +166,7 @@ def _ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 def routing_story(figures: Mapping[str, Any]) -> list[str]:
-    """Say what the routing figures mean, for those that are there."""
+    """Return sentences that interpret the available routing figures."""
     experts = number(figures.get("experts"))
     entropy, shared = number(figures.get("entropy")), number(figures.get("user_expert_mutual_information"))
     cosine = number(figures.get("constraint_cosine"))
@@ -182,7 +182,7 @@ def routing_story(figures: Mapping[str, Any]) -> list[str]:
 
 
 def cost_story(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Say what a million users would take on disk, if the user stage's size is known."""
+    """Return a sentence on the disk space of a million users, if the user stage's size is known."""
     for row in rows:
         amount = number(row.get("bytes_per_user"))
         if row.get("method") == "users" and amount:
@@ -191,7 +191,7 @@ def cost_story(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def truth_story(truth: Mapping[str, Any]) -> list[str]:
-    """Say how well the planted groups were found."""
+    """Return sentences on how well the routing recovers the planted groups."""
     story = []
     nmi = number(truth.get("nmi"))
     if nmi is not None:

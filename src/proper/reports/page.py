@@ -1,4 +1,4 @@
-"""From a template of this folder and values to one HTML page. Knows nothing about what a page shows."""
+"""Rendering of this folder's Jinja templates to HTML pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from proper.reports import formats, svg
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
-    """Return the page; text is escaped, and a value that the template asks for must be there."""
+    """Return the rendered page; text is escaped, and a missing value is an error."""
     environment = Environment(
         loader=PackageLoader("proper.reports", "."),
         autoescape=True,

@@ -1,7 +1,4 @@
-"""JSON that may lack anything, read without surprises: what is not there is empty, what is not finite is None.
-
-Knows nothing about a run folder.
-"""
+"""Tolerant JSON reading: missing or mistyped values become empty, non-finite numbers None."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the object of a JSON file; empty if the file does not exist.
 
     Raises:
-        RunFolderError: it is not one JSON object.
+        RunFolderError: the file is not one JSON object.
     """
     if not path.is_file():
         return {}
@@ -36,7 +33,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Stream the objects of a JSONL file; none if it does not exist.
 
-    A last line without its newline was cut off while it was written and is left out.
+    A last line without a newline was truncated during writing and is skipped.
 
     Raises:
         RunFolderError: another line is not a JSON object.
@@ -74,7 +71,7 @@ def count(value: Any) -> int | None:
 
 
 def objects(value: Any) -> list[dict[str, Any]]:
-    """Return the mappings of a list, and nothing of anything else."""
+    """Return the mappings of a list; empty for any other value."""
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
@@ -92,4 +89,4 @@ def interval(value: Any) -> tuple[float, float] | None:
 
 
 def _nothing(_: str) -> None:
-    """Stand for NaN and Infinity, which JSON does not have but Python writes."""
+    """Return None for NaN and Infinity, which Python writes although JSON does not have them."""

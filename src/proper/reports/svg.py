@@ -1,7 +1,7 @@
-"""Marks, scales and frames for inline SVG that follows the page's width and colours.
+"""Marks, scales and frames for responsive inline SVG.
 
-Positions across are percentages and sizes are pixels, so text and dots keep their size on a phone. Colours are CSS
-classes, so light and dark need no second figure. Knows nothing about runs or results.
+Horizontal positions are percentages and sizes are pixels, so text and dots keep their size on a phone. Colours are CSS
+classes, so one figure serves light and dark mode.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHAPES = (
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """From a value to a percentage of the axis; `ticks` are round numbers inside."""
+    """Mapping from a value to a percentage of the axis; `ticks` are round numbers in its range."""
 
     low: float
     high: float
@@ -34,7 +34,7 @@ class Scale:
     log: bool = False
 
     def at(self, value: float) -> float:
-        """Return where `value` lies, 0 at `low` and 100 at `high`, held inside."""
+        """Return the position of `value`, 0 at `low` and 100 at `high`, clamped."""
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
         spot = math.log(max(value, self.low)) if self.log else value
         return min(100.0, max(0.0, 100 * (spot - low) / (high - low)))
@@ -42,7 +42,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A scale with what it means and how its ticks are written."""
+    """A scale with its title and tick format."""
 
     scale: Scale
     title: str
@@ -120,7 +120,7 @@ def key(index: int, label: str) -> Markup:
 
 
 def shapes() -> Markup:
-    """Return the definitions that `symbol` and `key` refer to; a page needs them once."""
+    """Return the definitions that `symbol` and `key` refer to; a page must contain them once."""
     drawn = [tag("path", id=f"s{index}", d=shape) for index, shape in enumerate(SHAPES)]
     return tag("svg", tag("defs", *drawn), width="0", height="0", aria_hidden="true", class_="shapes")
 
@@ -138,9 +138,9 @@ def chart(
     Args:
         body: the marks.
         height: pixels of the plotting area.
-        label: what a screen reader says.
-        x: the axis across, or None for none.
-        y: the axis upwards, or None for none.
+        label: text for screen readers.
+        x: the horizontal axis, or None.
+        y: the vertical axis, or None.
         names: categories instead of an x axis, as (percent, name, second line).
     """
     grid = [*(_y_ticks(y) if y else []), *(_x_ticks(x) if x else [])]

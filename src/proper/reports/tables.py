@@ -1,4 +1,4 @@
-"""The tables of a report as plain cells. Knows nothing about HTML beyond which cells are numbers."""
+"""Tables of a run's report as plain cells: metrics, comparisons, slices, cost, gains, truth and metadata."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COUNTS = ("users", "queries", "seeds")
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A head and rows of text; `text` names the columns that are not numbers, `notes` what a row needs said."""
+    """A head and rows of text; `text` are the indices of non-numeric columns, `note` is a remark on the table."""
 
     head: list[str]
     rows: list[list[str]]
@@ -69,7 +69,7 @@ def _counts(row: ReportedMetric) -> list[str]:
 
 
 def comparisons(run: RunFiles) -> Table | None:
-    """Return every paired comparison with its verdict at p < .05, adjusted where a family was."""
+    """Return every paired comparison with its verdict at p < .05, adjusted if its family was."""
     lines = []
     for row in sorted(run.comparisons, key=lambda row: not row.primary):
         judged = verdict(row, is_higher_better(run, row.metric))
@@ -89,7 +89,7 @@ def _p_cell(p: float | None) -> str:
 
 
 def slices(run: RunFiles) -> Table | None:
-    """Return the main metric of parts of the users, such as those with short histories, one column a method."""
+    """Return the main metric on slices of users, such as those with short histories, one column per method."""
     rows = [row for row in run.rows("slices") if number(row.get("value")) is not None]
     wanted = {row.metric for row in primary_metrics(run)} & {row.get("metric") for row in rows}
     rows = [row for row in rows if row.get("metric") in wanted or not wanted]
@@ -114,7 +114,7 @@ def _value_and_interval(row: dict[str, Any]) -> str:
 
 
 def cost(run: RunFiles) -> Table | None:
-    """Return what a user costs under each method."""
+    """Return the cost per user of each method."""
     lines = [
         [
             method_name(str(row.get("method"))),
@@ -130,7 +130,7 @@ def cost(run: RunFiles) -> Table | None:
 
 
 def who_gained(gains: Sequence[UserGain], step: str) -> Table | None:
-    """Return how many users gained by `step`, by thirds of history length and by tier."""
+    """Return the number of users who gained by `step`, by thirds of history length and by tier."""
     known = [user for user in gains if gain_of(user, step) is not None]
     if not known:
         return None
@@ -153,7 +153,7 @@ def _gain_row(title: str, users: Sequence[UserGain], step: str) -> list[str]:
 
 
 def truth(values: dict[str, Any]) -> Table | None:
-    """Return what the truth allows each method against what was measured."""
+    """Return each method's oracle value under the planted truth beside its measured value."""
     allowed, measured = mapping(values.get("allowed")), mapping(values.get("measured"))
     names = list(dict.fromkeys([*allowed, *measured]))
     names.sort(key=lambda name: LADDER.index(name) if name in LADDER else len(LADDER))
@@ -162,7 +162,7 @@ def truth(values: dict[str, Any]) -> Table | None:
 
 
 def facts(run: RunFiles) -> list[tuple[str, str]]:
-    """Return what the run was: backbone, data, versions, device, time."""
+    """Return the run's metadata: backbone, data, versions, device, time."""
     about, task = run.part("run"), run.part("task")
     history, seconds, versions = (
         mapping(part) for part in (task.get("history"), about.get("seconds"), about.get("versions"))
@@ -185,7 +185,7 @@ def facts(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def tiers(values: dict[str, Any]) -> tuple[list[tuple[str, int, float]], list[str]]:
-    """Return (tier, users, share of users) down from the users' own adapters, and the reasons in words."""
+    """Return (tier, users, share of users), starting with users' own adapters, and the reasons in words."""
     amounts = [(name, amount) for name in ("users", "groups", "population") if (amount := count(values.get(name)))]
     whole = sum(amount for _, amount in amounts)
     reasons = []

@@ -1,6 +1,6 @@
-"""All that the files of a run say of one user: scores, routing, what the store keeps, and every answer they got.
+"""Data of one user's report page: scores, routing, adapter store metadata, and all answers.
 
-The store is read, no adapter and no model is loaded. Knows nothing about words, figures or HTML.
+Only the store's metadata and embeddings are read; no adapter and no model is loaded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NEAREST = 8
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """Another user of the store; `cosine` is that of the two embeddings."""
+    """Another user of the store; `cosine` is the cosine similarity of the two embeddings."""
 
     user: str
     cosine: float
@@ -37,10 +37,10 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What the store keeps of a user: all versions (newest first), and who is near.
+    """Store data of a user: all versions (newest first), and the nearest users.
 
-    `typical` is the median cosine to everybody else, `means` the mean of every number among the facts of target users,
-    `problem` why the store could not be read.
+    `typical` is the median cosine to all other users, `means` the mean over target users of every numeric metadata
+    field, `problem` the reason why the store could not be read.
     """
 
     versions: tuple[Version, ...] = ()
@@ -52,13 +52,13 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class UserReport:
-    """One user of a run; what a run's files do not say is None or empty.
+    """One user of a run; values that the run's files lack are None or empty.
 
     Attributes:
-        scores: their main metric by method, on their own queries.
-        losses: their mean answer loss on queries by stage, first seed, in nats per token.
-        history_loss: their answer loss on their own newest items with method `users`, and everybody's mean.
-        examples: all their queries with the answers of each stage, first seed.
+        scores: the user's main metric by method, on the user's own queries.
+        losses: the user's mean answer loss on queries by stage, first seed, in nats per token.
+        history_loss: answer loss of method `users` on the user's newest history items, and the mean over all users.
+        examples: all queries of the user with the answers of each stage, first seed.
     """
 
     user: str
@@ -74,12 +74,12 @@ class UserReport:
 
 
 def load_person(run: RunFiles, user: str) -> UserReport:
-    """Read what a run folder says of `user`.
+    """Read the data of `user` from a run folder.
 
     Raises:
-        InputError: nothing; names the user and the nearest id.
+        InputError: the run does not have this user; the message names the user and the nearest id.
         RunFolderError: a file is not readable.
-        StoreError: the store is damaged. One that cannot be opened is said on the page.
+        StoreError: the store is damaged. A store that cannot be opened is reported on the page instead.
     """
     gain = next((row for row in run.gains if row.user == user), None)
     stored, interactions = _stored(run, user), _interactions(run.folder, user)
@@ -105,7 +105,7 @@ def load_person(run: RunFiles, user: str) -> UserReport:
 
 
 def _interactions(folder: Path, user: str) -> int | None:
-    """Return the length of a user's history from the prepared data; None for a user who is not in it."""
+    """Return the length of a user's history from the prepared data; None for an unknown user."""
     path = folder / "data.sqlite"
     if not path.is_file():
         return None
@@ -136,7 +136,7 @@ def _stored(run: RunFiles, user: str) -> Stored:
 
 
 def _nearest(store: AdapterStore, user: str) -> tuple[list[Neighbour], float | None]:
-    """Return the users whose embeddings are nearest, and the median cosine to everybody; embeddings stream."""
+    """Return the users with the nearest embeddings, and the median cosine to all users; embeddings stream."""
     head = store.head(user)
     own = np.zeros(0) if head is None else head.embedding.numpy().astype(np.float64)
     if not own.any():
@@ -155,7 +155,7 @@ def _nearest(store: AdapterStore, user: str) -> tuple[list[Neighbour], float | N
 
 
 def _means(store: AdapterStore, targets: set[str]) -> dict[str, float]:
-    """Return the mean of each number among the facts of the target users."""
+    """Return the mean of each numeric metadata field over the target users."""
     found: dict[str, list[float]] = {}
     for user, _, facts, _ in store.facts():
         for key, value in facts.items() if user in targets else ():
@@ -183,10 +183,10 @@ def _history_loss(folder: Path, user: str) -> tuple[float, float] | None:
 
 
 def facts_of(person: UserReport) -> dict[str, Any]:
-    """Return the facts of the current version; empty for a user who is not in the store."""
+    """Return the metadata of the current version; empty for a user who is not in the store."""
     return dict(person.stored.versions[0].facts) if person.stored.versions else {}
 
 
 def known_items(person: UserReport) -> int | None:
-    """Return the length of the history: as scored, else as the store has it."""
+    """Return the history length as scored, else as in the store."""
     return person.history if person.history is not None else count(facts_of(person).get("items"))

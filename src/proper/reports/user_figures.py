@@ -1,7 +1,4 @@
-"""The figures of one user's page: where they stand among everybody, and how their tokens are routed.
-
-Knows nothing about files or the page's layout.
-"""
+"""Figures of one user's page: gain relative to all users, mean gates, and position on the embedding map."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ MOST_DOTS = 800
 
 
 def standing(own: UserGain, everybody: Sequence[UserGain], metric: str) -> Figure | None:
-    """Draw this user's gain by each step among everybody's."""
+    """Draw this user's gain by each step among the gains of all users."""
     strips = [_strip(own, everybody, step, below, metric) for step, below in STEPS]
     drawn = [strip for strip in strips if strip is not None]
     if not drawn:
@@ -48,7 +45,7 @@ def _strip(own: UserGain, everybody: Sequence[UserGain], step: str, below: str, 
 
 
 def _dot(user: UserGain, value: float, x: float) -> Markup:
-    # A height that depends on the name alone keeps equal gains apart, and the same in every page.
+    # The height depends only on the user id: it separates equal gains and is the same on every page.
     height = 15 + hashlib.blake2b(user.user.encode("utf-8", "surrogatepass"), digest_size=1).digest()[0] / 255 * 70
     tip = f"user {user.user}\ngain {signed(value)}"
     return tag("circle", cx=percent(x), cy=percent(height), r=3.5, class_="dot same faint", data_tip=tip)
@@ -62,7 +59,7 @@ def _rank(own: UserGain, everybody: Sequence[UserGain], step: str) -> str:
 
 
 def gates(own: RoutedUser, everybody: Sequence[RoutedUser]) -> Figure:
-    """Draw this user's mean gates as bars, and everybody's mean over them."""
+    """Draw this user's mean gates as bars, with the mean over all users."""
     mean = mean_gates(everybody)
     up = linear([0.0, *own.gates, *mean], pad=0.12)
     wide = 100 / len(own.gates)
@@ -86,7 +83,7 @@ def gates(own: RoutedUser, everybody: Sequence[RoutedUser]) -> Figure:
 
 
 def mean_gates(everybody: Sequence[RoutedUser]) -> list[float]:
-    """Return the mean gate of every expert over users; each user counts the same."""
+    """Return the mean gate of every expert over users, with equal weight per user."""
     experts = max(len(user.gates) for user in everybody)
     return [
         sum(user.gates[expert] if expert < len(user.gates) else 0.0 for user in everybody) / len(everybody)
@@ -95,7 +92,7 @@ def mean_gates(everybody: Sequence[RoutedUser]) -> list[float]:
 
 
 def place(own: RoutedUser, everybody: Sequence[RoutedUser], near: Sequence[str]) -> Figure | None:
-    """Draw everybody's embeddings in two dimensions with this user and the nearest ones marked."""
+    """Draw all users' embeddings in two dimensions, with this user and the nearest ones marked."""
     known = [user for user in everybody if user.place is not None]
     if own.place is None or len(known) < 3:
         return None

@@ -1,6 +1,6 @@
-"""One user of a run on one page: what they are served and why, what it brought, who is like them, what they were told.
+"""Report page of one user: serving tier and its reason, gains, nearest users, and all answers.
 
-Gathers words, tables and figures for the template. Never loads a model.
+Gathers sentences, tables and figures for the template. No model is loaded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def write_user_pages(folder: Path, users: Sequence[str]) -> list[Path]:
     """Write `report-user-NAME.html` into the run folder for each user, all or none, and return the paths.
 
     Raises:
-        InputError: a user is not in the run; names the nearest id.
+        InputError: a user is not in the run; the message names the nearest id.
         RunFolderError: results.json is missing, or a file is not readable.
         StoreError: the store is damaged.
     """
@@ -47,7 +47,7 @@ def write_user_pages(folder: Path, users: Sequence[str]) -> list[Path]:
 
 
 def gather(run: RunFiles, person: UserReport) -> dict[str, Any]:
-    """Return what the template shows, section by section."""
+    """Return the template's values, section by section."""
     gain, routed, stored = person.gain, person.routed, person.stored
     near = [neighbour.user for neighbour in stored.neighbours]
     return {
@@ -102,7 +102,7 @@ def _tiles(person: UserReport) -> list[tuple[str, str]]:
 
 
 def _served(person: UserReport) -> list[str]:
-    """Say in sentences what the user is served, why, and how the adapter was trained."""
+    """Return sentences on the user's serving tier, its reason, and the training of the adapter."""
     facts, tier = facts_of(person), _tier(person)
     story = [f"Served with {SERVED.get(tier, tier)}."]
     if not person.stored.versions:
@@ -119,7 +119,7 @@ def _served(person: UserReport) -> list[str]:
 
 
 def _losses(run: RunFiles, person: UserReport) -> Table | None:
-    """Return the losses, held-out part of the history first, beside everybody's mean."""
+    """Return the user's losses, held-out part of the history first, beside the mean over all users."""
     facts, means = facts_of(person), person.stored.means or {}
     kept = (("group_loss", "held-out history, group model"), ("user_loss", "held-out history, with the adapter"))
     lines = [[name, plain(number(facts[key])), plain(means.get(key))] for key, name in kept if key in facts]
@@ -140,7 +140,7 @@ def _losses(run: RunFiles, person: UserReport) -> Table | None:
 
 
 def _scores(run: RunFiles, person: UserReport) -> Table | None:
-    """Return every method on this user's queries, beside all users' mean."""
+    """Return every method's score on this user's queries, beside the mean over all users."""
     if not person.scores:
         return None
     rows = {row.method: row for row in run.metrics if row.metric == run.gain_metric}

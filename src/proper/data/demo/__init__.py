@@ -1,7 +1,4 @@
-"""Demo data with a planted structure: what everybody shares, what a group shares, what only one person does.
-
-Knows nothing about models, training or how a run is evaluated.
-"""
+"""Synthetic demo data with planted structure: population, group and individual user behaviour."""
 
 from __future__ import annotations
 

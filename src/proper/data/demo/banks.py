@@ -1,6 +1,6 @@
 """Phrase banks: topics, templates and interchangeable phrases, read from the YAML files beside this module.
 
-Knows nothing about people: a text is drawn from its topic alone, so no text can tell who wrote it.
+A text is drawn from its topic alone, so that no text reveals its author.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from proper.data.demo.settings import DemoTask
 
 @dataclass(frozen=True, slots=True)
 class PhraseTemplate:
-    """One sentence with `{slots}`; `content` is what an answer says of it beside the choice, if anything."""
+    """One sentence with `{slots}`; `content` is the part of the answer beside the choice, possibly empty."""
 
     text: str
     content: str = ""
@@ -28,7 +28,7 @@ class PhraseTemplate:
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """Templates, and for each slot the phrases that fit it; any combination is good English."""
+    """Templates, and for each slot the phrases that fit it; every combination is good English."""
 
     name: str
     slots: Mapping[str, tuple[str, ...]]
@@ -41,8 +41,8 @@ class Bank:
 
     Attributes:
         prompt: template of a run's prompt over the column `input`.
-        choices: what people choose among for a topic: labels, ratings or openings.
-        closings: sign-offs, one of which is a person's own; empty where answers are labels.
+        choices: options that users choose from for a topic: labels, ratings or openings.
+        closings: sign-offs, of which each user has one; empty if answers are labels.
         topics: two more than choices, see `settings.TOPICS`.
     """
 
@@ -72,7 +72,7 @@ def draw(topic: Topic, rng: random.Random) -> tuple[str, str]:
 
 
 def sentence(text: str) -> str:
-    """Start with a capital letter."""
+    """Return the text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 

@@ -1,6 +1,6 @@
-"""From settings to demo data: the interactions, the truth behind them, and the config that a run of them needs.
+"""Demo data generator: interactions, the planted truth behind them, and the config for a run on them.
 
-Knows nothing about models: what the truth allows is worked out here, what a run reaches of it is measured elsewhere.
+The oracle answers are computed here; how much of them a run reaches is measured in `evaluation.truth`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from proper.data.demo.settings import DemoSettings
 from proper.data.demo.truth import METRICS, PlantedTruth, compose, find_truth, own_plan
 from proper.files import write_json, write_text
 
-_SAMPLES = 2  # contents per topic by which the best styled answer is found
+_SAMPLES = 2  # contents per topic over which the best styled answer is chosen
 _KINDS = {"classification": "classification", "rating": "rating", "style": "generation"}
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One interaction before it is written down."""
+    """One generated interaction before it is serialized."""
 
     person: DemoUser
     item: str
@@ -40,7 +40,7 @@ def write_demo(folder: Path, settings: DemoSettings) -> Path:
     """Write `interactions.jsonl` and `truth.json` into `folder`; return the path of the interactions.
 
     `truth.json` holds `task`, `metric`, `n_groups`, `groups` (user to group) and `answers`: for each item the best
-    answer for someone who knows only the population, also the author's group, also the author; never the noise.
+    answer of an oracle that knows only the population, also the author's group, also the author; never the noise.
 
     Raises:
         ProperError: the folder cannot be written.
@@ -72,7 +72,7 @@ def demo_config(path: Path, settings: DemoSettings) -> dict[str, Any]:
     kind = _KINDS[settings.task]
     answers: dict[str, Any] = {"max_new_tokens": 40} if kind == "generation" else {"labels": _labels(bank)}
     if settings.task == "classification":
-        answers |= {"decode": "generate", "max_new_tokens": 8}  # quicker than to score the many labels
+        answers |= {"decode": "generate", "max_new_tokens": 8}  # faster than scoring the many labels
     return {
         "data": {"path": str(path), "format": "jsonl", "prompt": bank.prompt, "target": "{output}"},
         "task": {"kind": kind, **answers},
@@ -81,7 +81,7 @@ def demo_config(path: Path, settings: DemoSettings) -> dict[str, Any]:
 
 
 def _labels(bank: Bank) -> list[str]:
-    """Return all answers there can be, in the bank's order."""
+    """Return all possible answers, in the bank's order."""
     said = [topic.templates[0].content for topic in bank.topics]
     return list(
         dict.fromkeys(compose(bank, (choice, None), what) for what in said for choice in range(len(bank.choices)))
@@ -89,7 +89,7 @@ def _labels(bank: Bank) -> list[str]:
 
 
 def _events(settings: DemoSettings, bank: Bank, world: World) -> Iterator[Event]:
-    """Yield everybody's interactions, oldest first within a person."""
+    """Yield the interactions of all users, user by user, oldest first."""
     seen: set[str] = set()
     for person in world.people:
         rng = random.Random(f"{settings.task} {person.id} {settings.seed}")
@@ -107,9 +107,9 @@ def _events(settings: DemoSettings, bank: Bank, world: World) -> Iterator[Event]
 
 
 def _topics(world: World, own_share: float, rng: random.Random) -> Iterator[int]:
-    """Yield topics without end; in any stretch of time each role has its share, and each topic of a role an equal one.
+    """Yield topics endlessly; shared and personal topics keep their shares over any period, each topic an equal one.
 
-    So a split by time leaves every topic in the history, as far as its length allows.
+    A split by time therefore leaves every topic in the history, as far as its length allows.
     """
     shared, personal = shuffled(world.shared, rng), shuffled(world.personal, rng)
     owed = rng.random()
@@ -120,7 +120,7 @@ def _topics(world: World, own_share: float, rng: random.Random) -> Iterator[int]
 
 
 def _fresh(topic: Topic, rng: random.Random, seen: set[str]) -> tuple[str, str]:
-    """Draw a text that nobody has had yet; after some tries, any."""
+    """Draw a text that no user has had yet; after 20 tries accept a repeated one."""
     for _ in range(20):
         text, content = draw(topic, rng)
         if text not in seen:

@@ -1,10 +1,10 @@
-"""People: who is in which group, and what each of them does with each topic.
+"""Demo users: their group, and their choice for each topic.
 
-On four topics people do what their group does, and the groups' habits are rows of a Latin square over topics and
-choices, less one column. On three personal topics everybody has a way of their own, dealt out evenly within each group:
-too many ways for a few groups to hold. The topic says nothing about the group and the choice next to nothing (each
-group lacks one on its shared topics); the two together do, and on personal topics not even these. Knows nothing about
-phrases.
+On four shared topics users follow their group; the groups' choices are rows of a Latin square over topics and choices,
+less one column. On three personal topics each user has an individual combination of choices, dealt out evenly within
+each group: too many combinations for a few groups to represent. The topic alone says nothing about the group, and the
+choice alone almost nothing (each group lacks one choice on its shared topics). Topic and choice together identify the
+group on shared topics, but not on personal ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Card = TypeVar("Card")
 
 @dataclass(frozen=True, slots=True)
 class DemoUser:
-    """One person.
+    """One demo user.
 
     Attributes:
         id: the user id.
@@ -39,7 +39,7 @@ class DemoUser:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Everybody, and the topics on which people follow their group (`shared`) or only themselves (`personal`)."""
+    """All users, the topics on which they follow their group (`shared`), and the individual ones (`personal`)."""
 
     people: tuple[DemoUser, ...]
     shared: tuple[int, ...]
@@ -47,11 +47,11 @@ class World:
 
 
 def make_world(settings: DemoSettings, closings: int) -> World:
-    """Draw topics' roles and people; groups differ in size by one person at most.
+    """Draw the topics' roles and the users; group sizes differ by at most one user.
 
     Args:
         settings: sizes, shares and the seed.
-        closings: how many sign-offs there are to choose from, at least one.
+        closings: number of sign-offs to choose from, at least one.
     """
     rng = random.Random(f"{settings.task} people {settings.seed}")
     topics = rng.sample(range(TOPICS), TOPICS)
@@ -71,6 +71,6 @@ def make_world(settings: DemoSettings, closings: int) -> World:
 
 
 def shuffled(cards: Sequence[Card], rng: random.Random) -> Iterator[Card]:
-    """Deal cards without end: all in random order, then all in another, so that each comes up equally often."""
+    """Yield `cards` endlessly in random order, reshuffled after each full pass, so that all occur equally often."""
     while True:
         yield from rng.sample(cards, len(cards))

@@ -1,7 +1,4 @@
-"""What the demo generator can be told; settings that cannot be met do not exist.
-
-Knows nothing about phrases or people.
-"""
+"""Settings of the demo generator; impossible settings are refused on construction."""
 
 from __future__ import annotations
 
@@ -12,9 +9,9 @@ from proper.errors import InputError
 
 DemoTask = Literal["classification", "rating", "style"]
 
-CHOICES = 5  # every phrase bank has five choices, and two topics more than choices
+CHOICES = 5  # every phrase bank has five choices and seven topics
 TOPICS = CHOICES + 2
-SHARED = 4  # topics on which people follow their group; on the others nobody does
+SHARED = 4  # topics on which users follow their group; the others are personal
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +19,14 @@ class DemoSettings:
     """Settings of the demo data.
 
     Attributes:
-        task: what people do with a text: tag it, rate it, or write it in their own style.
-        people: number of people.
+        task: what users do with a text: tag it, rate it, or write it in their own style.
+        people: number of users.
         groups: number of latent groups, at most five (the number of choices).
-        items: fewest and most interactions of a person; the number is uniform in between.
-        own_traits: share of a person's interactions that are on personal topics: those on which nobody follows a
-            group. Above zero, people also have sign-offs of their own in the style task.
-        noise: probability that an answer departs from the person's habit for no reason at all.
-        seed: everything random follows from it.
+        items: minimum and maximum interactions of a user; the number is uniform in between.
+        own_traits: share of a user's interactions that are on personal topics, on which users do not follow their
+            group. Above zero, users also have individual sign-offs in the style task.
+        noise: probability that an answer departs at random from the user's habit.
+        seed: seed of all randomness.
 
     Raises:
         InputError: a value is impossible; the message names it.

@@ -1,7 +1,7 @@
-"""The best answers that the planted truth allows to someone who knows the population, the group or the person.
+"""Oracle answers of the demo data: the best answers given knowledge of the population, the group or the user.
 
-"Knows" means: the exact share of people who answer in each way, and no noise. What is best depends on the metric: the
-likeliest label, the median rating, the text with the highest expected ROUGE-1. Knows nothing about files.
+"Knowledge" means the exact share of users who answer in each way, without noise. The best answer depends on the metric:
+the likeliest label, the median rating, the text with the highest expected ROUGE-1.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from proper.data.demo.banks import Bank, sentence
 from proper.data.demo.people import DemoUser
 from proper.data.demo.settings import DemoTask
 
-Plan = tuple[int | None, int | None]  # which choice and which sign-off an answer uses; None leaves it out
+Plan = tuple[int | None, int | None]  # indices of an answer's choice and sign-off; None leaves it out
 
 METRICS: Mapping[DemoTask, str] = {"classification": "accuracy", "rating": "mae", "style": "rouge1"}
 
 
 @dataclass(frozen=True, slots=True)
 class PlantedTruth:
-    """Best plans per topic: for somebody of whom nothing is known, and for a member of each group."""
+    """Best plans per topic: for an unknown user, and for a member of each group."""
 
     population: tuple[Plan, ...]
     groups: Mapping[int, tuple[Plan, ...]]
@@ -34,13 +34,13 @@ class PlantedTruth:
 def find_truth(
     task: DemoTask, bank: Bank, people: Sequence[DemoUser], contents: Sequence[Sequence[str]]
 ) -> PlantedTruth:
-    """Work out the best plans for the population and for each group.
+    """Compute the best plans for the population and for each group.
 
     Args:
-        task: decides what an answer is worth.
+        task: determines the metric of an answer, see `worth`.
         bank: the task's phrases.
-        people: everybody, with equal weight.
-        contents: per topic a few contents of answers; a plan is judged by its mean worth over them.
+        people: all users, with equal weight.
+        contents: per topic a few contents of answers; a plan's value is its mean `worth` over them.
     """
     worths = [_worths(task, bank, some) for some in contents]
     groups = sorted({person.group for person in people})
@@ -52,12 +52,12 @@ def find_truth(
 
 
 def own_plan(person: DemoUser, topic: int) -> Plan:
-    """Return how a person answers on a topic when no noise interferes."""
+    """Return a user's plan for a topic, without noise."""
     return person.habit[topic], person.closing
 
 
 def compose(bank: Bank, plan: Plan, content: str) -> str:
-    """Put an answer together: content and choice, or opening, content and sign-off."""
+    """Compose an answer: content and choice, or opening, content and sign-off."""
     choice, closing = plan
     opening = "" if choice is None else bank.choices[choice]
     if not bank.closings:
@@ -67,7 +67,7 @@ def compose(bank: Bank, plan: Plan, content: str) -> str:
 
 
 def rouge1(answer: str, gold: str) -> float:
-    """Return the F-measure of shared words, counted with repeats, as `rouge_score` has it without a stemmer."""
+    """Return the ROUGE-1 F-measure, as `rouge_score` computes it without a stemmer."""
     left, right = _words(answer), _words(gold)
     return 2 * (left & right).total() / max(1, left.total() + right.total())
 
@@ -78,17 +78,17 @@ def _words(text: str) -> Counter[str]:
 
 
 def worth(task: DemoTask, answer: str, gold: str) -> float:
-    """Return what an answer is worth, higher is better: a hit, minus the absolute error, or ROUGE-1."""
+    """Return the value of an answer, higher is better: 1 for the right label, minus the absolute error, or ROUGE-1."""
     if task == "style":
         return rouge1(answer, gold)
     return -abs(float(answer) - float(gold)) if task == "rating" else float(answer == gold)
 
 
 def _worths(task: DemoTask, bank: Bank, contents: Sequence[str]) -> dict[Plan, dict[Plan, float]]:
-    """Return the mean worth of each possible plan against each plan that somebody may follow."""
+    """Return the mean `worth` of each possible plan against each plan that a user may follow."""
     choices, closings = range(len(bank.choices)), range(max(1, len(bank.closings)))
     golds = list(product(choices, closings))
-    # A styled answer may leave out what its writer cannot know; a label cannot be left out.
+    # A styled answer may leave out the parts that the oracle does not know; a label cannot be left out.
     plans: list[Plan] = [*product((*choices, None), (*closings, None))] if bank.closings else [*golds]
     return {
         plan: {
@@ -100,5 +100,5 @@ def _worths(task: DemoTask, bank: Bank, contents: Sequence[str]) -> dict[Plan, d
 
 
 def _best(worths: Mapping[Plan, Mapping[Plan, float]], shares: Mapping[Plan, int]) -> Plan:
-    """Return the plan of the highest expected worth; the first of equals."""
+    """Return the plan with the highest expected `worth`; the first of ties."""
     return max(worths, key=lambda plan: sum(worths[plan][gold] * count for gold, count in shares.items()))

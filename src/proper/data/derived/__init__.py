@@ -1,1 +1,1 @@
-"""Data sets made from another: restricted views, shuffled controls, prompts with retrieved history."""
+"""Derived datasets: restricted views, shuffled controls, and prompts augmented with retrieved history or profiles."""

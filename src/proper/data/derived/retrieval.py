@@ -1,8 +1,8 @@
-"""What a user wrote before, put in front of a prompt: the k items most like it (BM25), or a profile made of all.
+"""Retrieval-augmented prompts: the k most similar history items (BM25) or a user profile, prepended to each prompt.
 
-Only items of the same user's history that are strictly earlier than the row in hand, for training rows as for queries.
-BM25 is `bm25s` with its defaults (Lucene's form); how rare a word is, is counted over the user's whole history, never
-over queries. Knows nothing about models: what a token is comes in as a callable.
+Sources are only items of the same user's history that are strictly earlier than the row, for training rows and queries
+alike. BM25 is `bm25s` with its defaults (Lucene's form); document frequencies are counted over the user's whole
+history, never over queries. The token count comes in as a callable.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from proper.data.derived.rewrite import Count, Rewritten, rewrite
 _WORD = re.compile(r"\w+")
 
 ProfileWriter = Callable[[Sequence[TextExample], str], str]
-"""Earlier items, oldest first, and the kind of task, to a text about the user."""
+"""Function from earlier items (oldest first) and the kind of task to a text about the user."""
 
 
 def retrieve(source: Dataset, path: Path, k: int, count: Count, max_length: int) -> None:
-    """Write `source` to `path` with the k best earlier items in front of every prompt, the best one last.
+    """Write `source` to `path` with the k best earlier items prepended to every prompt, the best one last.
 
-    Items that do not fit `max_length` tokens together with the row itself lose words at their front, then are left out,
-    the worst first.
+    If items and row exceed `max_length` tokens, items are truncated at their front, then left out, the worst first.
     """
 
     def contexts(row: TextExample, earlier: Sequence[TextExample], scores: Sequence[float]) -> list[TextExample]:
@@ -42,7 +41,7 @@ def retrieve(source: Dataset, path: Path, k: int, count: Count, max_length: int)
 def add_profiles(
     source: Dataset, path: Path, kind: str, count: Count, max_length: int, writer: ProfileWriter | None = None
 ) -> None:
-    """Write `source` to `path` with a text about the user, made of their earlier items, in front of every prompt."""
+    """Write `source` to `path` with a profile, made from the user's earlier items, prepended to every prompt."""
     write = writer or template_profile
 
     def rewritten() -> Iterator[Rewritten]:
@@ -59,7 +58,7 @@ def add_profiles(
 
 
 def template_profile(earlier: Sequence[TextExample], kind: str) -> str:
-    """Say in a line what the user usually answers: labels and how often, mean rating, or frequent words."""
+    """Return a one-line profile of a user's answers: label frequencies, mean rating, or frequent words."""
     counts = Counter(item.target for item in earlier)
     if kind == "rating":
         return f"Profile: {len(earlier)} ratings, mean {fmean(float(item.target) for item in earlier):.1f}, " + _most(
@@ -95,14 +94,14 @@ def _rows(
 
 
 def _in_front(row: TextExample, chosen: Sequence[TextExample], count: Count, max_length: int) -> Rewritten:
-    """Put items in front of a row's prompt, the best one nearest, as far as they fit."""
+    """Prepend items to a row's prompt, the best one nearest to it, as far as they fit."""
     prompt, tokens, sources, cut = row.prompt, min(row.tokens, max_length), [], False
     for item in reversed(chosen):
         text = f"{item.prompt} {item.target}\n"
         here = TextExample(row.id, row.user, prompt, row.target, row.item, row.time, tokens)
         kept, size = _fit(text, here, count, max_length)
         cut = cut or kept != text
-        # What is left must hold more than the answer, or it says nothing.
+        # A truncated item is useful only if it keeps more than its answer.
         if len(_words(kept)) <= len(_words(item.target)):
             break
         prompt, tokens = f"{kept}\n{prompt}", size
@@ -111,12 +110,12 @@ def _in_front(row: TextExample, chosen: Sequence[TextExample], count: Count, max
 
 
 def _fit(text: str, row: TextExample, count: Count, max_length: int) -> tuple[str, int]:
-    """Return the longest end of `text`, by words, that fits in front of a row, and the tokens of both."""
+    """Return the longest suffix of `text`, by words, that fits in front of a row, and the token count of both."""
     tokens = count(f"{text}\n{row.prompt}", row.target)
     if tokens <= max_length:
         return text, tokens
     words = text.split(" ")
-    low, high = 0, len(words)  # how many words are kept: `low` is known to fit, `high` not
+    low, high = 0, len(words)  # number of words kept: `low` fits, `high` does not
     while high - low > 1:
         middle = (low + high) // 2
         fits = count(" ".join(words[-middle:]) + "\n" + row.prompt, row.target) <= max_length
@@ -126,7 +125,7 @@ def _fit(text: str, row: TextExample, count: Count, max_length: int) -> tuple[st
 
 
 def _scorer(history: Sequence[TextExample]) -> Callable[[str], Sequence[float]]:
-    """Return the BM25 scores of a user's items for a text."""
+    """Return a function from a query text to the BM25 scores of a user's items."""
     documents = [_words(f"{item.prompt} {item.target}") for item in history]
     if not any(documents):
         return lambda _: [0.0] * len(history)
@@ -154,7 +153,7 @@ def _with_earlier(
     """Yield a user's history rows and queries, each with the history items strictly earlier than it."""
     items = source.history(user) if history is None else history
     queries = list(source.queries(user))
-    # As in the split: one row without time puts all of a user's rows in an order that is no time.
+    # As in the split: if one row of a user has no time, the order of the user's rows is not chronological.
     timed = all(row.time is not None for row in (*items, *queries))
     for at, row in enumerate(items):
         yield row, [item for item in items if _before(item, row)] if timed else list(items[:at])

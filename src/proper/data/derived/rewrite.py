@@ -1,7 +1,6 @@
-"""A data set made from another: the same rows and split with other texts, in a file of its own.
+"""Derived datasets: copies of a prepared dataset with shuffled users, shortened histories or rewritten prompts.
 
-Queries, users, times and roles stay, so that methods on both answer the same questions. Knows nothing about what the
-texts are for.
+Queries, users, times and roles stay, so that methods on both datasets answer the same queries.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ SHORTENED = "older than the history that is kept"
 ASKS_OTHERWISE = "asks for something else"
 
 SOURCES = "CREATE TABLE sources(row INTEGER NOT NULL, source INTEGER NOT NULL)"
-"""In a derived file: which rows' texts a row's prompt also holds. The leak check reads it."""
+"""Table of a derived file: the rows whose texts a row's prompt also contains; the leak check reads it."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,9 @@ class Rewritten:
     """A row's new prompt.
 
     Attributes:
-        tokens: of prompt and target together, untruncated.
-        sources: the rows whose texts are in it besides the row's own.
-        cut: whether something had to be left out to fit the model's length.
+        tokens: tokens of prompt and target together, untruncated.
+        sources: ids of the other rows whose texts are in the prompt.
+        cut: whether text was left out to fit the model's maximum length.
     """
 
     row: int
@@ -43,7 +42,7 @@ class Rewritten:
 
 @contextmanager
 def _copy(source: Dataset, path: Path, name: str) -> Iterator[sqlite3.Connection]:
-    """Yield a writable copy of `source` that takes its place at `path` if all goes well."""
+    """Yield a writable copy of `source` that is moved to `path` if the block succeeds."""
     with atomic_path(path) as temporary:
         connection = sqlite3.connect(temporary, isolation_level=None)
         try:
@@ -62,9 +61,9 @@ def _copy(source: Dataset, path: Path, name: str) -> Iterator[sqlite3.Connection
 
 
 def shuffle_users(source: Dataset, path: Path, seed: int) -> None:
-    """Give history rows to other users: within targets and within the others, every row gets the text of another row.
+    """Permute the texts of history rows across users, within targets and within the others (shuffled control).
 
-    Users keep how many rows they have, and when; whose text it was is lost. Queries stay as they are.
+    Users keep the number and times of their rows; the link between user and text is lost. Queries stay unchanged.
     """
     with _copy(source, path, f"shuffled {seed}") as connection:
         connection.execute(
@@ -89,7 +88,7 @@ def shuffle_users(source: Dataset, path: Path, seed: int) -> None:
 
 
 def shorten_histories(source: Dataset, path: Path, keep: int) -> None:
-    """Leave every target user the newest `keep` rows of their history; other users and queries stay as they are."""
+    """Keep only the newest `keep` history rows of every target user; other users and queries stay unchanged."""
     with _copy(source, path, f"shortened {keep}") as connection:
         connection.execute(
             """UPDATE rows SET part = 'unused', reason = ? WHERE id IN (
@@ -103,10 +102,10 @@ def shorten_histories(source: Dataset, path: Path, keep: int) -> None:
 
 
 def keep_asking(source: Dataset, path: Path, asked: str) -> None:
-    """Leave everybody the history rows that ask for `asked`: the last line of their prompt, without its colon.
+    """Keep only history rows whose prompt asks for `asked`, that is, its last line without the colon.
 
     Raises:
-        DataError: no history row asks for that.
+        DataError: no history row asks for `asked`.
     """
     with _copy(source, path, f"asks for {asked}") as connection:
         connection.create_function("asks", 1, _asked, deterministic=True)
@@ -130,7 +129,7 @@ def _recount(connection: sqlite3.Connection) -> None:
 
 
 def rewrite(source: Dataset, path: Path, name: str, rewritten: Iterable[Rewritten]) -> None:
-    """Give rows new prompts, keeping their keys, so that leaks are still found."""
+    """Replace the prompts of rows but keep their keys, so that the leak check still works."""
     with _copy(source, path, name) as connection:
         connection.execute(SOURCES)
         cut = {"history": 0, "query": 0}
@@ -150,7 +149,7 @@ def rewrite(source: Dataset, path: Path, name: str, rewritten: Iterable[Rewritte
 
 
 def cut_queries(dataset: Dataset) -> int:
-    """Return how many queries' prompts lost something: at the model's length, or of what was put in front."""
+    """Return the number of queries with a truncated prompt: cut to the model's length or in their prepended text."""
     longest = get_meta(dataset.connection, "max_length")
     long = dataset.connection.execute(
         "SELECT count(*) FROM rows WHERE part = 'query' AND tokens > ?", (longest,)
@@ -159,4 +158,4 @@ def cut_queries(dataset: Dataset) -> int:
 
 
 Count = Callable[[str, str], int]
-"""A prompt and a target to their length in tokens, together and untruncated."""
+"""Function from a prompt and a target to their joint length in tokens, untruncated."""

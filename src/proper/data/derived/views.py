@@ -1,7 +1,4 @@
-"""A data set seen otherwise: what training needs of it, views that controls and faulty recipes train on, one history.
-
-Knows nothing about models or methods.
-"""
+"""Dataset views: the protocol of training data, and wrappers for controls, OPPU's leak and a single user's history."""
 
 from __future__ import annotations
 
@@ -13,11 +10,11 @@ from proper.data.dataset import Dataset, Role, User
 from proper.data.sampling import SampledRows, TextExample, Who
 
 EVERYBODY = "\0everybody"
-"""The one user of `OneUser`; no id in a file can be this."""
+"""Id of the single user of `OneUser`; no id in a file can equal it."""
 
 
 class Histories(Protocol):
-    """What a stage is trained on. A `Dataset` is one."""
+    """Training data of a stage; `Dataset` implements it."""
 
     def users(self, role: Role | None = None) -> Iterator[User]:
         """Yield users."""
@@ -31,16 +28,16 @@ class Histories(Protocol):
 
 @dataclass(frozen=True)
 class OneUser:
-    """The same rows in the same order, all of one user, `EVERYBODY`."""
+    """View with the same rows in the same order, all attributed to one user, `EVERYBODY`."""
 
     dataset: Dataset
 
     def users(self, role: Role | None = None) -> Iterator[User]:
-        """Yield the one user."""
+        """Yield the single user."""
         yield User(EVERYBODY, "target", sum(user.history for user in self.dataset.users(role)), 0)
 
     def history(self, user: str, newest: int | None = None) -> list[TextExample]:
-        """List nothing: one user's history would be the whole data."""
+        """Raise NotImplementedError: the history of the single user would be the whole dataset."""
         raise NotImplementedError("one user for everybody has no history to fit an adapter on")
 
     def sample(self, who: Who, max_tokens: int | None, seed: int) -> SampledRows:
@@ -65,9 +62,10 @@ class _Renamed:
 
 
 class Leaking:
-    """Every target user's history preceded by those of the targets before them.
+    """View in which every target user's history includes the histories of all preceding target users.
 
-    So OPPU's released loop trains: it collects the rows in a list made outside the loop over users.
+    This reproduces the leak in OPPU's released training loop, which collects rows in a list created outside the loop
+    over users.
     """
 
     def __init__(self, dataset: Dataset, max_items: int | None) -> None:
@@ -75,7 +73,7 @@ class Leaking:
         self.order = [user.id for user in dataset.users("target")]
 
     def users(self, role: Role | None = None) -> Iterator[User]:
-        """Yield the data set's users."""
+        """Yield the dataset's users."""
         return self.dataset.users(role)
 
     def history(self, user: str, newest: int | None = None) -> list[TextExample]:
@@ -90,7 +88,7 @@ class Leaking:
 
 @dataclass(frozen=True)
 class OneHistory:
-    """Items of one user that lie in no data set."""
+    """History of one user whose items are not in a dataset."""
 
     user: str
     items: Sequence[TextExample]
@@ -105,5 +103,5 @@ class OneHistory:
         return items if newest is None else items[-newest:]
 
     def sample(self, who: Who, max_tokens: int | None, seed: int) -> SampledRows:
-        """Choose nothing: the stages that sample are everybody's."""
+        """Raise NotImplementedError: only stages that train on all users sample rows."""
         raise NotImplementedError("one user's history is no sample of everybody's")

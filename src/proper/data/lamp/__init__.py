@@ -1,1 +1,1 @@
-"""The LaMP benchmark: its official files and those of OPPU, as rows of users and interactions."""
+"""LaMP benchmark: download, official files and OPPU's files as rows of users and interactions."""

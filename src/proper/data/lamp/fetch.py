@@ -1,7 +1,6 @@
-"""Which files of LaMP lie where on the benchmark's site, under what license, and how they come here.
+"""Download of the LaMP benchmark: file addresses on the benchmark's site, license text, and fetching of a task.
 
-Nothing of the benchmark is in this package or passed on by it. Knows nothing about how a file is transferred or what
-is in it.
+This package neither contains nor redistributes any data of the benchmark.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from proper.errors import InputError
 from proper.lamp_tasks import LAMP_TASKS, LampTask, lamp_name
 
 SITE = "https://ciir.cs.umass.edu/downloads/LaMP"
-"""Where the benchmark's download page (https://lamp-benchmark.github.io/download) points to."""
+"""Address that the benchmark's download page (https://lamp-benchmark.github.io/download) links to."""
 
 LICENSE = """\
 LaMP (Salemi, Mysore, Bendersky and Zamani, ACL 2024; https://lamp-benchmark.github.io) is licensed CC BY-NC-SA 4.0
@@ -34,7 +33,7 @@ def fetchable_task(name: str) -> LampTask:
     """Return the task called `name`, in any spelling ("lamp-3", "LaMP_3").
 
     Raises:
-        InputError: there is no such task, or its data is not public.
+        InputError: the task is unknown, or its data is not public.
     """
     task = LAMP_TASKS.get(lamp_name(name))
     public = ", ".join(known for known in LAMP_TASKS if known != "lamp-6")
@@ -46,17 +45,17 @@ def fetchable_task(name: str) -> LampTask:
 
 
 def file_urls(task: LampTask, split: Split, site: str = SITE) -> dict[str, str]:
-    """Return the address of each file by its name: train and dev, questions and outputs."""
+    """Return the URL of each file by file name: train and dev, questions and outputs."""
     base = "/".join([site.rstrip("/"), *(["time"] if split == "time" else []), task.site])
     return {name: f"{base}/{name.partition('_')[0]}/{name}" for name in _PARTS}
 
 
 def fetch_task(task: LampTask, split: Split, folder: Path, site: str = SITE) -> None:
-    """Bring a task's four files into `folder`; those that are there are checked and kept.
+    """Download a task's four files into `folder`; files that already exist are verified and kept.
 
     Raises:
-        InputError: `site` is no web address, or a file is in the way.
-        ProperError: a file cannot be fetched.
+        InputError: `site` is not a web address, or a different file of that name exists.
+        ProperError: a file cannot be downloaded.
     """
     if not site.startswith(("https://", "http://")):
         raise InputError(f"--site {site}: not a web address (https://...)")
@@ -76,7 +75,7 @@ def _fetch(url: str, path: Path) -> bool:
             advance(done // _KIB - before)
 
         def started(total: int | None, held: int) -> None:
-            # How long the bar is, only the server's answer says.
+            # The total size is known only from the server's response.
             nonlocal advance
             units = None if total is None else total // _KIB
             advance = stack.enter_context(progress(f"fetch {path.name}, KiB", units))
@@ -86,4 +85,4 @@ def _fetch(url: str, path: Path) -> bool:
 
 
 def _unseen(n: int = 1, note: str = "") -> None:
-    """Stand for a bar until there is one."""
+    """Do nothing; the placeholder before the progress bar exists."""

@@ -1,8 +1,7 @@
-"""The LaMP benchmark's own files: questions with profiles, and their outputs in a file beside.
+"""Reader of the official LaMP files: questions with profiles, and outputs in a second file.
 
 `{train,dev}_questions.json` is a list of `{"id", "input", "profile": [{"id", ...fields}]}`, `{train,dev}_outputs.json`
-is `{"task", "golds": [{"id", "output"}]}`. The dev questions are the queries; train questions are history. Knows
-nothing about how a user becomes rows.
+is `{"task", "golds": [{"id", "output"}]}`. The dev questions are the queries; train questions are history.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ _OUTPUTS = "{}_outputs.json"
 
 
 def lamp_sources(config: DataConfig) -> list[Source]:
-    """Open the questions in the folder `config.path`: train where it is there, and dev.
+    """Open the questions in the folder `config.path`: train if it exists, and dev.
 
     Raises:
-        DataError: there are no dev questions, a file of outputs is missing, or it is of another task.
+        DataError: the dev questions or an outputs file are missing, or the outputs are of another task.
     """
     folder, task = Path(config.path).expanduser(), LAMP_TASKS[str(config.task)]
     if not folder.is_dir():
@@ -45,10 +44,10 @@ def lamp_sources(config: DataConfig) -> list[Source]:
 
 
 def user_of(entry: dict[str, object]) -> str:
-    """Return whose question this is: its `user_id` where the file has it, else a name made from the profile.
+    """Return the user id of a question: its `user_id` if the file has one, else a hash of the profile.
 
-    Without ids, questions with one and the same profile are one user's; any difference makes another user, so that no
-    two people are ever taken for one.
+    Without ids, questions with identical profiles belong to one user; any difference makes a new user, so that two
+    users are never merged.
     """
     user = entry.get("user_id")
     if isinstance(user, str | int) and not isinstance(user, bool) and str(user).strip():
@@ -107,11 +106,11 @@ def _entry_rows(entry: object, golds: _Golds, maker: RowMaker, query: bool) -> I
 
 
 class _Golds:
-    """Answers by question id, each to be taken once. They lie in a temporary file, so that memory does not grow."""
+    """Answers by question id, each taken once; kept in a temporary file, so that memory does not grow."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # An empty name is a private database on disk that goes when it is closed.
+        # An empty name opens a private on-disk database that is deleted when it is closed.
         self.connection = sqlite3.connect("", isolation_level=None)
         self.connection.execute("CREATE TABLE golds(id TEXT PRIMARY KEY, output TEXT NOT NULL) WITHOUT ROWID")
         self.connection.execute("BEGIN")
@@ -125,12 +124,12 @@ class _Golds:
                 raise DataError(f"{path}:{number}: id: '{plain(gold['id'])}' is there twice") from error
 
     def take(self, identity: str) -> str | None:
-        """Return the answer of a question and forget it; None where there is none (any more)."""
+        """Return and remove the answer of a question; None if there is none or it was taken."""
         found = self.connection.execute("DELETE FROM golds WHERE id = ? RETURNING output", (identity,)).fetchall()
         return str(found[0][0]) if found else None
 
     def left(self) -> Iterator[str]:
-        """Yield the ids whose answers nobody took."""
+        """Yield the ids of answers that were not taken."""
         return (identity for (identity,) in self.connection.execute("SELECT id FROM golds ORDER BY id"))
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""The files of OPPU's release: LaMP regrouped by user, the most active users apart.
+"""Reader of OPPU's released files: LaMP regrouped by user, with the most active users in a separate file.
 
 `user_others.json` and `user_top_100_history.json` (tweets: `user_more_100_history.json`) are lists of
-`{"user_id", "profile": [...], "query": [{"id", "input", "gold"}]}`. The second file's queries are the test; what the
-others were asked is their history. Knows nothing about how a user becomes rows.
+`{"user_id", "profile": [...], "query": [{"id", "input", "gold"}]}`. The queries of the second file are the test set;
+the queries of the other users count as their history.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TESTED = ("user_top_100_history.json", "user_more_100_history.json")
 
 
 def oppu_sources(config: DataConfig) -> list[Source]:
-    """Open the files in the folder `config.path`: the others where they are there, and the test users.
+    """Open the files in the folder `config.path`: the other users if the file exists, and the test users.
 
     Raises:
         DataError: there is no file of test users, or there are both.

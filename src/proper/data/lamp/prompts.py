@@ -1,7 +1,7 @@
-"""How LaMP's questions are worded, and how a profile item is turned into a question of the same wording.
+"""LaMP prompt templates: prompts of questions, and of profile items in the same wording.
 
-Two layouts: the benchmark's own, in which questions stay as they are in the files to the byte, and OPPU's, which ends
-each prompt with a word that asks for the answer. Knows nothing about files, users or answers.
+Two layouts: the official one, in which questions stay byte for byte as in the files, and OPPU's, which ends each prompt
+with a word that asks for the answer.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _REFERENCE = (
     "Select the reference paper that is most closely related to the researcher's work."
 )
 
-# The tweet's profile has no source side: the benchmark's authors train on completing a tweet from its first words,
-# OPPU on writing it from nothing.
+# Profile items of the tweet task have no source text: the benchmark's authors train on completing a tweet from its
+# first words, OPPU on writing it without any input.
 _ITEMS_OF_TWEETS = {"official": "Complete the following tweet: {source}", "oppu": "tweet:"}
 
 _OFFICIAL = {
@@ -45,7 +45,7 @@ _OFFICIAL = {
     "lamp-7": "Paraphrase the following tweet without any explanation before or after it: {source}",
 }
 _OPPU = {
-    # OPPU's own text drops both candidates here. No prompt ends in "[": a model would go on with "1]".
+    # OPPU's own template omits both candidates here. No prompt ends in "[", since a model would then answer "1]".
     "lamp-1": _REFERENCE + "\npaper title: {title}\nreference: [1] - {option1} [2] - {option2}\nanswer:",
     "lamp-2m": _MOVIE + "\n description: {description} tag:",
     "lamp-2n": _NEWS + "\n article: {text} category:",
@@ -58,7 +58,8 @@ _OPPU = {
 }
 _LAYOUTS: Mapping[str, Mapping[str, str]] = {"official": _OFFICIAL, "oppu": _OPPU}
 
-# Where the text in question begins. Tags and categories come before theirs, so what a text says cannot be mistaken.
+# Markers in front of the question's text. The list of tags or categories precedes the marker, and the first match
+# counts, so the text itself cannot be mistaken for a marker.
 _MARKERS = {
     "lamp-2m": "] description: ",
     "lamp-2n": "] article: ",
@@ -76,10 +77,10 @@ _CITATION = re.compile(
 
 
 def question_fields(task: LampTask, question: str) -> dict[str, str]:
-    """Take a question's text apart: the text it asks about, or for LaMP-1 title, option1 and option2.
+    """Parse a question: return the text that it asks about, or for LaMP-1 title, option1 and option2.
 
     Raises:
-        BadValue: it is no question of this task.
+        BadValue: `question` is not a question of this task.
     """
     if task.name == "lamp-1":
         found = _CITATION.search(question)
@@ -110,7 +111,7 @@ class Wording:
 
 
 def wording(task: LampTask, layout: Layout) -> Wording:
-    """Return how `task` is worded in `layout`."""
+    """Return the prompts of `task` in `layout`."""
     question = _LAYOUTS[layout][task.name]
     item = _ITEMS_OF_TWEETS[layout] if task.name == "lamp-7" else question
     return Wording(layout, parse_template(question, "data.layout"), parse_template(item, "data.layout"))

@@ -1,7 +1,6 @@
-"""One user's profile and questions as rows: what LaMP's own files and OPPU's have in common.
+"""Conversion of LaMP profiles and questions to rows, shared by the readers of the official and OPPU's files.
 
-Each profile item becomes a row of history, each question a query that comes after all of it. Knows nothing about
-files.
+Each profile item becomes a history row; each question becomes a query later than the whole profile.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from proper.lamp_tasks import LampTask, Layout
 Row = dict[str, Any]
 
 QUERY = "query"
-"""The column that says that a row is a query."""
+"""The column that marks a row as a query."""
 
 _SECOND = 1.0
 _SHARE_SHOWN = 0.2
-"""Share of a tweet's words that its completion starts from; the benchmark's authors draw it from .1 to .25."""
+"""Share of a tweet's words given as its beginning; the benchmark's authors draw it from .1 to .25."""
 
 _POOL = 256
 _TWITTER = re.compile(
@@ -37,7 +36,7 @@ _HOURS = {"PDT": -7, "PST": -8, "EDT": -4, "EST": -5}
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question of a user with its true answer; `query` says whether it is tested on, else it is history too."""
+    """A question of a user with its true answer; `query` is true for a test query, false for history."""
 
     id: str
     text: str
@@ -48,7 +47,7 @@ class Question:
 
 @dataclass(frozen=True)
 class RowMaker:
-    """Turns users into rows of one task.
+    """Converter from users to rows of one task.
 
     `others` are (user, title) pairs of papers from which LaMP-1's wrong references are drawn, see `paper_titles`.
     """
@@ -59,13 +58,13 @@ class RowMaker:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of every row: ids, time, the ready prompt and answer, and the fields for prompts of one's own."""
+        """Columns of every row: ids, time, the finished prompt and answer, and the fields for custom templates."""
         fields = ("title", "option1", "option2") if self.task.name == "lamp-1" else (self.task.source,)
         target = () if self.task.name == "lamp-1" else (self.task.target,)
         return ("user_id", "item_id", "timestamp", "input", "output", *fields, *target, QUERY)
 
     def rows(self, user: str, profile: object, questions: Iterable[Question]) -> Iterator[Row | str]:
-        """Yield a user's rows, or what is wrong in their place; history first."""
+        """Yield a user's rows, history first; a bad row yields an error text in its place."""
         if not isinstance(profile, list):
             yield "profile: missing, or no list"
             return
@@ -87,7 +86,7 @@ class RowMaker:
                 if not isinstance(item, dict):
                     raise BadValue("item", "no object")
                 fields = self._choice(user, item, place, titles) if titles else self._fields(item)
-                # An item's id is the user's own: two users' items of one id are different things.
+                # Item ids are unique only within a user, so the user id is prefixed.
                 own_id = _own_id(item)
                 item_id = f"{user}/#{place}" if own_id is None else f"{user}/{own_id}"
                 yield {
@@ -106,7 +105,7 @@ class RowMaker:
         fields = question_fields(self.task, question.text)
         asked = moment(question.date)
         if asked is None and newest is not None:
-            # An undated question is asked of everything in the profile, so it comes after it.
+            # An undated question refers to the whole profile, so it is dated after its newest item.
             asked = newest + _SECOND
         answer = self._answer(_text({"answer": question.answer}, "answer"))
         return {
@@ -126,13 +125,13 @@ class RowMaker:
             words = answer.split()
             shown = int(_SHARE_SHOWN * len(words))
             source = " ".join(words[:shown])
-            # Only the official layout shows the beginning; what is shown is not asked for again.
+            # Only the official layout shows the beginning, and then the target is the rest.
             rest = " ".join(words[shown:]) if self.words.layout == "official" else answer
             return {"source": source, "text": rest}
         return {self.task.source: _text(item, self.task.source), self.task.target: answer}
 
     def _answer(self, text: str) -> str:
-        """Write an answer as the fixed list does, where it is in the list but for case, spaces or a bracket."""
+        """Return the label that equals an answer up to case, spaces or brackets; else the stripped answer."""
         text = text.strip()
         if self.task.kind != "classification":
             return text
@@ -142,10 +141,10 @@ class RowMaker:
         return folded if folded in self.task.labels else text
 
     def _choice(self, user: str, item: Mapping[str, object], place: int, titles: Sequence[str]) -> dict[str, str]:
-        """Make a paper the choice between what its author relates it to and a stranger's paper.
+        """Turn a paper into a choice between a reference of its author and a paper of another author.
 
-        OPPU's items have a citation. The benchmark's have none: there the author's paper before it in the profile
-        stands in for one. Which comes first is a fair coin, tossed by hash; OPPU's answer is always the first.
+        OPPU's items have a citation. The official items have none: there the author's preceding paper in the profile
+        replaces it. The order of the options is a fair coin from a hash; in OPPU the answer is always the first.
         """
         title = _text(item, "title")
         coin = text_key(f"{user}\n{title}")
@@ -168,12 +167,12 @@ class RowMaker:
 
 
 def row_maker(task: LampTask, layout: Layout, others: Sequence[tuple[str, str]] = ()) -> RowMaker:
-    """Return what turns users into rows of `task`, worded in `layout`."""
+    """Return the converter from users to rows of `task` with the prompts of `layout`."""
     return RowMaker(task, wording(task, layout), others)
 
 
 def paper_titles(users: Iterable[tuple[str, object]]) -> list[tuple[str, str]]:
-    """Return (user, title) of the first users' papers, one a user and then another, at most 256."""
+    """Return (user, title) of papers of the first users, in rounds of one paper per user, at most 256."""
     found: list[list[tuple[str, str]]] = []
     for user, profile in users:
         items = profile if isinstance(profile, list) else []
@@ -185,13 +184,13 @@ def paper_titles(users: Iterable[tuple[str, object]]) -> list[tuple[str, str]]:
 
 
 def moment(value: object) -> float | None:
-    """Return epoch seconds for a date as these files write them; None for none.
+    """Return epoch seconds for a date in the formats of these files; None for a missing date.
 
-    A whole number may be a year (2012) or a day (20120131), where `parse_time` would take it for seconds; tweets have
+    A whole number may be a year (2012) or a day (20120131), which `parse_time` would read as seconds; tweets have
     "Mon Apr 06 22:19:45 PDT 2009".
 
     Raises:
-        BadValue: it is no date.
+        BadValue: the value is not a date.
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
@@ -237,7 +236,7 @@ def _title(item: object) -> str:
 
 
 def _citations(value: object) -> list[str]:
-    """Return the titles in OPPU's `citation`, which is one or a list of them."""
+    """Return the titles in OPPU's `citation`, which is one title or a list of titles."""
     found = value if isinstance(value, list) else [value]
     return [text.strip() for text in found if isinstance(text, str) and text.strip()]
 
