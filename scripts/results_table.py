@@ -1,10 +1,10 @@
-"""The tables of results that README.md shows, from the `results.json` files under docs/results.
+"""The tables of results in README.md and docs/results/README.md, from the `results.json` files under docs/results.
 
     python scripts/results_table.py [FOLDER]
 
-One line per data set and stage: the main metric with its interval over users, and the step from the stage before with
-its Holm-adjusted p. Then one line per control: is a step knowledge of the user, or just more training? Nothing is
-computed here that the files do not hold.
+README.md has the short one: a line per data set. docs/results/README.md has a line per data set and stage, with the
+main metric, its interval over users, and the step from the stage before with its Holm-adjusted p; and a line per
+control: is a step knowledge of the user, or just more training? Nothing is computed here that the files do not hold.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 NAMES = {"accuracy": "accuracy ↑", "mae": "MAE ↓", "rouge1": "ROUGE-1 ↑"}
 
+SHORT = ("global-majority", "user-majority", "base", "population", "groups", "users")
+"""The columns of the short table."""
 CONTROLS = {
     "groups": {"population-more": "as much training, no users", "groups-shared-e": "one embedding for all"},
     "users": {"swapped": "somebody else's model", "shuffled": "ids shuffled", "user-majority": "their usual answer"},
@@ -30,6 +32,31 @@ def table(folder: Path = RESULTS) -> str:
     for path in sorted(folder.glob("*.json")):
         lines += rows(path.stem, json.loads(path.read_text(encoding="utf-8")))
     return "\n".join(lines) + "\n"
+
+
+def short(folder: Path = RESULTS) -> str:
+    """Return the table of README.md: the stages beside the answers that need no model, one line per data set."""
+    lines = ["| data set | metric | best constant | user's usual answer | base | population | groups | users |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    trivial = _trivial(folder)
+    for path in sorted(folder.glob("*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        values = {row["method"]: f"{row['value']:.3f}" for row in results["metrics"] if row["primary"]}
+        values |= trivial.get(path.stem, {})
+        metric = next(NAMES[row["metric"]] for row in results["metrics"] if row["primary"])
+        cells = [values.get(method, "") for method in SHORT]
+        lines.append(f"| {path.stem} | {metric} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _trivial(folder: Path) -> dict[str, dict[str, str]]:
+    """Return the values of the answers without a model, by data set, from the jobs that compared them."""
+    found: dict[str, dict[str, str]] = {}
+    for path in sorted((folder / "findings").glob("controls-*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row for row in results["metrics"] if row["primary"] and row["method"] in SHORT[:2]]
+        found[Path(results["config"]).stem] = {row["method"]: f"{row['value']:.3f}" for row in rows}
+    return found
 
 
 def controls(folder: Path = RESULTS) -> str:
@@ -72,4 +99,4 @@ def _difference(row: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    print(table(place) + "\n" + controls(place), end="")
+    print("\n".join((short(place), table(place), controls(place))), end="")
