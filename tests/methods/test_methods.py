@@ -25,8 +25,8 @@ from proper.errors import ConfigError, DataError
 from proper.evaluation.runner import answer_losses
 from proper.export.int8_model import in_int8
 from proper.inference.personalized import load
-from proper.methods.answers import derangement
 from proper.methods.derived_runs import varied
+from proper.methods.ladder import derangement
 from proper.methods.table import all_methods
 
 LABELS = ["blue", "green", "red"]

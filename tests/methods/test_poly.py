@@ -20,13 +20,12 @@ from proper.data.batching import collate
 from proper.data.dataset import Dataset
 from proper.errors import ConfigError
 from proper.evaluation.runner import answer_losses
-from proper.methods.poly import load_poly
-from proper.methods.poly_training import PolyStage
+from proper.methods.poly import PolyStage, load_poly
+from proper.methods.poly_layers import add_poly
 from proper.methods.spec import TrainedRun
 from proper.models.backbone import Backbone, load_backbone
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel, answer_loss
-from proper.models.poly import add_poly
 from proper.models.tensors import load_tensors, save_tensors
 
 

@@ -29,8 +29,8 @@ from proper.methods.spec import DerivedRun, Method, Trained, TrainedRun, Trainin
 from proper.training.metrics_log import MetricsLog
 from proper.training.stages import TRAINED, join_processes
 
-BASELINES = ("methods/end_to_end.py", "methods/per_user_lora.py", "methods/poly_training.py")
-TRAINING_CODE = ("data", "layers", "models", "training", "methods/train.py", "methods/derived_runs.py", *BASELINES)
+BASELINES = ("methods/end_to_end.py", "methods/per_user_lora.py", "methods/poly.py", "methods/poly_layers.py")
+TRAINING_CODE = ("data", "layers", "models", "training", "methods/ladder.py", "methods/derived_runs.py", *BASELINES)
 
 
 def find_place(method: Method, run: TrainedRun, home: Path, opened: dict[Path, Dataset]) -> TrainedRun:
