@@ -133,7 +133,7 @@ def test_swapped_answers_with_another_users_embedding_and_adapter(judged: Path) 
 
 
 def test_one_user_cannot_be_swapped() -> None:
-    with pytest.raises(DataError, match="needs two target users"):
+    with pytest.raises(DataError, match="needs at least two target users"):
         derangement(["ann"], 0)
 
 

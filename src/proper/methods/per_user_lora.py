@@ -34,7 +34,7 @@ def train_per_user(work: TrainingWork) -> None:
 
 
 def train_leaking(work: TrainingWork) -> None:
-    """Train as `train_per_user`, with the leak of OPPU's released code: a user also trains on all earlier users' rows."""
+    """Train as `train_per_user`, with the leak of OPPU's released code: users also train on all earlier users' rows."""
     run = work.run
     rows = Leaking(run.dataset, run.config.users.max_items)
     DirectRunner(run.config, rows, run.folder, run.seed, work.log).run()
