@@ -25,13 +25,13 @@ from proper.data.derived.views import Histories
 from proper.data.sampling import SampledRows, TextExample
 from proper.evaluation.runner import MethodRun
 from proper.files import hash_file, write_json
-from proper.inference.personalized import load_groups
+from proper.inference.loading import serve_users
 from proper.layers.bank import AdapterBank
 from proper.methods.ladder import answer_with
 from proper.methods.spec import TrainedRun, TrainingWork
 from proper.models.backbone import configured_backbone
+from proper.models.checkpoints import save_tensors
 from proper.models.personal import ProperModel, answer_loss
-from proper.models.tensors import save_tensors
 from proper.training.checkpoint import seed_of
 from proper.training.groups import GroupsStage, train_stage
 from proper.training.optim import RowAdamW, clip_rows
@@ -167,7 +167,7 @@ def train_end_to_end(work: TrainingWork) -> None:
 def answer_end_to_end(run: TrainedRun) -> MethodRun:
     """Answer with the experts and adapters that `train_end_to_end` trained."""
     model = ProperModel(configured_backbone(run.config))
-    return answer_with(run, model, load_groups(run.folder, run.config, model))
+    return answer_with(run, model, serve_users(run.folder, run.config, model))
 
 
 class JointRunner:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 
-from proper.adapters.slot_cache import SlotCache
 from proper.data.derived.views import OneUser
 from proper.errors import DataError
 from proper.evaluation.runner import MethodRun, predict
 from proper.export.int8_model import USERS_INT8, in_int8
 from proper.export.static_model import STATIC_EXPORT, static_export
-from proper.inference.personalized import PersonalizedModel, Stage, load
+from proper.inference.loading import load
+from proper.inference.model import PersonalizedModel, ServedUsers, Stage
 from proper.methods.spec import TrainedRun, TrainingWork
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import seed_of
@@ -73,10 +73,10 @@ def in_eight_bits(run: TrainedRun) -> MethodRun:
         return predict(model, run.dataset, run.config.task, f"{USERS_INT8}, {run.folder.name}")
 
 
-def answer_with(run: TrainedRun, model: ProperModel, cache: SlotCache) -> MethodRun:
-    """Answer every query with a model that another trainer made, and the user adapters of `cache`, which is closed."""
+def answer_with(run: TrainedRun, model: ProperModel, users: ServedUsers) -> MethodRun:
+    """Answer every query with a model that another trainer made, and its users, and close their store."""
     encoder = model.backbone.encoder(run.config.compute.max_length)
-    personalized = PersonalizedModel(model, encoder, run.config, cache, "users")
+    personalized = PersonalizedModel(model, encoder, run.config, users, "users")
     try:
         return predict(personalized, run.dataset, run.config.task, run.folder.name)
     finally:

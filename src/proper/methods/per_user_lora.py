@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from proper.adapters.slot_cache import SlotCache
 from proper.adapters.store import AdapterStore
 from proper.config import Config
 from proper.data.derived.views import Histories, Leaking
 from proper.evaluation.runner import MethodRun
 from proper.files import write_json
+from proper.inference.model import ServedUsers
 from proper.layers.bank import AdapterBank
 from proper.methods.ladder import answer_with
 from proper.methods.spec import TrainedRun, TrainingWork
@@ -46,7 +46,7 @@ def answer_per_user(run: TrainedRun) -> MethodRun:
     slots = max(2, run.config.compute.batch_size)
     bank = AdapterBank(model.layout(users.rank), slots, alpha=users.alpha, trainable=False, device=model.device)
     model.use_bank(bank)
-    return answer_with(run, model, SlotCache(AdapterStore(run.folder / "users"), bank, torch.zeros(1)))
+    return answer_with(run, model, ServedUsers(AdapterStore(run.folder / "users"), bank, torch.zeros(1)))
 
 
 class DirectRunner:

@@ -8,7 +8,8 @@ users' logits, as an unknown user of the group model gets the mean embedding.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,13 @@ from proper.config import Config
 from proper.data.batching import Batch, Encoder
 from proper.evaluation.runner import MethodRun, predict
 from proper.files import write_json
-from proper.inference.personalized import PersonalizedModel
 from proper.layers.batch_context import RowContext
 from proper.methods.poly_layers import Poly, add_poly
 from proper.methods.spec import TrainedRun, TrainingWork
 from proper.models.backbone import configured_backbone
+from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
-from proper.models.tensors import load_tensors, save_tensors
 from proper.training.checkpoint import seed_of
 from proper.training.optim import RowAdamW
 from proper.training.stages import join_processes, stage_plan, stage_sample
@@ -138,29 +138,35 @@ def _set_training(poly: Poly, trained: Sequence[nn.Parameter], *, on: bool) -> N
     poly.sample(on)
 
 
-class PolyAnswers(PersonalizedModel):
-    """A `PersonalizedModel` that selects each row's mixture of skills by Poly's task id.
+@dataclass(frozen=True)
+class PolyModel:
+    """A `BatchModel` that selects each row's mixture by Poly's task id.
 
     Attributes:
         tasks: task id of every user with logits; all other users have the task `mean_task`.
-        mean_task: the task id with the mean logits.
     """
 
-    def __init__(self, model: ProperModel, encoder: Encoder, config: Config, tasks: dict[str, int]) -> None:
-        super().__init__(model, encoder, config, None, "groups")
-        self.tasks, self.mean_task = tasks, len(tasks)
+    model: ProperModel
+    encoder: Encoder
+    config: Config
+    tasks: Mapping[str, int]
+
+    @property
+    def mean_task(self) -> int:
+        """The task id with the mean logits."""
+        return len(self.tasks)
 
     def tier(self, user: str | None) -> str:
         """Return "groups" for a user with own logits, else "none"."""
         return "groups" if user in self.tasks else "none"
 
     def rows(self, users: Sequence[str | None]) -> RowContext:
-        """Return the row context with each row's task id."""
+        """Return each row's task id."""
         own = [self.mean_task if user is None else self.tasks.get(user, self.mean_task) for user in users]
         return RowContext(slots=torch.tensor(own, device=self.model.device))
 
 
-def load_poly(run: TrainedRun) -> PolyAnswers:
+def load_poly(run: TrainedRun) -> PolyModel:
     """Load the backbone, its population, and Poly with the logits of the target users."""
     config = run.config
     backbone = configured_backbone(config)
@@ -175,7 +181,7 @@ def load_poly(run: TrainedRun) -> PolyAnswers:
     logits = [*(head.embedding for head in heads.values()), tensors["mean_logits"]]
     poly.put(torch.arange(len(logits)), torch.stack(logits))
     encoder = backbone.encoder(config.compute.max_length)
-    return PolyAnswers(model, encoder, config, {user: at for at, user in enumerate(heads)})
+    return PolyModel(model, encoder, config, {user: at for at, user in enumerate(heads)})
 
 
 def answer_poly(run: TrainedRun) -> MethodRun:
