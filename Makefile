@@ -37,7 +37,7 @@ test: lint ## lint, types, imports and every test that is not slow
 lint: $(READY) ## ruff, mypy --strict and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict src
+	$(BIN)/mypy --strict src experiments
 	$(BIN)/lint-imports
 
 format: $(READY) ## put the sources into their standard form
@@ -49,4 +49,4 @@ slow: $(READY) ## the tests that take minutes
 
 clean: ## remove caches and builds; .venv and runs stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,6 +9,6 @@
 #   recipes/findings.sh --list                   what is done, what remains, and for how long
 set -euo pipefail
 
-python scripts/findings.py run "$@" || failed=$?
-case " $* " in *" --list "*) ;; *) python scripts/findings.py page ;; esac
+python -m experiments run "$@" || failed=$?
+case " $* " in *" --list "*) ;; *) python -m experiments page ;; esac
 exit "${failed:-0}"
