@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proper.data.coverage import queries_seen_by_others, targets_outside
+from proper.data.summary import queries_seen_by_others, targets_outside
 
 
 def test_seen_by_others_is_by_item_else_by_input(build) -> None:

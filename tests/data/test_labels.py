@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from proper.config import make_config
 from proper.data.dataset import Dataset, prepare
-from proper.data.labels import find_label, respelled
+from proper.data.summary import summarize
+from proper.data.values import find_label, respelled
 from proper.enrolment.history import grown_history
 from proper.interactions.log import InteractionLog, LogEntry
 
@@ -34,7 +35,7 @@ def test_equal_numbers_are_one_label_whatever_part_of_the_data_spells_them_so(bu
     wanted = build(plain, task={"kind": kind})
     found = build(mixed, task={"kind": kind})
     assert found.labels == wanted.labels == ["1", "2", "3"]
-    assert found.summary().duplicates == len(plain)
+    assert summarize(found).duplicates == len(plain)
     assert found.sha256 == wanted.sha256
     assert {row.target for row in found.queries()} == {"1", "2", "3"}
     for user in ("a", "b"):

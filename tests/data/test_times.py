@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proper.data.times import parse_time
+from proper.data.values import parse_time
 
 
 @pytest.mark.parametrize(

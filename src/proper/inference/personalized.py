@@ -21,7 +21,7 @@ from proper.adapters.store import AdapterStore
 from proper.adapters.validation import fault_of
 from proper.config import Config, load_config
 from proper.data.batching import Encoder
-from proper.data.templates import parse_template
+from proper.data.rows import parse_template
 from proper.errors import InputError, ProperError, RunFolderError, StoreError
 from proper.files import hash_file, read_json
 from proper.inference.generate import generate

@@ -1,8 +1,8 @@
 """Demo data generator: interactions, the planted truth behind them, and the config for a run on them.
 
-Oracle answers are the best answers given knowledge of the population, the group or the user. "Knowledge" means the exact
-share of users who answer in each way, without noise. The best answer depends on the metric: the likeliest label, the
-median rating, the text with the highest expected ROUGE-1. How much of them a run reaches is measured in
+Oracle answers are the best answers given knowledge of the population, the group or the user. "Knowledge" means the
+exact share of users who answer in each way, without noise. The best answer depends on the metric: the likeliest label,
+the median rating, the text with the highest expected ROUGE-1. How much of them a run reaches is measured in
 `evaluation.truth`.
 """
 
