@@ -244,6 +244,7 @@ PROCESS = textwrap.dedent(
     from pathlib import Path
     from proper.config import make_config
     from proper.data.dataset import prepare
+    from proper.data.summary import summarize
     from proper.errors import ProperError
     path, out, limit = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     if limit:

@@ -1,3 +1,5 @@
+"""Figures, leaks and coverage of prepared data."""
+
 from __future__ import annotations
 
 import sqlite3
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 
 from proper.data.dataset import Dataset
-from proper.data.summary import leaks, summarize
+from proper.data.summary import leaks, queries_seen_by_others, summarize, targets_outside
 
 Build = Callable[..., Dataset]
 CHOICE = {"kind": "classification"}
@@ -110,3 +112,35 @@ def test_the_one_date_is_shown(build: Build) -> None:
     rows = [row | {"timestamp": f"2020-01-{row['timestamp'] + 1:02}"} for row in make_rows({"a": 20})]
     lines = summarize(build(rows, split={"by": "time-global"})).lines()
     assert "split     by time-global at 2020-01-17; shared items: exclude" in lines
+
+
+def test_seen_by_others_is_by_item_else_by_input(build) -> None:
+    rows = [
+        {"user_id": user, "timestamp": at, "input": f"{user} {at}", "output": "yes", "item_id": f"{user}{at}"}
+        for user in ("a", "b")
+        for at in range(12)
+    ]
+    rows[11]["item_id"] = "b1"  # a's query, an item in b's history
+    rows[23]["item_id"] = "b2"  # b's query, an item in b's own history only
+    dataset = build(rows, split={"shared_items": "allow", "queries": 0.05})
+    queries = {query.user: query.id for query in dataset.queries()}
+    assert queries_seen_by_others(dataset) == {queries["a"]}
+    for row in rows:
+        del row["item_id"]
+    rows[11]["input"], rows[23]["input"] = "B  3", "b 2"
+    dataset = build(rows, split={"shared_items": "allow", "queries": 0.05})
+    queries = {query.user: query.id for query in dataset.queries()}
+    assert queries_seen_by_others(dataset) == {queries["a"]}
+
+
+def test_users_outside_a_sample(build) -> None:
+    rows = [
+        {"user_id": user, "timestamp": at, "input": f"{user} {at}", "output": "yes"}
+        for user in ("a", "b", "c")
+        for at in range(15)
+    ]
+    dataset = build(rows)
+    assert targets_outside(dataset, dataset.sample("all", None, 0)) == set()
+    sample = dataset.sample("all", 1, 0)
+    (drawn,) = {row.user for row in sample.rows(0)}
+    assert targets_outside(dataset, sample) == {"a", "b", "c"} - {drawn}
