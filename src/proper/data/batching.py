@@ -232,6 +232,12 @@ def similar_batches(rows: Iterator[Row], size: int, shuffle: random.Random, wind
         yield from batches
 
 
+def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Return row indices sorted by length, in chunks of `size`."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[at : at + size] for at in range(0, len(order), size)]
+
+
 def special_names(tokenizer: Any) -> dict[str, int]:
     """Return the ids of a tokenizer's special tokens by name, without UNK, which ordinary text produces."""
     found = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
