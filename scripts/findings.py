@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import findings_page  # noqa: E402 - scripts are no package
 
 from proper.config import Config, load_config  # noqa: E402
+from proper.console import terminal_logging  # noqa: E402
 from proper.errors import ProperError  # noqa: E402
 from proper.evaluation.fingerprint import code_version  # noqa: E402
 from proper.files import hash_file, hash_value, read_json, write_json, write_text  # noqa: E402
@@ -191,7 +192,12 @@ def do(job: Job) -> None:
 def _said_to(log: Path) -> Iterator[None]:
     """Send what is written to stdout and stderr to the end of a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+    with (
+        log.open("a", encoding="utf-8", buffering=1) as file,
+        redirect_stdout(file),
+        redirect_stderr(file),
+        terminal_logging(),
+    ):
         yield
 
 
