@@ -29,8 +29,8 @@ from proper.export.static_model import static_export
 from proper.files import read_json, write_json
 from proper.inference.personalized import PersonalizedModel, load
 from proper.layers.bank import AdapterBank, Layout
+from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.personal import ProperModel
-from proper.models.tensors import load_tensors, save_tensors
 
 CLOSE = {"rtol": 0, "atol": 1e-4}
 ODD = "../a/b 🦊"

@@ -20,8 +20,7 @@ from proper.inference import PersonalizedModel, load
 from proper.inference.adapter_manager import DAMAGED, DAMAGED_EMBEDDING
 from proper.inference.engine import Engine
 from proper.inference.kv_cache import RowCache
-from proper.inference.requests import Event, Finished, Request, Started, Token
-from proper.inference.running import EngineLimits, RequestHandle
+from proper.inference.requests import EngineLimits, Event, Finished, Request, RequestHandle, Started, Token
 from proper.inference.sampling import Sampling
 
 PROMPTS = (tuple(range(5, 25)), (40, 41), (7,) * 9, tuple(range(60, 93)))

@@ -18,8 +18,8 @@ from proper.inference.personalized import PersonalizedModel, by_length, load
 from proper.inference.score import score_labels
 from proper.layers.batch_context import RowContext
 from proper.models.backbone import Backbone
+from proper.models.checkpoints import save_tensors
 from proper.models.personal import ProperModel
-from proper.models.tensors import save_tensors
 
 PROMPTS = ["What does this say?", "Short", "A rather longer text than both of the others: what does it say?", "Well?"]
 USERS: list[str | None] = ["own", "group", "stranger", None]

@@ -24,10 +24,10 @@ from proper.methods.poly import load_poly
 from proper.methods.poly_training import PolyStage
 from proper.methods.spec import TrainedRun
 from proper.models.backbone import Backbone, load_backbone
+from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel, answer_loss
 from proper.models.poly import add_poly
-from proper.models.tensors import load_tensors, save_tensors
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from proper.data.dataset import Dataset, prepare
 from proper.errors import DataError, RunFolderError, StoreError
 from proper.files import hash_file, read_json
 from proper.inference.personalized import load
-from proper.models.tensors import load_tensors, save_tensors
+from proper.models.checkpoints import load_tensors, save_tensors
 from proper.training.stages import TRAINED, StageRunner
 
 

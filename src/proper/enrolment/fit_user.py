@@ -32,7 +32,7 @@ from proper.enrolment.history import UserHistory, run_data
 from proper.errors import RunFolderError
 from proper.files import read_json, write_json
 from proper.inference.personalized import PersonalizedModel
-from proper.models.tensors import load_tensors, save_tensors
+from proper.models.checkpoints import load_tensors, save_tensors
 from proper.training.tier_selection import Trial
 from proper.training.users import UserStage, held_out, train_users
 

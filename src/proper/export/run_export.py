@@ -35,7 +35,7 @@ from proper.interactions.deletion import logged_rows, run_rows
 from proper.interactions.log import InteractionLog
 from proper.layers.bank import Layout
 from proper.models.backbone import Backbone
-from proper.models.tensors import load_tensors
+from proper.models.checkpoints import load_tensors
 from proper.run_files import run_home
 
 Format = Literal["native", "peft"]

@@ -15,7 +15,7 @@ from proper.adapters.records import Head
 from proper.adapters.store import AdapterStore
 from proper.adapters.validation import fault_of
 from proper.errors import ProperError, StoreError
-from proper.inference.running import RunningRequest
+from proper.inference.requests import RunningRequest
 from proper.layers.bank import AdapterBank
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from proper.errors import ProperError
 from proper.inference.forward import columns_left, decode, prefill, rows_of
 from proper.inference.kv_cache import RowCache
 from proper.inference.prefix_cache import CachedPrefix, PrefixCache
-from proper.inference.requests import Token
-from proper.inference.running import RunningRequest
+from proper.inference.requests import RunningRequest, Token
 from proper.inference.sampling import logprobs_of, next_tokens
 from proper.layers.batch_context import RowContext
 

@@ -26,8 +26,19 @@ from proper.inference.adapter_manager import AdapterManager
 from proper.inference.batch import Drawn, RunningBatch
 from proper.inference.prefix_cache import PrefixCache, PrefixKey
 from proper.inference.request_queue import RequestQueue
-from proper.inference.requests import Event, Finished, Reason, Request, Sink, Started, require_possible
-from proper.inference.running import EngineLimits, EngineStats, RequestHandle, RunningRequest
+from proper.inference.requests import (
+    EngineLimits,
+    EngineStats,
+    Event,
+    Finished,
+    Reason,
+    Request,
+    RequestHandle,
+    RunningRequest,
+    Sink,
+    Started,
+    require_possible,
+)
 from proper.inference.sampling import Sampler
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from proper.inference.engine import Engine
-from proper.inference.requests import Event, Request, Started, Token
-from proper.inference.running import EngineLimits
+from proper.inference.requests import EngineLimits, Event, Request, Started, Token
 from proper.inference.sampling import Sampling
 
 if TYPE_CHECKING:

@@ -30,9 +30,9 @@ from proper.inference.score import score_labels
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
 from proper.models.backbone import configured_backbone
+from proper.models.checkpoints import load_tensors
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
-from proper.models.tensors import load_tensors
 
 LABEL_TOKENS = 1024
 """Maximum label tokens, over all prompts of a batch, that are scored at once: each needs a row of logits."""

@@ -18,10 +18,10 @@ from proper.inference.personalized import PersonalizedModel
 from proper.layers.batch_context import RowContext
 from proper.methods.spec import TrainedRun
 from proper.models.backbone import configured_backbone
+from proper.models.checkpoints import load_tensors
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.models.poly import add_poly
-from proper.models.tensors import load_tensors
 
 
 class PolyAnswers(PersonalizedModel):

@@ -27,9 +27,9 @@ from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
 from proper.inference.personalized import load_groups
 from proper.models.backbone import configured_backbone, pick_device
+from proper.models.checkpoints import save_tensors
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
-from proper.models.tensors import save_tensors
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.groups import train_groups
 from proper.training.population import train_population

@@ -36,7 +36,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ProperError(f"{path}: damaged or unreadable: {error}") from error
 
 
-def load_facts(path: Path) -> dict[str, Any]:
+def load_metadata(path: Path) -> dict[str, Any]:
     """Return only the JSON metadata of a file that `save_tensors` wrote.
 
     Raises:

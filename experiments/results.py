@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from experiments.jobs import Job
 from proper.config import Config, load_config
 from proper.data.dataset import Dataset
 from proper.evaluation.comparisons import Scores, comparison_rows
@@ -25,9 +26,6 @@ from proper.methods.derived_runs import find_place
 from proper.methods.spec import Method, TrainedRun
 from proper.methods.table import known_methods
 from proper.pipeline import seed_folder
-
-if TYPE_CHECKING:
-    from findings import Job
 
 RESAMPLES, DRAWS = 2000, 10_000
 KEPT = ("run", "task", "personalization")
