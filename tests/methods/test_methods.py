@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -69,12 +70,13 @@ def test_every_method_answers_every_query_in_one_table(judged: Path, settings: C
 
 
 def test_the_same_call_again_reuses_everything(
-    judged: Path, settings: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+    judged: Path, settings: Callable[..., Config], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     before, names = read(judged / "results.json"), list(all_methods(settings()))
     stamps = {path: path.stat().st_mtime_ns for path in judged.rglob("*") if path.suffix in {".jsonl", ".safetensors"}}
     pipeline.evaluate(judged, names)
-    said = capsys.readouterr().err
+    said = caplog.text
     assert all(f"evaluate: {name} (seed 0) reuses its predictions" in said for name in names)
     assert "trains" not in said
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
@@ -214,15 +216,16 @@ def test_a_planted_leak_ends_the_evaluation_with_code_2(
 
 
 def test_what_a_kill_left_unfinished_is_done_again_and_nothing_else(
-    judged: Path, capsys: pytest.CaptureFixture[str]
+    judged: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     names = ["population", "groups", "groups-no-constraint", "user-majority"]
     pipeline.evaluate(judged, names)
     before, told = read(judged / "results.json"), answers(judged, "groups-no-constraint")
     (folder_of(judged, "groups-no-constraint") / "groups" / "stage.json").unlink()
-    capsys.readouterr()
+    caplog.clear()
     pipeline.evaluate(judged, names)
-    said = capsys.readouterr().err
+    said = caplog.text
     assert said.count("evaluate: trains") == 1 and "evaluate: trains groups-no-constraint (seed 0)" in said
     assert answers(judged, "groups-no-constraint") == told
     assert read(judged / "results.json")["metrics"] == before["metrics"]
