@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proper.serving.large_bodies import LARGE, VALUES
-from proper.serving.rate_limits import ServeLimits
+from proper.serving.json_bodies import LARGE, VALUES
+from proper.serving.limits import ServeLimits
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from proper.serving.errors import APIError
-from proper.serving.generation import unless_gone
-from proper.serving.rate_limits import RateLimiter, ServeLimits
+from proper.serving.limits import RateLimiter, ServeLimits
+from proper.serving.routes.generation import unless_gone
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -191,10 +191,10 @@ def test_health_and_figures(small: Running) -> None:
 
 def test_a_rate_fills_up_again() -> None:
     now = [0.0]
-    turnstile = RateLimiter(ServeLimits(per_minute=2), lambda: now[0])
+    limiter = RateLimiter(ServeLimits(per_minute=2), lambda: now[0])
 
     def ask(key: str) -> None:
-        with turnstile.visit(key):
+        with limiter.visit(key):
             pass
 
     for key in ("a", "a", "b"):
