@@ -182,4 +182,4 @@ def test_half_a_character_in_a_large_body_is_refused_with_its_place(
     with copied.client() as client:
         reply = client.post(route, content=data, headers={"Content-Type": "application/json"})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, place), reply.text
-    assert "half of a character" in reply.json()["error"]["message"]
+    assert "a lone surrogate" in reply.json()["error"]["message"]
