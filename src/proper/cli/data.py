@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from proper.console import progress, say
+from proper.console import progress
 from proper.errors import InputError, ProperError
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
   proper data fetch lamp-3
@@ -62,7 +65,7 @@ def fetch(
 
     task = fetchable_task(name)
     folder = out or Path("data") / (task.name if split == "user" else f"{task.name}-time")
-    say(LICENSE)
+    logger.info(LICENSE)
     if not yes:
         _agree()
     fetch_task(task, split, folder, site or SITE)
@@ -90,7 +93,7 @@ def from_git(
     total = count_commits(repository)
     with progress("commits", total) as advance:
         rows, users = write_git_history(repository, out, CommitFilter(min_words, max_chars, salt), advance)
-    say(f"{rows} of {total} commits by {users} authors")
+    logger.info(f"{rows} of {total} commits by {users} authors")
     typer.echo(out)
 
 

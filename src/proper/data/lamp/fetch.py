@@ -5,14 +5,17 @@ This package neither contains nor redistributes any data of the benchmark.
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
-from proper.console import Advance, progress, say
+from proper.console import Advance, progress
 from proper.data.download import download
 from proper.errors import InputError
 from proper.lamp_tasks import LAMP_TASKS, LampTask, lamp_name
+
+logger = logging.getLogger(__name__)
 
 SITE = "https://ciir.cs.umass.edu/downloads/LaMP"
 """Address that the benchmark's download page (https://lamp-benchmark.github.io/download) links to."""
@@ -61,7 +64,7 @@ def fetch_task(task: LampTask, split: Split, folder: Path, site: str = SITE) -> 
         raise InputError(f"--site {site}: not a web address (https://...)")
     for name, url in file_urls(task, split, site).items():
         if not _fetch(url, folder / name):
-            say(f"{folder / name}: is there, and as it was fetched")
+            logger.info(f"{folder / name}: is there, and as it was fetched")
 
 
 def _fetch(url: str, path: Path) -> bool:
