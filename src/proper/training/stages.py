@@ -20,9 +20,8 @@ from torch import Tensor
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config, OptimizerConfig
-from proper.data.dataset import Role
+from proper.data.dataset import Role, SampledRows, Who
 from proper.data.derived.views import Histories
-from proper.data.sampling import SampledRows, Who
 from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
 from proper.models.backbone import configured_backbone, pick_device

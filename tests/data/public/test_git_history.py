@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from proper.cli.app import main
-from proper.data.git_history import area_of, clean_body
+from proper.data.public.git_history import area_of, clean_body
 
 Output = pytest.CaptureFixture[str]
 LONG = "Because twelve words are what a body needs before it says why it is."

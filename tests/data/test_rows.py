@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proper.data.templates import BadValue, nearest, parse_template, plain
+from proper.data.rows import BadValue, nearest, parse_template
+from proper.data.values import plain
 from proper.errors import DataError
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from proper.console import Advance, progress
-from proper.data.download import download
+from proper.data.public.download import download
 from proper.errors import InputError
 from proper.lamp_tasks import LAMP_TASKS, LampTask, lamp_name
 

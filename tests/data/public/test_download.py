@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proper.data.download import SUMS, download
+from proper.data.public.download import SUMS, download
 from proper.errors import InputError, ProperError
 
 BODY = b"[" + b", ".join(b'{"n": %d}' % n for n in range(50_000)) + b"]\n"
