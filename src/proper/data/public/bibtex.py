@@ -39,7 +39,11 @@ _SYMBOLS = {
     "Omega": "Ω", "Sigma": "Σ",
 }  # fmt: skip
 _COMMAND = re.compile(r"\\([A-Za-z]+)\s*|\\(.)", re.DOTALL)
-_HREF = re.compile(r"\\href\s*\{[^{}]*\}")
+# Commands that only format their argument; another unknown command stays as its name.
+_FORMAT = re.compile(
+    r"(text|math)[a-z]*|[mf]box|emph|url|href|u(nder)?line|operatorname|boldsymbol|rm|it|bf|tt|em|sc|sf|sl"
+)
+_HREF = re.compile(r"\\href\s*\{(?:[^{}]|\{[^{}]*\})*\}")
 _QUOTES = (("---", "—"), ("--", "–"), ("``", "“"), ("''", "”"), ("{`}", "‘"), ("{'}", "’"))
 
 
@@ -170,7 +174,9 @@ def _accented(found: re.Match[str]) -> str:
 
 def _character(found: re.Match[str]) -> str:
     if found[1]:
-        symbol = _SYMBOLS.get(found[1], "")
+        symbol = _SYMBOLS.get(found[1])
+        if symbol is None:
+            return "" if _FORMAT.fullmatch(found[1]) else found[1]
         return _SHOWN.get(symbol, symbol)
     if found[2] in "&%#_ ":
         return found[2]

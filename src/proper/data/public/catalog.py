@@ -14,13 +14,10 @@ from types import MappingProxyType
 from proper.console import progress
 from proper.data.public import download
 from proper.data.public.acl import convert_acl
-from proper.data.public.lamp import SITE, fetch_task, fetchable_task
-from proper.data.public.lamp import LICENSE as LAMP_LICENSE
 from proper.data.public.movielens import convert_movielens
 from proper.data.public.news import convert_news
 from proper.errors import InputError
 from proper.files import write_text
-from proper.lamp_tasks import LAMP_TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +118,7 @@ def fetch_dataset(dataset: PublicDataset, folder: Path, url: str | None = None) 
         url: another address of the same file.
 
     Raises:
-        InputError: the source needs an account and no `url` is given, or files of the same names are not from here.
+        InputError: the source needs an account and no `url` is given, or other files with these names exist.
         ProperError: the file cannot be downloaded, is not the right one, or cannot be converted.
     """
     if all([download.is_present(folder / name) for name in dataset.files]):
@@ -129,11 +126,11 @@ def fetch_dataset(dataset: PublicDataset, folder: Path, url: str | None = None) 
         return
     if url is None and dataset.by_hand:
         raise InputError(
-            f"{dataset.name}: the source needs an account; download {dataset.original} from {dataset.source}, then run: "
+            f"{dataset.name}: its site needs an account; download {dataset.original} from {dataset.source}, then run: "
             f"proper data convert {dataset.name} {dataset.original} --out {folder}"
         )
     url = url or dataset.source
-    require_web_address("--url", url)
+    download.require_web_address("--url", url)
     original = folder / dataset.original
     download.fetch(url, original, _verifier(dataset, url))
     convert_dataset(dataset, original, folder)
@@ -143,7 +140,7 @@ def convert_dataset(dataset: PublicDataset, original: Path, folder: Path) -> Non
     """Convert a downloaded file into the Parquet files of a data set in `folder`, with its license beside them.
 
     Raises:
-        InputError: the file cannot be read as the data set, or there are files of the same names that are not from here.
+        InputError: the file cannot be read as the data set, or other files with the names of its output exist.
     """
     if not original.is_file():
         raise InputError(f"{original}: no such file")
@@ -170,7 +167,3 @@ def _verifier(dataset: PublicDataset, url: str) -> download.Verify:
             download.require_md5(address, file, expected)
 
     return verify
-
-
-def fetch_lamp(name: str, split: str, folder: Path | None, site: str | None) -> Path:
-    ...

@@ -15,7 +15,7 @@ from proper.data.public.download import add_sum
 from proper.files import atomic_path, hash_file
 
 _EMAIL = re.compile(r"<?[\w.+-]+@[\w-]+(\.[\w-]+)+>?")
-_URL = re.compile(r"\b(?:https?|ftp|git)://\S+")
+_URL = re.compile(r"\b(?:https?|ftp|git)://[\w\[]\S*")
 _PHONE = re.compile(r"(?<![\w.-])(?:\+?1[-. ]?)?(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-. ]\d{4}(?![\w-])")
 
 

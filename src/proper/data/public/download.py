@@ -57,6 +57,12 @@ def fetch(url: str, path: Path, verify: Verify) -> bool:
         return download(url, path, started, advanced, verify)
 
 
+def require_web_address(option: str, url: str) -> None:
+    """Raise InputError if `url`, given as `option`, is not a web address."""
+    if not url.startswith(("https://", "http://")):
+        raise InputError(f"{option} {url}: not a web address (https://...)")
+
+
 def _no_advance(n: int = 1, note: str = "") -> None:
     """Do nothing; the placeholder before the progress bar exists."""
 
@@ -117,9 +123,7 @@ def is_present(path: Path) -> bool:
         return False
     known = read_sums(path.parent).get(path.name)
     if known is None:
-        raise InputError(
-            f"{path}: exists, but not from here ({SUMS} does not list it); move it away or choose another folder"
-        )
+        raise InputError(f"{path}: exists, but {SUMS} beside it does not list it; move it away or use another folder")
     if hash_file(path) != known:
         raise InputError(f"{path}: has changed since it was fetched (see {SUMS}); delete it and fetch again")
     return True
@@ -132,7 +136,7 @@ def _verified(url: str, part: Path, verify: Verify, folder: Path, known: str | N
         found = hash_file(part)
         if known is not None and found != known:
             raise ProperError(
-                f"{url}: sha256 is {found[:12]}..., but {folder / SUMS} lists {known[:12]}...; delete that line to accept it"
+                f"{url}: sha256 is {found[:12]}..., {folder / SUMS} lists {known[:12]}...; delete that line to accept"
             )
     except ProperError:
         part.unlink()

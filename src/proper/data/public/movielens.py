@@ -41,7 +41,7 @@ def convert_movielens(archive: Path, folder: Path, step: Callable[[], None]) -> 
     try:
         with zipfile.ZipFile(archive) as opened:
             movies = {
-                row["movieId"]: (row["title"].strip(), _genres(row["genres"]))
+                row["movieId"]: (row["title"], _genres(row["genres"]))
                 for _, row in _rows(archive, opened, "movies.csv")
             }
             ratings = _joined(archive, opened, "ratings.csv", movies, step)
@@ -72,7 +72,7 @@ def _joined(
         try:
             when = datetime.fromtimestamp(int(row["timestamp"]), UTC).strftime("%Y-%m-%d")
             user = f"u{int(row['userId']):04d}"
-            answer: object = float(row["rating"]) if value == "rating" else row["tag"].strip()
+            answer: object = float(row["rating"]) if value == "rating" else row["tag"]
         except (ValueError, OverflowError) as error:
             raise DataError(f"{archive}: {name}:{line}: {error}") from error
         if row["movieId"] not in movies:
