@@ -17,6 +17,7 @@ from proper.data.source import Row, Source
 from proper.data.templates import nearest
 from proper.data.text_files import PACKED, csv_source, jsonl_source
 from proper.errors import DataError
+from proper.extras import needs_extra
 
 _ENDINGS = {
     "jsonl": tuple(f".{name}{packed}" for name in ("jsonl", "ndjson", "json") for packed in PACKED),
@@ -48,8 +49,9 @@ def open_sources(config: DataConfig) -> list[Source]:
 
 
 def _benchmark(config: DataConfig) -> list[Source]:
-    from proper.data.lamp.official import lamp_sources  # noqa: PLC0415 - they build on this module
-    from proper.data.lamp.oppu import oppu_sources
+    with needs_extra("data", f"data.format: {config.format}"):
+        from proper.data.lamp.official import lamp_sources  # they build on this module
+        from proper.data.lamp.oppu import oppu_sources
 
     return lamp_sources(config) if config.format == "lamp" else oppu_sources(config)
 
@@ -121,7 +123,9 @@ _OPEN: Mapping[str, Callable[[Path], Source]] = MappingProxyType(
 
 
 def _huggingface(config: DataConfig, path: Path) -> Source:
-    import datasets
+    missing = "" if path.exists() else "no such file or folder, and "
+    with needs_extra("data", f"{config.path}: {missing}reading a Hugging Face dataset"):
+        import datasets
 
     try:
         if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -140,7 +144,6 @@ def _huggingface(config: DataConfig, path: Path) -> Source:
         raise
     # The hub's client raises dozens of exception types, its own and those of its dependencies.
     except Exception as error:
-        missing = "" if path.exists() else "no such file or folder, and "
         message = f"{config.path}: {missing}not readable as a Hugging Face dataset: {_first_line(error)}"
         raise DataError(message) from error
     return Source(config.path, tuple(columns) or None, lambda wanted: _dataset_rows(dataset, wanted, config.path))
