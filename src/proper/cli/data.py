@@ -61,7 +61,7 @@ def fetch(
     Shows the license and asks for agreement first. An interrupted download resumes. Checksums are kept in SHA256SUMS
     beside the files, and files that exist already are checked against it. Prints the folder, for data.path.
     """
-    from proper.data.lamp.fetch import LICENSE, SITE, fetch_task, fetchable_task
+    from proper.data.public.lamp import LICENSE, SITE, fetch_task, fetchable_task
 
     task = fetchable_task(name)
     folder = out or Path("data") / (task.name if split == "user" else f"{task.name}-time")
@@ -88,7 +88,7 @@ def from_git(
     Merges, short bodies and repeated subjects are left out, trailers are removed, addresses and URLs are masked. The
     columns are user_id, item_id, timestamp, subject, body, prefix and area. Prints the file's path.
     """
-    from proper.data.git_history import CommitFilter, count_commits, write_git_history
+    from proper.data.public.git_history import CommitFilter, count_commits, write_git_history
 
     total = count_commits(repository)
     with progress("commits", total) as advance:

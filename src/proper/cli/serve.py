@@ -114,7 +114,7 @@ def command(
         from proper.serving.connections import ConnectionLimits
         from proper.serving.fit_process import FitProcess
         from proper.serving.keys import FILE, Keys
-        from proper.serving.rate_limits import ServeLimits
+        from proper.serving.limits import ServeLimits
         from proper.serving.server import free_port, make_server, require_keys, require_no_failure
 
     connections = ConnectionLimits(

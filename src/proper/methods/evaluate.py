@@ -15,7 +15,7 @@ from typing import Any
 from proper.adapters.store import AdapterStore
 from proper.config import Config
 from proper.data.dataset import Dataset
-from proper.data.derived.rewrite import cut_queries
+from proper.data.derived.views import cut_queries
 from proper.evaluation.fingerprint import code_version
 from proper.evaluation.harness import MethodSpec
 from proper.evaluation.runner import MethodRun, read_predictions, write_predictions
