@@ -10,8 +10,7 @@ import torch
 from proper.adapters.store import AdapterStore
 from proper.errors import DataError
 from proper.evaluation.runner import MethodRun, predict
-from proper.export.int8_model import USERS_INT8, in_int8
-from proper.export.static_model import STATIC_EXPORT, static_export
+from proper.export.converted_models import STATIC_EXPORT, USERS_INT8, in_int8, static_export
 from proper.inference.loading import load, serve_users
 from proper.inference.model import PersonalizedModel, ServedUsers, Stage
 from proper.layers.bank import AdapterBank

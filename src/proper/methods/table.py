@@ -16,8 +16,7 @@ from proper.data.derived.retrieval import add_profiles, retrieve
 from proper.data.derived.rewrite import Count, shuffle_users
 from proper.data.derived.views import EVERYBODY
 from proper.errors import ConfigError
-from proper.export.int8_model import USERS_INT8
-from proper.export.static_model import STATIC_EXPORT
+from proper.export.converted_models import STATIC_EXPORT, USERS_INT8
 from proper.methods import train
 from proper.methods.answers import as_another, as_itself, as_one, directly, exported, in_eight_bits, jointly
 from proper.methods.overrides import change, split_name
