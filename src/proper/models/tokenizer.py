@@ -9,8 +9,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from proper.config import Config
-from proper.data.batching import Encoder
-from proper.data.special_tokens import special_names
+from proper.data.batching import Encoder, special_names
 from proper.errors import ConfigError
 
 EMBEDDED = "proper-nano"
