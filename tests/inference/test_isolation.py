@@ -373,7 +373,7 @@ def test_a_store_that_cannot_be_read_ends_its_requests_alone(
     engine = Engine(copied, EngineLimits(4, 4))
     heard = Heard()
     # A tenant's store that cannot be opened: too many open files, say.
-    monkeypatch.setattr("proper.inference.adapter_manager.AdapterStore", _refusing)
+    monkeypatch.setattr("proper.inference.model.AdapterStore", _refusing)
     engine.submit(Request(PROMPTS[0], "u0", "full", sampling=Sampling(3)), heard)
     good, _ = ask(engine, PROMPTS[0], "u0", 3)
     finish(engine)

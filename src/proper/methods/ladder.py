@@ -74,7 +74,7 @@ def in_eight_bits(run: TrainedRun) -> MethodRun:
 
 def answer_with(run: TrainedRun, model: ProperModel, users: ServedUsers) -> MethodRun:
     """Answer every query with a model that another trainer made, and its users, and close their store."""
-    encoder = model.backbone.encoder(run.config.compute.max_length)
+    encoder = model.backbone.encoder()
     personalized = PersonalizedModel(model, encoder, run.config, users, "users")
     try:
         return predict(personalized, run.dataset, run.config.task, run.folder.name)
