@@ -25,7 +25,7 @@ from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import FitProgress, FitResult, Job
 from proper.training.microbatching import micro_batches
 from proper.training.multi_user_trainer import MultiUserTrainer
-from proper.training.schedule import factor
+from proper.training.optim import factor
 
 Build = Callable[..., ProperModel]
 Results = dict[str, tuple[FitProgress, Tensor]]

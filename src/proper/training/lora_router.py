@@ -23,7 +23,7 @@ from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel, answer_loss
 from proper.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, seed_of
 from proper.training.jobs import Job, Jobs
-from proper.training.schedule import factor
+from proper.training.optim import factor
 from proper.training.trainer import Log
 
 ROWS_PER_STEP = 32

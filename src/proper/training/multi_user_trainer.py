@@ -32,8 +32,7 @@ from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.jobs import Done, FitProgress, FitResult, Job, Jobs, refusal
 from proper.training.memory import pending_rows
 from proper.training.microbatching import Work, micro_batches, padded_tokens
-from proper.training.optim import RowAdamW, clip_row_
-from proper.training.schedule import factors
+from proper.training.optim import RowAdamW, clip_row_, factors
 from proper.training.trainer import Log
 
 logger = logging.getLogger(__name__)

@@ -6,11 +6,14 @@ The loop uses `accelerate`: each process takes its share of every batch, and gra
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -23,10 +26,35 @@ from proper.console import progress
 from proper.data.batching import Batch, EncodedExample, Encoder, collate, similar_batches
 from proper.data.dataset import SampledRows, TextExample
 from proper.errors import NonFiniteLossError
+from proper.files import make_folder, open_private
 from proper.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, seed_of
-from proper.training.schedule import factor
+from proper.training.optim import factor
 
 Log = Callable[[dict[str, Any]], None]
+
+
+class MetricsLog:
+    """Append-only `metrics.jsonl` of a run, written during training.
+
+    A line truncated by a kill is dropped when the file is opened again. Steps after the last checkpoint are logged again
+    after a resume; readers take the later of two lines for one step.
+    """
+
+    def __init__(self, path: Path) -> None:
+        make_folder(path.parent)
+        self._file = os.fdopen(open_private(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "a+b")
+        self._file.seek(0)
+        whole = self._file.read().rfind(b"\n") + 1
+        self._file.truncate(whole)
+
+    def __call__(self, facts: dict[str, Any]) -> None:
+        """Write one line."""
+        self._file.write(json.dumps(facts).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 @dataclass(frozen=True)

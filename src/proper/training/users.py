@@ -36,13 +36,12 @@ from proper.files import private_folder, read_json, write_json
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint
-from proper.training.group_tier_record import refused, storable
 from proper.training.jobs import FitProgress, FitResult, Job, refusal
 from proper.training.lora_router import RouterPlan, train_router
 from proper.training.memory import auto_slots, device_memory, footprint
 from proper.training.multi_user_trainer import MultiUserTrainer
-from proper.training.schedule import resolve_rate
-from proper.training.tier_selection import Others, Trial, decide, nobody
+from proper.training.optim import resolve_rate
+from proper.training.tier_selection import Others, Trial, decide, nobody, refused, storable
 from proper.training.trainer import Log
 
 logger = logging.getLogger(__name__)
