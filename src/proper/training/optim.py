@@ -1,8 +1,9 @@
 """Optimizers' parts: learning rates (`auto`, warm-up, decay), and row-wise AdamW for tensors whose first axis is users.
 
-A step of `RowAdamW` updates only the rows of its users. Plain AdamW also updates and decays rows whose gradient is zero, because their moments are not zero. Here every row has
-its own step count, and an absent row keeps its values, moments and count bit for bit. Formulas: Loshchilov & Hutter
-2019 (arXiv 1711.05101), with bias correction from the row's own count.
+`RowAdamW` updates only the rows of a step's users. Plain AdamW also updates and decays rows whose gradient is zero,
+because their moments are not zero. Here every row has its own step count, and an absent row keeps its values, moments
+and count bit for bit. Formulas: Loshchilov & Hutter 2019 (arXiv 1711.05101), with bias correction from the row's own
+count.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tier selection: a user gets an adapter if it lowers the loss on the user's own held-out items.
+"""Tier selection: a user gets an adapter if it lowers the loss on the user's own held-out items; group-tier records.
 
 The gain is the decrease of the held-out loss per answer token from the group tier to the served form of the adapter.
 Below `pool_below` items, one user's held-out part is too small for a decision, so the gain is pooled over the users
@@ -61,7 +61,7 @@ Others = Callable[[Float[Tensor, "U D"]], Sequence[tuple[Trial, Float[Tensor, "D
 """Function from the embeddings of the stage's users to the trials and embeddings of further users near them."""
 
 
-def nobody(embeddings: Float[Tensor, "U D"]) -> Sequence[tuple[Trial, Float[Tensor, "D"]]]:
+def no_others(embeddings: Float[Tensor, "U D"]) -> Sequence[tuple[Trial, Float[Tensor, "D"]]]:
     """Return no further users; the default of `UserStage.others`."""
     return ()
 
@@ -101,11 +101,11 @@ def refused(
     user: str,
     embedding: Float[Tensor, "D"],
     reason: str | None,
-    facts: Mapping[str, Any],
+    metadata: Mapping[str, Any],
 ) -> UserRecord:
     """Return the group-tier record of a user in quarantine; `embeddings` as for `storable`."""
-    told = {**facts, "user": user, "up": False, "reason": reason}
-    return UserRecord(user, "groups", storable(embeddings, embedding), None, told)
+    decision = {"user": user, "up": False, "reason": reason}
+    return UserRecord(user, "groups", storable(embeddings, embedding), None, {**metadata, **decision})
 
 
 def storable(embeddings: Float[Tensor, "U D"], embedding: Float[Tensor, "D"]) -> Float[Tensor, "D"]:
