@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from proper.training.checkpoint import Checkpoint, resume_adamw, save_adamw, seed_of
+from proper.training.checkpoint import Checkpoint, adamw_tensors, resume_adamw, seed_of
 
 
 def test_seeds() -> None:
@@ -43,7 +43,8 @@ def test_an_optimizer_goes_on_to_the_bit(tmp_path: Path) -> None:
         step(parameters, optimizer, seed)
     checkpoint = Checkpoint(tmp_path / "c", 0)
     names = [f"module.{at}" for at in range(3)]
-    save_adamw(checkpoint, optimizer, dict(zip(names, parameters, strict=True)), 3, {"further": torch.ones(2)})
+    saved = adamw_tensors(optimizer, dict(zip(names, parameters, strict=True)))
+    checkpoint.save({**saved, "further": torch.ones(2)}, {"step": 3})
     step(parameters, optimizer, 3)
 
     again = [nn.Parameter(torch.zeros_like(parameter)) for parameter in parameters]

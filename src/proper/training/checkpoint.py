@@ -59,35 +59,36 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
-def save_adamw(
-    checkpoint: Checkpoint,
-    optimizer: torch.optim.AdamW,
-    parameters: Mapping[str, nn.Parameter],
-    step: int,
-    further: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Save the state of an AdamW training loop after `step` steps: parameters, moments and `further` tensors."""
+def adamw_tensors(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return parameters as "NAME" and their optimizer state as "NAME/exp_avg", "NAME/exp_avg_sq" and "NAME/step"."""
     tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
         tensors |= {f"{name}/{key}": torch.as_tensor(value) for key, value in state.items()}
-    checkpoint.save({**tensors, **(further or {})}, {"step": step})
+    return tensors
 
 
-def resume_adamw(
-    checkpoint: Checkpoint, optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]
-) -> tuple[int, dict[str, Tensor]]:
-    """Restore what `save_adamw` saved; return the number of steps done and all tensors: 0 and {} without a checkpoint.
+def restore_adamw(
+    optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Restore parameters and optimizer state from the tensors of `adamw_tensors`.
 
     Moments go to the parameters' devices; step counts stay on the CPU, where AdamW keeps them.
     """
-    saved = checkpoint.load()
-    if saved is None:
-        return 0, {}
-    tensors, metadata = saved
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[name])
         if f"{name}/exp_avg" in tensors:
             moments = {key: tensors[f"{name}/{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": tensors[f"{name}/step"], **moments}
+
+
+def resume_adamw(
+    checkpoint: Checkpoint, optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]
+) -> tuple[int, dict[str, Tensor]]:
+    """Restore a training loop from its checkpoint; return the steps done and all its tensors (0 and {} if none)."""
+    saved = checkpoint.load()
+    if saved is None:
+        return 0, {}
+    tensors, metadata = saved
+    restore_adamw(optimizer, parameters, tensors)
     return int(metadata["step"]), tensors

@@ -21,7 +21,7 @@ from proper.errors import NonFiniteLossError
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel, answer_loss
-from proper.training.checkpoint import Checkpoint, resume_adamw, save_adamw, seed_of
+from proper.training.checkpoint import Checkpoint, adamw_tensors, resume_adamw, seed_of
 from proper.training.jobs import Job, Jobs
 from proper.training.optim import factor
 from proper.training.trainer import Log
@@ -77,7 +77,7 @@ def train_router(model: ProperModel, jobs: Jobs, load: Load, plan: RouterPlan, t
             plan.log({"stage": "router", "seed": plan.seed, "phase": title, "step": step + 1, "loss": value})
             advance(len(work))
             if plan.checkpoint.due():
-                save_adamw(plan.checkpoint, optimizer, parameters, step + 1)
+                plan.checkpoint.save(adamw_tensors(optimizer, parameters), {"step": step + 1})
     for parameter in parameters.values():
         parameter.requires_grad_(False)
 

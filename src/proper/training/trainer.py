@@ -27,7 +27,7 @@ from proper.data.batching import Batch, EncodedExample, Encoder, collate, simila
 from proper.data.dataset import SampledRows, TextExample
 from proper.errors import NonFiniteLossError
 from proper.files import make_folder, open_private
-from proper.training.checkpoint import Checkpoint, resume_adamw, save_adamw, seed_of
+from proper.training.checkpoint import Checkpoint, adamw_tensors, resume_adamw, seed_of
 from proper.training.optim import factor
 
 Log = Callable[[dict[str, Any]], None]
@@ -135,7 +135,7 @@ def train(stage: Stage, plan: TrainingPlan, accelerator: Accelerator) -> None:
                 plan.log(metrics)
             advance(1, f"loss {metrics['loss']:.3f}")
             if plan.checkpoint.due() and accelerator.is_main_process:
-                save_adamw(plan.checkpoint, optimizer, parameters, step + 1, stage.state())
+                plan.checkpoint.save({**adamw_tensors(optimizer, parameters), **stage.state()}, {"step": step + 1})
 
 
 @contextmanager
