@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from proper.reports.names import safe_name
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import InputError
 from proper.reports.load import load_run
-from proper.reports.names import safe_name
 from proper.reports.user_data import load_person
 from proper.reports.user_page import write_user_pages
 

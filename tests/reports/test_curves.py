@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from proper.reports.ablations import ablations
-from proper.reports.history import history_curves
+from proper.reports.curves import history_curves
 from proper.reports.load import load_run
+from proper.reports.methods import ablations
 
 Change = Callable[[Callable[[dict[str, Any]], None]], None]
 METHODS = ("base", "population", "groups", "users", "oppu")

@@ -1,0 +1,318 @@
+"""Charts as static SVG, drawn with matplotlib: one palette for light and dark mode, tooltips, text that stays text.
+
+matplotlib is imported when the first chart is drawn, and its global settings stay as they are. A chart draws with the
+light colours of `PALETTE`; in the SVG each becomes a CSS variable, which the page sets for both modes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PALETTE = {
+    "ink": ("#1d2126", "#e8eaed"),
+    "soft": ("#5c646e", "#a2abb6"),
+    "card": ("#fffffe", "#1b1f25"),
+    "line": ("#e3e1dc", "#2c323a"),
+    "grid": ("#ecebe7", "#272c33"),
+    "accent": ("#0b62a8", "#6cb4ee"),
+    "down": ("#c2500a", "#f0914e"),
+    "same": ("#9aa1a9", "#6f7882"),
+    "heat": ("#0b4f8a", "#7cc0f5"),
+    "empty": ("#efeeea", "#262b32"),
+    "c0": ("#0072b2", "#4aa8e0"),
+    "c1": ("#d55e00", "#f2813a"),
+    "c2": ("#009e73", "#2fc79a"),
+    "c3": ("#c2589a", "#e08ac0"),
+    "c4": ("#b98a00", "#e3b53a"),
+    "c5": ("#3aa3dd", "#8fd0f5"),
+    "c6": ("#7a5cc4", "#a68ee8"),
+    "c7": ("#6b7280", "#9ca3af"),
+}
+"""Colours by CSS variable: (light, dark). The light ones differ from each other, since they stand for the variable."""
+
+CATEGORIES = 8
+MARKERS = ("o", "s", "^", "D", "v", "P", "*")
+GLYPHS = "●■▲◆▼✚★"
+
+TITLE = 26
+"""Pixels above a plot for the title of the vertical axis."""
+NAMES = 46
+"""Pixels below a plot for category names of two lines."""
+TICKS = 40
+"""Pixels below a plot for tick labels and the title of the horizontal axis."""
+
+_VARIABLES = {light: f"var(--{name},{light})" for name, (light, _) in PALETTE.items()}
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 12,
+    "figure.dpi": 72,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.spines.bottom": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "grid.linewidth": 1,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.major.pad": 8,
+    "ytick.major.pad": 8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A drawing with its title and an explanatory caption."""
+
+    title: str
+    drawing: Markup
+    caption: str
+
+
+@dataclass(slots=True)
+class Canvas:
+    """A chart in the making: its panels from top to bottom, and the finished `svg` after the `with` block."""
+
+    figure: Figure
+    panels: list[Axes] = field(default_factory=list)
+    svg: Markup = Markup("")
+    tooltips: dict[str, tuple[Sequence[str], str]] = field(default_factory=dict)
+
+    @property
+    def axes(self) -> Axes:
+        """The first panel."""
+        return self.panels[0]
+
+    def tips(self, artist: Artist, tips: Sequence[str], css: str) -> None:
+        """Give an artist's marks a CSS class and, in the order in which it draws them, tooltips (or none)."""
+        name = f"tips{len(self.tooltips)}"
+        artist.set_gid(name)
+        self.tooltips[name] = (tips, css)
+
+    def bands(self, axes: Axes, spans: Sequence[tuple[float, float]], tips: Sequence[str]) -> None:
+        """Lay invisible columns over a plot, which show a tooltip and light up under the pointer."""
+        from matplotlib.collections import PolyCollection
+
+        corners = [[(low, 0.0), (high, 0.0), (high, 1.0), (low, 1.0)] for low, high in spans]
+        bands = PolyCollection(corners, transform=axes.get_xaxis_transform(), facecolor=color("ink"))
+        axes.add_collection(bands, autolim=False)
+        self.tips(bands, tips, "band")
+
+
+@contextmanager
+def canvas(label: str, width: int, *plots: tuple[int, int], left: int = 46, top: int = TITLE) -> Iterator[Canvas]:
+    """Open a chart, and render it to `Canvas.svg` at the end of the block.
+
+    Args:
+        label: the text for screen readers; two charts of one page should not share it.
+        width: pixels at full size; a page may scale the chart.
+        plots: (height, room below) of every panel in pixels, from top to bottom.
+        left: pixels for the labels of the vertical axis.
+        top: pixels above each panel.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    height = sum(top + plot + below for plot, below in plots)
+    style: Any = {**_STYLE, **_colors(), "svg.hashsalt": label}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # The browser has fonts for scripts that matplotlib's own font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        drawing = Canvas(Figure(figsize=(width / 72, height / 72)))
+        drawing.figure.patch.set_visible(False)
+        edge = height
+        for plot, below in plots:
+            edge -= top + plot
+            box = (left / width, edge / height, (width - left - 8) / width, plot / height)
+            axes = drawing.figure.add_axes(box)
+            axes.patch.set_visible(False)
+            drawing.panels.append(axes)
+            edge -= below
+        yield drawing
+        for artist in drawing.figure.findobj():
+            artist.set_clip_on(False)
+        text = io.StringIO()
+        drawing.figure.savefig(text, format="svg", metadata={"Date": None})
+    drawing.svg = _finish(text.getvalue(), label, width, drawing.tooltips)
+
+
+def color(name: str | int) -> str:
+    """Return the light colour of a palette's name or of a category's number."""
+    return PALETTE[name if isinstance(name, str) else f"c{name % CATEGORIES}"][0]
+
+
+def marker(index: int) -> str:
+    """Return matplotlib's marker of category `index`; with 8 colours, 56 categories look different."""
+    return MARKERS[index % len(MARKERS)]
+
+
+def key(index: int, label: str) -> Markup:
+    """Return a legend's entry for category `index`: the mark in its colour, and the label."""
+    glyph = GLYPHS[index % len(GLYPHS)]
+    style = f"color:var(--c{index % CATEGORIES})"
+    return Markup('<span class="key"><i style="{}" aria-hidden="true">{}</i>{}</span>').format(style, glyph, label)
+
+
+def keys(labels: Sequence[tuple[int, str]]) -> Markup:
+    """Return a legend below a chart."""
+    return Markup('<p class="keys">{}</p>').format(Markup("").join(key(index, label) for index, label in labels))
+
+
+def titles(axes: Axes, up: str = "", across: str = "") -> None:
+    """Write the title of the vertical axis above the plot, and that of the horizontal axis below its right end."""
+    style: dict[str, Any] = {"textcoords": "offset points", "color": color("soft")}
+    if up:
+        axes.annotate(up, (0, 1), (0, 12), xycoords=("figure fraction", "axes fraction"), **style)
+    if across:
+        axes.annotate(across, (1, 0), (0, -36), xycoords="axes fraction", ha="right", **style)
+
+
+def names(axes: Axes, columns: Sequence[tuple[str, str]]) -> None:
+    """Write a bold name and a second line below each column; column `i` is at x = i."""
+    axes.set_xticks([])
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    style: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
+    for at, (name, below) in enumerate(columns):
+        axes.annotate(name, (at, 0), (0, -20), size=13, weight="bold", gid="name", **style)
+        if below:
+            axes.annotate(below, (at, 0), (0, -36), color=color("soft"), **style)
+
+
+def value_axis(axes: Axes, pad: float = 0.08, ticks: int = 4, integer: bool = False, across: bool = False) -> None:
+    """Give an axis round ticks, a margin of `pad` of its range, and a darker line at 0 if 0 is in its range."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis = axes.xaxis if across else axes.yaxis
+    axis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10], integer=integer))
+    axes.margins(x=pad if across else None, y=None if across else pad)
+    low, high = axes.get_xlim() if across else axes.get_ylim()
+    if low <= 0 <= high:
+        line = axes.axvline if across else axes.axhline
+        line(0, color=color("same"), linewidth=1, zorder=0.9)
+
+
+def log_axis(axes: Axes, values: Sequence[float], across: bool = False) -> list[float]:
+    """Make an axis logarithmic around positive `values`, with at most about five of the ticks 1, 2, 5, 10, ...
+
+    Returns the ticks; the labels are left to the caller.
+    """
+    low, high = min(values) * 0.85, max(values) * 1.15
+    every = [factor * 10.0**power for power in range(-3, 16) for factor in (1, 2, 5)]
+    inside = [tick for tick in every if low <= tick <= high]
+    ticks = inside if len(inside) <= 5 else inside[::2] if len(inside) <= 8 else inside[::3]
+    (axes.set_xscale if across else axes.set_yscale)("log")
+    (axes.set_xlim if across else axes.set_ylim)(low, high)
+    axis = axes.xaxis if across else axes.yaxis
+    axis.set_minor_locator(_nothing())
+    axis.set_ticks(ticks, [f"{tick:,.0f}" if tick >= 1 else f"{tick:g}" for tick in ticks])
+    return ticks
+
+
+def whiskers(
+    drawing: Canvas,
+    spots: Sequence[float],
+    rows: Sequence[tuple[float, tuple[float, float] | None]],
+    tips: Sequence[str],
+    hue: str | int,
+    size: float = 30,
+    shape: str = "o",
+    across: bool = False,
+) -> None:
+    """Draw values with their intervals in the first panel: a mark, a bar where there is an interval, and a tooltip."""
+    axes, known = drawing.axes, [at for at, (_, interval) in enumerate(rows) if interval]
+    ends = [rows[at][1] or (0.0, 0.0) for at in known]
+    if known:
+        bar = axes.hlines if across else axes.vlines
+        bars = bar(
+            [spots[at] for at in known],
+            [low for low, _ in ends],
+            [high for _, high in ends],
+            colors=color(hue),
+            linewidth=3,
+            alpha=0.45,
+            capstyle="round",
+        )
+        drawing.tips(bars, [tips[at] for at in known], "interval")
+    values = [value for value, _ in rows]
+    x, y = (values, spots) if across else (spots, values)
+    look: dict[str, Any] = {"color": color(hue), "edgecolor": color("card"), "linewidth": 0.8, "zorder": 3}
+    marks = axes.scatter(x, y, size, marker=shape, **look)
+    drawing.tips(marks, tips, "mark")
+
+
+def _nothing() -> Any:
+    from matplotlib.ticker import NullLocator
+
+    return NullLocator()
+
+
+def _colors() -> dict[str, str]:
+    keys = {"ink": ("text.color",), "soft": ("xtick.color", "ytick.color"), "grid": ("grid.color",)}
+    keys["line"] = ("axes.edgecolor",)
+    return {key: color(name) for name, inside in keys.items() for key in inside}
+
+
+def _finish(text: str, label: str, width: int, tooltips: dict[str, tuple[Sequence[str], str]]) -> Markup:
+    """Return matplotlib's SVG as one element for a page: accessible, scalable, with CSS variables and tooltips."""
+    root = ElementTree.fromstring(re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "\ufffd", text))
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+    root[:] = [child for child in root if child.tag == "g"]
+    groups = {element.get("id", ""): element for element in root.iter("g")}
+    for name, (tips, css) in tooltips.items():
+        groups[name].set("class", css)
+        for mark, tip in zip(_marks(groups[name]), tips, strict=True) if tips else ():
+            mark.set("data-tip", tip)
+    for element in root.iter():
+        _tidy(element)
+    view = root.get("viewBox", "")
+    # On a phone a wide chart scrolls sideways inside its box, so that its text stays readable.
+    sizes = f"width:{width * 1.15:.0f}px;min-width:{width * (0.6 if width <= 480 else 0.8):.0f}px"
+    root.attrib = {"viewBox": view, "role": "img", "aria-label": label, "class": "drawing", "style": sizes}
+    return Markup('<div class="plot">{}</div>').format(Markup(ElementTree.tostring(root, encoding="unicode")))
+
+
+def _marks(group: ElementTree.Element) -> list[ElementTree.Element]:
+    """Return the drawn shapes of a group in order, without the definitions that they refer to."""
+    defined = {id(shape) for block in group.iter("defs") for shape in block.iter()}
+    return [shape for shape in group.iter() if shape.tag in {"path", "use"} and id(shape) not in defined]
+
+
+def _tidy(element: ElementTree.Element) -> None:
+    """Drop what a page does not need, round positions, and replace the palette's colours by their variables."""
+    for name in list(element.attrib):
+        if "}" in name:
+            element.attrib[name.rpartition("}")[2]] = element.attrib.pop(name)
+    if element.tag == "g" or element.tag == "text":
+        if element.get("id") == "name":
+            element.set("class", "name")
+        element.attrib.pop("id", None)
+    if element.get("transform", "").startswith("rotate(-0 "):
+        del element.attrib["transform"]
+    if style := element.get("style"):
+        kept = [part.strip() for part in style.split(";") if not part.strip().startswith("font-family")]
+        element.set("style", re.sub("#[0-9a-f]{6}", lambda found: _VARIABLES.get(found[0], found[0]), ";".join(kept)))
+    for name in ("d", "x", "y"):
+        if value := element.get(name):
+            short = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), value)
+            element.set(name, " ".join(short.split()))
+    if element.tag != "text":
+        element.text = None
+    element.tail = None
