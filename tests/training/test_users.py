@@ -18,8 +18,8 @@ from proper.data.batching import Encoder, collate
 from proper.data.dataset import Dataset
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import Mode, RowContext
+from proper.models.checkpoints import load_tensors
 from proper.models.personal import ProperModel, answer_loss
-from proper.models.tensors import load_tensors
 from proper.training.users import UserStage, _Jobs, held_out, train_users
 
 Build = Callable[..., ProperModel]

@@ -79,6 +79,7 @@ def command(
     if not 0 < top_p <= 1:
         raise InputError(f"--top-p: {top_p} is not above 0 and at most 1")
     from proper.inference import load
+    from proper.inference.generate import respond
     from proper.inference.sampling import Sampling
 
     model = load(folder)
@@ -88,7 +89,7 @@ def command(
     with progress("generate", len(requests)) if input_file else nullcontext(_ignore) as advance:
         for start in range(0, len(requests), _PIECE):
             piece = slice(start, start + _PIECE)
-            answers = model.respond(prompts[piece], [request.user for request in requests[piece]], sampling)
+            answers = respond(model, prompts[piece], [request.user for request in requests[piece]], sampling)
             for answer in answers:
                 typer.echo(_line(answer) if as_json or input_file else answer.text)
             tiers.update(answer.tier for answer in answers)

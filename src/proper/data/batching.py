@@ -227,3 +227,9 @@ def similar_batches(rows: Iterator[Row], size: int, shuffle: random.Random, wind
         batches = [held[at : at + size] for at in range(0, len(held), size)]
         shuffle.shuffle(batches)
         yield from batches
+
+
+def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Return row indices sorted by length, in chunks of `size`."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[at : at + size] for at in range(0, len(order), size)]

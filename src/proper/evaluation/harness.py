@@ -29,7 +29,8 @@ from proper.evaluation.routing import analyze_routing
 from proper.evaluation.runner import MethodRun, answer_losses, mean_gates
 from proper.evaluation.truth import TruthShares, read_truth, truth_section
 from proper.files import hash_value, read_json, write_json
-from proper.inference.personalized import PersonalizedModel, load
+from proper.inference.loading import load
+from proper.inference.model import PersonalizedModel
 
 MEASURING_CODE = ("data", "layers", "models", "inference", "evaluation")
 
@@ -205,5 +206,5 @@ class Harness:
 
 
 def _embeddings(model: PersonalizedModel, users: Sequence[str]) -> Tensor:
-    assert model.cache is not None
-    return model.cache.embeddings(users)
+    assert model.served is not None
+    return model.served.embeddings(users)

@@ -26,8 +26,8 @@ from proper.data.sampling import SampledRows, TextExample
 from proper.files import hash_file, write_json
 from proper.layers.bank import AdapterBank
 from proper.models.backbone import configured_backbone
+from proper.models.checkpoints import save_tensors
 from proper.models.personal import ProperModel, answer_loss
-from proper.models.tensors import save_tensors
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.groups import GroupsStage, train_stage
 from proper.training.optim import RowAdamW, clip_rows

@@ -22,7 +22,7 @@ from proper.evaluation.runner import MethodRun, read_predictions, write_predicti
 from proper.export.int8_model import int8_bytes
 from proper.export.static_model import folded_size
 from proper.files import hash_value, read_json, write_json
-from proper.inference.personalized import load
+from proper.inference.loading import load
 from proper.methods.derived_runs import find_place, seconds_of
 from proper.methods.spec import Method, TrainedRun
 

@@ -25,11 +25,10 @@ from proper.data.derived.views import Histories
 from proper.data.sampling import SampledRows, Who
 from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
-from proper.inference.personalized import load_groups
 from proper.models.backbone import configured_backbone, pick_device
+from proper.models.checkpoints import load_groups, save_tensors
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
-from proper.models.tensors import save_tensors
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.groups import train_groups
 from proper.training.population import train_population
@@ -95,7 +94,7 @@ class StageRunner:
     def _groups(self, model: ProperModel, wanted: bool) -> None:
         if self._is_done("groups", wanted):
             if self.accelerator.is_main_process:
-                load_groups(self.folder, self.config, model)
+                load_groups(model, self.config.groups, self.folder / "groups" / "groups.safetensors")
             return
         if (self.folder / "users" / "stage.json").exists():
             place = self.folder / "users"

@@ -32,8 +32,8 @@ from proper.console import Bar, progress, say
 from proper.data.batching import EncodedExample, Encoder
 from proper.data.derived.views import Histories
 from proper.files import private_folder, read_json, write_json
+from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.personal import ProperModel
-from proper.models.tensors import load_tensors, save_tensors
 from proper.training.checkpoint import Checkpoint
 from proper.training.group_tier_record import refused, storable
 from proper.training.jobs import FitProgress, FitResult, Job, refusal

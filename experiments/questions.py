@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from findings_answers import Tests, controls, each, grid, short, steps
-
+from experiments.answers import Tests, controls, each, grid, short, steps
 from proper.evaluation.comparisons import STEPS
 from proper.evaluation.controls import CONTROLS
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from findings_answers import label
-from findings_questions import QUESTIONS, Question, Source
-from findings_svg import Line, Panel, Row, curves, intervals
-
+from experiments.answers import label
+from experiments.figures import Line, Panel, Row, curves, intervals
+from experiments.questions import QUESTIONS, Question, Source
 from proper.evaluation.comparisons import STEPS
 from proper.evaluation.controls import CONTROLS
 from proper.evaluation.statistics import holm
@@ -29,7 +28,7 @@ Pair = tuple[str, str]
 HEAD = """\
 # The paper's questions on real data
 
-Made by `python scripts/findings.py page` from the files in `docs/results/`: no figure is typed in, and what is bold
+Made by `python -m experiments page` from the files in `docs/results/`: no figure is typed in, and what is bold
 follows from the tests by rule; the notes are ours. The backbone is the embedded one of 13 M parameters, so a number
 says what this code does with that backbone, not what a model of 7 B would do. `recipes/findings.sh` runs whatever is
 missing; `recipes/findings.sh --list` says how long that takes.
@@ -160,13 +159,12 @@ def tests_of(source: Source, part: Mapping[str, Any], metric: str | None = None)
             found.append((method, against, row, sign, _relative(part, row, against)))
     p_values = {(method, against): row["p_value"] for method, against, row, _, _ in found}
     adjusted = [_adjusted(p_values)[pair] for pair in p_values]
-    return [
-        Test(
-            source.name, method, against, by, sign * row["difference"], relative,
-            *sorted(sign * edge for edge in row["ci95"]), p, row["resolvable"], row["higher_is_better"],
-        )
-        for (method, against, row, sign, relative), p in zip(found, adjusted, strict=True)
-    ]  # fmt: skip
+    tests = []
+    for (method, against, row, sign, relative), p in zip(found, adjusted, strict=True):
+        low, high = sorted(sign * edge for edge in row["ci95"])
+        difference, resolvable, higher = sign * row["difference"], row["resolvable"], row["higher_is_better"]
+        tests.append(Test(source.name, method, against, by, difference, relative, low, high, p, resolvable, higher))
+    return tests
 
 
 def _adjusted(p_values: Mapping[Pair, float]) -> dict[Pair, float]:
@@ -214,8 +212,9 @@ def _table(source: Source, part: Mapping[str, Any], tests: Sequence[Test]) -> li
         values = row.get("by_seed", [])
         spread = f"{plain(min(values))} to {plain(max(values))}" if len(values) > 1 else "one"
         cells = [label(row["method"]), f"{plain(row['value'])} [{plain(low)}, {plain(high)}]", spread]
-        for place, test in enumerate(by_method.get(row["method"], [None])):
-            lines.append("| " + " | ".join([*(cells if not place else ["", "", ""]), *_cells(test)]) + " |")
+        of_method: Sequence[Test | None] = by_method.get(row["method"]) or [None]
+        for at, shown in enumerate(of_method):
+            lines.append("| " + " | ".join([*(cells if not at else ["", "", ""]), *_cells(shown)]) + " |")
     return lines
 
 
@@ -269,7 +268,10 @@ def _figure(question: Question, found: Sequence[tuple[Source, Mapping[str, Any]]
         main = {against for _, against in source.pairs}
         # The bare backbone is far off, and would press all else together.
         shown = [row for row in _rows(part) if row["method"] != "base"]
-        rows = [Row(label(r["method"]), r["value"], *r["ci95"], main=r["method"] in main) for r in shown]
+        rows = []
+        for row in shown:
+            low, high = row["ci95"]
+            rows.append(Row(label(row["method"]), row["value"], low, high, main=row["method"] in main))
         panels.append(Panel(f"{source.name}: {_axis(part)}", rows))
     return intervals(panels, question.title)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,10 @@ def acl_and_headlines(
         yield {**_headline(row), "user_id": f"huffpost-{row['user_id']}"}
 
 
-MADE = {"huffpost-two-tasks": two_tasks, "acl-and-headlines": acl_and_headlines}
+MADE: Mapping[str, Callable[..., Iterable[dict[str, Any]]]] = {
+    "huffpost-two-tasks": two_tasks,
+    "acl-and-headlines": acl_and_headlines,
+}
 
 
 def _headline(row: Mapping[str, Any]) -> dict[str, Any]:

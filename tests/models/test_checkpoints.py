@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from proper.errors import ProperError
-from proper.models.tensors import load_tensors, save_tensors
+from proper.models.checkpoints import load_tensors, save_tensors
 
 
 def test_round_trip(tmp_path: Path) -> None:

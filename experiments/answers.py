@@ -14,11 +14,12 @@ from proper.reports.formats import method_name
 
 
 class Shown(Protocol):
-    """A test as an answer needs it."""
+    """A paired test: the method, what it is compared with, and what the test shows."""
 
-    method: str
-    against: str
-
+    @property
+    def method(self) -> str: ...  # noqa: D102
+    @property
+    def against(self) -> str: ...  # noqa: D102
     @property
     def verdict(self) -> str: ...  # noqa: D102
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 NAMES = sorted(set(re.findall(r"`((?:tests/[\w/]*)?test_\w+(?:\.py)?|tests/[\w/]+)`", TEXT)))
 

@@ -12,14 +12,17 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 from proper.adapters.store import AdapterStore, UserRecord
+from proper.data.batching import by_length
 from proper.errors import InputError, RunFolderError
 from proper.files import write_json
-from proper.inference.personalized import PersonalizedModel, by_length, load
-from proper.inference.score import score_labels
+from proper.inference.generate import generate, respond
+from proper.inference.loading import load
+from proper.inference.model import PersonalizedModel
+from proper.inference.score import score, score_labels
 from proper.layers.batch_context import RowContext
 from proper.models.backbone import Backbone
+from proper.models.checkpoints import save_tensors
 from proper.models.personal import ProperModel
-from proper.models.tensors import save_tensors
 
 PROMPTS = ["What does this say?", "Short", "A rather longer text than both of the others: what does it say?", "Well?"]
 USERS: list[str | None] = ["own", "group", "stranger", None]
@@ -82,36 +85,36 @@ def model(run: Path) -> Iterator[PersonalizedModel]:
 
 
 def test_who_answers(model: PersonalizedModel) -> None:
-    answers = model.respond(PROMPTS, USERS)
+    answers = respond(model, PROMPTS, USERS)
     assert [answer.tier for answer in answers] == ["users", "groups", "none", "none"]
     assert [answer.user for answer in answers] == USERS
-    assert model.generate(PROMPTS, USERS) == [answer.text for answer in answers]
+    assert generate(model, PROMPTS, USERS) == [answer.text for answer in answers]
 
 
 def test_a_mixed_batch_answers_as_each_user_alone(model: PersonalizedModel) -> None:
-    together = model.generate(PROMPTS * 2, ALL + USERS)
+    together = generate(model, PROMPTS * 2, ALL + USERS)
     for prompt, user, text in zip(PROMPTS * 2, ALL + USERS, together, strict=True):
-        assert model.generate([prompt], [user]) == [text]
-    same = model.generate([PROMPTS[0]] * 4, ["own", "other", "group", "stranger"])
+        assert generate(model, [prompt], [user]) == [text]
+    same = generate(model, [PROMPTS[0]] * 4, ["own", "other", "group", "stranger"])
     assert len(set(same)) == 4, "each user has an answer of their own"
 
 
 def test_scores_are_those_of_the_tier(run: Path, model: PersonalizedModel) -> None:
     labels = ["yes", "no, not at all", "perhaps"]
-    found = model.score(PROMPTS, USERS, labels)
+    found = score(model, PROMPTS, USERS, labels)
     tokens = [model.encoder.answer(label) for label in labels]
     room = max(len(label) for label in tokens)
-    assert model.cache is not None and model.cache.bank is not None
+    served = model.served
+    assert served is not None
     for at, user in enumerate(USERS):
         ids = [model.encoder.prompt(PROMPTS[at], room=room)]
-        rows = RowContext("groups", embedding=model.cache.mean.unsqueeze(0))
+        rows = RowContext("groups", embedding=served.mean.unsqueeze(0))
         if user in ("own", "group"):
-            assert model.store is not None
-            record = model.store.get(user)
+            record = served.store.get(user)
             assert record is not None
             rows = RowContext("groups", embedding=record.embedding.unsqueeze(0))
             if record.adapter is not None:
-                model.cache.bank.layout.pack(record.adapter, model.cache.bank.values[0])
+                served.bank.layout.pack(record.adapter, served.bank.values[0])
                 rows = RowContext("users", embedding=record.embedding.unsqueeze(0), slots=torch.tensor([0]))
         assert found[at].tolist() == pytest.approx(score_labels(model.model, ids, tokens, rows)[0].tolist(), abs=1e-4)
 
@@ -120,8 +123,8 @@ def test_the_ladder(run: Path, model: PersonalizedModel) -> None:
     tiers, texts = {}, {}
     for stage in ("base", "population", "groups", "users"):
         at = load(run, stage)  # type: ignore[arg-type]
-        tiers[stage] = [answer.tier for answer in at.respond(PROMPTS[:2], ["own", "stranger"])]
-        texts[stage] = at.generate(PROMPTS, ["own"] * 4)
+        tiers[stage] = [answer.tier for answer in respond(at, PROMPTS[:2], ["own", "stranger"])]
+        texts[stage] = generate(at, PROMPTS, ["own"] * 4)
         at.close()
     assert tiers == {
         "base": ["base"] * 2,
@@ -131,19 +134,19 @@ def test_the_ladder(run: Path, model: PersonalizedModel) -> None:
     }
     assert texts["base"] == texts["population"], "this population adapter is zero"
     assert texts["population"] != texts["groups"] != texts["users"]
-    assert texts["users"] == model.generate(PROMPTS, ["own"] * 4)
+    assert texts["users"] == generate(model, PROMPTS, ["own"] * 4)
 
 
 def test_what_is_wrong_with_a_question(model: PersonalizedModel) -> None:
     with pytest.raises(InputError, match="2 prompts and 1 user ids"):
-        model.generate(["a", "b"], ["own"])
+        generate(model, ["a", "b"], ["own"])
     with pytest.raises(InputError, match="a prompt is empty"):
-        model.generate(["a", " \n"], ["own", "own"])
-    assert model.generate([], []) == []
+        generate(model, ["a", " \n"], ["own", "own"])
+    assert generate(model, [], []) == []
 
 
 def test_a_prompt_longer_than_the_model_is_cut(model: PersonalizedModel) -> None:
-    answers = model.generate(["word " * 500 + "What now?", "🎈 שלום " * 100], ["own", None])
+    answers = generate(model, ["word " * 500 + "What now?", "🎈 שלום " * 100], ["own", None])
     assert len(answers) == 2
 
 

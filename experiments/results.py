@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from experiments.jobs import Job
 from proper.config import Config, load_config
 from proper.data.dataset import Dataset
 from proper.evaluation.comparisons import Scores, comparison_rows
@@ -20,14 +21,11 @@ from proper.evaluation.routing import analyze_routing
 from proper.evaluation.runner import mean_gates, read_predictions
 from proper.evaluation.slices import history_slices
 from proper.files import read_json
-from proper.inference.personalized import load
+from proper.inference.loading import load
 from proper.methods.derived_runs import find_place
 from proper.methods.spec import Method, TrainedRun
 from proper.methods.table import known_methods
 from proper.pipeline import seed_folder
-
-if TYPE_CHECKING:
-    from findings import Job
 
 RESAMPLES, DRAWS = 2000, 10_000
 KEPT = ("run", "task", "personalization")
@@ -79,8 +77,8 @@ def routing_of(method: Method, home: Path, config: Config, dataset: Dataset) -> 
     ids = [user.id for user in users]
     model = load(place.folder, "groups")
     try:
-        assert model.cache is not None
-        embeddings = model.cache.embeddings(ids)
+        assert model.served is not None
+        embeddings = model.served.embeddings(ids)
         gates = mean_gates(model, place.dataset, ids)
     finally:
         model.close()

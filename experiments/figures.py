@@ -50,7 +50,8 @@ class Line:
 
 def intervals(panels: Sequence[Panel], label: str) -> str:
     """Draw panels under each other, each on a scale of its own: a dot and a 95 % interval a method."""
-    parts, top = [], 8
+    parts: list[str] = []
+    top = 8
     for panel in panels:
         scale = linear([edge for row in panel.rows for edge in (row.value, row.low, row.high)])
         tall = ROW * len(panel.rows)
@@ -80,7 +81,7 @@ def curves(lines: Sequence[Line], across: str, up: str, label: str) -> str:
     x = logarithmic([point[0] for line in lines for point in line.points])
     y = linear([edge for line in lines for _, *edges in line.points for edge in edges])
     tall, top = 300, 34
-    parts = [tag("text", up, x=8, y=18, class_="head")]
+    parts: list[str] = [tag("text", up, x=8, y=18, class_="head")]
     for tick in y.ticks:
         at = top + tall * (1 - y.at(tick) / 100)
         parts.append(tag("line", x1=LEFT, x2=WIDE - 16, y1=at, y2=at, class_="grid"))

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
 
+import pyarrow
 import pytest
+from pyarrow import parquet
+
+from experiments import data, jobs, queue
+from experiments.page import pages
+from experiments.questions import QUESTIONS
 
 ROOT = Path(__file__).parents[2]
 CONTROLS = (("groups", "population-more"), ("groups", "groups-shared-e"), ("users", "swapped"), ("users", "shuffled"))
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    yield
-    for name in [name for name in sys.modules if name.startswith("findings")]:
-        del sys.modules[name]
-
-
-@pytest.fixture
-def queue(scripts: None) -> ModuleType:
-    return importlib.import_module("findings")
-
-
-@pytest.fixture
-def page(scripts: None) -> ModuleType:
-    return importlib.import_module("findings_page")
 
 
 def row(method: str, value: float) -> dict[str, Any]:
@@ -65,9 +50,7 @@ def article(user: str, item: str) -> dict[str, Any]:
 
 
 def parquet_of(path: Path, rows: list[dict[str, Any]]) -> Path:
-    importlib.import_module("pyarrow.parquet").write_table(
-        importlib.import_module("pyarrow").Table.from_pylist(rows), path
-    )
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return path
 
 
@@ -75,49 +58,49 @@ def section(text: str, number: int) -> str:
     return text.split(f"\n## {number}. ")[1].split("\n## ")[0]
 
 
-def test_the_committed_page_is_what_the_committed_results_make(page: ModuleType) -> None:
-    made = page.pages(ROOT / "docs" / "results")
+def test_the_committed_page_is_what_the_committed_results_make() -> None:
+    made = pages(ROOT / "docs" / "results")
     for path, text in made.items():
-        assert (ROOT / "docs" / path).read_text(encoding="utf-8") == text, f"{path}: run scripts/findings.py page"
+        assert (ROOT / "docs" / path).read_text(encoding="utf-8") == text, f"{path}: run python -m experiments page"
     figures = {f"findings/{path.name}" for path in (ROOT / "docs" / "findings").glob("*.svg")}
     assert figures == set(made) - {"findings.md"}
 
 
-def test_what_was_not_run_is_said_with_its_command(page: ModuleType, tmp_path: Path) -> None:
-    made = page.pages(tmp_path)
+def test_what_was_not_run_is_said_with_its_command(tmp_path: Path) -> None:
+    made = pages(tmp_path)
     assert list(made) == ["findings.md"]
     for number in range(1, 11):
         asked = section(made["findings.md"], number)
         assert "Not run yet: " in asked and "```console\n$ " in asked and "**" not in asked
 
 
-def test_personalization_is_claimed_only_where_every_control_is_beaten(page: ModuleType, tmp_path: Path) -> None:
+def test_personalization_is_claimed_only_where_every_control_is_beaten(tmp_path: Path) -> None:
     rows = [row(name, 0.7) for name in ("groups", "users", "population-more", "groups-shared-e", "swapped", "shuffled")]
     beaten = [test(*pair, -0.1, 0.001) for pair in CONTROLS]
     write(tmp_path, "controls-movielens", rows, beaten)
-    said = section(page.pages(tmp_path)["findings.md"], 10)
+    said = section(pages(tmp_path)["findings.md"], 10)
     assert "On movielens-rating every control is beaten" in said
     for place, pair in enumerate(CONTROLS):
         for other in (test(*pair, -0.1, 0.04), test(*pair, 0.1, 0.001), test(*pair, -0.01, 0.8)):
             write(tmp_path, "controls-movielens", rows, [*beaten[:place], other, *beaten[place + 1 :]])
-            said = section(page.pages(tmp_path)["findings.md"], 10)
+            said = section(pages(tmp_path)["findings.md"], 10)
             # .04 alone of four: Holm leaves the largest p of a family as it is.
             claimed = other["p_value"] == 0.04
             assert ("every control is beaten" in said) == claimed
             assert ("personalization is not claimed" in said) != claimed
         write(tmp_path, "controls-movielens", rows, beaten[:place] + beaten[place + 1 :])
-        assert "no claim yet" in section(page.pages(tmp_path)["findings.md"], 10)
+        assert "no claim yet" in section(pages(tmp_path)["findings.md"], 10)
     write(tmp_path, "controls-movielens", rows, [*beaten[:2], *(test(*pair, -0.1, 0.04) for pair in CONTROLS[2:])])
-    assert "every control is beaten" not in section(page.pages(tmp_path)["findings.md"], 10)
+    assert "every control is beaten" not in section(pages(tmp_path)["findings.md"], 10)
 
 
-def test_a_grid_turns_comparisons_and_corrects_for_their_number(page: ModuleType, tmp_path: Path) -> None:
+def test_a_grid_turns_comparisons_and_corrects_for_their_number(tmp_path: Path) -> None:
     changed = {value: f"groups[groups.experts={value}]" for value in (1, 2, 8)}
     rows = [row("population", 0.9), row("groups", 0.8), *(row(name, 0.85) for name in changed.values())]
     # As runs write them: the default against the others.
     tests = [test("groups", changed[1], -0.05, 0.001), test("groups", changed[2], -0.05, 0.03)]
     write(tmp_path, "experts", rows, [*tests, test("groups", changed[8], 0.01, 0.9)])
-    made = page.pages(tmp_path)
+    made = pages(tmp_path)
     said = section(made["findings.md"], 3)
     assert "Worse than the default (E = 5): Groups, E = 1. No value beats the default." in said
     assert "+0.050 [+0.030, +0.070] against Groups | .003 | worse |" in said
@@ -126,38 +109,38 @@ def test_a_grid_turns_comparisons_and_corrects_for_their_number(page: ModuleType
     ElementTree.fromstring(made["findings/q3.svg"])
 
 
-def test_the_loss_is_a_second_look_and_claims_nothing_by_itself(page: ModuleType, tmp_path: Path) -> None:
+def test_the_loss_is_a_second_look_and_claims_nothing_by_itself(tmp_path: Path) -> None:
     names = ("groups", "population-more", "groups-shared-e")
     rows = [row(name, 0.7) for name in names]
     losses = [{**row(name, 0.5), "metric": "loss", "primary": False} for name in names]
     tests = [test("groups", other, -0.01, 0.8) for other in names[1:]]
     by_loss = [{**test("groups", other, -0.1, 0.001), "metric": "loss"} for other in names[1:]]
     write(tmp_path, "groups-controls", rows + losses, tests + by_loss)
-    said = section(page.pages(tmp_path)["findings.md"], 10)
+    said = section(pages(tmp_path)["findings.md"], 10)
     bold = next(line for line in said.splitlines() if line.startswith("**"))
     second = next(line for line in said.splitlines() if line.startswith("By the loss"))
     assert "personalization is not claimed" in bold and "every control is beaten" not in bold
     # Controls of a stage that was not trained are not missing.
     assert "every control is beaten" in second and "was not run" not in second
     write(tmp_path, "groups-controls", rows, tests)
-    assert "By the loss" not in section(page.pages(tmp_path)["findings.md"], 10)
+    assert "By the loss" not in section(pages(tmp_path)["findings.md"], 10)
 
 
-def test_whose_prompts_were_cut_is_said_and_nothing_is_divided_by_zero(page: ModuleType, tmp_path: Path) -> None:
+def test_whose_prompts_were_cut_is_said_and_nothing_is_divided_by_zero(tmp_path: Path) -> None:
     rows = [row("users", 0.7), row("end-to-end", 0.0)]
     cost = [{"method": "users", "truncated_prompts": 4}, {"method": "end-to-end", "truncated_prompts": 0}]
     write(tmp_path, "progressive-movielens", rows, [test("users", "end-to-end", 0.7, 0.001)], cost=cost)
-    said = section(page.pages(tmp_path)["findings.md"], 2)
+    said = section(pages(tmp_path)["findings.md"], 2)
     assert "Prompts cut to the backbone's context, of 90: Users 4." in said
     assert "+0.700 mean absolute error" in said and "relative" not in said and "nan" not in said
 
 
-def test_curves_are_drawn_over_the_items_kept(page: ModuleType, tmp_path: Path) -> None:
+def test_curves_are_drawn_over_the_items_kept(tmp_path: Path) -> None:
     for items in (1, 20):
         names = [f"{name}[history={items}]" for name in ("users", "groups", "oppu")]
         tests = [test(names[0], names[1], -0.1, 0.001), test(names[0], names[2], 0.1, 0.001)]
         write(tmp_path, f"short-{items}", [row(name, 0.7) for name in names], tests)
-    made = page.pages(tmp_path)
+    made = pages(tmp_path)
     said = section(made["findings.md"], 7)
     assert "1 item: Users beats Groups and loses to OPPU." in said and "Not run yet: 5 items, bottom 100." in said
     figure = ElementTree.fromstring(made["findings/q7.svg"])
@@ -165,37 +148,35 @@ def test_curves_are_drawn_over_the_items_kept(page: ModuleType, tmp_path: Path) 
     assert len(lines) == 3 and all(mark.get("d", "").count("L") == 1 for mark in lines)
 
 
-def test_every_job_has_a_result_on_the_page_or_prepares_one(queue: ModuleType) -> None:
-    jobs = {job.name: job for job in queue.read_queue()}
-    questions = importlib.import_module("findings_questions").QUESTIONS
-    read = {source.file for question in questions for source in question.sources if "/" in source.file}
-    assert {f"findings/{job.name}.json" for job in jobs.values() if not job.prepares} == read
-    assert [question.number for question in questions] == list(range(1, 11))
-    for job in jobs.values():
+def test_every_job_has_a_result_on_the_page_or_prepares_one() -> None:
+    by_name = {job.name: job for job in jobs.read_queue()}
+    read = {source.file for question in QUESTIONS for source in question.sources if "/" in source.file}
+    assert {f"findings/{job.name}.json" for job in by_name.values() if not job.prepares} == read
+    assert [question.number for question in QUESTIONS] == list(range(1, 11))
+    for job in by_name.values():
         assert job.minutes <= 20 and job.questions, job.name
-        assert all(not jobs[name].prepares for name in job.prepares)
+        assert all(not by_name[name].prepares for name in job.prepares)
         assert job.settings().evaluation.seeds == list(job.seeds)
-    assert sum(job.minutes for job in jobs.values()) <= 8 * 60
+    assert sum(job.minutes for job in by_name.values()) <= 8 * 60
 
 
 def test_a_job_is_done_while_settings_data_and_code_are_the_same(
-    queue: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queue, "RESULTS", tmp_path)
-    jobs = {job.name: job for job in queue.read_queue()}
-    job, before = jobs["experts"], jobs["stages-movielens-groups"]
-    assert queue.state(job, jobs) == queue.state(before, jobs) == "to do"
-    held = {"key": queue.key_of(job), "key_without_code": queue.key_of(job, code=False)}
+    monkeypatch.setattr(jobs, "RESULTS", tmp_path)
+    by_name = {job.name: job for job in jobs.read_queue()}
+    job, before = by_name["experts"], by_name["stages-movielens-groups"]
+    assert jobs.state(job, by_name) == jobs.state(before, by_name) == "to do"
+    held = {"key": jobs.key_of(job), "key_without_code": jobs.key_of(job, code=False)}
     job.result.write_text(json.dumps(held), encoding="utf-8")
-    assert queue.state(job, jobs) == "done"
+    assert jobs.state(job, by_name) == "done"
     job.result.write_text(json.dumps({**held, "key": "made by other code"}), encoding="utf-8")
-    assert queue.state(job, jobs) == "stale" and queue.state(job, jobs, keep=True) == "done"
-    other = importlib.import_module("dataclasses").replace(job, seeds=(1,))
-    assert queue.state(other, jobs, keep=True) == "stale"
+    assert jobs.state(job, by_name) == "stale" and jobs.state(job, by_name, keep=True) == "done"
+    other = replace(job, seeds=(1,))
+    assert jobs.state(other, by_name, keep=True) == "stale"
 
 
-def test_two_tasks_are_two_rows_an_article(scripts: None, tmp_path: Path) -> None:
-    data = importlib.import_module("findings_data")
+def test_two_tasks_are_two_rows_an_article(tmp_path: Path) -> None:
     news = parquet_of(tmp_path / "news.parquet", [article("ann", "a")])
     path = data.make_data("huffpost-two-tasks", [news], tmp_path / "data")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -205,10 +186,7 @@ def test_two_tasks_are_two_rows_an_article(scripts: None, tmp_path: Path) -> Non
         data.make_data("two", [news], tmp_path / "data")
 
 
-def test_papers_and_articles_are_made_one_file_in_which_only_huffpost_s_authors_wrote_much(
-    scripts: None, tmp_path: Path
-) -> None:
-    data = importlib.import_module("findings_data")
+def test_papers_and_articles_are_made_one_file_in_which_only_huffpost_s_authors_wrote_much(tmp_path: Path) -> None:
     papers = [
         {"user_id": "ann", "timestamp": f"2020-{month:02}", "item_id": f"p{month}", "abstract": "A", "title": "T"}
         for month in range(1, 13)
@@ -228,7 +206,7 @@ def test_papers_and_articles_are_made_one_file_in_which_only_huffpost_s_authors_
 
 
 def test_a_job_leaves_what_the_page_needs_and_is_then_done(
-    queue: ModuleType, backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     with rows.open("w", encoding="utf-8") as file:
@@ -251,10 +229,11 @@ def test_a_job_leaves_what_the_page_needs_and_is_then_done(
     }
     (tmp_path / "config.yaml").write_text(json.dumps(settings), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(queue, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(queue, "RESULTS", tmp_path / "results")
+    for module in (jobs, queue):
+        monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(jobs, "RESULTS", tmp_path / "results")
     changed = "groups[groups.experts=2]"
-    job = queue.Job(
+    job = jobs.Job(
         **{
             "name": "tried",
             "run": "tiny",
@@ -271,9 +250,9 @@ def test_a_job_leaves_what_the_page_needs_and_is_then_done(
         **{"questions": (3,), "against": ("population",), "slice": "bottom-100", "routing": True},
         tasks=(("Colour", "classification"), ("Name", "generation")),
     )
-    queue.do(job)
+    queue.run_job(job)
     found = json.loads(job.result.read_text(encoding="utf-8"))
-    assert queue.state(job, {"tried": job}) == "done"
+    assert jobs.state(job, {"tried": job}) == "done"
     # Once a seed, and not once more for the routing figures.
     assert (tmp_path / "runs" / "tried.log").read_text(encoding="utf-8").count("trains groups") == 2
     assert {row["metric"] for row in found["metrics"]} == {"rouge1", "loss"}
