@@ -1,51 +1,30 @@
 """Charts as static SVG, drawn with matplotlib: one palette for light and dark mode, tooltips, text that stays text.
 
 matplotlib is imported when the first chart is drawn, and its global settings stay as they are. A chart draws with the
-light colours of `PALETTE`; in the SVG each becomes a CSS variable, which the page sets for both modes.
+light colours of `svg.PALETTE`; in the SVG each becomes a CSS variable, which is set for both modes.
 """
 
 from __future__ import annotations
 
 import io
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
 
 from markupsafe import Markup
+
+from proper.reports.svg import PALETTE, for_file, for_page
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PALETTE = {
-    "ink": ("#1d2126", "#e8eaed"),
-    "soft": ("#5c646e", "#a2abb6"),
-    "card": ("#fffffe", "#1b1f25"),
-    "line": ("#e3e1dc", "#2c323a"),
-    "grid": ("#ecebe7", "#272c33"),
-    "accent": ("#0b62a8", "#6cb4ee"),
-    "down": ("#c2500a", "#f0914e"),
-    "same": ("#9aa1a9", "#6f7882"),
-    "heat": ("#0b4f8a", "#7cc0f5"),
-    "empty": ("#efeeea", "#262b32"),
-    "c0": ("#0072b2", "#4aa8e0"),
-    "c1": ("#d55e00", "#f2813a"),
-    "c2": ("#009e73", "#2fc79a"),
-    "c3": ("#c2589a", "#e08ac0"),
-    "c4": ("#b98a00", "#e3b53a"),
-    "c5": ("#3aa3dd", "#8fd0f5"),
-    "c6": ("#7a5cc4", "#a68ee8"),
-    "c7": ("#6b7280", "#9ca3af"),
-}
-"""Colours by CSS variable: (light, dark). The light ones differ from each other, since they stand for the variable."""
-
 CATEGORIES = 8
-MARKERS = ("o", "s", "^", "D", "v", "P", "*")
+MARKERS = {"o": 1.0, "s": 0.9, "^": 1.3, "D": 0.8, "v": 1.3, "P": 1.4, "*": 1.9}
+"""matplotlib's markers by category, with the factor of area that makes them look equally large."""
 GLYPHS = "●■▲◆▼✚★"
 
 TITLE = 26
@@ -55,7 +34,6 @@ NAMES = 46
 TICKS = 40
 """Pixels below a plot for tick labels and the title of the horizontal axis."""
 
-_VARIABLES = {light: f"var(--{name},{light})" for name, (light, _) in PALETTE.items()}
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -88,11 +66,15 @@ class Chart:
 
 @dataclass(slots=True)
 class Canvas:
-    """A chart in the making: its panels from top to bottom, and the finished `svg` after the `with` block."""
+    """A chart in the making: its panels from top to bottom.
+
+    After the `with` block, `svg` is the drawing for a page and `file` the text of an SVG file.
+    """
 
     figure: Figure
     panels: list[Axes] = field(default_factory=list)
     svg: Markup = Markup("")
+    file: str = ""
     tooltips: dict[str, tuple[Sequence[str], str]] = field(default_factory=dict)
 
     @property
@@ -150,7 +132,8 @@ def canvas(label: str, width: int, *plots: tuple[int, int], left: int = 46, top:
             artist.set_clip_on(False)
         text = io.StringIO()
         drawing.figure.savefig(text, format="svg", metadata={"Date": None})
-    drawing.svg = _finish(text.getvalue(), label, width, drawing.tooltips)
+    drawing.svg = for_page(text.getvalue(), label, drawing.tooltips)
+    drawing.file = for_file(text.getvalue(), label, drawing.tooltips)
 
 
 def color(name: str | int) -> str:
@@ -160,7 +143,7 @@ def color(name: str | int) -> str:
 
 def marker(index: int) -> str:
     """Return matplotlib's marker of category `index`; with 8 colours, 56 categories look different."""
-    return MARKERS[index % len(MARKERS)]
+    return list(MARKERS)[index % len(MARKERS)]
 
 
 def key(index: int, label: str) -> Markup:
@@ -213,6 +196,8 @@ def log_axis(axes: Axes, values: Sequence[float], across: bool = False) -> list[
 
     Returns the ticks; the labels are left to the caller.
     """
+    from matplotlib.ticker import NullLocator
+
     low, high = min(values) * 0.85, max(values) * 1.15
     every = [factor * 10.0**power for power in range(-3, 16) for factor in (1, 2, 5)]
     inside = [tick for tick in every if low <= tick <= high]
@@ -220,7 +205,7 @@ def log_axis(axes: Axes, values: Sequence[float], across: bool = False) -> list[
     (axes.set_xscale if across else axes.set_yscale)("log")
     (axes.set_xlim if across else axes.set_ylim)(low, high)
     axis = axes.xaxis if across else axes.yaxis
-    axis.set_minor_locator(_nothing())
+    axis.set_minor_locator(NullLocator())
     axis.set_ticks(ticks, [f"{tick:,.0f}" if tick >= 1 else f"{tick:g}" for tick in ticks])
     return ticks
 
@@ -234,9 +219,10 @@ def whiskers(
     size: float = 30,
     shape: str = "o",
     across: bool = False,
+    panel: int = 0,
 ) -> None:
-    """Draw values with their intervals in the first panel: a mark, a bar where there is an interval, and a tooltip."""
-    axes, known = drawing.axes, [at for at, (_, interval) in enumerate(rows) if interval]
+    """Draw values with their intervals in a panel: a mark, a bar where there is an interval, and a tooltip."""
+    axes, known = drawing.panels[panel], [at for at, (_, interval) in enumerate(rows) if interval]
     ends = [rows[at][1] or (0.0, 0.0) for at in known]
     if known:
         bar = axes.hlines if across else axes.vlines
@@ -253,66 +239,11 @@ def whiskers(
     values = [value for value, _ in rows]
     x, y = (values, spots) if across else (spots, values)
     look: dict[str, Any] = {"color": color(hue), "edgecolor": color("card"), "linewidth": 0.8, "zorder": 3}
-    marks = axes.scatter(x, y, size, marker=shape, **look)
+    marks = axes.scatter(x, y, size * MARKERS[shape], marker=shape, **look)
     drawing.tips(marks, tips, "mark")
-
-
-def _nothing() -> Any:
-    from matplotlib.ticker import NullLocator
-
-    return NullLocator()
 
 
 def _colors() -> dict[str, str]:
     keys = {"ink": ("text.color",), "soft": ("xtick.color", "ytick.color"), "grid": ("grid.color",)}
     keys["line"] = ("axes.edgecolor",)
     return {key: color(name) for name, inside in keys.items() for key in inside}
-
-
-def _finish(text: str, label: str, width: int, tooltips: dict[str, tuple[Sequence[str], str]]) -> Markup:
-    """Return matplotlib's SVG as one element for a page: accessible, scalable, with CSS variables and tooltips."""
-    root = ElementTree.fromstring(re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "\ufffd", text))
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-    root[:] = [child for child in root if child.tag == "g"]
-    groups = {element.get("id", ""): element for element in root.iter("g")}
-    for name, (tips, css) in tooltips.items():
-        groups[name].set("class", css)
-        for mark, tip in zip(_marks(groups[name]), tips, strict=True) if tips else ():
-            mark.set("data-tip", tip)
-    for element in root.iter():
-        _tidy(element)
-    view = root.get("viewBox", "")
-    # On a phone a wide chart scrolls sideways inside its box, so that its text stays readable.
-    sizes = f"width:{width * 1.15:.0f}px;min-width:{width * (0.6 if width <= 480 else 0.8):.0f}px"
-    root.attrib = {"viewBox": view, "role": "img", "aria-label": label, "class": "drawing", "style": sizes}
-    return Markup('<div class="plot">{}</div>').format(Markup(ElementTree.tostring(root, encoding="unicode")))
-
-
-def _marks(group: ElementTree.Element) -> list[ElementTree.Element]:
-    """Return the drawn shapes of a group in order, without the definitions that they refer to."""
-    defined = {id(shape) for block in group.iter("defs") for shape in block.iter()}
-    return [shape for shape in group.iter() if shape.tag in {"path", "use"} and id(shape) not in defined]
-
-
-def _tidy(element: ElementTree.Element) -> None:
-    """Drop what a page does not need, round positions, and replace the palette's colours by their variables."""
-    for name in list(element.attrib):
-        if "}" in name:
-            element.attrib[name.rpartition("}")[2]] = element.attrib.pop(name)
-    if element.tag == "g" or element.tag == "text":
-        if element.get("id") == "name":
-            element.set("class", "name")
-        element.attrib.pop("id", None)
-    if element.get("transform", "").startswith("rotate(-0 "):
-        del element.attrib["transform"]
-    if style := element.get("style"):
-        kept = [part.strip() for part in style.split(";") if not part.strip().startswith("font-family")]
-        element.set("style", re.sub("#[0-9a-f]{6}", lambda found: _VARIABLES.get(found[0], found[0]), ";".join(kept)))
-    for name in ("d", "x", "y"):
-        if value := element.get(name):
-            short = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), value)
-            element.set(name, " ".join(short.split()))
-    if element.tag != "text":
-        element.text = None
-    element.tail = None

@@ -153,7 +153,8 @@ def _scatter(users: Sequence[RoutedUser], hues: Sequence[int], label: str) -> Ma
             places = [user.place or (0.0, 0.0) for user in inside]
             look: Any = {"color": color(hue), "edgecolor": color("card"), "linewidth": 0.6}
             x, y = zip(*places, strict=True)
-            marks = drawing.axes.scatter(x, y, 60, marker=charts.marker(hue), **look)
+            shape = charts.marker(hue)
+            marks = drawing.axes.scatter(x, y, 52 * charts.MARKERS[shape], marker=shape, **look)
             drawing.tips(marks, [_place_tip(user) for user in inside], "mark")
         framed(drawing.axes)
     return drawing.svg

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from proper.files import write_text
-from proper.reports import charts, figures, formats, methods, narrative, tables
+from proper.reports import charts, figures, formats, methods, narrative, svg, tables
 from proper.reports.curves import curves, history_curves
 from proper.reports.examples import choose_examples
 from proper.reports.load import RunFiles, load_run
@@ -43,7 +43,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shared = {"method_name": formats.method_name, "key": charts.key, "palette": charts.PALETTE}
+    shared = {"method_name": formats.method_name, "key": charts.key, "palette": svg.PALETTE}
     return environment.get_template(template).render({**shared, **values})
 
 
