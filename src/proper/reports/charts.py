@@ -72,15 +72,25 @@ class Canvas:
     """
 
     figure: Figure
+    label: str
     panels: list[Axes] = field(default_factory=list)
-    svg: Markup = Markup("")
-    file: str = ""
+    raw: str = ""
     tooltips: dict[str, tuple[Sequence[str], str]] = field(default_factory=dict)
 
     @property
     def axes(self) -> Axes:
         """The first panel."""
         return self.panels[0]
+
+    @property
+    def svg(self) -> Markup:
+        """The drawing as an element of a page."""
+        return for_page(self.raw, self.label, self.tooltips)
+
+    @property
+    def file(self) -> str:
+        """The drawing as the text of an SVG file."""
+        return for_file(self.raw, self.label, self.tooltips)
 
     def tips(self, artist: Artist, tips: Sequence[str], css: str) -> None:
         """Give an artist's marks a CSS class and, in the order in which it draws them, tooltips (or none)."""
@@ -100,7 +110,7 @@ class Canvas:
 
 @contextmanager
 def canvas(label: str, width: int, *plots: tuple[int, int], left: int = 46, top: int = TITLE) -> Iterator[Canvas]:
-    """Open a chart, and render it to `Canvas.svg` at the end of the block.
+    """Open a chart, and render it at the end of the block.
 
     Args:
         label: the text for screen readers; two charts of one page should not share it.
@@ -117,7 +127,7 @@ def canvas(label: str, width: int, *plots: tuple[int, int], left: int = 46, top:
     with matplotlib.rc_context(style), warnings.catch_warnings():
         # The browser has fonts for scripts that matplotlib's own font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        drawing = Canvas(Figure(figsize=(width / 72, height / 72)))
+        drawing = Canvas(Figure(figsize=(width / 72, height / 72)), label)
         drawing.figure.patch.set_visible(False)
         edge = height
         for plot, below in plots:
@@ -128,12 +138,9 @@ def canvas(label: str, width: int, *plots: tuple[int, int], left: int = 46, top:
             drawing.panels.append(axes)
             edge -= below
         yield drawing
-        for artist in drawing.figure.findobj():
-            artist.set_clip_on(False)
         text = io.StringIO()
         drawing.figure.savefig(text, format="svg", metadata={"Date": None})
-    drawing.svg = for_page(text.getvalue(), label, drawing.tooltips)
-    drawing.file = for_file(text.getvalue(), label, drawing.tooltips)
+    drawing.raw = text.getvalue()
 
 
 def color(name: str | int) -> str:

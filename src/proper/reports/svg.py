@@ -101,6 +101,8 @@ def _tidy(element: Element) -> None:
         element.attrib[name.rpartition("}")[2]] = element.attrib.pop(name)
     if element.tag in {"g", "text"} and (name := element.attrib.pop("id", "")) in {"name", "line"}:
         element.set("class", name)
+    # Clip paths are not kept: nothing is drawn outside its panel, except what shall be.
+    element.attrib.pop("clip-path", None)
     if element.get("transform", "").startswith("rotate(-0 "):
         del element.attrib["transform"]
     if style := element.get("style"):
