@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.jobs import RUNS, Job, key_of, state
+from proper.console import terminal_logging
 from proper.errors import ProperError
 from proper.files import write_json
 
@@ -89,5 +90,10 @@ def _train_and_evaluate(job: Job) -> dict[str, Any]:
 def _output_to(log: Path) -> Iterator[None]:
     """Append what is written to stdout and stderr to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+    with (
+        log.open("a", encoding="utf-8", buffering=1) as file,
+        redirect_stdout(file),
+        redirect_stderr(file),
+        terminal_logging(),
+    ):
         yield

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from proper.data.sampling import TextExample
+from proper.data.dataset import TextExample
 from proper.evaluation.runner import _losses_from, answer_losses
 from proper.inference.loading import load
 from proper.inference.score import score

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter
 from contextlib import nullcontext
@@ -14,11 +15,13 @@ import typer
 from proper.cli.options import RunFolder, existing_run
 from proper.cli.requests import PromptRequest, final_prompts, from_fields, from_file
 from proper.config import load_config
-from proper.console import progress, say
+from proper.console import progress
 from proper.errors import InputError
 
 if TYPE_CHECKING:
     from proper.inference import Answer
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
   proper generate runs/demo --user p0007 --field input="The bus was late again."
@@ -94,7 +97,9 @@ def command(
                 typer.echo(_line(answer) if as_json or input_file else answer.text)
             tiers.update(answer.tier for answer in answers)
             advance(len(answers))
-    say("answered by: " + ", ".join(f"{tier} ({count})" if input_file else tier for tier, count in tiers.items()))
+    logger.info(
+        "answered by: " + ", ".join(f"{tier} ({count})" if input_file else tier for tier, count in tiers.items())
+    )
 
 
 def _requests(
@@ -107,7 +112,7 @@ def _requests(
         requests = from_file(path, user, load_config(folder / "config.yaml").data.user)
         nameless = sum(request.user is None for request in requests)
         if nameless:
-            say(f"{path}: {nameless} of {len(requests)} lines name no user; the mean of all users answers them")
+            logger.info(f"{path}: {nameless} of {len(requests)} lines name no user; the mean of all users answers them")
         return requests
     if fields:
         return [from_fields(user, fields)]

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from proper.adapters.store import AdapterStore
 from proper.config import Config
-from proper.data.coverage import queries_seen_by_others, targets_outside
 from proper.data.dataset import Dataset
-from proper.data.summary import require_no_leaks
+from proper.data.summary import queries_seen_by_others, require_no_leaks, targets_outside
 from proper.evaluation.fingerprint import code_version
 from proper.evaluation.lamp_predictions import write_lamp_predictions
 from proper.evaluation.metrics import Prediction, TaskInfo

@@ -12,20 +12,20 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
 from proper.adapters.store import AdapterStore, UserRecord
-from proper.config import Config, OptimizerConfig
-from proper.data.dataset import Role
+from proper.config import Config
+from proper.data.batching import Encoder
+from proper.data.dataset import Role, SampledRows, Who
 from proper.data.derived.views import Histories
-from proper.data.sampling import SampledRows, Who
 from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
-from proper.models.backbone import configured_backbone, pick_device
+from proper.models.backbone import Backbone, configured_backbone, pick_device
 from proper.models.checkpoints import load_groups, save_tensors
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
@@ -50,6 +50,42 @@ def join_processes(config: Config) -> Accelerator:
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[patient])
 
 
+def stage_sample(dataset: Histories, stage: str, who: Who, max_tokens: int | None, seed: int) -> SampledRows:
+    """Return the rows that stage 1 or 2 trains on.
+
+    Raises:
+        DataError: no user has rows to train on.
+    """
+    sample = dataset.sample(who, max_tokens, seed)
+    if not sample.size:
+        raise DataError(f"{stage}.train_on: '{who}' selects no rows to train on, because no such user has any")
+    return sample
+
+
+def stage_plan(
+    stage: Literal["population", "groups"],
+    config: Config,
+    sample: SampledRows,
+    backbone: Backbone,
+    encoder: Encoder,
+    folder: Path,
+    seed: int,
+    log: Log,
+) -> TrainingPlan:
+    """Return the plan of stage 1 or 2: its hyperparameters, and its checkpoint in the run folder `folder`."""
+    hyperparameters = config.population if stage == "population" else config.groups
+    return TrainingPlan(
+        config=hyperparameters,
+        rate=resolve_rate(hyperparameters.learning_rate, stage, backbone.hidden_size),
+        seed=seed,
+        encoder=encoder,
+        pad=backbone.pad_id,
+        sample=sample,
+        checkpoint=Checkpoint(folder / stage / "stage.checkpoint", config.compute.checkpoint_seconds),
+        log=log,
+    )
+
+
 class StageRunner:
     """The stages of one seed.
 
@@ -61,7 +97,7 @@ class StageRunner:
         self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
         self.accelerator = join_processes(config)
         self.backbone = configured_backbone(config, self.accelerator.device)
-        self.encoder = self.backbone.encoder(config.compute.max_length)
+        self.encoder = self.backbone.encoder()
 
     def run(self, stages: Sequence[str]) -> None:
         """Train the given stages, in their order; earlier stages must be done.
@@ -84,10 +120,10 @@ class StageRunner:
             apply_population(self.backbone, folder)
             return
         config = self.config.population
-        sample = self._sample("population", config.train_on, config.max_tokens)
+        sample = stage_sample(self.dataset, "population", config.train_on, config.max_tokens, self.seed)
 
         def work() -> None:
-            train_population(self.backbone, config, self._plan("population", config, sample), self.accelerator, folder)
+            train_population(self.backbone, config, self._plan("population", sample), self.accelerator, folder)
 
         self._record("population", work, {"rows": sample.size, "tokens": sample.tokens})
 
@@ -101,12 +137,12 @@ class StageRunner:
             raise RunFolderError(f"{place}: made for groups that are gone; delete it as well to train both again")
         config = self.config.groups
         model.add_experts(config, seed_of(self.seed, "experts"))
-        sample = self._sample("groups", config.train_on, config.max_tokens)
+        sample = stage_sample(self.dataset, "groups", config.train_on, config.max_tokens, self.seed)
         role: Role | None = "target" if config.train_on == "targets" else None
         users = [user.id for user in self.dataset.users(role) if user.history > 0]
 
         def work() -> None:
-            plan = self._plan("groups", config, sample)
+            plan = self._plan("groups", sample)
             self._save_groups(model, users, train_groups(model, config, users, plan, self.accelerator))
 
         self._record("groups", work, {"rows": sample.size, "tokens": sample.tokens, "users": len(users)})
@@ -162,23 +198,8 @@ class StageRunner:
         shutil.rmtree(work_folder, ignore_errors=True)
         store.close()
 
-    def _sample(self, stage: str, who: Who, max_tokens: int | None) -> SampledRows:
-        sample = self.dataset.sample(who, max_tokens, self.seed)
-        if not sample.size:
-            raise DataError(f"{stage}.train_on: '{who}' leaves no rows to train on: there are no such users")
-        return sample
-
-    def _plan(self, stage: str, config: OptimizerConfig, sample: SampledRows) -> TrainingPlan:
-        return TrainingPlan(
-            config=config,
-            rate=resolve_rate(config.learning_rate, stage, self.backbone.hidden_size),
-            seed=self.seed,
-            encoder=self.encoder,
-            pad=self.backbone.pad_id,
-            sample=sample,
-            checkpoint=Checkpoint(self.folder / stage / "stage.checkpoint", self.config.compute.checkpoint_seconds),
-            log=self.log,
-        )
+    def _plan(self, stage: Literal["population", "groups"], sample: SampledRows) -> TrainingPlan:
+        return stage_plan(stage, self.config, sample, self.backbone, self.encoder, self.folder, self.seed, self.log)
 
     def _is_done(self, stage: str, wanted: bool) -> bool:
         if (self.folder / stage / "stage.json").exists():
