@@ -95,7 +95,7 @@ def _read(
             else:
                 yield interaction
     if not seen:
-        raise DataError(f"{reader.config.path}: empty, there is not a single row")
+        raise DataError(f"{reader.config.path}: empty: no row in it")
 
 
 @dataclass(frozen=True)
