@@ -54,9 +54,9 @@ docs: $(READY) ## build the documentation site into site/; a broken link, anchor
 
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
 reference: $(READY) ## write the generated pages of docs/ again: command line, config, API, HTTP, modules
 	PYTHONPATH=scripts $(BIN)/python -m docs_reference
-
 
 clean: ## remove caches and builds; .venv and runs stay
 	rm -rf build dist site .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info
