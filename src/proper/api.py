@@ -14,7 +14,7 @@ from proper.enrolment.fit_user import Fitter, open_fitter
 from proper.enrolment.worker import FitWorker, Heard
 from proper.errors import InputError, ProperError, RunFolderError
 from proper.export.run_export import Format, export_user
-from proper.inference.personalized import PersonalizedModel, Stage
+from proper.inference.personalized import PersonalizedModel
 from proper.inference.personalized import load as load_personalized
 from proper.interactions.deletion import remove
 from proper.interactions.log import ExistsError, InteractionLog, LogEntry
@@ -165,7 +165,9 @@ class Model(PersonalizedModel):
             RunFolderError: the run has none: its stage 2 is missing.
         """
         if self.store is None:
-            raise RunFolderError(f"{self._folder}: no users yet; the run has not come that far")
+            raise RunFolderError(
+                f"{self._folder}: stage 'groups' is not trained yet; run: proper run CONFIG --out {self._folder}"
+            )
         if self._users is None:
             self._users = Users(self._folder, self.store, self._make_fitter)
         return self._users
@@ -184,12 +186,12 @@ class Model(PersonalizedModel):
         return self._fitter
 
 
-def load(folder: str | Path, stage: Stage | None = None) -> Model:
+def load(folder: str | Path, stage: str | None = None) -> Model:
     """Load a run folder as one model for all its users.
 
     Args:
         folder: a run folder that `proper run` wrote.
-        stage: the last stage to load; the last one that the folder has if None.
+        stage: the last stage to load (base, population, groups or users); the last one that the folder has if None.
 
     Raises:
         RunFolderError: the folder is not a run folder, or the stage is not trained yet.

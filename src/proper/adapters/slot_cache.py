@@ -17,6 +17,7 @@ from proper.adapters.store import AdapterStore, Head
 from proper.adapters.validation import require_sound
 from proper.errors import StoreError
 from proper.layers.bank import AdapterBank
+from proper.run_folder import Tier
 
 
 class SlotCache:
@@ -33,10 +34,10 @@ class SlotCache:
         self._slots: OrderedDict[str, int] = OrderedDict()
         self._checksums: dict[str, bytes | None] = {}
 
-    def tier(self, user: str | None) -> str:
-        """Return "users", "groups", or "none" for a user the store does not know."""
+    def tier(self, user: str | None) -> Tier:
+        """Return USERS, GROUPS, or NONE for a user the store does not know."""
         head = self._head(user)
-        return head.tier if head is not None else "none"
+        return head.tier if head is not None else Tier.NONE
 
     def embeddings(self, users: Sequence[str | None]) -> Float[Tensor, "B D"]:
         """Return every row's user embedding; the mean for unknown users.

@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 
 import proper
-from proper.cli.options import RunFolder, existing_run, size_in_bytes
+from proper.cli.options import RunFolder, size_in_bytes
 from proper.console import say
 from proper.errors import ReadOnlyError
+from proper.run_folder import require_run
 from proper.sqlite_files import writable
 
 EXAMPLES = """\
@@ -103,7 +104,7 @@ def command(
     lets running requests finish. If the engine fails, the process exits with code 1, so that a supervisor restarts it.
     As long as the run has never had a key, any program on this machine may send requests; other machines need a key.
     """
-    existing_run(folder)
+    run = require_run(folder)
     prefix_bytes = size_in_bytes("--prefix-cache", prefix_cache)
     from proper.serving.auth import is_loopback
     from proper.serving.connections import ConnectionLimits
@@ -121,7 +122,7 @@ def command(
     keys.remember()
     if keys.required and not len(keys):
         say(f"proper: no key is valid, so nobody gets in; 'proper keys add {folder}' makes one")
-    if not no_worker and not writable(folder / "users" / "users.sqlite"):
+    if not no_worker and not writable(run.users.manifest):
         raise ReadOnlyError(f"{folder}: is read-only, so nobody can be fitted; serve it with --no-worker")
     require_keys(host, keys, f"make one with: proper keys add {folder}")
     from proper.inference import load

@@ -19,6 +19,7 @@ from proper.adapters.slot_cache import SlotCache
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.inference.personalized import PersonalizedModel, load
 from proper.layers.bank import AdapterBank
+from proper.run_folder import Tier
 
 USERS_INT8 = "users-int8"
 
@@ -34,7 +35,7 @@ def in_int8(folder: Path, users: Sequence[str]) -> Iterator[PersonalizedModel]:
         RunFolderError: stage 3 is missing.
     """
     with tempfile.TemporaryDirectory(prefix="proper-int8-") as place:
-        store, exact = AdapterStore(Path(place)), load(folder, "users")
+        store, exact = AdapterStore(Path(place)), load(folder, Tier.USERS)
         try:
             yield _recoded(exact, users, store)
         finally:
@@ -66,4 +67,4 @@ def _recoded(exact: PersonalizedModel, users: Sequence[str], store: AdapterStore
     )
     exact.model.use_bank(bank)
     cache = SlotCache(store, bank, exact.cache.mean)
-    return PersonalizedModel(exact.model, exact.encoder, exact.config, cache, "users")
+    return PersonalizedModel(exact.model, exact.encoder, exact.config, cache, Tier.USERS)

@@ -23,6 +23,7 @@ from proper.export.peft_format import pack, served_rank
 from proper.inference.personalized import PersonalizedModel, load
 from proper.layers.bank import AdapterBank
 from proper.models.personal import ProperModel
+from proper.run_folder import Tier
 
 STATIC_EXPORT = "static-export"
 
@@ -39,7 +40,7 @@ def static_export(folder: Path, dataset: Dataset) -> Iterator[PersonalizedModel]
     """
     with tempfile.TemporaryDirectory(prefix="proper-static-") as place:
         store = AdapterStore(Path(place))
-        exact = load(folder, "users")
+        exact = load(folder, Tier.USERS)
         try:
             users = [user.id for user in dataset.users("target") if user.history > 0]
             yield fold_all(exact, users, lambda user: dataset.history(user, exact.config.users.max_items), store)
@@ -68,7 +69,7 @@ def fold_all(
     with progress(f"fold: {STATIC_EXPORT}", len(users)) as advance:
         for user in users:
             adapter = layout.unpack(pack(fold(exact, user, history(user)).loras, layout))
-            store.put([UserRecord(user, "users", nobody, adapter)])
+            store.put([UserRecord(user, Tier.USERS, nobody, adapter)])
             advance(1)
     # The same backbone without experts: plain layers replace the adapted ones in place.
     plain = ProperModel(exact.model.backbone)
@@ -77,4 +78,4 @@ def fold_all(
         layout, max(2, config.compute.batch_size), alpha=float(rank), trainable=False, device=exact.model.device
     )
     plain.use_bank(bank)
-    return PersonalizedModel(plain, exact.encoder, config, SlotCache(store, bank, nobody), "users")
+    return PersonalizedModel(plain, exact.encoder, config, SlotCache(store, bank, nobody), Tier.USERS)

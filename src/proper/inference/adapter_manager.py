@@ -17,6 +17,7 @@ from proper.adapters.validation import fault_of
 from proper.errors import ProperError, StoreError
 from proper.inference.running import RunningRequest
 from proper.layers.bank import AdapterBank
+from proper.run_folder import Tier
 
 if TYPE_CHECKING:
     from proper.inference.personalized import PersonalizedModel
@@ -91,7 +92,7 @@ class AdapterManager:
                 raise StoreError(f"user {guest.request.user!r}: {fault}")
             guest.head, guest.fallback = None, DAMAGED_EMBEDDING
             self.fallbacks += 1
-        if guest.owner is None or self.residents is None or guest.request.tier != "users":
+        if guest.owner is None or self.residents is None or guest.request.tier != Tier.USERS:
             return
         guest.key = AdapterKey.of(*guest.owner, guest.head)
         if guest.key is not None and guest.key in self.residents:
@@ -161,7 +162,7 @@ class AdapterManager:
 
     def _make_residents(self, slots: int, wake: Callable[[], None]) -> AsyncSlotCache | None:
         cache = self._model.cache
-        if cache is None or cache.bank is None or self._model.stage != "users":
+        if cache is None or cache.bank is None or self._model.stage != Tier.USERS:
             return None
         bank = cache.bank
         if bank.slots != slots:

@@ -29,6 +29,7 @@ from proper.inference.request_queue import RequestQueue
 from proper.inference.requests import Event, Finished, Reason, Request, Sink, Started, require_possible
 from proper.inference.running import EngineLimits, EngineStats, RequestHandle, RunningRequest
 from proper.inference.sampling import Sampler
+from proper.run_folder import Tier
 
 if TYPE_CHECKING:
     from proper.inference.personalized import PersonalizedModel
@@ -304,14 +305,14 @@ class Engine:
         if self._strict:
             raise error
 
-    def _tier(self, guest: RunningRequest) -> str:
-        if self.model.cache is None or self.model.stage in ("base", "population"):
+    def _tier(self, guest: RunningRequest) -> Tier:
+        if self.model.cache is None or self.model.stage in (Tier.BASE, Tier.POPULATION):
             return self.model.stage
         if not guest.grouped:
-            return "population"
+            return Tier.POPULATION
         if guest.head is None:
-            return "none"
-        return "users" if guest.slot >= 0 else "groups"
+            return Tier.NONE
+        return Tier.USERS if guest.slot >= 0 else Tier.GROUPS
 
     def _say(self, ticket: RequestHandle, event: Event) -> None:
         if isinstance(event, Finished):

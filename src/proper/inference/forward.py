@@ -15,6 +15,7 @@ from proper.inference.kv_cache import RowCache
 from proper.inference.prefix_cache import CachedPrefix
 from proper.layers.batch_context import Kept, RowContext
 from proper.models.personal import ProperModel
+from proper.run_folder import Tier
 
 if TYPE_CHECKING:
     from proper.inference.personalized import PersonalizedModel
@@ -49,7 +50,7 @@ def rows_of(
         grouped: whether experts are applied to a row; population rows get neither experts nor adapter.
         trace: whether the gates of each row's last token are recorded.
     """
-    if model.cache is None or model.stage in ("base", "population") or not any(grouped):
+    if model.cache is None or model.stage in (Tier.BASE, Tier.POPULATION) or not any(grouped):
         return RowContext()
     device = model.model.device
     mean = model.cache.mean

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -22,8 +21,8 @@ from proper.adapters.validation import fault_of
 from proper.config import Config, load_config
 from proper.data.batching import Encoder
 from proper.data.templates import parse_template
-from proper.errors import InputError, ProperError, RunFolderError, StoreError
-from proper.files import hash_file, read_json
+from proper.errors import InputError, ProperError, StoreError
+from proper.files import hash_file
 from proper.inference.generate import generate
 from proper.inference.sampling import Sampling
 from proper.inference.score import score_labels
@@ -33,11 +32,10 @@ from proper.models.backbone import configured_backbone
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.models.tensors import load_tensors
+from proper.run_folder import RunFolder, Stage, Tier, require_run
 
 LABEL_TOKENS = 1024
 """Maximum label tokens, over all prompts of a batch, that are scored at once: each needs a row of logits."""
-
-Stage = Literal["base", "population", "groups", "users"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class PersonalizedModel:
     """
 
     def __init__(
-        self, model: ProperModel, encoder: Encoder, config: Config, cache: SlotCache | None, stage: Stage
+        self, model: ProperModel, encoder: Encoder, config: Config, cache: SlotCache | None, stage: Tier
     ) -> None:
         self.model, self.encoder, self.config, self.cache, self.stage = model, encoder, config, cache, stage
         self.store = cache.store if cache is not None else None
@@ -122,12 +120,12 @@ class PersonalizedModel:
             raise ProperError(f"user {user_ids[at]!r}: the likelihoods are not finite")
         return found
 
-    def tier(self, user: str | None) -> str:
-        """Return the tier that answers this user: "base", "population", "none", "groups" or "users"."""
-        if self.cache is None or self.stage in ("base", "population"):
+    def tier(self, user: str | None) -> Tier:
+        """Return the tier that answers this user."""
+        if self.cache is None or self.stage in (Tier.BASE, Tier.POPULATION):
             return self.stage
         tier = self.cache.tier(user)
-        return "groups" if self.stage == "groups" and tier == "users" else tier
+        return Tier.GROUPS if self.stage == Tier.GROUPS and tier == Tier.USERS else tier
 
     def close(self) -> None:
         """Close the store."""
@@ -136,10 +134,10 @@ class PersonalizedModel:
 
     def rows(self, users: Sequence[str | None]) -> RowContext:
         """Return the row context of a batch of these users, and load their adapters into the bank."""
-        if self.cache is None or self.stage in ("base", "population"):
+        if self.cache is None or self.stage in (Tier.BASE, Tier.POPULATION):
             return RowContext()
         embedding = self.cache.embeddings(users).to(self.model.device)
-        if self.stage == "groups":
+        if self.stage == Tier.GROUPS:
             return RowContext("groups", embedding=embedding)
         slots = self.cache.slots(users)
         if slots is None:
@@ -153,7 +151,7 @@ def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[at : at + size] for at in range(0, len(order), size)]
 
 
-def load(folder: str | Path, stage: Stage | None = None) -> PersonalizedModel:
+def load(folder: str | Path, stage: str | None = None) -> PersonalizedModel:
     """Load a run folder as one model for all its users.
 
     Args:
@@ -165,34 +163,28 @@ def load(folder: str | Path, stage: Stage | None = None) -> PersonalizedModel:
         StoreError: the shared group tensors or routers have values that are not finite or absurdly large.
     """
     folder = Path(folder)
-    if not (folder / "config.yaml").exists():
-        raise RunFolderError(
-            f"{folder}: not a run folder (no config.yaml); make one with: proper run CONFIG --out {folder}"
-        )
-    config = load_config(folder / "config.yaml")
-    stage = stage or highest_stage(folder)
+    run = require_run(folder)
+    config = load_config(run.config)
+    tier = highest_stage(folder) if stage is None else Tier(stage)
     backbone = configured_backbone(config)
-    if stage != "base":
-        _require(folder, "population")
-        apply_population(backbone, folder / "population")
+    if tier != Tier.BASE:
+        run.require_trained(Stage.POPULATION)
+        apply_population(backbone, run.population)
     model = ProperModel(backbone)
     cache = None
-    if stage in ("groups", "users"):
+    if tier in (Tier.GROUPS, Tier.USERS):
         cache = load_groups(folder, config, model)
-        if stage == "users":
-            _require(folder, "users")
+        if tier == Tier.USERS:
+            run.require_trained(Stage.USERS)
             load_router(folder, config, model)
     encoder = backbone.encoder(config.compute.max_length)
-    return PersonalizedModel(model, encoder, config, cache, stage)
+    return PersonalizedModel(model, encoder, config, cache, tier)
 
 
-def highest_stage(folder: Path) -> Stage:
-    """Return the last stage whose marker is in the folder."""
-    stages: tuple[Stage, ...] = ("users", "groups", "population")
-    for stage in stages:
-        if (folder / stage / "stage.json").exists():
-            return stage
-    return "base"
+def highest_stage(folder: Path) -> Tier:
+    """Return the tier of the last stage that is trained in a run folder."""
+    trained = [Tier(stage.value) for stage in Stage if RunFolder(folder).is_trained(stage)]
+    return trained[-1] if trained else Tier.BASE
 
 
 def load_groups(folder: Path, config: Config, model: ProperModel) -> SlotCache:
@@ -203,16 +195,17 @@ def load_groups(folder: Path, config: Config, model: ProperModel) -> SlotCache:
         StoreError: the experts or routers have values that are not finite or absurdly large, or the store belongs to
             another backbone or other groups.
     """
-    _require(folder, "groups")
+    run = RunFolder(folder)
+    run.require_trained(Stage.GROUPS)
     model.add_experts(config.groups, seed=0)
-    tensors, _ = load_tensors(folder / "groups" / "groups.safetensors")
-    _require_sound(folder / "groups" / "groups.safetensors", tensors)
+    tensors, _ = load_tensors(run.experts)
+    _require_sound(run.experts, tensors)
     for name, parameter in model.group_parameters().items():
         parameter.data.copy_(tensors[name])
         parameter.requires_grad_(False)
     mean = tensors["mean_embedding"]
-    store = AdapterStore(folder / "users")
-    store.require({"backbone": model.backbone.digest, "groups": hash_file(folder / "groups" / "groups.safetensors")})
+    store = AdapterStore(run.users.path)
+    store.require({"backbone": model.backbone.digest, "groups": hash_file(run.experts)})
     layout = model.layout(config.users.rank)
     slots = max(2, config.compute.batch_size)
     # The stored dtype: half the memory, a load is one copy, and matrix products run in the input's dtype anyway.
@@ -225,7 +218,7 @@ def load_groups(folder: Path, config: Config, model: ProperModel) -> SlotCache:
 def load_router(folder: Path, config: Config, model: ProperModel) -> None:
     """Load the trained LoRA-aware routers of a run into a model."""
     model.add_lora_router(config.users)
-    path = folder / "users" / "router.safetensors"
+    path = RunFolder(folder).users.router
     if not path.exists():
         return
     tensors, _ = load_tensors(path)
@@ -240,10 +233,3 @@ def _require_sound(path: Path, tensors: Mapping[str, Tensor]) -> None:
     fault = fault_of(tensors)
     if fault is not None:
         raise StoreError(f"{path}: {fault}")
-
-
-def _require(folder: Path, stage: str) -> None:
-    marker = folder / stage / "stage.json"
-    if not marker.exists():
-        raise RunFolderError(f"{folder}: stage '{stage}' is not there; run: proper run CONFIG --out {folder}")
-    read_json(marker)

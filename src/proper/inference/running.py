@@ -10,6 +10,7 @@ from proper.adapters.records import Head
 from proper.inference.prefix_cache import PrefixKey
 from proper.inference.requests import Request, Sink
 from proper.inference.sampling import Sampler
+from proper.run_folder import Tier
 
 
 @dataclass(frozen=True)
@@ -137,4 +138,4 @@ class RunningRequest:
     @property
     def grouped(self) -> bool:
         """Whether the group experts are applied to the request."""
-        return self.request.tier != "population"
+        return self.request.tier != Tier.POPULATION

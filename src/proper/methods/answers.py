@@ -13,22 +13,23 @@ from proper.errors import DataError
 from proper.evaluation.runner import MethodRun, predict
 from proper.export.int8_model import USERS_INT8, in_int8
 from proper.export.static_model import STATIC_EXPORT, static_export
-from proper.inference.personalized import PersonalizedModel, Stage, load, load_groups
+from proper.inference.personalized import PersonalizedModel, load, load_groups
 from proper.layers.bank import AdapterBank
 from proper.methods.per_user_lora import direct_model
 from proper.methods.spec import TrainedRun
 from proper.models.backbone import configured_backbone
 from proper.models.personal import ProperModel
+from proper.run_folder import RunFolder, Tier
 from proper.training.checkpoint import seed_of
 
 Answer = Callable[[TrainedRun], MethodRun]
 
 
-def as_itself(stage: Stage) -> Answer:
-    """Answer every query with the model of `stage`, as its own user."""
+def as_itself(tier: Tier) -> Answer:
+    """Answer every query with the model of `tier`, as its own user."""
 
     def answer(place: TrainedRun) -> MethodRun:
-        return _answers(place, stage, lambda user: user)
+        return _answers(place, tier, lambda user: user)
 
     return answer
 
@@ -36,14 +37,14 @@ def as_itself(stage: Stage) -> Answer:
 def as_another(place: TrainedRun) -> MethodRun:
     """Answer every user with the embedding and the adapter of another (control `swapped`)."""
     others = derangement([user.id for user in place.dataset.users("target")], place.seed)
-    return _answers(place, "users", lambda user: others[user])
+    return _answers(place, Tier.USERS, lambda user: others[user])
 
 
-def as_one(stage: Stage, user: str) -> Answer:
+def as_one(tier: Tier, user: str) -> Answer:
     """Answer every query as `user`."""
 
     def answer(place: TrainedRun) -> MethodRun:
-        return _answers(place, stage, lambda _: user)
+        return _answers(place, tier, lambda _: user)
 
     return answer
 
@@ -67,7 +68,7 @@ def directly(place: TrainedRun) -> MethodRun:
     slots = max(2, place.config.compute.batch_size)
     bank = AdapterBank(model.layout(users.rank), slots, alpha=users.alpha, trainable=False, device=model.device)
     model.use_bank(bank)
-    cache = SlotCache(AdapterStore(place.folder / "users"), bank, torch.zeros(1))
+    cache = SlotCache(AdapterStore(RunFolder(place.folder).users.path), bank, torch.zeros(1))
     return _run(place, model, cache)
 
 
@@ -81,7 +82,7 @@ def jointly(place: TrainedRun) -> MethodRun:
 
 def _run(place: TrainedRun, model: ProperModel, cache: SlotCache) -> MethodRun:
     encoder = model.backbone.encoder(place.config.compute.max_length)
-    whole = PersonalizedModel(model, encoder, place.config, cache, "users")
+    whole = PersonalizedModel(model, encoder, place.config, cache, Tier.USERS)
     try:
         return predict(whole, place.dataset, place.config.task, place.folder.name)
     finally:
@@ -101,9 +102,9 @@ def derangement(users: Sequence[str], seed: int) -> Mapping[str, str]:
     return dict(zip(order, [*order[1:], order[0]], strict=True))
 
 
-def _answers(place: TrainedRun, stage: Stage, alias: Callable[[str], str]) -> MethodRun:
-    model = load(place.folder, stage)
+def _answers(place: TrainedRun, tier: Tier, alias: Callable[[str], str]) -> MethodRun:
+    model = load(place.folder, tier)
     try:
-        return predict(model, place.dataset, place.config.task, f"{stage}, {place.folder.name}", alias)
+        return predict(model, place.dataset, place.config.task, f"{tier}, {place.folder.name}", alias)
     finally:
         model.close()

@@ -22,6 +22,7 @@ from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.models.poly import add_poly
 from proper.models.tensors import load_tensors
+from proper.run_folder import RunFolder, Tier
 
 
 class PolyAnswers(PersonalizedModel):
@@ -33,12 +34,12 @@ class PolyAnswers(PersonalizedModel):
     """
 
     def __init__(self, model: ProperModel, encoder: Encoder, config: Config, tasks: dict[str, int]) -> None:
-        super().__init__(model, encoder, config, None, "groups")
+        super().__init__(model, encoder, config, None, Tier.GROUPS)
         self.tasks, self.last = tasks, len(tasks)
 
-    def tier(self, user: str | None) -> str:
-        """Return "groups" for a user with own logits, else "none"."""
-        return "groups" if user in self.tasks else "none"
+    def tier(self, user: str | None) -> Tier:
+        """Return GROUPS for a user with own logits, else NONE."""
+        return Tier.GROUPS if user in self.tasks else Tier.NONE
 
     def rows(self, users: Sequence[str | None]) -> RowContext:
         """Return each row's task id."""
@@ -48,13 +49,13 @@ class PolyAnswers(PersonalizedModel):
 
 def load_poly(place: TrainedRun) -> PolyAnswers:
     """Load the backbone, its population, and Poly with the logits of the target users."""
-    config = place.config
+    config, run = place.config, RunFolder(place.folder)
     backbone = configured_backbone(config)
-    apply_population(backbone, place.folder / "population")
-    model, store = ProperModel(backbone), AdapterStore(place.folder / "users")
+    apply_population(backbone, run.population)
+    model, store = ProperModel(backbone), AdapterStore(run.users.path)
     heads = {user.id: head for user in place.dataset.users("target") if (head := store.head(user.id)) is not None}
     store.close()
-    tensors, _ = load_tensors(place.folder / "groups" / "poly.safetensors")
+    tensors, _ = load_tensors(run.poly)
     poly = add_poly(model, config.groups, len(heads) + 1, seed=0)
     for name, parameter in poly.skills().items():
         parameter.data.copy_(tensors[name])

@@ -25,6 +25,7 @@ from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
 from proper.models.poly import Poly, add_poly
 from proper.models.tensors import save_tensors
+from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.optim import RowAdamW
 from proper.training.schedule import resolve_rate
@@ -101,12 +102,13 @@ class PolyRunner:
             ConfigError: the backbone has layers that Poly cannot adapt.
             DataError: there are no rows to train on.
         """
-        if (self.folder / "groups" / "stage.json").exists():
+        run = RunFolder(self.folder)
+        if run.is_trained(Stage.GROUPS):
             return
         config, started = self.config.groups, time.perf_counter()
         accelerator = join_processes(self.config)
         backbone = configured_backbone(self.config, accelerator.device)
-        apply_population(backbone, self.folder / "population")
+        apply_population(backbone, run.population)
         model, plan = ProperModel(backbone), self._plan(backbone)
         users = [user.id for user in self.dataset.users() if user.history > 0]
         poly = add_poly(model, config, len(users) + 1, seed_of(self.seed, "poly"))
@@ -119,7 +121,7 @@ class PolyRunner:
         self._save(stage, users)
         facts = {"rows": plan.sample.size, "tokens": plan.sample.tokens, "users": len(users), "seed": self.seed}
         timed = {**facts, "seconds": round(time.perf_counter() - started, 3), "backbone": backbone.digest}
-        write_json(self.folder / "groups" / "stage.json", timed)
+        write_json(run.marker(Stage.GROUPS), timed)
         plan.checkpoint.remove()
 
     def _plan(self, backbone: Backbone) -> TrainingPlan:
@@ -135,16 +137,16 @@ class PolyRunner:
             encoder=backbone.encoder(compute.max_length),
             pad=backbone.pad_id,
             sample=sample,
-            checkpoint=Checkpoint(self.folder / "groups" / "stage.checkpoint", compute.checkpoint_seconds),
+            checkpoint=Checkpoint(RunFolder(self.folder).checkpoint(Stage.GROUPS), compute.checkpoint_seconds),
             log=self.log,
         )
 
     def _save(self, stage: PolyStage, users: Sequence[str]) -> None:
-        seen = stage.optimizer.steps > 0
+        run, seen = RunFolder(self.folder), stage.optimizer.steps > 0
         tensors = {**stage.parameters(), "mean_logits": stage.logits[seen].mean(0)}
-        save_tensors(self.folder / "groups" / "poly.safetensors", tensors, {"modules": list(stage.poly.layers)})
-        store = AdapterStore(self.folder / "users")
-        store.put(UserRecord(user, "groups", stage.logits[at]) for at, user in enumerate(users) if seen[at])
+        save_tensors(run.poly, tensors, {"modules": list(stage.poly.layers)})
+        store = AdapterStore(run.users.path)
+        store.put(UserRecord(user, Tier.GROUPS, stage.logits[at]) for at, user in enumerate(users) if seen[at])
         store.close()
 
 

@@ -22,12 +22,13 @@ from proper.methods import train
 from proper.methods.answers import as_another, as_itself, as_one, directly, exported, in_eight_bits, jointly
 from proper.methods.overrides import change, split_name
 from proper.methods.poly import with_poly
-from proper.methods.spec import Derive, DerivedRun, Method, Trained
+from proper.methods.spec import Derive, DerivedRun, Method
 from proper.methods.trivial import global_majority, user_majority
 from proper.models.tokenizer import configured_encoder
+from proper.run_folder import Stage, Tier
 
-ALL: tuple[Trained, ...] = ("population", "groups", "users")
-GROUPS: tuple[Trained, ...] = ("population", "groups")
+ALL = tuple(Stage)
+GROUPS = ALL[:2]
 
 OPPU: Mapping[str, Any] = {
     "rank": 8,
@@ -75,10 +76,10 @@ def known_methods(names: Sequence[str], config: Config) -> list[Method]:
 
 def _ladder() -> list[Method]:
     return [
-        Method("base", as_itself("base")),
-        Method("population", as_itself("population"), ALL[:1]),
-        Method("groups", as_itself("groups"), ALL[:2], keeps="embedding"),
-        Method("users", as_itself("users"), ALL, keeps="adapter"),
+        Method("base", as_itself(Tier.BASE)),
+        Method("population", as_itself(Tier.POPULATION), ALL[:1]),
+        Method("groups", as_itself(Tier.GROUPS), ALL[:2], keeps="embedding"),
+        Method("users", as_itself(Tier.USERS), ALL, keeps="adapter"),
         Method(STATIC_EXPORT, exported, ALL, keeps="export"),
         Method(USERS_INT8, in_eight_bits, ALL, keeps="int8"),
     ]
@@ -101,22 +102,22 @@ def _controls(config: Config) -> list[Method]:
         "router": "default",
         "constraint": {"kind": "none"},
     }
-    shuffled = DerivedRun("shuffled", train.ladder, ("population",), derive=_shuffled, seeded=True)
+    shuffled = DerivedRun("shuffled", train.ladder, (Stage.POPULATION,), derive=_shuffled, seeded=True)
     return [
         Method(
             "population-more",
-            as_itself("groups"),
+            as_itself(Tier.GROUPS),
             GROUPS,
-            DerivedRun("population-more", train.ladder, ("population",), {"groups": more}),
+            DerivedRun("population-more", train.ladder, (Stage.POPULATION,), {"groups": more}),
         ),
         Method(
             "groups-shared-e",
-            as_one("groups", EVERYBODY),
+            as_one(Tier.GROUPS, EVERYBODY),
             GROUPS,
-            DerivedRun("groups-shared-e", train.one_user, ("population",)),
+            DerivedRun("groups-shared-e", train.one_user, (Stage.POPULATION,)),
         ),
         Method("swapped", as_another, ALL, keeps="adapter"),
-        Method("shuffled", as_itself("users"), ALL, shuffled, keeps="adapter"),
+        Method("shuffled", as_itself(Tier.USERS), ALL, shuffled, keeps="adapter"),
     ]
 
 
@@ -130,7 +131,7 @@ def _ablations(config: Config) -> list[Method]:
         _groups("constraint-experts", {"constraint": {**config.groups.constraint.model_dump(), "kind": "experts"}}),
         # The architecture and losses of the preset, but the run's learning rates, since the preset's are for 7 B.
         Method(
-            "released", as_itself("users"), ALL, DerivedRun("released", train.ladder, (), released), keeps="adapter"
+            "released", as_itself(Tier.USERS), ALL, DerivedRun("released", train.ladder, (), released), keeps="adapter"
         ),
         _users("users-no-router", config, "none"),
         _users("users-residual", config, "residual"),
@@ -139,41 +140,41 @@ def _ablations(config: Config) -> list[Method]:
 
 
 def _groups(name: str, settings: Mapping[str, Any]) -> Method:
-    variant = DerivedRun(name, train.ladder, ("population",), {"groups": settings})
-    return Method(name, as_itself("groups"), GROUPS, variant, keeps="embedding")
+    variant = DerivedRun(name, train.ladder, (Stage.POPULATION,), {"groups": settings})
+    return Method(name, as_itself(Tier.GROUPS), GROUPS, variant, keeps="embedding")
 
 
 def _users(name: str, config: Config, router: str) -> Method:
     variant = DerivedRun(name, train.ladder, GROUPS, {"users": {"router": router}})
     same = config.users.router == router
-    return Method(name, as_itself("users"), ALL, None if same else variant, keeps="adapter")
+    return Method(name, as_itself(Tier.USERS), ALL, None if same else variant, keeps="adapter")
 
 
 def _baselines(config: Config) -> list[Method]:
     oppu = {"users": OPPU, "groups": {"target_modules": OPPU_MODULES}}
-    own: tuple[Trained, ...] = ("population", "users")
+    own = (Stage.POPULATION, Stage.USERS)
     return [
         Method(
             "per-user-only",
             directly,
-            ("users",),
+            (Stage.USERS,),
             DerivedRun("per-user-only", train.direct, (), {"users": {"router": "none"}}),
             keeps="adapter",
         ),
         Method(
             "end-to-end",
             jointly,
-            ("groups", "users"),
+            (Stage.GROUPS, Stage.USERS),
             DerivedRun("end-to-end", train.joint, (), {"users": {"router": "none"}}),
             keeps="adapter",
         ),
-        Method("poly", with_poly, GROUPS, DerivedRun("poly", train.poly, ("population",)), keeps="embedding"),
-        Method("oppu", directly, own, DerivedRun("oppu", train.direct, ("population",), oppu), keeps="adapter"),
+        Method("poly", with_poly, GROUPS, DerivedRun("poly", train.poly, (Stage.POPULATION,)), keeps="embedding"),
+        Method("oppu", directly, own, DerivedRun("oppu", train.direct, (Stage.POPULATION,), oppu), keeps="adapter"),
         Method(
             "oppu-released",
             directly,
             own,
-            DerivedRun("oppu-released", train.leaking, ("population",), oppu),
+            DerivedRun("oppu-released", train.leaking, (Stage.POPULATION,), oppu),
             keeps="adapter",
         ),
     ]
@@ -181,13 +182,13 @@ def _baselines(config: Config) -> list[Method]:
 
 def _retrieval() -> list[Method]:
     one, two, four = (DerivedRun(f"rag-{k}", train.ladder, derive=_retrieved(k)) for k in (1, 2, 4))
-    population = as_itself("population")
+    population = as_itself(Tier.POPULATION)
     return [
         *(Method(name, population, ALL[:1], one, keeps="history") for name in ("rag", "rag-1")),
         Method("rag-2", population, ALL[:1], two, keeps="history"),
         Method("rag-4", population, ALL[:1], four, keeps="history"),
         Method("pag", population, ALL[:1], DerivedRun("pag", train.ladder, derive=_profiled), keeps="history"),
-        Method("users+rag", as_itself("users"), ALL, one, keeps="adapter"),
+        Method("users+rag", as_itself(Tier.USERS), ALL, one, keeps="adapter"),
     ]
 
 

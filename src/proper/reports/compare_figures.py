@@ -9,9 +9,9 @@ from markupsafe import Markup
 
 from proper.reports.figures import Figure
 from proper.reports.formats import method_name, metric_name, plain, signed, span
-from proper.reports.load import LADDER
 from proper.reports.reading import interval, mapping, number
 from proper.reports.svg import Axis, Scale, chart, join, key, linear, percent, symbol, tag
+from proper.run_folder import LADDER
 
 Row = Mapping[str, Any]
 

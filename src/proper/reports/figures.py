@@ -12,9 +12,10 @@ from typing import TypeVar
 from markupsafe import Markup
 
 from proper.reports.formats import method_name, metric_name, plain, plural, signed, span
-from proper.reports.load import LADDER, ReportedMetric, RoutedUser, UserGain
+from proper.reports.load import ReportedMetric, RoutedUser, UserGain
 from proper.reports.narrative import gain_of
 from proper.reports.svg import Axis, Scale, chart, join, key, linear, logarithmic, path, percent, symbol, tag
+from proper.run_folder import LADDER
 
 Item = TypeVar("Item")
 

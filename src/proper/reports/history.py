@@ -12,10 +12,11 @@ from markupsafe import Markup
 
 from proper.reports.figures import Figure
 from proper.reports.formats import method_name, metric_name, plain, plural, signed, span
-from proper.reports.load import LADDER, RunFiles
+from proper.reports.load import RunFiles
 from proper.reports.narrative import primary_metrics
 from proper.reports.reading import count, interval, number
 from proper.reports.svg import Axis, Scale, chart, join, key, linear, path, percent, symbol, tag
+from proper.run_folder import LADDER
 
 QUARTERS = ("history-q1", "history-q2", "history-q3", "history-q4")
 SHORT = {"under-10": "under 10", "bottom-100": "shortest 100"}

@@ -18,6 +18,7 @@ from proper.reports.history import history_curves
 from proper.reports.load import RunFiles, load_run
 from proper.reports.page import render
 from proper.reports.reading import mapping, number
+from proper.run_folder import LADDER, RunFolder
 
 
 def write_report(folder: Path) -> Path:
@@ -30,7 +31,7 @@ def write_report(folder: Path) -> Path:
         ProperError: the report cannot be written.
     """
     run = load_run(folder)
-    path = folder / "report.html"
+    path = RunFolder(folder).report
     write_text(path, render("report.html.j2", gather(run)))
     return path
 
@@ -82,7 +83,7 @@ def _tiles(run: RunFiles) -> list[tuple[str, str]]:
     tiles = []
     for task in dict.fromkeys(row.task for row in rows):
         values = {row.method: formats.plain(row.value) for row in rows if row.task == task}
-        stages = [values[method] for method in ("population", "groups", "users") if method in values]
+        stages = [values[method] for method in LADDER[1:] if method in values]
         name = next(row.metric for row in rows if row.task == task)
         tiles.append((formats.metric_name(name), " → ".join(stages or values.values())))
     task_facts = run.part("task")

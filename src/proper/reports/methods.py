@@ -14,11 +14,12 @@ from markupsafe import Markup, escape
 from proper.files import write_text
 from proper.reports.figures import Figure
 from proper.reports.formats import method_name, metric_name, plain, plural, signed, size, span
-from proper.reports.load import LADDER, ReportedComparison, ReportedMetric, RunFiles, load_run
+from proper.reports.load import ReportedComparison, ReportedMetric, RunFiles, load_run
 from proper.reports.narrative import is_higher_better, primary_metrics, verdict
 from proper.reports.reading import number
 from proper.reports.svg import COLOURS, Axis, Scale, chart, join, key, linear, logarithmic, percent, symbol, tag
 from proper.reports.tables import Table
+from proper.run_folder import LADDER, RunFolder
 
 COLUMNS = (
     *("task", "method", "metric", "value", "low", "high", "value_users", "standing", "users", "queries", "seeds"),
@@ -150,7 +151,7 @@ def write_methods_csv(folder: Path) -> Path:
         by_seed = _by_seed(run, row)
         cells |= {"low": low, "high": high, "seed_spread": max(by_seed) - min(by_seed) if len(by_seed) > 1 else None}
         writer.writerow({**costs.get(row.method, {}), **cells})
-    path = folder / "methods.csv"
+    path = RunFolder(folder).methods_table
     write_text(path, text.getvalue())
     return path
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from proper.files import write_text
 from proper.reports.formats import method_name, metric_name, plain, plural, signed, size
-from proper.reports.load import LADDER, RunFiles, load_run
+from proper.reports.load import RunFiles, load_run
 from proper.reports.names import safe_name
 from proper.reports.narrative import gain_of, is_higher_better
 from proper.reports.page import render
@@ -20,12 +20,13 @@ from proper.reports.reading import number
 from proper.reports.tables import Table
 from proper.reports.user_data import UserReport, facts_of, known_items, load_person
 from proper.reports.user_figures import gates, place, standing
+from proper.run_folder import LADDER, RunFolder, Stage, Tier
 
 MOST_QUERIES = 200
-SERVED = {
-    "users": "an adapter of their own, on top of the group model",
-    "groups": "the group model with their own embedding",
-    "none": "the group model with everybody's mean embedding",
+SERVED: dict[str, str] = {
+    Tier.USERS: "an adapter of their own, on top of the group model",
+    Tier.GROUPS: "the group model with their own embedding",
+    Tier.NONE: "the group model with everybody's mean embedding",
 }
 
 
@@ -40,7 +41,7 @@ def write_user_pages(folder: Path, users: Sequence[str]) -> list[Path]:
     run = load_run(folder)
     names = list(dict.fromkeys(users))
     pages = [render("user.html.j2", gather(run, load_person(run, user))) for user in names]
-    paths = [folder / f"report-user-{safe_name(user)}.html" for user in names]
+    paths = [RunFolder(folder).user_report(safe_name(user)) for user in names]
     for path, page in zip(paths, pages, strict=True):
         write_text(path, page)
     return paths
@@ -72,7 +73,7 @@ def gather(run: RunFiles, person: UserReport) -> dict[str, Any]:
 def _tier(person: UserReport) -> str:
     if person.stored.versions:
         return person.stored.versions[0].tier
-    return person.gain.tier if person.gain else "none"
+    return person.gain.tier if person.gain else Tier.NONE
 
 
 def _summary(run: RunFiles, person: UserReport) -> str:
@@ -160,7 +161,7 @@ def _neighbours(run: RunFiles, person: UserReport) -> Table | None:
     lines = []
     for near in person.stored.neighbours:
         gain, route = gains.get(near.user), routed.get(near.user)
-        steps = [signed(gain_of(gain, step)) if gain else "–" for step in ("groups", "users")]
+        steps = [signed(gain_of(gain, step)) if gain else "–" for step in (Stage.GROUPS, Stage.USERS)]
         history = f"{gain.history:,}" if gain else "–"
         expert = str(route.main) if route else "–"
         lines.append([near.user, plain(near.cosine), method_name(near.tier), history, expert, *steps])

@@ -15,6 +15,7 @@ from proper.inference.engine_thread import EngineThread
 from proper.inference.requests import Event, Request, Sink, Started, Token
 from proper.inference.running import RequestHandle
 from proper.inference.sampling import Sampling
+from proper.run_folder import Tier
 from proper.serving.errors import APIError
 from proper.serving.metrics import Metrics
 from proper.serving.request_schemas import Options, ProperOptions
@@ -64,7 +65,7 @@ class Answers:
     def card(self) -> RunCard:
         """Return the description of the run that is served."""
         model = self.runner.engine.model
-        experts = model.config.groups.experts if model.stage in ("groups", "users") else 0
+        experts = model.config.groups.experts if model.stage in (Tier.GROUPS, Tier.USERS) else 0
         template = model.template
         return RunCard(
             stage=model.stage, experts=experts, literals=list(template.literals), columns=list(template.columns)
@@ -106,7 +107,7 @@ class Answers:
             ids,
             options.user,
             tenant,
-            wanted.tier or "users",
+            Tier(wanted.tier or Tier.USERS),
             sampling,
             bool(wanted.gates),
             alternatives=alternatives,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from proper.adapters.store import UserRecord
 from proper.adapters.validation import is_sound
+from proper.run_folder import Tier
 
 
 def refused(
@@ -22,7 +23,7 @@ def refused(
 ) -> UserRecord:
     """Return the group-tier record of a user in quarantine; `embeddings` as for `storable`."""
     told = {**facts, "user": user, "up": False, "reason": reason}
-    return UserRecord(user, "groups", storable(embeddings, embedding), None, told)
+    return UserRecord(user, Tier.GROUPS, storable(embeddings, embedding), None, told)
 
 
 def storable(embeddings: Float[Tensor, "U D"], embedding: Float[Tensor, "D"]) -> Float[Tensor, "D"]:

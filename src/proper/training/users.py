@@ -34,6 +34,7 @@ from proper.data.derived.views import Histories
 from proper.files import private_folder, read_json, write_json
 from proper.models.personal import ProperModel
 from proper.models.tensors import load_tensors, save_tensors
+from proper.run_folder import Tier
 from proper.training.checkpoint import Checkpoint
 from proper.training.group_tier_record import refused, storable
 from proper.training.jobs import FitProgress, FitResult, Job, refusal
@@ -220,7 +221,7 @@ def _fit(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str, facts: 
             return refused(stage.embeddings, user, outcome.embedding, f"quarantined: {fault}", facts(user))
         adapter = encode(tensors, stage.config.storage)
         told = {"items": outcome.items, "passes": state.best, "held_losses": state.losses, "loss": state.trained}
-        return UserRecord(user, "users", outcome.embedding, adapter, {**told, **facts(user)})
+        return UserRecord(user, Tier.USERS, outcome.embedding, adapter, {**told, **facts(user)})
 
     def done(outcomes: Sequence[FitResult], again: bool) -> None:
         records = (record(outcome) for outcome in outcomes)
@@ -299,7 +300,7 @@ def _keep_on_group_tier(stage: UserStage, chosen: Sequence[int], facts: Facts) -
     for at in range(0, len(others), RECORDS):
         users = ((stage.users[index], stage.embeddings[index]) for index in others[at : at + RECORDS])
         stage.store.put(
-            UserRecord(user, "groups", storable(stage.embeddings, embedding), None, facts(user))
+            UserRecord(user, Tier.GROUPS, storable(stage.embeddings, embedding), None, facts(user))
             for user, embedding in users
         )
     write_json(marker, {"users": len(others)})

@@ -18,7 +18,9 @@ from proper.data.demo.people import DemoUser, World, make_world, shuffled
 from proper.data.demo.settings import DemoSettings
 from proper.data.demo.truth import METRICS, PlantedTruth, compose, find_truth, own_plan
 from proper.files import write_json, write_text
+from proper.run_folder import RunFolder
 
+_RUN = RunFolder(Path())
 _SAMPLES = 2  # contents per topic over which the best styled answer is chosen
 _KINDS = {"classification": "classification", "rating": "rating", "style": "generation"}
 
@@ -48,13 +50,13 @@ def write_demo(folder: Path, settings: DemoSettings) -> Path:
     bank = load_bank(settings.task)
     world = make_world(settings, max(1, len(bank.closings)))
     events = list(_events(settings, bank, world))
-    path = folder / "interactions.jsonl"
+    path = folder / _RUN.demo_rows.name
     write_text(path, "".join(json.dumps(_row(event), ensure_ascii=False) + "\n" for event in events))
     rng = random.Random(f"{settings.task} truth {settings.seed}")
     contents = [[draw(topic, rng)[1] for _ in range(_SAMPLES)] for topic in bank.topics]
     truth = find_truth(settings.task, bank, world.people, contents)
     write_json(
-        folder / "truth.json",
+        folder / _RUN.demo_truth.name,
         {
             "task": settings.task,
             "metric": METRICS[settings.task],
