@@ -37,7 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from proper.errors import DataError, InputError, NonFiniteLossError, ProperError, RunFolderError
 from proper.files import read_json, write_json, write_text
 from proper.models.backbone import pick_device
-from proper.models.tensors import load_tensors, save_tensors
+from proper.models.checkpoints import load_tensors, save_tensors
 from proper.training.checkpoint import optimizer_tensors, restore_optimizer, seed_of
 
 PAD, START, END = "<pad>", "<s>", "</s>"

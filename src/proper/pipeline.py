@@ -22,8 +22,8 @@ from proper.config import Config, load_config, make_config
 from proper.console import progress, quiet_libraries
 from proper.data.dataset import Dataset, prepare
 from proper.data.demo import DemoSettings, demo_config, write_demo
-from proper.data.demo.settings import DemoTask
-from proper.data.summary import DataSummary
+from proper.data.demo.users import DemoTask
+from proper.data.summary import DataSummary, summarize
 from proper.errors import ConfigError, RunFolderError
 from proper.evaluation.harness import Harness
 from proper.evaluation.power import Power, expected_power
@@ -207,7 +207,7 @@ def check(config: Config, *, skip_bad_rows: bool = False) -> Checked:
     """
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder, _data(config, Path(folder), skip_bad_rows) as dataset:
-        return Checked(dataset.summary(), expected_power(dataset, config.task.kind))
+        return Checked(summarize(dataset), expected_power(dataset, config.task.kind))
 
 
 def check_backbone(config: Config) -> str:

@@ -16,7 +16,7 @@ import typer
 import proper
 from proper.cli.app import app, main, require_text
 from proper.cli.demo import Task
-from proper.data.demo.settings import DemoTask
+from proper.data.demo.users import DemoTask
 from proper.errors import InputError
 
 COMMANDS = ["demo", "check", "run", "evaluate", "report", "generate", "serve", "export-backbone"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from proper.cli.app import main
-from proper.data.lamp.fetch import SITE, fetchable_task, file_urls
+from proper.data.public.lamp import SITE, fetchable_task, file_urls
 from proper.lamp_tasks import LAMP_TASKS
 
 Output = pytest.CaptureFixture[str]

@@ -18,7 +18,7 @@ import torch
 
 from proper.config import load_config
 from proper.data.dataset import Dataset
-from proper.models.tensors import save_tensors
+from proper.models.checkpoints import save_tensors
 from proper.training.metrics_log import MetricsLog
 from proper.training.stages import StageRunner
 

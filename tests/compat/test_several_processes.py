@@ -20,7 +20,7 @@ from proper.data.batching import Encoder
 from proper.data.dataset import prepare
 from proper.files import read_json, write_text
 from proper.models.backbone import load_tokenizer
-from proper.models.tensors import load_tensors
+from proper.models.checkpoints import load_tensors
 from proper.training.metrics_log import MetricsLog
 from proper.training.stages import StageRunner
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from proper.adapters.slot_cache import SlotCache
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import UsersConfig, make_config
 from proper.data.batching import Encoder, collate
@@ -17,7 +16,7 @@ from proper.data.dataset import TextExample
 from proper.errors import InputError
 from proper.export.fold import fold, folded_rank, history_gates
 from proper.export.static_model import fold_all, folded_size
-from proper.inference.personalized import PersonalizedModel
+from proper.inference.model import PersonalizedModel, ServedUsers
 from proper.layers.bank import AdapterBank
 from proper.layers.personalized_linear import AdaptedLinear
 from proper.models.personal import ProperModel
@@ -52,7 +51,7 @@ def served(model: ProperModel, store: AdapterStore, batch_size: int = 3) -> Pers
     model.use_bank(bank)
     raw = {"data": {"path": "x"}, "compute": {"dtype": "fp32", "max_length": 64, "batch_size": batch_size}}
     encoder = Encoder(model.backbone.tokenizer, 64)
-    return PersonalizedModel(model, encoder, make_config(raw), SlotCache(store, bank, vectors[3]), "users")
+    return PersonalizedModel(model, encoder, make_config(raw), ServedUsers(store, bank, vectors[3]), "users")
 
 
 def logits(model: PersonalizedModel, users: list[str]) -> Tensor:

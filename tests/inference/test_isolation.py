@@ -19,10 +19,11 @@ from proper.errors import InputError, ProperError, StoreError
 from proper.inference import PersonalizedModel, load
 from proper.inference.adapter_manager import DAMAGED, DAMAGED_EMBEDDING
 from proper.inference.engine import Engine
+from proper.inference.generate import generate
 from proper.inference.kv_cache import RowCache
-from proper.inference.requests import Event, Finished, Request, Started, Token
-from proper.inference.running import EngineLimits, RequestHandle
+from proper.inference.requests import EngineLimits, Event, Finished, Request, RequestHandle, Started, Token
 from proper.inference.sampling import Sampling
+from proper.inference.score import score
 
 PROMPTS = (tuple(range(5, 25)), (40, 41), (7,) * 9, tuple(range(60, 93)))
 GOOD = ("u0", "u1", "u2", "group", None)
@@ -270,8 +271,6 @@ def test_what_an_older_version_stored_falls_back(copied: PersonalizedModel) -> N
     assert store is not None
     record = store.get("u3")
     assert record is not None and record.adapter is not None
-    good = copied.cache
-    assert good is not None
     bad_store = AdapterStore(store.folder, "old")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("proper.adapters.two_phase_write.require_sound", lambda *_: None)
@@ -295,19 +294,20 @@ def test_what_an_older_version_stored_falls_back(copied: PersonalizedModel) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("proper.adapters.two_phase_write.require_sound", lambda *_: None)
         store.put([replace(record, user="u1", embedding=torch.full((16,), torch.inf))])
-    for call in (lambda: copied.generate(["Well?"], ["u1"]), lambda: copied.score(["Well?"], ["u1"], ["a", "b"])):
+    for call in (lambda: generate(copied, ["Well?"], ["u1"]), lambda: score(copied, ["Well?"], ["u1"], ["a", "b"])):
         with pytest.raises(StoreError, match=r"user 'u1': embedding: numbers that are not finite"):
             call()
 
 
 def test_scores_that_are_not_numbers_are_no_scores(copied: PersonalizedModel) -> None:
-    assert copied.cache is not None and copied.cache.bank is not None
-    fine = copied.score(["Well?"], ["u0"], ["a", "b"])
+    served = copied.served
+    assert served is not None
+    fine = score(copied, ["Well?"], ["u0"], ["a", "b"])
     copied.rows(["u1"])
-    copied.cache.bank.values[copied.cache._slots["u1"]] = torch.nan
-    assert torch.equal(copied.score(["Well?"], ["u0"], ["a", "b"]), fine)
+    served.bank.values[served.cache._slots["u1"]] = torch.nan
+    assert torch.equal(score(copied, ["Well?"], ["u0"], ["a", "b"]), fine)
     with pytest.raises(ProperError, match="user 'u1'.*not finite"):
-        copied.score(["Well?", "Well?"], ["u0", "u1"], ["a", "b"])
+        score(copied, ["Well?", "Well?"], ["u0", "u1"], ["a", "b"])
 
 
 def breaking(model: PersonalizedModel, when: Callable[[Tensor], bool]) -> Callable[..., Any]:

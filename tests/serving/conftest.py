@@ -18,7 +18,7 @@ from proper.cli.serve import watching
 from proper.inference import PersonalizedModel, load
 from proper.inference.engine import Engine
 from proper.inference.engine_thread import EngineThread
-from proper.inference.running import EngineLimits
+from proper.inference.requests import EngineLimits
 from proper.serving.app import ServeSettings, create_app
 from proper.serving.connections import ConnectionLimits
 from proper.serving.fit_process import FitProcess

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from proper.inference import load
 from proper.inference.engine import Engine
 from proper.inference.engine_thread import EngineThread
-from proper.inference.running import EngineLimits
+from proper.inference.requests import EngineLimits
 from proper.serving.app import ServeSettings, create_app
 from proper.serving.keys import Keys
 from proper.serving.rate_limits import ServeLimits

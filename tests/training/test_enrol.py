@@ -129,12 +129,13 @@ def test_a_fit_is_the_same_alone_in_a_fresh_process_and_in_any_company(run: Path
 
 def test_the_embedding_begins_at_the_mean_and_lowers_the_loss(run: Path, opened: Open) -> None:
     model = opened(run)
-    assert model.cache is not None
+    served = model.personalized.served
+    assert served is not None
     model.users.enrol("new", rows(3, 14))
     made = record(run, "new")
     losses = made.facts["embedding_losses"]
     assert len(losses) == 2 and losses[made.facts["embedding_passes"]] == min(losses)
-    assert made.facts["embedding_passes"] > 0 and not torch.equal(made.embedding, model.cache.mean)
+    assert made.facts["embedding_passes"] > 0 and not torch.equal(made.embedding, served.mean)
 
 
 def test_a_known_user_grows_from_the_run_s_history(run: Path, opened: Open) -> None:

@@ -62,7 +62,7 @@ def test_the_others_train_as_if_a_bad_user_had_never_been_there(
     grouped: Build,
     jobs: list[Job],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     slots: int,
     spoil: Callable[[Job], Job],
     reason: str,
@@ -75,7 +75,7 @@ def test_the_others_train_as_if_a_bad_user_had_never_been_there(
     assert rows.keys() == without.keys()
     for user, row in rows.items():
         assert torch.equal(row, without[user]), f"{user} is another to the bit"
-    told = [line for line in capsys.readouterr().err.splitlines() if "bob" in line]
+    told = [line for line in caplog.messages if "bob" in line]
     assert len(told) == 1 and reason in told[0]
 
 

@@ -14,8 +14,9 @@ from proper.data.batching import Encoder
 from proper.data.dataset import Dataset, prepare
 from proper.errors import DataError, RunFolderError, StoreError
 from proper.files import hash_file, read_json
-from proper.inference.personalized import load
-from proper.models.tensors import load_tensors, save_tensors
+from proper.inference.generate import respond
+from proper.inference.loading import load
+from proper.models.checkpoints import load_tensors, save_tensors
 from proper.run_folder import Stage
 from proper.training.stages import StageRunner
 
@@ -71,7 +72,7 @@ def test_all_stages_then_nothing_left_to_do(runner: Callable[..., StageRunner], 
     assert len(log) == steps and fingerprint(folder) == before
 
     model = load(folder)
-    answers = model.respond(["red green is"] * 3, ["ann", "nobody", None])
+    answers = respond(model, ["red green is"] * 3, ["ann", "nobody", None])
     assert model.stage == "users" and [answer.tier for answer in answers][1:] == ["none", "none"]
     assert answers[0].tier in ("users", "groups")
     model.close()

@@ -21,8 +21,7 @@ from proper.errors import ProperError
 from proper.inference.engine import Engine
 from proper.inference.engine_thread import EngineThread
 from proper.inference.forward import pad_left
-from proper.inference.requests import Event, Request, Sink, Token
-from proper.inference.running import EngineLimits
+from proper.inference.requests import EngineLimits, Event, Request, Sink, Token
 from proper.inference.sampling import Sampling
 
 Times = list[list[float]]

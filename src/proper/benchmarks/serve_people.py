@@ -14,11 +14,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from proper.adapters.slot_cache import SlotCache
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import make_config
 from proper.inference.kv_cache import SLACK
-from proper.inference.personalized import PersonalizedModel
+from proper.inference.model import PersonalizedModel, ServedUsers
 from proper.layers.bank import AdapterBank
 from proper.models.backbone import Backbone, digest, load_backbone, load_tokenizer
 from proper.models.personal import ProperModel
@@ -79,8 +78,8 @@ class Served:
         self.model.use_bank(bank)
         encoder = backbone.encoder(limit)
         encoder.end, encoder.ends = None, frozenset()
-        cache = SlotCache(self.store, bank, torch.zeros(self.model.embedding_size))
-        self.personal = PersonalizedModel(self.model, encoder, self.config, cache, Tier.USERS)
+        served = ServedUsers(self.store, bank, torch.zeros(self.model.embedding_size))
+        self.personal = PersonalizedModel(self.model, encoder, self.config, served, Tier.USERS)
         self.alone = PersonalizedModel(self.model, encoder, self.config, None, Tier.BASE)
         draw = random.Random(0)
         lengths = [draw.randint(shape.prompt // 2, shape.prompt) for _ in range(shape.rows)]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from proper.console import progress, say
+from proper.console import progress
 from proper.errors import InputError, ProperError
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
   proper data fetch lamp-3
@@ -58,11 +61,11 @@ def fetch(
     Shows the license and asks for agreement first. An interrupted download resumes. Checksums are kept in SHA256SUMS
     beside the files, and files that exist already are checked against it. Prints the folder, for data.path.
     """
-    from proper.data.lamp.fetch import LICENSE, SITE, fetch_task, fetchable_task
+    from proper.data.public.lamp import LICENSE, SITE, fetch_task, fetchable_task
 
     task = fetchable_task(name)
     folder = out or Path("data") / (task.name if split == "user" else f"{task.name}-time")
-    say(LICENSE)
+    logger.info(LICENSE)
     if not yes:
         _agree()
     fetch_task(task, split, folder, site or SITE)
@@ -85,12 +88,12 @@ def from_git(
     Merges, short bodies and repeated subjects are left out, trailers are removed, addresses and URLs are masked. The
     columns are user_id, item_id, timestamp, subject, body, prefix and area. Prints the file's path.
     """
-    from proper.data.git_history import CommitFilter, count_commits, write_git_history
+    from proper.data.public.git_history import CommitFilter, count_commits, write_git_history
 
     total = count_commits(repository)
     with progress("commits", total) as advance:
         rows, users = write_git_history(repository, out, CommitFilter(min_words, max_chars, salt), advance)
-    say(f"{rows} of {total} commits by {users} authors")
+    logger.info(f"{rows} of {total} commits by {users} authors")
     typer.echo(out)
 
 

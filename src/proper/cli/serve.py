@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -11,10 +12,11 @@ import typer
 
 import proper
 from proper.cli.options import RunFolder, size_in_bytes
-from proper.console import say
 from proper.errors import ReadOnlyError
 from proper.run_folder import require_run
 from proper.sqlite_files import writable
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
   proper serve runs/demo
@@ -121,14 +123,14 @@ def command(
     keys = Keys(folder / FILE)
     keys.remember()
     if keys.required and not len(keys):
-        say(f"proper: no key is valid, so nobody gets in; 'proper keys add {folder}' makes one")
+        logger.warning(f"proper: no key is valid, so nobody gets in; 'proper keys add {folder}' makes one")
     if not no_worker and not writable(run.users.manifest):
         raise ReadOnlyError(f"{folder}: is read-only, so nobody can be fitted; serve it with --no-worker")
     require_keys(host, keys, f"make one with: proper keys add {folder}")
     from proper.inference import load
     from proper.inference.engine import Engine
     from proper.inference.engine_thread import EngineThread
-    from proper.inference.running import EngineLimits
+    from proper.inference.requests import EngineLimits
     from proper.serving.app import ServeSettings, create_app
     from proper.serving.fit_process import FitProcess
     from proper.serving.rate_limits import ServeLimits
@@ -138,13 +140,15 @@ def command(
         runner = EngineThread(Engine(model, EngineLimits(rows, slots, prefix_bytes=prefix_bytes, flow_rows=key_rows)))
         limits = ServeLimits(open_requests=max_open, per_minute=rate)
         settings = ServeSettings(folder.resolve().name, proper.__version__, is_loopback(host), limits, log_users)
-        fits = None if no_worker or model.store is None else FitProcess(watching(folder), say)
-        server = make_server(create_app(runner, keys, settings, say, fits), drain, connections)
+        fits = None if no_worker or model.store is None else FitProcess(watching(folder), logger.info)
+        server = make_server(create_app(runner, keys, settings, logger.info, fits), drain, connections)
         runner.on_error = server.end
         address, number = socket.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
-        say(f"proper: serving {folder} as {settings.model!r} on http://{shown}:{number} (Ctrl-C drains and stops)")
+        logger.info(
+            f"proper: serving {folder} as {settings.model!r} on http://{shown}:{number} (Ctrl-C drains and stops)"
+        )
         server.run([socket])
         model.close()
     require_no_failure(runner)
-    say("proper: stopped")
+    logger.info("proper: stopped")

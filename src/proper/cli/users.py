@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proper.cli.options import RunFolder
-from proper.console import say
 from proper.errors import InputError, ReadOnlyError, RunFolderError, StoreError
 from proper.run_folder import Stage, require_run
 
 if TYPE_CHECKING:
     from proper.adapters.store import AdapterStore
+
+logger = logging.getLogger(__name__)
 
 OneUser = Annotated[str, typer.Option("--user", metavar="U", help="The user's id.", show_default=False)]
 ManyUsers = Annotated[
@@ -174,7 +176,7 @@ def check(
     for found in findings:
         typer.echo(_line(asdict(found)) if as_json else f"{found.text}{found.repair and '; ' + found.repair}")
     left = sum(not found.repair for found in findings)
-    say(f"{len(findings)} found, {left} left" if findings else "nothing is wrong")
+    logger.info(f"{len(findings)} found, {left} left" if findings else "nothing is wrong")
     _require_gone(waits)
     if left:
         raise typer.Exit(1)
@@ -183,9 +185,9 @@ def check(
 def _require_gone(waits: list[str]) -> None:
     """Exit with code 1 and print the reasons if data of deleted users is left."""
     for wait in waits:
-        say(f"not gone yet: {wait}")
+        logger.warning(f"not gone yet: {wait}")
     if waits:
-        say("'proper users check' goes on with the deletion, as does every command that writes into the run")
+        logger.info("'proper users check' goes on with the deletion, as does every command that writes into the run")
         raise typer.Exit(1)
 
 

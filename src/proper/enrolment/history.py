@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from proper.adapters.store import DEFAULT_TENANT
-from proper.data.dataset import Dataset
-from proper.data.labels import find_label
-from proper.data.sampling import TextExample
+from proper.data.dataset import Dataset, TextExample
+from proper.data.values import find_label
 from proper.files import hash_value
 from proper.interactions.log import InteractionLog, LoggedInteraction
 from proper.run_folder import RunFolder

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from proper.adapters.store import AdapterStore
 from proper.config import Config
-from proper.data.coverage import queries_seen_by_others, targets_outside
 from proper.data.dataset import Dataset
-from proper.data.summary import require_no_leaks
+from proper.data.summary import queries_seen_by_others, require_no_leaks, targets_outside
 from proper.evaluation.fingerprint import code_version
 from proper.evaluation.lamp_predictions import write_lamp_predictions
 from proper.evaluation.metrics import Prediction, TaskInfo
@@ -29,7 +28,8 @@ from proper.evaluation.routing import analyze_routing
 from proper.evaluation.runner import MethodRun, answer_losses, mean_gates
 from proper.evaluation.truth import TruthShares, read_truth, truth_section
 from proper.files import hash_value, read_json, write_json
-from proper.inference.personalized import PersonalizedModel, load
+from proper.inference.loading import load
+from proper.inference.model import PersonalizedModel
 from proper.run_folder import RunFolder, Stage, Tier
 
 MEASURING_CODE = ("data", "layers", "models", "inference", "evaluation")
@@ -209,5 +209,5 @@ class Harness:
 
 
 def _embeddings(model: PersonalizedModel, users: Sequence[str]) -> Tensor:
-    assert model.cache is not None
-    return model.cache.embeddings(users)
+    assert model.served is not None
+    return model.served.embeddings(users)

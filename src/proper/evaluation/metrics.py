@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from proper.data.labels import number_of
+from proper.data.values import number_of
 from proper.errors import DataError
 from proper.evaluation.rouge import official_words, rouge_1, rouge_l, words
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from proper.adapters.quantization import encode
-from proper.adapters.slot_cache import SlotCache
 from proper.adapters.store import AdapterStore, UserRecord
-from proper.inference.personalized import PersonalizedModel, load
+from proper.inference.loading import load
+from proper.inference.model import PersonalizedModel, ServedUsers
 from proper.layers.bank import AdapterBank
 from proper.run_folder import Tier
 
@@ -49,8 +49,8 @@ def int8_bytes(record: UserRecord) -> int:
 
 
 def _recoded(exact: PersonalizedModel, users: Sequence[str], store: AdapterStore) -> PersonalizedModel:
-    assert exact.cache is not None and exact.cache.bank is not None
-    source, held = exact.cache.store, exact.cache.bank
+    assert exact.served is not None
+    source, held = exact.served.store, exact.served.bank
     records = (record for user in users if (record := source.get(user)) is not None)
     store.put(
         replace(record, adapter=None if record.adapter is None else encode(record.adapter, "int8"))
@@ -66,5 +66,5 @@ def _recoded(exact: PersonalizedModel, users: Sequence[str], store: AdapterStore
         dtype=torch.float32,
     )
     exact.model.use_bank(bank)
-    cache = SlotCache(store, bank, exact.cache.mean)
-    return PersonalizedModel(exact.model, exact.encoder, exact.config, cache, Tier.USERS)
+    served = ServedUsers(store, bank, exact.served.mean)
+    return PersonalizedModel(exact.model, exact.encoder, exact.config, served, Tier.USERS)

@@ -30,12 +30,13 @@ from proper.export.fold import fold, folded_rank
 from proper.export.peft_format import adapter_config, served_rank, to_peft, uniform
 from proper.export.user_archive import FACTS, read_user, write_user
 from proper.files import atomic_folder, hash_file, read_json, write_json
-from proper.inference.personalized import PersonalizedModel, load
+from proper.inference.loading import load
+from proper.inference.model import PersonalizedModel
 from proper.interactions.deletion import logged_rows, run_rows
 from proper.interactions.log import InteractionLog
 from proper.layers.bank import Layout
 from proper.models.backbone import Backbone
-from proper.models.tensors import load_tensors
+from proper.models.checkpoints import load_tensors
 from proper.run_folder import PEFT_CONFIG, PEFT_WEIGHTS, RunFolder, Stage, require_run
 
 Format = Literal["native", "peft"]

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from proper.adapters.slot_cache import SlotCache
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.console import progress
 from proper.data.dataset import Dataset, TextExample
 from proper.export.fold import fold, folded_rank
 from proper.export.peft_format import pack, served_rank
-from proper.inference.personalized import PersonalizedModel, load
+from proper.inference.loading import load
+from proper.inference.model import PersonalizedModel, ServedUsers
 from proper.layers.bank import AdapterBank
 from proper.models.personal import ProperModel
 from proper.run_folder import Tier
@@ -78,4 +78,4 @@ def fold_all(
         layout, max(2, config.compute.batch_size), alpha=float(rank), trainable=False, device=exact.model.device
     )
     plain.use_bank(bank)
-    return PersonalizedModel(plain, exact.encoder, config, SlotCache(store, bank, nobody), Tier.USERS)
+    return PersonalizedModel(plain, exact.encoder, config, ServedUsers(store, bank, nobody), Tier.USERS)

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 from proper.adapters.async_slot_cache import AdapterKey, AsyncSlotCache, LoadResult
 from proper.adapters.records import Head
 from proper.adapters.store import AdapterStore
 from proper.adapters.validation import fault_of
 from proper.errors import ProperError, StoreError
-from proper.inference.running import RunningRequest
+from proper.inference.model import PersonalizedModel
+from proper.inference.requests import RunningRequest
 from proper.layers.bank import AdapterBank
 from proper.run_folder import Tier
-
-if TYPE_CHECKING:
-    from proper.inference.personalized import PersonalizedModel
 
 DAMAGED = "damaged adapter"
 DAMAGED_EMBEDDING = "damaged embedding"
@@ -76,7 +73,7 @@ class AdapterManager:
 
     def head(self, guest: RunningRequest) -> Head | None:
         """Return the current record of the request's user; None if the request has no user or the store has none."""
-        if guest.owner is None or self._model.cache is None:
+        if guest.owner is None or self._model.served is None:
             return None
         return self.store(guest.owner[0]).head(guest.owner[1])
 
@@ -153,18 +150,18 @@ class AdapterManager:
         """End the loading thread, close the stores and give the model its own bank back."""
         if self.residents is not None:
             self.residents.close()
-            assert self._model.cache is not None
-            self._model.cache.clear()
-            self._model.model.use_bank(self._model.cache.bank)
+            assert self._model.served is not None
+            self._model.served.cache.clear()
+            self._model.model.use_bank(self._model.served.bank)
         for tenant, store in self._stores.items():
             if tenant:  # the default tenant's store belongs to the model
                 store.close()
 
     def _make_residents(self, slots: int, wake: Callable[[], None]) -> AsyncSlotCache | None:
-        cache = self._model.cache
-        if cache is None or cache.bank is None or self._model.stage != Tier.USERS:
+        served = self._model.served
+        if served is None or self._model.stage != Tier.USERS:
             return None
-        bank = cache.bank
+        bank = served.bank
         if bank.slots != slots:
             alpha, form = bank.scale * bank.layout.rank, bank.values
             bank = AdapterBank(bank.layout, slots, alpha=alpha, trainable=False, device=form.device, dtype=form.dtype)
@@ -172,8 +169,8 @@ class AdapterManager:
         return AsyncSlotCache(self.store, bank, wake)
 
     def _fault(self, head: Head) -> str | None:
-        assert self._model.cache is not None
-        held, wanted = tuple(head.embedding.shape), tuple(self._model.cache.mean.shape)
+        assert self._model.served is not None
+        held, wanted = tuple(head.embedding.shape), tuple(self._model.served.mean.shape)
         if held != wanted:
             return f"embedding: has shape {held}, this run's have {wanted}"
         return fault_of({"embedding": head.embedding})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -16,14 +15,11 @@ from torch import Tensor
 from proper.errors import ProperError
 from proper.inference.forward import columns_left, decode, prefill, rows_of
 from proper.inference.kv_cache import RowCache
+from proper.inference.model import PersonalizedModel
 from proper.inference.prefix_cache import CachedPrefix, PrefixCache
-from proper.inference.requests import Token
-from proper.inference.running import RunningRequest
+from proper.inference.requests import RunningRequest, Token
 from proper.inference.sampling import logprobs_of, next_tokens
 from proper.layers.batch_context import RowContext
-
-if TYPE_CHECKING:
-    from proper.inference.personalized import PersonalizedModel
 
 Drawn = Token | Exception
 """A row's next token, or the error that prevented it."""

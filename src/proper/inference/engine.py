@@ -14,7 +14,6 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,15 +23,24 @@ from proper.adapters.store import AdapterStore
 from proper.errors import ProperError
 from proper.inference.adapter_manager import AdapterManager
 from proper.inference.batch import Drawn, RunningBatch
+from proper.inference.model import PersonalizedModel
 from proper.inference.prefix_cache import PrefixCache, PrefixKey
 from proper.inference.request_queue import RequestQueue
-from proper.inference.requests import Event, Finished, Reason, Request, Sink, Started, require_possible
-from proper.inference.running import EngineLimits, EngineStats, RequestHandle, RunningRequest
+from proper.inference.requests import (
+    EngineLimits,
+    EngineStats,
+    Event,
+    Finished,
+    Reason,
+    Request,
+    RequestHandle,
+    RunningRequest,
+    Sink,
+    Started,
+    require_possible,
+)
 from proper.inference.sampling import Sampler
 from proper.run_folder import Tier
-
-if TYPE_CHECKING:
-    from proper.inference.personalized import PersonalizedModel
 
 
 class Engine:
@@ -306,7 +314,7 @@ class Engine:
             raise error
 
     def _tier(self, guest: RunningRequest) -> Tier:
-        if self.model.cache is None or self.model.stage in (Tier.BASE, Tier.POPULATION):
+        if self.model.served is None or self.model.stage in (Tier.BASE, Tier.POPULATION):
             return self.model.stage
         if not guest.grouped:
             return Tier.POPULATION

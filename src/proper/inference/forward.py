@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -12,13 +11,11 @@ from transformers import DynamicCache
 
 from proper.adapters.records import Head
 from proper.inference.kv_cache import RowCache
+from proper.inference.model import PersonalizedModel
 from proper.inference.prefix_cache import CachedPrefix
 from proper.layers.batch_context import Kept, RowContext
 from proper.models.personal import ProperModel
 from proper.run_folder import Tier
-
-if TYPE_CHECKING:
-    from proper.inference.personalized import PersonalizedModel
 
 
 def pad_left(
@@ -50,10 +47,10 @@ def rows_of(
         grouped: whether experts are applied to a row; population rows get neither experts nor adapter.
         trace: whether the gates of each row's last token are recorded.
     """
-    if model.cache is None or model.stage in (Tier.BASE, Tier.POPULATION) or not any(grouped):
+    if model.served is None or model.stage in (Tier.BASE, Tier.POPULATION) or not any(grouped):
         return RowContext()
     device = model.model.device
-    mean = model.cache.mean
+    mean = model.served.mean
     embedding = torch.stack([mean if head is None else head.embedding for head in heads]).to(device)
     experts = None if all(grouped) else torch.tensor(grouped, device=device)
     if max(slots) < 0:

@@ -1,4 +1,4 @@
-"""Engine interface: `Request`, and the events Started, Token and Finished that the engine sends to its sink."""
+"""Engine interface: requests with their status and events, limits and statistics."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from proper.adapters.async_slot_cache import AdapterKey, CacheCounts
+from proper.adapters.records import Head
 from proper.errors import InputError
-from proper.inference.sampling import Logprobs, Sampling
+from proper.inference.prefix_cache import PrefixKey
+from proper.inference.sampling import Logprobs, Sampler, Sampling
 from proper.run_folder import Tier
 
 Reason = Literal["stop", "length", "cancelled", "error"]
@@ -102,3 +105,131 @@ def require_possible(request: Request, limit: int, embeddings: int) -> None:
 Event = Started | Token | Finished
 Sink = Callable[[Event], None]
 """Callback that gets a request's events in order, ending with one `Finished`. Runs on the engine's thread: be quick."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """Batch, slot and memory limits of an engine.
+
+    Attributes:
+        rows: maximum requests that run together.
+        slots: adapter slots of the bank; None takes one per row and a quarter more, for prefetching.
+        prefill: maximum tokens of new prompts per step, padding included; a longer prompt is prefilled alone.
+        patience: how often a request whose adapter is not loaded may be overtaken by requests whose adapter is.
+        length: maximum tokens of a prompt and its answer together, for which memory is allocated; None takes the
+            config's `compute.max_length`.
+        prefix_bytes: budget of the prefix cache in bytes; 0 switches it off.
+        flow_rows: maximum rows of one API key while other keys wait; None takes half of `rows`.
+    """
+
+    rows: int = 32
+    slots: int | None = None
+    prefill: int = 2048
+    patience: int = 16
+    length: int | None = None
+    prefix_bytes: int = 64 << 20
+    flow_rows: int | None = None
+
+    @property
+    def bank(self) -> int:
+        """Number of slots of the bank."""
+        return self.slots or self.rows + max(1, self.rows // 4)
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Snapshot of an engine's figures. The counters (from `steps` on) only grow.
+
+    Attributes:
+        resident: adapters in slots.
+        pinned: slots in use by running requests.
+        loading: adapter loads whose result has not been collected.
+        prefix_bytes: size of the prefix cache.
+        reused_tokens: prompt tokens taken from the prefix cache instead of being computed.
+        tokens: generated tokens by tier.
+        fallbacks: requests answered below their user's tier because the adapter or embedding is damaged.
+        errors: requests that ended with an error.
+    """
+
+    waiting: int
+    running: int
+    slots: int
+    resident: int
+    pinned: int
+    loading: int
+    prefix_bytes: int
+    steps: int
+    prompt_tokens: int
+    reused_tokens: int
+    tokens: dict[str, int]
+    fallbacks: int
+    errors: int
+    adapters: CacheCounts
+
+
+class RequestHandle:
+    """Handle of a submitted request; `cancel` removes it from the queue or batch before the next step. Thread-safe."""
+
+    def __init__(self, request: Request, sink: Sink, wake: Callable[[], None]) -> None:
+        self.request, self.sink, self.cancelled = request, sink, False
+        self._wake = wake
+
+    def cancel(self) -> None:
+        """Cancel the request; its sink still gets `Finished`, unless it already has."""
+        self.cancelled = True
+        self._wake()
+
+
+@dataclass(eq=False)
+class RunningRequest:
+    """A request inside the engine.
+
+    Attributes:
+        head: the version of its user's record that it uses; None without a user or record.
+        key: key of the adapter that it needs; None if it needs none.
+        slot: slot of that adapter while the request has a row; -1 otherwise.
+        fallback: why its user's adapter or embedding is not used; None if nothing is damaged.
+        origin: prefix cache key of its row; None if the row is not to be cached.
+        said: the tokens generated so far.
+    """
+
+    ticket: RequestHandle
+    sampler: Sampler
+    head: Head | None = None
+    key: AdapterKey | None = None
+    slot: int = -1
+    fallback: str | None = None
+    origin: PrefixKey | None = None
+    said: list[int] = field(default_factory=list)
+
+    @property
+    def request(self) -> Request:
+        """The submitted request."""
+        return self.ticket.request
+
+    @property
+    def size(self) -> int:
+        """Number of prompt tokens."""
+        return len(self.request.prompt)
+
+    @property
+    def cost(self) -> int:
+        """Number of tokens of the prompt and of the longest possible answer."""
+        return self.size + self.request.sampling.max_new_tokens
+
+    @property
+    def flow(self) -> tuple[str, str]:
+        """Flow of the request in the fair queue: (tenant, API key)."""
+        return self.request.tenant, self.request.client
+
+    @property
+    def owner(self) -> tuple[str, str] | None:
+        """(tenant, user) of the record that it needs; None if it needs no record."""
+        if self.request.user is None or not self.grouped:
+            return None
+        return self.request.tenant, self.request.user
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the group experts are applied to the request."""
+        return self.request.tier != "population"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import BatchContext, RowContext
+from proper.layers.dropout import dropout_mask
 from proper.layers.experts import Experts
 from proper.layers.routers import LoraAwareRouter, UserAwareRouter, at_least_fp32, gates_of
 
@@ -110,16 +111,3 @@ class AdaptedLinear(nn.Module):
         if self.name not in held:
             held[self.name] = router.matrices_of(rows.kept.adapters[self.name][1], bank.scale)
         return held[self.name]
-
-
-def dropout_mask(x: Float[Tensor, "B T I"], rate: float, rows: RowContext) -> Float[Tensor, "B T I"]:
-    """Draw each row's dropout mask from the row's own generator, so that it does not depend on the other rows.
-
-    Only the row's own tokens (`rows.mask`, right-aligned) use random numbers: padding must not shift the stream.
-    """
-    assert rows.generators is not None and rows.mask is not None
-    keep = torch.ones_like(x)
-    for row, (generator, tokens) in enumerate(zip(rows.generators, rows.mask.sum(1).tolist(), strict=True)):
-        draw = torch.rand(tokens, x.shape[-1], generator=generator) >= rate
-        keep[row, x.shape[1] - tokens :] = draw.to(x.dtype) / (1 - rate)
-    return keep

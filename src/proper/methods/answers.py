@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from proper.adapters.slot_cache import SlotCache
 from proper.adapters.store import AdapterStore
 from proper.errors import DataError
 from proper.evaluation.runner import MethodRun, predict
 from proper.export.int8_model import USERS_INT8, in_int8
 from proper.export.static_model import STATIC_EXPORT, static_export
-from proper.inference.personalized import PersonalizedModel, load, load_groups
+from proper.inference.loading import load, serve_users
+from proper.inference.model import PersonalizedModel, ServedUsers
 from proper.layers.bank import AdapterBank
 from proper.methods.per_user_lora import direct_model
 from proper.methods.spec import TrainedRun
@@ -68,8 +68,8 @@ def directly(place: TrainedRun) -> MethodRun:
     slots = max(2, place.config.compute.batch_size)
     bank = AdapterBank(model.layout(users.rank), slots, alpha=users.alpha, trainable=False, device=model.device)
     model.use_bank(bank)
-    cache = SlotCache(AdapterStore(RunFolder(place.folder).users.path), bank, torch.zeros(1))
-    return _run(place, model, cache)
+    served = ServedUsers(AdapterStore(RunFolder(place.folder).users.path), bank, torch.zeros(1))
+    return _run(place, model, served)
 
 
 def jointly(place: TrainedRun) -> MethodRun:
@@ -77,12 +77,12 @@ def jointly(place: TrainedRun) -> MethodRun:
     config = place.config
     backbone = configured_backbone(config)
     model = ProperModel(backbone)
-    return _run(place, model, load_groups(place.folder, config, model))
+    return _run(place, model, serve_users(place.folder, config, model))
 
 
-def _run(place: TrainedRun, model: ProperModel, cache: SlotCache) -> MethodRun:
+def _run(place: TrainedRun, model: ProperModel, served: ServedUsers) -> MethodRun:
     encoder = model.backbone.encoder(place.config.compute.max_length)
-    whole = PersonalizedModel(model, encoder, place.config, cache, Tier.USERS)
+    whole = PersonalizedModel(model, encoder, place.config, served, Tier.USERS)
     try:
         return predict(whole, place.dataset, place.config.task, place.folder.name)
     finally:

@@ -9,6 +9,7 @@ killed call resumes, and other settings or code get another folder.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -19,7 +20,6 @@ import yaml
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config, make_config
-from proper.console import say
 from proper.data.dataset import Dataset
 from proper.data.summary import require_no_leaks
 from proper.errors import ConfigError
@@ -29,6 +29,8 @@ from proper.methods.spec import DerivedRun, Method, TrainedRun, TrainingWork
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.metrics_log import MetricsLog
 from proper.training.stages import join_processes
+
+logger = logging.getLogger(__name__)
 
 BASELINES = ("methods/end_to_end.py", "methods/per_user_lora.py", "methods/poly_training.py")
 TRAINING_CODE = ("data", "layers", "models", "training", "methods/train.py", "methods/derived_runs.py", *BASELINES)
@@ -56,7 +58,7 @@ def find_place(method: Method, run: TrainedRun, home: Path, opened: dict[Path, D
     missing = [stage for stage in method.stages if not RunFolder(place.folder).is_trained(stage)]
     if not missing:
         if place.folder != run.folder:
-            say(f"evaluate: {method.name} (seed {run.seed}) reuses {place.folder.relative_to(home)}")
+            logger.info(f"evaluate: {method.name} (seed {run.seed}) reuses {place.folder.relative_to(home)}")
         return place
     _train(method, variant, run, place)
     return place
@@ -90,7 +92,7 @@ def _derived(variant: DerivedRun, config: Config, run: TrainedRun, home: Path, o
     path = RunFolder(home).variant_data(f"{variant.name}-{key[:8]}")
     if path not in opened:
         if not path.exists():
-            say(f"evaluate: makes the data of {variant.name}")
+            logger.info(f"evaluate: makes the data of {variant.name}")
             variant.derive(run.dataset, path, config, run.seed)
         opened[path] = Dataset.open(path)
         require_no_leaks(opened[path])
@@ -102,7 +104,7 @@ def _train(method: Method, variant: DerivedRun, run: TrainedRun, place: TrainedR
         raise ConfigError(
             f"evaluation.methods: '{method.name}' has to be trained first, in one process: proper evaluate {run.folder}"
         )
-    say(f"evaluate: trains {method.name} (seed {run.seed}) in {place.folder}")
+    logger.info(f"evaluate: trains {method.name} (seed {run.seed}) in {place.folder}")
     text = yaml.safe_dump(place.config.model_dump(), sort_keys=False, allow_unicode=True)
     write_text(RunFolder(place.folder).config, text)
     for stage in variant.inherits:

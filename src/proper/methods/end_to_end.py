@@ -20,14 +20,13 @@ from proper.adapters.quantization import encode
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config
 from proper.data.batching import Batch
-from proper.data.dataset import User
+from proper.data.dataset import SampledRows, TextExample, User
 from proper.data.derived.views import Histories
-from proper.data.sampling import SampledRows, TextExample
 from proper.files import hash_file, write_json
 from proper.layers.bank import AdapterBank
 from proper.models.backbone import configured_backbone
+from proper.models.checkpoints import save_tensors
 from proper.models.personal import ProperModel, answer_loss
-from proper.models.tensors import save_tensors
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.groups import GroupsStage, train_stage

@@ -5,6 +5,7 @@ Predictions are cached in the run folder under a hash of all their inputs, so a 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,19 +14,20 @@ from typing import Any
 
 from proper.adapters.store import AdapterStore
 from proper.config import Config
-from proper.console import say
 from proper.data.dataset import Dataset
-from proper.data.derived.rewrite import cut_queries
+from proper.data.derived.views import cut_queries
 from proper.evaluation.fingerprint import code_version
 from proper.evaluation.harness import MethodSpec
 from proper.evaluation.runner import MethodRun, read_predictions, write_predictions
 from proper.export.int8_model import int8_bytes
 from proper.export.static_model import folded_size
 from proper.files import hash_value, read_json, write_json
-from proper.inference.personalized import load
+from proper.inference.loading import load
 from proper.methods.derived_runs import find_place, seconds_of
 from proper.methods.spec import Method, TrainedRun
 from proper.run_folder import RunFolder, Stage, Tier
+
+logger = logging.getLogger(__name__)
 
 ANSWERING_CODE = ("data", "layers", "models", "adapters", "inference", "export", "methods", "evaluation/runner.py")
 
@@ -85,7 +87,7 @@ def answered(method: Method, place: TrainedRun, run_folder: RunFolder) -> Method
     if path.exists() and beside.exists():
         made = read_json(beside)
         if made["key"] == key:
-            say(f"evaluate: {method.name} (seed {place.seed}) reuses its predictions")
+            logger.info(f"evaluate: {method.name} (seed {place.seed}) reuses its predictions")
             return MethodRun(read_predictions(path), made["seconds"], made["tokens"])
     beside.unlink(missing_ok=True)
     run = method.answer(place)

@@ -6,7 +6,8 @@ user of the group model gets the mean embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -14,28 +15,33 @@ from proper.adapters.store import AdapterStore
 from proper.config import Config
 from proper.data.batching import Encoder
 from proper.evaluation.runner import MethodRun, predict
-from proper.inference.personalized import PersonalizedModel
 from proper.layers.batch_context import RowContext
 from proper.methods.spec import TrainedRun
 from proper.models.backbone import configured_backbone
+from proper.models.checkpoints import load_tensors
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.models.poly import add_poly
-from proper.models.tensors import load_tensors
 from proper.run_folder import RunFolder, Tier
 
 
-class PolyAnswers(PersonalizedModel):
-    """A `PersonalizedModel` that selects each row's mixture by Poly's task id.
+@dataclass(frozen=True)
+class PolyModel:
+    """A `BatchModel` that selects each row's mixture by Poly's task id.
 
     Attributes:
         tasks: task id of every user with logits; all other users have the task `last`.
-        last: the task id with the mean logits.
     """
 
-    def __init__(self, model: ProperModel, encoder: Encoder, config: Config, tasks: dict[str, int]) -> None:
-        super().__init__(model, encoder, config, None, Tier.GROUPS)
-        self.tasks, self.last = tasks, len(tasks)
+    model: ProperModel
+    encoder: Encoder
+    config: Config
+    tasks: Mapping[str, int]
+
+    @property
+    def last(self) -> int:
+        """The task id with the mean logits."""
+        return len(self.tasks)
 
     def tier(self, user: str | None) -> Tier:
         """Return GROUPS for a user with own logits, else NONE."""
@@ -47,7 +53,7 @@ class PolyAnswers(PersonalizedModel):
         return RowContext(slots=torch.tensor(own, device=self.model.device))
 
 
-def load_poly(place: TrainedRun) -> PolyAnswers:
+def load_poly(place: TrainedRun) -> PolyModel:
     """Load the backbone, its population, and Poly with the logits of the target users."""
     config, run = place.config, RunFolder(place.folder)
     backbone = configured_backbone(config)
@@ -62,7 +68,7 @@ def load_poly(place: TrainedRun) -> PolyAnswers:
     logits = [*(head.embedding for head in heads.values()), tensors["mean_logits"]]
     poly.put(torch.arange(len(logits)), torch.stack(logits))
     encoder = backbone.encoder(config.compute.max_length)
-    return PolyAnswers(model, encoder, config, {user: at for at, user in enumerate(heads)})
+    return PolyModel(model, encoder, config, {user: at for at, user in enumerate(heads)})
 
 
 def with_poly(place: TrainedRun) -> MethodRun:

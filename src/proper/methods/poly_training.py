@@ -21,10 +21,10 @@ from proper.errors import DataError
 from proper.files import write_json
 from proper.layers.batch_context import RowContext
 from proper.models.backbone import Backbone, configured_backbone
+from proper.models.checkpoints import save_tensors
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
 from proper.models.poly import Poly, add_poly
-from proper.models.tensors import save_tensors
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.optim import RowAdamW

@@ -13,8 +13,7 @@ from typing import Any
 from proper.config import PRESETS, Config
 from proper.data.dataset import Dataset
 from proper.data.derived.retrieval import add_profiles, retrieve
-from proper.data.derived.rewrite import Count, shuffle_users
-from proper.data.derived.views import EVERYBODY
+from proper.data.derived.views import EVERYBODY, Count, shuffle_users
 from proper.errors import ConfigError
 from proper.export.int8_model import USERS_INT8
 from proper.export.static_model import STATIC_EXPORT

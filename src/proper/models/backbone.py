@@ -15,10 +15,16 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from proper.config import Config
 from proper.data.batching import Encoder
 from proper.errors import ConfigError
-from proper.models.backbone_names import EMBEDDED, backbone_location, first_line, what
-from proper.models.positions import positions_of, require_positions
-from proper.models.rope import fix_rope
-from proper.models.tokenizer import load_tokenizer, named_ends, settle_ends
+from proper.models.positions import fix_rope, positions_of, require_positions
+from proper.models.tokenizer import (
+    EMBEDDED,
+    backbone_location,
+    first_line,
+    load_tokenizer,
+    named_ends,
+    settle_ends,
+    what,
+)
 
 __all__ = [
     "EMBEDDED",

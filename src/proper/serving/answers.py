@@ -12,8 +12,7 @@ from typing import Literal
 from proper.errors import InputError, ProperError
 from proper.inference.detokenizer import Detokenizer
 from proper.inference.engine_thread import EngineThread
-from proper.inference.requests import Event, Request, Sink, Started, Token
-from proper.inference.running import RequestHandle
+from proper.inference.requests import Event, Request, RequestHandle, Sink, Started, Token
 from proper.inference.sampling import Sampling
 from proper.run_folder import Tier
 from proper.serving.errors import APIError

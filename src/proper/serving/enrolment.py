@@ -11,8 +11,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query
 
-from proper.data.templates import BadValue
-from proper.inference.personalized import PersonalizedModel
+from proper.data.rows import BadValue
+from proper.inference.model import PersonalizedModel
 from proper.interactions.log import ConflictError, DeletedError, ExistsError, LogEntry
 from proper.interactions.parsing import Read, plain_reader
 from proper.serving.auth import Authenticator

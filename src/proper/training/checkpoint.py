@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proper.models.tensors import load_facts, load_tensors, save_tensors
+from proper.models.checkpoints import load_metadata, load_tensors, save_tensors
 
 
 def seed_of(*parts: Any) -> int:
@@ -52,7 +52,7 @@ class Checkpoint:
 
     def facts(self) -> dict[str, Any] | None:
         """Return the metadata of the last saved state without its tensors, or None if there is no checkpoint."""
-        return load_facts(self.path) if self.path.exists() else None
+        return load_metadata(self.path) if self.path.exists() else None
 
     def remove(self) -> None:
         """Remove the checkpoint of a stage that is done."""

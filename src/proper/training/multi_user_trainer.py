@@ -11,6 +11,7 @@ results were not passed on resume from the checkpoint, and the others are not tr
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from proper.config import UsersConfig
-from proper.console import Bar, progress, say
+from proper.console import Bar, progress
 from proper.data.batching import EncodedExample, collate
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import Mode, RowContext
@@ -34,6 +35,8 @@ from proper.training.microbatching import Work, micro_batches, padded_tokens
 from proper.training.optim import RowAdamW, clip_row_
 from proper.training.schedule import factors
 from proper.training.trainer import Log
+
+logger = logging.getLogger(__name__)
 
 Bad = dict[int, str]
 """Slots whose users cannot be trained further, and the reasons."""
@@ -153,7 +156,7 @@ class MultiUserTrainer:
         return losses, sum(len(r.ids) for _, _, r in work), padded_tokens(pieces)
 
     def _quarantine(self, job: Job, state: FitProgress, reason: str) -> None:
-        say(f"proper: user {job.user!r}: {reason} (step {state.step + 1}); they stay on the group tier")
+        logger.warning(f"proper: user {job.user!r}: {reason} (step {state.step + 1}); they stay on the group tier")
         self.pending.append(FitResult(job.user, job.embedding, len(job.items), state, None, reason))
 
     def _remove(self, bad: Bad) -> None:

@@ -27,10 +27,10 @@ from proper.inference.kv_cache import RowCache
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
 from proper.models.backbone import EMBEDDED, Backbone
+from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.peft_merge import load_lora
 from proper.models.personal import ProperModel, answer_logits, answer_loss, gradient_checkpointing
 from proper.models.targets import find_targets
-from proper.models.tensors import load_tensors, save_tensors
 from proper.run_folder import RunFolder
 from proper.training.population import in_training, wrap
 

@@ -20,16 +20,14 @@ from torch import Tensor
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config, OptimizerConfig
-from proper.data.dataset import Role
+from proper.data.dataset import Role, SampledRows, Who
 from proper.data.derived.views import Histories
-from proper.data.sampling import SampledRows, Who
 from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
-from proper.inference.personalized import load_groups
 from proper.models.backbone import configured_backbone, pick_device
+from proper.models.checkpoints import load_groups, save_tensors
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
-from proper.models.tensors import save_tensors
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.groups import train_groups
@@ -97,7 +95,7 @@ class StageRunner:
     def _groups(self, model: ProperModel, wanted: bool) -> None:
         if self._is_done(Stage.GROUPS, wanted):
             if self.accelerator.is_main_process:
-                load_groups(self.folder, self.config, model)
+                load_groups(model, self.config.groups, self.run_folder.experts)
             return
         if self.run_folder.is_trained(Stage.USERS):
             raise RunFolderError(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from proper.config import OptimizerConfig
 from proper.console import progress
 from proper.data.batching import Batch, EncodedExample, Encoder, collate, similar_batches
-from proper.data.sampling import SampledRows, TextExample
+from proper.data.dataset import SampledRows, TextExample
 from proper.errors import NonFiniteLossError
 from proper.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, seed_of
 from proper.training.schedule import factor

@@ -13,6 +13,7 @@ few numbers; histories are read when needed, and adapters go to the `AdapterStor
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,12 +29,12 @@ from proper.adapters.quantization import encode
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.adapters.validation import fault_of
 from proper.config import UsersConfig
-from proper.console import Bar, progress, say
+from proper.console import Bar, progress
 from proper.data.batching import EncodedExample, Encoder
 from proper.data.derived.views import Histories
 from proper.files import private_folder, read_json, write_json
+from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.personal import ProperModel
-from proper.models.tensors import load_tensors, save_tensors
 from proper.run_folder import Tier
 from proper.training.checkpoint import Checkpoint
 from proper.training.group_tier_record import refused, storable
@@ -44,6 +45,8 @@ from proper.training.multi_user_trainer import MultiUserTrainer
 from proper.training.schedule import resolve_rate
 from proper.training.tier_selection import Others, Trial, decide, nobody
 from proper.training.trainer import Log
+
+logger = logging.getLogger(__name__)
 
 ROUTER_USERS = 32
 """Users per cohort in stage 3b. It affects W_r, so unlike `slots` it does not depend on the device's memory."""
@@ -217,7 +220,7 @@ def _fit(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str, facts: 
         tensors = engine.bank.layout.unpack(outcome.row)
         fault = fault_of(tensors)
         if fault is not None:
-            say(f"proper: user {user!r}: quarantined: {fault}; they stay on the group tier")
+            logger.warning(f"proper: user {user!r}: quarantined: {fault}; they stay on the group tier")
             return refused(stage.embeddings, user, outcome.embedding, f"quarantined: {fault}", facts(user))
         adapter = encode(tensors, stage.config.storage)
         told = {"items": outcome.items, "passes": state.best, "held_losses": state.losses, "loss": state.trained}
@@ -287,7 +290,7 @@ def _served(stage: UserStage, jobs: _Jobs, store: AdapterStore) -> Iterator[Tria
                 yield Trial(job.user, items, group[slot], own[slot], passes)
             else:
                 reason = "quarantined: the held-out loss is not finite"
-                say(f"proper: user {job.user!r}: {reason}; they stay on the group tier")
+                logger.warning(f"proper: user {job.user!r}: {reason}; they stay on the group tier")
                 store.put([refused(stage.embeddings, job.user, job.embedding, reason, {})])
 
 
