@@ -159,7 +159,7 @@ def test_unknown_stages_and_methods_are_named(finished: Path, tmp_path: Path) ->
 
 
 def test_a_stage_without_its_predecessor_is_refused(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="stage 'population' is not there"):
+    with pytest.raises(RunFolderError, match="stage 'population' is not trained yet"):
         pipeline.run(small_config(finished.parent), tmp_path / "run", stages=["groups"])
 
 

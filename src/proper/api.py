@@ -26,6 +26,7 @@ from proper.inference.score import score
 from proper.interactions.deletion import remove
 from proper.interactions.log import ExistsError, InteractionLog, LogEntry
 from proper.interactions.parsing import read_rows, record_reader
+from proper.run_folder import Tier
 
 Row = Mapping[str, Any]
 
@@ -170,7 +171,7 @@ class Model:
         return self.personalized.config
 
     @property
-    def stage(self) -> Stage:
+    def stage(self) -> Tier:
         """The last stage that is applied."""
         return self.personalized.stage
 
