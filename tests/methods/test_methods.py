@@ -27,8 +27,8 @@ from proper.evaluation.runner import answer_losses
 from proper.export.int8_model import in_int8
 from proper.inference.loading import load
 from proper.inference.score import score
-from proper.methods.answers import derangement
 from proper.methods.derived_runs import varied
+from proper.methods.ladder import derangement
 from proper.methods.table import all_methods
 
 LABELS = ["blue", "green", "red"]
@@ -136,7 +136,7 @@ def test_swapped_answers_with_another_users_embedding_and_adapter(judged: Path) 
 
 
 def test_one_user_cannot_be_swapped() -> None:
-    with pytest.raises(DataError, match="needs two target users"):
+    with pytest.raises(DataError, match="needs at least two target users"):
         derangement(["ann"], 0)
 
 

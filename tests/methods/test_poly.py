@@ -21,14 +21,13 @@ from proper.data.dataset import Dataset
 from proper.errors import ConfigError
 from proper.evaluation.runner import answer_losses
 from proper.inference.score import score
-from proper.methods.poly import load_poly
-from proper.methods.poly_training import PolyStage
+from proper.methods.poly import PolyStage, load_poly
+from proper.methods.poly_layers import add_poly
 from proper.methods.spec import TrainedRun
 from proper.models.backbone import Backbone, load_backbone
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel, answer_loss
-from proper.models.poly import add_poly
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from proper.serving.app import ServeSettings, create_app
 from proper.serving.connections import ConnectionLimits
 from proper.serving.fit_process import FitProcess
 from proper.serving.keys import FILE, Keys
-from proper.serving.rate_limits import ServeLimits
+from proper.serving.limits import ServeLimits
 from proper.serving.server import free_port, make_server
 
 

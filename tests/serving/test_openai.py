@@ -100,7 +100,7 @@ def test_gates_of_every_token_whole_or_streamed(client: OpenAI) -> None:
     assert sum(pieces, []) == gates and len([piece for piece in pieces if piece]) > 1
     without = client.completions.create(prompt=PROMPTS[2], **common)
     assert without.model_extra is not None and "gates" not in without.model_extra["proper"]
-    with pytest.raises(openai.BadRequestError, match="one prompt at a time"):
+    with pytest.raises(openai.BadRequestError, match="a request with one prompt"):
         client.completions.create(prompt=list(PROMPTS), **common, **wanted)
 
 
@@ -157,9 +157,9 @@ def test_models(client: OpenAI) -> None:
     assert client.models.retrieve("tiny").model_extra == {
         "proper": {"stage": "users", "experts": 5, "literals": ["", ""], "columns": ["input"]}
     }
-    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'"):
+    with pytest.raises(openai.NotFoundError, match="the model 'gpt' does not exist"):
         client.models.retrieve("gpt")
-    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'"):
+    with pytest.raises(openai.NotFoundError, match="the model 'gpt' does not exist"):
         client.completions.create(model="gpt", prompt="x")
 
 

@@ -131,5 +131,5 @@ def test_a_stage_without_rows_is_refused(settings: Config, encoder: Encoder, tmp
     )
     with prepare(everybody, tmp_path / "data.sqlite", encoder.count) as dataset:
         stages = StageRunner(everybody, dataset, tmp_path, 0, lambda _: None)
-        with pytest.raises(DataError, match="population.train_on: 'others' leaves no rows"):
+        with pytest.raises(DataError, match="population.train_on: 'others' selects no rows"):
             stages.run(["population"])

@@ -16,6 +16,7 @@ import typer
 
 import proper
 from proper.cli import (
+    backbones,
     bench,
     check,
     data,
@@ -48,7 +49,7 @@ for command in (demo, check, run, evaluate, report, generate, serve, export_back
 
 # Imported for their side effect: they register commands in the group `users`.
 assert users_enrol and users_exchange
-for group in (users, keys, data, bench):
+for group in (users, keys, data, backbones, bench):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 
 

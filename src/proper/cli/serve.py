@@ -133,7 +133,7 @@ def command(
     from proper.inference.requests import EngineLimits
     from proper.serving.app import ServeSettings, create_app
     from proper.serving.fit_process import FitProcess
-    from proper.serving.rate_limits import ServeLimits
+    from proper.serving.limits import ServeLimits
 
     with free_port(host, port) as socket:
         model = load(folder)

@@ -32,8 +32,8 @@ from proper.training.stages import join_processes
 
 logger = logging.getLogger(__name__)
 
-BASELINES = ("methods/end_to_end.py", "methods/per_user_lora.py", "methods/poly_training.py")
-TRAINING_CODE = ("data", "layers", "models", "training", "methods/train.py", "methods/derived_runs.py", *BASELINES)
+BASELINES = ("methods/end_to_end.py", "methods/per_user_lora.py", "methods/poly.py", "methods/poly_layers.py")
+TRAINING_CODE = ("data", "layers", "models", "training", "methods/ladder.py", "methods/derived_runs.py", *BASELINES)
 
 
 def find_place(method: Method, run: TrainedRun, home: Path, opened: dict[Path, Dataset]) -> TrainedRun:

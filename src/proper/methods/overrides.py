@@ -22,7 +22,7 @@ from proper.config import Config, make_config
 from proper.data.dataset import Dataset
 from proper.data.derived.views import keep_asking, shorten_histories
 from proper.errors import ConfigError
-from proper.methods import train
+from proper.methods.ladder import train_stages
 from proper.methods.spec import Derive, DerivedRun, Method
 from proper.run_folder import Stage
 
@@ -69,7 +69,7 @@ def change(method: Method, changes: list[tuple[str, str]], config: Config) -> Me
     """
     name = method.name + "".join(f"[{key}={value}]" for key, value in changes)
     found = _read(name, changes, config, method.variant)
-    own = method.variant or DerivedRun("", train.ladder, inherits=method.stages)
+    own = method.variant or DerivedRun("", train_stages, inherits=method.stages)
     inherits = tuple(stage for stage in own.inherits if STAGES.index(stage) < STAGES.index(found.first))
     if found.derive is None and all(STAGES.index(stage) < STAGES.index(found.first) for stage in method.stages):
         raise ConfigError(f"evaluation.methods: '{name}': '{method.name}' trains nothing that this changes")

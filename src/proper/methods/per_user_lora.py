@@ -13,14 +13,41 @@ import torch
 
 from proper.adapters.store import AdapterStore
 from proper.config import Config
-from proper.data.derived.views import Histories
+from proper.data.derived.views import Histories, Leaking
+from proper.evaluation.runner import MethodRun
 from proper.files import write_json
+from proper.inference.model import ServedUsers
+from proper.layers.bank import AdapterBank
+from proper.methods.ladder import answer_with
+from proper.methods.spec import TrainedRun, TrainingWork
 from proper.models.backbone import configured_backbone
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.run_folder import RunFolder, Stage
 from proper.training.trainer import Log
 from proper.training.users import UserStage, train_users
+
+
+def train_per_user(work: TrainingWork) -> None:
+    """Train user adapters on the backbone or on population, without groups."""
+    run = work.run
+    DirectRunner(run.config, run.dataset, run.folder, run.seed, work.log).run()
+
+
+def train_leaking(work: TrainingWork) -> None:
+    """Train as `train_per_user`, with the leak of OPPU's released code: users also train on all earlier users' rows."""
+    run = work.run
+    rows = Leaking(run.dataset, run.config.users.max_items)
+    DirectRunner(run.config, rows, run.folder, run.seed, work.log).run()
+
+
+def answer_per_user(run: TrainedRun) -> MethodRun:
+    """Answer with user adapters directly on the backbone or on population."""
+    model, users = direct_model(run.config, run.folder), run.config.users
+    slots = max(2, run.config.compute.batch_size)
+    bank = AdapterBank(model.layout(users.rank), slots, alpha=users.alpha, trainable=False, device=model.device)
+    model.use_bank(bank)
+    return answer_with(run, model, ServedUsers(AdapterStore(RunFolder(run.folder).users.path), bank, torch.zeros(1)))
 
 
 class DirectRunner:

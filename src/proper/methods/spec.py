@@ -33,9 +33,9 @@ class TrainedRun:
 
 @dataclass(frozen=True)
 class TrainingWork:
-    """Arguments of a variant's training: its folder and the `stages` to train, in order; earlier stages exist."""
+    """Arguments of a variant's training: its `run` and the `stages` to train, in order; earlier stages exist."""
 
-    place: TrainedRun
+    run: TrainedRun
     stages: Sequence[Stage]
     log: Log
 

@@ -17,10 +17,11 @@ from proper.data.derived.views import EVERYBODY, Count, shuffle_users
 from proper.errors import ConfigError
 from proper.export.int8_model import USERS_INT8
 from proper.export.static_model import STATIC_EXPORT
-from proper.methods import train
-from proper.methods.answers import as_another, as_itself, as_one, directly, exported, in_eight_bits, jointly
+from proper.methods.end_to_end import answer_end_to_end, train_end_to_end
+from proper.methods.ladder import as_another, as_itself, as_one, exported, in_eight_bits, train_one_user, train_stages
 from proper.methods.overrides import change, split_name
-from proper.methods.poly import with_poly
+from proper.methods.per_user_lora import answer_per_user, train_leaking, train_per_user
+from proper.methods.poly import answer_poly, train_poly
 from proper.methods.spec import Derive, DerivedRun, Method
 from proper.methods.trivial import global_majority, user_majority
 from proper.models.tokenizer import configured_encoder
@@ -101,19 +102,19 @@ def _controls(config: Config) -> list[Method]:
         "router": "default",
         "constraint": {"kind": "none"},
     }
-    shuffled = DerivedRun("shuffled", train.ladder, (Stage.POPULATION,), derive=_shuffled, seeded=True)
+    shuffled = DerivedRun("shuffled", train_stages, (Stage.POPULATION,), derive=_shuffled, seeded=True)
     return [
         Method(
             "population-more",
             as_itself(Tier.GROUPS),
             GROUPS,
-            DerivedRun("population-more", train.ladder, (Stage.POPULATION,), {"groups": more}),
+            DerivedRun("population-more", train_stages, (Stage.POPULATION,), {"groups": more}),
         ),
         Method(
             "groups-shared-e",
             as_one(Tier.GROUPS, EVERYBODY),
             GROUPS,
-            DerivedRun("groups-shared-e", train.one_user, (Stage.POPULATION,)),
+            DerivedRun("groups-shared-e", train_one_user, (Stage.POPULATION,)),
         ),
         Method("swapped", as_another, ALL, keeps="adapter"),
         Method("shuffled", as_itself(Tier.USERS), ALL, shuffled, keeps="adapter"),
@@ -130,7 +131,7 @@ def _ablations(config: Config) -> list[Method]:
         _groups("constraint-experts", {"constraint": {**config.groups.constraint.model_dump(), "kind": "experts"}}),
         # The architecture and losses of the preset, but the run's learning rates, since the preset's are for 7 B.
         Method(
-            "released", as_itself(Tier.USERS), ALL, DerivedRun("released", train.ladder, (), released), keeps="adapter"
+            "released", as_itself(Tier.USERS), ALL, DerivedRun("released", train_stages, (), released), keeps="adapter"
         ),
         _users("users-no-router", config, "none"),
         _users("users-residual", config, "residual"),
@@ -139,54 +140,44 @@ def _ablations(config: Config) -> list[Method]:
 
 
 def _groups(name: str, settings: Mapping[str, Any]) -> Method:
-    variant = DerivedRun(name, train.ladder, (Stage.POPULATION,), {"groups": settings})
+    variant = DerivedRun(name, train_stages, (Stage.POPULATION,), {"groups": settings})
     return Method(name, as_itself(Tier.GROUPS), GROUPS, variant, keeps="embedding")
 
 
 def _users(name: str, config: Config, router: str) -> Method:
-    variant = DerivedRun(name, train.ladder, GROUPS, {"users": {"router": router}})
+    variant = DerivedRun(name, train_stages, GROUPS, {"users": {"router": router}})
     same = config.users.router == router
     return Method(name, as_itself(Tier.USERS), ALL, None if same else variant, keeps="adapter")
 
 
 def _baselines(config: Config) -> list[Method]:
     oppu = {"users": OPPU, "groups": {"target_modules": OPPU_MODULES}}
+    without_router = {"users": {"router": "none"}}
     own = (Stage.POPULATION, Stage.USERS)
+    variants = {
+        "per-user-only": DerivedRun("per-user-only", train_per_user, (), without_router),
+        "end-to-end": DerivedRun("end-to-end", train_end_to_end, (), without_router),
+        "poly": DerivedRun("poly", train_poly, (Stage.POPULATION,)),
+        "oppu": DerivedRun("oppu", train_per_user, (Stage.POPULATION,), oppu),
+        "oppu-released": DerivedRun("oppu-released", train_leaking, (Stage.POPULATION,), oppu),
+    }
     return [
-        Method(
-            "per-user-only",
-            directly,
-            (Stage.USERS,),
-            DerivedRun("per-user-only", train.direct, (), {"users": {"router": "none"}}),
-            keeps="adapter",
-        ),
-        Method(
-            "end-to-end",
-            jointly,
-            (Stage.GROUPS, Stage.USERS),
-            DerivedRun("end-to-end", train.joint, (), {"users": {"router": "none"}}),
-            keeps="adapter",
-        ),
-        Method("poly", with_poly, GROUPS, DerivedRun("poly", train.poly, (Stage.POPULATION,)), keeps="embedding"),
-        Method("oppu", directly, own, DerivedRun("oppu", train.direct, (Stage.POPULATION,), oppu), keeps="adapter"),
-        Method(
-            "oppu-released",
-            directly,
-            own,
-            DerivedRun("oppu-released", train.leaking, (Stage.POPULATION,), oppu),
-            keeps="adapter",
-        ),
+        Method("per-user-only", answer_per_user, (Stage.USERS,), variants["per-user-only"], keeps="adapter"),
+        Method("end-to-end", answer_end_to_end, (Stage.GROUPS, Stage.USERS), variants["end-to-end"], keeps="adapter"),
+        Method("poly", answer_poly, GROUPS, variants["poly"], keeps="embedding"),
+        Method("oppu", answer_per_user, own, variants["oppu"], keeps="adapter"),
+        Method("oppu-released", answer_per_user, own, variants["oppu-released"], keeps="adapter"),
     ]
 
 
 def _retrieval() -> list[Method]:
-    one, two, four = (DerivedRun(f"rag-{k}", train.ladder, derive=_retrieved(k)) for k in (1, 2, 4))
+    one, two, four = (DerivedRun(f"rag-{k}", train_stages, derive=_retrieved(k)) for k in (1, 2, 4))
     population = as_itself(Tier.POPULATION)
     return [
         *(Method(name, population, ALL[:1], one, keeps="history") for name in ("rag", "rag-1")),
         Method("rag-2", population, ALL[:1], two, keeps="history"),
         Method("rag-4", population, ALL[:1], four, keeps="history"),
-        Method("pag", population, ALL[:1], DerivedRun("pag", train.ladder, derive=_profiled), keeps="history"),
+        Method("pag", population, ALL[:1], DerivedRun("pag", train_stages, derive=_profiled), keeps="history"),
         Method("users+rag", as_itself(Tier.USERS), ALL, one, keeps="adapter"),
     ]
 

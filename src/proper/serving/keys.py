@@ -44,7 +44,7 @@ class Principal:
     scopes: tuple[Scope, ...]
 
 
-ANYBODY = Principal("", "", SCOPES)
+ANONYMOUS = Principal("", "", SCOPES)
 """Principal of every request to a server without keys, which listens on loopback only."""
 
 
@@ -153,7 +153,7 @@ class Keys:
 
     def _mark(self) -> None:
         if not self._marker.exists():
-            write_text(self._marker, "This run has had API keys: without a valid one nobody gets in.\n")
+            write_text(self._marker, "This run has had API keys: requests without a valid key are refused.\n")
 
     def _write(self, entries: list[_Entry]) -> None:
         write_json(self.path, {"schema": 1, "keys": [asdict(entry) for entry in entries]})
@@ -179,5 +179,5 @@ def _entries(path: Path) -> list[_Entry]:
     try:
         return [_Entry(**{**entry, "scopes": tuple(entry["scopes"])}) for entry in read_json(path)["keys"]]
     except (ProperError, OSError, KeyError, TypeError, ValueError) as error:
-        said = str(error) if isinstance(error, ProperError) else f"{path}: not a file of keys: {error!r}"
-        raise DamagedKeysError(f"{said}; put back a copy of it, or remove it and add keys anew") from error
+        reason = str(error) if isinstance(error, ProperError) else f"{path}: not a file of keys: {error!r}"
+        raise DamagedKeysError(f"{reason}; restore a copy of it, or remove it and add keys again") from error

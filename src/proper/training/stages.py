@@ -12,19 +12,20 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
 from proper.adapters.store import AdapterStore, UserRecord
-from proper.config import Config, OptimizerConfig
+from proper.config import Config
+from proper.data.batching import Encoder
 from proper.data.dataset import Role, SampledRows, Who
 from proper.data.derived.views import Histories
 from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
-from proper.models.backbone import configured_backbone, pick_device
+from proper.models.backbone import Backbone, configured_backbone, pick_device
 from proper.models.checkpoints import load_groups, save_tensors
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
@@ -46,6 +47,42 @@ def join_processes(config: Config) -> Accelerator:
     # Stage 3 and evaluation run in one process; the others wait for it far longer than the default ten minutes.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=30))
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[patient])
+
+
+def stage_sample(dataset: Histories, stage: str, who: Who, max_tokens: int | None, seed: int) -> SampledRows:
+    """Return the rows that stage 1 or 2 trains on.
+
+    Raises:
+        DataError: no user has rows to train on.
+    """
+    sample = dataset.sample(who, max_tokens, seed)
+    if not sample.size:
+        raise DataError(f"{stage}.train_on: '{who}' selects no rows to train on, because no such user has any")
+    return sample
+
+
+def stage_plan(
+    stage: Literal["population", "groups"],
+    config: Config,
+    sample: SampledRows,
+    backbone: Backbone,
+    encoder: Encoder,
+    folder: Path,
+    seed: int,
+    log: Log,
+) -> TrainingPlan:
+    """Return the plan of stage 1 or 2: its hyperparameters, and its checkpoint in the run folder `folder`."""
+    hyperparameters = config.population if stage == "population" else config.groups
+    return TrainingPlan(
+        config=hyperparameters,
+        rate=resolve_rate(hyperparameters.learning_rate, stage, backbone.hidden_size),
+        seed=seed,
+        encoder=encoder,
+        pad=backbone.pad_id,
+        sample=sample,
+        checkpoint=Checkpoint(RunFolder(folder).checkpoint(stage), config.compute.checkpoint_seconds),
+        log=log,
+    )
 
 
 class StageRunner:
@@ -83,12 +120,10 @@ class StageRunner:
             apply_population(self.backbone, folder)
             return
         config = self.config.population
-        sample = self._sample(Stage.POPULATION, config.train_on, config.max_tokens)
+        sample = stage_sample(self.dataset, "population", config.train_on, config.max_tokens, self.seed)
 
         def work() -> None:
-            train_population(
-                self.backbone, config, self._plan(Stage.POPULATION, config, sample), self.accelerator, folder
-            )
+            train_population(self.backbone, config, self._plan("population", sample), self.accelerator, folder)
 
         self._record(Stage.POPULATION, work, {"rows": sample.size, "tokens": sample.tokens})
 
@@ -103,12 +138,12 @@ class StageRunner:
             )
         config = self.config.groups
         model.add_experts(config, seed_of(self.seed, "experts"))
-        sample = self._sample(Stage.GROUPS, config.train_on, config.max_tokens)
+        sample = stage_sample(self.dataset, "groups", config.train_on, config.max_tokens, self.seed)
         role: Role | None = "target" if config.train_on == "targets" else None
         users = [user.id for user in self.dataset.users(role) if user.history > 0]
 
         def work() -> None:
-            plan = self._plan(Stage.GROUPS, config, sample)
+            plan = self._plan("groups", sample)
             self._save_groups(model, users, train_groups(model, config, users, plan, self.accelerator))
 
         self._record(Stage.GROUPS, work, {"rows": sample.size, "tokens": sample.tokens, "users": len(users)})
@@ -164,23 +199,8 @@ class StageRunner:
         shutil.rmtree(work_folder, ignore_errors=True)
         store.close()
 
-    def _sample(self, stage: Stage, who: Who, max_tokens: int | None) -> SampledRows:
-        sample = self.dataset.sample(who, max_tokens, self.seed)
-        if not sample.size:
-            raise DataError(f"{stage}.train_on: '{who}' leaves no rows to train on: there are no such users")
-        return sample
-
-    def _plan(self, stage: Stage, config: OptimizerConfig, sample: SampledRows) -> TrainingPlan:
-        return TrainingPlan(
-            config=config,
-            rate=resolve_rate(config.learning_rate, stage, self.backbone.hidden_size),
-            seed=self.seed,
-            encoder=self.encoder,
-            pad=self.backbone.pad_id,
-            sample=sample,
-            checkpoint=Checkpoint(self.run_folder.checkpoint(stage), self.config.compute.checkpoint_seconds),
-            log=self.log,
-        )
+    def _plan(self, stage: Literal["population", "groups"], sample: SampledRows) -> TrainingPlan:
+        return stage_plan(stage, self.config, sample, self.backbone, self.encoder, self.folder, self.seed, self.log)
 
     def _is_done(self, stage: Stage, wanted: bool) -> bool:
         if self.run_folder.is_trained(stage):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from proper.serving.request_schemas import Name, RequestSchema
+from proper.serving.schemas.requests import Name, RequestSchema
 
 
 class RunCard(BaseModel):
@@ -55,21 +55,21 @@ class NewInteraction(RequestSchema):
     timestamp: Annotated[str, Field(max_length=64)] | None = None
 
 
-Lesson = Annotated[list[NewInteraction], Field(max_length=10_000)]
+InteractionList = Annotated[list[NewInteraction], Field(max_length=10_000)]
 
 
 class Enrolment(RequestSchema):
     """A new user and their interactions."""
 
     user: Name
-    interactions: Lesson
+    interactions: InteractionList
     tenant: Annotated[str, Field(max_length=512)] | None = None
 
 
 class InteractionBatch(RequestSchema):
     """Further interactions of an enrolled user."""
 
-    interactions: Lesson
+    interactions: InteractionList
 
 
 class FitState(BaseModel):

@@ -1,7 +1,7 @@
 """Pydantic schemas of chat and completion requests: the supported part of OpenAI's API, plus the field `proper`.
 
 An unsupported option is refused, not ignored, unless its value changes nothing: null for every known option, and the
-neutral values listed by `Only`. Hints that cannot change an answer are accepted.
+neutral values listed by `AcceptOnly`. Hints that cannot change an answer are accepted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class RequestSchema(BaseModel):
 
 
 @dataclass(frozen=True)
-class Only:
+class AcceptOnly:
     """Marks an option that is known but not supported: null and `values` are accepted, other values are refused."""
 
     values: tuple[Any, ...] = ()
@@ -43,7 +43,7 @@ class Only:
             raise PydanticCustomError("unsupported", "this value is not supported; leave the option out or send null")
 
 
-Unserved = Annotated[None, Only()]
+Unsupported = Annotated[None, AcceptOnly()]
 
 
 class ProperOptions(RequestSchema):
@@ -64,7 +64,7 @@ class StreamOptions(RequestSchema):
     """Options of a stream."""
 
     include_usage: bool | None = None
-    include_obfuscation: Annotated[None, Only((False,))] = None
+    include_obfuscation: Annotated[None, AcceptOnly((False,))] = None
 
 
 class Options(RequestSchema):
@@ -90,12 +90,12 @@ class Options(RequestSchema):
     proper: ProperOptions | None = None
     prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
     prompt_cache_retention: Annotated[str, Field(max_length=64)] | None = None
-    n: Annotated[None, Only((1,))] = None
-    frequency_penalty: Annotated[None, Only((0,))] = None
-    presence_penalty: Annotated[None, Only((0,))] = None
-    logit_bias: Annotated[None, Only(({}, []))] = None
-    store: Annotated[None, Only((False,))] = None
-    service_tier: Annotated[None, Only(("auto", "default"))] = None
+    n: Annotated[None, AcceptOnly((1,))] = None
+    frequency_penalty: Annotated[None, AcceptOnly((0,))] = None
+    presence_penalty: Annotated[None, AcceptOnly((0,))] = None
+    logit_bias: Annotated[None, AcceptOnly(({}, []))] = None
+    store: Annotated[None, AcceptOnly((False,))] = None
+    service_tier: Annotated[None, AcceptOnly(("auto", "default"))] = None
 
     @field_validator("safety_identifier", "metadata")
     @classmethod
@@ -133,17 +133,17 @@ class Message(RequestSchema):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str | list[TextPart] | None, Field(validate_default=True)] = None
     name: str | None = None
-    refusal: Annotated[None, Only(("",))] = None
-    annotations: Annotated[None, Only(([],))] = None
-    audio: Unserved = None
-    function_call: Unserved = None
-    tool_calls: Annotated[None, Only(([],))] = None
-    tool_call_id: Unserved = None
+    refusal: Annotated[None, AcceptOnly(("",))] = None
+    annotations: Annotated[None, AcceptOnly(([],))] = None
+    audio: Unsupported = None
+    function_call: Unsupported = None
+    tool_calls: Annotated[None, AcceptOnly(([],))] = None
+    tool_call_id: Unsupported = None
     # Messages of LiteLLM and LangChain have these fields.
-    reasoning_content: Annotated[None, Only(("",))] = None
-    thinking_blocks: Annotated[None, Only(([],))] = None
-    images: Annotated[None, Only(([],))] = None
-    provider_specific_fields: Annotated[dict[str, Unserved], Field()] | None = None
+    reasoning_content: Annotated[None, AcceptOnly(("",))] = None
+    thinking_blocks: Annotated[None, AcceptOnly(([],))] = None
+    images: Annotated[None, AcceptOnly(([],))] = None
+    provider_specific_fields: Annotated[dict[str, Unsupported], Field()] | None = None
 
     @field_validator("content")
     @classmethod
@@ -167,18 +167,18 @@ class ChatRequest(Options):
     max_completion_tokens: Length | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: Annotated[None, Only(({"type": "text"},))] = None
-    tools: Annotated[None, Only(([],))] = None
-    tool_choice: Annotated[None, Only(("none", "auto"))] = None
-    parallel_tool_calls: Annotated[None, Only((True, False))] = None
-    functions: Annotated[None, Only(([],))] = None
-    function_call: Annotated[None, Only(("none", "auto"))] = None
-    reasoning_effort: Annotated[None, Only(("none",))] = None
-    verbosity: Annotated[None, Only(("medium",))] = None
-    modalities: Annotated[None, Only((["text"], []))] = None
-    prediction: Unserved = None
-    audio: Unserved = None
-    web_search_options: Unserved = None
+    response_format: Annotated[None, AcceptOnly(({"type": "text"},))] = None
+    tools: Annotated[None, AcceptOnly(([],))] = None
+    tool_choice: Annotated[None, AcceptOnly(("none", "auto"))] = None
+    parallel_tool_calls: Annotated[None, AcceptOnly((True, False))] = None
+    functions: Annotated[None, AcceptOnly(([],))] = None
+    function_call: Annotated[None, AcceptOnly(("none", "auto"))] = None
+    reasoning_effort: Annotated[None, AcceptOnly(("none",))] = None
+    verbosity: Annotated[None, AcceptOnly(("medium",))] = None
+    modalities: Annotated[None, AcceptOnly((["text"], []))] = None
+    prediction: Unsupported = None
+    audio: Unsupported = None
+    web_search_options: Unsupported = None
 
     @field_validator("top_logprobs")
     @classmethod
@@ -200,9 +200,9 @@ class CompletionRequest(Options):
         str | Annotated[list[str], Field(min_length=1, max_length=64)] | Ids | Annotated[list[Ids], Field(min_length=1)]
     )
     logprobs: Annotated[int, Field(ge=0, le=5, strict=True)] | Literal[False] | None = None
-    echo: Annotated[None, Only((False,))] = None
-    suffix: Annotated[None, Only(("",))] = None
-    best_of: Annotated[None, Only((1,))] = None
+    echo: Annotated[None, AcceptOnly((False,))] = None
+    suffix: Annotated[None, AcceptOnly(("",))] = None
+    best_of: Annotated[None, AcceptOnly((1,))] = None
 
     @field_validator("prompt")
     @classmethod

@@ -14,10 +14,10 @@ from proper.serving.errors import APIError
 from proper.serving.fit_process import FitProcess
 from proper.serving.keys import Principal
 from proper.serving.metrics import Metrics
-from proper.serving.schemas import Health
+from proper.serving.schemas.resources import Health
 
 
-def health_routes(runner: EngineThread, worker: FitProcess | None, metrics: Metrics, gate: Authenticator) -> APIRouter:
+def health_routes(runner: EngineThread, worker: FitProcess | None, metrics: Metrics, auth: Authenticator) -> APIRouter:
     """Return the monitoring routes of an engine thread and its fit worker."""
     router = APIRouter(tags=["health"])
 
@@ -25,7 +25,7 @@ def health_routes(runner: EngineThread, worker: FitProcess | None, metrics: Metr
         fits: Literal["off", "alive", "down"] = "off" if worker is None else "alive" if worker.alive else "down"
         return Health(status=status, worker=fits)
 
-    Watching = Annotated[Principal, Depends(gate.needs("admin"))]
+    AdminCaller = Annotated[Principal, Depends(auth.needs("admin"))]
 
     @router.get("/healthz")
     async def healthz() -> Health:
@@ -38,11 +38,11 @@ def health_routes(runner: EngineThread, worker: FitProcess | None, metrics: Metr
     async def readyz() -> Health:
         """Readiness: 503 if the server accepts no requests."""
         if not runner.alive:
-            raise APIError(503, "no requests are taken", code="not_ready")
+            raise APIError(503, "the server accepts no requests", code="not_ready")
         return health("ready")
 
     @router.get("/metrics", response_class=Response)
-    async def figures(who: Watching) -> Response:
+    async def figures(caller: AdminCaller) -> Response:
         """Return the metrics in Prometheus's text format."""
         return Response(await asyncio.to_thread(metrics.text), media_type=CONTENT_TYPE_LATEST)
 

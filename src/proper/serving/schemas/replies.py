@@ -13,7 +13,7 @@ from pydantic import BaseModel
 End = Literal["stop", "length"]
 
 
-class Extras(BaseModel):
+class ProperDetails(BaseModel):
     """Which tier answered; in every reply and every chunk of a stream.
 
     Attributes:
@@ -40,7 +40,7 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class LikelyToken(BaseModel):
+class TopLogprob(BaseModel):
     """A token and its log-probability (nats); `bytes` is null if the token is not whole characters."""
 
     token: str
@@ -48,16 +48,16 @@ class LikelyToken(BaseModel):
     bytes: list[int] | None
 
 
-class ToldToken(LikelyToken):
+class TokenLogprob(TopLogprob):
     """A token of an answer, with the likeliest tokens at its position."""
 
-    top_logprobs: list[LikelyToken]
+    top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
     """The log-probabilities of a chat's tokens."""
 
-    content: list[ToldToken]
+    content: list[TokenLogprob]
     refusal: None
 
 
@@ -70,7 +70,7 @@ class TextLogprobs(BaseModel):
     text_offset: list[int]
 
 
-class ChatAnswer(BaseModel):
+class ChatMessage(BaseModel):
     """The assistant's message."""
 
     role: Literal["assistant"]
@@ -89,12 +89,12 @@ class ChatChoice(BaseModel):
     """The answer to a chat request."""
 
     index: int
-    message: ChatAnswer
+    message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: End
 
 
-class ChatPiece(BaseModel):
+class ChatChunkChoice(BaseModel):
     """A chunk of the answer to a chat request."""
 
     index: int
@@ -124,9 +124,9 @@ class Reply(BaseModel):
     object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
     created: int
     model: str
-    choices: list[ChatChoice] | list[ChatPiece] | list[TextChoice]
+    choices: list[ChatChoice] | list[ChatChunkChoice] | list[TextChoice]
     usage: Usage | None = None
-    proper: Extras | None = None
+    proper: ProperDetails | None = None
 
 
 def dump(reply: Reply) -> dict[str, Any]:

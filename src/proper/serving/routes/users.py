@@ -13,11 +13,10 @@ from proper.inference.engine import Engine
 from proper.interactions.deletion import remove
 from proper.interactions.log import InteractionLog
 from proper.serving.auth import Authenticator
-from proper.serving.enrolment import enrolment_routes
 from proper.serving.errors import APIError
 from proper.serving.keys import Principal
-from proper.serving.paths import RawRoute, user_in_path
-from proper.serving.schemas import (
+from proper.serving.routes.interactions import enrolment_routes
+from proper.serving.schemas.resources import (
     DeleteReply,
     DeletionStatus,
     Rollback,
@@ -27,92 +26,94 @@ from proper.serving.schemas import (
     VersionCard,
     VersionList,
 )
-from proper.serving.tenancy import Reach, reach
+from proper.serving.tenancy import RawRoute, TenantLookup, tenant_lookup, user_in_path
 
-Tenant = Annotated[str | None, Query(max_length=512, description="Only the key's own tenant is allowed.")]
+Tenant = Annotated[str | None, Query(max_length=512, description="AcceptOnly the key's own tenant is allowed.")]
 User = Annotated[str, Depends(user_in_path)]
+DeletionId = Annotated[str, Path(max_length=64)]
+Deletion = DeleteReply | DeletionStatus
 PATIENCE = 2.0
 """Seconds for which a DELETE waits for other processes before it answers 202."""
 
 
-def people_routes(engine: Engine, log: InteractionLog | None, gate: Authenticator) -> APIRouter:
+def user_routes(engine: Engine, log: InteractionLog | None, auth: Authenticator) -> APIRouter:
     """Return the routes for the users of an engine's run, and for their interactions if there is a log."""
     router = APIRouter(prefix="/v1/users", tags=["users"], route_class=RawRoute)
-    holdings = reach(engine, log)
-    _listing(router, holdings, gate)
-    enrolment_routes(router, engine.model, holdings, gate)
-    _versions(router, holdings, gate)
-    _persons(router, engine, holdings, gate)
+    lookup = tenant_lookup(engine, log)
+    _listing(router, lookup, auth)
+    enrolment_routes(router, engine.model, lookup, auth)
+    _versions(router, lookup, auth)
+    _one_user(router, engine, lookup, auth)
     return router
 
 
-def _listing(router: APIRouter, holdings: Reach, gate: Authenticator) -> None:
-    Ruling = Annotated[Principal, Depends(gate.needs("admin"))]
+def _listing(router: APIRouter, lookup: TenantLookup, auth: Authenticator) -> None:
+    AdminCaller = Annotated[Principal, Depends(auth.needs("admin"))]
 
     @router.get("")
     def listed(
-        who: Ruling,
+        caller: AdminCaller,
         after: Annotated[str | None, Query(max_length=512)] = None,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         tenant: Tenant = None,
     ) -> UserList:
         """List users ordered by id, one page at a time."""
-        held = holdings(who, tenant)
-        found = list(islice(held.users(after), limit + 1))
+        tenant_users = lookup(caller, tenant)
+        found = list(islice(tenant_users.users(after), limit + 1))
         cards = [UserCard(id=user, tier=tier) for user, tier in found[:limit]]
         return UserList(data=cards, next=cards[-1].id if len(found) > limit else None)
 
 
-def _versions(router: APIRouter, holdings: Reach, gate: Authenticator) -> None:
-    Writing = Annotated[Principal, Depends(gate.needs("write", "admin"))]
+def _versions(router: APIRouter, lookup: TenantLookup, auth: Authenticator) -> None:
+    WriteCaller = Annotated[Principal, Depends(auth.needs("write", "admin"))]
 
     @router.get("/{user}/versions")
-    def versions(user: User, who: Writing, tenant: Tenant = None) -> VersionList:
+    def versions(user: User, caller: WriteCaller, tenant: Tenant = None) -> VersionList:
         """List a user's stored versions, newest first."""
-        held = holdings(who, tenant)
-        held.require(user)
+        tenant_users = lookup(caller, tenant)
+        tenant_users.require(user)
         cards = [
             VersionCard(version=one.version, parent=one.parent, tier=one.tier, bytes=one.bytes, written=one.written)
-            for one in held.store.versions(user)
+            for one in tenant_users.store.versions(user)
         ]
         return VersionList(data=cards)
 
     @router.post("/{user}/rollback")
-    def rollback(user: User, who: Writing, body: Rollback | None = None, tenant: Tenant = None) -> UserCard:
+    def rollback(user: User, caller: WriteCaller, body: Rollback | None = None, tenant: Tenant = None) -> UserCard:
         """Make an older version current again; running requests finish on the version that they started with."""
-        held = holdings(who, tenant)
-        held.require(user)
+        tenant_users = lookup(caller, tenant)
+        tenant_users.require(user)
         try:
-            held.store.rollback(user, body.to if body else None)
+            tenant_users.store.rollback(user, body.to if body else None)
         except NoVersionError as error:
             raise APIError(409, str(error), code="no_version", param="to") from error
-        return held.card(user)
+        return tenant_users.card(user)
 
 
-def _persons(router: APIRouter, engine: Engine, holdings: Reach, gate: Authenticator) -> None:
-    Writing = Annotated[Principal, Depends(gate.needs("write", "admin"))]
-    Ruling = Annotated[Principal, Depends(gate.needs("admin"))]
+def _one_user(router: APIRouter, engine: Engine, lookup: TenantLookup, auth: Authenticator) -> None:
+    WriteCaller = Annotated[Principal, Depends(auth.needs("write", "admin"))]
+    AdminCaller = Annotated[Principal, Depends(auth.needs("admin"))]
 
     @router.get("/{user}")
-    def read(user: User, who: Writing, tenant: Tenant = None) -> UserStatus:
+    def read(user: User, caller: WriteCaller, tenant: Tenant = None) -> UserStatus:
         """Return a user's tier, version, number of logged interactions and state of the latest fit."""
-        held = holdings(who, tenant)
-        held.require(user)
-        count = held.log.count(held.tenant, user)
-        return UserStatus(**held.card(user).model_dump(), interactions=count, fit=held.fit(user))
+        tenant_users = lookup(caller, tenant)
+        tenant_users.require(user)
+        count = tenant_users.log.count(tenant_users.tenant, user)
+        return UserStatus(**tenant_users.card(user).model_dump(), interactions=count, fit=tenant_users.fit(user))
 
     @router.delete("/{user}", responses={202: {"model": DeletionStatus, "description": "The deletion goes on."}})
-    def delete(user: User, who: Ruling, response: Response, tenant: Tenant = None) -> DeleteReply | DeletionStatus:
+    def delete(user: User, caller: AdminCaller, response: Response, tenant: Tenant = None) -> Deletion:
         """Delete all data of a user; with 200 it is gone from the disk, and from memory once no request uses it.
 
         If another process is reading or writing the run's files, the reply is 202 with the id of the deletion, which
         the server continues; GET /v1/deletions/ID returns its state.
         """
-        held = holdings(who, tenant)
-        if not held.log.deletions.of(held.tenant, user):
-            held.require(user)
-        removal = remove(held.store, held.log, user, PATIENCE)
-        engine.forget(held.tenant, user)
+        tenant_users = lookup(caller, tenant)
+        if not tenant_users.log.deletions.of(tenant_users.tenant, user):
+            tenant_users.require(user)
+        removal = remove(tenant_users.store, tenant_users.log, user, PATIENCE)
+        engine.forget(tenant_users.tenant, user)
         if not removal.waits:
             return DeleteReply(id=user)
         response.status_code = 202
@@ -120,19 +121,19 @@ def _persons(router: APIRouter, engine: Engine, holdings: Reach, gate: Authentic
         return DeletionStatus(id=removal.job, state="running")
 
 
-def deletion_routes(engine: Engine, log: InteractionLog | None, gate: Authenticator) -> APIRouter:
+def deletion_routes(engine: Engine, log: InteractionLog | None, auth: Authenticator) -> APIRouter:
     """Return the route for the state of a deletion."""
     router = APIRouter(prefix="/v1/deletions", tags=["users"])
-    holdings = reach(engine, log)
-    Ruling = Annotated[Principal, Depends(gate.needs("admin"))]
+    lookup = tenant_lookup(engine, log)
+    AdminCaller = Annotated[Principal, Depends(auth.needs("admin"))]
 
     @router.get("/{deletion}")
-    def read(deletion: Annotated[str, Path(max_length=64)], who: Ruling, tenant: Tenant = None) -> DeletionStatus:
+    def read(deletion: DeletionId, caller: AdminCaller, tenant: Tenant = None) -> DeletionStatus:
         """Return the state of a deletion; available for a week after it is done."""
-        held = holdings(who, tenant)
-        state = held.log.deletions.state(held.tenant, deletion)
+        tenant_users = lookup(caller, tenant)
+        state = tenant_users.log.deletions.state(tenant_users.tenant, deletion)
         if state is None:
-            raise APIError(404, "there is no such deletion", code="deletion_not_found", param="deletion")
+            raise APIError(404, "this deletion does not exist", code="deletion_not_found", param="deletion")
         return DeletionStatus(id=deletion, state="done" if state == "done" else "running")
 
     return router

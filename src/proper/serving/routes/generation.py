@@ -4,9 +4,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import ExitStack, aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends
@@ -16,87 +16,108 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from proper.inference.requests import Request
-from proper.serving.answers import AnswerPiece, Answers
+from proper.serving.answers import AnswerPiece, Answers, chat_prompt
 from proper.serving.auth import Authenticator, own_tenant
-from proper.serving.chat import chat_prompt
 from proper.serving.errors import APIError
+from proper.serving.json_bodies import CheckedRoute
 from proper.serving.keys import Principal
-from proper.serving.large_bodies import CheckedRoute
-from proper.serving.rate_limits import RateLimiter
+from proper.serving.limits import RateLimiter
 from proper.serving.reply_format import Kind, ReplyFormat, collect
-from proper.serving.reply_schemas import Reply, dump
-from proper.serving.request_schemas import ChatRequest, CompletionRequest, Options
-from proper.serving.schemas import ModelCard, ModelList
+from proper.serving.schemas.replies import Reply, dump
+from proper.serving.schemas.requests import ChatRequest, CompletionRequest
+from proper.serving.schemas.resources import ModelCard, ModelList
 
 T = TypeVar("T")
-Ask = Callable[[], list[Request]]
-"""Tokenizes the prompts; must not run on the event loop."""
 
 
-def generation_routes(model: str, answers: Answers, gate: Authenticator, turnstile: RateLimiter) -> APIRouter:
+def generation_routes(model: str, answers: Answers, auth: Authenticator, limiter: RateLimiter) -> APIRouter:
     """Return the routes for one model of the given name."""
     router = APIRouter(prefix="/v1", tags=["generate"], route_class=CheckedRoute)
-    Asking = Annotated[Principal, Depends(gate.needs("generate"))]
-
-    def known(name: str) -> None:
-        if name != model:
-            raise APIError(
-                404, f"there is no model {name!r}; there is {model!r}", code="model_not_found", param="model"
-            )
-
-    async def reply(kind: Kind, http: HttpRequest, who: Principal, body: Options, count: int, ask: Ask) -> Response:
-        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        with ExitStack() as stack:
-            stack.enter_context(turnstile.enter(who.id, count))
-            asked = [replace(one, client=who.id) for one in await answers.threads.run(who.id, ask)]
-            size, logprobs = sum(len(request.prompt) for request in asked), asked[0].alternatives is not None
-            shape = ReplyFormat(kind, model, size, answers.decode, logprobs)
-            pieces = answers.stream(asked, stop)
-            if body.stream:
-                wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-                lines = server_sent(shape, pieces, wants_usage)
-                return EventStream(lines, stack.pop_all(), turnstile.limits.stalled_seconds)
-            whole = await unless_gone(http.receive, collect(shape, pieces, len(asked)))
-            return JSONResponse(dump(whole))
+    Caller = Annotated[Principal, Depends(auth.needs("generate"))]
+    served = ServedModel(model, answers, limiter)
 
     @router.post("/chat/completions", response_model=Reply, response_model_exclude_unset=True)
-    async def chat(http: HttpRequest, body: ChatRequest, who: Asking) -> Response:
+    async def chat(http: HttpRequest, body: ChatRequest, caller: Caller) -> Response:
         """Complete a chat with the personal model of `user`; without `user`, with the mean over all users."""
-        known(body.model)
-        tenant = own_tenant(who, body.proper.tenant if body.proper else None)
         longest = body.max_completion_tokens or body.max_tokens
-
-        def ask() -> list[Request]:
-            return [answers.request(chat_prompt(body.messages), body, tenant, longest, body.alternatives)]
-
-        return await reply("chat", http, who, body, 1, ask)
+        return await served.reply("chat", http, caller, body, [chat_prompt(body.messages)], longest)
 
     @router.post("/completions", response_model=Reply, response_model_exclude_unset=True)
-    async def completions(http: HttpRequest, body: CompletionRequest, who: Asking) -> Response:
+    async def completions(http: HttpRequest, body: CompletionRequest, caller: Caller) -> Response:
         """Complete each prompt with the personal model of `user`; without `user`, with the mean over all users."""
-        known(body.model)
-        tenant = own_tenant(who, body.proper.tenant if body.proper else None)
-        prompts = body.prompts
-        if len(prompts) > 1 and body.proper is not None and body.proper.gates:
-            raise APIError(400, "proper.gates: of one prompt at a time", param="proper.gates")
-
-        def ask() -> list[Request]:
-            return [answers.request(prompt, body, tenant, body.max_tokens, body.alternatives) for prompt in prompts]
-
-        return await reply("text", http, who, body, len(prompts), ask)
+        return await served.reply("text", http, caller, body, body.prompts, body.max_tokens)
 
     @router.get("/models")
-    async def models(who: Asking) -> ModelList:
+    async def models(caller: Caller) -> ModelList:
         """List the models that are served: one model for all users."""
-        return ModelList(data=[ModelCard(id=model, proper=answers.card())])
+        return ModelList(data=[served.card()])
 
     @router.get("/models/{name}")
-    async def one_model(name: str, who: Asking) -> ModelCard:
+    async def one_model(name: str, caller: Caller) -> ModelCard:
         """Describe a model."""
-        known(name)
-        return ModelCard(id=model, proper=answers.card())
+        served.require(name)
+        return served.card()
 
     return router
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The model that the routes answer with, under the name that clients send."""
+
+    name: str
+    answers: Answers
+    limiter: RateLimiter
+
+    def require(self, name: str) -> None:
+        """Check the model name of a request.
+
+        Raises:
+            APIError: 404; another model is served.
+        """
+        if name != self.name:
+            message = f"the model {name!r} does not exist; this server serves {self.name!r}"
+            raise APIError(404, message, code="model_not_found", param="model")
+
+    def card(self) -> ModelCard:
+        """Return the model's description."""
+        return ModelCard(id=self.name, proper=self.answers.card())
+
+    async def reply(
+        self,
+        kind: Kind,
+        http: HttpRequest,
+        caller: Principal,
+        body: ChatRequest | CompletionRequest,
+        prompts: Sequence[str | Sequence[int]],
+        longest: int | None,
+    ) -> Response:
+        """Answer the prompts of one request, whole or as a stream.
+
+        Raises:
+            APIError: the request is refused, or generation failed.
+        """
+        self.require(body.model)
+        tenant = own_tenant(caller, body.proper.tenant if body.proper else None)
+        if len(prompts) > 1 and body.proper is not None and body.proper.gates:
+            raise APIError(400, "proper.gates: only for a request with one prompt", param="proper.gates")
+
+        def tokenize() -> list[Request]:  # must not run on the event loop
+            made = [self.answers.request(prompt, body, tenant, longest, body.alternatives) for prompt in prompts]
+            return [replace(request, client=caller.id) for request in made]
+
+        with ExitStack() as stack:
+            stack.enter_context(self.limiter.enter(caller.id, len(prompts)))
+            requests = await self.answers.threads.run(caller.id, tokenize)
+            size = sum(len(request.prompt) for request in requests)
+            shape = ReplyFormat(kind, self.name, size, self.answers.decode, body.alternatives is not None)
+            pieces = self.answers.stream(requests, [body.stop] if isinstance(body.stop, str) else body.stop or [])
+            if body.stream:
+                usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+                lines = server_sent(shape, pieces, usage)
+                return EventStream(lines, stack.pop_all(), self.limiter.limits.stalled_seconds)
+            whole = await unless_gone(http.receive, collect(shape, pieces, len(requests)))
+            return JSONResponse(dump(whole))
 
 
 async def server_sent(
@@ -122,13 +143,13 @@ class EventStream(StreamingResponse):
 
     Args:
         lines: the events.
-        held: the context that counts its prompts as open; closed at the end.
+        stack: the context that counts its prompts as open; closed at the end.
         stalled: seconds for which a client may leave an event unread.
     """
 
-    def __init__(self, lines: AsyncGenerator[str, None], held: ExitStack, stalled: float) -> None:
+    def __init__(self, lines: AsyncGenerator[str, None], stack: ExitStack, stalled: float) -> None:
         super().__init__(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._lines, self._held, self._stalled = lines, held, stalled
+        self._lines, self._stack, self._stalled = lines, stack, stalled
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all events and stop when the client disconnects, even while there is nothing to send."""
@@ -140,7 +161,7 @@ class EventStream(StreamingResponse):
             except OSError as error:  # a timeout is one too
                 raise ClientDisconnect from error
 
-        with self._held:
+        with self._stack:
             try:
                 await unless_gone(receive, self.stream_response(in_time))
             except (APIError, ClientDisconnect):
@@ -159,7 +180,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise APIError(499, "the client has gone")
+            raise APIError(499, "the client disconnected")
         return task.result()
     finally:
         for one in (task, gone):

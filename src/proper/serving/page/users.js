@@ -27,7 +27,7 @@ export const known = async (user) => (await found(user)).find((card) => card.id 
 
 // Connects the field; `chosen(id, card or null)` and `trouble(error)` are the callbacks.
 export function picker(chosen, trouble) {
-  const [field, list] = [$("who"), $("people")];
+  const [field, list] = [$("user-id"), $("users")];
   let [options, at, asked] = [[], -1, 0];
 
   const close = () => {
@@ -63,8 +63,8 @@ export function picker(chosen, trouble) {
     options = cards.map((card) => ({ id: card.id, card }));
     if (start && !options.some((option) => option.id === start)) options.unshift({ id: start, card: null });
     list.replaceChildren(...options.map((option, place) => {
-      const kind = option.card === null ? "new person" : TIERS[option.card.tier] ?? option.card.tier;
-      const item = make("li", { role: "option", id: `people-${place}`, "aria-selected": "false" },
+      const kind = option.card === null ? "new user" : TIERS[option.card.tier] ?? option.card.tier;
+      const item = make("li", { role: "option", id: `users-${place}`, "aria-selected": "false" },
         make("bdi", {}, option.id), make("span", {}, kind));
       item.addEventListener("pointerdown", (event) => event.preventDefault());
       item.addEventListener("click", () => choose(option));

@@ -18,42 +18,41 @@ from proper.interactions.parsing import Read, plain_reader
 from proper.serving.auth import Authenticator
 from proper.serving.errors import APIError
 from proper.serving.keys import Principal
-from proper.serving.paths import user_in_path
-from proper.serving.schemas import AppendReply, Enrolment, InteractionBatch, NewInteraction
-from proper.serving.tenancy import Holdings, Reach
+from proper.serving.schemas.resources import AppendReply, Enrolment, InteractionBatch, NewInteraction
+from proper.serving.tenancy import TenantLookup, TenantUsers, user_in_path
 
 
-def enrolment_routes(router: APIRouter, model: PersonalizedModel, holdings: Reach, gate: Authenticator) -> None:
+def enrolment_routes(router: APIRouter, model: PersonalizedModel, lookup: TenantLookup, auth: Authenticator) -> None:
     """Add the enrolment and append routes to a router at /v1/users."""
-    Writing = Annotated[Principal, Depends(gate.needs("write", "admin"))]
+    WriteCaller = Annotated[Principal, Depends(auth.needs("write", "admin"))]
     reading = plain_reader(model.config.task, "input", "output")
 
     @router.post("")
-    def enrol(body: Enrolment, who: Writing) -> AppendReply:
+    def enrol(body: Enrolment, caller: WriteCaller) -> AppendReply:
         """Enrol a new user with their interactions; an adapter is fitted in the background."""
-        held = holdings(who, body.tenant)
+        users = lookup(caller, body.tenant)
         if body.user in (".", ".."):
-            raise APIError(400, "user: no URL can name this id", code="invalid", param="user")
-        if held.knows(body.user):
+            raise APIError(400, "user: this id cannot be part of a URL", code="invalid", param="user")
+        if users.knows(body.user):
             raise _exists(body.user)
-        return _learn(held, body.user, _entries(body.interactions, reading), True)
+        return _append(users, body.user, _entries(body.interactions, reading), True)
 
     @router.post("/{user}/interactions")
     def append(
         user: Annotated[str, Depends(user_in_path)],
         body: InteractionBatch,
-        who: Writing,
+        caller: WriteCaller,
         tenant: Annotated[str | None, Query(max_length=512)] = None,
     ) -> AppendReply:
         """Add interactions of a user; interactions that are already stored count as duplicates."""
-        held = holdings(who, tenant)
-        held.require(user)
-        return _learn(held, user, _entries(body.interactions, reading), False)
+        users = lookup(caller, tenant)
+        users.require(user)
+        return _append(users, user, _entries(body.interactions, reading), False)
 
 
-def _learn(held: Holdings, user: str, entries: Sequence[LogEntry], new: bool) -> AppendReply:
+def _append(users: TenantUsers, user: str, entries: Sequence[LogEntry], new: bool) -> AppendReply:
     try:
-        said = held.log.append(held.tenant, user, entries, new=new)
+        result = users.log.append(users.tenant, user, entries, new=new)
     except ExistsError as error:
         raise _exists(user) from error
     except DeletedError as error:
@@ -61,16 +60,16 @@ def _learn(held: Holdings, user: str, entries: Sequence[LogEntry], new: bool) ->
             raise APIError(409, str(error), code="deletion_running", param="user") from error
         raise APIError(404, str(error), code="user_not_found", param="user") from error
     except ConflictError as error:
-        place = f"interactions.{error.at}.id"
-        raise APIError(409, f"{place}: {error}", code="interaction_conflict", param=place) from error
-    card = held.card(user)
+        location = f"interactions.{error.at}.id"
+        raise APIError(409, f"{location}: {error}", code="interaction_conflict", param=location) from error
+    card = users.card(user)
     return AppendReply(
         id=user,
         tier=card.tier,
         version=card.version,
-        accepted=said.accepted,
-        duplicates=said.duplicates,
-        fit=held.fit(user),
+        accepted=result.accepted,
+        duplicates=result.duplicates,
+        fit=users.fit(user),
     )
 
 
@@ -80,10 +79,10 @@ def _entries(interactions: Sequence[NewInteraction], read: Read) -> list[LogEntr
         try:
             entries.append(read(each.model_dump(exclude_none=True)))
         except BadValue as error:
-            place = f"interactions.{at}.{error.field}"
-            raise APIError(400, f"{place}: {error.what}", code="invalid", param=place) from error
+            location = f"interactions.{at}.{error.field}"
+            raise APIError(400, f"{location}: {error.what}", code="invalid", param=location) from error
     return entries
 
 
 def _exists(user: str) -> APIError:
-    return APIError(409, f"there is a user {user!r} already", code="user_exists", param="user")
+    return APIError(409, f"the user {user!r} exists already", code="user_exists", param="user")
