@@ -44,7 +44,7 @@ def load(folder: str | Path, stage: str | None = None) -> PersonalizedModel:
         if tier == Tier.USERS:
             run.require_trained(Stage.USERS)
             load_router(model, config.users, run.users.router)
-    return PersonalizedModel(model, backbone.encoder(config.compute.max_length), config, served, tier)
+    return PersonalizedModel(model, backbone.encoder(), config, served, tier)
 
 
 def serve_users(folder: Path, config: Config, model: ProperModel) -> ServedUsers:
