@@ -18,6 +18,7 @@ from proper.adapters.records import Head
 from proper.adapters.store import AdapterStore
 from proper.errors import StoreError
 from proper.layers.bank import AdapterBank
+from proper.run_folder import Tier
 
 
 class AdapterKey(NamedTuple):

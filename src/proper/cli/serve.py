@@ -13,6 +13,7 @@ import typer
 import proper
 from proper.cli.options import RunFolder, size_in_bytes
 from proper.errors import ReadOnlyError
+from proper.extras import needs_extra
 from proper.run_folder import require_run
 from proper.sqlite_files import writable
 
@@ -108,10 +109,14 @@ def command(
     """
     run = require_run(folder)
     prefix_bytes = size_in_bytes("--prefix-cache", prefix_cache)
-    from proper.serving.auth import is_loopback
-    from proper.serving.connections import ConnectionLimits
-    from proper.serving.keys import FILE, Keys
-    from proper.serving.server import free_port, make_server, require_keys, require_no_failure
+    with needs_extra("serve", "'proper serve'"):
+        from proper.serving.app import ServeSettings, create_app
+        from proper.serving.auth import is_loopback
+        from proper.serving.connections import ConnectionLimits
+        from proper.serving.fit_process import FitProcess
+        from proper.serving.keys import FILE, Keys
+        from proper.serving.limits import ServeLimits
+        from proper.serving.server import free_port, make_server, require_keys, require_no_failure
 
     connections = ConnectionLimits(
         max_connections,
@@ -131,9 +136,6 @@ def command(
     from proper.inference.engine import Engine
     from proper.inference.engine_thread import EngineThread
     from proper.inference.requests import EngineLimits
-    from proper.serving.app import ServeSettings, create_app
-    from proper.serving.fit_process import FitProcess
-    from proper.serving.limits import ServeLimits
 
     with free_port(host, port) as socket:
         model = load(folder)

@@ -130,9 +130,9 @@ class AdapterManager:
         if self.cache is not None and handle.key is not None and handle.slot >= 0:
             self.cache.unpin(handle.key)
 
-    def tier(self, handle: RequestHandle) -> str:
+    def tier(self, handle: RequestHandle) -> Tier:
         """Return the tier that answers a request."""
-        if self._model.served is None or self._model.stage in ("base", "population"):
+        if self._model.served is None or self._model.stage in (Tier.BASE, Tier.POPULATION):
             return self._model.stage
         if not handle.uses_experts:
             return Tier.POPULATION
