@@ -42,9 +42,9 @@ from proper.reports.methods import write_methods_csv
 from proper.reports.user_page import write_user_pages
 from proper.run_folder import LADDER, RunFolder, Stage, is_run, require_run
 from proper.run_lock import exclusive
-from proper.training.metrics_log import MetricsLog
 from proper.training.preflight import check_once, preflight
 from proper.training.stages import StageRunner, join_processes
+from proper.training.trainer import MetricsLog
 
 STAGES = (*Stage, "evaluate", "report")
 

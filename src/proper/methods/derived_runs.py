@@ -27,8 +27,8 @@ from proper.evaluation.fingerprint import code_version
 from proper.files import hash_value, make_folder, read_json, write_text
 from proper.methods.spec import DerivedRun, Method, TrainedRun, TrainingWork
 from proper.run_folder import RunFolder, Stage, Tier
-from proper.training.metrics_log import MetricsLog
 from proper.training.stages import join_processes
+from proper.training.trainer import MetricsLog
 
 logger = logging.getLogger(__name__)
 
