@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from proper.evaluation.controls import CONTROLS
 from proper.evaluation.metrics import TaskInfo, primary_metric
 from proper.evaluation.statistics import UserScores, compare, holm
 from proper.run_folder import LADDER
@@ -20,6 +19,23 @@ Scores = Mapping[tuple[str, str], UserScores]
 """Scores by (method, metric)."""
 
 STEPS = (("groups", "population"), ("users", "groups"))
+
+CONTROLS = (
+    ("groups", "population-more"),
+    ("groups", "groups-shared-e"),
+    ("users", "swapped"),
+    ("users", "shuffled"),
+)
+"""Stages against methods that lack only the information about the user.
+
+    groups against population-more     the same rows, steps and parameters, one LoRA, no users
+    groups against groups-shared-e     experts and router, one embedding shared by all users
+    users  against swapped             another user's embedding and adapter
+    users  against shuffled            trained on rows permuted across users
+
+The last comparison tests "the gain with real user ids exceeds the gain with shuffled ids": both gains are over the same
+population model, which cancels.
+"""
 
 ABLATIONS = (
     ("groups", "groups-no-constraint"),

@@ -153,10 +153,10 @@ def _rows(
     for metric in (metric for metric in values[0] if metric in values[1]):
         row: dict[str, Any] = {"method": method, "metric": metric, "primary": values[0][metric]["primary"]}
         row["higher_is_better"] = values[0][metric]["higher_is_better"]
-        for name, held in zip(("first", "second"), values, strict=True):
-            row[name] = {key: held[metric][key] for key in ("value", "ci95")}
-        told = _difference(metric, task, pair, effort) if task is not None and pair is not None else None
-        rows.append({**row, **(told or dict.fromkeys(COMPARED))})
+        for name, metrics in zip(("first", "second"), values, strict=True):
+            row[name] = {key: metrics[metric][key] for key in ("value", "ci95")}
+        paired = _difference(metric, task, pair, effort) if task is not None and pair is not None else None
+        rows.append({**row, **(paired or dict.fromkeys(COMPARED))})
     return rows
 
 
