@@ -41,9 +41,9 @@ from proper.reports.html import write_report
 from proper.reports.methods import write_methods_csv
 from proper.reports.user_page import write_user_pages
 from proper.run_lock import LOCK, exclusive
-from proper.training.metrics_log import MetricsLog
 from proper.training.preflight import check_once, preflight
 from proper.training.stages import TRAINED, StageRunner, join_processes
+from proper.training.trainer import MetricsLog
 
 STAGES = (*TRAINED, "evaluate", "report")
 

@@ -33,8 +33,9 @@ from proper.errors import RunFolderError
 from proper.files import read_json, write_json
 from proper.inference.model import PersonalizedModel
 from proper.models.checkpoints import load_tensors, save_tensors
+from proper.training.jobs import held_out_items
 from proper.training.tier_selection import Trial
-from proper.training.users import UserStage, held_out, train_users
+from proper.training.users import UserStage, train_users
 
 FITTED = "fitted"
 """Key in a record's metadata for an embedding not from stage 2: the next fit refits it on the whole history."""
@@ -104,7 +105,7 @@ class Fitter:
             return FittedEmbedding(tensors["embedding"], tuple(told["losses"]), told["passes"])
         config, served = self.model.config, self.model.served
         assert served is not None
-        held = held_out(len(items), config.users.tiers.validation) if len(items) > 1 else 0
+        held = held_out_items(len(items), config.users.tiers.validation) if len(items) > 1 else 0
         setting = Setting(self.model.model, config.groups, self.seed, lambda: pace.step("embedding"))
         found = fit_embedding(setting, user, items, held, served.mean)
         save_tensors(path, {"embedding": found.embedding}, {"losses": list(found.losses), "passes": found.passes})

@@ -21,7 +21,7 @@ from proper.interactions.database import FILE, Database
 from proper.interactions.fit_queue import Claim, FitQueue
 from proper.interactions.log import InteractionLog
 from proper.interactions.personal_files import fits_folder, remove_work, work_folder
-from proper.training.users import is_held
+from proper.training.users import is_stored
 
 TOLD_SECONDS = 0.2
 """Interval in which a fit reports its progress and checks whether its user was deleted."""
@@ -108,7 +108,7 @@ class FitWorker:
         with self.log.queue.ending(claim) as stands:
             if not stands:
                 raise _Withdrawn
-            if not is_held(store, record):  # stored already before a kill
+            if not is_stored(store, record):  # stored already before a kill
                 store.put([record])
             remove_work(self.users, claim.tenant, claim.user)
             head = store.head(claim.user)

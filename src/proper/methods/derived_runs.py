@@ -26,8 +26,8 @@ from proper.errors import ConfigError, RunFolderError
 from proper.evaluation.fingerprint import code_version
 from proper.files import hash_value, make_folder, read_json, write_text
 from proper.methods.spec import DerivedRun, Method, Trained, TrainedRun, TrainingWork
-from proper.training.metrics_log import MetricsLog
 from proper.training.stages import TRAINED, join_processes
+from proper.training.trainer import MetricsLog
 
 logger = logging.getLogger(__name__)
 

@@ -33,8 +33,7 @@ from proper.models.checkpoints import save_tensors
 from proper.models.personal import ProperModel, answer_loss
 from proper.training.checkpoint import seed_of
 from proper.training.groups import GroupsStage, train_stage
-from proper.training.optim import RowAdamW, clip_rows
-from proper.training.schedule import resolve_rate
+from proper.training.optim import RowAdamW, clip_rows, resolve_rate
 from proper.training.stages import join_processes, stage_plan
 from proper.training.trainer import Log, LossSum
 

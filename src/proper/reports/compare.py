@@ -14,7 +14,6 @@ from typing import Any
 
 from proper.files import write_text
 from proper.reports import figures, tables
-from proper.reports.compare_figures import forest, values
 from proper.reports.formats import (
     METHODS,
     duration,
@@ -24,13 +23,13 @@ from proper.reports.formats import (
     percent,
     plain,
     plural,
+    safe_name,
     signed,
     size,
     span,
 )
+from proper.reports.html import render
 from proper.reports.load import RunFiles, load_run
-from proper.reports.names import safe_name
-from proper.reports.page import render
 from proper.reports.reading import interval, mapping, number, objects
 from proper.reports.tables import Table
 
@@ -91,15 +90,15 @@ def gather(both: Both) -> dict[str, Any]:
         "task": str(task.get("name") or task.get("kind") or ""),
         "summary": summary(both),
         "tiles": _tiles(both),
-        "values": values(main, both.names),
-        "forest": forest(main, both.names),
+        "values": figures.values(main, both.names),
+        "forest": figures.forest(main, both.names),
         "scores": scores(both),
         "missing_pairs": {method_name(name): why for name, why in mapping(both.found.get("missing")).items()},
         "others": [sorted(_only(both, side)) for side in (0, 1)],
         "settings": settings(both),
         "cost": cost(both),
         "routing": routing(both),
-        "heats": [(name, figures.heat(run.routed)) for name, run in zip(both.names, both.runs, strict=True)],
+        "heats": [(name, figures.heat(run.routed, name)) for name, run in zip(both.names, both.runs, strict=True)],
         "facts": facts(both),
     }
 

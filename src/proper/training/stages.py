@@ -31,8 +31,8 @@ from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.groups import train_groups
+from proper.training.optim import resolve_rate
 from proper.training.population import train_population
-from proper.training.schedule import resolve_rate
 from proper.training.trainer import Log, TrainingPlan
 from proper.training.users import UserStage, train_users
 
