@@ -111,7 +111,7 @@ def cheap(block: Block) -> bool:
     """Whether a block takes seconds: it writes files, or calls `proper` only to check or to make data."""
     if block.language == "python":
         return False
-    quick = ("check", "--version", "data from-git", "backbones list")
+    quick = ("check", "--version", "data from-git", "data list", "backbones list")
     calls = re.findall(r"^(?:\S+/)?(proper .*)$", block.script, flags=re.MULTILINE)
     return block.mark != "background" and all(call.removeprefix("proper ").startswith(quick) for call in calls)
 

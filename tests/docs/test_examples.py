@@ -59,13 +59,14 @@ RUN = [
     "docs/how-to/serve.md",
     "docs/how-to/enrol-and-delete.md",
     "docs/how-to/backbone.md",
+    "docs/how-to/data.md",
     "docs/how-to/many-users.md",
     "docs/how-to/export.md",
 ]
 """Pages of which every block without a mark is run by the slow test."""
 
-MAKES_ITS_RUN = ("README.md", "docs/install.md", "docs/tutorial.md", "docs/how-to/backbone.md")
-CHECKED = ("README.md", "docs/tutorial.md")
+MAKES_ITS_RUN = ("README.md", "docs/install.md", "docs/tutorial.md", "docs/how-to/backbone.md", "docs/how-to/data.md")
+CHECKED = ("README.md", "docs/tutorial.md", "docs/how-to/data.md")
 
 
 @pytest.mark.parametrize("page", examples.pages())

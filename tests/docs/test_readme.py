@@ -84,11 +84,3 @@ def test_links_and_the_tree_lead_somewhere() -> None:
         name = line.split()[0]
         folder = ROOT / "src" / "proper" if line.startswith(" ") else ROOT
         assert (folder / name).exists(), f"{folder.name}/{name}"
-
-
-def test_the_import_direction_is_the_one_that_is_checked() -> None:
-    import tomllib
-
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    assert [re.sub(r"[()]", "", layer) for layer in layers] == blocks(CONTRIBUTING, "text")[0].splitlines()
