@@ -80,7 +80,7 @@ def _read(
             else:
                 yield interaction
     if not seen:
-        raise DataError(f"{path}: empty, there is not a single row")
+        raise DataError(f"{path}: empty: no row in it")
 
 
 def _columns(row_format: RowFormat, source: Source) -> list[str]:
