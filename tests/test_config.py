@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from proper.config import Config, load_config, make_config
-from proper.config_errors import explain
+from proper.config.errors import explain
 from proper.errors import ConfigError
 
 
