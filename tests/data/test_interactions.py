@@ -162,7 +162,7 @@ def test_configured_labels_are_the_only_ones(jsonl: Callable[..., Path]) -> None
     assert [each.target for each in good] == ["SPORTS"]
     assert bad == [
         "2: output: 'SPORT' is none of task.labels; did you mean 'SPORTS'?",
-        f"3: output: '{'x' * 40}...' is none of task.labels; there are: SPORTS, CRIME",
+        f"3: output: '{'x' * 40}...' is none of task.labels; known: SPORTS, CRIME",
     ]
 
 
@@ -196,7 +196,7 @@ def test_parquet_rows_are_numbered_from_one(tmp_path: Path) -> None:
         ({"prompt": "{inputs}"}, "no column 'inputs' (data.prompt); did you mean 'input'?"),
         ({"target": "{outptu} {input}"}, "no column 'outptu' (data.target); did you mean 'output'?"),
         ({"time": "time_stamp"}, "no column 'time_stamp' (data.time); did you mean 'timestamp'?"),
-        ({"item": "xy"}, "no column 'xy' (data.item); there are: user_id, input, output, timestamp, item_id"),
+        ({"item": "xy"}, "no column 'xy' (data.item); known: user_id, input, output, timestamp, item_id"),
     ],
 )
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

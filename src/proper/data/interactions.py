@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from proper.config import DataConfig, TaskConfig
-from proper.data.rows import BadValue, Source, Template, nearest, parse_template
+from proper.data.rows import BadValue, Source, Template, parse_template
 from proper.data.sources import open_sources
 from proper.data.values import find_label, identifier, parse_time, rating_of, written_id
-from proper.errors import DataError
+from proper.errors import DataError, did_you_mean
 
 _SHOWN = 20
 
@@ -56,17 +56,12 @@ def read_interactions(config: DataConfig, bad: BadRows, task: TaskConfig | None 
     Raises:
         DataError: there is nothing to read, a template is malformed, or a column is missing.
     """
-    reader = _Reader(
-        config,
-        parse_template(config.prompt, "data.prompt"),
-        parse_template(config.target, "data.target"),
-        task or TaskConfig(),
-    )
+    reader = RowFormat.of(config, task or TaskConfig())
     if not reader.target.columns:
         raise DataError(f"data.target: {config.target!r} names no column, so every answer would be the same")
     sources = open_sources(config)
     wanted = [reader.columns(source) for source in sources]
-    return _read(reader, sources, wanted, bad)
+    return _read(reader, sources, wanted, bad, config.path)
 
 
 def row_reader(config: DataConfig, task: TaskConfig) -> Callable[[Mapping[str, object]], Interaction]:
@@ -75,12 +70,11 @@ def row_reader(config: DataConfig, task: TaskConfig) -> Callable[[Mapping[str, o
     Raises:
         DataError: a template is malformed.
     """
-    prompt, target = parse_template(config.prompt, "data.prompt"), parse_template(config.target, "data.target")
-    return _Reader(config, prompt, target, task).interaction
+    return RowFormat.of(config, task).interaction
 
 
 def _read(
-    reader: _Reader, sources: Sequence[Source], wanted: Sequence[Sequence[str]], bad: BadRows
+    reader: RowFormat, sources: Sequence[Source], wanted: Sequence[Sequence[str]], bad: BadRows, path: str
 ) -> Iterator[Interaction]:
     seen = False
     for source, columns in zip(sources, wanted, strict=True):
@@ -95,50 +89,72 @@ def _read(
             else:
                 yield interaction
     if not seen:
-        raise DataError(f"{reader.config.path}: empty, there is not a single row")
+        raise DataError(f"{path}: empty, there is not a single row")
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """Row parser built from the data and task sections of a config."""
+class RowFormat:
+    """Where a row has the fields of an interaction, and what its target must be.
 
-    config: DataConfig
+    Attributes:
+        user: column of the user id.
+        time: column of the time; None for rows without times.
+        item: column of the item id; None for rows without items.
+        prompt: template of the prompt.
+        target: template of the target.
+        task: kind of target, and its labels.
+        marks_queries: whether the column `query` marks the rows that are queries.
+    """
+
+    user: str
+    time: str | None
+    item: str | None
     prompt: Template
     target: Template
     task: TaskConfig
+    marks_queries: bool = False
+
+    @classmethod
+    def of(cls, config: DataConfig, task: TaskConfig) -> RowFormat:
+        """Return the format that the data section of a config describes.
+
+        Raises:
+            DataError: a template is malformed.
+        """
+        prompt, target = parse_template(config.prompt, "data.prompt"), parse_template(config.target, "data.target")
+        return cls(config.user, config.time, config.item, prompt, target, task, config.given_split)
 
     def columns(self, source: Source) -> list[str]:
         """List the columns to read from `source`; raise DataError for the first missing or repeated one."""
-        config, have = self.config, source.columns
-        named = {config.user: "data.user"}
+        have = source.columns
+        named = {self.user: "data.user"}
         for template in (self.prompt, self.target):
             named.update(dict.fromkeys(template.columns, template.key))
         defaults = DataConfig.model_fields
-        for column, key in ((config.time, "time"), (config.item, "item")):
+        for column, key in ((self.time, "time"), (self.item, "item")):
             if column is not None and (column != defaults[key].default or column in (have or ())):
                 named.setdefault(column, f"data.{key}")
         for column, key in named.items():
             if have is not None and column not in have:
-                raise DataError(f"{source.name}: no column '{column}' ({key}); {nearest(column, have)}")
+                raise DataError(f"{source.name}: no column '{column}' ({key}); {did_you_mean(column, have)}")
             if have is not None and have.count(column) > 1:
                 raise DataError(f"{source.name}: {have.count(column)} columns are called '{column}' ({key})")
         return list(named)
 
     def interaction(self, row: Mapping[str, object], typed: bool = True) -> Interaction:
         """Convert a row to an interaction or raise BadValue; without `typed` all values are text."""
-        config = self.config
-        user = _identifier(row, config.user, typed)
+        user = _identifier(row, self.user, typed)
         if user is None:
-            raise BadValue(config.user, "null" if config.user in row else "missing")
+            raise BadValue(self.user, "null" if self.user in row else "missing")
         if not user.strip():
-            raise BadValue(config.user, "empty")
+            raise BadValue(self.user, "empty")
         prompt, target = self.prompt.fill(row), self.target.fill(row).strip()
         if not prompt.strip():
             raise BadValue(_name(self.prompt), "empty")
-        item = _identifier(row, config.item, typed) or None
-        for name, text in ((config.user, user), (_name(self.prompt), prompt), (config.item, item)):
+        item = _identifier(row, self.item, typed) or None
+        for name, text in ((self.user, user), (_name(self.prompt), prompt), (self.item, item)):
             _check_characters(str(name), text)
-        query = config.given_split and bool(row.get("query"))
+        query = self.marks_queries and bool(row.get("query"))
         return Interaction(user, prompt, self._answer(target), item, self._time(row), query)
 
     def _answer(self, target: str) -> str:
@@ -153,11 +169,11 @@ class _Reader:
             return target
         found = find_label(target, labels, self.task.kind)
         if found is None:
-            raise BadValue(name, f"{_short(target)} is none of task.labels; {nearest(target, labels)}")
+            raise BadValue(name, f"{_short(target)} is none of task.labels; {did_you_mean(target, labels)}")
         return found
 
     def _time(self, row: Mapping[str, object]) -> float | None:
-        column = self.config.time
+        column = self.time
         value = row.get(column) if column is not None else None
         if value is None:
             return None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from proper.config import DataConfig, TaskConfig
-from proper.data.interactions import BadRows, Interaction, row_reader
+from proper.data.interactions import BadRows, Interaction, RowFormat, row_reader
 from proper.data.rows import BadValue, parse_template
 from proper.data.text_files import json_rows
 from proper.data.values import identifier
@@ -22,7 +22,7 @@ from proper.errors import DataError
 from proper.interactions.log import LogEntry
 
 Read = Callable[[Mapping[str, Any]], LogEntry]
-_ID, _NOBODY = "id", "\0user"
+_ID, _NO_USER = "id", "\0user"
 
 
 def plain_reader(task: TaskConfig, prompt: str, target: str) -> Read:
@@ -30,9 +30,10 @@ def plain_reader(task: TaskConfig, prompt: str, target: str) -> Read:
 
     The parser raises `BadValue`, which names the field, for an invalid row.
     """
-    config = DataConfig(path="", user=_NOBODY, item=None, prompt=f"{{{prompt}}}", target=f"{{{target}}}")
-    read = row_reader(config, task)
-    return lambda row: _entry(read({**row, _NOBODY: "x"}), row)
+    templates = (parse_template(f"{{{prompt}}}", "data.prompt"), parse_template(f"{{{target}}}", "data.target"))
+    plain = RowFormat(_NO_USER, "timestamp", None, *templates, task)
+    # The caller knows the user, so a row needs no column for it.
+    return lambda row: _entry(plain.interaction({**row, _NO_USER: "x"}), row)
 
 
 def record_reader(config: DataConfig, task: TaskConfig, user: str) -> Read:
