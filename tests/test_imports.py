@@ -1,4 +1,4 @@
-"""No circle of imports between the modules of the package, TYPE_CHECKING and function-level imports included."""
+"""No import circle in the package, and no class that overrides a method of a concrete class of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 import proper
 
 ROOT = Path(proper.__file__).parent
+# Benchmarks that time a changed part of the package inside the rest of it.
+EXEMPT = {"LoopedExperts", "RecordingTrainer"}
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -83,3 +85,22 @@ def test_a_circle_is_found(tmp_path: Path, first: str, second: str, expected: bo
     for name, text in {"__init__": "", "a": first, "b": second}.items():
         (root / f"{name}.py").write_text(text)
     assert bool(circle(import_graph(root))) == expected
+
+
+def methods_of(node: ast.ClassDef) -> set[str]:
+    found = {inner.name for inner in node.body if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef)}
+    return {name for name in found if not name.startswith("__")}
+
+
+def test_no_class_overrides_a_concrete_method() -> None:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")]
+    classes = {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    overrides = []
+    for name, node in classes.items():
+        if name in EXEMPT:
+            continue
+        for base in (base.id for base in node.bases if isinstance(base, ast.Name) and base.id in classes):
+            is_protocol = any(isinstance(one, ast.Name) and one.id == "Protocol" for one in classes[base].bases)
+            if not is_protocol:
+                overrides += [f"{name}.{method}" for method in methods_of(node) & methods_of(classes[base])]
+    assert overrides == []

@@ -54,8 +54,8 @@ def test_a_good_row_is_mapped(jsonl: Callable[..., Path]) -> None:
         ("null", "row: a JSON null, where an object is wanted"),
         ("[" * 100_000, "row: not JSON that can be read (a number too long, or nested too deep)"),
         ("9" * 5000, "row: not JSON that can be read (a number too long, or nested too deep)"),
-        ('{"user_id": "u", "input": "a", "input": "b"}', "row: the key 'input' is there twice"),
-        ('{"user_id": "u", "x": [{"\\ud800": 1, "\\ud800": 2}]}', "row: the key '\\ud800' is there twice"),
+        ('{"user_id": "u", "input": "a", "input": "b"}', "row: the key 'input' occurs twice"),
+        ('{"user_id": "u", "x": [{"\\ud800": 1, "\\ud800": 2}]}', "row: the key '\\ud800' occurs twice"),
     ],
 )
 def test_lines_that_are_no_objects(tmp_path: Path, raw: str, message: str) -> None:

@@ -87,7 +87,7 @@ def parse_template(text: str, key: str) -> Template:
         if column is None:
             continue
         if not column:
-            raise DataError(f"{key}: a place without a column's name in {text!r}")
+            raise DataError(f"{key}: a field without a column's name in {text!r}")
         if code or conversion:
             raise DataError(f"{key}: '{{{column}}}' takes a column's name and no format code, in {text!r}")
         columns.append(column)
