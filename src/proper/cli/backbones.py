@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from proper.cli.options import examples
-from proper.errors import InputError
+from proper.errors import InputError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def fetch_command(
     from proper.models.known_backbones import KNOWN, fetch
 
     if name not in KNOWN:
-        raise InputError(f"backbone {name!r} is unknown; known are: {', '.join(KNOWN)}")
+        raise InputError(f"no backbone '{name}'; {did_you_mean(name, [*KNOWN])}")
     known = KNOWN[name]
     logger.info(f"{known.name}: {known.summary}; license {known.license}, https://huggingface.co/{known.hub}")
     typer.echo(fetch(known, source))

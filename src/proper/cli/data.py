@@ -11,7 +11,7 @@ import typer
 
 from proper.cli.options import examples
 from proper.console import progress
-from proper.errors import InputError, ProperError
+from proper.errors import InputError, ProperError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,9 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A name of `proper dat
 @app.command("list", epilog=examples("data", "list"))
 def list_datasets() -> None:
     """List the public data sets: name, license, and what one row is."""
+    from proper.config.lamp_tasks import LAMP_TASKS
     from proper.data.public.catalog import DATASETS
     from proper.data.public.lamp import TERMS
-    from proper.lamp_tasks import LAMP_TASKS
 
     lines = [(each.name, each.terms, each.title) for each in DATASETS.values()]
     lines += [
@@ -72,10 +72,11 @@ def fetch(
         ),
     ] = None,
 ) -> None:
-    """Download a public data set and convert it to the columns that configs/ use.
+    """Download a public data set.
 
-    Shows the license and asks for agreement first. An interrupted download resumes. Checksums are kept in SHA256SUMS
-    beside the files, and files that exist already are compared with it. Prints the folder.
+    Converts it to the columns that configs/ use. Shows the license and asks for agreement first. An interrupted
+    download resumes. Checksums are kept in SHA256SUMS beside the files, and files that exist already are compared with
+    it. Prints the folder.
     """
     from proper.data.public.catalog import DATASETS, fetch_dataset
     from proper.data.public.lamp import LICENSE, SITE, fetch_task, fetchable_task
@@ -116,7 +117,7 @@ def convert(
 
     dataset = DATASETS.get(name.lower())
     if dataset is None:
-        raise InputError(f"no data set '{name}' that is converted; known: {', '.join(DATASETS)}")
+        raise InputError(f"no data set '{name}' can be converted; {did_you_mean(name, [*DATASETS])}")
     folder = out or Path("data") / dataset.name
     logger.info(dataset.license)
     convert_dataset(dataset, file, folder)
