@@ -41,7 +41,11 @@ from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.run_files import kind_of
 
 SCOPES = "generate,write,admin"
-METHODS = "users,user-majority,shuffled,rag"
+SHORT = "users,shuffled,rag"
+LONG = (
+    f"{SHORT},user-majority,groups-shared-e,population-more,poly,oppu,users+rag,static-export,users-int8,per-user-only"
+)
+"""Methods with derived data and runs; the long walk, with a trained second seed, is slow."""
 TRAINED = [f"zyz{at:02d}vax" for at in range(4)]
 """The marks of the users in the run's data."""
 OFFLINE, ONLINE, IMPORTED, TENANT, LEFT = (f"zyz{at:02d}vax" for at in range(4, 9))
@@ -70,9 +74,10 @@ NOT_MADE = {
 
 @dataclass(frozen=True)
 class Walk:
-    """A run folder and every command that was run on it, without its arguments."""
+    """A run folder, the methods that are evaluated, and every command that was run, without its arguments."""
 
     run: Path
+    methods: str = SHORT
     commands: set[str] = field(default_factory=set)
 
     def proper(self, command: str, *arguments: str | Path) -> str:
@@ -99,13 +104,16 @@ def careless() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
+@pytest.fixture(scope="module", params=[SHORT, pytest.param(LONG, marks=pytest.mark.slow)], ids=["short", "long"])
+def walk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Walk:
     """The whole walk; tests that change its folder copy it."""
     place = tmp_path_factory.mktemp("walk")
-    walk = Walk(place / "run")
-    walk.proper("run", marked_data(place, walk.run), "--out", walk.run)
+    walk = Walk(place / "run", request.param)
+    seeds = [0] if walk.methods == SHORT else [0, 1]
+    walk.proper("run", marked_data(place, walk.run, seeds), "--out", walk.run)
     shutil.copytree(walk.run, place / "other")
+    if len(seeds) == 1:  # A further seed is a run folder with the data of the first.
+        shutil.copytree(place / "other", walk.run / "seeds" / "1", ignore=shutil.ignore_patterns("data", "data.sqlite"))
     tenants = ("", "acme")
     keys = {each: walk.proper("keys add", walk.run, "--tenant", each, "--scopes", SCOPES).strip() for each in tenants}
     with serving(walk) as url:
@@ -129,7 +137,7 @@ def texts(mark: str, count: int = 4) -> list[dict[str, str]]:
     return [{"input": f"{mark} says {at} {mark}", "output": "money now"} for at in range(count)]
 
 
-def marked_data(place: Path, run: Path) -> Path:
+def marked_data(place: Path, run: Path, seeds: list[int]) -> Path:
     """Write the demo's data with marks to the run folder, as `proper demo` does, and beside it; return a config."""
     settings = DemoSettings(people=len(TRAINED), groups=2, items=(6, 7))
     data = write_demo(run / "data", settings)
@@ -151,7 +159,7 @@ def marked_data(place: Path, run: Path) -> Path:
     short = {"max_tokens": 300, "epochs": 1}
     raw |= {"population": short, "groups": short | {"experts": 2, "rank": 3}, "compute": {"max_length": 64}}
     raw |= {"users": {"epochs": 1, "rank": 2, "tiers": {"select": False}}}
-    raw |= {"evaluation": {"methods": ["users"], "seeds": [0, 1], "resamples": 100}}
+    raw |= {"evaluation": {"methods": ["users"], "seeds": seeds, "resamples": 100}}
     (place / "config.yaml").write_text(yaml.safe_dump(raw), "utf-8")
     return place / "config.yaml"
 
@@ -176,9 +184,9 @@ def serving(walk: Walk) -> Iterator[str]:
 
 def evaluate(walk: Walk, other: Path) -> None:
     """Evaluate with derived runs and data, again without some predictions, and write all pages."""
-    walk.proper("evaluate", walk.run, "--methods", METHODS)
+    walk.proper("evaluate", walk.run, "--methods", walk.methods)
     (walk.run / "predictions" / "shuffled.json").unlink()
-    walk.proper("evaluate", walk.run, "--methods", METHODS)
+    walk.proper("evaluate", walk.run, "--methods", walk.methods)
     walk.proper("report", walk.run, *(word for mark in TRAINED for word in ("--user", name(mark))))
     walk.proper("report", walk.run, "--compare", other)
 
@@ -336,7 +344,8 @@ def test_nothing_is_left_of_several_deleted_users(walk: Walk, tmp_path: Path) ->
     (run / "predictions" / "shuffled.json").unlink()
     (run / "data.sqlite").unlink()
     here.proper("run", walk.run.with_name("config.yaml"), "--out", run)
-    here.proper("evaluate", run, "--methods", METHODS)
+    if walk.methods == LONG:
+        here.proper("evaluate", run, "--methods", LONG)
     assert set.union(*search(run).values()) == {*MARKS} - {LEFT, *gone}, "data that is prepared again"
 
 
