@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The questions of the paper on the real data sets: every job of recipes/findings.yaml, then docs/findings.md.
 # Jobs that are done by the same settings, data and code are skipped, and what was killed goes on where it stopped.
-# Run it from the root of the repository, with the data beside it as configs/ say.
+# Run it from the root of the repository; the data sets lie in data/, where `proper data fetch` puts them.
 #
 #   recipes/findings.sh                          everything that remains
 #   recipes/findings.sh --only 10                one question
@@ -9,6 +9,6 @@
 #   recipes/findings.sh --list                   what is done, what remains, and for how long
 set -euo pipefail
 
-python scripts/findings.py run "$@" || failed=$?
-case " $* " in *" --list "*) ;; *) python scripts/findings.py page ;; esac
+python -m experiments run "$@" || failed=$?
+case " $* " in *" --list "*) ;; *) python -m experiments page ;; esac
 exit "${failed:-0}"

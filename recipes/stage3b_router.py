@@ -28,10 +28,10 @@ from proper.layers.experts import Experts
 from proper.layers.personalized_linear import AdaptedLinear
 from proper.layers.routers import LoraAwareRouter, UserAwareRouter
 from proper.models import load_backbone
+from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.peft_merge import apply_population
 from proper.models.personal import answer_logits, answer_loss
 from proper.models.targets import find_targets
-from proper.models.tensors import load_tensors, save_tensors
 
 OUT = Path("runs/recipes")
 BACKBONE = "proper-nano"

@@ -175,8 +175,8 @@ def tiny_run(
     from proper.config import make_config
     from proper.files import write_json
     from proper.layers.bank import AdapterBank
+    from proper.models.checkpoints import save_tensors
     from proper.models.personal import ProperModel
-    from proper.models.tensors import save_tensors
 
     folder, made = tmp_path_factory.mktemp("run"), backbone()
     raw = {

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from proper.inference.forward import decode, pad_left, prefill
 from proper.inference.kv_cache import RowCache
-from proper.inference.personalized import PersonalizedModel
+from proper.inference.model import PersonalizedModel
 from proper.inference.sampling import Sampling
 from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel

@@ -1,38 +1,81 @@
-"""Progress and messages go to stderr: a bar on a terminal, a few plain lines anywhere else."""
+"""Log messages and progress of the command line on stderr, and the silence of the library without it."""
 
 from __future__ import annotations
 
+import logging
 import os
 import pty
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
-from proper.console import progress, say
+from proper.console import progress, silent, terminal_logging
+
+logger = logging.getLogger("proper.somewhere")
 
 
-def test_messages_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    say("three users")
-    assert capsys.readouterr() == ("", "three users\n")
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    with terminal_logging():
+        yield
 
 
-def test_quick_work_is_one_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_go_to_stderr_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal_logging():
+        logger.info("three users")
+        logger.warning("100 %")
+        logger.debug("detail")
+    logger.info("later")
+    assert capsys.readouterr() == ("", "three users\n100 %\n")
+
+
+def test_a_program_that_does_not_configure_logging_sees_nothing() -> None:
+    code = (
+        "import logging, proper\n"
+        "from proper.console import progress\n"
+        "with progress('users', 1) as advance:\n"
+        "    advance(); logging.getLogger('proper.training').warning('quarantined')\n"
+    )
+    for setup, shown in {
+        "": "",
+        "import logging; logging.basicConfig(level=logging.INFO, format='%(name)s %(message)s')\n": (
+            "proper.training quarantined\nproper.console users: 1/1, 0 s\n"
+        ),
+    }.items():
+        done = subprocess.run([sys.executable, "-c", setup + code], capture_output=True, text=True, check=True)
+        assert (done.stdout, done.stderr) == ("", shown)
+
+
+def test_messages_and_progress_can_be_silenced(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with silent(), progress("users", 1) as advance:
+        advance()
+        logger.error("user 'ann'")
+    logger.info("again")
+    assert capsys.readouterr() == ("", "again\n")
+
+
+def test_quick_work_is_one_plain_line(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
     with progress("groups", 1000) as advance:
         for step in range(1000):
             advance(note=f"loss {step}")
     assert capsys.readouterr() == ("", "groups: 1000/1000, 0 s, loss 999\n")
 
 
-def test_a_note_stays_until_the_next_and_the_total_may_be_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_note_stays_until_the_next_and_the_total_may_be_unknown(
+    terminal: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     with progress("rows", None) as advance:
         advance(3, "file 1")
         advance(4)
     assert capsys.readouterr().err == "rows: 7, 0 s, file 1\n"
 
 
-def test_slow_work_says_so_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_work_says_so_now_and_then(
+    terminal: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("proper.console._SECONDS_BETWEEN_LINES", 0.1)
     start = time.monotonic()
     with progress("users", 40) as advance:
@@ -44,7 +87,7 @@ def test_slow_work_says_so_now_and_then(capsys: pytest.CaptureFixture[str], monk
     assert lines[-1].startswith("users: 40/40, ")
 
 
-def test_work_that_fails_does_not_say_that_it_ended(capsys: pytest.CaptureFixture[str]) -> None:
+def test_work_that_fails_does_not_say_that_it_ended(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ZeroDivisionError), progress("users", 2) as advance:
         advance()
         raise ZeroDivisionError
@@ -53,9 +96,10 @@ def test_work_that_fails_does_not_say_that_it_ended(capsys: pytest.CaptureFixtur
 
 def test_on_a_terminal_it_is_a_bar_and_stdout_stays_clean() -> None:
     code = (
-        "from proper.console import progress, say\n"
-        "with progress('population [x]', 3) as advance:\n"
-        "    advance(2, 'loss [1.5]'); say('said'); advance(1)\n"
+        "import logging\n"
+        "from proper.console import progress, terminal_logging\n"
+        "with terminal_logging(), progress('population [x]', 3) as advance:\n"
+        "    advance(2, 'loss [1.5]'); logging.getLogger('proper.x').info('said [x]'); advance(1)\n"
         "print('result')\n"
     )
     ours, theirs = pty.openpty()
@@ -79,7 +123,7 @@ def test_on_a_terminal_it_is_a_bar_and_stdout_stays_clean() -> None:
     assert "population [x]" in text
     assert "3/3" in text
     assert "loss [1.5]" in text
-    assert "said" in text
+    assert "said [x]" in text
 
 
 _LOAD = """

@@ -135,7 +135,7 @@ def test_a_population_of_nobody_is_refused(
     data = {"format": "oppu", "path": str(folder), "task": "lamp-2m"}
     config = write_config(tmp_path / "run.yaml", backbone, data, preset="paper")
     assert main(["run", str(config), "--out", str(tmp_path / "run")]) == 2
-    assert "population.train_on: 'others' leaves no rows to train on" in capsys.readouterr().err
+    assert "population.train_on: 'others' selects no rows to train on" in capsys.readouterr().err
 
 
 ROOT = Path(__file__).parents[1]

@@ -5,20 +5,28 @@ This module imports the training code, because new users are fitted with it; `pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from proper.adapters.store import AdapterStore, Head, Version
+from proper.config import Config
 from proper.enrolment.fit_user import Fitter, open_fitter
 from proper.enrolment.worker import FitWorker, Heard
 from proper.errors import InputError, ProperError, RunFolderError
 from proper.export.run_export import Format, export_user
-from proper.inference.personalized import PersonalizedModel, Stage
-from proper.inference.personalized import load as load_personalized
+from proper.inference.generate import Answer, generate, respond
+from proper.inference.loading import load as load_personalized
+from proper.inference.model import PersonalizedModel
+from proper.inference.sampling import Sampling
+from proper.inference.score import score
 from proper.interactions.deletion import remove
 from proper.interactions.log import ExistsError, InteractionLog, LogEntry
 from proper.interactions.parsing import read_rows, record_reader
+from proper.run_folder import Tier
 
 Row = Mapping[str, Any]
 
@@ -144,31 +152,93 @@ class Users:
         return self.store.head(user)
 
 
-class Model(PersonalizedModel):
-    """A run loaded as one model for all its users.
+class Model:
+    """A run loaded as one model for all its users: what `proper.load` returns.
 
     Attributes:
-        users: the users of the run: enrol, update, delete, export.
+        personalized: the model that computes; functions of `proper.inference` take it.
     """
 
-    def __init__(self, folder: Path, loaded: PersonalizedModel) -> None:
-        super().__init__(loaded.model, loaded.encoder, loaded.config, loaded.cache, loaded.stage)
+    def __init__(self, folder: Path, personalized: PersonalizedModel) -> None:
+        self.personalized = personalized
         self._folder = folder
         self._fitter: Fitter | None = None
         self._users: Users | None = None
 
     @property
+    def config(self) -> Config:
+        """The run's config."""
+        return self.personalized.config
+
+    @property
+    def stage(self) -> Tier:
+        """The last stage that is applied."""
+        return self.personalized.stage
+
+    @property
     def users(self) -> Users:
-        """The users of the run.
+        """The users of the run: enrol, update, delete, export.
 
         Raises:
             RunFolderError: the run has none: its stage 2 is missing.
         """
-        if self.store is None:
-            raise RunFolderError(f"{self._folder}: no users yet; the run has not come that far")
+        if self.personalized.store is None:
+            raise RunFolderError(
+                f"{self._folder}: stage 'groups' is not trained yet; run: proper run CONFIG --out {self._folder}"
+            )
         if self._users is None:
-            self._users = Users(self._folder, self.store, self._make_fitter)
+            self._users = Users(self._folder, self.personalized.store, self._make_fitter)
         return self._users
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        user_ids: Sequence[str | None],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Return one continuation per prompt, each for its own user; a batch may mix any users.
+
+        Each prompt has its own generator seeded with `seed`, so its answer does not depend on the other prompts, and a
+        repeated prompt of the same user gets the same answer.
+
+        Raises:
+            InputError: the two lists differ in length, or a prompt is empty.
+            StoreError: a user's adapter is damaged.
+        """
+        return generate(
+            self.personalized,
+            prompts,
+            user_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+
+    def respond(
+        self, prompts: Sequence[str], user_ids: Sequence[str | None], sampling: Sampling | None = None
+    ) -> list[Answer]:
+        """Like `generate`, but return answers that also name their user and the tier that answered."""
+        return respond(self.personalized, prompts, user_ids, sampling)
+
+    def score(
+        self, prompts: Sequence[str], user_ids: Sequence[str | None], labels: Sequence[str]
+    ) -> Float[Tensor, "B L"]:
+        """Return the log-likelihood (nats) of every label after every prompt.
+
+        Raises:
+            StoreError: a user's adapter or embedding is damaged.
+            ProperError: a likelihood is NaN; the message names the user.
+        """
+        return score(self.personalized, prompts, user_ids, labels)
+
+    def tier(self, user: str | None) -> str:
+        """Return the tier that answers this user: "base", "population", "none", "groups" or "users"."""
+        return self.personalized.tier(user)
 
     def close(self) -> None:
         """Close the store, the interaction log and the data set."""
@@ -176,20 +246,20 @@ class Model(PersonalizedModel):
             self._users.close()
         if self._fitter is not None and self._fitter.dataset is not None:
             self._fitter.dataset.close()
-        super().close()
+        self.personalized.close()
 
     def _make_fitter(self) -> Fitter:
         if self._fitter is None:
-            self._fitter = open_fitter(self._folder, self)
+            self._fitter = open_fitter(self._folder, self.personalized)
         return self._fitter
 
 
-def load(folder: str | Path, stage: Stage | None = None) -> Model:
+def load(folder: str | Path, stage: str | None = None) -> Model:
     """Load a run folder as one model for all its users.
 
     Args:
         folder: a run folder that `proper run` wrote.
-        stage: the last stage to load; the last one that the folder has if None.
+        stage: the last stage to load (base, population, groups or users); the last one that the folder has if None.
 
     Raises:
         RunFolderError: the folder is not a run folder, or the stage is not trained yet.

@@ -1,6 +1,8 @@
-"""Messages and progress bars on stderr, so that stdout has results only; also silences the logging of libraries.
+"""Log handler and progress bars of the command line, on stderr so that stdout has results only; quiets libraries.
 
-On a terminal, progress is a live bar; elsewhere it is a plain line every few seconds.
+The package logs to `proper.*` and prints nothing. `terminal_logging` shows these messages on stderr; only the command
+line calls it. `progress` shows a live bar if the command line runs on a terminal, and logs a line every few seconds
+elsewhere. It shows nothing where the logger `proper` has no level INFO, as in a program that did not configure logging.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from typing import Protocol
 
 _SECONDS_BETWEEN_LINES = 5.0
 
+_PACKAGE = logging.getLogger("proper")
+logger = logging.getLogger(__name__)
+
 Advance = Callable[..., None]
 """`advance(n=1, note="")`: n more units are done; the note (a loss, say) is shown beside the count until the next."""
 
@@ -26,21 +31,60 @@ class Bar(Protocol):
     def __call__(self, title: str, total: int | None, /) -> AbstractContextManager[Advance]: ...  # noqa: D102
 
 
-def say(message: str) -> None:
-    """Print one message on stderr, above a live progress bar if there is one."""
-    print(message, file=sys.stderr, flush=True)
+class StderrHandler(logging.Handler):
+    """Log handler that writes each message as plain text to the stderr of the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message, without level, time or logger name."""
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+@contextmanager
+def terminal_logging() -> Iterator[None]:
+    """Show the package's messages of level INFO and above on stderr, and progress, within the block."""
+    with _logging_to(StderrHandler(), logging.INFO):
+        yield
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Show neither messages nor progress within the block."""
+    with _logging_to(logging.NullHandler(), logging.CRITICAL + 1):
+        yield
+
+
+@contextmanager
+def _logging_to(handler: logging.Handler, level: int) -> Iterator[None]:
+    """Make `handler` the only one of the package's loggers within the block."""
+    before = _PACKAGE.handlers, _PACKAGE.level, _PACKAGE.propagate
+    # Nothing is passed on to the root logger: a library that configures it would show every message twice.
+    _PACKAGE.handlers, _PACKAGE.propagate = [handler], False
+    _PACKAGE.setLevel(level)
+    try:
+        yield
+    finally:
+        _PACKAGE.handlers, _, _PACKAGE.propagate = before
+        _PACKAGE.setLevel(before[1])
 
 
 @contextmanager
 def progress(title: str, total: int | None) -> Iterator[Advance]:
-    """Show the progress of a piece of work; yields `advance(n=1, note="")`.
+    """Show the progress of a piece of work, if messages are shown; yields `advance(n=1, note="")`.
 
     Args:
         title: what is being done, in a few words.
         total: number of units; None if unknown.
     """
-    shown = _bar(title, total) if sys.stderr.isatty() else _lines(title, total)
-    with shown as advance:
+    if not _PACKAGE.isEnabledFor(logging.INFO):
+        shown = no_bar
+    elif sys.stderr.isatty() and any(isinstance(each, StderrHandler) for each in _PACKAGE.handlers):
+        shown = _bar
+    else:
+        shown = _lines
+    with shown(title, total) as advance:
         yield advance
 
 
@@ -82,6 +126,8 @@ def quiet_libraries() -> None:
 def _bar(title: str, total: int | None) -> Iterator[Advance]:
     # rich is imported here because most commands never show a bar.
     from rich.console import Console
+    from rich.highlighter import NullHighlighter
+    from rich.logging import RichHandler
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -99,7 +145,15 @@ def _bar(title: str, total: int | None) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bars:
+    console = Console(stderr=True)
+    # While the bar is live, rich's handler writes messages above it.
+    above = RichHandler(
+        console=console, highlighter=NullHighlighter(), keywords=[], show_time=False, show_level=False, show_path=False
+    )
+    with (
+        Progress(*columns, console=console, redirect_stdout=False) as bars,
+        _logging_to(above, _PACKAGE.level),
+    ):
         task = bars.add_task(title, total=total, note="")
 
         def advance(n: int = 1, note: str = "") -> None:
@@ -125,9 +179,9 @@ def _lines(title: str, total: int | None) -> Iterator[Advance]:
         done, latest = done + n, note or latest
         now = time.monotonic()
         if now - printed_at >= _SECONDS_BETWEEN_LINES:
-            say(line())
+            logger.info(line())
             printed_at = now
 
     yield advance
     # Printed only on success: after an error, a last progress line would read as if the work was finished.
-    say(line())
+    logger.info(line())

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proper.cli.requests import PromptRequest, final_prompts, from_fields, from_file
-from proper.data.templates import parse_template
+from proper.data.rows import parse_template
 from proper.errors import DataError, InputError
 
 

@@ -50,12 +50,12 @@ def change_config(folder: Path, **settings: Any) -> None:
 @pytest.mark.parametrize("load_it", [load_tokenizer, lambda name: load(name)()])
 def test_missing_folder(tmp_path: Path, load_it: Callable[[str], Any]) -> None:
     for name in (str(tmp_path / "nobody"), "./nobody", "../models/nobody", "models/tiny/nobody", ""):
-        assert refused(lambda name=name: load_it(name)) == f"backbone: there is no folder {name!r}"
+        assert refused(lambda name=name: load_it(name)) == f"backbone: the folder {name!r} does not exist"
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "model").write_text("?")
-    assert refused(load(tmp_path / "model")) == f"backbone: there is no folder '{tmp_path}/model'"
+    assert refused(load(tmp_path / "model")) == f"backbone: the folder '{tmp_path}/model' does not exist"
 
 
 def test_unknown_model_id() -> None:
@@ -148,4 +148,4 @@ def test_the_command_line_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
     config = tmp_path / "notes.yaml"
     config.write_text(json.dumps({"data": {"path": str(job.data)}, "backbone": "models/tiny/nobody"}))
     assert main(["run", str(config), "--out", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err == "proper: backbone: there is no folder 'models/tiny/nobody'\n"
+    assert capsys.readouterr().err == "proper: backbone: the folder 'models/tiny/nobody' does not exist\n"

@@ -16,21 +16,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from proper import pipeline
-from proper.adapters.slot_cache import SlotCache
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import load_config
 from proper.data.batching import Batch
 from proper.data.dataset import Dataset
 from proper.errors import InputError, RunFolderError
+from proper.export.converted_models import static_export
 from proper.export.fold import fold
 from proper.export.peft_format import adapter_config, to_peft
 from proper.export.run_export import export_backbone, export_user, import_user
-from proper.export.static_model import static_export
 from proper.files import read_json, write_json
-from proper.inference.personalized import PersonalizedModel, load
+from proper.inference.generate import generate
+from proper.inference.loading import load
+from proper.inference.model import PersonalizedModel, ServedUsers
 from proper.layers.bank import AdapterBank, Layout
+from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.personal import ProperModel
-from proper.models.tensors import load_tensors, save_tensors
 
 CLOSE = {"rtol": 0, "atol": 1e-4}
 ODD = "../a/b 🦊"
@@ -172,7 +173,7 @@ def test_a_user_lora_alone_is_exact_in_peft(
     plain.add_plain_targets(config.users, config.groups.target_modules)
     bank = AdapterBank(plain.layout(RANK), 2, alpha=ALPHA, trainable=False)
     plain.use_bank(bank)
-    model = PersonalizedModel(plain, base.encoder, config, SlotCache(store, bank, torch.zeros(D)), "users")
+    model = PersonalizedModel(plain, base.encoder, config, ServedUsers(store, bank, torch.zeros(D)), "users")
     loras = fold(model, targets[0], dataset.history(targets[0])).loras
     assert {lora.rank for lora in loras.values()} == {RANK}
     modules = [name for name, _ in reload(merged).named_modules()]
@@ -205,7 +206,7 @@ def test_a_user_answers_the_same_in_a_copy_of_the_run(
     here, there = load(run), load(copy)
     assert there.tier(user) == here.tier(user)
     assert torch.equal(ours(there, batch, user), ours(here, batch, user))
-    assert there.generate(["What now?"], [user]) == here.generate(["What now?"], [user])
+    assert generate(there, ["What now?"], [user]) == generate(here, ["What now?"], [user])
     with pytest.raises(InputError, match=r"has a user .* already; --force replaces them, --user names another"):
         import_user(copy, tmp_path / "out")
     import_user(copy, tmp_path / "out", force=True)
@@ -280,7 +281,7 @@ def test_what_cannot_be_exported_leaves_nothing(run: Path, targets: list[str], t
     assert (out / "diary.txt").read_text() == "mine"
     (run.parent / "begun").mkdir(exist_ok=True)
     shutil.copy(run / "config.yaml", run.parent / "begun")
-    with pytest.raises(RunFolderError, match="stage 'groups' is not there"):
+    with pytest.raises(RunFolderError, match="stage 'groups' is not trained yet"):
         export_user(run.parent / "begun", targets[0], tmp_path / "other")
 
 

@@ -108,10 +108,11 @@ def test_stage_1_is_kept_beside_the_weights(run: Path, int8: Path, batch: Batch)
 
 def test_stages_2_and_3_train_on_top_and_everybody_gets_an_answer(run: Path) -> None:
     model = proper.load(run)
-    layer = next(iter(model.model.layers.values()))
+    inside = model.personalized.model
+    layer = next(iter(inside.layers.values()))
     assert isinstance(layer.base, LoraLayer) and _is_int8(layer.base.get_base_layer())
-    assert all(parameter.abs().max() > 0 for parameter in model.model.group_parameters().values())
-    users = [user for user, _ in model.store.users()][:3]
+    assert all(parameter.abs().max() > 0 for parameter in inside.group_parameters().values())
+    users = [user for user in model.users][:3]
     who = [*users, None]
     prompts = ["Tag this note: the roof leaks again.", "Tag this note: soup.", "Tag: a long walk home.", "Tag this."]
     together = model.generate(prompts, who, max_new_tokens=6)

@@ -15,6 +15,7 @@ import pytest
 
 from proper.config import make_config
 from proper.data.dataset import Dataset, TextExample, prepare
+from proper.data.summary import summarize
 from proper.errors import DataError, RunFolderError
 
 Build = Callable[..., Dataset]
@@ -71,8 +72,8 @@ def test_duplicates_are_kept_once(build: Build) -> None:
     rows = make_rows({"a": 20})
     again = [rows[3], rows[3] | {"item_id": "x"}, rows[4] | {"timestamp": "1999"}]
     dataset = build(rows + again)
-    assert dataset.summary().duplicates == 2
-    assert dataset.summary().rows == 21
+    assert summarize(dataset).duplicates == 2
+    assert summarize(dataset).rows == 21
 
 
 def test_labels_are_sorted_and_numbers_by_value(build: Build) -> None:
@@ -108,7 +109,7 @@ def test_bad_rows_stop_everything_and_leave_nothing(tmp_path: Path) -> None:
 def test_bad_rows_can_be_skipped_and_are_counted(build: Build) -> None:
     rows = make_rows({"a": 20})
     dataset = build([*rows[:7], {"user_id": None}, *rows[7:], {}], skip_bad_rows=True)
-    summary = dataset.summary()
+    summary = summarize(dataset)
     assert (summary.rows, summary.bad_rows) == (20, 2)
     assert [message.split(":", 1)[1] for message in summary.first_bad_rows] == [
         "8: user_id: null",
@@ -150,7 +151,7 @@ def test_progress_counts_rows_and_tokens_come_in_chunks(tmp_path: Path, jsonl: C
     with prepare(config, tmp_path / "data.sqlite", count, progress=seen.append) as dataset:
         assert sum(seen) == 2304
         assert max(sizes) < 7_000_000
-        assert dataset.summary().truncated == 4
+        assert summarize(dataset).truncated == 4
         assert dataset.history("b")[0].tokens == len(dataset.history("b")[0].prompt)
 
 
@@ -196,7 +197,7 @@ class TestSample:
         dataset = build(rows, compute={"max_length": 100})
         assert dataset.sample("all", 300, seed=0).size == 3
         assert dataset.history("a")[0].tokens == 501
-        assert dataset.summary().truncated == 20
+        assert summarize(dataset).truncated == 20
 
     def test_even_the_least_budget_gives_a_row(self, build: Build) -> None:
         sample = build(make_rows({"a": 20})).sample("all", 1, seed=0)
@@ -243,6 +244,7 @@ PROCESS = textwrap.dedent(
     from pathlib import Path
     from proper.config import make_config
     from proper.data.dataset import prepare
+    from proper.data.summary import summarize
     from proper.errors import ProperError
     path, out, limit = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     if limit:
@@ -253,7 +255,7 @@ PROCESS = textwrap.dedent(
         print(type(error).__name__, error)
         raise SystemExit(0)
     sample = dataset.sample("all", 10_000_000, 0)
-    print(sum(1 for _ in sample.rows(0)), sum(1 for _ in dataset.queries()), dataset.summary().rows)
+    print(sum(1 for _ in sample.rows(0)), sum(1 for _ in dataset.queries()), summarize(dataset).rows)
     status = Path("/proc/self/status")
     print(*(line.split()[1] for line in status.open() if line.startswith("VmHWM")) if status.exists() else ())
     """

@@ -27,9 +27,8 @@ from sklearn.pipeline import make_pipeline
 from proper.config import make_config
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.data.demo.banks import Bank, Topic, load_bank
-from proper.data.demo.people import make_world
-from proper.data.demo.settings import CHOICES, SHARED, TOPICS
-from proper.data.demo.truth import rouge1
+from proper.data.demo.generate import rouge1
+from proper.data.demo.users import CHOICES, SHARED, TOPICS, make_world
 from proper.errors import InputError
 
 TASKS = ("classification", "rating", "style")

@@ -17,10 +17,10 @@ import pytest
 from proper.config import Config, make_config
 from proper.data.dataset import Dataset, TextExample, prepare
 from proper.data.interactions import BadRows, Interaction, read_interactions
-from proper.data.json_arrays import json_entries
 from proper.data.lamp.rows import moment
-from proper.data.summary import leaks
-from proper.data.templates import BadValue
+from proper.data.rows import BadValue
+from proper.data.summary import leaks, summarize
+from proper.data.text_files import json_entries
 from proper.errors import ConfigError, DataError
 from proper.lamp_tasks import LAMP_TASKS
 
@@ -261,7 +261,7 @@ def test_ids_that_users_share_mean_different_items(tmp_path: Path, lamp_files: M
     # Every profile has items 0 to 5, and user 0 a query "0": nothing of that is shared.
     edit(folder / "user_top_100_history.json", lambda e: e[0]["query"][0].update(id="0"))
     with prepared(config(folder, "lamp-4", "oppu", split={"shared_items": "exclude"})) as data:
-        assert data.summary().unused == {}
+        assert summarize(data).unused == {}
         items = [row.item for user in data.users() for row in data.history(user.id)]
         assert len(items) == len(set(items))
 
@@ -290,7 +290,7 @@ def test_a_query_in_its_own_user_s_profile_is_kept_out(tmp_path: Path, lamp_file
     edit(folder / "user_top_100_history.json", plant)
     with prepared(config(folder, "lamp-3", "oppu")) as data:
         # Somebody else's review of the same words is theirs.
-        assert data.summary().unused == {"asks what a query of the same user asks": 1}
+        assert summarize(data).unused == {"asks what a query of the same user asks": 1}
         assert [len(data.history(user)) for user in ("0", "1", "2")] == [6, 7, 6]
 
 
@@ -306,7 +306,7 @@ def test_a_stranger_who_may_be_the_same_person_never_trains_on_a_query(
 
     edit(folder / "dev_questions.json", plant)
     with prepared(config(folder, "lamp-3")) as data:
-        assert data.summary().unused == {"shares an item or input with a query": 1}
+        assert summarize(data).unused == {"shares an item or input with a query": 1}
         assert leaks(data) == []
 
 
@@ -315,8 +315,8 @@ def test_questions_of_users_who_are_no_targets_are_not_trained_on(
 ) -> None:
     folder = lamp_files.write_lamp(tmp_path / "files", "lamp-2m")
     with prepared(config(folder, "lamp-2m", split={"target_users": 1})) as data:
-        assert data.summary().unused == {"question of a user who is no target": 3}
-        assert data.summary().split_by == "the files"
+        assert summarize(data).unused == {"question of a user who is no target": 3}
+        assert summarize(data).split_by == "the files"
 
 
 def test_validation_is_cut_from_the_histories(tmp_path: Path, lamp_files: ModuleType, prepared: Any) -> None:
@@ -325,7 +325,7 @@ def test_validation_is_cut_from_the_histories(tmp_path: Path, lamp_files: Module
         queries: list[TextExample] = [*data.queries()]
         assert Counter(query.user for query in queries) == {"0": 2, "1": 2, "2": 2}
         assert {query.item.split("/")[0] for query in queries if query.item} == {"0", "1", "2"}
-        assert data.summary().unused == {"query, kept away from validation": 6}
+        assert summarize(data).unused == {"query, kept away from validation": 6}
 
 
 # Values
@@ -484,7 +484,7 @@ def test_files_of_another_task_are_refused(tmp_path: Path, lamp_files: ModuleTyp
 
 
 def test_files_that_are_missing(tmp_path: Path, lamp_files: ModuleType) -> None:
-    with pytest.raises(DataError, match="no such folder .*proper data fetch lamp-3 makes one"):
+    with pytest.raises(DataError, match="no such folder .*get it with: proper data fetch lamp-3$"):
         rows(config(tmp_path / "none", "lamp-3"))
     with pytest.raises(DataError, match=r"no such folder \(data.path\)"):
         rows(config(tmp_path / "none", "lamp-3", "oppu"))

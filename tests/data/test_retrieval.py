@@ -11,7 +11,7 @@ import pytest
 
 from proper.data.dataset import Dataset
 from proper.data.derived.retrieval import add_profiles, retrieve, template_profile
-from proper.data.derived.rewrite import cut_queries, rewrite, shuffle_users
+from proper.data.derived.views import cut_queries, rewrite, shuffle_users
 from proper.data.summary import leaks, require_no_leaks
 from proper.errors import DataError
 

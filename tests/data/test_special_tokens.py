@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proper.data.batching import Encoder
-from proper.data.special_tokens import MARK, cut_names, pieces, quote, special_names
+from proper.data.batching import MARK, Encoder, cut_names, pieces, quote, special_names
 from proper.errors import InputError
 from proper.models.backbone import load_tokenizer
 

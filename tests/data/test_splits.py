@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from proper.data.dataset import Dataset, TextExample
 from proper.data.ingest import normalize
 from proper.data.splits import AFTER_CUTOFF, BEYOND_BUDGET, HELD_OUT, NO_TIME, OTHERS_QUERY_ITEM, SHARED
-from proper.data.summary import leaks
+from proper.data.summary import leaks, summarize
 from proper.errors import DataError
 
 Build = Callable[..., Dataset]
@@ -74,7 +74,7 @@ def test_properties_of_every_rule(
         if split["by"] == "time-global":
             assert max(row.time for row in trained) < min(row.time for row in asked)
         assert leaks(dataset) == []
-        assert dataset.summary().leaks == 0
+        assert summarize(dataset).leaks == 0
         shuffled = rows + rows[:2]
         chance.shuffle(shuffled)
         with prepared(shuffled, split) as again:
@@ -94,7 +94,7 @@ def _check_parts(dataset: Dataset, trained: list[TextExample], asked: list[TextE
     for user in dataset.users():
         assert user.history == len(dataset.history(user.id))
         assert user.queries == sum(row.user == user.id for row in asked)
-    summary = dataset.summary()
+    summary = summarize(dataset)
     assert summary.rows == summary.history_rows + summary.queries + sum(summary.unused.values())
 
 
@@ -160,7 +160,7 @@ def test_users_without_times_are_split_in_seeded_order(build: Build) -> None:
     first, same, other = (build(rows, split={"seed": seed}) for seed in (0, 0, 1))
     assert len(list(first.queries())) == 8
     assert prompts(first.queries()) == prompts(same.queries()) != prompts(other.queries())
-    assert first.summary().untimed_users == 1
+    assert summarize(first).untimed_users == 1
 
 
 def test_one_date_for_all(build: Build) -> None:
@@ -168,9 +168,9 @@ def test_one_date_for_all(build: Build) -> None:
     dataset = build(rows, split={"by": "time-global", "target_users": 1, "queries": 0.2})
     # 39 timed rows; 8 of them (.205) lie at 14 or later: 14 to 20 of a, 14 and 15 of b are 9, 15 and later are 7.
     assert prompts(dataset.queries()) in ([f"a {n}" for n in range(k, 21)] for k in (14, 15))
-    assert dataset.summary().unused[NO_TIME] == 2
+    assert summarize(dataset).unused[NO_TIME] == 2
     cutoff = min(row.time for row in dataset.queries())
-    assert dataset.summary().unused[AFTER_CUTOFF] == 16 - cutoff
+    assert summarize(dataset).unused[AFTER_CUTOFF] == 16 - cutoff
     assert len(dataset.history("early")) == 4
 
 
@@ -194,7 +194,7 @@ def test_an_item_is_query_or_training_for_everybody(build: Build) -> None:
     assert not {row.item for row in trained} & {row.item for row in asked}
     assert {row.user for row in asked} == {"a", "b"}
     assert 0.05 < len({row.item for row in asked}) / 60 < 0.4
-    summary = dataset.summary()
+    summary = summarize(dataset)
     assert summary.unused[OTHERS_QUERY_ITEM] == 20 - len(dataset.history("other")) > 0
 
 
@@ -214,10 +214,10 @@ def test_shared_items_leave_everybodys_history(build: Build) -> None:
     split = {"target_users": 1}
     excluded = build(rows, split=split)
     assert prompts(excluded.history("other")) == [f"other {n}" for n in range(3, 9)]
-    assert excluded.summary().unused == {SHARED: 2}
+    assert summarize(excluded).unused == {SHARED: 2}
     for allowed in (build(rows, split=split | {"shared_items": "allow"}), build(rows, split=split, task=CHOICE)):
         assert len(allowed.history("other")) == 8
-        assert allowed.summary().unused == {}
+        assert summarize(allowed).unused == {}
 
 
 CHOICE = {"kind": "classification"}
@@ -230,7 +230,7 @@ def test_a_target_whose_history_is_all_shared_is_dropped_and_counted(build: Buil
     dataset = build(rows)
     assert [user.id for user in dataset.users("target")] == ["a"]
     assert {row.user for row in dataset.queries()} == {"a"}
-    assert dataset.summary().dropped_targets == 1
+    assert summarize(dataset).dropped_targets == 1
     with pytest.raises(DataError, match="^split.shared_items: 'exclude' leaves no target any history, since all of it"):
         build(make_rows({"a": 20}, item_id="same"))
 
@@ -240,7 +240,7 @@ def test_max_queries_goes_round_the_users(build: Build) -> None:
     drawn = [build(rows, split={"max_queries": 9, "seed": seed}) for seed in (0, 0, 1)]
     assert Counter(row.user for row in drawn[0].queries()) == {"a": 3, "b": 3, "c": 3}
     assert prompts(drawn[0].queries()) == prompts(drawn[1].queries()) != prompts(drawn[2].queries())
-    assert drawn[0].summary().unused == {BEYOND_BUDGET: 31}
+    assert summarize(drawn[0]).unused == {BEYOND_BUDGET: 31}
     assert prompts(drawn[0].history("a")) == [f"a {n}" for n in range(1, 81)]
 
 
@@ -254,7 +254,7 @@ def test_validation_never_sees_the_queries(build: Build, by: str) -> None:
     assert asked and trained
     assert not (asked | trained) & queries
     assert asked <= set(prompts(history(real)))
-    assert validation.summary().unused[HELD_OUT] == len(queries)
+    assert summarize(validation).unused[HELD_OUT] == len(queries)
     assert validation.sha256 != real.sha256
 
 

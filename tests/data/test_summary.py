@@ -1,3 +1,5 @@
+"""Figures, leaks and coverage of prepared data."""
+
 from __future__ import annotations
 
 import sqlite3
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 
 from proper.data.dataset import Dataset
-from proper.data.summary import leaks
+from proper.data.summary import leaks, queries_seen_by_others, summarize, targets_outside
 
 Build = Callable[..., Dataset]
 CHOICE = {"kind": "classification"}
@@ -26,7 +28,7 @@ def test_everything_is_counted(build: Build) -> None:
     rows = make_rows({"a": 20, "b": 15, "c": 40, "one": 1, "two": 1})
     rows[19]["input"] += " word" * 300
     dataset = build([*rows, rows[0], {}], task=CHOICE, skip_bad_rows=True)
-    summary = dataset.summary()
+    summary = summarize(dataset)
     assert (summary.users, summary.targets, summary.others, summary.one_item_users) == (5, 3, 2, 2)
     assert (summary.rows, summary.duplicates, summary.bad_rows) == (77, 1, 1)
     assert summary.history == (12, 16.0, 32)
@@ -38,16 +40,16 @@ def test_everything_is_counted(build: Build) -> None:
 
 
 def test_the_median_of_an_even_number_of_targets_lies_between(build: Build) -> None:
-    assert build(make_rows({"a": 20, "b": 15})).summary().history == (12, 14.0, 16)
+    assert summarize(build(make_rows({"a": 20, "b": 15}))).history == (12, 14.0, 16)
 
 
 def test_labels_that_no_history_has_are_listed(build: Build) -> None:
     rows = make_rows({"a": 20})
     rows[19]["output"] = rows[18]["output"] = "new"
-    summary = build(rows, task=CHOICE).summary()
+    summary = summarize(build(rows, task=CHOICE))
     assert (summary.unseen_labels, summary.unseen_label_queries) == (["new"], 2)
     configured = ["answer0", "answer1", "answer2", "answer3", "new", "never"]
-    summary = build(rows, task=CHOICE | {"labels": configured}).summary()
+    summary = summarize(build(rows, task=CHOICE | {"labels": configured}))
     assert (summary.unseen_labels, summary.unseen_label_queries) == (["new", "never"], 2)
     assert ["2", "not", "in", "any", "history:", "new,", "never", "(2", "queries", "ask", "for", "them)"] in [
         line.split() for line in summary.lines()
@@ -56,7 +58,7 @@ def test_labels_that_no_history_has_are_listed(build: Build) -> None:
 
 def test_lines_are_a_small_table(build: Build) -> None:
     dataset = build([*make_rows({"a": 20, "one": 1}), {}], skip_bad_rows=True)
-    summary = dataset.summary()
+    summary = summarize(dataset)
     lines = summary.lines()
     assert lines == [
         f"data      {summary.path} (sha256 {summary.sha256[:12]})",
@@ -95,18 +97,50 @@ def test_leaks_are_measured_and_not_believed(tmp_path: Path, build: Build, chang
     connection.close()
     with Dataset.open(path) as dataset:
         assert leaks(dataset) == [f"query 18 of user 'a': {what} is in training"]
-        assert dataset.summary().leaks == 1
-        assert dataset.summary().lines()[-1] == "leaks     1"
+        assert summarize(dataset).leaks == 1
+        assert summarize(dataset).lines()[-1] == "leaks     1"
 
 
 def test_shared_items_are_no_leak_where_they_are_allowed(build: Build) -> None:
     rows = [row | {"item_id": "same", "input": "same"} for row in make_rows({"a": 20})]
     dataset = build(rows, task=CHOICE)
     assert leaks(dataset) == []
-    assert dataset.summary().leaks == 0
+    assert summarize(dataset).leaks == 0
 
 
 def test_the_one_date_is_shown(build: Build) -> None:
     rows = [row | {"timestamp": f"2020-01-{row['timestamp'] + 1:02}"} for row in make_rows({"a": 20})]
-    lines = build(rows, split={"by": "time-global"}).summary().lines()
+    lines = summarize(build(rows, split={"by": "time-global"})).lines()
     assert "split     by time-global at 2020-01-17; shared items: exclude" in lines
+
+
+def test_seen_by_others_is_by_item_else_by_input(build) -> None:
+    rows = [
+        {"user_id": user, "timestamp": at, "input": f"{user} {at}", "output": "yes", "item_id": f"{user}{at}"}
+        for user in ("a", "b")
+        for at in range(12)
+    ]
+    rows[11]["item_id"] = "b1"  # a's query, an item in b's history
+    rows[23]["item_id"] = "b2"  # b's query, an item in b's own history only
+    dataset = build(rows, split={"shared_items": "allow", "queries": 0.05})
+    queries = {query.user: query.id for query in dataset.queries()}
+    assert queries_seen_by_others(dataset) == {queries["a"]}
+    for row in rows:
+        del row["item_id"]
+    rows[11]["input"], rows[23]["input"] = "B  3", "b 2"
+    dataset = build(rows, split={"shared_items": "allow", "queries": 0.05})
+    queries = {query.user: query.id for query in dataset.queries()}
+    assert queries_seen_by_others(dataset) == {queries["a"]}
+
+
+def test_users_outside_a_sample(build) -> None:
+    rows = [
+        {"user_id": user, "timestamp": at, "input": f"{user} {at}", "output": "yes"}
+        for user in ("a", "b", "c")
+        for at in range(15)
+    ]
+    dataset = build(rows)
+    assert targets_outside(dataset, dataset.sample("all", None, 0)) == set()
+    sample = dataset.sample("all", 1, 0)
+    (drawn,) = {row.user for row in sample.rows(0)}
+    assert targets_outside(dataset, sample) == {"a", "b", "c"} - {drawn}

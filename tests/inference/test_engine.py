@@ -21,8 +21,7 @@ from proper.errors import InputError, ProperError
 from proper.inference import PersonalizedModel, load
 from proper.inference.adapter_manager import DAMAGED
 from proper.inference.engine import Engine
-from proper.inference.requests import Event, Finished, Request, Started, Tier, Token
-from proper.inference.running import EngineLimits, RequestHandle
+from proper.inference.requests import EngineLimits, Event, Finished, Request, RequestHandle, Started, Tier, Token
 from proper.inference.sampling import Sampling
 
 PROMPTS = (

@@ -11,8 +11,7 @@ import pytest
 from proper.inference import load
 from proper.inference.engine import Engine
 from proper.inference.engine_thread import EngineThread
-from proper.inference.requests import Event, Finished, Request
-from proper.inference.running import EngineLimits
+from proper.inference.requests import EngineLimits, Event, Finished, Request
 from proper.inference.sampling import Sampling
 
 

@@ -13,8 +13,9 @@ import torch
 from proper.errors import StoreError
 from proper.inference import PersonalizedModel, load
 from proper.inference import kv_cache as kv_module
-from proper.inference.generate import generate
+from proper.inference.generate import continuations, generate, respond
 from proper.inference.sampling import Sampling
+from proper.inference.score import score
 
 PROMPTS = ["What does this say?", "Short", "A rather longer text than both of the others: what does it say?", "Well?"]
 USERS: list[str | None] = [*(f"u{at}" for at in range(8)), "group", "stranger", None]
@@ -44,7 +45,7 @@ def alone(tiny_run: Path, decoding: ModuleType) -> Iterator[Callable[[str, str |
 def test_a_list_is_answered_as_transformers_answers_one_by_one(
     model: PersonalizedModel, alone: Callable[..., str], sampling: Sampling
 ) -> None:
-    found = model.respond([prompt for prompt, _ in ASKED], [user for _, user in ASKED], sampling)
+    found = respond(model, [prompt for prompt, _ in ASKED], [user for _, user in ASKED], sampling)
     expected = {pair: alone(*pair, sampling) for pair in set(ASKED)}
     assert [answer.text for answer in found] == [expected[pair] for pair in ASKED]
     assert [(answer.user, answer.tier) for answer in found] == [(user, model.tier(user)) for _, user in ASKED]
@@ -53,18 +54,18 @@ def test_a_list_is_answered_as_transformers_answers_one_by_one(
 
 def test_an_answer_ends_before_its_end_token(model: PersonalizedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [model.encoder.prompt(prompt) for prompt in PROMPTS]
-    free = [one.tokens for one in generate(model, ids, ["u0", "u1", "u2", None], Sampling(9))]
+    free = [one.tokens for one in continuations(model, ids, ["u0", "u1", "u2", None], Sampling(9))]
     assert all(len(tokens) == 9 for tokens in free)
     end = free[1][4]
     monkeypatch.setattr(model.encoder, "ends", frozenset({end}))
-    stopped = [one.tokens for one in generate(model, ids, ["u0", "u1", "u2", None], Sampling(9))]
+    stopped = [one.tokens for one in continuations(model, ids, ["u0", "u1", "u2", None], Sampling(9))]
     assert stopped == [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in free]
 
 
 def test_draws_leave_the_generator_alone(model: PersonalizedModel) -> None:
     torch.manual_seed(9)
     before = torch.random.get_rng_state()
-    drawn = [model.generate(PROMPTS, ["u0"] * 4, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    drawn = [generate(model, PROMPTS, ["u0"] * 4, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -73,10 +74,10 @@ def test_the_bank_is_the_models_own_again(model: PersonalizedModel) -> None:
     """Scores load their adapters into the slots that the answers have taken over."""
     labels = ["yes", "no, not at all"]
     users = ["u0", "u1", "u2", "u3"]
-    before = model.score(PROMPTS, users, labels)
-    bank = model.cache.bank if model.cache is not None else None
-    model.generate(PROMPTS, ["u4", "u5", "u6", "u7"])
-    assert torch.equal(model.score(PROMPTS, users, labels), before)
+    before = score(model, PROMPTS, users, labels)
+    bank = model.served.bank if model.served is not None else None
+    generate(model, PROMPTS, ["u4", "u5", "u6", "u7"])
+    assert torch.equal(score(model, PROMPTS, users, labels), before)
     assert all(layer.bank is bank for layer in model.model.layers.values())
 
 
@@ -90,8 +91,8 @@ def test_memory_is_taken_for_what_is_asked(model: PersonalizedModel, monkeypatch
         return found
 
     monkeypatch.setattr(kv_module.RowCache, "_buffer", noted)
-    model.generate(PROMPTS[1:2], ["u0"], max_new_tokens=3)
-    model.generate(PROMPTS * 2, ["u0"] * 8, max_new_tokens=6)
+    generate(model, PROMPTS[1:2], ["u0"], max_new_tokens=3)
+    generate(model, PROMPTS * 2, ["u0"] * 8, max_new_tokens=6)
     sizes = [len(model.encoder.prompt(prompt)) for prompt in PROMPTS]
     assert set(made) == {(1, 2 * (sizes[1] + 3)), (4, 2 * (max(sizes) + 6))}
 
@@ -101,13 +102,13 @@ def test_more_than_the_models_length(model: PersonalizedModel, alone: Callable[.
     long = ["word " * 500 + "What now?", "Short"]
     for length in (6, 100):
         sampling = Sampling(length)
-        found = [answer.text for answer in model.respond(long, ["u0", "u1"], sampling)]
+        found = [answer.text for answer in respond(model, long, ["u0", "u1"], sampling)]
         assert found == [alone(prompt, user, sampling) for prompt, user in zip(long, ("u0", "u1"), strict=True)]
 
 
 def test_what_goes_wrong_is_raised(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(shutil.copytree(tiny_run, tmp_path / "run"))
-    whole = model.generate(PROMPTS, [None] * 4)
+    whole = generate(model, PROMPTS, [None] * 4)
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
@@ -115,10 +116,10 @@ def test_what_goes_wrong_is_raised(tiny_run: Path, tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(model.model.backbone.model, "forward", broken)
         with pytest.raises(RuntimeError, match="out of memory"):
-            model.generate(PROMPTS, ["u0"] * 4)
+            generate(model, PROMPTS, ["u0"] * 4)
     for blob in (tmp_path / "run" / "users" / "blobs").iterdir():
         blob.write_bytes(bytes(blob.stat().st_size))
     with pytest.raises(StoreError, match="user 'u3' is missing or damaged"):
-        model.generate(PROMPTS, [None, "u3", None, None])
-    assert model.generate(PROMPTS, [None] * 4) == whole
+        generate(model, PROMPTS, [None, "u3", None, None])
+    assert generate(model, PROMPTS, [None] * 4) == whole
     model.close()

@@ -19,10 +19,11 @@ from proper.errors import InputError, ProperError, StoreError
 from proper.inference import PersonalizedModel, load
 from proper.inference.adapter_manager import DAMAGED, DAMAGED_EMBEDDING
 from proper.inference.engine import Engine
+from proper.inference.generate import generate
 from proper.inference.kv_cache import RowCache
-from proper.inference.requests import Event, Finished, Request, Started, Token
-from proper.inference.running import EngineLimits, RequestHandle
+from proper.inference.requests import EngineLimits, Event, Finished, Request, RequestHandle, Started, Token
 from proper.inference.sampling import Sampling
+from proper.inference.score import score
 
 PROMPTS = (tuple(range(5, 25)), (40, 41), (7,) * 9, tuple(range(60, 93)))
 GOOD = ("u0", "u1", "u2", "group", None)
@@ -163,11 +164,11 @@ def logits(half: PersonalizedModel) -> Logits:
 
 def spoil(engine: Engine, user: str, how: float) -> None:
     """Damage a user's adapter where it lies in memory."""
-    residents = engine._loading.residents
-    assert residents is not None
-    for key, slot in residents._slots.items():
+    cache = engine._adapters.cache
+    assert cache is not None
+    for key, slot in cache._slots.items():
         if key.user == user:
-            residents.bank.values[slot.number] = how
+            cache.bank.values[slot.number] = how
 
 
 visits = st.tuples(
@@ -270,8 +271,6 @@ def test_what_an_older_version_stored_falls_back(copied: PersonalizedModel) -> N
     assert store is not None
     record = store.get("u3")
     assert record is not None and record.adapter is not None
-    good = copied.cache
-    assert good is not None
     bad_store = AdapterStore(store.folder, "old")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("proper.adapters.two_phase_write.require_sound", lambda *_: None)
@@ -295,19 +294,20 @@ def test_what_an_older_version_stored_falls_back(copied: PersonalizedModel) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("proper.adapters.two_phase_write.require_sound", lambda *_: None)
         store.put([replace(record, user="u1", embedding=torch.full((16,), torch.inf))])
-    for call in (lambda: copied.generate(["Well?"], ["u1"]), lambda: copied.score(["Well?"], ["u1"], ["a", "b"])):
+    for call in (lambda: generate(copied, ["Well?"], ["u1"]), lambda: score(copied, ["Well?"], ["u1"], ["a", "b"])):
         with pytest.raises(StoreError, match=r"user 'u1': embedding: numbers that are not finite"):
             call()
 
 
 def test_scores_that_are_not_numbers_are_no_scores(copied: PersonalizedModel) -> None:
-    assert copied.cache is not None and copied.cache.bank is not None
-    fine = copied.score(["Well?"], ["u0"], ["a", "b"])
-    copied.rows(["u1"])
-    copied.cache.bank.values[copied.cache._slots["u1"]] = torch.nan
-    assert torch.equal(copied.score(["Well?"], ["u0"], ["a", "b"]), fine)
+    served = copied.served
+    assert served is not None
+    fine = score(copied, ["Well?"], ["u0"], ["a", "b"])
+    (slot,) = served.slots(["u1"])
+    served.bank.values[slot] = torch.nan
+    assert torch.equal(score(copied, ["Well?"], ["u0"], ["a", "b"]), fine)
     with pytest.raises(ProperError, match="user 'u1'.*not finite"):
-        copied.score(["Well?", "Well?"], ["u0", "u1"], ["a", "b"])
+        score(copied, ["Well?", "Well?"], ["u0", "u1"], ["a", "b"])
 
 
 def breaking(model: PersonalizedModel, when: Callable[[Tensor], bool]) -> Callable[..., Any]:
@@ -373,7 +373,7 @@ def test_a_store_that_cannot_be_read_ends_its_requests_alone(
     engine = Engine(copied, EngineLimits(4, 4))
     heard = Heard()
     # A tenant's store that cannot be opened: too many open files, say.
-    monkeypatch.setattr("proper.inference.adapter_manager.AdapterStore", _refusing)
+    monkeypatch.setattr("proper.inference.model.AdapterStore", _refusing)
     engine.submit(Request(PROMPTS[0], "u0", "full", sampling=Sampling(3)), heard)
     good, _ = ask(engine, PROMPTS[0], "u0", 3)
     finish(engine)
@@ -399,7 +399,7 @@ def test_tokens_without_an_embedding_are_refused(model: PersonalizedModel) -> No
     engine = Engine(model, EngineLimits(2, 2))
     size = model.model.backbone.embeddings
     for odd in (size, -1, 2**40):
-        with pytest.raises(InputError, match=f"token {odd}, and the model has embeddings for 0 to {size - 1}"):
+        with pytest.raises(InputError, match=f"token {odd}; the model has embeddings for 0 to {size - 1}"):
             ask(engine, (5, odd, 6), "u0")
     heard, _ = ask(engine, (5, size - 1), "u0", 2)
     finish(engine)

@@ -22,8 +22,7 @@ from proper.inference.engine import Engine
 from proper.inference.forward import columns_left, prefill
 from proper.inference.kv_cache import RowCache
 from proper.inference.prefix_cache import SHORTEST, CachedPrefix, PrefixCache, PrefixKey, States
-from proper.inference.requests import Event, Finished, Request, Tier, Token
-from proper.inference.running import EngineLimits
+from proper.inference.requests import EngineLimits, Event, Finished, Request, Tier, Token
 from proper.inference.sampling import Sampling
 
 USERS = ("u0", "u1", "u2", "group", "stranger", None)

@@ -7,7 +7,7 @@ import pytest
 from pyarrow import output_stream
 
 from proper.config import DataConfig, TaskConfig
-from proper.data.templates import BadValue
+from proper.data.rows import BadValue
 from proper.interactions.log import LogEntry
 from proper.interactions.parsing import read_file, record_reader
 

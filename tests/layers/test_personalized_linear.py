@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from proper.layers.bank import AdapterBank, Layout
 from proper.layers.batch_context import BatchContext, Kept, Mode, RowContext
+from proper.layers.dropout import dropout_mask
 from proper.layers.experts import Experts
-from proper.layers.personalized_linear import AdaptedLinear, dropout_mask
+from proper.layers.personalized_linear import AdaptedLinear
 from proper.layers.routers import LoraAwareRouter, UserAwareRouter
 
 Draw = Callable[..., Tensor]

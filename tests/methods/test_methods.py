@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -23,10 +24,11 @@ from proper.data.dataset import Dataset
 from proper.data.derived.views import EVERYBODY
 from proper.errors import ConfigError, DataError
 from proper.evaluation.runner import answer_losses
-from proper.export.int8_model import in_int8
-from proper.inference.personalized import load
-from proper.methods.answers import derangement
+from proper.export.converted_models import in_int8
+from proper.inference.loading import load
+from proper.inference.score import score
 from proper.methods.derived_runs import varied
+from proper.methods.ladder import derangement
 from proper.methods.table import all_methods
 
 LABELS = ["blue", "green", "red"]
@@ -68,12 +70,13 @@ def test_every_method_answers_every_query_in_one_table(judged: Path, settings: C
 
 
 def test_the_same_call_again_reuses_everything(
-    judged: Path, settings: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+    judged: Path, settings: Callable[..., Config], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     before, names = read(judged / "results.json"), list(all_methods(settings()))
     stamps = {path: path.stat().st_mtime_ns for path in judged.rglob("*") if path.suffix in {".jsonl", ".safetensors"}}
     pipeline.evaluate(judged, names)
-    said = capsys.readouterr().err
+    said = caplog.text
     assert all(f"evaluate: {name} (seed 0) reuses its predictions" in said for name in names)
     assert "trains" not in said
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
@@ -106,11 +109,11 @@ def test_population_more_is_one_lora_on_the_tokens_of_stage_2(judged: Path, sett
     assert config.groups.alpha / config.groups.rank == settings().groups.alpha / settings().groups.rank
     # Who asks does not matter: the model of one expert is the same for everybody.
     model = load(more, "groups")
-    scores = [model.score(["red green is"], [user], ["red", "green"]) for user in ("ann", "bob", None)]
+    scores = [score(model, ["red green is"], [user], ["red", "green"]) for user in ("ann", "bob", None)]
     model.close()
     assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
     trained = load(judged, "groups")
-    own_scores = [trained.score(["red green is"], [user], ["red", "green"]) for user in ("ann", "bob")]
+    own_scores = [score(trained, ["red green is"], [user], ["red", "green"]) for user in ("ann", "bob")]
     trained.close()
     assert not torch.equal(own_scores[0], own_scores[1])
 
@@ -133,7 +136,7 @@ def test_swapped_answers_with_another_users_embedding_and_adapter(judged: Path) 
 
 
 def test_one_user_cannot_be_swapped() -> None:
-    with pytest.raises(DataError, match="needs two target users"):
+    with pytest.raises(DataError, match="needs at least two target users"):
         derangement(["ann"], 0)
 
 
@@ -144,7 +147,7 @@ def test_groups_shared_e_sees_the_same_rows_and_gives_everybody_the_same(judged:
     assert [user for user, _ in store.users()] == [EVERYBODY]
     store.close()
     model = load(folder, "groups")
-    scores = [model.score(["red green is"], [user], ["red", "green"]) for user in ("ann", EVERYBODY, None)]
+    scores = [score(model, ["red green is"], [user], ["red", "green"]) for user in ("ann", EVERYBODY, None)]
     model.close()
     assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
 
@@ -213,15 +216,16 @@ def test_a_planted_leak_ends_the_evaluation_with_code_2(
 
 
 def test_what_a_kill_left_unfinished_is_done_again_and_nothing_else(
-    judged: Path, capsys: pytest.CaptureFixture[str]
+    judged: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     names = ["population", "groups", "groups-no-constraint", "user-majority"]
     pipeline.evaluate(judged, names)
     before, told = read(judged / "results.json"), answers(judged, "groups-no-constraint")
     (folder_of(judged, "groups-no-constraint") / "groups" / "stage.json").unlink()
-    capsys.readouterr()
+    caplog.clear()
     pipeline.evaluate(judged, names)
-    said = capsys.readouterr().err
+    said = caplog.text
     assert said.count("evaluate: trains") == 1 and "evaluate: trains groups-no-constraint (seed 0)" in said
     assert answers(judged, "groups-no-constraint") == told
     assert read(judged / "results.json")["metrics"] == before["metrics"]
@@ -271,7 +275,7 @@ def test_users_int8_answers_with_the_rounded_adapters_and_leaves_the_run_as_it_w
     exact = load(judged, "users")
     assert exact.store is not None
     try:
-        theirs = exact.score(["red small is"] * len(users), users, LABELS)
+        theirs = score(exact, ["red small is"] * len(users), users, LABELS)
         with in_int8(judged, users) as coded:
             assert coded.store is not None and coded.store.folder != exact.store.folder
             for user in users:
@@ -280,7 +284,7 @@ def test_users_int8_answers_with_the_rounded_adapters_and_leaves_the_run_as_it_w
                 expected = decode(encode(held.adapter, "int8"))
                 assert rounded.adapter is not None and rounded.adapter.keys() == expected.keys()
                 assert all(torch.equal(rounded.adapter[name], expected[name]) for name in expected)
-            ours = coded.score(["red small is"] * len(users), users, LABELS)
+            ours = score(coded, ["red small is"] * len(users), users, LABELS)
     finally:
         exact.close()
     assert not torch.equal(ours, theirs) and torch.allclose(ours, theirs, atol=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from proper import pipeline
 from proper.config import Config
 from proper.data.dataset import Dataset
-from proper.data.derived.rewrite import keep_asking, shorten_histories
+from proper.data.derived.views import keep_asking, shorten_histories
 from proper.errors import ConfigError, DataError
 from proper.methods.derived_runs import varied
 from proper.methods.overrides import split_name
@@ -101,16 +102,18 @@ def test_rows_that_ask_for_something_else_go(run: Path, tmp_path: Path) -> None:
 
 
 def test_changed_methods_answer_beside_the_others_and_share_what_is_trained(
-    run: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     names = ["groups", "groups[history=2]", "users[history=2]", "rag[history=2]", "groups[groups.experts=2]"]
     results = pipeline.evaluate(run, names)
-    said = capsys.readouterr().err
+    said = caplog.text
     assert [row["method"] for row in results["metrics"] if row["primary"]] == names
     assert len([path for path in (run / "variants").iterdir() if path.name.startswith("history-2-")]) == 1
     assert "trains groups[history=2]" in said and "trains groups[groups.experts=2]" in said
     assert not list((run / "variants" / "data").glob("*between*"))
     losses = [row["value"] for row in results["metrics"] if row["metric"] == "loss"]
     assert len(set(losses)) == len(losses)
+    caplog.clear()
     pipeline.evaluate(run, names)
-    assert "trains" not in capsys.readouterr().err
+    assert "trains" not in caplog.text

@@ -20,14 +20,14 @@ from proper.data.batching import collate
 from proper.data.dataset import Dataset
 from proper.errors import ConfigError
 from proper.evaluation.runner import answer_losses
-from proper.methods.poly import load_poly
-from proper.methods.poly_training import PolyStage
+from proper.inference.score import score
+from proper.methods.poly import PolyStage, load_poly
+from proper.methods.poly_layers import add_poly
 from proper.methods.spec import TrainedRun
 from proper.models.backbone import Backbone, load_backbone
+from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel, answer_loss
-from proper.models.poly import add_poly
-from proper.models.tensors import load_tensors, save_tensors
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +88,9 @@ def test_every_row_is_scored_with_its_own_users_task(place: TrainedRun, tmp_path
     assert answer_losses(model, queries) == pytest.approx(losses[0], abs=1e-4)
     assert answer_losses(model, queries) != pytest.approx(losses[1], abs=1e-2)
     # Labels are scored with the prompt's cache, many to a row, and with the same task.
-    scores = model.score(
-        [query.prompt for query in queries], [query.user for query in queries], ["red", "green", "blue"]
-    )
-    alone = [model.score([query.prompt], [query.user], ["red", "green", "blue"])[0] for query in queries]
+    prompts, asked = [query.prompt for query in queries], [query.user for query in queries]
+    scores = score(model, prompts, asked, ["red", "green", "blue"])
+    alone = [score(model, [query.prompt], [query.user], ["red", "green", "blue"])[0] for query in queries]
     assert torch.allclose(scores, torch.stack(alone), atol=1e-4)
 
 
@@ -113,7 +112,7 @@ def test_who_was_not_seen_is_answered_with_the_mean_of_the_others(place: Trained
     model = load_poly(place)
     known = next(iter(model.tasks))
     labels = ["red", "green"]
-    scores = [model.score(["red green is"], [user], labels) for user in ("nobody", None, known)]
+    scores = [score(model, ["red green is"], [user], labels) for user in ("nobody", None, known)]
     assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
     assert [model.tier(user) for user in ("nobody", None, known)] == ["none", "none", "groups"]
     tensors, _ = load_tensors(place.folder / "groups" / "poly.safetensors")
@@ -122,7 +121,7 @@ def test_who_was_not_seen_is_answered_with_the_mean_of_the_others(place: Trained
     store.close()
     assert torch.allclose(tensors["mean_logits"], held.mean(0))
     # Known and unknown users in one batch do not disturb each other.
-    both = model.score(["red green is"] * 2, [known, "nobody"], labels)
+    both = score(model, ["red green is"] * 2, [known, "nobody"], labels)
     assert torch.allclose(both, torch.cat([scores[2], scores[0]]), atol=1e-5)
 
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConf
 
 from proper.config import Config, make_config
 from proper.errors import ConfigError, InputError
-from proper.inference.personalized import PersonalizedModel
+from proper.inference.generate import respond
+from proper.inference.model import PersonalizedModel
 from proper.inference.sampling import Sampling
 from proper.models.backbone import Backbone, configured_backbone, load_tokenizer
 from proper.models.personal import ProperModel
@@ -75,6 +76,6 @@ def test_a_longer_answer_than_the_table_has_room_for_is_refused(tmp_path: Path) 
     """What a call asks for by itself (`generate --max-new-tokens`) is not known at load."""
     backbone, config = load(tmp_path, KINDS["gpt2"](), 24)
     model = PersonalizedModel(ProperModel(backbone), backbone.encoder(24), config, None, "base")
-    assert len(model.respond(["Hello there"], [None], Sampling(8))) == 1
+    assert len(respond(model, ["Hello there"], [None], Sampling(8))) == 1
     with pytest.raises(InputError, match="may have 24 tokens together"):
-        model.respond(["Hello there"], [None], Sampling(48))
+        respond(model, ["Hello there"], [None], Sampling(48))

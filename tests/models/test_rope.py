@@ -17,9 +17,8 @@ from proper.data.batching import EncodedExample, Encoder, collate
 from proper.errors import ConfigError
 from proper.inference import load
 from proper.inference.engine import Engine
-from proper.inference.personalized import PersonalizedModel
-from proper.inference.requests import Event, Finished, Request, Token
-from proper.inference.running import EngineLimits
+from proper.inference.model import PersonalizedModel
+from proper.inference.requests import EngineLimits, Event, Finished, Request, Token
 from proper.inference.sampling import Sampling
 from proper.inference.score import score_labels
 from proper.layers.batch_context import RowContext

@@ -32,8 +32,8 @@ from proper.layers.batch_context import RowContext
 from proper.layers.experts import Experts
 from proper.models import Backbone, ProperModel, load_backbone
 from proper.models.backbone import EMBEDDED, backbone_location
+from proper.models.checkpoints import load_tensors
 from proper.models.peft_merge import apply_population
-from proper.models.tensors import load_tensors
 from proper.training.groups import GroupsStage
 
 FOLDER = Path(__file__).parents[2] / "recipes"

@@ -18,12 +18,12 @@ from proper.cli.serve import watching
 from proper.inference import PersonalizedModel, load
 from proper.inference.engine import Engine
 from proper.inference.engine_thread import EngineThread
-from proper.inference.running import EngineLimits
+from proper.inference.requests import EngineLimits
 from proper.serving.app import ServeSettings, create_app
 from proper.serving.connections import ConnectionLimits
 from proper.serving.fit_process import FitProcess
 from proper.serving.keys import FILE, Keys
-from proper.serving.rate_limits import ServeLimits
+from proper.serving.limits import ServeLimits
 from proper.serving.server import free_port, make_server
 
 

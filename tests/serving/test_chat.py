@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from proper.config import DataConfig
 from proper.errors import ConfigError
 from proper.models.backbone import backbone_location
-from proper.serving.chat import chat_prompt
+from proper.serving.answers import chat_prompt
 
 if TYPE_CHECKING:
     Serve = Any  # tests/serving/conftest.py

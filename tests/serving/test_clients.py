@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from proper.inference import PersonalizedModel
+from proper.inference.generate import generate
 
 if TYPE_CHECKING:
     Running = Any  # tests/serving/conftest.py
@@ -22,9 +23,9 @@ AGAIN = "And why?"
 @pytest.fixture
 def expected(alone: PersonalizedModel) -> list[str]:
     """The answers to the first and the second turn, as `proper generate` gives them."""
-    first = alone.generate([PROMPT], ["u1"], max_new_tokens=8)[0]
+    first = generate(alone, [PROMPT], ["u1"], max_new_tokens=8)[0]
     turns = f"User: {PROMPT}\nAssistant: {first}\nUser: {AGAIN}\nAssistant:"
-    return [first, alone.generate([turns], ["u1"], max_new_tokens=8)[0]]
+    return [first, generate(alone, [turns], ["u1"], max_new_tokens=8)[0]]
 
 
 @pytest.mark.skipif(find_spec("langchain_openai") is None, reason="langchain-openai is not installed")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from proper.serving import connections
-from proper.serving.connections import ConnectionLimits, Doors
+from proper.serving.connections import ConnectionCounter, ConnectionLimits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -147,7 +147,7 @@ def test_the_store_keeps_its_descriptors(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_connections_are_counted_by_address_and_in_all() -> None:
-    doors = Doors(ConnectionLimits(total=3, per_address=2))
+    doors = ConnectionCounter(ConnectionLimits(total=3, per_address=2))
     assert [doors.enter(address) is None for address in "aaabb"] == [True, True, False, True, False]
     doors.leave("a")
     assert doors.enter("b") is None

@@ -88,7 +88,7 @@ def test_another_content_under_an_id_is_a_conflict(own: Running) -> None:
         ({"user": "cy", "interactions": [{**HISTORY[0], "id": " "}]}, "interactions.0.id: "),
         ({"user": "cy", "interactions": [{**HISTORY[0], "outptu": "x"}]}, "interactions.0.outptu: "),
         ({"user": "", "interactions": []}, "user: "),
-        ({"user": "..", "interactions": []}, "user: no URL can name this id"),
+        ({"user": "..", "interactions": []}, "user: this id cannot be part of a URL"),
         ({"user": "cy"}, "interactions: "),
     ],
 )

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proper.serving.large_bodies import LARGE, VALUES
-from proper.serving.rate_limits import ServeLimits
+from proper.serving.json_bodies import LARGE, VALUES
+from proper.serving.limits import ServeLimits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -182,4 +182,4 @@ def test_half_a_character_in_a_large_body_is_refused_with_its_place(
     with copied.client() as client:
         reply = client.post(route, content=data, headers={"Content-Type": "application/json"})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, place), reply.text
-    assert "half of a character" in reply.json()["error"]["message"]
+    assert "a lone surrogate" in reply.json()["error"]["message"]

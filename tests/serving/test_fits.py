@@ -20,6 +20,7 @@ import pytest
 
 from proper.adapters.store import AdapterStore
 from proper.inference import load
+from proper.inference.generate import generate
 from proper.interactions.log import InteractionLog
 from proper.serving.fit_process import FitProcess
 
@@ -64,14 +65,14 @@ def test_what_is_taught_is_what_answers(serve: Serve, tiny_run: Path, tmp_path: 
         card = ended(client, "ann", 1)
         assert card["tier"] in ("groups", "users") and card["version"] == 1 and card["fit"]["progress"] == 1
         with closing(load(folder)) as alone:
-            assert answer("ann") == (alone.generate(["Well?"], ["ann"])[0], 1)
+            assert answer("ann") == (generate(alone, ["Well?"], ["ann"])[0], 1)
 
         for user, version in (("ann", 2), ("u0", 2)):
             lesson = {"interactions": [{"input": "Another?", "output": "yes"}]}
             assert client.post(f"/v1/users/{user}/interactions", json=lesson).json()["accepted"] == 1
             ended(client, user, version)
         with closing(load(folder)) as alone:
-            assert answer("u0") == (alone.generate(["Well?"], ["u0"])[0], 2)
+            assert answer("u0") == (generate(alone, ["Well?"], ["u0"])[0], 2)
 
         figures = running.figures()
         assert (figures["proper_fits_done_total"], figures["proper_fits_queued"]) == (3, 0)
@@ -88,8 +89,8 @@ def test_a_version_that_lands_in_the_middle_of_an_answer(serve: Serve, long_run:
     folder = Path(shutil.copytree(long_run, tmp_path / "tiny"))
     running = serve(folder)
     with closing(load(folder)) as alone:
-        old = alone.generate(["Well?"], ["u0"], max_new_tokens=150)[0]
-        new = alone.generate(["Well?"], ["u1"], max_new_tokens=150)[0]
+        old = generate(alone, ["Well?"], ["u0"], max_new_tokens=150)[0]
+        new = generate(alone, ["Well?"], ["u1"], max_new_tokens=150)[0]
     body = {"model": "tiny", "prompt": "Well?", "user": "u0", "max_tokens": 150}
     with (
         closing(AdapterStore(folder / "users")) as store,

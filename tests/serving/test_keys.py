@@ -175,7 +175,7 @@ def test_damaged_keys_are_named_and_never_written_over(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     path.write_text("[1")
     for change in (lambda: Keys(path).add("", ["admin"]), lambda: Keys(path).revoke("x"), lambda: Keys(path).open()):
-        with pytest.raises(DamagedKeysError, match=r"keys\.json: .*; put back a copy of it, or remove it"):
+        with pytest.raises(DamagedKeysError, match=r"keys\.json: .*; restore a copy of it, or remove it"):
             change()
     assert path.read_text() == "[1"
 

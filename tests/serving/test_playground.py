@@ -63,7 +63,7 @@ class Opened:
 
     def ask(self) -> list[str]:
         """Press the button, and return the three answers when they are whole."""
-        self.page.get_by_role("button", name="Ask all three").click()
+        self.page.get_by_role("button", name="Generate all three").click()
         return self.answers()
 
     def answers(self) -> list[str]:
@@ -93,7 +93,7 @@ def by_api(running: Running, prompt: str, user: str | None) -> list[str]:
 def test_three_answers_with_their_gates(opened: Opened, served: Running) -> None:
     page = opened.page
     opened.pick("u3")
-    expect(page.locator("#who-told")).to_contain_text("u3 has an adapter of their own, version 1")
+    expect(page.locator("#user-status")).to_contain_text("u3 has an own adapter, version 1")
     opened.write("Late", "The bus was late again.")
     assert page.locator("#sent").text_content() == "Title: Late\nText: The bus was late again.\nTag:"
     answers = opened.ask()
@@ -101,7 +101,7 @@ def test_three_answers_with_their_gates(opened: Opened, served: Running) -> None
     assert len(set(answers)) == 3
     expect(opened.column("population").locator(".gates")).to_be_hidden()
     expect(opened.column("population").locator(".pill")).to_have_text(["no experts"])
-    expect(opened.column("groups").locator(".pill")).to_have_text(["their own embedding"])
+    expect(opened.column("groups").locator(".pill")).to_have_text(["own embedding"])
     expect(opened.column("users").locator(".pill")).to_have_text(["own adapter, version 1"])
     for tier in ("groups", "users"):
         bars = opened.column(tier).locator(".gates b")
@@ -141,16 +141,16 @@ def test_by_keyboard_alone(opened: Opened, served: Running) -> None:
     page.keyboard.press("Tab")
     assert focused() == "Skip to the prompt"
     page.keyboard.press("Tab")
-    assert focused() == "who"
+    assert focused() == "user-id"
     page.keyboard.type("u")
     expect(page.get_by_role("option")).to_have_count(9)  # "u" itself would be new
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
-    active = page.locator("#who").get_attribute("aria-activedescendant")
+    active = page.locator("#user-id").get_attribute("aria-activedescendant")
     assert page.locator(f"#{active}").text_content() == "u1own adapter"
     page.keyboard.press("Enter")
-    expect(page.locator("#who")).to_have_value("u1")
+    expect(page.locator("#user-id")).to_have_value("u1")
     expect(page.locator("#delete")).to_be_enabled()
     order = []
     for text in ("", "Late", "The bus was late again."):
@@ -178,20 +178,20 @@ def test_by_keyboard_alone(opened: Opened, served: Running) -> None:
     assert focused() == "example-0-0"
 
 
-def test_a_new_id_is_somebody_new(opened: Opened) -> None:
+def test_a_new_id_is_a_new_user(opened: Opened) -> None:
     page = opened.page
     page.get_by_role("combobox").fill("zoë/1 %")
-    expect(page.get_by_role("option")).to_have_text(["zoë/1 %new person"])
+    expect(page.get_by_role("option")).to_have_text(["zoë/1 %new user"])
     page.keyboard.press("Enter")
-    expect(page.locator("#who-told")).to_contain_text("zoë/1 % is new")
+    expect(page.locator("#user-status")).to_contain_text("zoë/1 % is new")
     expect(page.locator("#delete")).to_be_disabled()
     opened.write("Late", "The bus was late again.")
     opened.ask()
-    expect(opened.column("users").locator(".pill")).to_contain_text(["a stranger"])
+    expect(opened.column("users").locator(".pill")).to_contain_text(["unknown user"])
     # A known one by their whole id, without the list.
     page.get_by_role("combobox").fill("group")
     page.keyboard.press("Enter")
-    expect(page.locator("#who-told")).to_contain_text("group has an embedding of their own, and no adapter")
+    expect(page.locator("#user-status")).to_contain_text("group has an own embedding and no adapter")
 
 
 def test_nothing_can_be_typed_or_pressed_before_the_page_is_ready(browser: Browser, served: Running) -> None:
@@ -200,12 +200,12 @@ def test_nothing_can_be_typed_or_pressed_before_the_page_is_ready(browser: Brows
     page.route("**/v1/models", lambda route: held.append(route))
     page.goto(served.url)
     expect(page.locator("article")).to_have_count(3)  # the script has run and waits for the server
-    for name in ("#who", "#ask", "#teach-go"):
+    for name in ("#user-id", "#ask", "#teach-go"):
         expect(page.locator(name)).to_be_disabled()
     held[0].continue_()
     page.get_by_role("combobox").fill("ann")
     page.keyboard.press("Enter")
-    expect(page.locator("#who-told")).to_contain_text("ann is new")
+    expect(page.locator("#user-status")).to_contain_text("ann is new")
     context.close()
 
 
@@ -222,12 +222,12 @@ def test_deleting_asks_first(opened: Opened, served: Running) -> None:
     with served.client() as client:
         assert client.get("/v1/users/u7").status_code == 200
         page.locator("#delete").click()
-        dialog.get_by_role("button", name="Delete for good").click()
-        expect(page.locator("#who-told")).to_have_text("u7 is deleted.")
+        dialog.get_by_role("button", name="Delete permanently").click()
+        expect(page.locator("#user-status")).to_have_text("u7 is deleted.")
         assert client.get("/v1/users/u7").status_code == 404
-    expect(page.locator("#who")).to_be_focused()
+    expect(page.locator("#user-id")).to_be_focused()
     page.get_by_role("combobox").fill("u7")
-    expect(page.get_by_role("option")).to_have_text(["u7new person"])
+    expect(page.get_by_role("option")).to_have_text(["u7new user"])
 
 
 def test_teaching_shows_before_and_after(browser: Browser, serve: Serve, long_run: Path, tmp_path: Path) -> None:
@@ -239,12 +239,12 @@ def test_teaching_shows_before_and_after(browser: Browser, serve: Serve, long_ru
     def taught(user: str) -> Any:
         """Teach what is written, wait for the answers after it, and return what the server knows of the person."""
         before = by_api(running, asked, user)
-        page.get_by_role("button", name="Teach three examples").click()
+        page.get_by_role("button", name="Add three interactions").click()
         expect(page.get_by_role("progressbar")).to_be_visible()
         expect(page.locator("#said")).to_contain_text("hanged", timeout=90_000)
         after = by_api(running, asked, user)
         assert opened.answers() == after
-        expect(page.locator("#fit-told")).to_contain_text("Fitted, 100%")
+        expect(page.locator("#fit-status")).to_contain_text("Fitted, 100%")
         assert page.get_by_role("progressbar").evaluate("bar => bar.value") == 1
         for tier, was, now in zip(TIERS, before, after, strict=True):
             expect(opened.column(tier).locator(".before")).to_have_text(f"Before{was or '(an empty answer)'}")
@@ -256,18 +256,18 @@ def test_teaching_shows_before_and_after(browser: Browser, serve: Serve, long_ru
 
     page.get_by_role("combobox").fill("ann")
     page.keyboard.press("Enter")
-    expect(page.locator("#who-told")).to_contain_text("ann is new")
+    expect(page.locator("#user-status")).to_contain_text("ann is new")
     opened.write("Late", "The bus was late again.")
     for at in range(3):
-        box = page.get_by_role("group", name=f"Example {at + 1}")
+        box = page.get_by_role("group", name=f"Interaction {at + 1}")
         box.get_by_label("Title").fill("Late")
         box.get_by_label("Text").fill(f"The bus was late again, {at}.")
-        box.get_by_label("Their answer").fill("travel")
+        box.get_by_label("The user's answer").fill("travel")
     card = taught("ann")
     assert (card["interactions"], card["version"]) == (3, 1)
-    expect(page.locator("#who-told")).to_contain_text("version 1, taught 3 examples here.")
+    expect(page.locator("#user-status")).to_contain_text("version 1, 3 interactions logged.")
     opened.pick("u5")
-    expect(page.locator("#who-told")).to_contain_text("u5 has an adapter of their own, version 1")
+    expect(page.locator("#user-status")).to_contain_text("u5 has an own adapter, version 1")
     card = taught("u5")
     assert (card["interactions"], card["version"]) == (3, 2)
     page.get_by_role("combobox").fill("ann")
@@ -275,8 +275,8 @@ def test_teaching_shows_before_and_after(browser: Browser, serve: Serve, long_ru
     # At once: the server has not said yet who ann is, and u5 was chosen before.
     page.locator("#delete").click()
     expect(page.locator("#sure-who")).to_have_text("ann")
-    page.get_by_role("button", name="Delete for good").click()
-    expect(page.locator("#who-told")).to_have_text("ann is deleted.")
+    page.get_by_role("button", name="Delete permanently").click()
+    expect(page.locator("#user-status")).to_have_text("ann is deleted.")
     assert opened.trouble == []
     opened.context.close()
 
@@ -284,25 +284,25 @@ def test_teaching_shows_before_and_after(browser: Browser, serve: Serve, long_ru
 def test_what_is_missing_or_refused_is_said_in_words(opened: Opened) -> None:
     page = opened.page
     alert = page.get_by_role("alert")
-    page.get_by_role("button", name="Ask all three").click()
-    expect(alert).to_have_text("Write a prompt first.")
+    page.get_by_role("button", name="Generate all three").click()
+    expect(alert).to_have_text("The prompt is empty.")
     expect(page.locator("#prompt-field-0")).to_be_focused()
     assert page.locator("#prompt-field-0").get_attribute("aria-invalid") == "true"
     opened.write("Late", "The bus was late again.")
     assert page.locator("#prompt-field-0").get_attribute("aria-invalid") is None
-    page.get_by_role("button", name="Teach three examples").click()
-    expect(alert).to_contain_text("Choose a person first")
+    page.get_by_role("button", name="Add three interactions").click()
+    expect(alert).to_contain_text("No user is chosen")
     opened.pick("u2")
-    page.get_by_role("button", name="Teach three examples").click()
-    expect(alert).to_have_text("An example needs its text and its answer.")
+    page.get_by_role("button", name="Add three interactions").click()
+    expect(alert).to_have_text("An interaction needs a prompt and an answer.")
     expect(page.locator("#example-0-0")).to_be_focused()
     assert opened.trouble == []
     opened.write("Long", "word " * 300)
-    page.get_by_role("button", name="Ask all three").click()
+    page.get_by_role("button", name="Generate all three").click()
     expect(alert).to_contain_text("are longer than the 250 that fit.")
     opened.write("Late", "The bus was late again.")
     opened.context.set_offline(True)
-    page.get_by_role("button", name="Ask all three").click()
+    page.get_by_role("button", name="Generate all three").click()
     expect(alert).to_have_text("The server cannot be reached. Is it still running?")
     opened.context.set_offline(False)
     opened.ask()
@@ -323,7 +323,7 @@ def test_stopping_keeps_what_is_there(browser: Browser, serve: Serve, long_run: 
             document.getElementById("stop").click();
         }).observe(document.getElementById("columns"), {childList: true, subtree: true})"""
     )
-    opened.page.get_by_role("button", name="Ask all three").click()
+    opened.page.get_by_role("button", name="Generate all three").click()
     expect(opened.page.locator("#said")).to_have_text("Stopped.")
     expect(opened.page.locator("#stop")).to_be_hidden()
     expect(opened.column("users").locator(".pill")).to_contain_text(["stopped"])
@@ -339,7 +339,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, serve: Serve, 
     expect(page.locator("#key")).to_be_focused()
     page.keyboard.type("proper-wrong")
     page.keyboard.press("Enter")
-    expect(page.get_by_role("alert")).to_have_text("The server wants another API key.")
+    expect(page.get_by_role("alert")).to_have_text("The server requires another API key.")
     page.locator("#key").fill(secret)
     page.get_by_role("button", name="Use this key").click()
     expect(page.locator("#locked")).to_be_hidden()
@@ -371,12 +371,12 @@ def test_a_key_that_may_only_generate(browser: Browser, serve: Serve, long_run: 
     opened.context.close()
 
 
-def test_a_run_without_people(browser: Browser, serve: Serve, tiny_run: Path, tmp_path: Path) -> None:
+def test_a_run_without_users(browser: Browser, serve: Serve, tiny_run: Path, tmp_path: Path) -> None:
     folder = changed(tiny_run, tmp_path / "tiny")
     for stage in ("users", "groups"):
         (folder / stage / "stage.json").unlink()
     opened = Opened(browser, serve(folder))
-    expect(opened.page.get_by_role("alert")).to_contain_text("This run has no people yet")
+    expect(opened.page.get_by_role("alert")).to_contain_text("This run has no stage 'users' yet")
     expect(opened.page.locator("#teach")).to_be_hidden()
     opened.page.locator("#ask-fields textarea").fill("The bus was late again.")
     answers = opened.ask()

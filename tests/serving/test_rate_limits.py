@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from proper.serving.errors import APIError
-from proper.serving.generation import unless_gone
-from proper.serving.rate_limits import RateLimiter, ServeLimits
+from proper.serving.limits import RateLimiter, ServeLimits
+from proper.serving.routes.generation import unless_gone
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,7 +50,7 @@ def small(serve: Serve, long_run: Path) -> Running:
         ({"prompt": ["x"] * 65}, 400, "prompt"),
         ({"prompt": "x" * 2000}, 413, "larger than 2000 bytes"),
         ({"prompt": ["a", "b", "c"]}, 429, "may have 2 prompts open at once"),
-        ({"prompt": ["a", "b", "c", "d"]}, 429, "the server is full"),
+        ({"prompt": ["a", "b", "c", "d"]}, 429, "too many prompts are open"),
     ],
 )
 def test_refused_in_one_line(small: Running, change: dict[str, Any], status: int, said: str) -> None:
@@ -84,7 +84,7 @@ def sent(running: Running, body: dict[str, Any]) -> socket.socket:
 
 @pytest.fixture(scope="module")
 def endless(serve: Serve, long_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Running:
-    """A server of one row, whose answers take far longer than it may take to notice that somebody has gone."""
+    """A server of one row, whose answers take far longer than it may take to notice that a client disconnected."""
     folder = shutil.copytree(long_run, tmp_path_factory.mktemp("endless") / "tiny")
     raw = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     raw["compute"]["max_length"] = LONGEST + 50
@@ -143,7 +143,7 @@ def test_going_away_is_noticed_while_nothing_is_sent() -> None:
         await asyncio.sleep(0)
         return {"type": "http.disconnect"}
 
-    with pytest.raises(APIError, match="the client has gone"):
+    with pytest.raises(APIError, match="the client disconnected"):
         asyncio.run(unless_gone(receive, busy()))
     assert left == ["row"]
 
@@ -191,15 +191,15 @@ def test_health_and_figures(small: Running) -> None:
 
 def test_a_rate_fills_up_again() -> None:
     now = [0.0]
-    turnstile = RateLimiter(ServeLimits(per_minute=2), lambda: now[0])
+    limiter = RateLimiter(ServeLimits(per_minute=2), lambda: now[0])
 
     def ask(key: str) -> None:
-        with turnstile.visit(key):
+        with limiter.visit(key):
             pass
 
     for key in ("a", "a", "b"):
         ask(key)
-    with pytest.raises(APIError, match="2 times a minute") as refused:
+    with pytest.raises(APIError, match="2 requests a minute") as refused:
         ask("a")
     assert refused.value.headers == {"Retry-After": "31"}
     now[0] = 31

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import ValidationError
 
-from proper.serving.body_checks import lone_surrogates, place_of, right_cause
-from proper.serving.request_schemas import ChatRequest, CompletionRequest
+from proper.serving.json_bodies import error_location, first_error, lone_surrogates
+from proper.serving.schemas.requests import ChatRequest, CompletionRequest
 
 if TYPE_CHECKING:
     import httpx
@@ -182,8 +182,8 @@ def test_places_are_those_of_the_body(body: dict[str, Any], place: tuple[str | i
     with pytest.raises(ValidationError) as refused:
         CompletionRequest.model_validate(body)
     errors: list[Any] = [{**error, "loc": ("body", *error["loc"])} for error in refused.value.errors()]
-    assert right_cause(errors, body)[0] == place
-    assert all(len(place_of(error, body)) <= len(place) for error in errors)
+    assert first_error(errors, body)[0] == place
+    assert all(len(error_location(error, body)) <= len(place) for error in errors)
 
 
 HALF = "hi \ud83d there"

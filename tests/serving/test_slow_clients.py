@@ -15,10 +15,10 @@ from fastapi import FastAPI
 from proper.inference import load
 from proper.inference.engine import Engine
 from proper.inference.engine_thread import EngineThread
-from proper.inference.running import EngineLimits
+from proper.inference.requests import EngineLimits
 from proper.serving.app import ServeSettings, create_app
 from proper.serving.keys import Keys
-from proper.serving.rate_limits import ServeLimits
+from proper.serving.limits import ServeLimits
 
 STALLED = 2.0
 """Seconds; the engine makes the few tokens of an answer in far less."""

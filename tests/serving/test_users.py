@@ -18,6 +18,7 @@ import pytest
 
 from proper.adapters.store import AdapterStore
 from proper.inference import PersonalizedModel
+from proper.inference.generate import generate
 
 if TYPE_CHECKING:
     Running = Serve = Any  # tests/serving/conftest.py
@@ -57,15 +58,15 @@ def test_users_are_listed_read_taken_back_and_deleted(own: Running, alone: Perso
         card = {"id": "u0", "object": "user", "tier": "users", "version": 2}
         assert client.get("/v1/users/u0").json() == {**card, "interactions": 0, "fit": idle}
         assert [one["version"] for one in client.get("/v1/users/u0/versions").json()["data"]] == [2, 1]
-        assert answer() == (alone.generate(["Well?"], ["u1"])[0], 2)
+        assert answer() == (generate(alone, ["Well?"], ["u1"])[0], 2)
         assert client.post("/v1/users/u0/rollback", json={}).json()["version"] == 3
-        assert answer() == (alone.generate(["Well?"], ["u0"])[0], 3)
+        assert answer() == (generate(alone, ["Well?"], ["u0"])[0], 3)
         assert client.post("/v1/users/u0/rollback", json={"to": 99}).status_code == 409
         assert client.delete("/v1/users/u0").json() == {"id": "u0", "object": "user.deleted", "deleted": True}
         for method, path in (("GET", ""), ("GET", "/versions"), ("POST", "/rollback"), ("DELETE", "")):
             reply = client.request(method, f"/v1/users/u0{path}", json={} if method == "POST" else None)
             assert (reply.status_code, reply.json()["error"]["code"]) == (404, "user_not_found")
-        assert answer() == (alone.generate(["Well?"], [None])[0], None)
+        assert answer() == (generate(alone, ["Well?"], [None])[0], None)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ class Client:
             if self.stop.wait(PAUSE):
                 return None, again
 
-    # Asking
+    # Caller
 
     def ask(self) -> None:
         """Ask for one answer, streamed or not, and sometimes leave before its end."""

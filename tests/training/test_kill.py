@@ -18,8 +18,8 @@ from proper.adapters.store import AdapterStore
 from proper.config import UsersConfig
 from proper.data.batching import Encoder
 from proper.data.dataset import Dataset
+from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.personal import ProperModel
-from proper.models.tensors import load_tensors, save_tensors
 from proper.training import users as users_module
 from proper.training.multi_user_trainer import MultiUserTrainer
 from proper.training.users import UserStage, train_users
@@ -42,7 +42,7 @@ def never_again(monkeypatch: pytest.MonkeyPatch) -> None:
         fit(stage, jobs, store, *rest)  # type: ignore[arg-type]
 
     def watched_step(self: MultiUserTrainer) -> object:
-        for seat in self.seats:
+        for seat in self.slots:
             head = stores[-1].head(seat[0].user) if seat is not None else None
             assert head is None or head.tier == "groups", "a finished user is trained again"
         return step(self)

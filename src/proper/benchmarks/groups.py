@@ -28,8 +28,7 @@ from proper.benchmarks.people import BACKBONE, backbone, people, share_lora
 from proper.benchmarks.timing import TimedSide, interleaved
 from proper.config import GroupsConfig
 from proper.data.batching import Batch, Encoder, collate
-from proper.layers.experts import Experts
-from proper.layers.products import tokens_last
+from proper.layers.experts import Experts, tokens_last
 from proper.models.backbone import pick_device
 from proper.models.personal import ProperModel, answer_logits, answer_loss
 from proper.training.groups import GroupsStage

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from proper.adapters.async_slot_cache import CacheCounts
+from proper.adapters.slot_cache import CacheCounts
 from proper.benchmarks.serve_people import Served
 from proper.benchmarks.timing import TimedSide
 from proper.errors import ProperError
 from proper.inference.engine import Engine
 from proper.inference.engine_thread import EngineThread
 from proper.inference.forward import pad_left
-from proper.inference.requests import Event, Request, Sink, Token
-from proper.inference.running import EngineLimits
+from proper.inference.requests import EngineLimits, Event, Request, Sink, Token
 from proper.inference.sampling import Sampling
 
 Times = list[list[float]]

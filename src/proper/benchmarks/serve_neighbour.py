@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from proper.benchmarks.serve_people import Served
 from proper.errors import ProperError
 from proper.inference.engine import Engine
-from proper.inference.requests import Event, Finished, Request, Started
-from proper.inference.running import EngineLimits
+from proper.inference.requests import EngineLimits, Event, Finished, Request, Started
 from proper.inference.sampling import Sampling
 
 FLOOD = 3

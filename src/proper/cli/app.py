@@ -5,6 +5,7 @@ Commands import what they need when they run, so that `--help` stays fast.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -15,6 +16,7 @@ import typer
 
 import proper
 from proper.cli import (
+    backbones,
     bench,
     check,
     data,
@@ -30,8 +32,10 @@ from proper.cli import (
     users_enrol,
     users_exchange,
 )
-from proper.console import quiet_libraries, say
+from proper.console import quiet_libraries, terminal_logging
 from proper.errors import InputError, ProperError
+
+logger = logging.getLogger(__name__)
 
 INTERRUPTED = 130
 
@@ -45,7 +49,7 @@ for command in (demo, check, run, evaluate, report, generate, serve, export_back
 
 # Imported for their side effect: they register commands in the group `users`.
 assert users_enrol and users_exchange
-for group in (users, keys, data, bench):
+for group in (users, keys, data, backbones, bench):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 
 
@@ -79,7 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: command line without the program name; None takes the process's own.
     """
     quiet_libraries()
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with terminal_logging():
+        return _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(arguments: Sequence[str]) -> int:
     try:
         require_text(arguments)
         code = typer.main.get_command(app).main(args=list(arguments), prog_name="proper", standalone_mode=False)
@@ -89,9 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("PROPER_DEBUG") == "1":
             traceback.print_exc()
         message, code = _explain(error)
-        say("proper: " + " ".join(line.strip() for line in message.splitlines() if line.strip()))
+        logger.error("proper: " + " ".join(line.strip() for line in message.splitlines() if line.strip()))
     if code == INTERRUPTED:
-        say(f"proper: interrupted; {_after_interruption(arguments)}")
+        logger.info(f"proper: interrupted; {_after_interruption(arguments)}")
     return code if isinstance(code, int) else 0
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from proper.console import say
 from proper.files import write_json
+
+logger = logging.getLogger(__name__)
 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write settings and figures to this file, not to stdout.")
@@ -39,7 +41,7 @@ def publish(result: dict[str, Any], path: Path | None) -> None:
         typer.echo(f"{name:32} {value}")
 
 
-@app.command(epilog=examples("users", "users --quick --json users.json"))
+@app.command(epilog=examples("users", "users --quick --json figures.json"))
 def users(json_file: JsonFile = None, quick: Quick = False, device: Device = "auto") -> None:
     """Measure how many users per hour get an adapter.
 
@@ -47,10 +49,10 @@ def users(json_file: JsonFile = None, quick: Quick = False, device: Device = "au
     """
     from proper.benchmarks.users import QUICK, UsersBenchSize, run
 
-    publish(run(QUICK if quick else UsersBenchSize(), device, say), json_file)
+    publish(run(QUICK if quick else UsersBenchSize(), device, logger.info), json_file)
 
 
-@app.command(epilog=examples("groups", "groups --quick --json groups.json"))
+@app.command(epilog=examples("groups", "groups --quick --json figures.json"))
 def groups(json_file: JsonFile = None, quick: Quick = False, device: Device = "auto") -> None:
     """Time a training step of stage 2.
 
@@ -58,7 +60,7 @@ def groups(json_file: JsonFile = None, quick: Quick = False, device: Device = "a
     """
     from proper.benchmarks.groups import QUICK, GroupsBenchSize, run
 
-    publish(run(QUICK if quick else GroupsBenchSize(), device, say), json_file)
+    publish(run(QUICK if quick else GroupsBenchSize(), device, logger.info), json_file)
 
 
 @app.command(epilog=examples("serve --quick", "serve --json serve.json"))
@@ -70,7 +72,7 @@ def serve(json_file: JsonFile = None, quick: Quick = False, device: Device = "au
     """
     from proper.benchmarks.serve import QUICK, ServeBenchSize, run
 
-    publish(run(QUICK if quick else ServeBenchSize(), device, say), json_file)
+    publish(run(QUICK if quick else ServeBenchSize(), device, logger.info), json_file)
 
 
 @app.command(epilog=examples("store --quick", "store --json store.json", "store --folder /mnt/disk"))
@@ -89,4 +91,4 @@ def store(
     """
     from proper.benchmarks.store import MANY, QUICK, run
 
-    publish(run(folder, users=QUICK if quick else MANY, say=say), json_file)
+    publish(run(folder, users=QUICK if quick else MANY, say=logger.info), json_file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter
 from contextlib import nullcontext
@@ -14,11 +15,14 @@ import typer
 from proper.cli.options import RunFolder, existing_run
 from proper.cli.requests import PromptRequest, final_prompts, from_fields, from_file
 from proper.config import load_config
-from proper.console import progress, say
+from proper.console import progress
 from proper.errors import InputError
+from proper.run_folder import require_run
 
 if TYPE_CHECKING:
     from proper.inference import Answer
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
   proper generate runs/demo --user p0007 --field input="The bus was late again."
@@ -79,6 +83,7 @@ def command(
     if not 0 < top_p <= 1:
         raise InputError(f"--top-p: {top_p} is not above 0 and at most 1")
     from proper.inference import load
+    from proper.inference.generate import respond
     from proper.inference.sampling import Sampling
 
     model = load(folder)
@@ -88,12 +93,14 @@ def command(
     with progress("generate", len(requests)) if input_file else nullcontext(_ignore) as advance:
         for start in range(0, len(requests), _PIECE):
             piece = slice(start, start + _PIECE)
-            answers = model.respond(prompts[piece], [request.user for request in requests[piece]], sampling)
+            answers = respond(model, prompts[piece], [request.user for request in requests[piece]], sampling)
             for answer in answers:
                 typer.echo(_line(answer) if as_json or input_file else answer.text)
             tiers.update(answer.tier for answer in answers)
             advance(len(answers))
-    say("answered by: " + ", ".join(f"{tier} ({count})" if input_file else tier for tier, count in tiers.items()))
+    logger.info(
+        "answered by: " + ", ".join(f"{tier} ({count})" if input_file else tier for tier, count in tiers.items())
+    )
 
 
 def _requests(
@@ -103,10 +110,10 @@ def _requests(
     if sum(given) != 1:
         raise InputError("give one of --prompt, --field and --input; see 'proper generate --help'")
     if path is not None:
-        requests = from_file(path, user, load_config(folder / "config.yaml").data.user)
+        requests = from_file(path, user, load_config(require_run(folder).config).data.user)
         nameless = sum(request.user is None for request in requests)
         if nameless:
-            say(f"{path}: {nameless} of {len(requests)} lines name no user; the mean of all users answers them")
+            logger.info(f"{path}: {nameless} of {len(requests)} lines name no user; the mean of all users answers them")
         return requests
     if fields:
         return [from_fields(user, fields)]

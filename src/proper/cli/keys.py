@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
 
 from proper.cli.options import RunFolder, chosen, existing_run
-from proper.console import say
+
+logger = logging.getLogger(__name__)
 
 
 def examples(*lines: str) -> str:
@@ -41,7 +43,7 @@ def add(
 
     names = chosen("--scopes", scopes, SCOPES)
     key = Keys(folder / FILE).add(tenant, [scope for scope in SCOPES if scope in names])
-    say("proper: keep this key, it cannot be shown again")
+    logger.info("proper: keep this key, it cannot be shown again")
     typer.echo(key)
 
 
@@ -69,7 +71,9 @@ def revoke(
     keys = Keys(folder / FILE)
     keys.revoke(key)
     if not len(keys):
-        say(f"proper: no key is left, so no request is answered; 'proper keys open {folder}' lets this machine in")
+        logger.info(
+            f"proper: no key is left, so no request is answered; 'proper keys open {folder}' lets this machine in"
+        )
 
 
 @app.command("open", epilog=examples("open runs/demo"))
@@ -83,4 +87,4 @@ def open_run(folder: RunFolder) -> None:
     from proper.serving.keys import FILE, Keys
 
     Keys(folder / FILE).open()
-    say("proper: the run has no keys now; a server of it answers everybody on its own machine")
+    logger.info("proper: the run has no keys now; a server of it answers everybody on its own machine")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from proper.data.templates import BadValue
+from proper.data.rows import BadValue
 from proper.errors import DataError, InputError
 
 USER = "user_id"

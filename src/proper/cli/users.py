@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -10,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proper.cli.options import RunFolder, existing_run
-from proper.console import say
+from proper.cli.options import RunFolder
 from proper.errors import InputError, ReadOnlyError, RunFolderError, StoreError
+from proper.run_folder import Stage, require_run
 
 if TYPE_CHECKING:
     from proper.adapters.store import AdapterStore
+
+logger = logging.getLogger(__name__)
 
 OneUser = Annotated[str, typer.Option("--user", metavar="U", help="The user's id.", show_default=False)]
 ManyUsers = Annotated[
@@ -42,12 +45,13 @@ def opened(folder: RunFolder) -> Iterator[AdapterStore]:
     Raises:
         RunFolderError: the run has no store yet.
     """
-    path = existing_run(folder) / "users"
-    if not (path / "users.sqlite").is_file():
-        raise RunFolderError(f"{path}: no users yet; the run has not come that far")
+    run = require_run(folder)
+    if not run.users.manifest.is_file():
+        run.require_trained(Stage.GROUPS)
+        raise RunFolderError(f"{run.users.manifest}: is missing; put back a copy of it")
     from proper.adapters.store import AdapterStore
 
-    store = AdapterStore(path)
+    store = AdapterStore(run.users.path)
     try:
         yield store
     finally:
@@ -65,7 +69,7 @@ def known(store: AdapterStore, user: str) -> str:
     return user
 
 
-@app.command("list", epilog=examples("list runs/notes", "list runs/notes --json > users.jsonl"))
+@app.command("list", epilog=examples("list runs/notes", "list runs/notes --json > list.jsonl"))
 def list_users(folder: RunFolder, as_json: AsJson = False) -> None:
     """Print every user with their tier and size in bytes."""
     with opened(folder) as store:
@@ -126,7 +130,7 @@ def delete(folder: RunFolder, user: ManyUsers) -> None:
     from proper.interactions.deletion import finish_deletions, remove
     from proper.interactions.log import InteractionLog
 
-    finish_deletions(existing_run(folder) / "users")
+    finish_deletions(require_run(folder).users.path)
 
     with opened(folder) as store, closing(InteractionLog(store.folder)) as log:
         begun = {each.user for each in log.deletions.pending() if each.tenant == store.tenant}
@@ -158,7 +162,7 @@ def check(
     from proper.interactions.deletion import PATIENCE, finish_deletions
     from proper.interactions.integrity import check_log
 
-    users = existing_run(folder) / "users"
+    users = require_run(folder).users.path
     findings = check_log(users)
     # A damaged log cannot be trusted about deletions.
     waits = [] if findings else finish_deletions(users, PATIENCE)
@@ -172,7 +176,7 @@ def check(
     for found in findings:
         typer.echo(_line(asdict(found)) if as_json else f"{found.text}{found.repair and '; ' + found.repair}")
     left = sum(not found.repair for found in findings)
-    say(f"{len(findings)} found, {left} left" if findings else "nothing is wrong")
+    logger.info(f"{len(findings)} found, {left} left" if findings else "nothing is wrong")
     _require_gone(waits)
     if left:
         raise typer.Exit(1)
@@ -181,9 +185,9 @@ def check(
 def _require_gone(waits: list[str]) -> None:
     """Exit with code 1 and print the reasons if data of deleted users is left."""
     for wait in waits:
-        say(f"not gone yet: {wait}")
+        logger.warning(f"not gone yet: {wait}")
     if waits:
-        say("'proper users check' goes on with the deletion, as does every command that writes into the run")
+        logger.info("'proper users check' goes on with the deletion, as does every command that writes into the run")
         raise typer.Exit(1)
 
 

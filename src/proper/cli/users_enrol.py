@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import io
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, redirect_stderr
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proper.cli.options import RunFolder, existing_run
+from proper.cli.options import RunFolder
 from proper.cli.users import OneUser, app, examples, known, opened
 from proper.config import load_config
-from proper.console import progress, say
+from proper.console import progress, silent
 from proper.errors import InputError, ProperError
+from proper.run_folder import Tier, require_run
 
 if TYPE_CHECKING:
     from proper.api import Users
     from proper.enrolment.fit_user import Fitter
     from proper.interactions.log import LogEntry
+
+logger = logging.getLogger(__name__)
 
 _INPUT = typer.Option(
     "--input",
@@ -87,10 +90,10 @@ def update(
 
 
 def _entries(folder: Path, user: str, path: Path) -> list[LogEntry]:
-    existing_run(folder)
+    run = require_run(folder)
     from proper.interactions.parsing import read_file, record_reader
 
-    config = load_config(folder / "config.yaml")
+    config = load_config(run.config)
     return read_file(path, record_reader(config.data, config.task, user))
 
 
@@ -126,7 +129,7 @@ def _fitter(folder: Path) -> Iterator[Callable[[], Fitter]]:
 def _append(users: Users, user: str, entries: list[LogEntry], *, new: bool) -> None:
     with users.log.queue.lock(wait=False) as free:
         if not free:
-            say("another process is fitting somebody; waiting for it")
+            logger.info("another process is fitting somebody; waiting for it")
     with _bar(f"fit {user if user.isprintable() else 'the user'}") as heard:
         users.append(user, entries, new=new, heard=heard)
     _print(users, user)
@@ -144,19 +147,19 @@ def _fit_all(users: Users) -> None:
         if tenant == users.store.tenant:
             _print(users, user)
         if fit.state == "failed":
-            say(f"user {user!r} could not be fitted: {fit.message}")
+            logger.warning(f"user {user!r} could not be fitted: {fit.message}")
     if not waiting:
-        say("nobody waits")
+        logger.info("nobody waits")
     if failed:
         raise ProperError(f"{failed} of {len(waiting)} could not be fitted")
 
 
 def _print(users: Users, user: str) -> None:
     head, fit = users.head(user), users.log.queue.fit(users.store.tenant, user)
-    tier, version = ("none", "-") if head is None else (head.tier, str(head.version))
+    tier, version = (Tier.NONE, "-") if head is None else (head.tier, str(head.version))
     typer.echo(f"{user if user.isprintable() else repr(user)}\t{tier}\t{version}")
     if fit.message is not None and fit.state == "done":
-        say(fit.message)
+        logger.info(fit.message)
 
 
 @contextmanager
@@ -192,10 +195,10 @@ def _watch(folder: Path, parent: int | None) -> None:
 
     before = signal.signal(signal.SIGTERM, end)
     try:
-        with _users(folder) as users, redirect_stderr(io.StringIO()):
+        with _users(folder) as users, silent():
             # Messages of fits name users, and user ids stay out of a server's log.
             users.desk.watch(heard)
     except _Ended:
-        say("proper: the worker stops; what it was at is queued again")
+        logger.info("proper: the worker stops; what it was at is queued again")
     finally:
         signal.signal(signal.SIGTERM, before)

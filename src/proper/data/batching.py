@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -17,7 +18,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from proper.data.special_tokens import MARK, cut_names, pieces, special_names
 from proper.errors import InputError
 
 _TAIL = 16
@@ -25,6 +25,9 @@ _TAIL = 16
 
 IGNORED = -100
 """The label of a token that is not part of an answer."""
+
+MARK = "\ufdd0"
+"""A Unicode noncharacter: reserved for internal use, never part of interchanged text."""
 
 
 class PromptAndTarget(Protocol):
@@ -148,7 +151,7 @@ class Encoder:
         return tuple(self._whole([text])[0])
 
     def filled(self, text: str) -> tuple[int, ...]:
-        """Encode a rendered chat template whose contents were quoted (`special_tokens.quote`).
+        """Encode a rendered chat template whose contents were quoted (`quote`).
 
         Only the special tokens that the template itself wrote become control tokens.
 
@@ -227,3 +230,41 @@ def similar_batches(rows: Iterator[Row], size: int, shuffle: random.Random, wind
         batches = [held[at : at + size] for at in range(0, len(held), size)]
         shuffle.shuffle(batches)
         yield from batches
+
+
+def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Return row indices sorted by length, in chunks of `size`."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[at : at + size] for at in range(0, len(order), size)]
+
+
+def special_names(tokenizer: Any) -> dict[str, int]:
+    """Return the ids of a tokenizer's special tokens by name, without UNK, which ordinary text produces."""
+    found = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    found |= {token.content: number for number, token in added.items() if token.special}
+    return {str(name): number for name, number in found.items() if number != getattr(tokenizer, "unk_token_id", None)}
+
+
+def quote(text: str, names: Iterable[str]) -> str:
+    """Mark the names in a user's text, so that `pieces` does not take them for special tokens of the template."""
+    text = text.replace(MARK, "")
+    pattern = _any_of(name for name in names if len(name) > 1)
+    return re.sub(pattern, lambda found: found[0][0] + MARK + found[0][1:], text) if pattern else text
+
+
+def pieces(text: str, names: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Split a rendered template into (piece, whether it is a special token); quoted names are ordinary text."""
+    pattern = _any_of(names)
+    for at, piece in enumerate(re.split(f"({pattern})", text) if pattern else [text]):
+        if piece:
+            yield piece.replace(MARK, ""), at % 2 == 1
+
+
+def cut_names(text: str, names: Iterable[str]) -> list[str]:
+    """Split a text after the first character of every name in it, so that no part contains a whole name."""
+    return [part for part in quote(text, names).split(MARK) if part]
+
+
+def _any_of(names: Iterable[str]) -> str:
+    return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if name)

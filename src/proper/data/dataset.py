@@ -1,6 +1,8 @@
 """Prepared dataset of a run: one SQLite file with histories and queries, written once and then read-only.
 
-Rows stream, so memory does not grow with their number. The token count comes in as a callable.
+Training samples are all history rows or a token budget spread evenly over users, in seeded order. Order and choice come
+from hashes inside SQL, so only ids are sorted and rows stream: memory does not grow with their number. The token count
+comes in as a callable.
 """
 
 from __future__ import annotations
@@ -10,23 +12,28 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from proper.config import Config
-from proper.data.database import VERSION, create, get_meta, open_read_only, set_meta
+from proper.data.database import VERSION, create, get_meta, open_read_only, salt, set_meta
 from proper.data.ingest import CountTokens, ingest
-from proper.data.sampling import EXAMPLES, Sample, TextExample, Who, draw
 from proper.data.splits import assign
-from proper.data.summary import DataSummary, summarize
 from proper.errors import ProperError
 from proper.files import atomic_path
 
-__all__ = ["CountTokens", "Dataset", "TextExample", "Role", "Sample", "User", "Who", "prepare"]
+__all__ = ["CountTokens", "Dataset", "Role", "Sample", "SampledRows", "TextExample", "User", "Who", "prepare"]
 
 Role = Literal["target", "other"]
+Who = Literal["all", "others", "targets"]
 
 GIVEN = "the files"
 """Value of `split_by` when the data files define the split."""
+
+_CHUNK = 1000
+
+_EXAMPLES = """
+    SELECT r.id, u.id, t.prompt, t.target, t.item, r.time, r.tokens
+    FROM rows r CROSS JOIN users u ON u.number = r.user CROSS JOIN texts t ON t.id = r.text"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,53 @@ class User:
     role: Role
     history: int
     queries: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextExample:
+    """One interaction. `tokens` counts prompt and target in backbone tokens, untruncated; `time` is epoch seconds."""
+
+    id: int
+    user: str
+    prompt: str
+    target: str
+    item: str | None
+    time: float | None
+    tokens: int
+
+
+class SampledRows(Protocol):
+    """Rows to train on: `size` rows with `tokens` tokens in all, in a different order in every epoch."""
+
+    @property
+    def size(self) -> int: ...  # noqa: D102
+    @property
+    def tokens(self) -> int: ...  # noqa: D102
+    def rows(self, epoch: int) -> Iterator[TextExample]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`size` history rows with `tokens` tokens in all; a row counts at most the model's maximum length."""
+
+    connection: sqlite3.Connection
+    table: str
+    seed: int
+    size: int
+    tokens: int
+
+    def rows(self, epoch: int) -> Iterator[TextExample]:
+        """Yield every row once, in an order that depends only on the sample's seed and `epoch`."""
+        ordered = self.connection.execute(
+            f"""SELECT s.id FROM {self.table} s CROSS JOIN rows r ON r.id = s.id
+            ORDER BY scramble(r.digest, ?), s.id""",
+            (salt("epoch", self.seed, epoch),),
+        )
+        while ids := [identity for (identity,) in ordered.fetchmany(_CHUNK)]:
+            places = ", ".join("?" * len(ids))
+            found = {row[0]: row for row in self.connection.execute(f"{_EXAMPLES} WHERE r.id IN ({places})", ids)}
+            for identity in ids:
+                yield TextExample(*found[identity])
 
 
 def prepare(
@@ -138,7 +192,7 @@ class Dataset:
     def history(self, user: str, newest: int | None = None) -> list[TextExample]:
         """List a user's history, oldest first (rows without time before all others); only the `newest` n if given."""
         found = self.connection.execute(
-            f"""{EXAMPLES} WHERE r.id IN (
+            f"""{_EXAMPLES} WHERE r.id IN (
                 SELECT r.id FROM rows r WHERE r.user = (SELECT number FROM users WHERE id = ?) AND r.part = 'history'
                 ORDER BY r.id DESC LIMIT ?) ORDER BY r.id""",
             (user, -1 if newest is None else newest),
@@ -148,10 +202,10 @@ class Dataset:
     def queries(self, user: str | None = None) -> Iterator[TextExample]:
         """Yield the held-out queries of all target users, or of one user, ordered by user and then by time."""
         if user is None:
-            found = self.connection.execute(f"{EXAMPLES} WHERE r.part = 'query' ORDER BY r.id")
+            found = self.connection.execute(f"{_EXAMPLES} WHERE r.part = 'query' ORDER BY r.id")
         else:
             found = self.connection.execute(
-                f"""{EXAMPLES} WHERE r.user = (SELECT number FROM users WHERE id = ?) AND r.part = 'query'
+                f"""{_EXAMPLES} WHERE r.user = (SELECT number FROM users WHERE id = ?) AND r.part = 'query'
                 ORDER BY r.id""",
                 (user,),
             )
@@ -160,8 +214,36 @@ class Dataset:
     def sample(self, who: Who, max_tokens: int | None, seed: int) -> Sample:
         """Sample history rows of `who` for training, at most `max_tokens` tokens, spread evenly over users."""
         table = f"sample_{next(self._tables)}"
-        return draw(self.connection, who, max_tokens, seed, get_meta(self.connection, "max_length"), table)
+        return _draw(self.connection, who, max_tokens, seed, get_meta(self.connection, "max_length"), table)
 
-    def summary(self) -> DataSummary:
-        """Compute the summary statistics of the database; see `DataSummary`."""
-        return summarize(self.connection, self.labels)
+
+def _draw(
+    connection: sqlite3.Connection, who: Who, max_tokens: int | None, seed: int, max_length: int, table: str
+) -> Sample:
+    """Sample history rows of `who` into the new temporary table `table`.
+
+    With `max_tokens`, rows are taken in rounds of one row per user, users in random order in each round, until the next
+    row would exceed the budget; at least one row is taken.
+    """
+    roles = {"all": "('target', 'other')", "others": "('other')", "targets": "('target')"}[who]
+    history = f"""
+        FROM rows r JOIN users u ON u.number = r.user WHERE r.part = 'history' AND u.role IN {roles}"""
+    connection.execute(f"CREATE TEMP TABLE {table}(id INTEGER PRIMARY KEY, tokens INTEGER)")
+    if max_tokens is None:
+        connection.execute(f"INSERT INTO {table} SELECT r.id, min(r.tokens, {max_length}) {history} ORDER BY r.id")
+    else:
+        connection.execute(
+            f"""
+            INSERT INTO {table}
+            SELECT id, tokens FROM (
+                SELECT id, tokens, sum(tokens) OVER spent AS used, row_number() OVER spent AS place FROM (
+                    SELECT r.id, min(r.tokens, {max_length}) AS tokens, u.id AS name,
+                           row_number() OVER (PARTITION BY r.user ORDER BY scramble(r.digest, :salt), r.id) AS round
+                    {history})
+                WINDOW spent AS (ORDER BY round, scramble(name || ' ' || round, :salt), id
+                                 ROWS UNBOUNDED PRECEDING))
+            WHERE used <= :budget OR place = 1 ORDER BY id""",
+            {"salt": salt("sample", seed), "budget": max_tokens},
+        )
+    size, tokens = connection.execute(f"SELECT count(*), coalesce(sum(tokens), 0) FROM {table}").fetchone()
+    return Sample(connection, table, seed, size, tokens)

@@ -12,7 +12,7 @@ from itertools import islice
 from proper.config import Config
 from proper.data.database import set_meta, text_key
 from proper.data.interactions import BadRows, Interaction, read_interactions
-from proper.data.labels import respelled
+from proper.data.values import respelled
 from proper.errors import DataError
 
 CountTokens = Callable[[Sequence[str], Sequence[str]], list[int]]

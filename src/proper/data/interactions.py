@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from proper.config import DataConfig, TaskConfig
-from proper.data.labels import find_label, rating_of
-from proper.data.source import Source
+from proper.data.rows import BadValue, Source, Template, nearest, parse_template
 from proper.data.sources import open_sources
-from proper.data.templates import BadValue, Template, identifier, nearest, parse_template, written_id
-from proper.data.times import parse_time
+from proper.data.values import find_label, identifier, parse_time, rating_of, written_id
 from proper.errors import DataError
 
 _SHOWN = 20

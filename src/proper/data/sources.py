@@ -6,15 +6,15 @@ One source is one file or one Hugging Face dataset.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from proper.config import DataConfig
-from proper.data.arrow_rows import table_rows
-from proper.data.source import Row, Source
-from proper.data.templates import nearest
+from proper.data.arrow_files import huggingface_source, is_saved_dataset, parquet_source
+from proper.data.lamp.official import lamp_sources
+from proper.data.lamp.oppu import oppu_sources
+from proper.data.rows import Source
 from proper.data.text_files import PACKED, csv_source, jsonl_source
 from proper.errors import DataError
 
@@ -24,7 +24,6 @@ _ENDINGS = {
     "parquet": (".parquet", ".pq"),
 }
 _ARCHIVES = (*PACKED[1:], ".zip", ".7z", ".rar", ".tar", ".tgz", ".lz4", ".lzo", ".br", ".z", ".zstd")
-_BATCH = 1024
 
 
 def open_sources(config: DataConfig) -> list[Source]:
@@ -34,30 +33,23 @@ def open_sources(config: DataConfig) -> list[Source]:
         DataError: the path does not exist, its format is not known, or it cannot be read.
     """
     if config.given_split:
-        return _benchmark(config)
+        return lamp_sources(config) if config.format == "lamp" else oppu_sources(config)
     path = Path(config.path).expanduser()
     kind = _kind(config, path) if config.format == "auto" else config.format
     if kind == "huggingface":
-        return [_huggingface(config, path)]
+        return [huggingface_source(config, path)]
     if not path.exists():
-        raise DataError(f"{config.path}: no such file or folder (data.path)")
+        raise _missing(config)
     files = _files(path, kind) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{config.path}: no {kind} file in this folder; the names end in {', '.join(_ENDINGS[kind])}")
     return [_OPEN[kind](file) for file in files]
 
 
-def _benchmark(config: DataConfig) -> list[Source]:
-    from proper.data.lamp.official import lamp_sources  # noqa: PLC0415 - they build on this module
-    from proper.data.lamp.oppu import oppu_sources
-
-    return lamp_sources(config) if config.format == "lamp" else oppu_sources(config)
-
-
 def _kind(config: DataConfig, path: Path) -> str:
+    if is_saved_dataset(path):
+        return "huggingface"
     if path.is_dir():
-        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return "huggingface"
         kinds = [kind for kind in ("jsonl", "parquet") if _files(path, kind)]
         # Beside JSONL or Parquet files, a CSV file is probably supplementary and does not hold the rows.
         kinds = kinds or [kind for kind in ("csv",) if _files(path, kind)]
@@ -72,7 +64,16 @@ def _kind(config: DataConfig, path: Path) -> str:
         raise DataError(f"{config.path}: {_advice(path)}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", config.path) and not path.parent.is_dir():
         return "huggingface"
-    raise DataError(f"{config.path}: no such file or folder (data.path)")
+    raise _missing(config)
+
+
+def _missing(config: DataConfig) -> DataError:
+    """Return the error for a path that does not exist; it says how to get the file of a public data set."""
+    from proper.data.public.catalog import DATASETS  # noqa: PLC0415 - its converters need pyarrow, half a second
+
+    name = Path(config.path).parent.name
+    how = f"; get it with: proper data fetch {name}" if name in DATASETS else ""
+    return DataError(f"{config.path}: no such file or folder (data.path){how}")
 
 
 def _advice(path: Path) -> str:
@@ -92,81 +93,6 @@ def _files(folder: Path, kind: str) -> list[Path]:
     return sorted(file for file in files if file.name.lower().endswith(endings))
 
 
-def _parquet(file: Path) -> Source:
-    import pyarrow as arrow  # noqa: PLC0415 - half a second that JSONL need not pay
-    import pyarrow.parquet as parquet
-
-    try:
-        columns = tuple(parquet.read_schema(file).names)
-    except (OSError, arrow.ArrowException) as error:
-        raise DataError(f"{file}: not readable as Parquet: {_first_line(error)}") from error
-
-    def read(wanted: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
-        number = 0
-        try:
-            with parquet.ParquetFile(file, buffer_size=1 << 20) as opened:
-                for batch in opened.iter_batches(_BATCH, columns=list(wanted), use_threads=False):
-                    for row in table_rows(batch):
-                        number += 1
-                        yield number, row
-        except (OSError, arrow.ArrowException) as error:
-            raise DataError(f"{file}: cannot be read after row {number}: {_first_line(error)}") from error
-
-    return Source(str(file), columns, read)
-
-
 _OPEN: Mapping[str, Callable[[Path], Source]] = MappingProxyType(
-    {"jsonl": jsonl_source, "csv": csv_source, "parquet": _parquet}
+    {"jsonl": jsonl_source, "csv": csv_source, "parquet": parquet_source}
 )
-
-
-def _huggingface(config: DataConfig, path: Path) -> Source:
-    import datasets
-
-    try:
-        if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            dataset = datasets.load_from_disk(str(path))
-        else:
-            name = str(path) if path.is_dir() else config.path
-            dataset = datasets.load_dataset(name, config.name, split=config.part, streaming=True)
-        if isinstance(dataset, dict):
-            if config.part not in dataset:
-                raise DataError(
-                    f"{config.path}: no part '{config.part}' (data.part); {nearest(config.part, [*dataset])}"
-                )
-            dataset = dataset[config.part]
-        columns = dataset.column_names or list(next(iter(dataset), {}))
-    except DataError:
-        raise
-    # The hub's client raises dozens of exception types, its own and those of its dependencies.
-    except Exception as error:
-        missing = "" if path.exists() else "no such file or folder, and "
-        message = f"{config.path}: {missing}not readable as a Hugging Face dataset: {_first_line(error)}"
-        raise DataError(message) from error
-    return Source(config.path, tuple(columns) or None, lambda wanted: _dataset_rows(dataset, wanted, config.path))
-
-
-def _dataset_rows(dataset: Any, wanted: Sequence[str], name: str) -> Iterator[tuple[int, Row | str]]:
-    names = {column: feature.int2str for column, feature in _class_labels(dataset) if column in wanted}
-    number = 0
-    try:
-        arrow = dataset.select_columns(list(wanted)).with_format("arrow")
-        for batch in arrow.iter(batch_size=_BATCH):
-            for row in table_rows(batch):
-                number += 1
-                for column, to_name in names.items():
-                    row[column] = None if row[column] in (None, -1) else to_name(row[column])
-                yield number, row
-    # As above: the exception types depend on where the dataset is stored.
-    except Exception as error:
-        raise DataError(f"{name}: cannot be read after row {number}: {_first_line(error)}") from error
-
-
-def _class_labels(dataset: Any) -> list[tuple[str, Any]]:
-    """Return the `ClassLabel` columns, each with the feature that maps its numbers to names."""
-    features = dataset.features or {}
-    return [(column, feature) for column, feature in features.items() if hasattr(feature, "int2str")]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Summary and leak check of prepared data: counts, lengths, labels and leaks.
+"""Summary, leak check and coverage of prepared data: counts, lengths, labels, and what training saw of the queries.
 
 All figures are measured on the database itself, independently of the code that made the split.
 """
@@ -9,13 +9,11 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from proper.data.database import get_meta
+from proper.data.dataset import Dataset, Sample
 from proper.errors import DataError
-
-if TYPE_CHECKING:
-    from proper.data.dataset import Dataset
 
 
 @dataclass(frozen=True)
@@ -155,8 +153,28 @@ def leaks(dataset: Dataset) -> list[str]:
     return found
 
 
-def summarize(connection: sqlite3.Connection, labels: list[str]) -> DataSummary:
-    """Compute the summary of a prepared database."""
+def queries_seen_by_others(dataset: Dataset) -> set[int]:
+    """Return the ids of queries whose item (or normalized input if there is no item) is in another user's history."""
+    found = dataset.connection.execute("""
+        SELECT DISTINCT q.id FROM rows h JOIN rows q ON q.item_key = h.item_key AND q.user <> h.user
+        WHERE h.part = 'history' AND q.part = 'query'
+        UNION
+        SELECT DISTINCT q.id FROM rows h JOIN rows q ON q.prompt_key = h.prompt_key AND q.user <> h.user
+        WHERE h.part = 'history' AND q.part = 'query' AND q.item_key IS NULL""")
+    return {row for (row,) in found}
+
+
+def targets_outside(dataset: Dataset, sample: Sample) -> set[str]:
+    """Return the target users with no row in the sample."""
+    found = dataset.connection.execute(f"""
+        SELECT id FROM users WHERE role = 'target' AND number NOT IN (
+            SELECT r.user FROM {sample.table} s JOIN rows r ON r.id = s.id)""")
+    return {user for (user,) in found}
+
+
+def summarize(dataset: Dataset) -> DataSummary:
+    """Compute the summary of prepared data."""
+    connection, labels = dataset.connection, dataset.labels
 
     def one(query: str, *values: Any) -> Any:
         return connection.execute(query, values).fetchone()[0]

@@ -1,6 +1,7 @@
-"""Streaming readers of JSONL and CSV files, compressed or not, with line numbers.
+"""Streaming readers of text files: JSONL and CSV, compressed or not, with line numbers, and JSON arrays.
 
-A bad line yields an error text in place of its row, so that one bad line never ends the file.
+A bad line of JSONL or CSV yields an error text in place of its row, so that one bad line never ends the file. Memory
+grows with the largest row, not with the file.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-from proper.data.source import Row, Source
+from proper.data.rows import Row, Source
 from proper.errors import DataError
+from proper.extras import needs_extra
 
 PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
 """Suffixes of supported compression formats; the empty one stands for no compression."""
@@ -168,3 +170,38 @@ def _is_text(cells: Sequence[str]) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def json_entries(path: Path, where: str = "item") -> Iterator[tuple[int, Any]]:
+    """Yield (number from 1, entry) of the array at ijson path `where`; "item" means that the file is one array.
+
+    Raises:
+        DataError: the file cannot be read or is not JSON; the message names the last good entry.
+        MissingExtraError: the extra `data` is not installed.
+    """
+    with needs_extra("data", f"{path}: reading a benchmark's JSON file"):
+        import ijson
+    number = 0
+    try:
+        with path.open("rb") as file:
+            for entry in ijson.items(file, where, use_float=True):
+                number += 1
+                yield number, entry
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        place = f" after entry {number}" if number else ""
+        raise DataError(f"{path}: not readable as JSON{place}: {_first_line(error)}") from error
+
+
+def json_value(path: Path, key: str) -> Any:
+    """Return the value of one key of a file that is a JSON object; None if the key is missing.
+
+    Raises:
+        DataError: as in `json_entries`.
+    """
+    return next((value for _, value in json_entries(path, key)), None)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

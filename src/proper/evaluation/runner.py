@@ -14,11 +14,14 @@ from torch import Tensor
 
 from proper.config import TaskConfig
 from proper.console import progress
-from proper.data.batching import collate, number_users
+from proper.data.batching import by_length, collate, number_users
 from proper.data.dataset import Dataset, TextExample
+from proper.errors import ConfigError
 from proper.evaluation.metrics import Prediction
 from proper.files import write_text
-from proper.inference.personalized import PersonalizedModel, by_length
+from proper.inference.generate import respond
+from proper.inference.model import BatchModel, PersonalizedModel
+from proper.inference.score import score
 from proper.layers.batch_context import RowContext
 from proper.models.personal import answer_loss
 
@@ -41,7 +44,7 @@ class MethodRun:
 
 
 def predict(
-    model: PersonalizedModel, dataset: Dataset, task: TaskConfig, title: str, alias: Callable[[str], str] = str
+    model: BatchModel, dataset: Dataset, task: TaskConfig, title: str, alias: Callable[[str], str] = str
 ) -> MethodRun:
     """Answer every query of the dataset with `model`, as its own user or as the user that `alias` maps it to."""
     histories = {user.id: user.history for user in dataset.users("target")}
@@ -54,25 +57,28 @@ def predict(
             answers, losses = _answers(model, asked, task, dataset.labels)
             for query, answer, loss in zip(chunk, answers, losses, strict=True):
                 tier = model.tier(alias(query.user))
-                found.append(_prediction(query, answer, loss, tier, histories.get(query.user, 0)))
+                history = histories.get(query.user, 0)
+                found.append(prediction_of(query, answer, tier, history, loss=loss, tokens=query.tokens))
             advance(len(chunk))
     return MethodRun(found, time.perf_counter() - started, sum(p.tokens for p in found))
 
 
 def _answers(
-    model: PersonalizedModel, queries: Sequence[TextExample], task: TaskConfig, labels: Sequence[str]
+    model: BatchModel, queries: Sequence[TextExample], task: TaskConfig, labels: Sequence[str]
 ) -> tuple[list[str], list[float]]:
     """Return the answers, and the mean loss per token (nats) of the true answers."""
     prompts, users = [q.prompt for q in queries], [q.user for q in queries]
     if not task.scored:
-        return [answer.text for answer in model.respond(prompts, users)], answer_losses(model, queries)
-    scores = model.score(prompts, users, labels)
+        if not isinstance(model, PersonalizedModel):
+            raise ConfigError("task.decode: this method scores labels and cannot generate; set it to score")
+        return [answer.text for answer in respond(model, prompts, users)], answer_losses(model, queries)
+    scores = score(model, prompts, users, labels)
     chosen = likely_rating(scores, labels) if task.kind == "rating" else scores.argmax(1).tolist()
     return [labels[i] for i in chosen], _losses_from(model, scores, queries, labels)
 
 
 def _losses_from(
-    model: PersonalizedModel, scores: Float[Tensor, "B L"], queries: Sequence[TextExample], labels: Sequence[str]
+    model: BatchModel, scores: Float[Tensor, "B L"], queries: Sequence[TextExample], labels: Sequence[str]
 ) -> list[float]:
     """Return the losses from the labels' log-likelihoods; the model runs only for true answers outside the labels."""
     tokens = {label: (at, len(model.encoder.answer(label))) for at, label in enumerate(labels)}
@@ -93,7 +99,7 @@ def likely_rating(scores: Float[Tensor, "B L"], labels: Sequence[str]) -> list[i
     return [order[i] for i in middle.tolist()]
 
 
-def answer_losses(model: PersonalizedModel, examples: Sequence[TextExample]) -> list[float]:
+def answer_losses(model: BatchModel, examples: Sequence[TextExample]) -> list[float]:
     """Return the mean loss per token (nats) of each example's true answer."""
     encoded = [model.encoder.encode(example) for example in examples]
     losses = [0.0] * len(encoded)
@@ -107,9 +113,7 @@ def answer_losses(model: PersonalizedModel, examples: Sequence[TextExample]) -> 
     return losses
 
 
-def mean_gates(
-    model: PersonalizedModel, dataset: Dataset, users: Sequence[str], items: int = 32
-) -> Float[Tensor, "U M E"]:
+def mean_gates(model: BatchModel, dataset: Dataset, users: Sequence[str], items: int = 32) -> Float[Tensor, "U M E"]:
     """Return each user's mean gates in every module, over the tokens of their newest history items."""
     found = []
     for user in users:
@@ -125,7 +129,10 @@ def mean_gates(
     return torch.stack(found)
 
 
-def _prediction(query: TextExample, answer: str, loss: float, tier: str, history: int) -> Prediction:
+def prediction_of(
+    query: TextExample, answer: str, tier: str, history: int, *, loss: float | None = None, tokens: int = 0
+) -> Prediction:
+    """Return the prediction row of a query and its answer; see `Prediction`."""
     return Prediction(
         id=query.id,
         user=query.user,
@@ -134,7 +141,7 @@ def _prediction(query: TextExample, answer: str, loss: float, tier: str, history
         target=query.target,
         prediction=answer,
         loss=loss,
-        tokens=query.tokens,
+        tokens=tokens,
         tier=tier,
         history=history,
     )

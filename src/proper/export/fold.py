@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from proper.data.batching import collate
+from proper.data.batching import by_length, collate
 from proper.data.dataset import TextExample
 from proper.errors import InputError
 from proper.export.peft_format import Lora, folded_experts, joined, scaled, uniform
-from proper.inference.personalized import PersonalizedModel, by_length
+from proper.inference.model import PersonalizedModel
 from proper.layers.batch_context import RowContext
 from proper.layers.personalized_linear import AdaptedLinear
 

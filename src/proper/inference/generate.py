@@ -1,4 +1,4 @@
-"""Offline batch generation: continues a list of token prompts with an engine that exists for the call only.
+"""Offline generation: continues a list of prompts with an engine that exists for the call only.
 
 The batches depend on the list only, never on how fast adapters load, so the same call gives bit-identical results.
 """
@@ -7,15 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from proper.errors import InputError
 from proper.inference.engine import Engine
-from proper.inference.requests import Event, Request, Started, Token
-from proper.inference.running import EngineLimits
+from proper.inference.model import PersonalizedModel
+from proper.inference.requests import EngineLimits, Event, Request, Started, Token
 from proper.inference.sampling import Sampling
 
-if TYPE_CHECKING:
-    from proper.inference.personalized import PersonalizedModel
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer: its text, its user, and the tier that answered."""
+
+    text: str
+    user: str | None
+    tier: str
 
 
 @dataclass
@@ -39,12 +45,55 @@ class Continuation:
 
 
 def generate(
-    model: PersonalizedModel, prompts: Sequence[Sequence[int]], users: Sequence[str | None], sampling: Sampling
-) -> list[Continuation]:
-    """Continue each prompt for its user until the end token or `max_new_tokens`, `compute.batch_size` rows at a time.
+    model: PersonalizedModel,
+    prompts: Sequence[str],
+    user_ids: Sequence[str | None],
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """Return the text of each answer; see `respond`."""
+    sampling = Sampling(max_new_tokens or model.config.task.max_new_tokens, temperature, top_p, seed)
+    return [answer.text for answer in respond(model, prompts, user_ids, sampling)]
+
+
+def respond(
+    model: PersonalizedModel,
+    prompts: Sequence[str],
+    user_ids: Sequence[str | None],
+    sampling: Sampling | None = None,
+) -> list[Answer]:
+    """Answer each prompt for its own user; a batch may mix any users.
 
     Every prompt has its own generator seeded with `sampling.seed`: its answer does not depend on the other prompts, and
     a repeated prompt of the same user gets the same answer.
+
+    Args:
+        model: the model that answers.
+        prompts: the prompts' texts.
+        user_ids: the user of each prompt; None or an unknown user gets the group model with the mean embedding.
+        sampling: sampling parameters; greedy with the config's `task.max_new_tokens` if None.
+
+    Raises:
+        InputError: the two lists differ in length, or a prompt is empty.
+        StoreError: a user's adapter is damaged.
+    """
+    if len(prompts) != len(user_ids):
+        raise InputError(f"{len(prompts)} prompts and {len(user_ids)} user ids: there must be one user per prompt")
+    if any(not prompt.strip() for prompt in prompts):
+        raise InputError("a prompt is empty")
+    sampling = sampling or Sampling(model.config.task.max_new_tokens)
+    encoded = [model.encoder.prompt(prompt, room=sampling.max_new_tokens) for prompt in prompts]
+    found = zip(continuations(model, encoded, user_ids, sampling), user_ids, strict=True)
+    return [Answer(model.encoder.decode(one.tokens), user, one.tier) for one, user in found]
+
+
+def continuations(
+    model: PersonalizedModel, prompts: Sequence[Sequence[int]], users: Sequence[str | None], sampling: Sampling
+) -> list[Continuation]:
+    """Continue each prompt's tokens until the end token or `max_new_tokens`, `compute.batch_size` rows at a time.
 
     Raises:
         StoreError: a user's adapter is damaged.
@@ -66,8 +115,7 @@ def generate(
 
 def _limits(model: PersonalizedModel, prompts: Sequence[Sequence[int]], room: int) -> EngineLimits:
     rows, longest = min(model.config.compute.batch_size, len(prompts)), max(map(len, prompts))
-    bank = model.cache.bank if model.cache is not None else None
     # The size of the model's own bank, so that it is reused: a second bank would need as much memory again.
-    slots = bank.slots if bank is not None else None
+    slots = None if model.served is None else model.served.bank.slots
     # No prefix cache: it would make the results' bits depend on earlier requests.
     return EngineLimits(rows, slots, prefill=rows * longest, length=longest + room, prefix_bytes=0)

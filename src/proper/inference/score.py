@@ -17,10 +17,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from proper.data.batching import EncodedExample, collate
+from proper.data.batching import EncodedExample, by_length, collate
+from proper.errors import ProperError
 from proper.inference.forward import pad_left
+from proper.inference.model import BatchModel
 from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel, answer_loss
+
+LABEL_TOKENS = 1024
+"""Maximum label tokens, over all prompts of a batch, that are scored at once: each needs a row of logits."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,10 @@ class LabelTree:
         sees = torch.zeros(len(inner), len(inner), dtype=torch.bool)
         for at, path in enumerate(inner):
             sees[at, [number[path[:end]] - 1 for end in range(1, len(path) + 1)]] = True
-        place = {path: at for at, path in enumerate(edges)}
+        index = {path: at for at, path in enumerate(edges)}
         member = torch.zeros(len(edges), len(labels))
         for at, label in enumerate(labels):
-            member[[place[tuple(label[:end])] for end in range(1, len(label) + 1)], at] = 1.0
+            member[[index[tuple(label[:end])] for end in range(1, len(label) + 1)], at] = 1.0
         return cls(
             tokens=torch.tensor([path[-1] for path in inner], dtype=torch.long),
             depth=torch.tensor([len(path) - 1 for path in inner], dtype=torch.long),
@@ -70,6 +75,28 @@ class LabelTree:
     def size(self) -> int:
         """Number of inner nodes: the label tokens that are computed behind each prompt."""
         return len(self.tokens)
+
+
+def score(
+    model: BatchModel, prompts: Sequence[str], user_ids: Sequence[str | None], labels: Sequence[str]
+) -> Float[Tensor, "B L"]:
+    """Return the log-likelihood (nats) of every label after every prompt, each prompt for its own user.
+
+    Raises:
+        StoreError: a user's adapter or embedding is damaged.
+        ProperError: a likelihood is NaN; the message names the user.
+    """
+    tokens = [model.encoder.answer(label) for label in labels]
+    room = max(len(label) for label in tokens)
+    encoded = [model.encoder.prompt(prompt, room=room) for prompt in prompts]
+    found = torch.empty(len(prompts), len(labels))
+    size = max(1, min(model.config.compute.batch_size, LABEL_TOKENS // sum(map(len, tokens))))
+    for chunk in by_length([len(ids) for ids in encoded], size):
+        rows = model.rows([user_ids[i] for i in chunk])
+        found[chunk] = score_labels(model.model, [encoded[i] for i in chunk], tokens, rows).cpu()
+    for at in found.isnan().any(1).nonzero().flatten().tolist():
+        raise ProperError(f"user {user_ids[at]!r}: the likelihoods are not finite")
+    return found
 
 
 def score_labels(

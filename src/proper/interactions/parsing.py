@@ -15,8 +15,9 @@ from typing import Any
 
 from proper.config import DataConfig, TaskConfig
 from proper.data.interactions import BadRows, Interaction, row_reader
-from proper.data.templates import BadValue, identifier, parse_template
+from proper.data.rows import BadValue, parse_template
 from proper.data.text_files import json_rows
+from proper.data.values import identifier
 from proper.errors import DataError
 from proper.interactions.log import LogEntry
 

@@ -1,13 +1,12 @@
-"""Dropout with cheap random numbers on a CPU: eight mask values per 64-bit draw.
-
-For masks that must not depend on the other rows of the batch, see `dropout_mask` in `layers/personalized_linear.py`.
-"""
+"""Dropout for training: a fast form for shared layers, and masks per row for user adapters."""
 
 from __future__ import annotations
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from proper.layers.batch_context import RowContext
 
 
 def dropout(x: Float[Tensor, "*N"], rate: float) -> Float[Tensor, "*N"]:
@@ -32,3 +31,16 @@ class Dropout(nn.Module):
     def forward(self, x: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
         """Return `x`, with dropout in training mode."""
         return dropout(x, self.rate) if self.training and self.rate > 0 else x
+
+
+def dropout_mask(x: Float[Tensor, "B T I"], rate: float, rows: RowContext) -> Float[Tensor, "B T I"]:
+    """Draw each row's dropout mask from the row's own generator, so that it does not depend on the other rows.
+
+    Only the row's own tokens (`rows.mask`, right-aligned) use random numbers: padding must not shift the stream.
+    """
+    assert rows.generators is not None and rows.mask is not None
+    keep = torch.ones_like(x)
+    for row, (generator, tokens) in enumerate(zip(rows.generators, rows.mask.sum(1).tolist(), strict=True)):
+        draw = torch.rand(tokens, x.shape[-1], generator=generator) >= rate
+        keep[row, x.shape[1] - tokens :] = draw.to(x.dtype) / (1 - rate)
+    return keep

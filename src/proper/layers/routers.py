@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from proper.layers.products import tokens_last
+from proper.layers.experts import tokens_last
 
 RouterForm = Literal["default", "released"]
 

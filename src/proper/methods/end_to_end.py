@@ -20,20 +20,23 @@ from proper.adapters.quantization import encode
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config
 from proper.data.batching import Batch
-from proper.data.dataset import User
+from proper.data.dataset import SampledRows, TextExample, User
 from proper.data.derived.views import Histories
-from proper.data.sampling import SampledRows, TextExample
+from proper.evaluation.runner import MethodRun
 from proper.files import hash_file, write_json
+from proper.inference.loading import serve_users
 from proper.layers.bank import AdapterBank
+from proper.methods.ladder import answer_with
+from proper.methods.spec import TrainedRun, TrainingWork
 from proper.models.backbone import configured_backbone
+from proper.models.checkpoints import save_tensors
 from proper.models.personal import ProperModel, answer_loss
-from proper.models.tensors import save_tensors
-from proper.training.checkpoint import Checkpoint, seed_of
+from proper.run_folder import RunFolder, Stage, Tier
+from proper.training.checkpoint import seed_of
 from proper.training.groups import GroupsStage, train_stage
-from proper.training.optim import RowAdamW, clip_rows
-from proper.training.schedule import resolve_rate
-from proper.training.stages import join_processes
-from proper.training.trainer import Log, LossSum, TrainingPlan
+from proper.training.optim import RowAdamW, clip_rows, resolve_rate
+from proper.training.stages import join_processes, stage_plan
+from proper.training.trainer import Log, LossSum
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,18 @@ class JointStage:
         self.optimizer.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 
 
+def train_end_to_end(work: TrainingWork) -> None:
+    """Train experts and user adapters jointly on the backbone."""
+    run = work.run
+    JointRunner(run.config, run.dataset, run.folder, run.seed, work.log).run()
+
+
+def answer_end_to_end(run: TrainedRun) -> MethodRun:
+    """Answer with the experts and adapters that `train_end_to_end` trained."""
+    model = ProperModel(configured_backbone(run.config))
+    return answer_with(run, model, serve_users(run.folder, run.config, model))
+
+
 class JointRunner:
     """End-to-end training into `groups` and `users` of a folder that has no population."""
 
@@ -162,7 +177,8 @@ class JointRunner:
 
     def run(self) -> None:
         """Train to the end, resuming from the checkpoint; do nothing if training is complete."""
-        if (self.folder / "users" / "stage.json").exists():
+        run = RunFolder(self.folder)
+        if run.is_trained(Stage.USERS):
             return
         config, started = self.config, time.perf_counter()
         accelerator = join_processes(config)
@@ -176,22 +192,16 @@ class JointRunner:
         groups = GroupsStage(model, config.groups, users, self.seed, accelerator)
         stage = JointStage(groups, bank, slots, rate, config.users.clip)
         sample = self.rows()
-        plan = TrainingPlan(
-            config=config.groups.model_copy(update={"epochs": 1.0}),
-            rate=resolve_rate(config.groups.learning_rate, "groups", backbone.hidden_size),
-            seed=self.seed,
-            encoder=backbone.encoder(config.compute.max_length),
-            pad=backbone.pad_id,
-            sample=sample,
-            checkpoint=Checkpoint(self.folder / "groups" / "stage.checkpoint", config.compute.checkpoint_seconds),
-            log=self.log,
-        )
+        # One pass, because `sample` already contains every row as often as the three stages train on it.
+        once = config.model_copy(update={"groups": config.groups.model_copy(update={"epochs": 1.0})})
+        encoder = backbone.encoder()
+        plan = stage_plan("groups", once, sample, backbone, encoder, self.folder, self.seed, self.log)
         train_stage(stage, model, config.groups, plan, accelerator)
         self._save(model, users, groups.embeddings, slots, bank)
         facts = {"rows": sample.size, "tokens": sample.tokens, "seed": self.seed, "backbone": backbone.digest}
         facts |= {"users": len(slots), "seconds": round(time.perf_counter() - started, 3)}
-        for name in ("groups", "users"):
-            write_json(self.folder / name / "stage.json", facts)
+        for name in (Stage.GROUPS, Stage.USERS):
+            write_json(run.marker(name), facts)
         plan.checkpoint.remove()
 
     def rows(self) -> Together:
@@ -221,14 +231,15 @@ class JointRunner:
     def _save(
         self, model: ProperModel, users: Sequence[str], embeddings: Tensor, slots: dict[str, int], bank: AdapterBank
     ) -> None:
+        run = RunFolder(self.folder)
         tensors = {**model.group_parameters(), "mean_embedding": embeddings.mean(0)}
-        save_tensors(self.folder / "groups" / "groups.safetensors", tensors, {"modules": list(model.layers)})
-        store = AdapterStore(self.folder / "users")
-        groups = hash_file(self.folder / "groups" / "groups.safetensors")
+        save_tensors(run.experts, tensors, {"modules": list(model.layers)})
+        store = AdapterStore(run.users.path)
+        groups = hash_file(run.experts)
         store.bind({"backbone": model.backbone.digest, "groups": groups, "rank": str(self.config.users.rank)})
         for at, user in enumerate(users):
             adapter = None
             if user in slots:
                 adapter = encode(bank.layout.unpack(bank.values[slots[user]]), self.config.users.storage)
-            store.put([UserRecord(user, "users" if adapter else "groups", embeddings[at], adapter)])
+            store.put([UserRecord(user, Tier.USERS if adapter else Tier.GROUPS, embeddings[at], adapter)])
         store.close()

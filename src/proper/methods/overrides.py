@@ -20,12 +20,13 @@ import yaml
 
 from proper.config import Config, make_config
 from proper.data.dataset import Dataset
-from proper.data.derived.rewrite import keep_asking, shorten_histories
+from proper.data.derived.views import keep_asking, shorten_histories
 from proper.errors import ConfigError
-from proper.methods import train
-from proper.methods.spec import Derive, DerivedRun, Method, Trained
+from proper.methods.ladder import train_stages
+from proper.methods.spec import Derive, DerivedRun, Method
+from proper.run_folder import Stage
 
-STAGES: tuple[Trained, ...] = ("population", "groups", "users")
+STAGES = tuple(Stage)
 
 _NAME = re.compile(r"(?P<method>[^\[\]]+)(?P<changes>(\[[^\[\]=]+=[^\[\]]+\])+)")
 _CHANGE = re.compile(r"\[([^\[\]=]+)=([^\[\]]+)\]")
@@ -43,7 +44,7 @@ class Changes:
 
     settings: Mapping[str, Mapping[str, Any]]
     derive: Derive | None
-    first: Trained
+    first: Stage
 
 
 def split_name(name: str) -> tuple[str, list[tuple[str, str]]]:
@@ -68,7 +69,7 @@ def change(method: Method, changes: list[tuple[str, str]], config: Config) -> Me
     """
     name = method.name + "".join(f"[{key}={value}]" for key, value in changes)
     found = _read(name, changes, config, method.variant)
-    own = method.variant or DerivedRun("", train.ladder, inherits=method.stages)
+    own = method.variant or DerivedRun("", train_stages, inherits=method.stages)
     inherits = tuple(stage for stage in own.inherits if STAGES.index(stage) < STAGES.index(found.first))
     if found.derive is None and all(STAGES.index(stage) < STAGES.index(found.first) for stage in method.stages):
         raise ConfigError(f"evaluation.methods: '{name}': '{method.name}' trains nothing that this changes")
@@ -89,15 +90,15 @@ def _read(name: str, changes: list[tuple[str, str]], config: Config, variant: De
     for section, values in (variant.settings if variant else {}).items():
         raw[section] = {**raw[section], **values}
     derive: Derive | None = None
-    touched: list[Trained] = []
+    touched: list[Stage] = []
     sections: list[str] = []
-    first: Trained
+    first: Stage
     for key, value in changes:
         stage = next((stage for stage in STAGES if key.startswith(f"{stage}.")), None)
         if key == "history":
-            derive, first = _after(derive, _shortened(name, value)), "groups"
+            derive, first = _after(derive, _shortened(name, value)), Stage.GROUPS
         elif key == "rows":
-            derive, first = _after(derive, _asking(value)), "population"
+            derive, first = _after(derive, _asking(value)), Stage.POPULATION
         elif stage is not None:
             _put(raw, key, value, name)
             sections.append(stage)

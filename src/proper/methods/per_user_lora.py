@@ -13,13 +13,41 @@ import torch
 
 from proper.adapters.store import AdapterStore
 from proper.config import Config
-from proper.data.derived.views import Histories
+from proper.data.derived.views import Histories, Leaking
+from proper.evaluation.runner import MethodRun
 from proper.files import write_json
+from proper.inference.model import ServedUsers
+from proper.layers.bank import AdapterBank
+from proper.methods.ladder import answer_with
+from proper.methods.spec import TrainedRun, TrainingWork
 from proper.models.backbone import configured_backbone
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
+from proper.run_folder import RunFolder, Stage
 from proper.training.trainer import Log
 from proper.training.users import UserStage, train_users
+
+
+def train_per_user(work: TrainingWork) -> None:
+    """Train user adapters on the backbone or on population, without groups."""
+    run = work.run
+    DirectRunner(run.config, run.dataset, run.folder, run.seed, work.log).run()
+
+
+def train_leaking(work: TrainingWork) -> None:
+    """Train as `train_per_user`, with the leak of OPPU's released code: users also train on all earlier users' rows."""
+    run = work.run
+    rows = Leaking(run.dataset, run.config.users.max_items)
+    DirectRunner(run.config, rows, run.folder, run.seed, work.log).run()
+
+
+def answer_per_user(run: TrainedRun) -> MethodRun:
+    """Answer with user adapters directly on the backbone or on population."""
+    model, users = direct_model(run.config, run.folder), run.config.users
+    slots = max(2, run.config.compute.batch_size)
+    bank = AdapterBank(model.layout(users.rank), slots, alpha=users.alpha, trainable=False, device=model.device)
+    model.use_bank(bank)
+    return answer_with(run, model, ServedUsers(AdapterStore(RunFolder(run.folder).users.path), bank, torch.zeros(1)))
 
 
 class DirectRunner:
@@ -30,23 +58,23 @@ class DirectRunner:
 
     def run(self) -> None:
         """Fit all users, resuming where an earlier call stopped; do nothing if all are fitted."""
-        folder = self.folder / "users"
-        if (folder / "stage.json").exists():
+        run = RunFolder(self.folder)
+        if run.is_trained(Stage.USERS):
             return
         model = direct_model(self.config, self.folder)
         backbone, started = model.backbone, time.perf_counter()
         users = [user.id for user in self.dataset.users("target") if user.history > 0]
-        store = AdapterStore(folder)
+        store = AdapterStore(run.users.path)
         store.bind({"backbone": backbone.digest, "rank": str(self.config.users.rank)})
         stage = UserStage(
             model=model,
             config=self.config.users,
             dataset=self.dataset,
-            encoder=backbone.encoder(self.config.compute.max_length),
+            encoder=backbone.encoder(),
             users=users,
             embeddings=torch.zeros(len(users), 1),
             store=store,
-            folder=folder / "work",
+            folder=run.users.work,
             seed=self.seed,
             checkpoint_seconds=self.config.compute.checkpoint_seconds,
             log=self.log,
@@ -55,15 +83,16 @@ class DirectRunner:
         store.close()
         seconds = round(time.perf_counter() - started, 3)
         facts = {"users": len(users), "seed": self.seed, "seconds": seconds, "backbone": backbone.digest}
-        write_json(folder / "stage.json", facts)
-        shutil.rmtree(folder / "work", ignore_errors=True)
+        write_json(run.marker(Stage.USERS), facts)
+        shutil.rmtree(run.users.work, ignore_errors=True)
 
 
 def direct_model(config: Config, folder: Path) -> ProperModel:
     """Return the backbone with the folder's population, if any, and user adapter slots, but without experts."""
     backbone = configured_backbone(config)
-    if (folder / "population" / "stage.json").exists():
-        apply_population(backbone, folder / "population")
+    run = RunFolder(folder)
+    if run.is_trained(Stage.POPULATION):
+        apply_population(backbone, run.population)
     model = ProperModel(backbone)
     model.add_plain_targets(config.users, config.groups.target_modules)
     return model

@@ -15,10 +15,16 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from proper.config import Config
 from proper.data.batching import Encoder
 from proper.errors import ConfigError
-from proper.models.backbone_names import EMBEDDED, backbone_location, first_line, what
-from proper.models.positions import positions_of, require_positions
-from proper.models.rope import fix_rope
-from proper.models.tokenizer import load_tokenizer, named_ends, settle_ends
+from proper.models.positions import fix_rope, positions_of, require_positions
+from proper.models.tokenizer import (
+    EMBEDDED,
+    backbone_location,
+    first_line,
+    load_tokenizer,
+    named_ends,
+    settle_ends,
+    what,
+)
 
 __all__ = [
     "EMBEDDED",
@@ -41,6 +47,7 @@ class Backbone:
         name: the config's `backbone`.
         digest: hash of parameter names, shapes and a sample of every parameter's values.
         ends: token ids that end an answer.
+        max_length: maximum row length in tokens that it was loaded for; None where it was loaded for any.
     """
 
     name: str
@@ -48,6 +55,7 @@ class Backbone:
     tokenizer: Any
     digest: str
     ends: tuple[int, ...] = ()
+    max_length: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -62,18 +70,12 @@ class Backbone:
     @property
     def embeddings(self) -> int:
         """Number of token embeddings; a tokenizer may have more tokens."""
-        table: Any = self.model.get_input_embeddings()
-        return int(table.weight.shape[0])
+        return _embeddings(self.model)
 
     @property
     def quantized(self) -> bool:
         """Whether the weights are quantized, so that no LoRA can be merged into them."""
         return bool(getattr(self.model, "is_quantized", False))
-
-    @property
-    def rows(self) -> int:
-        """Number of token embeddings."""
-        return _rows(self.model)
 
     @property
     def positions(self) -> int | None:
@@ -84,13 +86,19 @@ class Backbone:
     def pad_id(self) -> int:
         """Padding token, hidden by the attention mask: the tokenizer's pad or end token that the model has, else 0."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None and 0 <= token < self.rows:
+            if token is not None and 0 <= token < self.embeddings:
                 return int(token)
         return 0
 
-    def encoder(self, max_length: int) -> Encoder:
-        """Return the encoder from texts to this model's tokens; it rejects tokens without an embedding."""
-        return Encoder(self.tokenizer, max_length, rows=self.rows, ends=self.ends)
+    def encoder(self, max_length: int | None = None) -> Encoder:
+        """Return the encoder from texts to this model's tokens; it rejects tokens without an embedding.
+
+        Args:
+            max_length: maximum tokens of a row; the length that the backbone was loaded for if None.
+        """
+        longest = self.max_length if max_length is None else max_length
+        assert longest is not None, "a backbone loaded without a maximum length needs one for its encoder"
+        return Encoder(self.tokenizer, longest, rows=self.embeddings, ends=self.ends)
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -158,13 +166,13 @@ def load_backbone(
         fix_rope(model, max_length)
     model.requires_grad_(False)
     model.eval()
-    rows = _rows(model)
-    named = named_ends(model.config, model.generation_config, rows)
+    embeddings = _embeddings(model)
+    named = named_ends(model.config, model.generation_config, embeddings)
     # A checkpoint's generation defaults (such as Qwen's repetition penalty) would change the greedy answer.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    ends = settle_ends(tokenizer, named, rows, name)
-    return Backbone(name, model, tokenizer, digest(model), ends)
+    ends = settle_ends(tokenizer, named, embeddings, name)
+    return Backbone(name, model, tokenizer, digest(model), ends, max_length)
 
 
 def _load_model(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
@@ -186,7 +194,7 @@ def _load_model(name: str, dtype: torch.dtype, device: torch.device, trust_remot
     return model
 
 
-def _rows(model: PreTrainedModel) -> int:
+def _embeddings(model: PreTrainedModel) -> int:
     weight: Any = model.get_input_embeddings().weight
     return int(weight.shape[0])
 

@@ -1,19 +1,38 @@
-"""Maximum length of models with a table of positions (GPT-2, OPT) instead of a formula (RoPE).
+"""Positions of a backbone: the length of its position table, and RoPE frequencies fixed for all row lengths.
 
-A token beyond the table's end has no position, which is an index error in the middle of an answer.
+Models with a table of positions (GPT-2, OPT) have a maximum length: a token beyond the table's end is an index error in
+the middle of an answer.
+
+RoPE has no maximum, but two of its types depend on the longest row of a batch:
+
+    longrope    one of two sets of frequencies: whether the longest row exceeds the pretraining length decides
+    dynamic     NTK: frequencies scaled by the length of the longest row
+
+transformers chooses them in each forward pass, so that a row's answer would depend on the other rows of its batch. Here
+they are fixed to those of the longest possible row (`compute.max_length`), in training, scoring and serving alike.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from proper.errors import ConfigError
 
 _SPARE = 8
 """Maximum extra rows of a table before its first position (OPT: 2)."""
 _TABLE = "embed_positions"  # buffer with sinusoidal positions (GPT-J, CodeGen)
+
+MOVING = ("longrope", "dynamic")
+"""The values of `rope_type` whose frequencies depend on the longest row."""
+
+FIXED = "fixed"
+"""A `rope_type` that transformers does not know, so that it leaves the frequencies unchanged."""
+
+_PROBE = 8
 
 
 def positions_of(model: nn.Module) -> int | None:
@@ -41,3 +60,68 @@ def require_positions(model: nn.Module, length: int) -> None:
 
 def _is_table(weight: Tensor, most: int) -> bool:
     return weight.ndim == 2 and most <= weight.shape[0] <= most + _SPARE
+
+
+def fix_rope(model: nn.Module, length: int) -> None:
+    """Fix the frequencies of all rotary embeddings of a model to those for rows of `length` tokens.
+
+    Raises:
+        ConfigError: a rotary embedding depends on the longest row in a way of its own, so that it cannot be fixed.
+    """
+    wanted = _moving_types(model)
+    for module in model.modules():
+        kinds: Any = getattr(module, "rope_type", None)
+        by_layer = kinds if isinstance(kinds, dict) else {None: kinds}
+        moving = {layer: kind for layer, kind in by_layer.items() if kind in MOVING}
+        if not moving:
+            continue
+        for layer, kind in moving.items():
+            _fix(module, kind, layer, length)
+        module.rope_type = kinds | dict.fromkeys(moving, FIXED) if isinstance(kinds, dict) else FIXED  # type: ignore
+        for layer, kind in moving.items():
+            _require_fixed(module, kind, layer, length)
+        wanted -= set(moving.values())
+    if wanted:
+        raise ConfigError(_refusal(", ".join(sorted(wanted))))
+
+
+def _fix(module: Any, kind: str, layer: str | None, length: int) -> None:
+    prefix = "" if layer is None else f"{layer}_"
+    config = module.config
+    settings = config.rope_parameters if layer is None else config.rope_parameters[layer]
+    # Up to this length the module keeps its initial frequencies, by whatever rule it has computed them.
+    first = settings["original_max_position_embeddings"] if kind == "longrope" else config.max_position_embeddings
+    if length <= first:
+        return
+    frequencies: Tensor = getattr(module, f"{prefix}inv_freq")
+    fixed, scaling = ROPE_INIT_FUNCTIONS[kind](config, frequencies.device, seq_len=length, layer_type=layer)
+    frequencies.copy_(fixed)
+    setattr(module, f"{prefix}attention_scaling", scaling)
+
+
+def _require_fixed(module: Any, kind: str, layer: str | None, length: int) -> None:
+    """Check that the angles of the first positions do not depend on the row's length."""
+    layers = () if layer is None else (layer,)
+    device = next(buffer.device for buffer in module.buffers())
+    x = torch.zeros(1, 1, device=device)
+    few, every = (torch.arange(size, device=device)[None] for size in (min(_PROBE, length), length))
+    try:
+        same = all(
+            torch.equal(before, after[:, : before.shape[1]])
+            for before, after in zip(module(x, few, *layers), module(x, every, *layers), strict=True)
+        )
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # a family with another form of positions
+        raise ConfigError(_refusal(kind)) from error
+    if not same:
+        raise ConfigError(_refusal(kind))
+
+
+def _moving_types(model: Any) -> set[str]:
+    """Return the RoPE types in `MOVING` that the text model's config names, for all layers or for some."""
+    parameters: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    named = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {str(each["rope_type"]) for each in named if each.get("rope_type") in MOVING}
+
+
+def _refusal(kinds: str) -> str:
+    return f"backbone: its RoPE ({kinds}) depends on the longest text of a batch, and this family's cannot be fixed"

@@ -1,4 +1,4 @@
-"""Bridge from asyncio to the engine thread: tokenizes prompts, submits requests, streams detokenized text."""
+"""Bridge from asyncio to the engine thread: builds and tokenizes prompts, submits requests, streams text."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 from proper.errors import InputError, ProperError
 from proper.inference.detokenizer import Detokenizer
 from proper.inference.engine_thread import EngineThread
-from proper.inference.requests import Event, Request, Sink, Started, Token
-from proper.inference.running import RequestHandle
+from proper.inference.requests import Event, Request, RequestHandle, Sink, Started, Token
 from proper.inference.sampling import Sampling
+from proper.run_folder import Tier
 from proper.serving.errors import APIError
+from proper.serving.limits import LimitedThreads
 from proper.serving.metrics import Metrics
-from proper.serving.request_schemas import Options, ProperOptions
-from proper.serving.schemas import RunCard
-from proper.serving.thread_limits import LimitedThreads
+from proper.serving.schemas.requests import Options, ProperOptions
+from proper.serving.schemas.resources import RunCard
 
 LONG = 512
 """Number of tokens of an answer from which on it is detokenized on a worker thread."""
@@ -34,7 +34,7 @@ class AnswerPiece:
         started: on the first piece of each answer: the tier and version that answer.
         tokens: number of tokens in the piece.
         gates: expert gates of each token, where they were requested and the model has experts.
-        told: the tokens themselves, where their log-probabilities were requested.
+        scored: the tokens themselves, where their log-probabilities were requested.
         finish: on the last piece of each answer: the finish reason.
     """
 
@@ -43,7 +43,7 @@ class AnswerPiece:
     started: Started | None = None
     tokens: int = 0
     gates: tuple[tuple[float, ...], ...] = ()
-    told: tuple[Token, ...] = ()
+    scored: tuple[Token, ...] = ()
     finish: Literal["stop", "length"] | None = None
 
 
@@ -64,7 +64,7 @@ class Answers:
     def card(self) -> RunCard:
         """Return the description of the run that is served."""
         model = self.runner.engine.model
-        experts = model.config.groups.experts if model.stage in ("groups", "users") else 0
+        experts = model.config.groups.experts if model.stage in (Tier.GROUPS, Tier.USERS) else 0
         template = model.template
         return RunCard(
             stage=model.stage, experts=experts, literals=list(template.literals), columns=list(template.columns)
@@ -100,15 +100,15 @@ class Answers:
         if seed is None:
             seed = secrets.randbits(63) if temperature else 0
         top_p = 1.0 if options.top_p is None else options.top_p
-        wanted = options.proper or ProperOptions()
+        extra = options.proper or ProperOptions()
         sampling = Sampling(room, temperature, top_p, seed)
         request = Request(
             ids,
             options.user,
             tenant,
-            wanted.tier or "users",
+            Tier(extra.tier or Tier.USERS),
             sampling,
-            bool(wanted.gates),
+            bool(extra.gates),
             alternatives=alternatives,
         )
         try:
@@ -147,7 +147,7 @@ class Answers:
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        tickets: list[RequestHandle] = []
+        handles: list[RequestHandle] = []
         texts, counts = [Detokenizer(self.encoder.tokenizer, stop) for _ in requests], [0] * len(requests)
         try:
             for index, request in enumerate(requests):
@@ -155,24 +155,24 @@ class Answers:
                 def sink(event: Event, index: int = index) -> None:
                     loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
-                tickets.append(self._submit(request, self.metrics.timed(sink)))
-            going = set(range(len(requests)))
-            while going:
+                handles.append(self._submit(request, self.metrics.timed(sink)))
+            open_answers = set(range(len(requests)))
+            while open_answers:
                 index, event = await events.get()
-                if index not in going:
+                if index not in open_answers:
                     continue
                 counts[index] += 1
                 work = partial(self._piece, index, event, texts[index])
                 piece = work() if counts[index] < LONG else await self.threads.run(requests[index].client, work)
                 if texts[index].stopped and piece.finish is None:
-                    tickets[index].cancel()
+                    handles[index].cancel()
                     piece = replace(piece, text=piece.text + texts[index].close(), finish="stop")
                 if piece.finish is not None:
-                    going.discard(index)
+                    open_answers.discard(index)
                 yield piece
         finally:
-            for ticket in tickets:
-                ticket.cancel()
+            for handle in handles:
+                handle.cancel()
 
     def _submit(self, request: Request, sink: Sink) -> RequestHandle:
         try:
@@ -194,3 +194,24 @@ class Answers:
         if event.reason == "cancelled":
             raise APIError(503, "the server is stopping", code="stopping")
         return AnswerPiece(index, text.close(), finish=event.reason)
+
+
+class Turn(Protocol):
+    """A message: its role and its text."""
+
+    @property
+    def role(self) -> str: ...  # noqa: D102
+    @property
+    def text(self) -> str: ...  # noqa: D102
+
+
+def chat_prompt(turns: Sequence[Turn]) -> str:
+    """Return the prompt for a list of messages, in the format of the run's training data (`data.chat`).
+
+    Only `data.chat: off` exists so far: training uses prompts without the tokenizer's chat template, so serving does
+    too, whether the tokenizer has one or not. A single message is the prompt unchanged, so a chat of one message equals
+    a completion. Several messages become `Role: text` lines followed by `Assistant:`.
+    """
+    if len(turns) == 1:
+        return turns[0].text
+    return "\n".join([*(f"{turn.role.capitalize()}: {turn.text}" for turn in turns), "Assistant:"])

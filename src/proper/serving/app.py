@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,20 @@ from starlette.exceptions import HTTPException
 from proper.errors import ProperError, ReadOnlyError
 from proper.inference.engine_thread import EngineThread
 from proper.interactions.log import InteractionLog
-from proper.serving.admission import Admission
 from proper.serving.answers import Answers
 from proper.serving.auth import Authenticator
-from proper.serving.body_checks import right_cause, whole_text
 from proper.serving.deletion_watch import DeletionWatch
 from proper.serving.errors import APIError, ErrorReply, one_line, without_folders
 from proper.serving.fit_process import FitProcess
-from proper.serving.generation import generation_routes
-from proper.serving.health import health_routes
+from proper.serving.json_bodies import check_surrogates, first_error
 from proper.serving.keys import Keys
+from proper.serving.limits import RateLimiter, ServeLimits
 from proper.serving.metrics import Metrics
-from proper.serving.middleware import RequestMiddleware, reply
-from proper.serving.page import page_routes
-from proper.serving.rate_limits import RateLimiter, ServeLimits
-from proper.serving.request_checks import RequestChecks
-from proper.serving.users import deletion_routes, people_routes
+from proper.serving.middleware import AdmissionMiddleware, RequestChecksMiddleware, RequestMiddleware, reply
+from proper.serving.routes.generation import generation_routes
+from proper.serving.routes.health import health_routes
+from proper.serving.routes.page import page_routes
+from proper.serving.routes.users import deletion_routes, user_routes
 
 
 @dataclass(frozen=True)
@@ -63,68 +62,91 @@ def create_app(
     """Return the application. It starts the engine thread and the fit worker, and stops them after its last reply."""
     store = runner.engine.model.store
 
-    def note(line: str) -> None:
+    def log_line(line: str) -> None:
         log(one_line(line))
 
-    people = None if store is None else InteractionLog(store.folder)
+    interactions = None if store is None else InteractionLog(store.folder)
     # A separate connection: reading metrics does not wait for writes.
-    watched = None if store is None else InteractionLog(store.folder)
-    watch = None if store is None or store.manifest.read_only else DeletionWatch(runner.engine, store.folder, note)
+    metrics_log = None if store is None else InteractionLog(store.folder)
+    watched = store is not None and not store.manifest.read_only
+    watch = DeletionWatch(runner.engine, store.folder, log_line) if store is not None and watched else None
+    logs = [one for one in (interactions, metrics_log) if one is not None]
+    app = _empty_app(settings.version, partial(_lifespan, runner, worker, watch, logs))
+    metrics = Metrics(runner.engine, None if metrics_log is None else metrics_log.queue, worker)
+    auth, limiter = Authenticator(keys, settings.open_without_keys), RateLimiter(settings.limits)
+    app.include_router(generation_routes(settings.model, Answers(runner, metrics, log_line), auth, limiter))
+    app.include_router(user_routes(runner.engine, interactions, auth))
+    app.include_router(deletion_routes(runner.engine, interactions, auth))
+    app.include_router(health_routes(runner, worker, metrics, auth))
+    app.include_router(page_routes())
+    _explain_errors(app, None if store is None else store.folder.parent, log_line)
+    _add_middleware(app, settings, auth, limiter, metrics, log_line)
+    return app
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        runner.start()
-        if worker is not None:
-            worker.start()
+
+@asynccontextmanager
+async def _lifespan(
+    runner: EngineThread,
+    worker: FitProcess | None,
+    watch: DeletionWatch | None,
+    logs: Sequence[InteractionLog],
+    _: FastAPI,
+) -> AsyncIterator[None]:
+    """Start the engine thread, the fit worker and the deletion watch; stop them and close the logs at the end."""
+    runner.start()
+    if worker is not None:
+        worker.start()
+    if watch is not None:
+        watch.start()
+    try:
+        yield
+    finally:
         if watch is not None:
-            watch.start()
-        try:
-            yield
-        finally:
-            if watch is not None:
-                watch.stop()
-            runner.stop()
-            if worker is not None:
-                worker.stop()
-            for one in (people, watched):
-                if one is not None:
-                    one.close()
+            watch.stop()
+        runner.stop()
+        if worker is not None:
+            worker.stop()
+        for log in logs:
+            log.close()
 
+
+def _empty_app(version: str, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> FastAPI:
     replies: dict[int | str, dict[str, Any]] = {
         "4XX": {"model": ErrorReply, "description": "Refused."},
         "5XX": {"model": ErrorReply, "description": "Failed."},
     }
-    app = FastAPI(
+    return FastAPI(
         title="proper",
-        version=settings.version,
+        version=version,
         description="One model, personal for each `user`. OpenAI-compatible.",
         lifespan=lifespan,
         responses=replies,
-        dependencies=[Depends(whole_text)],
+        dependencies=[Depends(check_surrogates)],
         # FastAPI's documentation pages load scripts from a CDN; the schema is at /openapi.json.
         docs_url=None,
         redoc_url=None,
     )
-    metrics = Metrics(runner.engine, None if watched is None else watched.queue, worker)
-    gate = Authenticator(keys, settings.open_without_keys)
-    answers, turnstile = Answers(runner, metrics, note), RateLimiter(settings.limits)
-    app.include_router(generation_routes(settings.model, answers, gate, turnstile))
-    app.include_router(people_routes(runner.engine, people, gate))
-    app.include_router(deletion_routes(runner.engine, people, gate))
-    app.include_router(health_routes(runner, worker, metrics, gate))
-    app.include_router(page_routes())
-    _explain_errors(app, None if store is None else store.folder.parent, note)
-    app.add_middleware(RequestChecks)
+
+
+def _add_middleware(
+    app: FastAPI,
+    settings: ServeSettings,
+    auth: Authenticator,
+    limiter: RateLimiter,
+    metrics: Metrics,
+    log: Callable[[str], None],
+) -> None:
+    """Add the middleware, innermost first."""
+    app.add_middleware(RequestChecksMiddleware)
     # Outside of the request checks: requests that they refuse count towards the rate.
-    app.add_middleware(Admission, gate=gate, turnstile=turnstile)
+    app.add_middleware(AdmissionMiddleware, auth=auth, limiter=limiter)
     app.add_middleware(
         RequestMiddleware,
         body_bytes=settings.limits.body_bytes,
         metrics=metrics,
-        log=note,
+        log=log,
         log_users=settings.log_users,
     )
-    return app
 
 
 def _explain_errors(app: FastAPI, run: Path | None, log: Callable[[str], None]) -> None:
@@ -148,8 +170,8 @@ def _as_refusal(error: Exception) -> APIError:
             return error
         case RequestValidationError():
             # The message leaves out the value: it may be a user's prompt.
-            place, first = right_cause(error.errors(), error.body)
-            where = ".".join(str(part) for part in place)
+            location, first = first_error(error.errors(), error.body)
+            where = ".".join(str(part) for part in location)
             return APIError(400, f"{where or 'body'}: {first['msg']}", param=where or None, code="invalid")
         case HTTPException():
             return APIError(error.status_code, str(error.detail), code="http", headers=dict(error.headers or {}))
@@ -157,4 +179,4 @@ def _as_refusal(error: Exception) -> APIError:
             return APIError(403, "this server serves a read-only copy", code="read_only")
         case ProperError():
             return APIError(500, str(error), code="store")
-    return APIError(500, "the server failed; its log says where", code="internal")
+    return APIError(500, "internal error; the server's log has the details", code="internal")

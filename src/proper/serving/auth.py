@@ -9,7 +9,7 @@ from collections.abc import Callable
 from fastapi import Request
 
 from proper.serving.errors import APIError
-from proper.serving.keys import ANYBODY, DamagedKeysError, Keys, Principal, Scope
+from proper.serving.keys import ANONYMOUS, DamagedKeysError, Keys, Principal, Scope
 
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s\[\]:/?#@\\]+)(:[0-9]{1,5})?")
 """A valid Host header: a name or an address, and optionally a port; no scheme, user or path."""
@@ -47,21 +47,25 @@ class Authenticator:
         """
         if self.open_without and not self.keys.required:
             # DNS rebinding: a foreign page may have a browser on this machine ask under the page's own host name.
-            if not is_loopback(asked_host(request)):
-                raise APIError(403, "without keys only this machine may ask, and by its own name", code="host")
-            return ANYBODY
+            if not is_loopback(request_host(request)):
+                raise APIError(
+                    403,
+                    "a server without keys answers only under a loopback host name",
+                    code="host",
+                )
+            return ANONYMOUS
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         try:
             principal = self.keys.principal(key.strip()) if scheme.lower() == "bearer" else None
         except DamagedKeysError as error:
             raise APIError(503, "the server's keys cannot be read", code="keys") from error
         if principal is None:
-            why = "this key is not known" if key else "an API key is needed: Authorization: Bearer KEY"
+            why = "the API key is unknown" if key else "an API key is required: Authorization: Bearer KEY"
             raise APIError(401, why, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return principal
 
 
-def asked_host(request: Request) -> str:
+def request_host(request: Request) -> str:
     """Return the host of a request's Host header, without the port; empty if there is not exactly one valid header."""
     hosts = request.headers.getlist("host")
     found = _AUTHORITY.fullmatch(hosts[0]) if len(hosts) == 1 else None
@@ -76,12 +80,12 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def own_tenant(principal: Principal, asked: str | None) -> str:
+def own_tenant(principal: Principal, tenant: str | None) -> str:
     """Return the tenant of a request.
 
     Raises:
         APIError: 403 for another tenant, before any look-up: the reply does not tell whether that tenant exists.
     """
-    if asked is not None and asked != principal.tenant:
-        raise APIError(403, "this key may not name another tenant's users", code="tenant")
+    if tenant is not None and tenant != principal.tenant:
+        raise APIError(403, "this key belongs to another tenant", code="tenant")
     return principal.tenant

@@ -65,7 +65,7 @@ def descriptors_left() -> int:
     return MOST if soft == resource.RLIM_INFINITY else min(MOST, max(8, soft - RESERVED))
 
 
-class Doors:
+class ConnectionCounter:
     """Counter of open connections, in all and by address. Not thread-safe."""
 
     def __init__(self, limits: ConnectionLimits) -> None:
@@ -91,10 +91,10 @@ class Doors:
 class TimedProtocol(H11Protocol):
     """uvicorn's protocol with deadlines for each part of a request and for reading the reply."""
 
-    def __init__(self, doors: Doors, **settings: Any) -> None:
+    def __init__(self, counter: ConnectionCounter, **settings: Any) -> None:
         super().__init__(**settings)
-        self._doors, self._address = doors, ""
-        self._entered = False
+        self._counter, self._address = counter, ""
+        self._counted = False
         self._awaited: str | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
@@ -103,21 +103,21 @@ class TimedProtocol(H11Protocol):
         """Accept a connection, or reply 503 if there are too many."""
         super().connection_made(transport)
         self._address = self.client[0] if self.client else ""
-        _bound_unread(transport.get_extra_info("socket"), self._doors.limits.unread_seconds)
-        refused = self._doors.enter(self._address)
+        _bound_unread(transport.get_extra_info("socket"), self._counter.limits.unread_seconds)
+        refused = self._counter.enter(self._address)
         if refused is not None:
             self._refuse(APIError(503, refused, code="connections", headers={"Retry-After": "1"}))
             return
-        self._entered = True
+        self._counted = True
         self._await("header")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancel the deadlines and count the connection as closed."""
         self._await(None)
         self.resume_writing()
-        if self._entered:
-            self._entered = False
-            self._doors.leave(self._address)
+        if self._counted:
+            self._counted = False
+            self._counter.leave(self._address)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -142,7 +142,7 @@ class TimedProtocol(H11Protocol):
         """Start the deadline for a client that does not read its reply."""
         super().pause_writing()
         if self._unread is None:
-            self._unread = self.loop.call_later(self._doors.limits.unread_seconds, self.transport.abort)
+            self._unread = self.loop.call_later(self._counter.limits.unread_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
         """Cancel that deadline: the client has read."""
@@ -160,7 +160,7 @@ class TimedProtocol(H11Protocol):
             self._deadline.cancel()
             self._deadline = None
         if part is not None:
-            limits = self._doors.limits
+            limits = self._counter.limits
             seconds = limits.header_seconds if part == "header" else limits.body_seconds
             self._deadline = self.loop.call_later(seconds, self._late, part, seconds)
 
@@ -189,8 +189,8 @@ class TimedProtocol(H11Protocol):
 
 def protocol(limits: ConnectionLimits) -> Callable[..., TimedProtocol]:
     """Return the protocol factory of a server; all its connections share one counter."""
-    doors = Doors(limits)
-    return lambda **settings: TimedProtocol(doors, **settings)
+    counter = ConnectionCounter(limits)
+    return lambda **settings: TimedProtocol(counter, **settings)
 
 
 def _bound_unread(connection: Any, seconds: float) -> None:

@@ -32,7 +32,7 @@ class DeletionWatch:
     def __init__(self, engine: Engine, users: Path, log: Callable[[str], None]) -> None:
         self.engine, self.users, self.log = engine, users, log
         self._stopping = threading.Event()
-        self._said = ""
+        self._logged = ""
         self._thread = threading.Thread(target=self._look, name="proper-deletions", daemon=True)
 
     def start(self) -> None:
@@ -55,13 +55,13 @@ class DeletionWatch:
                         self.engine.recheck()
                     seen = changes
                     finish_deletions(self.users)
-                    self._say("")
+                    self._log_once("")
                 except (ProperError, OSError) as error:
-                    self._say(str(error))
+                    self._log_once(str(error))
                 self._stopping.wait(PERIOD)
 
-    def _say(self, what: str) -> None:
+    def _log_once(self, what: str) -> None:
         """Log an error once, until it changes or is gone."""
-        if what and what != self._said:
-            self.log(f"proper: deletions cannot be gone on with: {what}")
-        self._said = what
+        if what and what != self._logged:
+            self.log(f"proper: an unfinished deletion cannot continue: {what}")
+        self._logged = what

@@ -73,7 +73,7 @@ class FitProcess:
                 return
             if time.monotonic() - begun > LONGEST_PAUSE:
                 pause = self.pause
-            self.log(f"proper: the worker that fits people ended with code {code}; it starts again in {pause:g} s")
+            self.log(f"proper: the fit worker ended with code {code}; restart in {pause:g} s")
             if self._stopping.wait(pause):
                 return
             pause = min(2 * pause, LONGEST_PAUSE)

@@ -20,10 +20,12 @@ from typing import Literal, get_args
 
 from proper.errors import InputError, ProperError
 from proper.files import locked, private_folder, read_json, write_json, write_text
+from proper.run_folder import RunFolder
 
 Scope = Literal["generate", "write", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-FILE = Path("serving", "keys.json")
+_RUN = RunFolder(Path())
+FILE = _RUN.keys
 """Path of the key file in a run folder."""
 
 
@@ -42,7 +44,7 @@ class Principal:
     scopes: tuple[Scope, ...]
 
 
-ANYBODY = Principal("", "", SCOPES)
+ANONYMOUS = Principal("", "", SCOPES)
 """Principal of every request to a server without keys, which listens on loopback only."""
 
 
@@ -63,7 +65,7 @@ class Keys:
     """The keys in the file at `path`, which need not exist."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._marker = path, path.with_name("keys.required")
+        self.path, self._marker = path, path.with_name(_RUN.keys_required.name)
         self._seen: tuple[int, int, int] | None = None
         self._entries: dict[str, _Entry] = {}
         self._lock = threading.Lock()
@@ -144,14 +146,14 @@ class Keys:
         """
         try:
             private_folder(self.path.parent)
-            with locked(self.path.with_name("keys.lock")):
+            with locked(self.path.with_name(_RUN.keys_lock.name)):
                 yield
         except OSError as error:
             raise ProperError(f"{self.path}: keys cannot be changed: {error.strerror or error}") from error
 
     def _mark(self) -> None:
         if not self._marker.exists():
-            write_text(self._marker, "This run has had API keys: without a valid one nobody gets in.\n")
+            write_text(self._marker, "This run has had API keys: requests without a valid key are refused.\n")
 
     def _write(self, entries: list[_Entry]) -> None:
         write_json(self.path, {"schema": 1, "keys": [asdict(entry) for entry in entries]})
@@ -177,5 +179,5 @@ def _entries(path: Path) -> list[_Entry]:
     try:
         return [_Entry(**{**entry, "scopes": tuple(entry["scopes"])}) for entry in read_json(path)["keys"]]
     except (ProperError, OSError, KeyError, TypeError, ValueError) as error:
-        said = str(error) if isinstance(error, ProperError) else f"{path}: not a file of keys: {error!r}"
-        raise DamagedKeysError(f"{said}; put back a copy of it, or remove it and add keys anew") from error
+        reason = str(error) if isinstance(error, ProperError) else f"{path}: not a file of keys: {error!r}"
+        raise DamagedKeysError(f"{reason}; restore a copy of it, or remove it and add keys again") from error

@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from proper.inference.engine import Engine
 from proper.inference.requests import Event, Finished, Sink, Started, Token
 from proper.interactions.fit_queue import FitQueue
+from proper.run_folder import Tier
 from proper.serving.fit_process import FitProcess
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -39,7 +40,8 @@ class Metrics:
 
     def timed(self, sink: Sink) -> Sink:
         """Return a sink that passes events on and records their latencies."""
-        begun, tier, first = time.monotonic(), "none", True
+        begun, first = time.monotonic(), True
+        tier: str = Tier.NONE
 
         def measure(event: Event) -> None:
             nonlocal tier, first
@@ -65,14 +67,14 @@ class _FitFigures(Collector):
 
     def collect(self) -> Iterator[Metric]:
         figures, worker = self.fits.figures(), self.worker
-        yield GaugeMetricFamily("proper_fits_queued", "People who wait for a fit.", figures.queued)
-        yield GaugeMetricFamily("proper_fits_running", "People who are being fitted.", figures.fitting)
-        yield CounterMetricFamily("proper_fits_done", "Fits that ended well, ever.", figures.done)
-        yield CounterMetricFamily("proper_fits_failed", "Fits that failed, ever.", figures.failed)
+        yield GaugeMetricFamily("proper_fits_queued", "Users queued for a fit.", figures.queued)
+        yield GaugeMetricFamily("proper_fits_running", "Users whose fit runs.", figures.fitting)
+        yield CounterMetricFamily("proper_fits_done", "Completed fits.", figures.done)
+        yield CounterMetricFamily("proper_fits_failed", "Failed fits.", figures.failed)
         alive = worker is not None and worker.alive
-        yield GaugeMetricFamily("proper_fit_worker_up", "Whether the worker that fits people runs.", int(alive))
+        yield GaugeMetricFamily("proper_fit_worker_up", "1 if the fit worker runs.", int(alive))
         restarts = 0 if worker is None else worker.restarts
-        yield CounterMetricFamily("proper_fit_worker_restarts", "Times that it had to be started again.", restarts)
+        yield CounterMetricFamily("proper_fit_worker_restarts", "Restarts of the fit worker.", restarts)
 
 
 class _EngineFigures(Collector):
@@ -82,31 +84,31 @@ class _EngineFigures(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self.engine.stats()
         gauges = {
-            "queue_requests": ("Requests that wait for a row.", stats.waiting),
-            "batch_rows": ("Requests that run.", stats.running),
+            "queue_requests": ("Queued requests.", stats.waiting),
+            "batch_rows": ("Running requests (batch rows).", stats.running),
             "slots": ("Slots of the adapter bank.", stats.slots),
-            "slots_resident": ("Slots that hold an adapter.", stats.resident),
-            "slots_pinned": ("Slots that running requests hold.", stats.pinned),
-            "slots_loading": ("Adapters on their way into a slot.", stats.loading),
-            "prefix_bytes": ("Keys and values kept for the same person's next prompt.", stats.prefix_bytes),
+            "slots_resident": ("Slots with an adapter.", stats.resident),
+            "slots_pinned": ("Slots pinned by running requests.", stats.pinned),
+            "slots_loading": ("Adapters being loaded into a slot.", stats.loading),
+            "prefix_bytes": ("Bytes of the prefix cache.", stats.prefix_bytes),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"proper_{name}", text, value)
         adapters = stats.adapters
         counters = {
-            "steps": ("Steps of the engine.", stats.steps),
-            "prompt_tokens": ("Tokens of prompts.", stats.prompt_tokens),
-            "prompt_tokens_reused": ("Those that a prefix spared.", stats.reused_tokens),
-            "slot_hits": ("Requests that found their adapter in a slot.", adapters.hits),
-            "adapter_loads": ("Adapters loaded.", adapters.loads),
-            "slot_evictions": ("Adapters that made room for another.", adapters.evictions),
-            "damaged_adapters": ("Loads that found an adapter damaged: look into it.", adapters.damaged),
-            "fallbacks": ("Requests answered by a lower tier because of that.", stats.fallbacks),
-            "failed_requests": ("Requests that ended because a step failed.", stats.errors),
+            "steps": ("Engine steps.", stats.steps),
+            "prompt_tokens": ("Prompt tokens.", stats.prompt_tokens),
+            "prompt_tokens_reused": ("Prompt tokens served by the prefix cache.", stats.reused_tokens),
+            "slot_hits": ("Slot cache hits.", adapters.hits),
+            "adapter_loads": ("Adapter loads.", adapters.loads),
+            "slot_evictions": ("Slot cache evictions.", adapters.evictions),
+            "damaged_adapters": ("Adapter loads that failed an integrity check.", adapters.damaged),
+            "fallbacks": ("Requests answered by a lower tier after a failed adapter load.", stats.fallbacks),
+            "failed_requests": ("Requests ended by a failed step.", stats.errors),
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(f"proper_{name}", text, value)
-        tokens = CounterMetricFamily("proper_new_tokens", "New tokens.", labels=["tier"])
+        tokens = CounterMetricFamily("proper_new_tokens", "Generated tokens.", labels=["tier"])
         for tier, count in stats.tokens.items():
             tokens.add_metric([tier], count)
         yield tokens

@@ -1,18 +1,25 @@
-"""ASGI middleware for every request: body size limit, access log line, reply counter.
+"""ASGI middleware, outermost first: request log and body limit, admission (authentication and rate), request checks.
 
-The log line names the route's pattern, not the path: user ids stay out of logs unless `log_users` is set.
+The log line names the route's pattern, not the path: user ids stay out of logs unless `log_users` is set. Admission
+runs before the request body is read. The request checks refuse cross-site request forgery (CSRF) and answer HEAD.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
-from fastapi import HTTPException
+from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from proper.errors import ProperError
+from proper.serving.auth import Authenticator
 from proper.serving.errors import APIError
+from proper.serving.limits import RateLimiter
 from proper.serving.metrics import Metrics
 
 
@@ -82,3 +89,114 @@ def _too_large(limit: int) -> APIError:
 def reply(refusal: APIError) -> JSONResponse:
     """Return an error as a response."""
     return JSONResponse(refusal.body(), refusal.status, headers=refusal.headers)
+
+
+_READS = ("GET", "HEAD", "OPTIONS")
+
+
+class RequestChecksMiddleware:
+    """ASGI middleware that refuses forged requests and answers HEAD.
+
+    A browser sends "simple" requests for any page that it shows, and names the origin of the page in `Sec-Fetch-Site`,
+    or in `Origin` where that is missing. A request that writes is refused if its page has another origin, and if it is
+    simple: an old browser that sends neither header cannot forge it either.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        refusal = forged(scope["method"], Headers(scope=scope))
+        if refusal is not None:
+            await reply(refusal)(scope, receive, send)
+        elif scope["method"] == "HEAD":
+            await self._head(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _head(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer HEAD with the headers of GET and no body."""
+
+        async def bodiless(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        # A copy: uvicorn reads HEAD from its own scope and so accepts a Content-Length without a body.
+        get_scope = {**scope, "method": "GET"}
+        try:
+            await self.app(get_scope, receive, bodiless)
+        finally:
+            if "route" in get_scope:
+                scope["route"] = get_scope["route"]
+
+
+def forged(method: str, headers: Mapping[str, str]) -> APIError | None:
+    """Return the error for a request that writes and may come from a page of another origin; None if it cannot."""
+    if method in _READS:
+        return None
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    # The browser sets Sec-Fetch-Site itself, so it is right even behind a proxy that renames the server.
+    foreign = site not in ("same-origin", "none") if site is not None else origin not in (None, *_own(headers))
+    if foreign:
+        return APIError(403, "requests from a page of another origin are refused", code="origin")
+    if method == "POST" and not _json(headers.get("content-type", "")) and not _not_simple(headers):
+        return APIError(415, "a POST needs the header Content-Type: application/json", code="content_type")
+    return None
+
+
+def _own(headers: Mapping[str, str]) -> list[str]:
+    """Return the origins of the server's own pages, under the name in the request's Host header."""
+    host = headers.get("host", "").lower()
+    return [f"http://{host}", f"https://{host}"]
+
+
+def _json(kind: str) -> bool:
+    kind = kind.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+def _not_simple(headers: Mapping[str, str]) -> bool:
+    """Return whether a browser would have sent a CORS preflight first, which this server never grants."""
+    return "authorization" in headers or "x-requested-with" in headers
+
+
+OPEN = ("/", "/healthz", "/readyz", "/openapi.json")
+"""Paths that need no key; paths below /page/ need none either."""
+
+
+class AdmissionMiddleware:
+    """ASGI middleware that authenticates a request and applies the rate limits.
+
+    A refused request counts towards the key's rate like any other; a request without a valid key counts towards the
+    rate of its address.
+    """
+
+    def __init__(self, app: ASGIApp, *, auth: Authenticator, limiter: RateLimiter) -> None:
+        self.app, self.auth, self.limiter = app, auth, limiter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["path"] in OPEN or scope["path"].startswith("/page/"):
+            await self.app(scope, receive, send)
+            return
+        with ExitStack() as stack:
+            try:
+                await self._enter(scope, stack)
+            except APIError as refusal:
+                await JSONResponse(refusal.body(), refusal.status, headers=refusal.headers)(scope, receive, send)
+                return
+            await self.app(scope, receive, send)
+
+    async def _enter(self, scope: Scope, stack: ExitStack) -> None:
+        try:
+            principal = await asyncio.to_thread(self.auth.principal, Request(scope))  # may read the key file
+        except APIError:
+            self.limiter.count(f"address {(scope.get('client') or ('',))[0]}")
+            raise
+        except ProperError as error:
+            raise APIError(500, "the server's keys cannot be read", code="keys") from error
+        stack.enter_context(self.limiter.visit(principal.id))
+        scope.setdefault("state", {})["principal"] = principal

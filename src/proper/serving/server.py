@@ -32,7 +32,7 @@ def require_keys(host: str, keys: Keys, how: str) -> None:
         InputError: `host` is not loopback and there are no keys; `how` is the advice in the message.
     """
     if not is_loopback(host) and not len(keys):
-        raise InputError(f"--host {host}: other machines may ask only with keys; {how}")
+        raise InputError(f"--host {host}: a server beyond loopback requires API keys; {how}")
 
 
 class Server(uvicorn.Server):
@@ -88,8 +88,8 @@ def require_no_failure(runner: EngineThread) -> None:
     """
     error = runner.error
     if error is not None:
-        said = str(error) if isinstance(error, ProperError) else f"{type(error).__name__}: {error}"
-        raise ProperError(f"the engine has stopped: {said}") from error
+        reason = str(error) if isinstance(error, ProperError) else f"{type(error).__name__}: {error}"
+        raise ProperError(f"the engine has stopped: {reason}") from error
 
 
 def make_server(app: FastAPI, drain_seconds: int, connections: ConnectionLimits | None = None) -> Server:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from proper.data.demo.generate import demo_config, write_demo
-from proper.data.demo.settings import DemoSettings
+from proper.data.demo.users import DemoSettings
 
 __all__ = ["DemoSettings", "demo_config", "write_demo"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from proper.data.demo.settings import DemoTask
+from proper.data.demo.users import DemoTask
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import bm25s
 import numpy as np
 
 from proper.data.dataset import Dataset, TextExample
-from proper.data.derived.rewrite import Count, Rewritten, rewrite
+from proper.data.derived.views import Count, Rewritten, rewrite
 
 _WORD = re.compile(r"\w+")
 

@@ -1,16 +1,170 @@
-"""Dataset views: the protocol of training data, and wrappers for controls, OPPU's leak and a single user's history."""
+"""Variants of a prepared dataset: copies with shuffled users, shortened histories or new prompts; views on its rows.
+
+Copies are files: queries, users, times and roles stay, so that methods on both datasets answer the same queries. Views
+are objects in memory with the interface of training data (`Histories`): all rows as one user's, OPPU's leak, and the
+history of one user outside the dataset.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
-from proper.data.dataset import Dataset, Role, User
-from proper.data.sampling import SampledRows, TextExample, Who
+from proper.data.database import get_meta, salt, scramble, set_meta
+from proper.data.dataset import Dataset, Role, SampledRows, TextExample, User, Who
+from proper.errors import DataError, ProperError
+from proper.files import atomic_path, hash_value
+
+Count = Callable[[str, str], int]
+"""Function from a prompt and a target to their joint length in tokens, untruncated."""
 
 EVERYBODY = "\0everybody"
 """Id of the single user of `OneUser`; no id in a file can equal it."""
+
+SHORTENED = "older than the history that is kept"
+ASKS_OTHERWISE = "asks for something else"
+
+SOURCES = "CREATE TABLE sources(row INTEGER NOT NULL, source INTEGER NOT NULL)"
+"""Table of a derived file: the rows whose texts a row's prompt also contains; the leak check reads it."""
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A row's new prompt.
+
+    Attributes:
+        tokens: tokens of prompt and target together, untruncated.
+        sources: ids of the other rows whose texts are in the prompt.
+        cut: whether text was left out to fit the model's maximum length.
+    """
+
+    row: int
+    prompt: str
+    tokens: int
+    sources: tuple[int, ...] = ()
+    cut: bool = False
+
+
+@contextmanager
+def _copy(source: Dataset, path: Path, name: str) -> Iterator[sqlite3.Connection]:
+    """Yield a writable copy of `source` that is moved to `path` if the block succeeds."""
+    with atomic_path(path) as temporary:
+        connection = sqlite3.connect(temporary, isolation_level=None)
+        try:
+            source.connection.backup(connection)
+            connection.execute("PRAGMA secure_delete = ON")
+            connection.create_function("scramble", 2, scramble, deterministic=True)
+            connection.execute("PRAGMA journal_mode = OFF")
+            connection.execute("PRAGMA temp_store = FILE")
+            connection.execute("BEGIN")
+            yield connection
+            set_meta(connection, "sha256", hash_value([source.sha256, name]))
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise ProperError(f"{path}: cannot be written: {error}") from error
+        finally:
+            connection.close()
+
+
+def shuffle_users(source: Dataset, path: Path, seed: int) -> None:
+    """Permute the texts of history rows across users, within targets and within the others (shuffled control).
+
+    Users keep the number and times of their rows; the link between user and text is lost. Queries stay unchanged.
+    """
+    with _copy(source, path, f"shuffled {seed}") as connection:
+        connection.execute(
+            """CREATE TEMP TABLE places AS SELECT r.id AS place, u.role AS role,
+                   row_number() OVER (PARTITION BY u.role ORDER BY r.id) AS number
+            FROM rows r JOIN users u ON u.number = r.user WHERE r.part = 'history'"""
+        )
+        connection.execute(
+            """CREATE TEMP TABLE contents AS SELECT r.text, r.tokens, r.digest, r.item_key, r.prompt_key,
+                   u.role AS role,
+                   row_number() OVER (PARTITION BY u.role ORDER BY scramble(r.digest, ?), r.id) AS number
+            FROM rows r JOIN users u ON u.number = r.user WHERE r.part = 'history'""",
+            (salt("shuffled", seed),),
+        )
+        connection.execute("CREATE INDEX temp.by_number ON contents(role, number)")
+        connection.execute("CREATE INDEX temp.by_place ON places(place)")
+        connection.execute("""
+            UPDATE rows SET (text, tokens, digest, item_key, prompt_key) = (
+                SELECT c.text, c.tokens, c.digest, c.item_key, c.prompt_key
+                FROM places p JOIN contents c ON c.role = p.role AND c.number = p.number WHERE p.place = rows.id)
+            WHERE part = 'history'""")
+
+
+def shorten_histories(source: Dataset, path: Path, keep: int) -> None:
+    """Keep only the newest `keep` history rows of every target user; other users and queries stay unchanged."""
+    with _copy(source, path, f"shortened {keep}") as connection:
+        connection.execute(
+            """UPDATE rows SET part = 'unused', reason = ? WHERE id IN (
+                SELECT id FROM (
+                    SELECT r.id, row_number() OVER (PARTITION BY r.user ORDER BY r.id DESC) AS place
+                    FROM rows r JOIN users u ON u.number = r.user WHERE r.part = 'history' AND u.role = 'target')
+                WHERE place > ?)""",
+            (SHORTENED, keep),
+        )
+        _recount(connection)
+
+
+def keep_asking(source: Dataset, path: Path, asked: str) -> None:
+    """Keep only history rows whose prompt asks for `asked`, that is, its last line without the colon.
+
+    Raises:
+        DataError: no history row asks for `asked`.
+    """
+    with _copy(source, path, f"asks for {asked}") as connection:
+        connection.create_function("asks", 1, _asked, deterministic=True)
+        connection.execute(
+            """UPDATE rows SET part = 'unused', reason = ? WHERE part = 'history'
+            AND (SELECT asks(t.prompt) FROM texts t WHERE t.id = rows.text) <> ?""",
+            (ASKS_OTHERWISE, asked),
+        )
+        _recount(connection)
+        if not connection.execute("SELECT sum(history) FROM users").fetchone()[0]:
+            raise DataError(f"rows={asked}: the last line of no history row's prompt is '{asked}:'")
+
+
+def _asked(prompt: str) -> str:
+    return prompt.rstrip().rsplit("\n", 1)[-1].rstrip(": ")
+
+
+def _recount(connection: sqlite3.Connection) -> None:
+    connection.execute("""
+        UPDATE users SET history = (SELECT count(*) FROM rows WHERE user = number AND part = 'history')""")
+
+
+def rewrite(source: Dataset, path: Path, name: str, rewritten: Iterable[Rewritten]) -> None:
+    """Replace the prompts of rows but keep their keys, so that the leak check still works."""
+    with _copy(source, path, name) as connection:
+        connection.execute(SOURCES)
+        cut = {"history": 0, "query": 0}
+        for row in rewritten:
+            text = connection.execute(
+                "INSERT INTO texts(prompt, target, item) SELECT ?, t.target, t.item FROM texts t"
+                " WHERE t.id = (SELECT text FROM rows WHERE id = ?) RETURNING id",
+                (row.prompt, row.row),
+            ).fetchone()[0]
+            connection.execute("UPDATE rows SET text = ?, tokens = ? WHERE id = ?", (text, row.tokens, row.row))
+            connection.executemany("INSERT INTO sources VALUES (?, ?)", [(row.row, other) for other in row.sources])
+            if row.cut:
+                part = connection.execute("SELECT part FROM rows WHERE id = ?", (row.row,)).fetchone()[0]
+                cut[part] += 1
+        connection.execute("DELETE FROM texts WHERE id NOT IN (SELECT text FROM rows)")
+        set_meta(connection, "cut", cut)
+
+
+def cut_queries(dataset: Dataset) -> int:
+    """Return the number of queries with a truncated prompt: cut to the model's length or in their prepended text."""
+    longest = get_meta(dataset.connection, "max_length")
+    long = dataset.connection.execute(
+        "SELECT count(*) FROM rows WHERE part = 'query' AND tokens > ?", (longest,)
+    ).fetchone()[0]
+    return max(int(long), int((get_meta(dataset.connection, "cut") or {}).get("query", 0)))
 
 
 class Histories(Protocol):

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from proper.config import DataConfig
-from proper.data.json_arrays import json_entries
 from proper.data.lamp.rows import Question, Row, RowMaker, paper_titles, row_maker
-from proper.data.source import Source
-from proper.data.templates import plain
+from proper.data.rows import Source
+from proper.data.text_files import json_entries
+from proper.data.values import plain
 from proper.errors import DataError
 from proper.lamp_tasks import LAMP_TASKS
 

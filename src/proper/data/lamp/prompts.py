@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from proper.data.templates import BadValue, Template, parse_template
+from proper.data.rows import BadValue, Template, parse_template
 from proper.lamp_tasks import LAMP_TASKS, LampTask, Layout
 
 _TAGS = f"tags: [{', '.join(LAMP_TASKS['lamp-2m'].labels)}]"

@@ -13,8 +13,8 @@ from typing import Any
 
 from proper.data.database import text_key
 from proper.data.lamp.prompts import Wording, question_fields, wording
-from proper.data.templates import BadValue, identifier, plain
-from proper.data.times import parse_time
+from proper.data.rows import BadValue
+from proper.data.values import identifier, parse_time, plain
 from proper.lamp_tasks import LampTask, Layout
 
 Row = dict[str, Any]

@@ -5,9 +5,9 @@ import { make } from "./dom.js";
 
 // The columns, lowest tier first: name and explanation of each.
 const TIERS = [
-  ["population", "Population", "One model, the same for everybody."],
-  ["groups", "Group", "The experts of people like them, mixed by who they are."],
-  ["users", "User", "The experts again, and an adapter that is theirs alone."],
+  ["population", "Population", "One model, shared by all users."],
+  ["groups", "Group", "Shared experts, weighted by the user's embedding."],
+  ["users", "User", "The experts plus the user's own adapter."],
 ];
 const COLOURS = 8;
 
@@ -82,8 +82,8 @@ class Column {
   #who({ tier, version, fallback }) {
     const words = {
       users: `own adapter, version ${version}`,
-      groups: this.tier === "users" ? "no adapter of their own: the group answers" : "their own embedding",
-      none: "a stranger: the average person's experts",
+      groups: this.tier === "users" ? "no own adapter: the group model answers" : "own embedding",
+      none: "unknown user: the mean user embedding",
       population: "no experts",
       base: "the bare backbone",
     };
@@ -109,8 +109,8 @@ class Column {
   }
 
   #listed(on) {
-    const told = { role: "listbox", "aria-orientation": "horizontal", "aria-label": `${this.name}: tokens of the answer` };
-    for (const [name, value] of Object.entries(told)) {
+    const attributes = { role: "listbox", "aria-orientation": "horizontal", "aria-label": `${this.name}: tokens of the answer` };
+    for (const [name, value] of Object.entries(attributes)) {
       if (on) this.answer.setAttribute(name, value);
       else this.answer.removeAttribute(name);
     }

@@ -36,7 +36,7 @@ async function ask(method, path, body, signal) {
 async function refused(reply) {
   const said = await reply.json().then((body) => body.error, () => null);
   const words = {
-    401: "The server wants another API key.",
+    401: "The server requires another API key.",
     403: "This key may not do that",
     429: "Too much at once",
     503: "The server is stopping or not ready",

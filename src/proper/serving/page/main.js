@@ -3,7 +3,7 @@
 import { address, call, key } from "./api.js";
 import { makeColumns } from "./answers.js";
 import { $, tell } from "./dom.js";
-import { picker } from "./people.js";
+import { picker } from "./users.js";
 import { missing, promptFields } from "./prompt.js";
 import { exampleFields, fitted, teach } from "./teach.js";
 
@@ -49,10 +49,10 @@ async function chosen(who, card) {
   Object.assign(state, { who, card });
   field.settled(who);
   if (!state.busy) $("delete").disabled = card === null;
-  $("who-told").textContent = !who
-    ? "Nobody is chosen: the user model answers with the average person."
+  $("user-status").textContent = !who
+    ? "No user is chosen: the user model answers with the mean user embedding."
     : card === null
-      ? `${who} is new: nothing is known of them until they are taught.`
+      ? `${who} is new: no data until interactions are added.`
       : described(who, card);
   if (card === null || "fit" in card) return;
   try {
@@ -64,8 +64,8 @@ async function chosen(who, card) {
 }
 
 function described(who, { tier, version, interactions }) {
-  const has = { users: "an adapter of their own", groups: "an embedding of their own, and no adapter", none: "no model of their own yet" }[tier] ?? `the tier ${tier}`;
-  const more = [version ? `version ${version}` : "", interactions ? `taught ${interactions} examples here` : ""];
+  const has = { users: "an own adapter", groups: "an own embedding and no adapter", none: "no fitted model yet" }[tier] ?? `the tier ${tier}`;
+  const more = [version ? `version ${version}` : "", interactions ? `${interactions} interactions logged` : ""];
   return [`${who} has ${has}`, ...more.filter(Boolean)].join(", ") + ".";
 }
 
@@ -100,7 +100,7 @@ function unwritten() {
 
 $("ask-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (unwritten()) tell($("trouble"), "Write a prompt first.");
+  if (unwritten()) tell($("trouble"), "The prompt is empty.");
   else action($("ask"), ask);
 });
 $("ask-form").addEventListener("keydown", (event) => {
@@ -111,15 +111,15 @@ $("ask-form").addEventListener("input", () => { $("sent").textContent = prompt.t
 $("teach-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   await field?.ready();
-  const told = (words) => tell($("trouble"), words);
+  const warn = (text) => tell($("trouble"), text);
   if (!state.who) {
-    told("Choose a person first: pick one, or type a new id.");
-    $("who").focus();
+    warn("No user is chosen: choose one, or type a new user id.");
+    $("user-id").focus();
     return;
   }
   const taught = examples.read();
-  if (!taught) told("An example needs its text and its answer.");
-  else if (unwritten()) told("Write a prompt above first, so that there is an answer to watch.");
+  if (!taught) warn("An interaction needs a prompt and an answer.");
+  else if (unwritten()) warn("The prompt above is empty; it is answered again after the fit.");
   else action($("teach-go"), () => lesson(taught));
 });
 
@@ -140,11 +140,11 @@ async function lesson(taught) {
 }
 
 function progress(fit) {
-  const words = { queued: "Waiting for its turn", fitting: "Fitting", done: "Fitted", failed: "Failed", idle: "Nothing to fit" };
+  const words = { queued: "Queued", fitting: "Fitting", done: "Fitted", failed: "Failed", idle: "No fit is queued" };
   const share = fit.state === "done" || fit.state === "idle" ? 1 : fit.progress;
   $("fit-bar").value = share;
   const line = [`${words[fit.state] ?? fit.state}, ${Math.round(100 * share)}%`, fit.phase, fit.message].filter(Boolean).join(" · ");
-  if ($("fit-told").textContent !== line) $("fit-told").textContent = line;
+  if ($("fit-status").textContent !== line) $("fit-status").textContent = line;
 }
 
 $("delete").addEventListener("click", async () => {
@@ -164,9 +164,9 @@ $("sure-yes").addEventListener("click", () => {
     state.answered = null;
     for (const column of columns) column.reset("No answer yet.");
     $("fit").hidden = true;
-    $("who-told").textContent = `${who} is deleted.`;
+    $("user-status").textContent = `${who} is deleted.`;
     $("said").textContent = `${who} is deleted.`;
-    $("who").focus();
+    $("user-id").focus();
   });
 });
 
@@ -196,12 +196,12 @@ async function start() {
     prompt = promptFields($("ask-fields"), model.proper, "prompt-field", 3);
     $("sent").textContent = prompt.text();
     examples = exampleFields(model.proper);
-    const people = ["groups", "users"].includes(model.proper.stage);
-    for (const name of ["person", "teach"]) $(name).hidden = !people;
+    const hasUsers = ["groups", "users"].includes(model.proper.stage);
+    for (const name of ["user", "teach"]) $(name).hidden = !hasUsers;
     field = picker(chosen, trouble);
     // Enabled only now: input during start-up would be lost.
-    for (const name of ["who", "ask", "teach-go"]) $(name).disabled = false;
-    if (!people) tell($("trouble"), "This run has no people yet: the same model answers in all three places.");
+    for (const name of ["user-id", "ask", "teach-go"]) $(name).disabled = false;
+    if (!hasUsers) tell($("trouble"), "This run has no stage 'users' yet: the same model gives all three answers.");
   } catch (error) {
     trouble(error);
   }

@@ -11,11 +11,11 @@ const FORGIVEN = 5; // looks in a row that may fail
 // Builds the fields of three examples. Returns a function that reads them.
 export function exampleFields(template) {
   const all = Array.from({ length: EXAMPLES }, (_, at) => {
-    const set = make("fieldset", {}, make("legend", {}, `Example ${at + 1}`));
+    const set = make("fieldset", {}, make("legend", {}, `Interaction ${at + 1}`));
     $("examples").append(set);
     const input = promptFields(set, template, `example-${at}`, 2);
     const output = make("input", { id: `example-${at}-answer`, dir: "auto", autocomplete: "off", "aria-required": "true" });
-    set.append(make("div", { class: "field" }, make("label", { for: output.id }, "Their answer"), output));
+    set.append(make("div", { class: "field" }, make("label", { for: output.id }, "The user's answer"), output));
     return { input, output };
   });
   return {
@@ -49,8 +49,8 @@ export async function teach(user, isNew, examples) {
   }
 }
 
-// Polls the fit until it ends; calls `told(fit)` with each state. Returns the user's card.
-export async function fitted(user, told) {
+// Polls the fit until it ends; calls `progress(fit)` with each state. Returns the user's card.
+export async function fitted(user, progress) {
   let failures = 0;
   for (;;) {
     let card = null;
@@ -62,8 +62,8 @@ export async function fitted(user, told) {
       if (error.status || failures > FORGIVEN) throw error;
     }
     if (card) {
-      told(card.fit);
-      if (card.fit.state === "failed") throw new Trouble(`The fit failed: ${card.fit.message ?? "no reason is known"}.`);
+      progress(card.fit);
+      if (card.fit.state === "failed") throw new Trouble(`The fit failed: ${card.fit.message ?? "unknown reason"}.`);
       if (card.fit.state === "done" || card.fit.state === "idle") return card;
     }
     await new Promise((resolve) => { setTimeout(resolve, EVERY); });

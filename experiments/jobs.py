@@ -1,0 +1,132 @@
+"""Jobs of recipes/findings.yaml: run, config, methods and seeds of each, and the key that a finished job's result has.
+
+The key is a hash of a job's settings, data and code. A job is done if its result file has the same key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from proper.config import Config, load_config
+from proper.evaluation.fingerprint import code_version
+from proper.files import hash_file, hash_value, read_json
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results" / "findings"
+RUNS = ROOT / "runs" / "findings"
+TRAINING = ("data", "layers", "models", "adapters", "training")
+CODE = (*TRAINING, "inference", "methods", "evaluation")
+STAGES = ("population", "groups", "users")
+
+
+@lru_cache
+def _file_hash(path: Path) -> str:
+    return hash_file(path) if path.is_file() else ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of the queue; recipes/findings.yaml documents the keys.
+
+    Attributes:
+        run: name of the job's run folder; `config` and `sources` are those of the run.
+        prepares: names of the jobs that this job prepares; a job that prepares others leaves no result of its own.
+    """
+
+    name: str
+    run: str
+    config: str
+    sources: tuple[str, ...]
+    made: str | None
+    seeds: tuple[int, ...]
+    minutes: float
+    methods: tuple[str, ...] = ()
+    stages: tuple[str, ...] = STAGES
+    questions: tuple[int, ...] = ()
+    prepares: tuple[str, ...] = ()
+    tasks: tuple[tuple[str, str], ...] = ()
+    against: tuple[str, ...] = ()
+    slice: str = ""
+    routing: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, shared by all jobs on a run with the same settings, data and training code."""
+        settings = self.settings().model_dump(exclude={"evaluation": True, "data": {"path"}})
+        key = hash_value([settings, *map(_file_hash, self.data), code_version(*TRAINING)])
+        return RUNS / f"{self.run}-{key[:8]}"
+
+    @property
+    def data(self) -> list[Path]:
+        """The data files of the run, or the files from which its data is made."""
+        return [(ROOT / source).resolve() for source in self.sources]
+
+    @property
+    def result(self) -> Path:
+        """Path of the result, or of the marker that a preparing job is done."""
+        return RUNS / f"{self.name}.done.json" if self.prepares else RESULTS / f"{self.name}.json"
+
+    def settings(self) -> Config:
+        """Return the run's config with this job's seeds and methods."""
+        methods = self.methods or tuple(stage for stage in STAGES if stage in self.stages)
+        changes = [f"evaluation.seeds={list(self.seeds)}", f"evaluation.methods={json.dumps(methods)}"]
+        return load_config(ROOT / self.config, changes)
+
+
+def read_queue(path: Path = ROOT / "recipes" / "findings.yaml") -> list[Job]:
+    """Return the jobs of a queue file; a preparing job gets the questions of the jobs that it prepares."""
+    queue = yaml.safe_load(path.read_text(encoding="utf-8"))
+    questions_of = {row["name"]: row.get("questions", []) for row in queue["jobs"]}
+    jobs = []
+    for row in queue["jobs"]:
+        run = queue["runs"][row["run"]]
+        prepares = row.get("for", [])
+        questions = row.get("questions") or sorted({number for name in prepares for number in questions_of[name]})
+        jobs.append(
+            Job(
+                name=row["name"],
+                run=row["run"],
+                config=run["config"],
+                sources=tuple(run["sources"]),
+                made=run.get("made"),
+                seeds=tuple(row["seeds"]),
+                minutes=row["minutes"],
+                methods=tuple(row.get("methods", ())),
+                stages=tuple(row.get("stages", STAGES)),
+                questions=tuple(questions),
+                prepares=tuple(prepares),
+                tasks=tuple(row.get("tasks", {}).items()),
+                against=tuple(row.get("against", ())),
+                slice=row.get("slice", ""),
+                routing=row.get("routing", False),
+            )
+        )
+    return jobs
+
+
+def key_of(job: Job, *, code: bool = True) -> str:
+    """Return a hash of what a job's result depends on: settings, data and, with `code`, the code."""
+    settings = job.settings().model_dump(exclude={"evaluation": {"methods", "seeds"}, "data": {"path"}})
+    made_of: list[Any] = [settings, job.methods, job.stages, job.seeds, job.tasks, job.against, job.slice, job.routing]
+    made_of += map(_file_hash, job.data)
+    return hash_value([*made_of, code_version(*CODE)] if code else made_of)
+
+
+def state(job: Job, jobs: Mapping[str, Job], *, keep: bool = False) -> str:
+    """Return "done", "stale" (made from other settings, data or code) or "to do"; with `keep` the code is ignored."""
+    if job.prepares and all(state(jobs[name], jobs, keep=keep) == "done" for name in job.prepares):
+        return "done"
+    if not job.result.exists():
+        return "to do"
+    result = read_json(job.result)
+    same = result["key"] == key_of(job) or (keep and result["key_without_code"] == key_of(job, code=False))
+    if same and job.prepares and not job.folder.exists():
+        return "to do"
+    return "done" if same else "stale"

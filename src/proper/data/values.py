@@ -1,0 +1,191 @@
+"""Values of data files: conversion of cells to text, ids and times, and equality of numeric labels.
+
+"3" and "3.0" are one label: a column of integers with a missing value becomes a column of floats, so both spellings
+occur in one dataset.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from decimal import Decimal
+
+OUT_OF_RANGE = "a time outside of the years 1 to 9999"
+
+_EXACT = 2**53
+"""From this value on, a float no longer distinguishes neighbouring whole numbers."""
+
+_FLOAT_ID = re.compile(r"[-+]?(\d+\.0+|\d(\.\d+)?[eE]\+\d+)")
+_WHOLE_LABEL = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?")
+_YEAR = re.compile(r"\d{4}")
+_MONTH = re.compile(r"(\d{4})[-/.](\d{1,2})")
+_EPOCH = re.compile(r"[-+]?(\d{9,}(\.\d*)?|\d(\.\d+)?[eE]\+\d+)")
+# Seconds reach 1e11 in the year 5138. Milliseconds reach 1e11, microseconds 1e14 and nanoseconds 1e17 in 1973.
+_UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
+_FIRST, _LAST = -62_135_596_800.0, 253_402_300_800.0
+"""Epoch seconds of the years 1 to 9999; the end is exclusive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Placeholder in a cell for a value that Python cannot represent; `what` describes it in a few words."""
+
+    what: str
+
+
+class Rounded(float):
+    """A float32 or float16 value too large to identify one whole number."""
+
+
+def plain(value: object) -> str:
+    """Convert one value to text: 4.0 stays "4.0", a list is joined with ", ", a time is ISO 8601.
+
+    Raises:
+        ValueError: the value has no text form (null, NaN, bytes); the message says what it is.
+    """
+    if isinstance(value, str):
+        return value
+    if value is None:
+        raise ValueError("null")
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError("NaN")
+    if isinstance(value, bytes):
+        raise ValueError("bytes, where text is wanted")
+    if isinstance(value, Unreadable):
+        raise ValueError(value.what)
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(each) for each in value)
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, date | datetime):
+        return value.isoformat()
+    return str(value)
+
+
+def identifier(value: object) -> str | None:
+    """Convert an id to text: a whole number as its digits (7.0 is "7"), None for null and NaN.
+
+    Floats are accepted because formats without a null for integers turn ids into floats.
+
+    Raises:
+        ValueError: the value is not an id, or is a float that stands for several whole numbers.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool | list | tuple | dict | bytes):
+        raise ValueError(f"a {type(value).__name__}, where text or a number is wanted")
+    if not isinstance(value, float | Decimal):
+        return plain(value)
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if not math.isfinite(value) or value != value // 1:
+        raise ValueError(f"{value} is no whole number; write the id as text")
+    if isinstance(value, float) and (abs(value) >= _EXACT or isinstance(value, Rounded)):
+        raise ValueError(f"{value}: the id has lost digits; write it as text")
+    return str(int(value))
+
+
+def written_id(value: object) -> object:
+    """Return the value of an untyped cell: a float if the text is a whole number in float notation, else unchanged."""
+    return float(value) if isinstance(value, str) and _FLOAT_ID.fullmatch(value) else value
+
+
+def parse_time(value: object) -> float:
+    """Return epoch seconds for ISO text (year, month, day or more), a number, a date or a datetime.
+
+    Numbers with an absolute value above 1e11 are milliseconds, above 1e14 microseconds, above 1e17 nanoseconds. A time
+    without a zone is UTC. Text of nine or more digits is a number.
+
+    Raises:
+        ValueError: the value is none of these; the message is a few words.
+    """
+    if isinstance(value, str):
+        return _from_text(value.strip())
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is not a time")
+    if isinstance(value, int | float):
+        return _from_number(value)
+    if isinstance(value, datetime):
+        return _from_datetime(value)
+    if isinstance(value, date):
+        return _from_datetime(datetime(value.year, value.month, value.day))
+    if isinstance(value, Unreadable):
+        raise ValueError(value.what)
+    raise ValueError(f"a {type(value).__name__} is not a time")
+
+
+def _from_text(text: str) -> float:
+    try:
+        if _YEAR.fullmatch(text):
+            return _from_datetime(datetime(int(text), 1, 1))
+        if month := _MONTH.fullmatch(text):
+            return _from_datetime(datetime(int(month[1]), int(month[2]), 1))
+        if _EPOCH.fullmatch(text):
+            return _from_number(float(text))
+        return _from_datetime(datetime.fromisoformat(text))
+    except (ValueError, OverflowError):
+        shown = text if len(text) <= 40 else text[:40] + "..."
+        raise ValueError(f"{shown!r} is not a time") from None
+
+
+def _from_number(number: float) -> float:
+    try:
+        seconds = float(number)
+    except OverflowError:
+        seconds = math.inf
+    if not math.isfinite(seconds):
+        raise ValueError(f"{'NaN' if math.isnan(seconds) else 'infinity'} is not a time")
+    return _in_range(seconds / next((unit for above, unit in _UNITS if abs(seconds) > above), 1.0))
+
+
+def _from_datetime(moment: datetime) -> float:
+    return _in_range((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+
+
+def _in_range(seconds: float) -> float:
+    # A time outside of this range could be sorted, but not shown as a date.
+    if not _FIRST <= seconds < _LAST:
+        raise ValueError(OUT_OF_RANGE)
+    return seconds
+
+
+def number_of(text: str, kind: str) -> float | str | None:
+    """Return a value that is equal for two spellings of one number; None for a text that is not a number.
+
+    A rating is any finite number. A class is a whole number as columns of integers, floats and decimals spell it:
+    "1.10" and "1.1" may be two chapters, and "007" is not "7".
+    """
+    if kind == "rating":
+        return rating_of(text)
+    found = _WHOLE_LABEL.fullmatch(text)
+    return found[1] if found else None
+
+
+def rating_of(text: str) -> float | None:
+    """Return a rating as a float; None if it is not a finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def find_label(text: str, labels: Sequence[str], kind: str) -> str | None:
+    """Return the label equal to `text`, as a string or as a number; None if there is none."""
+    if text in labels:
+        return text
+    number = number_of(text, kind)
+    return None if number is None else next((each for each in labels if number_of(each, kind) == number), None)
+
+
+def respelled(texts: Iterable[str], kind: str) -> dict[str, str]:
+    """Map each text to the shortest spelling of the same number among `texts`; unchanged texts are left out."""
+    numbers = {text: number for text in texts if (number := number_of(text, kind)) is not None}
+    shortest: dict[float | str, str] = {}
+    for text, number in sorted(numbers.items(), key=lambda pair: (len(pair[0]), pair[0])):
+        shortest.setdefault(number, text)
+    return {text: shortest[number] for text, number in numbers.items() if shortest[number] != text}

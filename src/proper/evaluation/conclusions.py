@@ -1,0 +1,143 @@
+"""Conclusions from the finished rows of results.json: the claim of personalization, and failure signatures.
+
+A signature is a sentence that diagnoses overlapping mixtures, unused experts, overfitting or a missing gain; it holds
+the numbers that it is based on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from proper.evaluation.comparisons import CONTROLS
+
+LEVEL = 0.05
+"""Significance level of the tests, after Holm's adjustment."""
+
+OVERLAP = 0.95
+"""Cosine between users' mean gates above which mixtures count as identical."""
+
+UNUSED = 0.1
+"""Fraction of the uniform load below which an expert counts as unused."""
+
+OVERFIT = 1.5
+"""Ratio of query loss to history loss from which a user counts as overfitted."""
+
+
+def claim(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the `personalization` of `results.json`; None if no control was run.
+
+    `claimed` is True if every control is beaten on the main metric at p < .05, adjusted over the controls; None if all
+    controls that were run are beaten but some are missing.
+    """
+    rows = {(row["method"], row["against"]): row for row in comparisons if row["primary"]}
+    found = {pair: rows[pair] for pair in CONTROLS if pair in rows}
+    if not found:
+        return None
+    beaten = {pair: _is_beaten(row) for pair, row in found.items()}
+    missing = [against for pair in CONTROLS if pair not in found for against in pair[1:]]
+    return {
+        "claimed": False if not all(beaten.values()) else None if missing else True,
+        "beaten": [f"{method} > {against}" for (method, against), won in beaten.items() if won],
+        "not_beaten": [f"{method} > {against}" for (method, against), won in beaten.items() if not won],
+        "missing": missing,
+    }
+
+
+def _is_beaten(row: Mapping[str, Any]) -> bool:
+    better = row["difference"] > 0 if row["higher_is_better"] else row["difference"] < 0
+    return bool(better and row["p_adjusted"] < LEVEL)
+
+
+def failure_signatures(
+    *,
+    routing: Mapping[str, Any],
+    comparisons: Sequence[Mapping[str, Any]],
+    gains: Sequence[Mapping[str, Any]],
+    query_losses: Mapping[str, float],
+    history_losses: Mapping[str, float],
+) -> list[str]:
+    """Return the signatures that apply, one or two sentences each, the most severe first.
+
+    Args:
+        routing: as in `results.json`; may be empty.
+        comparisons: as in `results.json`, adjusted.
+        gains: users' rows as in `users.json`, shortest history first.
+        query_losses: by user, answer loss of the last stage on queries (nats per token).
+        history_losses: by user, the same on the user's own history.
+    """
+    return [
+        *_steps(comparisons),
+        *_worse_users(gains),
+        *_overlap(routing),
+        *_overfit(query_losses, history_losses),
+    ]
+
+
+def _steps(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = []
+    for row in comparisons:
+        if row["family"] != "primary":
+            continue
+        better = row["difference"] > 0 if row["higher_is_better"] else row["difference"] < 0
+        step = f"{row['method']} against {row['against']}"
+        size = f"{row['metric']} {row['difference']:+.4f}, adjusted p = {row['p_adjusted']:.3f}"
+        if row["p_adjusted"] >= LEVEL:
+            text = f"No measurable gain from {step} ({size})"
+            if math.isfinite(row["resolvable"]):
+                shown = f"{row['resolvable']:.4f}"
+                text += f": the smallest difference that these users would show with 80 % power is about {shown}"
+            found.append(f"{text}.")
+        elif not better:
+            found.append(f"A measurable loss from {step} ({size}): this stage made answers worse.")
+    return found
+
+
+def _worse_users(gains: Sequence[Mapping[str, Any]]) -> list[str]:
+    known = [row for row in gains if row["gain_users"] is not None]
+    worse = [row for row in known if row["gain_users"] < 0]
+    if not worse:
+        return []
+    better = sum(row["gain_users"] > 0 for row in known)
+    text = f"Stage 3 is worse than stage 2 for {len(worse)} of {len(known)} users and better for {better}"
+    half = len(known) // 2
+    short, long = known[:half], known[half:]
+    if short and short[0]["history"] < long[-1]["history"]:
+        text += f"; worse for {_worse_in(short)} and for {_worse_in(long)}"
+    return [f"{text}. Where the history is too short, the group tier serves such a user better."]
+
+
+def _worse_in(rows: Sequence[Mapping[str, Any]]) -> str:
+    worse = sum(row["gain_users"] < 0 for row in rows)
+    return f"{worse} of the {len(rows)} users with {rows[0]['history']} to {rows[-1]['history']} interactions"
+
+
+def _overlap(routing: Mapping[str, Any]) -> list[str]:
+    found = []
+    shares = routing.get("utilization") or []
+    cosine = routing.get("constraint_cosine")
+    if len(shares) > 1 and cosine is not None and cosine > OVERLAP:
+        found.append(
+            f"Users' expert mixtures overlap: their mean cosine is {cosine:.3f}. Either the constraint does not work, "
+            f"or there are more experts ({len(shares)}) than groups to tell apart."
+        )
+    unused = [index for index, share in enumerate(shares) if share < UNUSED / len(shares)]
+    if unused:
+        names = ", ".join(str(index) for index in unused)
+        verb = "is" if len(unused) == 1 else "are"
+        found.append(f"{len(unused)} of {len(shares)} experts {verb} almost unused ({names}): fewer would do.")
+    return found
+
+
+def _overfit(query_losses: Mapping[str, float], history_losses: Mapping[str, float]) -> list[str]:
+    both = sorted(set(query_losses) & set(history_losses))
+    high = [user for user in both if query_losses[user] > OVERFIT * history_losses[user]]
+    queries, histories = [query_losses[user] for user in both], [history_losses[user] for user in both]
+    if not both or (fmean(queries) <= OVERFIT * fmean(histories) and 2 * len(high) <= len(both)):
+        return []
+    return [
+        f"Stage 3 overfits: answer loss is {fmean(queries):.3f} nats per token on queries and {fmean(histories):.3f} "
+        f"on the users' own histories; for {len(high)} of {len(both)} users it is more than {OVERFIT} times as high."
+    ]

@@ -1,0 +1,75 @@
+"""Loading of a run folder for inference: backbone and weights of the trained stages, and the users' store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from proper.adapters.store import AdapterStore
+from proper.config import Config, load_config
+from proper.files import hash_file
+from proper.inference.model import PersonalizedModel, ServedUsers
+from proper.layers.bank import AdapterBank
+from proper.models.backbone import configured_backbone
+from proper.models.checkpoints import load_groups, load_router
+from proper.models.peft_merge import apply_population
+from proper.models.personal import ProperModel
+from proper.run_folder import RunFolder, Stage, Tier, require_run
+
+
+def load(folder: str | Path, stage: str | None = None) -> PersonalizedModel:
+    """Load a run folder as one model for all its users.
+
+    Args:
+        folder: the run folder that `proper run` wrote.
+        stage: the last stage to load; the last one that the folder has if None.
+
+    Raises:
+        RunFolderError: the folder is not a run folder, or the stage is missing from it.
+        StoreError: the shared group tensors or routers have values that are not finite or absurdly large, or the store
+            belongs to another backbone or other groups.
+    """
+    run = require_run(Path(folder))
+    config = load_config(run.config)
+    tier = last_stage(run) if stage is None else Tier(stage)
+    backbone = configured_backbone(config)
+    if tier != Tier.BASE:
+        run.require_trained(Stage.POPULATION)
+        apply_population(backbone, run.population)
+    model = ProperModel(backbone)
+    served = None
+    if tier in (Tier.GROUPS, Tier.USERS):
+        served = serve_users(run.path, config, model)
+        if tier == Tier.USERS:
+            run.require_trained(Stage.USERS)
+            load_router(model, config.users, run.users.router)
+    return PersonalizedModel(model, backbone.encoder(), config, served, tier)
+
+
+def serve_users(folder: Path, config: Config, model: ProperModel) -> ServedUsers:
+    """Load a run's experts and routers into a model, and open the store of its users.
+
+    Raises:
+        RunFolderError: stage 2 is missing.
+        StoreError: the experts or routers have values that are not finite or absurdly large, or the store belongs to
+            another backbone or other groups.
+    """
+    run = RunFolder(folder)
+    run.require_trained(Stage.GROUPS)
+    mean = load_groups(model, config.groups, run.experts)
+    store = AdapterStore(run.users.path)
+    store.require({"backbone": model.backbone.digest, "groups": hash_file(run.experts)})
+    slots = max(2, config.compute.batch_size)
+    # The stored dtype: half the memory, a load is one copy, and matrix products run in the input's dtype anyway.
+    dtype = torch.bfloat16 if config.users.storage == "bf16" else torch.float32
+    layout = model.layout(config.users.rank)
+    bank = AdapterBank(layout, slots, alpha=config.users.alpha, trainable=False, device=model.device, dtype=dtype)
+    model.use_bank(bank)
+    return ServedUsers(store, bank, mean)
+
+
+def last_stage(run: RunFolder) -> Tier:
+    """Return the tier of the last trained stage; BASE without one."""
+    trained = [stage for stage in Stage if run.is_trained(stage)]
+    return Tier(trained[-1].value) if trained else Tier.BASE

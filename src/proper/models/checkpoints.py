@@ -1,0 +1,94 @@
+"""Checkpoints: safetensors files with JSON metadata, and loading of the stages' shared weights into a model.
+
+Files are written atomically, and a damaged one is an error that names it. The states of single users are in the adapter
+store, which this module does not open.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from proper.adapters.validation import fault_of
+from proper.config import GroupsConfig, UsersConfig
+from proper.errors import ProperError, StoreError
+from proper.files import atomic_path
+from proper.models.personal import ProperModel
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write tensors and JSON metadata (`facts`) to one safetensors file, atomically."""
+    flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(flat, temporary, metadata={"facts": json.dumps(dict(facts))})
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the JSON metadata of a file that `save_tensors` wrote.
+
+    Raises:
+        ProperError: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ProperError(f"{path}: damaged or unreadable: {error}") from error
+
+
+def load_metadata(path: Path) -> dict[str, Any]:
+    """Return only the JSON metadata of a file that `save_tensors` wrote.
+
+    Raises:
+        ProperError: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts: dict[str, Any] = json.loads((file.metadata() or {}).get("facts", "{}"))
+            return facts
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ProperError(f"{path}: damaged or unreadable: {error}") from error
+
+
+def load_groups(model: ProperModel, config: GroupsConfig, path: Path) -> Float[Tensor, "D"]:
+    """Add experts and user-aware routers to a model with the weights that stage 2 saved; return the mean embedding.
+
+    Raises:
+        ProperError: the file is damaged.
+        StoreError: it has values that are not finite or absurdly large.
+    """
+    model.add_experts(config, seed=0)
+    tensors, _ = load_tensors(path)
+    _copy(model.group_parameters(), tensors, path)
+    return tensors["mean_embedding"]
+
+
+def load_router(model: ProperModel, config: UsersConfig, path: Path) -> None:
+    """Add LoRA-aware routers to a model, with the weights that stage 3b saved if the file exists.
+
+    Raises:
+        ProperError: the file is damaged.
+        StoreError: it has values that are not finite or absurdly large.
+    """
+    model.add_lora_router(config)
+    if path.exists():
+        tensors, _ = load_tensors(path)
+        _copy(model.router_parameters(), tensors, path)
+
+
+def _copy(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy tensors that all users share into frozen parameters; a NaN among them would spoil every answer."""
+    fault = fault_of(tensors)
+    if fault is not None:
+        raise StoreError(f"{path}: {fault}")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[name])
+        parameter.requires_grad_(False)

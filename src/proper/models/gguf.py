@@ -1,0 +1,98 @@
+"""GGUF backbones: a `.gguf` file, de-quantized once into a transformers folder in the cache.
+
+The folder has bf16 weights as safetensors, the tokenizer with its chat template, and the generation config, so that
+everything above loads it like any other backbone. llama.cpp's formats are read by transformers and the package `gguf`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from proper.console import progress
+from proper.errors import ConfigError, ProperError
+from proper.files import atomic_folder
+
+SUFFIX = ".gguf"
+_SAMPLE = 1 << 20
+
+
+def cache_folder() -> Path:
+    """Return the folder of downloaded and de-quantized backbones: `PROPER_CACHE`, else `proper` in the user's cache.
+
+    Raises:
+        ConfigError: there is no home folder and neither `PROPER_CACHE` nor `XDG_CACHE_HOME` is set.
+    """
+    named, shared = os.environ.get("PROPER_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if named:
+        return Path(named)
+    if shared:
+        return Path(shared) / "proper"
+    try:
+        return Path.home() / ".cache" / "proper"
+    except RuntimeError as error:
+        raise ConfigError("no home folder for the cache of backbones; set PROPER_CACHE to a folder") from error
+
+
+def gguf_folder(path: Path) -> Path:
+    """Return the transformers folder of a GGUF file; the first call de-quantizes it into the cache.
+
+    Raises:
+        ConfigError: the file does not exist or cannot be read, its architecture is not supported, or the package
+            `gguf` is missing.
+        ProperError: the cache cannot be written.
+    """
+    if not path.is_file():
+        raise ConfigError(f"backbone: the file {str(path)!r} does not exist")
+    folder = cache_folder() / "gguf" / f"{path.stem}-{_fingerprint(path)}"
+    if not (folder / "config.json").is_file():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_folder(folder, shared=True) as made:
+                dequantize(path, made)
+        except OSError as error:
+            raise ProperError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def dequantize(path: Path, folder: Path) -> None:
+    """Write the model and tokenizer of a GGUF file into an existing folder, in transformers' format and bf16.
+
+    Raises:
+        ConfigError: the file cannot be read, its architecture is not supported, or the package `gguf` is missing.
+    """
+    if find_spec("gguf") is None:
+        raise ConfigError(f"backbone: {path.name}: GGUF files need the extra 'gguf': pip install 'proper-llm[gguf]'")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where, options = str(path.parent.resolve()), {"gguf_file": path.name}
+    with progress(f"de-quantizing {path.name}", 3) as advance:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            advance(1, "tokenizer")
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **options
+            )
+            advance(1, "weights")
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise ConfigError(f"backbone: {path} cannot be de-quantized: {reason}") from error
+        # The compute dtype is bf16 by default, and a file of bf16 is half the size.
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        advance(1, "written")
+
+
+def _fingerprint(path: Path) -> str:
+    """Return a hash of a file's size and of its first, middle and last mebibyte: files may have many gigabytes."""
+    size = path.stat().st_size
+    state = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for start in (0, size // 2, max(0, size - _SAMPLE)):
+            file.seek(start)
+            state.update(file.read(_SAMPLE))
+    return state.hexdigest()[:16]

@@ -1,0 +1,204 @@
+"""New and growing users: fitted as if alone, whoever came before and whatever was killed; nobody else moves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import proper
+from proper.adapters.store import AdapterStore, UserRecord
+from proper.api import Model
+from proper.config import Config
+from proper.data.dataset import Dataset
+from proper.enrolment.fit_user import nearest
+from proper.errors import DataError, InputError, RunFolderError
+from proper.files import hash_file
+from proper.run_folder import Stage, UsersFolder
+from proper.training.stages import StageRunner
+
+WORDS = ["red", "green", "blue", "small", "large", "old", "new", "quiet", "loud", "round"]
+
+
+def rows(shift: int, count: int) -> list[dict[str, Any]]:
+    """Interactions in the run's own columns."""
+    return [
+        {
+            "id": f"{shift}-{at}",
+            "timestamp": 100 + at,
+            "input": " ".join(WORDS[(shift + at * k) % 10] for k in range(1, 4)) + " is",
+            "output": WORDS[(shift + at) % 3],
+        }
+        for at in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(settings: Config, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run with all three stages, its data and its config."""
+    folder = tmp_path_factory.mktemp("grow") / "run"
+    folder.mkdir()
+    stage = {"epochs": 1, "batch_size": 8}
+    tiers = settings.users.tiers.model_copy(update={"pool_below": 6})
+    config = settings.model_copy(
+        update={
+            "population": settings.population.model_copy(update=stage),
+            "groups": settings.groups.model_copy(update=stage),
+            "users": settings.users.model_copy(update={"epochs": 2, "learning_rate": 5e-3, "tiers": tiers}),
+            "compute": settings.compute.model_copy(update={"checkpoint_seconds": 1e-9}),
+        }
+    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump()), encoding="utf-8")
+    database = Path(dataset.connection.execute("PRAGMA database_list").fetchone()[2])
+    shutil.copyfile(database, folder / "data.sqlite")
+    StageRunner(config, dataset, folder, 0, [].append).run(tuple(Stage))
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+Open = Callable[[Path], Model]
+
+
+@pytest.fixture
+def opened() -> Iterator[Open]:
+    models: list[Model] = []
+
+    def load(folder: Path) -> Model:
+        models.append(proper.load(folder))
+        return models[-1]
+
+    yield load
+    for model in models:
+        model.close()
+
+
+def record(folder: Path, user: str) -> UserRecord:
+    store = AdapterStore(folder / "users")
+    found = store.get(user)
+    store.close()
+    assert found is not None
+    return found
+
+
+def same(one: UserRecord, other: UserRecord) -> bool:
+    if (one.tier, one.facts) != (other.tier, other.facts) or not torch.equal(one.embedding, other.embedding):
+        return False
+    pairs = ((tensor, (other.adapter or {})[name]) for name, tensor in (one.adapter or {}).items())
+    return all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+ALONE = """
+import sys, json, proper
+model = proper.load(sys.argv[1])
+model.users.enrol("new", json.loads(sys.argv[2]))
+model.close()
+"""
+
+
+def test_a_fit_is_the_same_alone_in_a_fresh_process_and_in_any_company(run: Path, opened: Open, tmp_path: Path) -> None:
+    alone = shutil.copytree(run, tmp_path / "alone")
+    command = [sys.executable, "-c", ALONE, str(alone), json.dumps(rows(3, 14))]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    before = {user: record(run, user) for user in ("ann", "bob")}
+    shared = [hash_file(run / name) for name in ("users/router.safetensors", "groups/groups.safetensors")]
+    model = opened(run)
+    few = model.users.enrol("few", rows(8, 3))
+    head = model.users.enrol("new", rows(3, 14)[:5])
+    assert head is not None and head.version == 1 and few is not None
+    head = model.users.update("new", rows(3, 14))
+    assert head is not None and head.version == 2 and model.users.versions("new")[0].parent == 1
+    assert same(record(run, "new"), record(alone, "new"))
+    assert record(run, "new").facts["history"] == {"run": 0, "logged": 14}
+    assert all(same(record(run, user), theirs) for user, theirs in before.items())
+    assert shared == [hash_file(run / name) for name in ("users/router.safetensors", "groups/groups.safetensors")]
+    assert not list(UsersFolder(run / "users").fits.iterdir())
+
+
+def test_the_embedding_begins_at_the_mean_and_lowers_the_loss(run: Path, opened: Open) -> None:
+    model = opened(run)
+    served = model.personalized.served
+    assert served is not None
+    model.users.enrol("new", rows(3, 14))
+    made = record(run, "new")
+    losses = made.facts["embedding_losses"]
+    assert len(losses) == 2 and losses[made.facts["embedding_passes"]] == min(losses)
+    assert made.facts["embedding_passes"] > 0 and not torch.equal(made.embedding, served.mean)
+
+
+def test_a_known_user_grows_from_the_run_s_history(run: Path, opened: Open) -> None:
+    before, model = record(run, "ann"), opened(run)
+    (old,) = {each.version for each in model.users.versions("ann")[:1]}
+    head = model.users.update("ann", rows(5, 4))
+    after = record(run, "ann")
+    assert head is not None and head.version == old + 1 and model.users.versions("ann")[0].parent == old
+    assert after.facts["history"] == {"run": 12, "logged": 4} and torch.equal(after.embedding, before.embedding)
+    again = shutil.copytree(run, run.parent / "gone")
+    (again / "data.sqlite").unlink()
+    model = opened(again)
+    model.users.update("ann")
+    assert record(again, "ann").facts["history"] == {"run": None, "logged": 4}
+
+
+def test_one_item_gives_the_group_tier(run: Path, opened: Open) -> None:
+    head = opened(run).users.enrol("one", rows(1, 1))
+    assert head is not None and head.tier == "groups"
+    assert record(run, "one").facts["reason"] == "one item cannot be both trained on and held out"
+
+
+def test_an_adapter_is_what_answers(run: Path, opened: Open) -> None:
+    model = opened(run)
+    prompt = rows(3, 1)[0]["input"]
+    assert model.tier("new") == "none"
+    nobody = model.score([prompt], [None], WORDS)
+    head = model.users.enrol("new", rows(3, 14))
+    assert head is not None and model.tier("new") == head.tier
+    own = model.score([prompt], ["new"], WORDS)
+    assert not torch.equal(own, nobody)
+    assert torch.equal(model.score([prompt], [None], WORDS), nobody)
+
+
+def test_pooled_decisions_ask_the_run_s_own_users_only(run: Path, opened: Open) -> None:
+    model = opened(run)
+    model.users.enrol("new", rows(3, 14))
+    model.users.update("bob", rows(4, 2))
+    store = AdapterStore(run / "users")
+    found = nearest(store, "ann", torch.ones(16), 10)
+    tried = {user for user, _, facts, _ in store.facts() if "group_loss" in facts}
+    store.close()
+    assert {"new", "bob"} <= tried and {trial.user for trial, _ in found} == tried - {"new", "bob", "ann"}
+
+
+def test_bad_interactions_and_users_change_nothing(run: Path, opened: Open) -> None:
+    users = opened(run).users
+    with pytest.raises(InputError, match="there is a user 'ann' already"):
+        users.enrol("ann", rows(1, 2))
+    with pytest.raises(InputError, match="there is no user 'new'"):
+        users.update("new", rows(1, 2))
+    bad = [*rows(1, 2), {"input": "x"}, {"prompt": "x", "target": "y", "user_id": "other"}]
+    with pytest.raises(DataError, match=r"interactions\[2\]: output: missing \(and 1 more bad row\)"):
+        users.enrol("new", bad)
+    users.enrol("new", [{"prompt": "red is", "target": "blue", "id": "a"}])
+    with pytest.raises(InputError, match="'a' is there already with other content"):
+        users.update("new", [{"prompt": "red is", "target": "green", "id": "a"}])
+    assert len(users.versions("new")) == 1
+    assert users.delete("new") and "new" not in users and not users.delete("new")
+
+
+def test_a_run_without_groups_has_no_users(run: Path, opened: Open) -> None:
+    for stage in ("users", "groups"):
+        (run / stage / "stage.json").unlink()
+    with pytest.raises(RunFolderError, match="stage 'groups' is not trained yet"):
+        _ = opened(run).users
