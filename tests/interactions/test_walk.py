@@ -139,7 +139,7 @@ def texts(mark: str, count: int = 4) -> list[dict[str, str]]:
 
 def marked_data(place: Path, run: Path, seeds: list[int]) -> Path:
     """Write the demo's data with marks to the run folder, as `proper demo` does, and beside it; return a config."""
-    settings = DemoSettings(people=len(TRAINED), groups=2, items=(6, 7))
+    settings = DemoSettings(users=len(TRAINED), groups=2, items=(6, 7))
     data = write_demo(run / "data", settings)
     rows = [json.loads(line) for line in data.read_text("utf-8").splitlines()]
     marks = dict(zip(dict.fromkeys(row["user_id"] for row in rows), TRAINED, strict=True))
