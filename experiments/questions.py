@@ -163,9 +163,9 @@ QUESTIONS = (
         grid("users"),
         _command(5),
         notes=(
-            "As released, the constraint has no gradient: its figures equal those of no constraint. On users it works as "
-            "intended: their mixtures differ more (the last column), but answers do not improve measurably; on experts "
-            "it routes all users through the same mixture.",
+            "As released, the constraint has no gradient: its figures equal those of no constraint. On users it "
+            "works as intended: their mixtures differ more (the last column), but answers do not improve measurably; "
+            "on experts it routes all users through the same mixture.",
         ),
     ),
     Question(
@@ -211,8 +211,8 @@ QUESTIONS = (
         short,
         _command(7),
         notes=(
-            "The group model gains little here, unlike in question 1. A likely reason, not tested: its budget is spread "
-            "over all 610 users, so it sees few rows of each, and these 60 have few rows.",
+            "The group model gains little here, unlike in question 1. A likely reason, not tested: its budget is "
+            "spread over all 610 users, so it sees few rows of each, and these 60 have few rows.",
             "Population, OPPU and RAG answer every user with the same rating, so their errors are equal; their losses "
             "differ. A user's mean rating over the same few items is the better answer.",
         ),
@@ -263,7 +263,7 @@ QUESTIONS = (
     Question(
         9,
         "Two tasks trained together",
-        "One run on sections and headlines of the same authors, groups shared, against one run per task of half the size.",
+        "One run on sections and headlines of the same authors, against a run per task of half the size.",
         (
             Source(
                 "sections, HuffPost", "findings/two-tasks.json", (("users", CATEGORY),), inside=("tasks", "Category")
@@ -289,7 +289,7 @@ QUESTIONS = (
         _command(10),
         (*CONTROLS, *RIVALS[-2:]),
         (
-            "A user's majority answer uses the whole history; an adapter was trained on the newest 12 items (HuffPost) or 24.",
+            "A user's majority answer uses the whole history; an adapter the newest 12 items (HuffPost) or 24.",
             "The run of 200 users has no stage 3, so it covers the step of stage 2 alone.",
         ),
     ),

@@ -54,7 +54,7 @@ def test_the_page_tells_everything_of_one_user(stocked: Path, page_of: PageOf) -
     assert not page.open
     assert "User u1" in page.text["header"] and "10history, items" in page.text["header"]
     served = page.text["served"]
-    assert "Reason: the adapter lowers the held-out loss, decided with the nearest users" in served
+    assert "Reason: the adapter lowers the held-out loss, decided together with the nearest users" in served
     assert "newest 8 of 10 items" in served and "2 epochs" in served
     for row in (
         "held-out history, group model1.5001.000",
