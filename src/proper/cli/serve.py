@@ -11,9 +11,10 @@ from typing import Annotated
 import typer
 
 import proper
-from proper.cli.options import RunFolder, existing_run, size_in_bytes
+from proper.cli.options import RunFolder, size_in_bytes
 from proper.errors import ReadOnlyError
 from proper.extras import needs_extra
+from proper.run_folder import require_run
 from proper.sqlite_files import writable
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def command(
     lets running requests finish. If the engine fails, the process exits with code 1, so that a supervisor restarts it.
     As long as the run has never had a key, any program on this machine may send requests; other machines need a key.
     """
-    existing_run(folder)
+    run = require_run(folder)
     prefix_bytes = size_in_bytes("--prefix-cache", prefix_cache)
     with needs_extra("serve", "'proper serve'"):
         from proper.serving.app import ServeSettings, create_app
@@ -128,7 +129,7 @@ def command(
     keys.remember()
     if keys.required and not len(keys):
         logger.warning(f"proper: no key is valid, so nobody gets in; 'proper keys add {folder}' makes one")
-    if not no_worker and not writable(folder / "users" / "users.sqlite"):
+    if not no_worker and not writable(run.users.manifest):
         raise ReadOnlyError(f"{folder}: is read-only, so nobody can be fitted; serve it with --no-worker")
     require_keys(host, keys, f"make one with: proper keys add {folder}")
     from proper.inference import load

@@ -13,6 +13,7 @@ from typing import Any
 
 from proper.evaluation.metrics import TaskInfo, primary_metric
 from proper.evaluation.statistics import UserScores, compare, holm
+from proper.run_folder import LADDER
 
 Scores = Mapping[tuple[str, str], UserScores]
 """Scores by (method, metric)."""
@@ -53,7 +54,7 @@ def default_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
     every other method.
     """
     pairs = [pair for pair in (*STEPS, ("users", "population"), *CONTROLS, *ABLATIONS) if set(pair) <= set(methods)]
-    ladder = [method for method in ("population", "groups", "users") if method in methods]
+    ladder = [method for method in LADDER[1:] if method in methods]
     others = [method for method in methods if method not in ladder]
     return list(dict.fromkeys(pairs + [(ladder[-1], other) for other in others if ladder]))
 

@@ -30,6 +30,7 @@ from proper.evaluation.truth import TruthShares, read_truth, truth_section
 from proper.files import hash_value, read_json, write_json
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
+from proper.run_folder import RunFolder, Stage, Tier
 
 MEASURING_CODE = ("data", "layers", "models", "inference", "evaluation")
 
@@ -87,8 +88,8 @@ class Harness:
         by_method = {one.name: {seed: one.answers(seed) for seed in self.folders} for one in methods}
         predictions = {seed: {name: by_method[name][seed].predictions for name in names} for seed in self.folders}
         for seed, found in predictions.items():
-            write_lamp_predictions(self.folders[seed] / "predictions", found, self.config.data, self.task)
-        routing = self._cached("routing", self._routing) if {"groups", "users"} & set(names) else None
+            write_lamp_predictions(RunFolder(self.folders[seed]).predictions, found, self.config.data, self.task)
+        routing = self._cached("routing", self._routing) if {Tier.GROUPS, Tier.USERS} & set(names) else None
         history_losses = self._cached("history_losses", self._history_losses) if "users" in names else None
         first = next(iter(self.folders))
         raw = RawResults(
@@ -107,16 +108,16 @@ class Harness:
         if "users" in names:
             results["tiers"] = self._tiers()
         gains = gains_by_user(predictions, self.task)
-        write_json(self.home / "users.json", plain(gains))
-        write_json(self.home / "results.json", results)
+        write_json(RunFolder(self.home).user_scores, plain(gains))
+        write_json(RunFolder(self.home).results, results)
         return results
 
     def _cached(self, what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a measure of the trained stages, cached under the hash of stages, data and code."""
-        markers = [self.home / stage / "stage.json" for stage in ("groups", "users")]
+        markers = [RunFolder(self.home).marker(stage) for stage in (Stage.GROUPS, Stage.USERS)]
         stages = [read_json(marker) for marker in markers if marker.exists()]
         key = hash_value([what, self.dataset.sha256, stages, code_version(*MEASURING_CODE)])
-        path = self.home / "analysis.json"
+        path = RunFolder(self.home).analysis
         cached: dict[str, Any] = read_json(path) if path.exists() else {}
         if cached.get(what, {}).get("key") != key:
             cached[what] = {"key": key, "value": plain(measure())}
@@ -128,7 +129,7 @@ class Harness:
         """Return the routing figures of the first seed, from the gates of stage 2, which learns the groups."""
         users = list(self.dataset.users("target"))
         ids = [user.id for user in users]
-        model = load(self.home, "groups")
+        model = load(self.home, Tier.GROUPS)
         gates = mean_gates(model, self.dataset, ids)
         embeddings = _embeddings(model, ids)
         model.close()
@@ -136,12 +137,12 @@ class Harness:
         groups = {user: truth.groups[user] for user in ids if user in truth.groups} if truth else None
         histories = {user.id: user.history for user in users}
         routing, detail = analyze_routing(gates.numpy(), ids, embeddings.numpy(), histories, groups)
-        write_json(self.home / "routing.json", plain(detail))
+        write_json(RunFolder(self.home).routing, plain(detail))
         return routing
 
     def _history_losses(self) -> dict[str, float]:
         """Return the answer loss of every target user on their own newest history, first seed."""
-        model = load(self.home, "users")
+        model = load(self.home, Tier.USERS)
         losses = {}
         for user in self.dataset.users("target"):
             own = answer_losses(model, self.dataset.history(user.id, HISTORY_SAMPLE))
@@ -150,7 +151,7 @@ class Harness:
         return losses
 
     def _read_truth(self) -> TruthShares | None:
-        path = Path(self.config.data.path).with_name("truth.json")
+        path = Path(self.config.data.path).with_name(RunFolder(self.home).demo_truth.name)
         return read_truth(path) if path.is_file() else None
 
     def _truth(
@@ -187,21 +188,22 @@ class Harness:
         """Return the wall time of each stage in seconds, summed over seeds."""
         found: Counter[str] = Counter()
         for folder in self.folders.values():
-            for stage in ("population", "groups", "users"):
-                marker = folder / stage / "stage.json"
+            for stage in Stage:
+                marker = RunFolder(folder).marker(stage)
                 if marker.exists():
-                    found[stage] += read_json(marker)["seconds"]
+                    found[str(stage)] += read_json(marker)["seconds"]
         return dict(found)
 
     def _tiers(self) -> dict[str, Any]:
         """Return the number of target users per serving tier, with the reasons, first seed."""
-        store = AdapterStore(self.home / "users")
+        store = AdapterStore(RunFolder(self.home).users.path)
         targets = {user.id for user in self.dataset.users("target")}
         served = [(tier, metadata) for user, tier, metadata, _ in store.facts() if user in targets]
         store.close()
         counts = Counter(tier for tier, _ in served)
         reasons = Counter(str(metadata["reason"]) for _, metadata in served if "reason" in metadata)
-        return {"groups": counts["groups"], "users": counts["users"], "reasons": dict(reasons.most_common())}
+        sizes = {str(tier): counts[tier] for tier in (Tier.GROUPS, Tier.USERS)}
+        return {**sizes, "reasons": dict(reasons.most_common())}
 
 
 def _embeddings(model: PersonalizedModel, users: Sequence[str]) -> Tensor:

@@ -18,10 +18,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from proper.adapters.store import Tier, UserRecord
+from proper.adapters.store import UserRecord
 from proper.adapters.validation import fault_of
 from proper.errors import InputError, ProperError
 from proper.files import hash_file, read_json, write_json
+from proper.run_folder import Tier
 
 FACTS = "proper.json"
 """The file that marks a folder as an export of any format and describes it."""
@@ -44,7 +45,7 @@ class Exported(BaseModel):
     format: Literal["proper-user"] = "proper-user"
     version: Literal[1] = 1
     user: str
-    tier: Tier
+    tier: Literal["groups", "users"]
     facts: dict[str, Any]
     origin: dict[str, str]
     sha256: str
@@ -57,8 +58,9 @@ def write_user(folder: Path, record: UserRecord, origin: Mapping[str, str]) -> N
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     # A loss among the facts may be NaN, which JSON does not have; it becomes null.
     facts = json.loads(json.dumps(dict(record.facts)), parse_constant=lambda _: None)
-    said = Exported(user=record.user, tier=record.tier, facts=facts, origin=dict(origin), sha256=hash_file(path))
-    write_json(folder / FACTS, said.model_dump())
+    tier: Literal["groups", "users"] = "users" if record.tier == Tier.USERS else "groups"
+    exported = Exported(user=record.user, tier=tier, facts=facts, origin=dict(origin), sha256=hash_file(path))
+    write_json(folder / FACTS, exported.model_dump())
 
 
 def read_user(folder: Path, origin: Mapping[str, str]) -> tuple[UserRecord, dict[str, str]]:
@@ -72,24 +74,25 @@ def read_user(folder: Path, origin: Mapping[str, str]) -> tuple[UserRecord, dict
         InputError: `folder` is not an exported user, is damaged, belongs to another origin (names the key that
             differs), or has values that are not finite or absurdly large (names the tensor).
     """
-    said = _read_facts(folder)
+    exported = _read_facts(folder)
     for key, value in origin.items():
-        if said.origin.get(key) != value:
-            raise InputError(f"{folder}: belongs to another {key} ({said.origin.get(key)}, this run's is {value})")
+        if exported.origin.get(key) != value:
+            raise InputError(f"{folder}: belongs to another {key} ({exported.origin.get(key)}, this run's is {value})")
     path = folder / _TENSORS
     try:
-        if hash_file(path) != said.sha256:
+        if hash_file(path) != exported.sha256:
             raise InputError(f"{path}: damaged: its sha256 is not the one in {FACTS}")
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     embedding = tensors.pop(_EMBEDDING, None)
-    if embedding is None or embedding.dim() != 1 or (said.tier == "users") != bool(tensors):
-        raise InputError(f"{path}: its tensors are not those of a user on the tier '{said.tier}'")
+    if embedding is None or embedding.dim() != 1 or (exported.tier == "users") != bool(tensors):
+        raise InputError(f"{path}: its tensors are not those of a user on the tier '{exported.tier}'")
     fault = fault_of({_EMBEDDING: embedding, **tensors})
     if fault is not None:
         raise InputError(f"{path}: {fault}")
-    return UserRecord(said.user, said.tier, embedding.float(), tensors or None, said.facts), said.origin
+    record = UserRecord(exported.user, Tier(exported.tier), embedding.float(), tensors or None, exported.facts)
+    return record, exported.origin
 
 
 def _read_facts(folder: Path) -> Exported:

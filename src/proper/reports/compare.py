@@ -32,6 +32,7 @@ from proper.reports.html import render
 from proper.reports.load import RunFiles, load_run
 from proper.reports.reading import interval, mapping, number, objects
 from proper.reports.tables import Table
+from proper.run_folder import RunFolder
 
 COLUMNS = (
     *("method", "metric", "primary", "higher_is_better"),
@@ -74,8 +75,8 @@ def write_comparison(first: Path, second: Path, found: Mapping[str, Any]) -> lis
     """
     both = Both((load_run(first), load_run(second)), _names(first.resolve(), second.resolve()), found)
     page, text = render("compare.html.j2", gather(both)), csv_text(both)
-    stem = f"compare-{safe_name(second.resolve().name)}"
-    paths = [first / f"{stem}.html", first / f"{stem}.csv"]
+    name = safe_name(second.resolve().name)
+    paths = [RunFolder(first).comparison(name, ending) for ending in ("html", "csv")]
     for path, content in zip(paths, (page, text), strict=True):
         write_text(path, content)
     return paths

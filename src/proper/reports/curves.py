@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from proper.reports import charts
 from proper.reports.charts import NAMES, TICKS, Chart, canvas, color
 from proper.reports.formats import method_name, metric_name, plain, plural, signed, span
-from proper.reports.load import LADDER, CurvePoint, RunFiles
+from proper.reports.load import CurvePoint, RunFiles
 from proper.reports.narrative import primary_metrics
 from proper.reports.reading import count, interval, number
+from proper.run_folder import LADDER
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -13,12 +13,13 @@ from markupsafe import Markup
 from proper.reports import charts
 from proper.reports.charts import NAMES, TICKS, Canvas, Chart, canvas, color
 from proper.reports.formats import method_name, metric_name, plain, plural, signed, span
-from proper.reports.load import LADDER, ReportedMetric, RoutedUser, UserGain
+from proper.reports.load import ReportedMetric, RoutedUser, UserGain
 from proper.reports.narrative import gain_of
 from proper.reports.reading import interval, mapping, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+from proper.run_folder import LADDER
 
 Item = TypeVar("Item")
 Row = Mapping[str, Any]

@@ -17,6 +17,7 @@ from proper.reports.curves import curves, history_curves
 from proper.reports.examples import choose_examples
 from proper.reports.load import RunFiles, load_run
 from proper.reports.reading import mapping, number
+from proper.run_folder import LADDER, RunFolder
 
 
 def write_report(folder: Path) -> Path:
@@ -29,7 +30,7 @@ def write_report(folder: Path) -> Path:
         ProperError: the report cannot be written.
     """
     run = load_run(folder)
-    path = folder / "report.html"
+    path = RunFolder(folder).report
     write_text(path, render("report.html.j2", gather(run)))
     return path
 
@@ -94,7 +95,7 @@ def _tiles(run: RunFiles) -> list[tuple[str, str]]:
     tiles = []
     for task in dict.fromkeys(row.task for row in rows):
         values = {row.method: formats.plain(row.value) for row in rows if row.task == task}
-        stages = [values[method] for method in ("population", "groups", "users") if method in values]
+        stages = [values[method] for method in LADDER[1:] if method in values]
         name = next(row.metric for row in rows if row.task == task)
         tiles.append((formats.metric_name(name), " → ".join(stages or values.values())))
     metadata = run.part("task")

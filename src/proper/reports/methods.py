@@ -20,10 +20,11 @@ from proper.reports import charts
 from proper.reports.charts import NAMES, TICKS, Chart, canvas
 from proper.reports.figures import columns_with_values, framed
 from proper.reports.formats import method_name, metric_name, plain, plural, signed, size, span
-from proper.reports.load import LADDER, ReportedComparison, ReportedMetric, RunFiles, load_run
+from proper.reports.load import ReportedComparison, ReportedMetric, RunFiles, load_run
 from proper.reports.narrative import is_higher_better, outcome, primary_metrics, verdict
 from proper.reports.reading import count, mapping, number
 from proper.reports.tables import Table
+from proper.run_folder import LADDER, RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -162,7 +163,7 @@ def write_methods_csv(folder: Path) -> Path:
         by_seed = _by_seed(run, row)
         cells |= {"low": low, "high": high, "seed_spread": max(by_seed) - min(by_seed) if len(by_seed) > 1 else None}
         writer.writerow({**costs.get(row.method, {}), **cells})
-    path = folder / "methods.csv"
+    path = RunFolder(folder).methods_table
     write_text(path, text.getvalue())
     return path
 

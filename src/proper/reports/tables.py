@@ -23,9 +23,10 @@ from proper.reports.formats import (
     size,
     span,
 )
-from proper.reports.load import LADDER, ReportedMetric, RunFiles, UserGain
+from proper.reports.load import ReportedMetric, RunFiles, UserGain
 from proper.reports.narrative import gain_of, is_higher_better, primary_metrics, verdict
 from proper.reports.reading import count, interval, mapping, number
+from proper.run_folder import LADDER
 
 COUNTS = ("users", "queries", "seeds")
 
@@ -203,7 +204,7 @@ def metadata(run: RunFiles) -> list[tuple[str, str]]:
 
 def tiers(values: dict[str, Any]) -> tuple[list[tuple[str, int, float]], list[str]]:
     """Return (tier, users, share of users), starting with users' own adapters, and the reasons as sentences."""
-    amounts = [(name, amount) for name in ("users", "groups", "population") if (amount := count(values.get(name)))]
+    amounts = [(name, amount) for name in reversed(LADDER[1:]) if (amount := count(values.get(name)))]
     whole = sum(amount for _, amount in amounts)
     reasons = []
     for name, reported in mapping(values.get("reasons")).items():

@@ -17,19 +17,20 @@ from proper.reports.charts import NAMES, TICKS, Canvas, Chart, canvas, color
 from proper.reports.figures import framed
 from proper.reports.formats import method_name, metric_name, plain, plural, safe_name, signed, size
 from proper.reports.html import render
-from proper.reports.load import LADDER, RoutedUser, RunFiles, UserGain, load_run
+from proper.reports.load import RoutedUser, RunFiles, UserGain, load_run
 from proper.reports.narrative import gain_of, is_higher_better
 from proper.reports.reading import number
 from proper.reports.tables import Table
 from proper.reports.user_data import UserReport, known_items, load_user, metadata_of
+from proper.run_folder import LADDER, RunFolder, Stage, Tier
 
 STEPS = (("groups", "population"), ("users", "groups"))
 MOST_QUERIES = 200
 MOST_DOTS = 800
-SERVED = {
-    "users": "an adapter of their own, on top of the group model",
-    "groups": "the group model with their own embedding",
-    "none": "the group model with the mean embedding of all users",
+SERVED: dict[str, str] = {
+    Tier.USERS: "an adapter of their own, on top of the group model",
+    Tier.GROUPS: "the group model with their own embedding",
+    Tier.NONE: "the group model with the mean embedding of all users",
 }
 
 
@@ -44,7 +45,7 @@ def write_user_pages(folder: Path, users: Sequence[str]) -> list[Path]:
     run = load_run(folder)
     names = list(dict.fromkeys(users))
     pages = [render("user.html.j2", gather(run, load_user(run, user))) for user in names]
-    paths = [folder / f"report-user-{safe_name(user)}.html" for user in names]
+    paths = [RunFolder(folder).user_report(safe_name(user)) for user in names]
     for path, page in zip(paths, pages, strict=True):
         write_text(path, page)
     return paths
@@ -76,7 +77,7 @@ def gather(run: RunFiles, report: UserReport) -> dict[str, Any]:
 def _tier(report: UserReport) -> str:
     if report.stored.versions:
         return report.stored.versions[0].tier
-    return report.gain.tier if report.gain else "none"
+    return report.gain.tier if report.gain else Tier.NONE
 
 
 def _summary(run: RunFiles, report: UserReport) -> str:
@@ -166,7 +167,7 @@ def _neighbours(run: RunFiles, report: UserReport) -> Table | None:
     lines = []
     for near in report.stored.neighbours:
         gain, route = gains.get(near.user), routed.get(near.user)
-        steps = [signed(gain_of(gain, step)) if gain else "–" for step in ("groups", "users")]
+        steps = [signed(gain_of(gain, step)) if gain else "–" for step in (Stage.GROUPS, Stage.USERS)]
         history = f"{gain.history:,}" if gain else "–"
         expert = str(route.main) if route else "–"
         lines.append([near.user, plain(near.cosine), method_name(near.tier), history, expert, *steps])

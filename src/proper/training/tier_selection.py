@@ -19,6 +19,7 @@ from torch.nn import functional
 from proper.adapters.store import UserRecord
 from proper.adapters.validation import is_sound
 from proper.config import TiersConfig
+from proper.run_folder import Tier
 
 BLOCK = 256
 """Number of users per chunk of the nearest-neighbour search."""
@@ -105,7 +106,7 @@ def refused(
 ) -> UserRecord:
     """Return the group-tier record of a user in quarantine; `embeddings` as for `storable`."""
     decision = {"user": user, "up": False, "reason": reason}
-    return UserRecord(user, "groups", storable(embeddings, embedding), None, {**metadata, **decision})
+    return UserRecord(user, Tier.GROUPS, storable(embeddings, embedding), None, {**metadata, **decision})
 
 
 def storable(embeddings: Float[Tensor, "U D"], embedding: Float[Tensor, "D"]) -> Float[Tensor, "D"]:

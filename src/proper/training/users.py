@@ -36,6 +36,7 @@ from proper.files import private_folder, read_json, write_json
 from proper.layers.bank import AdapterBank
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.personal import ProperModel
+from proper.run_folder import Tier
 from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import FitResult, HistoryJobs, refusal
 from proper.training.lora_router import RouterPlan, train_router
@@ -200,7 +201,7 @@ def _fit(stage: UserStage, jobs: HistoryJobs, store: AdapterStore, phase: str, m
             return refused(stage.embeddings, user, result.embedding, reason, metadata(user))
         adapter = encode(tensors, stage.config.storage)
         metrics = {"items": result.items, "passes": state.best, "held_losses": state.losses, "loss": state.trained}
-        return UserRecord(user, "users", result.embedding, adapter, {**metrics, **metadata(user)})
+        return UserRecord(user, Tier.USERS, result.embedding, adapter, {**metrics, **metadata(user)})
 
     def done(results: Sequence[FitResult], again: bool) -> None:
         records = (record(result) for result in results)
@@ -293,7 +294,7 @@ def _keep_on_group_tier(stage: UserStage, chosen: Sequence[int], metadata: Metad
     for at in range(0, len(others), RECORDS):
         users = ((stage.users[index], stage.embeddings[index]) for index in others[at : at + RECORDS])
         stage.store.put(
-            UserRecord(user, "groups", storable(stage.embeddings, embedding), None, metadata(user))
+            UserRecord(user, Tier.GROUPS, storable(stage.embeddings, embedding), None, metadata(user))
             for user, embedding in users
         )
     write_json(marker, {"users": len(others)})
