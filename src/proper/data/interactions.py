@@ -152,11 +152,7 @@ class RowFormat:
             return target
         found = find_label(target, labels, self.task.kind)
         if found is None:
-<<<<<<< HEAD
-            raise BadValue(name, f"{_short(target)} is not in task.labels; {nearest(target, labels)}")
-=======
-            raise BadValue(name, f"{_short(target)} is none of task.labels; {did_you_mean(target, labels)}")
->>>>>>> int
+            raise BadValue(name, f"{_short(target)} is not in task.labels; {did_you_mean(target, labels)}")
         return found
 
     def _time(self, row: Mapping[str, object]) -> float | None:
