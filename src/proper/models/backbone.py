@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from proper.config import Config
-from proper.data.batching import Encoder
+from proper.data.encoder import Encoder
 from proper.errors import ConfigError
 from proper.models.positions import fix_rope, positions_of, require_positions
 from proper.models.tokenizer import (
@@ -47,6 +47,7 @@ class Backbone:
         name: the config's `backbone`.
         digest: hash of parameter names, shapes and a sample of every parameter's values.
         ends: token ids that end an answer.
+        chat: whether prompts use the tokenizer's chat template.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Backbone:
     tokenizer: Any
     digest: str
     ends: tuple[int, ...] = ()
+    chat: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -96,7 +98,7 @@ class Backbone:
 
     def encoder(self, max_length: int) -> Encoder:
         """Return the encoder from texts to this model's tokens; it rejects tokens without an embedding."""
-        return Encoder(self.tokenizer, max_length, rows=self.rows, ends=self.ends)
+        return Encoder(self.tokenizer, max_length, rows=self.rows, ends=self.ends, chat=self.chat)
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from proper.config import Config
-from proper.data.batching import Encoder, special_names
+from proper.data.chat import special_names
+from proper.data.encoder import Encoder
 from proper.errors import ConfigError
 from proper.models.gguf import SUFFIX, gguf_folder
 from proper.models.known_backbones import KNOWN, fetched_folder

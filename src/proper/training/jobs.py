@@ -9,7 +9,7 @@ from typing import Protocol
 from jaxtyping import Float
 from torch import Tensor
 
-from proper.data.batching import EncodedExample
+from proper.data.encoder import EncodedExample
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from proper.data.batching import EncodedExample
+from proper.data.encoder import EncodedExample
 
 MICRO_TOKENS = 4096
 """Maximum padded tokens per micro-batch; more only costs memory."""

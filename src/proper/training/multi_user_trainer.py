@@ -24,7 +24,8 @@ from torch import Tensor
 
 from proper.config import UsersConfig
 from proper.console import Bar, progress
-from proper.data.batching import EncodedExample, collate
+from proper.data.batching import collate
+from proper.data.encoder import EncodedExample
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import Mode, RowContext
 from proper.models.personal import ProperModel, answer_loss
