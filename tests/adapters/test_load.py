@@ -33,7 +33,8 @@ def test_every_form_into_every_slot(
         assert record is not None and record.adapter is not None and head is not None
         wanted, row = torch.empty(layout.width, dtype=slot), torch.full((layout.width,), 7.0, dtype=slot)
         layout.pack(record.adapter, wanted)
-        assert loader.load(f"u{at}", row) == head.checksum
+        found = loader.load(f"u{at}", row)
+        assert found is not None and found.checksum == head.checksum
         assert torch.equal(row, wanted)
     store.close()
 
@@ -73,6 +74,5 @@ def test_a_row_that_cannot_be_filled_is_zero(filled: AdapterStore, layout: Layou
     loader.load("u1", row)
     assert row.any()
     for user in ("g", "nobody"):
-        with pytest.raises(StoreError, match=f"user '{user}' lost their adapter"):
-            loader.load(user, row)
-        assert not row.any()
+        found = loader.load(user, row)
+        assert (found is None or found.tier == "groups") and not row.any()

@@ -21,10 +21,10 @@ from proper.config import load_config
 from proper.data.batching import Batch
 from proper.data.dataset import Dataset
 from proper.errors import InputError, RunFolderError
+from proper.export.converted_models import static_export
 from proper.export.fold import fold
 from proper.export.peft_format import adapter_config, to_peft
 from proper.export.run_export import export_backbone, export_user, import_user
-from proper.export.static_model import static_export
 from proper.files import read_json, write_json
 from proper.inference.generate import generate
 from proper.inference.loading import load

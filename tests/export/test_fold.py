@@ -15,8 +15,8 @@ from proper.data.batching import collate
 from proper.data.dataset import TextExample
 from proper.data.encoder import Encoder
 from proper.errors import InputError
+from proper.export.converted_models import fold_all, folded_size
 from proper.export.fold import fold, folded_rank, history_gates
-from proper.export.static_model import fold_all, folded_size
 from proper.inference.model import PersonalizedModel, ServedUsers
 from proper.layers.bank import AdapterBank
 from proper.layers.personalized_linear import AdaptedLinear

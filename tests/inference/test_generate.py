@@ -13,7 +13,7 @@ import torch
 from proper.errors import StoreError
 from proper.inference import PersonalizedModel, load
 from proper.inference import kv_cache as kv_module
-from proper.inference.generate import generate, respond
+from proper.inference.generate import continuations, generate, respond
 from proper.inference.sampling import Sampling
 from proper.inference.score import score
 
@@ -54,11 +54,11 @@ def test_a_list_is_answered_as_transformers_answers_one_by_one(
 
 def test_an_answer_ends_before_its_end_token(model: PersonalizedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [model.encoder.prompt(prompt) for prompt in PROMPTS]
-    free = [one.tokens for one in generate(model, ids, ["u0", "u1", "u2", None], Sampling(9))]
+    free = [one.tokens for one in continuations(model, ids, ["u0", "u1", "u2", None], Sampling(9))]
     assert all(len(tokens) == 9 for tokens in free)
     end = free[1][4]
     monkeypatch.setattr(model.encoder, "ends", frozenset({end}))
-    stopped = [one.tokens for one in generate(model, ids, ["u0", "u1", "u2", None], Sampling(9))]
+    stopped = [one.tokens for one in continuations(model, ids, ["u0", "u1", "u2", None], Sampling(9))]
     assert stopped == [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in free]
 
 

@@ -164,11 +164,11 @@ def logits(half: PersonalizedModel) -> Logits:
 
 def spoil(engine: Engine, user: str, how: float) -> None:
     """Damage a user's adapter where it lies in memory."""
-    residents = engine._loading.residents
-    assert residents is not None
-    for key, slot in residents._slots.items():
+    cache = engine._adapters.cache
+    assert cache is not None
+    for key, slot in cache._slots.items():
         if key.user == user:
-            residents.bank.values[slot.number] = how
+            cache.bank.values[slot.number] = how
 
 
 visits = st.tuples(
@@ -303,8 +303,8 @@ def test_scores_that_are_not_numbers_are_no_scores(copied: PersonalizedModel) ->
     served = copied.served
     assert served is not None
     fine = score(copied, ["Well?"], ["u0"], ["a", "b"])
-    copied.rows(["u1"])
-    served.bank.values[served.cache._slots["u1"]] = torch.nan
+    (slot,) = served.slots(["u1"])
+    served.bank.values[slot] = torch.nan
     assert torch.equal(score(copied, ["Well?"], ["u0"], ["a", "b"]), fine)
     with pytest.raises(ProperError, match="user 'u1'.*not finite"):
         score(copied, ["Well?", "Well?"], ["u0", "u1"], ["a", "b"])
@@ -373,7 +373,7 @@ def test_a_store_that_cannot_be_read_ends_its_requests_alone(
     engine = Engine(copied, EngineLimits(4, 4))
     heard = Heard()
     # A tenant's store that cannot be opened: too many open files, say.
-    monkeypatch.setattr("proper.inference.adapter_manager.AdapterStore", _refusing)
+    monkeypatch.setattr("proper.inference.model.AdapterStore", _refusing)
     engine.submit(Request(PROMPTS[0], "u0", "full", sampling=Sampling(3)), heard)
     good, _ = ask(engine, PROMPTS[0], "u0", 3)
     finish(engine)
@@ -399,7 +399,7 @@ def test_tokens_without_an_embedding_are_refused(model: PersonalizedModel) -> No
     engine = Engine(model, EngineLimits(2, 2))
     size = model.model.backbone.embeddings
     for odd in (size, -1, 2**40):
-        with pytest.raises(InputError, match=f"token {odd}, and the model has embeddings for 0 to {size - 1}"):
+        with pytest.raises(InputError, match=f"token {odd}; the model has embeddings for 0 to {size - 1}"):
             ask(engine, (5, odd, 6), "u0")
     heard, _ = ask(engine, (5, size - 1), "u0", 2)
     finish(engine)

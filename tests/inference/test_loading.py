@@ -99,6 +99,20 @@ def test_a_mixed_batch_answers_as_each_user_alone(model: PersonalizedModel) -> N
     assert len(set(same)) == 4, "each user has an answer of their own"
 
 
+def test_unknown_users_get_the_mean_embedding_and_no_slot(model: PersonalizedModel) -> None:
+    served = model.served
+    assert served is not None
+    found = served.embeddings(["own", None, "stranger", "group"])
+    records = [served.store.get(user) for user in ("own", "group")]
+    assert all(
+        record is not None and torch.equal(row, record.embedding)
+        for record, row in zip(records, found[[0, 3]], strict=True)
+    )
+    assert torch.equal(found[1], served.mean) and torch.equal(found[2], served.mean)
+    assert served.slots(["own", None, "stranger", "group", "own"]) == [0, -1, -1, -1, 0]
+    assert [served.tier(user) for user in ("own", "group", "stranger", None)] == ["users", "groups", "none", "none"]
+
+
 def test_scores_are_those_of_the_tier(run: Path, model: PersonalizedModel) -> None:
     labels = ["yes", "no, not at all", "perhaps"]
     found = score(model, PROMPTS, USERS, labels)

@@ -167,7 +167,7 @@ def test_no_other_module_writes_files_by_itself() -> None:
         "files.py",
         "interactions/deletion.py",
         "interactions/personal_files.py",
-        "models/tensors.py",
+        "models/checkpoints.py",
         "sqlite_files.py",
         "training/metrics_log.py",
         "training/preflight.py",  # a temporary folder elsewhere

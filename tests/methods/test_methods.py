@@ -24,7 +24,7 @@ from proper.data.dataset import Dataset
 from proper.data.derived.views import EVERYBODY
 from proper.errors import ConfigError, DataError
 from proper.evaluation.runner import answer_losses
-from proper.export.int8_model import in_int8
+from proper.export.converted_models import in_int8
 from proper.inference.loading import load
 from proper.inference.score import score
 from proper.methods.derived_runs import varied

@@ -29,19 +29,7 @@ class RowLoader:
         self._straight: dict[int | None, torch.dtype | None] = {}
         self._buffer = torch.empty(CHUNK, dtype=torch.uint8)
 
-    def load(self, user: str, row: Float[Tensor, "P"]) -> bytes:
-        """Fill a row with a user's adapter; return the adapter's checksum. A row that cannot be filled is zeroed.
-
-        Raises:
-            StoreError: the user has no adapter, or it is damaged, does not fit the layout, or has numbers that are not
-                finite or absurdly large.
-        """
-        head = self.load_head(user, row)
-        if head is None or head.checksum is None:
-            raise StoreError(f"user {user!r} lost their adapter while it was being loaded")
-        return head.checksum
-
-    def load_head(self, user: str, row: Float[Tensor, "P"]) -> Head | None:
+    def load(self, user: str, row: Float[Tensor, "P"]) -> Head | None:
         """Fill a row with a user's adapter; return the head of the record it was read from.
 
         Returns None for an unknown user, and a head of tier "groups" if there is no adapter; both zero the row.

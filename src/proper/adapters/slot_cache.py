@@ -1,95 +1,266 @@
-"""Synchronous LRU cache of LoRA adapters in bank slots: loads the adapters of a batch before the batch runs.
+"""LRU cache of LoRA adapters in the slots of a bank, with pinning and asynchronous loads.
 
-The least recently used slot is evicted.
+A slot holds one version of one user's adapter, so a user who is updated occupies two slots while requests on the old
+version run. A pinned slot is never evicted; of the others the least recently used is. Adapters are loaded on a second
+thread: `load` starts a load, `collect` applies the finished ones, and `fetch` does both and waits.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from proper.adapters.load import RowLoader
-from proper.adapters.store import AdapterStore, Head
-from proper.adapters.validation import require_sound
+from proper.adapters.records import Head
+from proper.adapters.store import AdapterStore
 from proper.errors import StoreError
 from proper.layers.bank import AdapterBank
 
 
-class SlotCache:
-    """A bank of S slots kept filled from a store.
+class AdapterKey(NamedTuple):
+    """One version of one user's adapter. The checksum distinguishes versions of a user deleted and enrolled again."""
+
+    tenant: str
+    user: str
+    version: int
+    checksum: bytes
+
+    @classmethod
+    def of(cls, tenant: str, user: str, head: Head | None) -> AdapterKey | None:
+        """Return the key of a record, or None for one without an adapter."""
+        if head is None or head.tier != "users" or head.checksum is None:
+            return None
+        return cls(tenant, user, head.version, head.checksum)
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """The result of one load.
 
     Attributes:
-        bank: the bank with the slots; None if the store has no adapters that this model can use.
-        mean: the mean user embedding (D,), for users the store does not know.
+        requested: the key that `load` was called with.
+        head: the record found; a newer one if the user was updated meanwhile, None if the user was deleted.
+        error: why the adapter could not be loaded; None if it was, or if the record has no adapter.
     """
 
-    def __init__(self, store: AdapterStore, bank: AdapterBank | None, mean: Float[Tensor, "D"]) -> None:
-        self.store, self.bank, self.mean = store, bank, mean
-        self._loader = RowLoader(store, bank.layout) if bank is not None else None
-        self._slots: OrderedDict[str, int] = OrderedDict()
-        self._checksums: dict[str, bytes | None] = {}
+    requested: AdapterKey
+    head: Head | None
+    error: str | None = None
 
-    def tier(self, user: str | None) -> str:
-        """Return "users", "groups", or "none" for a user the store does not know."""
-        head = self._head(user)
-        return head.tier if head is not None else "none"
+    @property
+    def key(self) -> AdapterKey | None:
+        """Key of the adapter that is in a slot now; None if there is none."""
+        return AdapterKey.of(self.requested.tenant, self.requested.user, self.head)
 
-    def embeddings(self, users: Sequence[str | None]) -> Float[Tensor, "B D"]:
-        """Return every row's user embedding; the mean for unknown users.
+
+@dataclass
+class CacheCounts:
+    """Counters: requests whose adapter was in a slot (`hits`), loads, evictions, and failed loads (`damaged`)."""
+
+    hits: int = 0
+    loads: int = 0
+    evictions: int = 0
+    damaged: int = 0
+
+
+@dataclass
+class _Slot:
+    number: int
+    pins: int = 0
+    forgotten: bool = False
+
+
+class SlotCache:
+    """The slots of a bank, filled from the tenants' stores. Call all methods from one thread.
+
+    Args:
+        stores: returns the store of a tenant; called from the loading thread.
+        bank: the bank whose slots are filled.
+
+    Attributes:
+        counts: counters since the cache was made or cleared.
+        on_loaded: called from the loading thread when a load has finished.
+    """
+
+    def __init__(self, stores: Callable[[str], AdapterStore], bank: AdapterBank) -> None:
+        self.bank, self.counts = bank, CacheCounts()
+        self.on_loaded: Callable[[], None] = lambda: None
+        self._stores = stores
+        self._loaders: dict[str, RowLoader] = {}
+        self._slots: OrderedDict[AdapterKey, _Slot] = OrderedDict()
+        self._loading: dict[AdapterKey, tuple[int, Future[Head | None]]] = {}
+        self._discarded: set[AdapterKey] = set()
+        self._free = list(reversed(range(bank.slots)))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="proper-load")
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, key: AdapterKey) -> bool:
+        return key in self._slots
+
+    @property
+    def loading(self) -> int:
+        """Number of loads that `collect` has not applied yet."""
+        return len(self._loading)
+
+    @property
+    def pinned(self) -> int:
+        """Number of pinned slots, which cannot be evicted."""
+        return sum(slot.pins > 0 for slot in list(self._slots.values()))
+
+    @property
+    def finished(self) -> bool:
+        """Whether at least one load has finished and can be collected."""
+        return any(future.done() for _, future in self._loading.values())
+
+    @property
+    def settled(self) -> bool:
+        """Whether no load is running; finished loads may still have to be collected."""
+        return all(future.done() for _, future in self._loading.values())
+
+    def fetch(self, keys: Sequence[AdapterKey | None]) -> list[int]:
+        """Load adapters, wait for them, and return the slot of each key; -1 for None.
+
+        The slots stay valid until the next call that loads something. A user who is updated meanwhile gets the slot of
+        the newer version.
 
         Raises:
-            StoreError: an embedding has numbers that are not finite or absurdly large.
+            StoreError: there are more different adapters than slots, or an adapter is damaged or gone.
         """
-        heads = [self._head(user) for user in users]
-        for user, head in zip(users, heads, strict=True):
-            if user is not None and head is not None:
-                require_sound(user, {"embedding": head.embedding})
-        return torch.stack([head.embedding if head is not None else self.mean for head in heads])
+        wanted = dict.fromkeys(key for key in keys if key is not None)
+        if len(wanted) > self.bank.slots:
+            raise StoreError(f"{len(wanted)} users in one batch, and the bank has {self.bank.slots} slots")
+        for key in wanted:
+            if key in self._slots:
+                self._slots.move_to_end(key)
+        room = [self.load(key, wanted) for key in wanted]
+        wait([future for _, future in self._loading.values()])
+        found = {result.requested: result for result in self.collect()}
+        if not all(room):
+            raise StoreError(f"{len(wanted)} users in one batch, and too many of the bank's slots are pinned")
+        slots = {key: self._slots[_loaded(found[key]) if key in found else key].number for key in wanted}
+        return [-1 if key is None else slots[key] for key in keys]
 
-    def slots(self, users: Sequence[str | None]) -> Int[Tensor, "B"] | None:
-        """Load the adapters of these users and return each row's slot, -1 for rows without one.
+    def load(self, key: AdapterKey, keep: Collection[AdapterKey]) -> bool:
+        """Start loading an adapter unless it is cached or loading; return False if no slot can be freed for it.
 
-        Raises:
-            StoreError: the batch has more different users than the bank has slots, or an adapter is damaged.
+        Args:
+            key: the adapter to load.
+            keep: adapters that must not be evicted although they are not pinned.
         """
-        heads = {user: head for user in dict.fromkeys(users) if (head := self._head(user)) and head.tier == "users"}
-        distinct = [user for user in heads if user is not None]
-        if self.bank is None or not distinct:
-            return None
-        if len(distinct) > self.bank.slots:
-            raise StoreError(f"{len(distinct)} users in one batch, and the bank has {self.bank.slots} slots")
-        for user in distinct:
-            # A slot whose checksum differs from the head's is out of date. Version numbers would not tell: they start
-            # again when a user is deleted and enrolled anew.
-            if user in self._slots and self._checksums[user] == heads[user].checksum:
-                self._slots.move_to_end(user)
-        for user in distinct:
-            if user not in self._slots or self._checksums[user] != heads[user].checksum:
-                self._load(user, self._slots.pop(user, None), keep=distinct)
-        wanted = [user if user in heads else None for user in users]
-        return torch.tensor([self._slots[user] if user is not None else -1 for user in wanted])
+        if key in self._slots or key in self._loading:
+            return True
+        number = self._free_slot(keep)
+        if number is None:
+            return False
+        future = self._thread.submit(self._read, key, number)
+        self._loading[key] = (number, future)
+        future.add_done_callback(lambda _: self.on_loaded())
+        return True
+
+    def collect(self) -> list[LoadResult]:
+        """Apply the loads that have finished since the last call, and return their results."""
+        done = [key for key, (_, future) in self._loading.items() if future.done()]
+        return [self._apply(key) for key in done]
+
+    def pin(self, key: AdapterKey) -> int:
+        """Return the slot of a cached adapter, and protect it from eviction until `unpin`."""
+        slot = self._slots[key]
+        slot.pins += 1
+        self._slots.move_to_end(key)
+        return slot.number
+
+    def unpin(self, key: AdapterKey) -> None:
+        """Undo one `pin`."""
+        slot = self._slots[key]
+        slot.pins -= 1
+        if slot.forgotten and not slot.pins:
+            self._wipe(key)
+
+    def forget(self, tenant: str, user: str) -> None:
+        """Zero every slot of a user, pinned ones once they are unpinned, and discard the user's running loads."""
+        self._discarded |= {key for key in self._loading if (key.tenant, key.user) == (tenant, user)}
+        for key in [key for key in self._slots if (key.tenant, key.user) == (tenant, user)]:
+            self._slots[key].forgotten = True
+            if not self._slots[key].pins:
+                self._wipe(key)
+
+    def owners(self) -> set[tuple[str, str]]:
+        """Return tenant and user of every adapter that is cached or loading."""
+        return {(key.tenant, key.user) for key in (*self._slots, *self._loading)}
 
     def clear(self) -> None:
-        """Mark all slots as empty, because other code has overwritten the bank."""
+        """Wait for the running load, cancel the others, mark every slot as empty and reset the counters."""
+        futures = [future for _, future in self._loading.values()]
+        wait([future for future in futures if not future.cancel()])
+        self._loading.clear()
+        self._discarded.clear()
         self._slots.clear()
-        self._checksums.clear()
+        self._free = list(reversed(range(self.bank.slots)))
+        self.counts = CacheCounts()
 
-    def _load(self, user: str, slot: int | None, keep: Sequence[str]) -> None:
-        assert self.bank is not None and self._loader is not None
-        slot = self._free(keep) if slot is None else slot
-        self._checksums[user] = self._loader.load(user, self.bank.values[slot])
-        self._slots[user] = slot
+    def close(self) -> None:
+        """Clear the cache and end the loading thread."""
+        self.clear()
+        self._thread.shutdown()
 
-    def _free(self, keep: Sequence[str]) -> int:
-        assert self.bank is not None
-        if len(self._slots) < self.bank.slots:
-            return next(slot for slot in range(self.bank.slots) if slot not in set(self._slots.values()))
-        oldest = next(user for user in self._slots if user not in keep)
-        return self._slots.pop(oldest)
+    def _free_slot(self, keep: Collection[AdapterKey]) -> int | None:
+        if self._free:
+            return self._free.pop()
+        for key, slot in self._slots.items():
+            if not slot.pins and key not in keep:
+                del self._slots[key]
+                self.counts.evictions += 1
+                return slot.number
+        return None
 
-    def _head(self, user: str | None) -> Head | None:
-        return None if user is None else self.store.head(user)
+    def _read(self, key: AdapterKey, number: int) -> Head | None:
+        """Load an adapter into a slot; runs on the loading thread."""
+        loader = self._loaders.get(key.tenant)
+        if loader is None:
+            loader = self._loaders[key.tenant] = RowLoader(self._stores(key.tenant), self.bank.layout)
+        return loader.load(key.user, self.bank.values[number])
+
+    def _apply(self, requested: AdapterKey) -> LoadResult:
+        number, future = self._loading.pop(requested)
+        if requested in self._discarded:
+            self._discarded.remove(requested)
+            self.bank.values[number].zero_()
+            self._free.append(number)
+            return LoadResult(requested, None)
+        error = future.exception()
+        if error is not None:
+            self._free.append(number)
+            self.counts.damaged += 1
+            # Any error concerns this user only: adapters of other users load as before.
+            known = isinstance(error, StoreError | OSError)
+            return LoadResult(requested, None, str(error) if known else f"{type(error).__name__}: {error}")
+        result = LoadResult(requested, future.result())
+        if result.key is None or result.key in self._slots:
+            self._free.append(number)
+        else:
+            self._slots[result.key] = _Slot(number)
+            self.counts.loads += 1
+        return result
+
+    def _wipe(self, key: AdapterKey) -> None:
+        slot = self._slots.pop(key)
+        self.bank.values[slot.number].zero_()
+        self._free.append(slot.number)
+
+
+def _loaded(result: LoadResult) -> AdapterKey:
+    """Return the key of the adapter that a load has put into a slot.
+
+    Raises:
+        StoreError: the load failed, or found no adapter.
+    """
+    if result.error is not None:
+        raise StoreError(result.error)
+    if result.key is None:
+        raise StoreError(f"user {result.requested.user!r} lost their adapter while it was being loaded")
+    return result.key

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from proper.adapters.async_slot_cache import CacheCounts
+from proper.adapters.slot_cache import CacheCounts
 from proper.benchmarks.serve_people import Served
 from proper.benchmarks.timing import TimedSide
 from proper.errors import ProperError

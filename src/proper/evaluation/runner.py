@@ -57,7 +57,8 @@ def predict(
             answers, losses = _answers(model, asked, task, dataset.labels)
             for query, answer, loss in zip(chunk, answers, losses, strict=True):
                 tier = model.tier(alias(query.user))
-                found.append(_prediction(query, answer, loss, tier, histories.get(query.user, 0)))
+                history = histories.get(query.user, 0)
+                found.append(prediction_of(query, answer, tier, history, loss=loss, tokens=query.tokens))
             advance(len(chunk))
     return MethodRun(found, time.perf_counter() - started, sum(p.tokens for p in found))
 
@@ -128,7 +129,10 @@ def mean_gates(model: BatchModel, dataset: Dataset, users: Sequence[str], items:
     return torch.stack(found)
 
 
-def _prediction(query: TextExample, answer: str, loss: float, tier: str, history: int) -> Prediction:
+def prediction_of(
+    query: TextExample, answer: str, tier: str, history: int, *, loss: float | None = None, tokens: int = 0
+) -> Prediction:
+    """Return the prediction row of a query and its answer; see `Prediction`."""
     return Prediction(
         id=query.id,
         user=query.user,
@@ -137,7 +141,7 @@ def _prediction(query: TextExample, answer: str, loss: float, tier: str, history
         target=query.target,
         prediction=answer,
         loss=loss,
-        tokens=query.tokens,
+        tokens=tokens,
         tier=tier,
         history=history,
     )

@@ -17,36 +17,39 @@ from proper.inference.forward import columns_left, decode, prefill, rows_of
 from proper.inference.kv_cache import RowCache
 from proper.inference.model import PersonalizedModel
 from proper.inference.prefix_cache import CachedPrefix, PrefixCache
-from proper.inference.requests import RunningRequest, Token
+from proper.inference.requests import RequestHandle, Token
 from proper.inference.sampling import logprobs_of, next_tokens
 from proper.layers.batch_context import RowContext
 
-Drawn = Token | Exception
+NextToken = Token | Exception
 """A row's next token, or the error that prevented it."""
 
-New = tuple[RunningRequest, CachedPrefix | None]
+New = tuple[RequestHandle, CachedPrefix | None]
 """A request to prefill, and its cached prefix if there is one."""
+
+Failed = tuple[RequestHandle, Exception]
+"""A request that could not be prefilled, and its error."""
 
 
 class RunningBatch:
     """Up to `rows` rows of up to `limit` tokens; `prefixes` gives new rows their cached prefix and keeps ended rows.
 
     Attributes:
-        guests: the request of each row, in row order.
+        handles: the request of each row, in row order.
         reused: number of prompt tokens taken from the prefix cache so far.
     """
 
     def __init__(self, model: PersonalizedModel, rows: int, limit: int, prefixes: PrefixCache) -> None:
-        self.guests: list[RunningRequest] = []
+        self.handles: list[RequestHandle] = []
         self.reused = 0
         self._model, self._cache, self._prefixes = model, RowCache(rows, limit), prefixes
         self._routing: RowContext | None = None
 
     def __len__(self) -> int:
-        return len(self.guests)
+        return len(self.handles)
 
-    def prefill(self, guests: Sequence[RunningRequest]) -> tuple[list[Drawn], list[tuple[RunningRequest, Exception]]]:
-        """Compute the prompts of new requests and append their rows; the row order may differ from `guests`.
+    def prefill(self, handles: Sequence[RequestHandle]) -> tuple[list[NextToken], list[Failed]]:
+        """Compute the prompts of new requests and append their rows; the row order may differ from `handles`.
 
         Requests with a cached prefix are computed last, in a separate pass: in one pass with prompts that have no
         prefix, their whole prompts would be computed.
@@ -54,40 +57,40 @@ class RunningBatch:
         Returns:
             The first token of each added row, and the failed requests with their errors.
         """
-        new = [(guest, self._prefixes.find(guest.origin, guest.request.prompt)) for guest in guests]
-        drawn: list[Drawn] = []
-        failed: list[tuple[RunningRequest, Exception]] = []
+        new = [(handle, self._prefixes.find(handle.prefix_key, handle.request.prompt)) for handle in handles]
+        tokens: list[NextToken] = []
+        failed: list[Failed] = []
         for part in ([one for one in new if one[1] is None], [one for one in new if one[1] is not None]):
             if part:
-                self._begin(part, drawn, failed)
-        return drawn, failed
+                self._begin(part, tokens, failed)
+        return tokens, failed
 
-    def decode(self) -> list[Drawn]:
+    def decode(self) -> list[NextToken]:
         """Return the next token of every row."""
         # Not caught: an interrupted move corrupts all rows, so the error must not be charged to a single row.
         self._cache.make_room()
-        last = [guest.said[-1] for guest in self.guests]
+        last = [handle.tokens[-1] for handle in self.handles]
         logits: Tensor | None = None
         with suppress(Exception):  # recomputing row by row finds the error again, after this pass's memory is free
             if self._routing is None:
-                self._routing = self._rows_of(self.guests)
+                self._routing = self._rows_of(self.handles)
             logits = decode(self._model.model, self._cache, last, self._routing)
-        return self._decode_alone(last) if logits is None else self._draw(logits, self.guests)
+        return self._decode_alone(last) if logits is None else self._draw(logits, self.handles)
 
     def leave(self, row: int) -> None:
         """Remove a row; the last row moves to its index."""
         self._cache.leave(row)
-        self.guests[row] = self.guests[-1]
-        self.guests.pop()
+        self.handles[row] = self.handles[-1]
+        self.handles.pop()
         self._routing = None
 
     def keep(self, row: int) -> None:
-        """Put a row's keys and values into the prefix cache, if its request has an origin."""
-        guest = self.guests[row]
-        if guest.origin is not None:
+        """Put a row's keys and values into the prefix cache, if its request has a prefix key."""
+        handle = self.handles[row]
+        if handle.prefix_key is not None:
             # The newest token has no keys and values yet: the next step would have computed them.
-            tokens = (*guest.request.prompt, *guest.said)[: self._cache.window.lengths[row]]
-            self._prefixes.keep(guest.origin, tokens, self._cache.states(row))
+            tokens = (*handle.request.prompt, *handle.tokens)[: self._cache.window.lengths[row]]
+            self._prefixes.keep(handle.prefix_key, tokens, self._cache.states(row))
 
     def require_backbone(self) -> None:
         """Check that the backbone alone, without experts and adapters, still gives finite logits.
@@ -104,67 +107,67 @@ class RunningBatch:
         if not works:
             raise ProperError("the backbone does not compute any more: its logits are not finite")
 
-    def _begin(self, part: Sequence[New], drawn: list[Drawn], failed: list[tuple[RunningRequest, Exception]]) -> None:
+    def _begin(self, part: Sequence[New], tokens: list[NextToken], failed: list[Failed]) -> None:
         """Prefill new rows in one pass, or each alone if that fails."""
         try:
-            drawn += self._compute(part)
+            tokens += self._compute(part)
             return
         except Exception as error:
             if len(part) == 1:
                 failed.append((part[0][0], error))
         # Not inside `except`, where the error's traceback would keep the failed pass's memory alive.
         for one in part if len(part) > 1 else ():
-            self._begin([one], drawn, failed)
+            self._begin([one], tokens, failed)
 
-    def _compute(self, part: Sequence[New]) -> list[Drawn]:
-        guests = [guest for guest, _ in part]
-        prompts = [guest.request.prompt for guest in guests]
+    def _compute(self, part: Sequence[New]) -> list[NextToken]:
+        handles = [handle for handle, _ in part]
+        prompts = [handle.request.prompt for handle in handles]
         prefixes = [prefix for _, prefix in part if prefix is not None] or None
-        logits = prefill(self._model.model, self._cache, prompts, self._rows_of(guests), prefixes)
+        logits = prefill(self._model.model, self._cache, prompts, self._rows_of(handles), prefixes)
         if prefixes is not None:
             width = columns_left(prompts, prefixes)
             self.reused += sum(max(0, len(prompt) - width) for prompt in prompts)
-        self.guests += guests
+        self.handles += handles
         self._routing = None
-        return self._draw(logits, guests)
+        return self._draw(logits, handles)
 
-    def _decode_alone(self, last: Sequence[int]) -> list[Drawn]:
+    def _decode_alone(self, last: Sequence[int]) -> list[NextToken]:
         """Decode row by row: the failed pass did not advance the window, and its writes are overwritten."""
-        drawn: list[Drawn] = []
-        for row, guest in enumerate(self.guests):
+        tokens: list[NextToken] = []
+        for row, handle in enumerate(self.handles):
             try:
-                rows = self._rows_of([guest])
+                rows = self._rows_of([handle])
                 logits = decode(self._model.model, self._cache.alone(row), last[row : row + 1], rows)
-                drawn += self._draw(logits, [guest])
+                tokens += self._draw(logits, [handle])
             except Exception as error:
-                drawn.append(error)
+                tokens.append(error)
         self._cache.advance()
-        return drawn
+        return tokens
 
-    def _rows_of(self, guests: Sequence[RunningRequest]) -> RowContext:
+    def _rows_of(self, handles: Sequence[RequestHandle]) -> RowContext:
         return rows_of(
             self._model,
-            [guest.head for guest in guests],
-            [guest.slot for guest in guests],
-            [guest.grouped for guest in guests],
-            any(guest.request.gates for guest in guests),
+            [handle.head for handle in handles],
+            [handle.slot for handle in handles],
+            [handle.uses_experts for handle in handles],
+            any(handle.request.gates for handle in handles),
         )
 
-    def _draw(self, logits: Float[Tensor, "B V"], guests: Sequence[RunningRequest]) -> list[Drawn]:
+    def _draw(self, logits: Float[Tensor, "B V"], handles: Sequence[RequestHandle]) -> list[NextToken]:
         """Sample the next tokens of rows in the cache. Returns errors instead of raising: the step cannot be redone."""
         try:
-            tokens = next_tokens(logits, [guest.sampler for guest in guests])
+            tokens = next_tokens(logits, [handle.sampler for handle in handles])
             gates = self._model.model.routing.last()
-            told = gates.tolist() if gates is not None else [()] * len(guests)
+            all_gates = gates.tolist() if gates is not None else [()] * len(handles)
         except Exception as error:
-            return [error] * len(guests)
+            return [error] * len(handles)
         return [
-            token if isinstance(token, Exception) else _token(token, guest, tuple(one), logits[row])
-            for row, (token, guest, one) in enumerate(zip(tokens, guests, told, strict=True))
+            token if isinstance(token, Exception) else _token(token, handle, tuple(one), logits[row])
+            for row, (token, handle, one) in enumerate(zip(tokens, handles, all_gates, strict=True))
         ]
 
 
-def _token(token: int, guest: RunningRequest, gates: tuple[float, ...], logits: Float[Tensor, "V"]) -> Token:
-    own = gates if guest.request.gates and guest.grouped and gates else None
-    count = guest.request.alternatives
+def _token(token: int, handle: RequestHandle, gates: tuple[float, ...], logits: Float[Tensor, "V"]) -> Token:
+    own = gates if handle.request.gates and handle.uses_experts and gates else None
+    count = handle.request.alternatives
     return Token(token, own, None if count is None else logprobs_of(logits, token, count))

@@ -37,9 +37,9 @@ class Detokenizer:
         self._ids.append(token)
         raw = self._raw()
         if not self.stopped:
-            held = max((overlap(raw, stop) for stop in self._stop), default=0)
-            held = max(held, self._window, self._open(raw))
-            raw = raw[: max(0, len(raw) - held)].rstrip(_UNFINISHED)
+            pending = max((overlap(raw, stop) for stop in self._stop), default=0)
+            pending = max(pending, self._window, self._open(raw))
+            raw = raw[: max(0, len(raw) - pending)].rstrip(_UNFINISHED)
         return self._send(raw.strip())
 
     def close(self) -> str:

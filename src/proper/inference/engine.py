@@ -13,40 +13,28 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from proper.adapters.async_slot_cache import CacheCounts
-from proper.adapters.records import Head
+from proper.adapters.slot_cache import CacheCounts
 from proper.adapters.store import AdapterStore
 from proper.errors import ProperError
 from proper.inference.adapter_manager import AdapterManager
-from proper.inference.batch import Drawn, RunningBatch
+from proper.inference.batch import NextToken, RunningBatch
 from proper.inference.model import PersonalizedModel
-from proper.inference.prefix_cache import PrefixCache, PrefixKey
+from proper.inference.prefix_cache import PrefixCache
 from proper.inference.request_queue import RequestQueue
-from proper.inference.requests import (
-    EngineLimits,
-    EngineStats,
-    Event,
-    Finished,
-    Reason,
-    Request,
-    RequestHandle,
-    RunningRequest,
-    Sink,
-    Started,
-    require_possible,
-)
-from proper.inference.sampling import Sampler
+from proper.inference.requests import EngineLimits, EngineStats, Event, Finished, Request, RequestHandle, Sink, Started
 
 
 class Engine:
     """Engine of one model. Methods not marked thread-safe are for the thread that runs the steps.
 
-    The engine fills the model's bank. Until `close`, neither the model's own `generate` and `score` nor another engine
-    may be used on the model.
+    The engine fills the model's bank. Until `close`, neither generation and scoring with the model nor another engine
+    may be used on it.
 
     Args:
         model: the model that answers.
@@ -67,12 +55,11 @@ class Engine:
             self.limit = min(self.limit, positions)
         self._strict = strict
         self.changed = threading.Condition()
-        self._loading = AdapterManager(model, limits.bank, self.wake, strict)
+        self._adapters = AdapterManager(model, limits.bank, self.wake, strict)
         self._prefixes = PrefixCache(limits.prefix_bytes)
         self._inbox: deque[RequestHandle] = deque()
-        self._forget: deque[tuple[str, str]] = deque()
-        self._recheck = False
-        self._waiting: RequestQueue[RunningRequest] = RequestQueue(limits.patience, limits.flow_rows)
+        self._tasks: deque[Callable[[], None]] = deque()
+        self._queue: RequestQueue[RequestHandle] = RequestQueue(limits.patience, limits.flow_rows)
         self._batch = RunningBatch(model, limits.rows, self.limit, self._prefixes)
         self._open: dict[RequestHandle, None] = {}
         self._closed = False
@@ -87,33 +74,26 @@ class Engine:
             ProperError: the engine is closed.
         """
         self.check(request)
-        ticket = RequestHandle(request, sink, self.wake)
+        handle = RequestHandle(request, sink, self.wake)
         with self.changed:
             if self._closed:
                 raise ProperError("the engine is closed")
-            self._open[ticket] = None
-            self._inbox.append(ticket)
+            self._open[handle] = None
+            self._inbox.append(handle)
             self.changed.notify_all()
-        return ticket
+        return handle
 
     def check(self, request: Request) -> None:
-        """Check that a request can be computed; thread-safe. Raises InputError, see `requests.require_possible`."""
-        require_possible(request, self.limit, self.model.model.backbone.embeddings)
+        """Check that a request can be computed; thread-safe. Raises InputError, see `Request.require_possible`."""
+        request.require_possible(self.limit, self.model.model.backbone.embeddings)
 
     def forget(self, tenant: str, user: str) -> None:
         """Wipe a user's adapters from the bank once no row uses them, and drop the user's prefixes; thread-safe."""
-        with self.changed:
-            self._forget.append((tenant, user))
-            self.changed.notify_all()
+        self._before_step(partial(self._forget_user, tenant, user))
 
     def recheck(self) -> None:
-        """Forget all cached users who are no longer in their store; thread-safe.
-
-        Another process may have deleted them.
-        """
-        with self.changed:
-            self._recheck = True
-            self.changed.notify_all()
+        """Forget all cached users who are not in their store: another process may have deleted them; thread-safe."""
+        self._before_step(self._forget_deleted)
 
     def store(self, tenant: str) -> AdapterStore:
         """Return a tenant's store, which the first call opens; thread-safe.
@@ -121,7 +101,7 @@ class Engine:
         Raises:
             ProperError: the run has no users.
         """
-        return self._loading.store(tenant)
+        return self._adapters.store(tenant)
 
     def wake(self) -> None:
         """Notify the threads that wait on `changed`; thread-safe."""
@@ -131,7 +111,7 @@ class Engine:
     def settle(self) -> None:
         """Wait for all running loads, so that the next prefill depends on the requests only and not on timing."""
         with self.changed:
-            self.changed.wait_for(lambda: self._loading.settled)
+            self.changed.wait_for(lambda: self._adapters.settled)
 
     @property
     def idle(self) -> bool:
@@ -141,31 +121,31 @@ class Engine:
     @property
     def blocked(self) -> bool:
         """Whether a step has nothing to do until a load ends or a request is submitted or cancelled."""
-        loading = self._loading
-        if len(self._batch) or self._inbox or self._forget or self._recheck or loading.finished:
+        adapters = self._adapters
+        if len(self._batch) or self._inbox or self._tasks or adapters.finished:
             return False
-        if len(self._waiting) and not loading.underway:
+        if len(self._queue) and not adapters.loading:
             return False  # a row that ended with its first token has freed the slot or row that these requests need
-        return not any(guest.ticket.cancelled or loading.ready(guest) for guest in self._waiting.items())
+        return not any(handle.cancelled or adapters.ready(handle) for handle in self._queue.items())
 
     def stats(self) -> EngineStats:
         """Return a snapshot of the engine's figures; thread-safe."""
-        residents, counts = self._loading.residents, self._counts
+        cache, counts = self._adapters.cache, self._counts
         return EngineStats(
-            waiting=len(self._waiting) + len(self._inbox),
+            waiting=len(self._queue) + len(self._inbox),
             running=len(self._batch),
-            slots=residents.bank.slots if residents is not None else 0,
-            resident=len(residents) if residents is not None else 0,
-            pinned=residents.pinned if residents is not None else 0,
-            loading=self._loading.underway,
+            slots=0 if cache is None else cache.bank.slots,
+            resident=0 if cache is None else len(cache),
+            pinned=0 if cache is None else cache.pinned,
+            loading=self._adapters.loading,
             prefix_bytes=self._prefixes.bytes,
             steps=counts["steps"],
             prompt_tokens=counts["prompt"],
             reused_tokens=self._batch.reused,
             tokens=dict(self._tokens),
-            fallbacks=self._loading.fallbacks,
+            fallbacks=self._adapters.fallbacks,
             errors=counts["errors"],
-            adapters=replace(residents.counts) if residents is not None else CacheCounts(),
+            adapters=replace(cache.counts) if cache is not None else CacheCounts(),
         )
 
     def close(self, error: str | None = None) -> None:
@@ -174,12 +154,12 @@ class Engine:
             self._closed = True
             left = list(self._open)
         self._counts["errors"] += len(left) if error is not None else 0
-        for ticket in left:
-            self._say(ticket, Finished("cancelled") if error is None else Finished("error", error))
+        for handle in left:
+            self._send(handle, Finished("cancelled") if error is None else Finished("error", error))
         self._inbox.clear()
-        self._waiting.remove(lambda _: True)
-        self._batch.guests.clear()
-        self._loading.close()
+        self._queue.remove(lambda _: True)
+        self._batch.handles.clear()
+        self._adapters.close()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -189,145 +169,128 @@ class Engine:
             StoreError: an adapter is damaged, if `strict`; any other error that ends a request is then raised too.
             Exception: an error that belongs to no request; the engine cannot go on.
         """
-        self._take_in()
-        self._let_go()
+        while self._tasks:
+            self._tasks.popleft()()
+        self._accept()
+        self._drop_cancelled()
         # Loads overlap with decoding, so that a load shorter than a decoding step delays no request.
-        self._loading.ahead(self._waiting.items())
-        self._decode()
+        self._adapters.prefetch(self._queue.items())
+        if len(self._batch):
+            self._deliver(self._batch.decode(), 0)
         if self._strict:
             self.settle()
-        self._loading.collect(self._waiting.items())
+        self._adapters.collect(self._queue.items())
         self._prefill()
         self._counts["steps"] += 1
 
-    def _decode(self) -> None:
-        if len(self._batch):
-            self._hand_out(self._batch.decode(), 0)
+    def _before_step(self, task: Callable[[], None]) -> None:
+        with self.changed:
+            self._tasks.append(task)
+            self.changed.notify_all()
+
+    def _forget_user(self, tenant: str, user: str) -> None:
+        self._adapters.forget(tenant, user)
+        self._prefixes.forget(tenant, user)
+
+    def _forget_deleted(self) -> None:
+        for owner in self._adapters.owners() | self._prefixes.owners():
+            if self._adapters.is_gone(*owner):
+                self._forget_user(*owner)
+
+    def _accept(self) -> None:
+        while self._inbox:
+            handle = self._inbox.popleft()
+            try:
+                self._adapters.accept(handle)
+            except Exception as error:  # a store that cannot be read, for example
+                self._fail(handle, error)
+                continue
+            self._queue.add(handle)
+
+    def _drop_cancelled(self) -> None:
+        for handle in self._queue.remove(lambda handle: handle.cancelled):
+            self._send(handle, Finished("cancelled"))
+        for row in reversed(range(len(self._batch))):
+            if self._batch.handles[row].cancelled:
+                self._end(row, Finished("cancelled"))
 
     def _prefill(self) -> None:
-        seated = self._seat()
-        if seated:
-            self._counts["prompt"] += sum(guest.size for guest in seated)
-            drawn, failed = self._batch.prefill(seated)
-            for guest, error in failed:
-                self._loading.release(guest)
-                self._fail(guest.ticket, error)
-            self._hand_out(drawn, len(self._batch) - len(drawn))
-            if not drawn:
-                self._batch.require_backbone()
-
-    def _take_in(self) -> None:
-        if self._recheck:
-            self._recheck = False
-            kept = self._loading.owners() | self._prefixes.owners()
-            self._forget.extend(owner for owner in kept if self._loading.is_gone(*owner))
-        while self._forget:
-            tenant, user = self._forget.popleft()
-            self._loading.forget(tenant, user)
-            self._prefixes.forget(tenant, user)
-        while self._inbox:
-            ticket = self._inbox.popleft()
-            try:
-                guest = RunningRequest(ticket, Sampler(ticket.request.sampling))
-                self._loading.accept(guest)
-            except Exception as error:  # a store that cannot be read, say
-                self._fail(ticket, error)
-                continue
-            self._waiting.add(guest)
-
-    def _let_go(self) -> None:
-        for guest in self._waiting.remove(lambda guest: guest.ticket.cancelled):
-            self._say(guest.ticket, Finished("cancelled"))
-        for row in reversed(range(len(self._batch))):
-            if self._batch.guests[row].ticket.cancelled:
-                self._leave(row, "cancelled")
-
-    def _seat(self) -> list[RunningRequest]:
+        """Start the requests that get a row now, and compute their prompts and first tokens."""
         free = self.limits.rows - len(self._batch)
-        seated = self._waiting.take(free, self.limits.prefill, self._loading.ready, self._batch.guests)
-        for guest in seated:
-            self._loading.take(guest)
-            guest.origin = self._origin(guest, guest.head)
-            version = None if guest.head is None else guest.head.version
-            self._say(guest.ticket, Started(self._tier(guest), version, guest.fallback))
-        return seated
-
-    def _origin(self, guest: RunningRequest, head: Head | None) -> PrefixKey | None:
-        """Return the prefix cache key of a request's row under this record; None if the row is not to be cached."""
-        if head is None or guest.owner is None or not self._prefixes.budget:
-            return None
-        return PrefixKey.of(*guest.owner, head, adapter=guest.slot >= 0)
-
-    def _hand_out(self, drawn: list[Drawn], first: int) -> None:
-        """Append the drawn tokens to the rows from `first` on; rows that have ended or failed leave the batch."""
-        guests = self._batch.guests[first : first + len(drawn)]
-        for row in reversed(range(len(guests))):
-            guest, token = guests[row], drawn[row]
-            if isinstance(token, Exception):
-                self._lose(first + row, token)
-                continue
-            if token.id in self.model.encoder.ends:
-                self._leave(first + row, "stop")
-                continue
-            guest.said.append(token.id)
-            self._tokens[self._tier(guest)] += 1
-            self._say(guest.ticket, token)
-            if len(guest.said) == guest.request.sampling.max_new_tokens:
-                self._leave(first + row, "length")
-        if drawn and all(isinstance(token, Exception) for token in drawn):
+        started = self._queue.take(free, self.limits.prefill, self._adapters.ready, self._batch.handles)
+        if not started:
+            return
+        for handle in started:
+            self._adapters.pin(handle)
+            handle.status = "running"
+            handle.prefix_key = self._prefixes.key_of(handle.owner, handle.head, adapter=handle.slot >= 0)
+            version = None if handle.head is None else handle.head.version
+            self._send(handle, Started(self._adapters.tier(handle), version, handle.fallback))
+        self._counts["prompt"] += sum(handle.size for handle in started)
+        tokens, failed = self._batch.prefill(started)
+        for handle, error in failed:
+            self._adapters.release(handle)
+            self._fail(handle, error)
+        self._deliver(tokens, len(self._batch) - len(tokens))
+        if not tokens:
             self._batch.require_backbone()
 
-    def _leave(self, row: int, reason: Reason) -> None:
-        guest = self._batch.guests[row]
+    def _deliver(self, tokens: list[NextToken], first: int) -> None:
+        """Append new tokens to the rows from `first` on; rows that have ended or failed leave the batch."""
+        handles = self._batch.handles[first : first + len(tokens)]
+        for row in reversed(range(len(handles))):
+            handle, token = handles[row], tokens[row]
+            if isinstance(token, Exception):
+                self._end_failed(first + row, token)
+                continue
+            if token.id in self.model.encoder.ends:
+                self._end(first + row, Finished("stop"))
+                continue
+            handle.tokens.append(token.id)
+            self._tokens[self._adapters.tier(handle)] += 1
+            self._send(handle, token)
+            if len(handle.tokens) == handle.request.sampling.max_new_tokens:
+                self._end(first + row, Finished("length"))
+        if tokens and all(isinstance(token, Exception) for token in tokens):
+            self._batch.require_backbone()
+
+    def _end(self, row: int, event: Finished) -> None:
+        handle = self._batch.handles[row]
+        key = handle.prefix_key
         try:  # the row of a user who was updated or deleted meanwhile is not cached
-            if guest.origin is not None and guest.origin == self._origin(guest, self._loading.head(guest)):
+            head = self._adapters.head(handle) if key is not None else None
+            if key is not None and key == self._prefixes.key_of(handle.owner, head, adapter=key.adapter):
                 self._batch.keep(row)
         except Exception:  # without the cached prefix the next prompt is slower, but no answer is lost
             self._counts["unkept"] += 1
         self._batch.leave(row)
-        self._loading.release(guest)
-        self._say(guest.ticket, Finished(reason))
+        self._adapters.release(handle)
+        self._send(handle, event)
 
-    def _lose(self, row: int, error: Exception) -> None:
-        """End a row whose computation failed; its user's adapter and prefixes may be corrupt, so they are dropped.
-
-        The adapter is loaded again for the user's next request.
-        """
-        guest = self._batch.guests[row]
+    def _end_failed(self, row: int, error: Exception) -> None:
+        """End a row whose computation failed; its user's adapter and prefixes may be corrupt, so they are dropped."""
+        handle = self._batch.handles[row]
         self._batch.leave(row)
-        self._loading.release(guest)
-        if guest.owner is not None:
-            self._loading.forget(*guest.owner)
-            self._prefixes.forget(*guest.owner)
-        self._fail(guest.ticket, error)
+        self._adapters.release(handle)
+        if handle.owner is not None:
+            self._forget_user(*handle.owner)
+        self._fail(handle, error)
 
-    def _fail(self, ticket: RequestHandle, error: Exception) -> None:
-        """End one request as failed.
-
-        Raises:
-            Exception: the error, if `strict`.
-        """
+    def _fail(self, handle: RequestHandle, error: Exception) -> None:
+        """End one request as failed; if `strict`, raise the error."""
         self._counts["errors"] += 1
-        self._say(ticket, Finished("error", f"{type(error).__name__}: {error}"))
+        self._send(handle, Finished("error", f"{type(error).__name__}: {error}"))
         if self._strict:
             raise error
 
-    def _tier(self, guest: RunningRequest) -> str:
-        if self.model.served is None or self.model.stage in ("base", "population"):
-            return self.model.stage
-        if not guest.grouped:
-            return "population"
-        if guest.head is None:
-            return "none"
-        return "users" if guest.slot >= 0 else "groups"
-
-    def _say(self, ticket: RequestHandle, event: Event) -> None:
+    def _send(self, handle: RequestHandle, event: Event) -> None:
         if isinstance(event, Finished):
+            handle.status = "finished"
             with self.changed:
-                del self._open[ticket]
+                del self._open[handle]
         try:
-            ticket.sink(event)
+            handle.sink(event)
         except Exception:
             # The receiver is gone: count it and cancel the request, so that the next step frees its row.
-            self._counts["deaf"] += 1
-            ticket.cancelled = True
+            self._counts["unsent"] += 1
+            handle.cancelled = True

@@ -34,7 +34,7 @@ def rows_of(
     model: PersonalizedModel,
     heads: Sequence[Head | None],
     slots: Sequence[int],
-    grouped: Sequence[bool],
+    uses_experts: Sequence[bool],
     trace: bool = False,
 ) -> RowContext:
     """Return the row context of a batch: embeddings, adapter slots and expert mask.
@@ -43,15 +43,15 @@ def rows_of(
         model: the model that will compute the batch.
         heads: the user record of each row; None gives the mean embedding.
         slots: the bank slot of each row's adapter; -1 for a row without an adapter.
-        grouped: whether experts are applied to a row; population rows get neither experts nor adapter.
+        uses_experts: whether experts are applied to a row; population rows get neither experts nor adapter.
         trace: whether the gates of each row's last token are recorded.
     """
-    if model.served is None or model.stage in ("base", "population") or not any(grouped):
+    if model.served is None or model.stage in ("base", "population") or not any(uses_experts):
         return RowContext()
     device = model.model.device
     mean = model.served.mean
     embedding = torch.stack([mean if head is None else head.embedding for head in heads]).to(device)
-    experts = None if all(grouped) else torch.tensor(grouped, device=device)
+    experts = None if all(uses_experts) else torch.tensor(uses_experts, device=device)
     if max(slots) < 0:
         return RowContext("groups", embedding=embedding, experts=experts, trace=trace)
     own = torch.tensor(slots, device=device)
@@ -110,22 +110,22 @@ def _filled(prefixes: Sequence[CachedPrefix], sizes: Sequence[int], width: int) 
     for number, pair in enumerate(prefixes[0].states if columns > 0 else ()):
         sides = []
         for side, state in enumerate(pair):
-            held = state.new_zeros(len(sizes), state.shape[0], columns, state.shape[2])
+            padded = state.new_zeros(len(sizes), state.shape[0], columns, state.shape[2])
             for at, (prefix, size) in enumerate(zip(prefixes, sizes, strict=True)):
                 if size > width:
-                    held[at, :, columns - (size - width) :] = prefix.states[number][side][:, : size - width]
-            sides.append(held)
+                    padded[at, :, columns - (size - width) :] = prefix.states[number][side][:, : size - width]
+            sides.append(padded)
         filled.update(sides[0], sides[1], number)
     return filled
 
 
 def decode(model: ProperModel, cache: RowCache, last: Sequence[int], rows: RowContext) -> Float[Tensor, "B V"]:
     """Compute each row's newest token, add it to the KV cache, and return the logits of the next token."""
-    held, mask, positions = cache.step()
+    filled, mask, positions = cache.step()
     ids = torch.tensor(last, device=model.device)[:, None]
     with model.routing.use(rows):
         logits: Tensor = model.backbone.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=held, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=filled, use_cache=True
         ).logits[:, -1]
     cache.advance()
     return logits

@@ -48,7 +48,7 @@ def load(folder: str | Path, stage: Stage | None = None) -> PersonalizedModel:
         if stage == "users":
             _require(folder, "users")
             load_router(model, config.users, folder / "users" / "router.safetensors")
-    return PersonalizedModel(model, backbone.encoder(config.compute.max_length), config, served, stage)
+    return PersonalizedModel(model, backbone.encoder(), config, served, stage)
 
 
 def serve_users(folder: Path, config: Config, model: ProperModel) -> ServedUsers:

@@ -9,6 +9,7 @@ A user is answered at the highest tier that they and the loaded stages have:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from proper.adapters.slot_cache import SlotCache
+from proper.adapters.slot_cache import AdapterKey, SlotCache
 from proper.adapters.store import AdapterStore, Head
 from proper.adapters.validation import require_sound
 from proper.config import Config
@@ -49,23 +50,31 @@ class BatchModel(Protocol):
 
 
 class ServedUsers:
-    """The users that a model serves: their records in the store and their adapters in bank slots.
+    """The users that a model serves: their records in the tenants' stores and their adapters in bank slots.
 
     Attributes:
-        store: the adapter store.
+        store: the adapter store of the default tenant.
         mean: the mean user embedding (D,), for users that the store does not know.
-        cache: the slot cache over `store` and the model's bank.
+        cache: the slot cache over the stores and the model's bank.
     """
 
     def __init__(self, store: AdapterStore, bank: AdapterBank, mean: Float[Tensor, "D"]) -> None:
         self.store, self.mean = store, mean
-        self.cache = SlotCache(store, bank, mean)
+        self.cache = SlotCache(self.store_of, bank)
+        self._stores = {store.tenant: store}
+        self._lock = threading.Lock()
 
     @property
     def bank(self) -> AdapterBank:
         """The bank whose slots hold the adapters."""
-        assert self.cache.bank is not None
         return self.cache.bank
+
+    def store_of(self, tenant: str) -> AdapterStore:
+        """Return a tenant's store, which the first call opens; thread-safe."""
+        with self._lock:
+            if tenant not in self._stores:
+                self._stores[tenant] = AdapterStore(self.store.folder, tenant)
+            return self._stores[tenant]
 
     def head(self, user: str | None) -> Head | None:
         """Return a user's current record without the adapter; None for no user or an unknown one."""
@@ -87,6 +96,22 @@ class ServedUsers:
             if user is not None and head is not None:
                 require_sound(user, {"embedding": head.embedding})
         return torch.stack([head.embedding if head is not None else self.mean for head in heads])
+
+    def slots(self, users: Sequence[str | None]) -> list[int]:
+        """Load these users' adapters into the bank and return every row's slot; -1 for rows without an adapter.
+
+        Raises:
+            StoreError: the batch has more different users than the bank has slots, or an adapter is damaged.
+        """
+        tenant = self.store.tenant
+        keys = {user: AdapterKey.of(tenant, user, self.head(user)) for user in set(users) if user is not None}
+        return self.cache.fetch([None if user is None else keys[user] for user in users])
+
+    def close(self) -> None:
+        """End the loading thread and close the stores."""
+        self.cache.close()
+        for store in self._stores.values():
+            store.close()
 
 
 class PersonalizedModel:
@@ -129,12 +154,12 @@ class PersonalizedModel:
         embedding = self.served.embeddings(users).to(self.model.device)
         if self.stage == "groups":
             return RowContext("groups", embedding=embedding)
-        slots = self.served.cache.slots(users)
-        if slots is None:
+        slots = self.served.slots(users)
+        if max(slots) < 0:
             return RowContext("groups", embedding=embedding)
-        return RowContext("users", embedding=embedding, slots=slots.to(self.model.device))
+        return RowContext("users", embedding=embedding, slots=torch.tensor(slots, device=self.model.device))
 
     def close(self) -> None:
-        """Close the store."""
-        if self.store is not None:
-            self.store.close()
+        """Close the stores."""
+        if self.served is not None:
+            self.served.close()

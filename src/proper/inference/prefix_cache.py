@@ -78,30 +78,36 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def find(self, origin: PrefixKey | None, prompt: Sequence[int]) -> CachedPrefix | None:
+    def key_of(self, owner: tuple[str, str] | None, head: Head | None, *, adapter: bool) -> PrefixKey | None:
+        """Return the key of a row of this (tenant, user) and record; None if the row is not to be cached."""
+        if head is None or owner is None or not self.budget:
+            return None
+        return PrefixKey.of(*owner, head, adapter=adapter)
+
+    def find(self, key: PrefixKey | None, prompt: Sequence[int]) -> CachedPrefix | None:
         """Return the longest cached prefix of `prompt` as views of the cached tensors; never the whole prompt.
 
         A prefix shorter than half of the prompt is not worth a separate forward pass, so it gives None. Entries of
         other versions of this user are dropped: the user has a new version.
         """
-        if origin is None:
+        if key is None:
             return None
-        self._drop(lambda other: other[:2] == origin[:2] and other[:-1] != origin[:-1])
-        found = [(_shared(tokens, prompt), tokens) for owner, tokens in self._kept if owner == origin]
+        self._drop(lambda other: other[:2] == key[:2] and other[:-1] != key[:-1])
+        found = [(_shared(tokens, prompt), tokens) for owner, tokens in self._kept if owner == key]
         shared, tokens = max(found, default=(0, ()))
         shared = min(shared, len(prompt) - 1)
         if shared < max(SHORTEST, len(prompt) / 2):
             return None
-        self._kept.move_to_end((origin, tokens))
-        states = self._kept[origin, tokens]
+        self._kept.move_to_end((key, tokens))
+        states = self._kept[key, tokens]
         return CachedPrefix(tokens[:shared], tuple((keys[:, :shared], values[:, :shared]) for keys, values in states))
 
-    def keep(self, origin: PrefixKey | None, tokens: tuple[int, ...], states: States) -> None:
+    def keep(self, key: PrefixKey | None, tokens: tuple[int, ...], states: States) -> None:
         """Store a copy of a row's tokens and of each layer's keys and values, if it fits the budget."""
         size = _size(states)
-        if origin is None or len(tokens) < SHORTEST or size > self.budget:
+        if key is None or len(tokens) < SHORTEST or size > self.budget:
             return
-        for owner, other in [key for key in self._kept if key[0] == origin]:
+        for owner, other in [entry for entry in self._kept if entry[0] == key]:
             if other[: len(tokens)] == tokens:
                 self._kept.move_to_end((owner, other))
                 return
@@ -109,23 +115,23 @@ class PrefixCache:
                 self._pop((owner, other))
         while self.bytes + size > self.budget:
             self._pop(next(iter(self._kept)))
-        self._kept[origin, tokens] = tuple((keys.clone(), values.clone()) for keys, values in states)
+        self._kept[key, tokens] = tuple((keys.clone(), values.clone()) for keys, values in states)
         self.bytes += size
 
     def forget(self, tenant: str, user: str) -> None:
         """Drop all entries of a user."""
-        self._drop(lambda origin: (origin.tenant, origin.user) == (tenant, user))
+        self._drop(lambda key: (key.tenant, key.user) == (tenant, user))
 
     def owners(self) -> set[tuple[str, str]]:
         """Return (tenant, user) of all entries."""
-        return {(origin.tenant, origin.user) for origin, _ in self._kept}
+        return {(key.tenant, key.user) for key, _ in self._kept}
 
     def _drop(self, gone: Callable[[PrefixKey], bool]) -> None:
-        for key in [key for key in self._kept if gone(key[0])]:
-            self._pop(key)
+        for entry in [entry for entry in self._kept if gone(entry[0])]:
+            self._pop(entry)
 
-    def _pop(self, key: tuple[PrefixKey, tuple[int, ...]]) -> None:
-        self.bytes -= _size(self._kept.pop(key))
+    def _pop(self, entry: tuple[PrefixKey, tuple[int, ...]]) -> None:
+        self.bytes -= _size(self._kept.pop(entry))
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

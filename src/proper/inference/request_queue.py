@@ -74,13 +74,13 @@ class RequestQueue(Generic[T]):
 
     def items(self) -> list[T]:
         """Return all requests in the order in which they will be served."""
-        return [place.item for place in self._order()]
+        return [entry.item for entry in self._order()]
 
     def remove(self, gone: Callable[[T], bool]) -> list[T]:
         """Remove the requests for which `gone` is true, and return them."""
-        left = [place for place in self._order() if gone(place.item)]
+        left = [entry for entry in self._order() if gone(entry.item)]
         self._drop(left)
-        return [place.item for place in left]
+        return [entry.item for entry in left]
 
     def take(self, rows: int, tokens: int, ready: Callable[[T], bool], running: Sequence[T] = ()) -> list[T]:
         """Remove and return the requests that get a row now; called once per step.
@@ -95,32 +95,32 @@ class RequestQueue(Generic[T]):
         shares = self._shares(rows, running)
         taken: list[_QueuedRequest[T]] = []
         unready: list[_QueuedRequest[T]] = []
-        held: set[Hashable] = set()
+        blocked: set[Hashable] = set()
         longest = 0
-        for place in self._order():
-            item, flow = place.item, place.item.flow
+        for entry in self._order():
+            item, flow = entry.item, entry.item.flow
             if len(taken) == rows:
                 break
-            if flow in held or not shares.allows(flow, rows - len(taken)):
-                held.add(flow)
+            if flow in blocked or not shares.allows(flow, rows - len(taken)):
+                blocked.add(flow)
                 continue
             width = max(longest, item.size)
             if taken and width * (len(taken) + 1) > tokens:
                 break
             if any(other.passed[flow] >= self.patience for other in unready):
-                held.add(flow)
+                blocked.add(flow)
                 continue
             if not ready(item):
-                unready.append(place)
+                unready.append(entry)
                 continue
             for other in unready:
                 other.passed[flow] += 1
-            taken.append(place)
+            taken.append(entry)
             self._charge(item)
             shares.running[flow] += 1
             longest = width
         self._drop(taken)
-        return [place.item for place in taken]
+        return [entry.item for entry in taken]
 
     def _order(self) -> Iterator[_QueuedRequest[T]]:
         """Yield all entries in the order in which they would be served."""
@@ -134,11 +134,11 @@ class RequestQueue(Generic[T]):
             heap.append((self._tags[flow], first.number, first))
         heapq.heapify(heap)
         while heap:
-            start, _, place = heapq.heappop(heap)
-            yield place
-            following = next(lines[place.item.flow], None)
+            start, _, entry = heapq.heappop(heap)
+            yield entry
+            following = next(lines[entry.item.flow], None)
             if following is not None:
-                heapq.heappush(heap, (start + place.item.cost, following.number, following))
+                heapq.heappush(heap, (start + entry.item.cost, following.number, following))
 
     def _charge(self, item: T) -> None:
         """Charge a request's cost to its flow and advance the virtual time."""
@@ -148,9 +148,9 @@ class RequestQueue(Generic[T]):
     def _drop(self, gone: Sequence[_QueuedRequest[T]]) -> None:
         if not gone:
             return
-        numbers = {place.number for place in gone}
-        for flow in {place.item.flow for place in gone}:
-            self._lines[flow] = deque(place for place in self._lines[flow] if place.number not in numbers)
+        numbers = {entry.number for entry in gone}
+        for flow in {entry.item.flow for entry in gone}:
+            self._lines[flow] = deque(entry for entry in self._lines[flow] if entry.number not in numbers)
             if not self._lines[flow]:
                 del self._lines[flow]
         if not self._lines:  # nothing waits, so no flow is behind another: virtual time restarts

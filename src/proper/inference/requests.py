@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from proper.adapters.async_slot_cache import AdapterKey, CacheCounts
 from proper.adapters.records import Head
+from proper.adapters.slot_cache import AdapterKey, CacheCounts
 from proper.errors import InputError
 from proper.inference.prefix_cache import PrefixKey
 from proper.inference.sampling import Logprobs, Sampler, Sampling
 
 Tier = Literal["users", "groups", "population"]
+
+Status = Literal["waiting", "running", "finished"]
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 """stop: end token; length: `max_new_tokens` reached; cancelled: by the client or at shutdown; error: a failure."""
@@ -41,6 +43,25 @@ class Request:
     gates: bool = False
     client: str = ""
     alternatives: int | None = None
+
+    def require_possible(self, limit: int, embeddings: int) -> None:
+        """Check that the request can be computed.
+
+        Args:
+            limit: maximum tokens of a prompt and its answer together.
+            embeddings: number of token embeddings of the model; valid ids are below it.
+
+        Raises:
+            InputError: the prompt is empty, does not fit with its answer, or has a token without an embedding.
+        """
+        size = len(self.prompt) + self.sampling.max_new_tokens
+        if not self.prompt or self.sampling.max_new_tokens < 1:
+            raise InputError("a prompt and its answer have at least one token each")
+        if size > limit:
+            raise InputError(f"prompt and answer may have {limit} tokens together, these would have {size}")
+        for token in (min(self.prompt), max(self.prompt)):
+            if not 0 <= token < embeddings:
+                raise InputError(f"the prompt has token {token}; the model has embeddings for 0 to {embeddings - 1}")
 
 
 @dataclass(frozen=True)
@@ -80,27 +101,6 @@ class Finished:
 
     reason: Reason
     error: str | None = None
-
-
-def require_possible(request: Request, limit: int, embeddings: int) -> None:
-    """Check that a request can be computed.
-
-    Args:
-        request: the request.
-        limit: maximum tokens of a prompt and its answer together.
-        embeddings: number of token embeddings of the model; valid ids are below it.
-
-    Raises:
-        InputError: the prompt is empty, does not fit with its answer, or has a token without an embedding.
-    """
-    size = len(request.prompt) + request.sampling.max_new_tokens
-    if not request.prompt or request.sampling.max_new_tokens < 1:
-        raise InputError("a prompt and its answer have at least one token each")
-    if size > limit:
-        raise InputError(f"prompt and answer may have {limit} tokens together, these would have {size}")
-    for odd in (min(request.prompt), max(request.prompt)):
-        if not 0 <= odd < embeddings:
-            raise InputError(f"the prompt has token {odd}, and the model has embeddings for 0 to {embeddings - 1}")
 
 
 Event = Started | Token | Finished
@@ -168,45 +168,46 @@ class EngineStats:
     adapters: CacheCounts
 
 
-class RequestHandle:
-    """Handle of a submitted request; `cancel` removes it from the queue or batch before the next step. Thread-safe."""
-
-    def __init__(self, request: Request, sink: Sink, wake: Callable[[], None]) -> None:
-        self.request, self.sink, self.cancelled = request, sink, False
-        self._wake = wake
-
-    def cancel(self) -> None:
-        """Cancel the request; its sink still gets `Finished`, unless it already has."""
-        self.cancelled = True
-        self._wake()
-
-
 @dataclass(eq=False)
-class RunningRequest:
-    """A request inside the engine.
+class RequestHandle:
+    """A submitted request: `cancel` and `status` for its client, the rest for the engine's thread.
 
     Attributes:
+        request: what was submitted.
+        sink: receives the events.
+        wake: notifies the engine's thread.
+        status: "waiting" for a row, "running" in a row, or "finished".
+        cancelled: whether the engine drops the request before its next step.
         head: the version of its user's record that it uses; None without a user or record.
         key: key of the adapter that it needs; None if it needs none.
         slot: slot of that adapter while the request has a row; -1 otherwise.
         fallback: why its user's adapter or embedding is not used; None if nothing is damaged.
-        origin: prefix cache key of its row; None if the row is not to be cached.
-        said: the tokens generated so far.
+        prefix_key: key of its row in the prefix cache; None if the row is not to be cached.
+        tokens: the tokens generated so far.
     """
 
-    ticket: RequestHandle
-    sampler: Sampler
+    request: Request
+    sink: Sink
+    wake: Callable[[], None]
+    status: Status = "waiting"
+    cancelled: bool = False
     head: Head | None = None
     key: AdapterKey | None = None
     slot: int = -1
     fallback: str | None = None
-    origin: PrefixKey | None = None
-    said: list[int] = field(default_factory=list)
+    prefix_key: PrefixKey | None = None
+    tokens: list[int] = field(default_factory=list)
 
-    @property
-    def request(self) -> Request:
-        """The submitted request."""
-        return self.ticket.request
+    def __post_init__(self) -> None:
+        self.sampler = Sampler(self.request.sampling)
+
+    def cancel(self) -> None:
+        """Remove the request from the queue or the batch before the next step; thread-safe.
+
+        Its sink still gets `Finished`, unless it already has.
+        """
+        self.cancelled = True
+        self.wake()
 
     @property
     def size(self) -> int:
@@ -226,11 +227,11 @@ class RunningRequest:
     @property
     def owner(self) -> tuple[str, str] | None:
         """(tenant, user) of the record that it needs; None if it needs no record."""
-        if self.request.user is None or not self.grouped:
+        if self.request.user is None or not self.uses_experts:
             return None
         return self.request.tenant, self.request.user
 
     @property
-    def grouped(self) -> bool:
+    def uses_experts(self) -> bool:
         """Whether the group experts are applied to the request."""
         return self.request.tier != "population"

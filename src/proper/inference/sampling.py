@@ -49,21 +49,25 @@ class Logprobs:
 
 
 class Sampler:
-    """Sampler of one request, with its own random generator."""
+    """Sampler of one request, with its own random generator, which the first draw makes."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self._generator: torch.Generator | None = None
-        if sampling.temperature > 0:
-            self._generator = torch.Generator().manual_seed(sampling.seed)
 
     @property
     def greedy(self) -> bool:
         """Whether decoding is greedy."""
-        return self._generator is None
+        return not self.sampling.temperature > 0
 
     def draw(self, logits: Float[Tensor, "V"]) -> int:
-        """Draw a token by temperature and top_p, on the CPU: generators differ by device. The maximum is finite."""
+        """Draw a token by temperature and top_p, on the CPU: generators differ by device. The maximum is finite.
+
+        Raises:
+            RuntimeError: no generator takes the seed.
+        """
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(self.sampling.seed)
         logits = logits.float().cpu()
         # Relative to the maximum, so that a temperature near 0 turns the others into -inf and never gives inf - inf.
         scores = ((logits - logits.max()).double() / self.sampling.temperature).float()

@@ -59,10 +59,10 @@ class LabelTree:
         sees = torch.zeros(len(inner), len(inner), dtype=torch.bool)
         for at, path in enumerate(inner):
             sees[at, [number[path[:end]] - 1 for end in range(1, len(path) + 1)]] = True
-        place = {path: at for at, path in enumerate(edges)}
+        index = {path: at for at, path in enumerate(edges)}
         member = torch.zeros(len(edges), len(labels))
         for at, label in enumerate(labels):
-            member[[place[tuple(label[:end])] for end in range(1, len(label) + 1)], at] = 1.0
+            member[[index[tuple(label[:end])] for end in range(1, len(label) + 1)], at] = 1.0
         return cls(
             tokens=torch.tensor([path[-1] for path in inner], dtype=torch.long),
             depth=torch.tensor([len(path) - 1 for path in inner], dtype=torch.long),

@@ -165,9 +165,9 @@ class AdapterBank:
         With `onto`, the second result is `onto` + h_u, computed in one pass. `complete` promises that no slot is -1.
         """
         down, up = self.down[module], self.up[module]
-        places = (self._gradient.get(down), self._gradient.get(up)) if down.requires_grad else None
+        buffers = (self._gradient.get(down), self._gradient.get(up)) if down.requires_grad else None
         found: tuple[Tensor, Tensor] = _Lora.apply(  # type: ignore[no-untyped-call]
-            x, onto, down, up, slots, None if complete else (slots < 0).view(-1, 1, 1), self.scale, places
+            x, onto, down, up, slots, None if complete else (slots < 0).view(-1, 1, 1), self.scale, buffers
         )
         return found
 
@@ -205,7 +205,7 @@ class _Lora(torch.autograd.Function):
         slots: Tensor,
         absent: Tensor | None,
         scale: float,
-        places: tuple[Tensor, Tensor] | None,
+        buffers: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         index = slots if absent is None else slots.clamp(min=0)
         own_down, own_up = _rows(down, index, x.dtype), _rows(up, index, x.dtype)
@@ -219,8 +219,8 @@ class _Lora(torch.autograd.Function):
             out = torch.bmm(scaled.mT, own_up.mT)
         else:
             out = torch.baddbmm(onto.to(x.dtype), scaled.mT, own_up.mT).to(onto.dtype)
-        ctx.scale, ctx.places, ctx.has_onto = scale, places, onto is not None
-        ctx.save_for_backward(own_down, own_up, index, absent, *((x, scaled) if places is not None else ()))
+        ctx.scale, ctx.buffers, ctx.has_onto = scale, buffers, onto is not None
+        ctx.save_for_backward(own_down, own_up, index, absent, *((x, scaled) if buffers is not None else ()))
         return middle.mT, out
 
     @staticmethod
@@ -228,11 +228,11 @@ class _Lora(torch.autograd.Function):
         own_down, own_up, index, absent, *kept = ctx.saved_tensors
         by_out = upstream[1].to(own_down.dtype)
         by_middle = torch.bmm(own_up.mT, by_out.mT) * ctx.scale + upstream[0].mT
-        if ctx.places is not None:
+        if ctx.buffers is not None:
             x, scaled = kept
-            _collect(ctx.places[0], index, absent, torch.bmm(by_middle, x))
+            _collect(ctx.buffers[0], index, absent, torch.bmm(by_middle, x))
             # Made contiguous while it is small: accumulating a strided tensor takes three times as long.
-            _collect(ctx.places[1], index, absent, torch.bmm(scaled, by_out).mT.contiguous())
+            _collect(ctx.buffers[1], index, absent, torch.bmm(scaled, by_out).mT.contiguous())
         by_x = torch.bmm(by_middle.mT, own_down) if ctx.needs_input_grad[0] else None
         return by_x, upstream[1] if ctx.has_onto else None, None, None, None, None, None, None
 
@@ -244,16 +244,16 @@ def _rows(view: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     return view.index_select(0, index).to(dtype)
 
 
-def _collect(place: Tensor, index: Tensor, absent: Tensor | None, gradient: Tensor) -> None:
+def _collect(buffer: Tensor, index: Tensor, absent: Tensor | None, gradient: Tensor) -> None:
     """Add each row's gradient to its slot's gradient; rows without a slot add zero, even if theirs is not finite."""
-    gradient = gradient.to(place.dtype)
+    gradient = gradient.to(buffer.dtype)
     if absent is not None:
         gradient = gradient.masked_fill(absent, 0)
-    if place.device.type == "cpu":
-        place.index_add_(0, index, gradient)
+    if buffer.device.type == "cpu":
+        buffer.index_add_(0, index, gradient)
     else:
         # On a GPU, index_add_ accumulates in no fixed order, so results would not be reproducible.
-        place.index_put_((index,), gradient, accumulate=True)
+        buffer.index_put_((index,), gradient, accumulate=True)
 
 
 class _Take(torch.autograd.Function):

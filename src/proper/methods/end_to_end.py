@@ -193,7 +193,7 @@ class JointRunner:
         sample = self.rows()
         # One pass, because `sample` already contains every row as often as the three stages train on it.
         once = config.model_copy(update={"groups": config.groups.model_copy(update={"epochs": 1.0})})
-        encoder = backbone.encoder(config.compute.max_length)
+        encoder = backbone.encoder()
         plan = stage_plan("groups", once, sample, backbone, encoder, self.folder, self.seed, self.log)
         train_stage(stage, model, config.groups, plan, accelerator)
         self._save(model, users, groups.embeddings, slots, bank)

@@ -19,8 +19,7 @@ from proper.data.derived.views import cut_queries
 from proper.evaluation.fingerprint import code_version
 from proper.evaluation.harness import MethodSpec
 from proper.evaluation.runner import MethodRun, read_predictions, write_predictions
-from proper.export.int8_model import int8_bytes
-from proper.export.static_model import folded_size
+from proper.export.converted_models import folded_size, int8_bytes
 from proper.files import hash_value, read_json, write_json
 from proper.inference.loading import load
 from proper.methods.derived_runs import find_place, seconds_of

@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from proper.data.derived.views import OneUser
 from proper.errors import DataError
 from proper.evaluation.runner import MethodRun, predict
-from proper.export.int8_model import USERS_INT8, in_int8
-from proper.export.static_model import STATIC_EXPORT, static_export
+from proper.export.converted_models import STATIC_EXPORT, USERS_INT8, in_int8, static_export
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel, ServedUsers, Stage
 from proper.methods.spec import TrainedRun, TrainingWork
@@ -75,7 +74,7 @@ def in_eight_bits(run: TrainedRun) -> MethodRun:
 
 def answer_with(run: TrainedRun, model: ProperModel, users: ServedUsers) -> MethodRun:
     """Answer every query with a model that another trainer made, and its users, and close their store."""
-    encoder = model.backbone.encoder(run.config.compute.max_length)
+    encoder = model.backbone.encoder()
     personalized = PersonalizedModel(model, encoder, run.config, users, "users")
     try:
         return predict(personalized, run.dataset, run.config.task, run.folder.name)

@@ -69,7 +69,7 @@ class DirectRunner:
             model=model,
             config=self.config.users,
             dataset=self.dataset,
-            encoder=backbone.encoder(self.config.compute.max_length),
+            encoder=backbone.encoder(),
             users=users,
             embeddings=torch.zeros(len(users), 1),
             store=store,

@@ -105,7 +105,7 @@ def train_poly(work: TrainingWork) -> None:
     backbone = configured_backbone(run.config, accelerator.device)
     apply_population(backbone, run.folder / "population")
     sample = stage_sample(run.dataset, "groups", config.train_on, config.max_tokens, run.seed)
-    encoder = backbone.encoder(run.config.compute.max_length)
+    encoder = backbone.encoder()
     plan = stage_plan("groups", run.config, sample, backbone, encoder, run.folder, run.seed, work.log)
     model = ProperModel(backbone)
     users = [user.id for user in run.dataset.users() if user.history > 0]
@@ -181,7 +181,7 @@ def load_poly(run: TrainedRun) -> PolyModel:
         parameter.data.copy_(tensors[name])
     logits = [*(head.embedding for head in heads.values()), tensors["mean_logits"]]
     poly.put(torch.arange(len(logits)), torch.stack(logits))
-    encoder = backbone.encoder(config.compute.max_length)
+    encoder = backbone.encoder()
     return PolyModel(model, encoder, config, {user: at for at, user in enumerate(heads)})
 
 

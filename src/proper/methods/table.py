@@ -15,8 +15,7 @@ from proper.data.dataset import Dataset
 from proper.data.derived.retrieval import add_profiles, retrieve
 from proper.data.derived.views import EVERYBODY, Count, shuffle_users
 from proper.errors import ConfigError
-from proper.export.int8_model import USERS_INT8
-from proper.export.static_model import STATIC_EXPORT
+from proper.export.converted_models import STATIC_EXPORT, USERS_INT8
 from proper.methods.end_to_end import answer_end_to_end, train_end_to_end
 from proper.methods.ladder import as_another, as_itself, as_one, exported, in_eight_bits, train_one_user, train_stages
 from proper.methods.overrides import change, split_name

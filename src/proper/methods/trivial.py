@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from proper.data.dataset import Dataset, TextExample
-from proper.evaluation.metrics import Prediction
-from proper.evaluation.runner import MethodRun
+from proper.evaluation.runner import MethodRun, prediction_of
 from proper.methods.spec import TrainedRun
 
 
@@ -48,7 +47,7 @@ def _answer(place: TrainedRun, *, own: bool) -> MethodRun:
     for query in dataset.queries():
         if own and query.user not in answers:
             answers[query.user] = usual(_counts(dataset.history(query.user)), kind, dataset.labels)
-        found.append(_prediction(query, answers.get(query.user, everybody), histories.get(query.user, 0)))
+        found.append(prediction_of(query, answers.get(query.user, everybody), "trivial", histories.get(query.user, 0)))
     return MethodRun(found, max(time.perf_counter() - started, 1e-9), 0)
 
 
@@ -68,17 +67,3 @@ def _everybodys(dataset: Dataset) -> dict[str, int]:
         (-1 if dataset.labels else 1,),
     )
     return dict(reversed(found.fetchall()))
-
-
-def _prediction(query: TextExample, answer: str, history: int) -> Prediction:
-    return Prediction(
-        id=query.id,
-        user=query.user,
-        item=query.item,
-        prompt=query.prompt,
-        target=query.target,
-        prediction=answer,
-        tokens=0,
-        tier="trivial",
-        history=history,
-    )

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from proper.config import Config
+from proper.data.chat import uses_chat_template
 from proper.data.encoder import Encoder
 from proper.errors import ConfigError
 from proper.models.positions import fix_rope, positions_of, require_positions
@@ -47,6 +48,7 @@ class Backbone:
         name: the config's `backbone`.
         digest: hash of parameter names, shapes and a sample of every parameter's values.
         ends: token ids that end an answer.
+        max_length: maximum row length in tokens that it was loaded for; None where it was loaded for any.
         chat: whether prompts use the tokenizer's chat template.
     """
 
@@ -55,6 +57,7 @@ class Backbone:
     tokenizer: Any
     digest: str
     ends: tuple[int, ...] = ()
+    max_length: int | None = None
     chat: bool = False
 
     @property
@@ -70,18 +73,12 @@ class Backbone:
     @property
     def embeddings(self) -> int:
         """Number of token embeddings; a tokenizer may have more tokens."""
-        table: Any = self.model.get_input_embeddings()
-        return int(table.weight.shape[0])
+        return _embeddings(self.model)
 
     @property
     def quantized(self) -> bool:
         """Whether the weights are quantized, so that no LoRA can be merged into them."""
         return bool(getattr(self.model, "is_quantized", False))
-
-    @property
-    def rows(self) -> int:
-        """Number of token embeddings."""
-        return _rows(self.model)
 
     @property
     def positions(self) -> int | None:
@@ -92,13 +89,19 @@ class Backbone:
     def pad_id(self) -> int:
         """Padding token, hidden by the attention mask: the tokenizer's pad or end token that the model has, else 0."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None and 0 <= token < self.rows:
+            if token is not None and 0 <= token < self.embeddings:
                 return int(token)
         return 0
 
-    def encoder(self, max_length: int) -> Encoder:
-        """Return the encoder from texts to this model's tokens; it rejects tokens without an embedding."""
-        return Encoder(self.tokenizer, max_length, rows=self.rows, ends=self.ends, chat=self.chat)
+    def encoder(self, max_length: int | None = None) -> Encoder:
+        """Return the encoder from texts to this model's tokens; it rejects tokens without an embedding.
+
+        Args:
+            max_length: maximum tokens of a row; the length that the backbone was loaded for if None.
+        """
+        longest = self.max_length if max_length is None else max_length
+        assert longest is not None, "a backbone loaded without a maximum length needs one for its encoder"
+        return Encoder(self.tokenizer, longest, rows=self.embeddings, ends=self.ends, chat=self.chat)
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -134,6 +137,7 @@ def configured_backbone(config: Config, device: torch.device | None = None) -> B
     dtype = pick_dtype(config.compute.dtype)
     trusted, longest = config.trust_remote_code, config.compute.max_length
     backbone = load_backbone(config.backbone, dtype, place, longest, trust_remote_code=trusted)
+    backbone.chat = uses_chat_template(config.data.chat, backbone.tokenizer, config.backbone)
     # A prompt always keeps half of `max_length`, however long its answer may be; see `Encoder.prompt`.
     require_positions(backbone.model, max(longest, longest // 2 + config.task.max_new_tokens))
     return backbone
@@ -166,13 +170,13 @@ def load_backbone(
         fix_rope(model, max_length)
     model.requires_grad_(False)
     model.eval()
-    rows = _rows(model)
-    named = named_ends(model.config, model.generation_config, rows)
+    embeddings = _embeddings(model)
+    named = named_ends(model.config, model.generation_config, embeddings)
     # A checkpoint's generation defaults (such as Qwen's repetition penalty) would change the greedy answer.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    ends = settle_ends(tokenizer, named, rows, name)
-    return Backbone(name, model, tokenizer, digest(model), ends)
+    ends = settle_ends(tokenizer, named, embeddings, name)
+    return Backbone(name, model, tokenizer, digest(model), ends, max_length)
 
 
 def _load_model(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
@@ -194,7 +198,7 @@ def _load_model(name: str, dtype: torch.dtype, device: torch.device, trust_remot
     return model
 
 
-def _rows(model: PreTrainedModel) -> int:
+def _embeddings(model: PreTrainedModel) -> int:
     weight: Any = model.get_input_embeddings().weight
     return int(weight.shape[0])
 

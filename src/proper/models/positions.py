@@ -93,9 +93,9 @@ def _fix(module: Any, kind: str, layer: str | None, length: int) -> None:
     first = settings["original_max_position_embeddings"] if kind == "longrope" else config.max_position_embeddings
     if length <= first:
         return
-    held: Tensor = getattr(module, f"{prefix}inv_freq")
-    numbers, scaling = ROPE_INIT_FUNCTIONS[kind](config, held.device, seq_len=length, layer_type=layer)
-    held.copy_(numbers)
+    frequencies: Tensor = getattr(module, f"{prefix}inv_freq")
+    fixed, scaling = ROPE_INIT_FUNCTIONS[kind](config, frequencies.device, seq_len=length, layer_type=layer)
+    frequencies.copy_(fixed)
     setattr(module, f"{prefix}attention_scaling", scaling)
 
 

@@ -84,7 +84,7 @@ def preflight(backbone: Backbone, config: Config) -> None:
     _find_all(backbone, config)
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as place:
         with _step(backbone, "turning text into tokens"):
-            encoder = backbone.encoder(config.compute.max_length)
+            encoder = backbone.encoder()
             batch = collate([encoder.encode(sample) for sample in SAMPLES], backbone.pad_id, backbone.device)
         with _step(backbone, "stage 1 (forward, backward, save, load)"):
             _try_population(backbone, config, batch, Path(place))

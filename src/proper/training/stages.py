@@ -97,7 +97,7 @@ class StageRunner:
         self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
         self.accelerator = join_processes(config)
         self.backbone = configured_backbone(config, self.accelerator.device)
-        self.encoder = self.backbone.encoder(config.compute.max_length)
+        self.encoder = self.backbone.encoder()
 
     def run(self, stages: Sequence[str]) -> None:
         """Train the given stages, in their order; earlier stages must be done.
