@@ -14,7 +14,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 PYTEST  := OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/pytest -n $(WORKERS) --dist worksteal -q
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format slow docs clean
+.PHONY: help env demo test lint format slow docs reference clean
 
 help: ## show this
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -49,6 +49,9 @@ slow: $(READY) ## the tests that take minutes
 
 docs: $(READY) ## build the documentation site into site/; a broken link, anchor or page is an error
 	PYTHONPATH=scripts $(BIN)/python -m zensical build --strict --clean
+
+reference: $(READY) ## write the generated pages of docs/ again: command line, config, API, HTTP, modules
+	PYTHONPATH=scripts $(BIN)/python -m docs_reference
 
 clean: ## remove caches and builds; .venv and runs stay
 	rm -rf build dist site .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info

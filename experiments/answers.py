@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from proper.evaluation.controls import CONTROLS
+from proper.evaluation.comparisons import CONTROLS
 from proper.reports.formats import method_name
 
 

@@ -1,24 +1,19 @@
-"""Two figures as SVG files of their own: values with intervals by method, and curves. Light and dark by media query.
-
-Knows nothing about questions or files.
-"""
+"""Two charts as SVG files: values with intervals by method, and curves over the length of a history."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from proper.reports.svg import Scale, linear, logarithmic, tag, tick_text
+from proper.reports import charts
+from proper.reports.charts import TICKS, canvas, color
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 WIDE, LEFT, ROW = 720, 250, 26
-STYLE = """
-text{font:13px system-ui,sans-serif;fill:#333}.quiet{fill:#777}.head{font-weight:600}.grid{stroke:#ddd}
-.bar{stroke:#4269a6;stroke-width:2}.dot{fill:#4269a6}.main .bar{stroke:#b5541c}.main .dot{fill:#b5541c}
-path{fill:none;stroke-width:2}
-@media(prefers-color-scheme:dark){text{fill:#ddd}.quiet{fill:#999}.grid{stroke:#444}.bar{stroke:#8fb3e8}
-.dot{fill:#8fb3e8}.main .bar{stroke:#f0a36b}.main .dot{fill:#f0a36b}}
-"""
-COLOURS = ("#4269a6", "#b5541c", "#3f8f5f", "#8a5fb0", "#a08220", "#5b8a94", "#b04a70")
 
 
 @dataclass(frozen=True)
@@ -42,83 +37,61 @@ class Panel:
 
 @dataclass(frozen=True)
 class Line:
-    """A method's values along x, with intervals."""
+    """A method's values along x, as (x, value, low, high)."""
 
     name: str
     points: Sequence[tuple[float, float, float, float]]
 
 
 def intervals(panels: Sequence[Panel], label: str) -> str:
-    """Draw panels under each other, each on a scale of its own: a dot and a 95 % interval a method."""
-    parts: list[str] = []
-    top = 8
-    for panel in panels:
-        scale = linear([edge for row in panel.rows for edge in (row.value, row.low, row.high)])
-        tall = ROW * len(panel.rows)
-        parts.append(tag("text", panel.title, x=8, y=top + 14, class_="head"))
-        top += 26
-        for tick in scale.ticks:
-            x = _across(scale, tick)
-            parts.append(tag("line", x1=x, x2=x, y1=top, y2=top + tall, class_="grid"))
-            name = tick_text(tick, scale.ticks)
-            parts.append(tag("text", name, x=x, y=top + tall + 16, text_anchor="middle", class_="quiet"))
-        for place, row in enumerate(panel.rows):
-            parts.append(_row(row, scale, top + (place + 0.5) * ROW))
-        top += tall + 34
-    return _page(parts, top, label)
-
-
-def _row(row: Row, scale: Scale, y: float) -> str:
-    low, high = _across(scale, row.low), _across(scale, row.high)
-    bar = tag("line", x1=low, x2=high, y1=y, y2=y, class_="bar")
-    dot = tag("circle", cx=_across(scale, row.value), cy=y, r=4.5, class_="dot")
-    name = tag("text", row.name, x=LEFT - 12, y=y + 4, text_anchor="end")
-    return tag("g", bar, dot, name, class_="main" if row.main else None)
+    """Draw panels below each other, each with its own scale: a dot and a 95 % interval for each method."""
+    plots = [(ROW * len(panel.rows), 30) for panel in panels]
+    with canvas(label, WIDE, *plots, left=LEFT) as drawing:
+        for at, panel in enumerate(panels):
+            axes = drawing.panels[at]
+            for place, row in enumerate(panel.rows):
+                hue = "down" if row.main else "accent"
+                tip = f"{row.name}: {row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
+                score = (row.value, (row.low, row.high))
+                charts.whiskers(drawing, [place], [score], [tip], hue, size=70, across=True, panel=at)
+            axes.set_ylim(len(panel.rows) - 0.5, -0.5)
+            axes.set_yticks(range(len(panel.rows)), [row.name for row in panel.rows], color=color("ink"))
+            axes.grid(visible=False, axis="y")
+            axes.grid(visible=True, axis="x")
+            charts.value_axis(axes, across=True)
+            _title(axes, panel.title)
+    return drawing.file
 
 
 def curves(lines: Sequence[Line], across: str, up: str, label: str) -> str:
-    """Draw lines over a logarithmic axis, with an interval at each point; names stand in a legend on the left."""
-    x = logarithmic([point[0] for line in lines for point in line.points])
-    y = linear([edge for line in lines for _, *edges in line.points for edge in edges])
-    tall, top = 300, 34
-    parts: list[str] = [tag("text", up, x=8, y=18, class_="head")]
-    for tick in y.ticks:
-        at = top + tall * (1 - y.at(tick) / 100)
-        parts.append(tag("line", x1=LEFT, x2=WIDE - 16, y1=at, y2=at, class_="grid"))
-        parts.append(tag("text", tick_text(tick, y.ticks), x=LEFT - 8, y=at + 4, text_anchor="end", class_="quiet"))
-    for tick in sorted({point[0] for line in lines for point in line.points}):
-        parts.append(tag("text", f"{tick:g}", x=_across(x, tick), y=top + tall + 18, text_anchor="middle"))
-    for place, line in enumerate(lines):
-        parts += _line(line, place, len(lines), (x, y), (top, tall))
-    parts.append(tag("text", across, x=(LEFT + WIDE) / 2, y=top + tall + 38, text_anchor="middle", class_="quiet"))
-    return _page(parts, top + tall + 50, label)
+    """Draw lines over a logarithmic axis, with an interval at each point and a legend at the left."""
+    lengths = sorted({point[0] for line in lines for point in line.points})
+    # One pixel of the plot, so that the intervals of one x stand side by side.
+    pixel = (math.log(lengths[-1] / lengths[0]) or 1.0) * 1.1 / (WIDE - LEFT)
+    with canvas(label, WIDE, (300, TICKS), left=LEFT) as drawing:
+        axes = drawing.axes
+        for place, line in enumerate(lines):
+            aside = 6 * (place - (len(lines) - 1) / 2) * pixel
+            spots = [math.log(x) + aside for x, *_ in line.points]
+            values = [value for _, value, *_ in line.points]
+            axes.plot(spots, values, color=color(place), linewidth=2, gid="line")
+            tips = [f"{line.name}, {x:g}: {value:.3f} [{low:.3f}, {high:.3f}]" for x, value, low, high in line.points]
+            scores = [(value, (low, high)) for _, value, low, high in line.points]
+            charts.whiskers(drawing, spots, scores, tips, place, 50, charts.marker(place))
+            _legend(axes, place, line.name)
+        axes.set_xticks([math.log(x) for x in lengths], [f"{x:g}" for x in lengths])
+        charts.value_axis(axes)
+        charts.titles(axes, across=across)
+        _title(axes, up)
+    return drawing.file
 
 
-def _line(line: Line, place: int, many: int, scales: tuple[Scale, Scale], box: tuple[int, int]) -> list[str]:
-    (x, y), (top, tall) = scales, box
-    colour = COLOURS[place % len(COLOURS)]
-    aside = 5.0 * (place - (many - 1) / 2)  # Intervals of one x would lie on each other.
-
-    def at(value: float) -> float:
-        return top + tall * (1 - y.at(value) / 100)
-
-    spots = [(_across(x, point[0]) + aside, *map(at, point[1:])) for point in line.points]
-    steps = " ".join(f"{'L' if index else 'M'}{left:.1f} {value:.1f}" for index, (left, value, *_) in enumerate(spots))
-    parts: list[str] = [tag("path", d=steps, stroke=colour)]
-    for left, value, low, high in spots:
-        parts.append(tag("line", x1=left, x2=left, y1=low, y2=high, stroke=colour, stroke_opacity=0.5))
-        parts.append(tag("circle", cx=left, cy=value, r=4.0, fill=colour))
-    mark = tag("circle", cx=16, cy=top + 8 + 22 * place, r=5, fill=colour)
-    return [*parts, mark, tag("text", line.name, x=28, y=top + 12 + 22 * place)]
+def _title(axes: Axes, text: str) -> None:
+    place: dict[str, Any] = {"xycoords": ("figure fraction", "axes fraction"), "textcoords": "offset points"}
+    axes.annotate(text, (0, 1), (8, 9), weight="bold", size=13, **place)
 
 
-def _across(scale: Scale, value: float) -> float:
-    return LEFT + (WIDE - 24 - LEFT) * scale.at(value) / 100
-
-
-def _page(parts: Sequence[str], tall: float, label: str) -> str:
-    style = f"<style>{STYLE.strip()}</style>"
-    opening = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDE} {tall:.0f}" role="img" aria-label="{label}">'
-    )
-    return "\n".join([opening, style, *parts, "</svg>"]) + "\n"
+def _legend(axes: Axes, place: int, name: str) -> None:
+    where: dict[str, Any] = {"xycoords": ("figure fraction", "axes fraction"), "textcoords": "offset points"}
+    axes.annotate(charts.GLYPHS[place % len(charts.GLYPHS)], (0, 1), (8, -16 - 22 * place), color=color(place), **where)
+    axes.annotate(name, (0, 1), (26, -16 - 22 * place), **where)

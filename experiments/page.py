@@ -16,8 +16,7 @@ from typing import Any
 from experiments.answers import label
 from experiments.figures import Line, Panel, Row, curves, intervals
 from experiments.questions import QUESTIONS, Question, Source
-from proper.evaluation.comparisons import STEPS
-from proper.evaluation.controls import CONTROLS
+from proper.evaluation.comparisons import CONTROLS, STEPS
 from proper.evaluation.statistics import holm
 from proper.files import read_json
 from proper.reports.formats import METRICS, NO_BREAK, p_text, plain, signed

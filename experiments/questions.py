@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from experiments.answers import Tests, controls, each, grid, short, steps
-from proper.evaluation.comparisons import STEPS
-from proper.evaluation.controls import CONTROLS
+from proper.evaluation.comparisons import CONTROLS, STEPS
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from proper.errors import DataError, InputError, NonFiniteLossError, ProperError
 from proper.files import read_json, write_json, write_text
 from proper.models.backbone import pick_device
 from proper.models.checkpoints import load_tensors, save_tensors
-from proper.training.checkpoint import optimizer_tensors, restore_optimizer, seed_of
+from proper.training.checkpoint import adamw_tensors, restore_adamw, seed_of
 
 PAD, START, END = "<pad>", "<s>", "</s>"
 Streams = dict[str, np.ndarray[Any, np.dtype[np.uint16]]]
@@ -262,11 +262,10 @@ class Training:
         self.checkpoint = work / "training.checkpoint"
         self.chances = shares(recipe.mixture, train)
         self.model = _fresh_model(recipe, pick_device(device))
-        parameters = list(self.model.named_parameters())
-        self.names: dict[Tensor, str] = {p: name for name, p in parameters}
+        self.parameters = dict(self.model.named_parameters())
         groups = [
-            {"params": [p for _, p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
-            {"params": [p for _, p in parameters if p.dim() == 1], "weight_decay": 0.0},
+            {"params": [p for p in self.parameters.values() if p.dim() > 1], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in self.parameters.values() if p.dim() == 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.95))
         self.step, self.seconds, self.losses, self.lines = 0, 0.0, list[float](), list[str]()
@@ -315,7 +314,7 @@ class Training:
             raise NonFiniteLossError(f"the loss at step {self.step + 1} is {float(loss)}; try a lower --rate")
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(list(self.names), self.recipe.clip)
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate()
         self.optimizer.step()
@@ -327,16 +326,13 @@ class Training:
         return self.recipe.rate * warm * min(1.0, (1 - self.progress) / (1 - self.recipe.hold))
 
     def _save(self) -> None:
-        tensors = {name: p.detach() for p, name in self.names.items()}
-        facts = {"step": self.step, "seconds": self.seconds, "losses": self.losses, "lines": self.lines}
-        save_tensors(self.checkpoint, tensors | optimizer_tensors(self.optimizer, self.names), facts)
+        metadata = {"step": self.step, "seconds": self.seconds, "losses": self.losses, "lines": self.lines}
+        save_tensors(self.checkpoint, adamw_tensors(self.optimizer, self.parameters), metadata)
 
     def _resume(self) -> None:
-        tensors, facts = load_tensors(self.checkpoint)
-        for parameter, name in self.names.items():
-            parameter.data.copy_(tensors[name])
-        restore_optimizer(self.optimizer, self.names, tensors)
-        self.step, self.seconds, self.losses, self.lines = (facts[k] for k in ("step", "seconds", "losses", "lines"))
+        tensors, metadata = load_tensors(self.checkpoint)
+        restore_adamw(self.optimizer, self.parameters, tensors)
+        self.step, self.seconds, self.losses, self.lines = (metadata[k] for k in ("step", "seconds", "losses", "lines"))
 
 
 def _fresh_model(recipe: Recipe, device: torch.device) -> LlamaForCausalLM:

@@ -21,7 +21,7 @@ from proper.config import Config, make_config
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.errors import ConfigError, RunFolderError
 from proper.interactions.personal_files import files_of
-from proper.run_files import STORES
+from proper.run_folder import STORES, Stage
 
 DOCUMENTED = (
     *("config.yaml", "results.json", "report.html", "metrics.jsonl", "routing.json", "users.json"),
@@ -95,9 +95,9 @@ def test_every_method_answers_every_query(finished: Path) -> None:
 
 def test_the_same_call_again_trains_nothing_and_says_the_same(finished: Path) -> None:
     before = read(finished / "results.json")
-    written = {stage: (finished / stage / "stage.json").stat().st_mtime_ns for stage in pipeline.TRAINED}
+    written = {stage: (finished / stage / "stage.json").stat().st_mtime_ns for stage in Stage}
     pipeline.run(small_config(finished.parent), finished)
-    assert written == {stage: (finished / stage / "stage.json").stat().st_mtime_ns for stage in pipeline.TRAINED}
+    assert written == {stage: (finished / stage / "stage.json").stat().st_mtime_ns for stage in Stage}
     assert without_times(read(finished / "results.json")) == without_times(before)
 
 
@@ -159,7 +159,7 @@ def test_unknown_stages_and_methods_are_named(finished: Path, tmp_path: Path) ->
 
 
 def test_a_stage_without_its_predecessor_is_refused(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="stage 'population' is not there"):
+    with pytest.raises(RunFolderError, match="stage 'population' is not trained yet"):
         pipeline.run(small_config(finished.parent), tmp_path / "run", stages=["groups"])
 
 

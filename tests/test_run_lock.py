@@ -15,7 +15,8 @@ import yaml
 
 from proper.cli.app import main
 from proper.errors import RunFolderError
-from proper.run_lock import LOCK, exclusive
+from proper.run_folder import RunFolder
+from proper.run_lock import exclusive
 
 HOLD = """
 import sys
@@ -68,9 +69,9 @@ def test_a_second_process_is_told_who_works_there(
 def test_a_killed_process_leaves_the_folder_free(run: Path, holder: subprocess.Popen[str]) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    assert (run / LOCK).read_text() == f"{holder.pid}\n"
+    assert (RunFolder(run).lock).read_text() == f"{holder.pid}\n"
     with exclusive(run):
-        assert (run / LOCK).read_text() == f"{os.getpid()}\n"
+        assert (RunFolder(run).lock).read_text() == f"{os.getpid()}\n"
 
 
 def test_processes_of_one_launch_work_together(
@@ -84,7 +85,7 @@ def test_processes_of_one_launch_work_together(
 def test_the_lock_is_not_taken_through_a_link(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    (run / LOCK).symlink_to(victim)
+    (RunFolder(run).lock).symlink_to(victim)
     assert main(["report", str(run)]) == 2
     assert "cannot be written" in capsys.readouterr().err and victim.read_text() == "precious"
 

@@ -20,12 +20,13 @@ from proper.errors import InputError, ProperError, RunFolderError
 from proper.export.run_export import Format, export_user
 from proper.inference.generate import Answer, generate, respond
 from proper.inference.loading import load as load_personalized
-from proper.inference.model import PersonalizedModel, Stage
+from proper.inference.model import PersonalizedModel
 from proper.inference.sampling import Sampling
 from proper.inference.score import score
 from proper.interactions.deletion import remove
 from proper.interactions.log import ExistsError, InteractionLog, LogEntry
 from proper.interactions.parsing import read_rows, record_reader
+from proper.run_folder import Tier
 
 Row = Mapping[str, Any]
 
@@ -170,7 +171,7 @@ class Model:
         return self.personalized.config
 
     @property
-    def stage(self) -> Stage:
+    def stage(self) -> Tier:
         """The last stage that is applied."""
         return self.personalized.stage
 
@@ -253,12 +254,12 @@ class Model:
         return self._fitter
 
 
-def load(folder: str | Path, stage: Stage | None = None) -> Model:
+def load(folder: str | Path, stage: str | None = None) -> Model:
     """Load a run folder as one model for all its users.
 
     Args:
         folder: a run folder that `proper run` wrote.
-        stage: the last stage to load; the last one that the folder has if None.
+        stage: the last stage to load (base, population, groups or users); the last one that the folder has if None.
 
     Raises:
         RunFolderError: the folder is not a run folder, or the stage is not trained yet.

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from proper.config_errors import explain
 from proper.errors import ConfigError
 from proper.lamp_tasks import GIVEN_FORMATS, LampName, Layout, lamp_defaults, lamp_name
+from proper.run_folder import Stage
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -203,7 +204,7 @@ class UsersConfig(OptimizerConfig):
 class EvaluationConfig(Section):
     """Methods to compare, seeds, and resamples of the confidence intervals."""
 
-    methods: Annotated[list[str], Field(min_length=1)] = ["population", "groups", "users"]
+    methods: Annotated[list[str], Field(min_length=1)] = [str(stage) for stage in Stage]
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
     resamples: Annotated[int, Field(ge=100)] = 2000
     examples: Annotated[int, Field(ge=0)] = 8

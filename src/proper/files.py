@@ -1,6 +1,6 @@
 """Atomic file and folder writes with private permissions, file locks, JSON files and content hashes.
 
-Below a run folder only files of its registry (`run_files`) can be written. An unfinished file lies in a hidden folder
+Below a run folder only files of its registry (`run_folder`) can be written. An unfinished file lies in a hidden folder
 beside its final path; its writer keeps that folder locked, so that `sweep` can recognize what a killed process left.
 Files are private by default: 0600 for files, 0700 for folders, whatever the umask is.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from proper.errors import ProperError
-from proper.run_files import TEMPORARY, require_listed
+from proper.run_folder import TEMPORARY, require_listed
 
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 _OTHERS = 0o007

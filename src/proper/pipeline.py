@@ -40,12 +40,13 @@ from proper.reports.compare import write_comparison
 from proper.reports.html import write_report
 from proper.reports.methods import write_methods_csv
 from proper.reports.user_page import write_user_pages
-from proper.run_lock import LOCK, exclusive
-from proper.training.metrics_log import MetricsLog
+from proper.run_folder import LADDER, RunFolder, Stage, is_run, require_run
+from proper.run_lock import exclusive
 from proper.training.preflight import check_once, preflight
-from proper.training.stages import TRAINED, StageRunner, join_processes
+from proper.training.stages import StageRunner, join_processes
+from proper.training.trainer import MetricsLog
 
-STAGES = (*TRAINED, "evaluate", "report")
+STAGES = (*Stage, "evaluate", "report")
 
 # Settings of the demo: few epochs, larger learning rates and batches, so that it ends soon. The learning rate of user
 # embeddings is higher than by default, since each gets fewer than a hundred updates in all.
@@ -109,7 +110,7 @@ def _run(settings: Config, folder: Path, stages: Sequence[str], skip_bad_rows: b
         with working(folder):
             data = _data(settings, folder, skip_bad_rows)
     with data as dataset, working(folder):
-        _train(settings, dataset, folder, [stage for stage in TRAINED if stage in stages], processes.is_main_process)
+        _train(settings, dataset, folder, [stage for stage in Stage if stage in stages], processes.is_main_process)
     # All processes of `accelerate launch` train stages 1 and 2; only the main process does the rest.
     if not processes.is_main_process:
         return
@@ -142,7 +143,7 @@ def _evaluate(folder: Path, methods: Sequence[str] | None) -> dict[str, Any]:
     folders = {seed: seed_folder(folder, config, seed) for seed in config.evaluation.seeds}
     with (
         working(folder),
-        Dataset.open(folder / "data.sqlite") as dataset,
+        Dataset.open(RunFolder(folder).data) as dataset,
         evaluating(config, dataset, folders) as judge,
     ):
         results = Harness(config, dataset, folders).evaluate(judge.contenders(chosen))
@@ -218,7 +219,7 @@ def check_backbone(config: Config) -> str:
     quiet_libraries()
     backbone = configured_backbone(config)
     preflight(backbone, config)
-    stages = (("population", config.population.target_modules), ("groups and users", config.groups.target_modules))
+    stages = ((Stage.POPULATION, config.population.target_modules), ("groups and users", config.groups.target_modules))
     found = {stage: find_targets(backbone.model, wanted) for stage, wanted in stages}
     parts = [f"{stage}: {', '.join(sorted({n.rpartition('.')[2] for n in names}))}" for stage, names in found.items()]
     return f"backbone {config.backbone} ({type(backbone.model).__name__}) is supported; adapted are {'; '.join(parts)}"
@@ -233,37 +234,38 @@ def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, p
     """
     folder = Path(out)
     settings = DemoSettings(task=task, people=people, seed=seed)
-    path = (folder / "data" / "interactions.jsonl").resolve()
+    run = RunFolder(folder)
+    path = run.demo_rows.resolve()
     raw = {**demo_config(path, settings), **DEMO_TRAINING}
     raw["split"]["target_users"] = min(DEMO_TARGETS, people)
-    raw["evaluation"] = {"methods": ["base", "population", "groups", "users"], "seeds": [seed]}
+    raw["evaluation"] = {"methods": list(map(str, LADDER)), "seeds": [seed]}
     config = make_config(raw, "demo")
     quiet_libraries()
     with _alone(folder):
         _claim(folder, config)
-        if not (folder / "data.sqlite").exists():
-            write_demo(folder / "data", settings)
-            remove_deleted(folder, folder / "data")
+        if not run.data.exists():
+            write_demo(run.demo_data, settings)
+            remove_deleted(run)
         _run(config, folder, STAGES, skip_bad_rows=False)
     return folder
 
 
 def seed_folder(folder: Path, config: Config, seed: int) -> Path:
     """Return the folder of a seed's stages: the run folder itself for the first seed, `seeds/N` below it for others."""
-    return folder if seed == config.evaluation.seeds[0] else folder / "seeds" / str(seed)
+    return folder if seed == config.evaluation.seeds[0] else RunFolder(folder).seed(seed).path
 
 
 def _train(config: Config, dataset: Dataset, folder: Path, stages: Sequence[str], is_main: bool) -> None:
     if not stages:
         return
-    log = MetricsLog(folder / "metrics.jsonl") if is_main else None
+    log = MetricsLog(RunFolder(folder).metrics_log) if is_main else None
     try:
         for seed in config.evaluation.seeds:
             place = seed_folder(folder, config, seed)
             if is_main and place != folder:
-                _write_config(place / "config.yaml", config)
+                _write_config(RunFolder(place).config, config)
             runner = StageRunner(config, dataset, place, seed, log or _unsaid)
-            if not (place / "population" / "stage.json").exists():
+            if not RunFolder(place).is_trained(Stage.POPULATION):
                 check_once(runner.backbone, config, folder, write=is_main)
             runner.run(stages)
     finally:
@@ -277,12 +279,12 @@ def _unsaid(facts: dict[str, Any]) -> None:
 
 def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:
     """Open the run's prepared data; prepare it if it does not exist."""
-    path = folder / "data.sqlite"
+    path = RunFolder(folder).data
     if path.exists():
         return Dataset.open(path)
     encoder = configured_encoder(config)
     with progress("read interactions", None) as advance:
-        deleted = Tombstones(folder / "users").of_tenant(DEFAULT_TENANT)
+        deleted = Tombstones(RunFolder(folder).users.path).of_tenant(DEFAULT_TENANT)
         dataset = prepare(
             config, path, encoder.count, skip_bad_rows=skip_bad_rows, progress=advance, is_left_out=deleted
         )
@@ -298,7 +300,7 @@ def _claim(folder: Path, config: Config) -> Config:
     data = Path(config.data.path)
     if data.exists():
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data.resolve())})})
-    path = folder / "config.yaml"
+    path = RunFolder(folder).config
     if path.exists():
         different = _first_difference(_run_config(folder).model_dump(), config.model_dump())
         if different is not None:
@@ -314,14 +316,15 @@ def _require_free(folder: Path) -> None:
     """Check that a folder can become a run folder: it does not exist, or has nothing but data and a lock."""
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder}: is a file; choose another folder")
-    if folder.exists() and any(child.name not in ("data", LOCK) for child in folder.iterdir()):
+    run = RunFolder(folder)
+    if folder.exists() and any(child not in (run.demo_data, run.lock) for child in folder.iterdir()):
         raise RunFolderError(f"{folder}: is not empty and not a run folder; choose another folder")
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder, or of a folder that can become one."""
-    if not (folder / "config.yaml").exists():
+    if not is_run(folder):
         _require_free(folder)
     with exclusive(folder):
         yield
@@ -334,10 +337,7 @@ def _write_config(path: Path, config: Config) -> None:
 
 
 def _run_config(folder: Path) -> Config:
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise RunFolderError(f"{folder}: not a run folder (no config.yaml); proper run CONFIG --out {folder} makes one")
-    return load_config(path)
+    return load_config(require_run(folder).config)
 
 
 def _first_difference(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str | None:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from proper.errors import RunFolderError
 from proper.files import locked, make_folder
-
-LOCK = "run.lock"
-"""The lock file in the run folder; it contains the process id of the lock's holder."""
+from proper.run_folder import RunFolder
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder inside the block; the folder is created if it does not exist.
+
+    The lock file contains the process id of the holder.
 
     Raises:
         RunFolderError: another process holds the lock, the message names its id; or the folder cannot be written.
@@ -28,13 +28,13 @@ def exclusive(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             make_folder(folder)
-            held = stack.enter_context(locked(folder / LOCK, wait=False))
+            held = stack.enter_context(locked(RunFolder(folder).lock, wait=False))
             if held is not None:
                 os.ftruncate(held, 0)
                 os.pwrite(held, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:
             raise RunFolderError(f"{folder}: cannot be written: {error.strerror or error}") from error
         if held is None:
-            pid = (folder / LOCK).read_text(encoding="utf-8").strip() or "unknown"
+            pid = (RunFolder(folder).lock).read_text(encoding="utf-8").strip() or "unknown"
             raise RunFolderError(f"{folder}: another process works in it (pid {pid}); wait for it, or stop it")
         yield

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from proper.adapters.integrity import Finding, check
-from proper.adapters.quarantine import QUARANTINE
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import StoreError
 from proper.files import read_json
+from proper.run_folder import UsersFolder
 
 Draw = Callable[[int], dict[str, Tensor]]
 
@@ -102,7 +102,7 @@ def test_a_damaged_old_version_is_only_dropped(two: AdapterStore) -> None:
     assert (found.kind, found.user, found.version) == ("flipped", "a", 1)
     assert found.repair == "removed this version; a newer one is current"
     assert [each.version for each in two.versions("a")] == [2] and check(two) == []
-    (aside,) = (two.folder / QUARANTINE).glob("*-row.json")
+    (aside,) = UsersFolder(two.folder).quarantine.glob("*-row.json")
     assert read_json(aside)["version"] == 1 and bytes.fromhex(read_json(aside)["user"]) == b"a"
 
 
@@ -139,13 +139,13 @@ def test_orphans(two: AdapterStore) -> None:
     (two.blobs / "77.shard").write_bytes(b"of no manifest")
     assert {each.kind for each in check(two)} == {"orphan-file"} and len(check(two)) == 3
     fixed = check(two, repair=True)
-    assert all(each.repair.startswith(f"moved to {two.folder / QUARANTINE}/00000") for each in fixed)
+    assert all(each.repair.startswith(f"moved to {UsersFolder(two.folder).quarantine}/00000") for each in fixed)
     assert check(two) == []
-    kept = {path.read_bytes() for path in (two.folder / QUARANTINE).iterdir()}
+    kept = {path.read_bytes() for path in UsersFolder(two.folder).quarantine.iterdir()}
     assert kept == {b"half", b"never committed", b"of no manifest"}
     (two.blobs / "77.shard").write_bytes(b"another of that name")
     check(two, repair=True)
-    assert len(list((two.folder / QUARANTINE).iterdir())) == 4
+    assert len(list(UsersFolder(two.folder).quarantine.iterdir())) == 4
 
 
 def test_orphan_bytes_in_and_behind_a_shard(filled: AdapterStore) -> None:
@@ -162,9 +162,9 @@ def test_orphan_bytes_in_and_behind_a_shard(filled: AdapterStore) -> None:
     (found,) = check(filled)
     assert found.kind == "orphan-bytes" and str(path) in found.text
     (found,) = check(filled, repair=True)
-    assert found.repair == f"moved to {filled.folder / QUARANTINE}"
+    assert found.repair == f"moved to {UsersFolder(filled.folder).quarantine}"
     assert path.read_bytes() == whole and check(filled) == []
-    in_hole, behind = sorted((filled.folder / QUARANTINE).iterdir())
+    in_hole, behind = sorted(UsersFolder(filled.folder).quarantine.iterdir())
     assert in_hole.read_bytes().startswith(b"remains of somebody") and behind.read_bytes() == b"torn tail"
 
 
@@ -216,7 +216,7 @@ def test_a_link_is_moved_and_not_followed(two: AdapterStore, tmp_path: Path) -> 
     (two.blobs / "77.shard").symlink_to(victim)
     check(two, repair=True)
     assert victim.read_bytes() == b"precious" and not (two.blobs / "77.shard").is_symlink()
-    assert [path.is_symlink() for path in (two.folder / QUARANTINE).iterdir()] == [True]
+    assert [path.is_symlink() for path in UsersFolder(two.folder).quarantine.iterdir()] == [True]
 
 
 def test_an_erasure_that_a_kill_cut_short_is_finished(two: AdapterStore) -> None:

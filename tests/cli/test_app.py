@@ -149,7 +149,10 @@ def test_a_bad_override_is_named(capsys: Output, tmp_path: Path) -> None:
 def test_a_folder_without_a_run_is_named(capsys: Output, tmp_path: Path, command: str) -> None:
     more = ["--prompt", "x"] if command == "generate" else []
     assert fails(capsys, [command, str(tmp_path / "gone"), *more]) == f"{tmp_path}/gone: no such run folder"
-    assert fails(capsys, [command, str(tmp_path), *more]) == f"{tmp_path}: not a run folder, config.yaml is missing"
+    assert (
+        fails(capsys, [command, str(tmp_path), *more])
+        == f"{tmp_path}: not a run folder (config.yaml is missing); run: proper run CONFIG --out {tmp_path}"
+    )
 
 
 def test_an_empty_choice_of_methods_is_named(capsys: Output, run_folder: Path) -> None:

@@ -107,10 +107,12 @@ def test_an_unknown_user_is_named(capsys: Output, run: Path, command: str) -> No
 @pytest.mark.parametrize("command", ["list", "show", "rollback", "delete", "check"])
 def test_a_folder_without_users_is_named(capsys: Output, tmp_path: Path, command: str) -> None:
     more = [] if command in ("list", "check") else ["--user", "u"]
-    assert fails(capsys, command, str(tmp_path), *more) == f"{tmp_path}: not a run folder, config.yaml is missing"
+    hint = f"run: proper run CONFIG --out {tmp_path}"
+    said = fails(capsys, command, str(tmp_path), *more)
+    assert said == f"{tmp_path}: not a run folder (config.yaml is missing); {hint}"
     (tmp_path / "config.yaml").write_text("data: {path: x}\n")
     said = fails(capsys, command, str(tmp_path), *more)
-    assert said == f"{tmp_path}/users: no users yet; the run has not come that far"
+    assert said == f"{tmp_path}: stage 'groups' is not trained yet; {hint}"
     assert not (tmp_path / "users").exists(), "asking leaves nothing behind"
 
 

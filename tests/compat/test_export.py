@@ -281,7 +281,7 @@ def test_what_cannot_be_exported_leaves_nothing(run: Path, targets: list[str], t
     assert (out / "diary.txt").read_text() == "mine"
     (run.parent / "begun").mkdir(exist_ok=True)
     shutil.copy(run / "config.yaml", run.parent / "begun")
-    with pytest.raises(RunFolderError, match="stage 'groups' is not there"):
+    with pytest.raises(RunFolderError, match="stage 'groups' is not trained yet"):
         export_user(run.parent / "begun", targets[0], tmp_path / "other")
 
 

@@ -21,8 +21,9 @@ from proper.errors import ConfigError
 from proper.models.backbone import configured_backbone, digest, load_backbone, load_tokenizer
 from proper.models.targets import find_targets
 from proper.models.tokenizer import configured_encoder
+from proper.run_folder import RunFolder
 from proper.training.population import wrap
-from proper.training.preflight import MARKER, check_once, preflight
+from proper.training.preflight import check_once, preflight
 
 CPU = torch.device("cpu")
 Make = Callable[..., Path]
@@ -187,14 +188,14 @@ def test_it_is_done_once_for_a_run_folder(llama: Path, job: Any, tmp_path: Path)
     config = job.config(llama)
     backbone = configured_backbone(config)
     check_once(backbone, config, tmp_path)
-    facts = json.loads((tmp_path / MARKER).read_text())
+    facts = json.loads((RunFolder(tmp_path).preflight).read_text())
     assert facts["backbone"] == backbone.digest
     backbone.model.model.layers[0].mlp.up_proj.forward = lambda x: (x, x)
     check_once(backbone, config, tmp_path)
     backbone.digest = "another"
     with pytest.raises(ConfigError, match="is not supported"):
         check_once(backbone, config, tmp_path)
-    assert json.loads((tmp_path / MARKER).read_text()) == facts
+    assert json.loads((RunFolder(tmp_path).preflight).read_text()) == facts
 
 
 def test_a_run_ends_before_stage_1(make: Make, job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

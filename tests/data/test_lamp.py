@@ -484,7 +484,7 @@ def test_files_of_another_task_are_refused(tmp_path: Path, lamp_files: ModuleTyp
 
 
 def test_files_that_are_missing(tmp_path: Path, lamp_files: ModuleType) -> None:
-    with pytest.raises(DataError, match="no such folder .*proper data fetch lamp-3 makes one"):
+    with pytest.raises(DataError, match="no such folder .*get it with: proper data fetch lamp-3$"):
         rows(config(tmp_path / "none", "lamp-3"))
     with pytest.raises(DataError, match=r"no such folder \(data.path\)"):
         rows(config(tmp_path / "none", "lamp-3", "oppu"))

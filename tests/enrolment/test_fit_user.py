@@ -22,8 +22,8 @@ from proper.data.dataset import Dataset
 from proper.enrolment.fit_user import nearest
 from proper.errors import DataError, InputError, RunFolderError
 from proper.files import hash_file
-from proper.interactions.personal_files import fits_folder
-from proper.training.stages import TRAINED, StageRunner
+from proper.run_folder import Stage, UsersFolder
+from proper.training.stages import StageRunner
 
 WORDS = ["red", "green", "blue", "small", "large", "old", "new", "quiet", "loud", "round"]
 
@@ -59,7 +59,7 @@ def trained(settings: Config, dataset: Dataset, tmp_path_factory: pytest.TempPat
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump()), encoding="utf-8")
     database = Path(dataset.connection.execute("PRAGMA database_list").fetchone()[2])
     shutil.copyfile(database, folder / "data.sqlite")
-    StageRunner(config, dataset, folder, 0, [].append).run(TRAINED)
+    StageRunner(config, dataset, folder, 0, [].append).run(tuple(Stage))
     return folder
 
 
@@ -124,7 +124,7 @@ def test_a_fit_is_the_same_alone_in_a_fresh_process_and_in_any_company(run: Path
     assert record(run, "new").facts["history"] == {"run": 0, "logged": 14}
     assert all(same(record(run, user), theirs) for user, theirs in before.items())
     assert shared == [hash_file(run / name) for name in ("users/router.safetensors", "groups/groups.safetensors")]
-    assert not list(fits_folder(run / "users").iterdir())
+    assert not list(UsersFolder(run / "users").fits.iterdir())
 
 
 def test_the_embedding_begins_at_the_mean_and_lowers_the_loss(run: Path, opened: Open) -> None:
@@ -200,5 +200,5 @@ def test_bad_interactions_and_users_change_nothing(run: Path, opened: Open) -> N
 def test_a_run_without_groups_has_no_users(run: Path, opened: Open) -> None:
     for stage in ("users", "groups"):
         (run / stage / "stage.json").unlink()
-    with pytest.raises(RunFolderError, match="no users yet"):
+    with pytest.raises(RunFolderError, match="stage 'groups' is not trained yet"):
         _ = opened(run).users

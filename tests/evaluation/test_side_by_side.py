@@ -109,7 +109,7 @@ def test_what_cannot_be_paired_says_why_and_keeps_its_values(make: Callable[...,
     row = next(row for row in found["rows"] if row["method"] == "users")
     assert row["difference"] is None and row["first"]["value"] > row["second"]["value"]
     (one / "data.sqlite").unlink()
-    assert set(compare_runs(one, other, EFFORT)["missing"].values()) == {"data.sqlite is missing"}
+    assert set(compare_runs(one, other, EFFORT)["missing"].values()) == {"its prepared data is missing"}
 
 
 @pytest.mark.parametrize(

@@ -144,8 +144,10 @@ def test_curves_are_drawn_over_the_items_kept(tmp_path: Path) -> None:
     said = section(made["findings.md"], 7)
     assert "1 item: Users beats Groups and loses to OPPU." in said and "Not run yet: 5 items, bottom 100." in said
     figure = ElementTree.fromstring(made["findings/q7.svg"])
-    lines = [mark for mark in figure.iter() if mark.tag.endswith("path")]
+    lines = [group[0] for group in figure.iter() if group.get("class") == "line"]
     assert len(lines) == 3 and all(mark.get("d", "").count("L") == 1 for mark in lines)
+    tips = [title.text for title in figure.iter() if title.tag.endswith("title")]
+    assert "OPPU, 20: 0.700 [0.600, 0.800]" in tips and len(tips) == 2 * 3 * 2
 
 
 def test_every_job_has_a_result_on_the_page_or_prepares_one() -> None:

@@ -176,7 +176,7 @@ def test_folders_that_are_no_runs_or_have_not_got_there(run: Path, tmp_path: Pat
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     assert load(tmp_path).stage == "base"
     for stage in ("population", "groups", "users"):
-        with pytest.raises(RunFolderError, match=r"stage '\w+' is not there; run: proper run") as error:
+        with pytest.raises(RunFolderError, match=r"stage '\w+' is not trained yet; run: proper run") as error:
             load(tmp_path, stage)  # type: ignore[arg-type]
         assert "\n" not in str(error.value)
 

@@ -169,7 +169,7 @@ def test_no_other_module_writes_files_by_itself() -> None:
         "interactions/personal_files.py",
         "models/checkpoints.py",
         "sqlite_files.py",
-        "training/metrics_log.py",
+        "training/trainer.py",
         "training/preflight.py",  # a temporary folder elsewhere
         # folders of their own
         "export/run_export.py",

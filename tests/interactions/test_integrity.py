@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from proper.adapters.integrity import check
-from proper.adapters.quarantine import QUARANTINE
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.cli.app import main
 from proper.errors import StoreError
-from proper.interactions.database import FILE
 from proper.interactions.deletion import remove
 from proper.interactions.integrity import check_log
 from proper.interactions.log import InteractionLog, LogEntry
+from proper.run_folder import UsersFolder
 
 Output = pytest.CaptureFixture[str]
 
@@ -53,7 +52,7 @@ def _middle(data: bytes) -> bytes:
     ids=["empty", "head", "middle", "cut"],
 )
 def test_a_damaged_file_is_found(run: Path, capsys: Output, damage: Callable[[bytes], bytes]) -> None:
-    path = run / "users" / FILE
+    path = UsersFolder(run / "users").log
     path.write_bytes(damage(path.read_bytes()))
     before = path.read_bytes()
     for options in ([], ["--repair"]):
@@ -75,19 +74,20 @@ def test_a_damaged_file_is_found(run: Path, capsys: Output, damage: Callable[[by
     ],
 )
 def test_a_row_that_makes_no_sense_is_found(run: Path, change: str, said: str) -> None:
-    path = run / "users" / FILE
+    path = UsersFolder(run / "users").log
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute(change)
     assert [found.text for found in check_log(run / "users")] == [f"{path}: {said}"]
 
 
 def test_a_damaged_manifest_does_not_hide_a_damaged_log(run: Path, capsys: Output) -> None:
-    for name in ("users.sqlite", FILE):
+    for name in ("users.sqlite", "interactions.sqlite"):
         (run / "users" / name).write_bytes(b"")
-    blobs = {path: path.read_bytes() for path in (run / "users" / "blobs").iterdir()}
+    users = UsersFolder(run / "users")
+    blobs = {path: path.read_bytes() for path in users.blobs.iterdir()}
     assert main(["users", "check", str(run), "--repair"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(": ")[0] for line in lines] == [str(run / "users" / name) for name in ("users.sqlite", FILE)]
+    assert [line.partition(": ")[0] for line in lines] == [str(path) for path in (users.manifest, users.log)]
     assert {path: path.read_bytes() for path in (run / "users" / "blobs").iterdir()} == blobs
 
 
@@ -95,9 +95,9 @@ def test_a_deletion_takes_what_a_repair_put_aside(run: Path) -> None:
     with closing(AdapterStore(run / "users")) as store, closing(InteractionLog(run / "users")) as log:
         (store.blobs / "9.shard").write_bytes(b"whose?")
         assert [found.kind for found in check(store, repair=True)] == ["orphan-file"]
-        assert len(list((run / "users" / QUARANTINE).iterdir())) == 1
+        assert len(list(UsersFolder(run / "users").quarantine.iterdir())) == 1
         assert remove(store, log, "ann")
-        assert not (run / "users" / QUARANTINE).exists()
+        assert not UsersFolder(run / "users").quarantine.exists()
 
 
 @pytest.mark.parametrize("name", ["report.html", "predictions", "data.sqlite", "users/fits"])

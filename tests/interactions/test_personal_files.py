@@ -17,7 +17,7 @@ from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.errors import InputError
 from proper.interactions.deletion import Removal, remove
 from proper.interactions.log import InteractionLog, LogEntry
-from proper.run_files import kind_of
+from proper.run_folder import kind_of
 
 MARK = "zyzzyva"
 
@@ -29,7 +29,7 @@ def test_all_of_a_user_goes_from_a_whole_run(tmp_path: Path) -> None:
     pipeline.report_users(run, [each["user"] for each in json.loads((run / "users.json").read_text())["users"]])
     pipeline.report_comparison(run, run)
     unlisted = [path for path in files(run) if kind_of(path.relative_to(run)) is None]
-    assert not unlisted, "a new kind of file has to be listed in run_files.py"
+    assert not unlisted, "a new kind of file has to be listed in run_folder.py"
     with closing(AdapterStore(run / "users")) as store, closing(InteractionLog(run / "users")) as log:
         log.append("", user, [LogEntry(f"{MARK} {number}", "since then") for number in range(30)])
         before = {path for path in files(run) if MARK.encode() in path.read_bytes()}

@@ -30,12 +30,12 @@ def opened(browser: Browser, folder: Path, width: int, scheme: str, path: Path |
 def test_every_figure_is_drawn(browser: Browser, folder: Path, width: int, scheme: str) -> None:
     page, trouble = opened(browser, folder, width, scheme)
     drawings = page.locator("svg[role=img]")
-    assert drawings.count() == 7 + 1 + 4 + 1 + 2 + 5  # table cells, ladder, gains, heat map, maps, curves
+    assert drawings.count() == 1 + 2 + 1 + 2 + 5  # ladder, gains, heat map, maps, curves
     for index in range(drawings.count()):
         box = drawings.nth(index).bounding_box()
         assert box and box["width"] > 80 and box["height"] > 8
-    for mark in (".stage", ".bar", ".dot", ".heatcell", ".mark use", ".line"):
-        boxes = page.locator(f"main .drawing {mark}").evaluate_all(
+    for mark in ("mark", "interval", "bar", "dot", "cells", "line", "band"):
+        boxes = page.locator(f"main .drawing .{mark} :is(path, use):not(defs *)").evaluate_all(
             "marks => marks.map(mark => mark.getBoundingClientRect()).map(box => Math.max(box.width, box.height))"
         )
         assert boxes and min(boxes) > 0, mark
@@ -50,10 +50,10 @@ def test_a_user_and_two_runs_are_drawn(browser: Browser, folder: Path, width: in
            "first": {"value": 0.6, "ci95": [0.5, 0.7]}, "second": {"value": 0.5, "ci95": [0.4, 0.6]},
            "ci95": [0.0, 0.2], "p_adjusted": 0.01, "users": 60, "queries": 300, "test": "paired"}  # fmt: skip
     compared, _ = write_comparison(folder, folder, {"rows": [row], "seeds": [[0, 0]]})
-    for path, drawn in ((compared, 4), (write_user_pages(folder, ["u1"])[0], 4)):
+    for path, drawn in ((compared, 4), (write_user_pages(folder, ["u1"])[0], 3)):
         page, trouble = opened(browser, folder, width, scheme, path)
         drawings = page.locator("svg[role=img]")
-        assert drawings.count() == drawn  # values, differences, two heat maps; two strips, gates, the map
+        assert drawings.count() == drawn  # values, differences, two heat maps; strips, gates, the map
         for index in range(drawn):
             box = drawings.nth(index).bounding_box()
             assert box and box["width"] > 80 and box["height"] > 8
@@ -63,7 +63,7 @@ def test_a_user_and_two_runs_are_drawn(browser: Browser, folder: Path, width: in
 
 def test_hovering_names_the_user_and_the_values(browser: Browser, folder: Path) -> None:
     page, trouble = opened(browser, folder, 1200, "light")
-    cell = page.locator(".heatcell").first
+    cell = page.locator("#routing .band path").first
     cell.scroll_into_view_if_needed()
     page.wait_for_timeout(100)  # the scroll's own event hides a tip
     cell.hover()

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import InputError
+from proper.reports.formats import safe_name
 from proper.reports.load import load_run
-from proper.reports.names import safe_name
 from proper.reports.user_data import load_person
 from proper.reports.user_page import write_user_pages
 
@@ -66,7 +66,7 @@ def test_the_page_tells_everything_of_one_user(stocked: Path, page_of: PageOf) -
     assert "queries, users1.250" in served
     # Everybody and this user once in each of two strips; one user has no gain by the group model.
     assert len(page.tips["gain"]) == 60 + 59 + 2
-    assert page.count("line", class_="usual") == 5
+    assert len(page.tips["gates"]) == page.count("g", class_="name") == 5
     near = page.text["near"]
     assert "u00.995" in near and "u20.995" in near and near.count("0.995") == 2
     assert page.text["queries"].count("wanted") == 5 and "All 5" in page.text["queries"]

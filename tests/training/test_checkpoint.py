@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from proper.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, seed_of
+from proper.training.checkpoint import Checkpoint, adamw_tensors, resume_adamw, seed_of
 
 
 def test_seeds() -> None:
@@ -38,21 +38,26 @@ def test_an_optimizer_goes_on_to_the_bit(tmp_path: Path) -> None:
         optimizer.step()
 
     parameters = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(1))]
-    names = {parameter: f"module.{at}" for at, parameter in enumerate(parameters)}
     optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.2)
     for seed in range(3):
         step(parameters, optimizer, seed)
     checkpoint = Checkpoint(tmp_path / "c", 0)
-    checkpoint.save(
-        {**{name: p.detach() for p, name in names.items()}, **optimizer_tensors(optimizer, names)}, {"step": 3}
-    )
+    names = [f"module.{at}" for at in range(3)]
+    saved = adamw_tensors(optimizer, dict(zip(names, parameters, strict=True)))
+    checkpoint.save({**saved, "further": torch.ones(2)}, {"step": 3})
     step(parameters, optimizer, 3)
 
-    held = checkpoint.load()
-    assert held is not None
-    again = [nn.Parameter(held[0][name]) for name in names.values()]
+    again = [nn.Parameter(torch.zeros_like(parameter)) for parameter in parameters]
     other = torch.optim.AdamW(again, lr=0.1, weight_decay=0.2)
-    restore_optimizer(other, dict(zip(again, names.values(), strict=True)), held[0])
+    done, tensors = resume_adamw(checkpoint, other, dict(zip(names, again, strict=True)))
+    assert done == 3 and tensors["further"].tolist() == [1, 1]
     step(again, other, 3)
 
     assert all(torch.equal(one, two) for one, two in zip(parameters, again, strict=True))
+
+
+def test_without_a_checkpoint_a_loop_starts_at_step_0(tmp_path: Path) -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter])
+    assert resume_adamw(Checkpoint(tmp_path / "c", 0), optimizer, {"a": parameter}) == (0, {})
+    assert torch.equal(parameter, torch.ones(3)) and not optimizer.state

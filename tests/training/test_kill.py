@@ -42,7 +42,7 @@ def never_again(monkeypatch: pytest.MonkeyPatch) -> None:
         fit(stage, jobs, store, *rest)  # type: ignore[arg-type]
 
     def watched_step(self: MultiUserTrainer) -> object:
-        for seat in self.seats:
+        for seat in self.slots:
             head = stores[-1].head(seat[0].user) if seat is not None else None
             assert head is None or head.tier == "groups", "a finished user is trained again"
         return step(self)

@@ -19,14 +19,15 @@ from proper.config import UsersConfig
 from proper.data.batching import collate
 from proper.data.encoder import EncodedExample
 from proper.layers.bank import Layout
+from proper.layers.batch_context import Mode
 from proper.models.backbone import Backbone
 from proper.models.personal import ProperModel, answer_logits, answer_loss
 from proper.training import microbatching as micro_module
 from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import FitProgress, FitResult, Job
-from proper.training.microbatching import micro_batches
+from proper.training.microbatching import held_out_losses, micro_batches, row_losses
 from proper.training.multi_user_trainer import MultiUserTrainer
-from proper.training.schedule import factor
+from proper.training.optim import factor
 
 Build = Callable[..., ProperModel]
 Results = dict[str, tuple[FitProgress, Tensor]]
@@ -118,7 +119,7 @@ def test_one_user_is_trained_as_peft_and_adamw_would(
     scratch = ProperModel(backbone())
     scratch.add_plain_targets(config, "ffn")
     clean = MultiUserTrainer(scratch, config, 0.0, 0, 1, pad=0)
-    clean._seat([job])
+    clean._fill_slots([job])
     first = clean.bank.values[0].clone()
     parameters = {}
     for piece in engine.bank.layout.pieces:
@@ -170,11 +171,11 @@ def test_a_step_leaves_other_slots_untouched_to_the_bit(grouped: Build, jobs: li
     model = grouped()
     experts = {name: p.clone() for name, p in model.group_parameters().items()}
     engine = MultiUserTrainer(model, UsersConfig(weight_decay=0.5, warmup=0.0), RATE, 0, 3, pad=0)
-    engine._seat(jobs[:3])
+    engine._fill_slots(jobs[:3])
     for _ in range(2):
         engine._step()
-    absent = engine.seats[1]
-    engine.seats[1] = None
+    absent = engine.slots[1]
+    engine.slots[1] = None
     before = [tensor[1].clone() for tensor in (engine.bank.values, engine.optimizer.first, engine.optimizer.second)]
     others = engine.bank.values[[0, 2]].clone()
 
@@ -188,7 +189,7 @@ def test_a_step_leaves_other_slots_untouched_to_the_bit(grouped: Build, jobs: li
 
 
 def hold_out(job: Job, items: int, epochs: int) -> Job:
-    return replace(job, items=job.items[:-items], held=job.items[-items:], epochs=epochs)
+    return replace(job, items=job.items[:-items], held_out=job.items[-items:], epochs=epochs)
 
 
 def test_training_stops_early_and_the_best_pass_is_kept(grouped: Build, jobs: list[Job], tmp_path: Path) -> None:
@@ -202,16 +203,15 @@ def test_training_stops_early_and_the_best_pass_is_kept(grouped: Build, jobs: li
         assert state.losses[state.best] == min(state.losses)
         assert passes == min(12, state.best + 2)
         stopped += passes < 12
-        engine.seats[0] = (job, FitProgress(0))
         engine.bank.values[0] = row
-        assert engine.held_losses([0], "fit")[0] == pytest.approx(min(state.losses), rel=1e-5)
+        assert held_out_losses(engine.model, {0: job}, "fit", 0)[0] == pytest.approx(min(state.losses), rel=1e-5)
     assert stopped, "this rate is too high on purpose"
     # The same user, trained for as long as was best and no longer, ends in the same place.
     job = held[0]
     best = found[job.user][0].best
     if best:
         again, _ = fit(
-            grouped(), [replace(job, held=(), epochs=best, horizon=12)], tmp_path / "again", slots=1, rate=0.03,
+            grouped(), [replace(job, held_out=(), epochs=best, horizon=12)], tmp_path / "again", slots=1, rate=0.03,
             schedule="constant", batch_size=4,
         )  # fmt: skip
         assert_close(engine.bank.layout, again[job.user][1], found[job.user][1])
@@ -224,7 +224,7 @@ def test_a_user_who_only_gets_worse_keeps_the_start(grouped: Build, jobs: list[J
     assert state.best == 0 and len(state.losses) == 2 and state.losses[1] > state.losses[0]
     model = grouped()
     clean = MultiUserTrainer(model, UsersConfig(), 0.0, 0, 1, pad=0)
-    clean._seat([job])
+    clean._fill_slots([job])
     assert torch.equal(row, clean.bank.values[0])
 
 
@@ -232,18 +232,20 @@ def test_held_out_losses_are_means_over_answer_tokens(grouped: Build, jobs: list
     model = grouped()
     engine = MultiUserTrainer(model, UsersConfig(), RATE, 0, 3, pad=0)
     held = [hold_out(job, 3, epochs=1) for job in jobs[1:4]]
-    engine._seat(held)
+    engine._fill_slots(held)
     engine.bank.values.normal_(std=0.2)
-    for mode in ("groups", "fit"):
-        found = engine.held_losses([0, 1, 2], mode)  # type: ignore[arg-type]
-        for slot, job in enumerate(held):
+    slots = dict(enumerate(held))
+    modes: tuple[Mode, ...] = ("groups", "fit")
+    for mode in modes:
+        found = held_out_losses(model, slots, mode, 0)
+        for slot, job in slots.items():
             sums = tokens = 0.0
-            for row in job.held:
+            for row in job.held_out:
                 with torch.no_grad():
-                    total, _ = engine._losses([(slot, 0, row)], mode, training=False)  # type: ignore[arg-type]
+                    total, _ = row_losses(model, slots, [(slot, 0, row)], mode, 0)
                 sums, tokens = sums + float(total), tokens + len(row.ids) - row.start
             assert found[slot] == pytest.approx(sums / tokens, rel=1e-5)
-    assert engine.held_losses([], "fit") == {}
+    assert held_out_losses(model, {}, "fit", 0) == {}
 
 
 @given(

@@ -45,7 +45,7 @@ def fit(model: ProperModel, jobs: Sequence[Job], folder: Path, slots: int) -> tu
     ("spoil", "reason"),
     [
         (lambda job: replace(job, embedding=NAN), "quarantined: the loss is not finite"),
-        (lambda job: replace(job, embedding=NAN, held=job.items), "quarantined: the held-out loss is not finite"),
+        (lambda job: replace(job, embedding=NAN, held_out=job.items), "quarantined: the held-out loss is not finite"),
         (lambda job: replace(job, items=()), "quarantined: no history"),
         (
             lambda job: replace(job, items=(*job.items, EncodedExample(job.user, tuple(range(3, 303)), 298))),
@@ -85,8 +85,8 @@ def test_a_nan_in_a_step_changes_no_other_users_bit(grouped: Build, jobs: list[J
     for embedding in (jobs[1].embedding, NAN):
         work = [replace(job, embedding=embedding) if job.user == "bob" else job for job in jobs]
         engine = MultiUserTrainer(grouped(), UsersConfig(), 5e-3, 0, 5, pad=0)
-        engine._seat(work)
-        engine._backward({slot: engine._batch(*engine.sitting(slot)) for slot in range(5)})
+        engine._fill_slots(work)
+        engine._backward({slot: engine._batch(*engine.job_in(slot)) for slot in range(5)})
         assert engine.bank.gradients is not None
         gradients.append(engine.bank.gradients.clone())
     others = [0, 2, 3, 4]
@@ -116,7 +116,7 @@ def test_a_user_who_diverges_late_leaves_the_others_within_rounding(
         found = plain(self, chosen)
         assert self.bank.gradients is not None
         for slot in chosen:
-            job, state = self.sitting(slot)
+            job, state = self.job_in(slot)
             if job.user == "dan" and state.step == 2:
                 self.bank.gradients[slot, 7] = float("inf")
         return found
@@ -131,7 +131,7 @@ def test_a_user_who_diverges_late_leaves_the_others_within_rounding(
 def test_frozen_weights_get_no_gradients_and_experts_run_once_a_piece(grouped: Build, jobs: list[Job]) -> None:
     model = grouped()
     engine = MultiUserTrainer(model, UsersConfig(), 5e-3, 0, 5, pad=0)
-    engine._seat(jobs)
+    engine._fill_slots(jobs)
     calls: list[str] = []
     for name, layer in model.layers.items():
         assert layer.experts is not None

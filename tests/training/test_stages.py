@@ -17,7 +17,8 @@ from proper.files import hash_file, read_json
 from proper.inference.generate import respond
 from proper.inference.loading import load
 from proper.models.checkpoints import load_tensors, save_tensors
-from proper.training.stages import TRAINED, StageRunner
+from proper.run_folder import Stage
+from proper.training.stages import StageRunner
 
 
 class Stopped(Exception):
@@ -57,17 +58,17 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 def test_all_stages_then_nothing_left_to_do(runner: Callable[..., StageRunner], tmp_path: Path) -> None:
     log: list[dict[str, Any]] = []
-    runner(log=log.append).run(TRAINED)
+    runner(log=log.append).run(tuple(Stage))
     folder = tmp_path / "run"
     assert list(dict.fromkeys(facts["stage"] for facts in log)) == ["population", "groups", "users", "router"]
-    for stage in TRAINED:
+    for stage in Stage:
         facts = read_json(folder / stage / "stage.json")
         assert facts["seed"] == 0 and facts["seconds"] > 0
         assert not (folder / stage / "stage.checkpoint").exists()
     assert not (folder / "users" / "work").exists()
 
     before, steps = fingerprint(folder), len(log)
-    runner(log=log.append).run(TRAINED)
+    runner(log=log.append).run(tuple(Stage))
     assert len(log) == steps and fingerprint(folder) == before
 
     model = load(folder)
@@ -81,8 +82,8 @@ def test_stages_one_at_a_time_and_killed_in_between_give_the_same_files(
     runner: Callable[..., StageRunner], tmp_path: Path
 ) -> None:
     log: list[dict[str, Any]] = []
-    runner("whole", log.append).run(TRAINED)
-    for stage in TRAINED:
+    runner("whole", log.append).run(tuple(Stage))
+    for stage in Stage:
         steps: list[dict[str, Any]] = []
 
         def told(facts: dict[str, Any], steps: list[dict[str, Any]] = steps) -> None:
@@ -99,26 +100,26 @@ def test_stages_one_at_a_time_and_killed_in_between_give_the_same_files(
 
 @pytest.mark.parametrize(("stage", "lacks"), [("groups", "population"), ("users", "population")])
 def test_a_stage_needs_the_one_before_it(runner: Callable[..., StageRunner], stage: str, lacks: str) -> None:
-    with pytest.raises(RunFolderError, match=f"stage '{lacks}' is not there yet"):
+    with pytest.raises(RunFolderError, match=f"stage '{lacks}' is not trained yet"):
         runner().run([stage])
 
 
 def test_groups_trained_again_in_place_are_not_served_with_old_adapters(
     runner: Callable[..., StageRunner], tmp_path: Path
 ) -> None:
-    runner().run(TRAINED)
+    runner().run(tuple(Stage))
     folder = tmp_path / "run"
     (folder / "groups" / "stage.json").unlink()
     with pytest.raises(RunFolderError, match="users: made for groups that are gone; delete it as well"):
         runner().run(["groups"])
     (folder / "users" / "stage.json").unlink()
     # The same groups come out again, and the adapters are theirs.
-    runner().run(TRAINED)
+    runner().run(tuple(Stage))
     (folder / "users" / "stage.json").unlink()
     tensors, facts = load_tensors(folder / "groups" / "groups.safetensors")
     save_tensors(folder / "groups" / "groups.safetensors", {n: t + 1 for n, t in tensors.items()}, facts)
     with pytest.raises(StoreError, match=r"users: these adapters belong to another groups \("):
-        runner().run(TRAINED)
+        runner().run(tuple(Stage))
 
 
 def test_a_stage_without_rows_is_refused(settings: Config, encoder: Encoder, tmp_path: Path) -> None:

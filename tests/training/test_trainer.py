@@ -17,7 +17,7 @@ from proper.data.dataset import Dataset, Sample, TextExample
 from proper.errors import NonFiniteLossError
 from proper.models.personal import ProperModel
 from proper.training.groups import train_groups
-from proper.training.schedule import factor
+from proper.training.optim import factor
 from proper.training.trainer import TrainingPlan, _batches
 
 Build = Callable[..., ProperModel]

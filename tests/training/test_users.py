@@ -21,7 +21,8 @@ from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import Mode, RowContext
 from proper.models.checkpoints import load_tensors
 from proper.models.personal import ProperModel, answer_loss
-from proper.training.users import UserStage, _Jobs, held_out, train_users
+from proper.training.jobs import held_out_items
+from proper.training.users import UserStage, train_users
 
 Build = Callable[..., ProperModel]
 Everything = tuple[dict[str, UserRecord], dict[str, Tensor]]
@@ -173,7 +174,7 @@ def test_rows_are_counted_without_reading_them(
         grouped(), config, dataset, encoder, users, torch.zeros(4, 16), store, tmp_path, 0, 1.0, lambda facts: None
     )
     for passes in (None, dict.fromkeys(users, 2)):
-        jobs = _Jobs(stage, range(4), passes)
+        jobs = stage.jobs(range(4), passes)
         assert jobs.rows() == sum(len(jobs[at].items) for at in range(4))
     assert stage.slots == 4, "as many as there are users, where memory allows more"
     store.close()
@@ -195,7 +196,7 @@ def test_tiers_follow_from_losses_on_held_out_items_as_served(
     def loss(user: str, mode: Mode) -> float:
         items = [encoder.encode(example) for example in dataset.history(user)]
         sums = tokens = 0.0
-        for item in items[len(items) - held_out(len(items), config.tiers.validation) :]:
+        for item in items[len(items) - held_out_items(len(items), config.tiers.validation) :]:
             rows = RowContext(
                 mode, embedding=records[user].embedding.unsqueeze(0), slots=torch.zeros(1, dtype=torch.long)
             )
@@ -224,7 +225,7 @@ def test_only_the_newest_items_are_used(run: Callable[..., Everything]) -> None:
 
 @given(items=st.integers(2, 500), share=st.floats(0.01, 0.5))
 def test_held_out(items: int, share: float) -> None:
-    held = held_out(items, share)
+    held = held_out_items(items, share)
     assert 1 <= held <= items - 1
     assert held == 1 or held <= items * share + 0.5
 
@@ -234,4 +235,4 @@ def test_adapters_of_absurd_size_are_not_kept(run: Callable[..., Everything], ca
     records, _ = run("huge", Log(), learning_rate=1e5, tiers={"select": False}, router="none")
     assert records and all(record.tier == "groups" for record in records.values())
     assert {record.facts["reason"].partition(":")[0] for record in records.values()} == {"quarantined"}
-    assert "numbers beyond 10000; they stay on the group tier" in caplog.text
+    assert "numbers beyond 10000; the user stays on the group tier" in caplog.text

@@ -23,11 +23,12 @@ from typing import Literal
 import xxhash
 
 from proper.adapters.manifest import ByteRange, ManifestRow, shard_name, user_of
-from proper.adapters.quarantine import QUARANTINE, put_bytes_aside, put_file_aside, put_row_aside
+from proper.adapters.quarantine import put_bytes_aside, put_file_aside, put_row_aside
 from proper.adapters.shards import BlobError, erase, lock_shard
-from proper.adapters.store import AdapterStore
+from proper.adapters.store import AdapterStore, vector
 from proper.adapters.validation import fault_of, is_sound
 from proper.errors import StoreError
+from proper.run_folder import Tier
 from proper.sqlite_files import read_only_error
 
 Kind = Literal["manifest", "row", "missing", "torn", "flipped", "unsound", "orphan-file", "orphan-bytes", "log"]
@@ -119,7 +120,7 @@ def _check_row(store: AdapterStore, row: ManifestRow) -> Finding | None:
 
 def _nonsense(store: AdapterStore, row: ManifestRow) -> str | None:
     """Return why a manifest row is invalid by itself, without reading the adapter; None if it is valid."""
-    if row.tier not in ("groups", "users"):
+    if row.tier not in (Tier.GROUPS, Tier.USERS):
         return f"no such tier: {row.tier!r}"
     if len(row.embedding) % 4:
         return "its embedding is cut off"
@@ -193,7 +194,7 @@ def _fall_back(store: AdapterStore, now: list[ManifestRow], bad: dict[int, Findi
 
 
 def _embedding_is_sound(store: AdapterStore, row: ManifestRow) -> bool:
-    return len(row.embedding) % 4 == 0 and is_sound(store.head_of(row).embedding)
+    return len(row.embedding) % 4 == 0 and is_sound(vector(row.embedding))
 
 
 def _orphan_files(store: AdapterStore, repair: bool) -> Iterator[Finding]:
@@ -232,7 +233,7 @@ def _orphan_bytes(store: AdapterStore, number: int, size: int, repair: bool) -> 
         wiped += _cut_tail(store, number, repair)
     if wiped:
         text = f"{path}: {wiped} bytes that nobody owns"
-        yield Finding("orphan-bytes", text, repair=f"moved to {store.folder / QUARANTINE}" if repair else "")
+        yield Finding("orphan-bytes", text, repair=f"moved to {store.paths.quarantine}" if repair else "")
 
 
 def _wipe(store: AdapterStore, file: int, name: str, start: int, end: int, repair: bool) -> int:

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from proper.files import atomic_path, private_folder, write_json
-
-QUARANTINE = "quarantine"
-"""The folder beside a store's manifest. Its files cannot be attributed to users, so a deletion removes all of them."""
+from proper.run_folder import UsersFolder
 
 
 def put_file_aside(users: Path, path: Path) -> str:
@@ -41,7 +39,7 @@ def put_row_aside(users: Path, row: Mapping[str, Any]) -> None:
 
 def _place(users: Path, name: str) -> Path:
     """Return an unused path in the quarantine folder."""
-    folder = users / QUARANTINE
+    folder = UsersFolder(users).quarantine
     private_folder(folder)
     taken = sum(1 for _ in folder.iterdir())
     while os.path.lexists(path := folder / f"{taken:06}-{name}"):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-Tier = Literal["groups", "users"]
+from proper.run_folder import Tier
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class UserRecord:
 
     Attributes:
         user: any string.
-        tier: "groups" (embedding only) or "users" (embedding and adapter).
+        tier: GROUPS (embedding only) or USERS (embedding and adapter).
         embedding: e_u (D,), fp32.
         adapter: stacked tensors, as `layers.bank.Layout` names them, or their `quantization.encode` form; None on the
             group tier.

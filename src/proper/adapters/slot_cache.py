@@ -18,6 +18,7 @@ from proper.adapters.records import Head
 from proper.adapters.store import AdapterStore
 from proper.errors import StoreError
 from proper.layers.bank import AdapterBank
+from proper.run_folder import Tier
 
 
 class AdapterKey(NamedTuple):
@@ -31,7 +32,7 @@ class AdapterKey(NamedTuple):
     @classmethod
     def of(cls, tenant: str, user: str, head: Head | None) -> AdapterKey | None:
         """Return the key of a record, or None for one without an adapter."""
-        if head is None or head.tier != "users" or head.checksum is None:
+        if head is None or head.tier != Tier.USERS or head.checksum is None:
             return None
         return cls(tenant, user, head.version, head.checksum)
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from torch import Tensor
 from proper.adapters.manifest import Manifest, ManifestRow, key_of, user_of
 from proper.adapters.quantization import decode
 from proper.adapters.records import Head as Head
-from proper.adapters.records import Tier as Tier
 from proper.adapters.records import UserRecord as UserRecord
 from proper.adapters.records import Version as Version
 from proper.adapters.serialization import TensorSpec, unpack
@@ -37,6 +36,7 @@ from proper.adapters.tombstones import Tombstones
 from proper.adapters.two_phase_write import Prepared, commit, prepare
 from proper.errors import NoVersionError, StoreError
 from proper.files import open_private, private_folder
+from proper.run_folder import Tier, UsersFolder
 from proper.sqlite_files import read_only_error
 
 T = TypeVar("T")
@@ -45,6 +45,9 @@ KEEP = 2
 FILE_BYTES = 256 << 10
 SHARD_BYTES = 64 << 20
 WAIT_SECONDS = 60.0
+
+
+_TIERS = {str(tier): tier for tier in (Tier.GROUPS, Tier.USERS)}
 
 
 class AdapterStore:
@@ -72,10 +75,11 @@ class AdapterStore:
         if keep < 1:
             raise ValueError("keep: the current version is always kept")
         self.folder, self.tenant, self.keep, self.file_bytes = folder, tenant, keep, file_bytes
-        self.blobs, self.tombstones = folder / "blobs", Tombstones(folder)
+        self.paths = UsersFolder(folder)
+        self.blobs, self.tombstones = self.paths.blobs, Tombstones(folder)
         if self.blobs.is_symlink():
             raise StoreError(f"{self.blobs}: is a symbolic link; put the folder itself there, or mount one")
-        self.manifest = Manifest(folder / "users.sqlite", wait_seconds, self._require_no_blobs)
+        self.manifest = Manifest(self.paths.manifest, wait_seconds, self._require_no_blobs)
         if not self.manifest.read_only:
             private_folder(folder)
             private_folder(self.blobs)
@@ -89,8 +93,9 @@ class AdapterStore:
     def _require_no_blobs(self) -> None:
         """Refuse to create a manifest beside existing blobs, which would all become orphans."""
         if self.blobs.is_dir() and any(self.blobs.iterdir()):
-            path = self.folder / "users.sqlite"
-            raise StoreError(f"{path}: is missing, but {self.blobs} holds adapters; put back a copy of it")
+            raise StoreError(
+                f"{self.paths.manifest}: is missing, but {self.blobs} holds adapters; put back a copy of it"
+            )
 
     def close(self) -> None:
         """Close the manifest and release the shard that was written to."""
@@ -168,7 +173,7 @@ class AdapterStore:
         """Hold the lock for writing blobs whose rows are not committed yet: shared, or exclusive with `alone`."""
         if self.manifest.read_only:
             raise read_only_error(self.manifest.path)
-        file = open_private(self.folder / "users.lock", os.O_RDWR | os.O_CREAT)
+        file = open_private(self.paths.lock, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             yield
@@ -216,7 +221,7 @@ class AdapterStore:
     @staticmethod
     def head_of(row: ManifestRow) -> Head:
         """Return the head of a manifest row."""
-        return Head(row.version, cast(Tier, row.tier), _vector(row.embedding), row.xxh3)
+        return Head(row.version, _tier(row), vector(row.embedding), row.xxh3)
 
     def versions(self, user: str) -> list[Version]:
         """Return a user's stored versions, newest first; empty for an unknown user."""
@@ -224,7 +229,7 @@ class AdapterStore:
             Version(
                 row.version,
                 row.parent,
-                cast(Tier, row.tier),
+                _tier(row),
                 row.length + len(row.embedding),
                 row.written,
                 row.xxh3.hex() if row.xxh3 else None,
@@ -261,13 +266,13 @@ class AdapterStore:
     def users(self, after: str | None = None) -> Iterator[tuple[str, Tier]]:
         """Yield every user and their tier, ordered by user, from the beginning or `after` a user."""
         for row in self.manifest.heads(self.tenant, None if after is None else key_of(after)):
-            yield user_of(row.user), cast(Tier, row.tier)
+            yield user_of(row.user), _tier(row)
 
     def facts(self) -> Iterator[tuple[str, Tier, dict[str, Any], int]]:
         """Yield user, tier, metadata and size in bytes of every current record without reading adapters."""
         for row in self.manifest.heads(self.tenant):
             size = row.length + len(row.embedding)
-            yield user_of(row.user), cast(Tier, row.tier), json.loads(row.facts), size
+            yield user_of(row.user), _tier(row), json.loads(row.facts), size
 
     def heads(self) -> Iterator[tuple[str, Head, dict[str, Any]]]:
         """Yield user, head and metadata of every current record without reading adapters."""
@@ -312,7 +317,7 @@ class AdapterStore:
             fill(self.blobs, row.place, row.xxh3, data.numpy().data)
             stored = unpack(self.spec(row), data)
             adapter = stored if coded else decode(stored)
-        return UserRecord(user, cast(Tier, row.tier), _vector(row.embedding), adapter, json.loads(row.facts))
+        return UserRecord(user, _tier(row), vector(row.embedding), adapter, json.loads(row.facts))
 
     def spec(self, row: ManifestRow) -> TensorSpec:
         """Return the tensor spec of a row's adapter."""
@@ -331,5 +336,13 @@ class AdapterStore:
         return TensorSpec.parse(text)
 
 
-def _vector(data: bytes) -> Tensor:
+def _tier(row: ManifestRow) -> Tier:
+    tier = _TIERS.get(row.tier)
+    if tier is None:
+        raise StoreError(f"user {user_of(row.user)!r}: unknown tier {row.tier!r}; run: proper users check DIR")
+    return tier
+
+
+def vector(data: bytes) -> Tensor:
+    """Return an embedding (D,), fp32, from its bytes in the manifest."""
     return torch.frombuffer(bytearray(data), dtype=torch.float32) if data else torch.empty(0)

@@ -20,16 +20,14 @@ from pathlib import Path
 from proper.adapters.manifest import key_of
 from proper.adapters.shards import sync_folder
 from proper.errors import StoreError
-from proper.run_files import run_home
-
-FOLDER = "tombstones"
+from proper.run_folder import RunFolder
 
 
 class Tombstones:
     """The tombstones of the run that a store's folder (`RUN/users`) belongs to."""
 
     def __init__(self, users: Path) -> None:
-        self.folder = run_home(users.absolute().parent) / FOLDER
+        self.folder = RunFolder(users.absolute().parent).home.tombstones
 
     def has(self, tenant: str, user: str) -> bool:
         """Return whether this user was deleted and not enrolled again."""

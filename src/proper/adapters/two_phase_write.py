@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import xxhash
 
 from proper.adapters.manifest import ByteRange, Manifest, ManifestRow, key_of
-from proper.adapters.records import Tier, UserRecord
+from proper.adapters.records import UserRecord
 from proper.adapters.serialization import pack
 from proper.adapters.shards import BlobWriter
 from proper.adapters.validation import require_sound
 from proper.errors import StoreError
+from proper.run_folder import Tier
 
 
 @dataclass(frozen=True)

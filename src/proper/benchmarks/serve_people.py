@@ -22,6 +22,7 @@ from proper.layers.bank import AdapterBank
 from proper.models.backbone import Backbone, digest, load_backbone, load_tokenizer
 from proper.models.personal import ProperModel
 from proper.models.targets import find_targets
+from proper.run_folder import RunFolder, Tier
 
 CROWD = 16
 """Users per slot in the open loop that measures the cliff."""
@@ -69,7 +70,7 @@ class Served:
         self.model.add_experts(self.config.groups, seed=0)
         self.model.add_lora_router(self.config.users)
         self._mixtures = {name: (layer.experts, layer.router) for name, layer in self.model.layers.items()}
-        self.store = AdapterStore(folder / "users")
+        self.store = AdapterStore(RunFolder(folder).users.path)
         self.layout = self.model.layout(self.config.users.rank)
         self.store.put(self._records())
         form: dict[str, Any] = {"device": device, "dtype": shape.dtype}
@@ -78,8 +79,8 @@ class Served:
         encoder = backbone.encoder(limit)
         encoder.end, encoder.ends = None, frozenset()
         served = ServedUsers(self.store, bank, torch.zeros(self.model.embedding_size))
-        self.personal = PersonalizedModel(self.model, encoder, self.config, served, "users")
-        self.alone = PersonalizedModel(self.model, encoder, self.config, None, "base")
+        self.personal = PersonalizedModel(self.model, encoder, self.config, served, Tier.USERS)
+        self.alone = PersonalizedModel(self.model, encoder, self.config, None, Tier.BASE)
         draw = random.Random(0)
         lengths = [draw.randint(shape.prompt // 2, shape.prompt) for _ in range(shape.rows)]
         self.prompts = [tuple(draw.randint(3, 8000) for _ in range(length)) for length in lengths]
@@ -118,7 +119,7 @@ class Served:
             generator = torch.Generator().manual_seed(at)
             row = (0.02 * torch.randn(self.layout.width, generator=generator)).to(torch.bfloat16)
             embedding = torch.randn(self.model.embedding_size, generator=generator)
-            yield UserRecord(name, "users", embedding, self.layout.unpack(row))
+            yield UserRecord(name, Tier.USERS, embedding, self.layout.unpack(row))
 
     def _peft_model(self) -> Any:
         """Return a PEFT model with one LoRA per row, on the same modules and of the same rank."""

@@ -19,6 +19,7 @@ from proper.adapters.load import RowLoader
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.benchmarks.timing import TimedSide, interleaved, percentile
 from proper.layers.bank import AdapterBank, Layout
+from proper.run_folder import Tier
 
 LAYERS, HIDDEN, KEYS, MIDDLE, RANK = 32, 2048, 512, 8616, 4
 _ROUND = 8
@@ -50,7 +51,7 @@ def load_figures(folder: Path, repeats: int, every: int) -> dict[str, float]:
     row = torch.randn(layout.width, generator=torch.Generator().manual_seed(0)).bfloat16()
     store = AdapterStore(folder / "store")
     for at in range(_ROUND):
-        store.put([UserRecord(f"u{at}", "users", torch.zeros(0), layout.unpack(row.roll(at)))])
+        store.put([UserRecord(f"u{at}", Tier.USERS, torch.zeros(0), layout.unpack(row.roll(at)))])
     sides = {name: TimedSide(work) for name, work in _sides(store, layout, row).items()}
     sides["peft_load"] = _peft_side(folder / "peft", every)
     seconds = interleaved(sides, repeats)

@@ -18,6 +18,7 @@ from proper.adapters.compaction import compact
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.benchmarks.timing import percentile, seconds_of
 from proper.layers.bank import Layout
+from proper.run_folder import Tier
 
 PAYLOAD = 4096
 _BATCH = 10_000
@@ -80,7 +81,7 @@ def _people(first: int, last: int) -> Iterator[UserRecord]:
     none, generator = torch.zeros(0), torch.Generator().manual_seed(first)
     for at in range(first, last):
         row = torch.randn(layout.width, generator=generator).bfloat16()
-        yield UserRecord(_name(at), "users", none, layout.unpack(row))
+        yield UserRecord(_name(at), Tier.USERS, none, layout.unpack(row))
 
 
 def _name(at: int) -> str:

@@ -31,7 +31,7 @@ from proper.config import GroupsConfig, UsersConfig
 from proper.data.batching import collate
 from proper.data.encoder import EncodedExample, Encoder
 from proper.errors import ProperError
-from proper.layers.batch_context import Mode, RowContext
+from proper.layers.batch_context import RowContext
 from proper.models.backbone import pick_device
 from proper.models.personal import answer_loss
 from proper.training.checkpoint import Checkpoint
@@ -62,20 +62,6 @@ QUICK = UsersBenchSize(users=32, alone=4, repeats=3)
 
 Step = list[list[Work]]
 """The rows of one step, as micro-batches."""
-
-
-class RecordingTrainer(MultiUserTrainer):
-    """Multi-user trainer that records its micro-batches."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.stream: list[Step] = []
-
-    def _losses(self, micro: Sequence[Work], mode: Mode, *, training: bool) -> tuple[Tensor, Tensor]:
-        if training:
-            self.stream += [[]] if len(self.stream) == self.steps else []
-            self.stream[-1].append(list(micro))
-        return super()._losses(micro, mode, training=training)
 
 
 def run(size: UsersBenchSize, device: str, say: Callable[[str], None]) -> dict[str, Any]:
@@ -161,9 +147,17 @@ class _Bench:
         return sum(len(row.ids) for step in self.stream for piece in step for _, _, row in piece)
 
     def _record(self) -> list[Step]:
-        engine = RecordingTrainer(self.model, self.config, RATE, 0, self.slots, self.pad)
-        self._run(engine, self.jobs)
-        return engine.stream
+        """Return the micro-batches of every step, by training all users once."""
+        stream: list[Step] = []
+
+        def observe(steps: int, work: Sequence[Work]) -> None:
+            if len(stream) == steps:
+                stream.append([])
+            stream[-1].append(list(work))
+
+        trainer = MultiUserTrainer(self.model, self.config, RATE, 0, self.slots, self.pad, observe)
+        self._run(trainer, self.jobs)
+        return stream
 
     def fit(self, jobs: Sequence[Job], slots: int) -> None:
         """Train these users' adapters."""

@@ -41,7 +41,7 @@ def publish(result: dict[str, Any], path: Path | None) -> None:
         typer.echo(f"{name:32} {value}")
 
 
-@app.command(epilog=examples("users", "users --quick --json users.json"))
+@app.command(epilog=examples("users", "users --quick --json figures.json"))
 def users(json_file: JsonFile = None, quick: Quick = False, device: Device = "auto") -> None:
     """Measure how many users per hour get an adapter.
 
@@ -52,7 +52,7 @@ def users(json_file: JsonFile = None, quick: Quick = False, device: Device = "au
     publish(run(QUICK if quick else UsersBenchSize(), device, logger.info), json_file)
 
 
-@app.command(epilog=examples("groups", "groups --quick --json groups.json"))
+@app.command(epilog=examples("groups", "groups --quick --json figures.json"))
 def groups(json_file: JsonFile = None, quick: Quick = False, device: Device = "auto") -> None:
     """Time a training step of stage 2.
 

@@ -1,4 +1,4 @@
-"""Commands `proper data ...`: download LaMP benchmark data, or make a data set from a git history."""
+"""Commands `proper data ...`: fetch and convert public data sets, or make one from a git history."""
 
 from __future__ import annotations
 
@@ -14,9 +14,18 @@ from proper.errors import InputError, ProperError
 
 logger = logging.getLogger(__name__)
 
+LIST_EXAMPLES = """\
+  proper data list
+"""
 EXAMPLES = """\
+  proper data fetch movielens-small
+  proper data fetch acl-titles --yes
   proper data fetch lamp-3
   proper data fetch lamp-2m --split time --out data/movies --yes
+"""
+CONVERT_EXAMPLES = """\
+  proper data convert huffpost-news ~/Downloads/archive.zip
+  proper data convert movielens-small ml-latest-small.zip --out data/movielens-small
 """
 FROM_GIT_EXAMPLES = """\
   proper data from-git . --out commits.parquet
@@ -25,50 +34,98 @@ FROM_GIT_EXAMPLES = """\
 
 app = typer.Typer(
     name="data",
-    help="Fetch or make data sets.",
-    epilog=f"\b\nExamples:\n{EXAMPLES}{FROM_GIT_EXAMPLES}",
+    help="Fetch, convert or make data sets.",
+    epilog=f"\b\nExamples:\n{LIST_EXAMPLES}{EXAMPLES}{CONVERT_EXAMPLES}{FROM_GIT_EXAMPLES}",
     rich_markup_mode=None,
 )
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A name of `proper data list`.", show_default=False)]
 
 
 @app.callback()
 def group() -> None:
-    """Fetch benchmark data, or make a data set from a git history."""
+    """Fetch or convert public data sets, or make a data set from a git history."""
+
+
+@app.command("list", epilog=f"\b\nExamples:\n{LIST_EXAMPLES}")
+def list_datasets() -> None:
+    """List the public data sets: name, license, and what one row is."""
+    from proper.data.public.catalog import DATASETS
+    from proper.data.public.lamp import TERMS
+    from proper.lamp_tasks import LAMP_TASKS
+
+    lines = [(each.name, each.terms, each.title) for each in DATASETS.values()]
+    lines += [
+        (task.name, TERMS, f"the LaMP benchmark, {task.kind}") for task in LAMP_TASKS.values() if task.name != "lamp-6"
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
+    for name, terms, title in lines:
+        typer.echo(f"{name:<{widths[0]}}  {terms:<{widths[1]}}  {title}")
 
 
 @app.command("fetch", epilog=f"\b\nExamples:\n{EXAMPLES}")
 def fetch(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="lamp-1, -2m, -2n, -3, -4, -5 or -7.", show_default=False)
-    ],
-    split: Annotated[Literal["user", "time"], typer.Option(help="The benchmark's split by user or by time.")] = "user",
+    name: Name,
+    split: Annotated[Literal["user", "time"], typer.Option(help="LaMP only: its split by user or by time.")] = "user",
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Folder to write; data/NAME or data/NAME-time by default.", show_default=False
+            metavar="DIR", help="Folder to write; data/NAME, for LaMP by time data/NAME-time.", show_default=False
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Agree to the license without being asked.")] = False,
+    url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Another address of the file, such as a mirror.", show_default=False),
+    ] = None,
     site: Annotated[
         str | None,
         typer.Option(
-            metavar="URL", envvar="PROPER_LAMP_SITE", help="Another copy of the benchmark's site.", show_default=False
+            metavar="URL", envvar="PROPER_LAMP_SITE", help="LaMP only: another copy of its site.", show_default=False
         ),
     ] = None,
 ) -> None:
-    """Download a task of the LaMP benchmark from its site.
+    """Download a public data set and convert it to the columns that configs/ use.
 
     Shows the license and asks for agreement first. An interrupted download resumes. Checksums are kept in SHA256SUMS
-    beside the files, and files that exist already are checked against it. Prints the folder, for data.path.
+    beside the files, and files that exist already are compared with it. Prints the folder.
     """
+    from proper.data.public.catalog import DATASETS, fetch_dataset
     from proper.data.public.lamp import LICENSE, SITE, fetch_task, fetchable_task
 
-    task = fetchable_task(name)
-    folder = out or Path("data") / (task.name if split == "user" else f"{task.name}-time")
-    logger.info(LICENSE)
-    if not yes:
-        _agree()
-    fetch_task(task, split, folder, site or SITE)
+    dataset = DATASETS.get(name.lower())
+    if dataset is not None:
+        folder = out or Path("data") / dataset.name
+        _agree(dataset.license, yes)
+        fetch_dataset(dataset, folder, url)
+    else:
+        task = fetchable_task(name)
+        folder = out or Path("data") / (task.name if split == "user" else f"{task.name}-time")
+        _agree(LICENSE, yes)
+        fetch_task(task, split, folder, url or site or SITE)
+    typer.echo(folder)
+
+
+@app.command("convert", epilog=f"\b\nExamples:\n{CONVERT_EXAMPLES}")
+def convert(
+    name: Name,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file as published.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to write; data/NAME by default.", show_default=False)
+    ] = None,
+) -> None:
+    """Convert a file that was downloaded by hand to the columns that configs/ use.
+
+    The same file gives the same rows in the same order. Prints the folder.
+    """
+    from proper.data.public.catalog import DATASETS, convert_dataset
+
+    dataset = DATASETS.get(name.lower())
+    if dataset is None:
+        raise InputError(f"no data set '{name}' that is converted; known: {', '.join(DATASETS)}")
+    folder = out or Path("data") / dataset.name
+    logger.info(dataset.license)
+    convert_dataset(dataset, file, folder)
     typer.echo(folder)
 
 
@@ -93,13 +150,17 @@ def from_git(
     total = count_commits(repository)
     with progress("commits", total) as advance:
         rows, users = write_git_history(repository, out, CommitFilter(min_words, max_chars, salt), advance)
-    logger.info(f"{rows} of {total} commits by {users} authors")
+    logger.info("%d of %d commits by %d authors", rows, total, users)
     typer.echo(out)
 
 
-def _agree() -> None:
+def _agree(license_text: str, yes: bool) -> None:
+    """Show a license and ask for agreement unless `yes`."""
+    logger.info(license_text)
+    if yes:
+        return
     if not sys.stdin.isatty():
-        raise InputError("the license has to be agreed to; --yes does so where nobody can be asked")
+        raise InputError("the license must be agreed to; --yes agrees without a terminal")
     # Not typer.confirm: it writes a space to stdout.
     typer.echo("Agree and fetch? [y/N]: ", err=True, nl=False)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):

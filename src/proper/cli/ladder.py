@@ -1,6 +1,6 @@
 """Text table of a run's results: each method's main metric and its gain over a compared method.
 
-Reads the plain values of results.json.
+Reads the plain values of a run's results.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_LADDER = {"base", "population", "groups", "users"}
+from proper.run_folder import LADDER
+
 _STANDINGS = {"best": "   best", "tied": "   not told from the best"}
 
 
@@ -27,7 +28,7 @@ def ladder(results: Mapping[str, Any]) -> list[str]:
         }
         shown = [_method(row, steps.get(row["method"]), width) for row in here]
         # The best method is marked only if there are others than the four stages.
-        marks = [_STANDINGS.get(row.get("standing"), "") if set(map(_name, here)) - _LADDER else "" for row in here]
+        marks = [_STANDINGS.get(row.get("standing"), "") if set(map(_name, here)) - set(LADDER) else "" for row in here]
         lines += [f"{line}{mark}" for line, mark in zip(shown, marks, strict=True)]
     return lines
 

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from proper.errors import InputError, RunFolderError
+from proper.errors import InputError
+from proper.run_folder import require_run
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.", show_default=False)]
@@ -27,13 +28,9 @@ def existing_run(folder: Path) -> Path:
     """Return `folder` if it is a run folder.
 
     Raises:
-        RunFolderError: it is not a folder, or has no config.yaml.
+        RunFolderError: it is not one.
     """
-    if not folder.is_dir():
-        raise RunFolderError(f"{folder}: no such run folder")
-    if not (folder / "config.yaml").is_file():
-        raise RunFolderError(f"{folder}: not a run folder, config.yaml is missing")
-    return folder
+    return require_run(folder).path
 
 
 def size_in_bytes(option: str, text: str) -> int:

@@ -11,8 +11,10 @@ from typing import Annotated
 import typer
 
 import proper
-from proper.cli.options import RunFolder, existing_run, size_in_bytes
+from proper.cli.options import RunFolder, size_in_bytes
 from proper.errors import ReadOnlyError
+from proper.extras import needs_extra
+from proper.run_folder import require_run
 from proper.sqlite_files import writable
 
 logger = logging.getLogger(__name__)
@@ -105,12 +107,16 @@ def command(
     lets running requests finish. If the engine fails, the process exits with code 1, so that a supervisor restarts it.
     As long as the run has never had a key, any program on this machine may send requests; other machines need a key.
     """
-    existing_run(folder)
+    run = require_run(folder)
     prefix_bytes = size_in_bytes("--prefix-cache", prefix_cache)
-    from proper.serving.auth import is_loopback
-    from proper.serving.connections import ConnectionLimits
-    from proper.serving.keys import FILE, Keys
-    from proper.serving.server import free_port, make_server, require_keys, require_no_failure
+    with needs_extra("serve", "'proper serve'"):
+        from proper.serving.app import ServeSettings, create_app
+        from proper.serving.auth import is_loopback
+        from proper.serving.connections import ConnectionLimits
+        from proper.serving.fit_process import FitProcess
+        from proper.serving.keys import FILE, Keys
+        from proper.serving.limits import ServeLimits
+        from proper.serving.server import free_port, make_server, require_keys, require_no_failure
 
     connections = ConnectionLimits(
         max_connections,
@@ -123,16 +129,13 @@ def command(
     keys.remember()
     if keys.required and not len(keys):
         logger.warning(f"proper: no key is valid, so nobody gets in; 'proper keys add {folder}' makes one")
-    if not no_worker and not writable(folder / "users" / "users.sqlite"):
+    if not no_worker and not writable(run.users.manifest):
         raise ReadOnlyError(f"{folder}: is read-only, so nobody can be fitted; serve it with --no-worker")
     require_keys(host, keys, f"make one with: proper keys add {folder}")
     from proper.inference import load
     from proper.inference.engine import Engine
     from proper.inference.engine_thread import EngineThread
     from proper.inference.requests import EngineLimits
-    from proper.serving.app import ServeSettings, create_app
-    from proper.serving.fit_process import FitProcess
-    from proper.serving.limits import ServeLimits
 
     with free_port(host, port) as socket:
         model = load(folder)

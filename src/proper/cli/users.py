@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proper.cli.options import RunFolder, existing_run
+from proper.cli.options import RunFolder
 from proper.errors import InputError, ReadOnlyError, RunFolderError, StoreError
+from proper.run_folder import Stage, require_run
 
 if TYPE_CHECKING:
     from proper.adapters.store import AdapterStore
@@ -44,12 +45,13 @@ def opened(folder: RunFolder) -> Iterator[AdapterStore]:
     Raises:
         RunFolderError: the run has no store yet.
     """
-    path = existing_run(folder) / "users"
-    if not (path / "users.sqlite").is_file():
-        raise RunFolderError(f"{path}: no users yet; the run has not come that far")
+    run = require_run(folder)
+    if not run.users.manifest.is_file():
+        run.require_trained(Stage.GROUPS)
+        raise RunFolderError(f"{run.users.manifest}: is missing; put back a copy of it")
     from proper.adapters.store import AdapterStore
 
-    store = AdapterStore(path)
+    store = AdapterStore(run.users.path)
     try:
         yield store
     finally:
@@ -67,7 +69,7 @@ def known(store: AdapterStore, user: str) -> str:
     return user
 
 
-@app.command("list", epilog=examples("list runs/notes", "list runs/notes --json > users.jsonl"))
+@app.command("list", epilog=examples("list runs/notes", "list runs/notes --json > list.jsonl"))
 def list_users(folder: RunFolder, as_json: AsJson = False) -> None:
     """Print every user with their tier and size in bytes."""
     with opened(folder) as store:
@@ -128,7 +130,7 @@ def delete(folder: RunFolder, user: ManyUsers) -> None:
     from proper.interactions.deletion import finish_deletions, remove
     from proper.interactions.log import InteractionLog
 
-    finish_deletions(existing_run(folder) / "users")
+    finish_deletions(require_run(folder).users.path)
 
     with opened(folder) as store, closing(InteractionLog(store.folder)) as log:
         begun = {each.user for each in log.deletions.pending() if each.tenant == store.tenant}
@@ -160,7 +162,7 @@ def check(
     from proper.interactions.deletion import PATIENCE, finish_deletions
     from proper.interactions.integrity import check_log
 
-    users = existing_run(folder) / "users"
+    users = require_run(folder).users.path
     findings = check_log(users)
     # A damaged log cannot be trusted about deletions.
     waits = [] if findings else finish_deletions(users, PATIENCE)

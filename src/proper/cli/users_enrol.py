@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proper.cli.options import RunFolder, existing_run
+from proper.cli.options import RunFolder
 from proper.cli.users import OneUser, app, examples, known, opened
 from proper.config import load_config
 from proper.console import progress, silent
 from proper.errors import InputError, ProperError
+from proper.run_folder import Tier, require_run
 
 if TYPE_CHECKING:
     from proper.api import Users
@@ -89,10 +90,10 @@ def update(
 
 
 def _entries(folder: Path, user: str, path: Path) -> list[LogEntry]:
-    existing_run(folder)
+    run = require_run(folder)
     from proper.interactions.parsing import read_file, record_reader
 
-    config = load_config(folder / "config.yaml")
+    config = load_config(run.config)
     return read_file(path, record_reader(config.data, config.task, user))
 
 
@@ -155,7 +156,7 @@ def _fit_all(users: Users) -> None:
 
 def _print(users: Users, user: str) -> None:
     head, fit = users.head(user), users.log.queue.fit(users.store.tenant, user)
-    tier, version = ("none", "-") if head is None else (head.tier, str(head.version))
+    tier, version = (Tier.NONE, "-") if head is None else (head.tier, str(head.version))
     typer.echo(f"{user if user.isprintable() else repr(user)}\t{tier}\t{version}")
     if fit.message is not None and fit.state == "done":
         logger.info(fit.message)

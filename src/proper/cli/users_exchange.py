@@ -10,6 +10,7 @@ import typer
 
 from proper.cli.options import RunFolder, existing_run
 from proper.cli.users import app
+from proper.run_folder import Tier
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def import_command(
 
     taken = import_user(folder, source, name=user, force=force, deleted=even_if_deleted)
     typer.echo(f"{taken.record.user}\t{taken.record.tier}")
-    if taken.record.tier == "users" and not taken.same_router:
+    if taken.record.tier == Tier.USERS and not taken.same_router:
         logger.info(
             "this run's LoRA-aware router is another than the user came with; their answers can differ from there"
         )

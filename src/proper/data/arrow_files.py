@@ -13,6 +13,7 @@ from proper.config import DataConfig
 from proper.data.rows import Row, Source, nearest
 from proper.data.values import OUT_OF_RANGE, Rounded, Unreadable
 from proper.errors import DataError
+from proper.extras import needs_extra
 
 _BATCH = 1024
 
@@ -55,8 +56,11 @@ def huggingface_source(config: DataConfig, path: Path) -> Source:
 
     Raises:
         DataError: the dataset cannot be read, or has no part `data.part`.
+        MissingExtraError: the extra `data` is not installed.
     """
-    import datasets
+    missing = "" if path.exists() else "no such file or folder, and "
+    with needs_extra("data", f"{config.path}: {missing}reading a Hugging Face dataset"):
+        import datasets
 
     try:
         if is_saved_dataset(path):
@@ -75,7 +79,6 @@ def huggingface_source(config: DataConfig, path: Path) -> Source:
         raise
     # The hub's client raises dozens of exception types, its own and those of its dependencies.
     except Exception as error:
-        missing = "" if path.exists() else "no such file or folder, and "
         message = f"{config.path}: {missing}not readable as a Hugging Face dataset: {_first_line(error)}"
         raise DataError(message) from error
     return Source(config.path, tuple(columns) or None, lambda wanted: _dataset_rows(dataset, wanted, config.path))

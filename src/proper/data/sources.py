@@ -39,7 +39,7 @@ def open_sources(config: DataConfig) -> list[Source]:
     if kind == "huggingface":
         return [huggingface_source(config, path)]
     if not path.exists():
-        raise DataError(f"{config.path}: no such file or folder (data.path)")
+        raise _missing(config)
     files = _files(path, kind) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{config.path}: no {kind} file in this folder; the names end in {', '.join(_ENDINGS[kind])}")
@@ -64,7 +64,16 @@ def _kind(config: DataConfig, path: Path) -> str:
         raise DataError(f"{config.path}: {_advice(path)}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", config.path) and not path.parent.is_dir():
         return "huggingface"
-    raise DataError(f"{config.path}: no such file or folder (data.path)")
+    raise _missing(config)
+
+
+def _missing(config: DataConfig) -> DataError:
+    """Return the error for a path that does not exist; it says how to get the file of a public data set."""
+    from proper.data.public.catalog import DATASETS  # noqa: PLC0415 - its converters need pyarrow, half a second
+
+    name = Path(config.path).parent.name
+    how = f"; get it with: proper data fetch {name}" if name in DATASETS else ""
+    return DataError(f"{config.path}: no such file or folder (data.path){how}")
 
 
 def _advice(path: Path) -> str:

@@ -20,10 +20,9 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-import ijson
-
 from proper.data.rows import Row, Source
 from proper.errors import DataError
+from proper.extras import needs_extra
 
 PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
 """Suffixes of supported compression formats; the empty one stands for no compression."""
@@ -178,7 +177,10 @@ def json_entries(path: Path, where: str = "item") -> Iterator[tuple[int, Any]]:
 
     Raises:
         DataError: the file cannot be read or is not JSON; the message names the last good entry.
+        MissingExtraError: the extra `data` is not installed.
     """
+    with needs_extra("data", f"{path}: reading a benchmark's JSON file"):
+        import ijson
     number = 0
     try:
         with path.open("rb") as file:

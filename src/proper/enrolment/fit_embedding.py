@@ -22,8 +22,7 @@ from proper.errors import NonFiniteLossError
 from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel, answer_loss
 from proper.training.checkpoint import seed_of
-from proper.training.optim import RowAdamW
-from proper.training.schedule import factor
+from proper.training.optim import RowAdamW, factor
 
 MEASURED = 16
 """Batch size for the held-out loss."""

@@ -33,8 +33,10 @@ from proper.errors import RunFolderError
 from proper.files import read_json, write_json
 from proper.inference.model import PersonalizedModel
 from proper.models.checkpoints import load_tensors, save_tensors
+from proper.run_folder import RunFolder, Stage, Tier
+from proper.training.jobs import held_out_items
 from proper.training.tier_selection import Trial
-from proper.training.users import UserStage, held_out, train_users
+from proper.training.users import UserStage, train_users
 
 FITTED = "fitted"
 """Key in a record's metadata for an embedding not from stage 2: the next fit refits it on the whole history."""
@@ -91,8 +93,8 @@ class Fitter:
         else:
             pace.skip("embedding")
             embedding = head.embedding
-        if self.model.stage != "users":
-            return UserRecord(user, "groups", embedding, None, facts)
+        if self.model.stage != Tier.USERS:
+            return UserRecord(user, Tier.GROUPS, embedding, None, facts)
         record = self._adapter(store, user, items, embedding, work, pace)
         return replace(record, facts={**record.facts, **facts})
 
@@ -104,7 +106,7 @@ class Fitter:
             return FittedEmbedding(tensors["embedding"], tuple(told["losses"]), told["passes"])
         config, served = self.model.config, self.model.served
         assert served is not None
-        held = held_out(len(items), config.users.tiers.validation) if len(items) > 1 else 0
+        held = held_out_items(len(items), config.users.tiers.validation) if len(items) > 1 else 0
         setting = Setting(self.model.model, config.groups, self.seed, lambda: pace.step("embedding"))
         found = fit_embedding(setting, user, items, held, served.mean)
         save_tensors(path, {"embedding": found.embedding}, {"losses": list(found.losses), "passes": found.passes})
@@ -150,8 +152,8 @@ def open_fitter(folder: Path, model: PersonalizedModel) -> Fitter:
         RunFolderError: the run has no group experts, on which new users are fitted.
     """
     if model.served is None:
-        raise RunFolderError(f"{folder}: stage 'groups' is not there, and new users stand on it")
-    return Fitter(folder, model, run_data(folder), int(read_json(folder / "groups" / "stage.json")["seed"]))
+        raise RunFolderError(f"{folder}: stage 'groups' is not trained yet, and new users need it")
+    return Fitter(folder, model, run_data(folder), int(read_json(RunFolder(folder).marker(Stage.GROUPS))["seed"]))
 
 
 def nearest(

@@ -12,7 +12,7 @@ from proper.data.dataset import Dataset, TextExample
 from proper.data.values import find_label
 from proper.files import hash_value
 from proper.interactions.log import InteractionLog, LoggedInteraction
-from proper.run_files import run_home
+from proper.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def grown_history(
 
 def run_data(folder: Path) -> Dataset | None:
     """Open the run's prepared data, which further seeds share; None if it no longer exists."""
-    path = run_home(folder) / "data.sqlite"
+    path = RunFolder(folder).home.data
     return Dataset.open(path) if path.is_file() else None
 
 

@@ -17,11 +17,12 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.enrolment.fit_user import Fitter
 from proper.enrolment.history import grown_history
 from proper.errors import ProperError
-from proper.interactions.database import FILE, Database
+from proper.interactions.database import Database
 from proper.interactions.fit_queue import Claim, FitQueue
 from proper.interactions.log import InteractionLog
-from proper.interactions.personal_files import fits_folder, remove_work, work_folder
-from proper.training.users import is_held
+from proper.interactions.personal_files import remove_work, work_folder
+from proper.run_folder import UsersFolder
+from proper.training.users import is_stored
 
 TOLD_SECONDS = 0.2
 """Interval in which a fit reports its progress and checks whether its user was deleted."""
@@ -90,7 +91,7 @@ class FitWorker:
     def _fit(self, fitter: Fitter, claim: Claim, heard: Heard) -> None:
         with (
             closing(AdapterStore(self.users, claim.tenant)) as store,
-            closing(Database(self.users / FILE, durable=False)) as database,
+            closing(Database(UsersFolder(self.users).log, durable=False)) as database,
         ):
             model = fitter.model
             count, kind = model.encoder.count, model.config.task.kind
@@ -108,7 +109,7 @@ class FitWorker:
         with self.log.queue.ending(claim) as stands:
             if not stands:
                 raise _Withdrawn
-            if not is_held(store, record):  # stored already before a kill
+            if not is_stored(store, record):  # stored already before a kill
                 store.put([record])
             remove_work(self.users, claim.tenant, claim.user)
             head = store.head(claim.user)
@@ -116,7 +117,7 @@ class FitWorker:
 
     def _tidy(self) -> None:
         """Remove work folders of interrupted fits whose users are no longer queued."""
-        folder = fits_folder(self.users)
+        folder = UsersFolder(self.users).fits
         if folder.is_dir():
             kept = {work_folder(self.users, tenant, user) for tenant, user in self.log.queue.waiting()}
             for work in set(folder.iterdir()) - kept:

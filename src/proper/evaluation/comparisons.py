@@ -11,14 +11,31 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from proper.evaluation.controls import CONTROLS
 from proper.evaluation.metrics import TaskInfo, primary_metric
 from proper.evaluation.statistics import UserScores, compare, holm
+from proper.run_folder import LADDER
 
 Scores = Mapping[tuple[str, str], UserScores]
 """Scores by (method, metric)."""
 
 STEPS = (("groups", "population"), ("users", "groups"))
+
+CONTROLS = (
+    ("groups", "population-more"),
+    ("groups", "groups-shared-e"),
+    ("users", "swapped"),
+    ("users", "shuffled"),
+)
+"""Stages against methods that lack only the information about the user.
+
+    groups against population-more     the same rows, steps and parameters, one LoRA, no users
+    groups against groups-shared-e     experts and router, one embedding shared by all users
+    users  against swapped             another user's embedding and adapter
+    users  against shuffled            trained on rows permuted across users
+
+The last comparison tests "the gain with real user ids exceeds the gain with shuffled ids": both gains are over the same
+population model, which cancels.
+"""
 
 ABLATIONS = (
     ("groups", "groups-no-constraint"),
@@ -37,7 +54,7 @@ def default_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
     every other method.
     """
     pairs = [pair for pair in (*STEPS, ("users", "population"), *CONTROLS, *ABLATIONS) if set(pair) <= set(methods)]
-    ladder = [method for method in ("population", "groups", "users") if method in methods]
+    ladder = [method for method in LADDER[1:] if method in methods]
     others = [method for method in methods if method not in ladder]
     return list(dict.fromkeys(pairs + [(ladder[-1], other) for other in others if ladder]))
 

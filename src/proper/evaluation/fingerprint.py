@@ -10,8 +10,8 @@ from pathlib import Path
 
 
 @lru_cache
-def code_version(*rooms: str) -> str:
-    """Return a hash of the package's folders or files in `rooms` ("training", "evaluation/runner.py").
+def code_version(*paths: str) -> str:
+    """Return a hash of the package's folders or files in `paths` ("training", "evaluation/runner.py").
 
     Comments, docstrings and formatting do not count: the hash is over syntax trees without docstrings.
 
@@ -20,8 +20,8 @@ def code_version(*rooms: str) -> str:
     """
     root = Path(str(files("proper")))
     state = hashlib.sha256()
-    for room in rooms:
-        path = root / room
+    for name in paths:
+        path = root / name
         if not path.exists():
             raise FileNotFoundError(path)
         for source in [path] if path.is_file() else sorted(path.rglob("*.py")):

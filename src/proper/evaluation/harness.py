@@ -30,6 +30,7 @@ from proper.evaluation.truth import TruthShares, read_truth, truth_section
 from proper.files import hash_value, read_json, write_json
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
+from proper.run_folder import RunFolder, Stage, Tier
 
 MEASURING_CODE = ("data", "layers", "models", "inference", "evaluation")
 
@@ -74,7 +75,7 @@ class Harness:
         data, labels = self.config.data, tuple(self.dataset.labels)
         return TaskInfo(data.task or Path(data.path).stem, self.config.task.kind, labels, data.given_split)
 
-    def evaluate(self, contenders: Sequence[MethodSpec]) -> dict[str, Any]:
+    def evaluate(self, methods: Sequence[MethodSpec]) -> dict[str, Any]:
         """Run all methods on all queries, write the results and the report's files, and return the results.
 
         Raises:
@@ -82,53 +83,53 @@ class Harness:
             RunFolderError: a stage is missing.
         """
         require_no_leaks(self.dataset)
-        names = [contender.name for contender in contenders]
+        names = [method.name for method in methods]
         # Method by method, so that a killed process loses at most one method.
-        by_method = {one.name: {seed: one.answers(seed) for seed in self.folders} for one in contenders}
+        by_method = {one.name: {seed: one.answers(seed) for seed in self.folders} for one in methods}
         predictions = {seed: {name: by_method[name][seed].predictions for name in names} for seed in self.folders}
         for seed, found in predictions.items():
-            write_lamp_predictions(self.folders[seed] / "predictions", found, self.config.data, self.task)
-        routing = self._remembered("routing", self._routing) if {"groups", "users"} & set(names) else None
-        history_losses = self._remembered("history_losses", self._history_losses) if "users" in names else None
+            write_lamp_predictions(RunFolder(self.folders[seed]).predictions, found, self.config.data, self.task)
+        routing = self._cached("routing", self._routing) if {Tier.GROUPS, Tier.USERS} & set(names) else None
+        history_losses = self._cached("history_losses", self._history_losses) if "users" in names else None
         first = next(iter(self.folders))
-        evidence = RawResults(
+        raw = RawResults(
             predictions=predictions,
             task=self.task,
-            run=self._facts(),
+            run=self._run_metadata(),
             seconds=self._seconds(),
-            cost=[one.cost(by_method[one.name][first]) for one in contenders],
+            cost=[one.cost(by_method[one.name][first]) for one in methods],
             routing=routing or {},
             truth=self._truth(predictions, routing),
             history_losses=history_losses or {},
             user_slices=self._user_slices(),
             query_slices=self._query_slices(),
         )
-        results = build_results(evidence, Effort(self.config.evaluation.resamples))
+        results = build_results(raw, Effort(self.config.evaluation.resamples))
         if "users" in names:
             results["tiers"] = self._tiers()
         gains = gains_by_user(predictions, self.task)
-        write_json(self.home / "users.json", plain(gains))
-        write_json(self.home / "results.json", results)
+        write_json(RunFolder(self.home).user_scores, plain(gains))
+        write_json(RunFolder(self.home).results, results)
         return results
 
-    def _remembered(self, what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _cached(self, what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a measure of the trained stages, cached under the hash of stages, data and code."""
-        markers = [self.home / stage / "stage.json" for stage in ("groups", "users")]
+        markers = [RunFolder(self.home).marker(stage) for stage in (Stage.GROUPS, Stage.USERS)]
         stages = [read_json(marker) for marker in markers if marker.exists()]
         key = hash_value([what, self.dataset.sha256, stages, code_version(*MEASURING_CODE)])
-        path = self.home / "analysis.json"
-        held: dict[str, Any] = read_json(path) if path.exists() else {}
-        if held.get(what, {}).get("key") != key:
-            held[what] = {"key": key, "value": plain(measure())}
-            write_json(path, held)
-        value: dict[str, Any] = held[what]["value"]
+        path = RunFolder(self.home).analysis
+        cached: dict[str, Any] = read_json(path) if path.exists() else {}
+        if cached.get(what, {}).get("key") != key:
+            cached[what] = {"key": key, "value": plain(measure())}
+            write_json(path, cached)
+        value: dict[str, Any] = cached[what]["value"]
         return value
 
     def _routing(self) -> dict[str, Any]:
         """Return the routing figures of the first seed, from the gates of stage 2, which learns the groups."""
         users = list(self.dataset.users("target"))
         ids = [user.id for user in users]
-        model = load(self.home, "groups")
+        model = load(self.home, Tier.GROUPS)
         gates = mean_gates(model, self.dataset, ids)
         embeddings = _embeddings(model, ids)
         model.close()
@@ -136,12 +137,12 @@ class Harness:
         groups = {user: truth.groups[user] for user in ids if user in truth.groups} if truth else None
         histories = {user.id: user.history for user in users}
         routing, detail = analyze_routing(gates.numpy(), ids, embeddings.numpy(), histories, groups)
-        write_json(self.home / "routing.json", plain(detail))
+        write_json(RunFolder(self.home).routing, plain(detail))
         return routing
 
     def _history_losses(self) -> dict[str, float]:
         """Return the answer loss of every target user on their own newest history, first seed."""
-        model = load(self.home, "users")
+        model = load(self.home, Tier.USERS)
         losses = {}
         for user in self.dataset.users("target"):
             own = answer_losses(model, self.dataset.history(user.id, HISTORY_SAMPLE))
@@ -150,7 +151,7 @@ class Harness:
         return losses
 
     def _read_truth(self) -> TruthShares | None:
-        path = Path(self.config.data.path).with_name("truth.json")
+        path = Path(self.config.data.path).with_name(RunFolder(self.home).demo_truth.name)
         return read_truth(path) if path.is_file() else None
 
     def _truth(
@@ -172,7 +173,7 @@ class Harness:
         unseen = {query.id for query in self.dataset.queries()} - seen
         return {"items-seen-by-others": seen, "items-unseen-by-others": unseen}
 
-    def _facts(self) -> dict[str, Any]:
+    def _run_metadata(self) -> dict[str, Any]:
         packages = ("proper-llm", "torch", "transformers", "peft", "accelerate")
         versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
         device = "cuda" if torch.cuda.is_available() and self.config.compute.device != "cpu" else "cpu"
@@ -187,21 +188,22 @@ class Harness:
         """Return the wall time of each stage in seconds, summed over seeds."""
         found: Counter[str] = Counter()
         for folder in self.folders.values():
-            for stage in ("population", "groups", "users"):
-                marker = folder / stage / "stage.json"
+            for stage in Stage:
+                marker = RunFolder(folder).marker(stage)
                 if marker.exists():
-                    found[stage] += read_json(marker)["seconds"]
+                    found[str(stage)] += read_json(marker)["seconds"]
         return dict(found)
 
     def _tiers(self) -> dict[str, Any]:
         """Return the number of target users per serving tier, with the reasons, first seed."""
-        store = AdapterStore(self.home / "users")
+        store = AdapterStore(RunFolder(self.home).users.path)
         targets = {user.id for user in self.dataset.users("target")}
-        held = [(tier, facts) for user, tier, facts, _ in store.facts() if user in targets]
+        served = [(tier, metadata) for user, tier, metadata, _ in store.facts() if user in targets]
         store.close()
-        counts = Counter(tier for tier, _ in held)
-        reasons = Counter(str(facts["reason"]) for _, facts in held if "reason" in facts)
-        return {"groups": counts["groups"], "users": counts["users"], "reasons": dict(reasons.most_common())}
+        counts = Counter(tier for tier, _ in served)
+        reasons = Counter(str(metadata["reason"]) for _, metadata in served if "reason" in metadata)
+        sizes = {str(tier): counts[tier] for tier in (Tier.GROUPS, Tier.USERS)}
+        return {**sizes, "reasons": dict(reasons.most_common())}
 
 
 def _embeddings(model: PersonalizedModel, users: Sequence[str]) -> Tensor:

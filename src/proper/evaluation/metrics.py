@@ -165,10 +165,10 @@ def get_metric(name: str) -> Metric:
 
 def _label_indices(texts: Iterable[str], task: TaskInfo) -> NDArray[np.int64]:
     """Return each text's index in the fixed label list, matched stripped or as a number; -1 for anything else."""
-    places = {label.strip(): place for place, label in enumerate(task.labels)}
-    numbers = {number_of(label, task.kind): place for label, place in places.items()}
+    indices = {label.strip(): index for index, label in enumerate(task.labels)}
+    numbers = {number_of(label, task.kind): index for label, index in indices.items()}
     numbers[None] = -1
-    found = (places.get(text, numbers.get(number_of(text, task.kind), -1)) for text in map(str.strip, texts))
+    found = (indices.get(text, numbers.get(number_of(text, task.kind), -1)) for text in map(str.strip, texts))
     return np.asarray([*found], dtype=np.int64)
 
 
@@ -205,13 +205,13 @@ def _errors(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
     """Return `(N,)` answer minus gold; an unreadable answer counts as the end of the scale farther from the gold."""
     low, high = task.scale
     errors = np.empty(len(predictions))
-    for place, row in enumerate(predictions):
+    for index, row in enumerate(predictions):
         gold, answer = _number(row.target), _number(row.prediction)
         if gold is None:
             raise DataError(f"query {row.id} of user {row.user}: the gold rating {row.target!r} is not a number")
         if answer is None:
             answer = low if abs(low - gold) > abs(high - gold) else high
-        errors[place] = answer - gold
+        errors[index] = answer - gold
     return errors
 
 

@@ -15,9 +15,8 @@ import numpy as np
 
 from proper.errors import DataError
 from proper.evaluation.comparisons import STEPS, Scores, comparison_rows, default_pairs
-from proper.evaluation.controls import claim
+from proper.evaluation.conclusions import claim, failure_signatures
 from proper.evaluation.metrics import TASK_METRICS, Prediction, TaskInfo, get_metric, primary_metric, require_ids
-from proper.evaluation.signatures import failure_signatures
 from proper.evaluation.slices import part_rows, slice_rows
 from proper.evaluation.statistics import UserScores, estimate, standings, user_scores
 
@@ -85,7 +84,7 @@ def build_results(found: RawResults, effort: Effort | None = None) -> dict[str, 
     results = {
         "schema": 1,
         "run": {**found.run, "seeds": list(found.predictions), "seconds": dict(found.seconds)},
-        "task": _task_facts(found.task, list(histories.values()), metrics[0]["queries"]),
+        "task": _task_metadata(found.task, list(histories.values()), metrics[0]["queries"]),
         "metrics": metrics,
         "comparisons": comparisons,
         "cost": [dict(row) for row in found.cost],
@@ -125,14 +124,14 @@ def gains_by_user(predictions: Predictions, task: TaskInfo, scores: Scores | Non
     users, counts = scores[next(iter(first)), name].users, scores[next(iter(first)), name].counts
     higher = get_metric(name).higher_is_better
     rows = []
-    for place in sorted(range(len(users)), key=lambda place: (histories[users[place]], users[place])):
-        own = {method: float(found[place]) for method, found in values.items()}
+    for index in sorted(range(len(users)), key=lambda index: (histories[users[index]], users[index])):
+        own = {method: float(found[index]) for method, found in values.items()}
         rows.append(
             {
-                "user": users[place],
-                "history": histories[users[place]],
-                "queries": int(counts[place]),
-                "tier": tiers[users[place]],
+                "user": users[index],
+                "history": histories[users[index]],
+                "queries": int(counts[index]),
+                "tier": tiers[users[index]],
                 "values": own,
                 **{f"gain_{step}": _gain(own, step, below, higher) for step, below in STEPS},
             }
@@ -191,7 +190,7 @@ def _scores_of(name: str, method: str, predictions: Predictions, task: TaskInfo)
     return user_scores(name, [methods[method] for methods in predictions.values()], task)
 
 
-def _task_facts(task: TaskInfo, lengths: Sequence[int], queries: int) -> dict[str, Any]:
+def _task_metadata(task: TaskInfo, lengths: Sequence[int], queries: int) -> dict[str, Any]:
     return {
         "name": task.name,
         "kind": task.kind,
@@ -231,9 +230,9 @@ def _add_standings(rows: list[dict[str, Any]], scores: Scores, effort: Effort) -
     """Set `standing` of every row: whether its method is the best on its metric, or tied with the best."""
     for name in dict.fromkeys(row["metric"] for row in rows):
         here = [row for row in rows if row["metric"] == name]
-        places = standings([scores[row["method"], name] for row in here], effort.resamples, effort.seed)
-        for row, place in zip(here, places, strict=True):
-            row["standing"] = place
+        found = standings([scores[row["method"], name] for row in here], effort.resamples, effort.seed)
+        for row, standing in zip(here, found, strict=True):
+            row["standing"] = standing
 
 
 def _query_slices(found: RawResults, histories: Mapping[str, int], effort: Effort) -> list[dict[str, Any]]:

@@ -86,13 +86,13 @@ def rouge_l(target: Sequence[str], answer: Sequence[str]) -> float:
 
 def _common(one: Sequence[str], other: Sequence[str]) -> int:
     """Return the length of the longest common subsequence, bit-parallel with one bit per word of `one` (Hyyro 2004)."""
-    places: dict[str, int] = {}
-    for place, word in enumerate(one):
-        places[word] = places.get(word, 0) | 1 << place
+    bits: dict[str, int] = {}
+    for index, word in enumerate(one):
+        bits[word] = bits.get(word, 0) | 1 << index
     full = (1 << len(one)) - 1
     unused = full
     for word in other:
-        hit = unused & places.get(word, 0)
+        hit = unused & bits.get(word, 0)
         unused = ((unused + hit) | (unused - hit)) & full
     return len(one) - unused.bit_count()
 

@@ -45,7 +45,7 @@ def analyze_routing(
         DataError: shapes do not match, a gate is not finite, or rows do not sum to 1.
     """
     mean_gates = _checked(gates, users)
-    places = np.asarray(embeddings, dtype=np.float64).reshape(len(users), -1)
+    points = np.asarray(embeddings, dtype=np.float64).reshape(len(users), -1)
     entropy = _entropy(mean_gates).mean() if token_entropy is None else np.mean(np.asarray(token_entropy))
     results: dict[str, Any] = {
         "experts": mean_gates.shape[2],
@@ -56,7 +56,7 @@ def analyze_routing(
     }
     if groups is not None:
         results["nmi"] = group_nmi(mean_gates, users, groups, seed)
-    (map_, map_share), (gate_map, gate_share) = project(places), project(mean_gates.reshape(len(users), -1))
+    (map_, map_share), (gate_map, gate_share) = project(points), project(mean_gates.reshape(len(users), -1))
     rows = _user_rows(mean_gates, users, histories, groups, np.concatenate([map_, gate_map], axis=1))
     explained = {"embeddings": map_share, "gates": gate_share}
     return results, {**results, "modules": mean_gates.shape[1], "explained_variance": explained, "users": rows}
@@ -75,12 +75,12 @@ def _user_rows(
         {
             "user": user,
             "history": int(histories.get(user, 0)),
-            "gates": [float(share) for share in by_expert[place]],
-            "main": int(main[place]),
-            **{name: float(at) for name, at in zip(("x", "y", "gate_x", "gate_y"), maps[place], strict=True)},
+            "gates": [float(share) for share in by_expert[index]],
+            "main": int(main[index]),
+            **{name: float(at) for name, at in zip(("x", "y", "gate_x", "gate_y"), maps[index], strict=True)},
             "group": None if groups is None else groups.get(user),
         }
-        for place, user in enumerate(users)
+        for index, user in enumerate(users)
     ]
 
 
@@ -113,11 +113,11 @@ def group_nmi(gates: FloatArray, users: Sequence[str], groups: Mapping[str, int]
 
     k is the number of groups in `groups`; users without a true group are left out. None if no user has one.
     """
-    known = [place for place, user in enumerate(users) if user in groups]
+    known = [index for index, user in enumerate(users) if user in groups]
     if not known:
         return None
     points = gates.reshape(len(users), -1)[known]
-    truth = [groups[users[place]] for place in known]
+    truth = [groups[users[index]] for index in known]
     clusters = min(len(set(groups.values())), len(np.unique(points, axis=0)))
     found = KMeans(n_clusters=clusters, n_init=50, random_state=seed).fit_predict(points)
     return float(normalized_mutual_info_score(truth, found))

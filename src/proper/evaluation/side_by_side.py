@@ -18,6 +18,7 @@ from proper.evaluation.results import Effort, plain
 from proper.evaluation.runner import read_predictions
 from proper.evaluation.statistics import compare, holm, user_scores
 from proper.files import read_json
+from proper.run_folder import RunFolder
 
 COMPARED = (
     *("difference", "relative", "ci95", "p_value", "p_adjusted", "test", "resolvable", "users", "queries"),
@@ -31,7 +32,7 @@ Seeds = Sequence[Sequence[Prediction]]
 
 @dataclass(frozen=True)
 class RunSide:
-    """One of the two runs: its folder and its `results.json`."""
+    """One of the two runs: its folder and its results."""
 
     folder: Path
     results: Mapping[str, Any]
@@ -43,7 +44,7 @@ class RunSide:
         Raises:
             RunFolderError: the run has not been evaluated.
         """
-        path = folder / "results.json"
+        path = RunFolder(folder).results
         if not path.is_file():
             raise RunFolderError(f"{path}: no such file; 'proper evaluate {folder}' makes it")
         return cls(folder, read_json(path))
@@ -55,8 +56,8 @@ class RunSide:
 
     def predictions(self, method: str, seed: int) -> list[Prediction] | None:
         """Return a method's predictions of one seed; None if they were not kept."""
-        place = self.folder if seed == self.seeds[0] else self.folder / "seeds" / str(seed)
-        path = place / "predictions" / f"{method}.jsonl"
+        run = RunFolder(self.folder)
+        path = (run if seed == self.seeds[0] else run.seed(seed)).predictions_of(method)
         return read_predictions(path) if path.is_file() else None
 
 
@@ -77,7 +78,7 @@ def compare_runs(first: Path, second: Path, effort: Effort | None = None) -> dic
     rows: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
     for method in _common(sides):
-        pair = _paired(sides, method, seeds) if task is not None else "data.sqlite is missing"
+        pair = _paired(sides, method, seeds) if task is not None else "its prepared data is missing"
         if isinstance(pair, str):
             missing[method] = pair
         rows += _rows(sides, method, task, None if isinstance(pair, str) else pair, effort or Effort())
@@ -101,7 +102,7 @@ def _require_same_data(one: RunSide, other: RunSide) -> None:
 
 def _task(side: RunSide) -> TaskInfo | None:
     """Return the task with its labels, which are read from the prepared data."""
-    path = side.folder / "data.sqlite"
+    path = RunFolder(side.folder).data
     if not path.is_file():
         return None
     dataset = Dataset.open(path)
@@ -152,10 +153,10 @@ def _rows(
     for metric in (metric for metric in values[0] if metric in values[1]):
         row: dict[str, Any] = {"method": method, "metric": metric, "primary": values[0][metric]["primary"]}
         row["higher_is_better"] = values[0][metric]["higher_is_better"]
-        for name, held in zip(("first", "second"), values, strict=True):
-            row[name] = {key: held[metric][key] for key in ("value", "ci95")}
-        told = _difference(metric, task, pair, effort) if task is not None and pair is not None else None
-        rows.append({**row, **(told or dict.fromkeys(COMPARED))})
+        for name, metrics in zip(("first", "second"), values, strict=True):
+            row[name] = {key: metrics[metric][key] for key in ("value", "ci95")}
+        paired = _difference(metric, task, pair, effort) if task is not None and pair is not None else None
+        rows.append({**row, **(paired or dict.fromkeys(COMPARED))})
     return rows
 
 

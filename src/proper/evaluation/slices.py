@@ -26,7 +26,7 @@ def history_slices(histories: Mapping[str, int]) -> dict[str, list[str]]:
     lengths = np.asarray([histories[user] for user in ordered], dtype=np.float64)
     quartile = np.searchsorted(np.quantile(lengths, [0.25, 0.5, 0.75]), lengths, side="left")
     slices = {
-        f"history-q{part + 1}": [user for user, place in zip(ordered, quartile, strict=True) if place == part]
+        f"history-q{part + 1}": [user for user, quarter in zip(ordered, quartile, strict=True) if quarter == part]
         for part in range(4)
     }
     slices["bottom-100"] = ordered[:100]

@@ -92,8 +92,8 @@ def user_scores(name: str, seeds: Sequence[Sequence[Prediction]], task: TaskInfo
     ordered = [sorted(rows, key=lambda row: (row.user, row.id)) for rows in seeds]
     queries = [(row.user, row.id) for row in ordered[0]]
     users = tuple(sorted({user for user, _ in queries}))
-    places = {user: place for place, user in enumerate(users)}
-    owner = np.asarray([places[user] for user, _ in queries])
+    indices = {user: index for index, user in enumerate(users)}
+    owner = np.asarray([indices[user] for user, _ in queries])
     sums = []
     for rows in ordered:
         if [(row.user, row.id) for row in rows] != queries:
@@ -167,10 +167,10 @@ def standings(scores: Sequence[UserScores], resamples: int = 2000, seed: int = 0
     top = max(range(len(values)), key=values.__getitem__)
     again = sign * bootstrap(scores, resamples, seed)
     found = []
-    for place, value in enumerate(values):
-        _, high = _interval(scores[place], again[place] - again[top])
+    for index, value in enumerate(values):
+        _, high = _interval(scores[index], again[index] - again[top])
         tied = value == values[top] or not high < 0
-        found.append("best" if place == top else "tied" if tied else "")
+        found.append("best" if index == top else "tied" if tied else "")
     return found
 
 
@@ -211,9 +211,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Return Holm's (1979) adjusted p-values of one family, in the given order."""
     adjusted = [0.0] * len(p_values)
     so_far = 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
-        so_far = max(so_far, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = so_far
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        so_far = max(so_far, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = so_far
     return adjusted
 
 

@@ -15,8 +15,9 @@ from typing import Any
 from proper.errors import DataError, ProperError
 from proper.evaluation.metrics import METRICS, Prediction, TaskInfo, score
 from proper.files import read_json
+from proper.run_folder import Stage
 
-LEVELS = ("population", "groups", "users")
+LEVELS = tuple(map(str, Stage))
 
 
 @dataclass(frozen=True, slots=True)

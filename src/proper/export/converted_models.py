@@ -29,6 +29,7 @@ from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel, ServedUsers
 from proper.layers.bank import AdapterBank
 from proper.models.personal import ProperModel
+from proper.run_folder import Tier
 
 USERS_INT8 = "users-int8"
 STATIC_EXPORT = "static-export"
@@ -43,7 +44,7 @@ def in_int8(folder: Path, users: Sequence[str]) -> Iterator[PersonalizedModel]:
     """
     with (
         _temporary_store() as store,
-        closing(load(folder, "users")) as exact,
+        closing(load(folder, Tier.USERS)) as exact,
         closing(_quantize(exact, users, store)) as model,
     ):
         yield model
@@ -56,7 +57,7 @@ def static_export(folder: Path, dataset: Dataset) -> Iterator[PersonalizedModel]
     Raises:
         RunFolderError: stage 3 is missing.
     """
-    with _temporary_store() as store, closing(load(folder, "users")) as exact:
+    with _temporary_store() as store, closing(load(folder, Tier.USERS)) as exact:
         users = [user.id for user in dataset.users("target") if user.history > 0]
         newest = exact.config.users.max_items
         with closing(fold_all(exact, users, lambda user: dataset.history(user, newest), store)) as model:
@@ -98,7 +99,7 @@ def _quantize(exact: PersonalizedModel, users: Sequence[str], store: AdapterStor
     )
     exact.model.use_bank(quantized)
     served = ServedUsers(store, quantized, exact.served.mean)
-    return PersonalizedModel(exact.model, exact.encoder, exact.config, served, "users")
+    return PersonalizedModel(exact.model, exact.encoder, exact.config, served, Tier.USERS)
 
 
 def fold_all(
@@ -115,7 +116,7 @@ def fold_all(
     with progress(f"fold: {STATIC_EXPORT}", len(users)) as advance:
         for user in users:
             adapter = layout.unpack(pack(fold(exact, user, history(user)).loras, layout))
-            store.put([UserRecord(user, "users", unused, adapter)])
+            store.put([UserRecord(user, Tier.USERS, unused, adapter)])
             advance(1)
     # The same backbone without experts: plain layers replace the adapted ones in place.
     plain = ProperModel(exact.model.backbone)
@@ -124,4 +125,4 @@ def fold_all(
         layout, max(2, config.compute.batch_size), alpha=float(rank), trainable=False, device=exact.model.device
     )
     plain.use_bank(bank)
-    return PersonalizedModel(plain, exact.encoder, config, ServedUsers(store, bank, unused), "users")
+    return PersonalizedModel(plain, exact.encoder, config, ServedUsers(store, bank, unused), Tier.USERS)

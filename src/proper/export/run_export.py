@@ -37,7 +37,7 @@ from proper.interactions.log import InteractionLog
 from proper.layers.bank import Layout
 from proper.models.backbone import Backbone
 from proper.models.checkpoints import load_tensors
-from proper.run_files import run_home
+from proper.run_folder import PEFT_CONFIG, PEFT_WEIGHTS, RunFolder, Stage, require_run
 
 Format = Literal["native", "peft"]
 
@@ -118,14 +118,14 @@ def export_backbone(folder: Path, out: Path, *, force: bool = False) -> None:
         RunFolderError: the run has no population stage yet.
     """
     require_free(out, force)
-    backbone = load(folder, "population").model.backbone
+    backbone = load(folder, Stage.POPULATION).model.backbone
     _require_dense(folder, backbone)
     # Servers take the end tokens from the generation config; `load_backbone` has removed the checkpoint's own one.
     backbone.model.generation_config = GenerationConfig.from_model_config(backbone.model.config)
     with atomic_folder(out, shared=True) as place:
         backbone.model.save_pretrained(place)
         backbone.tokenizer.save_pretrained(place)
-        said = {"backbone": backbone.digest, "population": _hash(folder / "population" / "adapter_model.safetensors")}
+        said = {"backbone": backbone.digest, "population": _hash(RunFolder(folder).population / PEFT_WEIGHTS)}
         write_json(place / FACTS, {"format": "proper-backbone", "version": 1, "origin": said})
 
 
@@ -136,16 +136,16 @@ def run_origin(folder: Path) -> dict[str, str]:
         RunFolderError: stages 1 and 2 are missing, or do not name their backbone.
     """
     config = _config(folder)
-    marker = folder / "groups" / "stage.json"
-    if not marker.is_file():
-        raise RunFolderError(f"{folder}: stage 'groups' is not there; run: proper run CONFIG --out {folder}")
+    run = RunFolder(folder)
+    run.require_trained(Stage.GROUPS)
+    marker = run.marker(Stage.GROUPS)
     facts = read_json(marker)
     if not isinstance(facts, dict) or "backbone" not in facts:
         raise RunFolderError(f"{marker}: key 'backbone' is missing; the stage has to be trained again")
     return {
         "backbone": str(facts["backbone"]),
-        "population": _hash(folder / "population" / "adapter_model.safetensors"),
-        "groups": _hash(folder / "groups" / "groups.safetensors"),
+        "population": _hash(RunFolder(folder).population / PEFT_WEIGHTS),
+        "groups": _hash(RunFolder(folder).experts),
         "rank": str(config.users.rank),
         "alpha": str(config.users.alpha),
     }
@@ -167,8 +167,8 @@ def require_free(out: Path, force: bool) -> None:
 
 def _write_texts(path: Path, folder: Path, user: str) -> None:
     """Write all texts that the run has of a user, one JSON object per line; without texts no file is written."""
-    with closing(InteractionLog(folder / "users")) as log:
-        rows = [*run_rows(run_home(folder), user), *logged_rows(log, DEFAULT_TENANT, user)]
+    with closing(InteractionLog(RunFolder(folder).users.path)) as log:
+        rows = [*run_rows(RunFolder(folder).home.path, user), *logged_rows(log, DEFAULT_TENANT, user)]
     if rows:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
@@ -181,8 +181,8 @@ def _write_peft(place: Path, model: PersonalizedModel, dataset: Dataset, user: s
     inside = tuple(f"{name}." for name in layers)
     modules = [name for name, _ in backbone.model.named_modules() if not name.startswith(inside)]
     transposed = any(isinstance(layers[name].base, Conv1D) for name in loras)
-    save_file(to_peft(loras), place / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(place / "adapter_config.json", adapter_config(loras, modules, fan_in_fan_out=transposed))
+    save_file(to_peft(loras), place / PEFT_WEIGHTS, metadata={"format": "pt"})
+    write_json(place / PEFT_CONFIG, adapter_config(loras, modules, fan_in_fan_out=transposed))
     said: dict[str, Any] = {
         "format": "proper-peft",
         "version": 1,
@@ -205,7 +205,7 @@ def _require_dense(folder: Path, backbone: Backbone) -> None:
 
 def _require_fit(folder: Path, source: Path, record: UserRecord) -> None:
     """Check that the record's tensors have this run's shapes, so that they can be served."""
-    tensors, facts = load_tensors(folder / "groups" / "groups.safetensors")
+    tensors, facts = load_tensors(RunFolder(folder).experts)
     if record.embedding.shape != tensors["mean_embedding"].shape:
         held = len(tensors["mean_embedding"])
         raise InputError(f"{source}: its embedding has {len(record.embedding)} numbers, this run's have {held}")
@@ -220,7 +220,7 @@ def _require_fit(folder: Path, source: Path, record: UserRecord) -> None:
 
 
 def _require_undeleted(folder: Path, user: str, deleted: bool) -> None:
-    with closing(InteractionLog(folder / "users")) as log:
+    with closing(InteractionLog(RunFolder(folder).users.path)) as log:
         if log.deletions.of(DEFAULT_TENANT, user) is not None:
             raise InputError(f"{folder}: user {user!r} is being deleted; 'proper users check {folder}' says how far")
         if log.tombstones.has(DEFAULT_TENANT, user) and not deleted:
@@ -236,7 +236,7 @@ def _existing(store: AdapterStore, user: str) -> UserRecord:
 
 @contextmanager
 def _store(folder: Path) -> Iterator[AdapterStore]:
-    store = AdapterStore(folder / "users")
+    store = AdapterStore(RunFolder(folder).users.path)
     try:
         yield store
     finally:
@@ -244,21 +244,18 @@ def _store(folder: Path) -> Iterator[AdapterStore]:
 
 
 def _config(folder: Path) -> Config:
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise RunFolderError(f"{folder}: not a run folder, config.yaml is missing")
-    return load_config(path)
+    return load_config(require_run(folder).config)
 
 
 def _router(folder: Path) -> dict[str, str]:
     """Return the hash of stage 3b's router, which all users share; an empty dict without a router."""
-    path = folder / "users" / "router.safetensors"
+    path = RunFolder(folder).users.router
     return {"router": _hash(path)} if path.is_file() else {}
 
 
 def _data(folder: Path) -> Path:
     """Return the path of a run's prepared data, which further seeds share."""
-    return run_home(folder) / "data.sqlite"
+    return RunFolder(folder).home.data
 
 
 def _hash(path: Path) -> str:

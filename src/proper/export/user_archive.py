@@ -18,10 +18,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from proper.adapters.store import Tier, UserRecord
+from proper.adapters.store import UserRecord
 from proper.adapters.validation import fault_of
 from proper.errors import InputError, ProperError
 from proper.files import hash_file, read_json, write_json
+from proper.run_folder import Tier
 
 FACTS = "proper.json"
 """The file that marks a folder as an export of any format and describes it."""
@@ -44,7 +45,7 @@ class Exported(BaseModel):
     format: Literal["proper-user"] = "proper-user"
     version: Literal[1] = 1
     user: str
-    tier: Tier
+    tier: Literal["groups", "users"]
     facts: dict[str, Any]
     origin: dict[str, str]
     sha256: str
@@ -57,7 +58,8 @@ def write_user(folder: Path, record: UserRecord, origin: Mapping[str, str]) -> N
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     # A loss among the facts may be NaN, which JSON does not have; it becomes null.
     facts = json.loads(json.dumps(dict(record.facts)), parse_constant=lambda _: None)
-    said = Exported(user=record.user, tier=record.tier, facts=facts, origin=dict(origin), sha256=hash_file(path))
+    tier: Literal["groups", "users"] = "users" if record.tier == Tier.USERS else "groups"
+    said = Exported(user=record.user, tier=tier, facts=facts, origin=dict(origin), sha256=hash_file(path))
     write_json(folder / FACTS, said.model_dump())
 
 
@@ -89,7 +91,7 @@ def read_user(folder: Path, origin: Mapping[str, str]) -> tuple[UserRecord, dict
     fault = fault_of({_EMBEDDING: embedding, **tensors})
     if fault is not None:
         raise InputError(f"{path}: {fault}")
-    return UserRecord(said.user, said.tier, embedding.float(), tensors or None, said.facts), said.origin
+    return UserRecord(said.user, Tier(said.tier), embedding.float(), tensors or None, said.facts), said.origin
 
 
 def _read_facts(folder: Path) -> Exported:

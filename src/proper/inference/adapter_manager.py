@@ -16,6 +16,7 @@ from proper.errors import ProperError, StoreError
 from proper.inference.model import PersonalizedModel
 from proper.inference.requests import RequestHandle
 from proper.layers.bank import AdapterBank
+from proper.run_folder import Tier
 
 DAMAGED = "damaged adapter"
 DAMAGED_EMBEDDING = "damaged embedding"
@@ -85,7 +86,7 @@ class AdapterManager:
                 raise StoreError(f"user {handle.request.user!r}: {fault}")
             handle.head, handle.fallback = None, DAMAGED_EMBEDDING
             self.fallbacks += 1
-        if handle.owner is None or self.cache is None or handle.request.tier != "users":
+        if handle.owner is None or self.cache is None or handle.request.tier != Tier.USERS:
             return
         handle.key = AdapterKey.of(*handle.owner, handle.head)
         if handle.key is not None and handle.key in self.cache:
@@ -129,15 +130,15 @@ class AdapterManager:
         if self.cache is not None and handle.key is not None and handle.slot >= 0:
             self.cache.unpin(handle.key)
 
-    def tier(self, handle: RequestHandle) -> str:
+    def tier(self, handle: RequestHandle) -> Tier:
         """Return the tier that answers a request."""
-        if self._model.served is None or self._model.stage in ("base", "population"):
+        if self._model.served is None or self._model.stage in (Tier.BASE, Tier.POPULATION):
             return self._model.stage
         if not handle.uses_experts:
-            return "population"
+            return Tier.POPULATION
         if handle.head is None:
-            return "none"
-        return "users" if handle.slot >= 0 else "groups"
+            return Tier.NONE
+        return Tier.USERS if handle.slot >= 0 else Tier.GROUPS
 
     def forget(self, tenant: str, user: str) -> None:
         """Wipe a user's adapters from the bank once no running request uses them."""
@@ -169,7 +170,7 @@ class AdapterManager:
         Emptied, because adapters that earlier calls have left would change which requests run together.
         """
         served = self._model.served
-        if served is None or self._model.stage != "users":
+        if served is None or self._model.stage != Tier.USERS:
             return None
         served.cache.clear()
         bank = served.bank

@@ -15,6 +15,7 @@ from proper.inference.model import PersonalizedModel
 from proper.inference.prefix_cache import CachedPrefix
 from proper.layers.batch_context import Kept, RowContext
 from proper.models.personal import ProperModel
+from proper.run_folder import Tier
 
 
 def pad_left(
@@ -46,7 +47,7 @@ def rows_of(
         uses_experts: whether experts are applied to a row; population rows get neither experts nor adapter.
         trace: whether the gates of each row's last token are recorded.
     """
-    if model.served is None or model.stage in ("base", "population") or not any(uses_experts):
+    if model.served is None or model.stage in (Tier.BASE, Tier.POPULATION) or not any(uses_experts):
         return RowContext()
     device = model.model.device
     mean = model.served.mean

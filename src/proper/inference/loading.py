@@ -8,17 +8,17 @@ import torch
 
 from proper.adapters.store import AdapterStore
 from proper.config import Config, load_config
-from proper.errors import RunFolderError
-from proper.files import hash_file, read_json
-from proper.inference.model import PersonalizedModel, ServedUsers, Stage
+from proper.files import hash_file
+from proper.inference.model import PersonalizedModel, ServedUsers
 from proper.layers.bank import AdapterBank
 from proper.models.backbone import configured_backbone
 from proper.models.checkpoints import load_groups, load_router
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
+from proper.run_folder import RunFolder, Stage, Tier, require_run
 
 
-def load(folder: str | Path, stage: Stage | None = None) -> PersonalizedModel:
+def load(folder: str | Path, stage: str | None = None) -> PersonalizedModel:
     """Load a run folder as one model for all its users.
 
     Args:
@@ -30,25 +30,21 @@ def load(folder: str | Path, stage: Stage | None = None) -> PersonalizedModel:
         StoreError: the shared group tensors or routers have values that are not finite or absurdly large, or the store
             belongs to another backbone or other groups.
     """
-    folder = Path(folder)
-    if not (folder / "config.yaml").exists():
-        raise RunFolderError(
-            f"{folder}: not a run folder (no config.yaml); make one with: proper run CONFIG --out {folder}"
-        )
-    config = load_config(folder / "config.yaml")
-    stage = stage or last_stage(folder)
+    run = require_run(Path(folder))
+    config = load_config(run.config)
+    tier = last_stage(run) if stage is None else Tier(stage)
     backbone = configured_backbone(config)
-    if stage != "base":
-        _require(folder, "population")
-        apply_population(backbone, folder / "population")
+    if tier != Tier.BASE:
+        run.require_trained(Stage.POPULATION)
+        apply_population(backbone, run.population)
     model = ProperModel(backbone)
     served = None
-    if stage in ("groups", "users"):
-        served = serve_users(folder, config, model)
-        if stage == "users":
-            _require(folder, "users")
-            load_router(model, config.users, folder / "users" / "router.safetensors")
-    return PersonalizedModel(model, backbone.encoder(), config, served, stage)
+    if tier in (Tier.GROUPS, Tier.USERS):
+        served = serve_users(run.path, config, model)
+        if tier == Tier.USERS:
+            run.require_trained(Stage.USERS)
+            load_router(model, config.users, run.users.router)
+    return PersonalizedModel(model, backbone.encoder(), config, served, tier)
 
 
 def serve_users(folder: Path, config: Config, model: ProperModel) -> ServedUsers:
@@ -59,11 +55,11 @@ def serve_users(folder: Path, config: Config, model: ProperModel) -> ServedUsers
         StoreError: the experts or routers have values that are not finite or absurdly large, or the store belongs to
             another backbone or other groups.
     """
-    _require(folder, "groups")
-    path = folder / "groups" / "groups.safetensors"
-    mean = load_groups(model, config.groups, path)
-    store = AdapterStore(folder / "users")
-    store.require({"backbone": model.backbone.digest, "groups": hash_file(path)})
+    run = RunFolder(folder)
+    run.require_trained(Stage.GROUPS)
+    mean = load_groups(model, config.groups, run.experts)
+    store = AdapterStore(run.users.path)
+    store.require({"backbone": model.backbone.digest, "groups": hash_file(run.experts)})
     slots = max(2, config.compute.batch_size)
     # The stored dtype: half the memory, a load is one copy, and matrix products run in the input's dtype anyway.
     dtype = torch.bfloat16 if config.users.storage == "bf16" else torch.float32
@@ -73,17 +69,7 @@ def serve_users(folder: Path, config: Config, model: ProperModel) -> ServedUsers
     return ServedUsers(store, bank, mean)
 
 
-def last_stage(folder: Path) -> Stage:
-    """Return the last stage whose marker is in the folder; "base" without one."""
-    stages: tuple[Stage, ...] = ("users", "groups", "population")
-    for stage in stages:
-        if (folder / stage / "stage.json").exists():
-            return stage
-    return "base"
-
-
-def _require(folder: Path, stage: str) -> None:
-    marker = folder / stage / "stage.json"
-    if not marker.exists():
-        raise RunFolderError(f"{folder}: stage '{stage}' is not there; run: proper run CONFIG --out {folder}")
-    read_json(marker)
+def last_stage(run: RunFolder) -> Tier:
+    """Return the tier of the last trained stage; BASE without one."""
+    trained = [stage for stage in Stage if run.is_trained(stage)]
+    return Tier(trained[-1].value) if trained else Tier.BASE

@@ -2,16 +2,16 @@
 
 A user is answered at the highest tier that they and the loaded stages have:
 
-    none    group model with the mean user embedding     (an unknown user)
-    groups  group model with the user's embedding
-    users   the same with the user's LoRA adapter
+    NONE    group model with the mean user embedding     (an unknown user)
+    GROUPS  group model with the user's embedding
+    USERS   the same with the user's LoRA adapter
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -26,8 +26,7 @@ from proper.data.rows import parse_template
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel
-
-Stage = Literal["base", "population", "groups", "users"]
+from proper.run_folder import Tier
 
 
 class BatchModel(Protocol):
@@ -40,7 +39,7 @@ class BatchModel(Protocol):
     @property
     def config(self) -> Config: ...  # noqa: D102
 
-    def tier(self, user: str | None) -> str:
+    def tier(self, user: str | None) -> Tier:
         """Return the tier that answers this user."""
         ...
 
@@ -80,10 +79,10 @@ class ServedUsers:
         """Return a user's current record without the adapter; None for no user or an unknown one."""
         return None if user is None else self.store.head(user)
 
-    def tier(self, user: str | None) -> str:
-        """Return "users", "groups", or "none" for a user that the store does not know."""
+    def tier(self, user: str | None) -> Tier:
+        """Return USERS, GROUPS, or NONE for a user that the store does not know."""
         head = self.head(user)
-        return head.tier if head is not None else "none"
+        return head.tier if head is not None else Tier.NONE
 
     def embeddings(self, users: Sequence[str | None]) -> Float[Tensor, "B D"]:
         """Return every row's user embedding; the mean for unknown users.
@@ -126,7 +125,7 @@ class PersonalizedModel:
     """
 
     def __init__(
-        self, model: ProperModel, encoder: Encoder, config: Config, served: ServedUsers | None, stage: Stage
+        self, model: ProperModel, encoder: Encoder, config: Config, served: ServedUsers | None, stage: Tier
     ) -> None:
         self.model, self.encoder, self.config, self.served, self.stage = model, encoder, config, served, stage
         self.template = parse_template(config.data.prompt, "data.prompt")
@@ -136,12 +135,12 @@ class PersonalizedModel:
         """The adapter store; None before stage 2."""
         return None if self.served is None else self.served.store
 
-    def tier(self, user: str | None) -> str:
-        """Return the tier that answers this user: "base", "population", "none", "groups" or "users"."""
-        if self.served is None or self.stage in ("base", "population"):
+    def tier(self, user: str | None) -> Tier:
+        """Return the tier that answers this user."""
+        if self.served is None or self.stage in (Tier.BASE, Tier.POPULATION):
             return self.stage
         tier = self.served.tier(user)
-        return "groups" if self.stage == "groups" and tier == "users" else tier
+        return Tier.GROUPS if self.stage == Tier.GROUPS and tier == Tier.USERS else tier
 
     def rows(self, users: Sequence[str | None]) -> RowContext:
         """Return the row context of a batch of these users, and load their adapters into the bank.
@@ -149,10 +148,10 @@ class PersonalizedModel:
         Raises:
             StoreError: a user's adapter or embedding is damaged.
         """
-        if self.served is None or self.stage in ("base", "population"):
+        if self.served is None or self.stage in (Tier.BASE, Tier.POPULATION):
             return RowContext()
         embedding = self.served.embeddings(users).to(self.model.device)
-        if self.stage == "groups":
+        if self.stage == Tier.GROUPS:
             return RowContext("groups", embedding=embedding)
         slots = self.served.slots(users)
         if max(slots) < 0:

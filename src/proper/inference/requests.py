@@ -11,8 +11,7 @@ from proper.adapters.slot_cache import AdapterKey, CacheCounts
 from proper.errors import InputError
 from proper.inference.prefix_cache import PrefixKey
 from proper.inference.sampling import Logprobs, Sampler, Sampling
-
-Tier = Literal["users", "groups", "population"]
+from proper.run_folder import Tier
 
 Status = Literal["waiting", "running", "finished"]
 
@@ -28,7 +27,7 @@ class Request:
         prompt: token ids.
         user: the user whose adapter answers; None or an unknown user gets the group model with the mean embedding.
         tenant: the tenant of the user.
-        tier: the highest tier that may answer; "groups" skips the user's adapter, "population" the experts as well.
+        tier: the highest tier that may answer; GROUPS skips the user's adapter, POPULATION the experts as well.
         sampling: sampling parameters and the maximum number of new tokens. The seed is this request's own.
         gates: whether its tokens carry the expert gates.
         client: the API key of the request; rows are shared fairly between the (tenant, API key) pairs.
@@ -38,7 +37,7 @@ class Request:
     prompt: tuple[int, ...]
     user: str | None = None
     tenant: str = ""
-    tier: Tier = "users"
+    tier: Tier = Tier.USERS
     sampling: Sampling = field(default_factory=Sampling)
     gates: bool = False
     client: str = ""

@@ -16,7 +16,6 @@ from proper.adapters.manifest import empty_wal
 from proper.errors import StoreError
 from proper.sqlite_files import Schema, open_shared, read_only_error
 
-FILE = "interactions.sqlite"
 FORMAT = 1
 WAIT_SECONDS = 60.0
 _TABLES = (

@@ -21,16 +21,14 @@ from typing import Any
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore
 from proper.errors import InputError, ProperError, StoreError
 from proper.files import links_out_of, open_private, sweep
-from proper.interactions.database import FILE
 from proper.interactions.deletion_jobs import Deletion
 from proper.interactions.log import InteractionLog
-from proper.interactions.personal_files import files_of, folders, remove_quarantine, remove_work
-from proper.run_files import UNFINISHED, run_home
+from proper.interactions.personal_files import files_of, remove_quarantine, remove_work
+from proper.run_folder import UNFINISHED, RunFolder, UsersFolder, nested_runs
 from proper.sqlite_files import read_only_error
 
 PATIENCE = 5.0
 """Seconds for which a deletion waits for other readers and writers."""
-LOCK = "writers.lock"
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def remove(store: AdapterStore, log: InteractionLog, user: str, patience: float 
         InputError: a stage is being trained on data that includes the user; nothing is changed.
         StoreError: the log cannot be written, or a symbolic link leads out of the run folder; nothing is changed.
     """
-    run = run_home(store.folder.parent)
+    run = RunFolder(store.folder.parent).home.path
     if store.manifest.read_only:
         raise read_only_error(store.manifest.path)
     if away := links_out_of(run):
@@ -71,7 +69,7 @@ def remove(store: AdapterStore, log: InteractionLog, user: str, patience: float 
 
 def finish_deletions(users: Path, patience: float = 0.0) -> list[str]:
     """Resume all unfinished deletions of a store's folder; return why some remain unfinished, one line each."""
-    if not (users / FILE).is_file() or not os.access(users, os.W_OK):
+    if not UsersFolder(users).log.is_file() or not os.access(users, os.W_OK):
         return []
     waits = []
     with closing(InteractionLog(users)) as log:
@@ -90,14 +88,14 @@ def working(run: Path) -> Iterator[None]:
     if not os.access(run, os.W_OK):
         yield  # the write itself raises the error
         return
-    home = run_home(run)
-    finish_deletions(home / "users")
-    sweep(home)
+    home = RunFolder(run).home
+    finish_deletions(home.users.path)
+    sweep(home.path)
     try:
-        with _locked(home, fcntl.LOCK_SH):
+        with _locked(home.path, fcntl.LOCK_SH):
             yield
     finally:
-        finish_deletions(home / "users")
+        finish_deletions(home.users.path)
 
 
 def _work(store: AdapterStore, log: InteractionLog, deletion: Deletion, patience: float) -> list[str]:
@@ -112,7 +110,7 @@ def _work(store: AdapterStore, log: InteractionLog, deletion: Deletion, patience
 
 
 def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: float) -> list[str]:
-    run, waits = run_home(store.folder.parent), list[str]()
+    run, waits = RunFolder(store.folder.parent).home.path, list[str]()
     try:
         store.tombstones.add(store.tenant, user)
         if store.tenant == DEFAULT_TENANT:
@@ -122,9 +120,10 @@ def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: f
                 waits.append(f"{run}: another command writes into it")
             elif store.tenant == DEFAULT_TENANT:  # two processes that rewrite one file would undo each other's change
                 waits += _remove_files(run, user)
-            for folder in folders(run):
-                if folder / "users" != store.folder and (folder / "users" / "users.sqlite").is_file():
-                    with _both(folder / "users", store.tenant) as (theirs, logged):
+            for folder in nested_runs(run):
+                users = RunFolder(folder).users
+                if users.path != store.folder and users.manifest.is_file():
+                    with _both(users.path, store.tenant) as (theirs, logged):
                         waits += _remove(theirs, logged, user, patience)
             waits += _remove(store, log, user, patience)
     except (ProperError, OSError) as error:
@@ -160,7 +159,7 @@ def _remove(store: AdapterStore, log: InteractionLog, user: str, patience: float
 def _alone(run: Path, patience: float) -> Iterator[bool]:
     """Hold a run folder's writer lock exclusively; yields False if a writer holds it longer than `patience` seconds."""
     deadline = time.monotonic() + patience
-    handle = open_private(run / LOCK, os.O_RDWR | os.O_CREAT)
+    handle = open_private(RunFolder(run).writers_lock, os.O_RDWR | os.O_CREAT)
     try:
         alone = False
         while not alone:
@@ -178,7 +177,7 @@ def _alone(run: Path, patience: float) -> Iterator[bool]:
 
 @contextmanager
 def _locked(run: Path, how: int) -> Iterator[None]:
-    handle = open_private(run / LOCK, os.O_RDWR | os.O_CREAT)
+    handle = open_private(RunFolder(run).writers_lock, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(handle, how)
         yield
@@ -195,14 +194,14 @@ def _both(folder: Path, tenant: str) -> Iterator[tuple[AdapterStore, Interaction
 
 def _require_rest(run: Path, user: str) -> None:
     """Require that no stage is being trained on data of the user."""
-    busy = next((folder / name for folder in folders(run) for name in UNFINISHED if (folder / name).exists()), None)
+    busy = next((folder / name for folder in nested_runs(run) for name in UNFINISHED if (folder / name).exists()), None)
     if busy is not None and any(True for _ in run_rows(run, user)):
         raise InputError(f"{busy}: a stage is being trained and holds user {user!r}; let the run end, then delete them")
 
 
 def run_rows(run: Path, user: str) -> Iterator[dict[str, Any]]:
     """Yield every row of a user in the run's own data, queries included, oldest first."""
-    path = run / "data.sqlite"
+    path = RunFolder(run).data
     if not path.is_file():
         return
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as data:

@@ -18,6 +18,7 @@ from typing import Literal
 from proper.adapters.manifest import key_of, user_of
 from proper.files import locked
 from proper.interactions.database import Database
+from proper.run_folder import UsersFolder
 from proper.sqlite_files import read_only_error
 
 State = Literal["idle", "queued", "fitting", "done", "failed"]
@@ -203,4 +204,4 @@ class FitQueue:
 
 def lock_path(database: Path) -> Path:
     """Return the file whose lock the fitting process holds."""
-    return database.with_name("fits.lock")
+    return UsersFolder(database.parent).fits_lock

@@ -11,9 +11,9 @@ from typing import get_args
 
 from proper.adapters.integrity import Finding, one_line
 from proper.errors import StoreError
-from proper.interactions.database import FILE
 from proper.interactions.fit_queue import State
 from proper.interactions.log import InteractionLog
+from proper.run_folder import UsersFolder
 
 # Queries that count rows no writer produces, each with the text of its finding. SQLite columns accept any type.
 _SENSE = (
@@ -45,7 +45,7 @@ _SENSE = (
 
 def check_log(users: Path) -> list[Finding]:
     """Return all problems of the log in a store's folder; an empty list if there is no log."""
-    path = users / FILE
+    path = UsersFolder(users).log
     if not path.exists() and not path.is_symlink():
         return []
     try:

@@ -17,9 +17,10 @@ from pathlib import Path
 from proper.adapters.manifest import key_of, user_of
 from proper.adapters.tombstones import Tombstones
 from proper.errors import InputError
-from proper.interactions.database import FILE, Database
+from proper.interactions.database import Database
 from proper.interactions.deletion_jobs import Deletions
 from proper.interactions.fit_queue import FitQueue
+from proper.run_folder import UsersFolder
 
 _PAGE = 1000
 
@@ -111,7 +112,7 @@ class InteractionLog:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.database = Database(folder / FILE)
+        self.database = Database(UsersFolder(folder).log)
         self.queue = FitQueue(self.database)
         self.deletions = Deletions(self.database)
         self.tombstones = Tombstones(folder)

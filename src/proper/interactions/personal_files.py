@@ -1,7 +1,7 @@
 """Personal files of a run folder, and how a user's data is removed from each of them.
 
-`run_files` is the registry: it lists every file that can be in a run folder, and no other file can be written there.
-Each pattern of its `PERSONAL` must have a remover here; otherwise importing this module fails. A test runs all commands
+`run_folder` is the registry: it lists every file that can be in a run folder, and no other file can be written there.
+Each pattern of its `Personal` must have a remover here; otherwise importing this module fails. A test runs all commands
 on a run, searches every byte of the folder for every user's id and texts, checks each hit against the registry, and
 finds none after the user is deleted. Artifacts shared by many users (population, groups, the LoRA-aware router,
 aggregate results, adapters of a control trained on texts assigned to other users) are residue: only retraining removes
@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from proper.adapters.manifest import key_of
-from proper.adapters.quarantine import QUARANTINE
 from proper.adapters.store import DEFAULT_TENANT
 from proper.adapters.tombstones import Tombstones
 from proper.errors import StoreError
 from proper.files import atomic_path, read_json, write_json
-from proper.run_files import PERSONAL
+from proper.run_folder import Personal, RunFolder, UsersFolder, nested_runs
 
 
 @dataclass(frozen=True)
@@ -50,43 +49,30 @@ class PersonalFile:
     remove: Callable[[Path, str], None]
 
 
-def fits_folder(users: Path) -> Path:
-    """Return the folder in which fits of a store's users keep their state for resuming after a kill."""
-    return users / "fits"
-
-
 def work_folder(users: Path, tenant: str, user: str) -> Path:
-    """Return the folder for one user's fit in `fits_folder`; its name does not reveal the user id."""
+    """Return the folder for one user's fit in `UsersFolder.fits`; its name does not reveal the user id."""
     key = json.dumps([tenant, key_of(user).hex()])
-    return fits_folder(users) / blake2b(key.encode(), digest_size=16).hexdigest()
-
-
-def folders(run: Path) -> Iterator[Path]:
-    """Yield the run folder and the run folders nested in it: further seeds and other methods."""
-    yield run
-    for config in sorted(run.rglob("config.yaml")):
-        if config.parent != run:
-            yield config.parent
+    return UsersFolder(users).fits / blake2b(key.encode(), digest_size=16).hexdigest()
 
 
 def files_of(run: Path) -> Iterator[tuple[PersonalFile, Path]]:
     """Yield every file, other than stores and logs, that can have a user's data, with its kind."""
-    for folder in folders(run):
+    for folder in nested_runs(run):
         for place in PERSONAL_FILES:
             for path in sorted(folder.glob(place.pattern)):
                 if path.is_file():
                     yield place, path
 
 
-def remove_deleted(run: Path, data: Path) -> None:
-    """Remove the run's deleted users from the demo's files in `data`, which were regenerated."""
-    deleted = Tombstones(run / "users").of_tenant(DEFAULT_TENANT)
+def remove_deleted(run: RunFolder) -> None:
+    """Remove the run's deleted users from the demo's files, which were regenerated."""
+    deleted = Tombstones(run.users.path).of_tenant(DEFAULT_TENANT)
     if deleted is None:
         return
-    rows = (json.loads(line) for line in (data / "interactions.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = (json.loads(line) for line in run.demo_rows.read_text(encoding="utf-8").splitlines())
     for user in {user for row in rows if deleted(user := row["user_id"])}:
-        _from_lines(data / "interactions.jsonl", user)
-        _from_truth(data / "truth.json", user)
+        _from_lines(run.demo_rows, user)
+        _from_truth(run.demo_truth, user)
 
 
 def _from_lines(path: Path, user: str) -> None:
@@ -198,7 +184,7 @@ def _answers(path: Path, user: str) -> None:
 
 def remove_quarantine(users: Path) -> None:
     """Remove the whole quarantine folder: its data cannot be attributed, so it may belong to the deleted user."""
-    folder = users / QUARANTINE
+    folder = UsersFolder(users).quarantine
     if folder.exists():
         shutil.rmtree(folder)
 
@@ -208,21 +194,21 @@ def remove_work(users: Path, tenant: str, user: str) -> None:
     shutil.rmtree(work_folder(users, tenant, user), ignore_errors=True)
 
 
-_REMOVERS: dict[str, tuple[str, Callable[[Path, str], None]]] = {
-    "predictions/*.lamp.json": ("answers in the benchmark's format, without names", _answers),
-    "predictions/*.jsonl": ("their queries and the answers", _from_lines),
-    "users.json": ("their scores", _from_json),
-    "routing.json": ("their gates and where their embedding lies", _from_json),
-    "analysis.json": ("losses on their history, kept so as not to be measured again", _whole),
-    "report.html": ("examples and scores; 'proper report' writes it again", _whole),
-    "report-user-*.html": ("a page of the user, or of another whose neighbour the user is", _whole),
-    "compare-*.html": ("the page of two runs", _whole),
-    "compare-*.csv": ("its numbers", _whole),
-    "data.sqlite": ("their rows and texts", _from_data),
-    "variants/data/*.sqlite": ("their rows and texts, made for a method", _derived),
-    "variants/data/*.sqlite.between": ("the same, on the way", _derived),
-    "data/*.jsonl": ("the demo's rows", _from_lines),
-    "data/*.json": ("the demo's truth about them", _from_truth),
+_REMOVERS: dict[Personal, tuple[str, Callable[[Path, str], None]]] = {
+    Personal.LAMP_ANSWERS: ("answers in the benchmark's format, without names", _answers),
+    Personal.PREDICTIONS: ("their queries and the answers", _from_lines),
+    Personal.USER_SCORES: ("their scores", _from_json),
+    Personal.ROUTING: ("their gates and where their embedding lies", _from_json),
+    Personal.ANALYSIS: ("losses on their history, kept so as not to be measured again", _whole),
+    Personal.REPORT: ("examples and scores; 'proper report' writes it again", _whole),
+    Personal.USER_REPORTS: ("a page of the user, or of another whose neighbour the user is", _whole),
+    Personal.COMPARISON_PAGES: ("the page of two runs", _whole),
+    Personal.COMPARISON_TABLES: ("its numbers", _whole),
+    Personal.DATA: ("their rows and texts", _from_data),
+    Personal.VARIANT_DATA: ("their rows and texts, made for a method", _derived),
+    Personal.VARIANT_DATA_UNFINISHED: ("the same, on the way", _derived),
+    Personal.DEMO_ROWS: ("the demo's rows", _from_lines),
+    Personal.DEMO_TRUTH: ("the demo's truth about them", _from_truth),
 }
 
-PERSONAL_FILES = tuple(PersonalFile(pattern, *_REMOVERS[pattern]) for pattern in PERSONAL)
+PERSONAL_FILES = tuple(PersonalFile(str(pattern), *_REMOVERS[pattern]) for pattern in Personal)

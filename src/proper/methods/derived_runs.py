@@ -22,12 +22,13 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config, make_config
 from proper.data.dataset import Dataset
 from proper.data.summary import require_no_leaks
-from proper.errors import ConfigError, RunFolderError
+from proper.errors import ConfigError
 from proper.evaluation.fingerprint import code_version
 from proper.files import hash_value, make_folder, read_json, write_text
-from proper.methods.spec import DerivedRun, Method, Trained, TrainedRun, TrainingWork
-from proper.training.metrics_log import MetricsLog
-from proper.training.stages import TRAINED, join_processes
+from proper.methods.spec import DerivedRun, Method, TrainedRun, TrainingWork
+from proper.run_folder import RunFolder, Stage, Tier
+from proper.training.stages import join_processes
+from proper.training.trainer import MetricsLog
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +51,11 @@ def find_place(method: Method, run: TrainedRun, home: Path, opened: dict[Path, D
     """
     variant = method.variant
     for stage in variant.inherits if variant is not None else method.stages:
-        if not (run.folder / stage / "stage.json").exists():
-            raise RunFolderError(f"{run.folder}: stage '{stage}' is not there; run: proper run CONFIG --out {home}")
+        RunFolder(run.folder).require_trained(stage)
     if variant is None:
         return run
     place = _place(variant, run, home, opened)
-    missing = [stage for stage in method.stages if not (place.folder / stage / "stage.json").exists()]
+    missing = [stage for stage in method.stages if not RunFolder(place.folder).is_trained(stage)]
     if not missing:
         if place.folder != run.folder:
             logger.info(f"evaluate: {method.name} (seed {run.seed}) reuses {place.folder.relative_to(home)}")
@@ -81,7 +81,7 @@ def _place(variant: DerivedRun, run: TrainedRun, home: Path, opened: dict[Path, 
     settings = config.model_dump(exclude={"evaluation"})
     code = code_version(*TRAINING_CODE)
     key = hash_value([variant.name, settings, list(variant.inherits), dataset.sha256, run.seed, code])
-    return TrainedRun(config, dataset, run.folder / "variants" / f"{variant.name}-{key[:8]}", run.seed)
+    return TrainedRun(config, dataset, RunFolder(run.folder).variant(f"{variant.name}-{key[:8]}").path, run.seed)
 
 
 def _derived(variant: DerivedRun, config: Config, run: TrainedRun, home: Path, opened: dict[Path, Dataset]) -> Dataset:
@@ -89,7 +89,7 @@ def _derived(variant: DerivedRun, config: Config, run: TrainedRun, home: Path, o
     seed = run.seed if variant.seeded else None
     made_of = [variant.name, run.dataset.sha256, seed, config.backbone, config.compute.max_length]
     key = hash_value([*made_of, code_version("data", "methods/table.py")])
-    path = home / "variants" / "data" / f"{variant.name}-{key[:8]}.sqlite"
+    path = RunFolder(home).variant_data(f"{variant.name}-{key[:8]}")
     if path not in opened:
         if not path.exists():
             logger.info(f"evaluate: makes the data of {variant.name}")
@@ -106,33 +106,32 @@ def _train(method: Method, variant: DerivedRun, run: TrainedRun, place: TrainedR
         )
     logger.info(f"evaluate: trains {method.name} (seed {run.seed}) in {place.folder}")
     text = yaml.safe_dump(place.config.model_dump(), sort_keys=False, allow_unicode=True)
-    write_text(place.folder / "config.yaml", text)
+    write_text(RunFolder(place.folder).config, text)
     for stage in variant.inherits:
         _inherit(stage, run.folder, place.folder)
-    log = MetricsLog(place.folder / "metrics.jsonl")
+    log = MetricsLog(RunFolder(place.folder).metrics_log)
     try:
         variant.train(TrainingWork(place, _in_order([*variant.inherits, *method.stages]), log))
     finally:
         log.close()
 
 
-def _in_order(stages: Sequence[Trained]) -> tuple[Trained, ...]:
-    named: tuple[Trained, ...] = ("population", "groups", "users")
-    assert named == TRAINED
-    return tuple(stage for stage in named if stage in stages)
+def _in_order(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    return tuple(stage for stage in Stage if stage in stages)
 
 
-def _inherit(stage: Trained, source: Path, target: Path) -> None:
+def _inherit(stage: Stage, source: Path, target: Path) -> None:
     """Hard-link (else copy) a stage's files from the run; sharing is safe, since files are only replaced whole."""
-    if (target / stage / "stage.json").exists():
+    run, marker = RunFolder(target), RunFolder(source).marker(stage).name
+    if run.is_trained(stage):
         return
-    if stage == "users":
+    if stage == Stage.USERS:
         raise ValueError("the last stage is never taken over: nothing would be left to train")
-    if stage == "groups":
-        _inherit_embeddings(source / "users", target / "users")
-    names = sorted(path.name for path in (source / stage).iterdir() if path.is_file() and path.name != "stage.json")
+    if stage == Stage.GROUPS:
+        _inherit_embeddings(RunFolder(source).users.path, run.users.path)
+    names = sorted(path.name for path in (source / stage).iterdir() if path.is_file() and path.name != marker)
     make_folder(target / stage)
-    for name in [*names, "stage.json"]:
+    for name in [*names, marker]:
         (target / stage / name).unlink(missing_ok=True)
         linked = False
         with suppress(OSError):  # A file system without hard links: copied below.
@@ -147,13 +146,13 @@ def _inherit_embeddings(source: Path, target: Path) -> None:
     theirs, ours = AdapterStore(source), AdapterStore(target)
     try:
         heads = ((user, theirs.head(user)) for user, _ in list(theirs.users()))
-        ours.put(UserRecord(user, "groups", head.embedding) for user, head in heads if head is not None)
+        ours.put(UserRecord(user, Tier.GROUPS, head.embedding) for user, head in heads if head is not None)
     finally:
         theirs.close()
         ours.close()
 
 
-def seconds_of(place: TrainedRun, stages: Sequence[Trained]) -> float:
+def seconds_of(place: TrainedRun, stages: Sequence[Stage]) -> float:
     """Return the training time of these stages in seconds, stages taken over from the run included."""
-    markers = [place.folder / stage / "stage.json" for stage in stages]
+    markers = [RunFolder(place.folder).marker(stage) for stage in stages]
     return sum(float(read_json(marker)["seconds"]) for marker in markers if marker.exists())

@@ -31,10 +31,10 @@ from proper.methods.spec import TrainedRun, TrainingWork
 from proper.models.backbone import configured_backbone
 from proper.models.checkpoints import save_tensors
 from proper.models.personal import ProperModel, answer_loss
+from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.groups import GroupsStage, train_stage
-from proper.training.optim import RowAdamW, clip_rows
-from proper.training.schedule import resolve_rate
+from proper.training.optim import RowAdamW, clip_rows, resolve_rate
 from proper.training.stages import join_processes, stage_plan
 from proper.training.trainer import Log, LossSum
 
@@ -177,7 +177,8 @@ class JointRunner:
 
     def run(self) -> None:
         """Train to the end, resuming from the checkpoint; do nothing if training is complete."""
-        if (self.folder / "users" / "stage.json").exists():
+        run = RunFolder(self.folder)
+        if run.is_trained(Stage.USERS):
             return
         config, started = self.config, time.perf_counter()
         accelerator = join_processes(config)
@@ -199,8 +200,8 @@ class JointRunner:
         self._save(model, users, groups.embeddings, slots, bank)
         facts = {"rows": sample.size, "tokens": sample.tokens, "seed": self.seed, "backbone": backbone.digest}
         facts |= {"users": len(slots), "seconds": round(time.perf_counter() - started, 3)}
-        for name in ("groups", "users"):
-            write_json(self.folder / name / "stage.json", facts)
+        for name in (Stage.GROUPS, Stage.USERS):
+            write_json(run.marker(name), facts)
         plan.checkpoint.remove()
 
     def rows(self) -> Together:
@@ -230,14 +231,15 @@ class JointRunner:
     def _save(
         self, model: ProperModel, users: Sequence[str], embeddings: Tensor, slots: dict[str, int], bank: AdapterBank
     ) -> None:
+        run = RunFolder(self.folder)
         tensors = {**model.group_parameters(), "mean_embedding": embeddings.mean(0)}
-        save_tensors(self.folder / "groups" / "groups.safetensors", tensors, {"modules": list(model.layers)})
-        store = AdapterStore(self.folder / "users")
-        groups = hash_file(self.folder / "groups" / "groups.safetensors")
+        save_tensors(run.experts, tensors, {"modules": list(model.layers)})
+        store = AdapterStore(run.users.path)
+        groups = hash_file(run.experts)
         store.bind({"backbone": model.backbone.digest, "groups": groups, "rank": str(self.config.users.rank)})
         for at, user in enumerate(users):
             adapter = None
             if user in slots:
                 adapter = encode(bank.layout.unpack(bank.values[slots[user]]), self.config.users.storage)
-            store.put([UserRecord(user, "users" if adapter else "groups", embeddings[at], adapter)])
+            store.put([UserRecord(user, Tier.USERS if adapter else Tier.GROUPS, embeddings[at], adapter)])
         store.close()

@@ -24,6 +24,7 @@ from proper.files import hash_value, read_json, write_json
 from proper.inference.loading import load
 from proper.methods.derived_runs import find_place, seconds_of
 from proper.methods.spec import Method, TrainedRun
+from proper.run_folder import RunFolder, Stage, Tier
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class MethodEvaluator:
                 return made[0]  # A method without training gives the same answers for every seed.
             run = TrainedRun(self.config, self.dataset, self.folders[seed], seed)
             places[seed] = find_place(method, run, next(iter(self.folders.values())), self.opened)
-            made.append(answered(method, places[seed], self.folders[seed] / "predictions"))
+            made.append(answered(method, places[seed], RunFolder(self.folders[seed])))
             return made[-1]
 
         def cost(run: MethodRun) -> dict[str, Any]:
@@ -77,9 +78,10 @@ def evaluating(config: Config, dataset: Dataset, folders: Mapping[int, Path]) ->
             opened.close()
 
 
-def answered(method: Method, place: TrainedRun, folder: Path) -> MethodRun:
-    """Return a method's predictions: those cached in `folder` if their inputs are the same, else new ones."""
-    path, beside = folder / f"{method.name}.jsonl", folder / f"{method.name}.json"
+def answered(method: Method, place: TrainedRun, run_folder: RunFolder) -> MethodRun:
+    """Return a method's predictions: those cached in the run folder if their inputs are the same, else new ones."""
+    path = run_folder.predictions_of(method.name)
+    beside = path.with_suffix(".json")
     key = _key(method, place)
     if path.exists() and beside.exists():
         made = read_json(beside)
@@ -96,7 +98,7 @@ def answered(method: Method, place: TrainedRun, folder: Path) -> MethodRun:
 def cost_row(method: Method, place: TrainedRun, run: MethodRun) -> dict[str, Any]:
     """Return the cost per user, as a mean over target users."""
     numbers, size, users = _kept(method, place)
-    own = [stage for stage in method.stages if stage != "population"][-1:]
+    own = [stage for stage in method.stages if stage != Stage.POPULATION][-1:]
     seconds = seconds_of(place, own) / max(1, users) if method.keeps not in ("nothing", "history") else 0
     inherited = method.variant.inherits if method.variant is not None else ()
     return {
@@ -107,7 +109,7 @@ def cost_row(method: Method, place: TrainedRun, run: MethodRun) -> dict[str, Any
         "tokens_per_second": round(run.tokens / run.seconds, 1),
         "tokens_per_query": round(run.tokens / max(1, len(run.predictions)), 1),
         "train_seconds": round(seconds_of(place, [s for s in method.stages if s not in inherited]), 3),
-        "truncated_prompts": cut_queries(place.dataset) if method.stages or method.name == "base" else 0,
+        "truncated_prompts": cut_queries(place.dataset) if method.stages or method.name == Tier.BASE else 0,
     }
 
 
@@ -119,21 +121,21 @@ def _kept(method: Method, place: TrainedRun) -> tuple[int, int, int]:
     if method.keeps == "history":
         texts = (item for user in targets for item in place.dataset.history(user))
         return 0, round(sum(len((t.prompt + t.target).encode()) for t in texts) / len(targets)), len(targets)
-    marker = read_json(place.folder / method.stages[-1] / "stage.json")
+    marker = read_json(RunFolder(place.folder).marker(method.stages[-1]))
     if method.keeps == "export":
         return (*_exported(place), marker["users"])
-    store = AdapterStore(place.folder / "users")
+    store = AdapterStore(RunFolder(place.folder).users.path)
     try:
         held = [(user, tier, size) for user, tier, _, size in store.facts() if user in targets]
         width = next((len(head.embedding) for user, _, _ in held if (head := store.head(user))), 0)
         if method.keeps == "embedding" or not held:
             return width, 4 * width, marker["users"]
-        adapted = [user for user, tier, _ in held if tier == "users"]
+        adapted = [user for user, tier, _ in held if tier == Tier.USERS]
         record = store.get(adapted[0]) if adapted else None
         adapter = sum(t.numel() for t in (record.adapter or {}).values()) if record else 0
         if method.keeps == "int8":
             own_bytes = int8_bytes(record) if record else 0
-            held = [(user, tier, 4 * width + (own_bytes if tier == "users" else 0)) for user, tier, _ in held]
+            held = [(user, tier, 4 * width + (own_bytes if tier == Tier.USERS else 0)) for user, tier, _ in held]
     finally:
         store.close()
     return (
@@ -145,7 +147,7 @@ def _kept(method: Method, place: TrainedRun) -> tuple[int, int, int]:
 
 def _exported(place: TrainedRun) -> tuple[int, int]:
     """Return parameters and bytes of one exported adapter."""
-    model = load(place.folder, "users")
+    model = load(place.folder, Tier.USERS)
     try:
         return folded_size(model)
     finally:
@@ -153,7 +155,7 @@ def _exported(place: TrainedRun) -> tuple[int, int]:
 
 
 def _key(method: Method, place: TrainedRun) -> str:
-    markers = [place.folder / stage / "stage.json" for stage in method.stages]
+    markers = [RunFolder(place.folder).marker(stage) for stage in method.stages]
     stages = [read_json(marker) for marker in markers]
     settings = place.config.model_dump(exclude={"evaluation"})
     return hash_value([method.name, settings, place.dataset.sha256, place.seed, stages, code_version(*ANSWERING_CODE)])

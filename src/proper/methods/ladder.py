@@ -14,9 +14,10 @@ from proper.errors import DataError
 from proper.evaluation.runner import MethodRun, predict
 from proper.export.converted_models import STATIC_EXPORT, USERS_INT8, in_int8, static_export
 from proper.inference.loading import load
-from proper.inference.model import PersonalizedModel, ServedUsers, Stage
+from proper.inference.model import PersonalizedModel, ServedUsers
 from proper.methods.spec import TrainedRun, TrainingWork
 from proper.models.personal import ProperModel
+from proper.run_folder import Tier
 from proper.training.checkpoint import seed_of
 from proper.training.stages import StageRunner
 
@@ -35,11 +36,11 @@ def train_one_user(work: TrainingWork) -> None:
     StageRunner(run.config, OneUser(run.dataset), run.folder, run.seed, work.log).run(work.stages)
 
 
-def as_itself(stage: Stage) -> Answer:
-    """Answer every query with the model of `stage`, as its own user."""
+def as_itself(tier: Tier) -> Answer:
+    """Answer every query with the model of `tier`, as its own user."""
 
     def answer(run: TrainedRun) -> MethodRun:
-        return _answer(run, stage, lambda user: user)
+        return _answer(run, tier, lambda user: user)
 
     return answer
 
@@ -47,14 +48,14 @@ def as_itself(stage: Stage) -> Answer:
 def as_another(run: TrainedRun) -> MethodRun:
     """Answer every user with the embedding and the adapter of another user (control `swapped`)."""
     others = derangement([user.id for user in run.dataset.users("target")], run.seed)
-    return _answer(run, "users", lambda user: others[user])
+    return _answer(run, Tier.USERS, lambda user: others[user])
 
 
-def as_one(stage: Stage, user: str) -> Answer:
+def as_one(tier: Tier, user: str) -> Answer:
     """Answer every query as `user`."""
 
     def answer(run: TrainedRun) -> MethodRun:
-        return _answer(run, stage, lambda _: user)
+        return _answer(run, tier, lambda _: user)
 
     return answer
 
@@ -75,7 +76,7 @@ def in_eight_bits(run: TrainedRun) -> MethodRun:
 def answer_with(run: TrainedRun, model: ProperModel, users: ServedUsers) -> MethodRun:
     """Answer every query with a model that another trainer made, and its users, and close their store."""
     encoder = model.backbone.encoder()
-    personalized = PersonalizedModel(model, encoder, run.config, users, "users")
+    personalized = PersonalizedModel(model, encoder, run.config, users, Tier.USERS)
     try:
         return predict(personalized, run.dataset, run.config.task, run.folder.name)
     finally:
@@ -95,9 +96,9 @@ def derangement(users: Sequence[str], seed: int) -> Mapping[str, str]:
     return dict(zip(order, [*order[1:], order[0]], strict=True))
 
 
-def _answer(run: TrainedRun, stage: Stage, alias: Callable[[str], str]) -> MethodRun:
-    model = load(run.folder, stage)
+def _answer(run: TrainedRun, tier: Tier, alias: Callable[[str], str]) -> MethodRun:
+    model = load(run.folder, tier)
     try:
-        return predict(model, run.dataset, run.config.task, f"{stage}, {run.folder.name}", alias)
+        return predict(model, run.dataset, run.config.task, f"{tier}, {run.folder.name}", alias)
     finally:
         model.close()

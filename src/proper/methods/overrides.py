@@ -23,9 +23,10 @@ from proper.data.dataset import Dataset
 from proper.data.derived.views import keep_asking, shorten_histories
 from proper.errors import ConfigError
 from proper.methods.ladder import train_stages
-from proper.methods.spec import Derive, DerivedRun, Method, Trained
+from proper.methods.spec import Derive, DerivedRun, Method
+from proper.run_folder import Stage
 
-STAGES: tuple[Trained, ...] = ("population", "groups", "users")
+STAGES = tuple(Stage)
 
 _NAME = re.compile(r"(?P<method>[^\[\]]+)(?P<changes>(\[[^\[\]=]+=[^\[\]]+\])+)")
 _CHANGE = re.compile(r"\[([^\[\]=]+)=([^\[\]]+)\]")
@@ -43,7 +44,7 @@ class Changes:
 
     settings: Mapping[str, Mapping[str, Any]]
     derive: Derive | None
-    first: Trained
+    first: Stage
 
 
 def split_name(name: str) -> tuple[str, list[tuple[str, str]]]:
@@ -89,15 +90,15 @@ def _read(name: str, changes: list[tuple[str, str]], config: Config, variant: De
     for section, values in (variant.settings if variant else {}).items():
         raw[section] = {**raw[section], **values}
     derive: Derive | None = None
-    touched: list[Trained] = []
+    touched: list[Stage] = []
     sections: list[str] = []
-    first: Trained
+    first: Stage
     for key, value in changes:
         stage = next((stage for stage in STAGES if key.startswith(f"{stage}.")), None)
         if key == "history":
-            derive, first = _after(derive, _shortened(name, value)), "groups"
+            derive, first = _after(derive, _shortened(name, value)), Stage.GROUPS
         elif key == "rows":
-            derive, first = _after(derive, _asking(value)), "population"
+            derive, first = _after(derive, _asking(value)), Stage.POPULATION
         elif stage is not None:
             _put(raw, key, value, name)
             sections.append(stage)

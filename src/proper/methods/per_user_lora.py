@@ -23,6 +23,7 @@ from proper.methods.spec import TrainedRun, TrainingWork
 from proper.models.backbone import configured_backbone
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
+from proper.run_folder import RunFolder, Stage
 from proper.training.trainer import Log
 from proper.training.users import UserStage, train_users
 
@@ -46,7 +47,7 @@ def answer_per_user(run: TrainedRun) -> MethodRun:
     slots = max(2, run.config.compute.batch_size)
     bank = AdapterBank(model.layout(users.rank), slots, alpha=users.alpha, trainable=False, device=model.device)
     model.use_bank(bank)
-    return answer_with(run, model, ServedUsers(AdapterStore(run.folder / "users"), bank, torch.zeros(1)))
+    return answer_with(run, model, ServedUsers(AdapterStore(RunFolder(run.folder).users.path), bank, torch.zeros(1)))
 
 
 class DirectRunner:
@@ -57,13 +58,13 @@ class DirectRunner:
 
     def run(self) -> None:
         """Fit all users, resuming where an earlier call stopped; do nothing if all are fitted."""
-        folder = self.folder / "users"
-        if (folder / "stage.json").exists():
+        run = RunFolder(self.folder)
+        if run.is_trained(Stage.USERS):
             return
         model = direct_model(self.config, self.folder)
         backbone, started = model.backbone, time.perf_counter()
         users = [user.id for user in self.dataset.users("target") if user.history > 0]
-        store = AdapterStore(folder)
+        store = AdapterStore(run.users.path)
         store.bind({"backbone": backbone.digest, "rank": str(self.config.users.rank)})
         stage = UserStage(
             model=model,
@@ -73,7 +74,7 @@ class DirectRunner:
             users=users,
             embeddings=torch.zeros(len(users), 1),
             store=store,
-            folder=folder / "work",
+            folder=run.users.work,
             seed=self.seed,
             checkpoint_seconds=self.config.compute.checkpoint_seconds,
             log=self.log,
@@ -82,15 +83,16 @@ class DirectRunner:
         store.close()
         seconds = round(time.perf_counter() - started, 3)
         facts = {"users": len(users), "seed": self.seed, "seconds": seconds, "backbone": backbone.digest}
-        write_json(folder / "stage.json", facts)
-        shutil.rmtree(folder / "work", ignore_errors=True)
+        write_json(run.marker(Stage.USERS), facts)
+        shutil.rmtree(run.users.work, ignore_errors=True)
 
 
 def direct_model(config: Config, folder: Path) -> ProperModel:
     """Return the backbone with the folder's population, if any, and user adapter slots, but without experts."""
     backbone = configured_backbone(config)
-    if (folder / "population" / "stage.json").exists():
-        apply_population(backbone, folder / "population")
+    run = RunFolder(folder)
+    if run.is_trained(Stage.POPULATION):
+        apply_population(backbone, run.population)
     model = ProperModel(backbone)
     model.add_plain_targets(config.users, config.groups.target_modules)
     return model

@@ -27,6 +27,7 @@ from proper.models.backbone import configured_backbone
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
+from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.optim import RowAdamW
 from proper.training.stages import join_processes, stage_plan, stage_sample
@@ -97,13 +98,13 @@ def train_poly(work: TrainingWork) -> None:
         DataError: there are no rows to train on.
     """
     run = work.run
-    marker = run.folder / "groups" / "stage.json"
+    marker = RunFolder(run.folder).marker(Stage.GROUPS)
     if marker.exists():
         return
     config, started = run.config.groups, time.perf_counter()
     accelerator = join_processes(run.config)
     backbone = configured_backbone(run.config, accelerator.device)
-    apply_population(backbone, run.folder / "population")
+    apply_population(backbone, RunFolder(run.folder).population)
     sample = stage_sample(run.dataset, "groups", config.train_on, config.max_tokens, run.seed)
     encoder = backbone.encoder()
     plan = stage_plan("groups", run.config, sample, backbone, encoder, run.folder, run.seed, work.log)
@@ -126,9 +127,9 @@ def train_poly(work: TrainingWork) -> None:
 def _save(run: TrainedRun, stage: PolyStage, users: Sequence[str]) -> None:
     seen = stage.optimizer.steps > 0
     tensors = {**stage.parameters(), "mean_logits": stage.logits[seen].mean(0)}
-    save_tensors(run.folder / "groups" / "poly.safetensors", tensors, {"modules": list(stage.poly.layers)})
-    store = AdapterStore(run.folder / "users")
-    store.put(UserRecord(user, "groups", stage.logits[at]) for at, user in enumerate(users) if seen[at])
+    save_tensors(RunFolder(run.folder).poly, tensors, {"modules": list(stage.poly.layers)})
+    store = AdapterStore(RunFolder(run.folder).users.path)
+    store.put(UserRecord(user, Tier.GROUPS, stage.logits[at]) for at, user in enumerate(users) if seen[at])
     store.close()
 
 
@@ -157,9 +158,9 @@ class PolyModel:
         """The task id with the mean logits."""
         return len(self.tasks)
 
-    def tier(self, user: str | None) -> str:
-        """Return "groups" for a user with own logits, else "none"."""
-        return "groups" if user in self.tasks else "none"
+    def tier(self, user: str | None) -> Tier:
+        """Return GROUPS for a user with own logits, else NONE."""
+        return Tier.GROUPS if user in self.tasks else Tier.NONE
 
     def rows(self, users: Sequence[str | None]) -> RowContext:
         """Return each row's task id."""
@@ -171,11 +172,11 @@ def load_poly(run: TrainedRun) -> PolyModel:
     """Load the backbone, its population, and Poly with the logits of the target users."""
     config = run.config
     backbone = configured_backbone(config)
-    apply_population(backbone, run.folder / "population")
-    model, store = ProperModel(backbone), AdapterStore(run.folder / "users")
+    apply_population(backbone, RunFolder(run.folder).population)
+    model, store = ProperModel(backbone), AdapterStore(RunFolder(run.folder).users.path)
     heads = {user.id: head for user in run.dataset.users("target") if (head := store.head(user.id)) is not None}
     store.close()
-    tensors, _ = load_tensors(run.folder / "groups" / "poly.safetensors")
+    tensors, _ = load_tensors(RunFolder(run.folder).poly)
     poly = add_poly(model, config.groups, len(heads) + 1, seed=0)
     for name, parameter in poly.skills().items():
         parameter.data.copy_(tensors[name])

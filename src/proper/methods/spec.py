@@ -14,10 +14,8 @@ from typing import Any, Literal
 from proper.config import Config
 from proper.data.dataset import Dataset
 from proper.evaluation.runner import MethodRun
+from proper.run_folder import Stage
 from proper.training.trainer import Log
-
-Trained = Literal["population", "groups", "users"]
-"""A stage's folder in a run folder."""
 
 PerUser = Literal["nothing", "history", "embedding", "adapter", "export", "int8"]
 """Data that must be kept per user for a method to answer."""
@@ -38,7 +36,7 @@ class TrainingWork:
     """Arguments of a variant's training: its `run` and the `stages` to train, in order; earlier stages exist."""
 
     run: TrainedRun
-    stages: Sequence[Trained]
+    stages: Sequence[Stage]
     log: Log
 
 
@@ -61,7 +59,7 @@ class DerivedRun:
 
     name: str
     train: Callable[[TrainingWork], None]
-    inherits: tuple[Trained, ...] = ()
+    inherits: tuple[Stage, ...] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     derive: Derive | None = None
     seeded: bool = False
@@ -80,6 +78,6 @@ class Method:
 
     name: str
     answer: Callable[[TrainedRun], MethodRun]
-    stages: tuple[Trained, ...] = ()
+    stages: tuple[Stage, ...] = ()
     variant: DerivedRun | None = None
     keeps: PerUser = "nothing"

@@ -21,12 +21,13 @@ from proper.methods.ladder import as_another, as_itself, as_one, exported, in_ei
 from proper.methods.overrides import change, split_name
 from proper.methods.per_user_lora import answer_per_user, train_leaking, train_per_user
 from proper.methods.poly import answer_poly, train_poly
-from proper.methods.spec import Derive, DerivedRun, Method, Trained
+from proper.methods.spec import Derive, DerivedRun, Method
 from proper.methods.trivial import global_majority, user_majority
 from proper.models.tokenizer import configured_encoder
+from proper.run_folder import Stage, Tier
 
-ALL: tuple[Trained, ...] = ("population", "groups", "users")
-GROUPS: tuple[Trained, ...] = ("population", "groups")
+ALL = tuple(Stage)
+GROUPS = ALL[:2]
 
 OPPU: Mapping[str, Any] = {
     "rank": 8,
@@ -74,10 +75,10 @@ def known_methods(names: Sequence[str], config: Config) -> list[Method]:
 
 def _ladder() -> list[Method]:
     return [
-        Method("base", as_itself("base")),
-        Method("population", as_itself("population"), ALL[:1]),
-        Method("groups", as_itself("groups"), ALL[:2], keeps="embedding"),
-        Method("users", as_itself("users"), ALL, keeps="adapter"),
+        Method("base", as_itself(Tier.BASE)),
+        Method("population", as_itself(Tier.POPULATION), ALL[:1]),
+        Method("groups", as_itself(Tier.GROUPS), ALL[:2], keeps="embedding"),
+        Method("users", as_itself(Tier.USERS), ALL, keeps="adapter"),
         Method(STATIC_EXPORT, exported, ALL, keeps="export"),
         Method(USERS_INT8, in_eight_bits, ALL, keeps="int8"),
     ]
@@ -100,22 +101,22 @@ def _controls(config: Config) -> list[Method]:
         "router": "default",
         "constraint": {"kind": "none"},
     }
-    shuffled = DerivedRun("shuffled", train_stages, ("population",), derive=_shuffled, seeded=True)
+    shuffled = DerivedRun("shuffled", train_stages, (Stage.POPULATION,), derive=_shuffled, seeded=True)
     return [
         Method(
             "population-more",
-            as_itself("groups"),
+            as_itself(Tier.GROUPS),
             GROUPS,
-            DerivedRun("population-more", train_stages, ("population",), {"groups": more}),
+            DerivedRun("population-more", train_stages, (Stage.POPULATION,), {"groups": more}),
         ),
         Method(
             "groups-shared-e",
-            as_one("groups", EVERYBODY),
+            as_one(Tier.GROUPS, EVERYBODY),
             GROUPS,
-            DerivedRun("groups-shared-e", train_one_user, ("population",)),
+            DerivedRun("groups-shared-e", train_one_user, (Stage.POPULATION,)),
         ),
         Method("swapped", as_another, ALL, keeps="adapter"),
-        Method("shuffled", as_itself("users"), ALL, shuffled, keeps="adapter"),
+        Method("shuffled", as_itself(Tier.USERS), ALL, shuffled, keeps="adapter"),
     ]
 
 
@@ -129,7 +130,7 @@ def _ablations(config: Config) -> list[Method]:
         _groups("constraint-experts", {"constraint": {**config.groups.constraint.model_dump(), "kind": "experts"}}),
         # The architecture and losses of the preset, but the run's learning rates, since the preset's are for 7 B.
         Method(
-            "released", as_itself("users"), ALL, DerivedRun("released", train_stages, (), released), keeps="adapter"
+            "released", as_itself(Tier.USERS), ALL, DerivedRun("released", train_stages, (), released), keeps="adapter"
         ),
         _users("users-no-router", config, "none"),
         _users("users-residual", config, "residual"),
@@ -138,30 +139,30 @@ def _ablations(config: Config) -> list[Method]:
 
 
 def _groups(name: str, settings: Mapping[str, Any]) -> Method:
-    variant = DerivedRun(name, train_stages, ("population",), {"groups": settings})
-    return Method(name, as_itself("groups"), GROUPS, variant, keeps="embedding")
+    variant = DerivedRun(name, train_stages, (Stage.POPULATION,), {"groups": settings})
+    return Method(name, as_itself(Tier.GROUPS), GROUPS, variant, keeps="embedding")
 
 
 def _users(name: str, config: Config, router: str) -> Method:
     variant = DerivedRun(name, train_stages, GROUPS, {"users": {"router": router}})
     same = config.users.router == router
-    return Method(name, as_itself("users"), ALL, None if same else variant, keeps="adapter")
+    return Method(name, as_itself(Tier.USERS), ALL, None if same else variant, keeps="adapter")
 
 
 def _baselines(config: Config) -> list[Method]:
     oppu = {"users": OPPU, "groups": {"target_modules": OPPU_MODULES}}
     without_router = {"users": {"router": "none"}}
-    own: tuple[Trained, ...] = ("population", "users")
+    own = (Stage.POPULATION, Stage.USERS)
     variants = {
         "per-user-only": DerivedRun("per-user-only", train_per_user, (), without_router),
         "end-to-end": DerivedRun("end-to-end", train_end_to_end, (), without_router),
-        "poly": DerivedRun("poly", train_poly, ("population",)),
-        "oppu": DerivedRun("oppu", train_per_user, ("population",), oppu),
-        "oppu-released": DerivedRun("oppu-released", train_leaking, ("population",), oppu),
+        "poly": DerivedRun("poly", train_poly, (Stage.POPULATION,)),
+        "oppu": DerivedRun("oppu", train_per_user, (Stage.POPULATION,), oppu),
+        "oppu-released": DerivedRun("oppu-released", train_leaking, (Stage.POPULATION,), oppu),
     }
     return [
-        Method("per-user-only", answer_per_user, ("users",), variants["per-user-only"], keeps="adapter"),
-        Method("end-to-end", answer_end_to_end, ("groups", "users"), variants["end-to-end"], keeps="adapter"),
+        Method("per-user-only", answer_per_user, (Stage.USERS,), variants["per-user-only"], keeps="adapter"),
+        Method("end-to-end", answer_end_to_end, (Stage.GROUPS, Stage.USERS), variants["end-to-end"], keeps="adapter"),
         Method("poly", answer_poly, GROUPS, variants["poly"], keeps="embedding"),
         Method("oppu", answer_per_user, own, variants["oppu"], keeps="adapter"),
         Method("oppu-released", answer_per_user, own, variants["oppu-released"], keeps="adapter"),
@@ -170,13 +171,13 @@ def _baselines(config: Config) -> list[Method]:
 
 def _retrieval() -> list[Method]:
     one, two, four = (DerivedRun(f"rag-{k}", train_stages, derive=_retrieved(k)) for k in (1, 2, 4))
-    population = as_itself("population")
+    population = as_itself(Tier.POPULATION)
     return [
         *(Method(name, population, ALL[:1], one, keeps="history") for name in ("rag", "rag-1")),
         Method("rag-2", population, ALL[:1], two, keeps="history"),
         Method("rag-4", population, ALL[:1], four, keeps="history"),
         Method("pag", population, ALL[:1], DerivedRun("pag", train_stages, derive=_profiled), keeps="history"),
-        Method("users+rag", as_itself("users"), ALL, one, keeps="adapter"),
+        Method("users+rag", as_itself(Tier.USERS), ALL, one, keeps="adapter"),
     ]
 
 

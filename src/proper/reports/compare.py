@@ -14,7 +14,6 @@ from typing import Any
 
 from proper.files import write_text
 from proper.reports import figures, tables
-from proper.reports.compare_figures import forest, values
 from proper.reports.formats import (
     METHODS,
     duration,
@@ -24,15 +23,16 @@ from proper.reports.formats import (
     percent,
     plain,
     plural,
+    safe_name,
     signed,
     size,
     span,
 )
+from proper.reports.html import render
 from proper.reports.load import RunFiles, load_run
-from proper.reports.names import safe_name
-from proper.reports.page import render
 from proper.reports.reading import interval, mapping, number, objects
 from proper.reports.tables import Table
+from proper.run_folder import RunFolder
 
 COLUMNS = (
     *("method", "metric", "primary", "higher_is_better"),
@@ -75,8 +75,8 @@ def write_comparison(first: Path, second: Path, found: Mapping[str, Any]) -> lis
     """
     both = Both((load_run(first), load_run(second)), _names(first.resolve(), second.resolve()), found)
     page, text = render("compare.html.j2", gather(both)), csv_text(both)
-    stem = f"compare-{safe_name(second.resolve().name)}"
-    paths = [first / f"{stem}.html", first / f"{stem}.csv"]
+    name = safe_name(second.resolve().name)
+    paths = [RunFolder(first).comparison(name, ending) for ending in ("html", "csv")]
     for path, content in zip(paths, (page, text), strict=True):
         write_text(path, content)
     return paths
@@ -91,15 +91,15 @@ def gather(both: Both) -> dict[str, Any]:
         "task": str(task.get("name") or task.get("kind") or ""),
         "summary": summary(both),
         "tiles": _tiles(both),
-        "values": values(main, both.names),
-        "forest": forest(main, both.names),
+        "values": figures.values(main, both.names),
+        "forest": figures.forest(main, both.names),
         "scores": scores(both),
         "missing_pairs": {method_name(name): why for name, why in mapping(both.found.get("missing")).items()},
         "others": [sorted(_only(both, side)) for side in (0, 1)],
         "settings": settings(both),
         "cost": cost(both),
         "routing": routing(both),
-        "heats": [(name, figures.heat(run.routed)) for name, run in zip(both.names, both.runs, strict=True)],
+        "heats": [(name, figures.heat(run.routed, name)) for name, run in zip(both.names, both.runs, strict=True)],
         "facts": facts(both),
     }
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from proper.reports.reading import count, number, read_lines
+from proper.run_folder import LADDER, RunFolder
 
-STAGES = ("population", "groups", "users")
+STAGES = LADDER[1:]
 WHY = {
     ("users", 1): "The user model wins",
     ("users", -1): "The user model loses",
@@ -61,7 +62,7 @@ class _Scored:
 
 def choose_examples(folder: Path, kind: str, wanted: int) -> list[ReportExample] | None:
     """Return at most `wanted` examples, or None if fewer than two stages have predictions."""
-    paths = {method: folder / "predictions" / f"{method}.jsonl" for method in STAGES}
+    paths = {method: RunFolder(folder).predictions_of(method) for method in STAGES}
     methods = [method for method in STAGES if paths[method].is_file()]
     if len(methods) < 2:
         return None
@@ -73,9 +74,9 @@ def choose_examples(folder: Path, kind: str, wanted: int) -> list[ReportExample]
 def user_examples(folder: Path, kind: str, user: str) -> list[ReportExample]:
     """Return all queries of one user with the answers of every stage that has predictions, in the files' order."""
     examples: dict[str, ReportExample] = {}
-    known = [method for method in ("base", *STAGES) if (folder / "predictions" / f"{method}.jsonl").is_file()]
+    known = [method for method in LADDER if RunFolder(folder).predictions_of(method).is_file()]
     for done, method in enumerate(known):
-        for row in read_lines(folder / "predictions" / f"{method}.jsonl"):
+        for row in read_lines(RunFolder(folder).predictions_of(method)):
             name = str(row.get("id"))
             if row.get("user") == user and (name in examples or not done):
                 examples[name] = _answered(examples.get(name) or _new_example(name, "", row), done, method, row, kind)

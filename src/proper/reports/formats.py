@@ -1,12 +1,15 @@
-"""Formatting of numbers, intervals, sizes, durations and names for display."""
+"""Numbers, intervals, sizes, durations and names for display, and file names for user ids."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from collections.abc import Sequence
 from statistics import fmean
 
 NO_BREAK = "\u00a0"  # non-breaking space
+CLEAN = re.compile(r"[a-z0-9](?:[a-z0-9_]|-(?!-)){0,39}")
 METHODS = {
     "base": "Backbone",
     "population": "Population",
@@ -134,3 +137,15 @@ def plural(amount: int, noun: str) -> str:
 def mean_text(values: Sequence[float]) -> str:
     """Return the mean with its sign, or a dash for no values."""
     return signed(fmean(values)) if values else "–"
+
+
+def safe_name(text: str) -> str:
+    """Return a file name valid on all file systems; different strings get different names, also ignoring case.
+
+    A short string of lower-case letters, digits, `_` and single `-` is its own name. Any other string becomes its
+    readable characters, `--` and a prefix of its SHA-256.
+    """
+    if CLEAN.fullmatch(text):
+        return text
+    rest = re.sub(r"[^a-z0-9_]+", "-", text.lower())[:24].strip("-") or "x"
+    return f"{rest}--{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"

@@ -5,19 +5,19 @@ Gathers sentences, tables, figures and examples for the template. No model is lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from proper.files import write_text
-from proper.reports import figures, formats, methods, narrative, tables
-from proper.reports.ablations import ablations
-from proper.reports.curves import curves
+from proper.reports import charts, figures, formats, methods, narrative, svg, tables
+from proper.reports.curves import curves, history_curves
 from proper.reports.examples import choose_examples
-from proper.reports.history import history_curves
 from proper.reports.load import RunFiles, load_run
-from proper.reports.page import render
 from proper.reports.reading import mapping, number
+from proper.run_folder import LADDER, RunFolder
 
 
 def write_report(folder: Path) -> Path:
@@ -30,9 +30,22 @@ def write_report(folder: Path) -> Path:
         ProperError: the report cannot be written.
     """
     run = load_run(folder)
-    path = folder / "report.html"
+    path = RunFolder(folder).report
     write_text(path, render("report.html.j2", gather(run)))
     return path
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """Return the rendered page; text is escaped, and a missing value is an error."""
+    environment = Environment(
+        loader=PackageLoader("proper.reports", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shared = {"method_name": formats.method_name, "key": charts.key, "palette": svg.PALETTE}
+    return environment.get_template(template).render({**shared, **values})
 
 
 def gather(run: RunFiles) -> dict[str, Any]:
@@ -53,7 +66,7 @@ def gather(run: RunFiles) -> dict[str, Any]:
         "comparisons": tables.comparisons(run),
         "slices": tables.slices(run),
         "history": history_curves(run),
-        "ablations": ablations(run),
+        "ablations": methods.ablations(run),
         "curves": curves(run.curves),
         "heat": figures.heat(run.routed),
         "maps": figures.maps(run.routed),
@@ -82,7 +95,7 @@ def _tiles(run: RunFiles) -> list[tuple[str, str]]:
     tiles = []
     for task in dict.fromkeys(row.task for row in rows):
         values = {row.method: formats.plain(row.value) for row in rows if row.task == task}
-        stages = [values[method] for method in ("population", "groups", "users") if method in values]
+        stages = [values[method] for method in LADDER[1:] if method in values]
         name = next(row.metric for row in rows if row.task == task)
         tiles.append((formats.metric_name(name), " → ".join(stages or values.values())))
     task_facts = run.part("task")
@@ -92,7 +105,7 @@ def _tiles(run: RunFiles) -> list[tuple[str, str]]:
     return tiles
 
 
-def _ladders(run: RunFiles) -> list[figures.Figure]:
+def _ladders(run: RunFiles) -> list[charts.Chart]:
     if not run.metrics:
         return []
     rows = narrative.primary_metrics(run)

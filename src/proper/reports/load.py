@@ -14,8 +14,8 @@ import yaml
 
 from proper.errors import RunFolderError
 from proper.reports.reading import count, interval, mapping, number, objects, read_lines, read_object
+from proper.run_folder import RunFolder
 
-LADDER = ("base", "population", "groups", "users")
 EXAMPLES = 8
 
 
@@ -137,11 +137,12 @@ def load_run(folder: Path) -> RunFiles:
     Raises:
         RunFolderError: results.json is missing, or a file is not JSON; the message names file and line.
     """
-    path = folder / "results.json"
+    run = RunFolder(folder)
+    path = run.results
     if not path.is_file():
         raise RunFolderError(f"{path}: no such file; 'proper evaluate {folder}' makes it once the stages are trained")
     results = read_object(path)
-    users = read_object(folder / "users.json")
+    users = read_object(run.user_scores)
     rows = [row for row in map(_metric, objects(results.get("metrics"))) if row]
     higher = users.get("higher_is_better") is not False
     return RunFiles(
@@ -149,11 +150,11 @@ def load_run(folder: Path) -> RunFiles:
         results=results,
         metrics=rows,
         comparisons=[row for row in map(_comparison, objects(results.get("comparisons"))) if row],
-        curves=_curves(folder / "metrics.jsonl"),
-        routed=[row for row in map(_routed, objects(read_object(folder / "routing.json").get("users"))) if row],
+        curves=_curves(run.metrics_log),
+        routed=[row for row in map(_routed, objects(read_object(run.routing).get("users"))) if row],
         gains=[_gain(row, higher) for row in objects(users.get("users"))],
         gain_metric=str(users.get("metric") or ""),
-        settings=read_settings(folder / "config.yaml"),
+        settings=read_settings(run.config),
     )
 
 

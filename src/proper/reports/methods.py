@@ -1,25 +1,38 @@
-"""Method comparison: a table with the best marked, a scatter plot of cost against quality, and `methods.csv`."""
+"""Comparison of methods: a table with the best marked, cost against quality, ablations, and `methods.csv`.
+
+A method belongs to an ablation by its name; the run's own stage is shown among its variants.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
 from proper.files import write_text
-from proper.reports.figures import Figure
+from proper.reports import charts
+from proper.reports.charts import NAMES, TICKS, Chart, canvas
+from proper.reports.figures import columns_with_values, framed
 from proper.reports.formats import method_name, metric_name, plain, plural, signed, size, span
-from proper.reports.load import LADDER, ReportedComparison, ReportedMetric, RunFiles, load_run
-from proper.reports.narrative import is_higher_better, primary_metrics, verdict
-from proper.reports.reading import number
-from proper.reports.svg import COLOURS, Axis, Scale, chart, join, key, linear, logarithmic, percent, symbol, tag
+from proper.reports.load import ReportedComparison, ReportedMetric, RunFiles, load_run
+from proper.reports.narrative import is_higher_better, outcome, primary_metrics, verdict
+from proper.reports.reading import count, mapping, number
 from proper.reports.tables import Table
+from proper.run_folder import LADDER, RunFolder
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CONSTRAINTS = {"constraint-experts": "experts", "groups-no-constraint": "none", "released": "released preset"}
+ROUTERS = {"users-residual": "residual", "users-paper": "paper", "users-no-router": "none (3a)"}
+EXPERTS = re.compile(r"^groups\[groups\.experts=(\d+)\]$")
+EMBEDDING = re.compile(r"^groups\[groups\.user_embedding=(\d+)\]$")
 COLUMNS = (
     *("task", "method", "metric", "value", "low", "high", "value_users", "standing", "users", "queries", "seeds"),
     *("seed_spread", "against", "difference", "p_value", "p_adjusted", "resolvable"),
@@ -63,7 +76,7 @@ def methods_table(run: RunFiles) -> Table | None:
     return Table(head, lines, frozenset({0, 5, 6}), note)
 
 
-def cost_quality(run: RunFiles) -> Figure | None:
+def cost_quality(run: RunFiles) -> Chart | None:
     """Draw the main metric over bytes kept per user; None with fewer than three methods of known cost."""
     kept = {str(row.get("method")): number(row.get("bytes_per_user")) for row in run.rows("cost")}
     rows = primary_metrics(run) if run.metrics else []
@@ -71,45 +84,35 @@ def cost_quality(run: RunFiles) -> Figure | None:
     rows = [row for row in rows if row.task == tasks[0] and kept.get(row.method) is not None]
     if len(rows) < 3:
         return None
-    sizes = {row.method: float(kept[row.method] or 0) for row in rows}
-    least = min((amount for amount in sizes.values() if amount > 0), default=1.0)
-    across = _sizes_axis(sizes, least)
-    up = linear([edge for row in rows for edge in (row.value, *(row.interval or ()))], pad=0.08)
-    marks = [_priced(index, row, sizes[row.method], least / 8, (across.scale, up)) for index, row in enumerate(rows)]
-    keys = [key(index, method_name(row.method)) for index, row in enumerate(rows)]
+    sizes = [float(kept[row.method] or 0) for row in rows]
     metric, better = metric_name(rows[0].metric), "higher" if rows[0].higher_is_better else "lower"
-    frame = tag("rect", x="0", y="0", width="100%", height="100%", class_="frame")
-    label = f"{metric} of {plural(len(rows), 'method')} over bytes kept for a user"
-    y = Axis(up, f"{metric} ({better} is better)")
-    drawing = join([chart(frame, *marks, height=320, label=label, x=across, y=y), tag("p", *keys, class_="keys")])
+    with canvas(f"{metric} of {plural(len(rows), 'method')} over bytes kept for a user", 640, (300, TICKS)) as drawing:
+        spots = _sizes_axis(drawing.axes, sizes)
+        for index, (row, spot, amount) in enumerate(zip(rows, spots, sizes, strict=True)):
+            tip = f"{method_name(row.method)}\n{metric_name(row.metric)} {plain(row.value)}\nkept a user {size(amount)}"
+            shape = charts.marker(index)
+            charts.whiskers(drawing, [spot], [(row.value, row.interval)], [tip], index, 60, shape)
+        charts.value_axis(drawing.axes)
+        framed(drawing.axes)
+        charts.titles(drawing.axes, f"{metric} ({better} is better)", "kept for a user")
     corner = "top" if rows[0].higher_is_better else "bottom"
     caption = (
         f"Towards the {corner} left: better for less. Bars are 95 % intervals over users; sizes are logarithmic, and "
     )
-    caption += "what keeps nothing for a user stands apart at the left."
-    return Figure("Cost against quality", drawing, caption)
+    caption += "methods that keep nothing for a user are drawn at the left end."
+    legend = charts.keys([(index, method_name(row.method)) for index, row in enumerate(rows)])
+    return Chart("Cost against quality", drawing.svg + legend, caption)
 
 
-def _sizes_axis(sizes: Mapping[str, float], least: float) -> Axis:
-    """Return a logarithmic axis of bytes on which 0 bytes is drawn at an eighth of the smallest size."""
+def _sizes_axis(axes: Axes, sizes: Sequence[float]) -> list[float]:
+    """Make the horizontal axis logarithmic, with 0 bytes at an eighth of the smallest size; return the positions."""
+    least = min((amount for amount in sizes if amount > 0), default=1.0)
     nothing = least / 8
-    scale = logarithmic([amount or nothing for amount in sizes.values()])
-    real = tuple(tick for tick in scale.ticks if tick >= least * 0.8)
-    free = any(not amount for amount in sizes.values())
-    ticks = (nothing, *real) if free else real
-    return Axis(
-        replace(scale, ticks=ticks), "kept for a user", lambda tick: size(tick) if tick > nothing else "nothing"
-    )
-
-
-def _priced(index: int, row: ReportedMetric, amount: float, nothing: float, scales: tuple[Scale, Scale]) -> Markup:
-    across, up = scales
-    tip = f"{method_name(row.method)}\n{metric_name(row.metric)} {plain(row.value)}\nkept a user {size(amount)}"
-    x, bar = across.at(amount or nothing), Markup("")
-    if row.interval:
-        low, high = (percent(100 - up.at(edge)) for edge in row.interval)
-        bar = tag("line", x1=percent(x), x2=percent(x), y1=low, y2=high, class_=f"reach c{index % COLOURS}")
-    return tag("g", bar, symbol(index, x, up.at(row.value)), data_tip=tip)
+    spots = [amount or nothing for amount in sizes]
+    ticks = [tick for tick in charts.log_axis(axes, spots, across=True) if tick >= least * 0.8]
+    free = [] if all(sizes) else [nothing]
+    axes.set_xticks(free + ticks, ["nothing" for _ in free] + [size(tick) for tick in ticks])
+    return spots
 
 
 def claim_story(claim: Mapping[str, Any]) -> list[str]:
@@ -150,7 +153,7 @@ def write_methods_csv(folder: Path) -> Path:
         by_seed = _by_seed(run, row)
         cells |= {"low": low, "high": high, "seed_spread": max(by_seed) - min(by_seed) if len(by_seed) > 1 else None}
         writer.writerow({**costs.get(row.method, {}), **cells})
-    path = folder / "methods.csv"
+    path = RunFolder(folder).methods_table
     write_text(path, text.getvalue())
     return path
 
@@ -191,3 +194,85 @@ def _spread(run: RunFiles, row: ReportedMetric) -> str:
 def _cut(cost: Mapping[str, Any]) -> str:
     amount = number(cost.get("truncated_prompts"))
     return "–" if amount is None else f"{amount:.0f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One ablation: `own` is the run's stage, labelled `setting`; `variant` maps another method to its setting."""
+
+    title: str
+    own: str
+    setting: str
+    variant: Callable[[str], str | None]
+    what: str
+
+
+def ablations(run: RunFiles) -> list[Chart]:
+    """Draw each family for which the run scored its own stage and at least one variant."""
+    rows = primary_metrics(run) if run.metrics else []
+    rows = [row for row in rows if row.task == rows[0].task]
+    drawn = [_ablation(family, rows, run) for family in _families(run)]
+    return [chart for chart in drawn if chart is not None]
+
+
+def _families(run: RunFiles) -> list[Family]:
+    groups, users = mapping(run.settings.get("groups")), mapping(run.settings.get("users"))
+    experts = count(run.part("routing").get("experts")) or count(groups.get("experts"))
+    constraint, size = mapping(groups.get("constraint")).get("kind"), count(groups.get("user_embedding"))
+    return [
+        Family("Number of experts, E", "groups", _own(experts), _numbered(EXPERTS), "numbers of experts"),
+        Family("Size of the user embedding, D", "groups", _own(size), _numbered(EMBEDDING), "embedding sizes"),
+        Family("Constraint", "groups", _own(constraint), CONSTRAINTS.get, "constraints"),
+        Family("Router of stage 3", "users", _own(users.get("router")), ROUTERS.get, "router forms"),
+    ]
+
+
+def _own(setting: object) -> str:
+    return "this run's" if setting is None else str(setting)
+
+
+def _numbered(pattern: re.Pattern[str]) -> Callable[[str], str | None]:
+    def variant(method: str) -> str | None:
+        found = pattern.search(method)
+        return found[1] if found else None
+
+    return variant
+
+
+def _ablation(family: Family, rows: Sequence[ReportedMetric], run: RunFiles) -> Chart | None:
+    own = next((row for row in rows if row.method == family.own), None)
+    named = [(setting, row) for row in rows if (setting := family.variant(row.method)) is not None]
+    if own is None or not named:
+        return None
+    named = _in_order([(family.setting, own), *named])
+    metric, better = metric_name(own.metric), "higher" if own.higher_is_better else "lower"
+    values = ", ".join(f"{setting} {plain(row.value)}" for setting, row in named)
+    columns = [(setting, _below(row, own, run)) for setting, row in named]
+    with canvas(f"{metric} by {family.title}: {values}", 290, (170, NAMES)) as drawing:
+        columns_with_values(drawing, [row for _, row in named], columns, metric)
+    caption = (
+        f"{len(named)} {family.what}; {better} is better, bars are 95 % intervals over users. Below: difference from "
+        f"{method_name(family.own).lower()} of this run, in brackets where the test does not show one."
+    )
+    return Chart(family.title, drawing.svg, caption)
+
+
+def _in_order(named: list[tuple[str, ReportedMetric]]) -> list[tuple[str, ReportedMetric]]:
+    """Sort numeric settings by value; keep the order of other settings, the run's own first."""
+    if all(setting.isdigit() for setting, _ in named):
+        return sorted(named, key=lambda pair: int(pair[0]))
+    return named
+
+
+def _below(row: ReportedMetric, own: ReportedMetric, run: RunFiles) -> str:
+    if row.method == own.method:
+        return "this run"
+    pairs = {(own.method, row.method), (row.method, own.method)}
+    tested = [
+        one
+        for one in run.comparisons
+        if (one.method, one.against) in pairs and (one.metric, one.task) == (row.metric, row.task)
+    ]
+    text = signed(row.value - own.value)
+    shown = any(outcome(one, is_higher_better(run, one.metric)) != "none" for one in tested)
+    return text if shown else f"({text})"

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from proper.reports.figures import mini
 from proper.reports.formats import (
     NO_BREAK,
     duration,
@@ -23,9 +23,10 @@ from proper.reports.formats import (
     size,
     span,
 )
-from proper.reports.load import LADDER, ReportedMetric, RunFiles, UserGain
+from proper.reports.load import ReportedMetric, RunFiles, UserGain
 from proper.reports.narrative import gain_of, is_higher_better, primary_metrics, verdict
 from proper.reports.reading import count, interval, mapping, number
+from proper.run_folder import LADDER
 
 COUNTS = ("users", "queries", "seeds")
 
@@ -41,7 +42,7 @@ class Table:
 
 
 def metrics(run: RunFiles) -> Table | None:
-    """Return every method's score, the main metric first, with a small drawing of its interval."""
+    """Return every method's score, the main metric first, with a bar of its interval."""
     several = len({row.task for row in run.metrics}) > 1
     groups: dict[tuple[str, str], list[ReportedMetric]] = {}
     for row in sorted(run.metrics, key=lambda row: not row.primary):
@@ -52,16 +53,33 @@ def metrics(run: RunFiles) -> Table | None:
         arrow = "↑" if rows[0].higher_is_better else "↓"
         title = f"{f'{task}: ' if several else ''}{metric_name(name)} {arrow}"
         for index, row in enumerate(rows):
-            cells = [plain(row.value), span(row.interval), mini(row, rows), plain(row.value_users)]
+            cells = [plain(row.value), span(row.interval), _interval_bar(row, rows), plain(row.value_users)]
             lines.append(["" if index else title, method_name(row.method), *cells, *_counts(row)])
     head = ["metric", "method", "over queries", "95 % interval", "", "mean of users", *COUNTS]
-    note = "↑ higher is better, ↓ lower is better. The small drawings of one metric share one range."
+    note = "↑ higher is better, ↓ lower is better. The bars of one metric share one range."
     note += " Answer loss is in nats per token." if any(row.metric == "loss" for row in run.metrics) else ""
     alike = {tuple(line[-3:]) for line in lines}
     if len(alike) == 1:
         head, lines = head[:-3], [line[:-3] for line in lines]
         note += f" All over {', '.join(f'{n} {name}' for n, name in zip(alike.pop(), COUNTS, strict=True))}."
     return Table(head, lines, frozenset({0, 1, 4}), note) if lines else None
+
+
+def _interval_bar(row: ReportedMetric, rows: Sequence[ReportedMetric]) -> Markup:
+    """Return one method's value and interval as a bar in a table cell, on the common range of `rows` (same metric)."""
+    edges = [edge for one in rows for edge in (one.value, *(one.interval or ()))]
+    low, reach = min(edges), max(edges) - min(edges)
+
+    def at(value: float) -> float:
+        return 100 * (value - low) / reach if reach else 50.0
+
+    kind = "dot base" if row.method == "base" else "dot"
+    left, right = row.interval or (row.value, row.value)
+    label = f"{plain(row.value)} {span(row.interval)}"
+    return Markup(
+        '<span class="mini" role="img" aria-label="{}" data-tip="{}">'
+        '<i style="left:{:.2f}%;width:{:.2f}%"></i><i class="{}" style="left:{:.2f}%"></i></span>'
+    ).format(label, label, at(left), at(right) - at(left), kind, at(row.value))
 
 
 def _counts(row: ReportedMetric) -> list[str]:
@@ -186,7 +204,7 @@ def facts(run: RunFiles) -> list[tuple[str, str]]:
 
 def tiers(values: dict[str, Any]) -> tuple[list[tuple[str, int, float]], list[str]]:
     """Return (tier, users, share of users), starting with users' own adapters, and the reasons in words."""
-    amounts = [(name, amount) for name in ("users", "groups", "population") if (amount := count(values.get(name)))]
+    amounts = [(name, amount) for name in reversed(LADDER[1:]) if (amount := count(values.get(name)))]
     whole = sum(amount for _, amount in amounts)
     reasons = []
     for name, said in mapping(values.get("reasons")).items():

@@ -20,8 +20,9 @@ from proper.adapters.store import AdapterStore, Version
 from proper.data.dataset import Dataset
 from proper.errors import InputError, StoreError
 from proper.reports.examples import ReportExample, user_examples
-from proper.reports.load import LADDER, RoutedUser, RunFiles, UserGain
+from proper.reports.load import RoutedUser, RunFiles, UserGain
 from proper.reports.reading import count, mapping, number, objects, read_lines, read_object
+from proper.run_folder import LADDER, RunFolder
 
 NEAREST = 8
 
@@ -87,7 +88,7 @@ def load_person(run: RunFiles, user: str) -> UserReport:
         near = difflib.get_close_matches(user, [row.user for row in run.gains], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise InputError(f"--user {user!r}: no such user in {run.folder}{hint}")
-    rows = objects(read_object(run.folder / "users.json").get("users"))
+    rows = objects(read_object(RunFolder(run.folder).user_scores).get("users"))
     row = next((row for row in rows if row.get("user") == user), {})
     scores = {name: found for name, value in mapping(row.get("values")).items() if (found := number(value)) is not None}
     return UserReport(
@@ -106,7 +107,7 @@ def load_person(run: RunFiles, user: str) -> UserReport:
 
 def _interactions(folder: Path, user: str) -> int | None:
     """Return the length of a user's history from the prepared data; None for an unknown user."""
-    path = folder / "data.sqlite"
+    path = RunFolder(folder).data
     if not path.is_file():
         return None
     dataset = Dataset.open(path)
@@ -118,11 +119,11 @@ def _interactions(folder: Path, user: str) -> int | None:
 
 
 def _stored(run: RunFiles, user: str) -> Stored:
-    folder = run.folder / "users"
-    if not (folder / "users.sqlite").is_file():
+    users = RunFolder(run.folder).users
+    if not users.manifest.is_file():
         return Stored(problem="the run has no store")
     try:
-        store = AdapterStore(folder)
+        store = AdapterStore(users.path)
     except StoreError as error:
         return Stored(problem=str(error))
     try:
@@ -167,7 +168,7 @@ def _means(store: AdapterStore, targets: set[str]) -> dict[str, float]:
 def _losses(folder: Path, user: str) -> dict[str, float]:
     found = {}
     for stage in LADDER:
-        rows = (row for row in read_lines(folder / "predictions" / f"{stage}.jsonl") if row.get("user") == user)
+        rows = (row for row in read_lines(RunFolder(folder).predictions_of(stage)) if row.get("user") == user)
         losses = [number(row.get("loss")) for row in rows]
         known = [loss for loss in losses if loss is not None]
         if known:
@@ -176,7 +177,7 @@ def _losses(folder: Path, user: str) -> dict[str, float]:
 
 
 def _history_loss(folder: Path, user: str) -> tuple[float, float] | None:
-    measured = mapping(mapping(read_object(folder / "analysis.json").get("history_losses")).get("value"))
+    measured = mapping(mapping(read_object(RunFolder(folder).analysis).get("history_losses")).get("value"))
     own = number(measured.get(user))
     everybody = [value for each in measured.values() if (value := number(each)) is not None]
     return None if own is None else (own, fmean(everybody))

@@ -5,27 +5,32 @@ Gathers sentences, tables and figures for the template. No model is loaded.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from proper.files import write_text
-from proper.reports.formats import method_name, metric_name, plain, plural, signed, size
-from proper.reports.load import LADDER, RunFiles, load_run
-from proper.reports.names import safe_name
+from proper.reports import charts
+from proper.reports.charts import NAMES, TICKS, Canvas, Chart, canvas, color
+from proper.reports.figures import framed
+from proper.reports.formats import method_name, metric_name, plain, plural, safe_name, signed, size
+from proper.reports.html import render
+from proper.reports.load import RoutedUser, RunFiles, UserGain, load_run
 from proper.reports.narrative import gain_of, is_higher_better
-from proper.reports.page import render
 from proper.reports.reading import number
 from proper.reports.tables import Table
 from proper.reports.user_data import UserReport, facts_of, known_items, load_person
-from proper.reports.user_figures import gates, place, standing
+from proper.run_folder import LADDER, RunFolder, Stage, Tier
 
+STEPS = (("groups", "population"), ("users", "groups"))
 MOST_QUERIES = 200
-SERVED = {
-    "users": "an adapter of their own, on top of the group model",
-    "groups": "the group model with their own embedding",
-    "none": "the group model with everybody's mean embedding",
+MOST_DOTS = 800
+SERVED: dict[str, str] = {
+    Tier.USERS: "an adapter of their own, on top of the group model",
+    Tier.GROUPS: "the group model with their own embedding",
+    Tier.NONE: "the group model with everybody's mean embedding",
 }
 
 
@@ -40,7 +45,7 @@ def write_user_pages(folder: Path, users: Sequence[str]) -> list[Path]:
     run = load_run(folder)
     names = list(dict.fromkeys(users))
     pages = [render("user.html.j2", gather(run, load_person(run, user))) for user in names]
-    paths = [folder / f"report-user-{safe_name(user)}.html" for user in names]
+    paths = [RunFolder(folder).user_report(safe_name(user)) for user in names]
     for path, page in zip(paths, pages, strict=True):
         write_text(path, page)
     return paths
@@ -72,7 +77,7 @@ def gather(run: RunFiles, person: UserReport) -> dict[str, Any]:
 def _tier(person: UserReport) -> str:
     if person.stored.versions:
         return person.stored.versions[0].tier
-    return person.gain.tier if person.gain else "none"
+    return person.gain.tier if person.gain else Tier.NONE
 
 
 def _summary(run: RunFiles, person: UserReport) -> str:
@@ -160,7 +165,7 @@ def _neighbours(run: RunFiles, person: UserReport) -> Table | None:
     lines = []
     for near in person.stored.neighbours:
         gain, route = gains.get(near.user), routed.get(near.user)
-        steps = [signed(gain_of(gain, step)) if gain else "–" for step in ("groups", "users")]
+        steps = [signed(gain_of(gain, step)) if gain else "–" for step in (Stage.GROUPS, Stage.USERS)]
         history = f"{gain.history:,}" if gain else "–"
         expert = str(route.main) if route else "–"
         lines.append([near.user, plain(near.cosine), method_name(near.tier), history, expert, *steps])
@@ -179,3 +184,110 @@ def _versions(person: UserReport) -> Table | None:
     head = ["version", "made from", "tier", "bytes", "written", "xxh3 of the adapter", "why"]
     note = "Newest first; the first is served. `proper users rollback` makes an earlier one current again."
     return Table(head, lines, frozenset({2, 4, 5, 6}), note) if lines else None
+
+
+def standing(own: UserGain, everybody: Sequence[UserGain], metric: str) -> Chart | None:
+    """Draw this user's gain by each step among the gains of all users."""
+    steps = [(step, below) for step, below in STEPS if gain_of(own, step) is not None]
+    if not steps:
+        return None
+    label = f"Gain in {metric_name(metric)} of {own.user} among {len(everybody)} users"
+    with canvas(label, 560, *[(44, TICKS)] * len(steps), left=8, top=8) as drawing:
+        for panel, (step, below) in enumerate(steps):
+            _strip(drawing, panel, own, [user for user in everybody if gain_of(user, step) is not None], step)
+            title = f"gain in {metric_name(metric)}, {method_name(step).lower()} over {below}"
+            charts.titles(drawing.panels[panel], across=title)
+    caption = "One faint dot a user, this user in colour; a gain is right of the line. "
+    caption += " ".join(_rank(own, everybody, step) for step, _ in steps)
+    if own.queries:
+        caption += f" {own.queries} queries of one user are few: read it as a hint."
+    return Chart("Gain at each step, among all users", drawing.svg, caption)
+
+
+def _strip(drawing: Canvas, panel: int, own: UserGain, users: Sequence[UserGain], step: str) -> None:
+    axes = drawing.panels[panel]
+    shown = users[:: max(1, -(-len(users) // MOST_DOTS))]
+    values = [gain_of(user, step) or 0.0 for user in shown]
+    dots = axes.scatter(
+        values, [_height(user.user) for user in shown], s=38, color=color("same"), alpha=0.4, linewidth=0
+    )
+    drawing.tips(
+        dots, [f"user {user.user}\ngain {signed(gain)}" for user, gain in zip(shown, values, strict=True)], "dot"
+    )
+    gain = gain_of(own, step) or 0.0
+    hue = 0 if gain >= 0 else 1
+    mark = axes.scatter([gain], [0.5], s=150, marker=charts.marker(hue), color=color(hue), edgecolor=color("card"))
+    drawing.tips(mark, [f"{own.user}\ngain {signed(gain)}"], "mark")
+    axes.set(ylim=(0, 1), yticks=[])
+    axes.axvline(0, color=color("same"), linewidth=1, zorder=0)
+    charts.value_axis(axes, pad=0.04, across=True)
+
+
+def _height(user: str) -> float:
+    """Return a height in 0.15 .. 0.85 that depends only on the user id, so that equal gains do not cover each other."""
+    return 0.15 + hashlib.blake2b(user.encode("utf-8", "surrogatepass"), digest_size=1).digest()[0] / 255 * 0.7
+
+
+def _rank(own: UserGain, everybody: Sequence[UserGain], step: str) -> str:
+    gain = gain_of(own, step)
+    values = [value for user in everybody if (value := gain_of(user, step)) is not None]
+    under = sum(value < gain for value in values if gain is not None)
+    return f"{method_name(step)}: {signed(gain)}, more than {under} of {len(values)} users."
+
+
+def gates(own: RoutedUser, everybody: Sequence[RoutedUser]) -> Chart:
+    """Draw this user's mean gates as bars, with the mean over all users."""
+    mean = mean_gates(everybody)
+    usual = mean[: len(own.gates)]
+    experts = range(len(own.gates))
+    tips = [f"expert {at}\nthis user {plain(own.gates[at])}\nall users {plain(usual[at])}" for at in experts]
+    differences = [gate - each for gate, each in zip(own.gates, usual, strict=True)]
+    label = f"Mean gates over {len(own.gates)} experts, of this user and of all users"
+    with canvas(label, 480, (170, NAMES)) as drawing:
+        axes = drawing.axes
+        drawing.tips(
+            axes.vlines(experts, 0, own.gates, colors=color("accent"), linewidth=213 / len(usual)), tips, "bar"
+        )
+        axes.hlines(
+            usual, [at - 0.38 for at in experts], [at + 0.38 for at in experts], colors=color("ink"), linewidth=2.5
+        )
+        charts.names(axes, [(str(at), signed(each, 2)) for at, each in enumerate(differences)])
+        charts.value_axis(axes, pad=0.06)
+        charts.titles(axes, "mean gate by expert")
+    most = max(experts, key=lambda at: abs(differences[at]))
+    caption = f"Bars: this user. Dark lines: the mean of {len(everybody)} target users; below: the difference. "
+    caption += f"Expert {most} differs most ({signed(differences[most], 2)}); the user's main expert is {own.main}."
+    return Chart("Mean gates of this user and of all users", drawing.svg, caption)
+
+
+def mean_gates(everybody: Sequence[RoutedUser]) -> list[float]:
+    """Return the mean gate of every expert over users, with equal weight per user."""
+    experts = max(len(user.gates) for user in everybody)
+    return [
+        sum(user.gates[expert] if expert < len(user.gates) else 0.0 for user in everybody) / len(everybody)
+        for expert in range(experts)
+    ]
+
+
+def place(own: RoutedUser, everybody: Sequence[RoutedUser], near: Sequence[str]) -> Chart | None:
+    """Draw all users' embeddings in two dimensions, with this user and the nearest ones marked."""
+    known = [user for user in everybody if user.place is not None]
+    if own.place is None or len(known) < 3:
+        return None
+    nearest = [user for user in known if user.user in near]
+    others = [user for user in known[:: max(1, -(-len(known) // MOST_DOTS))] if user.user not in {own.user, *near}]
+    looks: list[tuple[list[RoutedUser], str, dict[str, Any]]] = [
+        (others, "dot", {"s": 38, "color": color("same"), "alpha": 0.4, "linewidth": 0}),
+        (nearest, "mark", {"s": 46, "color": color(2), "marker": charts.marker(2)}),
+        ([own], "mark", {"s": 150, "color": color(0), "edgecolor": color("card")}),
+    ]
+    label = f"Map of {len(known)} user embeddings with {own.user} and the nearest"
+    with canvas(label, 480, (240, 8), left=8, top=8) as drawing:
+        for users, css, look in looks:
+            places = [user.place or (0.0, 0.0) for user in users]
+            marks = drawing.axes.scatter([x for x, _ in places], [y for _, y in places], **look)
+            drawing.tips(marks, [f"user {user.user}\nmain expert {user.main}" for user in users], css)
+        framed(drawing.axes)
+    caption = "A projection to two dimensions: users who are near here need not be near in all dimensions."
+    legend = charts.keys([(0, "this user"), (2, "nearest users")])
+    return Chart("Map of user embeddings", drawing.svg + legend, caption)

@@ -15,6 +15,7 @@ from proper.inference.detokenizer import Detokenizer
 from proper.inference.engine_thread import EngineThread
 from proper.inference.requests import Event, Request, RequestHandle, Sink, Started, Token
 from proper.inference.sampling import Sampling
+from proper.run_folder import Tier
 from proper.serving.errors import APIError
 from proper.serving.limits import LimitedThreads
 from proper.serving.metrics import Metrics
@@ -75,7 +76,7 @@ class Answers:
     def card(self) -> RunCard:
         """Return the description of the run that is served."""
         model = self.runner.engine.model
-        experts = model.config.groups.experts if model.stage in ("groups", "users") else 0
+        experts = model.config.groups.experts if model.stage in (Tier.GROUPS, Tier.USERS) else 0
         template = model.template
         return RunCard(
             stage=model.stage, experts=experts, literals=list(template.literals), columns=list(template.columns)
@@ -117,7 +118,7 @@ class Answers:
             ids,
             options.user,
             tenant,
-            extra.tier or "users",
+            Tier(extra.tier or Tier.USERS),
             sampling,
             bool(extra.gates),
             alternatives=alternatives,

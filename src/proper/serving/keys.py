@@ -20,10 +20,12 @@ from typing import Literal, get_args
 
 from proper.errors import InputError, ProperError
 from proper.files import locked, private_folder, read_json, write_json, write_text
+from proper.run_folder import RunFolder
 
 Scope = Literal["generate", "write", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-FILE = Path("serving", "keys.json")
+_RUN = RunFolder(Path())
+FILE = _RUN.keys
 """Path of the key file in a run folder."""
 
 
@@ -63,7 +65,7 @@ class Keys:
     """The keys in the file at `path`, which need not exist."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._marker = path, path.with_name("keys.required")
+        self.path, self._marker = path, path.with_name(_RUN.keys_required.name)
         self._seen: tuple[int, int, int] | None = None
         self._entries: dict[str, _Entry] = {}
         self._lock = threading.Lock()
@@ -144,7 +146,7 @@ class Keys:
         """
         try:
             private_folder(self.path.parent)
-            with locked(self.path.with_name("keys.lock")):
+            with locked(self.path.with_name(_RUN.keys_lock.name)):
                 yield
         except OSError as error:
             raise ProperError(f"{self.path}: keys cannot be changed: {error.strerror or error}") from error

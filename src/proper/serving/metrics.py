@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from proper.inference.engine import Engine
 from proper.inference.requests import Event, Finished, Sink, Started, Token
 from proper.interactions.fit_queue import FitQueue
+from proper.run_folder import Tier
 from proper.serving.fit_process import FitProcess
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -39,7 +40,8 @@ class Metrics:
 
     def timed(self, sink: Sink) -> Sink:
         """Return a sink that passes events on and records their latencies."""
-        begun, tier, first = time.monotonic(), "none", True
+        begun, first = time.monotonic(), True
+        tier: str = Tier.NONE
 
         def measure(event: Event) -> None:
             nonlocal tier, first

@@ -22,6 +22,7 @@ from proper.adapters.store import AdapterStore
 from proper.errors import ProperError, StoreError
 from proper.inference.engine import Engine
 from proper.interactions.log import InteractionLog
+from proper.run_folder import Tier
 from proper.serving.auth import own_tenant
 from proper.serving.errors import APIError, without_folders
 from proper.serving.json_bodies import CheckedRoute
@@ -57,7 +58,7 @@ class TenantUsers:
     def card(self, user: str) -> UserCard:
         """Return tier and version of an existing user."""
         head = self.store.head(user)
-        return UserCard(id=user, tier=head.tier if head else "none", version=head.version if head else None)
+        return UserCard(id=user, tier=head.tier if head else Tier.NONE, version=head.version if head else None)
 
     def fit(self, user: str) -> FitState:
         """Return the state of a user's latest fit."""
@@ -68,7 +69,7 @@ class TenantUsers:
 
     def users(self, after: str | None) -> Iterator[tuple[str, str]]:
         """Yield users and tiers, ordered by id."""
-        unfitted = ((user, "none") for user in self.log.people(self.tenant, after))
+        unfitted = ((user, Tier.NONE) for user in self.log.people(self.tenant, after))
         both = heapq.merge(self.store.users(after), unfitted, key=lambda pair: pair[0].encode("utf-8", "surrogatepass"))
         # For a user in both, the store's entry comes first.
         return (next(pairs) for _, pairs in groupby(both, key=lambda pair: pair[0]))

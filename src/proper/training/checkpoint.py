@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from proper.models.checkpoints import load_metadata, load_tensors, save_tensors
 
@@ -39,10 +39,10 @@ class Checkpoint:
         """Return whether it is time to save; saving takes at most a twentieth of the training time."""
         return time.monotonic() - self._last >= max(self.seconds, min(20 * self._took, 20 * self.seconds))
 
-    def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def save(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Replace the checkpoint."""
         started = time.monotonic()
-        save_tensors(self.path, tensors, facts)
+        save_tensors(self.path, tensors, metadata)
         self._last = time.monotonic()
         self._took = self._last - started
 
@@ -50,7 +50,7 @@ class Checkpoint:
         """Return the last saved tensors and metadata, or None if there is no checkpoint."""
         return load_tensors(self.path) if self.path.exists() else None
 
-    def facts(self) -> dict[str, Any] | None:
+    def metadata(self) -> dict[str, Any] | None:
         """Return the metadata of the last saved state without its tensors, or None if there is no checkpoint."""
         return load_metadata(self.path) if self.path.exists() else None
 
@@ -59,23 +59,36 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """Return an optimizer's state as flat tensors "NAME/exp_avg" and so on."""
-    return {
-        f"{names[parameter]}/{key}": torch.as_tensor(value)
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+def adamw_tensors(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return parameters as "NAME" and their optimizer state as "NAME/exp_avg", "NAME/exp_avg_sq" and "NAME/step"."""
+    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        state = optimizer.state.get(parameter, {})
+        tensors |= {f"{name}/{key}": torch.as_tensor(value) for key, value in state.items()}
+    return tensors
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
+def restore_adamw(
+    optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Restore an optimizer's state from the tensors of `optimizer_tensors`."""
-    keys = ("step", "exp_avg", "exp_avg_sq")
-    for parameter, name in names.items():
+    """Restore parameters and optimizer state from the tensors of `adamw_tensors`.
+
+    Moments go to the parameters' devices; step counts stay on the CPU, where AdamW keeps them.
+    """
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[name])
         if f"{name}/exp_avg" in tensors:
-            state = {key: tensors[f"{name}/{key}"] for key in keys}
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-            }
+            moments = {key: tensors[f"{name}/{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": tensors[f"{name}/step"], **moments}
+
+
+def resume_adamw(
+    checkpoint: Checkpoint, optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]
+) -> tuple[int, dict[str, Tensor]]:
+    """Restore a training loop from its checkpoint; return the steps done and all its tensors (0 and {} if none)."""
+    saved = checkpoint.load()
+    if saved is None:
+        return 0, {}
+    tensors, metadata = saved
+    restore_adamw(optimizer, parameters, tensors)
+    return int(metadata["step"]), tensors

@@ -1,15 +1,17 @@
-"""Data types of stage 3a: one user's fitting job for `MultiUserTrainer`, its progress and its result."""
+"""Data types of stage 3a: users' fitting jobs for `MultiUserTrainer`, their progress and their results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from jaxtyping import Float
 from torch import Tensor
 
-from proper.data.encoder import EncodedExample
+from proper.config import UsersConfig
+from proper.data.derived.views import Histories
+from proper.data.encoder import EncodedExample, Encoder
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Job:
 
     Attributes:
         items: the training items.
-        held: the user's held-out items; if empty, train all `epochs` and keep the last step.
+        held_out: the user's held-out items; if empty, train all `epochs` and keep the last step.
         epochs: maximum number of passes over the items.
         horizon: number of passes after which the schedule would reach zero; None: `epochs`.
     """
@@ -26,7 +28,7 @@ class Job:
     user: str
     embedding: Float[Tensor, "D"]
     items: tuple[EncodedExample, ...]
-    held: tuple[EncodedExample, ...] = ()
+    held_out: tuple[EncodedExample, ...] = ()
     epochs: int = 1
     horizon: int | None = None
 
@@ -75,6 +77,47 @@ class Jobs(Protocol):
     def __getitem__(self, index: int, /) -> Job: ...  # noqa: D105
 
 
+@dataclass(frozen=True)
+class HistoryJobs:
+    """The jobs of some users, created from their histories on access.
+
+    Attributes:
+        embeddings: e_u of `users` (U, D).
+        passes: each user's number of passes over all items; if None, the newest items are held out instead.
+    """
+
+    config: UsersConfig
+    dataset: Histories
+    encoder: Encoder
+    users: Sequence[str]
+    embeddings: Float[Tensor, "U D"]
+    passes: Mapping[str, int] | None
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitem__(self, at: int, /) -> Job:
+        user, epochs = self.users[at], int(self.config.epochs)
+        items = [self.encoder.encode(example) for example in self.dataset.history(user, self.config.max_items)]
+        if self.passes is not None:
+            return Job(user, self.embeddings[at], tuple(items), epochs=self.passes[user], horizon=epochs)
+        cut = len(items) - held_out_items(len(items), self.config.tiers.validation)
+        return Job(user, self.embeddings[at], tuple(items[:cut]), tuple(items[cut:]), epochs=epochs)
+
+    def rows(self) -> int:
+        """Return the number of training items of all jobs, without encoding any."""
+        total = 0
+        for user in self.users:
+            items = len(self.dataset.history(user, self.config.max_items))
+            total += items if self.passes is not None else items - held_out_items(items, self.config.tiers.validation)
+        return total
+
+
+def held_out_items(items: int, share: float) -> int:
+    """Return how many of a user's newest items are held out: at least one, and never all."""
+    return min(items - 1, max(1, round(items * share)))
+
+
 Done = Callable[[Sequence[FitResult], bool], None]
 """Callback for results; the flag tells whether they may have been passed on before, by a run killed after that."""
 
@@ -88,7 +131,7 @@ def refusal(job: Job, longest: int | None) -> str | None:
     """
     if not job.items:
         return "quarantined: no history"
-    rows = (*job.items, *job.held)
+    rows = (*job.items, *job.held_out)
     if any(row.start < 1 or row.start >= len(row.ids) for row in rows):
         return "quarantined: an item without a prompt or an answer"
     if longest is not None and any(len(row.ids) > longest for row in rows):

@@ -22,9 +22,9 @@ from proper.errors import NonFiniteLossError
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel, answer_loss
-from proper.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, seed_of
+from proper.training.checkpoint import Checkpoint, adamw_tensors, resume_adamw, seed_of
 from proper.training.jobs import Job, Jobs
-from proper.training.schedule import factor
+from proper.training.optim import factor
 from proper.training.trainer import Log
 
 ROWS_PER_STEP = 32
@@ -53,12 +53,11 @@ def train_router(model: ProperModel, jobs: Jobs, load: Load, plan: RouterPlan, t
         NonFiniteLossError: a step's loss is not finite.
     """
     parameters = model.router_parameters()
-    names: dict[Tensor, str] = {p: name for name, p in parameters.items()}
-    optimizer = torch.optim.AdamW(list(names), lr=plan.rate, weight_decay=0.0)
-    for parameter in names:
+    optimizer = torch.optim.AdamW(parameters.values(), lr=plan.rate, weight_decay=0.0)
+    for parameter in parameters.values():
         parameter.data.zero_()
         parameter.requires_grad_(True)
-    done = _resume(plan, optimizer, names)
+    done, _ = resume_adamw(plan.checkpoint, optimizer, parameters)
     layout = model.layout(plan.config.rank)
     bank = AdapterBank(layout, plan.slots, alpha=plan.config.alpha, trainable=False, device=model.device)
     model.use_bank(bank)
@@ -73,15 +72,14 @@ def train_router(model: ProperModel, jobs: Jobs, load: Load, plan: RouterPlan, t
                 value = float(loss.detach())
                 raise NonFiniteLossError(f"router: the loss at step {step + 1} is {value}; users: {users}")
             torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(list(names), plan.config.clip)
+            torch.nn.utils.clip_grad_norm_(parameters.values(), plan.config.clip)
             optimizer.step()
             value = round(float(loss.detach()), 6)
             plan.log({"stage": "router", "seed": plan.seed, "phase": title, "step": step + 1, "loss": value})
             advance(len(work))
             if plan.checkpoint.due():
-                held = {name: p.detach() for name, p in parameters.items()}
-                plan.checkpoint.save({**held, **optimizer_tensors(optimizer, names)}, {"step": step + 1})
-    for parameter in names:
+                plan.checkpoint.save(adamw_tensors(optimizer, parameters), {"step": step + 1})
+    for parameter in parameters.values():
         parameter.requires_grad_(False)
 
 
@@ -117,14 +115,3 @@ def _steps(jobs: Jobs, bank: AdapterBank, load: Load, plan: RouterPlan, done: in
                 if step >= done:
                     yield seen, cut
                 step, seen = step + 1, seen + len(cut)
-
-
-def _resume(plan: RouterPlan, optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> int:
-    held = plan.checkpoint.load()
-    if held is None:
-        return 0
-    tensors, facts = held
-    for parameter, name in names.items():
-        parameter.data.copy_(tensors[name])
-    restore_optimizer(optimizer, names, tensors)
-    return int(facts["step"])

@@ -1,4 +1,4 @@
-"""Micro-batching: splits many users' rows into micro-batches of similar length, which run one after another.
+"""Micro-batching of many users' rows: micro-batches of similar length, and the losses of their rows.
 
 Rows are sorted by length and split at the least total cost: the cost of a micro-batch is its tokens, padding included,
 plus a constant for starting it. The split changes no result beyond rounding.
@@ -6,9 +6,18 @@ plus a constant for starting it. The split changes no result beyond rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from proper.data.batching import collate
 from proper.data.encoder import EncodedExample
+from proper.layers.batch_context import Mode, RowContext
+from proper.models.personal import ProperModel, answer_loss
+from proper.training.jobs import Job
 
 MICRO_TOKENS = 4096
 """Maximum padded tokens per micro-batch; more only costs memory."""
@@ -33,6 +42,53 @@ def micro_batches(work: Sequence[Work]) -> Iterator[list[Work]]:
 def padded_tokens(pieces: Sequence[Sequence[Work]]) -> int:
     """Return the number of tokens that run through the model, padding included."""
     return sum(len(piece) * max(len(row.ids) for _, _, row in piece) for piece in pieces)
+
+
+def row_losses(
+    model: ProperModel,
+    jobs: Mapping[int, Job],
+    work: Sequence[Work],
+    mode: Mode,
+    pad: int,
+    generators: Sequence[torch.Generator] = (),
+) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+    """Return each row's summed answer loss (nats) and its number of answer tokens, from one forward pass.
+
+    Args:
+        model: the model; its bank has the adapters.
+        jobs: the job of each slot.
+        work: the rows of one micro-batch.
+        mode: the tier that is computed.
+        pad: id of the padding token.
+        generators: each row's generator for dropout; empty for none.
+    """
+    batch = collate([row for _, _, row in work], pad, model.device)
+    embedding = torch.stack([jobs[slot].embedding for slot, _, _ in work]).to(model.device)
+    slots = torch.tensor([slot for slot, _, _ in work], device=model.device)
+    rows = RowContext(mode, embedding=embedding, slots=slots, complete=True)
+    if generators:
+        rows = replace(rows, generators=tuple(generators), mask=batch.attention_mask.bool())
+    return answer_loss(model.answer_logits(batch, rows), batch.labels)
+
+
+@torch.no_grad()
+def held_out_losses(model: ProperModel, jobs: Mapping[int, Job], mode: Mode, pad: int) -> dict[int, float]:
+    """Return the held-out loss per token (nats) of each slot's job; jobs without held-out items are left out.
+
+    Args:
+        model: the model; its bank has the adapters.
+        jobs: the job of each slot.
+        mode: the tier that is computed.
+        pad: id of the padding token.
+    """
+    work = [(slot, at, row) for slot, job in jobs.items() for at, row in enumerate(job.held_out)]
+    sums, counts = dict.fromkeys(jobs, 0.0), dict.fromkeys(jobs, 0.0)
+    for piece in micro_batches(work):
+        totals, tokens = row_losses(model, jobs, piece, mode, pad)
+        for (slot, _, _), total, count in zip(piece, totals.tolist(), tokens.tolist(), strict=True):
+            sums[slot] += total
+            counts[slot] += count
+    return {slot: sums[slot] / counts[slot] for slot in jobs if counts[slot]}
 
 
 def _candidates(lengths: Sequence[int]) -> list[int]:

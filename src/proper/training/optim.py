@@ -1,18 +1,59 @@
-"""Row-wise AdamW for tensors whose first axis is users: a step updates only the rows of its users.
+"""Optimizers' parts: learning rates (`auto`, warm-up, decay), and row-wise AdamW for tensors whose first axis is users.
 
-Plain AdamW also updates and decays rows whose gradient is zero, because their moments are not zero. Here every row has
-its own step count, and an absent row keeps its values, moments and count bit for bit. Formulas: Loshchilov & Hutter
-2019 (arXiv 1711.05101), with bias correction from the row's own count.
+`RowAdamW` updates only the rows of a step's users. Plain AdamW also updates and decays rows whose gradient is zero,
+because their moments are not zero. Here every row has its own step count, and an absent row keeps its values, moments
+and count bit for bit. Formulas: Loshchilov & Hutter 2019 (arXiv 1711.05101), with bias correction from the row's own
+count.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+REFERENCE_WIDTH = 4096
+"""Hidden size of Llama-2-7B, on which the paper's rates were chosen."""
+
+PAPER_RATES = {"population": 3e-4, "groups": 2e-4, "users": 2e-4, "router": 2e-4}
+
+
+def resolve_rate(rate: float | Literal["auto"], stage: str, hidden_size: int) -> float:
+    """Return the learning rate of a stage; `auto` is the paper's at the paper's width, times 4096 / hidden size.
+
+    Adam changes every weight by about the rate, and a layer sums over its inputs, so a narrower model needs
+    proportionally larger steps for the same change of its outputs (Yang et al. 2022, arXiv 2203.03466).
+    """
+    return PAPER_RATES[stage] * REFERENCE_WIDTH / hidden_size if rate == "auto" else rate
+
+
+def factor(step: int, total: int, warmup: float, schedule: str) -> float:
+    """Return the factor on the learning rate at `step` (from 0) of `total`."""
+    warm = math.ceil(warmup * total)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    progress = (step - warm) / max(1, total - warm)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if schedule == "linear" else 1.0
+
+
+def factors(steps: Tensor, totals: Tensor, warmup: float, schedule: str) -> Tensor:
+    """Return `factor` for many users at once, each with its own step and total."""
+    steps, totals = steps.double(), totals.double().clamp(min=1)
+    warm = (warmup * totals).ceil()
+    progress = (steps - warm) / (totals - warm).clamp(min=1)
+    falling = {
+        "cosine": 0.5 * (1 + (math.pi * progress).cos()),
+        "linear": 1 - progress,
+        "constant": torch.zeros_like(progress) + 1,
+    }[schedule]
+    return torch.where(steps < warm, (steps + 1) / (warm + 1), falling)
 
 
 @dataclass

@@ -31,9 +31,9 @@ from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.peft_merge import load_lora
 from proper.models.personal import ProperModel, answer_logits, answer_loss, gradient_checkpointing
 from proper.models.targets import find_targets
+from proper.run_folder import RunFolder
 from proper.training.population import in_training, wrap
 
-MARKER = "preflight.json"
 ALIKE = 0.8
 """Minimum cosine between logits with and without a cache; rounding, which can change a token's expert, stays above."""
 STEPS = 2
@@ -63,7 +63,7 @@ def check_once(backbone: Backbone, config: Config, folder: Path, *, write: bool 
     """
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     facts = {"backbone": backbone.digest, **versions}
-    marker = folder / MARKER
+    marker = RunFolder(folder).preflight
     if marker.exists() and read_json(marker) == facts:
         return
     if backbone.name == EMBEDDED:  # covered by the tests of every release
@@ -143,6 +143,7 @@ def _is_attention(kind: str) -> bool:
 
 
 def _try_population(backbone: Backbone, config: Config, batch: Batch, place: Path) -> None:
+    scratch = RunFolder(place)
     wrapped = wrap(backbone, config.population, seed=0)
     with in_training(backbone, wrapped, config.population) as stage:
         loss = stage.loss(batch, 0.0)
@@ -155,9 +156,9 @@ def _try_population(backbone: Backbone, config: Config, batch: Batch, place: Pat
                 parameter.add_(parameter.grad.sign(), alpha=0.1)
         wrapped.eval()
         expected = answer_logits(wrapped, batch)
-        wrapped.save_pretrained(str(place / "population"))
+        wrapped.save_pretrained(str(scratch.population))
         wrapped.unload()
-        again = load_lora(backbone.model, place / "population")
+        again = load_lora(backbone.model, scratch.population)
         again.eval()
         _compare(answer_logits(again, batch), expected, "the loaded adapter answers otherwise than the saved one")
         again.unload()
@@ -179,8 +180,9 @@ def _try_personal(backbone: Backbone, config: Config, batch: Batch, place: Path)
         total, tokens = answer_loss(model.answer_logits(batch, own), batch.labels)
         _backward(total.sum() / tokens.sum())
     _check_gradients([*model.group_parameters().values()])
-    save_tensors(place / "groups.safetensors", model.group_parameters(), {})
-    loaded, _ = load_tensors(place / "groups.safetensors")
+    path = RunFolder(place).experts
+    save_tensors(path, model.group_parameters(), {})
+    loaded, _ = load_tensors(path)
     if any(not torch.equal(loaded[name], p.detach().cpu()) for name, p in model.group_parameters().items()):
         raise _Unsupported("what is loaded differs from what was saved")
     return model, RowContext("users", embedding=embedding.detach(), slots=slots)

@@ -29,14 +29,13 @@ from proper.models.backbone import Backbone, configured_backbone, pick_device
 from proper.models.checkpoints import load_groups, save_tensors
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
+from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.groups import train_groups
+from proper.training.optim import resolve_rate
 from proper.training.population import train_population
-from proper.training.schedule import resolve_rate
 from proper.training.trainer import Log, TrainingPlan
 from proper.training.users import UserStage, train_users
-
-TRAINED = ("population", "groups", "users")
 
 
 def join_processes(config: Config) -> Accelerator:
@@ -81,7 +80,7 @@ def stage_plan(
         encoder=encoder,
         pad=backbone.pad_id,
         sample=sample,
-        checkpoint=Checkpoint(folder / stage / "stage.checkpoint", config.compute.checkpoint_seconds),
+        checkpoint=Checkpoint(RunFolder(folder).checkpoint(stage), config.compute.checkpoint_seconds),
         log=log,
     )
 
@@ -95,6 +94,7 @@ class StageRunner:
 
     def __init__(self, config: Config, dataset: Histories, folder: Path, seed: int, log: Log) -> None:
         self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
+        self.run_folder = RunFolder(folder)
         self.accelerator = join_processes(config)
         self.backbone = configured_backbone(config, self.accelerator.device)
         self.encoder = self.backbone.encoder()
@@ -105,18 +105,18 @@ class StageRunner:
         Raises:
             RunFolderError: the predecessor of a given stage is neither done nor given.
         """
-        last = max((TRAINED.index(stage) for stage in stages), default=-1)
-        self._population("population" in stages)
+        last = max((list(Stage).index(Stage(stage)) for stage in stages), default=-1)
+        self._population(Stage.POPULATION in stages)
         if last < 1:
             return
         model = ProperModel(self.backbone)
-        self._groups(model, "groups" in stages)
+        self._groups(model, Stage.GROUPS in stages)
         if last == 2:
             self._users(model)
 
     def _population(self, wanted: bool) -> None:
-        folder = self.folder / "population"
-        if self._is_done("population", wanted):
+        folder = self.run_folder.population
+        if self._is_done(Stage.POPULATION, wanted):
             apply_population(self.backbone, folder)
             return
         config = self.config.population
@@ -125,16 +125,17 @@ class StageRunner:
         def work() -> None:
             train_population(self.backbone, config, self._plan("population", sample), self.accelerator, folder)
 
-        self._record("population", work, {"rows": sample.size, "tokens": sample.tokens})
+        self._record(Stage.POPULATION, work, {"rows": sample.size, "tokens": sample.tokens})
 
     def _groups(self, model: ProperModel, wanted: bool) -> None:
-        if self._is_done("groups", wanted):
+        if self._is_done(Stage.GROUPS, wanted):
             if self.accelerator.is_main_process:
-                load_groups(model, self.config.groups, self.folder / "groups" / "groups.safetensors")
+                load_groups(model, self.config.groups, self.run_folder.experts)
             return
-        if (self.folder / "users" / "stage.json").exists():
-            place = self.folder / "users"
-            raise RunFolderError(f"{place}: made for groups that are gone; delete it as well to train both again")
+        if self.run_folder.is_trained(Stage.USERS):
+            raise RunFolderError(
+                f"{self.run_folder.users.path}: made for groups that are gone; delete it as well to train both again"
+            )
         config = self.config.groups
         model.add_experts(config, seed_of(self.seed, "experts"))
         sample = stage_sample(self.dataset, "groups", config.train_on, config.max_tokens, self.seed)
@@ -145,20 +146,20 @@ class StageRunner:
             plan = self._plan("groups", sample)
             self._save_groups(model, users, train_groups(model, config, users, plan, self.accelerator))
 
-        self._record("groups", work, {"rows": sample.size, "tokens": sample.tokens, "users": len(users)})
+        self._record(Stage.GROUPS, work, {"rows": sample.size, "tokens": sample.tokens, "users": len(users)})
 
     def _save_groups(self, model: ProperModel, users: Sequence[str], embeddings: Tensor) -> None:
         if not self.accelerator.is_main_process:
             return
         tensors = {**model.group_parameters(), "mean_embedding": embeddings.mean(0)}
-        save_tensors(self.folder / "groups" / "groups.safetensors", tensors, {"modules": list(model.layers)})
-        store = AdapterStore(self.folder / "users")
-        store.put(UserRecord(user, "groups", embeddings[at]) for at, user in enumerate(users))
+        save_tensors(self.run_folder.experts, tensors, {"modules": list(model.layers)})
+        store = AdapterStore(self.run_folder.users.path)
+        store.put(UserRecord(user, Tier.GROUPS, embeddings[at]) for at, user in enumerate(users))
         store.close()
 
     def _users(self, model: ProperModel) -> None:
-        folder = self.folder / "users"
-        if self._is_done("users", wanted=True):
+        folder = self.run_folder.users.path
+        if self._is_done(Stage.USERS, wanted=True):
             return
         if not self.accelerator.is_main_process:
             # The main process fits the users; the others wait for it at the barrier after it has recorded the stage.
@@ -167,7 +168,7 @@ class StageRunner:
         model.add_lora_router(self.config.users)
         store = AdapterStore(folder)
         # Adapters fit only these group experts: after retraining in place, the hash differs and the store refuses.
-        groups = hash_file(self.folder / "groups" / "groups.safetensors")
+        groups = hash_file(self.run_folder.experts)
         store.bind({"backbone": self.backbone.digest, "groups": groups, "rank": str(self.config.users.rank)})
         users = [user.id for user in self.dataset.users("target") if user.history > 0]
         embeddings = torch.zeros(len(users), model.embedding_size)
@@ -176,7 +177,7 @@ class StageRunner:
             if head is None:
                 raise RunFolderError(f"{folder}: the store lacks target users; delete {self.folder} and run again")
             embeddings[at] = head.embedding
-        work_folder = folder / "work"
+        work_folder = self.run_folder.users.work
         stage = UserStage(
             model=model,
             config=self.config.users,
@@ -192,23 +193,23 @@ class StageRunner:
         )
 
         def work() -> None:
-            save_tensors(folder / "router.safetensors", train_users(stage), {})
+            save_tensors(self.run_folder.users.router, train_users(stage), {})
 
-        self._record("users", work, {"users": len(users)})
+        self._record(Stage.USERS, work, {"users": len(users)})
         shutil.rmtree(work_folder, ignore_errors=True)
         store.close()
 
     def _plan(self, stage: Literal["population", "groups"], sample: SampledRows) -> TrainingPlan:
         return stage_plan(stage, self.config, sample, self.backbone, self.encoder, self.folder, self.seed, self.log)
 
-    def _is_done(self, stage: str, wanted: bool) -> bool:
-        if (self.folder / stage / "stage.json").exists():
+    def _is_done(self, stage: Stage, wanted: bool) -> bool:
+        if self.run_folder.is_trained(stage):
             return True
         if not wanted:
-            raise RunFolderError(f"{self.folder}: stage '{stage}' is not there yet; add it to --stages")
+            raise RunFolderError(f"{self.folder}: stage '{stage}' is not trained yet; add it to --stages")
         return False
 
-    def _record(self, stage: str, work: Callable[[], None], facts: dict[str, Any]) -> None:
+    def _record(self, stage: Stage, work: Callable[[], None], facts: dict[str, Any]) -> None:
         """Run a stage's work, then write its `stage.json`."""
         started = time.perf_counter()
         work()
@@ -216,5 +217,5 @@ class StageRunner:
         if self.accelerator.is_main_process:
             seconds = round(time.perf_counter() - started, 3)
             facts = {**facts, "seed": self.seed, "seconds": seconds, "backbone": self.backbone.digest}
-            write_json(self.folder / stage / "stage.json", facts)
-            (self.folder / stage / "stage.checkpoint").unlink(missing_ok=True)
+            write_json(self.run_folder.marker(stage), facts)
+            self.run_folder.checkpoint(stage).unlink(missing_ok=True)

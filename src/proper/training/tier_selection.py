@@ -1,4 +1,4 @@
-"""Tier selection: a user gets an adapter if it lowers the loss on the user's own held-out items.
+"""Tier selection: a user gets an adapter if it lowers the loss on the user's own held-out items; group-tier records.
 
 The gain is the decrease of the held-out loss per answer token from the group tier to the served form of the adapter.
 Below `pool_below` items, one user's held-out part is too small for a decision, so the gain is pooled over the users
@@ -7,15 +7,19 @@ with the nearest embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from proper.adapters.store import UserRecord
+from proper.adapters.validation import is_sound
 from proper.config import TiersConfig
+from proper.run_folder import Tier
 
 BLOCK = 256
 """Number of users per chunk of the nearest-neighbour search."""
@@ -58,7 +62,7 @@ Others = Callable[[Float[Tensor, "U D"]], Sequence[tuple[Trial, Float[Tensor, "D
 """Function from the embeddings of the stage's users to the trials and embeddings of further users near them."""
 
 
-def nobody(embeddings: Float[Tensor, "U D"]) -> Sequence[tuple[Trial, Float[Tensor, "D"]]]:
+def no_others(embeddings: Float[Tensor, "U D"]) -> Sequence[tuple[Trial, Float[Tensor, "D"]]]:
     """Return no further users; the default of `UserStage.others`."""
     return ()
 
@@ -91,3 +95,22 @@ def _pooled_gains(trials: Sequence[Trial], embeddings: Float[Tensor, "U D"], con
     for at in range(0, len(pooled), BLOCK):
         near = (unit[pooled[at : at + BLOCK]] @ unit.T).topk(min(config.neighbours, len(trials))).indices
         yield from gains[near].mean(1).tolist()
+
+
+def refused(
+    embeddings: Float[Tensor, "U D"],
+    user: str,
+    embedding: Float[Tensor, "D"],
+    reason: str | None,
+    metadata: Mapping[str, Any],
+) -> UserRecord:
+    """Return the group-tier record of a user in quarantine; `embeddings` as for `storable`."""
+    decision = {"user": user, "up": False, "reason": reason}
+    return UserRecord(user, Tier.GROUPS, storable(embeddings, embedding), None, {**metadata, **decision})
+
+
+def storable(embeddings: Float[Tensor, "U D"], embedding: Float[Tensor, "D"]) -> Float[Tensor, "D"]:
+    """Return a user's embedding or, if the store would reject it, the mean of all embeddings that it would accept."""
+    if is_sound(embedding):
+        return embedding
+    return torch.stack([other for other in embeddings if is_sound(other)] or [torch.zeros_like(embedding)]).mean(0)

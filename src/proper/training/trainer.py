@@ -6,11 +6,14 @@ The loop uses `accelerate`: each process takes its share of every batch, and gra
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,10 +27,35 @@ from proper.data.batching import Batch, collate, similar_batches
 from proper.data.dataset import SampledRows, TextExample
 from proper.data.encoder import EncodedExample, Encoder
 from proper.errors import NonFiniteLossError
-from proper.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, seed_of
-from proper.training.schedule import factor
+from proper.files import make_folder, open_private
+from proper.training.checkpoint import Checkpoint, adamw_tensors, resume_adamw, seed_of
+from proper.training.optim import factor
 
 Log = Callable[[dict[str, Any]], None]
+
+
+class MetricsLog:
+    """Append-only `metrics.jsonl` of a run, written during training.
+
+    A line truncated by a kill is dropped when the file is opened again. Steps after the last checkpoint are logged
+    again after a resume; readers take the later of two lines for one step.
+    """
+
+    def __init__(self, path: Path) -> None:
+        make_folder(path.parent)
+        self._file = os.fdopen(open_private(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "a+b")
+        self._file.seek(0)
+        whole = self._file.read().rfind(b"\n") + 1
+        self._file.truncate(whole)
+
+    def __call__(self, metrics: dict[str, Any]) -> None:
+        """Write one line."""
+        self._file.write(json.dumps(metrics).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 @dataclass(frozen=True)
@@ -92,25 +120,23 @@ def train(stage: Stage, plan: TrainingPlan, accelerator: Accelerator) -> None:
         NonFiniteLossError: a step's loss is not finite; names the step and users.
     """
     parameters = stage.parameters()
-    names: dict[Tensor, str] = {p: name for name, p in parameters.items()}
-    optimizer = torch.optim.AdamW(list(names), lr=plan.rate, weight_decay=plan.config.weight_decay)
-    done = _resume(stage, plan, optimizer, names)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=plan.rate, weight_decay=plan.config.weight_decay)
+    done, tensors = resume_adamw(plan.checkpoint, optimizer, parameters)
+    if tensors:
+        stage.restore(tensors)
     shown = progress if accelerator.is_main_process else _hidden
     with shown(f"{stage.name} (seed {plan.seed})", plan.updates) as advance:
         advance(done)
         for step, micro_batches in enumerate(_updates(plan, done), start=done):
             started = time.perf_counter()
             scale = factor(step, plan.updates, plan.config.warmup, plan.config.schedule)
-            facts = _update(stage, plan, accelerator, optimizer, step, scale, micro_batches)
-            facts["seconds"] = round(time.perf_counter() - started, 4)
+            metrics = _update(stage, plan, accelerator, optimizer, step, scale, micro_batches)
+            metrics["seconds"] = round(time.perf_counter() - started, 4)
             if accelerator.is_main_process:
-                plan.log(facts)
-            advance(1, f"loss {facts['loss']:.3f}")
+                plan.log(metrics)
+            advance(1, f"loss {metrics['loss']:.3f}")
             if plan.checkpoint.due() and accelerator.is_main_process:
-                held = {name: p.detach() for name, p in parameters.items()}
-                plan.checkpoint.save(
-                    {**held, **optimizer_tensors(optimizer, names), **stage.state()}, {"step": step + 1}
-                )
+                plan.checkpoint.save({**adamw_tensors(optimizer, parameters), **stage.state()}, {"step": step + 1})
 
 
 @contextmanager
@@ -119,29 +145,17 @@ def _hidden(title: str, total: int | None) -> Iterator[Callable[..., None]]:
     yield lambda *_: None
 
 
-def _resume(stage: Stage, plan: TrainingPlan, optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> int:
-    held = plan.checkpoint.load()
-    if held is None:
-        return 0
-    tensors, facts = held
-    for parameter, name in names.items():
-        parameter.data.copy_(tensors[name])
-    restore_optimizer(optimizer, names, tensors)
-    stage.restore(tensors)
-    return int(facts["step"])
-
-
 def _updates(plan: TrainingPlan, done: int) -> Iterator[list[list[TextExample]]]:
     """Yield the micro-batches of every remaining update."""
     size = plan.config.gradient_accumulation
-    held: list[list[TextExample]] = []
+    pending: list[list[TextExample]] = []
     count = 0
     for batch in _batches(plan):
-        held.append(batch)
-        if len(held) == size or count == plan.updates - 1 and len(held) == _last_size(plan):
+        pending.append(batch)
+        if len(pending) == size or count == plan.updates - 1 and len(pending) == _last_size(plan):
             if count >= done:
-                yield held
-            held, count = [], count + 1
+                yield pending
+            pending, count = [], count + 1
             if count == plan.updates:
                 return
 

@@ -31,18 +31,20 @@ from proper.adapters.validation import fault_of
 from proper.config import UsersConfig
 from proper.console import Bar, progress
 from proper.data.derived.views import Histories
-from proper.data.encoder import EncodedExample, Encoder
+from proper.data.encoder import Encoder
 from proper.files import private_folder, read_json, write_json
+from proper.layers.bank import AdapterBank
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.personal import ProperModel
+from proper.run_folder import Tier
 from proper.training.checkpoint import Checkpoint
-from proper.training.group_tier_record import refused, storable
-from proper.training.jobs import FitProgress, FitResult, Job, refusal
+from proper.training.jobs import FitResult, HistoryJobs, refusal
 from proper.training.lora_router import RouterPlan, train_router
 from proper.training.memory import auto_slots, device_memory, footprint
+from proper.training.microbatching import held_out_losses
 from proper.training.multi_user_trainer import MultiUserTrainer
-from proper.training.schedule import resolve_rate
-from proper.training.tier_selection import Others, Trial, decide, nobody
+from proper.training.optim import resolve_rate
+from proper.training.tier_selection import Others, Trial, decide, no_others, refused, storable
 from proper.training.trainer import Log
 
 logger = logging.getLogger(__name__)
@@ -79,7 +81,7 @@ class UserStage:
     checkpoint_seconds: float
     log: Log
     fixed_router: bool = False
-    others: Others = nobody
+    others: Others = no_others
     bar: Bar = progress
 
     @property
@@ -108,136 +110,116 @@ class UserStage:
         """Return the checkpoint of a phase."""
         return Checkpoint(self.folder / f"{name}.checkpoint", self.checkpoint_seconds)
 
-    def history(self, user: str) -> list[EncodedExample]:
-        """Return a user's newest items (at most `max_items`) as tokens, oldest first."""
-        return [self.encoder.encode(example) for example in self.dataset.history(user, self.config.max_items)]
-
-
-class _Jobs:
-    """The jobs of some users, created on access."""
-
-    def __init__(self, stage: UserStage, indices: Sequence[int], passes: Mapping[str, int] | None) -> None:
-        self.stage, self.indices, self.passes = stage, indices, passes
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, at: int, /) -> Job:
-        stage, index = self.stage, self.indices[at]
-        user, config = stage.users[index], stage.config
-        items = stage.history(user)
-        embedding, epochs = stage.embeddings[index], int(config.epochs)
-        if self.passes is not None:
-            return Job(user, embedding, tuple(items), epochs=self.passes[user], horizon=epochs)
-        cut = len(items) - held_out(len(items), config.tiers.validation)
-        return Job(user, embedding, tuple(items[:cut]), tuple(items[cut:]), epochs=epochs)
-
-    def rows(self) -> int:
-        """Return the number of training items of all jobs, without encoding any."""
-        stage, found = self.stage, 0
-        for index in self.indices:
-            items = len(stage.dataset.history(stage.users[index], stage.config.max_items))
-            found += items if self.passes is not None else items - held_out(items, stage.config.tiers.validation)
-        return found
-
-
-def held_out(items: int, share: float) -> int:
-    """Return how many of a user's newest items are held out: at least one, and never all."""
-    return min(items - 1, max(1, round(items * share)))
+    def jobs(self, indices: Sequence[int], passes: Mapping[str, int] | None) -> HistoryJobs:
+        """Return the jobs of the users at `indices`: on all items for `passes`, or with held-out items if None."""
+        users = [self.users[at] for at in indices]
+        return HistoryJobs(self.config, self.dataset, self.encoder, users, self.embeddings[list(indices)], passes)
 
 
 def train_users(stage: UserStage) -> dict[str, torch.nn.Parameter]:
     """Run stage 3 and write every user's record to the store; return the LoRA-aware routers' parameters."""
     private_folder(stage.folder)
-    chosen, passes, facts = _select(stage) if stage.config.tiers.select else _everybody(stage)
-    _fit(stage, _Jobs(stage, chosen, passes), stage.store, "final", facts)
-    _keep_on_group_tier(stage, chosen, facts)
-    _router(stage, _Jobs(stage, _fitted(stage, chosen, stage.store), passes), stage.store, "final")
+    if stage.config.tiers.select:
+        chosen, passes, metadata = _select(stage)
+    else:
+        chosen, passes = list(range(len(stage.users))), dict.fromkeys(stage.users, int(stage.config.epochs))
+        metadata = _no_metadata
+    _fit(stage, stage.jobs(chosen, passes), stage.store, "final", metadata)
+    _keep_on_group_tier(stage, chosen, metadata)
+    _router(stage, stage.jobs(_fitted(stage, chosen, stage.store), passes), stage.store, "final")
     return stage.model.router_parameters()
 
 
-Facts = Callable[[str], Mapping[str, Any]]
+Metadata = Callable[[str], Mapping[str, Any]]
 """Function from a user to the metadata of the user's trial."""
 
 
-def _everybody(stage: UserStage) -> tuple[list[int], dict[str, int], Facts]:
-    return list(range(len(stage.users))), dict.fromkeys(stage.users, int(stage.config.epochs)), lambda user: {}
+def _no_metadata(user: str) -> Mapping[str, Any]:
+    return {}
 
 
-def _select(stage: UserStage) -> tuple[list[int], dict[str, int], Facts]:
+def _select(stage: UserStage) -> tuple[list[int], dict[str, int], Metadata]:
     """Run phases 1 to 3 (trial and tier selection); return the selected users, their passes, and the metadata."""
-    path = stage.folder / "trials.json"
-    able = [at for at, user in enumerate(stage.users) if len(stage.dataset.history(user, 2)) == 2]
-    trial_store = AdapterStore(stage.folder / "trial")
-    try:
-        if not path.exists():
-            _fit(stage, _Jobs(stage, able, None), trial_store, "trial", lambda user: {})
-            jobs = _Jobs(stage, _fitted(stage, able, trial_store), None)
-            _router(stage, jobs, trial_store, "trial")
-            write_json(path, [asdict(trial) for trial in _served(stage, jobs, trial_store)])
-        refused = {user: told for user, tier, told, _ in trial_store.facts() if tier == "groups"}
-    finally:
-        trial_store.close()
-    trials = [Trial(**trial) for trial in read_json(path)]
+    trials, quarantined = _trials(stage)
     index = {user: at for at, user in enumerate(stage.users)}
     embeddings = stage.embeddings[[index[trial.user] for trial in trials]]
     pooled = any(trial.passes > 0 and trial.items < stage.config.tiers.pool_below for trial in trials)
     others = stage.others(embeddings) if pooled else ()
-    everybody = torch.cat([embeddings, *(theirs.unsqueeze(0) for _, theirs in others)])
-    decisions = decide([*trials, *(trial for trial, _ in others)], everybody, stage.config.tiers)[: len(trials)]
+    near = torch.cat([embeddings, *(embedding.unsqueeze(0) for _, embedding in others)])
+    decisions = decide([*trials, *(trial for trial, _ in others)], near, stage.config.tiers)[: len(trials)]
     decided = {trial.user: (trial, decision) for trial, decision in zip(trials, decisions, strict=True)}
     chosen = [at for at, user in enumerate(stage.users) if user in decided and decided[user][1].up]
 
-    def facts(user: str) -> Mapping[str, Any]:
+    def metadata(user: str) -> Mapping[str, Any]:
         if user in decided:
             trial, decision = decided[user]
             return {**asdict(trial), **asdict(decision)}
-        return refused.get(user) or {"reason": _why_untried(stage, user)}
+        if user in quarantined:
+            return quarantined[user]
+        job = stage.jobs([index[user]], dict.fromkeys([user], 0))[0]
+        return {"reason": refusal(job, None) or "one item cannot be both trained on and held out"}
 
-    return chosen, {trial.user: trial.passes for trial in trials}, facts
-
-
-def _why_untried(stage: UserStage, user: str) -> str:
-    items = tuple(stage.history(user))
-    return refusal(Job(user, torch.empty(0), items), None) or "one item cannot be both trained on and held out"
+    return chosen, {trial.user: trial.passes for trial in trials}, metadata
 
 
-def _fit(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str, facts: Facts) -> None:
+def _trials(stage: UserStage) -> tuple[list[Trial], Mapping[str, Mapping[str, Any]]]:
+    """Run phases 1 and 2; return the trials, and the metadata of users in quarantine."""
+    path = stage.folder / "trials.json"
+    able = [at for at, user in enumerate(stage.users) if len(stage.dataset.history(user, 2)) == 2]
+    store = AdapterStore(stage.folder / "trial")
+    try:
+        if not path.exists():
+            _fit(stage, stage.jobs(able, None), store, "trial", _no_metadata)
+            jobs = stage.jobs(_fitted(stage, able, store), None)
+            _router(stage, jobs, store, "trial")
+            write_json(path, [asdict(trial) for trial in _measured(stage, jobs, store)])
+        quarantined = {user: metadata for user, tier, metadata, _ in store.facts() if tier == "groups"}
+    finally:
+        store.close()
+    return [Trial(**trial) for trial in read_json(path)], quarantined
+
+
+def _fit(stage: UserStage, jobs: HistoryJobs, store: AdapterStore, phase: str, metadata: Metadata) -> None:
     """Run stage 3a for these jobs; finished adapters are written to the store."""
     marker = stage.folder / f"{phase}-fit.json"
     if marker.exists() or not len(jobs):
         return
     checkpoint = stage.checkpoint(f"{phase}-fit")
-    held = checkpoint.facts()
-    slots = stage.slots if held is None else len(held["seats"])
-    engine = MultiUserTrainer(stage.model, stage.config, stage.rate("users"), stage.seed, slots, stage.pad)
+    saved = checkpoint.metadata()
+    slots = stage.slots if saved is None else len(saved["seats"])
+    trainer = MultiUserTrainer(stage.model, stage.config, stage.rate("users"), stage.seed, slots, stage.pad)
 
-    def record(outcome: FitResult) -> UserRecord:
-        user, state = outcome.user, outcome.state
-        if outcome.row is None:
-            return refused(stage.embeddings, user, outcome.embedding, outcome.reason, facts(user))
-        tensors = engine.bank.layout.unpack(outcome.row)
+    def record(result: FitResult) -> UserRecord:
+        user, state = result.user, result.state
+        if result.row is None:
+            return refused(stage.embeddings, user, result.embedding, result.reason, metadata(user))
+        tensors = trainer.bank.layout.unpack(result.row)
         fault = fault_of(tensors)
         if fault is not None:
-            logger.warning(f"proper: user {user!r}: quarantined: {fault}; they stay on the group tier")
-            return refused(stage.embeddings, user, outcome.embedding, f"quarantined: {fault}", facts(user))
+            reason = f"quarantined: {fault}"
+            _warn(user, reason)
+            return refused(stage.embeddings, user, result.embedding, reason, metadata(user))
         adapter = encode(tensors, stage.config.storage)
-        told = {"items": outcome.items, "passes": state.best, "held_losses": state.losses, "loss": state.trained}
-        return UserRecord(user, "users", outcome.embedding, adapter, {**told, **facts(user)})
+        metrics = {"items": result.items, "passes": state.best, "held_losses": state.losses, "loss": state.trained}
+        return UserRecord(user, Tier.USERS, result.embedding, adapter, {**metrics, **metadata(user)})
 
-    def done(outcomes: Sequence[FitResult], again: bool) -> None:
-        records = (record(outcome) for outcome in outcomes)
-        store.put(new for new in records if not (again and is_held(store, new)))
+    def done(results: Sequence[FitResult], again: bool) -> None:
+        records = (record(result) for result in results)
+        store.put(new for new in records if not (again and is_stored(store, new)))
 
-    engine.run(jobs, done, checkpoint, stage.log, f"users: {phase}", stage.bar)
+    trainer.run(jobs, done, checkpoint, stage.log, f"users: {phase}", stage.bar)
     write_json(marker, {"users": len(jobs)})
     checkpoint.remove()
 
 
-def is_held(store: AdapterStore, record: UserRecord) -> bool:
+def _warn(user: str, reason: str) -> None:
+    logger.warning(f"proper: user {user!r}: {reason}; the user stays on the group tier")
+
+
+def is_stored(store: AdapterStore, record: UserRecord) -> bool:
     """Return whether the store already has exactly this record, written before a kill."""
-    held = store.get(record.user)
-    return held is not None and (held.tier, held.facts) == (record.tier, record.facts)
+    stored = store.get(record.user)
+    return stored is not None and (stored.tier, stored.facts) == (record.tier, record.facts)
 
 
 def _fitted(stage: UserStage, indices: Sequence[int], store: AdapterStore) -> list[int]:
@@ -246,7 +228,7 @@ def _fitted(stage: UserStage, indices: Sequence[int], store: AdapterStore) -> li
     return [at for at, head in heads if head is not None and head.tier == "users"]
 
 
-def _router(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str) -> None:
+def _router(stage: UserStage, jobs: HistoryJobs, store: AdapterStore, phase: str) -> None:
     """Run stage 3b for these jobs; W_r is left in the model."""
     parameters = stage.model.router_parameters()
     path = stage.folder / f"{phase}-router.safetensors"
@@ -261,39 +243,49 @@ def _router(stage: UserStage, jobs: _Jobs, store: AdapterStore, phase: str) -> N
     checkpoint = stage.checkpoint(f"{phase}-router")
     rows, users = jobs.rows() * config.router_epochs, min(ROUTER_USERS, len(stage.users))
     plan = RouterPlan(config, stage.rate("router"), stage.seed, stage.pad, users, rows, checkpoint, stage.log)
-    train_router(stage.model, jobs, _loader(stage, store), plan, f"router: {phase}")
+    layout = stage.model.layout(config.rank)
+
+    def load(user: str, row: Float[Tensor, "P"]) -> None:
+        layout.pack(_adapter(store, user)[0], row)
+
+    train_router(stage.model, jobs, load, plan, f"router: {phase}")
     save_tensors(path, parameters, {})
     checkpoint.remove()
 
 
-def _served(stage: UserStage, jobs: _Jobs, store: AdapterStore) -> Iterator[Trial]:
+def _adapter(store: AdapterStore, user: str) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    """Return the adapter and the metadata of a user who has one."""
+    record = store.get(user)
+    assert record is not None and record.adapter is not None
+    return record.adapter, record.facts
+
+
+def _measured(stage: UserStage, jobs: HistoryJobs, store: AdapterStore) -> Iterator[Trial]:
     """Yield every user's held-out loss on the group tier and in the served form."""
-    engine = MultiUserTrainer(stage.model, stage.config, 0.0, stage.seed, stage.slots, stage.pad)
-    layout = engine.bank.layout
+    layout, model = stage.model.layout(stage.config.rank), stage.model
+    dtype = torch.promote_types(model.backbone.model.dtype, torch.float32)
+    alpha, device = stage.config.alpha, model.device
+    bank = AdapterBank(layout, stage.slots, alpha=alpha, trainable=False, device=device, dtype=dtype)
+    model.use_bank(bank)
     for at in range(0, len(jobs), stage.slots):
-        slots = list(range(min(stage.slots, len(jobs) - at)))
-        told: dict[int, Mapping[str, Any]] = {}
-        for slot in slots:
-            job = jobs[at + slot]
-            engine.seats[slot] = (job, FitProgress(at + slot))
-            record = store.get(job.user)
-            assert record is not None and record.adapter is not None
-            layout.pack(record.adapter, engine.bank.values[slot])
-            told[slot] = record.facts
-        group = engine.held_losses(slots, "groups")
-        own = engine.held_losses(slots, "users")
-        for slot in slots:
-            job, _ = engine.sitting(slot)
+        cohort = {slot: jobs[at + slot] for slot in range(min(stage.slots, len(jobs) - at))}
+        passes: dict[int, int] = {}
+        for slot, job in cohort.items():
+            adapter, metadata = _adapter(store, job.user)
+            layout.pack(adapter, bank.values[slot])
+            passes[slot] = int(metadata["passes"])
+        group = held_out_losses(model, cohort, "groups", stage.pad)
+        own = held_out_losses(model, cohort, "users", stage.pad)
+        for slot, job in cohort.items():
             if math.isfinite(group[slot]) and math.isfinite(own[slot]):
-                items, passes = len(job.items) + len(job.held), int(told[slot]["passes"])
-                yield Trial(job.user, items, group[slot], own[slot], passes)
+                yield Trial(job.user, len(job.items) + len(job.held_out), group[slot], own[slot], passes[slot])
             else:
                 reason = "quarantined: the held-out loss is not finite"
-                logger.warning(f"proper: user {job.user!r}: {reason}; they stay on the group tier")
+                _warn(job.user, reason)
                 store.put([refused(stage.embeddings, job.user, job.embedding, reason, {})])
 
 
-def _keep_on_group_tier(stage: UserStage, chosen: Sequence[int], facts: Facts) -> None:
+def _keep_on_group_tier(stage: UserStage, chosen: Sequence[int], metadata: Metadata) -> None:
     """Write group-tier records, with the reason, for the users who get no adapter."""
     marker = stage.folder / "kept.json"
     if marker.exists():
@@ -302,18 +294,7 @@ def _keep_on_group_tier(stage: UserStage, chosen: Sequence[int], facts: Facts) -
     for at in range(0, len(others), RECORDS):
         users = ((stage.users[index], stage.embeddings[index]) for index in others[at : at + RECORDS])
         stage.store.put(
-            UserRecord(user, "groups", storable(stage.embeddings, embedding), None, facts(user))
+            UserRecord(user, Tier.GROUPS, storable(stage.embeddings, embedding), None, metadata(user))
             for user, embedding in users
         )
     write_json(marker, {"users": len(others)})
-
-
-def _loader(stage: UserStage, store: AdapterStore) -> Callable[[str, Float[Tensor, "P"]], None]:
-    layout = stage.model.layout(stage.config.rank)
-
-    def load(user: str, row: Float[Tensor, "P"]) -> None:
-        record = store.get(user)
-        assert record is not None and record.adapter is not None
-        layout.pack(record.adapter, row)
-
-    return load

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proper.data.public.download import SUMS, download
+from proper.data.public.download import SUMS, download, require_json
 from proper.errors import InputError, ProperError
 
 BODY = b"[" + b", ".join(b'{"n": %d}' % n for n in range(50_000)) + b"]\n"
@@ -31,7 +31,7 @@ class Watched:
 
 def fetch(site: Any, path: Path, name: str = "file.json") -> Watched:
     watched = Watched()
-    assert download(f"{site.url}/{name}", path, watched.started, watched.advanced)
+    assert download(f"{site.url}/{name}", path, watched.started, watched.advanced, require_json)
     return watched
 
 
@@ -109,19 +109,19 @@ def test_a_part_that_was_whole_when_the_process_died_is_taken(site: Any, here: P
 def test_what_is_there_is_checked_and_not_asked_for(site: Any, here: Path) -> None:
     fetch(site, here)
     asked = len(site.asked)
-    assert not download(f"{site.url}/file.json", here, Watched().started, Watched().advanced)
+    assert not download(f"{site.url}/file.json", here, Watched().started, Watched().advanced, require_json)
     assert len(site.asked) == asked
     here.write_bytes(BODY + b" ")
-    assert "is not what was fetched" in fails(site, here, InputError)
+    assert "has changed since it was fetched" in fails(site, here, InputError)
     (here.parent / SUMS).unlink()
-    assert "does not know it; move it away" in fails(site, here, InputError)
+    assert "does not list it; move it away" in fails(site, here, InputError)
     assert here.read_bytes() == BODY + b" "
 
 
 def test_a_checksum_that_is_known_must_be_met(site: Any, here: Path) -> None:
     here.parent.mkdir()
     (here.parent / SUMS).write_text(f"{'0' * 64} *file.json\n")
-    assert "wants 000000000000..." in fails(site, here)
+    assert "lists 000000000000..." in fails(site, here)
     assert left(here) == {SUMS, "file.json.part.etag"}
     (here.parent / SUMS).write_text("nonsense\n")
     assert f"{SUMS}:1: not a line of sha256sum" in fails(site, here, InputError)
@@ -135,7 +135,7 @@ def test_what_is_not_there(site: Any, here: Path) -> None:
 @pytest.mark.parametrize("page", [b"<!DOCTYPE html><html>not found</html>", b'[{"cut": ', b""])
 def test_a_page_in_place_of_json_is_refused(site: Any, here: Path, page: bytes) -> None:
     site.page = page
-    assert "what the server sent is not JSON" in fails(site, here, name="wrong/file.json")
+    assert "the server did not send JSON" in fails(site, here, name="wrong/file.json")
     assert not here.with_name("file.json.part").exists()
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from proper.cli.app import main
-from proper.data.public.git_history import area_of, clean_body
+from proper.data.public.git_history import area_of, clean_body, prefix_of
 
 Output = pytest.CaptureFixture[str]
 LONG = "Because twelve words are what a body needs before it says why it is."
@@ -90,7 +90,14 @@ def test_only_whole_paragraphs_of_trailers_go() -> None:
         == "Fix: this.\n\nNote: a sentence\nthat goes on."
     )
     assert clean_body(["Why.", "", "Acked-by: X", "(cherry picked from commit 0a1b)"], 99) == "Why."
+    assert clean_body(["Why.", "", "Workaround: copy it."], 99) == "Why.\n\nWorkaround: copy it."
     assert clean_body(["abcdef"], 3) == "abc"
+
+
+def test_the_prefix_is_what_stands_before_the_first_colon() -> None:
+    assert prefix_of("refs.c::read_ref_at(): fix it") == "refs.c::read_ref_at()"
+    assert prefix_of("[PATCH 2/2] tests: more: of them") == "[PATCH 2/2] tests"
+    assert prefix_of("no prefix") == prefix_of(f"{'x' * 31}: too long") == prefix_of("a:b") == ""
 
 
 def test_the_area_is_the_folder_with_most_changed_lines() -> None:

@@ -24,7 +24,9 @@ from typing import Any
 from proper.data.demo.banks import Bank, Topic, draw, load_bank, sentence
 from proper.data.demo.users import DemoSettings, DemoTask, DemoUser, World, make_world, shuffled
 from proper.files import write_json, write_text
+from proper.run_folder import RunFolder
 
+_RUN = RunFolder(Path())
 _SAMPLES = 2  # contents per topic over which the best styled answer is chosen
 _KINDS = {"classification": "classification", "rating": "rating", "style": "generation"}
 
@@ -58,13 +60,13 @@ def write_demo(folder: Path, settings: DemoSettings) -> Path:
     bank = load_bank(settings.task)
     world = make_world(settings, max(1, len(bank.closings)))
     events = list(_events(settings, bank, world))
-    path = folder / "interactions.jsonl"
+    path = folder / _RUN.demo_rows.name
     write_text(path, "".join(json.dumps(_row(event), ensure_ascii=False) + "\n" for event in events))
     rng = random.Random(f"{settings.task} truth {settings.seed}")
     contents = [[draw(topic, rng)[1] for _ in range(_SAMPLES)] for topic in bank.topics]
     truth = find_truth(settings.task, bank, world.people, contents)
     write_json(
-        folder / "truth.json",
+        folder / _RUN.demo_truth.name,
         {
             "task": settings.task,
             "metric": METRICS[settings.task],

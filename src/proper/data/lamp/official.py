@@ -32,7 +32,8 @@ def lamp_sources(config: DataConfig) -> list[Source]:
     """
     folder, task = Path(config.path).expanduser(), LAMP_TASKS[str(config.task)]
     if not folder.is_dir():
-        raise DataError(f"{config.path}: no such folder (data.path); proper data fetch {task.name} makes one")
+        split = " --split time" if folder.name.endswith("-time") else ""
+        raise DataError(f"{config.path}: no such folder (data.path); get it with: proper data fetch {task.name}{split}")
     parts = [part for part in ("train", "dev") if (folder / _QUESTIONS.format(part)).is_file()]
     if "dev" not in parts:
         raise DataError(f"{config.path}: no dev_questions.json in this folder, so there are no queries (data.path)")

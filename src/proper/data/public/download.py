@@ -1,4 +1,4 @@
-"""Resumable HTTP download of one JSON file, verified by checksum and moved into place only when complete.
+"""Resumable HTTP download of a file, verified by content and checksum, and moved into place only when complete.
 
 Checksums are kept in `SHA256SUMS` beside the files, in the format of `sha256sum`.
 """
@@ -6,52 +6,87 @@ Checksums are kept in `SHA256SUMS` beside the files, in the format of `sha256sum
 from __future__ import annotations
 
 import errno
+import hashlib
 import http.client
 import os
 import re
+import zipfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from proper.console import Advance, progress
 from proper.errors import InputError, ProperError
 from proper.files import hash_file, write_text
 
 SUMS = "SHA256SUMS"
 _PIECE = 1 << 18
 _SECONDS = 60.0
+_KIB = 1024
+_HEADERS = {"User-Agent": "proper"}
 
 Started = Callable[[int | None, int], None]
 """`started(total, done)`: bytes of the whole file (None if the server does not say), and bytes already present."""
 Advanced = Callable[[int], None]
+"""`advanced(more)`: more bytes have arrived."""
+Verify = Callable[[str, Path], None]
+"""`verify(url, file)` raises ProperError if the complete file is not what `url` should have sent."""
 
 
-def download(url: str, path: Path, started: Started, advanced: Advanced) -> bool:
+def fetch(url: str, path: Path, verify: Verify) -> bool:
+    """Run `download` with a progress bar in KiB."""
+    done = 0
+    advance: Advance = _no_advance
+    with ExitStack() as stack:
+
+        def advanced(more: int) -> None:
+            nonlocal done
+            before, done = done // _KIB, done + more
+            advance(done // _KIB - before)
+
+        def started(total: int | None, present: int) -> None:
+            # The total size is known only from the server's response.
+            nonlocal advance
+            units = None if total is None else total // _KIB
+            advance = stack.enter_context(progress(f"fetch {path.name}, KiB", units))
+            advanced(present)
+
+        return download(url, path, started, advanced, verify)
+
+
+def require_web_address(option: str, url: str) -> None:
+    """Raise InputError if `url`, given as `option`, is not a web address."""
+    if not url.startswith(("https://", "http://")):
+        raise InputError(f"{option} {url}: not a web address (https://...)")
+
+
+def _no_advance(n: int = 1, note: str = "") -> None:
+    """Do nothing; the placeholder before the progress bar exists."""
+
+
+def download(url: str, path: Path, started: Started, advanced: Advanced, verify: Verify) -> bool:
     """Download `url` to `path`; return False if the file is already there, complete and unchanged.
 
-    A partial download is kept in `NAME.part` and resumed if the server's file is still the same. A checksum that
-    `SHA256SUMS` already lists must match.
+    A partial download is kept in `NAME.part` and resumed if the server's file is still the same. A complete one that
+    `verify` refuses is deleted. A checksum that `SHA256SUMS` already lists must match.
 
     Raises:
         InputError: `path` exists and was not downloaded by this function, or has changed since.
         ProperError: the server cannot be reached or refuses, the file is not the expected one, or the disk is full.
     """
-    known = read_sums(path.parent).get(path.name)
-    if path.exists():
-        _check_present(path, known)
+    if is_present(path):
         return False
+    known = read_sums(path.parent).get(path.name)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _transfer(url, part, started, advanced)
-        _check_json(url, part)
-        found = hash_file(part)
-        if known is not None and found != known:
-            part.unlink()
-            raise ProperError(f"{url}: sha256 is {found[:12]}..., {path.parent / SUMS} wants {known[:12]}...")
+        found = _verified(url, part, verify, path.parent, known)
         # Write the checksum first: if the process is killed in between, the next call only renames the complete part.
-        _add_sum(path, found)
+        add_sum(path, found)
         os.replace(part, path)
     except (OSError, http.client.HTTPException) as error:
         raise ProperError(_explain(error, url, part)) from error
@@ -72,16 +107,41 @@ def read_sums(folder: Path) -> dict[str, str]:
     return {pair[2]: pair[1] for pair in pairs if pair is not None}
 
 
-def _add_sum(path: Path, found: str) -> None:
+def add_sum(path: Path, found: str) -> None:
+    """Write the checksum of `path` into the `SHA256SUMS` beside it."""
     sums = {**read_sums(path.parent), path.name: found}
     write_text(path.parent / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())), shared=True)
 
 
-def _check_present(path: Path, known: str | None) -> None:
+def is_present(path: Path) -> bool:
+    """Return whether `path` exists and is as it was fetched or made, by `SHA256SUMS`.
+
+    Raises:
+        InputError: `path` exists, but is not listed or has changed.
+    """
+    if not path.exists():
+        return False
+    known = read_sums(path.parent).get(path.name)
     if known is None:
-        raise InputError(f"{path}: is there, and {path.parent / SUMS} does not know it; move it away to fetch it")
+        raise InputError(f"{path}: exists, but {SUMS} beside it does not list it; move it away or use another folder")
     if hash_file(path) != known:
-        raise InputError(f"{path}: is not what was fetched, see {SUMS}; delete it to fetch it again")
+        raise InputError(f"{path}: has changed since it was fetched (see {SUMS}); delete it and fetch again")
+    return True
+
+
+def _verified(url: str, part: Path, verify: Verify, folder: Path, known: str | None) -> str:
+    """Return the checksum of a complete download; delete the file and raise ProperError if it is not the right one."""
+    try:
+        verify(url, part)
+        found = hash_file(part)
+        if known is not None and found != known:
+            raise ProperError(
+                f"{url}: sha256 is {found[:12]}..., {folder / SUMS} lists {known[:12]}...; delete that line to accept"
+            )
+    except ProperError:
+        part.unlink()
+        raise
+    return found
 
 
 def _tag(part: Path) -> Path:
@@ -91,41 +151,41 @@ def _tag(part: Path) -> Path:
 
 def _transfer(url: str, part: Path, started: Started, advanced: Advanced) -> None:
     tag = _tag(part)
-    held = part.stat().st_size if part.exists() and tag.is_file() else 0
-    headers = {"Range": f"bytes={held}-", "If-Range": tag.read_text(encoding="utf-8")} if held else {}
+    present = part.stat().st_size if part.exists() and tag.is_file() else 0
+    headers = {"Range": f"bytes={present}-", "If-Range": tag.read_text(encoding="utf-8")} if present else {}
     try:
-        response = urlopen(Request(url, headers={"User-Agent": "proper", **headers}), timeout=_SECONDS)
+        response = urlopen(Request(url, headers={**_HEADERS, **headers}), timeout=_SECONDS)
     except HTTPError as error:
         with error:
             # 416 with this range: the part is already complete.
-            if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{held}":
-                started(held, held)
+            if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{present}":
+                started(present, present)
                 return
         raise ProperError(f"{url}: {error.code} {error.reason}") from error
     with response:
-        held = _begin(response, held)
+        present = _begin(response, present)
         version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
         if version and not version.startswith("W/"):
             write_text(tag, version, shared=True)
         else:
             tag.unlink(missing_ok=True)
-        total = _total(response, held)
-        started(total, held)
-        with part.open("ab" if held else "wb") as file:
+        total = _total(response, present)
+        started(total, present)
+        with part.open("ab" if present else "wb") as file:
             _copy(url, response, file, total, advanced)
             file.flush()
             os.fsync(file.fileno())
 
 
-def _begin(response: Any, held: int) -> int:
+def _begin(response: Any, present: int) -> int:
     """Return the offset at which the response starts: 0 if the server cannot resume or its file has changed."""
     sent = re.match(r"bytes (\d+)-", response.headers.get("Content-Range") or "")
-    return held if response.status == 206 and sent is not None and int(sent[1]) == held else 0
+    return present if response.status == 206 and sent is not None and int(sent[1]) == present else 0
 
 
-def _total(response: Any, held: int) -> int | None:
+def _total(response: Any, present: int) -> int | None:
     length = response.headers.get("Content-Length")
-    return held + int(length) if length and length.isdigit() else None
+    return present + int(length) if length and length.isdigit() else None
 
 
 def _copy(url: str, response: Any, file: IO[bytes], total: int | None, advanced: Advanced) -> None:
@@ -141,18 +201,59 @@ def _copy(url: str, response: Any, file: IO[bytes], total: int | None, advanced:
 
 def _broken(url: str, done: int, total: int | None) -> str:
     of = f" of {total:,}" if total is not None else ""
-    return f"{url}: the connection broke off after {done:,}{of} bytes; the same command goes on from there"
+    return f"{url}: the connection broke off after {done:,}{of} bytes; run the same command again to resume"
 
 
-def _check_json(url: str, part: Path) -> None:
-    """Refuse a file that does not start and end as JSON: this site answers a wrong URL with HTML and status 200."""
-    with part.open("rb") as file:
-        first = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-        file.seek(-min(64, part.stat().st_size), os.SEEK_END)
-        last = file.read().rstrip()[-1:]
-    if (first, last) not in ((b"[", b"]"), (b"{", b"}")):
-        part.unlink()
-        raise ProperError(f"{url}: what the server sent is not JSON; is the address right?")
+def require_json(url: str, file: Path) -> None:
+    """Refuse a file that does not start and end as JSON: some sites answer a wrong URL with HTML and status 200."""
+    first, last = _ends(file)
+    if (first.lstrip(b"\xef\xbb\xbf \t\r\n")[:1], last.rstrip()[-1:]) not in ((b"[", b"]"), (b"{", b"}")):
+        raise ProperError(f"{url}: the server did not send JSON; check the address")
+
+
+def require_gzip(url: str, file: Path) -> None:
+    """Refuse a file that does not start as gzip."""
+    if not _ends(file)[0].startswith(b"\x1f\x8b"):
+        raise ProperError(f"{url}: the server did not send a gzip file; check the address")
+
+
+def require_zip(url: str, file: Path) -> None:
+    """Refuse a file that is not a complete ZIP archive."""
+    if not zipfile.is_zipfile(file):
+        raise ProperError(f"{url}: the server did not send a ZIP archive; check the address")
+
+
+def published_md5(url: str) -> str | None:
+    """Return the MD5 that a site publishes at `url` + ".md5", as 32 hex digits; None if it publishes none.
+
+    Raises:
+        ProperError: the server cannot be reached.
+    """
+    try:
+        with urlopen(Request(url + ".md5", headers=_HEADERS), timeout=_SECONDS) as response:
+            found = re.search(rb"\b[0-9a-fA-F]{32}\b", response.read(1 << 12))
+    except HTTPError as error:
+        with error:
+            return None
+    except (OSError, http.client.HTTPException) as error:
+        raise ProperError(_explain(error, url + ".md5", Path())) from error
+    return found[0].decode().lower() if found else None
+
+
+def require_md5(url: str, file: Path, expected: str) -> None:
+    """Refuse a file with another MD5 than the published one."""
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != expected:
+        raise ProperError(f"{url}: md5 is {found}, but {url}.md5 says {expected}; fetch it again")
+
+
+def _ends(file: Path) -> tuple[bytes, bytes]:
+    """Return the first and the last 64 bytes of a file."""
+    with file.open("rb") as opened:
+        first = opened.read(64)
+        opened.seek(-min(64, file.stat().st_size), os.SEEK_END)
+        return first, opened.read()
 
 
 def _explain(error: OSError | http.client.HTTPException, url: str, part: Path) -> str:
@@ -160,5 +261,5 @@ def _explain(error: OSError | http.client.HTTPException, url: str, part: Path) -
         reason = getattr(error, "reason", error)
         return f"{url}: cannot be reached: {getattr(reason, 'strerror', None) or reason or type(error).__name__}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{part}: the disk is full; make room, and the same command goes on from there"
+        return f"{part}: the disk is full; make room and run the same command again to resume"
     return f"{part}: cannot be written: {error.strerror or error}"

@@ -19,13 +19,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from proper.data.public.cleaning import mask_addresses
 from proper.errors import InputError
 from proper.files import atomic_path
 
-_TRAILER = re.compile(r"^([A-Z][A-Za-z0-9]*(-[A-Za-z0-9]+)*: \S.*|\(cherry picked from commit [0-9a-f]+\)|\s+\S.*)$")
-_EMAIL = re.compile(r"<?[\w.+-]+@[\w-]+(\.[\w-]+)+>?")
-_URL = re.compile(r"\b(?:https?|ftp|git)://\S+")
-_PREFIX = re.compile(r"^([\w./*{},+ -]{1,40}?): \S")
+# A trailer's key has a hyphen (Signed-off-by) or is one of a few words: a sentence may begin with "Workaround:".
+_TRAILER = re.compile(
+    r"^((?:[A-Z][A-Za-z0-9]*(?:-[A-Za-z0-9]+)+|C[Cc]|From|Author|Fixes|Closes|Link|Bug|Refs?): \S.*"
+    r"|\(cherry picked from commit [0-9a-f]+\)|\s+\S.*)$"
+)
+_PREFIX = re.compile(r"(.{1,30}?):\s")
 
 
 @dataclass(frozen=True)
@@ -137,9 +140,8 @@ def _parse(
         return
     author = blake2b(address.lower().encode(), key=blake2b(salt.encode()).digest(), digest_size=6).hexdigest()
     when = datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    subject = _masked(subject.strip())
-    prefix = _PREFIX.match(subject)
-    yield Commit(f"u{author}", commit[:12], when, subject, body, prefix[1] if prefix else "", area_of(parts[5]))
+    subject = mask_addresses(subject.strip())
+    yield Commit(f"u{author}", commit[:12], when, subject, body, prefix_of(subject), area_of(parts[5]))
 
 
 def clean_body(lines: list[str], max_chars: int) -> str:
@@ -147,7 +149,13 @@ def clean_body(lines: list[str], max_chars: int) -> str:
     paragraphs = "\n".join(lines).strip().split("\n\n")
     while paragraphs and all(_TRAILER.match(line) for line in paragraphs[-1].strip().splitlines()):
         paragraphs.pop()
-    return _masked("\n\n".join(paragraphs).strip())[:max_chars].rstrip()
+    return mask_addresses("\n\n".join(paragraphs).strip())[:max_chars].rstrip()
+
+
+def prefix_of(subject: str) -> str:
+    """Return what stands before a subject's first colon and space ("refs" of "refs: pack"), at most 30 characters."""
+    found = _PREFIX.match(subject)
+    return found[1] if found else ""
 
 
 def area_of(numstat: list[str]) -> str:
@@ -160,10 +168,6 @@ def area_of(numstat: list[str]) -> str:
             # For a binary file git prints "-" instead of line counts.
             changed[folder] += sum(int(number) for number in (added, deleted) if number.isdigit()) + 1
     return min(changed, key=lambda folder: (-changed[folder], folder)) if changed else "."
-
-
-def _masked(text: str) -> str:
-    return _EMAIL.sub("[email]", _URL.sub("[url]", text))
 
 
 def _git(repository: Path, *words: str) -> str:

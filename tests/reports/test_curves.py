@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from proper.reports.ablations import ablations
-from proper.reports.history import history_curves
+from proper.reports.curves import history_curves
 from proper.reports.load import load_run
+from proper.reports.methods import ablations
 
 Change = Callable[[Callable[[dict[str, Any]], None]], None]
 METHODS = ("base", "population", "groups", "users", "oppu")
@@ -32,12 +33,13 @@ def test_every_method_is_drawn_with_its_interval_in_every_part(folder: Path, cha
     assert [figure.title for figure in figures] == ["Against history length", "Backbone", "OPPU"]
     stages = str(figures[0].drawing)
     # Three quarters and the shortest histories; the 100 shortest are all 60 users, which is no slice.
-    assert stages.count('class="reach') == 3 * 4 and "shortest 100" not in stages
-    assert "Users, under 10\n0.330\n95 % [0.000, 0.900]\n20 users, 3–9 items" in stages
-    assert stages.count('class="trace') == 3 and "42–310" in stages
-    assert "OPPU, Q1\n0.400" in str(figures[2].drawing) and "Users, Q1" in str(figures[2].drawing)
+    tips = set(re.findall('data-tip="([^"]+)"', stages))
+    assert len(tips) == 3 * 4 and stages.count("data-tip=") == 2 * 3 * 4 and "shortest 100" not in stages
+    assert "Users, under 10&#10;0.330&#10;95 % [0.000, 0.900]&#10;20 users, 3–9 items" in tips
+    assert stages.count('class="line"') == 3 and "42–310" in stages
+    assert "OPPU, Q1&#10;0.400" in str(figures[2].drawing) and "Users, Q1" in str(figures[2].drawing)
     assert "+0.200 in the shortest quarter, +0.200 in the longest" in figures[0].caption
-    assert figures[2].caption == "Less Users (grey), by quarter: +0.100, +0.100, +0.100."
+    assert figures[2].caption == "Minus Users (grey), by quarter: +0.100, +0.100, +0.100."
 
 
 def test_one_slice_is_no_curve(folder: Path) -> None:

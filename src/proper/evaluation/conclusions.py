@@ -1,6 +1,7 @@
-"""Failure signatures: sentences that diagnose overlapping mixtures, unused experts, overfitting and missing gains.
+"""Conclusions from the finished rows of results.json: the claim of personalization, and failure signatures.
 
-They are derived from the finished rows of the results; every sentence contains the numbers that it is based on.
+A signature is a sentence that diagnoses overlapping mixtures, unused experts, overfitting or a missing gain; it holds
+the numbers that it is based on.
 """
 
 from __future__ import annotations
@@ -10,6 +11,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from proper.evaluation.comparisons import CONTROLS
+
+LEVEL = 0.05
+"""Significance level of the tests, after Holm's adjustment."""
+
 OVERLAP = 0.95
 """Cosine between users' mean gates above which mixtures count as identical."""
 
@@ -18,6 +24,31 @@ UNUSED = 0.1
 
 OVERFIT = 1.5
 """Ratio of query loss to history loss from which a user counts as overfitted."""
+
+
+def claim(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the `personalization` of `results.json`; None if no control was run.
+
+    `claimed` is True if every control is beaten on the main metric at p < .05, adjusted over the controls; None if all
+    controls that were run are beaten but some are missing.
+    """
+    rows = {(row["method"], row["against"]): row for row in comparisons if row["primary"]}
+    found = {pair: rows[pair] for pair in CONTROLS if pair in rows}
+    if not found:
+        return None
+    beaten = {pair: _is_beaten(row) for pair, row in found.items()}
+    missing = [against for pair in CONTROLS if pair not in found for against in pair[1:]]
+    return {
+        "claimed": False if not all(beaten.values()) else None if missing else True,
+        "beaten": [f"{method} > {against}" for (method, against), won in beaten.items() if won],
+        "not_beaten": [f"{method} > {against}" for (method, against), won in beaten.items() if not won],
+        "missing": missing,
+    }
+
+
+def _is_beaten(row: Mapping[str, Any]) -> bool:
+    better = row["difference"] > 0 if row["higher_is_better"] else row["difference"] < 0
+    return bool(better and row["p_adjusted"] < LEVEL)
 
 
 def failure_signatures(
@@ -53,7 +84,7 @@ def _steps(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
         better = row["difference"] > 0 if row["higher_is_better"] else row["difference"] < 0
         step = f"{row['method']} against {row['against']}"
         size = f"{row['metric']} {row['difference']:+.4f}, adjusted p = {row['p_adjusted']:.3f}"
-        if row["p_adjusted"] >= 0.05:
+        if row["p_adjusted"] >= LEVEL:
             text = f"No measurable gain from {step} ({size})"
             if math.isfinite(row["resolvable"]):
                 shown = f"{row['resolvable']:.4f}"
@@ -92,9 +123,9 @@ def _overlap(routing: Mapping[str, Any]) -> list[str]:
             f"Users' expert mixtures overlap: their mean cosine is {cosine:.3f}. Either the constraint does not work, "
             f"or there are more experts ({len(shares)}) than groups to tell apart."
         )
-    unused = [place for place, share in enumerate(shares) if share < UNUSED / len(shares)]
+    unused = [index for index, share in enumerate(shares) if share < UNUSED / len(shares)]
     if unused:
-        names = ", ".join(str(place) for place in unused)
+        names = ", ".join(str(index) for index in unused)
         verb = "is" if len(unused) == 1 else "are"
         found.append(f"{len(unused)} of {len(shares)} experts {verb} almost unused ({names}): fewer would do.")
     return found

@@ -1,4 +1,4 @@
-"""Each failure signature appears when it should, with its numbers, and is silent otherwise."""
+"""The claim of personalization, and each failure signature: there when it should be, with its numbers, else silent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,34 @@ from typing import Any
 
 import pytest
 
-from proper.evaluation.signatures import failure_signatures
+from proper.evaluation.comparisons import CONTROLS
+from proper.evaluation.conclusions import claim, failure_signatures
+
+
+def control(pair, difference=0.1, p=0.01, higher=True, primary=True):
+    return {
+        "method": pair[0], "against": pair[1], "difference": difference, "p_adjusted": p, "primary": primary,
+        "higher_is_better": higher,
+    }  # fmt: skip
+
+
+def test_all_controls_beaten_is_a_claim():
+    assert claim([control(pair) for pair in CONTROLS])["claimed"] is True
+    assert claim([control(pair, -0.1, higher=False) for pair in CONTROLS])["claimed"] is True
+
+
+@pytest.mark.parametrize("bad", [{"p": 0.05}, {"difference": -0.1}, {"difference": 0.1, "higher": False}])
+@pytest.mark.parametrize("at", range(4))
+def test_one_control_not_beaten_is_none(at, bad):
+    rows = [control(pair, **(bad if place == at else {})) for place, pair in enumerate(CONTROLS)]
+    found = claim(rows)
+    assert found["claimed"] is False and found["not_beaten"] == [" > ".join(CONTROLS[at])]
+
+
+def test_what_was_not_run_is_said():
+    found = claim([control(CONTROLS[0])])
+    assert found["claimed"] is None and found["missing"] == ["groups-shared-e", "swapped", "shuffled"]
+    assert claim([control(("users", "rag")), control(CONTROLS[0], primary=False)]) is None
 
 
 def row(**changes: Any) -> dict[str, Any]:
