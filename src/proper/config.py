@@ -36,7 +36,8 @@ class DataConfig(Section):
     For `format` lamp or oppu, `path` is a folder of the benchmark's files, `task` is their task and `layout` the
     wording of the prompts; the columns are the task's own.
 
-    `chat` selects whether prompts use the tokenizer's chat template, in training and in serving: `off` means never.
+    `chat` says whether prompts use the backbone's chat template, in training, evaluation, `generate` and serving alike:
+    `auto` means if its tokenizer has one. A run stores the choice as `on` or `off`.
     """
 
     path: str
@@ -50,7 +51,7 @@ class DataConfig(Section):
     item: str | None = "item_id"
     prompt: str = "{input}"
     target: str = "{output}"
-    chat: Literal["off"] = "off"
+    chat: Literal["auto", "on", "off"] = "auto"
 
     @property
     def given_split(self) -> bool:
@@ -65,8 +66,8 @@ class DataConfig(Section):
     @field_validator("chat", mode="before")
     @classmethod
     def _word(cls, chat: object) -> object:
-        """Return "off" for False, because YAML reads the word `off` as False."""
-        return "off" if chat is False else chat
+        """Return "on" and "off" for the values that YAML reads these words as."""
+        return {True: "on", False: "off"}[chat] if isinstance(chat, bool) else chat
 
     @model_validator(mode="after")
     def _task_goes_with_format(self) -> DataConfig:
@@ -282,6 +283,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         _apply(raw, override)
     _resolve_paths(raw, path.parent)
     return make_config(raw, str(path))
+
+
+def load_run_config(path: Path) -> Config:
+    """Read the config of a run folder. A run that does not say whether it uses the chat template was made without it.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    config = load_config(path)
+    return config if "chat" in config.data.model_fields_set else with_chat(config, "off")
+
+
+def with_chat(config: Config, chat: Literal["on", "off"]) -> Config:
+    """Return a config with this choice of `data.chat`."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"chat": chat})})
 
 
 def make_config(raw: dict[str, Any], source: str = "config") -> Config:

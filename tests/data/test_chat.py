@@ -1,4 +1,4 @@
-"""Chat templates: a prompt is what the template's own tokenization gives; a user's text never becomes a control token."""
+"""Chat templates: a prompt is what the template's own tokenization gives; no user's text becomes a control token."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from proper.adapters.store import AdapterStore
-from proper.config import Config, load_config
+from proper.config import Config, load_run_config
 from proper.files import hash_file
 from proper.inference.model import PersonalizedModel, ServedUsers
 from proper.layers.bank import AdapterBank
@@ -31,7 +31,7 @@ def load(folder: str | Path, stage: str | None = None) -> PersonalizedModel:
             belongs to another backbone or other groups.
     """
     run = require_run(Path(folder))
-    config = load_config(run.config)
+    config = load_run_config(run.config)
     tier = last_stage(run) if stage is None else Tier(stage)
     backbone = configured_backbone(config)
     if tier != Tier.BASE:
