@@ -14,7 +14,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 PYTEST  := OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/pytest -n $(WORKERS) --dist worksteal -q
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format slow docs reference clean
+.PHONY: help env demo test unit lint format slow docs reference wheel clean
 
 help: ## show this
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -31,7 +31,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## run the three stages on the embedded demo data into runs/demo, offline
 	$(OFFLINE) $(BIN)/proper demo --out runs/demo
 
-test: lint ## lint, types, imports and every test that is not slow
+test: lint unit ## lint, types, imports and every test that is not slow
+
+unit: $(READY) ## the tests that are not slow
 	$(PYTEST) -m "not slow"
 
 lint: $(READY) ## ruff, mypy --strict and the import contracts
@@ -49,6 +51,9 @@ slow: $(READY) ## the tests that take minutes
 
 docs: $(READY) ## build the documentation site into site/; a broken link, anchor or page is an error
 	PYTHONPATH=scripts $(BIN)/python -m zensical build --strict --clean
+
+wheel: $(READY) ## build the wheel into dist/
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
 
 reference: $(READY) ## write the generated pages of docs/ again: command line, config, API, HTTP, modules
 	PYTHONPATH=scripts $(BIN)/python -m docs_reference

@@ -115,7 +115,7 @@ def _section(
     if missing:
         lines += [f"Not run yet: {', '.join(missing)}.", ""]
     lines += [f"Note: {note}" for note in question.notes] + ([""] if question.notes else [])
-    lines += ["```console", f"$ {question.command}", "```", ""]
+    lines += ["<!-- not run: takes hours -->", "```console", f"$ {question.command}", "```", ""]
     return "\n".join(lines)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata, resources
 from pathlib import Path
 
 import pytest
+import yaml
 
 import proper
 from proper.cli.serve import watching
@@ -56,3 +59,37 @@ def test_importing_and_asking_for_help_load_nothing_heavy(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr == "\n"
     assert done.returncode == 1  # sys.exit of an empty text
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_citation_and_release_note_are_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == proper.__version__
+    assert (ROOT / "docs" / "releases" / f"{proper.__version__}.md").is_file()
+
+
+def test_the_workflow_tests_the_declared_pythons_and_calls_targets_that_exist() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    pythons = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["classifiers"]
+    assert [f"Programming Language :: Python :: {each}" for each in pythons] == [
+        each for each in classifiers if re.fullmatch(r"Programming Language :: Python :: 3\.\d+", each)
+    ]
+    calls = [step["run"].split() for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    called = {words[1] for words in calls if words[0] == "make"}
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"lint", "unit", "docs", "wheel"} <= called <= targets
+    for words in calls:
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
+
+
+@pytest.mark.parametrize("form", ["bug_report", "feature_request"])
+def test_issue_forms_have_what_github_requires(form: str) -> None:
+    path = ROOT / ".github" / "ISSUE_TEMPLATE" / f"{form}.yml"
+    parsed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert parsed["name"] and parsed["description"]
+    fields = [field for field in parsed["body"] if field["type"] != "markdown"]
+    assert len({field["id"] for field in fields}) == len(fields)
+    assert all(field["attributes"]["label"] for field in fields)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from proper.api import load
     from proper.pipeline import run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "load", "run"]
 
 # A program that does not configure logging sees no message; without this, Python would print those of level WARNING.

@@ -234,7 +234,7 @@ def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, p
         RunFolderError: the folder has a run with other settings.
     """
     folder = Path(out)
-    settings = DemoSettings(task=task, people=people, seed=seed)
+    settings = DemoSettings(task=task, users=people, seed=seed)
     run = RunFolder(folder)
     path = run.demo_rows.resolve()
     raw = {**demo_config(path, settings), **DEMO_TRAINING}

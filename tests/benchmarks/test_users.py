@@ -60,9 +60,8 @@ def test_figures_and_setting() -> None:
 def test_looped_experts_are_the_fused_ones() -> None:
     config, generator = GroupsConfig(), torch.Generator().manual_seed(0)
     fused = Experts(6, 5, experts=config.experts, rank=3, alpha=4.0)
-    looped = LoopedExperts(6, 5, experts=config.experts, rank=3, alpha=4.0)
+    looped = LoopedExperts(fused)
     fused.up.data.normal_(generator=generator)
-    looped.load_state_dict(fused.state_dict())
     x = torch.randn(2, 3, 6, generator=generator)
     gates = torch.randn(2, 3, config.experts, generator=generator).softmax(-1)
     onto = torch.randn(2, 3, 5, generator=generator)

@@ -70,6 +70,8 @@ class ManifestRow(NamedTuple):
 
 
 _COLUMNS = ", ".join(ManifestRow._fields)
+# With MAX(), SQLite takes the other columns from the row that has the maximum.
+_HEAD_COLUMNS = ", ".join("MAX(version)" if name == "version" else name for name in ManifestRow._fields)
 
 
 def key_of(user: str) -> bytes:
@@ -209,23 +211,22 @@ class Manifest:
 
     def heads(self, tenant: str, after: bytes | None = None) -> Iterator[ManifestRow]:
         """Yield every user's current version, ordered by user, from the beginning or `after` a user."""
-        # With MAX(), SQLite takes the other columns from the row that has the maximum.
-        columns = _COLUMNS.replace("version", "MAX(version)")
-        query = f"SELECT {columns} FROM records WHERE tenant = ? AND user > ? GROUP BY user ORDER BY user LIMIT {_PAGE}"
-        first = query if after is not None else query.replace("user > ?", "user >= ?")
-        page = self.read(first, (tenant, after or b""))
+        select = f"SELECT {_HEAD_COLUMNS} FROM records WHERE tenant = ?"
+        order = f"GROUP BY user ORDER BY user LIMIT {_PAGE}"
+        following = f"{select} AND user > ? {order}"
+        page = self.read(f"{select} {order}", (tenant,)) if after is None else self.read(following, (tenant, after))
         while page:
             yield from (ManifestRow(*row) for row in page)
-            page = self.read(query, (tenant, page[-1][1]))
+            page = self.read(following, (tenant, page[-1][1]))
 
     def rows(self) -> Iterator[ManifestRow]:
         """Yield every version of every user of every tenant."""
-        query = f"SELECT {_COLUMNS} FROM records WHERE (tenant, user, version) > (?, ?, ?)"
-        query += f" ORDER BY tenant, user, version LIMIT {_PAGE}"
-        page = self.read(query.replace(" WHERE (tenant, user, version) > (?, ?, ?)", ""))
+        order = f"ORDER BY tenant, user, version LIMIT {_PAGE}"
+        page = self.read(f"SELECT {_COLUMNS} FROM records {order}")
         while page:
             yield from (ManifestRow(*row) for row in page)
-            page = self.read(query, page[-1][:3])
+            following = f"SELECT {_COLUMNS} FROM records WHERE (tenant, user, version) > (?, ?, ?) {order}"
+            page = self.read(following, page[-1][:3])
 
     def add(self, row: ManifestRow) -> int:
         """Add a row as its user's new current version, ignoring its version and parent; return the new number."""

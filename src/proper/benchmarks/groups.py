@@ -15,12 +15,12 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from proper.benchmarks.machine import machine
@@ -51,8 +51,17 @@ class GroupsBenchSize:
 QUICK = GroupsBenchSize(steps=2, repeats=7)
 
 
-class LoopedExperts(Experts):
-    """Experts computed one by one, as in the method's equation: sum_i w_i B_i A_i x."""
+class LoopedExperts(nn.Module):
+    """Parameters of `Experts`, with the experts computed one by one, as in the method's equation: sum_i w_i B_i A_i x.
+
+    Attributes:
+        down, up: those of the fused experts.
+    """
+
+    def __init__(self, fused: Experts) -> None:
+        super().__init__()
+        self.experts, self.rank, self.scale = fused.experts, fused.rank, fused.scale
+        self.down, self.up = fused.down, fused.up
 
     def forward(
         self,
@@ -133,10 +142,9 @@ def _stage(
     model.add_experts(config, seed=0)
     if looped:
         for layer in model.layers.values():
-            looped_experts = LoopedExperts(
-                layer.inputs, layer.outputs, experts=config.experts, rank=config.rank, alpha=config.alpha
-            )
-            layer.experts = looped_experts.to(device)
+            assert layer.experts is not None
+            # The layer calls only what both have.
+            layer.experts = cast(Experts, LoopedExperts(layer.experts))
     stage = GroupsStage(model, config, users, 0, Accelerator(cpu=device.type == "cpu", mixed_precision="no"))
     parameters = list(stage.parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=RATE)

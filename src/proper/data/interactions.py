@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from proper.config import DataConfig, TaskConfig
@@ -56,31 +56,16 @@ def read_interactions(config: DataConfig, bad: BadRows, task: TaskConfig | None 
     Raises:
         DataError: there is nothing to read, a template is malformed, or a column is missing.
     """
-    reader = _Reader(
-        config,
-        parse_template(config.prompt, "data.prompt"),
-        parse_template(config.target, "data.target"),
-        task or TaskConfig(),
-    )
-    if not reader.target.columns:
+    row_format = RowFormat.of(config, task or TaskConfig())
+    if not row_format.target.columns:
         raise DataError(f"data.target: {config.target!r} names no column, so every answer would be the same")
     sources = open_sources(config)
-    wanted = [reader.columns(source) for source in sources]
-    return _read(reader, sources, wanted, bad)
-
-
-def row_reader(config: DataConfig, task: TaskConfig) -> Callable[[Mapping[str, object]], Interaction]:
-    """Return a function from one row's values to an interaction; the function raises `BadValue` for a bad row.
-
-    Raises:
-        DataError: a template is malformed.
-    """
-    prompt, target = parse_template(config.prompt, "data.prompt"), parse_template(config.target, "data.target")
-    return _Reader(config, prompt, target, task).interaction
+    wanted = [_columns(row_format, source) for source in sources]
+    return _read(row_format, config.path, sources, wanted, bad)
 
 
 def _read(
-    reader: _Reader, sources: Sequence[Source], wanted: Sequence[Sequence[str]], bad: BadRows
+    row_format: RowFormat, path: str, sources: Sequence[Source], wanted: Sequence[Sequence[str]], bad: BadRows
 ) -> Iterator[Interaction]:
     seen = False
     for source, columns in zip(sources, wanted, strict=True):
@@ -89,56 +74,70 @@ def _read(
             try:
                 if isinstance(row, str):
                     raise BadValue("row", row)
-                interaction = reader.interaction(row, source.typed)
+                interaction = row_format.interaction(row, source.typed)
             except BadValue as error:
                 bad.add(f"{source.name}:{number}: {error}")
             else:
                 yield interaction
     if not seen:
-        raise DataError(f"{reader.config.path}: empty, there is not a single row")
+        raise DataError(f"{path}: empty: no row in it")
+
+
+def _columns(row_format: RowFormat, source: Source) -> list[str]:
+    """List the columns to read from `source`; raise DataError for the first missing or repeated one."""
+    have = source.columns
+    named = {row_format.user: "data.user"} if row_format.user is not None else {}
+    for template in (row_format.prompt, row_format.target):
+        named.update(dict.fromkeys(template.columns, template.key))
+    defaults = DataConfig.model_fields
+    for column, key in ((row_format.time, "time"), (row_format.item, "item")):
+        if column is not None and (column != defaults[key].default or column in (have or ())):
+            named.setdefault(column, f"data.{key}")
+    for column, key in named.items():
+        if have is not None and column not in have:
+            raise DataError(f"{source.name}: no column '{column}' ({key}); {nearest(column, have)}")
+        if have is not None and have.count(column) > 1:
+            raise DataError(f"{source.name}: {have.count(column)} columns are called '{column}' ({key})")
+    return list(named)
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """Row parser built from the data and task sections of a config."""
+class RowFormat:
+    """Format of rows: the columns of user, time and item, the templates of prompt and target, and the task.
 
-    config: DataConfig
+    Attributes:
+        user: the user's column; None for rows without one, whose interactions have the user "".
+        query: whether the column `query` marks test queries.
+    """
+
+    user: str | None
+    time: str | None
+    item: str | None
     prompt: Template
     target: Template
     task: TaskConfig
+    query: bool = False
 
-    def columns(self, source: Source) -> list[str]:
-        """List the columns to read from `source`; raise DataError for the first missing or repeated one."""
-        config, have = self.config, source.columns
-        named = {config.user: "data.user"}
-        for template in (self.prompt, self.target):
-            named.update(dict.fromkeys(template.columns, template.key))
-        defaults = DataConfig.model_fields
-        for column, key in ((config.time, "time"), (config.item, "item")):
-            if column is not None and (column != defaults[key].default or column in (have or ())):
-                named.setdefault(column, f"data.{key}")
-        for column, key in named.items():
-            if have is not None and column not in have:
-                raise DataError(f"{source.name}: no column '{column}' ({key}); {nearest(column, have)}")
-            if have is not None and have.count(column) > 1:
-                raise DataError(f"{source.name}: {have.count(column)} columns are called '{column}' ({key})")
-        return list(named)
+    @classmethod
+    def of(cls, config: DataConfig, task: TaskConfig) -> RowFormat:
+        """Return the format that a config describes.
+
+        Raises:
+            DataError: a template is malformed.
+        """
+        prompt, target = parse_template(config.prompt, "data.prompt"), parse_template(config.target, "data.target")
+        return cls(config.user, config.time, config.item, prompt, target, task, config.given_split)
 
     def interaction(self, row: Mapping[str, object], typed: bool = True) -> Interaction:
         """Convert a row to an interaction or raise BadValue; without `typed` all values are text."""
-        config = self.config
-        user = _identifier(row, config.user, typed)
-        if user is None:
-            raise BadValue(config.user, "null" if config.user in row else "missing")
-        if not user.strip():
-            raise BadValue(config.user, "empty")
+        user = "" if self.user is None else _user(row, self.user, typed)
         prompt, target = self.prompt.fill(row), self.target.fill(row).strip()
         if not prompt.strip():
             raise BadValue(_name(self.prompt), "empty")
-        item = _identifier(row, config.item, typed) or None
-        for name, text in ((config.user, user), (_name(self.prompt), prompt), (config.item, item)):
+        item = _identifier(row, self.item, typed) or None
+        for name, text in ((self.user, user), (_name(self.prompt), prompt), (self.item, item)):
             _check_characters(str(name), text)
-        query = config.given_split and bool(row.get("query"))
+        query = self.query and bool(row.get("query"))
         return Interaction(user, prompt, self._answer(target), item, self._time(row), query)
 
     def _answer(self, target: str) -> str:
@@ -157,7 +156,7 @@ class _Reader:
         return found
 
     def _time(self, row: Mapping[str, object]) -> float | None:
-        column = self.config.time
+        column = self.time
         value = row.get(column) if column is not None else None
         if value is None:
             return None
@@ -170,6 +169,15 @@ class _Reader:
 def _name(template: Template) -> str:
     """Return a template's name for messages: its column if it has exactly one, else its setting."""
     return template.columns[0] if len(set(template.columns)) == 1 else template.key
+
+
+def _user(row: Mapping[str, object], column: str, typed: bool) -> str:
+    user = _identifier(row, column, typed)
+    if user is None:
+        raise BadValue(column, "null" if column in row else "missing")
+    if not user.strip():
+        raise BadValue(column, "empty")
+    return user
 
 
 def _identifier(row: Mapping[str, object], column: str | None, typed: bool) -> str | None:

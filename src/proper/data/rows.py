@@ -47,7 +47,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
     if close:
         return f"did you mean '{close[0]}'?"
     shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-    return f"there are: {shown}" if known else "there are none"
+    return f"known: {shown}" if known else "there are none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def parse_template(text: str, key: str) -> Template:
         if column is None:
             continue
         if not column:
-            raise DataError(f"{key}: a place without a column's name in {text!r}")
+            raise DataError(f"{key}: a field without a column's name in {text!r}")
         if code or conversion:
             raise DataError(f"{key}: '{{{column}}}' takes a column's name and no format code, in {text!r}")
         columns.append(column)

@@ -188,12 +188,13 @@ class InteractionLog:
 
     def people(self, tenant: str, after: str | None = None) -> Iterator[str]:
         """Yield a tenant's users, ordered by id in UTF-8, from the beginning or `after` a user."""
-        query = f"SELECT user FROM people WHERE tenant = ? AND user > ? ORDER BY user LIMIT {_PAGE}"
-        first = query if after is not None else query.replace("user > ?", "user >= ?")
-        page = self.database.read(first, (tenant, b"" if after is None else key_of(after)))
+        select, order = "SELECT user FROM people WHERE tenant = ?", f"ORDER BY user LIMIT {_PAGE}"
+        following = f"{select} AND user > ? {order}"
+        keys = (tenant,) if after is None else (tenant, key_of(after))
+        page = self.database.read(f"{select} {order}" if after is None else following, keys)
         while page:
             yield from (user_of(key) for (key,) in page)
-            page = self.database.read(query, (tenant, page[-1][0]))
+            page = self.database.read(following, (tenant, page[-1][0]))
 
     def count(self, tenant: str, user: str) -> int:
         """Return the number of interactions of a user."""

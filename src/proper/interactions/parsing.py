@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from proper.config import DataConfig, TaskConfig
-from proper.data.interactions import BadRows, Interaction, row_reader
+from proper.data.interactions import BadRows, Interaction, RowFormat
 from proper.data.rows import BadValue, parse_template
 from proper.data.text_files import json_rows
 from proper.data.values import identifier
@@ -22,17 +23,17 @@ from proper.errors import DataError
 from proper.interactions.log import LogEntry
 
 Read = Callable[[Mapping[str, Any]], LogEntry]
-_ID, _NOBODY = "id", "\0user"
+_ID, _TIME = "id", "timestamp"
 
 
 def plain_reader(task: TaskConfig, prompt: str, target: str) -> Read:
-    """Return a parser of rows with final texts in the fields named `prompt` and `target`.
+    """Return a parser of rows with final texts in the fields named `prompt` and `target`, and perhaps a `timestamp`.
 
     The parser raises `BadValue`, which names the field, for an invalid row.
     """
-    config = DataConfig(path="", user=_NOBODY, item=None, prompt=f"{{{prompt}}}", target=f"{{{target}}}")
-    read = row_reader(config, task)
-    return lambda row: _entry(read({**row, _NOBODY: "x"}), row)
+    texts = parse_template(f"{{{prompt}}}", "data.prompt"), parse_template(f"{{{target}}}", "data.target")
+    row_format = RowFormat(None, _TIME, None, *texts, task)
+    return lambda row: _entry(row_format.interaction(row), row)
 
 
 def record_reader(config: DataConfig, task: TaskConfig, user: str) -> Read:
@@ -41,20 +42,19 @@ def record_reader(config: DataConfig, task: TaskConfig, user: str) -> Read:
     The parser raises `BadValue` for a row that is invalid or names another user.
     """
     plain = plain_reader(task, "prompt", "target")
-    own = row_reader(config.model_copy(update={"format": "jsonl", "item": None}), task)
-    columns = {*parse_template(config.prompt, "data.prompt").columns}
-    columns |= {*parse_template(config.target, "data.target").columns}
+    own = replace(RowFormat.of(config, task), item=None, query=False)
+    columns = {*own.prompt.columns, *own.target.columns}
 
     def read(row: Mapping[str, Any]) -> LogEntry:
         try:
-            said = identifier(row.get(config.user, user))
+            named = identifier(row.get(config.user, user))
         except ValueError as error:
             raise BadValue(config.user, str(error)) from None
-        if said != user:
+        if named != user:
             raise BadValue(config.user, "is another user's")
         if not columns <= {*row} and {"prompt", "target"} <= {*row}:
             return plain(row)
-        return _entry(own({**row, config.user: user}), row)
+        return _entry(own.interaction({**row, config.user: user}), row)
 
     return read
 

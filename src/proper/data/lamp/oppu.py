@@ -71,11 +71,11 @@ def _entry_rows(entry: object, maker: RowMaker, query: bool) -> Iterator[Row | s
         yield "query: missing, or no list"
         return
     questions = []
-    for place, each in enumerate(asked):
+    for index, each in enumerate(asked):
         fields = each if isinstance(each, dict) else {}
         missing = next((key for key in ("id", "input", "gold") if fields.get(key) is None), None)
         if missing is not None:
-            yield f"query[{place}].{missing}: missing"
+            yield f"query[{index}].{missing}: missing"
         else:
             question = Question(plain(each["id"]), plain(each["input"]), each["gold"], query, each.get("date"))
             questions.append(question)
