@@ -158,7 +158,7 @@ def test_a_run_stores_whether_it_uses_the_backbones_chat_template(finished: Path
     prompt = configured_encoder(load_run_config(folder / "config.yaml")).prompt("Hello")
     assert tokenizer.decode(prompt, skip_special_tokens=True) == "user: Hello\nassistant:"
     pipeline.run(config, folder, stages=["population"])
-    with pytest.raises(RunFolderError, match="data.chat is on there and off here"):
+    with pytest.raises(RunFolderError, match="data.chat is 'on' there and 'off' here"):
         pipeline.run(with_chat(config, "off"), folder)
 
 
