@@ -6,7 +6,6 @@ earlier one stopped. The steps themselves are implemented in other modules.
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from proper.data.dataset import Dataset, prepare
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.data.demo.users import DemoTask
 from proper.data.summary import DataSummary, summarize
-from proper.errors import ConfigError, RunFolderError
+from proper.errors import ConfigError, RunFolderError, did_you_mean
 from proper.evaluation.harness import Harness
 from proper.evaluation.power import Power, expected_power
 from proper.evaluation.side_by_side import compare_runs
@@ -94,9 +93,7 @@ def run(
     settings = config if isinstance(config, Config) else load_config(Path(config), overrides)
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], STAGES, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(STAGES)}"
-        raise ConfigError(f"--stages: no stage '{unknown[0]}'; {hint}")
+        raise ConfigError(f"--stages: no stage '{unknown[0]}'; {did_you_mean(unknown[0], STAGES)}")
     known_methods(settings.evaluation.methods, settings)
     folder = Path(out)
     with _alone(folder):

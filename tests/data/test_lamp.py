@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from proper.config import Config, make_config
+from proper.config.lamp_tasks import LAMP_TASKS
 from proper.data.dataset import Dataset, TextExample, prepare
 from proper.data.interactions import BadRows, Interaction, read_interactions
 from proper.data.lamp.rows import moment
@@ -22,7 +23,6 @@ from proper.data.rows import BadValue
 from proper.data.summary import leaks, summarize
 from proper.data.text_files import json_entries
 from proper.errors import ConfigError, DataError
-from proper.lamp_tasks import LAMP_TASKS
 
 TASKS = [name for name in LAMP_TASKS if name != "lamp-6"]
 ONE_SIDED = {"lamp-1", "lamp-7"}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proper.data.rows import BadValue, nearest, parse_template
+from proper.data.rows import BadValue, parse_template
 from proper.data.values import plain
 from proper.errors import DataError
 
@@ -76,9 +76,3 @@ def test_a_malformed_template_is_one_line_naming_the_setting(text: str, message:
 def test_any_text_survives_escaping_and_any_value_is_put_in_unread(literal: str, value: str) -> None:
     escaped = literal.replace("{", "{{").replace("}", "}}")
     assert parse_template(escaped + "{x}" + escaped, "k").fill({"x": value}) == literal + value + literal
-
-
-def test_nearest_names_one_column_or_all() -> None:
-    assert nearest("lable", ["label", "title"]) == "did you mean 'label'?"
-    assert nearest("xyz", ["label", "title"]) == "known: label, title"
-    assert nearest("xyz", []) == "there are none"

@@ -13,12 +13,12 @@ from hashlib import blake2b
 from pathlib import Path
 
 from proper.config import DataConfig
+from proper.config.lamp_tasks import LAMP_TASKS, LampTask
 from proper.data.lamp.rows import Question, Row, RowMaker, paper_titles, row_maker
 from proper.data.rows import Source
 from proper.data.text_files import json_entries, json_value
 from proper.data.values import plain
 from proper.errors import DataError
-from proper.lamp_tasks import LAMP_TASKS, LampTask
 
 _QUESTIONS = "{}_questions.json"
 _OUTPUTS = "{}_outputs.json"

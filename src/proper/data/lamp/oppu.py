@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from proper.config import DataConfig
+from proper.config.lamp_tasks import LAMP_TASKS
 from proper.data.lamp.rows import Question, Row, RowMaker, paper_titles, row_maker
 from proper.data.rows import Source
 from proper.data.text_files import json_entries
 from proper.data.values import plain
 from proper.errors import DataError
-from proper.lamp_tasks import LAMP_TASKS
 
 _OTHERS = "user_others.json"
 _TESTED = ("user_top_100_history.json", "user_more_100_history.json")

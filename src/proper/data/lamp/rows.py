@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from proper.config.lamp_tasks import LampTask, Layout
 from proper.data.database import text_key
 from proper.data.lamp.prompts import Wording, question_fields, wording
 from proper.data.rows import BadValue
 from proper.data.values import identifier, parse_time, plain
-from proper.lamp_tasks import LampTask, Layout
 
 Row = dict[str, Any]
 
