@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proper.cli.options import RunFolder
-from proper.cli.users import OneUser, app, examples, known, opened
+from proper.cli.options import RunFolder, examples
+from proper.cli.users import OneUser, known, opened
 from proper.config import load_run_config
 from proper.console import progress, silent
 from proper.errors import InputError, ProperError
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+app = typer.Typer(rich_markup_mode=None)
+
 _INPUT = typer.Option(
     "--input",
     metavar="FILE",
@@ -34,7 +36,7 @@ _INPUT = typer.Option(
 )
 
 
-@app.command(epilog=examples("enrol runs/notes --user ann --input ann.jsonl"))
+@app.command(epilog=examples("users", "enrol runs/notes --user ann --input ann.jsonl"))
 def enrol(folder: RunFolder, user: OneUser, input_file: Annotated[Path, _INPUT]) -> None:
     """Add and fit a new user; print their tier and version.
 
@@ -50,6 +52,7 @@ def enrol(folder: RunFolder, user: OneUser, input_file: Annotated[Path, _INPUT])
 
 @app.command(
     epilog=examples(
+        "users",
         "update runs/notes --user ann --input more.jsonl",
         "update runs/notes --user ann",
         "update runs/notes",
