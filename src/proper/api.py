@@ -45,7 +45,7 @@ class Users:
     def __init__(self, folder: Path, store: AdapterStore, fitter: Callable[[], Fitter]) -> None:
         self.folder, self.store = folder, store
         self.log = InteractionLog(store.folder)
-        self.desk = FitWorker(store.folder, self.log, fitter)
+        self.worker = FitWorker(store.folder, self.log, fitter)
 
     def __iter__(self) -> Iterator[str]:
         return (user for user, _ in self.store.users())
@@ -80,7 +80,7 @@ class Users:
         """
         entries = self.entries(user, interactions)
         if user in self:
-            raise ExistsError(f"there is a user {user!r} already; users.update adds to what they have")
+            raise ExistsError(f"user {user!r} exists already; users.update adds interactions")
         return self.append(user, entries, new=True, heard=heard)
 
     def update(self, user: str, interactions: Iterable[Row] = (), heard: Heard | None = None) -> Head | None:
@@ -98,7 +98,7 @@ class Users:
         """
         entries = self.entries(user, interactions)
         if user not in self:
-            raise InputError(f"{self.store.folder}: there is no user {user!r}; users.enrol takes one in")
+            raise InputError(f"{self.store.folder}: there is no user {user!r}; users.enrol adds a new user")
         return self.append(user, entries, new=False, heard=heard)
 
     def delete(self, user: str) -> bool:
@@ -111,7 +111,7 @@ class Users:
         """
         removal = remove(self.store, self.log, user)
         if removal.waits:
-            raise ProperError(f"user {user!r} is not gone from all files yet: {removal.waits[0]}")
+            raise ProperError(f"user {user!r} is not deleted from all files yet: {removal.waits[0]}")
         return removal.found
 
     def export(self, user: str, path: str | Path, *, form: Format = "native", force: bool = False) -> Path:
@@ -129,7 +129,7 @@ class Users:
         Raises:
             DataError: an interaction cannot be used; the message names it.
         """
-        config = self.desk.fitter().model.config
+        config = self.worker.fitter().model.config
         named = ((f"interactions[{at}]", row) for at, row in enumerate(rows))
         return read_rows(named, record_reader(config.data, config.task, user))
 
@@ -144,7 +144,7 @@ class Users:
         self.log.append(tenant, user, entries, new=new)
         if entries or not new:
             self.log.request_fit(tenant, user)
-        while self.desk.fit_next(tenant, user, *([heard] if heard is not None else [])):
+        while self.worker.fit_next(tenant, user, *([heard] if heard is not None else [])):
             pass
         fit = self.log.queue.fit(tenant, user)
         if fit.state == "failed":

@@ -6,7 +6,6 @@ earlier one stopped. The steps themselves are implemented in other modules.
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from proper.data.dataset import Dataset, prepare
 from proper.data.demo import DemoSettings, demo_run, write_demo
 from proper.data.demo.users import DemoTask
 from proper.data.summary import DataSummary, summarize
-from proper.errors import ConfigError
+from proper.errors import ConfigError, did_you_mean
 from proper.evaluation.harness import Harness
 from proper.evaluation.power import Power, expected_power
 from proper.evaluation.side_by_side import compare_runs
@@ -74,9 +73,7 @@ def run(
     settings = config if isinstance(config, Config) else load_config(Path(config), overrides)
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], STAGES, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(STAGES)}"
-        raise ConfigError(f"--stages: no stage '{unknown[0]}'; {hint}")
+        raise ConfigError(f"--stages: no stage '{unknown[0]}'; {did_you_mean(unknown[0], STAGES)}")
     known_methods(settings.evaluation.methods, settings)
     folder = Path(out)
     with hold(folder):
@@ -214,7 +211,7 @@ def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, p
         RunFolderError: the folder has a run with other settings.
     """
     folder = Path(out)
-    settings = DemoSettings(task=task, people=people, seed=seed)
+    settings = DemoSettings(task=task, users=people, seed=seed)
     run = RunFolder(folder)
     path = run.demo_rows.resolve()
     config = make_config(demo_run(path, settings), "demo")

@@ -183,7 +183,7 @@ def test_pooled_decisions_ask_the_run_s_own_users_only(run: Path, opened: Open) 
 
 def test_bad_interactions_and_users_change_nothing(run: Path, opened: Open) -> None:
     users = opened(run).users
-    with pytest.raises(InputError, match="there is a user 'ann' already"):
+    with pytest.raises(InputError, match="user 'ann' exists already"):
         users.enrol("ann", rows(1, 2))
     with pytest.raises(InputError, match="there is no user 'new'"):
         users.update("new", rows(1, 2))

@@ -179,6 +179,8 @@ def test_folders_that_are_no_runs_or_have_not_got_there(run: Path, tmp_path: Pat
         with pytest.raises(RunFolderError, match=r"stage '\w+' is not trained yet; run: proper run") as error:
             load(tmp_path, stage)  # type: ignore[arg-type]
         assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="no stage 'user'; stages are: base, population, groups, users"):
+        load(run, "user")
 
 
 def test_chunks_of_similar_length() -> None:

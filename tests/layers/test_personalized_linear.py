@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from proper.layers.bank import AdapterBank, Layout
-from proper.layers.batch_context import BatchContext, Kept, Mode, RowContext
+from proper.layers.batch_context import BatchContext, GatheredWeights, Mode, RowContext
 from proper.layers.dropout import dropout_mask
 from proper.layers.experts import Experts
 from proper.layers.personalized_linear import AdaptedLinear
@@ -97,7 +97,8 @@ def test_values_and_gradients_of_every_mode(
     )
 
     close("y", found, expected)
-    with torch.no_grad(), layer.routing.use(RowContext(mode, embedding=e, slots=torch.tensor(slots), kept=Kept())):
+    rows = RowContext(mode, embedding=e, slots=torch.tensor(slots), gathered=GatheredWeights())
+    with torch.no_grad(), layer.routing.use(rows):
         for time in ("first", "second"):
             close(f"y where adapters are kept, the {time} time", layer(x), expected)
     leaves = {"x": x, "e": e, **dict(layer.named_parameters())}
@@ -264,7 +265,7 @@ def test_kept_adapters_of_one_bf16_token(draws: Callable[..., Draw]) -> None:
     with torch.no_grad():
         with layer.routing.use(rows):
             expected = layer(x)
-        with layer.routing.use(replace(rows, kept=Kept())):
+        with layer.routing.use(replace(rows, gathered=GatheredWeights())):
             found = layer(x)
     assert found.dtype == torch.bfloat16
     assert float((found.float() - expected.float()).norm()) <= 0.02 * float(expected.float().norm())

@@ -138,7 +138,7 @@ def _append(users: Users, user: str, entries: list[LogEntry], *, new: bool) -> N
 def _fit_all(users: Users) -> None:
     waiting = users.log.queue.waiting()
     with progress("fit", len(waiting)) as advance:
-        while users.desk.waiting() and users.desk.fit_next():
+        while users.worker.waiting() and users.worker.fit_next():
             advance(1)
     failed = 0
     for tenant, user in waiting:
@@ -197,7 +197,7 @@ def _watch(folder: Path, parent: int | None) -> None:
     try:
         with _users(folder) as users, silent():
             # Messages of fits name users, and user ids stay out of a server's log.
-            users.desk.watch(heard)
+            users.worker.watch(heard)
     except _Ended:
         logger.info("proper: the worker stops; what it was at is queued again")
     finally:

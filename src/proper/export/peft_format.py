@@ -76,8 +76,8 @@ def folded_experts(
 
 def joined(parts: Iterable[Lora]) -> Lora:
     """Return the sum of LoRAs on one module as one LoRA, whose rank is the sum of the ranks."""
-    held = list(parts)
-    return Lora(torch.cat([part.down for part in held]), torch.cat([part.up for part in held], dim=1))
+    found = list(parts)
+    return Lora(torch.cat([part.down for part in found]), torch.cat([part.up for part in found], dim=1))
 
 
 def served_rank(rank: int) -> int:

@@ -125,8 +125,8 @@ def export_backbone(folder: Path, out: Path, *, force: bool = False) -> None:
     with atomic_folder(out, shared=True) as place:
         backbone.model.save_pretrained(place)
         backbone.tokenizer.save_pretrained(place)
-        said = {"backbone": backbone.digest, "population": _hash(RunFolder(folder).population / PEFT_WEIGHTS)}
-        write_json(place / FACTS, {"format": "proper-backbone", "version": 1, "origin": said})
+        origin = {"backbone": backbone.digest, "population": _hash(RunFolder(folder).population / PEFT_WEIGHTS)}
+        write_json(place / FACTS, {"format": "proper-backbone", "version": 1, "origin": origin})
 
 
 def run_origin(folder: Path) -> dict[str, str]:
@@ -183,7 +183,7 @@ def _write_peft(place: Path, model: PersonalizedModel, dataset: Dataset, user: s
     transposed = any(isinstance(layers[name].base, Conv1D) for name in loras)
     save_file(to_peft(loras), place / PEFT_WEIGHTS, metadata={"format": "pt"})
     write_json(place / PEFT_CONFIG, adapter_config(loras, modules, fan_in_fan_out=transposed))
-    said: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "format": "proper-peft",
         "version": 1,
         "user": user,
@@ -193,7 +193,7 @@ def _write_peft(place: Path, model: PersonalizedModel, dataset: Dataset, user: s
         "gates": {name: [round(gate, 6) for gate in gates.tolist()] for name, gates in folded.gates.items()},
         "origin": origin,
     }
-    write_json(place / FACTS, said)
+    write_json(place / FACTS, metadata)
 
 
 def _require_dense(folder: Path, backbone: Backbone) -> None:
@@ -207,8 +207,8 @@ def _require_fit(folder: Path, source: Path, record: UserRecord) -> None:
     """Check that the record's tensors have this run's shapes, so that they can be served."""
     tensors, facts = load_tensors(RunFolder(folder).experts)
     if record.embedding.shape != tensors["mean_embedding"].shape:
-        held = len(tensors["mean_embedding"])
-        raise InputError(f"{source}: its embedding has {len(record.embedding)} numbers, this run's have {held}")
+        size = len(tensors["mean_embedding"])
+        raise InputError(f"{source}: its embedding has {len(record.embedding)} numbers, this run's have {size}")
     if record.adapter is None:
         return
     shapes = {m: (tensors[f"{m}.down"].shape[1], tensors[f"{m}.up"].shape[0]) for m in facts["modules"]}

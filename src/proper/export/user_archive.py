@@ -59,8 +59,8 @@ def write_user(folder: Path, record: UserRecord, origin: Mapping[str, str]) -> N
     # A loss among the facts may be NaN, which JSON does not have; it becomes null.
     facts = json.loads(json.dumps(dict(record.facts)), parse_constant=lambda _: None)
     tier: Literal["groups", "users"] = "users" if record.tier == Tier.USERS else "groups"
-    said = Exported(user=record.user, tier=tier, facts=facts, origin=dict(origin), sha256=hash_file(path))
-    write_json(folder / FACTS, said.model_dump())
+    exported = Exported(user=record.user, tier=tier, facts=facts, origin=dict(origin), sha256=hash_file(path))
+    write_json(folder / FACTS, exported.model_dump())
 
 
 def read_user(folder: Path, origin: Mapping[str, str]) -> tuple[UserRecord, dict[str, str]]:
@@ -74,24 +74,25 @@ def read_user(folder: Path, origin: Mapping[str, str]) -> tuple[UserRecord, dict
         InputError: `folder` is not an exported user, is damaged, belongs to another origin (names the key that
             differs), or has values that are not finite or absurdly large (names the tensor).
     """
-    said = _read_facts(folder)
+    exported = _read_facts(folder)
     for key, value in origin.items():
-        if said.origin.get(key) != value:
-            raise InputError(f"{folder}: belongs to another {key} ({said.origin.get(key)}, this run's is {value})")
+        if exported.origin.get(key) != value:
+            raise InputError(f"{folder}: belongs to another {key} ({exported.origin.get(key)}, this run's is {value})")
     path = folder / _TENSORS
     try:
-        if hash_file(path) != said.sha256:
+        if hash_file(path) != exported.sha256:
             raise InputError(f"{path}: damaged: its sha256 is not the one in {FACTS}")
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     embedding = tensors.pop(_EMBEDDING, None)
-    if embedding is None or embedding.dim() != 1 or (said.tier == "users") != bool(tensors):
-        raise InputError(f"{path}: its tensors are not those of a user on the tier '{said.tier}'")
+    if embedding is None or embedding.dim() != 1 or (exported.tier == "users") != bool(tensors):
+        raise InputError(f"{path}: its tensors are not those of a user on the tier '{exported.tier}'")
     fault = fault_of({_EMBEDDING: embedding, **tensors})
     if fault is not None:
         raise InputError(f"{path}: {fault}")
-    return UserRecord(said.user, Tier(said.tier), embedding.float(), tensors or None, said.facts), said.origin
+    record = UserRecord(exported.user, Tier(exported.tier), embedding.float(), tensors or None, exported.facts)
+    return record, exported.origin
 
 
 def _read_facts(folder: Path) -> Exported:

@@ -13,7 +13,7 @@ from proper.adapters.records import Head
 from proper.inference.kv_cache import RowCache
 from proper.inference.model import PersonalizedModel
 from proper.inference.prefix_cache import CachedPrefix
-from proper.layers.batch_context import Kept, RowContext
+from proper.layers.batch_context import GatheredWeights, RowContext
 from proper.models.personal import ProperModel
 from proper.run_folder import Tier
 
@@ -57,7 +57,7 @@ def rows_of(
         return RowContext("groups", embedding=embedding, experts=experts, trace=trace)
     own = torch.tensor(slots, device=device)
     # Slots are pinned while their rows run, so weights gathered from them stay valid for every step.
-    return RowContext("users", embedding=embedding, slots=own, experts=experts, trace=trace, kept=Kept())
+    return RowContext("users", embedding=embedding, slots=own, experts=experts, trace=trace, gathered=GatheredWeights())
 
 
 def columns_left(prompts: Sequence[Sequence[int]], prefixes: Sequence[CachedPrefix]) -> int:

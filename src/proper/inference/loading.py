@@ -8,6 +8,7 @@ import torch
 
 from proper.adapters.store import AdapterStore
 from proper.config import Config, load_config
+from proper.errors import InputError
 from proper.files import hash_file
 from proper.inference.model import PersonalizedModel, ServedUsers
 from proper.layers.bank import AdapterBank
@@ -15,7 +16,7 @@ from proper.models.backbone import configured_backbone
 from proper.models.checkpoints import load_groups, load_router
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
-from proper.run_folder import RunFolder, Stage, Tier, require_run
+from proper.run_folder import LADDER, RunFolder, Stage, Tier, require_run
 
 
 def load(folder: str | Path, stage: str | None = None) -> PersonalizedModel:
@@ -26,12 +27,15 @@ def load(folder: str | Path, stage: str | None = None) -> PersonalizedModel:
         stage: the last stage to load; the last one that the folder has if None.
 
     Raises:
+        InputError: there is no such stage.
         RunFolderError: the folder is not a run folder, or the stage is missing from it.
         StoreError: the shared group tensors or routers have values that are not finite or absurdly large, or the store
             belongs to another backbone or other groups.
     """
     run = require_run(Path(folder))
     config = load_config(run.config)
+    if stage is not None and stage not in LADDER:
+        raise InputError(f"there is no stage {stage!r}; stages are: {', '.join(LADDER)}")
     tier = last_stage(run) if stage is None else Tier(stage)
     backbone = configured_backbone(config)
     if tier != Tier.BASE:

@@ -3,7 +3,8 @@
 All parameters of a slot lie in one row of one buffer, so loading a user is one copy and an optimizer step over many
 users is a handful of vectorized operations. The modules see views: A (S, R, I) and B (S, O, R). Within a row, the
 tensors of one projection (say, all layers' gate_proj A) lie side by side, which is how they are stored on disk.
-Slots are numbers; `SlotCache` maps users to slots.
+Slots are numbers; `SlotCache` maps users to slots. `recipes/stage3a_users.py` trains a bank with one slot per
+user in a short loop.
 """
 
 from __future__ import annotations

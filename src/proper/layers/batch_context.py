@@ -20,8 +20,13 @@ Mode = Literal["off", "groups", "fit", "users"]
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Gathered weights by module: A_u (B, R, I), transposed B_u (B, R, O) and, with a router of 3b, M_u (B, E, R)."""
+class GatheredWeights:
+    """Weights of a batch's rows by module, gathered from the bank.
+
+    Attributes:
+        adapters: A_u (B, R, I) and the transposed B_u (B, R, O).
+        matrices: with a router of 3b, M_u (B, E, R).
+    """
 
     adapters: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     matrices: dict[str, Tensor] = field(default_factory=dict)
@@ -41,8 +46,8 @@ class RowContext:
         users: index of each row's user among the batch's distinct users, from 0 (B,); only for recording.
         mask: the tokens (B, T) over which gates are averaged; None switches recording off.
         generators: one per row, for the dropout of user adapters; None switches that dropout off.
-        kept: weights that layers cache between forward passes over these same rows; None caches nothing. Allowed only
-            where nothing is trained and no slot in use changes meanwhile.
+        gathered: weights that layers cache between forward passes over these same rows; None caches nothing. Allowed
+            only where nothing is trained and no slot in use changes meanwhile.
     """
 
     mode: Mode = "off"
@@ -54,7 +59,7 @@ class RowContext:
     users: Int[Tensor, "B"] | None = None
     mask: Bool[Tensor, "B T"] | None = None
     generators: tuple[torch.Generator, ...] | None = None
-    kept: Kept | None = None
+    gathered: GatheredWeights | None = None
 
     @property
     def size(self) -> int:

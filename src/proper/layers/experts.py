@@ -3,7 +3,8 @@
     y = s_g * sum_i w_i * B_i A_i x        (method: stage 2)
 
 Stacking the A_i as (E*R, I) and the B_i side by side as (O, E*R) gives the same sum with one product down, one
-multiplication by the gates in between and one product up, whatever E is.
+multiplication by the gates in between and one product up, whatever E is. `recipes/stage2_groups.py` trains these
+experts in a short loop.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 
 The base layer is only called, so it may be dense, quantized, GPT-2's Conv1D or a layer that already carries a LoRA.
 The added terms depend on the current rows (`BatchContext`); with none set, the output is the base layer's.
+`recipes/` (stage2_groups.py, stage3a_users.py, stage3b_router.py) trains the layer in short loops.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class AdaptedLinear(nn.Module):
             return None, y
         if rows.generators is not None and self.user_dropout > 0:
             x = x * dropout_mask(x, self.user_dropout, rows)
-        if rows.kept is not None:
-            cached = rows.kept.adapters
+        if rows.gathered is not None:
+            cached = rows.gathered.adapters
             if self.name not in cached:
                 # One token per row: on a CPU, products in fp32 take a fifth of the time of those in bf16.
                 single = x.shape[1] == 1 and x.device.type == "cpu"
@@ -105,9 +106,9 @@ class AdaptedLinear(nn.Module):
     def _matrices(
         self, bank: AdapterBank, router: LoraAwareRouter, slots: Int[Tensor, "B"], rows: RowContext
     ) -> Float[Tensor, "B E R"]:
-        if rows.kept is None:
+        if rows.gathered is None:
             return router.matrices(bank.take(bank.up[self.name], slots.clamp(min=0)), bank.scale)
-        cached = rows.kept.matrices
+        cached = rows.gathered.matrices
         if self.name not in cached:
-            cached[self.name] = router.matrices_of(rows.kept.adapters[self.name][1], bank.scale)
+            cached[self.name] = router.matrices_of(rows.gathered.adapters[self.name][1], bank.scale)
         return cached[self.name]

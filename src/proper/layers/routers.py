@@ -1,6 +1,7 @@
 """Routers of the mixture of LoRA experts: the user-aware router (stage 2) and the LoRA-aware router (stage 3b).
 
-Scores are fp32 (fp64 for fp64 inputs); the gates are their softmax over the experts.
+Scores are fp32 (fp64 for fp64 inputs); the gates are their softmax over the experts. Training in short
+loops: `recipes/stage2_groups.py` and `recipes/stage3b_router.py`.
 """
 
 from __future__ import annotations

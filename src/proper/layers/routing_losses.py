@@ -1,6 +1,7 @@
 """Routing losses of stage 2: penalties that push distinct users to distinct expert mixtures (constraint loss).
 
 All functions take mean gates (M, U, E): for each module and user, the mean gate distribution over the user's tokens.
+`recipes/stage2_groups.py` trains with the constraint loss in a short loop.
 """
 
 from __future__ import annotations

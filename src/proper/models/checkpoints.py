@@ -23,11 +23,11 @@ from proper.files import atomic_path
 from proper.models.personal import ProperModel
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write tensors and JSON metadata (`facts`) to one safetensors file, atomically."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors and JSON metadata to one safetensors file, atomically."""
     flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(flat, temporary, metadata={"facts": json.dumps(dict(facts))})
+        save_file(flat, temporary, metadata={"facts": json.dumps(dict(metadata))})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -38,8 +38,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+            metadata = json.loads((file.metadata() or {}).get("facts", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ProperError(f"{path}: damaged or unreadable: {error}") from error
 
@@ -52,8 +52,8 @@ def load_metadata(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            facts: dict[str, Any] = json.loads((file.metadata() or {}).get("facts", "{}"))
-            return facts
+            metadata: dict[str, Any] = json.loads((file.metadata() or {}).get("facts", "{}"))
+            return metadata
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ProperError(f"{path}: damaged or unreadable: {error}") from error
 

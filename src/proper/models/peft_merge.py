@@ -1,4 +1,7 @@
-"""Loading of stage 1's PEFT LoRA into the backbone: merged into dense weights, kept unmerged beside quantized ones."""
+"""Loading of stage 1's PEFT LoRA into the backbone: merged into dense weights, kept unmerged beside quantized ones.
+
+`recipes/stage1_population.py` trains such a LoRA in a short loop.
+"""
 
 from __future__ import annotations
 

@@ -6,22 +6,19 @@ need nothing but the demo's run folder.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
 import typer
 import yaml
 
-from proper.cli.app import app, main
+from proper.cli.app import app
 from proper.config import make_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -87,50 +84,3 @@ def test_links_and_the_tree_lead_somewhere() -> None:
         name = line.split()[0]
         folder = ROOT / "src" / "proper" if line.startswith(" ") else ROOT
         assert (folder / name).exists(), f"{folder.name}/{name}"
-
-
-def test_the_import_direction_is_the_one_that_is_checked() -> None:
-    import tomllib
-
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    assert [re.sub(r"[()]", "", layer) for layer in layers] == blocks(CONTRIBUTING, "text")[0].splitlines()
-
-
-def test_the_example_on_a_git_repository_runs_as_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """As far as `check`, which needs what `run` needs: a data set, a config and enough interactions per user."""
-    monkeypatch.chdir(tmp_path)
-    body = "because this change has a reason that takes at least a dozen words to say in full"
-    stream = "".join(
-        f"commit refs/heads/main\ncommitter A{at % 4} <a{at % 4}@example.org> {10**9 + at * 60} +0000\n"
-        f"data <<END\nTitle {at}\n\n{body} {at}\nEND\n"
-        for at in range(4 * 14)
-    )
-    subprocess.run(["git", "init", "-q", "-b", "main"], check=True)
-    subprocess.run(["git", "fast-import", "--quiet"], input=stream.encode(), check=True)
-    (config,) = blocks(README, "yaml")
-    Path("commits.yaml").write_text(config, encoding="utf-8")
-    for words in commands(README, "proper"):
-        if words[0] == "check" or words[:2] == ["data", "from-git"]:
-            assert main(words) == 0, shlex.join(words)
-    out = capfd.readouterr().out
-    assert out.startswith("commits.parquet\n") and re.search(r"^users +4\b", out, flags=re.MULTILINE), out
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_the_demo_s_examples_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for words in on_the_demo(README):
-        assert main(words) == 0, shlex.join(words)
-        said = capfd.readouterr()
-        assert (said.out + said.err).strip(), f"{shlex.join(words)} says nothing"
-    for block in blocks(README, "python"):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(block, "README.md", "exec"), {})
-        assert printed.getvalue().strip()
