@@ -9,9 +9,11 @@ from typing import Any
 
 import yaml
 
-from proper.config import Config, load_config
+from proper.config import Config, load_run_config, with_chat
+from proper.data.chat import uses_chat_template
 from proper.errors import RunFolderError
 from proper.files import private_folder, write_text
+from proper.models.tokenizer import load_tokenizer
 from proper.run_folder import RunFolder, is_run, require_run
 from proper.run_lock import exclusive
 
@@ -19,8 +21,8 @@ from proper.run_lock import exclusive
 def claim(folder: Path, config: Config) -> Config:
     """Write the config into a new run folder, or check that an existing one has the same; return it.
 
-    The returned config has an absolute data path. The section `evaluation` may change between calls, except for the
-    first seed; all other settings must stay the same.
+    The returned config has an absolute data path, and states whether prompts use the chat template. The section
+    `evaluation` may change between calls, except for the first seed; all other settings must stay the same.
 
     Raises:
         RunFolderError: the folder was made by another config, or it has files that are not a run's.
@@ -29,6 +31,7 @@ def claim(folder: Path, config: Config) -> Config:
     if data.exists():
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data.resolve())})})
     path = RunFolder(folder).config
+    config = _settle_chat(config, run_config(folder) if path.exists() else None)
     if path.exists():
         different = _difference(run_config(folder).model_dump(), config.model_dump())
         if different is not None:
@@ -38,6 +41,16 @@ def claim(folder: Path, config: Config) -> Config:
     private_folder(folder)
     write_config(path, config)
     return config
+
+
+def _settle_chat(config: Config, started: Config | None) -> Config:
+    """Return the config with `data.chat` as `on` or `off`: as the run was started, else as the backbone has it."""
+    if config.data.chat != "auto":
+        return config
+    if started is not None and started.data.chat != "auto":
+        return with_chat(config, started.data.chat)
+    tokenizer = load_tokenizer(config.backbone, trust_remote_code=config.trust_remote_code)
+    return with_chat(config, "on" if uses_chat_template("auto", tokenizer, config.backbone) else "off")
 
 
 def _require_free(folder: Path) -> None:
@@ -71,7 +84,7 @@ def run_config(folder: Path) -> Config:
     Raises:
         RunFolderError: the folder is not a run folder.
     """
-    return load_config(require_run(folder).config)
+    return load_run_config(require_run(folder).config)
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str | None:
