@@ -38,10 +38,8 @@ from proper.sqlite_files import read_only_error
 
 T = TypeVar("T")
 DEFAULT_TENANT = ""
-KEEP = 2
-FILE_BYTES = 256 << 10
-SHARD_BYTES = 64 << 20
-WAIT_SECONDS = 60.0
+KEEP, WAIT_SECONDS = 2, 60.0
+FILE_BYTES, SHARD_BYTES = 256 << 10, 64 << 20
 
 
 class AdapterStore:
@@ -135,10 +133,9 @@ class AdapterStore:
             except BaseException as error:
                 with suppress(StoreError, OSError):  # bytes left behind are reported by `check` as orphans
                     self.writer.undo()
-                if isinstance(error, OSError):
-                    why = error.strerror or error
-                    raise StoreError(f"{self.blobs}: the adapter cannot be written: {why}") from error
-                raise
+                if not isinstance(error, OSError):
+                    raise
+                raise StoreError(f"{self.blobs}: cannot be written: {error.strerror or error}") from error
             self.writer.done()
         erase(self.blobs, self.manifest)
 
