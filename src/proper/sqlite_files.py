@@ -37,21 +37,16 @@ class Schema:
     durable: bool = True
 
 
+_RETRY_SECONDS = 0.01
+
+
 class SharedFile:
     """A SQLite file that several processes and threads share; created if it does not exist. Thread-safe.
 
     One connection serves all threads. With `reads_wait`, a read waits for another thread's transaction to end; without,
     it does not wait and may see that transaction's uncommitted rows.
 
-    Args:
-        path: the file.
-        schema: the schema that the file must have.
-        wait_seconds: how long to wait for another process that writes.
-        may_make: called before a new file is created; raises StoreError if the file must have existed and is lost.
-        reads_wait: whether reads wait for transactions of other threads.
-
-    Raises:
-        StoreError: the file is damaged, lost, or of another version.
+    The other arguments, and the errors raised, are those of `open_shared`.
     """
 
     def __init__(
@@ -65,7 +60,9 @@ class SharedFile:
     ) -> None:
         self.path, self._noun, self._lock = path, schema.noun, threading.RLock()
         self._read_lock = self._lock if reads_wait else nullcontext()
+        self._wait_seconds = wait_seconds
         self._db, self.read_only = open_shared(path, schema, wait_seconds, may_make)
+        self._db.execute("PRAGMA busy_timeout = 0")  # `_patiently` waits instead
 
     def close(self) -> None:
         """Close the file."""
@@ -87,7 +84,7 @@ class SharedFile:
                 yield
                 return
             try:
-                self._db.execute("BEGIN IMMEDIATE")
+                self._patiently("BEGIN IMMEDIATE")
                 try:
                     yield
                     self._db.execute("COMMIT")
@@ -106,17 +103,49 @@ class SharedFile:
         """
         try:
             with self._read_lock:
-                return self._db.execute(sql, values).fetchall()
+                return self._patiently(sql, values)
         except sqlite3.Error as error:
             raise StoreError(f"{self.path}: {error}") from error
+
+    def _patiently(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        """Run one statement and return its rows; wait while another process holds a lock that it needs.
+
+        SQLite itself would wait with the connection's mutex held. Every other thread that reads then waits as well,
+        with Python's global lock held while it binds values: the whole process would stand still.
+        """
+        deadline = time.monotonic() + self._wait_seconds
+        while True:
+            try:
+                return self._db.execute(sql, values).fetchall()
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(_RETRY_SECONDS)
 
     def write(self, sql: str, values: Sequence[Any] = ()) -> int:
         """Run one statement inside a transaction; return how many rows it changed."""
         return self._db.execute(sql, values).rowcount
 
     def wipe(self, patience: float = 1.0) -> bool:
-        """Empty the write-ahead log, so that no deleted data is left in it; see `empty_wal`."""
-        return empty_wal(self.path, patience)
+        """Checkpoint the write-ahead log into the file and truncate it, so that it keeps no deleted data.
+
+        Returns False if another process reads or writes for longer than `patience` (seconds): the write-ahead log then
+        still holds deleted data.
+
+        Raises:
+            StoreError: the file is damaged, or the disk full.
+        """
+        deadline = time.monotonic() + patience
+        try:
+            # A separate connection: this process's other connections may be in the middle of a read.
+            with closing(sqlite3.connect(self.path, timeout=0, isolation_level=None)) as database:
+                while _is_busy(database):
+                    if time.monotonic() > deadline:
+                        return False
+                    time.sleep(0.02)
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path}: {error}") from error
+        return True
 
 
 class Opened(NamedTuple):
@@ -262,28 +291,6 @@ def _require(path: Path, connection: sqlite3.Connection, schema: Schema) -> None
     found = 1 if version == 0 else version  # the first store format had no version number
     if found != schema.version:
         raise StoreError(f"{path}: {schema.noun} of another version of proper (format {found})")
-
-
-def empty_wal(path: Path, patience: float) -> bool:
-    """Checkpoint a database's write-ahead log into its file and truncate it, so that it keeps no deleted data.
-
-    Returns False if another process reads or writes for longer than `patience` (seconds): the write-ahead log then
-    still holds deleted data.
-
-    Raises:
-        StoreError: the database is damaged, or the disk full.
-    """
-    deadline = time.monotonic() + patience
-    try:
-        # A separate connection: this process's other connections may be in the middle of a read.
-        with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as database:
-            while _is_busy(database):
-                if time.monotonic() > deadline:
-                    return False
-                time.sleep(0.02)
-    except sqlite3.Error as error:
-        raise StoreError(f"{path}: {error}") from error
-    return True
 
 
 def _is_busy(database: sqlite3.Connection) -> bool:

@@ -156,7 +156,6 @@ def test_no_other_module_writes_files_by_itself() -> None:
     assert found == {
         # names that the registry lists
         "adapters/integrity.py",
-        "adapters/manifest.py",
         "adapters/shards.py",
         "adapters/tombstones.py",
         "data/database.py",

@@ -42,7 +42,8 @@ class Database(SharedFile):
     def __init__(self, path: Path, *, durable: bool = True, wait_seconds: float = WAIT_SECONDS) -> None:
         super().__init__(path, Schema("log", FORMAT, (*_TABLES, _DELETIONS), durable), wait_seconds)
         if not self.read_only and not self.has_deletions():
-            self._db.execute(_DELETIONS)
+            with self.transaction():
+                self.write(_DELETIONS)
 
     def has_deletions(self) -> bool:
         """Whether the file has the table of deletions; a read-only file of an earlier version lacks it."""

@@ -125,7 +125,7 @@ def _gate_tip(user: RoutedUser) -> str:
 
 def maps(routed: Sequence[RoutedUser]) -> list[Chart]:
     """Draw 2-D scatter plots of users' embeddings, coloured by main expert and, if known, by true group."""
-    known = [user for user in routed if user.place]
+    known = [user for user in routed if user.position]
     placed = _thin(known, MOST_MARKS)
     if not placed:
         return []
@@ -151,12 +151,12 @@ def _scatter(users: Sequence[RoutedUser], hues: Sequence[int], label: str) -> Ma
     with canvas(f"Map of {len(users)} user embeddings, {label}", 480, (300, 8), left=8, top=8) as drawing:
         for hue in sorted(set(hues)):
             inside = [user for user, own in zip(users, hues, strict=True) if own == hue]
-            places = [user.place or (0.0, 0.0) for user in inside]
+            points = [user.position or (0.0, 0.0) for user in inside]
             look: Any = {"color": color(hue), "edgecolor": color("card"), "linewidth": 0.6}
-            x, y = zip(*places, strict=True)
+            x, y = zip(*points, strict=True)
             shape = charts.marker(hue)
             marks = drawing.axes.scatter(x, y, 52 * charts.MARKERS[shape], marker=shape, **look)
-            drawing.tips(marks, [_place_tip(user) for user in inside], "mark")
+            drawing.tips(marks, [_position_tip(user) for user in inside], "mark")
         framed(drawing.axes)
     return drawing.svg
 
@@ -168,7 +168,7 @@ def framed(axes: Axes) -> None:
         spine.set_visible(True)
 
 
-def _place_tip(user: RoutedUser) -> str:
+def _position_tip(user: RoutedUser) -> str:
     tip = f"user {user.user}\nmain expert {user.main} (gate {plain(user.gates[user.main], 2)})"
     tip += "" if user.group is None else f"\ntrue group {user.group}"
     return tip + ("" if user.history is None else f"\nhistory {plural(user.history, 'item')}")

@@ -1,7 +1,7 @@
 """Training loop of stages 1 and 2: gradient accumulation, clipping, learning-rate schedule, resumable checkpoints.
 
 The loop uses `accelerate`: each process takes its share of every batch, and gradients are summed over processes. A
-`Stage` provides the trained parameters and the loss.
+`TrainableStage` provides the trained parameters and the loss.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class LossSum:
     penalty: Tensor | None = None
 
 
-class Stage(Protocol):
+class TrainableStage(Protocol):
     """The interface of stages 1 and 2 to the training loop."""
 
     name: str
@@ -112,7 +112,7 @@ class TrainingPlan:
         return max(1, -(-batches // self.config.gradient_accumulation))
 
 
-def train(stage: Stage, plan: TrainingPlan, accelerator: Accelerator) -> None:
+def train(stage: TrainableStage, plan: TrainingPlan, accelerator: Accelerator) -> None:
     """Train a stage to its end, resuming from its checkpoint if there is one.
 
     Raises:
@@ -173,7 +173,7 @@ def _batches(plan: TrainingPlan) -> Iterator[list[TextExample]]:
 
 
 def _update(
-    stage: Stage,
+    stage: TrainableStage,
     plan: TrainingPlan,
     accelerator: Accelerator,
     optimizer: torch.optim.Optimizer,

@@ -56,6 +56,7 @@ def _copy(source: Dataset, path: Path, name: str) -> Iterator[sqlite3.Connection
         connection = sqlite3.connect(temporary, isolation_level=None)
         try:
             source.connection.backup(connection)
+            connection.execute("PRAGMA secure_delete = ON")
             connection.create_function("scramble", 2, scramble, deterministic=True)
             connection.execute("PRAGMA journal_mode = OFF")
             connection.execute("PRAGMA temp_store = FILE")
