@@ -44,9 +44,7 @@ class SharedFile:
     """A SQLite file that several processes and threads share; created if it does not exist. Thread-safe.
 
     One connection serves all threads. With `reads_wait`, a read waits for another thread's transaction to end; without,
-    it does not wait and may see that transaction's uncommitted rows.
-
-    The other arguments, and the errors raised, are those of `open_shared`.
+    it may see that transaction's uncommitted rows. Other arguments, and errors, are those of `open_shared`.
     """
 
     def __init__(
