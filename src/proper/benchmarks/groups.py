@@ -27,7 +27,8 @@ from torch.nn import functional
 from proper.benchmarks.measure import TimedSide, interleaved, machine
 from proper.benchmarks.training_setup import BACKBONE, backbone, share_lora, synthetic_users
 from proper.config import GroupsConfig
-from proper.data.batching import Batch, Encoder, collate
+from proper.data.batching import Batch, collate
+from proper.data.encoder import Encoder
 from proper.layers.experts import Experts, tokens_last
 from proper.models.backbone import pick_device
 from proper.models.personal import ProperModel, answer_logits, answer_loss

@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from proper.config import GroupsConfig, UsersConfig
-from proper.data.batching import IGNORED, EncodedExample, Encoder
+from proper.data.batching import IGNORED
 from proper.data.demo import DemoSettings, demo_config, write_demo
+from proper.data.encoder import EncodedExample, Encoder
 from proper.models.backbone import Backbone, load_backbone
 from proper.models.personal import ProperModel
 from proper.models.targets import find_targets

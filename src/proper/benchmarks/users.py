@@ -36,7 +36,8 @@ from proper.benchmarks.training_setup import (
     train_one_by_one,
 )
 from proper.config import GroupsConfig, UsersConfig
-from proper.data.batching import EncodedExample, Encoder, collate
+from proper.data.batching import collate
+from proper.data.encoder import EncodedExample, Encoder
 from proper.errors import ProperError
 from proper.layers.batch_context import RowContext
 from proper.models.backbone import pick_device

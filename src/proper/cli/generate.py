@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from proper.cli.options import RunFolder
-from proper.config import load_config
+from proper.config import load_run_config
 from proper.console import progress
 from proper.data.rows import BadValue
 from proper.errors import DataError, InputError
@@ -118,7 +118,7 @@ def _requests(
     if sum(given) != 1:
         raise InputError("give one of --prompt, --field and --input; see 'proper generate --help'")
     if path is not None:
-        requests = from_file(path, user, load_config(require_run(folder).config).data.user)
+        requests = from_file(path, user, load_run_config(require_run(folder).config).data.user)
         nameless = sum(request.user is None for request in requests)
         if nameless:
             logger.info(f"{path}: {nameless} of {len(requests)} lines name no user; the mean of all users answers them")

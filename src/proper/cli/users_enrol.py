@@ -14,7 +14,7 @@ import typer
 
 from proper.cli.options import RunFolder, examples
 from proper.cli.users import OneUser, known, opened
-from proper.config import load_config
+from proper.config import load_run_config
 from proper.console import progress, silent
 from proper.errors import InputError, ProperError
 from proper.run_folder import Tier, require_run
@@ -96,7 +96,7 @@ def _entries(folder: Path, user: str, path: Path) -> list[LogEntry]:
     run = require_run(folder)
     from proper.interactions.parsing import read_file, record_reader
 
-    config = load_config(run.config)
+    config = load_run_config(run.config)
     return read_file(path, record_reader(config.data, config.task, user))
 
 

@@ -48,24 +48,7 @@ def methods_table(run: RunFiles) -> Table | None:
         return None
     costs = {str(row.get("method")): row for row in run.rows("cost")}
     several = len({row.task for row in rows}) > 1
-    lines = []
-    for row in _ranked(rows):
-        found = _against(run, row)
-        cost = costs.get(row.method, {})
-        task = f"{row.task}: " if several else ""
-        lines.append(
-            [
-                Markup("{}{}").format(task, _marked(method_name(row.method), row.standing)),
-                _marked(plain(row.value), row.standing),
-                span(row.interval),
-                _spread(run, row),
-                signed(found.difference) if found else "–",
-                verdict(found, is_higher_better(run, row.metric)) if found else "",
-                f"{method_name(found.method)} − {method_name(found.against)}" if found else "",
-                size(number(cost.get("bytes_per_user"))),
-                _cut(cost),
-            ]
-        )
+    lines = [_method_cells(run, row, costs.get(row.method, {}), several) for row in _ranked(rows)]
     metric, better = metric_name(rows[0].metric), "higher" if rows[0].higher_is_better else "lower"
     note = (
         f"{metric[0].upper() + metric[1:]}, {better} is better; best first and bold. ≈: tied with the best, as "
@@ -84,6 +67,22 @@ def methods_table(run: RunFiles) -> Table | None:
         "truncated prompts",
     ]
     return Table(head, lines, frozenset({0, 5, 6}), note)
+
+
+def _method_cells(run: RunFiles, row: ReportedMetric, cost: Mapping[str, Any], with_task: bool) -> list[str]:
+    found = _against(run, row)
+    task = f"{row.task}: " if with_task else ""
+    return [
+        Markup("{}{}").format(task, _marked(method_name(row.method), row.standing)),
+        _marked(plain(row.value), row.standing),
+        span(row.interval),
+        _spread(run, row),
+        signed(found.difference) if found else "–",
+        verdict(found, is_higher_better(run, row.metric)) if found else "",
+        f"{method_name(found.method)} − {method_name(found.against)}" if found else "",
+        size(number(cost.get("bytes_per_user"))),
+        _cut(cost),
+    ]
 
 
 def cost_quality(run: RunFiles) -> Chart | None:

@@ -28,8 +28,8 @@ STEPS = (("groups", "population"), ("users", "groups"))
 MOST_QUERIES = 200
 MOST_DOTS = 800
 SERVED: dict[str, str] = {
-    Tier.USERS: "an adapter of their own, on top of the group model",
-    Tier.GROUPS: "the group model with their own embedding",
+    Tier.USERS: "the user's adapter, on top of the group model",
+    Tier.GROUPS: "the group model with the user's embedding",
     Tier.NONE: "the group model with the mean embedding of all users",
 }
 
@@ -83,15 +83,12 @@ def _tier(report: UserReport) -> str:
 def _summary(run: RunFiles, report: UserReport) -> str:
     if report.gain is None:
         return "Not a target user: the run has no queries of this user."
-    metric = metric_name(run.gain_metric)
-    parts = []
-    for step, above in (("groups", "the group model"), ("users", "their adapter")):
-        gain = gain_of(report.gain, step)
-        if gain is not None:
-            what = "gained" if gain > 0 else "lost" if gain < 0 else "changed nothing"
-            parts.append(f"{above} {what}{f' {plain(abs(gain))}' if gain else ''}")
-    text = " and ".join(parts)
-    return f"{text[0].upper()}{text[1:]} in {metric}." if parts else "The stages to compare were not scored."
+    names = ((Stage.GROUPS, "group model"), (Stage.USERS, "user adapter"))
+    gains = [(name, gain) for step, name in names if (gain := gain_of(report.gain, step)) is not None]
+    if not gains:
+        return "The stages to compare were not scored."
+    steps = ", ".join(f"{name} {signed(gain)}" for name, gain in gains)
+    return f"Gain in {metric_name(run.gain_metric)} on this user's queries: {steps}."
 
 
 def _tiles(report: UserReport) -> list[tuple[str, str]]:
@@ -109,7 +106,7 @@ def _tiles(report: UserReport) -> list[tuple[str, str]]:
 def _served(report: UserReport) -> list[str]:
     """Return sentences on the user's serving tier, its reason, and the training of the adapter."""
     metadata, tier = metadata_of(report), _tier(report)
-    story = [f"Served with {SERVED.get(tier, tier)}."]
+    story = [f"Served by {SERVED.get(tier, tier)}."]
     if not report.stored.versions:
         story = [f"Store metadata is not available: {report.stored.problem}."]
     if metadata.get("reason"):
@@ -199,7 +196,7 @@ def standing(own: UserGain, all_users: Sequence[UserGain], metric: str) -> Chart
             _strip(drawing, panel, own, [user for user in all_users if gain_of(user, step) is not None], step)
             title = f"gain in {metric_name(metric)}, {method_name(step).lower()} over {below}"
             charts.titles(drawing.panels[panel], across=title)
-    caption = "One faint dot a user, this user in colour; a gain is right of the line. "
+    caption = "One faint dot per user, this user in colour; a gain is right of the line. "
     caption += " ".join(_rank(own, all_users, step) for step, _ in steps)
     if own.queries:
         caption += f" {own.queries} queries of one user are few: read it as a hint."

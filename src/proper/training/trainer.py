@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from proper.config import OptimizerConfig
 from proper.console import progress
-from proper.data.batching import Batch, EncodedExample, Encoder, collate, similar_batches
+from proper.data.batching import Batch, collate, similar_batches
 from proper.data.dataset import SampledRows, TextExample
+from proper.data.encoder import EncodedExample, Encoder
 from proper.errors import NonFiniteLossError
 from proper.files import make_folder, open_private
 from proper.training.checkpoint import Checkpoint, adamw_tensors, resume_adamw, seed_of
