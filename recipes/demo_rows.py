@@ -39,7 +39,7 @@ class Interaction:
 
 def demo_rows(folder: Path, people: int, seed: int, encoder: Encoder) -> tuple[Rows, Rows]:
     """Make up people in five hidden groups; return everybody's history, and their newest fifth as queries."""
-    settings = DemoSettings(people=people, seed=seed)
+    settings = DemoSettings(users=people, seed=seed)
     path = write_demo(folder, settings)
     template = demo_config(path, settings)["data"]["prompt"]
     written: Rows = {}

@@ -66,7 +66,7 @@ def main() -> None:
 
 def prepare(folder: Path, people: int) -> Path:
     """Write the interactions and the config, once; return the config's path."""
-    settings = DemoSettings(people=people, items=ITEMS)
+    settings = DemoSettings(users=people, items=ITEMS)
     data, path = folder / "data" / "interactions.jsonl", folder / "config.yaml"
     if path.exists():
         return path

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from proper.lamp_tasks import LAMP_TASKS
+from proper.config.lamp_tasks import LAMP_TASKS
 
 TASKS = ("lamp-1", "lamp-2m", "lamp-2n", "lamp-3", "lamp-4", "lamp-5", "lamp-7")
 _WORDS = ("river", "tram", "apple", "market", "winter", "signal", "garden", "paper", "engine", "music", "harbour")

@@ -53,8 +53,14 @@ def signature_of(member: Any) -> str:
     if isinstance(member, property):
         return "property"
     found = inspect.signature(member)
-    plain = [one.replace(annotation=inspect.Parameter.empty) for one in found.parameters.values()]
-    return str(inspect.Signature(plain))
+    return str(inspect.Signature([plain(one) for one in found.parameters.values()]))
+
+
+def plain(parameter: inspect.Parameter) -> inspect.Parameter:
+    """The parameter without its annotation, and with a default that prints as text where it is an enum."""
+    default = parameter.default
+    texts = tuple(map(str, default)) if isinstance(default, tuple) else default
+    return parameter.replace(annotation=inspect.Parameter.empty, default=texts)
 
 
 def test_the_package_offers_load_run_and_its_version() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from proper.config import Config, load_config, make_config
-from proper.config_errors import explain
+from proper.config.errors import explain
 from proper.errors import ConfigError
 
 
@@ -49,7 +49,7 @@ def test_only_the_path_of_the_data_is_needed() -> None:
             {"groups": {"constraint": {"weigth": 1}}},
             "unknown key 'groups.constraint.weigth'; did you mean 'weight'?",
         ),
-        ({"users": {"tiers": {"zzz": 1}}}, "unknown key 'users.tiers.zzz'; known keys: select, validation, pool_below"),
+        ({"users": {"tiers": {"zzz": 1}}}, "unknown key 'users.tiers.zzz'; known: select, validation, pool_below"),
         # The misspelled key is why the right one is missing, so it goes first.
         ({"data": {"pth": "x"}}, "unknown key 'data.pth'; did you mean 'path'? (and 1 more)"),
     ],

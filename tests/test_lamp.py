@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from proper.cli.app import main
 from proper.config import load_config
-from proper.lamp_tasks import LAMP_TASKS
+from proper.config.lamp_tasks import LAMP_TASKS
 from proper.models.backbone import EMBEDDED, backbone_location
 
 TASKS = [name for name in LAMP_TASKS if name != "lamp-6"]

@@ -28,7 +28,7 @@ DOCUMENTED = (
     *("population/adapter_config.json", "population/adapter_model.safetensors"),
     *("groups/groups.safetensors", "users/users.sqlite", "users/router.safetensors"),
 )
-PEOPLE = DemoSettings(people=20, items=(10, 12))
+PEOPLE = DemoSettings(users=20, items=(10, 12))
 
 
 def small_config(folder: Path, preset: str | None = None, **changes: Any) -> Config:

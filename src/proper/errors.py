@@ -1,6 +1,25 @@
-"""Exception hierarchy of the package; the command line prints each as one line on stderr and uses its exit code."""
+"""Exception tree of the package. The command line prints each as one line on stderr and exits with its `exit_code`.
+
+    ProperError              1   a failure of the program or its environment: a full disk, a damaged file
+      InputError             2   the caller's mistake: a bad option, id, path or file; the message says what to change
+        ConfigError          2     a setting: unknown key, wrong type, impossible value; names the key
+        DataError            2     a data file: unreadable, or with bad rows; names file, line and column
+        RunFolderError       2     a run folder: not one, made by another config, in use, or a stage is missing
+      StoreError             1   the adapter store or the interaction log is damaged or unusable
+        NoVersionError       1     a version of a user that the store does not have
+        ReadOnlyError        2     a write into a run that cannot be written here
+      NonFiniteLossError     1   training diverged
+
+Raise the most specific class whose line is true; the message is one line that names the file, line or key and says what
+to do. A class that only one part raises or handles lies in that part and derives from one of these, for example
+`data.rows.BadValue` and `serving.errors.APIError`. An exception that only leaves a loop or a call stack within one
+module is private to that module, and in no tree.
+"""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
 
 
 class ProperError(Exception):
@@ -35,11 +54,20 @@ class NoVersionError(StoreError):
     """The store does not have the requested version."""
 
 
-class NonFiniteLossError(ProperError):
-    """A training step's loss is NaN or infinite; the message says where and which users."""
-
-
 class ReadOnlyError(StoreError):
     """A write was requested in a read-only copy of a run. Exit code 2."""
 
     exit_code = 2
+
+
+class NonFiniteLossError(ProperError):
+    """A training step's loss is NaN or infinite; the message says where and which users."""
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest known name, or the first 20 if none is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+    return f"known: {shown}" if known else "none is known"

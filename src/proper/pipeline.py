@@ -6,7 +6,6 @@ earlier one stopped. The steps themselves are implemented in other modules.
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from proper.data.dataset import Dataset, prepare
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.data.demo.users import DemoTask
 from proper.data.summary import DataSummary, summarize
-from proper.errors import ConfigError, RunFolderError
+from proper.errors import ConfigError, RunFolderError, did_you_mean
 from proper.evaluation.harness import Harness
 from proper.evaluation.power import Power, expected_power
 from proper.evaluation.side_by_side import compare_runs
@@ -93,9 +92,7 @@ def run(
     settings = config if isinstance(config, Config) else load_config(Path(config), overrides)
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], STAGES, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(STAGES)}"
-        raise ConfigError(f"--stages: no stage '{unknown[0]}'; {hint}")
+        raise ConfigError(f"--stages: no stage '{unknown[0]}'; {did_you_mean(unknown[0], STAGES)}")
     known_methods(settings.evaluation.methods, settings)
     folder = Path(out)
     with _alone(folder):
@@ -233,7 +230,7 @@ def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, p
         RunFolderError: the folder has a run with other settings.
     """
     folder = Path(out)
-    settings = DemoSettings(task=task, people=people, seed=seed)
+    settings = DemoSettings(task=task, users=people, seed=seed)
     run = RunFolder(folder)
     path = run.demo_rows.resolve()
     raw = {**demo_config(path, settings), **DEMO_TRAINING}

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from proper.cli.app import main
+from proper.config.lamp_tasks import LAMP_TASKS
 from proper.data.public.lamp import SITE, fetchable_task, file_urls
-from proper.lamp_tasks import LAMP_TASKS
 
 Output = pytest.CaptureFixture[str]
 NAMES = ("train_questions.json", "train_outputs.json", "dev_questions.json", "dev_outputs.json")

@@ -23,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from proper.adapters.store import AdapterStore, UserRecord
 
     folder = tmp_path_factory.mktemp("exchange")
-    settings = DemoSettings(people=4, groups=2, items=(6, 7))
+    settings = DemoSettings(users=4, groups=2, items=(6, 7))
     raw = demo_config(write_demo(folder / "people", settings), settings)
     raw["split"] |= {"target_users": 2, "min_history": 2}
     short = {"max_tokens": 300, "epochs": 1}

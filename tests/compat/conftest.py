@@ -231,7 +231,7 @@ class TinyJob:
     def config(self, backbone: Path | str, **sections: Any) -> Config:
         """Two steps of each stage, in fp32, without dropout, on the CPU."""
         short = {"max_tokens": 1500, "epochs": 1, "dropout": 0.0, "batch_size": 8}
-        settings = DemoSettings(people=6, groups=2, items=(6, 8))
+        settings = DemoSettings(users=6, groups=2, items=(6, 8))
         raw: dict[str, Any] = {
             **demo_config(self.data, settings),
             "backbone": str(backbone),
@@ -249,4 +249,4 @@ class TinyJob:
 @pytest.fixture(scope="session")
 def job(tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
     folder = tmp_path_factory.mktemp("demo")
-    return TinyJob(write_demo(folder, DemoSettings(people=6, groups=2, items=(6, 8))))
+    return TinyJob(write_demo(folder, DemoSettings(users=6, groups=2, items=(6, 8))))

@@ -294,4 +294,4 @@ def test_static_export_is_a_method(run: Path) -> None:
     assert cost["static-export"]["bytes_per_user"] == 4 * cost["static-export"]["parameters_per_user"] > 0
     predicted = {m: (run / "predictions" / f"{m}.jsonl").read_text() for m in ("groups", "users", "static-export")}
     assert len(set(predicted.values())) == 3
-    assert "static-export" in pipeline.report(run).read_text(encoding="utf-8")
+    assert "Static export" in pipeline.report(run).read_text(encoding="utf-8")

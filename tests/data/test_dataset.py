@@ -306,3 +306,9 @@ def test_the_work_of_ordering_grows_with_the_rows_alone(build: Build) -> None:
         return taken
 
     assert 1.5 < steps(40) / steps(20) < 2.5
+
+
+def test_when_every_user_was_deleted_nothing_is_left(jsonl, tmp_path: Path) -> None:
+    config = make_config({"data": {"path": str(jsonl(make_rows({"a": 20})))}})
+    with pytest.raises(DataError, match="rows.jsonl: not one good row; every user was deleted"):
+        prepare(config, tmp_path / "data.sqlite", no_tokens, is_left_out=lambda user: user == "a")

@@ -55,11 +55,11 @@ class Demo:
     truth: dict[str, Any]
 
     def queries(self) -> list[dict[str, str]]:
-        """Return the last fifth of each person's rows."""
-        people = defaultdict(list)
+        """Return the last fifth of each user's rows."""
+        users = defaultdict(list)
         for row in self.rows:
-            people[row["user_id"]].append(row)
-        return [row for rows in people.values() for row in rows[-max(1, round(len(rows) / 5)) :]]
+            users[row["user_id"]].append(row)
+        return [row for rows in users.values() for row in rows[-max(1, round(len(rows) / 5)) :]]
 
     def group_of(self, row: dict[str, str]) -> int:
         return int(self.truth["groups"][row["user_id"]])
@@ -145,11 +145,11 @@ def test_no_group_makes_one_choice_much_more_often_than_another_group(demo: Demo
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_groups_are_found_from_what_people_do_over_time(task: Any) -> None:
-    people = make_world(DemoSettings(task=task), closings=10).people
-    habits = np.stack([np.eye(CHOICES)[list(person.habit)].ravel() for person in people])
+def test_groups_are_found_from_what_users_do_over_time(task: Any) -> None:
+    users = make_world(DemoSettings(task=task), closings=10).users
+    habits = np.stack([np.eye(CHOICES)[list(user.habit)].ravel() for user in users])
     found = KMeans(5, n_init=5, random_state=0).fit_predict(habits)
-    assert normalized_mutual_info_score([person.group for person in people], found) >= 0.95
+    assert normalized_mutual_info_score([user.group for user in users], found) >= 0.95
 
 
 @given(
@@ -161,26 +161,26 @@ def test_groups_are_found_from_what_people_do_over_time(task: Any) -> None:
 )
 @settings(max_examples=50, deadline=None)
 def test_groups_are_rows_of_a_latin_square(groups: int, extra: int, own: float, task: Any, seed: int) -> None:
-    demo_settings = DemoSettings(task=task, people=groups + extra, groups=groups, own_traits=own, seed=seed)
+    demo_settings = DemoSettings(task=task, users=groups + extra, groups=groups, own_traits=own, seed=seed)
     world = make_world(demo_settings, closings=10)
     assert sorted([*world.shared, *world.personal]) == list(range(TOPICS))
-    assert len({person.id for person in world.people}) == groups + extra
-    rows = {(person.group, *(person.habit[topic] for topic in world.shared)) for person in world.people}
+    assert len({user.id for user in world.users}) == groups + extra
+    rows = {(user.group, *(user.habit[topic] for topic in world.shared)) for user in world.users}
     assert sorted(group for group, *_ in rows) == list(range(groups))
     assert all(len(set(choices)) == SHARED for _, *choices in rows)
     assert all(len(set(choices)) == groups for choices in list(zip(*rows, strict=True))[1:])
 
 
 def test_personal_choices_say_nothing_about_the_group() -> None:
-    world = make_world(DemoSettings(people=600), closings=10)
+    world = make_world(DemoSettings(users=600), closings=10)
     for topic in world.personal:
-        counts = Counter((person.group, person.habit[topic]) for person in world.people)
+        counts = Counter((user.group, user.habit[topic]) for user in world.users)
         assert counts == dict.fromkeys(product(range(5), range(CHOICES)), 24)
-    assert set(Counter((person.group, person.closing) for person in world.people).values()) == {12}
+    assert set(Counter((user.group, user.closing) for user in world.users).values()) == {12}
 
 
 def test_every_history_has_every_topic_twice_where_items_allow(tmp_path: Path) -> None:
-    demo = read_demo(tmp_path, DemoSettings(people=60, items=(25, 32)))
+    demo = read_demo(tmp_path, DemoSettings(users=60, items=(25, 32)))
     queries = {row["item_id"] for row in demo.queries()}
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     bank = load_bank("classification")
@@ -200,17 +200,17 @@ def topic_of(text: str, bank: Bank) -> str:
     return max(bank.topics, key=overlap).name
 
 
-def test_without_noise_people_answer_as_the_truth_says(tmp_path: Path) -> None:
-    demo = read_demo(tmp_path, DemoSettings(people=20, noise=0.0))
+def test_without_noise_users_answer_as_the_truth_says(tmp_path: Path) -> None:
+    demo = read_demo(tmp_path, DemoSettings(users=20, noise=0.0))
     assert all(demo.truth["answers"][row["item_id"]]["users"] == row["output"] for row in demo.rows)
-    noisy = read_demo(tmp_path, DemoSettings(people=100, noise=0.3))
+    noisy = read_demo(tmp_path, DemoSettings(users=100, noise=0.3))
     wrong = [noisy.truth["answers"][row["item_id"]]["users"] != row["output"] for row in noisy.rows]
     assert 0.25 < np.mean(wrong) < 0.35
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_without_own_traits_the_group_says_all(task: Any, tmp_path: Path) -> None:
-    demo = read_demo(tmp_path, DemoSettings(task=task, people=40, own_traits=0.0))
+    demo = read_demo(tmp_path, DemoSettings(task=task, users=40, own_traits=0.0))
     assert all(answer["groups"] == answer["users"] for answer in demo.truth["answers"].values())
 
 
@@ -223,7 +223,7 @@ def test_no_constant_rating_beats_the_population_oracle(tmp_path: Path) -> None:
 
 def test_the_style_oracle_would_not_gain_by_leaving_out_or_putting_in_a_part(tmp_path: Path) -> None:
     bank = load_bank("style")
-    demo = read_demo(tmp_path, DemoSettings(task="style", people=100))
+    demo = read_demo(tmp_path, DemoSettings(task="style", users=100))
     rows = demo.rows[::10]
     answers = [demo.truth["answers"][row["item_id"]]["groups"] for row in rows]
     best = np.mean([rouge1(answer, row["output"]) for answer, row in zip(answers, rows, strict=True)])
@@ -240,7 +240,7 @@ def test_rouge1_equals_googles(answer: str, gold: str) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_the_seed_decides_everything(task: Any, tmp_path: Path) -> None:
     def written(name: str, seed: int) -> tuple[bytes, bytes]:
-        path = write_demo(tmp_path / name, DemoSettings(task=task, people=15, seed=seed))
+        path = write_demo(tmp_path / name, DemoSettings(task=task, users=15, seed=seed))
         return path.read_bytes(), (path.parent / "truth.json").read_bytes()
 
     first, again, other = written("first", 3), written("again", 3), written("other", 4)
@@ -250,7 +250,7 @@ def test_the_seed_decides_everything(task: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_config_is_one_that_a_run_accepts(task: Any, tmp_path: Path) -> None:
-    demo_settings = DemoSettings(task=task, people=12)
+    demo_settings = DemoSettings(task=task, users=12)
     path = write_demo(tmp_path, demo_settings)
     config = make_config(demo_config(path, demo_settings))
     assert config.data.path == str(path)
@@ -268,7 +268,7 @@ def test_the_config_is_one_that_a_run_accepts(task: Any, tmp_path: Path) -> None
         ({"task": "poetry"}, "task"),
         ({"groups": 6}, "groups"),
         ({"groups": 0}, "groups"),
-        ({"people": 4}, "people"),
+        ({"users": 4}, "users"),
         ({"items": (9, 8)}, "items"),
         ({"items": (1, 8)}, "items"),
         ({"own_traits": -0.1}, "own_traits"),
@@ -284,7 +284,7 @@ def test_impossible_settings_are_named(changes: dict[str, Any], name: str) -> No
         DemoSettings(**changes)
 
 
-def test_many_people_or_few_items_are_fine(tmp_path: Path) -> None:
-    demo = read_demo(tmp_path, DemoSettings(people=7, groups=3, items=(2, 3)))
+def test_many_users_or_few_items_are_fine(tmp_path: Path) -> None:
+    demo = read_demo(tmp_path, DemoSettings(users=7, groups=3, items=(2, 3)))
     assert len({row["user_id"] for row in demo.rows}) == 7
     assert demo.truth["n_groups"] == 3

@@ -54,8 +54,8 @@ def test_a_good_row_is_mapped(jsonl: Callable[..., Path]) -> None:
         ("null", "row: a JSON null, where an object is wanted"),
         ("[" * 100_000, "row: not JSON that can be read (a number too long, or nested too deep)"),
         ("9" * 5000, "row: not JSON that can be read (a number too long, or nested too deep)"),
-        ('{"user_id": "u", "input": "a", "input": "b"}', "row: the key 'input' is there twice"),
-        ('{"user_id": "u", "x": [{"\\ud800": 1, "\\ud800": 2}]}', "row: the key '\\ud800' is there twice"),
+        ('{"user_id": "u", "input": "a", "input": "b"}', "row: the key 'input' occurs twice"),
+        ('{"user_id": "u", "x": [{"\\ud800": 1, "\\ud800": 2}]}', "row: the key '\\ud800' occurs twice"),
     ],
 )
 def test_lines_that_are_no_objects(tmp_path: Path, raw: str, message: str) -> None:
@@ -162,7 +162,7 @@ def test_configured_labels_are_the_only_ones(jsonl: Callable[..., Path]) -> None
     assert [each.target for each in good] == ["SPORTS"]
     assert bad == [
         "2: output: 'SPORT' is none of task.labels; did you mean 'SPORTS'?",
-        f"3: output: '{'x' * 40}...' is none of task.labels; there are: SPORTS, CRIME",
+        f"3: output: '{'x' * 40}...' is none of task.labels; known: SPORTS, CRIME",
     ]
 
 
@@ -196,7 +196,7 @@ def test_parquet_rows_are_numbered_from_one(tmp_path: Path) -> None:
         ({"prompt": "{inputs}"}, "no column 'inputs' (data.prompt); did you mean 'input'?"),
         ({"target": "{outptu} {input}"}, "no column 'outptu' (data.target); did you mean 'output'?"),
         ({"time": "time_stamp"}, "no column 'time_stamp' (data.time); did you mean 'timestamp'?"),
-        ({"item": "xy"}, "no column 'xy' (data.item); there are: user_id, input, output, timestamp, item_id"),
+        ({"item": "xy"}, "no column 'xy' (data.item); known: user_id, input, output, timestamp, item_id"),
     ],
 )
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

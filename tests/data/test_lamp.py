@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from proper.config import Config, make_config
+from proper.config.lamp_tasks import LAMP_TASKS
 from proper.data.dataset import Dataset, TextExample, prepare
 from proper.data.interactions import BadRows, Interaction, read_interactions
 from proper.data.lamp.rows import moment
@@ -22,7 +23,6 @@ from proper.data.rows import BadValue
 from proper.data.summary import leaks, summarize
 from proper.data.text_files import json_entries
 from proper.errors import ConfigError, DataError
-from proper.lamp_tasks import LAMP_TASKS
 
 TASKS = [name for name in LAMP_TASKS if name != "lamp-6"]
 ONE_SIDED = {"lamp-1", "lamp-7"}
@@ -229,7 +229,7 @@ def test_several_citations_and_none(tmp_path: Path, lamp_files: ModuleType) -> N
     bad = bad_rows(config(folder, "lamp-1", "oppu"))
     assert (bad.count, bad.first[0].partition(":2: ")[2]) == (
         1,
-        "row: profile[0].citation: missing, and there is no other paper by the author to stand in",
+        "row: profile[0].citation: missing, and the author has no other paper to replace it",
     )
     edit(folder / "user_top_100_history.json", lambda entries: entries.pop(1) and None)
     assert {"this", "that"} & set(choices(config(folder, "lamp-1", "oppu"))["0", title])
@@ -516,7 +516,7 @@ def test_files_that_are_cut_or_no_json(tmp_path: Path, lamp_files: ModuleType) -
 @pytest.mark.parametrize(
     ("golds", "says"),
     [
-        ([{"id": "1", "output": "4"}, {"id": 1, "output": "5"}], ":2: id: '1' is there twice"),
+        ([{"id": "1", "output": "4"}, {"id": 1, "output": "5"}], ":2: id: '1' occurs twice"),
         ([{"id": "1"}], ":1: an answer has id and output"),
     ],
 )

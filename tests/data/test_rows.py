@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proper.data.rows import BadValue, nearest, parse_template
+from proper.data.rows import BadValue, parse_template
 from proper.data.values import plain
 from proper.errors import DataError
 
@@ -61,7 +61,7 @@ def test_a_place_is_a_column_name_and_nothing_else() -> None:
             "data.prompt: not a template: Single '}' encountered in format string in 'a}'; "
             "write a brace as '{{' or '}}'",
         ),
-        ("x {}", "data.prompt: a place without a column's name in 'x {}'"),
+        ("x {}", "data.prompt: a field without a column's name in 'x {}'"),
         ("{a:>3}", "data.prompt: '{a}' takes a column's name and no format code, in '{a:>3}'"),
         ("{a!r}", "data.prompt: '{a}' takes a column's name and no format code, in '{a!r}'"),
     ],
@@ -76,9 +76,3 @@ def test_a_malformed_template_is_one_line_naming_the_setting(text: str, message:
 def test_any_text_survives_escaping_and_any_value_is_put_in_unread(literal: str, value: str) -> None:
     escaped = literal.replace("{", "{{").replace("}", "}}")
     assert parse_template(escaped + "{x}" + escaped, "k").fill({"x": value}) == literal + value + literal
-
-
-def test_nearest_names_one_column_or_all() -> None:
-    assert nearest("lable", ["label", "title"]) == "did you mean 'label'?"
-    assert nearest("xyz", ["label", "title"]) == "there are: label, title"
-    assert nearest("xyz", []) == "there are none"

@@ -149,7 +149,7 @@ def test_empty_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "e.csv").write_text("user_id,input,output\n\n")
     parquet.write_table(arrow.table({name: arrow.array([], "string") for name in ROW}), tmp_path / "c.parquet")
     for name in ("a.jsonl", "b.jsonl", "c.parquet", "d.csv", "e.csv"):
-        assert refused(tmp_path / name) == f"{tmp_path / name}: empty, there is not a single row"
+        assert refused(tmp_path / name) == f"{tmp_path / name}: empty: no row in it"
 
 
 def packed(path: Path, body: bytes) -> None:

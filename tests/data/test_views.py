@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proper.data.derived.views import EVERYBODY, Leaking, OneUser
+from proper.data.derived.views import SINGLE_USER, Leaking, OneUser
 
 
 def rows():
@@ -20,8 +20,10 @@ def test_one_user_has_the_same_rows_in_the_same_order(build) -> None:
     assert (mine.size, mine.tokens) == (theirs.size, theirs.tokens)
     for epoch in (0, 1):
         pairs = list(zip(mine.rows(epoch), theirs.rows(epoch), strict=True))
-        assert all(one.user == EVERYBODY and one.id == other.id for one, other in pairs)
-    assert [(user.id, user.history) for user in view.users()] == [(EVERYBODY, sum(u.history for u in dataset.users()))]
+        assert all(one.user == SINGLE_USER and one.id == other.id for one, other in pairs)
+    assert [(user.id, user.history) for user in view.users()] == [
+        (SINGLE_USER, sum(u.history for u in dataset.users()))
+    ]
 
 
 def test_a_leaking_history_holds_those_of_the_targets_before(build) -> None:

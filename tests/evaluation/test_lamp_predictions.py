@@ -13,6 +13,7 @@ from rouge_score import rouge_scorer, scoring
 from sklearn.metrics import f1_score
 
 from proper.config import DataConfig
+from proper.config.lamp_tasks import LAMP_TASKS
 from proper.evaluation.lamp_predictions import (
     GOLDS,
     SCORES,
@@ -21,7 +22,6 @@ from proper.evaluation.lamp_predictions import (
     write_lamp_predictions,
 )
 from proper.evaluation.metrics import TaskInfo, score
-from proper.lamp_tasks import LAMP_TASKS
 
 
 def official_pairs(golds: Path, predictions: Path, task: str) -> list[tuple[str, str]]:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import get_args
 
 import pytest
 import torch
@@ -21,9 +20,11 @@ from proper.errors import InputError, ProperError
 from proper.inference import PersonalizedModel, load
 from proper.inference.adapter_manager import DAMAGED
 from proper.inference.engine import Engine
-from proper.inference.requests import EngineLimits, Event, Finished, Request, RequestHandle, Started, Tier, Token
+from proper.inference.requests import EngineLimits, Event, Finished, Request, RequestHandle, Started, Token
 from proper.inference.sampling import Sampling
+from proper.run_folder import Tier
 
+TIERS = (Tier.USERS, Tier.GROUPS, Tier.POPULATION)
 PROMPTS = (
     "What does this say?",
     "Short",
@@ -67,11 +68,11 @@ class Alone:
 
     def __init__(self, folder: Path, decoding: ModuleType) -> None:
         self.decoding = decoding
-        self.models = {tier: load(folder, tier) for tier in get_args(Tier)}
+        self.models = {tier: load(folder, tier) for tier in TIERS}
         self.model = self.models["users"]
         self._known: dict[tuple[int, str | None, int, Tier], str] = {}
 
-    def __call__(self, prompt: int, user: str | None, length: int, tier: Tier = "users") -> str:
+    def __call__(self, prompt: int, user: str | None, length: int, tier: Tier = Tier.USERS) -> str:
         key = prompt, user, length, tier
         if key not in self._known:
             self._known[key] = self.decoding.alone(self.models[tier], PROMPTS[prompt], user, Sampling(length))
@@ -124,7 +125,7 @@ def ask(
     user: str | None,
     length: int = 6,
     *,
-    tier: Tier = "users",
+    tier: Tier = Tier.USERS,
     gates: bool = False,
     **sampling: float,
 ) -> tuple[Heard, RequestHandle]:
@@ -154,7 +155,7 @@ visits = st.tuples(
     st.integers(1, 8),  # length
     st.integers(0, 4),  # steps before it comes
     st.none() | st.integers(0, 6),  # steps after which it is cancelled
-    st.sampled_from(get_args(Tier)),
+    st.sampled_from(TIERS),
     st.booleans(),  # whether gates are wanted
 )
 
@@ -227,7 +228,7 @@ def test_the_same_prompt_of_two_users_at_once(shared: PersonalizedModel, alone: 
 
 def test_all_tiers_in_one_batch(shared: PersonalizedModel, alone: Alone) -> None:
     engine = Engine(shared, EngineLimits(rows=12, slots=4))
-    asked = [(prompt, user, tier) for prompt, user in ((0, "u0"), (2, "u1")) for tier in get_args(Tier)]
+    asked = [(prompt, user, tier) for prompt, user in ((0, "u0"), (2, "u1")) for tier in TIERS]
     heard = [ask(engine, prompt, user, tier=tier)[0] for prompt, user, tier in asked]
     finish(engine)
     assert engine.stats().steps < 12, "they ran together"

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import get_args
 
 import pytest
 import torch
@@ -22,9 +21,11 @@ from proper.inference.engine import Engine
 from proper.inference.forward import columns_left, prefill
 from proper.inference.kv_cache import RowCache
 from proper.inference.prefix_cache import SHORTEST, CachedPrefix, PrefixCache, PrefixKey, States
-from proper.inference.requests import EngineLimits, Event, Finished, Request, Tier, Token
+from proper.inference.requests import EngineLimits, Event, Finished, Request, Token
 from proper.inference.sampling import Sampling
+from proper.run_folder import Tier
 
+TIERS = (Tier.USERS, Tier.GROUPS, Tier.POPULATION)
 USERS = ("u0", "u1", "u2", "group", "stranger", None)
 OPENINGS = ((*range(100, 120),), (*range(100, 118), 7, 8))
 """Two prompts that begin with the same 18 tokens."""
@@ -49,10 +50,10 @@ class Alone:
     """The oracle: transformers' `generate` on one row."""
 
     def __init__(self, folder: Path, decoding: ModuleType) -> None:
-        self.models, self.decoding = {tier: load(folder, tier) for tier in get_args(Tier)}, decoding
+        self.models, self.decoding = {tier: load(folder, tier) for tier in TIERS}, decoding
         self._known: dict[tuple[tuple[int, ...], str | None, int, Tier], list[int]] = {}
 
-    def __call__(self, prompt: Sequence[int], user: str | None, length: int = 4, tier: Tier = "users") -> list[int]:
+    def __call__(self, prompt: Sequence[int], user: str | None, length: int = 4, tier: Tier = Tier.USERS) -> list[int]:
         key, model = (tuple(prompt), user, length, tier), self.models[tier]
         if key not in self._known:
             rows, sampling = model.rows([user]), Sampling(length)
@@ -79,7 +80,7 @@ class Heard:
         self.done = self.done or isinstance(event, Finished)
 
 
-def ask(engine: Engine, prompt: Sequence[int], user: str | None, length: int = 4, tier: Tier = "users") -> Heard:
+def ask(engine: Engine, prompt: Sequence[int], user: str | None, length: int = 4, tier: Tier = Tier.USERS) -> Heard:
     heard = Heard()
     engine.submit(Request(tuple(prompt), user, tier=tier, sampling=Sampling(length)), heard)
     return heard
@@ -93,7 +94,7 @@ def finish(engine: Engine) -> None:
         engine.step()
 
 
-def answer(engine: Engine, prompt: Sequence[int], user: str | None, tier: Tier = "users") -> tuple[list[int], int]:
+def answer(engine: Engine, prompt: Sequence[int], user: str | None, tier: Tier = Tier.USERS) -> tuple[list[int], int]:
     """The answer, and how many of the prompt's tokens were there already."""
     before, heard = engine.stats().reused_tokens, ask(engine, prompt, user, tier=tier)
     finish(engine)
@@ -101,7 +102,7 @@ def answer(engine: Engine, prompt: Sequence[int], user: str | None, tier: Tier =
 
 
 conversations = st.lists(
-    st.tuples(st.sampled_from(USERS), st.sampled_from(get_args(Tier)), st.integers(0, 1), st.lists(st.integers(0, 2))),
+    st.tuples(st.sampled_from(USERS), st.sampled_from(TIERS), st.integers(0, 1), st.lists(st.integers(0, 2))),
     min_size=1,
     max_size=5,
 )
@@ -179,7 +180,7 @@ def test_nobody_is_touched_by_what_another_left(copied: PersonalizedModel, alone
     copied.store.put([UserRecord("twin", "groups", embedding.embedding)])
     engine, prompt = Engine(copied), OPENINGS[0]
     who: list[tuple[str | None, Tier]] = [
-        *(("u0", tier) for tier in get_args(Tier)),
+        *(("u0", tier) for tier in TIERS),
         ("u1", "users"),
         ("u1", "groups"),
         ("group", "groups"),

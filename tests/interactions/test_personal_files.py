@@ -61,7 +61,7 @@ def marked(run: Path) -> set[Path]:
 
 def made_run(tmp_path: Path) -> tuple[Path, str]:
     """A run with two seeds, evaluated, and one of its targets, in whose texts is a mark."""
-    settings = DemoSettings(people=4, groups=2, items=(6, 7))
+    settings = DemoSettings(users=4, groups=2, items=(6, 7))
     run = tmp_path / "run"
     data = write_demo(run / "data", settings)
     first, user = json.loads(data.read_text(encoding="utf-8").partition("\n")[0])["user_id"], f"{MARK}-who"

@@ -21,7 +21,7 @@ from proper.adapters.store import AdapterStore
 from proper.cli.app import main
 from proper.config import Config
 from proper.data.dataset import Dataset
-from proper.data.derived.views import EVERYBODY
+from proper.data.derived.views import SINGLE_USER
 from proper.errors import ConfigError, DataError
 from proper.evaluation.runner import answer_losses
 from proper.export.converted_models import in_int8
@@ -144,10 +144,10 @@ def test_groups_shared_e_sees_the_same_rows_and_gives_everybody_the_same(judged:
     folder = folder_of(judged, "groups-shared-e")
     assert steps_of(folder, "groups") == steps_of(judged, "groups")
     store = AdapterStore(folder / "users")
-    assert [user for user, _ in store.users()] == [EVERYBODY]
+    assert [user for user, _ in store.users()] == [SINGLE_USER]
     store.close()
     model = load(folder, "groups")
-    scores = [score(model, ["red green is"], [user], ["red", "green"]) for user in ("ann", EVERYBODY, None)]
+    scores = [score(model, ["red green is"], [user], ["red", "green"]) for user in ("ann", SINGLE_USER, None)]
     model.close()
     assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
 

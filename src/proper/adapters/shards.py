@@ -27,7 +27,7 @@ CHUNK = 1 << 18
 _FLUSH = 1 << 20
 
 
-class BlobError(Exception):
+class BlobError(StoreError):
     """Bytes are missing, truncated or changed; the message says which."""
 
 

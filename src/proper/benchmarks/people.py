@@ -36,7 +36,7 @@ def backbone(device: torch.device) -> Backbone:
 
 def people(encoder: Encoder, users: int, items: int) -> dict[str, tuple[EncodedExample, ...]]:
     """Return tokenized synthetic interactions by user, `items` for each."""
-    settings = DemoSettings(people=users, items=(items, items), groups=min(5, users))
+    settings = DemoSettings(users=users, items=(items, items), groups=min(5, users))
     with tempfile.TemporaryDirectory(prefix="proper-bench-") as name:
         path = write_demo(Path(name), settings)
         prompt = demo_config(path, settings)["data"]["prompt"]

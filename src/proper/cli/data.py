@@ -50,9 +50,9 @@ def group() -> None:
 @app.command("list", epilog=f"\b\nExamples:\n{LIST_EXAMPLES}")
 def list_datasets() -> None:
     """List the public data sets: name, license, and what one row is."""
+    from proper.config.lamp_tasks import LAMP_TASKS
     from proper.data.public.catalog import DATASETS
     from proper.data.public.lamp import TERMS
-    from proper.lamp_tasks import LAMP_TASKS
 
     lines = [(each.name, each.terms, each.title) for each in DATASETS.values()]
     lines += [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from proper.errors import InputError
+from proper.errors import InputError, did_you_mean
 from proper.run_folder import require_run
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
@@ -54,9 +53,7 @@ def chosen(option: str, text: str, known: Sequence[str] | None = None) -> list[s
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise InputError(f"{option}: names are missing, write it as a,b")
-    for name in names if known is not None else ():
-        if name not in (known or ()):
-            near = difflib.get_close_matches(name, known or (), n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known or ())}"
-            raise InputError(f"{option}: unknown name '{name}'; {hint}")
+    for name in names:
+        if known is not None and name not in known:
+            raise InputError(f"{option}: unknown name '{name}'; {did_you_mean(name, known)}")
     return names

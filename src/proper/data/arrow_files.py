@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from proper.config import DataConfig
-from proper.data.rows import Row, Source, nearest
+from proper.data.rows import Row, Source
 from proper.data.values import OUT_OF_RANGE, Rounded, Unreadable
-from proper.errors import DataError
+from proper.errors import DataError, did_you_mean
 from proper.extras import needs_extra
 
 _BATCH = 1024
@@ -71,7 +71,7 @@ def huggingface_source(config: DataConfig, path: Path) -> Source:
         if isinstance(dataset, dict):
             if config.part not in dataset:
                 raise DataError(
-                    f"{config.path}: no part '{config.part}' (data.part); {nearest(config.part, [*dataset])}"
+                    f"{config.path}: no part '{config.part}' (data.part); {did_you_mean(config.part, [*dataset])}"
                 )
             dataset = dataset[config.part]
         columns = dataset.column_names or list(next(iter(dataset), {}))

@@ -225,9 +225,9 @@ def similar_batches(rows: Iterator[Row], size: int, shuffle: random.Random, wind
 
     The number of batches is always ceil(rows / size); memory holds one window.
     """
-    while held := list(itertools.islice(rows, size * window)):
-        held.sort(key=lambda row: row.tokens)
-        batches = [held[at : at + size] for at in range(0, len(held), size)]
+    while rows_in_window := list(itertools.islice(rows, size * window)):
+        rows_in_window.sort(key=lambda row: row.tokens)
+        batches = [rows_in_window[at : at + size] for at in range(0, len(rows_in_window), size)]
         shuffle.shuffle(batches)
         yield from batches
 

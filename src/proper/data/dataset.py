@@ -21,10 +21,10 @@ from proper.data.splits import assign
 from proper.errors import ProperError
 from proper.files import atomic_path
 
-__all__ = ["CountTokens", "Dataset", "Role", "Sample", "SampledRows", "TextExample", "User", "Who", "prepare"]
+__all__ = ["CountTokens", "Dataset", "Role", "Sample", "SampledRows", "TextExample", "User", "UserSet", "prepare"]
 
 Role = Literal["target", "other"]
-Who = Literal["all", "others", "targets"]
+UserSet = Literal["all", "others", "targets"]
 
 GIVEN = "the files"
 """Value of `split_by` when the data files define the split."""
@@ -87,8 +87,8 @@ class Sample:
             (salt("epoch", self.seed, epoch),),
         )
         while ids := [identity for (identity,) in ordered.fetchmany(_CHUNK)]:
-            places = ", ".join("?" * len(ids))
-            found = {row[0]: row for row in self.connection.execute(f"{_EXAMPLES} WHERE r.id IN ({places})", ids)}
+            marks = ", ".join("?" * len(ids))
+            found = {row[0]: row for row in self.connection.execute(f"{_EXAMPLES} WHERE r.id IN ({marks})", ids)}
             for identity in ids:
                 yield TextExample(*found[identity])
 
@@ -117,26 +117,30 @@ def prepare(
         try:
             connection.execute("BEGIN")
             ingest(connection, config, count_tokens, skip_bad_rows, progress, is_left_out)
-            shared = config.split.shared_items
-            if shared == "auto":
-                shared = "exclude" if config.task.kind == "generation" else "allow"
-            given = config.data.given_split
-            assign(connection, config.split, exclude=shared == "exclude", given=given)
-            for key, value in {
-                "version": VERSION,
-                "path": config.data.path,
-                "split_by": GIVEN if given else config.split.by,
-                "shared_items": shared,
-                "evaluate_on": config.split.evaluate_on,
-                "max_length": config.compute.max_length,
-            }.items():
-                set_meta(connection, key, value)
+            _split(connection, config)
             connection.execute("COMMIT")
         except sqlite3.Error as error:
             raise ProperError(f"{path}: cannot be written: {error}") from error
         finally:
             connection.close()
     return Dataset.open(path)
+
+
+def _split(connection: sqlite3.Connection, config: Config) -> None:
+    """Assign every row to history, query or unused, and store the settings that later steps read."""
+    shared, given = config.split.shared_items, config.data.given_split
+    if shared == "auto":
+        shared = "exclude" if config.task.kind == "generation" else "allow"
+    assign(connection, config.split, exclude=shared == "exclude", given=given)
+    for key, value in {
+        "version": VERSION,
+        "path": config.data.path,
+        "split_by": GIVEN if given else config.split.by,
+        "shared_items": shared,
+        "evaluate_on": config.split.evaluate_on,
+        "max_length": config.compute.max_length,
+    }.items():
+        set_meta(connection, key, value)
 
 
 class Dataset:
@@ -211,21 +215,21 @@ class Dataset:
             )
         return (TextExample(*row) for row in found)
 
-    def sample(self, who: Who, max_tokens: int | None, seed: int) -> Sample:
-        """Sample history rows of `who` for training, at most `max_tokens` tokens, spread evenly over users."""
+    def sample(self, users: UserSet, max_tokens: int | None, seed: int) -> Sample:
+        """Sample history rows of `users` for training, at most `max_tokens` tokens, spread evenly over users."""
         table = f"sample_{next(self._tables)}"
-        return _draw(self.connection, who, max_tokens, seed, get_meta(self.connection, "max_length"), table)
+        return _draw(self.connection, users, max_tokens, seed, get_meta(self.connection, "max_length"), table)
 
 
 def _draw(
-    connection: sqlite3.Connection, who: Who, max_tokens: int | None, seed: int, max_length: int, table: str
+    connection: sqlite3.Connection, users: UserSet, max_tokens: int | None, seed: int, max_length: int, table: str
 ) -> Sample:
-    """Sample history rows of `who` into the new temporary table `table`.
+    """Sample history rows of `users` into the new temporary table `table`.
 
     With `max_tokens`, rows are taken in rounds of one row per user, users in random order in each round, until the next
     row would exceed the budget; at least one row is taken.
     """
-    roles = {"all": "('target', 'other')", "others": "('other')", "targets": "('target')"}[who]
+    roles = {"all": "('target', 'other')", "others": "('other')", "targets": "('target')"}[users]
     history = f"""
         FROM rows r JOIN users u ON u.number = r.user WHERE r.part = 'history' AND u.role IN {roles}"""
     connection.execute(f"CREATE TEMP TABLE {table}(id INTEGER PRIMARY KEY, tokens INTEGER)")
@@ -236,13 +240,13 @@ def _draw(
             f"""
             INSERT INTO {table}
             SELECT id, tokens FROM (
-                SELECT id, tokens, sum(tokens) OVER spent AS used, row_number() OVER spent AS place FROM (
+                SELECT id, tokens, sum(tokens) OVER spent AS used, row_number() OVER spent AS number FROM (
                     SELECT r.id, min(r.tokens, {max_length}) AS tokens, u.id AS name,
                            row_number() OVER (PARTITION BY r.user ORDER BY scramble(r.digest, :salt), r.id) AS round
                     {history})
                 WINDOW spent AS (ORDER BY round, scramble(name || ' ' || round, :salt), id
                                  ROWS UNBOUNDED PRECEDING))
-            WHERE used <= :budget OR place = 1 ORDER BY id""",
+            WHERE used <= :budget OR number = 1 ORDER BY id""",
             {"salt": salt("sample", seed), "budget": max_tokens},
         )
     size, tokens = connection.execute(f"SELECT count(*), coalesce(sum(tokens), 0) FROM {table}").fetchone()

@@ -47,6 +47,27 @@ def ingest(
     connection.execute("""
         CREATE TEMP TABLE arrived(text INTEGER PRIMARY KEY, user TEXT, time REAL, digest BLOB, item TEXT,
                                   item_key INTEGER, prompt_key INTEGER, tokens INTEGER, part TEXT)""")
+    bad, count = _load(connection, config, count_tokens, skip_bad_rows, progress, is_left_out)
+    if config.task.kind != "generation" and config.task.labels == "auto":
+        _respell(connection, config.task.kind, count_tokens)
+    _settle(connection)
+    rows = connection.execute("SELECT count(*) FROM rows").fetchone()[0]
+    set_meta(connection, "bad_rows", {"count": bad.count, "first": bad.first})
+    set_meta(connection, "duplicates", count - rows)
+    set_meta(connection, "labels", _labels(connection, config))
+    set_meta(connection, "sha256", _sha256(connection, config))
+    connection.execute("DROP TABLE arrived")
+
+
+def _load(
+    connection: sqlite3.Connection,
+    config: Config,
+    count_tokens: CountTokens,
+    skip_bad_rows: bool,
+    progress: Callable[[int], None] | None,
+    is_left_out: Callable[[str], bool] | None,
+) -> tuple[BadRows, int]:
+    """Insert the good rows as they are read; return the bad rows and the number of good ones."""
     bad, count = BadRows(), 0
     interactions = read_interactions(config.data, bad, config.task)
     if is_left_out is not None:
@@ -62,16 +83,9 @@ def ingest(
     if bad.count and not skip_bad_rows:
         raise DataError(bad.message())
     if not count:
-        raise DataError(f"{config.data.path}: not one good row; the first of {bad.count:,} bad rows: {bad.first[0]}")
-    if config.task.kind != "generation" and config.task.labels == "auto":
-        _respell(connection, config.task.kind, count_tokens)
-    _settle(connection)
-    rows = connection.execute("SELECT count(*) FROM rows").fetchone()[0]
-    set_meta(connection, "bad_rows", {"count": bad.count, "first": bad.first})
-    set_meta(connection, "duplicates", count - rows)
-    set_meta(connection, "labels", _labels(connection, config))
-    set_meta(connection, "sha256", _sha256(connection, config))
-    connection.execute("DROP TABLE arrived")
+        why = f"the first of {bad.count:,} bad rows: {bad.first[0]}" if bad.count else "every user was deleted"
+        raise DataError(f"{config.data.path}: not one good row; {why}")
+    return bad, count
 
 
 def _chunks(interactions: Iterable[Interaction]) -> Iterator[list[Interaction]]:

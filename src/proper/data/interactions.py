@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from proper.config import DataConfig, TaskConfig
-from proper.data.rows import BadValue, Source, Template, nearest, parse_template
+from proper.data.rows import BadValue, Source, Template, parse_template
 from proper.data.sources import open_sources
 from proper.data.values import find_label, identifier, parse_time, rating_of, written_id
-from proper.errors import DataError
+from proper.errors import DataError, did_you_mean
 
 _SHOWN = 20
 
@@ -80,7 +80,7 @@ def _read(
             else:
                 yield interaction
     if not seen:
-        raise DataError(f"{path}: empty, there is not a single row")
+        raise DataError(f"{path}: empty: no row in it")
 
 
 def _columns(row_format: RowFormat, source: Source) -> list[str]:
@@ -95,7 +95,7 @@ def _columns(row_format: RowFormat, source: Source) -> list[str]:
             named.setdefault(column, f"data.{key}")
     for column, key in named.items():
         if have is not None and column not in have:
-            raise DataError(f"{source.name}: no column '{column}' ({key}); {nearest(column, have)}")
+            raise DataError(f"{source.name}: no column '{column}' ({key}); {did_you_mean(column, have)}")
         if have is not None and have.count(column) > 1:
             raise DataError(f"{source.name}: {have.count(column)} columns are called '{column}' ({key})")
     return list(named)
@@ -152,7 +152,7 @@ class RowFormat:
             return target
         found = find_label(target, labels, self.task.kind)
         if found is None:
-            raise BadValue(name, f"{_short(target)} is none of task.labels; {nearest(target, labels)}")
+            raise BadValue(name, f"{_short(target)} is none of task.labels; {did_you_mean(target, labels)}")
         return found
 
     def _time(self, row: Mapping[str, object]) -> float | None:

@@ -5,7 +5,6 @@ A template is plain text with `{column}` fields; it has no attributes, indices o
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
@@ -18,7 +17,7 @@ Row = dict[str, Any]
 """One row's values by column."""
 
 
-class BadValue(Exception):
+class BadValue(DataError):
     """A value of a row is unusable; `field` names the column, `what` gives the reason in a few words."""
 
     def __init__(self, field: str, what: str) -> None:
@@ -39,15 +38,6 @@ class Source:
     columns: tuple[str, ...] | None
     read: Callable[[Sequence[str]], Iterator[tuple[int, Row | str]]]
     typed: bool = True
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Return a "did you mean" hint with the closest known name, or the list of known names if none is close."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean '{close[0]}'?"
-    shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-    return f"there are: {shown}" if known else "there are none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +87,7 @@ def parse_template(text: str, key: str) -> Template:
         if column is None:
             continue
         if not column:
-            raise DataError(f"{key}: a place without a column's name in {text!r}")
+            raise DataError(f"{key}: a field without a column's name in {text!r}")
         if code or conversion:
             raise DataError(f"{key}: '{{{column}}}' takes a column's name and no format code, in {text!r}")
         columns.append(column)

@@ -99,10 +99,10 @@ def _newest(connection: sqlite3.Connection, share: float, salted: bytes, order: 
     connection.execute(
         f"""
         INSERT INTO aside SELECT id FROM (
-            SELECT r.id, row_number() OVER (PARTITION BY r.user ORDER BY {order}) AS place,
+            SELECT r.id, row_number() OVER (PARTITION BY r.user ORDER BY {order}) AS number,
                    count(*) OVER (PARTITION BY r.user) AS n
             FROM rows r JOIN users u ON u.number = r.user WHERE r.part = 'history')
-        WHERE place <= CAST(n * :share - 1e-9 AS INTEGER) + 1 ORDER BY id""",
+        WHERE number <= CAST(n * :share - 1e-9 AS INTEGER) + 1 ORDER BY id""",
         {"salt": salted, "share": share},
     )
 
@@ -124,10 +124,10 @@ def _cutoff(connection: sqlite3.Connection, share: float) -> float:
     n, earliest = connection.execute(f"SELECT count(*), min(time) {timed}").fetchone()
     if not n:
         raise DataError("split.by: 'time-global' needs times, and no row has one (data.time names their column)")
-    place = min(int(n * (1 - share)), n - 1)
-    here = connection.execute(f"SELECT time {timed} ORDER BY time LIMIT 1 OFFSET {place}").fetchone()[0]
-    later = connection.execute(f"SELECT min(time) {timed} AND time > ?", (here,)).fetchone()[0]
-    candidates = [date for date in (here, later) if date is not None and date > earliest]
+    index = min(int(n * (1 - share)), n - 1)
+    at_index = connection.execute(f"SELECT time {timed} ORDER BY time LIMIT 1 OFFSET {index}").fetchone()[0]
+    later = connection.execute(f"SELECT min(time) {timed} AND time > ?", (at_index,)).fetchone()[0]
+    candidates = [date for date in (at_index, later) if date is not None and date > earliest]
     if not candidates:
         raise DataError("split.by: 'time-global' needs rows of two different times, and all have the same")
 

@@ -147,9 +147,9 @@ def leaks(dataset: Dataset) -> list[str]:
     for what, query in _measures(connection).items():
         rows = connection.execute(f"""
             SELECT r.id, u.id FROM rows r JOIN users u ON u.number = r.user WHERE r.id IN ({query}) ORDER BY r.id""")
-        place = "its prompt" if query is _SOURCE else "training"
+        where = "its prompt" if query is _SOURCE else "training"
         kind = "row" if query is _SOURCE else "query"
-        found += [f"{kind} {row} of user '{user}': {what} is in {place}" for row, user in rows]
+        found += [f"{kind} {row} of user '{user}': {what} is in {where}" for row, user in rows]
     return found
 
 

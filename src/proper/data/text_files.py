@@ -115,7 +115,7 @@ def _once(pairs: list[tuple[str, Any]]) -> Row:
     made = dict(pairs)
     if len(made) < len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise _TwiceError(f"the key {ascii(twice[:40])} is there twice")
+        raise _TwiceError(f"the key {ascii(twice[:40])} occurs twice")
     return made
 
 
@@ -133,14 +133,14 @@ def _named(file: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Row | str]]
     header = next(rows, (1, ""))[1]
     if isinstance(header, str):
         return  # an empty file; `csv_source` refuses a malformed first row
-    places = {column: header.index(column) for column in wanted}
+    indices = {column: header.index(column) for column in wanted}
     for number, cells in rows:
         if isinstance(cells, str):
             yield number, cells
         elif len(cells) != len(header):
             yield number, f"{len(cells)} cells, where the first row has {len(header)}"
         else:
-            yield number, {column: cells[place] or None for column, place in places.items()}
+            yield number, {column: cells[index] or None for column, index in indices.items()}
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, list[str] | str]]:
@@ -190,8 +190,8 @@ def json_entries(path: Path, where: str = "item") -> Iterator[tuple[int, Any]]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ijson.JSONError, UnicodeDecodeError) as error:
-        place = f" after entry {number}" if number else ""
-        raise DataError(f"{path}: not readable as JSON{place}: {_first_line(error)}") from error
+        after = f" after entry {number}" if number else ""
+        raise DataError(f"{path}: not readable as JSON{after}: {_first_line(error)}") from error
 
 
 def json_value(path: Path, key: str) -> Any:

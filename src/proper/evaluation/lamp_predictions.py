@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from proper.config import DataConfig
+from proper.config.lamp_tasks import LAMP_TASKS
 from proper.evaluation.metrics import TASK_METRICS, Prediction, TaskInfo, item_values, rouge_official, score
 from proper.files import write_json
-from proper.lamp_tasks import LAMP_TASKS
 
 GOLDS, SCORES = "golds.lamp.json", "scores.lamp.json"
 _OFFICIAL_NAMES = {

@@ -5,7 +5,6 @@ A new method is a new entry here.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 from proper.config import PRESETS, Config
 from proper.data.dataset import Dataset
 from proper.data.derived.retrieval import add_profiles, retrieve
-from proper.data.derived.views import EVERYBODY, Count, shuffle_users
-from proper.errors import ConfigError
+from proper.data.derived.views import SINGLE_USER, Count, shuffle_users
+from proper.errors import ConfigError, did_you_mean
 from proper.export.converted_models import STATIC_EXPORT, USERS_INT8
 from proper.methods.end_to_end import answer_end_to_end, train_end_to_end
 from proper.methods.ladder import as_another, as_itself, as_one, exported, in_eight_bits, train_one_user, train_stages
@@ -66,9 +65,7 @@ def known_methods(names: Sequence[str], config: Config) -> list[Method]:
     for full in dict.fromkeys(names):
         name, changes = split_name(full)
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"evaluation.methods: no method '{name}'; {hint}")
+            raise ConfigError(f"evaluation.methods: no method '{name}'; {did_you_mean(name, [*known])}")
         found.append(change(known[name], changes, config) if changes else known[name])
     return found
 
@@ -111,7 +108,7 @@ def _controls(config: Config) -> list[Method]:
         ),
         Method(
             "groups-shared-e",
-            as_one(Tier.GROUPS, EVERYBODY),
+            as_one(Tier.GROUPS, SINGLE_USER),
             GROUPS,
             DerivedRun("groups-shared-e", train_one_user, (Stage.POPULATION,)),
         ),

@@ -5,7 +5,6 @@ Only the store's metadata and embeddings are read; no adapter and no model is lo
 
 from __future__ import annotations
 
-import difflib
 import heapq
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 from proper.adapters.manifest import user_of
 from proper.adapters.store import AdapterStore, Version
 from proper.data.dataset import Dataset
-from proper.errors import InputError, StoreError
+from proper.errors import InputError, StoreError, did_you_mean
 from proper.reports.examples import ReportExample, user_examples
 from proper.reports.load import RoutedUser, RunFiles, UserGain
 from proper.reports.reading import count, mapping, number, objects, read_lines, read_object
@@ -85,9 +84,8 @@ def load_person(run: RunFiles, user: str) -> UserReport:
     gain = next((row for row in run.gains if row.user == user), None)
     stored, interactions = _stored(run, user), _interactions(run.folder, user)
     if gain is None and interactions is None and not stored.versions:
-        near = difflib.get_close_matches(user, [row.user for row in run.gains], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"--user {user!r}: no such user in {run.folder}{hint}")
+        hint = did_you_mean(user, [row.user for row in run.gains])
+        raise InputError(f"--user {user!r}: no such user in {run.folder}; {hint}")
     rows = objects(read_object(RunFolder(run.folder).user_scores).get("users"))
     row = next((row for row in rows if row.get("user") == user), {})
     scores = {name: found for name, value in mapping(row.get("values")).items() if (found := number(value)) is not None}

@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from proper.errors import ProperError
+
 
 class ErrorBody(BaseModel):
     """An error in OpenAI's format."""
@@ -23,7 +25,7 @@ class ErrorReply(BaseModel):
     error: ErrorBody
 
 
-class APIError(Exception):
+class APIError(ProperError):
     """A refused or failed request; `status` is the HTTP status."""
 
     def __init__(

@@ -21,7 +21,7 @@ from torch import Tensor
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config
 from proper.data.batching import Encoder
-from proper.data.dataset import Role, SampledRows, Who
+from proper.data.dataset import Role, SampledRows, UserSet
 from proper.data.derived.views import Histories
 from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
@@ -49,15 +49,15 @@ def join_processes(config: Config) -> Accelerator:
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[patient])
 
 
-def stage_sample(dataset: Histories, stage: str, who: Who, max_tokens: int | None, seed: int) -> SampledRows:
+def stage_sample(dataset: Histories, stage: str, users: UserSet, max_tokens: int | None, seed: int) -> SampledRows:
     """Return the rows that stage 1 or 2 trains on.
 
     Raises:
         DataError: no user has rows to train on.
     """
-    sample = dataset.sample(who, max_tokens, seed)
+    sample = dataset.sample(users, max_tokens, seed)
     if not sample.size:
-        raise DataError(f"{stage}.train_on: '{who}' selects no rows to train on, because no such user has any")
+        raise DataError(f"{stage}.train_on: '{users}' selects no rows to train on, because no such user has any")
     return sample
 
 

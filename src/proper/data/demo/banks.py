@@ -80,8 +80,9 @@ def _topic(
     name: str, part: Mapping[str, Any], shared: Mapping[str, list[str]], frames: Sequence[str], named: bool
 ) -> Topic:
     slots = {slot: tuple(phrases) for slot, phrases in {**shared, **part["slots"]}.items()}
-    said = name if named else ""
-    framed = [
-        PhraseTemplate(frame.replace("{content}", told), told) for told, frame in product(part["templates"], frames)
-    ]
-    return Topic(name, slots, tuple(framed) or tuple(PhraseTemplate(text, said) for text in part["templates"]))
+    if frames:
+        pairs = product(part["templates"], frames)
+        templates = [PhraseTemplate(frame.replace("{content}", content), content) for content, frame in pairs]
+    else:
+        templates = [PhraseTemplate(text, name if named else "") for text in part["templates"]]
+    return Topic(name, slots, tuple(templates))

@@ -39,7 +39,7 @@ METRICS: Mapping[DemoTask, str] = {"classification": "accuracy", "rating": "mae"
 class Event:
     """One generated interaction before it is serialized."""
 
-    person: DemoUser
+    user: DemoUser
     item: str
     day: date
     topic: int
@@ -64,14 +64,14 @@ def write_demo(folder: Path, settings: DemoSettings) -> Path:
     write_text(path, "".join(json.dumps(_row(event), ensure_ascii=False) + "\n" for event in events))
     rng = random.Random(f"{settings.task} truth {settings.seed}")
     contents = [[draw(topic, rng)[1] for _ in range(_SAMPLES)] for topic in bank.topics]
-    truth = find_truth(settings.task, bank, world.people, contents)
+    truth = find_truth(settings.task, bank, world.users, contents)
     write_json(
         folder / _RUN.demo_truth.name,
         {
             "task": settings.task,
             "metric": METRICS[settings.task],
             "n_groups": settings.groups,
-            "groups": {person.id: person.group for person in world.people},
+            "groups": {user.id: user.group for user in world.users},
             "answers": {event.item: _answers(bank, truth, event) for event in events},
         },
     )
@@ -88,34 +88,33 @@ def demo_config(path: Path, settings: DemoSettings) -> dict[str, Any]:
     return {
         "data": {"path": str(path), "format": "jsonl", "prompt": bank.prompt, "target": "{output}"},
         "task": {"kind": kind, **answers},
-        "split": {"target_users": min(100, settings.people), "min_history": 10, "queries": 0.2, "by": "time"},
+        "split": {"target_users": min(100, settings.users), "min_history": 10, "queries": 0.2, "by": "time"},
     }
 
 
 def _labels(bank: Bank) -> list[str]:
     """Return all possible answers, in the bank's order."""
-    said = [topic.templates[0].content for topic in bank.topics]
-    return list(
-        dict.fromkeys(compose(bank, (choice, None), what) for what in said for choice in range(len(bank.choices)))
-    )
+    contents = [topic.templates[0].content for topic in bank.topics]
+    plans = [(choice, None) for choice in range(len(bank.choices))]
+    return list(dict.fromkeys(compose(bank, plan, content) for content in contents for plan in plans))
 
 
 def _events(settings: DemoSettings, bank: Bank, world: World) -> Iterator[Event]:
     """Yield the interactions of all users, user by user, oldest first."""
     seen: set[str] = set()
-    for person in world.people:
-        rng = random.Random(f"{settings.task} {person.id} {settings.seed}")
+    for user in world.users:
+        rng = random.Random(f"{settings.task} {user.id} {settings.seed}")
         day = date(2023, 1, 1) + timedelta(days=rng.randrange(180))
         topics = _topics(world, settings.own_traits, rng)
         for number in range(1, rng.randint(*settings.items) + 1):
             topic = next(topics)
             day += timedelta(days=rng.randint(1, 6))
             text, content = _fresh(bank.topics[topic], rng, seen)
-            choice, closing = own_plan(person, topic)
+            choice, closing = own_plan(user, topic)
             if rng.random() < settings.noise:
                 choice = rng.choice([other for other in range(len(bank.choices)) if other != choice])
             answer = compose(bank, (choice, closing), content)
-            yield Event(person, f"{person.id}-{number:02d}", day, topic, text, content, answer)
+            yield Event(user, f"{user.id}-{number:02d}", day, topic, text, content, answer)
 
 
 def _topics(world: World, own_share: float, rng: random.Random) -> Iterator[int]:
@@ -143,7 +142,7 @@ def _fresh(topic: Topic, rng: random.Random, seen: set[str]) -> tuple[str, str]:
 
 def _row(event: Event) -> dict[str, str]:
     return {
-        "user_id": event.person.id,
+        "user_id": event.user.id,
         "input": event.text,
         "output": event.answer,
         "timestamp": event.day.isoformat(),
@@ -154,8 +153,8 @@ def _row(event: Event) -> dict[str, str]:
 def _answers(bank: Bank, truth: PlantedTruth, event: Event) -> dict[str, str]:
     plans = {
         "population": truth.population[event.topic],
-        "groups": truth.groups[event.person.group][event.topic],
-        "users": own_plan(event.person, event.topic),
+        "groups": truth.groups[event.user.group][event.topic],
+        "users": own_plan(event.user, event.topic),
     }
     return {knowledge: compose(bank, plan, event.content) for knowledge, plan in plans.items()}
 
@@ -169,28 +168,28 @@ class PlantedTruth:
 
 
 def find_truth(
-    task: DemoTask, bank: Bank, people: Sequence[DemoUser], contents: Sequence[Sequence[str]]
+    task: DemoTask, bank: Bank, users: Sequence[DemoUser], contents: Sequence[Sequence[str]]
 ) -> PlantedTruth:
     """Compute the best plans for the population and for each group.
 
     Args:
         task: determines the metric of an answer, see `worth`.
         bank: the task's phrases.
-        people: all users, with equal weight.
+        users: all users, with equal weight.
         contents: per topic a few contents of answers; a plan's value is its mean `worth` over them.
     """
     worths = [_worths(task, bank, some) for some in contents]
-    groups = sorted({person.group for person in people})
+    groups = sorted({user.group for user in users})
 
     def best(knows: Sequence[DemoUser]) -> tuple[Plan, ...]:
         return tuple(_best(worth, Counter(own_plan(p, topic) for p in knows)) for topic, worth in enumerate(worths))
 
-    return PlantedTruth(best(people), {group: best([p for p in people if p.group == group]) for group in groups})
+    return PlantedTruth(best(users), {group: best([p for p in users if p.group == group]) for group in groups})
 
 
-def own_plan(person: DemoUser, topic: int) -> Plan:
+def own_plan(user: DemoUser, topic: int) -> Plan:
     """Return a user's plan for a topic, without noise."""
-    return person.habit[topic], person.closing
+    return user.habit[topic], user.closing
 
 
 def compose(bank: Bank, plan: Plan, content: str) -> str:

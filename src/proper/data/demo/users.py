@@ -17,7 +17,7 @@ from typing import Literal, TypeVar, get_args
 
 from proper.errors import InputError
 
-Card = TypeVar("Card")
+Value = TypeVar("Value")
 DemoTask = Literal["classification", "rating", "style"]
 
 CHOICES = 5  # every phrase bank has five choices and seven topics
@@ -31,7 +31,7 @@ class DemoSettings:
 
     Attributes:
         task: what users do with a text: tag it, rate it, or write it in their own style.
-        people: number of users.
+        users: number of users.
         groups: number of latent groups, at most five (the number of choices).
         items: minimum and maximum interactions of a user; the number is uniform in between.
         own_traits: share of a user's interactions that are on personal topics, on which users do not follow their
@@ -44,7 +44,7 @@ class DemoSettings:
     """
 
     task: DemoTask = "classification"
-    people: int = 300
+    users: int = 300
     groups: int = 5
     items: tuple[int, int] = (16, 32)
     own_traits: float = 0.35
@@ -57,8 +57,8 @@ class DemoSettings:
             raise InputError(f"demo task: '{self.task}' is not one of {', '.join(get_args(DemoTask))}")
         if not 1 <= self.groups <= CHOICES:
             raise InputError(f"demo groups: {self.groups} is not between 1 and {CHOICES}, the number of choices")
-        if self.people < self.groups:
-            raise InputError(f"demo people: {self.people} people cannot fill {self.groups} groups")
+        if self.users < self.groups:
+            raise InputError(f"demo users: {self.users} users cannot fill {self.groups} groups")
         fewest, most = self.items
         if not 2 <= fewest <= most:
             raise InputError(f"demo items: need 2 <= fewest <= most, not {fewest} and {most}")
@@ -90,7 +90,7 @@ class DemoUser:
 class World:
     """All users, the topics on which they follow their group (`shared`), and the individual ones (`personal`)."""
 
-    people: tuple[DemoUser, ...]
+    users: tuple[DemoUser, ...]
     shared: tuple[int, ...]
     personal: tuple[int, ...]
 
@@ -102,24 +102,24 @@ def make_world(settings: DemoSettings, closings: int) -> World:
         settings: sizes, shares and the seed.
         closings: number of sign-offs to choose from, at least one.
     """
-    rng = random.Random(f"{settings.task} people {settings.seed}")
+    rng = random.Random(f"{settings.task} people {settings.seed}")  # the text is part of the seed
     topics = rng.sample(range(TOPICS), TOPICS)
     shared, personal = topics[:SHARED], topics[SHARED:]
     rows = [(start, *range(start + 1, CHOICES), *range(start)) for start in rng.sample(range(CHOICES), CHOICES)]
-    groups = [index % settings.groups for index in range(settings.people)]
+    groups = [index % settings.groups for index in range(settings.users)]
     rng.shuffle(groups)
-    ways = [shuffled(list(permutations(range(CHOICES), len(personal))), rng) for _ in range(settings.groups)]
-    signs = [shuffled(range(closings if settings.own_traits else 1), rng) for _ in range(settings.groups)]
-    width = len(str(settings.people))
-    people = []
+    habits = [shuffled(list(permutations(range(CHOICES), len(personal))), rng) for _ in range(settings.groups)]
+    closing_of = [shuffled(range(closings if settings.own_traits else 1), rng) for _ in range(settings.groups)]
+    width = len(str(settings.users))
+    users = []
     for number, group in enumerate(groups, start=1):
-        choices = dict(zip([*shared, *personal], [*rows[group][:SHARED], *next(ways[group])], strict=True))
+        choices = dict(zip([*shared, *personal], [*rows[group][:SHARED], *next(habits[group])], strict=True))
         habit = tuple(choices[topic] for topic in range(TOPICS))
-        people.append(DemoUser(f"u{number:0{width}d}", group, habit, next(signs[group])))
-    return World(tuple(people), tuple(shared), tuple(personal))
+        users.append(DemoUser(f"u{number:0{width}d}", group, habit, next(closing_of[group])))
+    return World(tuple(users), tuple(shared), tuple(personal))
 
 
-def shuffled(cards: Sequence[Card], rng: random.Random) -> Iterator[Card]:
-    """Yield `cards` endlessly in random order, reshuffled after each full pass, so that all occur equally often."""
+def shuffled(values: Sequence[Value], rng: random.Random) -> Iterator[Value]:
+    """Yield `values` endlessly in random order, reshuffled after each full pass, so that all occur equally often."""
     while True:
-        yield from rng.sample(cards, len(cards))
+        yield from rng.sample(values, len(values))

@@ -85,11 +85,11 @@ def _rows(
     for user in source.users():
         history = source.history(user.id)
         score = _scorer(history)
-        place = {item.id: at for at, item in enumerate(history)}
+        index = {item.id: at for at, item in enumerate(history)}
         for row, earlier in _with_earlier(source, user.id, history):
             if earlier:
                 scores = score(row.prompt)
-                chosen = choose(row, earlier, [scores[place[item.id]] for item in earlier])
+                chosen = choose(row, earlier, [scores[index[item.id]] for item in earlier])
                 yield _in_front(row, chosen, count, max_length)
 
 
@@ -98,8 +98,8 @@ def _in_front(row: TextExample, chosen: Sequence[TextExample], count: Count, max
     prompt, tokens, sources, cut = row.prompt, min(row.tokens, max_length), [], False
     for item in reversed(chosen):
         text = f"{item.prompt} {item.target}\n"
-        here = TextExample(row.id, row.user, prompt, row.target, row.item, row.time, tokens)
-        kept, size = _fit(text, here, count, max_length)
+        extended = TextExample(row.id, row.user, prompt, row.target, row.item, row.time, tokens)
+        kept, size = _fit(text, extended, count, max_length)
         cut = cut or kept != text
         # A truncated item is useful only if it keeps more than its answer.
         if len(_words(kept)) <= len(_words(item.target)):

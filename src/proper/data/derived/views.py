@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Protocol
 
 from proper.data.database import get_meta, salt, scramble, set_meta
-from proper.data.dataset import Dataset, Role, SampledRows, TextExample, User, Who
+from proper.data.dataset import Dataset, Role, SampledRows, TextExample, User, UserSet
 from proper.errors import DataError, ProperError
 from proper.files import atomic_path, hash_value
 
 Count = Callable[[str, str], int]
 """Function from a prompt and a target to their joint length in tokens, untruncated."""
 
-EVERYBODY = "\0everybody"
+SINGLE_USER = "\0everybody"
 """Id of the single user of `OneUser`; no id in a file can equal it."""
 
 SHORTENED = "older than the history that is kept"
@@ -76,7 +76,7 @@ def shuffle_users(source: Dataset, path: Path, seed: int) -> None:
     """
     with _copy(source, path, f"shuffled {seed}") as connection:
         connection.execute(
-            """CREATE TEMP TABLE places AS SELECT r.id AS place, u.role AS role,
+            """CREATE TEMP TABLE slots AS SELECT r.id AS row, u.role AS role,
                    row_number() OVER (PARTITION BY u.role ORDER BY r.id) AS number
             FROM rows r JOIN users u ON u.number = r.user WHERE r.part = 'history'"""
         )
@@ -88,11 +88,11 @@ def shuffle_users(source: Dataset, path: Path, seed: int) -> None:
             (salt("shuffled", seed),),
         )
         connection.execute("CREATE INDEX temp.by_number ON contents(role, number)")
-        connection.execute("CREATE INDEX temp.by_place ON places(place)")
+        connection.execute("CREATE INDEX temp.by_row ON slots(row)")
         connection.execute("""
             UPDATE rows SET (text, tokens, digest, item_key, prompt_key) = (
                 SELECT c.text, c.tokens, c.digest, c.item_key, c.prompt_key
-                FROM places p JOIN contents c ON c.role = p.role AND c.number = p.number WHERE p.place = rows.id)
+                FROM slots s JOIN contents c ON c.role = s.role AND c.number = s.number WHERE s.row = rows.id)
             WHERE part = 'history'""")
 
 
@@ -102,9 +102,9 @@ def shorten_histories(source: Dataset, path: Path, keep: int) -> None:
         connection.execute(
             """UPDATE rows SET part = 'unused', reason = ? WHERE id IN (
                 SELECT id FROM (
-                    SELECT r.id, row_number() OVER (PARTITION BY r.user ORDER BY r.id DESC) AS place
+                    SELECT r.id, row_number() OVER (PARTITION BY r.user ORDER BY r.id DESC) AS age
                     FROM rows r JOIN users u ON u.number = r.user WHERE r.part = 'history' AND u.role = 'target')
-                WHERE place > ?)""",
+                WHERE age > ?)""",
             (SHORTENED, keep),
         )
         _recount(connection)
@@ -175,27 +175,27 @@ class Histories(Protocol):
     def history(self, user: str, newest: int | None = None) -> list[TextExample]:
         """List a user's history, oldest first."""
 
-    def sample(self, who: Who, max_tokens: int | None, seed: int) -> SampledRows:
+    def sample(self, users: UserSet, max_tokens: int | None, seed: int) -> SampledRows:
         """Choose history rows to train on."""
 
 
 @dataclass(frozen=True)
 class OneUser:
-    """View with the same rows in the same order, all attributed to one user, `EVERYBODY`."""
+    """View with the same rows in the same order, all attributed to one user, `SINGLE_USER`."""
 
     dataset: Dataset
 
     def users(self, role: Role | None = None) -> Iterator[User]:
         """Yield the single user."""
-        yield User(EVERYBODY, "target", sum(user.history for user in self.dataset.users(role)), 0)
+        yield User(SINGLE_USER, "target", sum(user.history for user in self.dataset.users(role)), 0)
 
     def history(self, user: str, newest: int | None = None) -> list[TextExample]:
         """Raise NotImplementedError: the history of the single user would be the whole dataset."""
-        raise NotImplementedError("one user for everybody has no history to fit an adapter on")
+        raise NotImplementedError("the single user of this view has no history to fit an adapter on")
 
-    def sample(self, who: Who, max_tokens: int | None, seed: int) -> SampledRows:
-        """Choose the rows that the data set chooses."""
-        return _Renamed(self.dataset.sample(who, max_tokens, seed))
+    def sample(self, users: UserSet, max_tokens: int | None, seed: int) -> SampledRows:
+        """Sample the same rows as the dataset."""
+        return _Renamed(self.dataset.sample(users, max_tokens, seed))
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class _Renamed:
         return self.sample.tokens
 
     def rows(self, epoch: int) -> Iterator[TextExample]:
-        return (replace(row, user=EVERYBODY) for row in self.sample.rows(epoch))
+        return (replace(row, user=SINGLE_USER) for row in self.sample.rows(epoch))
 
 
 class Leaking:
@@ -234,9 +234,9 @@ class Leaking:
         before = self.order[: self.order.index(user) + 1]
         return [item for each in before for item in self.dataset.history(each, self.max_items)]
 
-    def sample(self, who: Who, max_tokens: int | None, seed: int) -> SampledRows:
-        """Choose the rows that the data set chooses."""
-        return self.dataset.sample(who, max_tokens, seed)
+    def sample(self, users: UserSet, max_tokens: int | None, seed: int) -> SampledRows:
+        """Sample the same rows as the dataset."""
+        return self.dataset.sample(users, max_tokens, seed)
 
 
 @dataclass(frozen=True)
@@ -255,6 +255,8 @@ class OneHistory:
         items = list(self.items) if user == self.user else []
         return items if newest is None else items[-newest:]
 
-    def sample(self, who: Who, max_tokens: int | None, seed: int) -> SampledRows:
+    def sample(self, users: UserSet, max_tokens: int | None, seed: int) -> SampledRows:
         """Raise NotImplementedError: only stages that train on all users sample rows."""
-        raise NotImplementedError("one user's history is no sample of everybody's")
+        raise NotImplementedError(
+            "the history of one user cannot be sampled; only stages that train on all users sample rows"
+        )

@@ -13,12 +13,12 @@ from hashlib import blake2b
 from pathlib import Path
 
 from proper.config import DataConfig
+from proper.config.lamp_tasks import LAMP_TASKS, LampTask
 from proper.data.lamp.rows import Question, Row, RowMaker, paper_titles, row_maker
 from proper.data.rows import Source
 from proper.data.text_files import json_entries, json_value
 from proper.data.values import plain
 from proper.errors import DataError
-from proper.lamp_tasks import LAMP_TASKS, LampTask
 
 _QUESTIONS = "{}_questions.json"
 _OUTPUTS = "{}_outputs.json"
@@ -122,7 +122,7 @@ class _Golds:
                 row = (plain(gold["id"]), plain(gold["output"]))
                 self.connection.execute("INSERT INTO golds VALUES (?, ?)", row)
             except sqlite3.IntegrityError as error:
-                raise DataError(f"{path}:{number}: id: '{plain(gold['id'])}' is there twice") from error
+                raise DataError(f"{path}:{number}: id: '{plain(gold['id'])}' occurs twice") from error
 
     def take(self, identity: str) -> str | None:
         """Return and remove the answer of a question; None if there is none or it was taken."""

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from proper.config import DataConfig
+from proper.config.lamp_tasks import LAMP_TASKS
 from proper.data.lamp.rows import Question, Row, RowMaker, paper_titles, row_maker
 from proper.data.rows import Source
 from proper.data.text_files import json_entries
 from proper.data.values import plain
 from proper.errors import DataError
-from proper.lamp_tasks import LAMP_TASKS
 
 _OTHERS = "user_others.json"
 _TESTED = ("user_top_100_history.json", "user_more_100_history.json")
@@ -71,11 +71,11 @@ def _entry_rows(entry: object, maker: RowMaker, query: bool) -> Iterator[Row | s
         yield "query: missing, or no list"
         return
     questions = []
-    for place, each in enumerate(asked):
+    for index, each in enumerate(asked):
         fields = each if isinstance(each, dict) else {}
         missing = next((key for key in ("id", "input", "gold") if fields.get(key) is None), None)
         if missing is not None:
-            yield f"query[{place}].{missing}: missing"
+            yield f"query[{index}].{missing}: missing"
         else:
             question = Question(plain(each["id"]), plain(each["input"]), each["gold"], query, each.get("date"))
             questions.append(question)

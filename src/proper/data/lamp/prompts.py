@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from proper.config.lamp_tasks import LAMP_TASKS, LampTask, Layout
 from proper.data.rows import BadValue, Template, parse_template
-from proper.lamp_tasks import LAMP_TASKS, LampTask, Layout
 
 _TAGS = f"tags: [{', '.join(LAMP_TASKS['lamp-2m'].labels)}]"
 _CATEGORIES = f"categories: [{', '.join(LAMP_TASKS['lamp-2n'].labels)}]"

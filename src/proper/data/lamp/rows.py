@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from proper.config.lamp_tasks import LampTask, Layout
 from proper.data.database import text_key
 from proper.data.lamp.prompts import Wording, question_fields, wording
 from proper.data.rows import BadValue
 from proper.data.values import identifier, parse_time, plain
-from proper.lamp_tasks import LampTask, Layout
 
 Row = dict[str, Any]
 
@@ -81,14 +81,14 @@ class RowMaker:
 
     def _history(self, user: str, profile: Sequence[object]) -> Iterator[Row | str]:
         titles = [_title(item) for item in profile] if self.task.name == "lamp-1" else []
-        for place, item in enumerate(profile):
+        for index, item in enumerate(profile):
             try:
                 if not isinstance(item, dict):
                     raise BadValue("item", "no object")
-                fields = self._choice(user, item, place, titles) if titles else self._fields(item)
+                fields = self._choice(user, item, index, titles) if titles else self._fields(item)
                 # Item ids are unique only within a user, so the user id is prefixed.
                 own_id = _own_id(item)
-                item_id = f"{user}/#{place}" if own_id is None else f"{user}/{own_id}"
+                item_id = f"{user}/#{index}" if own_id is None else f"{user}/{own_id}"
                 yield {
                     **fields,
                     "user_id": user,
@@ -99,7 +99,7 @@ class RowMaker:
                     QUERY: False,
                 }
             except BadValue as error:
-                yield f"profile[{place}].{error}"
+                yield f"profile[{index}].{error}"
 
     def _question(self, user: str, question: Question, newest: float | None) -> Row:
         fields = question_fields(self.task, question.text)
@@ -140,7 +140,7 @@ class RowMaker:
         folded = " ".join(text.casefold().split())
         return folded if folded in self.task.labels else text
 
-    def _choice(self, user: str, item: Mapping[str, object], place: int, titles: Sequence[str]) -> dict[str, str]:
+    def _choice(self, user: str, item: Mapping[str, object], index: int, titles: Sequence[str]) -> dict[str, str]:
         """Turn a paper into a choice between a reference of its author and a paper of another author.
 
         OPPU's items have a citation. The official items have none: there the author's preceding paper in the profile
@@ -148,15 +148,15 @@ class RowMaker:
         """
         title = _text(item, "title")
         coin = text_key(f"{user}\n{title}")
-        neighbours = [*reversed(titles[:place]), *titles[place + 1 :]]
+        neighbours = [*reversed(titles[:index]), *titles[index + 1 :]]
         related = _citations(item.get("citation")) or [other for other in neighbours if other and other != title][:1]
         if not related:
-            raise BadValue("citation", "missing, and there is no other paper by the author to stand in")
+            raise BadValue("citation", "missing, and the author has no other paper to replace it")
         own = {_norm(text) for text in (*titles, *related)}
-        strangers = [paper for author, paper in self.others if author != user and _norm(paper) not in own]
-        if not strangers:
+        other_papers = [paper for author, paper in self.others if author != user and _norm(paper) not in own]
+        if not other_papers:
             raise BadValue("citation", "there is no other author's paper to choose against")
-        options = [related[(coin >> 1) % len(related)], strangers[(coin >> 17) % len(strangers)]]
+        options = [related[(coin >> 1) % len(related)], other_papers[(coin >> 17) % len(other_papers)]]
         first = coin & 1
         return {
             "title": title,

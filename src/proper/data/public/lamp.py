@@ -9,9 +9,9 @@ import logging
 from pathlib import Path
 from typing import Literal
 
+from proper.config.lamp_tasks import LAMP_TASKS, LampTask, lamp_name
 from proper.data.public.download import fetch, require_json, require_web_address
 from proper.errors import InputError
-from proper.lamp_tasks import LAMP_TASKS, LampTask, lamp_name
 
 logger = logging.getLogger(__name__)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+
+from proper.errors import did_you_mean
 
 _EXPECTED = "Input should be "
 
@@ -31,9 +32,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if branches[0]["type"] == "extra_forbidden":
         known = _keys_beside(key.split("."), model)
-        near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key '{key}'; {hint}{more}"
+        return f"unknown key '{key}'; {did_you_mean(key.rpartition('.')[2], known)}{more}"
     if branches[0]["type"] == "missing":
         return f"'{key}' is missing{more}"
     return f"'{key}': {_complaint(branches)}{more}"

@@ -1,0 +1,40 @@
+"""Run configuration: the settings with their defaults, presets, and loading from YAML."""
+
+from proper.config.loading import load_config, make_config
+from proper.config.presets import PRESETS
+from proper.config.schema import (
+    ComputeConfig,
+    Config,
+    ConstraintConfig,
+    DataConfig,
+    EvaluationConfig,
+    GroupsConfig,
+    OptimizerConfig,
+    PopulationConfig,
+    Section,
+    SplitConfig,
+    TargetModules,
+    TaskConfig,
+    TiersConfig,
+    UsersConfig,
+)
+
+__all__ = [
+    "ComputeConfig",
+    "Config",
+    "ConstraintConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "GroupsConfig",
+    "OptimizerConfig",
+    "PRESETS",
+    "PopulationConfig",
+    "Section",
+    "SplitConfig",
+    "TargetModules",
+    "TaskConfig",
+    "TiersConfig",
+    "UsersConfig",
+    "load_config",
+    "make_config",
+]

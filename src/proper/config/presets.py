@@ -1,0 +1,25 @@
+"""Presets: named values for several settings at once, which the config's own values override."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_PAPER: dict[str, Any] = {
+    "population": {"learning_rate": 3e-4, "train_on": "others"},
+    "groups": {"learning_rate": 2e-4, "train_on": "targets"},
+    "users": {"learning_rate": 2e-4, "router_learning_rate": 2e-4, "router": "paper"},
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": _PAPER,
+    "released": {
+        **_PAPER,
+        "population": {**_PAPER["population"], "target_modules": "attention"},
+        "groups": {
+            **_PAPER["groups"],
+            "router": "released",
+            "embedding": "per-module",
+            "constraint": {"kind": "released"},
+        },
+    },
+}
