@@ -1,7 +1,4 @@
-"""How a method is named on the page, and the rules that word an answer from what the tests show.
-
-Knows nothing about numbers or files.
-"""
+"""Names of methods on the findings page, and rules that turn verdicts of tests into sentences."""
 
 from __future__ import annotations
 
@@ -36,31 +33,31 @@ SETTINGS = {
     "rows": "trained on",
 }
 BUDGETS = ("population.max_tokens", "groups.max_tokens", "users.max_items")
-"""What goes with `rows`, and is not what a method is about."""
+"""Settings that accompany `rows` and are left out of a method's name."""
 
 
 def label(method: str) -> str:
-    """Return a method's name as a reader sees it, the changes in brackets told by their letters."""
+    """Return a method's display name with its overrides, such as "Groups, E = 8"."""
     name, _, rest = method.partition("[")
     changes = [change.partition("=") for change in re.findall(r"\[([^\]]+)\]", f"[{rest}")]
     hidden = BUDGETS if any(key == "rows" for key, _, _ in changes) else ()
-    told = [
+    overrides = [
         f"{SETTINGS.get(key, key)} {'' if key == 'rows' else '= '}{value}"
         for key, _, value in changes
         if key not in hidden and rest
     ]
-    return ", ".join([method_name(name), *told])
+    return ", ".join([method_name(name), *overrides])
 
 
 def verdicts(tests: Tests, pair: tuple[str, str]) -> dict[str, str]:
-    """Return what every source shows of a pair."""
+    """Return the verdict of a pair in every source."""
     return {
         source: test.verdict for source, found in tests.items() for test in found if (test.method, test.against) == pair
     }
 
 
 def by_set(tests: Tests, pair: tuple[str, str]) -> str:
-    """Say of a pair on which sets it is better, worse, or neither is shown."""
+    """Return a sentence on the sources in which a pair is better, worse, or not significantly different."""
     shown = verdicts(tests, pair)
     parts = []
     for verdict, words in (
@@ -78,33 +75,33 @@ def by_set(tests: Tests, pair: tuple[str, str]) -> str:
 
 
 def steps(tests: Tests) -> str:
-    """Say where each step of the ladder gains."""
+    """Return the answer on the steps of the ladder."""
     return " ".join(by_set(tests, pair) for pair in (("groups", "population"), ("users", "groups")))
 
 
 def grid(default: str) -> Callable[[Tests], str]:
-    """Return the rule of a grid: which values are told apart from the default."""
+    """Return the rule of a grid: which values differ significantly from the default."""
 
     def answer(tests: Tests) -> str:
-        told: dict[str, list[str]] = {"better": [], "worse": []}
-        for place, (source, of_source) in enumerate(tests.items()):
+        found: dict[str, list[str]] = {"better": [], "worse": []}
+        for index, (source, of_source) in enumerate(tests.items()):
             for test in of_source:
-                if test.against == "groups" and test.verdict in told:
-                    told[test.verdict].append(label(test.method) + (f" ({source})" if place else ""))
-        if not any(told.values()):
-            return f"No value is told apart from the default, {default}."
+                if test.against == "groups" and test.verdict in found:
+                    found[test.verdict].append(label(test.method) + (f" ({source})" if index else ""))
+        if not any(found.values()):
+            return f"No value differs significantly from the default, {default}."
         parts = [
-            f"{verdict} than the default ({default}): {'; '.join(names)}" for verdict, names in told.items() if names
+            f"{verdict} than the default ({default}): {'; '.join(names)}" for verdict, names in found.items() if names
         ]
         text = ". ".join(parts)
-        rest = "" if told["better"] else ". No value beats the default"
+        rest = "" if found["better"] else ". No value beats the default"
         return text[:1].upper() + text[1:] + rest + "."
 
     return answer
 
 
 def controls(tests: Tests) -> str:
-    """Claim personalization on a set only where every control is beaten."""
+    """Return the claim of personalization by source: made only where every control is beaten."""
     parts = []
     for source, found in tests.items():
         pairs = {(test.method, test.against): test.verdict for test in found}
@@ -113,30 +110,30 @@ def controls(tests: Tests) -> str:
         missing = [label(b) for a, b in CONTROLS if a in stages and (a, b) not in pairs]
         won = [f"{label(a)} over {label(b)}" for a, b in CONTROLS if pairs.get((a, b)) == "better"]
         if lost:
-            shown = f"; shown is that of {'; '.join(won)}" if won else ""
-            parts.append(f"On {source} personalization is not claimed: no gain shown of {'; '.join(lost)}{shown}.")
+            shown = f"; beaten: {'; '.join(won)}" if won else ""
+            parts.append(f"On {source} personalization is not claimed; no significant gain: {'; '.join(lost)}{shown}.")
         elif missing:
             parts.append(f"On {source} no claim yet: {', '.join(missing)} was not run.")
         else:
-            parts.append(f"On {source} every control is beaten: the gain comes from knowing the user.")
+            parts.append(f"On {source} every control is beaten: the gain comes from information about the user.")
         if pairs.get(("users", "user-majority")) == "worse":
-            parts.append(f"On {source} a user's own usual answer, without a model, is better than Users.")
+            parts.append(f"On {source} the user's majority answer, without a model, is better than Users.")
     return " ".join(parts)
 
 
 def each(*pairs: tuple[str, str]) -> Callable[[Tests], str]:
-    """Return the rule that says each pair in turn."""
+    """Return the rule that reports each pair in turn."""
     return lambda tests: " ".join(filter(None, (by_set(tests, pair) for pair in pairs)))
 
 
 def short(tests: Tests) -> str:
-    """Say at how many items a user's adapter is worth it against the group model and the other methods."""
+    """Return the methods that a user's adapter beats or loses to, by number of history items."""
     parts = []
     for source, found in tests.items():
         own = [test for test in found if test.method.startswith("users")]
         beaten = [label(test.against).partition(",")[0] for test in own if test.verdict == "better"]
         lost = [label(test.against).partition(",")[0] for test in own if test.verdict == "worse"]
-        said = [f"beats {', '.join(beaten)}" if beaten else "", f"loses to {', '.join(lost)}" if lost else ""]
-        told = " and ".join(filter(None, said))
-        parts.append(f"{source}: Users {told or 'is not told apart from any other method'}.")
+        parts_of = [f"beats {', '.join(beaten)}" if beaten else "", f"loses to {', '.join(lost)}" if lost else ""]
+        text = " and ".join(filter(None, parts_of))
+        parts.append(f"{source}: Users {text or 'does not differ significantly from any other method'}.")
     return " ".join(parts)

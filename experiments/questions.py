@@ -1,6 +1,6 @@
-"""The ten questions: what is asked, which results answer, and which pairs count.
+"""The ten questions: text, the results that answer each, and the pairs of methods that are compared.
 
-Knows nothing about numbers: an answer is a rule from `findings_answers`.
+An answer is a rule from `answers`; no number is written here.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class Source:
     """A committed result.
 
     Attributes:
-        pairs: (method, against) of its table; the other way round is turned.
-        inside: keys that lead to the part of the file that counts.
-        items: how many items of a history were kept, for curves.
+        pairs: (method, against) of its table; a result with the opposite order is negated.
+        inside: keys of the part of the file that is used.
+        items: number of history items kept, for curves.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Question:
-    """One section of the page. `key` are the pairs that are also said in words; all of them where it is empty."""
+    """One section of the page. `key` are the pairs that are also listed as sentences; all pairs if it is empty."""
 
     number: int
     title: str
@@ -53,7 +53,7 @@ CATEGORY, HEADLINE = (
 )
 TITLE_ONLY, ALL_TITLE = "population[rows=Title]", "groups-shared-e[rows=Title]"
 HEADLINE_ONLY, ALL_HEADLINE = "population[rows=Headline]", "groups-shared-e[rows=Headline]"
-PICKED = "The best value was picked by one seed on these very queries, so that seed flatters it in the second table."
+PICKED = "One seed chose the best value on the same queries, so that seed favours it in the second table."
 GROUPS_GRID = "groups[groups.{}={}]"
 
 
@@ -76,7 +76,7 @@ QUESTIONS = (
     Question(
         1,
         "Population, groups, users",
-        "Does each stage gain on the one before? The paper states +4.69 % and +5.02 % relative on LaMP with 7 B.",
+        "Does each stage improve on the one before? The paper reports +4.69 % and +5.02 % relative on LaMP with 7 B.",
         (
             Source("huffpost-label", "huffpost-label.json", STEPS),
             Source("movielens-rating", "movielens-rating.json", STEPS),
@@ -86,8 +86,8 @@ QUESTIONS = (
         "for set in huffpost-label movielens-rating acl-title; do proper run configs/$set.yaml --out runs/$set; done",
         STEPS,
         (
-            "A gain here is over a stage 1 that saw one pass over a small budget. "
-            "Question 10 says how much of it is the users.",
+            "The gain is over a stage 1 that made one pass over a small budget. "
+            "Question 10 shows how much of it comes from information about users.",
         ),
     ),
     Question(
@@ -107,11 +107,11 @@ QUESTIONS = (
         each(*PROGRESSIVE, (MORE_ITEMS, "users"), (MORE_ITEMS, "end-to-end")),
         _command(2),
         notes=(
-            "Against the paper, training all at once is not worse here, and on two sets better. Two reasons "
-            "seem likely. With budgets this small three stages warm up and cool down thrice, one goes on learning. And "
-            "equal tokens are not equal knowledge of a user: end to end, an adapter also learns from its user's rows "
-            "of stages 1 and 2, while a stage-3 adapter sees the newest 12, 24 or 8. So the last table lets it see 64: "
-            "on that seed no difference to end to end is shown, nor, though, is one to the adapters of 24.",
+            "Unlike in the paper, end-to-end training is not worse here, and on two sets better. Two likely reasons: "
+            "with budgets this small, three stages have three warm-ups and decays instead of one; and equal tokens are "
+            "not equal information about a user: end to end, an adapter also learns from its user's rows of stages 1 "
+            "and 2, while a stage-3 adapter sees the newest 12, 24 or 8 items. The last table gives it 64: on that "
+            "seed no difference from end to end is significant, and neither is one from the adapters of 24 items.",
         ),
     ),
     Question(
@@ -120,13 +120,13 @@ QUESTIONS = (
         "E in {1, 2, 5, 8}, stage 2 trained on one population each time; the paper finds 5 best of {2, 5, 8}.",
         (
             Source("movielens", "findings/experts.json", _grid("experts", (1, 2, 8))),
-            Source("movielens, the best one", "findings/winners.json", _grid("experts", (8,))),
+            Source("movielens, best value", "findings/winners.json", _grid("experts", (8,))),
         ),
         grid("E = 5"),
         _command(3),
         notes=(
             PICKED,
-            "The paper's order of 2, 5 and 8 does not show here; that one expert is worse does, in the loss.",
+            "The order of 2, 5 and 8 in the paper is not reproduced; one expert is significantly worse in the loss.",
         ),
     ),
     Question(
@@ -135,13 +135,13 @@ QUESTIONS = (
         "D in {32, 64, 128, 256}, stage 2 trained on one population each time.",
         (
             Source("movielens", "findings/embedding.json", _grid("user_embedding", (32, 64, 256))),
-            Source("movielens, the best one", "findings/winners.json", _grid("user_embedding", (256,))),
+            Source("movielens, best value", "findings/winners.json", _grid("user_embedding", (256,))),
         ),
         grid("D = 128"),
         _command(4),
         notes=(
             PICKED,
-            "The default stays: one set and a second look that shows nothing are too little to change it by.",
+            "The default is kept: one data set and a second run without significance are not enough to change it.",
         ),
     ),
     Question(
@@ -163,9 +163,9 @@ QUESTIONS = (
         grid("users"),
         _command(5),
         notes=(
-            "As released, the constraint has no gradient: its figures are those of no constraint, to the digit. On "
-            "users it does what it is for, their mixtures differ more (the last column), but answers gain nothing that "
-            "shows; on experts it sends everybody through the same mixture.",
+            "As released, the constraint has no gradient: its figures equal those of no constraint. On users it "
+            "works as intended: their mixtures differ more (the last column), but answers do not improve measurably; "
+            "on experts it routes all users through the same mixture.",
         ),
     ),
     Question(
@@ -188,14 +188,14 @@ QUESTIONS = (
         each(("users", "users-paper"), ("users", "users-no-router")),
         _command(6),
         notes=(
-            "Against the paper, stage 3b adds nothing that shows to 3a. The paper's form puts a router that was "
-            "trained on few rows in place of the group's; the residual one adds to the group's.",
+            "Unlike in the paper, stage 3b adds nothing measurable to 3a. The form of the paper replaces the group's "
+            "router by one trained on few rows; the residual form adds to the group's router.",
         ),
     ),
     Question(
         7,
         "Short histories",
-        "60 people with 1, 5 or 20 items kept, stage 1 without them; and the 100 shortest histories of everybody.",
+        "60 users with 1, 5 or 20 items kept, stage 1 without them; and the 100 users with the shortest histories.",
         (
             *(_short(items) for items in (1, 5, 20)),
             Source(
@@ -211,18 +211,18 @@ QUESTIONS = (
         short,
         _command(7),
         notes=(
-            "The group model hardly moves here, unlike in question 1. Likely, but not tested: its budget is spread "
-            "over all 610 people, so it sees few rows of anybody, and these 60 have few to show.",
-            "Population, OPPU and RAG answer everybody with the same rating, which is why their errors agree to the "
-            "digit; their losses differ. A person's mean rating over the same few items is the better answer.",
+            "The group model gains little here, unlike in question 1. A likely reason, not tested: its budget is "
+            "spread over all 610 users, so it sees few rows of each, and these 60 have few rows.",
+            "Population, OPPU and RAG answer every user with the same rating, so their errors are equal; their losses "
+            "differ. A user's mean rating over the same few items is the better answer.",
         ),
         curve=True,
     ),
     Question(
         8,
         "Train on one task, test on another",
-        "Authors trained on sections alone write headlines, and the other way round; and what was trained on papers "
-        "writes headlines.",
+        "Adapters trained on sections alone write headlines, and the other way round; and models trained on papers "
+        "write headlines.",
         (
             Source(
                 "headlines, HuffPost",
@@ -254,16 +254,16 @@ QUESTIONS = (
         ),
         _command(8),
         notes=(
-            "Answers are free text here, so whoever was trained on one task writes its kind of answer under every "
-            "prompt; of this transfer the paper's larger backbone may show more.",
-            "No author is in both ACL and HuffPost, so of stage 2 only the experts can carry over: everybody has the "
-            "one embedding that was trained with them.",
+            "Answers are free text here, so a model trained on one task writes its kind of answer for every prompt; a "
+            "larger backbone, as in the paper, may transfer better.",
+            "No author is in both ACL and HuffPost, so of stage 2 only the experts can transfer: all users have "
+            "the one embedding that was trained with them.",
         ),
     ),
     Question(
         9,
         "Two tasks trained together",
-        "One run on sections and headlines of the same authors, groups shared, against a run a task of half the size.",
+        "One run on sections and headlines of the same authors, against a run per task of half the size.",
         (
             Source(
                 "sections, HuffPost", "findings/two-tasks.json", (("users", CATEGORY),), inside=("tasks", "Category")
@@ -278,8 +278,8 @@ QUESTIONS = (
     Question(
         10,
         "Controls",
-        "Is a gain knowledge of the user, or more training? Against one LoRA on stage 2's rows, one embedding for all, "
-        "another user's embedding and adapter, and ids shuffled.",
+        "Does the gain come from information about the user or from more training? Compared: one LoRA on the rows of "
+        "stage 2, one embedding for all users, another user's embedding and adapter, and shuffled user ids.",
         (
             Source("huffpost-label", "findings/controls-huffpost.json", RIVALS),
             Source("movielens-rating", "findings/controls-movielens.json", RIVALS),
@@ -289,8 +289,8 @@ QUESTIONS = (
         _command(10),
         (*CONTROLS, *RIVALS[-2:]),
         (
-            "A user's usual answer comes from the whole history; an adapter saw the newest 12 items (HuffPost) or 24.",
-            "Users were not trained in the run of 200 users, so it is about the groups' step alone.",
+            "A user's majority answer uses the whole history; an adapter the newest 12 items (HuffPost) or 24.",
+            "The run of 200 users has no stage 3, so it covers the step of stage 2 alone.",
         ),
     ),
 )

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from proper.data.batching import Batch, EncodedExample, Encoder, collate
+from proper.data.batching import Batch, collate
 from proper.data.demo import DemoSettings, demo_config, write_demo
+from proper.data.encoder import EncodedExample, Encoder
 from proper.models.personal import answer_loss
 
 Rows = dict[str, list[EncodedExample]]

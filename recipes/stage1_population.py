@@ -18,7 +18,8 @@ import torch
 from demo_rows import demo_rows, held_out, setting
 from peft import LoraConfig, get_peft_model
 
-from proper.data.batching import Encoder, collate
+from proper.data.batching import collate
+from proper.data.encoder import Encoder
 from proper.models import load_backbone
 from proper.models.personal import answer_logits, answer_loss
 from proper.models.targets import find_targets

@@ -25,7 +25,8 @@ from demo_rows import demo_rows, held_out, setting
 from torch import Tensor
 from torch.nn import Parameter
 
-from proper.data.batching import Batch, Encoder, collate, number_users
+from proper.data.batching import Batch, collate, number_users
+from proper.data.encoder import Encoder
 from proper.layers.batch_context import BatchContext, RowContext
 from proper.layers.experts import Experts
 from proper.layers.personalized_linear import AdaptedLinear

@@ -21,7 +21,8 @@ from demo_rows import demo_rows, held_out, setting
 from torch import Tensor
 from torch.nn import Parameter
 
-from proper.data.batching import Batch, Encoder, collate
+from proper.data.batching import Batch, collate
+from proper.data.encoder import Encoder
 from proper.layers.bank import AdapterBank, Layout
 from proper.layers.batch_context import BatchContext, RowContext
 from proper.layers.experts import Experts

@@ -4,7 +4,7 @@
 
 README.md has the short one: a line per data set. docs/results/README.md has a line per data set and stage, with the
 main metric, its interval over users, and the step from the stage before with its Holm-adjusted p; and a line per
-control: is a step knowledge of the user, or just more training? Nothing is computed here that the files do not hold.
+control, which tells information about the user from more training. All numbers are taken from the files.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ NAMES = {"accuracy": "accuracy ↑", "mae": "MAE ↓", "rouge1": "ROUGE-1 ↑"}
 SHORT = ("global-majority", "user-majority", "base", "population", "groups", "users")
 """The columns of the short table."""
 CONTROLS = {
-    "groups": {"population-more": "as much training, no users", "groups-shared-e": "one embedding for all"},
-    "users": {"swapped": "somebody else's model", "shuffled": "ids shuffled", "user-majority": "their usual answer"},
+    "groups": {"population-more": "same training, no users", "groups-shared-e": "one embedding for all users"},
+    "users": {
+        "swapped": "another user's adapter",
+        "shuffled": "shuffled user ids",
+        "user-majority": "the user's majority answer",
+    },
 }
-"""What each stage is held against, and what that is."""
+"""The controls of each stage, with a short description."""
 
 
 def table(folder: Path = RESULTS) -> str:
@@ -66,9 +70,9 @@ def controls(folder: Path = RESULTS) -> str:
         results = json.loads(path.read_text(encoding="utf-8"))
         values = {row["method"]: row["value"] for row in results["metrics"] if row["primary"]}
         for row in results["comparisons"]:
-            told = CONTROLS.get(row["method"], {}).get(row["against"])
-            if row["primary"] and told is not None:
-                pair = f"{row['method']} {values[row['method']]:.3f} | `{row['against']}`, {told}"
+            description = CONTROLS.get(row["method"], {}).get(row["against"])
+            if row["primary"] and description is not None:
+                pair = f"{row['method']} {values[row['method']]:.3f} | `{row['against']}`, {description}"
                 lines.append(
                     f"| {Path(results['config']).stem} | {pair} | {values[row['against']]:.3f} | {_difference(row)} |"
                 )
@@ -98,5 +102,5 @@ def _difference(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    print("\n".join((short(place), table(place), controls(place))), end="")
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    print("\n".join((short(folder), table(folder), controls(folder))), end="")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,11 @@ import yaml
 import proper
 from proper import pipeline
 from proper.cli.app import main
-from proper.config import Config, make_config
+from proper.config import Config, load_run_config, make_config, with_chat
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.errors import ConfigError, RunFolderError
 from proper.interactions.personal_files import files_of
+from proper.models.tokenizer import EMBEDDED, backbone_location, configured_encoder, load_tokenizer
 from proper.run_folder import STORES, Stage
 
 DOCUMENTED = (
@@ -142,6 +144,22 @@ def test_a_folder_of_another_config_is_refused(finished: Path, capsys: pytest.Ca
     other = small_config(finished.parent, groups={"experts": 4})
     with pytest.raises(RunFolderError, match="groups.experts is 3 there and 4 here"):
         pipeline.run(other, finished)
+
+
+def test_a_run_stores_whether_it_uses_the_backbones_chat_template(finished: Path, tmp_path: Path) -> None:
+    assert yaml.safe_load((finished / "config.yaml").read_text(encoding="utf-8"))["data"]["chat"] == "off"
+    backbone = shutil.copytree(backbone_location(EMBEDDED), tmp_path / "chatty")
+    tokenizer: Any = load_tokenizer(EMBEDDED)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    tokenizer.save_pretrained(backbone)
+    config = small_config(finished.parent).model_copy(update={"backbone": str(backbone)})
+    folder = pipeline.run(config, tmp_path / "run", stages=["population"])
+    assert yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]["chat"] == "on"
+    prompt = configured_encoder(load_run_config(folder / "config.yaml")).prompt("Hello")
+    assert tokenizer.decode(prompt, skip_special_tokens=True) == "user: Hello\nassistant:"
+    pipeline.run(config, folder, stages=["population"])
+    with pytest.raises(RunFolderError, match="data.chat is 'on' there and 'off' here"):
+        pipeline.run(with_chat(config, "off"), folder)
 
 
 def test_a_folder_that_is_no_run_is_refused(finished: Path, tmp_path: Path) -> None:

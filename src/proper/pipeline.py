@@ -17,8 +17,9 @@ import yaml
 
 from proper.adapters.store import DEFAULT_TENANT
 from proper.adapters.tombstones import Tombstones
-from proper.config import Config, load_config, make_config
+from proper.config import Config, load_config, load_run_config, make_config, with_chat
 from proper.console import progress, quiet_libraries
+from proper.data.chat import uses_chat_template
 from proper.data.dataset import Dataset, prepare
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.data.demo.users import DemoTask
@@ -34,7 +35,7 @@ from proper.methods.evaluate import evaluating
 from proper.methods.table import known_methods
 from proper.models.backbone import configured_backbone
 from proper.models.targets import find_targets
-from proper.models.tokenizer import configured_encoder
+from proper.models.tokenizer import configured_encoder, load_tokenizer
 from proper.reports.compare import write_comparison
 from proper.reports.html import write_report
 from proper.reports.methods import write_methods_csv
@@ -291,13 +292,14 @@ def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:
 def _claim(folder: Path, config: Config) -> Config:
     """Write the config into a new run folder, or check that an existing one has the same; return it.
 
-    The returned config has an absolute data path. The section `evaluation` may change between calls, except for the
-    first seed; all other settings must stay the same.
+    The returned config has an absolute data path, and says whether prompts use the chat template. The section
+    `evaluation` may change between calls, except for the first seed; all other settings must stay the same.
     """
     data = Path(config.data.path)
     if data.exists():
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data.resolve())})})
     path = RunFolder(folder).config
+    config = _settle_chat(config, _run_config(folder) if path.exists() else None)
     if path.exists():
         different = _first_difference(_run_config(folder).model_dump(), config.model_dump())
         if different is not None:
@@ -307,6 +309,16 @@ def _claim(folder: Path, config: Config) -> Config:
     private_folder(folder)
     _write_config(path, config)
     return config
+
+
+def _settle_chat(config: Config, started: Config | None) -> Config:
+    """Return the config with `data.chat` as `on` or `off`: as the run was started, else as the backbone has it."""
+    if config.data.chat != "auto":
+        return config
+    if started is not None and started.data.chat != "auto":
+        return with_chat(config, started.data.chat)
+    tokenizer = load_tokenizer(config.backbone, trust_remote_code=config.trust_remote_code)
+    return with_chat(config, "on" if uses_chat_template("auto", tokenizer, config.backbone) else "off")
 
 
 def _require_free(folder: Path) -> None:
@@ -334,7 +346,7 @@ def _write_config(path: Path, config: Config) -> None:
 
 
 def _run_config(folder: Path) -> Config:
-    return load_config(require_run(folder).config)
+    return load_run_config(require_run(folder).config)
 
 
 def _first_difference(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str | None:

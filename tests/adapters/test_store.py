@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -269,6 +270,21 @@ def test_a_store_locked_by_another_process_says_so(filled: AdapterStore) -> None
     store.put([UserRecord("a", "groups", torch.zeros(1))])
     assert store.get("a") is not None
     store.close()
+
+
+def test_a_writer_that_waits_for_another_process_holds_up_no_thread(filled: AdapterStore) -> None:
+    other = sqlite3.connect(filled.folder / "users.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    writer = threading.Thread(target=lambda: filled.put([UserRecord("a", "groups", torch.zeros(1))]))
+    writer.start()
+    time.sleep(0.2)  # it waits for the lock now
+    begun = time.monotonic()
+    assert filled.head("u1") is not None and filled.get("u3") is not None and filled.head("a") is None
+    assert time.monotonic() - begun < 1
+    other.execute("ROLLBACK")
+    writer.join()
+    other.close()
+    assert filled.head("a") is not None
 
 
 def test_reading_from_another_thread(filled: AdapterStore) -> None:

@@ -25,4 +25,4 @@ def test_the_list_names_what_is_at_hand(
 
 def test_an_unknown_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["backbones", "fetch", "llama"]) == 2
-    assert capsys.readouterr().err == "proper: backbone 'llama' is unknown; known are: smollm2-135m\n"
+    assert capsys.readouterr().err == "proper: no backbone 'llama'; known: smollm2-135m\n"

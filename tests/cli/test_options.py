@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from proper.cli.options import chosen, size_in_bytes
+from proper.cli.options import chosen
+from proper.cli.serve import size_in_bytes
 from proper.errors import InputError
 
 STAGES = ("population", "groups", "users", "evaluate", "report")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 
 from proper.adapters.store import AdapterStore
 from proper.cli.app import main
+from proper.interactions.deletion import remove
 from proper.interactions.fit_queue import Fit
 from proper.interactions.log import InteractionLog, LogEntry
 
@@ -147,6 +149,30 @@ def test_a_worker_killed_in_a_fit_goes_on_and_ends_the_same(run: Path, tmp_path:
     assert all(tensor.equal((other.adapter or {})[name]) for name, tensor in (one.adapter or {}).items())
 
 
+def test_a_deleted_user_comes_back_by_an_enrolment_only_and_without_the_past(
+    run: Path, tmp_path: Path, capsys: Output
+) -> None:
+    rows = written(tmp_path / "rows.jsonl", ROWS[:1])
+    with closing(InteractionLog(run / "users")) as log, closing(AdapterStore(run / "users")) as store:
+        log.append("", "ann", [LogEntry("Long ago.", "yes")])
+        with closing(sqlite3.connect(log.database.path, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM interactions").fetchone()
+            assert remove(store, log, "ann", 0).waits
+            for command in ("enrol", "update"):
+                assert main(["users", command, str(run), "--user", "ann", "--input", rows]) == 2
+                out, err = capsys.readouterr()
+                assert out == "" and err.count("\n") == 1 and "Traceback" not in err
+        assert main(["users", "check", str(run)]) == 0
+        capsys.readouterr()
+        assert main(["users", "update", str(run), "--user", "ann", "--input", rows]) == 2
+        assert capsys.readouterr().err == f"proper: --user ann: no such user in {run / 'users'}\n"
+        assert store.head("ann") is None and not log.knows("", "ann")
+        assert main(["users", "enrol", str(run), "--user", "ann", "--input", rows]) == 0
+        assert store.head("ann") is not None
+        assert [each.prompt for each in log.interactions("", "ann")] == ["Thing number 0?"]
+
+
 def test_sigterm_queues_again_and_a_deleted_user_does_not_come_back(run: Path, start: Start) -> None:
     with closing(InteractionLog(run / "users")) as log, closing(AdapterStore(run / "users")) as store:
         log.append("", "ann", MANY)
@@ -158,9 +184,8 @@ def test_sigterm_queues_again_and_a_deleted_user_does_not_come_back(run: Path, s
         assert log.queue.fit("", "ann").state == "queued"
         worker = start()
         until(log, "ann", lambda fit: fit.state == "fitting" and fit.progress > 0.3)
-        from proper.interactions.deletion import remove
-
-        assert remove(store, log, "ann")
+        removal = remove(store, log, "ann")
+        assert removal.found and not removal.waits
         assert not any(b"Thing number" in path.read_bytes() for path in run.rglob("*") if path.is_file())
         log.append("", "bo", [LogEntry("x", "y")])
         until(log, "bo", lambda fit: fit.state == "done")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,32 @@ def test_out_of_a_run_and_into_a_copy(run: Path, tmp_path: Path, capsys: Output)
     assert capsys.readouterr() == ("bo\tgroups\n", "")
     said = fails(capsys, "users", "import", copy, out)
     assert said == f"{copy}: has a user {ODD!r} already; --force replaces them, --user names another"
+
+
+def test_a_deleted_user_is_imported_only_if_asked(run: Path, tmp_path: Path, capsys: Output) -> None:
+    from proper.adapters.store import AdapterStore
+    from proper.interactions.deletion import remove
+    from proper.interactions.log import InteractionLog
+
+    copy, out = Path(shutil.copytree(run, tmp_path / "copy")), tmp_path / "out"
+    assert main(["users", "export", str(copy), "--user", "ann", "--out", str(out)]) == 0
+    assert main(["users", "delete", str(copy), "--user", "ann"]) == 0
+    capsys.readouterr()
+    refused = f"{copy}: user 'ann' was deleted from it; --even-if-deleted takes them in again"
+    assert fails(capsys, "users", "import", copy, out) == refused
+    assert fails(capsys, "users", "import", copy, out, "--force") == refused
+    assert fails(capsys, "users", "show", copy, "--user", "ann") == f"--user ann: no such user in {copy / 'users'}"
+    assert main(["users", "import", str(copy), str(out), "--even-if-deleted"]) == 0
+    assert capsys.readouterr() == ("ann\tgroups\n", "")
+    with closing(AdapterStore(copy / "users")) as store, closing(InteractionLog(copy / "users")) as log:
+        assert store.head("ann") is not None
+        with closing(sqlite3.connect(log.database.path, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM interactions").fetchone()
+            assert remove(store, log, "ann", 0).waits
+            said = fails(capsys, "users", "import", copy, out, "--even-if-deleted")
+            assert said == f"{copy}: user 'ann' is being deleted; 'proper users check {copy}' says how far"
+            assert store.head("ann") is None
 
 
 def test_an_export_has_all_texts_that_the_run_has_of_the_user(run: Path, tmp_path: Path, capsys: Output) -> None:

@@ -13,8 +13,9 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from proper.config import Config, GroupsConfig, UsersConfig, make_config
-from proper.data.batching import Batch, EncodedExample, collate
+from proper.data.batching import Batch, collate
 from proper.data.demo import DemoSettings, demo_config, write_demo
+from proper.data.encoder import EncodedExample
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
 from proper.models.backbone import Backbone, load_backbone, load_tokenizer

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from proper.data.batching import Batch, EncodedExample, collate
+from proper.data.batching import Batch, collate
+from proper.data.encoder import EncodedExample
 from proper.inference.forward import prefill
 from proper.inference.kv_cache import RowCache
 from proper.inference.prefix_cache import CachedPrefix

@@ -16,8 +16,8 @@ import yaml
 
 from proper.adapters.store import AdapterStore
 from proper.config import Config
-from proper.data.batching import Encoder
 from proper.data.dataset import prepare
+from proper.data.encoder import Encoder
 from proper.files import read_json, write_text
 from proper.models.backbone import load_tokenizer
 from proper.models.checkpoints import load_tensors

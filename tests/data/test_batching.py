@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proper.data.batching import IGNORED, EncodedExample, Encoder, collate, number_users, similar_batches
+from proper.data.batching import IGNORED, collate, number_users, similar_batches
+from proper.data.encoder import EncodedExample, Encoder
 from proper.models.backbone import load_tokenizer
 
 

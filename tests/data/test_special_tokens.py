@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proper.data.batching import MARK, Encoder, cut_names, pieces, quote, special_names
+from proper.data.chat import MARK, cut_names, pieces, quote, special_names
+from proper.data.encoder import Encoder
 from proper.errors import InputError
 from proper.models.backbone import load_tokenizer
 
@@ -60,9 +61,9 @@ def test_many_texts_at_once(encoder: Encoder) -> None:
 def test_a_template_has_its_own_control_tokens_and_a_message_has_none(tokenizer_kinds: ModuleType, text: str) -> None:
     encoder = _chat(tokenizer_kinds)
     start, end = encoder.names["<|im_start|>"], encoder.names["<|im_end|>"]
-    plain = encoder.filled("<|im_start|>user\n" + quote("hello", encoder.names) + "<|im_end|>\n")
+    plain = encoder._templated("<|im_start|>user\n" + quote("hello", encoder.names) + "<|im_end|>\n")
     assert list(plain) == encoder.tokenizer("<|im_start|>user\nhello<|im_end|>\n", add_special_tokens=False).input_ids
-    found = encoder.filled("<|im_start|>user\n" + quote(text, encoder.names) + "<|im_end|>\n")
+    found = encoder._templated("<|im_start|>user\n" + quote(text, encoder.names) + "<|im_end|>\n")
     control = [number for number in found if number in encoder.names.values()]
     assert control == [start, end]
     assert encoder.tokenizer.decode(found) == f"<|im_start|>user\n{text}<|im_end|>\n"
@@ -98,7 +99,7 @@ def test_a_token_beyond_the_embeddings_is_split_or_refused(tokenizer_kinds: Modu
     with pytest.raises(InputError, match=f"holds '☃', token {rows + 2}, .*: the model has {rows} embeddings"):
         encoder.tokens("snow ☃")
     with pytest.raises(InputError, match="image_soft_token"):
-        encoder.filled("look <image_soft_token>")
+        encoder._templated("look <image_soft_token>")
     assert "<image_soft_token>" in special_names(tokenizer) and "<row>" not in special_names(tokenizer)
 
 
@@ -109,4 +110,4 @@ def test_encoding_leaves_the_tokenizer_as_it_is(tokenizer_kinds: ModuleType) -> 
     before = tokenizer("a <s>", add_special_tokens=False).input_ids
     encoder.tokens("a <s>")
     assert tokenizer._tokenizer.encode_special_tokens is False
-    assert tokenizer("a <s>", add_special_tokens=False).input_ids == before == list(encoder.filled("a <s>"))
+    assert tokenizer("a <s>", add_special_tokens=False).input_ids == before == list(encoder._templated("a <s>"))

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import UsersConfig, make_config
-from proper.data.batching import Encoder, collate
+from proper.data.batching import collate
 from proper.data.dataset import TextExample
+from proper.data.encoder import Encoder
 from proper.errors import InputError
 from proper.export.converted_models import fold_all, folded_size
 from proper.export.fold import fold, folded_rank, history_gates

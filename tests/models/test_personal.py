@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from proper.config import GroupsConfig, UsersConfig
-from proper.data.batching import EncodedExample, collate
+from proper.data.batching import collate
+from proper.data.encoder import EncodedExample
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
 from proper.layers.routing_losses import constraint_loss

@@ -13,7 +13,8 @@ import yaml
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Phi3Config, PhimoeConfig
 
 from proper.config import make_config
-from proper.data.batching import EncodedExample, Encoder, collate
+from proper.data.batching import collate
+from proper.data.encoder import EncodedExample, Encoder
 from proper.errors import ConfigError
 from proper.inference import load
 from proper.inference.engine import Engine

@@ -26,7 +26,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from proper.config import ConstraintConfig, GroupsConfig, UsersConfig
-from proper.data.batching import Batch, EncodedExample, Encoder, collate
+from proper.data.batching import Batch, collate
+from proper.data.encoder import EncodedExample, Encoder
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
 from proper.layers.experts import Experts

@@ -137,3 +137,10 @@ def cells(page: str, css: str) -> int:
 
 def test_a_key_is_the_mark_of_its_category() -> None:
     assert [re.sub("<[^>]+>", "", key(at, "<x>")) for at in (0, 1, 7)] == ["●&lt;x&gt;", "■&lt;x&gt;", "●&lt;x&gt;"]
+
+
+@pytest.mark.parametrize("lengths", [(14, 25), (20, 20), (1, 1), (3, 4000)])
+def test_a_narrow_logarithmic_axis_still_has_ticks(lengths: tuple[int, int]) -> None:
+    from matplotlib.figure import Figure
+
+    assert len(log_axis(Figure().add_axes((0, 0, 1, 1)), lengths)) >= 2

@@ -56,7 +56,7 @@ def test_the_page_says_what_differs(pair: tuple[Path, Path], parse: Callable[[Pa
     page = parse(page_path)
     assert not page.open and page_path.parent == pair[0]
     names = pair[0].name, "the <other>"
-    assert f"{names[0]} is better in Users and worse in Groups than {names[1]}." in page.text["header"]
+    assert f"{names[0]} against {names[1]}: better for Users and worse for Groups." in page.text["header"]
     scores = page.text["scores"]
     assert "−0.120 [−0.220, +0.300]" in scores and "not resolvable here" in scores and "p = .004" in scores
     assert "seeds 0, 1 with 3" in scores and "60 users and 300 queries" in scores
@@ -83,8 +83,8 @@ def test_every_number_is_in_the_csv(pair: tuple[Path, Path]) -> None:
     ("rows", "says"),
     [
         ([("users", 0.0, 1.0), ("groups", 0.1, 0.2)], "No measurable difference in any of 2 methods."),
-        ([("users", None, None)], "No method of both can be compared query by query."),
-        ([("users", 0.2, 0.001)], "A is better in Users than B."),
+        ([("users", None, None)], "The runs have no method whose predictions can be paired."),
+        ([("users", 0.2, 0.001)], "A against B: better for Users."),
     ],
 )
 def test_the_summary_claims_only_what_was_shown(rows: Any, says: str, folder: Path) -> None:

@@ -79,7 +79,7 @@ def test_other_wrong_answers_are_shown_last(tmp_path: Path) -> None:
     write(tmp_path, [("u", "a", ("b", "c", "d")), ("v", "a", ("b", "b", "a"))])
     chosen = choose_examples(tmp_path, "classification", 4)
     assert chosen is not None
-    assert [example.why for example in chosen] == ["The user model wins", "Different words, same score"]
+    assert [example.why for example in chosen] == ["The user model wins", "Different text, same score"]
 
 
 def test_two_stages_are_enough_and_one_is_not(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_every_section_is_there_and_complete(render: Render) -> None:
 
 def test_headline_tells_a_clear_gain_from_one_that_is_not(render: Render) -> None:
     header = render().text["header"]
-    assert "Groups: a clear gain; users: no measurable gain." in header
+    assert "Groups: a measurable gain; users: no measurable gain." in header
     assert "Accuracy rose from 0.512 to 0.583 (difference +0.071" in header
     assert "[+0.030, +0.110], p < .001, Holm-adjusted" in header
     assert "No measurable gain: accuracy rose from 0.583 to 0.641" in header
@@ -53,7 +53,7 @@ def test_ladder_shows_stages_with_intervals_and_no_other_method(render: Render) 
 def test_tables_hold_every_score_and_comparison(render: Render) -> None:
     page = render()
     text = page.text["scores"]
-    for said in ("OPPU0.590–", "[0.472, 0.552]", "Groups − Population", "+0.058", "not measurable", "better"):
+    for said in ("OPPU0.590–", "[0.472, 0.552]", "Groups − Population", "+0.058", "not significant", "better"):
         assert said in text
     assert "All over 60 users, 300 queries, 2 seeds." in text
     assert "paired permutation over users" in text
@@ -66,7 +66,7 @@ def test_each_user_has_a_bar_and_a_dot_for_each_step(render: Render) -> None:
     # 60 users in the user step, 59 with a known gain in the group step; a bar's group and a dot each.
     assert len(page.tips["gains"]) == 2 * 60 + 2 * 59
     assert any(tip.startswith("user u59\ngain ") and "history 311 items" in tip for tip in page.tips["gains"])
-    assert "12 users are served by a tier below" in page.text["gains"]
+    assert "12 users are served without an adapter" in page.text["gains"]
     assert "shortest histories (10 to 30 items)" in page.text["gains"]
 
 
@@ -136,13 +136,13 @@ def test_signatures_truth_tiers_cost_and_run(render: Render) -> None:
     assert "0.88 of 1 (the groups were found)" in text["truth"]
     assert "Population → Groups52 %" in text["truth"] and "Groups → Users−4 %" in text["truth"]
     assert "Users: 44 (73 %)" in text["tiers"] and "no gain on own history – 14 users" in text["tiers"]
-    assert "a million users would take 24.7 GB" in text["cost"] and "12,345" in text["cost"]
+    assert "a million users would need 24.7 GB" in text["cost"] and "12,345" in text["cost"]
     assert "proper-nano" in text["run"] and "median 42" in text["run"] and "1" in text["run"]
 
 
 def test_no_signatures_found_is_not_the_same_as_not_looked_for(render: Render, change: Change) -> None:
     change(lambda results: results.update(signatures=[]))
-    assert "None found" in render().text["signatures"]
+    assert "None: expert mixtures do not overlap" in render().text["signatures"]
     change(lambda results: results.pop("signatures"))
     assert "Not available" in render().text["signatures"]
 
@@ -199,7 +199,7 @@ def test_results_alone_are_enough(render: Render, folder: Path) -> None:
     (folder / "results.json").write_text('{"schema": 1}')
     page = render()
     assert all("Not available" in page.text[section] for section in SECTIONS)
-    assert "nothing can be said about gains" in page.text["header"]
+    assert "The stages were not compared" in page.text["header"]
 
 
 def test_results_that_are_missing_or_broken_are_named(folder: Path) -> None:
@@ -208,7 +208,7 @@ def test_results_that_are_missing_or_broken_are_named(folder: Path) -> None:
     with pytest.raises(RunFolderError, match=r"results\.json:2: not readable as JSON"):
         write_report(folder)
     path.unlink()
-    with pytest.raises(RunFolderError, match=r"results\.json: no such file; 'proper evaluate .*' makes it"):
+    with pytest.raises(RunFolderError, match=r"results\.json: no such file; run: proper evaluate .* \(once"):
         write_report(folder)
     assert not (folder / "report.html").exists()
 

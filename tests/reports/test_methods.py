@@ -47,7 +47,10 @@ def test_the_best_is_bold_and_first_and_a_tie_is_marked(many: Path) -> None:
     assert table.rows[2][6] == "Groups − Population" and table.rows[2][3] == "0.573 to 0.593"
     page = write_report(many).read_text(encoding="utf-8")
     assert "<b>Users</b>" in page and "not resolvable here" in page and "Cost against quality" in page
-    assert "Personalization cannot be claimed: no measurable gain of Users over Swapped users (control)." in page
+    assert (
+        "Personalization cannot be claimed. No measurable gain: Users over Another user&#39;s adapter (swapped)."
+        in page
+    )
 
 
 def test_the_ladder_alone_has_no_table_of_methods(folder: Path, change: Any) -> None:
@@ -59,7 +62,7 @@ def test_the_ladder_alone_has_no_table_of_methods(folder: Path, change: Any) -> 
 def test_the_scatter_holds_every_method_of_known_cost(many: Path) -> None:
     figure = cost_quality(load_run(many))
     assert figure is not None and figure.drawing.count('class="mark"') == figure.drawing.count('class="key"') == 3
-    assert "Users&#10;accuracy 0.641&#10;kept a user 24.7 kB" in figure.drawing
+    assert "Users&#10;accuracy 0.641&#10;bytes per user 24.7 kB" in figure.drawing
 
 
 def test_the_csv_holds_what_the_table_shows(many: Path) -> None:
@@ -80,8 +83,8 @@ def test_the_csv_holds_what_the_table_shows(many: Path) -> None:
 @pytest.mark.parametrize(
     ("claim", "says"),
     [
-        ({"claimed": True}, "every one at p < .05"),
-        ({"claimed": None, "not_beaten": [], "missing": ["shuffled"]}, "not run: Shuffled users"),
+        ({"claimed": True}, "Every control is beaten at p < .05"),
+        ({"claimed": None, "not_beaten": [], "missing": ["shuffled"]}, "missing: Shuffled user ids"),
         ({"claimed": False, "not_beaten": ["groups > population-more"]}, "Groups over Population, more training"),
     ],
 )

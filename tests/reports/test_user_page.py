@@ -16,7 +16,7 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import InputError
 from proper.reports.formats import safe_name
 from proper.reports.load import load_run
-from proper.reports.user_data import load_person
+from proper.reports.user_data import load_user
 from proper.reports.user_page import write_user_pages
 
 PageOf = Callable[[Path, str], Any]
@@ -54,8 +54,8 @@ def test_the_page_tells_everything_of_one_user(stocked: Path, page_of: PageOf) -
     assert not page.open
     assert "User u1" in page.text["header"] and "10history, items" in page.text["header"]
     served = page.text["served"]
-    assert "Why: the adapter lowers the held-out loss, decided with the nearest users" in served
-    assert "newest 8 of 10 items" in served and "2 times" in served
+    assert "Reason: the adapter lowers the held-out loss, decided together with the nearest users" in served
+    assert "newest 8 of 10 items" in served and "2 epochs" in served
     for row in (
         "held-out history, group model1.5001.000",
         "held-out history, with the adapter1.2501.250",
@@ -69,12 +69,12 @@ def test_the_page_tells_everything_of_one_user(stocked: Path, page_of: PageOf) -
     assert len(page.tips["gates"]) == page.count("g", class_="name") == 5
     near = page.text["near"]
     assert "u00.995" in near and "u20.995" in near and near.count("0.995") == 2
-    assert page.text["queries"].count("wanted") == 5 and "All 5" in page.text["queries"]
+    assert page.text["queries"].count("reference") == 5 and "All 5" in page.text["queries"]
     assert "21Users" in page.text["versions"] and "1–Groups" in page.text["versions"]
 
 
 def test_neighbours_are_the_largest_cosines(stocked: Path) -> None:
-    person = load_person(load_run(stocked), "u30")
+    person = load_user(load_run(stocked), "u30")
     # Both sides of the circle are equally near.
     near = [near.user for near in person.stored.neighbours]
     pairs = [set(near[at : at + 2]) for at in range(0, 8, 2)]
@@ -101,14 +101,14 @@ def test_a_user_of_whom_little_is_known_still_has_a_page(stocked: Path, page_of:
     store.delete("u6")
     store.close()
     text = page_of(stocked, "stranger").text
-    assert "No target user" in text["header"]
+    assert "Not a target user" in text["header"]
     assert "Not available" in text["gates"] and "Not available" in text["queries"]
-    assert "does not hold this user" in page_of(stocked, "u6").text["served"]
+    assert "has no record of this user" in page_of(stocked, "u6").text["served"]
 
 
 def test_a_run_without_a_store_still_has_pages(folder: Path, page_of: PageOf) -> None:
     text = page_of(folder, "u1").text
-    assert "the run has no store" in text["served"] and text["queries"].count("wanted") == 5
+    assert "the run has no adapter store" in text["served"] and text["queries"].count("reference") == 5
 
 
 def test_an_unknown_user_is_named_and_nothing_is_written(stocked: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proper.data.batching import Encoder
+from proper.data.encoder import Encoder
 from proper.errors import InputError
 from proper.models import load_backbone
 

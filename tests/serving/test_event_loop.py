@@ -106,6 +106,31 @@ def test_a_lock_on_the_log_holds_up_writers_only(copied: Running) -> None:
     assert replies == [200, 200, 200]
 
 
+def test_a_lock_on_the_store_holds_up_writers_only(copied: Running) -> None:
+    replies: list[int] = []
+
+    def write(user: str) -> None:
+        with copied.client() as client:
+            headers = {"Content-Type": "application/json"}
+            replies.append(client.post(f"/v1/users/{user}/rollback", content=b"{}", headers=headers).status_code)
+
+    store = sqlite3.connect(copied.folder / "users" / "users.sqlite", isolation_level=None)
+    with closing(store):
+        store.execute("BEGIN IMMEDIATE")
+        with beside(lambda: write("u2"), lambda: write("u3")), copied.client() as client:
+            time.sleep(0.3)  # the writers wait for the lock now
+            begun = time.monotonic()
+            for user in ("u4", "u5", "u6", "u7"):
+                assert client.get(f"/v1/users/{user}").status_code == 200
+                assert client.post("/v1/completions", json={**ASK, "user": user}).status_code == 200
+                health = time.monotonic()
+                assert client.get("/healthz").status_code == 200
+                assert time.monotonic() - health < BOUND
+            assert not replies and time.monotonic() - begun < 10
+            store.execute("COMMIT")
+    assert replies == [409, 409], "these users have one version"
+
+
 def test_a_body_is_not_waited_for_where_the_key_is_wrong(serve: Serve, long_run: Path, tmp_path: Path) -> None:
     running = serve(shutil.copytree(long_run, tmp_path / "tiny"), ServeLimits(per_minute=3), rows=1, slots=1)
     running.keys.add("", ["generate"])

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 
 from proper.config import Config, GroupsConfig, OptimizerConfig, make_config
-from proper.data.batching import EncodedExample, Encoder
 from proper.data.dataset import Dataset, Sample, prepare
+from proper.data.encoder import EncodedExample, Encoder
 from proper.models.backbone import Backbone
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint

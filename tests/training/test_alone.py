@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from proper.config import GroupsConfig, UsersConfig
-from proper.data.batching import EncodedExample
+from proper.data.encoder import EncodedExample
 from proper.models.backbone import Backbone
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from proper.config import GroupsConfig, UsersConfig
-from proper.data.batching import EncodedExample, collate
+from proper.data.batching import collate
 from proper.data.dataset import Dataset
+from proper.data.encoder import EncodedExample
 from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel, answer_loss
 from proper.training.groups import GroupsStage, train_groups

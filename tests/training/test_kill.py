@@ -16,8 +16,8 @@ import torch
 
 from proper.adapters.store import AdapterStore
 from proper.config import UsersConfig
-from proper.data.batching import Encoder
 from proper.data.dataset import Dataset
+from proper.data.encoder import Encoder
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.personal import ProperModel
 from proper.training import users as users_module

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from proper.config import GroupsConfig, UsersConfig
-from proper.data.batching import EncodedExample
+from proper.data.encoder import EncodedExample
 from proper.models.backbone import load_backbone
 from proper.models.personal import ProperModel
 from proper.training import memory

@@ -8,7 +8,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proper.data.batching import EncodedExample
+from proper.data.encoder import EncodedExample
 from proper.training import microbatching
 from proper.training.microbatching import Work, micro_batches, padded_tokens
 

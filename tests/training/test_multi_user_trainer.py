@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from proper.config import UsersConfig
-from proper.data.batching import EncodedExample, collate
+from proper.data.batching import collate
+from proper.data.encoder import EncodedExample
 from proper.layers.bank import Layout
 from proper.layers.batch_context import Mode
 from proper.models.backbone import Backbone

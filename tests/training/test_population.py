@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from proper.config import PopulationConfig
-from proper.data.batching import Batch, Encoder, collate
+from proper.data.batching import Batch, collate
 from proper.data.dataset import Dataset
+from proper.data.encoder import Encoder
 from proper.layers.dropout import Dropout
 from proper.models.backbone import Backbone
 from proper.models.peft_merge import apply_population

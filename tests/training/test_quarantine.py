@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from proper.config import UsersConfig
-from proper.data.batching import EncodedExample
+from proper.data.encoder import EncodedExample
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import FitResult, Job

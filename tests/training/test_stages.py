@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from proper.config import Config
-from proper.data.batching import Encoder
 from proper.data.dataset import Dataset, prepare
+from proper.data.encoder import Encoder
 from proper.errors import DataError, RunFolderError, StoreError
 from proper.files import hash_file, read_json
 from proper.inference.generate import respond

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import UsersConfig
-from proper.data.batching import Encoder, collate
+from proper.data.batching import collate
 from proper.data.dataset import Dataset
+from proper.data.encoder import Encoder
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import Mode, RowContext
 from proper.models.checkpoints import load_tensors

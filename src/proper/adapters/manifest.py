@@ -19,6 +19,7 @@ from proper.sqlite_files import Schema, open_shared, read_only_error
 
 FORMAT = 2
 _PAGE = 1000
+_RETRY_SECONDS = 0.01
 _TABLES = (
     "CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     # The tensor spec of an adapter's bytes, stored once for all users who share it.
@@ -133,10 +134,11 @@ class Manifest:
     """
 
     def __init__(self, path: Path, wait_seconds: float, may_make: Callable[[], None] = lambda: None) -> None:
-        self.path = path
+        self.path, self._wait_seconds = path, wait_seconds
         self._writing = threading.RLock()
         # One connection serves all threads: SQLite serializes its calls, and writers hold the lock.
         self._db, self.read_only = open_shared(path, _SCHEMA, wait_seconds, may_make)
+        self._db.execute("PRAGMA busy_timeout = 0")  # `_patiently` waits instead
 
     def close(self) -> None:
         """Close the file."""
@@ -154,7 +156,7 @@ class Manifest:
             raise read_only_error(self.path)
         with self._writing:
             try:
-                self._db.execute("BEGIN IMMEDIATE")
+                self._patiently("BEGIN IMMEDIATE")
                 try:
                     yield
                     self._db.execute("COMMIT")
@@ -172,9 +174,24 @@ class Manifest:
             StoreError: the file is damaged.
         """
         try:
-            return self._db.execute(sql, values).fetchall()
+            return self._patiently(sql, values)
         except sqlite3.Error as error:
             raise StoreError(f"{self.path}: {error}") from error
+
+    def _patiently(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        """Run one statement and return its rows; wait while another process holds a lock that it needs.
+
+        SQLite itself would wait with the connection's mutex held. Every other thread that reads then waits as well,
+        with Python's global lock held while it binds values: the whole process would stand still.
+        """
+        deadline = time.monotonic() + self._wait_seconds
+        while True:
+            try:
+                return self._db.execute(sql, values).fetchall()
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(_RETRY_SECONDS)
 
     def write(self, sql: str, values: Sequence[Any] = ()) -> int:
         """Run one statement inside a transaction; return how many rows it changed."""

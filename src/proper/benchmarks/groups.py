@@ -27,7 +27,8 @@ from proper.benchmarks.machine import machine
 from proper.benchmarks.people import BACKBONE, backbone, people, share_lora
 from proper.benchmarks.timing import TimedSide, interleaved
 from proper.config import GroupsConfig
-from proper.data.batching import Batch, Encoder, collate
+from proper.data.batching import Batch, collate
+from proper.data.encoder import Encoder
 from proper.layers.experts import Experts, tokens_last
 from proper.models.backbone import pick_device
 from proper.models.personal import ProperModel, answer_logits, answer_loss

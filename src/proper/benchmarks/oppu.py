@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from proper.config import UsersConfig
-from proper.data.batching import IGNORED, EncodedExample
+from proper.data.batching import IGNORED
+from proper.data.encoder import EncodedExample
 from proper.models.targets import find_targets
 from proper.training.jobs import Job
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from proper.config import GroupsConfig, UsersConfig
-from proper.data.batching import EncodedExample, Encoder
 from proper.data.demo import DemoSettings, demo_config, write_demo
+from proper.data.encoder import EncodedExample, Encoder
 from proper.models.backbone import Backbone, load_backbone
 from proper.models.personal import ProperModel
 from proper.models.targets import find_targets

@@ -28,7 +28,8 @@ from proper.benchmarks.oppu import train_one_by_one
 from proper.benchmarks.people import BACKBONE, DTYPE, backbone, make_jobs, people, personal_model, share_lora
 from proper.benchmarks.timing import TimedSide, interleaved
 from proper.config import GroupsConfig, UsersConfig
-from proper.data.batching import EncodedExample, Encoder, collate
+from proper.data.batching import collate
+from proper.data.encoder import EncodedExample, Encoder
 from proper.errors import ProperError
 from proper.layers.batch_context import RowContext
 from proper.models.backbone import pick_device

@@ -47,8 +47,9 @@ for command in (demo, check, run, evaluate, report, generate, serve, export_back
         command.command
     )
 
-# Imported for their side effect: they register commands in the group `users`.
-assert users_enrol and users_exchange
+# Without a name, their commands join those of `proper users`.
+for more in (users_enrol, users_exchange):
+    users.app.add_typer(more.app)
 for group in (users, keys, data, backbones, bench):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 
@@ -59,7 +60,10 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(
+    invoke_without_command=True,
+    epilog="\b\nExamples:\n  proper demo\n  proper run notes.yaml --out runs/notes\n  proper serve runs/notes",
+)
 def proper_command(
     context: typer.Context,
     version: Annotated[

@@ -8,27 +8,20 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from proper.errors import InputError
-
-EXAMPLES = """\
-  proper backbones list
-  proper backbones fetch smollm2-135m
-  proper run CONFIG --out DIR --set backbone=smollm2-135m
-"""
+from proper.cli.options import examples
+from proper.errors import InputError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
 app = typer.Typer(
-    name="backbones", help="Download and list backbones.", epilog=f"\b\nExamples:\n{EXAMPLES}", rich_markup_mode=None
+    name="backbones",
+    help="Download and list backbones.",
+    epilog=examples("backbones", "list", "fetch smollm2-135m"),
+    rich_markup_mode=None,
 )
 
 
-@app.callback()
-def group() -> None:
-    """Download and list backbones known by a short name."""
-
-
-@app.command("fetch", epilog=f"\b\nExamples:\n{EXAMPLES}")
+@app.command("fetch", epilog=examples("backbones", "fetch smollm2-135m", "fetch smollm2-135m --source hub"))
 def fetch_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name of 'proper backbones list'.", show_default=False)],
     source: Annotated[
@@ -44,13 +37,13 @@ def fetch_command(
     from proper.models.known_backbones import KNOWN, fetch
 
     if name not in KNOWN:
-        raise InputError(f"backbone {name!r} is unknown; known are: {', '.join(KNOWN)}")
+        raise InputError(f"no backbone '{name}'; {did_you_mean(name, [*KNOWN])}")
     known = KNOWN[name]
     logger.info(f"{known.name}: {known.summary}; license {known.license}, https://huggingface.co/{known.hub}")
     typer.echo(fetch(known, source))
 
 
-@app.command("list", epilog=f"\b\nExamples:\n{EXAMPLES}")
+@app.command("list", epilog=examples("backbones", "list", "list --json"))
 def list_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from proper.cli.options import examples
 from proper.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -22,13 +23,8 @@ Quick = Annotated[bool, typer.Option("--quick", help="Use a smaller setting, for
 app = typer.Typer(
     help="Measure speed and memory on this machine.",
     rich_markup_mode=None,
-    epilog="\b\nExamples:\n  proper bench users --quick\n  proper bench store --json store.json",
+    epilog=examples("bench", "users --quick", "store --json store.json"),
 )
-
-
-def examples(*lines: str) -> str:
-    """Return the examples at the end of a command's help."""
-    return "\b\nExamples:\n" + "\n".join(f"  proper bench {line}" for line in lines)
 
 
 def publish(result: dict[str, Any], path: Path | None) -> None:
@@ -41,7 +37,7 @@ def publish(result: dict[str, Any], path: Path | None) -> None:
         typer.echo(f"{name:32} {value}")
 
 
-@app.command(epilog=examples("users", "users --quick --json figures.json"))
+@app.command(epilog=examples("bench", "users", "users --quick --json figures.json"))
 def users(json_file: JsonFile = None, quick: Quick = False, device: Device = "auto") -> None:
     """Measure how many users per hour get an adapter.
 
@@ -52,7 +48,7 @@ def users(json_file: JsonFile = None, quick: Quick = False, device: Device = "au
     publish(run(QUICK if quick else UsersBenchSize(), device, logger.info), json_file)
 
 
-@app.command(epilog=examples("groups", "groups --quick --json figures.json"))
+@app.command(epilog=examples("bench", "groups", "groups --quick --json figures.json"))
 def groups(json_file: JsonFile = None, quick: Quick = False, device: Device = "auto") -> None:
     """Time a training step of stage 2.
 
@@ -63,7 +59,7 @@ def groups(json_file: JsonFile = None, quick: Quick = False, device: Device = "a
     publish(run(QUICK if quick else GroupsBenchSize(), device, logger.info), json_file)
 
 
-@app.command(epilog=examples("serve --quick", "serve --json serve.json"))
+@app.command(epilog=examples("bench", "serve --quick", "serve --json serve.json"))
 def serve(json_file: JsonFile = None, quick: Quick = False, device: Device = "auto") -> None:
     """Time answers for 32 users at once.
 
@@ -75,7 +71,7 @@ def serve(json_file: JsonFile = None, quick: Quick = False, device: Device = "au
     publish(run(QUICK if quick else ServeBenchSize(), device, logger.info), json_file)
 
 
-@app.command(epilog=examples("store --quick", "store --json store.json", "store --folder /mnt/disk"))
+@app.command(epilog=examples("bench", "store --quick", "store --json store.json", "store --folder /mnt/disk"))
 def store(
     json_file: JsonFile = None,
     quick: Quick = False,

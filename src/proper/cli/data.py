@@ -9,45 +9,23 @@ from typing import Annotated, Literal
 
 import typer
 
+from proper.cli.options import examples
 from proper.console import progress
-from proper.errors import InputError, ProperError
+from proper.errors import InputError, ProperError, did_you_mean
 
 logger = logging.getLogger(__name__)
-
-LIST_EXAMPLES = """\
-  proper data list
-"""
-EXAMPLES = """\
-  proper data fetch movielens-small
-  proper data fetch acl-titles --yes
-  proper data fetch lamp-3
-  proper data fetch lamp-2m --split time --out data/movies --yes
-"""
-CONVERT_EXAMPLES = """\
-  proper data convert huffpost-news ~/Downloads/archive.zip
-  proper data convert movielens-small ml-latest-small.zip --out data/movielens-small
-"""
-FROM_GIT_EXAMPLES = """\
-  proper data from-git . --out commits.parquet
-  proper data from-git ~/src/linux --out linux.parquet --min-words 20
-"""
 
 app = typer.Typer(
     name="data",
     help="Fetch, convert or make data sets.",
-    epilog=f"\b\nExamples:\n{LIST_EXAMPLES}{EXAMPLES}{CONVERT_EXAMPLES}{FROM_GIT_EXAMPLES}",
+    epilog=examples("data", "list", "fetch movielens-small", "from-git . --out commits.parquet"),
     rich_markup_mode=None,
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A name of `proper data list`.", show_default=False)]
 
 
-@app.callback()
-def group() -> None:
-    """Fetch or convert public data sets, or make a data set from a git history."""
-
-
-@app.command("list", epilog=f"\b\nExamples:\n{LIST_EXAMPLES}")
+@app.command("list", epilog=examples("data", "list"))
 def list_datasets() -> None:
     """List the public data sets: name, license, and what one row is."""
     from proper.config.lamp_tasks import LAMP_TASKS
@@ -63,7 +41,16 @@ def list_datasets() -> None:
         typer.echo(f"{name:<{widths[0]}}  {terms:<{widths[1]}}  {title}")
 
 
-@app.command("fetch", epilog=f"\b\nExamples:\n{EXAMPLES}")
+@app.command(
+    "fetch",
+    epilog=examples(
+        "data",
+        "fetch movielens-small",
+        "fetch acl-titles --yes",
+        "fetch lamp-3",
+        "fetch lamp-2m --split time --out data/movies --yes",
+    ),
+)
 def fetch(
     name: Name,
     split: Annotated[Literal["user", "time"], typer.Option(help="LaMP only: its split by user or by time.")] = "user",
@@ -85,10 +72,11 @@ def fetch(
         ),
     ] = None,
 ) -> None:
-    """Download a public data set and convert it to the columns that configs/ use.
+    """Download a public data set.
 
-    Shows the license and asks for agreement first. An interrupted download resumes. Checksums are kept in SHA256SUMS
-    beside the files, and files that exist already are compared with it. Prints the folder.
+    Converts it to the columns that configs/ use. Shows the license and asks for agreement first. An interrupted
+    download resumes. Checksums are kept in SHA256SUMS beside the files, and files that exist already are compared with
+    it. Prints the folder.
     """
     from proper.data.public.catalog import DATASETS, fetch_dataset
     from proper.data.public.lamp import LICENSE, SITE, fetch_task, fetchable_task
@@ -106,7 +94,14 @@ def fetch(
     typer.echo(folder)
 
 
-@app.command("convert", epilog=f"\b\nExamples:\n{CONVERT_EXAMPLES}")
+@app.command(
+    "convert",
+    epilog=examples(
+        "data",
+        "convert huffpost-news ~/Downloads/archive.zip",
+        "convert movielens-small ml-latest-small.zip --out data/movielens-small",
+    ),
+)
 def convert(
     name: Name,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file as published.", show_default=False)],
@@ -114,22 +109,29 @@ def convert(
         Path | None, typer.Option(metavar="DIR", help="Folder to write; data/NAME by default.", show_default=False)
     ] = None,
 ) -> None:
-    """Convert a file that was downloaded by hand to the columns that configs/ use.
+    """Convert a published file that you downloaded.
 
-    The same file gives the same rows in the same order. Prints the folder.
+    The rows get the columns that configs/ use. The same file gives the same rows in the same order. Prints the folder.
     """
     from proper.data.public.catalog import DATASETS, convert_dataset
 
     dataset = DATASETS.get(name.lower())
     if dataset is None:
-        raise InputError(f"no data set '{name}' that is converted; known: {', '.join(DATASETS)}")
+        raise InputError(f"no data set '{name}' can be converted; {did_you_mean(name, [*DATASETS])}")
     folder = out or Path("data") / dataset.name
     logger.info(dataset.license)
     convert_dataset(dataset, file, folder)
     typer.echo(folder)
 
 
-@app.command("from-git", epilog=f"\b\nExamples:\n{FROM_GIT_EXAMPLES}")
+@app.command(
+    "from-git",
+    epilog=examples(
+        "data",
+        "from-git . --out commits.parquet",
+        "from-git ~/src/linux --out linux.parquet --min-words 20",
+    ),
+)
 def from_git(
     repository: Annotated[Path, typer.Argument(metavar="REPO", help="A git repository.", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="FILE.parquet", help="The file to write.", show_default=False)],

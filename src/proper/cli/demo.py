@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from proper.cli.outcome import print_outcome
+from proper.cli.results_table import print_results
 
 EXAMPLES = """\
   proper demo
@@ -29,4 +29,4 @@ def command(
     """
     from proper import pipeline
 
-    print_outcome(pipeline.demo(out, task=task, seed=seed, people=people))
+    print_results(pipeline.demo(out, task=task, seed=seed, people=people))

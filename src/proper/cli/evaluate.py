@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from proper.cli.ladder import ladder
-from proper.cli.options import RunFolder, chosen, existing_run
+from proper.cli.options import RunFolder, chosen
+from proper.cli.results_table import results_table
+from proper.run_folder import require_run
 
 EXAMPLES = """\
   proper evaluate runs/notes
@@ -29,9 +30,9 @@ def command(
     Trains the models that the methods need beyond the run in its folder variants/, reuses those that exist, and
     reports on stderr which. Writes predictions, results.json and methods.csv, and prints the main metric.
     """
-    existing_run(folder)
+    require_run(folder)
     names = None if methods is None else chosen("--methods", methods)
     from proper import pipeline
 
-    for line in ladder(pipeline.evaluate(folder, names)):
+    for line in results_table(pipeline.evaluate(folder, names)):
         typer.echo(line)

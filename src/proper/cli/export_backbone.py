@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from proper.cli.options import RunFolder, existing_run
+from proper.cli.options import RunFolder
+from proper.run_folder import require_run
 
 EXAMPLES = """\
   proper export-backbone runs/notes --out exports/backbone
@@ -24,7 +25,7 @@ def command(
     Writes a transformers folder with the tokenizer and prints its path. All users of the run share it: load their
     adapters from 'proper users export --format peft' on it.
     """
-    existing_run(folder)
+    require_run(folder)
     from proper.export.run_export import export_backbone
 
     export_backbone(folder, out, force=force)

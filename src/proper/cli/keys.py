@@ -7,24 +7,20 @@ from typing import Annotated
 
 import typer
 
-from proper.cli.options import RunFolder, chosen, existing_run
+from proper.cli.options import RunFolder, chosen, examples
+from proper.run_folder import require_run
 
 logger = logging.getLogger(__name__)
-
-
-def examples(*lines: str) -> str:
-    """Return the examples at the end of a command's help."""
-    return "\b\nExamples:\n" + "\n".join(f"  proper keys {line}" for line in lines)
 
 
 app = typer.Typer(
     help="Add, list and revoke the API keys of a server.",
     rich_markup_mode=None,
-    epilog=examples("add runs/demo", "list runs/demo"),
+    epilog=examples("keys", "add runs/demo", "list runs/demo"),
 )
 
 
-@app.command(epilog=examples("add runs/demo", "add runs/demo --scopes generate,write --tenant acme"))
+@app.command(epilog=examples("keys", "add runs/demo", "add runs/demo --scopes generate,write --tenant acme"))
 def add(
     folder: RunFolder,
     scopes: Annotated[
@@ -38,7 +34,7 @@ def add(
 
     It is printed only now, as only its hash is kept. A running server accepts it at once.
     """
-    existing_run(folder)
+    require_run(folder)
     from proper.serving.keys import FILE, SCOPES, Keys
 
     names = chosen("--scopes", scopes, SCOPES)
@@ -47,17 +43,17 @@ def add(
     typer.echo(key)
 
 
-@app.command("list", epilog=examples("list runs/demo"))
+@app.command("list", epilog=examples("keys", "list runs/demo"))
 def list_keys(folder: RunFolder) -> None:
     """Print each key's id, scopes and tenant."""
-    existing_run(folder)
+    require_run(folder)
     from proper.serving.keys import FILE, Keys
 
     for principal in Keys(folder / FILE).principals():
         typer.echo(f"{principal.id}\t{','.join(principal.scopes)}\t{principal.tenant}")
 
 
-@app.command(epilog=examples("revoke runs/demo 3f9a1c0b7d52"))
+@app.command(epilog=examples("keys", "revoke runs/demo 3f9a1c0b7d52"))
 def revoke(
     folder: RunFolder,
     key: Annotated[
@@ -65,7 +61,7 @@ def revoke(
     ],
 ) -> None:
     """Revoke a key. A running server refuses it at once."""
-    existing_run(folder)
+    require_run(folder)
     from proper.serving.keys import FILE, Keys
 
     keys = Keys(folder / FILE)
@@ -76,14 +72,14 @@ def revoke(
         )
 
 
-@app.command("open", epilog=examples("open runs/demo"))
+@app.command("open", epilog=examples("keys", "open runs/demo"))
 def open_run(folder: RunFolder) -> None:
     """Let this machine use a server without keys again.
 
     A run that has had a key refuses requests without one, even if its keys are lost. This command ends that: every
     request from the server's own machine, those of a proxy included, is accepted with all scopes.
     """
-    existing_run(folder)
+    require_run(folder)
     from proper.serving.keys import FILE, Keys
 
     Keys(folder / FILE).open()

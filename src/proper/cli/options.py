@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,6 @@ from typing import Annotated
 import typer
 
 from proper.errors import InputError, did_you_mean
-from proper.run_folder import require_run
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.", show_default=False)]
@@ -23,25 +21,9 @@ SkipBadRows = Annotated[
 ]
 
 
-def existing_run(folder: Path) -> Path:
-    """Return `folder` if it is a run folder.
-
-    Raises:
-        RunFolderError: it is not one.
-    """
-    return require_run(folder).path
-
-
-def size_in_bytes(option: str, text: str) -> int:
-    """Return the bytes that `64MiB`, `1.5G`, `4096` or `0` stand for; K, M and G are powers of 1024.
-
-    Raises:
-        InputError: `text` is not a size; the message names the option.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)(?:i?b)?", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise InputError(f"{option}: {text!r} is not a size, write it as 64MiB, 1GiB or 0")
-    return int(float(found[1]) * 1024 ** ["", "k", "m", "g"].index(found[2].lower()))
+def examples(group: str, *lines: str) -> str:
+    """Return the examples at the end of the help of a command of `proper GROUP`."""
+    return "\b\nExamples:\n" + "\n".join(f"  proper {group} {line}" for line in lines)
 
 
 def chosen(option: str, text: str, known: Sequence[str] | None = None) -> list[str]:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from proper.cli.options import RunFolder, existing_run
+from proper.cli.options import RunFolder
+from proper.run_folder import require_run
 
 EXAMPLES = """\
   proper report runs/notes
@@ -32,9 +33,9 @@ def command(
     The report is one HTML file that opens offline. --compare writes a page that compares two runs and its numbers as
     CSV instead, --user a page for each user; the report itself stays unchanged then.
     """
-    existing_run(folder)
+    require_run(folder)
     if compare is not None:
-        existing_run(compare)
+        require_run(compare)
     from proper import pipeline
 
     written = [] if compare is None else pipeline.report_comparison(folder, compare)

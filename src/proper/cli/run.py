@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from proper.cli.options import ConfigFile, Overrides, SkipBadRows, chosen
-from proper.cli.outcome import print_outcome
+from proper.cli.results_table import print_results
 
 EXAMPLES = """\
   proper run notes.yaml --out runs/notes
@@ -38,4 +38,4 @@ def command(
     from proper import pipeline
 
     wanted = pipeline.STAGES if stages is None else chosen("--stages", stages, pipeline.STAGES)
-    print_outcome(pipeline.run(settings, out, stages=wanted, skip_bad_rows=skip_bad_rows))
+    print_results(pipeline.run(settings, out, stages=wanted, skip_bad_rows=skip_bad_rows))

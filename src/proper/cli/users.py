@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proper.cli.options import RunFolder
+from proper.cli.options import RunFolder, examples
 from proper.errors import InputError, ReadOnlyError, RunFolderError, StoreError
 from proper.run_folder import Stage, require_run
 
@@ -29,13 +29,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per
 app = typer.Typer(
     help="Manage the users of a run.",
     rich_markup_mode=None,
-    epilog="\b\nExamples:\n  proper users list runs/notes\n  proper users check runs/notes --repair",
+    epilog=examples("users", "list runs/notes", "check runs/notes --repair"),
 )
-
-
-def examples(*lines: str) -> str:
-    """Return the examples at the end of a command's help."""
-    return "\b\nExamples:\n" + "\n".join(f"  proper users {line}" for line in lines)
 
 
 @contextmanager
@@ -69,7 +64,7 @@ def known(store: AdapterStore, user: str) -> str:
     return user
 
 
-@app.command("list", epilog=examples("list runs/notes", "list runs/notes --json > list.jsonl"))
+@app.command("list", epilog=examples("users", "list runs/notes", "list runs/notes --json > list.jsonl"))
 def list_users(folder: RunFolder, as_json: AsJson = False) -> None:
     """Print every user with their tier and size in bytes."""
     with opened(folder) as store:
@@ -78,7 +73,7 @@ def list_users(folder: RunFolder, as_json: AsJson = False) -> None:
             typer.echo(_line(told) if as_json else f"{_printable(user)}\t{tier}\t{size}")
 
 
-@app.command(epilog=examples("show runs/notes --user u7", "show runs/notes --user u7 --json"))
+@app.command(epilog=examples("users", "show runs/notes --user u7", "show runs/notes --user u7 --json"))
 def show(folder: RunFolder, user: OneUser, as_json: AsJson = False) -> None:
     """Print a user's stored versions.
 
@@ -98,7 +93,7 @@ def show(folder: RunFolder, user: OneUser, as_json: AsJson = False) -> None:
                 typer.echo(f"  {key}: {_line(value)}")
 
 
-@app.command(epilog=examples("rollback runs/notes --user u7", "rollback runs/notes --user u7 --version 3"))
+@app.command(epilog=examples("users", "rollback runs/notes --user u7", "rollback runs/notes --user u7 --version 3"))
 def rollback(
     folder: RunFolder,
     user: OneUser,
@@ -117,7 +112,7 @@ def rollback(
         typer.echo(f"version {store.rollback(user, version)} is current")
 
 
-@app.command(epilog=examples("delete runs/notes --user u7", "delete runs/notes --user u7 --user u8"))
+@app.command(epilog=examples("users", "delete runs/notes --user u7", "delete runs/notes --user u7 --user u8"))
 def delete(folder: RunFolder, user: ManyUsers) -> None:
     """Delete users and erase their data.
 
@@ -144,7 +139,7 @@ def delete(folder: RunFolder, user: ManyUsers) -> None:
     _require_gone(list(waits))
 
 
-@app.command(epilog=examples("check runs/notes", "check runs/notes --repair --json"))
+@app.command(epilog=examples("users", "check runs/notes", "check runs/notes --repair --json"))
 def check(
     folder: RunFolder,
     repair: Annotated[bool, typer.Option("--repair", help="Repair what can be repaired.")] = False,

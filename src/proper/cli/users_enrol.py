@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proper.cli.options import RunFolder
-from proper.cli.users import OneUser, app, examples, known, opened
-from proper.config import load_config
+from proper.cli.options import RunFolder, examples
+from proper.cli.users import OneUser, known, opened
+from proper.config import load_run_config
 from proper.console import progress, silent
 from proper.errors import InputError, ProperError
 from proper.run_folder import Tier, require_run
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+app = typer.Typer(rich_markup_mode=None)
+
 _INPUT = typer.Option(
     "--input",
     metavar="FILE",
@@ -34,7 +36,7 @@ _INPUT = typer.Option(
 )
 
 
-@app.command(epilog=examples("enrol runs/notes --user ann --input ann.jsonl"))
+@app.command(epilog=examples("users", "enrol runs/notes --user ann --input ann.jsonl"))
 def enrol(folder: RunFolder, user: OneUser, input_file: Annotated[Path, _INPUT]) -> None:
     """Add and fit a new user; print their tier and version.
 
@@ -50,6 +52,7 @@ def enrol(folder: RunFolder, user: OneUser, input_file: Annotated[Path, _INPUT])
 
 @app.command(
     epilog=examples(
+        "users",
         "update runs/notes --user ann --input more.jsonl",
         "update runs/notes --user ann",
         "update runs/notes",
@@ -93,7 +96,7 @@ def _entries(folder: Path, user: str, path: Path) -> list[LogEntry]:
     run = require_run(folder)
     from proper.interactions.parsing import read_file, record_reader
 
-    config = load_config(run.config)
+    config = load_run_config(run.config)
     return read_file(path, record_reader(config.data, config.task, user))
 
 

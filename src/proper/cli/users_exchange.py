@@ -8,26 +8,24 @@ from typing import Annotated, Literal
 
 import typer
 
-from proper.cli.options import RunFolder, existing_run
-from proper.cli.users import app
-from proper.run_folder import Tier
+from proper.cli.options import RunFolder, examples
+from proper.run_folder import Tier, require_run
 
 logger = logging.getLogger(__name__)
 
-EXPORT_EXAMPLES = """\
-  proper users export runs/notes --user ann --out exports/ann
-  proper users export runs/notes --user ann --out exports/ann-peft --format peft
-"""
-
-IMPORT_EXAMPLES = """\
-  proper users import runs/other exports/ann
-  proper users import runs/other exports/ann --user ann-from-notes
-"""
+app = typer.Typer(rich_markup_mode=None)
 
 Format = Literal["native", "peft"]
 
 
-@app.command("export", epilog=f"\b\nExamples:\n{EXPORT_EXAMPLES}")
+@app.command(
+    "export",
+    epilog=examples(
+        "users",
+        "export runs/notes --user ann --out exports/ann",
+        "export runs/notes --user ann --out exports/ann-peft --format peft",
+    ),
+)
 def export_command(
     folder: RunFolder,
     user: Annotated[str, typer.Option(metavar="ID", help="The user's id.", show_default=False)],
@@ -43,14 +41,17 @@ def export_command(
     plain LoRA in PEFT's format, for the merged backbone (proper export-backbone). It uses the router's gates averaged
     over the user's history; 'proper evaluate --methods users,static-export' measures the loss from that.
     """
-    existing_run(folder)
+    require_run(folder)
     from proper.export.run_export import export_user
 
     export_user(folder, user, out, form=form, force=force)
     typer.echo(out)
 
 
-@app.command("import", epilog=f"\b\nExamples:\n{IMPORT_EXAMPLES}")
+@app.command(
+    "import",
+    epilog=examples("users", "import runs/other exports/ann", "import runs/other exports/ann --user ann-from-notes"),
+)
 def import_command(
     folder: RunFolder,
     source: Annotated[Path, typer.Argument(metavar="F", help="An exported user (native).", show_default=False)],
@@ -64,7 +65,7 @@ def import_command(
 
     The run must have the same backbone, population stage and groups stage: the adapter is useless on any others.
     """
-    existing_run(folder)
+    require_run(folder)
     from proper.export.run_export import import_user
 
     taken = import_user(folder, source, name=user, force=force, deleted=even_if_deleted)

@@ -1,6 +1,6 @@
 """Run configuration: the settings with their defaults, presets, and loading from YAML."""
 
-from proper.config.loading import load_config, make_config
+from proper.config.loading import load_config, load_run_config, make_config, with_chat
 from proper.config.presets import PRESETS
 from proper.config.schema import (
     ComputeConfig,
@@ -36,5 +36,7 @@ __all__ = [
     "TiersConfig",
     "UsersConfig",
     "load_config",
+    "load_run_config",
     "make_config",
+    "with_chat",
 ]

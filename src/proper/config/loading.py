@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError
@@ -40,6 +40,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         _apply(raw, override)
     _resolve_paths(raw, path.parent)
     return make_config(raw, str(path))
+
+
+def load_run_config(path: Path) -> Config:
+    """Read the config of a run folder. A run that does not say whether it uses the chat template was made without it.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    config = load_config(path)
+    return config if "chat" in config.data.model_fields_set else with_chat(config, "off")
+
+
+def with_chat(config: Config, chat: Literal["on", "off"]) -> Config:
+    """Return a config with this choice of `data.chat`."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"chat": chat})})
 
 
 def make_config(raw: dict[str, Any], source: str = "config") -> Config:

@@ -43,7 +43,8 @@ class DataConfig(Section):
         item: column of the item that a row is about; null if there is none.
         prompt: template of the prompt; `{column}` is replaced by the row's value.
         target: template of the answer.
-        chat: whether prompts use the tokenizer's chat template, in training and in serving; `off` means never.
+        chat: whether prompts use the backbone's chat template, in training, evaluation, `generate` and serving alike;
+            `auto` means if its tokenizer has one. A run stores the choice as `on` or `off`.
     """
 
     path: str
@@ -57,7 +58,7 @@ class DataConfig(Section):
     item: str | None = "item_id"
     prompt: str = "{input}"
     target: str = "{output}"
-    chat: Literal["off"] = "off"
+    chat: Literal["auto", "on", "off"] = "auto"
 
     @property
     def given_split(self) -> bool:
@@ -72,8 +73,8 @@ class DataConfig(Section):
     @field_validator("chat", mode="before")
     @classmethod
     def _word(cls, chat: object) -> object:
-        """Return "off" for False, because YAML reads the word `off` as False."""
-        return "off" if chat is False else chat
+        """Return "on" and "off" for the values that YAML reads these words as."""
+        return {True: "on", False: "off"}[chat] if isinstance(chat, bool) else chat
 
     @model_validator(mode="after")
     def _task_goes_with_format(self) -> DataConfig:

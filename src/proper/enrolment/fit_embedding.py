@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from proper.config import GroupsConfig
-from proper.data.batching import EncodedExample, collate
+from proper.data.batching import collate
+from proper.data.encoder import EncodedExample
 from proper.errors import NonFiniteLossError
 from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel, answer_loss

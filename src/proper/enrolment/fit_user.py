@@ -24,9 +24,9 @@ from torch.nn import functional
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.console import no_bar
-from proper.data.batching import EncodedExample
 from proper.data.dataset import Dataset
 from proper.data.derived.views import OneHistory
+from proper.data.encoder import EncodedExample
 from proper.enrolment.fit_embedding import FittedEmbedding, Setting, fit_embedding
 from proper.enrolment.history import UserHistory, run_data
 from proper.errors import RunFolderError

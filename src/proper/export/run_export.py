@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore, UserRecord
-from proper.config import Config, load_config
+from proper.config import Config, load_run_config
 from proper.data.dataset import Dataset
 from proper.errors import InputError, RunFolderError
 from proper.export.fold import fold, folded_rank
@@ -244,7 +244,7 @@ def _store(folder: Path) -> Iterator[AdapterStore]:
 
 
 def _config(folder: Path) -> Config:
-    return load_config(require_run(folder).config)
+    return load_run_config(require_run(folder).config)
 
 
 def _router(folder: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from proper.adapters.store import AdapterStore
-from proper.config import Config, load_config
+from proper.config import Config, load_run_config
 from proper.errors import InputError
 from proper.files import hash_file
 from proper.inference.model import PersonalizedModel, ServedUsers
@@ -33,7 +33,7 @@ def load(folder: str | Path, stage: str | None = None) -> PersonalizedModel:
             belongs to another backbone or other groups.
     """
     run = require_run(Path(folder))
-    config = load_config(run.config)
+    config = load_run_config(run.config)
     if stage is not None and stage not in LADDER:
         raise InputError(f"there is no stage {stage!r}; stages are: {', '.join(LADDER)}")
     tier = last_stage(run) if stage is None else Tier(stage)

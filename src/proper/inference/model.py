@@ -21,7 +21,7 @@ from proper.adapters.slot_cache import AdapterKey, SlotCache
 from proper.adapters.store import AdapterStore, Head
 from proper.adapters.validation import require_sound
 from proper.config import Config
-from proper.data.batching import Encoder
+from proper.data.encoder import Encoder
 from proper.data.rows import parse_template
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext

@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from proper.data.batching import EncodedExample, by_length, collate
+from proper.data.batching import by_length, collate
+from proper.data.encoder import EncodedExample
 from proper.errors import ProperError
 from proper.inference.forward import pad_left
 from proper.inference.model import BatchModel

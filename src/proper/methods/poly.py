@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config
-from proper.data.batching import Batch, Encoder
+from proper.data.batching import Batch
+from proper.data.encoder import Encoder
 from proper.evaluation.runner import MethodRun, predict
 from proper.files import write_json
 from proper.layers.batch_context import RowContext

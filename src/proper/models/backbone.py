@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from proper.config import Config
-from proper.data.batching import Encoder
+from proper.data.chat import uses_chat_template
+from proper.data.encoder import Encoder
 from proper.errors import ConfigError
 from proper.models.positions import fix_rope, positions_of, require_positions
 from proper.models.tokenizer import (
@@ -48,6 +49,7 @@ class Backbone:
         digest: hash of parameter names, shapes and a sample of every parameter's values.
         ends: token ids that end an answer.
         max_length: maximum row length in tokens that it was loaded for; None where it was loaded for any.
+        chat: whether prompts use the tokenizer's chat template.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Backbone:
     digest: str
     ends: tuple[int, ...] = ()
     max_length: int | None = None
+    chat: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +101,7 @@ class Backbone:
         """
         longest = self.max_length if max_length is None else max_length
         assert longest is not None, "a backbone loaded without a maximum length needs one for its encoder"
-        return Encoder(self.tokenizer, longest, rows=self.embeddings, ends=self.ends)
+        return Encoder(self.tokenizer, longest, rows=self.embeddings, ends=self.ends, chat=self.chat)
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -134,6 +137,7 @@ def configured_backbone(config: Config, device: torch.device | None = None) -> B
     dtype = pick_dtype(config.compute.dtype)
     trusted, longest = config.trust_remote_code, config.compute.max_length
     backbone = load_backbone(config.backbone, dtype, place, longest, trust_remote_code=trusted)
+    backbone.chat = uses_chat_template(config.data.chat, backbone.tokenizer, config.backbone)
     # A prompt always keeps half of `max_length`, however long its answer may be; see `Encoder.prompt`.
     require_positions(backbone.model, max(longest, longest // 2 + config.task.max_new_tokens))
     return backbone

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from proper.config import Config
-from proper.data.batching import Encoder, special_names
+from proper.data.chat import special_names, uses_chat_template
+from proper.data.encoder import Encoder
 from proper.errors import ConfigError
 from proper.models.gguf import SUFFIX, gguf_folder
 from proper.models.known_backbones import KNOWN, fetched_folder
@@ -87,7 +88,8 @@ def configured_encoder(config: Config) -> Encoder:
         habits = None  # a few folders lack this file; the model config then names the end tokens
     rows = int(shape.get_text_config().vocab_size)
     ends = settle_ends(tokenizer, named_ends(shape, habits, rows), rows, name)
-    return Encoder(tokenizer, config.compute.max_length, rows=rows, ends=ends)
+    chat = uses_chat_template(config.data.chat, tokenizer, name)
+    return Encoder(tokenizer, config.compute.max_length, rows=rows, ends=ends, chat=chat)
 
 
 def named_ends(config: Any, habits: GenerationConfig | None, rows: int) -> tuple[int, ...]:

@@ -203,11 +203,13 @@ def log_axis(axes: Axes, values: Sequence[float], across: bool = False) -> list[
 
     Returns the ticks; the labels are left to the caller.
     """
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
     low, high = min(values) * 0.85, max(values) * 1.15
     every = [factor * 10.0**power for power in range(-3, 16) for factor in (1, 2, 5)]
     inside = [tick for tick in every if low <= tick <= high]
+    if len(inside) < 2:  # a narrow range, such as 14 to 25
+        inside = [float(tick) for tick in MaxNLocator(3).tick_values(low, high) if low <= tick <= high]
     ticks = inside if len(inside) <= 5 else inside[::2] if len(inside) <= 8 else inside[::3]
     (axes.set_xscale if across else axes.set_yscale)("log")
     (axes.set_xlim if across else axes.set_ylim)(low, high)

@@ -100,7 +100,7 @@ def gather(both: Both) -> dict[str, Any]:
         "cost": cost(both),
         "routing": routing(both),
         "heats": [(name, figures.heat(run.routed, name)) for name, run in zip(both.names, both.runs, strict=True)],
-        "facts": facts(both),
+        "metadata": metadata(both),
     }
 
 
@@ -108,16 +108,16 @@ def summary(both: Both) -> str:
     """Return one sentence that says which run is better for which methods, as far as the tests show it."""
     tested = [row for row in both.main if number(row.get("p_adjusted")) is not None]
     if not tested:
-        return "No method of both can be compared query by query."
+        return "The runs have no method whose predictions can be paired."
     shown: dict[str, list[str]] = {"better": [], "worse": []}
     for row in tested:
-        judged = verdict(row)
-        if judged in shown:
-            shown[judged].append(method_name(str(row["method"])))
+        result = verdict(row)
+        if result in shown:
+            shown[result].append(method_name(str(row["method"])))
     if not any(shown.values()):
         return f"No measurable difference in any of {plural(len(tested), 'method')}."
-    parts = [f"{judged} in {', '.join(names)}" for judged, names in shown.items() if names]
-    return f"{both.names[0]} is {' and '.join(parts)} than {both.names[1]}."
+    parts = [f"{result} for {', '.join(names)}" for result, names in shown.items() if names]
+    return f"{both.names[0]} against {both.names[1]}: {' and '.join(parts)}."
 
 
 def verdict(row: Mapping[str, Any]) -> str:
@@ -128,7 +128,7 @@ def verdict(row: Mapping[str, Any]) -> str:
     if p < 0.05 and difference:
         return "better" if (difference > 0) == bool(row.get("higher_is_better")) else "worse"
     resolvable = number(row.get("resolvable"))
-    return "not resolvable here" if resolvable is not None and abs(difference) < resolvable else "not measurable"
+    return "not resolvable here" if resolvable is not None and abs(difference) < resolvable else "not significant"
 
 
 def scores(both: Both) -> Table | None:
@@ -155,7 +155,7 @@ def _interval(row: Mapping[str, Any]) -> str:
 
 def _score_note(both: Both) -> str:
     paired = next((row for row in both.rows if row.get("users") is not None), None)
-    note = f"Differences are {both.names[0]} less {both.names[1]}; relative is positive where the first is better. "
+    note = f"Differences are {both.names[0]} minus {both.names[1]}; relative is positive where the first is better. "
     if paired is None:
         return note
     pairs = [pair for pair in both.found.get("seeds") or [] if isinstance(pair, list)]
@@ -195,9 +195,9 @@ def cost(both: Both) -> Table | None:
         cells = [show(number(side[method].get(key))) for key, show in kinds for side in sides]
         speeds = [plain(number(side[method].get("tokens_per_second")), 0) for side in sides]
         lines.append([method_name(method), *cells, *speeds])
-    titles = ("parameters a user", "on disk a user", "training a user", "tokens a second")
+    titles = ("parameters per user", "bytes per user", "training time per user", "tokens/s")
     head = ["method", *(f"{title}, {letter}" for title in titles for letter in "AB")]
-    note = f"A: {both.names[0]}, B: {both.names[1]}. Times are of the machine that each ran on."
+    note = f"A: {both.names[0]}, B: {both.names[1]}. Times are of the machine on which each run was made."
     return Table(head, lines, frozenset({0}), note) if lines else None
 
 
@@ -231,9 +231,9 @@ def _shares(value: Any) -> str:
     return " · ".join(plain(number(share), 2) for share in value) if isinstance(value, list) else "–"
 
 
-def facts(both: Both) -> Table | None:
+def metadata(both: Both) -> Table | None:
     """Return the metadata of both runs, side by side."""
-    one, other = (dict(tables.facts(run)) for run in both.runs)
+    one, other = (dict(tables.metadata(run)) for run in both.runs)
     lines = [[name, one.get(name, "–"), other.get(name, "–")] for name in dict.fromkeys([*one, *other])]
     return Table(["", *both.names], lines, frozenset({0, 1, 2})) if lines else None
 
@@ -246,9 +246,9 @@ def csv_text(both: Both) -> str:
     for row in both.rows:
         cells: dict[str, Any] = {**row}
         for side, name in (("first", "first"), ("second", "second")):
-            held = mapping(row.get(side))
-            low, high = interval(held.get("ci95")) or (None, None)
-            cells |= {name: held.get("value"), f"{name}_low": low, f"{name}_high": high}
+            score = mapping(row.get(side))
+            low, high = interval(score.get("ci95")) or (None, None)
+            cells |= {name: score.get("value"), f"{name}_low": low, f"{name}_high": high}
         low, high = interval(row.get("ci95")) or (None, None)
         writer.writerow({**cells, "low": low, "high": high})
     return text.getvalue()

@@ -24,7 +24,7 @@ WHY = {
     ("users", -1): "The user model loses",
     ("groups", 1): "The group model wins",
     ("groups", -1): "The group model loses",
-    ("any", 0): "Different words, same score",
+    ("any", 0): "Different text, same score",
 }
 
 
@@ -95,8 +95,8 @@ def _change(example: ReportExample) -> str:
 def score(kind: str, target: str, prediction: str) -> float:
     """Return the score of one answer: 1 or 0 for a label, minus the error for a rating, word overlap (F1) for text."""
     if kind == "rating":
-        right, said = _as_number(target), _as_number(prediction)
-        return -9.0 if right is None or said is None else -abs(right - said)
+        gold, answer = _as_number(target), _as_number(prediction)
+        return -9.0 if gold is None or answer is None else -abs(gold - answer)
     if kind == "generation":
         return _overlap(target, prediction)
     return float(target.strip() == prediction.strip())
@@ -110,9 +110,9 @@ def _as_number(text: str) -> float | None:
 
 
 def _overlap(target: str, prediction: str) -> float:
-    right, said = (Counter(re.findall(r"\w+", text.casefold())) for text in (target, prediction))
-    shared = (right & said).total()
-    return 2 * shared / (right.total() + said.total()) if shared else 0.0
+    gold, answer = (Counter(re.findall(r"\w+", text.casefold())) for text in (target, prediction))
+    shared = (gold & answer).total()
+    return 2 * shared / (gold.total() + answer.total()) if shared else 0.0
 
 
 def _verdict(kind: str, value: float) -> str:

@@ -59,7 +59,7 @@ def columns_with_values(
         charts.whiskers(drawing, [at], [(row.value, row.interval)], [tips[at]], hue, size=150)
         top = max(row.value, row.interval[1] if row.interval else row.value)
         style: Any = {"textcoords": "offset points", "ha": "center", "weight": "bold"}
-        drawing.axes.annotate(plain(row.value), (at, top), (0, 7 if row.interval else 12), **style)
+        drawing.axes.annotate(plain(row.value), (at, top), (0, 10), **style)
     charts.names(drawing.axes, columns)
     charts.value_axis(drawing.axes, pad=0.16)
     charts.titles(drawing.axes, title)
@@ -94,7 +94,7 @@ def heat(routed: Sequence[RoutedUser], of: str = "") -> Chart | None:
             ha="right", color=color("soft"),
         )  # fmt: skip
     ramp = Markup('<span class="key">gate {}<i class="ramp"></i>{}</span>').format(plain(low, 2), plain(high, 2))
-    caption = f"One column a user, one row an expert; a stronger colour is a larger gate. {_shown(users, routed)}"
+    caption = f"One column per user, one row per expert; a stronger colour is a larger gate. {_shown(users, routed)}"
     caption += (
         "Blocks along the diagonal: groups of users with their own mixture. Equal columns: routing does not differ."
     )
@@ -125,14 +125,14 @@ def _gate_tip(user: RoutedUser) -> str:
 
 def maps(routed: Sequence[RoutedUser]) -> list[Chart]:
     """Draw 2-D scatter plots of users' embeddings, coloured by main expert and, if known, by true group."""
-    known = [user for user in routed if user.place]
+    known = [user for user in routed if user.position]
     placed = _thin(known, MOST_MARKS)
     if not placed:
         return []
     counts = {index: sum(user.main == index for user in placed) for index in sorted({user.main for user in placed})}
     labels = [(index, f"expert {index} ({amount})") for index, amount in counts.items()]
     drawing = _scatter(placed, [user.main for user in placed], "coloured by main expert")
-    caption = f"One mark a user; near each other where their embeddings are alike. {_shown(placed, known)}"
+    caption = f"One mark per user; users with similar embeddings are near each other. {_shown(placed, known)}"
     caption += "Clusters of one colour: the router reads the embeddings. Distances are of a projection, not a measure."
     found = [Chart("User embeddings by main expert", drawing + charts.keys(labels), caption)]
     truth = [user for user in placed if user.group is not None]
@@ -151,12 +151,12 @@ def _scatter(users: Sequence[RoutedUser], hues: Sequence[int], label: str) -> Ma
     with canvas(f"Map of {len(users)} user embeddings, {label}", 480, (300, 8), left=8, top=8) as drawing:
         for hue in sorted(set(hues)):
             inside = [user for user, own in zip(users, hues, strict=True) if own == hue]
-            places = [user.place or (0.0, 0.0) for user in inside]
+            points = [user.position or (0.0, 0.0) for user in inside]
             look: Any = {"color": color(hue), "edgecolor": color("card"), "linewidth": 0.6}
-            x, y = zip(*places, strict=True)
+            x, y = zip(*points, strict=True)
             shape = charts.marker(hue)
             marks = drawing.axes.scatter(x, y, 52 * charts.MARKERS[shape], marker=shape, **look)
-            drawing.tips(marks, [_place_tip(user) for user in inside], "mark")
+            drawing.tips(marks, [_position_tip(user) for user in inside], "mark")
         framed(drawing.axes)
     return drawing.svg
 
@@ -168,7 +168,7 @@ def framed(axes: Axes) -> None:
         spine.set_visible(True)
 
 
-def _place_tip(user: RoutedUser) -> str:
+def _position_tip(user: RoutedUser) -> str:
     tip = f"user {user.user}\nmain expert {user.main} (gate {plain(user.gates[user.main], 2)})"
     tip += "" if user.group is None else f"\ntrue group {user.group}"
     return tip + ("" if user.history is None else f"\nhistory {plural(user.history, 'item')}")
@@ -193,7 +193,7 @@ def gains(users: Sequence[UserGain], step: str, metric: str) -> Chart | None:
         for axes in drawing.panels:
             axes.set(xlim=(-0.5, len(shown) - 0.5), xticks=[])
             drawing.bands(axes, [(at - 0.5, at + 0.5) for at in range(len(shown))], tips)
-    caption = f"One bar a user, largest gain first. {_shown(shown, known)}Blue: gain; orange: loss; grey: no change. "
+    caption = f"One bar per user, largest gain first. {_shown(shown, known)}Blue: gain; orange: loss; grey: no change. "
     caption += "If history length decided who gains, the dots would fall from left to right. Rings: no adapter of the "
     return Chart(f"{method_name(before)} → {method_name(step)}", drawing.svg, caption + "user's own.")
 

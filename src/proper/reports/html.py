@@ -80,7 +80,7 @@ def gather(run: RunFiles) -> dict[str, Any]:
         "truth": narrative.truth_story(truth),
         "truth_shares": _shares(truth),
         "truth_table": tables.truth(truth),
-        "facts": tables.facts(run),
+        "metadata": tables.metadata(run),
     }
 
 
@@ -98,9 +98,9 @@ def _tiles(run: RunFiles) -> list[tuple[str, str]]:
         stages = [values[method] for method in LADDER[1:] if method in values]
         name = next(row.metric for row in rows if row.task == task)
         tiles.append((formats.metric_name(name), " → ".join(stages or values.values())))
-    task_facts = run.part("task")
+    metadata = run.part("task")
     for name, key in (("target users", "target_users"), ("held-out queries", "queries")):
-        if (amount := task_facts.get(key)) is not None:
+        if (amount := metadata.get(key)) is not None:
             tiles.append((name, f"{amount:,}" if isinstance(amount, int) else str(amount)))
     return tiles
 

@@ -83,7 +83,7 @@ class RoutedUser:
     history: int | None
     gates: tuple[float, ...]
     main: int
-    place: tuple[float, float] | None
+    position: tuple[float, float] | None
     group: int | None
 
 
@@ -140,7 +140,7 @@ def load_run(folder: Path) -> RunFiles:
     run = RunFolder(folder)
     path = run.results
     if not path.is_file():
-        raise RunFolderError(f"{path}: no such file; 'proper evaluate {folder}' makes it once the stages are trained")
+        raise RunFolderError(f"{path}: no such file; run: proper evaluate {folder} (once the stages are trained)")
     results = read_object(path)
     users = read_object(run.user_scores)
     rows = [row for row in map(_metric, objects(results.get("metrics"))) if row]
@@ -211,8 +211,8 @@ def _curves(path: Path) -> dict[str, list[CurvePoint]]:
             continue
         phase = row.get("phase")
         name = row["stage"] if not isinstance(phase, str) else f"{row['stage']}: {phase.rpartition(': ')[2]}"
-        facts = (number(row.get(key)) for key in ("epoch", "learning_rate", "constraint", "penalty"))
-        stages.setdefault(name, {})[seed, step] = CurvePoint(seed, step, loss, *facts)
+        values = (number(row.get(key)) for key in ("epoch", "learning_rate", "constraint", "penalty"))
+        stages.setdefault(name, {})[seed, step] = CurvePoint(seed, step, loss, *values)
     return {stage: [points[key] for key in sorted(points)] for stage, points in stages.items()}
 
 
@@ -225,8 +225,8 @@ def _routed(row: dict[str, Any]) -> RoutedUser | None:
     if main is None or not 0 <= main < len(gates):
         main = max(range(len(gates)), key=gates.__getitem__)
     x, y = number(row.get("x")), number(row.get("y"))
-    place = None if x is None or y is None else (x, y)
-    return RoutedUser(str(row.get("user")), count(row.get("history")), gates, main, place, count(row.get("group")))
+    position = None if x is None or y is None else (x, y)
+    return RoutedUser(str(row.get("user")), count(row.get("history")), gates, main, position, count(row.get("group")))
 
 
 def _gain(row: dict[str, Any], higher_is_better: bool) -> UserGain:
@@ -234,9 +234,9 @@ def _gain(row: dict[str, Any], higher_is_better: bool) -> UserGain:
     values = raw if isinstance(raw, dict) else {}
 
     def gain(key: str, method: str, against: str) -> float | None:
-        said, new, old = number(row.get(key)), number(values.get(method)), number(values.get(against))
-        if said is not None or new is None or old is None:
-            return said
+        reported, new, old = number(row.get(key)), number(values.get(method)), number(values.get(against))
+        if reported is not None or new is None or old is None:
+            return reported
         return new - old if higher_is_better else old - new
 
     return UserGain(

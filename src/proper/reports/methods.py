@@ -48,36 +48,45 @@ def methods_table(run: RunFiles) -> Table | None:
         return None
     costs = {str(row.get("method")): row for row in run.rows("cost")}
     several = len({row.task for row in rows}) > 1
-    lines = []
-    for row in _ranked(rows):
-        found = _against(run, row)
-        cost = costs.get(row.method, {})
-        task = f"{row.task}: " if several else ""
-        lines.append(
-            [
-                Markup("{}{}").format(task, _marked(method_name(row.method), row.standing)),
-                _marked(plain(row.value), row.standing),
-                span(row.interval),
-                _spread(run, row),
-                signed(found.difference) if found else "–",
-                verdict(found, is_higher_better(run, row.metric)) if found else "",
-                f"{method_name(found.method)} − {method_name(found.against)}" if found else "",
-                size(number(cost.get("bytes_per_user"))),
-                _cut(cost),
-            ]
-        )
+    lines = [_method_cells(run, row, costs.get(row.method, {}), several) for row in _ranked(rows)]
     metric, better = metric_name(rows[0].metric), "higher" if rows[0].higher_is_better else "lower"
     note = (
-        f"{metric[0].upper() + metric[1:]}, {better} is better; best first and bold. ≈ cannot be told from the best: "
-        "the 95 % interval of the difference, paired by user, holds 0. Not resolvable here: the difference is smaller "
-        "than what these users and queries show with 80 % power."
+        f"{metric[0].upper() + metric[1:]}, {better} is better; best first and bold. ≈: tied with the best, as "
+        "the 95 % interval of the difference, paired by user, contains 0. Not resolvable here: the difference is below "
+        "the minimal detectable difference of these users and queries at 80 % power."
     )
-    head = ["method", metric, "95 % interval", "seeds", "difference", "verdict", "of", "kept a user", "cut prompts"]
+    head = [
+        "method",
+        metric,
+        "95 % interval",
+        "seeds",
+        "difference",
+        "verdict",
+        "compared",
+        "bytes per user",
+        "truncated prompts",
+    ]
     return Table(head, lines, frozenset({0, 5, 6}), note)
 
 
+def _method_cells(run: RunFiles, row: ReportedMetric, cost: Mapping[str, Any], with_task: bool) -> list[str]:
+    found = _against(run, row)
+    task = f"{row.task}: " if with_task else ""
+    return [
+        Markup("{}{}").format(task, _marked(method_name(row.method), row.standing)),
+        _marked(plain(row.value), row.standing),
+        span(row.interval),
+        _spread(run, row),
+        signed(found.difference) if found else "–",
+        verdict(found, is_higher_better(run, row.metric)) if found else "",
+        f"{method_name(found.method)} − {method_name(found.against)}" if found else "",
+        size(number(cost.get("bytes_per_user"))),
+        _cut(cost),
+    ]
+
+
 def cost_quality(run: RunFiles) -> Chart | None:
-    """Draw the main metric over bytes kept per user; None with fewer than three methods of known cost."""
+    """Draw the main metric over bytes stored per user; None with fewer than three methods of known cost."""
     kept = {str(row.get("method")): number(row.get("bytes_per_user")) for row in run.rows("cost")}
     rows = primary_metrics(run) if run.metrics else []
     tasks = list(dict.fromkeys(row.task for row in rows))
@@ -86,20 +95,20 @@ def cost_quality(run: RunFiles) -> Chart | None:
         return None
     sizes = [float(kept[row.method] or 0) for row in rows]
     metric, better = metric_name(rows[0].metric), "higher" if rows[0].higher_is_better else "lower"
-    with canvas(f"{metric} of {plural(len(rows), 'method')} over bytes kept for a user", 640, (300, TICKS)) as drawing:
+    with canvas(f"{metric} of {plural(len(rows), 'method')} over bytes per user", 640, (300, TICKS)) as drawing:
         spots = _sizes_axis(drawing.axes, sizes)
         for index, (row, spot, amount) in enumerate(zip(rows, spots, sizes, strict=True)):
-            tip = f"{method_name(row.method)}\n{metric_name(row.metric)} {plain(row.value)}\nkept a user {size(amount)}"
+            tip = f"{method_name(row.method)}\n{metric} {plain(row.value)}\nbytes per user {size(amount)}"
             shape = charts.marker(index)
             charts.whiskers(drawing, [spot], [(row.value, row.interval)], [tip], index, 60, shape)
         charts.value_axis(drawing.axes)
         framed(drawing.axes)
-        charts.titles(drawing.axes, f"{metric} ({better} is better)", "kept for a user")
+        charts.titles(drawing.axes, f"{metric} ({better} is better)", "bytes per user")
     corner = "top" if rows[0].higher_is_better else "bottom"
     caption = (
-        f"Towards the {corner} left: better for less. Bars are 95 % intervals over users; sizes are logarithmic, and "
+        f"Towards the {corner} left: better and smaller. Bars are 95 % intervals over users. Sizes are logarithmic; "
     )
-    caption += "methods that keep nothing for a user are drawn at the left end."
+    caption += "methods that store nothing per user are drawn at the left end."
     legend = charts.keys([(index, method_name(row.method)) for index, row in enumerate(rows)])
     return Chart("Cost against quality", drawing.svg + legend, caption)
 
@@ -119,16 +128,16 @@ def claim_story(claim: Mapping[str, Any]) -> list[str]:
     """Return sentences on whether the controls support a claim of personalization."""
     if not claim:
         return []
-    lost = [str(pair) for pair in claim.get("not_beaten") or []]
+    not_beaten = [str(pair) for pair in claim.get("not_beaten") or []]
     missing = [method_name(str(name)) for name in claim.get("missing") or []]
     if claim.get("claimed") is True:
-        return ["The controls are beaten, every one at p < .05: what was gained, was gained by knowing the user."]
+        return ["Every control is beaten at p < .05: the gain comes from information about the user."]
     story = []
-    if lost:
-        pairs = "; ".join(" over ".join(method_name(name) for name in pair.split(" > ")) for pair in lost)
-        story.append(f"Personalization cannot be claimed: no measurable gain of {pairs}.")
+    if not_beaten:
+        pairs = "; ".join(" over ".join(method_name(name) for name in pair.split(" > ")) for pair in not_beaten)
+        story.append(f"Personalization cannot be claimed. No measurable gain: {pairs}.")
     if missing:
-        story.append(f"Controls that were not run: {', '.join(missing)}.")
+        story.append(f"Controls that are missing: {', '.join(missing)}.")
     return story
 
 

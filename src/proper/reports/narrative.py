@@ -61,15 +61,16 @@ def headline(run: RunFiles) -> tuple[str, list[Step]]:
 
 def _summary(rows: Sequence[ReportedComparison], steps: Sequence[Step]) -> str:
     if not steps:
-        return "No comparison between the stages was made, so nothing can be said about gains."
+        return "The stages were not compared, so the report has no gains."
     if all(step.outcome == "gain" for step in steps):
-        return "Every step of the ladder helped." if len(steps) > 1 else f"{method_name(rows[0].method)} helped."
+        alone = f"{method_name(rows[0].method)} improved on the stage before."
+        return "Every stage improved on the one before." if len(steps) > 1 else alone
     if all(step.outcome == "none" for step in steps):
         return "No measurable gain at any step."
-    said = {"gain": "a clear gain", "loss": "a measurable loss", "none": "no measurable gain"}
+    phrases = {"gain": "a measurable gain", "loss": "a measurable loss", "none": "no measurable gain"}
     several = len({row.task for row in rows}) > 1
     parts = [
-        f"{f'{row.task}, ' if several else ''}{method_name(row.method).lower()}: {said[step.outcome]}"
+        f"{f'{row.task}, ' if several else ''}{method_name(row.method).lower()}: {phrases[step.outcome]}"
         for row, step in zip(rows, steps, strict=True)
     ]
     text = "; ".join(parts)
@@ -78,12 +79,12 @@ def _summary(rows: Sequence[ReportedComparison], steps: Sequence[Step]) -> str:
 
 def _step(row: ReportedComparison, run: RunFiles) -> Step:
     higher = is_higher_better(run, row.metric)
-    judged = outcome(row, higher)
+    result = outcome(row, higher)
     values = {m.method: m.value for m in run.metrics if m.metric == row.metric and m.task == row.task}
     old, new = values.get(row.against), values.get(row.method)
     moved = f" from {plain(old)} to {plain(new)}" if old is not None and new is not None else ""
     verb = "unchanged" if row.difference == 0 else "rose" if row.difference > 0 else "fell"
-    opening = {"gain": "", "loss": "Measurably worse: ", "none": "No measurable gain: "}[judged]
+    opening = {"gain": "", "loss": "Measurably worse: ", "none": "No measurable gain: "}[result]
     metric = metric_name(row.metric)
     change = f"{metric if opening else metric[0].upper() + metric[1:]} {verb}{moved}"
     adjusted = ", Holm-adjusted" if row.p_adjusted is not None else ""
@@ -91,7 +92,7 @@ def _step(row: ReportedComparison, run: RunFiles) -> Step:
     sure = f"difference {signed(row.difference)}, 95 % interval {span(row.interval, sign=True)}, {p}{adjusted}"
     better = "" if higher else " Lower is better."
     title = f"{method_name(row.against)} → {method_name(row.method)}"
-    return Step(row.task, title, judged, percent(row.relative, sign=True), f"{opening}{change} ({sure}).{better}")
+    return Step(row.task, title, result, percent(row.relative, sign=True), f"{opening}{change} ({sure}).{better}")
 
 
 def change_text(row: ReportedComparison, run: RunFiles) -> str:
@@ -101,17 +102,17 @@ def change_text(row: ReportedComparison, run: RunFiles) -> str:
     return f"({change})" if unclear else change
 
 
-def judged_word(judged: Outcome) -> str:
+def verdict_name(result: Outcome) -> str:
     """Return the verdict of a comparison for a table."""
-    return {"gain": "better", "loss": "worse", "none": "not measurable"}[judged]
+    return {"gain": "better", "loss": "worse", "none": "not significant"}[result]
 
 
 def verdict(row: ReportedComparison, higher_is_better: bool) -> str:
     """Return the verdict of a comparison, with a note if the difference is below the minimal detectable one."""
-    judged = outcome(row, higher_is_better)
-    if judged == "none" and row.resolvable is not None and abs(row.difference) < row.resolvable:
+    result = outcome(row, higher_is_better)
+    if result == "none" and row.resolvable is not None and abs(row.difference) < row.resolvable:
         return "not resolvable here"
-    return judged_word(judged)
+    return verdict_name(result)
 
 
 def primary_metrics(run: RunFiles) -> list[ReportedMetric]:
@@ -134,10 +135,10 @@ def gain_story(gains: Sequence[UserGain], step: str) -> list[str]:
     story += _relation([user.history for user, _ in known], [gain for _, gain in known])
     kept = [user for user, _ in known if user.tier in {"population", "groups"}]
     if step == "users" and kept:
-        story.append(f"{plural(len(kept), 'user')} are served by a tier below an adapter of their own.")
+        story.append(f"{plural(len(kept), 'user')} are served without an adapter of their own.")
     queries = [user.queries for user in gains if user.queries]
     if queries and (few := median(queries)) < 30:
-        story.append(f"A user has {few:g} queries at the median, so one user's bar is coarse: read the shape.")
+        story.append(f"A user has {few:g} queries at the median, so the bar of one user is noisy.")
     return story
 
 
@@ -153,8 +154,8 @@ def _relation(history: Sequence[int], gains: Sequence[float]) -> list[str]:
     rho = float(np.corrcoef(_ranks(history), _ranks(gains))[0, 1])
     tail = f"(rank correlation {signed(rho, 2)})."
     if abs(rho) < 2 / math.sqrt(len(history)):
-        return [f"History length tells little about the gain {tail}"]
-    return [f"Longer histories went with {'larger' if rho > 0 else 'smaller'} gains {tail}"]
+        return [f"The gain does not depend measurably on history length {tail}"]
+    return [f"Users with longer histories had {'larger' if rho > 0 else 'smaller'} gains {tail}"]
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -173,11 +174,11 @@ def routing_story(figures: Mapping[str, Any]) -> list[str]:
     story = []
     if entropy is not None:
         most = f" of {plain(math.log(experts), 2)} nats at most" if experts and experts > 1 else " nats"
-        story.append(f"Routing entropy {plain(entropy, 2)}{most}: the lower, the fewer experts a token uses.")
+        story.append(f"Routing entropy {plain(entropy, 2)}{most}; lower means that a token uses fewer experts.")
     if shared is not None:
-        story.append(f"Mutual information of user and expert {plain(shared)} nats: 0 means that all users route alike.")
+        story.append(f"Mutual information of user and expert {plain(shared)} nats; 0 means equal routing of all users.")
     if cosine is not None:
-        story.append(f"Mean cosine between two users' gates {plain(cosine)}: 1 means that they do not differ.")
+        story.append(f"Mean cosine between two users' gates {plain(cosine)}; 1 means that users' gates do not differ.")
     return story
 
 
@@ -186,7 +187,7 @@ def cost_story(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         amount = number(row.get("bytes_per_user"))
         if row.get("method") == "users" and amount:
-            return f"One user takes {size(amount)}; a million users would take {size(amount * 1e6)}."
+            return f"One user needs {size(amount)}; a million users would need {size(amount * 1e6)}."
     return ""
 
 

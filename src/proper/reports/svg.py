@@ -48,7 +48,7 @@ def for_page(text: str, label: str, tooltips: Tooltips) -> Markup:
     root = _tidied(text, label, tooltips)
     width = float(root.get("viewBox", "0 0 0 0").split()[2])
     # On a phone a wide chart scrolls sideways inside its box, so that its text stays readable.
-    root.set("style", f"width:{width * 1.15:.0f}px;min-width:{width * (0.6 if width <= 480 else 0.8):.0f}px")
+    root.set("style", f"width:{width * 1.15:.0f}px;min-width:{width * (0.7 if width <= 480 else 0.8):.0f}px")
     return Markup('<div class="plot">{}</div>').format(Markup(ElementTree.tostring(root, encoding="unicode")))
 
 

@@ -90,11 +90,11 @@ def comparisons(run: RunFiles) -> Table | None:
     """Return every paired comparison with its verdict at p < .05, adjusted if its family was."""
     lines = []
     for row in sorted(run.comparisons, key=lambda row: not row.primary):
-        judged = verdict(row, is_higher_better(run, row.metric))
+        result = verdict(row, is_higher_better(run, row.metric))
         step = f"{method_name(row.method)} − {method_name(row.against)}"
         values = [signed(row.difference), span(row.interval, sign=True), percent(row.relative, sign=True)]
         tests = [_p_cell(row.p_value), _p_cell(row.p_adjusted)]
-        lines.append([step, metric_name(row.metric), *values, *tests, judged])
+        lines.append([step, metric_name(row.metric), *values, *tests, result])
     tests_named = sorted({row.test for row in run.comparisons if row.test})
     note = "Relative change is positive where the first method is better, also for errors."
     note += f" Test: {', '.join(tests_named)}." if tests_named else ""
@@ -143,7 +143,7 @@ def cost(run: RunFiles) -> Table | None:
         ]
         for row in run.rows("cost")
     ]
-    head = ["method", "parameters a user", "on disk a user", "training a user", "tokens a second"]
+    head = ["method", "parameters per user", "bytes per user", "training time per user", "tokens/s"]
     return Table(head, lines) if lines else None
 
 
@@ -161,7 +161,7 @@ def who_gained(gains: Sequence[UserGain], step: str) -> Table | None:
             lines.append(_gain_row(title, users, step))
     for tier in sorted({user.tier for user in known}):
         lines.append(_gain_row(f"served by tier: {tier}", [user for user in known if user.tier == tier], step))
-    return Table(["users", "how many", "gained", "same", "lost", "mean gain"], lines)
+    return Table(["users", "number", "gain", "no change", "loss", "mean gain"], lines)
 
 
 def _gain_row(title: str, users: Sequence[UserGain], step: str) -> list[str]:
@@ -176,10 +176,10 @@ def truth(values: dict[str, Any]) -> Table | None:
     names = list(dict.fromkeys([*allowed, *measured]))
     names.sort(key=lambda name: LADDER.index(name) if name in LADDER else len(LADDER))
     lines = [[method_name(name), plain(number(allowed.get(name))), plain(number(measured.get(name)))] for name in names]
-    return Table(["method", "the truth allows", "measured"], lines) if lines else None
+    return Table(["method", "oracle", "measured"], lines) if lines else None
 
 
-def facts(run: RunFiles) -> list[tuple[str, str]]:
+def metadata(run: RunFiles) -> list[tuple[str, str]]:
     """Return the run's metadata: backbone, data, versions, device, time."""
     about, task = run.part("run"), run.part("task")
     history, seconds, versions = (
@@ -203,12 +203,12 @@ def facts(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def tiers(values: dict[str, Any]) -> tuple[list[tuple[str, int, float]], list[str]]:
-    """Return (tier, users, share of users), starting with users' own adapters, and the reasons in words."""
+    """Return (tier, users, share of users), starting with users' own adapters, and the reasons as sentences."""
     amounts = [(name, amount) for name in reversed(LADDER[1:]) if (amount := count(values.get(name)))]
     whole = sum(amount for _, amount in amounts)
     reasons = []
-    for name, said in mapping(values.get("reasons")).items():
-        inner = said.items() if isinstance(said, dict) else [(None, said)]
+    for name, reported in mapping(values.get("reasons")).items():
+        inner = reported.items() if isinstance(reported, dict) else [(None, reported)]
         for what, amount in inner:
             title = f"{name}: {what}" if what is not None else str(name)
             known = count(amount)

@@ -73,7 +73,7 @@ class UserReport:
     examples: tuple[ReportExample, ...]
 
 
-def load_person(run: RunFiles, user: str) -> UserReport:
+def load_user(run: RunFiles, user: str) -> UserReport:
     """Read the data of `user` from a run folder.
 
     Raises:
@@ -119,7 +119,7 @@ def _interactions(folder: Path, user: str) -> int | None:
 def _stored(run: RunFiles, user: str) -> Stored:
     users = RunFolder(run.folder).users
     if not users.manifest.is_file():
-        return Stored(problem="the run has no store")
+        return Stored(problem="the run has no adapter store; stage 'users' makes it")
     try:
         store = AdapterStore(users.path)
     except StoreError as error:
@@ -127,7 +127,7 @@ def _stored(run: RunFiles, user: str) -> Stored:
     try:
         versions = tuple(store.versions(user))
         if not versions:
-            return Stored(problem="it does not hold this user: deleted, or never a user of stage 2")
+            return Stored(problem="it has no record of this user, who was deleted or was not in stage 2")
         neighbours, typical = _nearest(store, user)
         return Stored(versions, tuple(neighbours), typical, _means(store, {row.user for row in run.gains}))
     finally:
@@ -156,8 +156,8 @@ def _nearest(store: AdapterStore, user: str) -> tuple[list[Neighbour], float | N
 def _means(store: AdapterStore, targets: set[str]) -> dict[str, float]:
     """Return the mean of each numeric metadata field over the target users."""
     found: dict[str, list[float]] = {}
-    for user, _, facts, _ in store.facts():
-        for key, value in facts.items() if user in targets else ():
+    for user, _, metadata, _ in store.facts():
+        for key, value in metadata.items() if user in targets else ():
             if (finite := number(value)) is not None:
                 found.setdefault(key, []).append(finite)
     return {key: fmean(values) for key, values in found.items()}
@@ -177,15 +177,15 @@ def _losses(folder: Path, user: str) -> dict[str, float]:
 def _history_loss(folder: Path, user: str) -> tuple[float, float] | None:
     measured = mapping(mapping(read_object(RunFolder(folder).analysis).get("history_losses")).get("value"))
     own = number(measured.get(user))
-    everybody = [value for each in measured.values() if (value := number(each)) is not None]
-    return None if own is None else (own, fmean(everybody))
+    values = [value for each in measured.values() if (value := number(each)) is not None]
+    return None if own is None else (own, fmean(values))
 
 
-def facts_of(person: UserReport) -> dict[str, Any]:
+def metadata_of(report: UserReport) -> dict[str, Any]:
     """Return the metadata of the current version; empty for a user who is not in the store."""
-    return dict(person.stored.versions[0].facts) if person.stored.versions else {}
+    return dict(report.stored.versions[0].facts) if report.stored.versions else {}
 
 
-def known_items(person: UserReport) -> int | None:
+def known_items(report: UserReport) -> int | None:
     """Return the history length as scored, else as in the store."""
-    return person.history if person.history is not None else count(facts_of(person).get("items"))
+    return report.history if report.history is not None else count(metadata_of(report).get("items"))

@@ -21,16 +21,16 @@ from proper.reports.load import RoutedUser, RunFiles, UserGain, load_run
 from proper.reports.narrative import gain_of, is_higher_better
 from proper.reports.reading import number
 from proper.reports.tables import Table
-from proper.reports.user_data import UserReport, facts_of, known_items, load_person
+from proper.reports.user_data import UserReport, known_items, load_user, metadata_of
 from proper.run_folder import LADDER, RunFolder, Stage, Tier
 
 STEPS = (("groups", "population"), ("users", "groups"))
 MOST_QUERIES = 200
 MOST_DOTS = 800
 SERVED: dict[str, str] = {
-    Tier.USERS: "an adapter of their own, on top of the group model",
-    Tier.GROUPS: "the group model with their own embedding",
-    Tier.NONE: "the group model with everybody's mean embedding",
+    Tier.USERS: "the user's adapter, on top of the group model",
+    Tier.GROUPS: "the group model with the user's embedding",
+    Tier.NONE: "the group model with the mean embedding of all users",
 }
 
 
@@ -44,113 +44,112 @@ def write_user_pages(folder: Path, users: Sequence[str]) -> list[Path]:
     """
     run = load_run(folder)
     names = list(dict.fromkeys(users))
-    pages = [render("user.html.j2", gather(run, load_person(run, user))) for user in names]
+    pages = [render("user.html.j2", gather(run, load_user(run, user))) for user in names]
     paths = [RunFolder(folder).user_report(safe_name(user)) for user in names]
     for path, page in zip(paths, pages, strict=True):
         write_text(path, page)
     return paths
 
 
-def gather(run: RunFiles, person: UserReport) -> dict[str, Any]:
+def gather(run: RunFiles, report: UserReport) -> dict[str, Any]:
     """Return the template's values, section by section."""
-    gain, routed, stored = person.gain, person.routed, person.stored
+    gain, routed, stored = report.gain, report.routed, report.stored
     near = [neighbour.user for neighbour in stored.neighbours]
     return {
-        "user": person.user,
+        "user": report.user,
         "run": str(run.part("task").get("name") or run.folder.name),
-        "summary": _summary(run, person),
-        "tiles": _tiles(person),
-        "served": _served(person),
-        "losses": _losses(run, person),
+        "summary": _summary(run, report),
+        "tiles": _tiles(report),
+        "served": _served(report),
+        "losses": _losses(run, report),
         "standing": standing(gain, run.gains, run.gain_metric) if gain else None,
-        "scores": _scores(run, person),
+        "scores": _scores(run, report),
         "gates": gates(routed, run.routed) if routed else None,
-        "neighbours": _neighbours(run, person),
-        "place": place(routed, run.routed, near) if routed else None,
-        "examples": person.examples[:MOST_QUERIES],
-        "all_queries": len(person.examples),
-        "versions": _versions(person),
-        "problem": person.stored.problem,
+        "neighbours": _neighbours(run, report),
+        "position": position_map(routed, run.routed, near) if routed else None,
+        "examples": report.examples[:MOST_QUERIES],
+        "all_queries": len(report.examples),
+        "versions": _versions(report),
+        "problem": report.stored.problem,
     }
 
 
-def _tier(person: UserReport) -> str:
-    if person.stored.versions:
-        return person.stored.versions[0].tier
-    return person.gain.tier if person.gain else Tier.NONE
+def _tier(report: UserReport) -> str:
+    if report.stored.versions:
+        return report.stored.versions[0].tier
+    return report.gain.tier if report.gain else Tier.NONE
 
 
-def _summary(run: RunFiles, person: UserReport) -> str:
-    if person.gain is None:
-        return "No target user: nothing was asked on their behalf."
-    metric = metric_name(run.gain_metric)
-    parts = []
-    for step, above in (("groups", "the group model"), ("users", "their adapter")):
-        gain = gain_of(person.gain, step)
-        if gain is not None:
-            what = "gained" if gain > 0 else "lost" if gain < 0 else "changed nothing"
-            parts.append(f"{above} {what}{f' {plain(abs(gain))}' if gain else ''}")
-    text = " and ".join(parts)
-    return f"{text[0].upper()}{text[1:]} in {metric}." if parts else "The stages to compare were not scored."
+def _summary(run: RunFiles, report: UserReport) -> str:
+    if report.gain is None:
+        return "Not a target user: the run has no queries of this user."
+    names = ((Stage.GROUPS, "group model"), (Stage.USERS, "user adapter"))
+    gains = [(name, gain) for step, name in names if (gain := gain_of(report.gain, step)) is not None]
+    if not gains:
+        return "The stages to compare were not scored."
+    steps = ", ".join(f"{name} {signed(gain)}" for name, gain in gains)
+    return f"Gain in {metric_name(run.gain_metric)} on this user's queries: {steps}."
 
 
-def _tiles(person: UserReport) -> list[tuple[str, str]]:
-    items, versions = known_items(person), person.stored.versions
+def _tiles(report: UserReport) -> list[tuple[str, str]]:
+    items, versions = known_items(report), report.stored.versions
     found = [
         ("history, items", None if items is None else f"{items:,}"),
-        ("queries", None if person.queries is None else f"{person.queries:,}"),
-        ("tier", method_name(_tier(person))),
-        ("kept on disk", size(versions[0].bytes) if versions else None),
+        ("queries", None if report.queries is None else f"{report.queries:,}"),
+        ("tier", method_name(_tier(report))),
+        ("bytes on disk", size(versions[0].bytes) if versions else None),
         ("version", str(versions[0].version) if versions else None),
     ]
     return [(name, value) for name, value in found if value is not None]
 
 
-def _served(person: UserReport) -> list[str]:
+def _served(report: UserReport) -> list[str]:
     """Return sentences on the user's serving tier, its reason, and the training of the adapter."""
-    facts, tier = facts_of(person), _tier(person)
-    story = [f"Served with {SERVED.get(tier, tier)}."]
-    if not person.stored.versions:
-        story = [f"What the store says is not available: {person.stored.problem}."]
-    if facts.get("reason"):
-        pooled = ", decided with the nearest users, as the history is short" if facts.get("pooled") else ""
-        story.append(f"Why: {facts['reason']}{pooled}.")
-    items, passes = number(facts.get("items")), number(facts.get("passes"))
-    if items is not None and person.history is not None and items < person.history:
-        story.append(f"Stage 3 used the newest {items:.0f} of {person.history:,} items.")
+    metadata, tier = metadata_of(report), _tier(report)
+    story = [f"Served by {SERVED.get(tier, tier)}."]
+    if not report.stored.versions:
+        story = [f"Store metadata is not available: {report.stored.problem}."]
+    if metadata.get("reason"):
+        pooled = (
+            ", decided together with the nearest users, because the history is short" if metadata.get("pooled") else ""
+        )
+        story.append(f"Reason: {metadata['reason']}{pooled}.")
+    items, passes = number(metadata.get("items")), number(metadata.get("passes"))
+    if items is not None and report.history is not None and items < report.history:
+        story.append(f"Stage 3 used the newest {items:.0f} of {report.history:,} items.")
     if passes is not None and tier == "users":
-        story.append(f"The adapter saw its items {plural(int(passes), 'time')}.")
+        story.append(f"The adapter was trained for {plural(int(passes), 'epoch')}.")
     return story
 
 
-def _losses(run: RunFiles, person: UserReport) -> Table | None:
+def _losses(run: RunFiles, report: UserReport) -> Table | None:
     """Return the user's losses, held-out part of the history first, beside the mean over all users."""
-    facts, means = facts_of(person), person.stored.means or {}
+    metadata, means = metadata_of(report), report.stored.means or {}
     kept = (("group_loss", "held-out history, group model"), ("user_loss", "held-out history, with the adapter"))
-    lines = [[name, plain(number(facts[key])), plain(means.get(key))] for key, name in kept if key in facts]
-    trials = facts.get("held_losses")
+    lines = [[name, plain(number(metadata[key])), plain(means.get(key))] for key, name in kept if key in metadata]
+    trials = metadata.get("held_losses")
     if isinstance(trials, list) and trials:
         passes = ", ".join(plain(number(value)) for value in trials)
         lines.append(["held-out history after each pass", passes, ""])
-    if person.history_loss is not None:
-        lines.append(["newest items of the history, trained on", *map(plain, person.history_loss)])
-    everybody = {row.method: row.value_users for row in run.metrics if row.metric == "loss"}
+    if report.history_loss is not None:
+        lines.append(["newest items of the history, trained on", *map(plain, report.history_loss)])
+    all_users = {row.method: row.value_users for row in run.metrics if row.metric == "loss"}
     for stage in LADDER:
-        if stage in person.losses:
+        if stage in report.losses:
             lines.append(
-                [f"queries, {method_name(stage).lower()}", plain(person.losses[stage]), plain(everybody.get(stage))]
+                [f"queries, {method_name(stage).lower()}", plain(report.losses[stage]), plain(all_users.get(stage))]
             )
-    note = "In nats per answer token; lower is better. On queries: this user in the first seed, everybody over seeds."
+    note = "In nats per answer token; lower is better. On queries: this user in the first seed, all users over seeds."
     return Table(["answer loss", "this user", "mean of users"], lines, frozenset({0}), note) if lines else None
 
 
-def _scores(run: RunFiles, person: UserReport) -> Table | None:
+def _scores(run: RunFiles, report: UserReport) -> Table | None:
     """Return every method's score on this user's queries, beside the mean over all users."""
-    if not person.scores:
+    if not report.scores:
         return None
     rows = {row.method: row for row in run.metrics if row.metric == run.gain_metric}
     lines = []
-    for method, value in person.scores.items():
+    for method, value in report.scores.items():
         usual = rows[method].value_users if method in rows else None
         lines.append(
             [method_name(method), plain(value), plain(usual), signed(None if usual is None else value - usual)]
@@ -160,45 +159,45 @@ def _scores(run: RunFiles, person: UserReport) -> Table | None:
     return Table(["method", "this user", "mean of users", "difference"], lines, frozenset({0}), note)
 
 
-def _neighbours(run: RunFiles, person: UserReport) -> Table | None:
+def _neighbours(run: RunFiles, report: UserReport) -> Table | None:
     gains, routed = {row.user: row for row in run.gains}, {row.user: row for row in run.routed}
     lines = []
-    for near in person.stored.neighbours:
+    for near in report.stored.neighbours:
         gain, route = gains.get(near.user), routed.get(near.user)
         steps = [signed(gain_of(gain, step)) if gain else "–" for step in (Stage.GROUPS, Stage.USERS)]
         history = f"{gain.history:,}" if gain else "–"
         expert = str(route.main) if route else "–"
         lines.append([near.user, plain(near.cosine), method_name(near.tier), history, expert, *steps])
     head = ["user", "cosine", "tier", "history, items", "main expert", "gain by groups", "gain by users"]
-    note = f"By the cosine of user embeddings; to everybody else it is {plain(person.stored.typical)} at the median."
+    note = f"By the cosine of user embeddings; to all other users it is {plain(report.stored.typical)} at the median."
     return Table(head, lines, frozenset({0, 2}), note) if lines else None
 
 
-def _versions(person: UserReport) -> Table | None:
+def _versions(report: UserReport) -> Table | None:
     lines = []
-    for each in person.stored.versions:
+    for each in report.stored.versions:
         written = datetime.fromtimestamp(each.written, UTC).strftime("%Y-%m-%d %H:%M UTC")
         parent = "–" if each.parent is None else str(each.parent)
-        facts = [str(each.version), parent, method_name(each.tier), size(each.bytes), written, each.checksum or "–"]
-        lines.append([*facts, str(each.facts.get("reason") or "")])
-    head = ["version", "made from", "tier", "bytes", "written", "xxh3 of the adapter", "why"]
-    note = "Newest first; the first is served. `proper users rollback` makes an earlier one current again."
+        cells = [str(each.version), parent, method_name(each.tier), size(each.bytes), written, each.checksum or "–"]
+        lines.append([*cells, str(each.facts.get("reason") or "")])
+    head = ["version", "parent", "tier", "bytes", "written", "xxh3 of the adapter", "reason"]
+    note = "Newest first; the first is served. `proper users rollback` serves an earlier version again."
     return Table(head, lines, frozenset({2, 4, 5, 6}), note) if lines else None
 
 
-def standing(own: UserGain, everybody: Sequence[UserGain], metric: str) -> Chart | None:
+def standing(own: UserGain, all_users: Sequence[UserGain], metric: str) -> Chart | None:
     """Draw this user's gain by each step among the gains of all users."""
     steps = [(step, below) for step, below in STEPS if gain_of(own, step) is not None]
     if not steps:
         return None
-    label = f"Gain in {metric_name(metric)} of {own.user} among {len(everybody)} users"
+    label = f"Gain in {metric_name(metric)} of {own.user} among {len(all_users)} users"
     with canvas(label, 560, *[(44, TICKS)] * len(steps), left=8, top=8) as drawing:
         for panel, (step, below) in enumerate(steps):
-            _strip(drawing, panel, own, [user for user in everybody if gain_of(user, step) is not None], step)
+            _strip(drawing, panel, own, [user for user in all_users if gain_of(user, step) is not None], step)
             title = f"gain in {metric_name(metric)}, {method_name(step).lower()} over {below}"
             charts.titles(drawing.panels[panel], across=title)
-    caption = "One faint dot a user, this user in colour; a gain is right of the line. "
-    caption += " ".join(_rank(own, everybody, step) for step, _ in steps)
+    caption = "One faint dot per user, this user in colour; a gain is right of the line. "
+    caption += " ".join(_rank(own, all_users, step) for step, _ in steps)
     if own.queries:
         caption += f" {own.queries} queries of one user are few: read it as a hint."
     return Chart("Gain at each step, among all users", drawing.svg, caption)
@@ -228,16 +227,16 @@ def _height(user: str) -> float:
     return 0.15 + hashlib.blake2b(user.encode("utf-8", "surrogatepass"), digest_size=1).digest()[0] / 255 * 0.7
 
 
-def _rank(own: UserGain, everybody: Sequence[UserGain], step: str) -> str:
+def _rank(own: UserGain, all_users: Sequence[UserGain], step: str) -> str:
     gain = gain_of(own, step)
-    values = [value for user in everybody if (value := gain_of(user, step)) is not None]
+    values = [value for user in all_users if (value := gain_of(user, step)) is not None]
     under = sum(value < gain for value in values if gain is not None)
     return f"{method_name(step)}: {signed(gain)}, more than {under} of {len(values)} users."
 
 
-def gates(own: RoutedUser, everybody: Sequence[RoutedUser]) -> Chart:
+def gates(own: RoutedUser, all_users: Sequence[RoutedUser]) -> Chart:
     """Draw this user's mean gates as bars, with the mean over all users."""
-    mean = mean_gates(everybody)
+    mean = mean_gates(all_users)
     usual = mean[: len(own.gates)]
     experts = range(len(own.gates))
     tips = [f"expert {at}\nthis user {plain(own.gates[at])}\nall users {plain(usual[at])}" for at in experts]
@@ -255,24 +254,24 @@ def gates(own: RoutedUser, everybody: Sequence[RoutedUser]) -> Chart:
         charts.value_axis(axes, pad=0.06)
         charts.titles(axes, "mean gate by expert")
     most = max(experts, key=lambda at: abs(differences[at]))
-    caption = f"Bars: this user. Dark lines: the mean of {len(everybody)} target users; below: the difference. "
+    caption = f"Bars: this user. Dark lines: the mean of {len(all_users)} target users; below: the difference. "
     caption += f"Expert {most} differs most ({signed(differences[most], 2)}); the user's main expert is {own.main}."
     return Chart("Mean gates of this user and of all users", drawing.svg, caption)
 
 
-def mean_gates(everybody: Sequence[RoutedUser]) -> list[float]:
+def mean_gates(all_users: Sequence[RoutedUser]) -> list[float]:
     """Return the mean gate of every expert over users, with equal weight per user."""
-    experts = max(len(user.gates) for user in everybody)
+    experts = max(len(user.gates) for user in all_users)
     return [
-        sum(user.gates[expert] if expert < len(user.gates) else 0.0 for user in everybody) / len(everybody)
+        sum(user.gates[expert] if expert < len(user.gates) else 0.0 for user in all_users) / len(all_users)
         for expert in range(experts)
     ]
 
 
-def place(own: RoutedUser, everybody: Sequence[RoutedUser], near: Sequence[str]) -> Chart | None:
+def position_map(own: RoutedUser, all_users: Sequence[RoutedUser], near: Sequence[str]) -> Chart | None:
     """Draw all users' embeddings in two dimensions, with this user and the nearest ones marked."""
-    known = [user for user in everybody if user.place is not None]
-    if own.place is None or len(known) < 3:
+    known = [user for user in all_users if user.position is not None]
+    if own.position is None or len(known) < 3:
         return None
     nearest = [user for user in known if user.user in near]
     others = [user for user in known[:: max(1, -(-len(known) // MOST_DOTS))] if user.user not in {own.user, *near}]
@@ -284,8 +283,8 @@ def place(own: RoutedUser, everybody: Sequence[RoutedUser], near: Sequence[str])
     label = f"Map of {len(known)} user embeddings with {own.user} and the nearest"
     with canvas(label, 480, (240, 8), left=8, top=8) as drawing:
         for users, css, look in looks:
-            places = [user.place or (0.0, 0.0) for user in users]
-            marks = drawing.axes.scatter([x for x, _ in places], [y for _, y in places], **look)
+            points = [user.position or (0.0, 0.0) for user in users]
+            marks = drawing.axes.scatter([x for x, _ in points], [y for _, y in points], **look)
             drawing.tips(marks, [f"user {user.user}\nmain expert {user.main}" for user in users], css)
         framed(drawing.axes)
     caption = "A projection to two dimensions: users who are near here need not be near in all dimensions."

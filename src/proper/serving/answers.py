@@ -7,8 +7,9 @@ import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
+from proper.data.chat import Turn
 from proper.errors import InputError, ProperError
 from proper.inference.detokenizer import Detokenizer
 from proper.inference.engine_thread import EngineThread
@@ -47,6 +48,17 @@ class AnswerPiece:
     finish: Literal["stop", "length"] | None = None
 
 
+@dataclass(frozen=True)
+class TokenIds:
+    """A prompt given as the ids of all its tokens."""
+
+    ids: tuple[int, ...]
+
+
+Prompt = str | TokenIds | Sequence[Turn]
+"""A prompt: its text, its tokens, or the messages of a conversation."""
+
+
 class Answers:
     """Submits requests to a running engine and streams the answers."""
 
@@ -72,7 +84,7 @@ class Answers:
 
     def request(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         options: Options,
         tenant: str,
         max_tokens: int | None,
@@ -81,7 +93,7 @@ class Answers:
         """Return the engine request for one prompt. Do not call it on the event loop: tokenizing is slow.
 
         Args:
-            prompt: its text, or the ids of all its tokens.
+            prompt: its text, the ids of all its tokens, or the messages of a conversation.
             options: options of the HTTP request.
             tenant: the tenant that the user belongs to.
             max_tokens: longest answer in tokens; the config's if None.
@@ -122,20 +134,23 @@ class Answers:
         why = f"prompt ({prompt}) and answer (up to {answer}) are longer than the {limit} that fit"
         return APIError(400, why, code="context_length_exceeded", param="max_tokens")
 
-    def _ids(self, prompt: str | Sequence[int], answer: int) -> tuple[int, ...]:
+    def _ids(self, prompt: Prompt, answer: int) -> tuple[int, ...]:
         """Return a prompt's tokens. A text longer in characters than the token limit allows is refused untokenized.
 
         Raises:
-            APIError: the text is empty, is too long, or has a token that the model has no embedding for.
+            APIError: the text is empty, is too long, has a token that the model has no embedding for, or the chat
+                template refuses the messages.
         """
-        if not isinstance(prompt, str):
-            return tuple(prompt)
-        if not prompt.strip():
+        if isinstance(prompt, TokenIds):
+            return prompt.ids
+        texts = [prompt] if isinstance(prompt, str) else [turn.text for turn in prompt]
+        if not any(text.strip() for text in texts):
             raise APIError(400, "the prompt is empty", param="prompt")
-        if len(prompt) > self._longest_token * max(1, self.runner.engine.limit - answer):
-            raise self._too_long(f"{len(prompt)} characters", answer)
+        characters = sum(map(len, texts))
+        if characters > self._longest_token * max(1, self.runner.engine.limit - answer):
+            raise self._too_long(f"{characters} characters", answer)
         try:
-            return self.encoder.start + self.encoder.tokens(prompt)
+            return self.encoder.untruncated(prompt)
         except InputError as error:
             raise APIError(400, f"the prompt: {error}", param="prompt") from error
 
@@ -194,24 +209,3 @@ class Answers:
         if event.reason == "cancelled":
             raise APIError(503, "the server is stopping", code="stopping")
         return AnswerPiece(index, text.close(), finish=event.reason)
-
-
-class Turn(Protocol):
-    """A message: its role and its text."""
-
-    @property
-    def role(self) -> str: ...  # noqa: D102
-    @property
-    def text(self) -> str: ...  # noqa: D102
-
-
-def chat_prompt(turns: Sequence[Turn]) -> str:
-    """Return the prompt for a list of messages, in the format of the run's training data (`data.chat`).
-
-    Only `data.chat: off` exists so far: training uses prompts without the tokenizer's chat template, so serving does
-    too, whether the tokenizer has one or not. A single message is the prompt unchanged, so a chat of one message equals
-    a completion. Several messages become `Role: text` lines followed by `Assistant:`.
-    """
-    if len(turns) == 1:
-        return turns[0].text
-    return "\n".join([*(f"{turn.role.capitalize()}: {turn.text}" for turn in turns), "Assistant:"])

@@ -20,11 +20,11 @@ from proper.layers.routing_losses import constraint_loss
 from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
 from proper.training.checkpoint import seed_of
 from proper.training.optim import RowAdamW
-from proper.training.trainer import LossSum, Stage, TrainingPlan, train
+from proper.training.trainer import LossSum, TrainableStage, TrainingPlan, train
 
 
 class GroupsStage:
-    """The `Stage` of experts, routers and user embeddings for the training loop.
+    """The `TrainableStage` of experts, routers and user embeddings for the training loop.
 
     Attributes:
         embeddings: e_u of every user (U, D), fp32, initialized from N(0, 0.02^2).
@@ -108,7 +108,7 @@ def train_groups(
 
 
 def train_stage(
-    stage: Stage, model: ProperModel, config: GroupsConfig, plan: TrainingPlan, accelerator: Accelerator
+    stage: TrainableStage, model: ProperModel, config: GroupsConfig, plan: TrainingPlan, accelerator: Accelerator
 ) -> None:
     """Train the experts and routers of a stage in place; they are frozen before and after."""
     for parameter in stage.parameters().values():

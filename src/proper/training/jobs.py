@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from proper.config import UsersConfig
-from proper.data.batching import EncodedExample, Encoder
 from proper.data.derived.views import Histories
+from proper.data.encoder import EncodedExample, Encoder
 
 
 @dataclass(frozen=True)

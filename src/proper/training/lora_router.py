@@ -16,7 +16,8 @@ from torch import Tensor
 
 from proper.config import UsersConfig
 from proper.console import progress
-from proper.data.batching import EncodedExample, collate
+from proper.data.batching import collate
+from proper.data.encoder import EncodedExample
 from proper.errors import NonFiniteLossError
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from proper.data.batching import EncodedExample, collate
+from proper.data.batching import collate
+from proper.data.encoder import EncodedExample
 from proper.layers.batch_context import Mode, RowContext
 from proper.models.personal import ProperModel, answer_loss
 from proper.training.jobs import Job

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from proper.config import UsersConfig
 from proper.console import Bar, progress
-from proper.data.batching import EncodedExample
+from proper.data.encoder import EncodedExample
 from proper.layers.bank import AdapterBank
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint, seed_of

@@ -27,7 +27,7 @@ from proper.training.trainer import LossSum, TrainingPlan, train
 
 
 class PopulationStage:
-    """The `Stage` of a PEFT LoRA on the backbone for the training loop."""
+    """The `TrainableStage` of a PEFT LoRA on the backbone for the training loop."""
 
     name = "population"
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config
-from proper.data.batching import Encoder
 from proper.data.dataset import Role, SampledRows, UserSet
 from proper.data.derived.views import Histories
+from proper.data.encoder import Encoder
 from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
 from proper.models.backbone import Backbone, configured_backbone, pick_device

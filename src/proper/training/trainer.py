@@ -1,7 +1,7 @@
 """Training loop of stages 1 and 2: gradient accumulation, clipping, learning-rate schedule, resumable checkpoints.
 
 The loop uses `accelerate`: each process takes its share of every batch, and gradients are summed over processes. A
-`Stage` provides the trained parameters and the loss.
+`TrainableStage` provides the trained parameters and the loss.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from proper.config import OptimizerConfig
 from proper.console import progress
-from proper.data.batching import Batch, EncodedExample, Encoder, collate, similar_batches
+from proper.data.batching import Batch, collate, similar_batches
 from proper.data.dataset import SampledRows, TextExample
+from proper.data.encoder import EncodedExample, Encoder
 from proper.errors import NonFiniteLossError
 from proper.files import make_folder, open_private
 from proper.training.checkpoint import Checkpoint, adamw_tensors, resume_adamw, seed_of
@@ -66,7 +67,7 @@ class LossSum:
     penalty: Tensor | None = None
 
 
-class Stage(Protocol):
+class TrainableStage(Protocol):
     """The interface of stages 1 and 2 to the training loop."""
 
     name: str
@@ -112,7 +113,7 @@ class TrainingPlan:
         return max(1, -(-batches // self.config.gradient_accumulation))
 
 
-def train(stage: Stage, plan: TrainingPlan, accelerator: Accelerator) -> None:
+def train(stage: TrainableStage, plan: TrainingPlan, accelerator: Accelerator) -> None:
     """Train a stage to its end, resuming from its checkpoint if there is one.
 
     Raises:
@@ -173,7 +174,7 @@ def _batches(plan: TrainingPlan) -> Iterator[list[TextExample]]:
 
 
 def _update(
-    stage: Stage,
+    stage: TrainableStage,
     plan: TrainingPlan,
     accelerator: Accelerator,
     optimizer: torch.optim.Optimizer,

@@ -30,8 +30,8 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.adapters.validation import fault_of
 from proper.config import UsersConfig
 from proper.console import Bar, progress
-from proper.data.batching import Encoder
 from proper.data.derived.views import Histories
+from proper.data.encoder import Encoder
 from proper.files import private_folder, read_json, write_json
 from proper.layers.bank import AdapterBank
 from proper.models.checkpoints import load_tensors, save_tensors

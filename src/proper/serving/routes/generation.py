@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from proper.inference.requests import Request
-from proper.serving.answers import AnswerPiece, Answers, chat_prompt
+from proper.serving.answers import AnswerPiece, Answers, Prompt, TokenIds
 from proper.serving.auth import Authenticator, own_tenant
 from proper.serving.errors import APIError
 from proper.serving.json_bodies import CheckedRoute
@@ -40,12 +40,13 @@ def generation_routes(model: str, answers: Answers, auth: Authenticator, limiter
     async def chat(http: HttpRequest, body: ChatRequest, caller: Caller) -> Response:
         """Complete a chat with the personal model of `user`; without `user`, with the mean over all users."""
         longest = body.max_completion_tokens or body.max_tokens
-        return await served.reply("chat", http, caller, body, [chat_prompt(body.messages)], longest)
+        return await served.reply("chat", http, caller, body, [body.messages], longest)
 
     @router.post("/completions", response_model=Reply, response_model_exclude_unset=True)
     async def completions(http: HttpRequest, body: CompletionRequest, caller: Caller) -> Response:
         """Complete each prompt with the personal model of `user`; without `user`, with the mean over all users."""
-        return await served.reply("text", http, caller, body, body.prompts, body.max_tokens)
+        prompts = [one if isinstance(one, str) else TokenIds(tuple(one)) for one in body.prompts]
+        return await served.reply("text", http, caller, body, prompts, body.max_tokens)
 
     @router.get("/models")
     async def models(caller: Caller) -> ModelList:
@@ -89,7 +90,7 @@ class ServedModel:
         http: HttpRequest,
         caller: Principal,
         body: ChatRequest | CompletionRequest,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         longest: int | None,
     ) -> Response:
         """Answer the prompts of one request, whole or as a stream.

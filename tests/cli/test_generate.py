@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proper.cli.requests import PromptRequest, final_prompts, from_fields, from_file
+from proper.cli.generate import PromptRequest, final_prompts, from_fields, from_file
 from proper.data.rows import parse_template
 from proper.errors import DataError, InputError
 

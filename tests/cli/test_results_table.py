@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from proper.cli.ladder import ladder
-from proper.cli.outcome import print_outcome
+from proper.cli.results_table import print_results, results_table
 from proper.files import write_json
 
 
@@ -46,7 +45,7 @@ def test_each_method_has_a_line_and_each_step_its_gain() -> None:
         ],
         "comparisons": [step("groups", "population")],
     }
-    assert ladder(results) == [
+    assert results_table(results) == [
         "classification: accuracy, higher is better; 100 users, 1234 queries",
         "  population  0.5000 [0.4500, 0.5500]",
         "  groups      0.6000 [0.5500, 0.6500]   +0.1000 [0.0500, 0.1500] against population, 20.0 % better, p = .020",
@@ -69,23 +68,23 @@ def test_chance_and_gain_are_said_in_short(more: dict[str, Any], end: str) -> No
         "metrics": [metric("population", 0.5), metric("groups", 0.6)],
         "comparisons": [step("groups", "population", **more)],
     }
-    assert ladder(results)[-1].endswith(end)
+    assert results_table(results)[-1].endswith(end)
 
 
 def test_errors_are_better_when_lower_and_seeds_are_counted() -> None:
     row = metric("users", 0.7, task="rating", metric="mae", higher_is_better=False, seeds=[0, 1, 2], ci95=None)
-    assert ladder({"metrics": [row], "comparisons": []}) == [
+    assert results_table({"metrics": [row], "comparisons": []}) == [
         "rating: mae, lower is better; 100 users, 1234 queries, 3 seeds",
         "  users  0.7000",
     ]
 
 
 def test_a_run_prints_its_ladder_and_where_its_report_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    print_outcome(tmp_path)
+    print_results(tmp_path)
     assert capsys.readouterr().out == f"{tmp_path}\n"
     write_json(tmp_path / "results.json", {"metrics": [metric("population", 0.5)], "comparisons": []})
     (tmp_path / "report.html").write_text("<html></html>")
-    print_outcome(tmp_path)
+    print_results(tmp_path)
     assert capsys.readouterr().out.splitlines()[1:] == [
         "  population  0.5000 [0.4500, 0.5500]",
         f"{tmp_path}/report.html",

@@ -1,19 +1,23 @@
-"""Text table of a run's results: each method's main metric and its gain over a compared method.
+"""Results of a run on stdout: a table of the methods' main metric and gains, then the path of the report.
 
-Reads the plain values of a run's results.
+Reads the plain values of results.json.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from proper.run_folder import LADDER
+import typer
+
+from proper.files import read_json
+from proper.run_folder import LADDER, RunFolder
 
 _STANDINGS = {"best": "   best", "tied": "   not told from the best"}
 
 
-def ladder(results: Mapping[str, Any]) -> list[str]:
+def results_table(results: Mapping[str, Any]) -> list[str]:
     """Return lines for a terminal: for each task a heading, then its methods in the order of `results`."""
     rows = [row for row in results.get("metrics", []) if row.get("primary")]
     lines: list[str] = []
@@ -31,6 +35,15 @@ def ladder(results: Mapping[str, Any]) -> list[str]:
         marks = [_STANDINGS.get(row.get("standing"), "") if set(map(_name, here)) - set(LADDER) else "" for row in here]
         lines += [f"{line}{mark}" for line, mark in zip(shown, marks, strict=True)]
     return lines
+
+
+def print_results(folder: Path) -> None:
+    """Print the table of results, if there are any, and the report's path, or the run folder if there is no report."""
+    run = RunFolder(folder)
+    if run.results.is_file():
+        for line in results_table(read_json(run.results)):
+            typer.echo(line)
+    typer.echo(run.report if run.report.is_file() else folder)
 
 
 def _name(row: Mapping[str, Any]) -> str:
