@@ -177,7 +177,6 @@ def test_no_other_module_writes_files_by_itself() -> None:
         "interactions/deletion.py",
         "interactions/personal_files.py",
         "models/checkpoints.py",
-        "models/gguf.py",  # the cache of converted backbones
         "sqlite_files.py",
         "training/trainer.py",
         "training/preflight.py",  # a temporary folder elsewhere
