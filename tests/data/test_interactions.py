@@ -49,9 +49,9 @@ def test_a_good_row_is_mapped(jsonl: Callable[..., Path]) -> None:
     ("raw", "message"),
     [
         ("{", "row: not JSON (Expecting property name enclosed in double quotes at column 2)"),
-        ("[1]", "row: a JSON array, where an object is wanted"),
-        ("3", "row: a JSON number, where an object is wanted"),
-        ("null", "row: a JSON null, where an object is wanted"),
+        ("[1]", "row: a JSON array, expected an object"),
+        ("3", "row: a JSON number, expected an object"),
+        ("null", "row: a JSON null, expected an object"),
         ("[" * 100_000, "row: not JSON that can be read (a number too long, or nested too deep)"),
         ("9" * 5000, "row: not JSON that can be read (a number too long, or nested too deep)"),
         ('{"user_id": "u", "input": "a", "input": "b"}', "row: the key 'input' occurs twice"),
@@ -75,8 +75,8 @@ def test_lines_that_are_not_utf8(tmp_path: Path) -> None:
         ({"user_id": ""}, "user_id: empty"),
         ({"user_id": " "}, "user_id: empty"),
         ({"user_id": float("nan")}, "user_id: null"),
-        ({"user_id": ["u"]}, "user_id: a list, where text or a number is wanted"),
-        ({"user_id": True}, "user_id: a bool, where text or a number is wanted"),
+        ({"user_id": ["u"]}, "user_id: a list, expected text or a number"),
+        ({"user_id": True}, "user_id: a bool, expected text or a number"),
         ({"user_id": "\ud800"}, "user_id: half of a surrogate pair, which is no character"),
         ({"input": None}, "input: null"),
         ({"input": " \n"}, "input: empty"),
@@ -84,7 +84,7 @@ def test_lines_that_are_not_utf8(tmp_path: Path) -> None:
         ({"output": None}, "output: null"),
         ({"output": float("nan")}, "output: NaN"),
         ({"output": "  "}, "output: empty"),
-        ({"item_id": {}}, "item_id: a dict, where text or a number is wanted"),
+        ({"item_id": {}}, "item_id: a dict, expected text or a number"),
         ({"item_id": "\ud800"}, "item_id: half of a surrogate pair, which is no character"),
         ({"output": "\ud800"}, "output: half of a surrogate pair, which is no character"),
         ({"input": ["\ud800"]}, "input: half of a surrogate pair, which is no character"),
@@ -96,9 +96,9 @@ def test_lines_that_are_not_utf8(tmp_path: Path) -> None:
             "user_id: -7.656119796028794e+16: the id has lost digits; write it as text",
         ),
         ({"user_id": 1e300}, "user_id: 1e+300: the id has lost digits; write it as text"),
-        ({"user_id": 1.5}, "user_id: 1.5 is no whole number; write the id as text"),
+        ({"user_id": 1.5}, "user_id: 1.5 is not a whole number; write the id as text"),
         ({"item_id": 2.0**53}, "item_id: 9007199254740992.0: the id has lost digits; write it as text"),
-        ({"item_id": float("inf")}, "item_id: inf is no whole number; write the id as text"),
+        ({"item_id": float("inf")}, "item_id: inf is not a whole number; write the id as text"),
         ({"timestamp": 10**300}, "timestamp: a time outside of the years 1 to 9999"),
         ({"timestamp": "soon"}, "timestamp: 'soon' is not a time"),
         ({"timestamp": float("nan")}, "timestamp: NaN is not a time"),
@@ -161,8 +161,8 @@ def test_configured_labels_are_the_only_ones(jsonl: Callable[..., Path]) -> None
     good, bad = read(jsonl(rows), TaskConfig(kind="classification", labels=["SPORTS", "CRIME"]))
     assert [each.target for each in good] == ["SPORTS"]
     assert bad == [
-        "2: output: 'SPORT' is none of task.labels; did you mean 'SPORTS'?",
-        f"3: output: '{'x' * 40}...' is none of task.labels; known: SPORTS, CRIME",
+        "2: output: 'SPORT' is not in task.labels; did you mean 'SPORTS'?",
+        f"3: output: '{'x' * 40}...' is not in task.labels; known: SPORTS, CRIME",
     ]
 
 
@@ -170,14 +170,14 @@ def test_a_rating_takes_the_configured_label_of_its_value(jsonl: Callable[..., P
     rows = [ROW | {"output": value} for value in (1.0, "2", 2.5)]
     good, bad = read(jsonl(rows), TaskConfig(kind="rating", labels=["1", "2"]))
     assert [each.target for each in good] == ["1", "2"]
-    assert bad == ["3: output: '2.5' is none of task.labels; did you mean '2'?"]
+    assert bad == ["3: output: '2.5' is not in task.labels; did you mean '2'?"]
 
 
 def test_a_class_takes_the_configured_label_of_its_number(jsonl: Callable[..., Path]) -> None:
     rows = [ROW | {"output": value} for value in (1.0, "2", "2.00", "02")]
     good, bad = read(jsonl(rows), TaskConfig(kind="classification", labels=["1", "2"]))
     assert [each.target for each in good] == ["1", "2", "2"]
-    assert bad == ["4: output: '02' is none of task.labels; did you mean '2'?"]
+    assert bad == ["4: output: '02' is not in task.labels; did you mean '2'?"]
 
 
 def test_parquet_rows_are_numbered_from_one(tmp_path: Path) -> None:
@@ -230,10 +230,10 @@ def test_an_answer_without_a_column_is_refused(jsonl: Callable[..., Path]) -> No
 def test_bad_rows_are_all_counted_and_twenty_are_shown() -> None:
     bad = BadRows()
     bad.add("a.jsonl:1: input: null")
-    assert bad.message() == "a.jsonl:1: input: null (--skip-bad-rows goes on without it)"
+    assert bad.message() == "a.jsonl:1: input: null (--skip-bad-rows leaves it out)"
     bad.add("a.jsonl:2: input: null")
-    assert bad.message() == "a.jsonl:1: input: null (and 1 more bad row; --skip-bad-rows goes on without them)"
+    assert bad.message() == "a.jsonl:1: input: null (and 1 more bad row; --skip-bad-rows leaves them out)"
     for number in range(3, 43):
         bad.add(f"a.jsonl:{number}: input: null")
-    assert bad.message() == "a.jsonl:1: input: null (and 41 more bad rows; --skip-bad-rows goes on without them)"
+    assert bad.message() == "a.jsonl:1: input: null (and 41 more bad rows; --skip-bad-rows leaves them out)"
     assert (bad.count, len(bad.first)) == (42, 20)

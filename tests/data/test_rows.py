@@ -32,7 +32,7 @@ def test_values_are_written_plainly(value: object, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "what"),
-    [(None, "null"), (float("nan"), "NaN"), ([1, None], "null"), (b"x", "bytes, where text is wanted")],
+    [(None, "null"), (float("nan"), "NaN"), ([1, None], "null"), (b"x", "bytes, expected text")],
 )
 def test_values_without_text_are_refused(value: object, what: str) -> None:
     with pytest.raises(ValueError, match=f"^{what}$"):

@@ -319,12 +319,12 @@ def test_ids_in_columns_of_floats_and_decimals_are_exact_or_bad(tmp_path: Path) 
     for column, good, message in (
         (arrow.array([2.0**53 - 1, 2.0**53], arrow.float64()), "9007199254740991", f"9007199254740992.0: {lost}"),
         (arrow.array([2.0**24 - 1, 2.0**24], arrow.float32()), "16777215", f"16777216.0: {lost}"),
-        (arrow.array([7.0, 7.5], arrow.float64()), "7", "7.5 is no whole number; write the id as text"),
-        (arrow.array([7.0, float("inf")]), "7", "inf is no whole number; write the id as text"),
+        (arrow.array([7.0, 7.5], arrow.float64()), "7", "7.5 is not a whole number; write the id as text"),
+        (arrow.array([7.0, float("inf")]), "7", "inf is not a whole number; write the id as text"),
         (
             arrow.array([Decimal("90071992547409930.00"), Decimal("0.50")]),
             "90071992547409930",
-            "0.50 is no whole number; write the id as text",
+            "0.50 is not a whole number; write the id as text",
         ),
     ):
         for name in ("user_id", "item_id"):

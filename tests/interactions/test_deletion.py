@@ -162,7 +162,6 @@ def test_no_other_module_writes_files_by_itself() -> None:
         "adapters/store.py",
         "adapters/tombstones.py",
         "data/database.py",
-        "data/derived/views.py",
         "data/public/download.py",
         "files.py",
         "interactions/deletion.py",

@@ -26,7 +26,7 @@ def test_a_row_may_name_its_user_as_the_runs_data_does(said: Any) -> None:
         (2.0**53, "user_id: 9007199254740992.0: the id has lost digits; write it as text"),
         (9007199254740993, "user_id: is another user's"),
         (None, "user_id: is another user's"),
-        (True, "user_id: a bool, where text or a number is wanted"),
+        (True, "user_id: a bool, expected text or a number"),
     ],
 )
 def test_a_row_of_a_user_who_cannot_be_told_is_refused(said: Any, what: str) -> None:

@@ -29,7 +29,7 @@ class Sized(PromptAndTarget, Protocol):
     def tokens(self) -> int: ...  # noqa: D102
 
 
-Row = TypeVar("Row", bound=Sized)
+SizedT = TypeVar("SizedT", bound=Sized)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ def number_users(users: Iterable[str]) -> tuple[list[str], list[int]]:
     return list(names), numbers
 
 
-def similar_batches(rows: Iterator[Row], size: int, shuffle: random.Random, window: int = 32) -> Iterator[list[Row]]:
+def similar_batches(
+    rows: Iterator[SizedT], size: int, shuffle: random.Random, window: int = 32
+) -> Iterator[list[SizedT]]:
     """Length-bucketed batching of a stream: sort `window` batches at a time by length and yield them shuffled.
 
     The number of batches is always ceil(rows / size); memory holds one window.

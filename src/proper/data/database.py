@@ -37,11 +37,27 @@ _CACHE_KIB = 8192
 
 def create(path: Path) -> sqlite3.Connection:
     """Create a database for writing, without a journal: a failed build is discarded, never repaired."""
+    connection = _open_unsafe(path)
+    connection.executescript(SCHEMA)
+    return connection
+
+
+def copy(source: sqlite3.Connection, path: Path) -> sqlite3.Connection:
+    """Copy a database into a new file for writing, like `create`."""
+    connection = _open_unsafe(path)
+    try:
+        source.backup(connection)
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
+
+
+def _open_unsafe(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA journal_mode = OFF")
     connection.execute("PRAGMA synchronous = OFF")
     _set_up(connection)
-    connection.executescript(SCHEMA)
     return connection
 
 

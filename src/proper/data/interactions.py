@@ -42,9 +42,9 @@ class BadRows:
     def message(self) -> str:
         """Return one line with the first bad row and the number of bad rows."""
         if self.count == 1:
-            return f"{self.first[0]} (--skip-bad-rows goes on without it)"
+            return f"{self.first[0]} (--skip-bad-rows leaves it out)"
         more = self.count - 1
-        return f"{self.first[0]} (and {more:,} more bad row{'s' * (more > 1)}; --skip-bad-rows goes on without them)"
+        return f"{self.first[0]} (and {more:,} more bad row{'s' * (more > 1)}; --skip-bad-rows leaves them out)"
 
 
 def read_interactions(config: DataConfig, bad: BadRows, task: TaskConfig | None = None) -> Iterator[Interaction]:
@@ -152,7 +152,7 @@ class RowFormat:
             return target
         found = find_label(target, labels, self.task.kind)
         if found is None:
-            raise BadValue(name, f"{_short(target)} is none of task.labels; {did_you_mean(target, labels)}")
+            raise BadValue(name, f"{_short(target)} is not in task.labels; {did_you_mean(target, labels)}")
         return found
 
     def _time(self, row: Mapping[str, object]) -> float | None:

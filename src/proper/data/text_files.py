@@ -104,7 +104,7 @@ def _json_object(line: bytes) -> Row | str:
         return str(error)
     except (ValueError, RecursionError):
         return "not JSON that can be read (a number too long, or nested too deep)"
-    return value if isinstance(value, dict) else f"a JSON {_json_name(value)}, where an object is wanted"
+    return value if isinstance(value, dict) else f"a JSON {_json_name(value)}, expected an object"
 
 
 class _TwiceError(Exception):

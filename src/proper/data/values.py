@@ -54,7 +54,7 @@ def plain(value: object) -> str:
     if isinstance(value, float) and math.isnan(value):
         raise ValueError("NaN")
     if isinstance(value, bytes):
-        raise ValueError("bytes, where text is wanted")
+        raise ValueError("bytes, expected text")
     if isinstance(value, Unreadable):
         raise ValueError(value.what)
     if isinstance(value, list | tuple):
@@ -77,13 +77,13 @@ def identifier(value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, bool | list | tuple | dict | bytes):
-        raise ValueError(f"a {type(value).__name__}, where text or a number is wanted")
+        raise ValueError(f"a {type(value).__name__}, expected text or a number")
     if not isinstance(value, float | Decimal):
         return plain(value)
     if isinstance(value, float) and math.isnan(value):
         return None
     if not math.isfinite(value) or value != value // 1:
-        raise ValueError(f"{value} is no whole number; write the id as text")
+        raise ValueError(f"{value} is not a whole number; write the id as text")
     if isinstance(value, float) and (abs(value) >= _EXACT or isinstance(value, Rounded)):
         raise ValueError(f"{value}: the id has lost digits; write it as text")
     return str(int(value))

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from proper.data.database import get_meta, salt, scramble, set_meta
+from proper.data.database import copy, get_meta, salt, set_meta
 from proper.data.dataset import Dataset, Role, SampledRows, TextExample, User, UserSet
 from proper.errors import DataError, ProperError
 from proper.files import atomic_path, hash_value
@@ -53,21 +53,14 @@ class Rewritten:
 def _copy(source: Dataset, path: Path, name: str) -> Iterator[sqlite3.Connection]:
     """Yield a writable copy of `source` that is moved to `path` if the block succeeds."""
     with atomic_path(path) as temporary:
-        connection = sqlite3.connect(temporary, isolation_level=None)
         try:
-            source.connection.backup(connection)
-            connection.execute("PRAGMA secure_delete = ON")
-            connection.create_function("scramble", 2, scramble, deterministic=True)
-            connection.execute("PRAGMA journal_mode = OFF")
-            connection.execute("PRAGMA temp_store = FILE")
-            connection.execute("BEGIN")
-            yield connection
-            set_meta(connection, "sha256", hash_value([source.sha256, name]))
-            connection.execute("COMMIT")
+            with closing(copy(source.connection, temporary)) as connection:
+                connection.execute("BEGIN")
+                yield connection
+                set_meta(connection, "sha256", hash_value([source.sha256, name]))
+                connection.execute("COMMIT")
         except sqlite3.Error as error:
             raise ProperError(f"{path}: cannot be written: {error}") from error
-        finally:
-            connection.close()
 
 
 def shuffle_users(source: Dataset, path: Path, seed: int) -> None:

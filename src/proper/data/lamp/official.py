@@ -62,7 +62,7 @@ def _check_outputs(path: Path, task: LampTask) -> None:
         raise DataError(f"{path}: no such file; the questions' answers are in it")
     found = json_value(path, "task")
     if found not in (task.official, task.output_name("oppu")):
-        raise DataError(f"{path}: task: {found!r}, where data.task {task.name} wants '{task.official}'")
+        raise DataError(f"{path}: task: {found!r}; data.task {task.name} needs '{task.official}'")
 
 
 def _profiles(path: Path) -> Iterator[tuple[str, object]]:
@@ -100,7 +100,7 @@ def _entry_rows(entry: object, golds: _Golds, maker: RowMaker, query: bool) -> I
     identity = plain(entry["id"])
     answer = golds.take(identity)
     if answer is None:
-        yield f"question '{identity}': no answer is left for it in {golds.path.name}"
+        yield f"question '{identity}': no answer, or its answer is already used, in {golds.path.name}"
         return
     question = Question(identity, plain(entry["input"]), answer, query, entry.get("date"))
     yield from maker.rows(user_of(entry), entry["profile"], [question])

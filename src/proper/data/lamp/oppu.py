@@ -34,7 +34,7 @@ def oppu_sources(config: DataConfig) -> list[Source]:
     tested = [folder / name for name in _TESTED if (folder / name).is_file()]
     if len(tested) != 1:
         problem = "both" if tested else "neither"
-        raise DataError(f"{config.path}: {problem} of {' and '.join(_TESTED)} in this folder; one is wanted")
+        raise DataError(f"{config.path}: {problem} of {' and '.join(_TESTED)} in this folder; expected one")
     others = [folder / _OTHERS] if (folder / _OTHERS).is_file() else []
     files = [*others, *tested]
     titles = paper_titles(_profiles(files)) if task.name == "lamp-1" else ()

@@ -85,7 +85,7 @@ def question_fields(task: LampTask, question: str) -> dict[str, str]:
     if task.name == "lamp-1":
         found = _CITATION.search(question)
         if found is None:
-            raise BadValue("input", f"no question of {task.name}: a title and two references are wanted")
+            raise BadValue("input", f"no question of {task.name}: expected a title and two references")
         return found.groupdict()
     _, marker, text = question.partition(_MARKERS[task.name])
     if not marker:
