@@ -21,6 +21,7 @@ from proper.errors import InputError
 from proper.files import sweep, write_text
 from proper.interactions.deletion import finish_deletions, remove, working
 from proper.interactions.log import DeletedError, InteractionLog, LogEntry
+from proper.interactions.personal_files import work_folder
 
 SECRET = "zyzzyva-text"
 
@@ -116,6 +117,18 @@ def test_nothing_but_an_enrolment_brings_a_user_back(users: Path, store: Adapter
     assert store.head("ann") is not None and log.count("", "ann") == 1
 
 
+def test_what_fits_and_killed_writers_left_goes_with_the_user(
+    users: Path, store: AdapterStore, log: InteractionLog
+) -> None:
+    theirs, others = work_folder(users, "", "ann"), work_folder(users, "", "bo")
+    for folder in (theirs, others):
+        folder.mkdir(parents=True)
+    (theirs / "state").write_text(SECRET)
+    (users.parent / ".users.json.x1y2.tmp").write_text(SECRET)
+    assert not remove(store, log, "ann").waits
+    assert not theirs.exists() and others.exists() and not left(users)
+
+
 def test_only_files_of_the_registry_are_written_into_a_run(users: Path) -> None:
     for name in ("notes.txt", "exports/ann.json", "users/copy.json", "seeds/1/notes.txt"):
         with pytest.raises(InputError, match="lies in the run folder"):
@@ -173,5 +186,6 @@ def test_no_other_module_writes_files_by_itself() -> None:
         # folders of their own
         "export/run_export.py",
         "export/user_archive.py",
+        "models/gguf.py",
         "training/population.py",
     }

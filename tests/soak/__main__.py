@@ -154,7 +154,7 @@ def begin(
         while not stop.wait(0.1):
             with suppress(StoreError):  # the disk is full, and SQLite wants to write to read
                 archive.look()
-            if not samples or ledger.now - samples[-1][0] > 1:
+            if server.ready and (not samples or ledger.now - samples[-1][0] > 1):
                 samples.append((ledger.now, server.pid, memory(server.pid)))
 
     def end() -> None:

@@ -24,6 +24,7 @@ class Server:
     Attributes:
         said: the newest lines of its log.
         starts: how often it was started.
+        ready: whether it has taken requests since it was started last.
         ended: exit codes of those that were stopped.
     """
 
@@ -36,6 +37,7 @@ class Server:
         self._process: subprocess.Popen[str] | None = None
         self.said: deque[str] = deque(maxlen=400)
         self.starts = 0
+        self.ready = False
         self.ended: list[int] = []
 
     @property
@@ -54,12 +56,14 @@ class Server:
         self._process = subprocess.Popen(
             self._command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
         )
+        self.ready = False
         threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()
         self.starts += 1
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
             with suppress(httpx.TransportError):
                 if httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200:
+                    self.ready = True
                     return
             time.sleep(0.05)
         raise RuntimeError("the server does not get ready:\n" + "\n".join(self.said))
