@@ -15,6 +15,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -84,24 +85,41 @@ def links_out_of(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[int | None]:
+def locked(path: Path, *, shared: bool = False, patience: float | None = None) -> Iterator[int | None]:
     """Hold a file's flock, which the kernel releases when the process dies; yields the open file descriptor.
 
-    Yields None if `wait` is off and another process or thread holds the lock.
+    Args:
+        path: the lock file; created if it does not exist.
+        shared: hold it together with other shared holders, instead of alone.
+        patience: seconds to wait for other holders; None waits as long as it takes. Yields None if it runs out.
 
     Raises:
         OSError: the file cannot be created or opened.
     """
     file = open_private(path, os.O_RDWR | os.O_CREAT)
+    mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield None
+        if patience is None:
+            fcntl.flock(file, mode)
+            yield file
             return
+        deadline = time.monotonic() + patience
+        while not _try_lock(file, mode):
+            if time.monotonic() >= deadline:
+                yield None
+                return
+            time.sleep(0.02)
         yield file
     finally:
         os.close(file)
+
+
+def _try_lock(file: int, mode: int) -> bool:
+    try:
+        fcntl.flock(file, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

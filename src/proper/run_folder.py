@@ -26,6 +26,11 @@ from typing import Literal
 from proper.errors import InputError, RunFolderError
 
 Kind = Literal["personal", "store", "unfinished", "shared"]
+TEMPORARY = ".*.tmp"
+"""Temporary folders of `files.atomic_path`; `files.sweep` removes those whose writer is dead."""
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""File names of a PEFT adapter folder, which `population/` is."""
+_NESTED = ("seeds", "variants")
 
 
 class Stage(StrEnum):
@@ -52,9 +57,6 @@ class Tier(StrEnum):
 
 LADDER: tuple[str, ...] = (Tier.BASE, Tier.POPULATION, Tier.GROUPS, Tier.USERS)
 """The backbone and the three stages: the methods whose differences measure what each stage adds."""
-
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-"""File names of a PEFT adapter folder, which `population/` is."""
 
 
 class Personal(StrEnum):
@@ -112,11 +114,6 @@ SHARED = (
 )
 """Files from which no single user's data can be read or removed."""
 
-TEMPORARY = ".*.tmp"
-"""Temporary folders of `files.atomic_path`; `files.sweep` removes those whose writer is dead."""
-
-_NESTED = ("seeds", "variants")
-
 
 class _Path:
     """A fixed path below a folder: `folder.config` is `folder.path / "config.yaml"`."""
@@ -133,23 +130,15 @@ class UsersFolder:
     """Paths of an adapter store's folder, which in a run folder is `users/`; nothing has to exist yet."""
 
     path: Path
-
     manifest = _Path("users.sqlite")
-    lock = _Path("users.lock")
-    """Lock for writing blobs."""
+    lock = _Path("users.lock")  # held to write blobs
     blobs = _Path("blobs")
-    log = _Path("interactions.sqlite")
-    """The interaction log, the fit queue and the deletions."""
-    fits = _Path("fits")
-    """State for resuming fits of users after a kill."""
-    fits_lock = _Path("fits.lock")
-    """Lock that the fitting process holds."""
-    quarantine = _Path("quarantine")
-    """What a repair removed; it cannot be attributed to users, so any deletion of a user removes all of it."""
-    router = _Path("router.safetensors")
-    """The LoRA-aware routers of stage 3."""
-    work = _Path("work")
-    """State for resuming stage 3 after a kill."""
+    log = _Path("interactions.sqlite")  # the interaction log, the fit queue and the deletions
+    fits = _Path("fits")  # state for resuming fits of users after a kill
+    fits_lock = _Path("fits.lock")  # held by the fitting process
+    quarantine = _Path("quarantine")  # what a repair removed; any deletion of a user removes all of it
+    router = _Path("router.safetensors")  # the LoRA-aware routers of stage 3
+    work = _Path("work")  # state for resuming stage 3 after a kill
 
 
 @dataclass(frozen=True)
@@ -157,7 +146,6 @@ class RunFolder:
     """Paths of a run folder, or of the folder of a seed or a variant below it; nothing has to exist yet."""
 
     path: Path
-
     config = _Path("config.yaml")
     data = _Path("data.sqlite")
     metrics_log = _Path("metrics.jsonl")
@@ -170,23 +158,17 @@ class RunFolder:
     predictions = _Path("predictions")
     preflight = _Path("preflight.json")
     tombstones = _Path("tombstones")
-    keys = _Path("serving", "keys.json")
-    """API keys, as hashes."""
+    keys = _Path("serving", "keys.json")  # API keys, as hashes
     keys_lock = _Path("serving", "keys.lock")
-    keys_required = _Path("serving", "keys.required")
-    """Its existence says that a server needs keys, even if the key file is lost."""
-    lock = _Path("run.lock")
-    """Held by the one process that trains, evaluates or reports."""
-    writers_lock = _Path("writers.lock")
-    """Held shared by all that write personal data, exclusively by a deletion."""
+    keys_required = _Path("serving", "keys.required")  # exists if a server needs keys, even if the key file is lost
+    lock = _Path("run.lock")  # held by the one process that trains, evaluates or reports
+    writers_lock = _Path("writers.lock")  # held shared by all that write personal data, exclusively by a deletion
     demo_data = _Path("data")
     demo_rows = _Path("data", "interactions.jsonl")
     demo_truth = _Path("data", "truth.json")
     population = _Path("population")
-    experts = _Path("groups", "groups.safetensors")
-    """Experts, routers and the mean user embedding of stage 2."""
-    poly = _Path("groups", "poly.safetensors")
-    """The same for the method `poly`."""
+    experts = _Path("groups", "groups.safetensors")  # experts, routers and the mean user embedding of stage 2
+    poly = _Path("groups", "poly.safetensors")  # the same for the method `poly`
 
     @property
     def users(self) -> UsersFolder:
@@ -202,7 +184,7 @@ class RunFolder:
         return RunFolder(path)
 
     def marker(self, stage: str) -> Path:
-        """The marker of a stage, with its time and seed; it exists when the stage is trained."""
+        """The marker of a stage, with its time and seed; it exists once the stage is trained."""
         return self.path / stage / "stage.json"
 
     def checkpoint(self, stage: str) -> Path:
@@ -216,9 +198,8 @@ class RunFolder:
     def require_trained(self, stage: str) -> None:
         """Raise RunFolderError unless a stage is trained; the message names the command that trains it."""
         if not self.is_trained(stage):
-            raise RunFolderError(
-                f"{self.path}: stage '{stage}' is not trained yet; run: proper run CONFIG --out {self.home.path}"
-            )
+            hint = f"run: proper run CONFIG --out {self.home.path}"
+            raise RunFolderError(f"{self.path}: stage '{stage}' is not trained yet; {hint}")
 
     def predictions_of(self, method: str) -> Path:
         """A method's answers to the queries, one JSON object a line."""
@@ -256,13 +237,11 @@ def require_run(folder: Path) -> RunFolder:
     Raises:
         RunFolderError: the folder is not a run folder.
     """
-    run = RunFolder(folder)
+    run, hint = RunFolder(folder), f"run: proper run CONFIG --out {folder}"
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: no such run folder")
     if not is_run(folder):
-        raise RunFolderError(
-            f"{folder}: not a run folder ({run.config.name} is missing); run: proper run CONFIG --out {folder}"
-        )
+        raise RunFolderError(f"{folder}: not a run folder ({run.config.name} is missing); {hint}")
     return run
 
 

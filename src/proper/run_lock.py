@@ -28,7 +28,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             make_folder(folder)
-            held = stack.enter_context(locked(RunFolder(folder).lock, wait=False))
+            held = stack.enter_context(locked(RunFolder(folder).lock, patience=0))
             if held is not None:
                 os.ftruncate(held, 0)
                 os.pwrite(held, f"{os.getpid()}\n".encode(), 0)

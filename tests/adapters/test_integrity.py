@@ -235,7 +235,7 @@ def spoil_last(store: AdapterStore, user: str, seed: int, draw: Draw, number: fl
     tensors, embedding = draw(seed), torch.ones(2)
     (embedding if part == "embedding" else next(iter(tensors.values())).view(-1))[0] = number
     with pytest.MonkeyPatch.context() as patch:  # as an earlier version of the program, which did not look, put it
-        patch.setattr("proper.adapters.two_phase_write.require_sound", lambda *_: None)
+        patch.setattr("proper.adapters.records.require_sound", lambda *_: None)
         store.put([UserRecord(user, "users", embedding, tensors)])
 
 

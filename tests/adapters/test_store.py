@@ -249,7 +249,7 @@ def test_a_store_of_the_first_format_is_refused(tmp_path: Path) -> None:
     db = sqlite3.connect(tmp_path / "users.sqlite")
     db.execute("CREATE TABLE users (tenant TEXT)")
     db.close()
-    with pytest.raises(StoreError, match=r"users\.sqlite: a store of another version of proper \(format 1\)"):
+    with pytest.raises(StoreError, match=r"users\.sqlite: store of another version of proper \(format 1\)"):
         AdapterStore(tmp_path)
 
 

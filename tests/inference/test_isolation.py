@@ -92,7 +92,7 @@ def spoiled_run(run: Path, folder: Path, dtype: str) -> Iterator[PersonalizedMod
     record = made.store.get("u0")
     assert record is not None and record.adapter is not None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("proper.adapters.two_phase_write.require_sound", lambda *_: None)
+        patch.setattr("proper.adapters.records.require_sound", lambda *_: None)
         for user, number in zip(SPOILED, (torch.nan, torch.inf, 1e30), strict=True):
             adapter = {name: torch.full_like(tensor, number) for name, tensor in record.adapter.items()}
             made.store.put([replace(record, user=user, adapter=adapter)])
@@ -273,7 +273,7 @@ def test_what_an_older_version_stored_falls_back(copied: PersonalizedModel) -> N
     assert record is not None and record.adapter is not None
     bad_store = AdapterStore(store.folder, "old")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("proper.adapters.two_phase_write.require_sound", lambda *_: None)
+        patch.setattr("proper.adapters.records.require_sound", lambda *_: None)
         nan = {name: torch.full_like(tensor, torch.nan) for name, tensor in record.adapter.items()}
         bad_store.put([replace(record, user="adapter", adapter=nan)])
         bad_store.put([replace(record, user="vector", embedding=torch.full((16,), torch.nan))])
@@ -292,7 +292,7 @@ def test_what_an_older_version_stored_falls_back(copied: PersonalizedModel) -> N
         assert told[user].tokens == stranger.tokens
     bad_store.close()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("proper.adapters.two_phase_write.require_sound", lambda *_: None)
+        patch.setattr("proper.adapters.records.require_sound", lambda *_: None)
         store.put([replace(record, user="u1", embedding=torch.full((16,), torch.inf))])
     for call in (lambda: generate(copied, ["Well?"], ["u1"]), lambda: score(copied, ["Well?"], ["u1"], ["a", "b"])):
         with pytest.raises(StoreError, match=r"user 'u1': embedding: numbers that are not finite"):

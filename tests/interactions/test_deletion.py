@@ -169,10 +169,7 @@ def test_no_other_module_writes_files_by_itself() -> None:
     assert found == {
         # names that the registry lists
         "adapters/integrity.py",
-        "adapters/manifest.py",
-        "adapters/quarantine.py",
         "adapters/shards.py",
-        "adapters/store.py",
         "adapters/tombstones.py",
         "data/database.py",
         "data/public/download.py",

@@ -16,8 +16,7 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.cli.app import main
 from proper.errors import StoreError
 from proper.interactions.deletion import remove
-from proper.interactions.integrity import check_log
-from proper.interactions.log import InteractionLog, LogEntry
+from proper.interactions.log import InteractionLog, LogEntry, check_log
 from proper.run_folder import UsersFolder
 
 Output = pytest.CaptureFixture[str]
@@ -65,11 +64,11 @@ def test_a_damaged_file_is_found(run: Path, capsys: Output, damage: Callable[[by
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("UPDATE interactions SET time = 9e999 WHERE number = 3", "1 interactions that make no sense"),
-        ("UPDATE interactions SET prompt = x'00ff' WHERE number < 3", "2 interactions that make no sense"),
+        ("UPDATE interactions SET time = 9e999 WHERE number = 3", "1 interactions that are invalid"),
+        ("UPDATE interactions SET prompt = x'00ff' WHERE number < 3", "2 interactions that are invalid"),
         ("DELETE FROM people WHERE user = x'626f'", "50 interactions of users whom the log does not know"),
-        ("UPDATE fits SET state = 'flying'", "2 fits that make no sense"),
-        ("UPDATE fits SET place = NULL WHERE state = 'queued'", "1 fits that make no sense"),
+        ("UPDATE fits SET state = 'flying'", "2 fits that are invalid"),
+        ("UPDATE fits SET place = NULL WHERE state = 'queued'", "1 fits that are invalid"),
         ("DELETE FROM sqlite_sequence", "100 interactions beyond the last number that was given"),
     ],
 )

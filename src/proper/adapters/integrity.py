@@ -13,22 +13,23 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import xxhash
 
 from proper.adapters.manifest import ByteRange, ManifestRow, shard_name, user_of
-from proper.adapters.quarantine import put_bytes_aside, put_file_aside, put_row_aside
+from proper.adapters.records import vector
+from proper.adapters.serialization import fault_of, is_sound
 from proper.adapters.shards import BlobError, erase, lock_shard
-from proper.adapters.store import AdapterStore, vector
-from proper.adapters.validation import fault_of, is_sound
+from proper.adapters.store import AdapterStore
 from proper.errors import StoreError
-from proper.run_folder import Tier
+from proper.files import atomic_path, private_folder, write_json
+from proper.run_folder import Tier, UsersFolder
 from proper.sqlite_files import read_only_error
 
 Kind = Literal["manifest", "row", "missing", "torn", "flipped", "unsound", "orphan-file", "orphan-bytes", "log"]
@@ -100,7 +101,7 @@ def _check_user(store: AdapterStore, rows: list[ManifestRow], repair: bool) -> l
             return list(bad.values())
         for row in now:
             if row.version in bad:
-                put_row_aside(store.folder, row._asdict())
+                _put_row_aside(store.folder, row._asdict())
         done = _fall_back(store, now, bad)
     return [replace(finding, repair=done) for finding in bad.values()]
 
@@ -207,7 +208,7 @@ def _orphan_files(store: AdapterStore, repair: bool) -> Iterator[Finding]:
         for path in sorted(store.blobs.iterdir()):
             if path.name not in owned:
                 size = path.lstat().st_size
-                done = put_file_aside(store.folder, path) if repair else ""
+                done = _put_file_aside(store.folder, path) if repair else ""
                 yield Finding("orphan-file", f"{path}: {size} bytes that nobody owns", repair=done)
 
 
@@ -244,7 +245,7 @@ def _wipe(store: AdapterStore, file: int, name: str, start: int, end: int, repai
         if piece.count(0) < len(piece):
             found += len(piece)
             if repair:
-                put_bytes_aside(store.folder, file, name, at, at + len(piece))
+                _put_bytes_aside(store.folder, file, name, at, at + len(piece))
                 os.pwrite(file, bytes(len(piece)), at)
     return found
 
@@ -257,8 +258,40 @@ def _cut_tail(store: AdapterStore, number: int, repair: bool) -> int:
         size = store.manifest.shard_size(number)
         tail = 0 if size is None else max(0, os.fstat(file).st_size - size)
         if tail and repair and size is not None:
-            put_bytes_aside(store.folder, file, shard_name(number), size, size + tail)
+            _put_bytes_aside(store.folder, file, shard_name(number), size, size + tail)
             os.ftruncate(file, size)
         return tail
     finally:
         os.close(file)
+
+
+def _put_file_aside(users: Path, path: Path) -> str:
+    """Move a file (or a symbolic link, which is not followed) into quarantine; return what was done, as text."""
+    target = _quarantined(users, path.name)
+    os.rename(path, target)
+    return f"moved to {target}"
+
+
+def _put_bytes_aside(users: Path, file: int, name: str, start: int, end: int) -> None:
+    """Copy a range of an open file into quarantine."""
+    target = _quarantined(users, f"{name}.{start}-{end}")
+    with atomic_path(target) as temporary, temporary.open("wb") as copy:
+        for at in range(start, end, 1 << 20):
+            copy.write(os.pread(file, min(1 << 20, end - at), at))
+
+
+def _put_row_aside(users: Path, row: Mapping[str, Any]) -> None:
+    """Write a manifest row into quarantine as JSON, bytes as hexadecimal digits."""
+    told = {key: value.hex() if isinstance(value, bytes) else value for key, value in row.items()}
+    # JSON has no NaN, and a damaged row may contain any value.
+    write_json(_quarantined(users, "row.json"), json.loads(json.dumps(told, default=str), parse_constant=str))
+
+
+def _quarantined(users: Path, name: str) -> Path:
+    """Return an unused path in the quarantine folder."""
+    folder = UsersFolder(users).quarantine
+    private_folder(folder)
+    taken = sum(1 for _ in folder.iterdir())
+    while os.path.lexists(path := folder / f"{taken:06}-{name}"):
+        taken += 1
+    return path

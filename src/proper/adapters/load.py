@@ -11,11 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from proper.adapters.manifest import ManifestRow
-from proper.adapters.records import Head
-from proper.adapters.serialization import TensorSpec
+from proper.adapters.records import Head, head_of
+from proper.adapters.serialization import TensorSpec, is_sound, require_sound
 from proper.adapters.shards import CHUNK, fill, stream
 from proper.adapters.store import AdapterStore
-from proper.adapters.validation import is_sound, require_sound
 from proper.errors import StoreError
 from proper.layers.bank import Layout
 
@@ -49,7 +48,7 @@ class RowLoader:
     def _fill(self, user: str, found: ManifestRow, row: Float[Tensor, "P"]) -> Head:
         if self._load(user, found, row) is not None and not is_sound(row):
             require_sound(user, self.layout.unpack(row))
-        head = self.store.head_of(found)
+        head = head_of(found)
         require_sound(user, {"embedding": head.embedding})
         return head
 

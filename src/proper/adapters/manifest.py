@@ -6,20 +6,14 @@ old snapshot open and a deleted row leaves the write-ahead log at the next check
 
 from __future__ import annotations
 
-import sqlite3
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from proper.errors import StoreError
-from proper.sqlite_files import Schema, open_shared, read_only_error
+from proper.sqlite_files import Schema, SharedFile
 
 FORMAT = 2
 _PAGE = 1000
-_RETRY_SECONDS = 0.01
 _TABLES = (
     "CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     # The tensor spec of an adapter's bytes, stored once for all users who share it.
@@ -35,7 +29,7 @@ _TABLES = (
         PRIMARY KEY (tenant, user, version)) WITHOUT ROWID""",
 )
 # FULL: a version's bytes are wiped after the commit that replaces it, so that commit has to be on the disk.
-_SCHEMA = Schema("a store", FORMAT, _TABLES, durable=True)
+_SCHEMA = Schema("store", FORMAT, _TABLES, durable=True)
 
 
 class ByteRange(NamedTuple):
@@ -90,38 +84,7 @@ def shard_name(number: int) -> str:
     return f"{number}.shard"
 
 
-def empty_wal(path: Path, patience: float) -> bool:
-    """Checkpoint a database's write-ahead log into its file and truncate it, so that it keeps no deleted data.
-
-    Returns False if another process reads or writes for longer than `patience` (seconds): the write-ahead log then
-    still holds deleted data.
-
-    Raises:
-        StoreError: the database is damaged, or the disk full.
-    """
-    deadline = time.monotonic() + patience
-    try:
-        # A separate connection: this process's other connections may be in the middle of a read.
-        with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as database:
-            while _is_busy(database):
-                if time.monotonic() > deadline:
-                    return False
-                time.sleep(0.02)
-    except sqlite3.Error as error:
-        raise StoreError(f"{path}: {error}") from error
-    return True
-
-
-def _is_busy(database: sqlite3.Connection) -> bool:
-    try:
-        return bool(database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
-    except sqlite3.OperationalError as error:
-        if "locked" not in str(error):
-            raise
-        return True
-
-
-class Manifest:
+class Manifest(SharedFile):
     """The SQLite file at `path`, created if it does not exist.
 
     Args:
@@ -134,72 +97,7 @@ class Manifest:
     """
 
     def __init__(self, path: Path, wait_seconds: float, may_make: Callable[[], None] = lambda: None) -> None:
-        self.path, self._wait_seconds = path, wait_seconds
-        self._writing = threading.RLock()
-        # One connection serves all threads: SQLite serializes its calls, and writers hold the lock.
-        self._db, self.read_only = open_shared(path, _SCHEMA, wait_seconds, may_make)
-        self._db.execute("PRAGMA busy_timeout = 0")  # `_patiently` waits instead
-
-    def close(self) -> None:
-        """Close the file."""
-        self._db.close()
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """BEGIN IMMEDIATE ... COMMIT, rolled back on any error.
-
-        Raises:
-            StoreError: another process writes for too long, or the disk is full or broken.
-            ReadOnlyError: the file is read-only.
-        """
-        if self.read_only:
-            raise read_only_error(self.path)
-        with self._writing:
-            try:
-                self._patiently("BEGIN IMMEDIATE")
-                try:
-                    yield
-                    self._db.execute("COMMIT")
-                except BaseException:
-                    if self._db.in_transaction:
-                        self._db.execute("ROLLBACK")
-                    raise
-            except sqlite3.Error as error:
-                raise StoreError(f"{self.path}: the store cannot be written: {error}") from error
-
-    def read(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        """Return all rows of a query.
-
-        Raises:
-            StoreError: the file is damaged.
-        """
-        try:
-            return self._patiently(sql, values)
-        except sqlite3.Error as error:
-            raise StoreError(f"{self.path}: {error}") from error
-
-    def _patiently(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        """Run one statement and return its rows; wait while another process holds a lock that it needs.
-
-        SQLite itself would wait with the connection's mutex held. Every other thread that reads then waits as well,
-        with Python's global lock held while it binds values: the whole process would stand still.
-        """
-        deadline = time.monotonic() + self._wait_seconds
-        while True:
-            try:
-                return self._db.execute(sql, values).fetchall()
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
-            time.sleep(_RETRY_SECONDS)
-
-    def write(self, sql: str, values: Sequence[Any] = ()) -> int:
-        """Run one statement inside a transaction; return how many rows it changed."""
-        return self._db.execute(sql, values).rowcount
-
-    def shrink_log(self, patience: float = 1.0) -> bool:
-        """Empty the write-ahead log; see `empty_wal`."""
-        return empty_wal(self.path, patience)
+        super().__init__(path, _SCHEMA, wait_seconds, may_make, reads_wait=False)
 
     def changes(self) -> int:
         """Return a number that changes whenever another connection has committed (PRAGMA data_version)."""

@@ -1,8 +1,11 @@
-"""Serialization of adapters: named tensors to contiguous bytes and back.
+"""Serialization of adapters: named tensors to contiguous bytes and back, and the check that their values are sound.
 
 The tensors follow each other without gaps, wider dtypes first, otherwise in the given order: an adapter of one dtype
 that comes from a bank's row keeps the row's order. A `TensorSpec` describes the bytes; it is stored once for all users
 who share it.
+
+Sound values are finite, and of a magnitude that training produces: one NaN makes the whole output NaN, and far larger
+numbers overflow to NaN a few layers later. Records are checked when they are imported, stored and loaded.
 """
 
 from __future__ import annotations
@@ -16,6 +19,12 @@ import torch
 from torch import Tensor
 
 from proper.errors import StoreError
+
+LARGEST = 1e4
+"""Trained adapters and embeddings stay below 1e2."""
+
+_SCALE = ":scale"  # suffix of an int8 tensor's scales; its numbers reach 127 times the scale, see `quantization`
+_LEVELS = 127
 
 # The names that the safetensors format uses.
 _NAMES = {
@@ -109,3 +118,35 @@ def pack(adapter: Mapping[str, Tensor]) -> tuple[TensorSpec, bytes]:
 def unpack(spec: TensorSpec, data: Tensor) -> dict[str, Tensor]:
     """Return an adapter's tensors as views of its bytes (uint8)."""
     return {e.name: data[e.offset : e.offset + e.size].view(e.dtype).view(e.shape) for e in spec.entries}
+
+
+def is_sound(tensor: Tensor, largest: float = LARGEST) -> bool:
+    """Return whether all numbers are finite and none exceeds `largest` in magnitude."""
+    if not tensor.numel():
+        return True
+    low, high = tensor.aminmax()
+    # False for NaNs too, which `aminmax` passes on.
+    return bool((low >= -largest) & (high <= largest))
+
+
+def fault_of(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return a description of the first unsound tensor, beginning with its name; None if all are sound.
+
+    int8 tensors are checked by their scales.
+    """
+    for name, tensor in tensors.items():
+        if not is_sound(tensor, LARGEST / _LEVELS if name.endswith(_SCALE) else LARGEST):
+            finite = bool(tensor.isfinite().all())
+            return f"{name}: {f'numbers beyond {LARGEST:g}' if finite else 'numbers that are not finite'}"
+    return None
+
+
+def require_sound(user: str, tensors: Mapping[str, Tensor]) -> None:
+    """Require that all tensors of a user are sound.
+
+    Raises:
+        StoreError: a tensor is not; names user and tensor.
+    """
+    fault = fault_of(tensors)
+    if fault is not None:
+        raise StoreError(f"user {user!r}: {fault}")

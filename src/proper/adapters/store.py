@@ -11,9 +11,7 @@ store knows nothing about models.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,31 +21,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from proper.adapters.manifest import Manifest, ManifestRow, key_of, user_of
 from proper.adapters.quantization import decode
 from proper.adapters.records import Head as Head
+from proper.adapters.records import Prepared, commit, head_of, prepare, tier_of, vector, version_of
 from proper.adapters.records import UserRecord as UserRecord
 from proper.adapters.records import Version as Version
 from proper.adapters.serialization import TensorSpec, unpack
 from proper.adapters.shards import BlobError, BlobWriter, erase, fill
 from proper.adapters.tombstones import Tombstones
-from proper.adapters.two_phase_write import Prepared, commit, prepare
 from proper.errors import NoVersionError, StoreError
-from proper.files import open_private, private_folder
+from proper.files import locked, private_folder
 from proper.run_folder import Tier, UsersFolder
 from proper.sqlite_files import read_only_error
 
 T = TypeVar("T")
 DEFAULT_TENANT = ""
-KEEP = 2
-FILE_BYTES = 256 << 10
-SHARD_BYTES = 64 << 20
-WAIT_SECONDS = 60.0
-
-
-_TIERS = {str(tier): tier for tier in (Tier.GROUPS, Tier.USERS)}
+KEEP, WAIT_SECONDS = 2, 60.0
+FILE_BYTES, SHARD_BYTES = 256 << 10, 64 << 20
 
 
 class AdapterStore:
@@ -80,22 +72,20 @@ class AdapterStore:
         if self.blobs.is_symlink():
             raise StoreError(f"{self.blobs}: is a symbolic link; put the folder itself there, or mount one")
         self.manifest = Manifest(self.paths.manifest, wait_seconds, self._require_no_blobs)
-        if not self.manifest.read_only:
-            private_folder(folder)
-            private_folder(self.blobs)
         self.writer = BlobWriter(self.blobs, self.manifest, shard_bytes)
         self._appending = threading.Lock()
         # The layout of a given number never changes.
         self._spec = lru_cache(maxsize=256)(self._read_spec)
         if not self.manifest.read_only:
+            private_folder(folder)
+            private_folder(self.blobs)
             erase(self.blobs, self.manifest)
 
     def _require_no_blobs(self) -> None:
         """Refuse to create a manifest beside existing blobs, which would all become orphans."""
         if self.blobs.is_dir() and any(self.blobs.iterdir()):
-            raise StoreError(
-                f"{self.paths.manifest}: is missing, but {self.blobs} holds adapters; put back a copy of it"
-            )
+            path = self.paths.manifest
+            raise StoreError(f"{path}: is missing, but {self.blobs} holds adapters; put back a copy of it")
 
     def close(self) -> None:
         """Close the manifest and release the shard that was written to."""
@@ -118,10 +108,10 @@ class AdapterStore:
         Raises:
             StoreError: the store is bound to others; names the value that differs.
         """
-        held = self.manifest.facts()
+        bound = self.manifest.facts()
         for key, value in facts.items():
-            if key in held and held[key] != value:
-                raise StoreError(f"{self.folder}: these adapters belong to another {key} ({held[key]}, not {value})")
+            if bound.get(key, value) != value:
+                raise StoreError(f"{self.folder}: these adapters belong to another {key} ({bound[key]}, not {value})")
 
     def put(self, records: Iterable[UserRecord]) -> None:
         """Add users or new versions of them, all in one transaction.
@@ -143,10 +133,9 @@ class AdapterStore:
             except BaseException as error:
                 with suppress(StoreError, OSError):  # bytes left behind are reported by `check` as orphans
                     self.writer.undo()
-                if isinstance(error, OSError):
-                    why = error.strerror or error
-                    raise StoreError(f"{self.blobs}: the adapter cannot be written: {why}") from error
-                raise
+                if not isinstance(error, OSError):
+                    raise
+                raise StoreError(f"{self.blobs}: cannot be written: {error.strerror or error}") from error
             self.writer.done()
         erase(self.blobs, self.manifest)
 
@@ -173,20 +162,13 @@ class AdapterStore:
         """Hold the lock for writing blobs whose rows are not committed yet: shared, or exclusive with `alone`."""
         if self.manifest.read_only:
             raise read_only_error(self.manifest.path)
-        file = open_private(self.paths.lock, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        with locked(self.paths.lock, shared=not alone):
             yield
-        finally:
-            os.close(file)
 
     def get(self, user: str, version: int | None = None, *, coded: bool = False) -> UserRecord | None:
         """Return a user's record, or None for a user (or version) the store does not know.
 
-        Args:
-            user: the user.
-            version: the version; None takes the current one.
-            coded: return the adapter in its storage form, for another store, instead of decoded.
+        `version` None takes the current one; `coded` returns the adapter in its storage form, for another store.
 
         Raises:
             StoreError: the adapter is missing or damaged; names user and file.
@@ -216,27 +198,11 @@ class AdapterStore:
     def head(self, user: str) -> Head | None:
         """Return a user's current record without reading the adapter, or None for an unknown user."""
         row = self._row(user, None)
-        return None if row is None else self.head_of(row)
-
-    @staticmethod
-    def head_of(row: ManifestRow) -> Head:
-        """Return the head of a manifest row."""
-        return Head(row.version, _tier(row), vector(row.embedding), row.xxh3)
+        return None if row is None else head_of(row)
 
     def versions(self, user: str) -> list[Version]:
         """Return a user's stored versions, newest first; empty for an unknown user."""
-        return [
-            Version(
-                row.version,
-                row.parent,
-                _tier(row),
-                row.length + len(row.embedding),
-                row.written,
-                row.xxh3.hex() if row.xxh3 else None,
-                json.loads(row.facts),
-            )
-            for row in self.manifest.versions(self.tenant, key_of(user))
-        ]
+        return [version_of(row) for row in self.manifest.versions(self.tenant, key_of(user))]
 
     def rollback(self, user: str, to: int | None = None) -> int:
         """Make an older version current again, and return the new version's number.
@@ -244,9 +210,7 @@ class AdapterStore:
         The rollback adds a new version with the old one's content, so that numbers only increase and caches notice; the
         version it replaces stays as the previous one. Rolling back twice restores the original state.
 
-        Args:
-            user: the user.
-            to: the version to restore; None takes the one before the current one.
+        `to` None takes the version before the current one.
 
         Raises:
             NoVersionError: there is no such version.
@@ -266,18 +230,18 @@ class AdapterStore:
     def users(self, after: str | None = None) -> Iterator[tuple[str, Tier]]:
         """Yield every user and their tier, ordered by user, from the beginning or `after` a user."""
         for row in self.manifest.heads(self.tenant, None if after is None else key_of(after)):
-            yield user_of(row.user), _tier(row)
+            yield user_of(row.user), tier_of(row)
 
     def facts(self) -> Iterator[tuple[str, Tier, dict[str, Any], int]]:
         """Yield user, tier, metadata and size in bytes of every current record without reading adapters."""
         for row in self.manifest.heads(self.tenant):
             size = row.length + len(row.embedding)
-            yield user_of(row.user), _tier(row), json.loads(row.facts), size
+            yield user_of(row.user), tier_of(row), json.loads(row.facts), size
 
     def heads(self) -> Iterator[tuple[str, Head, dict[str, Any]]]:
         """Yield user, head and metadata of every current record without reading adapters."""
         for row in self.manifest.heads(self.tenant):
-            yield user_of(row.user), self.head_of(row), json.loads(row.facts)
+            yield user_of(row.user), head_of(row), json.loads(row.facts)
 
     def delete(self, user: str) -> bool:
         """Delete a user with all versions; return whether the user existed. Wipes as `delete_many` does."""
@@ -303,7 +267,7 @@ class AdapterStore:
     def wipe(self, patience: float) -> bool:
         """Wipe data of deleted users; return False if another process reads for longer than `patience` (seconds)."""
         erase(self.blobs, self.manifest)
-        return self.manifest.shrink_log(patience)
+        return self.manifest.wipe(patience)
 
     def record(self, user: str, row: ManifestRow, coded: bool = False) -> UserRecord:
         """Return the record of a manifest row; `coded` as in `get`.
@@ -317,7 +281,7 @@ class AdapterStore:
             fill(self.blobs, row.place, row.xxh3, data.numpy().data)
             stored = unpack(self.spec(row), data)
             adapter = stored if coded else decode(stored)
-        return UserRecord(user, _tier(row), vector(row.embedding), adapter, json.loads(row.facts))
+        return UserRecord(user, tier_of(row), vector(row.embedding), adapter, json.loads(row.facts))
 
     def spec(self, row: ManifestRow) -> TensorSpec:
         """Return the tensor spec of a row's adapter."""
@@ -334,15 +298,3 @@ class AdapterStore:
         if text is None:
             raise StoreError(f"{self.manifest.path}: layout {number} is missing")
         return TensorSpec.parse(text)
-
-
-def _tier(row: ManifestRow) -> Tier:
-    tier = _TIERS.get(row.tier)
-    if tier is None:
-        raise StoreError(f"user {user_of(row.user)!r}: unknown tier {row.tier!r}; run: proper users check DIR")
-    return tier
-
-
-def vector(data: bytes) -> Tensor:
-    """Return an embedding (D,), fp32, from its bytes in the manifest."""
-    return torch.frombuffer(bytearray(data), dtype=torch.float32) if data else torch.empty(0)

@@ -155,7 +155,7 @@ def check(
     from proper.adapters.integrity import Finding
     from proper.adapters.integrity import check as check_store
     from proper.interactions.deletion import PATIENCE, finish_deletions
-    from proper.interactions.integrity import check_log
+    from proper.interactions.log import check_log
 
     users = require_run(folder).users.path
     findings = check_log(users)

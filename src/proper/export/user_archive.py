@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from proper.adapters.serialization import fault_of
 from proper.adapters.store import UserRecord
-from proper.adapters.validation import fault_of
 from proper.errors import InputError, ProperError
 from proper.files import hash_file, read_json, write_json
 from proper.run_folder import Tier

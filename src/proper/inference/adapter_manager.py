@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from proper.adapters.records import Head
+from proper.adapters.serialization import fault_of
 from proper.adapters.slot_cache import AdapterKey, LoadResult, SlotCache
 from proper.adapters.store import AdapterStore
-from proper.adapters.validation import fault_of
 from proper.errors import ProperError, StoreError
 from proper.inference.model import PersonalizedModel
 from proper.inference.requests import RequestHandle

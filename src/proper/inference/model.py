@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from proper.adapters.serialization import require_sound
 from proper.adapters.slot_cache import AdapterKey, SlotCache
 from proper.adapters.store import AdapterStore, Head
-from proper.adapters.validation import require_sound
 from proper.config import Config
 from proper.data.encoder import Encoder
 from proper.data.rows import parse_template

@@ -8,10 +8,8 @@ and in `proper users check`.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from typing import Any
 
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore
 from proper.errors import InputError, ProperError, StoreError
-from proper.files import links_out_of, open_private, sweep
+from proper.files import links_out_of, locked, sweep
 from proper.interactions.deletion_jobs import Deletion
 from proper.interactions.log import InteractionLog
 from proper.interactions.personal_files import files_of, remove_quarantine, remove_work
@@ -92,7 +90,7 @@ def working(run: Path) -> Iterator[None]:
     finish_deletions(home.users.path)
     sweep(home.path)
     try:
-        with _locked(home.path, fcntl.LOCK_SH):
+        with locked(home.writers_lock, shared=True):
             yield
     finally:
         finish_deletions(home.users.path)
@@ -115,8 +113,8 @@ def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: f
         store.tombstones.add(store.tenant, user)
         if store.tenant == DEFAULT_TENANT:
             _require_rest(run, user)
-        with _alone(run, patience) as alone:
-            if not alone:
+        with locked(RunFolder(run).writers_lock, patience=patience) as alone:
+            if alone is None:
                 waits.append(f"{run}: another command writes into it")
             elif store.tenant == DEFAULT_TENANT:  # two processes that rewrite one file would undo each other's change
                 waits += _remove_files(run, user)
@@ -153,36 +151,6 @@ def _remove(store: AdapterStore, log: InteractionLog, user: str, patience: float
     remove_quarantine(store.folder)
     wiped = {store.manifest.path: store.wipe(patience), log.database.path: log.database.wipe(patience)}
     return [f"{path}: another process reads it" for path, done in wiped.items() if not done]
-
-
-@contextmanager
-def _alone(run: Path, patience: float) -> Iterator[bool]:
-    """Hold a run folder's writer lock exclusively; yields False if a writer holds it longer than `patience` seconds."""
-    deadline = time.monotonic() + patience
-    handle = open_private(RunFolder(run).writers_lock, os.O_RDWR | os.O_CREAT)
-    try:
-        alone = False
-        while not alone:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                alone = True
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.02)
-        yield alone
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _locked(run: Path, how: int) -> Iterator[None]:
-    handle = open_private(RunFolder(run).writers_lock, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(handle, how)
-        yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager

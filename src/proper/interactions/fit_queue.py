@@ -163,7 +163,7 @@ class FitQueue:
         """
         if self.database.read_only:
             raise read_only_error(self.database.path)
-        with locked(lock_path(self.database.path), wait=wait) as held:
+        with locked(lock_path(self.database.path), patience=None if wait else 0) as held:
             if held is not None:
                 self._recover()
             yield held is not None

@@ -9,20 +9,49 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import get_args
 
+from proper.adapters.integrity import Finding, one_line
 from proper.adapters.manifest import key_of, user_of
 from proper.adapters.tombstones import Tombstones
-from proper.errors import InputError
+from proper.errors import InputError, StoreError
 from proper.interactions.database import Database
 from proper.interactions.deletion_jobs import Deletions
-from proper.interactions.fit_queue import FitQueue
+from proper.interactions.fit_queue import FitQueue, State
 from proper.run_folder import UsersFolder
 
 _PAGE = 1000
+
+# Queries that count rows no writer produces, each with the text of its finding. SQLite columns accept any type.
+_INVALID_ROWS = (
+    (
+        """SELECT count(*) FROM interactions WHERE typeof(id) <> 'text' OR typeof(prompt) <> 'text'
+        OR typeof(target) <> 'text' OR typeof(user) <> 'blob' OR typeof(tenant) <> 'text'
+        OR typeof(received) NOT IN ('real', 'integer') OR typeof(time) NOT IN ('real', 'integer', 'null')
+        OR abs(received) > 1e300 OR abs(time) > 1e300""",
+        "interactions that are invalid",
+    ),
+    (
+        """SELECT count(*) FROM interactions WHERE NOT EXISTS (SELECT 1 FROM people
+        WHERE people.tenant = interactions.tenant AND people.user = interactions.user)""",
+        "interactions of users whom the log does not know",
+    ),
+    (
+        f"""SELECT count(*) FROM fits WHERE state NOT IN ({", ".join(f"'{state}'" for state in get_args(State))})
+        OR (state = 'queued' AND place IS NULL) OR (state = 'fitting' AND claim IS NULL)
+        OR typeof(wanted) <> 'integer' OR typeof(attempts) <> 'integer'""",
+        "fits that are invalid",
+    ),
+    (
+        """SELECT count(*) FROM interactions WHERE number >
+        (SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'interactions')""",
+        "interactions beyond the last number that was given",
+    ),
+)
 
 
 class ConflictError(InputError):
@@ -224,3 +253,23 @@ class InteractionLog:
                 self.database.write(f"DELETE FROM {table} WHERE tenant = ? AND user = ?", (tenant, key))
             yield found
         self.database.wipe(0)
+
+
+def check_log(users: Path) -> list[Finding]:
+    """Return all problems of the log in a store's folder; an empty list if there is no log.
+
+    Checks the SQLite file, every row, and that every row's user is known. There is no repair: the log's data is in no
+    other file.
+    """
+    path = UsersFolder(users).log
+    if not path.exists() and not path.is_symlink():
+        return []
+    try:
+        with closing(InteractionLog(users)) as log:
+            messages = [row[0] for row in log.database.read("PRAGMA integrity_check")]
+            if messages != ["ok"]:
+                return [Finding("log", one_line(path, text)) for text in messages]
+            counts = [(log.database.read(query)[0][0], what) for query, what in _INVALID_ROWS]
+    except StoreError as error:
+        return [Finding("log", one_line(path, str(error)))]
+    return [Finding("log", f"{path}: {count} {what}") for count, what in counts if count]

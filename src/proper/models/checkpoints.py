@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from proper.adapters.validation import fault_of
+from proper.adapters.serialization import fault_of
 from proper.config import GroupsConfig, UsersConfig
 from proper.errors import ProperError, StoreError
 from proper.files import atomic_path

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from proper.adapters.serialization import is_sound
 from proper.adapters.store import UserRecord
-from proper.adapters.validation import is_sound
 from proper.config import TiersConfig
 from proper.run_folder import Tier
 

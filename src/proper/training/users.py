@@ -26,8 +26,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from proper.adapters.quantization import encode
+from proper.adapters.serialization import fault_of
 from proper.adapters.store import AdapterStore, UserRecord
-from proper.adapters.validation import fault_of
 from proper.config import UsersConfig
 from proper.console import Bar, progress
 from proper.data.derived.views import Histories

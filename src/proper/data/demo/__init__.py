@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proper.data.demo.generate import demo_config, write_demo
+from proper.data.demo.generate import demo_config, demo_run, write_demo
 from proper.data.demo.users import DemoSettings
 
-__all__ = ["DemoSettings", "demo_config", "write_demo"]
+__all__ = ["DemoSettings", "demo_config", "demo_run", "write_demo"]

@@ -24,7 +24,7 @@ from typing import Any
 from proper.data.demo.banks import Bank, Topic, draw, load_bank, sentence
 from proper.data.demo.users import DemoSettings, DemoTask, DemoUser, World, make_world, shuffled
 from proper.files import write_json, write_text
-from proper.run_folder import RunFolder
+from proper.run_folder import LADDER, RunFolder
 
 _RUN = RunFolder(Path())
 _SAMPLES = 2  # contents per topic over which the best styled answer is chosen
@@ -33,6 +33,22 @@ _KINDS = {"classification": "classification", "rating": "rating", "style": "gene
 Plan = tuple[int | None, int | None]  # indices of an answer's choice and sign-off; None leaves it out
 
 METRICS: Mapping[DemoTask, str] = {"classification": "accuracy", "rating": "mae", "style": "rouge1"}
+
+# Settings of the demo: few epochs, larger learning rates and batches, so that it ends soon. The learning rate of user
+# embeddings is higher than by default, since each gets fewer than a hundred updates in all.
+TRAINING: dict[str, dict[str, Any]] = {
+    "population": {"epochs": 1, "max_tokens": 90_000, "dropout": 0},
+    "groups": {
+        "epochs": 3,
+        "batch_size": 48,
+        "learning_rate": 4e-3,
+        "user_embedding": 16,
+        "embedding_learning_rate": 3e-1,
+        "dropout": 0,
+    },
+    "users": {"epochs": 3, "batch_size": 8, "learning_rate": 5e-3},
+}
+TARGET_USERS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +106,14 @@ def demo_config(path: Path, settings: DemoSettings) -> dict[str, Any]:
         "task": {"kind": kind, **answers},
         "split": {"target_users": min(100, settings.users), "min_history": 10, "queries": 0.2, "by": "time"},
     }
+
+
+def demo_run(path: Path, settings: DemoSettings) -> dict[str, Any]:
+    """Return the config of `proper demo` for the data in `path`, as plain values for `make_config`."""
+    raw = demo_config(path, settings)
+    raw["split"]["target_users"] = min(TARGET_USERS, settings.users)
+    evaluation = {"methods": list(map(str, LADDER)), "seeds": [settings.seed]}
+    return {**raw, **TRAINING, "evaluation": evaluation}
 
 
 def _labels(bank: Bank) -> list[str]:

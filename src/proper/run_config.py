@@ -1,0 +1,103 @@
+"""The config of a run folder: written when a run starts, and checked when the same call continues it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from proper.config import Config, load_run_config, with_chat
+from proper.data.chat import uses_chat_template
+from proper.errors import RunFolderError
+from proper.files import private_folder, write_text
+from proper.models.tokenizer import load_tokenizer
+from proper.run_folder import RunFolder, is_run, require_run
+from proper.run_lock import exclusive
+
+
+def claim(folder: Path, config: Config) -> Config:
+    """Write the config into a new run folder, or check that an existing one has the same; return it.
+
+    The returned config has an absolute data path, and states whether prompts use the chat template. The section
+    `evaluation` may change between calls, except for the first seed; all other settings must stay the same.
+
+    Raises:
+        RunFolderError: the folder was made by another config, or it has files that are not a run's.
+    """
+    data = Path(config.data.path)
+    if data.exists():
+        config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data.resolve())})})
+    path = RunFolder(folder).config
+    config = _settle_chat(config, run_config(folder) if path.exists() else None)
+    if path.exists():
+        different = _difference(run_config(folder).model_dump(), config.model_dump())
+        if different is not None:
+            raise RunFolderError(f"{folder}: was made by another config: {different}; choose another folder")
+    else:
+        _require_free(folder)
+    private_folder(folder)
+    write_config(path, config)
+    return config
+
+
+def _settle_chat(config: Config, started: Config | None) -> Config:
+    """Return the config with `data.chat` as `on` or `off`: as the run was started, else as the backbone has it."""
+    if config.data.chat != "auto":
+        return config
+    if started is not None and started.data.chat != "auto":
+        return with_chat(config, started.data.chat)
+    tokenizer = load_tokenizer(config.backbone, trust_remote_code=config.trust_remote_code)
+    return with_chat(config, "on" if uses_chat_template("auto", tokenizer, config.backbone) else "off")
+
+
+def _require_free(folder: Path) -> None:
+    """Check that a folder can become a run folder: it does not exist, or has nothing but data and a lock."""
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder}: is a file; choose another folder")
+    run = RunFolder(folder)
+    if folder.exists() and any(child not in (run.demo_data, run.lock) for child in folder.iterdir()):
+        raise RunFolderError(f"{folder}: is not empty and not a run folder; choose another folder")
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder, or of a folder that can become one."""
+    if not is_run(folder):
+        _require_free(folder)
+    with exclusive(folder):
+        yield
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Write a config as YAML, unless the file has it already."""
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+
+
+def run_config(folder: Path) -> Config:
+    """Return the config that a run folder was made by.
+
+    Raises:
+        RunFolderError: the folder is not a run folder.
+    """
+    return load_run_config(require_run(folder).config)
+
+
+def _difference(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str | None:
+    """Return the first setting that differs between the folder's config and the new one, as text."""
+    for key, value in here.items():
+        name, other = f"{prefix}{key}", there[key]
+        if name == "evaluation":
+            if other["seeds"][0] != value["seeds"][0]:
+                return f"evaluation.seeds begins with {other['seeds'][0]} there and {value['seeds'][0]} here"
+        elif isinstance(value, dict) and isinstance(other, dict):
+            inner = _difference(other, value, f"{name}.")
+            if inner is not None:
+                return inner
+        elif other != value:
+            return f"{name} is {other!r} there and {value!r} here"
+    return None
