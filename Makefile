@@ -40,6 +40,7 @@ lint: $(READY) ## ruff, mypy --strict and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict src experiments
+	MYPYPATH=scripts $(BIN)/mypy --strict -p docs_reference
 	$(BIN)/lint-imports
 
 format: $(READY) ## put the sources into their standard form

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -50,6 +51,15 @@ def test_the_wheel_s_metadata_name_version_extras_and_command(wheel: Path) -> No
     assert metadata["Requires-Python"] == ">=3.11"
     assert {"data", "serve", "dev"} <= set(metadata.get_all("Provides-Extra", []))
     assert "proper = proper.cli.app:entry" in scripts
+
+
+def test_the_description_on_a_package_index_has_no_relative_links(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as opened:
+        text = Parser().parsestr(opened.read(f"{INFO}/METADATA").decode()).get_payload()
+    assert isinstance(text, str) and text.startswith("# proper\n")
+    assert "https://aclanthology.org" in text and "`docs/serving.md`" in text
+    assert not re.findall(r"\]\((?!https?://)", text)
+    assert "<!--" not in text
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def page() -> str:
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield every key that holds a value, as `section.key`, with its meaning, or an empty text."""
-    meanings = attributes(inspect.getdoc(model) or "")[1]
+    meanings = _meanings(model)
     for name, field in model.model_fields.items():
         inner = _model_of(field.annotation)
         if inner is None:
@@ -39,7 +39,7 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[st
 
 
 def _sections(path: str, model: type[BaseModel]) -> Iterator[str]:
-    text, meanings = attributes(inspect.getdoc(model) or "")
+    text, meanings = attributes(inspect.getdoc(model) or "")[0], _meanings(model)
     rows = [
         (
             code(name),
@@ -56,6 +56,15 @@ def _sections(path: str, model: type[BaseModel]) -> Iterator[str]:
         inner = _model_of(field.annotation)
         if inner is not None:
             yield from _sections(f"{path}.{name}" if path else name, inner)
+
+
+def _meanings(model: type[BaseModel]) -> dict[str, str]:
+    """Return what the docstrings of a section and of its base classes say about its keys."""
+    found: dict[str, str] = {}
+    for base in reversed(model.__mro__):
+        if issubclass(base, BaseModel) and base is not BaseModel:
+            found |= attributes(inspect.cleandoc(base.__doc__ or ""))[1]
+    return found
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:

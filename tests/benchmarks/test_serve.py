@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,9 @@ import pytest
 import torch
 
 from proper.benchmarks import serve
-from proper.benchmarks.serve_loads import ClosedLoop, open_loop
-from proper.benchmarks.serve_neighbour import quiet_key
-from proper.benchmarks.serve_people import Served, backbone_of
-from proper.benchmarks.timing import interleaved
+from proper.benchmarks.measure import interleaved
+from proper.benchmarks.serve_loads import ClosedLoop, open_loop, quiet_key
+from proper.benchmarks.serve_setup import Served, backbone_of
 
 SIDES = {"base", "one", "mixed", "crowd", "plain", "peft", "generate", "loop"}
 SMALL = replace(
@@ -36,9 +36,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     made.close()
 
 
-def test_a_small_setting() -> None:
-    said: list[str] = []
-    result = serve.run(SMALL, "cpu", said.append)
+def test_a_small_setting(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    result = serve.run(SMALL, "cpu")
     assert set(result["figures"]) >= {
         "mixed_over_base",
         "mixed_over_peft",
@@ -51,7 +51,7 @@ def test_a_small_setting() -> None:
         assert set(sides) == SIDES
         assert all(_ordered(told) for told in sides.values())
     assert _ordered(result["open"]["resident"]) and _ordered(result["open"]["crowded"])
-    assert result["setting"]["users"] == 3 and len([line for line in said if not line.startswith(" ")]) == 4
+    assert result["setting"]["users"] == 3 and len([line for line in caplog.messages if not line.startswith(" ")]) == 4
 
 
 def _ordered(told: dict[str, Any]) -> bool:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 
-from proper.benchmarks import store_load
-from proper.benchmarks.store import run
-from proper.benchmarks.store_many import PAYLOAD, many_figures
-from proper.benchmarks.timing import TimedSide, interleaved
+from proper.benchmarks.measure import TimedSide, interleaved
+from proper.benchmarks.store import PAYLOAD, RANK, many_figures, run, shapes
 from proper.layers.bank import Layout
 
 PROMISED = [
@@ -26,7 +25,7 @@ PROMISED = [
 
 
 def test_the_adapter_has_the_size_that_it_is_said_to_have() -> None:
-    assert round(Layout.of(store_load.shapes(), store_load.RANK).width * 2 / 1e6, 1) == 11.6
+    assert round(Layout.of(shapes(), RANK).width * 2 / 1e6, 1) == 11.6
 
 
 def test_many_users(tmp_path: Path) -> None:
@@ -44,7 +43,7 @@ def test_sides_take_turns_and_what_follows_a_rare_one_is_not_counted() -> None:
         "c": TimedSide(lambda at: calls.append(f"c{at}"), every=2),
     }
     said: list[str] = []
-    seconds = interleaved(sides, repeats=4, say=said.append)
+    seconds = interleaved(sides, repeats=4, log=said.append)
     assert " ".join(calls) == "a0 - b0 a1 - b1 a2 - b2 c2 a3 - b3 a4 - b4 a5 - b5 c5"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 4, "b": 4, "c": 2}
     assert [line.partition(":")[0] for line in said] == [
@@ -53,10 +52,10 @@ def test_sides_take_turns_and_what_follows_a_rare_one_is_not_counted() -> None:
 
 
 @pytest.mark.slow
-def test_all_figures_that_scripts_read(tmp_path: Path) -> None:
-    said: list[str] = []
-    result = run(tmp_path, users=2000, repeats=4, say=said.append)
-    assert json.loads(json.dumps(result)) == result and len(said) == 2
+def test_all_figures_that_scripts_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    result = run(tmp_path, users=2000, repeats=4)
+    assert json.loads(json.dumps(result)) == result and len(caplog.messages) == 2
     assert all(result["figures"][name] > 0 for name in PROMISED)
     assert result["figures"]["load_bytes"] == 11_597_824
     assert list(tmp_path.iterdir()) == [], "the temporary folder is gone"

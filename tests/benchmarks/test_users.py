@@ -7,7 +7,7 @@ import torch
 
 from proper.benchmarks import users as benchmark
 from proper.benchmarks.groups import LoopedExperts
-from proper.benchmarks.oppu import train_one_by_one
+from proper.benchmarks.training_setup import train_one_by_one
 from proper.config import GroupsConfig, UsersConfig
 from proper.layers.experts import Experts
 

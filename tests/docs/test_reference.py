@@ -53,7 +53,8 @@ def test_every_config_key_is_on_the_page() -> None:
 
     keys = dict(config.keys())
     assert len(keys) == count(Config) > 60
-    for key in keys:
+    for key, meaning in keys.items():
+        assert meaning.endswith("."), f"{key}: describe it in the docstring of its section"
         section, _, name = key.rpartition(".")
         title = f"## `{section}`" if section else "## Top level"
         assert f"| `{name}` |" in config.page().partition(f"{title}\n")[2].partition("\n## ")[0], key

@@ -11,6 +11,7 @@ loop / bare. A step is forward pass, backward pass and optimizer update, on the 
 
 from __future__ import annotations
 
+import logging
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -23,9 +24,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from proper.benchmarks.machine import machine
-from proper.benchmarks.people import BACKBONE, backbone, people, share_lora
-from proper.benchmarks.timing import TimedSide, interleaved
+from proper.benchmarks.measure import TimedSide, interleaved, machine
+from proper.benchmarks.training_setup import BACKBONE, backbone, share_lora, synthetic_users
 from proper.config import GroupsConfig
 from proper.data.batching import Batch, collate
 from proper.data.encoder import Encoder
@@ -33,6 +33,8 @@ from proper.layers.experts import Experts, tokens_last
 from proper.models.backbone import pick_device
 from proper.models.personal import ProperModel, answer_logits, answer_loss
 from proper.training.groups import GroupsStage
+
+logger = logging.getLogger(__name__)
 
 RATE = 1e-3
 CLIP = 1.0
@@ -86,17 +88,16 @@ class LoopedExperts(nn.Module):
         return None, tokens_last(token, x)
 
 
-def run(size: GroupsBenchSize, device: str, say: Callable[[str], None]) -> dict[str, Any]:
+def run(size: GroupsBenchSize, device: str) -> dict[str, Any]:
     """Return {"setting", "figures", "seconds_per_step"} of the benchmark.
 
     Args:
         size: benchmark size.
         device: "cpu", "cuda" or "auto".
-        say: callback for progress messages.
     """
     place, config = pick_device(device), GroupsConfig(dropout=0.0)
     bare = backbone(place)
-    histories = people(Encoder(bare.tokenizer, MAX_LENGTH), users=size.rows // 4, items=8)
+    histories = synthetic_users(Encoder(bare.tokenizer, MAX_LENGTH), users=size.rows // 4, items=8)
     rows = [row for items in histories.values() for row in items]
     shuffle = random.Random(0)
     batches = [collate(shuffle.sample(rows, size.rows), bare.pad_id, place) for _ in range(size.steps)]
@@ -107,8 +108,8 @@ def run(size: GroupsBenchSize, device: str, say: Callable[[str], None]) -> dict[
         "plain": _plain(config.experts * config.rank, None, batches, place),
         "bare": _plain(1, 1, batches, place),
     }
-    say(f"groups: {size.repeats} repeats of {size.steps} steps of {size.rows} rows, {len(sides)} sides")
-    seconds = interleaved({name: TimedSide(work) for name, work in sides.items()}, size.repeats, say)
+    logger.info(f"groups: {size.repeats} repeats of {size.steps} steps of {size.rows} rows, {len(sides)} sides")
+    seconds = interleaved({name: TimedSide(work) for name, work in sides.items()}, size.repeats, logger.info)
     step = {name: statistics.median(times) / size.steps for name, times in seconds.items()}
     return {
         "setting": {

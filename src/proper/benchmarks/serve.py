@@ -20,22 +20,23 @@ the next step), and the time of a whole answer, beside that of the same key alon
 
 from __future__ import annotations
 
+import logging
 import resource
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from proper.benchmarks.machine import machine
-from proper.benchmarks.serve_loads import ClosedLoop, Times, open_loop
-from proper.benchmarks.serve_neighbour import quiet_key
-from proper.benchmarks.serve_people import CROWD, Served, ServedShape, backbone_of
-from proper.benchmarks.timing import interleaved, percentile
+from proper.benchmarks.measure import interleaved, machine, percentile
+from proper.benchmarks.serve_loads import ClosedLoop, Times, open_loop, quiet_key
+from proper.benchmarks.serve_setup import CROWD, Served, ServedShape, backbone_of
 from proper.models.backbone import pick_device
+
+logger = logging.getLogger(__name__)
 
 HEADLINE, NANO = "llama", "proper-nano"
 SHARES = (50, 95, 99)
@@ -74,32 +75,31 @@ class ServeBenchSize:
     def shape(self, backbone: str) -> ServedShape:
         """Return the shape of the model and its users."""
         random = (self.hidden, self.inner, self.layers) if backbone == HEADLINE else None
-        people = max(2 * self.users, CROWD * self.slots)  # the crowd of the open loop is all users
-        return ServedShape(random, self.dtype, people, self.users, self.prompt, self.answer)
+        users = max(2 * self.users, CROWD * self.slots)  # the crowd of the open loop is all users
+        return ServedShape(random, self.dtype, users, self.users, self.prompt, self.answer)
 
 
 QUICK = ServeBenchSize(layers=3, prompt=32, answer=16, repeats=2, arrivals=96, asks=20)
 
 
-def run(size: ServeBenchSize, device: str, say: Callable[[str], None]) -> dict[str, Any]:
+def run(size: ServeBenchSize, device: str) -> dict[str, Any]:
     """Return {"setting", "figures", "closed", "open", "noisy_neighbour", "memory_bytes"} of the benchmark.
 
     Args:
         size: benchmark size.
         device: "cpu", "cuda" or "auto".
-        say: callback for progress messages.
     """
     place, closed = pick_device(device), dict[str, Any]()
     for name in (NANO, HEADLINE):
         with tempfile.TemporaryDirectory(prefix="proper-bench-") as folder:
             served = Served(size.shape(name), backbone_of(size.shape(name), place), place, Path(folder))
             loop = ClosedLoop(served, size.alone)
-            say(f"serve: {size.users} requests at once, {size.repeats} repeats of 8 sides, {name}")
-            seconds = interleaved(loop.sides(), size.repeats, lambda line: say(f"  {line}"))
-            closed[name] = {side: _told(loop.times[side], times) for side, times in seconds.items()}
+            logger.info(f"serve: {size.users} requests at once, {size.repeats} repeats of 8 sides, {name}")
+            seconds = interleaved(loop.sides(), size.repeats, lambda line: logger.info(f"  {line}"))
+            closed[name] = {side: _side_figures(loop.times[side], times) for side, times in seconds.items()}
             if name == HEADLINE:
-                opened = _open(size, served, closed[name]["mixed"]["tokens_per_second"], say)
-                neighbour = _neighbour(size, served, say)
+                opened = _open(size, served, closed[name]["mixed"]["tokens_per_second"])
+                neighbour = _neighbour(size, served)
                 memory = served.memory(size.users)
             served.close()
     memory["peak_of_the_process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -113,11 +113,11 @@ def run(size: ServeBenchSize, device: str, say: Callable[[str], None]) -> dict[s
     }
 
 
-def _open(size: ServeBenchSize, served: Served, mixed: float, say: Callable[[str], None]) -> dict[str, Any]:
+def _open(size: ServeBenchSize, served: Served, mixed: float) -> dict[str, Any]:
     """Run the open loop; the two settings alternate, so that other load on the machine affects both."""
     rate = size.load * mixed / size.answer * size.rows / size.users
     slots = {"resident": CROWD * size.slots, "crowded": size.slots}
-    say(f"serve: {size.arrivals} requests at {rate:.2f} a second, twice")
+    logger.info(f"serve: {size.arrivals} requests at {rate:.2f} a second, twice")
     times: dict[str, Times] = {kind: [] for kind in slots}
     for turn in (1, 2):
         for kind, count in slots.items():
@@ -125,9 +125,9 @@ def _open(size: ServeBenchSize, served: Served, mixed: float, say: Callable[[str
     return {"arrivals_per_second": round(rate, 3), **{kind: _latencies(found) for kind, found in times.items()}}
 
 
-def _neighbour(size: ServeBenchSize, served: Served, say: Callable[[str], None]) -> dict[str, Any]:
+def _neighbour(size: ServeBenchSize, served: Served) -> dict[str, Any]:
     """Return the quiet key's waits in steps and seconds beside a flooding key, and its seconds alone."""
-    say(f"serve: {size.asks} requests of one key alone, then beside one that floods {size.users} rows")
+    logger.info(f"serve: {size.asks} requests of one key alone, then beside one that floods {size.users} rows")
     alone = quiet_key(served, size.users, size.asks, flooded=False)
     beside = quiet_key(served, size.users, size.asks, flooded=True)
     return {
@@ -138,7 +138,9 @@ def _neighbour(size: ServeBenchSize, served: Served, say: Callable[[str], None])
 
 
 def _figures(closed: Mapping[str, Any], opened: Mapping[str, Any], neighbour: Mapping[str, Any]) -> dict[str, float]:
-    rates = {name: {side: told["tokens_per_second"] for side, told in sides.items()} for name, sides in closed.items()}
+    rates = {
+        name: {side: figures["tokens_per_second"] for side, figures in sides.items()} for name, sides in closed.items()
+    }
     large, nano = rates[HEADLINE], rates[NANO]
     first = {kind: opened[kind]["first_token_seconds"]["p95"] for kind in ("resident", "crowded")}
     figures = {
@@ -158,7 +160,7 @@ def _figures(closed: Mapping[str, Any], opened: Mapping[str, Any], neighbour: Ma
     return {name: round(value, 3) for name, value in figures.items()}
 
 
-def _told(times: Times, seconds: list[float]) -> dict[str, Any]:
+def _side_figures(times: Times, seconds: list[float]) -> dict[str, Any]:
     """Return one side's figures from the token `times` of all repeats and the `seconds` of each repeat."""
     tokens = sum(map(len, times)) / len(seconds)
     rate = round(tokens / statistics.median(seconds), 2)
@@ -181,5 +183,9 @@ def _setting(size: ServeBenchSize, device: torch.device) -> dict[str, Any]:
         name: getattr(size, name)
         for name in ("users", "prompt", "answer", "repeats", "rows", "slots", "arrivals", "asks")
     }
-    facts = {"machine": machine(device), "torch": torch.__version__, "dtype": str(size.dtype).removeprefix("torch.")}
-    return {HEADLINE: model, **facts, **counts, "alone": size.alone, "load": size.load, "crowd": CROWD}
+    environment = {
+        "machine": machine(device),
+        "torch": torch.__version__,
+        "dtype": str(size.dtype).removeprefix("torch."),
+    }
+    return {HEADLINE: model, **environment, **counts, "alone": size.alone, "load": size.load, "crowd": CROWD}

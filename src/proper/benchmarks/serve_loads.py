@@ -1,13 +1,15 @@
-"""Load generators of `proper bench serve`: closed loop (all requests at once) and open loop (random arrivals).
+"""Loads of `proper bench serve`: closed loop (all requests at once), open loop (random arrivals), noisy neighbour.
 
-Every token of every request gets a timestamp.
+In the loops every token of every request gets a timestamp. The noisy neighbour is an API key that floods the engine
+beside a quiet key, whose waits are measured.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,13 +17,13 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from proper.adapters.slot_cache import CacheCounts
-from proper.benchmarks.serve_people import Served
-from proper.benchmarks.timing import TimedSide
+from proper.benchmarks.measure import TimedSide
+from proper.benchmarks.serve_setup import Served
 from proper.errors import ProperError
 from proper.inference.engine import Engine
 from proper.inference.engine_thread import EngineThread
 from proper.inference.forward import pad_left
-from proper.inference.requests import EngineLimits, Event, Request, Sink, Token
+from proper.inference.requests import EngineLimits, Event, Finished, Request, Sink, Started, Token
 from proper.inference.sampling import Sampling
 
 Times = list[list[float]]
@@ -42,15 +44,15 @@ class ClosedLoop:
     def sides(self) -> dict[str, TimedSide]:
         """Return the sides to compare. Each side's memory is prepared before it is timed."""
         served, rows = self.served, self.served.shape.rows
-        people, others = served.names[:rows], served.names[rows : 2 * rows]
-        one = people[:1] * rows
+        users, others = served.names[:rows], served.names[rows : 2 * rows]
+        one = users[:1] * rows
         sides = {
-            "base": self._by_engine("base", people, people, bare=True),
+            "base": self._by_engine("base", users, users, bare=True),
             "one": self._by_engine("one", one, one),
-            "mixed": self._by_engine("mixed", people, people),
-            "crowd": self._by_engine("crowd", people, others),
-            "plain": self._by_engine("plain", people, people, experts=False),
-            "peft": self._by_generate("peft", served.peft, [range(rows)], adapter_names=people),
+            "mixed": self._by_engine("mixed", users, users),
+            "crowd": self._by_engine("crowd", users, others),
+            "plain": self._by_engine("plain", users, users, experts=False),
+            "peft": self._by_generate("peft", served.peft, [range(rows)], adapter_names=users),
             "generate": self._by_generate("generate", served.bare, [range(rows)]),
             "loop": self._by_generate("loop", served.bare, [[at] for at in range(min(self._alone, rows))]),
         }
@@ -62,9 +64,9 @@ class ClosedLoop:
         return self._engine.stats().adapters
 
     def _by_engine(
-        self, name: str, who: Sequence[str], before: Sequence[str], *, experts: bool = True, bare: bool = False
+        self, name: str, users: Sequence[str], before: Sequence[str], *, experts: bool = True, bare: bool = False
     ) -> TimedSide:
-        """Return a side that runs the engine for the users `who`, after it has answered `before`."""
+        """Return a side that runs the engine for `users`, after it has answered `before`."""
         served, rows = self.served, self.served.shape.rows
 
         def prepare(_: int) -> None:
@@ -78,7 +80,7 @@ class ClosedLoop:
 
         def work(at: int) -> None:
             found: Times = []
-            _answer(self._engine, served.prompts, who, served.shape.answer, found)
+            _answer(self._engine, served.prompts, users, served.shape.answer, found)
             self.times[name] += found if at else []
 
         return TimedSide(work, prepare)
@@ -119,9 +121,9 @@ def open_loop(served: Served, rows: int, slots: int, rate: float, arrivals: int,
         seed: seed of arrival times and users.
     """
     served.mix(True)
-    people = served.names
+    users = served.names
     engine = Engine(served.personal, EngineLimits(rows=rows, slots=slots, prefix_bytes=0))
-    _answer(engine, [(5,)] * len(people), people, 1, [])
+    _answer(engine, [(5,)] * len(users), users, 1, [])
     runner = EngineThread(engine)
     runner.start()
     draw, due, times = random.Random(seed), 0.0, Times()
@@ -130,7 +132,7 @@ def open_loop(served: Served, rows: int, slots: int, rate: float, arrivals: int,
         due += draw.expovariate(rate)
         time.sleep(max(0.0, begun + due - time.perf_counter()))
         prompt = served.prompts[at % len(served.prompts)]
-        request = Request(prompt, draw.choice(people), sampling=Sampling(served.shape.answer))
+        request = Request(prompt, draw.choice(users), sampling=Sampling(served.shape.answer))
         times.append([])
         engine.submit(request, _stamped(begun + due, times[-1]))
     runner.drain(float("inf"))
@@ -150,10 +152,12 @@ class _Clock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _answer(engine: Engine, prompts: Sequence[tuple[int, ...]], who: Sequence[str], length: int, times: Times) -> None:
+def _answer(
+    engine: Engine, prompts: Sequence[tuple[int, ...]], users: Sequence[str], length: int, times: Times
+) -> None:
     """Answer all requests on this thread; `times` receives the token times of each."""
     begun = time.perf_counter()
-    for prompt, user in zip(prompts, who, strict=True):
+    for prompt, user in zip(prompts, users, strict=True):
         times.append([])
         engine.submit(Request(prompt, user, sampling=Sampling(length)), _stamped(begun, times[-1]))
     while not engine.idle:
@@ -175,3 +179,93 @@ def _check(engine: Engine) -> None:
     stats = engine.stats()
     if stats.errors or stats.fallbacks:
         raise ProperError(f"bench serve: {stats.errors} requests failed, {stats.fallbacks} lost their adapter")
+
+
+FLOOD = 3
+"""Requests per row that the flooding key keeps open."""
+
+
+@dataclass
+class QuietWaits:
+    """Waiting times of the quiet key.
+
+    Attributes:
+        steps: for each request, engine steps until it had a row; 1 is the next step.
+        seconds: for each request, seconds until its answer was complete.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def quiet_key(served: Served, rows: int, asks: int, *, flooded: bool) -> QuietWaits:
+    """Send `asks` requests of one key, each after the last answer and a pause of at most an answer's steps.
+
+    The first request, before any flood, is not counted: it loads the adapter and registers the key.
+
+    Args:
+        served: model and users; the quiet key asks for the first user, the flood for all others.
+        rows: rows of the engine.
+        asks: number of counted requests.
+        flooded: whether another key keeps `FLOOD` requests per row open.
+    """
+    served.mix(True)
+    engine = Engine(served.personal, EngineLimits(rows=rows, prefix_bytes=0))
+    draw, waits = random.Random(0), QuietWaits()
+    quiet = _Quiet(engine, Request(served.prompts[0], served.names[0], sampling=_length(served), client="quiet"))
+    quiet.answer(QuietWaits())
+    open_floods = [0]
+
+    def flood(event: Event) -> None:
+        open_floods[0] -= isinstance(event, Finished)
+
+    def refill() -> None:
+        while flooded and open_floods[0] < FLOOD * rows:
+            open_floods[0] += 1
+            user, prompt = draw.choice(served.names[1:]), draw.choice(served.prompts)
+            engine.submit(Request(prompt, user, sampling=_length(served), client="flood"), flood)
+
+    for _ in range(asks):
+        for _ in range(draw.randint(0, served.shape.answer) if flooded else 0):
+            refill()
+            engine.step()
+        quiet.answer(waits, refill)
+    stats = engine.stats()
+    engine.close()
+    if stats.errors or stats.fallbacks:
+        raise ProperError(f"bench serve: {stats.errors} requests failed, {stats.fallbacks} lost their adapter")
+    return waits
+
+
+def _nothing() -> None:
+    """Do nothing: without a flood there are no requests to refill."""
+
+
+class _Quiet:
+    """Sequential requests of one key."""
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self.engine, self.request = engine, request
+        self.started = self.done = False
+
+    def answer(self, waits: QuietWaits, between: Callable[[], None] = _nothing) -> None:
+        """Send one request, step the engine until the answer is complete, and record steps and seconds."""
+        self.started = self.done = False
+        begun, steps = time.perf_counter(), 0
+        self.engine.submit(self.request, self._hear)
+        while not self.done:
+            between()
+            with self.engine.changed:
+                self.engine.changed.wait_for(lambda: not self.engine.blocked)
+            steps += not self.started
+            self.engine.step()
+        waits.steps.append(steps)
+        waits.seconds.append(time.perf_counter() - begun)
+
+    def _hear(self, event: Event) -> None:
+        self.started |= isinstance(event, Started)
+        self.done |= isinstance(event, Finished)
+
+
+def _length(served: Served) -> Sampling:
+    return Sampling(served.shape.answer)

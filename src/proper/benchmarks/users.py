@@ -12,6 +12,7 @@ OPPU, which has none. The floor is the time of the matrix products alone at the 
 
 from __future__ import annotations
 
+import logging
 import statistics
 import tempfile
 import time
@@ -23,10 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proper.benchmarks.machine import machine
-from proper.benchmarks.oppu import train_one_by_one
-from proper.benchmarks.people import BACKBONE, DTYPE, backbone, make_jobs, people, personal_model, share_lora
-from proper.benchmarks.timing import TimedSide, interleaved
+from proper.benchmarks.measure import TimedSide, interleaved, machine
+from proper.benchmarks.training_setup import (
+    BACKBONE,
+    DTYPE,
+    backbone,
+    make_jobs,
+    personal_model,
+    share_lora,
+    synthetic_users,
+    train_one_by_one,
+)
 from proper.config import GroupsConfig, UsersConfig
 from proper.data.batching import collate
 from proper.data.encoder import EncodedExample, Encoder
@@ -39,6 +47,8 @@ from proper.training.jobs import FitResult, Job
 from proper.training.memory import auto_slots, device_memory, footprint
 from proper.training.microbatching import Work
 from proper.training.multi_user_trainer import MultiUserTrainer
+
+logger = logging.getLogger(__name__)
 
 RATE = 1e-3
 MAX_LENGTH = 256
@@ -64,13 +74,12 @@ Step = list[list[Work]]
 """The rows of one step, as micro-batches."""
 
 
-def run(size: UsersBenchSize, device: str, say: Callable[[str], None]) -> dict[str, Any]:
+def run(size: UsersBenchSize, device: str) -> dict[str, Any]:
     """Return {"setting", "figures", ...} of the benchmark.
 
     Args:
         size: benchmark size.
         device: "cpu", "cuda" or "auto".
-        say: callback for progress messages.
     """
     place = pick_device(device)
     config = UsersConfig(batch_size=4, epochs=2, clip=1.0)
@@ -85,11 +94,11 @@ def run(size: UsersBenchSize, device: str, say: Callable[[str], None]) -> dict[s
         "mixed_experts": lambda _: grouped.fit(grouped.jobs, grouped.slots),
         "ceiling_experts": lambda _: grouped.shared(),
     }
-    say(f"users: {size.users} users x {size.items} items, {size.repeats} repeats of {len(sides)} sides")
+    logger.info(f"users: {size.users} users x {size.items} items, {size.repeats} repeats of {len(sides)} sides")
     _reset_peak(place)
     plain.fit(plain.jobs, plain.slots)
     peak = _peak(place)
-    seconds = interleaved({name: TimedSide(work) for name, work in sides.items()}, size.repeats, say)
+    seconds = interleaved({name: TimedSide(work) for name, work in sides.items()}, size.repeats, logger.info)
     users = {name: size.alone if name.startswith(("oppu", "one_slot")) else size.users for name in sides}
     hourly = {name: 3600 * users[name] / statistics.median(times) for name, times in seconds.items()}
     return {
@@ -123,7 +132,7 @@ class _Bench:
         self.pad = self.bare.pad_id
         encoder = Encoder(self.bare.tokenizer, MAX_LENGTH)
         width = self.model.embedding_size
-        self.jobs = make_jobs(people(encoder, size.users, size.items), int(config.epochs), width)
+        self.jobs = make_jobs(synthetic_users(encoder, size.users, size.items), int(config.epochs), width)
         self.alone = self.jobs[: size.alone]
         parts = footprint(self.model, config, MAX_LENGTH)
         self.slots = min(size.users, auto_slots(parts, device_memory(device), device.type))
@@ -187,12 +196,12 @@ class _Bench:
 
     def _loss(self, rows: Sequence[EncodedExample]) -> Tensor:
         batch = collate(rows, self.pad, self.device)
-        who = RowContext("off")
+        context = RowContext("off")
         if self.groups is not None:
-            who = RowContext(
+            context = RowContext(
                 "groups", embedding=torch.zeros(len(rows), self.ceiling.embedding_size, device=self.device)
             )
-        total, _ = answer_loss(self.ceiling.answer_logits(batch, who), batch.labels)
+        total, _ = answer_loss(self.ceiling.answer_logits(batch, context), batch.labels)
         return total.sum()
 
 

@@ -45,7 +45,7 @@ def users(json_file: JsonFile = None, quick: Quick = False, device: Device = "au
     """
     from proper.benchmarks.users import QUICK, UsersBenchSize, run
 
-    publish(run(QUICK if quick else UsersBenchSize(), device, logger.info), json_file)
+    publish(run(QUICK if quick else UsersBenchSize(), device), json_file)
 
 
 @app.command(epilog=examples("bench", "groups", "groups --quick --json figures.json"))
@@ -56,7 +56,7 @@ def groups(json_file: JsonFile = None, quick: Quick = False, device: Device = "a
     """
     from proper.benchmarks.groups import QUICK, GroupsBenchSize, run
 
-    publish(run(QUICK if quick else GroupsBenchSize(), device, logger.info), json_file)
+    publish(run(QUICK if quick else GroupsBenchSize(), device), json_file)
 
 
 @app.command(epilog=examples("bench", "serve --quick", "serve --json serve.json"))
@@ -68,7 +68,7 @@ def serve(json_file: JsonFile = None, quick: Quick = False, device: Device = "au
     """
     from proper.benchmarks.serve import QUICK, ServeBenchSize, run
 
-    publish(run(QUICK if quick else ServeBenchSize(), device, logger.info), json_file)
+    publish(run(QUICK if quick else ServeBenchSize(), device), json_file)
 
 
 @app.command(epilog=examples("bench", "store --quick", "store --json store.json", "store --folder /mnt/disk"))
@@ -87,4 +87,4 @@ def store(
     """
     from proper.benchmarks.store import MANY, QUICK, run
 
-    publish(run(folder, users=QUICK if quick else MANY, say=logger.info), json_file)
+    publish(run(folder, users=QUICK if quick else MANY), json_file)

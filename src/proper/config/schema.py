@@ -31,8 +31,20 @@ class DataConfig(Section):
     For `format` lamp or oppu, `path` is a folder of the benchmark's files, `task` is their task and `layout` the
     wording of the prompts; the columns are the task's own.
 
-    `chat` says whether prompts use the backbone's chat template, in training, evaluation, `generate` and serving alike:
-    `auto` means if its tokenizer has one. A run stores the choice as `on` or `off`.
+    Attributes:
+        path: file, folder or Hugging Face name; relative to the current folder, else to the config's folder.
+        format: format of the files; `auto` goes by the file's name.
+        task: the benchmark's task, for `format` lamp or oppu.
+        layout: wording of the benchmark's prompts: LaMP's own, or OPPU's.
+        name: configuration of a Hugging Face data set that has several.
+        part: split of a Hugging Face data set to read.
+        user: column of the user's id.
+        time: column of the time; null if there is none.
+        item: column of the item that a row is about; null if there is none.
+        prompt: template of the prompt; `{column}` is replaced by the row's value.
+        target: template of the answer.
+        chat: whether prompts use the backbone's chat template, in training, evaluation, `generate` and serving alike;
+            `auto` means if its tokenizer has one. A run stores the choice as `on` or `off`.
     """
 
     path: str
@@ -74,7 +86,15 @@ class DataConfig(Section):
 
 
 class TaskConfig(Section):
-    """Kind of task, labels and decoding."""
+    """Kind of task, labels and decoding.
+
+    Attributes:
+        kind: what the answers are: labels, numbers or free text.
+        labels: the labels; `auto` takes those of the training rows.
+        decode: `score` compares the likelihood of all labels, `generate` decodes text; `auto` scores where there are
+            labels.
+        max_new_tokens: longest generated answer, in tokens.
+    """
 
     kind: Literal["classification", "rating", "generation"] = "generation"
     labels: Literal["auto"] | Annotated[list[str], Field(min_length=2)] = "auto"
@@ -94,7 +114,19 @@ class TaskConfig(Section):
 
 
 class SplitConfig(Section):
-    """Split of users into targets and others, and of the targets' interactions into history and queries."""
+    """Split of users into targets and others, and of the targets' interactions into history and queries.
+
+    Attributes:
+        target_users: number of users who get adapters and queries: those with the longest histories.
+        min_history: fewest history rows of a target user.
+        queries: share of a target user's rows that become queries.
+        by: how queries are chosen: each user's newest rows, all rows after one date, whole items, or at random.
+        shared_items: whether a row may be trained on if its item or input is a query of any user; `auto` is `exclude`
+            for generation tasks.
+        max_queries: most queries in all, sampled evenly over users; null means no limit.
+        evaluate_on: the queries, or a validation part of the histories to choose settings on.
+        seed: seed of everything random in the split.
+    """
 
     target_users: Count = 100
     min_history: Count = 10
@@ -107,7 +139,15 @@ class SplitConfig(Section):
 
 
 class ComputeConfig(Section):
-    """Precision, device, sequence length, inference batch size and checkpoint interval."""
+    """Precision, device, sequence length, inference batch size and checkpoint interval.
+
+    Attributes:
+        dtype: precision of the backbone; `auto` is bf16. Trained tensors and softmaxes are always fp32.
+        device: torch device; `auto` takes a GPU if there is one.
+        max_length: longest prompt with its answer, in tokens; longer ones are cut.
+        batch_size: rows of a batch in evaluation.
+        checkpoint_seconds: time between two checkpoints of a stage, in seconds.
+    """
 
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     device: str = "auto"
@@ -117,7 +157,19 @@ class ComputeConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """Optimizer settings of every stage; `learning_rate: auto` scales the paper's rate by 4096 / hidden size."""
+    """Optimizer settings of every stage; `learning_rate: auto` scales the paper's rate by 4096 / hidden size.
+
+    Attributes:
+        epochs: passes over the stage's rows.
+        batch_size: rows of a step.
+        learning_rate: peak rate of AdamW; `auto` scales the paper's rate by 4096 / hidden size.
+        weight_decay: decoupled weight decay.
+        warmup: share of the steps in which the rate rises.
+        schedule: how the rate falls after the warm-up.
+        clip: largest norm of a step's gradient.
+        gradient_accumulation: batches that make one step.
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
+    """
 
     epochs: Annotated[float, Field(gt=0)] = 2
     batch_size: Count = 16
@@ -134,7 +186,16 @@ TargetModules = Literal["auto", "ffn", "attention", "all"] | list[str]
 
 
 class PopulationConfig(OptimizerConfig):
-    """Stage 1: one LoRA trained on all users' histories and merged into the backbone."""
+    """Stage 1: one LoRA trained on all users' histories and merged into the backbone.
+
+    Attributes:
+        rank: rank of the LoRA.
+        alpha: scale of the LoRA, times the rank.
+        dropout: dropout rate on the LoRA's input.
+        target_modules: layers that get the LoRA: a group of them, or a list of names.
+        train_on: the histories of all users, or of users who are not targets.
+        max_tokens: budget of training tokens, sampled evenly over users; null means all.
+    """
 
     rank: Count = 8
     alpha: Positive = 16
@@ -147,7 +208,14 @@ class PopulationConfig(OptimizerConfig):
 
 
 class ConstraintConfig(Section):
-    """Regularization term that keeps the expert mixtures of different users apart."""
+    """Regularization term that keeps the expert mixtures of different users apart.
+
+    Attributes:
+        kind: what is penalized: equal mixtures of different users, even mixtures, the released code's penalty, or
+            nothing.
+        weight: weight of the penalty in the loss.
+        warmup: share of the steps in which the weight rises.
+    """
 
     kind: Literal["users", "experts", "released", "none"] = "users"
     weight: Annotated[float, Field(ge=0)] = 0.01
@@ -155,7 +223,22 @@ class ConstraintConfig(Section):
 
 
 class GroupsConfig(OptimizerConfig):
-    """Stage 2: LoRA experts shared by all users, mixed by a user-aware router."""
+    """Stage 2: LoRA experts shared by all users, mixed by a user-aware router.
+
+    Attributes:
+        experts: number of LoRA experts.
+        rank: rank of each expert.
+        alpha: scale of an expert, times the rank.
+        dropout: dropout rate on the experts' input.
+        target_modules: layers that get experts and user adapters: a group of them, or a list of names.
+        user_embedding: size of a user embedding.
+        embedding: one embedding per user for all layers, or one per layer.
+        embedding_learning_rate: learning rate of the user embeddings.
+        router: form of the user-aware router: a softmax of the sum, or that of the released code.
+        constraint: penalty that keeps the mixtures of users apart.
+        train_on: the histories of all users, or of target users.
+        max_tokens: budget of training tokens, sampled evenly over users; null means all.
+    """
 
     experts: Count = 5
     rank: Count = 4
@@ -172,7 +255,14 @@ class GroupsConfig(OptimizerConfig):
 
 
 class TiersConfig(Section):
-    """Conditions under which a user gets an adapter of their own."""
+    """Conditions under which a user gets an adapter of their own.
+
+    Attributes:
+        select: give a user an adapter only if it helps on held-out items; false gives one to every target user.
+        validation: share of a user's history that is held out for the decision.
+        pool_below: below this many items, the decision is pooled over users with similar embeddings.
+        neighbours: number of users that are pooled.
+    """
 
     select: bool = True
     validation: Annotated[float, Field(gt=0, le=0.5)] = 0.2
@@ -181,7 +271,21 @@ class TiersConfig(Section):
 
 
 class UsersConfig(OptimizerConfig):
-    """Stage 3: one LoRA per user (3a), then the LoRA-aware router (3b)."""
+    """Stage 3: one LoRA per user (3a), then the LoRA-aware router (3b).
+
+    Attributes:
+        rank: rank of a user's LoRA.
+        alpha: scale of a user's LoRA, times the rank.
+        dropout: dropout rate on the LoRA's input.
+        patience: passes without a lower held-out loss after which a user's trial stops.
+        router: form of the LoRA-aware router: added to stage 2's scores, the paper's, or none.
+        router_learning_rate: learning rate of the LoRA-aware router; `auto` as for `learning_rate`.
+        router_epochs: passes over the histories for the router.
+        slots: users who train at the same time; `auto` goes by the device's memory.
+        max_items: most history rows of a user that are trained on, the newest ones; null means all.
+        storage: number format of the stored adapters.
+        tiers: conditions under which a user gets an adapter.
+    """
 
     rank: Count = 4
     alpha: Positive = 8
@@ -198,7 +302,14 @@ class UsersConfig(OptimizerConfig):
 
 
 class EvaluationConfig(Section):
-    """Methods to compare, seeds, and resamples of the confidence intervals."""
+    """Methods to compare, seeds, and resamples of the confidence intervals.
+
+    Attributes:
+        methods: methods of the table; see `proper evaluate`.
+        seeds: a run of all stages for each; results are averaged per user first.
+        resamples: bootstrap resamples and permutations of the statistics.
+        examples: answers shown in the report.
+    """
 
     methods: Annotated[list[str], Field(min_length=1)] = [str(stage) for stage in Stage]
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
@@ -216,8 +327,11 @@ class EvaluationConfig(Section):
 class Config(Section):
     """All settings of a run.
 
-    `trust_remote_code` allows running the Python code that some backbones ship beside their weights; without it such a
-    backbone is refused without a prompt.
+    Attributes:
+        preset: a set of other defaults: the paper's settings, or those of the released code.
+        backbone: `proper-nano`, another short name, a Hugging Face id, a local folder or a GGUF file.
+        trust_remote_code: run the Python code that some backbones ship beside their weights; without it such a
+            backbone is refused.
     """
 
     preset: Literal["paper", "released"] | None = None

@@ -1,13 +1,20 @@
-"""Interleaved timing of alternative implementations, so that other load on the machine affects all of them equally."""
+"""Measurement that all benchmarks share: interleaved timing, percentiles and a description of the hardware.
+
+Alternatives take turns, so that other load on the machine affects all of them equally.
+"""
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+import torch
 
 
 def _nothing(at: int) -> None:
@@ -34,7 +41,7 @@ class TimedSide:
 
 
 def interleaved(
-    sides: Mapping[str, TimedSide], repeats: int, say: Callable[[str], object] = _silent
+    sides: Mapping[str, TimedSide], repeats: int, log: Callable[[str], object] = _silent
 ) -> dict[str, list[float]]:
     """Return seconds per call of each side.
 
@@ -44,21 +51,21 @@ def interleaved(
     Args:
         sides: implementations by name.
         repeats: number of counted runs of each side.
-        say: callback that receives every repeat's seconds.
+        log: callback that receives every repeat's seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     at, counted, cold = 0, 0, True
     while counted < repeats:
-        rare, told = False, []
+        rare, taken = False, []
         for name, side in sides.items():
             if (side.every == 1) if cold else (counted % side.every == side.every - 1):
                 side.prepare(at)
-                taken = seconds_of(partial(side.work, at))
-                seconds[name] += [] if cold else [taken]
-                told.append(f"{name} {taken:.3g} s")
+                duration = seconds_of(partial(side.work, at))
+                seconds[name] += [] if cold else [duration]
+                taken.append(f"{name} {duration:.3g} s")
                 rare = rare or side.every > 1
         counted += not cold
-        say(f"{'warm-up' if cold else f'repeat {counted} of {repeats}'}: {', '.join(told)}")
+        log(f"{'warm-up' if cold else f'repeat {counted} of {repeats}'}: {', '.join(taken)}")
         at, cold = at + 1, rare
     return seconds
 
@@ -73,3 +80,17 @@ def seconds_of(work: Callable[[], object]) -> float:
 def percentile(values: list[float], share: float) -> float:
     """Return the percentile `share` (0 to 100) of the values."""
     return float(np.percentile(values, share))
+
+
+_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+"""CPU features that most affect the speed of matrix products in bf16 and fp32."""
+
+
+def machine(device: torch.device | None = None) -> str:
+    """Return architecture, cores, threads and CPU features; for a GPU its name too."""
+    path = Path("/proc/cpuinfo")
+    flags = set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
+    parts = [platform.machine(), f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads"]
+    if device is not None and device.type == "cuda":
+        parts.append(torch.cuda.get_device_name(device))
+    return ", ".join(parts + [flag for flag in _FEATURES if flag in flags])

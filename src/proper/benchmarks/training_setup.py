@@ -1,16 +1,26 @@
-"""Fixtures of the training benchmarks: synthetic users' tokenized interactions, and the models under comparison."""
+"""Synthetic users of the training benchmarks, and the baselines: one LoRA for all users, and OPPU's loop over users.
+
+OPPU trains a fresh PEFT LoRA with a `transformers` Trainer for each user. Here it is faster than its own code wherever
+there is a choice: the LoRA is in bf16, nothing is logged, evaluated or saved.
+"""
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from proper.config import GroupsConfig, UsersConfig
+from proper.data.batching import IGNORED
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.data.encoder import EncodedExample, Encoder
 from proper.models.backbone import Backbone, load_backbone
@@ -34,7 +44,7 @@ def backbone(device: torch.device) -> Backbone:
     return load_backbone(BACKBONE, DTYPE, device)
 
 
-def people(encoder: Encoder, users: int, items: int) -> dict[str, tuple[EncodedExample, ...]]:
+def synthetic_users(encoder: Encoder, users: int, items: int) -> dict[str, tuple[EncodedExample, ...]]:
     """Return tokenized synthetic interactions by user, `items` for each."""
     settings = DemoSettings(users=users, items=(items, items), groups=min(5, users))
     with tempfile.TemporaryDirectory(prefix="proper-bench-") as name:
@@ -101,3 +111,75 @@ def share_lora(model: nn.Module, rank: int, alpha: float, modules: int | None = 
         setattr(model.get_submodule(parent), leaf, layer)
         found += [layer.down, layer.up]
     return found
+
+
+class _Items(Dataset[EncodedExample]):
+    def __init__(self, items: Sequence[EncodedExample]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, at: int) -> EncodedExample:
+        return self.items[at]
+
+
+def train_one_by_one(
+    model: PreTrainedModel, jobs: Sequence[Job], config: UsersConfig, rate: float, pad: int
+) -> list[dict[str, Tensor]]:
+    """Train each user's LoRA on a frozen model, which is left as it was; return the adapters."""
+    targets = list(find_targets(model, "ffn"))
+    found = []
+    with tempfile.TemporaryDirectory(prefix="proper-bench-") as folder:
+        for job in jobs:
+            lora = LoraConfig(
+                task_type="CAUSAL_LM", r=config.rank, lora_alpha=int(config.alpha), bias="none", target_modules=targets
+            )
+            wrapped = get_peft_model(model, lora, autocast_adapter_dtype=False)
+            arguments = _arguments(folder, config, rate, model.device.type)
+            trainer = Trainer(wrapped, arguments, data_collator=_Collator(pad), train_dataset=_Items(job.items))
+            # It would print every user's loss on stdout, which is reserved for the figures.
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            found.append({n: p.detach().clone() for n, p in wrapped.named_parameters() if p.requires_grad})
+            wrapped.unload()
+            model.requires_grad_(False).train(False)
+    return found
+
+
+def _arguments(folder: str, config: UsersConfig, rate: float, device: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=config.batch_size,
+        num_train_epochs=config.epochs,
+        learning_rate=rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup,
+        max_grad_norm=config.clip,
+        weight_decay=config.weight_decay,
+        optim="adamw_torch",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=device == "cpu",
+    )
+
+
+class _Collator:
+    """Collator that pads on the right and labels only answers."""
+
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
+
+    def __call__(self, rows: Sequence[EncodedExample]) -> dict[str, Any]:
+        length = max(len(row.ids) for row in rows)
+        ids = torch.full((len(rows), length), self.pad)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+        for at, row in enumerate(rows):
+            ids[at, : len(row.ids)] = torch.tensor(row.ids)
+            mask[at, : len(row.ids)] = 1
+            labels[at, row.start : len(row.ids)] = torch.tensor(row.ids[row.start :])
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}

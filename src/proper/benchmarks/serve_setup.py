@@ -35,14 +35,14 @@ class ServedShape:
 
     Attributes:
         random: hidden size, FFN size and layers of a random Llama; None selects `proper-nano`.
-        people: number of users in the store.
+        users: number of users in the store.
         rows: requests of the closed loop, and adapters of PEFT's model.
         prompt, answer: maximum prompt tokens and exact answer tokens of a request.
     """
 
     random: tuple[int, int, int] | None
     dtype: torch.dtype
-    people: int
+    users: int
     rows: int
     prompt: int
     answer: int
@@ -64,7 +64,7 @@ class Served:
         limit = shape.prompt + shape.answer
         self.config = make_config({"data": {"path": "none"}, "compute": {"max_length": limit}})
         self.bare = copy.deepcopy(backbone.model)
-        self.names = [f"u{at}" for at in range(shape.people)]
+        self.names = [f"u{at}" for at in range(shape.users)]
         self.peft = self._peft_model()
         self.model = ProperModel(backbone)
         self.model.add_experts(self.config.groups, seed=0)
