@@ -2,19 +2,14 @@
 
 from proper.config.loading import load_config, load_run_config, make_config, with_chat
 from proper.config.presets import PRESETS
-from proper.config.schema import (
-    ComputeConfig,
-    Config,
+from proper.config.schema import ComputeConfig, Config, DataConfig, EvaluationConfig, SplitConfig, TaskConfig
+from proper.config.stages import (
     ConstraintConfig,
-    DataConfig,
-    EvaluationConfig,
     GroupsConfig,
     OptimizerConfig,
     PopulationConfig,
     Section,
-    SplitConfig,
     TargetModules,
-    TaskConfig,
     TiersConfig,
     UsersConfig,
 )

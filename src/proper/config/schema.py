@@ -8,21 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from proper.config.lamp_tasks import GIVEN_FORMATS, LampName, Layout, lamp_name
+from proper.config.stages import Count, GroupsConfig, PopulationConfig, Positive, Section, UsersConfig
 from proper.run_folder import Stage
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Rate = Positive | Literal["auto"]
-
-
-class Section(BaseModel):
-    """Base of all config sections: frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 class DataConfig(Section):
@@ -154,151 +144,6 @@ class ComputeConfig(Section):
     max_length: Annotated[int, Field(ge=8)] = 256
     batch_size: Count = 32
     checkpoint_seconds: Positive = 30.0
-
-
-class OptimizerConfig(Section):
-    """Optimizer settings of every stage; `learning_rate: auto` scales the paper's rate by 4096 / hidden size.
-
-    Attributes:
-        epochs: passes over the stage's rows.
-        batch_size: rows of a step.
-        learning_rate: peak rate of AdamW; `auto` scales the paper's rate by 4096 / hidden size.
-        weight_decay: decoupled weight decay.
-        warmup: share of the steps in which the rate rises.
-        schedule: how the rate falls after the warm-up.
-        clip: largest norm of a step's gradient.
-        gradient_accumulation: batches that make one step.
-        gradient_checkpointing: recompute activations in the backward pass, to save memory.
-    """
-
-    epochs: Annotated[float, Field(gt=0)] = 2
-    batch_size: Count = 16
-    learning_rate: Rate = "auto"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup: Fraction = 0.03
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    clip: Positive = 1.0
-    gradient_accumulation: Count = 1
-    gradient_checkpointing: bool = False
-
-
-TargetModules = Literal["auto", "ffn", "attention", "all"] | list[str]
-
-
-class PopulationConfig(OptimizerConfig):
-    """Stage 1: one LoRA trained on all users' histories and merged into the backbone.
-
-    Attributes:
-        rank: rank of the LoRA.
-        alpha: scale of the LoRA, times the rank.
-        dropout: dropout rate on the LoRA's input.
-        target_modules: layers that get the LoRA: a group of them, or a list of names.
-        train_on: the histories of all users, or of users who are not targets.
-        max_tokens: budget of training tokens, sampled evenly over users; null means all.
-    """
-
-    rank: Count = 8
-    alpha: Positive = 16
-    dropout: Fraction = 0.05
-    target_modules: TargetModules = "all"
-    epochs: Annotated[float, Field(gt=0)] = 3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    train_on: Literal["all", "others"] = "all"
-    max_tokens: Count | None = None
-
-
-class ConstraintConfig(Section):
-    """Regularization term that keeps the expert mixtures of different users apart.
-
-    Attributes:
-        kind: what is penalized: equal mixtures of different users, even mixtures, the released code's penalty, or
-            nothing.
-        weight: weight of the penalty in the loss.
-        warmup: share of the steps in which the weight rises.
-    """
-
-    kind: Literal["users", "experts", "released", "none"] = "users"
-    weight: Annotated[float, Field(ge=0)] = 0.01
-    warmup: Fraction = 0.1
-
-
-class GroupsConfig(OptimizerConfig):
-    """Stage 2: LoRA experts shared by all users, mixed by a user-aware router.
-
-    Attributes:
-        experts: number of LoRA experts.
-        rank: rank of each expert.
-        alpha: scale of an expert, times the rank.
-        dropout: dropout rate on the experts' input.
-        target_modules: layers that get experts and user adapters: a group of them, or a list of names.
-        user_embedding: size of a user embedding.
-        embedding: one embedding per user for all layers, or one per layer.
-        embedding_learning_rate: learning rate of the user embeddings.
-        router: form of the user-aware router: a softmax of the sum, or that of the released code.
-        constraint: penalty that keeps the mixtures of users apart.
-        train_on: the histories of all users, or of target users.
-        max_tokens: budget of training tokens, sampled evenly over users; null means all.
-    """
-
-    experts: Count = 5
-    rank: Count = 4
-    alpha: Positive = 8
-    dropout: Fraction = 0.05
-    target_modules: TargetModules = "ffn"
-    user_embedding: Count = 128
-    embedding: Literal["shared", "per-module"] = "shared"
-    embedding_learning_rate: Positive = 1e-2
-    router: Literal["default", "released"] = "default"
-    constraint: ConstraintConfig = ConstraintConfig()
-    train_on: Literal["all", "targets"] = "all"
-    max_tokens: Count | None = None
-
-
-class TiersConfig(Section):
-    """Conditions under which a user gets an adapter of their own.
-
-    Attributes:
-        select: give a user an adapter only if it helps on held-out items; false gives one to every target user.
-        validation: share of a user's history that is held out for the decision.
-        pool_below: below this many items, the decision is pooled over users with similar embeddings.
-        neighbours: number of users that are pooled.
-    """
-
-    select: bool = True
-    validation: Annotated[float, Field(gt=0, le=0.5)] = 0.2
-    pool_below: Annotated[int, Field(ge=0)] = 10
-    neighbours: Count = 20
-
-
-class UsersConfig(OptimizerConfig):
-    """Stage 3: one LoRA per user (3a), then the LoRA-aware router (3b).
-
-    Attributes:
-        rank: rank of a user's LoRA.
-        alpha: scale of a user's LoRA, times the rank.
-        dropout: dropout rate on the LoRA's input.
-        patience: passes without a lower held-out loss after which a user's trial stops.
-        router: form of the LoRA-aware router: added to stage 2's scores, the paper's, or none.
-        router_learning_rate: learning rate of the LoRA-aware router; `auto` as for `learning_rate`.
-        router_epochs: passes over the histories for the router.
-        slots: users who train at the same time; `auto` goes by the device's memory.
-        max_items: most history rows of a user that are trained on, the newest ones; null means all.
-        storage: number format of the stored adapters.
-        tiers: conditions under which a user gets an adapter.
-    """
-
-    rank: Count = 4
-    alpha: Positive = 8
-    dropout: Fraction = 0.0
-    batch_size: Count = 4
-    patience: Count = 2
-    router: Literal["residual", "paper", "none"] = "residual"
-    router_learning_rate: Rate = "auto"
-    router_epochs: Count = 1
-    slots: Literal["auto"] | Count = "auto"
-    max_items: Count | None = None
-    storage: Literal["bf16", "int8", "fp32"] = "bf16"
-    tiers: TiersConfig = TiersConfig()
 
 
 class EvaluationConfig(Section):
