@@ -9,8 +9,6 @@ from pathlib import Path
 import proper
 
 ROOT = Path(proper.__file__).parent
-# A protocol of one attribute, each beside the functions that it is for.
-EXEMPT = {"Sized"}
 
 
 def test_a_class_name_occurs_once() -> None:
@@ -19,4 +17,4 @@ def test_a_class_name_occurs_once() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(path.relative_to(ROOT).as_posix())
-    assert {name: found for name, found in places.items() if len(found) > 1 and name not in EXEMPT} == {}
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
