@@ -1,7 +1,4 @@
-"""Data files that are made of others, for questions that no single set answers.
-
-Knows the columns of the sets; nothing about the queue.
-"""
+"""Data files that are made from other data sets, for questions that no single data set answers."""
 
 from __future__ import annotations
 
@@ -16,14 +13,14 @@ import pyarrow.parquet as parquet
 from proper.files import write_text
 
 PAPERS = 12
-"""Of an ACL author, the newest so many: fewer than any of the HuffPost authors has who become targets."""
+"""Number of each ACL author's newest papers: fewer than any HuffPost author among the target users has articles."""
 
 
 def make_data(made: str, sources: Sequence[Path], folder: Path) -> Path:
-    """Write the file of that name, `MADE`'s key, where it is not there; returns its path.
+    """Write the data file named `made`, a key of `MADE`, unless it exists; return its path.
 
     Raises:
-        ValueError: nothing of that name is made.
+        ValueError: the name is unknown.
     """
     if made not in MADE:
         raise ValueError(f"no data is made by the name '{made}'")

@@ -193,10 +193,10 @@ def sweep(folder: Path) -> None:
     Raises:
         OSError: a file or folder cannot be removed.
     """
-    for place, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
         for name in [*folders, *names]:
             if fnmatchcase(name, TEMPORARY):
-                _remove_dead(Path(place, name))
+                _remove_dead(Path(parent, name))
         # A store may have very many blobs, and blobs are not written with this module.
         folders[:] = [name for name in folders if name != "blobs" and not fnmatchcase(name, TEMPORARY)]
 

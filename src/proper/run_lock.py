@@ -28,13 +28,13 @@ def exclusive(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             make_folder(folder)
-            held = stack.enter_context(locked(RunFolder(folder).lock, patience=0))
-            if held is not None:
-                os.ftruncate(held, 0)
-                os.pwrite(held, f"{os.getpid()}\n".encode(), 0)
+            lock = stack.enter_context(locked(RunFolder(folder).lock, patience=0))
+            if lock is not None:
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:
             raise RunFolderError(f"{folder}: cannot be written: {error.strerror or error}") from error
-        if held is None:
+        if lock is None:
             pid = (RunFolder(folder).lock).read_text(encoding="utf-8").strip() or "unknown"
             raise RunFolderError(f"{folder}: another process works in it (pid {pid}); wait for it, or stop it")
         yield

@@ -46,7 +46,7 @@ def test_oppus_way_trains_the_same_shape_and_leaves_the_model_as_it_was(bench: b
 
 
 def test_figures_and_setting() -> None:
-    found = benchmark.run(benchmark.UsersBenchSize(users=4, items=2, alone=1, repeats=1), "cpu", lambda line: None)
+    found = benchmark.run(benchmark.UsersBenchSize(users=4, items=2, alone=1, repeats=1), "cpu")
     sides = ("oppu", "one_slot", "ceiling")
     ratios = {f"mixed_over_{side}{form}" for side in sides for form in ("", "_experts")}
     assert set(found["figures"]) == ratios | {"padding", "peak_memory_bytes"}

@@ -190,6 +190,17 @@ def test_each_failure_of_a_public_set_is_one_line(
     assert not list(Path().glob("data/*/*.parquet"))
 
 
+def test_nobody_agrees_to_a_license_for_nothing(films: Any, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert main(["data", "fetch", "huffpost-news"]) == 2
+    assert "needs an account" in capsys.readouterr().err
+    assert fetch_films(films) == 0
+    assert main(["data", "fetch", "movielens-small"]) == 0  # fetched already
+    Path("data/movielens-small/tags.parquet").unlink()
+    assert main(["data", "fetch", "movielens-small"]) == 2
+    assert "the license must be agreed to" in capsys.readouterr().err
+
+
 def test_files_from_elsewhere_are_not_overwritten(films: Any, capsys: Output) -> None:
     mine = Path("data/movielens-small/ratings.parquet")
     mine.parent.mkdir(parents=True)

@@ -74,7 +74,7 @@ def test_rollback(capsys: Output, run: Path) -> None:
     assert prints(capsys, "rollback", str(run), "--user", "u7", "--version", "2") == ["version 4 is current"]
     assert prints(capsys, "show", str(run), "--user", "u7")[2] == "  passes: 3"
     said = fails(capsys, "rollback", str(run), "--user", "u7", "--version", "9")
-    assert said == "--user u7: nothing to go back to; version 4 is current and earlier ones are 3"
+    assert said == "--user u7: cannot be rolled back; version 4 is current and earlier ones are 3"
     assert fails(capsys, "rollback", str(run), "--user", "u8").endswith("there are no earlier ones")
 
 
@@ -87,7 +87,7 @@ def test_delete(capsys: Output, run: Path) -> None:
 
 def test_check(capsys: Output, run: Path) -> None:
     assert main(["users", "check", str(run)]) == 0
-    assert capsys.readouterr() == ("", "nothing is wrong\n")
+    assert capsys.readouterr() == ("", "no damage found\n")
     (path,) = (run / "users" / "blobs").iterdir()
     path.write_bytes(b"\xff" * path.stat().st_size)
     (run / "users" / "blobs" / "stray").write_bytes(b"x")

@@ -92,7 +92,7 @@ def test_usage_errors_are_one_line(run: Path, tmp_path: Path, capsys: Output) ->
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and said in err
     assert main(["users", "update", str(run)]) == 0
-    assert capsys.readouterr().err.endswith("nobody waits\n")
+    assert capsys.readouterr().err.endswith("no user is queued\n")
 
 
 Start = Callable[..., subprocess.Popen[bytes]]

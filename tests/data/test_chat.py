@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proper.data.chat import ChatFormat, Message, plain_prompt, uses_chat_template
+from proper.data.chat import ChatFormat, TextMessage, plain_prompt, uses_chat_template
 from proper.data.encoder import Encoder
 from proper.errors import ConfigError, InputError
 
@@ -52,8 +52,13 @@ def test_a_users_text_never_becomes_a_control_token(tokenizer_kinds: ModuleType,
     encoder = Encoder(tokenizer(tokenizer_kinds), 10**6, chat=True)
     control = set(encoder.names.values())
     assert [i for i in encoder.prompt(text) if i in control] == [i for i in encoder.prompt("x") if i in control]
-    turns = [Message("system", text), Message("user", text), Message("assistant", text), Message("user", text)]
-    plain = [Message(turn.role, "x") for turn in turns]
+    turns = [
+        TextMessage("system", text),
+        TextMessage("user", text),
+        TextMessage("assistant", text),
+        TextMessage("user", text),
+    ]
+    plain = [TextMessage(turn.role, "x") for turn in turns]
     found = [i for i in encoder.untruncated(turns) if i in control]
     assert found == [i for i in encoder.untruncated(plain) if i in control]
 
@@ -88,7 +93,7 @@ def test_a_template_without_control_tokens_ends_with_the_tokenizers_own(tokenize
 def test_refused_messages_and_long_templates_are_clear_errors(tokenizer_kinds: ModuleType) -> None:
     encoder = Encoder(tokenizer(tokenizer_kinds, STRICT), 100, chat=True)
     with pytest.raises(InputError, match="chat template refuses these messages: no system"):
-        encoder.untruncated([Message("system", "a"), Message("user", "b")])
+        encoder.untruncated([TextMessage("system", "a"), TextMessage("user", "b")])
     with pytest.raises(ConfigError, match="compute.max_length: 16 is too short for the chat template"):
         Encoder(tokenizer(tokenizer_kinds), 16, chat=True)
 
@@ -103,10 +108,10 @@ def test_auto_means_where_there_is_a_template(tokenizer_kinds: ModuleType) -> No
 
 def test_without_a_template_a_conversation_is_written_out(tokenizer_kinds: ModuleType) -> None:
     turns = [
-        Message("system", "Be brief."),
-        Message("user", "Hello"),
-        Message("assistant", "Hi."),
-        Message("user", "Who?"),
+        TextMessage("system", "Be brief."),
+        TextMessage("user", "Hello"),
+        TextMessage("assistant", "Hi."),
+        TextMessage("user", "Who?"),
     ]
     assert plain_prompt(turns) == "System: Be brief.\nUser: Hello\nAssistant: Hi.\nUser: Who?\nAssistant:"
     assert plain_prompt(turns[1:2]) == "Hello"

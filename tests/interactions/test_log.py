@@ -49,7 +49,7 @@ def test_who_is_new_is_new_once(log: InteractionLog) -> None:
     with pytest.raises(ExistsError):
         log.append("", "ann", [ONE], new=True)
     assert log.count("", "ann") == 0 and log.queue.fit("", "ann").state == "idle"
-    assert list(log.people("")) == ["ann"] and list(log.people("", "ann")) == []
+    assert list(log.users("")) == ["ann"] and list(log.users("", "ann")) == []
 
 
 def test_a_queue_is_first_come_first_served(log: InteractionLog) -> None:

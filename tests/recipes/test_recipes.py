@@ -39,7 +39,7 @@ from proper.training.groups import GroupsStage
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 SEQUENCE = ("stage1_population", "stage2_groups", "stage3a_users", "stage3b_router")
-PEOPLE = 6
+USERS = 6
 
 
 def load_recipe(name: str) -> ModuleType:
@@ -87,7 +87,7 @@ def run(backbone_folder: Path) -> Run:
         with pytest.MonkeyPatch.context() as patch:
             patch.syspath_prepend(FOLDER)
             recipe = load_recipe(name)
-        vars(recipe).update({"OUT": out, "BACKBONE": str(backbone_folder), "PEOPLE": PEOPLE, **constants})
+        vars(recipe).update({"OUT": out, "BACKBONE": str(backbone_folder), "USERS": USERS, **constants})
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             recipe.main()
@@ -125,7 +125,7 @@ def demo_rows(
     backbone: Backbone, folder: Path
 ) -> tuple[dict[str, list[EncodedExample]], dict[str, list[EncodedExample]]]:
     """Everybody's history and queries, as the recipes have them."""
-    history, queries = load_recipe("demo_rows").demo_rows(folder, PEOPLE, 0, Encoder(backbone.tokenizer, 128))
+    history, queries = load_recipe("demo_rows").demo_rows(folder, USERS, 0, Encoder(backbone.tokenizer, 128))
     return history, queries
 
 
@@ -135,10 +135,10 @@ def group_model(out: Path, folder: Path) -> tuple[ProperModel, Tensor, dict[str,
     apply_population(backbone, out / "population")
     model = ProperModel(backbone)
     model.add_experts(GroupsConfig(), seed=7)
-    tensors, facts = load_tensors(out / "groups.safetensors")
+    tensors, metadata = load_tensors(out / "groups.safetensors")
     for name, parameter in model.group_parameters().items():
         parameter.data.copy_(tensors[name])
-    return model, tensors["embeddings"], {user: at for at, user in enumerate(facts["people"])}
+    return model, tensors["embeddings"], {user: at for at, user in enumerate(metadata["users"])}
 
 
 def held_out(model: ProperModel, out: Path, rows_of: Callable[[Tensor], RowContext], people: dict[str, int]) -> float:
@@ -232,7 +232,7 @@ def test_stage_3a_trains_everybody_as_if_alone(
 
 @pytest.mark.slow
 def test_the_recipes_run_in_sequence_as_programs(tmp_path: Path) -> None:
-    environment = {**os.environ, "PEOPLE": "10", "EPOCHS": "3"}
+    environment = {**os.environ, "USERS": "10", "EPOCHS": "3"}
     told = {}
     for name in SEQUENCE:
         command = [sys.executable, str(FOLDER / f"{name}.py")]

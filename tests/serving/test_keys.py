@@ -198,7 +198,7 @@ def test_a_run_is_opened_again_on_purpose_only(tmp_path: Path, capsys: pytest.Ca
     assert "there are keys; revoke them first" in capsys.readouterr().err
     keys = Keys(tmp_path / FILE)
     assert main(["keys", "revoke", str(tmp_path), keys.principals()[0].id]) == 0
-    assert "no key is left, so no request is answered" in capsys.readouterr().err and keys.required
+    assert "no key is left, so every request is refused" in capsys.readouterr().err and keys.required
     assert main(["keys", "open", str(tmp_path)]) == 0 and not keys.required
     modes = {path.stat().st_mode & 0o077 for path in (tmp_path / "serving", *(tmp_path / "serving").iterdir())}
     assert modes == {0}

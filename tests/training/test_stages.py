@@ -110,7 +110,7 @@ def test_groups_trained_again_in_place_are_not_served_with_old_adapters(
     runner().run(tuple(Stage))
     folder = tmp_path / "run"
     (folder / "groups" / "stage.json").unlink()
-    with pytest.raises(RunFolderError, match="users: made for groups that are gone; delete it as well"):
+    with pytest.raises(RunFolderError, match="users: was trained on groups that no longer exist; delete it too"):
         runner().run(["groups"])
     (folder / "users" / "stage.json").unlink()
     # The same groups come out again, and the adapters are theirs.

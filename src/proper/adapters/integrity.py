@@ -60,8 +60,8 @@ class Finding:
 
 def one_line(path: Path, text: str) -> str:
     """Return an SQLite message as one line that names the file."""
-    said = " ".join(text.split())
-    return said if said.startswith(str(path)) else f"{path}: {said}"
+    message = " ".join(text.split())
+    return message if message.startswith(str(path)) else f"{path}: {message}"
 
 
 def check(store: AdapterStore, repair: bool = False) -> list[Finding]:
@@ -73,11 +73,11 @@ def check(store: AdapterStore, repair: bool = False) -> list[Finding]:
     if repair and store.manifest.read_only:
         raise read_only_error(store.manifest.path)
     try:
-        said = [row[0] for row in store.manifest.read("PRAGMA quick_check")]
+        messages = [row[0] for row in store.manifest.read("PRAGMA quick_check")]
     except StoreError as error:
-        said = [str(error)]
-    if said != ["ok"]:
-        return [Finding("manifest", one_line(store.manifest.path, text)) for text in said]
+        messages = [str(error)]
+    if messages != ["ok"]:
+        return [Finding("manifest", one_line(store.manifest.path, text)) for text in messages]
     if not store.manifest.read_only:
         erase(store.blobs, store.manifest)
     findings: list[Finding] = []
@@ -127,13 +127,13 @@ def _nonsense(store: AdapterStore, row: ManifestRow) -> str | None:
         return "its embedding is cut off"
     try:
         if not isinstance(json.loads(row.facts), dict):
-            return "its facts are not a mapping"
+            return "its metadata is not a mapping"
     except ValueError:
-        return "its facts are not JSON"
+        return "its metadata is not JSON"
     if row.blob is None:
         return "no adapter, on the tier 'users'" if row.tier == "users" else None
     if not _BLOB.fullmatch(row.blob) or not isinstance(row.offset, int) or row.offset < 0:
-        return f"no such place: {row.blob!r} at {row.offset!r}"
+        return f"no such byte range: {row.blob!r} at {row.offset!r}"
     try:
         size = store.spec(row).size
     except (StoreError, ValueError) as error:
@@ -201,7 +201,7 @@ def _embedding_is_sound(store: AdapterStore, row: ManifestRow) -> bool:
 def _orphan_files(store: AdapterStore, repair: bool) -> Iterator[Finding]:
     manifest = store.manifest
     # No writer may be between writing a blob and committing its row.
-    with nullcontext() if manifest.read_only else store.writing(alone=True):
+    with nullcontext() if manifest.read_only else store.writing(exclusive=True):
         owned = {row[0] for row in manifest.read("SELECT DISTINCT blob FROM records")}
         owned |= {shard_name(number) for number in manifest.shards()}
         owned |= {row[0] for row in manifest.read("SELECT blob FROM erasures")}
@@ -209,7 +209,7 @@ def _orphan_files(store: AdapterStore, repair: bool) -> Iterator[Finding]:
             if path.name not in owned:
                 size = path.lstat().st_size
                 done = _put_file_aside(store.folder, path) if repair else ""
-                yield Finding("orphan-file", f"{path}: {size} bytes that nobody owns", repair=done)
+                yield Finding("orphan-file", f"{path}: {size} bytes that no record refers to", repair=done)
 
 
 def _orphan_bytes(store: AdapterStore, number: int, size: int, repair: bool) -> Iterator[Finding]:
@@ -233,7 +233,7 @@ def _orphan_bytes(store: AdapterStore, number: int, size: int, repair: bool) -> 
     if not store.manifest.read_only:
         wiped += _cut_tail(store, number, repair)
     if wiped:
-        text = f"{path}: {wiped} bytes that nobody owns"
+        text = f"{path}: {wiped} bytes that no record refers to"
         yield Finding("orphan-bytes", text, repair=f"moved to {store.paths.quarantine}" if repair else "")
 
 
@@ -282,9 +282,9 @@ def _put_bytes_aside(users: Path, file: int, name: str, start: int, end: int) ->
 
 def _put_row_aside(users: Path, row: Mapping[str, Any]) -> None:
     """Write a manifest row into quarantine as JSON, bytes as hexadecimal digits."""
-    told = {key: value.hex() if isinstance(value, bytes) else value for key, value in row.items()}
+    values = {key: value.hex() if isinstance(value, bytes) else value for key, value in row.items()}
     # JSON has no NaN, and a damaged row may contain any value.
-    write_json(_quarantined(users, "row.json"), json.loads(json.dumps(told, default=str), parse_constant=str))
+    write_json(_quarantined(users, "row.json"), json.loads(json.dumps(values, default=str), parse_constant=str))
 
 
 def _quarantined(users: Path, name: str) -> Path:

@@ -128,8 +128,8 @@ class AdapterStore:
                 prepared = [prepare(record, self.writer, self.file_bytes) for record in records]
                 self.writer.sync()
                 with self.manifest.transaction():
-                    living = list(self._living(prepared))
-                    commit(self.manifest, self.tenant, living, self.writer.sizes(), self.keep)
+                    kept = list(self._without_deleted(prepared))
+                    commit(self.manifest, self.tenant, kept, self.writer.sizes(), self.keep)
             except BaseException as error:
                 with suppress(StoreError, OSError):  # bytes left behind are reported by `check` as orphans
                     self.writer.undo()
@@ -139,7 +139,7 @@ class AdapterStore:
             self.writer.done()
         erase(self.blobs, self.manifest)
 
-    def _living(self, prepared: Iterable[Prepared]) -> Iterator[Prepared]:
+    def _without_deleted(self, prepared: Iterable[Prepared]) -> Iterator[Prepared]:
         """Skip deleted users, and schedule their bytes for erasure (inside a transaction).
 
         A deletion writes its tombstone before it removes records, so this check cannot miss a running deletion.
@@ -158,11 +158,11 @@ class AdapterStore:
             yield
 
     @contextmanager
-    def writing(self, alone: bool = False) -> Iterator[None]:
-        """Hold the lock for writing blobs whose rows are not committed yet: shared, or exclusive with `alone`."""
+    def writing(self, exclusive: bool = False) -> Iterator[None]:
+        """Hold the lock for writing blobs whose rows are not committed yet: shared, or exclusively."""
         if self.manifest.read_only:
             raise read_only_error(self.manifest.path)
-        with locked(self.paths.lock, shared=not alone):
+        with locked(self.paths.lock, shared=not exclusive):
             yield
 
     def get(self, user: str, version: int | None = None, *, coded: bool = False) -> UserRecord | None:
@@ -217,8 +217,8 @@ class AdapterStore:
             StoreError: the new version cannot be written.
         """
         with self.manifest.transaction():
-            held = self.manifest.versions(self.tenant, key_of(user))
-            chosen = [row for row in held[1:] if to in (None, row.version)]
+            versions = self.manifest.versions(self.tenant, key_of(user))
+            chosen = [row for row in versions[1:] if to in (None, row.version)]
             if not chosen:
                 wanted = "an earlier version" if to is None else f"a version {to} to go back to"
                 raise NoVersionError(f"{self.folder}: user {user!r} does not have {wanted}")

@@ -140,5 +140,5 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def _after_interruption(arguments: Sequence[str]) -> str:
     if arguments and arguments[0] in {"demo", "run", "evaluate", "data"}:
-        return "the same command goes on where this one stopped"
+        return "the same command continues where this one stopped"
     return "the same command starts again"

@@ -84,8 +84,7 @@ def fetch(
     dataset = DATASETS.get(name.lower())
     if dataset is not None:
         folder = out or Path("data") / dataset.name
-        _agree(dataset.license, yes)
-        fetch_dataset(dataset, folder, url)
+        fetch_dataset(dataset, folder, url, lambda: _agree(dataset.license, yes))
     else:
         task = fetchable_task(name)
         folder = out or Path("data") / (task.name if split == "user" else f"{task.name}-time")

@@ -121,7 +121,9 @@ def _requests(
         requests = from_file(path, user, load_run_config(require_run(folder).config).data.user)
         nameless = sum(request.user is None for request in requests)
         if nameless:
-            logger.info(f"{path}: {nameless} of {len(requests)} lines name no user; the mean of all users answers them")
+            logger.info(
+                f"{path}: {nameless} of {len(requests)} lines have no user; the mean over all users answers them"
+            )
         return requests
     if fields:
         return [from_fields(user, fields)]

@@ -68,7 +68,7 @@ def revoke(
     keys.revoke(key)
     if not len(keys):
         logger.info(
-            f"proper: no key is left, so no request is answered; 'proper keys open {folder}' lets this machine in"
+            f"proper: no key is left, so every request is refused; 'proper keys open {folder}' accepts this machine's"
         )
 
 
@@ -83,4 +83,4 @@ def open_run(folder: RunFolder) -> None:
     from proper.serving.keys import FILE, Keys
 
     Keys(folder / FILE).open()
-    logger.info("proper: the run has no keys now; a server of it answers everybody on its own machine")
+    logger.info("proper: the run has no keys now; its server accepts every request of its own machine")

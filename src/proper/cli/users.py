@@ -105,10 +105,12 @@ def rollback(
     that a second rollback undoes the first.
     """
     with opened(folder) as store:
-        held = [each.version for each in store.versions(known(store, user))]
-        if len(held) < 2 or version not in (None, *held[1:]):
-            others = f"earlier ones are {', '.join(map(str, held[1:]))}" if held[1:] else "there are no earlier ones"
-            raise InputError(f"--user {user}: nothing to go back to; version {held[0]} is current and {others}")
+        versions = [each.version for each in store.versions(known(store, user))]
+        if len(versions) < 2 or version not in (None, *versions[1:]):
+            others = (
+                f"earlier ones are {', '.join(map(str, versions[1:]))}" if versions[1:] else "there are no earlier ones"
+            )
+            raise InputError(f"--user {user}: cannot be rolled back; version {versions[0]} is current and {others}")
         typer.echo(f"version {store.rollback(user, version)} is current")
 
 
@@ -171,7 +173,7 @@ def check(
     for found in findings:
         typer.echo(_line(asdict(found)) if as_json else f"{found.text}{found.repair and '; ' + found.repair}")
     left = sum(not found.repair for found in findings)
-    logger.info(f"{len(findings)} found, {left} left" if findings else "nothing is wrong")
+    logger.info(f"{len(findings)} found, {left} left" if findings else "no damage found")
     _require_gone(waits)
     if left:
         raise typer.Exit(1)
@@ -180,9 +182,9 @@ def check(
 def _require_gone(waits: list[str]) -> None:
     """Exit with code 1 and print the reasons if data of deleted users is left."""
     for wait in waits:
-        logger.warning(f"not gone yet: {wait}")
+        logger.warning(f"data is left: {wait}")
     if waits:
-        logger.info("'proper users check' goes on with the deletion, as does every command that writes into the run")
+        logger.info("'proper users check' continues the deletion, as does every command that writes into the run")
         raise typer.Exit(1)
 
 

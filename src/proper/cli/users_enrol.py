@@ -46,7 +46,7 @@ def enrol(folder: RunFolder, user: OneUser, input_file: Annotated[Path, _INPUT])
     entries = _entries(folder, user, input_file)
     with _users(folder) as users:
         if user in users:
-            raise InputError(f"--user {user}: is there already; 'proper users update' adds to what they have")
+            raise InputError(f"--user {user}: exists already; 'proper users update' adds interactions")
         _append(users, user, entries, new=True)
 
 
@@ -76,10 +76,10 @@ def update(
     version; 'proper users rollback' goes back. With --watch this is the fit worker of 'proper serve'.
     """
     if input_file is not None and user is None:
-        raise InputError("--input: whose? Give --user as well")
+        raise InputError("--input: the user is missing; give --user as well")
     if watch:
         if user is not None:
-            raise InputError("--watch: fits everybody who waits; leave --user out")
+            raise InputError("--watch: fits all queued users; leave --user out")
         _watch(folder, parent)
         return
     entries = [] if user is None or input_file is None else _entries(folder, user, input_file)
@@ -132,7 +132,7 @@ def _fitter(folder: Path) -> Iterator[Callable[[], Fitter]]:
 def _append(users: Users, user: str, entries: list[LogEntry], *, new: bool) -> None:
     with users.log.queue.lock(wait=False) as free:
         if not free:
-            logger.info("another process is fitting somebody; waiting for it")
+            logger.info("another process is fitting a user; waiting for it")
     with _bar(f"fit {user if user.isprintable() else 'the user'}") as heard:
         users.append(user, entries, new=new, heard=heard)
     _print(users, user)
@@ -152,9 +152,9 @@ def _fit_all(users: Users) -> None:
         if fit.state == "failed":
             logger.warning(f"user {user!r} could not be fitted: {fit.message}")
     if not waiting:
-        logger.info("nobody waits")
+        logger.info("no user is queued")
     if failed:
-        raise ProperError(f"{failed} of {len(waiting)} could not be fitted")
+        raise ProperError(f"{failed} of {len(waiting)} users could not be fitted")
 
 
 def _print(users: Users, user: str) -> None:
@@ -202,6 +202,6 @@ def _watch(folder: Path, parent: int | None) -> None:
             # Messages of fits name users, and user ids stay out of a server's log.
             users.worker.watch(heard)
     except _Ended:
-        logger.info("proper: the worker stops; what it was at is queued again")
+        logger.info("proper: the fit worker stops; an unfinished fit is queued again")
     finally:
         signal.signal(signal.SIGTERM, before)

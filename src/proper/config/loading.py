@@ -77,25 +77,25 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not separator or not key.strip():
         raise ConfigError(f"--set {override}: write it as section.key=value")
     *sections, last = key.strip().split(".")
-    place = raw
+    values = raw
     for section in sections:
-        inner = place.get(section)
+        inner = values.get(section)
         if not isinstance(inner, dict):
-            inner = place[section] = {}
-        place = inner
+            inner = values[section] = {}
+        values = inner
     try:
-        place[last] = yaml.safe_load(text)
+        values[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not YAML") from error
 
 
 def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     data = raw.get("data")
-    places = [(data, "path")] if isinstance(data, dict) else []
-    for place, key in [*places, (raw, "backbone")]:
-        value = place.get(key)
+    sections = [(data, "path")] if isinstance(data, dict) else []
+    for section, key in [*sections, (raw, "backbone")]:
+        value = section.get(key)
         if isinstance(value, str) and not Path(value).exists() and (folder / value).exists():
-            place[key] = str((folder / value).resolve())
+            section[key] = str((folder / value).resolve())
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

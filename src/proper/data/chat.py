@@ -35,7 +35,7 @@ class Turn(Protocol):
 
 
 @dataclass(frozen=True)
-class Message:
+class TextMessage:
     """A message of a conversation."""
 
     role: str
@@ -76,7 +76,7 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Any, names: Iterable[str]) -> None:
         self._tokenizer, self._names = tokenizer, tuple(names)
-        self.before, _, self.after = self.render([Message("user", _CONTENT)]).partition(_CONTENT)
+        self.before, _, self.after = self.render([TextMessage("user", _CONTENT)]).partition(_CONTENT)
         self.closing = self._find_closing()
 
     def render(self, turns: Sequence[Turn]) -> str:
@@ -96,7 +96,7 @@ class ChatFormat:
         return str(text)
 
     def _find_closing(self) -> str | None:
-        turns = [Message("user", "a"), Message("assistant", _CONTENT)]
+        turns = [TextMessage("user", "a"), TextMessage("assistant", _CONTENT)]
         _, _, rest = self._apply(turns, answered=True).partition(_CONTENT)
         found = [piece for piece, special in pieces(rest, self._names) if special]
         return found[0] if found else None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from proper.data.chat import MARK, ChatFormat, Message, Turn, cut_names, pieces, plain_prompt, special_names
+from proper.data.chat import MARK, ChatFormat, TextMessage, Turn, cut_names, pieces, plain_prompt, special_names
 from proper.errors import ConfigError, InputError
 
 _TAIL = 16
@@ -108,7 +108,7 @@ class Encoder:
         """
         if self.chat is None:
             return self.start + self.tokens(prompt if isinstance(prompt, str) else plain_prompt(prompt))
-        return self._templated(self.chat.render([Message("user", prompt)] if isinstance(prompt, str) else prompt))
+        return self._templated(self.chat.render([TextMessage("user", prompt)] if isinstance(prompt, str) else prompt))
 
     def answer(self, text: str) -> tuple[int, ...]:
         """Encode an answer with its EOS token, truncated to half of `max_length`."""

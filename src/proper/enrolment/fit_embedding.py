@@ -53,7 +53,7 @@ class FittedEmbedding:
 
 
 def fit_embedding(
-    setting: Setting, user: str, items: Sequence[EncodedExample], held: int, start: Float[Tensor, "D"]
+    setting: Setting, user: str, items: Sequence[EncodedExample], held_out: int, start: Float[Tensor, "D"]
 ) -> FittedEmbedding:
     """Fit a user's embedding.
 
@@ -61,17 +61,17 @@ def fit_embedding(
         setting: model and hyperparameters.
         user: the user's id; seeds the order of items.
         items: the items, oldest first.
-        held: how many of the newest items are held out for early stopping; with 0, all passes are made.
+        held_out: how many of the newest items are held out for early stopping; with 0, all passes are made.
         start: the initial embedding.
 
     Raises:
         NonFiniteLossError: a step's loss is not finite.
     """
-    if not held:
+    if not held_out:
         return FittedEmbedding(_descend(setting, user, items, start, setting.passes)[-1], (), setting.passes)
-    older, newest = items[:-held], items[-held:]
+    older, newest = items[:-held_out], items[-held_out:]
     tried = [start, *_descend(setting, user, older, start, setting.passes)]
-    losses = [_held_loss(setting, newest, embedding) for embedding in tried]
+    losses = [_held_out_loss(setting, newest, embedding) for embedding in tried]
     best = losses.index(min(losses))
     final = _descend(setting, user, items, start, best)[-1] if best else start
     return FittedEmbedding(final, tuple(losses), best)
@@ -106,7 +106,7 @@ def _gradient(setting: Setting, item: EncodedExample, values: Float[Tensor, "1 D
 
 
 @torch.no_grad()
-def _held_loss(setting: Setting, items: Sequence[EncodedExample], embedding: Float[Tensor, "D"]) -> float:
+def _held_out_loss(setting: Setting, items: Sequence[EncodedExample], embedding: Float[Tensor, "D"]) -> float:
     """Return the mean loss per answer token; infinity if it is not finite."""
     own, total, tokens = embedding.unsqueeze(0).to(setting.model.device), 0.0, 0.0
     for at in range(0, len(items), MEASURED):

@@ -59,7 +59,7 @@ def remove(store: AdapterStore, log: InteractionLog, user: str, patience: float 
     if away := links_out_of(run):
         raise StoreError(f"{away[0]}: is a symbolic link out of the run folder and is not followed; remove it first")
     if store.tenant == DEFAULT_TENANT:
-        _require_rest(run, user)
+        _require_no_training(run, user)
     found = store.head(user) is not None or log.knows(store.tenant, user)
     deletion = log.deletions.begin(store.tenant, user)
     return Removal(found, deletion.job, tuple(_work(store, log, deletion, patience)))
@@ -112,7 +112,7 @@ def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: f
     try:
         store.tombstones.add(store.tenant, user)
         if store.tenant == DEFAULT_TENANT:
-            _require_rest(run, user)
+            _require_no_training(run, user)
         with locked(RunFolder(run).writers_lock, patience=patience) as alone:
             if alone is None:
                 waits.append(f"{run}: another command writes into it")
@@ -121,8 +121,8 @@ def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: f
             for folder in nested_runs(run):
                 users = RunFolder(folder).users
                 if users.path != store.folder and users.manifest.is_file():
-                    with _both(users.path, store.tenant) as (theirs, logged):
-                        waits += _remove(theirs, logged, user, patience)
+                    with _opened(users.path, store.tenant) as (nested, nested_log):
+                        waits += _remove(nested, nested_log, user, patience)
             waits += _remove(store, log, user, patience)
     except (ProperError, OSError) as error:
         waits.append(str(error))
@@ -132,9 +132,9 @@ def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: f
 def _remove_files(run: Path, user: str) -> list[str]:
     waits = []
     sweep(run)
-    for place, path in files_of(run):
+    for kind, path in files_of(run):
         try:
-            place.remove(path, user)
+            kind.remove(path, user)
         except (OSError, ProperError) as error:
             waits.append(f"{path}: {getattr(error, 'strerror', None) or error}")
     return waits
@@ -154,13 +154,13 @@ def _remove(store: AdapterStore, log: InteractionLog, user: str, patience: float
 
 
 @contextmanager
-def _both(folder: Path, tenant: str) -> Iterator[tuple[AdapterStore, InteractionLog]]:
+def _opened(folder: Path, tenant: str) -> Iterator[tuple[AdapterStore, InteractionLog]]:
     """Open a store and its log while the block runs."""
     with closing(AdapterStore(folder, tenant)) as store, closing(InteractionLog(folder)) as log:
         yield store, log
 
 
-def _require_rest(run: Path, user: str) -> None:
+def _require_no_training(run: Path, user: str) -> None:
     """Require that no stage is being trained on data of the user."""
     busy = next((folder / name for folder in nested_runs(run) for name in UNFINISHED if (folder / name).exists()), None)
     if busy is not None and any(True for _ in run_rows(run, user)):

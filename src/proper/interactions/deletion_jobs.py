@@ -40,9 +40,9 @@ class Deletions:
     def begin(self, tenant: str, user: str) -> Deletion:
         """Record the deletion of a user durably and return it; if one is unfinished already, return that one."""
         with self.database.transaction():
-            held = self.of(tenant, user)
-            if held is not None:
-                return held
+            running = self.of(tenant, user)
+            if running is not None:
+                return running
             self.database.write("DELETE FROM deletions WHERE ended < ?", (time.time() - KEPT_SECONDS,))
             job = secrets.token_hex(16)
             values = (job, tenant, key_of(user))

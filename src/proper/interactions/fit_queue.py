@@ -115,13 +115,13 @@ class FitQueue:
             rows = self.database.read(query, values)
             if not rows:
                 return None
-            (theirs, key, wanted), number = rows[0], self._next("claim")
+            (owner, key, wanted), number = rows[0], self._next("claim")
             self.database.write(
                 """UPDATE fits SET state = 'fitting', claim = ?, attempts = attempts + 1, progress = 0,
                 phase = 'waiting', message = NULL WHERE tenant = ? AND user = ?""",
-                (number, theirs, key),
+                (number, owner, key),
             )
-        return Claim(theirs, user_of(key), number, wanted)
+        return Claim(owner, user_of(key), number, wanted)
 
     def advance(self, claim: Claim, progress: float, phase: str) -> bool:
         """Record the progress of a fit; return False if the claim is void, because the user was deleted."""
@@ -163,10 +163,10 @@ class FitQueue:
         """
         if self.database.read_only:
             raise read_only_error(self.database.path)
-        with locked(lock_path(self.database.path), patience=None if wait else 0) as held:
-            if held is not None:
+        with locked(lock_path(self.database.path), patience=None if wait else 0) as lock:
+            if lock is not None:
                 self._recover()
-            yield held is not None
+            yield lock is not None
 
     def _recover(self) -> None:
         left = self.database.read("SELECT tenant, user, claim, wanted, attempts FROM fits WHERE state = 'fitting'")

@@ -215,7 +215,7 @@ class InteractionLog:
         """Return whether the log knows a user."""
         return bool(self.database.read("SELECT 1 FROM people WHERE tenant = ? AND user = ?", (tenant, key_of(user))))
 
-    def people(self, tenant: str, after: str | None = None) -> Iterator[str]:
+    def users(self, tenant: str, after: str | None = None) -> Iterator[str]:
         """Yield a tenant's users, ordered by id in UTF-8, from the beginning or `after` a user."""
         select, order = "SELECT user FROM people WHERE tenant = ?", f"ORDER BY user LIMIT {_PAGE}"
         following = f"{select} AND user > ? {order}"

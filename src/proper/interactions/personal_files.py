@@ -58,10 +58,10 @@ def work_folder(users: Path, tenant: str, user: str) -> Path:
 def files_of(run: Path) -> Iterator[tuple[PersonalFile, Path]]:
     """Yield every file, other than stores and logs, that can have a user's data, with its kind."""
     for folder in nested_runs(run):
-        for place in PERSONAL_FILES:
-            for path in sorted(folder.glob(place.pattern)):
+        for kind in PERSONAL_FILES:
+            for path in sorted(folder.glob(kind.pattern)):
                 if path.is_file():
-                    yield place, path
+                    yield kind, path
 
 
 def remove_deleted(run: RunFolder) -> None:
@@ -78,7 +78,7 @@ def remove_deleted(run: RunFolder) -> None:
 def _from_lines(path: Path, user: str) -> None:
     """Remove a user's lines from a JSONL file."""
 
-    def theirs(line: bytes) -> bool:
+    def is_of_user(line: bytes) -> bool:
         try:
             row = json.loads(line)
         except ValueError:
@@ -88,7 +88,7 @@ def _from_lines(path: Path, user: str) -> None:
     if not _mentions(path, user):
         return
     with atomic_path(path) as temporary, path.open("rb") as lines, temporary.open("wb") as kept:
-        kept.writelines(line for line in lines if not theirs(line))
+        kept.writelines(line for line in lines if not is_of_user(line))
 
 
 def _from_json(path: Path, user: str) -> None:
@@ -130,10 +130,10 @@ def _derived(path: Path, user: str) -> None:
     """Remove derived data, which can be regenerated; it may assign the user's texts to other users."""
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as data:
-            held = data.execute("SELECT 1 FROM users WHERE id = ?", (user,)).fetchone() is not None
+            found = data.execute("SELECT 1 FROM users WHERE id = ?", (user,)).fetchone() is not None
     except sqlite3.Error:
-        held = True  # half-written: it has to be regenerated in any case
-    if held:
+        found = True  # half-written: it has to be regenerated in any case
+    if found:
         path.unlink(missing_ok=True)
 
 

@@ -185,7 +185,7 @@ def names(axes: Axes, columns: Sequence[tuple[str, str]]) -> None:
             axes.annotate(below, (at, 0), (0, -36), color=color("soft"), **style)
 
 
-def value_axis(axes: Axes, pad: float = 0.08, ticks: int = 4, integer: bool = False, across: bool = False) -> None:
+def value_axis(axes: Axes, pad: float = 0.08, ticks: int = 5, integer: bool = False, across: bool = False) -> None:
     """Give an axis round ticks, a margin of `pad` of its range, and a darker line at 0 if 0 is in its range."""
     from matplotlib.ticker import MaxNLocator
 

@@ -58,7 +58,7 @@ def columns_with_values(
         hue = "same" if row.method == "base" else "accent"
         charts.whiskers(drawing, [at], [(row.value, row.interval)], [tips[at]], hue, size=150)
         top = max(row.value, row.interval[1] if row.interval else row.value)
-        style: Any = {"textcoords": "offset points", "ha": "center", "weight": "bold"}
+        style: Any = {"textcoords": "offset points", "ha": "center", "weight": "bold", "gid": "value"}
         drawing.axes.annotate(plain(row.value), (at, top), (0, 10), **style)
     charts.names(drawing.axes, columns)
     charts.value_axis(drawing.axes, pad=0.16)

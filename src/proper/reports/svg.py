@@ -99,7 +99,7 @@ def _tidy(element: Element) -> None:
     """Drop what a reader does not need, round positions, and replace the palette's colours by their variables."""
     for name in [name for name in element.attrib if "}" in name]:
         element.attrib[name.rpartition("}")[2]] = element.attrib.pop(name)
-    if element.tag in {"g", "text"} and (name := element.attrib.pop("id", "")) in {"name", "line"}:
+    if element.tag in {"g", "text"} and (name := element.attrib.pop("id", "")) in {"name", "line", "value"}:
         element.set("class", name)
     # Clip paths are not kept: nothing is drawn outside its panel, except what shall be.
     element.attrib.pop("clip-path", None)

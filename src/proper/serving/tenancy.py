@@ -69,7 +69,7 @@ class TenantUsers:
 
     def users(self, after: str | None) -> Iterator[tuple[str, str]]:
         """Yield users and tiers, ordered by id."""
-        unfitted = ((user, Tier.NONE) for user in self.log.people(self.tenant, after))
+        unfitted = ((user, Tier.NONE) for user in self.log.users(self.tenant, after))
         both = heapq.merge(self.store.users(after), unfitted, key=lambda pair: pair[0].encode("utf-8", "surrogatepass"))
         # For a user in both, the store's entry comes first.
         return (next(pairs) for _, pairs in groupby(both, key=lambda pair: pair[0]))

@@ -2,6 +2,8 @@
 
 Trained parameters: experts, routers, and one embedding per user. Embeddings of users who are not in a batch do not
 change: embeddings have a learning rate, moments and step counts of their own.
+
+`recipes/stage2_groups.py` is the same as one flat loop.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Users are processed in cohorts that fit the bank; a step combines small batches of several users. The `load` callback
 puts a user's adapter into a slot.
+
+`recipes/stage3b_router.py` is the same as one flat loop.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ quarantine, and the step is repeated without that user.
 
 Results are passed to `done` right after a checkpoint that includes them. After a kill at any moment, users whose
 results were not passed on resume from the checkpoint, and the others are not trained again.
+
+`recipes/stage3a_users.py` is the same as one flat loop.
 """
 
 from __future__ import annotations

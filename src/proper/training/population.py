@@ -1,4 +1,7 @@
-"""Stage 1 training: one PEFT LoRA on the data of all users, then merged into the backbone (method: stage 1)."""
+"""Stage 1 training: one PEFT LoRA on the data of all users, then merged into the backbone (method: stage 1).
+
+`recipes/stage1_population.py` is the same as one flat loop.
+"""
 
 from __future__ import annotations
 

@@ -134,7 +134,8 @@ class StageRunner:
             return
         if self.run_folder.is_trained(Stage.USERS):
             raise RunFolderError(
-                f"{self.run_folder.users.path}: made for groups that are gone; delete it as well to train both again"
+                f"{self.run_folder.users.path}: was trained on groups that no longer exist; "
+                "delete it too, and run again to train both"
             )
         config = self.config.groups
         model.add_experts(config, seed_of(self.seed, "experts"))

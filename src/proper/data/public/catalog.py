@@ -109,13 +109,14 @@ organizers may have terms of their own. The file goes from the Anthology to this
 DATASETS: Mapping[str, PublicDataset] = MappingProxyType({each.name: each for each in _SETS})
 
 
-def fetch_dataset(dataset: PublicDataset, folder: Path, url: str | None = None) -> None:
+def fetch_dataset(dataset: PublicDataset, folder: Path, url: str | None, agree: Callable[[], None]) -> None:
     """Download a data set into `folder` and convert it; what is there already, and unchanged, is kept.
 
     Args:
         dataset: a data set of the catalog.
         folder: where the download, the Parquet files, `SHA256SUMS` and `LICENSE.txt` are written.
-        url: another address of the same file.
+        url: another address of the same file; None for the source.
+        agree: called before anything is downloaded; raises if the user does not agree to the license.
 
     Raises:
         InputError: the source needs an account and no `url` is given, or other files with these names exist.
@@ -131,6 +132,7 @@ def fetch_dataset(dataset: PublicDataset, folder: Path, url: str | None = None) 
         )
     url = url or dataset.source
     download.require_web_address("--url", url)
+    agree()
     original = folder / dataset.original
     download.fetch(url, original, _verifier(dataset, url))
     convert_dataset(dataset, original, folder)
