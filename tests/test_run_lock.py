@@ -55,6 +55,13 @@ COMMANDS = (
 )
 
 
+@pytest.mark.parametrize(("before", "after"), [(0o755, 0o700), (0o750, 0o750)])
+def test_a_folder_that_others_could_open_is_closed(run: Path, before: int, after: int) -> None:
+    run.chmod(before)
+    with exclusive(run):
+        assert run.stat().st_mode & 0o777 == after
+
+
 def test_a_second_process_is_told_who_works_there(
     run: Path, holder: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from proper.errors import RunFolderError
-from proper.files import locked, make_folder
+from proper.files import close_to_others, locked, make_folder
 from proper.run_folder import RunFolder
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder inside the block; the folder is created if it does not exist.
+    """Hold the lock of a run folder inside the block; the folder is created if it does not exist, and closed to others.
 
     The lock file contains the process id of the holder.
 
@@ -30,6 +30,7 @@ def exclusive(folder: Path) -> Iterator[None]:
             make_folder(folder)
             lock = stack.enter_context(locked(RunFolder(folder).lock, patience=0))
             if lock is not None:
+                close_to_others(folder)
                 os.ftruncate(lock, 0)
                 os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:

@@ -54,6 +54,12 @@ def left(users: Path) -> list[str]:
     return [path.name for path in files if any(mark in path.read_bytes() for mark in (SECRET.encode(), b"ann"))]
 
 
+def test_a_deletion_closes_a_run_that_others_could_open(users: Path, store: AdapterStore, log: InteractionLog) -> None:
+    users.parent.chmod(0o755)
+    assert not remove(store, log, "ann", 0).waits
+    assert users.parent.stat().st_mode & 0o777 == 0o700
+
+
 def test_a_reader_makes_a_deletion_wait_and_it_goes_on(users: Path, store: AdapterStore, log: InteractionLog) -> None:
     with closing(sqlite3.connect(users / "interactions.sqlite", isolation_level=None)) as reader:
         reader.execute("BEGIN")

@@ -6,14 +6,16 @@ import asyncio
 import json
 import shutil
 import socket
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
-from proper.serving.errors import APIError
+from proper.serving.errors import APIError, hide_users
 from proper.serving.limits import RateLimiter, ServeLimits
 from proper.serving.routes.generation import unless_gone
 
@@ -168,6 +170,38 @@ def test_prompts_and_users_stay_out_of_the_log(serve: Serve, long_run: Path, sma
     with asked.client() as client:
         client.get("/v1/users/u3")
     until(lambda: any(line.startswith("GET /v1/users/u3 200 ") for line in asked.log))
+
+
+def test_refusals_and_failures_keep_users_and_texts_out_of_the_log(
+    serve: Serve, tiny_run: Path, tmp_path: Path
+) -> None:
+    """The reply says it to the client; an error that the operator must see is logged without the user's id."""
+    folder = shutil.copytree(tiny_run, tmp_path / "tiny")
+    running = serve(folder)
+    lesson = [{"id": "1", "input": "a secret", "output": "x"}]
+    told = {
+        404: ("GET", "/v1/users/mary o'neil", None),
+        409: ("POST", "/v1/users", {"user": "u3", "interactions": []}),
+        400: ("POST", "/v1/completions", {**ASK, "model": "tiny", "prompt": [9_999_999], "user": "u3"}),
+    }
+    with running.client() as client:
+        for status, (method, path, body) in told.items():
+            assert client.request(method, path, json=body).status_code == status
+        client.post("/v1/users", json={"user": "ann", "interactions": lesson})
+        changed = [{**lesson[0], "output": "mary's other secret"}]
+        assert client.post("/v1/users/ann/interactions", json={"interactions": changed}).status_code == 409
+        with closing(sqlite3.connect(folder / "users/users.sqlite")) as store, store:
+            store.execute("UPDATE records SET tier = 'astray' WHERE user = ?", (b"u3",))
+        assert client.get("/v1/users/u3/versions").status_code == 500
+    until(lambda: running.log[-1].startswith("GET /v1/users/{user}/versions 500 "))
+    assert any(line.startswith("StoreError: user (hidden): unknown tier 'astray'") for line in running.log), running.log
+    found = [line for line in running.log for one in ("u3", "mary", "ann", "secret", "9999999") if one in line]
+    assert not found
+
+
+@pytest.mark.parametrize("user", ["u3", "o'neil", """'"' \\'""", "a\nuser 'b'", "", "x'"])
+def test_the_user_of_a_message_is_hidden(user: str) -> None:
+    assert hide_users(f"a/b: the adapter of user {user!r}: 'x'") == "a/b: the adapter of user (hidden): 'x'"
 
 
 def test_a_page_from_elsewhere_is_not_this_machine(small: Running) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore
 from proper.errors import InputError, ProperError, StoreError
-from proper.files import links_out_of, locked, sweep
+from proper.files import close_to_others, links_out_of, locked, sweep
 from proper.interactions.deletion_jobs import Deletion
 from proper.interactions.log import InteractionLog
 from proper.interactions.personal_files import files_of, remove_quarantine, remove_work
@@ -131,6 +131,7 @@ def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: f
 
 def _remove_files(run: Path, user: str) -> list[str]:
     waits = []
+    close_to_others(run)
     sweep(run)
     for kind, path in files_of(run):
         try:

@@ -20,7 +20,7 @@ from proper.interactions.log import InteractionLog
 from proper.serving.answers import Answers
 from proper.serving.auth import Authenticator
 from proper.serving.deletion_watch import DeletionWatch
-from proper.serving.errors import APIError, ErrorReply, one_line, without_folders
+from proper.serving.errors import APIError, ErrorReply, hide_users, one_line, without_folders
 from proper.serving.fit_process import FitProcess
 from proper.serving.json_bodies import check_surrogates, first_error
 from proper.serving.keys import Keys
@@ -63,7 +63,7 @@ def create_app(
     store = runner.engine.model.store
 
     def log_line(line: str) -> None:
-        log(one_line(line))
+        log(one_line(line if settings.log_users else hide_users(line)))
 
     interactions = None if store is None else InteractionLog(store.folder)
     # A separate connection: reading metrics does not wait for writes.
@@ -150,11 +150,14 @@ def _add_middleware(
 
 
 def _explain_errors(app: FastAPI, run: Path | None, log: Callable[[str], None]) -> None:
-    """Install handlers that turn every error into an `ErrorReply`; server-side paths go to the log only."""
+    """Install handlers that turn every error into an `ErrorReply`; server-side paths go to the log only.
+
+    What a refusal says goes to the client only: it may quote the request's texts.
+    """
 
     async def refused(_: Any, error: Exception) -> JSONResponse:
         refusal = _as_refusal(error)
-        if isinstance(error, ProperError):
+        if isinstance(error, ProperError) and not (isinstance(error, APIError) and error.status < 500):
             log(f"{type(error).__name__}: {error}")
         if run is not None:
             refusal.message = without_folders(refusal.message, run)

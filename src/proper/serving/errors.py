@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,15 @@ def without_folders(text: str, run: Path) -> str:
     return text
 
 
+def hide_users(text: str) -> str:
+    """Return a log message without user ids; messages name a user as `user 'ID'`, in Python's own quotes."""
+    return _QUOTED_USER.sub("user (hidden)", text)
+
+
 def one_line(text: str) -> str:
     """Return a log message with its control characters escaped, so that each event is one line."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_QUOTED_USER = re.compile(r"""\buser ('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
