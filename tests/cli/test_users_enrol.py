@@ -82,10 +82,10 @@ def test_bad_rows_are_named_and_leave_nothing(
 def test_usage_errors_are_one_line(run: Path, tmp_path: Path, capsys: Output) -> None:
     rows = written(tmp_path / "rows.jsonl", ROWS)
     for arguments, said in (
-        (["enrol", str(run), "--user", "u0", "--input", rows], "--user u0: is there already"),
+        (["enrol", str(run), "--user", "u0", "--input", rows], "--user u0: exists already"),
         (["update", str(run), "--user", "nobody", "--input", rows], "--user nobody: no such user"),
-        (["update", str(run), "--input", rows], "--input: whose?"),
-        (["update", str(run), "--watch", "--user", "u0"], "--watch: fits everybody"),
+        (["update", str(run), "--input", rows], "--input: the user is missing"),
+        (["update", str(run), "--watch", "--user", "u0"], "--watch: fits all queued users"),
         (["enrol", str(run), "--user", "ann", "--input", str(tmp_path / "no.jsonl")], "no.jsonl: cannot be read"),
     ):
         assert main(["users", *arguments]) == 2
