@@ -16,7 +16,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/reference/config.md": config.page,
     "docs/reference/api.md": api.page,
     "docs/reference/http.md": http.page,
-    "docs/reference/modules.md": modules.page,
+    "docs/architecture.md": modules.architecture,
     "docs/images/packages.svg": modules.diagram,
 }
 
