@@ -17,7 +17,8 @@ from docs_reference.markdown import NOTE, code, docstring
 
 INTRODUCTION = """\
 `proper.run` and `proper.load` are the stable entry points. The other names are what these two return, and the parts of
-the package that a program may want to use by themselves. The [architecture page](../architecture.md#all-modules) lists everything else.
+the package that a program may want to use by themselves. The
+[architecture page](../architecture.md#all-modules) lists everything else.
 """
 
 PUBLIC = {
