@@ -87,7 +87,7 @@ def test_memory_is_what_lies_there(served: Served, tmp_path: Path) -> None:
 
 
 def test_a_quiet_key_waits_at_most_two_steps_beside_a_flood(served: Served) -> None:
-    asked = quiet_key(served, rows=8, asks=20, flooded=True)
+    asked = quiet_key(served, rows=8, asks=20, flooded=True, settled=True)
     assert sorted(asked.steps)[18] <= 2, asked.steps
     assert len(asked.seconds) == 20
     assert max(quiet_key(served, rows=8, asks=3, flooded=False).steps) == 1

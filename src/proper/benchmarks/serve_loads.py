@@ -198,7 +198,7 @@ class QuietWaits:
     seconds: list[float] = field(default_factory=list)
 
 
-def quiet_key(served: Served, rows: int, asks: int, *, flooded: bool) -> QuietWaits:
+def quiet_key(served: Served, rows: int, asks: int, *, flooded: bool, settled: bool = False) -> QuietWaits:
     """Send `asks` requests of one key, each after the last answer and a pause of at most an answer's steps.
 
     The first request, before any flood, is not counted: it loads the adapter and registers the key.
@@ -208,6 +208,7 @@ def quiet_key(served: Served, rows: int, asks: int, *, flooded: bool) -> QuietWa
         rows: rows of the engine.
         asks: number of counted requests.
         flooded: whether another key keeps `FLOOD` requests per row open.
+        settled: wait for started loads before each step, so that steps do not depend on the loading thread's speed.
     """
     served.mix(True)
     engine = Engine(served.personal, EngineLimits(rows=rows, prefix_bytes=0))
@@ -224,6 +225,8 @@ def quiet_key(served: Served, rows: int, asks: int, *, flooded: bool) -> QuietWa
             open_floods[0] += 1
             user, prompt = draw.choice(served.names[1:]), draw.choice(served.prompts)
             engine.submit(Request(prompt, user, sampling=_length(served), client="flood"), flood)
+        if settled:
+            engine.settle()
 
     for _ in range(asks):
         for _ in range(draw.randint(0, served.shape.answer) if flooded else 0):
