@@ -41,13 +41,13 @@ def _answer(place: TrainedRun, *, own: bool) -> MethodRun:
     started = time.perf_counter()
     dataset, kind = place.dataset, place.config.task.kind
     answers: dict[str, str] = {}
-    everybody = "" if own else usual(_everybodys(dataset), kind, dataset.labels)
+    overall = "" if own else usual(_all_targets(dataset), kind, dataset.labels)
     found = []
     histories = {user.id: user.history for user in dataset.users("target")}
     for query in dataset.queries():
         if own and query.user not in answers:
             answers[query.user] = usual(_counts(dataset.history(query.user)), kind, dataset.labels)
-        found.append(prediction_of(query, answers.get(query.user, everybody), "trivial", histories.get(query.user, 0)))
+        found.append(prediction_of(query, answers.get(query.user, overall), "trivial", histories.get(query.user, 0)))
     return MethodRun(found, max(time.perf_counter() - started, 1e-9), 0)
 
 
@@ -59,7 +59,7 @@ def _counts(history: Sequence[TextExample]) -> dict[str, int]:
     return counts
 
 
-def _everybodys(dataset: Dataset) -> dict[str, int]:
+def _all_targets(dataset: Dataset) -> dict[str, int]:
     """Count all users' answers in SQL, since there can be as many as rows; for free text keep the most frequent."""
     found = dataset.connection.execute(
         """SELECT t.target, count(*) FROM rows r CROSS JOIN texts t ON t.id = r.text WHERE r.part = 'history'
