@@ -42,9 +42,7 @@ from proper.run_folder import kind_of
 
 SCOPES = "generate,write,admin"
 SHORT = "users,shuffled,rag"
-LONG = (
-    f"{SHORT},user-majority,groups-shared-e,population-more,poly,oppu,users+rag,static-export,users-int8,per-user-only"
-)
+LONG = f"{SHORT},user-majority,groups-shared-e,population-more,oppu,users+rag,static-export,users-int8,per-user-only"
 """Methods with derived data and runs; the long walk, with a trained second seed, is slow."""
 TRAINED = [f"zyz{at:02d}vax" for at in range(4)]
 """The marks of the users in the run's data."""
