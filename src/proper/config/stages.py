@@ -95,6 +95,7 @@ class GroupsConfig(OptimizerConfig):
         target_modules: layers that get experts and user adapters: a group of them, or a list of names.
         user_embedding: size of a user embedding.
         embedding: one embedding per user for all layers, or one per layer.
+        embedding_init: standard deviation of the user embeddings' initial values; the mean is 0.
         embedding_learning_rate: learning rate of the user embeddings.
         router: form of the user-aware router: a softmax of the sum, or that of the released code.
         constraint: penalty that keeps the mixtures of users apart.
@@ -109,6 +110,7 @@ class GroupsConfig(OptimizerConfig):
     target_modules: TargetModules = "ffn"
     user_embedding: Count = 128
     embedding: Literal["shared", "per-module"] = "shared"
+    embedding_init: Positive = 1.0
     embedding_learning_rate: Positive = 1e-2
     router: Literal["default", "released"] = "default"
     constraint: ConstraintConfig = ConstraintConfig()
