@@ -57,6 +57,10 @@ class PopulationConfig(OptimizerConfig):
         target_modules: layers that get the LoRA: a group of them, or a list of names.
         train_on: the histories of all users, or of users who are not targets.
         max_tokens: budget of training tokens, sampled evenly over users; null means all.
+        patience: measurements of the held-out loss, of ten over all epochs, without a lower one after which training
+            ends; the weights with the lowest loss are kept. 0 trains all epochs on all rows.
+        validation: share of the rows that is held out for this, sampled evenly over users; at most 128 rows, and none
+            if it is below 16.
     """
 
     rank: Count = 8
@@ -67,6 +71,8 @@ class PopulationConfig(OptimizerConfig):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     train_on: Literal["all", "others"] = "all"
     max_tokens: Count | None = None
+    patience: Annotated[int, Field(ge=0)] = 3
+    validation: Annotated[float, Field(gt=0, le=0.5)] = 0.05
 
 
 class ConstraintConfig(Section):
