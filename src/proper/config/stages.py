@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -45,6 +45,16 @@ class OptimizerConfig(Section):
 
 
 TargetModules = Literal["auto", "ffn", "attention", "all"] | list[str]
+
+
+def _last(value: object) -> object:
+    """Return the number N of the spelling `last N`, and any other value as it is."""
+    words = value.split() if isinstance(value, str) else []
+    return int(words[1]) if len(words) == 2 and words[0] == "last" and words[1].isdecimal() else value
+
+
+LastLayers = Annotated[Literal["all"] | Count, BeforeValidator(_last)]
+"""All decoder layers, or the last N of them."""
 
 
 class PopulationConfig(OptimizerConfig):
@@ -99,6 +109,8 @@ class GroupsConfig(OptimizerConfig):
         alpha: scale of an expert, times the rank.
         dropout: dropout rate on the experts' input.
         target_modules: layers that get experts and user adapters: a group of them, or a list of names.
+        layers: decoder layers that get experts: `all`, or a number N for the last N. With N, training computes the
+            layers below only once per text.
         user_embedding: size of a user embedding.
         embedding: one embedding per user for all layers, or one per layer.
         embedding_init: standard deviation of the user embeddings' initial values; the mean is 0.
@@ -114,6 +126,7 @@ class GroupsConfig(OptimizerConfig):
     alpha: Positive = 8
     dropout: Fraction = 0.05
     target_modules: TargetModules = "ffn"
+    layers: LastLayers = "all"
     user_embedding: Count = 128
     embedding: Literal["shared", "per-module"] = "shared"
     embedding_init: Positive = 1.0
@@ -147,6 +160,7 @@ class UsersConfig(OptimizerConfig):
         rank: rank of a user's LoRA.
         alpha: scale of a user's LoRA, times the rank.
         dropout: dropout rate on the LoRA's input.
+        layers: decoder layers that get user adapters: `all` that have experts, or a number N for the last N of these.
         patience: passes without a lower held-out loss after which a user's trial stops.
         router: form of the LoRA-aware router: added to stage 2's scores, the paper's, or none.
         router_learning_rate: learning rate of the LoRA-aware router; `auto` as for `learning_rate`.
@@ -160,6 +174,7 @@ class UsersConfig(OptimizerConfig):
     rank: Count = 4
     alpha: Positive = 8
     dropout: Fraction = 0.0
+    layers: LastLayers = "all"
     batch_size: Count = 4
     patience: Count = 2
     router: Literal["residual", "paper", "none"] = "residual"
@@ -169,3 +184,8 @@ class UsersConfig(OptimizerConfig):
     max_items: Count | None = None
     storage: Literal["bf16", "int8", "fp32"] = "bf16"
     tiers: TiersConfig = TiersConfig()
+
+    @property
+    def adapter_shape(self) -> dict[str, str]:
+        """The settings that fix which tensors an adapter has; an adapter store is bound to them."""
+        return {"rank": str(self.rank), "users.layers": str(self.layers)}

@@ -175,7 +175,7 @@ class StageRunner:
         store = AdapterStore(folder)
         # Adapters fit only these group experts: after retraining in place, the hash differs and the store refuses.
         groups = hash_file(self.run_folder.experts)
-        store.bind({"backbone": self.backbone.digest, "groups": groups, "rank": str(self.config.users.rank)})
+        store.bind({"backbone": self.backbone.digest, "groups": groups, **self.config.users.adapter_shape})
         users = [user.id for user in self.dataset.users("target") if user.history > 0]
         embeddings = torch.zeros(len(users), model.embedding_size)
         for at, user in enumerate(users):
