@@ -1,4 +1,4 @@
-"""Early stopping of stage 1 on held-out rows of the histories: which rows, when they are measured, and the best weights.
+"""Early stopping of stage 1 on held-out rows of the histories: the rows, when they are measured, the best weights.
 
 The rows are sampled evenly over users and left out of the stage's training rows; later stages may train on them. The
 trained parameters of the measurement with the lowest loss are kept, and training ends after `patience` measurements
