@@ -67,6 +67,10 @@ class PopulationConfig(OptimizerConfig):
         target_modules: layers that get the LoRA: a group of them, or a list of names.
         train_on: the histories of all users, or of users who are not targets.
         max_tokens: budget of training tokens, sampled evenly over users; null means all.
+        patience: measurements of the held-out loss, of ten over all epochs, without a lower one after which training
+            ends; the weights with the lowest loss are kept. 0 trains all epochs on all rows.
+        validation: share of the rows that is held out for this, sampled evenly over users; at most 128 rows, and none
+            if it is below 16.
     """
 
     rank: Count = 8
@@ -77,6 +81,8 @@ class PopulationConfig(OptimizerConfig):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     train_on: Literal["all", "others"] = "all"
     max_tokens: Count | None = None
+    patience: Annotated[int, Field(ge=0)] = 3
+    validation: Annotated[float, Field(gt=0, le=0.5)] = 0.05
 
 
 class ConstraintConfig(Section):
@@ -107,6 +113,7 @@ class GroupsConfig(OptimizerConfig):
             layers below only once per text.
         user_embedding: size of a user embedding.
         embedding: one embedding per user for all layers, or one per layer.
+        embedding_init: standard deviation of the user embeddings' initial values; the mean is 0.
         embedding_learning_rate: learning rate of the user embeddings.
         router: form of the user-aware router: a softmax of the sum, or that of the released code.
         constraint: penalty that keeps the mixtures of users apart.
@@ -122,6 +129,7 @@ class GroupsConfig(OptimizerConfig):
     layers: LastLayers = "all"
     user_embedding: Count = 128
     embedding: Literal["shared", "per-module"] = "shared"
+    embedding_init: Positive = 1.0
     embedding_learning_rate: Positive = 1e-2
     router: Literal["default", "released"] = "default"
     constraint: ConstraintConfig = ConstraintConfig()
