@@ -84,6 +84,10 @@ class Fitter:
             NonFiniteLossError: the embedding's loss is not finite.
         """
         _same_history(work, grown)
+        with self.model.model.caching(work, self.model.config.compute.cache_mb):
+            return self._fit(store, user, grown, work, tell)
+
+    def _fit(self, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell) -> UserRecord:
         items = grown.items[-(self.model.config.users.max_items or len(grown.items)) :]
         encoded = [self.model.encoder.encode(example) for example in items]
         pace = _Pace.of(self.model, encoded, tell)

@@ -197,7 +197,8 @@ class JointRunner:
         once = config.model_copy(update={"groups": config.groups.model_copy(update={"epochs": 1.0})})
         encoder = backbone.encoder()
         plan = stage_plan("groups", once, sample, backbone, encoder, self.folder, self.seed, self.log)
-        train_stage(stage, model, config.groups, plan, accelerator)
+        with model.caching(self.folder, config.compute.cache_mb):
+            train_stage(stage, model, config.groups, plan, accelerator)
         self._save(model, users, groups.embeddings, slots, bank)
         facts = {"rows": sample.size, "tokens": sample.tokens, "seed": self.seed, "backbone": backbone.digest}
         facts |= {"users": len(slots), "seconds": round(time.perf_counter() - started, 3)}

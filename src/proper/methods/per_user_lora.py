@@ -80,7 +80,8 @@ class DirectRunner:
             checkpoint_seconds=self.config.compute.checkpoint_seconds,
             log=self.log,
         )
-        train_users(stage)
+        with model.caching(self.folder, self.config.compute.cache_mb):
+            train_users(stage)
         store.close()
         seconds = round(time.perf_counter() - started, 3)
         facts = {"users": len(users), "seed": self.seed, "seconds": seconds, "backbone": backbone.digest}

@@ -113,9 +113,10 @@ class StageRunner:
         if last < 1:
             return
         model = ProperModel(self.backbone)
-        self._groups(model, Stage.GROUPS in stages)
-        if last == 2:
-            self._users(model)
+        with model.caching(self.folder, self.config.compute.cache_mb):
+            self._groups(model, Stage.GROUPS in stages)
+            if last == 2:
+                self._users(model)
 
     def _population(self, wanted: bool) -> None:
         folder = self.run_folder.population
