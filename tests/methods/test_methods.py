@@ -96,7 +96,7 @@ def test_variants_take_over_the_stages_of_the_run(judged: Path) -> None:
     assert groups.read_bytes() == (judged / "groups" / "groups.safetensors").read_bytes()
     assert not (folder_of(judged, "per-user-only") / "population").exists()
     assert not (folder_of(judged, "end-to-end") / "population").exists()
-    assert not [path for path in (judged / "variants").iterdir() if path.name.startswith("users-residual")]
+    assert not [path for path in (judged / "variants").iterdir() if path.name.startswith("users-no-router")]
 
 
 def test_population_more_is_one_lora_on_the_tokens_of_stage_2(judged: Path, settings: Callable[..., Config]) -> None:
