@@ -48,6 +48,7 @@ def trained(settings: Config, dataset: Dataset, tmp_path_factory: pytest.TempPat
     folder.mkdir()
     stage = {"epochs": 1, "batch_size": 8}
     tiers = settings.users.tiers.model_copy(update={"pool_below": 6})
+    users = {"epochs": 2, "steps": None, "learning_rate": 5e-3, "tiers": tiers}
     config = settings.model_copy(
         update={
             "population": settings.population.model_copy(update=stage),
