@@ -77,6 +77,7 @@ class PopulationConfig(OptimizerConfig):
     alpha: Positive = 16
     dropout: Fraction = 0.05
     target_modules: TargetModules = "all"
+    batch_size: Count = 8
     epochs: Annotated[float, Field(gt=0)] = 3
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     train_on: Literal["all", "others"] = "all"
@@ -188,10 +189,10 @@ class UsersConfig(OptimizerConfig):
     alpha: Positive = 8
     dropout: Fraction = 0.0
     layers: LastLayers = "all"
-    batch_size: Count = 4
-    steps: Count | None = 40
-    patience: Count = 2
-    scales: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(max_length=8)] = [0.25, 0.5, 0.75]
+    batch_size: Count = 1
+    steps: Count | None = 30
+    patience: Count = 1
+    scales: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(max_length=8)] = [0.5]
     router: Literal["residual", "paper", "none"] = "none"
     router_learning_rate: Rate = "auto"
     router_epochs: Count = 1
