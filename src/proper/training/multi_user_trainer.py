@@ -168,7 +168,7 @@ class MultiUserTrainer:
         """Fill the bank's gradients; return each slot's loss, and the number of tokens without and with padding."""
         assert self.bank.gradients is not None
         self.bank.gradients.zero_()
-        answers = {slot: sum(len(r.ids) - r.start for r in batch) for slot, batch in chosen.items()}
+        answers = {slot: sum(r.answers for r in batch) for slot, batch in chosen.items()}
         work = [(slot, at, row) for slot, batch in chosen.items() for at, row in enumerate(batch)]
         jobs = {slot: self.job_in(slot)[0] for slot in chosen}
         losses = dict.fromkeys(chosen, 0.0)
