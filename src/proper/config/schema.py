@@ -144,6 +144,8 @@ class ComputeConfig(Section):
         max_length: longest prompt with its answer, in tokens; longer ones are cut.
         batch_size: rows of a batch in evaluation.
         checkpoint_seconds: time between two checkpoints of a stage, in seconds.
+        cache_mb: most MiB of disk for hidden states of texts during training, used where `groups.layers` leaves lower
+            layers without experts; 0 switches the cache off.
     """
 
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
@@ -151,6 +153,7 @@ class ComputeConfig(Section):
     max_length: Annotated[int, Field(ge=8)] = 256
     batch_size: Count = 32
     checkpoint_seconds: Positive = 30.0
+    cache_mb: Annotated[int, Field(ge=0)] = 4096
 
 
 class EvaluationConfig(Section):

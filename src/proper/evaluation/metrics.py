@@ -30,8 +30,9 @@ TaskKind = Literal["classification", "rating", "generation"]
 class Prediction:
     """One query answered by one method.
 
-    `loss` is the mean answer loss in nats per token, `tier` the serving tier that answered, `history` the number of the
-    user's earlier interactions.
+    `loss` is the mean answer loss in nats per token, `label_loss` -log p(target) in nats with p normalized over the
+    labels (so it compares methods with and without a model), `label_scores` each label's log-likelihood in nats (kept
+    in files, not in memory), `tier` the serving tier, `history` the number of the user's earlier interactions.
     """
 
     id: int
@@ -41,6 +42,8 @@ class Prediction:
     prediction: str
     item: str | None = None
     loss: float | None = None
+    label_loss: float | None = None
+    label_scores: list[float] | None = None
     tokens: int = 0
     tier: str = ""
     history: int = 0
@@ -139,19 +142,6 @@ def require_ids(name: str, predictions: Sequence[Prediction], golds: Iterable[in
         raise DataError(f"predictions of {name}: query {twice} is answered twice")
 
 
-def rouge_official(values: FloatArray, seed: int, samples: int = 1000) -> float:
-    """Return the official script's aggregate of ROUGE values: the median of bootstrapped means, not the mean.
-
-    Draws are those of `rouge_score.scoring.BootstrapAggregator` after `numpy.random.seed(seed)`, for one score type.
-    """
-    if len(values) == 0:
-        raise DataError("no ROUGE values to aggregate")
-    # The aggregator uses numpy's legacy generator, whose stream differs from that of default_rng.
-    draws = np.random.RandomState(seed)
-    means = [values[draws.choice(np.arange(len(values)), size=len(values))].mean() for _ in range(samples)]
-    return float(np.percentile(means, 50))
-
-
 def get_metric(name: str) -> Metric:
     """Return the metric called `name`.
 
@@ -233,9 +223,13 @@ def _squared_errors(predictions: Sequence[Prediction], task: TaskInfo) -> FloatA
     return np.square(_errors(predictions, task))[:, None]
 
 
-def _losses(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
-    del task
-    return np.asarray([math.nan if row.loss is None else row.loss for row in predictions], dtype=np.float64)[:, None]
+def _losses(name: Literal["loss", "label_loss"]) -> Contributions:
+    def contributions(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
+        del task
+        values = [math.nan if (value := getattr(row, name)) is None else value for row in predictions]
+        return np.asarray(values, dtype=np.float64)[:, None]
+
+    return contributions
 
 
 def _mean(sums: FloatArray, counts: FloatArray) -> FloatArray:
@@ -276,7 +270,8 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             Metric("rmse", False, False, _squared_errors, _root_mean, _root_mean),
             Metric("rouge1", True, True, _rouge(rouge_1), _mean, _mean),
             Metric("rougeL", True, True, _rouge(rouge_l), _mean, _mean),
-            Metric("loss", False, True, _losses, _mean, _mean),
+            Metric("loss", False, True, _losses("loss"), _mean, _mean),
+            Metric("label_loss", False, True, _losses("label_loss"), _mean, _mean),
         )
     }
 )
@@ -289,6 +284,10 @@ TASK_METRICS: Mapping[TaskKind, tuple[str, ...]] = MappingProxyType(
     }
 )
 """The metrics of each kind of task; the first is the primary one."""
+
+
+LOSSES = ("loss", "label_loss")
+"""Metrics of any task that only some methods have: answer loss per token, and loss over the labels per query."""
 
 
 def primary_metric(task: TaskInfo) -> str:

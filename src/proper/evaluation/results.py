@@ -14,9 +14,17 @@ from typing import Any
 import numpy as np
 
 from proper.errors import DataError
-from proper.evaluation.comparisons import STEPS, Scores, comparison_rows, default_pairs
-from proper.evaluation.conclusions import claim, failure_signatures
-from proper.evaluation.metrics import TASK_METRICS, Prediction, TaskInfo, get_metric, primary_metric, require_ids
+from proper.evaluation.comparisons import STEPS, TRIVIAL, Scores, comparison_rows, default_pairs
+from proper.evaluation.conclusions import against_trivial, claim, failure_signatures
+from proper.evaluation.metrics import (
+    LOSSES,
+    TASK_METRICS,
+    Prediction,
+    TaskInfo,
+    get_metric,
+    primary_metric,
+    require_ids,
+)
 from proper.evaluation.slices import part_rows, slice_rows
 from proper.evaluation.statistics import UserScores, estimate, standings, user_scores
 
@@ -81,6 +89,7 @@ def build_results(found: RawResults, effort: Effort | None = None) -> dict[str, 
     metrics = _metric_rows(scores, found.task, effort)
     pairs = list(dict.fromkeys([*default_pairs(found.methods), *found.pairs]))
     comparisons = comparison_rows(scores, pairs, found.task, effort.resamples, effort.draws, effort.seed)
+    trivial = against_trivial(metrics, comparisons)
     results = {
         "schema": 1,
         "run": {**found.run, "seeds": list(found.predictions), "seconds": dict(found.seconds)},
@@ -93,10 +102,12 @@ def build_results(found: RawResults, effort: Effort | None = None) -> dict[str, 
             *slice_rows(scores, histories, effort.resamples, effort.seed, found.user_slices),
             *_query_slices(found, histories, effort),
         ],
-        "signatures": _signatures(found, scores, comparisons),
+        "signatures": _signatures(found, scores, comparisons, trivial),
         **({"truth": dict(found.truth)} if found.truth is not None else {}),
     }
-    claimed = claim(comparisons)
+    if trivial is not None:
+        results["trivial"] = trivial
+    claimed = claim(comparisons, trivial)
     if claimed is not None:
         results["personalization"] = claimed
     plain_results: dict[str, Any] = plain(results)
@@ -140,15 +151,19 @@ def gains_by_user(predictions: Predictions, task: TaskInfo, scores: Scores | Non
 
 
 def score_all(predictions: Predictions, task: TaskInfo) -> dict[tuple[str, str], UserScores]:
-    """Score every method on every metric of the task, and on answer loss if every prediction has a finite loss."""
+    """Score every method on every metric of the task, and on each loss that all its predictions have as a number."""
     seeds = list(predictions.values())
     scores = {}
     for method in seeds[0]:
-        rows = (row for methods in seeds for row in methods[method])
-        has_loss = all(row.loss is not None and math.isfinite(row.loss) for row in rows)
-        for name in [*TASK_METRICS[task.kind], *(["loss"] if has_loss else [])]:
+        rows = [row for methods in seeds for row in methods[method]]
+        losses = [name for name in LOSSES if all(_is_finite(getattr(row, name)) for row in rows)]
+        for name in [*TASK_METRICS[task.kind], *losses]:
             scores[method, name] = _scores_of(name, method, predictions, task)
     return scores
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def require_same_queries(predictions: Predictions) -> dict[str, int]:
@@ -223,6 +238,7 @@ def _metric_row(key: tuple[str, str], scores: UserScores, task: TaskInfo, effort
         "by_seed": by_seed,
         "higher_is_better": scores.metric.higher_is_better,
         "primary": name == primary_metric(task),
+        "trivial": method in TRIVIAL,
     }
 
 
@@ -247,13 +263,19 @@ def _query_slices(found: RawResults, histories: Mapping[str, int], effort: Effor
     return rows
 
 
-def _signatures(found: RawResults, scores: Scores, comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
+def _signatures(
+    found: RawResults,
+    scores: Scores,
+    comparisons: Sequence[Mapping[str, Any]],
+    trivial: Mapping[str, Any] | None,
+) -> list[str]:
     return failure_signatures(
         routing=found.routing,
         comparisons=comparisons,
         gains=gains_by_user(found.predictions, found.task, scores)["users"],
         query_losses=_query_losses(scores),
         history_losses=found.history_losses,
+        trivial=trivial,
     )
 
 

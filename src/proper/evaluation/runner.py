@@ -55,27 +55,55 @@ def predict(
         for at in range(0, len(queries), CHUNK):
             chunk = queries[at : at + CHUNK]
             asked = [replace(query, user=alias(query.user)) for query in chunk]
-            answers, losses = _answers(model, asked, task, dataset.labels)
-            for query, answer, loss in zip(chunk, answers, losses, strict=True):
+            for query, answered in zip(chunk, _answers(model, asked, task, dataset.labels), strict=True):
                 tier = model.tier(alias(query.user))
                 history = histories.get(query.user, 0)
-                found.append(prediction_of(query, answer, tier, history, loss=loss, tokens=query.tokens))
+                found.append(replace(prediction_of(query, "", tier, history), tokens=query.tokens, **asdict(answered)))
             advance(len(chunk))
     return MethodRun(found, time.perf_counter() - started, sum(p.tokens for p in found))
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """The part of a `Prediction` that the model decides."""
+
+    prediction: str
+    loss: float
+    label_loss: float | None = None
+    label_scores: list[float] | None = None
+
+
 def _answers(
     model: BatchModel, queries: Sequence[TextExample], task: TaskConfig, labels: Sequence[str]
-) -> tuple[list[str], list[float]]:
-    """Return the answers, and the mean loss per token (nats) of the true answers."""
+) -> list[_Answer]:
     prompts, users = [q.prompt for q in queries], [q.user for q in queries]
     if not task.scored:
         if not isinstance(model, PersonalizedModel):
             raise ConfigError("task.decode: this method scores labels and cannot generate; set it to score")
-        return [answer.text for answer in respond(model, prompts, users)], answer_losses(model, queries)
+        texts = [answer.text for answer in respond(model, prompts, users)]
+        return [_Answer(*pair) for pair in zip(texts, answer_losses(model, queries), strict=True)]
     scores = score(model, prompts, users, labels)
+    losses = _losses_from(model, scores, queries, labels)
+    chosen = zip(likely_labels(scores, task, labels), losses, label_losses(scores, queries, labels), strict=True)
+    return [_Answer(*row, [round(one, 4) for one in own.tolist()]) for row, own in zip(chosen, scores, strict=True)]
+
+
+def likely_labels(scores: Float[Tensor, "B L"], task: TaskConfig, labels: Sequence[str]) -> list[str]:
+    """Return the answers from the labels' log-likelihoods: the most likely label, or the median rating."""
     chosen = likely_rating(scores, labels) if task.kind == "rating" else scores.argmax(1).tolist()
-    return [labels[i] for i in chosen], _losses_from(model, scores, queries, labels)
+    return [labels[at] for at in chosen]
+
+
+def label_losses(
+    scores: Float[Tensor, "B L"], queries: Sequence[TextExample], labels: Sequence[str]
+) -> list[float | None]:
+    """Return -log p(true label) of each query (nats), p normalized over the labels; None for an unknown label."""
+    index = {label: at for at, label in enumerate(labels)}
+    found = -scores.log_softmax(1, dtype=torch.float32)
+    return [
+        float(row[index[query.target]]) if query.target in index else None
+        for row, query in zip(found, queries, strict=True)
+    ]
 
 
 def _losses_from(
@@ -153,10 +181,11 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     write_text(path, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions))
 
 
-def read_predictions(path: Path) -> list[Prediction]:
-    """Read what `write_predictions` wrote."""
+def read_predictions(path: Path, *, label_scores: bool = False) -> list[Prediction]:
+    """Read what `write_predictions` wrote, without the labels' scores unless they are asked for."""
     with path.open(encoding="utf-8") as lines:
-        return [Prediction(**json.loads(line)) for line in lines]
+        found = (Prediction(**json.loads(line)) for line in lines)
+        return [one if label_scores else replace(one, label_scores=None) for one in found]
 
 
 Runs = Mapping[int, Mapping[str, Sequence[Prediction]]]

@@ -29,6 +29,11 @@ METHODS = {
     "swapped": "Another user's adapter (swapped)",
     "shuffled": "Shuffled user ids (control)",
     "user-majority": "User's majority answer",
+    "user-majority-same": "User's majority answer, same items",
+    "prior": "User prior",
+    "lead": "First words of the input",
+    "users+prior": "Users and prior",
+    "groups+prior": "Groups and prior",
     "global-majority": "Global majority answer",
     "constraint-experts": "Groups, constraint on experts",
     "released": "Released preset",
@@ -49,6 +54,7 @@ METRICS = {
     "rouge1": "ROUGE-1",
     "rougeL": "ROUGE-L",
     "loss": "answer loss",
+    "label_loss": "label loss",
 }
 
 
