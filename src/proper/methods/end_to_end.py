@@ -34,6 +34,7 @@ from proper.models.personal import ProperModel, answer_loss
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.groups import GroupsStage, train_stage
+from proper.training.jobs import full_passes
 from proper.training.optim import RowAdamW, clip_rows, resolve_rate
 from proper.training.stages import join_processes, stage_plan
 from proper.training.trainer import Log, LossSum
@@ -196,7 +197,8 @@ class JointRunner:
         once = config.model_copy(update={"groups": config.groups.model_copy(update={"epochs": 1.0})})
         encoder = backbone.encoder()
         plan = stage_plan("groups", once, sample, backbone, encoder, self.folder, self.seed, self.log)
-        train_stage(stage, model, config.groups, plan, accelerator)
+        with model.caching(self.folder, config.compute.cache_mb):
+            train_stage(stage, model, config.groups, plan, accelerator)
         self._save(model, users, groups.embeddings, slots, bank)
         facts = {"rows": sample.size, "tokens": sample.tokens, "seed": self.seed, "backbone": backbone.digest}
         facts |= {"users": len(slots), "seconds": round(time.perf_counter() - started, 3)}
@@ -208,11 +210,14 @@ class JointRunner:
         """Return the training rows of the three stages: the same samples with the same number of passes."""
         population, groups, users = self.config.population, self.config.groups, self.config.users
         own = [user.id for user in self._targets()]
+        newest = Newest(self.dataset, own, users.max_items, self.config.compute.max_length, self.seed)
+        lengths = [len(self.dataset.history(user, users.max_items)) for user in own]
+        passes = sum(full_passes(users, items) * items for items in lengths) / max(1, sum(lengths))
         return Together(
             (
                 (self.dataset.sample(population.train_on, population.max_tokens, self.seed), population.epochs),
                 (self.dataset.sample(groups.train_on, groups.max_tokens, self.seed), groups.epochs),
-                (Newest(self.dataset, own, users.max_items, self.config.compute.max_length, self.seed), users.epochs),
+                (newest, passes),
             ),
             self.seed,
         )

@@ -6,8 +6,10 @@ and gradient checkpointing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +23,10 @@ from proper.layers.experts import Experts
 from proper.layers.personalized_linear import AdaptedLinear
 from proper.layers.routers import LoraAwareRouter, UserAwareRouter, at_least_fp32
 from proper.models.backbone import Backbone
-from proper.models.targets import expert_targets, user_targets
+from proper.models.lower_layers import HiddenStates, LowerLayers
+from proper.models.targets import expert_targets, first_adapted, user_targets
+
+logger = logging.getLogger(__name__)
 
 
 class ProperModel:
@@ -39,6 +44,8 @@ class ProperModel:
         self.routing = BatchContext()
         self.layers: dict[str, AdaptedLinear] = {}
         self.embedding_size = 0
+        self._states: HiddenStates | None = None
+        self._lower: LowerLayers | None = None
 
     @property
     def device(self) -> torch.device:
@@ -74,6 +81,7 @@ class ProperModel:
                 layer.router.to(self.device)
                 self._put(name, layer)
         self.train(False)
+        self._find_lower_layers()
 
     def add_lora_router(self, config: UsersConfig) -> None:
         """Add the LoRA-aware router of stage 3b to the layers with user adapters, initialized to zero.
@@ -91,6 +99,7 @@ class ProperModel:
         """Adapt the modules that would get experts, for user adapters only."""
         for name, (inputs, outputs) in expert_targets(self.backbone.model, config).items():
             self._put(name, AdaptedLinear(name, self._module(name), inputs, outputs, self.routing))
+        self._find_lower_layers()
 
     def layout(self, rank: int) -> Layout:
         """Return the memory layout of a LoRA of this rank on every adapted layer."""
@@ -132,7 +141,42 @@ class ProperModel:
     def answer_logits(self, batch: Batch, rows: RowContext) -> Float[Tensor, "B A V"]:
         """Return the logits that predict the last A tokens of each row, in the compute dtype."""
         with self.routing.use(rows):
-            return answer_logits(self.backbone.model, batch)
+            if self._lower is None:
+                return answer_logits(self.backbone.model, batch)
+            with self._lower.skipped(batch):
+                return answer_logits(self.backbone.model, batch)
+
+    @contextmanager
+    def caching(self, folder: Path, megabytes: int) -> Iterator[None]:
+        """Let `answer_logits` compute the layers below the first adapted one once per text while the block runs.
+
+        Args:
+            folder: an existing folder, on the disk that has room for the cache.
+            megabytes: maximum size of the cache in MiB; with 0, nothing is cached.
+        """
+        states = self._states = HiddenStates(folder, megabytes << 20) if megabytes else None
+        self._find_lower_layers()
+        try:
+            yield
+        finally:
+            self._states = self._lower = None
+            if states is not None:
+                states.close()
+
+    def _find_lower_layers(self) -> None:
+        """Find the layers below the first adapted one, whenever layers are added."""
+        self._lower = None
+        if self._states is None or not self.layers:
+            return
+        path, depth = first_adapted(self.backbone.model, self.layers)
+        if not depth:
+            return
+        lower = LowerLayers(self.backbone.model, path, depth, self._states, self.backbone.pad_id)
+        if lower.exact():
+            self._lower = lower
+        else:
+            family = type(self.backbone.model).__name__
+            logger.info(f"the first {depth} layers of {family} cannot be computed apart, and run in every pass")
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         return {name: (layer.inputs, layer.outputs) for name, layer in self.layers.items()}
