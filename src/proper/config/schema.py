@@ -31,7 +31,8 @@ class DataConfig(Section):
         user: column of the user's id.
         time: column of the time; null if there is none.
         item: column of the item that a row is about; null if there is none.
-        prompt: template of the prompt; `{column}` is replaced by the row's value.
+        prompt: template of the prompt; `{column}` is replaced by the row's value. `{item_mean}` (ratings),
+            `{item_usual}` (labels) and `{item_count}` are what other users' histories say of the row's item.
         target: template of the answer.
         rows: what a row holds: the templates' columns; `messages`, a list of objects with role and content, of which
             the last assistant's is the answer; or `completion`, TRL's columns prompt and completion, as texts or lists
