@@ -135,7 +135,7 @@ def _floor(bench: UsersBench, hourly: float) -> dict[str, float]:
     weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in f".{name}")
     head = model.config.get_text_config().vocab_size * bench.bare.hidden_size
     rows = [row for step in bench.stream for piece in step for _, _, row in piece]
-    answers = sum(len(row.ids) - row.start for row in rows)
+    answers = sum(row.answers for row in rows)
     adapter = bench.model.user_layout(bench.config).width
     operations = 4 * (weights * bench.tokens + head * answers) + 6 * adapter * bench.tokens
     users, speed = len(bench.jobs), _speed(bench)

@@ -144,7 +144,7 @@ class UsersBench:
         optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
         for step in self.stream:
             optimizer.zero_grad()
-            answers = sum(len(row.ids) - row.start for piece in step for _, _, row in piece)
+            answers = sum(row.answers for piece in step for _, _, row in piece)
             for piece in step:
                 torch.autograd.backward(self._loss([row for _, _, row in piece]) / answers)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)

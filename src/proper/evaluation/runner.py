@@ -15,6 +15,7 @@ from torch import Tensor
 from proper.config import TaskConfig
 from proper.console import progress
 from proper.data.batching import by_length, collate, number_users
+from proper.data.chat import readable
 from proper.data.dataset import Dataset, TextExample
 from proper.errors import ConfigError
 from proper.evaluation.metrics import Prediction
@@ -128,8 +129,8 @@ def likely_rating(scores: Float[Tensor, "B L"], labels: Sequence[str]) -> list[i
 
 
 def answer_losses(model: BatchModel, examples: Sequence[TextExample]) -> list[float]:
-    """Return the mean loss per token (nats) of each example's true answer."""
-    encoded = [model.encoder.encode(example) for example in examples]
+    """Return the mean loss per token (nats) of each example's true answer, in a conversation of its last message."""
+    encoded = [model.encoder.encode(example, last=True) for example in examples]
     losses = [0.0] * len(encoded)
     for chunk in by_length([len(row.ids) for row in encoded], model.config.compute.batch_size):
         batch = collate([encoded[i] for i in chunk], model.model.backbone.pad_id, model.model.device)
@@ -165,7 +166,7 @@ def prediction_of(
         id=query.id,
         user=query.user,
         item=query.item,
-        prompt=query.prompt,
+        prompt=readable(query.prompt),
         target=query.target,
         prediction=answer,
         loss=loss,

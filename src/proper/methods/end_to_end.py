@@ -34,6 +34,7 @@ from proper.models.personal import ProperModel, answer_loss
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.groups import GroupsStage, train_stage
+from proper.training.jobs import full_passes
 from proper.training.optim import RowAdamW, clip_rows, resolve_rate
 from proper.training.stages import join_processes, stage_plan
 from proper.training.trainer import Log, LossSum
@@ -209,11 +210,14 @@ class JointRunner:
         """Return the training rows of the three stages: the same samples with the same number of passes."""
         population, groups, users = self.config.population, self.config.groups, self.config.users
         own = [user.id for user in self._targets()]
+        newest = Newest(self.dataset, own, users.max_items, self.config.compute.max_length, self.seed)
+        lengths = [len(self.dataset.history(user, users.max_items)) for user in own]
+        passes = sum(full_passes(users, items) * items for items in lengths) / max(1, sum(lengths))
         return Together(
             (
                 (self.dataset.sample(population.train_on, population.max_tokens, self.seed), population.epochs),
                 (self.dataset.sample(groups.train_on, groups.max_tokens, self.seed), groups.epochs),
-                (Newest(self.dataset, own, users.max_items, self.config.compute.max_length, self.seed), users.epochs),
+                (newest, passes),
             ),
             self.seed,
         )

@@ -50,6 +50,7 @@ class Backbone:
         ends: token ids that end an answer.
         max_length: maximum row length in tokens that it was loaded for; None where it was loaded for any.
         chat: whether prompts use the tokenizer's chat template.
+        every_turn: whether training counts every assistant's message of a conversation.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Backbone:
     ends: tuple[int, ...] = ()
     max_length: int | None = None
     chat: bool = False
+    every_turn: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +103,14 @@ class Backbone:
         """
         longest = self.max_length if max_length is None else max_length
         assert longest is not None, "a backbone loaded without a maximum length needs one for its encoder"
-        return Encoder(self.tokenizer, longest, rows=self.embeddings, ends=self.ends, chat=self.chat)
+        return Encoder(
+            self.tokenizer,
+            longest,
+            rows=self.embeddings,
+            ends=self.ends,
+            chat=self.chat,
+            every_turn=self.every_turn,
+        )
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -138,6 +147,7 @@ def configured_backbone(config: Config, device: torch.device | None = None) -> B
     trusted, longest = config.trust_remote_code, config.compute.max_length
     backbone = load_backbone(config.backbone, dtype, place, longest, trust_remote_code=trusted)
     backbone.chat = uses_chat_template(config.data.chat, backbone.tokenizer, config.backbone)
+    backbone.every_turn = config.data.assistant_loss == "all"
     # A prompt always keeps half of `max_length`, however long its answer may be; see `Encoder.prompt`.
     require_positions(backbone.model, max(longest, longest // 2 + config.task.max_new_tokens))
     return backbone

@@ -81,14 +81,20 @@ def held_out_losses(model: ProperModel, jobs: Mapping[int, Job], mode: Mode, pad
         mode: the tier that is computed.
         pad: id of the padding token.
     """
+    found = {slot: losses.sum(0).tolist() for slot, losses in item_losses(model, jobs, mode, pad).items()}
+    return {slot: total / tokens for slot, (total, tokens) in found.items()}
+
+
+@torch.no_grad()
+def item_losses(model: ProperModel, jobs: Mapping[int, Job], mode: Mode, pad: int) -> dict[int, Float[Tensor, "n 2"]]:
+    """Return each held-out item's summed loss (nats) and its number of answer tokens; arguments and order as above."""
     work = [(slot, at, row) for slot, job in jobs.items() for at, row in enumerate(job.held_out)]
-    sums, counts = dict.fromkeys(jobs, 0.0), dict.fromkeys(jobs, 0.0)
+    found = {slot: torch.zeros(len(job.held_out), 2, dtype=torch.float64) for slot, job in jobs.items()}
     for piece in micro_batches(work):
         totals, tokens = row_losses(model, jobs, piece, mode, pad)
-        for (slot, _, _), total, count in zip(piece, totals.tolist(), tokens.tolist(), strict=True):
-            sums[slot] += total
-            counts[slot] += count
-    return {slot: sums[slot] / counts[slot] for slot in jobs if counts[slot]}
+        for (slot, at, _), total, count in zip(piece, totals.tolist(), tokens.tolist(), strict=True):
+            found[slot][at] = torch.tensor([total, count], dtype=torch.float64)
+    return {slot: losses for slot, losses in found.items() if losses[:, 1].sum() > 0}
 
 
 def _candidates(lengths: Sequence[int]) -> list[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +37,8 @@ from proper.training.groups import train_groups
 from proper.training.optim import resolve_rate
 from proper.training.population import train_population
 from proper.training.trainer import Log, TrainingPlan
-from proper.training.users import UserStage, train_users
+from proper.training.user_stage import UserStage
+from proper.training.users import train_users
 
 
 def join_processes(config: Config) -> Accelerator:
@@ -199,10 +201,14 @@ class StageRunner:
             log=self.log,
         )
 
-        def work() -> None:
-            save_tensors(self.run_folder.users.router, train_users(stage), {})
+        facts: dict[str, Any] = {"users": len(users)}
 
-        self._record(Stage.USERS, work, {"users": len(users)})
+        def work() -> None:
+            trained = train_users(stage)
+            facts["choice"] = asdict(trained.choice)
+            save_tensors(self.run_folder.users.router, trained.router, {})
+
+        self._record(Stage.USERS, work, facts)
         shutil.rmtree(work_folder, ignore_errors=True)
         store.close()
 

@@ -199,7 +199,7 @@ def _update(
     """Take one optimizer step on the mean loss over the answer tokens of all micro-batches and processes."""
     world, rank = accelerator.num_processes, accelerator.process_index
     shares = [[plan.encoder.encode(row) for row in batch[rank::world]] for batch in micro_batches]
-    answers = _sum(accelerator, sum(len(r.ids) - r.start for share in shares for r in share))
+    answers = _sum(accelerator, sum(r.answers for share in shares for r in share))
     set_seed(seed_of(plan.seed, stage.name, step, rank) % 2**32)
     optimizer.zero_grad(set_to_none=True)
     total, penalties, tokens = 0.0, 0.0, 0
