@@ -30,6 +30,7 @@ from proper.methods.ladder import answer_with
 from proper.methods.spec import TrainedRun, TrainingWork
 from proper.models.backbone import configured_backbone
 from proper.models.checkpoints import save_tensors
+from proper.models.memory import batch_tokens
 from proper.models.personal import ProperModel, answer_loss
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import seed_of
@@ -120,6 +121,11 @@ class JointStage:
         self.optimizer = RowAdamW.of(bank.values)
         self._present: set[int] = set()
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether a batch may be computed in parts, as in stage 2."""
+        return self.groups.in_parts
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return experts and routers."""
         return self.groups.parameters()
@@ -129,7 +135,9 @@ class JointStage:
         own = [self.slots.get(user, -1) for user in batch.users]
         self._present |= set(own) - {-1}
         slots = torch.tensor(own, device=batch.input_ids.device)
-        logits = self.groups.model.answer_logits(batch, replace(self.groups.rows(batch), mode="fit", slots=slots))
+        rows = replace(self.groups.rows(batch), mode="fit", slots=slots)
+        with self.groups.saving_memory(batch):
+            logits = self.groups.model.answer_logits(batch, rows)
         total, tokens = answer_loss(logits, batch.labels)
         return LossSum(total.sum(), tokens.sum(), self.groups.penalty(progress))
 
@@ -189,7 +197,8 @@ class JointRunner:
         slots = {user.id: at for at, user in enumerate(self._targets())}
         bank = self._bank(model, slots)
         rate = resolve_rate(config.users.learning_rate, "users", backbone.hidden_size)
-        groups = GroupsStage(model, config.groups, users, self.seed, accelerator)
+        whole = batch_tokens(config.compute, backbone)
+        groups = GroupsStage(model, config.groups, users, self.seed, accelerator, whole)
         stage = JointStage(groups, bank, slots, rate, config.users.clip)
         sample = self.rows()
         # One pass, because `sample` already contains every row as often as the three stages train on it.
