@@ -39,8 +39,7 @@ class Histories:
 
 
 def with_tokens_at_once(model: PersonalizedModel, tokens: int) -> None:
-    compute = model.config.compute.model_copy(update={"batch_tokens": tokens})
-    model.config = model.config.model_copy(update={"compute": compute})
+    model.model.backbone.batch_tokens = tokens
 
 
 def test_mean_gates_in_chunks_are_those_of_a_whole_history(tiny_run: Path) -> None:

@@ -188,7 +188,7 @@ class _Bench:
         optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
         for step in self.stream:
             optimizer.zero_grad()
-            answers = sum(len(row.ids) - row.start for piece in step for _, _, row in piece)
+            answers = sum(row.answers for piece in step for _, _, row in piece)
             for piece in step:
                 torch.autograd.backward(self._loss([row for _, _, row in piece]) / answers)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
@@ -235,7 +235,7 @@ def _floor(bench: _Bench, hourly: float) -> dict[str, float]:
     weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in f".{name}")
     head = model.config.get_text_config().vocab_size * bench.bare.hidden_size
     rows = [row for step in bench.stream for piece in step for _, _, row in piece]
-    answers = sum(len(row.ids) - row.start for row in rows)
+    answers = sum(row.answers for row in rows)
     adapter = bench.model.user_layout(bench.config).width
     operations = 4 * (weights * bench.tokens + head * answers) + 6 * adapter * bench.tokens
     users, speed = len(bench.jobs), _speed(bench)

@@ -7,7 +7,7 @@ from typing import Any
 _PAPER: dict[str, Any] = {
     "population": {"learning_rate": 3e-4, "train_on": "others", "patience": 0},
     "groups": {"learning_rate": 2e-4, "train_on": "targets", "embedding_init": 0.02},
-    "users": {"learning_rate": 2e-4, "router_learning_rate": 2e-4, "router": "paper"},
+    "users": {"learning_rate": 2e-4, "router_learning_rate": 2e-4, "router": "paper", "epochs": 2, "scales": []},
 }
 
 PRESETS: dict[str, dict[str, Any]] = {

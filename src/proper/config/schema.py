@@ -33,6 +33,11 @@ class DataConfig(Section):
         item: column of the item that a row is about; null if there is none.
         prompt: template of the prompt; `{column}` is replaced by the row's value.
         target: template of the answer.
+        rows: what a row holds: the templates' columns; `messages`, a list of objects with role and content, of which
+            the last assistant's is the answer; or `completion`, TRL's columns prompt and completion, as texts or lists
+            of messages. `auto` takes the conversation where no template is given and the default templates' columns
+            are missing.
+        assistant_loss: whether training counts the last assistant's message of a conversation, or all of them.
         chat: whether prompts use the backbone's chat template, in training, evaluation, `generate` and serving alike;
             `auto` means if its tokenizer has one. A run stores the choice as `on` or `off`.
     """
@@ -48,6 +53,8 @@ class DataConfig(Section):
     item: str | None = "item_id"
     prompt: str = "{input}"
     target: str = "{output}"
+    rows: Literal["auto", "template", "messages", "completion"] = "auto"
+    assistant_loss: Literal["last", "all"] = "last"
     chat: Literal["auto", "on", "off"] = "auto"
 
     @property

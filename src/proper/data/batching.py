@@ -60,6 +60,8 @@ def collate(rows: Sequence[EncodedExample], pad: int, device: torch.device | str
         mask[at, length - len(row.ids) :] = 1
         tail = row.ids[row.start :]
         labels[at, answer - len(tail) :] = torch.tensor(tail)
+        for index in row.between:
+            labels[at, answer - len(row.ids) + index] = IGNORED
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     users = tuple(row.user for row in rows)
     return Batch(users, *(t.to(device) for t in (ids, mask, positions, labels)))

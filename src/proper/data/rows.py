@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
+from proper.data.chat import readable
 from proper.data.values import plain
 from proper.errors import DataError
 
@@ -62,7 +63,7 @@ class Template:
             if column not in values:
                 raise BadValue(column, "missing")
             try:
-                pieces.append(plain(values[column]))
+                pieces.append(readable(plain(values[column])))
             except ValueError as error:
                 raise BadValue(column, str(error)) from None
             except RecursionError:

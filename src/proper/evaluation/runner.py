@@ -15,6 +15,7 @@ from torch import Tensor
 from proper.config import TaskConfig
 from proper.console import progress
 from proper.data.batching import by_length, collate
+from proper.data.chat import readable
 from proper.data.dataset import Dataset, TextExample
 from proper.data.encoder import EncodedExample
 from proper.errors import ConfigError
@@ -24,7 +25,6 @@ from proper.inference.generate import respond
 from proper.inference.model import BatchModel, PersonalizedModel
 from proper.inference.score import score
 from proper.layers.batch_context import RowContext
-from proper.models.memory import batch_tokens
 from proper.models.personal import answer_loss
 
 CHUNK = 512
@@ -130,10 +130,10 @@ def likely_rating(scores: Float[Tensor, "B L"], labels: Sequence[str]) -> list[i
 
 
 def answer_losses(model: BatchModel, examples: Sequence[TextExample]) -> list[float]:
-    """Return the mean loss per token (nats) of each example's true answer."""
-    encoded = [model.encoder.encode(example) for example in examples]
+    """Return the mean loss per token (nats) of each example's true answer, in a conversation of its last message."""
+    encoded = [model.encoder.encode(example, last=True) for example in examples]
     losses = [0.0] * len(encoded)
-    limit = batch_tokens(model.config.compute, model.model.backbone)
+    limit = model.model.backbone.batch_tokens
     for chunk in by_length([len(row.ids) for row in encoded], model.config.compute.batch_size, limit):
         batch = collate([encoded[i] for i in chunk], model.model.backbone.pad_id, model.model.device)
         with torch.no_grad():
@@ -147,12 +147,12 @@ def answer_losses(model: BatchModel, examples: Sequence[TextExample]) -> list[fl
 def mean_gates(model: BatchModel, dataset: Dataset, users: Sequence[str], items: int = 32) -> Float[Tensor, "U M E"]:
     """Return each user's mean gates in every module, over the tokens of their newest history items."""
     found = []
-    limit = batch_tokens(model.config.compute, model.model.backbone)
+    limit = model.model.backbone.batch_tokens
     with progress("routing of the histories", len(users)) as advance:
         for user in users:
             rows = [model.encoder.encode(example) for example in dataset.history(user, items)]
             # The gates need the logits of no token; the model computes one per row.
-            rows = [replace(row, start=len(row.ids) - 1) for row in rows]
+            rows = [replace(row, start=len(row.ids) - 1, between=()) for row in rows]
             chunks = by_length([len(row.ids) for row in rows], items, limit)
             # The mean of one chunk is the user's, bit by bit; several are weighted by their tokens.
             parts = [_gates(model, [rows[at] for at in sorted(chunk)]) for chunk in chunks]
@@ -183,7 +183,7 @@ def prediction_of(
         id=query.id,
         user=query.user,
         item=query.item,
-        prompt=query.prompt,
+        prompt=readable(query.prompt),
         target=query.target,
         prediction=answer,
         loss=loss,

@@ -22,7 +22,6 @@ from proper.export.peft_format import Lora, folded_experts, joined, scaled, unif
 from proper.inference.model import PersonalizedModel
 from proper.layers.batch_context import RowContext
 from proper.layers.personalized_linear import AdaptedLinear
-from proper.models.memory import batch_tokens
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def history_gates(model: PersonalizedModel, user: str, history: Sequence[TextExa
     encoded = [model.encoder.encode(example) for example in history]
     sums: dict[str, Tensor] = {}
     tokens = 0
-    limit = batch_tokens(model.config.compute, model.model.backbone)
+    limit = model.model.backbone.batch_tokens
     for chunk in by_length([len(row.ids) for row in encoded], model.config.compute.batch_size, limit):
         batch = collate([encoded[i] for i in chunk], model.model.backbone.pad_id, model.model.device)
         served = model.rows([user] * len(chunk))

@@ -30,11 +30,11 @@ from proper.methods.ladder import answer_with
 from proper.methods.spec import TrainedRun, TrainingWork
 from proper.models.backbone import configured_backbone
 from proper.models.checkpoints import save_tensors
-from proper.models.memory import batch_tokens
 from proper.models.personal import ProperModel, answer_loss
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.groups import GroupsStage, train_stage
+from proper.training.jobs import full_passes
 from proper.training.optim import RowAdamW, clip_rows, resolve_rate
 from proper.training.stages import join_processes, stage_plan
 from proper.training.trainer import Log, LossSum
@@ -197,8 +197,7 @@ class JointRunner:
         slots = {user.id: at for at, user in enumerate(self._targets())}
         bank = self._bank(model, slots)
         rate = resolve_rate(config.users.learning_rate, "users", backbone.hidden_size)
-        whole = batch_tokens(config.compute, backbone)
-        groups = GroupsStage(model, config.groups, users, self.seed, accelerator, whole)
+        groups = GroupsStage(model, config.groups, users, self.seed, accelerator, backbone.batch_tokens)
         stage = JointStage(groups, bank, slots, rate, config.users.clip)
         sample = self.rows()
         # One pass, because `sample` already contains every row as often as the three stages train on it.
@@ -218,11 +217,14 @@ class JointRunner:
         """Return the training rows of the three stages: the same samples with the same number of passes."""
         population, groups, users = self.config.population, self.config.groups, self.config.users
         own = [user.id for user in self._targets()]
+        newest = Newest(self.dataset, own, users.max_items, self.config.compute.max_length, self.seed)
+        lengths = [len(self.dataset.history(user, users.max_items)) for user in own]
+        passes = sum(full_passes(users, items) * items for items in lengths) / max(1, sum(lengths))
         return Together(
             (
                 (self.dataset.sample(population.train_on, population.max_tokens, self.seed), population.epochs),
                 (self.dataset.sample(groups.train_on, groups.max_tokens, self.seed), groups.epochs),
-                (Newest(self.dataset, own, users.max_items, self.config.compute.max_length, self.seed), users.epochs),
+                (newest, passes),
             ),
             self.seed,
         )

@@ -25,7 +25,8 @@ from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.run_folder import RunFolder, Stage
 from proper.training.trainer import Log
-from proper.training.users import UserStage, train_users
+from proper.training.user_stage import UserStage
+from proper.training.users import train_users
 
 
 def train_per_user(work: TrainingWork) -> None:

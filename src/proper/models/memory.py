@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from proper.config import ComputeConfig
-from proper.models.backbone import Backbone
 
 ROOM = 5 << 28
 """Bytes of activations on a CPU: 1.25 GiB by the formula."""
@@ -29,14 +29,13 @@ MOST_TOKENS = 4096
 """Maximum number of tokens at once on a CPU: more only cost memory."""
 
 
-def batch_tokens(config: ComputeConfig, backbone: Backbone) -> int:
-    """Return how many tokens, padding included, run through the backbone at once (`compute.batch_tokens`)."""
+def tokens_at_once(config: ComputeConfig, model: PreTrainedModel) -> int:
+    """Return how many tokens, padding included, run through a backbone at once (`compute.batch_tokens`)."""
     if config.batch_tokens != "auto":
         return config.batch_tokens
-    model = backbone.model
     per_token = token_bytes(model.config.get_text_config(), model.dtype.itemsize, config.max_length)
-    on_cpu = backbone.device.type == "cpu"
-    room = ROOM if on_cpu else int(device_memory(backbone.device) * DEVICE_SHARE)
+    on_cpu = model.device.type == "cpu"
+    room = ROOM if on_cpu else int(device_memory(model.device) * DEVICE_SHARE)
     fitting = max(config.max_length, room // per_token)
     return min(fitting, max(MOST_TOKENS, config.max_length)) if on_cpu else fitting
 

@@ -34,6 +34,7 @@ METHODS = {
     "lead": "First words of the input",
     "users+prior": "Users and prior",
     "groups+prior": "Groups and prior",
+    "head+prior": "Linear head and prior",
     "global-majority": "Global majority answer",
     "constraint-experts": "Groups, constraint on experts",
     "released": "Released preset",

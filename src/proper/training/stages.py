@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
 from proper.models.backbone import Backbone, configured_backbone, pick_device
 from proper.models.checkpoints import load_groups, save_tensors
-from proper.models.memory import batch_tokens, give_back_memory
+from proper.models.memory import give_back_memory
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.run_folder import RunFolder, Stage, Tier
@@ -37,7 +38,8 @@ from proper.training.groups import train_groups
 from proper.training.optim import resolve_rate
 from proper.training.population import train_population
 from proper.training.trainer import Log, TrainingPlan
-from proper.training.users import UserStage, train_users
+from proper.training.user_stage import UserStage
+from proper.training.users import train_users
 
 
 def join_processes(config: Config) -> Accelerator:
@@ -84,7 +86,7 @@ def stage_plan(
         sample=sample,
         checkpoint=Checkpoint(RunFolder(folder).checkpoint(stage), config.compute.checkpoint_seconds),
         log=log,
-        batch_tokens=batch_tokens(config.compute, backbone),
+        batch_tokens=backbone.batch_tokens,
     )
 
 
@@ -201,10 +203,14 @@ class StageRunner:
             log=self.log,
         )
 
-        def work() -> None:
-            save_tensors(self.run_folder.users.router, train_users(stage), {})
+        facts: dict[str, Any] = {"users": len(users)}
 
-        self._record(Stage.USERS, work, {"users": len(users)})
+        def work() -> None:
+            trained = train_users(stage)
+            facts["choice"] = asdict(trained.choice)
+            save_tensors(self.run_folder.users.router, trained.router, {})
+
+        self._record(Stage.USERS, work, facts)
         shutil.rmtree(work_folder, ignore_errors=True)
         store.close()
 

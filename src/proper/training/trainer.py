@@ -212,7 +212,7 @@ def _update(
     world, rank = accelerator.num_processes, accelerator.process_index
     whole = [[plan.encoder.encode(row) for row in batch[rank::world]] for batch in micro_batches]
     shares = [part for rows in whole for part in _parts(rows, plan.batch_tokens)] if stage.in_parts else whole
-    answers = _sum(accelerator, sum(len(r.ids) - r.start for share in shares for r in share))
+    answers = _sum(accelerator, sum(r.answers for share in shares for r in share))
     set_seed(seed_of(plan.seed, stage.name, step, rank) % 2**32)
     optimizer.zero_grad(set_to_none=True)
     total, penalties, tokens = 0.0, 0.0, 0
