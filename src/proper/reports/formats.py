@@ -54,6 +54,13 @@ METRICS = {
     "rmse": "root mean squared error",
     "rouge1": "ROUGE-1",
     "rougeL": "ROUGE-L",
+    "style_prefix": "style: same prefix",
+    "style_case": "style: same first case",
+    "style_length": "style: length ratio",
+    "style_punctuation": "style: same final mark",
+    "style_match": "style: mean match",
+    "style_distance": "style: distance from own history",
+    "style_length_gap": "style: words from own mean",
     "loss": "answer loss",
     "label_loss": "label loss",
 }
