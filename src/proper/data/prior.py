@@ -33,14 +33,18 @@ def user_prior(answers: Integers, population: Floats, decay: float, smoothing: f
     return np.asarray((counts + smoothing * population) / (weights.sum() + smoothing))
 
 
-def leave_one_out(answers: Integers, population: Floats, decay: float, smoothing: float) -> Floats:
-    """Return for every item the prior from the user's other items with their weights unchanged, `(N, L)`."""
-    weights = decay ** np.arange(len(answers) - 1, -1, -1, dtype=np.float64)
-    counts = np.tile(np.bincount(answers, weights, len(population)), (len(answers), 1))
-    counts[np.arange(len(answers)), answers] = counts[0, answers] - weights
-    total = weights.sum() - weights + smoothing
-    # Subtraction may leave -1e-17, and a prior's logarithm has to exist.
-    return np.asarray((counts.clip(min=0) + smoothing * population) / total[:, None])
+def earlier_priors(answers: Integers, population: Floats, decay: float, smoothing: float) -> Floats:
+    """Return for every item the prior from the items before it, `(N, L)`: what a query in its place would have.
+
+    Not from all other items: what an answer's share lacks without itself would tell the answer.
+    """
+    counts, total = np.zeros(len(population)), 0.0
+    found = np.empty((len(answers), len(population)))
+    for at, answer in enumerate(answers):
+        found[at] = (counts + smoothing * population) / (total + smoothing)
+        counts, total = decay * counts, decay * total + 1
+        counts[answer] += 1
+    return found
 
 
 def choose(histories: Sequence[tuple[Integers, Integers]], population: Floats) -> tuple[float, float]:
@@ -65,6 +69,20 @@ def choose(histories: Sequence[tuple[Integers, Integers]], population: Floats) -
         if losses[at] < best - 1e-12:
             best, found = float(losses[at]), (decay, SMOOTHINGS[at])
     return found
+
+
+def label_numbers(labels: Sequence[str], kind: str) -> Callable[[str], int]:
+    """Return a function from an answer to the index of its label, -1 for an answer that is no label."""
+    index = {label: at for at, label in enumerate(labels)}
+    known: dict[str, int] = {}
+
+    def number(answer: str) -> int:
+        if answer not in known:
+            label = find_label(answer, labels, kind)
+            known[answer] = -1 if label is None else index[label]
+        return known[answer]
+
+    return number
 
 
 @dataclass(frozen=True)
@@ -102,15 +120,7 @@ class UserPriors:
             kind: the task's kind, which says when two spellings are one label.
             held_out: function from the length of a history to the number of its newest items that are held out.
         """
-        known: dict[str, int] = {}
-        index = {label: at for at, label in enumerate(dataset.labels)}
-
-        def number(target: str) -> int:
-            if target not in known:
-                label = find_label(target, dataset.labels, kind)
-                known[target] = -1 if label is None else index[label]
-            return known[target]
-
+        number = label_numbers(dataset.labels, kind)
         rows = dataset.connection.execute(
             """SELECT u.id, t.target FROM rows r CROSS JOIN users u ON u.number = r.user
             CROSS JOIN texts t ON t.id = r.text WHERE r.part = 'history' AND u.role = 'target' ORDER BY r.user, r.id"""

@@ -1,8 +1,8 @@
 """Paired comparisons of methods: which pairs are tested, and their p-values, Holm-adjusted by family.
 
 The primary family is the two steps of the ladder (groups against population, users against groups) on the task's main
-metric. The controls are a second family, the trivial rows a third, and all other comparisons form the family "other";
-p-values are adjusted within each family.
+metric. The controls are a second family, the trivial rows a third, measures of style a fourth, and all other
+comparisons form the family "other"; p-values are adjusted within each family.
 """
 
 from __future__ import annotations
@@ -93,14 +93,14 @@ def comparison_rows(
                 "ci95": [found.low, found.high],
                 "p_value": found.p_value,
                 "p_adjusted": math.nan,
-                "family": _family(method, against) if primary else "other",
+                "family": _family(method, against) if primary else "style" if name.startswith("style_") else "other",
                 "test": found.test,
                 "primary": primary,
                 "resolvable": found.resolvable,
                 "higher_is_better": scores[method, name].metric.higher_is_better,
             }
         )
-    for family in ("primary", "controls", "trivial", "other"):
+    for family in ("primary", "controls", "trivial", "style", "other"):
         members = [row for row in rows if row["family"] == family]
         for row, adjusted in zip(members, holm([row["p_value"] for row in members]), strict=True):
             row["p_adjusted"] = adjusted

@@ -58,7 +58,7 @@ def prior(place: TrainedRun) -> MethodRun:
     histories = {user.id: user.history for user in dataset.users("target")}
     blank = [prediction_of(query, "", "trivial", histories.get(query.user, 0)) for query in queries]
     shares = np.stack([priors.shares(query.user) for query in queries])
-    return MethodRun(_answered(place, blank, queries, shares), max(time.perf_counter() - started, 1e-9), 0)
+    return MethodRun(with_shares(place, blank, queries, shares), max(time.perf_counter() - started, 1e-9), 0)
 
 
 def with_prior(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
@@ -75,7 +75,7 @@ def with_prior(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
         model = probabilities([found.label_scores or [] for found in run.predictions])
         habit = np.stack([priors.shares(query.user) for query in asked])
         mixed = weight * model + (1 - weight) * habit
-        return replace(run, predictions=_answered(place, run.predictions, asked, mixed))
+        return replace(run, predictions=with_shares(place, run.predictions, asked, mixed))
 
     return answer
 
@@ -142,10 +142,10 @@ def _held_out(dataset: Dataset, priors: UserPriors) -> list[TextExample]:
     return found[:MOST_HELD]
 
 
-def _answered(
+def with_shares(
     place: TrainedRun, blank: Sequence[Prediction], queries: Sequence[TextExample], shares: Floats
 ) -> list[Prediction]:
-    """Return the predictions with the answers that these label probabilities (N, L) give.
+    """Return predictions with the answers that these label probabilities (N, L) give.
 
     They have no loss per token: a mixture of label probabilities says nothing of an answer's tokens.
     """

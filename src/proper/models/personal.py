@@ -154,12 +154,14 @@ class ProperModel:
             folder: an existing folder, on the disk that has room for the cache.
             megabytes: maximum size of the cache in MiB; with 0, nothing is cached.
         """
+        before = self._states
         states = self._states = HiddenStates(folder, megabytes << 20) if megabytes else None
         self._find_lower_layers()
         try:
             yield
         finally:
-            self._states = self._lower = None
+            self._states = before
+            self._find_lower_layers()
             if states is not None:
                 states.close()
 

@@ -168,11 +168,11 @@ class MultiUserTrainer:
         """Fill the bank's gradients; return each slot's loss, and the number of tokens without and with padding."""
         assert self.bank.gradients is not None
         self.bank.gradients.zero_()
-        answers = {slot: sum(len(r.ids) - r.start for r in batch) for slot, batch in chosen.items()}
+        answers = {slot: sum(r.answers for r in batch) for slot, batch in chosen.items()}
         work = [(slot, at, row) for slot, batch in chosen.items() for at, row in enumerate(batch)]
         jobs = {slot: self.job_in(slot)[0] for slot in chosen}
         losses = dict.fromkeys(chosen, 0.0)
-        pieces = list(micro_batches(work))
+        pieces = list(micro_batches(work, self.model.backbone.batch_tokens))
         for piece in pieces:
             self._observe(self.steps, piece)
             sums, _ = row_losses(self.model, jobs, piece, "fit", self.pad, self._dropout_generators(piece))
