@@ -92,7 +92,7 @@ def score(
     encoded = [model.encoder.prompt(prompt, room=room) for prompt in prompts]
     found = torch.empty(len(prompts), len(labels))
     size = max(1, min(model.config.compute.batch_size, LABEL_TOKENS // sum(map(len, tokens))))
-    for chunk in by_length([len(ids) for ids in encoded], size):
+    for chunk in by_length([len(ids) for ids in encoded], size, model.model.backbone.batch_tokens):
         rows = model.rows([user_ids[i] for i in chunk])
         found[chunk] = score_labels(model.model, [encoded[i] for i in chunk], tokens, rows).cpu()
     for at in found.isnan().any(1).nonzero().flatten().tolist():

@@ -121,6 +121,11 @@ class JointStage:
         self.optimizer = RowAdamW.of(bank.values)
         self._present: set[int] = set()
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether a batch may be computed in parts, as in stage 2."""
+        return self.groups.in_parts
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return experts and routers."""
         return self.groups.parameters()
@@ -131,7 +136,8 @@ class JointStage:
         self._present |= set(own) - {-1}
         slots = torch.tensor(own, device=batch.input_ids.device)
         rows = replace(self.groups.rows(batch), mode="fit", slots=slots)
-        total, tokens = self.groups.model.answer_losses(batch, rows)
+        with self.groups.saving_memory(batch):
+            total, tokens = self.groups.model.answer_losses(batch, rows)
         return LossSum(total.sum(), tokens.sum(), self.groups.penalty(progress))
 
     def after_backward(self, rate_factor: float, share: float) -> None:
@@ -190,7 +196,7 @@ class JointRunner:
         slots = {user.id: at for at, user in enumerate(self._targets())}
         bank = self._bank(model, slots)
         rate = resolve_rate(config.users.learning_rate, "users", backbone.hidden_size)
-        groups = GroupsStage(model, config.groups, users, self.seed, accelerator)
+        groups = GroupsStage(model, config.groups, users, self.seed, accelerator, backbone.batch_tokens)
         stage = JointStage(groups, bank, slots, rate, config.users.clip)
         sample = self.rows()
         # One pass, because `sample` already contains every row as often as the three stages train on it.

@@ -43,6 +43,7 @@ class PolyStage:
     """
 
     name = "poly"
+    in_parts = True
 
     def __init__(self, model: ProperModel, poly: Poly, users: Sequence[str], rate: float) -> None:
         self.model, self.poly, self.rate = model, poly, rate

@@ -35,6 +35,7 @@ class PopulationStage:
     """The `TrainableStage` of a PEFT LoRA on the backbone for the training loop."""
 
     name = "population"
+    in_parts = True
 
     def __init__(self, model: PeftModel, low_precision: bool) -> None:
         self.model = model
