@@ -35,7 +35,7 @@ from proper.methods.ladder import answer_with
 from proper.methods.spec import TrainedRun, TrainingWork
 from proper.models.backbone import configured_backbone
 from proper.models.checkpoints import save_tensors
-from proper.models.personal import ProperModel, answer_loss
+from proper.models.personal import ProperModel
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.groups import GroupsStage, train_stage
@@ -162,8 +162,7 @@ class JointStage:
         slots = torch.tensor(own, device=batch.input_ids.device)
         rows = replace(self.groups.rows(batch), mode="fit", slots=slots)
         with self.groups.saving_memory(batch):
-            logits = self.groups.model.answer_logits(batch, rows)
-        total, tokens = answer_loss(logits, batch.labels)
+            total, tokens = self.groups.model.answer_losses(batch, rows)
         return LossSum(total.sum(), tokens.sum(), self.groups.penalty(progress))
 
     def after_backward(self, rate_factor: float, share: float) -> None:
