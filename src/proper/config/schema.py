@@ -148,8 +148,8 @@ class ComputeConfig(Section):
             larger batch is computed in parts, with the same result. `auto` goes by the backbone's size, so that memory
             stays bounded.
         checkpoint_seconds: time between two checkpoints of a stage, in seconds.
-        cache_mb: most MiB of disk for hidden states of texts during training, used where `groups.layers` leaves lower
-            layers without experts; 0 switches the cache off.
+        cache_mb: most MiB of disk, and at most half of what is free, for hidden states of texts during training, used
+            where `groups.layers` leaves lower layers without experts; 0 switches the cache off.
     """
 
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
