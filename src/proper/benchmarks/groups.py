@@ -32,7 +32,7 @@ from proper.data.batching import Batch, collate
 from proper.data.encoder import Encoder
 from proper.layers.experts import Experts, tokens_last
 from proper.models.backbone import pick_device
-from proper.models.personal import ProperModel, answer_logits, answer_loss
+from proper.models.personal import ProperModel, answer_losses
 from proper.training.groups import GroupsStage
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def _plain(
     def steps(_: int) -> None:
         for batch in batches:
             optimizer.zero_grad()
-            total, tokens = answer_loss(answer_logits(model, batch), batch.labels)
+            total, tokens = answer_losses(model, batch)
             torch.autograd.backward(total.sum() / tokens.sum())
             torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             optimizer.step()

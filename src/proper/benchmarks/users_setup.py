@@ -18,7 +18,7 @@ from proper.data.batching import collate
 from proper.data.encoder import EncodedExample, Encoder
 from proper.errors import ProperError
 from proper.layers.batch_context import RowContext
-from proper.models.personal import ProperModel, answer_loss
+from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import FitResult, Job
 from proper.training.memory import auto_slots, device_memory, footprint
@@ -157,5 +157,5 @@ class UsersBench:
             context = RowContext(
                 "groups", embedding=torch.zeros(len(rows), self.ceiling.embedding_size, device=self.device)
             )
-        total, _ = answer_loss(self.ceiling.answer_logits(batch, context), batch.labels)
+        total, _ = self.ceiling.answer_losses(batch, context)
         return total.sum()

@@ -32,7 +32,8 @@ class DataConfig(Section):
         user: column of the user's id.
         time: column of the time; null if there is none.
         item: column of the item that a row is about; null if there is none.
-        prompt: template of the prompt; `{column}` is replaced by the row's value.
+        prompt: template of the prompt; `{column}` is replaced by the row's value. `{item_mean}` (ratings),
+            `{item_usual}` (labels) and `{item_count}` are what other users' histories say of the row's item.
         target: template of the answer.
         rows: what a row holds: the templates' columns; `messages`, a list of objects with role and content, of which
             the last assistant's is the answer; or `completion`, TRL's columns prompt and completion, as texts or lists
@@ -163,8 +164,8 @@ class ComputeConfig(Section):
             larger batch is computed in parts, with the same result. `auto` goes by the backbone's size, so that memory
             stays bounded.
         checkpoint_seconds: time between two checkpoints of a stage, in seconds.
-        cache_mb: most MiB of disk for hidden states of texts during training, used where `groups.layers` leaves lower
-            layers without experts; 0 switches the cache off.
+        cache_mb: most MiB of disk, and at most half of what is free, for hidden states of texts during training, used
+            where `groups.layers` leaves lower layers without experts; 0 switches the cache off.
         budget: time for the whole run, as in 40m, 2h or 1h30m; null means no limit. The tokens of stages 1 and 2, then
             steps and items per user, then queries are lowered until the estimated time fits.
         cut: the settings that the budget lowered, with their values before; the run writes it.

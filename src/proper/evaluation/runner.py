@@ -25,7 +25,6 @@ from proper.inference.generate import respond
 from proper.inference.model import BatchModel, PersonalizedModel
 from proper.inference.score import score
 from proper.layers.batch_context import RowContext
-from proper.models.personal import answer_loss
 
 CHUNK = 512
 """Number of queries in memory at once."""
@@ -137,8 +136,7 @@ def answer_losses(model: BatchModel, examples: Sequence[TextExample]) -> list[fl
     for chunk in by_length([len(row.ids) for row in encoded], model.config.compute.batch_size, limit):
         batch = collate([encoded[i] for i in chunk], model.model.backbone.pad_id, model.model.device)
         with torch.no_grad():
-            logits = model.model.answer_logits(batch, model.rows(batch.users))
-        total, tokens = answer_loss(logits, batch.labels)
+            total, tokens = model.model.answer_losses(batch, model.rows(batch.users))
         for i, loss in zip(chunk, (total / tokens).tolist(), strict=True):
             losses[i] = loss
     return losses

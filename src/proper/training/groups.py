@@ -21,7 +21,7 @@ from proper.config import GroupsConfig
 from proper.data.batching import Batch, number_users
 from proper.layers.batch_context import RowContext
 from proper.layers.routing_losses import constraint_loss
-from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
+from proper.models.personal import ProperModel, gradient_checkpointing
 from proper.training.checkpoint import seed_of
 from proper.training.optim import RowAdamW
 from proper.training.trainer import LossSum, TrainableStage, TrainingPlan, train
@@ -67,8 +67,7 @@ class GroupsStage:
     def loss(self, batch: Batch, progress: float) -> LossSum:
         """Return the answer loss of a batch of several users, and the weighted constraint on the gates."""
         with self.saving_memory(batch):
-            logits = self.model.answer_logits(batch, self.rows(batch))
-        total, tokens = answer_loss(logits, batch.labels)
+            total, tokens = self.model.answer_losses(batch, self.rows(batch))
         return LossSum(total.sum(), tokens.sum(), self.penalty(progress))
 
     def saving_memory(self, batch: Batch) -> AbstractContextManager[None]:

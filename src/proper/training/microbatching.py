@@ -16,7 +16,7 @@ from torch import Tensor
 from proper.data.batching import collate
 from proper.data.encoder import EncodedExample
 from proper.layers.batch_context import Mode, RowContext
-from proper.models.personal import ProperModel, answer_loss
+from proper.models.personal import ProperModel
 from proper.training.jobs import Job
 
 MICRO_TOKENS = 4096
@@ -72,7 +72,7 @@ def row_losses(
     rows = RowContext(mode, embedding=embedding, slots=slots, complete=True)
     if generators:
         rows = replace(rows, generators=tuple(generators), mask=batch.attention_mask.bool())
-    return answer_loss(model.answer_logits(batch, rows), batch.labels)
+    return model.answer_losses(batch, rows)
 
 
 @torch.no_grad()
