@@ -179,6 +179,21 @@ class EvaluationConfig(Section):
         return seeds
 
 
+class RetrievalConfig(Section):
+    """Items of a user's own earlier history that the methods `rag` and `users+rag` prepend to prompts.
+
+    Attributes:
+        kind: how items are found: by words (BM25), by the frozen backbone's hidden states, or by both rankings.
+        k: most items of a prompt.
+        max_length: longest prompt with its items and its answer in these methods, in tokens; null means
+            compute.max_length.
+    """
+
+    kind: Literal["bm25", "embedding", "both"] = "bm25"
+    k: Count = 4
+    max_length: Annotated[int, Field(ge=8)] | None = None
+
+
 class Config(Section):
     """All settings of a run.
 
@@ -199,6 +214,7 @@ class Config(Section):
     population: PopulationConfig = PopulationConfig()
     groups: GroupsConfig = GroupsConfig()
     users: UsersConfig = UsersConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
