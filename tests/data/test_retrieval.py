@@ -178,6 +178,13 @@ def test_embeddings_rank_the_items_that_have_one(dataset: Dataset, tmp_path: Pat
         assert orders[1][row] == want
 
 
+def test_only_the_wanted_rows_get_items(dataset: Dataset, tmp_path: Path) -> None:
+    wanted = {row.id for row in dataset.queries("a")} | {dataset.history("b")[-1].id}
+    retrieve(dataset, tmp_path / "rag.sqlite", 2, count, 100, only=wanted)
+    with Dataset.open(tmp_path / "rag.sqlite") as rag:
+        assert {row for (row,) in rag.connection.execute("SELECT DISTINCT row FROM sources")} == wanted
+
+
 def test_items_share_what_the_row_leaves(build, tmp_path: Path) -> None:
     text = " ".join(f"w{at}" for at in range(60))
     rows = [{"user_id": "u", "timestamp": at, "input": f"{text} x{at}", "output": f"answer {at}"} for at in range(16)]

@@ -218,6 +218,13 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
+    def _items_need_room(self) -> Config:
+        longest = self.retrieval.max_length
+        if longest is not None and longest < self.compute.max_length:
+            raise ValueError(f"retrieval.max_length: {longest} is below compute.max_length, {self.compute.max_length}")
+        return self
+
+    @model_validator(mode="after")
     def _users_have_experts(self) -> Config:
         groups, users = self.groups.layers, self.users.layers
         if groups != "all" and users != "all" and users > groups:

@@ -59,8 +59,25 @@ def _retrieve(source: Dataset, path: Path, config: Config, seed: int) -> None:
     chosen = config.retrieval
     vectors = None if chosen.kind == "bm25" else prompt_vectors(source, config)
     count, longest = token_counter(config), config.compute.max_length
-    with progress("retrieval: finds", sum(user.history + user.queries for user in source.users())) as advance:
-        retrieve(source, path, chosen.k, count, longest, vectors, chosen.kind, advance)
+    rows = rows_that_are_read(source, config)
+    with progress("retrieval: finds", len(rows)) as advance:
+        retrieve(source, path, chosen.k, count, longest, vectors, chosen.kind, rows, advance)
+
+
+def rows_that_are_read(source: Dataset, config: Config) -> set[int]:
+    """Return the ids of the queries and of all rows that the stages of any seed can train on.
+
+    A sample of the written dataset is a part of the same sample of `source`: rows are taken in the same order up to the
+    same number of tokens, and prompts with items are not shorter.
+    """
+    found = {query.id for query in source.queries()}
+    for user in source.users("target"):
+        found |= {item.id for item in source.history(user.id, config.users.max_items)}
+    for seed in config.evaluation.seeds:
+        for stage in (config.population, config.groups):
+            sample = source.sample(stage.train_on, stage.max_tokens, seed)
+            found |= {row for (row,) in source.connection.execute(f"SELECT id FROM {sample.table}")}
+    return found
 
 
 def prompt_vectors(source: Dataset, config: Config) -> Vectors:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -52,21 +52,27 @@ def retrieve(
     max_length: int,
     vectors: Vectors | None = None,
     kind: Kind = "bm25",
+    only: Set[int] | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Write `source` to `path` with the k best earlier items prepended to every prompt, the best one last.
 
     Items are ranked by BM25, by the cosine of `vectors`, or by both: the sum of 1 / (60 + rank). A row without a vector
     has BM25 alone. If items and row exceed `max_length` tokens, the items share what the row leaves: longer ones are
-    truncated at their front, then left out, the worst first. `advance` is called with the number of rows done.
+    truncated at their front, then left out, the worst first. Only the rows with the ids `only`, if given, get items.
+    `advance` is called with the number of rows done.
     """
     fused = vectors if kind != "bm25" else None
 
     def rewritten() -> Iterator[Rewritten]:
         for user in source.users():
             history = source.history(user.id)
+            if only is not None and not user.queries and only.isdisjoint(item.id for item in history):
+                continue
             score, known = _scorer(history), _Known.of(history, fused)
             for row, earlier in _with_earlier(source, user.id, history):
+                if only is not None and row.id not in only:
+                    continue
                 if earlier:
                     scores = score(row.prompt)[: len(earlier)]
                     order = _ranking(scores, known.cosines(row.id, len(earlier)), kind)
