@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import shutil
 import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from proper.export.converted_models import in_int8
 from proper.inference.loading import load
 from proper.inference.score import score
 from proper.methods.derived_runs import varied
+from proper.methods.end_to_end import JointRunner
 from proper.methods.ladder import derangement
 from proper.methods.table import all_methods
 
@@ -97,7 +100,7 @@ def test_variants_take_over_the_stages_of_the_run(judged: Path) -> None:
     assert groups.read_bytes() == (judged / "groups" / "groups.safetensors").read_bytes()
     assert not (folder_of(judged, "per-user-only") / "population").exists()
     assert not (folder_of(judged, "end-to-end") / "population").exists()
-    assert not [path for path in (judged / "variants").iterdir() if path.name.startswith("users-residual")]
+    assert not [path for path in (judged / "variants").iterdir() if path.name.startswith("users-no-router")]
 
 
 def test_population_more_is_one_lora_on_the_tokens_of_stage_2(judged: Path, settings: Callable[..., Config]) -> None:
@@ -179,6 +182,21 @@ def test_end_to_end_spends_the_tokens_of_the_three_stages(judged: Path) -> None:
     assert joint["rows"] == facts["population"]["rows"] + facts["groups"]["rows"] + 2 * sum(map(len, histories))
     seen = steps_of(folder_of(judged, "end-to-end"), "end-to-end")
     assert sum(tokens for _, tokens in seen) == joint["tokens"]
+
+
+def test_end_to_end_steps_takes_the_steps_of_stage_3(judged: Path, settings: Callable[..., Config]) -> None:
+    config = settings()
+    with Dataset.open(judged / "data.sqlite") as dataset:
+        runner = JointRunner(config, dataset, judged, 0, lambda metrics: None, equal_steps=True)
+        rows = runner.rows()
+        own = [user.id for user in dataset.users("target")]
+        present, some = 0, [row.user for row in rows.rows(0)]
+        for at in range(0, len(some), config.groups.batch_size):
+            present += len({user for user in some[at : at + config.groups.batch_size] if user in own})
+        wanted = fmean(2 * math.ceil(len(dataset.history(user)) / config.users.batch_size) for user in own)
+        trained = read(folder_of(judged, "end-to-end-steps") / "users" / "stage.json")["rows"]
+        assert trained == rows.size != read(folder_of(judged, "end-to-end") / "users" / "stage.json")["rows"]
+    assert present / len(own) == pytest.approx(wanted, rel=0.25)
 
 
 def test_the_released_oppu_trains_each_user_on_those_before(judged: Path) -> None:

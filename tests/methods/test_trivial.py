@@ -76,3 +76,21 @@ def test_the_same_items_are_those_of_the_adapter(tmp_path, settings):
         assert len(dataset.history("ann")) == 9
         assert {row.prediction for row in user_majority(place).predictions} == {"a"}
         assert {row.prediction for row in user_majority_same(place).predictions} == {"b"}
+
+
+def test_the_lead_of_a_conversation_is_of_its_last_question(tmp_path, settings):
+    def talk(user, at):
+        said = [
+            ("user", f"first {at}"),
+            ("assistant", "yes"),
+            ("user", f"{user} asks {at}"),
+            ("assistant", f"{user} asks"),
+        ]
+        return {"user_id": user, "timestamp": at, "messages": [{"role": r, "content": text} for r, text in said]}
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(talk(user, at)) + "\n" for user in ("ann", "bob") for at in range(6)))
+    config = settings(data={"path": str(path)}, task={"kind": "generation"}, split={"min_history": 3})
+    with prepare(config, tmp_path / "data.sqlite", lambda prompts, targets: [1] * len(prompts)) as dataset:
+        found = lead(TrainedRun(config, dataset, tmp_path, 0)).predictions
+    assert {row.prediction for row in found} == {"ann asks", "bob asks"}

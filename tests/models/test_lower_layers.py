@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from proper.data.encoder import EncodedExample
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
 from proper.models.backbone import Backbone, digest, load_tokenizer
+from proper.models.lower_layers import HiddenStates
 from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
 
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -192,7 +194,13 @@ def test_a_full_cache_goes_on_without(model: ProperModel, tmp_path: Path, caplog
         step(model, texts[:25])
         step(model, texts[25:])
         assert 20_000 - 10 * 32 * 4 < model._states.used <= 20_000
-    assert sum("are full (compute.cache_mb)" in line for line in caplog.messages) == 1
+    assert sum("are full (compute.cache_mb," in line for line in caplog.messages) == 1
+
+
+def test_half_of_the_free_disk_is_left(tmp_path: Path) -> None:
+    states = HiddenStates(tmp_path, 1 << 60)
+    assert 0 < states.limit <= shutil.disk_usage(tmp_path).total // 2
+    states.close()
 
 
 def test_a_full_disk_goes_on_without(model: ProperModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

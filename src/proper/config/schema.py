@@ -6,6 +6,7 @@ nearest known one.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
@@ -31,7 +32,8 @@ class DataConfig(Section):
         user: column of the user's id.
         time: column of the time; null if there is none.
         item: column of the item that a row is about; null if there is none.
-        prompt: template of the prompt; `{column}` is replaced by the row's value.
+        prompt: template of the prompt; `{column}` is replaced by the row's value. `{item_mean}` (ratings),
+            `{item_usual}` (labels) and `{item_count}` are what other users' histories say of the row's item.
         target: template of the answer.
         rows: what a row holds: the templates' columns; `messages`, a list of objects with role and content, of which
             the last assistant's is the answer; or `completion`, TRL's columns prompt and completion, as texts or lists
@@ -135,6 +137,21 @@ class SplitConfig(Section):
     seed: int = 0
 
 
+def seconds_of(time: str) -> float:
+    """Return the seconds of a time as in 40m, 2h, 90s or 1h30m.
+
+    Raises:
+        ValueError: it is no such time, or none at all.
+    """
+    number = r"(?:(\d+(?:\.\d+)?){})?"
+    found = re.fullmatch("".join(map(number.format, "hms")), time.replace(" ", ""))
+    parts = [float(part or 0) for part in found.groups()] if found else [0.0]
+    if not any(parts):
+        raise ValueError(f"'{time}' is not a time, as in 40m, 2h or 1h30m")
+    hours, minutes, seconds = parts
+    return 3600 * hours + 60 * minutes + seconds
+
+
 class ComputeConfig(Section):
     """Precision, device, sequence length, inference batch size and checkpoint interval.
 
@@ -143,17 +160,33 @@ class ComputeConfig(Section):
         device: torch device; `auto` takes a GPU if there is one.
         max_length: longest prompt with its answer, in tokens; longer ones are cut.
         batch_size: rows of a batch in evaluation.
+        batch_tokens: most tokens, padding included, that run through the backbone at once in training and evaluation; a
+            larger batch is computed in parts, with the same result. `auto` goes by the backbone's size, so that memory
+            stays bounded.
         checkpoint_seconds: time between two checkpoints of a stage, in seconds.
-        cache_mb: most MiB of disk for hidden states of texts during training, used where `groups.layers` leaves lower
-            layers without experts; 0 switches the cache off.
+        cache_mb: most MiB of disk, and at most half of what is free, for hidden states of texts during training, used
+            where `groups.layers` leaves lower layers without experts; 0 switches the cache off.
+        budget: time for the whole run, as in 40m, 2h or 1h30m; null means no limit. The tokens of stages 1 and 2, then
+            steps and items per user, then queries are lowered until the estimated time fits.
+        cut: the settings that the budget lowered, with their values before; the run writes it.
     """
 
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     device: str = "auto"
     max_length: Annotated[int, Field(ge=8)] = 256
     batch_size: Count = 32
+    batch_tokens: Literal["auto"] | Count = "auto"
     checkpoint_seconds: Positive = 30.0
     cache_mb: Annotated[int, Field(ge=0)] = 4096
+    budget: str | None = None
+    cut: dict[str, int | None] = {}
+
+    @field_validator("budget")
+    @classmethod
+    def _is_a_time(cls, budget: str | None) -> str | None:
+        if budget is not None:
+            seconds_of(budget)
+        return budget
 
 
 class EvaluationConfig(Section):

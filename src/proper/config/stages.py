@@ -34,7 +34,7 @@ class OptimizerConfig(Section):
     """
 
     epochs: Annotated[float, Field(gt=0)] = 2
-    batch_size: Count = 16
+    batch_size: Count = 8
     learning_rate: Rate = "auto"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup: Fraction = 0.03
@@ -173,8 +173,8 @@ class UsersConfig(OptimizerConfig):
         patience: measurements, of four over a user's trial, without a lower held-out loss at any scale after which the
             user leaves the trial.
         scales: factors on a trial's adapter, beside 1, at which the held-out loss is measured. One number of passes and
-            one factor are chosen for all users, by the mean over all users, and the factor goes into the stored
-            adapters.
+            one factor are chosen for all users, by the mean gain over users minus its standard error, and the factor
+            goes into the stored adapters.
         router: form of the LoRA-aware router: added to stage 2's scores, the paper's, or none.
         router_learning_rate: learning rate of the LoRA-aware router; `auto` as for `learning_rate`.
         router_epochs: passes over the histories for the router.
@@ -188,10 +188,10 @@ class UsersConfig(OptimizerConfig):
     alpha: Positive = 8
     dropout: Fraction = 0.0
     layers: LastLayers = "all"
-    batch_size: Count = 4
-    steps: Count | None = 40
-    patience: Count = 2
-    scales: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(max_length=8)] = [0.25, 0.5, 0.75]
+    batch_size: Count = 2
+    steps: Count | None = 20
+    patience: Count = 1
+    scales: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(max_length=8)] = [0.25, 0.5]
     router: Literal["residual", "paper", "none"] = "none"
     router_learning_rate: Rate = "auto"
     router_epochs: Count = 1

@@ -88,7 +88,16 @@ def similar_batches(
         yield from batches
 
 
-def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Return row indices sorted by length, in chunks of `size`."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    return [order[at : at + size] for at in range(0, len(order), size)]
+def by_length(lengths: Sequence[int], size: int, tokens: int) -> list[list[int]]:
+    """Return row indices sorted by length, in chunks of at most `size` rows and `tokens` tokens, padding included.
+
+    A longer row is a chunk of its own.
+    """
+    chunks: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        # Sorted by length, so the newest row is the longest one of its chunk.
+        full = not chunks or len(chunks[-1]) == size or (len(chunks[-1]) + 1) * lengths[row] > tokens
+        if full:
+            chunks.append([])
+        chunks[-1].append(row)
+    return chunks

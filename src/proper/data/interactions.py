@@ -8,6 +8,7 @@ from typing import Literal
 
 from proper.config import DataConfig, TaskConfig
 from proper.data.conversations import COMPLETION, MESSAGES, PROMPT, completion_row, messages_row
+from proper.data.item_evidence import marked
 from proper.data.rows import BadValue, Source, Template, parse_template
 from proper.data.sources import open_sources
 from proper.data.values import find_label, identifier, parse_time, rating_of, written_id
@@ -92,7 +93,8 @@ def _columns(row_format: RowFormat, source: Source) -> list[str]:
     kind = row_format.kind(have or ())
     if kind == "template":
         for template in (row_format.prompt, row_format.target):
-            named.update(dict.fromkeys(template.columns, template.key))
+            needed = [name for name in template.columns if name not in template.defaults or name in (have or ())]
+            named.update(dict.fromkeys(needed, template.key))
     else:
         named.update(dict.fromkeys(_CONVERSATION[kind], "data.rows"))
     defaults = DataConfig.model_fields
@@ -136,7 +138,8 @@ class RowFormat:
         Raises:
             DataError: a template is malformed.
         """
-        prompt, target = parse_template(config.prompt, "data.prompt"), parse_template(config.target, "data.target")
+        prompt = marked(parse_template(config.prompt, "data.prompt"))
+        target = parse_template(config.target, "data.target")
         given = config.given_split or {config.prompt, config.target} != {_default("prompt"), _default("target")}
         rows = "template" if config.rows == "auto" and given else config.rows
         return cls(config.user, config.time, config.item, prompt, target, task, config.given_split, rows)

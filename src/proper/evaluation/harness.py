@@ -18,6 +18,7 @@ from torch import Tensor
 
 from proper.adapters.store import AdapterStore
 from proper.config import Config
+from proper.console import progress
 from proper.data.dataset import Dataset
 from proper.data.summary import queries_seen_by_others, require_no_leaks, targets_outside
 from proper.evaluation.fingerprint import code_version
@@ -31,6 +32,7 @@ from proper.evaluation.truth import TruthShares, read_truth, truth_section
 from proper.files import hash_value, read_json, write_json
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
+from proper.models.memory import give_back_memory
 from proper.run_folder import RunFolder, Stage, Tier
 
 MEASURING_CODE = ("data", "layers", "models", "inference", "evaluation")
@@ -135,6 +137,8 @@ class Harness:
         gates = mean_gates(model, self.dataset, ids)
         embeddings = _embeddings(model, ids)
         model.close()
+        del model
+        give_back_memory()
         truth = self._read_truth()
         groups = {user: truth.groups[user] for user in ids if user in truth.groups} if truth else None
         histories = {user.id: user.history for user in users}
@@ -146,9 +150,12 @@ class Harness:
         """Return the answer loss of every target user on their own newest history, first seed."""
         model = load(self.home, Tier.USERS)
         losses = {}
-        for user in self.dataset.users("target"):
-            own = answer_losses(model, self.dataset.history(user.id, HISTORY_SAMPLE))
-            losses[user.id] = sum(own) / len(own)
+        users = list(self.dataset.users("target"))
+        with progress("losses on the histories", len(users)) as advance:
+            for user in users:
+                own = answer_losses(model, self.dataset.history(user.id, HISTORY_SAMPLE))
+                losses[user.id] = sum(own) / len(own)
+                advance()
         model.close()
         return losses
 
@@ -187,12 +194,16 @@ class Harness:
     def _run_metadata(self) -> dict[str, Any]:
         packages = ("proper-llm", "torch", "transformers", "peft", "accelerate")
         versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-        device = "cuda" if torch.cuda.is_available() and self.config.compute.device != "cpu" else "cpu"
+        compute = self.config.compute
+        device = "cuda" if torch.cuda.is_available() and compute.device != "cpu" else "cpu"
+        values = self.config.model_dump()
+        lowered = {name: values[name.split(".")[0]][name.split(".")[1]] for name in compute.cut}
         return {
             "backbone": self.config.backbone,
             "versions": versions,
             "data_sha256": self.dataset.sha256,
             "device": f"{device}, {torch.get_num_threads()} threads",
+            **({"budget": {"time": compute.budget, "lowered": lowered}} if compute.budget is not None else {}),
         }
 
     def _seconds(self) -> dict[str, float]:

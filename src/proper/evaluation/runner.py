@@ -14,9 +14,10 @@ from torch import Tensor
 
 from proper.config import TaskConfig
 from proper.console import progress
-from proper.data.batching import by_length, collate, number_users
+from proper.data.batching import by_length, collate
 from proper.data.chat import readable
 from proper.data.dataset import Dataset, TextExample
+from proper.data.encoder import EncodedExample
 from proper.errors import ConfigError
 from proper.evaluation.metrics import Prediction
 from proper.files import write_text
@@ -24,7 +25,6 @@ from proper.inference.generate import respond
 from proper.inference.model import BatchModel, PersonalizedModel
 from proper.inference.score import score
 from proper.layers.batch_context import RowContext
-from proper.models.personal import answer_loss
 
 CHUNK = 512
 """Number of queries in memory at once."""
@@ -132,11 +132,11 @@ def answer_losses(model: BatchModel, examples: Sequence[TextExample]) -> list[fl
     """Return the mean loss per token (nats) of each example's true answer, in a conversation of its last message."""
     encoded = [model.encoder.encode(example, last=True) for example in examples]
     losses = [0.0] * len(encoded)
-    for chunk in by_length([len(row.ids) for row in encoded], model.config.compute.batch_size):
+    limit = model.model.backbone.batch_tokens
+    for chunk in by_length([len(row.ids) for row in encoded], model.config.compute.batch_size, limit):
         batch = collate([encoded[i] for i in chunk], model.model.backbone.pad_id, model.model.device)
         with torch.no_grad():
-            logits = model.model.answer_logits(batch, model.rows(batch.users))
-        total, tokens = answer_loss(logits, batch.labels)
+            total, tokens = model.model.answer_losses(batch, model.rows(batch.users))
         for i, loss in zip(chunk, (total / tokens).tolist(), strict=True):
             losses[i] = loss
     return losses
@@ -145,17 +145,32 @@ def answer_losses(model: BatchModel, examples: Sequence[TextExample]) -> list[fl
 def mean_gates(model: BatchModel, dataset: Dataset, users: Sequence[str], items: int = 32) -> Float[Tensor, "U M E"]:
     """Return each user's mean gates in every module, over the tokens of their newest history items."""
     found = []
-    for user in users:
-        rows = [model.encoder.encode(example) for example in dataset.history(user, items)]
-        batch = collate(rows, model.model.backbone.pad_id, model.model.device)
-        _, numbers = number_users(batch.users)
-        wanted = model.rows(batch.users)
-        who = torch.tensor(numbers, device=model.model.device)
-        rows_of = RowContext(wanted.mode, wanted.embedding, wanted.slots, users=who, mask=batch.attention_mask.bool())
-        with torch.no_grad():
-            model.model.answer_logits(batch, rows_of)
-        found.append(model.model.routing.stacked()[:, 0].cpu())
+    limit = model.model.backbone.batch_tokens
+    with progress("routing of the histories", len(users)) as advance:
+        for user in users:
+            rows = [model.encoder.encode(example) for example in dataset.history(user, items)]
+            # The gates need the logits of no token; the model computes one per row.
+            rows = [replace(row, start=len(row.ids) - 1, between=()) for row in rows]
+            chunks = by_length([len(row.ids) for row in rows], items, limit)
+            # The mean of one chunk is the user's, bit by bit; several are weighted by their tokens.
+            parts = [_gates(model, [rows[at] for at in sorted(chunk)]) for chunk in chunks]
+            shares = torch.tensor([tokens for _, tokens in parts], dtype=torch.float64)
+            shares /= shares.sum()
+            means = torch.stack([gates.double() * share for (gates, _), share in zip(parts, shares, strict=True)])
+            found.append(means.sum(0).float())
+            advance()
     return torch.stack(found)
+
+
+@torch.no_grad()
+def _gates(model: BatchModel, rows: Sequence[EncodedExample]) -> tuple[Float[Tensor, "M E"], int]:
+    """Return one user's mean gates in every module over these rows, and the number of their tokens."""
+    batch = collate(rows, model.model.backbone.pad_id, model.model.device)
+    wanted = model.rows(batch.users)
+    who = torch.zeros(len(rows), dtype=torch.long, device=model.model.device)
+    mask = batch.attention_mask.bool()
+    model.model.answer_logits(batch, RowContext(wanted.mode, wanted.embedding, wanted.slots, users=who, mask=mask))
+    return model.model.routing.stacked()[:, 0].cpu(), batch.tokens
 
 
 def prediction_of(

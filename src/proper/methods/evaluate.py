@@ -24,6 +24,7 @@ from proper.files import hash_value, read_json, write_json
 from proper.inference.loading import load
 from proper.methods.derived_runs import find_place, seconds_of
 from proper.methods.spec import Method, TrainedRun
+from proper.models.memory import give_back_memory
 from proper.run_folder import RunFolder, Stage, Tier
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ def answered(method: Method, place: TrainedRun, run_folder: RunFolder, *, label_
             return MethodRun(read_predictions(path, label_scores=label_scores), made["seconds"], made["tokens"])
     beside.unlink(missing_ok=True)
     run = method.answer(place)
+    give_back_memory()
     write_predictions(path, run.predictions)
     write_json(beside, {"key": key, "seconds": run.seconds, "tokens": run.tokens})
     return run if label_scores else replace(run, predictions=[replace(p, label_scores=None) for p in run.predictions])

@@ -140,8 +140,9 @@ def pooled_states(
     room = max(len(model.encoder.answer(label)) for label in labels)
     encoded = [model.encoder.prompt(prompt, room=room) for prompt in prompts]
     found: dict[int, Tensor] = {}
+    limit = model.model.backbone.batch_tokens
     with progress(title, len(prompts)) as advance, torch.no_grad():
-        for chunk in by_length([len(ids) for ids in encoded], model.config.compute.batch_size):
+        for chunk in by_length([len(ids) for ids in encoded], model.config.compute.batch_size, limit):
             ids, mask = pad_left([encoded[at] for at in chunk], model.model.backbone.pad_id, device)
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}

@@ -16,7 +16,7 @@ from proper.data.derived.views import SINGLE_USER, shuffle_users
 from proper.errors import ConfigError, did_you_mean
 from proper.evaluation.comparisons import TRIVIAL
 from proper.export.converted_models import STATIC_EXPORT, USERS_INT8
-from proper.methods.end_to_end import answer_end_to_end, train_end_to_end
+from proper.methods.end_to_end import answer_end_to_end, train_end_to_end, train_equal_steps
 from proper.methods.head import head_with_prior
 from proper.methods.ladder import as_another, as_itself, as_one, exported, in_eight_bits, train_one_user, train_stages
 from proper.methods.overrides import change, split_name
@@ -188,6 +188,7 @@ def _baselines(config: Config) -> list[Method]:
     variants = {
         "per-user-only": DerivedRun("per-user-only", train_per_user, (), without_router),
         "end-to-end": DerivedRun("end-to-end", train_end_to_end, (), without_router),
+        "end-to-end-steps": DerivedRun("end-to-end-steps", train_equal_steps, (), without_router),
         "poly": DerivedRun("poly", train_poly, (Stage.POPULATION,)),
         "oppu": DerivedRun("oppu", train_per_user, (Stage.POPULATION,), oppu),
         "oppu-released": DerivedRun("oppu-released", train_leaking, (Stage.POPULATION,), oppu),
@@ -195,6 +196,13 @@ def _baselines(config: Config) -> list[Method]:
     return [
         Method("per-user-only", answer_per_user, (Stage.USERS,), variants["per-user-only"], keeps="adapter"),
         Method("end-to-end", answer_end_to_end, (Stage.GROUPS, Stage.USERS), variants["end-to-end"], keeps="adapter"),
+        Method(
+            "end-to-end-steps",
+            answer_end_to_end,
+            (Stage.GROUPS, Stage.USERS),
+            variants["end-to-end-steps"],
+            keeps="adapter",
+        ),
         Method("poly", answer_poly, GROUPS, variants["poly"], keeps="embedding"),
         Method("oppu", answer_per_user, own, variants["oppu"], keeps="adapter"),
         Method("oppu-released", answer_per_user, own, variants["oppu-released"], keeps="adapter"),

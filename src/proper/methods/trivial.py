@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from os.path import commonprefix
 
 from proper.config import Config
+from proper.data.conversations import split_turns
 from proper.data.dataset import Dataset, TextExample
 from proper.data.rows import parse_template
 from proper.evaluation.runner import MethodRun, prediction_of
@@ -73,7 +74,8 @@ def median_words(dataset: Dataset) -> int:
 class InputText:
     """The user's text within a prompt: the longest column of the template, without words that all prompts share.
 
-    Data without a template, such as benchmarks and conversations, has its fixed words at the ends of every prompt.
+    Data without a template, such as benchmarks, has its fixed words at the ends of every prompt. Of a conversation, it
+    is the last message of the user.
     """
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
@@ -91,6 +93,10 @@ class InputText:
         return " ".join(words[self._front : len(words) - self._back])
 
     def _column(self, prompt: str) -> str:
+        turns = split_turns(prompt) or []
+        own = [turn.text for turn in turns if turn.role == "user"]
+        if own:
+            return own[-1]
         found = self._pattern.fullmatch(prompt)
         return max(found.groups(), key=len, default=prompt) if found else prompt
 

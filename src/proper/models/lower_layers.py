@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -45,11 +46,12 @@ class HiddenStates:
 
     Args:
         folder: a folder on the disk that has room for the file.
-        limit: maximum number of bytes; texts beyond it are not stored.
+        limit: maximum number of bytes, lowered to half of what is free on the disk; texts beyond it are not stored.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self.limit, self.used = limit, 0
+        # Checkpoints and results go to the same disk, and a run fails where they do not fit.
+        self.limit, self.used = min(limit, shutil.disk_usage(folder).free // 2), 0
         self._file = tempfile.TemporaryFile(dir=folder, prefix=".states.", suffix=".tmp", buffering=0)  # noqa: SIM115
         self._where: dict[bytes, tuple[int, torch.Size, torch.dtype]] = {}
 
@@ -73,7 +75,7 @@ class HiddenStates:
         """Store a text's states (on the CPU), unless the file is full or the disk is."""
         size = states.numel() * states.itemsize
         if self.used + size > self.limit:
-            self._stop(f"{self.limit >> 20} MiB are full (compute.cache_mb)")
+            self._stop(f"{self.limit >> 20} MiB are full (compute.cache_mb, or half of the free disk)")
             return
         why = "the disk is full"
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -140,26 +140,38 @@ class ProperModel:
 
     def answer_logits(self, batch: Batch, rows: RowContext) -> Float[Tensor, "B A V"]:
         """Return the logits that predict the last A tokens of each row, in the compute dtype."""
-        with self.routing.use(rows):
-            if self._lower is None:
-                return answer_logits(self.backbone.model, batch)
-            with self._lower.skipped(batch):
-                return answer_logits(self.backbone.model, batch)
+        with self._running(batch, rows):
+            return answer_logits(self.backbone.model, batch)
+
+    def answer_losses(self, batch: Batch, rows: RowContext) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+        """Return each row's summed answer loss in nats (fp32) and its number of answer tokens."""
+        with self._running(batch, rows):
+            return answer_losses(self.backbone.model, batch)
+
+    @contextmanager
+    def _running(self, batch: Batch, rows: RowContext) -> Iterator[None]:
+        """Set the rows of a forward pass over this batch, and start it from cached states where there are any."""
+        with self.routing.use(rows), nullcontext() if self._lower is None else self._lower.skipped(batch):
+            yield
 
     @contextmanager
     def caching(self, folder: Path, megabytes: int) -> Iterator[None]:
-        """Let `answer_logits` compute the layers below the first adapted one once per text while the block runs.
+        """Compute the layers below the first adapted one once per text while the block runs.
+
+        This holds for `answer_logits` and `answer_losses`.
 
         Args:
             folder: an existing folder, on the disk that has room for the cache.
             megabytes: maximum size of the cache in MiB; with 0, nothing is cached.
         """
+        before = self._states
         states = self._states = HiddenStates(folder, megabytes << 20) if megabytes else None
         self._find_lower_layers()
         try:
             yield
         finally:
-            self._states = self._lower = None
+            self._states = before
+            self._find_lower_layers()
             if states is not None:
                 states.close()
 
@@ -215,6 +227,32 @@ def answer_loss(
         at_least_fp32(logits).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
     ).view(labels.shape)
     return losses.sum(1), (labels != -100).sum(1).to(losses.dtype)
+
+
+def answer_losses(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+    """Return each row's summed answer loss in nats (fp32) and its number of answer tokens.
+
+    The LM head and the log-softmax see only tokens that the loss counts, not a rectangle as wide as the longest answer.
+    """
+    wanted = batch.labels != -100
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    packed: list[bool] = []
+
+    def pack(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if inputs[0].shape[:2] != wanted.shape:
+            return None
+        packed.append(True)
+        return (inputs[0][wanted].unsqueeze(0), *inputs[1:])
+
+    with head.register_forward_pre_hook(pack) if isinstance(head, nn.Module) else nullcontext():
+        logits = answer_logits(model, batch)
+    if not packed:
+        return answer_loss(logits, batch.labels)
+    losses = nn.functional.cross_entropy(at_least_fp32(logits[0]), batch.labels[wanted], reduction="none")
+    counts = wanted.sum(1)
+    # The tokens are in the rows' order, so a row's loss is the sum of a stretch: the same on every device and run.
+    sums = torch.stack([stretch.sum() for stretch in losses.split(counts.tolist())])  # type: ignore[no-untyped-call]
+    return sums, counts.to(losses.dtype)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ METHODS = {
     "groups": "Groups",
     "users": "Users",
     "end-to-end": "End to end",
+    "end-to-end-steps": "End to end, equal steps",
     "oppu": "OPPU",
     "poly": "Poly (PEFT)",
     "rag": "RAG",

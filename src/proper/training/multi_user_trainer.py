@@ -172,7 +172,7 @@ class MultiUserTrainer:
         work = [(slot, at, row) for slot, batch in chosen.items() for at, row in enumerate(batch)]
         jobs = {slot: self.job_in(slot)[0] for slot in chosen}
         losses = dict.fromkeys(chosen, 0.0)
-        pieces = list(micro_batches(work))
+        pieces = list(micro_batches(work, self.model.backbone.batch_tokens))
         for piece in pieces:
             self._observe(self.steps, piece)
             sums, _ = row_losses(self.model, jobs, piece, "fit", self.pad, self._dropout_generators(piece))

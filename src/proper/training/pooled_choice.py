@@ -1,14 +1,18 @@
 """One choice of passes and adapter scale for all users, from the held-out losses of all trials.
 
 A user's few held-out items decide little: with two of them, the best pass is mostly noise. The mean over all users is
-far less noisy, so passes and scale are chosen there. A scale below 1 shrinks the adapters toward the group model; it
+far less noisy, so passes and scale are chosen there: those with the highest lower bound of the mean gain, its mean over
+users minus its standard error. Long training at full scale has a high mean by a few users who gain much, while others
+lose; the bound prefers a gain that most users share. A scale below 1 shrinks the adapters toward the group model; it
 goes into the stored adapters.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 from proper.training.jobs import PARTS, passes_of
 from proper.training.tier_selection import Trial
@@ -68,8 +72,14 @@ class TrialCurve:
 
 
 def choose(curves: Sequence[TrialCurve]) -> Choice:
-    """Return the choice with the highest mean gain over all users; of equal ones, the least training and scale."""
+    """Return the choice with the highest lower bound of the mean gain; of equal ones, the least training and scale."""
     if not curves:
         return EVERYTHING
     choices = [Choice(part, scale) for part in range(1, PARTS + 1) for scale in sorted(curves[0].scales)]
-    return max(choices, key=lambda choice: sum(curve.at(choice).gain for curve in curves))
+    return max(choices, key=lambda choice: _lower_bound([curve.at(choice).gain for curve in curves]))
+
+
+def _lower_bound(gains: Sequence[float]) -> float:
+    """Return the mean minus its standard error; the gain itself if there is one."""
+    error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    return fmean(gains) - error

@@ -28,6 +28,7 @@ from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
 from proper.models.backbone import Backbone, configured_backbone, pick_device
 from proper.models.checkpoints import load_groups, save_tensors
+from proper.models.memory import give_back_memory
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.run_folder import RunFolder, Stage, Tier
@@ -85,6 +86,7 @@ def stage_plan(
         sample=sample,
         checkpoint=Checkpoint(RunFolder(folder).checkpoint(stage), config.compute.checkpoint_seconds),
         log=log,
+        batch_tokens=backbone.batch_tokens,
     )
 
 
@@ -226,6 +228,7 @@ class StageRunner:
         """Run a stage's work, then write its `stage.json`."""
         started = time.perf_counter()
         work()
+        give_back_memory()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             seconds = round(time.perf_counter() - started, 3)
