@@ -89,7 +89,7 @@ def prompt_vectors(source: Dataset, config: Config) -> Vectors:
     encoded = [encoder.start + encoder.tokens(readable(row.prompt))[:LONGEST] for row in rows]
     found: dict[int, np.ndarray[Any, np.dtype[np.float32]]] = {}
     with progress("retrieval: embeds", len(rows)) as advance, torch.no_grad():
-        for chunk in by_length([len(ids) for ids in encoded], config.compute.batch_size):
+        for chunk in by_length([len(ids) for ids in encoded], config.compute.batch_size, backbone.batch_tokens):
             ids, mask = pad_left([encoded[at] for at in chunk], backbone.pad_id, backbone.device)
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             states = backbone.model.base_model(
