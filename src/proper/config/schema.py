@@ -212,6 +212,21 @@ class EvaluationConfig(Section):
         return seeds
 
 
+class RetrievalConfig(Section):
+    """Items of a user's own earlier history that the methods `rag` and `users+rag` prepend to prompts.
+
+    Attributes:
+        kind: how items are found: by words (BM25), by the frozen backbone's hidden states, or by both rankings.
+        k: most items of a prompt.
+        max_length: longest prompt with its items and its answer in these methods, in tokens; null means
+            compute.max_length.
+    """
+
+    kind: Literal["bm25", "embedding", "both"] = "bm25"
+    k: Count = 4
+    max_length: Annotated[int, Field(ge=8)] | None = None
+
+
 class Config(Section):
     """All settings of a run.
 
@@ -232,7 +247,15 @@ class Config(Section):
     population: PopulationConfig = PopulationConfig()
     groups: GroupsConfig = GroupsConfig()
     users: UsersConfig = UsersConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _items_need_room(self) -> Config:
+        longest = self.retrieval.max_length
+        if longest is not None and longest < self.compute.max_length:
+            raise ValueError(f"retrieval.max_length: {longest} is below compute.max_length, {self.compute.max_length}")
+        return self
 
     @model_validator(mode="after")
     def _users_have_experts(self) -> Config:

@@ -159,8 +159,13 @@ def _recount(connection: sqlite3.Connection) -> None:
         UPDATE users SET history = (SELECT count(*) FROM rows WHERE user = number AND part = 'history')""")
 
 
-def rewrite(source: Dataset, path: Path, name: str, rewritten: Iterable[Rewritten]) -> None:
-    """Replace the prompts of rows but keep their keys, so that the leak check still works."""
+def rewrite(
+    source: Dataset, path: Path, name: str, rewritten: Iterable[Rewritten], max_length: int | None = None
+) -> None:
+    """Replace the prompts of rows but keep their keys, so that the leak check still works.
+
+    `max_length` is the new longest row in tokens; that of `source` if None.
+    """
     with _copy(source, path, name) as connection:
         connection.execute(SOURCES)
         cut = {"history": 0, "query": 0}
@@ -177,6 +182,8 @@ def rewrite(source: Dataset, path: Path, name: str, rewritten: Iterable[Rewritte
                 cut[part] += 1
         connection.execute("DELETE FROM texts WHERE id NOT IN (SELECT text FROM rows)")
         set_meta(connection, "cut", cut)
+        if max_length is not None:
+            set_meta(connection, "max_length", max_length)
 
 
 def cut_queries(dataset: Dataset) -> int:
