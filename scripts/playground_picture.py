@@ -1,7 +1,6 @@
 """Take docs/playground.png: one prompt answered as several users of a run, on the page that `proper serve` shows.
 
-proper serve runs/git --port 8000
-python scripts/playground_picture.py http://127.0.0.1:8000 u0001 u0002 u0003 --field body="..." --out docs/playground.png
+python scripts/playground_picture.py http://127.0.0.1:8000 u0001 u0002 u0003 --field Body="..." --out docs/playground.png
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ def take(address: str, users: list[str], fields: dict[str, str], out: Path) -> l
 
 
 def main() -> None:
+    """Take the picture and print the answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("address", help="address of a running server")
     parser.add_argument("users", nargs="+", help="user ids, six at most")
