@@ -1,6 +1,6 @@
 """Take docs/playground.png: one prompt answered as several users of a run, on the page that `proper serve` shows.
 
-python scripts/playground_picture.py http://127.0.0.1:8000 u0001 u0002 u0003 --field Body="..." --out docs/playground.png
+python scripts/playground_picture.py http://127.0.0.1:8000 u1 u2 u3 --field Body="..." --out docs/playground.png
 """
 
 from __future__ import annotations
