@@ -107,7 +107,7 @@ def finished(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 def test_losses_fall(finished: tuple[Path, dict[str, Told]]) -> None:
     _, told = finished
     for name in SEQUENCE[:-1]:
-        assert told[name].losses[-1] < 0.98 * told[name].losses[0], name
+        assert told[name].losses[-1] < 0.99 * told[name].losses[0], name
     # W_r alone cannot do much; its batches differ by more than it gains. So look at the same rows before and after.
     assert told["stage3b_router"].held_out[-1] != told["stage3b_router"].held_out[0]
 

@@ -45,7 +45,7 @@ def fit(
     seconds: float = 1e9,
     **users: Any,
 ) -> dict[str, Tensor]:
-    config = UsersConfig(**users)
+    config = UsersConfig(**{"router": "residual", **users})
     if not model.router_parameters():
         model.add_lora_router(config)
     own = adapters(model, jobs)
@@ -115,7 +115,7 @@ def test_every_row_is_seen_once_per_epoch_with_its_users_adapter(
     grouped: Build, jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = grouped()
-    model.add_lora_router(UsersConfig())
+    model.add_lora_router(UsersConfig(router="residual"))
     own, seen = adapters(model, jobs), []
     loss = router_module._loss
 

@@ -39,7 +39,7 @@ ROUGH_SPEED = 1e11
 
 
 @dataclass(frozen=True)
-class Estimate:
+class TimeEstimate:
     """Work and seconds of every stage and of the evaluation, by name."""
 
     work: Mapping[str, Work]
@@ -68,10 +68,10 @@ class Fitted:
     lines: list[str]
 
 
-def estimate(config: Config, counts: Counts, methods: Sequence[Method], speed: Speed) -> Estimate:
+def estimate(config: Config, counts: Counts, methods: Sequence[Method], speed: Speed) -> TimeEstimate:
     """Return the estimated time of a run."""
     work = workload(config, counts, methods)
-    return Estimate(work, {name: speed.seconds(name, part) for name, part in work.items()})
+    return TimeEstimate(work, {name: speed.seconds(name, part) for name, part in work.items()})
 
 
 def time_lines(config: Config, dataset: Dataset, methods: Sequence[Method]) -> list[str]:
