@@ -1,4 +1,4 @@
-"""The ten questions: text, the results that answer each, and the pairs of methods that are compared.
+"""The questions: text, the results that answer each, and the pairs of methods that are compared.
 
 An answer is a rule from `answers`; no number is written here.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from experiments.answers import Tests, controls, each, grid, short, steps
+from experiments.answers import Tests, controls, each, grid, main_table, short, steps
 from proper.evaluation.comparisons import CONTROLS, STEPS
 
 
@@ -68,11 +68,43 @@ def _short(items: int) -> Source:
     return Source(f"{items} item{'s' if items > 1 else ''}", f"findings/short-{items}.json", tuple(pairs), items=items)
 
 
+LABELS, TEXT = "users+prior", "users"
+"""The form of `users` in the main table, chosen by the kind of task before any query was answered."""
+TRIVIAL = ("global-majority", "user-majority", "user-majority-same", "prior")
+MAIN_FORMS = {
+    "huffpost-label": LABELS,
+    "movielens-rating": LABELS,
+    "git-subject": TEXT,
+    "git-area": LABELS,
+}
+TRAINED = ("head+prior", "rag", "oppu", "end-to-end")
+
+
+CONSTANTS = {name: "global-majority" if form == LABELS else "lead" for name, form in MAIN_FORMS.items()}
+
+
+def _main(name: str, form: str) -> Source:
+    rivals = (*(TRIVIAL if form == LABELS else ("lead", *TRIVIAL[1:3])), *TRAINED)
+    pairs = (("population", CONSTANTS[name]), *STEPS, *CONTROLS, *((form, rival) for rival in rivals))
+    extra = (("users+prior", "users"),) if form == LABELS else ()
+    return Source(name, f"findings/main-{name}.json", (*pairs, *extra, ("users+rag", "users")))
+
+
 def _command(number: int) -> str:
     return f"recipes/findings.sh --only {number}"
 
 
 QUESTIONS = (
+    Question(
+        0,
+        "Main table: SmolLM2-135M",
+        "A pre-trained backbone, SmolLM2-135M-Instruct. Does each stage improve on the one before, over a population "
+        "model that beats the best constant? Does the user's model beat every rival, the trivial ones included?",
+        tuple(_main(name, form) for name, form in MAIN_FORMS.items()),
+        main_table(MAIN_FORMS, CONSTANTS),
+        _command(0),
+        STEPS,
+    ),
     Question(
         1,
         "Population, groups, users",
