@@ -67,6 +67,12 @@ def test_an_unknown_key_suggests_the_nearest(sections: dict[str, Any], message: 
             "'groups.learning_rate': should be a valid number or 'auto', not 'fast'",
         ),
         ({"users": {"slots": 0}}, "'users.slots': should be 'auto' or greater than or equal to 1, not 0"),
+        ({"groups": {"layers": 0}}, "'groups.layers': should be 'all' or greater than or equal to 1, not 0"),
+        ({"groups": {"layers": "first 3"}}, "'groups.layers': should be 'all' or a valid integer"),
+        (
+            {"groups": {"layers": 4}, "users": {"layers": "last 5"}},
+            "'config': users.layers: 5 is more than the 4 layers with experts (groups.layers)",
+        ),
         ({"task": {"labels": ["a"]}}, "'task.labels': list should have at least 2 items after validation, not 1"),
         (
             {"groups": {"experts": 2.5}},
@@ -87,6 +93,12 @@ def test_an_impossible_value_is_named_with_what_it_should_be(sections: dict[str,
     said = complaint(**sections)
     assert said.startswith(message)
     assert len(said) < 200
+
+
+def test_layers_are_all_or_the_last_so_many() -> None:
+    config = make_config({"data": {"path": "x"}, "groups": {"layers": "last 4"}, "users": {"layers": 3}})
+    assert (config.groups.layers, config.users.layers) == (4, 3)
+    assert make_config({"data": {"path": "x"}, "users": {"layers": 3}}).groups.layers == "all"
 
 
 def test_the_branches_of_a_union_are_one_problem_and_never_part_of_a_key() -> None:

@@ -170,7 +170,7 @@ def test_a_user_lora_alone_is_exact_in_peft(
     config = load_config(run / "config.yaml")
     base, store = load(run, "population"), AdapterStore(run / "users")
     plain = ProperModel(base.model.backbone)
-    plain.add_plain_targets(config.users, config.groups.target_modules)
+    plain.add_plain_targets(config.groups)
     bank = AdapterBank(plain.layout(RANK), 2, alpha=ALPHA, trainable=False)
     plain.use_bank(bank)
     model = PersonalizedModel(plain, base.encoder, config, ServedUsers(store, bank, torch.zeros(D)), "users")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from proper.config import GroupsConfig
 from proper.data.batching import Batch, collate
 from proper.data.encoder import EncodedExample
 from proper.inference.forward import prefill
@@ -26,7 +27,7 @@ from proper.layers.batch_context import RowContext
 from proper.layers.personalized_linear import AdaptedLinear
 from proper.models.backbone import Backbone, load_backbone
 from proper.models.personal import answer_loss, gradient_checkpointing
-from proper.models.targets import find_targets, linear_shape
+from proper.models.targets import expert_targets, find_targets, linear_shape
 
 CPU = torch.device("cpu")
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -40,6 +41,19 @@ def test_the_modules_of_every_layer_are_found(family: Any, backbone: Backbone) -
     for name, (inputs, outputs) in find_targets(backbone.model, "all").items():
         module = backbone.model.get_submodule(name)
         assert module(torch.randn(1, 2, inputs)).shape == (1, 2, outputs) and linear_shape(module) == (inputs, outputs)
+
+
+def test_the_last_layers_are_those_that_run_last(backbone: Backbone) -> None:
+    order: list[str] = []
+    every = find_targets(backbone.model, "ffn")
+    for name in every:
+        module = backbone.model.get_submodule(name)
+        module.register_forward_pre_hook(lambda _, __, name=name: order.append(name))
+    backbone.model(torch.tensor([[3, 4, 5]]))
+    half = len(order) // 2
+    last = expert_targets(backbone.model, GroupsConfig(layers=1))
+    assert {*last} == {*order[half:]} and {name: every[name] for name in last} == last
+    assert expert_targets(backbone.model, GroupsConfig(layers=2)) == every
 
 
 def test_a_module_is_meant_by_any_dotted_ending(family: Any, backbone: Backbone) -> None:

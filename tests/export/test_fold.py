@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from proper.adapters.store import AdapterStore, UserRecord
-from proper.config import UsersConfig, make_config
+from proper.config import GroupsConfig, make_config
 from proper.data.batching import collate
 from proper.data.dataset import TextExample
 from proper.data.encoder import Encoder
@@ -142,7 +142,7 @@ def test_modules_without_experts_and_users_without_an_adapter_are_zero_padded(
     personal: Callable[..., ProperModel], store: AdapterStore, tmp_path: Path
 ) -> None:
     model = personal()
-    model.add_plain_targets(UsersConfig(), "attention")
+    model.add_plain_targets(GroupsConfig(target_modules="attention"))
     bank = AdapterBank(model.layout(4), 2, alpha=8.0, trainable=False)
     bank.values.copy_(0.2 * torch.randn(bank.values.shape, generator=torch.Generator().manual_seed(3)))
     model.use_bank(bank)

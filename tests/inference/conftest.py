@@ -25,7 +25,7 @@ def personal(backbone: Callable[..., Backbone]) -> Callable[..., ProperModel]:
         users = UsersConfig.model_validate({"router": router})
         model.add_experts(GroupsConfig(**{"user_embedding": 16, **groups}), seed=0)
         model.add_lora_router(users)
-        bank = AdapterBank(model.layout(users.rank), 3, alpha=users.alpha, trainable=False)
+        bank = AdapterBank(model.user_layout(users), 3, alpha=users.alpha, trainable=False)
         model.use_bank(bank)
         generator = torch.Generator().manual_seed(1)
         for parameter in (*model.group_parameters().values(), *model.router_parameters().values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 from proper.adapters.store import AdapterStore, UserRecord
+from proper.config import UsersConfig
 from proper.data.batching import by_length
-from proper.errors import InputError, RunFolderError
+from proper.errors import InputError, ProperError, RunFolderError
 from proper.files import write_json
 from proper.inference.generate import generate, respond
 from proper.inference.loading import load
@@ -181,6 +183,28 @@ def test_folders_that_are_no_runs_or_have_not_got_there(run: Path, tmp_path: Pat
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="no stage 'user'; stages are: base, population, groups, users"):
         load(run, "user")
+
+
+def test_other_layers_than_the_trained_ones_are_one_clear_error(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    raw = yaml.safe_load((copy / "config.yaml").read_text(encoding="utf-8"))
+
+    def complaint(**sections: Any) -> str:
+        changed = raw | {name: raw.get(name, {}) | section for name, section in sections.items()}
+        (copy / "config.yaml").write_text(yaml.safe_dump(changed), encoding="utf-8")
+        with pytest.raises(ProperError) as caught:
+            load(copy)
+        return str(caught.value)
+
+    experts = copy / "groups" / "groups.safetensors"
+    named = "its modules are not those of groups.target_modules and groups.layers: model.layers.0.mlp.down_proj.down"
+    assert complaint(groups={"layers": 1}) == f"{experts}: {named}"
+    assert complaint(groups={"layers": 3}).startswith("groups.layers: 3 is more than the 2 decoder layers")
+    store = AdapterStore(copy / "users")
+    store.bind(UsersConfig().adapter_shape)
+    store.close()
+    belongs = f"{copy / 'users'}: these adapters belong to another users.layers (all, not 1)"
+    assert complaint(users={"layers": 1}) == belongs
 
 
 def test_chunks_of_similar_length() -> None:

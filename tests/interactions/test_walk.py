@@ -155,8 +155,12 @@ def marked_data(place: Path, run: Path, seeds: list[int]) -> Path:
     raw = demo_config(place / data.name, settings)
     raw["split"] |= {"target_users": len(TRAINED), "min_history": 2}
     short = {"max_tokens": 300, "epochs": 1}
-    raw |= {"population": short, "groups": short | {"experts": 2, "rank": 3}, "compute": {"max_length": 64}}
-    raw |= {"users": {"epochs": 1, "rank": 2, "tiers": {"select": False}}}
+    raw |= {
+        "population": short,
+        "groups": short | {"experts": 2, "rank": 3, "layers": 4},
+        "compute": {"max_length": 64},
+    }
+    raw |= {"users": {"epochs": 1, "rank": 2, "layers": 2, "tiers": {"select": False}}}
     raw |= {"evaluation": {"methods": ["users"], "seeds": seeds, "resamples": 100}}
     (place / "config.yaml").write_text(yaml.safe_dump(raw), "utf-8")
     return place / "config.yaml"

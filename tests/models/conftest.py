@@ -18,12 +18,14 @@ from proper.models.personal import ProperModel
 def personal(backbone: Callable[..., Backbone]) -> Callable[..., ProperModel]:
     """Build a model of all stages with random experts, routers and adapters of three users."""
 
-    def build(dtype: torch.dtype = torch.float32, router: str = "residual", **groups: Any) -> ProperModel:
+    def build(
+        dtype: torch.dtype = torch.float32, router: str = "residual", user_layers: int | str = "all", **groups: Any
+    ) -> ProperModel:
         model = ProperModel(backbone(dtype))
-        users = UsersConfig.model_validate({"router": router})
+        users = UsersConfig.model_validate({"router": router, "layers": user_layers})
         model.add_experts(GroupsConfig(**{"user_embedding": 16, **groups}), seed=0)
         model.add_lora_router(users)
-        bank = AdapterBank(model.layout(users.rank), 3, alpha=users.alpha, trainable=True)
+        bank = AdapterBank(model.user_layout(users), 3, alpha=users.alpha, trainable=True)
         model.use_bank(bank)
         generator = torch.Generator().manual_seed(1)
         for parameter in (*model.group_parameters().values(), *model.router_parameters().values()):

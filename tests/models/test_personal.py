@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -251,8 +252,8 @@ def test_adding_experts_again_replaces_them(personal: Build) -> None:
 
 
 def test_user_adapters_without_experts(backbone: Callable[..., Backbone]) -> None:
-    model, users = ProperModel(backbone()), UsersConfig(rank=2)
-    model.add_plain_targets(users, "all")
+    model = ProperModel(backbone())
+    model.add_plain_targets(GroupsConfig(target_modules="all"))
     bank = AdapterBank(model.layout(2), 3, alpha=4.0, trainable=True)
     bank.values.normal_(std=0.2)
     model.use_bank(bank)
@@ -262,6 +263,47 @@ def test_user_adapters_without_experts(backbone: Callable[..., Backbone]) -> Non
     assert len(model.layers) == 14 and not model.group_parameters()
     assert torch.equal(plain[2], own[2]), "slot -1"
     assert not torch.allclose(plain[0], own[0], atol=1e-2)
+
+
+def test_layers_without_experts_or_adapters_do_nothing(personal: Build) -> None:
+    """Against the same model in which what is left out is there, and zero."""
+    model, whole = personal(layers=1, user_layers=1), personal()
+    assert list(model.layers) == [f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")]
+    bank, every = (next(iter(each.layers.values())).bank for each in (model, whole))
+    assert bank is not None and every is not None
+    every.values.zero_()
+    for name, parameter in whole.group_parameters().items():
+        parameter.data.copy_(
+            model.group_parameters()[name]
+        ) if name in model.group_parameters() else parameter.data.zero_()
+    for name, parameter in whole.router_parameters().items():
+        parameter.data.copy_(model.router_parameters()[name]) if name in model.layers else parameter.data.zero_()
+    for name in model.layers:
+        every.down[name].data.copy_(bank.down[name])
+        every.up[name].data.copy_(bank.up[name])
+    for mode in ("groups", "fit", "users"):
+        pairs = zip(
+            answers(model, rows_of(), mixed(model, mode)), answers(whole, rows_of(), mixed(whole, mode)), strict=True
+        )
+        for found, expected in pairs:
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_layers_with_experts_only_keep_the_gates_of_stage_2(personal: Build) -> None:
+    model = personal(user_layers=1)
+    upper = [name for name in model.layers if ".1." in name]
+    assert list(model.router_parameters()) == upper
+    assert [name for name, layer in model.layers.items() if layer.bank is not None] == upper
+    assert model.user_layout(UsersConfig(layers=1)).width * 2 == model.layout(UsersConfig().rank).width
+    gates: dict[str, dict[str, Tensor]] = {}
+    for mode in ("groups", "users"):
+        batch = collate(rows_of(), pad=0)
+        rows = replace(mixed(model, mode), users=torch.arange(5), mask=batch.attention_mask.bool())
+        with torch.no_grad():
+            model.answer_logits(batch, rows)
+        gates[mode] = dict(model.routing.gates)
+    changed = {name for name in model.layers if not torch.equal(gates["groups"][name], gates["users"][name])}
+    assert changed == {*upper}
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_at_least_one_finished_adapter_a_slot_may_wait(grouped: Build, monkeypat
 
 SCRIPT = """
 import sys, torch
-from proper.config import UsersConfig
+from proper.config import GroupsConfig, UsersConfig
 from proper.models.backbone import load_backbone
 from proper.models.personal import ProperModel
 from proper.training.multi_user_trainer import MultiUserTrainer
@@ -115,7 +115,7 @@ torch.set_num_threads(1)
 def resident():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) * 1024
 model = ProperModel(load_backbone("proper-nano", torch.bfloat16, torch.device("cpu")))
-model.add_plain_targets(UsersConfig(), "ffn")
+model.add_plain_targets(GroupsConfig())
 before = resident()
 engine = MultiUserTrainer(model, UsersConfig(), 0.0, 0, 200, pad=0)
 for tensor in (engine.bank.values, engine.bank.gradients, engine.optimizer.first, engine.optimizer.second, engine.best):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from proper.config import UsersConfig
+from proper.config import GroupsConfig, UsersConfig
 from proper.data.batching import collate
 from proper.data.encoder import EncodedExample
 from proper.layers.bank import Layout
@@ -107,7 +107,7 @@ def test_one_user_is_trained_as_peft_and_adamw_would(
 ) -> None:
     job, config = jobs[3], UsersConfig(rank=2, alpha=6.0, batch_size=4, weight_decay=0.1, clip=0.5)
     model = ProperModel(backbone())
-    model.add_plain_targets(config, "ffn")
+    model.add_plain_targets(GroupsConfig())
     options = {name: getattr(config, name) for name in ("rank", "alpha", "batch_size", "weight_decay", "clip")}
     found, engine = fit(model, [job], tmp_path, slots=1, **options)
 
@@ -117,7 +117,7 @@ def test_one_user_is_trained_as_peft_and_adamw_would(
         slow.model, LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=6, lora_dropout=0.0, target_modules=names)
     )
     scratch = ProperModel(backbone())
-    scratch.add_plain_targets(config, "ffn")
+    scratch.add_plain_targets(GroupsConfig())
     clean = MultiUserTrainer(scratch, config, 0.0, 0, 1, pad=0)
     clean._fill_slots([job])
     first = clean.bank.values[0].clone()

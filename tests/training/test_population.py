@@ -42,7 +42,7 @@ def run(
         config: PopulationConfig, folder: str = "population", dtype: torch.dtype = torch.float32, **options: Any
     ) -> Backbone:
         made = backbone(dtype)
-        train_population(made, config, plan(config, **options), accelerator, tmp_path / folder)
+        train_population(made, config, plan(config, **options), (), accelerator, tmp_path / folder)
         return made
 
     return fit

@@ -71,7 +71,7 @@ class Served:
         self.model.add_lora_router(self.config.users)
         self._mixtures = {name: (layer.experts, layer.router) for name, layer in self.model.layers.items()}
         self.store = AdapterStore(RunFolder(folder).users.path)
-        self.layout = self.model.layout(self.config.users.rank)
+        self.layout = self.model.user_layout(self.config.users)
         self.store.put(self._records())
         form: dict[str, Any] = {"device": device, "dtype": shape.dtype}
         bank = AdapterBank(self.layout, 1, alpha=self.config.users.alpha, trainable=False, **form)

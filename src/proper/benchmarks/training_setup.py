@@ -67,11 +67,11 @@ def make_jobs(histories: dict[str, tuple[EncodedExample, ...]], epochs: int, emb
     ]
 
 
-def personal_model(device: torch.device, users: UsersConfig, groups: GroupsConfig | None) -> ProperModel:
+def personal_model(device: torch.device, groups: GroupsConfig | None) -> ProperModel:
     """Return a model with user adapters on its FFN modules, and with frozen experts if `groups` is given."""
     model = ProperModel(backbone(device))
     if groups is None:
-        model.add_plain_targets(users, "ffn")
+        model.add_plain_targets(GroupsConfig())
         return model
     model.add_experts(groups, seed=0)
     for parameter in model.group_parameters().values():

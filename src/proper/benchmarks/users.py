@@ -127,7 +127,7 @@ class _Bench:
         self, size: UsersBenchSize, config: UsersConfig, groups: GroupsConfig | None, device: torch.device
     ) -> None:
         self.config, self.groups, self.device = config, groups, device
-        self.model = personal_model(device, config, groups)
+        self.model = personal_model(device, groups)
         self.bare = backbone(device) if groups is None else self.model.backbone
         self.pad = self.bare.pad_id
         encoder = Encoder(self.bare.tokenizer, MAX_LENGTH)
@@ -138,7 +138,7 @@ class _Bench:
         self.slots = min(size.users, auto_slots(parts, device_memory(device), device.type))
         self.stream = self._record()
         # The ceiling's LoRA wraps the same layers; it is removed while users are trained.
-        self.ceiling = personal_model(device, config, groups)
+        self.ceiling = personal_model(device, groups)
         self.parameters = share_lora(self.ceiling.backbone.model, config.rank, config.alpha)
         for layer in self.ceiling.layers.values():
             layer.bank = None
@@ -236,7 +236,7 @@ def _floor(bench: _Bench, hourly: float) -> dict[str, float]:
     head = model.config.get_text_config().vocab_size * bench.bare.hidden_size
     rows = [row for step in bench.stream for piece in step for _, _, row in piece]
     answers = sum(len(row.ids) - row.start for row in rows)
-    adapter = bench.model.layout(bench.config.rank).width
+    adapter = bench.model.user_layout(bench.config).width
     operations = 4 * (weights * bench.tokens + head * answers) + 6 * adapter * bench.tokens
     users, speed = len(bench.jobs), _speed(bench)
     # Per optimizer step of a user, gradients, values and both moments are read, and all but the gradients are written.

@@ -6,6 +6,7 @@ from proper.config.schema import ComputeConfig, Config, DataConfig, EvaluationCo
 from proper.config.stages import (
     ConstraintConfig,
     GroupsConfig,
+    LastLayers,
     OptimizerConfig,
     PopulationConfig,
     Section,
@@ -21,6 +22,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "GroupsConfig",
+    "LastLayers",
     "OptimizerConfig",
     "PRESETS",
     "PopulationConfig",

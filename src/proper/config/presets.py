@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 _PAPER: dict[str, Any] = {
-    "population": {"learning_rate": 3e-4, "train_on": "others"},
-    "groups": {"learning_rate": 2e-4, "train_on": "targets"},
+    "population": {"learning_rate": 3e-4, "train_on": "others", "patience": 0},
+    "groups": {"learning_rate": 2e-4, "train_on": "targets", "embedding_init": 0.02},
     "users": {"learning_rate": 2e-4, "router_learning_rate": 2e-4, "router": "paper"},
 }
 
@@ -19,6 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             **_PAPER["groups"],
             "router": "released",
             "embedding": "per-module",
+            "embedding_init": 1.0,
             "constraint": {"kind": "released"},
         },
     },

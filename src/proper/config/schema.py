@@ -190,3 +190,10 @@ class Config(Section):
     groups: GroupsConfig = GroupsConfig()
     users: UsersConfig = UsersConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _users_have_experts(self) -> Config:
+        groups, users = self.groups.layers, self.users.layers
+        if groups != "all" and users != "all" and users > groups:
+            raise ValueError(f"users.layers: {users} is more than the {groups} layers with experts (groups.layers)")
+        return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -47,6 +47,16 @@ class OptimizerConfig(Section):
 TargetModules = Literal["auto", "ffn", "attention", "all"] | list[str]
 
 
+def _last(value: object) -> object:
+    """Return the number N of the spelling `last N`, and any other value as it is."""
+    words = value.split() if isinstance(value, str) else []
+    return int(words[1]) if len(words) == 2 and words[0] == "last" and words[1].isdecimal() else value
+
+
+LastLayers = Annotated[Literal["all"] | Count, BeforeValidator(_last)]
+"""All decoder layers, or the last N of them."""
+
+
 class PopulationConfig(OptimizerConfig):
     """Stage 1: one LoRA trained on all users' histories and merged into the backbone.
 
@@ -57,6 +67,10 @@ class PopulationConfig(OptimizerConfig):
         target_modules: layers that get the LoRA: a group of them, or a list of names.
         train_on: the histories of all users, or of users who are not targets.
         max_tokens: budget of training tokens, sampled evenly over users; null means all.
+        patience: measurements of the held-out loss, of ten over all epochs, without a lower one after which training
+            ends; the weights with the lowest loss are kept. 0 trains all epochs on all rows.
+        validation: share of the rows that is held out for this, sampled evenly over users; at most 128 rows, and none
+            if it is below 16.
     """
 
     rank: Count = 8
@@ -67,6 +81,8 @@ class PopulationConfig(OptimizerConfig):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     train_on: Literal["all", "others"] = "all"
     max_tokens: Count | None = None
+    patience: Annotated[int, Field(ge=0)] = 3
+    validation: Annotated[float, Field(gt=0, le=0.5)] = 0.05
 
 
 class ConstraintConfig(Section):
@@ -93,8 +109,11 @@ class GroupsConfig(OptimizerConfig):
         alpha: scale of an expert, times the rank.
         dropout: dropout rate on the experts' input.
         target_modules: layers that get experts and user adapters: a group of them, or a list of names.
+        layers: decoder layers that get experts: `all`, or a number N for the last N. With N, training computes the
+            layers below only once per text.
         user_embedding: size of a user embedding.
         embedding: one embedding per user for all layers, or one per layer.
+        embedding_init: standard deviation of the user embeddings' initial values; the mean is 0.
         embedding_learning_rate: learning rate of the user embeddings.
         router: form of the user-aware router: a softmax of the sum, or that of the released code.
         constraint: penalty that keeps the mixtures of users apart.
@@ -107,8 +126,10 @@ class GroupsConfig(OptimizerConfig):
     alpha: Positive = 8
     dropout: Fraction = 0.05
     target_modules: TargetModules = "ffn"
+    layers: LastLayers = "all"
     user_embedding: Count = 128
     embedding: Literal["shared", "per-module"] = "shared"
+    embedding_init: Positive = 1.0
     embedding_learning_rate: Positive = 1e-2
     router: Literal["default", "released"] = "default"
     constraint: ConstraintConfig = ConstraintConfig()
@@ -139,6 +160,7 @@ class UsersConfig(OptimizerConfig):
         rank: rank of a user's LoRA.
         alpha: scale of a user's LoRA, times the rank.
         dropout: dropout rate on the LoRA's input.
+        layers: decoder layers that get user adapters: `all` that have experts, or a number N for the last N of these.
         patience: passes without a lower held-out loss after which a user's trial stops.
         router: form of the LoRA-aware router: added to stage 2's scores, the paper's, or none.
         router_learning_rate: learning rate of the LoRA-aware router; `auto` as for `learning_rate`.
@@ -152,6 +174,7 @@ class UsersConfig(OptimizerConfig):
     rank: Count = 4
     alpha: Positive = 8
     dropout: Fraction = 0.0
+    layers: LastLayers = "all"
     batch_size: Count = 4
     patience: Count = 2
     router: Literal["residual", "paper", "none"] = "residual"
@@ -161,3 +184,8 @@ class UsersConfig(OptimizerConfig):
     max_items: Count | None = None
     storage: Literal["bf16", "int8", "fp32"] = "bf16"
     tiers: TiersConfig = TiersConfig()
+
+    @property
+    def adapter_shape(self) -> dict[str, str]:
+        """The settings that fix which tensors an adapter has; an adapter store is bound to them."""
+        return {"rank": str(self.rank), "users.layers": str(self.layers)}

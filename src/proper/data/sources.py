@@ -23,6 +23,8 @@ _ENDINGS = {
     "csv": tuple(f".{name}{packed}" for name in ("csv", "tsv") for packed in PACKED),
     "parquet": (".parquet", ".pq"),
 }
+FROM_GIT = "git-commits"
+"""Folder of data sets that `proper data from-git` makes."""
 _ARCHIVES = (*PACKED[1:], ".zip", ".7z", ".rar", ".tar", ".tgz", ".lz4", ".lzo", ".br", ".z", ".zstd")
 
 
@@ -73,6 +75,8 @@ def _missing(config: DataConfig) -> DataError:
 
     name = Path(config.path).parent.name
     how = f"; get it with: proper data fetch {name}" if name in DATASETS else ""
+    if name == FROM_GIT:
+        how = f"; make it with: proper data from-git REPO --out {config.path}"
     return DataError(f"{config.path}: no such file or folder (data.path){how}")
 
 

@@ -21,6 +21,7 @@ import torch
 
 from proper.adapters.quantization import encode
 from proper.adapters.store import AdapterStore, UserRecord
+from proper.config import GroupsConfig
 from proper.console import progress
 from proper.data.dataset import Dataset, TextExample
 from proper.export.fold import fold, folded_rank
@@ -120,7 +121,7 @@ def fold_all(
             advance(1)
     # The same backbone without experts: plain layers replace the adapted ones in place.
     plain = ProperModel(exact.model.backbone)
-    plain.add_plain_targets(config.users, list(exact.model.layers))
+    plain.add_plain_targets(GroupsConfig(target_modules=list(exact.model.layers)))
     bank = AdapterBank(
         layout, max(2, config.compute.batch_size), alpha=float(rank), trainable=False, device=exact.model.device
     )

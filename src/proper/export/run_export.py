@@ -37,6 +37,7 @@ from proper.interactions.log import InteractionLog
 from proper.layers.bank import Layout
 from proper.models.backbone import Backbone
 from proper.models.checkpoints import load_tensors
+from proper.models.targets import user_targets
 from proper.run_folder import PEFT_CONFIG, PEFT_WEIGHTS, RunFolder, Stage, require_run
 
 Format = Literal["native", "peft"]
@@ -148,6 +149,7 @@ def run_origin(folder: Path) -> dict[str, str]:
         "groups": _hash(RunFolder(folder).experts),
         "rank": str(config.users.rank),
         "alpha": str(config.users.alpha),
+        **({} if config.users.layers == "all" else {"users.layers": str(config.users.layers)}),
     }
 
 
@@ -212,7 +214,8 @@ def _require_fit(folder: Path, source: Path, record: UserRecord) -> None:
     if record.adapter is None:
         return
     shapes = {m: (tensors[f"{m}.down"].shape[1], tensors[f"{m}.up"].shape[0]) for m in facts["modules"]}
-    layout = Layout.of(shapes, _config(folder).users.rank)
+    users = _config(folder).users
+    layout = Layout.of(user_targets(shapes, users), users.rank)
     try:
         layout.pack(record.adapter, torch.empty(layout.width))
     except ValueError as error:

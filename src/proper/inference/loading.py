@@ -63,11 +63,11 @@ def serve_users(folder: Path, config: Config, model: ProperModel) -> ServedUsers
     run.require_trained(Stage.GROUPS)
     mean = load_groups(model, config.groups, run.experts)
     store = AdapterStore(run.users.path)
-    store.require({"backbone": model.backbone.digest, "groups": hash_file(run.experts)})
+    store.require({"backbone": model.backbone.digest, "groups": hash_file(run.experts), **config.users.adapter_shape})
     slots = max(2, config.compute.batch_size)
     # The stored dtype: half the memory, a load is one copy, and matrix products run in the input's dtype anyway.
     dtype = torch.bfloat16 if config.users.storage == "bf16" else torch.float32
-    layout = model.layout(config.users.rank)
+    layout = model.user_layout(config.users)
     bank = AdapterBank(layout, slots, alpha=config.users.alpha, trainable=False, device=model.device, dtype=dtype)
     model.use_bank(bank)
     return ServedUsers(store, bank, mean)

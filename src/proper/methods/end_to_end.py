@@ -222,7 +222,7 @@ class JointRunner:
 
     def _bank(self, model: ProperModel, slots: dict[str, int]) -> AdapterBank:
         users = self.config.users
-        bank = AdapterBank(model.layout(users.rank), len(slots), alpha=users.alpha, trainable=True, device=model.device)
+        bank = AdapterBank(model.user_layout(users), len(slots), alpha=users.alpha, trainable=True, device=model.device)
         for user, slot in slots.items():
             bank.fresh(slot, torch.Generator().manual_seed(seed_of(self.seed, "adapter", user)))
         model.use_bank(bank)
@@ -236,7 +236,7 @@ class JointRunner:
         save_tensors(run.experts, tensors, {"modules": list(model.layers)})
         store = AdapterStore(run.users.path)
         groups = hash_file(run.experts)
-        store.bind({"backbone": model.backbone.digest, "groups": groups, "rank": str(self.config.users.rank)})
+        store.bind({"backbone": model.backbone.digest, "groups": groups, **self.config.users.adapter_shape})
         for at, user in enumerate(users):
             adapter = None
             if user in slots:

@@ -45,7 +45,7 @@ def answer_per_user(run: TrainedRun) -> MethodRun:
     """Answer with user adapters directly on the backbone or on population."""
     model, users = direct_model(run.config, run.folder), run.config.users
     slots = max(2, run.config.compute.batch_size)
-    bank = AdapterBank(model.layout(users.rank), slots, alpha=users.alpha, trainable=False, device=model.device)
+    bank = AdapterBank(model.user_layout(users), slots, alpha=users.alpha, trainable=False, device=model.device)
     model.use_bank(bank)
     return answer_with(run, model, ServedUsers(AdapterStore(RunFolder(run.folder).users.path), bank, torch.zeros(1)))
 
@@ -65,7 +65,7 @@ class DirectRunner:
         backbone, started = model.backbone, time.perf_counter()
         users = [user.id for user in self.dataset.users("target") if user.history > 0]
         store = AdapterStore(run.users.path)
-        store.bind({"backbone": backbone.digest, "rank": str(self.config.users.rank)})
+        store.bind({"backbone": backbone.digest, **self.config.users.adapter_shape})
         stage = UserStage(
             model=model,
             config=self.config.users,
@@ -94,5 +94,5 @@ def direct_model(config: Config, folder: Path) -> ProperModel:
     if run.is_trained(Stage.POPULATION):
         apply_population(backbone, run.population)
     model = ProperModel(backbone)
-    model.add_plain_targets(config.users, config.groups.target_modules)
+    model.add_plain_targets(config.groups)
     return model

@@ -30,6 +30,7 @@ GROUPS = ALL[:2]
 
 OPPU: Mapping[str, Any] = {
     "rank": 8,
+    "layers": "all",
     "alpha": 8,
     "dropout": 0.05,
     "batch_size": 16,
@@ -147,7 +148,7 @@ def _users(name: str, config: Config, router: str) -> Method:
 
 
 def _baselines(config: Config) -> list[Method]:
-    oppu = {"users": OPPU, "groups": {"target_modules": OPPU_MODULES}}
+    oppu = {"users": OPPU, "groups": {"target_modules": OPPU_MODULES, "layers": "all"}}
     without_router = {"users": {"router": "none"}}
     own = (Stage.POPULATION, Stage.USERS)
     variants = {

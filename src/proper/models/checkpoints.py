@@ -63,10 +63,15 @@ def load_groups(model: ProperModel, config: GroupsConfig, path: Path) -> Float[T
 
     Raises:
         ProperError: the file is damaged.
-        StoreError: it has values that are not finite or absurdly large.
+        StoreError: its modules are not those of the config, or it has values that are not finite or absurdly large.
     """
     model.add_experts(config, seed=0)
     tensors, _ = load_tensors(path)
+    missing = model.group_parameters().keys() ^ (tensors.keys() - {"mean_embedding"})
+    if missing:
+        raise StoreError(
+            f"{path}: its modules are not those of groups.target_modules and groups.layers: {min(missing)}"
+        )
     _copy(model.group_parameters(), tensors, path)
     return tensors["mean_embedding"]
 

@@ -21,7 +21,7 @@ from proper.layers.experts import Experts
 from proper.layers.personalized_linear import AdaptedLinear
 from proper.layers.routers import LoraAwareRouter, UserAwareRouter, at_least_fp32
 from proper.models.backbone import Backbone
-from proper.models.targets import find_targets
+from proper.models.targets import expert_targets, user_targets
 
 
 class ProperModel:
@@ -46,8 +46,12 @@ class ProperModel:
         return self.backbone.device
 
     def add_experts(self, config: GroupsConfig, seed: int) -> None:
-        """Add experts and user-aware routers to the target modules, initialized from `seed`."""
-        shapes = find_targets(self.backbone.model, config.target_modules)
+        """Add experts and user-aware routers to the target modules, initialized from `seed`.
+
+        Raises:
+            ConfigError: the model has no such modules or fewer layers than `groups.layers`.
+        """
+        shapes = expert_targets(self.backbone.model, config)
         per_module = config.embedding == "per-module"
         self.embedding_size = sum(i for i, _ in shapes.values()) if per_module else config.user_embedding
         offset = 0
@@ -72,26 +76,38 @@ class ProperModel:
         self.train(False)
 
     def add_lora_router(self, config: UsersConfig) -> None:
-        """Add the LoRA-aware router of stage 3b, initialized to zero; `router: none` adds nothing."""
-        for layer in self.layers.values():
+        """Add the LoRA-aware router of stage 3b to the layers with user adapters, initialized to zero.
+
+        `router: none` adds nothing.
+        """
+        wanted = user_targets(self._shapes(), config)
+        for name, layer in self.layers.items():
             layer.residual = config.router == "residual"
             layer.lora_router = None
-            if config.router != "none" and layer.experts is not None:
+            if config.router != "none" and layer.experts is not None and name in wanted:
                 layer.lora_router = LoraAwareRouter(layer.outputs, layer.experts.experts).to(self.device)
 
-    def add_plain_targets(self, config: UsersConfig, target_modules: str | list[str]) -> None:
-        """Adapt the target modules for user adapters only, without experts."""
-        for name, (inputs, outputs) in find_targets(self.backbone.model, target_modules).items():
+    def add_plain_targets(self, config: GroupsConfig) -> None:
+        """Adapt the modules that would get experts, for user adapters only."""
+        for name, (inputs, outputs) in expert_targets(self.backbone.model, config).items():
             self._put(name, AdaptedLinear(name, self._module(name), inputs, outputs, self.routing))
 
     def layout(self, rank: int) -> Layout:
-        """Return the memory layout of one user's adapter at this rank."""
-        return Layout.of({name: (layer.inputs, layer.outputs) for name, layer in self.layers.items()}, rank)
+        """Return the memory layout of a LoRA of this rank on every adapted layer."""
+        return Layout.of(self._shapes(), rank)
+
+    def user_layout(self, config: UsersConfig) -> Layout:
+        """Return the memory layout of one user's adapter: of `users.rank`, in `users.layers`.
+
+        Raises:
+            ConfigError: there are fewer layers with experts than `users.layers`.
+        """
+        return Layout.of(user_targets(self._shapes(), config), config.rank)
 
     def use_bank(self, bank: AdapterBank | None, dropout: float = 0.0) -> None:
-        """Make all layers read user adapters from `bank`, with this dropout rate on the adapters' input."""
-        for layer in self.layers.values():
-            layer.bank, layer.user_dropout = bank, dropout
+        """Make the layers in `bank` read user adapters from it, with this dropout rate on the adapters' input."""
+        for name, layer in self.layers.items():
+            layer.bank, layer.user_dropout = (bank if bank is not None and name in bank.down else None), dropout
 
     def group_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of experts and user-aware routers as MODULE.{down,up,token,user}."""
@@ -117,6 +133,9 @@ class ProperModel:
         """Return the logits that predict the last A tokens of each row, in the compute dtype."""
         with self.routing.use(rows):
             return answer_logits(self.backbone.model, batch)
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        return {name: (layer.inputs, layer.outputs) for name, layer in self.layers.items()}
 
     def _module(self, name: str) -> nn.Module:
         module = self.backbone.model.get_submodule(name)

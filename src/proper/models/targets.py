@@ -1,14 +1,15 @@
-"""Target module selection: the linear layers of a backbone to adapt (FFN, attention or by name)."""
+"""Target module selection: the linear layers of a backbone to adapt (FFN, attention or by name; all layers or last)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from proper.config import GroupsConfig, UsersConfig
 from proper.errors import ConfigError
 
 # A part of a layer's path shows whether it is FFN or attention; in OPT and some Phi models only the last part does.
@@ -16,6 +17,10 @@ _FFN = re.compile(r"(^|[._])(mlp|ffn|feed_forward|fc1|fc2)($|[._])")
 _ROUTER = re.compile(r"(\w+_)?(gate|router)|experts")
 _EXPERTS = re.compile(r"(^|[._])(moe|experts?)($|[._])")
 _ATTENTION = re.compile(r"(^|[._])(attn|attention)($|[._])")
+_LAYER = re.compile(r"^(.*?)\.(\d+)\.")
+
+Shapes = dict[str, tuple[int, int]]
+"""Modules as name -> (inputs, outputs), in the model's order."""
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -55,6 +60,72 @@ def find_targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, tup
             there = f"{which}; {there} ('auto' takes the attention's)"
         raise ConfigError(f"target_modules: nothing in {type(model).__name__} matches {wanted!r}; {there}")
     return found
+
+
+def expert_targets(model: nn.Module, config: GroupsConfig) -> Shapes:
+    """Return the modules that get experts: `groups.target_modules` within `groups.layers`.
+
+    Raises:
+        ConfigError: there are no such modules, or the model has fewer layers; the message names the key.
+    """
+    found, last = find_targets(model, config.target_modules), config.layers
+    if last == "all":
+        return found
+    path, count = decoder_layers(model)
+    name = type(model).__name__
+    if last > count:
+        raise ConfigError(f"groups.layers: {last} is more than the {count} decoder layers of {name}")
+    kept = {module: shape for module, shape in found.items() if _number(module, path) >= count - last}
+    if not kept:
+        raise ConfigError(f"groups.layers: none of groups.target_modules is in the last {last} layers of {name}")
+    return kept
+
+
+def user_targets(shapes: Mapping[str, tuple[int, int]], config: UsersConfig) -> Shapes:
+    """Return those of the modules with experts, given by `shapes`, that get user adapters: `users.layers`.
+
+    Raises:
+        ConfigError: there are fewer layers with experts; the message names the key.
+    """
+    if config.layers == "all":
+        return dict(shapes)
+    layers = list(dict.fromkeys(_place(name) for name in shapes))
+    if config.layers > len(layers):
+        raise ConfigError(f"users.layers: {config.layers} is more than the {len(layers)} layers with experts")
+    return {name: shape for name, shape in shapes.items() if _place(name) in layers[-config.layers :]}
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, int]:
+    """Return the path of the text model's decoder layers (`model.layers` in Llama) and their number.
+
+    Raises:
+        ConfigError: the layers cannot be told from the modules' names.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    count = getattr(text, "num_hidden_layers", None)
+    found: dict[str, set[int]] = {}
+    for name in _layers(model):
+        path, number = _place(name)
+        found.setdefault(path, set()).add(number)
+    # Beside the decoder layers, a model may have others (say, for predicting several tokens at once).
+    stacks = [path for path, numbers in found.items() if numbers == set(range(count or len(numbers)))]
+    if len(stacks) != 1:
+        raise ConfigError(f"groups.layers: the layers of {type(model).__name__} have no clear order; set it to all")
+    return stacks[0], len(found[stacks[0]])
+
+
+def _place(name: str) -> tuple[str, int]:
+    """Return the path of the list of layers that a module is in, and its layer's number there."""
+    found = _LAYER.match(name)
+    assert found is not None, "every target is in a numbered layer"
+    return found[1], int(found[2])
+
+
+def _number(name: str, path: str) -> int:
+    """Return the number of a module's layer in the list at `path`; -1 for a module outside it."""
+    where, number = _place(name)
+    return number if where == path else -1
 
 
 def _layers(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -29,7 +29,7 @@ class GroupsStage:
     """The `TrainableStage` of experts, routers and user embeddings for the training loop.
 
     Attributes:
-        embeddings: e_u of every user (U, D), fp32, initialized from N(0, 0.02^2).
+        embeddings: e_u of every user (U, D), fp32, initialized from N(0, `groups.embedding_init`^2).
     """
 
     name = "groups"
@@ -40,7 +40,7 @@ class GroupsStage:
         self.model, self.config, self.accelerator = model, config, accelerator
         self.index = {user: at for at, user in enumerate(users)}
         generator = torch.Generator().manual_seed(seed_of(seed, "embeddings") % 2**63)
-        self.embeddings = 0.02 * torch.randn(len(users), model.embedding_size, generator=generator)
+        self.embeddings = config.embedding_init * torch.randn(len(users), model.embedding_size, generator=generator)
         self.optimizer = RowAdamW.of(self.embeddings)
         self._pending: list[tuple[list[int], Tensor]] = []
 

@@ -60,7 +60,7 @@ def train_router(model: ProperModel, jobs: Jobs, load: Load, plan: RouterPlan, t
         parameter.data.zero_()
         parameter.requires_grad_(True)
     done, _ = resume_adamw(plan.checkpoint, optimizer, parameters)
-    layout = model.layout(plan.config.rank)
+    layout = model.user_layout(plan.config)
     bank = AdapterBank(layout, plan.slots, alpha=plan.config.alpha, trainable=False, device=model.device)
     model.use_bank(bank)
     with progress(title, plan.rows) as advance:

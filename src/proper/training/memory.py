@@ -61,7 +61,7 @@ def footprint(model: ProperModel, config: UsersConfig, longest: int, tokens: int
     """Return the footprint of a model for rows of at most `longest` tokens."""
     network = model.backbone.model
     compute = network.dtype.itemsize
-    width = model.layout(config.rank).width
+    width = model.user_layout(config).width
     weights = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
     per_token = token_bytes(network.config.get_text_config(), compute, longest)
     slot = width * (5 * max(4, compute) + config.batch_size * compute)

@@ -74,7 +74,7 @@ class MultiUserTrainer:
         self._observe = observe
         dtype = torch.promote_types(model.backbone.model.dtype, torch.float32)
         self.bank = AdapterBank(
-            model.layout(config.rank), slots, alpha=config.alpha, trainable=True, device=model.device, dtype=dtype
+            model.user_layout(config), slots, alpha=config.alpha, trainable=True, device=model.device, dtype=dtype
         )
         self.optimizer = RowAdamW.of(self.bank.values, weight_decay=config.weight_decay)
         self.best = torch.zeros_like(self.bank.values)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from transformers.pytorch_utils import Conv1D
 
 from proper.config import PopulationConfig
 from proper.data.batching import Batch
+from proper.data.dataset import TextExample
 from proper.layers.dropout import Dropout
 from proper.models.backbone import Backbone
 from proper.models.peft_merge import absorb, modules_as_named
 from proper.models.personal import answer_logits, answer_loss, gradient_checkpointing
 from proper.models.targets import find_targets
 from proper.training.checkpoint import seed_of
+from proper.training.early_stopping import EarlyStopping
 from proper.training.trainer import LossSum, TrainingPlan, train
 
 
@@ -51,6 +53,16 @@ class PopulationStage:
         total, tokens = answer_loss(logits, batch.labels)
         return LossSum(total.sum(), tokens.sum())
 
+    def held_out_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the summed answer loss of a batch and its number of answer tokens, without dropout."""
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:
+            layer.eval()
+        found = self.loss(batch, 0.0)
+        for layer in layers:
+            layer.train()
+        return found.total, found.tokens
+
     def after_backward(self, rate_factor: float, share: float) -> None:
         """Do nothing: AdamW updates all parameters."""
 
@@ -63,12 +75,27 @@ class PopulationStage:
 
 
 def train_population(
-    backbone: Backbone, config: PopulationConfig, plan: TrainingPlan, accelerator: Accelerator, folder: Path
+    backbone: Backbone,
+    config: PopulationConfig,
+    plan: TrainingPlan,
+    held_out: Sequence[TextExample],
+    accelerator: Accelerator,
+    folder: Path,
 ) -> None:
-    """Train stage 1, write a PEFT adapter folder, and merge it into `backbone` in place."""
+    """Train stage 1, write a PEFT adapter folder, and merge it into `backbone` in place.
+
+    Args:
+        backbone: the model; its weights change.
+        config: hyperparameters.
+        plan: the training rows and the rest of the training loop.
+        held_out: rows for early stopping, not among the plan's; none for training to the end.
+        accelerator: the processes.
+        folder: the PEFT adapter folder.
+    """
     wrapped = wrap(backbone, config, plan.seed)
     with in_training(backbone, wrapped, config) as stage:
-        train(stage, plan, accelerator)
+        stopping = EarlyStopping.on(held_out, config.patience, plan.encoder, plan.pad, stage.held_out_loss)
+        train(stage, plan, accelerator, stopping)
     if accelerator.is_main_process:
         wrapped.save_pretrained(str(folder))
     absorb(backbone, wrapped)

@@ -30,7 +30,7 @@ from proper.models.backbone import EMBEDDED, Backbone
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.peft_merge import load_lora
 from proper.models.personal import ProperModel, answer_logits, answer_loss, gradient_checkpointing
-from proper.models.targets import find_targets
+from proper.models.targets import expert_targets, find_targets, user_targets
 from proper.run_folder import RunFolder
 from proper.training.population import in_training, wrap
 
@@ -126,6 +126,7 @@ def _find_all(backbone: Backbone, config: Config) -> None:
             find_targets(backbone.model, wanted)
         except ConfigError as error:
             raise ConfigError(f"{stage}.{error}") from error
+    user_targets(expert_targets(backbone.model, config.groups), config.users)
 
 
 def _refuse_states(backbone: Backbone) -> None:
@@ -168,7 +169,7 @@ def _try_personal(backbone: Backbone, config: Config, batch: Batch, place: Path)
     model = ProperModel(backbone)
     model.add_experts(config.groups, seed=0)
     model.add_lora_router(config.users)
-    layout = model.layout(config.users.rank)
+    layout = model.user_layout(config.users)
     bank = AdapterBank(layout, len(SAMPLES), alpha=config.users.alpha, trainable=True, device=model.device)
     for slot in range(len(SAMPLES)):
         bank.fresh(slot, torch.Generator().manual_seed(slot))

@@ -31,6 +31,7 @@ from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import Checkpoint, seed_of
+from proper.training.early_stopping import hold_out
 from proper.training.groups import train_groups
 from proper.training.optim import resolve_rate
 from proper.training.population import train_population
@@ -121,11 +122,15 @@ class StageRunner:
             return
         config = self.config.population
         sample = stage_sample(self.dataset, "population", config.train_on, config.max_tokens, self.seed)
+        share = config.validation if config.patience else 0.0
+        rows, held_out = hold_out(sample, share, self.config.compute.max_length)
 
         def work() -> None:
-            train_population(self.backbone, config, self._plan("population", sample), self.accelerator, folder)
+            plan = self._plan("population", rows)
+            train_population(self.backbone, config, plan, held_out, self.accelerator, folder)
 
-        self._record(Stage.POPULATION, work, {"rows": sample.size, "tokens": sample.tokens})
+        facts = {"rows": rows.size, "tokens": rows.tokens, "held_out_rows": len(held_out)}
+        self._record(Stage.POPULATION, work, facts)
 
     def _groups(self, model: ProperModel, wanted: bool) -> None:
         if self._is_done(Stage.GROUPS, wanted):
@@ -170,7 +175,7 @@ class StageRunner:
         store = AdapterStore(folder)
         # Adapters fit only these group experts: after retraining in place, the hash differs and the store refuses.
         groups = hash_file(self.run_folder.experts)
-        store.bind({"backbone": self.backbone.digest, "groups": groups, "rank": str(self.config.users.rank)})
+        store.bind({"backbone": self.backbone.digest, "groups": groups, **self.config.users.adapter_shape})
         users = [user.id for user in self.dataset.users("target") if user.history > 0]
         embeddings = torch.zeros(len(users), model.embedding_size)
         for at, user in enumerate(users):

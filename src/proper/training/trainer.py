@@ -29,6 +29,7 @@ from proper.data.encoder import EncodedExample, Encoder
 from proper.errors import NonFiniteLossError
 from proper.files import make_folder, open_private
 from proper.training.checkpoint import Checkpoint, adamw_tensors, resume_adamw, seed_of
+from proper.training.early_stopping import EarlyStopping
 from proper.training.optim import factor
 
 Log = Callable[[dict[str, Any]], None]
@@ -113,8 +114,10 @@ class TrainingPlan:
         return max(1, -(-batches // self.config.gradient_accumulation))
 
 
-def train(stage: TrainableStage, plan: TrainingPlan, accelerator: Accelerator) -> None:
-    """Train a stage to its end, resuming from its checkpoint if there is one.
+def train(
+    stage: TrainableStage, plan: TrainingPlan, accelerator: Accelerator, stopping: EarlyStopping | None = None
+) -> None:
+    """Train a stage to its end or until `stopping` ends it, resuming from its checkpoint if there is one.
 
     Raises:
         NonFiniteLossError: a step's loss is not finite; names the step and users.
@@ -124,6 +127,8 @@ def train(stage: TrainableStage, plan: TrainingPlan, accelerator: Accelerator) -
     done, tensors = resume_adamw(plan.checkpoint, optimizer, parameters)
     if tensors:
         stage.restore(tensors)
+        if stopping is not None:
+            stopping.resume(plan.checkpoint.metadata() or {}, tensors, accelerator.device)
     shown = progress if accelerator.is_main_process else _hidden
     with shown(f"{stage.name} (seed {plan.seed})", plan.updates) as advance:
         advance(done)
@@ -131,12 +136,21 @@ def train(stage: TrainableStage, plan: TrainingPlan, accelerator: Accelerator) -
             started = time.perf_counter()
             scale = factor(step, plan.updates, plan.config.warmup, plan.config.schedule)
             metrics = _update(stage, plan, accelerator, optimizer, step, scale, micro_batches)
+            if stopping is not None and stopping.is_due(step + 1, plan.updates):
+                metrics["held_out_loss"] = round(stopping.measure(parameters, accelerator), 6)
             metrics["seconds"] = round(time.perf_counter() - started, 4)
             if accelerator.is_main_process:
                 plan.log(metrics)
             advance(1, f"loss {metrics['loss']:.3f}")
+            if stopping is not None and stopping.is_over:
+                break
             if plan.checkpoint.due() and accelerator.is_main_process:
-                plan.checkpoint.save({**adamw_tensors(optimizer, parameters), **stage.state()}, {"step": step + 1})
+                state = {**adamw_tensors(optimizer, parameters), **stage.state()}
+                held_out = {} if stopping is None else {"held_out_losses": stopping.losses}
+                best = {} if stopping is None else stopping.tensors()
+                plan.checkpoint.save({**state, **best}, {"step": step + 1, **held_out})
+    if stopping is not None:
+        stopping.restore_best(parameters)
 
 
 @contextmanager

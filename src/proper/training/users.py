@@ -243,7 +243,7 @@ def _router(stage: UserStage, jobs: HistoryJobs, store: AdapterStore, phase: str
     checkpoint = stage.checkpoint(f"{phase}-router")
     rows, users = jobs.rows() * config.router_epochs, min(ROUTER_USERS, len(stage.users))
     plan = RouterPlan(config, stage.rate("router"), stage.seed, stage.pad, users, rows, checkpoint, stage.log)
-    layout = stage.model.layout(config.rank)
+    layout = stage.model.user_layout(config)
 
     def load(user: str, row: Float[Tensor, "P"]) -> None:
         layout.pack(_adapter(store, user)[0], row)
@@ -262,7 +262,7 @@ def _adapter(store: AdapterStore, user: str) -> tuple[Mapping[str, Tensor], Mapp
 
 def _measured(stage: UserStage, jobs: HistoryJobs, store: AdapterStore) -> Iterator[Trial]:
     """Yield every user's held-out loss on the group tier and in the served form."""
-    layout, model = stage.model.layout(stage.config.rank), stage.model
+    layout, model = stage.model.user_layout(stage.config), stage.model
     dtype = torch.promote_types(model.backbone.model.dtype, torch.float32)
     alpha, device = stage.config.alpha, model.device
     bank = AdapterBank(layout, stage.slots, alpha=alpha, trainable=False, device=device, dtype=dtype)

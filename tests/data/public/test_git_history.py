@@ -11,9 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from proper.cli.app import main
+from proper.config import load_config
+from proper.data.interactions import BadRows, read_interactions
 from proper.data.public.git_history import area_of, clean_body, prefix_of
 
 Output = pytest.CaptureFixture[str]
+ROOT = Path(__file__).parents[3]
 LONG = "Because twelve words are what a body needs before it says why it is."
 
 
@@ -103,3 +106,19 @@ def test_the_prefix_is_what_stands_before_the_first_colon() -> None:
 def test_the_area_is_the_folder_with_most_changed_lines() -> None:
     assert area_of(["1\t1\ta/x", "5\t0\tb/y", "-\t-\tc.png"]) == "b"
     assert area_of([]) == "."
+
+
+def test_the_configs_read_what_is_made(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = Path("data/git-commits/git_commits.parquet")
+    made.parent.mkdir(parents=True)
+    assert main(["data", "from-git", str(repository), "--out", str(made)]) == 0
+    capsys.readouterr()
+    answers = {"git-commits": {"refs: pack tighter", "Say hello"}, "git-area": {"refs", "."}}
+    for name, targets in answers.items():
+        config, bad = load_config(ROOT / "configs" / f"{name}.yaml"), BadRows()
+        found = list(read_interactions(config.data, bad, config.task))
+        assert ({row.target for row in found}, bad.count) == (targets, 0)
+        assert all(row.time is not None and row.item and LONG in row.prompt for row in found)
