@@ -150,7 +150,8 @@ def main_table(forms: Mapping[str, str], constants: Mapping[str, str]) -> Callab
     """
 
     def answer(tests: Tests) -> str:
-        return " ".join(_of_set(source, found, constants[source], forms[source]) for source, found in tests.items())
+        names = ((source, source.partition(",")[0], found) for source, found in tests.items())
+        return " ".join(_of_set(source, found, constants[name], forms[name]) for source, name, found in names)
 
     return answer
 
