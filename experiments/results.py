@@ -16,9 +16,10 @@ from proper.data.dataset import Dataset
 from proper.evaluation.comparisons import Scores, comparison_rows
 from proper.evaluation.metrics import Prediction, TaskInfo, primary_metric
 from proper.evaluation.power import expected_power
-from proper.evaluation.results import Predictions, RawResults, build_results, plain, require_same_queries, score_all
+from proper.evaluation.results import RawResults, build_results, plain, require_same_queries
 from proper.evaluation.routing import analyze_routing
 from proper.evaluation.runner import mean_gates, read_predictions
+from proper.evaluation.scoring import Predictions, score_all
 from proper.evaluation.slices import history_slices
 from proper.files import read_json
 from proper.inference.loading import load

@@ -5,7 +5,8 @@
 W is frozen; only A and B are trained, on attention and FFN, with the loss of the answers' tokens. The model does not
 see which user a row is from. The merged weight W + s B A costs nothing more at inference.
 
-In production: `proper.training.population` (the stage) and `proper.training.trainer` (the loop).
+In production: `proper.training.population` (the stage) and `proper.training.trainer` (the loop), which also keeps the
+weights with the lowest loss on held-out rows of the histories (`proper.training.early_stopping`).
 
     python recipes/stage1_population.py
 """
@@ -32,7 +33,7 @@ BACKBONE = "proper-nano"
 USERS = setting("USERS", 60)
 SEED = setting("SEED", 0)
 EPOCHS = setting("EPOCHS", 3)
-BATCH = 16
+BATCH = 8
 RANK, ALPHA, DROPOUT = 8, 16, 0.05
 RATE = 3e-3  # the paper's 3e-4 is for a backbone 13 times as wide; narrow ones need larger steps
 CLIP = 1.0

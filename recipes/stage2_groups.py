@@ -50,7 +50,7 @@ EPOCHS = setting("EPOCHS", 7)
 BATCH = 64
 EXPERTS, RANK, ALPHA, WIDTH = 5, 4, 8.0, 128  # WIDTH is D
 RATE, EMBEDDING_RATE = 3e-3, 3e-2
-SPREAD = 0.02  # standard deviation of the initial e_u
+SPREAD = 1.0  # standard deviation of the initial e_u; with .02 users cannot be told apart for many steps
 LAMBDA, WARM_UP = 0.01, 0.1
 CLIP = 1.0
 

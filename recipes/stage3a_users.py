@@ -9,7 +9,8 @@ answer tokens, each user's gradient is clipped by its own norm, and AdamW keeps 
 
     python recipes/stage3a_users.py        (after stages 1 and 2)
 
-In production: `proper.training.multi_user_trainer`, which `proper.training.users` runs.
+In production: `proper.training.multi_user_trainer`, which `proper.training.users` runs, after a trial on held-out items
+that chooses the number of passes and a factor on the adapters for all users (`proper.training.trials`).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ BACKBONE = "proper-nano"
 USERS = setting("USERS", 60)
 SEED = setting("SEED", 0)
 EPOCHS = setting("EPOCHS", 4)
-EACH = 4  # rows of each user in a batch
+EACH = 2  # rows of each user in a batch: a user has few rows, and needs many steps
 EXPERTS, RANK, ALPHA, WIDTH = 5, 4, 8.0, 128  # of stage 2
 OWN_RANK, OWN_ALPHA = 4, 8.0
 RATE = 3e-3

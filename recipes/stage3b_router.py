@@ -9,7 +9,7 @@ same. The layers do not need h_u for the router: W_r h_u = M_u (A_u x) with a sm
 
     python recipes/stage3b_router.py       (after stages 1, 2 and 3a)
 
-In production: `proper.training.lora_router`.
+In production: `proper.training.lora_router`; off by default (`users.router: none`), because it changed no result.
 """
 
 from __future__ import annotations

@@ -169,6 +169,20 @@ def test_overrides_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path
     assert config.evaluation.seeds == [0, 1]
 
 
+def test_epochs_replace_the_default_number_of_steps_and_given_steps_stay() -> None:
+    def users(**given: object) -> tuple[float, int | None]:
+        config = make_config({"data": {"path": "x"}, "users": given}).users
+        return config.epochs, config.steps
+
+    steps = users()[1]
+    assert steps is not None
+    assert users(epochs=3) == (3, None)
+    assert users(steps=7)[1] == 7 and users(epochs=3, steps=7) == (3, 7)
+    assert make_config({"preset": "paper", "data": {"path": "x"}, "users": {"steps": 9}}).users.steps == 9
+    again = make_config(make_config({"data": {"path": "x"}}).model_dump())
+    assert again.users.steps == steps, "a stored config keeps its steps"
+
+
 def test_presets_say_what_the_paper_and_its_code_do() -> None:
     paper = make_config({"preset": "paper", "data": {"path": "x"}})
     assert (paper.population.learning_rate, paper.population.train_on, paper.groups.train_on) == (
@@ -177,7 +191,10 @@ def test_presets_say_what_the_paper_and_its_code_do() -> None:
         "targets",
     )
     assert (paper.groups.router, paper.groups.constraint.kind, paper.users.router) == ("default", "users", "paper")
+    assert (paper.users.epochs, paper.users.steps, paper.users.batch_size, paper.users.scales) == (2, None, 4, [])
+    assert (paper.population.patience, paper.population.batch_size, paper.groups.embedding_init) == (0, 16, 0.02)
     released = make_config({"preset": "released", "data": {"path": "x"}})
+    assert released.groups.embedding_init == 1, "as the tables of the released code"
     assert (released.groups.router, released.groups.embedding) == ("released", "per-module")
     assert released.groups.constraint.kind == "released"
     assert released.population.target_modules == "attention"

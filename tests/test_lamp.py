@@ -101,7 +101,7 @@ def test_a_task_from_the_site_to_official_predictions(
         # All dev questions are asked, so the benchmark's own file of golds is the measure.
         found = out / "predictions" / f"{method}.lamp.json"
         official_check(there / "dev_outputs.json", found, LAMP_TASKS[task].official)
-    assert set(read(out / "predictions" / "scores.lamp.json")["scores"]) == set(methods)
+    assert set(read(out / "predictions" / "scores.lamp.json")["scores"]) >= set(methods)
     results = read(out / "results.json")
     assert {row["task"] for row in results["metrics"]} == {task}
     primary = {"classification": "accuracy", "rating": "mae", "generation": "rouge1"}[LAMP_TASKS[task].kind]

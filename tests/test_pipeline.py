@@ -23,7 +23,7 @@ from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.errors import ConfigError, RunFolderError
 from proper.interactions.personal_files import files_of
 from proper.models.tokenizer import EMBEDDED, backbone_location, configured_encoder, load_tokenizer
-from proper.run_folder import STORES, Stage
+from proper.run_folder import LADDER, STORES, Stage
 
 DOCUMENTED = (
     *("config.yaml", "results.json", "report.html", "metrics.jsonl", "routing.json", "users.json"),
@@ -80,10 +80,13 @@ def test_a_run_leaves_the_documented_files_and_no_pickle(finished: Path) -> None
     assert not (finished / "users" / "work").exists()
 
 
+TRIVIAL = ("global-majority", "user-majority", "user-majority-same", "prior")
+
+
 def test_every_method_answers_every_query(finished: Path) -> None:
     results = read(finished / "results.json")
     assert results["schema"] == 1
-    assert {row["method"] for row in results["metrics"]} == {"base", "population", "groups", "users"}
+    assert {row["method"] for row in results["metrics"]} == {*LADDER, *TRIVIAL}
     counts = {
         method: (finished / "predictions" / f"{method}.jsonl").read_text(encoding="utf-8").count("\n")
         for method in ("base", "population", "groups", "users")
@@ -198,7 +201,7 @@ def test_presets_run_to_the_report(finished: Path, tmp_path: Path, preset: str) 
     assert (out / "report.html").is_file()
     results = read(out / "results.json")
     assert results["routing"]["experts"] == 3
-    assert {row["method"] for row in results["metrics"]} == {"base", "population", "groups", "users"}
+    assert {row["method"] for row in results["metrics"]} == {*LADDER, *TRIVIAL}
     if preset == "released":
         # A table per module with D = I: the sum of all inputs of the FFN's 24 layers.
         cost = next(row for row in results["cost"] if row["method"] == "groups")

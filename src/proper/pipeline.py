@@ -27,7 +27,7 @@ from proper.evaluation.side_by_side import compare_runs
 from proper.interactions.deletion import working
 from proper.interactions.personal_files import remove_deleted
 from proper.methods.evaluate import evaluating
-from proper.methods.table import known_methods
+from proper.methods.table import known_methods, table_methods
 from proper.models.backbone import configured_backbone
 from proper.models.targets import find_targets
 from proper.models.tokenizer import configured_encoder
@@ -117,7 +117,7 @@ def evaluate(folder: str | Path, methods: Sequence[str] | None = None) -> dict[s
 
 def _evaluate(folder: Path, methods: Sequence[str] | None) -> dict[str, Any]:
     config = run_config(folder)
-    chosen = known_methods(config.evaluation.methods if methods is None else methods, config)
+    chosen = table_methods(config.evaluation.methods if methods is None else methods, config)
     folders = {seed: seed_folder(folder, config, seed) for seed in config.evaluation.seeds}
     with (
         working(folder),

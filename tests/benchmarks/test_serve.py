@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from proper.benchmarks import serve
+from proper.benchmarks.backbones import BenchBackbone
 from proper.benchmarks.measure import interleaved
 from proper.benchmarks.serve_loads import ClosedLoop, open_loop, quiet_key
-from proper.benchmarks.serve_setup import Served, backbone_of
+from proper.benchmarks.serve_setup import Served
 
 SIDES = {"base", "one", "mixed", "crowd", "plain", "peft", "generate", "loop"}
 SMALL = replace(
@@ -30,8 +31,8 @@ SMALL = replace(
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    shape, cpu = SMALL.shape(serve.HEADLINE), torch.device("cpu")
-    made = Served(shape, backbone_of(shape, cpu), cpu, tmp_path_factory.mktemp("serve"))
+    backbone, cpu = SMALL.backbones["llama"], torch.device("cpu")
+    made = Served(SMALL.shape(backbone), backbone.load(SMALL.dtype, cpu), cpu, tmp_path_factory.mktemp("serve"))
     yield made
     made.close()
 
@@ -52,6 +53,16 @@ def test_a_small_setting(caplog: pytest.LogCaptureFixture) -> None:
         assert all(_ordered(told) for told in sides.values())
     assert _ordered(result["open"]["resident"]) and _ordered(result["open"]["crowded"])
     assert result["setting"]["users"] == 3 and len([line for line in caplog.messages if not line.startswith(" ")]) == 4
+
+
+def test_another_backbone_with_fewer_layers_is_measured_alone() -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 1}
+    tiny = BenchBackbone("tiny", {**shape, "num_key_value_heads": 1, "vocab_size": 8192})
+    result = serve.run(replace(SMALL, backbone=tiny, adapted=1), "cpu")
+    assert set(result["closed"]) == {"tiny"} and "nano_mixed_over_base" not in result["figures"]
+    assert result["figures"]["mixed_over_base"] > 0 and result["setting"]["layers"] == 1
+    assert result["memory_bytes"]["adapter_of_one_user"] == 3 * 4 * (64 + 96) * 4, "one layer's, and PEFT's as many"
+    assert result["memory_bytes"]["peft_adapters"] == 3 * result["memory_bytes"]["adapter_of_one_user"]
 
 
 def _ordered(told: dict[str, Any]) -> bool:

@@ -89,3 +89,14 @@ def test_a_run_prints_its_ladder_and_where_its_report_is(tmp_path: Path, capsys:
         "  population  0.5000 [0.4500, 0.5500]",
         f"{tmp_path}/report.html",
     ]
+
+
+def test_rows_without_a_model_are_marked_and_have_the_last_word() -> None:
+    results = {
+        "metrics": [metric("users", 0.5), metric("prior", 0.6, trivial=True, standing="best")],
+        "trivial": {"sentences": ["Trivial rows, without a model, are better than users."]},
+    }
+    assert results_table(results)[2:] == [
+        "  prior  0.6000 [0.5500, 0.6500]   trivial   best",
+        "Trivial rows, without a model, are better than users.",
+    ]

@@ -26,8 +26,8 @@ from proper.inference.score import score_labels
 from proper.layers.batch_context import RowContext
 from proper.layers.personalized_linear import AdaptedLinear
 from proper.models.backbone import Backbone, load_backbone
-from proper.models.personal import answer_loss, gradient_checkpointing
-from proper.models.targets import expert_targets, find_targets, linear_shape
+from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
+from proper.models.targets import decoder_layers, expert_targets, find_targets, linear_shape
 
 CPU = torch.device("cpu")
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -156,6 +156,40 @@ def _gradients(personal: Any, batch: Batch, checkpointing: bool) -> dict[str, Te
         (total.sum() / tokens.sum()).backward()
     found = {name: parameter.grad for name, parameter in parameters.items()}
     return {**found, "bank": personal.bank.gradients.clone(), "embedding": embedding.grad}
+
+
+def test_the_upper_layers_start_from_cached_states(
+    backbone: Backbone, encoded: list[EncodedExample], tmp_path: Path
+) -> None:
+    model = ProperModel(backbone)
+    config = GroupsConfig(layers=1, experts=3, rank=2, user_embedding=8, dropout=0.0, target_modules="all")
+    model.add_experts(config, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.group_parameters().values():
+        parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    embedding = torch.randn(4, 8, generator=generator)
+
+    def step(rows: list[int]) -> list[Tensor]:
+        for parameter in model.group_parameters().values():
+            parameter.requires_grad_().grad = None
+        batch = collate([encoded[at] for at in rows], pad=0)
+        logits = model.answer_logits(batch, RowContext("groups", embedding=embedding[rows]))
+        losses, _ = answer_loss(logits, batch.labels)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        return [losses.detach(), *(p.grad for p in model.group_parameters().values() if p.grad is not None)]
+
+    batches = ([0, 1, 2], [3, 1], [2, 0, 3])
+    whole = [step(rows) for rows in batches]
+    lower = backbone.model.get_submodule(decoder_layers(backbone.model)[0])[0]  # type: ignore[index]
+    calls: list[int] = []
+    attention = next(module for name, module in lower.named_modules() if name in {"attn", "attention", "self_attn"})
+    attention.register_forward_pre_hook(lambda _, __: calls.append(1))
+    with model.caching(tmp_path, 1):
+        calls.clear()
+        for rows, expected in zip(batches, whole, strict=True):
+            for found, tensor in zip(step(rows), expected, strict=True):
+                torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 4, "once per text"
 
 
 def test_gradients_reach_all_that_is_trained(personal: Any, batch: Batch) -> None:

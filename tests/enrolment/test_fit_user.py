@@ -48,11 +48,12 @@ def trained(settings: Config, dataset: Dataset, tmp_path_factory: pytest.TempPat
     folder.mkdir()
     stage = {"epochs": 1, "batch_size": 8}
     tiers = settings.users.tiers.model_copy(update={"pool_below": 6})
+    users = {"epochs": 2, "steps": None, "learning_rate": 5e-3, "tiers": tiers}
     config = settings.model_copy(
         update={
             "population": settings.population.model_copy(update=stage),
             "groups": settings.groups.model_copy(update=stage),
-            "users": settings.users.model_copy(update={"epochs": 2, "learning_rate": 5e-3, "tiers": tiers}),
+            "users": settings.users.model_copy(update=users),
             "compute": settings.compute.model_copy(update={"checkpoint_seconds": 1e-9}),
         }
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from proper.evaluation.comparisons import CONTROLS
-from proper.evaluation.conclusions import claim, failure_signatures
+from proper.evaluation.conclusions import against_trivial, claim, failure_signatures
 
 
 def control(pair, difference=0.1, p=0.01, higher=True, primary=True):
@@ -34,6 +34,48 @@ def test_what_was_not_run_is_said():
     found = claim([control(CONTROLS[0])])
     assert found["claimed"] is None and found["missing"] == ["groups-shared-e", "swapped", "shuffled"]
     assert claim([control(("users", "rag")), control(CONTROLS[0], primary=False)]) is None
+
+
+def metric(method: str, value: float, higher: bool = True) -> dict[str, Any]:
+    return {"method": method, "metric": "m", "value": value, "higher_is_better": higher, "primary": True}
+
+
+def measured(population: float, users: float, constant: float, own: float, p: float = 0.01, higher: bool = True):
+    """The `trivial` of a run with these values, where every comparison has this p-value."""
+    values = {"population": population, "users": users, "global-majority": constant, "user-majority": own}
+    pairs = [("population", "global-majority"), ("users", "global-majority"), ("users", "user-majority")]
+    rows = [control(pair, values[pair[0]] - values[pair[1]], p, higher) for pair in pairs]
+    return against_trivial([metric(name, value, higher) for name, value in values.items()], rows)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_trivial_rows_say(sign):
+    def said(*values: float, p: float = 0.01):
+        return measured(*(sign * value for value in values), p=p, higher=sign > 0)
+
+    well = said(0.5, 0.8, 0.3, 0.6)
+    assert (well["stage"], well["best"], well["undertrained"]) == ("users", "user-majority", False)
+    assert well["beaten"] == ["global-majority", "user-majority"] and not well["sentences"]
+    lost = said(0.5, 0.6, 0.3, 0.7)
+    assert lost["wins"] == ["user-majority"] and lost["beaten"] == ["global-majority"]
+    assert [line[:50] for line in lost["sentences"]] == ["Trivial rows, without a model, are better than use"]
+    flat = said(0.3, 0.8, 0.3, 0.6)
+    assert flat["undertrained"] is True and flat["sentences"][0].startswith("Population is undertrained")
+    few = said(0.5, 0.8, 0.3, 0.6, p=0.2)
+    assert few["unclear"] == ["global-majority", "user-majority"] and few["undertrained"] is False
+    assert few["sentences"][0].startswith("Population is not measurably better")
+    assert few["sentences"][1].startswith("Not measurably worse than users")
+
+
+def test_no_gain_over_an_undertrained_population_is_claimed():
+    every = [control(pair) for pair in CONTROLS]
+    assert claim(every, measured(0.3, 0.8, 0.3, 0.6))["claimed"] is False
+    assert claim(every, measured(0.5, 0.8, 0.3, 0.6))["claimed"] is True
+
+
+def test_no_trivial_rows_no_word_of_them():
+    assert against_trivial([metric("users", 0.5)], []) is None
+    assert against_trivial([metric("prior", 0.5)], []) is None
 
 
 def row(**changes: Any) -> dict[str, Any]:

@@ -208,5 +208,6 @@ def test_other_layers_than_the_trained_ones_are_one_clear_error(run: Path, tmp_p
 
 
 def test_chunks_of_similar_length() -> None:
-    assert by_length([5, 1, 9, 3, 7], 2) == [[1, 3], [0, 4], [2]]
-    assert by_length([], 4) == []
+    assert by_length([5, 1, 9, 3, 7], 2, 99) == [[1, 3], [0, 4], [2]]
+    assert by_length([5, 1, 9, 3, 7], 4, 10) == [[1, 3], [0], [4], [2]]
+    assert by_length([], 4, 99) == []

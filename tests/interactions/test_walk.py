@@ -157,10 +157,10 @@ def marked_data(place: Path, run: Path, seeds: list[int]) -> Path:
     short = {"max_tokens": 300, "epochs": 1}
     raw |= {
         "population": short,
-        "groups": short | {"experts": 2, "rank": 3, "layers": 4},
+        "groups": short | {"experts": 2, "rank": 3, "layers": 5},
         "compute": {"max_length": 64},
     }
-    raw |= {"users": {"epochs": 1, "rank": 2, "layers": 2, "tiers": {"select": False}}}
+    raw |= {"users": {"epochs": 1, "rank": 2, "layers": 4, "tiers": {"select": False}}}
     raw |= {"evaluation": {"methods": ["users"], "seeds": seeds, "resamples": 100}}
     (place / "config.yaml").write_text(yaml.safe_dump(raw), "utf-8")
     return place / "config.yaml"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import shutil
 import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ from proper.export.converted_models import in_int8
 from proper.inference.loading import load
 from proper.inference.score import score
 from proper.methods.derived_runs import varied
+from proper.methods.end_to_end import JointRunner
 from proper.methods.ladder import derangement
 from proper.methods.table import all_methods
 
@@ -96,7 +99,7 @@ def test_variants_take_over_the_stages_of_the_run(judged: Path) -> None:
     assert groups.read_bytes() == (judged / "groups" / "groups.safetensors").read_bytes()
     assert not (folder_of(judged, "per-user-only") / "population").exists()
     assert not (folder_of(judged, "end-to-end") / "population").exists()
-    assert not [path for path in (judged / "variants").iterdir() if path.name.startswith("users-residual")]
+    assert not [path for path in (judged / "variants").iterdir() if path.name.startswith("users-no-router")]
 
 
 def test_population_more_is_one_lora_on_the_tokens_of_stage_2(judged: Path, settings: Callable[..., Config]) -> None:
@@ -180,6 +183,21 @@ def test_end_to_end_spends_the_tokens_of_the_three_stages(judged: Path) -> None:
     assert sum(tokens for _, tokens in seen) == joint["tokens"]
 
 
+def test_end_to_end_steps_takes_the_steps_of_stage_3(judged: Path, settings: Callable[..., Config]) -> None:
+    config = settings()
+    with Dataset.open(judged / "data.sqlite") as dataset:
+        runner = JointRunner(config, dataset, judged, 0, lambda metrics: None, equal_steps=True)
+        rows = runner.rows()
+        own = [user.id for user in dataset.users("target")]
+        present, some = 0, [row.user for row in rows.rows(0)]
+        for at in range(0, len(some), config.groups.batch_size):
+            present += len({user for user in some[at : at + config.groups.batch_size] if user in own})
+        wanted = fmean(2 * math.ceil(len(dataset.history(user)) / config.users.batch_size) for user in own)
+        trained = read(folder_of(judged, "end-to-end-steps") / "users" / "stage.json")["rows"]
+        assert trained == rows.size != read(folder_of(judged, "end-to-end") / "users" / "stage.json")["rows"]
+    assert present / len(own) == pytest.approx(wanted, rel=0.25)
+
+
 def test_the_released_oppu_trains_each_user_on_those_before(judged: Path) -> None:
     items = {}
     for name in ("oppu", "oppu-released"):
@@ -251,7 +269,8 @@ def test_ratings_and_free_text(kind: str, settings: Callable[..., Config], tmp_p
     results = read(pipeline.run(config, tmp_path / "run") / "results.json")
     main = {"rating": "mae", "generation": "rouge1"}[kind]
     found = {row["method"]: row["value"] for row in results["metrics"] if row["metric"] == main}
-    assert list(found) == names
+    always = {"rating": ["user-majority-same", "prior"], "generation": ["lead"]}
+    assert list(found) == [*names, *always[kind]]
     # What is looked up does not depend on the seed, and lies there once; what is trained does.
     assert len(list((tmp_path / "run" / "variants" / "data").iterdir())) == 2
     if kind == "rating":

@@ -193,6 +193,33 @@ def test_gradient_checkpointing_changes_no_gradient(personal: Build, dropout: fl
     assert kept["embeddings"].abs().max() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_answer_losses_are_those_of_the_logits(personal: Build, dtype: torch.dtype) -> None:
+    """The head runs on the tokens that count; other conversations' turns in between do not."""
+    model = personal(dtype)
+    encoded = [replace(row, between=(row.start + 1,)) if at == 2 else row for at, row in enumerate(rows_of())]
+    batch, seen = collate(encoded, pad=0), []
+    head = model.backbone.model.get_output_embeddings()
+    head.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape[:2])))
+    parameters = model.group_parameters()
+
+    def gradients(losses: Tensor) -> list[Tensor]:
+        for parameter in parameters.values():
+            parameter.requires_grad_().grad = None
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        return [p.grad for p in parameters.values() if p.grad is not None]
+
+    losses, counts = model.answer_losses(batch, mixed(model))
+    assert losses.dtype == torch.float32 and counts.tolist() == [3, 1, 4, 2, 4]
+    found = gradients(losses)
+    expected, numbers = answer_loss(model.answer_logits(batch, mixed(model)), batch.labels)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(losses, expected, **close)
+    for one, other in zip(found, gradients(expected), strict=True):
+        torch.testing.assert_close(one, other, **close)
+    assert torch.equal(counts, numbers) and seen == [(1, 14), (5, 5)]
+
+
 def test_gradient_checkpointing_leaves_nothing_behind(personal: Build) -> None:
     model = personal()
     with gradient_checkpointing(model.backbone.model, True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proper.reports.formats import NO_BREAK, duration, p_text, percent, plain, plural, signed, size, span
-from proper.reports.load import ReportedComparison, UserGain
-from proper.reports.narrative import gain_story, outcome
+from proper.reports.load import ReportedComparison, UserGain, load_run
+from proper.reports.narrative import gain_story, headline, outcome
 
 Change = Callable[[Callable[[dict[str, Any]], None]], None]
 
@@ -122,3 +123,32 @@ def test_users_without_an_adapter_are_counted() -> None:
     story = gain_story(users(lambda n: 0.0, "groups"), "users")
     assert story[0] == "Of 40 users, 0 gained, 0 lost and 40 stayed the same."
     assert any(line.startswith("40 users are served without an adapter") for line in story)
+
+
+def trivial(**changes: Any) -> dict[str, Any]:
+    found = {"stage": "users", "wins": [], "unclear": [], "beaten": ["prior"], "undertrained": False}
+    return {**found, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "begins", "praises"),
+    [
+        ({}, "Every stage improved on the one before. Users is better than every answer without a model.", True),
+        ({"wins": ["prior"]}, "Better than Users (0.641), without a model: User prior (0.700).", False),
+        ({"unclear": ["prior"]}, "Users (0.641) is not measurably better than User prior (0.700).", True),
+        ({"undertrained": True}, "Population is undertrained: no better than the best constant.", False),
+    ],
+)
+def test_the_headline_speaks_of_rows_without_a_model(
+    folder: Path, change: Change, changes: dict[str, Any], begins: str, praises: bool
+) -> None:
+    def edit(results: dict[str, Any]) -> None:
+        for row in results["comparisons"]:
+            row.update(p_value=0.01, p_adjusted=0.01, difference=abs(row["difference"]))
+        results["metrics"].append({**results["metrics"][0], "method": "prior", "value": 0.7})
+        results["trivial"] = trivial(**changes)
+
+    change(edit)
+    summary, _ = headline(load_run(folder))
+    assert summary.startswith(begins)
+    assert ("Every stage improved" in summary) == praises

@@ -110,6 +110,7 @@ def plan(dataset: Dataset, encoder: Encoder, tmp_path: Path) -> Callable[..., Tr
         seed: int = 0,
         seconds: float = 1e9,
         name: str = "stage",
+        batch_tokens: int = 4096,
     ) -> TrainingPlan:
         return TrainingPlan(
             config=config,
@@ -120,6 +121,7 @@ def plan(dataset: Dataset, encoder: Encoder, tmp_path: Path) -> Callable[..., Tr
             sample=sample or dataset.sample("all", None, 0),
             checkpoint=Checkpoint(tmp_path / f"{name}.checkpoint", seconds),
             log=log if callable(log) else [].append if log is None else log.append,
+            batch_tokens=batch_tokens,
         )
 
     return build

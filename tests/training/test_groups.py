@@ -43,11 +43,13 @@ def stage_of(model: ProperModel, accelerator: Accelerator, **constraint: Any) ->
     return GroupsStage(model, config, USERS, 0, accelerator)
 
 
-def test_embeddings_start_small(grouped: Build, accelerator: Accelerator) -> None:
-    stage = GroupsStage(grouped(), GroupsConfig(), [str(n) for n in range(400)], 0, accelerator)
-    assert stage.embeddings.shape == (400, 16) and stage.embeddings.dtype == torch.float32
-    assert float(stage.embeddings.std()) == pytest.approx(0.02, rel=0.05)
-    assert float(stage.embeddings.mean()) == pytest.approx(0, abs=1e-3)
+@pytest.mark.parametrize(("options", "spread"), [({}, 1.0), ({"embedding_init": 0.02}, 0.02)])
+def test_embeddings_start_with_the_configured_spread(
+    grouped: Build, accelerator: Accelerator, options: dict[str, float], spread: float
+) -> None:
+    stage = GroupsStage(grouped(), GroupsConfig.model_validate(options), [str(n) for n in range(400)], 0, accelerator)
+    assert stage.embeddings.dtype == torch.float32 and abs(float(stage.embeddings.mean())) < 0.05 * spread
+    assert float(stage.embeddings.std()) == pytest.approx(spread, rel=0.05)
 
 
 def test_absent_users_do_not_move(grouped: Build, accelerator: Accelerator) -> None:

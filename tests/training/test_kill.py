@@ -20,22 +20,25 @@ from proper.data.dataset import Dataset
 from proper.data.encoder import Encoder
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.personal import ProperModel
+from proper.training import trials as trials_module
+from proper.training import user_stage as stage_module
 from proper.training import users as users_module
 from proper.training.multi_user_trainer import MultiUserTrainer
-from proper.training.users import UserStage, train_users
+from proper.training.user_stage import UserStage
+from proper.training.users import train_users
 
 Build = Callable[..., ProperModel]
 Start = Callable[[Path], int]
 
 CONFIG = UsersConfig.model_validate(
-    {"slots": 2, "epochs": 3, "learning_rate": 5e-3, "dropout": 0.1, "tiers": {"pool_below": 0}}
+    {"slots": 2, "epochs": 3, "learning_rate": 5e-3, "dropout": 0.1, "router": "residual", "tiers": {"pool_below": 0}}
 )
 
 
 def never_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the engine refuse to train whoever has an adapter in the phase's store."""
     stores: list[AdapterStore] = []
-    fit, step = users_module._fit, MultiUserTrainer._step
+    fit, step = stage_module.fit_adapters, MultiUserTrainer._step
 
     def watched_fit(stage: UserStage, jobs: object, store: AdapterStore, *rest: object) -> None:
         stores.append(store)
@@ -47,7 +50,8 @@ def never_again(monkeypatch: pytest.MonkeyPatch) -> None:
             assert head is None or head.tier == "groups", "a finished user is trained again"
         return step(self)
 
-    monkeypatch.setattr(users_module, "_fit", watched_fit)
+    for module in (trials_module, users_module):
+        monkeypatch.setattr(module, "fit_adapters", watched_fit)
     monkeypatch.setattr(MultiUserTrainer, "_step", watched_step)
 
 
@@ -77,7 +81,7 @@ def start(grouped: Build, dataset: Dataset, encoder: Encoder, monkeypatch: pytes
                 checkpoint_seconds=1e-9,
                 log=lambda facts: None,
             )
-            save_tensors(folder / "router.safetensors", train_users(stage), {})
+            save_tensors(folder / "router.safetensors", train_users(stage).router, {})
             store.close()
 
     def begin(folder: Path) -> int:

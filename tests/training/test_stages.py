@@ -31,7 +31,7 @@ def config(settings: Config) -> Config:
     changed = {
         "population": settings.population.model_copy(update=stage),
         "groups": settings.groups.model_copy(update=stage),
-        "users": settings.users.model_copy(update={"epochs": 2, "slots": 3}),
+        "users": settings.users.model_copy(update={"epochs": 2, "steps": None, "slots": 3, "router": "residual"}),
         "compute": settings.compute.model_copy(update={"checkpoint_seconds": 1e-9}),
     }
     return settings.model_copy(update=changed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from proper.config import GroupsConfig
 from proper.data.dataset import Dataset, Sample, TextExample
+from proper.data.encoder import EncodedExample
 from proper.errors import NonFiniteLossError
-from proper.models.personal import ProperModel
+from proper.models.personal import ProperModel, gradient_checkpointing
+from proper.training import groups
 from proper.training.groups import train_groups
 from proper.training.optim import factor
-from proper.training.trainer import TrainingPlan, _batches
+from proper.training.trainer import TrainingPlan, _batches, _parts
 
 Build = Callable[..., ProperModel]
 MakePlan = Callable[..., TrainingPlan]
@@ -100,6 +103,41 @@ def test_gradient_checkpointing_changes_nothing(run: Callable[..., Trained]) -> 
     kept = run(settings(dropout=0.1, epochs=1), name="kept")
     again = run(settings(dropout=0.1, epochs=1, gradient_checkpointing=True), name="again")
     assert_close(again, kept, 1e-5)
+
+
+def test_a_batch_in_parts_has_the_same_gradient(run: Callable[..., Trained], eight: Any) -> None:
+    alone = settings(constraint={"kind": "none"}, epochs=3)
+    whole = run(alone, sample=eight, name="whole")
+    longest = max(row.tokens for row in eight.rows(0))
+    for tokens in (3 * longest, 1):
+        parts = run(alone, sample=eight, name=f"parts {tokens}", batch_tokens=tokens)
+        assert_close(parts, whole, 1e-4)
+
+
+def test_parts_stay_below_the_limit() -> None:
+    rows = [EncodedExample("u", tuple(range(length)), 1) for length in (5, 30, 5, 9, 7, 12)]
+    assert _parts(rows, 180) == [rows], "a batch that fits is not reordered"
+    parts = _parts(rows, 20)
+    assert sorted(map(id, (row for part in parts for row in part))) == sorted(map(id, rows))
+    assert all(len(part) == 1 or len(part) * max(len(row.ids) for row in part) <= 20 for part in parts)
+    assert [[len(row.ids) for row in part] for part in parts] == [[5, 5], [7, 9], [12], [30]]
+
+
+def test_a_large_batch_with_a_constraint_recomputes_and_changes_nothing(
+    run: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = run(settings(dropout=0.1, epochs=1), name="kept")
+    switched: list[bool] = []
+
+    @contextmanager
+    def watched(model: Any, on: bool) -> Iterator[None]:
+        switched.append(on)
+        with gradient_checkpointing(model, on):
+            yield
+
+    monkeypatch.setattr(groups, "gradient_checkpointing", watched)
+    assert_close(run(settings(dropout=0.1, epochs=1), name="again", batch_tokens=1), kept, 1e-5)
+    assert any(switched)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

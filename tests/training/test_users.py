@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,23 @@ from torch import Tensor
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import UsersConfig
+from proper.console import no_bar
 from proper.data.batching import collate
 from proper.data.dataset import Dataset
 from proper.data.encoder import Encoder
+from proper.files import read_json
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import Mode, RowContext
 from proper.models.checkpoints import load_tensors
 from proper.models.personal import ProperModel, answer_loss
-from proper.training.jobs import held_out_items
-from proper.training.users import UserStage, train_users
+from proper.training import users as users_module
+from proper.training.checkpoint import Checkpoint
+from proper.training.jobs import PARTS, FitResult, Job, full_passes, held_out_items, passes_of
+from proper.training.microbatching import held_out_losses
+from proper.training.multi_user_trainer import MultiUserTrainer
+from proper.training.pooled_choice import Choice
+from proper.training.user_stage import UserStage
+from proper.training.users import train_users
 
 Build = Callable[..., ProperModel]
 Everything = tuple[dict[str, UserRecord], dict[str, Tensor]]
@@ -50,7 +59,9 @@ def run(grouped: Build, dataset: Dataset, encoder: Encoder, tmp_path: Path) -> I
     stores: list[AdapterStore] = []
 
     def fit(name: str, log: Callable[[dict[str, Any]], None], spoil: int | None = None, **users: Any) -> Everything:
-        config = UsersConfig.model_validate({"slots": 2, "epochs": 3, "learning_rate": 5e-3} | users)
+        config = UsersConfig.model_validate(
+            {"slots": 2, "epochs": 3, "learning_rate": 5e-3, "router": "residual"} | users
+        )
         model = grouped()
         model.add_lora_router(config)
         targets = [user.id for user in dataset.users("target")]
@@ -72,7 +83,7 @@ def run(grouped: Build, dataset: Dataset, encoder: Encoder, tmp_path: Path) -> I
             checkpoint_seconds=1e-9,
             log=log,
         )
-        router = {name: p.detach().clone() for name, p in train_users(stage).items()}
+        router = {name: p.detach().clone() for name, p in train_users(stage).router.items()}
         records = {user: store.get(user) for user, _ in store.users()}
         return {user: record for user, record in records.items() if record is not None}, router
 
@@ -161,7 +172,7 @@ def test_a_bad_user_stays_on_the_group_tier_and_harms_nobody(
             for name, tensor in record.adapter.items():
                 assert float((tensor.float() - other[name].float()).norm()) <= 2e-2 * float(other[name].float().norm())
         if select and user != bad:
-            assert "users with similar histories" in record.facts["reason"], "their neighbours' gains are finite"
+            assert "similar users" in record.facts["reason"], "their neighbours' gains are finite"
 
 
 def test_rows_are_counted_without_reading_them(
@@ -173,8 +184,8 @@ def test_rows_are_counted_without_reading_them(
     stage = UserStage(
         grouped(), config, dataset, encoder, users, torch.zeros(4, 16), store, tmp_path, 0, 1.0, lambda facts: None
     )
-    for passes in (None, dict.fromkeys(users, 2)):
-        jobs = stage.jobs(range(4), passes)
+    for trial in (True, False):
+        jobs = stage.jobs(range(4), trial)
         assert jobs.rows() == sum(len(jobs[at].items) for at in range(4))
     assert stage.slots == 4, "as many as there are users, where memory allows more"
     store.close()
@@ -184,7 +195,7 @@ def test_tiers_follow_from_losses_on_held_out_items_as_served(
     run: Callable[..., Everything], grouped: Build, dataset: Dataset, encoder: Encoder, tmp_path: Path
 ) -> None:
     records, _ = run("hot", Log(), learning_rate=0.5, schedule="constant", patience=1, tiers={"pool_below": 0})
-    model, config = grouped(), UsersConfig()
+    model, config = grouped(), UsersConfig(router="residual")
     model.add_lora_router(config)
     bank = AdapterBank(model.layout(config.rank), 1, alpha=config.alpha, trainable=False)
     model.use_bank(bank)
@@ -221,6 +232,55 @@ def test_tiers_follow_from_losses_on_held_out_items_as_served(
 def test_only_the_newest_items_are_used(run: Callable[..., Everything]) -> None:
     records, _ = run("few", Log(), max_items=3, tiers={"select": False})
     assert {record.facts["items"] for record in records.values()} == {3}
+
+
+def test_without_a_router_trials_are_measured_where_the_choice_says(
+    run: Callable[..., Everything], grouped: Build, dataset: Dataset, encoder: Encoder, tmp_path: Path
+) -> None:
+    """The trial's loss is that of the user trained alone on the older items, for the chosen passes, times the scale."""
+    options: dict[str, Any] = {"router": "none", "learning_rate": 0.02, "patience": 9, "epochs": 8}
+    records, router = run("plain", Log(), **options)
+    assert router == {}
+    choice = read_json(tmp_path / "plain" / "work" / "trials.json")["choice"]
+    config = UsersConfig.model_validate({"slots": 1, **options})
+    model = grouped()
+    for user, record in records.items():
+        items = [encoder.encode(example) for example in dataset.history(user)]
+        cut = len(items) - held_out_items(len(items), config.tiers.validation)
+        passes = passes_of(8, choice["part"])
+        job = Job(user, record.embedding, tuple(items[:cut]), epochs=passes, horizon=8)
+        results: list[FitResult] = []
+        trainer = MultiUserTrainer(model, config, 0.02, 0, 1, pad=0)
+        checkpoint = Checkpoint(tmp_path / f"{user[:3]}.checkpoint", 1e9)
+        trainer.run([job], lambda new, _, found=results: found.extend(new), checkpoint, Log(), "alone", no_bar)
+        assert results[0].row is not None
+        trainer.bank.values[0] = results[0].row
+        trainer.bank.scale *= choice["scale"]
+        measured = replace(job, held_out=tuple(items[cut:]))
+        assert record.facts["user_loss"] == pytest.approx(held_out_losses(model, {0: measured}, "fit", 0)[0], rel=1e-3)
+        assert record.facts["group_loss"] == pytest.approx(held_out_losses(model, {0: measured}, "groups", 0)[0])
+        assert record.facts["scale"] == choice["scale"] and record.facts["held_out"] == len(items) - cut
+
+
+def test_the_scale_goes_into_the_stored_adapters(run: Callable[..., Everything], monkeypatch: Any) -> None:
+    options: dict[str, Any] = {"router": "none", "storage": "fp32", "tiers": {"select": False}}
+    whole, _ = run("whole", Log(), **options)
+    monkeypatch.setattr(users_module, "EVERYTHING", Choice(PARTS, 0.5))
+    half, _ = run("half", Log(), **options)
+    for user, record in whole.items():
+        assert record.adapter is not None
+        for name, tensor in record.adapter.items():
+            other = (half[user].adapter or {})[name]
+            assert torch.equal(other, 0.5 * tensor if name.endswith(".B") else tensor)
+
+
+@given(items=st.integers(1, 200), steps=st.integers(1, 100), batch=st.integers(1, 16))
+def test_passes_give_at_least_the_steps_and_fewer_with_one_less(items: int, steps: int, batch: int) -> None:
+    full = full_passes(UsersConfig(steps=steps, batch_size=batch), items)
+    per_pass = -(-items // batch)
+    assert full * per_pass >= steps and (full - 1) * per_pass < max(steps, 1)
+    parts = [passes_of(full, part) for part in range(1, PARTS + 1)]
+    assert parts == sorted(parts) and parts[0] >= 1 and parts[-1] == full
 
 
 @given(items=st.integers(2, 500), share=st.floats(0.01, 0.5))

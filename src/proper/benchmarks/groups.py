@@ -24,14 +24,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from proper.benchmarks.backbones import BenchBackbone
 from proper.benchmarks.measure import TimedSide, interleaved, machine
-from proper.benchmarks.training_setup import BACKBONE, backbone, share_lora, synthetic_users
+from proper.benchmarks.training_setup import DTYPE, share_lora, synthetic_users
 from proper.config import GroupsConfig
 from proper.data.batching import Batch, collate
 from proper.data.encoder import Encoder
 from proper.layers.experts import Experts, tokens_last
 from proper.models.backbone import pick_device
-from proper.models.personal import ProperModel, answer_logits, answer_loss
+from proper.models.personal import ProperModel, answer_losses
 from proper.training.groups import GroupsStage
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class GroupsBenchSize:
     rows: int = 64
     steps: int = 4
     repeats: int = 15
+    backbone: BenchBackbone = BenchBackbone()
 
 
 QUICK = GroupsBenchSize(steps=2, repeats=7)
@@ -96,24 +98,24 @@ def run(size: GroupsBenchSize, device: str) -> dict[str, Any]:
         device: "cpu", "cuda" or "auto".
     """
     place, config = pick_device(device), GroupsConfig(dropout=0.0)
-    bare = backbone(place)
+    bare = size.backbone.load(DTYPE, place)
     histories = synthetic_users(Encoder(bare.tokenizer, MAX_LENGTH), users=size.rows // 4, items=8)
     rows = [row for items in histories.values() for row in items]
     shuffle = random.Random(0)
     batches = [collate(shuffle.sample(rows, size.rows), bare.pad_id, place) for _ in range(size.steps)]
     users = list(histories)
     sides = {
-        "fused": _stage(config, users, batches, place, looped=False),
-        "loop": _stage(config, users, batches, place, looped=True),
-        "plain": _plain(config.experts * config.rank, None, batches, place),
-        "bare": _plain(1, 1, batches, place),
+        "fused": _stage(size, config, users, batches, place, looped=False),
+        "loop": _stage(size, config, users, batches, place, looped=True),
+        "plain": _plain(size, config.experts * config.rank, None, batches, place),
+        "bare": _plain(size, 1, 1, batches, place),
     }
     logger.info(f"groups: {size.repeats} repeats of {size.steps} steps of {size.rows} rows, {len(sides)} sides")
     seconds = interleaved({name: TimedSide(work) for name, work in sides.items()}, size.repeats, logger.info)
     step = {name: statistics.median(times) / size.steps for name, times in seconds.items()}
     return {
         "setting": {
-            "backbone": BACKBONE,
+            **size.backbone.setting(),
             "device": place.type,
             "machine": machine(place),
             "dtype": "bf16",
@@ -136,10 +138,16 @@ def run(size: GroupsBenchSize, device: str) -> dict[str, Any]:
 
 
 def _stage(
-    config: GroupsConfig, users: Sequence[str], batches: Sequence[Batch], device: torch.device, *, looped: bool
+    size: GroupsBenchSize,
+    config: GroupsConfig,
+    users: Sequence[str],
+    batches: Sequence[Batch],
+    device: torch.device,
+    *,
+    looped: bool,
 ) -> Callable[[int], None]:
     """Return stage 2's training step on these batches."""
-    model = ProperModel(backbone(device))
+    model = ProperModel(size.backbone.load(DTYPE, device))
     model.add_experts(config, seed=0)
     if looped:
         for layer in model.layers.values():
@@ -163,16 +171,18 @@ def _stage(
     return steps
 
 
-def _plain(rank: int, modules: int | None, batches: Sequence[Batch], device: torch.device) -> Callable[[int], None]:
+def _plain(
+    size: GroupsBenchSize, rank: int, modules: int | None, batches: Sequence[Batch], device: torch.device
+) -> Callable[[int], None]:
     """Return the training step of one LoRA shared by all users, on all modules or the first few."""
-    model = backbone(device).model
+    model = size.backbone.load(DTYPE, device).model
     parameters = share_lora(model, rank, 2 * rank, modules)
     optimizer = torch.optim.AdamW(parameters, lr=RATE)
 
     def steps(_: int) -> None:
         for batch in batches:
             optimizer.zero_grad()
-            total, tokens = answer_loss(answer_logits(model, batch), batch.labels)
+            total, tokens = answer_losses(model, batch)
             torch.autograd.backward(total.sum() / tokens.sum())
             torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             optimizer.step()

@@ -31,14 +31,15 @@ from typing import Any
 
 import torch
 
+from proper.benchmarks.backbones import BenchBackbone
 from proper.benchmarks.measure import interleaved, machine, percentile
 from proper.benchmarks.serve_loads import ClosedLoop, Times, open_loop, quiet_key
-from proper.benchmarks.serve_setup import CROWD, Served, ServedShape, backbone_of
-from proper.models.backbone import pick_device
+from proper.benchmarks.serve_setup import CROWD, Served, ServedShape
+from proper.config import LastLayers
+from proper.models.backbone import EMBEDDED, pick_device
 
 logger = logging.getLogger(__name__)
 
-HEADLINE, NANO = "llama", "proper-nano"
 SHARES = (50, 95, 99)
 
 
@@ -48,6 +49,8 @@ class ServeBenchSize:
 
     Attributes:
         hidden, inner, layers: hidden size, FFN size and layers of the random Llama.
+        backbone: another backbone, measured in place of the random Llama and of `proper-nano`.
+        adapted: decoder layers with experts and user adapters: all or the last so many.
         users: rows of the closed loop.
         alone: requests of the side `loop`.
         prompt, answer: tokens of each request; prompts have half to all of `prompt`.
@@ -60,6 +63,8 @@ class ServeBenchSize:
     hidden: int = 1024
     inner: int = 4096
     layers: int = 12
+    backbone: BenchBackbone | None = None
+    adapted: LastLayers = "all"
     users: int = 32
     alone: int = 2
     prompt: int = 64
@@ -72,11 +77,20 @@ class ServeBenchSize:
     asks: int = 40
     dtype: torch.dtype = torch.bfloat16
 
-    def shape(self, backbone: str) -> ServedShape:
+    @property
+    def backbones(self) -> dict[str, BenchBackbone]:
+        """The measured backbones; the first is the headline's, with all loads."""
+        if self.backbone is not None:
+            return {self.backbone.name: self.backbone}
+        heads = max(1, self.hidden // 64)
+        sizes = {"hidden_size": self.hidden, "intermediate_size": self.inner, "num_hidden_layers": self.layers}
+        sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 8192}
+        return {"llama": BenchBackbone("llama", sizes), EMBEDDED: BenchBackbone()}
+
+    def shape(self, backbone: BenchBackbone) -> ServedShape:
         """Return the shape of the model and its users."""
-        random = (self.hidden, self.inner, self.layers) if backbone == HEADLINE else None
         users = max(2 * self.users, CROWD * self.slots)  # the crowd of the open loop is all users
-        return ServedShape(random, self.dtype, users, self.users, self.prompt, self.answer)
+        return ServedShape(backbone, self.adapted, self.dtype, users, self.users, self.prompt, self.answer)
 
 
 QUICK = ServeBenchSize(layers=3, prompt=32, answer=16, repeats=2, arrivals=96, asks=20)
@@ -90,14 +104,15 @@ def run(size: ServeBenchSize, device: str) -> dict[str, Any]:
         device: "cpu", "cuda" or "auto".
     """
     place, closed = pick_device(device), dict[str, Any]()
-    for name in (NANO, HEADLINE):
+    headline = next(iter(size.backbones))
+    for name, backbone in reversed(size.backbones.items()):
         with tempfile.TemporaryDirectory(prefix="proper-bench-") as folder:
-            served = Served(size.shape(name), backbone_of(size.shape(name), place), place, Path(folder))
+            served = Served(size.shape(backbone), backbone.load(size.dtype, place), place, Path(folder))
             loop = ClosedLoop(served, size.alone)
             logger.info(f"serve: {size.users} requests at once, {size.repeats} repeats of 8 sides, {name}")
             seconds = interleaved(loop.sides(), size.repeats, lambda line: logger.info(f"  {line}"))
             closed[name] = {side: _side_figures(loop.times[side], times) for side, times in seconds.items()}
-            if name == HEADLINE:
+            if name == headline:
                 opened = _open(size, served, closed[name]["mixed"]["tokens_per_second"])
                 neighbour = _neighbour(size, served)
                 memory = served.memory(size.users)
@@ -105,7 +120,7 @@ def run(size: ServeBenchSize, device: str) -> dict[str, Any]:
     memory["peak_of_the_process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "setting": _setting(size, place),
-        "figures": _figures(closed, opened, neighbour),
+        "figures": _figures(closed, headline, opened, neighbour),
         "closed": closed,
         "open": opened,
         "noisy_neighbour": neighbour,
@@ -137,11 +152,13 @@ def _neighbour(size: ServeBenchSize, served: Served) -> dict[str, Any]:
     }
 
 
-def _figures(closed: Mapping[str, Any], opened: Mapping[str, Any], neighbour: Mapping[str, Any]) -> dict[str, float]:
+def _figures(
+    closed: Mapping[str, Any], headline: str, opened: Mapping[str, Any], neighbour: Mapping[str, Any]
+) -> dict[str, float]:
     rates = {
         name: {side: figures["tokens_per_second"] for side, figures in sides.items()} for name, sides in closed.items()
     }
-    large, nano = rates[HEADLINE], rates[NANO]
+    large, nano = rates[headline], rates.get(EMBEDDED) if headline != EMBEDDED else None
     first = {kind: opened[kind]["first_token_seconds"]["p95"] for kind in ("resident", "crowded")}
     figures = {
         "mixed_over_base": large["mixed"] / large["base"],
@@ -150,13 +167,14 @@ def _figures(closed: Mapping[str, Any], opened: Mapping[str, Any], neighbour: Ma
         "crowd_over_mixed": large["crowd"] / large["mixed"],
         "plain_over_base": large["plain"] / large["base"],
         "base_over_generate": large["base"] / large["generate"],
-        "nano_mixed_over_base": nano["mixed"] / nano["base"],
-        "nano_mixed_over_peft": nano["plain"] / nano["peft"],
         "noisy_neighbour_wait_steps": neighbour["wait_steps"]["p95"],
         "noisy_neighbour_seconds": neighbour["answer_seconds"]["p95"],
         "noisy_neighbour_alone_seconds": neighbour["answer_seconds_alone"]["p95"],
         "noisy_neighbour_over_alone": neighbour["answer_seconds"]["p95"] / neighbour["answer_seconds_alone"]["p95"],
     }
+    if nano is not None:
+        figures |= {"nano_mixed_over_base": nano["mixed"] / nano["base"]}
+        figures |= {"nano_mixed_over_peft": nano["plain"] / nano["peft"]}
     return {name: round(value, 3) for name, value in figures.items()}
 
 
@@ -178,7 +196,10 @@ def _percentiles(values: list[float]) -> dict[str, float]:
 
 
 def _setting(size: ServeBenchSize, device: torch.device) -> dict[str, Any]:
-    model = f"random Llama, hidden {size.hidden}, FFN {size.inner}, {size.layers} layers"
+    if size.backbone is None:
+        model = {"llama": f"random Llama, hidden {size.hidden}, FFN {size.inner}, {size.layers} layers"}
+    else:
+        model = size.backbone.setting()
     counts = {
         name: getattr(size, name)
         for name in ("users", "prompt", "answer", "repeats", "rows", "slots", "arrivals", "asks")
@@ -188,4 +209,12 @@ def _setting(size: ServeBenchSize, device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "dtype": str(size.dtype).removeprefix("torch."),
     }
-    return {HEADLINE: model, **environment, **counts, "alone": size.alone, "load": size.load, "crowd": CROWD}
+    return {
+        **model,
+        "layers": size.adapted,
+        **environment,
+        **counts,
+        "alone": size.alone,
+        "load": size.load,
+        "crowd": CROWD,
+    }

@@ -12,21 +12,20 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from proper.adapters.store import AdapterStore, UserRecord
-from proper.config import make_config
+from proper.benchmarks.backbones import BenchBackbone
+from proper.config import LastLayers, make_config
 from proper.inference.kv_cache import SLACK
 from proper.inference.model import PersonalizedModel, ServedUsers
 from proper.layers.bank import AdapterBank
-from proper.models.backbone import Backbone, digest, load_backbone, load_tokenizer
+from proper.models.backbone import Backbone
 from proper.models.personal import ProperModel
-from proper.models.targets import find_targets
+from proper.models.targets import expert_targets
 from proper.run_folder import RunFolder, Tier
 
 CROWD = 16
 """Users per slot in the open loop that measures the cliff."""
-NANO = "proper-nano"
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,15 @@ class ServedShape:
     """Shape of the model and its users.
 
     Attributes:
-        random: hidden size, FFN size and layers of a random Llama; None selects `proper-nano`.
+        backbone: the model without its users.
+        layers: decoder layers with experts and user adapters: all or the last so many.
         users: number of users in the store.
         rows: requests of the closed loop, and adapters of PEFT's model.
         prompt, answer: maximum prompt tokens and exact answer tokens of a request.
     """
 
-    random: tuple[int, int, int] | None
+    backbone: BenchBackbone
+    layers: LastLayers
     dtype: torch.dtype
     users: int
     rows: int
@@ -62,7 +63,9 @@ class Served:
     def __init__(self, shape: ServedShape, backbone: Backbone, device: torch.device, folder: Path) -> None:
         self.shape, self.device = shape, device
         limit = shape.prompt + shape.answer
-        self.config = make_config({"data": {"path": "none"}, "compute": {"max_length": limit}})
+        self.config = make_config(
+            {"data": {"path": "none"}, "compute": {"max_length": limit}, "groups": {"layers": shape.layers}}
+        )
         self.bare = copy.deepcopy(backbone.model)
         self.names = [f"u{at}" for at in range(shape.users)]
         self.peft = self._peft_model()
@@ -125,36 +128,12 @@ class Served:
         """Return a PEFT model with one LoRA per row, on the same modules and of the same rank."""
         names, users = self.names[: self.shape.rows], self.config.users
         model = copy.deepcopy(self.bare)
-        targets = list(find_targets(model, self.config.groups.target_modules))
+        targets = list(expert_targets(model, self.config.groups))
         lora = LoraConfig(r=users.rank, lora_alpha=int(users.alpha), target_modules=targets, init_lora_weights=False)
         wrapped: Any = get_peft_model(model, lora, adapter_name=names[0])
         for name in names[1:]:
             wrapped.add_adapter(name, lora)
         return wrapped.to(self.shape.dtype).eval()
-
-
-def backbone_of(shape: ServedShape, device: torch.device) -> Backbone:
-    """Return the backbone of a shape, with `proper-nano`'s tokenizer."""
-    if shape.random is None:
-        return load_backbone(NANO, shape.dtype, device)
-    hidden, inner, layers = shape.random
-    config: dict[str, Any] = {
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": max(1, hidden // 64),
-        "num_key_value_heads": max(1, hidden // 64),
-        "vocab_size": 8192,
-        "pad_token_id": 0,
-        "eos_token_id": None,
-        "attn_implementation": "eager" if device.type == "cpu" else "sdpa",
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: Any = LlamaForCausalLM(LlamaConfig(**config))
-    model.to(device=device, dtype=shape.dtype).eval().requires_grad_(False)
-    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    return Backbone("random", model, load_tokenizer(NANO), digest(model))
 
 
 def _bytes(tensors: Any) -> int:

@@ -23,12 +23,11 @@ from proper.config import GroupsConfig, UsersConfig
 from proper.data.batching import IGNORED
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.data.encoder import EncodedExample, Encoder
-from proper.models.backbone import Backbone, load_backbone
+from proper.models.backbone import Backbone
 from proper.models.personal import ProperModel
 from proper.models.targets import find_targets
 from proper.training.jobs import Job
 
-BACKBONE = "proper-nano"
 DTYPE = torch.bfloat16
 
 
@@ -37,11 +36,6 @@ class _Row:
     user: str
     prompt: str
     target: str
-
-
-def backbone(device: torch.device) -> Backbone:
-    """Load the benchmark's backbone."""
-    return load_backbone(BACKBONE, DTYPE, device)
 
 
 def synthetic_users(encoder: Encoder, users: int, items: int) -> dict[str, tuple[EncodedExample, ...]]:
@@ -67,11 +61,11 @@ def make_jobs(histories: dict[str, tuple[EncodedExample, ...]], epochs: int, emb
     ]
 
 
-def personal_model(device: torch.device, groups: GroupsConfig | None) -> ProperModel:
-    """Return a model with user adapters on its FFN modules, and with frozen experts if `groups` is given."""
-    model = ProperModel(backbone(device))
-    if groups is None:
-        model.add_plain_targets(GroupsConfig())
+def personal_model(backbone: Backbone, groups: GroupsConfig, *, experts: bool) -> ProperModel:
+    """Return a model with user adapters in `groups.layers`, and with frozen experts there if wanted."""
+    model = ProperModel(backbone)
+    if not experts:
+        model.add_plain_targets(groups)
         return model
     model.add_experts(groups, seed=0)
     for parameter in model.group_parameters().values():

@@ -3,7 +3,10 @@
     oppu      user by user: PEFT's get_peft_model and transformers' Trainer, as in OPPU
     one_slot  this package's multi-user trainer with one slot
     mixed     this package's multi-user trainer
-    ceiling   one LoRA of the same shape shared by all users, a plain loop over the same batches as `mixed`
+    ceiling   one LoRA shared by all users in all layers, a plain loop over the same batches as `mixed`
+
+    mixed_N        the multi-user trainer with adapters in the last N layers; the layers below run once per text
+    mixed_N_warm   the same after an earlier stage has run the layers below on these texts
 
 All sides train the same items in bf16, batch 4, 2 epochs, and include each user's set-up. The first two train user by
 user, so a subset of the users suffices to measure their rate. Each side also has a form with frozen experts, except
@@ -14,64 +17,27 @@ from __future__ import annotations
 
 import logging
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from proper.benchmarks.measure import TimedSide, interleaved, machine
-from proper.benchmarks.training_setup import (
-    BACKBONE,
-    DTYPE,
-    backbone,
-    make_jobs,
-    personal_model,
-    share_lora,
-    synthetic_users,
-    train_one_by_one,
-)
-from proper.config import GroupsConfig, UsersConfig
-from proper.data.batching import collate
-from proper.data.encoder import EncodedExample, Encoder
-from proper.errors import ProperError
-from proper.layers.batch_context import RowContext
+from proper.benchmarks.training_setup import train_one_by_one
+from proper.benchmarks.users_setup import RATE, UsersBench, UsersBenchSize
+from proper.config import LastLayers, UsersConfig
 from proper.models.backbone import pick_device
-from proper.models.personal import answer_loss
-from proper.training.checkpoint import Checkpoint
-from proper.training.jobs import FitResult, Job
-from proper.training.memory import auto_slots, device_memory, footprint
-from proper.training.microbatching import Work
-from proper.training.multi_user_trainer import MultiUserTrainer
 
 logger = logging.getLogger(__name__)
 
-RATE = 1e-3
-MAX_LENGTH = 256
-
-
-@dataclass(frozen=True)
-class UsersBenchSize:
-    """Benchmark size.
-
-    Attributes:
-        alone: users of the sides that train user by user.
-    """
-
-    users: int = 64
-    items: int = 20
-    alone: int = 16
-    repeats: int = 5
-
-
 QUICK = UsersBenchSize(users=32, alone=4, repeats=3)
+LARGE = UsersBenchSize(users=16, items=12, alone=2, repeats=3)
+"""For backbones ten times as large as `proper-nano`."""
 
-Step = list[list[Work]]
-"""The rows of one step, as micro-batches."""
+EXPERTS = "_experts"
+"""The ending of the sides' names with experts."""
 
 
 def run(size: UsersBenchSize, device: str) -> dict[str, Any]:
@@ -83,17 +49,13 @@ def run(size: UsersBenchSize, device: str) -> dict[str, Any]:
     """
     place = pick_device(device)
     config = UsersConfig(batch_size=4, epochs=2, clip=1.0)
-    plain = _Bench(size, config, None, place)
-    grouped = _Bench(size, config, GroupsConfig(), place)
+    forms = {form: UsersBench(size, config, place, experts=bool(form)) for form in ("", EXPERTS)}
+    plain = forms[""]
     sides: dict[str, Callable[[int], object]] = {
-        "oppu": lambda _: train_one_by_one(plain.bare.model, plain.alone, config, RATE, plain.pad),
-        "one_slot": lambda _: plain.fit(plain.alone, 1),
-        "mixed": lambda _: plain.fit(plain.jobs, plain.slots),
-        "ceiling": lambda _: plain.shared(),
-        "one_slot_experts": lambda _: grouped.fit(grouped.alone, 1),
-        "mixed_experts": lambda _: grouped.fit(grouped.jobs, grouped.slots),
-        "ceiling_experts": lambda _: grouped.shared(),
+        "oppu": lambda _: train_one_by_one(plain.bare.model, plain.alone, config, RATE, plain.pad)
     }
+    for form, bench in forms.items():
+        sides |= _sides(bench, size.layers, form)
     logger.info(f"users: {size.users} users x {size.items} items, {size.repeats} repeats of {len(sides)} sides")
     _reset_peak(place)
     plain.fit(plain.jobs, plain.slots)
@@ -101,6 +63,8 @@ def run(size: UsersBenchSize, device: str) -> dict[str, Any]:
     seconds = interleaved({name: TimedSide(work) for name, work in sides.items()}, size.repeats, logger.info)
     users = {name: size.alone if name.startswith(("oppu", "one_slot")) else size.users for name in sides}
     hourly = {name: 3600 * users[name] / statistics.median(times) for name, times in seconds.items()}
+    for bench in forms.values():
+        bench.close()
     return {
         "setting": _setting(size, plain, place),
         "figures": {**_ratios(hourly), "padding": plain.padding, "peak_memory_bytes": peak},
@@ -110,105 +74,41 @@ def run(size: UsersBenchSize, device: str) -> dict[str, Any]:
     }
 
 
-def _ratios(hourly: dict[str, float]) -> dict[str, float]:
-    """Return the speed ratios of `mixed` to the other sides, without and with experts."""
-    found = {}
-    for form in ("", "_experts"):
-        for other in ("oppu", "one_slot", "ceiling"):
-            base = hourly[other if other == "oppu" else other + form]
-            found[f"mixed_over_{other}{form}"] = round(hourly[f"mixed{form}"] / base, 3)
+def _sides(bench: UsersBench, layers: Sequence[LastLayers], form: str) -> dict[str, Callable[[int], object]]:
+    """Return the sides of one form, by name."""
+    found: dict[str, Callable[[int], object]] = {
+        f"one_slot{form}": lambda _: bench.fit(bench.alone, 1),
+        f"mixed{form}": lambda _: bench.fit(bench.jobs, bench.slots),
+        f"ceiling{form}": lambda _: bench.shared(),
+    }
+    for at, each in enumerate(layers):
+        name = "mixed" if at == 0 else f"mixed_{each}"
+        if at > 0:
+            found[f"{name}{form}"] = lambda _, each=each: bench.fit(bench.jobs, bench.slots, each)  # type: ignore[misc]
+        if each != "all":
+            found[f"{name}_warm{form}"] = lambda _, each=each: bench.fit_warm(each)  # type: ignore[misc]
     return found
 
 
-class _Bench:
-    """Models and jobs of one form of the benchmark, with or without experts."""
-
-    def __init__(
-        self, size: UsersBenchSize, config: UsersConfig, groups: GroupsConfig | None, device: torch.device
-    ) -> None:
-        self.config, self.groups, self.device = config, groups, device
-        self.model = personal_model(device, groups)
-        self.bare = backbone(device) if groups is None else self.model.backbone
-        self.pad = self.bare.pad_id
-        encoder = Encoder(self.bare.tokenizer, MAX_LENGTH)
-        width = self.model.embedding_size
-        self.jobs = make_jobs(synthetic_users(encoder, size.users, size.items), int(config.epochs), width)
-        self.alone = self.jobs[: size.alone]
-        parts = footprint(self.model, config, MAX_LENGTH)
-        self.slots = min(size.users, auto_slots(parts, device_memory(device), device.type))
-        self.stream = self._record()
-        # The ceiling's LoRA wraps the same layers; it is removed while users are trained.
-        self.ceiling = personal_model(device, groups)
-        self.parameters = share_lora(self.ceiling.backbone.model, config.rank, config.alpha)
-        for layer in self.ceiling.layers.values():
-            layer.bank = None
-
-    @property
-    def padding(self) -> float:
-        """Return the share of padding among the processed tokens."""
-        rows = [piece for step in self.stream for piece in step]
-        padded = sum(len(piece) * max(len(row.ids) for _, _, row in piece) for piece in rows)
-        return round(1 - self.tokens / padded, 4)
-
-    @property
-    def tokens(self) -> int:
-        """Return the number of processed tokens without padding."""
-        return sum(len(row.ids) for step in self.stream for piece in step for _, _, row in piece)
-
-    def _record(self) -> list[Step]:
-        """Return the micro-batches of every step, by training all users once."""
-        stream: list[Step] = []
-
-        def observe(steps: int, work: Sequence[Work]) -> None:
-            if len(stream) == steps:
-                stream.append([])
-            stream[-1].append(list(work))
-
-        trainer = MultiUserTrainer(self.model, self.config, RATE, 0, self.slots, self.pad, observe)
-        self._run(trainer, self.jobs)
-        return stream
-
-    def fit(self, jobs: Sequence[Job], slots: int) -> None:
-        """Train these users' adapters."""
-        self._run(MultiUserTrainer(self.model, self.config, RATE, 0, slots, self.pad), jobs)
-
-    def _run(self, engine: MultiUserTrainer, jobs: Sequence[Job]) -> None:
-        kept: list[Tensor] = []
-
-        def done(outcomes: Sequence[FitResult], again: bool) -> None:
-            kept.extend(outcome.row.to(DTYPE) for outcome in outcomes if outcome.row is not None)
-
-        with tempfile.TemporaryDirectory(prefix="proper-bench-") as folder:
-            engine.run(jobs, done, Checkpoint(Path(folder) / "engine", 1e9), lambda _: None, "users")
-        if len(kept) != len(jobs):
-            raise ProperError(f"bench users: {len(jobs) - len(kept)} users could not be trained")
-
-    def shared(self) -> None:
-        """Train one LoRA shared by all users on the same batches."""
-        optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
-        for step in self.stream:
-            optimizer.zero_grad()
-            answers = sum(len(row.ids) - row.start for piece in step for _, _, row in piece)
-            for piece in step:
-                torch.autograd.backward(self._loss([row for _, _, row in piece]) / answers)
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-            optimizer.step()
-
-    def _loss(self, rows: Sequence[EncodedExample]) -> Tensor:
-        batch = collate(rows, self.pad, self.device)
-        context = RowContext("off")
-        if self.groups is not None:
-            context = RowContext(
-                "groups", embedding=torch.zeros(len(rows), self.ceiling.embedding_size, device=self.device)
-            )
-        total, _ = answer_loss(self.ceiling.answer_logits(batch, context), batch.labels)
-        return total.sum()
+def _ratios(hourly: dict[str, float]) -> dict[str, float]:
+    """Return the speed ratios of `mixed` to the other sides, and of further sides to the ceiling, in both forms."""
+    found = {}
+    for form in ("", EXPERTS):
+        for other in ("oppu", "one_slot", "ceiling"):
+            base = hourly[other if other == "oppu" else other + form]
+            found[f"mixed_over_{other}{form}"] = round(hourly[f"mixed{form}"] / base, 3)
+        for name, rate in hourly.items():
+            if name.startswith("mixed_") and name.endswith(EXPERTS) == bool(form) and name != f"mixed{form}":
+                stem = name.removesuffix(form)
+                found[f"{stem}_over_ceiling{form}"] = round(rate / hourly[f"ceiling{form}"], 3)
+    return found
 
 
-def _setting(size: UsersBenchSize, bench: _Bench, device: torch.device) -> dict[str, Any]:
+def _setting(size: UsersBenchSize, bench: UsersBench, device: torch.device) -> dict[str, Any]:
     tokens = [len(row.ids) for job in bench.jobs for row in job.items]
     return {
-        "backbone": BACKBONE,
+        **size.backbone.setting(),
+        "layers": list(size.layers),
         "device": device.type,
         "machine": machine(device),
         "dtype": "bf16",
@@ -226,7 +126,7 @@ def _setting(size: UsersBenchSize, bench: _Bench, device: torch.device) -> dict[
     }
 
 
-def _floor(bench: _Bench, hourly: float) -> dict[str, float]:
+def _floor(bench: UsersBench, hourly: float) -> dict[str, float]:
     """Return operations and bytes per user, and the share of `mixed`'s time that the products alone would take.
 
     Forward and backward pass of a frozen layer take 2 products of 2 operations per weight and token; a LoRA takes 3.
@@ -235,7 +135,7 @@ def _floor(bench: _Bench, hourly: float) -> dict[str, float]:
     weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in f".{name}")
     head = model.config.get_text_config().vocab_size * bench.bare.hidden_size
     rows = [row for step in bench.stream for piece in step for _, _, row in piece]
-    answers = sum(len(row.ids) - row.start for row in rows)
+    answers = sum(row.answers for row in rows)
     adapter = bench.model.user_layout(bench.config).width
     operations = 4 * (weights * bench.tokens + head * answers) + 6 * adapter * bench.tokens
     users, speed = len(bench.jobs), _speed(bench)
@@ -249,7 +149,7 @@ def _floor(bench: _Bench, hourly: float) -> dict[str, float]:
     }
 
 
-def _speed(bench: _Bench, tokens: int = 1024) -> float:
+def _speed(bench: UsersBench, tokens: int = 1024) -> float:
     """Return operations per second of the FFN's matrix product at `tokens` tokens, median of 20."""
     weight = next(p for name, p in bench.bare.model.named_parameters() if "gate_proj" in name or "up_proj" in name)
     x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)

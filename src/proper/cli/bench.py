@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from proper.cli.options import examples
+from proper.config import LastLayers
+from proper.errors import InputError
 from proper.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -18,6 +21,13 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write settings and figures to this file, not to stdout.")
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or auto.")]
+BackboneName = Annotated[
+    str | None, typer.Option("--backbone", metavar="NAME", help="The backbone; proper-nano if not given.")
+]
+ShapeName = Annotated[
+    str | None,
+    typer.Option("--shape", metavar="NAME", help="Use random weights of this model's shape: smollm2-135m."),
+]
 Quick = Annotated[bool, typer.Option("--quick", help="Use a smaller setting, for a first look.")]
 
 app = typer.Typer(
@@ -37,38 +47,84 @@ def publish(result: dict[str, Any], path: Path | None) -> None:
         typer.echo(f"{name:32} {value}")
 
 
-@app.command(epilog=examples("bench", "users", "users --quick --json figures.json"))
-def users(json_file: JsonFile = None, quick: Quick = False, device: Device = "auto") -> None:
+@app.command(epilog=examples("bench", "users", "users --quick --json figures.json", "users --shape smollm2-135m"))
+def users(
+    json_file: JsonFile = None,
+    quick: Quick = False,
+    device: Device = "auto",
+    backbone: BackboneName = None,
+    shape: ShapeName = None,
+    layers: Annotated[
+        str, typer.Option(metavar="LIST", help="Adapted layers: all or the last N; several are compared: 10,15,all.")
+    ] = "all",
+) -> None:
     """Measure how many users per hour get an adapter.
 
     Compares it with one Trainer per user, with a single slot, and with one LoRA for all users on the same batches.
+    Larger backbones than proper-nano get fewer users.
     """
-    from proper.benchmarks.users import QUICK, UsersBenchSize, run
+    from proper.benchmarks.backbones import BenchBackbone
+    from proper.benchmarks.users import LARGE, QUICK, run
+    from proper.benchmarks.users_setup import UsersBenchSize
 
-    publish(run(QUICK if quick else UsersBenchSize(), device), json_file)
+    chosen = BenchBackbone.of(backbone, shape)
+    size = QUICK if quick else UsersBenchSize()
+    if chosen != size.backbone:
+        size = replace(LARGE, items=6, users=8) if quick else LARGE
+    publish(run(replace(size, backbone=chosen, layers=_layers(layers)), device), json_file)
+
+
+def _layers(text: str) -> tuple[LastLayers, ...]:
+    """Return the values of a list of adapted layers."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part == "all" or (part.isdecimal() and int(part) > 0) for part in parts) or len({*parts}) < len(parts):
+        raise InputError(f"--layers: '{text}' should be all or numbers of layers, each once, such as 10,15,all")
+    return tuple("all" if part == "all" else int(part) for part in parts)
 
 
 @app.command(epilog=examples("bench", "groups", "groups --quick --json figures.json"))
-def groups(json_file: JsonFile = None, quick: Quick = False, device: Device = "auto") -> None:
+def groups(
+    json_file: JsonFile = None,
+    quick: Quick = False,
+    device: Device = "auto",
+    backbone: BackboneName = None,
+    shape: ShapeName = None,
+) -> None:
     """Time a training step of stage 2.
 
     Compares fused experts with a loop over experts and with one LoRA of as many parameters.
     """
+    from proper.benchmarks.backbones import BenchBackbone
     from proper.benchmarks.groups import QUICK, GroupsBenchSize, run
 
-    publish(run(QUICK if quick else GroupsBenchSize(), device), json_file)
+    size = QUICK if quick else GroupsBenchSize()
+    publish(run(replace(size, backbone=BenchBackbone.of(backbone, shape)), device), json_file)
 
 
 @app.command(epilog=examples("bench", "serve --quick", "serve --json serve.json"))
-def serve(json_file: JsonFile = None, quick: Quick = False, device: Device = "auto") -> None:
+def serve(
+    json_file: JsonFile = None,
+    quick: Quick = False,
+    device: Device = "auto",
+    backbone: BackboneName = None,
+    shape: ShapeName = None,
+    layers: Annotated[str, typer.Option(metavar="N", help="Adapted layers: all or the last N.")] = "all",
+) -> None:
     """Time answers for 32 users at once.
 
     Compares them with the backbone alone, one user, PEFT's mixed batch and plain generate. Also measures the time to
-    the first token with 16 users per slot.
+    the first token with 16 users per slot. Without --backbone or --shape, a random Llama and proper-nano are measured.
     """
+    from proper.benchmarks.backbones import BenchBackbone
     from proper.benchmarks.serve import QUICK, ServeBenchSize, run
 
-    publish(run(QUICK if quick else ServeBenchSize(), device), json_file)
+    adapted, *more = _layers(layers)
+    if more:
+        raise InputError(f"--layers: '{layers}' should be all or one number of layers")
+    size = replace(QUICK if quick else ServeBenchSize(), adapted=adapted)
+    if backbone is not None or shape is not None:
+        size = replace(size, backbone=BenchBackbone.of(backbone, shape))
+    publish(run(size, device), json_file)
 
 
 @app.command(epilog=examples("bench", "store --quick", "store --json store.json", "store --folder /mnt/disk"))

@@ -33,8 +33,9 @@ def results_table(results: Mapping[str, Any]) -> list[str]:
         shown = [_method(row, steps.get(row["method"]), width) for row in here]
         # The best method is marked only if there are others than the four stages.
         marks = [_STANDINGS.get(row.get("standing"), "") if set(map(_name, here)) - set(LADDER) else "" for row in here]
-        lines += [f"{line}{mark}" for line, mark in zip(shown, marks, strict=True)]
-    return lines
+        kinds = ["   trivial" if row.get("trivial") else "" for row in here]
+        lines += [f"{line}{kind}{mark}" for line, kind, mark in zip(shown, kinds, marks, strict=True)]
+    return [*lines, *results.get("trivial", {}).get("sentences", [])]
 
 
 def print_results(folder: Path) -> None:

@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 _PAPER: dict[str, Any] = {
-    "population": {"learning_rate": 3e-4, "train_on": "others", "patience": 0},
+    "population": {"learning_rate": 3e-4, "train_on": "others", "batch_size": 16, "patience": 0},
     "groups": {"learning_rate": 2e-4, "train_on": "targets", "embedding_init": 0.02},
-    "users": {"learning_rate": 2e-4, "router_learning_rate": 2e-4, "router": "paper"},
+    "users": {
+        "learning_rate": 2e-4,
+        "epochs": 2,
+        "steps": None,
+        "batch_size": 4,
+        "scales": [],
+        "router": "paper",
+        "router_learning_rate": 2e-4,
+    },
 }
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -31,8 +31,14 @@ class DataConfig(Section):
         user: column of the user's id.
         time: column of the time; null if there is none.
         item: column of the item that a row is about; null if there is none.
-        prompt: template of the prompt; `{column}` is replaced by the row's value.
+        prompt: template of the prompt; `{column}` is replaced by the row's value. `{item_mean}` (ratings),
+            `{item_usual}` (labels) and `{item_count}` are what other users' histories say of the row's item.
         target: template of the answer.
+        rows: what a row holds: the templates' columns; `messages`, a list of objects with role and content, of which
+            the last assistant's is the answer; or `completion`, TRL's columns prompt and completion, as texts or lists
+            of messages. `auto` takes the conversation where no template is given and the default templates' columns
+            are missing.
+        assistant_loss: whether training counts the last assistant's message of a conversation, or all of them.
         chat: whether prompts use the backbone's chat template, in training, evaluation, `generate` and serving alike;
             `auto` means if its tokenizer has one. A run stores the choice as `on` or `off`.
     """
@@ -48,6 +54,8 @@ class DataConfig(Section):
     item: str | None = "item_id"
     prompt: str = "{input}"
     target: str = "{output}"
+    rows: Literal["auto", "template", "messages", "completion"] = "auto"
+    assistant_loss: Literal["last", "all"] = "last"
     chat: Literal["auto", "on", "off"] = "auto"
 
     @property
@@ -136,14 +144,21 @@ class ComputeConfig(Section):
         device: torch device; `auto` takes a GPU if there is one.
         max_length: longest prompt with its answer, in tokens; longer ones are cut.
         batch_size: rows of a batch in evaluation.
+        batch_tokens: most tokens, padding included, that run through the backbone at once in training and evaluation; a
+            larger batch is computed in parts, with the same result. `auto` goes by the backbone's size, so that memory
+            stays bounded.
         checkpoint_seconds: time between two checkpoints of a stage, in seconds.
+        cache_mb: most MiB of disk, and at most half of what is free, for hidden states of texts during training, used
+            where `groups.layers` leaves lower layers without experts; 0 switches the cache off.
     """
 
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     device: str = "auto"
     max_length: Annotated[int, Field(ge=8)] = 256
     batch_size: Count = 32
+    batch_tokens: Literal["auto"] | Count = "auto"
     checkpoint_seconds: Positive = 30.0
+    cache_mb: Annotated[int, Field(ge=0)] = 4096
 
 
 class EvaluationConfig(Section):

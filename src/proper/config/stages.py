@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -77,6 +77,7 @@ class PopulationConfig(OptimizerConfig):
     alpha: Positive = 16
     dropout: Fraction = 0.05
     target_modules: TargetModules = "all"
+    batch_size: Count = 8
     epochs: Annotated[float, Field(gt=0)] = 3
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     train_on: Literal["all", "others"] = "all"
@@ -143,25 +144,38 @@ class TiersConfig(Section):
     Attributes:
         select: give a user an adapter only if it helps on held-out items; false gives one to every target user.
         validation: share of a user's history that is held out for the decision.
-        pool_below: below this many items, the decision is pooled over users with similar embeddings.
-        neighbours: number of users that are pooled.
+        pool_below: below this many items, the user's gain is shrunk toward the mean gain of users with similar
+            embeddings, by its variance; null means always. From this many items on, the user's own gain decides.
+        neighbours: number of users with similar embeddings whose mean gain is taken.
     """
 
     select: bool = True
     validation: Annotated[float, Field(gt=0, le=0.5)] = 0.2
-    pool_below: Annotated[int, Field(ge=0)] = 10
-    neighbours: Count = 20
+    pool_below: Annotated[int, Field(ge=0)] | None = None
+    neighbours: Count = 50
+
+    def pools(self, items: int) -> bool:
+        """Return whether the decision on a user with so many items is pooled."""
+        return self.pool_below is None or items < self.pool_below
 
 
 class UsersConfig(OptimizerConfig):
     """Stage 3: one LoRA per user (3a), then the LoRA-aware router (3b).
 
+    A config that sets `epochs` and not `steps` trains for these epochs.
+
     Attributes:
+        steps: optimizer steps of a user's full training, rounded up to whole passes over the user's items; null means
+            `epochs` passes.
         rank: rank of a user's LoRA.
         alpha: scale of a user's LoRA, times the rank.
         dropout: dropout rate on the LoRA's input.
         layers: decoder layers that get user adapters: `all` that have experts, or a number N for the last N of these.
-        patience: passes without a lower held-out loss after which a user's trial stops.
+        patience: measurements, of four over a user's trial, without a lower held-out loss at any scale after which the
+            user leaves the trial.
+        scales: factors on a trial's adapter, beside 1, at which the held-out loss is measured. One number of passes and
+            one factor are chosen for all users, by the mean gain over users minus its standard error, and the factor
+            goes into the stored adapters.
         router: form of the LoRA-aware router: added to stage 2's scores, the paper's, or none.
         router_learning_rate: learning rate of the LoRA-aware router; `auto` as for `learning_rate`.
         router_epochs: passes over the histories for the router.
@@ -175,9 +189,11 @@ class UsersConfig(OptimizerConfig):
     alpha: Positive = 8
     dropout: Fraction = 0.0
     layers: LastLayers = "all"
-    batch_size: Count = 4
-    patience: Count = 2
-    router: Literal["residual", "paper", "none"] = "residual"
+    batch_size: Count = 2
+    steps: Count | None = 20
+    patience: Count = 1
+    scales: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(max_length=8)] = [0.25, 0.5]
+    router: Literal["residual", "paper", "none"] = "none"
     router_learning_rate: Rate = "auto"
     router_epochs: Count = 1
     slots: Literal["auto"] | Count = "auto"
@@ -189,3 +205,9 @@ class UsersConfig(OptimizerConfig):
     def adapter_shape(self) -> dict[str, str]:
         """The settings that fix which tensors an adapter has; an adapter store is bound to them."""
         return {"rank": str(self.rank), "users.layers": str(self.layers)}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_instead_of_steps(cls, raw: object) -> object:
+        """Let given epochs replace the default number of steps."""
+        return {"steps": None, **raw} if isinstance(raw, dict) and "epochs" in raw else raw

@@ -60,6 +60,8 @@ def collate(rows: Sequence[EncodedExample], pad: int, device: torch.device | str
         mask[at, length - len(row.ids) :] = 1
         tail = row.ids[row.start :]
         labels[at, answer - len(tail) :] = torch.tensor(tail)
+        for index in row.between:
+            labels[at, answer - len(row.ids) + index] = IGNORED
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     users = tuple(row.user for row in rows)
     return Batch(users, *(t.to(device) for t in (ids, mask, positions, labels)))
@@ -86,7 +88,16 @@ def similar_batches(
         yield from batches
 
 
-def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Return row indices sorted by length, in chunks of `size`."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    return [order[at : at + size] for at in range(0, len(order), size)]
+def by_length(lengths: Sequence[int], size: int, tokens: int) -> list[list[int]]:
+    """Return row indices sorted by length, in chunks of at most `size` rows and `tokens` tokens, padding included.
+
+    A longer row is a chunk of its own.
+    """
+    chunks: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        # Sorted by length, so the newest row is the longest one of its chunk.
+        full = not chunks or len(chunks[-1]) == size or (len(chunks[-1]) + 1) * lengths[row] > tokens
+        if full:
+            chunks.append([])
+        chunks[-1].append(row)
+    return chunks

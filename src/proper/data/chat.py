@@ -18,6 +18,8 @@ from proper.errors import ConfigError, InputError
 MARK = "\ufdd0"
 """A Unicode noncharacter: reserved for internal use, never part of interchanged text."""
 
+TURN = "\ufdd2"
+"""A noncharacter: the begin of a message in a prompt's text (`conversations.join_turns`)."""
 
 _CONTENT = "\ufdd1"
 """A noncharacter that stands for a message's content while a template is examined."""
@@ -62,7 +64,17 @@ def plain_prompt(turns: Sequence[Turn]) -> str:
     """
     if len(turns) == 1:
         return turns[0].text
-    return "\n".join([*(f"{turn.role.capitalize()}: {turn.text}" for turn in turns), "Assistant:"])
+    return "\n".join([*conversation_lines(turns), "Assistant:"])
+
+
+def conversation_lines(turns: Sequence[Turn]) -> list[str]:
+    """Return the messages as a model without a chat template sees them in a conversation of several."""
+    return [f"{turn.role.capitalize()}: {turn.text}" for turn in turns]
+
+
+def readable(prompt: str) -> str:
+    """Return a prompt's text without the marks of its messages."""
+    return prompt.replace(TURN, "")
 
 
 class ChatFormat:

@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 from proper.config import Config
 from proper.data.database import VERSION, create, get_meta, open_read_only, salt, set_meta
 from proper.data.ingest import CountTokens, ingest
+from proper.data.item_evidence import fill_item_evidence
 from proper.data.splits import assign
 from proper.errors import ProperError
 from proper.files import atomic_path
@@ -118,6 +119,7 @@ def prepare(
             connection.execute("BEGIN")
             ingest(connection, config, count_tokens, skip_bad_rows, progress, is_left_out)
             _split(connection, config)
+            fill_item_evidence(connection, config, count_tokens)
             connection.execute("COMMIT")
         except sqlite3.Error as error:
             raise ProperError(f"{path}: cannot be written: {error}") from error

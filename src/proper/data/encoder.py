@@ -7,7 +7,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from proper.data.chat import MARK, ChatFormat, TextMessage, Turn, cut_names, pieces, plain_prompt, special_names
+from proper.data.chat import (
+    MARK,
+    ChatFormat,
+    TextMessage,
+    Turn,
+    conversation_lines,
+    cut_names,
+    pieces,
+    plain_prompt,
+    special_names,
+)
+from proper.data.conversations import split_turns
 from proper.errors import ConfigError, InputError
 
 _TAIL = 16
@@ -27,11 +38,21 @@ class PromptAndTarget(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """One tokenized interaction: `ids` is the prompt followed by the answer, which starts at index `start`."""
+    """One tokenized interaction: `ids` is the prompt followed by the answer, which starts at index `start`.
+
+    With `data.assistant_loss: all`, `start` is where the first assistant's message of a conversation starts, and
+    `between` are the indices from there on that are not part of an assistant's message.
+    """
 
     user: str
     ids: tuple[int, ...]
     start: int
+    between: tuple[int, ...] = ()
+
+    @property
+    def answers(self) -> int:
+        """Number of tokens that the loss counts."""
+        return len(self.ids) - self.start - len(self.between)
 
 
 class Encoder:
@@ -41,7 +62,8 @@ class Encoder:
     with the EOS token. With a chat template, a prompt is a user message in the template, and an answer ends with the
     token that closes an assistant's message there. A prompt that is too long is truncated in the middle: its head and
     its last 16 tokens stay, and the template around it. The name of a special token in a user's text (`<s>`,
-    `<|im_end|>`) is tokenized as ordinary text.
+    `<|im_end|>`) is tokenized as ordinary text. A prompt of several messages (`conversations.join_turns`) that is too
+    long loses its oldest messages.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -49,6 +71,7 @@ class Encoder:
         rows: rows of the model's embedding matrix; a text with an id beyond them is refused. None disables the check.
         ends: further ids that end an answer.
         chat: whether prompts use the tokenizer's chat template.
+        every_turn: whether `encode` marks every assistant's message of a conversation as an answer.
 
     Attributes:
         end: the id appended to an answer in training; None if the tokenizer has none.
@@ -69,8 +92,9 @@ class Encoder:
         rows: int | None = None,
         ends: Iterable[int] = (),
         chat: bool = False,
+        every_turn: bool = False,
     ) -> None:
-        self.tokenizer, self.max_length, self.rows = tokenizer, max_length, rows
+        self.tokenizer, self.max_length, self.rows, self.every_turn = tokenizer, max_length, rows, every_turn
         self.names = special_names(tokenizer)
         self.chat = ChatFormat(tokenizer, self.names) if chat else None
         closing = None if self.chat is None or self.chat.closing is None else self.names[self.chat.closing]
@@ -91,7 +115,12 @@ class Encoder:
 
     def prompt(self, text: str, room: int = 0) -> tuple[int, ...]:
         """Encode a prompt, truncated in the middle to leave `room` tokens; at least half of `max_length` stays."""
-        limit = max(self.max_length - room, self.max_length // 2)
+        turns, limit = split_turns(text), max(self.max_length - room, self.max_length // 2)
+        if turns is not None:
+            kept = self._newest(turns, limit)
+            if kept:
+                return self.untruncated(kept)
+            text = turns[-1].text
         whole = self.untruncated(text)
         if len(whole) <= limit:
             return whole
@@ -106,20 +135,72 @@ class Encoder:
             InputError: the text contains a token that the model has no embedding for, or the chat template does not
                 allow these roles in this order.
         """
+        turns = split_turns(prompt) if isinstance(prompt, str) else prompt
         if self.chat is None:
-            return self.start + self.tokens(prompt if isinstance(prompt, str) else plain_prompt(prompt))
-        return self._templated(self.chat.render([TextMessage("user", prompt)] if isinstance(prompt, str) else prompt))
+            return self.start + self.tokens(str(prompt) if turns is None else plain_prompt(turns))
+        return self._templated(self.chat.render([TextMessage("user", str(prompt))] if turns is None else turns))
 
     def answer(self, text: str) -> tuple[int, ...]:
         """Encode an answer with its EOS token, truncated to half of `max_length`."""
         ids = self.tokens(self._space + text.strip())[: self.max_length // 2 - 1]
         return ids if self.end is None else (*ids, self.end)
 
-    def encode(self, example: PromptAndTarget) -> EncodedExample:
-        """Encode one interaction."""
+    def encode(self, example: PromptAndTarget, last: bool = False) -> EncodedExample:
+        """Encode one interaction; `last` marks only the last assistant's message as an answer, whatever the setting.
+
+        Raises:
+            ConfigError: every assistant's message is wanted, and the chat template rewrites earlier ones.
+        """
         answer = self.answer(example.target)
         prompt = self.prompt(example.prompt, room=len(answer))
-        return EncodedExample(example.user, prompt + answer, len(prompt))
+        spans = self._earlier(example.prompt, prompt) if self.every_turn and not last else []
+        if not spans:
+            return EncodedExample(example.user, prompt + answer, len(prompt))
+        answered = {at for begin, end in spans for at in range(begin, end)}
+        start = spans[0][0]
+        between = tuple(at for at in range(start, len(prompt)) if at not in answered)
+        return EncodedExample(example.user, prompt + answer, start, between)
+
+    def _newest(self, turns: Sequence[Turn], limit: int) -> list[Turn]:
+        """Return the system's messages and the newest others that fit, from a user's message on; [] if none fit."""
+        system = [turn for turn in turns if turn.role == "system"]
+        others = [turn for turn in turns if turn.role != "system"]
+        users = [at for at, turn in enumerate(others) if turn.role == "user" and at > 0]
+        for kept in (list(turns), *([*system, *others[at:]] for at in users)):
+            if len(self.untruncated(kept)) <= limit:
+                return kept
+        return []
+
+    def _earlier(self, text: str, prompt: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Return the spans of the assistant's messages in a prompt: begin and end as indices of its tokens."""
+        turns = split_turns(text)
+        kept: Sequence[Turn] = [] if turns is None else self._newest(turns, len(prompt))
+        spans = []
+        for at, turn in enumerate(kept):
+            if turn.role != "assistant" or at == 0:
+                continue
+            before = self._begin(kept[:at])
+            # The last token may span the end of the template's text and the begin of the message.
+            if prompt[: len(before) - 1] != before[:-1]:
+                raise ConfigError(
+                    "data.assistant_loss: all, but the backbone's chat template rewrites earlier messages; use last"
+                )
+            spans.append((len(before), self._end(kept[: at + 1], prompt, len(before))))
+        return spans
+
+    def _begin(self, turns: Sequence[Turn]) -> tuple[int, ...]:
+        """Return the tokens before the assistant's answer to these messages, inside a longer conversation."""
+        if self.chat is not None:
+            return self.untruncated(turns)
+        return self.start + self.tokens("\n".join([*conversation_lines(turns), "Assistant:"]))
+
+    def _end(self, turns: Sequence[Turn], prompt: tuple[int, ...], begin: int) -> int:
+        """Return the index behind the last of these messages and, with a chat template, the token that closes it."""
+        if self.chat is not None and self.end in prompt[begin:]:
+            return prompt.index(self.end, begin) + 1
+        if self.chat is not None:
+            return min(begin + len(self.tokens(turns[-1].text)), len(prompt))
+        return len(self.start) + len(self.tokens("\n".join(conversation_lines(turns))))
 
     def count(self, prompts: Sequence[str], targets: Sequence[str]) -> list[int]:
         """Return the untruncated length of each interaction in tokens."""
@@ -127,8 +208,12 @@ class Encoder:
             return []
         answers = [self._space + target.strip() for target in targets]
         sides = [self._whole(list(texts)) for texts in (prompts, answers)]
-        extra = len(self.start) + len(self.after) + (self.end is not None)
-        return [len(p) + len(t) + extra for p, t in zip(*sides, strict=True)]
+        extra = len(self.start) + len(self.after)
+        whole = [
+            len(tokens) + extra if split_turns(prompt) is None else len(self.untruncated(prompt))
+            for prompt, tokens in zip(prompts, sides[0], strict=True)
+        ]
+        return [size + len(tokens) + (self.end is not None) for size, tokens in zip(whole, sides[1], strict=True)]
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """Encode a user's text, untruncated, without BOS tokens.

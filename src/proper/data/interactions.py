@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from proper.config import DataConfig, TaskConfig
+from proper.data.conversations import COMPLETION, MESSAGES, PROMPT, completion_row, messages_row
+from proper.data.item_evidence import marked
 from proper.data.rows import BadValue, Source, Template, parse_template
 from proper.data.sources import open_sources
 from proper.data.values import find_label, identifier, parse_time, rating_of, written_id
@@ -57,7 +60,7 @@ def read_interactions(config: DataConfig, bad: BadRows, task: TaskConfig | None 
         DataError: there is nothing to read, a template is malformed, or a column is missing.
     """
     row_format = RowFormat.of(config, task or TaskConfig())
-    if not row_format.target.columns:
+    if config.rows in ("auto", "template") and not row_format.target.columns:
         raise DataError(f"data.target: {config.target!r} names no column, so every answer would be the same")
     sources = open_sources(config)
     wanted = [_columns(row_format, source) for source in sources]
@@ -87,8 +90,13 @@ def _columns(row_format: RowFormat, source: Source) -> list[str]:
     """List the columns to read from `source`; raise DataError for the first missing or repeated one."""
     have = source.columns
     named = {row_format.user: "data.user"} if row_format.user is not None else {}
-    for template in (row_format.prompt, row_format.target):
-        named.update(dict.fromkeys(template.columns, template.key))
+    kind = row_format.kind(have or ())
+    if kind == "template":
+        for template in (row_format.prompt, row_format.target):
+            needed = [name for name in template.columns if name not in template.defaults or name in (have or ())]
+            named.update(dict.fromkeys(needed, template.key))
+    else:
+        named.update(dict.fromkeys(_CONVERSATION[kind], "data.rows"))
     defaults = DataConfig.model_fields
     for column, key in ((row_format.time, "time"), (row_format.item, "item")):
         if column is not None and (column != defaults[key].default or column in (have or ())):
@@ -101,6 +109,9 @@ def _columns(row_format: RowFormat, source: Source) -> list[str]:
     return list(named)
 
 
+_CONVERSATION = {"messages": (MESSAGES,), "completion": (PROMPT, COMPLETION)}
+
+
 @dataclass(frozen=True)
 class RowFormat:
     """Format of rows: the columns of user, time and item, the templates of prompt and target, and the task.
@@ -108,6 +119,7 @@ class RowFormat:
     Attributes:
         user: the user's column; None for rows without one, whose interactions have the user "".
         query: whether the column `query` marks test queries.
+        rows: whether rows fill the templates or hold a conversation; `auto` goes by each row's columns.
     """
 
     user: str | None
@@ -117,6 +129,7 @@ class RowFormat:
     target: Template
     task: TaskConfig
     query: bool = False
+    rows: Literal["auto", "template", "messages", "completion"] = "template"
 
     @classmethod
     def of(cls, config: DataConfig, task: TaskConfig) -> RowFormat:
@@ -125,23 +138,45 @@ class RowFormat:
         Raises:
             DataError: a template is malformed.
         """
-        prompt, target = parse_template(config.prompt, "data.prompt"), parse_template(config.target, "data.target")
-        return cls(config.user, config.time, config.item, prompt, target, task, config.given_split)
+        prompt = marked(parse_template(config.prompt, "data.prompt"))
+        target = parse_template(config.target, "data.target")
+        given = config.given_split or {config.prompt, config.target} != {_default("prompt"), _default("target")}
+        rows = "template" if config.rows == "auto" and given else config.rows
+        return cls(config.user, config.time, config.item, prompt, target, task, config.given_split, rows)
+
+    def kind(self, columns: Collection[str]) -> Literal["template", "messages", "completion"]:
+        """Return what rows with these columns hold; `auto` is a conversation if the templates' columns are missing."""
+        if self.rows != "auto":
+            return self.rows
+        if {*self.prompt.columns, *self.target.columns} <= {*columns}:
+            return "template"
+        if MESSAGES in columns:
+            return "messages"
+        return "completion" if {PROMPT, COMPLETION} <= {*columns} else "template"
 
     def interaction(self, row: Mapping[str, object], typed: bool = True) -> Interaction:
         """Convert a row to an interaction or raise BadValue; without `typed` all values are text."""
         user = "" if self.user is None else _user(row, self.user, typed)
-        prompt, target = self.prompt.fill(row), self.target.fill(row).strip()
+        asked, answered, prompt, target = self._texts(row)
         if not prompt.strip():
-            raise BadValue(_name(self.prompt), "empty")
+            raise BadValue(asked, "empty")
         item = _identifier(row, self.item, typed) or None
-        for name, text in ((self.user, user), (_name(self.prompt), prompt), (self.item, item)):
+        for name, text in ((self.user, user), (asked, prompt), (self.item, item)):
             _check_characters(str(name), text)
         query = self.query and bool(row.get("query"))
-        return Interaction(user, prompt, self._answer(target), item, self._time(row), query)
+        return Interaction(user, prompt, self._answer(answered, target.strip()), item, self._time(row), query)
 
-    def _answer(self, target: str) -> str:
-        name = _name(self.target)
+    def _texts(self, row: Mapping[str, object]) -> tuple[str, str, str, str]:
+        """Return the names of prompt and target for messages, and their texts."""
+        kind = self.kind(row)
+        if kind == "template":
+            prompt, target = self.prompt.fill(row), self.target.fill(row)
+            return _name(self.prompt), _name(self.target), prompt, target
+        if kind == "messages":
+            return MESSAGES, MESSAGES, *messages_row(row)
+        return PROMPT, COMPLETION, *completion_row(row)
+
+    def _answer(self, name: str, target: str) -> str:
         if not target:
             raise BadValue(name, "empty")
         _check_characters(name, target)
@@ -164,6 +199,10 @@ class RowFormat:
             return parse_time(value)
         except ValueError as error:
             raise BadValue(str(column), str(error)) from None
+
+
+def _default(key: str) -> object:
+    return DataConfig.model_fields[key].default
 
 
 def _name(template: Template) -> str:

@@ -6,10 +6,11 @@ A template is plain text with `{column}` fields; it has no attributes, indices o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any
 
+from proper.data.chat import readable
 from proper.data.values import plain
 from proper.errors import DataError
 
@@ -44,25 +45,26 @@ class Source:
 class Template:
     """A parsed template: literal texts alternating with columns, `literals[0] {columns[0]} literals[1] ...`.
 
-    `key` is the setting that it comes from ("data.prompt"), for messages.
+    `key` is the setting that it comes from ("data.prompt"), for messages; `defaults` are texts for missing columns.
     """
 
     key: str
     literals: tuple[str, ...]
     columns: tuple[str, ...]
+    defaults: Mapping[str, str] = field(default_factory=dict)
 
     def fill(self, values: Mapping[str, object]) -> str:
         """Return the text for one row.
 
         Raises:
-            BadValue: a column is missing or null.
+            BadValue: a column without a default is missing, or one is null.
         """
         pieces = [self.literals[0]]
         for column, literal in zip(self.columns, self.literals[1:], strict=True):
-            if column not in values:
+            if column not in values and column not in self.defaults:
                 raise BadValue(column, "missing")
             try:
-                pieces.append(plain(values[column]))
+                pieces.append(readable(plain(values[column] if column in values else self.defaults[column])))
             except ValueError as error:
                 raise BadValue(column, str(error)) from None
             except RecursionError:

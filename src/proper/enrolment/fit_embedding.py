@@ -20,7 +20,7 @@ from proper.data.batching import collate
 from proper.data.encoder import EncodedExample
 from proper.errors import NonFiniteLossError
 from proper.layers.batch_context import RowContext
-from proper.models.personal import ProperModel, answer_loss
+from proper.models.personal import ProperModel
 from proper.training.checkpoint import seed_of
 from proper.training.optim import RowAdamW, factor
 
@@ -120,4 +120,4 @@ def _losses(
     setting: Setting, items: Sequence[EncodedExample], embeddings: Float[Tensor, "B D"]
 ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
     batch = collate(items, setting.model.backbone.pad_id, setting.model.device)
-    return answer_loss(setting.model.answer_logits(batch, RowContext("groups", embedding=embeddings)), batch.labels)
+    return setting.model.answer_losses(batch, RowContext("groups", embedding=embeddings))

@@ -34,9 +34,11 @@ from proper.files import read_json, write_json
 from proper.inference.model import PersonalizedModel
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.run_folder import RunFolder, Stage, Tier
-from proper.training.jobs import held_out_items
+from proper.training.jobs import full_passes, held_out_items
+from proper.training.pooled_choice import Choice
 from proper.training.tier_selection import Trial
-from proper.training.users import UserStage, train_users
+from proper.training.user_stage import UserStage
+from proper.training.users import train_users
 
 FITTED = "fitted"
 """Key in a record's metadata for an embedding not from stage 2: the next fit refits it on the whole history."""
@@ -52,12 +54,14 @@ class Fitter:
     Attributes:
         dataset: the run's prepared data; None if it no longer exists.
         seed: the run's seed.
+        choice: the passes and the scale of the run's adapters; None if the run does not say, as older ones.
     """
 
     folder: Path
     model: PersonalizedModel
     dataset: Dataset | None
     seed: int
+    choice: Choice | None = None
 
     def close(self) -> None:
         """Close the model's store and the data."""
@@ -80,6 +84,10 @@ class Fitter:
             NonFiniteLossError: the embedding's loss is not finite.
         """
         _same_history(work, grown)
+        with self.model.model.caching(work, self.model.config.compute.cache_mb):
+            return self._fit(store, user, grown, work, tell)
+
+    def _fit(self, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell) -> UserRecord:
         items = grown.items[-(self.model.config.users.max_items or len(grown.items)) :]
         encoded = [self.model.encoder.encode(example) for example in items]
         pace = _Pace.of(self.model, encoded, tell)
@@ -132,6 +140,7 @@ class Fitter:
             checkpoint_seconds=config.compute.checkpoint_seconds,
             log=lambda facts: pace.step(str(facts["phase"]).removeprefix("users: ")),
             fixed_router=True,
+            choice=self.choice,
             bar=no_bar,
             others=lambda near: nearest(store, user, near[0], config.users.tiers.neighbours),
         )
@@ -153,7 +162,11 @@ def open_fitter(folder: Path, model: PersonalizedModel) -> Fitter:
     """
     if model.served is None:
         raise RunFolderError(f"{folder}: stage 'groups' is not trained yet, and new users need it")
-    return Fitter(folder, model, run_data(folder), int(read_json(RunFolder(folder).marker(Stage.GROUPS))["seed"]))
+    run = RunFolder(folder)
+    marker = run.marker(Stage.USERS)
+    chosen = read_json(marker).get("choice") if marker.exists() else None
+    choice = Choice(**chosen) if chosen is not None else None
+    return Fitter(folder, model, run_data(folder), int(read_json(run.marker(Stage.GROUPS))["seed"]), choice)
 
 
 def nearest(
@@ -182,7 +195,10 @@ def _trial(user: str, facts: dict[str, Any]) -> Trial | None:
     if "history" in facts or not {"items", "group_loss", "user_loss", "passes"} <= {*facts}:
         return None
     losses = float(facts["group_loss"]), float(facts["user_loss"])
-    return Trial(user, int(facts["items"]), *losses, int(facts["passes"])) if all(map(math.isfinite, losses)) else None
+    # Older runs stored neither the number of held-out items nor the spread.
+    noise = int(facts.get("held_out", 1)), float(facts.get("spread", 0.0))
+    trial = Trial(user, int(facts["items"]), *losses, int(facts["passes"]), *noise)
+    return trial if all(map(math.isfinite, losses)) else None
 
 
 @contextmanager
@@ -215,7 +231,7 @@ class _Pace:
     def of(cls, model: PersonalizedModel, items: Sequence[EncodedExample], tell: Tell) -> _Pace:
         """Count the steps of every phase in full for these items; early stopping may end a phase sooner."""
         config = model.config
-        batches = -(-len(items) // config.users.batch_size) * int(config.users.epochs)
+        batches = -(-len(items) // config.users.batch_size) * full_passes(config.users, len(items))
         adapter = {"trial": batches, "final": batches} if model.stage == "users" else {}
         return cls({"embedding": 2 * len(items) * math.ceil(config.groups.epochs), **adapter}, tell)
 

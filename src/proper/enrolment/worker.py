@@ -22,7 +22,7 @@ from proper.interactions.fit_queue import Claim, FitQueue
 from proper.interactions.log import InteractionLog
 from proper.interactions.personal_files import remove_work, work_folder
 from proper.run_folder import UsersFolder
-from proper.training.users import is_stored
+from proper.training.user_stage import is_stored
 
 TOLD_SECONDS = 0.2
 """Interval in which a fit reports its progress and checks whether its user was deleted."""

@@ -1,8 +1,8 @@
 """Paired comparisons of methods: which pairs are tested, and their p-values, Holm-adjusted by family.
 
 The primary family is the two steps of the ladder (groups against population, users against groups) on the task's main
-metric. The controls are a second family, and all other comparisons form the family "other"; p-values are adjusted
-within each family.
+metric. The controls are a second family, the trivial rows a third, measures of style a fourth, and all other
+comparisons form the family "other"; p-values are adjusted within each family.
 """
 
 from __future__ import annotations
@@ -43,20 +43,35 @@ ABLATIONS = (
     ("groups", "poly"),
     ("oppu-released", "oppu"),
     ("users+rag", "rag"),
+    ("groups+prior", "groups"),
+    ("users+prior", "users"),
+    ("users+rag", "users"),
 )
 """Methods that are also compared with a specific counterpart, besides the last stage."""
+
+FORMS = ("users+prior", "users+rag")
+"""Further forms of stage 3, which are compared with every method that is not of the ladder, as the last stage is."""
+
+
+CONSTANT = "global-majority"
+"""The method that answers the best constant."""
+
+TRIVIAL = (CONSTANT, "user-majority", "user-majority-same", "prior", "lead")
+"""Methods that need no model; the table has those that the task allows, whatever methods are asked for."""
 
 
 def default_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
     """Return the (method, against) pairs that every run compares.
 
-    These are the steps of the ladder, users against population, the controls, and the last evaluated stage against
-    every other method.
+    These are the steps of the ladder, users against population, the controls, population against the best constant,
+    and the last evaluated stage against every other method.
     """
-    pairs = [pair for pair in (*STEPS, ("users", "population"), *CONTROLS, *ABLATIONS) if set(pair) <= set(methods)]
+    wanted = (*STEPS, ("users", "population"), *CONTROLS, *ABLATIONS, ("population", CONSTANT))
+    pairs = [pair for pair in wanted if set(pair) <= set(methods)]
     ladder = [method for method in LADDER[1:] if method in methods]
     others = [method for method in methods if method not in ladder]
-    return list(dict.fromkeys(pairs + [(ladder[-1], other) for other in others if ladder]))
+    forms = [(form, other) for form in FORMS if form in methods for other in others if other != form]
+    return list(dict.fromkeys(pairs + [(ladder[-1], other) for other in others if ladder] + forms))
 
 
 def comparison_rows(
@@ -78,14 +93,14 @@ def comparison_rows(
                 "ci95": [found.low, found.high],
                 "p_value": found.p_value,
                 "p_adjusted": math.nan,
-                "family": _family(method, against) if primary else "other",
+                "family": _family(method, against) if primary else "style" if name.startswith("style_") else "other",
                 "test": found.test,
                 "primary": primary,
                 "resolvable": found.resolvable,
                 "higher_is_better": scores[method, name].metric.higher_is_better,
             }
         )
-    for family in ("primary", "controls", "other"):
+    for family in ("primary", "controls", "trivial", "style", "other"):
         members = [row for row in rows if row["family"] == family]
         for row, adjusted in zip(members, holm([row["p_value"] for row in members]), strict=True):
             row["p_adjusted"] = adjusted
@@ -93,7 +108,10 @@ def comparison_rows(
 
 
 def _family(method: str, against: str) -> str:
-    return "primary" if (method, against) in STEPS else "controls" if (method, against) in CONTROLS else "other"
+    pair = (method, against)
+    if method in LADDER and against in TRIVIAL:
+        return "trivial"
+    return "primary" if pair in STEPS else "controls" if pair in CONTROLS else "other"
 
 
 def _tested(scores: Scores, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str, str]]:

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from proper.evaluation.comparisons import CONTROLS
+from proper.evaluation.comparisons import CONSTANT, CONTROLS, TRIVIAL
+from proper.run_folder import LADDER
 
 LEVEL = 0.05
 """Significance level of the tests, after Holm's adjustment."""
@@ -26,11 +27,11 @@ OVERFIT = 1.5
 """Ratio of query loss to history loss from which a user counts as overfitted."""
 
 
-def claim(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def claim(comparisons: Sequence[Mapping[str, Any]], trivial: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """Return the `personalization` of `results.json`; None if no control was run.
 
     `claimed` is True if every control is beaten on the main metric at p < .05, adjusted over the controls; None if all
-    controls that were run are beaten but some are missing.
+    controls that were run are beaten but some are missing. A gain over an undertrained population is never claimed.
     """
     rows = {(row["method"], row["against"]): row for row in comparisons if row["primary"]}
     found = {pair: rows[pair] for pair in CONTROLS if pair in rows}
@@ -38,12 +39,93 @@ def claim(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return None
     beaten = {pair: _is_beaten(row) for pair, row in found.items()}
     missing = [against for pair in CONTROLS if pair not in found for against in pair[1:]]
+    undertrained = bool(trivial and trivial["undertrained"])
     return {
-        "claimed": False if not all(beaten.values()) else None if missing else True,
+        "claimed": False if undertrained or not all(beaten.values()) else None if missing else True,
+        "undertrained": undertrained,
         "beaten": [f"{method} > {against}" for (method, against), won in beaten.items() if won],
         "not_beaten": [f"{method} > {against}" for (method, against), won in beaten.items() if not won],
         "missing": missing,
     }
+
+
+def against_trivial(
+    metrics: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """Return the `trivial` of `results.json`: how the ladder compares with rows that need no model.
+
+    `stage` is the last evaluated stage and `best` the best trivial row. `beaten` lists the trivial rows that the stage
+    beats on the main metric at p < .05, adjusted over them; `wins` those with a better value than the stage; `unclear`
+    the rest. `undertrained` is whether population's value is no better than the best constant's, None if one of the
+    two was not evaluated. `sentences` say what of this is bad news.
+
+    Args:
+        metrics: as in `results.json`.
+        comparisons: as in `results.json`, adjusted.
+
+    Returns:
+        None without a trivial row or without a stage.
+    """
+    values = {row["method"]: row for row in metrics if row["primary"]}
+    names = [name for name in TRIVIAL if name in values]
+    stages = [stage for stage in LADDER if stage in values]
+    if not names or not stages:
+        return None
+    stage, tested = stages[-1], {(row["method"], row["against"]): row for row in comparisons if row["primary"]}
+    sign = 1 if values[stage]["higher_is_better"] else -1
+    score = {name: sign * row["value"] for name, row in values.items()}
+    beaten = [name for name in names if (row := tested.get((stage, name))) and _is_beaten(row)]
+    wins = sorted((name for name in names if score[name] > score[stage]), key=lambda name: -score[name])
+    undertrained = None
+    if "population" in values and CONSTANT in values:
+        undertrained = score["population"] <= score[CONSTANT]
+    found = {
+        "methods": names,
+        "stage": stage,
+        "best": max(names, key=lambda name: score[name]),
+        "beaten": beaten,
+        "wins": wins,
+        "unclear": [name for name in names if name not in (*beaten, *wins)],
+        "undertrained": undertrained,
+    }
+    return {**found, "sentences": [*_undertrained(found, values, tested), *_trivial_wins(found, values)]}
+
+
+def _undertrained(
+    found: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]], tested: Mapping[tuple[str, str], Any]
+) -> list[str]:
+    if found["undertrained"] is None:
+        return []
+    population, constant = values["population"], values[CONSTANT]
+    size = f"{population['metric']} {population['value']:.4f} against {constant['value']:.4f}"
+    if found["undertrained"]:
+        return [
+            f"Population is undertrained: it is no better than the best constant, {CONSTANT} ({size}). No gain over it "
+            "is personalization. Stage 1 needs more tokens (population.max_tokens, population.epochs) or smaller "
+            "batches (population.batch_size)."
+        ]
+    row = tested.get(("population", CONSTANT))
+    if row is None or _is_beaten(row):
+        return []
+    return [
+        f"Population is not measurably better than the best constant, {CONSTANT} ({size}, adjusted "
+        f"p = {row['p_adjusted']:.3f}): it is undertrained, or there are too few queries to tell."
+    ]
+
+
+def _trivial_wins(found: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    stage = found["stage"]
+
+    def sizes(names: Sequence[str]) -> str:
+        return ", ".join(f"{name} ({values[name]['value']:.4f})" for name in names)
+
+    own = f"{stage} ({values[stage]['metric']} {values[stage]['value']:.4f})"
+    sentences = []
+    if found["wins"]:
+        sentences.append(f"Trivial rows, without a model, are better than {own}: {sizes(found['wins'])}.")
+    if found["unclear"]:
+        sentences.append(f"Not measurably worse than {own} are these trivial rows: {sizes(found['unclear'])}.")
+    return sentences
 
 
 def _is_beaten(row: Mapping[str, Any]) -> bool:
@@ -58,6 +140,7 @@ def failure_signatures(
     gains: Sequence[Mapping[str, Any]],
     query_losses: Mapping[str, float],
     history_losses: Mapping[str, float],
+    trivial: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Return the signatures that apply, one or two sentences each, the most severe first.
 
@@ -67,8 +150,10 @@ def failure_signatures(
         gains: users' rows as in `users.json`, shortest history first.
         query_losses: by user, answer loss of the last stage on queries (nats per token).
         history_losses: by user, the same on the user's own history.
+        trivial: as in `results.json`.
     """
     return [
+        *(trivial["sentences"] if trivial else []),
         *_steps(comparisons),
         *_worse_users(gains),
         *_overlap(routing),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from proper.adapters.store import AdapterStore
 from proper.config import Config
+from proper.console import progress
 from proper.data.dataset import Dataset
 from proper.data.summary import queries_seen_by_others, require_no_leaks, targets_outside
 from proper.evaluation.fingerprint import code_version
@@ -26,10 +27,12 @@ from proper.evaluation.metrics import Prediction, TaskInfo
 from proper.evaluation.results import Effort, RawResults, build_results, gains_by_user, plain
 from proper.evaluation.routing import analyze_routing
 from proper.evaluation.runner import MethodRun, answer_losses, mean_gates
+from proper.evaluation.style import Habits, habits_of
 from proper.evaluation.truth import TruthShares, read_truth, truth_section
 from proper.files import hash_value, read_json, write_json
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
+from proper.models.memory import give_back_memory
 from proper.run_folder import RunFolder, Stage, Tier
 
 MEASURING_CODE = ("data", "layers", "models", "inference", "evaluation")
@@ -103,6 +106,7 @@ class Harness:
             history_losses=history_losses or {},
             user_slices=self._user_slices(),
             query_slices=self._query_slices(),
+            habits=self._habits(),
         )
         results = build_results(raw, Effort(self.config.evaluation.resamples))
         if "users" in names:
@@ -133,6 +137,8 @@ class Harness:
         gates = mean_gates(model, self.dataset, ids)
         embeddings = _embeddings(model, ids)
         model.close()
+        del model
+        give_back_memory()
         truth = self._read_truth()
         groups = {user: truth.groups[user] for user in ids if user in truth.groups} if truth else None
         histories = {user.id: user.history for user in users}
@@ -144,9 +150,12 @@ class Harness:
         """Return the answer loss of every target user on their own newest history, first seed."""
         model = load(self.home, Tier.USERS)
         losses = {}
-        for user in self.dataset.users("target"):
-            own = answer_losses(model, self.dataset.history(user.id, HISTORY_SAMPLE))
-            losses[user.id] = sum(own) / len(own)
+        users = list(self.dataset.users("target"))
+        with progress("losses on the histories", len(users)) as advance:
+            for user in users:
+                own = answer_losses(model, self.dataset.history(user.id, HISTORY_SAMPLE))
+                losses[user.id] = sum(own) / len(own)
+                advance()
         model.close()
         return losses
 
@@ -172,6 +181,15 @@ class Harness:
         seen = queries_seen_by_others(self.dataset)
         unseen = {query.id for query in self.dataset.queries()} - seen
         return {"items-seen-by-others": seen, "items-unseen-by-others": unseen}
+
+    def _habits(self) -> dict[str, Habits]:
+        """Return the style of every target user's history answers; empty for tasks with labels."""
+        if self.config.task.kind != "generation":
+            return {}
+        return {
+            user.id: habits_of([item.target for item in self.dataset.history(user.id)])
+            for user in self.dataset.users("target")
+        }
 
     def _run_metadata(self) -> dict[str, Any]:
         packages = ("proper-llm", "torch", "transformers", "peft", "accelerate")

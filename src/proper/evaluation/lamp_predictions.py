@@ -11,7 +11,8 @@ from pathlib import Path
 
 from proper.config import DataConfig
 from proper.config.lamp_tasks import LAMP_TASKS
-from proper.evaluation.metrics import TASK_METRICS, Prediction, TaskInfo, item_values, rouge_official, score
+from proper.evaluation.metrics import TASK_METRICS, Prediction, TaskInfo, item_values, score
+from proper.evaluation.rouge import rouge_official
 from proper.files import write_json
 
 GOLDS, SCORES = "golds.lamp.json", "scores.lamp.json"

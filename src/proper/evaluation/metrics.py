@@ -1,4 +1,4 @@
-"""Metrics (accuracy, macro-F1, MAE, RMSE, ROUGE, answer loss), computed as in the official LaMP script.
+"""Metrics (accuracy, macro-F1, MAE, RMSE, ROUGE, style, answer loss), computed as in the official LaMP script.
 
 A metric consists of two functions: the *contributions* of each query (a row of numbers), and the value of a *sum* of
 contributions. Sums are additive over users, so a resample of users is a matrix product, for F1 and RMSE too.
@@ -9,7 +9,6 @@ Shapes: N queries, L labels, F numbers that a query contributes (1, or 3 L for F
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from proper.data.values import number_of
 from proper.errors import DataError
+from proper.evaluation import style
 from proper.evaluation.rouge import official_words, rouge_1, rouge_l, words
 
 FloatArray = NDArray[np.float64]
@@ -30,8 +30,9 @@ TaskKind = Literal["classification", "rating", "generation"]
 class Prediction:
     """One query answered by one method.
 
-    `loss` is the mean answer loss in nats per token, `tier` the serving tier that answered, `history` the number of the
-    user's earlier interactions.
+    `loss` is the mean answer loss in nats per token, `label_loss` -log p(target) in nats with p normalized over the
+    labels (so it compares methods with and without a model), `label_scores` each label's log-likelihood in nats (kept
+    in files, not in memory), `tier` the serving tier, `history` the number of the user's earlier interactions.
     """
 
     id: int
@@ -41,6 +42,8 @@ class Prediction:
     prediction: str
     item: str | None = None
     loss: float | None = None
+    label_loss: float | None = None
+    label_scores: list[float] | None = None
     tokens: int = 0
     tier: str = ""
     history: int = 0
@@ -121,37 +124,6 @@ def score(name: str, predictions: Sequence[Prediction], task: TaskInfo) -> float
     return float(metric.finish(total, np.asarray(float(len(predictions)))))
 
 
-def require_ids(name: str, predictions: Sequence[Prediction], golds: Iterable[int]) -> None:
-    """Check that `predictions` cover exactly the ids in `golds`, each once.
-
-    Raises:
-        DataError: an id is missing, unknown or duplicate; the message names the method `name`.
-    """
-    wanted, found = set(golds), [row.id for row in predictions]
-    have = set(found)
-    missing, unknown = sorted(wanted - have), sorted(have - wanted)
-    if missing:
-        raise DataError(f"predictions of {name}: {len(missing)} queries are not answered, the first is {missing[0]}")
-    if unknown:
-        raise DataError(f"predictions of {name}: {len(unknown)} ids are no queries, the first is {unknown[0]}")
-    if len(found) != len(have):
-        twice = Counter(found).most_common(1)[0][0]
-        raise DataError(f"predictions of {name}: query {twice} is answered twice")
-
-
-def rouge_official(values: FloatArray, seed: int, samples: int = 1000) -> float:
-    """Return the official script's aggregate of ROUGE values: the median of bootstrapped means, not the mean.
-
-    Draws are those of `rouge_score.scoring.BootstrapAggregator` after `numpy.random.seed(seed)`, for one score type.
-    """
-    if len(values) == 0:
-        raise DataError("no ROUGE values to aggregate")
-    # The aggregator uses numpy's legacy generator, whose stream differs from that of default_rng.
-    draws = np.random.RandomState(seed)
-    means = [values[draws.choice(np.arange(len(values)), size=len(values))].mean() for _ in range(samples)]
-    return float(np.percentile(means, 50))
-
-
 def get_metric(name: str) -> Metric:
     """Return the metric called `name`.
 
@@ -225,6 +197,18 @@ def _rouge(measure: Callable[[Sequence[str], Sequence[str]], float]) -> Contribu
     return contributions
 
 
+def _style(match: Callable[[str, str], float]) -> Contributions:
+    def contributions(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
+        del task
+        return np.asarray([match(row.target, row.prediction) for row in predictions], dtype=np.float64)[:, None]
+
+    return contributions
+
+
+def _unpaired(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
+    raise DataError("a distance of styles is defined on all answers of a user and their history, not on one answer")
+
+
 def _absolute_errors(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
     return np.abs(_errors(predictions, task))[:, None]
 
@@ -233,9 +217,13 @@ def _squared_errors(predictions: Sequence[Prediction], task: TaskInfo) -> FloatA
     return np.square(_errors(predictions, task))[:, None]
 
 
-def _losses(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
-    del task
-    return np.asarray([math.nan if row.loss is None else row.loss for row in predictions], dtype=np.float64)[:, None]
+def _losses(name: Literal["loss", "label_loss"]) -> Contributions:
+    def contributions(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
+        del task
+        values = [math.nan if (value := getattr(row, name)) is None else value for row in predictions]
+        return np.asarray(values, dtype=np.float64)[:, None]
+
+    return contributions
 
 
 def _mean(sums: FloatArray, counts: FloatArray) -> FloatArray:
@@ -266,6 +254,9 @@ def _f1_present(sums: FloatArray, counts: FloatArray) -> FloatArray:
     return np.asarray(values.sum(axis=-1) / np.maximum(present.sum(axis=-1), 1))
 
 
+STYLE_METRICS, STYLE_DISTANCES = tuple(style.MATCHES), (style.DISTANCE, style.LENGTH_GAP)
+"""Metrics of free text beside `TASK_METRICS`: matches per query, and distances per user (`scoring.score_all`)."""
+
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
         metric.name: metric
@@ -276,7 +267,10 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             Metric("rmse", False, False, _squared_errors, _root_mean, _root_mean),
             Metric("rouge1", True, True, _rouge(rouge_1), _mean, _mean),
             Metric("rougeL", True, True, _rouge(rouge_l), _mean, _mean),
-            Metric("loss", False, True, _losses, _mean, _mean),
+            *(Metric(name, True, True, _style(match), _mean, _mean) for name, match in style.MATCHES.items()),
+            *(Metric(name, False, False, _unpaired, _mean, _mean) for name in STYLE_DISTANCES),
+            Metric("loss", False, True, _losses("loss"), _mean, _mean),
+            Metric("label_loss", False, True, _losses("label_loss"), _mean, _mean),
         )
     }
 )
@@ -289,6 +283,9 @@ TASK_METRICS: Mapping[TaskKind, tuple[str, ...]] = MappingProxyType(
     }
 )
 """The metrics of each kind of task; the first is the primary one."""
+
+LOSSES = ("loss", "label_loss")
+"""Metrics of any task that only some methods have: answer loss per token, and loss over the labels per query."""
 
 
 def primary_metric(task: TaskInfo) -> str:

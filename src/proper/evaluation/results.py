@@ -14,14 +14,17 @@ from typing import Any
 import numpy as np
 
 from proper.errors import DataError
-from proper.evaluation.comparisons import STEPS, Scores, comparison_rows, default_pairs
-from proper.evaluation.conclusions import claim, failure_signatures
-from proper.evaluation.metrics import TASK_METRICS, Prediction, TaskInfo, get_metric, primary_metric, require_ids
+from proper.evaluation.comparisons import STEPS, TRIVIAL, Scores, comparison_rows, default_pairs
+from proper.evaluation.conclusions import against_trivial, claim, failure_signatures
+from proper.evaluation.metrics import (
+    TaskInfo,
+    get_metric,
+    primary_metric,
+)
+from proper.evaluation.scoring import Predictions, require_ids, score_all, scores_of
 from proper.evaluation.slices import part_rows, slice_rows
-from proper.evaluation.statistics import UserScores, estimate, standings, user_scores
-
-Predictions = Mapping[int, Mapping[str, Sequence[Prediction]]]
-"""Predictions by seed, then by method; all methods answer the same queries."""
+from proper.evaluation.statistics import UserScores, estimate, standings
+from proper.evaluation.style import Habits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,7 @@ class RawResults:
         pairs: further (method, against) pairs to compare, beside those of `default_pairs`.
         user_slices: further slices by name, as sets of users.
         query_slices: slices by name, as sets of query ids.
+        habits: by user, the style of the answers in their history, for tasks with free text.
     """
 
     predictions: Predictions
@@ -53,6 +57,7 @@ class RawResults:
     pairs: Sequence[tuple[str, str]] = ()
     user_slices: Mapping[str, Collection[str]] = field(default_factory=dict)
     query_slices: Mapping[str, Collection[int]] = field(default_factory=dict)
+    habits: Mapping[str, Habits] = field(default_factory=dict)
 
     @property
     def methods(self) -> list[str]:
@@ -77,10 +82,11 @@ def build_results(found: RawResults, effort: Effort | None = None) -> dict[str, 
     """
     effort = effort or Effort()
     histories = require_same_queries(found.predictions)
-    scores = score_all(found.predictions, found.task)
+    scores = score_all(found.predictions, found.task, found.habits)
     metrics = _metric_rows(scores, found.task, effort)
     pairs = list(dict.fromkeys([*default_pairs(found.methods), *found.pairs]))
     comparisons = comparison_rows(scores, pairs, found.task, effort.resamples, effort.draws, effort.seed)
+    trivial = against_trivial(metrics, comparisons)
     results = {
         "schema": 1,
         "run": {**found.run, "seeds": list(found.predictions), "seconds": dict(found.seconds)},
@@ -93,10 +99,12 @@ def build_results(found: RawResults, effort: Effort | None = None) -> dict[str, 
             *slice_rows(scores, histories, effort.resamples, effort.seed, found.user_slices),
             *_query_slices(found, histories, effort),
         ],
-        "signatures": _signatures(found, scores, comparisons),
+        "signatures": _signatures(found, scores, comparisons, trivial),
         **({"truth": dict(found.truth)} if found.truth is not None else {}),
     }
-    claimed = claim(comparisons)
+    if trivial is not None:
+        results["trivial"] = trivial
+    claimed = claim(comparisons, trivial)
     if claimed is not None:
         results["personalization"] = claimed
     plain_results: dict[str, Any] = plain(results)
@@ -118,7 +126,7 @@ def gains_by_user(predictions: Predictions, task: TaskInfo, scores: Scores | Non
     name = primary_metric(task)
     first = next(iter(predictions.values()))
     if scores is None:
-        scores = {(method, name): _scores_of(name, method, predictions, task) for method in first}
+        scores = {(method, name): scores_of(name, method, predictions, task) for method in first}
     tiers = {row.user: row.tier for row in first.get("users", next(iter(first.values())))}
     values = {method: scores[method, name].user_values() for method in first}
     users, counts = scores[next(iter(first)), name].users, scores[next(iter(first)), name].counts
@@ -137,18 +145,6 @@ def gains_by_user(predictions: Predictions, task: TaskInfo, scores: Scores | Non
             }
         )
     return {"metric": name, "higher_is_better": higher, "users": rows}
-
-
-def score_all(predictions: Predictions, task: TaskInfo) -> dict[tuple[str, str], UserScores]:
-    """Score every method on every metric of the task, and on answer loss if every prediction has a finite loss."""
-    seeds = list(predictions.values())
-    scores = {}
-    for method in seeds[0]:
-        rows = (row for methods in seeds for row in methods[method])
-        has_loss = all(row.loss is not None and math.isfinite(row.loss) for row in rows)
-        for name in [*TASK_METRICS[task.kind], *(["loss"] if has_loss else [])]:
-            scores[method, name] = _scores_of(name, method, predictions, task)
-    return scores
 
 
 def require_same_queries(predictions: Predictions) -> dict[str, int]:
@@ -186,10 +182,6 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _scores_of(name: str, method: str, predictions: Predictions, task: TaskInfo) -> UserScores:
-    return user_scores(name, [methods[method] for methods in predictions.values()], task)
-
-
 def _task_metadata(task: TaskInfo, lengths: Sequence[int], queries: int) -> dict[str, Any]:
     return {
         "name": task.name,
@@ -223,6 +215,7 @@ def _metric_row(key: tuple[str, str], scores: UserScores, task: TaskInfo, effort
         "by_seed": by_seed,
         "higher_is_better": scores.metric.higher_is_better,
         "primary": name == primary_metric(task),
+        "trivial": method in TRIVIAL,
     }
 
 
@@ -243,17 +236,23 @@ def _query_slices(found: RawResults, histories: Mapping[str, int], effort: Effor
             for each, by_method in found.predictions.items()
         }
         if any(answers for by_method in part.values() for answers in by_method.values()):
-            rows += part_rows(name, score_all(part, found.task), histories, effort.resamples, effort.seed)
+            rows += part_rows(name, score_all(part, found.task, found.habits), histories, effort.resamples, effort.seed)
     return rows
 
 
-def _signatures(found: RawResults, scores: Scores, comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
+def _signatures(
+    found: RawResults,
+    scores: Scores,
+    comparisons: Sequence[Mapping[str, Any]],
+    trivial: Mapping[str, Any] | None,
+) -> list[str]:
     return failure_signatures(
         routing=found.routing,
         comparisons=comparisons,
         gains=gains_by_user(found.predictions, found.task, scores)["users"],
         query_losses=_query_losses(scores),
         history_losses=found.history_losses,
+        trivial=trivial,
     )
 
 

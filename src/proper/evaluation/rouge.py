@@ -14,6 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from proper.errors import DataError
+
 Words = Callable[[str], list[str]]
 
 _LATIN = re.compile(r"[a-z0-9]+")
@@ -100,3 +105,16 @@ def _common(one: Sequence[str], other: Sequence[str]) -> int:
 def _f_measure(shared: int, target: int, answer: int) -> float:
     precision, recall = shared / max(answer, 1), shared / max(target, 1)
     return 2 * precision * recall / (precision + recall) if shared else 0.0
+
+
+def rouge_official(values: NDArray[np.float64], seed: int, samples: int = 1000) -> float:
+    """Return the official script's aggregate of ROUGE values: the median of bootstrapped means, not the mean.
+
+    Draws are those of `rouge_score.scoring.BootstrapAggregator` after `numpy.random.seed(seed)`, for one score type.
+    """
+    if len(values) == 0:
+        raise DataError("no ROUGE values to aggregate")
+    # The aggregator uses numpy's legacy generator, whose stream differs from that of default_rng.
+    draws = np.random.RandomState(seed)
+    means = [values[draws.choice(np.arange(len(values)), size=len(values))].mean() for _ in range(samples)]
+    return float(np.percentile(means, 50))

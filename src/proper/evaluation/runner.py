@@ -14,8 +14,10 @@ from torch import Tensor
 
 from proper.config import TaskConfig
 from proper.console import progress
-from proper.data.batching import by_length, collate, number_users
+from proper.data.batching import by_length, collate
+from proper.data.chat import readable
 from proper.data.dataset import Dataset, TextExample
+from proper.data.encoder import EncodedExample
 from proper.errors import ConfigError
 from proper.evaluation.metrics import Prediction
 from proper.files import write_text
@@ -23,7 +25,6 @@ from proper.inference.generate import respond
 from proper.inference.model import BatchModel, PersonalizedModel
 from proper.inference.score import score
 from proper.layers.batch_context import RowContext
-from proper.models.personal import answer_loss
 
 CHUNK = 512
 """Number of queries in memory at once."""
@@ -54,27 +55,55 @@ def predict(
         for at in range(0, len(queries), CHUNK):
             chunk = queries[at : at + CHUNK]
             asked = [replace(query, user=alias(query.user)) for query in chunk]
-            answers, losses = _answers(model, asked, task, dataset.labels)
-            for query, answer, loss in zip(chunk, answers, losses, strict=True):
+            for query, answered in zip(chunk, _answers(model, asked, task, dataset.labels), strict=True):
                 tier = model.tier(alias(query.user))
                 history = histories.get(query.user, 0)
-                found.append(prediction_of(query, answer, tier, history, loss=loss, tokens=query.tokens))
+                found.append(replace(prediction_of(query, "", tier, history), tokens=query.tokens, **asdict(answered)))
             advance(len(chunk))
     return MethodRun(found, time.perf_counter() - started, sum(p.tokens for p in found))
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """The part of a `Prediction` that the model decides."""
+
+    prediction: str
+    loss: float
+    label_loss: float | None = None
+    label_scores: list[float] | None = None
+
+
 def _answers(
     model: BatchModel, queries: Sequence[TextExample], task: TaskConfig, labels: Sequence[str]
-) -> tuple[list[str], list[float]]:
-    """Return the answers, and the mean loss per token (nats) of the true answers."""
+) -> list[_Answer]:
     prompts, users = [q.prompt for q in queries], [q.user for q in queries]
     if not task.scored:
         if not isinstance(model, PersonalizedModel):
             raise ConfigError("task.decode: this method scores labels and cannot generate; set it to score")
-        return [answer.text for answer in respond(model, prompts, users)], answer_losses(model, queries)
+        texts = [answer.text for answer in respond(model, prompts, users)]
+        return [_Answer(*pair) for pair in zip(texts, answer_losses(model, queries), strict=True)]
     scores = score(model, prompts, users, labels)
+    losses = _losses_from(model, scores, queries, labels)
+    chosen = zip(likely_labels(scores, task, labels), losses, label_losses(scores, queries, labels), strict=True)
+    return [_Answer(*row, [round(one, 4) for one in own.tolist()]) for row, own in zip(chosen, scores, strict=True)]
+
+
+def likely_labels(scores: Float[Tensor, "B L"], task: TaskConfig, labels: Sequence[str]) -> list[str]:
+    """Return the answers from the labels' log-likelihoods: the most likely label, or the median rating."""
     chosen = likely_rating(scores, labels) if task.kind == "rating" else scores.argmax(1).tolist()
-    return [labels[i] for i in chosen], _losses_from(model, scores, queries, labels)
+    return [labels[at] for at in chosen]
+
+
+def label_losses(
+    scores: Float[Tensor, "B L"], queries: Sequence[TextExample], labels: Sequence[str]
+) -> list[float | None]:
+    """Return -log p(true label) of each query (nats), p normalized over the labels; None for an unknown label."""
+    index = {label: at for at, label in enumerate(labels)}
+    found = -scores.log_softmax(1, dtype=torch.float32)
+    return [
+        float(row[index[query.target]]) if query.target in index else None
+        for row, query in zip(found, queries, strict=True)
+    ]
 
 
 def _losses_from(
@@ -100,14 +129,14 @@ def likely_rating(scores: Float[Tensor, "B L"], labels: Sequence[str]) -> list[i
 
 
 def answer_losses(model: BatchModel, examples: Sequence[TextExample]) -> list[float]:
-    """Return the mean loss per token (nats) of each example's true answer."""
-    encoded = [model.encoder.encode(example) for example in examples]
+    """Return the mean loss per token (nats) of each example's true answer, in a conversation of its last message."""
+    encoded = [model.encoder.encode(example, last=True) for example in examples]
     losses = [0.0] * len(encoded)
-    for chunk in by_length([len(row.ids) for row in encoded], model.config.compute.batch_size):
+    limit = model.model.backbone.batch_tokens
+    for chunk in by_length([len(row.ids) for row in encoded], model.config.compute.batch_size, limit):
         batch = collate([encoded[i] for i in chunk], model.model.backbone.pad_id, model.model.device)
         with torch.no_grad():
-            logits = model.model.answer_logits(batch, model.rows(batch.users))
-        total, tokens = answer_loss(logits, batch.labels)
+            total, tokens = model.model.answer_losses(batch, model.rows(batch.users))
         for i, loss in zip(chunk, (total / tokens).tolist(), strict=True):
             losses[i] = loss
     return losses
@@ -116,17 +145,32 @@ def answer_losses(model: BatchModel, examples: Sequence[TextExample]) -> list[fl
 def mean_gates(model: BatchModel, dataset: Dataset, users: Sequence[str], items: int = 32) -> Float[Tensor, "U M E"]:
     """Return each user's mean gates in every module, over the tokens of their newest history items."""
     found = []
-    for user in users:
-        rows = [model.encoder.encode(example) for example in dataset.history(user, items)]
-        batch = collate(rows, model.model.backbone.pad_id, model.model.device)
-        _, numbers = number_users(batch.users)
-        wanted = model.rows(batch.users)
-        who = torch.tensor(numbers, device=model.model.device)
-        rows_of = RowContext(wanted.mode, wanted.embedding, wanted.slots, users=who, mask=batch.attention_mask.bool())
-        with torch.no_grad():
-            model.model.answer_logits(batch, rows_of)
-        found.append(model.model.routing.stacked()[:, 0].cpu())
+    limit = model.model.backbone.batch_tokens
+    with progress("routing of the histories", len(users)) as advance:
+        for user in users:
+            rows = [model.encoder.encode(example) for example in dataset.history(user, items)]
+            # The gates need the logits of no token; the model computes one per row.
+            rows = [replace(row, start=len(row.ids) - 1, between=()) for row in rows]
+            chunks = by_length([len(row.ids) for row in rows], items, limit)
+            # The mean of one chunk is the user's, bit by bit; several are weighted by their tokens.
+            parts = [_gates(model, [rows[at] for at in sorted(chunk)]) for chunk in chunks]
+            shares = torch.tensor([tokens for _, tokens in parts], dtype=torch.float64)
+            shares /= shares.sum()
+            means = torch.stack([gates.double() * share for (gates, _), share in zip(parts, shares, strict=True)])
+            found.append(means.sum(0).float())
+            advance()
     return torch.stack(found)
+
+
+@torch.no_grad()
+def _gates(model: BatchModel, rows: Sequence[EncodedExample]) -> tuple[Float[Tensor, "M E"], int]:
+    """Return one user's mean gates in every module over these rows, and the number of their tokens."""
+    batch = collate(rows, model.model.backbone.pad_id, model.model.device)
+    wanted = model.rows(batch.users)
+    who = torch.zeros(len(rows), dtype=torch.long, device=model.model.device)
+    mask = batch.attention_mask.bool()
+    model.model.answer_logits(batch, RowContext(wanted.mode, wanted.embedding, wanted.slots, users=who, mask=mask))
+    return model.model.routing.stacked()[:, 0].cpu(), batch.tokens
 
 
 def prediction_of(
@@ -137,7 +181,7 @@ def prediction_of(
         id=query.id,
         user=query.user,
         item=query.item,
-        prompt=query.prompt,
+        prompt=readable(query.prompt),
         target=query.target,
         prediction=answer,
         loss=loss,
@@ -152,10 +196,11 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     write_text(path, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions))
 
 
-def read_predictions(path: Path) -> list[Prediction]:
-    """Read what `write_predictions` wrote."""
+def read_predictions(path: Path, *, label_scores: bool = False) -> list[Prediction]:
+    """Read what `write_predictions` wrote, without the labels' scores unless they are asked for."""
     with path.open(encoding="utf-8") as lines:
-        return [Prediction(**json.loads(line)) for line in lines]
+        found = (Prediction(**json.loads(line)) for line in lines)
+        return [one if label_scores else replace(one, label_scores=None) for one in found]
 
 
 Runs = Mapping[int, Mapping[str, Sequence[Prediction]]]

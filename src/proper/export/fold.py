@@ -59,7 +59,8 @@ def history_gates(model: PersonalizedModel, user: str, history: Sequence[TextExa
     encoded = [model.encoder.encode(example) for example in history]
     sums: dict[str, Tensor] = {}
     tokens = 0
-    for chunk in by_length([len(row.ids) for row in encoded], model.config.compute.batch_size):
+    limit = model.model.backbone.batch_tokens
+    for chunk in by_length([len(row.ids) for row in encoded], model.config.compute.batch_size, limit):
         batch = collate([encoded[i] for i in chunk], model.model.backbone.pad_id, model.model.device)
         served = model.rows([user] * len(chunk))
         one = torch.zeros(len(chunk), dtype=torch.long, device=model.model.device)

@@ -22,6 +22,7 @@ from proper.adapters.slot_cache import AdapterKey, SlotCache
 from proper.adapters.store import AdapterStore, Head
 from proper.config import Config
 from proper.data.encoder import Encoder
+from proper.data.item_evidence import neutral
 from proper.data.rows import parse_template
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
@@ -128,7 +129,7 @@ class PersonalizedModel:
         self, model: ProperModel, encoder: Encoder, config: Config, served: ServedUsers | None, stage: Tier
     ) -> None:
         self.model, self.encoder, self.config, self.served, self.stage = model, encoder, config, served, stage
-        self.template = parse_template(config.data.prompt, "data.prompt")
+        self.template = neutral(parse_template(config.data.prompt, "data.prompt"))
 
     @property
     def store(self) -> AdapterStore | None:

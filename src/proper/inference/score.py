@@ -23,7 +23,7 @@ from proper.errors import ProperError
 from proper.inference.forward import pad_left
 from proper.inference.model import BatchModel
 from proper.layers.batch_context import RowContext
-from proper.models.personal import ProperModel, answer_loss
+from proper.models.personal import ProperModel
 
 LABEL_TOKENS = 1024
 """Maximum label tokens, over all prompts of a batch, that are scored at once: each needs a row of logits."""
@@ -92,7 +92,7 @@ def score(
     encoded = [model.encoder.prompt(prompt, room=room) for prompt in prompts]
     found = torch.empty(len(prompts), len(labels))
     size = max(1, min(model.config.compute.batch_size, LABEL_TOKENS // sum(map(len, tokens))))
-    for chunk in by_length([len(ids) for ids in encoded], size):
+    for chunk in by_length([len(ids) for ids in encoded], size, model.model.backbone.batch_tokens):
         rows = model.rows([user_ids[i] for i in chunk])
         found[chunk] = score_labels(model.model, [encoded[i] for i in chunk], tokens, rows).cpu()
     for at in found.isnan().any(1).nonzero().flatten().tolist():
@@ -163,5 +163,5 @@ def _row_by_row(
     for label in labels:
         whole = [EncodedExample(str(at), (*prompt, *label), len(prompt)) for at, prompt in enumerate(prompts)]
         batch = collate(whole, model.backbone.pad_id, model.device)
-        found.append(-answer_loss(model.answer_logits(batch, rows), batch.labels)[0])
+        found.append(-model.answer_losses(batch, rows)[0])
     return torch.stack(found, dim=1)

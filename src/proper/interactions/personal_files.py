@@ -12,6 +12,9 @@ a user from them. The input file of the run (`data.path`) belongs to the run's o
     users/interactions.sqlite           the log                           `InteractionLog.deleting`, `Database.wipe`
     all others                          `PERSONAL_FILES`, patterns below a run folder, seeds and variants included
     .NAME.*.tmp                         half-written files                `files.sweep`, if their writer is dead
+
+Hidden states of texts that training keeps on disk (`models.lower_layers`) are in a file without a name, which is gone
+when the process ends; a deletion waits for that process.
 """
 
 from __future__ import annotations

@@ -1,17 +1,22 @@
 """End-to-end ablation: train experts, routers, user embeddings and user adapters jointly on the backbone, in one stage.
 
 It trains on the same rows as the three stages, each equally often, in one seeded order, so that both use the same
-number of tokens. Of stage 3 only the final fit counts, not the trial fits that decide which users gain. Runs in one
-process.
+number of tokens. Of stage 3 only the final fit counts, not the trial fits that decide which users gain. An adapter then
+takes a step in every batch with a row of its user, which may be more or fewer than in stage 3; the variant
+`end-to-end-steps` trains for as many passes as give an adapter the optimizer steps of stage 3, as a mean over users.
+Runs in one process.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +35,17 @@ from proper.methods.ladder import answer_with
 from proper.methods.spec import TrainedRun, TrainingWork
 from proper.models.backbone import configured_backbone
 from proper.models.checkpoints import save_tensors
-from proper.models.personal import ProperModel, answer_loss
+from proper.models.personal import ProperModel
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.groups import GroupsStage, train_stage
+from proper.training.jobs import full_passes
 from proper.training.optim import RowAdamW, clip_rows, resolve_rate
 from proper.training.stages import join_processes, stage_plan
 from proper.training.trainer import Log, LossSum
+
+_SCALINGS = 3
+"""Rounds of scaling the passes: steps do not grow quite in proportion, since a batch may hold two rows of a user."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,23 @@ def _passes(rows: SampledRows) -> Iterator[TextExample]:
         epoch += 1
 
 
+def adapter_steps(sample: SampledRows, users: Sequence[str], batch: int) -> float:
+    """Return in how many batches of so many rows a user has a row, as a mean over the users."""
+    targets, found, rows = set(users), 0, sample.rows(0)
+    while some := [row.user for row in itertools.islice(rows, batch)]:
+        found += len(targets.intersection(some))
+    return found / len(users)
+
+
+def with_steps(together: Together, users: Sequence[str], batch: int, wanted: float) -> Together:
+    """Return the same rows with the number of passes that gives an adapter the wanted steps, as a mean over users."""
+    scaled = together
+    for _ in range(_SCALINGS):
+        factor = wanted / max(adapter_steps(scaled, users, batch), 1 / len(users))
+        scaled = replace(scaled, parts=tuple((rows, passes * factor) for rows, passes in scaled.parts))
+    return scaled
+
+
 class JointStage:
     """Training stage that combines stage 2 with user adapters.
 
@@ -120,6 +146,11 @@ class JointStage:
         self.optimizer = RowAdamW.of(bank.values)
         self._present: set[int] = set()
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether a batch may be computed in parts, as in stage 2."""
+        return self.groups.in_parts
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return experts and routers."""
         return self.groups.parameters()
@@ -129,8 +160,9 @@ class JointStage:
         own = [self.slots.get(user, -1) for user in batch.users]
         self._present |= set(own) - {-1}
         slots = torch.tensor(own, device=batch.input_ids.device)
-        logits = self.groups.model.answer_logits(batch, replace(self.groups.rows(batch), mode="fit", slots=slots))
-        total, tokens = answer_loss(logits, batch.labels)
+        rows = replace(self.groups.rows(batch), mode="fit", slots=slots)
+        with self.groups.saving_memory(batch):
+            total, tokens = self.groups.model.answer_losses(batch, rows)
         return LossSum(total.sum(), tokens.sum(), self.groups.penalty(progress))
 
     def after_backward(self, rate_factor: float, share: float) -> None:
@@ -158,9 +190,15 @@ class JointStage:
 
 
 def train_end_to_end(work: TrainingWork) -> None:
-    """Train experts and user adapters jointly on the backbone."""
+    """Train experts and user adapters jointly on the backbone, on as many tokens as the three stages."""
     run = work.run
     JointRunner(run.config, run.dataset, run.folder, run.seed, work.log).run()
+
+
+def train_equal_steps(work: TrainingWork) -> None:
+    """Train as `train_end_to_end`, for as many optimizer steps per adapter as stage 3."""
+    run = work.run
+    JointRunner(run.config, run.dataset, run.folder, run.seed, work.log, equal_steps=True).run()
 
 
 def answer_end_to_end(run: TrainedRun) -> MethodRun:
@@ -172,8 +210,11 @@ def answer_end_to_end(run: TrainedRun) -> MethodRun:
 class JointRunner:
     """End-to-end training into `groups` and `users` of a folder that has no population."""
 
-    def __init__(self, config: Config, dataset: Histories, folder: Path, seed: int, log: Log) -> None:
+    def __init__(
+        self, config: Config, dataset: Histories, folder: Path, seed: int, log: Log, equal_steps: bool = False
+    ) -> None:
         self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
+        self.equal_steps = equal_steps
 
     def run(self) -> None:
         """Train to the end, resuming from the checkpoint; do nothing if training is complete."""
@@ -189,14 +230,15 @@ class JointRunner:
         slots = {user.id: at for at, user in enumerate(self._targets())}
         bank = self._bank(model, slots)
         rate = resolve_rate(config.users.learning_rate, "users", backbone.hidden_size)
-        groups = GroupsStage(model, config.groups, users, self.seed, accelerator)
+        groups = GroupsStage(model, config.groups, users, self.seed, accelerator, backbone.batch_tokens)
         stage = JointStage(groups, bank, slots, rate, config.users.clip)
         sample = self.rows()
         # One pass, because `sample` already contains every row as often as the three stages train on it.
         once = config.model_copy(update={"groups": config.groups.model_copy(update={"epochs": 1.0})})
         encoder = backbone.encoder()
         plan = stage_plan("groups", once, sample, backbone, encoder, self.folder, self.seed, self.log)
-        train_stage(stage, model, config.groups, plan, accelerator)
+        with model.caching(self.folder, config.compute.cache_mb):
+            train_stage(stage, model, config.groups, plan, accelerator)
         self._save(model, users, groups.embeddings, slots, bank)
         facts = {"rows": sample.size, "tokens": sample.tokens, "seed": self.seed, "backbone": backbone.digest}
         facts |= {"users": len(slots), "seconds": round(time.perf_counter() - started, 3)}
@@ -205,17 +247,24 @@ class JointRunner:
         plan.checkpoint.remove()
 
     def rows(self) -> Together:
-        """Return the training rows of the three stages: the same samples with the same number of passes."""
+        """Return the training rows of the three stages: the same samples, with as many passes or adapter steps."""
         population, groups, users = self.config.population, self.config.groups, self.config.users
         own = [user.id for user in self._targets()]
-        return Together(
+        newest = Newest(self.dataset, own, users.max_items, self.config.compute.max_length, self.seed)
+        lengths = [len(self.dataset.history(user, users.max_items)) for user in own]
+        passes = sum(full_passes(users, items) * items for items in lengths) / max(1, sum(lengths))
+        together = Together(
             (
                 (self.dataset.sample(population.train_on, population.max_tokens, self.seed), population.epochs),
                 (self.dataset.sample(groups.train_on, groups.max_tokens, self.seed), groups.epochs),
-                (Newest(self.dataset, own, users.max_items, self.config.compute.max_length, self.seed), users.epochs),
+                (newest, passes),
             ),
             self.seed,
         )
+        if not self.equal_steps:
+            return together
+        wanted = fmean(full_passes(users, items) * math.ceil(items / users.batch_size) for items in lengths)
+        return with_steps(together, own, groups.batch_size * groups.gradient_accumulation, wanted)
 
     def _targets(self) -> list[User]:
         return [user for user in self.dataset.users("target") if user.history > 0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from proper.files import hash_value, read_json, write_json
 from proper.inference.loading import load
 from proper.methods.derived_runs import find_place, seconds_of
 from proper.methods.spec import Method, TrainedRun
+from proper.models.memory import give_back_memory
 from proper.run_folder import RunFolder, Stage, Tier
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,11 @@ def evaluating(config: Config, dataset: Dataset, folders: Mapping[int, Path]) ->
             opened.close()
 
 
-def answered(method: Method, place: TrainedRun, run_folder: RunFolder) -> MethodRun:
-    """Return a method's predictions: those cached in the run folder if their inputs are the same, else new ones."""
+def answered(method: Method, place: TrainedRun, run_folder: RunFolder, *, label_scores: bool = False) -> MethodRun:
+    """Return a method's predictions: those cached in the run folder if their inputs are the same, else new ones.
+
+    The labels' scores are left out, since all methods' predictions are in memory at once, unless they are asked for.
+    """
     path = run_folder.predictions_of(method.name)
     beside = path.with_suffix(".json")
     key = _key(method, place)
@@ -87,12 +91,13 @@ def answered(method: Method, place: TrainedRun, run_folder: RunFolder) -> Method
         made = read_json(beside)
         if made["key"] == key:
             logger.info(f"evaluate: {method.name} (seed {place.seed}) reuses its predictions")
-            return MethodRun(read_predictions(path), made["seconds"], made["tokens"])
+            return MethodRun(read_predictions(path, label_scores=label_scores), made["seconds"], made["tokens"])
     beside.unlink(missing_ok=True)
     run = method.answer(place)
+    give_back_memory()
     write_predictions(path, run.predictions)
     write_json(beside, {"key": key, "seconds": run.seconds, "tokens": run.tokens})
-    return run
+    return run if label_scores else replace(run, predictions=[replace(p, label_scores=None) for p in run.predictions])
 
 
 def cost_row(method: Method, place: TrainedRun, run: MethodRun) -> dict[str, Any]:

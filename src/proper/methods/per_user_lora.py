@@ -25,7 +25,8 @@ from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.run_folder import RunFolder, Stage
 from proper.training.trainer import Log
-from proper.training.users import UserStage, train_users
+from proper.training.user_stage import UserStage
+from proper.training.users import train_users
 
 
 def train_per_user(work: TrainingWork) -> None:
@@ -79,7 +80,8 @@ class DirectRunner:
             checkpoint_seconds=self.config.compute.checkpoint_seconds,
             log=self.log,
         )
-        train_users(stage)
+        with model.caching(self.folder, self.config.compute.cache_mb):
+            train_users(stage)
         store.close()
         seconds = round(time.perf_counter() - started, 3)
         facts = {"users": len(users), "seed": self.seed, "seconds": seconds, "backbone": backbone.digest}

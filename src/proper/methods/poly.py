@@ -26,7 +26,7 @@ from proper.methods.spec import TrainedRun, TrainingWork
 from proper.models.backbone import configured_backbone
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.peft_merge import apply_population
-from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
+from proper.models.personal import ProperModel, gradient_checkpointing
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.optim import RowAdamW
@@ -43,6 +43,7 @@ class PolyStage:
     """
 
     name = "poly"
+    in_parts = True
 
     def __init__(self, model: ProperModel, poly: Poly, users: Sequence[str], rate: float) -> None:
         self.model, self.poly, self.rate = model, poly, rate
@@ -60,7 +61,7 @@ class PolyStage:
         own = [self.index[user] for user in batch.users]
         self._present |= set(own)
         slots = torch.tensor(own, device=batch.input_ids.device)
-        total, tokens = answer_loss(self.model.answer_logits(batch, RowContext(slots=slots)), batch.labels)
+        total, tokens = self.model.answer_losses(batch, RowContext(slots=slots))
         return LossSum(total.sum(), tokens.sum())
 
     def after_backward(self, rate_factor: float, share: float) -> None:

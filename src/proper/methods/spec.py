@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from proper.config import Config
+from proper.config import Config, TaskConfig
 from proper.data.dataset import Dataset
 from proper.evaluation.runner import MethodRun
 from proper.run_folder import Stage
@@ -19,6 +19,8 @@ from proper.training.trainer import Log
 
 PerUser = Literal["nothing", "history", "embedding", "adapter", "export", "int8"]
 """Data that must be kept per user for a method to answer."""
+
+Needs = Literal["nothing", "labels", "text"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Method:
         stages: required stages, in order; empty for a method without a trained model.
         variant: the variant in which they are trained; None for the run itself.
         keeps: data that must be kept per user.
+        needs: what the task must have: labels or ratings, or free text.
     """
 
     name: str
@@ -81,3 +84,13 @@ class Method:
     stages: tuple[Stage, ...] = ()
     variant: DerivedRun | None = None
     keeps: PerUser = "nothing"
+    needs: Needs = "nothing"
+
+    def obstacle(self, task: TaskConfig) -> str | None:
+        """Return why the method cannot answer this task; None if it can."""
+        has_labels = task.kind != "generation"
+        if self.needs == "labels" and not has_labels:
+            return f"'{self.name}' needs labels or ratings, and task.kind is generation"
+        if self.needs == "text" and has_labels:
+            return f"'{self.name}' answers with words of the input, and task.kind is {task.kind}"
+        return None

@@ -14,14 +14,17 @@ from proper.data.dataset import Dataset
 from proper.data.derived.retrieval import add_profiles, retrieve
 from proper.data.derived.views import SINGLE_USER, Count, shuffle_users
 from proper.errors import ConfigError, did_you_mean
+from proper.evaluation.comparisons import TRIVIAL
 from proper.export.converted_models import STATIC_EXPORT, USERS_INT8
-from proper.methods.end_to_end import answer_end_to_end, train_end_to_end
+from proper.methods.end_to_end import answer_end_to_end, train_end_to_end, train_equal_steps
+from proper.methods.head import head_with_prior
 from proper.methods.ladder import as_another, as_itself, as_one, exported, in_eight_bits, train_one_user, train_stages
 from proper.methods.overrides import change, split_name
 from proper.methods.per_user_lora import answer_per_user, train_leaking, train_per_user
 from proper.methods.poly import answer_poly, train_poly
+from proper.methods.prior import prior, with_prior
 from proper.methods.spec import Derive, DerivedRun, Method
-from proper.methods.trivial import global_majority, user_majority
+from proper.methods.trivial import global_majority, lead, user_majority, user_majority_same
 from proper.models.tokenizer import configured_encoder
 from proper.run_folder import Stage, Tier
 
@@ -50,8 +53,13 @@ OPPU_MODULES = ["q_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"]
 
 
 def all_methods(config: Config) -> dict[str, Method]:
-    """Return all methods by name, for a run of this config."""
-    methods = [*_ladder(), *_trivial(), *_controls(config), *_ablations(config), *_baselines(config), *_retrieval()]
+    """Return all methods by name that can answer the task of this config."""
+    return {name: method for name, method in _registered(config).items() if method.obstacle(config.task) is None}
+
+
+def _registered(config: Config) -> dict[str, Method]:
+    ours = [*_ladder(), *_trivial(), *_priors(), *_controls(config), *_ablations(config)]
+    methods = [*ours, *_baselines(config), *_retrieval()]
     return {method.name: method for method in methods}
 
 
@@ -59,16 +67,31 @@ def known_methods(names: Sequence[str], config: Config) -> list[Method]:
     """Return methods by their names, with the overrides in brackets applied (`overrides.change`).
 
     Raises:
-        ConfigError: a name is unknown, or an override is impossible.
+        ConfigError: a name is unknown, an override is impossible, or the task has not what the method needs.
     """
-    known = all_methods(config)
+    known = _registered(config)
     found = []
     for full in dict.fromkeys(names):
         name, changes = split_name(full)
         if name not in known:
             raise ConfigError(f"evaluation.methods: no method '{name}'; {did_you_mean(name, [*known])}")
+        obstacle = known[name].obstacle(config.task)
+        if obstacle is not None:
+            raise ConfigError(f"evaluation.methods: {obstacle}")
         found.append(change(known[name], changes, config) if changes else known[name])
     return found
+
+
+def table_methods(names: Sequence[str], config: Config) -> list[Method]:
+    """Return methods by their names, then the trivial rows that the task allows; every table has these.
+
+    Raises:
+        ConfigError: as `known_methods`.
+    """
+    # For free text, the best constant is no bar, and two rows say enough.
+    wanted = ("user-majority", "lead") if config.task.kind == "generation" else TRIVIAL
+    known = all_methods(config)
+    return known_methods([*names, *(name for name in wanted if name in known)], config)
 
 
 def _ladder() -> list[Method]:
@@ -85,7 +108,18 @@ def _ladder() -> list[Method]:
 def _trivial() -> list[Method]:
     return [
         Method("user-majority", user_majority, keeps="history"),
+        Method("user-majority-same", user_majority_same, keeps="history"),
         Method("global-majority", global_majority),
+        Method("prior", prior, keeps="history", needs="labels"),
+        Method("lead", lead, needs="text"),
+    ]
+
+
+def _priors() -> list[Method]:
+    return [
+        Method("groups+prior", with_prior(Tier.GROUPS), GROUPS, keeps="embedding", needs="labels"),
+        Method("users+prior", with_prior(Tier.USERS), ALL, keeps="adapter", needs="labels"),
+        Method("head+prior", head_with_prior, ALL[:1], keeps="history", needs="labels"),
     ]
 
 
@@ -154,6 +188,7 @@ def _baselines(config: Config) -> list[Method]:
     variants = {
         "per-user-only": DerivedRun("per-user-only", train_per_user, (), without_router),
         "end-to-end": DerivedRun("end-to-end", train_end_to_end, (), without_router),
+        "end-to-end-steps": DerivedRun("end-to-end-steps", train_equal_steps, (), without_router),
         "poly": DerivedRun("poly", train_poly, (Stage.POPULATION,)),
         "oppu": DerivedRun("oppu", train_per_user, (Stage.POPULATION,), oppu),
         "oppu-released": DerivedRun("oppu-released", train_leaking, (Stage.POPULATION,), oppu),
@@ -161,6 +196,13 @@ def _baselines(config: Config) -> list[Method]:
     return [
         Method("per-user-only", answer_per_user, (Stage.USERS,), variants["per-user-only"], keeps="adapter"),
         Method("end-to-end", answer_end_to_end, (Stage.GROUPS, Stage.USERS), variants["end-to-end"], keeps="adapter"),
+        Method(
+            "end-to-end-steps",
+            answer_end_to_end,
+            (Stage.GROUPS, Stage.USERS),
+            variants["end-to-end-steps"],
+            keeps="adapter",
+        ),
         Method("poly", answer_poly, GROUPS, variants["poly"], keeps="embedding"),
         Method("oppu", answer_per_user, own, variants["oppu"], keeps="adapter"),
         Method("oppu-released", answer_per_user, own, variants["oppu-released"], keeps="adapter"),

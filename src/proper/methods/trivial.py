@@ -1,54 +1,125 @@
-"""Majority baselines without a model: the usual answer in the user's history, or in all histories.
+"""Trivial rows: answers that need no model, so every table has them.
 
-Labels: the most frequent one. Ratings: the mean, rounded to the nearest rating of the scale. Free text: the most
-frequent one, or the newest if all differ.
+    global-majority      the best constant: the most frequent label of all histories, or the rating with the lowest MAE
+    user-majority        the same from the user's own history
+    user-majority-same   the same from the items that a user's adapter is trained on (the newest `users.max_items`)
+    lead                 the first words of the input, as many as the median answer has
+
+For free text a majority is the most frequent answer, or the newest if all differ.
 """
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping, Sequence
-from statistics import fmean
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os.path import commonprefix
 
+from proper.config import Config
+from proper.data.conversations import split_turns
 from proper.data.dataset import Dataset, TextExample
+from proper.data.rows import parse_template
 from proper.evaluation.runner import MethodRun, prediction_of
 from proper.methods.spec import TrainedRun
 
 
-def user_majority(place: TrainedRun) -> MethodRun:
-    """Answer every query with its user's most frequent or mean answer."""
-    return _answer(place, own=True)
-
-
 def global_majority(place: TrainedRun) -> MethodRun:
-    """Answer every query with the most frequent or mean answer of all users."""
-    return _answer(place, own=False)
+    """Answer every query with the best constant over all histories."""
+    overall = usual(_all_answers(place.dataset), place.config.task.kind, place.dataset.labels)
+    return answer_alone(place, lambda query: overall)
+
+
+def user_majority(place: TrainedRun) -> MethodRun:
+    """Answer every query with the user's usual answer in the whole history."""
+    return _own_usual(place, None)
+
+
+def user_majority_same(place: TrainedRun) -> MethodRun:
+    """Answer every query with the user's usual answer among the newest `users.max_items` items."""
+    return _own_usual(place, place.config.users.max_items)
+
+
+def lead(place: TrainedRun) -> MethodRun:
+    """Answer every query with the first words of its input, as many as the median answer has."""
+    words, text_of = median_words(place.dataset), InputText(place.config, place.dataset)
+    return answer_alone(place, lambda query: " ".join(text_of(query.prompt).split()[:words]))
 
 
 def usual(counts: Mapping[str, int], kind: str, labels: Sequence[str]) -> str:
-    """Return the usual answer from `counts` (answer to frequency, newest last); "" if `counts` is empty."""
+    """Return the usual answer from `counts` (answer to frequency, newest last); "" if `counts` is empty.
+
+    A rating is the label with the lowest mean absolute error, the lower of two equal ones.
+    """
     if not counts:
         return ""
     if kind == "rating":
-        mean = fmean(map(float, counts), counts.values())
-        # A mean exactly between two ratings rounds down, by convention.
-        return min(labels, key=lambda label: (abs(float(label) - mean), float(label)))
+        ratings = [(float(answer), count) for answer, count in counts.items()]
+        return min(labels, key=lambda one: (sum(n * abs(float(one) - rating) for rating, n in ratings), float(one)))
     most = max(counts.values())
     return [answer for answer, count in counts.items() if count == most][-1]
 
 
-def _answer(place: TrainedRun, *, own: bool) -> MethodRun:
+def median_words(dataset: Dataset) -> int:
+    """Return the median number of words of the answers in all histories, at least 1."""
+    lengths = Counter(len(target.split()) for target in _targets(dataset))
+    seen, half = 0, sum(lengths.values()) / 2
+    for length in sorted(lengths):
+        seen += lengths[length]
+        if seen >= half:
+            return max(1, length)
+    return 1
+
+
+class InputText:
+    """The user's text within a prompt: the longest column of the template, without words that all prompts share.
+
+    Data without a template, such as benchmarks, has its fixed words at the ends of every prompt. Of a conversation, it
+    is the last message of the user.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset) -> None:
+        template = parse_template(config.data.prompt, "data.prompt")
+        self._pattern = re.compile("(.*?)".join(map(re.escape, template.literals)), re.DOTALL)
+        texts = [list(words) for words in {tuple(self._column(query.prompt).split()) for query in dataset.queries()}]
+        if len(texts) < 2:
+            texts = []  # A single text would be its own fixed words.
+        self._front = len(commonprefix(texts))
+        self._back = len(commonprefix([text[self._front :][::-1] for text in texts]))
+
+    def __call__(self, prompt: str) -> str:
+        """Return the user's text of one prompt."""
+        words = self._column(prompt).split()
+        return " ".join(words[self._front : len(words) - self._back])
+
+    def _column(self, prompt: str) -> str:
+        turns = split_turns(prompt) or []
+        own = [turn.text for turn in turns if turn.role == "user"]
+        if own:
+            return own[-1]
+        found = self._pattern.fullmatch(prompt)
+        return max(found.groups(), key=len, default=prompt) if found else prompt
+
+
+def answer_alone(place: TrainedRun, answer: Callable[[TextExample], str]) -> MethodRun:
+    """Answer every query with a function of the query, without a model."""
     started = time.perf_counter()
+    histories = {user.id: user.history for user in place.dataset.users("target")}
+    queries = place.dataset.queries()
+    found = [prediction_of(query, answer(query), "trivial", histories.get(query.user, 0)) for query in queries]
+    return MethodRun(found, max(time.perf_counter() - started, 1e-9), 0)
+
+
+def _own_usual(place: TrainedRun, newest: int | None) -> MethodRun:
     dataset, kind = place.dataset, place.config.task.kind
     answers: dict[str, str] = {}
-    overall = "" if own else usual(_all_targets(dataset), kind, dataset.labels)
-    found = []
-    histories = {user.id: user.history for user in dataset.users("target")}
-    for query in dataset.queries():
-        if own and query.user not in answers:
-            answers[query.user] = usual(_counts(dataset.history(query.user)), kind, dataset.labels)
-        found.append(prediction_of(query, answers.get(query.user, overall), "trivial", histories.get(query.user, 0)))
-    return MethodRun(found, max(time.perf_counter() - started, 1e-9), 0)
+
+    def answer(query: TextExample) -> str:
+        if query.user not in answers:
+            answers[query.user] = usual(_counts(dataset.history(query.user, newest)), kind, dataset.labels)
+        return answers[query.user]
+
+    return answer_alone(place, answer)
 
 
 def _counts(history: Sequence[TextExample]) -> dict[str, int]:
@@ -59,7 +130,14 @@ def _counts(history: Sequence[TextExample]) -> dict[str, int]:
     return counts
 
 
-def _all_targets(dataset: Dataset) -> dict[str, int]:
+def _targets(dataset: Dataset) -> Iterator[str]:
+    found = dataset.connection.execute(
+        "SELECT t.target FROM rows r CROSS JOIN texts t ON t.id = r.text WHERE r.part = 'history'"
+    )
+    return (target for (target,) in found)
+
+
+def _all_answers(dataset: Dataset) -> dict[str, int]:
     """Count all users' answers in SQL, since there can be as many as rows; for free text keep the most frequent."""
     found = dataset.connection.execute(
         """SELECT t.target, count(*) FROM rows r CROSS JOIN texts t ON t.id = r.text WHERE r.part = 'history'

@@ -16,6 +16,7 @@ from proper.config import Config
 from proper.data.chat import uses_chat_template
 from proper.data.encoder import Encoder
 from proper.errors import ConfigError
+from proper.models.memory import MOST_TOKENS, tokens_at_once
 from proper.models.positions import fix_rope, positions_of, require_positions
 from proper.models.tokenizer import (
     EMBEDDED,
@@ -50,6 +51,8 @@ class Backbone:
         ends: token ids that end an answer.
         max_length: maximum row length in tokens that it was loaded for; None where it was loaded for any.
         chat: whether prompts use the tokenizer's chat template.
+        every_turn: whether training counts every assistant's message of a conversation.
+        batch_tokens: tokens, padding included, that run through the model at once; see `models.memory`.
     """
 
     name: str
@@ -59,6 +62,8 @@ class Backbone:
     ends: tuple[int, ...] = ()
     max_length: int | None = None
     chat: bool = False
+    batch_tokens: int = MOST_TOKENS
+    every_turn: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +106,14 @@ class Backbone:
         """
         longest = self.max_length if max_length is None else max_length
         assert longest is not None, "a backbone loaded without a maximum length needs one for its encoder"
-        return Encoder(self.tokenizer, longest, rows=self.embeddings, ends=self.ends, chat=self.chat)
+        return Encoder(
+            self.tokenizer,
+            longest,
+            rows=self.embeddings,
+            ends=self.ends,
+            chat=self.chat,
+            every_turn=self.every_turn,
+        )
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -138,6 +150,8 @@ def configured_backbone(config: Config, device: torch.device | None = None) -> B
     trusted, longest = config.trust_remote_code, config.compute.max_length
     backbone = load_backbone(config.backbone, dtype, place, longest, trust_remote_code=trusted)
     backbone.chat = uses_chat_template(config.data.chat, backbone.tokenizer, config.backbone)
+    backbone.every_turn = config.data.assistant_loss == "all"
+    backbone.batch_tokens = tokens_at_once(config.compute, backbone.model)
     # A prompt always keeps half of `max_length`, however long its answer may be; see `Encoder.prompt`.
     require_positions(backbone.model, max(longest, longest // 2 + config.task.max_new_tokens))
     return backbone

@@ -6,8 +6,10 @@ and gradient checkpointing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +23,10 @@ from proper.layers.experts import Experts
 from proper.layers.personalized_linear import AdaptedLinear
 from proper.layers.routers import LoraAwareRouter, UserAwareRouter, at_least_fp32
 from proper.models.backbone import Backbone
-from proper.models.targets import expert_targets, user_targets
+from proper.models.lower_layers import HiddenStates, LowerLayers
+from proper.models.targets import expert_targets, first_adapted, user_targets
+
+logger = logging.getLogger(__name__)
 
 
 class ProperModel:
@@ -39,6 +44,8 @@ class ProperModel:
         self.routing = BatchContext()
         self.layers: dict[str, AdaptedLinear] = {}
         self.embedding_size = 0
+        self._states: HiddenStates | None = None
+        self._lower: LowerLayers | None = None
 
     @property
     def device(self) -> torch.device:
@@ -74,6 +81,7 @@ class ProperModel:
                 layer.router.to(self.device)
                 self._put(name, layer)
         self.train(False)
+        self._find_lower_layers()
 
     def add_lora_router(self, config: UsersConfig) -> None:
         """Add the LoRA-aware router of stage 3b to the layers with user adapters, initialized to zero.
@@ -91,6 +99,7 @@ class ProperModel:
         """Adapt the modules that would get experts, for user adapters only."""
         for name, (inputs, outputs) in expert_targets(self.backbone.model, config).items():
             self._put(name, AdaptedLinear(name, self._module(name), inputs, outputs, self.routing))
+        self._find_lower_layers()
 
     def layout(self, rank: int) -> Layout:
         """Return the memory layout of a LoRA of this rank on every adapted layer."""
@@ -131,8 +140,55 @@ class ProperModel:
 
     def answer_logits(self, batch: Batch, rows: RowContext) -> Float[Tensor, "B A V"]:
         """Return the logits that predict the last A tokens of each row, in the compute dtype."""
-        with self.routing.use(rows):
+        with self._running(batch, rows):
             return answer_logits(self.backbone.model, batch)
+
+    def answer_losses(self, batch: Batch, rows: RowContext) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+        """Return each row's summed answer loss in nats (fp32) and its number of answer tokens."""
+        with self._running(batch, rows):
+            return answer_losses(self.backbone.model, batch)
+
+    @contextmanager
+    def _running(self, batch: Batch, rows: RowContext) -> Iterator[None]:
+        """Set the rows of a forward pass over this batch, and start it from cached states where there are any."""
+        with self.routing.use(rows), nullcontext() if self._lower is None else self._lower.skipped(batch):
+            yield
+
+    @contextmanager
+    def caching(self, folder: Path, megabytes: int) -> Iterator[None]:
+        """Compute the layers below the first adapted one once per text while the block runs.
+
+        This holds for `answer_logits` and `answer_losses`.
+
+        Args:
+            folder: an existing folder, on the disk that has room for the cache.
+            megabytes: maximum size of the cache in MiB; with 0, nothing is cached.
+        """
+        before = self._states
+        states = self._states = HiddenStates(folder, megabytes << 20) if megabytes else None
+        self._find_lower_layers()
+        try:
+            yield
+        finally:
+            self._states = before
+            self._find_lower_layers()
+            if states is not None:
+                states.close()
+
+    def _find_lower_layers(self) -> None:
+        """Find the layers below the first adapted one, whenever layers are added."""
+        self._lower = None
+        if self._states is None or not self.layers:
+            return
+        path, depth = first_adapted(self.backbone.model, self.layers)
+        if not depth:
+            return
+        lower = LowerLayers(self.backbone.model, path, depth, self._states, self.backbone.pad_id)
+        if lower.exact():
+            self._lower = lower
+        else:
+            family = type(self.backbone.model).__name__
+            logger.info(f"the first {depth} layers of {family} cannot be computed apart, and run in every pass")
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         return {name: (layer.inputs, layer.outputs) for name, layer in self.layers.items()}
@@ -171,6 +227,32 @@ def answer_loss(
         at_least_fp32(logits).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
     ).view(labels.shape)
     return losses.sum(1), (labels != -100).sum(1).to(losses.dtype)
+
+
+def answer_losses(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+    """Return each row's summed answer loss in nats (fp32) and its number of answer tokens.
+
+    The LM head and the log-softmax see only tokens that the loss counts, not a rectangle as wide as the longest answer.
+    """
+    wanted = batch.labels != -100
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    packed: list[bool] = []
+
+    def pack(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if inputs[0].shape[:2] != wanted.shape:
+            return None
+        packed.append(True)
+        return (inputs[0][wanted].unsqueeze(0), *inputs[1:])
+
+    with head.register_forward_pre_hook(pack) if isinstance(head, nn.Module) else nullcontext():
+        logits = answer_logits(model, batch)
+    if not packed:
+        return answer_loss(logits, batch.labels)
+    losses = nn.functional.cross_entropy(at_least_fp32(logits[0]), batch.labels[wanted], reduction="none")
+    counts = wanted.sum(1)
+    # The tokens are in the rows' order, so a row's loss is the sum of a stretch: the same on every device and run.
+    sums = torch.stack([stretch.sum() for stretch in losses.split(counts.tolist())])  # type: ignore[no-untyped-call]
+    return sums, counts.to(losses.dtype)
 
 
 @contextmanager

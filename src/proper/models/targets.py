@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -113,6 +113,18 @@ def decoder_layers(model: nn.Module) -> tuple[str, int]:
     if len(stacks) != 1:
         raise ConfigError(f"groups.layers: the layers of {type(model).__name__} have no clear order; set it to all")
     return stacks[0], len(found[stacks[0]])
+
+
+def first_adapted(model: nn.Module, names: Iterable[str]) -> tuple[str, int]:
+    """Return the path of the decoder layers, and how many of them lie below the first one with an adapted module.
+
+    The number is 0 where the order of the layers is unclear, or a module lies outside them.
+    """
+    try:
+        path, _ = decoder_layers(model)
+    except ConfigError:
+        return "", 0
+    return path, max(0, min(_number(name, path) for name in names))
 
 
 def _place(name: str) -> tuple[str, int]:

@@ -47,7 +47,7 @@ def is_higher_better(run: RunFiles, metric: str) -> bool:
     for row in run.metrics:
         if row.metric == metric:
             return row.higher_is_better
-    return metric not in {"mae", "rmse", "loss"}
+    return metric not in {"mae", "rmse", "loss", "label_loss"}
 
 
 def headline(run: RunFiles) -> tuple[str, list[Step]]:
@@ -56,13 +56,36 @@ def headline(run: RunFiles) -> tuple[str, list[Step]]:
     rows = [row for row in run.comparisons if row.primary and (row.method, row.against) in ladder]
     rows.sort(key=lambda row: (row.task, ladder.index((row.method, row.against))))
     steps = [_step(row, run) for row in rows]
-    return _summary(rows, steps), steps
+    return _with_trivial(_summary(rows, steps, run), run), steps
 
 
-def _summary(rows: Sequence[ReportedComparison], steps: Sequence[Step]) -> str:
+def _with_trivial(summary: str, run: RunFiles) -> str:
+    """Return the summary with what rows without a model say about it: a gain of a stage is no merit below them."""
+    trivial = run.part("trivial")
+    if not trivial:
+        return summary
+    values = {row.method: row.value for row in primary_metrics(run)}
+    stage, own = method_name(str(trivial["stage"])), values.get(str(trivial["stage"]))
+
+    def shown(names: Sequence[str]) -> str:
+        return ", ".join(f"{method_name(name)} ({plain(values.get(name))})" for name in names)
+
+    parts = ["Population is undertrained: no better than the best constant."] if trivial["undertrained"] else []
+    if trivial["wins"]:
+        parts.append(f"Better than {stage} ({plain(own)}), without a model: {shown(trivial['wins'])}.")
+    elif trivial["unclear"]:
+        parts.append(f"{stage} ({plain(own)}) is not measurably better than {shown(trivial['unclear'])}.")
+    if parts:
+        return " ".join([*parts, summary[0].upper() + summary[1:]])
+    return f"{summary} {stage} is better than every answer without a model."
+
+
+def _summary(rows: Sequence[ReportedComparison], steps: Sequence[Step], run: RunFiles) -> str:
     if not steps:
         return "The stages were not compared, so the report has no gains."
-    if all(step.outcome == "gain" for step in steps):
+    trivial = run.part("trivial")
+    helped = not trivial or not (trivial["wins"] or trivial["undertrained"])
+    if all(step.outcome == "gain" for step in steps) and helped:
         alone = f"{method_name(rows[0].method)} improved on the stage before."
         return "Every stage improved on the one before." if len(steps) > 1 else alone
     if all(step.outcome == "none" for step in steps):

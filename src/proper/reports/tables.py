@@ -57,7 +57,9 @@ def metrics(run: RunFiles) -> Table | None:
             lines.append(["" if index else title, method_name(row.method), *cells, *_counts(row)])
     head = ["metric", "method", "over queries", "95 % interval", "", "mean of users", *COUNTS]
     note = "↑ higher is better, ↓ lower is better. The bars of one metric share one range."
-    note += " Answer loss is in nats per token." if any(row.metric == "loss" for row in run.metrics) else ""
+    known = {row.metric for row in run.metrics}
+    note += " Answer loss is in nats per token." if "loss" in known else ""
+    note += " Label loss is in nats per query, over the labels alone." if "label_loss" in known else ""
     alike = {tuple(line[-3:]) for line in lines}
     if len(alike) == 1:
         head, lines = head[:-3], [line[:-3] for line in lines]

@@ -110,9 +110,8 @@ def _served(report: UserReport) -> list[str]:
     if not report.stored.versions:
         story = [f"Store metadata is not available: {report.stored.problem}."]
     if metadata.get("reason"):
-        pooled = (
-            ", decided together with the nearest users, because the history is short" if metadata.get("pooled") else ""
-        )
+        pooled = ", decided together with the nearest users, because one history is short"
+        pooled = pooled if metadata.get("pooled") and "similar users" not in str(metadata["reason"]) else ""
         story.append(f"Reason: {metadata['reason']}{pooled}.")
     items, passes = number(metadata.get("items")), number(metadata.get("passes"))
     if items is not None and report.history is not None and items < report.history:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from proper.data.chat import Turn
+from proper.data.chat import Turn, readable
 from proper.errors import InputError, ProperError
 from proper.inference.detokenizer import Detokenizer
 from proper.inference.engine_thread import EngineThread
@@ -143,6 +143,8 @@ class Answers:
         """
         if isinstance(prompt, TokenIds):
             return prompt.ids
+        if isinstance(prompt, str):
+            prompt = readable(prompt)  # a text is one message, whatever a client writes into it
         texts = [prompt] if isinstance(prompt, str) else [turn.text for turn in prompt]
         if not any(text.strip() for text in texts):
             raise APIError(400, "the prompt is empty", param="prompt")

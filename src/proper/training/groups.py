@@ -8,7 +8,9 @@ change: embeddings have a learning rate, moments and step counts of their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +21,7 @@ from proper.config import GroupsConfig
 from proper.data.batching import Batch, number_users
 from proper.layers.batch_context import RowContext
 from proper.layers.routing_losses import constraint_loss
-from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
+from proper.models.personal import ProperModel, gradient_checkpointing
 from proper.training.checkpoint import seed_of
 from proper.training.optim import RowAdamW
 from proper.training.trainer import LossSum, TrainableStage, TrainingPlan, train
@@ -28,6 +30,9 @@ from proper.training.trainer import LossSum, TrainableStage, TrainingPlan, train
 class GroupsStage:
     """The `TrainableStage` of experts, routers and user embeddings for the training loop.
 
+    The constraint couples all users of a batch, so a batch cannot be computed in parts. One of more than `whole` tokens
+    recomputes its activations in the backward pass instead, to save memory.
+
     Attributes:
         embeddings: e_u of every user (U, D), fp32, initialized from N(0, `groups.embedding_init`^2).
     """
@@ -35,14 +40,25 @@ class GroupsStage:
     name = "groups"
 
     def __init__(
-        self, model: ProperModel, config: GroupsConfig, users: Sequence[str], seed: int, accelerator: Accelerator
+        self,
+        model: ProperModel,
+        config: GroupsConfig,
+        users: Sequence[str],
+        seed: int,
+        accelerator: Accelerator,
+        whole: float = math.inf,
     ) -> None:
-        self.model, self.config, self.accelerator = model, config, accelerator
+        self.model, self.config, self.accelerator, self.whole = model, config, accelerator, whole
         self.index = {user: at for at, user in enumerate(users)}
         generator = torch.Generator().manual_seed(seed_of(seed, "embeddings") % 2**63)
         self.embeddings = config.embedding_init * torch.randn(len(users), model.embedding_size, generator=generator)
         self.optimizer = RowAdamW.of(self.embeddings)
         self._pending: list[tuple[list[int], Tensor]] = []
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a batch may be computed in parts: only without the constraint."""
+        return self.config.constraint.kind == "none"
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of experts and routers."""
@@ -50,9 +66,15 @@ class GroupsStage:
 
     def loss(self, batch: Batch, progress: float) -> LossSum:
         """Return the answer loss of a batch of several users, and the weighted constraint on the gates."""
-        logits = self.model.answer_logits(batch, self.rows(batch))
-        total, tokens = answer_loss(logits, batch.labels)
+        with self.saving_memory(batch):
+            total, tokens = self.model.answer_losses(batch, self.rows(batch))
         return LossSum(total.sum(), tokens.sum(), self.penalty(progress))
+
+    def saving_memory(self, batch: Batch) -> AbstractContextManager[None]:
+        """Return the context of a batch's forward pass, in which a large batch does not keep its activations."""
+        large = batch.input_ids.numel() > self.whole and not self.config.gradient_checkpointing
+        # Nothing to switch on for the others: it takes a walk over all modules. The stage may have switched it on.
+        return gradient_checkpointing(self.model.backbone.model, True) if large else nullcontext()
 
     def rows(self, batch: Batch) -> RowContext:
         """Return the layers' row context, with embeddings whose gradients the next update uses."""
@@ -104,7 +126,7 @@ def train_groups(
     model: ProperModel, config: GroupsConfig, users: Sequence[str], plan: TrainingPlan, accelerator: Accelerator
 ) -> Tensor:
     """Train stage 2 in place and return the users' embeddings (U, D) in the order of `users`."""
-    stage = GroupsStage(model, config, users, plan.seed, accelerator)
+    stage = GroupsStage(model, config, users, plan.seed, accelerator, plan.batch_tokens)
     train_stage(stage, model, config, plan, accelerator)
     return stage.embeddings
 

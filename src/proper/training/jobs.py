@@ -1,9 +1,14 @@
-"""Data types of stage 3a: users' fitting jobs for `MultiUserTrainer`, their progress and their results."""
+"""Data types of stage 3a: users' fitting jobs for `MultiUserTrainer`, their progress and their results.
+
+A job's number of passes follows from `users.steps` or `users.epochs`. A trial measures the held-out loss `PARTS` times,
+after equal parts of these passes, so that users with different numbers of items can be compared.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from jaxtyping import Float
@@ -12,6 +17,9 @@ from torch import Tensor
 from proper.config import UsersConfig
 from proper.data.derived.views import Histories
 from proper.data.encoder import EncodedExample, Encoder
+
+PARTS = 4
+"""Number of measurements of the held-out loss in a trial, after equal parts of the user's passes."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,8 @@ class Job:
         held_out: the user's held-out items; if empty, train all `epochs` and keep the last step.
         epochs: maximum number of passes over the items.
         horizon: number of passes after which the schedule would reach zero; None: `epochs`.
+        measured: passes after which the held-out loss is measured; empty means after every pass.
+        scales: factors on the adapter at which it is measured; the last is 1.
     """
 
     user: str
@@ -31,6 +41,13 @@ class Job:
     held_out: tuple[EncodedExample, ...] = ()
     epochs: int = 1
     horizon: int | None = None
+    measured: tuple[int, ...] = ()
+    scales: tuple[float, ...] = (1.0,)
+
+    @property
+    def measured_passes(self) -> Sequence[int]:
+        """The passes after which the held-out loss is measured."""
+        return self.measured or range(1, self.epochs + 1)
 
 
 @dataclass
@@ -40,9 +57,13 @@ class FitProgress:
     Attributes:
         index: index of the job in `Jobs`.
         step: optimizer steps done.
-        losses: held-out loss per token before training and after each pass.
-        best: the pass with the lowest held-out loss (0: before training).
+        losses: held-out loss per token before training and at each measurement.
+        best: the number of passes with the lowest held-out loss (0: before training).
         trained: training loss of the last step's batch, per token.
+        before: each held-out item's summed loss and its number of tokens, before training.
+        grid: held-out loss per token at each measurement and scale.
+        spreads: for each number in `grid`, the sum over items of the squared deviation from the mean gain, in units of
+            the loss per token of an item of mean length.
     """
 
     index: int
@@ -50,6 +71,15 @@ class FitProgress:
     losses: list[float] = field(default_factory=list)
     best: int = 0
     trained: float = 0.0
+    before: list[list[float]] = field(default_factory=list)
+    grid: list[list[float]] = field(default_factory=list)
+    spreads: list[list[float]] = field(default_factory=list)
+
+    @property
+    def stalled(self) -> int:
+        """Number of measurements since the lowest held-out loss at any scale."""
+        lows = [self.losses[0], *map(min, self.grid)] if self.losses else [0.0]
+        return len(lows) - 1 - max(at for at, low in enumerate(lows) if low == min(lows))
 
 
 @dataclass(frozen=True)
@@ -83,7 +113,8 @@ class HistoryJobs:
 
     Attributes:
         embeddings: e_u of `users` (U, D).
-        passes: each user's number of passes over all items; if None, the newest items are held out instead.
+        trial: whether the newest items are held out and measured; else the jobs are on all items.
+        part: the number of parts, of `PARTS`, of the full passes that are trained.
     """
 
     config: UsersConfig
@@ -91,26 +122,43 @@ class HistoryJobs:
     encoder: Encoder
     users: Sequence[str]
     embeddings: Float[Tensor, "U D"]
-    passes: Mapping[str, int] | None
+    trial: bool
+    part: int = PARTS
 
     def __len__(self) -> int:
         return len(self.users)
 
     def __getitem__(self, at: int, /) -> Job:
-        user, epochs = self.users[at], int(self.config.epochs)
+        user, embedding = self.users[at], self.embeddings[at]
         items = [self.encoder.encode(example) for example in self.dataset.history(user, self.config.max_items)]
-        if self.passes is not None:
-            return Job(user, self.embeddings[at], tuple(items), epochs=self.passes[user], horizon=epochs)
-        cut = len(items) - held_out_items(len(items), self.config.tiers.validation)
-        return Job(user, self.embeddings[at], tuple(items[:cut]), tuple(items[cut:]), epochs=epochs)
+        cut = len(items) - held_out_items(len(items), self.config.tiers.validation) if self.trial else len(items)
+        full = full_passes(self.config, cut)
+        epochs = passes_of(full, self.part)
+        job = Job(user, embedding, tuple(items[:cut]), tuple(items[cut:]), epochs=epochs, horizon=full)
+        if not self.trial:
+            return job
+        measured = sorted({passes_of(full, part) for part in range(1, self.part + 1)})
+        return replace(job, measured=tuple(measured), scales=(*self.config.scales, 1.0))
 
     def rows(self) -> int:
         """Return the number of training items of all jobs, without encoding any."""
         total = 0
         for user in self.users:
             items = len(self.dataset.history(user, self.config.max_items))
-            total += items if self.passes is not None else items - held_out_items(items, self.config.tiers.validation)
+            total += items - held_out_items(items, self.config.tiers.validation) if self.trial else items
         return total
+
+
+def full_passes(config: UsersConfig, items: int) -> int:
+    """Return a user's full number of passes over so many items: `epochs`, or at least `steps` optimizer steps."""
+    if config.steps is None:
+        return max(1, int(config.epochs))
+    return max(1, math.ceil(config.steps / max(1, math.ceil(items / config.batch_size))))
+
+
+def passes_of(full: int, part: int) -> int:
+    """Return the number of passes of `part` of `PARTS` parts, at least one."""
+    return max(1, round(full * part / PARTS))
 
 
 def held_out_items(items: int, share: float) -> int:

@@ -23,7 +23,7 @@ from proper.data.encoder import EncodedExample
 from proper.errors import NonFiniteLossError
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
-from proper.models.personal import ProperModel, answer_loss
+from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint, adamw_tensors, resume_adamw, seed_of
 from proper.training.jobs import Job, Jobs
 from proper.training.optim import factor
@@ -93,8 +93,7 @@ def _loss(model: ProperModel, work: Work, pad: int) -> Tensor:
     batch = collate([row for _, _, row in work], pad, model.device)
     slots = torch.tensor([slot for slot, _, _ in work], device=model.device)
     embedding = torch.stack([job.embedding for _, job, _ in work]).to(model.device)
-    logits = model.answer_logits(batch, RowContext("users", embedding=embedding, slots=slots))
-    total, tokens = answer_loss(logits, batch.labels)
+    total, tokens = model.answer_losses(batch, RowContext("users", embedding=embedding, slots=slots))
     return total.sum() / tokens.sum()
 
 

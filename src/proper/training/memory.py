@@ -4,27 +4,24 @@
 
 S slots of P numbers each: values, gradients, two moments and the best values so far, in fp32; and for each of a user's
 `batch_size` rows a copy in the compute type (c bytes per number) that the backward pass needs. M tokens run through the
-model at once. `per_token` counts the activations that the backward pass of a block needs: in the compute type, about 10
-vectors of the hidden size and 5 of the inner size, and for each head the probabilities of T tokens, once more in fp32;
-and three rows of logits in fp32 for the share of answer tokens, assumed to be a quarter. `pending` are finished
-adapters that wait for the next checkpoint. tests/training/test_memory.py compares the formula with torch's allocations.
+model at once. `per_token` counts the activations that the backward pass needs (`models.memory.token_bytes`). `pending`
+are finished adapters that wait for the next checkpoint. tests/training/test_memory.py compares the formula with torch's
+allocations.
 
 Memory is the device's total, not what is free at the moment: the same machine gives the same S.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
 
 from proper.config import UsersConfig
 from proper.layers.bank import AdapterBank
+from proper.models.memory import device_memory, token_bytes
 from proper.models.personal import ProperModel
 from proper.training.microbatching import MICRO_TOKENS
+
+__all__ = ["Footprint", "auto_slots", "device_memory", "footprint", "pending_rows"]
 
 SHARE = 0.6
 """Share of the device's memory that stage 3 uses."""
@@ -68,29 +65,11 @@ def footprint(model: ProperModel, config: UsersConfig, longest: int, tokens: int
     return Footprint(weights, slot, max(tokens, longest) * per_token, PENDING_BYTES)
 
 
-def token_bytes(config: Any, compute: int, longest: int) -> int:
-    """Return the bytes of activations per token until the backward pass; `config` is the text model's."""
-    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    block = compute * (10 * hidden + 5 * inner) + heads * longest * (compute + 4)
-    return int(config.num_hidden_layers) * block + 3 * 4 * int(config.vocab_size) // 4
-
-
 def auto_slots(parts: Footprint, memory: int, device: str) -> int:
     """Return how many slots fit in `SHARE` of `memory` bytes, at least one, at most `MOST` for this device type."""
     most = MOST.get(device, MOST["cpu"])
     fitting = [slots for slots in range(1, most + 1) if parts.total(slots) <= memory * SHARE]
     return fitting[-1] if fitting else 1
-
-
-def device_memory(device: torch.device) -> int:
-    """Return the total memory of a device in bytes; for a CPU, that of the machine or of the process's container."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(physical, int(text)) if text.isdigit() else physical
 
 
 def pending_rows(bank: AdapterBank) -> int:

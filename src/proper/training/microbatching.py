@@ -16,7 +16,7 @@ from torch import Tensor
 from proper.data.batching import collate
 from proper.data.encoder import EncodedExample
 from proper.layers.batch_context import Mode, RowContext
-from proper.models.personal import ProperModel, answer_loss
+from proper.models.personal import ProperModel
 from proper.training.jobs import Job
 
 MICRO_TOKENS = 4096
@@ -29,12 +29,16 @@ Work = tuple[int, int, EncodedExample]
 """A row's slot, its index in its user's batch, and the row."""
 
 
-def micro_batches(work: Sequence[Work]) -> Iterator[list[Work]]:
-    """Split rows into micro-batches of at most `MICRO_TOKENS` padded tokens (or one row) at the least total cost."""
+def micro_batches(work: Sequence[Work], limit: int | None = None) -> Iterator[list[Work]]:
+    """Split rows into micro-batches at the least total cost.
+
+    Each has at most `MICRO_TOKENS` tokens, padding included, at most `limit` if it is given, or is a single row.
+    """
+    most = MICRO_TOKENS if limit is None else min(MICRO_TOKENS, limit)
     rows = sorted(work, key=lambda entry: -len(entry[2].ids))
     lengths = [len(row.ids) for _, _, row in rows]
-    cuts = _candidates(lengths)
-    for start, end in _cheapest(lengths, cuts):
+    cuts = _candidates(lengths, most)
+    for start, end in _cheapest(lengths, cuts, most):
         # Keep a user's rows adjacent, so that the adapter is read and its gradient accumulated in one place.
         yield sorted(rows[start:end], key=lambda entry: entry[:2])
 
@@ -68,7 +72,7 @@ def row_losses(
     rows = RowContext(mode, embedding=embedding, slots=slots, complete=True)
     if generators:
         rows = replace(rows, generators=tuple(generators), mask=batch.attention_mask.bool())
-    return answer_loss(model.answer_logits(batch, rows), batch.labels)
+    return model.answer_losses(batch, rows)
 
 
 @torch.no_grad()
@@ -81,29 +85,35 @@ def held_out_losses(model: ProperModel, jobs: Mapping[int, Job], mode: Mode, pad
         mode: the tier that is computed.
         pad: id of the padding token.
     """
+    found = {slot: losses.sum(0).tolist() for slot, losses in item_losses(model, jobs, mode, pad).items()}
+    return {slot: total / tokens for slot, (total, tokens) in found.items()}
+
+
+@torch.no_grad()
+def item_losses(model: ProperModel, jobs: Mapping[int, Job], mode: Mode, pad: int) -> dict[int, Float[Tensor, "n 2"]]:
+    """Return each held-out item's summed loss (nats) and its number of answer tokens; arguments and order as above."""
     work = [(slot, at, row) for slot, job in jobs.items() for at, row in enumerate(job.held_out)]
-    sums, counts = dict.fromkeys(jobs, 0.0), dict.fromkeys(jobs, 0.0)
-    for piece in micro_batches(work):
+    found = {slot: torch.zeros(len(job.held_out), 2, dtype=torch.float64) for slot, job in jobs.items()}
+    for piece in micro_batches(work, model.backbone.batch_tokens):
         totals, tokens = row_losses(model, jobs, piece, mode, pad)
-        for (slot, _, _), total, count in zip(piece, totals.tolist(), tokens.tolist(), strict=True):
-            sums[slot] += total
-            counts[slot] += count
-    return {slot: sums[slot] / counts[slot] for slot in jobs if counts[slot]}
+        for (slot, at, _), total, count in zip(piece, totals.tolist(), tokens.tolist(), strict=True):
+            found[slot][at] = torch.tensor([total, count], dtype=torch.float64)
+    return {slot: losses for slot, losses in found.items() if losses[:, 1].sum() > 0}
 
 
-def _candidates(lengths: Sequence[int]) -> list[int]:
+def _candidates(lengths: Sequence[int], most: int) -> list[int]:
     """Return where a micro-batch may end: where the length changes, and where rows of one length fill it."""
     cuts, start = [0], 0
     for at in range(1, len(lengths) + 1):
         changes = at == len(lengths) or lengths[at] != lengths[start]
-        if changes or (at - start) % max(1, MICRO_TOKENS // lengths[start]) == 0:
+        if changes or (at - start) % max(1, most // lengths[start]) == 0:
             cuts.append(at)
         if changes:
             start = at
     return cuts if lengths else []
 
 
-def _cheapest(lengths: Sequence[int], cuts: Sequence[int]) -> list[tuple[int, int]]:
+def _cheapest(lengths: Sequence[int], cuts: Sequence[int], most: int) -> list[tuple[int, int]]:
     """Return the micro-batches (start, end) with the least sum of padded tokens plus `START_TOKENS` each."""
     if not cuts:
         return []
@@ -112,7 +122,7 @@ def _cheapest(lengths: Sequence[int], cuts: Sequence[int]) -> list[tuple[int, in
         best = None
         for start in range(end - 1, -1, -1):
             size = (cuts[end] - cuts[start]) * lengths[cuts[start]]
-            if size > MICRO_TOKENS and start < end - 1:
+            if size > most and start < end - 1:
                 break
             cost = costs[start] + size + START_TOKENS
             if best is None or cost < best:

@@ -28,9 +28,10 @@ from proper.data.encoder import EncodedExample
 from proper.layers.bank import AdapterBank
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint, seed_of
+from proper.training.held_out import losses_at_scales, record_losses
 from proper.training.jobs import Done, FitProgress, FitResult, Job, Jobs, refusal
 from proper.training.memory import pending_rows
-from proper.training.microbatching import Work, held_out_losses, micro_batches, padded_tokens, row_losses
+from proper.training.microbatching import Work, micro_batches, padded_tokens, row_losses
 from proper.training.optim import RowAdamW, clip_row_, factors
 from proper.training.trainer import Log
 
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 Bad = dict[int, str]
 """Slots whose users cannot be trained further, and the reasons."""
-
 
 Observe = Callable[[int, Sequence[Work]], None]
 """Function that is called with the number of steps done and the rows of each training micro-batch."""
@@ -168,11 +168,11 @@ class MultiUserTrainer:
         """Fill the bank's gradients; return each slot's loss, and the number of tokens without and with padding."""
         assert self.bank.gradients is not None
         self.bank.gradients.zero_()
-        answers = {slot: sum(len(r.ids) - r.start for r in batch) for slot, batch in chosen.items()}
+        answers = {slot: sum(r.answers for r in batch) for slot, batch in chosen.items()}
         work = [(slot, at, row) for slot, batch in chosen.items() for at, row in enumerate(batch)]
         jobs = {slot: self.job_in(slot)[0] for slot in chosen}
         losses = dict.fromkeys(chosen, 0.0)
-        pieces = list(micro_batches(work))
+        pieces = list(micro_batches(work, self.model.backbone.batch_tokens))
         for piece in pieces:
             self._observe(self.steps, piece)
             sums, _ = row_losses(self.model, jobs, piece, "fit", self.pad, self._dropout_generators(piece))
@@ -208,43 +208,47 @@ class MultiUserTrainer:
 
     def _pass_ended(self) -> None:
         """Compute the held-out loss of users who have just ended a pass, and free the slots of finished users."""
-        ended = []
-        for slot, entry in enumerate(self.slots):
-            if entry is not None and entry[1].step % self._steps_per_pass(entry[0]) == 0:
-                ended.append(slot)
-        self._measure(ended)
+        seats = ((slot, *entry) for slot, entry in enumerate(self.slots) if entry is not None)
+        ended = [slot for slot, job, state in seats if state.step % self._steps_per_pass(job) == 0]
+        self._measure([slot for slot in ended if self._passes(slot) in self.job_in(slot)[0].measured_passes])
         for slot in ended:
             if self.slots[slot] is not None and self._is_finished(slot):
                 self._finish(slot)
 
     def _is_finished(self, slot: int) -> bool:
         job, state = self.job_in(slot)
-        passes = state.step // self._steps_per_pass(job)
-        stalled = bool(job.held_out) and passes - state.best >= self.config.patience
-        return stalled or passes >= job.epochs
+        stalled = bool(job.held_out) and state.stalled >= self.config.patience
+        return stalled or self._passes(slot) >= job.epochs
 
     def _finish(self, slot: int) -> None:
         job, state = self.job_in(slot)
         if not job.held_out:
-            state.best = state.step // self._steps_per_pass(job)
+            state.best = self._passes(slot)
         row = (self.best if job.held_out else self.bank.values)[slot].cpu().clone()
         self.results.append(FitResult(job.user, job.embedding, len(job.items), state, row))
         self.slots[slot] = None
 
     def _measure(self, slots: list[int]) -> None:
-        """Record the held-out loss of these slots, and keep the best weights so far."""
+        """Record the held-out loss of these slots at every scale, and keep the best weights so far."""
+        jobs = {slot: self.job_in(slot)[0] for slot in slots if self.job_in(slot)[0].held_out}
+        started = any(self.job_in(slot)[1].losses for slot in jobs)
+        # Before training B is 0: the adapter changes nothing at any scale.
+        scales = {scale for job in jobs.values() for scale in job.scales} if started else {1.0}
+        found = losses_at_scales(self.model, self.bank, jobs, scales, self.pad)
         bad: Bad = {}
-        jobs = {slot: self.job_in(slot)[0] for slot in slots}
-        for slot, loss in held_out_losses(self.model, jobs, "fit", self.pad).items():
-            _, state = self.job_in(slot)
-            if not math.isfinite(loss):
+        for slot, job in jobs.items():
+            losses, state = {scale: by_slot[slot] for scale, by_slot in found.items()}, self.job_in(slot)[1]
+            if not all(values.isfinite().all() for values in losses.values()):
                 bad[slot] = "quarantined: the held-out loss is not finite"
                 continue
-            state.losses.append(loss)
-            if loss <= min(state.losses):
-                state.best = len(state.losses) - 1
+            if record_losses(state, job, losses) <= min(state.losses):
+                state.best = self._passes(slot)
                 self.best[slot] = self.bank.values[slot]
         self._remove(bad)
+
+    def _passes(self, slot: int) -> int:
+        job, state = self.job_in(slot)
+        return state.step // self._steps_per_pass(job)
 
     def _steps_per_pass(self, job: Job) -> int:
         return -(-len(job.items) // self.config.batch_size)

@@ -24,7 +24,7 @@ from proper.data.dataset import TextExample
 from proper.layers.dropout import Dropout
 from proper.models.backbone import Backbone
 from proper.models.peft_merge import absorb, modules_as_named
-from proper.models.personal import answer_logits, answer_loss, gradient_checkpointing
+from proper.models.personal import answer_losses, gradient_checkpointing
 from proper.models.targets import find_targets
 from proper.training.checkpoint import seed_of
 from proper.training.early_stopping import EarlyStopping
@@ -35,6 +35,7 @@ class PopulationStage:
     """The `TrainableStage` of a PEFT LoRA on the backbone for the training loop."""
 
     name = "population"
+    in_parts = True
 
     def __init__(self, model: PeftModel, low_precision: bool) -> None:
         self.model = model
@@ -49,8 +50,7 @@ class PopulationStage:
     def loss(self, batch: Batch, progress: float) -> LossSum:
         """Return the answer loss of a batch."""
         with self._context:
-            logits = answer_logits(self.model, batch)
-        total, tokens = answer_loss(logits, batch.labels)
+            total, tokens = answer_losses(self.model, batch)
         return LossSum(total.sum(), tokens.sum())
 
     def held_out_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

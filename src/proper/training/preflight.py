@@ -29,7 +29,7 @@ from proper.layers.batch_context import RowContext
 from proper.models.backbone import EMBEDDED, Backbone
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.peft_merge import load_lora
-from proper.models.personal import ProperModel, answer_logits, answer_loss, gradient_checkpointing
+from proper.models.personal import ProperModel, answer_logits, gradient_checkpointing
 from proper.models.targets import expert_targets, find_targets, user_targets
 from proper.run_folder import RunFolder
 from proper.training.population import in_training, wrap
@@ -178,7 +178,7 @@ def _try_personal(backbone: Backbone, config: Config, batch: Batch, place: Path)
     slots = torch.arange(len(SAMPLES), device=model.device)
     own = RowContext("users", embedding=embedding, slots=slots)
     with gradient_checkpointing(backbone.model, config.groups.gradient_checkpointing):
-        total, tokens = answer_loss(model.answer_logits(batch, own), batch.labels)
+        total, tokens = model.answer_losses(batch, own)
         _backward(total.sum() / tokens.sum())
     _check_gradients([*model.group_parameters().values()])
     path = RunFolder(place).experts

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
 from proper.models.backbone import Backbone, configured_backbone, pick_device
 from proper.models.checkpoints import load_groups, save_tensors
+from proper.models.memory import give_back_memory
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.run_folder import RunFolder, Stage, Tier
@@ -36,7 +38,8 @@ from proper.training.groups import train_groups
 from proper.training.optim import resolve_rate
 from proper.training.population import train_population
 from proper.training.trainer import Log, TrainingPlan
-from proper.training.users import UserStage, train_users
+from proper.training.user_stage import UserStage
+from proper.training.users import train_users
 
 
 def join_processes(config: Config) -> Accelerator:
@@ -83,6 +86,7 @@ def stage_plan(
         sample=sample,
         checkpoint=Checkpoint(RunFolder(folder).checkpoint(stage), config.compute.checkpoint_seconds),
         log=log,
+        batch_tokens=backbone.batch_tokens,
     )
 
 
@@ -111,9 +115,10 @@ class StageRunner:
         if last < 1:
             return
         model = ProperModel(self.backbone)
-        self._groups(model, Stage.GROUPS in stages)
-        if last == 2:
-            self._users(model)
+        with model.caching(self.folder, self.config.compute.cache_mb):
+            self._groups(model, Stage.GROUPS in stages)
+            if last == 2:
+                self._users(model)
 
     def _population(self, wanted: bool) -> None:
         folder = self.run_folder.population
@@ -198,10 +203,14 @@ class StageRunner:
             log=self.log,
         )
 
-        def work() -> None:
-            save_tensors(self.run_folder.users.router, train_users(stage), {})
+        facts: dict[str, Any] = {"users": len(users)}
 
-        self._record(Stage.USERS, work, {"users": len(users)})
+        def work() -> None:
+            trained = train_users(stage)
+            facts["choice"] = asdict(trained.choice)
+            save_tensors(self.run_folder.users.router, trained.router, {})
+
+        self._record(Stage.USERS, work, facts)
         shutil.rmtree(work_folder, ignore_errors=True)
         store.close()
 
@@ -219,6 +228,7 @@ class StageRunner:
         """Run a stage's work, then write its `stage.json`."""
         started = time.perf_counter()
         work()
+        give_back_memory()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             seconds = round(time.perf_counter() - started, 3)

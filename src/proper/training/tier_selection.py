@@ -1,8 +1,13 @@
-"""Tier selection: a user gets an adapter if it lowers the loss on the user's own held-out items; group-tier records.
+"""Tier selection: a user gets an adapter if it lowers the loss on held-out items of the history; group-tier records.
 
 The gain is the decrease of the held-out loss per answer token from the group tier to the served form of the adapter.
-Below `pool_below` items, one user's held-out part is too small for a decision, so the gain is pooled over the users
-with the nearest embeddings.
+One user's held-out items are few, so the gain is shrunk toward the mean gain m of users with similar embeddings, by
+empirical Bayes (Efron & Morris 1973): with the variance s^2 / n of a mean over the user's n items, and the variance t^2
+of the users' true gains,
+
+    shrunk gain = m + t^2 / (t^2 + s^2 / n) * (gain - m)
+
+s^2 is pooled over all users' items, and t^2 is the variance of the gains beyond what s^2 explains.
 """
 
 from __future__ import annotations
@@ -33,7 +38,9 @@ class Trial:
         items: length of the history, held-out items included.
         group_loss: held-out loss per token on the group tier.
         user_loss: held-out loss per token with the adapter, in the served form.
-        passes: number of passes over the items after which the adapter was best.
+        passes: number of passes over the items after which it was measured.
+        held_out: number of held-out items.
+        spread: sum over these items of the squared deviation of the gain; see `jobs.FitProgress.spreads`.
     """
 
     user: str
@@ -41,6 +48,8 @@ class Trial:
     group_loss: float
     user_loss: float
     passes: int
+    held_out: int = 1
+    spread: float = 0.0
 
     @property
     def gain(self) -> float:
@@ -71,15 +80,14 @@ def decide(trials: Sequence[Trial], embeddings: Float[Tensor, "U D"], config: Ti
     """Decide the tier of every user; `embeddings` are in the order of `trials`."""
     if not trials:
         return []
-    near = iter(_pooled_gains(trials, embeddings, config))
+    shrunk = shrunk_gains(trials, embeddings, config.neighbours)
     decisions = []
-    for trial in trials:
+    for trial, gain in zip(trials, shrunk, strict=True):
         if trial.passes == 0:
             decisions.append(Decision(trial.user, False, "no pass over the history lowered the held-out loss"))
-        elif trial.items < config.pool_below:
-            gain = next(near)
-            what = "helps" if gain > 0 else "does not help"
-            reason = f"an adapter {what} users with similar histories"
+        elif config.pools(trial.items):
+            what = "lowers" if gain > 0 else "does not lower"
+            reason = f"the adapter {what} the held-out loss, by the user's items and those of similar users"
             decisions.append(Decision(trial.user, gain > 0, reason, pooled=True))
         else:
             what = "lowers" if trial.gain > 0 else "does not lower"
@@ -87,14 +95,32 @@ def decide(trials: Sequence[Trial], embeddings: Float[Tensor, "U D"], config: Ti
     return decisions
 
 
-def _pooled_gains(trials: Sequence[Trial], embeddings: Float[Tensor, "U D"], config: TiersConfig) -> Iterator[float]:
-    """Yield, for every user whose decision is pooled, the mean gain of the nearest users."""
-    gains = torch.tensor([trial.gain for trial in trials])
+def shrunk_gains(trials: Sequence[Trial], embeddings: Float[Tensor, "U D"], neighbours: int) -> list[float]:
+    """Return every user's gain, shrunk toward the mean gain of the nearest users (see the module)."""
+    gains = torch.tensor([trial.gain for trial in trials], dtype=torch.float64)
+    items = torch.tensor([trial.held_out for trial in trials], dtype=torch.float64)
+    degrees = float((items - 1).sum())
+    between = float(gains.var()) if len(trials) > 1 else 0.0
+    # Without a second item of anybody, nothing tells noise from difference: all of it counts as noise.
+    noise = sum(trial.spread for trial in trials) / degrees / items if degrees else torch.full_like(items, between)
+    true = max(0.0, between - float(noise.mean()))
+    weights = true / (true + noise).clamp(min=1e-300)
+    means = torch.cat(list(_means_of_nearest(gains, embeddings, neighbours)))
+    shrunk: list[float] = (means + weights * (gains - means)).tolist()
+    return shrunk
+
+
+def _means_of_nearest(
+    gains: Float[Tensor, "U"], embeddings: Float[Tensor, "U D"], neighbours: int
+) -> Iterator[Float[Tensor, "n"]]:
+    """Yield, for users in blocks, the mean gain of the users with the nearest embeddings, themselves included."""
+    if neighbours >= len(gains):
+        yield gains.mean().expand(len(gains))
+        return
     unit = functional.normalize(embeddings.float(), dim=1)
-    pooled = [at for at, trial in enumerate(trials) if trial.passes > 0 and trial.items < config.pool_below]
-    for at in range(0, len(pooled), BLOCK):
-        near = (unit[pooled[at : at + BLOCK]] @ unit.T).topk(min(config.neighbours, len(trials))).indices
-        yield from gains[near].mean(1).tolist()
+    for at in range(0, len(gains), BLOCK):
+        near = (unit[at : at + BLOCK] @ unit.T).topk(neighbours).indices
+        yield gains[near].mean(1)
 
 
 def refused(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from proper.config import OptimizerConfig
 from proper.console import progress
-from proper.data.batching import Batch, collate, similar_batches
+from proper.data.batching import Batch, by_length, collate, similar_batches
 from proper.data.dataset import SampledRows, TextExample
 from proper.data.encoder import EncodedExample, Encoder
 from proper.errors import NonFiniteLossError
@@ -69,9 +69,16 @@ class LossSum:
 
 
 class TrainableStage(Protocol):
-    """The interface of stages 1 and 2 to the training loop."""
+    """The interface of stages 1 and 2 to the training loop.
+
+    Attributes:
+        in_parts: whether a batch's loss is a sum over its rows, so that its gradient may be computed in parts.
+    """
 
     name: str
+
+    @property
+    def in_parts(self) -> bool: ...  # noqa: D102
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that AdamW updates."""
@@ -91,7 +98,11 @@ class TrainableStage(Protocol):
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Data, hyperparameters and checkpoint of a training loop, without the stage itself."""
+    """Data, hyperparameters and checkpoint of a training loop, without the stage itself.
+
+    Attributes:
+        batch_tokens: tokens, padding included, that run through the model at once.
+    """
 
     config: OptimizerConfig
     rate: float
@@ -101,6 +112,7 @@ class TrainingPlan:
     sample: SampledRows
     checkpoint: Checkpoint
     log: Log
+    batch_tokens: int
 
     @property
     def batches_per_epoch(self) -> int:
@@ -198,8 +210,9 @@ def _update(
 ) -> dict[str, Any]:
     """Take one optimizer step on the mean loss over the answer tokens of all micro-batches and processes."""
     world, rank = accelerator.num_processes, accelerator.process_index
-    shares = [[plan.encoder.encode(row) for row in batch[rank::world]] for batch in micro_batches]
-    answers = _sum(accelerator, sum(len(r.ids) - r.start for share in shares for r in share))
+    whole = [[plan.encoder.encode(row) for row in batch[rank::world]] for batch in micro_batches]
+    shares = [part for rows in whole for part in _parts(rows, plan.batch_tokens)] if stage.in_parts else whole
+    answers = _sum(accelerator, sum(r.answers for share in shares for r in share))
     set_seed(seed_of(plan.seed, stage.name, step, rank) % 2**32)
     optimizer.zero_grad(set_to_none=True)
     total, penalties, tokens = 0.0, 0.0, 0
@@ -236,6 +249,13 @@ def _update(
         "learning_rate": plan.rate * scale,
         "tokens": tokens,
     }
+
+
+def _parts(rows: Sequence[EncodedExample], tokens: int) -> list[list[EncodedExample]]:
+    """Split a batch into parts of at most `tokens` tokens, of similar length; a batch that fits stays as it is."""
+    if len(rows) * max((len(row.ids) for row in rows), default=0) <= tokens:
+        return [list(rows)]
+    return [[rows[at] for at in chunk] for chunk in by_length([len(row.ids) for row in rows], len(rows), tokens)]
 
 
 def _sum(accelerator: Accelerator, value: float) -> float:

@@ -16,6 +16,7 @@ from statistics import fmean
 import bm25s
 import numpy as np
 
+from proper.data.chat import readable
 from proper.data.dataset import Dataset, TextExample
 from proper.data.derived.views import Count, Rewritten, rewrite
 
@@ -97,7 +98,7 @@ def _in_front(row: TextExample, chosen: Sequence[TextExample], count: Count, max
     """Prepend items to a row's prompt, the best one nearest to it, as far as they fit."""
     prompt, tokens, sources, cut = row.prompt, min(row.tokens, max_length), [], False
     for item in reversed(chosen):
-        text = f"{item.prompt} {item.target}\n"
+        text = f"{readable(item.prompt)} {item.target}\n"
         extended = TextExample(row.id, row.user, prompt, row.target, row.item, row.time, tokens)
         kept, size = _fit(text, extended, count, max_length)
         cut = cut or kept != text

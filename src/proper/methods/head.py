@@ -1,0 +1,220 @@
+"""Method `head+prior`: a linear head on frozen features of the population model, beside the user's prior.
+
+    log p(y | x, u) = W_y z(x) + b_y + c log pi_u(y) - log Z
+
+z(x) are the hidden states of the prompt after the last layer: their mean over the tokens and that of the last token,
+standardized. W, b and c minimize the mean -log p plus l / 2 |W|^2 over the rows that the three stages train on; the
+prior of a training row knows the user's items before it. l is chosen by -log p on the target users' held-out items, in
+a fit without them. No adapter is trained: what a method with adapters adds has to show against this.
+
+Shapes: N rows, F features, L labels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from proper.console import progress
+from proper.data.batching import by_length
+from proper.data.dataset import Dataset, TextExample
+from proper.data.prior import Floats, UserPriors, earlier_priors, label_numbers, user_prior
+from proper.evaluation.runner import MethodRun, prediction_of
+from proper.inference.forward import pad_left
+from proper.inference.loading import load
+from proper.inference.model import PersonalizedModel
+from proper.methods.prior import user_priors, with_shares
+from proper.methods.spec import TrainedRun
+from proper.run_folder import Tier
+
+PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+"""Values of l, from the strongest; each fit starts at the one before."""
+
+MOST_ROWS = 20_000
+"""Rows that are fitted: their features are in memory."""
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Rows to fit a head on or to answer.
+
+    Attributes:
+        features: z(x), `(N, F)`.
+        habits: log pi_u, `(N, L)`.
+        labels: index of each row's label, `(N,)`.
+    """
+
+    features: Float[Tensor, "N F"]
+    habits: Float[Tensor, "N L"]
+    labels: Int[Tensor, "N"]
+
+
+class LinearHead:
+    """W, b and c, with the scale of the features."""
+
+    def __init__(self, rows: HeadRows) -> None:
+        size, labels = rows.features.shape[1], rows.habits.shape[1]
+        self.mean, self.scale = rows.features.mean(0), rows.features.std(0, correction=0).clamp(min=1e-6)
+        self.weight, self.bias, self.habit = torch.zeros(labels, size), torch.zeros(labels), torch.ones(())
+
+    def scores(self, rows: HeadRows) -> Float[Tensor, "N L"]:
+        """Return log p up to a constant per row."""
+        return self._scaled(rows) @ self.weight.T + self.bias + self.habit * rows.habits
+
+    def fit(self, rows: HeadRows, penalty: float, steps: int = 200) -> None:
+        """Minimize from where the parameters are, by L-BFGS."""
+        parameters = [self.weight, self.bias, self.habit]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        features = self._scaled(rows)
+        solver = torch.optim.LBFGS(
+            parameters, max_iter=steps, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+        )
+
+        def loss() -> Tensor:
+            solver.zero_grad()
+            scores = features @ self.weight.T + self.bias + self.habit * rows.habits
+            value = nn.functional.cross_entropy(scores, rows.labels) + penalty / 2 * self.weight.square().sum()
+            value.backward()  # type: ignore[no-untyped-call]
+            return value
+
+        solver.step(loss)  # type: ignore[no-untyped-call]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+    def _scaled(self, rows: HeadRows) -> Float[Tensor, "N F"]:
+        return (rows.features - self.mean) / self.scale
+
+
+def head_with_prior(place: TrainedRun) -> MethodRun:
+    """Fit the head on the rows of the three stages, and answer every query."""
+    dataset, priors = place.dataset, user_priors(place.dataset, place.config)
+    rows, queries = training_rows(place), list(dataset.queries())
+    model = load(place.folder, Tier.POPULATION)
+    try:
+        features = pooled_states(model, [row.prompt for row in rows], dataset.labels, "head+prior, histories")
+        started = time.perf_counter()
+        asked = pooled_states(model, [query.prompt for query in queries], dataset.labels, "head+prior, queries")
+        seconds = time.perf_counter() - started
+    finally:
+        model.close()
+    head = fit_head(features, rows, dataset, priors, label_numbers(dataset.labels, place.config.task.kind))
+    habits = torch.from_numpy(np.log(np.stack([priors.shares(query.user) for query in queries]))).float()
+    unknown = torch.zeros(len(queries), dtype=torch.long)
+    shares = head.scores(HeadRows(asked, habits, unknown)).double().softmax(1).numpy()
+    histories = {user.id: user.history for user in dataset.users("target")}
+    blank = [prediction_of(query, "", Tier.POPULATION, histories.get(query.user, 0)) for query in queries]
+    found = with_shares(place, blank, queries, shares)
+    return MethodRun(found, max(seconds, 1e-9), sum(query.tokens for query in queries))
+
+
+def training_rows(place: TrainedRun) -> list[TextExample]:
+    """List the rows that the three stages train on, each once; at most `MOST_ROWS`, those of target users first."""
+    dataset, config = place.dataset, place.config
+    targets = (dataset.history(user.id, config.users.max_items) for user in dataset.users("target"))
+    samples = (
+        dataset.sample(config.groups.train_on, config.groups.max_tokens, place.seed),
+        dataset.sample(config.population.train_on, config.population.max_tokens, place.seed),
+    )
+    every = itertools.chain(itertools.chain.from_iterable(targets), *(sample.rows(0) for sample in samples))
+    found: dict[int, TextExample] = {}
+    for row in every:
+        if len(found) == MOST_ROWS:
+            break
+        found.setdefault(row.id, row)
+    return list(found.values())
+
+
+def pooled_states(
+    model: PersonalizedModel, prompts: Sequence[str], labels: Sequence[str], title: str
+) -> Float[Tensor, "N F"]:
+    """Return z(x): the mean and the last of a prompt's hidden states after the last layer, fp32, on the CPU."""
+    backbone, device = model.model.backbone.model.base_model, model.model.device
+    room = max(len(model.encoder.answer(label)) for label in labels)
+    encoded = [model.encoder.prompt(prompt, room=room) for prompt in prompts]
+    found: dict[int, Tensor] = {}
+    limit = model.model.backbone.batch_tokens
+    with progress(title, len(prompts)) as advance, torch.no_grad():
+        for chunk in by_length([len(ids) for ids in encoded], model.config.compute.batch_size, limit):
+            ids, mask = pad_left([encoded[at] for at in chunk], model.model.backbone.pad_id, device)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+            states = backbone(**given).last_hidden_state.float()
+            mean = (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+            found |= dict(zip(chunk, torch.cat([mean, states[:, -1]], dim=1).cpu(), strict=True))
+            advance(len(chunk))
+    return torch.stack([found[at] for at in range(len(prompts))])
+
+
+def fit_head(
+    features: Float[Tensor, "N F"],
+    rows: Sequence[TextExample],
+    dataset: Dataset,
+    priors: UserPriors,
+    number: Callable[[str], int],
+) -> LinearHead:
+    """Choose l on the held-out rows in a fit on the others, then fit all rows; rows without a label do not count."""
+    before, held = habits(rows, dataset, priors, number, hold_out=True)
+    older = _rows(features, rows, {key: habit for key, habit in before.items() if key not in held}, number)
+    newest = _rows(features, rows, {key: habit for key, habit in before.items() if key in held}, number)
+    penalty = PENALTIES[len(PENALTIES) // 2]
+    if len(newest.labels) and len(older.labels):
+        head, losses = LinearHead(older), []
+        with progress("head+prior: fits", len(PENALTIES)) as advance:
+            for each in PENALTIES:
+                head.fit(older, each)
+                losses.append(float(nn.functional.cross_entropy(head.scores(newest), newest.labels)))
+                advance()
+        penalty = PENALTIES[losses.index(min(losses))]
+    every = _rows(features, rows, habits(rows, dataset, priors, number, hold_out=False)[0], number)
+    head = LinearHead(every)
+    head.fit(every, penalty)
+    return head
+
+
+def habits(
+    rows: Sequence[TextExample],
+    dataset: Dataset,
+    priors: UserPriors,
+    number: Callable[[str], int],
+    *,
+    hold_out: bool,
+) -> tuple[dict[int, Floats], set[int]]:
+    """Return log pi_u by the id of a row, from the user's items before it, and the ids of held-out rows.
+
+    With `hold_out`, no prior knows a held-out answer; without, no row is held out.
+    """
+    population = priors.population_before if hold_out else priors.population
+    found: dict[int, Floats] = {}
+    newest: set[int] = set()
+    for user in dict.fromkeys(row.user for row in rows):
+        known = [(row.id, at) for row in dataset.history(user) if (at := number(row.target)) >= 0]
+        cut = len(known) - (priors.held.get(user, 0) if hold_out else 0)
+        answers = np.asarray([at for _, at in known[:cut]], dtype=np.int64)
+        own = earlier_priors(answers, population, priors.decay, priors.smoothing)
+        found |= {key: np.log(shares) for (key, _), shares in zip(known[:cut], own, strict=True)}
+        after = np.log(user_prior(answers, population, priors.decay, priors.smoothing))
+        found |= {key: after for key, _ in known[cut:]}
+        newest |= {key for key, _ in known[cut:]}
+    return found, newest
+
+
+def _rows(
+    features: Float[Tensor, "N F"],
+    rows: Sequence[TextExample],
+    habit: Mapping[int, Floats],
+    number: Callable[[str], int],
+) -> HeadRows:
+    """Return the rows that have a prior in `habit`."""
+    chosen = [at for at, row in enumerate(rows) if row.id in habit]
+    width = len(next(iter(habit.values()))) if habit else 0
+    stacked = np.stack([habit[rows[at].id] for at in chosen]) if chosen else np.zeros((0, width))
+    labels = torch.tensor([number(rows[at].target) for at in chosen], dtype=torch.long)
+    return HeadRows(features[chosen], torch.from_numpy(stacked).float(), labels)

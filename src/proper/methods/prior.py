@@ -1,0 +1,158 @@
+"""Methods with the user prior: `prior` alone, and mixtures with a stage's label probabilities (method: user prior).
+
+    p(y | x, u) = w p_model(y | x, u) + (1 - w) pi_u(y)         label: argmax; rating: median
+
+Decay and smoothing of pi_u, and w, are chosen on the target users' held-out history items: the newest items of the rows
+that stage 3 trains on, as many as its trial holds out. w has the best main metric there (accuracy, or MAE of the
+median), and of those that tie the lowest mean -log p: by -log p alone, an ill-calibrated model gets no weight although
+its best label is right more often than the prior's. The held-out items are scored by the group model, also for
+`users+prior`: the final adapters are trained on these items, so their answers would be too good and w too large.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from proper.config import Config, TaskConfig
+from proper.data.dataset import Dataset, TextExample
+from proper.data.prior import UserPriors
+from proper.evaluation.metrics import Prediction
+from proper.evaluation.runner import MethodRun, label_losses, likely_labels, prediction_of
+from proper.inference.loading import load
+from proper.inference.score import score
+from proper.methods.evaluate import answered
+from proper.methods.ladder import as_itself
+from proper.methods.spec import Method, TrainedRun
+from proper.run_folder import RunFolder, Stage, Tier
+from proper.training.jobs import held_out_items
+
+Floats = NDArray[np.float64]
+
+WEIGHTS = np.linspace(0, 1, 41)
+
+MOST_HELD = 256
+"""Held-out items that are scored to choose w: one number needs no more, and scoring costs as much as a query each."""
+
+
+def user_priors(dataset: Dataset, config: Config) -> UserPriors:
+    """Return the priors of a run's target users, with decay and smoothing chosen on their held-out items."""
+
+    def held_out(items: int) -> int:
+        seen = items if config.users.max_items is None else min(items, config.users.max_items)
+        return max(1, held_out_items(seen, config.users.tiers.validation))
+
+    return UserPriors.of(dataset, config.task.kind, held_out)
+
+
+def prior(place: TrainedRun) -> MethodRun:
+    """Answer every query with the user's prior alone."""
+    started, dataset = time.perf_counter(), place.dataset
+    priors, queries = user_priors(dataset, place.config), list(dataset.queries())
+    histories = {user.id: user.history for user in dataset.users("target")}
+    blank = [prediction_of(query, "", "trivial", histories.get(query.user, 0)) for query in queries]
+    shares = np.stack([priors.shares(query.user) for query in queries])
+    return MethodRun(with_shares(place, blank, queries, shares), max(time.perf_counter() - started, 1e-9), 0)
+
+
+def with_prior(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
+    """Answer with the mixture of a tier's label probabilities and the user's prior."""
+    stages = tuple(Stage)[: list(Stage).index(Stage(tier)) + 1]
+    alone = Method(tier, as_itself(tier), stages, keeps="embedding" if tier == Tier.GROUPS else "adapter")
+
+    def answer(place: TrainedRun) -> MethodRun:
+        run = _scored(alone, place)
+        priors = user_priors(place.dataset, place.config)
+        weight = choose_weight(held_out(place, priors), place.config.task, place.dataset.labels)
+        queries = {query.id: query for query in place.dataset.queries()}
+        asked = [queries[found.id] for found in run.predictions]
+        model = probabilities([found.label_scores or [] for found in run.predictions])
+        habit = np.stack([priors.shares(query.user) for query in asked])
+        mixed = weight * model + (1 - weight) * habit
+        return replace(run, predictions=with_shares(place, run.predictions, asked, mixed))
+
+    return answer
+
+
+def _scored(method: Method, place: TrainedRun) -> MethodRun:
+    """Return a method's predictions with the labels' scores: those of its own row if the task scores labels."""
+    if place.config.task.scored:
+        return answered(method, place, RunFolder(place.folder), label_scores=True)
+    task = place.config.task.model_copy(update={"decode": "score"})
+    return method.answer(replace(place, config=place.config.model_copy(update={"task": task})))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out items with the group model's label probabilities and the users' priors, `(N, L)` each."""
+
+    rows: Sequence[TextExample]
+    model: Floats
+    habit: Floats
+
+
+def held_out(place: TrainedRun, priors: UserPriors) -> HeldOut:
+    """Score at most `MOST_HELD` held-out items, taken in rounds of one item per user, the newest first."""
+    labels, rows = place.dataset.labels, _held_out(place.dataset, priors)
+    if not rows:
+        return HeldOut((), np.zeros((0, len(labels))), np.zeros((0, len(labels))))
+    model = load(place.folder, Tier.GROUPS)
+    try:
+        scores = score(model, [row.prompt for row in rows], [row.user for row in rows], labels)
+    finally:
+        model.close()
+    return HeldOut(rows, probabilities(scores.tolist()), np.stack([priors.shares_before(row.user) for row in rows]))
+
+
+def choose_weight(found: HeldOut, task: TaskConfig, labels: Sequence[str]) -> float:
+    """Return the w of the grid with the best main metric on the items, then the lowest -log p; 0.5 without items."""
+
+    def errors(weight: float) -> tuple[float, float]:
+        scores = torch.from_numpy(np.log((weight * found.model + (1 - weight) * found.habit).clip(min=1e-30)))
+        answers = likely_labels(scores, task, labels)
+        pairs = [(answer, row.target) for answer, row in zip(answers, found.rows, strict=True)]
+        wrong = [abs(float(a) - float(b)) if task.kind == "rating" else float(a != b) for a, b in pairs]
+        losses = [loss for loss in label_losses(scores, found.rows, labels) if loss is not None]
+        return round(fmean(wrong), 9), fmean(losses)
+
+    return min(map(float, WEIGHTS), key=errors) if found.rows else 0.5
+
+
+def probabilities(scores: Sequence[Sequence[float]]) -> Floats:
+    """Return the softmax over the labels of log-likelihoods in nats, `(N, L)`."""
+    return np.asarray(torch.tensor(scores, dtype=torch.float64).softmax(1).numpy())
+
+
+def _held_out(dataset: Dataset, priors: UserPriors) -> list[TextExample]:
+    """List held-out items with a known label, in rounds of one item per user."""
+    known = set(dataset.labels)
+    newest: Mapping[str, list[TextExample]] = {
+        user: [row for row in dataset.history(user, held)[::-1] if row.target in known]
+        for user, held in priors.held.items()
+        if held
+    }
+    rounds = range(max((len(rows) for rows in newest.values()), default=0))
+    found = [rows[at] for at in rounds for rows in newest.values() if at < len(rows)]
+    return found[:MOST_HELD]
+
+
+def with_shares(
+    place: TrainedRun, blank: Sequence[Prediction], queries: Sequence[TextExample], shares: Floats
+) -> list[Prediction]:
+    """Return predictions with the answers that these label probabilities (N, L) give.
+
+    They have no loss per token: a mixture of label probabilities says nothing of an answer's tokens.
+    """
+    labels, scores = place.dataset.labels, torch.from_numpy(np.log(shares))
+    answers = likely_labels(scores, place.config.task, labels)
+    losses = label_losses(scores, queries, labels)
+    return [
+        replace(row, prediction=answer, loss=None, label_loss=loss, label_scores=None)
+        for row, answer, loss in zip(blank, answers, losses, strict=True)
+    ]

@@ -1,0 +1,204 @@
+"""Inputs of stage 3 and its two phases of training: adapters (3a) and the LoRA-aware routers (3b).
+
+Each phase leaves a file, so a restart resumes after the last finished phase. A user who cannot be trained (see
+`FitResult.reason`) stays on the group tier and is skipped by later phases. Memory per user is an embedding, an id and a
+few numbers; histories are read when needed, and adapters go to the `AdapterStore`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from proper.adapters.quantization import encode
+from proper.adapters.serialization import fault_of
+from proper.adapters.store import AdapterStore, UserRecord
+from proper.config import UsersConfig
+from proper.console import Bar, progress
+from proper.data.derived.views import Histories
+from proper.data.encoder import Encoder
+from proper.files import write_json
+from proper.models.checkpoints import load_tensors, save_tensors
+from proper.models.personal import ProperModel
+from proper.run_folder import Tier
+from proper.training.checkpoint import Checkpoint
+from proper.training.jobs import PARTS, FitResult, HistoryJobs
+from proper.training.lora_router import RouterPlan, train_router
+from proper.training.memory import auto_slots, device_memory, footprint
+from proper.training.multi_user_trainer import MultiUserTrainer
+from proper.training.optim import resolve_rate
+from proper.training.pooled_choice import Choice
+from proper.training.tier_selection import Others, no_others, refused
+from proper.training.trainer import Log
+
+logger = logging.getLogger(__name__)
+
+ROUTER_USERS = 32
+"""Users per cohort in stage 3b. It affects W_r, so unlike `slots` it does not depend on the device's memory."""
+
+Metadata = Callable[[str], Mapping[str, Any]]
+"""Function from a user to the metadata of the user's trial."""
+
+
+@dataclass(frozen=True)
+class UserStage:
+    """Inputs of stage 3.
+
+    Attributes:
+        users: the users to fit, in order.
+        embeddings: e_u of these users (U, D); not trained here.
+        folder: folder for the phases' files while the stage runs; the caller removes it when all is saved.
+        fixed_router: whether W_r is frozen; fitting a new user must not change shared parameters.
+        choice: the passes and the scale that an earlier stage 3 chose; None: this one chooses.
+        others: users whose trials are known, for pooled decisions; none by default.
+        bar: progress bar of the number of users fitted.
+    """
+
+    model: ProperModel
+    config: UsersConfig
+    dataset: Histories
+    encoder: Encoder
+    users: Sequence[str]
+    embeddings: Float[Tensor, "U D"]
+    store: AdapterStore
+    folder: Path
+    seed: int
+    checkpoint_seconds: float
+    log: Log
+    fixed_router: bool = False
+    choice: Choice | None = None
+    others: Others = no_others
+    bar: Bar = progress
+
+    @property
+    def slots(self) -> int:
+        """Number of users trained at once."""
+        return min(self._slots, max(1, len(self.users)))
+
+    @cached_property
+    def _slots(self) -> int:
+        if self.config.slots != "auto":
+            return self.config.slots
+        parts = footprint(self.model, self.config, self.encoder.max_length)
+        return auto_slots(parts, device_memory(self.model.device), self.model.device.type)
+
+    @property
+    def pad(self) -> int:
+        """Id of the padding token."""
+        return self.model.backbone.pad_id
+
+    def rate(self, stage: str) -> float:
+        """Return the learning rate of "users" (3a) or "router" (3b)."""
+        wanted = self.config.learning_rate if stage == "users" else self.config.router_learning_rate
+        return resolve_rate(wanted, stage, self.model.backbone.hidden_size)
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """Return the checkpoint of a phase."""
+        return Checkpoint(self.folder / f"{name}.checkpoint", self.checkpoint_seconds)
+
+    def jobs(self, indices: Sequence[int], trial: bool, part: int = PARTS) -> HistoryJobs:
+        """Return the jobs of the users at `indices`: trials with held-out items, or on all items, up to `part`."""
+        users = [self.users[at] for at in indices]
+        embeddings = self.embeddings[list(indices)]
+        return HistoryJobs(self.config, self.dataset, self.encoder, users, embeddings, trial, part)
+
+
+def no_metadata(user: str) -> Mapping[str, Any]:
+    """Return no metadata."""
+    return {}
+
+
+def fit_adapters(
+    stage: UserStage, jobs: HistoryJobs, store: AdapterStore, phase: str, metadata: Metadata, scale: float = 1.0
+) -> None:
+    """Run stage 3a for these jobs; finished adapters, times `scale`, are written to the store."""
+    marker = stage.folder / f"{phase}-fit.json"
+    if marker.exists() or not len(jobs):
+        return
+    checkpoint = stage.checkpoint(f"{phase}-fit")
+    saved = checkpoint.metadata()
+    slots = stage.slots if saved is None else len(saved["seats"])
+    trainer = MultiUserTrainer(stage.model, stage.config, stage.rate("users"), stage.seed, slots, stage.pad)
+
+    def record(result: FitResult) -> UserRecord:
+        user, state = result.user, result.state
+        if result.row is None:
+            return refused(stage.embeddings, user, result.embedding, result.reason, metadata(user))
+        tensors = trainer.bank.layout.unpack(result.row)
+        for name in tensors:
+            if name.endswith(".B") and scale != 1:
+                tensors[name].mul_(scale)
+        fault = fault_of(tensors)
+        if fault is not None:
+            reason = f"quarantined: {fault}"
+            warn(user, reason)
+            return refused(stage.embeddings, user, result.embedding, reason, metadata(user))
+        adapter = encode(tensors, stage.config.storage)
+        facts = {**metadata(user), "items": result.items, "passes": state.best, "loss": state.trained}
+        if jobs.trial:
+            facts |= {"held_losses": state.losses, "before": state.before, "grid": state.grid, "spreads": state.spreads}
+        return UserRecord(user, Tier.USERS, result.embedding, adapter, facts)
+
+    def done(results: Sequence[FitResult], again: bool) -> None:
+        records = (record(result) for result in results)
+        store.put(new for new in records if not (again and is_stored(store, new)))
+
+    trainer.run(jobs, done, checkpoint, stage.log, f"users: {phase}", stage.bar)
+    write_json(marker, {"users": len(jobs)})
+    checkpoint.remove()
+
+
+def warn(user: str, reason: str) -> None:
+    """Log that a user is in quarantine."""
+    logger.warning(f"proper: user {user!r}: {reason}; the user stays on the group tier")
+
+
+def is_stored(store: AdapterStore, record: UserRecord) -> bool:
+    """Return whether the store already has exactly this record, written before a kill."""
+    stored = store.get(record.user)
+    return stored is not None and (stored.tier, stored.facts) == (record.tier, record.facts)
+
+
+def fitted(stage: UserStage, indices: Sequence[int], store: AdapterStore) -> list[int]:
+    """Return the users whose adapter is in the store: all but those in quarantine."""
+    heads = ((at, store.head(stage.users[at])) for at in indices)
+    return [at for at, head in heads if head is not None and head.tier == "users"]
+
+
+def fit_router(stage: UserStage, jobs: HistoryJobs, store: AdapterStore, phase: str) -> None:
+    """Run stage 3b for these jobs; W_r is left in the model."""
+    parameters = stage.model.router_parameters()
+    path = stage.folder / f"{phase}-router.safetensors"
+    if stage.fixed_router or not parameters or not len(jobs):
+        return
+    if path.exists():
+        tensors, _ = load_tensors(path)
+        for name, parameter in parameters.items():
+            parameter.data.copy_(tensors[name])
+        return
+    config = stage.config
+    checkpoint = stage.checkpoint(f"{phase}-router")
+    rows, users = jobs.rows() * config.router_epochs, min(ROUTER_USERS, len(stage.users))
+    plan = RouterPlan(config, stage.rate("router"), stage.seed, stage.pad, users, rows, checkpoint, stage.log)
+    layout = stage.model.user_layout(config)
+
+    def load(user: str, row: Float[Tensor, "P"]) -> None:
+        layout.pack(adapter_of(store, user)[0], row)
+
+    train_router(stage.model, jobs, load, plan, f"router: {phase}")
+    save_tensors(path, parameters, {})
+    checkpoint.remove()
+
+
+def adapter_of(store: AdapterStore, user: str) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    """Return the adapter and the metadata of a user who has one."""
+    record = store.get(user)
+    assert record is not None and record.adapter is not None
+    return record.adapter, record.facts

@@ -1,0 +1,115 @@
+"""Rows with the user prior on a trained run: the mixture's formula, and that nothing is taken from queries."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proper import pipeline
+from proper.config import Config
+from proper.data.dataset import Dataset
+from proper.errors import ConfigError
+from proper.inference.loading import load
+from proper.inference.score import score
+from proper.methods.prior import WEIGHTS, user_priors
+from proper.methods.table import known_methods
+
+NAMES = ["users", "users+prior", "groups+prior"]
+
+
+@pytest.fixture(scope="module")
+def scored(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prior") / "run"
+    shutil.copytree(run, folder)
+    pipeline.evaluate(folder, NAMES)
+    return folder
+
+
+def answers(run: Path, method: str) -> list[dict[str, Any]]:
+    lines = (run / "predictions" / f"{method}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def softmax(scores: list[float]) -> list[float]:
+    top = max(scores)
+    whole = sum(math.exp(one - top) for one in scores)
+    return [math.exp(one - top) / whole for one in scores]
+
+
+def slow_weight(run: Path, dataset: Dataset, config: Config) -> float:
+    """The w of the grid that answers most held-out items rightly under the group model, then the likeliest."""
+    priors, model, rows = user_priors(dataset, config), load(run, "groups"), []
+    for user, held in priors.held.items():
+        for row in dataset.history(user)[-held:] if held else []:
+            own = softmax(score(model, [row.prompt], [user], dataset.labels)[0].tolist())
+            rows.append((own, priors.shares_before(user), dataset.labels.index(row.target)))
+    model.close()
+
+    def quality(w: float) -> tuple[int, float]:
+        mixed = [([w * p + (1 - w) * q for p, q in zip(own, habit, strict=True)], at) for own, habit, at in rows]
+        right = sum(one.index(max(one)) == at for one, at in mixed)
+        return right, sum(math.log(one[at]) for one, at in mixed)
+
+    return max(map(float, WEIGHTS), key=quality)
+
+
+@pytest.mark.parametrize("tier", ["groups", "users"])
+def test_the_mixture_is_the_formula(scored: Path, settings: Callable[..., Config], tier: str) -> None:
+    config, model = settings(), load(scored, tier)
+    with Dataset.open(scored / "data.sqlite") as dataset:
+        priors, weight = user_priors(dataset, config), slow_weight(scored, dataset, config)
+        queries = {query.id: query for query in dataset.queries()}
+    for row in answers(scored, f"{tier}+prior"):
+        query = queries[row["id"]]
+        own = softmax(score(model, [query.prompt], [query.user], dataset.labels)[0].tolist())
+        habit = priors.shares(query.user)
+        mixed = [weight * p + (1 - weight) * q for p, q in zip(own, habit, strict=True)]
+        assert row["prediction"] == dataset.labels[mixed.index(max(mixed))]
+        assert row["label_loss"] == pytest.approx(-math.log(mixed[dataset.labels.index(query.target)]), abs=1e-3)
+        assert row["loss"] is None
+    model.close()
+
+
+def test_losses_over_labels_compare_rows_with_and_without_a_model(scored: Path) -> None:
+    results = json.loads((scored / "results.json").read_text(encoding="utf-8"))
+    assert {row["method"] for row in results["metrics"] if row["metric"] == "label_loss"} == {*NAMES, "prior"}
+    assert {row["method"] for row in results["metrics"] if row["metric"] == "loss"} == {"users"}
+    for row in answers(scored, "users"):
+        # Only the file has the labels' scores.
+        labels = sorted({one["target"] for one in answers(scored, "users")} | {row["target"]})
+        assert len(row["label_scores"]) >= len(labels) and row["label_loss"] > 0
+
+
+def test_the_queries_answers_are_not_read(scored: Path, settings: Callable[..., Config], tmp_path: Path) -> None:
+    shutil.copy(scored / "data.sqlite", tmp_path / "data.sqlite")
+    with sqlite3.connect(tmp_path / "data.sqlite") as connection:
+        connection.execute("UPDATE texts SET target = 'red' WHERE id IN (SELECT text FROM rows WHERE part = 'query')")
+    connection.close()
+    with Dataset.open(scored / "data.sqlite") as one, Dataset.open(tmp_path / "data.sqlite") as other:
+        before, after = user_priors(one, settings()), user_priors(other, settings())
+        users = [user.id for user in one.users("target")]
+    assert (before.decay, before.smoothing) == (after.decay, after.smoothing)
+    assert all((before.shares(user) == after.shares(user)).all() for user in users)
+    assert (before.population == after.population).all()
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "says"),
+    [
+        ({"kind": "generation"}, "prior", "'prior' needs labels or ratings, and task.kind is generation"),
+        ({"kind": "generation"}, "users+prior", r"users\+prior. needs labels or ratings"),
+        ({"kind": "rating"}, "lead", "'lead' answers with words of the input, and task.kind is rating"),
+    ],
+)
+def test_a_method_that_the_task_does_not_allow(
+    settings: Callable[..., Config], task: dict[str, str], name: str, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        known_methods([name], settings(task=task))
