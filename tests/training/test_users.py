@@ -194,7 +194,8 @@ def test_rows_are_counted_without_reading_them(
 def test_tiers_follow_from_losses_on_held_out_items_as_served(
     run: Callable[..., Everything], grouped: Build, dataset: Dataset, encoder: Encoder, tmp_path: Path
 ) -> None:
-    records, _ = run("hot", Log(), learning_rate=0.5, schedule="constant", patience=1, tiers={"pool_below": 0})
+    hot: dict[str, Any] = {"learning_rate": 0.5, "schedule": "constant", "batch_size": 4, "tiers": {"pool_below": 0}}
+    records, _ = run("hot", Log(), **hot)
     model, config = grouped(), UsersConfig(router="residual")
     model.add_lora_router(config)
     bank = AdapterBank(model.layout(config.rank), 1, alpha=config.alpha, trainable=False)
