@@ -6,6 +6,7 @@ earlier one stopped. The steps themselves are implemented in other modules.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from proper.interactions.deletion import working
 from proper.interactions.personal_files import remove_deleted
 from proper.methods.evaluate import evaluating
 from proper.methods.table import known_methods, table_methods
+from proper.methods.time_budget import plan, time_lines
 from proper.models.backbone import configured_backbone
 from proper.models.targets import find_targets
 from proper.models.tokenizer import configured_encoder
@@ -41,6 +43,8 @@ from proper.run_lock import exclusive
 from proper.training.preflight import check_once, preflight
 from proper.training.stages import StageRunner, join_processes
 from proper.training.trainer import MetricsLog
+
+logger = logging.getLogger(__name__)
 
 STAGES = (*Stage, "evaluate", "report")
 
@@ -81,12 +85,14 @@ def run(
     return folder
 
 
-def _run(settings: Config, folder: Path, stages: Sequence[str], skip_bad_rows: bool) -> None:
+def _run(settings: Config, folder: Path, stages: Sequence[str], skip_bad_rows: bool, estimate: bool = True) -> None:
     processes = join_processes(settings)
     with processes.main_process_first():
         settings = claim(folder, settings)
         with working(folder):
             data = _data(settings, folder, skip_bad_rows)
+            if estimate and processes.is_main_process and set(stages) & set(Stage):
+                settings, data = _in_time(settings, data, folder, skip_bad_rows)
     with data as dataset, working(folder):
         _train(settings, dataset, folder, [stage for stage in Stage if stage in stages], processes.is_main_process)
     # All processes of `accelerate launch` train stages 1 and 2; only the main process does the rest.
@@ -188,6 +194,18 @@ def check(config: Config, *, skip_bad_rows: bool = False) -> Checked:
         return Checked(summarize(dataset), expected_power(dataset, config.task.kind))
 
 
+def check_time(config: Config, *, skip_bad_rows: bool = False) -> list[str]:
+    """Estimate the time of a run from a few measured steps; return a line per stage, and what a time budget lowers.
+
+    Raises:
+        DataError: the data cannot be used, or a stage has no rows to train on.
+    """
+    quiet_libraries()
+    methods = table_methods(config.evaluation.methods, config)
+    with tempfile.TemporaryDirectory() as folder, _data(config, Path(folder), skip_bad_rows) as dataset:
+        return time_lines(config, dataset, methods)
+
+
 def check_backbone(config: Config) -> str:
     """Try all stages and decoding on the backbone with two short rows; return a line that names the adapted modules.
 
@@ -221,7 +239,7 @@ def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, p
         if not run.data.exists():
             write_demo(run.demo_data, settings)
             remove_deleted(run)
-        _run(config, folder, STAGES, skip_bad_rows=False)
+        _run(config, folder, STAGES, skip_bad_rows=False, estimate=False)
     return folder
 
 
@@ -246,6 +264,22 @@ def _train(config: Config, dataset: Dataset, folder: Path, stages: Sequence[str]
     finally:
         if log is not None:
             log.close()
+
+
+def _in_time(config: Config, dataset: Dataset, folder: Path, skip_bad_rows: bool) -> tuple[Config, Dataset]:
+    """Show how long a new run takes, lower its settings to its time budget, and return the config and the data."""
+    run = RunFolder(folder)
+    if run.is_trained(Stage.POPULATION) or run.checkpoint(Stage.POPULATION).exists():
+        return config, dataset
+    fitting, lines = plan(config, dataset, table_methods(config.evaluation.methods, config))
+    for line in lines:
+        logger.info(line)
+    if fitting.split != config.split:
+        # Before the config is written: a killed run prepares the data again, by whichever config it finds.
+        dataset.close()
+        run.data.unlink()
+    write_config(run.config, fitting)
+    return fitting, dataset if fitting.split == config.split else _data(fitting, folder, skip_bad_rows)
 
 
 def _no_log(metrics: dict[str, Any]) -> None:

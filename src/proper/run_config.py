@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from proper.config import Config, load_run_config, with_chat
+from proper.config import Config, load_run_config, make_config, with_chat
 from proper.data.chat import uses_chat_template
 from proper.errors import RunFolderError
 from proper.files import private_folder, write_text
@@ -31,7 +31,8 @@ def claim(folder: Path, config: Config) -> Config:
     if data.exists():
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data.resolve())})})
     path = RunFolder(folder).config
-    config = _settle_chat(config, run_config(folder) if path.exists() else None)
+    started = run_config(folder) if path.exists() else None
+    config = _settle_cut(_settle_chat(config, started), started)
     if path.exists():
         different = _difference(run_config(folder).model_dump(), config.model_dump())
         if different is not None:
@@ -51,6 +52,19 @@ def _settle_chat(config: Config, started: Config | None) -> Config:
         return with_chat(config, started.data.chat)
     tokenizer = load_tokenizer(config.backbone, trust_remote_code=config.trust_remote_code)
     return with_chat(config, "on" if uses_chat_template("auto", tokenizer, config.backbone) else "off")
+
+
+def _settle_cut(config: Config, started: Config | None) -> Config:
+    """Return the config with the settings that `compute.budget` lowered when the run was started."""
+    if started is None or not started.compute.cut:
+        return config
+    raw, lowered = config.model_dump(), started.model_dump()
+    for name, before in started.compute.cut.items():
+        section, key = name.split(".")
+        if raw[section][key] == before:
+            raw[section][key] = lowered[section][key]
+    raw["compute"]["cut"] = started.compute.cut
+    return make_config(raw)
 
 
 def _require_free(folder: Path) -> None:

@@ -26,7 +26,10 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def watch(folders: list[Path]) -> list[str]:
-    """Note from now on everything that this process does to files inside the folders."""
+    """Note from now on everything that this process does to files inside the folders.
+
+    A file without a name (opened by its folder's path) is not noted: no other process can meet it.
+    """
     seen: list[str] = []
     inside = tuple(str(folder) for folder in folders)
 
@@ -35,6 +38,7 @@ def watch(folders: list[Path]) -> list[str]:
         if event == "open":
             mode, flags = arguments[1:3]
             changes = any(c in mode for c in "wax+") if isinstance(mode, str) else bool(flags & WRITING)
+            changes = changes and not os.path.isdir(arguments[0])
         if changes:
             seen.extend(f"{event} {path}" for path in arguments[:2] if str(path).startswith(inside))
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sqlite3
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from proper.data.dataset import Dataset
-from proper.data.derived.retrieval import add_profiles, retrieve, template_profile
+from proper.data.derived.retrieval import Kind, add_profiles, retrieve, template_profile
 from proper.data.derived.views import cut_queries, rewrite, shuffle_users
 from proper.data.summary import leaks, require_no_leaks
 from proper.errors import DataError
@@ -143,3 +145,54 @@ def test_a_failed_rewriting_leaves_no_file(dataset: Dataset, tmp_path: Path) -> 
     with pytest.raises(RuntimeError):
         rewrite(dataset, tmp_path / "half.sqlite", "half", broken())
     assert not list(tmp_path.glob("half*"))
+
+
+@pytest.mark.parametrize("kind", ["embedding", "both"])
+def test_embeddings_rank_the_items_that_have_one(dataset: Dataset, tmp_path: Path, kind: Kind) -> None:
+    random = np.random.default_rng(0)
+    rows = {row.id: row for user in "ab" for row in (*dataset.history(user), *dataset.queries(user))}
+    # Of user b, only the newest items and the queries have vectors; user c has none.
+    known = [row.id for row in rows.values() if row.user == "a" or row.time >= 6]
+    made = random.normal(size=(len(known), 4)).astype(np.float32)
+    vectors = dict(zip(known, made / np.linalg.norm(made, axis=1, keepdims=True), strict=True))
+    for name, given in (("bm25", None), (kind, vectors)):
+        retrieve(dataset, tmp_path / f"{name}.sqlite", 99, count, 10**6, given, kind)
+    with Dataset.open(tmp_path / "bm25.sqlite") as by_words, Dataset.open(tmp_path / f"{kind}.sqlite") as found:
+        assert leaks(found) == []
+        orders = [
+            {row: [s for _, s in found] for row, found in itertools.groupby(each.connection.execute(
+                "SELECT row, source FROM sources ORDER BY row, rowid"), key=lambda pair: pair[0])}
+            for each in (by_words, found)
+        ]  # fmt: skip
+    for row, words in orders[0].items():
+        alike = [item for item in words if row in vectors and item in vectors]
+        alike.sort(key=lambda item: (vectors[item] @ vectors[row], item), reverse=True)
+        if not alike:
+            want = words
+        elif kind == "embedding":
+            want = alike
+        else:
+            places = [{item: at for at, item in enumerate(order, 1)} for order in (words, alike)]
+            merged = {item: sum(1 / (60 + place[item]) for place in places if item in place) for item in words}
+            want = sorted(merged, key=lambda item: (merged[item], item), reverse=True)
+        assert orders[1][row] == want
+
+
+def test_only_the_wanted_rows_get_items(dataset: Dataset, tmp_path: Path) -> None:
+    wanted = {row.id for row in dataset.queries("a")} | {dataset.history("b")[-1].id}
+    retrieve(dataset, tmp_path / "rag.sqlite", 2, count, 100, only=wanted)
+    with Dataset.open(tmp_path / "rag.sqlite") as rag:
+        assert {row for (row,) in rag.connection.execute("SELECT DISTINCT row FROM sources")} == wanted
+
+
+def test_items_share_what_the_row_leaves(build, tmp_path: Path) -> None:
+    text = " ".join(f"w{at}" for at in range(60))
+    rows = [{"user_id": "u", "timestamp": at, "input": f"{text} x{at}", "output": f"answer {at}"} for at in range(16)]
+    source = build(rows)
+    for longest, items in ((63 + 4 * 30, 4), (63 + 30, 1), (63 + 2 * 64, 4)):
+        path = tmp_path / f"{longest}.sqlite"
+        retrieve(source, path, 4, count, longest)
+        with Dataset.open(path) as rag:
+            for row in rag.queries():
+                assert row.tokens == count(row.prompt, row.target) <= longest
+                assert len(re.findall(r"answer \d+\n", row.prompt)) == items

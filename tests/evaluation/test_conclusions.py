@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from proper.evaluation.comparisons import CONTROLS
-from proper.evaluation.conclusions import against_trivial, claim, failure_signatures
+from proper.evaluation.conclusions import against_trivial, claim, failure_signatures, one_answer
 
 
 def control(pair, difference=0.1, p=0.01, higher=True, primary=True):
@@ -71,6 +71,20 @@ def test_no_gain_over_an_undertrained_population_is_claimed():
     every = [control(pair) for pair in CONTROLS]
     assert claim(every, measured(0.3, 0.8, 0.3, 0.6))["claimed"] is False
     assert claim(every, measured(0.5, 0.8, 0.3, 0.6))["claimed"] is True
+
+
+@pytest.mark.parametrize(
+    ("answers", "golds", "says"),
+    [("a" * 19 + "b", "abcd" * 5, True), ("abcd" * 5, "abcd" * 5, False), ("a" * 20, "a" * 19 + "b", False)],
+)
+def test_one_label_for_most_queries(make, answers, golds, says):
+    rows = make([("u", gold, answer) for gold, answer in zip(golds, answers, strict=True)])
+    found = one_answer(rows, ["a", "b", "c", "d"])
+    assert bool(found) == says and not one_answer(rows, [])
+    if says:
+        assert found[0].startswith(
+            "Population answers 'a' to 19 of 20 queries, and the most frequent label is right for 5"
+        )
 
 
 def test_no_trivial_rows_no_word_of_them():

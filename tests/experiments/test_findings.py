@@ -262,12 +262,16 @@ def test_a_job_leaves_what_the_page_needs_and_is_then_done(
     assert sorted(pairs) == sorted(
         [("groups", "population"), ("groups", changed), (changed, "population")]
         + [("groups", "user-majority"), ("user-majority", "population")]
+        + [("groups", "lead")]
     )
     assert list(found["routing_of"]) == ["groups", changed]
     assert [found["routing_of"][name]["experts"] for name in found["routing_of"]] == [5, 2]
     of_slice = [(row["metric"], row["method"]) for row in found["slice"]["metrics"]]
     trained = [method for method in job.methods if method != "user-majority"]
-    assert of_slice == [*(("rouge1", method) for method in job.methods), *(("loss", method) for method in trained)]
+    assert of_slice == [
+        *(("rouge1", method) for method in (*job.methods, "lead")),
+        *(("loss", method) for method in trained),
+    ]
     queries = [found["tasks"][asked]["metrics"][0]["queries"] for asked in ("Colour", "Name")]
     assert sum(queries) == found["task"]["queries"] and min(queries) > 0
     assert found["tasks"]["Colour"]["metrics"][0]["metric"] == "accuracy"

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from proper import pipeline
 from proper.adapters.quantization import decode, encode
@@ -260,7 +261,9 @@ def test_ratings_and_free_text(kind: str, settings: Callable[..., Config], tmp_p
                 row = {"user_id": user, "timestamp": at, "input": f"{user} has text {at}", "output": output}
                 file.write(json.dumps(row) + "\n")
     names = ["users", "user-majority", "global-majority", "swapped", "rag-2", "pag"]
+    longer = {"max_length": 96, "kind": "both" if kind == "generation" else "bm25"}
     config = settings(
+        retrieval=longer,
         data={"path": str(rows)},
         task={"kind": kind, "max_new_tokens": 3},
         users={"epochs": 1},
@@ -271,6 +274,9 @@ def test_ratings_and_free_text(kind: str, settings: Callable[..., Config], tmp_p
     found = {row["method"]: row["value"] for row in results["metrics"] if row["metric"] == main}
     always = {"rating": ["user-majority-same", "prior"], "generation": ["lead"]}
     assert list(found) == [*names, *always[kind]]
+    (variant,) = (tmp_path / "run" / "variants").glob("rag-2*")
+    with_items = yaml.safe_load((variant / "config.yaml").read_text(encoding="utf-8"))
+    assert with_items["compute"]["max_length"] == 96 and with_items["retrieval"]["k"] == 2
     # What is looked up does not depend on the seed, and lies there once; what is trained does.
     assert len(list((tmp_path / "run" / "variants" / "data").iterdir())) == 2
     if kind == "rating":

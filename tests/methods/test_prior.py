@@ -15,6 +15,7 @@ import pytest
 from proper import pipeline
 from proper.config import Config
 from proper.data.dataset import Dataset
+from proper.data.summary import require_no_leaks
 from proper.errors import ConfigError
 from proper.inference.loading import load
 from proper.inference.score import score
@@ -43,9 +44,9 @@ def softmax(scores: list[float]) -> list[float]:
     return [math.exp(one - top) / whole for one in scores]
 
 
-def slow_weight(run: Path, dataset: Dataset, config: Config) -> float:
-    """The w of the grid that answers most held-out items rightly under the group model, then the likeliest."""
-    priors, model, rows = user_priors(dataset, config), load(run, "groups"), []
+def slow_weight(run: Path, folder: Path, dataset: Dataset, config: Config, tier: str) -> float:
+    """The w of the grid that answers most held-out items rightly under the model in `folder`, then the likeliest."""
+    priors, model, rows = user_priors(dataset, config), load(folder, tier), []
     for user, held in priors.held.items():
         for row in dataset.history(user)[-held:] if held else []:
             own = softmax(score(model, [row.prompt], [user], dataset.labels)[0].tolist())
@@ -63,8 +64,10 @@ def slow_weight(run: Path, dataset: Dataset, config: Config) -> float:
 @pytest.mark.parametrize("tier", ["groups", "users"])
 def test_the_mixture_is_the_formula(scored: Path, settings: Callable[..., Config], tier: str) -> None:
     config, model = settings(), load(scored, tier)
+    (trial,) = (path for path in (scored / "variants").iterdir() if path.name.startswith("held-out-all-0.2-"))
     with Dataset.open(scored / "data.sqlite") as dataset:
-        priors, weight = user_priors(dataset, config), slow_weight(scored, dataset, config)
+        priors = user_priors(dataset, config)
+        weight = slow_weight(scored, scored if tier == "groups" else trial, dataset, config, tier)
         queries = {query.id: query for query in dataset.queries()}
     for row in answers(scored, f"{tier}+prior"):
         query = queries[row["id"]]
@@ -75,6 +78,21 @@ def test_the_mixture_is_the_formula(scored: Path, settings: Callable[..., Config
         assert row["label_loss"] == pytest.approx(-math.log(mixed[dataset.labels.index(query.target)]), abs=1e-3)
         assert row["loss"] is None
     model.close()
+
+
+def test_the_trial_adapters_never_saw_a_held_out_item(scored: Path, settings: Callable[..., Config]) -> None:
+    (path,) = (path for path in (scored / "variants" / "data").iterdir() if path.name.startswith("held-out-"))
+    with Dataset.open(scored / "data.sqlite") as dataset, Dataset.open(path) as derived:
+        priors = user_priors(dataset, settings())
+        require_no_leaks(derived)
+        asked = {row.id for row in dataset.queries()}
+        for user in dataset.users("target"):
+            history, held = [row.id for row in dataset.history(user.id)], priors.held[user.id]
+            assert held > 0 and [row.id for row in derived.history(user.id)] == history[:-held]
+            assert [row.id for row in derived.queries(user.id)] == history[-held:]
+            facts = derived.user(user.id)
+            assert facts is not None and (facts.history, facts.queries) == (len(history) - held, held)
+        assert not asked & {row.id for row in derived.queries()}
 
 
 def test_losses_over_labels_compare_rows_with_and_without_a_model(scored: Path) -> None:

@@ -163,7 +163,7 @@ def test_the_library_serves_what_the_recipes_trained(
     loss = held_out(model, out, lambda who: RowContext("groups", embedding=e[who]), people)
     assert told["stage2_groups"].held_out[-1] == pytest.approx(loss, abs=2e-3)
 
-    config = UsersConfig()
+    config = UsersConfig(router="residual")
     model.add_lora_router(config)
     bank = AdapterBank(model.layout(config.rank), len(people), alpha=config.alpha, trainable=False)
     bank.values.copy_(load_tensors(out / "users.safetensors")[0]["values"])

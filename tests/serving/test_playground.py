@@ -109,6 +109,34 @@ def test_three_answers_with_their_gates(opened: Opened, served: Running) -> None
         assert sum(int(text.rstrip("%")) for text in bars.all_text_contents()) == pytest.approx(100, abs=3)
 
 
+def test_users_side_by_side(opened: Opened, served: Running) -> None:
+    page, prompt = opened.page, "Title: Late\nText: The bus was late again.\nTag:"
+    go = page.get_by_role("button", name="Compare users")
+    page.get_by_label("Users to compare").fill("u1, u3,u5, u1,")
+    go.click()
+    expect(page.locator("#trouble")).to_have_text("The prompt is empty.")
+    opened.write("Late", "The bus was late again.")
+    page.get_by_label("Users to compare").fill(", ".join(f"u{at}" for at in range(7)))
+    go.click()
+    expect(page.locator("#trouble")).to_have_text("Type one to 6 user ids, separated by commas.")
+    page.get_by_label("Users to compare").fill("u1, u3,u5, u1,")
+    go.click()
+    expect(page.locator("#compare-said")).not_to_be_empty()
+    compared = page.locator("#compared article")
+    assert compared.locator("h3").all_text_contents() == ["u1", "u3", "u5"]
+    wanted = [by_api(served, prompt, user)[-1] for user in ("u1", "u3", "u5")]
+    assert compared.locator(".answer").all_text_contents() == wanted and len(set(wanted)) == 3
+    expect(compared.locator(".pill")).to_have_text(["own adapter, version 1"] * 3)
+    # The chat route gives each user the same line.
+    with served.client() as client:
+        messages = [{"role": "user", "content": prompt}]
+        replies = [
+            client.post("/v1/chat/completions", json={"model": "tiny", "user": user, "messages": messages}).json()
+            for user in ("u1", "u3", "u5")
+        ]
+    assert [reply["choices"][0]["message"]["content"] for reply in replies] == wanted
+
+
 def test_pointing_at_a_token_shows_its_own_gates(opened: Opened) -> None:
     opened.pick("u3")
     opened.write("Late", "The bus was late again.")
@@ -174,8 +202,11 @@ def test_by_keyboard_alone(opened: Opened, served: Running) -> None:
     expect(group.last).to_be_focused()
     page.keyboard.press("Tab")
     expect(opened.column("users").locator(".token").first).to_be_focused()
-    page.keyboard.press("Tab")
-    assert focused() == "example-0-0"
+    order = []
+    for _ in range(3):
+        page.keyboard.press("Tab")
+        order.append(focused())
+    assert order == ["compare-ids", "compare-go", "example-0-0"]
 
 
 def test_a_new_id_is_a_new_user(opened: Opened) -> None:

@@ -21,7 +21,7 @@ from proper.models.personal import ProperModel, gradient_checkpointing
 from proper.training import groups
 from proper.training.groups import train_groups
 from proper.training.optim import factor
-from proper.training.trainer import TrainingPlan, _batches, _parts
+from proper.training.trainer import TrainingPlan, _batches, parts_of
 
 Build = Callable[..., ProperModel]
 MakePlan = Callable[..., TrainingPlan]
@@ -116,8 +116,8 @@ def test_a_batch_in_parts_has_the_same_gradient(run: Callable[..., Trained], eig
 
 def test_parts_stay_below_the_limit() -> None:
     rows = [EncodedExample("u", tuple(range(length)), 1) for length in (5, 30, 5, 9, 7, 12)]
-    assert _parts(rows, 180) == [rows], "a batch that fits is not reordered"
-    parts = _parts(rows, 20)
+    assert parts_of(rows, 180) == [rows], "a batch that fits is not reordered"
+    parts = parts_of(rows, 20)
     assert sorted(map(id, (row for part in parts for row in part))) == sorted(map(id, rows))
     assert all(len(part) == 1 or len(part) * max(len(row.ids) for row in part) <= 20 for part in parts)
     assert [[len(row.ids) for row in part] for part in parts] == [[5, 5], [7, 9], [12], [30]]

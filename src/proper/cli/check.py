@@ -12,6 +12,7 @@ EXAMPLES = """\
   proper check notes.yaml
   proper check notes.yaml --set split.min_history=20 --skip-bad-rows
   proper check notes.yaml --backbone
+  proper check notes.yaml --time --set compute.budget=40m
 """
 
 Backbone = Annotated[
@@ -22,8 +23,18 @@ Backbone = Annotated[
 ]
 
 
+Time = Annotated[
+    bool,
+    typer.Option("--time", help="Estimate the time of each stage instead, from a few measured steps."),
+]
+
+
 def command(
-    config: ConfigFile, overrides: Overrides = None, skip_bad_rows: SkipBadRows = False, backbone: Backbone = False
+    config: ConfigFile,
+    overrides: Overrides = None,
+    skip_bad_rows: SkipBadRows = False,
+    backbone: Backbone = False,
+    time: Time = False,
 ) -> None:
     """Check a config and summarize its training data.
 
@@ -36,6 +47,10 @@ def command(
 
     if backbone:
         typer.echo(pipeline.check_backbone(settings))
+        return
+    if time:
+        for line in pipeline.check_time(settings, skip_bad_rows=skip_bad_rows):
+            typer.echo(line)
         return
     for line in pipeline.check(settings, skip_bad_rows=skip_bad_rows).lines():
         typer.echo(line)

@@ -2,7 +2,15 @@
 
 from proper.config.loading import load_config, load_run_config, make_config, with_chat
 from proper.config.presets import PRESETS
-from proper.config.schema import ComputeConfig, Config, DataConfig, EvaluationConfig, SplitConfig, TaskConfig
+from proper.config.schema import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    SplitConfig,
+    TaskConfig,
+    seconds_of,
+)
 from proper.config.stages import (
     ConstraintConfig,
     GroupsConfig,
@@ -35,5 +43,6 @@ __all__ = [
     "load_config",
     "load_run_config",
     "make_config",
+    "seconds_of",
     "with_chat",
 ]

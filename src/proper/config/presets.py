@@ -6,7 +6,7 @@ from typing import Any
 
 _PAPER: dict[str, Any] = {
     "population": {"learning_rate": 3e-4, "train_on": "others", "batch_size": 16, "patience": 0},
-    "groups": {"learning_rate": 2e-4, "train_on": "targets", "embedding_init": 0.02},
+    "groups": {"learning_rate": 2e-4, "train_on": "targets", "batch_size": 16, "embedding_init": 0.02},
     "users": {
         "learning_rate": 2e-4,
         "epochs": 2,

@@ -6,6 +6,7 @@ nearest known one.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
@@ -136,6 +137,21 @@ class SplitConfig(Section):
     seed: int = 0
 
 
+def seconds_of(time: str) -> float:
+    """Return the seconds of a time as in 40m, 2h, 90s or 1h30m.
+
+    Raises:
+        ValueError: it is no such time, or none at all.
+    """
+    number = r"(?:(\d+(?:\.\d+)?){})?"
+    found = re.fullmatch("".join(map(number.format, "hms")), time.replace(" ", ""))
+    parts = [float(part or 0) for part in found.groups()] if found else [0.0]
+    if not any(parts):
+        raise ValueError(f"'{time}' is not a time, as in 40m, 2h or 1h30m")
+    hours, minutes, seconds = parts
+    return 3600 * hours + 60 * minutes + seconds
+
+
 class ComputeConfig(Section):
     """Precision, device, sequence length, inference batch size and checkpoint interval.
 
@@ -150,6 +166,9 @@ class ComputeConfig(Section):
         checkpoint_seconds: time between two checkpoints of a stage, in seconds.
         cache_mb: most MiB of disk, and at most half of what is free, for hidden states of texts during training, used
             where `groups.layers` leaves lower layers without experts; 0 switches the cache off.
+        budget: time for the whole run, as in 40m, 2h or 1h30m; null means no limit. The tokens of stages 1 and 2, then
+            steps and items per user, then queries are lowered until the estimated time fits.
+        cut: the settings that the budget lowered, with their values before; the run writes it.
     """
 
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
@@ -159,6 +178,15 @@ class ComputeConfig(Section):
     batch_tokens: Literal["auto"] | Count = "auto"
     checkpoint_seconds: Positive = 30.0
     cache_mb: Annotated[int, Field(ge=0)] = 4096
+    budget: str | None = None
+    cut: dict[str, int | None] = {}
+
+    @field_validator("budget")
+    @classmethod
+    def _is_a_time(cls, budget: str | None) -> str | None:
+        if budget is not None:
+            seconds_of(budget)
+        return budget
 
 
 class EvaluationConfig(Section):
@@ -184,6 +212,21 @@ class EvaluationConfig(Section):
         return seeds
 
 
+class RetrievalConfig(Section):
+    """Items of a user's own earlier history that the methods `rag` and `users+rag` prepend to prompts.
+
+    Attributes:
+        kind: how items are found: by words (BM25), by the frozen backbone's hidden states, or by both rankings.
+        k: most items of a prompt.
+        max_length: longest prompt with its items and its answer in these methods, in tokens; null means
+            compute.max_length.
+    """
+
+    kind: Literal["bm25", "embedding", "both"] = "bm25"
+    k: Count = 4
+    max_length: Annotated[int, Field(ge=8)] | None = None
+
+
 class Config(Section):
     """All settings of a run.
 
@@ -204,7 +247,15 @@ class Config(Section):
     population: PopulationConfig = PopulationConfig()
     groups: GroupsConfig = GroupsConfig()
     users: UsersConfig = UsersConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _items_need_room(self) -> Config:
+        longest = self.retrieval.max_length
+        if longest is not None and longest < self.compute.max_length:
+            raise ValueError(f"retrieval.max_length: {longest} is below compute.max_length, {self.compute.max_length}")
+        return self
 
     @model_validator(mode="after")
     def _users_have_experts(self) -> Config:

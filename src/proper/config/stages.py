@@ -34,7 +34,7 @@ class OptimizerConfig(Section):
     """
 
     epochs: Annotated[float, Field(gt=0)] = 2
-    batch_size: Count = 16
+    batch_size: Count = 8
     learning_rate: Rate = "auto"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup: Fraction = 0.03
@@ -77,7 +77,6 @@ class PopulationConfig(OptimizerConfig):
     alpha: Positive = 16
     dropout: Fraction = 0.05
     target_modules: TargetModules = "all"
-    batch_size: Count = 8
     epochs: Annotated[float, Field(gt=0)] = 3
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     train_on: Literal["all", "others"] = "all"

@@ -1,8 +1,9 @@
 """Fits the embedding of a user unknown to stage 2 on the user's own items, with all else frozen (method: tiers).
 
-The embedding starts at the mean embedding and is trained as in stage 2: at that stage's learning rate, with one item
-per step, which is about one user's share of a batch of many users. Early stopping on the user's held-out items gives
-the number of passes; then the embedding is fitted again on all items for that many passes.
+The embedding starts at the mean embedding and is trained as in stage 2, with one item per step, which is about one
+user's share of a batch of many users. The learning rate is that stage's or, if it is higher, `REACH` of the spread of
+the embeddings at their start: the few steps must be able to lead away from the mean. Early stopping on the user's
+held-out items gives the number of passes; then the embedding is fitted again on all items for that many passes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from proper.models.personal import ProperModel
 from proper.training.checkpoint import seed_of
 from proper.training.optim import RowAdamW, factor
 
+REACH = 0.05
+"""Least learning rate, as a part of `groups.embedding_init`: Adam moves each number by about the rate in a step."""
+
 MEASURED = 16
 """Batch size for the held-out loss."""
 
@@ -41,6 +45,11 @@ class Setting:
     def passes(self) -> int:
         """Maximum number of passes over the items."""
         return math.ceil(self.config.epochs)
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the embedding."""
+        return max(self.config.embedding_learning_rate, REACH * self.config.embedding_init)
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ def _descend(
         for at, index in enumerate(torch.randperm(len(items), generator=draw).tolist()):
             gradient = _gradient(setting, items[index], values)
             rate = factor(epoch * len(items) + at, total, setting.config.warmup, setting.config.schedule)
-            optimizer.step(values, row, gradient, setting.config.embedding_learning_rate * rate)
+            optimizer.step(values, row, gradient, setting.rate * rate)
             setting.step()
         after.append(values[0].clone())
     return after

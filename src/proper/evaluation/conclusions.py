@@ -7,11 +7,13 @@ the numbers that it is based on.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from proper.evaluation.comparisons import CONSTANT, CONTROLS, TRIVIAL
+from proper.evaluation.metrics import Prediction
 from proper.run_folder import LADDER
 
 LEVEL = 0.05
@@ -19,6 +21,9 @@ LEVEL = 0.05
 
 OVERLAP = 0.95
 """Cosine between users' mean gates above which mixtures count as identical."""
+
+ONE_ANSWER = 0.9
+"""Share of the queries from which one answer counts as a constant, unless the queries themselves have one label."""
 
 UNUSED = 0.1
 """Fraction of the uniform load below which an expert counts as unused."""
@@ -110,6 +115,20 @@ def _undertrained(
     return [
         f"Population is not measurably better than the best constant, {CONSTANT} ({size}, adjusted "
         f"p = {row['p_adjusted']:.3f}): it is undertrained, or there are too few queries to tell."
+    ]
+
+
+def one_answer(predictions: Sequence[Prediction], labels: Sequence[str]) -> list[str]:
+    """Return the signature of a population that gives one label to nearly all queries, whatever they ask."""
+    if not labels or not predictions:
+        return []
+    answer, given = Counter(row.prediction for row in predictions).most_common(1)[0]
+    _, most = Counter(row.target for row in predictions).most_common(1)[0]
+    if given < ONE_ANSWER * len(predictions) or most >= ONE_ANSWER * given:
+        return []
+    return [
+        f"Population answers {answer!r} to {given} of {len(predictions)} queries, and the most frequent label is right "
+        f"for {most}: stage 1 is undertrained."
     ]
 
 

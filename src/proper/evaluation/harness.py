@@ -194,12 +194,16 @@ class Harness:
     def _run_metadata(self) -> dict[str, Any]:
         packages = ("proper-llm", "torch", "transformers", "peft", "accelerate")
         versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-        device = "cuda" if torch.cuda.is_available() and self.config.compute.device != "cpu" else "cpu"
+        compute = self.config.compute
+        device = "cuda" if torch.cuda.is_available() and compute.device != "cpu" else "cpu"
+        values = self.config.model_dump()
+        lowered = {name: values[name.split(".")[0]][name.split(".")[1]] for name in compute.cut}
         return {
             "backbone": self.config.backbone,
             "versions": versions,
             "data_sha256": self.dataset.sha256,
             "device": f"{device}, {torch.get_num_threads()} threads",
+            **({"budget": {"time": compute.budget, "lowered": lowered}} if compute.budget is not None else {}),
         }
 
     def _seconds(self) -> dict[str, float]:

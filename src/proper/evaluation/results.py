@@ -15,7 +15,7 @@ import numpy as np
 
 from proper.errors import DataError
 from proper.evaluation.comparisons import STEPS, TRIVIAL, Scores, comparison_rows, default_pairs
-from proper.evaluation.conclusions import against_trivial, claim, failure_signatures
+from proper.evaluation.conclusions import against_trivial, claim, failure_signatures, one_answer
 from proper.evaluation.metrics import (
     TaskInfo,
     get_metric,
@@ -246,7 +246,9 @@ def _signatures(
     comparisons: Sequence[Mapping[str, Any]],
     trivial: Mapping[str, Any] | None,
 ) -> list[str]:
-    return failure_signatures(
+    first = next(iter(found.predictions.values()))
+    constant = one_answer(first.get("population", ()), found.task.labels)
+    return constant + failure_signatures(
         routing=found.routing,
         comparisons=comparisons,
         gains=gains_by_user(found.predictions, found.task, scores)["users"],

@@ -87,8 +87,10 @@ def _place(variant: DerivedRun, run: TrainedRun, home: Path, opened: dict[Path, 
 def _derived(variant: DerivedRun, config: Config, run: TrainedRun, home: Path, opened: dict[Path, Dataset]) -> Dataset:
     assert variant.derive is not None
     seed = run.seed if variant.seeded else None
-    made_of = [variant.name, run.dataset.sha256, seed, config.backbone, config.compute.max_length]
-    key = hash_value([*made_of, code_version("data", "methods/table.py")])
+    read = [[stage.train_on, stage.max_tokens] for stage in (config.population, config.groups)]
+    made_of: list[object] = [variant.name, run.dataset.sha256, seed, config.backbone, config.compute.max_length]
+    made_of += [config.data.chat, read, config.users.max_items, config.evaluation.seeds, config.retrieval.model_dump()]
+    key = hash_value([*made_of, code_version("data", "methods/table.py", "methods/retrieved.py")])
     path = RunFolder(home).variant_data(f"{variant.name}-{key[:8]}")
     if path not in opened:
         if not path.exists():

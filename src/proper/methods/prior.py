@@ -5,8 +5,11 @@
 Decay and smoothing of pi_u, and w, are chosen on the target users' held-out history items: the newest items of the rows
 that stage 3 trains on, as many as its trial holds out. w has the best main metric there (accuracy, or MAE of the
 median), and of those that tie the lowest mean -log p: by -log p alone, an ill-calibrated model gets no weight although
-its best label is right more often than the prior's. The held-out items are scored by the group model, also for
-`users+prior`: the final adapters are trained on these items, so their answers would be too good and w too large.
+its best label is right more often than the prior's.
+
+The run's adapters are trained on the held-out items, so their answers to these would be too good and w too large.
+`users+prior` therefore trains stage 3 once more on the histories without them, with the run's settings, and scores the
+items with these adapters. The group model is the run's own, which has seen the items, here as in the trials of stage 3.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -22,14 +26,16 @@ from numpy.typing import NDArray
 
 from proper.config import Config, TaskConfig
 from proper.data.dataset import Dataset, TextExample
+from proper.data.derived.views import ask_held_out
 from proper.data.prior import UserPriors
 from proper.evaluation.metrics import Prediction
 from proper.evaluation.runner import MethodRun, label_losses, likely_labels, prediction_of
 from proper.inference.loading import load
 from proper.inference.score import score
+from proper.methods.derived_runs import find_place
 from proper.methods.evaluate import answered
-from proper.methods.ladder import as_itself
-from proper.methods.spec import Method, TrainedRun
+from proper.methods.ladder import as_itself, train_stages
+from proper.methods.spec import DerivedRun, Method, TrainedRun
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.jobs import held_out_items
 
@@ -69,7 +75,8 @@ def with_prior(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
     def answer(place: TrainedRun) -> MethodRun:
         run = _scored(alone, place)
         priors = user_priors(place.dataset, place.config)
-        weight = choose_weight(held_out(place, priors), place.config.task, place.dataset.labels)
+        scored = held_out(place, priors) if tier == Tier.GROUPS else held_out_by_adapters(place, priors)
+        weight = choose_weight(scored, place.config.task, place.dataset.labels)
         queries = {query.id: query for query in place.dataset.queries()}
         asked = [queries[found.id] for found in run.predictions]
         model = probabilities([found.label_scores or [] for found in run.predictions])
@@ -90,7 +97,7 @@ def _scored(method: Method, place: TrainedRun) -> MethodRun:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out items with the group model's label probabilities and the users' priors, `(N, L)` each."""
+    """Held-out items with a model's label probabilities and the users' priors, `(N, L)` each."""
 
     rows: Sequence[TextExample]
     model: Floats
@@ -98,7 +105,7 @@ class HeldOut:
 
 
 def held_out(place: TrainedRun, priors: UserPriors) -> HeldOut:
-    """Score at most `MOST_HELD` held-out items, taken in rounds of one item per user, the newest first."""
+    """Score at most `MOST_HELD` held-out items with the group model, in rounds of one per user, the newest first."""
     labels, rows = place.dataset.labels, _held_out(place.dataset, priors)
     if not rows:
         return HeldOut((), np.zeros((0, len(labels))), np.zeros((0, len(labels))))
@@ -108,6 +115,32 @@ def held_out(place: TrainedRun, priors: UserPriors) -> HeldOut:
     finally:
         model.close()
     return HeldOut(rows, probabilities(scores.tolist()), np.stack([priors.shares_before(row.user) for row in rows]))
+
+
+def held_out_by_adapters(place: TrainedRun, priors: UserPriors) -> HeldOut:
+    """Score at most `MOST_HELD` held-out items with adapters that are trained without any held-out item."""
+
+    def derive(source: Dataset, path: Path, config: Config, seed: int) -> None:
+        ask_held_out(source, path, priors.held, MOST_HELD)
+
+    users = place.config.users
+    # The name is a part of the data's key, and the held-out items follow from these settings.
+    name = f"held-out-{users.max_items or 'all'}-{users.tiers.validation:g}"
+    variant = DerivedRun(name, train_stages, (Stage.POPULATION, Stage.GROUPS), derive=derive)
+    method = Method(str(Tier.USERS), as_itself(Tier.USERS), tuple(Stage), variant, keeps="adapter")
+    opened: dict[Path, Dataset] = {}
+    try:
+        trial = find_place(method, place, RunFolder(place.folder).home.path, opened)
+        found = {row.id: row for row in _scored(method, trial).predictions}
+        known = set(place.dataset.labels)
+        rows = [row for row in trial.dataset.queries() if row.target in known]
+    finally:
+        for dataset in opened.values():
+            dataset.close()
+    if not rows:
+        return HeldOut((), np.zeros((0, len(known))), np.zeros((0, len(known))))
+    model = probabilities([found[row.id].label_scores or [] for row in rows])
+    return HeldOut(rows, model, np.stack([priors.shares_before(row.user) for row in rows]))
 
 
 def choose_weight(found: HeldOut, task: TaskConfig, labels: Sequence[str]) -> float:

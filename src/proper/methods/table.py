@@ -11,8 +11,8 @@ from typing import Any
 
 from proper.config import PRESETS, Config
 from proper.data.dataset import Dataset
-from proper.data.derived.retrieval import add_profiles, retrieve
-from proper.data.derived.views import SINGLE_USER, Count, shuffle_users
+from proper.data.derived.retrieval import add_profiles
+from proper.data.derived.views import SINGLE_USER, shuffle_users
 from proper.errors import ConfigError, did_you_mean
 from proper.evaluation.comparisons import TRIVIAL
 from proper.export.converted_models import STATIC_EXPORT, USERS_INT8
@@ -23,9 +23,9 @@ from proper.methods.overrides import change, split_name
 from proper.methods.per_user_lora import answer_per_user, train_leaking, train_per_user
 from proper.methods.poly import answer_poly, train_poly
 from proper.methods.prior import prior, with_prior
-from proper.methods.spec import Derive, DerivedRun, Method
+from proper.methods.retrieved import retrieved_run, token_counter
+from proper.methods.spec import DerivedRun, Method
 from proper.methods.trivial import global_majority, lead, user_majority, user_majority_same
-from proper.models.tokenizer import configured_encoder
 from proper.run_folder import Stage, Tier
 
 ALL = tuple(Stage)
@@ -59,7 +59,7 @@ def all_methods(config: Config) -> dict[str, Method]:
 
 def _registered(config: Config) -> dict[str, Method]:
     ours = [*_ladder(), *_trivial(), *_priors(), *_controls(config), *_ablations(config)]
-    methods = [*ours, *_baselines(config), *_retrieval()]
+    methods = [*ours, *_baselines(config), *_retrieval(config)]
     return {method.name: method for method in methods}
 
 
@@ -209,15 +209,14 @@ def _baselines(config: Config) -> list[Method]:
     ]
 
 
-def _retrieval() -> list[Method]:
-    one, two, four = (DerivedRun(f"rag-{k}", train_stages, derive=_retrieved(k)) for k in (1, 2, 4))
+def _retrieval(config: Config) -> list[Method]:
+    own = retrieved_run(config, config.retrieval.k)
     population = as_itself(Tier.POPULATION)
     return [
-        *(Method(name, population, ALL[:1], one, keeps="history") for name in ("rag", "rag-1")),
-        Method("rag-2", population, ALL[:1], two, keeps="history"),
-        Method("rag-4", population, ALL[:1], four, keeps="history"),
+        Method("rag", population, ALL[:1], own, keeps="history"),
+        *(Method(f"rag-{k}", population, ALL[:1], retrieved_run(config, k), keeps="history") for k in (1, 2, 4)),
         Method("pag", population, ALL[:1], DerivedRun("pag", train_stages, derive=_profiled), keeps="history"),
-        Method("users+rag", as_itself(Tier.USERS), ALL, one, keeps="adapter"),
+        Method("users+rag", as_itself(Tier.USERS), ALL, own, keeps="adapter"),
     ]
 
 
@@ -225,21 +224,5 @@ def _shuffled(source: Dataset, path: Path, config: Config, seed: int) -> None:
     shuffle_users(source, path, seed)
 
 
-def _retrieved(k: int) -> Derive:
-    def derive(source: Dataset, path: Path, config: Config, seed: int) -> None:
-        retrieve(source, path, k, _counter(config), config.compute.max_length)
-
-    return derive
-
-
 def _profiled(source: Dataset, path: Path, config: Config, seed: int) -> None:
-    add_profiles(source, path, config.task.kind, _counter(config), config.compute.max_length)
-
-
-def _counter(config: Config) -> Count:
-    encoder = configured_encoder(config)
-
-    def count(prompt: str, target: str) -> int:
-        return encoder.count([prompt], [target])[0]
-
-    return count
+    add_profiles(source, path, config.task.kind, token_counter(config), config.compute.max_length)

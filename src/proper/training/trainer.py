@@ -122,8 +122,13 @@ class TrainingPlan:
     @property
     def updates(self) -> int:
         """Total number of optimizer steps."""
-        batches = round(self.config.epochs * self.batches_per_epoch)
-        return max(1, -(-batches // self.config.gradient_accumulation))
+        return count_updates(self.sample.size, self.config)
+
+
+def count_updates(rows: int, config: OptimizerConfig) -> int:
+    """Return the number of optimizer steps over all epochs of so many rows."""
+    batches = round(config.epochs * -(-rows // config.batch_size))
+    return max(1, -(-batches // config.gradient_accumulation))
 
 
 def train(
@@ -211,7 +216,7 @@ def _update(
     """Take one optimizer step on the mean loss over the answer tokens of all micro-batches and processes."""
     world, rank = accelerator.num_processes, accelerator.process_index
     whole = [[plan.encoder.encode(row) for row in batch[rank::world]] for batch in micro_batches]
-    shares = [part for rows in whole for part in _parts(rows, plan.batch_tokens)] if stage.in_parts else whole
+    shares = [part for rows in whole for part in parts_of(rows, plan.batch_tokens)] if stage.in_parts else whole
     answers = _sum(accelerator, sum(r.answers for share in shares for r in share))
     set_seed(seed_of(plan.seed, stage.name, step, rank) % 2**32)
     optimizer.zero_grad(set_to_none=True)
@@ -251,7 +256,7 @@ def _update(
     }
 
 
-def _parts(rows: Sequence[EncodedExample], tokens: int) -> list[list[EncodedExample]]:
+def parts_of(rows: Sequence[EncodedExample], tokens: int) -> list[list[EncodedExample]]:
     """Split a batch into parts of at most `tokens` tokens, of similar length; a batch that fits stays as it is."""
     if len(rows) * max((len(row.ids) for row in rows), default=0) <= tokens:
         return [list(rows)]

@@ -34,19 +34,20 @@ Plan = tuple[int | None, int | None]  # indices of an answer's choice and sign-o
 
 METRICS: Mapping[DemoTask, str] = {"classification": "accuracy", "rating": "mae", "style": "rouge1"}
 
-# Settings of the demo: few epochs, larger learning rates and batches, so that it ends soon. The learning rate of user
-# embeddings is higher than by default, since each gets fewer than a hundred updates in all.
+# Settings of the demo: small budgets, larger learning rates and batches, so that it ends soon. Stage 2 makes several
+# passes over the target users' histories: one pass over everyone's costs as much, and moves each embedding as rarely.
 TRAINING: dict[str, dict[str, Any]] = {
-    "population": {"epochs": 1, "max_tokens": 90_000, "dropout": 0},
+    "population": {"epochs": 1, "max_tokens": 60_000, "dropout": 0, "patience": 0},
     "groups": {
-        "epochs": 3,
-        "batch_size": 48,
+        "train_on": "targets",
+        "epochs": 5,
+        "batch_size": 32,
         "learning_rate": 4e-3,
         "user_embedding": 16,
-        "embedding_learning_rate": 3e-1,
+        "embedding_learning_rate": 1e-1,
         "dropout": 0,
     },
-    "users": {"epochs": 3, "batch_size": 8, "learning_rate": 5e-3},
+    "users": {"epochs": 2, "batch_size": 4, "learning_rate": 5e-3, "scales": [0.5]},
 }
 TARGET_USERS = 50
 

@@ -8,7 +8,7 @@ history of one user outside the dataset.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ Count = Callable[[str, str], int]
 SINGLE_USER = "\0everybody"
 """Id of the single user of `OneUser`; no id in a file can equal it."""
 
+HELD_OUT = "query of the run, in a data set that asks for held-out items instead"
 SHORTENED = "older than the history that is kept"
 ASKS_OTHERWISE = "asks for something else"
 
@@ -104,6 +105,33 @@ def shorten_histories(source: Dataset, path: Path, keep: int) -> None:
         _recount(connection)
 
 
+def ask_held_out(source: Dataset, path: Path, held: Mapping[str, int], most: int) -> None:
+    """Ask for the newest `held` history rows of each target user in place of the queries, at most for `most` rows.
+
+    These are taken in rounds of one row per user, the newest first; the other held-out rows are left out. Any row may
+    share its item with another user's held-out row, as it may with another row of the history.
+    """
+    with _copy(source, path, f"held out {hash_value([dict(held), most])}") as connection:
+        connection.execute("UPDATE rows SET part = 'unused', reason = ? WHERE part = 'query'", (HELD_OUT,))
+        connection.execute("CREATE TEMP TABLE held(user TEXT PRIMARY KEY, amount INTEGER)")
+        connection.executemany("INSERT INTO held VALUES (?, ?)", held.items())
+        connection.execute("""
+            CREATE TEMP TABLE newest AS SELECT id, round, row_number() OVER (ORDER BY round, id) AS number FROM (
+                SELECT r.id, h.amount, row_number() OVER (PARTITION BY r.user ORDER BY r.id DESC) AS round
+                FROM rows r JOIN users u ON u.number = r.user JOIN held h ON h.user = u.id
+                WHERE r.part = 'history' AND u.role = 'target')
+            WHERE round <= amount""")
+        connection.execute(
+            """UPDATE rows SET part = CASE WHEN id IN (SELECT id FROM newest WHERE number <= ?) THEN 'query'
+            ELSE 'unused' END, reason = NULL WHERE id IN (SELECT id FROM newest)""",
+            (most,),
+        )
+        set_meta(connection, "shared_items", "allow")
+        connection.execute("""
+            UPDATE users SET queries = (SELECT count(*) FROM rows WHERE user = number AND part = 'query')""")
+        _recount(connection)
+
+
 def keep_asking(source: Dataset, path: Path, asked: str) -> None:
     """Keep only history rows whose prompt asks for `asked`, that is, its last line without the colon.
 
@@ -131,8 +159,13 @@ def _recount(connection: sqlite3.Connection) -> None:
         UPDATE users SET history = (SELECT count(*) FROM rows WHERE user = number AND part = 'history')""")
 
 
-def rewrite(source: Dataset, path: Path, name: str, rewritten: Iterable[Rewritten]) -> None:
-    """Replace the prompts of rows but keep their keys, so that the leak check still works."""
+def rewrite(
+    source: Dataset, path: Path, name: str, rewritten: Iterable[Rewritten], max_length: int | None = None
+) -> None:
+    """Replace the prompts of rows but keep their keys, so that the leak check still works.
+
+    `max_length` is the new longest row in tokens; that of `source` if None.
+    """
     with _copy(source, path, name) as connection:
         connection.execute(SOURCES)
         cut = {"history": 0, "query": 0}
@@ -149,6 +182,8 @@ def rewrite(source: Dataset, path: Path, name: str, rewritten: Iterable[Rewritte
                 cut[part] += 1
         connection.execute("DELETE FROM texts WHERE id NOT IN (SELECT text FROM rows)")
         set_meta(connection, "cut", cut)
+        if max_length is not None:
+            set_meta(connection, "max_length", max_length)
 
 
 def cut_queries(dataset: Dataset) -> int:

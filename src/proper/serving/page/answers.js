@@ -12,9 +12,10 @@ const TIERS = [
 const COLOURS = 8;
 
 export const makeColumns = () => TIERS.map((tier) => new Column(...tier));
+export const userColumn = (user, at) => new Column("users", user, "This user's model.", `user-${at}`);
 
 class Column {
-  constructor(tier, name, about) {
+  constructor(tier, name, about, key = tier) {
     Object.assign(this, { tier, name, text: "", gates: [], before: null });
     this.answer = make("div", { class: "answer", dir: "auto" });
     this.pills = make("p", { class: "pills" });
@@ -22,9 +23,9 @@ class Column {
     this.title = make("h4");
     this.bars = make("ul");
     this.box = make("div", { class: "gates", hidden: true }, this.title, this.bars);
-    const id = `column-${tier}`;
+    const id = `column-${key}`;
     this.element = make("article", { class: "column", "aria-labelledby": id },
-      make("header", {}, make("h3", { id }, name), make("p", { class: "note" }, about)),
+      make("header", {}, make("h3", { id }, make("bdi", {}, name)), make("p", { class: "note" }, about)),
       this.answer, this.past, this.pills, this.box);
     this.answer.addEventListener("keydown", (event) => this.#move(event));
     this.answer.addEventListener("pointerleave", () => this.#show(null));

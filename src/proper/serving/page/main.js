@@ -1,12 +1,13 @@
 // Entry point of the playground: user selection, prompt, enrolment and deletion.
 
 import { address, call, key } from "./api.js";
-import { makeColumns } from "./answers.js";
+import { makeColumns, userColumn } from "./answers.js";
 import { $, tell } from "./dom.js";
 import { picker } from "./users.js";
 import { missing, promptFields } from "./prompt.js";
 import { exampleFields, fitted, teach } from "./teach.js";
 
+const MOST_COMPARED = 6;
 const columns = makeColumns();
 $("columns").append(...columns.map((column) => column.element));
 
@@ -31,7 +32,7 @@ async function action(button, work) {
   if (state.busy) return;
   state.busy = button;
   tell($("trouble"), "");
-  for (const one of [$("ask"), $("teach-go"), $("delete")]) one.disabled = true;
+  for (const one of [$("ask"), $("compare-go"), $("teach-go"), $("delete")]) one.disabled = true;
   try {
     await field?.ready();
     await work();
@@ -39,7 +40,7 @@ async function action(button, work) {
     trouble(error);
   } finally {
     state.busy = null;
-    for (const one of [$("ask"), $("teach-go")]) one.disabled = false;
+    for (const one of [$("ask"), $("compare-go"), $("teach-go")]) one.disabled = false;
     $("delete").disabled = state.card === null;
   }
 }
@@ -91,6 +92,19 @@ async function ask() {
   return columns.map((column) => column.text);
 }
 
+// Answers the prompt as each of these users.
+async function compareUsers(users) {
+  const sent = prompt.text();
+  const compared = users.map((user, at) => userColumn(user, at));
+  $("compare-said").textContent = "";
+  $("compared").replaceChildren(...compared.map((column) => column.element));
+  const stop = new AbortController();
+  const done = await Promise.allSettled(compared.map((column) => column.ask(sent, column.name, state.model, stop.signal)));
+  const failed = done.find((one) => one.status === "rejected");
+  if (failed) throw failed.reason;
+  $("compare-said").textContent = compared.map(({ name, text }) => `${name}: ${text || "empty"}.`).join(" ");
+}
+
 // Marks the first empty field of the prompt; returns whether there was one.
 function unwritten() {
   const empty = prompt.empty();
@@ -107,6 +121,17 @@ $("ask-form").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask-form").requestSubmit();
 });
 $("ask-form").addEventListener("input", () => { $("sent").textContent = prompt.text(); });
+
+$("compare-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const users = [...new Set($("compare-ids").value.split(",").map((user) => user.trim()).filter(Boolean))];
+  const warn = (text) => tell($("trouble"), text);
+  if (unwritten()) warn("The prompt is empty.");
+  else if (!users.length || users.length > MOST_COMPARED) {
+    warn(`Type one to ${MOST_COMPARED} user ids, separated by commas.`);
+    $("compare-ids").focus();
+  } else action($("compare-go"), () => compareUsers(users));
+});
 
 $("teach-form").addEventListener("submit", async (event) => {
   event.preventDefault();
@@ -197,10 +222,10 @@ async function start() {
     $("sent").textContent = prompt.text();
     examples = exampleFields(model.proper);
     const hasUsers = ["groups", "users"].includes(model.proper.stage);
-    for (const name of ["user", "teach"]) $(name).hidden = !hasUsers;
+    for (const name of ["user", "compare", "teach"]) $(name).hidden = !hasUsers;
     field = picker(chosen, trouble);
     // Enabled only now: input during start-up would be lost.
-    for (const name of ["user-id", "ask", "teach-go"]) $(name).disabled = false;
+    for (const name of ["user-id", "ask", "compare-ids", "compare-go", "teach-go"]) $(name).disabled = false;
     if (!hasUsers) tell($("trouble"), "This run has no stage 'users' yet: the same model gives all three answers.");
   } catch (error) {
     trouble(error);
