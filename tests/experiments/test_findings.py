@@ -292,6 +292,10 @@ def test_the_main_table_names_every_row_that_the_user_s_model_does_not_beat(tmp_
     )
     said = section(pages(tmp_path)["findings.md"], 0)
     assert "Population does not beat Global majority answer (undertrained)" in said
-    assert "not significant" in said and "Users, with the user's prior beats Prior" in said
+    assert (
+        "not significant" in said
+        and "is worse than Linear head and prior" in said
+        and "Users and prior beats User prior" in said
+    )
     write(tmp_path, "main-movielens-rating", rows, [*steps, *won, test("population", "global-majority", -0.1, 0.001)])
     assert "Population beats Global majority answer" in section(pages(tmp_path)["findings.md"], 0)
