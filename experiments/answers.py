@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from proper.evaluation.comparisons import CONTROLS
-from proper.reports.formats import method_name
+from proper.evaluation.comparisons import CONTROLS, STEPS
+from proper.reports.formats import method_name, signed
 
 
 class Shown(Protocol):
@@ -19,6 +19,8 @@ class Shown(Protocol):
     def against(self) -> str: ...  # noqa: D102
     @property
     def verdict(self) -> str: ...  # noqa: D102
+    @property
+    def relative(self) -> float: ...  # noqa: D102
 
 
 Tests = Mapping[str, Sequence[Shown]]
@@ -137,3 +139,48 @@ def short(tests: Tests) -> str:
         text = " and ".join(filter(None, parts_of))
         parts.append(f"{source}: Users {text or 'does not differ significantly from any other method'}.")
     return " ".join(parts)
+
+
+def main_table(forms: Mapping[str, str], constants: Mapping[str, str]) -> Callable[[Tests], str]:
+    """Return the rule of the main table: the best constant, the two steps, and each row that the user's model beats.
+
+    Args:
+        forms: by source, the form of `users` that was chosen before the queries were answered.
+        constants: by source, the trivial method that a population stage has to beat.
+    """
+
+    def answer(tests: Tests) -> str:
+        names = ((source, source.partition(",")[0], found) for source, found in tests.items())
+        return " ".join(_of_set(source, found, constants[name], forms[name]) for source, name, found in names)
+
+    return answer
+
+
+def _of_set(source: str, found: Sequence[Shown], constant: str, form: str) -> str:
+    by_pair = {(test.method, test.against): test for test in found}
+    parts = []
+    base = by_pair.get(("population", constant))
+    if base is not None:
+        parts.append(
+            f"Population beats {label(constant)}"
+            if base.verdict == "better"
+            else f"Population does not beat {label(constant)} (undertrained): no gain over it is called personalization"
+        )
+    for pair in STEPS:
+        if pair in by_pair:
+            test = by_pair[pair]
+            significant = test.verdict in ("better", "worse")
+            parts.append(
+                f"{label(pair[0])} over {label(pair[1])} {signed(100 * test.relative, 1)} %"
+                + ("" if significant else ", not significant")
+            )
+    against = {
+        test.against: test.verdict for test in found if test.method == form and (form, test.against) not in STEPS
+    }
+    for verdict, words in (("better", "beats"), ("worse", "is worse than"), ("", "is not told apart from")):
+        rows = [
+            label(name) for name, seen in against.items() if (seen if seen in ("better", "worse") else "") == verdict
+        ]
+        if rows:
+            parts.append(f"{label(form)} {words} {', '.join(rows)}")
+    return f"On {source}: {'; '.join(parts)}."

@@ -38,6 +38,7 @@ class Job:
     Attributes:
         run: name of the job's run folder; `config` and `sources` are those of the run.
         prepares: names of the jobs that this job prepares; a job that prepares others leaves no result of its own.
+        changes: KEY=VALUE settings of the run that differ from its config.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Job:
     against: tuple[str, ...] = ()
     slice: str = ""
     routing: bool = False
+    changes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -76,8 +78,8 @@ class Job:
     def settings(self) -> Config:
         """Return the run's config with this job's seeds and methods."""
         methods = self.methods or tuple(stage for stage in STAGES if stage in self.stages)
-        changes = [f"evaluation.seeds={list(self.seeds)}", f"evaluation.methods={json.dumps(methods)}"]
-        return load_config(ROOT / self.config, changes)
+        chosen = [f"evaluation.seeds={list(self.seeds)}", f"evaluation.methods={json.dumps(methods)}"]
+        return load_config(ROOT / self.config, [*self.changes, *chosen])
 
 
 def read_queue(path: Path = ROOT / "recipes" / "findings.yaml") -> list[Job]:
@@ -106,6 +108,7 @@ def read_queue(path: Path = ROOT / "recipes" / "findings.yaml") -> list[Job]:
                 against=tuple(row.get("against", ())),
                 slice=row.get("slice", ""),
                 routing=row.get("routing", False),
+                changes=tuple(run.get("set", ())),
             )
         )
     return jobs

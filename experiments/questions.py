@@ -1,14 +1,14 @@
-"""The ten questions: text, the results that answer each, and the pairs of methods that are compared.
+"""The questions: text, the results that answer each, and the pairs of methods that are compared.
 
 An answer is a rule from `answers`; no number is written here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from experiments.answers import Tests, controls, each, grid, short, steps
+from experiments.answers import Tests, controls, each, grid, main_table, short, steps
 from proper.evaluation.comparisons import CONTROLS, STEPS
 
 
@@ -68,11 +68,42 @@ def _short(items: int) -> Source:
     return Source(f"{items} item{'s' if items > 1 else ''}", f"findings/short-{items}.json", tuple(pairs), items=items)
 
 
+LABELS, TEXT = "users+prior", "users"
+"""The form of `users` in the main table, chosen by the kind of task before any query was answered."""
+MAIN = {"huffpost-label": LABELS, "movielens-rating": LABELS, "git-subject": TEXT, "git-area": LABELS}
+
+
+def _constant(form: str) -> str:
+    """Return the trivial method that a population stage has to beat: the best constant, or the input's first words."""
+    return "global-majority" if form == LABELS else "lead"
+
+
+def _main(name: str, form: str) -> Iterator[Source]:
+    trivial = ("global-majority", "user-majority", "user-majority-same", "prior", "head+prior", "users")
+    rivals = (*trivial, "swapped") if form == LABELS else ("lead", "user-majority", "user-majority-same")
+    pairs = (("population", _constant(form)), *STEPS, ("users", "swapped"), *((form, rival) for rival in rivals))
+    yield Source(name, f"findings/main-{name}.json", pairs)
+    if name != "git-area":
+        trained = ("users+rag", "rag", "oppu", "end-to-end")
+        more = (*CONTROLS, *((form, rival) for rival in trained))
+        yield Source(f"{name}, rivals", f"findings/rivals-{name}.json", more)
+
+
 def _command(number: int) -> str:
     return f"recipes/findings.sh --only {number}"
 
 
 QUESTIONS = (
+    Question(
+        0,
+        "Main table: SmolLM2-135M",
+        "A pre-trained backbone, SmolLM2-135M-Instruct. Does each stage improve on the one before, over a population "
+        "model that beats the best constant? Does the user's model beat every rival, the trivial ones included?",
+        tuple(source for name, form in MAIN.items() for source in _main(name, form)),
+        main_table(MAIN, {name: _constant(form) for name, form in MAIN.items()}),
+        _command(0),
+        STEPS,
+    ),
     Question(
         1,
         "Population, groups, users",
