@@ -40,14 +40,14 @@ TRAINING: dict[str, dict[str, Any]] = {
     "population": {"epochs": 1, "max_tokens": 60_000, "dropout": 0, "patience": 0},
     "groups": {
         "train_on": "targets",
-        "epochs": 5,
+        "epochs": 7,
         "batch_size": 32,
         "learning_rate": 4e-3,
         "user_embedding": 16,
         "embedding_learning_rate": 1e-1,
         "dropout": 0,
     },
-    "users": {"epochs": 2, "batch_size": 4, "learning_rate": 5e-3, "scales": [0.5]},
+    "users": {"epochs": 3, "batch_size": 4, "learning_rate": 5e-3, "scales": [0.5]},
 }
 TARGET_USERS = 50
 
