@@ -39,6 +39,7 @@ class Job:
         run: name of the job's run folder; `config` and `sources` are those of the run.
         prepares: names of the jobs that this job prepares; a job that prepares others leaves no result of its own.
         changes: KEY=VALUE settings of the run that differ from its config.
+        skip_bad_rows: whether the run leaves out bad rows, as `--skip-bad-rows` does.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Job:
     slice: str = ""
     routing: bool = False
     changes: tuple[str, ...] = ()
+    skip_bad_rows: bool = False
 
     @property
     def folder(self) -> Path:
@@ -109,6 +111,7 @@ def read_queue(path: Path = ROOT / "recipes" / "findings.yaml") -> list[Job]:
                 slice=row.get("slice", ""),
                 routing=row.get("routing", False),
                 changes=tuple(run.get("set", ())),
+                skip_bad_rows=run.get("skip_bad_rows", False),
             )
         )
     return jobs

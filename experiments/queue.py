@@ -82,7 +82,8 @@ def _train_and_evaluate(job: Job) -> dict[str, Any]:
     if job.made is not None:
         make_data(job.made, job.data, RUNS / "data")
     settings = job.settings()
-    pipeline.run(settings, job.folder, stages=[*job.stages, *(["evaluate"] if job.methods else [])])
+    stages = [*job.stages, *(["evaluate"] if job.methods else [])]
+    pipeline.run(settings, job.folder, stages=stages, skip_bad_rows=job.skip_bad_rows)
     return collect(job) if job.methods and not job.prepares else {}
 
 

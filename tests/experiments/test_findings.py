@@ -219,6 +219,7 @@ def test_a_job_leaves_what_the_page_needs_and_is_then_done(
                 )
                 same = {"user_id": user, "timestamp": at // 2, "item_id": f"{user}{at // 2}"}
                 file.write(json.dumps({**same, "input": f"thing {at // 2}\n{asked}:", "output": answer}) + "\n")
+        file.write(json.dumps({"user_id": "ann", "timestamp": 9, "item_id": "x", "input": "?", "output": ""}) + "\n")
     settings = {
         "data": {"path": rows.name},  # from where it is run, as in configs/
         "task": {"max_new_tokens": 3},
@@ -251,6 +252,7 @@ def test_a_job_leaves_what_the_page_needs_and_is_then_done(
         },
         **{"questions": (3,), "against": ("population",), "slice": "bottom-100", "routing": True},
         tasks=(("Colour", "classification"), ("Name", "generation")),
+        skip_bad_rows=True,
     )
     queue.run_job(job)
     found = json.loads(job.result.read_text(encoding="utf-8"))
