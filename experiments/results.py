@@ -26,7 +26,7 @@ from proper.inference.loading import load
 from proper.methods.derived_runs import find_place
 from proper.methods.spec import Method, TrainedRun
 from proper.methods.table import known_methods
-from proper.pipeline import seed_folder
+from proper.training.seeds import seed_folder
 
 RESAMPLES, DRAWS = 2000, 10_000
 KEPT = ("run", "task", "personalization")

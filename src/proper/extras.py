@@ -9,7 +9,11 @@ from types import MappingProxyType
 from proper.errors import InputError
 
 EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"data": ("datasets", "ijson"), "serve": ("fastapi", "prometheus_client", "starlette", "uvicorn")}
+    {
+        "cluster": ("ray",),
+        "data": ("datasets", "ijson"),
+        "serve": ("fastapi", "prometheus_client", "starlette", "uvicorn"),
+    }
 )
 """Modules that each extra installs."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,9 @@ from proper.reports.user_page import write_user_pages
 from proper.run_config import claim, hold, run_config, write_config
 from proper.run_folder import RunFolder, Stage, require_run
 from proper.run_lock import exclusive
-from proper.training.preflight import check_once, preflight
-from proper.training.stages import StageRunner, join_processes
-from proper.training.trainer import MetricsLog
+from proper.training.preflight import preflight
+from proper.training.seeds import TrainSeed, seed_folder, train_here, train_seeds
+from proper.training.stages import join_processes
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def run(
     overrides: Sequence[str] = (),
     stages: Sequence[str] = STAGES,
     skip_bad_rows: bool = False,
+    cluster: str | None = None,
 ) -> Path:
     """Run the requested stages in their order in the run folder `out`, and return its path.
 
@@ -65,9 +67,11 @@ def run(
         overrides: "section.key=value", for a config that is a path.
         stages: any of `STAGES`.
         skip_bad_rows: leave out rows that cannot be used instead of raising DataError.
+        cluster: address of the Ray cluster that trains (auto, local:N or ray://HOST:PORT); None: this process trains.
 
     Raises:
         ConfigError: a setting or a stage is unknown or impossible.
+        InputError: no cluster answers at the address.
         DataError: the data cannot be used.
         RunFolderError: the folder was made by another config, another process works in it, or an earlier stage is
             missing.
@@ -81,11 +85,18 @@ def run(
     known_methods(settings.evaluation.methods, settings)
     folder = Path(out)
     with hold(folder):
-        _run(settings, folder, stages, skip_bad_rows)
+        _run(settings, folder, stages, skip_bad_rows, cluster=cluster)
     return folder
 
 
-def _run(settings: Config, folder: Path, stages: Sequence[str], skip_bad_rows: bool, estimate: bool = True) -> None:
+def _run(
+    settings: Config,
+    folder: Path,
+    stages: Sequence[str],
+    skip_bad_rows: bool,
+    estimate: bool = True,
+    cluster: str | None = None,
+) -> None:
     processes = join_processes(settings)
     with processes.main_process_first():
         settings = claim(folder, settings)
@@ -93,8 +104,9 @@ def _run(settings: Config, folder: Path, stages: Sequence[str], skip_bad_rows: b
             data = _data(settings, folder, skip_bad_rows)
             if estimate and processes.is_main_process and set(stages) & set(Stage):
                 settings, data = _in_time(settings, data, folder, skip_bad_rows)
-    with data as dataset, working(folder):
-        _train(settings, dataset, folder, [stage for stage in Stage if stage in stages], processes.is_main_process)
+    training = [stage for stage in Stage if stage in stages]
+    with data as dataset, working(folder), _trainer(cluster if training else None, folder) as train:
+        train_seeds(settings, dataset, folder, training, is_main=processes.is_main_process, train=train)
     # All processes of `accelerate launch` train stages 1 and 2; only the main process does the rest.
     if not processes.is_main_process:
         return
@@ -243,27 +255,13 @@ def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, p
     return folder
 
 
-def seed_folder(folder: Path, config: Config, seed: int) -> Path:
-    """Return the folder of a seed's stages: the run folder itself for the first seed, `seeds/N` below it for others."""
-    return folder if seed == config.evaluation.seeds[0] else RunFolder(folder).seed(seed).path
+def _trainer(cluster: str | None, folder: Path) -> AbstractContextManager[TrainSeed]:
+    """Return the context in which a seed's stages are trained: on a cluster or in this process."""
+    if cluster is None:
+        return nullcontext(train_here)
+    from proper.cluster.training import on_cluster
 
-
-def _train(config: Config, dataset: Dataset, folder: Path, stages: Sequence[str], is_main: bool) -> None:
-    if not stages:
-        return
-    log = MetricsLog(RunFolder(folder).metrics_log) if is_main else None
-    try:
-        for seed in config.evaluation.seeds:
-            place = seed_folder(folder, config, seed)
-            if is_main and place != folder:
-                write_config(RunFolder(place).config, config)
-            runner = StageRunner(config, dataset, place, seed, log or _no_log)
-            if not RunFolder(place).is_trained(Stage.POPULATION):
-                check_once(runner.backbone, config, folder, write=is_main)
-            runner.run(stages)
-    finally:
-        if log is not None:
-            log.close()
+    return on_cluster(cluster, folder)
 
 
 def _in_time(config: Config, dataset: Dataset, folder: Path, skip_bad_rows: bool) -> tuple[Config, Dataset]:
@@ -280,10 +278,6 @@ def _in_time(config: Config, dataset: Dataset, folder: Path, skip_bad_rows: bool
         run.data.unlink()
     write_config(run.config, fitting)
     return fitting, dataset if fitting.split == config.split else _data(fitting, folder, skip_bad_rows)
-
-
-def _no_log(metrics: dict[str, Any]) -> None:
-    """Log nothing; used by all processes but the main one."""
 
 
 def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:

@@ -14,6 +14,7 @@ EXAMPLES = """\
   proper run notes.yaml --out runs/notes
   proper run notes.yaml --out runs/notes8 --set groups.experts=8 --set evaluation.seeds=[0,1,2]
   proper run notes.yaml --out runs/notes --stages population,groups
+  proper run notes.yaml --out runs/notes --cluster local:2
 """
 
 
@@ -26,6 +27,12 @@ def command(
         typer.Option(metavar="A,B", help="Any of population, groups, users, evaluate, report.", show_default=False),
     ] = None,
     skip_bad_rows: SkipBadRows = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Train on a Ray cluster: auto, local:N or ray://HOST:PORT.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Train the three stages, evaluate and report.
 
@@ -35,7 +42,11 @@ def command(
 
     # Read before torch is imported, so that an error in the config is reported at once.
     settings = load_config(config, overrides or ())
+    from proper.cluster.address import check_address
+
+    if cluster is not None:
+        check_address(cluster)
     from proper import pipeline
 
     wanted = pipeline.STAGES if stages is None else chosen("--stages", stages, pipeline.STAGES)
-    print_results(pipeline.run(settings, out, stages=wanted, skip_bad_rows=skip_bad_rows))
+    print_results(pipeline.run(settings, out, stages=wanted, skip_bad_rows=skip_bad_rows, cluster=cluster))

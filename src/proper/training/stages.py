@@ -38,7 +38,7 @@ from proper.training.groups import train_groups
 from proper.training.optim import resolve_rate
 from proper.training.population import train_population
 from proper.training.trainer import Log, TrainingPlan
-from proper.training.user_stage import UserStage
+from proper.training.user_stage import FitAdapters, UserStage
 from proper.training.users import train_users
 
 
@@ -104,8 +104,12 @@ class StageRunner:
         self.backbone = configured_backbone(config, self.accelerator.device)
         self.encoder = self.backbone.encoder()
 
-    def run(self, stages: Sequence[str]) -> None:
+    def run(self, stages: Sequence[str], elsewhere: FitAdapters | None = None) -> None:
         """Train the given stages, in their order; earlier stages must be done.
+
+        Args:
+            stages: any of `Stage`.
+            elsewhere: fits the users' adapters in other processes; None: this process does.
 
         Raises:
             RunFolderError: the predecessor of a given stage is neither done nor given.
@@ -118,7 +122,18 @@ class StageRunner:
         with model.caching(self.folder, self.config.compute.cache_mb):
             self._groups(model, Stage.GROUPS in stages)
             if last == 2:
-                self._users(model)
+                self._users(model, elsewhere)
+
+    def trained_groups(self) -> ProperModel:
+        """Return the model with the trained stages 1 and 2, on which users are fitted.
+
+        Raises:
+            RunFolderError: one of the stages is not trained yet.
+        """
+        self._population(wanted=False)
+        model = ProperModel(self.backbone)
+        self._groups(model, wanted=False)
+        return model
 
     def _population(self, wanted: bool) -> None:
         folder = self.run_folder.population
@@ -168,7 +183,7 @@ class StageRunner:
         store.put(UserRecord(user, Tier.GROUPS, embeddings[at]) for at, user in enumerate(users))
         store.close()
 
-    def _users(self, model: ProperModel) -> None:
+    def _users(self, model: ProperModel, elsewhere: FitAdapters | None) -> None:
         folder = self.run_folder.users.path
         if self._is_done(Stage.USERS, wanted=True):
             return
@@ -201,6 +216,7 @@ class StageRunner:
             seed=self.seed,
             checkpoint_seconds=self.config.compute.checkpoint_seconds,
             log=self.log,
+            elsewhere=elsewhere,
         )
 
         facts: dict[str, Any] = {"users": len(users)}

@@ -59,6 +59,10 @@ class MetricsLog:
         self._file.close()
 
 
+def no_log(metrics: dict[str, Any]) -> None:
+    """Log nothing; for processes other than the one that writes `metrics.jsonl`."""
+
+
 @dataclass(frozen=True)
 class LossSum:
     """The loss of a batch: the answers' summed loss, their number of tokens, and a penalty added to the mean."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
@@ -47,6 +47,14 @@ Metadata = Callable[[str], Mapping[str, Any]]
 """Function from a user to the metadata of the user's trial."""
 
 
+class FitAdapters(Protocol):
+    """Type of `fit_adapters`, for what runs stage 3a in other processes."""
+
+    def __call__(  # noqa: D102
+        self, stage: UserStage, jobs: HistoryJobs, store: AdapterStore, phase: str, metadata: Metadata, scale: float, /
+    ) -> None: ...
+
+
 @dataclass(frozen=True)
 class UserStage:
     """Inputs of stage 3.
@@ -59,6 +67,7 @@ class UserStage:
         choice: the passes and the scale that an earlier stage 3 chose; None: this one chooses.
         others: users whose trials are known, for pooled decisions; none by default.
         bar: progress bar of the number of users fitted.
+        elsewhere: runs stage 3a in other processes; None: it runs in this one.
     """
 
     model: ProperModel
@@ -76,6 +85,7 @@ class UserStage:
     choice: Choice | None = None
     others: Others = no_others
     bar: Bar = progress
+    elsewhere: FitAdapters | None = None
 
     @property
     def slots(self) -> int:
@@ -119,8 +129,12 @@ def fit_adapters(
     stage: UserStage, jobs: HistoryJobs, store: AdapterStore, phase: str, metadata: Metadata, scale: float = 1.0
 ) -> None:
     """Run stage 3a for these jobs; finished adapters, times `scale`, are written to the store."""
-    marker = stage.folder / f"{phase}-fit.json"
+    marker = fit_marker(stage.folder, phase)
     if marker.exists() or not len(jobs):
+        return
+    if stage.elsewhere is not None:
+        stage.elsewhere(stage, jobs, store, phase, metadata, scale)
+        write_json(marker, {"users": len(jobs)})
         return
     checkpoint = stage.checkpoint(f"{phase}-fit")
     saved = checkpoint.metadata()
@@ -153,6 +167,11 @@ def fit_adapters(
     trainer.run(jobs, done, checkpoint, stage.log, f"users: {phase}", stage.bar)
     write_json(marker, {"users": len(jobs)})
     checkpoint.remove()
+
+
+def fit_marker(folder: Path, phase: str) -> Path:
+    """Return the file that tells that stage 3a of a phase is done."""
+    return folder / f"{phase}-fit.json"
 
 
 def warn(user: str, reason: str) -> None:

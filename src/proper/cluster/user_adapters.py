@@ -1,0 +1,245 @@
+"""Stage 3a on a cluster: one actor per device fits pieces of the users; the driver collects the adapters.
+
+    driver   cuts the users of a phase into pieces, hands a piece to whichever actor is free, and puts the records of a
+             finished piece into the run's store
+    actor    fits the users of a piece with `fit_adapters` into a store in the piece's own folder, with its checkpoint
+
+A user's adapter does not depend on the other users of a batch, so neither does it on pieces, actors or their number.
+A piece's folder outlives its actor and the driver: whoever gets the piece next goes on from its checkpoint, and a
+finished piece is only collected. Actors that die are replaced, and nodes that join get actors, while there are pieces.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from proper.adapters.store import AdapterStore, UserRecord
+from proper.cluster.address import Devices, devices
+from proper.errors import ProperError
+from proper.files import make_folder, read_json, write_json
+from proper.run_folder import Tier
+from proper.training.jobs import HistoryJobs
+from proper.training.user_stage import Metadata, UserStage, fit_marker, is_stored, warn
+
+PIECE = 256
+"""Most users in a piece."""
+
+PIECES_PER_DEVICE = 4
+"""Pieces for each device where there are few users, so that no device waits long for the last one."""
+
+DEATHS = 3
+"""Number of actors that may die with the same piece before the run ends with an error."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some users of one phase of stage 3a, whom one actor fits.
+
+    Attributes:
+        folder: the piece's own folder, seen by all machines.
+        embeddings: e_u of `users` (U, D).
+        trial, part: as in `HistoryJobs`.
+        scale: factor on the finished adapters.
+    """
+
+    phase: str
+    folder: Path
+    users: tuple[str, ...]
+    embeddings: Float[Tensor, "U D"]
+    trial: bool
+    part: int
+    scale: float
+
+    @property
+    def store(self) -> Path:
+        """Folder of the store with the piece's records."""
+        return self.folder / "store"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all its users are fitted."""
+        return fit_marker(self.folder, self.phase).exists()
+
+
+@dataclass(frozen=True)
+class ClusterFitting:
+    """The `FitAdapters` of a connected cluster.
+
+    Attributes:
+        address: the cluster's address.
+        home: the run folder with config and data.
+        folder: the seed's folder.
+        seed: the seed.
+    """
+
+    address: str
+    home: Path
+    folder: Path
+    seed: int
+
+    def __call__(
+        self, stage: UserStage, jobs: HistoryJobs, store: AdapterStore, phase: str, metadata: Metadata, scale: float
+    ) -> None:
+        """Fit all jobs on the cluster; finished adapters, times `scale`, are written to the store."""
+        pieces = cut(stage, jobs, phase, scale, devices(self.address).count)
+        ready = [piece for piece in pieces if piece.is_done]
+        waiting = deque(piece for piece in pieces if not piece.is_done)
+        with stage.bar(f"users: {phase}", len(jobs)) as advance:
+            for piece in ready:
+                collect(stage, piece, store, metadata)
+                advance(len(piece.users))
+            for piece, lines in self._fitted(waiting):
+                for line in lines:
+                    stage.log(line)
+                collect(stage, piece, store, metadata)
+                advance(len(piece.users))
+        for piece in pieces:
+            shutil.rmtree(piece.folder, ignore_errors=True)
+
+    def _fitted(self, waiting: deque[Piece]) -> Iterator[tuple[Piece, list[dict[str, Any]]]]:
+        """Yield every piece when it is fitted, with the log lines of its training."""
+        import ray
+
+        idle: dict[Any, Any] = {}
+        running: dict[Any, tuple[Any, Piece]] = {}
+        deaths: Counter[Path] = Counter()
+        while waiting or running:
+            for actor in self._missing(len(idle) + len(running), len(waiting)):
+                idle[actor.ready.remote()] = actor
+            done, _ = ray.wait([*idle, *running], timeout=5.0)
+            for call in done:
+                try:
+                    lines = ray.get(call)
+                except ray.exceptions.RayActorError as error:
+                    idle.pop(call, None)
+                    if call in running:
+                        _, piece = running.pop(call)
+                        deaths[piece.folder] += 1
+                        if deaths[piece.folder] == DEATHS:
+                            raise ProperError(
+                                f"{DEATHS} workers died while they fitted {len(piece.users)} users"
+                            ) from error
+                        waiting.appendleft(piece)
+                    continue
+                actor = idle.pop(call, None)
+                if actor is None:
+                    actor, piece = running.pop(call)
+                    yield piece, lines
+                if waiting:
+                    piece = waiting.popleft()
+                    running[actor.fit.remote(piece)] = (actor, piece)
+
+    def _missing(self, actors: int, waiting: int) -> Iterator[Any]:
+        """Start the actors that the cluster has room and work for."""
+        import ray
+
+        now = devices(self.address)
+        for _ in range(min(now.count - actors, waiting)):
+            options = {"num_cpus": now.cpus, "num_gpus": now.gpus, "max_restarts": 0}
+            made = ray.remote(UserWorker).options(**options)
+            yield made.remote(str(self.home), str(self.folder), self.seed, now)
+
+
+class UserWorker:
+    """Actor with the trained groups of a seed, which fits users."""
+
+    def __init__(self, home: str, folder: str, seed: int, room: Devices) -> None:
+        import torch
+
+        from proper.cluster.opening import open_runner
+
+        torch.set_num_threads(room.threads)
+        self._opened = open_runner(Path(home), Path(folder), seed, logging=False)
+        self.runner, self.room = self._opened.__enter__(), room
+        self.model = self.runner.trained_groups()
+        self.model.add_lora_router(self.runner.config.users)
+
+    def ready(self) -> None:
+        """Return when the model is loaded."""
+
+    def fit(self, piece: Piece) -> list[dict[str, Any]]:
+        """Fit the users of a piece into its store, and return the log lines of the training."""
+        from proper.console import no_bar
+        from proper.training.user_stage import fit_adapters, no_metadata
+
+        lines: list[dict[str, Any]] = []
+        store = AdapterStore(piece.store)
+        try:
+            stage = UserStage(
+                model=self.model,
+                config=self._config(),
+                dataset=self.runner.dataset,
+                encoder=self.runner.encoder,
+                users=piece.users,
+                embeddings=piece.embeddings,
+                store=store,
+                folder=piece.folder,
+                seed=self.runner.seed,
+                checkpoint_seconds=self.runner.config.compute.checkpoint_seconds,
+                log=lines.append,
+                bar=no_bar,
+            )
+            jobs = stage.jobs(range(len(piece.users)), piece.trial, piece.part)
+            cache = self.runner.config.compute.cache_mb // self.room.per_node
+            with self.model.caching(piece.folder, cache):
+                fit_adapters(stage, jobs, store, piece.phase, no_metadata, piece.scale)
+        finally:
+            store.close()
+        return lines
+
+    def _config(self) -> Any:
+        """Return the settings of stage 3, with slots for this actor's share of the machine's memory."""
+        from proper.training.memory import auto_slots, device_memory, footprint
+
+        config = self.runner.config.users
+        if config.slots != "auto":
+            return config
+        device = self.model.device
+        parts = footprint(self.model, config, self.runner.encoder.max_length)
+        shared = self.room.per_node if device.type == "cpu" else 1
+        return config.model_copy(update={"slots": auto_slots(parts, device_memory(device) // shared, device.type)})
+
+
+def cut(stage: UserStage, jobs: HistoryJobs, phase: str, scale: float, count: int) -> list[Piece]:
+    """Cut the users of a phase into pieces, the same ones after a restart on another number of devices."""
+    folder = stage.folder / f"{phase}-pieces"
+    path = folder / "size.json"
+    if not path.exists():
+        make_folder(folder)
+        write_json(path, {"size": max(1, min(PIECE, -(-len(jobs) // (PIECES_PER_DEVICE * count))))})
+    size = int(read_json(path)["size"])
+    pieces = []
+    for at in range(0, len(jobs), size):
+        here = slice(at, at + size)
+        part = (tuple(jobs.users[here]), jobs.embeddings[here].clone(), jobs.trial, jobs.part, scale)
+        pieces.append(Piece(phase, folder / str(at), *part))
+    for piece in pieces:
+        make_folder(piece.folder)
+    return pieces
+
+
+def collect(stage: UserStage, piece: Piece, store: AdapterStore, metadata: Metadata) -> None:
+    """Put the records of a fitted piece into the store, with the users' metadata; those there already are skipped."""
+    made = AdapterStore(piece.store)
+    try:
+        store.put(record for record in _records(made, piece.users, metadata) if not is_stored(store, record))
+    finally:
+        made.close()
+
+
+def _records(made: AdapterStore, users: Sequence[str], metadata: Metadata) -> Iterator[UserRecord]:
+    for user in users:
+        record = made.get(user, coded=True)
+        if record is None:
+            continue
+        if record.tier == Tier.GROUPS:
+            warn(user, str(record.facts.get("reason")))
+        yield replace(record, facts={**metadata(user), **record.facts})
