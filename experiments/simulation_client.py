@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -53,7 +53,8 @@ class Client:
         async with self.http.stream("POST", f"{self.url}/v1/completions", json=body, timeout=600) as reply:
             reply.raise_for_status()
             async for line in reply.aiter_lines():
-                stamps += [self.now() - since] * len(re.findall(r'"gates":\s*\[\[', line))
+                if line.startswith("data: {"):
+                    stamps += [self.now() - since] * len(json.loads(line[6:]).get("proper", {}).get("gates") or ())
         if len(stamps) != answer:
             raise RuntimeError(f"{answer} tokens asked for, {len(stamps)} chunks came")
         self.users.append(user)

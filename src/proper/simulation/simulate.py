@@ -82,7 +82,7 @@ def in_words(result: dict[str, Any]) -> list[str]:
         "first token, p50": lambda side: f"{side['first_token_seconds']['p50']:.3g} s",
         "first token, p95": lambda side: f"{side['first_token_seconds']['p95']:.3g} s",
         "first token, p99": lambda side: f"{side['first_token_seconds']['p99']:.3g} s",
-        "busiest hour, p95": lambda side: f"{side['busiest_hour_p95']:.3g} s",
+        "at the peak, p95": lambda side: f"{side['peak_first_token_p95']:.3g} s",
         "wait for a row, p95": lambda side: f"{side['queue_seconds']['p95']:.3g} s",
         "sent elsewhere": lambda side: f"{side['spilled']:.1%}",
         "rows in use": lambda side: f"{side['rows_used']:.1%}",

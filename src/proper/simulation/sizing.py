@@ -46,12 +46,12 @@ def smallest(least: int, enough: Callable[[int], bool], name: str) -> int:
 def needed_replicas(config: SimulationConfig, costs: ServingCosts) -> int:
     """Return the smallest number of replicas whose p95 of the first token meets the target at the peak, with affinity.
 
-    Each number is tried with the constant load of the busiest hour and a quarter of the sample's requests.
+    Each number is tried with the constant load of the busiest hour and half of the sample's requests.
 
     Raises:
         ProperError: no number of replicas meets the target.
     """
-    requests = max(1000, config.sample.requests // 4)
+    requests = max(1000, config.sample.requests // 2)
 
     def enough(replicas: int) -> bool:
         part = ClusterSlice.of(config, replicas, affinity=True).at_peak(requests)
