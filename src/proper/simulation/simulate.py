@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,16 @@ from pydantic import ValidationError
 from proper.config.errors import explain
 from proper.config.loading import read_yaml
 from proper.console import progress
-from proper.errors import ConfigError
+from proper.errors import ConfigError, ProperError
 from proper.simulation.costs import MeasuredCosts, ServingCosts, measured_costs
 from proper.simulation.figures import serving_figures
 from proper.simulation.fitting import simulate_refits
 from proper.simulation.schema import SimulationConfig
 from proper.simulation.serving import ClusterSlice, simulate_slice
-from proper.simulation.sizing import needed_replicas, needed_workers, storage_and_price
+from proper.simulation.sizing import CLOSE, needed_replicas, needed_workers, storage_and_price
+
+MOST_TRIALS = 30
+"""The search for the number of replicas gives up after so many simulated days."""
 
 
 def load_simulation(path: Path) -> tuple[SimulationConfig, MeasuredCosts]:
@@ -45,16 +50,14 @@ def simulate(config: SimulationConfig, costs: MeasuredCosts) -> dict[str, Any]:
         ProperError: `auto` finds no number of replicas or workers that meets the targets.
     """
     replicas, workers = config.cluster.replicas, config.refits.workers
-    if not isinstance(replicas, int):
-        with progress("finding the number of replicas", None):
-            replicas = needed_replicas(config, costs.serving)
+    if isinstance(replicas, int):
+        near = _serve(config, costs.serving, replicas, affinity=True)
+    else:
+        replicas, near = _enough_replicas(config, costs.serving)
     if not isinstance(workers, int):
         with progress("finding the number of fit workers", None):
             workers = needed_workers(config, costs.fit_seconds)
-    sides = {
-        "with_affinity": _serve(config, costs.serving, replicas, affinity=True),
-        "without_affinity": _serve(config, costs.serving, replicas, affinity=False),
-    }
+    far = _serve(config, costs.serving, replicas, affinity=False)
     with progress("refits", None) as advance:
         refits = simulate_refits(config, costs.fit_seconds, workers, advance)
     return {
@@ -62,7 +65,8 @@ def simulate(config: SimulationConfig, costs: MeasuredCosts) -> dict[str, Any]:
         "setting": config.model_dump(mode="json"),
         "costs": _plain(costs),
         "replicas": replicas,
-        **sides,
+        "with_affinity": near,
+        "without_affinity": far,
         "refits": refits,
         "size": storage_and_price(config, costs, replicas, workers),
     }
@@ -76,7 +80,7 @@ def in_words(result: dict[str, Any]) -> list[str]:
         f"{result['replicas']:,} replicas of {config['cluster']['rows']} rows and {config['cluster']['slots']} slots",
         f"{'':22}{'with affinity':>16}{'without':>16}",
     ]
-    rows = {
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "adapter in a slot": lambda side: f"{side['hit_rate']:.1%}",
         "fetched from elsewhere": lambda side: f"{side['fetched']:.1%}",
         "first token, p50": lambda side: f"{side['first_token_seconds']['p50']:.3g} s",
@@ -97,6 +101,22 @@ def in_words(result: dict[str, Any]) -> list[str]:
         f"price of a month per million users: {size['price_month_per_million_users']:,.2f}",
     ]
     return lines
+
+
+def _enough_replicas(config: SimulationConfig, costs: ServingCosts) -> tuple[int, dict[str, Any]]:
+    """Return the number of replicas that meets the target on the simulated day, too, and that day's figures.
+
+    The search takes the first of several noisy figures that meets the target; near saturation another draw of requests
+    may miss it, so the whole day has the last word.
+    """
+    with progress("finding the number of replicas", None):
+        replicas = needed_replicas(config, costs)
+    for _ in range(MOST_TRIALS):
+        figures = _serve(config, costs, replicas, affinity=True)
+        if figures["peak_first_token_p95"] <= config.targets.first_token_p95:
+            return replicas, figures
+        replicas = max(replicas + 1, math.ceil(CLOSE * replicas))
+    raise ProperError(f"'cluster.replicas': {replicas} do not meet the targets on the simulated day")
 
 
 def _serve(config: SimulationConfig, costs: ServingCosts, replicas: int, *, affinity: bool) -> dict[str, Any]:
