@@ -15,7 +15,7 @@ from pathlib import Path
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.enrolment.fit_user import Fitter
-from proper.enrolment.history import grown_history
+from proper.enrolment.history import UserHistory, grown_history
 from proper.errors import ProperError
 from proper.interactions.database import Database
 from proper.interactions.fit_queue import Claim, FitQueue
@@ -99,10 +99,20 @@ class FitWorker:
             if not grown.items:
                 self.log.queue.done(claim, None, "no interactions yet")
                 return
+            if store.head(claim.user) is None:
+                self._place(store, claim, fitter, grown)
             tell = _throttled(FitQueue(database), claim, heard)
             work = work_folder(self.users, claim.tenant, claim.user)
             record = fitter.fit(store, claim.user, grown, work, tell)
             self._land(store, claim, record)
+
+    def _place(self, store: AdapterStore, claim: Claim, fitter: Fitter, grown: UserHistory) -> None:
+        """Give a new user an embedding at once, which answers until the fit is done."""
+        record = fitter.placed(claim.user, grown)
+        if record is not None:
+            with self.log.queue.ending(claim) as stands:
+                if stands:
+                    store.put([record])
 
     def _land(self, store: AdapterStore, claim: Claim, record: UserRecord) -> None:
         """Put the fitted record into the store, unless its user was deleted meanwhile."""
