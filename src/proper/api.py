@@ -15,8 +15,7 @@ from torch import Tensor
 from proper.adapters.store import AdapterStore, Head, Version
 from proper.config import Config
 from proper.enrolment.fit_user import Fitter, open_fitter
-from proper.enrolment.many_users import append_all, fit_many, place_users
-from proper.enrolment.worker import FitWorker, Heard
+from proper.enrolment.worker import FitWorker, Heard, unheard
 from proper.errors import InputError, ProperError, RunFolderError
 from proper.export.run_export import Format, export_user
 from proper.inference.generate import Answer, generate, respond
@@ -101,23 +100,7 @@ class Users:
         for user in entries:
             if user in self:
                 raise ExistsError(f"user {user!r} exists already; users.update adds interactions")
-        users, tell = list(entries), heard or (lambda phase, share: None)
-        append_all(self.log, self.store.tenant, entries)
-        fitter = self.worker.fitter()
-        place_users(fitter, self.store, self.log, users, _shares("place", len(users), tell))
-        if not refine:
-            return
-        with self.log.queue.lock():
-            fit_many(fitter, self.store, self.log, users, _shares("embeddings", len(users), tell))
-        done = _shares("fit", len(users), tell)
-        for user in users:
-            while self.worker.fit_next(self.store.tenant, user):
-                pass
-            done(1)
-        fits = {user: self.log.queue.fit(self.store.tenant, user) for user in users}
-        failed = [user for user, fit in fits.items() if fit.state == "failed"]
-        if failed:
-            raise ProperError(f"{len(failed)} users could not be fitted; user {failed[0]!r}: {fits[failed[0]].message}")
+        self.worker.enrol(self.store, entries, refine=refine, heard=heard or unheard)
 
     def update(self, user: str, interactions: Iterable[Row] = (), heard: Heard | None = None) -> Head | None:
         """Add interactions of a user and fit the user to all their interactions; return tier, version and embedding.
@@ -186,18 +169,6 @@ class Users:
         if fit.state == "failed":
             raise ProperError(f"user {user!r} could not be fitted: {fit.message}")
         return self.store.head(user)
-
-
-def _shares(phase: str, total: int, heard: Heard) -> Callable[[int], None]:
-    """Return a callback for numbers of users done, which reports the share of all users."""
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        heard(phase, done / max(1, total))
-
-    return advance
 
 
 class Model:

@@ -29,7 +29,7 @@ from proper.data.encoder import EncodedExample
 from proper.enrolment.fit_embedding import FittedEmbedding, Setting, fit_embedding
 from proper.enrolment.fit_files import load_embedding, same_history, save_embedding
 from proper.enrolment.history import UserHistory, run_data
-from proper.enrolment.place import FITTED, PLACED, Placer, embedding_jobs, placed_record
+from proper.enrolment.place import FITTED, PLACED, Placer, embedding_jobs
 from proper.errors import RunFolderError
 from proper.files import read_json
 from proper.inference.model import PersonalizedModel
@@ -86,13 +86,6 @@ class Fitter:
         same_history(work, grown)
         with self.model.model.caching(work, self.model.config.compute.cache_mb):
             return self._fit(store, user, grown, work, tell)
-
-    def placed(self, user: str, grown: UserHistory) -> UserRecord | None:
-        """Return the first record of a new user, without a fit; None for a run without an encoder."""
-        if self.placer.encoder is None:
-            return None
-        (embedding,) = self.placer.place([self.encoded(grown)])
-        return placed_record(user, embedding, grown, self.placer.kind)
 
     def items(self, grown: UserHistory) -> tuple[TextExample, ...]:
         """Return the items that a user is fitted to: the newest `users.max_items`."""

@@ -84,12 +84,12 @@ def read_users(path: Path, config: DataConfig, task: TaskConfig) -> dict[str, li
     users: list[str] = []
 
     def read(row: Mapping[str, Any]) -> LogEntry:
-        if config.user not in row:
-            raise BadValue(config.user, "missing")
         try:
-            user = identifier(row[config.user])
+            user = identifier(row.get(config.user))
         except ValueError as error:
             raise BadValue(config.user, str(error)) from None
+        if user is None:
+            raise BadValue(config.user, "missing")
         if user not in readers:
             readers[user] = record_reader(config, task, user)
         entry = readers[user](row)

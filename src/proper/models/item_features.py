@@ -30,6 +30,8 @@ PARTS = ("mean", "last", "answer", "surprise")
 
 BATCH = 32
 """Rows of one forward pass."""
+ANSWER_TOKENS = 512
+"""Answer tokens whose logits are in memory at once."""
 
 
 def _no_progress(items: int) -> None:
@@ -86,10 +88,12 @@ def _surprise(model: nn.Module, states: Float[Tensor, "B T H"], counted: Tensor,
     head = model.get_output_embeddings()  # type: ignore[operator]
     asked = counted.roll(-1, 1)
     asked[:, -1] = False
-    predicting = states[asked].detach().requires_grad_()
-    logits = at_least_fp32(head(predicting))
-    likelihood = -nn.functional.cross_entropy(logits, batch.input_ids[counted], reduction="sum")
-    (gradient,) = torch.autograd.grad(likelihood, predicting)
     sums = torch.zeros(states.shape[0], states.shape[2], device=states.device)
-    rows = asked.nonzero()[:, 0]
-    return sums.index_add_(0, rows, gradient.float())
+    rows, told = asked.nonzero()[:, 0], batch.input_ids[counted]
+    for piece in torch.arange(len(rows), device=rows.device).split(ANSWER_TOKENS):
+        predicting = states[asked][piece].detach().requires_grad_()
+        logits = at_least_fp32(head(predicting))
+        likelihood = -nn.functional.cross_entropy(logits, told[piece], reduction="sum")
+        (gradient,) = torch.autograd.grad(likelihood, predicting)
+        sums.index_add_(0, rows[piece], gradient.float())
+    return sums

@@ -85,15 +85,16 @@ def train_encoder(
         seed: the run's seed.
     """
     rows = list(islice(sample.rows(0), MOST_ITEMS))
+    trained = len({row.user for row in rows})
+    if trained < FEWEST_USERS:
+        logger.info(f"no encoder of users: stage 2 trained {trained} users, and it takes {FEWEST_USERS}")
+        return None
     items = [encoder.encode(row) for row in rows]
     projection, phi = _features(model, items)
     index, own = {user: at for at, user in enumerate(users)}, dict[str, list[int]]()
     for at, item in enumerate(items):
         own.setdefault(item.user, []).append(at)
     known = [UserItems([items[at] for at in ats], phi[ats], embeddings[index[user]]) for user, ats in own.items()]
-    if len(known) < FEWEST_USERS:
-        logger.info(f"no encoder of users: stage 2 trained {len(known)} users, and it takes {FEWEST_USERS}")
-        return None
     rng = random.Random(seed_of(seed, "encoder"))
     rng.shuffle(known)
     held = min(MOST_HELD_OUT, max(4, round(HELD_OUT * len(known))))
