@@ -90,7 +90,7 @@ def _surprise(model: nn.Module, states: Float[Tensor, "B T H"], counted: Tensor,
     asked[:, -1] = False
     sums = torch.zeros(states.shape[0], states.shape[2], device=states.device)
     rows, told = asked.nonzero()[:, 0], batch.input_ids[counted]
-    for piece in torch.arange(len(rows), device=rows.device).split(ANSWER_TOKENS):
+    for piece in torch.split(torch.arange(len(rows), device=rows.device), ANSWER_TOKENS):
         predicting = states[asked][piece].detach().requires_grad_()
         logits = at_least_fp32(head(predicting))
         likelihood = -nn.functional.cross_entropy(logits, told[piece], reduction="sum")
