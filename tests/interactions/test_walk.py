@@ -55,8 +55,8 @@ NOT_WALKED = {
     "keys open": "removes files that name no user",
     **dict.fromkeys(["users list", "users show", "keys list", "check"], "reads"),
 }
-ELSEWHERE = ("data", "bench", "backbones")
-"""Groups of commands that work in folders of their own."""
+ELSEWHERE = ("data", "bench", "backbones", "simulate")
+"""Commands, and groups of them, that work in folders of their own."""
 NOT_MADE = {
     "predictions/*.lamp.json": "in LaMP runs only",
     "variants/data/*.sqlite.between": "while derived data is made",
