@@ -203,7 +203,8 @@ def in_words(result: AllExported, out: Path) -> list[str]:
     if result.loss is None:
         lines.append("loss of folding: not measured, because no user has two items of history")
     else:
-        loss, low, high = result.loss, *result.loss["ci95"]
+        loss = result.loss
+        low, high = loss["ci95"]
         lines.append(
             f"loss of folding, {loss['items']} held-out items of {loss['users']} users: {loss['folded']:.4f} nats per "
             f"answer token instead of {loss['exact']:.4f} (difference {loss['difference']:+.4f}, "

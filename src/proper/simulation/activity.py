@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,14 +34,13 @@ class ZipfLaw:
     def __init__(self, users: int, exponent: float, shift: float = 0.0) -> None:
         self.users, self.exponent, self.shift = users, exponent, shift
         head = np.arange(1, min(users, HEAD) + 1, dtype=np.float64)
-        self._head: NDArray[np.floating[Any]] = np.cumsum((head + shift) ** -exponent)
+        self._head = np.cumsum((head + shift) ** -exponent)
         self._cut = float(len(head)) + 0.5
         self._total = float(self._head[-1]) + self._integral(self._cut, users + 0.5)
 
     def weights(self, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the probability of each rank, shape (N,)."""
-        found: NDArray[np.float64] = (ranks + self.shift) ** -self.exponent / self._total
-        return found
+        return np.asarray((ranks + self.shift) ** -self.exponent / self._total, dtype=np.float64)
 
     def draw(self, random: np.random.Generator, count: int) -> NDArray[np.int64]:
         """Return `count` independent ranks, shape (N,)."""
