@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -135,8 +136,26 @@ def rollback(
         typer.echo(f"version {store.rollback(user, version)} is current")
 
 
-@app.command(epilog=examples("users", "delete runs/notes --user u7", "delete runs/notes --user u7 --user u8"))
-def delete(folder: RunFolder, user: ManyUsers) -> None:
+@app.command(
+    epilog=examples(
+        "users",
+        "delete runs/notes --user u7",
+        "delete runs/notes --user u7 --user u8",
+        "delete runs/notes --user u7 --fingerprints gone.json",
+    )
+)
+def delete(
+    folder: RunFolder,
+    user: ManyUsers,
+    fingerprints: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Before anything is erased, add hashes of the users' data to this file, for 'verify-deleted'.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Delete users and erase their data.
 
     Erases all versions, all interactions, and the users' rows in the run's data and predictions; afterwards none of it
@@ -156,6 +175,12 @@ def delete(folder: RunFolder, user: ManyUsers) -> None:
             each if each in begun or log.knows(store.tenant, each) else known(store, each)
             for each in dict.fromkeys(user)
         ]
+        if fingerprints is not None:
+            from proper.interactions.fingerprints import salt_of, write_fingerprints
+            from proper.interactions.verification import fingerprint
+
+            salt = salt_of(fingerprints)
+            write_fingerprints(fingerprints, {each: fingerprint(store, log, each, salt) for each in wanted}, salt)
         removals = [remove(store, log, each) for each in wanted]
     waits = dict.fromkeys(wait for removal in removals for wait in removal.waits)
     typer.echo(f"{sum(removal.found for removal in removals)} deleted")
