@@ -175,6 +175,8 @@ class UsersConfig(OptimizerConfig):
         scales: factors on a trial's adapter, beside 1, at which the held-out loss is measured. One number of passes and
             one factor are chosen for all users, by the mean gain over users minus its standard error, and the factor
             goes into the stored adapters.
+        distance: weight of |s_u B_u A_u|_F^2, summed over modules, in the loss of a user's LoRA, which keeps it near
+            the group model; 0 switches it off.
         router: form of the LoRA-aware router: added to stage 2's scores, the paper's, or none.
         router_learning_rate: learning rate of the LoRA-aware router; `auto` as for `learning_rate`.
         router_epochs: passes over the histories for the router.
@@ -192,6 +194,7 @@ class UsersConfig(OptimizerConfig):
     steps: Count | None = 20
     patience: Count = 1
     scales: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(max_length=8)] = [0.25, 0.5]
+    distance: Annotated[float, Field(ge=0)] = 0.0
     router: Literal["residual", "paper", "none"] = "none"
     router_learning_rate: Rate = "auto"
     router_epochs: Count = 1
