@@ -117,6 +117,7 @@ class GroupsConfig(OptimizerConfig):
         embedding_learning_rate: learning rate of the user embeddings.
         router: form of the user-aware router: a softmax of the sum, or that of the released code.
         constraint: penalty that keeps the mixtures of users apart.
+        user_encoder: train, after this stage, an encoder that places a new user's embedding from their first items.
         train_on: the histories of all users, or of target users.
         max_tokens: budget of training tokens, sampled evenly over users; null means all.
     """
@@ -133,6 +134,7 @@ class GroupsConfig(OptimizerConfig):
     embedding_learning_rate: Positive = 1e-2
     router: Literal["default", "released"] = "default"
     constraint: ConstraintConfig = ConstraintConfig()
+    user_encoder: bool = True
     train_on: Literal["all", "targets"] = "all"
     max_tokens: Count | None = None
 
