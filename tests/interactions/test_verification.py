@@ -204,6 +204,15 @@ def test_what_others_wrote_too_is_no_evidence(run: Path, gone: tuple[Path, Finge
     assert {name for name in there - searched if not name.endswith(("-shm", "-wal"))} == {"predictions/a.jsonl"}
 
 
+def test_an_embedding_that_is_the_mean_of_all_is_no_evidence(gone: tuple[Path, Fingerprints]) -> None:
+    run, prints = gone
+    (run / "groups").mkdir()
+    save_file({"mean_embedding": EMBEDDING}, run / "groups" / "groups.safetensors")
+    assert verify(run, [(USER, prints)]).clean
+    save_file({"mean_embedding": EMBEDDING.flip(0), "x": EMBEDDING}, run / "groups" / "groups.safetensors")
+    assert not verify(run, [(USER, prints)]).clean
+
+
 def test_a_user_who_is_still_there_is_found(run: Path) -> None:
     found = verify(run, [(USER, Fingerprints(SALT))]).certificate["users"][0]["found"]
     assert {each["read_as"] for each in found} >= {"store", "log", "raw", "SQLite"}

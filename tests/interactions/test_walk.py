@@ -53,7 +53,7 @@ MARKS = [*TRAINED, OFFLINE, ONLINE, IMPORTED, TENANT, LEFT]
 NOT_WALKED = {
     "demo": "is 'run' on data that it writes to data/, as the walk does",
     "keys open": "removes files that name no user",
-    **dict.fromkeys(["users list", "users show", "keys list", "check"], "reads"),
+    **dict.fromkeys(["users list", "users show", "groups show", "keys list", "check"], "reads"),
     **dict.fromkeys(["users archive", "users verify-deleted"], "reads, and writes elsewhere"),
 }
 ELSEWHERE = ("data", "bench", "backbones")

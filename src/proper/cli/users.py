@@ -195,14 +195,15 @@ def check(
 ) -> None:
     """Find damaged, missing and orphaned data.
 
-    Reads every byte of the adapter store and of the interaction log, and continues unfinished deletions. With
+    Reads every byte of the adapter store and of the interaction log, continues unfinished deletions, and deletes users
+    again whom an older copy of a file brought back. With
     --repair, a user with a damaged adapter is rolled back to the newest good version, or to the group tier, and data
     of no user is moved to users/quarantine, which the next deletion of a user removes. A damaged log is not repaired.
     Exit code 1 if damage or an unfinished deletion remains.
     """
     from proper.adapters.integrity import Finding
     from proper.adapters.integrity import check as check_store
-    from proper.interactions.deletion import PATIENCE, finish_deletions
+    from proper.interactions.deletion import PATIENCE, delete_returned, finish_deletions
     from proper.interactions.log import check_log
 
     users = require_run(folder).users.path
@@ -212,6 +213,7 @@ def check(
     try:
         with opened(folder) as store:
             findings = check_store(store, repair=repair) + findings
+        waits += [] if findings else delete_returned(users, PATIENCE)
     except ReadOnlyError:
         raise
     except StoreError as error:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -155,6 +155,16 @@ def _mentions(path: Path, user: str) -> bool:
                 return True
             tail = piece[-len(wanted) :]
     return False
+
+
+def remove_rows(path: Path, users: Iterable[str]) -> None:
+    """Remove the rows and texts of users from prepared data, of those that it has.
+
+    Raises:
+        StoreError: the data cannot be read or written.
+    """
+    for user in users:
+        _from_data(path, user)
 
 
 def _from_data(path: Path, user: str) -> None:

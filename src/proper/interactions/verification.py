@@ -8,7 +8,6 @@ users' texts have too are left out, since they do not tell whose they are. The c
 from __future__ import annotations
 
 import sqlite3
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import safe_open
 
 import proper
 from proper.adapters.manifest import key_of, user_of
@@ -88,7 +88,7 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
     names = {user for user, _ in wanted}
     for user, prints in wanted:
         search = Search(user, _others(home, names), prints.prints, prints.salt)
-        search.drop(search.shared(_texts_of_others(home, names)))
+        search.drop(search.shared(_shared_by_others(home, names)))
         searches[user] = search
     found: dict[str, list[dict[str, Any]]] = {user: _still_known(home, user) for user in searches}
     searched, unreadable = [], []
@@ -152,11 +152,11 @@ def _is_of_sqlite(path: Path) -> bool:
 def _reports(name: str, inside: str, how: str, hits: Iterable[Hit]) -> list[dict[str, Any]]:
     """Return one finding per kind of what was found in a stream, without content."""
     hits, reports = sorted(hits), []
-    for kind, times in Counter(hit.kind for hit in hits).items():
-        places = [hit.at for hit in hits if hit.kind == kind]
+    for kind in dict.fromkeys(hit.kind for hit in hits):
+        places = sorted({hit.at for hit in hits if hit.kind == kind})
         sources = len({hit.source for hit in hits if hit.kind == kind})
         where = {"file": name, **({"inside": inside} if inside else {}), "read_as": how}
-        reports.append({**where, "kind": kind, "different": sources, "times": times, "at": places[:PLACES]})
+        reports.append({**where, "kind": kind, "different": sources, "times": len(places), "at": places[:PLACES]})
     return reports
 
 
@@ -195,8 +195,14 @@ def _others(run: RunFolder, names: set[str]) -> Iterator[str]:
                         yield name
 
 
-def _texts_of_others(run: RunFolder, names: set[str]) -> Iterator[bytes]:
-    """Yield the texts of other users, labels and the words of templates, which are no evidence of a deleted user."""
+def _shared_by_others(run: RunFolder, names: set[str]) -> Iterator[bytes]:
+    """Yield what is no evidence of a deleted user: other users' texts, labels, templates, and the mean embedding."""
+    for folder in nested_runs(run.path):
+        path = RunFolder(folder).experts
+        if path.is_file():
+            with safe_open(path, "pt") as tensors:  # a user who learnt nothing has the mean
+                if "mean_embedding" in tensors.keys():  # noqa: SIM118
+                    yield tensors.get_tensor("mean_embedding").float().numpy().tobytes()
     if run.config.is_file():
         config = yaml.safe_load(run.config.read_text(encoding="utf-8")) or {}
         data, task = config.get("data") or {}, config.get("task") or {}
