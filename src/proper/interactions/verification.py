@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 from safetensors import safe_open
 
-import proper
 from proper.adapters.manifest import key_of, user_of
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore
 from proper.files import hash_file
@@ -109,7 +109,7 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
         "format": "proper-deletion-certificate",
         "version": 1,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "proper": proper.__version__,
+        "proper": version("proper-llm"),
         "run": home.path.resolve().name,
         "result": "nothing found" if clean else "found" if any(found.values()) else "not all files could be read",
         "users": [_told(user, prints, searches[user], found[user]) for user, prints in wanted],

@@ -103,7 +103,7 @@ class _Counts:
     def raised(self, kind: str, group: int, most: int) -> list[dict[str, Any]]:
         """Return the words or labels with the highest log-odds in a group, highest first."""
         inside, total = self.items[group], sum(self.items)
-        rows = []
+        rows = list[dict[str, Any]]()
         for key, having in self.having[group].items():
             if key[0] != kind or (kind == "word" and self.users[group][key] < 2):
                 continue
