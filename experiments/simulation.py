@@ -2,8 +2,9 @@
 
 python -m experiments.simulation [--repeats 3] [--requests 40] [--pad 0.3] [--json FILE]
 
-Every repeat replays requests (Poisson arrivals, Zipf users) and simulates the same requests with the costs that the
-server's own work had meanwhile: its steps, prefills and loads are timed, their order and the queue are not looked at.
+Every repeat sends requests (Poisson arrivals, Zipf users) and simulates the same requests, as they reached the engine,
+with the costs that the server's own work had meanwhile: its steps, prefills and loads are timed, their order and the
+queue are not looked at. Times are those inside the server; those that the client saw are beside them.
 The server is a process of its own with proper-nano and random adapters; answers never end early, so that their lengths
 are known. Other load on the machine changes the costs within seconds, which no simulation foresees: `--pad` makes every
 forward pass take at least so long, as that of a larger backbone would.
@@ -27,7 +28,7 @@ import httpx
 import numpy as np
 
 from experiments.simulation_client import Client, running_server
-from experiments.simulation_server import LONGEST_ANSWER, LONGEST_PROMPT, ROWS, SLOTS, USERS, Work, read_work
+from experiments.simulation_server import LONGEST_ANSWER, LONGEST_PROMPT, ROWS, SLOTS, USERS, Work, read_log
 from proper.benchmarks.measure import machine
 from proper.benchmarks.serve_costs import line
 from proper.files import write_json
@@ -41,13 +42,8 @@ from proper.simulation.serving import serve_requests
 SHORT_PROMPT = 8
 
 
-def costs_of(work: Sequence[Work], request: float) -> ServingCosts:
-    """Return the costs that the server's work had: means, and the variation around them.
-
-    Args:
-        work: the server's work.
-        request: seconds of a request outside the engine.
-    """
+def costs_of(work: Sequence[Work]) -> ServingCosts:
+    """Return the costs that the server's work had: means, and the variation around them."""
     rest = statistics.fmean([each.seconds for each in work if each.kind == "rest"] or [0.0])
     steps: dict[int, list[float]] = {}
     for each in work:
@@ -62,7 +58,6 @@ def costs_of(work: Sequence[Work], request: float) -> ServingCosts:
         base,
         slope,
         statistics.fmean(loads) if loads else 0.0,
-        request=request,
         variation=statistics.pstdev(spread),
     )
 
@@ -107,21 +102,17 @@ def simulated(requests: list[Arrival], costs: ServingCosts, users: list[int], se
     }
 
 
-async def replay(client: Client, requests: list[Arrival]) -> tuple[dict[str, Any], float]:
-    """Send the requests at their times; return the server's figures and a request's mean seconds outside the engine."""
+async def replay(client: Client, requests: list[Arrival]) -> dict[str, Any]:
+    """Send the requests at their times; return the slot hit rate, and what the client saw."""
     before = await client.metrics()
     start = client.now() + 0.5
     done = await asyncio.gather(*(client.ask(r.user, r.prompt, r.answer, start + r.time) for r in requests))
     after = await client.metrics()
-    found = {name: after[name] - before.get(name, 0.0) for name in after}
-    firsts = [each.first for each in done]
-    inside = found["proper_first_token_seconds_sum"] / found["proper_first_token_seconds_count"]
-    result = {
-        "hit_rate": round(found["proper_slot_hits_total"] / len(requests), 4),
-        "first_token_seconds": percentiles(firsts),
-        "answer_seconds": percentiles([each.stamps[-1] for each in done]),
+    hits = after["proper_slot_hits_total"] - before["proper_slot_hits_total"]
+    return {
+        "hit_rate": round(hits / len(requests), 4),
+        "client_first_token_seconds": percentiles([each.first for each in done]),
     }
-    return result, max(0.0, statistics.fmean(firsts) - inside)
 
 
 async def compare(url: str, log: Path, repeats: int, count: int, keep: Callable[[list[dict[str, Any]]], None]) -> None:
@@ -130,23 +121,30 @@ async def compare(url: str, log: Path, repeats: int, count: int, keep: Callable[
     async with httpx.AsyncClient(limits=httpx.Limits(max_connections=200)) as http:
         client = Client(url, http)
         for repeat in range(repeats):
-            start = len(read_work(log))
+            start = read_log(log)[2]
             for user in range(1, SLOTS + 1):
                 await client.ask(user, SHORT_PROMPT, 1)
             await asyncio.gather(*(client.ask(user, LONGEST_PROMPT, 4) for user in range(1, ROWS + 1)))
-            now = costs_of(read_work(log, start), 0.0)
+            now = costs_of(read_log(log, start)[0])
             # Half of what the rows could do, so that queues form and drain.
             rate = 0.5 / (now.prefill + now.prefill_token * 52 + 9 * now.steps[-1] / ROWS)
-            requests, seen, start = load(repeat, count, rate), list(client.users), len(read_work(log))
-            server, request = await replay(client, requests)
-            costs = costs_of(read_work(log, start), request)
+            requests, seen, start = load(repeat, count, rate), list(client.users), read_log(log)[2]
+            server = await replay(client, requests)
+            work, replies, _ = read_log(log, start)
+            costs = costs_of(work)
+            begun = replies[0].arrival
+            received = [Arrival(each.arrival - begun, each.user, each.prompt, each.answer) for each in replies]
+            server |= {
+                "first_token_seconds": percentiles([each.first - each.arrival for each in replies]),
+                "answer_seconds": percentiles([each.last - each.arrival for each in replies]),
+            }
             found.append(
                 {
                     "load_average": round(os.getloadavg()[0], 2),
                     "arrivals_per_second": round(rate, 3),
                     "costs": asdict(costs),
                     "server": server,
-                    "simulation": simulated(requests, costs, seen),
+                    "simulation": simulated(received, costs, seen),
                 }
             )
             keep(found)

@@ -19,7 +19,7 @@ from proper.benchmarks.backbones import BenchBackbone
 from proper.benchmarks.serve_setup import Served, ServedShape
 from proper.inference.engine import Engine
 from proper.inference.engine_thread import EngineThread
-from proper.inference.requests import EngineLimits
+from proper.inference.requests import EngineLimits, Event, Finished, Request, Sink, Token
 from proper.serving.app import ServeSettings, create_app
 from proper.serving.keys import Keys
 from proper.serving.server import free_port, make_server
@@ -44,13 +44,26 @@ class Work:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Reply:
+    """A request as the engine saw it: user, numbers of tokens, and the times of arrival, first and last token."""
+
+    user: int
+    prompt: int
+    answer: int
+    arrival: float
+    first: float
+    last: float
+
+
 def measure(engine: Any, log: Path, pad: float) -> None:
-    """Let an engine log its work to a file, and take at least `pad` seconds for a step and a prefill.
+    """Let an engine log its work and its requests to a file, and take at least `pad` seconds for a step and a prefill.
 
     Padding emulates a slower backbone, whose time does not depend on other load on the machine.
     """
     batch, file = engine._batch, log.open("w", encoding="utf-8")
     step, decode, prefill, load = engine.step, batch.decode, batch.prefill, engine._adapters.cache._read
+    submit = engine.submit
     busy = [0.0]
 
     def timed(kind: str, size: int, least: float, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -60,9 +73,10 @@ def measure(engine: Any, log: Path, pad: float) -> None:
         note(Work(kind, size, time.perf_counter() - begun))
         return result
 
-    def note(work: Work) -> None:
-        busy[0] += work.seconds if work.kind in ("step", "prefill") else 0.0
-        print(json.dumps(asdict(work)), file=file, flush=True)
+    def note(entry: Work | Reply) -> None:
+        if isinstance(entry, Work) and entry.kind in ("step", "prefill"):
+            busy[0] += entry.seconds
+        print(json.dumps(asdict(entry)), file=file, flush=True)
 
     def timed_step() -> None:
         begun, busy[0] = time.perf_counter(), 0.0
@@ -74,15 +88,33 @@ def measure(engine: Any, log: Path, pad: float) -> None:
         size = len(handles) * max(handle.size for handle in handles)
         return timed("prefill", size, pad * (1 + size / PAD_TOKENS), prefill, handles)
 
+    def timed_submit(request: Request, sink: Sink) -> Any:
+        arrival, stamps = time.monotonic(), list[float]()
+
+        def hear(event: Event) -> None:
+            if isinstance(event, Token):
+                stamps.append(time.monotonic())
+            elif isinstance(event, Finished) and stamps:
+                user = int((request.user or "u0")[1:]) + 1
+                note(Reply(user, len(request.prompt), len(stamps), arrival, stamps[0], stamps[-1]))
+            sink(event)
+
+        return submit(request, hear)
+
+    engine.submit = timed_submit
     engine.step = timed_step
     batch.decode = lambda: timed("step", len(batch), pad, decode)
     batch.prefill = timed_prefill
     engine._adapters.cache._read = lambda *arguments: timed("load", 0, 0.0, load, *arguments)
 
 
-def read_work(log: Path, start: int = 0) -> list[Work]:
-    """Return the logged work from line `start` on."""
-    return [Work(**json.loads(line)) for line in log.read_text(encoding="utf-8").splitlines()[start:]]
+def read_log(log: Path, start: int = 0) -> tuple[list[Work], list[Reply], int]:
+    """Return the logged work and the requests in order of arrival from line `start` on, and the number of lines."""
+    lines = log.read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines[start:]]
+    work = [Work(**entry) for entry in entries if "kind" in entry]
+    replies = [Reply(**entry) for entry in entries if "kind" not in entry]
+    return work, sorted(replies, key=lambda reply: reply.arrival), len(lines)
 
 
 def serve(folder: Path, port: int, pad: float) -> None:

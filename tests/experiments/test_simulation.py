@@ -1,4 +1,4 @@
-"""The comparison of simulation and server: its arithmetic, its committed result, and (slow) the comparison itself."""
+"""The comparison of simulation and server: its arithmetic, and (slow) the comparison itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from experiments.simulation import costs_of, figures, run, simulated
 from experiments.simulation_server import SLOTS, Work
 from proper.simulation.activity import Arrival
 
-RESULT = Path(__file__).parents[2] / "docs" / "results" / "bench" / "simulation-check.json"
 WITHIN = 0.2
 """The bound of the comparison: hit rate and p95 of the simulation over those of the server differ from 1 by less."""
 
@@ -19,17 +18,17 @@ WITHIN = 0.2
 def test_costs_are_means_of_the_server_s_work() -> None:
     work = [Work("step", rows, 0.02 * rows * share) for rows in (1, 2, 3) for share in (0.9, 1.1)]
     work += [Work("prefill", 8, 0.05), Work("prefill", 108, 0.15), Work("load", 0, 0.004), Work("load", 0, 0.006)]
-    costs = costs_of([*work, Work("rest", 0, 0.001)], 0.01)
+    costs = costs_of([*work, Work("rest", 0, 0.001)])
     assert costs.prefill_token == pytest.approx(0.001)
     assert costs.prefill == pytest.approx(0.042)
-    assert (costs.load, costs.request) == (pytest.approx(0.005), 0.01)
+    assert costs.load == pytest.approx(0.005)
     assert costs.steps == pytest.approx((0.021, 0.041, 0.061))
     assert costs.variation == pytest.approx(0.1, rel=0.05)
     # A lonely request: the simulation gives back what was measured.
     warm, cold = ([Arrival(0.0, user, 8, 1)] for user in (1, SLOTS + 9))
     residents = list(range(1, SLOTS + 1))
-    assert simulated(warm, costs, residents, 200)["first_token_seconds"]["p50"] == pytest.approx(0.06, rel=0.05)
-    assert simulated(cold, costs, residents, 200)["first_token_seconds"]["p50"] == pytest.approx(0.065, rel=0.05)
+    assert simulated(warm, costs, residents, 200)["first_token_seconds"]["p50"] == pytest.approx(0.05, rel=0.05)
+    assert simulated(cold, costs, residents, 200)["first_token_seconds"]["p50"] == pytest.approx(0.055, rel=0.05)
 
 
 def test_figures_are_the_median_ratios() -> None:
@@ -46,13 +45,6 @@ def test_figures_are_the_median_ratios() -> None:
         "answer_p50_over_server": 1.0,
         "answer_p95_over_server": 1.0,
     }
-
-
-def test_the_committed_comparison_is_within_the_bound() -> None:
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
-    assert len(result["repeats"]) >= 3 and result["figures"] == figures(result["repeats"])
-    for name in ("hit_rate_over_server", "first_token_p95_over_server", "answer_p95_over_server"):
-        assert result["figures"][name] == pytest.approx(1, abs=WITHIN), name
 
 
 @pytest.mark.slow
