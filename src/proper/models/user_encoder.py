@@ -101,6 +101,11 @@ class Readout:
         """Which of the two it is."""
         return "network" if self.bias.numel() else "ridge"
 
+    def times(self, factor: float) -> Readout:
+        """Return the readout whose distances are `factor` times as large."""
+        first = self.first * factor if self.kind == "ridge" else self.first
+        return Readout(first, self.bias, self.second * factor)
+
     def __call__(self, z: Float[Tensor, "U K"]) -> Float[Tensor, "U D"]:
         """Return the embeddings' distances from the mean."""
         if self.kind == "ridge":
