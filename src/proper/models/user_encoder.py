@@ -39,13 +39,13 @@ class ItemProjection:
 
     Attributes:
         mean: mean of the features (F,).
-        surprise, answer, context: directions, scaled to unit variance, (F', C) of the parts they are taken from.
+        surprise, answer, context: directions, scaled to unit variance, one a column, (H, S), (H, A) and (2 H, C).
     """
 
     mean: Float[Tensor, "F"]
-    surprise: Float[Tensor, "H S"]
-    answer: Float[Tensor, "H A"]
-    context: Float[Tensor, "G C"]
+    surprise: Float[Tensor, "J K"]
+    answer: Float[Tensor, "J K"]
+    context: Float[Tensor, "J K"]
 
     def __call__(self, features: Float[Tensor, "N F"]) -> Float[Tensor, "N K"]:
         """Return phi of every item."""

@@ -182,7 +182,7 @@ def project(features: Float[Tensor, "N F"]) -> ItemProjection:
     return ItemProjection(mean, *directions)
 
 
-def _components(part: Float[Tensor, "N F"], count: int) -> Float[Tensor, "F C"]:
+def _components(part: Float[Tensor, "N F"], count: int) -> Float[Tensor, "J K"]:
     _, sizes, directions = torch.linalg.svd(part.double(), full_matrices=False)
     kept = [at for at in range(min(count, len(sizes))) if sizes[at] > 1e-4 * sizes[0]]
     scaled: Tensor = directions[kept] / sizes[kept].unsqueeze(1) * math.sqrt(len(part))
