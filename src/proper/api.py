@@ -15,7 +15,7 @@ from torch import Tensor
 from proper.adapters.store import AdapterStore, Head, Version
 from proper.config import Config
 from proper.enrolment.fit_user import Fitter, open_fitter
-from proper.enrolment.worker import FitWorker, Heard
+from proper.enrolment.worker import FitWorker, Heard, unheard
 from proper.errors import InputError, ProperError, RunFolderError
 from proper.export.run_export import Format, export_user
 from proper.inference.generate import Answer, generate, respond
@@ -82,6 +82,25 @@ class Users:
         if user in self:
             raise ExistsError(f"user {user!r} exists already; users.update adds interactions")
         return self.append(user, entries, new=True, heard=heard)
+
+    def enrol_many(
+        self, entries: Mapping[str, Sequence[LogEntry]], *, refine: bool = True, heard: Heard | None = None
+    ) -> None:
+        """Enrol many new users, all or none: place their embeddings at once, then fit them.
+
+        Args:
+            entries: the users' interactions, as `entries` returns them.
+            refine: whether to fit the users; without, they keep their placed embeddings and stay in the fit queue.
+            heard: progress callback (phase, share of it that is done).
+
+        Raises:
+            InputError: a user exists already, or two interactions of a user have the same id and different content.
+            ProperError: fits failed; the message says how many and why the first one did. The others are done.
+        """
+        for user in entries:
+            if user in self:
+                raise ExistsError(f"user {user!r} exists already; users.update adds interactions")
+        self.worker.enrol(self.store, entries, refine=refine, heard=heard or unheard)
 
     def update(self, user: str, interactions: Iterable[Row] = (), heard: Heard | None = None) -> Head | None:
         """Add interactions of a user and fit the user to all their interactions; return tier, version and embedding.

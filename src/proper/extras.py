@@ -13,6 +13,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "cluster": ("ray",),
         "data": ("datasets", "ijson"),
         "serve": ("fastapi", "prometheus_client", "starlette", "uvicorn"),
+        "simulate": ("simpy",),
     }
 )
 """Modules that each extra installs."""

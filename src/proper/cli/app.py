@@ -24,13 +24,17 @@ from proper.cli import (
     evaluate,
     export_backbone,
     generate,
+    groups,
     keys,
     report,
     run,
     serve,
+    simulate,
     users,
     users_enrol,
     users_exchange,
+    users_leave,
+    users_look,
 )
 from proper.console import quiet_libraries, terminal_logging
 from proper.errors import InputError, ProperError
@@ -42,15 +46,15 @@ INTERRUPTED = 130
 # No markup: help is plain text that can be piped, and rich is not imported for it.
 app = typer.Typer(name="proper", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-for command in (demo, check, run, evaluate, report, generate, serve, export_backbone):
+for command in (demo, check, run, evaluate, report, generate, serve, export_backbone, simulate):
     app.command(command.__name__.rpartition(".")[2].replace("_", "-"), epilog=f"\b\nExamples:\n{command.EXAMPLES}")(
         command.command
     )
 
 # Without a name, their commands join those of `proper users`.
-for more in (users_enrol, users_exchange):
+for more in (users_enrol, users_exchange, users_look, users_leave):
     users.app.add_typer(more.app)
-for group in (users, keys, data, backbones, bench):
+for group in (users, groups, keys, data, backbones, bench):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 
 

@@ -6,14 +6,14 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from proper.cli.options import RunFolder, examples
-from proper.cli.users import OneUser, known, opened
+from proper.cli.users import known, opened
 from proper.config import load_run_config
 from proper.console import progress, silent
 from proper.errors import InputError, ProperError
@@ -36,18 +36,53 @@ _INPUT = typer.Option(
 )
 
 
-@app.command(epilog=examples("users", "enrol runs/notes --user ann --input ann.jsonl"))
-def enrol(folder: RunFolder, user: OneUser, input_file: Annotated[Path, _INPUT]) -> None:
-    """Add and fit a new user; print their tier and version.
+@app.command(
+    epilog=examples(
+        "users",
+        "enrol runs/notes --user ann --input ann.jsonl",
+        "enrol runs/notes --input new-users.jsonl",
+        "enrol runs/notes --input new-users.jsonl --no-refine",
+    )
+)
+def enrol(
+    folder: RunFolder,
+    input_file: Annotated[Path, _INPUT],
+    user: Annotated[
+        str | None,
+        typer.Option(
+            "--user",
+            metavar="U",
+            help="The user's id. Without it, every line names its user in the run's user column.",
+            show_default=False,
+        ),
+    ] = None,
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine/--no-refine",
+            help="Fit the users. Without, they keep the embeddings that the run's encoder places; 'proper users "
+            "update' fits them later.",
+        ),
+    ] = True,
+) -> None:
+    """Add and fit new users; print their tier and version.
 
-    Fits the user's embedding first, then an adapter, which is kept if it helps on held-out items of the user. No other
-    user's state changes. The interactions are kept: after an interruption, 'proper users update' continues the fit.
+    Places each user's embedding by the run's encoder, without training. Then fits the embedding, and an adapter, which
+    is kept if it helps on held-out items of the user. No other user's state changes. The interactions are kept: after
+    an interruption, 'proper users update' continues the fit.
     """
-    entries = _entries(folder, user, input_file)
+    entries = _entries_of_users(folder, user, input_file)
     with _users(folder) as users:
-        if user in users:
-            raise InputError(f"--user {user}: exists already; 'proper users update' adds interactions")
-        _append(users, user, entries, new=True)
+        for each in entries:
+            if each in users:
+                raise InputError(f"--user {each}: exists already; 'proper users update' adds interactions")
+        if user is not None and refine:
+            _append(users, user, entries[user], new=True)
+            return
+        with _bars(len(entries)) as heard:
+            users.enrol_many(entries, refine=refine, heard=heard)
+        for each in entries:
+            _print(users, each)
 
 
 @app.command(
@@ -98,6 +133,16 @@ def _entries(folder: Path, user: str, path: Path) -> list[LogEntry]:
 
     config = load_run_config(run.config)
     return read_file(path, record_reader(config.data, config.task, user))
+
+
+def _entries_of_users(folder: Path, user: str | None, path: Path) -> dict[str, list[LogEntry]]:
+    if user is not None:
+        return {user: _entries(folder, user, path)}
+    run = require_run(folder)
+    from proper.interactions.parsing import read_users
+
+    config = load_run_config(run.config)
+    return read_users(path, config.data, config.task)
 
 
 @contextmanager
@@ -179,6 +224,24 @@ def _bar(title: str) -> Iterator[Callable[[str, float], None]]:
 
         yield heard
         advance(100 - shown)
+
+
+@contextmanager
+def _bars(total: int) -> Iterator[Callable[[str, float], None]]:
+    """Show a bar of users for each phase; yields the callback for the phase and its progress."""
+    with ExitStack() as bars:
+        shown: dict[str, tuple[Callable[..., None], int]] = {}
+
+        def heard(phase: str, share: float) -> None:
+            if phase not in shown:
+                bars.close()
+                shown[phase] = bars.enter_context(progress(f"users: {phase}", total)), 0
+            advance, before = shown[phase]
+            now = round(share * total)
+            advance(now - before)
+            shown[phase] = advance, now
+
+        yield heard
 
 
 class _Ended(BaseException):

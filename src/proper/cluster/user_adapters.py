@@ -177,7 +177,7 @@ class UserWorker:
                 model=self.model,
                 config=self._config(),
                 dataset=self.runner.dataset,
-                encoder=self.runner.encoder,
+                encoder=self.runner.personal,
                 users=piece.users,
                 embeddings=piece.embeddings,
                 store=store,

@@ -19,10 +19,24 @@ from proper.errors import ConfigError
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config and apply `key.subkey=value` overrides; overrides win over the file, the file over a preset.
 
-    A relative `data.path` or `backbone` that does not exist below the current folder is looked up beside the config.
+    A relative `data.path`, `data.train_without` or `backbone` that does not exist below the current folder is looked up
+    beside the config.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value impossible.
+    """
+    raw = read_yaml(path)
+    for override in overrides:
+        _apply(raw, override)
+    _resolve_paths(raw, path.parent)
+    return make_config(raw, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file whose top level is a mapping of sections.
+
+    Raises:
+        ConfigError: the file is missing, not YAML or no mapping; the message names file and line.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -36,10 +50,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(raw, dict):
         found = "empty" if raw is None else f"a {type(raw).__name__}"
         raise ConfigError(f"{path}: a config is a mapping of sections, this is {found}")
-    for override in overrides:
-        _apply(raw, override)
-    _resolve_paths(raw, path.parent)
-    return make_config(raw, str(path))
+    return raw
 
 
 def load_run_config(path: Path) -> Config:
@@ -91,7 +102,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     data = raw.get("data")
-    sections = [(data, "path")] if isinstance(data, dict) else []
+    sections = [(data, "path"), (data, "train_without")] if isinstance(data, dict) else []
     for section, key in [*sections, (raw, "backbone")]:
         value = section.get(key)
         if isinstance(value, str) and not Path(value).exists() and (folder / value).exists():

@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from proper.config import UsersConfig
+from proper.data.batching import RowEncoder
 from proper.data.derived.views import Histories
-from proper.data.encoder import EncodedExample, Encoder
+from proper.data.encoder import EncodedExample
+from proper.training.checkpoint import seed_of
 
 PARTS = 4
 """Number of measurements of the held-out loss in a trial, after equal parts of the user's passes."""
@@ -29,6 +32,7 @@ class Job:
     Attributes:
         items: the training items.
         held_out: the user's held-out items; if empty, train all `epochs` and keep the last step.
+        anchor: the adapter that `users.distance` pulls toward (P,); None for the group model, whose B A is 0.
         epochs: maximum number of passes over the items.
         horizon: number of passes after which the schedule would reach zero; None: `epochs`.
         measured: passes after which the held-out loss is measured; empty means after every pass.
@@ -39,10 +43,22 @@ class Job:
     embedding: Float[Tensor, "D"]
     items: tuple[EncodedExample, ...]
     held_out: tuple[EncodedExample, ...] = ()
+    anchor: Float[Tensor, "P"] | None = None
     epochs: int = 1
     horizon: int | None = None
     measured: tuple[int, ...] = ()
     scales: tuple[float, ...] = (1.0,)
+
+    def steps_per_pass(self, batch_size: int) -> int:
+        """Return the number of optimizer steps of one pass over the items."""
+        return -(-len(self.items) // batch_size)
+
+    def batch(self, seed: int, step: int, batch_size: int) -> list[EncodedExample]:
+        """Return the rows of a step, which depend on the seed, the user and the step only."""
+        epoch, at = divmod(step, self.steps_per_pass(batch_size))
+        generator = torch.Generator().manual_seed(seed_of(seed, "order", self.user, epoch))
+        order = torch.randperm(len(self.items), generator=generator).tolist()
+        return [self.items[i] for i in order[at * batch_size : (at + 1) * batch_size]]
 
     @property
     def measured_passes(self) -> Sequence[int]:
@@ -115,15 +131,17 @@ class HistoryJobs:
         embeddings: e_u of `users` (U, D).
         trial: whether the newest items are held out and measured; else the jobs are on all items.
         part: the number of parts, of `PARTS`, of the full passes that are trained.
+        held_out: whether the trial's held-out items are the training items, as for a router.
     """
 
     config: UsersConfig
     dataset: Histories
-    encoder: Encoder
+    encoder: RowEncoder
     users: Sequence[str]
     embeddings: Float[Tensor, "U D"]
     trial: bool
     part: int = PARTS
+    held_out: bool = False
 
     def __len__(self) -> int:
         return len(self.users)
@@ -132,6 +150,8 @@ class HistoryJobs:
         user, embedding = self.users[at], self.embeddings[at]
         items = [self.encoder.encode(example) for example in self.dataset.history(user, self.config.max_items)]
         cut = len(items) - held_out_items(len(items), self.config.tiers.validation) if self.trial else len(items)
+        if self.held_out:
+            return Job(user, embedding, tuple(items[cut:]))
         full = full_passes(self.config, cut)
         epochs = passes_of(full, self.part)
         job = Job(user, embedding, tuple(items[:cut]), tuple(items[cut:]), epochs=epochs, horizon=full)
@@ -145,7 +165,8 @@ class HistoryJobs:
         total = 0
         for user in self.users:
             items = len(self.dataset.history(user, self.config.max_items))
-            total += items - held_out_items(items, self.config.tiers.validation) if self.trial else items
+            held_out = held_out_items(items, self.config.tiers.validation) if self.trial else 0
+            total += held_out if self.held_out else items - held_out
         return total
 
 
@@ -180,7 +201,7 @@ def refusal(job: Job, longest: int | None) -> str | None:
     if not job.items:
         return "quarantined: no history"
     rows = (*job.items, *job.held_out)
-    if any(row.start < 1 or row.start >= len(row.ids) for row in rows):
+    if any(row.start < 1 or row.answers < 1 for row in rows):
         return "quarantined: an item without a prompt or an answer"
     if longest is not None and any(len(row.ids) > longest for row in rows):
         return "quarantined: a text is longer than the backbone's positions"

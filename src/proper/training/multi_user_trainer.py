@@ -26,6 +26,7 @@ from proper.config import UsersConfig
 from proper.console import Bar, progress
 from proper.data.encoder import EncodedExample
 from proper.layers.bank import AdapterBank
+from proper.layers.low_rank import pull_
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.held_out import losses_at_scales, record_losses
@@ -56,6 +57,7 @@ class MultiUserTrainer:
         best: each slot's values at its lowest held-out loss so far (S, P).
         slots: each slot's job and its progress; None for a free slot.
         results: results that `done` has not received yet.
+        each: rows of each user in a step.
         started: number of jobs that were given a slot, or quarantined before.
         steps: optimizer steps done.
     """
@@ -71,7 +73,7 @@ class MultiUserTrainer:
         observe: Observe = _ignore,
     ) -> None:
         self.model, self.config, self.rate, self.seed, self.pad = model, config, rate, seed, pad
-        self._observe = observe
+        self._observe, self.each = observe, config.batch_size
         dtype = torch.promote_types(model.backbone.model.dtype, torch.float32)
         self.bank = AdapterBank(
             model.user_layout(config), slots, alpha=config.alpha, trainable=True, device=model.device, dtype=dtype
@@ -94,7 +96,7 @@ class MultiUserTrainer:
                 if metrics is None:
                     continue
                 self._pass_ended()
-                advance(self._finished() - shown)
+                advance(self._finished() - shown, share=self._share(len(jobs)))
                 shown = self._finished()
                 seconds = round(time.perf_counter() - started, 3)
                 step = {"stage": "users", "seed": self.seed, "phase": title, "step": self.steps}
@@ -109,6 +111,12 @@ class MultiUserTrainer:
 
     def _finished(self) -> int:
         return self.started - sum(entry is not None for entry in self.slots)
+
+    def _share(self, jobs: int) -> float:
+        """Return the share of all steps that is done, as if every user took all of theirs."""
+        seats = (entry for entry in self.slots if entry is not None)
+        begun = sum(state.step / (job.steps_per_pass(self.each) * job.epochs) for job, state in seats)
+        return (self._finished() + begun) / jobs
 
     def _hand_over(self, done: Done, again: bool = False) -> None:
         if self.results:
@@ -143,8 +151,12 @@ class MultiUserTrainer:
 
     def _step(self) -> dict[str, Any] | None:
         """Take one optimizer step for all users in slots; if a user is quarantined, update nothing and return None."""
-        chosen = {slot: self._batch(*entry) for slot, entry in enumerate(self.slots) if entry is not None}
+        seats = {slot: entry for slot, entry in enumerate(self.slots) if entry is not None}
+        chosen = {slot: job.batch(self.seed, state.step, self.each) for slot, (job, state) in seats.items()}
         losses, tokens, padded = self._backward(chosen)
+        if self.config.distance:
+            for slot, (job, _) in seats.items():
+                pull_(self.bank, slot, job.anchor, self.config.distance)
         assert self.bank.gradients is not None
         bad = {slot: "quarantined: the loss is not finite" for slot, loss in losses.items() if not math.isfinite(loss)}
         for slot in chosen:
@@ -191,25 +203,16 @@ class MultiUserTrainer:
             self._quarantine(*self.job_in(slot), reason)
             self.slots[slot] = None
 
-    def _batch(self, job: Job, state: FitProgress) -> list[EncodedExample]:
-        """Return a user's next batch, which depends on the seed, the user and the step only."""
-        per_pass = self._steps_per_pass(job)
-        epoch, at = divmod(state.step, per_pass)
-        generator = torch.Generator().manual_seed(seed_of(self.seed, "order", job.user, epoch))
-        order = torch.randperm(len(job.items), generator=generator).tolist()
-        size = self.config.batch_size
-        return [job.items[i] for i in order[at * size : (at + 1) * size]]
-
     def _factors(self, slots: list[int]) -> Tensor:
         entries = [self.job_in(slot) for slot in slots]
         steps = torch.tensor([state.step for _, state in entries])
-        totals = torch.tensor([self._steps_per_pass(job) * (job.horizon or job.epochs) for job, _ in entries])
+        totals = torch.tensor([job.steps_per_pass(self.each) * (job.horizon or job.epochs) for job, _ in entries])
         return factors(steps, totals, self.config.warmup, self.config.schedule).to(self.bank.values.device)
 
     def _pass_ended(self) -> None:
         """Compute the held-out loss of users who have just ended a pass, and free the slots of finished users."""
         seats = ((slot, *entry) for slot, entry in enumerate(self.slots) if entry is not None)
-        ended = [slot for slot, job, state in seats if state.step % self._steps_per_pass(job) == 0]
+        ended = [slot for slot, job, state in seats if state.step % job.steps_per_pass(self.each) == 0]
         self._measure([slot for slot in ended if self._passes(slot) in self.job_in(slot)[0].measured_passes])
         for slot in ended:
             if self.slots[slot] is not None and self._is_finished(slot):
@@ -248,10 +251,7 @@ class MultiUserTrainer:
 
     def _passes(self, slot: int) -> int:
         job, state = self.job_in(slot)
-        return state.step // self._steps_per_pass(job)
-
-    def _steps_per_pass(self, job: Job) -> int:
-        return -(-len(job.items) // self.config.batch_size)
+        return state.step // job.steps_per_pass(self.each)
 
     def _dropout_generators(self, work: Sequence[Work]) -> list[torch.Generator]:
         """Return each row's generator, which depends on the seed, the user, the step and the row only."""

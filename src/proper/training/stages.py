@@ -21,6 +21,7 @@ from torch import Tensor
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config
+from proper.data.batching import RowEncoder
 from proper.data.dataset import Role, SampledRows, UserSet
 from proper.data.derived.views import Histories
 from proper.data.encoder import Encoder
@@ -31,13 +32,15 @@ from proper.models.checkpoints import load_groups, save_tensors
 from proper.models.memory import give_back_memory
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
+from proper.models.user_encoder import save_encoder
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.early_stopping import hold_out
-from proper.training.groups import train_groups
+from proper.training.groups import first_embeddings, train_groups
 from proper.training.optim import resolve_rate
 from proper.training.population import train_population
 from proper.training.trainer import Log, TrainingPlan
+from proper.training.user_encoder import train_encoder
 from proper.training.user_stage import FitAdapters, UserStage
 from proper.training.users import train_users
 
@@ -70,7 +73,7 @@ def stage_plan(
     config: Config,
     sample: SampledRows,
     backbone: Backbone,
-    encoder: Encoder,
+    encoder: RowEncoder,
     folder: Path,
     seed: int,
     log: Log,
@@ -95,14 +98,25 @@ class StageRunner:
 
     Attributes:
         folder: the seed's run folder.
+        encoder: turns the rows of stage 1 into tokens.
+        personal: turns the rows of stages 2 and 3 into training rows.
     """
 
-    def __init__(self, config: Config, dataset: Histories, folder: Path, seed: int, log: Log) -> None:
+    def __init__(
+        self,
+        config: Config,
+        dataset: Histories,
+        folder: Path,
+        seed: int,
+        log: Log,
+        personal: Callable[[Encoder], RowEncoder] | None = None,
+    ) -> None:
         self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
         self.run_folder = RunFolder(folder)
         self.accelerator = join_processes(config)
         self.backbone = configured_backbone(config, self.accelerator.device)
         self.encoder = self.backbone.encoder()
+        self.personal = self.encoder if personal is None else personal(self.encoder)
 
     def run(self, stages: Sequence[str], elsewhere: FitAdapters | None = None) -> None:
         """Train the given stages, in their order; earlier stages must be done.
@@ -170,18 +184,27 @@ class StageRunner:
 
         def work() -> None:
             plan = self._plan("groups", sample)
-            self._save_groups(model, users, train_groups(model, config, users, plan, self.accelerator))
+            embeddings = train_groups(model, config, users, plan, self.accelerator)
+            if self.accelerator.is_main_process:
+                self._save_groups(model, users, embeddings)
+                self._save_encoder(model, users, embeddings, sample)
 
         self._record(Stage.GROUPS, work, {"rows": sample.size, "tokens": sample.tokens, "users": len(users)})
 
     def _save_groups(self, model: ProperModel, users: Sequence[str], embeddings: Tensor) -> None:
-        if not self.accelerator.is_main_process:
-            return
         tensors = {**model.group_parameters(), "mean_embedding": embeddings.mean(0)}
         save_tensors(self.run_folder.experts, tensors, {"modules": list(model.layers)})
         store = AdapterStore(self.run_folder.users.path)
         store.put(UserRecord(user, Tier.GROUPS, embeddings[at]) for at, user in enumerate(users))
         store.close()
+
+    def _save_encoder(self, model: ProperModel, users: Sequence[str], embeddings: Tensor, sample: SampledRows) -> None:
+        if not self.config.groups.user_encoder:
+            return
+        starts = first_embeddings(self.config.groups, len(users), model.embedding_size, self.seed)
+        found = train_encoder(model, self.encoder, sample, users, embeddings, starts, self.seed)
+        if found is not None:
+            save_encoder(self.run_folder.encoder, found)
 
     def _users(self, model: ProperModel, elsewhere: FitAdapters | None) -> None:
         folder = self.run_folder.users.path
@@ -208,7 +231,7 @@ class StageRunner:
             model=model,
             config=self.config.users,
             dataset=self.dataset,
-            encoder=self.encoder,
+            encoder=self.personal,
             users=users,
             embeddings=embeddings,
             store=store,
@@ -231,7 +254,8 @@ class StageRunner:
         store.close()
 
     def _plan(self, stage: Literal["population", "groups"], sample: SampledRows) -> TrainingPlan:
-        return stage_plan(stage, self.config, sample, self.backbone, self.encoder, self.folder, self.seed, self.log)
+        encoder = self.encoder if stage == "population" else self.personal
+        return stage_plan(stage, self.config, sample, self.backbone, encoder, self.folder, self.seed, self.log)
 
     def _is_done(self, stage: Stage, wanted: bool) -> bool:
         if self.run_folder.is_trained(stage):
