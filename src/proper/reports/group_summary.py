@@ -5,8 +5,8 @@ the group with the largest mean gate (`evaluation.routing.main_experts`).
 
 Words and labels are compared between the items of a group's users and those of all other users by the log-odds ratio
 with an informative prior (Monroe, Colaresi & Quinn 2008, "Fightin' Words", eq. 15, 16 and 22), in standard deviations.
-An item counts a word once. The prior is the whole population's rate of the word, worth `PRIOR` items, so that rare words
-need evidence. The paper's variance (eq. 20) leaves out the items without the word, which are few for a word of a
+An item counts a word once. The prior is the whole population's rate of the word, worth `PRIOR` items, so that rare
+words need evidence. The paper's variance (eq. 20) leaves out the items without the word, which are few for a word of a
 template; here all four cells count, as for any log-odds ratio.
 """
 
