@@ -104,18 +104,20 @@ def test_each_command_names_the_extra_that_it_lacks(tmp_path: Path) -> None:
         ["serve", str(Path(config(tmp_path / "run", "{path: x}")).parent)],
         ["check", config(saved, f"{{path: {saved}}}")],
         ["check", config(lamp, f"{{path: {lamp}, format: lamp, task: lamp-3}}")],
+        ["simulate", str(lamp / "none.yaml")],
     ]
     for name in ("train_questions", "train_outputs", "dev_questions", "dev_outputs"):
         (lamp / f"{name}.json").write_text("[]")
     (saved / "state.json").write_text("{}")
     done = blocked(f"from proper.cli.app import main\nfor call in {calls!r}: print(main(call))\n")
-    assert done.stdout.split() == ["2", "2", "2"], done.stderr
+    assert done.stdout.split() == ["2", "2", "2", "2"], done.stderr
     assert done.stderr.splitlines() == [
         f"proper: {feature} needs the extra '{extra}': pip install 'proper-llm[{extra}]'"
         for feature, extra in (
             ("'proper serve'", "serve"),
             (f"{saved}: reading a Hugging Face dataset", "data"),
             (f"{lamp / 'train_outputs.json'}: reading a benchmark's JSON file", "data"),
+            ("'proper simulate'", "simulate"),
         )
     ]
 

@@ -1,4 +1,4 @@
-"""The comparison of simulation and server: its arithmetic, and (slow) the comparison itself."""
+"""The comparison of simulation and server: its arithmetic, its committed result, and (slow) the comparison itself."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from experiments.simulation import costs_of, figures, run, simulated
 from experiments.simulation_server import SLOTS, Work
 from proper.simulation.activity import Arrival
 
+RESULT = Path(__file__).parents[2] / "docs" / "results" / "bench" / "simulation-check.json"
 WITHIN = 0.2
 """The bound of the comparison: hit rate and p95 of the simulation over those of the server differ from 1 by less."""
 
@@ -45,6 +46,13 @@ def test_figures_are_the_median_ratios() -> None:
         "answer_p50_over_server": 1.0,
         "answer_p95_over_server": 1.0,
     }
+
+
+def test_the_committed_comparison_is_within_the_bound() -> None:
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    assert len(result["repeats"]) >= 3 and result["figures"] == figures(result["repeats"])
+    for name in ("hit_rate_over_server", "first_token_p95_over_server", "answer_p95_over_server"):
+        assert result["figures"][name] == pytest.approx(1, abs=WITHIN), name
 
 
 @pytest.mark.slow
