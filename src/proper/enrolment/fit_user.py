@@ -92,7 +92,7 @@ class Fitter:
         encoded = [self.model.encoder.encode(example) for example in items]
         pace = _Pace.of(self.model, encoded, tell)
         held = store.versions(user)
-        facts: dict[str, Any] = {"history": {"run": grown.run, "logged": grown.logged}}
+        facts: dict[str, Any] = {"history": {"run": grown.run, "logged": grown.logged, "through": grown.through}}
         head = store.head(user)
         if head is None or held[0].facts.get("embedding") == FITTED:
             found = self._embedding(user, encoded, work, pace)
@@ -145,7 +145,7 @@ class Fitter:
             others=lambda near: nearest(store, user, near[0], config.users.tiers.neighbours),
         )
         try:
-            with _own_bank(self.model):
+            with own_bank(self.model):
                 train_users(stage)
             record = scratch.get(user, coded=True)
         finally:
@@ -202,7 +202,7 @@ def _trial(user: str, facts: dict[str, Any]) -> Trial | None:
 
 
 @contextmanager
-def _own_bank(model: PersonalizedModel) -> Iterator[None]:
+def own_bank(model: PersonalizedModel) -> Iterator[None]:
     """Let training replace the model's adapter bank while the block runs, and restore the serving bank after it."""
     try:
         yield

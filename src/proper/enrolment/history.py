@@ -1,11 +1,15 @@
-"""Builds one user's history: the items of the run's data and the interactions logged since, oldest first."""
+"""Builds one user's history: the items of the run's data and the interactions logged since, oldest first.
+
+`divide` tells what of it is new to a version of the user.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from proper.adapters.store import DEFAULT_TENANT
 from proper.data.dataset import Dataset, TextExample
@@ -32,6 +36,23 @@ class UserHistory:
     def digest(self) -> str:
         """Hash of the items."""
         return hash_value([[each.prompt, each.target, each.time] for each in self.items])
+
+    @property
+    def through(self) -> int:
+        """The highest number of a logged interaction; 0 without one."""
+        return max((-item.id for item in self.items if item.id < 0), default=0)
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A user's interactions, oldest first: `past` ones the version in service knows, and `new` ones.
+
+    `left_out` are the numbers of logged interactions that were outliers in earlier updates; they are in neither.
+    """
+
+    past: tuple[TextExample, ...]
+    new: tuple[TextExample, ...]
+    left_out: tuple[int, ...] = ()
 
 
 Count = Callable[[Sequence[str], Sequence[str]], list[int]]
@@ -62,6 +83,23 @@ def grown_history(
     ]
     ordered = tuple(example for _, example in sorted(keyed, key=lambda pair: pair[0]))
     return UserHistory(ordered, None if before is None else len(before), len(logged))
+
+
+def divide(grown: UserHistory, facts: Mapping[str, Any]) -> Divided:
+    """Divide a history by what a version's metadata says that it was trained on.
+
+    Logged interactions count in the order of arrival; an item of the run's data is never new.
+    """
+    history = facts.get("history", {})
+    numbers = sorted(-item.id for item in grown.items if item.id < 0)
+    through = history.get("through")
+    if through is None:  # a version of an earlier release, which knows the first `logged` interactions
+        known = numbers[: int(history.get("logged", 0))]
+        through = known[-1] if known else 0
+    left_out = tuple(history.get("left_out", ()))
+    items = [item for item in grown.items if -item.id not in left_out]
+    new = sorted((item for item in items if -item.id > through), key=lambda item: -item.id)
+    return Divided(tuple(item for item in items if -item.id <= through), tuple(new), left_out)
 
 
 def run_data(folder: Path) -> Dataset | None:

@@ -13,9 +13,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from proper.adapters.store import AdapterStore, UserRecord
+from proper.adapters.store import AdapterStore
 from proper.enrolment.fit_user import Fitter
 from proper.enrolment.history import grown_history
+from proper.enrolment.update_user import Fitted, fit_or_update
 from proper.errors import ProperError
 from proper.interactions.database import Database
 from proper.interactions.fit_queue import Claim, FitQueue
@@ -101,19 +102,29 @@ class FitWorker:
                 return
             tell = _throttled(FitQueue(database), claim, heard)
             work = work_folder(self.users, claim.tenant, claim.user)
-            record = fitter.fit(store, claim.user, grown, work, tell)
-            self._land(store, claim, record)
+            started = time.monotonic()
+            fitted = fit_or_update(fitter, store, claim.user, grown, work, tell)
+            self._land(store, claim, fitted, time.monotonic() - started)
 
-    def _land(self, store: AdapterStore, claim: Claim, record: UserRecord) -> None:
-        """Put the fitted record into the store, unless its user was deleted meanwhile."""
+    def _land(self, store: AdapterStore, claim: Claim, fitted: Fitted, seconds: float) -> None:
+        """Put the new version into the store, unless its user was deleted or rolled back meanwhile."""
         with self.log.queue.ending(claim) as stands:
             if not stands:
                 raise _Withdrawn
-            if not is_stored(store, record):  # stored already before a kill
-                store.put([record])
+            if fitted.record is not None and not is_stored(store, fitted.record):  # stored already before a kill
+                head = store.head(claim.user)
+                if fitted.base != (None if head is None else head.version):
+                    self.log.queue.release(claim)  # another version is in service by now: fit again, from that one
+                    return
+                store.put([fitted.record])
             remove_work(self.users, claim.tenant, claim.user)
             head = store.head(claim.user)
-            self.log.queue.done(claim, None if head is None else head.version, describe(record))
+            version = None if head is None else head.version
+            if fitted.base is not None and fitted.facts:
+                made = None if fitted.record is None else version
+                told = fitted.base, made, seconds, fitted.reason or "", fitted.facts
+                self.log.updates.add(claim.tenant, claim.user, *told)
+            self.log.queue.done(claim, version, describe(fitted))
 
     def _tidy(self) -> None:
         """Remove work folders of interrupted fits whose users are no longer queued."""
@@ -124,8 +135,11 @@ class FitWorker:
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def describe(record: UserRecord) -> str:
+def describe(fitted: Fitted) -> str:
     """Return the result of a fit as one line."""
+    record = fitted.record
+    if record is None:
+        return f"{fitted.reason}; version {fitted.base} stays"
     history = record.facts["history"]
     run = "the run's data is gone" if history["run"] is None else f"{history['run']} of the run"
     reason = record.facts.get("reason")

@@ -33,6 +33,8 @@ class Job:
         horizon: number of passes after which the schedule would reach zero; None: `epochs`.
         measured: passes after which the held-out loss is measured; empty means after every pass.
         scales: factors on the adapter at which it is measured; the last is 1.
+        start: the adapter (P,) that training goes on from; None: a fresh one.
+        distance: weight of the penalty on the distance to `start` (`training.distance`).
     """
 
     user: str
@@ -43,6 +45,8 @@ class Job:
     horizon: int | None = None
     measured: tuple[int, ...] = ()
     scales: tuple[float, ...] = (1.0,)
+    start: Float[Tensor, "P"] | None = None
+    distance: float = 0.0
 
     @property
     def measured_passes(self) -> Sequence[int]:

@@ -28,10 +28,11 @@ from proper.data.encoder import EncodedExample
 from proper.layers.bank import AdapterBank
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint, seed_of
+from proper.training.distance import pull_back
 from proper.training.held_out import losses_at_scales, record_losses
 from proper.training.jobs import Done, FitProgress, FitResult, Job, Jobs, refusal
 from proper.training.memory import pending_rows
-from proper.training.microbatching import Work, micro_batches, padded_tokens, row_losses
+from proper.training.microbatching import Work, dropout_generators, micro_batches, padded_tokens, row_losses
 from proper.training.optim import RowAdamW, clip_row_, factors
 from proper.training.trainer import Log
 
@@ -133,13 +134,18 @@ class MultiUserTrainer:
                 self._quarantine(job, state, reason)
                 continue
             slot = self.slots.index(None)
-            generator = torch.Generator().manual_seed(seed_of(self.seed, "adapter", job.user))
-            self.bank.fresh(slot, generator)
+            self._fill(slot, job)
             self.optimizer.reset(slot)
             self.best[slot] = self.bank.values[slot]
             self.slots[slot] = (job, state)
             new.append(slot)
         return new
+
+    def _fill(self, slot: int, job: Job) -> None:
+        if job.start is not None:
+            self.bank.values[slot] = job.start.to(self.bank.values)
+        else:
+            self.bank.fresh(slot, torch.Generator().manual_seed(seed_of(self.seed, "adapter", job.user)))
 
     def _step(self) -> dict[str, Any] | None:
         """Take one optimizer step for all users in slots; if a user is quarantined, update nothing and return None."""
@@ -175,11 +181,14 @@ class MultiUserTrainer:
         pieces = list(micro_batches(work, self.model.backbone.batch_tokens))
         for piece in pieces:
             self._observe(self.steps, piece)
-            sums, _ = row_losses(self.model, jobs, piece, "fit", self.pad, self._dropout_generators(piece))
+            seeded = [(*self.job_in(slot), at) for slot, at, _ in piece] if self.config.dropout else []
+            sums, _ = row_losses(self.model, jobs, piece, "fit", self.pad, dropout_generators(self.seed, seeded))
             shares = torch.tensor([answers[slot] for slot, _, _ in piece], dtype=sums.dtype, device=sums.device)
             torch.autograd.backward((sums / shares).sum())
             for (slot, _, _), value in zip(piece, sums.tolist(), strict=True):
                 losses[slot] += value / answers[slot]
+        for slot, job in jobs.items():
+            losses[slot] += pull_back(self.bank, slot, job)
         return losses, sum(len(r.ids) for _, _, r in work), padded_tokens(pieces)
 
     def _quarantine(self, job: Job, state: FitProgress, reason: str) -> None:
@@ -232,7 +241,7 @@ class MultiUserTrainer:
         """Record the held-out loss of these slots at every scale, and keep the best weights so far."""
         jobs = {slot: self.job_in(slot)[0] for slot in slots if self.job_in(slot)[0].held_out}
         started = any(self.job_in(slot)[1].losses for slot in jobs)
-        # Before training B is 0: the adapter changes nothing at any scale.
+        # Before training, a fresh adapter has B = 0, which changes nothing at any scale.
         scales = {scale for job in jobs.values() for scale in job.scales} if started else {1.0}
         found = losses_at_scales(self.model, self.bank, jobs, scales, self.pad)
         bad: Bad = {}
@@ -252,14 +261,6 @@ class MultiUserTrainer:
 
     def _steps_per_pass(self, job: Job) -> int:
         return -(-len(job.items) // self.config.batch_size)
-
-    def _dropout_generators(self, work: Sequence[Work]) -> list[torch.Generator]:
-        """Return each row's generator, which depends on the seed, the user, the step and the row only."""
-        if self.config.dropout == 0:
-            return []
-        entries = [(*self.job_in(slot), at) for slot, at, _ in work]
-        seeds = [seed_of(self.seed, "dropout", job.user, state.step, at) for job, state, at in entries]
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def job_in(self, slot: int) -> tuple[Job, FitProgress]:
         """Return the job and progress of a slot, which must be occupied."""
