@@ -23,7 +23,7 @@ from typing import Any, Literal
 import xxhash
 
 from proper.adapters.manifest import ByteRange, ManifestRow, shard_name, user_of
-from proper.adapters.records import vector
+from proper.adapters.records import MADE, restored, vector
 from proper.adapters.serialization import fault_of, is_sound
 from proper.adapters.shards import BlobError, erase, lock_shard
 from proper.adapters.store import AdapterStore
@@ -179,10 +179,11 @@ def _fall_back(store: AdapterStore, now: list[ManifestRow], bad: dict[int, Findi
     if now[0].version in bad:
         sound = [row for row in now if _embedding_is_sound(store, row)]
         if good:
-            manifest.add(good[0])
+            manifest.add(restored(good[0], now[0], "repair"))
             done = f"went back to version {good[0].version}"
         elif sound:
-            facts = json.dumps({"reason": "the adapter was damaged, and no other version was left"})
+            reason = "the adapter was damaged, and no other version was left"
+            facts = json.dumps({"reason": reason, MADE: {"by": "repair", "of": sound[0].version}})
             bare = sound[0]._replace(layout=None, blob=None, offset=None, length=0, xxh3=None, sha256=None)
             manifest.add(bare._replace(tier="groups", facts=facts))
             done = "went back to the group tier"

@@ -23,6 +23,9 @@ from proper.adapters.shards import BlobWriter
 from proper.errors import StoreError
 from proper.run_folder import Tier
 
+MADE = "made"
+"""Key in a record's metadata: how this version was made, if not by training; see `restored`."""
+
 _TIERS = {str(tier): tier for tier in (Tier.GROUPS, Tier.USERS)}
 
 
@@ -102,6 +105,25 @@ def tier_of(row: ManifestRow) -> Tier:
     if tier is None:
         raise StoreError(f"user {user_of(row.user)!r}: unknown tier {row.tier!r}; run: proper users check DIR")
     return tier
+
+
+def restored(row: ManifestRow, current: ManifestRow, by: str) -> ManifestRow:
+    """Return a row with the content of an older version, to be added as the new current version.
+
+    Its metadata says so under `MADE`: `by` ("rollback" or "repair"), the versions `of` and `instead_of`, and when the
+    content was first `written`, in seconds of Unix time; `before` is the older version's own entry, if it has one.
+
+    Args:
+        row: the older version.
+        current: the version that it replaces.
+        by: what restores it.
+    """
+    facts = json.loads(row.facts)
+    before = facts.get(MADE, {})
+    made = {"by": by, "of": row.version, "instead_of": current.version, "written": before.get("written", row.written)}
+    first = before.get("before") if before.get("by") in ("rollback", "repair") else before
+    facts = {**facts, MADE: {**made, **({"before": first} if first else {})}}
+    return row._replace(written=int(time.time()), facts=json.dumps(facts, ensure_ascii=False))
 
 
 def vector(data: bytes) -> Tensor:

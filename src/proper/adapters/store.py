@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -25,7 +24,7 @@ import torch
 from proper.adapters.manifest import Manifest, ManifestRow, key_of, user_of
 from proper.adapters.quantization import decode
 from proper.adapters.records import Head as Head
-from proper.adapters.records import Prepared, commit, head_of, prepare, tier_of, vector, version_of
+from proper.adapters.records import Prepared, commit, head_of, prepare, restored, tier_of, vector, version_of
 from proper.adapters.records import UserRecord as UserRecord
 from proper.adapters.records import Version as Version
 from proper.adapters.serialization import TensorSpec, unpack
@@ -208,7 +207,8 @@ class AdapterStore:
         """Make an older version current again, and return the new version's number.
 
         The rollback adds a new version with the old one's content, so that numbers only increase and caches notice; the
-        version it replaces stays as the previous one. Rolling back twice restores the original state.
+        version it replaces stays as the previous one. Rolling back twice restores the original state. The new version's
+        metadata names both versions (`records.restored`).
 
         `to` None takes the version before the current one.
 
@@ -222,7 +222,7 @@ class AdapterStore:
             if not chosen:
                 wanted = "an earlier version" if to is None else f"a version {to} to go back to"
                 raise NoVersionError(f"{self.folder}: user {user!r} does not have {wanted}")
-            version = self.manifest.add(chosen[0]._replace(written=int(time.time())))
+            version = self.manifest.add(restored(chosen[0], versions[0], "rollback"))
             self.manifest.prune(self.tenant, key_of(user), max(self.keep, 2))
         erase(self.blobs, self.manifest)
         return version

@@ -17,6 +17,7 @@ from proper.run_folder import Stage, require_run
 
 if TYPE_CHECKING:
     from proper.adapters.store import AdapterStore
+    from proper.interactions.log import InteractionLog
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,18 @@ def opened(folder: RunFolder) -> Iterator[AdapterStore]:
         store.close()
 
 
+@contextmanager
+def _log_of(store: AdapterStore) -> Iterator[InteractionLog | None]:
+    """Open the interaction log beside a store, if there is one, and close it after the block."""
+    if not store.paths.log.is_file():
+        yield None
+        return
+    from proper.interactions.log import InteractionLog
+
+    with closing(InteractionLog(store.folder)) as log:
+        yield log
+
+
 def known(store: AdapterStore, user: str) -> str:
     """Return a user's id if the user is in the store.
 
@@ -73,24 +86,32 @@ def list_users(folder: RunFolder, as_json: AsJson = False) -> None:
             typer.echo(_line(told) if as_json else f"{_printable(user)}\t{tier}\t{size}")
 
 
-@app.command(epilog=examples("users", "show runs/notes --user u7", "show runs/notes --user u7 --json"))
-def show(folder: RunFolder, user: OneUser, as_json: AsJson = False) -> None:
-    """Print a user's stored versions.
+@app.command(
+    epilog=examples(
+        "users", "show runs/notes --user u7", "show runs/notes --user u7 --texts", "show runs/notes --user u7 --json"
+    )
+)
+def show(
+    folder: RunFolder,
+    user: OneUser,
+    texts: Annotated[bool, typer.Option("--texts", help="Print the texts of the user's interactions as well.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a run knows of a user.
 
-    All versions, newest first, with their metadata.
+    Tier and size; the groups that answer the user, by mean gates; the gain over the groups on held-out items and
+    queries; and every stored version, newest first: when and why it was made, whether the user got an adapter and by
+    which losses, and the ids of the items that it was made from. --json has the same facts and all metadata.
     """
-    with opened(folder) as store:
-        versions = store.versions(known(store, user))
-        if as_json:
-            typer.echo(_line({"user": user, "versions": [asdict(each) for each in versions]}))
-            return
-        for at, each in enumerate(versions):
-            current = "current" if at == 0 else "earlier"
-            typer.echo(f"version {each.version} ({current}): tier {each.tier}, {each.bytes} bytes")
-            if each.checksum is not None:
-                typer.echo(f"  xxh3: {each.checksum}")
-            for key, value in each.facts.items():
-                typer.echo(f"  {key}: {_line(value)}")
+    with opened(folder) as store, _log_of(store) as log:
+        if log is None or not log.knows(store.tenant, user):
+            known(store, user)
+        from proper.reports.user_summary import user_summary
+        from proper.reports.user_words import user_words
+
+        summary = user_summary(folder, store, log, user, texts=texts)
+    for line in [_line(summary)] if as_json else user_words(summary):
+        typer.echo(line)
 
 
 @app.command(epilog=examples("users", "rollback runs/notes --user u7", "rollback runs/notes --user u7 --version 3"))

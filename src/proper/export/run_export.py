@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
+from proper.adapters.records import MADE
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore, UserRecord
 from proper.config import Config, load_run_config
 from proper.data.dataset import Dataset
@@ -97,7 +98,9 @@ def import_user(
         RunFolderError: the run has no groups stage yet.
     """
     record, written = read_user(source, run_origin(folder))
-    record = replace(record, user=record.user if name is None else name)
+    made = {"by": "import", **({} if name in (None, record.user) else {"exported_as": record.user})}
+    facts = {**record.facts, MADE: made}
+    record = replace(record, user=record.user if name is None else name, facts=facts)
     _require_fit(folder, source, record)
     with _store(folder) as store:
         if store.head(record.user) is not None and not force:

@@ -175,12 +175,13 @@ def run_rows(run: Path, user: str) -> Iterator[dict[str, Any]]:
         return
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as data:
         rows = data.execute(
-            """SELECT r.part, r.time, t.prompt, t.target, t.item FROM rows r JOIN texts t ON t.id = r.text
+            """SELECT r.id, r.part, r.time, t.prompt, t.target, t.item FROM rows r JOIN texts t ON t.id = r.text
             WHERE r.user = (SELECT number FROM users WHERE id = ?) ORDER BY r.id""",
             (user,),
         )
-        for part, time, prompt, target, item in rows:
-            yield {"source": "run", "part": part, "prompt": prompt, "target": target, "timestamp": time, "item": item}
+        for row, part, time, prompt, target, item in rows:
+            texts = {"prompt": prompt, "target": target, "timestamp": time, "item": item}
+            yield {"source": "run", "row": row, "part": part, **texts}
 
 
 def logged_rows(log: InteractionLog, tenant: str, user: str) -> Iterator[dict[str, Any]]:

@@ -95,7 +95,7 @@ def load_user(run: RunFiles, user: str) -> UserReport:
         queries=gain.queries if gain else None,
         gain=gain,
         scores=scores,
-        losses=_losses(run.folder, user),
+        losses=stage_losses(run.folder, user),
         history_loss=_history_loss(run.folder, user),
         routed=next((row for row in run.routed if row.user == user), None),
         stored=stored,
@@ -163,7 +163,8 @@ def _means(store: AdapterStore, targets: set[str]) -> dict[str, float]:
     return {key: fmean(values) for key, values in found.items()}
 
 
-def _losses(folder: Path, user: str) -> dict[str, float]:
+def stage_losses(folder: Path, user: str) -> dict[str, float]:
+    """Return a user's mean answer loss on queries by stage, first seed, in nats per token."""
     found = {}
     for stage in LADDER:
         rows = (row for row in read_lines(RunFolder(folder).predictions_of(stage)) if row.get("user") == user)
