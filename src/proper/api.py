@@ -5,6 +5,7 @@ This module imports the training code, because new users are fitted with it; `pr
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from proper.adapters.store import AdapterStore, Head, Version
 from proper.config import Config
+from proper.enrolment.drift import Drift, drifts
 from proper.enrolment.fit_user import Fitter, open_fitter
 from proper.enrolment.worker import FitWorker, Heard
 from proper.errors import InputError, ProperError, RunFolderError
@@ -84,11 +86,14 @@ class Users:
         return self.append(user, entries, new=True, heard=heard)
 
     def update(self, user: str, interactions: Iterable[Row] = (), heard: Heard | None = None) -> Head | None:
-        """Add interactions of a user and fit the user to all their interactions; return tier, version and embedding.
+        """Add interactions of a user and update the user; return tier, version and embedding.
+
+        The update is trained from the version in service and becomes a new version only if that lowers the loss on
+        held-out interactions (`enrolment.update_user`); else the version stays, and `log.updates` has the reason.
 
         Args:
             user: id of an existing user.
-            interactions: as for `enrol`; with none, the user is fitted again to the stored interactions.
+            interactions: as for `enrol`; with none, those in the log that are new to the version in service.
             heard: progress callback of the fit.
 
         Raises:
@@ -100,6 +105,31 @@ class Users:
         if user not in self:
             raise InputError(f"{self.store.folder}: there is no user {user!r}; users.enrol adds a new user")
         return self.append(user, entries, new=False, heard=heard)
+
+    def drift(self) -> list[Drift]:
+        """Return the drift of all users with new interactions, the highest score first; see `enrolment.drift`."""
+        known = [user for user, _ in self.store.users()]
+        with self.log.queue.lock():  # a fit would use the model at the same time
+            return drifts(self.worker.fitter(), self.store, self.log, known)
+
+    def update_drifted(self, budget: int | None = None, hours: float | None = None) -> list[Drift]:
+        """Update the users who have drifted, those with the highest score first; return whom it tried to update.
+
+        Args:
+            budget: at most so many users; None for no limit.
+            hours: about so long: as many users as the mean time of past updates allows, and none begins later.
+        """
+        chosen, begun = [drift for drift in self.drift() if drift.drifted][:budget], time.monotonic()
+        each, tried = self.log.updates.seconds() or 0.0, list[Drift]()
+        for drift in chosen:
+            if hours is not None and tried and time.monotonic() - begun + each > 3600 * hours:
+                break
+            self.log.request_fit(self.store.tenant, drift.user)
+            while self.worker.fit_next(self.store.tenant, drift.user, even_if_usual=True):
+                pass
+            tried.append(drift)
+            each = self.log.updates.seconds() or each
+        return tried
 
     def delete(self, user: str) -> bool:
         """Delete all data of a user from every file of the run; return whether there was any.

@@ -82,15 +82,22 @@ def made(items: int, seed: int) -> tuple[EncodedExample, ...]:
     )
 
 
-def oracle(model: ProperModel, job: Job, config: UsersConfig, rate: float) -> Tensor:
+def oracle(
+    model: ProperModel,
+    job: Job,
+    config: UsersConfig,
+    rate: float,
+    passes: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
     """The same training in the plainest way: autograd through whole products, AdamW written out."""
     assert job.start is not None
-    bank = AdapterBank(model.user_layout(config), 1, alpha=config.alpha, trainable=True, dtype=torch.float64)
+    bank = AdapterBank(model.user_layout(config), 1, alpha=config.alpha, trainable=True, dtype=dtype)
     assert bank.gradients is not None
     model.use_bank(bank)
     row, first, second = job.start.clone(), torch.zeros_like(job.start), torch.zeros_like(job.start)
     per_pass = -(-len(job.items) // config.batch_size)
-    for step in range(per_pass * job.epochs):
+    for step in range(per_pass * (passes or job.epochs)):
         epoch, at = divmod(step, per_pass)
         draw = torch.Generator().manual_seed(seed_of(0, "order", job.user, epoch))
         order = torch.randperm(len(job.items), generator=draw).tolist()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from proper.cli.options import RunFolder, examples
-from proper.cli.users import OneUser, known, opened
+from proper.cli.users import AsJson, OneUser, known, opened, printable
 from proper.config import load_run_config
 from proper.console import progress, silent
 from proper.errors import InputError, ProperError
@@ -56,6 +58,7 @@ def enrol(folder: RunFolder, user: OneUser, input_file: Annotated[Path, _INPUT])
         "update runs/notes --user ann --input more.jsonl",
         "update runs/notes --user ann",
         "update runs/notes",
+        "update runs/notes --drifted --budget 100",
         "update runs/notes --watch",
     )
 )
@@ -63,18 +66,32 @@ def update(
     folder: RunFolder,
     user: Annotated[str | None, typer.Option("--user", metavar="U", help="The user's id.", show_default=False)] = None,
     input_file: Annotated[Path | None, _INPUT] = None,
+    drifted: Annotated[
+        bool, typer.Option("--drifted", help="Update the users who have drifted, the most drifted first.")
+    ] = False,
+    budget: Annotated[int | None, typer.Option(min=1, metavar="N", help="With --drifted: at most N users.")] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(min=0.001, metavar="H", help="With --drifted: as many users as H hours allow."),
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Keep fitting queued users until SIGTERM or Ctrl-C.")] = False,
     parent: Annotated[
         int | None,
         typer.Option(metavar="PID", help="With --watch: exit when this parent process does."),
     ] = None,
 ) -> None:
-    """Fit a user to new interactions, or all queued users.
+    """Update a user with new interactions, or all queued users.
 
-    Adds the interactions to the user's log and fits the user to all their interactions: the training data of the run,
-    if it still exists, and everything logged since. Without --user, fits every user in the queue. The result is a new
-    version; 'proper users rollback' goes back. With --watch this is the fit worker of 'proper serve'.
+    Adds the interactions to the user's log and trains on from the version in service, on the new interactions and some
+    earlier ones. The result is a new version if it lowers the loss on held-out interactions; otherwise the version in
+    service stays, and the reason and both losses are printed and kept. 'proper users rollback' goes back. Without
+    --user, updates every user in the queue, with --drifted the users of 'proper users drift' who have drifted. With
+    --watch this is the fit worker of 'proper serve'.
     """
+    if not drifted and (budget is not None or hours is not None):
+        raise InputError("--budget and --hours go with --drifted")
+    if drifted and (user is not None or watch):
+        raise InputError("--drifted: chooses the users itself; leave --user and --watch out")
     if input_file is not None and user is None:
         raise InputError("--input: the user is missing; give --user as well")
     if watch:
@@ -84,12 +101,46 @@ def update(
         return
     entries = [] if user is None or input_file is None else _entries(folder, user, input_file)
     with _users(folder) as users:
+        if drifted:
+            _update_drifted(users, budget, hours)
+            return
         if user is None:
             _fit_all(users)
             return
         if user not in users:
             known(users.store, user)
         _append(users, user, entries, new=False)
+
+
+@app.command(epilog=examples("users", "drift runs/notes", "drift runs/notes --json"))
+def drift(folder: RunFolder, as_json: AsJson = False) -> None:
+    """Print how well users' new interactions fit the versions in service.
+
+    One line per user with new interactions, the most drifted first: user, number of new interactions, their mean loss
+    and the user's usual loss (nats per token), the standardized difference, the CUSUM score, and whether the user has
+    drifted (users.drift.threshold). Nothing is trained, and no texts are printed.
+    """
+    with _users(folder) as users:
+        found = users.drift()
+        for each in found:
+            if as_json:
+                typer.echo(json.dumps(asdict(each), ensure_ascii=False))
+                continue
+            losses = ["-" if value is None else f"{value:.3f}" for value in (each.loss, each.usual, each.z)]
+            state = "drifted" if each.drifted else "usual" if each.usual is not None else "unknown"
+            typer.echo("\t".join([printable(each.user), str(each.new), *losses, f"{each.score:.2f}", state]))
+        seconds = users.log.updates.seconds()
+    if seconds:
+        logger.info(f"an update takes {seconds:.1f} s, about {3600 / seconds:,.0f} users per hour")
+    if not found:
+        logger.info("no user has new interactions")
+
+
+def _update_drifted(users: Users, budget: int | None, hours: float | None) -> None:
+    tried = users.update_drifted(budget, hours)
+    for each in tried:
+        _print(users, each.user)
+    logger.info(f"{len(tried)} updated or tried" if tried else "no user has drifted")
 
 
 def _entries(folder: Path, user: str, path: Path) -> list[LogEntry]:
@@ -160,7 +211,7 @@ def _fit_all(users: Users) -> None:
 def _print(users: Users, user: str) -> None:
     head, fit = users.head(user), users.log.queue.fit(users.store.tenant, user)
     tier, version = (Tier.NONE, "-") if head is None else (head.tier, str(head.version))
-    typer.echo(f"{user if user.isprintable() else repr(user)}\t{tier}\t{version}")
+    typer.echo(f"{printable(user)}\t{tier}\t{version}")
     if fit.message is not None and fit.state == "done":
         logger.info(fit.message)
 

@@ -22,6 +22,9 @@ from proper.training.microbatching import item_losses
 CLOSEST = 4
 """Fewest earlier interactions against which a new one can be an outlier."""
 
+LEAST_DEVIATION = 0.25
+"""Least standard deviation, in nats per token, by which outliers are judged: some users' losses hardly differ."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -108,12 +111,14 @@ class Comparison:
         past: number of earlier ones.
         served: losses of the version in service on the new and on the earlier ones.
         updated: the same of the update.
+        unknown: loss of the group model of an unknown user on the new ones.
     """
 
     new: int
     past: int
     served: tuple[float, float]
     updated: tuple[float, float]
+    unknown: float
 
     @classmethod
     def of(
@@ -125,8 +130,10 @@ class Comparison:
         past: Sequence[EncodedExample],
     ) -> Comparison:
         """Measure both states on the same items."""
-        pairs = [tuple(_mean(model, state, items) for items in (new, past)) for state in (served, updated)]
-        return cls(len(new), len(past), (pairs[0][0], pairs[0][1]), (pairs[1][0], pairs[1][1]))
+        assert model.served is not None
+        before = _mean(model, served, new), _mean(model, served, past)
+        after = _mean(model, updated, new), _mean(model, updated, past)
+        return cls(len(new), len(past), before, after, _mean(model, State(model.served.mean), new))
 
     @property
     def gain(self) -> float:
@@ -139,15 +146,19 @@ class Comparison:
         return max(0.0, self.updated[1] - self.served[1]) if self.past else 0.0
 
     def is_better(self, past: float) -> bool:
-        """Return whether the loss on new interactions falls, by more than `past` times what is forgotten."""
-        return self.gain > past * self.forgotten
+        """Return whether the loss on new interactions falls, by more than `past` times what is forgotten.
+
+        It must also be below that of an unknown user. Where answers are random, an update lowers the loss of a version
+        that was sure of other answers, but learns nothing of the user.
+        """
+        return self.gain > past * self.forgotten and self.updated[0] < self.unknown
 
     def text(self) -> str:
-        """Return both losses in words."""
+        """Return the losses in words."""
         said = f"loss on {self.new} held-out new interactions {self.served[0]:.3f} -> {self.updated[0]:.3f}"
         if self.past:
             said += f", on {self.past} earlier ones {self.served[1]:.3f} -> {self.updated[1]:.3f}"
-        return f"{said} nats per token"
+        return f"{said} nats per token (unknown user: {self.unknown:.3f})"
 
     def facts(self) -> Mapping[str, Any]:
         """Return the figures for a record's metadata."""
@@ -155,6 +166,7 @@ class Comparison:
             "held_out": {"new": self.new, "past": self.past},
             "served_loss": {"new": self.served[0], "past": self.served[1]},
             "updated_loss": {"new": self.updated[0], "past": self.updated[1]},
+            "unknown_loss": {"new": self.unknown},
         }
 
 
@@ -174,9 +186,9 @@ def outliers(
         return []
     state = State(mean)
     usual = Usual.of(per_item(model, state, past))
-    if usual is None or not usual.variance:
+    if usual is None:
         return []
-    most = usual.mean + limit * math.sqrt(usual.variance)
+    most = usual.mean + limit * max(LEAST_DEVIATION, math.sqrt(usual.variance or 0.0))
     return [at for at, loss in enumerate(per_item(model, state, new)) if not loss <= most]
 
 

@@ -65,6 +65,14 @@ class Drift:
     score: float = 0.0
     drifted: bool = False
 
+    def text(self) -> str:
+        """Return the figures in words."""
+        if self.loss is None or self.usual is None:
+            return f"{self.new} new interactions, usual loss not known"
+        said = "drifted" if self.drifted else "not drifted"
+        losses = f"loss {self.loss:.3f}, usually {self.usual:.3f} nats per token"
+        return f"{said}: score {self.score:.2f} after {self.new} new interactions ({losses})"
+
 
 def usual_of(facts: Mapping[str, Any], tier: str) -> Usual | None:
     """Return a user's usual loss from a version's metadata; None if it has none."""
@@ -137,3 +145,13 @@ def drifts(fitter: Fitter, store: AdapterStore, log: InteractionLog, users: Sequ
         if drift is not None and drift.new:
             found.append(drift)
     return sorted(found, key=lambda drift: (-drift.score, drift.user))
+
+
+def usual_still(fitter: Fitter, store: AdapterStore, user: str, grown: UserHistory) -> Drift | None:
+    """Return the drift of a user who keeps the version in service, as far as is known; None for any other.
+
+    A user without a version, or without a known usual loss, is not kept waiting.
+    """
+    drift = drift_of(fitter, store, user, grown, usual_variance(store), fitter.model.config.users.drift)
+    known = drift is not None and (drift.usual is not None or not drift.new)
+    return drift if known and drift is not None and not drift.drifted else None

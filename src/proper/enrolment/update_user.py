@@ -256,7 +256,8 @@ class _Update:
         divided: Divided,
         usual: Usual | None,
     ) -> Fitted:
-        history: dict[str, Any] = {"run": self.grown.run, "logged": self.grown.logged, "through": through}
+        logged = sum(0 < -item.id <= through for item in self.grown.items)
+        history: dict[str, Any] = {"run": self.grown.run, "logged": logged, "through": through}
         if divided.left_out:
             history["left_out"] = list(divided.left_out)
         made = {"by": "update", "of": self.version}

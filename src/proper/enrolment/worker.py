@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from proper.adapters.store import AdapterStore
+from proper.enrolment.drift import usual_still
 from proper.enrolment.fit_user import Fitter
 from proper.enrolment.history import grown_history
 from proper.enrolment.update_user import Fitted, fit_or_update
@@ -54,10 +55,18 @@ class FitWorker:
     log: InteractionLog
     fitter: Callable[[], Fitter]
 
-    def fit_next(self, tenant: str | None = None, user: str | None = None, heard: Heard = _unheard) -> bool:
+    def fit_next(
+        self,
+        tenant: str | None = None,
+        user: str | None = None,
+        heard: Heard = _unheard,
+        *,
+        even_if_usual: bool = False,
+    ) -> bool:
         """Fit the user who has waited longest, or the given one; return False if no such fit is queued.
 
-        Blocks while another process fits. A failure is recorded in the queue.
+        With `users.update.when: drifted`, a user who has a version and has not drifted keeps it, unless
+        `even_if_usual`. Blocks while another process fits. A failure is recorded in the queue.
         """
         fitter = self.fitter()
         with self.log.queue.lock():
@@ -66,7 +75,7 @@ class FitWorker:
             if claim is None:
                 return False
             try:
-                self._fit(fitter, claim, heard)
+                self._fit(fitter, claim, heard, even_if_usual)
             except _Withdrawn:
                 remove_work(self.users, claim.tenant, claim.user)
             except Exception as error:
@@ -89,7 +98,7 @@ class FitWorker:
         figures = self.log.queue.figures()
         return figures.queued + figures.fitting
 
-    def _fit(self, fitter: Fitter, claim: Claim, heard: Heard) -> None:
+    def _fit(self, fitter: Fitter, claim: Claim, heard: Heard, even_if_usual: bool) -> None:
         with (
             closing(AdapterStore(self.users, claim.tenant)) as store,
             closing(Database(UsersFolder(self.users).log, durable=False)) as database,
@@ -100,6 +109,11 @@ class FitWorker:
             if not grown.items:
                 self.log.queue.done(claim, None, "no interactions yet")
                 return
+            if model.config.users.update.when == "drifted" and not even_if_usual:
+                waits = usual_still(fitter, store, claim.user, grown)
+                if waits is not None:
+                    self.log.queue.done(claim, waits.version, f"{waits.text()}; version {waits.version} stays")
+                    return
             tell = _throttled(FitQueue(database), claim, heard)
             work = work_folder(self.users, claim.tenant, claim.user)
             started = time.monotonic()

@@ -124,8 +124,8 @@ def _measured(stage: UserStage, jobs: HistoryJobs, store: AdapterStore) -> Itera
             if group[slot].isfinite().all() and own[slot].isfinite().all():
                 items, held_out = len(job.items) + len(job.held_out), len(job.held_out)
                 losses = per_token(group[slot]), per_token(own[slot])
-                noise = held_out, spread(group[slot], own[slot]), item_variance(own[slot])
-                yield Trial(job.user, items, *losses, passes[slot], *noise)
+                gain_spread, variance = spread(group[slot], own[slot]), item_variance(own[slot])
+                yield Trial(job.user, items, *losses, passes[slot], held_out, gain_spread, variance)
             else:
                 reason = "quarantined: the held-out loss is not finite"
                 warn(job.user, reason)
