@@ -21,12 +21,12 @@ from proper.config import Config
 from proper.data.dataset import Dataset, TextExample
 from proper.data.encoder import EncodedExample
 from proper.enrolment.comparison import Comparison, Usual, outliers, state_of
-from proper.enrolment.drift import cusum, deviation, usual_of
+from proper.enrolment.drift import Drift, by_group, cusum, deviation, usual_of
 from proper.enrolment.history import UserHistory, divide
 from proper.errors import InputError
 from proper.interactions.fit_queue import FitQueue
 from proper.layers.batch_context import RowContext
-from proper.run_folder import Stage
+from proper.run_folder import Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.jobs import Job
 from proper.training.optim import resolve_rate
@@ -412,6 +412,19 @@ def test_drift_finds_who_changed_and_updates_them_first(run: Path, opened: Open)
     assert [drift.user for drift in users.update_drifted(budget=1)] == ["other"]
     assert users.log.updates.of("", "other")[0].base == bases["other"]
     assert users.versions("new")[0].version == bases["new"]
+
+
+def test_groups_of_which_many_drift() -> None:
+    def drift(user: str, drifted: bool, usual: float | None = 1.0) -> Drift:
+        return Drift(user, Tier.USERS, 1, 5, 2.0, usual, 1.0, 9.0, drifted)
+
+    found = [drift(f"a{at}", True) for at in range(4)] + [drift(f"b{at}", at == 0) for at in range(6)]
+    main = {each.user: int(each.user[0] == "b") for each in found} | {"odd": 0}
+    told = by_group([*found, drift("odd", True, None), drift("new", True)], main)
+    assert [(each.group, each.users, each.drifted) for each in told] == [(0, 4, 4), (1, 6, 1)]
+    rate = 2 / 8
+    assert told[0].chance == pytest.approx(rate**4) and told[1].chance == pytest.approx(1 - (1 - 5 / 6) ** 6)
+    assert by_group([], main) == []
 
 
 def test_a_queue_that_waits_for_drift(run: Path, opened: Open) -> None:

@@ -19,6 +19,7 @@ from proper.cli.users import AsJson, OneUser, known, opened, printable
 from proper.config import load_run_config
 from proper.console import progress, silent
 from proper.errors import InputError, ProperError
+from proper.files import read_json
 from proper.run_folder import Tier, require_run
 
 if TYPE_CHECKING:
@@ -118,8 +119,11 @@ def drift(folder: RunFolder, as_json: AsJson = False) -> None:
 
     One line per user with new interactions, the most drifted first: user, number of new interactions, their mean loss
     and the user's usual loss (nats per token), the standardized difference, the CUSUM score, and whether the user has
-    drifted (users.drift.threshold). Nothing is trained, and no texts are printed.
+    drifted (users.drift.threshold). Then, for users whose gates the evaluation measured, how many of each group have
+    drifted, with the probability of so many if they drift as often as others. Nothing is trained, no texts are printed.
     """
+    from proper.enrolment.drift import by_group
+
     with _users(folder) as users:
         found = users.drift()
         for each in found:
@@ -129,11 +133,23 @@ def drift(folder: RunFolder, as_json: AsJson = False) -> None:
             losses = ["-" if value is None else f"{value:.3f}" for value in (each.loss, each.usual, each.z)]
             state = "drifted" if each.drifted else "usual" if each.usual is not None else "unknown"
             typer.echo("\t".join([printable(each.user), str(each.new), *losses, f"{each.score:.2f}", state]))
+        for group in by_group(found, _main_groups(folder)):
+            told = (
+                f"group {group.group}: {group.drifted} of {group.users} users have drifted (chance {group.chance:.3f})"
+            )
+            typer.echo(json.dumps(asdict(group))) if as_json else logger.info(told)
         seconds = users.log.updates.seconds()
     if seconds:
         logger.info(f"an update takes {seconds:.1f} s, about {3600 / seconds:,.0f} users per hour")
     if not found:
         logger.info("no user has new interactions")
+
+
+def _main_groups(folder: Path) -> dict[str, int]:
+    """Return the group with the highest mean gate of the users whose gates the evaluation measured."""
+    path = require_run(folder).routing
+    rows = read_json(path).get("users", []) if path.is_file() else []
+    return {row["user"]: row["main"] for row in rows if isinstance(row.get("main"), int)}
 
 
 def _update_drifted(users: Users, budget: int | None, hours: float | None) -> None:

@@ -147,6 +147,50 @@ def drifts(fitter: Fitter, store: AdapterStore, log: InteractionLog, users: Sequ
     return sorted(found, key=lambda drift: (-drift.score, drift.user))
 
 
+@dataclass(frozen=True)
+class GroupDrift:
+    """How many users of a group have drifted, of those with new interactions and a known usual loss.
+
+    Attributes:
+        group: the group with the highest mean gate of these users.
+        users: number of users.
+        drifted: how many have drifted.
+        chance: probability of so many or more, if users of this group drift as often as those of the others.
+    """
+
+    group: int
+    users: int
+    drifted: int
+    chance: float
+
+
+def by_group(found: Sequence[Drift], main: Mapping[str, int]) -> list[GroupDrift]:
+    """Return the drift of each group's users, in the order of groups.
+
+    Many users of one group who drift at once say that the group has changed, and not each of them alone.
+
+    Args:
+        found: the users' drift.
+        main: the group with the highest mean gate of each user; users without one are left out.
+    """
+    groups: dict[int, list[bool]] = {}
+    for drift in found:
+        if drift.user in main and drift.usual is not None:
+            groups.setdefault(main[drift.user], []).append(drift.drifted)
+    every = [drifted for each in groups.values() for drifted in each]
+    told = []
+    for group, own in sorted(groups.items()):
+        # One drifted and one usual user more, so that the rate is neither 0 nor 1.
+        rate = (sum(every) - sum(own) + 1) / (len(every) - len(own) + 2)
+        told.append(GroupDrift(group, len(own), sum(own), _at_least(sum(own), len(own), rate)))
+    return told
+
+
+def _at_least(count: int, trials: int, rate: float) -> float:
+    """Return the probability of at least `count` successes in so many trials."""
+    return sum(math.comb(trials, k) * rate**k * (1 - rate) ** (trials - k) for k in range(count, trials + 1))
+
+
 def usual_still(fitter: Fitter, store: AdapterStore, user: str, grown: UserHistory) -> Drift | None:
     """Return the drift of a user who keeps the version in service, as far as is known; None for any other.
 
