@@ -5,7 +5,6 @@ This module imports the training code, because new users are fitted with it; `pr
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from proper.adapters.store import AdapterStore, Head, Version
 from proper.config import Config
-from proper.enrolment.drift import Drift, drifts
+from proper.enrolment.drift import Drift
 from proper.enrolment.fit_user import Fitter, open_fitter
-from proper.enrolment.worker import FitWorker, Heard
+from proper.enrolment.worker import FitWorker, Heard, unheard
 from proper.errors import InputError, ProperError, RunFolderError
 from proper.export.run_export import Format, export_user
 from proper.inference.generate import Answer, generate, respond
@@ -85,6 +84,25 @@ class Users:
             raise ExistsError(f"user {user!r} exists already; users.update adds interactions")
         return self.append(user, entries, new=True, heard=heard)
 
+    def enrol_many(
+        self, entries: Mapping[str, Sequence[LogEntry]], *, refine: bool = True, heard: Heard | None = None
+    ) -> None:
+        """Enrol many new users, all or none: place their embeddings at once, then fit them.
+
+        Args:
+            entries: the users' interactions, as `entries` returns them.
+            refine: whether to fit the users; without, they keep their placed embeddings and stay in the fit queue.
+            heard: progress callback (phase, share of it that is done).
+
+        Raises:
+            InputError: a user exists already, or two interactions of a user have the same id and different content.
+            ProperError: fits failed; the message says how many and why the first one did. The others are done.
+        """
+        for user in entries:
+            if user in self:
+                raise ExistsError(f"user {user!r} exists already; users.update adds interactions")
+        self.worker.enrol(self.store, entries, refine=refine, heard=heard or unheard)
+
     def update(self, user: str, interactions: Iterable[Row] = (), heard: Heard | None = None) -> Head | None:
         """Add interactions of a user and update the user; return tier, version and embedding.
 
@@ -108,28 +126,11 @@ class Users:
 
     def drift(self) -> list[Drift]:
         """Return the drift of all users with new interactions, the highest score first; see `enrolment.drift`."""
-        known = [user for user, _ in self.store.users()]
-        with self.log.queue.lock():  # a fit would use the model at the same time
-            return drifts(self.worker.fitter(), self.store, self.log, known)
+        return self.worker.drift(self.store)
 
     def update_drifted(self, budget: int | None = None, hours: float | None = None) -> list[Drift]:
-        """Update the users who have drifted, those with the highest score first; return whom it tried to update.
-
-        Args:
-            budget: at most so many users; None for no limit.
-            hours: about so long: as many users as the mean time of past updates allows, and none begins later.
-        """
-        chosen, begun = [drift for drift in self.drift() if drift.drifted][:budget], time.monotonic()
-        each, tried = self.log.updates.seconds() or 0.0, list[Drift]()
-        for drift in chosen:
-            if hours is not None and tried and time.monotonic() - begun + each > 3600 * hours:
-                break
-            self.log.request_fit(self.store.tenant, drift.user)
-            while self.worker.fit_next(self.store.tenant, drift.user, even_if_usual=True):
-                pass
-            tried.append(drift)
-            each = self.log.updates.seconds() or each
-        return tried
+        """Update the users who have drifted, the highest score first; see `FitWorker.update_drifted`."""
+        return self.worker.update_drifted(self.store, budget, hours)
 
     def delete(self, user: str) -> bool:
         """Delete all data of a user from every file of the run; return whether there was any.

@@ -104,8 +104,7 @@ SHARED = (
     "run.lock",
     "preflight.json",
     "population/*",
-    "groups/groups.safetensors",
-    "groups/poly.safetensors",
+    "groups/*.safetensors",
     "groups/stage.json",
     "users/stage.json",
     "users/router.safetensors",
@@ -169,6 +168,7 @@ class RunFolder:
     population = _Path("population")
     experts = _Path("groups", "groups.safetensors")  # experts, routers and the mean user embedding of stage 2
     poly = _Path("groups", "poly.safetensors")  # the same for the method `poly`
+    encoder = _Path("groups", "encoder.safetensors")  # from a new user's items to an embedding
 
     @property
     def users(self) -> UsersFolder:

@@ -64,6 +64,20 @@ def test_enrol_update_delete(run: Path, tmp_path: Path, capsys: Output) -> None:
         assert not path.is_file() or b"Final text." not in path.read_bytes()
 
 
+def test_many_users_of_one_file(run: Path, tmp_path: Path, capsys: Output) -> None:
+    users = {"ann": ROWS, "bo": ROWS[:2], "cy": ROWS[:1]}
+    path = written(tmp_path / "rows.jsonl", [{**row, "user_id": user} for user, own in users.items() for row in own])
+    assert main(["users", "enrol", str(run), "--input", path]) == 0
+    out, _ = capsys.readouterr()
+    printed = [line.split("\t") for line in out.splitlines()]
+    assert [user for user, _, _ in printed] == [*users] and {tier for _, tier, _ in printed} <= {"groups", "users"}
+    assert main(["users", "enrol", str(run), "--input", path]) == 2
+    assert "--user ann: exists already" in capsys.readouterr().err
+    other = written(tmp_path / "other.jsonl", [{**ROWS[0], "user_id": "dan"}, ROWS[1]])
+    assert main(["users", "enrol", str(run), "--input", other]) == 2
+    assert f"{other}:2: user_id: missing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [

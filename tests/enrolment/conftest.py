@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.training.conftest import dataset, encoder, settings
+from tests.training.conftest import dataset, encoder, grouped, settings
 
-__all__ = ["dataset", "encoder", "settings"]
+__all__ = ["dataset", "encoder", "grouped", "settings"]

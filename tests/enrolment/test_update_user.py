@@ -26,12 +26,13 @@ from proper.enrolment.history import UserHistory, divide
 from proper.errors import InputError
 from proper.interactions.fit_queue import FitQueue
 from proper.layers.batch_context import RowContext
+from proper.layers.low_rank import adapter_distance
 from proper.run_folder import Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.jobs import Job
 from proper.training.optim import resolve_rate
 from proper.training.stages import StageRunner
-from tests.training.test_distance import oracle
+from tests.training.test_going_on import oracle
 
 HABIT = {"small": "red", "large": "blue", "quiet": "green"}
 """What the user answers to the last word."""
@@ -211,7 +212,11 @@ def test_an_update_is_what_the_slow_oracle_does(run: Path, opened: Open) -> None
     rows = [*(past[at] for at in sorted(draw.sample(range(12), 12))), *came[:12]]
     items = tuple(encoded(model, row) for row in rows)
     start = state_of(own, record(run, "new"))
-    job = Job("new", start.embedding, items, epochs=2, start=start.row, distance=config.update.distance)
+    layout = own.model.user_layout(config)
+    assert start.row is not None
+    size = float(adapter_distance(layout.unpack(start.row), None, config.alpha / config.rank))
+    job = Job("new", start.embedding, items, epochs=2, start=start.row)
+    config = config.model_copy(update={"distance": config.update.distance / size})
     rate = resolve_rate(config.learning_rate, "users", own.model.backbone.hidden_size)
     model.users.update("new", came)
     after = record(run, "new")

@@ -129,7 +129,7 @@ def test_one_user_is_trained_as_peft_and_adamw_would(
         parameters[piece] = parameter
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=1.0, weight_decay=0.1)
     for step in range(8):
-        rows = clean._batch(job, FitProgress(0, step=step))
+        rows = job.batch(0, step, config.batch_size)
         batch = collate(rows, pad=0)
         total, tokens = answer_loss(answer_logits(lora, batch), batch.labels)
         optimizer.zero_grad()
@@ -143,13 +143,12 @@ def test_one_user_is_trained_as_peft_and_adamw_would(
     assert_close(engine.bank.layout, found[job.user][1], expected)
 
 
-def test_every_item_is_seen_once_per_pass(grouped: Build, jobs: list[Job]) -> None:
-    engine = MultiUserTrainer(grouped(), UsersConfig(batch_size=4), RATE, 0, 1, pad=0)
+def test_every_item_is_seen_once_per_pass(jobs: list[Job]) -> None:
     for job in jobs:
-        steps = -(-len(job.items) // 4)
+        steps = job.steps_per_pass(4)
         orders = []
         for epoch in range(3):
-            seen = [row for at in range(steps) for row in engine._batch(job, FitProgress(0, step=epoch * steps + at))]
+            seen = [row for at in range(steps) for row in job.batch(0, epoch * steps + at, 4)]
             assert sorted(row.ids for row in seen) == sorted(row.ids for row in job.items)
             orders.append([row.ids for row in seen])
         assert orders[0] != orders[1] or len(job.items) < 4

@@ -31,6 +31,7 @@ from proper.cli import (
     users,
     users_enrol,
     users_exchange,
+    users_update,
 )
 from proper.console import quiet_libraries, terminal_logging
 from proper.errors import InputError, ProperError
@@ -48,7 +49,7 @@ for command in (demo, check, run, evaluate, report, generate, serve, export_back
     )
 
 # Without a name, their commands join those of `proper users`.
-for more in (users_enrol, users_exchange):
+for more in (users_enrol, users_update, users_exchange):
     users.app.add_typer(more.app)
 for group in (users, keys, data, backbones, bench):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])

@@ -1,25 +1,20 @@
-"""Commands `proper users enrol` and `update`: fit new users, new interactions, or the fit queue (the fit worker)."""
+"""Command `proper users enrol`: adds and fits new users; and what commands that fit users share."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from proper.cli.options import RunFolder, examples
-from proper.cli.users import AsJson, OneUser, known, opened, printable
+from proper.cli.users import opened, printable
 from proper.config import load_run_config
-from proper.console import progress, silent
-from proper.errors import InputError, ProperError
-from proper.files import read_json
+from proper.console import progress
+from proper.errors import InputError
 from proper.run_folder import Tier, require_run
 
 if TYPE_CHECKING:
@@ -31,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 app = typer.Typer(rich_markup_mode=None)
 
-_INPUT = typer.Option(
+INPUT = typer.Option(
     "--input",
     metavar="FILE",
     help="JSONL, one interaction per line: the run's columns, or prompt and target. Equal ids count once.",
@@ -39,127 +34,57 @@ _INPUT = typer.Option(
 )
 
 
-@app.command(epilog=examples("users", "enrol runs/notes --user ann --input ann.jsonl"))
-def enrol(folder: RunFolder, user: OneUser, input_file: Annotated[Path, _INPUT]) -> None:
-    """Add and fit a new user; print their tier and version.
-
-    Fits the user's embedding first, then an adapter, which is kept if it helps on held-out items of the user. No other
-    user's state changes. The interactions are kept: after an interruption, 'proper users update' continues the fit.
-    """
-    entries = _entries(folder, user, input_file)
-    with _users(folder) as users:
-        if user in users:
-            raise InputError(f"--user {user}: exists already; 'proper users update' adds interactions")
-        _append(users, user, entries, new=True)
-
-
 @app.command(
     epilog=examples(
         "users",
-        "update runs/notes --user ann --input more.jsonl",
-        "update runs/notes --user ann",
-        "update runs/notes",
-        "update runs/notes --drifted --budget 100",
-        "update runs/notes --watch",
+        "enrol runs/notes --user ann --input ann.jsonl",
+        "enrol runs/notes --input new-users.jsonl",
+        "enrol runs/notes --input new-users.jsonl --no-refine",
     )
 )
-def update(
+def enrol(
     folder: RunFolder,
-    user: Annotated[str | None, typer.Option("--user", metavar="U", help="The user's id.", show_default=False)] = None,
-    input_file: Annotated[Path | None, _INPUT] = None,
-    drifted: Annotated[
-        bool, typer.Option("--drifted", help="Update the users who have drifted, the most drifted first.")
-    ] = False,
-    budget: Annotated[int | None, typer.Option(min=1, metavar="N", help="With --drifted: at most N users.")] = None,
-    hours: Annotated[
-        float | None,
-        typer.Option(min=0.001, metavar="H", help="With --drifted: as many users as H hours allow."),
+    input_file: Annotated[Path, INPUT],
+    user: Annotated[
+        str | None,
+        typer.Option(
+            "--user",
+            metavar="U",
+            help="The user's id. Without it, every line names its user in the run's user column.",
+            show_default=False,
+        ),
     ] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Keep fitting queued users until SIGTERM or Ctrl-C.")] = False,
-    parent: Annotated[
-        int | None,
-        typer.Option(metavar="PID", help="With --watch: exit when this parent process does."),
-    ] = None,
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine/--no-refine",
+            help="Fit the users. Without, they keep the embeddings that the run's encoder places; 'proper users "
+            "update' fits them later.",
+        ),
+    ] = True,
 ) -> None:
-    """Update a user with new interactions, or all queued users.
+    """Add and fit new users; print their tier and version.
 
-    Adds the interactions to the user's log and trains on from the version in service, on the new interactions and some
-    earlier ones. The result is a new version if it lowers the loss on held-out interactions; otherwise the version in
-    service stays, and the reason and both losses are printed and kept. 'proper users rollback' goes back. Without
-    --user, updates every user in the queue, with --drifted the users of 'proper users drift' who have drifted. With
-    --watch this is the fit worker of 'proper serve'.
+    Places each user's embedding by the run's encoder, without training. Then fits the embedding, and an adapter, which
+    is kept if it helps on held-out items of the user. No other user's state changes. The interactions are kept: after
+    an interruption, 'proper users update' continues the fit.
     """
-    if not drifted and (budget is not None or hours is not None):
-        raise InputError("--budget and --hours go with --drifted")
-    if drifted and (user is not None or watch):
-        raise InputError("--drifted: chooses the users itself; leave --user and --watch out")
-    if input_file is not None and user is None:
-        raise InputError("--input: the user is missing; give --user as well")
-    if watch:
-        if user is not None:
-            raise InputError("--watch: fits all queued users; leave --user out")
-        _watch(folder, parent)
-        return
-    entries = [] if user is None or input_file is None else _entries(folder, user, input_file)
-    with _users(folder) as users:
-        if drifted:
-            _update_drifted(users, budget, hours)
+    entries = _entries_of_users(folder, user, input_file)
+    with open_users(folder) as users:
+        for each in entries:
+            if each in users:
+                raise InputError(f"--user {each}: exists already; 'proper users update' adds interactions")
+        if user is not None and refine:
+            append(users, user, entries[user], new=True)
             return
-        if user is None:
-            _fit_all(users)
-            return
-        if user not in users:
-            known(users.store, user)
-        _append(users, user, entries, new=False)
+        with _bars(len(entries)) as heard:
+            users.enrol_many(entries, refine=refine, heard=heard)
+        for each in entries:
+            print_user(users, each)
 
 
-@app.command(epilog=examples("users", "drift runs/notes", "drift runs/notes --json"))
-def drift(folder: RunFolder, as_json: AsJson = False) -> None:
-    """Print how well users' new interactions fit the versions in service.
-
-    One line per user with new interactions, the most drifted first: user, number of new interactions, their mean loss
-    and the user's usual loss (nats per token), the standardized difference, the CUSUM score, and whether the user has
-    drifted (users.drift.threshold). Then, for users whose gates the evaluation measured, how many of each group have
-    drifted, with the probability of so many if they drift as often as others. Nothing is trained, no texts are printed.
-    """
-    from proper.enrolment.drift import by_group
-
-    with _users(folder) as users:
-        found = users.drift()
-        for each in found:
-            if as_json:
-                typer.echo(json.dumps(asdict(each), ensure_ascii=False))
-                continue
-            losses = ["-" if value is None else f"{value:.3f}" for value in (each.loss, each.usual, each.z)]
-            state = "drifted" if each.drifted else "usual" if each.usual is not None else "unknown"
-            typer.echo("\t".join([printable(each.user), str(each.new), *losses, f"{each.score:.2f}", state]))
-        for group in by_group(found, _main_groups(folder)):
-            told = (
-                f"group {group.group}: {group.drifted} of {group.users} users have drifted (chance {group.chance:.3f})"
-            )
-            typer.echo(json.dumps(asdict(group))) if as_json else logger.info(told)
-        seconds = users.log.updates.seconds()
-    if seconds:
-        logger.info(f"an update takes {seconds:.1f} s, about {3600 / seconds:,.0f} users per hour")
-    if not found:
-        logger.info("no user has new interactions")
-
-
-def _main_groups(folder: Path) -> dict[str, int]:
-    """Return the group with the highest mean gate of the users whose gates the evaluation measured."""
-    path = require_run(folder).routing
-    rows = read_json(path).get("users", []) if path.is_file() else []
-    return {row["user"]: row["main"] for row in rows if isinstance(row.get("main"), int)}
-
-
-def _update_drifted(users: Users, budget: int | None, hours: float | None) -> None:
-    tried = users.update_drifted(budget, hours)
-    for each in tried:
-        _print(users, each.user)
-    logger.info(f"{len(tried)} updated or tried" if tried else "no user has drifted")
-
-
-def _entries(folder: Path, user: str, path: Path) -> list[LogEntry]:
+def read_entries(folder: Path, user: str, path: Path) -> list[LogEntry]:
+    """Read one user's interactions from a file, for the run's columns."""
     run = require_run(folder)
     from proper.interactions.parsing import read_file, record_reader
 
@@ -167,8 +92,18 @@ def _entries(folder: Path, user: str, path: Path) -> list[LogEntry]:
     return read_file(path, record_reader(config.data, config.task, user))
 
 
+def _entries_of_users(folder: Path, user: str | None, path: Path) -> dict[str, list[LogEntry]]:
+    if user is not None:
+        return {user: read_entries(folder, user, path)}
+    run = require_run(folder)
+    from proper.interactions.parsing import read_users
+
+    config = load_run_config(run.config)
+    return read_users(path, config.data, config.task)
+
+
 @contextmanager
-def _users(folder: Path) -> Iterator[Users]:
+def open_users(folder: Path) -> Iterator[Users]:
     """Open a run's users; the model is loaded when there is a user to fit."""
     with opened(folder) as store:
         from proper.api import Users
@@ -196,35 +131,18 @@ def _fitter(folder: Path) -> Iterator[Callable[[], Fitter]]:
             fitter.close()
 
 
-def _append(users: Users, user: str, entries: list[LogEntry], *, new: bool) -> None:
+def append(users: Users, user: str, entries: list[LogEntry], *, new: bool) -> None:
+    """Log a user's interactions, fit the user with a progress bar, and print the result."""
     with users.log.queue.lock(wait=False) as free:
         if not free:
             logger.info("another process is fitting a user; waiting for it")
     with _bar(f"fit {user if user.isprintable() else 'the user'}") as heard:
         users.append(user, entries, new=new, heard=heard)
-    _print(users, user)
+    print_user(users, user)
 
 
-def _fit_all(users: Users) -> None:
-    waiting = users.log.queue.waiting()
-    with progress("fit", len(waiting)) as advance:
-        while users.worker.waiting() and users.worker.fit_next():
-            advance(1)
-    failed = 0
-    for tenant, user in waiting:
-        fit = users.log.queue.fit(tenant, user)
-        failed += fit.state == "failed"
-        if tenant == users.store.tenant:
-            _print(users, user)
-        if fit.state == "failed":
-            logger.warning(f"user {user!r} could not be fitted: {fit.message}")
-    if not waiting:
-        logger.info("no user is queued")
-    if failed:
-        raise ProperError(f"{failed} of {len(waiting)} users could not be fitted")
-
-
-def _print(users: Users, user: str) -> None:
+def print_user(users: Users, user: str) -> None:
+    """Print a user's tier and version, and log the message of the latest fit."""
     head, fit = users.head(user), users.log.queue.fit(users.store.tenant, user)
     tier, version = (Tier.NONE, "-") if head is None else (head.tier, str(head.version))
     typer.echo(f"{printable(user)}\t{tier}\t{version}")
@@ -248,27 +166,19 @@ def _bar(title: str) -> Iterator[Callable[[str, float], None]]:
         advance(100 - shown)
 
 
-class _Ended(BaseException):
-    """SIGTERM was received, or the parent process is gone."""
+@contextmanager
+def _bars(total: int) -> Iterator[Callable[[str, float], None]]:
+    """Show a bar of users for each phase; yields the callback for the phase and its progress."""
+    with ExitStack() as bars:
+        shown: dict[str, tuple[Callable[..., None], int]] = {}
 
+        def heard(phase: str, share: float) -> None:
+            if phase not in shown:
+                bars.close()
+                shown[phase] = bars.enter_context(progress(f"users: {phase}", total)), 0
+            advance, before = shown[phase]
+            now = round(share * total)
+            advance(now - before)
+            shown[phase] = advance, now
 
-def _watch(folder: Path, parent: int | None) -> None:
-    if parent is not None:
-        os.nice(10)  # requests of the server have priority
-
-    def end(*_: Any) -> None:
-        raise _Ended
-
-    def heard(phase: str, share: float) -> None:
-        if parent is not None and os.getppid() != parent:
-            raise _Ended
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        with _users(folder) as users, silent():
-            # Messages of fits name users, and user ids stay out of a server's log.
-            users.worker.watch(heard)
-    except _Ended:
-        logger.info("proper: the fit worker stops; an unfinished fit is queued again")
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        yield heard

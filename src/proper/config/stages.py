@@ -117,6 +117,7 @@ class GroupsConfig(OptimizerConfig):
         embedding_learning_rate: learning rate of the user embeddings.
         router: form of the user-aware router: a softmax of the sum, or that of the released code.
         constraint: penalty that keeps the mixtures of users apart.
+        user_encoder: train, after this stage, an encoder that places a new user's embedding from their first items.
         train_on: the histories of all users, or of target users.
         max_tokens: budget of training tokens, sampled evenly over users; null means all.
     """
@@ -133,6 +134,7 @@ class GroupsConfig(OptimizerConfig):
     embedding_learning_rate: Positive = 1e-2
     router: Literal["default", "released"] = "default"
     constraint: ConstraintConfig = ConstraintConfig()
+    user_encoder: bool = True
     train_on: Literal["all", "targets"] = "all"
     max_tokens: Count | None = None
 
@@ -211,6 +213,8 @@ class UsersConfig(OptimizerConfig):
         scales: factors on a trial's adapter, beside 1, at which the held-out loss is measured. One number of passes and
             one factor are chosen for all users, by the mean gain over users minus its standard error, and the factor
             goes into the stored adapters.
+        distance: weight of |s_u B_u A_u|_F^2, summed over modules, in the loss of a user's LoRA, which keeps it near
+            the group model; 0 switches it off.
         router: form of the LoRA-aware router: added to stage 2's scores, the paper's, or none.
         router_learning_rate: learning rate of the LoRA-aware router; `auto` as for `learning_rate`.
         router_epochs: passes over the histories for the router.
@@ -230,6 +234,7 @@ class UsersConfig(OptimizerConfig):
     steps: Count | None = 20
     patience: Count = 1
     scales: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(max_length=8)] = [0.25, 0.5]
+    distance: Annotated[float, Field(ge=0)] = 0.0
     router: Literal["residual", "paper", "none"] = "none"
     router_learning_rate: Rate = "auto"
     router_epochs: Count = 1

@@ -28,6 +28,7 @@ from proper.config import DriftConfig
 from proper.enrolment.comparison import Usual, per_item, state_of
 from proper.enrolment.fit_user import Fitter, own_bank
 from proper.enrolment.history import UserHistory, divide, grown_history
+from proper.enrolment.place import PLACED
 from proper.interactions.log import InteractionLog
 from proper.run_folder import Tier
 
@@ -194,8 +195,11 @@ def _at_least(count: int, trials: int, rate: float) -> float:
 def usual_still(fitter: Fitter, store: AdapterStore, user: str, grown: UserHistory) -> Drift | None:
     """Return the drift of a user who keeps the version in service, as far as is known; None for any other.
 
-    A user without a version, or without a known usual loss, is not kept waiting.
+    A user without a version, with one that was only placed, or without a known usual loss is not kept waiting.
     """
+    versions = store.versions(user)
+    if not versions or versions[0].facts.get("embedding") == PLACED:
+        return None
     drift = drift_of(fitter, store, user, grown, usual_variance(store), fitter.model.config.users.drift)
     known = drift is not None and (drift.usual is not None or not drift.new)
     return drift if known and drift is not None and not drift.drifted else None

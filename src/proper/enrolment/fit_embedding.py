@@ -1,23 +1,27 @@
-"""Fits the embedding of a user unknown to stage 2 on the user's own items, with all else frozen (method: tiers).
+"""Fits the embeddings of users unknown to stage 2 on their own items, with all else frozen (method: tiers).
 
-The embedding starts at the mean embedding and is trained as in stage 2, with one item per step, which is about one
-user's share of a batch of many users. The learning rate is that stage's or, if it is higher, `REACH` of the spread of
-the embeddings at their start: the few steps must be able to lead away from the mean. Early stopping on the user's
-held-out items gives the number of passes; then the embedding is fitted again on all items for that many passes.
+An embedding starts where the encoder places it, or at the mean embedding, and is trained as in stage 2, with one item
+per step, which is about one user's share of a batch of many users. The learning rate is that stage's or, if it is
+higher, `REACH` of the spread of the embeddings at their start: the few steps must be able to lead away from the start.
+Early stopping on the user's held-out items gives the number of passes, which may be 0; then the embedding is fitted
+again on all items for that many passes.
+
+Many users are fitted in one batch: a step takes one item of each. Every user has moments, order of items and schedule
+of their own, so the result is that of fitting the user alone, up to rounding.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from proper.config import GroupsConfig
-from proper.data.batching import collate
+from proper.data.batching import by_length, collate
 from proper.data.encoder import EncodedExample
 from proper.errors import NonFiniteLossError
 from proper.layers.batch_context import RowContext
@@ -29,12 +33,15 @@ REACH = 0.05
 """Least learning rate, as a part of `groups.embedding_init`: Adam moves each number by about the rate in a step."""
 
 MEASURED = 16
-"""Batch size for the held-out loss."""
+"""Batch size for the held-out loss of one user."""
+
+TOGETHER = 64
+"""Rows of many users in one forward pass."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Model and hyperparameters for fitting an embedding; `step` is called after every step."""
+    """Model and hyperparameters for fitting embeddings; `step` is called after every step of every user."""
 
     model: ProperModel
     config: GroupsConfig
@@ -53,6 +60,25 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class EmbeddingJob:
+    """One user's embedding to fit.
+
+    Attributes:
+        user: the user's id; seeds the order of items.
+        items: the items, oldest first.
+        held_out: how many of the newest items are held out for early stopping; with 0, all passes are made.
+        start: the initial embedding.
+        trial_start: the initial embedding of the trial, which must not know the held-out items; None: `start`.
+    """
+
+    user: str
+    items: Sequence[EncodedExample]
+    held_out: int
+    start: Float[Tensor, "D"]
+    trial_start: Float[Tensor, "D"] | None = None
+
+
+@dataclass(frozen=True)
 class FittedEmbedding:
     """An embedding, and the held-out loss per token before the first pass and after each."""
 
@@ -61,68 +87,145 @@ class FittedEmbedding:
     passes: int
 
 
-def fit_embedding(
-    setting: Setting, user: str, items: Sequence[EncodedExample], held_out: int, start: Float[Tensor, "D"]
-) -> FittedEmbedding:
-    """Fit a user's embedding.
-
-    Args:
-        setting: model and hyperparameters.
-        user: the user's id; seeds the order of items.
-        items: the items, oldest first.
-        held_out: how many of the newest items are held out for early stopping; with 0, all passes are made.
-        start: the initial embedding.
+def fit_embedding(setting: Setting, job: EmbeddingJob) -> FittedEmbedding:
+    """Fit one user's embedding.
 
     Raises:
         NonFiniteLossError: a step's loss is not finite.
     """
-    if not held_out:
-        return FittedEmbedding(_descend(setting, user, items, start, setting.passes)[-1], (), setting.passes)
-    older, newest = items[:-held_out], items[-held_out:]
-    tried = [start, *_descend(setting, user, older, start, setting.passes)]
-    losses = [_held_out_loss(setting, newest, embedding) for embedding in tried]
-    best = losses.index(min(losses))
-    final = _descend(setting, user, items, start, best)[-1] if best else start
-    return FittedEmbedding(final, tuple(losses), best)
+    (found,) = fit_embeddings(setting, [job])
+    if isinstance(found, NonFiniteLossError):
+        raise found
+    return found
 
 
-def _descend(
-    setting: Setting, user: str, items: Sequence[EncodedExample], start: Float[Tensor, "D"], passes: int
-) -> list[Float[Tensor, "D"]]:
-    """Return the embedding after each pass; the learning rate decays as if all passes were made."""
-    values = start.float().clone().unsqueeze(0)
-    optimizer, row = RowAdamW.of(values), torch.zeros(1, dtype=torch.long)
-    after, total = [], setting.passes * len(items)
-    for epoch in range(passes):
-        draw = torch.Generator().manual_seed(seed_of(setting.seed, "embedding", user, epoch))
-        for at, index in enumerate(torch.randperm(len(items), generator=draw).tolist()):
-            gradient = _gradient(setting, items[index], values)
-            rate = factor(epoch * len(items) + at, total, setting.config.warmup, setting.config.schedule)
-            optimizer.step(values, row, gradient, setting.rate * rate)
+def fit_embeddings(setting: Setting, jobs: Sequence[EmbeddingJob]) -> list[FittedEmbedding | NonFiniteLossError]:
+    """Fit many users' embeddings in one batch; a user whose loss is not finite gets the error and stops nobody else."""
+    trials = [job for job in jobs if job.held_out]
+    descents = [
+        _Descent(
+            job.user,
+            job.items[: -job.held_out],
+            job.start if job.trial_start is None else job.trial_start,
+            setting.passes,
+        )
+        for job in trials
+    ]
+    _descend(setting, descents)
+    losses = _held_out_losses(setting, trials, [[each.start, *each.after] for each in descents])
+    best = {job.user: each.index(min(each)) for job, each in zip(trials, losses, strict=True)}
+    measured = {job.user: tuple(each) for job, each in zip(trials, losses, strict=True)}
+    errors = {each.user: each.error for each in descents if each.error is not None}
+    passes = {job.user: best.get(job.user, setting.passes) for job in jobs if job.user not in errors}
+    finals = [_Descent(job.user, job.items, job.start, passes[job.user]) for job in jobs if job.user in passes]
+    _descend(setting, finals)
+    errors |= {each.user: each.error for each in finals if each.error is not None}
+    ends = {each.user: each.end for each in finals}
+    return [
+        errors.get(job.user) or FittedEmbedding(ends[job.user], measured.get(job.user, ()), passes[job.user])
+        for job in jobs
+    ]
+
+
+@dataclass
+class _Descent:
+    """Gradient descent of one user's embedding; `after` has the embedding after each pass."""
+
+    user: str
+    items: Sequence[EncodedExample]
+    start: Float[Tensor, "D"]
+    passes: int
+    after: list[Float[Tensor, "D"]] = field(default_factory=list)
+    error: NonFiniteLossError | None = None
+    order: list[int] = field(default_factory=list)
+
+    @property
+    def end(self) -> Float[Tensor, "D"]:
+        """The embedding after the last pass; the start without one."""
+        return self.after[-1] if self.after else self.start
+
+    def item(self, step: int, seed: int) -> EncodedExample | None:
+        """Return the item of a step; None when all passes are made, or the loss was not finite."""
+        epoch, at = divmod(step, len(self.items))
+        if epoch >= self.passes or self.error is not None:
+            return None
+        if at == 0:
+            draw = torch.Generator().manual_seed(seed_of(seed, "embedding", self.user, epoch))
+            self.order = torch.randperm(len(self.items), generator=draw).tolist()
+        return self.items[self.order[at]]
+
+
+def _descend(setting: Setting, descents: Sequence[_Descent]) -> None:
+    """Make all passes of every descent; the learning rate decays as if `setting.passes` were made."""
+    if not descents:
+        return
+    values = torch.stack([each.start.float() for each in descents])
+    optimizer, step = RowAdamW.of(values), 0
+    while True:
+        work = [(row, item) for row, each in enumerate(descents) if (item := each.item(step, setting.seed)) is not None]
+        if not work:
+            return
+        gradients = _gradients(setting, [item for _, item in work], values[[row for row, _ in work]])
+        good = []
+        for at, (row, _) in enumerate(work):
+            if gradients[at].isfinite().all():
+                good.append(at)
+            else:
+                descents[row].error = NonFiniteLossError("the embedding's loss is not finite")
+        rows = [work[at][0] for at in good]
+        rates = [setting.rate * _factor(setting, descents[row], step) for row in rows]
+        chosen = torch.tensor(rows, dtype=torch.long)
+        optimizer.step(values, chosen, gradients[good], torch.tensor(rates, dtype=torch.float64))
+        for row in rows:
             setting.step()
-        after.append(values[0].clone())
-    return after
+            if (step + 1) % len(descents[row].items) == 0:
+                descents[row].after.append(values[row].clone())
+        step += 1
 
 
-def _gradient(setting: Setting, item: EncodedExample, values: Float[Tensor, "1 D"]) -> Float[Tensor, "1 D"]:
-    own = values.detach().to(setting.model.device).requires_grad_()
-    total, tokens = _losses(setting, [item], own)
-    loss = total.sum() / tokens.sum()
-    if not bool(torch.isfinite(loss)):
-        raise NonFiniteLossError("the embedding's loss is not finite")
-    (gradient,) = torch.autograd.grad(loss, own)
-    return gradient.cpu()
+def _factor(setting: Setting, descent: _Descent, step: int) -> float:
+    total = setting.passes * len(descent.items)
+    return factor(step, total, setting.config.warmup, setting.config.schedule)
+
+
+def _gradients(setting: Setting, items: Sequence[EncodedExample], values: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
+    """Return the gradient of each item's loss per token with respect to its embedding; NaN where it is not finite."""
+    found = torch.empty_like(values)
+    for piece in _pieces(setting, items, TOGETHER):
+        own = values[piece].detach().to(setting.model.device).requires_grad_()
+        total, tokens = _losses(setting, [items[at] for at in piece], own)
+        losses = total / tokens
+        (gradient,) = torch.autograd.grad(losses.sum(), own)
+        gradient[~losses.isfinite()] = math.nan
+        found[piece] = gradient.cpu()
+    return found
 
 
 @torch.no_grad()
-def _held_out_loss(setting: Setting, items: Sequence[EncodedExample], embedding: Float[Tensor, "D"]) -> float:
-    """Return the mean loss per answer token; infinity if it is not finite."""
-    own, total, tokens = embedding.unsqueeze(0).to(setting.model.device), 0.0, 0.0
-    for at in range(0, len(items), MEASURED):
-        piece = items[at : at + MEASURED]
-        sums, counts = _losses(setting, piece, own.expand(len(piece), -1))
-        total, tokens = total + float(sums.sum()), tokens + float(counts.sum())
-    return total / tokens if math.isfinite(total) else math.inf
+def _held_out_losses(
+    setting: Setting, jobs: Sequence[EmbeddingJob], tried: Sequence[Sequence[Float[Tensor, "D"]]]
+) -> list[list[float]]:
+    """Return every job's mean loss per answer token on its held-out items at each tried embedding; infinity if NaN."""
+    size = MEASURED if len(jobs) == 1 else TOGETHER
+    work = [
+        (job, attempt, item)
+        for job, each in enumerate(tried)
+        for attempt in range(len(each))
+        for item in jobs[job].items[len(jobs[job].items) - jobs[job].held_out :]
+    ]
+    sums = [[[0.0, 0.0] for _ in each] for each in tried]
+    for piece in _pieces(setting, [item for _, _, item in work], size):
+        rows = [work[at] for at in piece]
+        own = torch.stack([tried[job][attempt] for job, attempt, _ in rows]).to(setting.model.device)
+        totals, tokens = _losses(setting, [item for _, _, item in rows], own)
+        for (job, attempt, _), total, count in zip(rows, totals.tolist(), tokens.tolist(), strict=True):
+            sums[job][attempt][0] += total
+            sums[job][attempt][1] += count
+    return [[total / count if math.isfinite(total) else math.inf for total, count in each] for each in sums]
+
+
+def _pieces(setting: Setting, items: Sequence[EncodedExample], size: int) -> list[list[int]]:
+    return by_length([len(item.ids) for item in items], size, setting.model.backbone.batch_tokens)
 
 
 def _losses(

@@ -1,6 +1,6 @@
 """Fits one new user, or one with new interactions: embedding, then stage 3 with all shared parameters frozen.
 
-    embedding   for a user unknown to stage 2, from the mean embedding     `fit_embedding.fit_embedding`
+    embedding   for a user unknown to stage 2, from where the encoder places it     `place`, `fit_embedding`
     adapter     trial, tier, final as in stage 3, W_r frozen               `users.train_users`
 
 The result depends only on the run and the user's own history: not on users fitted before, not on a kill and resume.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,24 +23,23 @@ from torch.nn import functional
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.console import no_bar
-from proper.data.dataset import Dataset
+from proper.data.dataset import Dataset, TextExample
 from proper.data.derived.views import OneHistory
 from proper.data.encoder import EncodedExample
 from proper.enrolment.fit_embedding import FittedEmbedding, Setting, fit_embedding
+from proper.enrolment.fit_files import load_embedding, same_history, save_embedding
 from proper.enrolment.history import UserHistory, run_data
+from proper.enrolment.place import FITTED, PLACED, Placer, embedding_jobs
 from proper.errors import RunFolderError
-from proper.files import read_json, write_json
+from proper.files import read_json
 from proper.inference.model import PersonalizedModel
-from proper.models.checkpoints import load_tensors, save_tensors
+from proper.models.user_encoder import load_encoder
 from proper.run_folder import RunFolder, Stage, Tier
-from proper.training.jobs import full_passes, held_out_items
+from proper.training.jobs import full_passes
 from proper.training.pooled_choice import Choice
 from proper.training.tier_selection import Trial
 from proper.training.user_stage import UserStage
 from proper.training.users import train_users
-
-FITTED = "fitted"
-"""Key in a record's metadata for an embedding not from stage 2: the next fit refits it on the whole history."""
 
 Tell = Callable[[str, float], None]
 """Progress callback (phase, share of all work that is done); called after every step, and may raise to stop."""
@@ -54,6 +52,7 @@ class Fitter:
     Attributes:
         dataset: the run's prepared data; None if it no longer exists.
         seed: the run's seed.
+        placer: places the embeddings of new users.
         choice: the passes and the scale of the run's adapters; None if the run does not say, as older ones.
     """
 
@@ -61,6 +60,7 @@ class Fitter:
     model: PersonalizedModel
     dataset: Dataset | None
     seed: int
+    placer: Placer
     choice: Choice | None = None
 
     def close(self) -> None:
@@ -83,20 +83,32 @@ class Fitter:
         Raises:
             NonFiniteLossError: the embedding's loss is not finite.
         """
-        _same_history(work, grown)
+        same_history(work, grown)
         with self.model.model.caching(work, self.model.config.compute.cache_mb):
             return self._fit(store, user, grown, work, tell)
 
+    def items(self, grown: UserHistory) -> tuple[TextExample, ...]:
+        """Return the items that a user is fitted to: the newest `users.max_items`."""
+        return grown.items[-(self.model.config.users.max_items or len(grown.items)) :]
+
+    def encoded(self, grown: UserHistory) -> list[EncodedExample]:
+        """Return the tokens of these items."""
+        return [self.model.encoder.encode(example) for example in self.items(grown)]
+
+    def embedding_setting(self, step: Callable[[], None]) -> Setting:
+        """Return the setting with which embeddings are fitted; `step` is called after every step of every user."""
+        return Setting(self.model.model, self.model.config.groups, self.seed, step)
+
     def _fit(self, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell) -> UserRecord:
-        items = grown.items[-(self.model.config.users.max_items or len(grown.items)) :]
-        encoded = [self.model.encoder.encode(example) for example in items]
+        items, encoded = self.items(grown), self.encoded(grown)
         pace = _Pace.of(self.model, encoded, tell)
         held = store.versions(user)
         facts: dict[str, Any] = {"history": {"run": grown.run, "logged": grown.logged, "through": grown.through}}
         head = store.head(user)
-        if head is None or held[0].facts.get("embedding") == FITTED:
+        if head is None or held[0].facts.get("embedding") in (FITTED, PLACED):
             found = self._embedding(user, encoded, work, pace)
-            facts |= {"embedding": FITTED, "embedding_passes": found.passes, "embedding_losses": list(found.losses)}
+            facts |= {"embedding": FITTED, "embedding_start": self.placer.kind}
+            facts |= {"embedding_passes": found.passes, "embedding_losses": list(found.losses)}
             embedding = found.embedding
         else:
             pace.skip("embedding")
@@ -107,17 +119,11 @@ class Fitter:
         return replace(record, facts={**record.facts, **facts})
 
     def _embedding(self, user: str, items: Sequence[EncodedExample], work: Path, pace: _Pace) -> FittedEmbedding:
-        path = work / "embedding.safetensors"
-        if path.exists():
-            tensors, told = load_tensors(path)
-            pace.skip("embedding")
-            return FittedEmbedding(tensors["embedding"], tuple(told["losses"]), told["passes"])
-        config, served = self.model.config, self.model.served
-        assert served is not None
-        held = held_out_items(len(items), config.users.tiers.validation) if len(items) > 1 else 0
-        setting = Setting(self.model.model, config.groups, self.seed, lambda: pace.step("embedding"))
-        found = fit_embedding(setting, user, items, held, served.mean)
-        save_tensors(path, {"embedding": found.embedding}, {"losses": list(found.losses), "passes": found.passes})
+        found = load_embedding(work)
+        if found is None:
+            (job,) = embedding_jobs(self.placer, [(user, items)], self.model.config.users.tiers.validation)
+            found = fit_embedding(self.embedding_setting(lambda: pace.step("embedding")), job)
+            save_embedding(work, found)
         pace.skip("embedding")
         return found
 
@@ -166,7 +172,9 @@ def open_fitter(folder: Path, model: PersonalizedModel) -> Fitter:
     marker = run.marker(Stage.USERS)
     chosen = read_json(marker).get("choice") if marker.exists() else None
     choice = Choice(**chosen) if chosen is not None else None
-    return Fitter(folder, model, run_data(folder), int(read_json(run.marker(Stage.GROUPS))["seed"]), choice)
+    seed = int(read_json(run.marker(Stage.GROUPS))["seed"])
+    placer = Placer(model.model, model.served.mean, load_encoder(run.encoder))
+    return Fitter(folder, model, run_data(folder), seed, placer, choice)
 
 
 def nearest(
@@ -209,15 +217,6 @@ def own_bank(model: PersonalizedModel) -> Iterator[None]:
     finally:
         assert model.served is not None
         model.model.use_bank(model.served.bank)
-
-
-def _same_history(work: Path, grown: UserHistory) -> None:
-    """Remove the work folder if a fit of another history left it."""
-    marker, digest = work / "history.json", grown.digest
-    if marker.exists() and read_json(marker) == {"digest": digest}:
-        return
-    shutil.rmtree(work, ignore_errors=True)
-    write_json(marker, {"digest": digest})
 
 
 class _Pace:

@@ -3,7 +3,7 @@
     divide      new interactions, which the version in service has not been trained on, and earlier ones
     outliers    new interactions whose answers do not fit their inputs are left out (`comparison.outliers`)
     train       the user's adapter goes on from that of the version in service, on new interactions and replayed
-                earlier ones, with a penalty on its distance to the start (`training.distance`)
+                earlier ones, with a penalty on its distance to the start (`layers.low_rank`)
     compare     both versions on the newest of the new interactions and the newest earlier ones, which the update was
                 not trained on; the update is promoted as it was measured, or not at all
 
@@ -15,13 +15,11 @@ version in service and the user's interactions: not on other users, and not on a
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -33,12 +31,14 @@ from proper.console import no_bar
 from proper.data.dataset import TextExample
 from proper.data.encoder import EncodedExample
 from proper.enrolment.comparison import Comparison, State, Usual, losses_of, outliers, per_item, state_of
+from proper.enrolment.fit_files import is_update_of, same_update
 from proper.enrolment.fit_user import Fitter, Tell, own_bank
 from proper.enrolment.history import Divided, UserHistory, divide
-from proper.files import hash_value, read_json, write_json
+from proper.enrolment.place import PLACED
+from proper.files import hash_value
+from proper.layers.low_rank import adapter_distance
 from proper.run_folder import Tier
 from proper.training.checkpoint import Checkpoint, seed_of
-from proper.training.distance import squared_distance
 from proper.training.jobs import PARTS, FitResult, Job, held_out_items, passes_of
 from proper.training.multi_user_trainer import MultiUserTrainer
 from proper.training.optim import resolve_rate
@@ -53,7 +53,7 @@ class Fitted:
 
     Attributes:
         record: the new version; None if the version in service stays.
-        base: the version in service; None for a first fit.
+        base: the version in service; None without one.
         reason: why it was promoted or not, in one line; None for a first fit.
         facts: the losses that were compared, and numbers of interactions.
     """
@@ -73,33 +73,23 @@ def fit_or_update(fitter: Fitter, store: AdapterStore, user: str, grown: UserHis
     base = None if head is None else store.get(user, head.version)
     if head is None or base is None:
         return Fitted(fitter.fit(store, user, grown, work, tell))
+    if base.facts.get("embedding") == PLACED:  # answers until the first fit, which need not be better
+        return Fitted(fitter.fit(store, user, grown, work, tell), head.version)
     landed = _landed(work, grown, head.version, base)
     if landed is not None:
         return landed
-    _same_update(work, grown, head.version, base, fitter.model.config.users)
+    state = hash_value([base.embedding.tolist(), dict(base.facts), fitter.model.config.users.model_dump()])
+    same_update(work, grown, head.version, state)
     with fitter.model.model.caching(work, fitter.model.config.compute.cache_mb), own_bank(fitter.model):
         return _Update(fitter, store, base, head.version, grown, work, tell).result()
 
 
 def _landed(work: Path, grown: UserHistory, version: int, base: UserRecord) -> Fitted | None:
     """Return the result of an update that was put into the store before a kill, and is the version in service now."""
-    marker, made = work / "update.json", base.facts.get("made", {})
-    if made.get("by") != "update" or not marker.exists():
-        return None
-    before = read_json(marker)
-    if (before["history"], before["version"]) != (grown.digest, made["of"]) or version != made["of"] + 1:
+    made = base.facts.get("made", {})
+    if made.get("by") != "update" or version != made["of"] + 1 or not is_update_of(work, grown, made["of"]):
         return None
     return Fitted(base, made["of"], base.facts["reason"], base.facts["update"])
-
-
-def _same_update(work: Path, grown: UserHistory, version: int, base: UserRecord, users: UsersConfig) -> None:
-    """Remove the work folder if another update, or another fit, left it."""
-    state = hash_value([base.embedding.tolist(), dict(base.facts), users.model_dump()])
-    marker, told = work / "update.json", {"history": grown.digest, "version": version, "state": state}
-    if marker.exists() and read_json(marker) == told:
-        return
-    shutil.rmtree(work, ignore_errors=True)
-    write_json(marker, told)
 
 
 @dataclass(frozen=True)
@@ -183,7 +173,7 @@ class _Update:
         candidate = UserRecord(self.base.user, Tier.USERS, self.base.embedding, decode(adapter))
         state = state_of(self.fitter.model, candidate)
         found = self._compare(start, state, split)
-        facts |= {"passes": result.state.best, "distance": self._distance(start.row, result.row), **found.facts()}
+        facts |= {"passes": result.state.best, "distance": self._moved(start.row, result.row), **found.facts()}
         if not found.is_better(self.config.update.past):
             return self._stays(found.text(), facts)
         through = -split.held_new[0].id - 1
@@ -211,8 +201,10 @@ class _Update:
             epochs=passes,
             measured=tuple(sorted({passes_of(passes, part) for part in range(1, PARTS + 1)})),
             start=start.row,
-            distance=config.update.distance,
+            anchor=start.row,
         )
+        size = self._size(start.row)
+        config = config.model_copy(update={"distance": config.update.distance / size if size else 0.0})
         rate = resolve_rate(config.learning_rate, "users", model.model.backbone.hidden_size)
         trainer = MultiUserTrainer(model.model, config, rate, self.fitter.seed, 1, model.model.backbone.pad_id)
         checkpoint = Checkpoint(self.work / "update.checkpoint", model.config.compute.checkpoint_seconds)
@@ -283,11 +275,18 @@ class _Update:
         """Return the usual loss of a new version: that on the interactions that it was not trained on."""
         return Usual.of(per_item(self.fitter.model, state, self._encoded([*split.held_past, *split.held_new])))
 
-    def _distance(self, start: Float[Tensor, "P"], row: Float[Tensor, "P"]) -> float:
+    def _moved(self, start: Float[Tensor, "P"], row: Float[Tensor, "P"]) -> float:
         """Return the squared distance to the version in service, relative to its squared size."""
-        layout, own = self.fitter.model.model.user_layout(self.config), row.float()
-        size = squared_distance(layout, start.float(), torch.zeros_like(own))
-        return squared_distance(layout, own, start.float()) / size if size else 0.0
+        size = self._size(start)
+        return self._size(row, start) / size if size else 0.0
+
+    def _size(self, row: Float[Tensor, "P"] | None, other: Float[Tensor, "P"] | None = None) -> float:
+        """Return the squared size of an adapter's products B A, or their squared distance to those of another."""
+        if row is None:
+            return 0.0
+        layout = self.fitter.model.model.user_layout(self.config)
+        pair = None if other is None else layout.unpack(other.float())
+        return float(adapter_distance(layout.unpack(row.float()), pair, self.config.alpha / self.config.rank))
 
     def _encoded(self, items: Sequence[TextExample]) -> tuple[EncodedExample, ...]:
         return tuple(self.fitter.model.encoder.encode(item) for item in items)

@@ -6,25 +6,29 @@ who is deleted during the fit is not added again.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from proper.adapters.store import AdapterStore
-from proper.enrolment.drift import usual_still
+from proper.enrolment.drift import Drift, drifts, usual_still
 from proper.enrolment.fit_user import Fitter
 from proper.enrolment.history import grown_history
+from proper.enrolment.many_users import append_all, fit_many, place_users
 from proper.enrolment.update_user import Fitted, fit_or_update
 from proper.errors import ProperError
 from proper.interactions.database import Database
 from proper.interactions.fit_queue import Claim, FitQueue
-from proper.interactions.log import InteractionLog
+from proper.interactions.log import InteractionLog, LogEntry
 from proper.interactions.personal_files import remove_work, work_folder
 from proper.run_folder import UsersFolder
 from proper.training.user_stage import is_stored
+
+logger = logging.getLogger(__name__)
 
 TOLD_SECONDS = 0.2
 """Interval in which a fit reports its progress and checks whether its user was deleted."""
@@ -38,7 +42,7 @@ class _Withdrawn(Exception):
     """The user was deleted during the fit."""
 
 
-def _unheard(phase: str, share: float) -> None:
+def unheard(phase: str, share: float) -> None:
     """Ignore progress; the default callback."""
 
 
@@ -49,17 +53,19 @@ class FitWorker:
     Attributes:
         users: the folder of store and log.
         fitter: loads the run; called when the first fit is due, while no claim is held.
+        placed: tenants and users in the queue whose embeddings have been placed.
     """
 
     users: Path
     log: InteractionLog
     fitter: Callable[[], Fitter]
+    placed: set[tuple[str, str]] = field(default_factory=set)
 
     def fit_next(
         self,
         tenant: str | None = None,
         user: str | None = None,
-        heard: Heard = _unheard,
+        heard: Heard = unheard,
         *,
         even_if_usual: bool = False,
     ) -> bool:
@@ -71,6 +77,8 @@ class FitWorker:
         fitter = self.fitter()
         with self.log.queue.lock():
             self._tidy()
+            if fitter.placer.encoder is not None:
+                self._place_waiting(fitter)
             claim = self.log.queue.take(tenant, user)
             if claim is None:
                 return False
@@ -86,7 +94,59 @@ class FitWorker:
                 raise
         return True
 
-    def watch(self, heard: Heard = _unheard) -> None:
+    def enrol(
+        self, store: AdapterStore, entries: Mapping[str, Sequence[LogEntry]], *, refine: bool, heard: Heard
+    ) -> None:
+        """Enrol many new users, all or none: place their embeddings in one batch, then fit them if `refine` is set.
+
+        Raises:
+            InputError: the log knows a user, or two interactions of a user have the same id and different content.
+            ProperError: fits failed; the message says how many and why the first one did. The others are done.
+        """
+        users = list(entries)
+        append_all(self.log, store.tenant, entries)
+        fitter = self.fitter()
+        place_users(fitter, store, self.log, users, _shares("place", len(users), heard))
+        if not refine:
+            return
+        with self.log.queue.lock():
+            fit_many(fitter, store, self.log, users, _shares("embeddings", len(users), heard))
+        done = _shares("fit", len(users), heard)
+        for user in users:
+            while self.fit_next(store.tenant, user):
+                pass
+            done(1)
+        fits = ((user, self.log.queue.fit(store.tenant, user)) for user in users)
+        failed = [(user, fit.message) for user, fit in fits if fit.state == "failed"]
+        if failed:
+            raise ProperError(f"{len(failed)} users could not be fitted; user {failed[0][0]!r}: {failed[0][1]}")
+
+    def drift(self, store: AdapterStore) -> list[Drift]:
+        """Return the drift of all users of a store who have new interactions, the highest score first."""
+        known, fitter = [user for user, _ in store.users()], self.fitter()
+        with self.log.queue.lock():  # a fit would use the model at the same time
+            return drifts(fitter, store, self.log, known)
+
+    def update_drifted(self, store: AdapterStore, budget: int | None, hours: float | None) -> list[Drift]:
+        """Update the users who have drifted, those with the highest score first; return whom it tried to update.
+
+        Args:
+            store: the users' store.
+            budget: at most so many users; None for no limit.
+            hours: about so long, by the mean time of past updates; None for no limit.
+        """
+        chosen, begun, tried = [drift for drift in self.drift(store) if drift.drifted][:budget], time.monotonic(), []
+        for drift in chosen:
+            each = self.log.updates.seconds() or 0.0
+            if hours is not None and tried and time.monotonic() - begun + each > 3600 * hours:
+                break
+            self.log.request_fit(store.tenant, drift.user)
+            while self.fit_next(store.tenant, drift.user, even_if_usual=True):
+                pass
+            tried.append(drift)
+        return tried
+
+    def watch(self, heard: Heard = unheard) -> None:
         """Fit queued users until `heard` raises; it is also called from time to time while the queue is empty."""
         while True:
             heard("idle", 0.0)
@@ -119,6 +179,23 @@ class FitWorker:
             started = time.monotonic()
             fitted = fit_or_update(fitter, store, claim.user, grown, work, tell)
             self._land(store, claim, fitted, time.monotonic() - started)
+
+    def _place_waiting(self, fitter: Fitter) -> None:
+        """Give every new user in the queue an embedding at once, which answers until the user's fit is done.
+
+        The store leaves out users who are deleted meanwhile.
+        """
+        waiting = set(self.log.queue.waiting())
+        self.placed.intersection_update(waiting)
+        for tenant, user in sorted(waiting - self.placed):
+            self.placed.add((tenant, user))
+            with closing(AdapterStore(self.users, tenant)) as store:
+                if store.head(user) is None:
+                    try:
+                        place_users(fitter, store, self.log, [user], lambda count: None)
+                    except Exception as error:
+                        # The user's own fit meets the same error and records it; the users behind must not wait.
+                        logger.warning(f"a new user could not be placed: {type(error).__name__}")
 
     def _land(self, store: AdapterStore, claim: Claim, fitted: Fitted, seconds: float) -> None:
         """Put the new version into the store, unless its user was deleted or rolled back meanwhile."""
@@ -158,6 +235,18 @@ def describe(fitted: Fitted) -> str:
     run = "the run's data is gone" if history["run"] is None else f"{history['run']} of the run"
     reason = record.facts.get("reason")
     return f"tier {record.tier}, {run}, {history['logged']} logged{f'; {reason}' if reason else ''}"
+
+
+def _shares(phase: str, total: int, heard: Heard) -> Callable[[int], None]:
+    """Return a callback for numbers of users done, which passes on the share of all users."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        heard(phase, done / max(1, total))
+
+    return advance
 
 
 def _throttled(queue: FitQueue, claim: Claim, heard: Heard) -> Heard:

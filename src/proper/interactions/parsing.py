@@ -71,6 +71,38 @@ def read_file(path: Path, read: Read) -> list[LogEntry]:
     return entries
 
 
+def read_users(path: Path, config: DataConfig, task: TaskConfig) -> dict[str, list[LogEntry]]:
+    """Read a JSONL file with one interaction per line, each with its user in the run's user column.
+
+    Returns:
+        The users' interactions, in the file's order.
+
+    Raises:
+        DataError: as for `read_file`; a row names no user.
+    """
+    readers: dict[str, Read] = {}
+    users: list[str] = []
+
+    def read(row: Mapping[str, Any]) -> LogEntry:
+        try:
+            user = identifier(row.get(config.user))
+        except ValueError as error:
+            raise BadValue(config.user, str(error)) from None
+        if user is None:
+            raise BadValue(config.user, "missing")
+        if user not in readers:
+            readers[user] = record_reader(config, task, user)
+        entry = readers[user](row)
+        users.append(user)
+        return entry
+
+    entries = read_file(path, read)
+    found: dict[str, list[LogEntry]] = {}
+    for user, entry in zip(users, entries, strict=True):
+        found.setdefault(user, []).append(entry)
+    return found
+
+
 def read_rows(rows: Iterable[tuple[str, Mapping[str, Any] | str]], read: Read) -> list[LogEntry]:
     """Parse (name, row) pairs; a string in place of a row is the error message of that row.
 

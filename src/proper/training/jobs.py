@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from proper.config import UsersConfig
 from proper.data.derived.views import Histories
 from proper.data.encoder import EncodedExample, Encoder
+from proper.training.checkpoint import seed_of
 
 PARTS = 4
 """Number of measurements of the held-out loss in a trial, after equal parts of the user's passes."""
@@ -29,24 +31,35 @@ class Job:
     Attributes:
         items: the training items.
         held_out: the user's held-out items; if empty, train all `epochs` and keep the last step.
+        anchor: the adapter that `users.distance` pulls toward (P,); None for the group model, whose B A is 0.
         epochs: maximum number of passes over the items.
         horizon: number of passes after which the schedule would reach zero; None: `epochs`.
         measured: passes after which the held-out loss is measured; empty means after every pass.
         scales: factors on the adapter at which it is measured; the last is 1.
         start: the adapter (P,) that training goes on from; None: a fresh one.
-        distance: weight of the penalty on the distance to `start` (`training.distance`).
     """
 
     user: str
     embedding: Float[Tensor, "D"]
     items: tuple[EncodedExample, ...]
     held_out: tuple[EncodedExample, ...] = ()
+    anchor: Float[Tensor, "P"] | None = None
     epochs: int = 1
     horizon: int | None = None
     measured: tuple[int, ...] = ()
     scales: tuple[float, ...] = (1.0,)
     start: Float[Tensor, "P"] | None = None
-    distance: float = 0.0
+
+    def steps_per_pass(self, batch_size: int) -> int:
+        """Return the number of optimizer steps of one pass over the items."""
+        return -(-len(self.items) // batch_size)
+
+    def batch(self, seed: int, step: int, batch_size: int) -> list[EncodedExample]:
+        """Return the rows of a step, which depend on the seed, the user and the step only."""
+        epoch, at = divmod(step, self.steps_per_pass(batch_size))
+        generator = torch.Generator().manual_seed(seed_of(seed, "order", self.user, epoch))
+        order = torch.randperm(len(self.items), generator=generator).tolist()
+        return [self.items[i] for i in order[at * batch_size : (at + 1) * batch_size]]
 
     @property
     def measured_passes(self) -> Sequence[int]:

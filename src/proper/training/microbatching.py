@@ -17,8 +17,7 @@ from proper.data.batching import collate
 from proper.data.encoder import EncodedExample
 from proper.layers.batch_context import Mode, RowContext
 from proper.models.personal import ProperModel
-from proper.training.checkpoint import seed_of
-from proper.training.jobs import FitProgress, Job
+from proper.training.jobs import Job
 
 MICRO_TOKENS = 4096
 """Maximum padded tokens per micro-batch; more only costs memory."""
@@ -74,15 +73,6 @@ def row_losses(
     if generators:
         rows = replace(rows, generators=tuple(generators), mask=batch.attention_mask.bool())
     return model.answer_losses(batch, rows)
-
-
-def dropout_generators(seed: int, rows: Sequence[tuple[Job, FitProgress, int]]) -> list[torch.Generator]:
-    """Return the generators of rows, each given as its job, its progress and its index in the step's batch.
-
-    A generator depends on the seed, the user, the step and the row only.
-    """
-    seeds = [seed_of(seed, "dropout", job.user, state.step, at) for job, state, at in rows]
-    return [torch.Generator().manual_seed(each) for each in seeds]
 
 
 @torch.no_grad()

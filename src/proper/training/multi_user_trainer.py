@@ -26,13 +26,13 @@ from proper.config import UsersConfig
 from proper.console import Bar, progress
 from proper.data.encoder import EncodedExample
 from proper.layers.bank import AdapterBank
+from proper.layers.low_rank import pull_
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint, seed_of
-from proper.training.distance import pull_back
 from proper.training.held_out import losses_at_scales, record_losses
 from proper.training.jobs import Done, FitProgress, FitResult, Job, Jobs, refusal
 from proper.training.memory import pending_rows
-from proper.training.microbatching import Work, dropout_generators, micro_batches, padded_tokens, row_losses
+from proper.training.microbatching import Work, micro_batches, padded_tokens, row_losses
 from proper.training.optim import RowAdamW, clip_row_, factors
 from proper.training.trainer import Log
 
@@ -57,6 +57,7 @@ class MultiUserTrainer:
         best: each slot's values at its lowest held-out loss so far (S, P).
         slots: each slot's job and its progress; None for a free slot.
         results: results that `done` has not received yet.
+        each: rows of each user in a step.
         started: number of jobs that were given a slot, or quarantined before.
         steps: optimizer steps done.
     """
@@ -72,7 +73,7 @@ class MultiUserTrainer:
         observe: Observe = _ignore,
     ) -> None:
         self.model, self.config, self.rate, self.seed, self.pad = model, config, rate, seed, pad
-        self._observe = observe
+        self._observe, self.each = observe, config.batch_size
         dtype = torch.promote_types(model.backbone.model.dtype, torch.float32)
         self.bank = AdapterBank(
             model.user_layout(config), slots, alpha=config.alpha, trainable=True, device=model.device, dtype=dtype
@@ -149,8 +150,12 @@ class MultiUserTrainer:
 
     def _step(self) -> dict[str, Any] | None:
         """Take one optimizer step for all users in slots; if a user is quarantined, update nothing and return None."""
-        chosen = {slot: self._batch(*entry) for slot, entry in enumerate(self.slots) if entry is not None}
+        seats = {slot: entry for slot, entry in enumerate(self.slots) if entry is not None}
+        chosen = {slot: job.batch(self.seed, state.step, self.each) for slot, (job, state) in seats.items()}
         losses, tokens, padded = self._backward(chosen)
+        if self.config.distance:
+            for slot, (job, _) in seats.items():
+                pull_(self.bank, slot, job.anchor, self.config.distance)
         assert self.bank.gradients is not None
         bad = {slot: "quarantined: the loss is not finite" for slot, loss in losses.items() if not math.isfinite(loss)}
         for slot in chosen:
@@ -181,14 +186,11 @@ class MultiUserTrainer:
         pieces = list(micro_batches(work, self.model.backbone.batch_tokens))
         for piece in pieces:
             self._observe(self.steps, piece)
-            seeded = [(*self.job_in(slot), at) for slot, at, _ in piece] if self.config.dropout else []
-            sums, _ = row_losses(self.model, jobs, piece, "fit", self.pad, dropout_generators(self.seed, seeded))
+            sums, _ = row_losses(self.model, jobs, piece, "fit", self.pad, self._dropout_generators(piece))
             shares = torch.tensor([answers[slot] for slot, _, _ in piece], dtype=sums.dtype, device=sums.device)
             torch.autograd.backward((sums / shares).sum())
             for (slot, _, _), value in zip(piece, sums.tolist(), strict=True):
                 losses[slot] += value / answers[slot]
-        for slot, job in jobs.items():
-            losses[slot] += pull_back(self.bank, slot, job)
         return losses, sum(len(r.ids) for _, _, r in work), padded_tokens(pieces)
 
     def _quarantine(self, job: Job, state: FitProgress, reason: str) -> None:
@@ -200,25 +202,16 @@ class MultiUserTrainer:
             self._quarantine(*self.job_in(slot), reason)
             self.slots[slot] = None
 
-    def _batch(self, job: Job, state: FitProgress) -> list[EncodedExample]:
-        """Return a user's next batch, which depends on the seed, the user and the step only."""
-        per_pass = self._steps_per_pass(job)
-        epoch, at = divmod(state.step, per_pass)
-        generator = torch.Generator().manual_seed(seed_of(self.seed, "order", job.user, epoch))
-        order = torch.randperm(len(job.items), generator=generator).tolist()
-        size = self.config.batch_size
-        return [job.items[i] for i in order[at * size : (at + 1) * size]]
-
     def _factors(self, slots: list[int]) -> Tensor:
         entries = [self.job_in(slot) for slot in slots]
         steps = torch.tensor([state.step for _, state in entries])
-        totals = torch.tensor([self._steps_per_pass(job) * (job.horizon or job.epochs) for job, _ in entries])
+        totals = torch.tensor([job.steps_per_pass(self.each) * (job.horizon or job.epochs) for job, _ in entries])
         return factors(steps, totals, self.config.warmup, self.config.schedule).to(self.bank.values.device)
 
     def _pass_ended(self) -> None:
         """Compute the held-out loss of users who have just ended a pass, and free the slots of finished users."""
         seats = ((slot, *entry) for slot, entry in enumerate(self.slots) if entry is not None)
-        ended = [slot for slot, job, state in seats if state.step % self._steps_per_pass(job) == 0]
+        ended = [slot for slot, job, state in seats if state.step % job.steps_per_pass(self.each) == 0]
         self._measure([slot for slot in ended if self._passes(slot) in self.job_in(slot)[0].measured_passes])
         for slot in ended:
             if self.slots[slot] is not None and self._is_finished(slot):
@@ -257,10 +250,15 @@ class MultiUserTrainer:
 
     def _passes(self, slot: int) -> int:
         job, state = self.job_in(slot)
-        return state.step // self._steps_per_pass(job)
+        return state.step // job.steps_per_pass(self.each)
 
-    def _steps_per_pass(self, job: Job) -> int:
-        return -(-len(job.items) // self.config.batch_size)
+    def _dropout_generators(self, work: Sequence[Work]) -> list[torch.Generator]:
+        """Return each row's generator, which depends on the seed, the user, the step and the row only."""
+        if self.config.dropout == 0:
+            return []
+        entries = [(*self.job_in(slot), at) for slot, at, _ in work]
+        seeds = [seed_of(self.seed, "dropout", job.user, state.step, at) for job, state, at in entries]
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def job_in(self, slot: int) -> tuple[Job, FitProgress]:
         """Return the job and progress of a slot, which must be occupied."""

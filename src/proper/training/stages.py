@@ -31,6 +31,7 @@ from proper.models.checkpoints import load_groups, save_tensors
 from proper.models.memory import give_back_memory
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
+from proper.models.user_encoder import save_encoder
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.early_stopping import hold_out
@@ -38,6 +39,7 @@ from proper.training.groups import train_groups
 from proper.training.optim import resolve_rate
 from proper.training.population import train_population
 from proper.training.trainer import Log, TrainingPlan
+from proper.training.user_encoder import train_encoder
 from proper.training.user_stage import UserStage
 from proper.training.users import train_users
 
@@ -155,18 +157,26 @@ class StageRunner:
 
         def work() -> None:
             plan = self._plan("groups", sample)
-            self._save_groups(model, users, train_groups(model, config, users, plan, self.accelerator))
+            embeddings = train_groups(model, config, users, plan, self.accelerator)
+            if self.accelerator.is_main_process:
+                self._save_groups(model, users, embeddings)
+                self._save_encoder(model, users, embeddings, sample)
 
         self._record(Stage.GROUPS, work, {"rows": sample.size, "tokens": sample.tokens, "users": len(users)})
 
     def _save_groups(self, model: ProperModel, users: Sequence[str], embeddings: Tensor) -> None:
-        if not self.accelerator.is_main_process:
-            return
         tensors = {**model.group_parameters(), "mean_embedding": embeddings.mean(0)}
         save_tensors(self.run_folder.experts, tensors, {"modules": list(model.layers)})
         store = AdapterStore(self.run_folder.users.path)
         store.put(UserRecord(user, Tier.GROUPS, embeddings[at]) for at, user in enumerate(users))
         store.close()
+
+    def _save_encoder(self, model: ProperModel, users: Sequence[str], embeddings: Tensor, sample: SampledRows) -> None:
+        if not self.config.groups.user_encoder:
+            return
+        found = train_encoder(model, self.encoder, sample, users, embeddings, self.seed)
+        if found is not None:
+            save_encoder(self.run_folder.encoder, found)
 
     def _users(self, model: ProperModel) -> None:
         folder = self.run_folder.users.path

@@ -1,0 +1,95 @@
+"""Enrols many users at once: their embeddings are placed in one pass over all items, and fitted in common batches.
+
+    place   log the interactions, place every embedding, store all records in one transaction
+    fit     fit the embeddings of `TOGETHER` users at a time into the files from which their fits go on
+
+Adapters follow user by user, from the fit queue (`worker`). Every user gets what they would get alone, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from proper.adapters.store import AdapterStore
+from proper.enrolment.fit_embedding import FittedEmbedding, fit_embeddings
+from proper.enrolment.fit_files import load_embedding, same_history, save_embedding
+from proper.enrolment.fit_user import Fitter
+from proper.enrolment.history import UserHistory, grown_history
+from proper.enrolment.place import embedding_jobs, placed_record
+from proper.interactions.log import InteractionLog, LogEntry
+from proper.interactions.personal_files import work_folder
+
+TOGETHER = 256
+"""Users whose embeddings are fitted in one batch."""
+
+Advance = Callable[[int], None]
+
+
+def append_all(log: InteractionLog, tenant: str, entries: Mapping[str, Sequence[LogEntry]]) -> None:
+    """Add new users with their interactions to the log and the fit queue, all or none.
+
+    Raises:
+        ExistsError: one of the users is known.
+        ConflictError: an id of a user has two contents.
+    """
+    with log.database.transaction():
+        for user, own in entries.items():
+            log.append(tenant, user, own, new=True)
+
+
+def place_users(
+    fitter: Fitter, store: AdapterStore, log: InteractionLog, users: Sequence[str], advance: Advance
+) -> None:
+    """Store the placed embeddings of new users, by one forward pass of their items; nothing without an encoder.
+
+    Args:
+        fitter: the loaded run.
+        store: the tenant's store.
+        log: has the users' interactions.
+        users: users who are not in the store.
+        advance: called with the number of users done since its last call.
+    """
+    if fitter.placer.encoder is None:
+        advance(len(users))
+        return
+    for some, histories in _histories(fitter, store, log, users):
+        embeddings = fitter.placer.place([fitter.encoded(grown) for grown in histories])
+        store.put(
+            placed_record(user, embedding, grown, fitter.placer.kind)
+            for user, embedding, grown in zip(some, embeddings, histories, strict=True)
+        )
+        advance(len(some))
+
+
+def fit_many(fitter: Fitter, store: AdapterStore, log: InteractionLog, users: Sequence[str], advance: Advance) -> None:
+    """Fit the embeddings of new users; the users' fits, which are queued, go on from there.
+
+    A user whose loss is not finite is left out: the user's own fit fails and says so.
+    """
+    validation = fitter.model.config.users.tiers.validation
+    for some, histories in _histories(fitter, store, log, users):
+        folders = [work_folder(store.folder, store.tenant, user) for user in some]
+        for folder, grown in zip(folders, histories, strict=True):
+            same_history(folder, grown)
+        left = [at for at, folder in enumerate(folders) if load_embedding(folder) is None]
+        jobs = embedding_jobs(fitter.placer, [(some[at], fitter.encoded(histories[at])) for at in left], validation)
+        found = fit_embeddings(fitter.embedding_setting(lambda: None), jobs) if jobs else []
+        for at, each in zip(left, found, strict=True):
+            if isinstance(each, FittedEmbedding):
+                save_embedding(folders[at], each)
+        advance(len(some))
+
+
+def _histories(
+    fitter: Fitter, store: AdapterStore, log: InteractionLog, users: Sequence[str]
+) -> Iterator[tuple[list[str], list[UserHistory]]]:
+    """Yield users who have items, `TOGETHER` at a time, and their histories."""
+    count, kind = fitter.model.encoder.count, fitter.model.config.task.kind
+    for at in range(0, len(users), TOGETHER):
+        pairs = [
+            (user, grown_history(fitter.dataset, log, store.tenant, user, count, kind))
+            for user in users[at : at + TOGETHER]
+        ]
+        pairs = [(user, grown) for user, grown in pairs if grown.items]
+        if pairs:
+            yield [user for user, _ in pairs], [grown for _, grown in pairs]

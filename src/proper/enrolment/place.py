@@ -1,0 +1,118 @@
+"""Places the embeddings of new users at once, without gradient: by the run's encoder, in one pass over all their items.
+
+A run without an encoder (an older one, or one in which it did not help) places every new user at the mean embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from proper.adapters.store import UserRecord
+from proper.data.encoder import EncodedExample
+from proper.enrolment.fit_embedding import EmbeddingJob
+from proper.enrolment.history import UserHistory
+from proper.models.item_features import item_features
+from proper.models.personal import ProperModel
+from proper.models.user_encoder import UserEncoder
+from proper.run_folder import Tier
+from proper.training.jobs import held_out_items
+
+FITTED = "fitted"
+"""Key in a record's metadata for an embedding fitted after stage 2: the next fit refits it on the whole history."""
+PLACED = "placed"
+"""Key in a record's metadata for an embedding that the encoder placed, and that is not fitted yet."""
+
+TOGETHER = 2_048
+"""Items whose features are in memory at once."""
+
+UserItems = tuple[str, Sequence[EncodedExample]]
+"""A user and their items, oldest first."""
+
+
+def _no_progress(items: int) -> None:
+    """Show nothing."""
+
+
+@dataclass(frozen=True)
+class Placer:
+    """What places new users' embeddings.
+
+    Attributes:
+        mean: the mean embedding (D,).
+        encoder: the run's encoder; None: everybody is placed at the mean.
+    """
+
+    model: ProperModel
+    mean: Float[Tensor, "D"]
+    encoder: UserEncoder | None
+
+    @property
+    def kind(self) -> str:
+        """What places the embeddings: "mean", or the encoder's kind."""
+        return "mean" if self.encoder is None else self.encoder.readout.kind
+
+    def place(
+        self, histories: Sequence[Sequence[EncodedExample]], advance: Callable[[int], None] = _no_progress
+    ) -> Float[Tensor, "U D"]:
+        """Return the embeddings of users from their items; `advance` is called with numbers of items done.
+
+        A user's embedding does not depend on the other users.
+        """
+        return self.embed(self.read(histories, advance))
+
+    def read(
+        self, histories: Sequence[Sequence[EncodedExample]], advance: Callable[[int], None] = _no_progress
+    ) -> list[Float[Tensor, "n K"]]:
+        """Return what the encoder reads of every user's items; nothing without an encoder."""
+        items = [item for own in histories for item in own]
+        if self.encoder is None:
+            advance(len(items))
+            return [torch.zeros(len(own), 0) for own in histories]
+        found = [torch.zeros(0, len(self.encoder.pooling.center))]
+        for at in range(0, len(items), TOGETHER):
+            found.append(self.encoder.projection(item_features(self.model, items[at : at + TOGETHER], advance)))
+        return list(torch.split(torch.cat(found), [len(own) for own in histories]))
+
+    def embed(self, phi: Sequence[Float[Tensor, "n K"]]) -> Float[Tensor, "U D"]:
+        """Return the embeddings of users from what `read` returned for their items, or for some of them."""
+        return self.mean.expand(len(phi), -1) if self.encoder is None else self.encoder.place(phi)
+
+
+def placed_record(user: str, embedding: Float[Tensor, "D"], grown: UserHistory, kind: str) -> UserRecord:
+    """Return the record of a user whose embedding was placed; `kind` says by what."""
+    facts = {
+        "history": {"run": grown.run, "logged": grown.logged},
+        "embedding": PLACED,
+        "embedding_start": kind,
+        "reason": "placed by the run's encoder, not fitted yet",
+    }
+    return UserRecord(user, Tier.GROUPS, embedding, None, facts)
+
+
+def embedding_jobs(
+    placer: Placer,
+    users: Sequence[UserItems],
+    validation: float,
+    advance: Callable[[int], None] = _no_progress,
+) -> list[EmbeddingJob]:
+    """Return the jobs that fit these users' embeddings from where they are placed.
+
+    Args:
+        placer: places the embeddings: from all items and, for the trial, from those that are not held out.
+        users: the users and their items.
+        validation: share of a user's items that is held out; none of a single one.
+        advance: progress callback of the placement.
+    """
+    phi = placer.read([items for _, items in users], advance)
+    held = [held_out_items(len(items), validation) if len(items) > 1 else 0 for _, items in users]
+    starts = placer.embed(phi)
+    trial_starts = placer.embed([own[: len(own) - cut] for own, cut in zip(phi, held, strict=True)])
+    return [
+        EmbeddingJob(user, items, cut, start, trial_start)
+        for (user, items), cut, start, trial_start in zip(users, held, starts, trial_starts, strict=True)
+    ]

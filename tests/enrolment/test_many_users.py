@@ -1,0 +1,91 @@
+"""Many users enrolled at once get what each gets alone; the encoder's embedding serves them before the fit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from proper.adapters.store import AdapterStore
+from proper.api import Model
+from proper.errors import InputError
+from proper.models.user_encoder import Pooling, Readout, UserEncoder, load_encoder, save_encoder
+from proper.run_folder import RunFolder
+from proper.training.user_encoder import project
+from tests.enrolment.test_fit_user import opened, record, rows, run, trained
+
+__all__ = ["opened", "run", "trained"]
+
+Open = Callable[[Path], Model]
+
+
+@pytest.fixture
+def encoded(run: Path, opened: Open) -> Path:
+    """A run with an encoder of random weights."""
+    model = opened(run)
+    assert model.personalized.served is not None
+    draw = torch.Generator().manual_seed(0)
+    projection = project(torch.randn(80, 4 * model.personalized.model.backbone.hidden_size, generator=draw))
+    width = projection.surprise.shape[1] * (1 + projection.context.shape[1]) + projection.answer.shape[1]
+    pooling = Pooling(torch.zeros(width), torch.ones(width), torch.ones(width))
+    readout = Readout(0.05 * torch.randn(16, width, generator=draw), torch.empty(0), torch.empty(16, 0))
+    save_encoder(RunFolder(run).encoder, UserEncoder(projection, pooling, readout, model.personalized.served.mean, {}))
+    return run
+
+
+def test_many_are_enrolled_as_each_alone(encoded: Path, opened: Open, tmp_path: Path) -> None:
+    alone = shutil.copytree(encoded, tmp_path / "alone")
+    new = {"new": rows(3, 9), "few": rows(8, 3), "one": rows(1, 1)}
+    users, phases = opened(encoded).users, list[str]()
+    before = record(encoded, "ann")
+    users.enrol_many({user: users.entries(user, own) for user, own in new.items()}, heard=lambda p, _: phases.append(p))
+    assert list(dict.fromkeys(phases)) == ["place", "embeddings", "fit"]
+    for user, own in new.items():
+        opened(alone).users.enrol(user, own)
+        mine, theirs = record(encoded, user), record(alone, user)
+        assert mine.tier == theirs.tier and mine.facts["embedding"] == "fitted"
+        assert mine.facts["embedding_passes"] == theirs.facts["embedding_passes"]
+        assert mine.facts["embedding_start"] == "ridge" and [v.version for v in users.versions(user)] == [2, 1]
+        torch.testing.assert_close(mine.embedding, theirs.embedding, rtol=0, atol=1e-3)
+    assert torch.equal(record(encoded, "ann").embedding, before.embedding) and users.versions("ann")[0].version == 2
+
+
+def test_without_refining_users_keep_the_placed_embedding_until_an_update(encoded: Path, opened: Open) -> None:
+    model = opened(encoded)
+    users, served = model.users, model.personalized.served
+    users.enrol_many({"new": users.entries("new", rows(3, 9))}, refine=False)
+    placed = record(encoded, "new")
+    encoder = load_encoder(RunFolder(encoded).encoder)
+    assert encoder is not None and served is not None
+    assert (placed.tier, placed.facts["embedding"]) == ("groups", "placed") and model.tier("new") == "groups"
+    assert not torch.equal(placed.embedding, served.mean)
+    assert users.log.queue.fit("", "new").state == "queued"
+    users.update("new")
+    fitted = record(encoded, "new")
+    assert fitted.facts["embedding"] == "fitted" and len(users.versions("new")) == 2
+    assert users.rollback("new") == 3 and torch.equal(record(encoded, "new").embedding, placed.embedding)
+
+
+def test_one_known_user_stops_all(encoded: Path, opened: Open) -> None:
+    users = opened(encoded).users
+    entries = {user: users.entries(user, rows(3, 2)) for user in ("new", "ann")}
+    with pytest.raises(InputError, match="user 'ann' exists already"):
+        users.enrol_many(entries)
+    assert "new" not in users
+    clash = users.entries("bad", [{**rows(3, 1)[0], "id": "a"}, {**rows(4, 1)[0], "id": "a"}])
+    with pytest.raises(InputError, match="'a' is there already with other content"):
+        users.enrol_many({"new": entries["new"], "bad": clash})
+    assert "new" not in users and "bad" not in users
+
+
+def test_a_run_without_an_encoder_places_nobody(run: Path, opened: Open) -> None:
+    users = opened(run).users
+    users.enrol_many({"new": users.entries("new", rows(3, 9))}, refine=False)
+    store = AdapterStore(run / "users")
+    assert store.head("new") is None
+    store.close()
+    users.update("new")
+    assert record(run, "new").facts["embedding_start"] == "mean" and len(users.versions("new")) == 1
