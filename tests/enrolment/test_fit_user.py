@@ -151,12 +151,12 @@ def test_a_known_user_grows_from_the_run_s_history(run: Path, opened: Open) -> N
     head = model.users.update("ann", rows(5, 4))
     after, (attempt,) = record(run, "ann"), model.users.log.updates.of("", "ann")
     assert head is not None and head.version == attempt.version == old + 1 and attempt.base == old
-    assert after.facts["history"] == {"run": 12, "logged": 3, "through": 3}
+    assert after.facts["history"] == {"run": 12, "logged": 3}
     assert attempt.facts["trained"] == 3 and torch.equal(after.embedding, before.embedding)
     again = shutil.copytree(run, run.parent / "gone")
     (again / "data.sqlite").unlink()
     opened(again).users.enrol("zoe", rows(5, 4))
-    assert record(again, "zoe").facts["history"] == {"run": None, "logged": 4, "through": 8}
+    assert record(again, "zoe").facts["history"] == {"run": None, "logged": 4}
 
 
 def test_one_item_gives_the_group_tier(run: Path, opened: Open) -> None:

@@ -37,6 +37,8 @@ from tests.training.test_going_on import oracle
 HABIT = {"small": "red", "large": "blue", "quiet": "green"}
 """What the user answers to the last word."""
 OTHER = {"small": "green", "large": "red", "quiet": "blue"}
+OUTLIER = 8.0
+"""Standard deviations by which only junk stands out: the tiny backbone is random."""
 FIRST = ["old", "new", "loud", "round"]
 
 
@@ -76,6 +78,7 @@ def taught(settings: Config, dataset: Dataset, tmp_path_factory: pytest.TempPath
         "steps": 60,
         "learning_rate": 1e-2,
         "storage": "fp32",
+        "update": settings.users.update.model_copy(update={"outlier": None}),
         "tiers": settings.users.tiers.model_copy(update={"select": False}),
     }
     config = settings.model_copy(
@@ -95,6 +98,13 @@ def taught(settings: Config, dataset: Dataset, tmp_path_factory: pytest.TempPath
     model.close()
     assert head is not None and head.tier == "users"
     return folder
+
+
+def with_update(run: Path, **changed: Any) -> None:
+    """Change settings of `users.update` in a run's config."""
+    raw = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    raw["users"]["update"] |= changed
+    (run / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
 
 
 @pytest.fixture
@@ -173,7 +183,7 @@ def test_a_change_of_habits_is_promoted_and_is_better_on_what_it_was_not_trained
         assert facts[name] == pytest.approx(measured, rel=1e-3)
     assert facts["updated_loss"]["new"] < facts["served_loss"]["new"]
     assert after.facts["made"] == {"by": "update", "of": 1} and torch.equal(after.embedding, before.embedding)
-    assert after.facts["history"] == {"run": 0, "logged": 27, "through": 27}
+    assert after.facts["history"] == {"run": 0, "logged": 27}
     (attempt,) = model.users.log.updates.of("", "new")
     assert (attempt.base, attempt.version, attempt.reason) == (1, 2, after.facts["reason"])
     assert attempt.facts == facts and f"{facts['updated_loss']['new']:.3f}" in attempt.reason
@@ -181,12 +191,13 @@ def test_a_change_of_habits_is_promoted_and_is_better_on_what_it_was_not_trained
 
 @pytest.mark.parametrize(
     ("poison", "why"),
-    [(permuted, "not promoted: loss on"), (junk, "do not fit their inputs")],
+    [(permuted, "not promoted: "), (junk, "do not fit their inputs")],
     ids=["permuted", "junk"],
 )
 def test_poisoned_interactions_are_not_promoted(
     run: Path, opened: Open, poison: Callable[[Any], list[dict[str, Any]]], why: str
 ) -> None:
+    with_update(run, outlier=OUTLIER)
     before, model = record(run, "new"), opened(run)
     head = model.users.update("new", poison(lessons(HABIT, 15, 20)))
     assert head is not None and head.version == 1 and same(record(run, "new"), before)
@@ -197,11 +208,12 @@ def test_poisoned_interactions_are_not_promoted(
 
 
 def test_junk_among_good_interactions_is_left_out_for_good(run: Path, opened: Open) -> None:
+    with_update(run, outlier=OUTLIER)
     model = opened(run)
     model.users.update("new", [*lessons(OTHER, 15, 9), *junk(lessons(HABIT, 24, 3)), *lessons(OTHER, 27, 6)])
     facts = record(run, "new").facts
     assert facts["made"]["by"] == "update" and facts["update"]["left_out"] == 3
-    assert facts["history"]["left_out"] == [25, 26, 27]
+    assert facts["history"] == {"run": 0, "logged": 30, "left_out": [25, 26, 27]}
 
 
 def test_an_update_is_what_the_slow_oracle_does(run: Path, opened: Open) -> None:
@@ -287,10 +299,7 @@ def everything(folder: Path, but: str) -> dict[str, tuple[Any, ...]]:
 
 @pytest.mark.parametrize("times", [6, pytest.param(1000, marks=pytest.mark.slow)])
 def test_updates_leave_other_users_bytes_unchanged(run: Path, opened: Open, times: int) -> None:
-    text = (run / "config.yaml").read_text(encoding="utf-8")
-    raw = yaml.safe_load(text)
-    raw["users"]["update"]["steps"] = 2
-    (run / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    with_update(run, steps=2)
     before, model = everything(run, "new"), opened(run)
     assert len(before) == 4
     for at in range(times):
@@ -354,19 +363,18 @@ def test_numbers_of_another_run_s_log_mean_nothing_after_an_import(run: Path, op
     assert divide(UserHistory(items, 0, 2), facts).new == items
 
 
-def test_divide_by_arrival_and_by_earlier_releases_metadata() -> None:
+def test_divide_by_the_order_of_arrival() -> None:
     items = tuple(TextExample(number, "ann", "a", "b", None, None, 1) for number in (7, -5, -3, -9, -4))
     grown = UserHistory(items, 1, 4)
-    for facts, new in (
-        ({}, [-3, -4, -5, -9]),
-        ({"history": {"logged": 2}}, [-5, -9]),
-        ({"history": {"logged": 0}}, [-3, -4, -5, -9]),
-        ({"history": {"logged": 4, "through": 5, "left_out": [9, 3]}}, []),
+    for history, new, left_out in (
+        ({}, [-3, -4, -5, -9], []),
+        ({"logged": 2}, [-5, -9], []),
+        ({"logged": 3, "left_out": [4, 1]}, [], [-9, -3]),
+        ({"logged": 4}, [], []),
     ):
-        found = divide(grown, facts)
-        left = set(facts.get("history", {}).get("left_out", ()))  # type: ignore[attr-defined]
+        found = divide(grown, {"history": history} if history else {})
         assert [item.id for item in found.new] == new
-        assert {item.id for item in found.past} == {item.id for item in items} - set(new) - {-each for each in left}
+        assert {item.id for item in found.past} == {item.id for item in items} - {*new, *left_out}
 
 
 def test_what_is_better() -> None:
@@ -433,8 +441,8 @@ def test_groups_of_which_many_drift() -> None:
 
 
 def test_a_queue_that_waits_for_drift(run: Path, opened: Open) -> None:
+    with_update(run, when="drifted")
     raw = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    raw["users"]["update"]["when"] = "drifted"
     raw["users"]["drift"]["threshold"] = 1e6
     (run / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     users = opened(run).users

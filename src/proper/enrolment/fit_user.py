@@ -103,7 +103,7 @@ class Fitter:
         items, encoded = self.items(grown), self.encoded(grown)
         pace = _Pace.of(self.model, encoded, tell)
         held = store.versions(user)
-        facts: dict[str, Any] = {"history": {"run": grown.run, "logged": grown.logged, "through": grown.through}}
+        facts: dict[str, Any] = {"history": {"run": grown.run, "logged": grown.logged}}
         head = store.head(user)
         if head is None or held[0].facts.get("embedding") in (FITTED, PLACED):
             found = self._embedding(user, encoded, work, pace)

@@ -38,16 +38,17 @@ class UserHistory:
         return hash_value([[each.prompt, each.target, each.time] for each in self.items])
 
     @property
-    def through(self) -> int:
-        """The highest number of a logged interaction; 0 without one."""
-        return max((-item.id for item in self.items if item.id < 0), default=0)
+    def ordinals(self) -> dict[int, int]:
+        """The place of each logged interaction, by item id, among those of the user in the order of arrival, from 1."""
+        arrived = sorted((item.id for item in self.items if item.id < 0), reverse=True)
+        return {number: at for at, number in enumerate(arrived, start=1)}
 
 
 @dataclass(frozen=True)
 class Divided:
     """A user's interactions, oldest first: `past` ones the version in service knows, and `new` ones.
 
-    `left_out` are the numbers of logged interactions that were outliers in earlier updates; they are in neither.
+    `left_out` are the ordinals of logged interactions that were outliers in earlier updates; they are in neither.
     """
 
     past: tuple[TextExample, ...]
@@ -88,18 +89,14 @@ def grown_history(
 def divide(grown: UserHistory, facts: Mapping[str, Any]) -> Divided:
     """Divide a history by what a version's metadata says that it was trained on.
 
-    Logged interactions count in the order of arrival; an item of the run's data is never new.
+    That is the first `history.logged` interactions in the order of arrival, without those in `history.left_out`, and
+    the items of the run's data, which are never new.
     """
-    history = facts.get("history", {})
-    numbers = sorted(-item.id for item in grown.items if item.id < 0)
-    through = history.get("through")
-    if through is None:  # a version of an earlier release, which knows the first `logged` interactions
-        known = numbers[: int(history.get("logged", 0))]
-        through = known[-1] if known else 0
-    left_out = tuple(history.get("left_out", ()))
-    items = [item for item in grown.items if -item.id not in left_out]
-    new = sorted((item for item in items if -item.id > through), key=lambda item: -item.id)
-    return Divided(tuple(item for item in items if -item.id <= through), tuple(new), left_out)
+    history, ordinals = facts.get("history", {}), grown.ordinals
+    logged, left_out = int(history.get("logged", 0)), tuple(history.get("left_out", ()))
+    items = [item for item in grown.items if ordinals.get(item.id) not in left_out]
+    new = sorted((item for item in items if ordinals.get(item.id, 0) > logged), key=lambda item: -item.id)
+    return Divided(tuple(item for item in items if ordinals.get(item.id, 0) <= logged), tuple(new), left_out)
 
 
 def run_data(folder: Path) -> Dataset | None:

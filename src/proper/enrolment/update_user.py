@@ -143,9 +143,10 @@ class _Update:
             return divided
         past = self._encoded(divided.past[-OUTLIER_ITEMS:])
         found = outliers(self.fitter.model, past, self._encoded(divided.new), limit, served.mean)
-        left_out = {-divided.new[at].id for at in found}
-        new = tuple(item for item in divided.new if -item.id not in left_out)
-        return replace(divided, new=new, left_out=(*divided.left_out, *sorted(left_out)))
+        left_out = {divided.new[at].id for at in found}
+        new = tuple(item for item in divided.new if item.id not in left_out)
+        ordinals = sorted(self.grown.ordinals[each] for each in left_out)
+        return replace(divided, new=new, left_out=(*divided.left_out, *ordinals))
 
     def _split(self, divided: Divided) -> _Split:
         """Hold out the newest new interactions, and as many of the newest earlier ones."""
@@ -176,10 +177,10 @@ class _Update:
         facts |= {"passes": result.state.best, "distance": self._moved(start.row, result.row), **found.facts()}
         if not found.is_better(self.config.update.past):
             return self._stays(found.text(), facts)
-        through = -split.held_new[0].id - 1
+        logged = self.grown.ordinals[split.held_new[0].id] - 1
         kept = {key: self.base.facts[key] for key in ("embedding",) if key in self.base.facts}
         record = replace(candidate, adapter=adapter, facts={**kept, **self._group_facts(split, state)})
-        return self._promoted(record, found.text(), facts, through, divided, self._usual(state, split))
+        return self._promoted(record, found.text(), facts, logged, divided, self._usual(state, split))
 
     def _rows(self, split: _Split) -> tuple[EncodedExample, ...]:
         """Return an update's training rows: the new ones, and a sample of earlier ones, in the order of time."""
@@ -236,20 +237,19 @@ class _Update:
         usual = self._usual(state, split)
         whole = history(divided.past, divided.new)
         record = self.fitter.fit(self.store, self.base.user, whole, self.work / "final", self.tell)
-        through = -divided.new[-1].id
-        return self._promoted(record, found.text(), facts, through, divided, usual)
+        logged = self.grown.ordinals[divided.new[-1].id]
+        return self._promoted(record, found.text(), facts, logged, divided, usual)
 
     def _promoted(
         self,
         record: UserRecord,
         reason: str,
         facts: Mapping[str, Any],
-        through: int,
+        logged: int,
         divided: Divided,
         usual: Usual | None,
     ) -> Fitted:
-        logged = sum(0 < -item.id <= through for item in self.grown.items)
-        history: dict[str, Any] = {"run": self.grown.run, "logged": logged, "through": through}
+        history: dict[str, Any] = {"run": self.grown.run, "logged": logged}
         if divided.left_out:
             history["left_out"] = list(divided.left_out)
         made = {"by": "update", "of": self.version}
