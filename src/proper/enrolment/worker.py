@@ -135,7 +135,8 @@ class FitWorker:
             budget: at most so many users; None for no limit.
             hours: about so long, by the mean time of past updates; None for no limit.
         """
-        chosen, begun, tried = [drift for drift in self.drift(store) if drift.drifted][:budget], time.monotonic(), []
+        chosen, begun = [drift for drift in self.drift(store) if drift.drifted][:budget], time.monotonic()
+        tried = list[Drift]()
         for drift in chosen:
             each = self.log.updates.seconds() or 0.0
             if hours is not None and tried and time.monotonic() - begun + each > 3600 * hours:
