@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 
@@ -85,6 +86,47 @@ def test_slow_work_says_so_now_and_then(
     lines = capsys.readouterr().err.splitlines()
     assert 2 <= len(lines) <= 1 + (time.monotonic() - start) / 0.1
     assert lines[-1].startswith("users: 40/40, ")
+
+
+@dataclass
+class Clock:
+    """A clock that a test sets."""
+
+    now: float = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_lines_say_how_long_the_rest_takes_at_the_measured_pace(
+    terminal: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a resumed stage had done before does not count: the pace is that of the steps of this process."""
+    clock = Clock()
+    monkeypatch.setattr("proper.console.time", clock)
+    with progress("groups", 136) as advance:
+        advance(100)
+        for _ in range(36):
+            clock.now += 2
+            advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "groups: 103/136, 6 s, about 66 s left"
+    assert lines[1] == "groups: 106/136, 12 s, about 60 s left"
+    assert lines[-1] == "groups: 136/136, 72 s"
+
+
+def test_the_time_left_goes_by_the_share_of_the_work_where_units_end_together(
+    terminal: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("proper.console.time", clock)
+    with progress("users", 8) as advance:
+        for step in range(1, 41):
+            clock.now += 10
+            advance(8 if step == 40 else 0, share=step / 40)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1] == "users: 0/8, 20 s, about 6 min left"
+    assert lines[38] == "users: 0/8, 390 s, about 10 s left"
 
 
 def test_work_that_fails_does_not_say_that_it_ended(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,10 @@ _PACKAGE = logging.getLogger("proper")
 logger = logging.getLogger(__name__)
 
 Advance = Callable[..., None]
-"""`advance(n=1, note="")`: n more units are done; the note (a loss, say) is shown beside the count until the next."""
+"""`advance(n=1, note="", share=None)`: n more units are done; the note (a loss, say) is shown until the next.
+
+`share` is the share of all work that is done, for the time left, where it is known better than from the units.
+"""
 
 
 class Bar(Protocol):
@@ -72,7 +75,7 @@ def _logging_to(handler: logging.Handler, level: int) -> Iterator[None]:
 
 @contextmanager
 def progress(title: str, total: int | None) -> Iterator[Advance]:
-    """Show the progress of a piece of work, if messages are shown; yields `advance(n=1, note="")`.
+    """Show the progress of a piece of work, if messages are shown; yields an `Advance`.
 
     Args:
         title: what is being done, in a few words.
@@ -91,7 +94,7 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
 @contextmanager
 def no_bar(title: str, total: int | None) -> Iterator[Advance]:
     """Show no progress, for work that is a part of a larger piece with a progress bar."""
-    yield lambda n=1, note="": None
+    yield lambda n=1, note="", share=None: None
 
 
 def quiet_libraries() -> None:
@@ -122,6 +125,46 @@ def quiet_libraries() -> None:
         sys.modules["datasets.utils"].disable_progress_bars()
 
 
+def spoken_time(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+class _TimeLeft:
+    """Units done, and the time left at the pace since the first call of `advance`.
+
+    That call does not count: a resumed stage begins with all that was done before, and a first step warms up.
+    """
+
+    def __init__(self, total: int | None) -> None:
+        self.total, self.done, self.share = total, 0, 0.0
+        self._first: tuple[float, float] | None = None
+        self._latest = 0.0
+
+    def advance(self, n: int, share: float | None) -> None:
+        """Count n more units, and the share of all work that is done: the units' by default."""
+        self.done += n
+        self.share = share if share is not None else self.done / self.total if self.total else 0.0
+        self._latest = time.monotonic()
+        if self._first is None and self.share:
+            self._first = self._latest, self.share
+
+    @property
+    def left(self) -> float | None:
+        """Seconds left; None before a pace is known."""
+        if self._first is None or self._latest - self._first[0] < 1 or self.share <= self._first[1]:
+            return None
+        pace = (self.share - self._first[1]) / (self._latest - self._first[0])
+        return max(0.0, (1 - self.share) / pace - (time.monotonic() - self._latest))
+
+    @property
+    def spoken(self) -> str:
+        """The time left in words; empty if it is unknown or nothing is left."""
+        return f"about {spoken_time(self.left)} left" if self.left is not None and self.share < 1 else ""
+
+
 @contextmanager
 def _bar(title: str, total: int | None) -> Iterator[Advance]:
     # rich is imported here because most commands never show a bar.
@@ -134,7 +177,6 @@ def _bar(title: str, total: int | None) -> Iterator[Advance]:
         Progress,
         TextColumn,
         TimeElapsedColumn,
-        TimeRemainingColumn,
     )
 
     columns = (
@@ -142,7 +184,7 @@ def _bar(title: str, total: int | None) -> Iterator[Advance]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}", markup=False),
         TextColumn("{task.fields[note]}", markup=False),
     )
     console = Console(stderr=True)
@@ -154,10 +196,11 @@ def _bar(title: str, total: int | None) -> Iterator[Advance]:
         Progress(*columns, console=console, redirect_stdout=False) as bars,
         _logging_to(above, _PACKAGE.level),
     ):
-        task = bars.add_task(title, total=total, note="")
+        task, pace = bars.add_task(title, total=total, note="", left=""), _TimeLeft(total)
 
-        def advance(n: int = 1, note: str = "") -> None:
-            bars.update(task, advance=n)
+        def advance(n: int = 1, note: str = "", share: float | None = None) -> None:
+            pace.advance(n, share)
+            bars.update(task, advance=n, left=pace.spoken)
             if note:
                 bars.update(task, note=note)
 
@@ -167,16 +210,17 @@ def _bar(title: str, total: int | None) -> Iterator[Advance]:
 @contextmanager
 def _lines(title: str, total: int | None) -> Iterator[Advance]:
     start = time.monotonic()
-    done, latest, printed_at = 0, "", start
+    pace, latest, printed_at = _TimeLeft(total), "", start
     of = "" if total is None else f"/{total}"
 
     def line() -> str:
-        seconds = f"{time.monotonic() - start:.0f} s"
-        return f"{title}: {done}{of}, {seconds}{', ' + latest if latest else ''}"
+        parts = [f"{title}: {pace.done}{of}", f"{time.monotonic() - start:.0f} s", pace.spoken, latest]
+        return ", ".join(part for part in parts if part)
 
-    def advance(n: int = 1, note: str = "") -> None:
-        nonlocal done, latest, printed_at
-        done, latest = done + n, note or latest
+    def advance(n: int = 1, note: str = "", share: float | None = None) -> None:
+        nonlocal latest, printed_at
+        latest = note or latest
+        pace.advance(n, share)
         now = time.monotonic()
         if now - printed_at >= _SECONDS_BETWEEN_LINES:
             logger.info(line())

@@ -17,7 +17,7 @@ from proper.adapters.store import DEFAULT_TENANT
 from proper.adapters.tombstones import Tombstones
 from proper.config import Config, load_config, make_config
 from proper.console import progress, quiet_libraries
-from proper.data.dataset import Dataset, prepare
+from proper.data.dataset import Dataset, left_out_users, prepare
 from proper.data.demo import DemoSettings, demo_run, write_demo
 from proper.data.demo.users import DemoTask
 from proper.data.summary import DataSummary, summarize
@@ -26,7 +26,7 @@ from proper.evaluation.harness import Harness
 from proper.evaluation.power import Power, expected_power
 from proper.evaluation.side_by_side import compare_runs
 from proper.interactions.deletion import working
-from proper.interactions.personal_files import remove_deleted
+from proper.interactions.personal_files import remove_deleted, remove_rows
 from proper.methods.evaluate import evaluating
 from proper.methods.table import known_methods, table_methods
 from proper.methods.time_budget import plan, time_lines
@@ -290,6 +290,8 @@ def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:
     """Open the run's prepared data; prepare it if it does not exist."""
     path = RunFolder(folder).data
     if path.exists():
+        if not RunFolder(folder).is_trained(Stage.POPULATION):
+            remove_rows(path, left_out_users(config.data.train_without))
         return Dataset.open(path)
     encoder = configured_encoder(config)
     with progress("read interactions", None) as advance:

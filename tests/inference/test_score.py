@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from proper.inference.score import _row_by_row, _takes_trees, score_labels
+from proper.inference.score import _row_by_row, score_labels
 from proper.layers.batch_context import RowContext
+from proper.models.label_choice import takes_trees
 from proper.models.personal import ProperModel
 
 LABELS = [[17, 2], [300, 301, 302, 2], [17, 9, 2], [4000, 2]]
@@ -97,6 +98,6 @@ def test_a_window_shorter_than_the_row_is_respected(personal: Callable[..., Prop
     model = personal()
     model.backbone.model.config.sliding_window = 8
     try:
-        assert not _takes_trees(model, 9) and _takes_trees(model, 8)
+        assert not takes_trees(model.backbone.model, 9) and takes_trees(model.backbone.model, 8)
     finally:
         del model.backbone.model.config.sliding_window

@@ -53,7 +53,8 @@ MARKS = [*TRAINED, OFFLINE, ONLINE, IMPORTED, TENANT, LEFT]
 NOT_WALKED = {
     "demo": "is 'run' on data that it writes to data/, as the walk does",
     "keys open": "removes files that name no user",
-    **dict.fromkeys(["users list", "users show", "keys list", "check"], "reads"),
+    **dict.fromkeys(["users list", "users show", "groups show", "keys list", "check"], "reads"),
+    **dict.fromkeys(["users archive", "users verify-deleted"], "reads, and writes elsewhere"),
 }
 ELSEWHERE = ("data", "bench", "backbones")
 """Groups of commands that work in folders of their own."""
@@ -342,7 +343,11 @@ def test_nothing_is_left_of_several_deleted_users(walk: Walk, tmp_path: Path) ->
     run, gone = shutil.copytree(walk.run, tmp_path / "run"), [TRAINED[0], TRAINED[1], OFFLINE, ONLINE, IMPORTED]
     here, pieces = Walk(run), tensors(run, gone)
     assert len(pieces) > 50 and any_of(pieces, run)
-    here.proper("users delete", run, *(word for mark in gone for word in ("--user", name(mark))))
+    names = [word for mark in gone for word in ("--user", name(mark))]
+    prints = ("--fingerprints", tmp_path / "prints.json")
+    assert main(["users", "verify-deleted", str(run), *names]) == 1
+    here.proper("users delete", run, *names, *prints)
+    here.proper("users verify-deleted", run, *names, *prints)
     assert set.union(*search(run).values()) == {*MARKS} - {LEFT, *gone}
     assert not any_of(pieces, run)
     (run / "predictions" / "shuffled.json").unlink()

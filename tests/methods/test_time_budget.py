@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from proper import pipeline
 from proper.config import Config, make_config
+from proper.console import spoken_time
 from proper.data.dataset import Dataset
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.errors import ConfigError, RunFolderError
 from proper.methods.speed import Speed, measure
 from proper.methods.table import table_methods
-from proper.methods.time_budget import MIN_ITEMS, MIN_QUERIES, MIN_STEPS, MIN_TOKENS, estimate, fit, spoken
+from proper.methods.time_budget import MIN_ITEMS, MIN_QUERIES, MIN_STEPS, MIN_TOKENS, estimate, fit
 from proper.methods.workload import Counts, Work, count, cut_to, workload
 from proper.run_config import claim, run_config
 from proper.run_folder import RunFolder
@@ -119,7 +120,7 @@ def test_a_budget_is_kept_or_called_too_short(counts: Counts, minutes: int, step
     if whole <= 60 * minutes:
         assert found == config and fitted.lines == []
     elif total > 60 * minutes:
-        assert "too short" in fitted.lines[-1] and spoken(total) in fitted.lines[-1]
+        assert "too short" in fitted.lines[-1] and spoken_time(total) in fitted.lines[-1]
         assert found.split.max_queries == (MIN_QUERIES if len(counts.queries) > MIN_QUERIES else None)
     else:
         assert fitted.lines and all("too short" not in line for line in fitted.lines)
@@ -170,5 +171,5 @@ def test_a_budget_that_is_no_time_is_refused(wrong: str) -> None:
 
 
 def test_times_are_spoken_in_a_unit_that_suits() -> None:
-    assert [spoken(s) for s in (0.2, 89, 90, 5000, 6000)] == ["1 s", "89 s", "2 min", "83 min", "1.7 h"]
+    assert [spoken_time(s) for s in (0.2, 89, 90, 5000, 6000)] == ["1 s", "89 s", "2 min", "83 min", "1.7 h"]
     assert Work(1, 2, 3, 4).times(2) + Work(1) == Work(3, 4, 6, 8)

@@ -31,6 +31,7 @@ ENDPOINTS: list[tuple[str, str, dict[str, Any] | None, set[str], bool]] = [
     ("POST", "/v1/users/{user}/interactions", {"interactions": []}, {"write", "admin"}, True),
     ("GET", "/v1/users/{user}", None, {"write", "admin"}, True),
     ("GET", "/v1/users/{user}/versions", None, {"write", "admin"}, True),
+    ("GET", "/v1/users/{user}/archive", None, {"admin"}, True),
     ("POST", "/v1/users/{user}/rollback", {}, {"write", "admin"}, True),
     ("DELETE", "/v1/users/{user}", None, {"admin"}, True),
     ("GET", "/v1/deletions/{deletion}", None, {"admin"}, False),

@@ -18,7 +18,7 @@ CHECKS = [not_a_server_error, status_code_conformance, response_schema_conforman
 def test_replies_are_as_documented(server: Running) -> None:
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations()]
-    assert len(operations) == 15
+    assert len(operations) == 16
     for operation in operations:
 
         @settings(max_examples=12, database=None, suppress_health_check=list(HealthCheck))

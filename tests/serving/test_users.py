@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 import sqlite3
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -59,11 +62,21 @@ def test_users_are_listed_read_taken_back_and_deleted(own: Running, alone: Perso
         assert client.get("/v1/users/u0").json() == {**card, "interactions": 0, "fit": idle}
         assert [one["version"] for one in client.get("/v1/users/u0/versions").json()["data"]] == [2, 1]
         assert answer() == (generate(alone, ["Well?"], ["u1"])[0], 2)
+        archive = client.get("/v1/users/u0/archive")
+        assert archive.headers["content-type"] == "application/zip"
+        with zipfile.ZipFile(io.BytesIO(archive.content)) as content:
+            assert [one["version"] for one in json.loads(content.read("versions.json"))] == [2, 1]
         assert client.post("/v1/users/u0/rollback", json={}).json()["version"] == 3
         assert answer() == (generate(alone, ["Well?"], ["u0"])[0], 3)
         assert client.post("/v1/users/u0/rollback", json={"to": 99}).status_code == 409
         assert client.delete("/v1/users/u0").json() == {"id": "u0", "object": "user.deleted", "deleted": True}
-        for method, path in (("GET", ""), ("GET", "/versions"), ("POST", "/rollback"), ("DELETE", "")):
+        for method, path in (
+            ("GET", ""),
+            ("GET", "/versions"),
+            ("GET", "/archive"),
+            ("POST", "/rollback"),
+            ("DELETE", ""),
+        ):
             reply = client.request(method, f"/v1/users/u0{path}", json={} if method == "POST" else None)
             assert (reply.status_code, reply.json()["error"]["code"]) == (404, "user_not_found")
         assert answer() == (generate(alone, ["Well?"], [None])[0], None)

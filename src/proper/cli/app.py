@@ -24,6 +24,7 @@ from proper.cli import (
     evaluate,
     export_backbone,
     generate,
+    groups,
     keys,
     report,
     run,
@@ -31,6 +32,8 @@ from proper.cli import (
     users,
     users_enrol,
     users_exchange,
+    users_leave,
+    users_look,
     users_update,
 )
 from proper.console import quiet_libraries, terminal_logging
@@ -49,9 +52,9 @@ for command in (demo, check, run, evaluate, report, generate, serve, export_back
     )
 
 # Without a name, their commands join those of `proper users`.
-for more in (users_enrol, users_update, users_exchange):
+for more in (users_enrol, users_update, users_exchange, users_look, users_leave):
     users.app.add_typer(more.app)
-for group in (users, keys, data, backbones, bench):
+for group in (users, groups, keys, data, backbones, bench):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -135,8 +136,26 @@ def rollback(
         typer.echo(f"version {store.rollback(user, version)} is current")
 
 
-@app.command(epilog=examples("users", "delete runs/notes --user u7", "delete runs/notes --user u7 --user u8"))
-def delete(folder: RunFolder, user: ManyUsers) -> None:
+@app.command(
+    epilog=examples(
+        "users",
+        "delete runs/notes --user u7",
+        "delete runs/notes --user u7 --user u8",
+        "delete runs/notes --user u7 --fingerprints gone.json",
+    )
+)
+def delete(
+    folder: RunFolder,
+    user: ManyUsers,
+    fingerprints: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Before anything is erased, add hashes of the users' data to this file, for 'verify-deleted'.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Delete users and erase their data.
 
     Erases all versions, all interactions, and the users' rows in the run's data and predictions; afterwards none of it
@@ -156,6 +175,12 @@ def delete(folder: RunFolder, user: ManyUsers) -> None:
             each if each in begun or log.knows(store.tenant, each) else known(store, each)
             for each in dict.fromkeys(user)
         ]
+        if fingerprints is not None:
+            from proper.interactions.fingerprints import salt_of, write_fingerprints
+            from proper.interactions.verification import fingerprint
+
+            salt = salt_of(fingerprints)
+            write_fingerprints(fingerprints, {each: fingerprint(store, log, each, salt) for each in wanted}, salt)
         removals = [remove(store, log, each) for each in wanted]
     waits = dict.fromkeys(wait for removal in removals for wait in removal.waits)
     typer.echo(f"{sum(removal.found for removal in removals)} deleted")
@@ -170,14 +195,15 @@ def check(
 ) -> None:
     """Find damaged, missing and orphaned data.
 
-    Reads every byte of the adapter store and of the interaction log, and continues unfinished deletions. With
+    Reads every byte of the adapter store and of the interaction log, continues unfinished deletions, and deletes users
+    again whom an older copy of a file brought back. With
     --repair, a user with a damaged adapter is rolled back to the newest good version, or to the group tier, and data
     of no user is moved to users/quarantine, which the next deletion of a user removes. A damaged log is not repaired.
     Exit code 1 if damage or an unfinished deletion remains.
     """
     from proper.adapters.integrity import Finding
     from proper.adapters.integrity import check as check_store
-    from proper.interactions.deletion import PATIENCE, finish_deletions
+    from proper.interactions.deletion import PATIENCE, delete_returned, finish_deletions
     from proper.interactions.log import check_log
 
     users = require_run(folder).users.path
@@ -187,6 +213,7 @@ def check(
     try:
         with opened(folder) as store:
             findings = check_store(store, repair=repair) + findings
+        waits += [] if findings else delete_returned(users, PATIENCE)
     except ReadOnlyError:
         raise
     except StoreError as error:

@@ -19,7 +19,8 @@ from proper.errors import ConfigError
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config and apply `key.subkey=value` overrides; overrides win over the file, the file over a preset.
 
-    A relative `data.path` or `backbone` that does not exist below the current folder is looked up beside the config.
+    A relative `data.path`, `data.train_without` or `backbone` that does not exist below the current folder is looked up
+    beside the config.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value impossible.
@@ -91,7 +92,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     data = raw.get("data")
-    sections = [(data, "path")] if isinstance(data, dict) else []
+    sections = [(data, "path"), (data, "train_without")] if isinstance(data, dict) else []
     for section, key in [*sections, (raw, "backbone")]:
         value = section.get(key)
         if isinstance(value, str) and not Path(value).exists() and (folder / value).exists():

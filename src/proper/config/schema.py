@@ -39,6 +39,8 @@ class DataConfig(Section):
             the last assistant's is the answer; or `completion`, TRL's columns prompt and completion, as texts or lists
             of messages. `auto` takes the conversation where no template is given and the default templates' columns
             are missing.
+        train_without: file of user ids, one a line; their rows are left out when a run reads its data, so that no
+            stage, method or evaluation uses them. Relative to the current folder, else to the config's folder.
         assistant_loss: whether training counts the last assistant's message of a conversation, or all of them.
         chat: whether prompts use the backbone's chat template, in training, evaluation, `generate` and serving alike;
             `auto` means if its tokenizer has one. A run stores the choice as `on` or `off`.
@@ -58,6 +60,7 @@ class DataConfig(Section):
     rows: Literal["auto", "template", "messages", "completion"] = "auto"
     assistant_loss: Literal["last", "all"] = "last"
     chat: Literal["auto", "on", "off"] = "auto"
+    train_without: str | None = None
 
     @property
     def given_split(self) -> bool:

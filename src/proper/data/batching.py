@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from proper.data.encoder import EncodedExample, PromptAndTarget
+from proper.data.encoder import EncodedExample, HistoryRow, PromptAndTarget
+from proper.data.label_tree import LabelChoice
 
 IGNORED = -100
 """The label of a token that is not part of an answer."""
@@ -32,15 +33,28 @@ class Sized(PromptAndTarget, Protocol):
 SizedT = TypeVar("SizedT", bound=Sized)
 
 
+class RowEncoder(Protocol):
+    """What turns the interactions of stages 2 and 3 into training rows; `Encoder` is one."""
+
+    @property
+    def max_length(self) -> int: ...  # noqa: D102
+    def encode(self, example: HistoryRow, /) -> EncodedExample: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class Batch:
-    """B left-padded rows of T tokens, with labels for the last A tokens."""
+    """B left-padded rows of T tokens, with labels for the last A tokens.
+
+    Attributes:
+        choices: where each row's answer is a choice among labels, the choices, and no token is labelled; else empty.
+    """
 
     users: tuple[str, ...]
     input_ids: Int[Tensor, "B T"]
     attention_mask: Int[Tensor, "B T"]
     position_ids: Int[Tensor, "B T"]
     labels: Int[Tensor, "B A"]
+    choices: tuple[LabelChoice, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -49,7 +63,7 @@ class Batch:
 
 
 def collate(rows: Sequence[EncodedExample], pad: int, device: torch.device | str = "cpu") -> Batch:
-    """Collate rows into one left-padded batch."""
+    """Collate rows into one left-padded batch; either all rows are choices among labels or none is."""
     length = max(len(row.ids) for row in rows)
     answer = max(len(row.ids) - row.start for row in rows)
     ids = torch.full((len(rows), length), pad)
@@ -58,13 +72,20 @@ def collate(rows: Sequence[EncodedExample], pad: int, device: torch.device | str
     for at, row in enumerate(rows):
         ids[at, length - len(row.ids) :] = torch.tensor(row.ids)
         mask[at, length - len(row.ids) :] = 1
+        if row.choice is not None:
+            continue
         tail = row.ids[row.start :]
         labels[at, answer - len(tail) :] = torch.tensor(tail)
         for index in row.between:
             labels[at, answer - len(row.ids) + index] = IGNORED
     positions = (mask.cumsum(1) - 1).clamp(min=0)
+    choices = tuple(row.choice for row in rows if row.choice is not None)
+    for at, choice in enumerate(choices):
+        if choice.tree.size:
+            positions[at, length - choice.tree.size :] = rows[at].start + choice.tree.depth
     users = tuple(row.user for row in rows)
-    return Batch(users, *(t.to(device) for t in (ids, mask, positions, labels)))
+    ids, mask, positions, labels = (each.to(device) for each in (ids, mask, positions, labels))
+    return Batch(users, ids, mask, positions, labels, choices)
 
 
 def number_users(users: Iterable[str]) -> tuple[list[str], list[int]]:

@@ -19,7 +19,7 @@ from proper.data.database import VERSION, create, get_meta, open_read_only, salt
 from proper.data.ingest import CountTokens, ingest
 from proper.data.item_evidence import fill_item_evidence
 from proper.data.splits import assign
-from proper.errors import ProperError
+from proper.errors import DataError, ProperError
 from proper.files import atomic_path
 
 __all__ = ["CountTokens", "Dataset", "Role", "Sample", "SampledRows", "TextExample", "User", "UserSet", "prepare"]
@@ -107,17 +107,22 @@ def prepare(
 
     `count_tokens` maps prompts and targets to their lengths in tokens, prompt and target together, untruncated.
     `progress` is called with the number of good rows read since its last call. Rows of users for whom `is_left_out`
-    returns true are skipped: those users were deleted from the run.
+    returns true are skipped: those users were deleted from the run. So are those of the users in `data.train_without`.
 
     Raises:
         DataError: the data cannot be read, has bad rows (without `skip_bad_rows`), or leaves nothing to evaluate.
         ProperError: `path` cannot be written.
     """
+    without = left_out_users(config.data.train_without)
+
+    def skips(user: str) -> bool:
+        return user in without or (is_left_out is not None and is_left_out(user))
+
     with atomic_path(path) as temporary:
         connection = create(temporary)
         try:
             connection.execute("BEGIN")
-            ingest(connection, config, count_tokens, skip_bad_rows, progress, is_left_out)
+            ingest(connection, config, count_tokens, skip_bad_rows, progress, skips if without else is_left_out)
             _split(connection, config)
             fill_item_evidence(connection, config, count_tokens)
             connection.execute("COMMIT")
@@ -126,6 +131,23 @@ def prepare(
         finally:
             connection.close()
     return Dataset.open(path)
+
+
+def left_out_users(path: str | None) -> frozenset[str]:
+    """Return the user ids of a file with one a line, as `data.train_without` names it; none without a file.
+
+    Raises:
+        DataError: the file cannot be read; names the key.
+    """
+    if path is None:
+        return frozenset()
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise DataError(f"data.train_without: {path}: cannot be read: {why}") from error
+    lines = text.split("\n")
+    return frozenset(name for line in lines for name in (line.strip(), line.rstrip("\r")) if name)
 
 
 def _split(connection: sqlite3.Connection, config: Config) -> None:

@@ -19,6 +19,7 @@ from proper.data.chat import (
     special_names,
 )
 from proper.data.conversations import split_turns
+from proper.data.label_tree import LabelChoice
 from proper.errors import ConfigError, InputError
 
 _TAIL = 16
@@ -42,17 +43,27 @@ class EncodedExample:
 
     With `data.assistant_loss: all`, `start` is where the first assistant's message of a conversation starts, and
     `between` are the indices from there on that are not part of an assistant's message.
+
+    With a `choice`, the answer is one of several labels: from `start` on, `ids` are the tokens of its tree.
     """
 
     user: str
     ids: tuple[int, ...]
     start: int
     between: tuple[int, ...] = ()
+    choice: LabelChoice | None = None
 
     @property
     def answers(self) -> int:
-        """Number of tokens that the loss counts."""
-        return len(self.ids) - self.start - len(self.between)
+        """Number of tokens that the loss counts; 1 for a choice."""
+        return 1 if self.choice is not None else len(self.ids) - self.start - len(self.between)
+
+
+class HistoryRow(PromptAndTarget, Protocol):
+    """A row of a history; ids of one history's rows are distinct."""
+
+    @property
+    def id(self) -> int: ...  # noqa: D102
 
 
 class Encoder:

@@ -83,7 +83,8 @@ def _load(
     if bad.count and not skip_bad_rows:
         raise DataError(bad.message())
     if not count:
-        why = f"the first of {bad.count:,} bad rows: {bad.first[0]}" if bad.count else "every user was deleted"
+        gone = "every user was deleted or is in data.train_without"
+        why = f"the first of {bad.count:,} bad rows: {bad.first[0]}" if bad.count else gone
         raise DataError(f"{config.data.path}: not one good row; {why}")
     return bad, count
 

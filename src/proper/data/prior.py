@@ -12,11 +12,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from proper.data.dataset import Dataset
+from proper.data.dataset import Dataset, TextExample
+from proper.data.encoder import HistoryRow
 from proper.data.values import find_label
 
 Floats = NDArray[np.float64]
@@ -157,3 +159,40 @@ class UserPriors:
     def shares_before(self, user: str) -> Floats:
         """Return pi_u from the items before the held-out ones, `(L,)`."""
         return user_prior(self.parts(user)[0], self.population_before, self.decay, self.smoothing)
+
+
+class EarlierPriors:
+    """The priors of training rows: pi_u from the user's answers before a row, as `earlier_priors` computes them.
+
+    Attributes:
+        labels: the L labels.
+    """
+
+    def __init__(
+        self,
+        histories: Callable[[str], Sequence[TextExample]],
+        labels: Sequence[str],
+        kind: str,
+        population: Floats,
+        decay: float,
+        smoothing: float,
+    ) -> None:
+        self.labels, self._histories, self._number = labels, histories, label_numbers(labels, kind)
+        self._settings = population, decay, smoothing
+        self._of = lru_cache(maxsize=1024)(self._of_user)
+
+    def before(self, example: HistoryRow) -> tuple[int, Floats]:
+        """Return the index of a history row's answer, -1 if it is no label, and pi_u of the rows before it, `(L,)`."""
+        places, priors = self._of(example.user)
+        return self._number(example.target), priors[places[example.id]]
+
+    def _of_user(self, user: str) -> tuple[dict[int, int], Floats]:
+        """Return the number of labelled rows before each row, and the prior for each such number, `(N + 1, L)`."""
+        places: dict[int, int] = {}
+        answers: list[int] = []
+        for row in self._histories(user):
+            places[row.id] = len(answers)
+            if (at := self._number(row.target)) >= 0:
+                answers.append(at)
+        known = np.asarray([*answers, 0], dtype=np.int64)
+        return places, earlier_priors(known, *self._settings)

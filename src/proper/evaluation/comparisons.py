@@ -45,11 +45,15 @@ ABLATIONS = (
     ("users+rag", "rag"),
     ("groups+prior", "groups"),
     ("users+prior", "users"),
+    ("groups+residual", "groups"),
+    ("users+residual", "users"),
+    ("users+residual", "groups+residual"),
+    ("users+residual", "users+prior"),
     ("users+rag", "users"),
 )
 """Methods that are also compared with a specific counterpart, besides the last stage."""
 
-FORMS = ("users+prior", "users+rag")
+FORMS = ("users+prior", "users+residual", "users+rag")
 """Further forms of stage 3, which are compared with every method that is not of the ladder, as the last stage is."""
 
 

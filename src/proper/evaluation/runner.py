@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from proper.config import TaskConfig
-from proper.console import progress
+from proper.console import Advance, progress
 from proper.data.batching import by_length, collate
 from proper.data.chat import readable
 from proper.data.dataset import Dataset, TextExample
@@ -55,11 +55,12 @@ def predict(
         for at in range(0, len(queries), CHUNK):
             chunk = queries[at : at + CHUNK]
             asked = [replace(query, user=alias(query.user)) for query in chunk]
-            for query, answered in zip(chunk, _answers(model, asked, task, dataset.labels), strict=True):
+            for query, answered in zip(chunk, _answers(model, asked, task, dataset.labels, advance), strict=True):
                 tier = model.tier(alias(query.user))
                 history = histories.get(query.user, 0)
                 found.append(replace(prediction_of(query, "", tier, history), tokens=query.tokens, **asdict(answered)))
-            advance(len(chunk))
+            if not task.scored:
+                advance(len(chunk))
     return MethodRun(found, time.perf_counter() - started, sum(p.tokens for p in found))
 
 
@@ -74,7 +75,7 @@ class _Answer:
 
 
 def _answers(
-    model: BatchModel, queries: Sequence[TextExample], task: TaskConfig, labels: Sequence[str]
+    model: BatchModel, queries: Sequence[TextExample], task: TaskConfig, labels: Sequence[str], advance: Advance
 ) -> list[_Answer]:
     prompts, users = [q.prompt for q in queries], [q.user for q in queries]
     if not task.scored:
@@ -82,7 +83,7 @@ def _answers(
             raise ConfigError("task.decode: this method scores labels and cannot generate; set it to score")
         texts = [answer.text for answer in respond(model, prompts, users)]
         return [_Answer(*pair) for pair in zip(texts, answer_losses(model, queries), strict=True)]
-    scores = score(model, prompts, users, labels)
+    scores = score(model, prompts, users, labels, advance)
     losses = _losses_from(model, scores, queries, labels)
     chosen = zip(likely_labels(scores, task, labels), losses, label_losses(scores, queries, labels), strict=True)
     return [_Answer(*row, [round(one, 4) for one in own.tolist()]) for row, own in zip(chosen, scores, strict=True)]

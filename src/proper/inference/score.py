@@ -9,79 +9,41 @@ nothing is computed or stored twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
 from proper.data.batching import by_length, collate
 from proper.data.encoder import EncodedExample
+from proper.data.label_tree import LabelTree
 from proper.errors import ProperError
 from proper.inference.forward import pad_left
 from proper.inference.model import BatchModel
 from proper.layers.batch_context import RowContext
+from proper.models.label_choice import takes_trees
 from proper.models.personal import ProperModel
 
 LABEL_TOKENS = 1024
 """Maximum label tokens, over all prompts of a batch, that are scored at once: each needs a row of logits."""
 
 
-@dataclass(frozen=True)
-class LabelTree:
-    """L labels' tokens as a tree of N inner nodes and E edges; an edge is a token after the prompt or after a node.
-
-    Attributes:
-        tokens: the token of each inner node (one that is followed by another token).
-        depth: number of label tokens before the node.
-        sees: whether node i attends to node j: j is i or one of its ancestors.
-        start: the node that an edge leaves, counted from 1; 0 for the prompt, whose edges come first.
-        target: the token of each edge.
-        member: 1 where an edge belongs to a label, else 0.
-    """
-
-    tokens: Int[Tensor, "N"]
-    depth: Int[Tensor, "N"]
-    sees: Bool[Tensor, "N N"]
-    start: Int[Tensor, "E"]
-    target: Int[Tensor, "E"]
-    member: Float[Tensor, "E L"]
-
-    @classmethod
-    def of(cls, labels: Sequence[Sequence[int]]) -> LabelTree:
-        """Build the tree of these labels' tokens."""
-        inner = sorted({tuple(label[:end]) for label in labels for end in range(1, len(label))})
-        number = {(): 0} | {path: at for at, path in enumerate(inner, start=1)}
-        paths = {tuple(label[:end]) for label in labels for end in range(1, len(label) + 1)}
-        edges = sorted(paths, key=lambda path: (number[path[:-1]], path))
-        sees = torch.zeros(len(inner), len(inner), dtype=torch.bool)
-        for at, path in enumerate(inner):
-            sees[at, [number[path[:end]] - 1 for end in range(1, len(path) + 1)]] = True
-        index = {path: at for at, path in enumerate(edges)}
-        member = torch.zeros(len(edges), len(labels))
-        for at, label in enumerate(labels):
-            member[[index[tuple(label[:end])] for end in range(1, len(label) + 1)], at] = 1.0
-        return cls(
-            tokens=torch.tensor([path[-1] for path in inner], dtype=torch.long),
-            depth=torch.tensor([len(path) - 1 for path in inner], dtype=torch.long),
-            sees=sees,
-            start=torch.tensor([number[path[:-1]] for path in edges]),
-            target=torch.tensor([path[-1] for path in edges]),
-            member=member,
-        )
-
-    @property
-    def size(self) -> int:
-        """Number of inner nodes: the label tokens that are computed behind each prompt."""
-        return len(self.tokens)
+def _ignore(prompts: int) -> None:
+    """Tell nobody how far scoring is."""
 
 
 def score(
-    model: BatchModel, prompts: Sequence[str], user_ids: Sequence[str | None], labels: Sequence[str]
+    model: BatchModel,
+    prompts: Sequence[str],
+    user_ids: Sequence[str | None],
+    labels: Sequence[str],
+    advance: Callable[[int], None] = _ignore,
 ) -> Float[Tensor, "B L"]:
     """Return the log-likelihood (nats) of every label after every prompt, each prompt for its own user.
+
+    `advance` is called with the number of prompts of each batch once it is done.
 
     Raises:
         StoreError: a user's adapter or embedding is damaged.
@@ -95,6 +57,7 @@ def score(
     for chunk in by_length([len(ids) for ids in encoded], size, model.model.backbone.batch_tokens):
         rows = model.rows([user_ids[i] for i in chunk])
         found[chunk] = score_labels(model.model, [encoded[i] for i in chunk], tokens, rows).cpu()
+        advance(len(chunk))
     for at in found.isnan().any(1).nonzero().flatten().tolist():
         raise ProperError(f"user {user_ids[at]!r}: the likelihoods are not finite")
     return found
@@ -105,7 +68,7 @@ def score_labels(
 ) -> Float[Tensor, "B L"]:
     """Return log-likelihoods (nats, fp32) of every label's tokens after every prompt."""
     with torch.no_grad():
-        if not _takes_trees(model, max(map(len, prompts)) + max(map(len, labels))):
+        if not takes_trees(model.backbone.model, max(map(len, prompts)) + max(map(len, labels))):
             return _row_by_row(model, prompts, labels, rows)
         tree = LabelTree.of(labels)
         with model.routing.use(rows):
@@ -142,17 +105,6 @@ def _edges(model: ProperModel, prompts: Sequence[Sequence[int]], tree: LabelTree
 def _after(logits: Float[Tensor, "B N V"], start: Int[Tensor, "E"], target: Int[Tensor, "E"]) -> Float[Tensor, "B E"]:
     """Return the log-probability of token `target` at position `start` of each given edge."""
     return logits.log_softmax(-1, dtype=torch.float32)[:, start.to(logits.device), target.to(logits.device)]
-
-
-def _takes_trees(model: ProperModel, length: int) -> bool:
-    """Whether the backbone accepts a 4-D attention mask, and no layer's window is shorter than `length`."""
-    backbone = model.backbone.model
-    config = backbone.config.get_text_config()
-    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    takes_masks = getattr(backbone, "_supports_attention_backend", False) and not getattr(
-        backbone, "_is_stateful", False
-    )
-    return bool(takes_masks) and all(window is None or length <= window for window in windows)
 
 
 def _row_by_row(

@@ -3,7 +3,7 @@
 A deletion first writes a row in the log's database (`deletions`) and a tombstone, then removes the data, and ends when
 no byte is left. After a kill at any point the row remains; while another process reads or writes, the rest is
 postponed. `finish_deletions` resumes it: at the start and end of every command that writes into the run, in a server,
-and in `proper users check`.
+and in `proper users check`. `delete_returned` deletes users again whom a backup brought back.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from proper.adapters.manifest import user_of
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore
 from proper.errors import InputError, ProperError, StoreError
 from proper.files import close_to_others, links_out_of, locked, sweep
@@ -77,6 +78,49 @@ def finish_deletions(users: Path, patience: float = 0.0) -> list[str]:
     return waits
 
 
+def delete_returned(users: Path, patience: float = 0.0) -> list[str]:
+    """Delete the users again who have a tombstone and are in the run nevertheless: an older copy of a file came back.
+
+    Returns why data of such users remains, one line each. Users whose deletion is unfinished are left to
+    `finish_deletions`.
+    """
+    if not UsersFolder(users).manifest.is_file() or not os.access(users, os.W_OK):
+        return []
+    waits = list[str]()
+    with closing(AdapterStore(users)) as store:
+        if store.tombstones.of_tenant(DEFAULT_TENANT) is None:
+            return []  # nobody was ever deleted
+    with closing(AdapterStore(users)) as store, closing(InteractionLog(users)) as log:
+        pending = {(each.tenant, each.user) for each in log.deletions.pending()}
+        for tenant, user in sorted(set(_returned(store)) - pending):
+            with closing(AdapterStore(users, tenant)) as theirs:
+                try:
+                    waits += remove(theirs, log, user, patience).waits
+                except (InputError, StoreError) as error:
+                    waits.append(str(error))
+    return waits
+
+
+def _returned(store: AdapterStore) -> Iterator[tuple[str, str]]:
+    """Yield tenant and user of everyone with a tombstone in a store, a log or the data, of seeds and variants too."""
+    found = set[tuple[str, str]]()
+    for folder in nested_runs(RunFolder(store.folder.parent).home.path):
+        run = RunFolder(folder)
+        for path, query in (
+            (run.users.manifest, "SELECT DISTINCT tenant, user FROM records"),
+            (run.users.log, "SELECT tenant, user FROM people"),
+            (run.data, f"SELECT '{DEFAULT_TENANT}', CAST(id AS BLOB) FROM users"),
+        ):
+            if path.is_file():
+                with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as opened:
+                    found |= {(tenant, user_of(key)) for tenant, key in opened.execute(query)}
+    deleted = {tenant: store.tombstones.of_tenant(tenant) for tenant, _ in found}
+    for tenant, user in found:
+        is_deleted = deleted[tenant]
+        if is_deleted is not None and is_deleted(user):
+            yield tenant, user
+
+
 @contextmanager
 def working(run: Path) -> Iterator[None]:
     """Hold the shared writer lock of a run folder while the block runs: no deletion can finish before the block ends.
@@ -88,6 +132,7 @@ def working(run: Path) -> Iterator[None]:
         return
     home = RunFolder(run).home
     finish_deletions(home.users.path)
+    delete_returned(home.users.path)
     sweep(home.path)
     try:
         with locked(home.writers_lock, shared=True):

@@ -1,11 +1,11 @@
-"""Personal files of a run folder, and how a user's data is removed from each of them.
+"""Personal files of a run folder, and how a user's data is removed from each of them and extracted for an archive.
 
 `run_folder` is the registry: it lists every file that can be in a run folder, and no other file can be written there.
-Each pattern of its `Personal` must have a remover here; otherwise importing this module fails. A test runs all commands
-on a run, searches every byte of the folder for every user's id and texts, checks each hit against the registry, and
-finds none after the user is deleted. Artifacts shared by many users (population, groups, the LoRA-aware router,
-aggregate results, adapters of a control trained on texts assigned to other users) are residue: only retraining removes
-a user from them. The input file of the run (`data.path`) belongs to the run's owner and is not touched.
+Each pattern of its `Personal` must have a remover and an extractor here; otherwise importing this module fails. A test
+runs all commands on a run, searches every byte of the folder for every user's id and texts, checks each hit against the
+registry, and finds none after the user is deleted. Artifacts shared by many users (population, groups, the LoRA-aware
+router, aggregate results, adapters of a control trained on texts assigned to other users) are residue: only retraining
+removes a user from them. The input file of the run (`data.path`) belongs to the run's owner and is not touched.
 
     users/users.sqlite, users/blobs/    the store                         `AdapterStore.delete`, `AdapterStore.wipe`
     users/quarantine/                   data removed by a repair          `remove_quarantine`
@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -34,6 +34,7 @@ from proper.adapters.store import DEFAULT_TENANT
 from proper.adapters.tombstones import Tombstones
 from proper.errors import StoreError
 from proper.files import atomic_path, read_json, write_json
+from proper.interactions import personal_extracts as extracts
 from proper.run_folder import Personal, RunFolder, UsersFolder, nested_runs
 
 
@@ -45,11 +46,13 @@ class PersonalFile:
         pattern: path pattern relative to a run folder.
         holds: which data of a user the file has.
         remove: removes a user's data from the file.
+        extract: returns the user's data in the file as JSON values, for an archive.
     """
 
     pattern: str
     holds: str
     remove: Callable[[Path, str], None]
+    extract: Callable[[Path, str], list[Any]]
 
 
 def work_folder(users: Path, tenant: str, user: str) -> Path:
@@ -154,6 +157,16 @@ def _mentions(path: Path, user: str) -> bool:
     return False
 
 
+def remove_rows(path: Path, users: Iterable[str]) -> None:
+    """Remove the rows and texts of users from prepared data, of those that it has.
+
+    Raises:
+        StoreError: the data cannot be read or written.
+    """
+    for user in users:
+        _from_data(path, user)
+
+
 def _from_data(path: Path, user: str) -> None:
     """Remove a user's rows and texts from the prepared data."""
     try:
@@ -197,21 +210,25 @@ def remove_work(users: Path, tenant: str, user: str) -> None:
     shutil.rmtree(work_folder(users, tenant, user), ignore_errors=True)
 
 
-_REMOVERS: dict[Personal, tuple[str, Callable[[Path, str], None]]] = {
-    Personal.LAMP_ANSWERS: ("answers in the benchmark's format, without names", _answers),
-    Personal.PREDICTIONS: ("their queries and the answers", _from_lines),
-    Personal.USER_SCORES: ("their scores", _from_json),
-    Personal.ROUTING: ("their gates and where their embedding lies", _from_json),
-    Personal.ANALYSIS: ("losses on their history, kept so as not to be measured again", _whole),
-    Personal.REPORT: ("examples and scores; 'proper report' writes it again", _whole),
-    Personal.USER_REPORTS: ("a page of the user, or of another whose neighbour the user is", _whole),
-    Personal.COMPARISON_PAGES: ("the page of two runs", _whole),
-    Personal.COMPARISON_TABLES: ("its numbers", _whole),
-    Personal.DATA: ("their rows and texts", _from_data),
-    Personal.VARIANT_DATA: ("their rows and texts, made for a method", _derived),
-    Personal.VARIANT_DATA_UNFINISHED: ("the same, on the way", _derived),
-    Personal.DEMO_ROWS: ("the demo's rows", _from_lines),
-    Personal.DEMO_TRUTH: ("the demo's truth about them", _from_truth),
+_KINDS: dict[Personal, tuple[str, Callable[[Path, str], None], Callable[[Path, str], list[Any]]]] = {
+    Personal.LAMP_ANSWERS: ("answers in the benchmark's format, without names", _answers, extracts.from_answers),
+    Personal.PREDICTIONS: ("their queries and the answers", _from_lines, extracts.from_lines),
+    Personal.USER_SCORES: ("their scores", _from_json, extracts.from_json),
+    Personal.ROUTING: ("their gates and where their embedding lies", _from_json, extracts.from_json),
+    Personal.ANALYSIS: ("losses on their history, kept so as not to be measured again", _whole, extracts.from_json),
+    Personal.REPORT: ("examples and scores; 'proper report' writes it again", _whole, extracts.from_page),
+    Personal.USER_REPORTS: (
+        "a page of the user, or of another whose neighbour the user is",
+        _whole,
+        extracts.from_page,
+    ),
+    Personal.COMPARISON_PAGES: ("the page of two runs", _whole, extracts.from_page),
+    Personal.COMPARISON_TABLES: ("its numbers", _whole, extracts.from_table),
+    Personal.DATA: ("their rows and texts", _from_data, extracts.from_data),
+    Personal.VARIANT_DATA: ("their rows and texts, made for a method", _derived, extracts.from_data),
+    Personal.VARIANT_DATA_UNFINISHED: ("the same, on the way", _derived, extracts.from_data),
+    Personal.DEMO_ROWS: ("the demo's rows", _from_lines, extracts.from_lines),
+    Personal.DEMO_TRUTH: ("the demo's truth about them", _from_truth, extracts.from_truth),
 }
 
-PERSONAL_FILES = tuple(PersonalFile(str(pattern), *_REMOVERS[pattern]) for pattern in Personal)
+PERSONAL_FILES = tuple(PersonalFile(str(pattern), *_KINDS[pattern]) for pattern in Personal)

@@ -32,7 +32,7 @@ from proper.training.trainer import MetricsLog
 
 logger = logging.getLogger(__name__)
 
-BASELINES = ("methods/end_to_end.py", "methods/per_user_lora.py", "methods/poly.py", "methods/poly_layers.py")
+BASELINES = tuple(f"methods/{name}.py" for name in ("end_to_end", "per_user_lora", "poly", "poly_layers", "residual"))
 TRAINING_CODE = ("data", "layers", "models", "training", "methods/ladder.py", "methods/derived_runs.py", *BASELINES)
 
 

@@ -35,7 +35,7 @@ from proper.inference.score import score
 from proper.methods.derived_runs import find_place
 from proper.methods.evaluate import answered
 from proper.methods.ladder import as_itself, train_stages
-from proper.methods.spec import DerivedRun, Method, TrainedRun
+from proper.methods.spec import DerivedRun, Method, PerUser, TrainedRun
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.jobs import held_out_items
 
@@ -69,11 +69,9 @@ def prior(place: TrainedRun) -> MethodRun:
 
 def with_prior(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
     """Answer with the mixture of a tier's label probabilities and the user's prior."""
-    stages = tuple(Stage)[: list(Stage).index(Stage(tier)) + 1]
-    alone = Method(tier, as_itself(tier), stages, keeps="embedding" if tier == Tier.GROUPS else "adapter")
 
     def answer(place: TrainedRun) -> MethodRun:
-        run = _scored(alone, place)
+        run = score_as(tier, place)
         priors = user_priors(place.dataset, place.config)
         scored = held_out(place, priors) if tier == Tier.GROUPS else held_out_by_adapters(place, priors)
         weight = choose_weight(scored, place.config.task, place.dataset.labels)
@@ -85,6 +83,13 @@ def with_prior(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
         return replace(run, predictions=with_shares(place, run.predictions, asked, mixed))
 
     return answer
+
+
+def score_as(tier: Tier, place: TrainedRun) -> MethodRun:
+    """Return a tier's own predictions with the labels' scores."""
+    stages = tuple(Stage)[: list(Stage).index(Stage(tier)) + 1]
+    keeps: PerUser = "embedding" if tier == Tier.GROUPS else "adapter"
+    return _scored(Method(tier, as_itself(tier), stages, keeps=keeps), place)
 
 
 def _scored(method: Method, place: TrainedRun) -> MethodRun:

@@ -23,6 +23,7 @@ from proper.methods.overrides import change, split_name
 from proper.methods.per_user_lora import answer_per_user, train_leaking, train_per_user
 from proper.methods.poly import answer_poly, train_poly
 from proper.methods.prior import prior, with_prior
+from proper.methods.residual import RESIDUAL, with_residual
 from proper.methods.retrieved import retrieved_run, token_counter
 from proper.methods.spec import DerivedRun, Method
 from proper.methods.trivial import global_majority, lead, user_majority, user_majority_same
@@ -119,6 +120,8 @@ def _priors() -> list[Method]:
     return [
         Method("groups+prior", with_prior(Tier.GROUPS), GROUPS, keeps="embedding", needs="labels"),
         Method("users+prior", with_prior(Tier.USERS), ALL, keeps="adapter", needs="labels"),
+        Method("groups+residual", with_residual(Tier.GROUPS), GROUPS, RESIDUAL, keeps="embedding", needs="labels"),
+        Method("users+residual", with_residual(Tier.USERS), ALL, RESIDUAL, keeps="adapter", needs="labels"),
         Method("head+prior", head_with_prior, ALL[:1], keeps="history", needs="labels"),
     ]
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from proper.config import Config, make_config, seconds_of
+from proper.console import spoken_time
 from proper.data.dataset import Dataset
 from proper.methods.spec import Method
 from proper.methods.speed import Speed, measure, parameters_of
@@ -53,7 +54,7 @@ class TimeEstimate:
     def lines(self) -> list[str]:
         """Return a line per stage and one for all."""
         found = [_line(name, self.work[name], seconds) for name, seconds in self.seconds.items()]
-        return [*found, f"time: together about {spoken(self.total)}"]
+        return [*found, f"time: together about {spoken_time(self.total)}"]
 
 
 @dataclass(frozen=True)
@@ -131,15 +132,8 @@ def fit(config: Config, counts: Counts, methods: Sequence[Method], speed: Speed)
     ]
     seconds = total(lowered)
     if seconds > limit:
-        lines.append(f"compute.budget {config.compute.budget}: too short; the least takes about {spoken(seconds)}")
+        lines.append(f"compute.budget {config.compute.budget}: too short; the least takes about {spoken_time(seconds)}")
     return Fitted(_set(lowered, {"compute.cut": cut}), lines)
-
-
-def spoken(seconds: float) -> str:
-    """Return a time in the unit that suits it."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _largest(lower: Callable[[float], Config], total: Callable[[Config], float], limit: float) -> Config:
@@ -204,4 +198,4 @@ def _was(value: int | None) -> str:
 
 def _line(name: str, work: Work, seconds: float) -> str:
     steps = f"{work.steps:,} steps, " if work.steps else ""
-    return f"time: {name}: {steps}{work.tokens + work.forward:,} tokens, about {spoken(seconds)}"
+    return f"time: {name}: {steps}{work.tokens + work.forward:,} tokens, about {spoken_time(seconds)}"

@@ -23,6 +23,7 @@ from proper.layers.experts import Experts
 from proper.layers.personalized_linear import AdaptedLinear
 from proper.layers.routers import LoraAwareRouter, UserAwareRouter, at_least_fp32
 from proper.models.backbone import Backbone
+from proper.models.label_choice import choice_losses
 from proper.models.lower_layers import HiddenStates, LowerLayers
 from proper.models.targets import expert_targets, first_adapted, user_targets
 
@@ -144,14 +145,15 @@ class ProperModel:
             return answer_logits(self.backbone.model, batch)
 
     def answer_losses(self, batch: Batch, rows: RowContext) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
-        """Return each row's summed answer loss in nats (fp32) and its number of answer tokens."""
+        """Return each row's summed answer loss (nats, fp32) and its number of answer tokens; or see `choice_losses`."""
         with self._running(batch, rows):
-            return answer_losses(self.backbone.model, batch)
+            return (choice_losses if batch.choices else answer_losses)(self.backbone.model, batch)
 
     @contextmanager
     def _running(self, batch: Batch, rows: RowContext) -> Iterator[None]:
         """Set the rows of a forward pass over this batch, and start it from cached states where there are any."""
-        with self.routing.use(rows), nullcontext() if self._lower is None else self._lower.skipped(batch):
+        lower = None if batch.choices else self._lower
+        with self.routing.use(rows), nullcontext() if lower is None else lower.skipped(batch):
             yield
 
     @contextmanager

@@ -35,6 +35,8 @@ METHODS = {
     "lead": "First words of the input",
     "users+prior": "Users and prior",
     "groups+prior": "Groups and prior",
+    "users+residual": "Users, residual to the prior",
+    "groups+residual": "Groups, residual to the prior",
     "head+prior": "Linear head and prior",
     "global-majority": "Global majority answer",
     "constraint-experts": "Groups, constraint on experts",

@@ -70,6 +70,7 @@ def gather(run: RunFiles) -> dict[str, Any]:
         "curves": curves(run.curves),
         "heat": figures.heat(run.routed),
         "maps": figures.maps(run.routed),
+        "groups": tables.groups(run),
         "routing": narrative.routing_story(routing),
         "gains": _gains(run),
         "examples": choose_examples(run.folder, kind, run.examples),

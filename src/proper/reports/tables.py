@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from proper.errors import RunFolderError
 from proper.reports.formats import (
     NO_BREAK,
     duration,
@@ -23,6 +24,7 @@ from proper.reports.formats import (
     size,
     span,
 )
+from proper.reports.group_summary import group_summary
 from proper.reports.load import ReportedMetric, RunFiles, UserGain
 from proper.reports.narrative import gain_of, is_higher_better, primary_metrics, verdict
 from proper.reports.reading import count, interval, mapping, number
@@ -170,6 +172,24 @@ def _gain_row(title: str, users: Sequence[UserGain], step: str) -> list[str]:
     values = [gain for user in users if (gain := gain_of(user, step)) is not None]
     up, down = sum(value > 0 for value in values), sum(value < 0 for value in values)
     return [title, *(_whole(n) for n in (len(values), up, len(values) - up - down, down)), mean_text(values)]
+
+
+def groups(run: RunFiles) -> Table | None:
+    """Return what each group is, as `proper groups show` tells it; None without routing or data."""
+    try:
+        found = group_summary(run.folder)
+    except RunFolderError:
+        return None
+    lines = []
+    for each in found:
+        typical = ", ".join(f"{row['user']} ({row['gate']:.2f})" for row in each["typical"])
+        words, labels = (", ".join(str(row["text"]) for row in each[name]) or "–" for name in ("words", "labels"))
+        lines.append([str(each["group"]), percent(each["utilization"], 0), str(each["users"]), typical, labels, words])
+    head = ["group", "mean gate", "users", "typical users (gate)", "labels it raises", "words it raises"]
+    note = (
+        "Users: those whose largest mean gate it is. Labels and words: log-odds against other users' items, z ≥ 1.96."
+    )
+    return Table(head, lines, frozenset({3, 4, 5}), note)
 
 
 def truth(values: dict[str, Any]) -> Table | None:

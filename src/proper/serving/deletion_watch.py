@@ -14,7 +14,7 @@ from pathlib import Path
 from proper.adapters.store import AdapterStore
 from proper.errors import ProperError
 from proper.inference.engine import Engine
-from proper.interactions.deletion import finish_deletions
+from proper.interactions.deletion import delete_returned, finish_deletions
 
 PERIOD = 0.5
 """Seconds between two polls."""
@@ -47,7 +47,7 @@ class DeletionWatch:
     def _look(self) -> None:
         # A separate store: its connection sees commits of all other connections, those of this process included.
         with closing(AdapterStore(self.users)) as store:
-            seen = -1
+            seen, looked = -1, False
             while not self._stopping.is_set():
                 try:
                     changes = store.manifest.changes()
@@ -55,6 +55,9 @@ class DeletionWatch:
                         self.engine.recheck()
                     seen = changes
                     finish_deletions(self.users)
+                    if not looked:
+                        delete_returned(self.users)
+                    looked = True
                     self._log_once("")
                 except (ProperError, OSError) as error:
                     self._log_once(str(error))

@@ -17,9 +17,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from proper.data.batching import Batch, collate
+from proper.data.batching import Batch, RowEncoder, collate
 from proper.data.dataset import SampledRows, TextExample
-from proper.data.encoder import EncodedExample, Encoder
+from proper.data.encoder import EncodedExample
 
 MEASUREMENTS = 10
 """Measurements of the held-out loss over all steps: with at most `MOST_ROWS` rows, 5 % of the stage's time."""
@@ -105,7 +105,7 @@ class EarlyStopping:
         cls,
         rows: Sequence[TextExample],
         patience: int,
-        encoder: Encoder,
+        encoder: RowEncoder,
         pad: int,
         losses_of: Callable[[Batch], tuple[Tensor, Tensor]],
     ) -> EarlyStopping | None:

@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from proper.config import UsersConfig
+from proper.data.batching import RowEncoder
 from proper.data.derived.views import Histories
-from proper.data.encoder import EncodedExample, Encoder
+from proper.data.encoder import EncodedExample
 from proper.training.checkpoint import seed_of
 
 PARTS = 4
@@ -136,7 +137,7 @@ class HistoryJobs:
 
     config: UsersConfig
     dataset: Histories
-    encoder: Encoder
+    encoder: RowEncoder
     users: Sequence[str]
     embeddings: Float[Tensor, "U D"]
     trial: bool
@@ -197,7 +198,7 @@ def refusal(job: Job, longest: int | None) -> str | None:
     if not job.items:
         return "quarantined: no history"
     rows = (*job.items, *job.held_out)
-    if any(row.start < 1 or row.start >= len(row.ids) for row in rows):
+    if any(row.start < 1 or row.answers < 1 for row in rows):
         return "quarantined: an item without a prompt or an answer"
     if longest is not None and any(len(row.ids) > longest for row in rows):
         return "quarantined: a text is longer than the backbone's positions"

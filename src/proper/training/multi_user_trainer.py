@@ -96,7 +96,7 @@ class MultiUserTrainer:
                 if metrics is None:
                     continue
                 self._pass_ended()
-                advance(self._finished() - shown)
+                advance(self._finished() - shown, share=self._share(len(jobs)))
                 shown = self._finished()
                 seconds = round(time.perf_counter() - started, 3)
                 step = {"stage": "users", "seed": self.seed, "phase": title, "step": self.steps}
@@ -111,6 +111,12 @@ class MultiUserTrainer:
 
     def _finished(self) -> int:
         return self.started - sum(entry is not None for entry in self.slots)
+
+    def _share(self, jobs: int) -> float:
+        """Return the share of all steps that is done, as if every user took all of theirs."""
+        seats = (entry for entry in self.slots if entry is not None)
+        begun = sum(state.step / (job.steps_per_pass(self.each) * job.epochs) for job, state in seats)
+        return (self._finished() + begun) / jobs
 
     def _hand_over(self, done: Done, again: bool = False) -> None:
         if self.results:

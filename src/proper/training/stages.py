@@ -21,6 +21,7 @@ from torch import Tensor
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config
+from proper.data.batching import RowEncoder
 from proper.data.dataset import Role, SampledRows, UserSet
 from proper.data.derived.views import Histories
 from proper.data.encoder import Encoder
@@ -72,7 +73,7 @@ def stage_plan(
     config: Config,
     sample: SampledRows,
     backbone: Backbone,
-    encoder: Encoder,
+    encoder: RowEncoder,
     folder: Path,
     seed: int,
     log: Log,
@@ -97,14 +98,25 @@ class StageRunner:
 
     Attributes:
         folder: the seed's run folder.
+        encoder: turns the rows of stage 1 into tokens.
+        personal: turns the rows of stages 2 and 3 into training rows.
     """
 
-    def __init__(self, config: Config, dataset: Histories, folder: Path, seed: int, log: Log) -> None:
+    def __init__(
+        self,
+        config: Config,
+        dataset: Histories,
+        folder: Path,
+        seed: int,
+        log: Log,
+        personal: Callable[[Encoder], RowEncoder] | None = None,
+    ) -> None:
         self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
         self.run_folder = RunFolder(folder)
         self.accelerator = join_processes(config)
         self.backbone = configured_backbone(config, self.accelerator.device)
         self.encoder = self.backbone.encoder()
+        self.personal = self.encoder if personal is None else personal(self.encoder)
 
     def run(self, stages: Sequence[str]) -> None:
         """Train the given stages, in their order; earlier stages must be done.
@@ -203,7 +215,7 @@ class StageRunner:
             model=model,
             config=self.config.users,
             dataset=self.dataset,
-            encoder=self.encoder,
+            encoder=self.personal,
             users=users,
             embeddings=embeddings,
             store=store,
@@ -225,7 +237,8 @@ class StageRunner:
         store.close()
 
     def _plan(self, stage: Literal["population", "groups"], sample: SampledRows) -> TrainingPlan:
-        return stage_plan(stage, self.config, sample, self.backbone, self.encoder, self.folder, self.seed, self.log)
+        encoder = self.encoder if stage == "population" else self.personal
+        return stage_plan(stage, self.config, sample, self.backbone, encoder, self.folder, self.seed, self.log)
 
     def _is_done(self, stage: Stage, wanted: bool) -> bool:
         if self.run_folder.is_trained(stage):

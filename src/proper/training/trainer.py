@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from proper.config import OptimizerConfig
 from proper.console import progress
-from proper.data.batching import Batch, by_length, collate, similar_batches
+from proper.data.batching import Batch, RowEncoder, by_length, collate, similar_batches
 from proper.data.dataset import SampledRows, TextExample
-from proper.data.encoder import EncodedExample, Encoder
+from proper.data.encoder import EncodedExample
 from proper.errors import NonFiniteLossError
 from proper.files import make_folder, open_private
 from proper.training.checkpoint import Checkpoint, adamw_tensors, resume_adamw, seed_of
@@ -107,7 +107,7 @@ class TrainingPlan:
     config: OptimizerConfig
     rate: float
     seed: int
-    encoder: Encoder
+    encoder: RowEncoder
     pad: int
     sample: SampledRows
     checkpoint: Checkpoint

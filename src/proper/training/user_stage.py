@@ -22,8 +22,8 @@ from proper.adapters.serialization import fault_of
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import UsersConfig
 from proper.console import Bar, progress
+from proper.data.batching import RowEncoder
 from proper.data.derived.views import Histories
-from proper.data.encoder import Encoder
 from proper.files import write_json
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.personal import ProperModel
@@ -64,7 +64,7 @@ class UserStage:
     model: ProperModel
     config: UsersConfig
     dataset: Histories
-    encoder: Encoder
+    encoder: RowEncoder
     users: Sequence[str]
     embeddings: Float[Tensor, "U D"]
     store: AdapterStore

@@ -1,8 +1,9 @@
-"""Routes below /v1/users and /v1/deletions: list users and versions, roll back, delete."""
+"""Routes below /v1/users and /v1/deletions: list users and versions, roll back, archive, delete."""
 
 # No `from __future__ import annotations`: FastAPI could not resolve the types that are defined inside a function.
 # The routes are not coroutines: FastAPI runs them on threads, where they may wait for files and locks.
 
+from io import BytesIO
 from itertools import islice
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from fastapi import APIRouter, Depends, Path, Query, Response
 
 from proper.errors import NoVersionError
 from proper.inference.engine import Engine
+from proper.interactions.archive import write_archive
 from proper.interactions.deletion import remove
 from proper.interactions.log import InteractionLog
 from proper.serving.auth import Authenticator
@@ -34,6 +36,12 @@ DeletionId = Annotated[str, Path(max_length=64)]
 Deletion = DeleteReply | DeletionStatus
 PATIENCE = 2.0
 """Seconds for which a DELETE waits for other processes before it answers 202."""
+
+
+class ZipReply(Response):
+    """A zip file as a reply."""
+
+    media_type = "application/zip"
 
 
 def user_routes(engine: Engine, log: InteractionLog | None, auth: Authenticator) -> APIRouter:
@@ -101,6 +109,21 @@ def _one_user(router: APIRouter, engine: Engine, lookup: TenantLookup, auth: Aut
         tenant_users.require(user)
         count = tenant_users.log.count(tenant_users.tenant, user)
         return UserStatus(**tenant_users.card(user).model_dump(), interactions=count, fit=tenant_users.fit(user))
+
+    @router.get(
+        "/{user}/archive",
+        response_class=ZipReply,
+        responses={200: {"content": {"application/zip": {}}, "description": "A zip file."}},
+    )
+    def archive(user: User, caller: AdminCaller, tenant: Tenant = None) -> Response:
+        """Return everything that the run holds of a user, texts included, as a zip file with a README.txt."""
+        tenant_users = lookup(caller, tenant)
+        tenant_users.require(user)
+        if tenant_users.log.deletions.of(tenant_users.tenant, user):
+            raise APIError(409, f"user {user!r} is being deleted", code="deletion_running", param="user")
+        content = BytesIO()
+        write_archive(content, tenant_users.store, tenant_users.log, user)
+        return ZipReply(content.getvalue(), headers={"Content-Disposition": 'attachment; filename="archive.zip"'})
 
     @router.delete("/{user}", responses={202: {"model": DeletionStatus, "description": "The deletion goes on."}})
     def delete(user: User, caller: AdminCaller, response: Response, tenant: Tenant = None) -> Deletion:

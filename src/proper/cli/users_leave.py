@@ -1,0 +1,86 @@
+"""Command `proper users verify-deleted`: a search of the run folder for deleted users, and a certificate."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from proper.cli.options import RunFolder, examples
+from proper.cli.users import ManyUsers
+from proper.console import progress
+from proper.errors import InputError
+from proper.files import write_json
+from proper.run_folder import require_run
+
+logger = logging.getLogger(__name__)
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command(
+    "verify-deleted",
+    epilog=examples(
+        "users",
+        "verify-deleted runs/notes --user u7",
+        "verify-deleted runs/notes --user u7 --originals u7.zip --json certificate.json",
+        "verify-deleted runs/notes --user u7 --user u8 --fingerprints gone.json",
+    ),
+)
+def verify_deleted(
+    folder: RunFolder,
+    user: ManyUsers,
+    originals: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="What the users had: an archive (.zip), rows (.jsonl) or tensors (.safetensors); repeatable.",
+        ),
+    ] = None,
+    fingerprints: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What 'proper users delete --fingerprints' wrote.", show_default=False),
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option("--json", metavar="CERT", help="Write a certificate.", show_default=False)
+    ] = None,
+) -> None:
+    """Search every file of a run folder for deleted users.
+
+    Reads all bytes of all files, SQLite's free pages and write-ahead logs, and what is inside compressed files, for
+    the users' ids and, with --originals or --fingerprints, for their texts and tensors. The certificate says what was
+    searched, how, with which result, and what remains: the stages that all users share learnt from these too. It names
+    the users: keep it outside of the run folder. Exit code 1 if something is found or cannot be read.
+    """
+    run = require_run(folder).home.path
+    if originals and fingerprints is not None:
+        raise InputError("--fingerprints: give either originals or fingerprints")
+    from proper.interactions.fingerprints import Fingerprints, add_originals, new_salt, read_fingerprints
+    from proper.interactions.verification import verify
+
+    salt, wanted = new_salt(), []
+    for each in dict.fromkeys(user):
+        prints = Fingerprints(salt) if fingerprints is None else read_fingerprints(fingerprints, each)
+        for path in originals or []:
+            add_originals(prints, path, [each] if len(user) > 1 and path.suffix == ".jsonl" else user)
+        wanted.append((each, prints))
+    files = sum(path.is_file() for path in run.rglob("*"))
+    with progress("search", files) as advance:
+        verified = verify(run, wanted, advance)
+    told = verified.certificate
+    if certificate is not None:
+        write_json(certificate, told)
+    if not originals and fingerprints is None:
+        logger.info("only the ids were searched for; give --originals or --fingerprints for texts and tensors")
+    for each in told["users"]:
+        for hit in each["found"]:
+            inside = f" in {hit['inside']}" if "inside" in hit else ""
+            typer.echo(f"{hit['file']}{inside}: {hit['kind']} of user {each['user']!r}, read as {hit['read_as']}")
+    for unread in told["unreadable"]:
+        logger.warning(f"{unread['file']}: cannot be read: {unread['why']}")
+    total = f"{told['searched']['files']:,} files, {told['searched']['bytes']:,} bytes"
+    typer.echo(f"{told['result']} in {total}; {len(told['remains'])} shared files learnt from all users")
+    if not verified.clean:
+        raise typer.Exit(1)

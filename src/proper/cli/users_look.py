@@ -1,0 +1,42 @@
+"""Command `proper users archive`: everything that a run holds of one user, in one zip file."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from proper.cli.options import RunFolder, examples
+from proper.cli.users import OneUser, known, opened
+from proper.errors import InputError
+from proper.files import atomic_path
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command(epilog=examples("users", "archive runs/notes --user u7 --out u7.zip"))
+def archive(
+    folder: RunFolder,
+    user: OneUser,
+    out: Annotated[Path, typer.Option("--out", metavar="ZIP", help="The file to write.", show_default=False)],
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write everything that a run holds of a user to a zip file; print its path.
+
+    Interactions with their texts, every version with its metadata and tensors, predictions, scores, gates, and what
+    report pages say of the user, in JSON and safetensors, with a README.txt in words. Nothing in the run is changed.
+    """
+    if out.exists() and not force:
+        raise InputError(f"{out}: is there already; --force replaces it")
+    with opened(folder) as store:
+        from proper.interactions.archive import write_archive
+        from proper.interactions.log import InteractionLog
+
+        with closing(InteractionLog(store.folder)) as log:
+            if not log.knows(store.tenant, user):
+                known(store, user)
+            with atomic_path(out) as temporary, temporary.open("r+b") as target:
+                write_archive(target, store, log, user)
+    typer.echo(out)

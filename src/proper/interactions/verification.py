@@ -1,0 +1,252 @@
+"""Verification of a deletion: a search of every file of a run folder for a user, and a certificate of what was found.
+
+The search does not use what the deletion knows: it reads every file that is there, of the registry or not, as
+`file_contents` yields it, and looks for the user's id, texts and tensors (`byte_search`). Pieces of texts that other
+users' texts have too are left out, since they do not tell whose they are. The certificate has no content.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+
+from proper.adapters.manifest import key_of, user_of
+from proper.adapters.store import DEFAULT_TENANT, AdapterStore
+from proper.files import hash_file
+from proper.interactions.byte_search import Hit, Search
+from proper.interactions.deletion import logged_rows, run_rows
+from proper.interactions.file_contents import UNREADABLE, contents
+from proper.interactions.fingerprints import Fingerprints, stored_forms
+from proper.interactions.log import InteractionLog
+from proper.interactions.personal_files import work_folder
+from proper.run_folder import RunFolder, kind_of, nested_runs
+
+PLACES = 5
+"""Byte offsets that the certificate names per file and kind."""
+
+Tell = Callable[[int], None]
+"""Called with the number of files that were searched since the last call."""
+
+REMAINS = (
+    ("population/adapter_model.safetensors", "stage 1 (population) learnt from all users' histories"),
+    ("groups/groups.safetensors", "stage 2 (experts, routers, mean embedding) learnt from all users' histories"),
+    ("groups/poly.safetensors", "the method `poly` learnt from all users' histories"),
+    ("users/router.safetensors", "stage 3b (the LoRA-aware router) learnt from all target users' histories"),
+    ("results.json", "aggregate figures over users that were calculated before the deletion"),
+    ("methods.csv", "aggregate figures over users that were calculated before the deletion"),
+    ("metrics.jsonl", "losses of training steps, of batches of many users"),
+)
+_REMEDY = "train again with the user's id in the file of data.train_without"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The certificate as JSON values, and whether it is clean: nothing found, and everything could be read."""
+
+    certificate: dict[str, Any]
+    clean: bool
+
+
+def fingerprint(store: AdapterStore, log: InteractionLog, user: str, salt: bytes) -> Fingerprints:
+    """Return the prints of everything a run has of a user: texts of the run's data and of the log, and all tensors."""
+    run, prints = RunFolder(store.folder.parent).home.path, Fingerprints(salt)
+    rows = list(run_rows(run, user)) if store.tenant == DEFAULT_TENANT else []
+    rows += logged_rows(log, store.tenant, user)
+    texts = (row.get(key) for key in ("prompt", "target", "item") for row in rows)
+    prints.add_texts(text for text in texts if isinstance(text, str))
+    for folder in nested_runs(run):
+        users = RunFolder(folder).users
+        if users.manifest.is_file():
+            with closing(AdapterStore(users.path, store.tenant)) as nested:
+                for version in nested.versions(user):
+                    record = nested.get(user, version.version)
+                    if record is not None:
+                        prints.add_tensors({"embedding": record.embedding})
+                        prints.add_tensors(stored_forms(record.adapter or {}))
+    return prints
+
+
+def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = lambda count: None) -> Verified:
+    """Search a run folder for users of the default tenant and return the certificate.
+
+    Args:
+        run: the run folder.
+        wanted: each user and their prints; all with one salt.
+        tell: progress callback.
+    """
+    home = RunFolder(run).home
+    searches = {}
+    names = {user for user, _ in wanted}
+    for user, prints in wanted:
+        search = Search(user, _others(home, names), prints.prints, prints.salt)
+        search.drop(search.shared(_shared_by_others(home, names)))
+        searches[user] = search
+    found: dict[str, list[dict[str, Any]]] = {user: _still_known(home, user) for user in searches}
+    searched, unreadable = [], []
+    for path in sorted(each for each in run.rglob("*") if each.is_file() and not each.is_symlink()):
+        name = path.relative_to(run).as_posix()
+        try:
+            entry, hits = _search_file(path, name, searches)
+        except UNREADABLE as error:
+            unreadable.append({"file": name, "why": f"{type(error).__name__}: {error}"})
+        else:
+            searched.append(entry)
+            for user, reports in hits.items():
+                found[user] += reports
+        tell(1)
+    links = [path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_symlink()]
+    clean = not unreadable and not any(found.values())
+    certificate = {
+        "format": "proper-deletion-certificate",
+        "version": 1,
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "proper": version("proper-llm"),
+        "run": home.path.resolve().name,
+        "result": "nothing found" if clean else "found" if any(found.values()) else "not all files could be read",
+        "users": [_told(user, prints, searches[user], found[user]) for user, prints in wanted],
+        "searched": {"files": len(searched), "bytes": sum(each["bytes"] for each in searched), "each": searched},
+        "unreadable": unreadable,
+        "links_not_followed": links,
+        "remains": _remains(run),
+        "not_covered": [
+            "the file that the run was trained on (data.path) and folders that were exported",
+            "backups, snapshots of file systems, and flash storage, which may keep bytes that were overwritten",
+        ],
+    }
+    return Verified(certificate, clean)
+
+
+def _search_file(
+    path: Path, name: str, searches: dict[str, Search]
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Search one file for all users; return how it was read, and the findings of each user."""
+    ways, found = list[str](), dict[str, list[dict[str, Any]]]()
+    for user, search in searches.items():
+        reports = _reports(name, "", "file name", search.scan([name.encode("utf-8", "surrogateescape")]))
+        for content in contents(path):
+            if content.how not in ways:
+                ways.append(content.how)
+            joined = content.how == "raw" and _is_of_sqlite(path)
+            reports += _reports(name, content.inside, content.how, search.scan(content.pieces, joined=joined))
+        found[user] = reports
+    kind = kind_of(Path(name)) or "not of a run"
+    entry = {"file": name, "kind": kind, "bytes": path.stat().st_size, "sha256": hash_file(path), "read_as": ways}
+    return entry, found
+
+
+def _is_of_sqlite(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(16)
+    return head.startswith((b"SQLite format 3\0", b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")) or "sqlite" in path.name
+
+
+def _reports(name: str, inside: str, how: str, hits: Iterable[Hit]) -> list[dict[str, Any]]:
+    """Return one finding per kind of what was found in a stream, without content."""
+    hits, reports = sorted(hits), []
+    for kind in dict.fromkeys(hit.kind for hit in hits):
+        places = sorted({hit.at for hit in hits if hit.kind == kind})
+        sources = len({hit.source for hit in hits if hit.kind == kind})
+        where = {"file": name, **({"inside": inside} if inside else {}), "read_as": how}
+        reports.append({**where, "kind": kind, "different": sources, "times": len(places), "at": places[:PLACES]})
+    return reports
+
+
+def _still_known(run: RunFolder, user: str) -> list[dict[str, Any]]:
+    """Return findings for a user whom a store, the log or a fit still has, or whose deletion is not finished."""
+    found = []
+    for folder in nested_runs(run.path):
+        users = RunFolder(folder).users
+        name = users.path.relative_to(run.path).as_posix()
+        if users.manifest.is_file():
+            with closing(AdapterStore(users.path)) as store:
+                if store.head(user) is not None:
+                    found.append({"file": f"{name}/{users.manifest.name}", "kind": "id", "read_as": "store"})
+        if users.log.is_file():
+            with closing(InteractionLog(users.path)) as log:
+                if log.knows(DEFAULT_TENANT, user):
+                    found.append({"file": f"{name}/{users.log.name}", "kind": "id", "read_as": "log"})
+                if log.deletions.of(DEFAULT_TENANT, user) is not None:
+                    found.append({"file": f"{name}/{users.log.name}", "kind": "unfinished deletion", "read_as": "log"})
+        if (fit := work_folder(users.path, DEFAULT_TENANT, user)).exists():
+            found.append(
+                {"file": fit.relative_to(run.path).as_posix(), "kind": "unfinished fit", "read_as": "file name"}
+            )
+    return found
+
+
+def _others(run: RunFolder, names: set[str]) -> Iterator[str]:
+    """Yield the ids of all other users of the run's data, store and log, those of other tenants included."""
+    tables = ((run.data, "users", "id"), (run.users.manifest, "records", "user"), (run.users.log, "people", "user"))
+    for path, table, column in tables:
+        if path.is_file():
+            with closing(_read_only(path)) as data:
+                for (found,) in data.execute(f"SELECT DISTINCT {column} FROM {table}"):
+                    name = user_of(found) if isinstance(found, bytes) else str(found)
+                    if name not in names:
+                        yield name
+
+
+def _shared_by_others(run: RunFolder, names: set[str]) -> Iterator[bytes]:
+    """Yield what is no evidence of a deleted user: other users' texts, labels, templates, and the mean embedding."""
+    for folder in nested_runs(run.path):
+        path = RunFolder(folder).experts
+        if path.is_file():
+            with safe_open(path, "pt") as tensors:  # a user who learnt nothing has the mean
+                if "mean_embedding" in tensors.keys():  # noqa: SIM118
+                    yield tensors.get_tensor("mean_embedding").float().numpy().tobytes()
+    if run.config.is_file():
+        config = yaml.safe_load(run.config.read_text(encoding="utf-8")) or {}
+        data, task = config.get("data") or {}, config.get("task") or {}
+        yield repr([data.get("prompt"), data.get("target"), task.get("labels")]).encode()
+    marks = ", ".join("?" * len(names))
+    if run.data.is_file():
+        query = f"""SELECT t.prompt, t.target, coalesce(t.item, '') FROM rows r JOIN texts t ON t.id = r.text
+            JOIN users u ON u.number = r.user WHERE u.id NOT IN ({marks})"""
+        yield from _cells(run.data, query, sorted(names))
+        yield from _cells(run.data, "SELECT value FROM meta WHERE key = 'labels'", ())
+    if run.users.log.is_file():
+        query = f"SELECT prompt, target, id FROM interactions WHERE NOT (tenant = '' AND user IN ({marks}))"
+        yield from _cells(run.users.log, query, [key_of(name) for name in sorted(names)])
+
+
+def _cells(path: Path, query: str, values: Sequence[Any]) -> Iterator[bytes]:
+    with closing(_read_only(path)) as data:
+        rows = data.execute(query, values)
+        while some := rows.fetchmany(1000):
+            yield "\0".join(str(cell) for row in some for cell in ("", *row, "")).encode("utf-8", "surrogatepass")
+
+
+def _read_only(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+
+
+def _told(user: str, prints: Fingerprints, search: Search, found: list[dict[str, Any]]) -> dict[str, Any]:
+    pieces = {(each.kind, each.source) for each in search.prints}
+    texts, tensors = (sum(kind == wanted for kind, _ in pieces) for wanted in ("text", "tensor"))
+    distinct = {
+        "texts": {"given": prints.texts, "searched": texts, "below_8_bytes": prints.short},
+        "tensors": {"given": prints.tensors, "searched": tensors},
+    }
+    values = "as a whole value; as a word in text files, unless it is a number" if search.whole_values_only else ""
+    note = "texts that are not searched are short, or no different from other users' texts"
+    return {"user": user, "id": values or "in every encoding", **distinct, "note": note, "found": found}
+
+
+def _remains(run: Path) -> list[dict[str, Any]]:
+    """Return the files that learnt from deleted users as from all, and why they stay."""
+    found = []
+    for folder in nested_runs(run):
+        for name, why in REMAINS:
+            if (folder / name).is_file():
+                file = (folder / name).relative_to(run).as_posix()
+                found.append({"file": file, "why": why, "remedy": _REMEDY})
+    return found
