@@ -28,6 +28,10 @@ Advance = Callable[..., None]
 """
 
 
+def unheard(n: int = 1, note: str = "", share: float | None = None) -> None:
+    """Show nothing: the default of functions that say how far they are."""
+
+
 class Bar(Protocol):
     """Type of a progress display: `progress` shows one, `no_bar` shows nothing."""
 
@@ -94,7 +98,7 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
 @contextmanager
 def no_bar(title: str, total: int | None) -> Iterator[Advance]:
     """Show no progress, for work that is a part of a larger piece with a progress bar."""
-    yield lambda n=1, note="", share=None: None
+    yield unheard
 
 
 def quiet_libraries() -> None:

@@ -62,6 +62,15 @@ def test_an_answer_ends_before_its_end_token(model: PersonalizedModel, monkeypat
     assert stopped == [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in free]
 
 
+def test_every_answer_is_told_when_it_is_complete(model: PersonalizedModel) -> None:
+    told: list[int] = []
+    respond(model, PROMPTS, USERS[:4], Sampling(3), advance=told.append)
+    assert told == [1, 1, 1, 1]
+    told.clear()
+    score(model, PROMPTS, USERS[:4], ["one", "two"], told.append)
+    assert sum(told) == 4
+
+
 def test_draws_leave_the_generator_alone(model: PersonalizedModel) -> None:
     torch.manual_seed(9)
     before = torch.random.get_rng_state()

@@ -158,3 +158,24 @@ def test_a_narrower_embedding_than_the_routers_is_refused(width: int) -> None:
     router = UserAwareRouter(2, 4, 3, offset=2)
     with pytest.raises(RuntimeError):
         router.scores(torch.ones(1, 1, 2), torch.ones(1, width))
+
+
+@given(outputs=st.integers(1, 5), rank=st.integers(1, 3), inputs=st.integers(1, 5), seed=st.integers(0, 99))
+@settings(max_examples=20)
+def test_a_normalized_input_has_the_usual_size_of_every_adapter(
+    outputs: int, rank: int, inputs: int, seed: int, draws: Callable[..., Draw], close: Callable[..., None]
+) -> None:
+    """W_r h_u / c_u, with c_u from the whole product; how strong an adapter is changes nothing."""
+    draw, scale = draws(seed), 1.7
+    router = LoraAwareRouter(outputs, 3, normalized=True)
+    router.weight.data.copy_(draw(3, outputs))
+    up, down, x = draw(2, outputs, rank), draw(2, rank, inputs), draw(inputs)
+    stronger = torch.tensor([1.0, 30.0]).view(2, 1, 1)
+    for found in (
+        router.matrices(up * stronger, scale, down),
+        router.matrices_of((up * stronger).mT.contiguous(), scale, down),
+    ):
+        for slot in range(2):
+            product = scale * up[slot] @ down[slot]
+            usual = product.square().sum().div(outputs).sqrt()
+            close("scores", found[slot] @ (down[slot] @ x), router.weight @ (product @ x / usual), 1e-3)

@@ -216,6 +216,9 @@ class UsersConfig(OptimizerConfig):
         distance: weight of |s_u B_u A_u|_F^2, summed over modules, in the loss of a user's LoRA, which keeps it near
             the group model; 0 switches it off.
         router: form of the LoRA-aware router: added to stage 2's scores, the paper's, or none.
+        router_input: what the LoRA-aware router reads: a user's h_u as it is, or divided by its usual size.
+        router_items: what the LoRA-aware router is trained on: all history rows, which the adapters were trained on, or
+            the trials' held-out items under the trials' adapters, which were not.
         router_learning_rate: learning rate of the LoRA-aware router; `auto` as for `learning_rate`.
         router_epochs: passes over the histories for the router.
         slots: users who train at the same time; `auto` goes by the device's memory.
@@ -236,6 +239,8 @@ class UsersConfig(OptimizerConfig):
     scales: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(max_length=8)] = [0.25, 0.5]
     distance: Annotated[float, Field(ge=0)] = 0.0
     router: Literal["residual", "paper", "none"] = "none"
+    router_input: Literal["raw", "normalized"] = "raw"
+    router_items: Literal["history", "held-out"] = "history"
     router_learning_rate: Rate = "auto"
     router_epochs: Count = 1
     slots: Literal["auto"] | Count = "auto"
@@ -244,6 +249,11 @@ class UsersConfig(OptimizerConfig):
     tiers: TiersConfig = TiersConfig()
     update: UpdateConfig = UpdateConfig()
     drift: DriftConfig = DriftConfig()
+
+    @property
+    def router_on_held_out(self) -> bool:
+        """Whether the LoRA-aware router is trained on the trials' held-out items."""
+        return self.router_items == "held-out" and self.tiers.select
 
     @property
     def adapter_shape(self) -> dict[str, str]:

@@ -59,8 +59,6 @@ def predict(
                 tier = model.tier(alias(query.user))
                 history = histories.get(query.user, 0)
                 found.append(replace(prediction_of(query, "", tier, history), tokens=query.tokens, **asdict(answered)))
-            if not task.scored:
-                advance(len(chunk))
     return MethodRun(found, time.perf_counter() - started, sum(p.tokens for p in found))
 
 
@@ -81,7 +79,7 @@ def _answers(
     if not task.scored:
         if not isinstance(model, PersonalizedModel):
             raise ConfigError("task.decode: this method scores labels and cannot generate; set it to score")
-        texts = [answer.text for answer in respond(model, prompts, users)]
+        texts = [answer.text for answer in respond(model, prompts, users, advance=advance)]
         return [_Answer(*pair) for pair in zip(texts, answer_losses(model, queries), strict=True)]
     scores = score(model, prompts, users, labels, advance)
     losses = _losses_from(model, scores, queries, labels)

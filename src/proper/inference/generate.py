@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from proper.console import Advance, unheard
 from proper.errors import InputError
 from proper.inference.engine import Engine
 from proper.inference.model import PersonalizedModel
@@ -31,10 +32,12 @@ class Continuation:
     Attributes:
         tokens: token ids without the end token.
         tier: the tier that answered.
+        advance: called with 1 when the continuation has ended.
     """
 
     tokens: list[int] = field(default_factory=list)
     tier: str = ""
+    advance: Advance = unheard
 
     def __call__(self, event: Event) -> None:
         """Receive an event of the engine."""
@@ -42,6 +45,8 @@ class Continuation:
             self.tier = event.tier
         elif isinstance(event, Token):
             self.tokens.append(event.id)
+        else:
+            self.advance(1)
 
 
 def generate(
@@ -64,6 +69,7 @@ def respond(
     prompts: Sequence[str],
     user_ids: Sequence[str | None],
     sampling: Sampling | None = None,
+    advance: Advance = unheard,
 ) -> list[Answer]:
     """Answer each prompt for its own user; a batch may mix any users.
 
@@ -75,6 +81,7 @@ def respond(
         prompts: the prompts' texts.
         user_ids: the user of each prompt; None or an unknown user gets the group model with the mean embedding.
         sampling: sampling parameters; greedy with the config's `task.max_new_tokens` if None.
+        advance: called with 1 when an answer is complete.
 
     Raises:
         InputError: the two lists differ in length, or a prompt is empty.
@@ -86,12 +93,16 @@ def respond(
         raise InputError("a prompt is empty")
     sampling = sampling or Sampling(model.config.task.max_new_tokens)
     encoded = [model.encoder.prompt(prompt, room=sampling.max_new_tokens) for prompt in prompts]
-    found = zip(continuations(model, encoded, user_ids, sampling), user_ids, strict=True)
+    found = zip(continuations(model, encoded, user_ids, sampling, advance), user_ids, strict=True)
     return [Answer(model.encoder.decode(one.tokens), user, one.tier) for one, user in found]
 
 
 def continuations(
-    model: PersonalizedModel, prompts: Sequence[Sequence[int]], users: Sequence[str | None], sampling: Sampling
+    model: PersonalizedModel,
+    prompts: Sequence[Sequence[int]],
+    users: Sequence[str | None],
+    sampling: Sampling,
+    advance: Advance = unheard,
 ) -> list[Continuation]:
     """Continue each prompt's tokens until the end token or `max_new_tokens`, `compute.batch_size` rows at a time.
 
@@ -100,7 +111,7 @@ def continuations(
     """
     if not prompts:
         return []
-    found = [Continuation() for _ in prompts]
+    found = [Continuation(advance=advance) for _ in prompts]
     engine = Engine(model, _limits(model, prompts, sampling.max_new_tokens), strict=True)
     try:
         # Prompts of similar length run together: every row costs as much as the longest one.

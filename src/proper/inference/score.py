@@ -9,13 +9,14 @@ nothing is computed or stored twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from proper.console import Advance, unheard
 from proper.data.batching import by_length, collate
 from proper.data.encoder import EncodedExample
 from proper.data.label_tree import LabelTree
@@ -30,16 +31,12 @@ LABEL_TOKENS = 1024
 """Maximum label tokens, over all prompts of a batch, that are scored at once: each needs a row of logits."""
 
 
-def _ignore(prompts: int) -> None:
-    """Tell nobody how far scoring is."""
-
-
 def score(
     model: BatchModel,
     prompts: Sequence[str],
     user_ids: Sequence[str | None],
     labels: Sequence[str],
-    advance: Callable[[int], None] = _ignore,
+    advance: Advance = unheard,
 ) -> Float[Tensor, "B L"]:
     """Return the log-likelihood (nats) of every label after every prompt, each prompt for its own user.
 

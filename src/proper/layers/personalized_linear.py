@@ -107,8 +107,11 @@ class AdaptedLinear(nn.Module):
         self, bank: AdapterBank, router: LoraAwareRouter, slots: Int[Tensor, "B"], rows: RowContext
     ) -> Float[Tensor, "B E R"]:
         if rows.gathered is None:
-            return router.matrices(bank.take(bank.up[self.name], slots.clamp(min=0)), bank.scale)
+            index = slots.clamp(min=0)
+            down = bank.take(bank.down[self.name], index) if router.normalized else None
+            return router.matrices(bank.take(bank.up[self.name], index), bank.scale, down)
         cached = rows.gathered.matrices
         if self.name not in cached:
-            cached[self.name] = router.matrices_of(rows.gathered.adapters[self.name][1], bank.scale)
+            down, turned = rows.gathered.adapters[self.name]
+            cached[self.name] = router.matrices_of(turned, bank.scale, down)
         return cached[self.name]

@@ -65,22 +65,43 @@ class LoraAwareRouter(nn.Module):
 
     `W_r h_u = (s_u W_r B_u)(A_u x)`: with the small matrices M_u = s_u W_r B_u (E, R) a token costs E*R.
 
+    Normalized, the input is h_u / c_u with c_u = s_u |B_u A_u|_F / sqrt(O), the root mean square of h_u where the
+    features of x are independent with variance 1: all users' adapters speak to W_r equally loudly.
+
     Attributes:
         weight: W_r (E, O), zero at the start, shared by all users.
+        normalized: whether the input is normalized.
     """
 
-    def __init__(self, outputs: int, experts: int) -> None:
+    def __init__(self, outputs: int, experts: int, normalized: bool = False) -> None:
         super().__init__()
+        self.normalized = normalized
         self.weight = nn.Parameter(torch.zeros(experts, outputs))
 
-    def matrices(self, up: Float[Tensor, "S O R"], scale: float) -> Float[Tensor, "S E R"]:
-        """Return M_u for every slot, fp32."""
-        return scale * torch.einsum("eo,sor->ser", self.weight, up.to(self.weight.dtype))
+    def matrices(
+        self, up: Float[Tensor, "S O R"], scale: float, down: Float[Tensor, "S R I"] | None = None
+    ) -> Float[Tensor, "S E R"]:
+        """Return M_u for every slot, fp32; a normalized input needs A_u too."""
+        found = torch.einsum("eo,sor->ser", self.weight, up.to(self.weight.dtype))
+        return self._scaled(found, up.mT, scale, down)
 
-    def matrices_of(self, turned: Float[Tensor, "S R O"], scale: float) -> Float[Tensor, "S E R"]:
+    def matrices_of(
+        self, turned: Float[Tensor, "S R O"], scale: float, down: Float[Tensor, "S R I"] | None = None
+    ) -> Float[Tensor, "S E R"]:
         """Return M_u from transposed B_u in one matrix product, without copying."""
         flat = torch.mm(turned.to(self.weight.dtype).flatten(0, 1), self.weight.t())
-        return (scale * flat).view(*turned.shape[:2], -1).mT
+        return self._scaled(flat.view(*turned.shape[:2], -1).mT, turned, scale, down)
+
+    def _scaled(
+        self, found: Float[Tensor, "S E R"], turned: Float[Tensor, "S R O"], scale: float, down: Tensor | None
+    ) -> Float[Tensor, "S E R"]:
+        """Return W_r B_u times s_u, or times s_u / c_u, in which s_u cancels."""
+        if not self.normalized:
+            return scale * found
+        assert down is not None
+        inner, outer = (part.to(found.dtype) @ part.to(found.dtype).mT for part in (down, turned))
+        size = (inner * outer).sum((-2, -1)) / turned.shape[-1]
+        return found * size.clamp(min=1e-12).rsqrt()[:, None, None]
 
 
 def at_least_fp32(x: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:

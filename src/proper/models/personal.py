@@ -94,7 +94,8 @@ class ProperModel:
             layer.residual = config.router == "residual"
             layer.lora_router = None
             if config.router != "none" and layer.experts is not None and name in wanted:
-                layer.lora_router = LoraAwareRouter(layer.outputs, layer.experts.experts).to(self.device)
+                made = LoraAwareRouter(layer.outputs, layer.experts.experts, config.router_input == "normalized")
+                layer.lora_router = made.to(self.device)
 
     def add_plain_targets(self, config: GroupsConfig) -> None:
         """Adapt the modules that would get experts, for user adapters only."""

@@ -133,6 +133,7 @@ class HistoryJobs:
         embeddings: e_u of `users` (U, D).
         trial: whether the newest items are held out and measured; else the jobs are on all items.
         part: the number of parts, of `PARTS`, of the full passes that are trained.
+        held_out: whether the trial's held-out items are the training items, as for a router.
     """
 
     config: UsersConfig
@@ -142,6 +143,7 @@ class HistoryJobs:
     embeddings: Float[Tensor, "U D"]
     trial: bool
     part: int = PARTS
+    held_out: bool = False
 
     def __len__(self) -> int:
         return len(self.users)
@@ -150,6 +152,8 @@ class HistoryJobs:
         user, embedding = self.users[at], self.embeddings[at]
         items = [self.encoder.encode(example) for example in self.dataset.history(user, self.config.max_items)]
         cut = len(items) - held_out_items(len(items), self.config.tiers.validation) if self.trial else len(items)
+        if self.held_out:
+            return Job(user, embedding, tuple(items[cut:]))
         full = full_passes(self.config, cut)
         epochs = passes_of(full, self.part)
         job = Job(user, embedding, tuple(items[:cut]), tuple(items[cut:]), epochs=epochs, horizon=full)
@@ -163,7 +167,8 @@ class HistoryJobs:
         total = 0
         for user in self.users:
             items = len(self.dataset.history(user, self.config.max_items))
-            total += items - held_out_items(items, self.config.tiers.validation) if self.trial else items
+            held_out = held_out_items(items, self.config.tiers.validation) if self.trial else 0
+            total += held_out if self.held_out else items - held_out
         return total
 
 

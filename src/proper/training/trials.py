@@ -5,13 +5,14 @@
     3. tiers:   the users who gain from an adapter (`tier_selection`)
 
 With a LoRA-aware router, it is trained on the trial adapters first, each at its best pass and at scale 1, and gains are
-measured with it, because users are served in that form.
+measured with it, because users are served in that form. With `users.router_items: held-out` it is trained on the
+held-out items, so they cannot measure it, and gains are those of the adapters alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -75,7 +76,9 @@ def _trials(stage: UserStage) -> tuple[list[Trial], Choice, Quarantined]:
             curves = [_curve(stage, jobs, at, store) for at in range(len(jobs))]
             choice = stage.choice or choose(curves)
             trials = [curve.at(choice) for curve in curves]
-            if stage.model.router_parameters():
+            if stage.config.router_on_held_out:
+                fit_router(stage, replace(jobs, held_out=True), store, "trial")
+            elif stage.model.router_parameters():
                 fit_router(stage, jobs, store, "trial")
                 trials = list(_measured(stage, jobs, store))
             write_json(path, {"choice": asdict(choice), "trials": [asdict(trial) for trial in trials]})

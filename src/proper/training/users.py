@@ -3,7 +3,7 @@
 1. trials:  every user's adapter on the older part of the history; one choice of passes and scale for all; the users
 who gain from an adapter (`trials`)
 2. final:   the adapters of these users, on all their items, for the chosen passes and at the chosen scale (3a)
-3. 3b on the final adapters, if the config has a LoRA-aware router
+3. 3b, if the config has a LoRA-aware router: on the final adapters, or in the trials on their held-out items
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def train_users(stage: UserStage) -> TrainedUsers:
     jobs = stage.jobs(chosen, trial=False, part=choice.part)
     fit_adapters(stage, jobs, stage.store, "final", metadata, choice.scale)
     _keep_on_group_tier(stage, chosen, metadata)
-    fit_router(stage, stage.jobs(fitted(stage, chosen, stage.store), trial=False), stage.store, "final")
+    # A router of the trials' held-out items is loaded: it must not see the items of the final adapters' fit.
+    phase = "trial" if stage.config.router_on_held_out else "final"
+    fit_router(stage, stage.jobs(fitted(stage, chosen, stage.store), trial=False), stage.store, phase)
     return TrainedUsers(stage.model.router_parameters(), choice)
 
 
