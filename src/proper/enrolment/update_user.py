@@ -125,7 +125,7 @@ class _Update:
         divided = self._without_outliers(divided)
         facts = {"new": came, "left_out": came - len(divided.new)}
         if not divided.new:
-            return self._stays(f"the answers of {came} new interactions do not fit their inputs", facts)
+            return self._stays(f"the answers do not fit their inputs (new interactions: {came})", facts)
         if len(divided.new) == 1:
             return self._stays("one new interaction cannot be both trained on and held out", facts)
         split = self._split(divided)
