@@ -116,7 +116,7 @@ model.close()
 def test_a_fit_is_the_same_alone_in_a_fresh_process_and_in_any_company(run: Path, opened: Open, tmp_path: Path) -> None:
     alone = shutil.copytree(run, tmp_path / "alone")
     command = [sys.executable, "-c", ALONE, str(alone), json.dumps(rows(3, 14))]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
     before = {user: record(run, user) for user in ("ann", "bob")}
     shared = [hash_file(run / name) for name in ("users/router.safetensors", "groups/groups.safetensors")]
     model = opened(run)

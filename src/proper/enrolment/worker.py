@@ -209,7 +209,6 @@ class FitWorker:
                     self.log.queue.release(claim)  # another version is in service by now: fit again, from that one
                     return
                 store.put([fitted.record])
-            remove_work(self.users, claim.tenant, claim.user)
             head = store.head(claim.user)
             version = None if head is None else head.version
             if fitted.base is not None and fitted.facts:
@@ -217,6 +216,8 @@ class FitWorker:
                 told = fitted.base, made, seconds, fitted.reason or "", fitted.facts
                 self.log.updates.add(claim.tenant, claim.user, *told)
             self.log.queue.done(claim, version, describe(fitted))
+        # Not before: after a kill, the folder says that the version in service is this fit's result.
+        remove_work(self.users, claim.tenant, claim.user)
 
     def _tidy(self) -> None:
         """Remove work folders of interrupted fits whose users are no longer queued."""
