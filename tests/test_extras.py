@@ -30,6 +30,7 @@ PARTS = {
 OF_EXTRAS = {
     "serve": ("serving/",),
     "data": ("data/arrow_files.py", "data/text_files.py"),
+    "simulate": ("simulation/",),
 }
 
 # Hides these modules from the process it is put into, as if they were not installed.

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from docs_reference.markdown import NOTE, attributes, code, docstring, escape, table
 from proper.config import PRESETS, Config
+from proper.simulation.schema import SimulationConfig
 
 INTRODUCTION = """\
 A config is a YAML file. Every key but `data.path` has a default. `--set section.key=value` overrides a key on the
@@ -24,7 +25,14 @@ it suggests the nearest one.
 
 def page() -> str:
     """Return the page: one table per section of the config, then the presets."""
-    return "\n".join([NOTE, "# Config\n", INTRODUCTION, *_sections("", Config), _presets()])
+    return "\n".join([NOTE, "# Config\n", INTRODUCTION, *_sections("", Config), _presets(), *_simulation()])
+
+
+def _simulation() -> Iterator[str]:
+    """Yield the tables of `proper simulate`'s own file."""
+    yield "## Simulation\n\nThe file of `proper simulate` is another one, with these keys.\n"
+    for text in _sections("", SimulationConfig):
+        yield "### Simulation: " + text.removeprefix("## ").replace("Top level", "top level", 1)
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:

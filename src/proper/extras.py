@@ -9,7 +9,11 @@ from types import MappingProxyType
 from proper.errors import InputError
 
 EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"data": ("datasets", "ijson"), "serve": ("fastapi", "prometheus_client", "starlette", "uvicorn")}
+    {
+        "data": ("datasets", "ijson"),
+        "serve": ("fastapi", "prometheus_client", "starlette", "uvicorn"),
+        "simulate": ("simpy",),
+    }
 )
 """Modules that each extra installs."""
 

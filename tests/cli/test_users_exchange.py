@@ -153,3 +153,96 @@ def test_unknown_users_runs_and_exports_are_named(run: Path, tmp_path: Path, cap
     assert fails(capsys, "users", "import", gone, out) == f"{gone}: no such run folder"
     assert fails(capsys, "users", "import", run, gone) == f"{gone}: not an exported user (no proper.json)"
     assert not list(tmp_path.iterdir())
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def all_peft(run: Path, out: Path, *more: str) -> list[str]:
+    return ["users", "export", str(run), "--all", "--format", "peft", "--out", str(out), *more]
+
+
+def test_all_users_for_other_servers(run: Path, tmp_path: Path, capsys: Output) -> None:
+    """The layouts that the documentation of vLLM, SGLang and Ray Serve LLM describes, with PEFT as the loader."""
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from proper.data.dataset import Dataset
+
+    out, single, user = tmp_path / "all", tmp_path / "single", known(run)
+    assert main(all_peft(run, out, "--served-at", "/lora/", "--base", "merged")) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{out}\n"
+    assert "4 adapters of rank 16 (4 new), 2 users without a history left out" in captured.err
+    assert "loss of folding, 2 held-out items of 2 users: " in captured.err
+    with Dataset.open(run / "data.sqlite") as dataset:
+        everyone = {user.id for user in dataset.users()}
+    # vLLM's --lora-modules and SGLang's --lora-paths: NAME=PATH.
+    modules = dict(line.split("=", 1) for line in lines(out / "lora-modules.txt"))
+    assert modules == {name: f"/lora/adapters/{name}" for name in everyone}
+    # POST /v1/load_lora_adapter of vLLM and /load_lora_adapter of SGLang: exactly these keys.
+    requests = [json.loads(line) for line in lines(out / "load-requests.jsonl")]
+    assert requests == [{"lora_name": name, "lora_path": path} for name, path in modules.items()]
+    # vLLM's filesystem resolver and Ray Serve LLM: a folder per adapter; the resolver compares the base model's name.
+    assert {path.name for path in (out / "adapters").iterdir()} == everyone
+    for name in everyone:
+        config = json.loads((out / "adapters" / name / "adapter_config.json").read_text())
+        assert (config["peft_type"], config["base_model_name_or_path"], config["r"]) == ("LORA", "merged", 16)
+    users = {row["user"]: row for row in map(json.loads, lines(out / "users.jsonl"))}
+    assert users.keys() == everyone | {"ann", ODD}
+    assert {row.get("reason") for row in users.values()} == {None, "no history in the run's data"}
+    facts = json.loads((out / "proper.json").read_text())
+    assert (facts["complete"], facts["adapters"], facts["skipped"]) == (True, 4, 2)
+    assert facts["loss_of_folding"]["users"] == 2
+    # The same bytes as an export of one user, and PEFT loads them on the exported backbone.
+    assert main(["users", "export", str(run), "--user", user, "--out", str(single), "--format", "peft"]) == 0
+    assert main(["export-backbone", str(run), "--out", str(tmp_path / "backbone")]) == 0
+    capsys.readouterr()
+    weights = "adapter_model.safetensors"
+    assert (out / "adapters" / user / weights).read_bytes() == (single / weights).read_bytes()
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "backbone"), out / "adapters" / user
+    )
+    loaded = {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert len(loaded) == len(load_file(out / "adapters" / user / weights))
+
+
+def test_an_export_of_all_users_is_completed_and_kept_up_to_date(run: Path, tmp_path: Path, capsys: Output) -> None:
+    from proper.adapters.store import AdapterStore
+
+    copy, out = Path(shutil.copytree(run, tmp_path / "copy")), tmp_path / "all"
+    assert main(all_peft(copy, out)) == 0
+    first, second, *others = sorted(path.name for path in (out / "adapters").iterdir())
+    before = (out / "adapters" / second / "adapter_model.safetensors").stat()
+    shutil.rmtree(out / "adapters" / first)  # as if it had been interrupted before this user
+    capsys.readouterr()
+    assert main(all_peft(copy, out)) == 0
+    assert "4 adapters of rank 16 (1 new)" in capsys.readouterr().err
+    assert (out / "adapters" / second / "adapter_model.safetensors").stat() == before
+    with closing(AdapterStore(copy / "users")) as store:
+        record = store.get(first)
+        assert record is not None
+        store.put([record])  # a new version
+        store.delete(second)
+    assert main(all_peft(copy, out)) == 0
+    said = capsys.readouterr().err
+    assert "3 adapters of rank 16 (1 new)" in said and "1 adapters removed" in said
+    assert sorted(path.name for path in (out / "adapters").iterdir()) == [first, *others]
+    assert sorted(line.split("=")[0] for line in lines(out / "lora-modules.txt")) == [first, *others]
+
+
+def test_an_export_of_all_users_needs_a_folder_of_its_own(run: Path, tmp_path: Path, capsys: Output) -> None:
+    out = tmp_path / "out"
+    assert fails(capsys, "users", "export", run, "--out", out) == "export needs --user ID or --all"
+    assert fails(capsys, *all_peft(run, out, "--user", "ann")) == "--user and --all exclude each other"
+    said = fails(capsys, "users", "export", run, "--all", "--out", out)
+    assert said.startswith("--all needs --format peft")
+    said = fails(capsys, "users", "export", run, "--user", "ann", "--out", out, "--base", "x")
+    assert said == "--served-at and --base go with --all"
+    out.mkdir()
+    (out / "diary.txt").write_text("mine")
+    said = fails(capsys, *all_peft(run, out))
+    assert said == f"{out}: is there already and is not an export of all users; name another folder"
+    assert [path.name for path in out.iterdir()] == ["diary.txt"]

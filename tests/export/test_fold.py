@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from proper.data.encoder import Encoder
 from proper.errors import InputError
 from proper.export.converted_models import fold_all, folded_size
 from proper.export.fold import fold, folded_rank, history_gates
+from proper.export.folding_loss import folding_loss, mean_loss
 from proper.inference.model import PersonalizedModel, ServedUsers
 from proper.layers.bank import AdapterBank
 from proper.layers.personalized_linear import AdaptedLinear
@@ -181,3 +184,52 @@ def test_the_size_is_that_of_the_rank_that_servers_take(
     assert folded_rank(model) == 5 * 4 + 4
     numbers = sum(32 * (layer.inputs + layer.outputs) for layer in model.model.layers.values())
     assert folded_size(model) == (numbers, 4 * numbers)
+
+
+def dataset(**histories: int) -> Any:
+    """A data set of target users with so many items of history."""
+    users = [SimpleNamespace(id=user, history=count) for user, count in histories.items()]
+    return SimpleNamespace(
+        users=lambda role: iter(users), history=lambda user, newest: HISTORY[: histories[user]][-(newest or 99) :]
+    )
+
+
+def test_the_loss_of_folding_is_that_of_items_left_out_of_the_gates(
+    personal: Callable[..., ProperModel], store: AdapterStore, tmp_path: Path
+) -> None:
+    data = dataset(own=4, group=3, other=1, gone=4)
+    exact = served(personal(), store)
+    wanted = [mean_loss(exact, "own", HISTORY[3:]), mean_loss(exact, "group", HISTORY[2:3])]
+    found = folding_loss(exact, data, 8)
+    assert found is not None and (found["users"], found["items"]) == (2, 2), "two have two items and are in the store"
+    assert found["exact"] == pytest.approx(sum(wanted) / 2, abs=1e-4)
+    again = served(personal(), store)
+    plain = AdapterStore(tmp_path / "plain")
+    counts = {"own": 3, "group": 2}
+    model = fold_all(again, list(counts), lambda user: HISTORY[: counts[user]], plain)
+    folded = [mean_loss(model, "own", HISTORY[3:]), mean_loss(model, "group", HISTORY[2:3])]
+    plain.close()
+    assert found["folded"] == pytest.approx(sum(folded) / 2, abs=1e-4)
+    assert found["difference"] == pytest.approx(found["folded"] - found["exact"], abs=2e-4) and found["difference"]
+    assert found["ci95"][0] <= found["difference"] <= found["ci95"][1]
+
+
+def test_folding_loses_nothing_under_constant_gates_and_needs_two_items(
+    personal: Callable[..., ProperModel], store: AdapterStore
+) -> None:
+    exact = served(personal(), store)
+    hold_gates(exact.model, "default")
+    assert folding_loss(exact, dataset(own=1, gone=4), 8) is None
+    found = folding_loss(exact, dataset(own=4, group=4, other=4), 2)
+    assert found is not None and found["users"] == 2
+    assert abs(found["difference"]) <= 2e-4
+
+
+def test_a_loss_is_the_mean_over_answer_tokens(personal: Callable[..., ProperModel], store: AdapterStore) -> None:
+    model = served(personal(), store)
+    batch = collate([model.encoder.encode(example) for example in HISTORY], model.model.backbone.pad_id)
+    kept = batch.labels != -100
+    with torch.no_grad():
+        scores = model.model.answer_logits(batch, model.rows(["own"] * 4)).float().log_softmax(-1)
+    by_token = -scores.gather(2, batch.labels.clamp(min=0)[..., None])[..., 0][kept]
+    assert mean_loss(model, "own", HISTORY) == pytest.approx(float(by_token.mean()), abs=1e-4)

@@ -56,8 +56,8 @@ NOT_WALKED = {
     **dict.fromkeys(["users list", "users show", "groups show", "keys list", "check"], "reads"),
     **dict.fromkeys(["users archive", "users verify-deleted"], "reads, and writes elsewhere"),
 }
-ELSEWHERE = ("data", "bench", "backbones")
-"""Groups of commands that work in folders of their own."""
+ELSEWHERE = ("data", "bench", "backbones", "simulate")
+"""Commands, and groups of them, that work in folders of their own."""
 NOT_MADE = {
     "predictions/*.lamp.json": "in LaMP runs only",
     "variants/data/*.sqlite.between": "while derived data is made",

@@ -14,8 +14,8 @@ early. The cliff is measured in an open loop: requests arrive at random at a fix
 alternately with one slot per user and with 16 users per slot; the figure is the ratio of the 95th percentiles of the
 time to first token. The noisy neighbour is an API key that keeps three requests per row open, beside a quiet key that
 sends one request at a time. Its figures are 95th percentiles of the quiet key: the wait for a row in engine steps (1 is
-the next step), and the time of a whole answer, beside that of the same key alone. Weights are random except for
-`proper-nano`'s, since speed does not depend on them.
+the next step), and the time of a whole answer, beside that of the same key alone. `costs` has what `proper simulate`
+reads. Weights are random except for `proper-nano`'s, since speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import torch
 
 from proper.benchmarks.backbones import BenchBackbone
 from proper.benchmarks.measure import interleaved, machine, percentile
+from proper.benchmarks.serve_costs import serving_costs
 from proper.benchmarks.serve_loads import ClosedLoop, Times, open_loop, quiet_key
 from proper.benchmarks.serve_setup import CROWD, Served, ServedShape
 from proper.config import LastLayers
@@ -97,7 +98,7 @@ QUICK = ServeBenchSize(layers=3, prompt=32, answer=16, repeats=2, arrivals=96, a
 
 
 def run(size: ServeBenchSize, device: str) -> dict[str, Any]:
-    """Return {"setting", "figures", "closed", "open", "noisy_neighbour", "memory_bytes"} of the benchmark.
+    """Return {"setting", "figures", "closed", "open", "noisy_neighbour", "memory_bytes", "costs"} of the benchmark.
 
     Args:
         size: benchmark size.
@@ -115,6 +116,7 @@ def run(size: ServeBenchSize, device: str) -> dict[str, Any]:
             if name == headline:
                 opened = _open(size, served, closed[name]["mixed"]["tokens_per_second"])
                 neighbour = _neighbour(size, served)
+                costs = serving_costs(served, size.users, size.answer, size.repeats)
                 memory = served.memory(size.users)
             served.close()
     memory["peak_of_the_process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -125,6 +127,7 @@ def run(size: ServeBenchSize, device: str) -> dict[str, Any]:
         "open": opened,
         "noisy_neighbour": neighbour,
         "memory_bytes": memory,
+        "costs": costs,
     }
 
 

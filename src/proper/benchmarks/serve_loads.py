@@ -76,11 +76,11 @@ class ClosedLoop:
                 served.alone if bare else served.personal,
                 EngineLimits(rows, slots=rows, prefill=1 << 30, prefix_bytes=0),
             )
-            _answer(self._engine, [(5,)] * rows, before, 1, [])
+            answer_all(self._engine, [(5,)] * rows, before, 1, [])
 
         def work(at: int) -> None:
             found: Times = []
-            _answer(self._engine, served.prompts, users, served.shape.answer, found)
+            answer_all(self._engine, served.prompts, users, served.shape.answer, found)
             self.times[name] += found if at else []
 
         return TimedSide(work, prepare)
@@ -123,7 +123,7 @@ def open_loop(served: Served, rows: int, slots: int, rate: float, arrivals: int,
     served.mix(True)
     users = served.names
     engine = Engine(served.personal, EngineLimits(rows=rows, slots=slots, prefix_bytes=0))
-    _answer(engine, [(5,)] * len(users), users, 1, [])
+    answer_all(engine, [(5,)] * len(users), users, 1, [])
     runner = EngineThread(engine)
     runner.start()
     draw, due, times = random.Random(seed), 0.0, Times()
@@ -152,7 +152,7 @@ class _Clock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _answer(
+def answer_all(
     engine: Engine, prompts: Sequence[tuple[int, ...]], users: Sequence[str], length: int, times: Times
 ) -> None:
     """Answer all requests on this thread; `times` receives the token times of each."""

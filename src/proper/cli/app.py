@@ -29,6 +29,7 @@ from proper.cli import (
     report,
     run,
     serve,
+    simulate,
     users,
     users_enrol,
     users_exchange,
@@ -46,7 +47,7 @@ INTERRUPTED = 130
 # No markup: help is plain text that can be piped, and rich is not imported for it.
 app = typer.Typer(name="proper", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-for command in (demo, check, run, evaluate, report, generate, serve, export_backbone):
+for command in (demo, check, run, evaluate, report, generate, serve, export_backbone, simulate):
     app.command(command.__name__.rpartition(".")[2].replace("_", "-"), epilog=f"\b\nExamples:\n{command.EXAMPLES}")(
         command.command
     )

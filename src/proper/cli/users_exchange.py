@@ -1,4 +1,4 @@
-"""Commands `proper users export` and `import`: one user's adapter to a folder (native or PEFT), or into another run."""
+"""Commands `proper users export` and `import`: adapters of one or all users to a folder, or one into another run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from proper.cli.options import RunFolder, examples
+from proper.errors import InputError
 from proper.run_folder import Tier, require_run
 
 logger = logging.getLogger(__name__)
@@ -24,27 +25,60 @@ Format = Literal["native", "peft"]
         "users",
         "export runs/notes --user ann --out exports/ann",
         "export runs/notes --user ann --out exports/ann-peft --format peft",
+        "export runs/notes --all --out exports/all --format peft",
     ),
 )
 def export_command(
     folder: RunFolder,
-    user: Annotated[str, typer.Option(metavar="ID", help="The user's id.", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="F", help="The folder to write.", show_default=False)],
+    user: Annotated[str | None, typer.Option(metavar="ID", help="The user's id.", show_default=False)] = None,
+    every: Annotated[bool, typer.Option("--all", help="All users, in the format peft.")] = False,
     form: Annotated[
         Format, typer.Option("--format", help="native for another run, peft for other servers.")
     ] = "native",
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export of a user.")] = False,
+    served_at: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Where the server will find the folder of --all.", show_default=False),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The merged backbone's name on the server of --all.", show_default=False),
+    ] = None,
 ) -> None:
-    """Write one user to a folder and print its path.
+    """Write one user, or all users, to a folder and print its path.
 
     --format native is the user's exact state, for another run with the same backbone and groups. --format peft is one
     plain LoRA in PEFT's format, for the merged backbone (proper export-backbone). It uses the router's gates averaged
-    over the user's history; 'proper evaluate --methods users,static-export' measures the loss from that.
+    over the user's history; 'proper evaluate --methods users,static-export' measures the loss from that. --all writes
+    the lists that vLLM, SGLang and Ray Serve LLM read beside the adapters, and measures the loss on a sample. The same
+    command again completes an interrupted export and writes only users who have changed.
     """
     require_run(folder)
+    if every:
+        _export_all(folder, out, user, form, served_at, base)
+        return
+    if user is None:
+        raise InputError("export needs --user ID or --all")
+    if served_at is not None or base is not None:
+        raise InputError("--served-at and --base go with --all")
     from proper.export.run_export import export_user
 
     export_user(folder, user, out, form=form, force=force)
+    typer.echo(out)
+
+
+def _export_all(
+    folder: Path, out: Path, user: str | None, form: Format, served_at: str | None, base: str | None
+) -> None:
+    if user is not None:
+        raise InputError("--user and --all exclude each other")
+    if form != "peft":
+        raise InputError("--all needs --format peft; 'proper users archive' takes users out in the native format")
+    from proper.export.export_all import export_all, in_words
+
+    for line in in_words(export_all(folder, out, served_at=served_at, base=base), out):
+        logger.info(line)
     typer.echo(out)
 
 

@@ -25,6 +25,19 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value impossible.
     """
+    raw = read_yaml(path)
+    for override in overrides:
+        _apply(raw, override)
+    _resolve_paths(raw, path.parent)
+    return make_config(raw, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file whose top level is a mapping of sections.
+
+    Raises:
+        ConfigError: the file is missing, not YAML or no mapping; the message names file and line.
+    """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -37,10 +50,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(raw, dict):
         found = "empty" if raw is None else f"a {type(raw).__name__}"
         raise ConfigError(f"{path}: a config is a mapping of sections, this is {found}")
-    for override in overrides:
-        _apply(raw, override)
-    _resolve_paths(raw, path.parent)
-    return make_config(raw, str(path))
+    return raw
 
 
 def load_run_config(path: Path) -> Config:

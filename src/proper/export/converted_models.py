@@ -44,7 +44,7 @@ def in_int8(folder: Path, users: Sequence[str]) -> Iterator[PersonalizedModel]:
         RunFolderError: stage 3 is missing.
     """
     with (
-        _temporary_store() as store,
+        temporary_store() as store,
         closing(load(folder, Tier.USERS)) as exact,
         closing(_quantize(exact, users, store)) as model,
     ):
@@ -58,7 +58,7 @@ def static_export(folder: Path, dataset: Dataset) -> Iterator[PersonalizedModel]
     Raises:
         RunFolderError: stage 3 is missing.
     """
-    with _temporary_store() as store, closing(load(folder, Tier.USERS)) as exact:
+    with temporary_store() as store, closing(load(folder, Tier.USERS)) as exact:
         users = [user.id for user in dataset.users("target") if user.history > 0]
         newest = exact.config.users.max_items
         with closing(fold_all(exact, users, lambda user: dataset.history(user, newest), store)) as model:
@@ -77,7 +77,7 @@ def folded_size(model: PersonalizedModel) -> tuple[int, int]:
 
 
 @contextmanager
-def _temporary_store() -> Iterator[AdapterStore]:
+def temporary_store() -> Iterator[AdapterStore]:
     """Yield an empty store in a temporary folder, which is removed at the end.
 
     No copy of personal data remains where deletion would miss it.

@@ -11,7 +11,7 @@ run's files.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from proper.adapters.records import MADE
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore, UserRecord
 from proper.config import Config, load_run_config
-from proper.data.dataset import Dataset
+from proper.data.dataset import Dataset, TextExample
 from proper.errors import InputError, RunFolderError
 from proper.export.fold import fold, folded_rank
 from proper.export.peft_format import adapter_config, served_rank, to_peft, uniform
@@ -80,9 +80,9 @@ def export_user(folder: Path, user: str, out: Path, *, form: Format = "native", 
         return
     model = load(folder)
     try:
-        _require_dense(folder, model.model.backbone)
-        with Dataset.open(_data(folder)) as dataset, atomic_folder(out) as place:
-            _write_peft(place, model, dataset, user, origin)
+        require_dense(folder, model.model.backbone)
+        with Dataset.open(run_data(folder)) as dataset, atomic_folder(out) as place:
+            write_peft(place, model, dataset.history(user, model.config.users.max_items), user, {"origin": origin})
     finally:
         model.close()
 
@@ -125,7 +125,7 @@ def export_backbone(folder: Path, out: Path, *, force: bool = False) -> None:
     """
     require_free(out, force)
     backbone = load(folder, Stage.POPULATION).model.backbone
-    _require_dense(folder, backbone)
+    require_dense(folder, backbone)
     # Servers take the end tokens from the generation config; `load_backbone` has removed the checkpoint's own one.
     backbone.model.generation_config = GenerationConfig.from_model_config(backbone.model.config)
     with atomic_folder(out, shared=True) as place:
@@ -180,8 +180,28 @@ def _write_texts(path: Path, folder: Path, user: str) -> None:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _write_peft(place: Path, model: PersonalizedModel, dataset: Dataset, user: str, origin: dict[str, str]) -> None:
-    history = dataset.history(user, model.config.users.max_items)
+def write_peft(
+    place: Path,
+    model: PersonalizedModel,
+    history: Sequence[TextExample],
+    user: str,
+    state: Mapping[str, Any],
+    base: str | None = None,
+) -> None:
+    """Fold one user and write the PEFT adapter to the existing folder `place`.
+
+    Args:
+        place: the folder.
+        model: the run's model.
+        history: the items over which the gates are averaged.
+        user: the user.
+        state: what the adapter belongs to; written beside it.
+        base: `base_model_name_or_path` of the adapter's config.
+
+    Raises:
+        InputError: the history is empty.
+        StoreError: the user's adapter is damaged.
+    """
     folded = fold(model, user, history)
     layers, backbone = model.model.layers, model.model.backbone
     loras = uniform(folded.loras, served_rank(folded_rank(model)))
@@ -189,7 +209,8 @@ def _write_peft(place: Path, model: PersonalizedModel, dataset: Dataset, user: s
     modules = [name for name, _ in backbone.model.named_modules() if not name.startswith(inside)]
     transposed = any(isinstance(layers[name].base, Conv1D) for name in loras)
     save_file(to_peft(loras), place / PEFT_WEIGHTS, metadata={"format": "pt"})
-    write_json(place / PEFT_CONFIG, adapter_config(loras, modules, fan_in_fan_out=transposed))
+    config = adapter_config(loras, modules, fan_in_fan_out=transposed)
+    write_json(place / PEFT_CONFIG, config | {"base_model_name_or_path": base})
     metadata: dict[str, Any] = {
         "format": "proper-peft",
         "version": 1,
@@ -198,12 +219,12 @@ def _write_peft(place: Path, model: PersonalizedModel, dataset: Dataset, user: s
         "rank": folded_rank(model),
         "items": len(history),
         "gates": {name: [round(gate, 6) for gate in gates.tolist()] for name, gates in folded.gates.items()},
-        "origin": origin,
     }
-    write_json(place / FACTS, metadata)
+    write_json(place / FACTS, metadata | dict(state))
 
 
-def _require_dense(folder: Path, backbone: Backbone) -> None:
+def require_dense(folder: Path, backbone: Backbone) -> None:
+    """Raise an InputError if the backbone is quantized: the population stage cannot be merged into it for servers."""
     if backbone.quantized:
         raise InputError(
             f"{folder}: its backbone is quantized: stage 1 lies beside it and cannot be merged for servers"
@@ -261,7 +282,7 @@ def _router(folder: Path) -> dict[str, str]:
     return {"router": _hash(path)} if path.is_file() else {}
 
 
-def _data(folder: Path) -> Path:
+def run_data(folder: Path) -> Path:
     """Return the path of a run's prepared data, which further seeds share."""
     return RunFolder(folder).home.data
 

@@ -1,0 +1,1 @@
+"""Discrete-event simulation of very many users on very many replicas; knows nothing of torch or of a run folder."""
