@@ -60,6 +60,7 @@ def measure(folder: Path, path: Path, counts: Sequence[int], users: int, ask: in
                 jobs = embedding_jobs(placer, known, fitter.model.config.users.tiers.validation)
                 losses[name] = _losses(fitter, asked, _fitted(fitter, jobs))
             found["items"][str(count)] = _summary(losses)
+            print(count, found["items"][str(count)], flush=True)
         found["encoder_seconds"] = _seconds(fitter, [own[: max(counts)] for _, own in histories], enrol)
         return found
     finally:
@@ -125,7 +126,7 @@ def _seconds(fitter: Fitter, histories: Sequence[Sequence[EncodedExample]], enro
 
 
 def main() -> int:
-    """Parse the command line, measure and print or write the result."""
+    """Parse the command line, measure, and write the result if a file is given; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.cold_start",
         description=__doc__,
@@ -140,8 +141,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     found = measure(given.run, given.new, given.items, given.users, given.ask, given.enrol)
-    for count, each in found["items"].items():
-        print(count, each)
     print(found["encoder_seconds"])
     if given.out is not None:
         write_json(given.out, found)

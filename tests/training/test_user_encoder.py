@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,15 @@ from proper.errors import StoreError
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.personal import ProperModel
 from proper.models.user_encoder import Pooling, Readout, UserEncoder, load_encoder, save_encoder
-from proper.training.user_encoder import Regression, UserItems, pool, project, train_encoder
+from proper.training.user_encoder import (
+    Regression,
+    UserItems,
+    nothing,
+    pool,
+    project,
+    train_encoder,
+    without_starts,
+)
 
 
 def planted(users: int, noise: float, seed: int = 0) -> list[UserItems]:
@@ -28,8 +37,8 @@ def planted(users: int, noise: float, seed: int = 0) -> list[UserItems]:
     for at in range(users):
         own = torch.randn(6, generator=draw)
         phi = own + noise * torch.randn(12, 6, generator=draw)
-        embedding = weight @ own + torch.randn(8, generator=draw)
-        made.append(UserItems([EncodedExample(f"u{at}", (1, 2), 1)] * 12, phi, embedding))
+        added = weight @ own + torch.randn(8, generator=draw)
+        made.append(UserItems([EncodedExample(f"u{at}", (1, 2), 1)] * 12, phi, added))
     return made
 
 
@@ -49,12 +58,29 @@ def test_variances_are_those_that_made_the_items() -> None:
 
 @pytest.mark.parametrize("kind", ["ridge", "network"])
 def test_planted_users_are_found_better_than_by_the_mean(kind: str) -> None:
-    rng, mean = random.Random(0), torch.zeros(8)
-    fit = Regression.of(planted(120, noise=0.5), mean, torch.eye(8), rng)
-    test = Regression.of(planted(160, noise=0.5)[120:], mean, torch.eye(8), rng, fit.pooling)
+    rng = random.Random(0)
+    fit = Regression.of(planted(120, noise=0.5), torch.eye(8), rng)
+    test = Regression.of(planted(160, noise=0.5)[120:], torch.eye(8), rng, fit.pooling)
     readout = fit.ridge(0.01) if kind == "ridge" else fit.network(0, test)[0]
-    nothing = Readout(torch.zeros(8, 6), torch.empty(0), torch.empty(8, 0))
-    assert readout.kind == kind and test.error(readout) < 0.5 * test.error(nothing)
+    assert readout.kind == kind and test.error(readout) < 0.5 * test.error(nothing(6, 8))
+
+
+@pytest.mark.parametrize("kind", ["ridge", "network"])
+def test_times_multiplies_the_distance_from_the_mean(kind: str) -> None:
+    encoder = made_encoder(kind)
+    phi = [encoder.projection(torch.randn(5, 32, generator=torch.Generator().manual_seed(1)))]
+    doubled = replace(encoder, readout=encoder.readout.times(2.0))
+    distance = encoder.place(phi) - encoder.mean
+    torch.testing.assert_close(doubled.place(phi) - encoder.mean, 2 * distance, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_left_of_the_starts_is_taken_out() -> None:
+    draw = torch.Generator().manual_seed(0)
+    starts, added, effect = (torch.randn(n, 8, generator=draw) for n in (500, 500, 12))
+    found = without_starts(1.3 * starts + 0.1 * added, starts, range(500), effect)
+    torch.testing.assert_close(found, 0.1 * added, rtol=0, atol=0.1)
+    alone = without_starts(1.3 * starts, starts, [3], effect)
+    torch.testing.assert_close(alone, torch.zeros(500, 8), rtol=0, atol=1e-4)
 
 
 def made_encoder(kind: str = "ridge") -> UserEncoder:
@@ -103,7 +129,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 def test_few_users_give_no_encoder(grouped: Callable[..., ProperModel], dataset: Dataset, encoder: Encoder) -> None:
     users = [user.id for user in dataset.users() if user.history > 0]
     sample = dataset.sample("all", None, 0)
-    assert train_encoder(grouped(), encoder, sample, users, torch.randn(len(users), 16), 0) is None
+    assert train_encoder(grouped(), encoder, sample, users, *torch.randn(2, len(users), 16), 0) is None
 
 
 def test_the_choice_is_the_lowest_answer_loss_of_held_out_users(
@@ -118,13 +144,11 @@ def test_the_choice_is_the_lowest_answer_loss_of_held_out_users(
     users = [user.id for user in dataset.users() if user.history > 0]
     kinds = set()
     for seed in range(3):
-        draw = torch.Generator().manual_seed(seed)
-        embeddings = torch.randn(len(users), 16, generator=draw)
-        found = train_encoder(grouped(), encoder, dataset.sample("all", None, 0), users, embeddings, seed)
-        said = caplog.messages[-1]
-        losses = {kind: float(said.split(f"{kind} ")[1].split(",")[0]) for kind in ("mean", "ridge", "network")}
-        kind = said.split("users: ")[1].split(";")[0]
-        assert losses[kind] == min(losses.values())
+        embeddings = torch.randn(2, len(users), 16, generator=torch.Generator().manual_seed(seed))
+        found = train_encoder(grouped(), encoder, dataset.sample("all", None, 0), users, *embeddings, seed)
+        kind, said = caplog.messages[-1].removeprefix("encoder of users: ").split("; answer loss on held-out users: ")
+        losses = [each.rsplit(" ", 1) for each in said.split(", ")]
+        assert min(losses, key=lambda pair: float(pair[1]))[0].split(" x ")[0] == kind and len(losses) == 7
         assert (found is None) == (kind == "mean") and (found is None or found.readout.kind == kind)
         kinds.add(kind)
     assert len(kinds) > 1

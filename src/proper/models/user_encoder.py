@@ -39,13 +39,13 @@ class ItemProjection:
 
     Attributes:
         mean: mean of the features (F,).
-        surprise, answer, context: directions, scaled to unit variance, (F', C) of the parts they are taken from.
+        surprise, answer, context: directions, scaled to unit variance, one a column, (H, S), (H, A) and (2 H, C).
     """
 
     mean: Float[Tensor, "F"]
-    surprise: Float[Tensor, "H S"]
-    answer: Float[Tensor, "H A"]
-    context: Float[Tensor, "G C"]
+    surprise: Float[Tensor, "J K"]
+    answer: Float[Tensor, "J K"]
+    context: Float[Tensor, "J K"]
 
     def __call__(self, features: Float[Tensor, "N F"]) -> Float[Tensor, "N K"]:
         """Return phi of every item."""
@@ -100,6 +100,11 @@ class Readout:
     def kind(self) -> Kind:
         """Which of the two it is."""
         return "network" if self.bias.numel() else "ridge"
+
+    def times(self, factor: float) -> Readout:
+        """Return the readout whose distances are `factor` times as large."""
+        first = self.first * factor if self.kind == "ridge" else self.first
+        return Readout(first, self.bias, self.second * factor)
 
     def __call__(self, z: Float[Tensor, "U K"]) -> Float[Tensor, "U D"]:
         """Return the embeddings' distances from the mean."""

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from proper.config import GroupsConfig
@@ -50,8 +51,7 @@ class GroupsStage:
     ) -> None:
         self.model, self.config, self.accelerator, self.whole = model, config, accelerator, whole
         self.index = {user: at for at, user in enumerate(users)}
-        generator = torch.Generator().manual_seed(seed_of(seed, "embeddings") % 2**63)
-        self.embeddings = config.embedding_init * torch.randn(len(users), model.embedding_size, generator=generator)
+        self.embeddings = first_embeddings(config, len(users), model.embedding_size, seed)
         self.optimizer = RowAdamW.of(self.embeddings)
         self._pending: list[tuple[list[int], Tensor]] = []
 
@@ -120,6 +120,12 @@ class GroupsStage:
         self.embeddings.copy_(tensors["embeddings"])
         prefix = "embeddings/"
         self.optimizer.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
+
+def first_embeddings(config: GroupsConfig, users: int, size: int, seed: int) -> Float[Tensor, "U D"]:
+    """Return the users' embeddings before training, in the order of the stage's users."""
+    generator = torch.Generator().manual_seed(seed_of(seed, "embeddings") % 2**63)
+    return config.embedding_init * torch.randn(users, size, generator=generator)
 
 
 def train_groups(

@@ -36,7 +36,7 @@ from proper.models.user_encoder import save_encoder
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.early_stopping import hold_out
-from proper.training.groups import train_groups
+from proper.training.groups import first_embeddings, train_groups
 from proper.training.optim import resolve_rate
 from proper.training.population import train_population
 from proper.training.trainer import Log, TrainingPlan
@@ -186,7 +186,8 @@ class StageRunner:
     def _save_encoder(self, model: ProperModel, users: Sequence[str], embeddings: Tensor, sample: SampledRows) -> None:
         if not self.config.groups.user_encoder:
             return
-        found = train_encoder(model, self.encoder, sample, users, embeddings, self.seed)
+        starts = first_embeddings(self.config.groups, len(users), model.embedding_size, self.seed)
+        found = train_encoder(model, self.encoder, sample, users, embeddings, starts, self.seed)
         if found is not None:
             save_encoder(self.run_folder.encoder, found)
 
