@@ -1,11 +1,13 @@
 """Does the simulation agree with the server? A small load on the real HTTP server, and the simulation of the same load.
 
-python -m experiments.simulation [--repeats 3] [--requests 80] [--json docs/results/bench/simulation-check.json]
+python -m experiments.simulation [--repeats 3] [--requests 40] [--pad 0.3] [--json FILE]
 
-Every repeat measures the costs through the server's own HTTP interface, replays requests (Poisson arrivals, Zipf
-users), measures the costs again, and simulates the same requests with the costs of that repeat. The server is a process
-of its own with proper-nano and random adapters; answers never end early, so that their lengths are known. Other load
-on the machine changes the costs from minute to minute: the comparison is paired, and the result says what the load was.
+Every repeat sends requests (Poisson arrivals, Zipf users) and simulates the same requests, as they reached the engine,
+with the costs that the server's own work had meanwhile: its steps, prefills and loads are timed, their order and the
+queue are not looked at. Times are those inside the server; those that the client saw are beside them.
+The server is a process of its own with proper-nano and random adapters; answers never end early, so that their lengths
+are known. Other load on the machine changes the costs within seconds, which no simulation foresees: `--pad` makes every
+forward pass take at least so long, as that of a larger backbone would.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,9 @@ import httpx
 import numpy as np
 
 from experiments.simulation_client import Client, running_server
-from experiments.simulation_server import LONGEST_ANSWER, LONGEST_PROMPT, ROWS, SLOTS, USERS
+from experiments.simulation_server import LONGEST_ANSWER, LONGEST_PROMPT, ROWS, SLOTS, USERS, Work, read_log
 from proper.benchmarks.measure import machine
+from proper.benchmarks.serve_costs import line
 from proper.files import write_json
 from proper.simulation.activity import Arrival, ZipfLaw
 from proper.simulation.costs import ServingCosts, step_table
@@ -39,50 +42,23 @@ from proper.simulation.serving import serve_requests
 SHORT_PROMPT = 8
 
 
-async def calibrate(client: Client, rounds: int) -> list[tuple[str, float]]:
-    """Return measurements by kind: "warm 8" (first token of a short prompt, in a slot), "cold 8", "step 2", ..."""
-    found: list[tuple[str, float]] = []
-    for at in range(rounds):
-        await client.ask(1, SHORT_PROMPT, 1)
-        before = await client.metrics()
-        warm = [(size, (await client.ask(1, size, 1)).first) for size in 3 * (SHORT_PROMPT, LONGEST_PROMPT)]
-        after = await client.metrics()
-        inside = after["proper_first_token_seconds_sum"] - before["proper_first_token_seconds_sum"]
-        found += [(f"warm {size}", seconds) for size, seconds in warm]
-        found.append(("request", max(0.0, (sum(seconds for _, seconds in warm) - inside) / len(warm))))
-        # More users than slots since: this one's adapter has left its slot.
-        for user in range(SLOTS + 2):
-            one = await client.ask(2 + (user + at * 5) % (USERS - 2), SHORT_PROMPT, 1)
-            found.append((f"cold {SHORT_PROMPT}", one.first))
-        for rows in range(1, ROWS + 1):
-            for user in range(1, rows + 1):
-                await client.ask(user, SHORT_PROMPT, 1)
-            answers = await asyncio.gather(
-                *(client.ask(user, SHORT_PROMPT, LONGEST_ANSWER) for user in range(1, rows + 1))
-            )
-            for one in answers:
-                gaps = np.diff(one.stamps)[1:]
-                found += [(f"step {rows}", float(gap)) for gap in gaps]
-    return found
-
-
-def costs_of(measured: list[tuple[str, float]]) -> ServingCosts:
-    """Return the costs of a repeat: means, so that delays by other load count as in the replay."""
-    kinds: dict[str, list[float]] = {}
-    for kind, value in measured:
-        kinds.setdefault(kind, []).append(value)
-    mean = {kind: statistics.fmean(values) for kind, values in kinds.items()}
-    short, long = mean[f"warm {SHORT_PROMPT}"], mean[f"warm {LONGEST_PROMPT}"]
-    slope = max(0.0, (long - short) / (LONGEST_PROMPT - SHORT_PROMPT))
-    steps = {rows: mean[f"step {rows}"] for rows in range(1, ROWS + 1)}
-    gaps = [value / mean[kind] for kind, values in kinds.items() if kind.startswith("step") for value in values]
+def costs_of(work: Sequence[Work]) -> ServingCosts:
+    """Return the costs that the server's work had: means, and the variation around them."""
+    rest = statistics.fmean([each.seconds for each in work if each.kind == "rest"] or [0.0])
+    steps: dict[int, list[float]] = {}
+    for each in work:
+        if each.kind == "step":
+            steps.setdefault(each.size, []).append(each.seconds + rest)
+    base, slope = line([(float(each.size), each.seconds) for each in work if each.kind == "prefill"])
+    means = {size: statistics.fmean(found) for size, found in steps.items()}
+    spread = [value / means[size] for size, found in steps.items() for value in found]
+    loads = [each.seconds for each in work if each.kind == "load"]
     return ServingCosts(
-        step_table(steps, ROWS),
-        max(0.0, short - mean["request"] - slope * SHORT_PROMPT),
+        step_table(means, ROWS),
+        base,
         slope,
-        max(0.0, mean[f"cold {SHORT_PROMPT}"] - short),
-        request=mean["request"],
-        variation=statistics.pstdev(gaps),
+        statistics.fmean(loads) if loads else 0.0,
+        variation=statistics.pstdev(spread),
     )
 
 
@@ -127,7 +103,7 @@ def simulated(requests: list[Arrival], costs: ServingCosts, users: list[int], se
 
 
 async def replay(client: Client, requests: list[Arrival]) -> dict[str, Any]:
-    """Send the requests at their times; return the figures of the server."""
+    """Send the requests at their times; return the slot hit rate, and what the client saw."""
     before = await client.metrics()
     start = client.now() + 0.5
     done = await asyncio.gather(*(client.ask(r.user, r.prompt, r.answer, start + r.time) for r in requests))
@@ -135,43 +111,48 @@ async def replay(client: Client, requests: list[Arrival]) -> dict[str, Any]:
     hits = after["proper_slot_hits_total"] - before["proper_slot_hits_total"]
     return {
         "hit_rate": round(hits / len(requests), 4),
-        "first_token_seconds": percentiles([each.first for each in done]),
-        "answer_seconds": percentiles([each.stamps[-1] for each in done]),
+        "client_first_token_seconds": percentiles([each.first for each in done]),
     }
 
 
-async def compare(
-    url: str, repeats: int, count: int, rounds: int, keep: Callable[[list[dict[str, Any]]], None]
-) -> None:
+async def compare(url: str, log: Path, repeats: int, count: int, keep: Callable[[list[dict[str, Any]]], None]) -> None:
     """Call `keep` after each repeat with all so far: costs, figures of server and simulation, load of the machine."""
     found: list[dict[str, Any]] = []
     async with httpx.AsyncClient(limits=httpx.Limits(max_connections=200)) as http:
         client = Client(url, http)
-        await calibrate(client, 1)  # warm-up
         for repeat in range(repeats):
-            measured = await calibrate(client, rounds)
-            costs = costs_of(measured)
+            start = read_log(log)[2]
+            for user in range(1, SLOTS + 1):
+                await client.ask(user, SHORT_PROMPT, 1)
+            await asyncio.gather(*(client.ask(user, LONGEST_PROMPT, 4) for user in range(1, ROWS + 1)))
+            now = costs_of(read_log(log, start)[0])
             # Half of what the rows could do, so that queues form and drain.
-            seconds = costs.prefill + costs.prefill_token * 50 + 9 * costs.steps[-1] / ROWS
-            requests = load(repeat, count, 0.5 / seconds)
-            seen = list(client.users)
+            rate = 0.5 / (now.prefill + now.prefill_token * 52 + 9 * now.steps[-1] / ROWS)
+            requests, seen, start = load(repeat, count, rate), list(client.users), read_log(log)[2]
             server = await replay(client, requests)
-            costs = costs_of(measured + await calibrate(client, rounds))
+            work, replies, _ = read_log(log, start)
+            costs = costs_of(work)
+            begun = replies[0].arrival
+            received = [Arrival(each.arrival - begun, each.user, each.prompt, each.answer) for each in replies]
+            server |= {
+                "first_token_seconds": percentiles([each.first - each.arrival for each in replies]),
+                "answer_seconds": percentiles([each.last - each.arrival for each in replies]),
+            }
             found.append(
                 {
                     "load_average": round(os.getloadavg()[0], 2),
-                    "arrivals_per_second": round(0.5 / seconds, 3),
+                    "arrivals_per_second": round(rate, 3),
                     "costs": asdict(costs),
                     "server": server,
-                    "simulation": simulated(requests, costs, seen),
+                    "simulation": simulated(received, costs, seen),
                 }
             )
             keep(found)
 
 
-def run(repeats: int, count: int, rounds: int, out: Path | None) -> None:
+def run(repeats: int, count: int, pad: float, out: Path | None) -> None:
     """Start the server, compare, stop it; write {"setting", "figures", "repeats"} after each repeat."""
-    setting = {"machine": machine(), "users": USERS, "rows": ROWS, "slots": SLOTS, "requests": count, "rounds": rounds}
+    setting = {"machine": machine(), "users": USERS, "rows": ROWS, "slots": SLOTS, "requests": count, "pad": pad}
 
     def keep(found: list[dict[str, Any]]) -> None:
         result = {"setting": setting | {"backbone": "proper-nano, fp32"}, "figures": figures(found), "repeats": found}
@@ -179,8 +160,8 @@ def run(repeats: int, count: int, rounds: int, out: Path | None) -> None:
         if out is not None:
             write_json(out, result, shared=True)
 
-    with tempfile.TemporaryDirectory(prefix="proper-simulation-") as folder, running_server(Path(folder)) as url:
-        asyncio.run(compare(url, repeats, count, rounds, keep))
+    with tempfile.TemporaryDirectory(prefix="proper-simulation-") as folder, running_server(Path(folder), pad) as url:
+        asyncio.run(compare(url, Path(folder) / "work.jsonl", repeats, count, keep))
 
 
 def figures(repeats: list[dict[str, Any]]) -> dict[str, float]:
@@ -212,11 +193,11 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=80, help="requests of a repeat")
-    parser.add_argument("--rounds", type=int, default=2, help="rounds of measuring costs before and after each repeat")
+    parser.add_argument("--requests", type=int, default=40, help="requests of a repeat")
+    parser.add_argument("--pad", type=float, default=0.0, metavar="S", help="least seconds of a forward pass")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    run(arguments.repeats, arguments.requests, arguments.rounds, arguments.json)
+    run(arguments.repeats, arguments.requests, arguments.pad, arguments.json)
     return 0
 
 

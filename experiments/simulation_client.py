@@ -75,12 +75,12 @@ class Client:
 
 
 @contextmanager
-def running_server(folder: Path) -> Iterator[str]:
+def running_server(folder: Path, pad: float) -> Iterator[str]:
     """Run the server in a process of its own; yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "experiments.simulation_server", str(folder), str(port)]
+    command = [sys.executable, "-m", "experiments.simulation_server", str(folder), str(port), str(pad)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     url = f"http://127.0.0.1:{port}"
     try:

@@ -1,4 +1,4 @@
-"""The comparison of simulation and server: its arithmetic, its committed result, and (slow) the comparison itself."""
+"""The comparison of simulation and server: its arithmetic, and (slow) the comparison itself."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ from pathlib import Path
 import pytest
 
 from experiments.simulation import costs_of, figures, run, simulated
-from experiments.simulation_server import SLOTS
+from experiments.simulation_server import SLOTS, Work
 from proper.simulation.activity import Arrival
 
-RESULT = Path(__file__).parents[2] / "docs" / "results" / "bench" / "simulation-check.json"
 WITHIN = 0.2
 """The bound of the comparison: hit rate and p95 of the simulation over those of the server differ from 1 by less."""
 
 
-def test_costs_are_means_less_what_lies_outside_the_engine() -> None:
-    measured = [("warm 8", 0.05), ("warm 8", 0.07), ("warm 96", 0.148), ("request", 0.01), ("cold 8", 0.065)]
-    measured += [(f"step {rows}", 0.02 * rows * share) for rows in (1, 2, 3) for share in (0.9, 1.1)]
-    costs = costs_of(measured)
+def test_costs_are_means_of_the_server_s_work() -> None:
+    work = [Work("step", rows, 0.02 * rows * share) for rows in (1, 2, 3) for share in (0.9, 1.1)]
+    work += [Work("prefill", 8, 0.05), Work("prefill", 108, 0.15), Work("load", 0, 0.004), Work("load", 0, 0.006)]
+    costs = costs_of([*work, Work("rest", 0, 0.001)])
     assert costs.prefill_token == pytest.approx(0.001)
-    assert costs.prefill == pytest.approx(0.06 - 0.01 - 0.008)
+    assert costs.prefill == pytest.approx(0.042)
     assert costs.load == pytest.approx(0.005)
-    assert costs.steps == pytest.approx((0.02, 0.04, 0.06))
-    assert costs.variation == pytest.approx(0.1)
+    assert costs.steps == pytest.approx((0.021, 0.041, 0.061))
+    assert costs.variation == pytest.approx(0.1, rel=0.05)
     # A lonely request: the simulation gives back what was measured.
     warm, cold = ([Arrival(0.0, user, 8, 1)] for user in (1, SLOTS + 9))
     residents = list(range(1, SLOTS + 1))
-    assert simulated(warm, costs, residents, 200)["first_token_seconds"]["p50"] == pytest.approx(0.06, rel=0.05)
-    assert simulated(cold, costs, residents, 200)["first_token_seconds"]["p50"] == pytest.approx(0.065, rel=0.05)
+    assert simulated(warm, costs, residents, 200)["first_token_seconds"]["p50"] == pytest.approx(0.05, rel=0.05)
+    assert simulated(cold, costs, residents, 200)["first_token_seconds"]["p50"] == pytest.approx(0.055, rel=0.05)
 
 
 def test_figures_are_the_median_ratios() -> None:
@@ -50,9 +49,8 @@ def test_figures_are_the_median_ratios() -> None:
 
 @pytest.mark.slow
 def test_the_simulation_agrees_with_the_server(tmp_path: Path) -> None:
-    run(3, 60, 1, tmp_path / "check.json")
+    run(3, 40, 0.3, tmp_path / "check.json")
     result = json.loads((tmp_path / "check.json").read_text())
     assert len(result["repeats"]) == 3
     assert result["figures"]["hit_rate_over_server"] == pytest.approx(1, abs=WITHIN)
-    # On a machine with other load the times of a few requests scatter more than their model.
-    assert result["figures"]["first_token_p95_over_server"] == pytest.approx(1, abs=2 * WITHIN)
+    assert result["figures"]["first_token_p95_over_server"] == pytest.approx(1, abs=WITHIN)
