@@ -132,9 +132,10 @@ def losses(model: Model, user: str, texts: Sequence[tuple[str, str]]) -> list[fl
 
 
 def _history(model: Model, user: str) -> list[tuple[str, str]]:
+    """Return the texts of a user's history before the first period: the run's data, and what was logged since."""
     dataset = model.users.worker.fitter().dataset
-    assert dataset is not None
-    return [(item.prompt, item.target) for item in dataset.history(user)]
+    run = [] if dataset is None else [(item.prompt, item.target) for item in dataset.history(user)]
+    return run + [(item.prompt, item.target) for item in model.users.log.interactions("", user)]
 
 
 def interval(values: Sequence[Value], statistic: Callable[[Sequence[Value]], float]) -> list[float]:

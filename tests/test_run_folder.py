@@ -15,7 +15,7 @@ from proper.run_folder import Personal, RunFolder, Stage, Tier, UsersFolder, kin
 
 SOURCE = Path(run_folder.__file__).parent
 LAYOUT = Path(run_folder.__file__)
-OTHERS = {("run_export.py", "interactions.jsonl")}
+OTHERS = {("run_export.py", "interactions.jsonl"), ("archive.py", "interactions.jsonl")}
 """A file of another folder that has the same name: a user's texts in an exported archive."""
 
 

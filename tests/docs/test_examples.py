@@ -58,6 +58,7 @@ RUN = [
     "docs/serving.md",
     "docs/how-to/serve.md",
     "docs/how-to/enrol-and-delete.md",
+    "docs/how-to/user-data.md",
     "docs/how-to/backbone.md",
     "docs/how-to/data.md",
     "docs/how-to/many-users.md",

@@ -75,7 +75,7 @@ def test_a_run_without_routing_says_what_to_run(tmp_path: Path) -> None:
 
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 50), st.integers(0, 50))
 def test_log_odds_are_those_of_the_paper(having: int, more: int, others: int, others_more: int) -> None:
-    """Equations 15, 16, 20 and 22 of Monroe et al., written out; of equal rates nothing is raised."""
+    """Equations 15, 16 and 22 of Monroe et al., written out, with the variance of all four cells."""
     of, others_of = having + more, others + others_more
     z = log_odds(having, of, others, others_of)
     if not of or not others_of:
@@ -85,5 +85,14 @@ def test_log_odds_are_those_of_the_paper(having: int, more: int, others: int, ot
     alpha, alpha_0 = PRIOR * rate, PRIOR
     delta = math.log((having + alpha) / (of + alpha_0 - having - alpha))
     delta -= math.log((others + alpha) / (others_of + alpha_0 - others - alpha))
-    assert z == pytest.approx(delta / math.sqrt(1 / (having + alpha) + 1 / (others + alpha)))
+    variance = sum(1 / (n + alpha) for n in (having, others)) + sum(
+        1 / (n + alpha_0 - alpha) for n in (more, others_more)
+    )
+    assert z == pytest.approx(delta / math.sqrt(variance))
     assert log_odds(others, others_of, having, of) == pytest.approx(-z)
+
+
+def test_what_every_item_has_is_not_raised_by_a_large_group() -> None:
+    """A word of the template: both rates are 1, and the sets differ in size."""
+    assert abs(log_odds(5000, 5000, 50, 50)) < 1
+    assert log_odds(40, 100, 10, 100) > 3

@@ -23,7 +23,7 @@ def archive(
     out: Annotated[Path, typer.Option("--out", metavar="ZIP", help="The file to write.", show_default=False)],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write everything that a run holds of a user to a zip file; print its path.
+    """Write all that a run holds of a user to a zip file.
 
     Interactions with their texts, every version with its metadata and tensors, predictions, scores, gates, and what
     report pages say of the user, in JSON and safetensors, with a README.txt in words. Nothing in the run is changed.

@@ -33,6 +33,9 @@ from proper.interactions.log import InteractionLog
 from proper.interactions.personal_files import files_of, work_folder
 from proper.run_folder import RunFolder, nested_runs
 
+TEXTS = "interactions.jsonl"
+"""The file with all interactions."""
+
 README = """\
 Everything that the run "{run}" holds of user {user}
 Written {date} by proper, https://pypi.org/project/proper-llm
@@ -40,7 +43,7 @@ Written {date} by proper, https://pypi.org/project/proper-llm
 No program of proper is needed to read it: .json is JSON, .jsonl one JSON object a line (UTF-8), and .safetensors the
 format of the Python package "safetensors" (load_file returns tensors by name). Times are seconds since 1970, UTC.
 
-interactions.jsonl   Your interactions. "source" is "run" for the data the run was made with ("part" says how it was
+{texts}   Your interactions. "source" is "run" for the data the run was made with ("part" says how it was
                      used: "history" to train on, "query" to test with, "unused" neither) or "log" for what was sent
                      to the server or added later ("received" is when). "prompt" and "target" are the texts.
 log.json             The state of the latest fit of your data, and what came of attempts to update your model.
@@ -88,7 +91,7 @@ def write_archive(target: IO[bytes], store: AdapterStore, log: InteractionLog, u
         )
         told = "\n".join(f"  {name}" for name in names) or "  nothing"
         date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        text = README.format(run=run.name, user=user, date=date, quarantine=note, contents=told)
+        text = README.format(texts=TEXTS, run=run.name, user=user, date=date, quarantine=note, contents=told)
         archive.writestr("README.txt", text.encode("utf-8", "backslashreplace"))
 
 
@@ -96,7 +99,7 @@ def _contents(run: Path, store: AdapterStore, log: InteractionLog, user: str) ->
     """Yield the name and content of every file but the README."""
     tenant = store.tenant
     own = list(run_rows(run, user)) if tenant == DEFAULT_TENANT else []
-    yield "interactions.jsonl", b"".join(map(_line, [*own, *logged_rows(log, tenant, user)]))
+    yield TEXTS, b"".join(map(_line, [*own, *logged_rows(log, tenant, user)]))
     updates = [asdict(attempt) for attempt in log.updates.of(tenant, user)]
     yield "log.json", _json({"fit": asdict(log.queue.fit(tenant, user)), "updates": updates})
     yield from _stored(store, user, "")
@@ -111,7 +114,7 @@ def _contents(run: Path, store: AdapterStore, log: InteractionLog, user: str) ->
                 with closing(InteractionLog(users.path)) as nested_log:
                     rows = b"".join(map(_line, logged_rows(nested_log, tenant, user)))
                     if rows:
-                        yield f"{prefix}interactions.jsonl", rows
+                        yield f"{prefix}{TEXTS}", rows
             yield from _fits(users.path, tenant, user, prefix)
     if tenant == DEFAULT_TENANT:
         for kind, path in files_of(run):

@@ -28,7 +28,7 @@ from proper.interactions.file_contents import UNREADABLE, contents
 from proper.interactions.fingerprints import Fingerprints, stored_forms
 from proper.interactions.log import InteractionLog
 from proper.interactions.personal_files import work_folder
-from proper.run_folder import RunFolder, kind_of, nested_runs
+from proper.run_folder import PEFT_WEIGHTS, RunFolder, kind_of, nested_runs
 
 PLACES = 5
 """Byte offsets that the certificate names per file and kind."""
@@ -36,15 +36,6 @@ PLACES = 5
 Tell = Callable[[int], None]
 """Called with the number of files that were searched since the last call."""
 
-REMAINS = (
-    ("population/adapter_model.safetensors", "stage 1 (population) learnt from all users' histories"),
-    ("groups/groups.safetensors", "stage 2 (experts, routers, mean embedding) learnt from all users' histories"),
-    ("groups/poly.safetensors", "the method `poly` learnt from all users' histories"),
-    ("users/router.safetensors", "stage 3b (the LoRA-aware router) learnt from all target users' histories"),
-    ("results.json", "aggregate figures over users that were calculated before the deletion"),
-    ("methods.csv", "aggregate figures over users that were calculated before the deletion"),
-    ("metrics.jsonl", "losses of training steps, of batches of many users"),
-)
 _REMEDY = "train again with the user's id in the file of data.train_without"
 
 
@@ -244,9 +235,17 @@ def _told(user: str, prints: Fingerprints, search: Search, found: list[dict[str,
 def _remains(run: Path) -> list[dict[str, Any]]:
     """Return the files that learnt from deleted users as from all, and why they stay."""
     found = []
-    for folder in nested_runs(run):
-        for name, why in REMAINS:
-            if (folder / name).is_file():
-                file = (folder / name).relative_to(run).as_posix()
-                found.append({"file": file, "why": why, "remedy": _REMEDY})
+    for folder in map(RunFolder, nested_runs(run)):
+        for path, why in (
+            (folder.population / PEFT_WEIGHTS, "stage 1 (population) learnt from all users' histories"),
+            (folder.experts, "stage 2 (experts, routers, mean embedding) learnt from all users' histories"),
+            (folder.poly, "the method `poly` learnt from all users' histories"),
+            (folder.encoder, "the encoder of new users learnt from all users' items and embeddings"),
+            (folder.users.router, "stage 3b (the LoRA-aware router) learnt from all target users' histories"),
+            (folder.results, "aggregate figures over users that were calculated before the deletion"),
+            (folder.methods_table, "aggregate figures over users that were calculated before the deletion"),
+            (folder.metrics_log, "losses of training steps, each over a batch of many users"),
+        ):
+            if path.is_file():
+                found.append({"file": path.relative_to(run).as_posix(), "why": why, "remedy": _REMEDY})
     return found

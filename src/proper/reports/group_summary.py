@@ -4,9 +4,10 @@ Reads the routing that the evaluation measured and the histories of the run's da
 the group with the largest mean gate (`evaluation.routing.main_experts`).
 
 Words and labels are compared between the items of a group's users and those of all other users by the log-odds ratio
-with an informative Dirichlet prior (Monroe, Colaresi & Quinn 2008, "Fightin' Words", eq. 15, 16, 20 and 22), in
-standard deviations. An item counts a word once. The prior is the whole population's rate of the word, worth `PRIOR`
-items, so that rare words need evidence.
+with an informative prior (Monroe, Colaresi & Quinn 2008, "Fightin' Words", eq. 15, 16 and 22), in standard deviations.
+An item counts a word once. The prior is the whole population's rate of the word, worth `PRIOR` items, so that rare
+words need evidence. The paper's variance (eq. 20) leaves out the items without the word, which are few for a word of a
+template; here all four cells count, as for any log-odds ratio.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from proper.data.dataset import Dataset, TextExample
 from proper.errors import InputError, RunFolderError
+from proper.reports.formats import plural
 from proper.reports.reading import count, number, objects, read_object
 from proper.run_folder import RunFolder
 
@@ -129,7 +131,8 @@ def log_odds(having: int, of: int, others_having: int, others_of: int, prior: fl
     no = prior - yes
     ours = math.log((having + yes) / (of - having + no))
     theirs = math.log((others_having + yes) / (others_of - others_having + no))
-    return (ours - theirs) / math.sqrt(1 / (having + yes) + 1 / (others_having + yes))
+    cells = (having + yes, of - having + no, others_having + yes, others_of - others_having + no)
+    return (ours - theirs) / math.sqrt(sum(1 / cell for cell in cells))
 
 
 def _counts(dataset: Dataset, users: Sequence[dict[str, Any]], groups: int) -> _Counts:
@@ -165,7 +168,7 @@ def group_lines(summary: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield the lines that tell a summary in plain words."""
     for each in summary:
         share = f"{100 * each['utilization']:.0f} %"
-        yield f"group {each['group']}: {share} of the mean gate; main group of {each['users']} users"
+        yield f"group {each['group']}: {share} of the mean gate; main group of {plural(each['users'], 'user')}"
         typical = ", ".join(f"{row['user']} ({row['gate']:.2f})" for row in each["typical"])
         yield f"  typical users, by mean gate: {typical}"
         for name in ("words", "labels"):
