@@ -1,7 +1,9 @@
 """Measures where new users' embeddings come from: answer loss after 0, 1, 2, 5, ... items, placed and fitted.
 
+    python -m experiments.cold_start --demo FOLDER
     python -m experiments.cold_start RUN NEW.jsonl [--items 1 2 5] [--users 40] [--ask 8] [--out FILE.json]
 
+The first makes FOLDER/run and FOLDER/new.jsonl: stages 1 and 2 on 120 users of the demo, and the items of 40 others.
 RUN is a run folder with stage 2; NEW.jsonl has users unknown to its stages 1 and 2, with the run's user column. For
 each number of items n, a user's first n items give the embedding, and the answer loss is taken on the next `--ask`
 items after the largest n, which are the same for every n:
@@ -19,6 +21,7 @@ users. The file also has the seconds that the encoder took, after the backbone's
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 import time
@@ -29,18 +32,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proper.config import make_config
 from proper.data.batching import by_length, collate
 from proper.data.dataset import TextExample
+from proper.data.demo import DemoSettings, demo_run, write_demo
 from proper.data.encoder import EncodedExample
 from proper.enrolment.fit_embedding import EmbeddingJob, FittedEmbedding, fit_embeddings
 from proper.enrolment.fit_user import Fitter, open_fitter
 from proper.enrolment.place import Placer, embedding_jobs
-from proper.files import write_json
+from proper.files import write_json, write_text
 from proper.inference import load
 from proper.interactions.parsing import read_users
 from proper.layers.batch_context import RowContext
+from proper.pipeline import run
 
 RESAMPLES = 2000
+
+
+def make_demo(folder: Path, people: int = 160, left: int = 40, seed: int = 0) -> None:
+    """Train stages 1 and 2 on the demo's users without the last `left`, and write the items of these."""
+    settings = DemoSettings(users=people, seed=seed)
+    write_demo(folder, settings)
+    rows = [json.loads(line) for line in (folder / "interactions.jsonl").read_text(encoding="utf-8").splitlines()]
+    new = set(list(dict.fromkeys(row["user_id"] for row in rows))[-left:])
+    for name, wanted in (("train.jsonl", False), ("new.jsonl", True)):
+        kept = (row for row in rows if (row["user_id"] in new) == wanted)
+        write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    raw = demo_run((folder / "train.jsonl").resolve(), settings)
+    raw["split"]["target_users"] = people - left
+    raw["groups"] = {**raw["groups"], "epochs": 3}
+    run(make_config(raw), folder / "run", stages=("population", "groups"))
 
 
 def measure(folder: Path, path: Path, counts: Sequence[int], users: int, ask: int, enrol: int) -> dict[str, Any]:
@@ -132,14 +153,20 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("new", type=Path)
+    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("new", type=Path, nargs="?")
+    parser.add_argument("--demo", type=Path, metavar="FOLDER")
     parser.add_argument("--items", type=int, nargs="+", default=[1, 2, 5])
     parser.add_argument("--users", type=int, default=40)
     parser.add_argument("--ask", type=int, default=8)
     parser.add_argument("--enrol", type=int, default=1000)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    if given.demo is not None:
+        make_demo(given.demo)
+        return 0
+    if given.run is None or given.new is None:
+        parser.error("give RUN and NEW.jsonl, or --demo FOLDER")
     found = measure(given.run, given.new, given.items, given.users, given.ask, given.enrol)
     print(found["encoder_seconds"])
     if given.out is not None:

@@ -214,7 +214,7 @@ def _bar(title: str, total: int | None) -> Iterator[Advance]:
 @contextmanager
 def _lines(title: str, total: int | None) -> Iterator[Advance]:
     start = time.monotonic()
-    pace, latest, printed_at = _TimeLeft(total), "", start
+    pace, latest, printed, printed_at = _TimeLeft(total), "", "", start
     of = "" if total is None else f"/{total}"
 
     def line() -> str:
@@ -222,14 +222,15 @@ def _lines(title: str, total: int | None) -> Iterator[Advance]:
         return ", ".join(part for part in parts if part)
 
     def advance(n: int = 1, note: str = "", share: float | None = None) -> None:
-        nonlocal latest, printed_at
+        nonlocal latest, printed, printed_at
         latest = note or latest
         pace.advance(n, share)
         now = time.monotonic()
         if now - printed_at >= _SECONDS_BETWEEN_LINES:
-            logger.info(line())
-            printed_at = now
+            printed, printed_at = line(), now
+            logger.info(printed)
 
     yield advance
     # Printed only on success: after an error, a last progress line would read as if the work was finished.
-    logger.info(line())
+    if line() != printed:
+        logger.info(line())

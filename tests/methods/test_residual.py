@@ -42,7 +42,10 @@ def test_answers_add_the_habit_to_the_model(scored: Path, settings: Callable[...
     for row in rows:
         query = queries[row["id"]]
         own = score(model, [query.prompt], [query.user], dataset.labels)[0].tolist()
-        both = [math.exp(s) * share for s, share in zip(own, priors.shares(query.user), strict=True)]
+        both = [
+            math.exp(s) * pi_u / pi
+            for s, pi_u, pi in zip(own, priors.shares(query.user), priors.population, strict=True)
+        ]
         assert row["prediction"] == dataset.labels[both.index(max(both))]
         share = both[dataset.labels.index(query.target)] / sum(both)
         assert row["label_loss"] == pytest.approx(-math.log(share), abs=1e-3) and row["loss"] is None

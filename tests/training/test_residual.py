@@ -12,7 +12,7 @@ import torch
 from proper.data.dataset import TextExample
 from proper.data.encoder import Encoder
 from proper.data.prior import EarlierPriors
-from proper.training.residual import ResidualEncoder
+from proper.training.residual import ResidualEncoder, habit
 
 LABELS = ["red", "green", "blue"]
 POPULATION = np.asarray([0.5, 0.3, 0.2])
@@ -28,10 +28,10 @@ def coder(encoder: Encoder, rows: list[TextExample], labels: list[str] = LABELS,
     return ResidualEncoder(encoder, priors, 0, most)
 
 
-def slow_prior(before: Sequence[str], label: int) -> float:
+def slow_ratio(before: Sequence[str], label: int) -> float:
     weights = [0.9 ** (len(before) - 1 - at) for at in range(len(before))]
     own = sum(weight for weight, answer in zip(weights, before, strict=True) if answer == LABELS[label])
-    return (own + 2.0 * POPULATION[label]) / (sum(weights) + 2.0)
+    return float((own + 2.0 * POPULATION[label]) / (sum(weights) + 2.0) / POPULATION[label])
 
 
 def test_a_row_knows_only_the_answers_before_it(encoder: Encoder) -> None:
@@ -42,7 +42,7 @@ def test_a_row_knows_only_the_answers_before_it(encoder: Encoder) -> None:
     for at, row in enumerate(coded):
         assert row.choice is not None
         known = answers[:at]
-        assert row.choice.prior.exp().tolist() == pytest.approx([slow_prior(known, y) for y in range(3)], rel=1e-5)
+        assert row.choice.prior.exp().tolist() == pytest.approx([slow_ratio(known, y) for y in range(3)], rel=1e-5)
         assert row.choice.answer == LABELS.index(answers[at])
         changed = history([*answers[:at], *("green" for _ in answers[at:])])
         other = coder(encoder, changed).encode(changed[at]).choice
@@ -64,7 +64,7 @@ def test_an_answer_that_is_no_label_joins_them(encoder: Encoder) -> None:
     choice = coding.encode(rows[1]).choice
     assert choice is not None and choice.answer == 3 and choice.tree.member.shape[1] == 4
     after = coding.encode(rows[2]).choice
-    assert after is not None and after.prior.exp().tolist() == pytest.approx([slow_prior(["red"], y) for y in range(3)])
+    assert after is not None and after.prior.exp().tolist() == pytest.approx([slow_ratio(["red"], y) for y in range(3)])
 
 
 def test_many_labels_are_sampled_without_bias(encoder: Encoder) -> None:
@@ -78,7 +78,7 @@ def test_many_labels_are_sampled_without_bias(encoder: Encoder) -> None:
         assert choice is not None and len(choice.prior) == 4
         own = coding._candidates(row, labels.index(row.target))
         assert own[choice.answer] == labels.index(row.target)
-        plain = torch.from_numpy(coding.priors.before(row)[1]).log()
+        plain = torch.from_numpy(habit(coding.priors.before(row)[1], coding.priors.population))
         whole = float((scores + plain).exp().sum())
         found.append(float((scores[own] + choice.prior).exp().sum()) / whole)
     error = torch.tensor(found).std().item() / math.sqrt(len(found))

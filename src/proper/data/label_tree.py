@@ -68,7 +68,7 @@ class LabelChoice:
 
     Attributes:
         tree: the tokens of the L labels.
-        prior: log pi_u(y) of each label, plus any correction for labels that were left out (L,).
+        prior: what is added to the score of each label, as log pi_u(y) - log pi(y) (L,).
         answer: index of the true label.
     """
 

@@ -166,6 +166,7 @@ class EarlierPriors:
 
     Attributes:
         labels: the L labels.
+        population: pi, `(L,)`.
     """
 
     def __init__(
@@ -177,7 +178,8 @@ class EarlierPriors:
         decay: float,
         smoothing: float,
     ) -> None:
-        self.labels, self._histories, self._number = labels, histories, label_numbers(labels, kind)
+        self.labels, self.population = labels, population
+        self._histories, self._number = histories, label_numbers(labels, kind)
         self._settings = population, decay, smoothing
         self._of = lru_cache(maxsize=1024)(self._of_user)
 

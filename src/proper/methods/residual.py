@@ -1,7 +1,7 @@
 """Methods `groups+residual` and `users+residual`: stages 2 and 3 learn what a user's habit does not say.
 
-    training    -log softmax_y(s(y | x, u) + log pi_u(y))     pi_u from the user's earlier answers (`training.residual`)
-    answers     s(y | x, u) + log pi_u(y)                      label: argmax; rating: median
+    training    -log softmax_y(s(y | x, u) + log pi_u(y) - log pi(y))    pi_u from earlier answers (`training.residual`)
+    answers     s(y | x, u) + log pi_u(y) - log pi(y)                    label: argmax; rating: median
 
 Decay and smoothing of pi_u are those of the methods `prior` and `users+prior`; there is no weight to choose. Stage 1 is
 the run's own. The trial of stage 3 measures its held-out items with this loss: a user gets an adapter if it adds to the
@@ -26,7 +26,7 @@ from proper.methods.prior import probabilities, score_as, user_priors, with_shar
 from proper.methods.spec import DerivedRun, TrainedRun, TrainingWork
 from proper.models.label_choice import takes_trees
 from proper.run_folder import Stage, Tier
-from proper.training.residual import ResidualEncoder
+from proper.training.residual import ResidualEncoder, habit
 from proper.training.stages import StageRunner
 
 
@@ -65,9 +65,9 @@ def with_residual(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
         queries = {query.id: query for query in place.dataset.queries()}
         asked = [queries[found.id] for found in run.predictions]
         priors = user_priors(place.dataset, place.config)
-        habit = np.log(np.stack([priors.shares(query.user) for query in asked]))
+        added = habit(np.stack([priors.shares(query.user) for query in asked]), priors.population)
         scores = np.asarray([found.label_scores or [] for found in run.predictions])
-        both = probabilities((scores + habit).tolist())
+        both = probabilities((scores + added).tolist())
         return replace(run, predictions=with_shares(place, run.predictions, asked, both))
 
     return answer

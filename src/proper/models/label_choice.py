@@ -1,6 +1,6 @@
 """Loss of the choice among labels, in one pass over the prompt and the tree of all labels behind it.
 
-    -log softmax_y(s(y | x) + log pi_u(y))        s: the sum of the log-probabilities of y's tokens and the end token
+    -log softmax_y(s(y | x) + prior(y))        s: the sum of the log-probabilities of y's tokens and the end token
 
 This is the `residual` form of the user prior (method: user prior). A mask lets every token of the tree see the prompt
 and the earlier tokens of its own branch, as in `inference.score`; here all is one row, with gradients.

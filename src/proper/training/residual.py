@@ -1,10 +1,12 @@
 """Training rows of the `residual` form of the user prior: each interaction is a choice among the labels.
 
-    -log softmax_y(s(y | x) + log pi_u(y))
+    -log softmax_y(s(y | x) + log pi_u(y) - log pi(y))
 
-pi_u is made of the user's answers before the interaction, which is what a query in its place would have: what a share
-lacks without an answer would tell the answer. With more than `MOST_LABELS` labels, the sum over the others is estimated
-from a seeded sample of them: their terms get the factor (L - 1) / (sampled - 1), which makes the estimate unbiased.
+The model of stage 1 knows already how often each label is given, pi(y), so what a user's habit adds is its ratio to pi:
+with log pi_u alone, frequent labels would count twice at the start. pi_u is made of the user's answers before the
+interaction, which is what a query in its place would have: what a share lacks without an answer would tell the answer.
+With more than `MOST_LABELS` labels, the sum over the others is estimated from a seeded sample of them: their terms get
+the factor (L - 1) / (sampled - 1), which makes the estimate unbiased.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 
 from proper.data.encoder import EncodedExample, Encoder, HistoryRow
 from proper.data.label_tree import LabelChoice, LabelTree
-from proper.data.prior import EarlierPriors
+from proper.data.prior import EarlierPriors, Floats
 from proper.training.checkpoint import seed_of
 
 MOST_LABELS = 32
@@ -51,7 +54,10 @@ class ResidualEncoder:
     def encode(self, example: HistoryRow, /) -> EncodedExample:
         """Encode an interaction of the histories as a choice among labels."""
         answer, shares = self.priors.before(example)
-        chosen, logs = self._candidates(example, answer), torch.from_numpy(shares).log().float()
+        chosen, logs = (
+            self._candidates(example, answer),
+            torch.from_numpy(habit(shares, self.priors.population)).float(),
+        )
         tokens = [self._labels[at] for at in chosen]
         known = int(answer >= 0)
         prior = logs[chosen] + math.log(max(1, len(self._labels) - known) / max(1, len(chosen) - known))
@@ -73,6 +79,11 @@ class ResidualEncoder:
         others = [at for at in labels if at != answer]
         draw = random.Random(seed_of(self.seed, "labels", example.user, example.id))
         return sorted([*draw.sample(others, self.most - 1), *([answer] if answer >= 0 else [])])
+
+
+def habit(shares: Floats, population: Floats) -> Floats:
+    """Return log pi_u - log pi, from shares with any leading axes `(..., L)`."""
+    return np.asarray(np.log(shares) - np.log(population))
 
 
 @lru_cache(maxsize=256)

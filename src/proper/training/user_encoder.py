@@ -54,7 +54,7 @@ PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Ridge penalties, as a share of the number of rows."""
 HIDDEN, STEPS, CHECKED = 32, 200, 5
 """Hidden units of the network, its largest number of steps, and the steps between two measurements."""
-GAINS = 1.0, 1.5, 2.0
+GAINS = 1.0, 2.0, 4.0
 """Factors on the placed embeddings' distance from the mean: a regression from few items shrinks it."""
 FEWEST_USERS = 16
 """Below this number of trained users there is no encoder."""
