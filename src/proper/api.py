@@ -14,6 +14,7 @@ from torch import Tensor
 
 from proper.adapters.store import AdapterStore, Head, Version
 from proper.config import Config
+from proper.enrolment.drift import Drift
 from proper.enrolment.fit_user import Fitter, open_fitter
 from proper.enrolment.worker import FitWorker, Heard, unheard
 from proper.errors import InputError, ProperError, RunFolderError
@@ -103,11 +104,14 @@ class Users:
         self.worker.enrol(self.store, entries, refine=refine, heard=heard or unheard)
 
     def update(self, user: str, interactions: Iterable[Row] = (), heard: Heard | None = None) -> Head | None:
-        """Add interactions of a user and fit the user to all their interactions; return tier, version and embedding.
+        """Add interactions of a user and update the user; return tier, version and embedding.
+
+        The update is trained from the version in service and becomes a new version only if that lowers the loss on
+        held-out interactions (`enrolment.update_user`); else the version stays, and `log.updates` has the reason.
 
         Args:
             user: id of an existing user.
-            interactions: as for `enrol`; with none, the user is fitted again to the stored interactions.
+            interactions: as for `enrol`; with none, those in the log that are new to the version in service.
             heard: progress callback of the fit.
 
         Raises:
@@ -119,6 +123,14 @@ class Users:
         if user not in self:
             raise InputError(f"{self.store.folder}: there is no user {user!r}; users.enrol adds a new user")
         return self.append(user, entries, new=False, heard=heard)
+
+    def drift(self) -> list[Drift]:
+        """Return the drift of all users with new interactions, the highest score first; see `enrolment.drift`."""
+        return self.worker.drift(self.store)
+
+    def update_drifted(self, budget: int | None = None, hours: float | None = None) -> list[Drift]:
+        """Update the users who have drifted, the highest score first; see `FitWorker.update_drifted`."""
+        return self.worker.update_drifted(self.store, budget, hours)
 
     def delete(self, user: str) -> bool:
         """Delete all data of a user from every file of the run; return whether there was any.

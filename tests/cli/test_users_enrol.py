@@ -49,7 +49,13 @@ def test_enrol_update_delete(run: Path, tmp_path: Path, capsys: Output) -> None:
     more = written(tmp_path / "more.jsonl", [{"prompt": "Final text.", "target": "yes", "id": 1}, *ROWS])
     assert main(["users", "update", str(run), "--user", "ann", "--input", more]) == 0
     out, err = capsys.readouterr()
-    assert out.split("\t")[2] == "2\n" and "7 logged" in err
+    assert out.split("\t")[2] == "1\n"
+    assert "not promoted: " in err and "; version 1 stays" in err
+    assert main(["users", "drift", str(run), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["user"], told["version"], told["new"]) == ("ann", 1, 1) and "Final" not in str(told)
+    assert main(["users", "update", str(run), "--drifted", "--budget", "1"]) == 0
+    capsys.readouterr()
     assert main(["users", "update", str(run), "--user", "u0", "--input", rows]) == 0
     assert capsys.readouterr().out.startswith("u0\t")
     assert main(["users", "delete", str(run), "--user", "ann"]) == 0
@@ -100,6 +106,8 @@ def test_usage_errors_are_one_line(run: Path, tmp_path: Path, capsys: Output) ->
         (["update", str(run), "--user", "nobody", "--input", rows], "--user nobody: no such user"),
         (["update", str(run), "--input", rows], "--input: the user is missing"),
         (["update", str(run), "--watch", "--user", "u0"], "--watch: fits all queued users"),
+        (["update", str(run), "--budget", "3"], "--budget and --hours go with --drifted"),
+        (["update", str(run), "--drifted", "--user", "u0"], "--drifted: chooses the users itself"),
         (["enrol", str(run), "--user", "ann", "--input", str(tmp_path / "no.jsonl")], "no.jsonl: cannot be read"),
     ):
         assert main(["users", *arguments]) == 2

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from proper.data.dataset import Dataset
 from proper.enrolment.fit_user import nearest
 from proper.errors import DataError, InputError, RunFolderError
 from proper.files import hash_file
+from proper.interactions.log import InteractionLog
 from proper.run_folder import Stage, UsersFolder
 from proper.training.stages import StageRunner
 
@@ -104,7 +106,9 @@ def same(one: UserRecord, other: UserRecord) -> bool:
 ALONE = """
 import sys, json, proper
 model = proper.load(sys.argv[1])
-model.users.enrol("new", json.loads(sys.argv[2]))
+rows = json.loads(sys.argv[2])
+model.users.enrol("new", rows[:5])
+model.users.update("new", rows[5:])
 model.close()
 """
 
@@ -112,17 +116,19 @@ model.close()
 def test_a_fit_is_the_same_alone_in_a_fresh_process_and_in_any_company(run: Path, opened: Open, tmp_path: Path) -> None:
     alone = shutil.copytree(run, tmp_path / "alone")
     command = [sys.executable, "-c", ALONE, str(alone), json.dumps(rows(3, 14))]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
     before = {user: record(run, user) for user in ("ann", "bob")}
     shared = [hash_file(run / name) for name in ("users/router.safetensors", "groups/groups.safetensors")]
     model = opened(run)
     few = model.users.enrol("few", rows(8, 3))
     head = model.users.enrol("new", rows(3, 14)[:5])
     assert head is not None and head.version == 1 and few is not None
-    head = model.users.update("new", rows(3, 14))
-    assert head is not None and head.version == 2 and model.users.versions("new")[0].parent == 1
+    model.users.update("new", rows(3, 14))
     assert same(record(run, "new"), record(alone, "new"))
-    assert record(run, "new").facts["history"] == {"run": 0, "logged": 14}
+    (attempt,) = model.users.log.updates.of("", "new")
+    with closing(InteractionLog(alone / "users")) as log:
+        (other,) = log.updates.of("", "new")
+    assert (attempt.base, attempt.version, attempt.facts) == (1, other.version, other.facts)
     assert all(same(record(run, user), theirs) for user, theirs in before.items())
     assert shared == [hash_file(run / name) for name in ("users/router.safetensors", "groups/groups.safetensors")]
     assert not list(UsersFolder(run / "users").fits.iterdir())
@@ -143,14 +149,14 @@ def test_a_known_user_grows_from_the_run_s_history(run: Path, opened: Open) -> N
     before, model = record(run, "ann"), opened(run)
     (old,) = {each.version for each in model.users.versions("ann")[:1]}
     head = model.users.update("ann", rows(5, 4))
-    after = record(run, "ann")
-    assert head is not None and head.version == old + 1 and model.users.versions("ann")[0].parent == old
-    assert after.facts["history"] == {"run": 12, "logged": 4} and torch.equal(after.embedding, before.embedding)
+    after, (attempt,) = record(run, "ann"), model.users.log.updates.of("", "ann")
+    assert head is not None and head.version == attempt.version == old + 1 and attempt.base == old
+    assert after.facts["history"] == {"run": 12, "logged": 3}
+    assert attempt.facts["trained"] == 3 and torch.equal(after.embedding, before.embedding)
     again = shutil.copytree(run, run.parent / "gone")
     (again / "data.sqlite").unlink()
-    model = opened(again)
-    model.users.update("ann")
-    assert record(again, "ann").facts["history"] == {"run": None, "logged": 4}
+    opened(again).users.enrol("zoe", rows(5, 4))
+    assert record(again, "zoe").facts["history"] == {"run": None, "logged": 4}
 
 
 def test_one_item_gives_the_group_tier(run: Path, opened: Open) -> None:

@@ -200,6 +200,7 @@ def teach_offline(walk: Walk, place: Path) -> None:
     rows.write_text("".join(json.dumps(row | {"timestamp": "2024-01-01"}) + "\n" for row in texts(OFFLINE)), "utf-8")
     walk.proper("users enrol", walk.run, "--user", name(OFFLINE), "--input", rows)
     walk.proper("users update", walk.run)
+    walk.proper("users drift", walk.run)
     walk.proper("generate", walk.run, "--user", name(OFFLINE), "--prompt", f"{OFFLINE}?")
     walk.proper("users export", walk.run, "--user", name(TRAINED[0]), "--out", place / "user")
     walk.proper("users export", walk.run, "--user", name(TRAINED[0]), "--out", place / "peft", "--format", "peft")

@@ -38,13 +38,14 @@ def until(right: Callable[[], Any], seconds: float = 200) -> Any:
     return found
 
 
-def ended(client: httpx.Client, user: str, version: int) -> Any:
-    """The user's card once a fit has made this version."""
+def ended(client: httpx.Client, user: str, version: int | None = None) -> Any:
+    """The user's card once a fit has made this version, or has ended with whatever version."""
 
     def look() -> Any:
         card = client.get(f"/v1/users/{user}").json()
         assert card["fit"]["state"] != "failed", card
-        return card if card["fit"]["state"] == "done" and card["fit"]["version"] == version else None
+        right = version is None or card["fit"]["version"] == version
+        return card if card["fit"]["state"] == "done" and right else None
 
     return until(look)
 
@@ -67,12 +68,13 @@ def test_what_is_taught_is_what_answers(serve: Serve, tiny_run: Path, tmp_path: 
         with closing(load(folder)) as alone:
             assert answer("ann") == (generate(alone, ["Well?"], ["ann"])[0], 1)
 
-        for user, version in (("ann", 2), ("u0", 2)):
-            lesson = {"interactions": [{"input": "Another?", "output": "yes"}]}
-            assert client.post(f"/v1/users/{user}/interactions", json=lesson).json()["accepted"] == 1
-            ended(client, user, version)
+        for user in ("ann", "u0"):
+            lesson = {"interactions": [{"input": f"Another {at}?", "output": "yes"} for at in range(6)]}
+            assert client.post(f"/v1/users/{user}/interactions", json=lesson).json()["accepted"] == 6
+            taught = ended(client, user)
+            assert taught["interactions"] == (18 if user == "ann" else 6)
         with closing(load(folder)) as alone:
-            assert answer("u0") == (generate(alone, ["Well?"], ["u0"])[0], 2)
+            assert answer("u0") == (generate(alone, ["Well?"], ["u0"])[0], taught["version"])
 
         figures = running.figures()
         assert (figures["proper_fits_done_total"], figures["proper_fits_queued"]) == (3, 0)

@@ -84,7 +84,7 @@ def list_users(folder: RunFolder, as_json: AsJson = False) -> None:
     with opened(folder) as store:
         for user, tier, facts, size in store.facts():
             told = {"user": user, "tier": tier, "bytes": size, "facts": facts}
-            typer.echo(_line(told) if as_json else f"{_printable(user)}\t{tier}\t{size}")
+            typer.echo(_line(told) if as_json else f"{printable(user)}\t{tier}\t{size}")
 
 
 @app.command(
@@ -240,6 +240,6 @@ def _line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _printable(user: str) -> str:
+def printable(user: str) -> str:
     """Return a user id, escaped if control characters in it would break the table."""
     return user if user.isprintable() else _line(user)

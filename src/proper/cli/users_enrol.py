@@ -1,22 +1,20 @@
-"""Commands `proper users enrol` and `update`: fit new users, new interactions, or the fit queue (the fit worker)."""
+"""Command `proper users enrol`: adds and fits new users; and what commands that fit users share."""
 
 from __future__ import annotations
 
 import logging
-import os
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from proper.cli.options import RunFolder, examples
-from proper.cli.users import known, opened
+from proper.cli.users import opened, printable
 from proper.config import load_run_config
-from proper.console import progress, silent
-from proper.errors import InputError, ProperError
+from proper.console import progress
+from proper.errors import InputError
 from proper.run_folder import Tier, require_run
 
 if TYPE_CHECKING:
@@ -28,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 app = typer.Typer(rich_markup_mode=None)
 
-_INPUT = typer.Option(
+INPUT = typer.Option(
     "--input",
     metavar="FILE",
     help="JSONL, one interaction per line: the run's columns, or prompt and target. Equal ids count once.",
@@ -46,7 +44,7 @@ _INPUT = typer.Option(
 )
 def enrol(
     folder: RunFolder,
-    input_file: Annotated[Path, _INPUT],
+    input_file: Annotated[Path, INPUT],
     user: Annotated[
         str | None,
         typer.Option(
@@ -72,62 +70,21 @@ def enrol(
     an interruption, 'proper users update' continues the fit.
     """
     entries = _entries_of_users(folder, user, input_file)
-    with _users(folder) as users:
+    with open_users(folder) as users:
         for each in entries:
             if each in users:
                 raise InputError(f"--user {each}: exists already; 'proper users update' adds interactions")
         if user is not None and refine:
-            _append(users, user, entries[user], new=True)
+            append(users, user, entries[user], new=True)
             return
         with _bars(len(entries)) as heard:
             users.enrol_many(entries, refine=refine, heard=heard)
         for each in entries:
-            _print(users, each)
+            print_user(users, each)
 
 
-@app.command(
-    epilog=examples(
-        "users",
-        "update runs/notes --user ann --input more.jsonl",
-        "update runs/notes --user ann",
-        "update runs/notes",
-        "update runs/notes --watch",
-    )
-)
-def update(
-    folder: RunFolder,
-    user: Annotated[str | None, typer.Option("--user", metavar="U", help="The user's id.", show_default=False)] = None,
-    input_file: Annotated[Path | None, _INPUT] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Keep fitting queued users until SIGTERM or Ctrl-C.")] = False,
-    parent: Annotated[
-        int | None,
-        typer.Option(metavar="PID", help="With --watch: exit when this parent process does."),
-    ] = None,
-) -> None:
-    """Fit a user to new interactions, or all queued users.
-
-    Adds the interactions to the user's log and fits the user to all their interactions: the training data of the run,
-    if it still exists, and everything logged since. Without --user, fits every user in the queue. The result is a new
-    version; 'proper users rollback' goes back. With --watch this is the fit worker of 'proper serve'.
-    """
-    if input_file is not None and user is None:
-        raise InputError("--input: the user is missing; give --user as well")
-    if watch:
-        if user is not None:
-            raise InputError("--watch: fits all queued users; leave --user out")
-        _watch(folder, parent)
-        return
-    entries = [] if user is None or input_file is None else _entries(folder, user, input_file)
-    with _users(folder) as users:
-        if user is None:
-            _fit_all(users)
-            return
-        if user not in users:
-            known(users.store, user)
-        _append(users, user, entries, new=False)
-
-
-def _entries(folder: Path, user: str, path: Path) -> list[LogEntry]:
+def read_entries(folder: Path, user: str, path: Path) -> list[LogEntry]:
+    """Read one user's interactions from a file, for the run's columns."""
     run = require_run(folder)
     from proper.interactions.parsing import read_file, record_reader
 
@@ -137,7 +94,7 @@ def _entries(folder: Path, user: str, path: Path) -> list[LogEntry]:
 
 def _entries_of_users(folder: Path, user: str | None, path: Path) -> dict[str, list[LogEntry]]:
     if user is not None:
-        return {user: _entries(folder, user, path)}
+        return {user: read_entries(folder, user, path)}
     run = require_run(folder)
     from proper.interactions.parsing import read_users
 
@@ -146,7 +103,7 @@ def _entries_of_users(folder: Path, user: str | None, path: Path) -> dict[str, l
 
 
 @contextmanager
-def _users(folder: Path) -> Iterator[Users]:
+def open_users(folder: Path) -> Iterator[Users]:
     """Open a run's users; the model is loaded when there is a user to fit."""
     with opened(folder) as store:
         from proper.api import Users
@@ -174,38 +131,21 @@ def _fitter(folder: Path) -> Iterator[Callable[[], Fitter]]:
             fitter.close()
 
 
-def _append(users: Users, user: str, entries: list[LogEntry], *, new: bool) -> None:
+def append(users: Users, user: str, entries: list[LogEntry], *, new: bool) -> None:
+    """Log a user's interactions, fit the user with a progress bar, and print the result."""
     with users.log.queue.lock(wait=False) as free:
         if not free:
             logger.info("another process is fitting a user; waiting for it")
     with _bar(f"fit {user if user.isprintable() else 'the user'}") as heard:
         users.append(user, entries, new=new, heard=heard)
-    _print(users, user)
+    print_user(users, user)
 
 
-def _fit_all(users: Users) -> None:
-    waiting = users.log.queue.waiting()
-    with progress("fit", len(waiting)) as advance:
-        while users.worker.waiting() and users.worker.fit_next():
-            advance(1)
-    failed = 0
-    for tenant, user in waiting:
-        fit = users.log.queue.fit(tenant, user)
-        failed += fit.state == "failed"
-        if tenant == users.store.tenant:
-            _print(users, user)
-        if fit.state == "failed":
-            logger.warning(f"user {user!r} could not be fitted: {fit.message}")
-    if not waiting:
-        logger.info("no user is queued")
-    if failed:
-        raise ProperError(f"{failed} of {len(waiting)} users could not be fitted")
-
-
-def _print(users: Users, user: str) -> None:
+def print_user(users: Users, user: str) -> None:
+    """Print a user's tier and version, and log the message of the latest fit."""
     head, fit = users.head(user), users.log.queue.fit(users.store.tenant, user)
     tier, version = (Tier.NONE, "-") if head is None else (head.tier, str(head.version))
-    typer.echo(f"{user if user.isprintable() else repr(user)}\t{tier}\t{version}")
+    typer.echo(f"{printable(user)}\t{tier}\t{version}")
     if fit.message is not None and fit.state == "done":
         logger.info(fit.message)
 
@@ -242,29 +182,3 @@ def _bars(total: int) -> Iterator[Callable[[str, float], None]]:
             shown[phase] = advance, now
 
         yield heard
-
-
-class _Ended(BaseException):
-    """SIGTERM was received, or the parent process is gone."""
-
-
-def _watch(folder: Path, parent: int | None) -> None:
-    if parent is not None:
-        os.nice(10)  # requests of the server have priority
-
-    def end(*_: Any) -> None:
-        raise _Ended
-
-    def heard(phase: str, share: float) -> None:
-        if parent is not None and os.getppid() != parent:
-            raise _Ended
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        with _users(folder) as users, silent():
-            # Messages of fits name users, and user ids stay out of a server's log.
-            users.worker.watch(heard)
-    except _Ended:
-        logger.info("proper: the fit worker stops; an unfinished fit is queued again")
-    finally:
-        signal.signal(signal.SIGTERM, before)

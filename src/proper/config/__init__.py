@@ -13,6 +13,7 @@ from proper.config.schema import (
 )
 from proper.config.stages import (
     ConstraintConfig,
+    DriftConfig,
     GroupsConfig,
     LastLayers,
     OptimizerConfig,
@@ -20,6 +21,7 @@ from proper.config.stages import (
     Section,
     TargetModules,
     TiersConfig,
+    UpdateConfig,
     UsersConfig,
 )
 
@@ -28,6 +30,7 @@ __all__ = [
     "Config",
     "ConstraintConfig",
     "DataConfig",
+    "DriftConfig",
     "EvaluationConfig",
     "GroupsConfig",
     "LastLayers",
@@ -39,6 +42,7 @@ __all__ = [
     "TargetModules",
     "TaskConfig",
     "TiersConfig",
+    "UpdateConfig",
     "UsersConfig",
     "load_config",
     "load_run_config",

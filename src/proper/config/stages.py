@@ -160,6 +160,42 @@ class TiersConfig(Section):
         return self.pool_below is None or items < self.pool_below
 
 
+class UpdateConfig(Section):
+    """How a user's adapter is trained on from the version in service when new interactions have come.
+
+    Attributes:
+        replay: share of an update's training rows that are drawn from what the user did before; the others are new.
+        distance: weight of the penalty on the distance to the version in service, the squared distance of the products
+            B A of all modules, relative to the squared size of that version's.
+        steps: optimizer steps of an update, rounded up to whole passes over its rows.
+        past: weight of the loss on earlier interactions in the promotion: an update must lower the loss on held-out new
+            interactions by more than this times what it adds to the loss on held-out earlier ones.
+        outlier: a new interaction is left out if its loss under the group model of an unknown user is more than so many
+            standard deviations above that of the user's earlier interactions, as for answers that do not fit their
+            inputs; null keeps all.
+        when: whether the fit queue updates a user after every new interaction, or once the user has drifted.
+    """
+
+    replay: Fraction = 0.5
+    distance: Annotated[float, Field(ge=0)] = 0.1
+    steps: Count = 20
+    past: Annotated[float, Field(ge=0)] = 1.0
+    outlier: Positive | None = 4.0
+    when: Literal["always", "drifted"] = "always"
+
+
+class DriftConfig(Section):
+    """When a user counts as drifted: a one-sided CUSUM of the new interactions' losses under the version in service.
+
+    Attributes:
+        allowance: part of a standard deviation by which each loss may exceed the user's usual one without counting.
+        threshold: sum of the excess, in standard deviations, from which on the user has drifted.
+    """
+
+    allowance: Annotated[float, Field(ge=0)] = 0.5
+    threshold: Positive = 4.0
+
+
 class UsersConfig(OptimizerConfig):
     """Stage 3: one LoRA per user (3a), then the LoRA-aware router (3b).
 
@@ -189,6 +225,8 @@ class UsersConfig(OptimizerConfig):
         max_items: most history rows of a user that are trained on, the newest ones; null means all.
         storage: number format of the stored adapters.
         tiers: conditions under which a user gets an adapter.
+        update: how new interactions change a user's adapter.
+        drift: when a user counts as drifted.
     """
 
     rank: Count = 4
@@ -209,6 +247,8 @@ class UsersConfig(OptimizerConfig):
     max_items: Count | None = None
     storage: Literal["bf16", "int8", "fp32"] = "bf16"
     tiers: TiersConfig = TiersConfig()
+    update: UpdateConfig = UpdateConfig()
+    drift: DriftConfig = DriftConfig()
 
     @property
     def router_on_held_out(self) -> bool:

@@ -1,4 +1,4 @@
-"""Files of an unfinished fit in its work folder: which history it is of, and the fitted embedding."""
+"""Files of an unfinished fit in its work folder: its history, the version it is trained from, the embedding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from proper.enrolment.history import UserHistory
 from proper.files import read_json, write_json
 from proper.models.checkpoints import load_tensors, save_tensors
 
-_HISTORY, _EMBEDDING = "history.json", "embedding.safetensors"
+_HISTORY, _UPDATE, _EMBEDDING = "history.json", "update.json", "embedding.safetensors"
 
 
 def same_history(work: Path, grown: UserHistory) -> None:
@@ -20,6 +20,31 @@ def same_history(work: Path, grown: UserHistory) -> None:
         return
     shutil.rmtree(work, ignore_errors=True)
     write_json(marker, {"digest": digest})
+
+
+def same_update(work: Path, grown: UserHistory, version: int, state: str) -> None:
+    """Remove the work folder if another update, or another fit, left it.
+
+    Args:
+        work: the work folder.
+        grown: the history.
+        version: the version that the update is trained from.
+        state: a hash of that version and of the settings.
+    """
+    marker, told = work / _UPDATE, {"history": grown.digest, "version": version, "state": state}
+    if marker.exists() and read_json(marker) == told:
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    write_json(marker, told)
+
+
+def is_update_of(work: Path, grown: UserHistory, version: int) -> bool:
+    """Return whether the work folder is that of an update from this version with this history."""
+    marker = work / _UPDATE
+    if not marker.exists():
+        return False
+    told = read_json(marker)
+    return (told["history"], told["version"]) == (grown.digest, version)
 
 
 def save_embedding(work: Path, found: FittedEmbedding) -> None:

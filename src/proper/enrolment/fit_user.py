@@ -151,7 +151,7 @@ class Fitter:
             others=lambda near: nearest(store, user, near[0], config.users.tiers.neighbours),
         )
         try:
-            with _own_bank(self.model):
+            with own_bank(self.model):
                 train_users(stage)
             record = scratch.get(user, coded=True)
         finally:
@@ -210,7 +210,7 @@ def _trial(user: str, facts: dict[str, Any]) -> Trial | None:
 
 
 @contextmanager
-def _own_bank(model: PersonalizedModel) -> Iterator[None]:
+def own_bank(model: PersonalizedModel) -> Iterator[None]:
     """Let training replace the model's adapter bank while the block runs, and restore the serving bank after it."""
     try:
         yield

@@ -1,11 +1,15 @@
-"""Builds one user's history: the items of the run's data and the interactions logged since, oldest first."""
+"""Builds one user's history: the items of the run's data and the interactions logged since, oldest first.
+
+`divide` tells what of it is new to a version of the user.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from proper.adapters.store import DEFAULT_TENANT
 from proper.data.dataset import Dataset, TextExample
@@ -32,6 +36,24 @@ class UserHistory:
     def digest(self) -> str:
         """Hash of the items."""
         return hash_value([[each.prompt, each.target, each.time] for each in self.items])
+
+    @property
+    def ordinals(self) -> dict[int, int]:
+        """The place of each logged interaction, by item id, among those of the user in the order of arrival, from 1."""
+        arrived = sorted((item.id for item in self.items if item.id < 0), reverse=True)
+        return {number: at for at, number in enumerate(arrived, start=1)}
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A user's interactions, oldest first: `past` ones the version in service knows, and `new` ones.
+
+    `left_out` are the ordinals of logged interactions that were outliers in earlier updates; they are in neither.
+    """
+
+    past: tuple[TextExample, ...]
+    new: tuple[TextExample, ...]
+    left_out: tuple[int, ...] = ()
 
 
 Count = Callable[[Sequence[str], Sequence[str]], list[int]]
@@ -62,6 +84,19 @@ def grown_history(
     ]
     ordered = tuple(example for _, example in sorted(keyed, key=lambda pair: pair[0]))
     return UserHistory(ordered, None if before is None else len(before), len(logged))
+
+
+def divide(grown: UserHistory, facts: Mapping[str, Any]) -> Divided:
+    """Divide a history by what a version's metadata says that it was trained on.
+
+    That is the first `history.logged` interactions in the order of arrival, without those in `history.left_out`, and
+    the items of the run's data, which are never new.
+    """
+    history, ordinals = facts.get("history", {}), grown.ordinals
+    logged, left_out = int(history.get("logged", 0)), tuple(history.get("left_out", ()))
+    items = [item for item in grown.items if ordinals.get(item.id) not in left_out]
+    new = sorted((item for item in items if ordinals.get(item.id, 0) > logged), key=lambda item: -item.id)
+    return Divided(tuple(item for item in items if ordinals.get(item.id, 0) <= logged), tuple(new), left_out)
 
 
 def run_data(folder: Path) -> Dataset | None:

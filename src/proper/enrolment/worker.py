@@ -14,10 +14,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from proper.adapters.store import AdapterStore, UserRecord
+from proper.adapters.store import AdapterStore
+from proper.enrolment.drift import Drift, drifts, usual_still
 from proper.enrolment.fit_user import Fitter
 from proper.enrolment.history import grown_history
 from proper.enrolment.many_users import append_all, fit_many, place_users
+from proper.enrolment.update_user import Fitted, fit_or_update
 from proper.errors import ProperError
 from proper.interactions.database import Database
 from proper.interactions.fit_queue import Claim, FitQueue
@@ -59,10 +61,18 @@ class FitWorker:
     fitter: Callable[[], Fitter]
     placed: set[tuple[str, str]] = field(default_factory=set)
 
-    def fit_next(self, tenant: str | None = None, user: str | None = None, heard: Heard = unheard) -> bool:
+    def fit_next(
+        self,
+        tenant: str | None = None,
+        user: str | None = None,
+        heard: Heard = unheard,
+        *,
+        even_if_usual: bool = False,
+    ) -> bool:
         """Fit the user who has waited longest, or the given one; return False if no such fit is queued.
 
-        Blocks while another process fits. A failure is recorded in the queue.
+        With `users.update.when: drifted`, a user who has a version and has not drifted keeps it, unless
+        `even_if_usual`. Blocks while another process fits. A failure is recorded in the queue.
         """
         fitter = self.fitter()
         with self.log.queue.lock():
@@ -73,7 +83,7 @@ class FitWorker:
             if claim is None:
                 return False
             try:
-                self._fit(fitter, claim, heard)
+                self._fit(fitter, claim, heard, even_if_usual)
             except _Withdrawn:
                 remove_work(self.users, claim.tenant, claim.user)
             except Exception as error:
@@ -111,6 +121,32 @@ class FitWorker:
         if failed:
             raise ProperError(f"{len(failed)} users could not be fitted; user {failed[0][0]!r}: {failed[0][1]}")
 
+    def drift(self, store: AdapterStore) -> list[Drift]:
+        """Return the drift of all users of a store who have new interactions, the highest score first."""
+        known, fitter = [user for user, _ in store.users()], self.fitter()
+        with self.log.queue.lock():  # a fit would use the model at the same time
+            return drifts(fitter, store, self.log, known)
+
+    def update_drifted(self, store: AdapterStore, budget: int | None, hours: float | None) -> list[Drift]:
+        """Update the users who have drifted, those with the highest score first; return whom it tried to update.
+
+        Args:
+            store: the users' store.
+            budget: at most so many users; None for no limit.
+            hours: about so long, by the mean time of past updates; None for no limit.
+        """
+        chosen, begun = [drift for drift in self.drift(store) if drift.drifted][:budget], time.monotonic()
+        tried = list[Drift]()
+        for drift in chosen:
+            each = self.log.updates.seconds() or 0.0
+            if hours is not None and tried and time.monotonic() - begun + each > 3600 * hours:
+                break
+            self.log.request_fit(store.tenant, drift.user)
+            while self.fit_next(store.tenant, drift.user, even_if_usual=True):
+                pass
+            tried.append(drift)
+        return tried
+
     def watch(self, heard: Heard = unheard) -> None:
         """Fit queued users until `heard` raises; it is also called from time to time while the queue is empty."""
         while True:
@@ -123,7 +159,7 @@ class FitWorker:
         figures = self.log.queue.figures()
         return figures.queued + figures.fitting
 
-    def _fit(self, fitter: Fitter, claim: Claim, heard: Heard) -> None:
+    def _fit(self, fitter: Fitter, claim: Claim, heard: Heard, even_if_usual: bool) -> None:
         with (
             closing(AdapterStore(self.users, claim.tenant)) as store,
             closing(Database(UsersFolder(self.users).log, durable=False)) as database,
@@ -134,10 +170,16 @@ class FitWorker:
             if not grown.items:
                 self.log.queue.done(claim, None, "no interactions yet")
                 return
+            if model.config.users.update.when == "drifted" and not even_if_usual:
+                waits = usual_still(fitter, store, claim.user, grown)
+                if waits is not None:
+                    self.log.queue.done(claim, waits.version, f"{waits.text()}; version {waits.version} stays")
+                    return
             tell = _throttled(FitQueue(database), claim, heard)
             work = work_folder(self.users, claim.tenant, claim.user)
-            record = fitter.fit(store, claim.user, grown, work, tell)
-            self._land(store, claim, record)
+            started = time.monotonic()
+            fitted = fit_or_update(fitter, store, claim.user, grown, work, tell)
+            self._land(store, claim, fitted, time.monotonic() - started)
 
     def _place_waiting(self, fitter: Fitter) -> None:
         """Give every new user in the queue an embedding at once, which answers until the user's fit is done.
@@ -156,16 +198,26 @@ class FitWorker:
                         # The user's own fit meets the same error and records it; the users behind must not wait.
                         logger.warning(f"a new user could not be placed: {type(error).__name__}")
 
-    def _land(self, store: AdapterStore, claim: Claim, record: UserRecord) -> None:
-        """Put the fitted record into the store, unless its user was deleted meanwhile."""
+    def _land(self, store: AdapterStore, claim: Claim, fitted: Fitted, seconds: float) -> None:
+        """Put the new version into the store, unless its user was deleted or rolled back meanwhile."""
         with self.log.queue.ending(claim) as stands:
             if not stands:
                 raise _Withdrawn
-            if not is_stored(store, record):  # stored already before a kill
-                store.put([record])
-            remove_work(self.users, claim.tenant, claim.user)
+            if fitted.record is not None and not is_stored(store, fitted.record):  # stored already before a kill
+                head = store.head(claim.user)
+                if fitted.base != (None if head is None else head.version):
+                    self.log.queue.release(claim)  # another version is in service by now: fit again, from that one
+                    return
+                store.put([fitted.record])
             head = store.head(claim.user)
-            self.log.queue.done(claim, None if head is None else head.version, describe(record))
+            version = None if head is None else head.version
+            if fitted.base is not None and fitted.facts:
+                made = None if fitted.record is None else version
+                told = fitted.base, made, seconds, fitted.reason or "", fitted.facts
+                self.log.updates.add(claim.tenant, claim.user, *told)
+            self.log.queue.done(claim, version, describe(fitted))
+        # Not before: after a kill, the folder says that the version in service is this fit's result.
+        remove_work(self.users, claim.tenant, claim.user)
 
     def _tidy(self) -> None:
         """Remove work folders of interrupted fits whose users are no longer queued."""
@@ -176,8 +228,11 @@ class FitWorker:
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def describe(record: UserRecord) -> str:
+def describe(fitted: Fitted) -> str:
     """Return the result of a fit as one line."""
+    record = fitted.record
+    if record is None:
+        return f"{fitted.reason}; version {fitted.base} stays"
     history = record.facts["history"]
     run = "the run's data is gone" if history["run"] is None else f"{history['run']} of the run"
     reason = record.facts.get("reason")

@@ -100,6 +100,8 @@ def import_user(
     record, written = read_user(source, run_origin(folder))
     made = {"by": "import", **({} if name in (None, record.user) else {"exported_as": record.user})}
     facts = {**record.facts, MADE: made}
+    if "history" in facts:  # it counts interactions in another run's log: all of this run's are new to the user
+        facts["history"] = {"run": None, "logged": 0}
     record = replace(record, user=record.user if name is None else name, facts=facts)
     _require_fit(folder, source, record)
     with _store(folder) as store:

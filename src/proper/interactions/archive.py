@@ -2,7 +2,7 @@
 
     README.txt                       what is in the archive, in words
     interactions.jsonl               all interactions: of the run's data (queries included) and logged, with texts
-    log.json                         the interaction log's other rows about the user: the latest fit
+    log.json                         the interaction log's other rows about the user: the latest fit, attempts to update
     versions.json                    every stored version, with its metadata
     version-N.safetensors            its embedding (D,) and, with an adapter, the matrices A and B by module
     files/PATH.json                  what the personal file PATH of the run folder has of the user
@@ -46,7 +46,7 @@ format of the Python package "safetensors" (load_file returns tensors by name). 
 {texts}   Your interactions. "source" is "run" for the data the run was made with ("part" says how it was
                      used: "history" to train on, "query" to test with, "unused" neither) or "log" for what was sent
                      to the server or added later ("received" is when). "prompt" and "target" are the texts.
-log.json             The state of the latest fit of your data.
+log.json             The state of the latest fit of your data, and what came of attempts to update your model.
 versions.json        Every stored version of your personal model, newest first; the first is in use. "tier" is "users"
                      with an adapter of your own, or "groups" with an embedding only; "facts" says how it was made.
 version-N.safetensors   The numbers of version N: "embedding", and the adapter's matrices A and B by module.
@@ -100,7 +100,8 @@ def _contents(run: Path, store: AdapterStore, log: InteractionLog, user: str) ->
     tenant = store.tenant
     own = list(run_rows(run, user)) if tenant == DEFAULT_TENANT else []
     yield TEXTS, b"".join(map(_line, [*own, *logged_rows(log, tenant, user)]))
-    yield "log.json", _json({"fit": asdict(log.queue.fit(tenant, user))})
+    updates = [asdict(attempt) for attempt in log.updates.of(tenant, user)]
+    yield "log.json", _json({"fit": asdict(log.queue.fit(tenant, user)), "updates": updates})
     yield from _stored(store, user, "")
     yield from _fits(store.folder, tenant, user, "")
     for folder in nested_runs(run):

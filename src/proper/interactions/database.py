@@ -1,4 +1,4 @@
-"""The SQLite file beside the adapter store: tables of interactions, known users, fits and deletions.
+"""The SQLite file beside the adapter store: tables of interactions, known users, fits, updates and deletions.
 
 A commit is on the disk before it returns, and deleted data is overwritten.
 """
@@ -25,9 +25,15 @@ _TABLES = (
     "CREATE INDEX fits_by_place ON fits (state, place)",
     "CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
 )
-# Early files of this format lack this table. `user` is NULL once only write-ahead logs remain to be emptied.
+# Early files of this format lack these tables. `user` is NULL once only write-ahead logs remain to be emptied.
 _DELETIONS = """CREATE TABLE IF NOT EXISTS deletions (
     job TEXT PRIMARY KEY, tenant TEXT NOT NULL, user BLOB, state TEXT NOT NULL, ended REAL) WITHOUT ROWID"""
+# `version` is NULL for an update that was not promoted; `facts` is JSON.
+_UPDATES = """CREATE TABLE IF NOT EXISTS updates (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, user BLOB NOT NULL, ended REAL NOT NULL,
+    base INTEGER NOT NULL, version INTEGER, seconds REAL NOT NULL, reason TEXT NOT NULL, facts TEXT NOT NULL)"""
+_UPDATES_INDEX = "CREATE INDEX IF NOT EXISTS updates_by_user ON updates (tenant, user, number)"
+_LATER = {"deletions": (_DELETIONS,), "updates": (_UPDATES, _UPDATES_INDEX)}
 
 
 class Database(SharedFile):
@@ -40,11 +46,15 @@ class Database(SharedFile):
     """
 
     def __init__(self, path: Path, *, durable: bool = True, wait_seconds: float = WAIT_SECONDS) -> None:
-        super().__init__(path, Schema("log", FORMAT, (*_TABLES, _DELETIONS), durable), wait_seconds)
-        if not self.read_only and not self.has_deletions():
+        later = [statement for statements in _LATER.values() for statement in statements]
+        super().__init__(path, Schema("log", FORMAT, (*_TABLES, *later), durable), wait_seconds)
+        missing = [name for name in _LATER if not self.read_only and not self.has_table(name)]
+        if missing:
             with self.transaction():
-                self.write(_DELETIONS)
+                for name in missing:
+                    for statement in _LATER[name]:
+                        self.write(statement)
 
-    def has_deletions(self) -> bool:
-        """Whether the file has the table of deletions; a read-only file of an earlier version lacks it."""
-        return bool(self.read("SELECT 1 FROM sqlite_master WHERE name = 'deletions'"))
+    def has_table(self, name: str) -> bool:
+        """Whether the file has a table; a read-only file of an earlier version lacks some."""
+        return bool(self.read("SELECT 1 FROM sqlite_master WHERE name = ?", (name,)))

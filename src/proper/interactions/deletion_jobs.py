@@ -75,7 +75,7 @@ class Deletions:
         return True
 
     def _found(self, where: str, *values: object) -> list[Deletion]:
-        if self.database.read_only and not self.database.has_deletions():
+        if self.database.read_only and not self.database.has_table("deletions"):
             return []
         rows = self.database.read(f"SELECT job, tenant, user, state FROM deletions WHERE {where}", values)
         return [Deletion(job, tenant, None if key is None else user_of(key), state) for job, tenant, key, state in rows]

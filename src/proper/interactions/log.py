@@ -22,6 +22,7 @@ from proper.errors import InputError, StoreError
 from proper.interactions.database import Database
 from proper.interactions.deletion_jobs import Deletions
 from proper.interactions.fit_queue import FitQueue, State
+from proper.interactions.updates import Updates
 from proper.run_folder import UsersFolder
 
 _PAGE = 1000
@@ -137,12 +138,14 @@ class InteractionLog:
 
     Attributes:
         queue: the fit queue in the same database.
+        updates: what came of updates, in the same database.
         deletions: the deletion jobs in the same database.
     """
 
     def __init__(self, folder: Path) -> None:
         self.database = Database(UsersFolder(folder).log)
         self.queue = FitQueue(self.database)
+        self.updates = Updates(self.database)
         self.deletions = Deletions(self.database)
         self.tombstones = Tombstones(folder)
 
@@ -249,7 +252,7 @@ class InteractionLog:
         key = key_of(user)
         with self.database.transaction():
             found = Known(self.knows(tenant, user), self.queue.fit(tenant, user).state == "fitting")
-            for table in ("interactions", "fits", "people"):
+            for table in ("interactions", "fits", "updates", "people"):
                 self.database.write(f"DELETE FROM {table} WHERE tenant = ? AND user = ?", (tenant, key))
             yield found
         self.database.wipe(0)

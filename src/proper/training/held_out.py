@@ -59,3 +59,9 @@ def spread(before: Float[Tensor, "n 2"], after: Float[Tensor, "n 2"]) -> float:
     gains, tokens = before[:, 0] - after[:, 0], before[:, 1]
     deviations = gains - gains.sum() / tokens.sum() * tokens
     return float(((deviations / tokens.mean()) ** 2).sum())
+
+
+def item_variance(losses: Float[Tensor, "n 2"]) -> float | None:
+    """Return the variance over items of the loss per answer token; None with one item."""
+    values = losses[:, 0] / losses[:, 1].clamp(min=1)
+    return float(values.var()) if len(values) > 1 else None

@@ -37,6 +37,7 @@ class Job:
         horizon: number of passes after which the schedule would reach zero; None: `epochs`.
         measured: passes after which the held-out loss is measured; empty means after every pass.
         scales: factors on the adapter at which it is measured; the last is 1.
+        start: the adapter (P,) that training goes on from; None: a fresh one.
     """
 
     user: str
@@ -48,6 +49,7 @@ class Job:
     horizon: int | None = None
     measured: tuple[int, ...] = ()
     scales: tuple[float, ...] = (1.0,)
+    start: Float[Tensor, "P"] | None = None
 
     def steps_per_pass(self, batch_size: int) -> int:
         """Return the number of optimizer steps of one pass over the items."""

@@ -141,13 +141,18 @@ class MultiUserTrainer:
                 self._quarantine(job, state, reason)
                 continue
             slot = self.slots.index(None)
-            generator = torch.Generator().manual_seed(seed_of(self.seed, "adapter", job.user))
-            self.bank.fresh(slot, generator)
+            self._fill(slot, job)
             self.optimizer.reset(slot)
             self.best[slot] = self.bank.values[slot]
             self.slots[slot] = (job, state)
             new.append(slot)
         return new
+
+    def _fill(self, slot: int, job: Job) -> None:
+        if job.start is not None:
+            self.bank.values[slot] = job.start.to(self.bank.values)
+        else:
+            self.bank.fresh(slot, torch.Generator().manual_seed(seed_of(self.seed, "adapter", job.user)))
 
     def _step(self) -> dict[str, Any] | None:
         """Take one optimizer step for all users in slots; if a user is quarantined, update nothing and return None."""
@@ -235,7 +240,7 @@ class MultiUserTrainer:
         """Record the held-out loss of these slots at every scale, and keep the best weights so far."""
         jobs = {slot: self.job_in(slot)[0] for slot in slots if self.job_in(slot)[0].held_out}
         started = any(self.job_in(slot)[1].losses for slot in jobs)
-        # Before training B is 0: the adapter changes nothing at any scale.
+        # Before training, a fresh adapter has B = 0, which changes nothing at any scale.
         scales = {scale for job in jobs.values() for scale in job.scales} if started else {1.0}
         found = losses_at_scales(self.model, self.bank, jobs, scales, self.pad)
         bad: Bad = {}

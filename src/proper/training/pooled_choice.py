@@ -48,6 +48,7 @@ class TrialCurve:
         grid: held-out loss per token at each measurement and scale. A user who left the trial early has fewer
             measurements; the last one stands for those that are missing.
         spreads: see `jobs.FitProgress.spreads`.
+        variance: variance over held-out items of the loss per token on the group tier.
     """
 
     user: str
@@ -58,13 +59,15 @@ class TrialCurve:
     before: float
     grid: Sequence[Sequence[float]]
     spreads: Sequence[Sequence[float]]
+    variance: float | None = None
 
     def at(self, choice: Choice) -> Trial:
         """Return the trial's result at a choice."""
         row, column = self._measurement(choice.part), self.scales.index(choice.scale)
         losses = self.before, self.grid[row][column]
         passes = passes_of(self.full, choice.part)
-        return Trial(self.user, self.items, *losses, passes, self.held_out, self.spreads[row][column])
+        spread = self.spreads[row][column]
+        return Trial(self.user, self.items, *losses, passes, self.held_out, spread, self.variance)
 
     def _measurement(self, part: int) -> int:
         passes = sorted({passes_of(self.full, each) for each in range(1, PARTS + 1)})

@@ -41,6 +41,7 @@ class Trial:
         passes: number of passes over the items after which it was measured.
         held_out: number of held-out items.
         spread: sum over these items of the squared deviation of the gain; see `jobs.FitProgress.spreads`.
+        variance: variance over these items of the loss per token; None with one item, and in older runs.
     """
 
     user: str
@@ -50,6 +51,7 @@ class Trial:
     passes: int
     held_out: int = 1
     spread: float = 0.0
+    variance: float | None = None
 
     @property
     def gain(self) -> float:

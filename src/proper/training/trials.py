@@ -20,7 +20,7 @@ import torch
 from proper.adapters.store import AdapterStore
 from proper.files import read_json, write_json
 from proper.layers.bank import AdapterBank
-from proper.training.held_out import per_token, spread
+from proper.training.held_out import item_variance, per_token, spread
 from proper.training.jobs import HistoryJobs, full_passes, refusal
 from proper.training.microbatching import item_losses
 from proper.training.pooled_choice import Choice, TrialCurve, choose
@@ -103,6 +103,7 @@ def _curve(stage: UserStage, jobs: HistoryJobs, at: int, store: AdapterStore) ->
         float(facts["held_losses"][0]),
         facts["grid"],
         facts["spreads"],
+        item_variance(torch.tensor(facts["before"], dtype=torch.float64)),
     )
 
 
@@ -126,7 +127,8 @@ def _measured(stage: UserStage, jobs: HistoryJobs, store: AdapterStore) -> Itera
             if group[slot].isfinite().all() and own[slot].isfinite().all():
                 items, held_out = len(job.items) + len(job.held_out), len(job.held_out)
                 losses = per_token(group[slot]), per_token(own[slot])
-                yield Trial(job.user, items, *losses, passes[slot], held_out, spread(group[slot], own[slot]))
+                gain_spread, variance = spread(group[slot], own[slot]), item_variance(own[slot])
+                yield Trial(job.user, items, *losses, passes[slot], held_out, gain_spread, variance)
             else:
                 reason = "quarantined: the held-out loss is not finite"
                 warn(job.user, reason)

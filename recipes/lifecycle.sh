@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# A user's life: new users enrol in a small demo run, ask, give feedback, drift, are updated; one is rolled back, one is
+# archived, some are deleted, and the deletion is verified. Prints what happened; the first failure ends it.
+#
+#   recipes/lifecycle.sh
+#   NEW=8 RUN=runs/small recipes/lifecycle.sh     fewer new users, in a copy of a run of `proper demo --people 24`
+#
+# Everything lies in $OUT (by default runs/lifecycle), which must not exist yet.
+set -euo pipefail
+
+OUT=${OUT:-runs/lifecycle}
+NEW=${NEW:-50}
+DELETED=${DELETED:-5}
+BUDGET=${BUDGET:-15}
+here=$(dirname "$0")
+begun=$(date +%s)
+step() { echo; echo "== $*"; }
+
+[ ! -e "$OUT" ] || { echo "$OUT: is there already"; exit 1; }
+mkdir -p "$OUT"
+run=$OUT/run
+step "a run"
+if [ -n "${RUN:-}" ]; then cp -r "$RUN" "$run"; else proper demo --people 24 --out "$run"; fi
+
+step "$NEW new users enrol, ask and give feedback"
+python "$here/lifecycle.py" rows "$OUT" "$NEW"
+python "$here/lifecycle.py" live "$run" "$OUT"
+
+step "who has drifted"
+proper users drift "$run" > "$OUT/drift.tsv"
+head -n 5 "$OUT/drift.tsv"
+echo "$(grep -c 'drifted$' "$OUT/drift.tsv" || true) of $(wc -l < "$OUT/drift.tsv") users with new interactions have drifted"
+
+step "the $BUDGET who have drifted most are updated"
+proper users update "$run" --drifted --budget "$BUDGET" | tee "$OUT/updated.tsv"
+promoted=$(awk -F'\t' '$3 > 1 {print $1}' "$OUT/updated.tsv")
+echo "$(printf '%s' "$promoted" | grep -c . || true) have a new version"
+
+step "one is rolled back"
+one=$(printf '%s\n' "$promoted" | head -n 1)
+if [ -n "$one" ]; then proper users rollback "$run" --user "$one"; else echo "no update was promoted"; fi
+
+step "one is archived"
+proper users archive "$run" --user new01 --out "$OUT/new01.zip"
+
+step "$DELETED are deleted, and it is verified"
+leaving=()
+for number in $(seq 1 "$DELETED"); do leaving+=(--user "$(printf 'new%02d' "$number")"); done
+proper users delete "$run" "${leaving[@]}"
+proper users verify-deleted "$run" "${leaving[@]}" --originals "$OUT/new01.zip" --json "$OUT/certificate.json"
+proper users check "$run"
+
+step "done in $(($(date +%s) - begun)) s: $(proper users list "$run" | wc -l) users"

@@ -1,0 +1,205 @@
+"""Drift: whether a user's new interactions fit the version in service less well than is usual for the user.
+
+The statistic is a one-sided CUSUM (Page 1954, Biometrika 41) of the new interactions' losses per answer token x_i, in
+the order of arrival, against the user's usual loss: mean m and variance s^2 over n_0 interactions that the version was
+not trained on, as its metadata has them,
+
+    z_i = (x_i - m) / (s~ sqrt(1 + 1 / n_0)),  clipped to [-3, 3]        S_i = max(0, S_(i-1) + z_i - allowance)
+
+and the user has drifted if the last S is at least the threshold. A user who changes and goes back returns to 0. A few
+interactions tell little about s^2, so it is shrunk toward the mean s_0^2 over the run's users, as in the moderated t
+statistic (Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3), with d = n_0 - 1 and d_0 = `PRIOR_DEGREES`:
+
+    s~^2 = (d_0 s_0^2 + d s^2) / (d_0 + d)
+
+1 / n_0 is the uncertainty of m, as in a prediction interval. Clipping bounds what one odd interaction can do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from proper.adapters.store import AdapterStore
+from proper.config import DriftConfig
+from proper.enrolment.comparison import Usual, per_item, state_of
+from proper.enrolment.fit_user import Fitter, own_bank
+from proper.enrolment.history import UserHistory, divide, grown_history
+from proper.enrolment.place import PLACED
+from proper.interactions.log import InteractionLog
+from proper.run_folder import Tier
+
+PRIOR_DEGREES = 4.0
+"""Degrees of freedom of the variance over the run's users, in the shrunk variance of one user."""
+CLIP = 3.0
+"""Largest standardized loss."""
+DEFAULT_VARIANCE = 1.0
+"""Variance where no user's is known."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How well a user's new interactions fit the version in service; numbers only, no texts.
+
+    Attributes:
+        user: the user's id.
+        tier: tier of the version in service.
+        version: its number.
+        new: number of interactions that it has not been trained on.
+        loss: mean over these of the loss per answer token, in nats; None without any.
+        usual: the user's usual loss; None if it is not known.
+        z: standardized difference of the two means.
+        score: the CUSUM after the last interaction.
+        drifted: whether the score is at least the threshold.
+    """
+
+    user: str
+    tier: Tier
+    version: int
+    new: int
+    loss: float | None = None
+    usual: float | None = None
+    z: float | None = None
+    score: float = 0.0
+    drifted: bool = False
+
+    def text(self) -> str:
+        """Return the figures in words."""
+        if self.loss is None or self.usual is None:
+            return f"{self.new} new interactions, usual loss not known"
+        said = "drifted" if self.drifted else "not drifted"
+        losses = f"loss {self.loss:.3f}, usually {self.usual:.3f} nats per token"
+        return f"{said}: score {self.score:.2f} after {self.new} new interactions ({losses})"
+
+
+def usual_of(facts: Mapping[str, Any], tier: str) -> Usual | None:
+    """Return a user's usual loss from a version's metadata; None if it has none."""
+    if "usual" in facts:
+        return Usual(**facts["usual"])
+    mean = facts.get("user_loss" if tier == Tier.USERS else "group_loss")
+    if mean is not None and "held_out" in facts:
+        return Usual(float(mean), facts.get("variance"), int(facts["held_out"]))
+    losses = facts.get("embedding_losses")
+    return Usual(float(min(losses)), None, 1) if losses else None
+
+
+def usual_variance(store: AdapterStore) -> float:
+    """Return the mean variance of the loss over the store's users; `DEFAULT_VARIANCE` if none is known."""
+    found = (usual_of(facts, tier) for _, tier, facts, _ in store.facts())
+    known = [each.variance for each in found if each is not None and each.variance is not None]
+    return fmean(known) if known and any(known) else DEFAULT_VARIANCE
+
+
+def deviation(usual: Usual, variance: float) -> float:
+    """Return the standard deviation of one new loss around the usual one, given the mean `variance` over users."""
+    degrees = max(0, usual.items - 1) if usual.variance is not None else 0
+    shrunk = (PRIOR_DEGREES * variance + degrees * (usual.variance or 0.0)) / (PRIOR_DEGREES + degrees)
+    return math.sqrt(shrunk * (1 + 1 / usual.items)) or math.sqrt(DEFAULT_VARIANCE)
+
+
+def cusum(losses: Iterable[float], usual: Usual, variance: float, allowance: float) -> float:
+    """Return the CUSUM after the last loss (see the module)."""
+    score, unit = 0.0, deviation(usual, variance)
+    for loss in losses:
+        z = (loss - usual.mean) / unit if math.isfinite(loss) else CLIP
+        score = max(0.0, score + min(CLIP, max(-CLIP, z)) - allowance)
+    return score
+
+
+def drift_of(
+    fitter: Fitter, store: AdapterStore, user: str, grown: UserHistory, variance: float, config: DriftConfig
+) -> Drift | None:
+    """Return a user's drift, measured by one forward pass over the new interactions; None for an unknown user."""
+    head = store.head(user)
+    record = None if head is None else store.get(user, head.version)
+    if head is None or record is None:
+        return None
+    new = divide(grown, record.facts).new
+    if not new:
+        return Drift(user, head.tier, head.version, 0)
+    with own_bank(fitter.model):
+        state = state_of(fitter.model, record)
+        losses = per_item(fitter.model, state, [fitter.model.encoder.encode(item) for item in new])
+    usual, loss = usual_of(record.facts, head.tier), fmean(losses)
+    if usual is None:
+        return Drift(user, head.tier, head.version, len(new), loss)
+    score = cusum(losses, usual, variance, config.allowance)
+    unit = deviation(usual, variance)
+    error = math.sqrt(1 / len(new) + 1 / usual.items) / math.sqrt(1 + 1 / usual.items) * unit
+    z = (loss - usual.mean) / error if math.isfinite(loss) else CLIP
+    return Drift(user, head.tier, head.version, len(new), loss, usual.mean, z, score, score >= config.threshold)
+
+
+def drifts(fitter: Fitter, store: AdapterStore, log: InteractionLog, users: Sequence[str]) -> list[Drift]:
+    """Return the drift of those of these users who have logged interactions, the highest score first."""
+    variance, config = usual_variance(store), fitter.model.config
+    found = []
+    for user in users:
+        if not log.count(store.tenant, user):
+            continue
+        count, kind = fitter.model.encoder.count, config.task.kind
+        grown = grown_history(fitter.dataset, log, store.tenant, user, count, kind)
+        drift = drift_of(fitter, store, user, grown, variance, config.users.drift)
+        if drift is not None and drift.new:
+            found.append(drift)
+    return sorted(found, key=lambda drift: (-drift.score, drift.user))
+
+
+@dataclass(frozen=True)
+class GroupDrift:
+    """How many users of a group have drifted, of those with new interactions and a known usual loss.
+
+    Attributes:
+        group: the group with the highest mean gate of these users.
+        users: number of users.
+        drifted: how many have drifted.
+        chance: probability of so many or more, if users of this group drift as often as those of the others.
+    """
+
+    group: int
+    users: int
+    drifted: int
+    chance: float
+
+
+def by_group(found: Sequence[Drift], main: Mapping[str, int]) -> list[GroupDrift]:
+    """Return the drift of each group's users, in the order of groups.
+
+    Many users of one group who drift at once say that the group has changed, and not each of them alone.
+
+    Args:
+        found: the users' drift.
+        main: the group with the highest mean gate of each user; users without one are left out.
+    """
+    groups: dict[int, list[bool]] = {}
+    for drift in found:
+        if drift.user in main and drift.usual is not None:
+            groups.setdefault(main[drift.user], []).append(drift.drifted)
+    every = [drifted for each in groups.values() for drifted in each]
+    told = []
+    for group, own in sorted(groups.items()):
+        # One drifted and one usual user more, so that the rate is neither 0 nor 1.
+        rate = (sum(every) - sum(own) + 1) / (len(every) - len(own) + 2)
+        told.append(GroupDrift(group, len(own), sum(own), _at_least(sum(own), len(own), rate)))
+    return told
+
+
+def _at_least(count: int, trials: int, rate: float) -> float:
+    """Return the probability of at least `count` successes in so many trials."""
+    return sum(math.comb(trials, k) * rate**k * (1 - rate) ** (trials - k) for k in range(count, trials + 1))
+
+
+def usual_still(fitter: Fitter, store: AdapterStore, user: str, grown: UserHistory) -> Drift | None:
+    """Return the drift of a user who keeps the version in service, as far as is known; None for any other.
+
+    A user without a version, with one that was only placed, or without a known usual loss is not kept waiting.
+    """
+    versions = store.versions(user)
+    if not versions or versions[0].facts.get("embedding") == PLACED:
+        return None
+    drift = drift_of(fitter, store, user, grown, usual_variance(store), fitter.model.config.users.drift)
+    known = drift is not None and (drift.usual is not None or not drift.new)
+    return drift if known and drift is not None and not drift.drifted else None

@@ -1,0 +1,297 @@
+"""Updates a user: trains on from the version in service on what is new, and promotes the result only if it is better.
+
+    divide      new interactions, which the version in service has not been trained on, and earlier ones
+    outliers    new interactions whose answers do not fit their inputs are left out (`comparison.outliers`)
+    train       the user's adapter goes on from that of the version in service, on new interactions and replayed
+                earlier ones, with a penalty on its distance to the start (`layers.low_rank`)
+    compare     both versions on the newest of the new interactions and the newest earlier ones, which the update was
+                not trained on; the update is promoted as it was measured, or not at all
+
+Held-out interactions count as new at the next update. A user without an adapter is fitted as a new one, on all
+interactions but the held-out ones; if that is better, again on all of them. An update depends only on the run, the
+version in service and the user's interactions: not on other users, and not on a kill and resume.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from proper.adapters.quantization import decode, encode
+from proper.adapters.serialization import fault_of
+from proper.adapters.store import AdapterStore, UserRecord
+from proper.config import UsersConfig
+from proper.console import no_bar
+from proper.data.dataset import TextExample
+from proper.data.encoder import EncodedExample
+from proper.enrolment.comparison import Comparison, State, Usual, losses_of, outliers, per_item, state_of
+from proper.enrolment.fit_files import is_update_of, same_update
+from proper.enrolment.fit_user import Fitter, Tell, own_bank
+from proper.enrolment.history import Divided, UserHistory, divide
+from proper.enrolment.place import PLACED
+from proper.files import hash_value
+from proper.layers.low_rank import adapter_distance
+from proper.run_folder import Tier
+from proper.training.checkpoint import Checkpoint, seed_of
+from proper.training.jobs import PARTS, FitResult, Job, held_out_items, passes_of
+from proper.training.multi_user_trainer import MultiUserTrainer
+from proper.training.optim import resolve_rate
+
+OUTLIER_ITEMS = 64
+"""Most earlier interactions, the newest, that give the usual loss for the search for outliers."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Result of a fit.
+
+    Attributes:
+        record: the new version; None if the version in service stays.
+        base: the version in service; None without one.
+        reason: why it was promoted or not, in one line; None for a first fit.
+        facts: the losses that were compared, and numbers of interactions.
+    """
+
+    record: UserRecord | None
+    base: int | None = None
+    reason: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def fit_or_update(fitter: Fitter, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell) -> Fitted:
+    """Fit a user unknown to the store, or update a known one; nothing is put into the store.
+
+    Arguments and errors as for `Fitter.fit`.
+    """
+    head = store.head(user)
+    base = None if head is None else store.get(user, head.version)
+    if head is None or base is None:
+        return Fitted(fitter.fit(store, user, grown, work, tell))
+    if base.facts.get("embedding") == PLACED:  # answers until the first fit, which need not be better
+        return Fitted(fitter.fit(store, user, grown, work, tell), head.version)
+    landed = _landed(work, grown, head.version, base)
+    if landed is not None:
+        return landed
+    state = hash_value([base.embedding.tolist(), dict(base.facts), fitter.model.config.users.model_dump()])
+    same_update(work, grown, head.version, state)
+    with fitter.model.model.caching(work, fitter.model.config.compute.cache_mb), own_bank(fitter.model):
+        return _Update(fitter, store, base, head.version, grown, work, tell).result()
+
+
+def _landed(work: Path, grown: UserHistory, version: int, base: UserRecord) -> Fitted | None:
+    """Return the result of an update that was put into the store before a kill, and is the version in service now."""
+    made = base.facts.get("made", {})
+    if made.get("by") != "update" or version != made["of"] + 1 or not is_update_of(work, grown, made["of"]):
+        return None
+    return Fitted(base, made["of"], base.facts["reason"], base.facts["update"])
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Which interactions an update trains on, and which it is compared on."""
+
+    past: tuple[TextExample, ...]
+    new: tuple[TextExample, ...]
+    held_past: tuple[TextExample, ...]
+    held_new: tuple[TextExample, ...]
+
+
+@dataclass(frozen=True)
+class _Update:
+    fitter: Fitter
+    store: AdapterStore
+    base: UserRecord
+    version: int
+    grown: UserHistory
+    work: Path
+    tell: Tell
+
+    @property
+    def config(self) -> UsersConfig:
+        return self.fitter.model.config.users
+
+    def result(self) -> Fitted:
+        divided = divide(self.grown, self.base.facts)
+        divided = replace(divided, past=divided.past[-(self.config.max_items or len(divided.past)) :])
+        came = len(divided.new)
+        if not came:
+            return Fitted(None, self.version, "there is no new interaction")
+        divided = self._without_outliers(divided)
+        facts = {"new": came, "left_out": came - len(divided.new)}
+        if not divided.new:
+            return self._stays(f"the answers do not fit their inputs (new interactions: {came})", facts)
+        if len(divided.new) == 1:
+            return self._stays("one new interaction cannot be both trained on and held out", facts)
+        split = self._split(divided)
+        if self.base.adapter is None or self.fitter.model.stage != Tier.USERS:
+            return self._refit(divided, split, facts)
+        return self._trained_on(divided, split, facts)
+
+    def _stays(self, reason: str, facts: Mapping[str, Any]) -> Fitted:
+        return Fitted(None, self.version, f"not promoted: {reason}", facts)
+
+    def _without_outliers(self, divided: Divided) -> Divided:
+        served, limit = self.fitter.model.served, self.config.update.outlier
+        assert served is not None
+        if limit is None:
+            return divided
+        past = self._encoded(divided.past[-OUTLIER_ITEMS:])
+        found = outliers(self.fitter.model, past, self._encoded(divided.new), limit, served.mean)
+        left_out = {divided.new[at].id for at in found}
+        new = tuple(item for item in divided.new if item.id not in left_out)
+        ordinals = sorted(self.grown.ordinals[each] for each in left_out)
+        return replace(divided, new=new, left_out=(*divided.left_out, *ordinals))
+
+    def _split(self, divided: Divided) -> _Split:
+        """Hold out the newest new interactions, and as many of the newest earlier ones."""
+        share = self.config.tiers.validation
+        held_new = held_out_items(len(divided.new), share)
+        held_past = min(held_new, max(0, len(divided.past) - 1))
+        cut_new, cut_past = len(divided.new) - held_new, len(divided.past) - held_past
+        return _Split(divided.past[:cut_past], divided.new[:cut_new], divided.past[cut_past:], divided.new[cut_new:])
+
+    def _trained_on(self, divided: Divided, split: _Split, facts: dict[str, Any]) -> Fitted:
+        """Train the user's adapter on from the version in service, and compare the two."""
+        start = state_of(self.fitter.model, self.base)
+        assert start.row is not None
+        rows = self._rows(split)
+        facts |= {"trained": len(split.new), "replayed": len(rows) - len(split.new)}
+        result = self._train(start, rows, self._encoded([*split.held_past, *split.held_new]))
+        if result.row is None or result.state.best == 0:
+            return self._stays(result.reason or "no pass lowered the held-out loss", facts)
+        tensors = self.fitter.model.model.user_layout(self.config).unpack(result.row)
+        fault = fault_of(tensors)
+        if fault is not None:
+            return self._stays(f"quarantined: {fault}", facts)
+        # Compared in the form that is stored and served.
+        adapter = encode(tensors, self.config.storage)
+        candidate = UserRecord(self.base.user, Tier.USERS, self.base.embedding, decode(adapter))
+        state = state_of(self.fitter.model, candidate)
+        found = self._compare(start, state, split)
+        facts |= {"passes": result.state.best, "distance": self._moved(start.row, result.row), **found.facts()}
+        if not found.is_better(self.config.update.past):
+            return self._stays(found.text(), facts)
+        logged = self.grown.ordinals[split.held_new[0].id] - 1
+        kept = {key: self.base.facts[key] for key in ("embedding",) if key in self.base.facts}
+        record = replace(candidate, adapter=adapter, facts={**kept, **self._group_facts(split, state)})
+        return self._promoted(record, found.text(), facts, logged, divided, self._usual(state, split))
+
+    def _rows(self, split: _Split) -> tuple[EncodedExample, ...]:
+        """Return an update's training rows: the new ones, and a sample of earlier ones, in the order of time."""
+        share = self.config.update.replay
+        wanted = min(len(split.past), round(share / (1 - share) * len(split.new)))
+        draw = random.Random(seed_of(self.fitter.seed, "replay", self.base.user, self.version))
+        replayed = sorted(draw.sample(range(len(split.past)), wanted))
+        return self._encoded([*(split.past[at] for at in replayed), *split.new])
+
+    def _train(self, start: State, rows: Sequence[EncodedExample], held_out: Sequence[EncodedExample]) -> FitResult:
+        model, config, found = self.fitter.model, self.config, list[FitResult]()
+        per_pass = -(-len(rows) // config.batch_size)
+        passes = max(1, -(-config.update.steps // per_pass))
+        job = Job(
+            self.base.user,
+            start.embedding,
+            tuple(rows),
+            tuple(held_out),
+            epochs=passes,
+            measured=tuple(sorted({passes_of(passes, part) for part in range(1, PARTS + 1)})),
+            start=start.row,
+            anchor=start.row,
+        )
+        size = self._size(start.row)
+        config = config.model_copy(update={"distance": config.update.distance / size if size else 0.0})
+        rate = resolve_rate(config.learning_rate, "users", model.model.backbone.hidden_size)
+        trainer = MultiUserTrainer(model.model, config, rate, self.fitter.seed, 1, model.model.backbone.pad_id)
+        checkpoint = Checkpoint(self.work / "update.checkpoint", model.config.compute.checkpoint_seconds)
+
+        def done(results: Sequence[FitResult], again: bool) -> None:
+            found.extend(results)
+
+        def step(told: Mapping[str, Any]) -> None:
+            self.tell("update", min(1.0, told["step"] / (per_pass * passes)))
+
+        trainer.run([job], done, checkpoint, step, "update", no_bar)
+        return found[0]
+
+    def _refit(self, divided: Divided, split: _Split, facts: dict[str, Any]) -> Fitted:
+        """Fit a user without an adapter as a new one, and compare that with the version in service."""
+        order = {item.id: at for at, item in enumerate(self.grown.items)}
+
+        def history(*parts: Sequence[TextExample]) -> UserHistory:
+            items = sorted((item for part in parts for item in part), key=lambda item: order[item.id])
+            return replace(self.grown, items=tuple(items))
+
+        trial = history(split.past, split.new)
+        tried = self.fitter.fit(self.store, self.base.user, trial, self.work / "trial", self.tell)
+        state = state_of(self.fitter.model, _decoded(tried))
+        found = self._compare(state_of(self.fitter.model, self.base), state, split)
+        facts |= {"trained": len(split.new), **found.facts()}
+        if not found.is_better(self.config.update.past):
+            return self._stays(found.text(), facts)
+        usual = self._usual(state, split)
+        whole = history(divided.past, divided.new)
+        record = self.fitter.fit(self.store, self.base.user, whole, self.work / "final", self.tell)
+        logged = self.grown.ordinals[divided.new[-1].id]
+        return self._promoted(record, found.text(), facts, logged, divided, usual)
+
+    def _promoted(
+        self,
+        record: UserRecord,
+        reason: str,
+        facts: Mapping[str, Any],
+        logged: int,
+        divided: Divided,
+        usual: Usual | None,
+    ) -> Fitted:
+        history: dict[str, Any] = {"run": self.grown.run, "logged": logged}
+        if divided.left_out:
+            history["left_out"] = list(divided.left_out)
+        made = {"by": "update", "of": self.version}
+        told: dict[str, Any] = {"history": history, "made": made, "update": dict(facts), "reason": reason}
+        if usual is not None:
+            told["usual"] = usual.facts()
+        record = replace(record, facts={**record.facts, **told})
+        return Fitted(record, self.version, reason, facts)
+
+    def _compare(self, served: State, updated: State, split: _Split) -> Comparison:
+        new, past = self._encoded(split.held_new), self._encoded(split.held_past)
+        return Comparison.of(self.fitter.model, served, updated, new, past)
+
+    def _group_facts(self, split: _Split, state: State) -> dict[str, float]:
+        """Return the held-out loss of the group tier and with the adapter, as stage 3's metadata has them."""
+        items, found = self._encoded([*split.held_past, *split.held_new]), {}
+        for name, each in (("group_loss", State(state.embedding)), ("user_loss", state)):
+            totals, tokens = losses_of(self.fitter.model, each, items)
+            found[name] = float(totals.sum() / tokens.sum())
+        return found
+
+    def _usual(self, state: State, split: _Split) -> Usual | None:
+        """Return the usual loss of a new version: that on the interactions that it was not trained on."""
+        return Usual.of(per_item(self.fitter.model, state, self._encoded([*split.held_past, *split.held_new])))
+
+    def _moved(self, start: Float[Tensor, "P"], row: Float[Tensor, "P"]) -> float:
+        """Return the squared distance to the version in service, relative to its squared size."""
+        size = self._size(start)
+        return self._size(row, start) / size if size else 0.0
+
+    def _size(self, row: Float[Tensor, "P"] | None, other: Float[Tensor, "P"] | None = None) -> float:
+        """Return the squared size of an adapter's products B A, or their squared distance to those of another."""
+        if row is None:
+            return 0.0
+        layout = self.fitter.model.model.user_layout(self.config)
+        pair = None if other is None else layout.unpack(other.float())
+        return float(adapter_distance(layout.unpack(row.float()), pair, self.config.alpha / self.config.rank))
+
+    def _encoded(self, items: Sequence[TextExample]) -> tuple[EncodedExample, ...]:
+        return tuple(self.fitter.model.encoder.encode(item) for item in items)
+
+
+def _decoded(record: UserRecord) -> UserRecord:
+    """Return a record with the adapter in its computing form, out of the storage form."""
+    return record if record.adapter is None else replace(record, adapter=decode(record.adapter))

@@ -1,0 +1,94 @@
+"""Table of updates: what came of each attempt to update a user, whether it became a version or not.
+
+It holds numbers and reasons, no texts; a user's rows are removed with the user's other data.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from proper.adapters.manifest import key_of
+from proper.interactions.database import Database
+
+KEPT = 20
+"""Number of attempts kept per user."""
+_TIMED = 50
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateAttempt:
+    """One attempt to update a user.
+
+    Attributes:
+        ended: when it ended, in seconds since 1970, UTC.
+        base: the version in service then, from which the update was trained.
+        version: the version that it became; None if it was not promoted.
+        seconds: how long it took.
+        reason: why it was promoted or not, in one line.
+        facts: the losses that were compared, and the numbers of interactions.
+    """
+
+    ended: float
+    base: int
+    version: int | None
+    seconds: float
+    reason: str
+    facts: Mapping[str, Any]
+
+
+class Updates:
+    """The attempts in a log's database."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    def add(
+        self,
+        tenant: str,
+        user: str,
+        base: int,
+        version: int | None,
+        seconds: float,
+        reason: str,
+        facts: Mapping[str, Any],
+    ) -> None:
+        """Add an attempt that has just ended, and drop the user's oldest beyond `KEPT`."""
+        key = (tenant, key_of(user))
+        told = json.dumps(dict(facts), ensure_ascii=False)
+        with self.database.transaction():
+            self.database.write(
+                """INSERT INTO updates (tenant, user, ended, base, version, seconds, reason, facts)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
+                (*key, time.time(), base, version, seconds, reason, told),
+            )
+            self.database.write(
+                """DELETE FROM updates WHERE tenant = ?1 AND user = ?2 AND number NOT IN (
+                SELECT number FROM updates WHERE tenant = ?1 AND user = ?2 ORDER BY number DESC LIMIT ?3)""",
+                (*key, KEPT),
+            )
+
+    def of(self, tenant: str, user: str) -> list[UpdateAttempt]:
+        """Return a user's attempts, newest first."""
+        if not self.database.has_table("updates"):
+            return []
+        rows = self.database.read(
+            """SELECT ended, base, version, seconds, reason, facts FROM updates
+            WHERE tenant = ? AND user = ? ORDER BY number DESC""",
+            (tenant, key_of(user)),
+        )
+        return [
+            UpdateAttempt(ended, base, version, seconds, reason, json.loads(facts))
+            for ended, base, version, seconds, reason, facts in rows
+        ]
+
+    def seconds(self) -> float | None:
+        """Return the mean seconds of the newest attempts of all users; None if there are none."""
+        if not self.database.has_table("updates"):
+            return None
+        rows = self.database.read("SELECT seconds FROM updates ORDER BY number DESC LIMIT ?", (_TIMED,))
+        return fmean(seconds for (seconds,) in rows) if rows else None
