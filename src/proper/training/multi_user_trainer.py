@@ -98,9 +98,8 @@ class MultiUserTrainer:
                 self._pass_ended()
                 advance(self._finished() - shown, share=self._share(len(jobs)))
                 shown = self._finished()
-                seconds = round(time.perf_counter() - started, 3)
-                step = {"stage": "users", "seed": self.seed, "phase": title, "step": self.steps}
-                log({**step, "seconds": seconds, **metrics})
+                step = {"phase": title, "step": self.steps, "seconds": round(time.perf_counter() - started, 3)}
+                log({"stage": "users", "seed": self.seed, **step, **metrics})
                 if checkpoint.due() or len(self.results) >= limit:
                     checkpoint.save(self._tensors(), self._metadata())
                     self._hand_over(done)
@@ -114,7 +113,7 @@ class MultiUserTrainer:
 
     def _share(self, jobs: int) -> float:
         """Return the share of all steps that is done, as if every user took all of theirs."""
-        seats = (entry for entry in self.slots if entry is not None)
+        seats = filter(None, self.slots)
         begun = sum(state.step / (job.steps_per_pass(self.each) * job.epochs) for job, state in seats)
         return (self._finished() + begun) / jobs
 
@@ -149,37 +148,34 @@ class MultiUserTrainer:
         return new
 
     def _fill(self, slot: int, job: Job) -> None:
+        self.bank.fresh(slot, torch.Generator().manual_seed(seed_of(self.seed, "adapter", job.user)))
         if job.start is not None:
             self.bank.values[slot] = job.start.to(self.bank.values)
-        else:
-            self.bank.fresh(slot, torch.Generator().manual_seed(seed_of(self.seed, "adapter", job.user)))
 
     def _step(self) -> dict[str, Any] | None:
         """Take one optimizer step for all users in slots; if a user is quarantined, update nothing and return None."""
         seats = {slot: entry for slot, entry in enumerate(self.slots) if entry is not None}
         chosen = {slot: job.batch(self.seed, state.step, self.each) for slot, (job, state) in seats.items()}
         losses, tokens, padded = self._backward(chosen)
+        assert (gradients := self.bank.gradients) is not None
         if self.config.distance:
             for slot, (job, _) in seats.items():
                 pull_(self.bank, slot, job.anchor, self.config.distance)
-        assert self.bank.gradients is not None
         bad = {slot: "quarantined: the loss is not finite" for slot, loss in losses.items() if not math.isfinite(loss)}
         for slot in chosen:
-            if not math.isfinite(clip_row_(self.bank.gradients[slot], self.config.clip)):
+            if not math.isfinite(clip_row_(gradients[slot], self.config.clip)):
                 bad.setdefault(slot, "quarantined: the gradient is not finite")
         if bad:
             self._remove(bad)
             return None
-        slots = torch.tensor(list(chosen))
-        gradients = (self.bank.gradients[slot] for slot in chosen)
-        self.optimizer.step(self.bank.values, slots, gradients, self.rate * self._factors(list(chosen)))
+        rates, each = self.rate * self._factors(list(chosen)), (gradients[slot] for slot in chosen)
+        self.optimizer.step(self.bank.values, torch.tensor(list(chosen)), each, rates)
         self.steps += 1
-        for slot in chosen:
-            _, state = self.job_in(slot)
+        for slot, (_, state) in seats.items():
             state.step += 1
             state.trained = losses[slot]
-        mean = sum(losses.values()) / len(losses)
-        return {"loss": round(mean, 6), "users": len(chosen), "tokens": tokens, "padded": padded}
+        loss = round(sum(losses.values()) / len(losses), 6)
+        return {"loss": loss, "users": len(chosen), "tokens": tokens, "padded": padded}
 
     def _backward(self, chosen: dict[int, list[EncodedExample]]) -> tuple[dict[int, float], int, int]:
         """Fill the bank's gradients; return each slot's loss, and the number of tokens without and with padding."""
@@ -209,9 +205,9 @@ class MultiUserTrainer:
             self.slots[slot] = None
 
     def _factors(self, slots: list[int]) -> Tensor:
-        entries = [self.job_in(slot) for slot in slots]
-        steps = torch.tensor([state.step for _, state in entries])
-        totals = torch.tensor([job.steps_per_pass(self.each) * (job.horizon or job.epochs) for job, _ in entries])
+        jobs, states = zip(*map(self.job_in, slots), strict=True)
+        steps = torch.tensor([state.step for state in states])
+        totals = torch.tensor([job.steps_per_pass(self.each) * (job.horizon or job.epochs) for job in jobs])
         return factors(steps, totals, self.config.warmup, self.config.schedule).to(self.bank.values.device)
 
     def _pass_ended(self) -> None:
