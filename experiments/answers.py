@@ -183,4 +183,11 @@ def _of_set(source: str, found: Sequence[Shown], constant: str, form: str) -> st
         ]
         if rows:
             parts.append(f"{label(form)} {words} {', '.join(rows)}")
+    if not parts:
+        parts = [_told(test) for test in found]
     return f"On {source}: {'; '.join(parts)}."
+
+
+def _told(test: Shown) -> str:
+    verdict = test.verdict if test.verdict in ("better", "worse") else "not significant"
+    return f"{label(test.method)} against {label(test.against)} {signed(100 * test.relative, 1)} % ({verdict})"

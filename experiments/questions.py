@@ -70,6 +70,7 @@ def _short(items: int) -> Source:
 
 LABELS, TEXT = "users+prior", "users"
 """The form of `users` in the main table, chosen by the kind of task before any query was answered."""
+LAST_LAYERS = tuple(("users[groups.layers=last 10][users.layers=last 10]", other) for other in ("users", "groups"))
 MAIN = {"huffpost-label": LABELS, "movielens-rating": LABELS, "git-subject": TEXT, "git-area": LABELS}
 
 
@@ -83,6 +84,8 @@ def _main(name: str, form: str) -> Iterator[Source]:
     rivals = (*trivial, "swapped") if form == LABELS else ("lead", "user-majority", "user-majority-same")
     pairs = (("population", _constant(form)), *STEPS, ("users", "swapped"), *((form, rival) for rival in rivals))
     yield Source(name, f"findings/main-{name}.json", pairs)
+    if name == "huffpost-label":
+        yield Source("huffpost-label, layers", "findings/layers-huffpost-label.json", LAST_LAYERS)
     if name != "git-area":
         trained = ("users+rag", "rag", "oppu", "end-to-end")
         more = (*CONTROLS, *((form, rival) for rival in trained))
