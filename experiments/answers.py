@@ -141,22 +141,21 @@ def short(tests: Tests) -> str:
     return " ".join(parts)
 
 
-def main_table(forms: Mapping[str, str], constants: Mapping[str, str]) -> Callable[[Tests], str]:
+def main_table(constants: Mapping[str, str]) -> Callable[[Tests], str]:
     """Return the rule of the main table: the best constant, the two steps, and each row that the user's model beats.
 
     Args:
-        forms: by source, the form of `users` that was chosen before the queries were answered.
         constants: by source, the trivial method that a population stage has to beat.
     """
 
     def answer(tests: Tests) -> str:
         names = ((source, source.partition(",")[0], found) for source, found in tests.items())
-        return " ".join(_of_set(source, found, constants[name], forms[name]) for source, name, found in names)
+        return " ".join(_of_set(source, found, constants[name]) for source, name, found in names)
 
     return answer
 
 
-def _of_set(source: str, found: Sequence[Shown], constant: str, form: str) -> str:
+def _of_set(source: str, found: Sequence[Shown], constant: str) -> str:
     by_pair = {(test.method, test.against): test for test in found}
     parts = []
     base = by_pair.get(("population", constant))
@@ -174,13 +173,19 @@ def _of_set(source: str, found: Sequence[Shown], constant: str, form: str) -> st
                 f"{label(pair[0])} over {label(pair[1])} {signed(100 * test.relative, 1)} %"
                 + ("" if significant else ", not significant")
             )
-    against = {
-        test.against: test.verdict for test in found if test.method == form and (form, test.against) not in STEPS
-    }
+    own = [test for test in found if test.method == "users" and (test.method, test.against) not in STEPS]
     for verdict, words in (("better", "beats"), ("worse", "is worse than"), ("", "is not told apart from")):
         rows = [
-            label(name) for name, seen in against.items() if (seen if seen in ("better", "worse") else "") == verdict
+            label(test.against)
+            for test in own
+            if (test.verdict if test.verdict in ("better", "worse") else "") == verdict
         ]
         if rows:
-            parts.append(f"{label(form)} {words} {', '.join(rows)}")
+            parts.append(f"{label('users')} {words} {', '.join(rows)}")
+    parts += [_told(test) for test in found if test.method not in ("population", "groups", "users")]
     return f"On {source}: {'; '.join(parts)}."
+
+
+def _told(test: Shown) -> str:
+    verdict = test.verdict if test.verdict in ("better", "worse") else "not significant"
+    return f"{label(test.method)} against {label(test.against)} {signed(100 * test.relative, 1)} % ({verdict})"

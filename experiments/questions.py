@@ -68,25 +68,31 @@ def _short(items: int) -> Source:
     return Source(f"{items} item{'s' if items > 1 else ''}", f"findings/short-{items}.json", tuple(pairs), items=items)
 
 
-LABELS, TEXT = "users+prior", "users"
-"""The form of `users` in the main table, chosen by the kind of task before any query was answered."""
+LABELS, TEXT = "labels", "text"
 MAIN = {"huffpost-label": LABELS, "movielens-rating": LABELS, "git-subject": TEXT, "git-area": LABELS}
+LAST_LAYERS = tuple(("users[groups.layers=last 10][users.layers=last 10]", other) for other in ("users", "groups"))
 
 
-def _constant(form: str) -> str:
+def _constant(task: str) -> str:
     """Return the trivial method that a population stage has to beat: the best constant, or the input's first words."""
-    return "global-majority" if form == LABELS else "lead"
+    return "global-majority" if task == LABELS else "lead"
 
 
-def _main(name: str, form: str) -> Iterator[Source]:
-    trivial = ("global-majority", "user-majority", "user-majority-same", "prior", "head+prior", "users")
-    rivals = (*trivial, "swapped") if form == LABELS else ("lead", "user-majority", "user-majority-same")
-    pairs = (("population", _constant(form)), *STEPS, ("users", "swapped"), *((form, rival) for rival in rivals))
-    yield Source(name, f"findings/main-{name}.json", pairs)
+def _main(name: str, task: str) -> Iterator[Source]:
+    labels = ("global-majority", "user-majority", "user-majority-same", "prior", "head+prior")
+    trivial = labels if task == LABELS else ("lead", "user-majority", "user-majority-same")
+    against = ("swapped", *trivial)
+    yield Source(
+        name,
+        f"findings/main-{name}.json",
+        (("population", _constant(task)), *STEPS, *(("users", row) for row in against)),
+    )
+    if name == "huffpost-label":
+        yield Source("huffpost-label, layers", "findings/layers-huffpost-label.json", LAST_LAYERS)
     if name != "git-area":
-        trained = ("users+rag", "rag", "oppu", "end-to-end")
-        more = (*CONTROLS, *((form, rival) for rival in trained))
-        yield Source(f"{name}, rivals", f"findings/rivals-{name}.json", more)
+        more = (*CONTROLS, *(("users", row) for row in ("rag", "oppu", "end-to-end")), ("users+rag", "users"))
+        prior = (("users+prior", "users"), ("users+prior", "prior")) if task == LABELS else ()
+        yield Source(f"{name}, rivals", f"findings/rivals-{name}.json", (*more, *prior))
 
 
 def _command(number: int) -> str:
@@ -99,8 +105,8 @@ QUESTIONS = (
         "Main table: SmolLM2-135M",
         "A pre-trained backbone, SmolLM2-135M-Instruct. Does each stage improve on the one before, over a population "
         "model that beats the best constant? Does the user's model beat every rival, the trivial ones included?",
-        tuple(source for name, form in MAIN.items() for source in _main(name, form)),
-        main_table(MAIN, {name: _constant(form) for name, form in MAIN.items()}),
+        tuple(source for name, task in MAIN.items() for source in _main(name, task)),
+        main_table({name: _constant(task) for name, task in MAIN.items()}),
         _command(0),
         STEPS,
     ),
