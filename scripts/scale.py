@@ -1,7 +1,7 @@
 """How many machines for 1, 10, 100 million users? Simulate, and draw docs/images/scale.svg.
 
-python scripts/scale.py run     simulate every config of configs/simulation/ into docs/results/scale.json
-python scripts/scale.py draw    draw the picture and print the table from docs/results/scale.json
+python scripts/scale.py run     simulate every config of configs/simulation/ into docs/results/bench/scale.json
+python scripts/scale.py draw    draw the picture and print the table from docs/results/bench/scale.json
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from proper.reports.charts import TICKS, canvas, color
 ROOT = Path(__file__).parents[1]
 CONFIGS, RESULT, PICTURE = (
     ROOT / "configs" / "simulation",
-    ROOT / "docs/results/scale.json",
+    ROOT / "docs/results/bench/scale.json",
     ROOT / "docs/images/scale.svg",
 )
 USERS = (1_000_000, 10_000_000, 100_000_000)

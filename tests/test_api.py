@@ -16,7 +16,7 @@ from proper.inference.sampling import Sampling
 FUNCTIONS = {
     "load": "(folder, stage=None)",
     "run": "(config, out, *, overrides=(), stages=('population', 'groups', 'users', 'evaluate', 'report'), "
-    "skip_bad_rows=False)",
+    "skip_bad_rows=False, cluster=None)",
 }
 METHODS = {
     Model: {

@@ -19,9 +19,11 @@ from proper.cli.demo import Task
 from proper.data.demo.users import DemoTask
 from proper.errors import InputError
 
-COMMANDS = ["demo", "check", "run", "evaluate", "report", "generate", "serve", "export-backbone"]
+COMMANDS = ["demo", "check", "run", "evaluate", "report", "generate", "serve", "export-backbone", "simulate"]
 GROUPS = {
-    "users": ["list", "show", "rollback", "delete", "check", "enrol", "update", "export", "import"],
+    "users": ["list", "show", "rollback", "delete", "check", "enrol", "update", "drift", "export", "import"]
+    + ["archive", "verify-deleted"],
+    "groups": ["show"],
     "keys": ["add", "list", "revoke", "open"],
     "data": ["list", "fetch", "convert", "from-git"],
     "backbones": ["fetch", "list"],

@@ -209,5 +209,6 @@ def test_no_request_is_a_failure_of_the_server(serve: Serve, tiny_run: Path, tmp
     assert running.engine.stats().errors == 0
     # It has to get through to be a test: each kind of answer came, and often.
     assert min(statuses[200] / count, statuses[400] / count) > 0.1, statuses
-    assert {403, 404, 405, 409, 415} <= set(statuses), statuses
+    rare = {409} if count == MANY else set()
+    assert {403, 404, 405, 415} | rare <= set(statuses), statuses
     print(f"{count} requests: {dict(sorted(statuses.items()))}")

@@ -40,7 +40,7 @@ DEATHS = 3
 
 
 @dataclass(frozen=True)
-class Piece:
+class UserPiece:
     """Some users of one phase of stage 3a, whom one actor fits.
 
     Attributes:
@@ -104,12 +104,12 @@ class ClusterFitting:
         for piece in pieces:
             shutil.rmtree(piece.folder, ignore_errors=True)
 
-    def _fitted(self, waiting: deque[Piece]) -> Iterator[tuple[Piece, list[dict[str, Any]]]]:
+    def _fitted(self, waiting: deque[UserPiece]) -> Iterator[tuple[UserPiece, list[dict[str, Any]]]]:
         """Yield every piece when it is fitted, with the log lines of its training."""
         import ray
 
         idle: dict[Any, Any] = {}
-        running: dict[Any, tuple[Any, Piece]] = {}
+        running: dict[Any, tuple[Any, UserPiece]] = {}
         deaths: Counter[Path] = Counter()
         while waiting or running:
             for actor in self._missing(len(idle) + len(running), len(waiting)):
@@ -165,7 +165,7 @@ class UserWorker:
     def ready(self) -> None:
         """Return when the model is loaded."""
 
-    def fit(self, piece: Piece) -> list[dict[str, Any]]:
+    def fit(self, piece: UserPiece) -> list[dict[str, Any]]:
         """Fit the users of a piece into its store, and return the log lines of the training."""
         from proper.console import no_bar
         from proper.training.user_stage import fit_adapters, no_metadata
@@ -208,7 +208,7 @@ class UserWorker:
         return config.model_copy(update={"slots": auto_slots(parts, device_memory(device) // shared, device.type)})
 
 
-def cut(stage: UserStage, jobs: HistoryJobs, phase: str, scale: float, count: int) -> list[Piece]:
+def cut(stage: UserStage, jobs: HistoryJobs, phase: str, scale: float, count: int) -> list[UserPiece]:
     """Cut the users of a phase into pieces, the same ones after a restart on another number of devices."""
     folder = stage.folder / f"{phase}-pieces"
     path = folder / "size.json"
@@ -220,13 +220,13 @@ def cut(stage: UserStage, jobs: HistoryJobs, phase: str, scale: float, count: in
     for at in range(0, len(jobs), size):
         here = slice(at, at + size)
         part = (tuple(jobs.users[here]), jobs.embeddings[here].clone(), jobs.trial, jobs.part, scale)
-        pieces.append(Piece(phase, folder / str(at), *part))
+        pieces.append(UserPiece(phase, folder / str(at), *part))
     for piece in pieces:
         make_folder(piece.folder)
     return pieces
 
 
-def collect(stage: UserStage, piece: Piece, store: AdapterStore, metadata: Metadata) -> None:
+def collect(stage: UserStage, piece: UserPiece, store: AdapterStore, metadata: Metadata) -> None:
     """Put the records of a fitted piece into the store, with the users' metadata; those there already are skipped."""
     made = AdapterStore(piece.store)
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from proper.simulation.activity import DailyCycle
-from proper.simulation.replica import NO_ADAPTER, Job
+from proper.simulation.replica import NO_ADAPTER, SimulatedRequest
 from proper.simulation.serving import ServedDay
 
 SHARES = (50, 95, 99)
@@ -24,7 +24,7 @@ def serving_figures(day: ServedDay, request_seconds: float, cycle: DailyCycle) -
     """
     jobs = day.jobs
     adapted = [job for job in jobs if job.key != NO_ADAPTER]
-    hours: dict[int, list[Job]] = {}
+    hours: dict[int, list[SimulatedRequest]] = {}
     for job in jobs:
         hours.setdefault(cycle.hour(job.arrival), []).append(job)
     around = {(cycle.hour(cycle.length / 2) + step) % 24 for step in (-1, 0, 1)}
@@ -46,7 +46,7 @@ def serving_figures(day: ServedDay, request_seconds: float, cycle: DailyCycle) -
     }
 
 
-def first_token(job: Job, request_seconds: float) -> float:
+def first_token(job: SimulatedRequest, request_seconds: float) -> float:
     """Return the seconds from a request's arrival to its first token."""
     return request_seconds + job.first - job.arrival
 
@@ -57,7 +57,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{share}": float(f"{value:.4g}") for share, value in zip(SHARES, found, strict=True)}
 
 
-def _hour(hour: int, jobs: Sequence[Job], request_seconds: float) -> dict[str, Any]:
+def _hour(hour: int, jobs: Sequence[SimulatedRequest], request_seconds: float) -> dict[str, Any]:
     firsts = percentiles([first_token(job, request_seconds) for job in jobs])
     return {"hour": hour, "requests": len(jobs), "first_token_p95": firsts["p95"]}
 

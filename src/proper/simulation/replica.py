@@ -33,7 +33,7 @@ Steps = Generator[simpy.Event, Any, None]
 
 
 @dataclass(eq=False, slots=True)
-class Job:
+class SimulatedRequest:
     """A request in the simulation; times are seconds of simulated time.
 
     Attributes:
@@ -81,15 +81,15 @@ class SimulatedReplica:
         costs: ServingCosts,
         cluster: ClusterConfig,
         random: np.random.Generator,
-        done: Callable[[Job], None],
+        done: Callable[[SimulatedRequest], None],
     ) -> None:
         self.slots = LruKeys(cluster.slots)
         self.local = None if cluster.local_adapters == "all" else LruKeys(cluster.local_adapters)
         self.busy = self.row_seconds = 0.0
         self.fetched = self.loads = 0
         self._env, self._costs, self._cluster, self._random, self._done = env, costs, cluster, random, done
-        self._waiting: OrderedDict[Job, None] = OrderedDict()
-        self._running: list[tuple[int, int, Job]] = []
+        self._waiting: OrderedDict[SimulatedRequest, None] = OrderedDict()
+        self._running: list[tuple[int, int, SimulatedRequest]] = []
         """Heap of (step after which the row ends, number, request)."""
         self._steps, self._numbers = 0, itertools.count()
         self._loading: dict[int, float] = {}
@@ -107,7 +107,7 @@ class SimulatedReplica:
         """Number of requests that are waiting or running."""
         return len(self._waiting) + len(self._running)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: SimulatedRequest) -> None:
         """Take a request that arrives now."""
         job.hit = job.key == NO_ADAPTER or job.key in self.slots
         self._waiting[job] = None
@@ -163,7 +163,7 @@ class SimulatedReplica:
         while self._running and self._running[0][0] <= self._steps:
             self._end(heapq.heappop(self._running)[2])
 
-    def _prefill(self, started: list[Job]) -> Steps:
+    def _prefill(self, started: list[SimulatedRequest]) -> Steps:
         width = max(job.prompt for job in started)
         mean = self._costs.prefill + self._costs.prefill_token * width * len(started)
         seconds = self._time(mean, 1)
@@ -176,18 +176,18 @@ class SimulatedReplica:
             else:
                 heapq.heappush(self._running, (self._steps + job.answer - 1, next(self._numbers), job))
 
-    def _end(self, job: Job) -> None:
+    def _end(self, job: SimulatedRequest) -> None:
         job.ended = self._env.now
         if job.key != NO_ADAPTER:
             self.slots.unpin(job.key)
             self._changed = True
         self._done(job)
 
-    def _take(self) -> list[Job]:
+    def _take(self) -> list[SimulatedRequest]:
         """Remove and return the requests that get a row now; see `inference/request_queue.py`."""
         free, budget = self._cluster.rows - len(self._running), self._cluster.prefill_tokens
-        taken: list[Job] = []
-        unready: list[Job] = []
+        taken: list[SimulatedRequest] = []
+        unready: list[SimulatedRequest] = []
         longest, most = 0, UNREADY_SCANNED * self._cluster.slots
         for job in self._waiting:
             width = max(longest, job.prompt)
@@ -209,7 +209,7 @@ class SimulatedReplica:
                 self.slots.pin(job.key)
         return taken
 
-    def _ready(self, job: Job) -> bool:
+    def _ready(self, job: SimulatedRequest) -> bool:
         return job.key == NO_ADAPTER or job.key in self.slots
 
     def _prefetch(self) -> None:

@@ -16,7 +16,7 @@ from proper.console import Advance
 from proper.simulation.activity import DAY, Arrival, DailyCycle, ZipfLaw, arrivals, hash_of
 from proper.simulation.costs import ServingCosts
 from proper.simulation.lru import LruKeys, fill_stationary
-from proper.simulation.replica import NO_ADAPTER, Job, SimulatedReplica
+from proper.simulation.replica import NO_ADAPTER, SimulatedReplica, SimulatedRequest
 from proper.simulation.routing import HashRing, Route, with_affinity, without_affinity
 from proper.simulation.schema import ClusterConfig, SimulationConfig
 
@@ -68,7 +68,7 @@ class ServedDay:
         fetched: adapters fetched from elsewhere to a local disk.
     """
 
-    jobs: list[Job]
+    jobs: list[SimulatedRequest]
     seconds: float
     busy: float
     rows_used: float
@@ -101,7 +101,7 @@ def serve_requests(
         advance: progress callback.
     """
     env = simpy.Environment()
-    jobs: list[Job] = []
+    jobs: list[SimulatedRequest] = []
     each = np.random.default_rng([seed, 2]).spawn(replicas)
     machines = [SimulatedReplica(env, costs, cluster, random, jobs.append) for random in each]
     for number, machine in enumerate(machines):
@@ -133,7 +133,7 @@ def _source(
     for number, request in enumerate(requests):
         yield env.timeout(max(0.0, request.time - env.now))
         at, spilled = route(request.user)
-        machines[at].submit(Job(env.now, keys(request.user), request.prompt, request.answer, spilled))
+        machines[at].submit(SimulatedRequest(env.now, keys(request.user), request.prompt, request.answer, spilled))
         if advance is not None and number % 1000 == 999:
             advance(1000)
 

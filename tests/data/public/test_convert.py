@@ -28,7 +28,7 @@ from proper.data.sources import FROM_GIT
 from proper.errors import DataError, InputError
 
 ROOT = Path(__file__).parents[3]
-CONFIGS = [path for path in sorted(ROOT.glob("configs/**/*.yaml")) if path.parent.name != "lamp"]
+CONFIGS = [path for path in sorted(ROOT.glob("configs/**/*.yaml")) if path.parent.name not in ("lamp", "simulation")]
 
 
 def nothing() -> None:
