@@ -28,9 +28,9 @@ JsonFile = Annotated[
 def command(file: Settings, json_file: JsonFile = None) -> None:
     """Simulate how many machines serve a million users.
 
-    Users are 10,000 to 1,000,000,000, on replicas of the server. Costs (decoding step by batch size, prefill, cold load,
-    fit) come from files of 'proper bench' or from the settings.
-    Reports slot hit rate, times to the first token, queueing, missed refits, storage, machines and price, with and
+    Users are 10,000 to 1,000,000,000, on replicas of the server. Costs (decoding step by batch size, prefill, cold
+    load, fit) come from files of 'proper bench' or from the settings. Reports slot hit rate, times to the first token,
+    queueing, missed refits, storage, machines and price, with and
     without affinity of users to replicas. The result is JSON; a table goes to stderr, or to stdout with --json.
     """
     with needs_extra("simulate", "'proper simulate'"):
