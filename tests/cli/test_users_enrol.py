@@ -22,6 +22,7 @@ from proper.cli.app import main
 from proper.interactions.deletion import remove
 from proper.interactions.fit_queue import Fit
 from proper.interactions.log import InteractionLog, LogEntry
+from proper.interactions.personal_files import work_folder
 
 Output = pytest.CaptureFixture[str]
 
@@ -212,4 +213,9 @@ def test_sigterm_queues_again_and_a_deleted_user_does_not_come_back(run: Path, s
         log.append("", "bo", [LogEntry("x", "y")])
         until(log, "bo", lambda fit: fit.state == "done")
         assert store.head("ann") is None and log.queue.fit("", "ann").state == "idle"
-        assert not [path for path in (run / "users" / "fits").iterdir()]
+        assert not work_folder(run / "users", "", "ann").exists()
+        # The folder goes after the fit is recorded as done: until then a killed fit is told from a new one by it.
+        deadline = time.monotonic() + 20
+        while left := [*(run / "users" / "fits").iterdir()]:
+            assert left == [work_folder(run / "users", "", "bo")] and time.monotonic() < deadline
+            time.sleep(0.005)

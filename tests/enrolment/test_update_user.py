@@ -20,6 +20,7 @@ from proper.api import Model
 from proper.config import Config
 from proper.data.dataset import Dataset, TextExample
 from proper.data.encoder import EncodedExample
+from proper.enrolment import worker
 from proper.enrolment.comparison import Comparison, Usual, outliers, state_of
 from proper.enrolment.drift import Drift, by_group, cusum, deviation, usual_of
 from proper.enrolment.history import UserHistory, divide
@@ -251,6 +252,7 @@ class Killed(BaseException):
 def test_an_update_killed_anywhere_ends_the_same(
     run: Path, opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(worker, "TOLD_SECONDS", 0.0)  # the last step is told as well, however fast it is
     came = lessons(OTHER, 15, 15)
     whole = Path(shutil.copytree(run, tmp_path / "whole"))
     opened(whole).users.update("new", came)
@@ -349,6 +351,8 @@ def test_one_new_interaction_waits_and_none_changes_nothing(run: Path, opened: O
         head = users.update("new", rows)
         message = users.log.queue.fit("", "new").message
         assert head is not None and head.version == 1 and message is not None and message.startswith(said)
+    (attempt,) = users.log.updates.of("", "new")
+    assert attempt.facts == {"logged": 16, "new": 1, "left_out": 0}
 
 
 def test_numbers_of_another_run_s_log_mean_nothing_after_an_import(run: Path, opened: Open, tmp_path: Path) -> None:

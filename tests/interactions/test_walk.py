@@ -46,15 +46,14 @@ LONG = f"{SHORT},user-majority,groups-shared-e,population-more,oppu,users+rag,st
 """Methods with derived data and runs; the long walk, with a trained second seed, is slow."""
 TRAINED = [f"zyz{at:02d}vax" for at in range(4)]
 """The marks of the users in the run's data."""
-OFFLINE, ONLINE, IMPORTED, TENANT, LEFT = (f"zyz{at:02d}vax" for at in range(4, 9))
+OFFLINE, ONLINE, IMPORTED, TENANT, LEFT, MANY = (f"zyz{at:02d}vax" for at in range(4, 10))
 """The marks of users who are added; the server deletes LEFT during the walk."""
-MARKS = [*TRAINED, OFFLINE, ONLINE, IMPORTED, TENANT, LEFT]
+MARKS = [*TRAINED, OFFLINE, ONLINE, IMPORTED, TENANT, LEFT, MANY]
 
 NOT_WALKED = {
     "demo": "is 'run' on data that it writes to data/, as the walk does",
     "keys open": "removes files that name no user",
-    **dict.fromkeys(["users list", "users show", "groups show", "keys list", "check"], "reads"),
-    **dict.fromkeys(["users archive", "users verify-deleted"], "reads, and writes elsewhere"),
+    **dict.fromkeys(["users list", "users show", "check"], "reads"),
 }
 ELSEWHERE = ("data", "bench", "backbones", "simulate")
 """Commands, and groups of them, that work in folders of their own."""
@@ -119,7 +118,6 @@ def walk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         evaluate(walk, place / "other")
         teach_offline(walk, place)
         teach_online(url, keys)
-        walk.proper("users rollback", walk.run, "--user", name(ONLINE))
     walk.proper("report", walk.run)
     walk.proper("users check", walk.run, "--repair")
     walk.proper("keys revoke", walk.run, walk.proper("keys list", walk.run).split()[0])
@@ -196,15 +194,27 @@ def evaluate(walk: Walk, other: Path) -> None:
 
 def teach_offline(walk: Walk, place: Path) -> None:
     """Enrol, update, ask, export and import by the command line, beside the server."""
-    rows = place / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row | {"timestamp": "2024-01-01"}) + "\n" for row in texts(OFFLINE)), "utf-8")
-    walk.proper("users enrol", walk.run, "--user", name(OFFLINE), "--input", rows)
+
+    def rows(mark: str, **more: str) -> Path:
+        file, dated = place / f"{mark}.jsonl", {"timestamp": "2024-01-01", **more}
+        file.write_text("".join(json.dumps(row | dated) + "\n" for row in texts(mark)), "utf-8")
+        return file
+
+    walk.proper("users enrol", walk.run, "--user", name(OFFLINE), "--input", rows(OFFLINE))
+    walk.proper("users enrol", walk.run, "--input", rows(MANY, user_id=name(MANY)))
     walk.proper("users update", walk.run)
+    walk.proper("users update", walk.run, "--user", name(OFFLINE), "--input", rows(OFFLINE, output="sport now"))
     walk.proper("users drift", walk.run)
     walk.proper("generate", walk.run, "--user", name(OFFLINE), "--prompt", f"{OFFLINE}?")
     walk.proper("users export", walk.run, "--user", name(TRAINED[0]), "--out", place / "user")
     walk.proper("users export", walk.run, "--user", name(TRAINED[0]), "--out", place / "peft", "--format", "peft")
-    walk.proper("users import", walk.run, place / "user", "--user", name(IMPORTED))
+    for force in ((), ("--force",)):
+        walk.proper("users import", walk.run, place / "user", "--user", name(IMPORTED), *force)
+    # An import always makes a version, an update only one that is better.
+    walk.proper("users rollback", walk.run, "--user", name(IMPORTED))
+    walk.proper("users export", walk.run, "--all", "--out", place / "all", "--format", "peft")
+    walk.proper("users archive", walk.run, "--user", name(OFFLINE), "--out", place / "archive.zip")
+    walk.proper("groups show", walk.run)
     walk.proper("export-backbone", walk.run, "--out", place / "backbone")
 
 
@@ -311,7 +321,7 @@ def test_every_command_is_walked_or_writes_nothing_of_users_into_a_run(walk: Wal
             yield from (f"{title} {each}" for each in names(command)) if hasattr(command, "commands") else [title]
 
     known = {each for each in names(typer.main.get_command(app)) if each.split()[0] not in ELSEWHERE}
-    assert known == {*walk.commands, *NOT_WALKED, "users delete"}
+    assert known == {*walk.commands, *NOT_WALKED, "users delete", "users verify-deleted"}
 
 
 def test_the_registry_lists_every_file_in_which_a_user_is_found(walk: Walk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +350,7 @@ def any_of(pieces: set[bytes], folder: Path) -> list[Path]:
 
 
 def test_nothing_is_left_of_several_deleted_users(walk: Walk, tmp_path: Path) -> None:
-    run, gone = shutil.copytree(walk.run, tmp_path / "run"), [TRAINED[0], TRAINED[1], OFFLINE, ONLINE, IMPORTED]
+    run, gone = shutil.copytree(walk.run, tmp_path / "run"), [*TRAINED[:2], OFFLINE, ONLINE, IMPORTED, MANY]
     here, pieces = Walk(run), tensors(run, gone)
     assert len(pieces) > 50 and any_of(pieces, run)
     names = [word for mark in gone for word in ("--user", name(mark))]

@@ -53,16 +53,17 @@ class Saboteur:
         # One that waits for the other server's to end may be absent for a while.
         before = any(what == "worker killed" for _, what in self.scene.ledger.done)
         seconds = WORKER_SECONDS if before else FIRST_WORKER_SECONDS
-        if not self.scene.wait(lambda: self.scene.server.worker() is not None, seconds):
-            self.scene.ledger.fault("no worker to kill")
+        deadline = time.monotonic() + seconds
+        while self.scene.wait(lambda: self.scene.server.worker() is not None, deadline - time.monotonic()):
+            time.sleep(self.scene.random.uniform(0, WORKS_SECONDS))
+            worker = self.scene.server.worker()
+            if worker is None:  # it ended by itself, as on a full disk, and another comes
+                continue
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+            self.scene.ledger.fault("worker killed")
             return
-        time.sleep(self.scene.random.uniform(0, WORKS_SECONDS))
-        worker = self.scene.server.worker()
-        if worker is None:
-            return
-        with suppress(ProcessLookupError):
-            os.kill(worker, signal.SIGKILL)
-        self.scene.ledger.fault("worker killed")
+        self.scene.ledger.fault("no worker to kill")
 
     def kill_server(self) -> None:
         """SIGKILL for the server, and another one in its place."""

@@ -68,15 +68,24 @@ def nothing_lost(folder: Path, ledger: Ledger) -> list[str]:
                 if logged or store.head(user) is not None or log.knows("", user):
                     wrong.append(f"{user!r} was deleted and is there")
                 continue
-            fit, held = log.queue.fit("", user), store.versions(user)
-            if fit.state == "done" and held and held[0].version == fit.version:
-                learned = held[0].facts["history"]["logged"]
-                if learned != log.count("", user):
-                    wrong.append(f"{user!r} has {log.count('', user)} interactions, and was fitted to {learned}")
+            wrong += _unconsidered(store, log, user)
             wrong += [f"{user!r} lost {one[0]}" for one in sorted(promised - {*logged})]
             wrong += [f"{user!r} has {one[0]}, which nobody sent" for one in sorted({*logged} - sent)]
             wrong += [f"{user!r} has {one[0]} {count} times" for one, count in logged.items() if count > 1]
     return wrong
+
+
+def _unconsidered(store: AdapterStore, log: InteractionLog, user: str) -> list[str]:
+    """Every interaction in the log was there when the last fit began, whether that became a version or not."""
+    fit, held = log.queue.fit("", user), store.versions(user)
+    if fit.state in ("queued", "fitting"):
+        return [f"{user!r} still waits for a fit at rest"]
+    if fit.state != "done" or not held or held[0].version != fit.version:  # rolled back or imported since
+        return []
+    # An update leaves a row of its own, a first fit only its version.
+    attempts = [each.facts["logged"] for each in log.updates.of("", user)]
+    considered, count = max([held[0].facts["history"].get("logged", 0), *attempts]), log.count("", user)
+    return [] if considered == count else [f"{user!r} has {count} interactions, and fits considered {considered}"]
 
 
 def nobody_elses(run: Path, folder: Path, archive: Archive, ledger: Ledger, people: Mapping[str, str]) -> list[str]:

@@ -123,7 +123,7 @@ class _Update:
         if not came:
             return Fitted(None, self.version, "there is no new interaction")
         divided = self._without_outliers(divided)
-        facts = {"new": came, "left_out": came - len(divided.new)}
+        facts = {"logged": self.grown.logged, "new": came, "left_out": came - len(divided.new)}
         if not divided.new:
             return self._stays(f"the answers do not fit their inputs (new interactions: {came})", facts)
         if len(divided.new) == 1:

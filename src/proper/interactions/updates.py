@@ -30,7 +30,7 @@ class UpdateAttempt:
         version: the version that it became; None if it was not promoted.
         seconds: how long it took.
         reason: why it was promoted or not, in one line.
-        facts: the losses that were compared, and the numbers of interactions.
+        facts: the losses that were compared, and numbers of interactions; `logged` is how many the log had then.
     """
 
     ended: float
