@@ -21,7 +21,7 @@ from proper.config import Config
 from proper.data.dataset import Dataset, TextExample
 from proper.data.encoder import EncodedExample
 from proper.enrolment import worker
-from proper.enrolment.comparison import Comparison, Usual, outliers, state_of
+from proper.enrolment.comparison import Usual, VersionComparison, outliers, state_of
 from proper.enrolment.drift import Drift, by_group, cusum, deviation, usual_of
 from proper.enrolment.history import UserHistory, divide
 from proper.errors import InputError
@@ -383,7 +383,7 @@ def test_divide_by_the_order_of_arrival() -> None:
 
 def test_what_is_better() -> None:
     def compared(served: tuple[float, float], updated: tuple[float, float], unknown: float = 9, past: int = 2) -> bool:
-        return Comparison(2, past, served, updated, unknown).is_better(1.0)
+        return VersionComparison(2, past, served, updated, unknown).is_better(1.0)
 
     assert compared((2, 1), (1, 1)) and compared((2, 1), (1, 1.5)) and not compared((2, 1), (1, 2.5))
     assert not compared((2, 1), (2, 0.5)), "the loss on new interactions must fall"

@@ -103,7 +103,7 @@ class Usual:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class VersionComparison:
     """Losses per answer token of two states on held-out interactions, in nats.
 
     Attributes:
@@ -128,7 +128,7 @@ class Comparison:
         updated: State,
         new: Sequence[EncodedExample],
         past: Sequence[EncodedExample],
-    ) -> Comparison:
+    ) -> VersionComparison:
         """Measure both states on the same items."""
         assert model.served is not None
         before = _mean(model, served, new), _mean(model, served, past)

@@ -30,7 +30,7 @@ from proper.config import UsersConfig
 from proper.console import no_bar
 from proper.data.dataset import TextExample
 from proper.data.encoder import EncodedExample
-from proper.enrolment.comparison import Comparison, State, Usual, losses_of, outliers, per_item, state_of
+from proper.enrolment.comparison import State, Usual, VersionComparison, losses_of, outliers, per_item, state_of
 from proper.enrolment.fit_files import is_update_of, same_update
 from proper.enrolment.fit_user import Fitter, Tell, own_bank
 from proper.enrolment.history import Divided, UserHistory, divide
@@ -48,7 +48,7 @@ OUTLIER_ITEMS = 64
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FitOutcome:
     """Result of a fit.
 
     Attributes:
@@ -64,7 +64,9 @@ class Fitted:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def fit_or_update(fitter: Fitter, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell) -> Fitted:
+def fit_or_update(
+    fitter: Fitter, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell
+) -> FitOutcome:
     """Fit a user unknown to the store, or update a known one; nothing is put into the store.
 
     Arguments and errors as for `Fitter.fit`.
@@ -72,9 +74,9 @@ def fit_or_update(fitter: Fitter, store: AdapterStore, user: str, grown: UserHis
     head = store.head(user)
     base = None if head is None else store.get(user, head.version)
     if head is None or base is None:
-        return Fitted(fitter.fit(store, user, grown, work, tell))
+        return FitOutcome(fitter.fit(store, user, grown, work, tell))
     if base.facts.get("embedding") == PLACED:  # answers until the first fit, which need not be better
-        return Fitted(fitter.fit(store, user, grown, work, tell), head.version)
+        return FitOutcome(fitter.fit(store, user, grown, work, tell), head.version)
     landed = _landed(work, grown, head.version, base)
     if landed is not None:
         return landed
@@ -84,12 +86,12 @@ def fit_or_update(fitter: Fitter, store: AdapterStore, user: str, grown: UserHis
         return _Update(fitter, store, base, head.version, grown, work, tell).result()
 
 
-def _landed(work: Path, grown: UserHistory, version: int, base: UserRecord) -> Fitted | None:
+def _landed(work: Path, grown: UserHistory, version: int, base: UserRecord) -> FitOutcome | None:
     """Return the result of an update that was put into the store before a kill, and is the version in service now."""
     made = base.facts.get("made", {})
     if made.get("by") != "update" or version != made["of"] + 1 or not is_update_of(work, grown, made["of"]):
         return None
-    return Fitted(base, made["of"], base.facts["reason"], base.facts["update"])
+    return FitOutcome(base, made["of"], base.facts["reason"], base.facts["update"])
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,12 @@ class _Update:
     def config(self) -> UsersConfig:
         return self.fitter.model.config.users
 
-    def result(self) -> Fitted:
+    def result(self) -> FitOutcome:
         divided = divide(self.grown, self.base.facts)
         divided = replace(divided, past=divided.past[-(self.config.max_items or len(divided.past)) :])
         came = len(divided.new)
         if not came:
-            return Fitted(None, self.version, "there is no new interaction")
+            return FitOutcome(None, self.version, "there is no new interaction")
         divided = self._without_outliers(divided)
         facts = {"logged": self.grown.logged, "new": came, "left_out": came - len(divided.new)}
         if not divided.new:
@@ -133,8 +135,8 @@ class _Update:
             return self._refit(divided, split, facts)
         return self._trained_on(divided, split, facts)
 
-    def _stays(self, reason: str, facts: Mapping[str, Any]) -> Fitted:
-        return Fitted(None, self.version, f"not promoted: {reason}", facts)
+    def _stays(self, reason: str, facts: Mapping[str, Any]) -> FitOutcome:
+        return FitOutcome(None, self.version, f"not promoted: {reason}", facts)
 
     def _without_outliers(self, divided: Divided) -> Divided:
         served, limit = self.fitter.model.served, self.config.update.outlier
@@ -156,7 +158,7 @@ class _Update:
         cut_new, cut_past = len(divided.new) - held_new, len(divided.past) - held_past
         return _Split(divided.past[:cut_past], divided.new[:cut_new], divided.past[cut_past:], divided.new[cut_new:])
 
-    def _trained_on(self, divided: Divided, split: _Split, facts: dict[str, Any]) -> Fitted:
+    def _trained_on(self, divided: Divided, split: _Split, facts: dict[str, Any]) -> FitOutcome:
         """Train the user's adapter on from the version in service, and compare the two."""
         start = state_of(self.fitter.model, self.base)
         assert start.row is not None
@@ -219,7 +221,7 @@ class _Update:
         trainer.run([job], done, checkpoint, step, "update", no_bar)
         return found[0]
 
-    def _refit(self, divided: Divided, split: _Split, facts: dict[str, Any]) -> Fitted:
+    def _refit(self, divided: Divided, split: _Split, facts: dict[str, Any]) -> FitOutcome:
         """Fit a user without an adapter as a new one, and compare that with the version in service."""
         order = {item.id: at for at, item in enumerate(self.grown.items)}
 
@@ -248,7 +250,7 @@ class _Update:
         logged: int,
         divided: Divided,
         usual: Usual | None,
-    ) -> Fitted:
+    ) -> FitOutcome:
         history: dict[str, Any] = {"run": self.grown.run, "logged": logged}
         if divided.left_out:
             history["left_out"] = list(divided.left_out)
@@ -257,11 +259,11 @@ class _Update:
         if usual is not None:
             told["usual"] = usual.facts()
         record = replace(record, facts={**record.facts, **told})
-        return Fitted(record, self.version, reason, facts)
+        return FitOutcome(record, self.version, reason, facts)
 
-    def _compare(self, served: State, updated: State, split: _Split) -> Comparison:
+    def _compare(self, served: State, updated: State, split: _Split) -> VersionComparison:
         new, past = self._encoded(split.held_new), self._encoded(split.held_past)
-        return Comparison.of(self.fitter.model, served, updated, new, past)
+        return VersionComparison.of(self.fitter.model, served, updated, new, past)
 
     def _group_facts(self, split: _Split, state: State) -> dict[str, float]:
         """Return the held-out loss of the group tier and with the adapter, as stage 3's metadata has them."""

@@ -19,7 +19,7 @@ from proper.enrolment.drift import Drift, drifts, usual_still
 from proper.enrolment.fit_user import Fitter
 from proper.enrolment.history import grown_history
 from proper.enrolment.many_users import append_all, fit_many, place_users
-from proper.enrolment.update_user import Fitted, fit_or_update
+from proper.enrolment.update_user import FitOutcome, fit_or_update
 from proper.errors import ProperError
 from proper.interactions.database import Database
 from proper.interactions.fit_queue import Claim, FitQueue
@@ -198,7 +198,7 @@ class FitWorker:
                         # The user's own fit meets the same error and records it; the users behind must not wait.
                         logger.warning(f"a new user could not be placed: {type(error).__name__}")
 
-    def _land(self, store: AdapterStore, claim: Claim, fitted: Fitted, seconds: float) -> None:
+    def _land(self, store: AdapterStore, claim: Claim, fitted: FitOutcome, seconds: float) -> None:
         """Put the new version into the store, unless its user was deleted or rolled back meanwhile."""
         with self.log.queue.ending(claim) as stands:
             if not stands:
@@ -228,7 +228,7 @@ class FitWorker:
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def describe(fitted: Fitted) -> str:
+def describe(fitted: FitOutcome) -> str:
     """Return the result of a fit as one line."""
     record = fitted.record
     if record is None:
