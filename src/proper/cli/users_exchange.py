@@ -46,7 +46,7 @@ def export_command(
         typer.Option(metavar="NAME", help="The merged backbone's name on the server of --all.", show_default=False),
     ] = None,
 ) -> None:
-    """Write one user, or all users, to a folder and print its path.
+    """Write one user, or all users, to a folder; print its path.
 
     --format native is the user's exact state, for another run with the same backbone and groups. --format peft is one
     plain LoRA in PEFT's format, for the merged backbone (proper export-backbone). It uses the router's gates averaged

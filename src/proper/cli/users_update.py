@@ -90,7 +90,7 @@ def update(
 
 @app.command(epilog=examples("users", "drift runs/notes", "drift runs/notes --json"))
 def drift(folder: RunFolder, as_json: AsJson = False) -> None:
-    """Print how well users' new interactions fit the versions in service.
+    """Print how well new interactions fit the served versions.
 
     One line per user with new interactions, the most drifted first: user, number of new interactions, their mean loss
     and the user's usual loss (nats per token), the standardized difference, the CUSUM score, and whether the user has
