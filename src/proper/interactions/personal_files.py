@@ -206,8 +206,16 @@ def remove_quarantine(users: Path) -> None:
 
 
 def remove_work(users: Path, tenant: str, user: str) -> None:
-    """Remove the state that a user's fit keeps for resuming."""
-    shutil.rmtree(work_folder(users, tenant, user), ignore_errors=True)
+    """Remove the state that a user's fit keeps for resuming.
+
+    The folder is renamed first: after a kill, no later fit resumes from what is left of it.
+    """
+    folder = work_folder(users, tenant, user)
+    gone = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    if folder.is_dir():
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 _KINDS: dict[Personal, tuple[str, Callable[[Path, str], None], Callable[[Path, str], list[Any]]]] = {
