@@ -300,7 +300,7 @@ def everything(folder: Path, but: str) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [3, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_updates_leave_other_users_bytes_unchanged(run: Path, opened: Open, times: int) -> None:
     before, model = everything(run, "new"), opened(run)
     assert len(before) == 6
