@@ -5,7 +5,7 @@
     actor    fits the users of a piece with `fit_adapters` into a store in the piece's own folder, with its checkpoint
 
 A user's adapter does not depend on the other users of a batch, so neither does it on pieces, actors or their number.
-A piece's folder outlives its actor and the driver: whoever gets the piece next goes on from its checkpoint, and a
+A piece's folder outlives its actor and the driver: the next actor with the piece continues from its checkpoint, and a
 finished piece is only collected. Actors that die are replaced, and nodes that join get actors, while there are pieces.
 """
 

@@ -100,7 +100,7 @@ def fit_embedding(setting: Setting, job: EmbeddingJob) -> FittedEmbedding:
 
 
 def fit_embeddings(setting: Setting, jobs: Sequence[EmbeddingJob]) -> list[FittedEmbedding | NonFiniteLossError]:
-    """Fit many users' embeddings in one batch; a user whose loss is not finite gets the error and stops nobody else."""
+    """Fit many users' embeddings in one batch; a user whose loss is not finite gets the error; the others go on."""
     trials = [job for job in jobs if job.held_out]
     descents = [
         _Descent(

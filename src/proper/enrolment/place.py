@@ -44,7 +44,7 @@ class Placer:
 
     Attributes:
         mean: the mean embedding (D,).
-        encoder: the run's encoder; None: everybody is placed at the mean.
+        encoder: the run's encoder; None: all users are placed at the mean.
     """
 
     model: ProperModel

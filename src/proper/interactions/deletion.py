@@ -89,7 +89,7 @@ def delete_returned(users: Path, patience: float = 0.0) -> list[str]:
     waits = list[str]()
     with closing(AdapterStore(users)) as store:
         if store.tombstones.of_tenant(DEFAULT_TENANT) is None:
-            return []  # nobody was ever deleted
+            return []  # no user was deleted
     with closing(AdapterStore(users)) as store, closing(InteractionLog(users)) as log:
         pending = {(each.tenant, each.user) for each in log.deletions.pending()}
         for tenant, user in sorted(set(_returned(store)) - pending):

@@ -5,7 +5,7 @@ A print is a piece of at most `PIECE` bytes as it would lie in a file: its lengt
 and confirms the few candidates by the whole hash. A text gives several pieces of letters, digits and plain punctuation,
 which JSON and HTML do not escape, in several encodings; a tensor gives pieces of its bytes in every storage form.
 
-No content can be read from a print. Whoever holds a file of fingerprints can test a guess, which cannot be avoided.
+No content can be read from a print. With a file of fingerprints a guess can be tested, which cannot be avoided.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ class _Page(HTMLParser):
     def _shut(self) -> str:
         tag, texts = self.open.pop()
         self._keep(texts)
-        if tag in ("td", "th"):  # a row is told whole
+        if tag in ("td", "th"):  # a row is returned whole
             self.open[-1][1].append(f" {''.join(texts)} ")
         return tag
 
