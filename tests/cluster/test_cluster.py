@@ -17,8 +17,11 @@ import torch
 
 from proper import pipeline
 from proper.adapters.store import AdapterStore
+from proper.cluster.address import connected
+from proper.cluster.opening import open_runner
+from proper.cluster.user_adapters import ClusterFitting
 from proper.config import Config, make_config
-from proper.errors import InputError
+from proper.errors import InputError, ProperError
 from proper.files import read_json
 from proper.models.checkpoints import load_tensors
 from proper.run_folder import RunFolder
@@ -167,6 +170,16 @@ def test_a_worker_and_then_the_driver_are_killed(config: Config, shared: Path, a
     assert second.wait() == 0, second.stderr and second.stderr.read().decode()
     assert_same(alone, run)
     assert not RunFolder(run).users.work.exists()
+
+
+def test_workers_that_cannot_open_the_run_end_it_in_one_line(config: Config, shared: Path, tmp_path: Path) -> None:
+    run, elsewhere = copied(shared, tmp_path), tmp_path / "elsewhere"
+    with (
+        connected("local:1"),
+        open_runner(run, run, 0, logging=False) as runner,
+        pytest.raises(ProperError, match=r"^3 workers died while they opened the run: [^\n]*elsewhere[^\n]*$"),
+    ):
+        runner.run(TRAINING, ClusterFitting("local:1", elsewhere, elsewhere, 0))
 
 
 def test_no_cluster_answers(config: Config, tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ def train_shared(home: Path, folder: Path, seed: int, stages: Sequence[str], dev
         try:
             trainer.fit()
         except Exception as error:
-            raise ProperError(f"{folder}: stages {', '.join(stages)} failed on the cluster: {_cause(error)}") from error
+            raise ProperError(
+                f"{folder}: stages {', '.join(stages)} failed on the cluster: {last_line(error)}"
+            ) from error
 
 
 def _train_here(settings: dict[str, Any]) -> None:
@@ -64,7 +66,7 @@ def _train_here(settings: dict[str, Any]) -> None:
         runner.run(settings["stages"])
 
 
-def _cause(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     """Return the last line of the innermost error, which is the one that says what was wrong."""
     while error.__cause__ is not None:
         error = error.__cause__

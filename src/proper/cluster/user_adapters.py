@@ -23,6 +23,7 @@ from torch import Tensor
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.cluster.address import Devices, devices
+from proper.cluster.shared_stages import last_line
 from proper.errors import ProperError
 from proper.files import make_folder, read_json, write_json
 from proper.run_folder import Tier
@@ -36,7 +37,7 @@ PIECES_PER_DEVICE = 4
 """Pieces for each device where there are few users, so that no device waits long for the last one."""
 
 DEATHS = 3
-"""Number of actors that may die with the same piece before the run ends with an error."""
+"""Number of actors that may die with the same piece, or while they start, before the run ends with an error."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class ClusterFitting:
 
         idle: dict[Any, Any] = {}
         running: dict[Any, tuple[Any, UserPiece]] = {}
-        deaths: Counter[Path] = Counter()
+        deaths: Counter[Path | None] = Counter()
         while waiting or running:
             for actor in self._missing(len(idle) + len(running), len(waiting)):
                 idle[actor.ready.remote()] = actor
@@ -119,16 +120,18 @@ class ClusterFitting:
                 try:
                     lines = ray.get(call)
                 except ray.exceptions.RayActorError as error:
-                    idle.pop(call, None)
-                    if call in running:
-                        _, piece = running.pop(call)
-                        deaths[piece.folder] += 1
-                        if deaths[piece.folder] == DEATHS:
-                            raise ProperError(
-                                f"{DEATHS} workers died while they fitted {len(piece.users)} users"
-                            ) from error
-                        waiting.appendleft(piece)
+                    # Without a piece, the worker died while it opened the run.
+                    lost = None if idle.pop(call, None) is not None else running.pop(call)[1]
+                    where = None if lost is None else lost.folder
+                    deaths[where] += 1
+                    if deaths[where] == DEATHS:
+                        doing = "opened the run" if lost is None else f"fitted {len(lost.users)} users"
+                        raise ProperError(f"{DEATHS} workers died while they {doing}: {last_line(error)}") from error
+                    if lost is not None:
+                        waiting.appendleft(lost)
                     continue
+                except ray.exceptions.RayTaskError as error:
+                    raise ProperError(f"a worker failed: {last_line(error)}") from error
                 actor = idle.pop(call, None)
                 if actor is None:
                     actor, piece = running.pop(call)

@@ -69,7 +69,7 @@ def varied(config: Config, variant: DerivedRun) -> Config:
     raw = config.model_dump()
     for section, values in variant.settings.items():
         raw[section] = {**raw[section], **values}
-    raw["groups"] = {**raw["groups"], "user_encoder": False}  # nobody is enrolled in a variant
+    raw["groups"] = {**raw["groups"], "user_encoder": False}  # no user is enrolled in a variant
     # The preset's values are already in the sections, so applying it again would change nothing.
     return make_config(raw, f"method {variant.name}")
 

@@ -29,7 +29,7 @@ from proper.run_folder import RunFolder
 PRIOR = 100.0
 """Weight of the prior, in items of the average user."""
 LEAST = 1.96
-"""Standard deviations from which a word is told: the two-sided 5 % point of a single comparison."""
+"""Standard deviations from which a word is listed: the two-sided 5 % point of a single comparison."""
 WORDS, LABELS, TYPICAL, EXAMPLES = 10, 5, 5, 3
 _WORD = re.compile(r"[^\W\d_][\w'-]+")
 

@@ -61,7 +61,7 @@ def with_affinity(ring: HashRing, replicas: Sequence[SimulatedReplica], spill: i
 
 
 def without_affinity(replicas: Sequence[SimulatedReplica], seed: int) -> Route:
-    """Return the route to the less loaded of two random replicas, whoever the user is."""
+    """Return the route to the less loaded of two random replicas, the same for all users."""
     draw = random.Random(seed)
     count = len(replicas)
 

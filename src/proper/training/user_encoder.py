@@ -134,7 +134,7 @@ def train_encoder(
 
 
 def nothing(width: int, size: int) -> Readout:
-    """Return the readout that places everybody at the mean."""
+    """Return the readout that places all users at the mean."""
     return Readout(torch.zeros(size, width), torch.empty(0), torch.empty(size, 0))
 
 
