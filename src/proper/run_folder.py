@@ -11,7 +11,7 @@ write, so a file that is not listed here cannot be written into a run folder. De
 has a remover for each `Personal` pattern and does not start without one. Files that are written in other ways (SQLite
 files, blobs, logs, locks) have fixed names, which are listed.
 
-A pattern is relative to a run folder, or to a folder of a seed or a variant below it; `**` at its end matches any path.
+A pattern is relative to a run folder, or to the folder of a seed or a variant; `**` at its end matches any path.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ SHARED = (
     "users/stage.json",
     "users/router.safetensors",
     "tombstones/*",
+    "database.json",
     "writers.lock",
 )
 """Files from which no single user's data can be read or removed."""
@@ -157,6 +158,7 @@ class RunFolder:
     predictions = _Path("predictions")
     preflight = _Path("preflight.json")
     tombstones = _Path("tombstones")
+    database = _Path("database.json")  # where the state is, if not in SQLite files of this folder
     keys = _Path("serving", "keys.json")  # API keys, as hashes
     keys_lock = _Path("serving", "keys.lock")
     keys_required = _Path("serving", "keys.required")  # exists if a server needs keys, even if the key file is lost
