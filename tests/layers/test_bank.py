@@ -201,7 +201,9 @@ def _bases(draw: Draw, shapes: Shapes, rank: int) -> dict[str, tuple[Tensor, Ten
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=50)
-def test_cores_of_mixed_rows(sizes: tuple[int, ...], data: st.DataObject, seed: int, draws: Callable[..., Draw]) -> None:
+def test_cores_of_mixed_rows(
+    sizes: tuple[int, ...], data: st.DataObject, seed: int, draws: Callable[..., Draw]
+) -> None:
     slots, tokens, inputs, outputs, rank = sizes
     rows = data.draw(st.lists(st.integers(-1, slots - 1), min_size=1, max_size=5))
     draw = draws(seed)

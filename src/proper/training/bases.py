@@ -114,7 +114,7 @@ def random_bases(model: ProperModel, config: UsersConfig, generator: torch.Gener
     return {name: (down.to(model.device), up.to(model.device)) for name, (down, up) in found.items()}
 
 
-def _leading(rows: Float[Tensor, "N W"], rank: int) -> Float[Tensor, "R W"]:
+def _leading(rows: Float[Tensor, "N I"], rank: int) -> Float[Tensor, "R I"]:
     """Return the first `rank` right singular vectors, filled up with orthogonal ones where there are fewer."""
     vectors: Tensor = torch.linalg.svd(rows, full_matrices=False).Vh[:rank]
     missing = rank - len(vectors)
