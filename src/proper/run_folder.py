@@ -98,16 +98,14 @@ SHARED = (
     "methods.csv",
     "metrics.jsonl",
     "predictions/*.json",
-    "serving/keys.json",
-    "serving/keys.lock",
-    "serving/keys.required",
+    "serving/keys.*",
     "run.lock",
     "preflight.json",
     "population/*",
     "groups/*.safetensors",
     "groups/stage.json",
     "users/stage.json",
-    "users/router.safetensors",
+    "users/*.safetensors",
     "tombstones/*",
     "database.json",
     "writers.lock",
@@ -138,6 +136,7 @@ class UsersFolder:
     fits_lock = _Path("fits.lock")  # held by the fitting process
     quarantine = _Path("quarantine")  # what a repair removed; any deletion of a user removes all of it
     router = _Path("router.safetensors")  # the LoRA-aware routers of stage 3
+    bases = _Path("bases.safetensors")  # the A and B that all users share in the form `core`
     work = _Path("work")  # state for resuming stage 3 after a kill
 
 
