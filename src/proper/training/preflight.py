@@ -45,6 +45,7 @@ class PreflightSample(NamedTuple):
     prompt: str
     target: str
     user: str
+    task: int = 0
 
 
 SAMPLES = (
