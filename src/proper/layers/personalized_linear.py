@@ -108,8 +108,8 @@ class AdaptedLinear(nn.Module):
     ) -> Float[Tensor, "B E R"]:
         if rows.gathered is None:
             index = slots.clamp(min=0)
-            down = bank.take(bank.down[self.name], index) if router.normalized else None
-            return router.matrices(bank.take(bank.up[self.name], index), bank.scale, down)
+            down = bank.downs(self.name, index) if router.normalized else None
+            return router.matrices(bank.ups(self.name, index), bank.scale, down)
         cached = rows.gathered.matrices
         if self.name not in cached:
             down, turned = rows.gathered.adapters[self.name]

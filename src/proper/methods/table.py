@@ -34,6 +34,7 @@ ALL = tuple(Stage)
 GROUPS = ALL[:2]
 
 OPPU: Mapping[str, Any] = {
+    "form": "lora",
     "rank": 8,
     "layers": "all",
     "alpha": 8,
@@ -196,7 +197,7 @@ def _users(name: str, config: Config, router: str) -> Method:
 
 def _baselines(config: Config) -> list[Method]:
     oppu = {"users": OPPU, "groups": {"target_modules": OPPU_MODULES, "layers": "all"}}
-    without_router = {"users": {"router": "none"}}
+    without_router = {"users": {"router": "none", "form": "lora"}}
     own = (Stage.POPULATION, Stage.USERS)
     variants = {
         "per-user-only": DerivedRun("per-user-only", train_per_user, (), without_router),

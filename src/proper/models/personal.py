@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from proper.config import GroupsConfig, UsersConfig
 from proper.data.batching import Batch
-from proper.layers.bank import AdapterBank, Layout
+from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import BatchContext, RowContext
 from proper.layers.experts import Experts
+from proper.layers.layout import Bases, Layout
 from proper.layers.personalized_linear import AdaptedLinear
 from proper.layers.routers import LoraAwareRouter, UserAwareRouter, at_least_fp32
 from proper.models.backbone import Backbone
@@ -39,6 +40,7 @@ class ProperModel:
         routing: the context of the current batch's rows, shared by all layers.
         layers: the adapted layers by module name.
         embedding_size: size of one user's embedding (D, or the sum of all inputs with per-module tables).
+        bases: the bases of `users.form: core`; empty until they are trained or loaded.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -46,6 +48,7 @@ class ProperModel:
         self.routing = BatchContext()
         self.layers: dict[str, AdaptedLinear] = {}
         self.embedding_size = 0
+        self.bases: Bases = {}
         self._states: HiddenStates | None = None
         self._lower: LowerLayers | None = None
 
@@ -119,17 +122,19 @@ class ProperModel:
         return Layout.of(self._shapes(), rank)
 
     def user_layout(self, config: UsersConfig) -> Layout:
-        """Return the memory layout of one user's adapter: of `users.rank`, in `users.layers`.
+        """Return the memory layout of one user's adapter: of `users.form` and `users.rank`, in `users.layers`.
 
         Raises:
             ConfigError: there are fewer layers with experts than `users.layers`.
         """
-        return Layout.of(user_targets(self._shapes(), config), config.rank)
+        return Layout.of(
+            user_targets(self._shapes(), config), config.rank, self.bases if config.form == "core" else None
+        )
 
     def use_bank(self, bank: AdapterBank | None, dropout: float = 0.0) -> None:
         """Make the layers in `bank` read user adapters from it, with this dropout rate on the adapters' input."""
         for name, layer in self.layers.items():
-            layer.bank, layer.user_dropout = (bank if bank is not None and name in bank.down else None), dropout
+            layer.bank, layer.user_dropout = (bank if bank is not None and name in bank else None), dropout
 
     def group_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of experts and user-aware routers as MODULE.{down,up,token,user,task}."""
