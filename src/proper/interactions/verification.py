@@ -196,8 +196,9 @@ def _shared_by_others(run: RunFolder, names: set[str]) -> Iterator[bytes]:
                     yield tensors.get_tensor("mean_embedding").float().numpy().tobytes()
     if run.config.is_file():
         config = yaml.safe_load(run.config.read_text(encoding="utf-8")) or {}
-        data, task = config.get("data") or {}, config.get("task") or {}
-        yield repr([data.get("prompt"), data.get("target"), task.get("labels")]).encode()
+        for one in (config, *(config.get("tasks") or {}).values()):
+            data, task = one.get("data") or {}, one.get("task") or {}
+            yield repr([data.get("prompt"), data.get("target"), task.get("labels")]).encode()
     marks = ", ".join("?" * len(names))
     if run.data.is_file():
         query = f"""SELECT t.prompt, t.target, coalesce(t.item, '') FROM rows r JOIN texts t ON t.id = r.text
