@@ -186,6 +186,7 @@ def test_no_other_module_writes_files_by_itself() -> None:
         "interactions/verification.py",  # reads only
         "interactions/personal_files.py",
         "models/checkpoints.py",
+        "databases/sqlite.py",
         "sqlite_files.py",
         "training/trainer.py",
         "training/preflight.py",  # a temporary folder elsewhere

@@ -15,6 +15,7 @@ EXAMPLES = """\
   proper run notes.yaml --out runs/notes8 --set groups.experts=8 --set evaluation.seeds=[0,1,2]
   proper run notes.yaml --out runs/notes --stages population,groups
   proper run notes.yaml --out runs/notes --cluster local:2
+  proper run notes.yaml --out runs/notes --store postgresql://proper@db.example.org/proper
 """
 
 
@@ -33,6 +34,14 @@ def command(
             metavar="ADDRESS", help="Train on a Ray cluster: auto, local:N or ray://HOST:PORT.", show_default=False
         ),
     ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Keep the state of a new run in PostgreSQL, postgresql://USER@HOST/DATABASE, instead of SQLite.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train the three stages, evaluate and report.
 
@@ -46,6 +55,12 @@ def command(
 
     if cluster is not None:
         check_address(cluster)
+    if store is not None:
+        from proper.databases.setup import keep_state
+        from proper.run_config import hold
+
+        with hold(out):
+            keep_state(out, store)
     from proper import pipeline
 
     wanted = pipeline.STAGES if stages is None else chosen("--stages", stages, pipeline.STAGES)

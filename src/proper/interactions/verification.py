@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
-from proper.adapters.manifest import key_of, user_of
+from proper.adapters.manifest import key_of
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore
+from proper.databases.location import Location, is_made, location_of
 from proper.files import hash_file
 from proper.interactions.byte_search import Hit, Search
-from proper.interactions.deletion import logged_rows, run_rows
+from proper.interactions.deletion import everyone, logged_rows, run_rows
 from proper.interactions.file_contents import UNREADABLE, contents
 from proper.interactions.fingerprints import Fingerprints, stored_forms
 from proper.interactions.log import InteractionLog
@@ -36,6 +38,10 @@ PLACES = 5
 Tell = Callable[[int], None]
 """Called with the number of files that were searched since the last call."""
 
+_NOT_ROWS = (
+    "files of the PostgreSQL server: rows were searched by query, but free space in pages, the write-ahead log, "
+    "replicas and logs of the server may keep deleted rows until they are overwritten"
+)
 _REMEDY = "train again with the user's id in the file of data.train_without"
 
 
@@ -56,7 +62,7 @@ def fingerprint(store: AdapterStore, log: InteractionLog, user: str, salt: bytes
     prints.add_texts(text for text in texts if isinstance(text, str))
     for folder in nested_runs(run):
         users = RunFolder(folder).users
-        if users.manifest.is_file():
+        if is_made(users.manifest):
             with closing(AdapterStore(users.path, store.tenant)) as nested:
                 for version in nested.versions(user):
                     record = nested.get(user, version.version)
@@ -94,6 +100,12 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
             for user, reports in hits.items():
                 found[user] += reports
         tell(1)
+    location = location_of(home.users.path)
+    if location is not None:
+        entry, hits = _search_rows(location, searches)
+        searched.append(entry)
+        for user, reports in hits.items():
+            found[user] += reports
     links = [path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_symlink()]
     clean = not unreadable and not any(found.values())
     certificate = {
@@ -111,6 +123,7 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
         "not_covered": [
             "the file that the run was trained on (data.path) and folders that were exported",
             "backups, snapshots of file systems, and flash storage, which may keep bytes that were overwritten",
+            *([] if location is None else [_NOT_ROWS]),
         ],
     }
     return Verified(certificate, clean)
@@ -131,6 +144,22 @@ def _search_file(
         found[user] = reports
     kind = kind_of(Path(name)) or "not of a run"
     entry = {"file": name, "kind": kind, "bytes": path.stat().st_size, "sha256": hash_file(path), "read_as": ways}
+    return entry, found
+
+
+def _search_rows(
+    location: Location, searches: dict[str, Search]
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Search all rows of a run's tables in PostgreSQL as `_search_file` searches a file."""
+    from proper.databases.postgresql.database import cells
+
+    name, found, digest, size = str(location), dict[str, list[dict[str, Any]]](), sha256(), 0
+    for some in cells(location):
+        digest.update(some)
+        size += len(some)
+    for user, search in searches.items():
+        found[user] = _reports(name, "", "rows", search.scan(cells(location)))
+    entry = {"file": name, "kind": "store", "bytes": size, "sha256": digest.hexdigest(), "read_as": ["rows"]}
     return entry, found
 
 
@@ -157,11 +186,11 @@ def _still_known(run: RunFolder, user: str) -> list[dict[str, Any]]:
     for folder in nested_runs(run.path):
         users = RunFolder(folder).users
         name = users.path.relative_to(run.path).as_posix()
-        if users.manifest.is_file():
+        if is_made(users.manifest):
             with closing(AdapterStore(users.path)) as store:
                 if store.head(user) is not None:
                     found.append({"file": f"{name}/{users.manifest.name}", "kind": "id", "read_as": "store"})
-        if users.log.is_file():
+        if is_made(users.log):
             with closing(InteractionLog(users.path)) as log:
                 if log.knows(DEFAULT_TENANT, user):
                     found.append({"file": f"{name}/{users.log.name}", "kind": "id", "read_as": "log"})
@@ -176,14 +205,11 @@ def _still_known(run: RunFolder, user: str) -> list[dict[str, Any]]:
 
 def _others(run: RunFolder, names: set[str]) -> Iterator[str]:
     """Yield the ids of all other users of the run's data, store and log, those of other tenants included."""
-    tables = ((run.data, "users", "id"), (run.users.manifest, "records", "user"), (run.users.log, "people", "user"))
-    for path, table, column in tables:
-        if path.is_file():
-            with closing(_read_only(path)) as data:
-                for (found,) in data.execute(f"SELECT DISTINCT {column} FROM {table}"):
-                    name = user_of(found) if isinstance(found, bytes) else str(found)
-                    if name not in names:
-                        yield name
+    found = {user for _, user in everyone(run.users.path)}
+    if run.data.is_file():
+        with closing(_read_only(run.data)) as data:
+            found |= {str(user) for (user,) in data.execute("SELECT id FROM users")}
+    yield from found - names
 
 
 def _shared_by_others(run: RunFolder, names: set[str]) -> Iterator[bytes]:
@@ -205,9 +231,12 @@ def _shared_by_others(run: RunFolder, names: set[str]) -> Iterator[bytes]:
             JOIN users u ON u.number = r.user WHERE u.id NOT IN ({marks})"""
         yield from _cells(run.data, query, sorted(names))
         yield from _cells(run.data, "SELECT value FROM meta WHERE key = 'labels'", ())
-    if run.users.log.is_file():
-        query = f"SELECT prompt, target, id FROM interactions WHERE NOT (tenant = '' AND user IN ({marks}))"
-        yield from _cells(run.users.log, query, [key_of(name) for name in sorted(names)])
+    if is_made(run.users.log):
+        keys = {key_of(name) for name in names}
+        with closing(InteractionLog(run.users.path)) as log:
+            for tenant, key, *texts in log.texts():
+                if tenant != DEFAULT_TENANT or key not in keys:
+                    yield "\0".join(("", *map(str, texts), "")).encode("utf-8", "surrogatepass")
 
 
 def _cells(path: Path, query: str, values: Sequence[Any]) -> Iterator[bytes]:
