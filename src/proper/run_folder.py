@@ -82,6 +82,7 @@ STORES = (
     "users/users.sqlite*",
     "users/users.lock",
     "users/blobs/*",
+    "users/cache/*",
     "users/interactions.sqlite*",
     "users/fits.lock",
     "users/fits/**",
@@ -97,6 +98,7 @@ SHARED = (
     "results.json",
     "methods.csv",
     "metrics.jsonl",
+    "storage.json",
     "predictions/*.json",
     "serving/keys.json",
     "serving/keys.lock",
@@ -132,6 +134,7 @@ class UsersFolder:
     manifest = _Path("users.sqlite")
     lock = _Path("users.lock")  # held to write blobs
     blobs = _Path("blobs")
+    cache = _Path("cache")  # adapters of object storage
     log = _Path("interactions.sqlite")  # the interaction log, the fit queue and the deletions
     fits = _Path("fits")  # state for resuming fits of users after a kill
     fits_lock = _Path("fits.lock")  # held by the fitting process
@@ -146,6 +149,7 @@ class RunFolder:
 
     path: Path
     config = _Path("config.yaml")
+    storage = _Path("storage.json")  # which shard storage the run uses; not there: its own folder
     data = _Path("data.sqlite")
     metrics_log = _Path("metrics.jsonl")
     results = _Path("results.json")

@@ -112,7 +112,7 @@ def test_nothing_but_an_enrolment_brings_a_user_back(users: Path, store: Adapter
         [UserRecord("ann", "users", torch.ones(4), {"a": torch.ones(9)}, {}), UserRecord("bo", "groups", torch.ones(4))]
     )
     assert [user for user, _ in store.users()] == ["bo"]
-    assert not any(any(blob.read_bytes()) for blob in store.blobs.iterdir())
+    assert not any(any(blob.read_bytes()) for blob in store.paths.blobs.iterdir())
     with pytest.raises(DeletedError, match="was deleted"):
         log.append("", "ann", [LogEntry(SECRET, "x")])
     with pytest.raises(DeletedError):

@@ -40,6 +40,15 @@ class ByteRange(NamedTuple):
     length: int
 
 
+class Erasure(NamedTuple):
+    """Bytes to be wiped, because no record refers to them any more; offset is None for a whole file."""
+
+    id: int
+    blob: str
+    offset: int | None
+    length: int | None
+
+
 class ManifestRow(NamedTuple):
     """One version of one user as a manifest row; the user's id is UTF-8 with lone surrogates allowed."""
 
@@ -82,6 +91,11 @@ def user_of(key: bytes) -> str:
 def shard_name(number: int) -> str:
     """Return the file name of a shard."""
     return f"{number}.shard"
+
+
+def shard_number(blob: str) -> int:
+    """Return the number of a shard's file name; the inverse of `shard_name`."""
+    return int(blob.partition(".")[0])
 
 
 class Manifest(SharedFile):
@@ -152,11 +166,16 @@ class Manifest(SharedFile):
         self._db.execute(f"INSERT INTO records ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})", row)
         return row.version
 
+    def remove(self, row: ManifestRow) -> None:
+        """Remove a version; its bytes stay (inside a transaction)."""
+        query = "DELETE FROM records WHERE tenant = ? AND user = ? AND version = ?"
+        self.write(query, (row.tenant, row.user, row.version))
+
     def drop(self, rows: Sequence[ManifestRow]) -> None:
         """Remove versions, and schedule for erasure the bytes that no other version of the user shares."""
         for row in rows:
             key = (row.tenant, row.user)
-            self.write("DELETE FROM records WHERE tenant = ? AND user = ? AND version = ?", (*key, row.version))
+            self.remove(row)
             shared = "SELECT 1 FROM records WHERE tenant = ? AND user = ? AND blob = ? AND offset = ?"
             if row.blob is not None and not self.read(shared, (*key, row.blob, row.offset)):
                 self.erase_later(row.blob, row.offset if row.blob.endswith(".shard") else None, row.length)
@@ -168,6 +187,16 @@ class Manifest(SharedFile):
     def erase_later(self, blob: str, offset: int | None, length: int | None) -> None:
         """Schedule bytes for erasure; without an offset, a whole file."""
         self.write("INSERT INTO erasures (blob, offset, length) VALUES (?, ?, ?)", (blob, offset, length))
+
+    def erasures(self) -> list[Erasure]:
+        """Return the scheduled erasures, ordered by blob."""
+        return [Erasure(*row) for row in self.read("SELECT id, blob, offset, length FROM erasures ORDER BY blob")]
+
+    def erased(self, done: Iterable[Erasure]) -> None:
+        """Remove erasures that are done (inside a transaction)."""
+        for each in done:
+            # Match the whole row: another process may have removed it, and SQLite may have reused its id.
+            self.write("DELETE FROM erasures WHERE id = ? AND blob = ? AND offset IS ? AND length IS ?", each)
 
     def layout_id(self, spec: str) -> int:
         """Return the number of a layout, adding it if it is new (inside a transaction)."""
@@ -187,6 +216,14 @@ class Manifest(SharedFile):
         """Return the committed size of a shard; None if it has been removed."""
         found = self.read("SELECT size FROM shards WHERE id = ?", (number,))
         return found[0][0] if found else None
+
+    def refers_to(self, blob: str) -> bool:
+        """Return whether a record refers to bytes of a blob."""
+        return bool(self.read("SELECT 1 FROM records WHERE blob = ? LIMIT 1", (blob,)))
+
+    def referenced(self) -> set[str]:
+        """Return the blobs that records refer to."""
+        return {row[0] for row in self.read("SELECT DISTINCT blob FROM records WHERE blob IS NOT NULL")}
 
     def live_bytes(self) -> dict[str, int]:
         """Return how many bytes of each blob records refer to."""
@@ -214,3 +251,11 @@ class Manifest(SharedFile):
             number = self._db.execute("INSERT INTO shards (size) VALUES (0)").lastrowid
         assert number is not None
         return number
+
+    def drop_shard(self, number: int) -> None:
+        """Remove a shard (inside a transaction)."""
+        self.write("DELETE FROM shards WHERE id = ?", (number,))
+
+    def damage(self) -> list[str]:
+        """Return what SQLite finds damaged in the file, one line each."""
+        return [row[0] for row in self.read("PRAGMA quick_check") if row[0] != "ok"]

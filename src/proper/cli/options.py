@@ -20,6 +20,13 @@ SkipBadRows = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be read, and report how many.")
 ]
 
+Store = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="Where a new run keeps its users' adapters: s3://BUCKET/PREFIX.", show_default=False
+    ),
+]
+
 
 def examples(group: str, *lines: str) -> str:
     """Return the examples at the end of the help of a command of `proper GROUP`."""
