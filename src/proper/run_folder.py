@@ -110,6 +110,7 @@ SHARED = (
     "groups/stage.json",
     "users/stage.json",
     "users/router.safetensors",
+    "users/bases.safetensors",
     "tombstones/*",
     "writers.lock",
 )
@@ -140,6 +141,7 @@ class UsersFolder:
     fits_lock = _Path("fits.lock")  # held by the fitting process
     quarantine = _Path("quarantine")  # what a repair removed; any deletion of a user removes all of it
     router = _Path("router.safetensors")  # the LoRA-aware routers of stage 3
+    bases = _Path("bases.safetensors")  # the A and B that all users share in the form `core`
     work = _Path("work")  # state for resuming stage 3 after a kill
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from proper.adapters.store import AdapterStore, UserRecord
-from proper.layers.bank import Layout
+from proper.layers.layout import Layout
 
 
 @pytest.fixture(scope="session")
