@@ -59,7 +59,7 @@ def run(
     stages: Sequence[str] = STAGES,
     skip_bad_rows: bool = False,
     cluster: str | None = None,
-    store: str | None = None,
+    stores: Sequence[str] = (),
 ) -> Path:
     """Run the requested stages in their order in the run folder `out`, and return its path.
 
@@ -70,12 +70,11 @@ def run(
         stages: any of `STAGES`.
         skip_bad_rows: leave out rows that cannot be used instead of raising DataError.
         cluster: address of the Ray cluster that trains (auto, local:N or ray://HOST:PORT); None: this process trains.
-        store: where a new run keeps its adapters (s3://BUCKET/PREFIX); None: where it keeps them, or in its folder.
+        stores: where a new run keeps its adapters (s3://BUCKET/PREFIX), if not in its folder; recorded in the folder.
 
     Raises:
-        BucketError: the bucket of `store` cannot be used.
         ConfigError: a setting or a stage is unknown or impossible.
-        InputError: no cluster answers at the address.
+        InputError: no cluster answers at the address, or the run keeps its adapters elsewhere.
         DataError: the data cannot be used.
         RunFolderError: the folder was made by another config, another process works in it, or an earlier stage is
             missing.
@@ -89,9 +88,8 @@ def run(
     known_methods(settings.evaluation.methods, settings)
     folder = Path(out)
     with hold(folder):
-        if store is not None:
-            claim(folder, settings)
-            record(folder, store)
+        for url in stores:
+            record(folder, url)
         _run(settings, folder, stages, skip_bad_rows, cluster=cluster)
     return folder
 
@@ -251,8 +249,7 @@ def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, p
         InputError: a setting is impossible.
         RunFolderError: the folder has a run with other settings.
     """
-    folder = Path(out)
-    settings = DemoSettings(task=task, users=people, seed=seed)
+    folder, settings = Path(out), DemoSettings(task=task, users=people, seed=seed)
     run = RunFolder(folder)
     config = make_config(demo_run(run.demo_rows.resolve(), settings), "demo")
     quiet_libraries()

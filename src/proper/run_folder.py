@@ -11,7 +11,7 @@ write, so a file that is not listed here cannot be written into a run folder. De
 has a remover for each `Personal` pattern and does not start without one. Files that are written in other ways (SQLite
 files, blobs, logs, locks) have fixed names, which are listed.
 
-A pattern is relative to a run folder, or to a folder of a seed or a variant below it; `**` at its end matches any path.
+A pattern is relative to a run folder, or to the folder of a seed or a variant; `**` at its end matches any path.
 """
 
 from __future__ import annotations
@@ -80,11 +80,10 @@ class Personal(StrEnum):
 
 STORES = (
     "users/users.sqlite*",
-    "users/users.lock",
+    "users/*.lock",
     "users/blobs/*",
     "users/cache/*",
     "users/interactions.sqlite*",
-    "users/fits.lock",
     "users/fits/**",
     "users/quarantine/**",
 )
@@ -100,18 +99,15 @@ SHARED = (
     "metrics.jsonl",
     "storage.json",
     "predictions/*.json",
-    "serving/keys.json",
-    "serving/keys.lock",
-    "serving/keys.required",
+    "serving/keys.*",
     "run.lock",
     "preflight.json",
     "population/*",
-    "groups/*.safetensors",
-    "groups/stage.json",
+    "groups/*",
     "users/stage.json",
-    "users/router.safetensors",
-    "users/bases.safetensors",
+    "users/*.safetensors",
     "tombstones/*",
+    "database.json",
     "writers.lock",
 )
 """Files from which no single user's data can be read or removed."""
@@ -163,6 +159,7 @@ class RunFolder:
     predictions = _Path("predictions")
     preflight = _Path("preflight.json")
     tombstones = _Path("tombstones")
+    database = _Path("database.json")  # where the state is, if not in SQLite files of this folder
     keys = _Path("serving", "keys.json")  # API keys, as hashes
     keys_lock = _Path("serving", "keys.lock")
     keys_required = _Path("serving", "keys.required")  # exists if a server needs keys, even if the key file is lost
@@ -298,8 +295,6 @@ def _has_users(run: RunFolder) -> bool:
 
 
 def _matches(parts: tuple[str, ...], pattern: str) -> bool:
-    wanted = pattern.split("/")
-    if wanted[-1] == "**":
-        wanted = wanted[:-1]
-        return len(parts) > len(wanted) and all(map(fnmatchcase, parts, wanted))
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+    wanted, deep = pattern.removesuffix("/**").split("/"), pattern.endswith("/**")
+    fits = len(parts) > len(wanted) if deep else len(parts) == len(wanted)
+    return fits and all(map(fnmatchcase, parts, wanted))

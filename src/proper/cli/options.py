@@ -20,11 +20,9 @@ SkipBadRows = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be read, and report how many.")
 ]
 
-Store = Annotated[
-    str | None,
-    typer.Option(
-        metavar="URL", help="Where a new run keeps its users' adapters: s3://BUCKET/PREFIX.", show_default=False
-    ),
+Stores = Annotated[
+    list[str] | None,
+    typer.Option("--store", metavar="URL", help="Where a new run keeps its users' adapters: s3://BUCKET/PREFIX."),
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from proper.cli.options import ConfigFile, Overrides, SkipBadRows, Store, chosen
+from proper.cli.options import ConfigFile, Overrides, SkipBadRows, Stores, chosen
 from proper.cli.results_table import print_results
 
 EXAMPLES = """\
@@ -34,7 +34,7 @@ def command(
             metavar="ADDRESS", help="Train on a Ray cluster: auto, local:N or ray://HOST:PORT.", show_default=False
         ),
     ] = None,
-    store: Store = None,
+    stores: Stores = None,
 ) -> None:
     """Train the three stages, evaluate and report.
 
@@ -48,11 +48,13 @@ def command(
 
     if cluster is not None:
         check_address(cluster)
-    if store is not None:
-        from proper.adapters.storage_setting import parse_url
+    from proper.adapters.storage_setting import parse_url
 
-        parse_url(store, "")
+    for url in stores or ():
+        parse_url(url, "")
     from proper import pipeline
 
     wanted = pipeline.STAGES if stages is None else chosen("--stages", stages, pipeline.STAGES)
-    print_results(pipeline.run(settings, out, stages=wanted, skip_bad_rows=skip_bad_rows, cluster=cluster, store=store))
+    print_results(
+        pipeline.run(settings, out, stages=wanted, skip_bad_rows=skip_bad_rows, cluster=cluster, stores=stores or ())
+    )
