@@ -6,6 +6,9 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +24,7 @@ from proper.sqlite_files import writable
 if TYPE_CHECKING:
     from proper.inference.requests import EngineLimits
     from proper.serving.connections import ConnectionLimits
+    from proper.serving.engines import EngineRunner
     from proper.serving.keys import Keys
     from proper.serving.limits import ServeLimits
 
@@ -32,6 +36,8 @@ EXAMPLES = """\
   proper serve runs/demo --prefix-cache 1GiB
   proper serve runs/demo --host 0.0.0.0 --rate 600
   proper serve runs/demo --no-worker
+  proper serve runs/demo --cluster local:2
+  proper serve /shared/runs/notes --cluster auto --replicas 2:8
 """
 
 # Address.
@@ -91,6 +97,18 @@ NoWorker = Annotated[
     bool, typer.Option("--no-worker", help="Do not start the fitting worker; interactions stay queued.")
 ]
 
+# Cluster.
+Cluster = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Answer with replicas on a Ray cluster: auto or local:N.", show_default=False),
+]
+Replicas = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|MIN:MAX", help="Replicas; one per device by default. A range scales by load.", show_default=False
+    ),
+]
+
 
 def command(
     folder: RunFolder,
@@ -110,6 +128,8 @@ def command(
     drain: Drain = 30,
     log_users: LogUsers = False,
     no_worker: NoWorker = False,
+    cluster: Cluster = None,
+    replicas: Replicas = None,
 ) -> None:
     """Serve all users over HTTP with OpenAI's API.
 
@@ -118,6 +138,7 @@ def command(
     interactions are fitted by a separate worker process, which loads the backbone a second time. SIGTERM or Ctrl-C
     lets running requests finish. If the engine fails, the process exits with code 1, so that a supervisor restarts it.
     As long as the run has never had a key, any program on this machine may send requests; other machines need a key.
+    With --cluster, --rows, --slots and --prefix-cache are those of each replica; other limits hold over all of them.
     """
     require_run(folder)
     prefix_bytes = size_in_bytes("--prefix-cache", prefix_cache)
@@ -135,13 +156,32 @@ def command(
     )
     limits = ServeLimits(open_requests=max_open, per_minute=rate)
     engine = EngineLimits(rows, slots, prefix_bytes=prefix_bytes, flow_rows=key_rows)
-    _serve(folder, (host, port), engine, limits, connections, drain=drain, log_users=log_users, worker=not no_worker)
+    opened: Callable[[], AbstractContextManager[EngineRunner]] = partial(_this_process, folder, engine)
+    if cluster is not None:
+        with needs_extra("cluster", f"--cluster {cluster}"):
+            from proper.cluster.deployment import on_replicas
+        opened = partial(on_replicas, cluster, folder, engine, replicas, float(drain))
+    elif replicas is not None:
+        raise InputError("--replicas: only with --cluster")
+    _serve(folder, (host, port), opened, limits, connections, drain=drain, log_users=log_users, worker=not no_worker)
+
+
+@contextmanager
+def _this_process(folder: Path, capacity: EngineLimits) -> Iterator[EngineRunner]:
+    """Load a run's model with an engine into this process."""
+    from proper.inference import load
+    from proper.inference.engine import Engine
+    from proper.inference.engine_thread import EngineThread
+
+    model = load(folder)
+    yield EngineThread(Engine(model, capacity))
+    model.close()
 
 
 def _serve(
     folder: Path,
     address: tuple[str, int],
-    capacity: EngineLimits,
+    opened: Callable[[], AbstractContextManager[EngineRunner]],
     limits: ServeLimits,
     connections: ConnectionLimits,
     *,
@@ -149,30 +189,23 @@ def _serve(
     log_users: bool,
     worker: bool,
 ) -> None:
-    """Serve a run until SIGTERM, SIGINT or a failure of the engine."""
-    from proper.inference import load
-    from proper.inference.engine import Engine
-    from proper.inference.engine_thread import EngineThread
-
+    """Serve a run with what `opened` gives until SIGTERM, SIGINT or a failure of the engine."""
     with needs_extra("serve", "'proper serve'"):
         from proper.serving.app import ServeSettings, create_app
         from proper.serving.auth import is_loopback
         from proper.serving.fit_process import FitProcess
         from proper.serving.server import free_port, make_server, require_no_failure
     keys = _checked_keys(folder, address[0], worker=worker)
-    with free_port(*address) as socket:
-        model = load(folder)
-        runner = EngineThread(Engine(model, capacity))
+    with free_port(*address) as socket, opened() as runner:
         name = folder.resolve().name
         settings = ServeSettings(name, proper.__version__, is_loopback(address[0]), limits, log_users)
-        fits = FitProcess(watching(folder), logger.info) if worker and model.store is not None else None
+        fits = FitProcess(watching(folder), logger.info) if worker and runner.engine.model.store is not None else None
         server = make_server(create_app(runner, keys, settings, logger.info, fits), drain, connections)
         runner.on_error = server.end
         host, port = socket.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         logger.info(f"proper: serving {folder} as {settings.model!r} on {url} (Ctrl-C drains and stops)")
         server.run([socket])
-        model.close()
     require_no_failure(runner)
     logger.info("proper: stopped")
 

@@ -16,9 +16,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from proper.errors import InputError, ProperError
-from proper.inference.engine_thread import EngineThread
 from proper.serving.auth import is_loopback
 from proper.serving.connections import ACCEPTED_AT_ONCE, ConnectionLimits, protocol
+from proper.serving.engines import EngineRunner
 from proper.serving.keys import Keys
 
 QUEUED = 2048
@@ -80,7 +80,7 @@ def free_port(host: str, port: int) -> socket.socket:
     return bound
 
 
-def require_no_failure(runner: EngineThread) -> None:
+def require_no_failure(runner: EngineRunner) -> None:
     """Check that an engine thread was stopped and did not fail.
 
     Raises:
@@ -101,6 +101,8 @@ def make_server(app: FastAPI, drain_seconds: int, connections: ConnectionLimits 
             app,
             http=made,
             ws="none",
+            # Not uvloop, which the extra `cluster` installs: the limits on connections use asyncio's own transports.
+            loop="asyncio",
             # The event loop accepts this many at once; `startup` sets a longer backlog for the kernel.
             backlog=ACCEPTED_AT_ONCE,
             log_level="warning",
