@@ -1,4 +1,4 @@
-"""A cluster on this machine, from training to serving; a worker and a replica are killed meanwhile. `make cluster-demo`.
+"""A cluster on this machine, from training to serving; a worker and a replica die meanwhile: `make cluster-demo`.
 
     train    the demo's users on two workers, one of which is killed, and on one; their adapters must be the same
     serve    two replicas; 64 users at once must get what `proper generate` answers
@@ -202,11 +202,11 @@ def with_a_kill(url: str, pid: int, asked: Sequence[tuple[str, str]], expected: 
         work = [*(threads.submit(ask, *each) for each in asking), *(threads.submit(tell, user) for user in telling)]
         try:
             until(lambda: len(statuses) > 30)
-            victim = children(pid, "ray::SERVE_REPLICA")[0]
+            victim = children(pid, "ray::.*EngineReplica")[0]
             os.kill(victim, signal.SIGKILL)
             say(f"killed replica {victim}")
-            until(lambda: victim not in children(pid, "ray::SERVE_REPLICA"))
-            until(lambda: len(children(pid, "ray::SERVE_REPLICA")) == 2 and replicas(url) == 2)
+            until(lambda: victim not in children(pid, "ray::.*EngineReplica"))
+            until(lambda: len(children(pid, "ray::.*EngineReplica")) == 2 and replicas(url) == 2)
             back = len(statuses)
             until(lambda: len(statuses) > back + 30)
         finally:

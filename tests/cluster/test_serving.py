@@ -97,10 +97,11 @@ def expected(run64: Path) -> Iterator[Callable[[str, str, int], str]]:
 
 @pytest.fixture(scope="module")
 def served(run64: Path) -> Iterator[Served]:
-    from proper.cluster.deployment import on_replicas
+    from proper.cluster.deployment import replicas_on
 
     log: list[str] = []
-    with on_replicas("local:2", run64, EngineLimits(ROWS, slots=80), None, 60.0) as runner:
+    limits = EngineLimits(ROWS, slots=80)
+    with replicas_on("local:2", "tiny", limits, None, 60.0) as replicas, replicas.serving(run64) as runner:
         settings = ServeSettings("tiny", limits=ServeLimits(open_requests=OPEN))
         server = make_server(create_app(runner, Keys(run64 / FILE), settings, log.append), 60)
         bound = free_port("127.0.0.1", 0)
@@ -274,7 +275,7 @@ def until(found: Callable[[], object]) -> None:
 
 def replica_processes() -> list[int]:
     """The process ids of the replicas that this process started."""
-    listed = subprocess.run(["pgrep", "-f", "ray::SERVE_REPLICA"], capture_output=True, text=True, check=False)
+    listed = subprocess.run(["pgrep", "-f", "ray::.*EngineReplica"], capture_output=True, text=True, check=False)
     return [pid for pid in map(int, listed.stdout.split()) if os.getpid() in ancestors(pid)]
 
 

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from proper.cluster.address import connected, devices
+from proper.cluster.address import Devices, connected, devices
 from proper.cluster.replica import EngineReplica
 from proper.cluster.serving import ClusterEngine, ClusterModel
 from proper.errors import InputError, ProperError
 from proper.inference.requests import EngineLimits
+
+QUIET = {"log_level": "WARNING"}
+"""Logging of Ray Serve's processes."""
 
 _RANGE = re.compile(r"([1-9]\d*)(?::([1-9]\d*))?")
 
@@ -85,15 +88,89 @@ class ClusterRunner:
         self._thread.join()
 
 
+class RunReplicas:
+    """The replicas of a run on a connected cluster, under one name, which a new run may take over.
+
+    Args:
+        name: the name of Ray Serve's application.
+        limits: limits of each engine.
+        settings: how many replicas there are, and what each may have to do.
+        room: what each of them reserves.
+    """
+
+    def __init__(self, name: str, limits: EngineLimits, settings: ReplicaSettings, room: Devices) -> None:
+        self.name, self.limits, self.settings, self.room = name, limits, settings, room
+        self._deployed = 0
+
+    @contextmanager
+    def serving(self, folder: Path) -> Iterator[ClusterRunner]:
+        """Start replicas of a run; those of a former run are drained and replaced one after the other.
+
+        Args:
+            folder: the run folder, seen by all machines.
+
+        Raises:
+            ProperError: the replicas do not start.
+        """
+        handle = self._deploy(folder)
+        loaded = handle.options(method_name="model").remote().result()
+        model = ClusterModel(folder, loaded)
+        try:
+            yield ClusterRunner(ClusterEngine(handle, model, loaded))
+        finally:
+            if model.store is not None:
+                model.store.close()
+
+    def _deploy(self, folder: Path) -> Any:
+        """Start or replace the replicas, and return their handle."""
+        from ray import serve
+
+        self._deployed += 1
+        number = self._deployed  # another one than before, so that Ray Serve replaces the replicas
+        bound = self._deployment().bind(str(folder), self.limits, self.room.threads, number)
+        try:
+            return serve.run(bound, name=self.name, route_prefix=None)
+        except RuntimeError as error:
+            raise ProperError(f"{folder}: the replicas do not start: {error}") from error
+
+    def _deployment(self) -> Any:
+        from ray import serve
+        from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+
+        from proper.cluster.user_router import UserRouter
+
+        settings, rows = self.settings, self.limits.rows
+        scaling: dict[str, Any] = {"num_replicas": settings.least}
+        if settings.most > settings.least:
+            scaling = {
+                "autoscaling_config": AutoscalingConfig(
+                    min_replicas=settings.least,
+                    max_replicas=settings.most,
+                    target_ongoing_requests=settings.target * rows,
+                    upscale_delay_s=settings.grow_seconds,
+                    downscale_delay_s=settings.shrink_seconds,
+                )
+            }
+        deployment: Any = serve.deployment(
+            ray_actor_options={"num_cpus": self.room.cpus, "num_gpus": self.room.gpus},
+            max_ongoing_requests=max(1, round(settings.full * rows)),
+            graceful_shutdown_timeout_s=settings.drain_seconds,
+            request_router_config=RequestRouterConfig(request_router_class=cast(Any, UserRouter)),
+            logging_config=QUIET,
+            **scaling,
+        )
+        return deployment(EngineReplica)
+
+
 @contextmanager
-def on_replicas(
-    address: str, folder: Path, limits: EngineLimits, replicas: str | None, drain_seconds: float
-) -> Iterator[ClusterRunner]:
-    """Connect to a cluster and start replicas of a run within the block; afterwards they are drained and removed.
+def replicas_on(
+    address: str, name: str, limits: EngineLimits, replicas: str | None, drain_seconds: float
+) -> Iterator[RunReplicas]:
+    """Connect to a cluster on which replicas run within the block; afterwards they are drained and removed.
 
     Args:
         address: auto or local:N.
-        folder: the run folder, seen by all machines.
+        name: the name of the run among those that the cluster serves.
         limits: limits of each engine.
         replicas: `N` or `MIN:MAX`; one per device if None.
         drain_seconds: how long a replica that is removed may finish its requests.
@@ -101,68 +178,23 @@ def on_replicas(
     Raises:
         InputError: the address is unknown, no cluster answers there, or `replicas` is malformed.
         MissingExtraError: Ray is not installed.
-        ProperError: the replicas do not start.
     """
     if address.startswith("ray://"):
         raise InputError(
             f"--cluster {address}: Ray's client carries no streams; run 'proper serve --cluster auto' on a machine "
             "of the cluster"
         )
-    folder = folder.resolve()
+    parse_replicas(replicas, 1)
     with connected(address):
+        from ray import serve
+
         room = devices(address)
         least, most = parse_replicas(replicas, room.count)
-        settings = ReplicaSettings(least, most, drain_seconds=drain_seconds)
-        resources = {"num_cpus": room.cpus, "num_gpus": room.gpus}
-        with _deployed(folder, limits, settings, resources, room.threads) as handle:
-            loaded = handle.options(method_name="model").remote().result()
-            model = ClusterModel(folder, loaded)
-            try:
-                yield ClusterRunner(ClusterEngine(handle, model, loaded))
-            finally:
-                if model.store is not None:
-                    model.store.close()
-
-
-@contextmanager
-def _deployed(
-    folder: Path, limits: EngineLimits, settings: ReplicaSettings, resources: dict[str, float], threads: int
-) -> Iterator[Any]:
-    """Deploy replicas within the block, under the name of the run; yield their handle."""
-    from ray import serve
-    from ray.serve.config import AutoscalingConfig, RequestRouterConfig
-
-    from proper.cluster.user_router import UserRouter
-
-    quiet = {"log_level": "WARNING"}
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    rows = limits.rows
-    scaling: dict[str, Any] = {"num_replicas": settings.least}
-    if settings.most > settings.least:
-        scaling = {
-            "autoscaling_config": AutoscalingConfig(
-                min_replicas=settings.least,
-                max_replicas=settings.most,
-                target_ongoing_requests=settings.target * rows,
-                upscale_delay_s=settings.grow_seconds,
-                downscale_delay_s=settings.shrink_seconds,
-            )
-        }
-    deployed: Any = serve.deployment(
-        ray_actor_options=resources,
-        max_ongoing_requests=max(1, round(settings.full * rows)),
-        graceful_shutdown_timeout_s=settings.drain_seconds,
-        request_router_config=RequestRouterConfig(request_router_class=cast(Any, UserRouter)),
-        logging_config=quiet,
-        **scaling,
-    )(EngineReplica)
-    name = f"proper-{folder.name}"
-    # No HTTP server of Ray Serve's own: the routes, keys and limits are those of `proper serve`.
-    serve.start(proxy_location="Disabled", logging_config=quiet)
-    try:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        # No HTTP server of Ray Serve's own: the routes, keys and limits are those of `proper serve`.
+        serve.start(proxy_location="Disabled", logging_config=QUIET)
+        app = f"proper-{name}"
         try:
-            yield serve.run(deployed.bind(str(folder), limits, threads), name=name, route_prefix=None)
-        except RuntimeError as error:
-            raise ProperError(f"{folder}: the replicas do not start: {error}") from error
-    finally:
-        serve.delete(name)
+            yield RunReplicas(app, limits, ReplicaSettings(least, most, drain_seconds=drain_seconds), room)
+        finally:
+            serve.delete(app)

@@ -43,9 +43,10 @@ class EngineReplica:
         folder: the run folder.
         limits: limits of the engine.
         threads: torch threads.
+        number: number of the deployment; another one makes Ray Serve replace the replicas.
     """
 
-    def __init__(self, folder: str, limits: EngineLimits, threads: int) -> None:
+    def __init__(self, folder: str, limits: EngineLimits, threads: int, number: int) -> None:
         from ray import serve
 
         quiet_libraries()

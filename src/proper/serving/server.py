@@ -8,12 +8,11 @@ from __future__ import annotations
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 
 from proper.errors import InputError, ProperError
 from proper.serving.auth import is_loopback
@@ -36,7 +35,13 @@ def require_keys(host: str, keys: Keys, how: str) -> None:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that returns after a signal instead of raising it again: the caller decides how to exit."""
+    """A uvicorn server that returns after a signal instead of raising it again: the caller decides how to exit.
+
+    Attributes:
+        on_hangup: called on a thread of its own after SIGHUP.
+    """
+
+    on_hangup: Callable[[], None] | None = None
 
     def end(self) -> None:
         """Accept no new requests and make `run` return when the running ones have their replies; thread-safe."""
@@ -55,6 +60,9 @@ class Server(uvicorn.Server):
             yield
             return
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        if self.on_hangup is not None:
+            renew = self.on_hangup
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=renew).start())
         try:
             yield
         finally:
@@ -92,7 +100,7 @@ def require_no_failure(runner: EngineRunner) -> None:
         raise ProperError(f"the engine has stopped: {reason}") from error
 
 
-def make_server(app: FastAPI, drain_seconds: int, connections: ConnectionLimits | None = None) -> Server:
+def make_server(app: ASGIApp, drain_seconds: int, connections: ConnectionLimits | None = None) -> Server:
     """Return a server for an application; `run` returns when it has drained."""
     connections = connections or ConnectionLimits()
     made: Any = protocol(connections)
