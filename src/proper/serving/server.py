@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from proper.errors import InputError, ProperError
 from proper.serving.auth import is_loopback
