@@ -23,12 +23,11 @@ from proper.run_folder import require_run
 from proper.sqlite_files import writable
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
     from proper.inference.requests import EngineLimits
     from proper.serving.connections import ConnectionLimits
     from proper.serving.engines import EngineRunner
     from proper.serving.limits import ServeLimits
+    from proper.serving.switching import Application
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +211,7 @@ def _serve(folder: Path, options: _Options, opened: Callable[[Path], AbstractCon
     runners: list[EngineRunner] = []
 
     @contextmanager
-    def application() -> Iterator[FastAPI]:
+    def application() -> Iterator[Application]:
         run = require_run(folder.resolve()).path  # the folder may be a link, which leads to another run after a while
         with opened(run) as runner:
             has_users = runner.engine.model.store is not None

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
+Application = FastAPI
+"""What `create_app` returns."""
+
 
 @dataclass(eq=False)
 class _Started:
