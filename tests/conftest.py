@@ -54,6 +54,29 @@ def browser(chromium: str) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """The URL of a PostgreSQL server; tests that need it are skipped where there is none."""
+    with _load("postgresql_server").running() as url:
+        yield url
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> str:
+    """Where `users` keeps its state; a module runs on both with `parametrize("engine", [...], indirect=True)`."""
+    return str(getattr(request, "param", "sqlite"))
+
+
+@pytest.fixture
+def users(engine: str, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The folder of a run's store and log, with its state in SQLite or in PostgreSQL."""
+    if engine == "postgresql":
+        from proper.databases.setup import keep_state
+
+        keep_state(tmp_path, request.getfixturevalue("postgresql"))
+    return tmp_path / "users"
+
+
+@pytest.fixture(scope="session")
 def unprivileged() -> list[str]:
     """What a command begins with whose process a folder's mode keeps from writing, also where tests run as root."""
     if os.geteuid():

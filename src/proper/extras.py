@@ -12,6 +12,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "cluster": ("ray",),
         "data": ("datasets", "ijson"),
+        "postgresql": ("alembic", "psycopg"),
         "serve": ("fastapi", "prometheus_client", "starlette", "uvicorn"),
         "simulate": ("simpy",),
     }

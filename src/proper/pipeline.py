@@ -185,7 +185,10 @@ def report_users(folder: str | Path, users: Sequence[str]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Checked:
-    """Summary of the data that a config trains on, and the smallest difference that its queries can resolve."""
+    """Summary of the data that a config trains on, and the smallest difference that its queries can resolve.
+
+    With several tasks, the latter is None.
+    """
 
     summary: DataSummary
     power: Power | None
@@ -203,7 +206,8 @@ def check(config: Config, *, skip_bad_rows: bool = False) -> Checked:
     """
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder, _data(config, Path(folder), skip_bad_rows) as dataset:
-        return Checked(summarize(dataset), expected_power(dataset, config.task.kind))
+        power = None if config.tasks else expected_power(dataset, config.task.kind)
+        return Checked(summarize(dataset), power)
 
 
 def check_time(config: Config, *, skip_bad_rows: bool = False) -> list[str]:

@@ -11,7 +11,7 @@ write, so a file that is not listed here cannot be written into a run folder. De
 has a remover for each `Personal` pattern and does not start without one. Files that are written in other ways (SQLite
 files, blobs, logs, locks) have fixed names, which are listed.
 
-A pattern is relative to a run folder, or to a folder of a seed or a variant below it; `**` at its end matches any path.
+A pattern is relative to a run folder, or to the folder of a seed or a variant; `**` at its end matches any path.
 """
 
 from __future__ import annotations
@@ -98,17 +98,16 @@ SHARED = (
     "methods.csv",
     "metrics.jsonl",
     "predictions/*.json",
-    "serving/keys.json",
-    "serving/keys.lock",
-    "serving/keys.required",
+    "serving/keys.*",
     "run.lock",
     "preflight.json",
     "population/*",
     "groups/*.safetensors",
     "groups/stage.json",
     "users/stage.json",
-    "users/router.safetensors",
+    "users/*.safetensors",
     "tombstones/*",
+    "database.json",
     "writers.lock",
 )
 """Files from which no single user's data can be read or removed."""
@@ -137,6 +136,7 @@ class UsersFolder:
     fits_lock = _Path("fits.lock")  # held by the fitting process
     quarantine = _Path("quarantine")  # what a repair removed; any deletion of a user removes all of it
     router = _Path("router.safetensors")  # the LoRA-aware routers of stage 3
+    bases = _Path("bases.safetensors")  # the A and B that all users share in the form `core`
     work = _Path("work")  # state for resuming stage 3 after a kill
 
 
@@ -157,6 +157,7 @@ class RunFolder:
     predictions = _Path("predictions")
     preflight = _Path("preflight.json")
     tombstones = _Path("tombstones")
+    database = _Path("database.json")  # where the state is, if not in SQLite files of this folder
     keys = _Path("serving", "keys.json")  # API keys, as hashes
     keys_lock = _Path("serving", "keys.lock")
     keys_required = _Path("serving", "keys.required")  # exists if a server needs keys, even if the key file is lost

@@ -14,7 +14,7 @@ from proper.adapters.load import RowLoader
 from proper.adapters.quantization import Storage, encode
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import StoreError
-from proper.layers.bank import Layout
+from proper.layers.layout import Layout
 
 Draw = Callable[[int], dict[str, Tensor]]
 

@@ -17,7 +17,8 @@ from proper.adapters.quantization import encode
 from proper.adapters.slot_cache import AdapterKey, LoadResult, SlotCache
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import StoreError
-from proper.layers.bank import AdapterBank, Layout
+from proper.layers.bank import AdapterBank
+from proper.layers.layout import Layout
 
 SLOTS = 3
 Adapter = Callable[[int], dict[str, Tensor]]

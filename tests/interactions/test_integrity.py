@@ -16,7 +16,8 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.cli.app import main
 from proper.errors import StoreError
 from proper.interactions.deletion import remove
-from proper.interactions.log import InteractionLog, LogEntry, check_log
+from proper.interactions.log import InteractionLog, LogEntry
+from proper.interactions.log_check import check_log
 from proper.run_folder import UsersFolder
 
 Output = pytest.CaptureFixture[str]

@@ -89,5 +89,5 @@ def _move(store: AdapterStore, files: dict[str, int]) -> None:
                 manifest.erase_later(*new)
         manifest.grow(writer.sizes())
         for name in files:
-            manifest.write("DELETE FROM shards WHERE id = ?", (int(name.partition(".")[0]),))
+            manifest.drop_shard(int(name.partition(".")[0]))
             manifest.erase_later(name, None, None)

@@ -73,10 +73,10 @@ def check(store: AdapterStore, repair: bool = False) -> list[Finding]:
     if repair and store.manifest.read_only:
         raise read_only_error(store.manifest.path)
     try:
-        messages = [row[0] for row in store.manifest.read("PRAGMA quick_check")]
+        messages = store.manifest.damage()
     except StoreError as error:
         messages = [str(error)]
-    if messages != ["ok"]:
+    if messages:
         return [Finding("manifest", one_line(store.manifest.path, text)) for text in messages]
     if not store.manifest.read_only:
         erase(store.blobs, store.manifest)
@@ -189,9 +189,9 @@ def _fall_back(store: AdapterStore, now: list[ManifestRow], bad: dict[int, Findi
             done = "went back to the group tier"
         else:
             done = "removed the user: nothing of them was left"
-    for version in bad:
-        query = "DELETE FROM records WHERE tenant = ? AND user = ? AND version = ?"
-        manifest.write(query, (now[0].tenant, now[0].user, version))
+    for row in now:
+        if row.version in bad:
+            manifest.remove(row)
     return done
 
 
@@ -203,9 +203,8 @@ def _orphan_files(store: AdapterStore, repair: bool) -> Iterator[Finding]:
     manifest = store.manifest
     # No writer may be between writing a blob and committing its row.
     with nullcontext() if manifest.read_only else store.writing(exclusive=True):
-        owned = {row[0] for row in manifest.read("SELECT DISTINCT blob FROM records")}
+        owned = manifest.referenced() | {each.blob for each in manifest.erasures()}
         owned |= {shard_name(number) for number in manifest.shards()}
-        owned |= {row[0] for row in manifest.read("SELECT blob FROM erasures")}
         for path in sorted(store.blobs.iterdir()):
             if path.name not in owned:
                 size = path.lstat().st_size

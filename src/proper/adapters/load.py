@@ -16,7 +16,7 @@ from proper.adapters.serialization import TensorSpec, is_sound, require_sound
 from proper.adapters.shards import CHUNK, fill, stream
 from proper.adapters.store import AdapterStore
 from proper.errors import StoreError
-from proper.layers.bank import Layout
+from proper.layers.layout import Layout
 
 
 class RowLoader:

@@ -37,7 +37,7 @@ class UserRecord:
         user: any string.
         tier: GROUPS (embedding only) or USERS (embedding and adapter).
         embedding: e_u (D,), fp32.
-        adapter: stacked tensors, as `layers.bank.Layout` names them, or their `quantization.encode` form; None on the
+        adapter: stacked tensors, as `layers.layout.Layout` names them, or their `quantization.encode` form; None on the
             group tier.
         facts: JSON-serializable metadata about how the record was made.
     """

@@ -11,6 +11,7 @@ import torch
 
 from proper.console import quiet_libraries
 from proper.data.encoder import Encoder
+from proper.data.rows import Template
 from proper.errors import ProperError
 from proper.inference.engine import Engine
 from proper.inference.engine_thread import EngineThread
@@ -28,12 +29,14 @@ class ReplicaModel:
         limit: maximum tokens of a prompt and its answer together.
         embeddings: number of token embeddings.
         encoder: the encoder from texts to the model's tokens.
+        template: the prompt template of the run's data.
     """
 
     stage: Tier
     limit: int
     embeddings: int
     encoder: Encoder
+    template: Template
 
 
 class EngineReplica:
@@ -59,7 +62,7 @@ class EngineReplica:
         """Return what the HTTP server has to know of the model."""
         engine = self._runner.engine
         model = engine.model
-        return ReplicaModel(model.stage, engine.limit, model.model.backbone.embeddings, model.encoder)
+        return ReplicaModel(model.stage, engine.limit, model.model.backbone.embeddings, model.encoder, model.template)
 
     async def answer(self, request: Request) -> AsyncGenerator[list[Event], None]:
         """Yield the events of a request, those that are there at once together; leaving the loop cancels the request.

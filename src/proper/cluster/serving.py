@@ -23,8 +23,7 @@ from proper.adapters.store import AdapterStore
 from proper.cluster.replica import ReplicaModel
 from proper.config import Config, load_run_config
 from proper.data.encoder import Encoder
-from proper.data.item_evidence import neutral
-from proper.data.rows import Template, parse_template
+from proper.data.rows import Template
 from proper.errors import ProperError
 from proper.inference.requests import EngineStats, Event, Finished, Request, Sink, Token
 from proper.run_folder import RunFolder, Tier
@@ -51,7 +50,7 @@ class ClusterModel:
         self.config: Config = load_run_config(run.config)
         self.encoder: Encoder = loaded.encoder
         self.stage: Tier = loaded.stage
-        self.template: Template = neutral(parse_template(self.config.data.prompt, "data.prompt"))
+        self.template: Template = loaded.template
         has_users = loaded.stage in (Tier.GROUPS, Tier.USERS)
         self.store: AdapterStore | None = AdapterStore(run.users.path) if has_users else None
 
