@@ -71,11 +71,11 @@ def _settle_cut(config: Config, started: Config | None) -> Config:
 
 
 def _require_free(folder: Path) -> None:
-    """Check that a folder can become a run folder: it does not exist, or has nothing but data and a lock."""
+    """Check that a folder can become a run folder: it does not exist, or has nothing but data, a setting and a lock."""
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder}: is a file; choose another folder")
     run = RunFolder(folder)
-    if folder.exists() and any(child not in (run.demo_data, run.lock) for child in folder.iterdir()):
+    if folder.exists() and any(child not in (run.demo_data, run.lock, run.storage) for child in folder.iterdir()):
         raise RunFolderError(f"{folder}: is not empty and not a run folder; choose another folder")
 
 
