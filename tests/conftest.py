@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
     from proper.models.backbone import Backbone
+    from tests.s3_server import S3Server
 
 # Before any test imports the Hugging Face libraries, which read these once.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -97,6 +98,23 @@ def read_only() -> Callable[[Path, Path], Path]:
         return target
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def s3_process() -> Iterator[S3Server]:
+    """An S3 server; use `s3`, which tells the code under test how to reach it."""
+    from tests.s3_server import running
+
+    with running() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """An S3 server, with the AWS_* variables that point to it."""
+    for name, value in s3_process.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_process
 
 
 @pytest.fixture(scope="session")

@@ -80,10 +80,10 @@ class Personal(StrEnum):
 
 STORES = (
     "users/users.sqlite*",
-    "users/users.lock",
+    "users/*.lock",
     "users/blobs/*",
+    "users/cache/*",
     "users/interactions.sqlite*",
-    "users/fits.lock",
     "users/fits/**",
     "users/quarantine/**",
 )
@@ -97,13 +97,13 @@ SHARED = (
     "results.json",
     "methods.csv",
     "metrics.jsonl",
+    "storage.json",
     "predictions/*.json",
     "serving/keys.*",
     "run.lock",
     "preflight.json",
     "population/*",
-    "groups/*.safetensors",
-    "groups/stage.json",
+    "groups/*",
     "users/stage.json",
     "users/*.safetensors",
     "tombstones/*",
@@ -131,6 +131,7 @@ class UsersFolder:
     manifest = _Path("users.sqlite")
     lock = _Path("users.lock")  # held to write blobs
     blobs = _Path("blobs")
+    cache = _Path("cache")  # adapters of object storage
     log = _Path("interactions.sqlite")  # the interaction log, the fit queue and the deletions
     fits = _Path("fits")  # state for resuming fits of users after a kill
     fits_lock = _Path("fits.lock")  # held by the fitting process
@@ -146,6 +147,7 @@ class RunFolder:
 
     path: Path
     config = _Path("config.yaml")
+    storage = _Path("storage.json")  # which shard storage the run uses; not there: its own folder
     data = _Path("data.sqlite")
     metrics_log = _Path("metrics.jsonl")
     results = _Path("results.json")
@@ -293,8 +295,6 @@ def _has_users(run: RunFolder) -> bool:
 
 
 def _matches(parts: tuple[str, ...], pattern: str) -> bool:
-    wanted = pattern.split("/")
-    if wanted[-1] == "**":
-        wanted = wanted[:-1]
-        return len(parts) > len(wanted) and all(map(fnmatchcase, parts, wanted))
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+    wanted, deep = pattern.removesuffix("/**").split("/"), pattern.endswith("/**")
+    fits = len(parts) > len(wanted) if deep else len(parts) == len(wanted)
+    return fits and all(map(fnmatchcase, parts, wanted))

@@ -93,7 +93,7 @@ def test_a_damaged_manifest_does_not_hide_a_damaged_log(run: Path, capsys: Outpu
 
 def test_a_deletion_takes_what_a_repair_put_aside(run: Path) -> None:
     with closing(AdapterStore(run / "users")) as store, closing(InteractionLog(run / "users")) as log:
-        (store.blobs / "9.shard").write_bytes(b"whose?")
+        (store.paths.blobs / "9.shard").write_bytes(b"whose?")
         assert [found.kind for found in check(store, repair=True)] == ["orphan-file"]
         assert len(list(UsersFolder(run / "users").quarantine.iterdir())) == 1
         assert remove(store, log, "ann")

@@ -73,6 +73,11 @@ def shard_name(number: int) -> str:
     return f"{number}.shard"
 
 
+def shard_number(blob: str) -> int:
+    """Return the number of a shard's file name; the inverse of `shard_name`."""
+    return int(blob.partition(".")[0])
+
+
 class Manifest(SharedDatabase):
     """The manifest of the SQLite file at `path`, made if it does not exist.
 

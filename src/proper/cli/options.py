@@ -20,6 +20,16 @@ SkipBadRows = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be read, and report how many.")
 ]
 
+Stores = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--store",
+        metavar="URL",
+        help="Where a new run keeps its adapters (s3://BUCKET/PREFIX) or its state (postgresql://USER@HOST/DATABASE); "
+        "repeatable.",
+    ),
+]
+
 
 def examples(group: str, *lines: str) -> str:
     """Return the examples at the end of the help of a command of `proper GROUP`."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from proper.cli.options import ConfigFile, Overrides, SkipBadRows, chosen
+from proper.cli.options import ConfigFile, Overrides, SkipBadRows, Stores, chosen
 from proper.cli.results_table import print_results
 
 EXAMPLES = """\
@@ -16,6 +16,7 @@ EXAMPLES = """\
   proper run notes.yaml --out runs/notes --stages population,groups
   proper run notes.yaml --out runs/notes --cluster local:2
   proper run notes.yaml --out runs/notes --store postgresql://proper@db.example.org/proper
+  proper run notes.yaml --out runs/notes --store s3://adapters/notes
 """
 
 
@@ -34,14 +35,7 @@ def command(
             metavar="ADDRESS", help="Train on a Ray cluster: auto, local:N or ray://HOST:PORT.", show_default=False
         ),
     ] = None,
-    store: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="Keep the state of a new run in PostgreSQL, postgresql://USER@HOST/DATABASE, instead of SQLite.",
-            show_default=False,
-        ),
-    ] = None,
+    stores: Stores = None,
 ) -> None:
     """Train the three stages, evaluate and report.
 
@@ -55,13 +49,13 @@ def command(
 
     if cluster is not None:
         check_address(cluster)
-    if store is not None:
-        from proper.databases.setup import keep_state
-        from proper.run_config import hold
+    from proper.adapters.store_urls import check_store
 
-        with hold(out):
-            keep_state(out, store)
+    for url in stores or ():
+        check_store(url)
     from proper import pipeline
 
     wanted = pipeline.STAGES if stages is None else chosen("--stages", stages, pipeline.STAGES)
-    print_results(pipeline.run(settings, out, stages=wanted, skip_bad_rows=skip_bad_rows, cluster=cluster))
+    print_results(
+        pipeline.run(settings, out, stages=wanted, skip_bad_rows=skip_bad_rows, cluster=cluster, stores=stores or ())
+    )

@@ -1,5 +1,7 @@
 """Verification of a deletion: a search of every file of a run folder for a user, and a certificate of what was found.
 
+Of a run whose adapters are in a bucket, every version of every object is searched as well.
+
 The search does not use what the deletion knows: it reads every file that is there, of the registry or not, as
 `file_contents` yields it, and looks for the user's id, texts and tensors (`byte_search`). Pieces of texts that other
 users' texts have too are left out, since they do not tell whose they are. The certificate has no content.
@@ -7,8 +9,7 @@ users' texts have too are left out, since they do not tell whose they are. The c
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,18 +18,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-from safetensors import safe_open
-
-from proper.adapters.manifest import key_of
+from proper.adapters.storage_setting import setting_of
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore
 from proper.databases.location import Location, is_made, location_of
+from proper.errors import StoreError
 from proper.files import hash_file
 from proper.interactions.byte_search import Hit, Search
-from proper.interactions.deletion import everyone, logged_rows, run_rows
+from proper.interactions.deletion import logged_rows, run_rows
 from proper.interactions.file_contents import UNREADABLE, contents
 from proper.interactions.fingerprints import Fingerprints, stored_forms
 from proper.interactions.log import InteractionLog
+from proper.interactions.other_users import other_ids
 from proper.interactions.personal_files import work_folder
 from proper.run_folder import PEFT_WEIGHTS, RunFolder, kind_of, nested_runs
 
@@ -84,8 +84,8 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
     searches = {}
     names = {user for user, _ in wanted}
     for user, prints in wanted:
-        search = Search(user, _others(home, names), prints.prints, prints.salt)
-        search.drop(search.shared(_shared_by_others(home, names)))
+        search = Search(user, other_ids(home, names), prints.prints, prints.salt)
+        search.drop(search.shared(_shared_byother_ids(home, names)))
         searches[user] = search
     found: dict[str, list[dict[str, Any]]] = {user: _still_known(home, user) for user in searches}
     searched, unreadable = [], []
@@ -106,6 +106,9 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
         searched.append(entry)
         for user, reports in hits.items():
             found[user] += reports
+    bucket, hits = _search_bucket(home.path, searches, searched, unreadable)
+    for user, reports in hits.items():
+        found[user] += reports
     links = [path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_symlink()]
     clean = not unreadable and not any(found.values())
     certificate = {
@@ -117,6 +120,7 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
         "result": "nothing found" if clean else "found" if any(found.values()) else "not all files could be read",
         "users": [_told(user, prints, searches[user], found[user]) for user, prints in wanted],
         "searched": {"files": len(searched), "bytes": sum(each["bytes"] for each in searched), "each": searched},
+        **({"object_storage": bucket} if bucket else {}),
         "unreadable": unreadable,
         "links_not_followed": links,
         "remains": _remains(run),
@@ -124,6 +128,7 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
             "the file that the run was trained on (data.path) and folders that were exported",
             "backups, snapshots of file systems, and flash storage, which may keep bytes that were overwritten",
             *([] if location is None else [_NOT_ROWS]),
+            *(["copies of the bucket elsewhere, such as replicas and backups of the provider"] if bucket else []),
         ],
     }
     return Verified(certificate, clean)
@@ -161,6 +166,36 @@ def _search_rows(
         found[user] = _reports(name, "", "rows", search.scan(cells(location)))
     entry = {"file": name, "kind": "store", "bytes": size, "sha256": digest.hexdigest(), "read_as": ["rows"]}
     return entry, found
+
+
+def _search_bucket(
+    run: Path, searches: dict[str, Search], searched: list[dict[str, Any]], unreadable: list[dict[str, str]]
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Search every version of every object of a run whose adapters are in a bucket, those of nested runs included.
+
+    Adds to `searched` and `unreadable`; returns what the certificate says of the bucket, and the findings of each user.
+    """
+    setting, found = setting_of(run), dict[str, list[dict[str, Any]]]()
+    if setting is None:
+        return {}, found
+    told: dict[str, Any] = {"url": setting.bucket.url}
+    try:
+        told |= {"versioned": setting.bucket.is_versioned, "versions": 0, "delete_markers": 0}
+        for each in setting.bucket.versions():
+            told["delete_markers" if each.is_marker else "versions"] += 1
+            name = setting.bucket.url + each.key + ("" if each.id == "null" else f"?versionId={each.id}")
+            data = b"" if each.is_marker else b"".join(setting.bucket.pieces(each))
+            for user, search in searches.items():
+                reports = _reports(name, "", "object name", search.scan([each.key.encode()]))
+                found.setdefault(user, []).extend([*reports, *_reports(name, "", "raw", search.scan([data]))])
+            digest = sha256(data).hexdigest()
+            searched.append({"file": name, "kind": "object", "bytes": len(data), "sha256": digest, "read_as": ["raw"]})
+        uploads = [f"{setting.bucket.url}{each.key}" for each in setting.bucket.uploads()]
+        told["unfinished_uploads"] = len(uploads)
+        unreadable += [{"file": each, "why": "an unfinished upload cannot be read"} for each in uploads]
+    except StoreError as error:
+        unreadable.append({"file": setting.bucket.url, "why": str(error)})
+    return told, found
 
 
 def _is_of_sqlite(path: Path) -> bool:
@@ -201,53 +236,6 @@ def _still_known(run: RunFolder, user: str) -> list[dict[str, Any]]:
                 {"file": fit.relative_to(run.path).as_posix(), "kind": "unfinished fit", "read_as": "file name"}
             )
     return found
-
-
-def _others(run: RunFolder, names: set[str]) -> Iterator[str]:
-    """Yield the ids of all other users of the run's data, store and log, those of other tenants included."""
-    found = {user for _, user in everyone(run.users.path)}
-    if run.data.is_file():
-        with closing(_read_only(run.data)) as data:
-            found |= {str(user) for (user,) in data.execute("SELECT id FROM users")}
-    yield from found - names
-
-
-def _shared_by_others(run: RunFolder, names: set[str]) -> Iterator[bytes]:
-    """Yield what is no evidence of a deleted user: other users' texts, labels, templates, and the mean embedding."""
-    for folder in nested_runs(run.path):
-        path = RunFolder(folder).experts
-        if path.is_file():
-            with safe_open(path, "pt") as tensors:  # a user who learnt nothing has the mean
-                if "mean_embedding" in tensors.keys():  # noqa: SIM118
-                    yield tensors.get_tensor("mean_embedding").float().numpy().tobytes()
-    if run.config.is_file():
-        config = yaml.safe_load(run.config.read_text(encoding="utf-8")) or {}
-        for one in (config, *(config.get("tasks") or {}).values()):
-            data, task = one.get("data") or {}, one.get("task") or {}
-            yield repr([data.get("prompt"), data.get("target"), task.get("labels")]).encode()
-    marks = ", ".join("?" * len(names))
-    if run.data.is_file():
-        query = f"""SELECT t.prompt, t.target, coalesce(t.item, '') FROM rows r JOIN texts t ON t.id = r.text
-            JOIN users u ON u.number = r.user WHERE u.id NOT IN ({marks})"""
-        yield from _cells(run.data, query, sorted(names))
-        yield from _cells(run.data, "SELECT value FROM meta WHERE key = 'labels'", ())
-    if is_made(run.users.log):
-        keys = {key_of(name) for name in names}
-        with closing(InteractionLog(run.users.path)) as log:
-            for tenant, key, *texts in log.texts():
-                if tenant != DEFAULT_TENANT or key not in keys:
-                    yield "\0".join(("", *map(str, texts), "")).encode("utf-8", "surrogatepass")
-
-
-def _cells(path: Path, query: str, values: Sequence[Any]) -> Iterator[bytes]:
-    with closing(_read_only(path)) as data:
-        rows = data.execute(query, values)
-        while some := rows.fetchmany(1000):
-            yield "\0".join(str(cell) for row in some for cell in ("", *row, "")).encode("utf-8", "surrogatepass")
-
-
-def _read_only(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
 
 
 def _told(user: str, prints: Fingerprints, search: Search, found: list[dict[str, Any]]) -> dict[str, Any]:
