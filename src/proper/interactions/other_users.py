@@ -1,4 +1,4 @@
-"""What is no evidence of a deleted user in a search of a run: the ids and texts of other users, labels and templates."""
+"""What is no evidence of a deleted user in a search of a run: other users' ids and texts, labels and templates."""
 
 from __future__ import annotations
 

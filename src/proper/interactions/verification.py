@@ -85,7 +85,7 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
     names = {user for user, _ in wanted}
     for user, prints in wanted:
         search = Search(user, other_ids(home, names), prints.prints, prints.salt)
-        search.drop(search.shared(_shared_byother_ids(home, names)))
+        search.drop(search.shared(texts_of_others(home, names)))
         searches[user] = search
     found: dict[str, list[dict[str, Any]]] = {user: _still_known(home, user) for user in searches}
     searched, unreadable = [], []
