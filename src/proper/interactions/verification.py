@@ -28,7 +28,7 @@ from proper.interactions.deletion import logged_rows, run_rows
 from proper.interactions.file_contents import UNREADABLE, contents
 from proper.interactions.fingerprints import Fingerprints, stored_forms
 from proper.interactions.log import InteractionLog
-from proper.interactions.other_users import other_ids
+from proper.interactions.other_users import other_ids, texts_of_others
 from proper.interactions.personal_files import work_folder
 from proper.run_folder import PEFT_WEIGHTS, RunFolder, kind_of, nested_runs
 
