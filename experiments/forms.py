@@ -6,7 +6,7 @@ RUN is a run folder with stage 2. Every target user's newest items, `--validatio
 fitted to the older ones for a fixed number of steps, and measured on the held-out items. The queries are not read. A
 form is `lora-R`, `core-R` (bases from stacked LoRAs), `joint-R` (bases trained together with a core per user, for as
 many rows) or `shared-R` (LoRAs from one common start, as `core-R` takes them); `@N` multiplies the learning rate by N.
-A form's factor on the adapter, 1, 0.5 or 0.25, is chosen for each half of the users on the other half.
+A form's factor on the adapter, 1 or 0.5, is chosen for each half of the users on the other half.
 
 The file has, for each form and precision, the bytes of an adapter, the mean over users of the loss per token and of the
 accuracy of greedy answers, and against `lora-4` in fp32 the relative difference of the loss with an interval of 95 % by
@@ -49,7 +49,7 @@ from proper.training.optim import RowAdamW, factor
 from proper.training.user_stage import UserStage, fit_adapters, no_metadata
 
 RESAMPLES = 2000
-SCALES = (1.0, 0.5, 0.25)
+SCALES = (1.0, 0.5)
 FORMS = ("lora-4", "core-4", "core-8", "core-16", "joint-4", "joint-8", "joint-16")
 COHORT = 10
 """Users whose rows make one step of `joint`."""
