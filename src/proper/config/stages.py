@@ -116,6 +116,8 @@ class GroupsConfig(OptimizerConfig):
         embedding_init: standard deviation of the user embeddings' initial values; the mean is 0.
         embedding_learning_rate: learning rate of the user embeddings.
         router: form of the user-aware router: a softmax of the sum, or that of the released code.
+        task_experts: with several `tasks`, whether all tasks share all experts, or expert i serves only task i modulo
+            their number.
         constraint: penalty that keeps the mixtures of users apart.
         user_encoder: train, after this stage, an encoder that places a new user's embedding from their first items.
         train_on: the histories of all users, or of target users.
@@ -133,10 +135,17 @@ class GroupsConfig(OptimizerConfig):
     embedding_init: Positive = 1.0
     embedding_learning_rate: Positive = 1e-2
     router: Literal["default", "released"] = "default"
+    task_experts: Literal["shared", "separate"] = "shared"
     constraint: ConstraintConfig = ConstraintConfig()
     user_encoder: bool = True
     train_on: Literal["all", "targets"] = "all"
     max_tokens: Count | None = None
+
+    @model_validator(mode="after")
+    def _released_router_uses_every_expert(self) -> GroupsConfig:
+        if self.task_experts == "separate" and self.router == "released":
+            raise ValueError("task_experts: separate needs router: default, since the released one has no gate of 0")
+        return self
 
 
 class TiersConfig(Section):

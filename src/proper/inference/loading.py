@@ -63,7 +63,7 @@ def serve_users(folder: Path, config: Config, model: ProperModel) -> ServedUsers
     """
     run = RunFolder(folder)
     run.require_trained(Stage.GROUPS)
-    mean = load_groups(model, config.groups, run.experts)
+    mean = load_groups(model, config.groups, run.experts, len(config.tasks))
     store = AdapterStore(run.users.path)
     trained_on = {"backbone": model.backbone.digest, "groups": hash_file(run.experts), **config.users.adapter_shape}
     store.require({**trained_on, **bases_digest(run.users.bases)})

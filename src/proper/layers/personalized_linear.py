@@ -82,7 +82,7 @@ class AdaptedLinear(nn.Module):
         if rows.embedding is None:
             raise RuntimeError("a mixture needs the user embedding of every row")
         inside, by_token = self.experts.products(x, self.router.token)
-        scores = self.router.scores_of(by_token, rows.embedding)
+        scores = self.router.scores_of(by_token, rows.embedding, rows.tasks)
         if rows.mode == "users" and middle is not None and self.lora_router is not None:
             scores = self._own_scores(scores, middle, rows)
         gates = gates_of(scores)

@@ -58,14 +58,16 @@ def load_metadata(path: Path) -> dict[str, Any]:
         raise ProperError(f"{path}: damaged or unreadable: {error}") from error
 
 
-def load_groups(model: ProperModel, config: GroupsConfig, path: Path) -> Float[Tensor, "D"]:
+def load_groups(model: ProperModel, config: GroupsConfig, path: Path, tasks: int = 0) -> Float[Tensor, "D"]:
     """Add experts and user-aware routers to a model with the weights that stage 2 saved; return the mean embedding.
+
+    `tasks` is the number of tasks, where the run has several.
 
     Raises:
         ProperError: the file is damaged.
         StoreError: its modules are not those of the config, or it has values that are not finite or absurdly large.
     """
-    model.add_experts(config, seed=0)
+    model.add_experts(config, seed=0, tasks=tasks)
     tensors, _ = load_tensors(path)
     missing = model.group_parameters().keys() ^ (tensors.keys() - {"mean_embedding"})
     if missing:

@@ -46,6 +46,7 @@ class PreflightSample(NamedTuple):
     prompt: str
     target: str
     user: str
+    task: int = 0
 
 
 SAMPLES = (

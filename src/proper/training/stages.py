@@ -171,7 +171,7 @@ class StageRunner:
     def _groups(self, model: ProperModel, wanted: bool) -> None:
         if self._is_done(Stage.GROUPS, wanted):
             if self.accelerator.is_main_process:
-                load_groups(model, self.config.groups, self.run_folder.experts)
+                load_groups(model, self.config.groups, self.run_folder.experts, len(self.config.tasks))
             return
         if self.run_folder.is_trained(Stage.USERS):
             raise RunFolderError(
@@ -179,7 +179,7 @@ class StageRunner:
                 "delete it too, and run again to train both"
             )
         config = self.config.groups
-        model.add_experts(config, seed_of(self.seed, "experts"))
+        model.add_experts(config, seed_of(self.seed, "experts"), len(self.config.tasks))
         sample = stage_sample(self.dataset, "groups", config.train_on, config.max_tokens, self.seed)
         role: Role | None = "target" if config.train_on == "targets" else None
         users = [user.id for user in self.dataset.users(role) if user.history > 0]
