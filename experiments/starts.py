@@ -75,7 +75,7 @@ def losses(
         nearest = near[at].topk(START_NEIGHBOURS).indices.tolist()
         return mean_adapter([found.adapters[each] for each in nearest], layout)
 
-    starts = {
+    starts: dict[str, list[Tensor | None]] = {
         "zero": [None] * len(histories),
         "neighbours": [neighbours(at) for at in range(len(histories))],
         "meta": [found.meta] * len(histories),
