@@ -193,7 +193,7 @@ def test_what_others_wrote_too_is_no_evidence(run: Path, gone: tuple[Path, Finge
     verified = verify(run, [(USER, gone[1])])
     assert verified.clean, verified.certificate["users"][0]["found"]
     told = verified.certificate["users"][0]
-    # Of TEXT, COMMON, the logged text and the label, the two that nobody else has; an embedding and an adapter in each form.
+    # Of TEXT, COMMON, the logged text and the label, the two that nobody else has; an embedding and four forms.
     assert told["texts"] == {"given": 4, "searched": 2, "below_8_bytes": 0}
     assert told["tensors"]["given"] == 1 + 2 + 2 + 4 + 4 and told["tensors"]["searched"] >= 7
     (run / "predictions").mkdir()
