@@ -158,7 +158,7 @@ def served(run: Path) -> dict[str, Any]:
         expected = dict(
             zip(users, generate(model, [prompt for _, prompt in asked], users, max_new_tokens=LENGTH), strict=True)
         )
-    with serving(run) as (url, pid):
+    with serving(run, "--rows", "16", "--cluster", "local:2") as (url, pid):
         with ThreadPoolExecutor(len(asked)) as threads:
             replies = list(threads.map(lambda each: complete(url, *each), asked))
         right = sum(
@@ -215,17 +215,21 @@ def with_a_kill(url: str, pid: int, asked: Sequence[tuple[str, str]], expected: 
             each.result()
     stored = {user: httpx.get(f"{url}/v1/users/{user}", timeout=60).json()["interactions"] for user in telling}
     kept = all(stored[user] >= count for user, count in acknowledged.items()) and bool(acknowledged)
-    retried = statuses.count(503)
-    say(f"{len(statuses)} answers around the kill: {len(wrong)} wrong, {retried} times 503")
+    say(f"{len(statuses)} answers around the kill: {len(wrong)} wrong, {statuses.count(503)} times 503")
     say(f"{sum(acknowledged.values())} interactions acknowledged, {sum(stored.values())} stored")
     checks = {"no wrong answer": not wrong, "no lost interaction": kept}
-    return {"checks": checks, "answers": len(statuses), "retried": retried, "interactions": sum(acknowledged.values())}
+    return {
+        "checks": checks,
+        "answers": len(statuses),
+        "retried": statuses.count(503),
+        "interactions": sum(acknowledged.values()),
+    }
 
 
 @contextmanager
-def serving(run: Path) -> Iterator[tuple[str, int]]:
-    """Serve a run with two replicas within the block; yield the URL and the process id."""
-    server = proper("serve", str(run), "--port", "0", "--rows", "16", "--cluster", "local:2", "--no-worker")
+def serving(run: Path, *options: str) -> Iterator[tuple[str, int]]:
+    """Serve a run within the block; yield the URL and the process id."""
+    server = proper("serve", str(run), "--port", "0", "--no-worker", *options)
     assert server.stderr is not None
     try:
         said = ""
