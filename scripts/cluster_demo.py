@@ -155,22 +155,16 @@ def served(run: Path) -> dict[str, Any]:
     asked = [(user, f"Message {at} of the morning.\nTag:") for at, user in enumerate(users)]
     model = load(run)
     with closing(model):
-        expected = dict(
-            zip(users, generate(model, [prompt for _, prompt in asked], users, max_new_tokens=LENGTH), strict=True)
-        )
+        texts = generate(model, [prompt for _, prompt in asked], users, max_new_tokens=LENGTH)
+    expected = dict(zip(users, texts, strict=True))
     with serving(run, "--rows", "16", "--cluster", "local:2") as (url, pid):
         with ThreadPoolExecutor(len(asked)) as threads:
             replies = list(threads.map(lambda each: complete(url, *each), asked))
-        right = sum(
-            reply.status_code == 200 and text_of(reply) == expected[user]
-            for user, reply in zip(users, replies, strict=True)
-        )
+        given = [text_of(reply) if reply.status_code == 200 else "" for reply in replies]
+        right = sum(map(str.__eq__, given, texts))
         say(f"{right} of {len(asked)} users at once get what 'proper generate' answers")
         kill = with_a_kill(url, pid, asked, expected)
-    return {
-        "checks": {"answers of all users": right == len(asked), **kill["checks"]},
-        **{name: value for name, value in kill.items() if name != "checks"},
-    }
+    return {**kill, "checks": {"answers of all users": right == len(asked), **kill["checks"]}}
 
 
 def with_a_kill(url: str, pid: int, asked: Sequence[tuple[str, str]], expected: Mapping[str, str]) -> dict[str, Any]:
@@ -218,12 +212,7 @@ def with_a_kill(url: str, pid: int, asked: Sequence[tuple[str, str]], expected: 
     say(f"{len(statuses)} answers around the kill: {len(wrong)} wrong, {statuses.count(503)} times 503")
     say(f"{sum(acknowledged.values())} interactions acknowledged, {sum(stored.values())} stored")
     checks = {"no wrong answer": not wrong, "no lost interaction": kept}
-    return {
-        "checks": checks,
-        "answers": len(statuses),
-        "retried": statuses.count(503),
-        "interactions": sum(acknowledged.values()),
-    }
+    return {"checks": checks, "answers": len(statuses), "retried": statuses.count(503), "interactions": stored}
 
 
 @contextmanager
