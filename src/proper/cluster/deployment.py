@@ -114,12 +114,11 @@ class RunReplicas:
         """
         handle = self._deploy(folder)
         loaded = handle.options(method_name="model").remote().result()
-        model = ClusterModel(folder, loaded)
+        engine = ClusterEngine(handle, ClusterModel(folder, loaded), loaded)
         try:
-            yield ClusterRunner(ClusterEngine(handle, model, loaded))
+            yield ClusterRunner(engine)
         finally:
-            if model.store is not None:
-                model.store.close()
+            engine.close_stores()
 
     def _deploy(self, folder: Path) -> Any:
         """Start or replace the replicas, and return their handle."""
