@@ -189,7 +189,8 @@ def replicas_on(
 
         room = devices(address)
         least, most = parse_replicas(replicas, room.count)
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        # It warns of each full or dead replica; the engine says once what was lost.
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         # No HTTP server of Ray Serve's own: the routes, keys and limits are those of `proper serve`.
         serve.start(proxy_location="Disabled", logging_config=QUIET)
         app = f"proper-{name}"
