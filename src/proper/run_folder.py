@@ -138,6 +138,7 @@ class UsersFolder:
     quarantine = _Path("quarantine")  # what a repair removed; any deletion of a user removes all of it
     router = _Path("router.safetensors")  # the LoRA-aware routers of stage 3
     bases = _Path("bases.safetensors")  # the A and B that all users share in the form `core`
+    start = _Path("start.safetensors")  # the adapter that all users' adapters start from with `start: meta`
     work = _Path("work")  # state for resuming stage 3 after a kill
 
 
