@@ -100,7 +100,7 @@ SHARED = (
     "storage.json",
     "predictions/*.json",
     "serving/keys.*",
-    "run.lock",
+    "*.lock",
     "preflight.json",
     "population/*",
     "groups/*",
@@ -108,7 +108,6 @@ SHARED = (
     "users/*.safetensors",
     "tombstones/*",
     "database.json",
-    "writers.lock",
 )
 """Files from which no single user's data can be read or removed."""
 
@@ -138,6 +137,7 @@ class UsersFolder:
     quarantine = _Path("quarantine")  # what a repair removed; any deletion of a user removes all of it
     router = _Path("router.safetensors")  # the LoRA-aware routers of stage 3
     bases = _Path("bases.safetensors")  # the A and B that all users share in the form `core`
+    start = _Path("start.safetensors")  # the adapter that all users' adapters start from with `start: meta`
     work = _Path("work")  # state for resuming stage 3 after a kill
 
 
