@@ -137,7 +137,9 @@ class UsersFolder:
     fits_lock = _Path("fits.lock")  # held by the fitting process
     quarantine = _Path("quarantine")  # what a repair removed; any deletion of a user removes all of it
     router = _Path("router.safetensors")  # the LoRA-aware routers of stage 3
-    work = _Path("work")  # state for resuming stage 3 after a kill
+    work = _Path("work")  # state for resuming stage 3, or a refresh of the groups, after a kill
+    refresh = _Path("work", "refresh.json")  # marks a refresh that is not finished
+    refreshed = _Path("work", "refreshed.safetensors")  # the users' embeddings of an unfinished refresh
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,8 @@ class RunFolder:
     population = _Path("population")
     experts = _Path("groups", "groups.safetensors")  # experts, routers and the mean user embedding of stage 2
     poly = _Path("groups", "poly.safetensors")  # the same for the method `poly`
+    refreshed = _Path("groups", "refreshed.safetensors")  # experts of an unfinished refresh
+    previous = _Path("groups", "previous.safetensors")  # experts before the last refresh
     encoder = _Path("groups", "encoder.safetensors")  # from a new user's items to an embedding
 
     @property

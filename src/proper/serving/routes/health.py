@@ -36,9 +36,12 @@ def health_routes(runner: EngineThread, worker: FitProcess | None, metrics: Metr
 
     @router.get("/readyz")
     async def readyz() -> Health:
-        """Readiness: 503 if the server accepts no requests."""
+        """Readiness: 503 if the server accepts no requests, or must be started again to load refreshed groups."""
         if not runner.alive:
             raise APIError(503, "the server accepts no requests", code="not_ready")
+        served = runner.engine.model.served
+        if served is not None and served.outdated:
+            raise APIError(503, "the run's groups were refreshed; start the server again", code="groups_refreshed")
         return health("ready")
 
     @router.get("/metrics", response_class=Response)
