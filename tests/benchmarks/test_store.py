@@ -11,7 +11,7 @@ import torch
 
 from proper.benchmarks.measure import TimedSide, interleaved
 from proper.benchmarks.store import PAYLOAD, RANK, many_figures, run, shapes
-from proper.layers.bank import Layout
+from proper.layers.layout import Layout
 
 PROMISED = [
     "load_p50_ms",

@@ -30,7 +30,8 @@ from proper.adapters.compaction import compact
 from proper.adapters.load import RowLoader
 from proper.adapters.store import FILE_BYTES, KEEP, SHARD_BYTES, AdapterStore, UserRecord
 from proper.benchmarks.measure import TimedSide, interleaved, machine, percentile, seconds_of
-from proper.layers.bank import AdapterBank, Layout
+from proper.layers.bank import AdapterBank
+from proper.layers.layout import Layout
 from proper.run_folder import Tier
 
 logger = logging.getLogger(__name__)

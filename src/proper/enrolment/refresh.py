@@ -34,7 +34,7 @@ from proper.enrolment.comparison import State, Usual, losses_of, per_item, state
 from proper.enrolment.fit_user import Fitter, open_fitter, own_bank
 from proper.enrolment.history import Rows, UserHistory, grown_history
 from proper.errors import RunFolderError
-from proper.files import hash_file, hash_value, read_json, write_json
+from proper.files import hash_file, hash_value
 from proper.inference.loading import load, settle_groups
 from proper.inference.model import PersonalizedModel
 from proper.interactions.log import InteractionLog
@@ -48,7 +48,6 @@ from proper.training.stages import join_processes, stage_plan
 from proper.training.trainer import no_log
 
 logger = logging.getLogger(__name__)
-_TENANTS = "SELECT DISTINCT tenant FROM records"
 BY = "refresh"
 """`made.by` of a version that a refresh made."""
 
@@ -136,8 +135,10 @@ class _Work:
         self.run, self.model, self.fitter, self.log = run, model, fitter, log
         self.store: AdapterStore = model.store
         self.users = [user for user, _ in self.store.users()]
-        if any(tenant != self.store.tenant for (tenant,) in self.store.manifest.read(_TENANTS)):
+        if any(tenant != self.store.tenant for tenant, _ in self.store.manifest.owners_of_records()):
             raise RunFolderError(f"{run.path}: has users of other tenants, whose adapters need the groups as they are")
+        if model.config.tasks:
+            raise RunFolderError(f"{run.path}: is a run over several tasks, whose groups cannot be refreshed yet")
 
     def close(self) -> None:
         self.log.close()
@@ -175,10 +176,10 @@ class _Work:
         heads = [self.store.head(user) for user in users]
         start = torch.stack([head.embedding for head in heads if head is not None])
         # A checkpoint of other rows, as when more interactions have come after a kill, is of no use.
-        marker, told = self.run.users.refresh, {"rows": hash_value([[row.user, row.id] for row in rows.examples])}
-        if not marker.exists() or read_json(marker) != told:
+        state, told = self.run.users.refresh, {"rows": hash_value([[row.user, row.id] for row in rows.examples])}
+        if not state.exists() or load_metadata(state)["rows"] != told["rows"]:
             self.run.checkpoint(Stage.GROUPS).unlink(missing_ok=True)
-            write_json(marker, told)
+            save_tensors(state, {}, told)
         plan = stage_plan("groups", config, rows, model.backbone, self.model.encoder, self.run.path, rows.seed, no_log)
         with model.caching(self.run.path, config.compute.cache_mb):
             embeddings = train_groups(model, config.groups, users, plan, join_processes(config), start)
@@ -186,7 +187,7 @@ class _Work:
         everyone |= dict(zip(users, embeddings, strict=True))
         logged = max(-row.id for row in rows.examples)
         tensors = {**model.group_parameters(), "mean_embedding": torch.stack([*everyone.values()]).mean(0)}
-        save_tensors(self.run.users.refreshed, {"embeddings": embeddings}, {"users": users})
+        save_tensors(state, {"embeddings": embeddings}, {**told, "users": users})
         save_tensors(self.run.refreshed, tensors, {"modules": list(model.layers), "logged": logged})
         self.run.checkpoint(Stage.GROUPS).unlink(missing_ok=True)
 
@@ -202,7 +203,7 @@ class _Work:
         tensors, _ = load_tensors(self.run.refreshed)
         for name, parameter in own.group_parameters().items():
             parameter.data.copy_(tensors[name])
-        found, facts = load_tensors(self.run.users.refreshed)
+        found, facts = load_tensors(self.run.users.refresh)
         embeddings = dict(zip(facts["users"], found["embeddings"], strict=True))
         with progress("validate users", len(self.users)) as advance:
             records = list[UserRecord]()

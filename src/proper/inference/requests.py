@@ -32,6 +32,7 @@ class Request:
         gates: whether its tokens carry the expert gates.
         client: the API key of the request; rows are shared fairly between the (tenant, API key) pairs.
         alternatives: number of top log-probabilities sent with each token's own; None sends no log-probabilities.
+        task: number of the prompt's task in a run of several.
     """
 
     prompt: tuple[int, ...]
@@ -42,6 +43,7 @@ class Request:
     gates: bool = False
     client: str = ""
     alternatives: int | None = None
+    task: int = 0
 
     def require_possible(self, limit: int, embeddings: int) -> None:
         """Check that the request can be computed.

@@ -196,8 +196,9 @@ def _shared_by_others(run: RunFolder, names: set[str]) -> Iterator[bytes]:
                     yield tensors.get_tensor("mean_embedding").float().numpy().tobytes()
     if run.config.is_file():
         config = yaml.safe_load(run.config.read_text(encoding="utf-8")) or {}
-        data, task = config.get("data") or {}, config.get("task") or {}
-        yield repr([data.get("prompt"), data.get("target"), task.get("labels")]).encode()
+        for one in (config, *(config.get("tasks") or {}).values()):
+            data, task = one.get("data") or {}, one.get("task") or {}
+            yield repr([data.get("prompt"), data.get("target"), task.get("labels")]).encode()
     marks = ", ".join("?" * len(names))
     if run.data.is_file():
         query = f"""SELECT t.prompt, t.target, coalesce(t.item, '') FROM rows r JOIN texts t ON t.id = r.text
@@ -242,6 +243,7 @@ def _remains(run: Path) -> list[dict[str, Any]]:
             (folder.poly, "the method `poly` learnt from all users' histories"),
             (folder.encoder, "the encoder of new users learnt from all users' items and embeddings"),
             (folder.users.router, "stage 3b (the LoRA-aware router) learnt from all target users' histories"),
+            (folder.users.bases, "the shared bases of users' cores learnt from users' older items"),
             (folder.results, "aggregate figures over users that were calculated before the deletion"),
             (folder.methods_table, "aggregate figures over users that were calculated before the deletion"),
             (folder.metrics_log, "losses of training steps, each over a batch of many users"),

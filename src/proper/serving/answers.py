@@ -10,9 +10,10 @@ from functools import partial
 from typing import Literal
 
 from proper.data.chat import Turn, readable
-from proper.errors import InputError, ProperError
+from proper.errors import ConfigError, InputError, ProperError
 from proper.inference.detokenizer import Detokenizer
 from proper.inference.engine_thread import EngineThread
+from proper.inference.generate import answer_length
 from proper.inference.requests import Event, Request, RequestHandle, Sink, Started, Token
 from proper.inference.sampling import Sampling
 from proper.run_folder import Tier
@@ -79,7 +80,11 @@ class Answers:
         experts = model.config.groups.experts if model.stage in (Tier.GROUPS, Tier.USERS) else 0
         template = model.template
         return RunCard(
-            stage=model.stage, experts=experts, literals=list(template.literals), columns=list(template.columns)
+            stage=model.stage,
+            experts=experts,
+            literals=list(template.literals),
+            columns=list(template.columns),
+            tasks=list(model.config.tasks),
         )
 
     def request(
@@ -100,10 +105,12 @@ class Answers:
             alternatives: number of likeliest tokens reported at each answer token; None for no log-probabilities.
 
         Raises:
-            APIError: the prompt is empty, does not fit, or has a token that the model has no embedding for.
+            APIError: the prompt is empty, does not fit, or has a token that the model has no embedding for; or the run
+                has no such task.
         """
         engine = self.runner.engine
-        room = max_tokens or engine.model.config.task.max_new_tokens
+        task = self._task(options)
+        room = max_tokens or answer_length(engine.model, task)
         ids = self._ids(prompt, room)
         if len(ids) + room > engine.limit:
             raise self._too_long(f"{len(ids)} tokens", room)
@@ -122,12 +129,25 @@ class Answers:
             sampling,
             bool(extra.gates),
             alternatives=alternatives,
+            task=task,
         )
         try:
             engine.check(request)
         except InputError as error:
             raise APIError(400, str(error), code="invalid", param="prompt") from error
         return request
+
+    def _task(self, options: Options) -> int:
+        """Return the number of the task that a request names.
+
+        Raises:
+            APIError: the run has no such task.
+        """
+        named = options.proper.task if options.proper is not None else None
+        try:
+            return self.runner.engine.model.config.task_number(named)
+        except ConfigError as error:
+            raise APIError(400, f"proper.task: {error}", code="invalid", param="proper.task") from error
 
     def _too_long(self, prompt: str, answer: int) -> APIError:
         limit = self.runner.engine.limit

@@ -47,7 +47,7 @@ class DeletionWatch:
     def _look(self) -> None:
         # A separate store: its connection sees commits of all other connections, those of this process included.
         with closing(AdapterStore(self.users)) as store:
-            seen, looked = -1, False
+            seen, looked = "", False
             while not self._stopping.is_set():
                 try:
                     changes = store.manifest.changes()

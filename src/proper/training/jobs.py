@@ -118,6 +118,14 @@ class FitResult:
     reason: str | None = None
 
 
+Starts = Callable[[str, Float[Tensor, "D"]], Float[Tensor, "P"] | None]
+"""Function from a user and their embedding to the adapter that training starts from; None for a fresh one."""
+
+
+def fresh(user: str, embedding: Float[Tensor, "D"]) -> None:
+    """Start every user from a fresh adapter, which changes nothing: B = 0, or C = 0."""
+
+
 class Jobs(Protocol):
     """A sequence of jobs that are created on access, so that memory does not grow with the number of users."""
 
@@ -134,6 +142,8 @@ class HistoryJobs:
         trial: whether the newest items are held out and measured; else the jobs are on all items.
         part: the number of parts, of `PARTS`, of the full passes that are trained.
         held_out: whether the trial's held-out items are the training items, as for a router.
+        measured: whether the trial's held-out items are measured; else they are only left out.
+        starts: where each user's adapter starts.
     """
 
     config: UsersConfig
@@ -144,6 +154,8 @@ class HistoryJobs:
     trial: bool
     part: int = PARTS
     held_out: bool = False
+    measured: bool = True
+    starts: Starts = fresh
 
     def __len__(self) -> int:
         return len(self.users)
@@ -156,8 +168,10 @@ class HistoryJobs:
             return Job(user, embedding, tuple(items[cut:]))
         full = full_passes(self.config, cut)
         epochs = passes_of(full, self.part)
-        job = Job(user, embedding, tuple(items[:cut]), tuple(items[cut:]), epochs=epochs, horizon=full)
-        if not self.trial:
+        held_out = tuple(items[cut:]) if self.measured else ()
+        start = self.starts(user, embedding)
+        job = Job(user, embedding, tuple(items[:cut]), held_out, epochs=epochs, horizon=full, start=start)
+        if not held_out:
             return job
         measured = sorted({passes_of(full, part) for part in range(1, self.part + 1)})
         return replace(job, measured=tuple(measured), scales=(*self.config.scales, 1.0))

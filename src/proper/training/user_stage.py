@@ -147,7 +147,7 @@ def fit_adapters(
             return refused(stage.embeddings, user, result.embedding, result.reason, metadata(user))
         tensors = trainer.bank.layout.unpack(result.row)
         for name in tensors:
-            if name.endswith(".B") and scale != 1:
+            if name.endswith((".B", ".C")) and scale != 1:
                 tensors[name].mul_(scale)
         fault = fault_of(tensors)
         if fault is not None:
