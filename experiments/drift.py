@@ -1,6 +1,6 @@
 """When to update users who change: never, always, periodically, or when they have drifted; on generated users.
 
-    python -m experiments.drift --out DIR [--users 8] [--periods 8] [--items 3] [--seed 0] [--result FILE]
+    python -m experiments.drift --out DIR [--users 8] [--periods 6] [--items 4] [--seed 0] [--result FILE]
 
 Users of a demo run get new interactions in periods; a quarter of them each stay as they are, change abruptly, change
 slowly, or change and go back (`proper.data.demo.changes`). In each period, every policy first answers the period's
@@ -45,7 +45,7 @@ EVERY = 3
 RESAMPLES = 2000
 KEPT_ITEMS = 6
 """Interactions of a user's history on which forgetting is measured, the newest."""
-TOGETHER = 2
+TOGETHER = 1
 """Users who live through a policy in one copy of the run."""
 
 
@@ -216,8 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the copies of the run")
     parser.add_argument("--run", type=Path, help="a demo run of the same people and seed; else one is trained")
     parser.add_argument("--people", type=int, default=24)
-    parser.add_argument("--periods", type=int, default=8)
-    parser.add_argument("--items", type=int, default=3, help="interactions of a user in a period")
+    parser.add_argument("--periods", type=int, default=6)
+    parser.add_argument("--items", type=int, default=4, help="interactions of a user in a period")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--users", type=int, default=8, help="so many of these users, of all kinds of change")
     parser.add_argument("--result", type=Path, help="JSON file to write")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from proper.adapters.quantization import decode
 from proper.adapters.store import AdapterStore, UserRecord
@@ -184,6 +185,9 @@ def everything(folder: Path, but: str) -> dict[str, tuple[Any, ...]]:
 
 @pytest.mark.parametrize("times", [3, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_updates_leave_other_users_bytes_unchanged(run: Path, opened: Open, times: int) -> None:
+    raw = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    raw["compute"]["checkpoint_seconds"] = 30.0  # a checkpoint after every step would take longer than the step
+    (run / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     before, model = everything(run, "new"), opened(run)
     assert len(before) == 6
     for at in range(times):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import random
-import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -260,7 +259,6 @@ class _Work:
         with self.log.queue.lock():  # no fit ends in between
             self.store.put(records, bound={"groups": hash_file(self.run.refreshed)})
         settle_groups(self.run, self.store)
-        shutil.rmtree(self.run.users.work, ignore_errors=True)
 
     def refit(self) -> tuple[int, int]:
         """Fit the users who lost an adapter; return how many these are, and how many have one again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -90,6 +91,10 @@ def settle_groups(run: RunFolder, store: AdapterStore) -> None:
     if not back:
         with atomic_path(run.previous) as temporary:
             shutil.copyfile(run.experts, temporary)
+    # The store has the embeddings by now.
+    run.users.refresh.unlink(missing_ok=True)
+    with suppress(OSError):  # not empty, or not there
+        run.users.work.rmdir()
     run.refreshed.replace(run.experts)
     if back:
         run.previous.unlink()
