@@ -84,8 +84,7 @@ class AdapterStore:
     def _require_no_blobs(self) -> None:
         """Refuse to create a manifest beside existing blobs, which would all become orphans."""
         if (place := blobs_of(self.paths)) is not None:
-            path = self.paths.manifest
-            raise StoreError(f"{path}: is missing, but {place} holds adapters; put back a copy of it")
+            raise StoreError(f"{self.paths.manifest}: is missing, but {place} holds adapters; put back a copy of it")
 
     def close(self) -> None:
         """Close the manifest and release the shard that was written to."""

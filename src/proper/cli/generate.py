@@ -101,7 +101,7 @@ def command(
     model = load(folder)
     number = model.config.task_number(task)
     prompts = final_prompts(requests, model.template_of(task).fill)
-    sampling = Sampling(max_new_tokens or answer_length(model, number), temperature, top_p, seed)
+    sampling = Sampling(max_new_tokens or answer_length(model.config, number), temperature, top_p, seed)
     tiers: Counter[str] = Counter()
     with progress("generate", len(requests)) if input_file else nullcontext(_ignore) as advance:
         for start in range(0, len(requests), _PIECE):

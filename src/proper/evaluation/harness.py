@@ -24,7 +24,7 @@ from proper.data.one_task import one_task
 from proper.data.summary import queries_seen_by_others, require_no_leaks, targets_outside
 from proper.evaluation.fingerprint import code_version
 from proper.evaluation.lamp_predictions import write_lamp_predictions
-from proper.evaluation.metrics import FloatArray, Prediction, TaskInfo
+from proper.evaluation.metrics import Prediction, TaskInfo
 from proper.evaluation.results import Effort, RawResults, build_results, gains_by_user, plain
 from proper.evaluation.routing import analyze_routing, task_routing
 from proper.evaluation.runner import MethodRun, answer_losses, mean_gates
@@ -175,8 +175,14 @@ class Harness:
         users = list(self.dataset.users("target"))
         ids = [user.id for user in users]
         model = load(self.home, Tier.GROUPS)
-        gates = mean_gates(model, self.dataset, ids)
         by_task = {name: self._task_gates(model, name) for name in self.dataset.tasks}
+        # Of several tasks, a user's gates are the mean over those that the user has.
+        own = [[found[user] for found in by_task.values() if user in found] for user in ids]
+        gates = (
+            torch.stack([torch.stack(each).mean(0) for each in own])
+            if by_task
+            else mean_gates(model, self.dataset, ids)
+        )
         embeddings = _embeddings(model, ids)
         model.close()
         del model
@@ -186,13 +192,15 @@ class Harness:
         histories = {user.id: user.history for user in users}
         routing, detail = analyze_routing(gates.numpy(), ids, embeddings.numpy(), histories, groups)
         write_json(RunFolder(self.home).routing, plain(detail))
-        return {**routing, **task_routing(by_task)} if by_task else routing
+        shares = {name: torch.stack(list(found.values())).numpy() for name, found in by_task.items() if found}
+        return {**routing, **task_routing(shares)} if shares else routing
 
-    def _task_gates(self, model: PersonalizedModel, name: str) -> FloatArray:
-        """Return the mean gates (U, M, E) of the target users on the histories of one task."""
+    def _task_gates(self, model: PersonalizedModel, name: str) -> dict[str, Tensor]:
+        """Return the mean gates (M, E) of the target users on their histories of one task."""
         with one_task(self.dataset, name) as dataset:
-            users = [user.id for user in dataset.users("target") if user.history > 0]
-            return mean_gates(model, dataset, users).double().numpy()
+            found = [user.id for user in self.dataset.users("target")]
+            users = [user for user in found if (own := dataset.user(user)) is not None and own.history]
+            return dict(zip(users, mean_gates(model, dataset, users), strict=True)) if users else {}
 
     def _history_losses(self) -> dict[str, float]:
         """Return the answer loss of every target user on their own newest history, first seed."""

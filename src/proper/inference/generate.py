@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from proper.config import Config
 from proper.console import Advance, unheard
 from proper.errors import InputError
 from proper.inference.engine import Engine
@@ -62,13 +63,13 @@ def generate(
 ) -> list[str]:
     """Return the text of each answer; see `respond`. `task` is a name; None is the run's first or only one."""
     number = model.config.task_number(task)
-    sampling = Sampling(max_new_tokens or answer_length(model, number), temperature, top_p, seed)
+    sampling = Sampling(max_new_tokens or answer_length(model.config, number), temperature, top_p, seed)
     return [answer.text for answer in respond(model, prompts, user_ids, sampling, task=number)]
 
 
-def answer_length(model: PersonalizedModel, task: int = 0) -> int:
+def answer_length(config: Config, task: int = 0) -> int:
     """Return `task.max_new_tokens` of a task, by its number."""
-    return list(model.config.each_task.values())[task].task.max_new_tokens
+    return list(config.each_task.values())[task].task.max_new_tokens
 
 
 def respond(
@@ -100,7 +101,7 @@ def respond(
         raise InputError(f"{len(prompts)} prompts and {len(user_ids)} user ids: there must be one user per prompt")
     if any(not prompt.strip() for prompt in prompts):
         raise InputError("a prompt is empty")
-    sampling = sampling or Sampling(answer_length(model, task))
+    sampling = sampling or Sampling(answer_length(model.config, task))
     encoded = [model.encoder.prompt(prompt, room=sampling.max_new_tokens) for prompt in prompts]
     found = zip(continuations(model, encoded, user_ids, sampling, advance, task), user_ids, strict=True)
     return [Answer(model.encoder.decode(one.tokens), user, one.tier) for one, user in found]

@@ -15,8 +15,9 @@ from proper.run_folder import Tier
 
 Status = Literal["waiting", "running", "finished"]
 
-Reason = Literal["stop", "length", "cancelled", "error"]
-"""stop: end token; length: `max_new_tokens` reached; cancelled: by the client or at shutdown; error: a failure."""
+Reason = Literal["stop", "length", "cancelled", "error", "lost"]
+"""stop: end token; length: `max_new_tokens` reached; cancelled: by the client or at shutdown; error: a failure; lost:
+the process that computed it has died, and the same request may be sent again."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class EngineStats:
         tokens: generated tokens by tier.
         fallbacks: requests answered below their user's tier because the adapter or embedding is damaged.
         errors: requests that ended with an error.
+        replicas: engines whose figures these are the sum of.
     """
 
     waiting: int
@@ -167,6 +169,7 @@ class EngineStats:
     fallbacks: int
     errors: int
     adapters: CacheCounts
+    replicas: int = 1
 
 
 @dataclass(eq=False)

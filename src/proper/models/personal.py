@@ -60,13 +60,13 @@ class ProperModel:
     def add_experts(self, config: GroupsConfig, seed: int, tasks: int = 0) -> None:
         """Add experts and user-aware routers to the target modules, initialized from `seed`.
 
-        With several `tasks`, the routers have a term per task.
+        Several `tasks` add a term per task to the routers.
 
         Raises:
             ConfigError: the model has no such modules or fewer layers than `groups.layers`.
         """
         shapes = expert_targets(self.backbone.model, config)
-        per_module = config.embedding == "per-module"
+        per_module, separate = config.embedding == "per-module", config.task_experts == "separate"
         self.embedding_size = sum(i for i, _ in shapes.values()) if per_module else config.user_embedding
         offset = 0
         with torch.random.fork_rng(devices=[]):
@@ -83,13 +83,7 @@ class ProperModel:
                 )
                 width = inputs if per_module else config.user_embedding
                 layer.router = UserAwareRouter(
-                    inputs,
-                    width,
-                    config.experts,
-                    form=config.router,
-                    offset=offset,
-                    tasks=tasks,
-                    separate=config.task_experts == "separate",
+                    inputs, width, config.experts, form=config.router, offset=offset, tasks=tasks, separate=separate
                 )
                 offset += width if per_module else 0
                 layer.experts.to(self.device)
