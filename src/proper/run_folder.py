@@ -138,8 +138,8 @@ class UsersFolder:
     quarantine = _Path("quarantine")  # what a repair removed; any deletion of a user removes all of it
     router = _Path("router.safetensors")  # the LoRA-aware routers of stage 3
     bases = _Path("bases.safetensors")  # the A and B that all users share in the form `core`
-    work = _Path("work")  # state for resuming stage 3, or a refresh of the groups, after a kill
-    refresh = _Path("work", "refresh.safetensors")  # an unfinished refresh: its rows' hash, then the users' embeddings
+    start = _Path("start.safetensors")  # the adapter that all users' adapters start from with `start: meta`
+    work, refresh = _Path("work"), _Path("work", "refresh.safetensors")  # to resume stage 3, or a refresh of the groups
 
 
 @dataclass(frozen=True)

@@ -284,6 +284,7 @@ def _remains(run: Path) -> list[dict[str, Any]]:
             (folder.encoder, "the encoder of new users learnt from all users' items and embeddings"),
             (folder.users.router, "stage 3b (the LoRA-aware router) learnt from all target users' histories"),
             (folder.users.bases, "the shared bases of users' cores learnt from users' older items"),
+            (folder.users.start, "the common start of users' adapters learnt from users' older items"),
             (folder.results, "aggregate figures over users that were calculated before the deletion"),
             (folder.methods_table, "aggregate figures over users that were calculated before the deletion"),
             (folder.metrics_log, "losses of training steps, each over a batch of many users"),
