@@ -100,7 +100,7 @@ SHARED = (
     "storage.json",
     "predictions/*.json",
     "serving/keys.*",
-    "run.lock",
+    "*.lock",
     "preflight.json",
     "population/*",
     "groups/*",
@@ -108,7 +108,6 @@ SHARED = (
     "users/*.safetensors",
     "tombstones/*",
     "database.json",
-    "writers.lock",
 )
 """Files from which no single user's data can be read or removed."""
 
