@@ -19,13 +19,16 @@ from proper.config import Config
 from proper.data.batching import collate
 from proper.data.dataset import Dataset
 from proper.data.encoder import EncodedExample
+from proper.enrolment.fit_user import START_NEIGHBOURS, nearest_adapters
 from proper.errors import InputError, RunFolderError, StoreError
 from proper.export.run_export import export_user, import_user
 from proper.inference.generate import generate
 from proper.inference.loading import load
 from proper.layers.bank import AdapterBank
+from proper.models.checkpoints import save_tensors
 from proper.run_folder import RunFolder, Stage
 from proper.training.stages import StageRunner
+from proper.training.starts import mean_adapter
 
 WORDS = ["red", "green", "blue", "small", "large", "old", "new", "quiet", "loud", "round"]
 RANK = 3
@@ -147,3 +150,27 @@ def test_other_bases_or_none_are_one_clear_error(run: Path) -> None:
     path.unlink()
     with pytest.raises(RunFolderError, match="bases.safetensors: is missing"):
         load(run)
+
+
+@pytest.mark.parametrize("start", ["zero", "neighbours", "meta"])
+def test_a_new_user_starts_where_the_run_says(run: Path, start: str) -> None:
+    raw = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    raw["users"] |= {"start": start, "learning_rate": 1e-30}
+    (run / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    with closing(load(run)) as loaded:
+        meta = torch.full((loaded.model.user_layout(loaded.config.users).width,), 0.5)
+    save_tensors(RunFolder(run).users.start, {"start": meta}, {})
+    with closing(proper.load(run)) as model:
+        served = model.personalized.served
+        assert served is not None
+        model.users.enrol("first", rows(6))
+        model.users.enrol("new", rows(5))
+        record = served.store.get("new")
+        assert record is not None and record.adapter is not None
+        layout = served.bank.layout
+        found = torch.cat([record.adapter[name].flatten() for name in layout.stacks()]).float()
+        near = nearest_adapters(served.store, "new", record.embedding, START_NEIGHBOURS)
+        own = {user for user, tier in served.store.users() if tier == "users"} - {"first", "new"}
+        assert len(near) == min(len(own), START_NEIGHBOURS), "users who enrolled are nobody's neighbours"
+        expected = {"zero": torch.zeros_like(meta), "neighbours": mean_adapter(near, layout), "meta": meta}[start]
+        assert torch.allclose(found, expected, atol=2e-3)

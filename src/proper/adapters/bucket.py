@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,11 +42,16 @@ class MissingObjectError(StoreError):
 
 
 class ObjectVersion(NamedTuple):
-    """One version of an object; `key` is relative to the bucket's prefix. `id` is "null" in an unversioned bucket."""
+    """One version of an object; `key` is relative to the bucket's prefix. `id` is "null" in an unversioned bucket.
+
+    A marker has no bytes: it says that the object was deleted.
+    """
 
     key: str
     id: str
     size: int
+    modified: datetime
+    is_marker: bool = False
 
 
 class Bucket:
@@ -151,18 +157,20 @@ class Bucket:
         with self._errors():
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=self.prefix):
                 for each in page.get("Contents", ()):
-                    yield ObjectVersion(each["Key"][len(self.prefix) :], "null", each["Size"])
+                    yield ObjectVersion(each["Key"][len(self.prefix) :], "null", each["Size"], each["LastModified"])
 
     def versions(self, key: str = "") -> Iterator[ObjectVersion]:
-        """Yield all versions of the objects whose key begins with `key`, delete markers included (their size is 0)."""
+        """Yield all versions of the objects whose key begins with `key`, delete markers included."""
         if not self.is_versioned:
             yield from (each for each in self.objects() if each.key.startswith(key))
             return
         with self._errors():
             pages = self._client.get_paginator("list_object_versions")
             for page in pages.paginate(Bucket=self.name, Prefix=self.prefix + key):
-                for each in (*page.get("Versions", ()), *page.get("DeleteMarkers", ())):
-                    yield ObjectVersion(each["Key"][len(self.prefix) :], each["VersionId"], each.get("Size", 0))
+                for kind in ("Versions", "DeleteMarkers"):
+                    for each in page.get(kind, ()):
+                        name, size, is_marker = each["Key"][len(self.prefix) :], each.get("Size", 0), kind != "Versions"
+                        yield ObjectVersion(name, each["VersionId"], size, each["LastModified"], is_marker)
 
     @property
     def is_versioned(self) -> bool:
@@ -206,7 +214,7 @@ class Bucket:
             pages = self._client.get_paginator("list_multipart_uploads")
             for page in pages.paginate(Bucket=self.name, Prefix=self.prefix + key):
                 for each in page.get("Uploads", ()):
-                    yield ObjectVersion(each["Key"][len(self.prefix) :], each["UploadId"], 0)
+                    yield ObjectVersion(each["Key"][len(self.prefix) :], each["UploadId"], 0, each["Initiated"])
 
     def _again(self, read: Callable[[], T]) -> T:
         """Call `read`, which boto3 does not repeat if the connection breaks while the body is read."""

@@ -13,6 +13,7 @@ its versions. A deletion does so at once. The version that a put drops waits unt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from pathlib import Path
 
@@ -20,92 +21,16 @@ import xxhash
 
 from proper.adapters.bucket import Bucket, MissingObjectError
 from proper.adapters.manifest import ByteRange, Manifest, ManifestRow, shard_name, shard_number
+from proper.adapters.object_writer import ObjectWriter
 from proper.adapters.shard_cache import ShardCache
 from proper.adapters.shards import BlobError
 from proper.adapters.storage import Aside, ShardWriter, move_live
-from proper.errors import StoreError
 from proper.files import atomic_path, locked
 
 OBJECT_BYTES = 16 << 20
 """Size at which a put starts another object: the most that erasing one adapter has to read and write again."""
 
 _DEAD, _SMALL = 0.25, 0.25
-
-
-class ObjectWriter:
-    """Collects adapters in memory and writes each object once: when it is full, and at `sync`.
-
-    Args:
-        bucket: where the objects go.
-        manifest: the manifest that gives out numbers.
-        object_bytes: an object of at least this size is full.
-        claim: as of `ObjectShards`.
-    """
-
-    def __init__(self, bucket: Bucket, manifest: Manifest, object_bytes: int, claim: Callable[[], None]) -> None:
-        self.bucket, self.manifest, self.object_bytes, self._claim = bucket, manifest, object_bytes, claim
-        self._number: int | None = None
-        self._collected = bytearray()
-        self._given: list[int] = []
-        self._written: list[tuple[int, int]] = []
-
-    def append(self, payload: bytes) -> ByteRange:
-        """Add bytes to the current object."""
-        if self._collected and len(self._collected) + len(payload) > self.object_bytes:
-            self.sync()
-        if self._number is None:
-            self._number = self._new()
-        place = ByteRange(shard_name(self._number), len(self._collected), len(payload))
-        self._collected += payload
-        return place
-
-    def write_file(self, header: bytes, payload: bytes) -> ByteRange:
-        """Write an object with one large adapter, without the header."""
-        number = self._new()
-        self._put(number, payload)
-        return ByteRange(shard_name(number), 0, len(payload))
-
-    def sync(self) -> None:
-        """Write the current object."""
-        if self._number is not None:
-            self._put(self._number, bytes(self._collected))
-            self._number, self._collected = None, bytearray()
-
-    def sizes(self) -> list[tuple[int, int]]:
-        """Return size and number of each object that was written."""
-        return list(self._written)
-
-    def done(self) -> None:
-        """Mark everything written as committed."""
-        self._number, self._collected, self._given, self._written = None, bytearray(), [], []
-
-    def undo(self) -> None:
-        """Remove the objects that are not committed."""
-        given = [number for number in self._given if not self.manifest.shard_size(number)]
-        self.done()
-        with self.manifest.transaction():
-            for number in given:
-                self.manifest.drop_shard(number)
-        for number in given:
-            self.bucket.remove(shard_name(number))
-
-    def close(self) -> None:
-        """Do nothing: a writer holds nothing between two puts."""
-
-    def _new(self) -> int:
-        self._claim()
-        number = self.manifest.new_shard()
-        self._given.append(number)
-        return number
-
-    def _put(self, number: int, data: bytes) -> None:
-        if not self.bucket.put_new(shard_name(number), data):
-            self._given.remove(number)  # somebody else's object
-            raise StoreError(
-                f"{self.bucket.url}{shard_name(number)}: exists already, so the manifest is older than the bucket; "
-                "run: proper users check DIR --repair"
-            )
-        self._written.append((len(data), number))
 
 
 class ObjectShards:
@@ -214,16 +139,26 @@ class ObjectShards:
                 self.manifest.drop_shard(shard_number(blob))
 
     def _schedule_killed_puts(self) -> None:
-        """Schedule for erasure the objects of numbers that were given out and never committed."""
-        if self.manifest.read_only or not any(size == 0 for size in self.manifest.shards().values()):
+        """Schedule for erasure the objects of numbers that were given out and never committed.
+
+        The lock shows whether processes of this machine write. With PostgreSQL those of others may, so that only
+        objects that are a day old count.
+        """
+        numbers = [number for number, size in self.manifest.shards().items() if size == 0]
+        if self.manifest.read_only or not numbers:
             return
+        if self.manifest.engine != "sqlite":
+            day = datetime.now(UTC) - timedelta(days=1)
+            old = {each.key for each in self.bucket.objects() if each.modified < day}
+            numbers = [number for number in numbers if shard_name(number) in old]
         with locked(self._lock, patience=0) as alone:
             if alone is None:
                 return  # another process writes: its numbers are not committed yet
             with self.manifest.transaction():
-                for number in [number for number, size in self.manifest.shards().items() if size == 0]:
-                    self.manifest.drop_shard(number)
-                    self.manifest.erase_later(shard_name(number), None, None)
+                for number in numbers:
+                    if self.manifest.shard_size(number) == 0:
+                        self.manifest.drop_shard(number)
+                        self.manifest.erase_later(shard_name(number), None, None)
 
     def _groups(self, blobs: Sequence[str], sizes: dict[int, int]) -> Iterator[list[str]]:
         """Yield the blobs in groups of about OBJECT_BYTES, so that small objects are merged."""

@@ -173,6 +173,7 @@ class UserWorker:
     def fit(self, piece: UserPiece) -> list[dict[str, Any]]:
         """Fit the users of a piece into its store, and return the log lines of the training."""
         from proper.console import no_bar
+        from proper.training.starts import load_start
         from proper.training.user_stage import fit_adapters, no_metadata
 
         lines: list[dict[str, Any]] = []
@@ -190,6 +191,7 @@ class UserWorker:
                 seed=self.runner.seed,
                 checkpoint_seconds=self.runner.config.compute.checkpoint_seconds,
                 log=lines.append,
+                starts=load_start(self.runner.config.users, RunFolder(self.runner.folder).users.start),
                 bar=no_bar,
             )
             jobs = stage.jobs(range(len(piece.users)), piece.trial, piece.part)

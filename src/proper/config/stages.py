@@ -215,6 +215,8 @@ class UsersConfig(OptimizerConfig):
             `epochs` passes.
         form: what a user's adapter is: `lora`, an A and a B per module, or `core`, a matrix of rank x rank per module
             between an A and a B that all users share. These bases are trained first, on the older items of the users.
+        start: where a user's adapter starts: at `zero`; for users fitted after stage 3, at the mean adapter of the
+            nearest `neighbours` by embedding; or at a start learnt on the users of stage 3 (`meta`).
         rank: rank of a user's LoRA, in either form.
         alpha: scale of a user's LoRA, times the rank.
         dropout: dropout rate on the LoRA's input.
@@ -241,6 +243,7 @@ class UsersConfig(OptimizerConfig):
     """
 
     form: Literal["lora", "core"] = "lora"
+    start: Literal["zero", "neighbours", "meta"] = "zero"
     rank: Count = 4
     alpha: Positive = 8
     dropout: Fraction = 0.0

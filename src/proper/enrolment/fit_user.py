@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,11 +35,15 @@ from proper.files import read_json
 from proper.inference.model import PersonalizedModel
 from proper.models.user_encoder import load_encoder
 from proper.run_folder import RunFolder, Stage, Tier
-from proper.training.jobs import full_passes
+from proper.training.jobs import Starts, full_passes
 from proper.training.pooled_choice import Choice
+from proper.training.starts import load_start, mean_adapter
 from proper.training.tier_selection import Trial
 from proper.training.user_stage import UserStage
 from proper.training.users import train_users
+
+START_NEIGHBOURS = 5
+"""Users whose mean adapter a new user's starts from, with `users.start: neighbours`."""
 
 Tell = Callable[[str, float], None]
 """Progress callback (phase, share of all work that is done); called after every step, and may raise to stop."""
@@ -69,7 +73,9 @@ class Fitter:
         if self.dataset is not None:
             self.dataset.close()
 
-    def fit(self, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell) -> UserRecord:
+    def fit(
+        self, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell, *, anew: bool = False
+    ) -> UserRecord:
         """Return a user's new record; nothing is put into the store.
 
         Args:
@@ -79,13 +85,14 @@ class Fitter:
             work: checkpoint folder from which an interrupted fit of the same history resumes; the caller removes it
                 once the record is saved.
             tell: progress callback.
+            anew: whether to fit the embedding of a user of stage 2, too.
 
         Raises:
             NonFiniteLossError: the embedding's loss is not finite.
         """
         same_history(work, grown)
         with self.model.model.caching(work, self.model.config.compute.cache_mb):
-            return self._fit(store, user, grown, work, tell)
+            return self._fit(store, user, grown, work, tell, anew)
 
     def items(self, grown: UserHistory) -> tuple[TextExample, ...]:
         """Return the items that a user is fitted to: the newest `users.max_items`."""
@@ -99,13 +106,15 @@ class Fitter:
         """Return the setting with which embeddings are fitted; `step` is called after every step of every user."""
         return Setting(self.model.model, self.model.config.groups, self.seed, step)
 
-    def _fit(self, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell) -> UserRecord:
+    def _fit(
+        self, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell, anew: bool
+    ) -> UserRecord:
         items, encoded = self.items(grown), self.encoded(grown)
         pace = _Pace.of(self.model, encoded, tell)
         held = store.versions(user)
         facts: dict[str, Any] = {"history": {"run": grown.run, "logged": grown.logged}}
         head = store.head(user)
-        if head is None or held[0].facts.get("embedding") in (FITTED, PLACED):
+        if head is None or anew or held[0].facts.get("embedding") in (FITTED, PLACED):
             found = self._embedding(user, encoded, work, pace)
             facts |= {"embedding": FITTED, "embedding_start": self.placer.kind}
             facts |= {"embedding_passes": found.passes, "embedding_losses": list(found.losses)}
@@ -149,6 +158,7 @@ class Fitter:
             choice=self.choice,
             bar=no_bar,
             others=lambda near: nearest(store, user, near[0], config.users.tiers.neighbours),
+            starts=self._starts(store),
         )
         try:
             with own_bank(self.model):
@@ -158,6 +168,19 @@ class Fitter:
             scratch.close()
         assert record is not None
         return record
+
+    def _starts(self, store: AdapterStore) -> Starts:
+        """Return where the adapters of new users start."""
+        config = self.model.config.users
+        if config.start != "neighbours":
+            return load_start(config, RunFolder(self.folder).users.start)
+        layout = self.model.model.user_layout(config)
+
+        def mean(user: str, embedding: Float[Tensor, "D"]) -> Float[Tensor, "P"] | None:
+            adapters = nearest_adapters(store, user, embedding, START_NEIGHBOURS)
+            return mean_adapter(adapters, layout) if adapters else None
+
+        return mean
 
 
 def open_fitter(folder: Path, model: PersonalizedModel) -> Fitter:
@@ -197,6 +220,20 @@ def nearest(
         elif entry[:2] > kept[0][:2]:
             heapq.heapreplace(kept, entry)
     return [(trial, theirs) for _, _, trial, theirs in sorted(kept, key=lambda entry: entry[:2], reverse=True)]
+
+
+def nearest_adapters(
+    store: AdapterStore, user: str, embedding: Float[Tensor, "D"], count: int
+) -> list[Mapping[str, Tensor]]:
+    """Return the adapters of the nearest users (by embedding) of the run's own stage 3, the nearest first."""
+    own = functional.normalize(embedding.float(), dim=0)
+    near = (
+        (float(functional.normalize(head.embedding, dim=0) @ own), -at, name)
+        for at, (name, head, facts) in enumerate(store.heads())
+        if head.tier == Tier.USERS and "history" not in facts and name != user and head.embedding.shape == own.shape
+    )
+    found = (store.get(name) for _, _, name in heapq.nlargest(count, near))
+    return [record.adapter for record in found if record is not None and record.adapter is not None]
 
 
 def _trial(user: str, facts: dict[str, Any]) -> Trial | None:

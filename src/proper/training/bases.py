@@ -20,19 +20,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from proper.adapters.store import AdapterStore
 from proper.config import UsersConfig
 from proper.files import private_folder
-from proper.layers.bank import AdapterBank
 from proper.layers.layout import Bases, Layout
 from proper.models.checkpoints import load_bases, save_tensors
 from proper.models.personal import ProperModel
-from proper.training.checkpoint import seed_of
-from proper.training.jobs import HistoryJobs
-from proper.training.user_stage import UserStage, fit_adapters, no_metadata
-
-MOST_USERS = 128
-"""Most users whose items the bases are trained on, spread evenly over all."""
+from proper.training.starts import common_start, older_adapters
+from proper.training.user_stage import UserStage
 
 SOURCE_RANK = 4
 """Rank of the LoRAs that `stacked` decomposes."""
@@ -55,28 +49,11 @@ def train_bases(stage: UserStage, path: Path) -> None:
 
 def stacked_bases(stage: UserStage) -> Bases:
     """Return bases from LoRAs of the users."""
-    config = stage.config.model_copy(update={"form": "lora", "rank": SOURCE_RANK, "storage": "fp32"})
-    store = AdapterStore(stage.folder / "bases")
-    source = replace(stage, config=config, store=store, elsewhere=None)
+    config = stage.config.model_copy(update={"form": "lora", "rank": SOURCE_RANK})
+    source = replace(stage, config=config)
     layout = stage.model.user_layout(config)
-    bank = AdapterBank(layout, 1, alpha=config.alpha, trainable=False)
     # With an A of their own, the users' products would have no rows in common.
-    bank.fresh(0, torch.Generator().manual_seed(seed_of(stage.seed, "bases")))
-    try:
-        jobs = replace(_jobs(source), starts=lambda user, embedding: bank.values[0])
-        fit_adapters(source, jobs, store, "bases", no_metadata)
-        found = (store.get(user) for user in jobs.users)
-        adapters = [record.adapter for record in found if record is not None and record.adapter is not None]
-    finally:
-        store.close()
-    return decomposed(adapters, layout, stage.config.rank)
-
-
-def _jobs(stage: UserStage) -> HistoryJobs:
-    """Return jobs on the older items of at most `MOST_USERS` users, spread evenly over those with two items or more."""
-    able = [at for at, user in enumerate(stage.users) if len(stage.dataset.history(user, 2)) == 2]
-    step = max(1, -(-len(able) // MOST_USERS))
-    return replace(stage.jobs(able[::step], trial=True), measured=False)
+    return decomposed(list(older_adapters(source, common_start(source), "bases")), layout, stage.config.rank)
 
 
 def decomposed(adapters: Sequence[Mapping[str, Tensor]], layout: Layout, rank: int) -> Bases:

@@ -32,7 +32,8 @@ class Job:
     Attributes:
         items: the training items.
         held_out: the user's held-out items; if empty, train all `epochs` and keep the last step.
-        anchor: the adapter that `users.distance` pulls toward (P,); None for the group model, whose B A is 0.
+        anchor: the adapter that training is measured against and `users.distance` pulls toward (P,); None for the
+            group model, whose B A is 0.
         epochs: maximum number of passes over the items.
         horizon: number of passes after which the schedule would reach zero; None: `epochs`.
         measured: passes after which the held-out loss is measured; empty means after every pass.
@@ -61,6 +62,11 @@ class Job:
         generator = torch.Generator().manual_seed(seed_of(seed, "order", self.user, epoch))
         order = torch.randperm(len(self.items), generator=generator).tolist()
         return [self.items[i] for i in order[at * batch_size : (at + 1) * batch_size]]
+
+    @property
+    def reference(self) -> float:
+        """The scale of the adapter at which the loss before training is measured; 0 gives that of the group model."""
+        return 0.0 if self.start is not None and self.anchor is None else 1.0
 
     @property
     def measured_passes(self) -> Sequence[int]:

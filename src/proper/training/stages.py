@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ from proper.training.early_stopping import hold_out
 from proper.training.groups import first_embeddings, train_groups
 from proper.training.optim import resolve_rate
 from proper.training.population import train_population
+from proper.training.starts import train_start
 from proper.training.trainer import Log, TrainingPlan
 from proper.training.user_encoder import train_encoder
 from proper.training.user_stage import FitAdapters, UserStage
@@ -248,7 +249,7 @@ class StageRunner:
         def work() -> None:
             train_bases(stage, self.run_folder.users.bases)
             store.bind(bases_digest(self.run_folder.users.bases))
-            trained = train_users(stage)
+            trained = train_users(replace(stage, starts=train_start(stage, self.run_folder.users.start)))
             facts["choice"] = asdict(trained.choice)
             save_tensors(self.run_folder.users.router, trained.router, {})
 
