@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from fastapi import FastAPI
 
 from proper.adapters.store import AdapterStore
 from proper.inference import load
@@ -29,6 +31,7 @@ from proper.serving.app import ServeSettings, create_app
 from proper.serving.keys import FILE, Keys
 from proper.serving.limits import ServeLimits
 from proper.serving.server import Server, free_port, make_server
+from proper.serving.switching import SwitchableApp
 
 # Ray warns of its own deprecated settings. Its start takes a minute on a busy machine.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default"), pytest.mark.timeout(900)]
@@ -45,8 +48,9 @@ class Served:
     """The HTTP server with its replicas."""
 
     url: str
-    folder: Path
-    runner: Any
+    link: Path
+    runners: list[Any]
+    app: SwitchableApp
     server: Server
     thread: threading.Thread
     log: list[str] = field(default_factory=list)
@@ -56,12 +60,12 @@ class Served:
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
 
     def stats(self) -> EngineStats:
-        stats: EngineStats = self.runner.engine.stats()
+        stats: EngineStats = self.runners[-1].engine.stats()
         return stats
 
     def each(self) -> dict[str, EngineStats]:
         """The figures of each replica."""
-        return dict(self.runner.engine._on_all("figures"))
+        return dict(self.runners[-1].engine._on_all("figures"))
 
 
 @pytest.fixture(scope="module")
@@ -99,20 +103,31 @@ def expected(run64: Path) -> Iterator[Callable[[str, str, int], str]]:
 def served(run64: Path) -> Iterator[Served]:
     from proper.cluster.deployment import replicas_on
 
-    log: list[str] = []
-    limits = EngineLimits(ROWS, slots=80)
-    with replicas_on("local:2", "tiny", limits, None, 60.0) as replicas, replicas.serving(run64) as runner:
-        settings = ServeSettings("tiny", limits=ServeLimits(open_requests=OPEN))
-        server = make_server(create_app(runner, Keys(run64 / FILE), settings, log.append), 60)
+    log, runners = list[str](), list[Any]()
+    settings = ServeSettings("tiny", limits=ServeLimits(open_requests=OPEN))
+    link = run64.with_name("current")
+    link.symlink_to(run64.name)
+    with replicas_on("local:2", "current", EngineLimits(ROWS, slots=80), None, 60.0) as replicas:
+
+        @contextmanager
+        def application() -> Iterator[FastAPI]:
+            run = link.resolve()
+            with replicas.serving(run) as runner:
+                runners.append(runner)
+                yield create_app(runner, Keys(run / FILE), settings, log.append)
+
+        app = SwitchableApp(application)
+        server = make_server(app, 60)
         bound = free_port("127.0.0.1", 0)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        yield Served(f"http://127.0.0.1:{bound.getsockname()[1]}", run64, runner, server, thread, log)
+        yield Served(f"http://127.0.0.1:{bound.getsockname()[1]}", link, runners, app, server, thread, log)
         server.should_exit = True
         thread.join()
+        app.close()
         bound.close()
 
 
@@ -230,21 +245,53 @@ def test_a_replica_is_killed_and_nothing_is_lost(served: Served, expected: Calla
             before = set(served.each())
             os.kill(replica_processes()[0], signal.SIGKILL)
             killed_at = len(statuses)
-            until(lambda: len(statuses) > killed_at + 40)
+            until(lambda: len(statuses) > killed_at + 16)
             until(lambda: len(served.each()) == 2 and set(served.each()) != before)
             again = len(statuses)
-            until(lambda: len(statuses) > again + 20)
+            until(lambda: len(statuses) > again + 16)
         finally:
             stop.set()
         for each in work:
             each.result()
     assert not wrong
-    assert statuses.count(200) > 80, statuses
+    assert statuses.count(200) > 40, statuses
     for user in telling:
         found = httpx.get(f"{served.url}/v1/users/{user}", timeout=60).json()
         assert found["interactions"] >= acknowledged.count(user) > 0
     # Of a dead replica the counters stay, so that no rate becomes negative.
     assert served.stats().replicas == 2
+
+
+def test_a_new_run_takes_the_place_of_the_former_one_without_a_pause(
+    served: Served, expected: Callable[[str, str, int], str]
+) -> None:
+    newer = Path(shutil.copytree(served.link.resolve(), served.link.with_name("newer")))
+    store = AdapterStore(RunFolder(newer).users.path)
+    store.delete("u60")
+    store.close()
+    stop, statuses, asking = threading.Event(), list[int](), USERS[40:44]
+    expected_of = {user: expected(user, PROMPTS[1], 8) for user in asking}
+
+    def ask(user: str) -> None:
+        while not stop.is_set():
+            reply = served.complete(user, PROMPTS[1], 8)
+            statuses.append(reply.status_code)
+            assert reply.json()["choices"][0]["text"] == expected_of[user]
+
+    with ThreadPoolExecutor(len(asking)) as threads:
+        work = [threads.submit(ask, user) for user in asking]
+        try:
+            former = set(served.each())
+            served.link.with_name("next").symlink_to("newer")
+            served.link.with_name("next").replace(served.link)
+            served.app.renew()
+            assert not former & set(served.each()), "all replicas are new"
+        finally:
+            stop.set()
+        for each in work:
+            each.result()
+    assert set(statuses) == {200}
+    assert served.complete("u60", PROMPTS[1], 3).json()["proper"]["tier"] == "none"
 
 
 def test_running_answers_are_finished_when_the_server_stops(
@@ -267,7 +314,7 @@ def test_running_answers_are_finished_when_the_server_stops(
 
 def until(found: Callable[[], object]) -> None:
     """Wait until `found()` is true."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not found():
         assert time.monotonic() < deadline
         time.sleep(0.05)

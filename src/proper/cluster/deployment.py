@@ -114,12 +114,11 @@ class RunReplicas:
         """
         handle = self._deploy(folder)
         loaded = handle.options(method_name="model").remote().result()
-        model = ClusterModel(folder, loaded)
+        engine = ClusterEngine(handle, ClusterModel(folder, loaded), loaded)
         try:
-            yield ClusterRunner(ClusterEngine(handle, model, loaded))
+            yield ClusterRunner(engine)
         finally:
-            if model.store is not None:
-                model.store.close()
+            engine.close_stores()
 
     def _deploy(self, folder: Path) -> Any:
         """Start or replace the replicas, and return their handle."""
@@ -190,7 +189,8 @@ def replicas_on(
 
         room = devices(address)
         least, most = parse_replicas(replicas, room.count)
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        # It warns of each full or dead replica; the engine says once what was lost.
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         # No HTTP server of Ray Serve's own: the routes, keys and limits are those of `proper serve`.
         serve.start(proxy_location="Disabled", logging_config=QUIET)
         app = f"proper-{name}"

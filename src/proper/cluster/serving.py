@@ -123,6 +123,12 @@ class ClusterEngine:
             self._figures |= now
             return total(list(now.values()), [stats for name, stats in self._figures.items() if name not in now])
 
+    def close_stores(self) -> None:
+        """Close the stores of all tenants, after `close`."""
+        first = self.model.store
+        for store in {id(each): each for each in (first, *self._stores.values()) if each is not None}.values():
+            store.close()
+
     def run(self) -> None:
         """Send requests until `close`; for a thread of its own."""
         asyncio.set_event_loop(self._loop)

@@ -39,7 +39,15 @@ def ranked(request: Request | None, replicas: Sequence[str]) -> list[list[str]]:
 
 
 class UserRouter(RequestRouter):
-    """The router of a deployment whose calls have a `Request` as their first argument."""
+    """The router of a deployment whose calls have a `Request` as their first argument.
+
+    Attributes:
+        queue_len_response_deadline_s, max_queue_len_response_deadline_s: seconds that a full replica may take to tell
+            its number of requests; longer than Ray Serve's own, because a step of the engine delays the answer.
+    """
+
+    queue_len_response_deadline_s = 1.0
+    max_queue_len_response_deadline_s = 10.0
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
