@@ -14,10 +14,10 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 PYTEST  := OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/pytest -n $(WORKERS) --dist worksteal -q
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test unit lint format slow docs reference wheel clean
+.PHONY: help env demo cluster-demo test unit lint format slow docs reference wheel clean
 
 help: ## show this
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 env: $(READY) ## create .venv with the pinned dependencies
 
@@ -30,6 +30,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## run the three stages on the embedded demo data into runs/demo, offline
 	$(OFFLINE) $(BIN)/proper demo --out runs/demo
+
+cluster-demo: $(READY) ## train on two workers and serve with two replicas into runs/cluster-demo; one of each is killed
+	$(OFFLINE) $(BIN)/python scripts/cluster_demo.py runs/cluster-demo
 
 test: lint unit ## lint, types, imports and every test that is not slow
 

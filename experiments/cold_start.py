@@ -68,7 +68,7 @@ def measure(folder: Path, path: Path, counts: Sequence[int], users: int, ask: in
     """Return the losses of every embedding at every number of items, and the times."""
     fitter = open_fitter(folder, load(folder, "groups"))
     try:
-        histories = _histories(fitter, path, max(counts) + ask)[:users]
+        histories = histories_of(fitter, path, max(counts) + ask)[:users]
         asked = [items[max(counts) :][:ask] for _, items in histories]
         mean = fitter.placer.mean.expand(len(histories), -1)
         found: dict[str, Any] = {"users": len(histories), "kind": fitter.placer.kind, "items": {}}
@@ -88,7 +88,8 @@ def measure(folder: Path, path: Path, counts: Sequence[int], users: int, ask: in
         fitter.close()
 
 
-def _histories(fitter: Fitter, path: Path, least: int) -> list[tuple[str, list[EncodedExample]]]:
+def histories_of(fitter: Fitter, path: Path, least: int) -> list[tuple[str, list[EncodedExample]]]:
+    """Return the encoded items of the file's users with so many items or more."""
     config, encoder = fitter.model.config, fitter.model.encoder
     entries = read_users(path, config.data, config.task)
     return [

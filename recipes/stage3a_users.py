@@ -26,9 +26,10 @@ from transformers import PreTrainedModel
 
 from proper.data.batching import Batch, collate
 from proper.data.encoder import Encoder
-from proper.layers.bank import AdapterBank, Layout
+from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import BatchContext, RowContext
 from proper.layers.experts import Experts
+from proper.layers.layout import Layout
 from proper.layers.personalized_linear import AdaptedLinear
 from proper.layers.routers import UserAwareRouter
 from proper.models import load_backbone

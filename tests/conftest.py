@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
     from proper.models.backbone import Backbone
+    from tests.s3_server import S3Server
 
 # Before any test imports the Hugging Face libraries, which read these once.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -54,6 +55,29 @@ def browser(chromium: str) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """The URL of a PostgreSQL server; tests that need it are skipped where there is none."""
+    with _load("postgresql_server").running() as url:
+        yield url
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> str:
+    """Where `users` keeps its state; a module runs on both with `parametrize("engine", [...], indirect=True)`."""
+    return str(getattr(request, "param", "sqlite"))
+
+
+@pytest.fixture
+def users(engine: str, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The folder of a run's store and log, with its state in SQLite or in PostgreSQL."""
+    if engine == "postgresql":
+        from proper.databases.setup import keep_state
+
+        keep_state(tmp_path, request.getfixturevalue("postgresql"))
+    return tmp_path / "users"
+
+
+@pytest.fixture(scope="session")
 def unprivileged() -> list[str]:
     """What a command begins with whose process a folder's mode keeps from writing, also where tests run as root."""
     if os.geteuid():
@@ -74,6 +98,23 @@ def read_only() -> Callable[[Path, Path], Path]:
         return target
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def s3_process() -> Iterator[S3Server]:
+    """An S3 server; use `s3`, which tells the code under test how to reach it."""
+    from tests.s3_server import running
+
+    with running() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """An S3 server, with the AWS_* variables that point to it."""
+    for name, value in s3_process.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_process
 
 
 @pytest.fixture(scope="session")

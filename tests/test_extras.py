@@ -25,12 +25,15 @@ PARTS = {
     "markupsafe": "jinja2",
     "pydantic_core": "pydantic",
     "starlette": "fastapi",
+    "botocore": "boto3",
 }
 # Modules that an extra's own modules import.
 OF_EXTRAS = {
     "cluster": ("cluster/",),
+    "postgresql": ("databases/postgresql/",),
     "serve": ("serving/",),
     "data": ("data/arrow_files.py", "data/text_files.py"),
+    "s3": ("adapters/bucket.py",),
     "simulate": ("simulation/",),
 }
 
@@ -100,18 +103,19 @@ def config(folder: Path, data: str) -> str:
 
 
 def test_each_command_names_the_extra_that_it_lacks(tmp_path: Path) -> None:
-    saved, lamp = tmp_path / "saved", tmp_path / "lamp"
+    saved, lamp, bucket = tmp_path / "saved", tmp_path / "lamp", tmp_path / "bucket"
     calls = [
         ["serve", str(Path(config(tmp_path / "run", "{path: x}")).parent)],
         ["check", config(saved, f"{{path: {saved}}}")],
         ["check", config(lamp, f"{{path: {lamp}, format: lamp, task: lamp-3}}")],
         ["simulate", str(lamp / "none.yaml")],
+        ["run", config(bucket, "{path: x}"), "--out", str(tmp_path / "new"), "--store", "s3://b/p"],
     ]
     for name in ("train_questions", "train_outputs", "dev_questions", "dev_outputs"):
         (lamp / f"{name}.json").write_text("[]")
     (saved / "state.json").write_text("{}")
     done = blocked(f"from proper.cli.app import main\nfor call in {calls!r}: print(main(call))\n")
-    assert done.stdout.split() == ["2", "2", "2", "2"], done.stderr
+    assert done.stdout.split() == ["2"] * 5, done.stderr
     assert done.stderr.splitlines() == [
         f"proper: {feature} needs the extra '{extra}': pip install 'proper-llm[{extra}]'"
         for feature, extra in (
@@ -119,6 +123,7 @@ def test_each_command_names_the_extra_that_it_lacks(tmp_path: Path) -> None:
             (f"{saved}: reading a Hugging Face dataset", "data"),
             (f"{lamp / 'train_outputs.json'}: reading a benchmark's JSON file", "data"),
             ("'proper simulate'", "simulate"),
+            ("s3://b/p/ (object storage)", "s3"),
         )
     ]
 
@@ -128,7 +133,8 @@ def test_without_extras_everything_else_can_be_imported() -> None:
 import importlib, pkgutil, proper
 def names(package):
     for each in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        if each.name in ("proper.serving", "proper.simulation", "proper.__main__"):
+        apart = ("proper.cluster.user_router", "proper.databases.postgresql", "proper.__main__")
+        if each.name in ("proper.serving", "proper.simulation", *apart):
             continue
         yield each.name
         if each.ispkg:

@@ -230,11 +230,12 @@ class Model:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        task: str | None = None,
     ) -> list[str]:
         """Return one continuation per prompt, each for its own user; a batch may mix any users.
 
         Each prompt has its own generator seeded with `seed`, so its answer does not depend on the other prompts, and a
-        repeated prompt of the same user gets the same answer.
+        repeated prompt of the same user gets the same answer. `task` names the prompts' task in a run of several.
 
         Raises:
             InputError: the two lists differ in length, or a prompt is empty.
@@ -248,6 +249,7 @@ class Model:
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            task=task,
         )
 
     def respond(
@@ -257,15 +259,15 @@ class Model:
         return respond(self.personalized, prompts, user_ids, sampling)
 
     def score(
-        self, prompts: Sequence[str], user_ids: Sequence[str | None], labels: Sequence[str]
+        self, prompts: Sequence[str], user_ids: Sequence[str | None], labels: Sequence[str], task: str | None = None
     ) -> Float[Tensor, "B L"]:
-        """Return the log-likelihood (nats) of every label after every prompt.
+        """Return the log-likelihood (nats) of every label after every prompt, as of `task` (see `generate`).
 
         Raises:
             StoreError: a user's adapter or embedding is damaged.
             ProperError: a likelihood is NaN; the message names the user.
         """
-        return score(self.personalized, prompts, user_ids, labels)
+        return score(self.personalized, prompts, user_ids, labels, task=self.config.task_number(task))
 
     def tier(self, user: str | None) -> str:
         """Return the tier that answers this user: "base", "population", "none", "groups" or "users"."""

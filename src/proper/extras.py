@@ -12,6 +12,8 @@ EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "cluster": ("ray",),
         "data": ("datasets", "ijson"),
+        "postgresql": ("alembic", "psycopg"),
+        "s3": ("boto3", "botocore"),
         "serve": ("fastapi", "prometheus_client", "starlette", "uvicorn"),
         "simulate": ("simpy",),
     }

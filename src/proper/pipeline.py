@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from proper.adapters.storage_setting import record
 from proper.adapters.store import DEFAULT_TENANT
 from proper.adapters.tombstones import Tombstones
 from proper.config import Config, load_config, make_config
@@ -58,6 +59,7 @@ def run(
     stages: Sequence[str] = STAGES,
     skip_bad_rows: bool = False,
     cluster: str | None = None,
+    stores: Sequence[str] = (),
 ) -> Path:
     """Run the requested stages in their order in the run folder `out`, and return its path.
 
@@ -68,10 +70,11 @@ def run(
         stages: any of `STAGES`.
         skip_bad_rows: leave out rows that cannot be used instead of raising DataError.
         cluster: address of the Ray cluster that trains (auto, local:N or ray://HOST:PORT); None: this process trains.
+        stores: where a new run keeps its adapters (s3://BUCKET/PREFIX), if not in its folder; recorded in the folder.
 
     Raises:
         ConfigError: a setting or a stage is unknown or impossible.
-        InputError: no cluster answers at the address.
+        InputError: no cluster answers at the address, or the run keeps its adapters elsewhere.
         DataError: the data cannot be used.
         RunFolderError: the folder was made by another config, another process works in it, or an earlier stage is
             missing.
@@ -85,6 +88,8 @@ def run(
     known_methods(settings.evaluation.methods, settings)
     folder = Path(out)
     with hold(folder):
+        for url in stores:
+            record(folder, url)
         _run(settings, folder, stages, skip_bad_rows, cluster=cluster)
     return folder
 
@@ -185,7 +190,10 @@ def report_users(folder: str | Path, users: Sequence[str]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Checked:
-    """Summary of the data that a config trains on, and the smallest difference that its queries can resolve."""
+    """Summary of the data that a config trains on, and the smallest difference that its queries can resolve.
+
+    With several tasks, the latter is None.
+    """
 
     summary: DataSummary
     power: Power | None
@@ -203,7 +211,8 @@ def check(config: Config, *, skip_bad_rows: bool = False) -> Checked:
     """
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder, _data(config, Path(folder), skip_bad_rows) as dataset:
-        return Checked(summarize(dataset), expected_power(dataset, config.task.kind))
+        power = None if config.tasks else expected_power(dataset, config.task.kind)
+        return Checked(summarize(dataset), power)
 
 
 def check_time(config: Config, *, skip_bad_rows: bool = False) -> list[str]:
@@ -240,11 +249,9 @@ def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, p
         InputError: a setting is impossible.
         RunFolderError: the folder has a run with other settings.
     """
-    folder = Path(out)
-    settings = DemoSettings(task=task, users=people, seed=seed)
+    folder, settings = Path(out), DemoSettings(task=task, users=people, seed=seed)
     run = RunFolder(folder)
-    path = run.demo_rows.resolve()
-    config = make_config(demo_run(path, settings), "demo")
+    config = make_config(demo_run(run.demo_rows.resolve(), settings), "demo")
     quiet_libraries()
     with hold(folder):
         claim(folder, config)
@@ -290,7 +297,4 @@ def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:
     encoder = configured_encoder(config)
     with progress("read interactions", None) as advance:
         deleted = Tombstones(RunFolder(folder).users.path).of_tenant(DEFAULT_TENANT)
-        dataset = prepare(
-            config, path, encoder.count, skip_bad_rows=skip_bad_rows, progress=advance, is_left_out=deleted
-        )
-    return dataset
+        return prepare(config, path, encoder.count, skip_bad_rows=skip_bad_rows, progress=advance, is_left_out=deleted)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from proper.config import Config, load_run_config, make_config, with_chat
+from proper.config import Config, DataConfig, load_run_config, make_config, with_chat
 from proper.data.chat import uses_chat_template
 from proper.errors import RunFolderError
 from proper.files import private_folder, write_text
@@ -27,9 +27,7 @@ def claim(folder: Path, config: Config) -> Config:
     Raises:
         RunFolderError: the folder was made by another config, or it has files that are not a run's.
     """
-    data = Path(config.data.path)
-    if data.exists():
-        config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data.resolve())})})
+    config = config.with_data(_absolute)
     path = RunFolder(folder).config
     started = run_config(folder) if path.exists() else None
     config = _settle_cut(_settle_chat(config, started), started)
@@ -42,6 +40,11 @@ def claim(folder: Path, config: Config) -> Config:
     private_folder(folder)
     write_config(path, config)
     return config
+
+
+def _absolute(data: DataConfig) -> DataConfig:
+    path = Path(data.path)
+    return data.model_copy(update={"path": str(path.resolve())}) if path.exists() else data
 
 
 def _settle_chat(config: Config, started: Config | None) -> Config:
@@ -68,11 +71,11 @@ def _settle_cut(config: Config, started: Config | None) -> Config:
 
 
 def _require_free(folder: Path) -> None:
-    """Check that a folder can become a run folder: it does not exist, or has nothing but data and a lock."""
+    """Check that a folder can become a run folder: it does not exist, or has nothing but data, a setting and a lock."""
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder}: is a file; choose another folder")
     run = RunFolder(folder)
-    if folder.exists() and any(child not in (run.demo_data, run.lock) for child in folder.iterdir()):
+    if folder.exists() and any(child not in (run.demo_data, run.lock, run.storage) for child in folder.iterdir()):
         raise RunFolderError(f"{folder}: is not empty and not a run folder; choose another folder")
 
 

@@ -11,7 +11,7 @@ write, so a file that is not listed here cannot be written into a run folder. De
 has a remover for each `Personal` pattern and does not start without one. Files that are written in other ways (SQLite
 files, blobs, logs, locks) have fixed names, which are listed.
 
-A pattern is relative to a run folder, or to a folder of a seed or a variant below it; `**` at its end matches any path.
+A pattern is relative to a run folder, or to the folder of a seed or a variant; `**` at its end matches any path.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ class Personal(StrEnum):
 
 STORES = (
     "users/users.sqlite*",
-    "users/users.lock",
+    "users/*.lock",
     "users/blobs/*",
+    "users/cache/*",
     "users/interactions.sqlite*",
-    "users/fits.lock",
     "users/fits/**",
     "users/quarantine/**",
 )
@@ -97,19 +97,17 @@ SHARED = (
     "results.json",
     "methods.csv",
     "metrics.jsonl",
+    "storage.json",
     "predictions/*.json",
-    "serving/keys.json",
-    "serving/keys.lock",
-    "serving/keys.required",
-    "run.lock",
+    "serving/keys.*",
+    "*.lock",
     "preflight.json",
     "population/*",
-    "groups/*.safetensors",
-    "groups/stage.json",
+    "groups/*",
     "users/stage.json",
-    "users/router.safetensors",
+    "users/*.safetensors",
     "tombstones/*",
-    "writers.lock",
+    "database.json",
 )
 """Files from which no single user's data can be read or removed."""
 
@@ -132,11 +130,14 @@ class UsersFolder:
     manifest = _Path("users.sqlite")
     lock = _Path("users.lock")  # held to write blobs
     blobs = _Path("blobs")
+    cache = _Path("cache")  # adapters of object storage
     log = _Path("interactions.sqlite")  # the interaction log, the fit queue and the deletions
     fits = _Path("fits")  # state for resuming fits of users after a kill
     fits_lock = _Path("fits.lock")  # held by the fitting process
     quarantine = _Path("quarantine")  # what a repair removed; any deletion of a user removes all of it
     router = _Path("router.safetensors")  # the LoRA-aware routers of stage 3
+    bases = _Path("bases.safetensors")  # the A and B that all users share in the form `core`
+    start = _Path("start.safetensors")  # the adapter that all users' adapters start from with `start: meta`
     work = _Path("work")  # state for resuming stage 3 after a kill
 
 
@@ -146,6 +147,7 @@ class RunFolder:
 
     path: Path
     config = _Path("config.yaml")
+    storage = _Path("storage.json")  # which shard storage the run uses; not there: its own folder
     data = _Path("data.sqlite")
     metrics_log = _Path("metrics.jsonl")
     results = _Path("results.json")
@@ -157,6 +159,7 @@ class RunFolder:
     predictions = _Path("predictions")
     preflight = _Path("preflight.json")
     tombstones = _Path("tombstones")
+    database = _Path("database.json")  # where the state is, if not in SQLite files of this folder
     keys = _Path("serving", "keys.json")  # API keys, as hashes
     keys_lock = _Path("serving", "keys.lock")
     keys_required = _Path("serving", "keys.required")  # exists if a server needs keys, even if the key file is lost
@@ -292,8 +295,6 @@ def _has_users(run: RunFolder) -> bool:
 
 
 def _matches(parts: tuple[str, ...], pattern: str) -> bool:
-    wanted = pattern.split("/")
-    if wanted[-1] == "**":
-        wanted = wanted[:-1]
-        return len(parts) > len(wanted) and all(map(fnmatchcase, parts, wanted))
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+    wanted, deep = pattern.removesuffix("/**").split("/"), pattern.endswith("/**")
+    fits = len(parts) > len(wanted) if deep else len(parts) == len(wanted)
+    return fits and all(map(fnmatchcase, parts, wanted))

@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 import secrets
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from proper.errors import ReadOnlyError, StoreError
 from proper.files import PRIVATE_FILE, close_to_others, make_folder
@@ -35,115 +34,6 @@ class Schema:
     version: int
     tables: Sequence[str]
     durable: bool = True
-
-
-_RETRY_SECONDS = 0.01
-
-
-class SharedFile:
-    """A SQLite file that several processes and threads share; created if it does not exist. Thread-safe.
-
-    One connection serves all threads. With `reads_wait`, a read waits for another thread's transaction to end; without,
-    it may see that transaction's uncommitted rows. Other arguments, and errors, are those of `open_shared`.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        schema: Schema,
-        wait_seconds: float,
-        may_make: Callable[[], None] = lambda: None,
-        *,
-        reads_wait: bool = True,
-    ) -> None:
-        self.path, self._noun, self._lock = path, schema.noun, threading.RLock()
-        self._read_lock = self._lock if reads_wait else nullcontext()
-        self._wait_seconds = wait_seconds
-        self._db, self.read_only = open_shared(path, schema, wait_seconds, may_make)
-        self._db.execute("PRAGMA busy_timeout = 0")  # `_patiently` waits instead
-
-    def close(self) -> None:
-        """Close the file."""
-        with self._lock:
-            self._db.close()
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """BEGIN IMMEDIATE ... COMMIT, rolled back on any error; a nested transaction joins the outer one.
-
-        Raises:
-            StoreError: another process writes for too long, or the disk is full or broken.
-            ReadOnlyError: the file is read-only.
-        """
-        if self.read_only:
-            raise read_only_error(self.path)
-        with self._lock:
-            if self._db.in_transaction:
-                yield
-                return
-            try:
-                self._patiently("BEGIN IMMEDIATE")
-                try:
-                    yield
-                    self._db.execute("COMMIT")
-                except BaseException:
-                    if self._db.in_transaction:
-                        self._db.execute("ROLLBACK")
-                    raise
-            except sqlite3.Error as error:
-                raise StoreError(f"{self.path}: the {self._noun} cannot be written: {error}") from error
-
-    def read(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        """Return all rows of a query.
-
-        Raises:
-            StoreError: the file is damaged.
-        """
-        try:
-            with self._read_lock:
-                return self._patiently(sql, values)
-        except sqlite3.Error as error:
-            raise StoreError(f"{self.path}: {error}") from error
-
-    def _patiently(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        """Run one statement and return its rows; wait while another process holds a lock that it needs.
-
-        SQLite itself would wait with the connection's mutex held. Every other thread that reads then waits as well,
-        with Python's global lock held while it binds values: the whole process would stand still.
-        """
-        deadline = time.monotonic() + self._wait_seconds
-        while True:
-            try:
-                return self._db.execute(sql, values).fetchall()
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
-            time.sleep(_RETRY_SECONDS)
-
-    def write(self, sql: str, values: Sequence[Any] = ()) -> int:
-        """Run one statement inside a transaction; return how many rows it changed."""
-        return self._db.execute(sql, values).rowcount
-
-    def wipe(self, patience: float = 1.0) -> bool:
-        """Checkpoint the write-ahead log into the file and truncate it, so that it keeps no deleted data.
-
-        Returns False if another process reads or writes for longer than `patience` (seconds): the write-ahead log then
-        still holds deleted data.
-
-        Raises:
-            StoreError: the file is damaged, or the disk full.
-        """
-        deadline = time.monotonic() + patience
-        try:
-            # A separate connection: this process's other connections may be in the middle of a read.
-            with closing(sqlite3.connect(self.path, timeout=0, isolation_level=None)) as database:
-                while _is_busy(database):
-                    if time.monotonic() > deadline:
-                        return False
-                    time.sleep(0.02)
-        except sqlite3.Error as error:
-            raise StoreError(f"{self.path}: {error}") from error
-        return True
 
 
 class Opened(NamedTuple):
@@ -289,12 +179,3 @@ def _require(path: Path, connection: sqlite3.Connection, schema: Schema) -> None
     found = 1 if version == 0 else version  # the first store format had no version number
     if found != schema.version:
         raise StoreError(f"{path}: {schema.noun} of another version of proper (format {found})")
-
-
-def _is_busy(database: sqlite3.Connection) -> bool:
-    try:
-        return bool(database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
-    except sqlite3.OperationalError as error:
-        if "locked" not in str(error):
-            raise
-        return True

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from proper.adapters.store import AdapterStore, UserRecord
-from proper.layers.bank import Layout
+from proper.layers.layout import Layout
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +29,8 @@ def adapter(layout: Layout) -> Callable[[int], dict[str, Tensor]]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[AdapterStore]:
-    opened = AdapterStore(tmp_path / "users")
+def store(users: Path) -> Iterator[AdapterStore]:
+    opened = AdapterStore(users)
     yield opened
     opened.close()
 

@@ -34,7 +34,7 @@ def intact(store: AdapterStore, adapter: Draw) -> int:
 
 
 def on_disk(store: AdapterStore) -> int:
-    return sum(path.stat().st_size for path in store.blobs.iterdir())
+    return sum(path.stat().st_size for path in store.paths.blobs.iterdir())
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def many(tmp_path: Path, adapter: Draw, request: pytest.FixtureRequest) -> Adapt
     store = AdapterStore(tmp_path / "users", shard_bytes=8 * ADAPTER)
     request.addfinalizer(store.close)
     store.put(people(adapter, 40))
-    assert on_disk(store) == 40 * ADAPTER and len(list(store.blobs.iterdir())) == 5
+    assert on_disk(store) == 40 * ADAPTER and len(list(store.paths.blobs.iterdir())) == 5
     return store
 
 
@@ -60,7 +60,7 @@ def test_holes_are_given_back(many: AdapterStore, adapter: Draw) -> None:
 
 def test_an_empty_shard_goes(many: AdapterStore, adapter: Draw) -> None:
     many.delete_many(f"u{at:02}" for at in range(40))
-    assert compact(many).bytes_after == 0 and list(many.blobs.iterdir()) == []
+    assert compact(many).bytes_after == 0 and list(many.paths.blobs.iterdir()) == []
     many.put(people(adapter, 3))
     assert intact(many, adapter) == 3 and check(many) == []
 
@@ -119,7 +119,7 @@ def test_a_user_deleted_while_bytes_are_copied_leaves_no_copy(
     monkeypatch.setattr(many.writer, "sync", late)
     assert compact(many).shards == 1
     secret = b"".join(tensor.numpy().tobytes() for tensor in adapter(5).values())
-    assert not any(secret in path.read_bytes() for path in many.blobs.iterdir())
+    assert not any(secret in path.read_bytes() for path in many.paths.blobs.iterdir())
     assert intact(many, adapter) == 35 and check(many) == []
     other.close()
 
@@ -141,7 +141,7 @@ def test_a_failed_compaction_changes_nothing(
 
 def test_a_cut_off_shard_is_left_for_check(many: AdapterStore, adapter: Draw) -> None:
     many.delete_many(f"u{at:02}" for at in range(4))
-    path = many.blobs / "1.shard"
+    path = many.paths.blobs / "1.shard"
     path.write_bytes(path.read_bytes()[:-10])
     assert compact(many).shards == 0 and path.exists()
     assert [each.kind for each in check(many)] == ["torn"]

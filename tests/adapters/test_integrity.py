@@ -26,13 +26,13 @@ def kinds(findings: list[Finding]) -> list[tuple[str, str | None, int | None]]:
 
 
 def sizes(store: AdapterStore) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in store.blobs.iterdir()}
+    return {path.name: path.stat().st_size for path in store.paths.blobs.iterdir()}
 
 
 def blob_of(store: AdapterStore, user: str) -> tuple[Path, int, int]:
     row = store.manifest.head("", user.encode())
     assert row is not None and row.place is not None
-    return store.blobs / row.place.blob, row.place.offset, row.place.length
+    return store.paths.blobs / row.place.blob, row.place.offset, row.place.length
 
 
 @pytest.fixture(params=[0, 1 << 20], ids=["files", "shards"])
@@ -94,7 +94,7 @@ def test_a_damaged_current_version(two: AdapterStore, adapter: Draw, kind: str) 
 def test_a_damaged_old_version_is_only_dropped(two: AdapterStore) -> None:
     row = two.manifest.versions("", b"a")[1]
     assert row.place is not None
-    with (two.blobs / row.place.blob).open("r+b") as file:
+    with (two.paths.blobs / row.place.blob).open("r+b") as file:
         file.seek(row.place.offset)
         file.write(b"\xff" * 4)
     found, orphan = check(two, repair=True)
@@ -134,16 +134,16 @@ def test_a_row_that_makes_no_sense(two: AdapterStore, change: str, said: str) ->
 
 
 def test_orphans(two: AdapterStore) -> None:
-    (two.blobs / ".x.tmp").write_bytes(b"half")
-    (two.blobs / f"{'0' * 32}.safetensors").write_bytes(b"never committed")
-    (two.blobs / "77.shard").write_bytes(b"of no manifest")
+    (two.paths.blobs / ".x.tmp").write_bytes(b"half")
+    (two.paths.blobs / f"{'0' * 32}.safetensors").write_bytes(b"never committed")
+    (two.paths.blobs / "77.shard").write_bytes(b"of no manifest")
     assert {each.kind for each in check(two)} == {"orphan-file"} and len(check(two)) == 3
     fixed = check(two, repair=True)
     assert all(each.repair.startswith(f"moved to {UsersFolder(two.folder).quarantine}/00000") for each in fixed)
     assert check(two) == []
     kept = {path.read_bytes() for path in UsersFolder(two.folder).quarantine.iterdir()}
     assert kept == {b"half", b"never committed", b"of no manifest"}
-    (two.blobs / "77.shard").write_bytes(b"another of that name")
+    (two.paths.blobs / "77.shard").write_bytes(b"another of that name")
     check(two, repair=True)
     assert len(list(UsersFolder(two.folder).quarantine.iterdir())) == 4
 
@@ -151,7 +151,7 @@ def test_orphans(two: AdapterStore) -> None:
 def test_orphan_bytes_in_and_behind_a_shard(filled: AdapterStore) -> None:
     filled.delete("u2")
     filled.writer.close()
-    (path,) = filled.blobs.iterdir()
+    (path,) = filled.paths.blobs.iterdir()
     whole = path.read_bytes()
     hole = len(whole) // 5 * 2
     with path.open("r+b") as file:
@@ -213,9 +213,9 @@ def test_adapters_are_left_alone_where_the_manifest_is_lost(two: AdapterStore, l
 def test_a_link_is_moved_and_not_followed(two: AdapterStore, tmp_path: Path) -> None:
     victim = tmp_path / "precious"
     victim.write_bytes(b"precious")
-    (two.blobs / "77.shard").symlink_to(victim)
+    (two.paths.blobs / "77.shard").symlink_to(victim)
     check(two, repair=True)
-    assert victim.read_bytes() == b"precious" and not (two.blobs / "77.shard").is_symlink()
+    assert victim.read_bytes() == b"precious" and not (two.paths.blobs / "77.shard").is_symlink()
     assert [path.is_symlink() for path in UsersFolder(two.folder).quarantine.iterdir()] == [True]
 
 

@@ -14,7 +14,7 @@ from proper.adapters.load import RowLoader
 from proper.adapters.quantization import Storage, encode
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import StoreError
-from proper.layers.bank import Layout
+from proper.layers.layout import Layout
 
 Draw = Callable[[int], dict[str, Tensor]]
 
@@ -63,7 +63,7 @@ def test_another_order_is_put_in_order(store: AdapterStore, layout: Layout, adap
 
 @pytest.mark.parametrize("slot", [torch.float32, torch.bfloat16])
 def test_a_row_that_cannot_be_filled_is_zero(filled: AdapterStore, layout: Layout, slot: torch.dtype) -> None:
-    (path,) = filled.blobs.iterdir()
+    (path,) = filled.paths.blobs.iterdir()
     data = bytearray(path.read_bytes())
     data[layout.width * 4 - 1] ^= 64  # the last byte of u0
     path.write_bytes(data)

@@ -122,7 +122,7 @@ def test_an_erasure_that_another_process_ended_takes_no_other_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with closing(AdapterStore(tmp_path / "users")) as store:
-        one, two = (store.blobs / f"{digit * 32}.safetensors" for digit in "ab")
+        one, two = (store.paths.blobs / f"{digit * 32}.safetensors" for digit in "ab")
         two.write_bytes(b"of a deleted user")
         with store.manifest.transaction():
             store.manifest.erase_later(one.name, None, None)
@@ -134,6 +134,6 @@ def test_an_erasure_that_another_process_ended_takes_no_other_with_it(
 
         with monkeypatch.context() as patched:
             patched.setattr("proper.adapters.shards.sync_folder", meanwhile)
-            erase(store.blobs, store.manifest)
-        erase(store.blobs, store.manifest)
+            erase(store.paths.blobs, store.manifest)
+        erase(store.paths.blobs, store.manifest)
         assert not two.exists()

@@ -1,4 +1,4 @@
-"""8 bits per number: no number moves by more than half a step of its row."""
+"""8 or 4 bits per number: no number moves by more than half a step of its block."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from torch import Tensor
 
-from proper.adapters.quantization import decode, dequantize, encode, quantize
+from proper.adapters.quantization import Storage, decode, dequantize, encode, quantize
 
 
 @st.composite
@@ -65,3 +65,38 @@ def test_the_three_forms() -> None:
     assert list(back) == ["x.A"] and back["x.A"].dtype == torch.float32
     assert (back["x.A"] - adapter["x.A"]).norm() < 0.01 * adapter["x.A"].norm()
     assert decode(adapter) == adapter
+
+
+@given(
+    layers=st.integers(1, 3),
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 40),
+    part=st.sampled_from("ABC"),
+    storage=st.sampled_from(["int8", "int4"]),
+    seed=st.integers(0, 2**31),
+)
+def test_stacks_come_back_within_half_a_step_of_their_block(
+    layers: int, rows: int, columns: int, part: str, storage: Storage, seed: int
+) -> None:
+    x = torch.randn(layers, rows, columns, generator=torch.Generator().manual_seed(seed))
+    coded = encode({f"x.{part}": x}, storage)
+    back = decode(coded)[f"x.{part}"]
+    assert back.shape == x.shape
+
+    block = columns if storage == "int8" and part != "C" else rows * columns
+    if storage == "int4" and block % 32 == 0:
+        block = 32
+    most = 127 if storage == "int8" else 7
+    largest = x.reshape(-1, block).abs().amax(1, keepdim=True)
+    step = largest / most * (1 + 2**-6)
+    assert ((back - x).reshape(-1, block).abs() <= step / 2 + 1e-6).all()
+    numbers, scales = coded[f"x.{part}"], coded[f"x.{part}:scale"]
+    assert scales.numel() == x.numel() // block
+    assert numbers.nbytes == x.numel() // (2 if storage == "int4" and columns % 2 == 0 else 1)
+
+
+def test_four_bits_by_hand() -> None:
+    coded = encode({"x.C": torch.tensor([[[7.0, -7.0], [1.4, 0.0]]])}, "int4")
+    assert coded["x.C"].dtype == torch.uint8 and coded["x.C"].tolist() == [[[15 | 1 << 4], [9 | 8 << 4]]]
+    assert coded["x.C:scale"].tolist() == [1.0]
+    assert decode(coded)["x.C"].tolist() == [[[7.0, -7.0], [1.0, 0.0]]]

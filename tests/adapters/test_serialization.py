@@ -69,7 +69,7 @@ def test_a_large_adapter_is_a_file_that_safetensors_reads(
 ) -> None:
     store = AdapterStore(tmp_path_factory.mktemp("store"), file_bytes=-1)
     store.put([UserRecord("a", "users", torch.zeros(1), adapter)])
-    (path,) = store.blobs.iterdir()
+    (path,) = store.paths.blobs.iterdir()
     read = load_file(path)
     assert read.keys() == adapter.keys() and all(torch.equal(read[name], adapter[name]) for name in adapter)
     store.close()

@@ -17,7 +17,8 @@ from proper.adapters.quantization import encode
 from proper.adapters.slot_cache import AdapterKey, LoadResult, SlotCache
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import StoreError
-from proper.layers.bank import AdapterBank, Layout
+from proper.layers.bank import AdapterBank
+from proper.layers.layout import Layout
 
 SLOTS = 3
 Adapter = Callable[[int], dict[str, Tensor]]
@@ -231,7 +232,7 @@ def test_fetch_returns_the_newer_version_and_fails_for_a_deleted_user(
 def test_a_damaged_adapter_frees_its_slot(filled: AdapterStore, layout: Layout) -> None:
     cache = cache_of(filled, layout, 1)
     cache.fetch(keys_of(filled, "u0"))
-    (path,) = filled.blobs.iterdir()
+    (path,) = filled.paths.blobs.iterdir()
     path.write_bytes(b"\xff" * path.stat().st_size)
     with pytest.raises(StoreError, match="'u1' is missing or damaged"):
         cache.fetch(keys_of(filled, "u1"))
@@ -289,7 +290,7 @@ def test_a_load_may_find_a_newer_version_or_no_user(filled: AdapterStore, cache:
 
 
 def test_a_damaged_adapter_leaves_a_free_clean_slot(filled: AdapterStore, cache: SlotCache, adapter: Adapter) -> None:
-    for blob in filled.blobs.iterdir():
+    for blob in filled.paths.blobs.iterdir():
         blob.write_bytes(bytes(blob.stat().st_size))
     (result,) = load(cache, key_of(filled, "u0"))
     assert result.error is not None and "damaged" in result.error

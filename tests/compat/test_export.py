@@ -29,7 +29,8 @@ from proper.files import read_json, write_json
 from proper.inference.generate import generate
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel, ServedUsers
-from proper.layers.bank import AdapterBank, Layout
+from proper.layers.bank import AdapterBank
+from proper.layers.layout import Layout
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.personal import ProperModel
 

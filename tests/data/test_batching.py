@@ -22,6 +22,7 @@ class Row:
     prompt: str
     target: str
     user: str = "u"
+    task: int = 0
     tokens: int = 0
 
 

@@ -29,6 +29,7 @@ class Row:
     prompt: str
     target: str
     user: str = "ann"
+    task: int = 0
 
 
 def tokenizer(kinds: ModuleType, template: str | None = CHATML) -> Any:

@@ -40,6 +40,7 @@ class Row:
     prompt: str
     target: str
     user: str = "ann"
+    task: int = 0
 
 
 def messages(talk: list[tuple[str, str]]) -> list[dict[str, str]]:

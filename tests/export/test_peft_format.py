@@ -23,7 +23,8 @@ from proper.export.peft_format import (
     to_peft,
     uniform,
 )
-from proper.layers.bank import AdapterBank, Layout
+from proper.layers.bank import AdapterBank
+from proper.layers.layout import Layout
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 SIZES = st.integers(1, 5)

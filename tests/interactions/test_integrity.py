@@ -16,7 +16,8 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.cli.app import main
 from proper.errors import StoreError
 from proper.interactions.deletion import remove
-from proper.interactions.log import InteractionLog, LogEntry, check_log
+from proper.interactions.log import InteractionLog, LogEntry
+from proper.interactions.log_check import check_log
 from proper.run_folder import UsersFolder
 
 Output = pytest.CaptureFixture[str]
@@ -92,7 +93,7 @@ def test_a_damaged_manifest_does_not_hide_a_damaged_log(run: Path, capsys: Outpu
 
 def test_a_deletion_takes_what_a_repair_put_aside(run: Path) -> None:
     with closing(AdapterStore(run / "users")) as store, closing(InteractionLog(run / "users")) as log:
-        (store.blobs / "9.shard").write_bytes(b"whose?")
+        (store.paths.blobs / "9.shard").write_bytes(b"whose?")
         assert [found.kind for found in check(store, repair=True)] == ["orphan-file"]
         assert len(list(UsersFolder(run / "users").quarantine.iterdir())) == 1
         assert remove(store, log, "ann")

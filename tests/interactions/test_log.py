@@ -19,13 +19,17 @@ from proper.interactions.log import ConflictError, ExistsError, InteractionLog, 
 ONE, TWO = LogEntry("a prompt", "an answer", 3.0, "1"), LogEntry("another", "answer")
 
 
+both = pytest.mark.parametrize("engine", ["sqlite", "postgresql"], indirect=True)
+
+
 @pytest.fixture
-def log(tmp_path: Path) -> Iterator[InteractionLog]:
-    opened = InteractionLog(tmp_path)
+def log(users: Path) -> Iterator[InteractionLog]:
+    opened = InteractionLog(users)
     yield opened
     opened.close()
 
 
+@both
 def test_an_interaction_counts_once(log: InteractionLog) -> None:
     first = log.append("", "ann", [ONE, TWO, TWO], new=True)
     assert (first.accepted, first.duplicates) == (2, 1)
@@ -35,6 +39,7 @@ def test_an_interaction_counts_once(log: InteractionLog) -> None:
     assert log.count("", "ann") == 3 and log.count("theirs", "ann") == 0 and not log.knows("theirs", "ann")
 
 
+@both
 @pytest.mark.parametrize("change", [{"prompt": "x"}, {"target": "x"}, {"time": None}])
 def test_another_content_under_the_same_id_changes_nothing(log: InteractionLog, change: dict[str, None]) -> None:
     log.append("", "ann", [ONE])
@@ -44,6 +49,7 @@ def test_another_content_under_the_same_id_changes_nothing(log: InteractionLog, 
     log.append("theirs", "ann", [replace(ONE, **change)])
 
 
+@both
 def test_who_is_new_is_new_once(log: InteractionLog) -> None:
     log.append("", "ann", [], new=True)
     with pytest.raises(ExistsError):
@@ -52,6 +58,7 @@ def test_who_is_new_is_new_once(log: InteractionLog) -> None:
     assert list(log.users("")) == ["ann"] and list(log.users("", "ann")) == []
 
 
+@both
 def test_a_queue_is_first_come_first_served(log: InteractionLog) -> None:
     for user in ("bo", "ann", "cy"):
         log.append("", user, [ONE])
@@ -61,6 +68,7 @@ def test_a_queue_is_first_come_first_served(log: InteractionLog) -> None:
     assert taken[0] is not None and taken[0].wanted == 2
 
 
+@both
 def test_a_fit_goes_from_queued_to_done_and_again_for_what_came_meanwhile(log: InteractionLog) -> None:
     log.append("", "ann", [ONE])
     assert log.queue.fit("", "ann").state == "queued"
@@ -79,6 +87,7 @@ def test_a_fit_goes_from_queued_to_done_and_again_for_what_came_meanwhile(log: I
     assert (figures.queued, figures.fitting, figures.done, figures.failed) == (0, 0, 1, 1)
 
 
+@both
 def test_a_deleted_user_is_no_longer_behind_a_claim(log: InteractionLog) -> None:
     log.append("", "ann", [ONE])
     claim = log.queue.take()
@@ -93,6 +102,7 @@ def test_a_deleted_user_is_no_longer_behind_a_claim(log: InteractionLog) -> None
     assert log.queue.fit("", "ann").state == "queued" and log.queue.figures().done == 0
 
 
+@both
 def test_a_deletion_that_fails_removes_nothing(log: InteractionLog) -> None:
     log.append("", "ann", [ONE])
     with pytest.raises(RuntimeError), log.deleting("", "ann"):
@@ -126,7 +136,8 @@ def test_a_full_disk_is_one_clear_error(log: InteractionLog) -> None:
     assert log.count("", "ann") == 1 and log.append("", "ann", [TWO]).accepted == 1
 
 
-def test_nothing_acknowledged_is_lost_to_a_kill(tmp_path: Path) -> None:
+@both
+def test_nothing_acknowledged_is_lost_to_a_kill(users: Path) -> None:
     """A process that dies by SIGKILL right after `append` returned."""
     code = """
 import os, signal, sys
@@ -137,9 +148,9 @@ for number in range(20):
     log.append("", "ann", [LogEntry(f"prompt {number}", "x")])
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, env=os.environ)
+    done = subprocess.run([sys.executable, "-c", code, str(users)], check=False, env=os.environ)
     assert done.returncode == -signal.SIGKILL
-    log = InteractionLog(tmp_path)
+    log = InteractionLog(users)
     assert log.count("", "ann") == 20 and log.queue.fit("", "ann").state == "queued"
     log.close()
 

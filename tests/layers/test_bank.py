@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from proper.layers.bank import AdapterBank, Layout
+from proper.layers.bank import AdapterBank
+from proper.layers.layout import Layout
 
 Draw = Callable[..., Tensor]
 Shapes = dict[str, tuple[int, int]]
@@ -188,3 +189,86 @@ def test_gradients_collect_in_the_bank_over_several_passes() -> None:
     bank.lora("model.layers.0.mlp.up", x, slots)[1].sum().backward()
     assert once.any() and torch.allclose(bank.gradients, 2 * once)
     assert math.isclose(bank.scale, 2.0)
+
+
+def _bases(draw: Draw, shapes: Shapes, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (draw(rank, inputs), draw(outputs, rank)) for name, (inputs, outputs) in shapes.items()}
+
+
+@given(
+    sizes=st.tuples(*(st.integers(1, most) for most in (4, 4, 5, 4, 3))),  # S, T, I, O, R
+    data=st.data(),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=50)
+def test_cores_of_mixed_rows(
+    sizes: tuple[int, ...], data: st.DataObject, seed: int, draws: Callable[..., Draw]
+) -> None:
+    slots, tokens, inputs, outputs, rank = sizes
+    rows = data.draw(st.lists(st.integers(-1, slots - 1), min_size=1, max_size=5))
+    draw = draws(seed)
+    bases = _bases(draw, {"h.0.up": (inputs, outputs)}, rank)
+    layout = Layout.of({"h.0.up": (inputs, outputs)}, rank, bases)
+    bank = AdapterBank(layout, slots, alpha=3.0, trainable=True)
+    bank.values.copy_(draw(*bank.values.shape))
+    x, onto = draw(len(rows), tokens, inputs).requires_grad_(), draw(len(rows), tokens, outputs)
+    numbers = torch.tensor(rows)
+
+    middle, own = bank.lora("h.0.up", x, numbers)
+    weight = draw(*own.shape)
+    (own * weight).sum().backward()
+    assert bank.gradients is not None and x.grad is not None
+    fast, fast_x = bank.gradients.clone(), x.grad.clone()
+
+    values = bank.values.clone().requires_grad_()
+    (down, up), total = bases["h.0.up"], torch.zeros(())
+    for b, slot in enumerate(rows):
+        core = layout.unpack(values[slot])["h.*.up.C"][0] if slot >= 0 else torch.zeros(rank, rank)
+        for t in range(tokens):
+            h = 3.0 / rank * (up @ (core @ (down @ x[b, t])))
+            assert torch.allclose(own[b, t], h, rtol=1e-4, atol=1e-5)
+            assert torch.allclose(middle[b, t], down @ x[b, t], rtol=1e-4, atol=1e-5)
+            total = total + (h * weight[b, t]).sum()
+        alone = bank.lora("h.0.up", x[b : b + 1], numbers[b : b + 1])[1][0]
+        assert torch.allclose(own[b], alone, rtol=1e-5, atol=1e-6), "a row does not depend on its neighbours"
+    if any(slot >= 0 for slot in rows):
+        slow, slow_x = torch.autograd.grad(total, [values, x])
+        assert torch.allclose(fast, slow, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(fast_x, slow_x, rtol=1e-4, atol=1e-4)
+    for slot in set(range(slots)) - set(rows):
+        assert not fast[slot].any(), "a user who is not in the batch has no gradient"
+    with torch.no_grad():
+        decoded = bank.lora_of(x, bank.gathered("h.0.up", numbers, torch.float32), onto)[1]
+        assert torch.allclose(decoded, bank.lora("h.0.up", x, numbers, onto)[1], rtol=1e-4, atol=1e-5)
+
+
+@given(shapes=modules(), rank=st.integers(1, 3), seed=st.integers(0, 2**31))
+@settings(max_examples=40)
+def test_a_core_is_a_lora_of_the_shared_a_and_b_times_the_core(
+    shapes: Shapes, rank: int, seed: int, draws: Callable[..., Draw]
+) -> None:
+    draw = draws(seed)
+    layout, plain = Layout.of(shapes, rank, _bases(draw, shapes, rank)), Layout.of(shapes, rank)
+    cores = AdapterBank(layout, 2, alpha=4.0, trainable=False)
+    cores.values.copy_(draw(*cores.values.shape))
+    loras = AdapterBank(plain, 2, alpha=4.0, trainable=False)
+    for slot in range(2):
+        plain.pack(layout.factors(cores.values[slot]), loras.values[slot])
+    assert layout.width == rank * rank * len(shapes)
+
+    slots = torch.tensor([1, -1, 0])
+    for name, (inputs, _) in shapes.items():
+        x = draw(3, 2, inputs)
+        assert torch.allclose(cores.lora(name, x, slots)[1], loras.lora(name, x, slots)[1], rtol=1e-4, atol=1e-4)
+        some = torch.tensor([1, 0])
+        assert torch.allclose(cores.downs(name, some), loras.downs(name, some))
+        assert torch.allclose(cores.ups(name, some), loras.ups(name, some), rtol=1e-4, atol=1e-5)
+
+
+def test_a_fresh_core_changes_nothing_and_one_without_bases_is_refused() -> None:
+    bank = AdapterBank(Layout.of(SHAPES, 2, {}), 1, alpha=4.0, trainable=True)
+    bank.values.fill_(7.0)
+    bank.fresh(0, torch.Generator().manual_seed(0))
+    assert not bank.values.any() and "model.layers.0.mlp.up" in bank
+    with pytest.raises(RuntimeError, match="shared bases"):
+        bank.lora("model.layers.0.mlp.up", torch.ones(1, 1, 3), torch.tensor([0]))

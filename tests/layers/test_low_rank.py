@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from proper.layers.bank import AdapterBank, Layout
+from proper.layers.bank import AdapterBank
+from proper.layers.layout import Layout
 from proper.layers.low_rank import adapter_distance, pull_, squared_distance
 
 Draw = Callable[..., Tensor]

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from proper.layers.bank import AdapterBank, Layout
+from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import BatchContext, GatheredWeights, Mode, RowContext
 from proper.layers.dropout import dropout_mask
 from proper.layers.experts import Experts
+from proper.layers.layout import Layout
 from proper.layers.personalized_linear import AdaptedLinear
 from proper.layers.routers import LoraAwareRouter, UserAwareRouter
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from proper.layers.routers import LoraAwareRouter, RouterForm, UserAwareRouter
+from proper.layers.routers import LoraAwareRouter, RouterForm, UserAwareRouter, gates_of
 
 Draw = Callable[..., Tensor]
 
@@ -179,3 +179,32 @@ def test_a_normalized_input_has_the_usual_size_of_every_adapter(
             product = scale * up[slot] @ down[slot]
             usual = product.square().sum().div(outputs).sqrt()
             close("scores", found[slot] @ (down[slot] @ x), router.weight @ (product @ x / usual), 1e-3)
+
+
+def test_the_task_term_is_that_of_a_one_hot_task_beside_the_embedding(
+    draws: Callable[..., Draw], close: Callable[..., None]
+) -> None:
+    """`W_u e_u + W_t[:, t]` is `[W_u W_t] [e_u; onehot(t)]`, which a router without tasks computes."""
+    draw, tasks = draws(0), torch.tensor([2, 0, 1])
+    router, plain = UserAwareRouter(4, 5, 3, tasks=3), UserAwareRouter(4, 8, 3)
+    assert router.task is not None
+    for parameter in router.parameters():
+        parameter.data.copy_(draw(*parameter.shape))
+    plain.token.data.copy_(router.token)
+    plain.user.data.copy_(torch.cat([router.user, router.task], dim=1))
+    x, embedding = draw(3, 2, 4), draw(3, 5)
+    hot = torch.nn.functional.one_hot(tasks, 3).to(embedding.dtype)
+    close("scores", router.scores(x, embedding, tasks), plain.scores(x, torch.cat([embedding, hot], dim=1)))
+    with pytest.raises(RuntimeError, match="task of every row"):
+        router.scores(x, embedding)
+
+
+def test_separate_tasks_share_no_expert_and_no_gradient(draws: Callable[..., Draw]) -> None:
+    draw, tasks = draws(1), torch.tensor([0, 1])
+    router = UserAwareRouter(4, 5, 4, tasks=2, separate=True)
+    gates = gates_of(router.scores(draw(2, 3, 4).float(), draw(2, 5).float(), tasks))
+    assert (gates[0, :, 1::2] == 0).all() and (gates[1, :, ::2] == 0).all()
+    gates.square().sum().backward()  # type: ignore[no-untyped-call]
+    assert router.task is not None and router.task.grad is not None
+    assert (router.task.grad[1::2, 0] == 0).all() and (router.task.grad[::2, 1] == 0).all()
+    assert (router.task.grad[::2, 0] != 0).any()

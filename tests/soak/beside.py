@@ -218,7 +218,7 @@ def _fill_with_nan(store: AdapterStore, user: str) -> None:
     row = store.manifest.head(store.tenant, key_of(user))
     assert row is not None and row.place is not None
     spoiled = b"\xff" * row.length
-    file = os.open(store.blobs / row.place.blob, os.O_RDWR)
+    file = os.open(store.paths.blobs / row.place.blob, os.O_RDWR)
     try:
         os.pwrite(file, spoiled, row.place.offset)
     finally:

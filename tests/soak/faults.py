@@ -125,7 +125,7 @@ class Saboteur:
             self.scene.ledger.fault("nothing to damage")
             return False
         at = row.place.offset + self.scene.random.randrange(row.place.length)
-        file = os.open(store.blobs / row.place.blob, os.O_RDWR)
+        file = os.open(store.paths.blobs / row.place.blob, os.O_RDWR)
         try:
             before = os.pread(file, 1, at)
             os.pwrite(file, bytes([before[0] ^ 1 << self.scene.random.randrange(8)]), at)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from proper.config import UsersConfig
 from proper.data.encoder import EncodedExample
-from proper.layers.bank import AdapterBank, Layout
+from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
+from proper.layers.layout import Layout
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.jobs import FitResult, Job

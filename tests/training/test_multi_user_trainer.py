@@ -18,8 +18,8 @@ from torch import Tensor
 from proper.config import GroupsConfig, UsersConfig
 from proper.data.batching import collate
 from proper.data.encoder import EncodedExample
-from proper.layers.bank import Layout
 from proper.layers.batch_context import Mode
+from proper.layers.layout import Layout
 from proper.models.backbone import Backbone
 from proper.models.personal import ProperModel, answer_logits, answer_loss
 from proper.training import microbatching as micro_module

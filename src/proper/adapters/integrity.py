@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -25,7 +25,7 @@ import xxhash
 from proper.adapters.manifest import ByteRange, ManifestRow, shard_name, user_of
 from proper.adapters.records import MADE, restored, vector
 from proper.adapters.serialization import fault_of, is_sound
-from proper.adapters.shards import BlobError, erase, lock_shard
+from proper.adapters.shards import BlobError
 from proper.adapters.store import AdapterStore
 from proper.errors import StoreError
 from proper.files import atomic_path, private_folder, write_json
@@ -34,7 +34,6 @@ from proper.sqlite_files import read_only_error
 
 Kind = Literal["manifest", "row", "missing", "torn", "flipped", "unsound", "orphan-file", "orphan-bytes", "log"]
 _BLOB = re.compile(r"\d+\.shard|[0-9a-f]{32}\.safetensors")
-_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -73,13 +72,13 @@ def check(store: AdapterStore, repair: bool = False) -> list[Finding]:
     if repair and store.manifest.read_only:
         raise read_only_error(store.manifest.path)
     try:
-        messages = [row[0] for row in store.manifest.read("PRAGMA quick_check")]
+        messages = store.manifest.damage()
     except StoreError as error:
         messages = [str(error)]
-    if messages != ["ok"]:
+    if messages:
         return [Finding("manifest", one_line(store.manifest.path, text)) for text in messages]
     if not store.manifest.read_only:
-        erase(store.blobs, store.manifest)
+        store.shards.erase()
     findings: list[Finding] = []
     for _, rows in groupby(store.manifest.rows(), key=lambda row: row[:2]):
         findings += _check_user(store, list(rows), repair)
@@ -143,15 +142,13 @@ def _nonsense(store: AdapterStore, row: ManifestRow) -> str | None:
 
 def _damage(store: AdapterStore, row: ManifestRow, place: ByteRange) -> tuple[Kind, str]:
     """Return the kind of damage to an adapter's bytes and a description, which is empty if they are intact."""
-    path, left = store.blobs / place.blob, place.length
+    path, left = store.shards.where(place.blob), place.length
     sha256, xxh3 = hashlib.sha256(), xxhash.xxh3_64()
     try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(place.offset)
-            while left and (piece := file.read(min(left, _PIECE))):
-                sha256.update(piece)
-                xxh3.update(piece)
-                left -= len(piece)
+        for piece in store.shards.pieces(place):
+            sha256.update(piece)
+            xxh3.update(piece)
+            left -= len(piece)
     except FileNotFoundError:
         return "missing", f"{path} is missing"
     except OSError as error:
@@ -189,9 +186,9 @@ def _fall_back(store: AdapterStore, now: list[ManifestRow], bad: dict[int, Findi
             done = "went back to the group tier"
         else:
             done = "removed the user: nothing of them was left"
-    for version in bad:
-        query = "DELETE FROM records WHERE tenant = ? AND user = ? AND version = ?"
-        manifest.write(query, (now[0].tenant, now[0].user, version))
+    for row in now:
+        if row.version in bad:
+            manifest.remove(row)
     return done
 
 
@@ -203,82 +200,31 @@ def _orphan_files(store: AdapterStore, repair: bool) -> Iterator[Finding]:
     manifest = store.manifest
     # No writer may be between writing a blob and committing its row.
     with nullcontext() if manifest.read_only else store.writing(exclusive=True):
-        owned = {row[0] for row in manifest.read("SELECT DISTINCT blob FROM records")}
+        owned = manifest.referenced() | {each.blob for each in manifest.erasures()}
         owned |= {shard_name(number) for number in manifest.shards()}
-        owned |= {row[0] for row in manifest.read("SELECT blob FROM erasures")}
-        for path in sorted(store.blobs.iterdir()):
-            if path.name not in owned:
-                size = path.lstat().st_size
-                done = _put_file_aside(store.folder, path) if repair else ""
-                yield Finding("orphan-file", f"{path}: {size} bytes that no record refers to", repair=done)
+        for blob, size in store.shards.blobs():
+            if blob not in owned:
+                done = ""
+                if repair:
+                    target = _quarantined(store.folder, blob)
+                    store.shards.set_aside(blob, target)
+                    done = f"moved to {target}"
+                yield Finding(
+                    "orphan-file", f"{store.shards.where(blob)}: {size} bytes that no record refers to", repair=done
+                )
 
 
 def _orphan_bytes(store: AdapterStore, number: int, size: int, repair: bool) -> Iterator[Finding]:
-    """Find non-zero bytes in a shard's holes, and behind its committed end unless another process appends to it."""
-    # The size was read first: bytes appended since lie behind it, and holes are never reused.
-    places = store.manifest.owners([shard_name(number)])
-    path = store.blobs / shard_name(number)
-    if not path.exists():
-        return
-    # Do not follow a symbolic link: its target is outside the store.
-    file = os.open(path, (os.O_RDWR if repair else os.O_RDONLY) | os.O_NOFOLLOW)
-    try:
-        at, wiped = 0, 0
-        for start, end in [*((p.offset, p.offset + p.length) for p in places), (size, size)]:
-            wiped += _wipe(store, file, path.name, at, min(start, size), repair)
-            at = max(at, end)
-        if repair and wiped:
-            os.fsync(file)
-    finally:
-        os.close(file)
-    if not store.manifest.read_only:
-        wiped += _cut_tail(store, number, repair)
-    if wiped:
-        text = f"{path}: {wiped} bytes that no record refers to"
+    """Find the bytes of a shard that no record refers to; with `repair`, quarantine and erase them."""
+
+    def keep(name: str, pieces: Iterable[bytes]) -> None:
+        with atomic_path(_quarantined(store.folder, name)) as temporary, temporary.open("wb") as copy:
+            copy.writelines(pieces)
+
+    found = store.shards.orphan_bytes(number, size, keep if repair else None)
+    if found:
+        text = f"{store.shards.where(shard_name(number))}: {found} bytes that no record refers to"
         yield Finding("orphan-bytes", text, repair=f"moved to {store.paths.quarantine}" if repair else "")
-
-
-def _wipe(store: AdapterStore, file: int, name: str, start: int, end: int, repair: bool) -> int:
-    """Return how many bytes of a hole are in non-zero pieces; with `repair`, quarantine and zero these pieces."""
-    found = 0
-    for at in range(start, end, _PIECE):
-        piece = os.pread(file, min(_PIECE, end - at), at)
-        if piece.count(0) < len(piece):
-            found += len(piece)
-            if repair:
-                _put_bytes_aside(store.folder, file, name, at, at + len(piece))
-                os.pwrite(file, bytes(len(piece)), at)
-    return found
-
-
-def _cut_tail(store: AdapterStore, number: int, repair: bool) -> int:
-    file = lock_shard(store.blobs, number)
-    if file is None:
-        return 0
-    try:
-        size = store.manifest.shard_size(number)
-        tail = 0 if size is None else max(0, os.fstat(file).st_size - size)
-        if tail and repair and size is not None:
-            _put_bytes_aside(store.folder, file, shard_name(number), size, size + tail)
-            os.ftruncate(file, size)
-        return tail
-    finally:
-        os.close(file)
-
-
-def _put_file_aside(users: Path, path: Path) -> str:
-    """Move a file (or a symbolic link, which is not followed) into quarantine; return what was done, as text."""
-    target = _quarantined(users, path.name)
-    os.rename(path, target)
-    return f"moved to {target}"
-
-
-def _put_bytes_aside(users: Path, file: int, name: str, start: int, end: int) -> None:
-    """Copy a range of an open file into quarantine."""
-    target = _quarantined(users, f"{name}.{start}-{end}")
-    with atomic_path(target) as temporary, temporary.open("wb") as copy:
-        for at in range(start, end, 1 << 20):
-            copy.write(os.pread(file, min(1 << 20, end - at), at))
 
 
 def _put_row_aside(users: Path, row: Mapping[str, Any]) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 from proper.adapters.manifest import ManifestRow
 from proper.adapters.records import Head, head_of
 from proper.adapters.serialization import TensorSpec, is_sound, require_sound
-from proper.adapters.shards import CHUNK, fill, stream
+from proper.adapters.shards import CHUNK
 from proper.adapters.store import AdapterStore
 from proper.errors import StoreError
-from proper.layers.bank import Layout
+from proper.layers.layout import Layout
 
 
 class RowLoader:
@@ -64,19 +64,18 @@ class RowLoader:
             except ValueError as error:
                 raise StoreError(f"the adapter of user {user!r} does not fit: {error}") from error
         elif dtype == row.dtype and row.device.type == "cpu":
-            fill(self.store.blobs, found.place, found.xxh3, row.view(torch.uint8).numpy().data)
+            self.store.shards.fill(found, row.view(torch.uint8).numpy().data)
         else:
             self._convert(found, dtype, row)
         return found.xxh3
 
     def _convert(self, found: ManifestRow, dtype: torch.dtype, row: Float[Tensor, "P"]) -> None:
-        assert found.place is not None
         piece, size = self._buffer.view(dtype), dtype.itemsize
 
         def take(at: int, count: int) -> None:
             row[at // size : (at + count) // size].copy_(piece[: count // size])
 
-        stream(self.store.blobs, found.place, found.xxh3, self._buffer.numpy().data, take)
+        self.store.shards.stream(found, self._buffer.numpy().data, take)
 
     def _dtype(self, found: ManifestRow) -> torch.dtype | None:
         """Return the dtype of an adapter that is stored as a row has it; None for any other form."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from proper.adapters.manifest import ByteRange, Manifest, ManifestRow, key_of, user_of
 from proper.adapters.serialization import pack, require_sound
-from proper.adapters.shards import BlobWriter
+from proper.adapters.storage import ShardWriter, require_grown
 from proper.errors import StoreError
 from proper.run_folder import Tier
 
@@ -37,7 +37,7 @@ class UserRecord:
         user: any string.
         tier: GROUPS (embedding only) or USERS (embedding and adapter).
         embedding: e_u (D,), fp32.
-        adapter: stacked tensors, as `layers.bank.Layout` names them, or their `quantization.encode` form; None on the
+        adapter: stacked tensors, as `layers.layout.Layout` names them, or their `quantization.encode` form; None on the
             group tier.
         facts: JSON-serializable metadata about how the record was made.
     """
@@ -145,7 +145,7 @@ class Prepared:
     sha256: bytes | None = None
 
 
-def prepare(record: UserRecord, writer: BlobWriter, file_bytes: int) -> Prepared:
+def prepare(record: UserRecord, writer: ShardWriter, file_bytes: int) -> Prepared:
     """Write a record's adapter bytes, to a file of its own if they exceed `file_bytes`.
 
     Raises:
@@ -166,7 +166,7 @@ def prepare(record: UserRecord, writer: BlobWriter, file_bytes: int) -> Prepared
 
 
 def commit(
-    manifest: Manifest, tenant: str, prepared: Iterable[Prepared], sizes: Iterable[tuple[int, int]], keep: int
+    manifest: Manifest, tenant: str, prepared: Iterable[Prepared], sizes: Sequence[tuple[int, int]], keep: int
 ) -> None:
     """Add the manifest rows of prepared records, and drop versions beyond `keep` (inside a transaction)."""
     now, layouts = int(time.time()), dict[str, int]()
@@ -192,3 +192,4 @@ def commit(
         if manifest.add(row) > keep:
             manifest.prune(tenant, new.user, keep)
     manifest.grow(sizes)
+    require_grown(manifest, sizes)

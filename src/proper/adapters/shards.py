@@ -114,7 +114,7 @@ class BlobWriter:
     def undo(self) -> None:
         """Remove everything written since the last commit, as the manifest records it, whatever the error was."""
         for name in self._files:
-            if not self.manifest.read("SELECT 1 FROM records WHERE blob = ? LIMIT 1", (name,)):
+            if not self.manifest.refers_to(name):
                 (self.folder / name).unlink(missing_ok=True)
         for shard in self._touched:
             os.ftruncate(shard.file, self.manifest.shard_size(shard.number) or 0)
@@ -233,19 +233,17 @@ def erase(folder: Path, manifest: Manifest) -> None:
     Raises:
         StoreError: a file cannot be written.
     """
-    noted = manifest.read("SELECT id, blob, offset, length FROM erasures ORDER BY blob")
+    noted = manifest.erasures()
     if not noted:
         return
     try:
         for blob, rows in groupby(noted, key=itemgetter(1)):
-            _erase_blob(folder / blob, [(offset, length) for _, _, offset, length in rows])
+            _erase_blob(folder / blob, [(offset, length or 0) for _, _, offset, length in rows])
         sync_folder(folder)
     except OSError as error:
         raise StoreError(f"{error.filename or folder}: cannot be erased: {error.strerror or error}") from error
     with manifest.transaction():
-        for row in noted:
-            # Match the whole row: another process may have removed it, and SQLite may have reused its id.
-            manifest.write("DELETE FROM erasures WHERE id = ? AND blob = ? AND offset IS ? AND length IS ?", row)
+        manifest.erased(noted)
 
 
 def _erase_blob(path: Path, ranges: list[tuple[int | None, int]]) -> None:

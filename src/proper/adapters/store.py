@@ -2,6 +2,7 @@
 
     users.sqlite   the manifest: tiers, versions, embeddings, metadata (`facts`), checksums, and the byte ranges
     blobs/         N.shard: small adapters packed together;  HEX.safetensors: a large adapter each
+    cache/         with adapters in a bucket instead of blobs/ (`storage_setting`): those that were read lately
 
 A put is a two-phase write: bytes first, then the manifest rows in one transaction, so a kill at any moment leaves the
 old state or the new one. Bytes that a commit drops (a deleted user, a version beyond `keep`) are scheduled for erasure
@@ -28,7 +29,8 @@ from proper.adapters.records import Prepared, commit, head_of, prepare, restored
 from proper.adapters.records import UserRecord as UserRecord
 from proper.adapters.records import Version as Version
 from proper.adapters.serialization import TensorSpec, unpack
-from proper.adapters.shards import BlobError, BlobWriter, erase, fill
+from proper.adapters.shards import BlobError
+from proper.adapters.storage_setting import blobs_of, open_storage
 from proper.adapters.tombstones import Tombstones
 from proper.errors import NoVersionError, StoreError
 from proper.files import locked, private_folder
@@ -67,24 +69,22 @@ class AdapterStore:
             raise ValueError("keep: the current version is always kept")
         self.folder, self.tenant, self.keep, self.file_bytes = folder, tenant, keep, file_bytes
         self.paths = UsersFolder(folder)
-        self.blobs, self.tombstones = self.paths.blobs, Tombstones(folder)
-        if self.blobs.is_symlink():
-            raise StoreError(f"{self.blobs}: is a symbolic link; put the folder itself there, or mount one")
+        self.tombstones = Tombstones(folder)
         self.manifest = Manifest(self.paths.manifest, wait_seconds, self._require_no_blobs)
-        self.writer = BlobWriter(self.blobs, self.manifest, shard_bytes)
+        self.shards = open_storage(self.paths, self.manifest)
+        self.writer = self.shards.writer(shard_bytes)
         self._appending = threading.Lock()
         # The layout of a given number never changes.
         self._spec = lru_cache(maxsize=256)(self._read_spec)
         if not self.manifest.read_only:
             private_folder(folder)
-            private_folder(self.blobs)
-            erase(self.blobs, self.manifest)
+            self.shards.make()
+            self.shards.erase(thorough=False)
 
     def _require_no_blobs(self) -> None:
         """Refuse to create a manifest beside existing blobs, which would all become orphans."""
-        if self.blobs.is_dir() and any(self.blobs.iterdir()):
-            path = self.paths.manifest
-            raise StoreError(f"{path}: is missing, but {self.blobs} holds adapters; put back a copy of it")
+        if (place := blobs_of(self.paths)) is not None:
+            raise StoreError(f"{self.paths.manifest}: is missing, but {place} holds adapters; put back a copy of it")
 
     def close(self) -> None:
         """Close the manifest and release the shard that was written to."""
@@ -134,9 +134,9 @@ class AdapterStore:
                     self.writer.undo()
                 if not isinstance(error, OSError):
                     raise
-                raise StoreError(f"{self.blobs}: cannot be written: {error.strerror or error}") from error
+                raise StoreError(f"{self.shards.name}: cannot be written: {error.strerror or error}") from error
             self.writer.done()
-        erase(self.blobs, self.manifest)
+        self.shards.erase(thorough=len(kept) < len(prepared))
 
     def _without_deleted(self, prepared: Iterable[Prepared]) -> Iterator[Prepared]:
         """Skip deleted users, and schedule their bytes for erasure (inside a transaction).
@@ -189,7 +189,7 @@ class AdapterStore:
             except BlobError as error:
                 again = self._row(user, version)
                 if again is not None and (again.version, again.place) == (row.version, row.place):
-                    path = self.blobs / str(row.blob)
+                    path = self.shards.where(str(row.blob))
                     raise StoreError(f"{path}: the adapter of user {user!r} is missing or damaged: {error}") from error
                 row = again
         return None
@@ -224,7 +224,7 @@ class AdapterStore:
                 raise NoVersionError(f"{self.folder}: user {user!r} does not have {wanted}")
             version = self.manifest.add(restored(chosen[0], versions[0], "rollback"))
             self.manifest.prune(self.tenant, key_of(user), max(self.keep, 2))
-        erase(self.blobs, self.manifest)
+        self.shards.erase(thorough=False)
         return version
 
     def users(self, after: str | None = None) -> Iterator[tuple[str, Tier]]:
@@ -259,14 +259,14 @@ class AdapterStore:
                 rows = self.manifest.versions(self.tenant, key_of(user))
                 self.manifest.drop(rows)
                 found += bool(rows)
-        erase(self.blobs, self.manifest)
+        self.shards.erase()
         if found:
             self.wipe(0)
         return found
 
     def wipe(self, patience: float) -> bool:
         """Wipe data of deleted users; return False if another process reads for longer than `patience` (seconds)."""
-        erase(self.blobs, self.manifest)
+        self.shards.erase()
         return self.manifest.wipe(patience)
 
     def record(self, user: str, row: ManifestRow, coded: bool = False) -> UserRecord:
@@ -278,7 +278,7 @@ class AdapterStore:
         adapter = None
         if row.place is not None:
             data = torch.empty(row.length, dtype=torch.uint8)
-            fill(self.blobs, row.place, row.xxh3, data.numpy().data)
+            self.shards.fill(row, data.numpy().data)
             stored = unpack(self.spec(row), data)
             adapter = stored if coded else decode(stored)
         return UserRecord(user, tier_of(row), vector(row.embedding), adapter, json.loads(row.facts))

@@ -36,6 +36,7 @@ class _Row:
     user: str
     prompt: str
     target: str
+    task: int = 0
 
 
 def synthetic_users(encoder: Encoder, users: int, items: int) -> dict[str, tuple[EncodedExample, ...]]:

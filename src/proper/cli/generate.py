@@ -31,6 +31,7 @@ EXAMPLES = """\
   proper generate runs/demo --user p0007 --field input="The bus was late again."
   proper generate runs/demo --user p0007 --prompt "The bus was late again. Category:" --max-new-tokens 8
   proper generate runs/demo --input questions.jsonl > answers.jsonl
+  proper generate runs/both --task headline --user u7 --field description="The bus was late again."
 """
 
 USER = "user_id"
@@ -74,6 +75,9 @@ def command(
     seed: Annotated[
         int, typer.Option(min=0, metavar="N", help="Seed of the sampling, used for each prompt separately.")
     ] = 0,
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The prompts' task in a run of several; else the first one.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print user, output and tier as JSON.")] = False,
 ) -> None:
     """Answer prompts with a user's personal model.
@@ -91,17 +95,19 @@ def command(
     if not 0 < top_p <= 1:
         raise InputError(f"--top-p: {top_p} is not above 0 and at most 1")
     from proper.inference import load
-    from proper.inference.generate import respond
+    from proper.inference.generate import answer_length, respond
     from proper.inference.sampling import Sampling
 
     model = load(folder)
-    prompts = final_prompts(requests, model.template.fill)
-    sampling = Sampling(max_new_tokens or model.config.task.max_new_tokens, temperature, top_p, seed)
+    number = model.config.task_number(task)
+    prompts = final_prompts(requests, model.template_of(task).fill)
+    sampling = Sampling(max_new_tokens or answer_length(model.config, number), temperature, top_p, seed)
     tiers: Counter[str] = Counter()
     with progress("generate", len(requests)) if input_file else nullcontext(_ignore) as advance:
         for start in range(0, len(requests), _PIECE):
             piece = slice(start, start + _PIECE)
-            answers = respond(model, prompts[piece], [request.user for request in requests[piece]], sampling)
+            users = [request.user for request in requests[piece]]
+            answers = respond(model, prompts[piece], users, sampling, task=number)
             for answer in answers:
                 typer.echo(_line(answer) if as_json or input_file else answer.text)
             tiers.update(answer.tier for answer in answers)

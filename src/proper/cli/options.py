@@ -20,6 +20,11 @@ SkipBadRows = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be read, and report how many.")
 ]
 
+Stores = Annotated[
+    list[str] | None,
+    typer.Option("--store", metavar="URL", help="Where a new run keeps its users' adapters: s3://BUCKET/PREFIX."),
+]
+
 
 def examples(group: str, *lines: str) -> str:
     """Return the examples at the end of the help of a command of `proper GROUP`."""

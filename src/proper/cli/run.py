@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from proper.cli.options import ConfigFile, Overrides, SkipBadRows, chosen
+from proper.cli.options import ConfigFile, Overrides, SkipBadRows, Stores, chosen
 from proper.cli.results_table import print_results
 
 EXAMPLES = """\
@@ -15,6 +15,7 @@ EXAMPLES = """\
   proper run notes.yaml --out runs/notes8 --set groups.experts=8 --set evaluation.seeds=[0,1,2]
   proper run notes.yaml --out runs/notes --stages population,groups
   proper run notes.yaml --out runs/notes --cluster local:2
+  proper run notes.yaml --out runs/notes --store s3://adapters/notes
 """
 
 
@@ -33,6 +34,7 @@ def command(
             metavar="ADDRESS", help="Train on a Ray cluster: auto, local:N or ray://HOST:PORT.", show_default=False
         ),
     ] = None,
+    stores: Stores = None,
 ) -> None:
     """Train the three stages, evaluate and report.
 
@@ -46,7 +48,13 @@ def command(
 
     if cluster is not None:
         check_address(cluster)
+    from proper.adapters.storage_setting import parse_url
+
+    for url in stores or ():
+        parse_url(url, "")
     from proper import pipeline
 
     wanted = pipeline.STAGES if stages is None else chosen("--stages", stages, pipeline.STAGES)
-    print_results(pipeline.run(settings, out, stages=wanted, skip_bad_rows=skip_bad_rows, cluster=cluster))
+    print_results(
+        pipeline.run(settings, out, stages=wanted, skip_bad_rows=skip_bad_rows, cluster=cluster, stores=stores or ())
+    )

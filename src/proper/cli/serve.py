@@ -6,6 +6,10 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +17,7 @@ import typer
 
 import proper
 from proper.cli.options import RunFolder
-from proper.errors import InputError, ReadOnlyError
+from proper.errors import InputError, ProperError, ReadOnlyError
 from proper.extras import needs_extra
 from proper.run_folder import require_run
 from proper.sqlite_files import writable
@@ -21,8 +25,9 @@ from proper.sqlite_files import writable
 if TYPE_CHECKING:
     from proper.inference.requests import EngineLimits
     from proper.serving.connections import ConnectionLimits
-    from proper.serving.keys import Keys
+    from proper.serving.engines import EngineRunner
     from proper.serving.limits import ServeLimits
+    from proper.serving.switching import Application
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +37,8 @@ EXAMPLES = """\
   proper serve runs/demo --prefix-cache 1GiB
   proper serve runs/demo --host 0.0.0.0 --rate 600
   proper serve runs/demo --no-worker
+  proper serve runs/demo --cluster local:2
+  proper serve /shared/runs/notes --cluster auto --replicas 2:8
 """
 
 # Address.
@@ -91,6 +98,18 @@ NoWorker = Annotated[
     bool, typer.Option("--no-worker", help="Do not start the fitting worker; interactions stay queued.")
 ]
 
+# Cluster.
+Cluster = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Answer with replicas on a Ray cluster: auto or local:N.", show_default=False),
+]
+Replicas = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|MIN:MAX", help="Replicas; one per device by default. A range scales by load.", show_default=False
+    ),
+]
+
 
 def command(
     folder: RunFolder,
@@ -110,14 +129,18 @@ def command(
     drain: Drain = 30,
     log_users: LogUsers = False,
     no_worker: NoWorker = False,
+    cluster: Cluster = None,
+    replicas: Replicas = None,
 ) -> None:
     """Serve all users over HTTP with OpenAI's API.
 
     The field `user` of a request selects the personal model that answers. Routes: POST /v1/chat/completions and
     /v1/completions, GET /v1/models, /v1/users, /healthz, /readyz, /metrics and /openapi.json. New users and new
     interactions are fitted by a separate worker process, which loads the backbone a second time. SIGTERM or Ctrl-C
-    lets running requests finish. If the engine fails, the process exits with code 1, so that a supervisor restarts it.
-    As long as the run has never had a key, any program on this machine may send requests; other machines need a key.
+    lets running requests finish. SIGHUP opens DIR again without a pause, for a link that now leads to another run. If
+    the engine fails, the process exits with code 1, so that a supervisor restarts it. As long as the run has never had
+    a key, any program on this machine may send requests; other machines need a key.
+    With --cluster, --rows, --slots and --prefix-cache are those of each replica; other limits hold over all of them.
     """
     require_run(folder)
     prefix_bytes = size_in_bytes("--prefix-cache", prefix_cache)
@@ -135,50 +158,91 @@ def command(
     )
     limits = ServeLimits(open_requests=max_open, per_minute=rate)
     engine = EngineLimits(rows, slots, prefix_bytes=prefix_bytes, flow_rows=key_rows)
-    _serve(folder, (host, port), engine, limits, connections, drain=drain, log_users=log_users, worker=not no_worker)
+    options = _Options(host, port, limits, connections, drain, log_users, not no_worker)
+    if cluster is None:
+        if replicas is not None:
+            raise InputError("--replicas: only with --cluster")
+        _serve(folder, options, partial(_this_process, engine))
+        return
+    with needs_extra("cluster", f"--cluster {cluster}"):
+        from proper.cluster.deployment import replicas_on
+    _check_keys(folder, options)
+    with replicas_on(cluster, folder.absolute().name, engine, replicas, float(drain)) as made:
+        _serve(folder, options, made.serving)
 
 
-def _serve(
-    folder: Path,
-    address: tuple[str, int],
-    capacity: EngineLimits,
-    limits: ServeLimits,
-    connections: ConnectionLimits,
-    *,
-    drain: int,
-    log_users: bool,
-    worker: bool,
-) -> None:
-    """Serve a run until SIGTERM, SIGINT or a failure of the engine."""
+@dataclass(frozen=True)
+class _Options:
+    """Options of the server, in the same words."""
+
+    host: str
+    port: int
+    limits: ServeLimits
+    connections: ConnectionLimits
+    drain: int
+    log_users: bool
+    worker: bool
+
+
+@contextmanager
+def _this_process(capacity: EngineLimits, folder: Path) -> Iterator[EngineRunner]:
+    """Load a run's model with an engine into this process."""
     from proper.inference import load
     from proper.inference.engine import Engine
     from proper.inference.engine_thread import EngineThread
 
+    model = load(folder)
+    yield EngineThread(Engine(model, capacity))
+    model.close()
+
+
+def _serve(folder: Path, options: _Options, opened: Callable[[Path], AbstractContextManager[EngineRunner]]) -> None:
+    """Serve a run with what `opened` gives until SIGTERM, SIGINT or a failure of the engine; SIGHUP opens it anew."""
     with needs_extra("serve", "'proper serve'"):
         from proper.serving.app import ServeSettings, create_app
         from proper.serving.auth import is_loopback
         from proper.serving.fit_process import FitProcess
+        from proper.serving.keys import FILE, Keys
         from proper.serving.server import free_port, make_server, require_no_failure
-    keys = _checked_keys(folder, address[0], worker=worker)
-    with free_port(*address) as socket:
-        model = load(folder)
-        runner = EngineThread(Engine(model, capacity))
-        name = folder.resolve().name
-        settings = ServeSettings(name, proper.__version__, is_loopback(address[0]), limits, log_users)
-        fits = FitProcess(watching(folder), logger.info) if worker and model.store is not None else None
-        server = make_server(create_app(runner, keys, settings, logger.info, fits), drain, connections)
-        runner.on_error = server.end
+        from proper.serving.switching import SwitchableApp
+    _check_keys(folder, options)
+    name, only_here = folder.resolve().name, is_loopback(options.host)
+    settings = ServeSettings(name, proper.__version__, only_here, options.limits, options.log_users)
+    runners: list[EngineRunner] = []
+
+    @contextmanager
+    def application() -> Iterator[Application]:
+        run = require_run(folder.resolve()).path  # the folder may be a link, which leads to another run after a while
+        with opened(run) as runner:
+            has_users = runner.engine.model.store is not None
+            fits = FitProcess(watching(run), logger.info) if options.worker and has_users else None
+            runner.on_error = lambda: server.end()
+            runners[:] = [runner]
+            yield create_app(runner, Keys(run / FILE), settings, logger.info, fits)
+
+    def renew() -> None:
+        try:
+            app.renew()
+        except (ProperError, OSError) as error:
+            logger.warning(f"proper: {folder} is not taken: {error}")
+        else:
+            logger.info(f"proper: serving {folder.resolve()}")
+
+    with free_port(options.host, options.port) as socket:
+        app = SwitchableApp(application)
+        server = make_server(app, options.drain, options.connections)
+        server.on_hangup = renew
         host, port = socket.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         logger.info(f"proper: serving {folder} as {settings.model!r} on {url} (Ctrl-C drains and stops)")
         server.run([socket])
-        model.close()
-    require_no_failure(runner)
+        app.close()
+    require_no_failure(runners[0])
     logger.info("proper: stopped")
 
 
-def _checked_keys(folder: Path, host: str, *, worker: bool) -> Keys:
-    """Return the run's API keys, if they allow to listen on `host`.
+def _check_keys(folder: Path, options: _Options) -> None:
+    """Check that the run's API keys allow to listen on the host.
 
     Raises:
         InputError: other machines could send requests, and there are no keys.
@@ -191,10 +255,9 @@ def _checked_keys(folder: Path, host: str, *, worker: bool) -> Keys:
     keys.remember()
     if keys.required and not len(keys):
         logger.warning(f"proper: no key is valid, so every request is refused; 'proper keys add {folder}' makes one")
-    if worker and not writable(require_run(folder).users.manifest):
+    if options.worker and not writable(require_run(folder).users.manifest):
         raise ReadOnlyError(f"{folder}: is read-only, so no user can be fitted; serve it with --no-worker")
-    require_keys(host, keys, f"make one with: proper keys add {folder}")
-    return keys
+    require_keys(options.host, keys, f"make one with: proper keys add {folder}")
 
 
 def watching(folder: Path) -> list[str]:

@@ -204,7 +204,7 @@ def check(
     from proper.adapters.integrity import Finding
     from proper.adapters.integrity import check as check_store
     from proper.interactions.deletion import PATIENCE, delete_returned, finish_deletions
-    from proper.interactions.log import check_log
+    from proper.interactions.log_check import check_log
 
     users = require_run(folder).users.path
     findings = check_log(users)

@@ -26,7 +26,8 @@ from proper.cluster.address import Devices, devices
 from proper.cluster.shared_stages import last_line
 from proper.errors import ProperError
 from proper.files import make_folder, read_json, write_json
-from proper.run_folder import Tier
+from proper.models.checkpoints import load_bases
+from proper.run_folder import RunFolder, Tier
 from proper.training.jobs import HistoryJobs
 from proper.training.user_stage import Metadata, UserStage, fit_marker, is_stored, warn
 
@@ -164,6 +165,7 @@ class UserWorker:
         self.runner, self.room = self._opened.__enter__(), room
         self.model = self.runner.trained_groups()
         self.model.add_lora_router(self.runner.config.users)
+        load_bases(self.model, RunFolder(Path(folder)).users.bases)
 
     def ready(self) -> None:
         """Return when the model is loaded."""
@@ -171,6 +173,7 @@ class UserWorker:
     def fit(self, piece: UserPiece) -> list[dict[str, Any]]:
         """Fit the users of a piece into its store, and return the log lines of the training."""
         from proper.console import no_bar
+        from proper.training.starts import load_start
         from proper.training.user_stage import fit_adapters, no_metadata
 
         lines: list[dict[str, Any]] = []
@@ -188,6 +191,7 @@ class UserWorker:
                 seed=self.runner.seed,
                 checkpoint_seconds=self.runner.config.compute.checkpoint_seconds,
                 log=lines.append,
+                starts=load_start(self.runner.config.users, RunFolder(self.runner.folder).users.start),
                 bar=no_bar,
             )
             jobs = stage.jobs(range(len(piece.users)), piece.trial, piece.part)

@@ -1,14 +1,13 @@
 """Run configuration: the settings with their defaults, presets, and loading from YAML."""
 
+from proper.config.data import DataConfig, TaskConfig, TaskSpec
 from proper.config.loading import load_config, load_run_config, make_config, with_chat
 from proper.config.presets import PRESETS
 from proper.config.schema import (
     ComputeConfig,
     Config,
-    DataConfig,
     EvaluationConfig,
     SplitConfig,
-    TaskConfig,
     seconds_of,
 )
 from proper.config.stages import (
@@ -41,6 +40,7 @@ __all__ = [
     "SplitConfig",
     "TargetModules",
     "TaskConfig",
+    "TaskSpec",
     "TiersConfig",
     "UpdateConfig",
     "UsersConfig",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -25,7 +25,10 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         the nearest known key.
     """
     problems: dict[str, list[ErrorDetails]] = {}
-    for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
+    # The first of several tasks is also the section `data`, so a problem there is reported twice.
+    for problem in sorted(
+        error.errors(), key=lambda one: (one["type"] != "extra_forbidden", one["loc"][:1] != ("tasks",))
+    ):
         # A value that matches no branch of a union counts as one problem, not one per branch.
         problems.setdefault(".".join(_names(problem, model)) or "config", []).append(problem)
     key, branches = next(iter(problems.items()))
@@ -42,12 +45,17 @@ def _names(problem: ErrorDetails, model: type[BaseModel]) -> list[str]:
     """Return the path of keys to a problem, without the list indices and union branches in pydantic's locations."""
     names: list[str] = []
     section: type[BaseModel] | None = model
+    named = False
     for part in problem["loc"]:
         if section is None:
             break
-        if part in section.model_fields:
+        if named:
             names.append(str(part))
-            section = _section(section.model_fields[str(part)].annotation)
+            named = False
+        elif part in section.model_fields:
+            names.append(str(part))
+            annotation = section.model_fields[str(part)].annotation
+            section, named = _section(annotation), get_origin(annotation) is dict
         elif problem["type"] in {"extra_forbidden", "invalid_key"}:
             names.append(str(part))
     return names
@@ -80,5 +88,7 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 def _keys_beside(names: Sequence[str], model: type[BaseModel]) -> list[str]:
     section = model
     for name in names[:-1]:
-        section = _section(section.model_fields[name].annotation) or section
+        # The name of an entry of a mapping is no key of the section.
+        field = section.model_fields.get(name)
+        section = _section(field.annotation if field is not None else None) or section
     return list(section.model_fields)

@@ -65,7 +65,7 @@ def load_run_config(path: Path) -> Config:
 
 def with_chat(config: Config, chat: Literal["on", "off"]) -> Config:
     """Return a config with this choice of `data.chat`."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"chat": chat})})
+    return config.with_data(lambda data: data.model_copy(update={"chat": chat}))
 
 
 def make_config(raw: dict[str, Any], source: str = "config") -> Config:
@@ -101,8 +101,10 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
-    data = raw.get("data")
-    sections = [(data, "path"), (data, "train_without")] if isinstance(data, dict) else []
+    tasks = raw.get("tasks")
+    specs = [raw, *(tasks.values() if isinstance(tasks, dict) else ())]
+    found = [spec["data"] for spec in specs if isinstance(spec, dict) and isinstance(spec.get("data"), dict)]
+    sections = [(data, key) for data in found for key in ("path", "train_without")]
     for section, key in [*sections, (raw, "backbone")]:
         value = section.get(key)
         if isinstance(value, str) and not Path(value).exists() and (folder / value).exists():

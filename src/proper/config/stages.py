@@ -116,6 +116,8 @@ class GroupsConfig(OptimizerConfig):
         embedding_init: standard deviation of the user embeddings' initial values; the mean is 0.
         embedding_learning_rate: learning rate of the user embeddings.
         router: form of the user-aware router: a softmax of the sum, or that of the released code.
+        task_experts: with several `tasks`, whether all tasks share all experts, or expert i serves only task i modulo
+            their number.
         constraint: penalty that keeps the mixtures of users apart.
         user_encoder: train, after this stage, an encoder that places a new user's embedding from their first items.
         train_on: the histories of all users, or of target users.
@@ -133,10 +135,17 @@ class GroupsConfig(OptimizerConfig):
     embedding_init: Positive = 1.0
     embedding_learning_rate: Positive = 1e-2
     router: Literal["default", "released"] = "default"
+    task_experts: Literal["shared", "separate"] = "shared"
     constraint: ConstraintConfig = ConstraintConfig()
     user_encoder: bool = True
     train_on: Literal["all", "targets"] = "all"
     max_tokens: Count | None = None
+
+    @model_validator(mode="after")
+    def _released_router_uses_every_expert(self) -> GroupsConfig:
+        if self.task_experts == "separate" and self.router == "released":
+            raise ValueError("task_experts: separate needs router: default, since the released one has no gate of 0")
+        return self
 
 
 class TiersConfig(Section):
@@ -204,7 +213,11 @@ class UsersConfig(OptimizerConfig):
     Attributes:
         steps: optimizer steps of a user's full training, rounded up to whole passes over the user's items; null means
             `epochs` passes.
-        rank: rank of a user's LoRA.
+        form: what a user's adapter is: `lora`, an A and a B per module, or `core`, a matrix of rank x rank per module
+            between an A and a B that all users share. These bases are trained first, on the older items of the users.
+        start: where a user's adapter starts: at `zero`; for users fitted after stage 3, at the mean adapter of the
+            nearest `neighbours` by embedding; or at a start learnt on the users of stage 3 (`meta`).
+        rank: rank of a user's LoRA, in either form.
         alpha: scale of a user's LoRA, times the rank.
         dropout: dropout rate on the LoRA's input.
         layers: decoder layers that get user adapters: `all` that have experts, or a number N for the last N of these.
@@ -223,12 +236,14 @@ class UsersConfig(OptimizerConfig):
         router_epochs: passes over the histories for the router.
         slots: users who train at the same time; `auto` goes by the device's memory.
         max_items: most history rows of a user that are trained on, the newest ones; null means all.
-        storage: number format of the stored adapters.
+        storage: number format of the stored adapters; int8 and int4 have a scale for every few numbers.
         tiers: conditions under which a user gets an adapter.
         update: how new interactions change a user's adapter.
         drift: when a user counts as drifted.
     """
 
+    form: Literal["lora", "core"] = "lora"
+    start: Literal["zero", "neighbours", "meta"] = "zero"
     rank: Count = 4
     alpha: Positive = 8
     dropout: Fraction = 0.0
@@ -245,7 +260,7 @@ class UsersConfig(OptimizerConfig):
     router_epochs: Count = 1
     slots: Literal["auto"] | Count = "auto"
     max_items: Count | None = None
-    storage: Literal["bf16", "int8", "fp32"] = "bf16"
+    storage: Literal["bf16", "int8", "int4", "fp32"] = "bf16"
     tiers: TiersConfig = TiersConfig()
     update: UpdateConfig = UpdateConfig()
     drift: DriftConfig = DriftConfig()
@@ -258,7 +273,8 @@ class UsersConfig(OptimizerConfig):
     @property
     def adapter_shape(self) -> dict[str, str]:
         """The settings that fix which tensors an adapter has; an adapter store is bound to them."""
-        return {"rank": str(self.rank), "users.layers": str(self.layers)}
+        shape = {"rank": str(self.rank), "users.layers": str(self.layers)}
+        return shape if self.form == "lora" else {**shape, "users.form": self.form}
 
     @model_validator(mode="before")
     @classmethod

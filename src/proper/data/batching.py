@@ -47,6 +47,7 @@ class Batch:
 
     Attributes:
         choices: where each row's answer is a choice among labels, the choices, and no token is labelled; else empty.
+        tasks: the number of each row's task, from 0.
     """
 
     users: tuple[str, ...]
@@ -55,6 +56,7 @@ class Batch:
     position_ids: Int[Tensor, "B T"]
     labels: Int[Tensor, "B A"]
     choices: tuple[LabelChoice, ...] = ()
+    tasks: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -85,7 +87,7 @@ def collate(rows: Sequence[EncodedExample], pad: int, device: torch.device | str
             positions[at, length - choice.tree.size :] = rows[at].start + choice.tree.depth
     users = tuple(row.user for row in rows)
     ids, mask, positions, labels = (each.to(device) for each in (ids, mask, positions, labels))
-    return Batch(users, ids, mask, positions, labels, choices)
+    return Batch(users, ids, mask, positions, labels, choices, tuple(row.task for row in rows))
 
 
 def number_users(users: Iterable[str]) -> tuple[list[str], list[int]]:

@@ -33,7 +33,7 @@ GIVEN = "the files"
 _CHUNK = 1000
 
 _EXAMPLES = """
-    SELECT r.id, u.id, t.prompt, t.target, t.item, r.time, r.tokens
+    SELECT r.id, u.id, t.prompt, t.target, t.item, r.time, r.tokens{task}
     FROM rows r CROSS JOIN users u ON u.number = r.user CROSS JOIN texts t ON t.id = r.text"""
 
 
@@ -49,7 +49,10 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class TextExample:
-    """One interaction. `tokens` counts prompt and target in backbone tokens, untruncated; `time` is epoch seconds."""
+    """One interaction. `tokens` counts prompt and target in backbone tokens, untruncated; `time` is epoch seconds.
+
+    `task` is the number of its task, from 0.
+    """
 
     id: int
     user: str
@@ -58,6 +61,7 @@ class TextExample:
     item: str | None
     time: float | None
     tokens: int
+    task: int = 0
 
 
 class SampledRows(Protocol):
@@ -89,7 +93,8 @@ class Sample:
         )
         while ids := [identity for (identity,) in ordered.fetchmany(_CHUNK)]:
             marks = ", ".join("?" * len(ids))
-            found = {row[0]: row for row in self.connection.execute(f"{_EXAMPLES} WHERE r.id IN ({marks})", ids)}
+            chosen = self.connection.execute(f"{_examples(self.connection)} WHERE r.id IN ({marks})", ids)
+            found = {row[0]: row for row in chosen}
             for identity in ids:
                 yield TextExample(*found[identity])
 
@@ -113,7 +118,8 @@ def prepare(
         DataError: the data cannot be read, has bad rows (without `skip_bad_rows`), or leaves nothing to evaluate.
         ProperError: `path` cannot be written.
     """
-    without = left_out_users(config.data.train_without)
+    files = {one.data.train_without for one in config.each_task.values()}
+    without = frozenset().union(*map(left_out_users, files))
 
     def skips(user: str) -> bool:
         return user in without or (is_left_out is not None and is_left_out(user))
@@ -154,7 +160,8 @@ def _split(connection: sqlite3.Connection, config: Config) -> None:
     """Assign every row to history, query or unused, and store the settings that later steps read."""
     shared, given = config.split.shared_items, config.data.given_split
     if shared == "auto":
-        shared = "exclude" if config.task.kind == "generation" else "allow"
+        writes = any(one.task.kind == "generation" for one in config.each_task.values())
+        shared = "exclude" if writes else "allow"
     assign(connection, config.split, exclude=shared == "exclude", given=given)
     for key, value in {
         "version": VERSION,
@@ -172,7 +179,8 @@ class Dataset:
 
     Attributes:
         sha256: hash of the good rows' content and of the settings that map and split them.
-        labels: the label set, sorted (ratings as numbers); empty for generation.
+        labels: the label set, sorted (ratings as numbers); empty for generation. With several tasks, the first one's.
+        tasks: the names of several tasks; empty for data of one.
         given_split: whether the files name the queries, as benchmark files do.
         connection: the read-only database, for measures that this class does not provide.
     """
@@ -181,6 +189,8 @@ class Dataset:
         self.connection = connection
         self.sha256: str = get_meta(connection, "sha256")
         self.labels: list[str] = get_meta(connection, "labels")
+        self.tasks: tuple[str, ...] = tuple(get_meta(connection, "tasks") or ())
+        self._examples = _examples(connection)
         self.given_split: bool = get_meta(connection, "split_by") == GIVEN
         self._tables = count()
 
@@ -220,7 +230,7 @@ class Dataset:
     def history(self, user: str, newest: int | None = None) -> list[TextExample]:
         """List a user's history, oldest first (rows without time before all others); only the `newest` n if given."""
         found = self.connection.execute(
-            f"""{_EXAMPLES} WHERE r.id IN (
+            f"""{self._examples} WHERE r.id IN (
                 SELECT r.id FROM rows r WHERE r.user = (SELECT number FROM users WHERE id = ?) AND r.part = 'history'
                 ORDER BY r.id DESC LIMIT ?) ORDER BY r.id""",
             (user, -1 if newest is None else newest),
@@ -230,10 +240,10 @@ class Dataset:
     def queries(self, user: str | None = None) -> Iterator[TextExample]:
         """Yield the held-out queries of all target users, or of one user, ordered by user and then by time."""
         if user is None:
-            found = self.connection.execute(f"{_EXAMPLES} WHERE r.part = 'query' ORDER BY r.id")
+            found = self.connection.execute(f"{self._examples} WHERE r.part = 'query' ORDER BY r.id")
         else:
             found = self.connection.execute(
-                f"""{_EXAMPLES} WHERE r.user = (SELECT number FROM users WHERE id = ?) AND r.part = 'query'
+                f"""{self._examples} WHERE r.user = (SELECT number FROM users WHERE id = ?) AND r.part = 'query'
                 ORDER BY r.id""",
                 (user,),
             )
@@ -243,6 +253,11 @@ class Dataset:
         """Sample history rows of `users` for training, at most `max_tokens` tokens, spread evenly over users."""
         table = f"sample_{next(self._tables)}"
         return _draw(self.connection, users, max_tokens, seed, get_meta(self.connection, "max_length"), table)
+
+
+def _examples(connection: sqlite3.Connection) -> str:
+    """Return the statement that reads interactions; only files of several tasks have the column `task`."""
+    return _EXAMPLES.format(task=", r.task" if get_meta(connection, "tasks") else "")
 
 
 def _draw(

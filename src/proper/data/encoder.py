@@ -27,7 +27,7 @@ _TAIL = 16
 
 
 class PromptAndTarget(Protocol):
-    """Anything with a prompt, a target and a user."""
+    """Anything with a prompt, a target, a user and the number of its task."""
 
     @property
     def prompt(self) -> str: ...  # noqa: D102
@@ -35,6 +35,8 @@ class PromptAndTarget(Protocol):
     def target(self) -> str: ...  # noqa: D102
     @property
     def user(self) -> str: ...  # noqa: D102
+    @property
+    def task(self) -> int: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class EncodedExample:
     start: int
     between: tuple[int, ...] = ()
     choice: LabelChoice | None = None
+    task: int = 0
 
     @property
     def answers(self) -> int:
@@ -166,11 +169,11 @@ class Encoder:
         prompt = self.prompt(example.prompt, room=len(answer))
         spans = self._earlier(example.prompt, prompt) if self.every_turn and not last else []
         if not spans:
-            return EncodedExample(example.user, prompt + answer, len(prompt))
+            return EncodedExample(example.user, prompt + answer, len(prompt), task=example.task)
         answered = {at for begin, end in spans for at in range(begin, end)}
         start = spans[0][0]
         between = tuple(at for at in range(start, len(prompt)) if at not in answered)
-        return EncodedExample(example.user, prompt + answer, start, between)
+        return EncodedExample(example.user, prompt + answer, start, between, task=example.task)
 
     def _newest(self, turns: Sequence[Turn], limit: int) -> list[Turn]:
         """Return the system's messages and the newest others that fit, from a user's message on; [] if none fit."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from itertools import islice
 
@@ -46,15 +47,26 @@ def ingest(
     """
     connection.execute("""
         CREATE TEMP TABLE arrived(text INTEGER PRIMARY KEY, user TEXT, time REAL, digest BLOB, item TEXT,
-                                  item_key INTEGER, prompt_key INTEGER, tokens INTEGER, part TEXT)""")
+                                  item_key INTEGER, prompt_key INTEGER, tokens INTEGER, part TEXT, task INTEGER)""")
     bad, count = _load(connection, config, count_tokens, skip_bad_rows, progress, is_left_out)
-    if config.task.kind != "generation" and config.task.labels == "auto":
-        _respell(connection, config.task.kind, count_tokens)
+    alone = config.each_task
+    for at, one in enumerate(alone.values()):
+        if one.task.kind != "generation" and one.task.labels == "auto":
+            _respell(connection, at, one.task.kind, count_tokens)
     _settle(connection)
+    if config.tasks:
+        connection.execute("ALTER TABLE rows ADD COLUMN task INTEGER NOT NULL DEFAULT 0")
+        connection.execute("UPDATE rows SET task = (SELECT a.task FROM arrived a WHERE a.text = rows.text)")
+    labels = {
+        name: _labels(connection, one, at, f"tasks.{name}." * bool(name))
+        for at, (name, one) in enumerate(alone.items())
+    }
     rows = connection.execute("SELECT count(*) FROM rows").fetchone()[0]
     set_meta(connection, "bad_rows", {"count": bad.count, "first": bad.first})
     set_meta(connection, "duplicates", count - rows)
-    set_meta(connection, "labels", _labels(connection, config))
+    set_meta(connection, "labels", next(iter(labels.values())))
+    if config.tasks:
+        set_meta(connection, "tasks", labels)
     set_meta(connection, "sha256", _sha256(connection, config))
     connection.execute("DROP TABLE arrived")
 
@@ -69,7 +81,7 @@ def _load(
 ) -> tuple[BadRows, int]:
     """Insert the good rows as they are read; return the bad rows and the number of good ones."""
     bad, count = BadRows(), 0
-    interactions = read_interactions(config.data, bad, config.task)
+    interactions = _all_tasks(config, bad)
     if is_left_out is not None:
         interactions = (each for each in interactions if not is_left_out(each.user))
     for chunk in _chunks(interactions):
@@ -87,6 +99,24 @@ def _load(
         why = f"the first of {bad.count:,} bad rows: {bad.first[0]}" if bad.count else gone
         raise DataError(f"{config.data.path}: not one good row; {why}")
     return bad, count
+
+
+def _all_tasks(config: Config, bad: BadRows) -> Iterator[Interaction]:
+    """Yield the good rows of every task, one task after the other.
+
+    Raises:
+        DataError: see `read_interactions`; a task has no row of its own in its file.
+    """
+    for at, (name, one) in enumerate(config.each_task.items()):
+        rows = read_interactions(one.data, bad, one.task, name)
+        if not config.tasks:
+            yield from rows
+            continue
+        before, row = bad.count, None
+        for row in rows:
+            yield replace(row, task=at)
+        if row is None and bad.count == before:
+            raise DataError(f"{one.data.path}: no row of the task {name!r} (data.task_column: {one.data.task_column})")
 
 
 def _chunks(interactions: Iterable[Interaction]) -> Iterator[list[Interaction]]:
@@ -109,32 +139,36 @@ def _insert(connection: sqlite3.Connection, chunk: list[Interaction], tokens: li
         item_key = None if each.item is None else text_key(each.item)
         key = text_key(normalize(each.prompt))
         part = "query" if each.query else "history"
-        narrow.append((number, each.user, each.time, _digest(each), each.item, item_key, key, length, part))
+        narrow.append((number, each.user, each.time, _digest(each), each.item, item_key, key, length, part, each.task))
     connection.executemany("INSERT INTO texts VALUES (?, ?, ?, ?)", texts)
-    connection.executemany("INSERT INTO arrived VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", narrow)
+    connection.executemany("INSERT INTO arrived VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", narrow)
 
 
 def _digest(each: Interaction) -> bytes:
     """Hash the fields that define a duplicate: user, prompt, target and time, but not the item.
 
-    For a query that the files name, the item id counts too, because every query id must be answered.
+    For a query that the files name, the item id counts too, because every query id must be answered; and so does the
+    number of the row's task.
     """
-    own = [each.item] if each.query else []
+    own: list[object] = [*([each.item] if each.query else []), *([each.task] if each.task else [])]
     content = json.dumps([each.user, each.prompt, each.target, each.time, *own])
     return blake2b(content.encode(), digest_size=16).digest()
 
 
-def _respell(connection: sqlite3.Connection, kind: str, count_tokens: CountTokens) -> None:
-    """Rewrite targets that spell one number differently to one spelling; recompute their digests and token counts."""
-    targets = [target for (target,) in connection.execute("SELECT DISTINCT target FROM texts")]
+def _respell(connection: sqlite3.Connection, task: int, kind: str, count_tokens: CountTokens) -> None:
+    """Rewrite a task's targets that spell one number differently to one spelling; recompute digests and lengths."""
+    found_targets = connection.execute(
+        "SELECT DISTINCT t.target FROM texts t JOIN arrived a ON a.text = t.id WHERE a.task = ?", (task,)
+    )
+    targets = [target for (target,) in found_targets]
     connection.execute("CREATE TEMP TABLE respelled(old TEXT PRIMARY KEY, new TEXT)")
     connection.executemany("INSERT INTO respelled VALUES (?, ?)", respelled(targets, kind).items())
     last = 0
     while rows := connection.execute(
-        """SELECT t.id, a.user, t.prompt, s.new, t.item, a.time, a.part = 'query'
+        """SELECT t.id, a.user, t.prompt, s.new, t.item, a.time, a.part = 'query', a.task
         FROM arrived a CROSS JOIN texts t ON t.id = a.text CROSS JOIN respelled s ON s.old = t.target
-        WHERE a.text > ? ORDER BY a.text LIMIT ?""",
-        (last, _RESPELLED),
+        WHERE a.text > ? AND a.task = ? ORDER BY a.text LIMIT ?""",
+        (last, task, _RESPELLED),
     ).fetchall():
         found = [Interaction(*row) for _, *row in rows]
         tokens = count_tokens([each.prompt for each in found], [each.target for each in found])
@@ -165,15 +199,21 @@ def _settle(connection: sqlite3.Connection) -> None:
         UPDATE users SET timed = NOT EXISTS (SELECT 1 FROM rows WHERE user = number AND time IS NULL)""")
 
 
-def _labels(connection: sqlite3.Connection, config: Config) -> list[str]:
-    """List the labels, ratings in numeric order; empty for generation."""
+def _labels(connection: sqlite3.Connection, config: Config, task: int, where: str) -> list[str]:
+    """List a task's labels, ratings in numeric order; empty for generation."""
     if config.task.kind == "generation":
         return []
     if config.task.labels != "auto":
         return list(config.task.labels)
-    labels = [label for (label,) in connection.execute("SELECT DISTINCT target FROM texts ORDER BY target")]
+    found = connection.execute(
+        "SELECT DISTINCT t.target FROM texts t JOIN arrived a ON a.text = t.id WHERE a.task = ? ORDER BY t.target",
+        (task,),
+    )
+    labels = [label for (label,) in found]
     if len(labels) < 2:
-        raise DataError(f"data.target: every row has the answer {labels[0]!r}; task.kind {config.task.kind} needs two")
+        raise DataError(
+            f"{where}data.target: every row has the answer {labels[0]!r}; task.kind {config.task.kind} needs two"
+        )
     return sorted(labels, key=lambda label: (float(label), label)) if config.task.kind == "rating" else labels
 
 
@@ -185,6 +225,12 @@ def _sha256(connection: sqlite3.Connection, config: Config) -> str:
         "task": config.task.model_dump(),
         "split": config.split.model_dump(),
     }
+    if config.tasks:
+        tasks = {name: one.model_dump() for name, one in config.tasks.items()}
+        kept = ("user", "time", "item", "prompt", "target", "task_column")
+        settings["tasks"] = {
+            name: [{key: one["data"][key] for key in kept}, one["task"]] for name, one in tasks.items()
+        }
     if config.data.given_split:
         settings["lamp"] = config.data.model_dump(include={"format", "task", "layout"})
     digest.update(json.dumps(settings, sort_keys=True).encode())

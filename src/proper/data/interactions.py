@@ -19,7 +19,10 @@ _SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Interaction:
-    """One valid row. `time` is in seconds since 1970, UTC; `query` is true if the files name it as a test query."""
+    """One valid row. `time` is in seconds since 1970, UTC; `query` is true if the files name it as a test query.
+
+    `task` is the number of the row's task, from 0.
+    """
 
     user: str
     prompt: str
@@ -27,6 +30,7 @@ class Interaction:
     item: str | None
     time: float | None
     query: bool = False
+    task: int = 0
 
 
 @dataclass
@@ -50,10 +54,13 @@ class BadRows:
         return f"{self.first[0]} (and {more:,} more bad row{'s' * (more > 1)}; --skip-bad-rows leaves them out)"
 
 
-def read_interactions(config: DataConfig, bad: BadRows, task: TaskConfig | None = None) -> Iterator[Interaction]:
+def read_interactions(
+    config: DataConfig, bad: BadRows, task: TaskConfig | None = None, name: str = ""
+) -> Iterator[Interaction]:
     """Yield the good rows of `config.path` one by one; count the others in `bad`.
 
-    With a `task`, the target is checked too: a number for ratings, one of the labels if they are configured.
+    With a `task`, the target is checked too: a number for ratings, one of the labels if they are configured. With
+    `data.task_column`, only rows of the task `name` are read.
     Every file is opened and its columns are checked before the first row is yielded.
 
     Raises:
@@ -63,20 +70,27 @@ def read_interactions(config: DataConfig, bad: BadRows, task: TaskConfig | None 
     if config.rows in ("auto", "template") and not row_format.target.columns:
         raise DataError(f"data.target: {config.target!r} names no column, so every answer would be the same")
     sources = open_sources(config)
-    wanted = [_columns(row_format, source) for source in sources]
-    return _read(row_format, config.path, sources, wanted, bad)
+    wanted = [_columns(row_format, source, config.task_column) for source in sources]
+    return _read(row_format, config.path, sources, wanted, bad, (config.task_column, name))
 
 
 def _read(
-    row_format: RowFormat, path: str, sources: Sequence[Source], wanted: Sequence[Sequence[str]], bad: BadRows
+    row_format: RowFormat,
+    path: str,
+    sources: Sequence[Source],
+    wanted: Sequence[Sequence[str]],
+    bad: BadRows,
+    one_task: tuple[str | None, str],
 ) -> Iterator[Interaction]:
-    seen = False
+    seen, (column, name) = False, one_task
     for source, columns in zip(sources, wanted, strict=True):
         for number, row in source.read(columns):
             seen = True
             try:
                 if isinstance(row, str):
                     raise BadValue("row", row)
+                if column is not None and str(row.get(column)) != name:
+                    continue
                 interaction = row_format.interaction(row, source.typed)
             except BadValue as error:
                 bad.add(f"{source.name}:{number}: {error}")
@@ -86,10 +100,12 @@ def _read(
         raise DataError(f"{path}: empty: no row in it")
 
 
-def _columns(row_format: RowFormat, source: Source) -> list[str]:
+def _columns(row_format: RowFormat, source: Source, task_column: str | None) -> list[str]:
     """List the columns to read from `source`; raise DataError for the first missing or repeated one."""
     have = source.columns
     named = {row_format.user: "data.user"} if row_format.user is not None else {}
+    if task_column is not None:
+        named[task_column] = "data.task_column"
     kind = row_format.kind(have or ())
     if kind == "template":
         for template in (row_format.prompt, row_format.target):

@@ -76,6 +76,9 @@ def _with_defaults(template: Template, texts: Mapping[str, str]) -> Template:
     return replace(template, defaults={name: texts[name] for name in COLUMNS if name in template.columns})
 
 
+_BRACED = tuple(f"{{{name}}}" for name in COLUMNS)
+
+
 def fill_item_evidence(
     connection: sqlite3.Connection, config: Config, count_tokens: Callable[[Sequence[str], Sequence[str]], list[int]]
 ) -> None:
@@ -84,6 +87,8 @@ def fill_item_evidence(
     Raises:
         DataError: a column does not go with the task, or no column of items is configured.
     """
+    if config.tasks and any(mark in one.data.prompt for one in config.each_task.values() for mark in _BRACED):
+        raise DataError("data.prompt: columns of item evidence need a run of one task")
     columns = parse_template(config.data.prompt, "data.prompt").columns
     missing = [name for name in COLUMNS if name in columns and _is_marked(connection, name)]
     wrong = {"rating": USUAL, "classification": MEAN}.get(config.task.kind)

@@ -94,17 +94,24 @@ def _by_chance(connection: sqlite3.Connection, split: SplitConfig, salted: bytes
 
 
 def _newest(connection: sqlite3.Connection, share: float, salted: bytes, order: str) -> None:
-    """Select the first ceil(share * n) of each user's n rows in `order`."""
+    """Select the first ceil(share * n) of each user's n rows in `order`; with several tasks, of the rows of each."""
+    own = _own_rows(connection)
     # The 1e-9 compensates rounding: 0.07 * 100 = 7.000000000000001 must count as 7.
     connection.execute(
         f"""
         INSERT INTO aside SELECT id FROM (
-            SELECT r.id, row_number() OVER (PARTITION BY r.user ORDER BY {order}) AS number,
-                   count(*) OVER (PARTITION BY r.user) AS n
+            SELECT r.id, row_number() OVER (PARTITION BY {own} ORDER BY {order}) AS number,
+                   count(*) OVER (PARTITION BY {own}) AS n
             FROM rows r JOIN users u ON u.number = r.user WHERE r.part = 'history')
         WHERE number <= CAST(n * :share - 1e-9 AS INTEGER) + 1 ORDER BY id""",
         {"salt": salted, "share": share},
     )
+
+
+def _own_rows(connection: sqlite3.Connection) -> str:
+    """Return the columns of `rows` (as r) whose rows are one user's of one task."""
+    several = connection.execute("SELECT 1 FROM pragma_table_info('rows') WHERE name = 'task'").fetchone()
+    return "r.user, r.task" if several else "r.user"
 
 
 def _by_date(connection: sqlite3.Connection, split: SplitConfig, salted: bytes) -> None:
@@ -178,13 +185,14 @@ def _choose_targets(connection: sqlite3.Connection, split: SplitConfig, first: b
 
 
 def _limit_queries(connection: sqlite3.Connection, limit: int, salted: bytes) -> None:
-    """Keep `limit` queries, taken in rounds of one query per user, users in random order in each round."""
+    """Keep `limit` queries, taken in rounds of one query per user (and task), users in random order in each round."""
     connection.execute(
-        """
+        f"""
         UPDATE rows SET part = 'unused', reason = :reason WHERE part = 'query' AND id NOT IN (
             SELECT id FROM (
-                SELECT id, user, row_number() OVER (PARTITION BY user ORDER BY scramble(digest, :salt)) AS round
-                FROM rows WHERE part = 'query')
+                SELECT r.id, r.user,
+                    row_number() OVER (PARTITION BY {_own_rows(connection)} ORDER BY scramble(r.digest, :salt)) AS round
+                FROM rows r WHERE r.part = 'query')
             ORDER BY round, scramble((SELECT u.id FROM users u WHERE u.number = user), :salt), id LIMIT :limit)""",
         {"reason": BEYOND_BUDGET, "salt": salted, "limit": limit},
     )

@@ -13,12 +13,15 @@ from typing import Any
 
 from proper.data.database import get_meta
 from proper.data.dataset import Dataset, Sample
+from proper.data.one_task import one_task
 from proper.errors import DataError
 
 
 @dataclass(frozen=True)
 class DataSummary:
     """Figures that `proper check` prints. `unused` counts rows by reason; `history` is (min, median, max) over targets.
+
+    `tasks` has (target users, history rows, queries) by name, for data of several tasks; `labels` are the first one's.
 
     `cutoff` is the date of `split.by: time-global`, in epoch seconds; otherwise None.
     """
@@ -50,6 +53,7 @@ class DataSummary:
     shared_items: str
     evaluated_on: str
     sha256: str
+    tasks: dict[str, tuple[int, int, int]]
 
     @property
     def truncated_share(self) -> float:
@@ -69,6 +73,10 @@ class DataSummary:
             ("split", f"by {self.split_by}{self._date()}; shared items: {self.shared_items}"),
             ("history", f"{self.history_rows:,} rows, {self.history_tokens:,} tokens"),
             ("", f"a target has {low:,} to {high:,} rows, median {median:g}"),
+            *(
+                ("task", f"{name}: {targets:,} targets, {history:,} history rows, {queries:,} queries")
+                for name, (targets, history, queries) in self.tasks.items()
+            ),
             ("queries", f"{self.queries:,}{' (of the validation part)' * (self.evaluated_on == 'validation')}"),
             *(("unused", f"{count:,}: {reason}") for reason, count in self.unused.items()),
             *self._about_labels(),
@@ -210,7 +218,14 @@ def summarize(dataset: Dataset) -> DataSummary:
         shared_items=get_meta(connection, "shared_items"),
         evaluated_on=get_meta(connection, "evaluate_on"),
         sha256=get_meta(connection, "sha256"),
+        tasks={name: _sizes(dataset, name) for name in dataset.tasks},
     )
+
+
+def _sizes(dataset: Dataset, task: str) -> tuple[int, int, int]:
+    with one_task(dataset, task) as own:
+        users = list(own.users("target"))
+    return len(users), sum(user.history for user in users), sum(user.queries for user in users)
 
 
 def _history(connection: sqlite3.Connection) -> tuple[int, float, int]:

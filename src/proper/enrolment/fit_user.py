@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,11 +35,15 @@ from proper.files import read_json
 from proper.inference.model import PersonalizedModel
 from proper.models.user_encoder import load_encoder
 from proper.run_folder import RunFolder, Stage, Tier
-from proper.training.jobs import full_passes
+from proper.training.jobs import Starts, full_passes
 from proper.training.pooled_choice import Choice
+from proper.training.starts import load_start, mean_adapter
 from proper.training.tier_selection import Trial
 from proper.training.user_stage import UserStage
 from proper.training.users import train_users
+
+START_NEIGHBOURS = 5
+"""Users whose mean adapter a new user's starts from, with `users.start: neighbours`."""
 
 Tell = Callable[[str, float], None]
 """Progress callback (phase, share of all work that is done); called after every step, and may raise to stop."""
@@ -149,6 +153,7 @@ class Fitter:
             choice=self.choice,
             bar=no_bar,
             others=lambda near: nearest(store, user, near[0], config.users.tiers.neighbours),
+            starts=self._starts(store),
         )
         try:
             with own_bank(self.model):
@@ -158,6 +163,19 @@ class Fitter:
             scratch.close()
         assert record is not None
         return record
+
+    def _starts(self, store: AdapterStore) -> Starts:
+        """Return where the adapters of new users start."""
+        config = self.model.config.users
+        if config.start != "neighbours":
+            return load_start(config, RunFolder(self.folder).users.start)
+        layout = self.model.model.user_layout(config)
+
+        def mean(user: str, embedding: Float[Tensor, "D"]) -> Float[Tensor, "P"] | None:
+            adapters = nearest_adapters(store, user, embedding, START_NEIGHBOURS)
+            return mean_adapter(adapters, layout) if adapters else None
+
+        return mean
 
 
 def open_fitter(folder: Path, model: PersonalizedModel) -> Fitter:
@@ -197,6 +215,20 @@ def nearest(
         elif entry[:2] > kept[0][:2]:
             heapq.heapreplace(kept, entry)
     return [(trial, theirs) for _, _, trial, theirs in sorted(kept, key=lambda entry: entry[:2], reverse=True)]
+
+
+def nearest_adapters(
+    store: AdapterStore, user: str, embedding: Float[Tensor, "D"], count: int
+) -> list[Mapping[str, Tensor]]:
+    """Return the adapters of the nearest users (by embedding) of the run's own stage 3, the nearest first."""
+    own = functional.normalize(embedding.float(), dim=0)
+    near = (
+        (float(functional.normalize(head.embedding, dim=0) @ own), -at, name)
+        for at, (name, head, facts) in enumerate(store.heads())
+        if head.tier == Tier.USERS and "history" not in facts and name != user and head.embedding.shape == own.shape
+    )
+    found = (store.get(name) for _, _, name in heapq.nlargest(count, near))
+    return [record.adapter for record in found if record is not None and record.adapter is not None]
 
 
 def _trial(user: str, facts: dict[str, Any]) -> Trial | None:

@@ -287,8 +287,8 @@ class _Update:
         if row is None:
             return 0.0
         layout = self.fitter.model.model.user_layout(self.config)
-        pair = None if other is None else layout.unpack(other.float())
-        return float(adapter_distance(layout.unpack(row.float()), pair, self.config.alpha / self.config.rank))
+        pair = None if other is None else layout.factors(other.float())
+        return float(adapter_distance(layout.factors(row.float()), pair, self.config.alpha / self.config.rank))
 
     def _encoded(self, items: Sequence[TextExample]) -> tuple[EncodedExample, ...]:
         return tuple(self.fitter.model.encoder.encode(item) for item in items)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ from proper.adapters.store import AdapterStore
 from proper.config import Config
 from proper.console import progress
 from proper.data.dataset import Dataset
+from proper.data.one_task import one_task
 from proper.data.summary import queries_seen_by_others, require_no_leaks, targets_outside
 from proper.evaluation.fingerprint import code_version
 from proper.evaluation.lamp_predictions import write_lamp_predictions
 from proper.evaluation.metrics import Prediction, TaskInfo
 from proper.evaluation.results import Effort, RawResults, build_results, gains_by_user, plain
-from proper.evaluation.routing import analyze_routing
+from proper.evaluation.routing import analyze_routing, task_routing
 from proper.evaluation.runner import MethodRun, answer_losses, mean_gates
+from proper.evaluation.several_tasks import joined_gains, joined_results
 from proper.evaluation.style import Habits, habits_of
 from proper.evaluation.truth import TruthShares, read_truth, truth_section
 from proper.files import hash_value, read_json, write_json
@@ -56,16 +58,29 @@ class MethodSpec:
 
 
 @dataclass(frozen=True)
+class _Shared:
+    """What the results of all tasks of a run have in common; see `RawResults`."""
+
+    run: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    cost: Sequence[Mapping[str, Any]]
+    routing: Mapping[str, Any]
+    user_slices: Mapping[str, set[str]]
+
+
+@dataclass(frozen=True)
 class Harness:
     """Evaluation of one run.
 
     Attributes:
         folders: the run folder of every seed; the first is the run's own.
+        name: name of the one task that config and data are of, in a run of several.
     """
 
     config: Config
     dataset: Dataset
     folders: Mapping[int, Path]
+    name: str = ""
 
     @property
     def home(self) -> Path:
@@ -76,7 +91,7 @@ class Harness:
     def task(self) -> TaskInfo:
         """The task: name, kind and labels."""
         data, labels = self.config.data, tuple(self.dataset.labels)
-        return TaskInfo(data.task or Path(data.path).stem, self.config.task.kind, labels, data.given_split)
+        return TaskInfo(self.name or data.task or Path(data.path).stem, self.config.task.kind, labels, data.given_split)
 
     def evaluate(self, methods: Sequence[MethodSpec]) -> dict[str, Any]:
         """Run all methods on all queries, write the results and the report's files, and return the results.
@@ -89,32 +104,58 @@ class Harness:
         names = [method.name for method in methods]
         # Method by method, so that a killed process loses at most one method.
         by_method = {one.name: {seed: one.answers(seed) for seed in self.folders} for one in methods}
-        predictions = {seed: {name: by_method[name][seed].predictions for name in names} for seed in self.folders}
-        for seed, found in predictions.items():
-            write_lamp_predictions(RunFolder(self.folders[seed]).predictions, found, self.config.data, self.task)
         routing = self._cached("routing", self._routing) if {Tier.GROUPS, Tier.USERS} & set(names) else None
-        history_losses = self._cached("history_losses", self._history_losses) if "users" in names else None
         first = next(iter(self.folders))
-        raw = RawResults(
-            predictions=predictions,
-            task=self.task,
+        shared = _Shared(
             run=self._run_metadata(),
             seconds=self._seconds(),
             cost=[one.cost(by_method[one.name][first]) for one in methods],
             routing=routing or {},
-            truth=self._truth(predictions, routing),
-            history_losses=history_losses or {},
             user_slices=self._user_slices(),
+        )
+        parts, gains = {}, {}
+        for name, config in self.config.each_task.items():
+            with one_task(self.dataset, name) as dataset:
+                alone = replace(self, config=config, dataset=dataset, name=name)
+                parts[name], gains[name] = alone._results(by_method, shared)
+        results = joined_results(parts)
+        if "users" in names:
+            results["tiers"] = self._tiers()
+        write_json(RunFolder(self.home).user_scores, plain(joined_gains(gains)))
+        write_json(RunFolder(self.home).results, results)
+        return results
+
+    def _results(
+        self, by_method: Mapping[str, Mapping[int, MethodRun]], shared: _Shared
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the results and the users' gains of one task."""
+        predictions = {seed: self._answers(by_method, seed) for seed in self.folders}
+        for seed, found in predictions.items():
+            write_lamp_predictions(RunFolder(self.folders[seed]).predictions, found, self.config.data, self.task)
+        losses = f"history_losses {self.name}".strip()
+        history_losses = self._cached(losses, self._history_losses) if "users" in by_method else None
+        raw = RawResults(
+            predictions=predictions,
+            task=self.task,
+            run=shared.run,
+            seconds=shared.seconds,
+            cost=shared.cost,
+            routing=shared.routing,
+            truth=None if self.name else self._truth(predictions, shared.routing),
+            history_losses=history_losses or {},
+            user_slices=shared.user_slices,
             query_slices=self._query_slices(),
             habits=self._habits(),
         )
         results = build_results(raw, Effort(self.config.evaluation.resamples))
-        if "users" in names:
-            results["tiers"] = self._tiers()
-        gains = gains_by_user(predictions, self.task)
-        write_json(RunFolder(self.home).user_scores, plain(gains))
-        write_json(RunFolder(self.home).results, results)
-        return results
+        return results, gains_by_user(predictions, self.task)
+
+    def _answers(self, by_method: Mapping[str, Mapping[int, MethodRun]], seed: int) -> dict[str, list[Prediction]]:
+        """Return the predictions of one task and seed by method; methods that cannot answer the task have none."""
+        found = {
+            name: [row for row in runs[seed].predictions if row.task == self.name] for name, runs in by_method.items()
+        }
+        return {name: rows for name, rows in found.items() if rows}
 
     def _cached(self, what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a measure of the trained stages, cached under the hash of stages, data and code."""
@@ -134,7 +175,14 @@ class Harness:
         users = list(self.dataset.users("target"))
         ids = [user.id for user in users]
         model = load(self.home, Tier.GROUPS)
-        gates = mean_gates(model, self.dataset, ids)
+        by_task = {name: self._task_gates(model, name) for name in self.dataset.tasks}
+        # Of several tasks, a user's gates are the mean over those that the user has.
+        own = [[found[user] for found in by_task.values() if user in found] for user in ids]
+        gates = (
+            torch.stack([torch.stack(each).mean(0) for each in own])
+            if by_task
+            else mean_gates(model, self.dataset, ids)
+        )
         embeddings = _embeddings(model, ids)
         model.close()
         del model
@@ -144,7 +192,15 @@ class Harness:
         histories = {user.id: user.history for user in users}
         routing, detail = analyze_routing(gates.numpy(), ids, embeddings.numpy(), histories, groups)
         write_json(RunFolder(self.home).routing, plain(detail))
-        return routing
+        shares = {name: torch.stack(list(found.values())).numpy() for name, found in by_task.items() if found}
+        return {**routing, **task_routing(shares)} if shares else routing
+
+    def _task_gates(self, model: PersonalizedModel, name: str) -> dict[str, Tensor]:
+        """Return the mean gates (M, E) of the target users on their histories of one task."""
+        with one_task(self.dataset, name) as dataset:
+            found = [user.id for user in self.dataset.users("target")]
+            users = [user for user in found if (own := dataset.user(user)) is not None and own.history]
+            return dict(zip(users, mean_gates(model, dataset, users), strict=True)) if users else {}
 
     def _history_losses(self) -> dict[str, float]:
         """Return the answer loss of every target user on their own newest history, first seed."""

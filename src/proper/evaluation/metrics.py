@@ -32,7 +32,8 @@ class Prediction:
 
     `loss` is the mean answer loss in nats per token, `label_loss` -log p(target) in nats with p normalized over the
     labels (so it compares methods with and without a model), `label_scores` each label's log-likelihood in nats (kept
-    in files, not in memory), `tier` the serving tier, `history` the number of the user's earlier interactions.
+    in files, not in memory), `tier` the serving tier, `history` the number of the user's earlier interactions, `task`
+    the name of its task in a run of several.
     """
 
     id: int
@@ -47,6 +48,7 @@ class Prediction:
     tokens: int = 0
     tier: str = ""
     history: int = 0
+    task: str = ""
 
 
 @dataclass(frozen=True, slots=True)

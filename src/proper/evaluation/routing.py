@@ -108,6 +108,23 @@ def constraint_cosine(gates: FloatArray) -> float | None:
     return min(1.0, float(pairs.mean()))
 
 
+def task_routing(gates: Mapping[str, ArrayLike]) -> dict[str, Any]:
+    """Return which experts serve which task, for `results.json`.
+
+    Args:
+        gates: by task, each user's mean gates `(U, M, E)` on items of the task.
+
+    Returns:
+        `tasks`, by name the mean gate of each expert; `task_expert_mutual_information`, in nats: 0 if all tasks use the
+        experts equally.
+    """
+    means = {name: np.asarray(each, dtype=np.float64).mean(axis=0) for name, each in gates.items()}
+    return {
+        "tasks": {name: [float(share) for share in mean.mean(axis=0)] for name, mean in means.items()},
+        "task_expert_mutual_information": mutual_information(np.stack(list(means.values()))),
+    }
+
+
 def group_nmi(gates: FloatArray, users: Sequence[str], groups: Mapping[str, int], seed: int = 0) -> float | None:
     """Return the NMI (0 to 1) between k-means clusters of the concatenated mean gates and the true groups.
 

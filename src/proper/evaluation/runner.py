@@ -23,6 +23,7 @@ from proper.evaluation.metrics import Prediction
 from proper.files import write_text
 from proper.inference.generate import respond
 from proper.inference.model import BatchModel, PersonalizedModel
+from proper.inference.sampling import Sampling
 from proper.inference.score import score
 from proper.layers.batch_context import RowContext
 
@@ -47,7 +48,10 @@ class MethodRun:
 def predict(
     model: BatchModel, dataset: Dataset, task: TaskConfig, title: str, alias: Callable[[str], str] = str
 ) -> MethodRun:
-    """Answer every query of the dataset with `model`, as its own user or as the user that `alias` maps it to."""
+    """Answer every query of the dataset with `model`, as its own user or as the user that `alias` maps it to.
+
+    The dataset has one task; of several, `one_task` opens each.
+    """
     histories = {user.id: user.history for user in dataset.users("target")}
     queries = list(dataset.queries())
     started, found = time.perf_counter(), []
@@ -79,9 +83,10 @@ def _answers(
     if not task.scored:
         if not isinstance(model, PersonalizedModel):
             raise ConfigError("task.decode: this method scores labels and cannot generate; set it to score")
-        texts = [answer.text for answer in respond(model, prompts, users, advance=advance)]
+        room = Sampling(task.max_new_tokens)
+        texts = [answer.text for answer in respond(model, prompts, users, room, advance, queries[0].task)]
         return [_Answer(*pair) for pair in zip(texts, answer_losses(model, queries), strict=True)]
-    scores = score(model, prompts, users, labels, advance)
+    scores = score(model, prompts, users, labels, advance, queries[0].task)
     losses = _losses_from(model, scores, queries, labels)
     chosen = zip(likely_labels(scores, task, labels), losses, label_losses(scores, queries, labels), strict=True)
     return [_Answer(*row, [round(one, 4) for one in own.tolist()]) for row, own in zip(chosen, scores, strict=True)]
@@ -191,8 +196,11 @@ def prediction_of(
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """Write predictions as JSONL, atomically."""
-    write_text(path, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions))
+    """Write predictions as JSONL, atomically; those of a run of one task without the key `task`."""
+    rows = (
+        asdict(p) if p.task else {key: value for key, value in asdict(p).items() if key != "task"} for p in predictions
+    )
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_predictions(path: Path, *, label_scores: bool = False) -> list[Prediction]:

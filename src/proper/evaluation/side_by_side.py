@@ -88,6 +88,8 @@ def compare_runs(first: Path, second: Path, effort: Effort | None = None) -> dic
 
 
 def _require_same_data(one: RunSide, other: RunSide) -> None:
+    if "tasks" in one.results or "tasks" in other.results:
+        raise DataError(f"{one.folder} and {other.folder}: runs of several tasks cannot be compared side by side")
     for key in ("name", "kind"):
         left, right = one.results["task"][key], other.results["task"][key]
         if left != right:

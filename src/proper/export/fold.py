@@ -96,7 +96,8 @@ def _parts(layer: AdaptedLinear, slot: int, gates: Float[Tensor, "E"] | None) ->
     if layer.experts is not None and layer.router is not None and gates is not None:
         scale = layer.experts.scale * layer.router.factor
         found.append(folded_experts(layer.experts.down.cpu(), layer.experts.up.cpu(), gates, scale))
-    if layer.bank is not None and slot >= 0 and layer.name in layer.bank.down:
-        down, up = layer.bank.down[layer.name][slot], layer.bank.up[layer.name][slot]
+    if layer.bank is not None and slot >= 0 and layer.name in layer.bank:
+        one = torch.tensor([slot], device=layer.bank.values.device)
+        down, up = layer.bank.downs(layer.name, one)[0], layer.bank.ups(layer.name, one)[0]
         found.append(scaled(down.cpu(), up.cpu(), layer.bank.scale))
     return found

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from proper.errors import InputError
-from proper.layers.bank import Layout
+from proper.layers.layout import Layout
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The LoRA ranks that vLLM accepts."""

@@ -35,9 +35,9 @@ from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
 from proper.interactions.deletion import logged_rows, run_rows
 from proper.interactions.log import InteractionLog
-from proper.layers.bank import Layout
+from proper.layers.layout import Layout
 from proper.models.backbone import Backbone
-from proper.models.checkpoints import load_tensors
+from proper.models.checkpoints import bases_digest, load_tensors
 from proper.models.targets import user_targets
 from proper.run_folder import PEFT_CONFIG, PEFT_WEIGHTS, RunFolder, Stage, require_run
 
@@ -155,6 +155,7 @@ def run_origin(folder: Path) -> dict[str, str]:
         "rank": str(config.users.rank),
         "alpha": str(config.users.alpha),
         **({} if config.users.layers == "all" else {"users.layers": str(config.users.layers)}),
+        **({} if config.users.form == "lora" else {"users.form": config.users.form, **bases_digest(run.users.bases)}),
     }
 
 
@@ -241,7 +242,7 @@ def _require_fit(folder: Path, source: Path, record: UserRecord) -> None:
         return
     shapes = {m: (tensors[f"{m}.down"].shape[1], tensors[f"{m}.up"].shape[0]) for m in facts["modules"]}
     users = _config(folder).users
-    layout = Layout.of(user_targets(shapes, users), users.rank)
+    layout = Layout.of(user_targets(shapes, users), users.rank, {} if users.form == "core" else None)
     try:
         layout.pack(record.adapter, torch.empty(layout.width))
     except ValueError as error:

@@ -151,6 +151,7 @@ class RunningBatch:
             [handle.slot for handle in handles],
             [handle.uses_experts for handle in handles],
             any(handle.request.gates for handle in handles),
+            [handle.request.task for handle in handles],
         )
 
     def _draw(self, logits: Float[Tensor, "B V"], handles: Sequence[RequestHandle]) -> list[NextToken]:

@@ -223,7 +223,8 @@ class Engine:
         for handle in started:
             self._adapters.pin(handle)
             handle.status = "running"
-            handle.prefix_key = self._prefixes.key_of(handle.owner, handle.head, adapter=handle.slot >= 0)
+            adapter, task = handle.slot >= 0, handle.request.task
+            handle.prefix_key = self._prefixes.key_of(handle.owner, handle.head, adapter=adapter, task=task)
             version = None if handle.head is None else handle.head.version
             self._send(handle, Started(self._adapters.tier(handle), version, handle.fallback))
         self._counts["prompt"] += sum(handle.size for handle in started)
@@ -259,7 +260,7 @@ class Engine:
         key = handle.prefix_key
         try:  # the row of a user who was updated or deleted meanwhile is not cached
             head = self._adapters.head(handle) if key is not None else None
-            if key is not None and key == self._prefixes.key_of(handle.owner, head, adapter=key.adapter):
+            if key is not None and key == self._prefixes.key_of(handle.owner, head, adapter=key.adapter, task=key.task):
                 self._batch.keep(row)
         except Exception:  # without the cached prefix the next prompt is slower, but no answer is lost
             self._counts["unkept"] += 1

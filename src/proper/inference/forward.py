@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -37,6 +38,7 @@ def rows_of(
     slots: Sequence[int],
     uses_experts: Sequence[bool],
     trace: bool = False,
+    tasks: Sequence[int] | None = None,
 ) -> RowContext:
     """Return the row context of a batch: embeddings, adapter slots and expert mask.
 
@@ -46,6 +48,7 @@ def rows_of(
         slots: the bank slot of each row's adapter; -1 for a row without an adapter.
         uses_experts: whether experts are applied to a row; population rows get neither experts nor adapter.
         trace: whether the gates of each row's last token are recorded.
+        tasks: the number of each row's task; the first one for all if None.
     """
     if model.served is None or model.stage in (Tier.BASE, Tier.POPULATION) or not any(uses_experts):
         return RowContext()
@@ -53,11 +56,13 @@ def rows_of(
     mean = model.served.mean
     embedding = torch.stack([mean if head is None else head.embedding for head in heads]).to(device)
     experts = None if all(uses_experts) else torch.tensor(uses_experts, device=device)
+    numbers = torch.tensor([0] * len(heads) if tasks is None else tasks, device=device)
     if max(slots) < 0:
-        return RowContext("groups", embedding=embedding, experts=experts, trace=trace)
+        return RowContext("groups", embedding=embedding, experts=experts, trace=trace, tasks=numbers)
     own = torch.tensor(slots, device=device)
     # Slots are pinned while their rows run, so weights gathered from them stay valid for every step.
-    return RowContext("users", embedding=embedding, slots=own, experts=experts, trace=trace, gathered=GatheredWeights())
+    rows = RowContext("users", embedding=embedding, slots=own, experts=experts, trace=trace, tasks=numbers)
+    return replace(rows, gathered=GatheredWeights())
 
 
 def columns_left(prompts: Sequence[Sequence[int]], prefixes: Sequence[CachedPrefix]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from proper.config import Config
 from proper.console import Advance, unheard
 from proper.errors import InputError
 from proper.inference.engine import Engine
@@ -58,10 +59,17 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    task: str | None = None,
 ) -> list[str]:
-    """Return the text of each answer; see `respond`."""
-    sampling = Sampling(max_new_tokens or model.config.task.max_new_tokens, temperature, top_p, seed)
-    return [answer.text for answer in respond(model, prompts, user_ids, sampling)]
+    """Return the text of each answer; see `respond`. `task` is a name; None is the run's first or only one."""
+    number = model.config.task_number(task)
+    sampling = Sampling(max_new_tokens or answer_length(model.config, number), temperature, top_p, seed)
+    return [answer.text for answer in respond(model, prompts, user_ids, sampling, task=number)]
+
+
+def answer_length(config: Config, task: int = 0) -> int:
+    """Return `task.max_new_tokens` of a task, by its number."""
+    return list(config.each_task.values())[task].task.max_new_tokens
 
 
 def respond(
@@ -70,6 +78,7 @@ def respond(
     user_ids: Sequence[str | None],
     sampling: Sampling | None = None,
     advance: Advance = unheard,
+    task: int = 0,
 ) -> list[Answer]:
     """Answer each prompt for its own user; a batch may mix any users.
 
@@ -82,6 +91,7 @@ def respond(
         user_ids: the user of each prompt; None or an unknown user gets the group model with the mean embedding.
         sampling: sampling parameters; greedy with the config's `task.max_new_tokens` if None.
         advance: called with 1 when an answer is complete.
+        task: number of the prompts' task in a run of several.
 
     Raises:
         InputError: the two lists differ in length, or a prompt is empty.
@@ -91,9 +101,9 @@ def respond(
         raise InputError(f"{len(prompts)} prompts and {len(user_ids)} user ids: there must be one user per prompt")
     if any(not prompt.strip() for prompt in prompts):
         raise InputError("a prompt is empty")
-    sampling = sampling or Sampling(model.config.task.max_new_tokens)
+    sampling = sampling or Sampling(answer_length(model.config, task))
     encoded = [model.encoder.prompt(prompt, room=sampling.max_new_tokens) for prompt in prompts]
-    found = zip(continuations(model, encoded, user_ids, sampling, advance), user_ids, strict=True)
+    found = zip(continuations(model, encoded, user_ids, sampling, advance, task), user_ids, strict=True)
     return [Answer(model.encoder.decode(one.tokens), user, one.tier) for one, user in found]
 
 
@@ -103,8 +113,11 @@ def continuations(
     users: Sequence[str | None],
     sampling: Sampling,
     advance: Advance = unheard,
+    task: int = 0,
 ) -> list[Continuation]:
     """Continue each prompt's tokens until the end token or `max_new_tokens`, `compute.batch_size` rows at a time.
+
+    `task` is the number of the prompts' task.
 
     Raises:
         StoreError: a user's adapter is damaged.
@@ -116,7 +129,7 @@ def continuations(
     try:
         # Prompts of similar length run together: every row costs as much as the longest one.
         for at in sorted(range(len(prompts)), key=lambda at: len(prompts[at])):
-            engine.submit(Request(tuple(prompts[at]), users[at], sampling=sampling), found[at])
+            engine.submit(Request(tuple(prompts[at]), users[at], sampling=sampling, task=task), found[at])
         while not engine.idle:
             engine.step()
     finally:

@@ -8,12 +8,12 @@ import torch
 
 from proper.adapters.store import AdapterStore
 from proper.config import Config, load_run_config
-from proper.errors import InputError
+from proper.errors import InputError, RunFolderError
 from proper.files import hash_file
 from proper.inference.model import PersonalizedModel, ServedUsers
 from proper.layers.bank import AdapterBank
 from proper.models.backbone import configured_backbone
-from proper.models.checkpoints import load_groups, load_router
+from proper.models.checkpoints import bases_digest, load_bases, load_groups, load_router
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.run_folder import LADDER, RunFolder, Stage, Tier, require_run
@@ -48,6 +48,8 @@ def load(folder: str | Path, stage: str | None = None) -> PersonalizedModel:
         if tier == Tier.USERS:
             run.require_trained(Stage.USERS)
             load_router(model, config.users, run.users.router)
+            if config.users.form == "core" and not model.bases:
+                raise RunFolderError(f"{run.users.bases}: is missing, and users' adapters mean nothing without it")
     return PersonalizedModel(model, backbone.encoder(), config, served, tier)
 
 
@@ -61,9 +63,11 @@ def serve_users(folder: Path, config: Config, model: ProperModel) -> ServedUsers
     """
     run = RunFolder(folder)
     run.require_trained(Stage.GROUPS)
-    mean = load_groups(model, config.groups, run.experts)
+    mean = load_groups(model, config.groups, run.experts, len(config.tasks))
     store = AdapterStore(run.users.path)
-    store.require({"backbone": model.backbone.digest, "groups": hash_file(run.experts), **config.users.adapter_shape})
+    trained_on = {"backbone": model.backbone.digest, "groups": hash_file(run.experts), **config.users.adapter_shape}
+    store.require({**trained_on, **bases_digest(run.users.bases)})
+    load_bases(model, run.users.bases)
     slots = max(2, config.compute.batch_size)
     # The stored dtype: half the memory, a load is one copy, and matrix products run in the input's dtype anyway.
     dtype = torch.bfloat16 if config.users.storage == "bf16" else torch.float32

@@ -23,7 +23,7 @@ from proper.adapters.store import AdapterStore, Head
 from proper.config import Config
 from proper.data.encoder import Encoder
 from proper.data.item_evidence import neutral
-from proper.data.rows import parse_template
+from proper.data.rows import Template, parse_template
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel
@@ -44,8 +44,8 @@ class BatchModel(Protocol):
         """Return the tier that answers this user."""
         ...
 
-    def rows(self, users: Sequence[str | None]) -> RowContext:
-        """Return the row context of a batch of these users."""
+    def rows(self, users: Sequence[str | None], task: int = 0) -> RowContext:
+        """Return the row context of a batch of these users; `task` is the number of the rows' task."""
         ...
 
 
@@ -122,14 +122,23 @@ class PersonalizedModel:
         encoder: encoder from texts to tokens.
         stage: the last stage that is applied.
         served: the users with their own embedding or adapter; None before stage 2.
-        template: the prompt template of the run's data.
+        template: the prompt template of the run's data; with several tasks, of the first one's.
     """
 
     def __init__(
         self, model: ProperModel, encoder: Encoder, config: Config, served: ServedUsers | None, stage: Tier
     ) -> None:
         self.model, self.encoder, self.config, self.served, self.stage = model, encoder, config, served, stage
-        self.template = neutral(parse_template(config.data.prompt, "data.prompt"))
+        self.template = self.template_of(None)
+
+    def template_of(self, task: str | None) -> Template:
+        """Return the prompt template of a task, by name; of the first or only one for None.
+
+        Raises:
+            ConfigError: the run has no such task.
+        """
+        own = list(self.config.each_task.values())[self.config.task_number(task)]
+        return neutral(parse_template(own.data.prompt, "data.prompt"))
 
     @property
     def store(self) -> AdapterStore | None:
@@ -143,8 +152,10 @@ class PersonalizedModel:
         tier = self.served.tier(user)
         return Tier.GROUPS if self.stage == Tier.GROUPS and tier == Tier.USERS else tier
 
-    def rows(self, users: Sequence[str | None]) -> RowContext:
+    def rows(self, users: Sequence[str | None], task: int = 0) -> RowContext:
         """Return the row context of a batch of these users, and load their adapters into the bank.
+
+        `task` is the number of the task of all rows.
 
         Raises:
             StoreError: a user's adapter or embedding is damaged.
@@ -152,12 +163,12 @@ class PersonalizedModel:
         if self.served is None or self.stage in (Tier.BASE, Tier.POPULATION):
             return RowContext()
         embedding = self.served.embeddings(users).to(self.model.device)
-        if self.stage == Tier.GROUPS:
-            return RowContext("groups", embedding=embedding)
-        slots = self.served.slots(users)
+        tasks = torch.full((len(users),), task, device=self.model.device)
+        slots = self.served.slots(users) if self.stage == Tier.USERS else [-1]
         if max(slots) < 0:
-            return RowContext("groups", embedding=embedding)
-        return RowContext("users", embedding=embedding, slots=torch.tensor(slots, device=self.model.device))
+            return RowContext("groups", embedding=embedding, tasks=tasks)
+        own = torch.tensor(slots, device=self.model.device)
+        return RowContext("users", embedding=embedding, slots=own, tasks=tasks)
 
     def close(self) -> None:
         """Close the stores."""

@@ -40,9 +40,10 @@ class PrefixKey(NamedTuple):
     checksum: bytes | None
     embedding: bytes
     adapter: bool
+    task: int = 0
 
     @classmethod
-    def of(cls, tenant: str, user: str, head: Head, *, adapter: bool) -> PrefixKey:
+    def of(cls, tenant: str, user: str, head: Head, *, adapter: bool, task: int = 0) -> PrefixKey:
         """Return the key of one user's rows.
 
         Args:
@@ -50,10 +51,11 @@ class PrefixKey(NamedTuple):
             user: the user id within the tenant.
             head: the user's record that the row was computed with.
             adapter: whether the user's adapter is applied (users tier) or not (group tier).
+            task: number of the row's task, which the routers of several tasks read.
         """
         numbers = head.embedding.detach().cpu().contiguous().view(torch.uint8).numpy()
         embedding = hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
-        return cls(tenant, user, head.version, head.checksum, embedding, adapter)
+        return cls(tenant, user, head.version, head.checksum, embedding, adapter, task)
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,13 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def key_of(self, owner: tuple[str, str] | None, head: Head | None, *, adapter: bool) -> PrefixKey | None:
+    def key_of(
+        self, owner: tuple[str, str] | None, head: Head | None, *, adapter: bool, task: int = 0
+    ) -> PrefixKey | None:
         """Return the key of a row of this (tenant, user) and record; None if the row is not to be cached."""
         if head is None or owner is None or not self.budget:
             return None
-        return PrefixKey.of(*owner, head, adapter=adapter)
+        return PrefixKey.of(*owner, head, adapter=adapter, task=task)
 
     def find(self, key: PrefixKey | None, prompt: Sequence[int]) -> CachedPrefix | None:
         """Return the longest cached prefix of `prompt` as views of the cached tensors; never the whole prompt.
@@ -92,7 +96,7 @@ class PrefixCache:
         """
         if key is None:
             return None
-        self._drop(lambda other: other[:2] == key[:2] and other[:-1] != key[:-1])
+        self._drop(lambda other: other[:2] == key[:2] and other[:-2] != key[:-2])
         found = [(_shared(tokens, prompt), tokens) for owner, tokens in self._kept if owner == key]
         shared, tokens = max(found, default=(0, ()))
         shared = min(shared, len(prompt) - 1)

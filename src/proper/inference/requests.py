@@ -15,8 +15,9 @@ from proper.run_folder import Tier
 
 Status = Literal["waiting", "running", "finished"]
 
-Reason = Literal["stop", "length", "cancelled", "error"]
-"""stop: end token; length: `max_new_tokens` reached; cancelled: by the client or at shutdown; error: a failure."""
+Reason = Literal["stop", "length", "cancelled", "error", "lost"]
+"""stop: end token; length: `max_new_tokens` reached; cancelled: by the client or at shutdown; error: a failure; lost:
+the process that computed it has died, and the same request may be sent again."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Request:
         gates: whether its tokens carry the expert gates.
         client: the API key of the request; rows are shared fairly between the (tenant, API key) pairs.
         alternatives: number of top log-probabilities sent with each token's own; None sends no log-probabilities.
+        task: number of the prompt's task in a run of several.
     """
 
     prompt: tuple[int, ...]
@@ -42,6 +44,7 @@ class Request:
     gates: bool = False
     client: str = ""
     alternatives: int | None = None
+    task: int = 0
 
     def require_possible(self, limit: int, embeddings: int) -> None:
         """Check that the request can be computed.
@@ -149,6 +152,7 @@ class EngineStats:
         tokens: generated tokens by tier.
         fallbacks: requests answered below their user's tier because the adapter or embedding is damaged.
         errors: requests that ended with an error.
+        replicas: engines whose figures these are the sum of.
     """
 
     waiting: int
@@ -165,6 +169,7 @@ class EngineStats:
     fallbacks: int
     errors: int
     adapters: CacheCounts
+    replicas: int = 1
 
 
 @dataclass(eq=False)

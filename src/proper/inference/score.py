@@ -37,10 +37,12 @@ def score(
     user_ids: Sequence[str | None],
     labels: Sequence[str],
     advance: Advance = unheard,
+    task: int = 0,
 ) -> Float[Tensor, "B L"]:
     """Return the log-likelihood (nats) of every label after every prompt, each prompt for its own user.
 
-    `advance` is called with the number of prompts of each batch once it is done.
+    `advance` is called with the number of prompts of each batch once it is done; `task` is the number of the prompts'
+    task in a run of several.
 
     Raises:
         StoreError: a user's adapter or embedding is damaged.
@@ -52,7 +54,7 @@ def score(
     found = torch.empty(len(prompts), len(labels))
     size = max(1, min(model.config.compute.batch_size, LABEL_TOKENS // sum(map(len, tokens))))
     for chunk in by_length([len(ids) for ids in encoded], size, model.model.backbone.batch_tokens):
-        rows = model.rows([user_ids[i] for i in chunk])
+        rows = model.rows([user_ids[i] for i in chunk], task)
         found[chunk] = score_labels(model.model, [encoded[i] for i in chunk], tokens, rows).cpu()
         advance(len(chunk))
     for at in found.isnan().any(1).nonzero().flatten().tolist():

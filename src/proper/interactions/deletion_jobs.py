@@ -14,10 +14,24 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+from sqlalchemy import bindparam, delete, null, select, update
+
 from proper.adapters.manifest import key_of, user_of
+from proper.databases.statements import Statement, Values, of_user
+from proper.databases.tables import DELETIONS
 from proper.interactions.database import Database
 
 State = Literal["running", "wiping", "done"]
+_FOUND = select(DELETIONS.c.job, DELETIONS.c.tenant, DELETIONS.c.user, DELETIONS.c.state)
+_JOB = DELETIONS.c.job == bindparam("wanted")
+_OF = Statement(lambda _: _FOUND.where(of_user(DELETIONS)))
+_PENDING = Statement(lambda _: _FOUND.where(DELETIONS.c.state != "done"))
+_OF_JOB = Statement(lambda _: _FOUND.where(DELETIONS.c.tenant == bindparam("tenant"), _JOB))
+_FORGET = Statement(lambda _: delete(DELETIONS).where(DELETIONS.c.ended < bindparam("before")))
+_BEGIN = Statement(lambda insert: insert(DELETIONS))
+_WIPING = Statement(lambda _: update(DELETIONS).where(_JOB).values(user=null(), state="wiping"))
+_DONE = Statement(lambda _: update(DELETIONS).where(_JOB).values(state="done", ended=bindparam("at")))
+
 KEPT_SECONDS = 7 * 24 * 3600.0
 
 
@@ -43,39 +57,37 @@ class Deletions:
             running = self.of(tenant, user)
             if running is not None:
                 return running
-            self.database.write("DELETE FROM deletions WHERE ended < ?", (time.time() - KEPT_SECONDS,))
+            self.database.write(_FORGET, {"before": time.time() - KEPT_SECONDS})
             job = secrets.token_hex(16)
-            values = (job, tenant, key_of(user))
-            self.database.write("INSERT INTO deletions VALUES (?, ?, ?, 'running', NULL)", values)
+            row = {"job": job, "tenant": tenant, "user": key_of(user), "state": "running", "ended": None}
+            self.database.write(_BEGIN, row)
         return Deletion(job, tenant, user, "running")
 
     def of(self, tenant: str, user: str) -> Deletion | None:
         """Return the unfinished deletion of a user; None if there is none."""
-        return next(iter(self._found("tenant = ? AND user = ?", tenant, key_of(user))), None)
+        return next(iter(self._found(_OF, {"tenant": tenant, "user": key_of(user)})), None)
 
     def pending(self) -> list[Deletion]:
         """Return the unfinished deletions of all tenants."""
-        return self._found("state <> 'done'")
+        return self._found(_PENDING, {})
 
     def state(self, tenant: str, job: str) -> State | None:
         """Return the state of a tenant's deletion; None for one that is unknown, or finished long ago."""
-        found = self._found("tenant = ? AND job = ?", tenant, job)
+        found = self._found(_OF_JOB, {"tenant": tenant, "wanted": job})
         return found[0].state if found else None
 
     def end(self, deletion: Deletion, patience: float) -> bool:
         """Erase the user's id and end a deletion; return False if a process reads for longer than `patience`."""
         with self.database.transaction():
-            change = "UPDATE deletions SET user = NULL, state = 'wiping' WHERE job = ?"
-            self.database.write(change, (deletion.job,))
+            self.database.write(_WIPING, {"wanted": deletion.job})
         if not self.database.wipe(patience):
             return False
         with self.database.transaction():
-            change = "UPDATE deletions SET state = 'done', ended = ? WHERE job = ?"
-            self.database.write(change, (time.time(), deletion.job))
+            self.database.write(_DONE, {"at": time.time(), "wanted": deletion.job})
         return True
 
-    def _found(self, where: str, *values: object) -> list[Deletion]:
+    def _found(self, query: Statement, values: Values) -> list[Deletion]:
         if self.database.read_only and not self.database.has_table("deletions"):
             return []
-        rows = self.database.read(f"SELECT job, tenant, user, state FROM deletions WHERE {where}", values)
+        rows = self.database.read(query, values)
         return [Deletion(job, tenant, None if key is None else user_of(key), state) for job, tenant, key, state in rows]

@@ -9,17 +9,99 @@ process that died, and is queued again.
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from sqlalchemy import Text, and_, bindparam, case, func, null, or_, select, update
 
 from proper.adapters.manifest import key_of, user_of
+from proper.databases.statements import Insert, Statement, of_user
+from proper.databases.tables import COUNTERS, FITS
 from proper.files import locked
 from proper.interactions.database import Database
 from proper.run_folder import UsersFolder
 from proper.sqlite_files import read_only_error
+
+_OWN = of_user(FITS)
+_CLAIMED = and_(_OWN, FITS.c.claim == bindparam("number"))
+_KEY = (FITS.c.tenant, FITS.c.user)
+
+
+def _change(**values: object) -> Statement:
+    """Return the statement that sets these columns in the row of a claim."""
+    return Statement(lambda _: update(FITS).where(_CLAIMED).values(**values))
+
+
+def _added(insert: Insert) -> Any:
+    fitting, new = FITS.c.state == "fitting", insert(FITS)
+    given: dict[str, Any] = {name: bindparam(name) for name in ("tenant", "user", "place")}
+    return new.values(**given, state="queued", wanted=1, attempts=0, progress=0.0).on_conflict_do_update(
+        index_elements=_KEY,
+        set_={
+            "wanted": FITS.c.wanted + 1,
+            "attempts": 0,
+            "place": case((FITS.c.state == "queued", FITS.c.place), else_=new.excluded.place),
+            "progress": case((fitting, FITS.c.progress), else_=0.0),
+            "phase": case((fitting, FITS.c.phase)),
+            "message": case((fitting, FITS.c.message)),
+            "state": case((fitting, FITS.c.state), else_="queued"),
+        },
+    )
+
+
+_ADD = Statement(_added)
+_FIT = Statement(
+    lambda _: select(FITS.c.state, FITS.c.progress, FITS.c.phase, FITS.c.message, FITS.c.version).where(_OWN)
+)
+_STATES = Statement(lambda _: select(FITS.c.state, func.count()).group_by(FITS.c.state))
+_ENDED = Statement(lambda _: select(COUNTERS.c.name, COUNTERS.c.value))
+_WAITING = Statement(lambda _: select(*_KEY).where(or_(FITS.c.state == "queued", FITS.c.state == "fitting")))
+_QUEUED = select(*_KEY, FITS.c.wanted).where(FITS.c.state == "queued").with_for_update(skip_locked=True)
+_FIRST = Statement(lambda _: _QUEUED.order_by(FITS.c.place).limit(1))
+_GIVEN = Statement(lambda _: _QUEUED.where(_OWN))
+_TAKE = Statement(
+    lambda _: (
+        update(FITS)
+        .where(_OWN)
+        .values(
+            state="fitting",
+            claim=bindparam("number"),
+            attempts=FITS.c.attempts + 1,
+            progress=0.0,
+            phase="waiting",
+            message=null(),
+        )
+    )
+)
+_WANTED = Statement(lambda _: select(FITS.c.wanted).where(_CLAIMED))
+_LEFT = Statement(
+    lambda _: select(*_KEY, FITS.c.claim, FITS.c.wanted, FITS.c.attempts).where(FITS.c.state == "fitting")
+)
+_ADVANCE = _change(progress=bindparam("reached"), phase=bindparam("now_in"))
+_RELEASE = _change(state="queued", claim=null(), attempts=FITS.c.attempts - 1, progress=0.0, phase=null())
+_REQUEUE = _change(state="queued", claim=null(), progress=0.0, phase=null())
+_TELL_DONE = _change(version=bindparam("written"), message=bindparam("said"))
+_TELL_FAILED = _change(message=bindparam("said"))
+_END_AGAIN = _change(state="queued", attempts=0, claim=null(), phase=null(), progress=0.0, message=null())
+_END = _change(
+    state=bindparam("ended"),
+    attempts=0,
+    claim=null(),
+    phase=null(),
+    progress=case((bindparam("ended", type_=Text) == "done", 1.0), else_=FITS.c.progress),
+)
+_COUNT = Statement(
+    lambda insert: (
+        insert(COUNTERS)
+        .values(name=bindparam("name"), value=1)
+        .on_conflict_do_update(index_elements=[COUNTERS.c.name], set_={"value": COUNTERS.c.value + 1})
+    )
+)
 
 State = Literal["idle", "queued", "fitting", "done", "failed"]
 ATTEMPTS = 3
@@ -72,66 +154,45 @@ class FitQueue:
 
     def add(self, tenant: str, user: str) -> None:
         """Queue a user; a queued user keeps the place in the queue, and a running fit is followed by another."""
-        with self.database.transaction():
-            place = self._next("place")
-            self.database.write(
-                """INSERT INTO fits (tenant, user, state, place, wanted, attempts, progress)
-                VALUES (?1, ?2, 'queued', ?3, 1, 0, 0) ON CONFLICT (tenant, user) DO UPDATE SET
-                    wanted = wanted + 1, attempts = 0,
-                    place = CASE WHEN state = 'queued' THEN place ELSE ?3 END,
-                    progress = CASE WHEN state = 'fitting' THEN progress ELSE 0 END,
-                    phase = CASE WHEN state = 'fitting' THEN phase END,
-                    message = CASE WHEN state = 'fitting' THEN message END,
-                    state = CASE WHEN state = 'fitting' THEN state ELSE 'queued' END""",
-                (tenant, key_of(user), place),
-            )
+        with self.database.transaction((tenant, key_of(user))):
+            self.database.write(_ADD, {"tenant": tenant, "user": key_of(user), "place": time.time_ns()})
 
     def fit(self, tenant: str, user: str) -> Fit:
         """Return the state of a user's latest fit."""
-        query = "SELECT state, progress, phase, message, version FROM fits WHERE tenant = ? AND user = ?"
-        rows = self.database.read(query, (tenant, key_of(user)))
+        rows = self.database.read(_FIT, {"tenant": tenant, "user": key_of(user)})
         return Fit(*rows[0]) if rows else Fit()
 
     def figures(self) -> QueueFigures:
         """Return the number of fits by state."""
-        states = dict(self.database.read("SELECT state, count(*) FROM fits GROUP BY state"))
-        ended = dict(self.database.read("SELECT name, value FROM counters"))
+        states, ended = dict(self.database.read(_STATES)), dict(self.database.read(_ENDED))
         return QueueFigures(
             states.get("queued", 0), states.get("fitting", 0), ended.get("done", 0), ended.get("failed", 0)
         )
 
     def waiting(self) -> list[tuple[str, str]]:
         """Return tenant and user of every fit that is queued or running."""
-        rows = self.database.read("SELECT tenant, user FROM fits WHERE state IN ('queued', 'fitting')")
-        return [(tenant, user_of(key)) for tenant, key in rows]
+        return [(tenant, user_of(key)) for tenant, key in self.database.read(_WAITING)]
 
     def take(self, tenant: str | None = None, user: str | None = None) -> Claim | None:
         """Claim the user who has waited longest, or the given one; None if no such fit is queued."""
-        where, values = "state = 'queued'", list[object]()
-        if tenant is not None and user is not None:
-            where, values = f"{where} AND tenant = ? AND user = ?", [tenant, key_of(user)]
         with self.database.transaction():
-            query = f"SELECT tenant, user, wanted FROM fits WHERE {where} ORDER BY place LIMIT 1"
-            rows = self.database.read(query, values)
+            if tenant is None or user is None:
+                rows = self.database.read(_FIRST)
+            else:
+                rows = self.database.read(_GIVEN, {"tenant": tenant, "user": key_of(user)})
             if not rows:
                 return None
-            (owner, key, wanted), number = rows[0], self._next("claim")
-            self.database.write(
-                """UPDATE fits SET state = 'fitting', claim = ?, attempts = attempts + 1, progress = 0,
-                phase = 'waiting', message = NULL WHERE tenant = ? AND user = ?""",
-                (number, owner, key),
-            )
+            (owner, key, wanted), number = rows[0], secrets.randbits(62)
+            self.database.write(_TAKE, {"tenant": owner, "user": key, "number": number})
         return Claim(owner, user_of(key), number, wanted)
 
     def advance(self, claim: Claim, progress: float, phase: str) -> bool:
         """Record the progress of a fit; return False if the claim is void, because the user was deleted."""
-        with self.database.transaction():
-            return self._set(claim, "progress = ?, phase = ?", progress, phase)
+        return self._set(_ADVANCE, claim, reached=progress, now_in=phase)
 
     def release(self, claim: Claim) -> None:
         """Release a claim: the fit is queued again, at its old place."""
-        with self.database.transaction():
-            self._set(claim, "state = 'queued', claim = NULL, attempts = attempts - 1, progress = 0, phase = NULL")
+        self._set(_RELEASE, claim)
 
     @contextmanager
     def ending(self, claim: Claim) -> Iterator[bool]:
@@ -139,20 +200,19 @@ class FitQueue:
 
         The block puts the fitted record into the store and then calls `done`.
         """
-        with self.database.transaction():
-            query = "SELECT 1 FROM fits WHERE tenant = ? AND user = ? AND claim = ?"
-            yield bool(self.database.read(query, (claim.tenant, key_of(claim.user), claim.number)))
+        with self.database.transaction(_owner(claim)):
+            yield bool(self.database.read(_WANTED, _claimed(claim)))
 
     def done(self, claim: Claim, version: int | None, message: str | None) -> None:
         """Record that a fit is done and wrote this version."""
-        with self.database.transaction():
-            if self._set(claim, "version = ?, message = ?", version, message):
+        with self.database.transaction(_owner(claim)):
+            if self._set(_TELL_DONE, claim, written=version, said=message):
                 self._end(claim, "done")
 
     def fail(self, claim: Claim, message: str) -> None:
         """Record that a fit failed, and why."""
-        with self.database.transaction():
-            if self._set(claim, "message = ?", message):
+        with self.database.transaction(_owner(claim)):
+            if self._set(_TELL_FAILED, claim, said=message):
                 self._end(claim, "failed")
 
     @contextmanager
@@ -169,37 +229,34 @@ class FitQueue:
             yield lock is not None
 
     def _recover(self) -> None:
-        left = self.database.read("SELECT tenant, user, claim, wanted, attempts FROM fits WHERE state = 'fitting'")
-        for tenant, key, number, wanted, attempts in left:
+        for tenant, key, number, wanted, attempts in self.database.read(_LEFT):
             claim = Claim(tenant, user_of(key), number, wanted)
             if attempts >= ATTEMPTS:
                 self.fail(claim, f"{attempts} processes died while they fitted this user")
             else:
-                with self.database.transaction():
-                    self._set(claim, "state = 'queued', claim = NULL, progress = 0, phase = NULL")
+                self._set(_REQUEUE, claim)
 
     def _end(self, claim: Claim, state: State) -> None:
         """End a claimed fit; if there were further requests since it began, it is queued again."""
-        query = "SELECT wanted FROM fits WHERE tenant = ? AND user = ?"
-        again = self.database.read(query, (claim.tenant, key_of(claim.user)))[0][0] > claim.wanted
-        change = "state = ?, attempts = 0, claim = NULL, phase = NULL"
-        if again:
-            self._set(claim, f"{change}, progress = 0, message = NULL", "queued")
+        ((wanted,),) = self.database.read(_WANTED, _claimed(claim))
+        if wanted > claim.wanted:
+            self._set(_END_AGAIN, claim)
         else:
-            self._set(claim, f"{change}, progress = CASE WHEN ?1 = 'done' THEN 1 ELSE progress END", state)
-        self._next(state)
+            self._set(_END, claim, ended=state)
+        self.database.write(_COUNT, {"name": state})
 
-    def _set(self, claim: Claim, change: str, *values: object) -> bool:
-        where = "tenant = ? AND user = ? AND claim = ?"
-        key = (claim.tenant, key_of(claim.user), claim.number)
-        return bool(self.database.write(f"UPDATE fits SET {change} WHERE {where}", (*values, *key)))
+    def _set(self, statement: Statement, claim: Claim, **values: object) -> bool:
+        """Change the row of a claim; return False if the claim is void."""
+        with self.database.transaction(_owner(claim)):
+            return bool(self.database.write(statement, {**_claimed(claim), **values}))
 
-    def _next(self, name: str) -> int:
-        """Increment a named counter and return it; a number is never returned twice."""
-        self.database.write(
-            "INSERT INTO counters VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET value = value + 1", (name,)
-        )
-        return int(self.database.read("SELECT value FROM counters WHERE name = ?", (name,))[0][0])
+
+def _owner(claim: Claim) -> tuple[str, bytes]:
+    return claim.tenant, key_of(claim.user)
+
+
+def _claimed(claim: Claim) -> dict[str, object]:
+    return {"tenant": claim.tenant, "user": key_of(claim.user), "number": claim.number}
 
 
 def lock_path(database: Path) -> Path:

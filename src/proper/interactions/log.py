@@ -9,50 +9,52 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import get_args
 
-from proper.adapters.integrity import Finding, one_line
+from sqlalchemy import bindparam, delete, func, select
+
 from proper.adapters.manifest import key_of, user_of
 from proper.adapters.tombstones import Tombstones
-from proper.errors import InputError, StoreError
+from proper.databases.statements import Statement, of_user, row_of
+from proper.databases.tables import FITS, INTERACTIONS, PEOPLE, UPDATES
+from proper.errors import InputError
 from proper.interactions.database import Database
 from proper.interactions.deletion_jobs import Deletions
-from proper.interactions.fit_queue import FitQueue, State
+from proper.interactions.fit_queue import FitQueue
 from proper.interactions.updates import Updates
 from proper.run_folder import UsersFolder
 
 _PAGE = 1000
 
-# Queries that count rows no writer produces, each with the text of its finding. SQLite columns accept any type.
-_INVALID_ROWS = (
-    (
-        """SELECT count(*) FROM interactions WHERE typeof(id) <> 'text' OR typeof(prompt) <> 'text'
-        OR typeof(target) <> 'text' OR typeof(user) <> 'blob' OR typeof(tenant) <> 'text'
-        OR typeof(received) NOT IN ('real', 'integer') OR typeof(time) NOT IN ('real', 'integer', 'null')
-        OR abs(received) > 1e300 OR abs(time) > 1e300""",
-        "interactions that are invalid",
-    ),
-    (
-        """SELECT count(*) FROM interactions WHERE NOT EXISTS (SELECT 1 FROM people
-        WHERE people.tenant = interactions.tenant AND people.user = interactions.user)""",
-        "interactions of users whom the log does not know",
-    ),
-    (
-        f"""SELECT count(*) FROM fits WHERE state NOT IN ({", ".join(f"'{state}'" for state in get_args(State))})
-        OR (state = 'queued' AND place IS NULL) OR (state = 'fitting' AND claim IS NULL)
-        OR typeof(wanted) <> 'integer' OR typeof(attempts) <> 'integer'""",
-        "fits that are invalid",
-    ),
-    (
-        """SELECT count(*) FROM interactions WHERE number >
-        (SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'interactions')""",
-        "interactions beyond the last number that was given",
-    ),
+_KNOWS = Statement(lambda _: select(PEOPLE.c.user).where(of_user(PEOPLE)))
+_MEET = Statement(lambda insert: insert(PEOPLE).on_conflict_do_nothing())
+_USERS = select(PEOPLE.c.user).where(PEOPLE.c.tenant == bindparam("tenant")).order_by(PEOPLE.c.user).limit(_PAGE)
+_FIRST_USERS = Statement(lambda _: _USERS)
+_NEXT_USERS = Statement(lambda _: _USERS.where(PEOPLE.c.user > bindparam("after")))
+_OWN = of_user(INTERACTIONS)
+_ADD = Statement(
+    lambda insert: insert(INTERACTIONS).values(row_of(INTERACTIONS, without="number")).on_conflict_do_nothing()
 )
+_CONTENT = Statement(
+    lambda _: select(INTERACTIONS.c.prompt, INTERACTIONS.c.target, INTERACTIONS.c.time).where(
+        _OWN, INTERACTIONS.c.id == bindparam("id")
+    )
+)
+_COUNT = Statement(lambda _: select(func.count()).select_from(INTERACTIONS).where(_OWN))
+_OF = Statement(
+    lambda _: (
+        select(*(INTERACTIONS.c[name] for name in ("number", "id", "prompt", "target", "time", "received")))
+        .where(_OWN)
+        .order_by(INTERACTIONS.c.number)
+    )
+)
+_REMOVALS = [
+    Statement(lambda _, table=table: delete(table).where(of_user(table)))  # type: ignore[misc]
+    for table in (INTERACTIONS, FITS, UPDATES, PEOPLE)
+]
 
 
 class ConflictError(InputError):
@@ -169,9 +171,9 @@ class InteractionLog:
             StoreError: the log cannot be written.
         """
         key, accepted, now = key_of(user), 0, time.time()
-        with self.database.transaction():
+        with self.database.transaction((tenant, key)):
             self._require_present(tenant, user, new)
-            added = self.database.write("INSERT OR IGNORE INTO people VALUES (?, ?)", (tenant, key))
+            added = self.database.write(_MEET, {"tenant": tenant, "user": key})
             if new and not added:
                 raise ExistsError(f"there is a user {user!r} already")
             for at, entry in enumerate(entries):
@@ -188,7 +190,7 @@ class InteractionLog:
         Raises:
             DeletedError: the user was deleted meanwhile.
         """
-        with self.database.transaction():
+        with self.database.transaction((tenant, key_of(user))):
             self._require_present(tenant, user, new=False)
             self.queue.add(tenant, user)
 
@@ -201,45 +203,35 @@ class InteractionLog:
 
     def _insert(self, tenant: str, key: bytes, entry: LogEntry, at: int, now: float) -> bool:
         """Add one interaction; return whether it was new."""
-        values = (entry.prompt, entry.target, entry.time)
-        added = self.database.write(
-            """INSERT OR IGNORE INTO interactions (tenant, user, id, prompt, target, time, received)
-            VALUES (?, ?, ?, ?, ?, ?, ?)""",
-            (tenant, key, entry.key, *values, now),
-        )
-        if added:
+        own = {"tenant": tenant, "user": key, "id": entry.key}
+        content = {"prompt": entry.prompt, "target": entry.target, "time": entry.time}
+        if self.database.write(_ADD, {**own, **content, "received": now}):
             return True
-        query = "SELECT prompt, target, time FROM interactions WHERE tenant = ? AND user = ? AND id = ?"
-        if self.database.read(query, (tenant, key, entry.key)) != [values]:
+        if self.database.read(_CONTENT, own) != [tuple(content.values())]:
             raise ConflictError(f"the interaction {entry.key!r} is there already with other content", at)
         return False
 
     def knows(self, tenant: str, user: str) -> bool:
         """Return whether the log knows a user."""
-        return bool(self.database.read("SELECT 1 FROM people WHERE tenant = ? AND user = ?", (tenant, key_of(user))))
+        return bool(self.database.read(_KNOWS, {"tenant": tenant, "user": key_of(user)}))
 
     def users(self, tenant: str, after: str | None = None) -> Iterator[str]:
         """Yield a tenant's users, ordered by id in UTF-8, from the beginning or `after` a user."""
-        select, order = "SELECT user FROM people WHERE tenant = ?", f"ORDER BY user LIMIT {_PAGE}"
-        following = f"{select} AND user > ? {order}"
-        keys = (tenant,) if after is None else (tenant, key_of(after))
-        page = self.database.read(f"{select} {order}" if after is None else following, keys)
+        if after is None:
+            page = self.database.read(_FIRST_USERS, {"tenant": tenant})
+        else:
+            page = self.database.read(_NEXT_USERS, {"tenant": tenant, "after": key_of(after)})
         while page:
             yield from (user_of(key) for (key,) in page)
-            page = self.database.read(following, (tenant, page[-1][0]))
+            page = self.database.read(_NEXT_USERS, {"tenant": tenant, "after": page[-1][0]})
 
     def count(self, tenant: str, user: str) -> int:
         """Return the number of interactions of a user."""
-        query = "SELECT count(*) FROM interactions WHERE tenant = ? AND user = ?"
-        return int(self.database.read(query, (tenant, key_of(user)))[0][0])
+        return int(self.database.read(_COUNT, {"tenant": tenant, "user": key_of(user)})[0][0])
 
     def interactions(self, tenant: str, user: str) -> list[LoggedInteraction]:
         """Return all of a user's interactions in the order of arrival."""
-        rows = self.database.read(
-            """SELECT number, id, prompt, target, time, received FROM interactions
-            WHERE tenant = ? AND user = ? ORDER BY number""",
-            (tenant, key_of(user)),
-        )
+        rows = self.database.read(_OF, {"tenant": tenant, "user": key_of(user)})
         return [LoggedInteraction(*row) for row in rows]
 
     @contextmanager
@@ -249,30 +241,9 @@ class InteractionLog:
         Other writers wait meanwhile, no fit of the user can end after it, and if the block fails nothing is removed.
         The bytes are gone when this returns, unless another process still reads them: see `database.wipe`.
         """
-        key = key_of(user)
         with self.database.transaction():
             found = Known(self.knows(tenant, user), self.queue.fit(tenant, user).state == "fitting")
-            for table in ("interactions", "fits", "updates", "people"):
-                self.database.write(f"DELETE FROM {table} WHERE tenant = ? AND user = ?", (tenant, key))
+            for removal in _REMOVALS:
+                self.database.write(removal, {"tenant": tenant, "user": key_of(user)})
             yield found
         self.database.wipe(0)
-
-
-def check_log(users: Path) -> list[Finding]:
-    """Return all problems of the log in a store's folder; an empty list if there is no log.
-
-    Checks the SQLite file, every row, and that every row's user is known. There is no repair: the log's data is in no
-    other file.
-    """
-    path = UsersFolder(users).log
-    if not path.exists() and not path.is_symlink():
-        return []
-    try:
-        with closing(InteractionLog(users)) as log:
-            messages = [row[0] for row in log.database.read("PRAGMA integrity_check")]
-            if messages != ["ok"]:
-                return [Finding("log", one_line(path, text)) for text in messages]
-            counts = [(log.database.read(query)[0][0], what) for query, what in _INVALID_ROWS]
-    except StoreError as error:
-        return [Finding("log", one_line(path, str(error)))]
-    return [Finding("log", f"{path}: {count} {what}") for count, what in counts if count]

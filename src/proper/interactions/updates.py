@@ -12,8 +12,20 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from sqlalchemy import bindparam, delete, select
+
 from proper.adapters.manifest import key_of
+from proper.databases.statements import Statement, of_user, row_of
+from proper.databases.tables import UPDATES
 from proper.interactions.database import Database
+
+_OWN = of_user(UPDATES)
+_ADD = Statement(lambda insert: insert(UPDATES).values(row_of(UPDATES, without="number")))
+_KEPT = select(UPDATES.c.number).where(_OWN).order_by(UPDATES.c.number.desc()).limit(bindparam("kept"))
+_DROP = Statement(lambda _: delete(UPDATES).where(_OWN, UPDATES.c.number.not_in(_KEPT.scalar_subquery())))
+_COLUMNS = [UPDATES.c[name] for name in ("ended", "base", "version", "seconds", "reason", "facts")]
+_OF = Statement(lambda _: select(*_COLUMNS).where(_OWN).order_by(UPDATES.c.number.desc()))
+_NEWEST = Statement(lambda _: select(UPDATES.c.seconds).order_by(UPDATES.c.number.desc()).limit(bindparam("count")))
 
 KEPT = 20
 """Number of attempts kept per user."""
@@ -58,29 +70,17 @@ class Updates:
         facts: Mapping[str, Any],
     ) -> None:
         """Add an attempt that has just ended, and drop the user's oldest beyond `KEPT`."""
-        key = (tenant, key_of(user))
-        told = json.dumps(dict(facts), ensure_ascii=False)
-        with self.database.transaction():
-            self.database.write(
-                """INSERT INTO updates (tenant, user, ended, base, version, seconds, reason, facts)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
-                (*key, time.time(), base, version, seconds, reason, told),
-            )
-            self.database.write(
-                """DELETE FROM updates WHERE tenant = ?1 AND user = ?2 AND number NOT IN (
-                SELECT number FROM updates WHERE tenant = ?1 AND user = ?2 ORDER BY number DESC LIMIT ?3)""",
-                (*key, KEPT),
-            )
+        key = {"tenant": tenant, "user": key_of(user)}
+        row = {"ended": time.time(), "base": base, "version": version, "seconds": seconds, "reason": reason}
+        with self.database.transaction((tenant, key_of(user))):
+            self.database.write(_ADD, {**key, **row, "facts": json.dumps(dict(facts), ensure_ascii=False)})
+            self.database.write(_DROP, {**key, "kept": KEPT})
 
     def of(self, tenant: str, user: str) -> list[UpdateAttempt]:
         """Return a user's attempts, newest first."""
         if not self.database.has_table("updates"):
             return []
-        rows = self.database.read(
-            """SELECT ended, base, version, seconds, reason, facts FROM updates
-            WHERE tenant = ? AND user = ? ORDER BY number DESC""",
-            (tenant, key_of(user)),
-        )
+        rows = self.database.read(_OF, {"tenant": tenant, "user": key_of(user)})
         return [
             UpdateAttempt(ended, base, version, seconds, reason, json.loads(facts))
             for ended, base, version, seconds, reason, facts in rows
@@ -90,5 +90,5 @@ class Updates:
         """Return the mean seconds of the newest attempts of all users; None if there are none."""
         if not self.database.has_table("updates"):
             return None
-        rows = self.database.read("SELECT seconds FROM updates ORDER BY number DESC LIMIT ?", (_TIMED,))
+        rows = self.database.read(_NEWEST, {"count": _TIMED})
         return fmean(seconds for (seconds,) in rows) if rows else None

@@ -1,5 +1,7 @@
 """Verification of a deletion: a search of every file of a run folder for a user, and a certificate of what was found.
 
+Of a run whose adapters are in a bucket, every version of every object is searched as well.
+
 The search does not use what the deletion knows: it reads every file that is there, of the registry or not, as
 `file_contents` yields it, and looks for the user's id, texts and tensors (`byte_search`). Pieces of texts that other
 users' texts have too are left out, since they do not tell whose they are. The certificate has no content.
@@ -7,6 +9,7 @@ users' texts have too are left out, since they do not tell whose they are. The c
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -20,7 +23,9 @@ import yaml
 from safetensors import safe_open
 
 from proper.adapters.manifest import key_of, user_of
+from proper.adapters.storage_setting import setting_of
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore
+from proper.errors import StoreError
 from proper.files import hash_file
 from proper.interactions.byte_search import Hit, Search
 from proper.interactions.deletion import logged_rows, run_rows
@@ -94,6 +99,9 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
             for user, reports in hits.items():
                 found[user] += reports
         tell(1)
+    bucket, hits = _search_bucket(home.path, searches, searched, unreadable)
+    for user, reports in hits.items():
+        found[user] += reports
     links = [path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_symlink()]
     clean = not unreadable and not any(found.values())
     certificate = {
@@ -105,12 +113,14 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
         "result": "nothing found" if clean else "found" if any(found.values()) else "not all files could be read",
         "users": [_told(user, prints, searches[user], found[user]) for user, prints in wanted],
         "searched": {"files": len(searched), "bytes": sum(each["bytes"] for each in searched), "each": searched},
+        **({"object_storage": bucket} if bucket else {}),
         "unreadable": unreadable,
         "links_not_followed": links,
         "remains": _remains(run),
         "not_covered": [
             "the file that the run was trained on (data.path) and folders that were exported",
             "backups, snapshots of file systems, and flash storage, which may keep bytes that were overwritten",
+            *(["copies of the bucket elsewhere, such as replicas and backups of the provider"] if bucket else []),
         ],
     }
     return Verified(certificate, clean)
@@ -132,6 +142,36 @@ def _search_file(
     kind = kind_of(Path(name)) or "not of a run"
     entry = {"file": name, "kind": kind, "bytes": path.stat().st_size, "sha256": hash_file(path), "read_as": ways}
     return entry, found
+
+
+def _search_bucket(
+    run: Path, searches: dict[str, Search], searched: list[dict[str, Any]], unreadable: list[dict[str, str]]
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Search every version of every object of a run whose adapters are in a bucket, those of nested runs included.
+
+    Adds to `searched` and `unreadable`; returns what the certificate says of the bucket, and the findings of each user.
+    """
+    setting, found = setting_of(run), dict[str, list[dict[str, Any]]]()
+    if setting is None:
+        return {}, found
+    told: dict[str, Any] = {"url": setting.bucket.url}
+    try:
+        told |= {"versioned": setting.bucket.is_versioned, "versions": 0, "delete_markers": 0}
+        for each in setting.bucket.versions():
+            told["delete_markers" if each.is_marker else "versions"] += 1
+            name = setting.bucket.url + each.key + ("" if each.id == "null" else f"?versionId={each.id}")
+            data = b"" if each.is_marker else b"".join(setting.bucket.pieces(each))
+            for user, search in searches.items():
+                reports = _reports(name, "", "object name", search.scan([each.key.encode()]))
+                found.setdefault(user, []).extend([*reports, *_reports(name, "", "raw", search.scan([data]))])
+            sha256 = hashlib.sha256(data).hexdigest()
+            searched.append({"file": name, "kind": "object", "bytes": len(data), "sha256": sha256, "read_as": ["raw"]})
+        uploads = [f"{setting.bucket.url}{each.key}" for each in setting.bucket.uploads()]
+        told["unfinished_uploads"] = len(uploads)
+        unreadable += [{"file": each, "why": "an unfinished upload cannot be read"} for each in uploads]
+    except StoreError as error:
+        unreadable.append({"file": setting.bucket.url, "why": str(error)})
+    return told, found
 
 
 def _is_of_sqlite(path: Path) -> bool:
@@ -196,8 +236,9 @@ def _shared_by_others(run: RunFolder, names: set[str]) -> Iterator[bytes]:
                     yield tensors.get_tensor("mean_embedding").float().numpy().tobytes()
     if run.config.is_file():
         config = yaml.safe_load(run.config.read_text(encoding="utf-8")) or {}
-        data, task = config.get("data") or {}, config.get("task") or {}
-        yield repr([data.get("prompt"), data.get("target"), task.get("labels")]).encode()
+        for one in (config, *(config.get("tasks") or {}).values()):
+            data, task = one.get("data") or {}, one.get("task") or {}
+            yield repr([data.get("prompt"), data.get("target"), task.get("labels")]).encode()
     marks = ", ".join("?" * len(names))
     if run.data.is_file():
         query = f"""SELECT t.prompt, t.target, coalesce(t.item, '') FROM rows r JOIN texts t ON t.id = r.text
@@ -242,6 +283,8 @@ def _remains(run: Path) -> list[dict[str, Any]]:
             (folder.poly, "the method `poly` learnt from all users' histories"),
             (folder.encoder, "the encoder of new users learnt from all users' items and embeddings"),
             (folder.users.router, "stage 3b (the LoRA-aware router) learnt from all target users' histories"),
+            (folder.users.bases, "the shared bases of users' cores learnt from users' older items"),
+            (folder.users.start, "the common start of users' adapters learnt from users' older items"),
             (folder.results, "aggregate figures over users that were calculated before the deletion"),
             (folder.methods_table, "aggregate figures over users that were calculated before the deletion"),
             (folder.metrics_log, "losses of training steps, each over a batch of many users"),

@@ -5,97 +5,20 @@ users is a handful of vectorized operations. The modules see views: A (S, R, I) 
 tensors of one projection (say, all layers' gate_proj A) lie side by side, which is how they are stored on disk.
 Slots are numbers; `SlotCache` maps users to slots. `recipes/stage3a_users.py` trains a bank with one slot per
 user in a short loop.
+
+In the form `core` (`users.form`), all users share a module's bases A (R, I) and B (O, R), and a slot holds one core
+C_u (R, R) per module: B C_u A x. The bases belong to the layout, so whatever has the layout has them.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-_LAYER_NUMBER = re.compile(r"\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Position of one tensor of one module inside a slot's row.
-
-    Attributes:
-        projection: name of the stack that the tensor is stored in, the same for all layers.
-        down: whether the tensor is A; else it is B.
-        shape: (R, I) for A, (O, R) for B.
-        offset: index of its first value in the row.
-    """
-
-    module: str
-    projection: str
-    down: bool
-    shape: tuple[int, int]
-    offset: int
-
-    @property
-    def size(self) -> int:
-        """Number of values."""
-        return self.shape[0] * self.shape[1]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Memory layout of a slot: where every module's A and B lie inside a row of `width` values."""
-
-    rank: int
-    pieces: tuple[Piece, ...]
-    width: int
-
-    @classmethod
-    def of(cls, shapes: Mapping[str, tuple[int, int]], rank: int) -> Layout:
-        """Lay out LoRAs of `rank` for modules given as name -> (inputs, outputs)."""
-        kinds: dict[str, list[str]] = {}
-        for name, (inputs, outputs) in shapes.items():
-            pattern = _LAYER_NUMBER.sub(".*.", name, count=1)
-            same = [k for k in kinds if k.split("@")[0] == pattern and shapes[kinds[k][0]] == (inputs, outputs)]
-            key = same[0] if same else pattern if pattern not in kinds else f"{pattern}@{inputs}x{outputs}"
-            kinds.setdefault(key, []).append(name)
-        pieces, offset = [], 0
-        for projection, names in kinds.items():
-            for down in (True, False):
-                for name in names:
-                    inputs, outputs = shapes[name]
-                    shape = (rank, inputs) if down else (outputs, rank)
-                    pieces.append(Piece(name, projection, down, shape, offset))
-                    offset += pieces[-1].size
-        return cls(rank, tuple(pieces), offset)
-
-    def stacks(self) -> dict[str, tuple[int, tuple[int, int, int]]]:
-        """Return offset in the row and shape (layers, ...) of each stored tensor "PROJECTION.A" or "PROJECTION.B"."""
-        groups: dict[str, list[Piece]] = {}
-        for piece in self.pieces:
-            groups.setdefault(f"{piece.projection}.{'A' if piece.down else 'B'}", []).append(piece)
-        return {key: (group[0].offset, (len(group), *group[0].shape)) for key, group in groups.items()}
-
-    def unpack(self, row: Float[Tensor, "P"]) -> dict[str, Tensor]:
-        """Return views of a slot's row as the stacked tensors of the stored format."""
-        return {key: row[at : at + _count(shape)].view(shape) for key, (at, shape) in self.stacks().items()}
-
-    def pack(self, tensors: Mapping[str, Tensor], row: Float[Tensor, "P"]) -> None:
-        """Copy stored tensors into a slot's row.
-
-        Raises:
-            ValueError: a tensor is missing, unknown or of another shape.
-        """
-        stacks = self.stacks()
-        if tensors.keys() != stacks.keys():
-            odd = sorted(tensors.keys() ^ stacks.keys())
-            raise ValueError(f"the adapter does not fit the model's modules: {', '.join(odd[:3])}")
-        for key, (at, shape) in stacks.items():
-            if tuple(tensors[key].shape) != shape:
-                raise ValueError(f"{key} has shape {tuple(tensors[key].shape)}, the model's is {shape}")
-            row[at : at + _count(shape)].copy_(tensors[key].reshape(-1))
+from proper.layers.layout import Layout
 
 
 class AdapterBank:
@@ -105,7 +28,8 @@ class AdapterBank:
         values: all slots' parameters (S, P).
         gradients: all slots' gradients (S, P), or None for a bank that is not trained.
         down, up: per module, the A (S, R, I) and B (S, O, R) of all slots, views of `values`. They have no `.grad`:
-            the backward passes of `lora` and `take` add to `gradients`.
+            the backward passes of `lora` and `take` add to `gradients`. Empty in the form `core`.
+        core: per module, the C (S, R, R) of all slots in the same way. Empty in the form `lora`.
     """
 
     def __init__(
@@ -123,16 +47,20 @@ class AdapterBank:
         self.gradients = torch.zeros_like(self.values) if trainable else None
         self.down: dict[str, nn.Parameter] = {}
         self.up: dict[str, nn.Parameter] = {}
+        self.core: dict[str, nn.Parameter] = {}
         self._gradient: dict[nn.Parameter, Tensor] = {}
         for piece in layout.pieces:
             span = slice(piece.offset, piece.offset + piece.size)
             view = nn.Parameter(self.values[:, span].view(slots, *piece.shape), requires_grad=trainable)
             if self.gradients is not None:
                 self._gradient[view] = self.gradients[:, span].view(slots, *piece.shape)
-            (self.down if piece.down else self.up)[piece.module] = view
+            {"A": self.down, "B": self.up, "C": self.core}[piece.part][piece.module] = view
+
+    def __contains__(self, module: str) -> bool:
+        return module in self.up or module in self.core
 
     def fresh(self, slot: int, generator: torch.Generator) -> None:
-        """Initialize a slot with values drawn from `generator`: every A Kaiming-uniform, every B zero."""
+        """Initialize a slot with values drawn from `generator`: every A Kaiming-uniform, every B and C zero."""
         row = self.values[slot].zero_()
         for piece in self.layout.pieces:
             if piece.down:
@@ -142,15 +70,38 @@ class AdapterBank:
 
     def freeze(self, frozen: bool = True) -> None:
         """Stop collecting gradients, or resume with `frozen=False`."""
-        for view in (*self.down.values(), *self.up.values()):
+        for view in (*self.down.values(), *self.up.values(), *self.core.values()):
             view.requires_grad_(not frozen)
 
     def take(self, view: nn.Parameter, slots: Int[Tensor, "B"]) -> Float[Tensor, "B J K"]:
-        """Return `view[slots]` for a view of `down` or `up`, differentiably."""
-        if view not in self._gradient:
+        """Return `view[slots]` for a view of `down`, `up` or `core`, differentiably."""
+        if view not in self._gradient or not view.requires_grad:
             return view[slots]
         taken: Tensor = _Take.apply(view, self._gradient[view], slots)  # type: ignore[no-untyped-call]
         return taken
+
+    def downs(self, module: str, slots: Int[Tensor, "B"]) -> Float[Tensor, "B R I"]:
+        """Return A_u of each slot, differentiably."""
+        if module in self.down:
+            return self.take(self.down[module], slots)
+        return self.bases(module)[0].expand(len(slots), -1, -1)
+
+    def ups(self, module: str, slots: Int[Tensor, "B"]) -> Float[Tensor, "B O R"]:
+        """Return B_u of each slot, differentiably; in the form `core`, B C_u."""
+        if module in self.up:
+            return self.take(self.up[module], slots)
+        up, own = self.bases(module)[1], self.take(self.core[module], slots)
+        return up @ own.to(up.dtype)
+
+    def bases(self, module: str) -> tuple[Float[Tensor, "R I"], Float[Tensor, "O R"]]:
+        """Return the shared A and B of a module, in the form `core`.
+
+        Raises:
+            RuntimeError: the model has no bases yet.
+        """
+        if not self.layout.bases:
+            raise RuntimeError("users.form: core needs the shared bases, which stage 3 trains first")
+        return self.layout.bases[module]
 
     def lora(
         self,
@@ -161,10 +112,12 @@ class AdapterBank:
         *,
         complete: bool = False,
     ) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B T O"]]:
-        """Return A_u x and h_u = s_u B_u A_u x for each row's user; zeros for rows with slot -1.
+        """Return A_u x and h_u = s_u B_u A_u x for each row's user; h_u is zero for rows with slot -1.
 
         With `onto`, the second result is `onto` + h_u, computed in one pass. `complete` promises that no slot is -1.
         """
+        if self.layout.bases is not None:
+            return self._through_core(module, x, slots, onto, complete)
         down, up = self.down[module], self.up[module]
         buffers = (self._gradient.get(down), self._gradient.get(up)) if down.requires_grad else None
         found: tuple[Tensor, Tensor] = _Lora.apply(  # type: ignore[no-untyped-call]
@@ -172,11 +125,26 @@ class AdapterBank:
         )
         return found
 
+    def _through_core(
+        self, module: str, x: Float[Tensor, "B T I"], slots: Int[Tensor, "B"], onto: Tensor | None, complete: bool
+    ) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B T O"]]:
+        """Return A x and h_u = s_u B C_u A x: two products that all rows share, and one small one for each row."""
+        down, up = (part.to(x.dtype) for part in self.bases(module))
+        own = self.take(self.core[module], slots if complete else slots.clamp(min=0)).to(x.dtype)
+        if not complete:
+            own = own.masked_fill((slots < 0).view(-1, 1, 1), 0)
+        middle = nn.functional.linear(x, down)
+        out = nn.functional.linear(torch.bmm(middle, own.mT) * self.scale, up)
+        return middle, out if onto is None else onto + out.to(onto.dtype)
+
     def gathered(
         self, module: str, slots: Int[Tensor, "B"], dtype: torch.dtype
     ) -> tuple[Float[Tensor, "B R I"], Float[Tensor, "B R O"]]:
         """Return each row's A_u and transposed B_u in `dtype`, zeros for rows with slot -1, for repeated decoding."""
         index, absent = slots.clamp(min=0), (slots < 0).view(-1, 1, 1)
+        if self.layout.bases is not None:
+            shared = self.downs(module, index).to(dtype)
+            return shared, self.ups(module, index).to(dtype).mT.contiguous().masked_fill_(absent, 0)
         down, up = _rows(self.down[module], index, dtype), _rows(self.up[module], index, dtype).mT.contiguous()
         return down.masked_fill_(absent, 0), up.masked_fill_(absent, 0)
 
@@ -271,7 +239,3 @@ class _Take(torch.autograd.Function):
         (slots,) = ctx.saved_tensors
         ctx.gradient.index_put_((slots,), upstream[0].to(ctx.gradient.dtype), accumulate=True)
         return None, None, None
-
-
-def _count(shape: Sequence[int]) -> int:
-    return shape[0] * shape[1] * shape[2]

@@ -44,6 +44,7 @@ class RowContext:
         experts: mask of the rows that experts are applied to (B,); the others use the backbone alone. None: all rows.
         trace: whether the gates of every row's last token are recorded, for `BatchContext.last`.
         users: index of each row's user among the batch's distinct users, from 0 (B,); only for recording.
+        tasks: index of each row's task, from 0 (B,); only routers of several tasks read it.
         mask: the tokens (B, T) over which gates are averaged; None switches recording off.
         generators: one per row, for the dropout of user adapters; None switches that dropout off.
         gathered: weights that layers cache between forward passes over these same rows; None caches nothing. Allowed
@@ -60,6 +61,7 @@ class RowContext:
     mask: Bool[Tensor, "B T"] | None = None
     generators: tuple[torch.Generator, ...] | None = None
     gathered: GatheredWeights | None = None
+    tasks: Int[Tensor, "B"] | None = None
 
     @property
     def size(self) -> int:

@@ -37,7 +37,7 @@ def adapter_distance(
     """Return the sum over modules of `scale`^2 |B A - B0 A0|_F^2, differentiable.
 
     Args:
-        adapter: stacked tensors "PROJECTION.A" (layers, R, I) and "PROJECTION.B" (layers, O, R), see `Layout.unpack`.
+        adapter: stacked tensors "PROJECTION.A" (layers, R, I) and "PROJECTION.B" (layers, O, R), see `Layout.factors`.
         other: the adapter that the distance is to; None for the group model, whose B A is 0.
         scale: factor on both products, `AdapterBank.scale`.
     """
@@ -53,8 +53,8 @@ def pull_(bank: AdapterBank, slot: int, anchor: Float[Tensor, "P"] | None, weigh
     """Add to a slot's gradient that of `weight` times its adapter's distance to `anchor`, see `adapter_distance`."""
     assert bank.gradients is not None
     row = bank.values[slot].detach().requires_grad_()
-    other = None if anchor is None else bank.layout.unpack(anchor.to(row))
-    distance = adapter_distance(bank.layout.unpack(row), other, bank.scale)
+    other = None if anchor is None else bank.layout.factors(anchor.to(row))
+    distance = adapter_distance(bank.layout.factors(row), other, bank.scale)
     bank.gradients[slot] += weight * torch.autograd.grad(distance, row)[0]
 
 

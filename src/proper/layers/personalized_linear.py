@@ -82,7 +82,7 @@ class AdaptedLinear(nn.Module):
         if rows.embedding is None:
             raise RuntimeError("a mixture needs the user embedding of every row")
         inside, by_token = self.experts.products(x, self.router.token)
-        scores = self.router.scores_of(by_token, rows.embedding)
+        scores = self.router.scores_of(by_token, rows.embedding, rows.tasks)
         if rows.mode == "users" and middle is not None and self.lora_router is not None:
             scores = self._own_scores(scores, middle, rows)
         gates = gates_of(scores)
@@ -108,8 +108,8 @@ class AdaptedLinear(nn.Module):
     ) -> Float[Tensor, "B E R"]:
         if rows.gathered is None:
             index = slots.clamp(min=0)
-            down = bank.take(bank.down[self.name], index) if router.normalized else None
-            return router.matrices(bank.take(bank.up[self.name], index), bank.scale, down)
+            down = bank.downs(self.name, index) if router.normalized else None
+            return router.matrices(bank.ups(self.name, index), bank.scale, down)
         cached = rows.gathered.matrices
         if self.name not in cached:
             down, turned = rows.gathered.adapters[self.name]

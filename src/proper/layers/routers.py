@@ -10,7 +10,7 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,15 +25,27 @@ class UserAwareRouter(nn.Module):
     `form="released"` is the formula of the authors' code, `softmax(softmax(W_x x) + softmax(W_u e_u)) / E`: the scores
     lie between 0 and 2, so before the factor 1/E no weight can exceed e^2 / (e^2 + E - 1), .649 at E = 5.
 
+    With several tasks, the user's scores are `W_u e_u + W_t[:, task]`. With `separate`, W_t starts where it leaves
+    expert i to task i mod K alone, and no gradient leads away: a control in which tasks share no expert.
+
     Attributes:
         factor: factor of the mixture: 1, or 1/E in the released form.
         token: W_x (E, I).
         user: W_u (E, D).
+        task: W_t (E, K), one column per task; None with one task.
         span: this module's part of the embedding; all of it unless every module has its own table.
     """
 
     def __init__(
-        self, inputs: int, embedding: int, experts: int, *, form: RouterForm = "default", offset: int = 0
+        self,
+        inputs: int,
+        embedding: int,
+        experts: int,
+        *,
+        form: RouterForm = "default",
+        offset: int = 0,
+        tasks: int = 0,
+        separate: bool = False,
     ) -> None:
         super().__init__()
         self.form = form
@@ -41,14 +53,25 @@ class UserAwareRouter(nn.Module):
         self.span = slice(offset, offset + embedding)
         self.token = nn.Parameter(_uniform(experts, inputs))
         self.user = nn.Parameter(_uniform(experts, embedding))
+        self.task: nn.Parameter | None = None
+        if tasks:
+            self.task = nn.Parameter(_separate(experts, tasks) if separate else _uniform(experts, tasks))
 
-    def scores(self, x: Float[Tensor, "B T I"], embedding: Float[Tensor, "B D"]) -> Float[Tensor, "B T E"]:
-        """Return the scores whose softmax gives the gates, fp32."""
-        return self.scores_of(tokens_last(self.token, x), embedding)
+    def scores(
+        self, x: Float[Tensor, "B T I"], embedding: Float[Tensor, "B D"], tasks: Int[Tensor, "B"] | None = None
+    ) -> Float[Tensor, "B T E"]:
+        """Return the scores whose softmax gives the gates, fp32; `tasks` are the rows' tasks, from 0."""
+        return self.scores_of(tokens_last(self.token, x), embedding, tasks)
 
-    def scores_of(self, by_token: Float[Tensor, "E B T"], embedding: Float[Tensor, "B D"]) -> Float[Tensor, "B T E"]:
+    def scores_of(
+        self, by_token: Float[Tensor, "E B T"], embedding: Float[Tensor, "B D"], tasks: Int[Tensor, "B"] | None = None
+    ) -> Float[Tensor, "B T E"]:
         """Return the scores from a precomputed W_x x."""
         by_user = functional.linear(self.user, embedding[:, self.span].to(self.user.dtype)).unsqueeze(2)
+        if self.task is not None:
+            if tasks is None:
+                raise RuntimeError("a router of several tasks needs the task of every row")
+            by_user = by_user + self.task[:, tasks].unsqueeze(2)
         by_token = at_least_fp32(by_token)
         if self.form == "released":
             return (by_token.softmax(0) + by_user.softmax(0)).permute(1, 2, 0)
@@ -107,6 +130,16 @@ class LoraAwareRouter(nn.Module):
 def at_least_fp32(x: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
     """Return `x` in fp32, or unchanged if it is fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+NEVER = -1e3
+"""Score that leaves an expert a gate of exactly 0; finite, since stored tensors must be."""
+
+
+def _separate(experts: int, tasks: int) -> Float[Tensor, "E K"]:
+    """Return W_t that gives expert i to task i mod K alone."""
+    own = torch.arange(experts)[:, None] % tasks == torch.arange(tasks)
+    return torch.zeros(experts, tasks).masked_fill(~own, NEVER)
 
 
 def _uniform(rows: int, columns: int) -> Tensor:

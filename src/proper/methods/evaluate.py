@@ -16,6 +16,7 @@ from proper.adapters.store import AdapterStore
 from proper.config import Config
 from proper.data.dataset import Dataset
 from proper.data.derived.views import cut_queries
+from proper.data.one_task import one_task
 from proper.evaluation.fingerprint import code_version
 from proper.evaluation.harness import MethodSpec
 from proper.evaluation.runner import MethodRun, read_predictions, write_predictions
@@ -93,11 +94,25 @@ def answered(method: Method, place: TrainedRun, run_folder: RunFolder, *, label_
             logger.info(f"evaluate: {method.name} (seed {place.seed}) reuses its predictions")
             return MethodRun(read_predictions(path, label_scores=label_scores), made["seconds"], made["tokens"])
     beside.unlink(missing_ok=True)
-    run = method.answer(place)
+    run = _each_task(method, place)
     give_back_memory()
     write_predictions(path, run.predictions)
     write_json(beside, {"key": key, "seconds": run.seconds, "tokens": run.tokens})
     return run if label_scores else replace(run, predictions=[replace(p, label_scores=None) for p in run.predictions])
+
+
+def _each_task(method: Method, place: TrainedRun) -> MethodRun:
+    """Answer the queries, of several tasks each by itself; a task that the method cannot answer is left out."""
+    if not place.config.tasks:
+        return method.answer(place)
+    found: list[MethodRun] = []
+    for name, config in place.config.each_task.items():
+        if method.obstacle(config.task) is None:
+            with one_task(place.dataset, name) as dataset:
+                run = method.answer(replace(place, config=config, dataset=dataset))
+            found.append(replace(run, predictions=[replace(p, task=name) for p in run.predictions]))
+    predictions = [row for run in found for row in run.predictions]
+    return MethodRun(predictions, sum(run.seconds for run in found), sum(run.tokens for run in found))
 
 
 def cost_row(method: Method, place: TrainedRun, run: MethodRun) -> dict[str, Any]:

@@ -163,8 +163,9 @@ class PolyModel:
         """Return GROUPS for a user with own logits, else NONE."""
         return Tier.GROUPS if user in self.tasks else Tier.NONE
 
-    def rows(self, users: Sequence[str | None]) -> RowContext:
-        """Return each row's task id."""
+    def rows(self, users: Sequence[str | None], task: int = 0) -> RowContext:
+        """Return each row's task id, that is, its user's; the task of a run of several is not told apart."""
+        del task
         own = [self.mean_task if user is None else self.tasks.get(user, self.mean_task) for user in users]
         return RowContext(slots=torch.tensor(own, device=self.model.device))
 

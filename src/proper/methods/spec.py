@@ -77,6 +77,7 @@ class Method:
         variant: the variant in which they are trained; None for the run itself.
         keeps: data that must be kept per user.
         needs: what the task must have: labels or ratings, or free text.
+        on_all_tasks: whether it can answer the tasks of a run of several.
     """
 
     name: str
@@ -85,6 +86,18 @@ class Method:
     variant: DerivedRun | None = None
     keeps: PerUser = "nothing"
     needs: Needs = "nothing"
+    on_all_tasks: bool = False
+
+    def obstacle_in(self, config: Config) -> str | None:
+        """Return why the method cannot answer any task of a config; None if it can.
+
+        With several tasks, every task is answered apart, so a method must not train or choose anything on one task's
+        data: it answers from the run's own stages, or from stages trained on the rows of all tasks.
+        """
+        if config.tasks and not self.on_all_tasks:
+            return f"'{self.name}' needs a run of one task"
+        found = [self.obstacle(one.task) for one in config.each_task.values()]
+        return None if None in found else found[0]
 
     def obstacle(self, task: TaskConfig) -> str | None:
         """Return why the method cannot answer this task; None if it can."""

@@ -6,6 +6,7 @@ A new method is a new entry here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ ALL = tuple(Stage)
 GROUPS = ALL[:2]
 
 OPPU: Mapping[str, Any] = {
+    "form": "lora",
     "rank": 8,
     "layers": "all",
     "alpha": 8,
@@ -53,15 +55,23 @@ OPPU_MODULES = ["q_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"]
 """OPPU adapts q and v; if a model family fuses them into one layer, that layer."""
 
 
+ON_ALL_TASKS = (
+    *("base", "population", "groups", "users", USERS_INT8, "swapped", "population-more", "groups-shared-e"),
+    *("groups-no-constraint", "constraint-experts", "users-no-router", "users-residual", "users-paper"),
+    *("per-user-only", "oppu", "user-majority", "user-majority-same", "global-majority", "lead"),
+)
+"""The methods that a run of several tasks can evaluate."""
+
+
 def all_methods(config: Config) -> dict[str, Method]:
     """Return all methods by name that can answer the task of this config."""
-    return {name: method for name, method in _registered(config).items() if method.obstacle(config.task) is None}
+    return {name: method for name, method in _registered(config).items() if method.obstacle_in(config) is None}
 
 
 def _registered(config: Config) -> dict[str, Method]:
     ours = [*_ladder(), *_trivial(), *_priors(), *_controls(config), *_ablations(config)]
     methods = [*ours, *_baselines(config), *_retrieval(config)]
-    return {method.name: method for method in methods}
+    return {method.name: replace(method, on_all_tasks=method.name in ON_ALL_TASKS) for method in methods}
 
 
 def known_methods(names: Sequence[str], config: Config) -> list[Method]:
@@ -76,7 +86,7 @@ def known_methods(names: Sequence[str], config: Config) -> list[Method]:
         name, changes = split_name(full)
         if name not in known:
             raise ConfigError(f"evaluation.methods: no method '{name}'; {did_you_mean(name, [*known])}")
-        obstacle = known[name].obstacle(config.task)
+        obstacle = known[name].obstacle_in(config)
         if obstacle is not None:
             raise ConfigError(f"evaluation.methods: {obstacle}")
         found.append(change(known[name], changes, config) if changes else known[name])
@@ -90,7 +100,8 @@ def table_methods(names: Sequence[str], config: Config) -> list[Method]:
         ConfigError: as `known_methods`.
     """
     # For free text, the best constant is no bar, and two rows say enough.
-    wanted = ("user-majority", "lead") if config.task.kind == "generation" else TRIVIAL
+    writes = all(one.task.kind == "generation" for one in config.each_task.values())
+    wanted = ("user-majority", "lead") if writes else TRIVIAL
     known = all_methods(config)
     return known_methods([*names, *(name for name in wanted if name in known)], config)
 
@@ -186,7 +197,7 @@ def _users(name: str, config: Config, router: str) -> Method:
 
 def _baselines(config: Config) -> list[Method]:
     oppu = {"users": OPPU, "groups": {"target_modules": OPPU_MODULES, "layers": "all"}}
-    without_router = {"users": {"router": "none"}}
+    without_router = {"users": {"router": "none", "form": "lora"}}
     own = (Stage.POPULATION, Stage.USERS)
     variants = {
         "per-user-only": DerivedRun("per-user-only", train_per_user, (), without_router),

@@ -93,7 +93,7 @@ def count(config: Config, dataset: Dataset) -> Counts:
         groups=(experts.size, experts.tokens, 0),
         histories=histories,
         queries=tuple(min(query.tokens, longest) for query in dataset.queries()),
-        answer=config.task.max_new_tokens,
+        answer=max(one.task.max_new_tokens for one in config.each_task.values()),
     )
 
 
@@ -151,7 +151,7 @@ def answering(config: Config, counts: Counts, methods: Sequence[Method]) -> Work
     models = [method for method in methods if method.stages or method.name == Tier.BASE]
     tokens = sum(counts.queries)
     answers = Work(forward=tokens)
-    if not config.task.scored:
+    if not all(one.task.scored for one in config.each_task.values()):
         # The prompt, then the true answer's loss; the last batch is the longest, so each counts as full.
         batches = ceil(len(counts.queries) / config.compute.batch_size)
         answers = Work(forward=2 * tokens, decoded=batches * counts.answer)

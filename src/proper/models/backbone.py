@@ -153,7 +153,8 @@ def configured_backbone(config: Config, device: torch.device | None = None) -> B
     backbone.every_turn = config.data.assistant_loss == "all"
     backbone.batch_tokens = tokens_at_once(config.compute, backbone.model)
     # A prompt always keeps half of `max_length`, however long its answer may be; see `Encoder.prompt`.
-    require_positions(backbone.model, max(longest, longest // 2 + config.task.max_new_tokens))
+    answer = max(one.task.max_new_tokens for one in config.each_task.values())
+    require_positions(backbone.model, max(longest, longest // 2 + answer))
     return backbone
 
 

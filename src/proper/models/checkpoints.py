@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from proper.adapters.serialization import fault_of
 from proper.config import GroupsConfig, UsersConfig
 from proper.errors import ProperError, StoreError
-from proper.files import atomic_path
+from proper.files import atomic_path, hash_file
 from proper.models.personal import ProperModel
 
 
@@ -58,14 +58,16 @@ def load_metadata(path: Path) -> dict[str, Any]:
         raise ProperError(f"{path}: damaged or unreadable: {error}") from error
 
 
-def load_groups(model: ProperModel, config: GroupsConfig, path: Path) -> Float[Tensor, "D"]:
+def load_groups(model: ProperModel, config: GroupsConfig, path: Path, tasks: int = 0) -> Float[Tensor, "D"]:
     """Add experts and user-aware routers to a model with the weights that stage 2 saved; return the mean embedding.
+
+    `tasks` is the number of tasks, where the run has several.
 
     Raises:
         ProperError: the file is damaged.
         StoreError: its modules are not those of the config, or it has values that are not finite or absurdly large.
     """
-    model.add_experts(config, seed=0)
+    model.add_experts(config, seed=0, tasks=tasks)
     tensors, _ = load_tensors(path)
     missing = model.group_parameters().keys() ^ (tensors.keys() - {"mean_embedding"})
     if missing:
@@ -87,6 +89,28 @@ def load_router(model: ProperModel, config: UsersConfig, path: Path) -> None:
     if path.exists():
         tensors, _ = load_tensors(path)
         _copy(model.router_parameters(), tensors, path)
+
+
+def bases_digest(path: Path) -> dict[str, str]:
+    """Return the hash of the bases, which an adapter store is bound to; an empty dict if the file does not exist."""
+    return {"bases": hash_file(path)} if path.exists() else {}
+
+
+def load_bases(model: ProperModel, path: Path) -> None:
+    """Put the bases of the form `core` into a model if the file exists: MODULE.A (R, I) and MODULE.B (O, R).
+
+    Raises:
+        ProperError: the file is damaged.
+        StoreError: it has values that are not finite or absurdly large.
+    """
+    if not path.exists():
+        return
+    tensors, _ = load_tensors(path)
+    fault = fault_of(tensors)
+    if fault is not None:
+        raise StoreError(f"{path}: {fault}")
+    placed = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+    model.bases = {name[:-2]: (placed[name], placed[f"{name[:-2]}.B"]) for name in placed if name.endswith(".A")}
 
 
 def _copy(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], path: Path) -> None:

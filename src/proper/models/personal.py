@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from proper.config import GroupsConfig, UsersConfig
 from proper.data.batching import Batch
-from proper.layers.bank import AdapterBank, Layout
+from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import BatchContext, RowContext
 from proper.layers.experts import Experts
+from proper.layers.layout import Bases, Layout
 from proper.layers.personalized_linear import AdaptedLinear
 from proper.layers.routers import LoraAwareRouter, UserAwareRouter, at_least_fp32
 from proper.models.backbone import Backbone
@@ -38,6 +40,7 @@ class ProperModel:
         routing: the context of the current batch's rows, shared by all layers.
         layers: the adapted layers by module name.
         embedding_size: size of one user's embedding (D, or the sum of all inputs with per-module tables).
+        bases: the bases of `users.form: core`; empty until they are trained or loaded.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -45,6 +48,7 @@ class ProperModel:
         self.routing = BatchContext()
         self.layers: dict[str, AdaptedLinear] = {}
         self.embedding_size = 0
+        self.bases: Bases = {}
         self._states: HiddenStates | None = None
         self._lower: LowerLayers | None = None
 
@@ -53,14 +57,16 @@ class ProperModel:
         """Device of the backbone."""
         return self.backbone.device
 
-    def add_experts(self, config: GroupsConfig, seed: int) -> None:
+    def add_experts(self, config: GroupsConfig, seed: int, tasks: int = 0) -> None:
         """Add experts and user-aware routers to the target modules, initialized from `seed`.
+
+        Several `tasks` add a term per task to the routers.
 
         Raises:
             ConfigError: the model has no such modules or fewer layers than `groups.layers`.
         """
         shapes = expert_targets(self.backbone.model, config)
-        per_module = config.embedding == "per-module"
+        per_module, separate = config.embedding == "per-module", config.task_experts == "separate"
         self.embedding_size = sum(i for i, _ in shapes.values()) if per_module else config.user_embedding
         offset = 0
         with torch.random.fork_rng(devices=[]):
@@ -76,7 +82,9 @@ class ProperModel:
                     dropout=config.dropout,
                 )
                 width = inputs if per_module else config.user_embedding
-                layer.router = UserAwareRouter(inputs, width, config.experts, form=config.router, offset=offset)
+                layer.router = UserAwareRouter(
+                    inputs, width, config.experts, form=config.router, offset=offset, tasks=tasks, separate=separate
+                )
                 offset += width if per_module else 0
                 layer.experts.to(self.device)
                 layer.router.to(self.device)
@@ -108,25 +116,29 @@ class ProperModel:
         return Layout.of(self._shapes(), rank)
 
     def user_layout(self, config: UsersConfig) -> Layout:
-        """Return the memory layout of one user's adapter: of `users.rank`, in `users.layers`.
+        """Return the memory layout of one user's adapter: of `users.form` and `users.rank`, in `users.layers`.
 
         Raises:
             ConfigError: there are fewer layers with experts than `users.layers`.
         """
-        return Layout.of(user_targets(self._shapes(), config), config.rank)
+        return Layout.of(
+            user_targets(self._shapes(), config), config.rank, self.bases if config.form == "core" else None
+        )
 
     def use_bank(self, bank: AdapterBank | None, dropout: float = 0.0) -> None:
         """Make the layers in `bank` read user adapters from it, with this dropout rate on the adapters' input."""
         for name, layer in self.layers.items():
-            layer.bank, layer.user_dropout = (bank if bank is not None and name in bank.down else None), dropout
+            layer.bank, layer.user_dropout = (bank if bank is not None and name in bank else None), dropout
 
     def group_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters of experts and user-aware routers as MODULE.{down,up,token,user}."""
+        """Return the parameters of experts and user-aware routers as MODULE.{down,up,token,user,task}."""
         found: dict[str, nn.Parameter] = {}
         for name, layer in self.layers.items():
             if layer.experts is not None and layer.router is not None:
                 found |= {f"{name}.down": layer.experts.down, f"{name}.up": layer.experts.up}
                 found |= {f"{name}.token": layer.router.token, f"{name}.user": layer.router.user}
+                if layer.router.task is not None:
+                    found[f"{name}.task"] = layer.router.task
         return found
 
     def router_parameters(self) -> dict[str, nn.Parameter]:
@@ -154,6 +166,7 @@ class ProperModel:
     def _running(self, batch: Batch, rows: RowContext) -> Iterator[None]:
         """Set the rows of a forward pass over this batch, and start it from cached states where there are any."""
         lower = None if batch.choices else self._lower
+        rows = replace(rows, tasks=torch.tensor(batch.tasks, device=self.device)) if batch.tasks else rows
         with self.routing.use(rows), nullcontext() if lower is None else lower.skipped(batch):
             yield
 

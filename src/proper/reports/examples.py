@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from proper.reports.load import RunFiles
 from proper.reports.reading import count, number, read_lines
 from proper.run_folder import LADDER, RunFolder
 
 STAGES = LADDER[1:]
+_ONE: Mapping[str, str] = {}
 WHY = {
     ("users", 1): "The user model wins",
     ("users", -1): "The user model loses",
@@ -60,18 +62,28 @@ class _Scored:
     texts: tuple[str, ...]  # digests of the predictions, since the choice needs only their equality
 
 
-def choose_examples(folder: Path, kind: str, wanted: int) -> list[ReportExample] | None:
-    """Return at most `wanted` examples, or None if fewer than two stages have predictions."""
+def task_kinds(run: RunFiles) -> dict[str, str]:
+    """Return the kind of each task by name, for a run of several."""
+    return {str(row.get("name")): str(row.get("kind")) for row in run.rows("tasks")}
+
+
+def choose_examples(
+    folder: Path, kind: str, wanted: int, kinds: Mapping[str, str] = _ONE
+) -> list[ReportExample] | None:
+    """Return at most `wanted` examples, or None if fewer than two stages have predictions.
+
+    `kinds` are the kinds of several tasks by name (`task_kinds`); `kind` is that of all other queries.
+    """
     paths = {method: RunFolder(folder).predictions_of(method) for method in STAGES}
     methods = [method for method in STAGES if paths[method].is_file()]
     if len(methods) < 2:
         return None
-    scored = _score_all([paths[method] for method in methods], kind)
+    scored = _score_all([paths[method] for method in methods], kind, kinds)
     chosen = _choose(scored, methods, wanted)
-    return _read_texts(chosen, methods, paths, kind)
+    return _read_texts(chosen, methods, paths, kind, kinds)
 
 
-def user_examples(folder: Path, kind: str, user: str) -> list[ReportExample]:
+def user_examples(folder: Path, kind: str, user: str, kinds: Mapping[str, str] = _ONE) -> list[ReportExample]:
     """Return all queries of one user with the answers of every stage that has predictions, in the files' order."""
     examples: dict[str, ReportExample] = {}
     known = [method for method in LADDER if RunFolder(folder).predictions_of(method).is_file()]
@@ -79,7 +91,8 @@ def user_examples(folder: Path, kind: str, user: str) -> list[ReportExample]:
         for row in read_lines(RunFolder(folder).predictions_of(method)):
             name = str(row.get("id"))
             if row.get("user") == user and (name in examples or not done):
-                examples[name] = _answered(examples.get(name) or _new_example(name, "", row), done, method, row, kind)
+                example = examples.get(name) or _new_example(name, "", row)
+                examples[name] = _answered(example, done, method, row, _kind(row, kind, kinds))
     return [replace(example, why=_change(example)) for example in examples.values()]
 
 
@@ -125,7 +138,11 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
-def _score_all(paths: Sequence[Path], kind: str) -> dict[str, _Scored]:
+def _kind(row: dict[str, Any], kind: str, kinds: Mapping[str, str]) -> str:
+    return kinds.get(_text(row, "task"), kind)
+
+
+def _score_all(paths: Sequence[Path], kind: str, kinds: Mapping[str, str]) -> dict[str, _Scored]:
     """Return the queries that every file answers; the first line of each id counts (later lines are other seeds)."""
     scored: dict[str, _Scored] = {}
     for done, path in enumerate(paths):
@@ -133,7 +150,7 @@ def _score_all(paths: Sequence[Path], kind: str) -> dict[str, _Scored]:
             name, text = str(row.get("id")), _text(row, "prediction")
             known = scored.get(name, _Scored(_text(row, "user"), (), ()))
             if len(known.scores) == done:
-                value = score(kind, _text(row, "target"), text)
+                value = score(_kind(row, kind, kinds), _text(row, "target"), text)
                 scored[name] = replace(known, scores=(*known.scores, value), texts=(*known.texts, _digest(text)))
     return {name: row for name, row in scored.items() if len(row.scores) == len(paths)}
 
@@ -175,7 +192,11 @@ def _take_in_turn(
 
 
 def _read_texts(
-    chosen: Sequence[tuple[str, str]], methods: Sequence[str], paths: dict[str, Path], kind: str
+    chosen: Sequence[tuple[str, str]],
+    methods: Sequence[str],
+    paths: dict[str, Path],
+    kind: str,
+    kinds: Mapping[str, str],
 ) -> list[ReportExample]:
     reasons = dict(chosen)
     examples: dict[str, ReportExample] = {}
@@ -185,7 +206,7 @@ def _read_texts(
             if name not in reasons:
                 continue
             example = examples.get(name) or _new_example(name, reasons[name], row)
-            examples[name] = _answered(example, done, method, row, kind)
+            examples[name] = _answered(example, done, method, row, _kind(row, kind, kinds))
     return [examples[name] for name, _ in chosen]
 
 

@@ -74,7 +74,7 @@ def _group(
         "users": sum(row.get("main") == at for row in users),
         "typical": [{"user": row["user"], "gate": _gate(row, at)} for row in typical],
         "words": words,
-        "labels": counts.raised("label", at, LABELS) if dataset.labels else [],
+        "labels": counts.raised("label", at, LABELS) if _labelled(dataset) else [],
         "examples": _examples(dataset, typical, {each["text"]: each["z"] for each in words}),
     }
 
@@ -140,8 +140,13 @@ def _counts(dataset: Dataset, users: Sequence[dict[str, Any]], groups: int) -> _
     for row in users:
         main = count(row.get("main"))
         if main is not None and 0 <= main < groups:
-            counts.add(main, dataset.history(str(row["user"])), bool(dataset.labels))
+            counts.add(main, dataset.history(str(row["user"])), _labelled(dataset))
     return counts
+
+
+def _labelled(dataset: Dataset) -> bool:
+    """Whether all answers are labels; those of several tasks count as text."""
+    return bool(dataset.labels) and not dataset.tasks
 
 
 def _features(example: TextExample, labelled: bool) -> Iterator[tuple[str, str]]:

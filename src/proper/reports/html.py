@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from proper.files import write_text
 from proper.reports import charts, figures, formats, methods, narrative, svg, tables
 from proper.reports.curves import curves, history_curves
-from proper.reports.examples import choose_examples
+from proper.reports.examples import choose_examples, task_kinds
 from proper.reports.load import RunFiles, load_run
 from proper.reports.reading import mapping, number
 from proper.run_folder import LADDER, RunFolder
@@ -71,9 +71,10 @@ def gather(run: RunFiles) -> dict[str, Any]:
         "heat": figures.heat(run.routed),
         "maps": figures.maps(run.routed),
         "groups": tables.groups(run),
+        "task_experts": tables.task_experts(run),
         "routing": narrative.routing_story(routing),
         "gains": _gains(run),
-        "examples": choose_examples(run.folder, kind, run.examples),
+        "examples": choose_examples(run.folder, kind, run.examples, task_kinds(run)),
         "signatures": _sentences(run.results.get("signatures")),
         "cost": tables.cost(run),
         "cost_words": narrative.cost_story(run.rows("cost")),

@@ -202,6 +202,11 @@ def routing_story(figures: Mapping[str, Any]) -> list[str]:
         story.append(f"Mutual information of user and expert {plain(shared)} nats; 0 means equal routing of all users.")
     if cosine is not None:
         story.append(f"Mean cosine between two users' gates {plain(cosine)}; 1 means that users' gates do not differ.")
+    by_task = number(figures.get("task_expert_mutual_information"))
+    if by_task is not None:
+        story.append(
+            f"Mutual information of task and expert {plain(by_task)} nats; 0 means that tasks share all experts."
+        )
     return story
 
 

@@ -174,6 +174,18 @@ def _gain_row(title: str, users: Sequence[UserGain], step: str) -> list[str]:
     return [title, *(_whole(n) for n in (len(values), up, len(values) - up - down, down)), mean_text(values)]
 
 
+def task_experts(run: RunFiles) -> Table | None:
+    """Return which experts serve which task; None for a run of one task."""
+    shares = mapping(run.part("routing").get("tasks"))
+    lines = [
+        [name, *(plain(number(share), 2) for share in own)] for name, own in shares.items() if isinstance(own, list)
+    ]
+    if not lines:
+        return None
+    head = ["task", *(f"expert {at}" for at in range(len(lines[0]) - 1))]
+    return Table(head, lines, frozenset({0}), "Mean gate of each expert on the histories of the task.")
+
+
 def groups(run: RunFiles) -> Table | None:
     """Return what each group is, as `proper groups show` tells it; None without routing or data."""
     try:

@@ -18,7 +18,7 @@ from proper.adapters.manifest import user_of
 from proper.adapters.store import AdapterStore, Version
 from proper.data.dataset import Dataset
 from proper.errors import InputError, StoreError, did_you_mean
-from proper.reports.examples import ReportExample, user_examples
+from proper.reports.examples import ReportExample, task_kinds, user_examples
 from proper.reports.load import RoutedUser, RunFiles, UserGain
 from proper.reports.reading import count, mapping, number, objects, read_lines, read_object
 from proper.run_folder import LADDER, RunFolder
@@ -99,7 +99,7 @@ def load_user(run: RunFiles, user: str) -> UserReport:
         history_loss=_history_loss(run.folder, user),
         routed=next((row for row in run.routed if row.user == user), None),
         stored=stored,
-        examples=tuple(user_examples(run.folder, str(run.part("task").get("kind") or ""), user)),
+        examples=tuple(user_examples(run.folder, str(run.part("task").get("kind") or ""), user, task_kinds(run))),
     )
 
 

@@ -10,12 +10,13 @@ from functools import partial
 from typing import Literal
 
 from proper.data.chat import Turn, readable
-from proper.errors import InputError, ProperError
+from proper.errors import ConfigError, InputError, ProperError
 from proper.inference.detokenizer import Detokenizer
-from proper.inference.engine_thread import EngineThread
-from proper.inference.requests import Event, Request, RequestHandle, Sink, Started, Token
+from proper.inference.generate import answer_length
+from proper.inference.requests import Event, Request, Sink, Started, Token
 from proper.inference.sampling import Sampling
 from proper.run_folder import Tier
+from proper.serving.engines import Cancellable, EngineRunner
 from proper.serving.errors import APIError
 from proper.serving.limits import LimitedThreads
 from proper.serving.metrics import Metrics
@@ -62,7 +63,7 @@ Prompt = str | TokenIds | Sequence[Turn]
 class Answers:
     """Submits requests to a running engine and streams the answers."""
 
-    def __init__(self, runner: EngineThread, metrics: Metrics, log: Callable[[str], None]) -> None:
+    def __init__(self, runner: EngineRunner, metrics: Metrics, log: Callable[[str], None]) -> None:
         self.runner, self.metrics, self.log = runner, metrics, log
         self.encoder = runner.engine.model.encoder
         self.threads = LimitedThreads(4)
@@ -79,7 +80,11 @@ class Answers:
         experts = model.config.groups.experts if model.stage in (Tier.GROUPS, Tier.USERS) else 0
         template = model.template
         return RunCard(
-            stage=model.stage, experts=experts, literals=list(template.literals), columns=list(template.columns)
+            stage=model.stage,
+            experts=experts,
+            literals=list(template.literals),
+            columns=list(template.columns),
+            tasks=list(model.config.tasks),
         )
 
     def request(
@@ -100,10 +105,12 @@ class Answers:
             alternatives: number of likeliest tokens reported at each answer token; None for no log-probabilities.
 
         Raises:
-            APIError: the prompt is empty, does not fit, or has a token that the model has no embedding for.
+            APIError: the prompt is empty, does not fit, or has a token that the model has no embedding for; or the run
+                has no such task.
         """
         engine = self.runner.engine
-        room = max_tokens or engine.model.config.task.max_new_tokens
+        task = self._task(options)
+        room = max_tokens or answer_length(engine.model.config, task)
         ids = self._ids(prompt, room)
         if len(ids) + room > engine.limit:
             raise self._too_long(f"{len(ids)} tokens", room)
@@ -122,12 +129,25 @@ class Answers:
             sampling,
             bool(extra.gates),
             alternatives=alternatives,
+            task=task,
         )
         try:
             engine.check(request)
         except InputError as error:
             raise APIError(400, str(error), code="invalid", param="prompt") from error
         return request
+
+    def _task(self, options: Options) -> int:
+        """Return the number of the task that a request names.
+
+        Raises:
+            APIError: the run has no such task.
+        """
+        named = options.proper.task if options.proper is not None else None
+        try:
+            return self.runner.engine.model.config.task_number(named)
+        except ConfigError as error:
+            raise APIError(400, f"proper.task: {error}", code="invalid", param="proper.task") from error
 
     def _too_long(self, prompt: str, answer: int) -> APIError:
         limit = self.runner.engine.limit
@@ -164,7 +184,7 @@ class Answers:
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        handles: list[RequestHandle] = []
+        handles: list[Cancellable] = []
         texts, counts = [Detokenizer(self.encoder.tokenizer, stop) for _ in requests], [0] * len(requests)
         try:
             for index, request in enumerate(requests):
@@ -191,7 +211,7 @@ class Answers:
             for handle in handles:
                 handle.cancel()
 
-    def _submit(self, request: Request, sink: Sink) -> RequestHandle:
+    def _submit(self, request: Request, sink: Sink) -> Cancellable:
         try:
             return self.runner.engine.submit(request, sink)
         except InputError as error:
@@ -208,6 +228,10 @@ class Answers:
         if event.reason == "error":
             self.log(f"a request failed: {event.error}")
             raise APIError(500, "the request failed", code="failed")
+        if event.reason == "lost":
+            self.log(f"a request was lost: {event.error}")
+            headers = {"Retry-After": "1"}
+            raise APIError(503, "the replica that answered has died; send it again", code="lost", headers=headers)
         if event.reason == "cancelled":
             raise APIError(503, "the server is stopping", code="stopping")
         return AnswerPiece(index, text.close(), finish=event.reason)

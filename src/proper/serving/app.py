@@ -15,11 +15,11 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from proper.errors import ProperError, ReadOnlyError
-from proper.inference.engine_thread import EngineThread
 from proper.interactions.log import InteractionLog
 from proper.serving.answers import Answers
 from proper.serving.auth import Authenticator
 from proper.serving.deletion_watch import DeletionWatch
+from proper.serving.engines import EngineRunner
 from proper.serving.errors import APIError, ErrorReply, hide_users, one_line, without_folders
 from proper.serving.fit_process import FitProcess
 from proper.serving.json_bodies import check_surrogates, first_error
@@ -53,7 +53,7 @@ class ServeSettings:
 
 
 def create_app(
-    runner: EngineThread,
+    runner: EngineRunner,
     keys: Keys,
     settings: ServeSettings,
     log: Callable[[str], None],
@@ -86,7 +86,7 @@ def create_app(
 
 @asynccontextmanager
 async def _lifespan(
-    runner: EngineThread,
+    runner: EngineRunner,
     worker: FitProcess | None,
     watch: DeletionWatch | None,
     logs: Sequence[InteractionLog],

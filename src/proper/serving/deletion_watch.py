@@ -13,8 +13,8 @@ from pathlib import Path
 
 from proper.adapters.store import AdapterStore
 from proper.errors import ProperError
-from proper.inference.engine import Engine
 from proper.interactions.deletion import delete_returned, finish_deletions
+from proper.serving.engines import AnsweringEngine
 
 PERIOD = 0.5
 """Seconds between two polls."""
@@ -29,7 +29,7 @@ class DeletionWatch:
         log: called with each log line.
     """
 
-    def __init__(self, engine: Engine, users: Path, log: Callable[[str], None]) -> None:
+    def __init__(self, engine: AnsweringEngine, users: Path, log: Callable[[str], None]) -> None:
         self.engine, self.users, self.log = engine, users, log
         self._stopping = threading.Event()
         self._logged = ""
@@ -47,7 +47,7 @@ class DeletionWatch:
     def _look(self) -> None:
         # A separate store: its connection sees commits of all other connections, those of this process included.
         with closing(AdapterStore(self.users)) as store:
-            seen, looked = -1, False
+            seen, looked = "", False
             while not self._stopping.is_set():
                 try:
                     changes = store.manifest.changes()

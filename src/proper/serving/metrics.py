@@ -12,10 +12,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from proper.inference.engine import Engine
 from proper.inference.requests import Event, Finished, Sink, Started, Token
 from proper.interactions.fit_queue import FitQueue
 from proper.run_folder import Tier
+from proper.serving.engines import AnsweringEngine
 from proper.serving.fit_process import FitProcess
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -24,7 +24,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 class Metrics:
     """The metrics of one server."""
 
-    def __init__(self, engine: Engine, fits: FitQueue | None = None, worker: FitProcess | None = None) -> None:
+    def __init__(self, engine: AnsweringEngine, fits: FitQueue | None = None, worker: FitProcess | None = None) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineFigures(engine))
         if fits is not None:
@@ -78,12 +78,13 @@ class _FitFigures(Collector):
 
 
 class _EngineFigures(Collector):
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: AnsweringEngine) -> None:
         self.engine = engine
 
     def collect(self) -> Iterator[Metric]:
         stats = self.engine.stats()
         gauges = {
+            "replicas": ("Engines that answer.", stats.replicas),
             "queue_requests": ("Queued requests.", stats.waiting),
             "batch_rows": ("Running requests (batch rows).", stats.running),
             "slots": ("Slots of the adapter bank.", stats.slots),

@@ -8,17 +8,17 @@ from __future__ import annotations
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from proper.errors import InputError, ProperError
-from proper.inference.engine_thread import EngineThread
 from proper.serving.auth import is_loopback
 from proper.serving.connections import ACCEPTED_AT_ONCE, ConnectionLimits, protocol
+from proper.serving.engines import EngineRunner
 from proper.serving.keys import Keys
 
 QUEUED = 2048
@@ -36,7 +36,13 @@ def require_keys(host: str, keys: Keys, how: str) -> None:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that returns after a signal instead of raising it again: the caller decides how to exit."""
+    """A uvicorn server that returns after a signal instead of raising it again: the caller decides how to exit.
+
+    Attributes:
+        on_hangup: called on a thread of its own after SIGHUP.
+    """
+
+    on_hangup: Callable[[], None] | None = None
 
     def end(self) -> None:
         """Accept no new requests and make `run` return when the running ones have their replies; thread-safe."""
@@ -55,6 +61,9 @@ class Server(uvicorn.Server):
             yield
             return
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        if self.on_hangup is not None:
+            renew = self.on_hangup
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=renew).start())
         try:
             yield
         finally:
@@ -80,7 +89,7 @@ def free_port(host: str, port: int) -> socket.socket:
     return bound
 
 
-def require_no_failure(runner: EngineThread) -> None:
+def require_no_failure(runner: EngineRunner) -> None:
     """Check that an engine thread was stopped and did not fail.
 
     Raises:
@@ -92,7 +101,7 @@ def require_no_failure(runner: EngineThread) -> None:
         raise ProperError(f"the engine has stopped: {reason}") from error
 
 
-def make_server(app: FastAPI, drain_seconds: int, connections: ConnectionLimits | None = None) -> Server:
+def make_server(app: ASGIApp, drain_seconds: int, connections: ConnectionLimits | None = None) -> Server:
     """Return a server for an application; `run` returns when it has drained."""
     connections = connections or ConnectionLimits()
     made: Any = protocol(connections)
@@ -101,6 +110,8 @@ def make_server(app: FastAPI, drain_seconds: int, connections: ConnectionLimits 
             app,
             http=made,
             ws="none",
+            # Not uvloop, which the extra `cluster` installs: the limits on connections use asyncio's own transports.
+            loop="asyncio",
             # The event loop accepts this many at once; `startup` sets a longer backlog for the kernel.
             backlog=ACCEPTED_AT_ONCE,
             log_level="warning",

@@ -20,10 +20,10 @@ from starlette.types import Scope
 
 from proper.adapters.store import AdapterStore
 from proper.errors import ProperError, StoreError
-from proper.inference.engine import Engine
 from proper.interactions.log import InteractionLog
 from proper.run_folder import Tier
 from proper.serving.auth import own_tenant
+from proper.serving.engines import AnsweringEngine
 from proper.serving.errors import APIError, without_folders
 from proper.serving.json_bodies import CheckedRoute
 from proper.serving.keys import Principal
@@ -79,7 +79,7 @@ TenantLookup = Callable[[Principal, str | None], TenantUsers]
 """Function from a principal and the tenant that the request names to that tenant's users."""
 
 
-def tenant_lookup(engine: Engine, log: InteractionLog | None) -> TenantLookup:
+def tenant_lookup(engine: AnsweringEngine, log: InteractionLog | None) -> TenantLookup:
     """Return the look-up of a tenant's users; it raises 403 for another tenant and 404 for a run without users."""
 
     def look_up(principal: Principal, tenant: str | None) -> TenantUsers:

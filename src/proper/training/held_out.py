@@ -33,9 +33,9 @@ def losses_at_scales(
 
 def record_losses(state: FitProgress, job: Job, losses: Mapping[float, Float[Tensor, "n 2"]]) -> float:
     """Add a measurement to a job's progress and return the loss per token at scale 1; the first is before training."""
-    loss = per_token(losses[1.0])
+    loss = per_token(losses[1.0 if state.losses else job.reference])
     if not state.losses:
-        state.before = losses[1.0].tolist()
+        state.before = losses[job.reference].tolist()
     else:
         before = torch.tensor(state.before, dtype=torch.float64)
         state.grid.append([per_token(losses[scale]) for scale in job.scales])

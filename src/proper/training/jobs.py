@@ -32,7 +32,8 @@ class Job:
     Attributes:
         items: the training items.
         held_out: the user's held-out items; if empty, train all `epochs` and keep the last step.
-        anchor: the adapter that `users.distance` pulls toward (P,); None for the group model, whose B A is 0.
+        anchor: the adapter that training is measured against and `users.distance` pulls toward (P,); None for the
+            group model, whose B A is 0.
         epochs: maximum number of passes over the items.
         horizon: number of passes after which the schedule would reach zero; None: `epochs`.
         measured: passes after which the held-out loss is measured; empty means after every pass.
@@ -61,6 +62,11 @@ class Job:
         generator = torch.Generator().manual_seed(seed_of(seed, "order", self.user, epoch))
         order = torch.randperm(len(self.items), generator=generator).tolist()
         return [self.items[i] for i in order[at * batch_size : (at + 1) * batch_size]]
+
+    @property
+    def reference(self) -> float:
+        """The scale of the adapter at which the loss before training is measured; 0 gives that of the group model."""
+        return 0.0 if self.start is not None and self.anchor is None else 1.0
 
     @property
     def measured_passes(self) -> Sequence[int]:
@@ -118,6 +124,14 @@ class FitResult:
     reason: str | None = None
 
 
+Starts = Callable[[str, Float[Tensor, "D"]], Float[Tensor, "P"] | None]
+"""Function from a user and their embedding to the adapter that training starts from; None for a fresh one."""
+
+
+def fresh(user: str, embedding: Float[Tensor, "D"]) -> None:
+    """Start every user from a fresh adapter, which changes nothing: B = 0, or C = 0."""
+
+
 class Jobs(Protocol):
     """A sequence of jobs that are created on access, so that memory does not grow with the number of users."""
 
@@ -134,6 +148,8 @@ class HistoryJobs:
         trial: whether the newest items are held out and measured; else the jobs are on all items.
         part: the number of parts, of `PARTS`, of the full passes that are trained.
         held_out: whether the trial's held-out items are the training items, as for a router.
+        measured: whether the trial's held-out items are measured; else they are only left out.
+        starts: where each user's adapter starts.
     """
 
     config: UsersConfig
@@ -144,6 +160,8 @@ class HistoryJobs:
     trial: bool
     part: int = PARTS
     held_out: bool = False
+    measured: bool = True
+    starts: Starts = fresh
 
     def __len__(self) -> int:
         return len(self.users)
@@ -156,8 +174,10 @@ class HistoryJobs:
             return Job(user, embedding, tuple(items[cut:]))
         full = full_passes(self.config, cut)
         epochs = passes_of(full, self.part)
-        job = Job(user, embedding, tuple(items[:cut]), tuple(items[cut:]), epochs=epochs, horizon=full)
-        if not self.trial:
+        held_out = tuple(items[cut:]) if self.measured else ()
+        start = self.starts(user, embedding)
+        job = Job(user, embedding, tuple(items[:cut]), held_out, epochs=epochs, horizon=full, start=start)
+        if not held_out:
             return job
         measured = sorted({passes_of(full, part) for part in range(1, self.part + 1)})
         return replace(job, measured=tuple(measured), scales=(*self.config.scales, 1.0))

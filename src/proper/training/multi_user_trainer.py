@@ -237,7 +237,7 @@ class MultiUserTrainer:
         jobs = {slot: self.job_in(slot)[0] for slot in slots if self.job_in(slot)[0].held_out}
         started = any(self.job_in(slot)[1].losses for slot in jobs)
         # Before training, a fresh adapter has B = 0, which changes nothing at any scale.
-        scales = {scale for job in jobs.values() for scale in job.scales} if started else {1.0}
+        scales = {scale for job in jobs.values() for scale in (job.scales if started else (job.reference,))}
         found = losses_at_scales(self.model, self.bank, jobs, scales, self.pad)
         bad: Bad = {}
         for slot, job in jobs.items():
@@ -247,7 +247,7 @@ class MultiUserTrainer:
                 continue
             if record_losses(state, job, losses) <= min(state.losses):
                 state.best = self._passes(slot)
-                self.best[slot] = self.bank.values[slot]
+                self.best[slot] = self.bank.values[slot] if started or job.reference else 0
         self._remove(bad)
 
     def _passes(self, slot: int) -> int:

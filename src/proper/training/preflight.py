@@ -32,6 +32,7 @@ from proper.models.peft_merge import load_lora
 from proper.models.personal import ProperModel, answer_logits, gradient_checkpointing
 from proper.models.targets import expert_targets, find_targets, user_targets
 from proper.run_folder import RunFolder
+from proper.training.bases import random_bases
 from proper.training.population import in_training, wrap
 
 ALIKE = 0.8
@@ -45,6 +46,7 @@ class PreflightSample(NamedTuple):
     prompt: str
     target: str
     user: str
+    task: int = 0
 
 
 SAMPLES = (
@@ -169,6 +171,8 @@ def _try_personal(backbone: Backbone, config: Config, batch: Batch, place: Path)
     model = ProperModel(backbone)
     model.add_experts(config.groups, seed=0)
     model.add_lora_router(config.users)
+    if config.users.form == "core":
+        model.bases = random_bases(model, config.users, torch.Generator().manual_seed(0))
     layout = model.user_layout(config.users)
     bank = AdapterBank(layout, len(SAMPLES), alpha=config.users.alpha, trainable=True, device=model.device)
     for slot in range(len(SAMPLES)):

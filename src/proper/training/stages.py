@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -28,17 +28,19 @@ from proper.data.encoder import Encoder
 from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
 from proper.models.backbone import Backbone, configured_backbone, pick_device
-from proper.models.checkpoints import load_groups, save_tensors
+from proper.models.checkpoints import bases_digest, load_groups, save_tensors
 from proper.models.memory import give_back_memory
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.models.user_encoder import save_encoder
 from proper.run_folder import RunFolder, Stage, Tier
+from proper.training.bases import train_bases
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.early_stopping import hold_out
 from proper.training.groups import first_embeddings, train_groups
 from proper.training.optim import resolve_rate
 from proper.training.population import train_population
+from proper.training.starts import train_start
 from proper.training.trainer import Log, TrainingPlan
 from proper.training.user_encoder import train_encoder
 from proper.training.user_stage import FitAdapters, UserStage
@@ -169,7 +171,7 @@ class StageRunner:
     def _groups(self, model: ProperModel, wanted: bool) -> None:
         if self._is_done(Stage.GROUPS, wanted):
             if self.accelerator.is_main_process:
-                load_groups(model, self.config.groups, self.run_folder.experts)
+                load_groups(model, self.config.groups, self.run_folder.experts, len(self.config.tasks))
             return
         if self.run_folder.is_trained(Stage.USERS):
             raise RunFolderError(
@@ -177,7 +179,7 @@ class StageRunner:
                 "delete it too, and run again to train both"
             )
         config = self.config.groups
-        model.add_experts(config, seed_of(self.seed, "experts"))
+        model.add_experts(config, seed_of(self.seed, "experts"), len(self.config.tasks))
         sample = stage_sample(self.dataset, "groups", config.train_on, config.max_tokens, self.seed)
         role: Role | None = "target" if config.train_on == "targets" else None
         users = [user.id for user in self.dataset.users(role) if user.history > 0]
@@ -245,7 +247,9 @@ class StageRunner:
         facts: dict[str, Any] = {"users": len(users)}
 
         def work() -> None:
-            trained = train_users(stage)
+            train_bases(stage, self.run_folder.users.bases)
+            store.bind(bases_digest(self.run_folder.users.bases))
+            trained = train_users(replace(stage, starts=train_start(stage, self.run_folder.users.start)))
             facts["choice"] = asdict(trained.choice)
             save_tensors(self.run_folder.users.router, trained.router, {})
 

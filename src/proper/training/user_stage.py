@@ -29,7 +29,7 @@ from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.personal import ProperModel
 from proper.run_folder import Tier
 from proper.training.checkpoint import Checkpoint
-from proper.training.jobs import PARTS, FitResult, HistoryJobs
+from proper.training.jobs import PARTS, FitResult, HistoryJobs, Starts, fresh
 from proper.training.lora_router import RouterPlan, train_router
 from proper.training.memory import auto_slots, device_memory, footprint
 from proper.training.multi_user_trainer import MultiUserTrainer
@@ -66,6 +66,7 @@ class UserStage:
         fixed_router: whether W_r is frozen; fitting a new user must not change shared parameters.
         choice: the passes and the scale that an earlier stage 3 chose; None: this one chooses.
         others: users whose trials are known, for pooled decisions; none by default.
+        starts: where each user's adapter starts.
         bar: progress bar of the number of users fitted.
         elsewhere: runs stage 3a in other processes; None: it runs in this one.
     """
@@ -84,6 +85,7 @@ class UserStage:
     fixed_router: bool = False
     choice: Choice | None = None
     others: Others = no_others
+    starts: Starts = fresh
     bar: Bar = progress
     elsewhere: FitAdapters | None = None
 
@@ -117,7 +119,8 @@ class UserStage:
         """Return the jobs of the users at `indices`: trials with held-out items, or on all items, up to `part`."""
         users = [self.users[at] for at in indices]
         embeddings = self.embeddings[list(indices)]
-        return HistoryJobs(self.config, self.dataset, self.encoder, users, embeddings, trial, part)
+        data = (self.dataset, self.encoder)
+        return HistoryJobs(self.config, *data, users, embeddings, trial, part, starts=self.starts)
 
 
 def no_metadata(user: str) -> Mapping[str, Any]:
@@ -147,7 +150,7 @@ def fit_adapters(
             return refused(stage.embeddings, user, result.embedding, result.reason, metadata(user))
         tensors = trainer.bank.layout.unpack(result.row)
         for name in tensors:
-            if name.endswith(".B") and scale != 1:
+            if name.endswith((".B", ".C")) and scale != 1:
                 tensors[name].mul_(scale)
         fault = fault_of(tensors)
         if fault is not None:

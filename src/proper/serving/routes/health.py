@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from proper.inference.engine_thread import EngineThread
 from proper.serving.auth import Authenticator
+from proper.serving.engines import EngineRunner
 from proper.serving.errors import APIError
 from proper.serving.fit_process import FitProcess
 from proper.serving.keys import Principal
@@ -17,7 +17,7 @@ from proper.serving.metrics import Metrics
 from proper.serving.schemas.resources import Health
 
 
-def health_routes(runner: EngineThread, worker: FitProcess | None, metrics: Metrics, auth: Authenticator) -> APIRouter:
+def health_routes(runner: EngineRunner, worker: FitProcess | None, metrics: Metrics, auth: Authenticator) -> APIRouter:
     """Return the monitoring routes of an engine thread and its fit worker."""
     router = APIRouter(tags=["health"])
 

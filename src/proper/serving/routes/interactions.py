@@ -12,17 +12,17 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query
 
 from proper.data.rows import BadValue
-from proper.inference.model import PersonalizedModel
 from proper.interactions.log import ConflictError, DeletedError, ExistsError, LogEntry
 from proper.interactions.parsing import Read, plain_reader
 from proper.serving.auth import Authenticator
+from proper.serving.engines import AnsweringModel
 from proper.serving.errors import APIError
 from proper.serving.keys import Principal
 from proper.serving.schemas.resources import AppendReply, Enrolment, InteractionBatch, NewInteraction
 from proper.serving.tenancy import TenantLookup, TenantUsers, user_in_path
 
 
-def enrolment_routes(router: APIRouter, model: PersonalizedModel, lookup: TenantLookup, auth: Authenticator) -> None:
+def enrolment_routes(router: APIRouter, model: AnsweringModel, lookup: TenantLookup, auth: Authenticator) -> None:
     """Add the enrolment and append routes to a router at /v1/users."""
     WriteCaller = Annotated[Principal, Depends(auth.needs("write", "admin"))]
     reading = plain_reader(model.config.task, "input", "output")

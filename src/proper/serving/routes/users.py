@@ -10,11 +10,11 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path, Query, Response
 
 from proper.errors import NoVersionError
-from proper.inference.engine import Engine
 from proper.interactions.archive import write_archive
 from proper.interactions.deletion import remove
 from proper.interactions.log import InteractionLog
 from proper.serving.auth import Authenticator
+from proper.serving.engines import AnsweringEngine
 from proper.serving.errors import APIError
 from proper.serving.keys import Principal
 from proper.serving.routes.interactions import enrolment_routes
@@ -44,7 +44,7 @@ class ZipReply(Response):
     media_type = "application/zip"
 
 
-def user_routes(engine: Engine, log: InteractionLog | None, auth: Authenticator) -> APIRouter:
+def user_routes(engine: AnsweringEngine, log: InteractionLog | None, auth: Authenticator) -> APIRouter:
     """Return the routes for the users of an engine's run, and for their interactions if there is a log."""
     router = APIRouter(prefix="/v1/users", tags=["users"], route_class=RawRoute)
     lookup = tenant_lookup(engine, log)
@@ -98,7 +98,7 @@ def _versions(router: APIRouter, lookup: TenantLookup, auth: Authenticator) -> N
         return tenant_users.card(user)
 
 
-def _one_user(router: APIRouter, engine: Engine, lookup: TenantLookup, auth: Authenticator) -> None:
+def _one_user(router: APIRouter, engine: AnsweringEngine, lookup: TenantLookup, auth: Authenticator) -> None:
     WriteCaller = Annotated[Principal, Depends(auth.needs("write", "admin"))]
     AdminCaller = Annotated[Principal, Depends(auth.needs("admin"))]
 
@@ -144,7 +144,7 @@ def _one_user(router: APIRouter, engine: Engine, lookup: TenantLookup, auth: Aut
         return DeletionStatus(id=removal.job, state="running")
 
 
-def deletion_routes(engine: Engine, log: InteractionLog | None, auth: Authenticator) -> APIRouter:
+def deletion_routes(engine: AnsweringEngine, log: InteractionLog | None, auth: Authenticator) -> APIRouter:
     """Return the route for the state of a deletion."""
     router = APIRouter(prefix="/v1/deletions", tags=["users"])
     lookup = tenant_lookup(engine, log)

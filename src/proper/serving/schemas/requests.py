@@ -53,11 +53,13 @@ class ProperOptions(RequestSchema):
         tenant: the tenant of the user; only the key's own tenant is allowed.
         tier: the highest tier that may answer; "groups" leaves out the user's adapter, "population" also the experts.
         gates: whether the reply has the expert gates of each token; for one prompt only.
+        task: name of the prompt's task in a run of several; the first one if absent.
     """
 
     tenant: Annotated[str, Field(max_length=512)] | None = None
     tier: Literal["users", "groups", "population"] | None = None
     gates: bool | None = None
+    task: Annotated[str, Field(max_length=512)] | None = None
 
 
 class StreamOptions(RequestSchema):

@@ -15,13 +15,16 @@ class RunCard(BaseModel):
     Attributes:
         stage: the last trained stage: "base", "population", "groups" or "users".
         experts: number of experts, E; 0 before the stage "groups".
-        literals, columns: the prompt template of training: `literals[0] {columns[0]} literals[1] ...`.
+        literals, columns: the prompt template of training, of the first of several tasks: `literals[0] {columns[0]}
+            literals[1] ...`.
+        tasks: the names of several tasks; empty for a run of one.
     """
 
     stage: str
     experts: int
     literals: list[str]
     columns: list[str]
+    tasks: list[str] = []
 
 
 class ModelCard(BaseModel):

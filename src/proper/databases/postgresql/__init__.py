@@ -1,0 +1,1 @@
+"""PostgreSQL as the place of a run's state; needs the extra `postgresql`."""

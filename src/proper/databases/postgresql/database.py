@@ -1,0 +1,243 @@
+"""PostgreSQL schema as a shared database: pooled connections, one per reading thread and one per open transaction.
+
+Writers keep the order that SQLite gives them: a transaction without an owner runs alone, those of different users run
+together. Advisory locks do this, which end with the transaction, also when the process or its machine dies.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from sqlalchemy import Engine as Pool
+from sqlalchemy import MetaData, create_engine
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from proper.databases.location import Location
+from proper.databases.postgresql.migrations import migrate
+from proper.databases.statements import Engine, Values
+from proper.errors import InputError, StoreError
+from proper.sqlite_files import read_only_error, writable
+
+# The server notices within a minute that a client's machine is gone, and rolls its transaction back.
+_SETTINGS = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
+
+
+class Pools:
+    """The connection pools of this process, each shared by all databases of one location and closed by the last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[tuple[int, Location], tuple[Pool, int]] = {}
+
+    def take(self, location: Location) -> Pool:
+        """Return the pool of a location; the first use checks that the schema is there, and migrates it."""
+        key = os.getpid(), location  # a connection does not survive a fork
+        with self._lock:
+            pool, users = self._open.get(key) or (_pool(location), 0)
+            if not users:
+                migrate(pool, location)
+            self._open[key] = pool, users + 1
+            return pool
+
+    def release(self, location: Location) -> None:
+        """Give a pool back."""
+        key = os.getpid(), location
+        with self._lock:
+            pool, users = self._open.pop(key)
+            if users > 1:
+                self._open[key] = pool, users - 1
+            else:
+                pool.dispose()
+
+
+_POOLS = Pools()
+
+
+class PostgresqlDatabase:
+    """A run's schema, made if it does not exist. Arguments and methods are those of `shared.SharedDatabase`."""
+
+    engine: Engine = "postgresql"
+
+    def __init__(
+        self, path: Path, location: Location, noun: str, tables: MetaData, wait_seconds: float, durable: bool
+    ) -> None:
+        self.path, self._where, self._noun = path, location, noun
+        self._tables = [table.name for table in tables.sorted_tables]
+        self.read_only = not writable(path)
+        self._local = threading.local()
+        self._key = _lock_key(noun, location.schema)
+        durably = "" if durable else "SET LOCAL synchronous_commit = off; "
+        self._begin = f"BEGIN; SET LOCAL lock_timeout = {max(1, round(1000 * wait_seconds))}; {durably}"
+        with _translated(location, ""):
+            self._pool = _POOLS.take(location)
+        self._closed = False
+
+    def close(self) -> None:
+        """Close the connections, unless another database of this process uses them."""
+        if not self._closed:
+            self._closed = True
+            _POOLS.release(self._where)
+
+    @contextmanager
+    def transaction(self, owner: tuple[str, bytes] | str | None = None) -> Iterator[None]:
+        """BEGIN ... COMMIT, with the locks of an owner; "any" locks the rows that its statements lock, and no user."""
+        if self.read_only:
+            raise read_only_error(self.path)
+        if self._current() is not None:
+            yield
+            return
+        with (
+            _translated(self._where, f"the {self._noun} cannot be written: "),
+            self._connected(self._begin + self._locks(owner)) as connection,
+        ):
+            self._local.connection = connection
+            try:
+                yield
+                connection.execute("COMMIT")
+            except BaseException:
+                if not connection.closed:
+                    connection.execute("ROLLBACK")
+                raise
+            finally:
+                self._local.connection = None
+
+    def read(self, sql: str, values: Values | Sequence[object]) -> list[Any]:
+        """Return all rows of a query."""
+        connection = self._current()
+        if connection is not None:
+            return connection.execute(sql, values).fetchall()
+        with _translated(self._where, ""), self._connected() as connection:
+            try:
+                return connection.execute(sql, values).fetchall()
+            except psycopg.OperationalError:
+                if not connection.closed:
+                    raise
+        # The server was restarted, or the connection was dropped: a read can be repeated.
+        self._pool.dispose()
+        with _translated(self._where, ""), self._connected() as connection:
+            return connection.execute(sql, values).fetchall()
+
+    def write(self, sql: str, values: Values | Sequence[object]) -> int:
+        """Run one statement inside a transaction; return how many rows it changed."""
+        connection = self._current()
+        assert connection is not None
+        return connection.execute(sql, values).rowcount
+
+    def wipe(self, patience: float) -> bool:
+        """Vacuum the tables; with a patience of 0 this is left to a later call, or to the server."""
+        if patience > 0:
+            with _translated(self._where, ""), self._connected() as connection:
+                connection.execute(f"VACUUM {', '.join(self._tables)}")
+        return True
+
+    def damage(self) -> list[str]:
+        """Return nothing: PostgreSQL's own tools check its tables."""
+        return []
+
+    def changes(self) -> str:
+        """Return the snapshot, which any commit on the server changes."""
+        return str(self.read("SELECT pg_current_snapshot()::text", ())[0][0])
+
+    def has_table(self, name: str) -> bool:
+        """Return True: the migrations have made every table."""
+        return True
+
+    def _current(self) -> psycopg.Connection[Any] | None:
+        """Return the connection of this thread's open transaction."""
+        return getattr(self._local, "connection", None)
+
+    @contextmanager
+    def _connected(self, begin: str | None = None) -> Iterator[psycopg.Connection[Any]]:
+        """Yield a connection of the pool while the block runs, after it ran `begin`."""
+        pooled = self._pool.raw_connection()
+        try:
+            connection = pooled.driver_connection
+            assert isinstance(connection, psycopg.Connection)
+            if begin is not None:
+                try:
+                    connection.execute(begin)
+                except psycopg.OperationalError:
+                    if not connection.closed:
+                        connection.execute("ROLLBACK")
+                        raise
+                    # The server was restarted: nothing has begun, so a new connection can begin it.
+                    self._pool.dispose()
+                    pooled.invalidate()
+                    pooled = self._pool.raw_connection()
+                    connection = pooled.driver_connection
+                    assert isinstance(connection, psycopg.Connection)
+                    connection.execute(begin)
+            yield connection
+            if connection.closed:
+                pooled.invalidate()
+        finally:
+            pooled.close()
+
+    def _locks(self, owner: tuple[str, bytes] | str | None) -> str:
+        if owner is None:
+            return f"SELECT pg_advisory_xact_lock({self._key})"
+        shared = f"SELECT pg_advisory_xact_lock_shared({self._key})"
+        if isinstance(owner, str):
+            return shared
+        own = _lock_key(self._noun, self._where.schema, owner[0], owner[1].hex())
+        return f"{shared}; SELECT pg_advisory_xact_lock({own})"
+
+
+def make_schema(location: Location) -> None:
+    """Make the schema of a new run, without others' rights on it, and its tables.
+
+    Raises:
+        StoreError: the database cannot be reached, or the schema cannot be made.
+    """
+    pool = _pool(location)
+    try:
+        with _translated(location, ""), pool.begin() as connection:
+            connection.exec_driver_sql(f'CREATE SCHEMA "{location.schema}"')
+        with _translated(location, ""):
+            migrate(pool, location)
+    finally:
+        pool.dispose()
+
+
+def _pool(location: Location) -> Pool:
+    url = make_url(location.url).set(drivername="postgresql+psycopg")
+    return create_engine(
+        url,
+        isolation_level="AUTOCOMMIT",
+        max_overflow=-1,  # a thread that waits for a second connection while it holds one must get it
+        pool_reset_on_return=None,
+        connect_args={
+            "options": f"{_SETTINGS} -c search_path={location.schema}",
+            "application_name": "proper",
+            "connect_timeout": 10,
+        },
+    )
+
+
+@contextmanager
+def _translated(location: Location, what: str) -> Iterator[None]:
+    """Turn errors of the driver into one line that names the database."""
+    try:
+        yield
+    except psycopg.DataError as error:  # such as the character NUL, which PostgreSQL's text cannot hold
+        raise InputError(f"{location}: {what}{_one_line(error)}") from error
+    except (psycopg.Error, SQLAlchemyError) as error:
+        cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+        raise StoreError(f"{location}: {what}{_one_line(cause)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _lock_key(*names: str) -> int:
+    content = "\0".join(names).encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "big", signed=True)

@@ -1,0 +1,151 @@
+"""SQLite file as a shared database: one connection for all threads, waiting for other processes, emptying the log."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import MetaData
+
+from proper.databases.statements import Engine, Values, additions, created
+from proper.errors import StoreError
+from proper.sqlite_files import Schema, open_shared, read_only_error
+
+_RETRY_SECONDS = 0.01
+
+
+class SqliteDatabase:
+    """An SQLite file that several processes and threads share; made if it does not exist.
+
+    Arguments and methods are those of `shared.SharedDatabase`. Tables and columns that an earlier version of the file's
+    format lacks are added.
+    """
+
+    engine: Engine = "sqlite"
+
+    def __init__(
+        self,
+        path: Path,
+        noun: str,
+        version: int,
+        tables: MetaData,
+        wait_seconds: float,
+        may_make: Callable[[], None],
+        durable: bool,
+        reads_wait: bool,
+    ) -> None:
+        self.path, self._noun, self._lock = path, noun, threading.RLock()
+        self._read_lock = self._lock if reads_wait else nullcontext()
+        self._wait_seconds = wait_seconds
+        schema = Schema(noun, version, created(tables), durable)
+        self._db, self.read_only = open_shared(path, schema, wait_seconds, may_make)
+        self._db.execute("PRAGMA busy_timeout = 0")  # `_patiently` waits instead
+        if not self.read_only:
+            self._complete(tables)
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def transaction(self, owner: object = None) -> Iterator[None]:
+        """BEGIN IMMEDIATE ... COMMIT: one writer at a time, whoever the owner is."""
+        if self.read_only:
+            raise read_only_error(self.path)
+        with self._lock:
+            if self._db.in_transaction:
+                yield
+                return
+            try:
+                self._patiently("BEGIN IMMEDIATE")
+                try:
+                    yield
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as error:
+                raise StoreError(f"{self.path}: the {self._noun} cannot be written: {error}") from error
+
+    def read(self, sql: str, values: Values | Sequence[object] = ()) -> list[Any]:
+        """Return all rows of a query."""
+        try:
+            with self._read_lock:
+                return self._patiently(sql, values)
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path}: {error}") from error
+
+    def _patiently(self, sql: str, values: Values | Sequence[object] = ()) -> list[Any]:
+        """Run one statement and return its rows; wait while another process holds a lock that it needs.
+
+        SQLite itself would wait with the connection's mutex held. Every other thread that reads then waits as well,
+        with Python's global lock held while it binds values: the whole process would stand still.
+        """
+        deadline = time.monotonic() + self._wait_seconds
+        while True:
+            try:
+                return self._db.execute(sql, values).fetchall()
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(_RETRY_SECONDS)
+
+    def write(self, sql: str, values: Values | Sequence[object] = ()) -> int:
+        """Run one statement inside a transaction; return how many rows it changed."""
+        return self._db.execute(sql, values).rowcount
+
+    def wipe(self, patience: float) -> bool:
+        """Checkpoint the write-ahead log into the file and truncate it, so that it keeps no deleted data."""
+        deadline = time.monotonic() + patience
+        try:
+            # A separate connection: this process's other connections may be in the middle of a read.
+            with closing(sqlite3.connect(self.path, timeout=0, isolation_level=None)) as database:
+                while _is_busy(database):
+                    if time.monotonic() > deadline:
+                        return False
+                    time.sleep(0.02)
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path}: {error}") from error
+        return True
+
+    def damage(self) -> list[str]:
+        """Return what `PRAGMA integrity_check` finds."""
+        messages = [row[0] for row in self.read("PRAGMA integrity_check")]
+        return [] if messages == ["ok"] else messages
+
+    def changes(self) -> str:
+        """Return SQLite's `data_version`."""
+        return str(self.read("PRAGMA data_version")[0][0])
+
+    def has_table(self, name: str) -> bool:
+        """Return whether the file has a table."""
+        return bool(self.read("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (name,)))
+
+    def _complete(self, tables: MetaData) -> None:
+        """Add the tables and columns that a file of an earlier version lacks."""
+        columns = """SELECT m.name, c.name FROM sqlite_master AS m JOIN pragma_table_info(m.name) AS c
+            WHERE m.type = 'table'"""
+        there = set(map(tuple, self.read(columns)))
+        known = {(table.name, column.name) for table in tables.sorted_tables for column in table.columns}
+        if known <= there:
+            return
+        with self.transaction():
+            there = set(map(tuple, self.read(columns)))  # another process may have added them
+            for statement in additions(tables, there):
+                self.write(statement)
+
+
+def _is_busy(database: sqlite3.Connection) -> bool:
+    try:
+        return bool(database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error):
+            raise
+        return True

@@ -1,0 +1,221 @@
+"""Objects in a bucket: conditional and multipart puts, retries, the cache in front, settings and their errors."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from proper.adapters import bucket as buckets
+from proper.adapters.bucket import Bucket, BucketError, MissingObjectError
+from proper.adapters.integrity import check
+from proper.adapters.storage_setting import parse_url, record, setting_of
+from proper.adapters.store import AdapterStore, UserRecord
+from proper.cli.app import main
+from proper.errors import InputError, StoreError
+from tests.s3_server import S3Server
+
+Draw = Callable[[int], dict[str, Tensor]]
+
+
+def test_only_one_of_two_writers_writes(s3: S3Server) -> None:
+    bucket, wrote = Bucket(s3.new_bucket(), "p/"), list[bytes]()
+
+    def write(data: bytes) -> None:
+        if bucket.put_new("1.shard", data):
+            wrote.append(data)
+
+    threads = [threading.Thread(target=write, args=(bytes([at]) * 100,)) for at in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrote) == 1 and bucket.read("1.shard", 0, 100) == wrote[0]
+
+
+def test_a_large_object_goes_in_parts_and_refuses_a_second_writer(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buckets, "PART_BYTES", 5 << 20)  # the least that S3 takes
+    bucket, data = Bucket(s3.new_bucket(), ""), bytes(range(256)) * (48 << 10)
+    assert bucket.put_new("big", data) and not bucket.put_new("big", data[::-1])
+    assert bucket.read("big", 0, len(data)) == data and bucket.read("big", 5, 3) == data[5:8]
+    assert list(bucket.uploads()) == [], "the parts of the refused one are gone"
+    with pytest.raises(MissingObjectError):
+        bucket.read("big", len(data) - 1, 2)
+    with pytest.raises(MissingObjectError):
+        bucket.read("none", 0, 2)
+
+
+class Broken:
+    """A TCP proxy to an S3 server: of each pair of connections it cuts the first, after a request's answer arrived."""
+
+    def __init__(self, url: str) -> None:
+        host, port = url.rpartition("/")[2].split(":")
+        self.target, self.cut = (host, int(port)), 0
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+
+    def _serve(self) -> None:
+        for number in range(100):
+            try:
+                client, _ = self.socket.accept()
+            except OSError:
+                return
+            with client, socket.create_connection(self.target) as server:
+                client.settimeout(2)
+                server.settimeout(2)
+                try:
+                    asked = client.recv(1 << 16)
+                    while asked:
+                        server.sendall(asked)
+                        if b"100-continue" in asked.lower():
+                            client.sendall(server.recv(1 << 16))
+                            server.sendall(client.recv(1 << 16))
+                        answer = server.recv(1 << 16)
+                        if number % 2 == 0:
+                            self.cut += 1
+                            break
+                        client.sendall(answer)
+                        asked = client.recv(1 << 16)
+                except OSError:
+                    continue
+
+
+def test_a_put_whose_answer_was_lost_is_repeated_and_knows_its_own_object(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, broken = Bucket(s3.new_bucket(), "p/"), Broken(s3.environment["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", broken.url)
+    assert bucket.put_new("1.shard", b"adapters")
+    assert broken.cut >= 1
+    broken.socket.close()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.environment["AWS_ENDPOINT_URL"])
+    assert bucket.read("1.shard", 0, 8) == b"adapters" and not bucket.put_new("1.shard", b"another")
+
+
+@pytest.fixture
+def run(tmp_path: Path, s3: S3Server) -> tuple[Path, str]:
+    """A run folder with a setting, and the name of its bucket."""
+    folder, bucket = tmp_path / "run", s3.new_bucket()
+    folder.mkdir()
+    record(folder, f"s3://{bucket}/people?cache_mb=1")
+    return folder, bucket
+
+
+def test_a_second_read_needs_no_bucket_and_damage_in_the_cache_does_no_harm(
+    run: tuple[Path, str], adapter: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = run
+    with closing(AdapterStore(folder / "users")) as store:
+        store.put(UserRecord(f"u{at}", "users", torch.ones(1), adapter(at)) for at in range(2))
+        store.get("u0")
+        with monkeypatch.context() as away:
+            away.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+            found = store.get("u0")
+            assert found is not None and found.adapter is not None
+        (cached,) = (path for path in store.paths.cache.iterdir() if path.name != "size")
+        cached.write_bytes(b"#" * cached.stat().st_size)
+        found = store.get("u0")
+        assert found is not None and found.adapter is not None
+        assert all(torch.equal(found.adapter[name], tensor) for name, tensor in adapter(0).items())
+        assert b"###" not in cached.read_bytes(), "replaced by the right bytes"
+        cached.write_bytes(b"torn")
+        assert store.get("u0") is not None
+
+
+def test_damage_in_the_bucket_is_found_and_repaired(run: tuple[Path, str], s3: S3Server, adapter: Draw) -> None:
+    folder, bucket = run
+    with closing(AdapterStore(folder / "users")) as store:
+        store.put([UserRecord("u0", "users", torch.ones(1), adapter(0))])
+        store.put([UserRecord("u0", "users", torch.ones(1), adapter(1))])
+        data = s3.client.get_object(Bucket=bucket, Key="people/users/2.shard")["Body"].read()
+        s3.client.put_object(Bucket=bucket, Key="people/users/2.shard", Body=b"\xff" + data[1:])
+        with pytest.raises(StoreError, match="s3://.*2.shard: the adapter of user 'u0' is missing or damaged"):
+            store.get("u0")
+        assert [each.kind for each in check(store)] == ["flipped"]
+        repaired = check(store, repair=True)
+        assert repaired[0].repair == "went back to version 1" and check(store) == []
+        s3.client.delete_object(Bucket=bucket, Key="people/users/1.shard")
+        assert {each.kind for each in check(store)} == {"missing"}
+
+
+def test_old_versions_wait_until_a_rewrite_pays(run: tuple[Path, str], adapter: Draw, s3: S3Server) -> None:
+    folder, bucket = run
+    with closing(AdapterStore(folder / "users", keep=1)) as store:
+        store.put(UserRecord(f"u{at}", "users", torch.ones(1), adapter(at)) for at in range(8))
+        store.put([UserRecord("u0", "users", torch.ones(1), adapter(20))])
+        assert "people/users/1.shard?null" in s3.contents(bucket) and len(store.manifest.erasures()) == 1
+        assert check(store) == [] and store.manifest.erasures() == [], "a check erases everything"
+        assert "people/users/1.shard?null" not in s3.contents(bucket)
+        for at in (1, 2, 3):
+            store.put([UserRecord(f"u{at}", "users", torch.ones(1), adapter(20 + at))])
+        assert len(store.manifest.erasures()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("gs://b/p", "not a URL like s3://BUCKET/PREFIX"),
+        ("s3:///p", "not a URL like"),
+        ("s3://b/p?cache=1", "not a URL like"),
+        ("s3://b/p?cache_mb=all", "cache_mb is not a number of MiB"),
+        ("s3://key:secret@b/p", "has credentials in the URL"),
+    ],
+)
+def test_urls_that_cannot_be(url: str, why: str) -> None:
+    with pytest.raises(InputError, match=why) as error:
+        parse_url(url, "")
+    assert "secret" not in str(error.value)
+
+
+def test_a_run_keeps_its_setting_and_its_prefix(run: tuple[Path, str], tmp_path: Path, adapter: Draw) -> None:
+    folder, bucket = run
+    record(folder, f"s3://{bucket}/people/?cache_mb=7")
+    setting = setting_of(folder)
+    assert setting is not None and setting.cache_mb == 7
+    with pytest.raises(InputError, match=f"keeps its adapters in s3://{bucket}/people"):
+        record(folder, f"s3://{bucket}/other")
+    (tmp_path / "second").mkdir()
+    with pytest.raises(StoreError, match="holds the adapters of another run"):
+        record(tmp_path / "second", f"s3://{bucket}/people")
+    with closing(AdapterStore(tmp_path / "third" / "users")) as store:
+        store.put([UserRecord("u0", "users", torch.ones(1), adapter(0))])
+    with pytest.raises(InputError, match="this run keeps its adapters in .*blobs"):
+        record(tmp_path / "third", f"s3://{bucket}/third")
+
+
+def test_stores_of_nested_runs_have_prefixes_of_their_own(run: tuple[Path, str], s3: S3Server, adapter: Draw) -> None:
+    folder, bucket = run
+    for users in (folder / "users", folder / "seeds" / "1" / "users", folder / "users" / "work" / "trial"):
+        with closing(AdapterStore(users)) as store:
+            store.put([UserRecord("u0", "users", torch.ones(1), adapter(0))])
+    keys = {name.partition("?")[0] for name in s3.contents(bucket)}
+    assert keys == {"people/owner", "people/users/1.shard", "people/seeds/1/users/1.shard"}
+    assert (folder / "users" / "work" / "trial" / "blobs" / "1.shard").exists(), "a temporary store is local"
+
+
+def test_a_wrong_bucket_or_no_credentials_is_one_line(
+    s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_text("data: {path: x}\n")
+    call = ["run", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run"), "--store", "s3://no-such-bucket/p"]
+    assert main(call) == 2
+    assert capsys.readouterr().err == "proper: s3://no-such-bucket/p/: no such bucket; create it, or correct the URL\n"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    with pytest.raises(BucketError, match="no credentials .*AWS_ACCESS_KEY_ID") as error:
+        record(tmp_path / "run", "s3://no-such-bucket/p")
+    assert error.value.exit_code == 2 and "\n" not in str(error.value)

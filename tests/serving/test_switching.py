@@ -1,0 +1,105 @@
+"""A server takes a new run while requests are answered: none fails, and running ones finish on the former run."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from proper.adapters.store import AdapterStore
+from proper.errors import RunFolderError
+from proper.inference import load
+from proper.inference.engine import Engine
+from proper.inference.engine_thread import EngineThread
+from proper.inference.requests import EngineLimits
+from proper.run_folder import RunFolder
+from proper.serving.app import ServeSettings, create_app
+from proper.serving.keys import FILE, Keys
+from proper.serving.server import free_port, make_server
+from proper.serving.switching import SwitchableApp
+
+
+@pytest.fixture
+def link(long_run: Path, tmp_path: Path) -> Path:
+    """A link to a copy of the run; beside it is another copy, without the user `u0`."""
+    for name in ("first", "second"):
+        shutil.copytree(long_run, tmp_path / name)
+    store = AdapterStore(RunFolder(tmp_path / "second").users.path)
+    store.delete("u0")
+    store.close()
+    (tmp_path / "current").symlink_to("first")
+    return tmp_path / "current"
+
+
+def lead(link: Path, name: str) -> None:
+    """Let the link lead to another run at once."""
+    link.with_name("next").symlink_to(name)
+    link.with_name("next").replace(link)
+
+
+def test_requests_go_on_while_a_run_takes_the_place_of_another(link: Path) -> None:
+    opened: list[str] = []
+
+    @contextmanager
+    def application() -> Iterator[FastAPI]:
+        run = link.resolve()
+        opened.append(run.name)
+        if run.name == "broken":
+            raise RunFolderError("not a run")
+        model = load(run)
+        yield create_app(EngineThread(Engine(model, EngineLimits(4))), Keys(run / FILE), ServeSettings("tiny"), print)
+        model.close()
+        opened.append(f"closed {run.name}")
+
+    app = SwitchableApp(application)
+    server, bound = make_server(app, 10), free_port("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=([bound],))
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    url, stop, seen = f"http://127.0.0.1:{bound.getsockname()[1]}", threading.Event(), list[tuple[int, str]]()
+
+    def ask(length: int) -> httpx.Response:
+        body = {"model": "tiny", "prompt": "Well?", "user": "u0", "max_tokens": length}
+        return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+
+    def keep_asking() -> None:
+        while not stop.is_set():
+            reply = ask(3)
+            seen.append((reply.status_code, reply.json()["proper"]["tier"]))
+
+    with ThreadPoolExecutor(5) as threads:
+        try:
+            work = [threads.submit(keep_asking) for _ in range(4)]
+            long = threads.submit(ask, 150)
+            while len(seen) < 8:
+                time.sleep(0.01)
+            lead(link, "second")
+            app.renew()
+            assert long.result().json()["proper"]["tier"] == "users", "it began on the former run"
+            after = len(seen)
+            while len(seen) < after + 8:
+                time.sleep(0.01)
+            lead(link, "broken")
+            with pytest.raises(RunFolderError):
+                app.renew()
+            assert ask(3).json()["proper"]["tier"] == "none", "the server goes on with the run that it has"
+        finally:
+            stop.set()
+        for each in work:
+            each.result()
+    assert {status for status, _ in seen} == {200}
+    assert {tier for _, tier in seen[:4]} == {"users"} and {tier for _, tier in seen[after + 4 :]} == {"none"}
+    server.should_exit = True
+    thread.join()
+    app.close()
+    bound.close()
+    assert opened == ["first", "second", "closed first", "broken", "closed second"]
