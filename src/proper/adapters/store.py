@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -112,11 +112,11 @@ class AdapterStore:
             if bound.get(key, value) != value:
                 raise StoreError(f"{self.folder}: these adapters belong to another {key} ({bound[key]}, not {value})")
 
-    def put(self, records: Iterable[UserRecord]) -> None:
-        """Add users or new versions of them, all in one transaction.
+    def put(self, records: Iterable[UserRecord], *, bound: Mapping[str, str] | None = None) -> None:
+        """Add users or new versions of them and, if given, bind the store to new values, all in one transaction.
 
-        Records are streamed, and the iterable must not write to this store; a few hundred bytes of each record (and its
-        embedding) stay in memory until the commit. Records of users who were deleted from the run are skipped.
+        The iterable must not write to this store; a few hundred bytes of each record (and its embedding) stay in memory
+        until the commit. Records of users who were deleted from the run are skipped.
 
         Raises:
             StoreError: a write fails, or a record's numbers are not finite or absurdly large (names user and tensor);
@@ -127,6 +127,7 @@ class AdapterStore:
                 prepared = [prepare(record, self.writer, self.file_bytes) for record in records]
                 self.writer.sync()
                 with self.manifest.transaction():
+                    self.manifest.bind(bound or {})
                     kept = list(self._without_deleted(prepared))
                     commit(self.manifest, self.tenant, kept, self.writer.sizes(), self.keep)
             except BaseException as error:
@@ -138,13 +139,12 @@ class AdapterStore:
             self.writer.done()
         self.shards.erase(thorough=len(kept) < len(prepared))
 
-    def _without_deleted(self, prepared: Iterable[Prepared]) -> Iterator[Prepared]:
-        """Skip deleted users, and schedule their bytes for erasure (inside a transaction).
-
-        A deletion writes its tombstone before it removes records, so this check cannot miss a running deletion.
-        """
+    def _without_deleted(self, prepared: Sequence[Prepared]) -> Iterator[Prepared]:
+        """Skip deleted users, and schedule their bytes for erasure (inside a transaction)."""
+        # A deletion writes its tombstone before it removes records, so this check cannot miss a running deletion.
+        deleted = self.tombstones.predicate(self.tenant, len(prepared))
         for new in prepared:
-            if not self.tombstones.has(self.tenant, user_of(new.user)):
+            if not deleted(user_of(new.user)):
                 yield new
             elif new.place is not None:
                 blob, offset, length = new.place
@@ -208,9 +208,7 @@ class AdapterStore:
 
         The rollback adds a new version with the old one's content, so that numbers only increase and caches notice; the
         version it replaces stays as the previous one. Rolling back twice restores the original state. The new version's
-        metadata names both versions (`records.restored`).
-
-        `to` None takes the version before the current one.
+        metadata names both versions (`records.restored`). `to` None takes the version before the current one.
 
         Raises:
             NoVersionError: there is no such version.
@@ -250,8 +248,7 @@ class AdapterStore:
     def delete_many(self, users: Iterable[str]) -> int:
         """Delete these users with all versions in one transaction; return how many existed.
 
-        Adapters are wiped before this returns. Embeddings stay in the write-ahead log for as long as another process
-        reads; `wipe` returns whether they are gone.
+        Adapters are wiped before this returns; embeddings stay in the write-ahead log while another process reads.
         """
         found = 0
         with self.manifest.transaction():
