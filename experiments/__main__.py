@@ -23,7 +23,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="run the jobs that are not done")
     runs.add_argument("--only", type=int, nargs="+", default=[], metavar="N", help="only the jobs of these questions")
-    runs.add_argument("--jobs", nargs="+", default=[], metavar="NAME", help="only these jobs, in the order of the queue")
+    runs.add_argument("--jobs", nargs="+", default=[], metavar="NAME", help="only these jobs, in the queue's order")
     runs.add_argument("--max-minutes", type=float, metavar="M", help="start no job that would end later than this")
     runs.add_argument("--keep", action="store_true", help="count a result of other code as done")
     runs.add_argument("--list", action="store_true", help="list the jobs with their state and run nothing")
