@@ -10,6 +10,7 @@ Prints what happened; the exit code is 1 if anything is wrong. Everything lies i
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import re
 import signal
@@ -84,7 +85,9 @@ def proper(*arguments: str) -> subprocess.Popen[str]:
     """Start a command of `proper`."""
     command = [sys.executable, "-P", "-m", "proper", *arguments]
     say(f"$ proper {' '.join(arguments)}")
-    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    started = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    atexit.register(started.kill)
+    return started
 
 
 def finished(process: subprocess.Popen[str]) -> None:
@@ -202,7 +205,7 @@ def with_a_kill(url: str, pid: int, asked: Sequence[tuple[str, str]], expected: 
             time.sleep(0.1)
 
     # The users who send interactions are others: a fit would change their answers.
-    asking, telling = asked[:16], [user for user, _ in asked[16:20]]
+    asking, telling = asked[:-4][:16], [user for user, _ in asked[-4:]]
     with ThreadPoolExecutor(len(asking) + len(telling)) as threads:
         work = [*(threads.submit(ask, *each) for each in asking), *(threads.submit(tell, user) for user in telling)]
         try:
@@ -292,7 +295,7 @@ def ancestors(pid: int) -> list[int]:
     return found
 
 
-def until(found: Callable[[], object], seconds: float = 300) -> None:
+def until(found: Callable[[], object], seconds: float = 900) -> None:
     """Wait until `found()` is true; end the demo if that takes too long."""
     deadline = time.monotonic() + seconds
     while not found():
