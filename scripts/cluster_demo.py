@@ -116,7 +116,7 @@ def stores() -> Iterator[list[str]]:
 
 def trained(folder: Path, users: int, options: Sequence[str]) -> dict[str, Any]:
     """Train all stages on two workers, one of which is killed; the users again on one; and compare the adapters."""
-    rows = write_demo(folder / "rows", DemoSettings(users=users, items=(10, 14)))
+    rows = write_demo(folder / "rows", DemoSettings(users=users, items=(14, 18)))
     config, two, one = folder / "demo.yaml", folder / "two", folder / "one"
     config.write_text(yaml.safe_dump({**demo_run(rows.resolve(), DemoSettings(users=users)), **SETTINGS}), "utf-8")
     shared, cluster = ("--stages", "population,groups"), ("--cluster", "local:2")
@@ -143,7 +143,7 @@ def trained(folder: Path, users: int, options: Sequence[str]) -> dict[str, Any]:
 
 
 def largest_difference(one: Path, other: Path) -> tuple[float, int]:
-    """Return the largest relative difference of any tensor of two runs' users, and the number of users."""
+    """Return the largest relative difference of any tensor of two runs' users, and the number of users with adapters."""
     worst, count = 0.0, 0
     with (
         closing(AdapterStore(RunFolder(one).users.path)) as first,
@@ -154,8 +154,10 @@ def largest_difference(one: Path, other: Path) -> tuple[float, int]:
             return float("inf"), len(users)
         for user in users:
             mine, theirs = first.get(user), second.get(user)
-            if mine is None or theirs is None or mine.adapter is None or theirs.adapter is None:
+            if mine is None or theirs is None or mine.tier != theirs.tier:
                 return float("inf"), count
+            if mine.adapter is None or theirs.adapter is None:
+                continue
             count += 1
             for name, tensor in mine.adapter.items():
                 worst = max(worst, float((theirs.adapter[name] - tensor).norm() / tensor.norm()))
