@@ -1,12 +1,14 @@
 """When to update users who change: never, always, periodically, or when they have drifted; on generated users.
 
-    python -m experiments.drift --out DIR [--run RUN] [--people 24] [--periods 6] [--items 8] [--seed 0] [--result FILE]
+    python -m experiments.drift --out DIR [--users 8] [--periods 6] [--items 4] [--seed 0] [--result FILE]
 
 Users of a demo run get new interactions in periods; a quarter of them each stay as they are, change abruptly, change
 slowly, or change and go back (`proper.data.demo.changes`). In each period, every policy first answers the period's
 interactions with the version in service, which has not seen them: their loss is the quality. Then it logs them, and
 updates the users that it chooses. `kept` is the loss on interactions before any change under the last version: what
-was forgotten. Intervals are bootstraps over users. The cost is the seconds of all updates and of measuring drift.
+was forgotten. Intervals are bootstraps over users. The cost is the processor seconds of all updates and of measuring
+drift. Users do not depend on one another: `TOGETHER` of them at a time live through a policy, and what came of it is
+kept in DIR, so that the same call goes on after a kill, and a call with more users has only these left.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import random
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -32,7 +35,7 @@ from proper.data.demo.users import DemoSettings
 from proper.data.rows import parse_template
 from proper.enrolment.comparison import per_item, state_of
 from proper.enrolment.fit_user import own_bank
-from proper.files import write_json
+from proper.files import read_json, write_json
 from proper.interactions.log import LogEntry
 from proper.pipeline import run as run_pipeline
 from proper.run_folder import RunFolder, Stage
@@ -40,19 +43,29 @@ from proper.run_folder import RunFolder, Stage
 EVERY = 3
 """Periods between two updates of the periodic policy."""
 RESAMPLES = 2000
-KEPT_ITEMS = 8
+KEPT_ITEMS = 6
 """Interactions of a user's history on which forgetting is measured, the newest."""
+TOGETHER = 1
+"""Users who live through a policy in one copy of the run."""
 
 
 @dataclass
 class Outcome:
-    """What a policy did: losses by user and period, losses on old items, updates and their seconds."""
+    """What a policy did: losses by user and period, losses on old items, updates and their processor seconds."""
 
     losses: dict[str, list[float]] = field(default_factory=dict)
     kept: dict[str, float] = field(default_factory=dict)
     tried: int = 0
     promoted: int = 0
     seconds: float = 0.0
+
+    def add(self, other: Outcome) -> None:
+        """Add what came of the same policy with other users."""
+        self.losses |= other.losses
+        self.kept |= other.kept
+        self.tried += other.tried
+        self.promoted += other.promoted
+        self.seconds += other.seconds
 
 
 Value = TypeVar("Value")
@@ -76,8 +89,8 @@ def periodic(model: Model, period: int) -> list[str]:
 
 
 def drifted(model: Model, period: int) -> list[str]:
-    """Update the users who have drifted."""
-    return [drift.user for drift in model.users.drift() if drift.drifted]
+    """Update the users whose drift makes an update due."""
+    return [drift.user for drift in model.users.drift() if drift.due]
 
 
 POLICIES: dict[str, Choose] = {"never": never, "always": always, "periodic": periodic, "drift": drifted}
@@ -108,18 +121,28 @@ def simulate(run: Path, folder: Path, choose: Choose, items: Sequence[LaterItem]
                 at = 1e10 + 100 * period  # after the demo's own times
                 entries = [LogEntry(*text, at + number, f"{period}-{number}") for number, text in enumerate(texts)]
                 model.users.log.append("", user, entries)
-            started = time.perf_counter()
+            started = time.process_time()
             for user in sorted(set(choose(model, period)) & set(users)):
                 model.users.log.request_fit("", user)
                 while model.users.worker.fit_next("", user, even_if_usual=True):
                     pass
                 outcome.tried += 1
                 outcome.promoted += model.users.log.updates.of("", user)[0].version is not None
-            outcome.seconds += time.perf_counter() - started
+            outcome.seconds += time.process_time() - started
         outcome.kept = {user: fmean(losses(model, user, old[user])) for user in users}
     finally:
         model.close()
     return outcome
+
+
+def _once(run: Path, folder: Path, choose: Choose, items: Sequence[LaterItem]) -> Outcome:
+    """Return what came of a policy, measured unless an earlier call has done so."""
+    done = folder.with_suffix(".json")
+    if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(done, asdict(simulate(run, folder, choose, items)))
+        shutil.rmtree(folder)
+    return Outcome(**read_json(done))
 
 
 def losses(model: Model, user: str, texts: Sequence[tuple[str, str]]) -> list[float]:
@@ -194,9 +217,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, help="a demo run of the same people and seed; else one is trained")
     parser.add_argument("--people", type=int, default=24)
     parser.add_argument("--periods", type=int, default=6)
-    parser.add_argument("--items", type=int, default=8, help="interactions of a user in a period")
+    parser.add_argument("--items", type=int, default=4, help="interactions of a user in a period")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--users", type=int, help="only so many users, of all kinds of change")
+    parser.add_argument("--users", type=int, default=8, help="so many of these users, of all kinds of change")
     parser.add_argument("--result", type=Path, help="JSON file to write")
     asked = parser.parse_args(arguments)
     settings = DemoSettings(users=asked.people, seed=asked.seed)
@@ -204,13 +227,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     items = list(later_items(settings, asked.periods, asked.items))
     change_of = dict(sorted({item.user: str(item.change) for item in items}.items())[: asked.users])
     items = [item for item in items if item.user in change_of]
-    outcomes = {}
-    for name, choose in POLICIES.items():
-        shutil.rmtree(asked.out / name, ignore_errors=True)
-        outcomes[name] = simulate(run, asked.out / name, choose, items)
-        shutil.rmtree(asked.out / name)
+    outcomes = {name: Outcome() for name in POLICIES}
+    for at in range(0, len(change_of), TOGETHER):
+        some = list(change_of)[at : at + TOGETHER]
+        for name, choose in POLICIES.items():
+            outcomes[name].add(_once(run, asked.out / f"{name}-{at}", choose, [i for i in items if i.user in some]))
     known = {user: change for user, change in change_of.items() if user in outcomes["never"].losses}
-    setting = {"people": asked.people, "periods": asked.periods, "items": asked.items, "seed": asked.seed}
+    setting: dict[str, Any] = {key: getattr(asked, key) for key in ("people", "periods", "items", "seed")}
+    setting["changes"] = dict(sorted(Counter(known.values()).items()))
     told = {"settings": setting, **summary(outcomes, known)}
     for name, figures in told["policies"].items():
         low, high = figures["gain_interval"]

@@ -2,6 +2,8 @@
 
     python recipes/lifecycle.py rows DIR COUNT    write the interactions of new users: arrive/ID.jsonl, later/ID.jsonl
     python recipes/lifecycle.py live RUN DIR      enrol all of arrive/, generate for each, log later/ as feedback
+    python recipes/lifecycle.py drifted DIR       print whom DIR/drift.jsonl says to have drifted; fails if nobody has
+    python recipes/lifecycle.py promoted DIR      print whose update in DIR/updated.tsv became a new version, one a line
 
 A quarter of the users each stay as they are, change abruptly, change slowly, and change and go back; `later/` has the
 interactions after the change (`proper.data.demo.changes`).
@@ -13,7 +15,9 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import proper
 from proper.data.demo.banks import load_bank
@@ -45,18 +49,19 @@ def write_rows(folder: Path, count: int) -> None:
     print(f"{len(kinds)} new users: {dict(sorted(Counter(kinds.values()).items()))}")
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the interactions of a file."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file with one a line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def live(run: Path, folder: Path) -> None:
     """Enrol the users, generate an answer for each, and log their feedback."""
     model, started = proper.load(run), time.perf_counter()
-    tiers: Counter[str] = Counter()
-    for path in sorted((folder / "arrive").glob("*.jsonl")):
-        head = model.users.enrol(path.stem, read_rows(path))
-        tiers["none" if head is None else str(head.tier)] += 1
+    arrived = {path.stem: read_rows(path) for path in sorted((folder / "arrive").glob("*.jsonl"))}
+    # Together: the steps of their embeddings are taken in common batches.
+    model.users.enrol_many({user: model.users.entries(user, rows) for user, rows in arrived.items()})
+    heads = [model.users.head(user) for user in arrived]
+    tiers = Counter("none" if head is None else str(head.tier) for head in heads)
     seconds = time.perf_counter() - started
     print(f"enrolled {sum(tiers.values())} users in {seconds:.0f} s: {dict(sorted(tiers.items()))}")
     later = {path.stem: read_rows(path) for path in sorted((folder / "later").glob("*.jsonl"))}
@@ -69,9 +74,29 @@ def live(run: Path, folder: Path) -> None:
     model.close()
 
 
+def drifted(folder: Path) -> None:
+    """Print how many users have drifted, and the most drifted; fail if nobody has."""
+    rows = [row for row in read_rows(folder / "drift.jsonl") if "user" in row]  # the others are about groups
+    found = [row for row in rows if row["drifted"]]
+    for row in found[:5]:
+        losses = f"loss {row['loss']:.2f}, usually {row['usual']:.2f} nats per token"
+        print(f"{row['user']}: {losses}; score {row['score']:.1f}")
+    print(f"{len(found)} of {len(rows)} users with new interactions have drifted")
+    if not found:
+        sys.exit("nobody has drifted, though three of four new users change")
+
+
+def promoted(folder: Path) -> None:
+    """Print the users whose version is newer than it was when their drift was measured."""
+    before = {row["user"]: row["version"] for row in read_rows(folder / "drift.jsonl") if "user" in row}
+    for line in (folder / "updated.tsv").read_text(encoding="utf-8").splitlines():
+        user, _, version = line.split("\t")
+        if int(version) > before[user]:
+            print(user)
+
+
+TASKS: dict[str, Callable[..., None]] = {"rows": write_rows, "live": live, "drifted": drifted, "promoted": promoted}
+
 if __name__ == "__main__":
     task, *arguments = sys.argv[1:]
-    if task == "rows":
-        write_rows(Path(arguments[0]), int(arguments[1]))
-    else:
-        live(Path(arguments[0]), Path(arguments[1]))
+    TASKS[task](*(int(each) if each.isdecimal() else Path(each) for each in arguments))

@@ -27,18 +27,18 @@ python "$here/lifecycle.py" rows "$OUT" "$NEW"
 python "$here/lifecycle.py" live "$run" "$OUT"
 
 step "who has drifted"
-proper users drift "$run" > "$OUT/drift.tsv"
-head -n 5 "$OUT/drift.tsv"
-echo "$(grep -c 'drifted$' "$OUT/drift.tsv" || true) of $(wc -l < "$OUT/drift.tsv") users with new interactions have drifted"
+proper users drift "$run" --json > "$OUT/drift.jsonl"
+python "$here/lifecycle.py" drifted "$OUT"
 
 step "the $BUDGET who have drifted most are updated"
 proper users update "$run" --drifted --budget "$BUDGET" | tee "$OUT/updated.tsv"
-promoted=$(awk -F'\t' '$3 > 1 {print $1}' "$OUT/updated.tsv")
+promoted=$(python "$here/lifecycle.py" promoted "$OUT")
 echo "$(printf '%s' "$promoted" | grep -c . || true) have a new version"
 
 step "one is rolled back"
 one=$(printf '%s\n' "$promoted" | head -n 1)
-if [ -n "$one" ]; then proper users rollback "$run" --user "$one"; else echo "no update was promoted"; fi
+[ -n "$one" ] || { echo "no update was promoted"; exit 1; }
+proper users rollback "$run" --user "$one"
 
 step "one is archived"
 proper users archive "$run" --user new01 --out "$OUT/new01.zip"

@@ -138,7 +138,7 @@ class UsersFolder:
     router = _Path("router.safetensors")  # the LoRA-aware routers of stage 3
     bases = _Path("bases.safetensors")  # the A and B that all users share in the form `core`
     start = _Path("start.safetensors")  # the adapter that all users' adapters start from with `start: meta`
-    work = _Path("work")  # state for resuming stage 3 after a kill
+    work, refresh = _Path("work"), _Path("work", "refresh.safetensors")  # to resume stage 3, or a refresh of the groups
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,7 @@ class RunFolder:
     storage = _Path("storage.json")  # which shard storage the run uses; not there: its own folder
     data = _Path("data.sqlite")
     metrics_log = _Path("metrics.jsonl")
-    results = _Path("results.json")
-    methods_table = _Path("methods.csv")
+    results, methods_table = _Path("results.json"), _Path("methods.csv")
     user_scores = _Path("users.json")
     routing = _Path("routing.json")
     analysis = _Path("analysis.json")
@@ -166,11 +165,11 @@ class RunFolder:
     lock = _Path("run.lock")  # held by the one process that trains, evaluates or reports
     writers_lock = _Path("writers.lock")  # held shared by all that write personal data, exclusively by a deletion
     demo_data = _Path("data")
-    demo_rows = _Path("data", "interactions.jsonl")
-    demo_truth = _Path("data", "truth.json")
+    demo_rows, demo_truth = _Path("data", "interactions.jsonl"), _Path("data", "truth.json")
     population = _Path("population")
     experts = _Path("groups", "groups.safetensors")  # experts, routers and the mean user embedding of stage 2
     poly = _Path("groups", "poly.safetensors")  # the same for the method `poly`
+    refreshed, previous = _Path("groups", "refreshed.safetensors"), _Path("groups", "previous.safetensors")
     encoder = _Path("groups", "encoder.safetensors")  # from a new user's items to an embedding
 
     @property

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from proper.benchmarks.measure import TimedSide, interleaved
+from proper.benchmarks.object_storage import object_figures
 from proper.benchmarks.store import PAYLOAD, RANK, many_figures, run, shapes
 from proper.layers.layout import Layout
+from tests.s3_server import S3Server
 
 PROMISED = [
     "load_p50_ms",
@@ -60,3 +62,11 @@ def test_all_figures_that_scripts_read(tmp_path: Path, caplog: pytest.LogCapture
     assert result["figures"]["load_bytes"] == 11_597_824
     assert list(tmp_path.iterdir()) == [], "the temporary folder is gone"
     assert torch.__version__ == result["setting"]["torch"]
+
+
+def test_object_storage_beside_a_folder(tmp_path: Path, s3: S3Server) -> None:
+    bucket = s3.new_bucket(versioned=True)
+    figures = object_figures(tmp_path, f"s3://{bucket}/bench", {"h.0.up": (40, 60)}, 2, repeats=3)
+    assert figures["load_object_p50_over_folder"] == figures["load_object_p50_ms"] / figures["load_folder_p50_ms"] > 1
+    assert all(value > 0 for value in figures.values())
+    assert s3.contents(bucket) == {}, "nothing stays in the bucket"

@@ -23,7 +23,7 @@ COMMANDS = ["demo", "check", "run", "evaluate", "report", "generate", "serve", "
 GROUPS = {
     "users": ["list", "show", "rollback", "delete", "check", "enrol", "update", "drift", "export", "import"]
     + ["archive", "verify-deleted"],
-    "groups": ["show"],
+    "groups": ["show", "refresh", "rollback"],
     "keys": ["add", "list", "revoke", "open"],
     "data": ["list", "fetch", "convert", "from-git"],
     "backbones": ["fetch", "list"],

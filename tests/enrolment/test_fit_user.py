@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,7 @@ import pytest
 import torch
 import yaml
 
-import proper
 from proper.adapters.store import AdapterStore, UserRecord
-from proper.api import Model
 from proper.config import Config
 from proper.data.dataset import Dataset
 from proper.enrolment.fit_user import nearest
@@ -26,6 +23,7 @@ from proper.files import hash_file
 from proper.interactions.log import InteractionLog
 from proper.run_folder import Stage, UsersFolder
 from proper.training.stages import StageRunner
+from tests.enrolment.conftest import Open
 
 WORDS = ["red", "green", "blue", "small", "large", "old", "new", "quiet", "loud", "round"]
 
@@ -70,22 +68,6 @@ def trained(settings: Config, dataset: Dataset, tmp_path_factory: pytest.TempPat
 def run(trained: Path, tmp_path: Path) -> Path:
     """A copy of it that may be changed."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
-
-
-Open = Callable[[Path], Model]
-
-
-@pytest.fixture
-def opened() -> Iterator[Open]:
-    models: list[Model] = []
-
-    def load(folder: Path) -> Model:
-        models.append(proper.load(folder))
-        return models[-1]
-
-    yield load
-    for model in models:
-        model.close()
 
 
 def record(folder: Path, user: str) -> UserRecord:

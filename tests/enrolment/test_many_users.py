@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from proper.adapters.store import AdapterStore
-from proper.api import Model
 from proper.errors import InputError
 from proper.models.user_encoder import Pooling, Readout, UserEncoder, load_encoder, save_encoder
 from proper.run_folder import RunFolder
 from proper.training.user_encoder import project
-from tests.enrolment.test_fit_user import opened, record, rows, run, trained
+from tests.enrolment.conftest import Open
+from tests.enrolment.test_fit_user import record, rows, run, trained
 
-__all__ = ["opened", "run", "trained"]
-
-Open = Callable[[Path], Model]
+__all__ = ["run", "trained"]
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,142 +12,30 @@ import pytest
 import torch
 import yaml
 
-import proper
 from proper.adapters.quantization import decode
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.api import Model
-from proper.config import Config
-from proper.data.dataset import Dataset, TextExample
-from proper.data.encoder import EncodedExample
+from proper.data.dataset import TextExample
 from proper.enrolment import worker
-from proper.enrolment.comparison import Usual, VersionComparison, outliers, state_of
-from proper.enrolment.drift import Drift, by_group, cusum, deviation, usual_of
+from proper.enrolment.comparison import VersionComparison, outliers, state_of
 from proper.enrolment.history import UserHistory, divide
-from proper.errors import InputError
 from proper.interactions.fit_queue import FitQueue
 from proper.layers.batch_context import RowContext
 from proper.layers.low_rank import adapter_distance
-from proper.run_folder import Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.jobs import Job
 from proper.training.optim import resolve_rate
-from proper.training.stages import StageRunner
+from tests.enrolment.conftest import Open
+from tests.enrolment.lessons import HABIT, OTHER, encoded, example, junk, lessons, permuted, record, same, with_update
 from tests.training.test_going_on import oracle
 
-HABIT = {"small": "red", "large": "blue", "quiet": "green"}
-"""What the user answers to the last word."""
-OTHER = {"small": "green", "large": "red", "quiet": "blue"}
 OUTLIER = 4.0
 """Standard deviations by which all junk stands out, and few good answers: the tiny backbone is random."""
-FIRST = ["old", "new", "loud", "round"]
-
-
-def lessons(habit: dict[str, str], start: int, count: int) -> list[dict[str, Any]]:
-    """Interactions by a habit; no two have the same id."""
-    words = list(habit)
-    return [
-        {
-            "id": f"{start + at}",
-            "prompt": f"{FIRST[(start + at) % 4]} {words[(start + at) % 3]}",
-            "target": habit[words[(start + at) % 3]],
-            "timestamp": start + at,
-        }
-        for at in range(count)
-    ]
-
-
-def permuted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same rows with their answers at random."""
-    answers = [row["target"] for row in rows]
-    random.Random(1).shuffle(answers)
-    return [{**row, "target": answer} for row, answer in zip(rows, answers, strict=True)]
-
-
-def junk(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same rows with one answer that is none."""
-    return [{**row, "target": "round loud round loud round"} for row in rows]
-
-
-@pytest.fixture(scope="module")
-def taught(settings: Config, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run with a user "new" who has learnt HABIT and has an adapter."""
-    folder = tmp_path_factory.mktemp("updates") / "run"
-    folder.mkdir()
-    stage = {"epochs": 1, "batch_size": 8}
-    users = {
-        "steps": 60,
-        "learning_rate": 1e-2,
-        "storage": "fp32",
-        "update": settings.users.update.model_copy(update={"outlier": None}),
-        "tiers": settings.users.tiers.model_copy(update={"select": False}),
-    }
-    config = settings.model_copy(
-        update={
-            "population": settings.population.model_copy(update=stage),
-            "groups": settings.groups.model_copy(update=stage),
-            "users": settings.users.model_copy(update=users),
-            "compute": settings.compute.model_copy(update={"checkpoint_seconds": 1e-9}),
-        }
-    )
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump()), encoding="utf-8")
-    database = Path(dataset.connection.execute("PRAGMA database_list").fetchone()[2])
-    shutil.copyfile(database, folder / "data.sqlite")
-    StageRunner(config, dataset, folder, 0, [].append).run(tuple(Stage))
-    model = proper.load(folder)
-    head = model.users.enrol("new", lessons(HABIT, 0, 15))
-    model.close()
-    assert head is not None and head.tier == "users"
-    return folder
-
-
-def with_update(run: Path, **changed: Any) -> None:
-    """Change settings of `users.update` in a run's config."""
-    raw = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    raw["users"]["update"] |= changed
-    (run / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
 
 
 @pytest.fixture
 def run(taught: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(taught, tmp_path / "run"))
-
-
-Open = Callable[[Path], Model]
-
-
-@pytest.fixture
-def opened() -> Iterator[Open]:
-    models: list[Model] = []
-
-    def load(folder: Path) -> Model:
-        models.append(proper.load(folder))
-        return models[-1]
-
-    yield load
-    for model in models:
-        model.close()
-
-
-def record(folder: Path, user: str, version: int | None = None) -> UserRecord:
-    store = AdapterStore(folder / "users")
-    found = store.get(user, version)
-    store.close()
-    assert found is not None
-    return found
-
-
-def same(one: UserRecord, other: UserRecord) -> bool:
-    tensors, others = one.adapter or {}, other.adapter or {}
-    return (
-        (one.tier, one.facts) == (other.tier, other.facts)
-        and one.embedding.equal(other.embedding)
-        and tensors.keys() == others.keys()
-        and all(tensor.equal(others[name]) for name, tensor in tensors.items())
-    )
-
-
-def example(row: dict[str, Any]) -> TextExample:
-    return TextExample(0, "new", row["prompt"], row["target"], None, None, 0)
 
 
 def loss(model: Model, stored: UserRecord, rows: list[dict[str, Any]]) -> float:
@@ -241,10 +128,6 @@ def test_an_update_is_what_the_slow_oracle_does(run: Path, opened: Open) -> None
     assert float((found - slow).norm()) < 1e-2 * float((slow - start.row).norm())
 
 
-def encoded(model: Model, row: dict[str, Any]) -> EncodedExample:
-    return model.personalized.encoder.encode(example(row))
-
-
 class Killed(BaseException):
     """What a test throws into an update."""
 
@@ -302,6 +185,9 @@ def everything(folder: Path, but: str) -> dict[str, tuple[Any, ...]]:
 
 @pytest.mark.parametrize("times", [3, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_updates_leave_other_users_bytes_unchanged(run: Path, opened: Open, times: int) -> None:
+    raw = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    raw["compute"]["checkpoint_seconds"] = 30.0  # a checkpoint after every step would take longer than the step
+    (run / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     before, model = everything(run, "new"), opened(run)
     assert len(before) == 6
     for at in range(times):
@@ -375,6 +261,7 @@ def test_divide_by_the_order_of_arrival() -> None:
         ({"logged": 2}, [-5, -9], []),
         ({"logged": 3, "left_out": [4, 1]}, [], [-9, -3]),
         ({"logged": 4}, [], []),
+        ({"logged": 3, "since": 2}, [-9], [-3, 7]),
     ):
         found = divide(grown, {"history": history} if history else {})
         assert [item.id for item in found.new] == new
@@ -389,77 +276,6 @@ def test_what_is_better() -> None:
     assert not compared((2, 1), (2, 0.5)), "the loss on new interactions must fall"
     assert not compared((2, 1), (1, 1), unknown=1), "no better than for an unknown user"
     assert compared((2, 0), (1, 9), past=0) and not compared((2, 1), (float("nan"), 1))
-
-
-def slow_cusum(losses: list[float], usual: Usual, variance: float, allowance: float) -> float:
-    """The definition: the largest sum over a stretch that ends with the last loss, or 0."""
-    unit = deviation(usual, variance)
-    excess = [min(3.0, max(-3.0, (each - usual.mean) / unit)) - allowance for each in losses]
-    return max([0.0, *(sum(excess[at:]) for at in range(len(excess)))])
-
-
-def test_the_cusum_is_the_largest_sum_to_the_end() -> None:
-    draw = random.Random(0)
-    for _ in range(200):
-        usual = Usual(draw.random(), draw.choice([None, draw.random()]), draw.randint(1, 9))
-        losses = [draw.gauss(0.7, 1) for _ in range(draw.randint(0, 12))]
-        assert cusum(losses, usual, 0.3, 0.5) == pytest.approx(slow_cusum(losses, usual, 0.3, 0.5), abs=1e-9)
-    assert deviation(Usual(0, None, 1), 0.5) == pytest.approx(1.0)
-    assert deviation(Usual(0, 0.5, 5), 0.5) == pytest.approx((0.5 * 1.2) ** 0.5)
-    assert usual_of({"user_loss": 1.0, "group_loss": 2.0, "held_out": 3, "variance": 0.1}, "groups") == Usual(
-        2.0, 0.1, 3
-    )
-    assert usual_of({}, "users") is None
-
-
-def test_drift_finds_who_changed_and_updates_them_first(run: Path, opened: Open) -> None:
-    model = opened(run)
-    users = model.users
-    users.enrol("other", [{**row, "id": f"o{row['id']}"} for row in lessons(HABIT, 0, 15)])
-    for user in ("new", "other"):  # the first update knows what is usual
-        users.update(user, [{**row, "id": f"{user}{row['id']}"} for row in lessons(HABIT, 15, 10)])
-    for user, habit in (("new", HABIT), ("other", OTHER)):
-        entries = users.entries(user, [{**row, "id": f"{user}-{row['id']}"} for row in lessons(habit, 40, 12)])
-        users.log.append("", user, entries)
-    found = {drift.user: drift for drift in users.drift()}
-    assert [drift.user for drift in users.drift()][0] == "other"
-    assert found["other"].drifted and not found["new"].drifted and found["other"].new >= 12
-    assert "prompt" not in str([asdict(drift) for drift in found.values()])
-    bases = {user: users.versions(user)[0].version for user in ("new", "other")}
-    assert [drift.user for drift in users.update_drifted(budget=1)] == ["other"]
-    assert users.log.updates.of("", "other")[0].base == bases["other"]
-    assert users.versions("new")[0].version == bases["new"]
-
-
-def test_groups_of_which_many_drift() -> None:
-    def drift(user: str, drifted: bool, usual: float | None = 1.0) -> Drift:
-        return Drift(user, Tier.USERS, 1, 5, 2.0, usual, 1.0, 9.0, drifted)
-
-    found = [drift(f"a{at}", True) for at in range(4)] + [drift(f"b{at}", at == 0) for at in range(6)]
-    main = {each.user: int(each.user[0] == "b") for each in found} | {"odd": 0}
-    told = by_group([*found, drift("odd", True, None), drift("new", True)], main)
-    assert [(each.group, each.users, each.drifted) for each in told] == [(0, 4, 4), (1, 6, 1)]
-    rate = 2 / 8
-    assert told[0].chance == pytest.approx(rate**4) and told[1].chance == pytest.approx(1 - (1 - 5 / 6) ** 6)
-    assert by_group([], main) == []
-
-
-def test_a_queue_that_waits_for_drift(run: Path, opened: Open) -> None:
-    with_update(run, when="drifted")
-    raw = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    raw["users"]["drift"]["threshold"] = 1e6
-    (run / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-    users = opened(run).users
-    assert users.enrol("more", [{**row, "id": f"m{row['id']}"} for row in lessons(HABIT, 0, 8)]) is not None
-    stored = record(run, "new")
-    usual = {"mean": 0.1, "variance": 0.01, "items": 4}
-    users.store.put([replace(stored, facts={**stored.facts, "usual": usual})])
-    head = users.update("new", lessons(OTHER, 15, 15))
-    message = users.log.queue.fit("", "new").message
-    assert head is not None and head.version == 2 and message is not None and message.startswith("not drifted: score")
-    assert not users.log.updates.of("", "new")
-    with pytest.raises(InputError):
-        users.update("nobody")
 
 
 def test_outliers_need_something_to_compare_with(run: Path, opened: Open) -> None:

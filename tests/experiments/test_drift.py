@@ -8,7 +8,8 @@ import pytest
 
 from experiments.drift import POLICIES, Outcome, simulate, summary
 from proper.data.demo.changes import LaterItem
-from tests.enrolment.test_update_user import HABIT, OTHER, lessons, taught
+from tests.enrolment.conftest import taught
+from tests.enrolment.lessons import HABIT, OTHER, lessons
 from tests.training.conftest import dataset, encoder, settings
 
 __all__ = ["dataset", "encoder", "settings", "taught"]

@@ -53,6 +53,7 @@ MARKS = [*TRAINED, OFFLINE, ONLINE, IMPORTED, TENANT, LEFT, MANY]
 NOT_WALKED = {
     "demo": "is 'run' on data that it writes to data/, as the walk does",
     "keys open": "removes files that name no user",
+    **dict.fromkeys(["groups refresh", "groups rollback"], "take no run with tenants; tests/enrolment/test_refresh.py"),
     **dict.fromkeys(["users list", "users show", "check"], "reads"),
 }
 ELSEWHERE = ("data", "bench", "backbones", "simulate")

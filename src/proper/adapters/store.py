@@ -112,11 +112,11 @@ class AdapterStore:
             if bound.get(key, value) != value:
                 raise StoreError(f"{self.folder}: these adapters belong to another {key} ({bound[key]}, not {value})")
 
-    def put(self, records: Iterable[UserRecord]) -> None:
-        """Add users or new versions of them, all in one transaction.
+    def put(self, records: Iterable[UserRecord], *, bound: Mapping[str, str] | None = None) -> None:
+        """Add users or new versions of them and, if given, bind the store to new values, all in one transaction.
 
-        Records are streamed, and the iterable must not write to this store; a few hundred bytes of each record (and its
-        embedding) stay in memory until the commit. Records of users who were deleted from the run are skipped.
+        The iterable must not write to this store; a few hundred bytes of each record (and its embedding) stay in memory
+        until the commit. Records of users who were deleted from the run are skipped.
 
         Raises:
             StoreError: a write fails, or a record's numbers are not finite or absurdly large (names user and tensor);
@@ -127,6 +127,7 @@ class AdapterStore:
                 prepared = [prepare(record, self.writer, self.file_bytes) for record in records]
                 self.writer.sync()
                 with self.manifest.transaction():
+                    self.manifest.bind(bound or {})
                     kept = list(self._without_deleted(prepared))
                     commit(self.manifest, self.tenant, kept, self.writer.sizes(), self.keep)
             except BaseException as error:
@@ -208,9 +209,7 @@ class AdapterStore:
 
         The rollback adds a new version with the old one's content, so that numbers only increase and caches notice; the
         version it replaces stays as the previous one. Rolling back twice restores the original state. The new version's
-        metadata names both versions (`records.restored`).
-
-        `to` None takes the version before the current one.
+        metadata names both versions (`records.restored`). `to` None takes the version before the current one.
 
         Raises:
             NoVersionError: there is no such version.

@@ -30,6 +30,7 @@ from proper.adapters.compaction import compact
 from proper.adapters.load import RowLoader
 from proper.adapters.store import FILE_BYTES, KEEP, SHARD_BYTES, AdapterStore, UserRecord
 from proper.benchmarks.measure import TimedSide, interleaved, machine, percentile, seconds_of
+from proper.benchmarks.object_storage import SIDES, object_figures
 from proper.layers.bank import AdapterBank
 from proper.layers.layout import Layout
 from proper.run_folder import Tier
@@ -39,14 +40,19 @@ logger = logging.getLogger(__name__)
 MANY, QUICK = 1_000_000, 100_000
 
 
-def run(folder: Path | None = None, *, users: int = MANY, repeats: int = 400) -> dict[str, Any]:
+def run(folder: Path | None = None, *, users: int = MANY, repeats: int = 400, url: str | None = None) -> dict[str, Any]:
     """Return {"setting", "figures"} of the benchmark.
 
     Args:
         folder: a folder on the disk to measure; None selects the system's temporary folder.
         users: users in the store of small adapters; a million needs about 6 GB.
         repeats: repeats of loading the large adapter.
+        url: s3://BUCKET/PREFIX; measures loads from object storage only (`benchmarks.object_storage`).
     """
+    if url is not None:
+        with tempfile.TemporaryDirectory(prefix="proper-bench-", dir=folder) as name:
+            figures = object_figures(Path(name), url, shapes(), RANK, repeats)
+        return {"setting": {"machine": machine(), "torch": torch.__version__, **SIDES}, "figures": _rounded(figures)}
     with tempfile.TemporaryDirectory(prefix="proper-bench-", dir=folder) as name:
         logger.info("store: loading an adapter of 11.6 MB, beside memcpy and PEFT")
         figures = load_figures(Path(name) / "load", repeats, every=min(20, repeats))
@@ -64,8 +70,11 @@ def run(folder: Path | None = None, *, users: int = MANY, repeats: int = 400) ->
         "compact": "after every second one of the first half of the users is deleted",
         "store": {"keep": KEEP, "file_bytes": FILE_BYTES, "shard_bytes": SHARD_BYTES},
     }
-    rounded = {key: value if value.is_integer() else float(f"{value:.4g}") for key, value in figures.items()}
-    return {"setting": setting, "figures": rounded}
+    return {"setting": setting, "figures": _rounded(figures)}
+
+
+def _rounded(figures: Mapping[str, float]) -> dict[str, float]:
+    return {key: value if value.is_integer() else float(f"{value:.4g}") for key, value in figures.items()}
 
 
 LAYERS, HIDDEN, KEYS, MIDDLE, RANK = 32, 2048, 512, 8616, 4

@@ -127,20 +127,25 @@ def serve(
     publish(run(size, device), json_file)
 
 
-@app.command(epilog=examples("bench", "store --quick", "store --json store.json", "store --folder /mnt/disk"))
+@app.command(epilog=examples("bench", "store --quick", "store --json store.json", "store --store s3://adapters/bench"))
 def store(
     json_file: JsonFile = None,
     quick: Quick = False,
     folder: Annotated[
         Path | None, typer.Option(help="A folder on the disk to measure; uses a temporary folder in it.")
     ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option("--store", metavar="URL", help="Object storage to compare with a folder: s3://BUCKET/PREFIX."),
+    ] = None,
 ) -> None:
     """Time the store: one large adapter, a million small ones.
 
     Loads an adapter of 11.6 MB into a slot and compares it with a plain memcpy and with PEFT's load_adapter. Writes,
     looks up, deletes and compacts a million users of 4 KiB each (--quick: 100,000), which needs about 7 GB of disk
-    (--quick: 0.7 GB).
+    (--quick: 0.7 GB). With --store, times loads of the large adapter from the bucket and from its cache instead, beside
+    loads from a folder, and removes what it wrote to the bucket.
     """
     from proper.benchmarks.store import MANY, QUICK, run
 
-    publish(run(folder, users=QUICK if quick else MANY), json_file)
+    publish(run(folder, users=QUICK if quick else MANY, repeats=40 if quick and url else 400, url=url), json_file)

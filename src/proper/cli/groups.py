@@ -1,17 +1,26 @@
-"""Commands `proper groups ...`: what the groups of a run are."""
+"""Commands `proper groups ...`: what the groups of a run are; refreshing them with new interactions, and back."""
 
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from proper.cli.options import RunFolder, examples
+from proper.console import quiet_libraries
 from proper.run_folder import require_run
 
+logger = logging.getLogger(__name__)
+
 app = typer.Typer(
-    help="Look at the groups of a run.", rich_markup_mode=None, epilog=examples("groups", "show runs/notes")
+    help="Look at the groups of a run, and train them on.",
+    rich_markup_mode=None,
+    epilog=examples("groups", "show runs/notes", "refresh runs/notes"),
 )
 
 
@@ -34,3 +43,61 @@ def show(
     lines = (json.dumps(each, ensure_ascii=False) for each in summary) if as_json else group_lines(summary)
     for line in lines:
         typer.echo(line)
+
+
+@app.command(epilog=examples("groups", "refresh runs/notes", "refresh runs/notes --without gone.txt"))
+def refresh(
+    folder: RunFolder,
+    without: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="User ids, one a line, whose items are not trained on.", show_default=False),
+    ] = None,
+) -> None:
+    """Train the groups on with new interactions.
+
+    Stage 2 goes on from the groups in service, users' embeddings included, on the interactions logged since the last
+    refresh and as many earlier ones. Then every user is measured on held-out own items under the new groups: a user
+    whose adapter is worse there is fitted again. 'proper groups rollback' returns to the groups before. A server has to
+    be started again; until then its /readyz says so. A call that was killed goes on where it stopped. Users in the file
+    of data.train_without are left out as well.
+    """
+    from proper.data.dataset import left_out_users
+    from proper.enrolment.refresh import refresh as refresh_groups
+    from proper.interactions.personal_files import remove_rows
+    from proper.run_config import run_config
+
+    with _held(folder) as run:
+        named = left_out_users(run_config(run).data.train_without)
+        remove_rows(require_run(run).data, named)
+        done = refresh_groups(run, named | left_out_users(None if without is None else str(without)))
+    if done.rows:
+        typer.echo(f"trained on {done.rows} interactions; measured {done.validated} of {done.users} users")
+    else:
+        logger.info("no interactions have come since the groups were trained")
+    if done.rows or done.worse:
+        typer.echo(f"adapters worse under the new groups: {done.worse}, fitted again; {done.adapters} have one now")
+
+
+@app.command(epilog=examples("groups", "rollback runs/notes"))
+def rollback(folder: RunFolder) -> None:
+    """Return to the groups before the last refresh, and to the users' versions for them.
+
+    Users who have been updated since have no such version any more: they keep their embedding and are fitted again.
+    """
+    from proper.enrolment.refresh import roll_back
+
+    with _held(folder) as run:
+        done = roll_back(run)
+    typer.echo(f"went back; {done.users} users, of whom {done.worse} were fitted again")
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[Path]:
+    """Hold the locks of a run that is trained."""
+    from proper.interactions.deletion import working
+    from proper.run_lock import exclusive
+
+    run = require_run(folder).path
+    quiet_libraries()
+    with exclusive(run), working(run):
+        yield run

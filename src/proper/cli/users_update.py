@@ -43,7 +43,7 @@ def update(
     user: Annotated[str | None, typer.Option("--user", metavar="U", help="The user's id.", show_default=False)] = None,
     input_file: Annotated[Path | None, INPUT] = None,
     drifted: Annotated[
-        bool, typer.Option("--drifted", help="Update the users who have drifted, the most drifted first.")
+        bool, typer.Option("--drifted", help="Update users who have drifted or grown, the most drifted first.")
     ] = False,
     budget: Annotated[int | None, typer.Option(min=1, metavar="N", help="With --drifted: at most N users.")] = None,
     hours: Annotated[
@@ -61,8 +61,8 @@ def update(
     Adds the interactions to the user's log and trains on from the version in service, on the new interactions and some
     earlier ones. The result is a new version if it lowers the loss on held-out interactions; otherwise the version in
     service stays, and the reason and both losses are printed and kept. 'proper users rollback' goes back. Without
-    --user, updates every user in the queue, with --drifted the users of 'proper users drift' who have drifted. With
-    --watch this is the fit worker of 'proper serve'.
+    --user, updates every user in the queue, with --drifted the users for whom 'proper users drift' says that an update
+    is due: drifted and grown ones. With --watch this is the fit worker of 'proper serve'.
     """
     if not drifted and (budget is not None or hours is not None):
         raise InputError("--budget and --hours go with --drifted")
@@ -93,9 +93,11 @@ def drift(folder: RunFolder, as_json: AsJson = False) -> None:
     """Print how unusual users' new interactions are.
 
     One line per user with new interactions, the most drifted first: user, number of new interactions, their mean loss
-    and the user's usual loss (nats per token), the standardized difference, the CUSUM score, and whether the user has
-    drifted (users.drift.threshold). Then, for users whose gates the evaluation measured, how many of each group have
-    drifted, with the probability of so many if they drift as often as others. Nothing is trained, no texts are printed.
+    and the user's usual loss (nats per token), the standardized difference, the CUSUM score, and a word: drifted (the
+    score is at least users.drift.threshold), grown (as many interactions are new as the version was trained on), usual,
+    or unknown. Then, for users whose gates the evaluation measured, how many of each group have drifted, with the
+    probability of so many if they drift as often as others; if that is small, 'proper groups refresh' is recommended.
+    Nothing is trained, no texts are printed.
     """
     from proper.enrolment.drift import by_group
 
@@ -106,13 +108,18 @@ def drift(folder: RunFolder, as_json: AsJson = False) -> None:
                 typer.echo(json.dumps(asdict(each), ensure_ascii=False))
                 continue
             losses = ["-" if value is None else f"{value:.3f}" for value in (each.loss, each.usual, each.z)]
-            state = "drifted" if each.drifted else "usual" if each.usual is not None else "unknown"
+            state = "usual" if each.usual is not None else "unknown"
+            state = "drifted" if each.drifted else "grown" if each.grown else state
             typer.echo("\t".join([printable(each.user), str(each.new), *losses, f"{each.score:.2f}", state]))
         for group in by_group(found, _main_groups(folder)):
             told = (
                 f"group {group.group}: {group.drifted} of {group.users} users have drifted (chance {group.chance:.3f})"
             )
             typer.echo(json.dumps(asdict(group))) if as_json else logger.info(told)
+            if group.together:
+                logger.info(
+                    f"group {group.group} itself seems to have changed; train on: proper groups refresh {folder}"
+                )
         seconds = users.log.updates.seconds()
     if seconds:
         logger.info(f"an update takes {seconds:.1f} s, about {3600 / seconds:,.0f} users per hour")
@@ -131,7 +138,7 @@ def _update_drifted(users: Users, budget: int | None, hours: float | None) -> No
     tried = users.update_drifted(budget, hours)
     for each in tried:
         print_user(users, each.user)
-    logger.info(f"{len(tried)} updated or tried" if tried else "no user has drifted")
+    logger.info(f"{len(tried)} updated or tried" if tried else "no update is due")
 
 
 def _fit_all(users: Users) -> None:

@@ -13,18 +13,21 @@ statistic (Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3), with d = n_0 - 1 and d_
     s~^2 = (d_0 s_0^2 + d s^2) / (d_0 + d)
 
 1 / n_0 is the uncertainty of m, as in a prediction interval. Clipping bounds what one odd interaction can do.
+
+An update is due for users who have drifted, and for users whose new interactions are as many as those that the version
+was trained on: a version that was trained on few gains by more, without drift. An attempt that was not promoted is not
+repeated before there are `RETRY` times as many new interactions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 from proper.adapters.store import AdapterStore
-from proper.config import DriftConfig
 from proper.enrolment.comparison import Usual, per_item, state_of
 from proper.enrolment.fit_user import Fitter, own_bank
 from proper.enrolment.history import UserHistory, divide, grown_history
@@ -38,6 +41,10 @@ CLIP = 3.0
 """Largest standardized loss."""
 DEFAULT_VARIANCE = 1.0
 """Variance where no user's is known."""
+MANY, UNLIKELY = 3, 0.05
+"""Fewest drifted users of a group, and the probability below which so many are no chance, that say it has changed."""
+RETRY = 1.5
+"""Factor on the number of new interactions from one attempt to the next."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Drift:
         z: standardized difference of the two means.
         score: the CUSUM after the last interaction.
         drifted: whether the score is at least the threshold.
+        known: number of interactions that the version was trained on.
+        tried: number of new interactions at the last attempt to update it, which was not promoted; 0 without one.
     """
 
     user: str
@@ -65,6 +74,18 @@ class Drift:
     z: float | None = None
     score: float = 0.0
     drifted: bool = False
+    known: int = 0
+    tried: int = 0
+
+    @property
+    def grown(self) -> bool:
+        """Whether the new interactions are as many as those that the version was trained on."""
+        return self.new >= self.known
+
+    @property
+    def due(self) -> bool:
+        """Whether an update is worth its cost (see the module)."""
+        return (self.drifted or self.grown) and self.new >= RETRY * self.tried
 
     def text(self) -> str:
         """Return the figures in words."""
@@ -110,27 +131,31 @@ def cusum(losses: Iterable[float], usual: Usual, variance: float, allowance: flo
 
 
 def drift_of(
-    fitter: Fitter, store: AdapterStore, user: str, grown: UserHistory, variance: float, config: DriftConfig
+    fitter: Fitter, store: AdapterStore, log: InteractionLog, user: str, grown: UserHistory, variance: float
 ) -> Drift | None:
     """Return a user's drift, measured by one forward pass over the new interactions; None for an unknown user."""
+    config = fitter.model.config.users.drift
     head = store.head(user)
     record = None if head is None else store.get(user, head.version)
     if head is None or record is None:
         return None
-    new = divide(grown, record.facts).new
+    divided = divide(grown, record.facts)
+    new, attempts = divided.new, log.updates.of(store.tenant, user)[:1]
+    tried = [int(each.facts["new"]) for each in attempts if (each.base, each.version) == (head.version, None)]
+    found = Drift(user, head.tier, head.version, len(new), known=len(divided.past), tried=sum(tried))
     if not new:
-        return Drift(user, head.tier, head.version, 0)
+        return found
     with own_bank(fitter.model):
         state = state_of(fitter.model, record)
         losses = per_item(fitter.model, state, [fitter.model.encoder.encode(item) for item in new])
     usual, loss = usual_of(record.facts, head.tier), fmean(losses)
     if usual is None:
-        return Drift(user, head.tier, head.version, len(new), loss)
+        return replace(found, loss=loss)
     score = cusum(losses, usual, variance, config.allowance)
     unit = deviation(usual, variance)
     error = math.sqrt(1 / len(new) + 1 / usual.items) / math.sqrt(1 + 1 / usual.items) * unit
     z = (loss - usual.mean) / error if math.isfinite(loss) else CLIP
-    return Drift(user, head.tier, head.version, len(new), loss, usual.mean, z, score, score >= config.threshold)
+    return replace(found, loss=loss, usual=usual.mean, z=z, score=score, drifted=score >= config.threshold)
 
 
 def drifts(fitter: Fitter, store: AdapterStore, log: InteractionLog, users: Sequence[str]) -> list[Drift]:
@@ -142,7 +167,7 @@ def drifts(fitter: Fitter, store: AdapterStore, log: InteractionLog, users: Sequ
             continue
         count, kind = fitter.model.encoder.count, config.task.kind
         grown = grown_history(fitter.dataset, log, store.tenant, user, count, kind)
-        drift = drift_of(fitter, store, user, grown, variance, config.users.drift)
+        drift = drift_of(fitter, store, log, user, grown, variance)
         if drift is not None and drift.new:
             found.append(drift)
     return sorted(found, key=lambda drift: (-drift.score, drift.user))
@@ -163,6 +188,11 @@ class GroupDrift:
     users: int
     drifted: int
     chance: float
+
+    @property
+    def together(self) -> bool:
+        """Whether so many have drifted that the group has changed, which `proper groups refresh` follows."""
+        return self.drifted >= MANY and self.chance < UNLIKELY
 
 
 def by_group(found: Sequence[Drift], main: Mapping[str, int]) -> list[GroupDrift]:
@@ -192,14 +222,16 @@ def _at_least(count: int, trials: int, rate: float) -> float:
     return sum(math.comb(trials, k) * rate**k * (1 - rate) ** (trials - k) for k in range(count, trials + 1))
 
 
-def usual_still(fitter: Fitter, store: AdapterStore, user: str, grown: UserHistory) -> Drift | None:
-    """Return the drift of a user who keeps the version in service, as far as is known; None for any other.
+def usual_still(
+    fitter: Fitter, store: AdapterStore, log: InteractionLog, user: str, grown: UserHistory
+) -> Drift | None:
+    """Return the drift of a user for whom no update is due, as far as is known; None for any other.
 
     A user without a version, with one that was only placed, or without a known usual loss is not kept waiting.
     """
     versions = store.versions(user)
     if not versions or versions[0].facts.get("embedding") == PLACED:
         return None
-    drift = drift_of(fitter, store, user, grown, usual_variance(store), fitter.model.config.users.drift)
+    drift = drift_of(fitter, store, log, user, grown, usual_variance(store))
     known = drift is not None and (drift.usual is not None or not drift.new)
-    return drift if known and drift is not None and not drift.drifted else None
+    return drift if known and drift is not None and not drift.due else None

@@ -73,7 +73,9 @@ class Fitter:
         if self.dataset is not None:
             self.dataset.close()
 
-    def fit(self, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell) -> UserRecord:
+    def fit(
+        self, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell, *, anew: bool = False
+    ) -> UserRecord:
         """Return a user's new record; nothing is put into the store.
 
         Args:
@@ -83,13 +85,14 @@ class Fitter:
             work: checkpoint folder from which an interrupted fit of the same history resumes; the caller removes it
                 once the record is saved.
             tell: progress callback.
+            anew: whether to fit the embedding of a user of stage 2, too.
 
         Raises:
             NonFiniteLossError: the embedding's loss is not finite.
         """
         same_history(work, grown)
         with self.model.model.caching(work, self.model.config.compute.cache_mb):
-            return self._fit(store, user, grown, work, tell)
+            return self._fit(store, user, grown, work, tell, anew)
 
     def items(self, grown: UserHistory) -> tuple[TextExample, ...]:
         """Return the items that a user is fitted to: the newest `users.max_items`."""
@@ -103,13 +106,15 @@ class Fitter:
         """Return the setting with which embeddings are fitted; `step` is called after every step of every user."""
         return Setting(self.model.model, self.model.config.groups, self.seed, step)
 
-    def _fit(self, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell) -> UserRecord:
+    def _fit(
+        self, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell, anew: bool
+    ) -> UserRecord:
         items, encoded = self.items(grown), self.encoded(grown)
         pace = _Pace.of(self.model, encoded, tell)
         held = store.versions(user)
         facts: dict[str, Any] = {"history": {"run": grown.run, "logged": grown.logged}}
         head = store.head(user)
-        if head is None or held[0].facts.get("embedding") in (FITTED, PLACED):
+        if head is None or anew or held[0].facts.get("embedding") in (FITTED, PLACED):
             found = self._embedding(user, encoded, work, pace)
             facts |= {"embedding": FITTED, "embedding_start": self.placer.kind}
             facts |= {"embedding_passes": found.passes, "embedding_losses": list(found.losses)}

@@ -1,12 +1,13 @@
 """Builds one user's history: the items of the run's data and the interactions logged since, oldest first.
 
-`divide` tells what of it is new to a version of the user.
+`divide` tells what of it is new to a version of the user, `hold_out` what of that an update is compared on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from proper.data.values import find_label
 from proper.files import hash_value
 from proper.interactions.log import InteractionLog, LoggedInteraction
 from proper.run_folder import RunFolder
+from proper.training.checkpoint import seed_of
+from proper.training.jobs import held_out_items
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,48 @@ class UserHistory:
 class Divided:
     """A user's interactions, oldest first: `past` ones the version in service knows, and `new` ones.
 
-    `left_out` are the ordinals of logged interactions that were outliers in earlier updates; they are in neither.
+    `left_out` are the ordinals of logged interactions that were outliers in earlier updates; they are in neither, nor
+    is what came before interaction number `since`, at which the user's habits changed (0: they never did).
     """
 
     past: tuple[TextExample, ...]
     new: tuple[TextExample, ...]
     left_out: tuple[int, ...] = ()
+    since: int = 0
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which interactions an update trains on, and which it is compared on."""
+
+    past: tuple[TextExample, ...]
+    new: tuple[TextExample, ...]
+    held_past: tuple[TextExample, ...]
+    held_new: tuple[TextExample, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training rows of several users in memory, as `SampledRows`."""
+
+    examples: Sequence[TextExample]
+    seed: int
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return len(self.examples)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows, untruncated."""
+        return sum(each.tokens for each in self.examples)
+
+    def rows(self, epoch: int) -> Iterator[TextExample]:
+        """Yield every row once, in an order that depends on the seed and `epoch`."""
+        order = list(self.examples)
+        random.Random(seed_of(self.seed, "rows", epoch)).shuffle(order)
+        return iter(order)
 
 
 Count = Callable[[Sequence[str], Sequence[str]], list[int]]
@@ -89,14 +128,24 @@ def grown_history(
 def divide(grown: UserHistory, facts: Mapping[str, Any]) -> Divided:
     """Divide a history by what a version's metadata says that it was trained on.
 
-    That is the first `history.logged` interactions in the order of arrival, without those in `history.left_out`, and
-    the items of the run's data, which are never new.
+    That is the first `history.logged` interactions in the order of arrival, without those in `history.left_out` or
+    before `history.since`, and the items of the run's data, which are never new.
     """
     history, ordinals = facts.get("history", {}), grown.ordinals
     logged, left_out = int(history.get("logged", 0)), tuple(history.get("left_out", ()))
-    items = [item for item in grown.items if ordinals.get(item.id) not in left_out]
+    since = int(history.get("since", 0))
+    items = [item for item in grown.items if (at := ordinals.get(item.id, 0)) >= since and at not in left_out]
     new = sorted((item for item in items if ordinals.get(item.id, 0) > logged), key=lambda item: -item.id)
-    return Divided(tuple(item for item in items if ordinals.get(item.id, 0) <= logged), tuple(new), left_out)
+    past = tuple(item for item in items if ordinals.get(item.id, 0) <= logged)
+    return Divided(past, tuple(new), left_out, since)
+
+
+def hold_out(divided: Divided, share: float) -> Split:
+    """Hold out a share of the new interactions, the newest, and as many of the newest earlier ones."""
+    held_new = held_out_items(len(divided.new), share)
+    held_past = min(held_new, max(0, len(divided.past) - 1))
+    cut_new, cut_past = len(divided.new) - held_new, len(divided.past) - held_past
+    return Split(divided.past[:cut_past], divided.new[:cut_new], divided.past[cut_past:], divided.new[cut_new:])
 
 
 def run_data(folder: Path) -> Dataset | None:

@@ -4,6 +4,8 @@
     outliers    new interactions whose answers do not fit their inputs are left out (`comparison.outliers`)
     train       the user's adapter goes on from that of the version in service, on new interactions and replayed
                 earlier ones, with a penalty on its distance to the start (`layers.low_rank`)
+    or anew     where what the version knows has become outdated (`change`), the user is fitted as a new one on the
+                interactions since the change, embedding included; what came before it is no longer trained on
     compare     both versions on the newest of the new interactions and the newest earlier ones, which the update was
                 not trained on; the update is promoted as it was measured, or not at all
 
@@ -30,16 +32,17 @@ from proper.config import UsersConfig
 from proper.console import no_bar
 from proper.data.dataset import TextExample
 from proper.data.encoder import EncodedExample
+from proper.enrolment.change import change_point
 from proper.enrolment.comparison import State, Usual, VersionComparison, losses_of, outliers, per_item, state_of
 from proper.enrolment.fit_files import is_update_of, same_update
 from proper.enrolment.fit_user import Fitter, Tell, own_bank
-from proper.enrolment.history import Divided, UserHistory, divide
+from proper.enrolment.history import Divided, Split, UserHistory, divide, hold_out
 from proper.enrolment.place import PLACED
 from proper.files import hash_value
 from proper.layers.low_rank import adapter_distance
 from proper.run_folder import Tier
 from proper.training.checkpoint import Checkpoint, seed_of
-from proper.training.jobs import PARTS, FitResult, Job, held_out_items, passes_of
+from proper.training.jobs import PARTS, FitResult, Job, passes_of
 from proper.training.multi_user_trainer import MultiUserTrainer
 from proper.training.optim import resolve_rate
 
@@ -95,16 +98,6 @@ def _landed(work: Path, grown: UserHistory, version: int, base: UserRecord) -> F
 
 
 @dataclass(frozen=True)
-class _Split:
-    """Which interactions an update trains on, and which it is compared on."""
-
-    past: tuple[TextExample, ...]
-    new: tuple[TextExample, ...]
-    held_past: tuple[TextExample, ...]
-    held_new: tuple[TextExample, ...]
-
-
-@dataclass(frozen=True)
 class _Update:
     fitter: Fitter
     store: AdapterStore
@@ -128,12 +121,26 @@ class _Update:
         facts = {"logged": self.grown.logged, "new": came, "left_out": came - len(divided.new)}
         if not divided.new:
             return self._stays(f"the answers do not fit their inputs (new interactions: {came})", facts)
+        changed = self._since_change(divided)
+        divided, anew = changed or divided, changed is not None
         if len(divided.new) == 1:
             return self._stays("one new interaction cannot be both trained on and held out", facts)
-        split = self._split(divided)
-        if self.base.adapter is None or self.fitter.model.stage != Tier.USERS:
-            return self._refit(divided, split, facts)
+        split = hold_out(divided, self.config.tiers.validation)
+        if anew or self.base.adapter is None or self.fitter.model.stage != Tier.USERS:
+            return self._refit(divided, split, facts, anew)
         return self._trained_on(divided, split, facts)
+
+    def _since_change(self, divided: Divided) -> Divided | None:
+        """Return the new interactions since the user's habits changed, without earlier ones; None if they did not."""
+        held_out = len(hold_out(divided, self.config.tiers.validation).held_new)
+        tried, model = self._encoded(divided.new[: len(divided.new) - held_out]), self.fitter.model
+        assert model.served is not None
+        at = change_point(
+            losses_of(model, state_of(model, self.base), tried)[0], losses_of(model, State(model.served.mean), tried)[0]
+        )
+        if at is None:
+            return None
+        return replace(divided, past=(), new=divided.new[at:], since=self.grown.ordinals[divided.new[at].id])
 
     def _stays(self, reason: str, facts: Mapping[str, Any]) -> FitOutcome:
         return FitOutcome(None, self.version, f"not promoted: {reason}", facts)
@@ -150,15 +157,7 @@ class _Update:
         ordinals = sorted(self.grown.ordinals[each] for each in left_out)
         return replace(divided, new=new, left_out=(*divided.left_out, *ordinals))
 
-    def _split(self, divided: Divided) -> _Split:
-        """Hold out the newest new interactions, and as many of the newest earlier ones."""
-        share = self.config.tiers.validation
-        held_new = held_out_items(len(divided.new), share)
-        held_past = min(held_new, max(0, len(divided.past) - 1))
-        cut_new, cut_past = len(divided.new) - held_new, len(divided.past) - held_past
-        return _Split(divided.past[:cut_past], divided.new[:cut_new], divided.past[cut_past:], divided.new[cut_new:])
-
-    def _trained_on(self, divided: Divided, split: _Split, facts: dict[str, Any]) -> FitOutcome:
+    def _trained_on(self, divided: Divided, split: Split, facts: dict[str, Any]) -> FitOutcome:
         """Train the user's adapter on from the version in service, and compare the two."""
         start = state_of(self.fitter.model, self.base)
         assert start.row is not None
@@ -184,7 +183,7 @@ class _Update:
         record = replace(candidate, adapter=adapter, facts={**kept, **self._group_facts(split, state)})
         return self._promoted(record, found.text(), facts, logged, divided, self._usual(state, split))
 
-    def _rows(self, split: _Split) -> tuple[EncodedExample, ...]:
+    def _rows(self, split: Split) -> tuple[EncodedExample, ...]:
         """Return an update's training rows: the new ones, and a sample of earlier ones, in the order of time."""
         share = self.config.update.replay
         wanted = min(len(split.past), round(share / (1 - share) * len(split.new)))
@@ -221,8 +220,8 @@ class _Update:
         trainer.run([job], done, checkpoint, step, "update", no_bar)
         return found[0]
 
-    def _refit(self, divided: Divided, split: _Split, facts: dict[str, Any]) -> FitOutcome:
-        """Fit a user without an adapter as a new one, and compare that with the version in service."""
+    def _refit(self, divided: Divided, split: Split, facts: dict[str, Any], anew: bool) -> FitOutcome:
+        """Fit a user as a new one, with the embedding if `anew`, and compare that with the version in service."""
         order = {item.id: at for at, item in enumerate(self.grown.items)}
 
         def history(*parts: Sequence[TextExample]) -> UserHistory:
@@ -230,15 +229,15 @@ class _Update:
             return replace(self.grown, items=tuple(items))
 
         trial = history(split.past, split.new)
-        tried = self.fitter.fit(self.store, self.base.user, trial, self.work / "trial", self.tell)
+        tried = self.fitter.fit(self.store, self.base.user, trial, self.work / "trial", self.tell, anew=anew)
         state = state_of(self.fitter.model, _decoded(tried))
         found = self._compare(state_of(self.fitter.model, self.base), state, split)
-        facts |= {"trained": len(split.new), **found.facts()}
+        facts |= {"trained": len(split.new), "anew": anew, **found.facts()}
         if not found.is_better(self.config.update.past):
             return self._stays(found.text(), facts)
         usual = self._usual(state, split)
         whole = history(divided.past, divided.new)
-        record = self.fitter.fit(self.store, self.base.user, whole, self.work / "final", self.tell)
+        record = self.fitter.fit(self.store, self.base.user, whole, self.work / "final", self.tell, anew=anew)
         logged = self.grown.ordinals[divided.new[-1].id]
         return self._promoted(record, found.text(), facts, logged, divided, usual)
 
@@ -252,8 +251,8 @@ class _Update:
         usual: Usual | None,
     ) -> FitOutcome:
         history: dict[str, Any] = {"run": self.grown.run, "logged": logged}
-        if divided.left_out:
-            history["left_out"] = list(divided.left_out)
+        history |= {"left_out": list(divided.left_out)} if divided.left_out else {}
+        history |= {"since": divided.since} if divided.since else {}
         made = {"by": "update", "of": self.version}
         told: dict[str, Any] = {"history": history, "made": made, "update": dict(facts), "reason": reason}
         if usual is not None:
@@ -261,11 +260,11 @@ class _Update:
         record = replace(record, facts={**record.facts, **told})
         return FitOutcome(record, self.version, reason, facts)
 
-    def _compare(self, served: State, updated: State, split: _Split) -> VersionComparison:
+    def _compare(self, served: State, updated: State, split: Split) -> VersionComparison:
         new, past = self._encoded(split.held_new), self._encoded(split.held_past)
         return VersionComparison.of(self.fitter.model, served, updated, new, past)
 
-    def _group_facts(self, split: _Split, state: State) -> dict[str, float]:
+    def _group_facts(self, split: Split, state: State) -> dict[str, float]:
         """Return the held-out loss of the group tier and with the adapter, as stage 3's metadata has them."""
         items, found = self._encoded([*split.held_past, *split.held_new]), {}
         for name, each in (("group_loss", State(state.embedding)), ("user_loss", state)):
@@ -273,7 +272,7 @@ class _Update:
             found[name] = float(totals.sum() / tokens.sum())
         return found
 
-    def _usual(self, state: State, split: _Split) -> Usual | None:
+    def _usual(self, state: State, split: Split) -> Usual | None:
         """Return the usual loss of a new version: that on the interactions that it was not trained on."""
         return Usual.of(per_item(self.fitter.model, state, self._encoded([*split.held_past, *split.held_new])))
 

@@ -71,11 +71,16 @@ class FitWorker:
     ) -> bool:
         """Fit the user who has waited longest, or the given one; return False if no such fit is queued.
 
-        With `users.update.when: drifted`, a user who has a version and has not drifted keeps it, unless
+        With `users.update.when: drifted`, a user who has a version keeps it until an update is due (`drift`), unless
         `even_if_usual`. Blocks while another process fits. A failure is recorded in the queue.
+
+        Raises:
+            ProperError: the groups were refreshed since the run was loaded.
         """
         fitter = self.fitter()
         with self.log.queue.lock():
+            if fitter.model.served is not None and fitter.model.served.outdated:
+                raise ProperError("the groups were refreshed since this process loaded them; start it again")
             self._tidy()
             if fitter.placer.encoder is not None:
                 self._place_waiting(fitter)
@@ -128,14 +133,14 @@ class FitWorker:
             return drifts(fitter, store, self.log, known)
 
     def update_drifted(self, store: AdapterStore, budget: int | None, hours: float | None) -> list[Drift]:
-        """Update the users who have drifted, those with the highest score first; return whom it tried to update.
+        """Update the users for whom it is due, those who have drifted most first; return whom it tried to update.
 
         Args:
             store: the users' store.
             budget: at most so many users; None for no limit.
             hours: about so long, by the mean time of past updates; None for no limit.
         """
-        chosen, begun = [drift for drift in self.drift(store) if drift.drifted][:budget], time.monotonic()
+        chosen, begun = [drift for drift in self.drift(store) if drift.due][:budget], time.monotonic()
         tried = list[Drift]()
         for drift in chosen:
             each = self.log.updates.seconds() or 0.0
@@ -171,7 +176,7 @@ class FitWorker:
                 self.log.queue.done(claim, None, "no interactions yet")
                 return
             if model.config.users.update.when == "drifted" and not even_if_usual:
-                waits = usual_still(fitter, store, claim.user, grown)
+                waits = usual_still(fitter, store, self.log, claim.user, grown)
                 if waits is not None:
                     self.log.queue.done(claim, waits.version, f"{waits.text()}; version {waits.version} stays")
                     return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ import torch
 from proper.adapters.store import AdapterStore
 from proper.config import Config, load_run_config
 from proper.errors import InputError, RunFolderError
-from proper.files import hash_file
+from proper.files import atomic_path, hash_file
 from proper.inference.model import PersonalizedModel, ServedUsers
 from proper.layers.bank import AdapterBank
 from proper.models.backbone import configured_backbone
@@ -63,9 +65,10 @@ def serve_users(folder: Path, config: Config, model: ProperModel) -> ServedUsers
     """
     run = RunFolder(folder)
     run.require_trained(Stage.GROUPS)
-    mean = load_groups(model, config.groups, run.experts, len(config.tasks))
     store = AdapterStore(run.users.path)
-    trained_on = {"backbone": model.backbone.digest, "groups": hash_file(run.experts), **config.users.adapter_shape}
+    settle_groups(run, store)
+    mean, groups = load_groups(model, config.groups, run.experts, len(config.tasks)), hash_file(run.experts)
+    trained_on = {"backbone": model.backbone.digest, "groups": groups, **config.users.adapter_shape}
     store.require({**trained_on, **bases_digest(run.users.bases)})
     load_bases(model, run.users.bases)
     slots = max(2, config.compute.batch_size)
@@ -74,7 +77,27 @@ def serve_users(folder: Path, config: Config, model: ProperModel) -> ServedUsers
     layout = model.user_layout(config.users)
     bank = AdapterBank(layout, slots, alpha=config.users.alpha, trainable=False, device=model.device, dtype=dtype)
     model.use_bank(bank)
-    return ServedUsers(store, bank, mean)
+    return ServedUsers(store, bank, mean, groups)
+
+
+def settle_groups(run: RunFolder, store: AdapterStore) -> None:
+    """Put refreshed groups in the place of the others if the store is bound to them already, as after a kill.
+
+    The others are kept as the previous ones, unless the refreshed ones are these, which ends a way back.
+    """
+    if not run.refreshed.exists() or store.manifest.facts().get("groups") != hash_file(run.refreshed):
+        return
+    back = run.previous.exists() and hash_file(run.previous) == hash_file(run.refreshed)
+    if not back:
+        with atomic_path(run.previous) as temporary:
+            shutil.copyfile(run.experts, temporary)
+    # The store has the embeddings by now.
+    run.users.refresh.unlink(missing_ok=True)
+    with suppress(OSError):  # not empty, or not there
+        run.users.work.rmdir()
+    run.refreshed.replace(run.experts)
+    if back:
+        run.previous.unlink()
 
 
 def last_stage(run: RunFolder) -> Tier:

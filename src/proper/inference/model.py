@@ -55,11 +55,14 @@ class ServedUsers:
     Attributes:
         store: the adapter store of the default tenant.
         mean: the mean user embedding (D,), for users that the store does not know.
+        groups: hash of the loaded groups; None if it is not known.
         cache: the slot cache over the stores and the model's bank.
     """
 
-    def __init__(self, store: AdapterStore, bank: AdapterBank, mean: Float[Tensor, "D"]) -> None:
-        self.store, self.mean = store, mean
+    def __init__(
+        self, store: AdapterStore, bank: AdapterBank, mean: Float[Tensor, "D"], groups: str | None = None
+    ) -> None:
+        self.store, self.mean, self.groups = store, mean, groups
         self.cache = SlotCache(self.store_of, bank)
         self._stores = {store.tenant: store}
         self._lock = threading.Lock()
@@ -75,6 +78,11 @@ class ServedUsers:
             if tenant not in self._stores:
                 self._stores[tenant] = AdapterStore(self.store.folder, tenant)
             return self._stores[tenant]
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the groups were refreshed since they were loaded, so that the run has to be loaded again."""
+        return self.groups is not None and self.store.manifest.facts().get("groups", self.groups) != self.groups
 
     def head(self, user: str | None) -> Head | None:
         """Return a user's current record without the adapter; None for no user or an unknown one."""

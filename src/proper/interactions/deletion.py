@@ -209,7 +209,8 @@ def _opened(folder: Path, tenant: str) -> Iterator[tuple[AdapterStore, Interacti
 def _require_no_training(run: Path, user: str) -> None:
     """Require that no stage is being trained on data of the user."""
     busy = next((folder / name for folder in nested_runs(run) for name in UNFINISHED if (folder / name).exists()), None)
-    if busy is not None and any(True for _ in run_rows(run, user)):
+    refresh = RunFolder(run).users.refresh.exists()  # it trains on logged interactions, too
+    if busy is not None and (refresh or any(True for _ in run_rows(run, user))):
         raise InputError(f"{busy}: a stage is being trained and holds user {user!r}; let the run end, then delete them")
 
 

@@ -124,9 +124,10 @@ def source_items(
     if "import" in (origin.get("by"), mapping(origin.get("before")).get("by")):
         return None
     found = [(_time(row["timestamp"], None), row) for row in run if row["part"] == "history"]
-    if history.get("run", 0) is None:
-        found = []  # that fit had no data of the run
-    taken = list(logged)[: count(history.get("logged")) or 0]
+    since = count(history.get("since")) or 0
+    if history.get("run", 0) is None or since:
+        found = []  # that fit had no data of the run, or only what came after the user's habits had changed
+    taken = list(logged)[max(0, since - 1) : count(history.get("logged")) or 0]
     found += [(_time(row["timestamp"], row["received"]), row) for row in taken]
     ordered = [row for _, row in sorted(found, key=lambda pair: pair[0])]
     if _trained_by(version) != "stage 2":

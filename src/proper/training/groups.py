@@ -129,10 +129,20 @@ def first_embeddings(config: GroupsConfig, users: int, size: int, seed: int) -> 
 
 
 def train_groups(
-    model: ProperModel, config: GroupsConfig, users: Sequence[str], plan: TrainingPlan, accelerator: Accelerator
+    model: ProperModel,
+    config: GroupsConfig,
+    users: Sequence[str],
+    plan: TrainingPlan,
+    accelerator: Accelerator,
+    start: Float[Tensor, "U D"] | None = None,
 ) -> Tensor:
-    """Train stage 2 in place and return the users' embeddings (U, D) in the order of `users`."""
+    """Train stage 2 in place and return the users' embeddings (U, D) in the order of `users`.
+
+    Embeddings go on from `start`, or begin at random as in a new run.
+    """
     stage = GroupsStage(model, config, users, plan.seed, accelerator, plan.batch_tokens)
+    if start is not None:
+        stage.embeddings.copy_(start)
     train_stage(stage, model, config, plan, accelerator)
     return stage.embeddings
 

@@ -25,6 +25,12 @@ def health_routes(runner: EngineRunner, worker: FitProcess | None, metrics: Metr
         fits: Literal["off", "alive", "down"] = "off" if worker is None else "alive" if worker.alive else "down"
         return Health(status=status, worker=fits)
 
+    def groups() -> str | None:
+        """Return the hash of the groups that the store's users belong to; it changes when they are refreshed."""
+        store = runner.engine.model.store
+        return None if store is None else store.manifest.facts().get("groups")
+
+    loaded = groups()
     AdminCaller = Annotated[Principal, Depends(auth.needs("admin"))]
 
     @router.get("/healthz")
@@ -36,9 +42,11 @@ def health_routes(runner: EngineRunner, worker: FitProcess | None, metrics: Metr
 
     @router.get("/readyz")
     async def readyz() -> Health:
-        """Readiness: 503 if the server accepts no requests."""
+        """Readiness: 503 if the server accepts no requests, or must be started again to load refreshed groups."""
         if not runner.alive:
             raise APIError(503, "the server accepts no requests", code="not_ready")
+        if groups() != loaded:
+            raise APIError(503, "the run's groups were refreshed; start the server again", code="groups_refreshed")
         return health("ready")
 
     @router.get("/metrics", response_class=Response)

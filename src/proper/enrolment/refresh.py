@@ -1,0 +1,292 @@
+"""Refreshes the groups: trains stage 2 on with the interactions that arrived since, and takes the users along.
+
+    train      experts, routers and users' embeddings go on from those in service, on the interactions logged since the
+               last refresh and as many replayed earlier ones; every user's newest items are held out
+    validate   each user's held-out loss as served, and under the new groups
+    commit     one transaction of the store binds it to the new groups and adds a version of every user: with the
+               adapter if it is no worse there, else on the group tier; then the files move (`settle_groups`)
+    refit      the users who lost an adapter, as new users are fitted
+
+A kill before the commit leaves the old groups in service, and one after it the new ones; the same call goes on. The
+groups before the last refresh are kept, and `roll_back` returns to them.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proper.adapters.records import MADE
+from proper.adapters.store import AdapterStore, UserRecord, Version
+from proper.console import progress
+from proper.data.dataset import TextExample
+from proper.data.encoder import EncodedExample
+from proper.enrolment.comparison import State, Usual, losses_of, per_item, state_of
+from proper.enrolment.fit_user import Fitter, open_fitter, own_bank
+from proper.enrolment.history import Rows, UserHistory, grown_history
+from proper.errors import RunFolderError
+from proper.files import hash_file, hash_value
+from proper.inference.loading import load, settle_groups
+from proper.inference.model import PersonalizedModel
+from proper.interactions.log import InteractionLog
+from proper.interactions.personal_files import remove_work, work_folder
+from proper.models.checkpoints import load_metadata, load_tensors, save_tensors
+from proper.run_folder import RunFolder, Stage, Tier
+from proper.training.checkpoint import seed_of
+from proper.training.groups import train_groups
+from proper.training.jobs import held_out_items
+from proper.training.stages import join_processes, stage_plan
+from proper.training.trainer import no_log
+
+logger = logging.getLogger(__name__)
+BY = "refresh"
+"""`made.by` of a version that a refresh made."""
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """What came of a refresh or of going back.
+
+    Attributes:
+        rows: interactions that were new to the groups; 0 if nothing was trained.
+        users: users of the store.
+        validated: users with held-out items.
+        worse: users whose adapter is worse under the new groups; they were refitted.
+        adapters: how many of these have an adapter again.
+    """
+
+    rows: int
+    users: int
+    validated: int = 0
+    worse: int = 0
+    adapters: int = 0
+
+
+def refresh(folder: Path, left_out: Collection[str] = ()) -> Refreshed:
+    """Train a run's stage 2 on, and take its users along (see the module).
+
+    Args:
+        folder: the run folder; the caller holds its locks.
+        left_out: users whose items are not trained on.
+
+    Raises:
+        RunFolderError: a stage is missing, or the store has users of other tenants.
+    """
+    run = RunFolder(folder)
+    with _opened(folder) as work:
+        worse, again = work.refit()  # those of a call that was killed
+        rows = work.rows(left_out)
+        if not run.refreshed.exists():
+            if not rows.size:
+                return Refreshed(0, len(work.users), worse=worse, adapters=again)
+            work.train(rows)
+    with _opened(folder) as work:  # training has changed the model
+        validated = work.commit()
+    with _opened(folder) as work:
+        worse, again = work.refit()
+        return Refreshed(rows.size, len(work.users), validated, worse, again)
+
+
+def roll_back(folder: Path) -> Refreshed:
+    """Return to the groups before the last refresh, and to the users' versions that were made for them.
+
+    A user without such a version any more, as after a later update, keeps the embedding and is fitted again.
+
+    Raises:
+        RunFolderError: there are no earlier groups.
+    """
+    run = RunFolder(folder)
+    if not run.previous.exists() or hash_file(run.previous) == hash_file(run.experts):
+        raise RunFolderError(f"{folder}: the groups were never refreshed; there is nothing to go back to")
+    with _opened(folder) as work:
+        if not run.refreshed.exists():
+            tensors, facts = load_tensors(run.previous)
+            save_tensors(run.refreshed, tensors, facts)
+        work.put(map(work.before, work.users))
+    with _opened(folder) as work:
+        worse, again = work.refit()
+        return Refreshed(0, len(work.users), worse=worse, adapters=again)
+
+
+def _opened(folder: Path) -> closing[_Work]:
+    model = load(folder)
+    log = InteractionLog(RunFolder(folder).users.path)
+    return closing(_Work(RunFolder(folder), model, open_fitter(folder, model), log))
+
+
+class _Work:
+    """A loaded run whose groups are refreshed.
+
+    Attributes:
+        users: the users of the store, in its order.
+    """
+
+    def __init__(self, run: RunFolder, model: PersonalizedModel, fitter: Fitter, log: InteractionLog) -> None:
+        assert model.store is not None
+        self.run, self.model, self.fitter, self.log = run, model, fitter, log
+        self.store: AdapterStore = model.store
+        self.users = [user for user, _ in self.store.users()]
+        if any(tenant != self.store.tenant for tenant, _ in self.store.manifest.owners_of_records()):
+            raise RunFolderError(f"{run.path}: has users of other tenants, whose adapters need the groups as they are")
+        if model.config.tasks:
+            raise RunFolderError(f"{run.path}: is a run over several tasks, whose groups cannot be refreshed yet")
+
+    def close(self) -> None:
+        self.log.close()
+        self.fitter.close()
+
+    def grown(self, user: str) -> UserHistory:
+        """Return a user's items."""
+        count, kind = self.model.encoder.count, self.model.config.task.kind
+        return grown_history(self.fitter.dataset, self.log, self.store.tenant, user, count, kind)
+
+    def held_out(self, items: Sequence[TextExample]) -> int:
+        """Return how many of a user's newest items are held out."""
+        return held_out_items(len(items), self.model.config.users.tiers.validation) if len(items) > 1 else 0
+
+    def rows(self, left_out: Collection[str]) -> Rows:
+        """Return the rows to train on: what was logged since the last refresh, and as many earlier ones."""
+        seen = int(load_metadata(self.run.experts).get("logged", 0))
+        new, old = list[TextExample](), list[TextExample]()
+        for user in sorted({*self.users} - {*left_out}):
+            items = self.grown(user).items
+            for item in items[: len(items) - self.held_out(items)]:
+                (new if -item.id > seen else old).append(item)
+        seed = self.seed(max((-item.id for item in new), default=0))
+        replayed = random.Random(seed).sample(old, min(len(old), len(new)))
+        return Rows([*new, *replayed] if new else [], seed)
+
+    def seed(self, logged: int) -> int:
+        """Return the seed of a refresh with so many logged interactions."""
+        return seed_of(self.fitter.seed, "refresh", str(logged)) % 2**32
+
+    def train(self, rows: Rows) -> None:
+        """Train stage 2 on; write the groups' tensors, and before them the embeddings."""
+        config, model = self.model.config, self.model.model
+        users = sorted({row.user for row in rows.examples})
+        heads = [self.store.head(user) for user in users]
+        start = torch.stack([head.embedding for head in heads if head is not None])
+        # A checkpoint of other rows, as when more interactions have come after a kill, is of no use.
+        state, told = self.run.users.refresh, {"rows": hash_value([[row.user, row.id] for row in rows.examples])}
+        if not state.exists() or load_metadata(state)["rows"] != told["rows"]:
+            self.run.checkpoint(Stage.GROUPS).unlink(missing_ok=True)
+            save_tensors(state, {}, told)
+        plan = stage_plan("groups", config, rows, model.backbone, self.model.encoder, self.run.path, rows.seed, no_log)
+        with model.caching(self.run.path, config.compute.cache_mb):
+            embeddings = train_groups(model, config.groups, users, plan, join_processes(config), start)
+        everyone = {user: head.embedding for user, head, _ in self.store.heads()}
+        everyone |= dict(zip(users, embeddings, strict=True))
+        logged = max(-row.id for row in rows.examples)
+        tensors = {**model.group_parameters(), "mean_embedding": torch.stack([*everyone.values()]).mean(0)}
+        save_tensors(state, {"embeddings": embeddings}, {**told, "users": users})
+        save_tensors(self.run.refreshed, tensors, {"modules": list(model.layers), "logged": logged})
+        self.run.checkpoint(Stage.GROUPS).unlink(missing_ok=True)
+
+    def commit(self) -> int:
+        """Validate all users under the new groups and put them in service; return how many could be validated."""
+        own, held, before = self.model.model, dict[str, tuple[TextExample, ...]](), dict[str, float]()
+        for user in self.users:
+            items = self.grown(user).items
+            held[user] = items[len(items) - self.held_out(items) :]
+            record = self.store.get(user)
+            if held[user] and record is not None:
+                before[user] = self._loss(state_of(self.model, record), held[user])
+        tensors, _ = load_tensors(self.run.refreshed)
+        for name, parameter in own.group_parameters().items():
+            parameter.data.copy_(tensors[name])
+        found, facts = load_tensors(self.run.users.refresh)
+        embeddings = dict(zip(facts["users"], found["embeddings"], strict=True))
+        with progress("validate users", len(self.users)) as advance:
+            records = list[UserRecord]()
+            for user in self.users:
+                record = self._taken_along(user, embeddings.get(user), held[user], before.get(user))
+                records += [] if record is None else [record]
+                advance(1)
+        self.put(iter(records))
+        return len(before)
+
+    def _taken_along(
+        self, user: str, embedding: Tensor | None, held: Sequence[TextExample], before: float | None
+    ) -> UserRecord | None:
+        """Return a user's version for the new groups; None for a user who was deleted meanwhile."""
+        record, head = self.store.get(user, coded=True), self.store.head(user)
+        decoded = self.store.get(user)
+        if record is None or head is None or decoded is None:
+            return None
+        if embedding is not None:
+            record, decoded = replace(record, embedding=embedding), replace(decoded, embedding=embedding)
+        state, made = state_of(self.model, decoded), dict[str, Any](by=BY, of=head.version)
+        if before is None:
+            return replace(record, facts={**record.facts, MADE: made, "reason": "the groups were refreshed"})
+        after = self._loss(state, held)
+        reason = f"the groups were refreshed; loss on {len(held)} held-out items {before:.3f} -> {after:.3f}"
+        if state.row is not None and not after <= before:
+            made, state = {**made, "refit": True}, State(state.embedding)
+            record = UserRecord(user, Tier.GROUPS, record.embedding, None, record.facts)
+        with own_bank(self.model):
+            usual = Usual.of(per_item(self.model, state, self._encoded(held)))
+        kept = {} if usual is None else {"usual": usual.facts()}
+        return replace(record, facts={**record.facts, **kept, MADE: made, "reason": reason})
+
+    def before(self, user: str) -> UserRecord:
+        """Return a user's version that was made for the groups before the last refresh, as a new version."""
+        versions = self.store.versions(user)
+        found: Version | None = versions[0]
+        made: dict[str, Any] = {"by": "rollback", "instead_of": versions[0].version}
+        while found is not None and found.facts.get(MADE, {}).get("by") == BY:
+            of = found.facts[MADE]["of"]
+            found = next((each for each in versions if each.version == of), None)
+        # Otherwise an update has been trained on the refreshed groups, or the version is no longer kept.
+        record = self.store.get(user, versions[0].version if found is None else found.version, coded=True)
+        assert record is not None
+        if found is None or found is versions[0]:
+            made = {"by": BY, "of": versions[0].version, "refit": record.adapter is not None}
+            record = UserRecord(user, Tier.GROUPS, record.embedding, None, record.facts)
+        else:
+            made["of"] = found.version
+        return replace(record, facts={**record.facts, MADE: made, "reason": "went back to the groups before"})
+
+    def put(self, records: Iterator[UserRecord]) -> None:
+        """Commit: bind the store to the new groups and add the users' versions, then move the files."""
+        with self.log.queue.lock():  # no fit ends in between
+            self.store.put(records, bound={"groups": hash_file(self.run.refreshed)})
+        settle_groups(self.run, self.store)
+
+    def refit(self) -> tuple[int, int]:
+        """Fit the users who lost an adapter; return how many these are, and how many have one again."""
+        waiting = [user for user, _, facts in self.store.heads() if facts.get(MADE, {}).get("refit")]
+        again = 0
+        with progress("refit users", len(waiting)) as advance:
+            for user in waiting:
+                again += self._refit(user)
+                advance(1)
+        return len(waiting), again
+
+    def _refit(self, user: str) -> bool:
+        head, grown = self.store.head(user), self.grown(user)
+        if head is None or not grown.items:
+            return False
+        with self.log.queue.lock():
+            work = work_folder(self.store.folder, self.store.tenant, user)
+            record = self.fitter.fit(self.store, user, grown, work, lambda phase, share: None)
+            made = {"by": BY, "of": head.version}
+            reason = "fitted again, since the adapter was worse under the refreshed groups"
+            self.store.put([replace(record, facts={**record.facts, MADE: made, "reason": reason})])
+        remove_work(self.store.folder, self.store.tenant, user)
+        return record.adapter is not None
+
+    def _loss(self, state: State, items: Sequence[TextExample]) -> float:
+        with own_bank(self.model):
+            totals, tokens = losses_of(self.model, state, self._encoded(items))
+        return float(totals.sum() / tokens.sum())
+
+    def _encoded(self, items: Sequence[TextExample]) -> list[EncodedExample]:
+        return [self.model.encoder.encode(item) for item in items]

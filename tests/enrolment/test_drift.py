@@ -1,0 +1,105 @@
+"""Drift: the score, whom it finds, when an update is due, and the groups of which many drift."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from proper.enrolment.comparison import Usual
+from proper.enrolment.drift import Drift, by_group, cusum, deviation, usual_of
+from proper.errors import InputError
+from proper.run_folder import Tier
+from tests.enrolment.conftest import Open
+from tests.enrolment.lessons import HABIT, OTHER, lessons, record, with_update
+
+
+@pytest.fixture
+def run(taught: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(taught, tmp_path / "run"))
+
+
+def slow_cusum(losses: list[float], usual: Usual, variance: float, allowance: float) -> float:
+    """The definition: the largest sum over a stretch that ends with the last loss, or 0."""
+    unit = deviation(usual, variance)
+    excess = [min(3.0, max(-3.0, (each - usual.mean) / unit)) - allowance for each in losses]
+    return max([0.0, *(sum(excess[at:]) for at in range(len(excess)))])
+
+
+def test_the_cusum_is_the_largest_sum_to_the_end() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        usual = Usual(draw.random(), draw.choice([None, draw.random()]), draw.randint(1, 9))
+        losses = [draw.gauss(0.7, 1) for _ in range(draw.randint(0, 12))]
+        assert cusum(losses, usual, 0.3, 0.5) == pytest.approx(slow_cusum(losses, usual, 0.3, 0.5), abs=1e-9)
+    assert deviation(Usual(0, None, 1), 0.5) == pytest.approx(1.0)
+    assert deviation(Usual(0, 0.5, 5), 0.5) == pytest.approx((0.5 * 1.2) ** 0.5)
+    assert usual_of({"user_loss": 1.0, "group_loss": 2.0, "held_out": 3, "variance": 0.1}, "groups") == Usual(
+        2.0, 0.1, 3
+    )
+    assert usual_of({}, "users") is None
+
+
+def test_drift_finds_who_changed_and_updates_them_first(run: Path, opened: Open) -> None:
+    model = opened(run)
+    users = model.users
+    users.enrol("other", [{**row, "id": f"o{row['id']}"} for row in lessons(HABIT, 0, 15)])
+    for user in ("new", "other"):  # the first update knows what is usual
+        users.update(user, [{**row, "id": f"{user}{row['id']}"} for row in lessons(HABIT, 15, 10)])
+    for user, habit in (("new", HABIT), ("other", OTHER)):
+        entries = users.entries(user, [{**row, "id": f"{user}-{row['id']}"} for row in lessons(habit, 40, 12)])
+        users.log.append("", user, entries)
+    found = {drift.user: drift for drift in users.drift()}
+    assert [drift.user for drift in users.drift()][0] == "other"
+    assert found["other"].drifted and not found["new"].drifted and found["other"].new >= 12
+    assert "prompt" not in str([asdict(drift) for drift in found.values()])
+    bases = {user: users.versions(user)[0].version for user in ("new", "other")}
+    assert [drift.user for drift in users.update_drifted(budget=1)] == ["other"]
+    assert users.log.updates.of("", "other")[0].base == bases["other"]
+    assert users.versions("new")[0].version == bases["new"]
+
+
+def test_an_update_is_due_for_who_drifted_or_grew_and_not_again_at_once() -> None:
+    def due(new: int, drifted: bool, known: int, tried: int) -> bool:
+        return replace(Drift("a", Tier.USERS, 1, new), drifted=drifted, known=known, tried=tried).due
+
+    assert due(4, True, 20, 0) and not due(4, False, 20, 0) and due(20, False, 20, 0)
+    assert not due(5, True, 20, 4) and due(6, True, 20, 4) and not due(20, False, 20, 14)
+
+
+def test_groups_of_which_many_drift() -> None:
+    def drift(user: str, drifted: bool, usual: float | None = 1.0) -> Drift:
+        return Drift(user, Tier.USERS, 1, 5, 2.0, usual, 1.0, 9.0, drifted)
+
+    found = [drift(f"a{at}", True) for at in range(4)] + [drift(f"b{at}", at == 0) for at in range(6)]
+    main = {each.user: int(each.user[0] == "b") for each in found} | {"odd": 0}
+    told = by_group([*found, drift("odd", True, None), drift("new", True)], main)
+    assert [(each.group, each.users, each.drifted) for each in told] == [(0, 4, 4), (1, 6, 1)]
+    rate = 2 / 8
+    assert told[0].chance == pytest.approx(rate**4) and told[1].chance == pytest.approx(1 - (1 - 5 / 6) ** 6)
+    assert [each.together for each in told] == [True, False]
+    assert by_group([], main) == []
+
+
+def test_a_queue_that_waits_for_drift(run: Path, opened: Open) -> None:
+    with_update(run, when="drifted")
+    raw = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    raw["users"]["drift"]["threshold"] = 1e6
+    (run / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    users = opened(run).users
+    assert users.enrol("more", [{**row, "id": f"m{row['id']}"} for row in lessons(HABIT, 0, 8)]) is not None
+    stored = record(run, "new")
+    usual = {"mean": 0.1, "variance": 0.01, "items": 4}
+    users.store.put([replace(stored, facts={**stored.facts, "usual": usual})])
+    head = users.update("new", lessons(OTHER, 15, 14))
+    message = users.log.queue.fit("", "new").message
+    assert head is not None and head.version == 2 and message is not None and message.startswith("not drifted: score")
+    assert not users.log.updates.of("", "new")
+    users.update("new", lessons(OTHER, 29, 1))
+    assert users.log.updates.of("", "new"), "as many are new as the version was trained on"
+    with pytest.raises(InputError):
+        users.update("nobody")

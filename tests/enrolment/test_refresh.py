@@ -1,0 +1,118 @@
+"""Refreshing the groups: what moves, what is taken along, going back, and kills."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from proper.adapters.store import AdapterStore
+from proper.enrolment import refresh as module
+from proper.enrolment.refresh import refresh, roll_back
+from proper.errors import RunFolderError
+from proper.files import hash_file
+from proper.inference.loading import load
+from proper.models.checkpoints import load_metadata
+from proper.run_folder import RunFolder
+from tests.enrolment.conftest import Open
+from tests.enrolment.lessons import HABIT, OTHER, lessons, record
+
+
+@pytest.fixture
+def grown(taught: Path, tmp_path: Path, opened: Open) -> Path:
+    """A run in which "new" and "ann" have new interactions."""
+    folder = Path(shutil.copytree(taught, tmp_path / "run"))
+    users = opened(folder).users
+    for user, habit in (("new", HABIT), ("ann", OTHER)):
+        rows = [{**row, "id": f"{user}{row['id']}"} for row in lessons(habit, 40, 8)]
+        users.log.append("", user, users.entries(user, rows))
+    return folder
+
+
+def everyone(folder: Path) -> list[str]:
+    store = AdapterStore(folder / "users")
+    found = [user for user, _ in store.users()]
+    store.close()
+    return found
+
+
+def version(folder: Path, user: str) -> int:
+    store = AdapterStore(folder / "users")
+    head = store.head(user)
+    store.close()
+    assert head is not None
+    return head.version
+
+
+def test_users_are_taken_along_and_go_back(grown: Path) -> None:
+    run, users = RunFolder(grown), everyone(grown)
+    old, before = hash_file(run.experts), {user: record(grown, user) for user in users}
+    numbers = {user: version(grown, user) for user in users}
+    done = refresh(grown)
+    assert done.rows > 2 and done.users == len(users) and 0 < done.validated <= len(users)
+    assert hash_file(run.experts) != old == hash_file(run.previous) and not run.refreshed.exists()
+    assert load_metadata(run.experts)["logged"] > 0 and not run.users.work.exists()
+    after = {user: record(grown, user) for user in users}
+    assert all(each.facts["made"]["by"] == "refresh" for each in after.values())
+    for user in ("new", "ann"):
+        assert not torch.equal(after[user].embedding, before[user].embedding)
+    lost = [user for user in users if before[user].adapter and after[user].adapter is None]
+    refitted = [user for user in users if after[user].facts["reason"].startswith("fitted again")]
+    assert {*lost} <= {*refitted} and len(refitted) == done.worse
+    for user in {*users} - {*refitted}:
+        kept, held = after[user].adapter or {}, before[user].adapter or {}
+        assert kept.keys() == held.keys() and all(torch.equal(kept[name], held[name]) for name in kept)
+        assert after[user].facts["made"] == {"by": "refresh", "of": numbers[user]}
+    assert refresh(grown).rows == 0, "nothing has come since"
+    back = roll_back(grown)
+    assert hash_file(run.experts) == old and not run.previous.exists() and back.users == len(users)
+    for user in {*users} - {*refitted}:
+        assert torch.equal(record(grown, user).embedding, before[user].embedding)
+        assert record(grown, user).facts["made"]["of"] == numbers[user]
+    load(grown).close()
+    with pytest.raises(RunFolderError, match="never refreshed"):
+        roll_back(grown)
+
+
+class Killed(BaseException):
+    """What a test throws into a refresh."""
+
+
+def test_a_refresh_killed_anywhere_ends_the_same(grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Path(shutil.copytree(grown, tmp_path / "whole"))
+    refresh(whole)
+    wanted, old = hash_file(RunFolder(whole).experts), hash_file(RunFolder(grown).experts)
+
+    def dies(*_: Any) -> None:
+        raise Killed
+
+    for at, name in enumerate(("train_groups", "per_item", "settle_groups")):
+        folder = Path(shutil.copytree(grown, tmp_path / f"killed-{at}"))
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, dies)
+            with pytest.raises(Killed):
+                refresh(folder)
+        if name != "settle_groups":
+            assert hash_file(RunFolder(folder).experts) == old
+        model = load(folder)
+        model.close()
+        refresh(folder)
+        assert hash_file(RunFolder(folder).experts) == wanted and not RunFolder(folder).users.work.exists()
+        for user in everyone(whole):
+            assert torch.equal(record(folder, user).embedding, record(whole, user).embedding)
+
+
+def test_users_who_are_left_out_and_a_process_that_loaded_the_groups_before(grown: Path, opened: Open) -> None:
+    model = opened(grown)
+    alone = {user: record(grown, user) for user in ("new", "ann")}
+    with module._opened(grown) as work:
+        assert {row.user for row in work.rows({"new", "ann"}).examples} == set()
+        assert "ann" not in {row.user for row in work.rows({"ann"}).examples}
+    refresh(grown, {"ann"})
+    assert torch.equal(record(grown, "ann").embedding, alone["ann"].embedding)
+    assert not torch.equal(record(grown, "new").embedding, alone["new"].embedding)
+    with pytest.raises(Exception, match="refreshed since"):
+        model.users.update("new")
