@@ -143,7 +143,7 @@ def trained(folder: Path, users: int, options: Sequence[str]) -> dict[str, Any]:
 
 
 def largest_difference(one: Path, other: Path) -> tuple[float, int]:
-    """Return the largest relative difference of any tensor of two runs' users, and the number of users with adapters."""
+    """Return the largest relative difference of any tensor of two runs' adapters, and the number of adapters."""
     worst, count = 0.0, 0
     with (
         closing(AdapterStore(RunFolder(one).users.path)) as first,
@@ -170,6 +170,7 @@ def served(run: Path) -> dict[str, Any]:
         users = [user for user, _ in store.users(None)][:64]
     asked = [(user, f"Message {at} of the morning.\nTag:") for at, user in enumerate(users)]
     model = load(run)
+    label = (model.config.task.labels or ["news"])[0]
     with closing(model):
         texts = generate(model, [prompt for _, prompt in asked], users, max_new_tokens=LENGTH)
     expected = dict(zip(users, texts, strict=True))
@@ -179,11 +180,13 @@ def served(run: Path) -> dict[str, Any]:
         given = [text_of(reply) if reply.status_code == 200 else "" for reply in replies]
         right = sum(map(str.__eq__, given, texts))
         say(f"{right} of {len(asked)} users at once get what 'proper generate' answers")
-        kill = with_a_kill(url, pid, asked, expected)
+        kill = with_a_kill(url, pid, asked, expected, label)
     return {**kill, "checks": {"answers of all users": right == len(asked), **kill["checks"]}}
 
 
-def with_a_kill(url: str, pid: int, asked: Sequence[tuple[str, str]], expected: Mapping[str, str]) -> dict[str, Any]:
+def with_a_kill(
+    url: str, pid: int, asked: Sequence[tuple[str, str]], expected: Mapping[str, str], label: str
+) -> dict[str, Any]:
     """Kill a replica while users ask and send interactions; return what was answered, and whether it was right."""
     stop, statuses, wrong = threading.Event(), list[int](), list[str]()
     acknowledged: dict[str, int] = {}
@@ -200,7 +203,7 @@ def with_a_kill(url: str, pid: int, asked: Sequence[tuple[str, str]], expected: 
     def tell(user: str) -> None:
         while not stop.is_set():
             number = acknowledged.get(user, 0) + 1
-            row = {"id": f"{user}-new-{number}", "input": f"Message {number}", "output": "news"}
+            row = {"id": f"{user}-new-{number}", "input": f"Message {number}", "output": label}
             reply = httpx.post(f"{url}/v1/users/{user}/interactions", json={"interactions": [row]}, timeout=60)
             if reply.status_code == 200:
                 acknowledged[user] = number
