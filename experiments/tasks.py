@@ -20,7 +20,8 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,17 @@ from proper.config import Config, make_config
 from proper.data.dataset import Dataset
 from proper.data.one_task import one_task
 from proper.evaluation.metrics import Prediction, TaskInfo
-from proper.evaluation.runner import read_predictions
+from proper.evaluation.routing import task_routing
+from proper.evaluation.runner import mean_gates, read_predictions
 from proper.evaluation.statistics import compare, estimate, user_scores
 from proper.files import read_json, write_json, write_text
+from proper.inference.loading import load
+from proper.methods.evaluate import evaluating
+from proper.methods.table import known_methods
 from proper.pipeline import run
+from proper.run_config import run_config
 from proper.run_folder import RunFolder, Stage
+from proper.run_lock import exclusive
 
 LABEL, TEXT = {"kind": "classification"}, {"kind": "generation", "max_new_tokens": 16}
 SETS: dict[str, tuple[str, dict[str, tuple[str, str, dict[str, Any]]]]] = {
@@ -55,6 +62,7 @@ SETS: dict[str, tuple[str, dict[str, tuple[str, str, dict[str, Any]]]]] = {
     ),
 }
 EXPERTS = 5
+ITEMS = 4
 APART = f"[groups.task_experts=separate][groups.experts={2 * EXPERTS}]"
 
 
@@ -94,14 +102,23 @@ def configs(rows: Path, name: str, users: int, items: int, tokens: int) -> dict[
             }
         )
 
-    joint = config(2, tasks=tasks)
-    both = ["population", *(f"{method}{end}" for method in ("groups", "users") for end in ("", APART))]
-    joint = joint.model_copy(update={"evaluation": joint.evaluation.model_copy(update={"methods": both})})
-    return {"joint": joint, **{task: config(1, **one) for task, one in tasks.items()}}
+    return {"joint": config(2, tasks=tasks), **{task: config(1, **one) for task, one in tasks.items()}}
+
+
+def answer(folder: Path, methods: Sequence[str]) -> None:
+    """Train what methods need beyond the run, and write their predictions, unless these are there."""
+    config = run_config(folder)
+    with (
+        exclusive(folder),
+        Dataset.open(RunFolder(folder).data) as dataset,
+        evaluating(config, dataset, {0: folder}) as evaluator,
+    ):
+        for method in evaluator.contenders(known_methods(methods, config)):
+            method.answers(0)
 
 
 def measure(folder: Path, name: str) -> dict[str, Any]:
-    """Return the metrics and differences of finished runs, by task."""
+    """Return the metrics and differences of the runs that are finished, the joint one among them, by task."""
     joint = RunFolder(folder / "joint")
     found: list[dict[str, Any]] = []
     for task, (_, _, kind) in SETS[name][1].items():
@@ -110,28 +127,20 @@ def measure(folder: Path, name: str) -> dict[str, Any]:
         alone = RunFolder(folder / task)
         for method in ("population", "groups", "users"):
             ours = _answers(joint, method, task)
-            sides = {"joint": ours, "alone": _answers(alone, method, "")}
-            if method != "population":
+            sides = {"joint": ours}
+            if alone.predictions_of(method).exists():
+                sides["alone"] = _answers(alone, method, "")
+            if joint.predictions_of(f"{method}{APART}").exists():
                 sides["separate"] = _answers(joint, f"{method}{APART}", task)
             for metric in ("accuracy" if kind == LABEL else "rouge1", "loss"):
                 scores = {side: user_scores(metric, [rows], info) for side, rows in sides.items()}
-                row: dict[str, Any] = {
-                    "task": task,
-                    "method": method,
-                    "metric": metric,
-                    "users": len({r.user for r in ours}),
-                }
-                row["queries"] = len(ours)
+                row: dict[str, Any] = {"task": task, "method": method, "metric": metric}
+                row |= {"users": len({each.user for each in ours}), "queries": len(ours)}
                 row |= {side: estimate(each).value for side, each in scores.items()}
                 for side in [side for side in scores if side != "joint"]:
                     row[f"joint_minus_{side}"] = asdict(compare(scores["joint"], scores[side]))
                 found.append(row)
-    return {
-        "rows": found,
-        "routing": _routing(folder),
-        "seconds": _seconds(folder),
-        "bytes_per_user": _bytes(folder, name),
-    }
+    return {"rows": found, "routing": _routing(folder / "joint"), "seconds": _seconds(folder)}
 
 
 def _answers(run_folder: RunFolder, method: str, task: str) -> list[Prediction]:
@@ -141,28 +150,23 @@ def _answers(run_folder: RunFolder, method: str, task: str) -> list[Prediction]:
     return [replace(row, id=at) for at, row in enumerate(rows)]
 
 
-def _routing(folder: Path) -> Mapping[str, Any]:
-    routing = read_json(RunFolder(folder / "joint").results)["routing"]
-    return {key: routing[key] for key in ("tasks", "task_expert_mutual_information", "user_expert_mutual_information")}
+def _routing(folder: Path) -> dict[str, Any]:
+    """Return which experts serve which task, on the newest `ITEMS` items of each user."""
+    found = {}
+    with closing(load(folder, "groups")) as model, Dataset.open(RunFolder(folder).data) as dataset:
+        for task in dataset.tasks:
+            with one_task(dataset, task) as own:
+                found[task] = mean_gates(model, own, [user.id for user in own.users("target")], ITEMS).numpy()
+    return task_routing(found)
 
 
 def _seconds(folder: Path) -> dict[str, float]:
-    """Return the training seconds of each run, all stages."""
+    """Return the training seconds of each trained run, all stages."""
     return {
         path.name: sum(float(read_json(RunFolder(path).marker(stage))["seconds"]) for stage in Stage)
         for path in sorted(folder.iterdir())
-        if path.is_dir()
+        if path.is_dir() and RunFolder(path).is_trained(Stage.USERS)
     }
-
-
-def _bytes(folder: Path, name: str) -> dict[str, float]:
-    """Return the bytes kept per user by the joint run, and by the runs of one task together."""
-
-    def of(path: Path) -> float:
-        costs = read_json(RunFolder(path).results)["cost"]
-        return float(next(row["bytes_per_user"] for row in costs if row["method"] == "users"))
-
-    return {"joint": of(folder / "joint"), "alone": sum(of(folder / task) for task in SETS[name][1])}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -173,7 +177,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--users", type=int, default=30)
     parser.add_argument("--items", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--only", help="a run to finish, joint or a task; the figures are written once all are there")
+    parser.add_argument("--only", help="what to finish: joint, separate or a task; the figures are of what is there")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args(arguments)
     rows = asked.folder.parent / f"{asked.folder.name}.jsonl"
@@ -181,14 +185,15 @@ def main(arguments: Sequence[str]) -> int:
         newest_rows(Path(SETS[asked.name][0]), rows, asked.users, asked.items)
     made = configs(rows, asked.name, asked.users, asked.items, asked.tokens)
     for name, config in made.items():
-        if asked.only in (None, name) and not RunFolder(asked.folder / name).results.exists():
-            run(config, asked.folder / name, stages=[*Stage, "evaluate"])
-    if all(RunFolder(asked.folder / name).results.exists() for name in made):
+        if asked.only in (None, name):
+            run(config, asked.folder / name, stages=list(Stage))
+            answer(asked.folder / name, config.evaluation.methods)
+    if asked.only in (None, "separate"):
+        answer(asked.folder / "joint", [f"groups{APART}", f"users{APART}"])
+    if RunFolder(asked.folder / "joint").predictions_of("users").exists():
         setting = {"data": asked.name, "users": asked.users, "items": asked.items, "tokens": asked.tokens, "seed": 0}
-        figures = {
-            "setting": {**setting, "backbone": made["joint"].backbone},
-            "figures": measure(asked.folder, asked.name),
-        }
+        setting["backbone"] = made["joint"].backbone
+        figures = {"setting": setting, "figures": measure(asked.folder, asked.name)}
         if asked.out is not None:
             write_json(asked.out, figures)
         else:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from experiments.tasks import APART, SETS, configs, newest_rows
+from proper.methods.table import known_methods
 
 
 def test_the_newest_rows_of_the_users_with_the_most_in_the_order_of_time(tmp_path: Path) -> None:
@@ -37,4 +38,4 @@ def test_the_joint_run_has_the_budget_of_both_tasks(tmp_path: Path) -> None:
             assert joint.groups.max_tokens == 2 * (alone.groups.max_tokens or 0)
             assert (joint.users.max_items, joint.users.steps) == (2 * 10, 2 * 8)
             assert joint.split == alone.split
-        assert f"users{APART}" in joint.evaluation.methods
+        assert known_methods([f"users{APART}"], joint)
