@@ -3,10 +3,11 @@
     python -m experiments.forms RUN --out FILE.json [--users 30] [--steps 12] [--forms lora-4 core-8 ...]
 
 RUN is a run folder with stage 2. Every target user's newest items, `--validation` of them, are held out; adapters are
-fitted to the older ones for a fixed number of steps, and measured on the held-out items. The queries are not read. A
-form is `lora-R`, `core-R` (bases from stacked LoRAs), `joint-R` (bases trained together with a core per user, for as
-many rows) or `shared-R` (LoRAs from one common start, as `core-R` takes them); `@N` multiplies the learning rate by N.
-A form's factor on the adapter, 1 or 0.5, is chosen for each half of the users on the other half.
+fitted to the older ones for a fixed number of steps, and measured on the held-out items (stages 1 and 2 may have read
+them, for every form alike). The queries are not read. A form is `lora-R`, `core-R` (bases from stacked LoRAs),
+`joint-R` (bases trained together with a core per user, for as many rows) or `shared-R` (LoRAs from one common start, as
+`core-R` takes them); `@N` multiplies the learning rate by N. A form's factor on the adapter, 1 or 0.5, is chosen for
+each half of the users on the other half.
 
 The file has, for each form and precision, the bytes of an adapter, the mean over users of the loss per token and of the
 accuracy of greedy answers, and against `lora-4` in fp32 the relative difference of the loss with an interval of 95 % by

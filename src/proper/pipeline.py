@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proper.adapters.storage_setting import record
 from proper.adapters.store import DEFAULT_TENANT
+from proper.adapters.store_urls import record_store
 from proper.adapters.tombstones import Tombstones
 from proper.config import Config, load_config, make_config
 from proper.console import progress, quiet_libraries
@@ -70,7 +70,7 @@ def run(
         stages: any of `STAGES`.
         skip_bad_rows: leave out rows that cannot be used instead of raising DataError.
         cluster: address of the Ray cluster that trains (auto, local:N or ray://HOST:PORT); None: this process trains.
-        stores: where a new run keeps its adapters (s3://BUCKET/PREFIX), if not in its folder; recorded in the folder.
+        stores: where a new run keeps its adapters (s3://...) and state (postgresql://...), if not in its folder.
 
     Raises:
         ConfigError: a setting or a stage is unknown or impossible.
@@ -89,7 +89,7 @@ def run(
     folder = Path(out)
     with hold(folder):
         for url in stores:
-            record(folder, url)
+            record_store(folder, url)
         _run(settings, folder, stages, skip_bad_rows, cluster=cluster)
     return folder
 

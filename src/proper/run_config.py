@@ -71,11 +71,12 @@ def _settle_cut(config: Config, started: Config | None) -> Config:
 
 
 def _require_free(folder: Path) -> None:
-    """Check that a folder can become a run folder: it does not exist, or has nothing but data, a setting and a lock."""
+    """Check that a folder can become a run folder: it does not exist, or has nothing but data, settings and a lock."""
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder}: is a file; choose another folder")
     run = RunFolder(folder)
-    if folder.exists() and any(child not in (run.demo_data, run.lock, run.storage) for child in folder.iterdir()):
+    known = (run.demo_data, run.lock, run.storage, run.database)
+    if folder.exists() and any(child not in known for child in folder.iterdir()):
         raise RunFolderError(f"{folder}: is not empty and not a run folder; choose another folder")
 
 

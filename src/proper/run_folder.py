@@ -290,7 +290,7 @@ def require_listed(path: Path) -> None:
 
 def _has_users(run: RunFolder) -> bool:
     """Whether a run may already hold personal data; another program's folder may have a `config.yaml`, too."""
-    return run.users.manifest.is_file() or run.is_trained(Stage.POPULATION)
+    return run.users.manifest.is_file() or run.database.is_file() or run.is_trained(Stage.POPULATION)
 
 
 def _matches(parts: tuple[str, ...], pattern: str) -> bool:

@@ -38,15 +38,16 @@ def on_disk(store: AdapterStore) -> int:
 
 
 @pytest.fixture
-def many(tmp_path: Path, adapter: Draw, request: pytest.FixtureRequest) -> AdapterStore:
+def many(users: Path, adapter: Draw, request: pytest.FixtureRequest) -> AdapterStore:
     """40 users in shards of 8."""
-    store = AdapterStore(tmp_path / "users", shard_bytes=8 * ADAPTER)
+    store = AdapterStore(users, shard_bytes=8 * ADAPTER)
     request.addfinalizer(store.close)
     store.put(people(adapter, 40))
     assert on_disk(store) == 40 * ADAPTER and len(list(store.paths.blobs.iterdir())) == 5
     return store
 
 
+@pytest.mark.parametrize("engine", ["sqlite", "postgresql"], indirect=True)
 def test_holes_are_given_back(many: AdapterStore, adapter: Draw) -> None:
     assert many.delete_many(f"u{at:02}" for at in range(0, 24, 2)) == 12
     assert on_disk(many) == 40 * ADAPTER, "wiped, not yet given back"
@@ -65,6 +66,7 @@ def test_an_empty_shard_goes(many: AdapterStore, adapter: Draw) -> None:
     assert intact(many, adapter) == 3 and check(many) == []
 
 
+@pytest.mark.parametrize("engine", ["sqlite", "postgresql"], indirect=True)
 def test_all_versions_move_together(many: AdapterStore, adapter: Draw) -> None:
     many.put([UserRecord("u00", "users", torch.zeros(1), adapter(70), {"seed": 70})])
     many.rollback("u00")

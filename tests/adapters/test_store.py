@@ -18,6 +18,7 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import StoreError
 
 Draw = Callable[[int], dict[str, Tensor]]
+both = pytest.mark.parametrize("engine", ["sqlite", "postgresql"], indirect=True)
 
 
 def blobs(store: AdapterStore) -> list[Path]:
@@ -44,6 +45,7 @@ def same(one: UserRecord | None, other: UserRecord) -> bool:
     return facts and torch.equal(one.embedding, other.embedding) and tensors
 
 
+@both
 def test_round_trip_through_a_new_process_of_the_same_folder(store: AdapterStore, adapter: Draw) -> None:
     records = [
         UserRecord("a", "users", torch.randn(128), adapter(1), {"passes": 3, "reason": "größer 🎈"}),
@@ -101,6 +103,7 @@ def test_deleting_leaves_no_byte_of_the_user(tmp_path: Path, adapter: Draw, file
     store.close()
 
 
+@both
 def test_a_user_who_comes_back_starts_anew(filled: AdapterStore, adapter: Draw) -> None:
     filled.delete("u1")
     new = UserRecord("u1", "users", torch.zeros(3), adapter(9))
@@ -195,6 +198,7 @@ def test_a_damaged_adapter_names_user_and_file(tmp_path: Path, adapter: Draw, da
     store.close()
 
 
+@both
 def test_a_store_belongs_to_one_backbone(store: AdapterStore) -> None:
     store.bind({"backbone": "abc", "rank": "4"})
     store.bind({"backbone": "abc"})
@@ -210,6 +214,7 @@ def test_a_store_belongs_to_one_backbone(store: AdapterStore) -> None:
     again.close()
 
 
+@both
 def test_a_batch_of_records_is_stored_whole_or_not_at_all(store: AdapterStore, adapter: Draw) -> None:
     old = UserRecord("a", "users", torch.zeros(2), adapter(1))
     store.put([old])
@@ -229,6 +234,7 @@ def test_a_batch_of_records_is_stored_whole_or_not_at_all(store: AdapterStore, a
     assert same(store.get("a"), old) and store.get("c") is None
 
 
+@both
 def test_facts_come_without_reading_adapters(filled: AdapterStore, adapter: Draw) -> None:
     filled.put([UserRecord("z", "users", torch.zeros(3), adapter(0), {"passes": 2})])
     for path in blobs(filled):
@@ -287,6 +293,7 @@ def test_a_writer_that_waits_for_another_process_holds_up_no_thread(filled: Adap
     assert filled.head("a") is not None
 
 
+@both
 def test_reading_from_another_thread(filled: AdapterStore) -> None:
     found: list[UserRecord | None] = []
     thread = threading.Thread(target=lambda: found.append(filled.get("u3")))

@@ -16,6 +16,7 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import StoreError
 
 Draw = Callable[[int], dict[str, Tensor]]
+both = pytest.mark.parametrize("engine", ["sqlite", "postgresql"], indirect=True)
 
 
 def put(store: AdapterStore, adapter: Draw, seed: int, user: str = "a") -> None:
@@ -35,8 +36,9 @@ def current(store: AdapterStore, adapter: Draw, user: str = "a") -> int:
     return seed
 
 
-def test_versions_say_where_they_come_from(tmp_path: Path, adapter: Draw) -> None:
-    store = AdapterStore(tmp_path, keep=3)
+@both
+def test_versions_say_where_they_come_from(users: Path, adapter: Draw) -> None:
+    store = AdapterStore(users, keep=3)
     store.put([UserRecord("a", "groups", torch.zeros(1))])
     for seed in (1, 2, 3):
         put(store, adapter, seed)
@@ -48,6 +50,7 @@ def test_versions_say_where_they_come_from(tmp_path: Path, adapter: Draw) -> Non
     store.close()
 
 
+@both
 def test_rolling_back_and_forth(store: AdapterStore, adapter: Draw) -> None:
     put(store, adapter, 1)
     put(store, adapter, 2)
@@ -62,6 +65,7 @@ def test_rolling_back_and_forth(store: AdapterStore, adapter: Draw) -> None:
     assert check(store) == []
 
 
+@both
 def test_rolling_back_from_an_adapter_to_the_group_tier(store: AdapterStore, adapter: Draw) -> None:
     store.put([UserRecord("a", "groups", torch.tensor([5.0]))])
     put(store, adapter, 1)

@@ -93,7 +93,7 @@ def test_a_deleted_user_is_no_longer_behind_a_claim(log: InteractionLog) -> None
     claim = log.queue.take()
     assert claim is not None
     with log.deleting("", "ann") as found:
-        assert found.known and found.fitting
+        assert found.known and found.claim == claim.number
     log.append("", "ann", [ONE])
     assert not log.queue.advance(claim, 1, "final")
     with log.queue.ending(claim) as stands:

@@ -193,9 +193,9 @@ def test_what_others_wrote_too_is_no_evidence(run: Path, gone: tuple[Path, Finge
     verified = verify(run, [(USER, gone[1])])
     assert verified.clean, verified.certificate["users"][0]["found"]
     told = verified.certificate["users"][0]
-    # Of TEXT, COMMON, the logged text and the label, the two that nobody else has; an embedding and an adapter thrice.
+    # Of TEXT, COMMON, the logged text and the label, the two that nobody else has; an embedding and four forms.
     assert told["texts"] == {"given": 4, "searched": 2, "below_8_bytes": 0}
-    assert told["tensors"]["given"] == 1 + 2 + 2 + 4 and told["tensors"]["searched"] >= 7
+    assert told["tensors"]["given"] == 1 + 2 + 2 + 4 + 4 and told["tensors"]["searched"] >= 7
     (run / "predictions").mkdir()
     (run / "predictions" / "a.jsonl").write_text(json.dumps({"user": "bo", "prompt": COMMON}))
     assert verify(run, [(USER, gone[1])]).clean

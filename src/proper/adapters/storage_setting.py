@@ -117,10 +117,14 @@ def record(run: Path, url: str) -> None:
         raise InputError(
             f"--store {url}: this run keeps its adapters in {found.url}; leave --store out, or start a run"
         )
-    if found is None and any(RunFolder(each).users.manifest.is_file() for each in nested_runs(run)):
+    if found is None and any(_has_adapters(RunFolder(each).users) for each in nested_runs(run)):
         raise InputError(f"--store {url}: this run keeps its adapters in {folder.users.blobs}; start another run")
     new.claim()
     write_json(folder.storage, {"shards": new.url, "cache_mb": new.cache_mb, "id": new.id})
+
+
+def _has_adapters(users: UsersFolder) -> bool:
+    return users.manifest.is_file() or (users.blobs.is_dir() and any(users.blobs.iterdir()))
 
 
 def open_storage(paths: UsersFolder, manifest: Manifest) -> ShardStorage:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -139,13 +139,12 @@ class AdapterStore:
             self.writer.done()
         self.shards.erase(thorough=len(kept) < len(prepared))
 
-    def _without_deleted(self, prepared: Iterable[Prepared]) -> Iterator[Prepared]:
-        """Skip deleted users, and schedule their bytes for erasure (inside a transaction).
-
-        A deletion writes its tombstone before it removes records, so this check cannot miss a running deletion.
-        """
+    def _without_deleted(self, prepared: Sequence[Prepared]) -> Iterator[Prepared]:
+        """Skip deleted users, and schedule their bytes for erasure (inside a transaction)."""
+        # A deletion writes its tombstone before it removes records, so this check cannot miss a running deletion.
+        deleted = self.tombstones.predicate(self.tenant, len(prepared))
         for new in prepared:
-            if not self.tombstones.has(self.tenant, user_of(new.user)):
+            if not deleted(user_of(new.user)):
                 yield new
             elif new.place is not None:
                 blob, offset, length = new.place
@@ -249,8 +248,7 @@ class AdapterStore:
     def delete_many(self, users: Iterable[str]) -> int:
         """Delete these users with all versions in one transaction; return how many existed.
 
-        Adapters are wiped before this returns. Embeddings stay in the write-ahead log for as long as another process
-        reads; `wipe` returns whether they are gone.
+        Adapters are wiped before this returns; embeddings stay in the write-ahead log while another process reads.
         """
         found = 0
         with self.manifest.transaction():

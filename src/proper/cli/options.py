@@ -22,7 +22,12 @@ SkipBadRows = Annotated[
 
 Stores = Annotated[
     list[str] | None,
-    typer.Option("--store", metavar="URL", help="Where a new run keeps its users' adapters: s3://BUCKET/PREFIX."),
+    typer.Option(
+        "--store",
+        metavar="URL",
+        help="Where a new run keeps its adapters (s3://BUCKET/PREFIX) or its state (postgresql://USER@HOST/DATABASE); "
+        "repeatable.",
+    ),
 ]
 
 

@@ -15,6 +15,7 @@ EXAMPLES = """\
   proper run notes.yaml --out runs/notes8 --set groups.experts=8 --set evaluation.seeds=[0,1,2]
   proper run notes.yaml --out runs/notes --stages population,groups
   proper run notes.yaml --out runs/notes --cluster local:2
+  proper run notes.yaml --out runs/notes --store postgresql://proper@db.example.org/proper
   proper run notes.yaml --out runs/notes --store s3://adapters/notes
 """
 
@@ -48,10 +49,10 @@ def command(
 
     if cluster is not None:
         check_address(cluster)
-    from proper.adapters.storage_setting import parse_url
+    from proper.adapters.store_urls import check_store
 
     for url in stores or ():
-        parse_url(url, "")
+        check_store(url)
     from proper import pipeline
 
     wanted = pipeline.STAGES if stages is None else chosen("--stages", stages, pipeline.STAGES)

@@ -43,7 +43,9 @@ def opened(folder: RunFolder) -> Iterator[AdapterStore]:
         RunFolderError: the run has no store yet.
     """
     run = require_run(folder)
-    if not run.users.manifest.is_file():
+    from proper.databases.location import is_made
+
+    if not is_made(run.users.manifest):
         run.require_trained(Stage.GROUPS)
         raise RunFolderError(f"{run.users.manifest}: is missing; put back a copy of it")
     from proper.adapters.store import AdapterStore
@@ -58,7 +60,9 @@ def opened(folder: RunFolder) -> Iterator[AdapterStore]:
 @contextmanager
 def _log_of(store: AdapterStore) -> Iterator[InteractionLog | None]:
     """Open the interaction log beside a store, if there is one, and close it after the block."""
-    if not store.paths.log.is_file():
+    from proper.databases.location import is_made
+
+    if not is_made(store.paths.log):
         yield None
         return
     from proper.interactions.log import InteractionLog

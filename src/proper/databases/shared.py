@@ -13,10 +13,13 @@ from sqlalchemy import MetaData
 from proper.databases.location import Location, location_of
 from proper.databases.sqlite import SqliteDatabase
 from proper.databases.statements import Engine, Statement, Values
+from proper.databases.tables import RUN
 from proper.extras import needs_extra
+from proper.run_folder import RunFolder
 
 Owner = tuple[str, bytes] | Literal["any"]
 """Tenant and key of a user; "any" for a transaction that locks the rows that it changes itself."""
+_RUN_WAIT_SECONDS = 60.0
 NOTHING: Values = {}
 """The values of a statement that has none."""
 
@@ -166,3 +169,11 @@ def _postgresql(path: Path, location: Location, contents: Contents, wait_seconds
     with needs_extra("postgresql", f"the state of this run, which is in {location},"):
         from proper.databases.postgresql.database import PostgresqlDatabase
     return PostgresqlDatabase(path, location, contents.noun, contents.tables, wait_seconds, durable)
+
+
+def open_run(run: Path) -> SharedDatabase | None:
+    """Open the tables of a run that SQLite does not have (`tables.RUN`); None for a run with SQLite."""
+    users = RunFolder(run).users
+    if location_of(users.path) is None:
+        return None
+    return SharedDatabase(users.manifest, Contents("run", 1, RUN), _RUN_WAIT_SECONDS)

@@ -97,6 +97,8 @@ class FitWorker:
             except BaseException:
                 self.log.queue.release(claim)
                 raise
+            finally:
+                self.log.queue.leave(claim)
         return True
 
     def enrol(
@@ -195,7 +197,7 @@ class FitWorker:
         self.placed.intersection_update(waiting)
         for tenant, user in sorted(waiting - self.placed):
             self.placed.add((tenant, user))
-            with closing(AdapterStore(self.users, tenant)) as store:
+            with closing(AdapterStore(self.users, tenant)) as store, self.log.queue.placing(tenant, user):
                 if store.head(user) is None:
                     try:
                         place_users(fitter, store, self.log, [user], lambda count: None)

@@ -27,6 +27,7 @@ from typing import IO, Any
 from safetensors.torch import save
 
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore
+from proper.databases.location import is_made
 from proper.errors import InputError
 from proper.interactions.deletion import logged_rows, run_rows
 from proper.interactions.log import InteractionLog
@@ -106,11 +107,11 @@ def _contents(run: Path, store: AdapterStore, log: InteractionLog, user: str) ->
     yield from _fits(store.folder, tenant, user, "")
     for folder in nested_runs(run):
         users = RunFolder(folder).users
-        if users.path != store.folder and users.manifest.is_file():
+        if users.path != store.folder and is_made(users.manifest):
             prefix = f"{folder.relative_to(run).as_posix()}/" if folder != run else "users/"
             with closing(AdapterStore(users.path, tenant)) as nested:
                 yield from _stored(nested, user, prefix)
-            if users.log.is_file():
+            if is_made(users.log):
                 with closing(InteractionLog(users.path)) as nested_log:
                     rows = b"".join(map(_line, logged_rows(nested_log, tenant, user)))
                     if rows:

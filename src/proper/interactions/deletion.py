@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proper.adapters.manifest import user_of
-from proper.adapters.store import DEFAULT_TENANT, AdapterStore
+from proper.adapters.manifest import Manifest, user_of
+from proper.adapters.store import DEFAULT_TENANT, WAIT_SECONDS, AdapterStore
+from proper.databases.location import is_made
 from proper.errors import InputError, ProperError, StoreError
 from proper.files import close_to_others, links_out_of, locked, sweep
 from proper.interactions.deletion_jobs import Deletion
@@ -68,7 +69,7 @@ def remove(store: AdapterStore, log: InteractionLog, user: str, patience: float 
 
 def finish_deletions(users: Path, patience: float = 0.0) -> list[str]:
     """Resume all unfinished deletions of a store's folder; return why some remain unfinished, one line each."""
-    if not UsersFolder(users).log.is_file() or not os.access(users, os.W_OK):
+    if not is_made(UsersFolder(users).log) or not os.access(users, os.W_OK):
         return []
     waits = []
     with closing(InteractionLog(users)) as log:
@@ -84,7 +85,7 @@ def delete_returned(users: Path, patience: float = 0.0) -> list[str]:
     Returns why data of such users remains, one line each. Users whose deletion is unfinished are left to
     `finish_deletions`.
     """
-    if not UsersFolder(users).manifest.is_file() or not os.access(users, os.W_OK):
+    if not is_made(UsersFolder(users).manifest) or not os.access(users, os.W_OK):
         return []
     waits = list[str]()
     with closing(AdapterStore(users)) as store:
@@ -106,19 +107,29 @@ def _returned(store: AdapterStore) -> Iterator[tuple[str, str]]:
     found = set[tuple[str, str]]()
     for folder in nested_runs(RunFolder(store.folder.parent).home.path):
         run = RunFolder(folder)
-        for path, query in (
-            (run.users.manifest, "SELECT DISTINCT tenant, user FROM records"),
-            (run.users.log, "SELECT tenant, user FROM people"),
-            (run.data, f"SELECT '{DEFAULT_TENANT}', CAST(id AS BLOB) FROM users"),
-        ):
-            if path.is_file():
-                with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as opened:
-                    found |= {(tenant, user_of(key)) for tenant, key in opened.execute(query)}
+        found |= everyone(run.users.path)
+        if run.data.is_file():
+            with closing(sqlite3.connect(f"{run.data.absolute().as_uri()}?mode=ro", uri=True)) as data:
+                found |= {
+                    (DEFAULT_TENANT, user_of(key)) for (key,) in data.execute("SELECT CAST(id AS BLOB) FROM users")
+                }
     deleted = {tenant: store.tombstones.of_tenant(tenant) for tenant, _ in found}
     for tenant, user in found:
         is_deleted = deleted[tenant]
         if is_deleted is not None and is_deleted(user):
             yield tenant, user
+
+
+def everyone(users: Path) -> set[tuple[str, str]]:
+    """Return tenant and user of everyone whom the store or the log of a folder has."""
+    paths, found = UsersFolder(users), list[tuple[str, bytes]]()
+    if is_made(paths.manifest):
+        with closing(Manifest(paths.manifest, WAIT_SECONDS)) as manifest:
+            found += manifest.owners_of_records()
+    if is_made(paths.log):
+        with closing(InteractionLog(users)) as log:
+            found += log.people()
+    return {(tenant, user_of(key)) for tenant, key in found}
 
 
 @contextmanager
@@ -165,7 +176,7 @@ def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: f
                 waits += _remove_files(run, user)
             for folder in nested_runs(run):
                 users = RunFolder(folder).users
-                if users.path != store.folder and users.manifest.is_file():
+                if users.path != store.folder and is_made(users.manifest):
                     with _opened(users.path, store.tenant) as (nested, nested_log):
                         waits += _remove(nested, nested_log, user, patience)
             waits += _remove(store, log, user, patience)
@@ -189,10 +200,8 @@ def _remove_files(run: Path, user: str) -> list[str]:
 def _remove(store: AdapterStore, log: InteractionLog, user: str, patience: float) -> list[str]:
     with log.deleting(store.tenant, user) as logged:
         store.delete(user)
-    if logged.fitting:
-        # The worker that fits the user finds its claim void at the next step and releases the lock.
-        with log.queue.lock():
-            pass
+    if logged.claim is not None:
+        log.queue.wait_for(logged.claim)  # the worker that fits the user finds its claim void at the next step
     remove_work(store.folder, store.tenant, user)
     remove_quarantine(store.folder)
     wiped = {store.manifest.path: store.wipe(patience), log.database.path: log.database.wipe(patience)}

@@ -34,6 +34,15 @@ _MEET = Statement(lambda insert: insert(PEOPLE).on_conflict_do_nothing())
 _USERS = select(PEOPLE.c.user).where(PEOPLE.c.tenant == bindparam("tenant")).order_by(PEOPLE.c.user).limit(_PAGE)
 _FIRST_USERS = Statement(lambda _: _USERS)
 _NEXT_USERS = Statement(lambda _: _USERS.where(PEOPLE.c.user > bindparam("after")))
+_PEOPLE = Statement(lambda _: select(PEOPLE))
+_TEXTS = Statement(
+    lambda _: (
+        select(*(INTERACTIONS.c[name] for name in ("number", "tenant", "user", "prompt", "target", "id")))
+        .where(INTERACTIONS.c.number > bindparam("last"))
+        .order_by(INTERACTIONS.c.number)
+        .limit(_PAGE)
+    )
+)
 _OWN = of_user(INTERACTIONS)
 _ADD = Statement(
     lambda insert: insert(INTERACTIONS).values(row_of(INTERACTIONS, without="number")).on_conflict_do_nothing()
@@ -129,10 +138,10 @@ class AppendResult:
 
 @dataclass(frozen=True)
 class Known:
-    """Whether the log knew a user, and whether the user was being fitted."""
+    """Whether the log knew a user, and the number of the claim of the worker that was fitting the user."""
 
     known: bool
-    fitting: bool
+    claim: int | None
 
 
 class InteractionLog:
@@ -225,6 +234,17 @@ class InteractionLog:
             yield from (user_of(key) for (key,) in page)
             page = self.database.read(_NEXT_USERS, {"tenant": tenant, "after": page[-1][0]})
 
+    def people(self) -> list[tuple[str, bytes]]:
+        """Return tenant and key of every user of every tenant."""
+        return self.database.read(_PEOPLE)
+
+    def texts(self) -> Iterator[tuple[str, bytes, str, str, str]]:
+        """Yield tenant, key, prompt, target and id of every interaction of every user."""
+        last = 0
+        while page := self.database.read(_TEXTS, {"last": last}):
+            yield from (tuple(row[1:]) for row in page)
+            last = page[-1][0]
+
     def count(self, tenant: str, user: str) -> int:
         """Return the number of interactions of a user."""
         return int(self.database.read(_COUNT, {"tenant": tenant, "user": key_of(user)})[0][0])
@@ -242,7 +262,7 @@ class InteractionLog:
         The bytes are gone when this returns, unless another process still reads them: see `database.wipe`.
         """
         with self.database.transaction():
-            found = Known(self.knows(tenant, user), self.queue.fit(tenant, user).state == "fitting")
+            found = Known(self.knows(tenant, user), self.queue.withdraw(tenant, user))
             for removal in _REMOVALS:
                 self.database.write(removal, {"tenant": tenant, "user": key_of(user)})
             yield found

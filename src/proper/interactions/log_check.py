@@ -9,6 +9,7 @@ from typing import get_args
 from sqlalchemy import and_, exists, func, literal, or_, select
 
 from proper.adapters.integrity import Finding, one_line
+from proper.databases.location import is_made
 from proper.databases.statements import Statement
 from proper.databases.tables import FITS, INTERACTIONS, PEOPLE
 from proper.errors import StoreError
@@ -18,7 +19,7 @@ from proper.run_folder import UsersFolder
 
 _UNKNOWN = ~exists().where(PEOPLE.c.tenant == INTERACTIONS.c.tenant, PEOPLE.c.user == INTERACTIONS.c.user)
 _NO_FIT = or_(
-    *(FITS.c.state.not_in([literal(state) for state in get_args(State)]),),
+    *(FITS.c.state.not_in([literal(state) for state in (*get_args(State), "withdrawn")]),),
     and_(FITS.c.state == "queued", FITS.c.place.is_(None)),
     and_(FITS.c.state == "fitting", FITS.c.claim.is_(None)),
 )
@@ -57,7 +58,7 @@ def check_log(users: Path) -> list[Finding]:
     There is no repair: the log's data is in no other file.
     """
     path = UsersFolder(users).log
-    if not path.exists() and not path.is_symlink():
+    if not is_made(path) and not path.exists() and not path.is_symlink():
         return []
     try:
         with closing(InteractionLog(users)) as log:

@@ -9,22 +9,18 @@ users' texts have too are left out, since they do not tell whose they are. The c
 
 from __future__ import annotations
 
-import hashlib
-import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-from safetensors import safe_open
-
-from proper.adapters.manifest import key_of, user_of
 from proper.adapters.storage_setting import setting_of
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore
+from proper.databases.location import Location, is_made, location_of
 from proper.errors import StoreError
 from proper.files import hash_file
 from proper.interactions.byte_search import Hit, Search
@@ -32,6 +28,7 @@ from proper.interactions.deletion import logged_rows, run_rows
 from proper.interactions.file_contents import UNREADABLE, contents
 from proper.interactions.fingerprints import Fingerprints, stored_forms
 from proper.interactions.log import InteractionLog
+from proper.interactions.other_users import other_ids, texts_of_others
 from proper.interactions.personal_files import work_folder
 from proper.run_folder import PEFT_WEIGHTS, RunFolder, kind_of, nested_runs
 
@@ -41,6 +38,10 @@ PLACES = 5
 Tell = Callable[[int], None]
 """Called with the number of files that were searched since the last call."""
 
+_NOT_ROWS = (
+    "files of the PostgreSQL server: rows were searched by query, but free space in pages, the write-ahead log, "
+    "replicas and logs of the server may keep deleted rows until they are overwritten"
+)
 _REMEDY = "train again with the user's id in the file of data.train_without"
 
 
@@ -61,7 +62,7 @@ def fingerprint(store: AdapterStore, log: InteractionLog, user: str, salt: bytes
     prints.add_texts(text for text in texts if isinstance(text, str))
     for folder in nested_runs(run):
         users = RunFolder(folder).users
-        if users.manifest.is_file():
+        if is_made(users.manifest):
             with closing(AdapterStore(users.path, store.tenant)) as nested:
                 for version in nested.versions(user):
                     record = nested.get(user, version.version)
@@ -83,8 +84,8 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
     searches = {}
     names = {user for user, _ in wanted}
     for user, prints in wanted:
-        search = Search(user, _others(home, names), prints.prints, prints.salt)
-        search.drop(search.shared(_shared_by_others(home, names)))
+        search = Search(user, other_ids(home, names), prints.prints, prints.salt)
+        search.drop(search.shared(texts_of_others(home, names)))
         searches[user] = search
     found: dict[str, list[dict[str, Any]]] = {user: _still_known(home, user) for user in searches}
     searched, unreadable = [], []
@@ -99,6 +100,12 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
             for user, reports in hits.items():
                 found[user] += reports
         tell(1)
+    location = location_of(home.users.path)
+    if location is not None:
+        entry, hits = _search_rows(location, searches)
+        searched.append(entry)
+        for user, reports in hits.items():
+            found[user] += reports
     bucket, hits = _search_bucket(home.path, searches, searched, unreadable)
     for user, reports in hits.items():
         found[user] += reports
@@ -120,6 +127,7 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
         "not_covered": [
             "the file that the run was trained on (data.path) and folders that were exported",
             "backups, snapshots of file systems, and flash storage, which may keep bytes that were overwritten",
+            *([] if location is None else [_NOT_ROWS]),
             *(["copies of the bucket elsewhere, such as replicas and backups of the provider"] if bucket else []),
         ],
     }
@@ -144,6 +152,22 @@ def _search_file(
     return entry, found
 
 
+def _search_rows(
+    location: Location, searches: dict[str, Search]
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Search all rows of a run's tables in PostgreSQL as `_search_file` searches a file."""
+    from proper.databases.postgresql.database import cells
+
+    name, found, digest, size = str(location), dict[str, list[dict[str, Any]]](), sha256(), 0
+    for some in cells(location):
+        digest.update(some)
+        size += len(some)
+    for user, search in searches.items():
+        found[user] = _reports(name, "", "rows", search.scan(cells(location)))
+    entry = {"file": name, "kind": "store", "bytes": size, "sha256": digest.hexdigest(), "read_as": ["rows"]}
+    return entry, found
+
+
 def _search_bucket(
     run: Path, searches: dict[str, Search], searched: list[dict[str, Any]], unreadable: list[dict[str, str]]
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
@@ -164,8 +188,8 @@ def _search_bucket(
             for user, search in searches.items():
                 reports = _reports(name, "", "object name", search.scan([each.key.encode()]))
                 found.setdefault(user, []).extend([*reports, *_reports(name, "", "raw", search.scan([data]))])
-            sha256 = hashlib.sha256(data).hexdigest()
-            searched.append({"file": name, "kind": "object", "bytes": len(data), "sha256": sha256, "read_as": ["raw"]})
+            digest = sha256(data).hexdigest()
+            searched.append({"file": name, "kind": "object", "bytes": len(data), "sha256": digest, "read_as": ["raw"]})
         uploads = [f"{setting.bucket.url}{each.key}" for each in setting.bucket.uploads()]
         told["unfinished_uploads"] = len(uploads)
         unreadable += [{"file": each, "why": "an unfinished upload cannot be read"} for each in uploads]
@@ -197,11 +221,11 @@ def _still_known(run: RunFolder, user: str) -> list[dict[str, Any]]:
     for folder in nested_runs(run.path):
         users = RunFolder(folder).users
         name = users.path.relative_to(run.path).as_posix()
-        if users.manifest.is_file():
+        if is_made(users.manifest):
             with closing(AdapterStore(users.path)) as store:
                 if store.head(user) is not None:
                     found.append({"file": f"{name}/{users.manifest.name}", "kind": "id", "read_as": "store"})
-        if users.log.is_file():
+        if is_made(users.log):
             with closing(InteractionLog(users.path)) as log:
                 if log.knows(DEFAULT_TENANT, user):
                     found.append({"file": f"{name}/{users.log.name}", "kind": "id", "read_as": "log"})
@@ -212,53 +236,6 @@ def _still_known(run: RunFolder, user: str) -> list[dict[str, Any]]:
                 {"file": fit.relative_to(run.path).as_posix(), "kind": "unfinished fit", "read_as": "file name"}
             )
     return found
-
-
-def _others(run: RunFolder, names: set[str]) -> Iterator[str]:
-    """Yield the ids of all other users of the run's data, store and log, those of other tenants included."""
-    tables = ((run.data, "users", "id"), (run.users.manifest, "records", "user"), (run.users.log, "people", "user"))
-    for path, table, column in tables:
-        if path.is_file():
-            with closing(_read_only(path)) as data:
-                for (found,) in data.execute(f"SELECT DISTINCT {column} FROM {table}"):
-                    name = user_of(found) if isinstance(found, bytes) else str(found)
-                    if name not in names:
-                        yield name
-
-
-def _shared_by_others(run: RunFolder, names: set[str]) -> Iterator[bytes]:
-    """Yield what is no evidence of a deleted user: other users' texts, labels, templates, and the mean embedding."""
-    for folder in nested_runs(run.path):
-        path = RunFolder(folder).experts
-        if path.is_file():
-            with safe_open(path, "pt") as tensors:  # a user who learnt nothing has the mean
-                if "mean_embedding" in tensors.keys():  # noqa: SIM118
-                    yield tensors.get_tensor("mean_embedding").float().numpy().tobytes()
-    if run.config.is_file():
-        config = yaml.safe_load(run.config.read_text(encoding="utf-8")) or {}
-        for one in (config, *(config.get("tasks") or {}).values()):
-            data, task = one.get("data") or {}, one.get("task") or {}
-            yield repr([data.get("prompt"), data.get("target"), task.get("labels")]).encode()
-    marks = ", ".join("?" * len(names))
-    if run.data.is_file():
-        query = f"""SELECT t.prompt, t.target, coalesce(t.item, '') FROM rows r JOIN texts t ON t.id = r.text
-            JOIN users u ON u.number = r.user WHERE u.id NOT IN ({marks})"""
-        yield from _cells(run.data, query, sorted(names))
-        yield from _cells(run.data, "SELECT value FROM meta WHERE key = 'labels'", ())
-    if run.users.log.is_file():
-        query = f"SELECT prompt, target, id FROM interactions WHERE NOT (tenant = '' AND user IN ({marks}))"
-        yield from _cells(run.users.log, query, [key_of(name) for name in sorted(names)])
-
-
-def _cells(path: Path, query: str, values: Sequence[Any]) -> Iterator[bytes]:
-    with closing(_read_only(path)) as data:
-        rows = data.execute(query, values)
-        while some := rows.fetchmany(1000):
-            yield "\0".join(str(cell) for row in some for cell in ("", *row, "")).encode("utf-8", "surrogatepass")
-
-
-def _read_only(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
 
 
 def _told(user: str, prints: Fingerprints, search: Search, found: list[dict[str, Any]]) -> dict[str, Any]:

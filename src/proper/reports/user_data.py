@@ -17,6 +17,7 @@ import numpy as np
 from proper.adapters.manifest import user_of
 from proper.adapters.store import AdapterStore, Version
 from proper.data.dataset import Dataset
+from proper.databases.location import is_made
 from proper.errors import InputError, StoreError, did_you_mean
 from proper.reports.examples import ReportExample, task_kinds, user_examples
 from proper.reports.load import RoutedUser, RunFiles, UserGain
@@ -118,7 +119,7 @@ def _interactions(folder: Path, user: str) -> int | None:
 
 def _stored(run: RunFiles, user: str) -> Stored:
     users = RunFolder(run.folder).users
-    if not users.manifest.is_file():
+    if not is_made(users.manifest):
         return Stored(problem="the run has no adapter store; stage 'users' makes it")
     try:
         store = AdapterStore(users.path)

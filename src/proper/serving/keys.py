@@ -2,30 +2,28 @@
 
 A key is 32 random bytes, so a plain SHA-256 cannot be reversed by guessing and no slow hash is needed. The file is read
 again when it changes: a revoked key is refused at once. A run that has had a key keeps requiring one, even if the key
-file is lost, until `open` is called: a second file, `keys.required`, records this.
+file is lost, until `open` is called: a second file, `keys.required`, records this. A run whose state is in PostgreSQL
+has its keys in the table `api_keys` instead, which a server reads again every second.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
-from proper.errors import InputError, ProperError
-from proper.files import locked, private_folder, read_json, write_json, write_text
+from proper.errors import InputError
 from proper.run_folder import RunFolder
+from proper.serving.key_entries import DamagedKeysError as DamagedKeysError
+from proper.serving.key_entries import KeyEntry, entries_of
+from proper.serving.key_entries import Scope as Scope
 
-Scope = Literal["generate", "write", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-_RUN = RunFolder(Path())
-FILE = _RUN.keys
+FILE = RunFolder(Path()).keys
 """Path of the key file in a run folder."""
 
 
@@ -48,63 +46,45 @@ ANONYMOUS = Principal("", "", SCOPES)
 """Principal of every request to a server without keys, which listens on loopback only."""
 
 
-@dataclass(frozen=True)
-class _Entry:
-    id: str
-    sha256: str
-    tenant: str
-    scopes: tuple[Scope, ...]
-    created: int
-
-
-class DamagedKeysError(ProperError):
-    """The key file cannot be read, so no request can be authenticated."""
-
-
 class Keys:
-    """The keys in the file at `path`, which need not exist."""
+    """The keys of a run, in the file at `path`, which need not exist, or in PostgreSQL."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._marker = path, path.with_name(_RUN.keys_required.name)
-        self._seen: tuple[int, int, int] | None = None
-        self._entries: dict[str, _Entry] = {}
-        self._lock = threading.Lock()
+        self.path, self._held = path, entries_of(path)
 
     def __len__(self) -> int:
-        return len(self._read())
+        return len(self._held.read())
 
     @property
     def required(self) -> bool:
         """Whether a key is required: there is one, or there has been one since `open` was last called."""
-        return self._marker.exists() or self.path.exists()
+        return self._held.required()
 
     def remember(self) -> None:
-        """Write `keys.required` if there is a key file without it, made by an earlier version."""
-        if self.path.exists() and not self._marker.exists() and os.access(self.path.parent, os.W_OK):
-            self._mark()
+        """Record that there has been a key, if a key file of an earlier version does not."""
+        self._held.remember()
 
     def open(self) -> None:
         """Stop requiring a key for requests from the same machine.
 
         Raises:
             InputError: there are keys left.
-            DamagedKeysError: the key file cannot be read.
+            DamagedKeysError: the keys cannot be read.
         """
-        with self._changing():
-            if self._read():
+        with self._held.changing():
+            if self._held.read():
                 raise InputError(f"{self.path}: there are keys; revoke them first")
-            self.path.unlink(missing_ok=True)
-            self._marker.unlink(missing_ok=True)
+            self._held.clear()
 
     def principal(self, key: str) -> Principal | None:
         """Return the principal of a key; None if the key is unknown."""
         # Not a timing leak: the look-up is by hash, so its duration depends on hashes only.
-        entry = self._read().get(hashlib.sha256(key.encode()).hexdigest())
+        entry = self._held.read().get(hashlib.sha256(key.encode()).hexdigest())
         return None if entry is None else Principal(entry.id, entry.tenant, entry.scopes)
 
     def principals(self) -> list[Principal]:
         """Return the principals of all keys."""
-        return [Principal(entry.id, entry.tenant, entry.scopes) for entry in self._read().values()]
+        return [Principal(entry.id, entry.tenant, entry.scopes) for entry in self._held.read().values()]
 
     def add(self, tenant: str, scopes: Iterable[Scope]) -> str:
         """Make a key and return it; it cannot be read again later.
@@ -118,9 +98,9 @@ class Keys:
         chosen = tuple(scope for scope in SCOPES if scope in wanted)
         key = f"proper-{secrets.token_urlsafe(32)}"
         digest = hashlib.sha256(key.encode()).hexdigest()
-        with self._changing():
-            self._mark()
-            self._write([*self._read().values(), _Entry(digest[:12], digest, tenant, chosen, int(time.time()))])
+        with self._held.changing():
+            new = KeyEntry(digest[:12], digest, tenant, chosen, int(time.time()))
+            self._held.write([*self._held.read().values(), new])
         return key
 
     def revoke(self, key_id: str) -> None:
@@ -129,55 +109,9 @@ class Keys:
         Raises:
             InputError: there is no key with this id.
         """
-        with self._changing():
-            entries = list(self._read().values())
+        with self._held.changing():
+            entries = list(self._held.read().values())
             left = [entry for entry in entries if entry.id != key_id]
             if len(left) == len(entries):
                 raise InputError(f"{self.path}: there is no key {key_id!r}")
-            self._mark()
-            self._write(left)
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Hold the file lock, so that no other process or thread changes the file between read and write.
-
-        Raises:
-            ProperError: the folder cannot be written.
-        """
-        try:
-            private_folder(self.path.parent)
-            with locked(self.path.with_name(_RUN.keys_lock.name)):
-                yield
-        except OSError as error:
-            raise ProperError(f"{self.path}: keys cannot be changed: {error.strerror or error}") from error
-
-    def _mark(self) -> None:
-        if not self._marker.exists():
-            write_text(self._marker, "This run has had API keys: requests without a valid key are refused.\n")
-
-    def _write(self, entries: list[_Entry]) -> None:
-        write_json(self.path, {"schema": 1, "keys": [asdict(entry) for entry in entries]})
-
-    def _read(self) -> dict[str, _Entry]:
-        """Return the entries by hash.
-
-        Raises:
-            DamagedKeysError: the file cannot be read.
-        """
-        try:
-            found = os.stat(self.path)
-        except FileNotFoundError:
-            return {}
-        stamp = (found.st_mtime_ns, found.st_ino, found.st_size)
-        with self._lock:
-            if stamp != self._seen:
-                self._entries, self._seen = {entry.sha256: entry for entry in _entries(self.path)}, stamp
-            return self._entries
-
-
-def _entries(path: Path) -> list[_Entry]:
-    try:
-        return [_Entry(**{**entry, "scopes": tuple(entry["scopes"])}) for entry in read_json(path)["keys"]]
-    except (ProperError, OSError, KeyError, TypeError, ValueError) as error:
-        reason = str(error) if isinstance(error, ProperError) else f"{path}: not a file of keys: {error!r}"
-        raise DamagedKeysError(f"{reason}; restore a copy of it, or remove it and add keys again") from error
+            self._held.write(left)

@@ -1,12 +1,9 @@
 """Training of the bases A and B of the form `core`, which all users share, before any user's core is fitted.
 
-Both ways start from the group model, use the older items of the users' histories, those that their trials train on, and
-give A orthonormal rows and B orthogonal columns of mean square 1, so that a core's numbers act like a LoRA's B.
-
-    stacked   LoRAs of the users from one common start; per module, A spans the rows and B the columns that the products
-              B_u A_u have in common: truncated singular vectors of all of them (a Tucker-2 decomposition by HOSVD, De
-              Lathauwer et al. 2000)
-    joint     A and B from random ones and a core per user, trained together
+LoRAs of the users are trained from one common start, on the items that the users' trials train on. Per module, A then
+spans the rows and B the columns that the products B_u A_u have in common: truncated singular vectors of all of them (a
+Tucker-2 decomposition by HOSVD, De Lathauwer et al. 2000). A has orthonormal rows and B orthogonal columns of mean
+square 1, so that a core's numbers act like a LoRA's B.
 """
 
 from __future__ import annotations

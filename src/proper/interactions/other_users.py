@@ -1,0 +1,66 @@
+"""What is no evidence of a deleted user in a search of a run: other users' ids and texts, labels and templates."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+
+from proper.adapters.manifest import key_of
+from proper.adapters.store import DEFAULT_TENANT
+from proper.databases.location import is_made
+from proper.interactions.deletion import everyone
+from proper.interactions.log import InteractionLog
+from proper.run_folder import RunFolder, nested_runs
+
+
+def other_ids(run: RunFolder, names: set[str]) -> Iterator[str]:
+    """Yield the ids of all other users of the run's data, store and log, those of other tenants included."""
+    found = {user for _, user in everyone(run.users.path)}
+    if run.data.is_file():
+        with closing(_read_only(run.data)) as data:
+            found |= {str(user) for (user,) in data.execute("SELECT id FROM users")}
+    yield from found - names
+
+
+def texts_of_others(run: RunFolder, names: set[str]) -> Iterator[bytes]:
+    """Yield what is no evidence of a deleted user: other users' texts, labels, templates, and the mean embedding."""
+    for folder in nested_runs(run.path):
+        path = RunFolder(folder).experts
+        if path.is_file():
+            with safe_open(path, "pt") as tensors:  # a user who learnt nothing has the mean
+                if "mean_embedding" in tensors.keys():  # noqa: SIM118
+                    yield tensors.get_tensor("mean_embedding").float().numpy().tobytes()
+    if run.config.is_file():
+        config = yaml.safe_load(run.config.read_text(encoding="utf-8")) or {}
+        for one in (config, *(config.get("tasks") or {}).values()):
+            data, task = one.get("data") or {}, one.get("task") or {}
+            yield repr([data.get("prompt"), data.get("target"), task.get("labels")]).encode()
+    marks = ", ".join("?" * len(names))
+    if run.data.is_file():
+        query = f"""SELECT t.prompt, t.target, coalesce(t.item, '') FROM rows r JOIN texts t ON t.id = r.text
+            JOIN users u ON u.number = r.user WHERE u.id NOT IN ({marks})"""
+        yield from _cells(run.data, query, sorted(names))
+        yield from _cells(run.data, "SELECT value FROM meta WHERE key = 'labels'", ())
+    if is_made(run.users.log):
+        keys = {key_of(name) for name in names}
+        with closing(InteractionLog(run.users.path)) as log:
+            for tenant, key, *texts in log.texts():
+                if tenant != DEFAULT_TENANT or key not in keys:
+                    yield "\0".join(("", *map(str, texts), "")).encode("utf-8", "surrogatepass")
+
+
+def _cells(path: Path, query: str, values: Sequence[Any]) -> Iterator[bytes]:
+    with closing(_read_only(path)) as data:
+        rows = data.execute(query, values)
+        while some := rows.fetchmany(1000):
+            yield "\0".join(str(cell) for row in some for cell in ("", *row, "")).encode("utf-8", "surrogatepass")
+
+
+def _read_only(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
