@@ -32,6 +32,7 @@ from proper.config import Config, make_config
 from proper.data.dataset import Dataset
 from proper.data.one_task import one_task
 from proper.evaluation.metrics import Prediction, TaskInfo
+from proper.evaluation.results import plain
 from proper.evaluation.routing import task_routing
 from proper.evaluation.runner import mean_gates, read_predictions
 from proper.evaluation.statistics import compare, estimate, user_scores
@@ -193,7 +194,7 @@ def main(arguments: Sequence[str]) -> int:
     if RunFolder(asked.folder / "joint").predictions_of("users").exists():
         setting = {"data": asked.name, "users": asked.users, "items": asked.items, "tokens": asked.tokens, "seed": 0}
         setting["backbone"] = made["joint"].backbone
-        figures = {"setting": setting, "figures": measure(asked.folder, asked.name)}
+        figures = plain({"setting": setting, "figures": measure(asked.folder, asked.name)})
         if asked.out is not None:
             write_json(asked.out, figures)
         else:

@@ -10,6 +10,7 @@ Prints what happened; the exit code is 1 if anything is wrong. Everything lies i
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import re
 import signal
@@ -84,7 +85,9 @@ def proper(*arguments: str) -> subprocess.Popen[str]:
     """Start a command of `proper`."""
     command = [sys.executable, "-P", "-m", "proper", *arguments]
     say(f"$ proper {' '.join(arguments)}")
-    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    started = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    atexit.register(started.kill)
+    return started
 
 
 def finished(process: subprocess.Popen[str]) -> None:
@@ -113,7 +116,7 @@ def stores() -> Iterator[list[str]]:
 
 def trained(folder: Path, users: int, options: Sequence[str]) -> dict[str, Any]:
     """Train all stages on two workers, one of which is killed; the users again on one; and compare the adapters."""
-    rows = write_demo(folder / "rows", DemoSettings(users=users, items=(10, 14)))
+    rows = write_demo(folder / "rows", DemoSettings(users=users, items=(14, 18)))
     config, two, one = folder / "demo.yaml", folder / "two", folder / "one"
     config.write_text(yaml.safe_dump({**demo_run(rows.resolve(), DemoSettings(users=users)), **SETTINGS}), "utf-8")
     shared, cluster = ("--stages", "population,groups"), ("--cluster", "local:2")
@@ -140,7 +143,7 @@ def trained(folder: Path, users: int, options: Sequence[str]) -> dict[str, Any]:
 
 
 def largest_difference(one: Path, other: Path) -> tuple[float, int]:
-    """Return the largest relative difference of any tensor of two runs' users, and the number of users."""
+    """Return the largest relative difference of any tensor of two runs' adapters, and the number of adapters."""
     worst, count = 0.0, 0
     with (
         closing(AdapterStore(RunFolder(one).users.path)) as first,
@@ -151,8 +154,10 @@ def largest_difference(one: Path, other: Path) -> tuple[float, int]:
             return float("inf"), len(users)
         for user in users:
             mine, theirs = first.get(user), second.get(user)
-            if mine is None or theirs is None or mine.adapter is None or theirs.adapter is None:
+            if mine is None or theirs is None or mine.tier != theirs.tier:
                 return float("inf"), count
+            if mine.adapter is None or theirs.adapter is None:
+                continue
             count += 1
             for name, tensor in mine.adapter.items():
                 worst = max(worst, float((theirs.adapter[name] - tensor).norm() / tensor.norm()))
@@ -165,6 +170,7 @@ def served(run: Path) -> dict[str, Any]:
         users = [user for user, _ in store.users(None)][:64]
     asked = [(user, f"Message {at} of the morning.\nTag:") for at, user in enumerate(users)]
     model = load(run)
+    label = (model.config.task.labels or ["news"])[0]
     with closing(model):
         texts = generate(model, [prompt for _, prompt in asked], users, max_new_tokens=LENGTH)
     expected = dict(zip(users, texts, strict=True))
@@ -174,11 +180,13 @@ def served(run: Path) -> dict[str, Any]:
         given = [text_of(reply) if reply.status_code == 200 else "" for reply in replies]
         right = sum(map(str.__eq__, given, texts))
         say(f"{right} of {len(asked)} users at once get what 'proper generate' answers")
-        kill = with_a_kill(url, pid, asked, expected)
+        kill = with_a_kill(url, pid, asked, expected, label)
     return {**kill, "checks": {"answers of all users": right == len(asked), **kill["checks"]}}
 
 
-def with_a_kill(url: str, pid: int, asked: Sequence[tuple[str, str]], expected: Mapping[str, str]) -> dict[str, Any]:
+def with_a_kill(
+    url: str, pid: int, asked: Sequence[tuple[str, str]], expected: Mapping[str, str], label: str
+) -> dict[str, Any]:
     """Kill a replica while users ask and send interactions; return what was answered, and whether it was right."""
     stop, statuses, wrong = threading.Event(), list[int](), list[str]()
     acknowledged: dict[str, int] = {}
@@ -195,14 +203,14 @@ def with_a_kill(url: str, pid: int, asked: Sequence[tuple[str, str]], expected: 
     def tell(user: str) -> None:
         while not stop.is_set():
             number = acknowledged.get(user, 0) + 1
-            row = {"id": f"{user}-new-{number}", "input": f"Message {number}", "output": "news"}
+            row = {"id": f"{user}-new-{number}", "input": f"Message {number}", "output": label}
             reply = httpx.post(f"{url}/v1/users/{user}/interactions", json={"interactions": [row]}, timeout=60)
             if reply.status_code == 200:
                 acknowledged[user] = number
             time.sleep(0.1)
 
     # The users who send interactions are others: a fit would change their answers.
-    asking, telling = asked[:16], [user for user, _ in asked[16:20]]
+    asking, telling = asked[:-4][:16], [user for user, _ in asked[-4:]]
     with ThreadPoolExecutor(len(asking) + len(telling)) as threads:
         work = [*(threads.submit(ask, *each) for each in asking), *(threads.submit(tell, user) for user in telling)]
         try:
@@ -292,7 +300,7 @@ def ancestors(pid: int) -> list[int]:
     return found
 
 
-def until(found: Callable[[], object], seconds: float = 300) -> None:
+def until(found: Callable[[], object], seconds: float = 900) -> None:
     """Wait until `found()` is true; end the demo if that takes too long."""
     deadline = time.monotonic() + seconds
     while not found():

@@ -80,9 +80,10 @@ def refresh(
 
 @app.command(epilog=examples("groups", "rollback runs/notes"))
 def rollback(folder: RunFolder) -> None:
-    """Return to the groups before the last refresh, and to the users' versions for them.
+    """Return to the groups before the last refresh.
 
-    Users who have been updated since have no such version any more: they keep their embedding and are fitted again.
+    Users return to the versions that were made for them. Users who have been updated since have no such version any
+    more: they keep their embedding and are fitted again.
     """
     from proper.enrolment.refresh import roll_back
 
