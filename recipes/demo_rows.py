@@ -28,11 +28,12 @@ def setting(name: str, default: int) -> int:
 
 @dataclass(frozen=True)
 class Interaction:
-    """One interaction: a prompt, and what the user answered."""
+    """One interaction: a prompt, and what the user answered. The demo has one task, number 0."""
 
     user: str
     prompt: str
     target: str
+    task: int = 0
 
 
 def demo_rows(folder: Path, users: int, seed: int, encoder: Encoder) -> tuple[Rows, Rows]:

@@ -16,15 +16,15 @@ from proper.inference.sampling import Sampling
 FUNCTIONS = {
     "load": "(folder, stage=None)",
     "run": "(config, out, *, overrides=(), stages=('population', 'groups', 'users', 'evaluate', 'report'), "
-    "skip_bad_rows=False, cluster=None)",
+    "skip_bad_rows=False, cluster=None, stores=())",
 }
 METHODS = {
     Model: {
         "close": "(self)",
         "config": "property",
-        "generate": "(self, prompts, user_ids, *, max_new_tokens=None, temperature=0.0, top_p=1.0, seed=0)",
+        "generate": "(self, prompts, user_ids, *, max_new_tokens=None, temperature=0.0, top_p=1.0, seed=0, task=None)",
         "respond": "(self, prompts, user_ids, sampling=None)",
-        "score": "(self, prompts, user_ids, labels)",
+        "score": "(self, prompts, user_ids, labels, task=None)",
         "stage": "property",
         "tier": "(self, user)",
         "users": "property",

@@ -80,7 +80,7 @@ class Personal(StrEnum):
 
 STORES = (
     "users/users.sqlite*",
-    "users/*.lock",
+    *("users/users.lock", "users/fits.lock"),
     "users/blobs/*",
     "users/cache/*",
     "users/interactions.sqlite*",
@@ -99,13 +99,13 @@ SHARED = (
     "metrics.jsonl",
     "storage.json",
     "predictions/*.json",
-    "serving/keys.*",
-    "*.lock",
+    *("serving/keys.json", "serving/keys.lock", "serving/keys.required"),
+    *("run.lock", "writers.lock"),
     "preflight.json",
     "population/*",
-    "groups/*",
+    *("groups/*.safetensors", "groups/stage.json"),
     "users/stage.json",
-    "users/*.safetensors",
+    *("users/router.safetensors", "users/bases.safetensors", "users/start.safetensors"),
     "tombstones/*",
     "database.json",
 )

@@ -65,6 +65,7 @@ NOT_MADE = {
     "compare-*.csv": "figures of two runs; users are on the page beside it",
     "users/users.lock": "empty",
     "users/fits.lock": "empty",
+    "users/cache/*": "with object storage only",
     "users/fits/**": "during a fit",
     "users/quarantine/**": "from a repair to the next deletion",
 }

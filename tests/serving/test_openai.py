@@ -155,7 +155,7 @@ def test_models(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
     assert client.models.retrieve("tiny").model_extra == {
-        "proper": {"stage": "users", "experts": 5, "literals": ["", ""], "columns": ["input"]}
+        "proper": {"stage": "users", "experts": 5, "literals": ["", ""], "columns": ["input"], "tasks": []}
     }
     with pytest.raises(openai.NotFoundError, match="the model 'gpt' does not exist"):
         client.models.retrieve("gpt")

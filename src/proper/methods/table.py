@@ -56,7 +56,7 @@ OPPU_MODULES = ["q_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"]
 
 
 ON_ALL_TASKS = (
-    *("base", "population", "groups", "users", USERS_INT8, "swapped", "population-more", "groups-shared-e"),
+    *("base", *map(str, Stage), USERS_INT8, "swapped", "population-more", "groups-shared-e"),
     *("groups-no-constraint", "constraint-experts", "users-no-router", "users-residual", "users-paper"),
     *("per-user-only", "oppu", "user-majority", "user-majority-same", "global-majority", "lead"),
 )
