@@ -2,7 +2,7 @@
 
     python recipes/lifecycle.py rows DIR COUNT    write the interactions of new users: arrive/ID.jsonl, later/ID.jsonl
     python recipes/lifecycle.py live RUN DIR      enrol all of arrive/, generate for each, log later/ as feedback
-    python recipes/lifecycle.py drifted DIR       print whom DIR/drift.jsonl says to have drifted; fails if nobody has
+    python recipes/lifecycle.py drifted DIR       print whom DIR/drift.jsonl says to have drifted; fails if no user has
     python recipes/lifecycle.py promoted DIR      print whose update in DIR/updated.tsv became a new version, one a line
 
 A quarter of the users each stay as they are, change abruptly, change slowly, and change and go back; `later/` has the
@@ -75,7 +75,7 @@ def live(run: Path, folder: Path) -> None:
 
 
 def drifted(folder: Path) -> None:
-    """Print how many users have drifted, and the most drifted; fail if nobody has."""
+    """Print how many users have drifted, and the most drifted; fail if no user has."""
     rows = [row for row in read_rows(folder / "drift.jsonl") if "user" in row]  # the others are about groups
     found = [row for row in rows if row["drifted"]]
     for row in found[:5]:
@@ -83,7 +83,7 @@ def drifted(folder: Path) -> None:
         print(f"{row['user']}: {losses}; score {row['score']:.1f}")
     print(f"{len(found)} of {len(rows)} users with new interactions have drifted")
     if not found:
-        sys.exit("nobody has drifted, though three of four new users change")
+        sys.exit("no user has drifted, though three of four new users change")
 
 
 def promoted(folder: Path) -> None:

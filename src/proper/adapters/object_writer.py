@@ -77,7 +77,7 @@ class ObjectWriter:
 
     def _put(self, number: int, data: bytes) -> None:
         if not self.bucket.put_new(shard_name(number), data):
-            self._given.remove(number)  # somebody else's object
+            self._given.remove(number)  # another writer's object
             raise StoreError(
                 f"{self.bucket.url}{shard_name(number)}: exists already, so the manifest is older than the bucket; "
                 "run: proper users check DIR --repair"

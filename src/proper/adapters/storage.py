@@ -1,7 +1,7 @@
 """Shard storage: where the bytes of a store's adapters are, in a folder or in a bucket; the manifest says which bytes.
 
 A blob is a shard with many adapters, or holds one large adapter. A put writes bytes first and commits the manifest's
-rows after them, and only the rows make an adapter exist: what a kill leaves in between belongs to nobody.
+rows after them, and only the rows make an adapter exist: what a kill leaves in between has no owner.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class ShardStorage(Protocol):
         ...
 
     def orphan_bytes(self, number: int, size: int, keep: Aside | None, /) -> int:
-        """Return how many bytes of a shard of `size` belong to nobody; with `keep`, quarantine and erase them."""
+        """Return how many bytes of a shard of `size` have no owner; with `keep`, quarantine and erase them."""
         ...
 
 
