@@ -118,7 +118,8 @@ def trained(folder: Path, users: int, options: Sequence[str]) -> dict[str, Any]:
     """Train all stages on two workers, one of which is killed; the users again on one; and compare the adapters."""
     rows = write_demo(folder / "rows", DemoSettings(users=users, items=(14, 18)))
     config, two, one = folder / "demo.yaml", folder / "two", folder / "one"
-    config.write_text(yaml.safe_dump({**demo_run(rows.resolve(), DemoSettings(users=users)), **SETTINGS}), "utf-8")
+    raw = {**demo_run(rows.resolve(), DemoSettings(users=users)), **SETTINGS}
+    config.write_text(yaml.safe_dump(raw), "utf-8")
     shared, cluster = ("--stages", "population,groups"), ("--cluster", "local:2")
     training = proper("run", str(config), "--out", str(two), "--stages", "population,groups,users", *cluster, *options)
     pieces = RunFolder(two).users.work / "final-pieces"
@@ -136,7 +137,7 @@ def trained(folder: Path, users: int, options: Sequence[str]) -> dict[str, Any]:
     say(f"{count} users: the adapters of two workers and of one differ by {difference:.1e} at most (bound {BOUND:.0e})")
     checks = {
         "the adapters are the same": difference <= BOUND,
-        "all users": count == users,
+        "all target users": count == raw["split"]["target_users"],
         "a worker was killed": killed,
     }
     return {"checks": checks, "difference": difference, "bound": BOUND, "users": count, "store": options[1::2]}
