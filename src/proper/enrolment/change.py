@@ -1,7 +1,7 @@
 """Whether what a version knows of its user is outdated: a sequential likelihood ratio against an unknown user.
 
 Let l_i be an interaction's summed answer loss in nats under the version in service, and m_i that under the group model
-of an unknown user. Then l_i - m_i is the evidence that the answers are those of somebody else, as a log likelihood
+of an unknown user. Then l_i - m_i is the evidence that the answers are those of another user, as a log likelihood
 ratio, and Page's statistic over the new interactions, in the order of arrival, is
 
     S_i = max(0, S_(i-1) + clip(l_i - m_i, -c, c))

@@ -8,7 +8,7 @@ a dead worker come back depends on the database:
     SQLite       one process fits at a time (an flock beside the file), so a fit in state "fitting" when a process
                  acquires the lock was left behind, and is queued again
     PostgreSQL   many workers take claims, each of another user (FOR UPDATE SKIP LOCKED); a claim whose lease has run
-                 out, because nobody reported progress for `LEASE_SECONDS`, is queued again
+                 out, because no progress was reported for `LEASE_SECONDS`, is queued again
 """
 
 from __future__ import annotations

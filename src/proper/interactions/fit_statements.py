@@ -72,7 +72,7 @@ ALL_LEFT = Statement(lambda _: _LEFT)
 LEASE_OVER = Statement(lambda _: _LEFT.where(FITS.c.lease < now()))
 ADVANCE = _change(progress=bindparam("reached"), phase=bindparam("now_in"), lease=_LEASED)
 CLAIM_OF = Statement(lambda _: select(FITS.c.claim).where(_OWN, FITS.c.state == "fitting"))
-# The row of a deleted user whose worker has not noticed yet: it names nobody.
+# The row of a deleted user whose worker has not noticed yet: it names no user.
 _WITHDRAWN = and_(FITS.c.state == "withdrawn", FITS.c.claim == bindparam("number"))
 WITHDRAW = Statement(
     lambda insert: insert(FITS).values(
