@@ -105,6 +105,7 @@ class ObjectShards:
         """Rewrite the objects with scheduled ranges, and remove objects; see the module."""
         if thorough:
             self._schedule_killed_puts()
+            self.sweep()
         noted, sizes = self.manifest.erasures(), self.manifest.shards()
         if not noted:
             return
@@ -126,6 +127,10 @@ class ObjectShards:
                     gone += group
         if gone:
             self._remove(gone)
+
+    def sweep(self) -> None:
+        """Wipe what the cache has of objects that the manifest no longer has."""
+        self.cache.retain(lambda: {shard_name(number) for number in self.manifest.shards()})
 
     def _remove(self, blobs: Sequence[str]) -> None:
         """Remove objects with their versions and what the cache has of them; then their erasures are done."""

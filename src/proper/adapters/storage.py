@@ -89,6 +89,10 @@ class ShardStorage(Protocol):
         """Erase what the manifest has scheduled and must not wait; without `thorough`, what is cheap or worth it."""
         ...
 
+    def sweep(self) -> None:
+        """Wipe what this machine keeps of blobs that another machine has erased."""
+        ...
+
     def compact(self, below: float, writer: ShardWriter, /) -> int:
         """Rewrite shards whose share of live bytes is less than `below`, and merge small ones; return how many."""
         ...
