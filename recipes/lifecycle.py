@@ -3,8 +3,8 @@
     python recipes/lifecycle.py rows DIR COUNT    write the interactions of new users: arrive/ID.jsonl, later/ID.jsonl
     python recipes/lifecycle.py live RUN DIR      enrol all of arrive/, generate for each, log later/ as feedback
     python recipes/lifecycle.py drifted DIR       print whom DIR/drift.jsonl says to have drifted; fails if no user has
-    python recipes/lifecycle.py updated RUN DIR   print what came of each update in DIR/updated.tsv, and why; write whose
-                                                  became a new version to DIR/promoted.txt; fails if none did
+    python recipes/lifecycle.py updated RUN DIR   print what came of each update, and why; write who got a
+                                                  new version to DIR/promoted.txt; fails if none did
 
 A quarter of the users each stay as they are, change abruptly, change slowly, and change and go back; `later/` has the
 interactions after the change (`proper.data.demo.changes`).
