@@ -1,4 +1,4 @@
-"""Enrols many users at once: their embeddings are placed in one pass over all items, and fitted in common batches.
+"""Enrols many users at once: embeddings are placed in one pass over all items, then all is fitted in common batches.
 
     place   log the interactions, place every embedding, store all records in one transaction
     fit     fit the embeddings, then the adapters, of `TOGETHER` users at a time into files from which their fits go on
