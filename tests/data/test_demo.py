@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,14 @@ def test_groups_are_rows_of_a_latin_square(groups: int, extra: int, own: float, 
     assert sorted(group for group, *_ in rows) == list(range(groups))
     assert all(len(set(choices)) == SHARED for _, *choices in rows)
     assert all(len(set(choices)) == groups for choices in list(zip(*rows, strict=True))[1:])
+
+
+def test_further_groups_agree_on_at_most_one_shared_topic() -> None:
+    world = make_world(DemoSettings(users=40, groups=20), closings=1)
+    rows = {user.group: [user.habit[topic] for topic in world.shared] for user in world.users}
+    assert len(rows) == 20
+    for one, other in combinations(rows.values(), 2):
+        assert sum(a == b for a, b in zip(one, other, strict=True)) <= 1
 
 
 def test_personal_choices_say_nothing_about_the_group() -> None:
