@@ -274,7 +274,7 @@ def test_the_config_is_one_that_a_run_accepts(task: Any, tmp_path: Path) -> None
     ("changes", "name"),
     [
         ({"task": "poetry"}, "task"),
-        ({"groups": 6}, "groups"),
+        ({"groups": 21}, "groups"),
         ({"groups": 0}, "groups"),
         ({"users": 4}, "users"),
         ({"items": (9, 8)}, "items"),
