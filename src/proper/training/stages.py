@@ -25,6 +25,7 @@ from proper.data.batching import RowEncoder
 from proper.data.dataset import Role, SampledRows, UserSet
 from proper.data.derived.views import Histories
 from proper.data.encoder import Encoder
+from proper.data.task_weights import with_task_weights
 from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
 from proper.models.backbone import Backbone, configured_backbone, pick_device
@@ -101,7 +102,8 @@ class StageRunner:
 
     Attributes:
         folder: the seed's run folder.
-        encoder: turns the rows of stage 1 into tokens.
+        encoder: turns texts into tokens.
+        rows: turns the rows of stage 1 into training rows.
         personal: turns the rows of stages 2 and 3 into training rows.
     """
 
@@ -120,7 +122,8 @@ class StageRunner:
         self.accelerator = join_processes(config)
         self.backbone = configured_backbone(config, self.accelerator.device)
         self.encoder = self.backbone.encoder()
-        self.personal = self.encoder if personal is None else personal(self.encoder)
+        self.rows = with_task_weights(config, dataset, self.encoder, seed)
+        self.personal = self.rows if personal is None else personal(self.encoder)
 
     def run(self, stages: Sequence[str], elsewhere: FitAdapters | None = None) -> None:
         """Train the given stages, in their order; earlier stages must be done.
@@ -276,7 +279,7 @@ class StageRunner:
         store.close()
 
     def _plan(self, stage: Literal["population", "groups"], sample: SampledRows) -> TrainingPlan:
-        encoder = self.encoder if stage == "population" else self.personal
+        encoder = self.rows if stage == "population" else self.personal
         return stage_plan(stage, self.config, sample, self.backbone, encoder, self.folder, self.seed, self.log)
 
     def _is_done(self, stage: Stage, wanted: bool) -> bool:
