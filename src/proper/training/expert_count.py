@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
@@ -62,7 +63,7 @@ def count_experts(scores: Float[Tensor, "U K"], most: int, default: int) -> Expe
     """
     found: dict[int, float] = {}
     points = scores.double().numpy()
-    distinct = len(scores.unique(dim=0))
+    distinct = len(np.unique(points, axis=0))
     for number in range(2, min(most, distinct, len(points) // 3) + 1):
         clusters = KMeans(n_clusters=number, n_init=10, random_state=0).fit_predict(points)
         found[number] = round(float(silhouette_score(points, clusters)), 4)
