@@ -103,9 +103,11 @@ def stores() -> Iterator[list[str]]:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     options: list[str] = []
     with ExitStack() as stack:
-        if find_spec("moto") and find_spec("boto3"):
-            from tests import s3_server
+        from tests import postgresql_server, s3_server
 
+        if postgresql_server.missing() is None:
+            options += ["--store", stack.enter_context(postgresql_server.running())]
+        if find_spec("moto") and find_spec("boto3"):
             server = stack.enter_context(s3_server.running())
             for environment in (ENVIRONMENT, os.environ):
                 environment.update(server.environment)

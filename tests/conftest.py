@@ -57,7 +57,10 @@ def browser(chromium: str) -> Iterator[Browser]:
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
     """The URL of a PostgreSQL server; tests that need it are skipped where there is none."""
-    with _load("postgresql_server").running() as url:
+    server = _load("postgresql_server")
+    if why := server.missing():
+        pytest.skip(why)
+    with server.running() as url:
         yield url
 
 

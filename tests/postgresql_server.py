@@ -10,26 +10,29 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
 
-
-def programs() -> Path:
-    """Return the folder of PostgreSQL's programs; tests that need them are skipped where there are none."""
-    pytest.importorskip("psycopg", reason="the extra 'postgresql' is not installed")
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
-    if not found:
-        pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
+def missing() -> str | None:
+    """Return why no server can be started on this machine, or None."""
+    if find_spec("psycopg") is None:
+        return "the extra 'postgresql' is not installed"
+    if not _servers():
+        return "PostgreSQL is not installed (Debian's package postgresql)"
     if os.geteuid() == 0 and shutil.which("setpriv") is None:
-        pytest.skip("tests run as root, which PostgreSQL refuses, and there is no setpriv")
-    return found[-1].parent
+        return "this process runs as root, which PostgreSQL refuses, and there is no setpriv"
+    return None
+
+
+def _servers() -> list[Path]:
+    return sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
 
 
 @contextmanager
 def running() -> Iterator[str]:
     """Start a server on a free port of 127.0.0.1, yield the URL of its database, and stop it."""
-    place, folder = programs(), Path(tempfile.mkdtemp(prefix="proper-postgresql-"))
+    place, folder = _servers()[-1].parent, Path(tempfile.mkdtemp(prefix="proper-postgresql-"))
     other: list[str] = []
     if os.geteuid() == 0:
         shutil.chown(folder, 65534, 65534)

@@ -222,7 +222,7 @@ def test_a_link_is_moved_and_not_followed(two: AdapterStore, tmp_path: Path) -> 
 def test_an_erasure_that_a_kill_cut_short_is_finished(two: AdapterStore) -> None:
     path, offset, length = blob_of(two, "a")
     with two.manifest.transaction():
-        two.manifest.drop(two.manifest.versions("", b"a"))
+        two.manifest.drop_user("", b"a")
     assert path.exists() and any(path.read_bytes()[offset : offset + length]), "the kill came here"
     again = AdapterStore(two.folder)
     assert not path.exists() or not any(path.read_bytes()[offset : offset + length])

@@ -156,11 +156,30 @@ def test_old_versions_wait_until_a_rewrite_pays(run: tuple[Path, str], adapter: 
         store.put(UserRecord(f"u{at}", "users", torch.ones(1), adapter(at)) for at in range(8))
         store.put([UserRecord("u0", "users", torch.ones(1), adapter(20))])
         assert "people/users/1.shard?null" in s3.contents(bucket) and len(store.manifest.erasures()) == 1
-        assert check(store) == [] and store.manifest.erasures() == [], "a check erases everything"
-        assert "people/users/1.shard?null" not in s3.contents(bucket)
+        assert check(store) == [] and len(store.manifest.erasures()) == 1, "a check has no need of it"
+        store.delete("u7")
+        assert store.manifest.erasures() == [] and "people/users/1.shard?null" not in s3.contents(bucket)
         for at in (1, 2, 3):
             store.put([UserRecord(f"u{at}", "users", torch.ones(1), adapter(20 + at))])
         assert len(store.manifest.erasures()) <= 1
+
+
+def test_a_deletion_rewrites_the_objects_with_bytes_of_the_user_only(
+    run: tuple[Path, str], adapter: Draw, s3: S3Server
+) -> None:
+    folder, bucket = run
+    with closing(AdapterStore(folder / "users", keep=1)) as store:
+        for first in (0, 8, 16):
+            store.put(UserRecord(f"u{first + at}", "users", torch.ones(1), adapter(at)) for at in range(8))
+        for user in ("u0", "u8"):  # each leaves a replaced version in its object
+            store.put([UserRecord(user, "users", torch.ones(1), adapter(20))])
+        before = set(s3.contents(bucket))
+        store.delete("u0")
+        gone = {each.partition("/users/")[2] for each in before - set(s3.contents(bucket))}
+        assert gone == {"1.shard?null", "4.shard?null"}, "the replaced version of the user as well, and no other object"
+        assert [each.blob for each in store.manifest.erasures()] == ["2.shard"]
+        assert {user for user, _ in store.users()} == {f"u{at}" for at in range(1, 24)}
+        assert all(store.get(user) is not None for user, _ in store.users())
 
 
 @pytest.mark.parametrize(

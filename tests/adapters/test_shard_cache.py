@@ -84,13 +84,14 @@ def test_removed_files_are_zeroed_and_what_a_kill_left_goes_too(tmp_path: Path) 
     assert int.from_bytes((cache.folder / "size").read_bytes(), "little") == 10
 
 
-def test_moved_ranges_stay_and_unknown_files_go(tmp_path: Path) -> None:
+def test_moved_ranges_stay_and_files_of_blobs_that_are_gone_go(tmp_path: Path) -> None:
     cache = ShardCache(tmp_path / "cache", 1000)
     for number in (1, 2, 3):
         add(cache, number)
     cache.move({place(1): place(7)})
     assert read(cache, 1) is None and read(cache, 7) == content(1)
-    assert cache.retain(lambda: [place(7)]) == 20 and held(cache) == 10
+    cache.add(ByteRange("2.shard", 0, 4), b"four", lambda: True)
+    assert cache.retain(lambda: {"2.shard"}) == 30 and held(cache) == 4
 
 
 def test_what_does_not_fit_or_cannot_be_written_is_no_error(tmp_path: Path) -> None:

@@ -236,24 +236,41 @@ def test_tombstones(users: Path, log: InteractionLog) -> None:
 @both
 def test_keys(users: Path) -> None:
     path = users.parent / FILE
-    keys = Keys(path)
-    assert not keys.required and len(keys) == 0 and keys.principal("x") is None
-    key = keys.add("a", ["write", "generate"])
-    found = keys.principal(key)
-    assert found is not None and (found.tenant, found.scopes) == ("a", ("generate", "write"))
-    again = Keys(path)
-    assert again.required and again.principals() == [found]
-    with pytest.raises(InputError, match="revoke them first"):
-        again.open()
-    with pytest.raises(InputError, match="no key 'nonsense'"):
-        again.revoke("nonsense")
-    again.revoke(found.id)
-    assert again.principal(key) is None and again.required and Keys(path).required
-    keys.open()
-    assert not Keys(path).required
+    with closing(Keys(path)) as keys, closing(Keys(path)) as again:
+        assert not keys.required and len(keys) == 0 and keys.principal("x") is None
+        key = keys.add("a", ["write", "generate"])
+        found = keys.principal(key)
+        assert found is not None and (found.tenant, found.scopes) == ("a", ("generate", "write"))
+        assert again.required and again.principals() == [found]
+        with pytest.raises(InputError, match="revoke them first"):
+            again.open()
+        with pytest.raises(InputError, match="no key 'nonsense'"):
+            again.revoke("nonsense")
+        again.revoke(found.id)
+        assert again.principal(key) is None and again.required and _required(path)
+        keys.open()
+        assert not _required(path)
     if (database := open_run(users.parent)) is not None:
         with closing(database):
             assert not path.exists() and database.read("SELECT count(*) FROM api_keys") == [(0,)]
+
+
+def _required(path: Path) -> bool:
+    with closing(Keys(path)) as keys:
+        return keys.required
+
+
+def test_closed_keys_hold_no_connection(users: Path) -> None:
+    count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'proper'"
+    with connect(users) as watching:
+        (before,) = watching.execute(count).fetchone()
+        with closing(Keys(users.parent / FILE)) as keys:
+            keys.add("", ["admin"])
+            assert watching.execute(count).fetchone() == (before + 1,)
+        deadline = time.monotonic() + 10
+        while watching.execute(count).fetchone() != (before,):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_a_deleted_user_is_in_no_row_and_the_certificate_says_what_was_searched(users: Path) -> None:
@@ -283,7 +300,8 @@ def test_state_in_postgresql_leaves_no_database_in_the_folder(users: Path) -> No
         store.put([UserRecord("ann", "groups", torch.ones(1))])
         log.append("", "ann", [ENTRY])
         Tombstones(users).add("", "bo")
-        Keys(users.parent / FILE).add("", ["admin"])
+        with closing(Keys(users.parent / FILE)) as keys:
+            keys.add("", ["admin"])
     names = {path.name for path in users.parent.rglob("*") if path.is_file()}
     assert names == {"database.json", "users.lock"}
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +16,11 @@ import torch
 from proper.adapters.storage_setting import record
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.cli.app import main
+from proper.databases.setup import keep_state
 from proper.interactions.deletion import finish_deletions, remove
 from proper.interactions.log import InteractionLog
 from proper.interactions.verification import fingerprint, verify
+from proper.serving.deletion_watch import DeletionWatch
 from tests.s3_server import S3Server
 
 USER, SALT = "anna-17", bytes(range(32))
@@ -75,6 +81,36 @@ def test_the_search_reads_objects_and_the_cache_and_finds_nothing_after_a_deleti
             kept = store.get(user)
             assert kept is not None and kept.adapter is not None
             assert torch.equal(kept.adapter["x.A"], ADAPTERS[user]["x.A"])
+
+
+def test_the_cache_of_another_machine_is_not_served_and_swept(tmp_path: Path, s3: S3Server, postgresql: str) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    keep_state(here, postgresql)
+    record(here, f"s3://{s3.new_bucket()}/run")
+    shutil.copytree(here, there)
+    with closing(AdapterStore(here / "users")) as mine, closing(AdapterStore(there / "users")) as theirs:
+        mine.put(UserRecord(user, "users", torch.ones(4), adapter) for user, adapter in ADAPTERS.items())
+        for store in (mine, theirs):
+            assert all(store.get(user) is not None for user in ADAPTERS)
+        mine.delete(USER)
+        bytes_of = ADAPTERS[USER]["x.A"].numpy().tobytes()[:64]
+        held = [path for path in there.rglob("*@*") if bytes_of in path.read_bytes()]
+        assert theirs.get(USER) is None and len(held) == 1
+        with held[0].open("rb") as opened:
+            engine: Any = SimpleNamespace(recheck=lambda: None)  # the watch asks nothing else of it
+            watch = DeletionWatch(engine, there / "users", pytest.fail)
+            watch.start()
+            deadline = time.monotonic() + 30
+            while held[0].exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            watch.stop()
+            assert not any(opened.read()), "zeroed before it was removed"
+        assert not held[0].exists() and bytes_of not in b"".join(path.read_bytes() for path in there.rglob("*@*"))
+        assert theirs.get("bo") is not None
+        cached = list(there.rglob("*@*"))
+        theirs.shards.sweep()
+        assert cached and list(there.rglob("*@*")) == cached, "what the bucket has stays"
 
 
 def test_an_old_version_and_an_unfinished_upload_are_found(run: Fixture) -> None:

@@ -218,6 +218,11 @@ def test_answer_losses_are_those_of_the_logits(personal: Build, dtype: torch.dty
     for one, other in zip(found, gradients(expected), strict=True):
         torch.testing.assert_close(one, other, **close)
     assert torch.equal(counts, numbers) and seen == [(1, 14), (5, 5)]
+    weights = [1.0, 0.5, 2.0, 0.25, 1.0]
+    weighed = [replace(row, weight=weight) for row, weight in zip(encoded, weights, strict=True)]
+    again, same = model.answer_losses(collate(weighed, pad=0), mixed(model))
+    torch.testing.assert_close(again, losses * torch.tensor(weights))
+    assert torch.equal(same, counts)
 
 
 def test_gradient_checkpointing_leaves_nothing_behind(personal: Build) -> None:

@@ -72,6 +72,9 @@ class FolderShards:
         """Erase everything that is scheduled, `thorough` or not: zeroing a range costs little."""
         erase(self.folder, self.manifest)
 
+    def sweep(self) -> None:
+        """Do nothing: a folder has no cache."""
+
     def compact(self, below: float, writer: ShardWriter) -> int:
         """Rewrite shards with few live bytes; those that another process appends to are skipped."""
         writer.close()  # so that its shard can be rewritten too

@@ -137,14 +137,22 @@ class Manifest(SharedDatabase):
         ((version,),) = self.read(sql.ADD, row._asdict())
         return int(version)
 
-    def drop(self, rows: Sequence[ManifestRow]) -> None:
+    def drop_user(self, tenant: str, user: bytes) -> bool:
+        """Remove a user with all versions; none of their bytes may wait any more. Return whether there were any."""
+        rows = self.versions(tenant, user)
+        self._drop(rows, {"tenant": None, "user": None})
+        self.write(sql.DISOWN, {"of_tenant": tenant, "of_user": user})
+        return bool(rows)
+
+    def _drop(self, rows: Sequence[ManifestRow], owner: Mapping[str, object]) -> None:
         """Remove versions, and schedule for erasure the bytes that no other version of the user shares."""
         for row in rows:
             own = {"tenant": row.tenant, "user": row.user}
             self.remove(row)
             at = {"at_blob": row.blob, "at_offset": row.offset}
             if row.blob is not None and not self.read(sql.SHARED, {**own, **at}):
-                self.erase_later(row.blob, row.offset if row.blob.endswith(".shard") else None, row.length)
+                offset = row.offset if row.blob.endswith(".shard") else None
+                self.write(sql.ERASE, {"blob": row.blob, "offset": offset, "length": row.length, **owner})
 
     def remove(self, row: ManifestRow) -> None:
         """Remove a version; its bytes stay (inside a transaction)."""
@@ -152,15 +160,19 @@ class Manifest(SharedDatabase):
 
     def prune(self, tenant: str, user: bytes, keep: int) -> None:
         """Remove all but the `keep` newest versions of a user."""
-        self.drop(self.versions(tenant, user)[keep:])
+        self._drop(self.versions(tenant, user)[keep:], {"tenant": tenant, "user": user})
 
     def erase_later(self, blob: str, offset: int | None, length: int | None) -> None:
-        """Schedule bytes for erasure; without an offset, a whole file."""
-        self.write(sql.ERASE, {"blob": blob, "offset": offset, "length": length})
+        """Schedule bytes for erasure that must not wait; without an offset, a whole file."""
+        self.write(sql.ERASE, {"blob": blob, "offset": offset, "length": length, "tenant": None, "user": None})
 
     def erasures(self) -> list[Erasure]:
         """Return the scheduled erasures, ordered by blob."""
         return [Erasure(*row) for row in self.read(sql.LIST_ERASURES)]
+
+    def replaced(self) -> set[int]:
+        """Return the ids of the erasures that may wait: of versions of users who have newer ones."""
+        return {number for (number,) in self.read(sql.REPLACED)}
 
     def erased(self, done: Iterable[Erasure]) -> None:
         """Remove erasures that are done (inside a transaction)."""

@@ -71,7 +71,17 @@ REFERS = Statement(lambda _: select(RECORDS.c.version).where(RECORDS.c.blob == b
 BLOBS = Statement(lambda _: select(RECORDS.c.blob).where(RECORDS.c.blob.is_not(None)).distinct())
 USERS = Statement(lambda _: select(RECORDS.c.tenant, RECORDS.c.user).distinct())
 ERASE = Statement(lambda insert: insert(ERASURES).values(row_of(ERASURES, without="id")))
-LIST_ERASURES = Statement(lambda _: select(ERASURES).order_by(ERASURES.c.blob))
+DISOWN = Statement(
+    lambda _: (
+        update(ERASURES)
+        .where(ERASURES.c.tenant == bindparam("of_tenant"), ERASURES.c.user == bindparam("of_user"))
+        .values(tenant=None, user=None)
+    )
+)
+LIST_ERASURES = Statement(
+    lambda _: select(ERASURES.c.id, ERASURES.c.blob, ERASURES.c.offset, ERASURES.c.length).order_by(ERASURES.c.blob)
+)
+REPLACED = Statement(lambda _: select(ERASURES.c.id).where(ERASURES.c.user.is_not(None)))
 ERASED = Statement(
     lambda _: delete(ERASURES).where(
         ERASURES.c.id == bindparam("id"),

@@ -7,7 +7,8 @@ put that was killed: its object is removed, and if that writer lives after all, 
 write one object: the server refuses the second (`Bucket.put_new`), even if an older manifest gives a number out again.
 
 Ranges of an object cannot be zeroed: erasing one rewrites the object without it, then removes the old object with all
-its versions. A deletion does so at once. The version that a put drops waits until a quarter of its object is dead.
+its versions. A deletion does so at once with all objects that hold bytes of the user. A version that a newer one
+replaces waits until a quarter of its object is dead.
 """
 
 from __future__ import annotations
@@ -104,17 +105,18 @@ class ObjectShards:
         """Rewrite the objects with scheduled ranges, and remove objects; see the module."""
         if thorough:
             self._schedule_killed_puts()
+            self.sweep()
         noted, sizes = self.manifest.erasures(), self.manifest.shards()
         if not noted:
             return
         self._claim()
-        gone, chosen = list[str](), list[str]()
+        gone, chosen, may_wait = list[str](), list[str](), self.manifest.replaced()
         for blob, rows in groupby(noted, key=lambda each: each.blob):
             ranges = list(rows)
             size, dead = sizes.get(shard_number(blob), 0), sum(each.length or 0 for each in ranges)
             if any(each.offset is None for each in ranges):
                 gone.append(blob)
-            elif thorough or dead >= _DEAD * size:
+            elif dead >= _DEAD * size or (thorough and any(each.id not in may_wait for each in ranges)):
                 chosen.append(blob)
         if chosen:
             live = self.manifest.referenced()
@@ -125,6 +127,10 @@ class ObjectShards:
                     gone += group
         if gone:
             self._remove(gone)
+
+    def sweep(self) -> None:
+        """Wipe what the cache has of objects that the manifest no longer has."""
+        self.cache.retain(lambda: {shard_name(number) for number in self.manifest.shards()})
 
     def _remove(self, blobs: Sequence[str]) -> None:
         """Remove objects with their versions and what the cache has of them; then their erasures are done."""

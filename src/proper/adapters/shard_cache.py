@@ -10,7 +10,7 @@ and the next eviction counts anew. A file may be torn or old: the reader compare
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -88,15 +88,16 @@ class ShardCache:
                 with suppress(FileNotFoundError):
                     os.replace(self._path(old), self._path(new))
 
-    def retain(self, places: Callable[[], Iterable[ByteRange]]) -> int:
-        """Wipe all files but those of `places()`; return how many bytes were wiped."""
+    def retain(self, blobs: Callable[[], Container[str]]) -> int:
+        """Wipe all files but those of the blobs `blobs()`; return how many bytes were wiped."""
         if not self._size.exists():
             return 0
         with locked(self._size) as handle:
             assert handle is not None
             _wipe(self._new)
-            kept = {self._path(place) for place in places()}
-            gone = sum(_wipe(path) for path in self.folder.iterdir() if path != self._size and path not in kept)
+            kept = blobs()  # under the lock: what is added later is of blobs that are added later
+            paths = [path for path in self.folder.iterdir() if path != self._size]
+            gone = sum(_wipe(path) for path in paths if path.name.partition("@")[0] not in kept)
             self._note(handle, self._count())
             return gone
 

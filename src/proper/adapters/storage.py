@@ -86,7 +86,11 @@ class ShardStorage(Protocol):
         ...
 
     def erase(self, *, thorough: bool = True) -> None:
-        """Erase what the manifest has scheduled; without `thorough`, what is cheap or worth it."""
+        """Erase what the manifest has scheduled and must not wait; without `thorough`, what is cheap or worth it."""
+        ...
+
+    def sweep(self) -> None:
+        """Wipe what this machine keeps of blobs that another machine has erased."""
         ...
 
     def compact(self, below: float, writer: ShardWriter, /) -> int:

@@ -253,9 +253,7 @@ class AdapterStore:
         found = 0
         with self.manifest.transaction():
             for user in users:
-                rows = self.manifest.versions(self.tenant, key_of(user))
-                self.manifest.drop(rows)
-                found += bool(rows)
+                found += self.manifest.drop_user(self.tenant, key_of(user))
         self.shards.erase()
         if found:
             self.wipe(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from typing import Annotated
 
 import typer
@@ -38,7 +39,8 @@ def add(
     from proper.serving.keys import FILE, SCOPES, Keys
 
     names = chosen("--scopes", scopes, SCOPES)
-    key = Keys(folder / FILE).add(tenant, [scope for scope in SCOPES if scope in names])
+    with closing(Keys(folder / FILE)) as keys:
+        key = keys.add(tenant, [scope for scope in SCOPES if scope in names])
     logger.info("proper: keep this key, it cannot be shown again")
     typer.echo(key)
 
@@ -49,8 +51,9 @@ def list_keys(folder: RunFolder) -> None:
     require_run(folder)
     from proper.serving.keys import FILE, Keys
 
-    for principal in Keys(folder / FILE).principals():
-        typer.echo(f"{principal.id}\t{','.join(principal.scopes)}\t{principal.tenant}")
+    with closing(Keys(folder / FILE)) as keys:
+        for principal in keys.principals():
+            typer.echo(f"{principal.id}\t{','.join(principal.scopes)}\t{principal.tenant}")
 
 
 @app.command(epilog=examples("keys", "revoke runs/demo 3f9a1c0b7d52"))
@@ -64,9 +67,10 @@ def revoke(
     require_run(folder)
     from proper.serving.keys import FILE, Keys
 
-    keys = Keys(folder / FILE)
-    keys.revoke(key)
-    if not len(keys):
+    with closing(Keys(folder / FILE)) as keys:
+        keys.revoke(key)
+        left = len(keys)
+    if not left:
         logger.info(
             f"proper: no key is left, so every request is refused; 'proper keys open {folder}' accepts this machine's"
         )
@@ -82,5 +86,6 @@ def open_run(folder: RunFolder) -> None:
     require_run(folder)
     from proper.serving.keys import FILE, Keys
 
-    Keys(folder / FILE).open()
+    with closing(Keys(folder / FILE)) as keys:
+        keys.open()
     logger.info("proper: the run has no keys now; its server accepts every request of its own machine")

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -213,12 +213,12 @@ def _serve(folder: Path, options: _Options, opened: Callable[[Path], AbstractCon
     @contextmanager
     def application() -> Iterator[Application]:
         run = require_run(folder.resolve()).path  # the folder may be a link, which leads to another run after a while
-        with opened(run) as runner:
+        with opened(run) as runner, closing(Keys(run / FILE)) as keys:
             has_users = runner.engine.model.store is not None
             fits = FitProcess(watching(run), logger.info) if options.worker and has_users else None
             runner.on_error = lambda: server.end()
             runners[:] = [runner]
-            yield create_app(runner, Keys(run / FILE), settings, logger.info, fits)
+            yield create_app(runner, keys, settings, logger.info, fits)
 
     def renew() -> None:
         try:
@@ -251,13 +251,15 @@ def _check_keys(folder: Path, options: _Options) -> None:
     from proper.serving.keys import FILE, Keys
     from proper.serving.server import require_keys
 
-    keys = Keys(folder / FILE)
-    keys.remember()
-    if keys.required and not len(keys):
-        logger.warning(f"proper: no key is valid, so every request is refused; 'proper keys add {folder}' makes one")
-    if options.worker and not writable(require_run(folder).users.manifest):
-        raise ReadOnlyError(f"{folder}: is read-only, so no user can be fitted; serve it with --no-worker")
-    require_keys(options.host, keys, f"make one with: proper keys add {folder}")
+    with closing(Keys(folder / FILE)) as keys:
+        keys.remember()
+        if keys.required and not len(keys):
+            logger.warning(
+                f"proper: no key is valid, so every request is refused; 'proper keys add {folder}' makes one"
+            )
+        if options.worker and not writable(require_run(folder).users.manifest):
+            raise ReadOnlyError(f"{folder}: is read-only, so no user can be fitted; serve it with --no-worker")
+        require_keys(options.host, keys, f"make one with: proper keys add {folder}")
 
 
 def watching(folder: Path) -> list[str]:

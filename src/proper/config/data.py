@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from proper.config.lamp_tasks import GIVEN_FORMATS, LampName, Layout, lamp_name
-from proper.config.stages import Count, Section
+from proper.config.stages import Count, Positive, Section
 
 
 class DataConfig(Section):
@@ -118,7 +118,9 @@ class TaskSpec(Section):
     Attributes:
         data: the task's rows and templates; other tasks may read the same file.
         task: kind of task, labels and decoding.
+        weight: how much an answer counts in training, whatever its length, beside an answer of another task.
     """
 
     data: DataConfig
     task: TaskConfig = TaskConfig()
+    weight: Positive = 1.0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from proper.data.encoder import EncodedExample, HistoryRow, PromptAndTarget
@@ -48,6 +48,7 @@ class Batch:
     Attributes:
         choices: where each row's answer is a choice among labels, the choices, and no token is labelled; else empty.
         tasks: the number of each row's task, from 0.
+        weights: factor on each row's loss; None: 1 for all rows.
     """
 
     users: tuple[str, ...]
@@ -57,11 +58,16 @@ class Batch:
     labels: Int[Tensor, "B A"]
     choices: tuple[LabelChoice, ...] = ()
     tasks: tuple[int, ...] = ()
+    weights: Float[Tensor, "B"] | None = None
 
     @property
     def tokens(self) -> int:
         """Number of tokens that are not padding."""
         return int(self.attention_mask.sum())
+
+    def weighed(self, losses: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """Return the rows' losses, each times its weight."""
+        return losses if self.weights is None else losses * self.weights
 
 
 def collate(rows: Sequence[EncodedExample], pad: int, device: torch.device | str = "cpu") -> Batch:
@@ -87,7 +93,9 @@ def collate(rows: Sequence[EncodedExample], pad: int, device: torch.device | str
             positions[at, length - choice.tree.size :] = rows[at].start + choice.tree.depth
     users = tuple(row.user for row in rows)
     ids, mask, positions, labels = (each.to(device) for each in (ids, mask, positions, labels))
-    return Batch(users, ids, mask, positions, labels, choices, tuple(row.task for row in rows))
+    weighed = any(row.weight != 1 for row in rows)
+    weights = torch.tensor([row.weight for row in rows], device=device) if weighed else None
+    return Batch(users, ids, mask, positions, labels, choices, tuple(row.task for row in rows), weights)
 
 
 def number_users(users: Iterable[str]) -> tuple[list[str], list[int]]:

@@ -46,7 +46,8 @@ class EncodedExample:
     With `data.assistant_loss: all`, `start` is where the first assistant's message of a conversation starts, and
     `between` are the indices from there on that are not part of an assistant's message.
 
-    With a `choice`, the answer is one of several labels: from `start` on, `ids` are the tokens of its tree.
+    With a `choice`, the answer is one of several labels: from `start` on, `ids` are the tokens of its tree. `weight` is
+    a factor on the row's loss.
     """
 
     user: str
@@ -55,6 +56,7 @@ class EncodedExample:
     between: tuple[int, ...] = ()
     choice: LabelChoice | None = None
     task: int = 0
+    weight: float = 1.0
 
     @property
     def answers(self) -> int:

@@ -22,8 +22,8 @@ _RETRY_SECONDS = 0.01
 class SqliteDatabase:
     """An SQLite file that several processes and threads share; made if it does not exist.
 
-    Arguments and methods are those of `shared.SharedDatabase`. Tables and columns that an earlier version of the file's
-    format lacks are added.
+    Arguments and methods are those of `shared.SharedDatabase`. Tables, columns and indexes that an earlier version of
+    the file's format lacks are added.
     """
 
     engine: Engine = "sqlite"
@@ -129,15 +129,17 @@ class SqliteDatabase:
         return bool(self.read("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (name,)))
 
     def _complete(self, tables: MetaData) -> None:
-        """Add the tables and columns that a file of an earlier version lacks."""
-        columns = """SELECT m.name, c.name FROM sqlite_master AS m JOIN pragma_table_info(m.name) AS c
-            WHERE m.type = 'table'"""
-        there = set(map(tuple, self.read(columns)))
-        known = {(table.name, column.name) for table in tables.sorted_tables for column in table.columns}
+        """Add the tables, columns and indexes that a file of an earlier version lacks."""
+        names = """SELECT m.name, c.name FROM sqlite_master AS m JOIN pragma_table_info(m.name) AS c
+            WHERE m.type = 'table' UNION ALL SELECT tbl_name, name FROM sqlite_master WHERE type = 'index'"""
+        there = set(map(tuple, self.read(names)))
+        known = {
+            (table.name, str(each.name)) for table in tables.sorted_tables for each in (*table.columns, *table.indexes)
+        }
         if known <= there:
             return
         with self.transaction():
-            there = set(map(tuple, self.read(columns)))  # another process may have added them
+            there = set(map(tuple, self.read(names)))  # another process may have added them
             for statement in additions(tables, there):
                 self.write(statement)
 

@@ -86,7 +86,10 @@ def created(tables: MetaData) -> tuple[str, ...]:
 
 
 def additions(tables: MetaData, there: set[tuple[str, str]]) -> Iterator[str]:
-    """Yield the statements that add to a SQLite file the tables and columns that are not `there` (table, column)."""
+    """Yield the statements that add to a SQLite file what is not `there`.
+
+    `there` has each table with each of its columns and indexes.
+    """
     for table in tables.sorted_tables:
         if table.name not in {name for name, _ in there}:
             yield from _created(table)
@@ -94,9 +97,14 @@ def additions(tables: MetaData, there: set[tuple[str, str]]) -> Iterator[str]:
         for column in table.columns:
             if (table.name, column.name) not in there:
                 yield f"ALTER TABLE {table.name} ADD COLUMN {CreateColumn(column).compile(dialect=_DIALECTS['sqlite'])}"
+        yield from (made for name, made in _indexes(table) if (table.name, name) not in there)
 
 
 def _created(table: Table) -> Iterator[str]:
     yield str(CreateTable(table).compile(dialect=_DIALECTS["sqlite"]))
+    yield from (made for _, made in _indexes(table))
+
+
+def _indexes(table: Table) -> Iterator[tuple[str, str]]:
     for index in table.indexes:
-        yield str(CreateIndex(index).compile(dialect=_DIALECTS["sqlite"]))
+        yield str(index.name), str(CreateIndex(index).compile(dialect=_DIALECTS["sqlite"]))

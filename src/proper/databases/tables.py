@@ -30,7 +30,8 @@ SHARDS = Table(
     sqlite_autoincrement=True,
 )
 
-# Bytes that no record refers to any more and that are still to be wiped; offset is NULL for a whole file.
+# Bytes that no record refers to any more and that are still to be wiped; offset is NULL for a whole file. `user` is the
+# owner of a version that a newer one replaced, whose bytes may wait; NULL for bytes that must not.
 ERASURES = Table(
     "erasures",
     STORE,
@@ -38,6 +39,8 @@ ERASURES = Table(
     Column("blob", Text, nullable=False),
     Column("offset", BigInteger),
     Column("length", BigInteger),
+    Column("tenant", Text),
+    Column("user", LargeBinary),
 )
 
 # The columns of `manifest.ManifestRow`, in that order.
@@ -58,6 +61,7 @@ RECORDS = Table(
     Column("xxh3", LargeBinary),
     Column("sha256", LargeBinary),
     Column("embedding", LargeBinary, nullable=False),
+    Index("records_by_blob", "blob"),
     **_TREE,
 )
 

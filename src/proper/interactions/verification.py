@@ -42,6 +42,11 @@ _NOT_ROWS = (
     "files of the PostgreSQL server: rows were searched by query, but free space in pages, the write-ahead log, "
     "replicas and logs of the server may keep deleted rows until they are overwritten"
 )
+_NOT_IN_BUCKET = (
+    "copies of the bucket elsewhere, such as replicas and backups of the provider",
+    "caches in copies of the run folder on other machines: a server there wipes its own within a minute, and "
+    "'proper users check' at once",
+)
 _REMEDY = "train again with the user's id in the file of data.train_without"
 
 
@@ -128,7 +133,7 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
             "the file that the run was trained on (data.path) and folders that were exported",
             "backups, snapshots of file systems, and flash storage, which may keep bytes that were overwritten",
             *([] if location is None else [_NOT_ROWS]),
-            *(["copies of the bucket elsewhere, such as replicas and backups of the provider"] if bucket else []),
+            *(_NOT_IN_BUCKET if bucket else ()),
         ],
     }
     return Verified(certificate, clean)

@@ -76,14 +76,20 @@ class ProperModel:
                 layer.experts = Experts(
                     inputs,
                     outputs,
-                    experts=config.experts,
+                    experts=config.expert_count,
                     rank=config.rank,
                     alpha=config.alpha,
                     dropout=config.dropout,
                 )
                 width = inputs if per_module else config.user_embedding
                 layer.router = UserAwareRouter(
-                    inputs, width, config.experts, form=config.router, offset=offset, tasks=tasks, separate=separate
+                    inputs,
+                    width,
+                    config.expert_count,
+                    form=config.router,
+                    offset=offset,
+                    tasks=tasks,
+                    separate=separate,
                 )
                 offset += width if per_module else 0
                 layer.experts.to(self.device)
@@ -246,7 +252,7 @@ def answer_loss(
 
 
 def answer_losses(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
-    """Return each row's summed answer loss in nats (fp32) and its number of answer tokens.
+    """Return each row's summed answer loss in nats (fp32), times its weight, and its number of answer tokens.
 
     The LM head and the log-softmax see only tokens that the loss counts, not a rectangle as wide as the longest answer.
     """
@@ -263,12 +269,12 @@ def answer_losses(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "B"], F
     with head.register_forward_pre_hook(pack) if isinstance(head, nn.Module) else nullcontext():
         logits = answer_logits(model, batch)
     if not packed:
-        return answer_loss(logits, batch.labels)
+        sums, counts = answer_loss(logits, batch.labels)
+        return batch.weighed(sums), counts
     losses = nn.functional.cross_entropy(at_least_fp32(logits[0]), batch.labels[wanted], reduction="none")
-    counts = wanted.sum(1)
     # The tokens are in the rows' order, so a row's loss is the sum of a stretch: the same on every device and run.
-    sums = torch.stack([stretch.sum() for stretch in losses.split(counts.tolist())])  # type: ignore[no-untyped-call]
-    return sums, counts.to(losses.dtype)
+    sums = torch.stack([stretch.sum() for stretch in losses.split(wanted.sum(1).tolist())])  # type: ignore[no-untyped-call]
+    return batch.weighed(sums), wanted.sum(1).to(losses.dtype)
 
 
 @contextmanager

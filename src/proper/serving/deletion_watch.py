@@ -1,12 +1,14 @@
 """Background thread of a server that polls the store for deletions, twice a second.
 
 When another process has deleted a user, the engine drops the user's adapter and KV cache. An unfinished deletion is
-continued as soon as the process that blocks it has ended.
+continued as soon as the process that blocks it has ended. A deletion on another machine, which has a copy of the run
+folder, does not reach the cache of object storage here: within a minute, what the bucket no longer has is wiped.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +20,9 @@ from proper.serving.engines import AnsweringEngine
 
 PERIOD = 0.5
 """Seconds between two polls."""
+
+SWEEP_SECONDS = 60.0
+"""Seconds between two sweeps of the cache, if anything has changed."""
 
 
 class DeletionWatch:
@@ -47,13 +52,17 @@ class DeletionWatch:
     def _look(self) -> None:
         # A separate store: its connection sees commits of all other connections, those of this process included.
         with closing(AdapterStore(self.users)) as store:
-            seen, looked = "", False
+            seen, looked, stale, sweep_at = "", False, True, 0.0
             while not self._stopping.is_set():
                 try:
                     changes = store.manifest.changes()
                     if changes != seen:
                         self.engine.recheck()
+                        stale = True
                     seen = changes
+                    if stale and time.monotonic() >= sweep_at:
+                        store.shards.sweep()
+                        stale, sweep_at = False, time.monotonic() + SWEEP_SECONDS
                     finish_deletions(self.users)
                     if not looked:
                         delete_returned(self.users)

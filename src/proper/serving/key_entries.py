@@ -65,6 +65,9 @@ class KeyEntries(Protocol):
     def clear(self) -> None:
         """Forget that there have been keys."""
 
+    def close(self) -> None:
+        """Release what reading needs."""
+
 
 class KeyFile:
     """The file at `path`, which need not exist, and `keys.required` beside it."""
@@ -83,6 +86,9 @@ class KeyFile:
         """Write `keys.required` if there is a key file without it, made by an earlier version."""
         if self.path.exists() and not self._marker.exists() and os.access(self.path.parent, os.W_OK):
             self._mark()
+
+    def close(self) -> None:
+        """Do nothing: the file is not kept open."""
 
     def clear(self) -> None:
         """Remove both files."""
@@ -159,6 +165,10 @@ class KeyRows:
 
     def remember(self) -> None:
         """Do nothing: every version that has the table writes the mark."""
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._database.close()
 
     def clear(self) -> None:
         """Remove the mark (inside `changing`)."""

@@ -47,13 +47,17 @@ ANONYMOUS = Principal("", "", SCOPES)
 
 
 class Keys:
-    """The keys of a run, in the file at `path`, which need not exist, or in PostgreSQL."""
+    """The keys of a run, in the file at `path`, which need not exist, or in PostgreSQL; close after use."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._held = path, entries_of(path)
 
     def __len__(self) -> int:
         return len(self._held.read())
+
+    def close(self) -> None:
+        """Close the connections to PostgreSQL, if the keys are there."""
+        self._held.close()
 
     @property
     def required(self) -> bool:
