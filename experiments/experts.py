@@ -81,6 +81,7 @@ def generated(folder: Path, planted: int, seed: int, given: argparse.Namespace, 
     raw["split"]["target_users"] = given.users
     raw["population"]["max_tokens"] = 3000
     raw["groups"] |= {"epochs": given.epochs, "batch_size": 64, "experts": MOST, "user_encoder": False}
+    raw["groups"] |= {"learning_rate": given.rates[0], "embedding_learning_rate": given.rates[1]}
     return make_config({**raw, "backbone": backbone, "compute": {"dtype": "fp32", "device": "cpu"}})
 
 
@@ -120,8 +121,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--planted", type=int, nargs="+", default=[2, 3, 5, 8, 12])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--users", type=int, default=60)
-    parser.add_argument("--epochs", type=float, default=15)
+    parser.add_argument("--users", type=int, default=48)
+    parser.add_argument("--epochs", type=float, default=12)
+    parser.add_argument("--rates", type=float, nargs=2, default=[1e-2, 0.2], help="of the experts, of the embeddings")
     parser.add_argument("--own-traits", type=float, default=0.0)
     parser.add_argument("--backbone")
     given = parser.parse_args()
@@ -129,7 +131,8 @@ def main() -> int:
     work = make(given.out.with_suffix(".work"))
     backbone = given.backbone or small_llama(work / "backbone")
     model = given.backbone or "random Llama, 2 layers"
-    setting = {"users": given.users, "own_traits": given.own_traits, "epochs": given.epochs, "backbone": model}
+    setting = {"users": given.users, "own_traits": given.own_traits, "epochs": given.epochs}
+    setting |= {"rates": given.rates, "backbone": model}
     told: dict[str, Any] = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {"runs": []}
     if told.setdefault("setting", setting) != setting:
         parser.error(f"{given.out}: was measured with {told['setting']}; choose another file")
