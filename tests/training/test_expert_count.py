@@ -48,6 +48,15 @@ def test_without_clusters_or_users_it_is_the_default() -> None:
     assert count_experts(torch.randn(5, 4), most=16, default=7).experts == 7
 
 
+def test_of_numbers_that_are_as_good_it_is_the_smallest() -> None:
+    """One of the three clusters has two halves: four clusters are barely better than three."""
+    points = clusters(3, 0.3, users=90)
+    points[::6, 20] += 1.3
+    points[3::6, 20] -= 1.3
+    found = count_experts(points, most=8, default=5)
+    assert found.silhouettes[4] > found.silhouettes[3] and found.experts == 3
+
+
 def test_no_more_than_the_most_are_found() -> None:
     assert max(count_experts(clusters(12, 0.3), most=6, default=5).silhouettes) == 6
 
