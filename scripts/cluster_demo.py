@@ -44,8 +44,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 # Neither dropout nor the constraint, which the processes of the shared stages draw for themselves.
 SETTINGS = {
     "compute": {"dtype": "fp32", "device": "cpu", "max_length": 128, "checkpoint_seconds": 1},
-    "population": {"epochs": 1, "dropout": 0},
-    "groups": {"epochs": 1, "dropout": 0, "constraint": {"kind": "none"}},
+    "population": {"epochs": 1, "max_tokens": 4096, "dropout": 0},
+    "groups": {"epochs": 1, "max_tokens": 4096, "dropout": 0, "constraint": {"kind": "none"}},
     "users": {"steps": 4, "slots": 1, "storage": "fp32", "tiers": {"select": False}},
 }
 LENGTH = 16
@@ -118,9 +118,10 @@ def stores() -> Iterator[list[str]]:
 
 def trained(folder: Path, users: int, options: Sequence[str]) -> dict[str, Any]:
     """Train all stages on two workers, one of which is killed; the users again on one; and compare the adapters."""
-    rows = write_demo(folder / "rows", DemoSettings(users=users, items=(14, 18)))
+    rows = write_demo(folder / "rows", DemoSettings(users=users, items=(10, 12)))
     config, two, one = folder / "demo.yaml", folder / "two", folder / "one"
     raw = {**demo_run(rows.resolve(), DemoSettings(users=users)), **SETTINGS}
+    raw["split"]["min_history"] = 6
     config.write_text(yaml.safe_dump(raw), "utf-8")
     shared, cluster = ("--stages", "population,groups"), ("--cluster", "local:2")
     training = proper("run", str(config), "--out", str(two), "--stages", "population,groups,users", *cluster, *options)
@@ -303,7 +304,7 @@ def ancestors(pid: int) -> list[int]:
     return found
 
 
-def until(found: Callable[[], object], seconds: float = 900) -> None:
+def until(found: Callable[[], object], seconds: float = 3600) -> None:
     """Wait until `found()` is true; end the demo if that takes too long."""
     deadline = time.monotonic() + seconds
     while not found():
