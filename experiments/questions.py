@@ -90,7 +90,7 @@ def _main(name: str, task: str) -> Iterator[Source]:
     if name == "huffpost-label":
         yield Source("huffpost-label, layers", "findings/layers-huffpost-label.json", LAST_LAYERS)
         longer = (("population", "global-majority"), *STEPS, ("users", "head+prior"), ("users+prior", "head+prior"))
-        yield Source("huffpost-label, three times the tokens", "findings/longer-huffpost-label.json", longer)
+        yield Source("huffpost-label, twice the tokens", "findings/longer-huffpost-label.json", longer)
     if name != "git-area":
         more = (*CONTROLS, *(("users", row) for row in ("rag", "oppu", "end-to-end")), ("users+rag", "users"))
         prior = (("users+prior", "users"), ("users+prior", "prior")) if task == LABELS else ()

@@ -3,7 +3,8 @@
     python recipes/lifecycle.py rows DIR COUNT    write the interactions of new users: arrive/ID.jsonl, later/ID.jsonl
     python recipes/lifecycle.py live RUN DIR      enrol all of arrive/, generate for each, log later/ as feedback
     python recipes/lifecycle.py drifted DIR       print whom DIR/drift.jsonl says to have drifted; fails if no user has
-    python recipes/lifecycle.py promoted DIR      print whose update in DIR/updated.tsv became a new version, one a line
+    python recipes/lifecycle.py updated RUN DIR   print what came of each update, and why; write who got a
+                                                  new version to DIR/promoted.txt; fails if none did
 
 A quarter of the users each stay as they are, change abruptly, change slowly, and change and go back; `later/` has the
 interactions after the change (`proper.data.demo.changes`).
@@ -16,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import proper
 from proper.data.demo.banks import load_bank
 from proper.data.demo.changes import later_items
 from proper.data.demo.users import DemoSettings
+from proper.interactions.log import InteractionLog
 
 RUN_PEOPLE = 24
 """Users of the demo run; the new ones come after them in the same simulated world."""
@@ -86,16 +89,21 @@ def drifted(folder: Path) -> None:
         sys.exit("no user has drifted, though three of four new users change")
 
 
-def promoted(folder: Path) -> None:
-    """Print the users whose version is newer than it was when their drift was measured."""
-    before = {row["user"]: row["version"] for row in read_rows(folder / "drift.jsonl") if "user" in row}
-    for line in (folder / "updated.tsv").read_text(encoding="utf-8").splitlines():
-        user, _, version = line.split("\t")
-        if int(version) > before[user]:
-            print(user)
+def updated(run: Path, folder: Path) -> None:
+    """Print what came of every update and why, and write the users with a new version; fail if there is none."""
+    tried = [line.split("\t")[0] for line in (folder / "updated.tsv").read_text(encoding="utf-8").splitlines()]
+    with closing(InteractionLog(run / "users")) as log:
+        latest = {user: log.updates.of("", user)[0] for user in tried}
+    promoted = [user for user, attempt in latest.items() if attempt.version is not None]
+    for user, attempt in latest.items():
+        print(f"{user}: {'' if attempt.version is None else f'version {attempt.version}: '}{attempt.reason}")
+    print(f"{len(tried)} updates tried: {len(promoted)} promoted, {len(tried) - len(promoted)} not promoted")
+    if not promoted:
+        sys.exit("no update was promoted, though the users have changed")
+    (folder / "promoted.txt").write_text("\n".join(promoted) + "\n", encoding="utf-8")
 
 
-TASKS: dict[str, Callable[..., None]] = {"rows": write_rows, "live": live, "drifted": drifted, "promoted": promoted}
+TASKS: dict[str, Callable[..., None]] = {"rows": write_rows, "live": live, "drifted": drifted, "updated": updated}
 
 if __name__ == "__main__":
     task, *arguments = sys.argv[1:]

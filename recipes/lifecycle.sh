@@ -14,7 +14,7 @@ DELETED=${DELETED:-5}
 BUDGET=${BUDGET:-15}
 here=$(dirname "$0")
 begun=$(date +%s)
-step() { echo; echo "== $*"; }
+step() { echo; echo "== $* (after $(($(date +%s) - begun)) s)"; }
 
 [ ! -e "$OUT" ] || { echo "$OUT: is there already"; exit 1; }
 mkdir -p "$OUT"
@@ -31,13 +31,12 @@ proper users drift "$run" --json > "$OUT/drift.jsonl"
 python "$here/lifecycle.py" drifted "$OUT"
 
 step "the $BUDGET who have drifted most are updated"
-proper users update "$run" --drifted --budget "$BUDGET" | tee "$OUT/updated.tsv"
-promoted=$(python "$here/lifecycle.py" promoted "$OUT")
-echo "$(printf '%s' "$promoted" | grep -c . || true) have a new version"
+proper users update "$run" --drifted --budget "$BUDGET" 2> "$OUT/update.log" > "$OUT/updated.tsv" || { cat "$OUT/update.log"; exit 1; }
+python "$here/lifecycle.py" updated "$run" "$OUT"
 
 step "one is rolled back"
-one=$(printf '%s\n' "$promoted" | head -n 1)
-[ -n "$one" ] || { echo "no update was promoted"; exit 1; }
+one=$(head -n 1 "$OUT/promoted.txt")
+echo "$one goes back to the version before the update:"
 proper users rollback "$run" --user "$one"
 
 step "one is archived"

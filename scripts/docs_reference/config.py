@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -47,23 +47,30 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[st
 
 
 def _sections(path: str, model: type[BaseModel]) -> Iterator[str]:
+    yield _section(path, model, [name for name, f in model.model_fields.items() if _model_of(f.annotation) is None])
+    for name, field in model.model_fields.items():
+        inner, named = _model_of(field.annotation), _model_of_values(field.annotation)
+        if inner is not None:
+            yield from _sections(f"{path}.{name}" if path else name, inner)
+        if named is not None:
+            # Its own sections are those of the config, which have tables already.
+            yield _section(f"{name}.NAME", named, list(named.model_fields))
+
+
+def _section(path: str, model: type[BaseModel], names: Iterable[str]) -> str:
     text, meanings = attributes(inspect.getdoc(model) or "")[0], _meanings(model)
+    fields = {name: model.model_fields[name] for name in names}
     rows = [
         (
             code(name),
-            _type(field.annotation, field.metadata),
-            code(_default(field)),
+            _type(field.annotation, field.metadata) if _model_of(field.annotation) is None else f"section `{name}`",
+            code(_default(field)) if _model_of(field.annotation) is None else "",
             escape(field.description or meanings.get(name, "")),
         )
-        for name, field in model.model_fields.items()
-        if _model_of(field.annotation) is None
+        for name, field in fields.items()
     ]
     title = f"## {code(path)}" if path else "## Top level"
-    yield f"{title}\n\n{docstring(text)}\n{table(('key', 'type', 'default', 'meaning'), rows)}"
-    for name, field in model.model_fields.items():
-        inner = _model_of(field.annotation)
-        if inner is not None:
-            yield from _sections(f"{path}.{name}" if path else name, inner)
+    return f"{title}\n\n{docstring(text)}\n{table(('key', 'type', 'default', 'meaning'), rows)}"
 
 
 def _meanings(model: type[BaseModel]) -> dict[str, str]:
@@ -77,6 +84,11 @@ def _meanings(model: type[BaseModel]) -> dict[str, str]:
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _model_of_values(annotation: Any) -> type[BaseModel] | None:
+    """Return the model of a mapping's values, if they have one."""
+    return _model_of(get_args(annotation)[1]) if get_origin(annotation) is dict else None
 
 
 def _type(annotation: Any, metadata: Any = ()) -> str:
@@ -98,7 +110,8 @@ def _plain(annotation: Any) -> str:
     if origin in (list, tuple):
         return f"list of {_plain(get_args(annotation)[0])}"
     if origin is dict:
-        return f"mapping to {_plain(get_args(annotation)[1])}"
+        values = get_args(annotation)[1]
+        return "mapping of names to sections" if _model_of(values) else f"mapping to {_plain(values)}"
     names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 

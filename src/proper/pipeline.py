@@ -33,6 +33,7 @@ from proper.methods.evaluate import evaluating
 from proper.methods.table import known_methods, table_methods
 from proper.methods.time_budget import plan, time_lines
 from proper.models.backbone import configured_backbone
+from proper.models.checkpoints import settled
 from proper.models.targets import find_targets
 from proper.models.tokenizer import configured_encoder
 from proper.reports.compare import write_comparison
@@ -139,7 +140,7 @@ def evaluate(folder: str | Path, methods: Sequence[str] | None = None) -> dict[s
 
 
 def _evaluate(folder: Path, methods: Sequence[str] | None) -> dict[str, Any]:
-    config = run_config(folder)
+    config = settled(run_config(folder), RunFolder(folder).experts)
     chosen = table_methods(config.evaluation.methods if methods is None else methods, config)
     folders = {seed: seed_folder(folder, config, seed) for seed in config.evaluation.seeds}
     with (

@@ -89,7 +89,10 @@ STORES = (
 )
 """Data of users of all tenants: the adapter store, the interaction log, and checkpoints of fits."""
 
-UNFINISHED = ("population/stage.checkpoint", "groups/stage.checkpoint", "users/work")
+UNFINISHED = (
+    *("population/stage.checkpoint", "groups/stage.checkpoint", "groups/experts.checkpoint"),
+    "users/work",
+)
 """Checkpoints of a stage in training: they contain its users' data, which cannot be removed before the stage ends."""
 
 SHARED = (
@@ -103,7 +106,7 @@ SHARED = (
     *("run.lock", "writers.lock"),
     "preflight.json",
     "population/*",
-    *("groups/*.safetensors", "groups/stage.json"),
+    *("groups/*.safetensors", "groups/stage.json", "groups/experts.json"),
     "users/stage.json",
     *("users/router.safetensors", "users/bases.safetensors", "users/start.safetensors"),
     "tombstones/*",
@@ -169,6 +172,8 @@ class RunFolder:
     demo_rows, demo_truth = _Path("data", "interactions.jsonl"), _Path("data", "truth.json")
     population = _Path("population")
     experts = _Path("groups", "groups.safetensors")  # experts, routers and the mean user embedding of stage 2
+    expert_count = _Path("groups", "experts.json")  # how many experts `groups.experts: auto` found, and why
+    expert_count_checkpoint = _Path("groups", "experts.checkpoint")  # to resume the training that finds it
     poly = _Path("groups", "poly.safetensors")  # the same for the method `poly`
     refreshed, previous = _Path("groups", "refreshed.safetensors"), _Path("groups", "previous.safetensors")
     encoder = _Path("groups", "encoder.safetensors")  # from a new user's items to an embedding

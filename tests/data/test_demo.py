@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,14 @@ def test_groups_are_rows_of_a_latin_square(groups: int, extra: int, own: float, 
     assert all(len(set(choices)) == groups for choices in list(zip(*rows, strict=True))[1:])
 
 
+def test_further_groups_agree_on_at_most_one_shared_topic() -> None:
+    world = make_world(DemoSettings(users=40, groups=20), closings=1)
+    rows = {user.group: [user.habit[topic] for topic in world.shared] for user in world.users}
+    assert len(rows) == 20
+    for one, other in combinations(rows.values(), 2):
+        assert sum(a == b for a, b in zip(one, other, strict=True)) <= 1
+
+
 def test_personal_choices_say_nothing_about_the_group() -> None:
     world = make_world(DemoSettings(users=600), closings=10)
     for topic in world.personal:
@@ -266,7 +274,7 @@ def test_the_config_is_one_that_a_run_accepts(task: Any, tmp_path: Path) -> None
     ("changes", "name"),
     [
         ({"task": "poetry"}, "task"),
-        ({"groups": 6}, "groups"),
+        ({"groups": 21}, "groups"),
         ({"groups": 0}, "groups"),
         ({"users": 4}, "users"),
         ({"items": (9, 8)}, "items"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from proper.adapters.store import AdapterStore
 from proper.errors import InputError
@@ -33,18 +34,25 @@ def encoded(run: Path, opened: Open) -> Path:
     return run
 
 
-def test_many_are_enrolled_as_each_alone(encoded: Path, opened: Open, tmp_path: Path) -> None:
+@pytest.mark.parametrize("select", [True, False])
+def test_many_are_enrolled_as_each_alone(encoded: Path, opened: Open, tmp_path: Path, select: bool) -> None:
+    raw = yaml.safe_load((encoded / "config.yaml").read_text(encoding="utf-8"))
+    raw["users"] |= {"tiers": {**raw["users"]["tiers"], "select": select}, "storage": "fp32"}
+    (encoded / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     alone = shutil.copytree(encoded, tmp_path / "alone")
     new = {"new": rows(3, 9), "few": rows(8, 3), "one": rows(1, 1)}
     users, phases = opened(encoded).users, list[str]()
     before = record(encoded, "ann")
     users.enrol_many({user: users.entries(user, own) for user, own in new.items()}, heard=lambda p, _: phases.append(p))
-    assert list(dict.fromkeys(phases)) == ["place", "embeddings", "fit"]
+    assert list(dict.fromkeys(phases)) == ["place", "embeddings", "trial" if select else "final", "fit"]
     for user, own in new.items():
         opened(alone).users.enrol(user, own)
         mine, theirs = record(encoded, user), record(alone, user)
         assert mine.tier == theirs.tier and mine.facts["embedding"] == "fitted"
         assert mine.facts["embedding_passes"] == theirs.facts["embedding_passes"]
+        assert (mine.adapter is None) == (theirs.adapter is None) == select
+        for name, tensor in (mine.adapter or {}).items():
+            torch.testing.assert_close(tensor, (theirs.adapter or {})[name], rtol=0, atol=1e-3)
         assert mine.facts["embedding_start"] == "ridge" and [v.version for v in users.versions(user)] == [2, 1]
         torch.testing.assert_close(mine.embedding, theirs.embedding, rtol=0, atol=1e-3)
     assert torch.equal(record(encoded, "ann").embedding, before.embedding) and users.versions("ann")[0].version == 2

@@ -187,15 +187,19 @@ def everything(folder: Path, but: str) -> dict[str, tuple[Any, ...]]:
 def test_updates_leave_other_users_bytes_unchanged(run: Path, opened: Open, times: int) -> None:
     raw = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     raw["compute"]["checkpoint_seconds"] = 30.0  # a checkpoint after every step would take longer than the step
+    raw["users"] |= {"batch_size": 8, "update": {**raw["users"]["update"], "steps": 1}}  # gains are not tested here
     (run / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-    before, model = everything(run, "new"), opened(run)
+    before, model, promoted = everything(run, "new"), opened(run), 0
     assert len(before) == 6
     for at in range(times):
         came = lessons((OTHER, HABIT)[at % 2], 27 + 3 * at, 3) if at else lessons(OTHER, 15, 15)
         model.users.update("new", came)
+        promoted += model.users.log.updates.of("", "new")[0].version is not None
+    print(f"{promoted} of {times} updates promoted")
     assert everything(run, "new") == before
-    attempts = model.users.log.updates.of("", "new")
+    attempts, head = model.users.log.updates.of("", "new"), model.users.head("new")
     assert len(attempts) == min(times, 20) and len(model.users.versions("new")) == 2
+    assert head is not None and head.version == 1 + promoted and promoted > times / 10
 
 
 def test_an_update_starts_from_the_version_that_was_rolled_back_to(run: Path, opened: Open) -> None:

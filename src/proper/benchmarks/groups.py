@@ -107,7 +107,7 @@ def run(size: GroupsBenchSize, device: str) -> dict[str, Any]:
     sides = {
         "fused": _stage(size, config, users, batches, place, looped=False),
         "loop": _stage(size, config, users, batches, place, looped=True),
-        "plain": _plain(size, config.experts * config.rank, None, batches, place),
+        "plain": _plain(size, config.expert_count * config.rank, None, batches, place),
         "bare": _plain(size, 1, 1, batches, place),
     }
     logger.info(f"groups: {size.repeats} repeats of {size.steps} steps of {size.rows} rows, {len(sides)} sides")
@@ -122,7 +122,7 @@ def run(size: GroupsBenchSize, device: str) -> dict[str, Any]:
             "compile": False,
             "rows": size.rows,
             "tokens": sum(batch.tokens for batch in batches) // size.steps,
-            "experts": config.experts,
+            "experts": config.expert_count,
             "rank": config.rank,
             "repeats": size.repeats,
             "torch": torch.__version__,

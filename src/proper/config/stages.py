@@ -85,6 +85,10 @@ class PopulationConfig(OptimizerConfig):
     validation: Annotated[float, Field(gt=0, le=0.5)] = 0.05
 
 
+MOST_EXPERTS = 16
+"""Number of experts with which `groups.experts: auto` trains first, and the most that it finds."""
+
+
 class ConstraintConfig(Section):
     """Regularization term that keeps the expert mixtures of different users apart.
 
@@ -104,7 +108,8 @@ class GroupsConfig(OptimizerConfig):
     """Stage 2: LoRA experts shared by all users, mixed by a user-aware router.
 
     Attributes:
-        experts: number of LoRA experts.
+        experts: number of LoRA experts; `auto` trains the stage once with 16, and then with as many as the users form
+            clusters by their routers' scores.
         rank: rank of each expert.
         alpha: scale of an expert, times the rank.
         dropout: dropout rate on the experts' input.
@@ -124,7 +129,7 @@ class GroupsConfig(OptimizerConfig):
         max_tokens: budget of training tokens, sampled evenly over users; null means all.
     """
 
-    experts: Count = 5
+    experts: Count | Literal["auto"] = 5
     rank: Count = 4
     alpha: Positive = 8
     dropout: Fraction = 0.05
@@ -140,6 +145,17 @@ class GroupsConfig(OptimizerConfig):
     user_encoder: bool = True
     train_on: Literal["all", "targets"] = "all"
     max_tokens: Count | None = None
+
+    @property
+    def expert_count(self) -> int:
+        """The number of experts that are added to the model; with `auto`, that of the first training."""
+        return MOST_EXPERTS if self.experts == "auto" else self.experts
+
+    @model_validator(mode="after")
+    def _tasks_have_a_fixed_number_of_experts(self) -> GroupsConfig:
+        if self.task_experts == "separate" and self.experts == "auto":
+            raise ValueError("task_experts: separate deals experts out to tasks, and needs their number in `experts`")
+        return self
 
     @model_validator(mode="after")
     def _released_router_uses_every_expert(self) -> GroupsConfig:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -140,11 +140,27 @@ class Fitter:
         self, store: AdapterStore, user: str, items: Sequence[Any], embedding: Tensor, work: Path, pace: _Pace
     ) -> UserRecord:
         """Run stage 3 for one user into a temporary store, and return the record from there."""
+        with closing(AdapterStore(work / "final")) as scratch, own_bank(self.model):
+            stage = self.user_stage(store, user, items, embedding, work, scratch)
+            train_users(replace(stage, log=lambda facts: pace.step(str(facts["phase"]).removeprefix("users: "))))
+            record = scratch.get(user, coded=True)
+        assert record is not None
+        return record
+
+    def user_stage(
+        self,
+        store: AdapterStore,
+        user: str,
+        items: Sequence[TextExample],
+        embedding: Float[Tensor, "D"],
+        work: Path,
+        scratch: AdapterStore,
+    ) -> UserStage:
+        """Return stage 3 of one user; records go to `scratch`, files to the work folder, and `store` is only read."""
         config = self.model.config
-        scratch = AdapterStore(work / "final")
-        stage = UserStage(
+        return UserStage(
             model=self.model.model,
-            config=config.users.model_copy(update={"slots": 1}),
+            config=config.users,
             dataset=OneHistory(user, items),
             encoder=self.model.encoder,
             users=[user],
@@ -153,21 +169,13 @@ class Fitter:
             folder=work / "stage",
             seed=self.seed,
             checkpoint_seconds=config.compute.checkpoint_seconds,
-            log=lambda facts: pace.step(str(facts["phase"]).removeprefix("users: ")),
+            log=lambda facts: None,
             fixed_router=True,
             choice=self.choice,
             bar=no_bar,
             others=lambda near: nearest(store, user, near[0], config.users.tiers.neighbours),
             starts=self._starts(store),
         )
-        try:
-            with own_bank(self.model):
-                train_users(stage)
-            record = scratch.get(user, coded=True)
-        finally:
-            scratch.close()
-        assert record is not None
-        return record
 
     def _starts(self, store: AdapterStore) -> Starts:
         """Return where the adapters of new users start."""

@@ -1,26 +1,31 @@
-"""Enrols many users at once: their embeddings are placed in one pass over all items, and fitted in common batches.
+"""Enrols many users at once: embeddings are placed in one pass over all items, then all is fitted in common batches.
 
     place   log the interactions, place every embedding, store all records in one transaction
-    fit     fit the embeddings of `TOGETHER` users at a time into the files from which their fits go on
+    fit     fit the embeddings, then the adapters, of `TOGETHER` users at a time into files from which their fits go on
 
-Adapters follow user by user, from the fit queue (`worker`). Every user gets what they would get alone, up to rounding.
+The fits themselves follow user by user, from the fit queue (`worker`), and find that most is done. Every user gets what
+they would get alone, up to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 
 from proper.adapters.store import AdapterStore
+from proper.console import Bar
 from proper.enrolment.fit_embedding import FittedEmbedding, fit_embeddings
 from proper.enrolment.fit_files import load_embedding, same_history, save_embedding
-from proper.enrolment.fit_user import Fitter
+from proper.enrolment.fit_user import Fitter, own_bank
 from proper.enrolment.history import UserHistory, grown_history
 from proper.enrolment.place import embedding_jobs, placed_record
 from proper.interactions.log import InteractionLog, LogEntry
 from proper.interactions.personal_files import work_folder
+from proper.run_folder import Tier
+from proper.training.users import train_together
 
 TOGETHER = 256
-"""Users whose embeddings are fitted in one batch."""
+"""Users who are fitted in one batch."""
 
 Advance = Callable[[int], None]
 
@@ -61,10 +66,20 @@ def place_users(
         advance(len(some))
 
 
-def fit_many(fitter: Fitter, store: AdapterStore, log: InteractionLog, users: Sequence[str], advance: Advance) -> None:
-    """Fit the embeddings of new users; the users' fits, which are queued, go on from there.
+def fit_many(
+    fitter: Fitter, store: AdapterStore, log: InteractionLog, users: Sequence[str], advance: Advance, bar: Bar
+) -> None:
+    """Fit the embeddings and adapters of new users; the users' fits, which are queued, go on from there.
 
     A user whose loss is not finite is left out: the user's own fit fails and says so.
+
+    Args:
+        fitter: the loaded run.
+        store: the tenant's store.
+        log: has the users' interactions.
+        users: users who are in the fit queue.
+        advance: called with the number of users whose embeddings are fitted since its last call.
+        bar: shows the progress of the adapters, in two phases.
     """
     validation = fitter.model.config.users.tiers.validation
     for some, histories in _histories(fitter, store, log, users):
@@ -78,6 +93,23 @@ def fit_many(fitter: Fitter, store: AdapterStore, log: InteractionLog, users: Se
             if isinstance(each, FittedEmbedding):
                 save_embedding(folders[at], each)
         advance(len(some))
+        if fitter.model.stage == Tier.USERS:
+            _fit_adapters(fitter, store, some, histories, bar)
+
+
+def _fit_adapters(
+    fitter: Fitter, store: AdapterStore, users: Sequence[str], histories: Sequence[UserHistory], bar: Bar
+) -> None:
+    with ExitStack() as scratches, own_bank(fitter.model):
+        stages = []
+        for user, grown in zip(users, histories, strict=True):
+            folder = work_folder(store.folder, store.tenant, user)
+            found = load_embedding(folder)
+            if found is not None:
+                scratch = scratches.enter_context(closing(AdapterStore(folder / "final")))
+                own = fitter.items(grown), found.embedding
+                stages.append(fitter.user_stage(store, user, *own, folder, scratch))
+        train_together(stages, bar)
 
 
 def _histories(

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from proper.adapters.store import AdapterStore
+from proper.console import Advance, Bar
 from proper.enrolment.drift import Drift, drifts, usual_still
 from proper.enrolment.fit_user import Fitter
 from proper.enrolment.history import grown_history
@@ -117,7 +118,7 @@ class FitWorker:
         if not refine:
             return
         with self.log.queue.lock():
-            fit_many(fitter, store, self.log, users, _shares("embeddings", len(users), heard))
+            fit_many(fitter, store, self.log, users, _shares("embeddings", len(users), heard), _bar_of(heard))
         done = _shares("fit", len(users), heard)
         for user in users:
             while self.fit_next(store.tenant, user):
@@ -256,6 +257,19 @@ def _shares(phase: str, total: int, heard: Heard) -> Callable[[int], None]:
         heard(phase, done / max(1, total))
 
     return advance
+
+
+def _bar_of(heard: Heard) -> Bar:
+    """Return a progress display that tells `heard` the title, as the phase, and the share of it that is done."""
+
+    @contextmanager
+    def bar(title: str, total: int | None) -> Iterator[Advance]:
+        def advance(n: int = 1, note: str = "", share: float | None = None) -> None:
+            heard(title, 1.0 if share is None else share)
+
+        yield advance
+
+    return bar
 
 
 def _throttled(queue: FitQueue, claim: Claim, heard: Heard) -> Heard:

@@ -15,7 +15,7 @@ from proper.files import atomic_path, hash_file
 from proper.inference.model import PersonalizedModel, ServedUsers
 from proper.layers.bank import AdapterBank
 from proper.models.backbone import configured_backbone
-from proper.models.checkpoints import bases_digest, load_bases, load_groups, load_router
+from proper.models.checkpoints import bases_digest, load_bases, load_groups, load_router, settled
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.run_folder import LADDER, RunFolder, Stage, Tier, require_run
@@ -35,7 +35,7 @@ def load(folder: str | Path, stage: str | None = None) -> PersonalizedModel:
             belongs to another backbone or other groups.
     """
     run = require_run(Path(folder))
-    config = load_run_config(run.config)
+    config = settled(load_run_config(run.config), run.experts)
     if stage is not None and stage not in LADDER:
         raise InputError(f"there is no stage {stage!r}; stages are: {', '.join(LADDER)}")
     tier = last_stage(run) if stage is None else Tier(stage)

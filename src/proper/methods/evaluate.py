@@ -25,6 +25,7 @@ from proper.files import hash_value, read_json, write_json
 from proper.inference.loading import load
 from proper.methods.derived_runs import find_place, seconds_of
 from proper.methods.spec import Method, TrainedRun
+from proper.models.checkpoints import settled
 from proper.models.memory import give_back_memory
 from proper.run_folder import RunFolder, Stage, Tier
 
@@ -58,7 +59,8 @@ class MethodEvaluator:
         def answers(seed: int) -> MethodRun:
             if made and not method.stages:
                 return made[0]  # A method without training gives the same answers for every seed.
-            run = TrainedRun(self.config, self.dataset, self.folders[seed], seed)
+            config = settled(self.config, RunFolder(self.folders[seed]).experts)
+            run = TrainedRun(config, self.dataset, self.folders[seed], seed)
             places[seed] = find_place(method, run, next(iter(self.folders.values())), self.opened)
             made.append(answered(method, places[seed], RunFolder(self.folders[seed])))
             return made[-1]

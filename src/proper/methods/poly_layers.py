@@ -83,7 +83,7 @@ def add_poly(model: ProperModel, config: GroupsConfig, tasks: int, seed: int) ->
         if not isinstance(module, nn.Linear):
             kind = type(module).__name__
             raise ConfigError(f"evaluation.methods: 'poly' adapts torch.nn.Linear only; {name} is {kind}")
-    settings: dict[str, Any] = {"r": config.rank, "n_skills": config.experts, "n_tasks": tasks}
+    settings: dict[str, Any] = {"r": config.rank, "n_skills": config.expert_count, "n_tasks": tasks}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wanted = PolyConfig(task_type="CAUSAL_LM", target_modules=names, **settings)

@@ -142,8 +142,8 @@ def _controls(config: Config) -> list[Method]:
     # A single expert always has gate 1: stage 2 with one expert of rank E R is a plain LoRA trained on stage 2's rows.
     more = {
         "experts": 1,
-        "rank": groups.experts * groups.rank,
-        "alpha": groups.experts * groups.alpha,
+        "rank": groups.expert_count * groups.rank,
+        "alpha": groups.expert_count * groups.alpha,
         "router": "default",
         "constraint": {"kind": "none"},
     }

@@ -104,7 +104,7 @@ def workload(config: Config, counts: Counts, methods: Sequence[Method]) -> dict[
     """
     own = {
         Stage.POPULATION: _shared(config.population, counts.population),
-        Stage.GROUPS: _shared(config.groups, counts.groups),
+        Stage.GROUPS: _shared(config.groups, counts.groups).times(2 if config.groups.experts == "auto" else 1),
         Stage.USERS: users_work(config.users, counts.histories),
     }
     repeats = Counter(

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from proper.adapters.serialization import fault_of
-from proper.config import GroupsConfig, UsersConfig
+from proper.config import Config, GroupsConfig, UsersConfig
 from proper.errors import ProperError, StoreError
 from proper.files import atomic_path, hash_file
 from proper.models.personal import ProperModel
@@ -76,6 +76,30 @@ def load_groups(model: ProperModel, config: GroupsConfig, path: Path, tasks: int
         )
     _copy(model.group_parameters(), tensors, path)
     return tensors["mean_embedding"]
+
+
+def settled(config: Config, path: Path) -> Config:
+    """Return a config with the number of experts that stage 2 saved in `path`, in place of `groups.experts: auto`.
+
+    Without the file, the config is returned as it is.
+
+    Raises:
+        ProperError: the file is damaged.
+    """
+    if config.groups.experts != "auto" or not path.exists():
+        return config
+    try:
+        with safe_open(path, framework="pt") as file:
+            routers = [name for name in file.keys() if name.endswith(".token")]  # noqa: SIM118
+            number = file.get_slice(routers[0]).get_shape()[0]
+    except (SafetensorError, OSError, IndexError) as error:
+        raise ProperError(f"{path}: damaged or unreadable: {error}") from error
+    return with_experts(config, number)
+
+
+def with_experts(config: Config, number: int) -> Config:
+    """Return a config with this number of experts."""
+    return config.model_copy(update={"groups": config.groups.model_copy(update={"experts": number})})
 
 
 def load_router(model: ProperModel, config: UsersConfig, path: Path) -> None:

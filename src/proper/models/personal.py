@@ -76,14 +76,20 @@ class ProperModel:
                 layer.experts = Experts(
                     inputs,
                     outputs,
-                    experts=config.experts,
+                    experts=config.expert_count,
                     rank=config.rank,
                     alpha=config.alpha,
                     dropout=config.dropout,
                 )
                 width = inputs if per_module else config.user_embedding
                 layer.router = UserAwareRouter(
-                    inputs, width, config.experts, form=config.router, offset=offset, tasks=tasks, separate=separate
+                    inputs,
+                    width,
+                    config.expert_count,
+                    form=config.router,
+                    offset=offset,
+                    tasks=tasks,
+                    separate=separate,
                 )
                 offset += width if per_module else 0
                 layer.experts.to(self.device)

@@ -77,7 +77,7 @@ class Answers:
     def card(self) -> RunCard:
         """Return the description of the run that is served."""
         model = self.runner.engine.model
-        experts = model.config.groups.experts if model.stage in (Tier.GROUPS, Tier.USERS) else 0
+        experts = model.config.groups.expert_count if model.stage in (Tier.GROUPS, Tier.USERS) else 0
         template = model.template
         return RunCard(
             stage=model.stage,

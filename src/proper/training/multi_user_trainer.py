@@ -45,10 +45,6 @@ Observe = Callable[[int, Sequence[Work]], None]
 """Function that is called with the number of steps done and the rows of each training micro-batch."""
 
 
-def _ignore(steps: int, work: Sequence[Work]) -> None:
-    """Do nothing with a micro-batch; the default of `MultiUserTrainer`."""
-
-
 class MultiUserTrainer:
     """Trains the users in the S slots of a bank.
 
@@ -70,7 +66,7 @@ class MultiUserTrainer:
         seed: int,
         slots: int,
         pad: int,
-        observe: Observe = _ignore,
+        observe: Observe = lambda steps, work: None,
     ) -> None:
         self.model, self.config, self.rate, self.seed, self.pad = model, config, rate, seed, pad
         self._observe, self.each = observe, config.batch_size
@@ -85,9 +81,12 @@ class MultiUserTrainer:
         self.started = self.steps = 0
         model.use_bank(self.bank, dropout=config.dropout)
 
-    def run(self, jobs: Jobs, done: Done, checkpoint: Checkpoint, log: Log, title: str, bar: Bar = progress) -> None:
-        """Fit all jobs, resuming from the checkpoint; `done` gets several results at a time, `bar` shows progress."""
-        self._resume(jobs, checkpoint)
+    def run(
+        self, jobs: Jobs, done: Done, checkpoint: Checkpoint | None, log: Log, title: str, bar: Bar = progress
+    ) -> None:
+        """Fit all jobs, resuming from the checkpoint, if any; `done` gets several results at a time."""
+        if checkpoint is not None:
+            self._resume(jobs, checkpoint)
         self._hand_over(done, again=True)
         started, limit, shown = time.perf_counter(), pending_rows(self.bank), 0
         with bar(title, len(jobs)) as advance:
@@ -100,13 +99,11 @@ class MultiUserTrainer:
                 shown = self._finished()
                 step = {"phase": title, "step": self.steps, "seconds": round(time.perf_counter() - started, 3)}
                 log({"stage": "users", "seed": self.seed, **step, **metrics})
-                if checkpoint.due() or len(self.results) >= limit:
-                    checkpoint.save(self._tensors(), self._metadata())
-                    self._hand_over(done)
+                if (checkpoint is not None and checkpoint.due()) or len(self.results) >= limit:
+                    self._hand_over(done, checkpoint)
             advance(self._finished() - shown)
             if self.results:
-                checkpoint.save(self._tensors(), self._metadata())
-                self._hand_over(done)
+                self._hand_over(done, checkpoint)
 
     def _finished(self) -> int:
         return self.started - sum(entry is not None for entry in self.slots)
@@ -117,10 +114,12 @@ class MultiUserTrainer:
         begun = sum(state.step / (job.steps_per_pass(self.each) * job.epochs) for job, state in seats)
         return (self._finished() + begun) / jobs
 
-    def _hand_over(self, done: Done, again: bool = False) -> None:
+    def _hand_over(self, done: Done, checkpoint: Checkpoint | None = None, again: bool = False) -> None:
+        if checkpoint is not None:
+            checkpoint.save(self._tensors(), self._metadata())
         if self.results:
             done(self.results, again)
-        self.results = []
+            self.results = []
 
     def _fill_slots(self, jobs: Jobs) -> bool:
         """Assign free slots to the next jobs; return whether any slot is occupied."""

@@ -29,7 +29,7 @@ from proper.data.task_weights import with_task_weights
 from proper.errors import DataError, RunFolderError
 from proper.files import hash_file, write_json
 from proper.models.backbone import Backbone, configured_backbone, pick_device
-from proper.models.checkpoints import bases_digest, load_groups, save_tensors
+from proper.models.checkpoints import bases_digest, load_groups, save_tensors, settled
 from proper.models.memory import give_back_memory
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
@@ -38,11 +38,12 @@ from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.bases import train_bases
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.early_stopping import hold_out
+from proper.training.expert_count import find_experts, user_scores
 from proper.training.groups import first_embeddings, train_groups
 from proper.training.optim import resolve_rate
 from proper.training.population import train_population
 from proper.training.starts import train_start
-from proper.training.trainer import Log, TrainingPlan
+from proper.training.trainer import Log, TrainingPlan, no_log
 from proper.training.user_encoder import train_encoder
 from proper.training.user_stage import FitAdapters, UserStage
 from proper.training.users import train_users
@@ -115,8 +116,9 @@ class StageRunner:
         log: Log,
         personal: Callable[[Encoder], RowEncoder] | None = None,
     ) -> None:
-        self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
         self.run_folder = RunFolder(folder)
+        self.config = settled(config, self.run_folder.experts)
+        self.dataset, self.folder, self.seed, self.log = dataset, folder, seed, log
         self.accelerator = join_processes(config)
         self.backbone = configured_backbone(config, self.accelerator.device)
         self.encoder = self.backbone.encoder()
@@ -182,19 +184,35 @@ class StageRunner:
                 "delete it too, and run again to train both"
             )
         config = self.config.groups
-        model.add_experts(config, seed_of(self.seed, "experts"), len(self.config.tasks))
         sample = stage_sample(self.dataset, "groups", config.train_on, config.max_tokens, self.seed)
         role: Role | None = "target" if config.train_on == "targets" else None
         users = [user.id for user in self.dataset.users(role) if user.history > 0]
 
+        facts: dict[str, Any] = {"rows": sample.size, "tokens": sample.tokens, "users": len(users)}
+
         def work() -> None:
-            plan = self._plan("groups", sample)
-            embeddings = train_groups(model, config, users, plan, self.accelerator)
+            self._settle_experts(model, users, sample)
+            facts["experts"] = self.config.groups.experts
+            embeddings = self._train_groups(model, users, self._plan("groups", sample))
             if self.accelerator.is_main_process:
                 self._save_groups(model, users, embeddings)
                 self._save_encoder(model, users, embeddings, sample)
 
-        self._record(Stage.GROUPS, work, {"rows": sample.size, "tokens": sample.tokens, "users": len(users)})
+        self._record(Stage.GROUPS, work, facts)
+
+    def _settle_experts(self, model: ProperModel, users: Sequence[str], sample: SampledRows) -> None:
+        """Replace `groups.experts: auto` by the number that a first training finds."""
+        if self.config.groups.experts != "auto":
+            return
+        checkpoint = Checkpoint(self.run_folder.expert_count_checkpoint, self.config.compute.checkpoint_seconds)
+        plan = replace(self._plan("groups", sample), checkpoint=checkpoint, log=no_log)
+        train = lambda: user_scores(model, self._train_groups(model, users, plan))  # noqa: E731
+        self.config = find_experts(self.config, self.run_folder.expert_count, train, self.accelerator)
+        checkpoint.remove()
+
+    def _train_groups(self, model: ProperModel, users: Sequence[str], plan: TrainingPlan) -> Tensor:
+        model.add_experts(self.config.groups, seed_of(self.seed, "experts"), len(self.config.tasks))
+        return train_groups(model, self.config.groups, users, plan, self.accelerator)
 
     def _save_groups(self, model: ProperModel, users: Sequence[str], embeddings: Tensor) -> None:
         tensors = {**model.group_parameters(), "mean_embedding": embeddings.mean(0)}

@@ -92,10 +92,11 @@ class UserStage:
     @property
     def slots(self) -> int:
         """Number of users trained at once."""
-        return min(self._slots, max(1, len(self.users)))
+        return min(self.most_slots, max(1, len(self.users)))
 
     @cached_property
-    def _slots(self) -> int:
+    def most_slots(self) -> int:
+        """Number of users who can be trained at once: the setting, or what the device's memory allows."""
         if self.config.slots != "auto":
             return self.config.slots
         parts = footprint(self.model, self.config, self.encoder.max_length)
@@ -144,32 +145,34 @@ def fit_adapters(
     slots = stage.slots if saved is None else len(saved["seats"])
     trainer = MultiUserTrainer(stage.model, stage.config, stage.rate("users"), stage.seed, slots, stage.pad)
 
-    def record(result: FitResult) -> UserRecord:
-        user, state = result.user, result.state
-        if result.row is None:
-            return refused(stage.embeddings, user, result.embedding, result.reason, metadata(user))
-        tensors = trainer.bank.layout.unpack(result.row)
-        for name in tensors:
-            if name.endswith((".B", ".C")) and scale != 1:
-                tensors[name].mul_(scale)
-        fault = fault_of(tensors)
-        if fault is not None:
-            reason = f"quarantined: {fault}"
-            warn(user, reason)
-            return refused(stage.embeddings, user, result.embedding, reason, metadata(user))
-        adapter = encode(tensors, stage.config.storage)
-        facts = {**metadata(user), "items": result.items, "passes": state.best, "loss": state.trained}
-        if jobs.trial:
-            facts |= {"held_losses": state.losses, "before": state.before, "grid": state.grid, "spreads": state.spreads}
-        return UserRecord(user, Tier.USERS, result.embedding, adapter, facts)
-
     def done(results: Sequence[FitResult], again: bool) -> None:
-        records = (record(result) for result in results)
+        records = (record_of(stage, result, jobs.trial, metadata, scale) for result in results)
         store.put(new for new in records if not (again and is_stored(store, new)))
 
     trainer.run(jobs, done, checkpoint, stage.log, f"users: {phase}", stage.bar)
     write_json(marker, {"users": len(jobs)})
     checkpoint.remove()
+
+
+def record_of(stage: UserStage, result: FitResult, trial: bool, metadata: Metadata, scale: float) -> UserRecord:
+    """Return the record of a result of stage 3a: the adapter times `scale`, or that of a user in quarantine."""
+    user, state = result.user, result.state
+    if result.row is None:
+        return refused(stage.embeddings, user, result.embedding, result.reason, metadata(user))
+    tensors = stage.model.user_layout(stage.config).unpack(result.row)
+    for name in tensors:
+        if name.endswith((".B", ".C")) and scale != 1:
+            tensors[name].mul_(scale)
+    fault = fault_of(tensors)
+    if fault is not None:
+        reason = f"quarantined: {fault}"
+        warn(user, reason)
+        return refused(stage.embeddings, user, result.embedding, reason, metadata(user))
+    adapter = encode(tensors, stage.config.storage)
+    facts = {**metadata(user), "items": result.items, "passes": state.best, "loss": state.trained}
+    if trial:
+        facts |= {"held_losses": state.losses, "before": state.before, "grid": state.grid, "spreads": state.spreads}
+    return UserRecord(user, Tier.USERS, result.embedding, adapter, facts)
 
 
 def fit_marker(folder: Path, phase: str) -> Path:

@@ -9,17 +9,32 @@ who gain from an adapter (`trials`)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from proper.adapters.store import UserRecord
+from proper.adapters.store import AdapterStore, UserRecord
+from proper.console import Bar
 from proper.files import private_folder, write_json
 from proper.run_folder import Tier
+from proper.training.jobs import FitResult, HistoryJobs, Job
+from proper.training.multi_user_trainer import MultiUserTrainer
 from proper.training.pooled_choice import EVERYTHING, Choice
 from proper.training.tier_selection import storable
 from proper.training.trials import select
-from proper.training.user_stage import Metadata, UserStage, fit_adapters, fit_router, fitted, no_metadata
+from proper.training.user_stage import (
+    Metadata,
+    UserStage,
+    fit_adapters,
+    fit_marker,
+    fit_router,
+    fitted,
+    no_metadata,
+    record_of,
+)
 
 RECORDS = 1000
 """Number of records per put for users who were not trained."""
@@ -47,6 +62,78 @@ def train_users(stage: UserStage) -> TrainedUsers:
     phase = "trial" if stage.config.router_on_held_out else "final"
     fit_router(stage, stage.jobs(fitted(stage, chosen, stage.store), trial=False), stage.store, phase)
     return TrainedUsers(stage.model.router_parameters(), choice)
+
+
+def train_together(stages: Sequence[UserStage], bar: Bar) -> None:
+    """Run stage 3 of many users, each a stage of their own, with the steps of all adapters in common batches.
+
+    Every user is tried, decided on and fitted as by `train_users`, which finds the results and has nothing left to do.
+    The stages differ in their users and folders only, and W_r is fixed. Nothing is kept of a batch that is killed.
+    """
+    left = list(stages)
+    while left:
+        waiting: list[_Waiting] = []
+
+        def later(stage: UserStage, jobs: HistoryJobs, store: AdapterStore, *rest: Any, found: Any = waiting) -> None:
+            found.append(_Waiting(replace(stage, elsewhere=None), jobs, store.folder, *rest))
+            raise _Waits
+
+        for stage in left:
+            try:
+                train_users(replace(stage, elsewhere=later))
+            except _Waits:
+                continue
+        if waiting:
+            _fit(waiting, bar)
+        left = [each.stage for each in waiting]
+
+
+class _Waits(Exception):
+    """A stage goes on once its adapters are fitted."""
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """Adapters that a stage waits for; the arguments of `fit_adapters`, with the store's folder."""
+
+    stage: UserStage
+    jobs: HistoryJobs
+    folder: Path
+    phase: str
+    metadata: Metadata
+    scale: float
+
+
+@dataclass(frozen=True)
+class _AllJobs:
+    """The jobs of many stages, one after another."""
+
+    entries: Sequence[tuple[_Waiting, int]]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, at: int, /) -> Job:
+        waiting, index = self.entries[at]
+        return waiting.jobs[index]
+
+
+def _fit(waiting: Sequence[_Waiting], bar: Bar) -> None:
+    """Fit the adapters that these stages wait for, and leave them where each stage finds them."""
+    entries = [(each, at) for each in waiting for at in range(len(each.jobs))]
+    first = waiting[0].stage
+    slots = min(first.most_slots, len(entries))
+    trainer = MultiUserTrainer(first.model, first.config, first.rate("users"), first.seed, slots, first.pad)
+
+    def done(results: Sequence[FitResult], again: bool) -> None:
+        for result in results:
+            own, _ = entries[result.state.index]
+            with closing(AdapterStore(own.folder)) as store:
+                store.put([record_of(own.stage, result, own.jobs.trial, own.metadata, own.scale)])
+
+    trainer.run(_AllJobs(entries), done, None, first.log, waiting[0].phase, bar)
+    for each in waiting:
+        write_json(fit_marker(each.stage.folder, each.phase), {"users": len(each.jobs)})
 
 
 def _keep_on_group_tier(stage: UserStage, chosen: Sequence[int], metadata: Metadata) -> None:

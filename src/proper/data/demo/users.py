@@ -5,6 +5,9 @@ less one column. On three personal topics each user has an individual combinatio
 each group: too many combinations for a few groups to represent. The topic alone says nothing about the group, and the
 choice alone almost nothing (each group lacks one choice on its shared topics). Topic and choice together identify the
 group on shared topics, but not on personal ones.
+
+Further groups than choices are rows of further Latin squares that are orthogonal to the first: any two groups agree on
+at most one shared topic, so two topics with their choices identify a group.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ DemoTask = Literal["classification", "rating", "style"]
 CHOICES = 5  # every phrase bank has five choices and seven topics
 TOPICS = CHOICES + 2
 SHARED = 4  # topics on which users follow their group; the others are personal
+GROUPS = CHOICES * (CHOICES - 1)  # rows of all mutually orthogonal Latin squares of this size, a prime
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,7 @@ class DemoSettings:
     Attributes:
         task: what users do with a text: tag it, rate it, or write it in their own style.
         users: number of users.
-        groups: number of latent groups, at most five (the number of choices).
+        groups: number of latent groups, at most twenty.
         items: minimum and maximum interactions of a user; the number is uniform in between.
         own_traits: share of a user's interactions that are on personal topics, on which users do not follow their
             group. Above zero, users also have individual sign-offs in the style task.
@@ -55,8 +59,8 @@ class DemoSettings:
         """Refuse impossible settings."""
         if self.task not in get_args(DemoTask):
             raise InputError(f"demo task: '{self.task}' is not one of {', '.join(get_args(DemoTask))}")
-        if not 1 <= self.groups <= CHOICES:
-            raise InputError(f"demo groups: {self.groups} is not between 1 and {CHOICES}, the number of choices")
+        if not 1 <= self.groups <= GROUPS:
+            raise InputError(f"demo groups: {self.groups} is not between 1 and {GROUPS}")
         if self.users < self.groups:
             raise InputError(f"demo users: {self.users} users cannot fill {self.groups} groups")
         fewest, most = self.items
@@ -105,7 +109,8 @@ def make_world(settings: DemoSettings, closings: int) -> World:
     rng = random.Random(f"{settings.task} people {settings.seed}")  # the text is part of the seed
     topics = rng.sample(range(TOPICS), TOPICS)
     shared, personal = topics[:SHARED], topics[SHARED:]
-    rows = [(start, *range(start + 1, CHOICES), *range(start)) for start in rng.sample(range(CHOICES), CHOICES)]
+    starts = rng.sample(range(CHOICES), CHOICES)
+    rows = [[(start + step * at) % CHOICES for at in range(SHARED)] for step in range(1, CHOICES) for start in starts]
     groups = [index % settings.groups for index in range(settings.users)]
     rng.shuffle(groups)
     habits = [shuffled(list(permutations(range(CHOICES), len(personal))), rng) for _ in range(settings.groups)]
@@ -113,7 +118,7 @@ def make_world(settings: DemoSettings, closings: int) -> World:
     width = len(str(settings.users))
     users = []
     for number, group in enumerate(groups, start=1):
-        choices = dict(zip([*shared, *personal], [*rows[group][:SHARED], *next(habits[group])], strict=True))
+        choices = dict(zip([*shared, *personal], [*rows[group], *next(habits[group])], strict=True))
         habit = tuple(choices[topic] for topic in range(TOPICS))
         users.append(DemoUser(f"u{number:0{width}d}", group, habit, next(closing_of[group])))
     return World(tuple(users), tuple(shared), tuple(personal))

@@ -1,0 +1,100 @@
+"""The number of experts from the data (`groups.experts: auto`): as many as the users form clusters.
+
+Stage 2 is first trained with more experts than are needed. A user acts on it through the scores W_u e_u alone: where
+they agree in all modules, two users have the same mixture of experts for every token. Users who answer alike get
+similar scores, so their clusters are counted: by k-means for every number k, and of these the k with the highest mean
+silhouette (Rousseeuw 1987). For one user, with the mean distance a to the users of the same cluster and b to those of
+the nearest other one, that is (b - a) / max(a, b): 1 if clusters are far apart, 0 if they touch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from sklearn.cluster import KMeans
+from sklearn.metrics import silhouette_score
+from torch import Tensor
+
+from proper.config import Config, GroupsConfig
+from proper.files import read_json, write_json
+from proper.models.checkpoints import with_experts
+from proper.models.personal import ProperModel
+
+logger = logging.getLogger(__name__)
+STRUCTURE = 0.25
+"""Mean silhouette up to which Kaufman & Rousseeuw (1990) speak of no substantial structure."""
+
+
+@dataclass(frozen=True)
+class ExpertCount:
+    """The number of experts, why, and the mean silhouette by number of clusters."""
+
+    experts: int
+    reason: str
+    silhouettes: dict[int, float]
+
+
+@torch.no_grad()
+def user_scores(model: ProperModel, embeddings: Float[Tensor, "U D"]) -> Float[Tensor, "U K"]:
+    """Return every user's scores W_u e_u of all modules, K = modules x experts, fp32 on the CPU.
+
+    Without each module's mean over the experts, which no softmax sees.
+    """
+    found = []
+    for layer in model.layers.values():
+        if layer.router is not None:
+            weights = layer.router.user.cpu()
+            found.append(embeddings[:, layer.router.span] @ (weights - weights.mean(0)).mT)
+    return torch.cat(found, 1)
+
+
+def count_experts(scores: Float[Tensor, "U K"], most: int, default: int) -> ExpertCount:
+    """Return the number of clusters of users by their scores: at least 2, at most `most` and a third of the users.
+
+    Returns:
+        The `default` if there are too few users or the silhouettes show no substantial structure.
+    """
+    found: dict[int, float] = {}
+    points = scores.double().numpy()
+    distinct = len(np.unique(points, axis=0))
+    for number in range(2, min(most, distinct, len(points) // 3) + 1):
+        clusters = KMeans(n_clusters=number, n_init=10, random_state=0).fit_predict(points)
+        found[number] = round(float(silhouette_score(points, clusters)), 4)
+    best = max(found, key=lambda number: found[number], default=default)
+    if not found:
+        return ExpertCount(default, f"{distinct} different users are too few to count clusters; the default", found)
+    if found[best] <= STRUCTURE:
+        why = f"no number of clusters has a silhouette above {STRUCTURE} (highest: {found[best]:.2f}); the default"
+        return ExpertCount(default, why, found)
+    why = f"the {len(points)} users form {best} clusters (silhouette {found[best]:.2f})"
+    return ExpertCount(best, why, found)
+
+
+def find_experts(
+    config: Config, path: Path, scores: Callable[[], Float[Tensor, "U K"]], accelerator: Accelerator
+) -> Config:
+    """Return a config with the number of experts in the JSON file `path`; without the file, find the number first.
+
+    Args:
+        config: the settings, with `groups.experts: auto`.
+        path: where the number and the reason are kept, so that a resumed run has the same.
+        scores: trains stage 2 and returns `user_scores`.
+        accelerator: the processes, which all call this.
+    """
+    if not path.exists():
+        most = config.groups.expert_count
+        logger.info(f"groups.experts: auto: stage 2 is first trained with {most} experts")
+        found = count_experts(scores(), most, GroupsConfig().expert_count)
+        if accelerator.is_main_process:
+            write_json(path, asdict(found))
+        accelerator.wait_for_everyone()
+    told = read_json(path)
+    logger.info(f"groups.experts: auto: {told['experts']} experts, since {told['reason']}")
+    return with_experts(config, told["experts"])
