@@ -89,10 +89,7 @@ STORES = (
 )
 """Data of users of all tenants: the adapter store, the interaction log, and checkpoints of fits."""
 
-UNFINISHED = (
-    *("population/stage.checkpoint", "groups/stage.checkpoint", "groups/experts.checkpoint"),
-    "users/work",
-)
+UNFINISHED = (*(f"{at}.checkpoint" for at in ("population/stage", "groups/stage", "groups/experts")), "users/work")
 """Checkpoints of a stage in training: they contain its users' data, which cannot be removed before the stage ends."""
 
 SHARED = (
@@ -172,8 +169,7 @@ class RunFolder:
     demo_rows, demo_truth = _Path("data", "interactions.jsonl"), _Path("data", "truth.json")
     population = _Path("population")
     experts = _Path("groups", "groups.safetensors")  # experts, routers and the mean user embedding of stage 2
-    expert_count = _Path("groups", "experts.json")  # how many experts `groups.experts: auto` found, and why
-    expert_count_checkpoint = _Path("groups", "experts.checkpoint")  # to resume the training that finds it
+    found_experts, finding_experts = _Path("groups", "experts.json"), _Path("groups", "experts.checkpoint")  # of `auto`
     poly = _Path("groups", "poly.safetensors")  # the same for the method `poly`
     refreshed, previous = _Path("groups", "refreshed.safetensors"), _Path("groups", "previous.safetensors")
     encoder = _Path("groups", "encoder.safetensors")  # from a new user's items to an embedding

@@ -29,15 +29,18 @@ def prepared(place: Path, without: str | None) -> Dataset:
     return prepare(make_config({"data": data, "split": split}), place / "data.sqlite", no_tokens)
 
 
-def test_users_of_the_file_are_in_no_history_query_or_sample(tmp_path: Path) -> None:
+def test_users_of_the_file_are_in_no_history_query_or_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "without.txt").write_text("ann\n\n 7 \nnobody\n", "utf-8")
     with prepared(tmp_path, str(tmp_path / "without.txt")) as dataset:
         assert {user.id for user in dataset.users()} == {"bo", " eve"}
         assert {row.user for row in dataset.sample("all", None, 0).rows(0)} == {"bo", " eve"}
         assert {row.user for row in dataset.queries()} == {"bo", " eve"}
         without = dataset.sha256
+    assert caplog.messages == ["data.train_without: 1 of its 3 users have no rows in the data"]
+    caplog.clear()
     with prepared(tmp_path, None) as dataset:
         assert {user.id for user in dataset.users()} == {"ann", "bo", " eve", "7"} and dataset.sha256 != without
+    assert not caplog.messages
     assert b"ann" in (tmp_path / "data.sqlite").read_bytes()
     remove_rows(tmp_path / "data.sqlite", {"ann", "nobody"})
     with Dataset.open(tmp_path / "data.sqlite") as dataset:

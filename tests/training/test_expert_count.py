@@ -48,6 +48,15 @@ def test_without_clusters_or_users_it_is_the_default() -> None:
     assert count_experts(torch.randn(5, 4), most=16, default=7).experts == 7
 
 
+def test_of_numbers_that_are_as_good_it_is_the_smallest() -> None:
+    """One of the three clusters has two halves: four clusters are barely better than three."""
+    points = clusters(3, 0.3, users=90)
+    points[::6, 20] += 1.3
+    points[3::6, 20] -= 1.3
+    found = count_experts(points, most=8, default=5)
+    assert found.silhouettes[4] > found.silhouettes[3] and found.experts == 3
+
+
 def test_no_more_than_the_most_are_found() -> None:
     assert max(count_experts(clusters(12, 0.3), most=6, default=5).silhouettes) == 6
 
@@ -123,8 +132,8 @@ def test_a_run_with_auto_is_the_run_with_the_number_found(
     auto("fixed", 3).run(["population", "groups"])
     found, fixed = RunFolder(tmp_path / "found"), RunFolder(tmp_path / "fixed")
     assert hash_file(found.experts) == hash_file(fixed.experts)
-    assert read_json(found.expert_count) == {"experts": 3, "reason": "the test says so", "silhouettes": {"3": 1.0}}
-    assert read_json(found.marker("groups"))["experts"] == 3 and not found.expert_count_checkpoint.exists()
+    assert read_json(found.found_experts) == {"experts": 3, "reason": "the test says so", "silhouettes": {"3": 1.0}}
+    assert read_json(found.marker("groups"))["experts"] == 3 and not found.finding_experts.exists()
     assert three[0].shape[1] % 16 == 0 and len(three) == 1, "the first training has 16 experts"
     served = load(found.path)
     assert served.config.groups.experts == 3
@@ -140,7 +149,7 @@ def test_a_killed_run_finds_the_same_number(
         stop_after(steps, patched)
         auto("killed").run(["population", "groups"])
     killed = RunFolder(tmp_path / "killed")
-    assert killed.expert_count.exists() == (steps == 9), "once in the first training, once after it"
+    assert killed.found_experts.exists() == (steps == 9), "once in the first training, once after it"
     auto("killed").run(["population", "groups"])
     assert hash_file(killed.experts) == hash_file(RunFolder(tmp_path / "whole").experts)
     assert len(three) == 2 and torch.equal(three[0], three[1])

@@ -7,6 +7,7 @@ comes in as a callable.
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from proper.errors import DataError, ProperError
 from proper.files import atomic_path
 
 __all__ = ["CountTokens", "Dataset", "Role", "Sample", "SampledRows", "TextExample", "User", "UserSet", "prepare"]
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["target", "other"]
 UserSet = Literal["all", "others", "targets"]
@@ -119,9 +122,10 @@ def prepare(
         ProperError: `path` cannot be written.
     """
     files = {one.data.train_without for one in config.each_task.values()}
-    without = frozenset().union(*map(left_out_users, files))
+    without, met = frozenset().union(*map(left_out_users, files)), set[str]()
 
     def skips(user: str) -> bool:
+        met.update({user} & without)
         return user in without or (is_left_out is not None and is_left_out(user))
 
     with atomic_path(path) as temporary:
@@ -136,6 +140,9 @@ def prepare(
             raise ProperError(f"{path}: cannot be written: {error}") from error
         finally:
             connection.close()
+    named, found = ({name.strip() for name in names} for names in (without, met))
+    if named != found:
+        logger.warning(f"data.train_without: {len(named - found)} of its {len(named)} users have no rows in the data")
     return Dataset.open(path)
 
 

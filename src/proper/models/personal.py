@@ -65,7 +65,7 @@ class ProperModel:
         Raises:
             ConfigError: the model has no such modules or fewer layers than `groups.layers`.
         """
-        shapes = expert_targets(self.backbone.model, config)
+        shapes, count = expert_targets(self.backbone.model, config), config.expert_count
         per_module, separate = config.embedding == "per-module", config.task_experts == "separate"
         self.embedding_size = sum(i for i, _ in shapes.values()) if per_module else config.user_embedding
         offset = 0
@@ -76,20 +76,14 @@ class ProperModel:
                 layer.experts = Experts(
                     inputs,
                     outputs,
-                    experts=config.expert_count,
+                    experts=count,
                     rank=config.rank,
                     alpha=config.alpha,
                     dropout=config.dropout,
                 )
                 width = inputs if per_module else config.user_embedding
                 layer.router = UserAwareRouter(
-                    inputs,
-                    width,
-                    config.expert_count,
-                    form=config.router,
-                    offset=offset,
-                    tasks=tasks,
-                    separate=separate,
+                    inputs, width, count, form=config.router, offset=offset, tasks=tasks, separate=separate
                 )
                 offset += width if per_module else 0
                 layer.experts.to(self.device)

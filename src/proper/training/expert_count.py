@@ -2,9 +2,10 @@
 
 Stage 2 is first trained with more experts than are needed. A user acts on it through the scores W_u e_u alone: where
 they agree in all modules, two users have the same mixture of experts for every token. Users who answer alike get
-similar scores, so their clusters are counted: by k-means for every number k, and of these the k with the highest mean
-silhouette (Rousseeuw 1987). For one user, with the mean distance a to the users of the same cluster and b to those of
-the nearest other one, that is (b - a) / max(a, b): 1 if clusters are far apart, 0 if they touch.
+similar scores, so their clusters are counted, by k-means for every number k and the mean silhouette (Rousseeuw 1987):
+the smallest k whose mean is within one standard error, paired over users, of the highest. For one user, with the mean
+distance a to the users of the same cluster and b to those of the nearest other one, the silhouette is
+(b - a) / max(a, b): 1 if clusters are far apart, 0 if they touch.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
+from numpy.typing import NDArray
 from sklearn.cluster import KMeans
-from sklearn.metrics import silhouette_score
+from sklearn.metrics import silhouette_samples
 from torch import Tensor
 
 from proper.config import Config, GroupsConfig
 from proper.files import read_json, write_json
 from proper.models.checkpoints import with_experts
 from proper.models.personal import ProperModel
+
+FloatArray = NDArray[np.float64]
 
 logger = logging.getLogger(__name__)
 STRUCTURE = 0.25
@@ -61,20 +65,28 @@ def count_experts(scores: Float[Tensor, "U K"], most: int, default: int) -> Expe
     Returns:
         The `default` if there are too few users or the silhouettes show no substantial structure.
     """
-    found: dict[int, float] = {}
+    own: dict[int, FloatArray] = {}
     points = scores.double().numpy()
     distinct = len(np.unique(points, axis=0))
     for number in range(2, min(most, distinct, len(points) // 3) + 1):
         clusters = KMeans(n_clusters=number, n_init=10, random_state=0).fit_predict(points)
-        found[number] = round(float(silhouette_score(points, clusters)), 4)
+        own[number] = silhouette_samples(points, clusters)
+    found = {number: round(float(values.mean()), 4) for number, values in own.items()}
     best = max(found, key=lambda number: found[number], default=default)
     if not found:
         return ExpertCount(default, f"{distinct} different users are too few to count clusters; the default", found)
     if found[best] <= STRUCTURE:
         why = f"no number of clusters has a silhouette above {STRUCTURE} (highest: {found[best]:.2f}); the default"
         return ExpertCount(default, why, found)
-    why = f"the {len(points)} users form {best} clusters (silhouette {found[best]:.2f})"
-    return ExpertCount(best, why, found)
+    fewest = next(number for number, values in own.items() if _as_good(values, own[best]))
+    why = f"the {len(points)} users form {fewest} clusters (silhouette {found[fewest]:.2f}, highest {found[best]:.2f})"
+    return ExpertCount(fewest, why, found)
+
+
+def _as_good(values: FloatArray, best: FloatArray) -> bool:
+    """Return whether the users' silhouettes are at most one standard error of the mean difference below the best."""
+    lost = best - values
+    return bool(lost.mean() <= lost.std(ddof=1) / len(lost) ** 0.5)
 
 
 def find_experts(

@@ -116,9 +116,8 @@ class StageRunner:
         log: Log,
         personal: Callable[[Encoder], RowEncoder] | None = None,
     ) -> None:
-        self.run_folder = RunFolder(folder)
+        self.dataset, self.folder, self.seed, self.log, self.run_folder = dataset, folder, seed, log, RunFolder(folder)
         self.config = settled(config, self.run_folder.experts)
-        self.dataset, self.folder, self.seed, self.log = dataset, folder, seed, log
         self.accelerator = join_processes(config)
         self.backbone = configured_backbone(config, self.accelerator.device)
         self.encoder = self.backbone.encoder()
@@ -187,7 +186,6 @@ class StageRunner:
         sample = stage_sample(self.dataset, "groups", config.train_on, config.max_tokens, self.seed)
         role: Role | None = "target" if config.train_on == "targets" else None
         users = [user.id for user in self.dataset.users(role) if user.history > 0]
-
         facts: dict[str, Any] = {"rows": sample.size, "tokens": sample.tokens, "users": len(users)}
 
         def work() -> None:
@@ -204,10 +202,10 @@ class StageRunner:
         """Replace `groups.experts: auto` by the number that a first training finds."""
         if self.config.groups.experts != "auto":
             return
-        checkpoint = Checkpoint(self.run_folder.expert_count_checkpoint, self.config.compute.checkpoint_seconds)
+        checkpoint = Checkpoint(self.run_folder.finding_experts, self.config.compute.checkpoint_seconds)
         plan = replace(self._plan("groups", sample), checkpoint=checkpoint, log=no_log)
         train = lambda: user_scores(model, self._train_groups(model, users, plan))  # noqa: E731
-        self.config = find_experts(self.config, self.run_folder.expert_count, train, self.accelerator)
+        self.config = find_experts(self.config, self.run_folder.found_experts, train, self.accelerator)
         checkpoint.remove()
 
     def _train_groups(self, model: ProperModel, users: Sequence[str], plan: TrainingPlan) -> Tensor:

@@ -1,0 +1,222 @@
+"""Measures what the shared stages keep of a user whose rows they were trained on: membership inference of users.
+
+    python -m experiments.residue --out FILE.json [--models 8] [--seed 0] [--users 48] [--epochs 15] [--backbone NAME]
+
+After a deletion, stages 1 and 2 and the mean embedding are what is left of a user. So models of stages 1 and 2 are
+trained on random halves of the users (`data.train_without` names the others), in pairs of complements: each user is in
+half of the models. Every model answers all users' items as an unknown user's, with the mean embedding.
+
+The attack is LiRA (Carlini et al. 2022) with a user instead of an example: the statistic is the mean loss per answer
+token of the user's history; for each model, the others tell how it is distributed (normal, one variance for all users)
+with and without the user, and the score is the log-likelihood ratio of the two. The attacker has the very items.
+
+The file has the area under the ROC curve and the true-positive rate at 1 and 5 % false positives with intervals of
+95 % by resampling users; on each user's newest items, which no model was trained on, the agreement of the most likely
+first tokens between a model with the user and one without, beside that of two without, and the calibration error (ECE,
+ten bins) with and without; and the seconds to train one model, which is what `data.train_without` costs. Models that
+are in the file are not trained again. Data and backbone are those of `experiments.experts`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from experiments.experts import generated, make, small_llama
+from proper.config import Config, GroupsConfig
+from proper.console import quiet_libraries
+from proper.data.batching import collate
+from proper.data.dataset import Dataset, TextExample, prepare
+from proper.files import write_json, write_text
+from proper.layers.batch_context import RowContext
+from proper.models.checkpoints import load_tensors
+from proper.models.personal import answer_loss
+from proper.models.tokenizer import configured_encoder
+from proper.run_folder import RunFolder
+from proper.training.stages import StageRunner
+from proper.training.trainer import no_log
+
+Floats = NDArray[np.float64]
+RESAMPLES = 1000
+
+
+def halves(users: Sequence[str], models: int, seed: int) -> list[list[str]]:
+    """Return the users that each model is trained without: random halves, and after each its complement."""
+    left_out = list[list[str]]()
+    for at in range(models // 2):
+        out = set(random.Random(f"{seed} {at}").sample(users, len(users) // 2))
+        left_out += [[user for user in users if user in out], [user for user in users if user not in out]]
+    return left_out
+
+
+def shadow(config: Config, everyone: Dataset, left_out: Sequence[str], folder: Path, seed: int) -> dict[str, Any]:
+    """Train stages 1 and 2 without some users; return every user's loss, first tokens and their probabilities."""
+    names = make(folder) / "without.txt"
+    write_text(names, "".join(f"{user}\n" for user in left_out))
+    own = config.with_data(lambda data: data.model_copy(update={"train_without": str(names)}))
+    started = time.process_time()
+    with prepare(own, RunFolder(folder).data, configured_encoder(own).count) as dataset:
+        runner = StageRunner(own, dataset, folder, seed, no_log)
+        runner.run(["population", "groups"])
+        seconds = time.process_time() - started
+        model = StageRunner(own, dataset, folder, seed, no_log).trained_groups()
+    mean = load_tensors(RunFolder(folder).experts)[0]["mean_embedding"]
+    users = [user.id for user in everyone.users()]
+
+    @torch.no_grad()
+    def answered(rows: Sequence[TextExample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch = collate([runner.encoder.encode(row) for row in rows], runner.backbone.pad_id)
+        logits = model.answer_logits(batch, RowContext("groups", embedding=mean.expand(len(rows), -1)))
+        losses, tokens = answer_loss(logits, batch.labels)
+        first = (batch.labels != -100).int().argmax(1)
+        at = torch.arange(len(rows))
+        sure, token = logits[at, first].float().softmax(-1).max(-1)
+        return losses.sum() / tokens.sum(), token, sure, token == batch.labels[at, first]
+
+    found: dict[str, Any] = {"left_out": list(left_out), "seconds": round(seconds, 2), "users": {}}
+    for user in users:
+        newest = answered([row for row in everyone.queries(user)])
+        found["users"][user] = {
+            "loss": float(answered(everyone.history(user))[0]),
+            "tokens": newest[1].tolist(),
+            "sure": [round(each, 5) for each in newest[2].tolist()],
+            "right": newest[3].tolist(),
+        }
+    return found
+
+
+def scores(losses: Floats, inside: NDArray[np.bool_]) -> Floats:
+    """Return the log-likelihood ratio of membership for every model and user (M, U), each by the other models."""
+    models, users = losses.shape
+    found, without, within = np.zeros_like(losses), np.zeros_like(losses), np.zeros_like(losses)
+    for at in range(models):
+        others = np.arange(models) != at
+        for user in range(users):
+            own, member = losses[others, user], inside[others, user]
+            within[at, user], without[at, user] = own[member].mean(), own[~member].mean()
+    for at in range(models):
+        others = np.arange(models) != at
+        centre = np.where(inside[others], within[at], without[at])
+        # Each user's two means were taken from the losses themselves.
+        variance = np.square(losses[others] - centre).sum() / (users * (models - 3))
+        gap = np.square(losses[at] - without[at]) - np.square(losses[at] - within[at])
+        found[at] = gap / (2 * variance)
+    return found
+
+
+def rates(found: Floats, inside: NDArray[np.bool_]) -> dict[str, float]:
+    """Return the area under the ROC curve, and the true-positive rate at two false-positive rates."""
+    false, true, _ = roc_curve(inside.ravel(), found.ravel())
+    at = {f"tpr_at_{share:.0%}": float(true[false <= share].max()) for share in (0.01, 0.05)}
+    return {"auc": float(roc_auc_score(inside.ravel(), found.ravel())), **at}
+
+
+def ece(sure: Floats, right: Floats) -> float:
+    """Return the expected calibration error over ten bins of equal width."""
+    bins = np.minimum((sure * 10).astype(int), 9)
+    total = sum(abs(float((right[bins == each] - sure[bins == each]).sum())) for each in range(10))
+    return total / len(sure)
+
+
+def with_interval(measure: Callable[[NDArray[np.int64]], dict[str, float]], users: int) -> dict[str, list[float]]:
+    """Return each figure of `measure`, which takes users' numbers, with its interval over resampled users."""
+    draw = np.random.default_rng(0)
+    whole = measure(np.arange(users))
+    again = [measure(draw.integers(0, users, users)) for _ in range(RESAMPLES)]
+    spans = {name: np.quantile([each[name] for each in again], [0.025, 0.975]) for name in whole}
+    return {name: [round(value, 4), *(round(float(end), 4) for end in spans[name])] for name, value in whole.items()}
+
+
+def summary(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of the file from all models."""
+    users = list(models[0]["users"])
+    inside = np.array([[user not in model["left_out"] for user in users] for model in models])
+    losses = np.array([[model["users"][user]["loss"] for user in users] for model in models])
+    found = scores(losses, inside)
+    attack = with_interval(lambda at: rates(found[:, at], inside[:, at]), len(users))
+    pairs = [(a, b) for a in range(len(models)) for b in range(len(models)) if a != b]
+    alike = np.zeros((2, len(users)))  # of a model without the user with one that has them, and with one that has not
+    for number, user in enumerate(users):
+        for kind in (0, 1):
+            told = [[models[at]["users"][user]["tokens"] for at in pair] for pair in pairs
+                    if not inside[pair[0], number] and inside[pair[1], number] == (kind == 0)]  # fmt: skip
+            alike[kind, number] = np.mean([np.equal(*two).mean() for two in told])
+    agreement = with_interval(
+        lambda at: {"with_without": float(alike[0, at].mean()), "without_without": float(alike[1, at].mean()),
+                    "difference": float((alike[0, at] - alike[1, at]).mean())}, len(users))  # fmt: skip
+
+    def calibration(at: NDArray[np.int64]) -> dict[str, float]:
+        sides = {"without": list[float](), "with": list[float]()}
+        for member, name in enumerate(sides):
+            told = [models[m]["users"][users[u]] for u in at for m in range(len(models)) if inside[m, u] == member]
+            sure, right = (np.concatenate([np.array(each[key], float) for each in told]) for key in ("sure", "right"))
+            sides[name] = [ece(sure, right)]
+        return {"ece_with": sides["with"][0], "ece_without": sides["without"][0],
+                "difference": sides["with"][0] - sides["without"][0]}  # fmt: skip
+
+    gaps = [float(losses[~inside[:, u], u].mean() - losses[inside[:, u], u].mean()) for u in range(len(users))]
+    return {
+        "attack": attack,
+        "loss_without_minus_with": round(float(np.mean(gaps)), 4),
+        "agreement": agreement,
+        "calibration": with_interval(calibration, len(users)),
+        "seconds_to_train_again": round(float(np.mean([model["seconds"] for model in models])), 1),
+    }
+
+
+def main() -> int:
+    """Parse the command line, measure, and write the result; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.residue", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--users", type=int, default=48)
+    parser.add_argument("--epochs", type=float, default=12)
+    parser.add_argument("--rates", type=float, nargs=2, default=[1e-2, 0.2], help="of the experts, of the embeddings")
+    parser.add_argument("--own-traits", type=float, default=0.35)
+    parser.add_argument("--backbone")
+    given = parser.parse_args()
+    if given.models < 4 or given.models % 2:
+        parser.error("--models: an even number from 4 on")
+    quiet_libraries()
+    work = make(given.out.with_suffix(".work"))
+    backbone = given.backbone or small_llama(work / "backbone")
+    config = generated(make(work / "data"), 5, given.seed, given, backbone)
+    config = config.model_copy(
+        update={"groups": config.groups.model_copy(update={"experts": GroupsConfig().experts, "train_on": "all"})}
+    )
+    told: dict[str, Any] = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
+    told.setdefault("models", [])
+    with prepare(config, work / "everyone.sqlite", configured_encoder(config).count) as everyone:
+        users = sorted(user.id for user in everyone.users())
+        for number, left_out in enumerate(halves(users, given.models, given.seed)):
+            if number < len(told["models"]):
+                continue
+            folder = work / str(number)
+            told["models"].append(shadow(config, everyone, left_out, folder, given.seed + number))
+            shutil.rmtree(folder)
+            write_json(given.out, told)
+            print(f"model {number + 1} of {given.models}: {told['models'][-1]['seconds']} s", flush=True)
+    told |= {"users": len(users), "summary": summary(told["models"])}
+    write_json(given.out, told)
+    print(json.dumps(told["summary"], indent=2))
+    shutil.rmtree(work, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
