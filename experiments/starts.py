@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from experiments.cold_start import histories_of
+from experiments.cold_start_data import histories_of
 from experiments.forms import RESAMPLES, fit, make, open_stage
 from proper.console import no_bar
 from proper.data.encoder import EncodedExample
