@@ -23,7 +23,8 @@ from typing import Any
 import httpx
 import ray
 import yaml
-from cluster_demo import ENVIRONMENT, SETTINGS, finished, proper, say, serving, until
+from cluster_demo import SETTINGS
+from cluster_processes import ENVIRONMENT, finished, proper, say, serving, until
 
 from proper.adapters.store import AdapterStore
 from proper.benchmarks.measure import TimedSide, interleaved, machine

@@ -10,15 +10,13 @@ Prints what happened; the exit code is 1 if anything is wrong. Everything lies i
 from __future__ import annotations
 
 import argparse
-import atexit
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from importlib.util import find_spec
@@ -27,6 +25,7 @@ from typing import Any
 
 import httpx
 import yaml
+from cluster_processes import ENVIRONMENT, children, finished, proper, say, serving, until
 
 from proper.adapters.store import AdapterStore
 from proper.data.demo.generate import demo_run, write_demo
@@ -39,13 +38,11 @@ from proper.run_folder import RunFolder
 BOUND = 1e-4
 """Largest difference of an adapter's tensor, relative to its norm, between two workers and one."""
 
-# Equal threads: another number of threads rounds sums differently.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 # Neither dropout nor the constraint, which the processes of the shared stages draw for themselves.
 SETTINGS = {
     "compute": {"dtype": "fp32", "device": "cpu", "max_length": 128, "checkpoint_seconds": 1},
-    "population": {"epochs": 1, "dropout": 0},
-    "groups": {"epochs": 1, "dropout": 0, "constraint": {"kind": "none"}},
+    "population": {"epochs": 1, "max_tokens": 4096, "dropout": 0},
+    "groups": {"epochs": 1, "max_tokens": 4096, "dropout": 0, "constraint": {"kind": "none"}},
     "users": {"steps": 4, "slots": 1, "storage": "fp32", "tiers": {"select": False}},
 }
 LENGTH = 16
@@ -76,27 +73,6 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def say(text: str) -> None:
-    """Print one line at once."""
-    print(text, flush=True)
-
-
-def proper(*arguments: str) -> subprocess.Popen[str]:
-    """Start a command of `proper`."""
-    command = [sys.executable, "-P", "-m", "proper", *arguments]
-    say(f"$ proper {' '.join(arguments)}")
-    started = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    atexit.register(started.kill)
-    return started
-
-
-def finished(process: subprocess.Popen[str]) -> None:
-    """Wait for a command; end the demo if it fails."""
-    _, said = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"exit code {process.returncode}:\n{said}")
-
-
 @contextmanager
 def stores() -> Iterator[list[str]]:
     """Start the servers for state that are installed; yield the options of `proper run` that use them."""
@@ -118,9 +94,10 @@ def stores() -> Iterator[list[str]]:
 
 def trained(folder: Path, users: int, options: Sequence[str]) -> dict[str, Any]:
     """Train all stages on two workers, one of which is killed; the users again on one; and compare the adapters."""
-    rows = write_demo(folder / "rows", DemoSettings(users=users, items=(14, 18)))
+    rows = write_demo(folder / "rows", DemoSettings(users=users, items=(10, 12)))
     config, two, one = folder / "demo.yaml", folder / "two", folder / "one"
     raw = {**demo_run(rows.resolve(), DemoSettings(users=users)), **SETTINGS}
+    raw["split"]["min_history"] = 6
     config.write_text(yaml.safe_dump(raw), "utf-8")
     shared, cluster = ("--stages", "population,groups"), ("--cluster", "local:2")
     training = proper("run", str(config), "--out", str(two), "--stages", "population,groups,users", *cluster, *options)
@@ -237,36 +214,6 @@ def with_a_kill(
     return {"checks": checks, "answers": len(statuses), "retried": statuses.count(503), "interactions": stored}
 
 
-@contextmanager
-def serving(run: Path, *options: str) -> Iterator[tuple[str, int]]:
-    """Serve a run within the block; yield the URL and the process id."""
-    server = proper("serve", str(run), "--port", "0", "--no-worker", *options)
-    assert server.stderr is not None
-    try:
-        said = ""
-        while not (found := re.search(r"on (http://\S+)", said)):
-            line = server.stderr.readline()
-            if not line:
-                raise SystemExit(f"the server did not start:\n{said}")
-            said += line
-        threading.Thread(target=server.stderr.read, daemon=True).start()
-        until(lambda: ready(found[1]))
-        yield found[1], server.pid
-        server.terminate()
-        say(f"SIGTERM: the server drained and ended with exit code {server.wait(120)}")
-    finally:
-        server.kill()
-        server.wait()
-
-
-def ready(url: str) -> bool:
-    """Return whether a server answers."""
-    try:
-        return httpx.get(f"{url}/readyz", timeout=10).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 def complete(url: str, user: str, prompt: str) -> httpx.Response:
     """Return the reply to a prompt of a user."""
     body = {"model": "two", "user": user, "prompt": prompt, "max_tokens": LENGTH}
@@ -282,34 +229,6 @@ def replicas(url: str) -> int:
     """Return the number of replicas that answer."""
     found = re.search(r"^proper_replicas (\S+)$", httpx.get(f"{url}/metrics", timeout=60).text, re.MULTILINE)
     return int(float(found[1])) if found else 0
-
-
-def children(parent: int, name: str) -> list[int]:
-    """Return the processes below `parent` whose command line begins with `name`."""
-    listed = subprocess.run(["pgrep", "-f", f"^{name}"], capture_output=True, text=True, check=False).stdout.split()
-    return [pid for pid in map(int, listed) if parent in ancestors(pid)]
-
-
-def ancestors(pid: int) -> list[int]:
-    """Return the parents of a process, up to the first one; none if it has ended."""
-    found = []
-    while pid > 1:
-        try:
-            status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return []
-        pid = int(status.rpartition(")")[2].split()[1])
-        found.append(pid)
-    return found
-
-
-def until(found: Callable[[], object], seconds: float = 900) -> None:
-    """Wait until `found()` is true; end the demo if that takes too long."""
-    deadline = time.monotonic() + seconds
-    while not found():
-        if time.monotonic() > deadline:
-            raise SystemExit(f"waited for {seconds:.0f} s in vain")
-        time.sleep(0.05)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from proper.run_folder import TEMPORARY, require_listed
 
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 _OTHERS = 0o007
+_PIECE = 1 << 20
 
 
 def make_folder(path: Path, *, shared: bool = False) -> None:
@@ -135,7 +136,7 @@ def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
     require_listed(path)
     try:
         make_folder(path.parent, shared=shared)
-        with _hidden_folder(path) as folder:
+        with hidden_folder(path) as folder:
             temporary = folder / "new.tmp"
             os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666 if shared else PRIVATE_FILE))
             mode = stat.S_IMODE(temporary.stat().st_mode)
@@ -163,7 +164,7 @@ def atomic_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
     require_listed(path)
     try:
         make_folder(path.parent, shared=shared)
-        with _hidden_folder(path) as hidden:
+        with hidden_folder(path) as hidden:
             new = hidden / "new"
             new.mkdir(0o777 if shared else PRIVATE_FOLDER)
             yield new
@@ -187,6 +188,23 @@ def _settle(folder: Path) -> None:
             entry.chmod(mode)
 
 
+def wipe_file(path: Path) -> int:
+    """Zero and remove a file; return its size, 0 if there is none."""
+    try:
+        file = open_private(path, os.O_WRONLY)
+    except FileNotFoundError:
+        return 0
+    try:
+        size = os.fstat(file).st_size
+        for at in range(0, size, _PIECE):
+            os.pwrite(file, bytes(min(_PIECE, size - at)), at)
+        os.fsync(file)
+    finally:
+        os.close(file)
+    path.unlink()
+    return size
+
+
 def sweep(folder: Path) -> None:
     """Remove temporary files of killed processes in `folder` and below it; those of living processes are kept.
 
@@ -202,7 +220,7 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def _hidden_folder(path: Path) -> Iterator[Path]:
+def hidden_folder(path: Path) -> Iterator[Path]:
     """Yield a new hidden folder beside `path`, locked by this process; it is removed afterwards."""
     folder, handle = _locked_folder(path)
     try:
@@ -288,6 +306,6 @@ def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as hex, read in pieces of 1 MiB."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
+        while piece := file.read(_PIECE):
             digest.update(piece)
     return digest.hexdigest()

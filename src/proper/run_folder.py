@@ -107,7 +107,7 @@ SHARED = (
     "users/stage.json",
     *("users/router.safetensors", "users/bases.safetensors", "users/start.safetensors"),
     "tombstones/*",
-    "database.json",
+    *("database.json", "moving.json"),
 )
 """Files from which no single user's data can be read or removed."""
 
@@ -159,6 +159,7 @@ class RunFolder:
     preflight = _Path("preflight.json")
     tombstones = _Path("tombstones")
     database = _Path("database.json")  # where the state is, if not in SQLite files of this folder
+    moving = _Path("moving.json")  # during a move of the state: the old place and the new one
     keys = _Path("serving", "keys.json")  # API keys, as hashes
     keys_lock = _Path("serving", "keys.lock")
     keys_required = _Path("serving", "keys.required")  # exists if a server needs keys, even if the key file is lost

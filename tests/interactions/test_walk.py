@@ -53,6 +53,7 @@ MARKS = [*TRAINED, OFFLINE, ONLINE, IMPORTED, TENANT, LEFT, MANY]
 NOT_WALKED = {
     "demo": "is 'run' on data that it writes to data/, as the walk does",
     "keys open": "removes files that name no user",
+    "move-state": "writes what it reads to where it is searched; tests/databases/test_moving.py",
     **dict.fromkeys(["groups refresh", "groups rollback"], "take no run with tenants; tests/enrolment/test_refresh.py"),
     **dict.fromkeys(["users list", "users show", "check"], "reads"),
 }

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from proper.adapters.manifest import ByteRange
-from proper.files import locked, open_private, private_folder
+from proper.files import locked, open_private, private_folder, wipe_file
 
 _KEPT = 0.9
 """An eviction leaves this share of the limit, so that not every insertion evicts."""
@@ -76,8 +76,8 @@ class ShardCache:
             return
         with locked(self._size) as handle:
             assert handle is not None
-            _wipe(self._new)
-            self._note(handle, self._total(handle) - sum(_wipe(self._path(place)) for place in places))
+            wipe_file(self._new)
+            self._note(handle, self._total(handle) - sum(wipe_file(self._path(place)) for place in places))
 
     def move(self, moved: Mapping[ByteRange, ByteRange]) -> None:
         """Rename the files of adapters whose bytes were copied to another place."""
@@ -94,10 +94,10 @@ class ShardCache:
             return 0
         with locked(self._size) as handle:
             assert handle is not None
-            _wipe(self._new)
+            wipe_file(self._new)
             kept = blobs()  # under the lock: what is added later is of blobs that are added later
             paths = [path for path in self.folder.iterdir() if path != self._size]
-            gone = sum(_wipe(path) for path in paths if path.name.partition("@")[0] not in kept)
+            gone = sum(wipe_file(path) for path in paths if path.name.partition("@")[0] not in kept)
             self._note(handle, self._count())
             return gone
 
@@ -124,19 +124,3 @@ class ShardCache:
             os.unlink(path)
             total -= size
         return total
-
-
-def _wipe(path: Path) -> int:
-    """Zero and remove a file; return its size, 0 if there is none."""
-    try:
-        file = open_private(path, os.O_WRONLY)
-    except FileNotFoundError:
-        return 0
-    try:
-        size = os.fstat(file).st_size
-        os.pwrite(file, bytes(size), 0)
-        os.fsync(file)
-    finally:
-        os.close(file)
-    path.unlink()
-    return size

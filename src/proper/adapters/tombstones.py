@@ -33,7 +33,7 @@ from proper.databases.tables import SETTINGS, TOMBSTONES
 from proper.errors import StoreError
 from proper.run_folder import RunFolder
 
-_MANY = 32
+_MANY, _KEY_BYTES = 32, 32
 
 
 class Tombstones:
@@ -68,7 +68,8 @@ class Tombstones:
         Raises:
             StoreError: the tombstone cannot be written.
         """
-        self._names.add(_name(self._names.key() or self._names.new_key(), tenant, user))
+        key = self._names.key() or self._names.new_key(secrets.token_bytes(_KEY_BYTES))
+        self._names.add(_name(key, tenant, user))
 
     def lift(self, tenant: str, user: str) -> None:
         """Remove a user's tombstone: the user is enrolled again."""
@@ -76,12 +77,20 @@ class Tombstones:
         if key is not None:
             self._names.remove(_name(key, tenant, user))
 
+    def copy_to(self, other: Tombstones) -> None:
+        """Copy key and tombstones to a run that has none."""
+        key = self._names.key()
+        if key is not None:
+            other._names.new_key(key)
+            for name in self._names.all():
+                other._names.add(name)
+
 
 class _Names(Protocol):
     """Where the key and the names are."""
 
     def key(self) -> bytes | None: ...
-    def new_key(self) -> bytes: ...
+    def new_key(self, key: bytes) -> bytes: ...
     def has(self, name: str) -> bool: ...
     def all(self) -> set[str]: ...
     def add(self, name: str) -> None: ...
@@ -96,7 +105,7 @@ class _Files:
         return (self.folder / name).exists()
 
     def all(self) -> set[str]:
-        return {path.name for path in self.folder.iterdir()}
+        return {path.name for path in self.folder.iterdir() if path.name != "key" and not path.name.startswith(".")}
 
     def add(self, name: str) -> None:
         try:
@@ -114,29 +123,29 @@ class _Files:
         except FileNotFoundError:
             return None
 
-    def new_key(self) -> bytes:
-        """Create the key file; if another process created it first, use that key."""
+    def new_key(self, key: bytes) -> bytes:
+        """Create the key file; if another process created it first, use and return that key."""
         try:
-            self._create_key()
+            self._create_key(key)
         except OSError as error:
             raise self._unwritable(error) from error
-        key = self.key()
-        assert key is not None
-        return key
+        found = self.key()
+        assert found is not None
+        return found
 
-    def _create_key(self) -> None:
+    def _create_key(self, key: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         draft = self.folder / f".{secrets.token_hex(8)}.tmp"
         handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            os.write(handle, secrets.token_hex(32).encode("ascii"))
+            os.write(handle, key.hex().encode("ascii"))
             os.fsync(handle)
             if not (self.folder / "key").exists():
                 os.link(draft, self.folder / "key")
         except FileExistsError:
             pass  # created between the check and the link
         except FileNotFoundError:  # `files.sweep` removed the temporary file as left by a killed process
-            self._create_key()
+            self._create_key(key)
         finally:
             os.close(handle)
             draft.unlink(missing_ok=True)
@@ -184,12 +193,12 @@ class _Rows:
             self._key = bytes.fromhex(found[0][0]) if found else b""
         return self._key or None
 
-    def new_key(self) -> bytes:
+    def new_key(self, key: bytes) -> bytes:
         with closing(self._open()) as database, database.transaction():
-            database.write(_ADD_KEY, {**_KEY, "value": secrets.token_hex(32)})
-        key = self.key()
-        assert key is not None
-        return key
+            database.write(_ADD_KEY, {**_KEY, "value": key.hex()})
+        found = self.key()
+        assert found is not None
+        return found
 
     def _open(self) -> SharedDatabase:
         database = open_run(self._run)

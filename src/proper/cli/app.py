@@ -26,6 +26,7 @@ from proper.cli import (
     generate,
     groups,
     keys,
+    move_state,
     report,
     run,
     serve,
@@ -47,7 +48,7 @@ INTERRUPTED = 130
 # No markup: help is plain text that can be piped, and rich is not imported for it.
 app = typer.Typer(name="proper", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-for command in (demo, check, run, evaluate, report, generate, serve, export_backbone, simulate):
+for command in (demo, check, run, evaluate, report, generate, serve, export_backbone, move_state, simulate):
     app.command(command.__name__.rpartition(".")[2].replace("_", "-"), epilog=f"\b\nExamples:\n{command.EXAMPLES}")(
         command.command
     )

@@ -30,7 +30,9 @@ def keep_state(run: Path, url: str) -> None:
         return
     held = (folder.users.manifest, folder.users.log, folder.keys, folder.tombstones)
     if there := next((path for path in held if path.exists()), None):
-        raise InputError(f"{there}: the state of this run is in its folder already; choose a new folder for {url}")
+        raise InputError(
+            f"{there}: the state of this run is in its folder already; move it: proper move-state {run} --store {url}"
+        )
     with needs_extra("postgresql", "'--store postgresql://...'"):
         from proper.databases.postgresql.database import make_schema
     new = Location(url, f"proper_{secrets.token_hex(8)}")

@@ -205,6 +205,20 @@ def make_schema(location: Location) -> None:
         pool.dispose()
 
 
+def drop_schema(location: Location) -> None:
+    """Remove the schema of a run with everything in it, if it is there.
+
+    Raises:
+        StoreError: the database cannot be reached, or the schema is used.
+    """
+    pool = _pool(location)
+    try:
+        with _translated(location, ""), pool.connect() as connection:
+            connection.exec_driver_sql(f'DROP SCHEMA IF EXISTS "{location.schema}" CASCADE')
+    finally:
+        pool.dispose()
+
+
 def cells(location: Location) -> Iterator[bytes]:
     """Yield all texts and bytes in the rows of a run's tables, divided by zeros, a thousand rows at a time."""
     names = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema() ORDER BY tablename"
