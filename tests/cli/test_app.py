@@ -19,7 +19,18 @@ from proper.cli.demo import Task
 from proper.data.demo.users import DemoTask
 from proper.errors import InputError
 
-COMMANDS = ["demo", "check", "run", "evaluate", "report", "generate", "serve", "export-backbone", "simulate"]
+COMMANDS = [
+    "demo",
+    "check",
+    "run",
+    "evaluate",
+    "report",
+    "generate",
+    "serve",
+    "export-backbone",
+    "move-state",
+    "simulate",
+]
 GROUPS = {
     "users": ["list", "show", "rollback", "delete", "check", "enrol", "update", "drift", "export", "import"]
     + ["archive", "verify-deleted"],
