@@ -92,7 +92,7 @@ def _alone(folder: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def _opened(folder: RunFolder) -> Iterator[list[tuple[SharedDatabase, MetaData]]]:
-    """Open the databases of a run so that nobody else writes until the block ends; yield each with its tables.
+    """Yield the open databases of a run, each with its tables; no other process can write to them inside the block.
 
     In PostgreSQL, one connection reads all tables, and can therefore drop them.
     """
