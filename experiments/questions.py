@@ -62,6 +62,7 @@ TITLE_ONLY, ALL_TITLE = "population[rows=Title]", "groups-shared-e[rows=Title]"
 HEADLINE_ONLY, ALL_HEADLINE = "population[rows=Headline]", "groups-shared-e[rows=Headline]"
 PICKED = "One seed chose the best value on the same queries, so that seed favours it in the second table."
 GROUPS_GRID = "groups[groups.{}={}]"
+AUTO = GROUPS_GRID.format("experts", "auto")
 
 
 def _grid(key: str, values: Sequence[object]) -> tuple[tuple[str, str], ...]:
@@ -168,6 +169,14 @@ QUESTIONS = (
         (
             Source("movielens", "findings/experts.json", _grid("experts", (1, 2, 8))),
             Source("movielens, best value", "findings/winners.json", _grid("experts", (8,))),
+            Source(
+                "huffpost, automatic E",
+                "findings/experts-auto.json",
+                (
+                    *((AUTO, other) for other in ("groups", *(GROUPS_GRID.format("experts", each) for each in (2, 8)))),
+                    ("groups", "population"),
+                ),
+            ),
         ),
         grid("E = 5"),
         _command(3),
