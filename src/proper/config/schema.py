@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from proper.config.data import DataConfig, TaskConfig, TaskSpec
+from proper.config.privacy import PrivacyConfig, against_privacy, private_defaults
 from proper.config.stages import Count, GroupsConfig, PopulationConfig, Positive, Section, UsersConfig
 from proper.errors import ConfigError
 from proper.run_folder import Stage
@@ -156,6 +157,7 @@ class Config(Section):
     population: PopulationConfig = PopulationConfig()
     groups: GroupsConfig = GroupsConfig()
     users: UsersConfig = UsersConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -194,6 +196,18 @@ class Config(Section):
         return (
             {**{key: first[key] for key in ("data", "task") if key in first}, **raw} if isinstance(first, dict) else raw
         )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _private_defaults(cls, raw: Any) -> Any:
+        return private_defaults(raw) if isinstance(raw, dict) else raw
+
+    @model_validator(mode="after")
+    def _privacy_covers_the_rest(self) -> Config:
+        key, why = next(against_privacy(self), ("", "")) if self.privacy.on else ("", "")
+        if key:
+            raise ValueError(f"privacy: {key} {why}")
+        return self
 
     @model_validator(mode="after")
     def _tasks_have_the_data(self) -> Config:
