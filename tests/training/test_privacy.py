@@ -87,7 +87,7 @@ class Squares:
 def step_of(stage: Squares, plan: TrainingPlan, step: int = 0, users: int = 6) -> Any:
     rows = dp._rows_by_user(plan.sample)
     assert plan.privacy is not None
-    return dp._step(stage, plan, plan.privacy, rows, dp.Sampling(users, 10), step, SECRET)
+    return dp._step(stage, plan, plan.privacy, rows, dp.UserSampling(users, 10), step, SECRET)
 
 
 @pytest.mark.parametrize("kind", ["none", "experts"])
@@ -190,7 +190,7 @@ def test_without_one_user_the_gradient_moves_by_at_most_the_clip(scale: float, p
         # The numbers of users stay those that the settings have: a removed user is one without rows.
         for parameter in stage.parameters().values():
             parameter.grad = None
-        dp._step(stage, made, made.privacy, {u: of[:3] for u, of in own.items()}, dp.Sampling(6, 10), 0, SECRET)
+        dp._step(stage, made, made.privacy, {u: of[:3] for u, of in own.items()}, dp.UserSampling(6, 10), 0, SECRET)
         assert stage.weights.grad is not None
         found.append(stage.weights.grad * 6)
     assert 0 < float((found[0] - found[1]).norm()) <= 0.5 * (1 + 1e-5)
@@ -261,7 +261,7 @@ def exact_epsilon(deviation: float, delta: float) -> float:
 
 @pytest.mark.parametrize(("noise", "steps"), [(1.0, 0), (4.0, 24), (20.0, 99), (0.3, 0)])
 def test_without_sampling_epsilon_is_just_above_that_of_the_gaussian_mechanism(noise: float, steps: int) -> None:
-    stages = [dp.Sampling(3, steps)] if steps else []
+    stages = [dp.UserSampling(3, steps)] if steps else []
     found = dp.epsilon_of(noise, private(delta=1e-5), stages)
     exact = exact_epsilon(noise / math.sqrt(steps + 1), 1e-5)
     assert exact <= found <= 1.12 * exact
@@ -269,7 +269,7 @@ def test_without_sampling_epsilon_is_just_above_that_of_the_gaussian_mechanism(n
 
 def test_epsilon_falls_with_noise_and_rises_with_steps_and_sampling() -> None:
     def of(noise: float = 1.0, users: int = 300, steps: int = 50) -> float:
-        return dp.epsilon_of(noise, private(users_per_step=30), [dp.Sampling(users, steps)])
+        return dp.epsilon_of(noise, private(users_per_step=30), [dp.UserSampling(users, steps)])
 
     assert of(0.5) > of(1.0) > of(2.0) > of(8.0) > 0
     assert of(steps=500) > of(steps=50) and of(users=3000) < of(users=300)
@@ -277,7 +277,7 @@ def test_epsilon_falls_with_noise_and_rises_with_steps_and_sampling() -> None:
 
 def test_the_noise_of_an_epsilon_reaches_it() -> None:
     wanted = PrivacyConfig(epsilon=4.0, users_per_step=30)
-    stages = [dp.Sampling(300, 40), dp.Sampling(200, 60)]
+    stages = [dp.UserSampling(300, 40), dp.UserSampling(200, 60)]
     settled, epsilon = dp.with_noise(wanted, stages)
     assert settled.noise_multiplier is not None and 3.95 <= epsilon <= 4.0
     assert dp.epsilon_of(settled.noise_multiplier, wanted, stages) == epsilon
@@ -288,7 +288,7 @@ def test_the_noise_of_an_epsilon_reaches_it() -> None:
 def test_steps_pass_over_the_rows_as_often_as_epochs_says(plan: MakePlan) -> None:
     lengths = [1, 2, 30, 7]
     found = dp._sampling(lengths, group_settings(epochs=3), private(users_per_step=2, rows_per_user=5))
-    assert found == dp.Sampling(4, math.ceil(3 * 40 / (2 * (1 + 2 + 5 + 5) / 4)))
+    assert found == dp.UserSampling(4, math.ceil(3 * 40 / (2 * (1 + 2 + 5 + 5) / 4)))
     with pytest.raises(ConfigError, match="privacy.users_per_step: 5 is more than the 4 users with rows"):
         dp._sampling(lengths, group_settings(), private(users_per_step=5))
 

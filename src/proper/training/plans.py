@@ -16,7 +16,7 @@ from proper.models.backbone import Backbone
 from proper.run_folder import RunFolder
 from proper.training.checkpoint import Checkpoint
 from proper.training.optim import resolve_rate
-from proper.training.privacy import Sampling, sampling_of, with_noise
+from proper.training.privacy import UserSampling, sampling_of, with_noise
 from proper.training.trainer import Log, TrainingPlan
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,8 @@ class Guarantee:
 
     settings: PrivacyConfig
     epsilon: float
-    population: Sampling
-    groups: Sampling
+    population: UserSampling
+    groups: UserSampling
 
     def line(self) -> str:
         """Return a line for a terminal."""

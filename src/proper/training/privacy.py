@@ -11,7 +11,7 @@ updated without noise: other users see of them only what has gone through g, and
 too. The guarantee is about what is shared, for a user whose rows are taken out while the numbers of users and steps
 stay.
 
-Sampling, dropout and noise come from a secret that is drawn for each run and kept only in its checkpoint: who knows it
+UserSampling, dropout and noise come from a secret that is drawn for each run and kept only in its checkpoint: who knows it
 can subtract the noise. A resumed stage draws the same numbers.
 """
 
@@ -51,14 +51,14 @@ MOST_NOISE = 1000
 
 
 @dataclass(frozen=True)
-class Sampling:
+class UserSampling:
     """Users of a stage who have rows, and its optimizer steps."""
 
     users: int
     steps: int
 
 
-def sampling_of(sample: SampledRows, config: OptimizerConfig, privacy: PrivacyConfig) -> Sampling:
+def sampling_of(sample: SampledRows, config: OptimizerConfig, privacy: PrivacyConfig) -> UserSampling:
     """Return the users and steps of a stage: on average, so many passes over its rows as `epochs` says.
 
     Raises:
@@ -67,15 +67,15 @@ def sampling_of(sample: SampledRows, config: OptimizerConfig, privacy: PrivacyCo
     return _sampling([len(rows) for rows in _rows_by_user(sample).values()], config, privacy)
 
 
-def _sampling(lengths: Sequence[int], config: OptimizerConfig, privacy: PrivacyConfig) -> Sampling:
+def _sampling(lengths: Sequence[int], config: OptimizerConfig, privacy: PrivacyConfig) -> UserSampling:
     users = len(lengths)
     if privacy.users_per_step > users:
         raise ConfigError(f"privacy.users_per_step: {privacy.users_per_step} is more than the {users} users with rows")
     rows_per_step = privacy.users_per_step * sum(min(rows, privacy.rows_per_user) for rows in lengths) / users
-    return Sampling(users, max(1, math.ceil(config.epochs * sum(lengths) / rows_per_step)))
+    return UserSampling(users, max(1, math.ceil(config.epochs * sum(lengths) / rows_per_step)))
 
 
-def with_noise(privacy: PrivacyConfig, stages: Sequence[Sampling]) -> tuple[PrivacyConfig, float]:
+def with_noise(privacy: PrivacyConfig, stages: Sequence[UserSampling]) -> tuple[PrivacyConfig, float]:
     """Return the settings with the noise multiplier of these stages and the mean embedding, and their epsilon.
 
     Raises:
@@ -97,7 +97,7 @@ def with_noise(privacy: PrivacyConfig, stages: Sequence[Sampling]) -> tuple[Priv
     return found, epsilon_of(high, privacy, stages)
 
 
-def epsilon_of(noise_multiplier: float, privacy: PrivacyConfig, stages: Sequence[Sampling]) -> float:
+def epsilon_of(noise_multiplier: float, privacy: PrivacyConfig, stages: Sequence[UserSampling]) -> float:
     """Return the epsilon at `privacy.delta` of all stages and one release of the mean embedding, by Renyi accounting.
 
     Raises:
@@ -187,7 +187,7 @@ def _step(
     plan: TrainingPlan,
     privacy: PrivacyConfig,
     rows_of: dict[str, list[TextExample]],
-    sampling: Sampling,
+    sampling: UserSampling,
     step: int,
     secret: int,
 ) -> dict[str, Any] | None:
