@@ -20,11 +20,11 @@ from sqlalchemy import MetaData
 from proper.adapters.manifest import Manifest
 from proper.adapters.tombstones import Tombstones
 from proper.databases.copying import copy_tables
-from proper.databases.location import Location, checked, is_made, location_of
+from proper.databases.location import POSTGRESQL, Location, checked, is_made, location_of
+from proper.databases.setup import drop_state
 from proper.databases.shared import SharedDatabase, open_run
 from proper.databases.tables import LOG, STORE
 from proper.errors import ProperError, RunFolderError, StoreError
-from proper.extras import needs_extra
 from proper.files import hidden_folder, locked, private_folder, read_json, wipe_file, write_json
 from proper.interactions.database import Database
 from proper.run_folder import RunFolder, require_run
@@ -50,7 +50,7 @@ def move_state(run: Path, url: str | None, tell: Callable[[int], None] = lambda 
     """
     folder = require_run(run)
     if url is not None:
-        checked(url)
+        checked(url, f"{POSTGRESQL}, or 'folder'")
     with _alone(folder):
         _finish(folder)
         old = location_of(folder.users.path)
@@ -58,7 +58,7 @@ def move_state(run: Path, url: str | None, tell: Callable[[int], None] = lambda 
             return 0
         new = None if url is None else Location(url, f"proper_{secrets.token_hex(8)}")
         if new is not None:
-            _drop(new)  # it is not there yet: this fails before anything is recorded if the database cannot be reached
+            drop_state(new)  # not there yet: fails before anything is recorded if the server cannot be reached
         write_json(folder.moving, {"from": _values(old), "to": _values(new)})
         try:
             with hidden_folder(folder.database) as draft, _opened(folder) as opened:
@@ -175,14 +175,8 @@ def _finish(folder: RunFolder) -> None:
     if other is None:
         _wipe_files(folder)
     else:
-        _drop(Location(**other))
+        drop_state(Location(**other))
     folder.moving.unlink()
-
-
-def _drop(place: Location) -> None:
-    with needs_extra("postgresql", f"the schema in {place}"):
-        from proper.databases.postgresql.database import drop_schema
-    drop_schema(place)
 
 
 def _wipe_files(folder: RunFolder) -> None:

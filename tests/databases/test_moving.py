@@ -125,8 +125,11 @@ def test_a_used_or_impossible_run_is_not_moved(run: Path, postgresql: str) -> No
     before, known = content(run), schemas(postgresql)
     with closing(InteractionLog(run / "users")), pytest.raises(RunFolderError, match="another process has it open"):
         move_state(run, postgresql)
-    with pytest.raises(InputError, match="not the URL of a PostgreSQL database"):
-        move_state(run, "mysql://a/b")
+    for url in ("mysql://a/b", "mysql://a:secret@b/c", "folders"):
+        with pytest.raises(InputError, match="--store.*: (not|has a password)") as error:
+            move_state(run, url)
+        assert "secret" not in str(error.value)
+    assert str(error.value) == "--store: not a URL; write postgresql://USER@HOST/DATABASE, or 'folder'"
     with pytest.raises(StoreError, match="refused"):
         move_state(run, "postgresql://nobody@127.0.0.1:1/x")
     with closing(InteractionLog(run / "users")) as log:
