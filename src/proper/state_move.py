@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from proper.databases.setup import drop_state
 from proper.databases.shared import SharedDatabase, open_run
 from proper.databases.tables import LOG, STORE
 from proper.errors import ProperError, RunFolderError, StoreError
+from proper.extras import needs_extra
 from proper.files import hidden_folder, locked, private_folder, read_json, wipe_file, write_json
 from proper.interactions.database import Database
 from proper.run_folder import RunFolder, require_run
@@ -87,7 +88,9 @@ def _alone(folder: RunFolder) -> Iterator[None]:
     ):
         if writes is None or fits is None:
             raise RunFolderError(f"{folder.path}: another process works in it; stop its server and workers")
-        yield
+        old = location_of(folder.users.path)
+        with nullcontext() if old is None else _connected_alone(old):
+            yield
 
 
 @contextmanager
@@ -164,6 +167,12 @@ def _switch(folder: RunFolder, draft: RunFolder, new: Location | None) -> None:
         private_folder(place.parent)
         os.replace(path, place)
     folder.database.unlink()
+
+
+def _connected_alone(place: Location) -> AbstractContextManager[None]:
+    with needs_extra("postgresql", f"the schema in {place}"):
+        from proper.databases.postgresql.connections import alone
+    return alone(place)
 
 
 def _finish(folder: RunFolder) -> None:
