@@ -1,16 +1,13 @@
-"""Settings of differentially private training of stages 1 and 2, and which other settings they exclude."""
+"""Settings of differentially private training of stages 1 and 2, and the defaults that differ with it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from proper.config.stages import Count, Positive, Section
-
-if TYPE_CHECKING:
-    from proper.config.schema import Config
 
 
 class PrivacyConfig(Section):
@@ -62,32 +59,3 @@ def private_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(constraint, Mapping):
         groups = {**groups, "constraint": {"kind": "none", **constraint}}
     return {**raw, "population": {"patience": 0, **population}, "groups": {"user_encoder": False, **groups}}
-
-
-def against_privacy(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield every setting that privacy excludes, as the key with its value, and why with what to set."""
-    population, groups, users = config.population, config.groups, config.users
-    if population.patience:
-        yield f"population.patience: {population.patience}", "stops on held-out rows without noise; set it to 0"
-    for name, stage in (("population", population), ("groups", groups)):
-        if stage.max_tokens is not None:
-            why = "lets one user decide which rows of others are trained on; lower epochs or privacy.rows_per_user"
-            yield f"{name}.max_tokens: {stage.max_tokens}", why
-    if config.compute.budget is not None:
-        yield f"compute.budget: {config.compute.budget}", "lowers max_tokens; leave it out"
-    if groups.constraint.kind == "users":
-        yield "groups.constraint.kind: users", "compares users with one another; set it to none or experts"
-    if groups.experts == "auto":
-        yield "groups.experts: auto", "counts clusters of users without noise; set a number"
-    if groups.user_encoder:
-        yield "groups.user_encoder: true", "learns from all users' embeddings without noise; set it to false"
-    if users.router != "none":
-        yield f"users.router: {users.router}", "is trained on all users without noise; set it to none"
-    if users.form != "lora":
-        yield f"users.form: {users.form}", "needs bases that are trained on all users without noise; set it to lora"
-    if users.start != "zero":
-        yield f"users.start: {users.start}", "starts a user from what others' adapters learned; set it to zero"
-    if len(config.evaluation.seeds) > 1:
-        yield f"evaluation.seeds: {config.evaluation.seeds}", "train several models, and epsilon is that of one"
-    if config.tasks:
-        yield "tasks", "weigh rows by the mean length of all users' answers; make one run for each task"

@@ -11,8 +11,8 @@ updated without noise: other users see of them only what has gone through g, and
 too. The guarantee is about what is shared, for a user whose rows are taken out while the numbers of users and steps
 stay.
 
-UserSampling, dropout and noise come from a secret that is drawn for each run and kept only in its checkpoint: who knows it
-can subtract the noise. A resumed stage draws the same numbers.
+The draw of users, dropout and noise come from a secret that is drawn for each run and kept only in its checkpoint: who
+knows it can subtract the noise. A resumed stage draws the same numbers.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class StageRunner:
         self.dataset, self.folder, self.seed, self.log, self.run_folder = dataset, folder, seed, log, RunFolder(folder)
         self.config = settled(config, self.run_folder.experts)
         self.accelerator = join_processes(config)
-        self.backbone = configured_backbone(config, self.accelerator.device)
+        self.backbone, self._is_used = configured_backbone(config, self.accelerator.device), False
         self.encoder = self.backbone.encoder()
         self.rows = with_task_weights(config, dataset, self.encoder, seed)
         self.personal = self.rows if personal is None else personal(self.encoder)
@@ -133,7 +133,9 @@ class StageRunner:
         return found
 
     def _population(self, wanted: bool) -> None:
-        folder = self.run_folder.population
+        if self._is_used:  # by an earlier call, which has merged stage 1 into it and put layers into it
+            self.backbone = configured_backbone(self.config, self.accelerator.device)
+        self._is_used, folder = True, self.run_folder.population
         if self._is_done(Stage.POPULATION, wanted):
             apply_population(self.backbone, folder)
             return
@@ -228,7 +230,6 @@ class StageRunner:
             if head is None:
                 raise RunFolderError(f"{folder}: the store lacks target users; delete {self.folder} and run again")
             embeddings[at] = head.embedding
-        work_folder = self.run_folder.users.work
         stage = UserStage(
             model=model,
             config=self.config.users,
@@ -237,13 +238,12 @@ class StageRunner:
             users=users,
             embeddings=embeddings,
             store=store,
-            folder=work_folder,
+            folder=self.run_folder.users.work,
             seed=self.seed,
             checkpoint_seconds=self.config.compute.checkpoint_seconds,
             log=self.log,
             elsewhere=elsewhere,
         )
-
         facts: dict[str, Any] = {"users": len(users)}
 
         def work() -> None:
@@ -254,7 +254,7 @@ class StageRunner:
             save_tensors(self.run_folder.users.router, trained.router, {})
 
         self._record(Stage.USERS, work, facts)
-        shutil.rmtree(work_folder, ignore_errors=True)
+        shutil.rmtree(stage.folder, ignore_errors=True)
         store.close()
 
     def _plan(self, stage: Literal["population", "groups"], sample: SampledRows) -> TrainingPlan:
