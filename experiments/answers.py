@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -141,51 +142,83 @@ def short(tests: Tests) -> str:
     return " ".join(parts)
 
 
-def main_table(constants: Mapping[str, str]) -> Callable[[Tests], str]:
-    """Return the rule of the main table: the best constant, the two steps, and each row that the user's model beats.
+GOALS = dict(zip(STEPS, (0.0469, 0.0502), strict=True))
+"""The paper's relative gains of the two steps on LaMP with 7 B."""
+
+
+def main_table(tests: Tests) -> str:
+    """Return the answer of the main table: the sets on which the steps reach the goals, and Users beats every row."""
+    sets = _by_set(tests)
+    gained = [name for name, found in sets.items() if all(_reaches(found.get(pair), GOALS[pair]) for pair in GOALS)]
+    first = [name for name, found in sets.items() if not _not_beaten(found)]
+    goals = " and ".join(f"{signed(100 * goal, 2)} %" for goal in GOALS.values())
+    return (
+        f"The two steps reach the paper's gains, {goals}, each significantly, on {_count(gained, sets)}. "
+        f"Users beats every row that it was compared with on {_count(first, sets)}."
+    )
+
+
+def score_card(constants: Mapping[str, str]) -> Callable[[Tests], list[str]]:
+    """Return the rule of the main table's summary: a row of a Markdown table for each result with both steps.
 
     Args:
-        constants: by source, the trivial method that a population stage has to beat.
+        constants: by set, the trivial method that a population stage has to beat.
     """
 
-    def answer(tests: Tests) -> str:
-        names = ((source, source.partition(",")[0], found) for source, found in tests.items())
-        return " ".join(_of_set(source, found, constants[name]) for source, name, found in names)
-
-    return answer
-
-
-def _of_set(source: str, found: Sequence[Shown], constant: str) -> str:
-    by_pair = {(test.method, test.against): test for test in found}
-    parts = []
-    base = by_pair.get(("population", constant))
-    if base is not None:
-        parts.append(
-            f"Population beats {label(constant)}"
-            if base.verdict == "better"
-            else f"Population does not beat {label(constant)} (undertrained): no gain over it is called personalization"
-        )
-    for pair in STEPS:
-        if pair in by_pair:
-            test = by_pair[pair]
-            significant = test.verdict in ("better", "worse")
-            parts.append(
-                f"{label(pair[0])} over {label(pair[1])} {signed(100 * test.relative, 1)} %"
-                + ("" if significant else ", not significant")
-            )
-    own = [test for test in found if test.method == "users" and (test.method, test.against) not in STEPS]
-    for verdict, words in (("better", "beats"), ("worse", "is worse than"), ("", "is not told apart from")):
-        rows = [
-            label(test.against)
-            for test in own
-            if (test.verdict if test.verdict in ("better", "worse") else "") == verdict
+    def summary(tests: Tests) -> list[str]:
+        over = [f"{label(method)} over {label(against)}" for method, against in STEPS]
+        lines = [
+            f"| result | Population over the constant | {' | '.join(over)} | Users does not beat |",
+            "|---|---|---|---|---|",
         ]
-        if rows:
-            parts.append(f"{label('users')} {words} {', '.join(rows)}")
-    parts += [_told(test) for test in found if test.method not in ("population", "groups", "users")]
-    return f"On {source}: {'; '.join(parts)}."
+        for source, found in tests.items():
+            by_pair = {(test.method, test.against): test for test in found}
+            if not set(STEPS) <= set(by_pair):
+                continue
+            constant = ("population", constants[set_of(source)])
+            cells = [_change(by_pair.get(pair)) for pair in (constant, *STEPS)]
+            lines.append(f"| {source} | {' | '.join(cells)} | {', '.join(_not_beaten(by_pair)) or 'none'} |")
+        return lines
+
+    return summary
 
 
-def _told(test: Shown) -> str:
-    verdict = test.verdict if test.verdict in ("better", "worse") else "not significant"
-    return f"{label(test.method)} against {label(test.against)} {signed(100 * test.relative, 1)} % ({verdict})"
+def set_of(source: str) -> str:
+    """Return the set that a source of the main table measures; its name may say more after a comma."""
+    return source.partition(",")[0]
+
+
+def _by_set(tests: Tests) -> dict[str, dict[tuple[str, str], Shown]]:
+    """Return the tests of each set's main table and of its rivals, by pair; a pair in both is the main table's."""
+    sets: dict[str, dict[tuple[str, str], Shown]] = {}
+    for source, found in tests.items():
+        if source in (set_of(source), f"{set_of(source)}, rivals"):
+            own = sets.setdefault(set_of(source), {})
+            for test in found:
+                own.setdefault((test.method, test.against), test)
+    return sets
+
+
+def _not_beaten(found: Mapping[tuple[str, str], Shown]) -> list[str]:
+    """Return the rows beside Groups that Users does not beat, the better ones marked."""
+    rivals = {against: test for (method, against), test in found.items() if method == "users" and against != "groups"}
+    return [
+        label(against) + (" (better)" if test.verdict == "worse" else "")
+        for against, test in rivals.items()
+        if test.verdict != "better"
+    ]
+
+
+def _reaches(test: Shown | None, goal: float) -> bool:
+    return test is not None and test.verdict == "better" and test.relative >= goal
+
+
+def _count(names: Sequence[str], sets: Mapping[str, object]) -> str:
+    return f"{len(names)} of {len(sets)} sets" + (f" ({', '.join(names)})" if names else "")
+
+
+def _change(test: Shown | None) -> str:
+    if test is None:
+        return "not measured"
+    change = f"{signed(100 * test.relative, 1)} %" if math.isfinite(test.relative) else "from 0"
+    return change if test.verdict in ("better", "worse") else f"{change} (not significant)"

@@ -20,6 +20,7 @@ and with `--adapters`:
     enrolled     placed+fit, and an adapter where it helps on held-out items: the end of an enrolment
     population   stage 1 alone, for every user alike
     oppu         stage 1, and an adapter for every user on top of it
+    rag          a stage 1 trained with the 4 best earlier items (BM25) in front of every prompt, asked in the same way
 
 `recovered` is the part of the gain of `mean+fit` over `mean` that `placed` has. Intervals of 95 % resample users. The
 file also has processor seconds, for `--enrol` users with the same items again and again, and bytes of a user in fp32.
@@ -43,7 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.cold_start_data import histories_of, make_demo, make_huffpost, texts_of
+from experiments.cold_start_data import histories_of, make_demo, make_huffpost, rag_population, texts_of, with_earlier
 from experiments.forms import make
 from proper.adapters.store import AdapterStore
 from proper.config import UsersConfig
@@ -85,6 +86,8 @@ def measure(run: Path, path: Path, asked: argparse.Namespace) -> dict[str, Any]:
         with fitter.model.model.caching(Path(work), 1024):
             base = _scores(fitter.model.model, tests, placer.mean.expand(len(histories), -1))
             direct = direct_model(fitter.model.config, run) if asked.adapters else None
+            folder = make(run.with_name(f"{run.name}-rag"))
+            rag = rag_population(fitter.model.config, run, folder) if asked.adapters else None
             for count in asked.items:
                 if str(count) not in found["items"]:
                     known = [(user, items[:count]) for user, items in histories]
@@ -92,6 +95,10 @@ def measure(run: Path, path: Path, asked: argparse.Namespace) -> dict[str, Any]:
                     if direct is not None:
                         texts = [(user, items[:count]) for user, items in written]
                         scores |= _all_adapters(fitter, direct, known, texts, tests, Path(work) / str(count))
+                    if rag is not None:
+                        later = [own[most:][: asked.ask] for _, own in written]
+                        earlier = [own[:count] for _, own in written]
+                        scores["rag"] = _unadapted(rag, with_earlier(fitter, later, earlier))
                     users = {name: own[:, own[0].isfinite()].tolist() for name, own in scores.items()}
                     found["items"][str(count)] = _summary(scores) | {"users": users}
                     print(count, _summary(scores), flush=True)
@@ -126,9 +133,14 @@ def _all_adapters(
     fitted = _fitted(fitter, embedding_jobs(fitter.placer, known, config.users.tiers.validation))
     own = _adapters(fitter, texts, fitted, work / "own", None)
     none = torch.zeros(len(known), 1)
-    found = {"enrolled": _scores(fitter.model.model, tests, fitted, own)}
-    found["population"] = _scores(direct, tests, none, torch.zeros(len(known), direct.user_layout(config.users).width))
+    found = {"enrolled": _scores(fitter.model.model, tests, fitted, own), "population": _unadapted(direct, tests)}
     return found | {"oppu": _scores(direct, tests, none, _adapters(fitter, texts, none, work / "oppu", direct))}
+
+
+def _unadapted(direct: ProperModel, tests: Sequence[Items]) -> Tensor:
+    """Return the scores (U, 2) of a model without experts for users without adapters."""
+    rows = torch.zeros(len(tests), direct.user_layout(UsersConfig()).width)
+    return _scores(direct, tests, torch.zeros(len(tests), 1), rows)
 
 
 def _adapters(

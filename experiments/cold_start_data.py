@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from proper.config import make_config
-from proper.data.dataset import TextExample
+from proper.config import Config, make_config
+from proper.data.dataset import Dataset, TextExample
 from proper.data.demo import DemoSettings, demo_run, write_demo
+from proper.data.derived.retrieval import retrieve, with_items
 from proper.data.encoder import EncodedExample
 from proper.enrolment.fit_user import Fitter
 from proper.files import write_text
 from proper.interactions.parsing import read_users
+from proper.methods.per_user_lora import direct_model
+from proper.methods.retrieved import token_counter
+from proper.models.personal import ProperModel
 from proper.pipeline import run
+from proper.run_folder import RunFolder
+from proper.training.stages import StageRunner
+from proper.training.trainer import no_log
+
+RAG_ITEMS = 4
+"""Most earlier items in front of a prompt."""
 
 
 def make_demo(folder: Path, people: int = 160, left: int = 40, seed: int = 0) -> None:
@@ -69,8 +81,40 @@ def histories_of(fitter: Fitter, path: Path, least: int) -> list[tuple[str, list
 def texts_of(fitter: Fitter, path: Path, least: int) -> list[tuple[str, list[TextExample]]]:
     """Return the items of the file's users with so many items or more."""
     entries = read_users(path, fitter.model.config.data, fitter.model.config.task)
+    tokens = fitter.model.encoder.count
     return [
-        (user, [TextExample(0, user, each.prompt, each.target, None, None, 0) for each in own])
+        (
+            user,
+            [
+                TextExample(0, user, each.prompt, each.target, None, None, tokens([each.prompt], [each.target])[0])
+                for each in own
+            ],
+        )
         for user, own in entries.items()
         if len(own) >= least
     ]
+
+
+def rag_population(config: Config, run_folder: Path, folder: Path) -> ProperModel:
+    """Return stage 1 of `rag`: trained, if it is not yet, on the run's rows with their best earlier items in front."""
+    count = token_counter(config)
+    with Dataset.open(RunFolder(run_folder).data) as source:
+        path = RunFolder(folder).data
+        if not path.exists():
+            retrieve(source, path, RAG_ITEMS, count, config.compute.max_length)
+    with Dataset.open(path) as dataset:
+        StageRunner(config, dataset, folder, 0, no_log).run(["population"])
+    return direct_model(config, folder)
+
+
+def with_earlier(
+    fitter: Fitter, tests: Sequence[Sequence[TextExample]], known: Sequence[Sequence[TextExample]]
+) -> list[list[EncodedExample]]:
+    """Return the items asked with the best of each user's known items in front, encoded."""
+    count, longest = token_counter(fitter.model.config), fitter.model.config.compute.max_length
+    found = []
+    for asked, items in zip(tests, known, strict=True):
+        prompts = [with_items(row, items, RAG_ITEMS, count, longest).prompt for row in asked]
+        rows = [replace(row, prompt=prompt) for row, prompt in zip(asked, prompts, strict=True)]
+        found.append([fitter.model.encoder.encode(row) for row in rows])
+    return found

@@ -95,8 +95,9 @@ def measure(folder: Path, planted: int, seed: int, given: argparse.Namespace, ba
             losses.append(step["loss"])
 
     with prepare(config, RunFolder(folder).data, configured_encoder(config).count) as dataset:
-        StageRunner(config, dataset, folder, seed, log).run(["population", "groups"])
-        model = StageRunner(config, dataset, folder, seed, log).trained_groups()
+        runner = StageRunner(config, dataset, folder, seed, log)
+        runner.run(["population", "groups"])
+        model = runner.trained_groups()
     with closing(AdapterStore(RunFolder(folder).users.path)) as store:
         heads = {user: head.embedding for user, head, _ in store.heads()}
     groups = read_truth(RunFolder(folder).demo_truth).groups

@@ -107,6 +107,8 @@ def _section(
     missing = [source.name for source in question.sources if source.name not in known]
     if found:
         lines += [f"**{question.answer(tests)}**", ""]
+        if question.summary is not None:
+            lines += [*question.summary(tests), ""]
         for source, part in found:
             lines += [*_table(source, part, tests[source.name]), "", *_truncated(part)]
             lines += [*_routing(part), *([""] if "routing_of" in part else [])]

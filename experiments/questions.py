@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from experiments.answers import Tests, controls, each, grid, main_table, short, steps
+from experiments.answers import Tests, controls, each, grid, main_table, score_card, short, steps
 from proper.evaluation.comparisons import CONTROLS, STEPS
 
 
@@ -31,7 +31,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Question:
-    """One section of the page. `key` are the pairs that are also listed as sentences; all pairs if it is empty."""
+    """One section of the page.
+
+    Attributes:
+        answer: rule from the tests to the answer in a sentence or two.
+        key: the pairs that are also listed as sentences; all pairs if it is empty.
+        summary: rule from the tests to a table that sums the results up.
+    """
 
     number: int
     title: str
@@ -42,6 +48,7 @@ class Question:
     key: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     curve: bool = False
+    summary: Callable[[Tests], list[str]] | None = None
 
 
 RIVALS = (*STEPS, *CONTROLS, ("users", "user-majority"), ("users", "global-majority"))
@@ -108,9 +115,10 @@ QUESTIONS = (
         "A pre-trained backbone, SmolLM2-135M-Instruct. Does each stage improve on the one before, over a population "
         "model that beats the best constant? Does the user's model beat every rival, the trivial ones included?",
         tuple(source for name, task in MAIN.items() for source in _main(name, task)),
-        main_table({name: _constant(task) for name, task in MAIN.items()}),
+        main_table,
         _command(0),
         STEPS,
+        summary=score_card({name: _constant(task) for name, task in MAIN.items()}),
     ),
     Question(
         1,

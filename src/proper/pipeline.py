@@ -43,6 +43,7 @@ from proper.reports.user_page import write_user_pages
 from proper.run_config import claim, hold, run_config, write_config
 from proper.run_folder import RunFolder, Stage, require_run
 from proper.run_lock import exclusive
+from proper.training.plans import guarantee
 from proper.training.preflight import preflight
 from proper.training.seeds import TrainSeed, seed_folder, train_here, train_seeds
 from proper.training.stages import join_processes
@@ -193,15 +194,17 @@ def report_users(folder: str | Path, users: Sequence[str]) -> list[Path]:
 class Checked:
     """Summary of the data that a config trains on, and the smallest difference that its queries can resolve.
 
-    With several tasks, the latter is None.
+    With several tasks, the latter is None; so is the line about privacy without it.
     """
 
     summary: DataSummary
     power: Power | None
+    privacy: str | None = None
 
     def lines(self) -> list[str]:
         """Return lines for a terminal."""
-        return [*self.summary.lines(), *([self.power.line()] if self.power is not None else [])]
+        own = [None if self.power is None else self.power.line(), self.privacy]
+        return [*self.summary.lines(), *(line for line in own if line is not None)]
 
 
 def check(config: Config, *, skip_bad_rows: bool = False) -> Checked:
@@ -213,7 +216,8 @@ def check(config: Config, *, skip_bad_rows: bool = False) -> Checked:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder, _data(config, Path(folder), skip_bad_rows) as dataset:
         power = None if config.tasks else expected_power(dataset, config.task.kind)
-        return Checked(summarize(dataset), power)
+        private = guarantee(config, dataset)
+        return Checked(summarize(dataset), power, None if private is None else private.line())
 
 
 def check_time(config: Config, *, skip_bad_rows: bool = False) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 
 from proper.data.batching import collate
 from proper.data.dataset import TextExample
-from proper.evaluation.runner import _losses_from, answer_losses, mean_gates
+from proper.evaluation.runner import _losses_from, answer_losses, gate_items, mean_gates
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
 from proper.inference.score import score
@@ -40,6 +40,10 @@ class Histories:
 
 def with_tokens_at_once(model: PersonalizedModel, tokens: int) -> None:
     model.model.backbone.batch_tokens = tokens
+
+
+def test_many_users_share_the_items_of_the_mean_gates() -> None:
+    assert [gate_items(users) for users in (0, 1, 32, 80, 256, 100_000)] == [32, 32, 32, 12, 4, 4]
 
 
 def test_mean_gates_in_chunks_are_those_of_a_whole_history(tiny_run: Path) -> None:

@@ -281,21 +281,36 @@ def test_a_job_leaves_what_the_page_needs_and_is_then_done(
 
 
 def test_the_main_table_names_every_row_that_the_user_s_model_does_not_beat(tmp_path: Path) -> None:
-    names = ("global-majority", "population", "groups", "users", "prior", "head+prior")
-    rows = [row(name, 0.7) for name in names]
+    values = {"global-majority": 0.7, "population": 0.8, "groups": 0.6, "users": 0.59, "prior": 0.9, "head+prior": 0.5}
+    rows = [row(name, value) for name, value in values.items()]
     steps = [test("groups", "population", -0.1, 0.001), test("users", "groups", -0.01, 0.5)]
-    won = [test("users", "prior", -0.1, 0.001), test("users", "head+prior", 0.1, 0.001)]
+    others = [test("users", "prior", -0.21, 0.001), test("users", "head+prior", 0.09, 0.001)]
     undecided = test("users", "global-majority", -0.01, 0.9)
-    write(
-        tmp_path,
-        "main-movielens-rating",
-        rows,
-        [*steps, *won, undecided, test("population", "global-majority", 0.1, 0.001)],
-    )
+    below = test("population", "global-majority", 0.1, 0.001)
+    write(tmp_path, "main-movielens-rating", rows, [*steps, *others, undecided, below])
     said = section(pages(tmp_path)["findings.md"], 0)
-    assert "Population does not beat Global majority answer (undertrained)" in said
-    assert (
-        "not significant" in said and "is worse than Linear head and prior" in said and "Users beats User prior" in said
-    )
-    write(tmp_path, "main-movielens-rating", rows, [*steps, *won, test("population", "global-majority", -0.1, 0.001)])
-    assert "Population beats Global majority answer" in section(pages(tmp_path)["findings.md"], 0)
+    assert "each significantly, on 0 of 1 sets." in said and "compared with on 0 of 1 sets." in said
+    lost = "Global majority answer, Linear head and prior (better)"
+    assert f"| movielens-rating | −14 % | +25 % | +1.7 % (not significant) | {lost} |" in said
+
+
+def test_the_main_table_counts_a_set_only_if_its_rivals_are_beaten_too(tmp_path: Path) -> None:
+    values = {"global-majority": 1.0, "population": 0.9, "groups": 0.8, "users": 0.7, "prior": 0.9, "oppu": 0.71}
+    rows = [row(name, value) for name, value in values.items()]
+    steps = [test("groups", "population", -0.1, 0.001), test("users", "groups", -0.1, 0.001)]
+    won = [test("users", "prior", -0.2, 0.001), test("population", "global-majority", -0.1, 0.001)]
+    write(tmp_path, "main-movielens-rating", rows, [*steps, *won])
+    before = section(pages(tmp_path)["findings.md"], 0)
+    assert "each significantly, on 1 of 1 sets (movielens-rating)" in before
+    assert "compared with on 1 of 1 sets (movielens-rating)" in before
+    write(tmp_path, "rivals-movielens-rating", rows, [test("users", "oppu", -0.01, 0.4)])
+    after = section(pages(tmp_path)["findings.md"], 0)
+    assert "each significantly, on 1 of 1 sets (movielens-rating)" in after
+    assert "compared with on 0 of 1 sets." in after
+
+
+def test_the_main_table_counts_no_gain_below_the_goal(tmp_path: Path) -> None:
+    values = {"global-majority": 1.0, "population": 0.9, "groups": 0.87, "users": 0.7}
+    steps = [test("groups", "population", -0.03, 0.001), test("users", "groups", -0.17, 0.001)]
+    write(tmp_path, "main-movielens-rating", [row(name, value) for name, value in values.items()], steps)
+    assert "each significantly, on 0 of 1 sets." in section(pages(tmp_path)["findings.md"], 0)

@@ -30,6 +30,9 @@ from proper.layers.batch_context import RowContext
 CHUNK = 512
 """Number of queries in memory at once."""
 
+GATE_ITEMS = 1024
+"""History items, of all users together, over which mean gates are taken; every item is a forward pass."""
+
 
 @dataclass(frozen=True)
 class MethodRun:
@@ -146,9 +149,15 @@ def answer_losses(model: BatchModel, examples: Sequence[TextExample]) -> list[fl
     return losses
 
 
-def mean_gates(model: BatchModel, dataset: Dataset, users: Sequence[str], items: int = 32) -> Float[Tensor, "U M E"]:
-    """Return each user's mean gates in every module, over the tokens of their newest history items."""
+def mean_gates(
+    model: BatchModel, dataset: Dataset, users: Sequence[str], items: int | None = None
+) -> Float[Tensor, "U M E"]:
+    """Return each user's mean gates in every module, over the tokens of their newest history items.
+
+    By default a user has at most `gate_items` items.
+    """
     found = []
+    items = items or gate_items(len(users))
     limit = model.model.backbone.batch_tokens
     with progress("routing of the histories", len(users)) as advance:
         for user in users:
@@ -164,6 +173,11 @@ def mean_gates(model: BatchModel, dataset: Dataset, users: Sequence[str], items:
             found.append(means.sum(0).float())
             advance()
     return torch.stack(found)
+
+
+def gate_items(users: int) -> int:
+    """Return the most items of each user over which mean gates are taken."""
+    return min(32, max(4, GATE_ITEMS // max(1, users)))
 
 
 @torch.no_grad()

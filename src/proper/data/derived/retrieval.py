@@ -82,6 +82,12 @@ def retrieve(
     rewrite(source, path, f"retrieved {k} {kind}", rewritten(), max_length)
 
 
+def with_items(row: TextExample, earlier: Sequence[TextExample], k: int, count: Count, max_length: int) -> Rewritten:
+    """Return one row with the k best of some earlier items, by BM25, in front of its prompt, as `retrieve` does."""
+    order = _ranking(_scorer(earlier)(row.prompt), None, "bm25")
+    return _in_front(row, [earlier[at] for at in order[-k:]], count, max_length)
+
+
 def _ranking(scores: Floats, likeness: tuple[Indices, Floats] | None, kind: Kind) -> list[int]:
     """Return item indices, the best last, ties by age: by BM25 `(N,)`, by cosines of some items, or by both."""
     words = np.argsort(scores, kind="stable")
