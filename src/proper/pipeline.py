@@ -77,8 +77,7 @@ def run(
         ConfigError: a setting or a stage is unknown or impossible.
         InputError: no cluster answers at the address, or the run keeps its adapters elsewhere.
         DataError: the data cannot be used.
-        RunFolderError: the folder was made by another config, another process works in it, or an earlier stage is
-            missing.
+        RunFolderError: the folder was made by another config, another process uses it, or an earlier stage is missing.
         NonFiniteLossError: training diverged.
     """
     quiet_libraries()
@@ -191,10 +190,7 @@ def report_users(folder: str | Path, users: Sequence[str]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Checked:
-    """Summary of the data that a config trains on, and the smallest difference that its queries can resolve.
-
-    With several tasks, the latter is None.
-    """
+    """Summary of the data that a config trains on, and the difference that its queries resolve (one task only)."""
 
     summary: DataSummary
     power: Power | None
