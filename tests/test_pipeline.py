@@ -269,3 +269,21 @@ def test_generate_answers_known_unknown_and_mixed_users(
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(answer["user_id"], answer["tier"] == "none") for answer in answers] == [(user, False), ("nobody", True)]
     assert [answer["output"] for answer in answers] == [known.out.strip(), unknown.out.strip()]
+
+
+@pytest.mark.slow
+def test_a_run_with_privacy_says_its_epsilon_everywhere(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "privacy": {"noise_multiplier": 2.0, "users_per_step": 8},
+        "population": {"max_tokens": None},
+        "groups": {"max_tokens": None},
+    }
+    config = small_config(tmp_path, **changes)
+    line = pipeline.check(config)[-1]
+    run = pipeline.run(config, tmp_path / "run")
+    told = read(run / "results.json")["run"]["privacy"]
+    assert line.startswith(f"privacy: epsilon {told['epsilon']:.2f} at delta 1e-05 for a user, over stages 1 and 2: ")
+    assert told["noise_multiplier"] == 2.0 and told["groups"]["users"] == 20
+    assert f"epsilon {told['epsilon']:.2f}" in (run / "report.html").read_text(encoding="utf-8")
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {step["stage"] for step in steps if "users" in step} >= {"population", "groups"}

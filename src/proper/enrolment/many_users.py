@@ -116,11 +116,10 @@ def _histories(
     fitter: Fitter, store: AdapterStore, log: InteractionLog, users: Sequence[str]
 ) -> Iterator[tuple[list[str], list[UserHistory]]]:
     """Yield users who have items, `TOGETHER` at a time, and their histories."""
-    count, kind = fitter.model.encoder.count, fitter.model.config.task.kind
+    kind = fitter.model.config.task.kind
     for at in range(0, len(users), TOGETHER):
         pairs = [
-            (user, grown_history(fitter.dataset, log, store.tenant, user, count, kind))
-            for user in users[at : at + TOGETHER]
+            (user, grown_history(fitter.dataset, log, store.tenant, user, kind)) for user in users[at : at + TOGETHER]
         ]
         pairs = [(user, grown) for user, grown in pairs if grown.items]
         if pairs:

@@ -9,9 +9,9 @@
     compare     both versions on the newest of the new interactions and the newest earlier ones, which the update was
                 not trained on; the update is promoted as it was measured, or not at all
 
-Held-out interactions count as new at the next update. A user without an adapter is fitted as a new one, on all
-interactions but the held-out ones; if that is better, again on all of them. An update depends only on the run, the
-version in service and the user's interactions: not on other users, and not on a kill and resume.
+Held-out interactions count as new at the next update. A user without an adapter is fitted as a new one (`refit`), on
+all interactions but the held-out ones. An update depends only on the run, the version in service and the user's
+interactions: not on other users, and not on a kill and resume.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from proper.enrolment.comparison import State, Usual, VersionComparison, losses_
 from proper.enrolment.fit_files import is_update_of, same_update
 from proper.enrolment.fit_user import Fitter, Tell, own_bank
 from proper.enrolment.history import Divided, Split, UserHistory, divide, hold_out
-from proper.enrolment.place import PLACED
+from proper.enrolment.place import FITTED, PLACED
+from proper.enrolment.refit import Refit
 from proper.files import hash_value
 from proper.layers.low_rank import adapter_distance
 from proper.run_folder import Tier
@@ -178,10 +179,9 @@ class _Update:
         facts |= {"passes": result.state.best, "distance": self._moved(start.row, result.row), **found.facts()}
         if not found.is_better(self.config.update.past):
             return self._stays(found.text(), facts)
-        logged = self.grown.ordinals[split.held_new[0].id] - 1
         kept = {key: self.base.facts[key] for key in ("embedding",) if key in self.base.facts}
         record = replace(candidate, adapter=adapter, facts={**kept, **self._group_facts(split, state)})
-        return self._promoted(record, found.text(), facts, logged, divided, self._usual(state, split))
+        return self._promoted(record, found.text(), facts, divided, split, state)
 
     def _rows(self, split: Split) -> tuple[EncodedExample, ...]:
         """Return an update's training rows: the new ones, and a sample of earlier ones, in the order of time."""
@@ -224,37 +224,34 @@ class _Update:
         """Fit a user as a new one, with the embedding if `anew`, and compare that with the version in service."""
         order = {item.id: at for at, item in enumerate(self.grown.items)}
 
-        def history(*parts: Sequence[TextExample]) -> UserHistory:
-            items = sorted((item for part in parts for item in part), key=lambda item: order[item.id])
-            return replace(self.grown, items=tuple(items))
+        def joined(*parts: Sequence[TextExample]) -> list[TextExample]:
+            return sorted((item for part in parts for item in part), key=lambda item: order[item.id])
 
-        trial = history(split.past, split.new)
-        tried = self.fitter.fit(self.store, self.base.user, trial, self.work / "trial", self.tell, anew=anew)
-        state = state_of(self.fitter.model, _decoded(tried))
+        items = joined(split.past, split.new)
+        items = items[-(self.config.max_items or len(items)) :]
+        embeds = anew or self.base.facts.get("embedding") == FITTED
+        parts = items, joined(split.held_past, split.held_new), embeds
+        record = Refit(self.fitter, self.store, self.base, *parts, self.work, self.tell).record()
+        facts |= {"trained": len(split.new), "anew": anew}
+        if record.adapter is None and not embeds:
+            return self._stays(str(record.facts["reason"]), facts)
+        state = state_of(self.fitter.model, _decoded(record))
         found = self._compare(state_of(self.fitter.model, self.base), state, split)
-        facts |= {"trained": len(split.new), "anew": anew, **found.facts()}
+        facts |= found.facts()
         if not found.is_better(self.config.update.past):
             return self._stays(found.text(), facts)
-        usual = self._usual(state, split)
-        whole = history(divided.past, divided.new)
-        record = self.fitter.fit(self.store, self.base.user, whole, self.work / "final", self.tell, anew=anew)
-        logged = self.grown.ordinals[divided.new[-1].id]
-        return self._promoted(record, found.text(), facts, logged, divided, usual)
+        return self._promoted(record, found.text(), facts, divided, split, state)
 
     def _promoted(
-        self,
-        record: UserRecord,
-        reason: str,
-        facts: Mapping[str, Any],
-        logged: int,
-        divided: Divided,
-        usual: Usual | None,
+        self, record: UserRecord, reason: str, facts: Mapping[str, Any], divided: Divided, split: Split, state: State
     ) -> FitOutcome:
+        logged = self.grown.ordinals[split.held_new[0].id] - 1
         history: dict[str, Any] = {"run": self.grown.run, "logged": logged}
         history |= {"left_out": list(divided.left_out)} if divided.left_out else {}
         history |= {"since": divided.since} if divided.since else {}
         made = {"by": "update", "of": self.version}
         told: dict[str, Any] = {"history": history, "made": made, "update": dict(facts), "reason": reason}
+        usual = self._usual(state, split)
         if usual is not None:
             told["usual"] = usual.facts()
         record = replace(record, facts={**record.facts, **told})

@@ -172,13 +172,12 @@ class FitWorker:
             closing(AdapterStore(self.users, claim.tenant)) as store,
             closing(Database(UsersFolder(self.users).log, durable=False)) as database,
         ):
-            model = fitter.model
-            count, kind = model.encoder.count, model.config.task.kind
-            grown = grown_history(fitter.dataset, self.log, claim.tenant, claim.user, count, kind)
+            config = fitter.model.config
+            grown = grown_history(fitter.dataset, self.log, claim.tenant, claim.user, config.task.kind)
             if not grown.items:
                 self.log.queue.done(claim, None, "no interactions yet")
                 return
-            if model.config.users.update.when == "drifted" and not even_if_usual:
+            if config.users.update.when == "drifted" and not even_if_usual:
                 waits = usual_still(fitter, store, self.log, claim.user, grown)
                 if waits is not None:
                     self.log.queue.done(claim, waits.version, f"{waits.text()}; version {waits.version} stays")

@@ -25,8 +25,8 @@ from proper.models.backbone import Backbone, configured_backbone
 from proper.models.memory import give_back_memory
 from proper.models.personal import ProperModel
 from proper.training.groups import GroupsStage
+from proper.training.plans import stage_sample
 from proper.training.population import in_training, wrap
-from proper.training.stages import stage_sample
 from proper.training.trainer import TrainableStage, parts_of
 
 SAMPLE = 256

@@ -18,7 +18,7 @@ from proper.methods.spec import Method
 from proper.run_folder import Stage, Tier
 from proper.training.early_stopping import MEASUREMENTS, hold_out
 from proper.training.jobs import PARTS, full_passes, held_out_items
-from proper.training.stages import stage_sample
+from proper.training.plans import stage_sample
 from proper.training.trainer import count_updates
 
 ROUTED_ITEMS = 32
