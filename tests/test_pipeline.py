@@ -279,7 +279,7 @@ def test_a_run_with_privacy_says_its_epsilon_everywhere(tmp_path: Path) -> None:
         "groups": {"max_tokens": None},
     }
     config = small_config(tmp_path, **changes)
-    line = pipeline.check(config).lines()[-1]
+    line = pipeline.check(config)[-1]
     run = pipeline.run(config, tmp_path / "run")
     told = read(run / "results.json")["run"]["privacy"]
     assert line.startswith(f"privacy: epsilon {told['epsilon']:.2f} at delta 1e-05 for a user, over stages 1 and 2: ")

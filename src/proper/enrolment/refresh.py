@@ -149,8 +149,7 @@ class _Work:
 
     def grown(self, user: str) -> UserHistory:
         """Return a user's items."""
-        count, kind = self.model.encoder.count, self.model.config.task.kind
-        return grown_history(self.fitter.dataset, self.log, self.store.tenant, user, count, kind)
+        return grown_history(self.fitter.dataset, self.log, self.store.tenant, user, self.model.config.task.kind)
 
     def held_out(self, items: Sequence[TextExample]) -> int:
         """Return how many of a user's newest items are held out."""
