@@ -36,7 +36,7 @@ from proper.console import quiet_libraries
 from proper.data.dataset import prepare
 from proper.data.demo import DemoSettings, demo_run, write_demo
 from proper.evaluation.truth import read_truth
-from proper.files import make_folder, write_json, write_text
+from proper.files import make_folder, read_json, write_json, write_text
 from proper.models.tokenizer import configured_encoder, load_tokenizer
 from proper.run_folder import RunFolder
 from proper.training.expert_count import count_experts, user_scores
@@ -95,8 +95,9 @@ def measure(folder: Path, planted: int, seed: int, given: argparse.Namespace, ba
             losses.append(step["loss"])
 
     with prepare(config, RunFolder(folder).data, configured_encoder(config).count) as dataset:
-        StageRunner(config, dataset, folder, seed, log).run(["population", "groups"])
-        model = StageRunner(config, dataset, folder, seed, log).trained_groups()
+        runner = StageRunner(config, dataset, folder, seed, log)
+        runner.run(["population", "groups"])
+        model = runner.trained_groups()
     with closing(AdapterStore(RunFolder(folder).users.path)) as store:
         heads = {user: head.embedding for user, head, _ in store.heads()}
     groups = read_truth(RunFolder(folder).demo_truth).groups
@@ -133,7 +134,7 @@ def main() -> int:
     model = given.backbone or "random Llama, 2 layers"
     setting = {"users": given.users, "own_traits": given.own_traits, "epochs": given.epochs}
     setting |= {"rates": given.rates, "backbone": model}
-    told: dict[str, Any] = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {"runs": []}
+    told: dict[str, Any] = read_json(given.out) if given.out.exists() else {"runs": []}
     if told.setdefault("setting", setting) != setting:
         parser.error(f"{given.out}: was measured with {told['setting']}; choose another file")
     for seed in given.seeds:

@@ -18,7 +18,6 @@ so an interrupted call goes on with the next one.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import shutil
@@ -37,7 +36,7 @@ from proper.adapters.store import AdapterStore
 from proper.console import no_bar
 from proper.data.batching import by_length, collate
 from proper.enrolment.fit_user import Fitter, open_fitter
-from proper.files import make_folder, write_json
+from proper.files import make_folder, read_json, write_json
 from proper.inference import load
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import Mode, RowContext
@@ -242,7 +241,7 @@ def main() -> int:
     parser.add_argument("--forms", nargs="+", default=FORMS)
     given = parser.parse_args()
     work = given.out.with_suffix(".work")
-    found: dict[str, Any] = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {"forms": {}}
+    found: dict[str, Any] = read_json(given.out) if given.out.exists() else {"forms": {}}
     with closing(open_fitter(given.run, load(given.run, "groups"))) as fitter:
         stage = open_stage(fitter, given.users, given.steps, given.validation, work)
         with fitter.model.model.caching(work, 1024):

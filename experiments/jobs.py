@@ -1,6 +1,7 @@
-"""Jobs of recipes/findings.yaml: run, config, methods and seeds of each, and the key that a finished job's result has.
+"""Jobs of recipes/findings.yaml: run, config, methods and seeds of each, and what a finished job's result was made of.
 
-The key is a hash of a job's settings, data and code. A job is done if its result file has the same key.
+A result has the settings of its job, and a key: a hash of the rest, of data and code. A job is done if its result has
+the same key and settings. A setting that the result lacks is newer than it, and the same while it has its default.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from proper.config import Config, load_config
+from proper.config import Config, load_config, make_config
+from proper.errors import ConfigError
 from proper.evaluation.fingerprint import code_version
 from proper.files import hash_file, hash_value, read_json
 
@@ -63,7 +65,8 @@ class Job:
     @property
     def folder(self) -> Path:
         """The run folder, shared by all jobs on a run with the same settings, data and training code."""
-        settings = self.settings().model_dump(exclude={"evaluation": True, "data": {"path"}})
+        # Without defaults, so that a new setting keeps the folder's name; the run itself compares all settings.
+        settings = self.settings().model_dump(exclude={"evaluation": True, "data": {"path"}}, exclude_defaults=True)
         key = hash_value([settings, *map(_file_hash, self.data), code_version(*TRAINING)])
         return RUNS / f"{self.run}-{key[:8]}"
 
@@ -118,11 +121,26 @@ def read_queue(path: Path = ROOT / "recipes" / "findings.yaml") -> list[Job]:
 
 
 def key_of(job: Job, *, code: bool = True) -> str:
-    """Return a hash of what a job's result depends on: settings, data and, with `code`, the code."""
-    settings = job.settings().model_dump(exclude={"evaluation": {"methods", "seeds"}, "data": {"path"}})
-    made_of: list[Any] = [settings, job.methods, job.stages, job.seeds, job.tasks, job.against, job.slice, job.routing]
+    """Return a hash of what a job's result depends on beside the settings: its data and, with `code`, the code."""
+    made_of: list[Any] = [job.methods, job.stages, job.seeds, job.tasks, job.against, job.slice, job.routing]
     made_of += map(_file_hash, job.data)
     return hash_value([*made_of, code_version(*CODE)] if code else made_of)
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Return the settings that a result depends on, and that `key_of` does not know."""
+    return config.model_dump(mode="json", exclude={"evaluation": {"methods", "seeds"}, "data": {"path"}})
+
+
+def _same_settings(there: dict[str, Any] | None, now: Config) -> bool:
+    """Compare the settings in a result; a result of an earlier form has none."""
+    if there is None:
+        return False
+    try:
+        then = make_config({**there, "data": {**there["data"], "path": now.data.path}})
+    except ConfigError:  # it has a setting that no longer exists
+        return False
+    return settings_of(then) == settings_of(now)
 
 
 def state(job: Job, jobs: Mapping[str, Job], *, keep: bool = False) -> str:
@@ -133,6 +151,7 @@ def state(job: Job, jobs: Mapping[str, Job], *, keep: bool = False) -> str:
         return "to do"
     result = read_json(job.result)
     same = result["key"] == key_of(job) or (keep and result["key_without_code"] == key_of(job, code=False))
+    same = same and _same_settings(result.get("settings"), job.settings())
     if same and job.prepares and not job.folder.exists():
         return "to do"
     return "done" if same else "stale"

@@ -13,7 +13,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from experiments.jobs import RUNS, Job, key_of, state
+from experiments.jobs import RUNS, Job, key_of, settings_of, state
 from proper.console import terminal_logging
 from proper.errors import ProperError
 from proper.files import write_json
@@ -64,6 +64,7 @@ def run_job(job: Job) -> None:
         "job": job.name,
         "key": key_of(job),
         "key_without_code": key_of(job, code=False),
+        "settings": settings_of(job.settings()),
         "questions": list(job.questions),
         "config": job.config,
         "methods": list(job.methods),

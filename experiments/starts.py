@@ -13,7 +13,6 @@ of items that the file has is not measured again.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
 import sys
@@ -32,7 +31,7 @@ from experiments.forms import RESAMPLES, fit, make, open_stage
 from proper.console import no_bar
 from proper.data.encoder import EncodedExample
 from proper.enrolment.fit_user import START_NEIGHBOURS, Fitter, open_fitter
-from proper.files import write_json
+from proper.files import read_json, write_json
 from proper.inference import load
 from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import FitResult, Job, full_passes
@@ -136,7 +135,7 @@ def main() -> int:
     parser.add_argument("--ask", type=int, default=8)
     given = parser.parse_args()
     work = given.out.with_suffix(".work")
-    found: dict[str, Any] = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {"items": {}}
+    found: dict[str, Any] = read_json(given.out) if given.out.exists() else {"items": {}}
     with closing(open_fitter(given.run, load(given.run, "groups"))) as fitter:
         stage = open_stage(fitter, given.known, given.steps, 0.4, work)
         histories = histories_of(fitter, given.new, max(COUNTS) + given.ask)[: given.users]

@@ -256,3 +256,42 @@ def test_a_config_cannot_change() -> None:
     config = make_config({"data": {"path": "x"}})
     with pytest.raises(ValueError, match="frozen"):
         config.backbone = "other"  # type: ignore[misc]
+
+
+PRIVATE: dict[str, Any] = {"privacy": {"epsilon": 8}}
+
+
+def test_privacy_changes_three_defaults_and_is_off_without_a_budget() -> None:
+    usual, noise = (
+        make_config({"data": {"path": "x"}, "privacy": own}) for own in ({"clip": 2}, {"noise_multiplier": 1})
+    )
+    assert not usual.privacy.on and noise.privacy.on
+    assert (usual.population.patience, usual.groups.constraint.kind, usual.groups.user_encoder) == (3, "users", True)
+    assert (noise.population.patience, noise.groups.constraint.kind, noise.groups.user_encoder) == (0, "none", False)
+    chosen = make_config({"data": {"path": "x"}, **PRIVATE, "groups": {"constraint": {"kind": "experts"}, "rank": 2}})
+    assert (chosen.groups.constraint.kind, chosen.groups.user_encoder, chosen.groups.rank) == ("experts", False, 2)
+    assert make_config(chosen.model_dump()) == chosen, "the config of a run folder is read again"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"population": {"patience": 3}}, "population.patience: 3 stops on held-out rows without noise; set it to 0"),
+        ({"population": {"max_tokens": 5}}, "population.max_tokens: 5 lets one user decide"),
+        ({"compute": {"budget": "2h"}}, "compute.budget: 2h lowers max_tokens; leave it out"),
+        ({"groups": {"constraint": {"kind": "users"}}}, "groups.constraint.kind: users compares users"),
+        ({"groups": {"experts": "auto"}}, "groups.experts: auto counts clusters of users without noise"),
+        ({"groups": {"user_encoder": True}}, "groups.user_encoder: true learns from all users' embeddings"),
+        ({"preset": "paper"}, "users.router: paper is trained on all users without noise; set it to none"),
+        ({"users": {"form": "core"}}, "users.form: core needs bases that are trained on all users"),
+        ({"users": {"start": "meta"}}, "users.start: meta starts a user from what others' adapters learned"),
+        ({"evaluation": {"seeds": [0, 1]}}, "evaluation.seeds: [0, 1] train several models"),
+    ],
+)
+def test_privacy_refuses_what_uses_all_users_without_noise(sections: dict[str, Any], message: str) -> None:
+    make_config({"data": {"path": "x"}, **sections})
+    assert f"privacy: {message}" in complaint(**PRIVATE, **sections)
+
+
+def test_privacy_has_one_budget() -> None:
+    assert complaint(privacy={"epsilon": 8, "noise_multiplier": 1}).startswith("'privacy': set epsilon or noise_mult")

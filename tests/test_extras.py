@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -33,6 +34,7 @@ OF_EXTRAS = {
     "postgresql": ("databases/postgresql/",),
     "serve": ("serving/",),
     "data": ("data/arrow_files.py", "data/text_files.py"),
+    "privacy": ("training/privacy.py",),
     "s3": ("adapters/bucket.py",),
     "simulate": ("simulation/",),
 }
@@ -104,25 +106,32 @@ def config(folder: Path, data: str) -> str:
 
 def test_each_command_names_the_extra_that_it_lacks(tmp_path: Path) -> None:
     saved, lamp, bucket = tmp_path / "saved", tmp_path / "lamp", tmp_path / "bucket"
+    rows = [{"user_id": f"u{at % 2}", "input": f"text {at}", "output": "yn"[at % 3 > 0]} for at in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    private = config(
+        tmp_path / "private", f"{{path: {tmp_path / 'rows.jsonl'}}}\nprivacy: {{epsilon: 8, users_per_step: 1}}"
+    )
     calls = [
         ["serve", str(Path(config(tmp_path / "run", "{path: x}")).parent)],
         ["check", config(saved, f"{{path: {saved}}}")],
         ["check", config(lamp, f"{{path: {lamp}, format: lamp, task: lamp-3}}")],
         ["simulate", str(lamp / "none.yaml")],
+        ["check", private],
         ["run", config(bucket, "{path: x}"), "--out", str(tmp_path / "new"), "--store", "s3://b/p"],
     ]
     for name in ("train_questions", "train_outputs", "dev_questions", "dev_outputs"):
         (lamp / f"{name}.json").write_text("[]")
     (saved / "state.json").write_text("{}")
     done = blocked(f"from proper.cli.app import main\nfor call in {calls!r}: print(main(call))\n")
-    assert done.stdout.split() == ["2"] * 5, done.stderr
-    assert done.stderr.splitlines() == [
+    assert done.stdout.split() == ["2"] * 6, done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("proper: ")] == [
         f"proper: {feature} needs the extra '{extra}': pip install 'proper-llm[{extra}]'"
         for feature, extra in (
             ("'proper serve'", "serve"),
             (f"{saved}: reading a Hugging Face dataset", "data"),
             (f"{lamp / 'train_outputs.json'}: reading a benchmark's JSON file", "data"),
             ("'proper simulate'", "simulate"),
+            ("privacy (differentially private training)", "privacy"),
             ("s3://b/p/ (object storage)", "s3"),
         )
     ]

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import yaml
 
@@ -24,6 +25,7 @@ from proper.errors import ConfigError, RunFolderError
 from proper.interactions.personal_files import files_of
 from proper.models.tokenizer import EMBEDDED, backbone_location, configured_encoder, load_tokenizer
 from proper.run_folder import LADDER, STORES, Stage
+from tests.s3_server import S3Server
 
 DOCUMENTED = (
     *("config.yaml", "results.json", "report.html", "metrics.jsonl", "routing.json", "users.json"),
@@ -172,6 +174,45 @@ def test_a_folder_that_is_no_run_is_refused(finished: Path, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
 
 
+@pytest.mark.parametrize(
+    ("change", "stores", "said", "exists"),
+    [
+        ({}, ["postgresql://nobody@127.0.0.1:1/x"], "refused", False),
+        ({}, ["{postgresql}", "s3://no-such-bucket/run"], "no such bucket", True),
+        ({"backbone": "no-such-model"}, [], "no-such-model", True),
+        ({"data": {"user": "somebody"}}, [], "no column 'somebody'", False),
+        ({"data": {"user": "somebody"}}, ["{postgresql}", "s3://{bucket}/run"], "no column 'somebody'", True),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(
+    change: dict[str, Any],
+    stores: list[str],
+    said: str,
+    exists: bool,
+    tmp_path: Path,
+    postgresql: str,
+    s3: S3Server,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    raw = small_config(tmp_path).model_dump()
+    for key, value in change.items():
+        raw[key] = value if isinstance(value, str) else raw[key] | value
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw), "utf-8")
+    out, bucket = tmp_path / "runs" / "notes", s3.new_bucket(versioned=True)
+    if exists:
+        out.mkdir(parents=True)
+    words = [word for url in stores for word in ("--store", url.format(postgresql=postgresql, bucket=bucket))]
+    with psycopg.connect(postgresql, autocommit=True) as database:
+        schemas = "SELECT nspname FROM pg_namespace ORDER BY nspname"
+        before = database.execute(schemas).fetchall()
+        assert main(["run", str(tmp_path / "config.yaml"), "--out", str(out), *words]) > 0
+        assert said in capsys.readouterr().err
+        assert database.execute(schemas).fetchall() == before
+    assert s3.contents(bucket) == {}
+    assert {path.name for path in tmp_path.iterdir()} == {"people", "config.yaml", *(["runs"] if exists else [])}
+    assert not exists or list(out.iterdir()) == []
+
+
 def test_unknown_stages_and_methods_are_named(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no stage 'group'; did you mean 'groups'"):
         pipeline.run(small_config(finished.parent), tmp_path / "run", stages=["group"])
@@ -228,3 +269,21 @@ def test_generate_answers_known_unknown_and_mixed_users(
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(answer["user_id"], answer["tier"] == "none") for answer in answers] == [(user, False), ("nobody", True)]
     assert [answer["output"] for answer in answers] == [known.out.strip(), unknown.out.strip()]
+
+
+@pytest.mark.slow
+def test_a_run_with_privacy_says_its_epsilon_everywhere(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "privacy": {"noise_multiplier": 2.0, "users_per_step": 8},
+        "population": {"max_tokens": None},
+        "groups": {"max_tokens": None},
+    }
+    config = small_config(tmp_path, **changes)
+    line = pipeline.check(config)[-1]
+    run = pipeline.run(config, tmp_path / "run")
+    told = read(run / "results.json")["run"]["privacy"]
+    assert line.startswith(f"privacy: epsilon {told['epsilon']:.2f} at delta 1e-05 for a user, over stages 1 and 2: ")
+    assert told["noise_multiplier"] == 2.0 and told["groups"]["users"] == 20
+    assert f"epsilon {told['epsilon']:.2f}" in (run / "report.html").read_text(encoding="utf-8")
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {step["stage"] for step in steps if "users" in step} >= {"population", "groups"}

@@ -13,6 +13,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "cluster": ("ray",),
         "data": ("datasets", "ijson"),
         "postgresql": ("alembic", "psycopg"),
+        "privacy": ("opacus",),
         "s3": ("boto3", "botocore"),
         "serve": ("fastapi", "prometheus_client", "starlette", "uvicorn"),
         "simulate": ("simpy",),

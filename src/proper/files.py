@@ -75,16 +75,6 @@ def open_private(path: Path, flags: int) -> int:
     return file
 
 
-def links_out_of(folder: Path) -> list[Path]:
-    """Return the symbolic links below a folder that point outside of it; links are not followed."""
-    home, found = folder.resolve(), list[Path]()
-    for parent, folders, files in os.walk(folder):
-        for path in (Path(parent, name) for name in (*folders, *files)):
-            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
-                found.append(path)
-    return sorted(found)
-
-
 @contextmanager
 def locked(path: Path, *, shared: bool = False, patience: float | None = None) -> Iterator[int | None]:
     """Hold a file's flock, which the kernel releases when the process dies; yields the open file descriptor.
@@ -243,12 +233,9 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
 def _lock(handle: int) -> bool | None:
     """Lock an open file or folder; False if another process holds the lock, None if the file system has no locks."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return _try_lock(handle, fcntl.LOCK_EX)
     except OSError:
         return None
-    return True
 
 
 def _remove_dead(path: Path) -> None:

@@ -10,7 +10,6 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ from proper.console import progress, quiet_libraries
 from proper.data.dataset import Dataset, left_out_users, prepare
 from proper.data.demo import DemoSettings, demo_run, write_demo
 from proper.data.demo.users import DemoTask
-from proper.data.summary import DataSummary, summarize
+from proper.data.summary import summarize
 from proper.errors import ConfigError, did_you_mean
 from proper.evaluation.harness import Harness
-from proper.evaluation.power import Power, expected_power
+from proper.evaluation.power import expected_power
 from proper.evaluation.side_by_side import compare_runs
 from proper.interactions.deletion import working
 from proper.interactions.personal_files import remove_deleted, remove_rows
@@ -43,6 +42,7 @@ from proper.reports.user_page import write_user_pages
 from proper.run_config import claim, hold, run_config, write_config
 from proper.run_folder import RunFolder, Stage, require_run
 from proper.run_lock import exclusive
+from proper.training.plans import guarantee
 from proper.training.preflight import preflight
 from proper.training.seeds import TrainSeed, seed_folder, train_here, train_seeds
 from proper.training.stages import join_processes
@@ -77,8 +77,7 @@ def run(
         ConfigError: a setting or a stage is unknown or impossible.
         InputError: no cluster answers at the address, or the run keeps its adapters elsewhere.
         DataError: the data cannot be used.
-        RunFolderError: the folder was made by another config, another process works in it, or an earlier stage is
-            missing.
+        RunFolderError: the folder was made by another config, another process uses it, or an earlier stage is missing.
         NonFiniteLossError: training diverged.
     """
     quiet_libraries()
@@ -189,23 +188,11 @@ def report_users(folder: str | Path, users: Sequence[str]) -> list[Path]:
         return write_user_pages(Path(folder), users)
 
 
-@dataclass(frozen=True)
-class Checked:
-    """Summary of the data that a config trains on, and the smallest difference that its queries can resolve.
+def check(config: Config, *, skip_bad_rows: bool = False) -> list[str]:
+    """Summarize the data that a config trains on, one line each; trains and keeps nothing.
 
-    With several tasks, the latter is None.
-    """
-
-    summary: DataSummary
-    power: Power | None
-
-    def lines(self) -> list[str]:
-        """Return lines for a terminal."""
-        return [*self.summary.lines(), *([self.power.line()] if self.power is not None else [])]
-
-
-def check(config: Config, *, skip_bad_rows: bool = False) -> Checked:
-    """Summarize the data that a config trains on, with its expected statistical power; trains and keeps nothing.
+    The last lines are the smallest difference that the queries can resolve, unless there are several tasks, and the
+    privacy guarantee, if the config asks for one.
 
     Raises:
         DataError: the data cannot be used.
@@ -213,7 +200,8 @@ def check(config: Config, *, skip_bad_rows: bool = False) -> Checked:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder, _data(config, Path(folder), skip_bad_rows) as dataset:
         power = None if config.tasks else expected_power(dataset, config.task.kind)
-        return Checked(summarize(dataset), power)
+        found = (power, guarantee(config, dataset))
+        return [*summarize(dataset).lines(), *(each.line() for each in found if each is not None)]
 
 
 def check_time(config: Config, *, skip_bad_rows: bool = False) -> list[str]:

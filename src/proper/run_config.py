@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from proper.adapters.store_urls import forget_stores
 from proper.config import Config, DataConfig, load_run_config, make_config, with_chat
 from proper.data.chat import uses_chat_template
-from proper.errors import RunFolderError
+from proper.errors import ProperError, RunFolderError
 from proper.files import private_folder, write_text
 from proper.models.tokenizer import load_tokenizer
 from proper.run_folder import RunFolder, is_run, require_run
-from proper.run_lock import exclusive
+from proper.run_lock import exclusive, is_first_process
+
+logger = logging.getLogger(__name__)
 
 
 def claim(folder: Path, config: Config) -> Config:
@@ -82,11 +86,39 @@ def _require_free(folder: Path) -> None:
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder, or of a folder that can become one."""
-    if not is_run(folder):
-        _require_free(folder)
+    """Hold the lock of a run folder, or of a folder that can become one.
+
+    If the block fails before a new run has data, the folder is as it was before, so that corrected input can use it.
+    """
+    if is_run(folder):
+        with exclusive(folder):
+            yield
+        return
+    _require_free(folder)
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    before = set(folder.iterdir()) if folder not in made else set()
     with exclusive(folder):
-        yield
+        try:
+            yield
+        except BaseException:
+            if is_first_process() and not RunFolder(folder).data.exists():
+                _undo(folder, before)
+                for each in made:
+                    with suppress(OSError):  # it has other files now
+                        each.rmdir()
+            raise
+
+
+def _undo(folder: Path, before: set[Path]) -> None:
+    """Remove what a call wrote into a folder, and what it made in the stores that it recorded there."""
+    run = RunFolder(folder)
+    try:
+        forget_stores(folder, before)
+    except ProperError as error:  # the settings stay, for the next call
+        logger.warning("%s: not removed: %s", folder, error)
+    for path in (run.config, run.writers_lock, run.lock):
+        if path not in before:
+            path.unlink(missing_ok=True)
 
 
 def write_config(path: Path, config: Config) -> None:

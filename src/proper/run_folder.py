@@ -160,13 +160,11 @@ class RunFolder:
     tombstones = _Path("tombstones")
     database = _Path("database.json")  # where the state is, if not in SQLite files of this folder
     moving = _Path("moving.json")  # during a move of the state: the old place and the new one
-    keys = _Path("serving", "keys.json")  # API keys, as hashes
-    keys_lock = _Path("serving", "keys.lock")
+    keys, keys_lock = _Path("serving", "keys.json"), _Path("serving", "keys.lock")  # API keys, as hashes
     keys_required = _Path("serving", "keys.required")  # exists if a server needs keys, even if the key file is lost
     lock = _Path("run.lock")  # held by the one process that trains, evaluates or reports
     writers_lock = _Path("writers.lock")  # held shared by all that write personal data, exclusively by a deletion
-    demo_data = _Path("data")
-    demo_rows, demo_truth = _Path("data", "interactions.jsonl"), _Path("data", "truth.json")
+    demo_data, demo_rows, demo_truth = _Path("data"), _Path("data", "interactions.jsonl"), _Path("data", "truth.json")
     population = _Path("population")
     experts = _Path("groups", "groups.safetensors")  # experts, routers and the mean user embedding of stage 2
     found_experts, finding_experts = _Path("groups", "experts.json"), _Path("groups", "experts.checkpoint")  # of `auto`

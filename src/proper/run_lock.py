@@ -12,6 +12,11 @@ from proper.files import close_to_others, locked, make_folder
 from proper.run_folder import RunFolder
 
 
+def is_first_process() -> bool:
+    """Return whether this process holds the lock: all processes of an `accelerate launch` share it, rank 0 takes it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder inside the block; the folder is created if it does not exist, and closed to others.
@@ -21,8 +26,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         RunFolderError: another process holds the lock, the message names its id; or the folder cannot be written.
     """
-    # All processes of one `accelerate launch` share the run folder; rank 0 holds the lock.
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         yield
         return
     with ExitStack() as stack:

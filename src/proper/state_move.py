@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from sqlalchemy import MetaData
 from proper.adapters.manifest import Manifest
 from proper.adapters.tombstones import Tombstones
 from proper.databases.copying import copy_tables
-from proper.databases.location import Location, checked, is_made, location_of
+from proper.databases.location import POSTGRESQL, Location, checked, is_made, location_of
+from proper.databases.setup import drop_state
 from proper.databases.shared import SharedDatabase, open_run
 from proper.databases.tables import LOG, STORE
 from proper.errors import ProperError, RunFolderError, StoreError
@@ -50,7 +51,7 @@ def move_state(run: Path, url: str | None, tell: Callable[[int], None] = lambda 
     """
     folder = require_run(run)
     if url is not None:
-        checked(url)
+        checked(url, f"{POSTGRESQL}, or 'folder'")
     with _alone(folder):
         _finish(folder)
         old = location_of(folder.users.path)
@@ -58,7 +59,7 @@ def move_state(run: Path, url: str | None, tell: Callable[[int], None] = lambda 
             return 0
         new = None if url is None else Location(url, f"proper_{secrets.token_hex(8)}")
         if new is not None:
-            _drop(new)  # it is not there yet: this fails before anything is recorded if the database cannot be reached
+            drop_state(new)  # not there yet: fails before anything is recorded if the server cannot be reached
         write_json(folder.moving, {"from": _values(old), "to": _values(new)})
         try:
             with hidden_folder(folder.database) as draft, _opened(folder) as opened:
@@ -87,7 +88,9 @@ def _alone(folder: RunFolder) -> Iterator[None]:
     ):
         if writes is None or fits is None:
             raise RunFolderError(f"{folder.path}: another process works in it; stop its server and workers")
-        yield
+        old = location_of(folder.users.path)
+        with nullcontext() if old is None else _connected_alone(old):
+            yield
 
 
 @contextmanager
@@ -166,6 +169,12 @@ def _switch(folder: RunFolder, draft: RunFolder, new: Location | None) -> None:
     folder.database.unlink()
 
 
+def _connected_alone(place: Location) -> AbstractContextManager[None]:
+    with needs_extra("postgresql", f"the schema in {place}"):
+        from proper.databases.postgresql.connections import alone
+    return alone(place)
+
+
 def _finish(folder: RunFolder) -> None:
     """Remove the place of a move that is not the run's: the old one after the switch, the new one before."""
     if not folder.moving.exists():
@@ -175,14 +184,8 @@ def _finish(folder: RunFolder) -> None:
     if other is None:
         _wipe_files(folder)
     else:
-        _drop(Location(**other))
+        drop_state(Location(**other))
     folder.moving.unlink()
-
-
-def _drop(place: Location) -> None:
-    with needs_extra("postgresql", f"the schema in {place}"):
-        from proper.databases.postgresql.database import drop_schema
-    drop_schema(place)
 
 
 def _wipe_files(folder: RunFolder) -> None:

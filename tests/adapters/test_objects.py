@@ -17,6 +17,7 @@ from proper.adapters.bucket import Bucket, BucketError, MissingObjectError
 from proper.adapters.integrity import check
 from proper.adapters.storage_setting import parse_url, record, setting_of
 from proper.adapters.store import AdapterStore, UserRecord
+from proper.adapters.store_urls import check_store
 from proper.cli.app import main
 from proper.errors import InputError, StoreError
 from tests.s3_server import S3Server
@@ -190,11 +191,31 @@ def test_a_deletion_rewrites_the_objects_with_bytes_of_the_user_only(
         ("s3://b/p?cache=1", "not a URL like"),
         ("s3://b/p?cache_mb=all", "cache_mb is not a number of MiB"),
         ("s3://key:secret@b/p", "has credentials in the URL"),
+        ("s3://[b/p", "Invalid IPv6 URL; write s3://BUCKET/PREFIX"),
     ],
 )
 def test_urls_that_cannot_be(url: str, why: str) -> None:
     with pytest.raises(InputError, match=why) as error:
         parse_url(url, "")
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        (
+            "foo://key:secret@x",
+            r"--store foo://\.\.\.: neither s3://BUCKET/PREFIX .* nor postgresql://USER@HOST/DATAB",
+        ),
+        ("runs/notes", "--store runs/notes: neither s3://.* nor postgresql://.* in the run folder"),
+        ("gs://b/p", r"--store gs://\.\.\.: neither s3://"),
+        ("postgres://h/d", "--store postgres://h/d: not the URL of a PostgreSQL database"),
+        ("s3:///p", "--store s3:///p: not a URL like s3://"),
+    ],
+)
+def test_the_kinds_of_urls_are_named(url: str, why: str) -> None:
+    with pytest.raises(InputError, match=why) as error:
+        check_store(url)
     assert "secret" not in str(error.value)
 
 

@@ -179,6 +179,6 @@ def test_interactions_that_arrive_later_take_the_spelling_of_the_run(
     dataset = build(make(lambda label, at: spell(label)), task={"kind": "classification"})
     log = InteractionLog(tmp_path / "users")
     log.append("", "new", [LogEntry("p", "3"), LogEntry("p", "3.0"), LogEntry("p", "other")])
-    grown = grown_history(dataset, log, "", "new", lambda prompts, targets: [1] * len(prompts), "classification")
+    grown = grown_history(dataset, log, "", "new", "classification")
     log.close()
     assert [each.target for each in grown.items] == [str(spell(3)), str(spell(3)), "other"]

@@ -17,6 +17,7 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.adapters.tombstones import Tombstones
 from proper.cli.app import main
 from proper.databases.location import location_of
+from proper.databases.postgresql.connections import alone
 from proper.errors import InputError, RunFolderError, StoreError
 from proper.interactions.deletion import remove
 from proper.interactions.log import DeletedError, InteractionLog, LogEntry
@@ -125,8 +126,11 @@ def test_a_used_or_impossible_run_is_not_moved(run: Path, postgresql: str) -> No
     before, known = content(run), schemas(postgresql)
     with closing(InteractionLog(run / "users")), pytest.raises(RunFolderError, match="another process has it open"):
         move_state(run, postgresql)
-    with pytest.raises(InputError, match="not the URL of a PostgreSQL database"):
-        move_state(run, "mysql://a/b")
+    for url in ("mysql://a/b", "mysql://a:secret@b/c", "folders"):
+        with pytest.raises(InputError, match="--store.*: (not|has a password)") as error:
+            move_state(run, url)
+        assert "secret" not in str(error.value)
+    assert str(error.value) == "--store: not a URL; write postgresql://USER@HOST/DATABASE, or 'folder'"
     with pytest.raises(StoreError, match="refused"):
         move_state(run, "postgresql://nobody@127.0.0.1:1/x")
     with closing(InteractionLog(run / "users")) as log:
@@ -137,6 +141,61 @@ def test_a_used_or_impossible_run_is_not_moved(run: Path, postgresql: str) -> No
     assert not (run / "moving.json").exists()
     after = content(run)
     assert after["keys"] == before["keys"] and len(after[""][0][3]) == 4
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from proper.interactions.log import InteractionLog, LogEntry
+log = InteractionLog(Path(sys.argv[1]))
+for number, _ in enumerate(sys.stdin):
+    print(log.append("", "ann", [LogEntry(f"p {number}", "x")]).accepted, flush=True)
+"""
+
+
+@pytest.mark.parametrize("engine", ["sqlite", "postgresql"])
+def test_a_process_that_uses_the_state_keeps_it_where_it_is(engine: str, run: Path, postgresql: str) -> None:
+    if engine == "postgresql":
+        move_state(run, postgresql)
+    place, target = location_of(run / "users"), None if engine == "postgresql" else postgresql
+    command = [sys.executable, "-c", HOLDS, str(run / "users")]
+
+    def accepted(process: subprocess.Popen[str]) -> int:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write("one\n")
+        process.stdin.flush()
+        return int(process.stdout.readline())
+
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert accepted(process) == 1
+        with pytest.raises(RunFolderError, match="another process .*; stop the run's server"):
+            move_state(run, target)
+        if place is not None:
+            with psycopg.connect(postgresql) as connection:  # the server was restarted
+                mine = "WHERE pid <> pg_backend_pid() AND application_name = 'proper'"
+                connection.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity {mine}")
+        assert accepted(process) == 1
+        with pytest.raises(RunFolderError, match="another process"):
+            move_state(run, target)
+        assert accepted(process) == 1 and location_of(run / "users") == place
+        process.kill()
+    assert move_state(run, target) > 30
+    with closing(InteractionLog(run / "users")) as log:
+        assert len(log.interactions("", "ann")) == 6
+
+
+def test_no_process_connects_while_the_state_moves(run: Path, postgresql: str) -> None:
+    move_state(run, postgresql)
+    place = location_of(run / "users")
+    assert place is not None
+    command = [sys.executable, "-m", "proper", "keys", "list", str(run)]
+    with alone(place), closing(InteractionLog(run / "users")) as log:
+        assert log.interactions("", "ann"), "the process that moves it reads it"
+        other = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert other.stderr == f"proper: {place}: another process moves this state; wait until it has ended\n"
+    assert other.returncode == 2
+    with closing(InteractionLog(run / "users")) as log:
+        assert log.interactions("", "ann")
 
 
 POINTS = ("make_schema", "copy_tables", "_switch", "_finish")

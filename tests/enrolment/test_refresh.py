@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from proper.adapters.store import AdapterStore
 from proper.enrolment import refresh as module
@@ -116,3 +117,14 @@ def test_users_who_are_left_out_and_a_process_that_loaded_the_groups_before(grow
     assert not torch.equal(record(grown, "new").embedding, alone["new"].embedding)
     with pytest.raises(Exception, match="refreshed since"):
         model.users.update("new")
+
+
+def test_groups_that_were_trained_with_privacy_are_not_refreshed(grown: Path) -> None:
+    path = RunFolder(grown).config
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    raw["privacy"]["epsilon"] = 8
+    raw["population"]["patience"], raw["groups"]["user_encoder"] = 0, False
+    raw["groups"]["constraint"]["kind"] = "none"
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    with pytest.raises(RunFolderError, match="was trained with privacy, and a refresh trains without noise"):
+        refresh(grown)

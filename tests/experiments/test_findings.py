@@ -169,13 +169,38 @@ def test_a_job_is_done_while_settings_data_and_code_are_the_same(
     by_name = {job.name: job for job in jobs.read_queue()}
     job, before = by_name["experts"], by_name["stages-movielens-groups"]
     assert jobs.state(job, by_name) == jobs.state(before, by_name) == "to do"
-    held = {"key": jobs.key_of(job), "key_without_code": jobs.key_of(job, code=False)}
+    settings = jobs.settings_of(job.settings())
+    held = {"key": jobs.key_of(job), "key_without_code": jobs.key_of(job, code=False), "settings": settings}
     job.result.write_text(json.dumps(held), encoding="utf-8")
     assert jobs.state(job, by_name) == "done"
     job.result.write_text(json.dumps({**held, "key": "made by other code"}), encoding="utf-8")
     assert jobs.state(job, by_name) == "stale" and jobs.state(job, by_name, keep=True) == "done"
     other = replace(job, seeds=(1,))
     assert jobs.state(other, by_name, keep=True) == "stale"
+
+
+def test_a_setting_that_is_newer_than_a_result_is_the_same_at_its_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "RESULTS", tmp_path)
+    by_name = {job.name: job for job in jobs.read_queue()}
+    job = by_name["experts"]
+    keys = {"key": jobs.key_of(job), "key_without_code": jobs.key_of(job, code=False)}
+
+    def state_of(settings: dict[str, Any] | None, job: jobs.Job = job) -> str:
+        job.result.write_text(json.dumps({**keys, "settings": settings}), encoding="utf-8")
+        return jobs.state(job, by_name)
+
+    settings = jobs.settings_of(job.settings())
+    groups = {name: value for name, value in settings["groups"].items() if name != "dropout"}
+    older = {**settings, "groups": groups}
+    assert state_of(settings) == state_of(older) == "done"
+    changed = replace(job, changes=(*job.changes, "groups.dropout=0.3"))
+    assert changed.folder != job.folder == replace(job, changes=(*job.changes, "groups.dropout=0.05")).folder
+    assert state_of(older, changed) == "stale"
+    assert state_of({**settings, "groups": {**groups, "dropout": 0.3}}) == "stale", "its default was another one"
+    assert state_of({**settings, "groups": {**groups, "gone": 1}}) == "stale", "a setting that no longer exists"
+    assert state_of(None) == "stale"
 
 
 def test_two_tasks_are_two_rows_an_article(tmp_path: Path) -> None:

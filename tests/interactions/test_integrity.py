@@ -15,7 +15,7 @@ from proper.adapters.integrity import check
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.cli.app import main
 from proper.errors import StoreError
-from proper.interactions.deletion import remove
+from proper.interactions.deletion import links_out_of, remove
 from proper.interactions.log import InteractionLog, LogEntry
 from proper.interactions.log_check import check_log
 from proper.run_folder import UsersFolder
@@ -134,3 +134,12 @@ def test_a_folder_of_blobs_that_is_a_link_is_refused(run: Path, tmp_path: Path) 
     blobs.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StoreError, match="blobs: is a symbolic link"):
         AdapterStore(run / "users")
+
+
+def test_links_that_lead_out_of_a_folder_are_found(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "in").mkdir(parents=True)
+    (home / "loop").symlink_to("..")
+    (home / "in" / "self").symlink_to(home)
+    (home / "in" / "out").symlink_to(tmp_path / "gone")
+    assert links_out_of(home) == [home / "in" / "out", home / "loop"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from proper.config import Config
@@ -58,7 +59,8 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 def test_all_stages_then_nothing_left_to_do(runner: Callable[..., StageRunner], tmp_path: Path) -> None:
     log: list[dict[str, Any]] = []
-    runner(log=log.append).run(tuple(Stage))
+    first = runner(log=log.append)
+    first.run(tuple(Stage))
     folder = tmp_path / "run"
     assert list(dict.fromkeys(facts["stage"] for facts in log)) == ["population", "groups", "users", "router"]
     for stage in Stage:
@@ -70,6 +72,9 @@ def test_all_stages_then_nothing_left_to_do(runner: Callable[..., StageRunner], 
     before, steps = fingerprint(folder), len(log)
     runner(log=log.append).run(tuple(Stage))
     assert len(log) == steps and fingerprint(folder) == before
+    weights, *again = (each.trained_groups().backbone.model.state_dict() for each in (runner(), first, first))
+    for theirs in again:
+        assert theirs.keys() == weights.keys() and all(torch.equal(theirs[name], weights[name]) for name in weights)
 
     model = load(folder)
     answers = respond(model, ["red green is"] * 3, ["ann", "nobody", None])

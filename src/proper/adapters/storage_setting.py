@@ -26,8 +26,10 @@ from proper.run_folder import RunFolder, UsersFolder, nested_runs
 CACHE_MB = 4096
 """Default limit of the local cache of one store, in MiB."""
 
+EXAMPLE = "s3://BUCKET/PREFIX"
+"""The form of a bucket's URL, for messages."""
+
 _OWNER = "owner"
-_EXAMPLE = "s3://BUCKET/PREFIX or s3://BUCKET/PREFIX?cache_mb=4096"
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,18 @@ def parse_url(url: str, run: str) -> BucketSetting:
     Raises:
         InputError: the text is not such a URL.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise InputError(f"--store {url}: {error}; write {EXAMPLE}") from error
     options = parse_qs(parts.query, keep_blank_values=True)
     megabytes = options.pop("cache_mb", [str(CACHE_MB)])[-1]
     if "@" in parts.netloc:
         raise InputError(
-            f"--store {parts.scheme}://...: has credentials in the URL; set AWS_ACCESS_KEY_ID and the like"
+            f"--store {parts.scheme}://...: has credentials in the URL; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
     if parts.scheme != "s3" or not parts.netloc or ":" in parts.netloc or options or parts.fragment:
-        raise InputError(f"--store {url}: not a URL like {_EXAMPLE}")
+        raise InputError(f"--store {url}: not a URL like {EXAMPLE} or {EXAMPLE}?cache_mb=4096")
     if not megabytes.isdecimal():
         raise InputError(f"--store {url}: cache_mb is not a number of MiB")
     prefix = parts.path.strip("/")
@@ -121,6 +126,19 @@ def record(run: Path, url: str) -> None:
         raise InputError(f"--store {url}: this run keeps its adapters in {folder.users.blobs}; start another run")
     new.claim()
     write_json(folder.storage, {"shards": new.url, "cache_mb": new.cache_mb, "id": new.id})
+
+
+def forget(run: Path) -> None:
+    """Undo `record` for a run that has written no adapters: give the prefix up, and remove the setting.
+
+    Raises:
+        BucketError: the bucket cannot be used.
+    """
+    setting = setting_of(run)
+    if setting is not None:
+        setting.bucket.remove(_OWNER)
+        _claim.cache_clear()
+    RunFolder(run).storage.unlink(missing_ok=True)
 
 
 def _has_adapters(users: UsersFolder) -> bool:

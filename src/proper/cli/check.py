@@ -52,5 +52,5 @@ def command(
         for line in pipeline.check_time(settings, skip_bad_rows=skip_bad_rows):
             typer.echo(line)
         return
-    for line in pipeline.check(settings, skip_bad_rows=skip_bad_rows).lines():
+    for line in pipeline.check(settings, skip_bad_rows=skip_bad_rows):
         typer.echo(line)

@@ -102,19 +102,11 @@ def command(
     number = model.config.task_number(task)
     prompts = final_prompts(requests, model.template_of(task).fill)
     sampling = Sampling(max_new_tokens or answer_length(model.config, number), temperature, top_p, seed)
-    tiers: Counter[str] = Counter()
-    with progress("generate", len(requests)) if input_file else nullcontext(_ignore) as advance:
-        for start in range(0, len(requests), _PIECE):
-            piece = slice(start, start + _PIECE)
-            users = [request.user for request in requests[piece]]
-            answers = respond(model, prompts[piece], users, sampling, task=number)
-            for answer in answers:
-                typer.echo(_line(answer) if as_json or input_file else answer.text)
-            tiers.update(answer.tier for answer in answers)
-            advance(len(answers))
-    logger.info(
-        "answered by: " + ", ".join(f"{tier} ({count})" if input_file else tier for tier, count in tiers.items())
-    )
+
+    def answer(piece: slice) -> list[Answer]:
+        return respond(model, prompts[piece], [request.user for request in requests[piece]], sampling, task=number)
+
+    _print_answers(answer, len(requests), of_file=input_file is not None, as_json=as_json)
 
 
 def _requests(
@@ -134,6 +126,20 @@ def _requests(
     if fields:
         return [from_fields(user, fields)]
     return [PromptRequest(user, prompt, {}, "--prompt")]
+
+
+def _print_answers(answer: Callable[[slice], list[Answer]], count: int, *, of_file: bool, as_json: bool) -> None:
+    """Print the answers to `count` requests as they are made, and log how many each tier gave."""
+    tiers: Counter[str] = Counter()
+    with progress("generate", count) if of_file else nullcontext(_ignore) as advance:
+        for start in range(0, count, _PIECE):
+            answers = answer(slice(start, start + _PIECE))
+            for each in answers:
+                typer.echo(_line(each) if as_json or of_file else each.text)
+            tiers.update(each.tier for each in answers)
+            advance(len(answers))
+    given = ", ".join(f"{tier} ({number})" if of_file else tier for tier, number in tiers.items())
+    logger.info(f"answered by: {given}")
 
 
 def _ignore(n: int) -> None:

@@ -3,6 +3,7 @@
 from proper.config.data import DataConfig, TaskConfig, TaskSpec
 from proper.config.loading import load_config, load_run_config, make_config, with_chat
 from proper.config.presets import PRESETS
+from proper.config.privacy import PrivacyConfig
 from proper.config.schema import (
     ComputeConfig,
     Config,
@@ -36,6 +37,7 @@ __all__ = [
     "OptimizerConfig",
     "PRESETS",
     "PopulationConfig",
+    "PrivacyConfig",
     "Section",
     "SplitConfig",
     "TargetModules",

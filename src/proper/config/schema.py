@@ -7,12 +7,13 @@ nearest known one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from proper.config.data import DataConfig, TaskConfig, TaskSpec
+from proper.config.privacy import PrivacyConfig, private_defaults
 from proper.config.stages import Count, GroupsConfig, PopulationConfig, Positive, Section, UsersConfig
 from proper.errors import ConfigError
 from proper.run_folder import Stage
@@ -156,6 +157,7 @@ class Config(Section):
     population: PopulationConfig = PopulationConfig()
     groups: GroupsConfig = GroupsConfig()
     users: UsersConfig = UsersConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -195,6 +197,18 @@ class Config(Section):
             {**{key: first[key] for key in ("data", "task") if key in first}, **raw} if isinstance(first, dict) else raw
         )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _private_defaults(cls, raw: Any) -> Any:
+        return private_defaults(raw) if isinstance(raw, dict) else raw
+
+    @model_validator(mode="after")
+    def _privacy_covers_the_rest(self) -> Config:
+        key, why = next(_against_privacy(self), ("", "")) if self.privacy.on else ("", "")
+        if key:
+            raise ValueError(f"privacy: {key} {why}")
+        return self
+
     @model_validator(mode="after")
     def _tasks_have_the_data(self) -> Config:
         first = next(iter(self.tasks.values()), None)
@@ -221,3 +235,32 @@ class Config(Section):
         if groups != "all" and users != "all" and users > groups:
             raise ValueError(f"users.layers: {users} is more than the {groups} layers with experts (groups.layers)")
         return self
+
+
+def _against_privacy(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield every setting that privacy excludes, as the key with its value, and why with what to set."""
+    population, groups, users = config.population, config.groups, config.users
+    if population.patience:
+        yield f"population.patience: {population.patience}", "stops on held-out rows without noise; set it to 0"
+    for name, stage in (("population", population), ("groups", groups)):
+        if stage.max_tokens is not None:
+            why = "lets one user decide which rows of others are trained on; lower epochs or privacy.rows_per_user"
+            yield f"{name}.max_tokens: {stage.max_tokens}", why
+    if config.compute.budget is not None:
+        yield f"compute.budget: {config.compute.budget}", "lowers max_tokens; leave it out"
+    if groups.constraint.kind == "users":
+        yield "groups.constraint.kind: users", "compares users with one another; set it to none or experts"
+    if groups.experts == "auto":
+        yield "groups.experts: auto", "counts clusters of users without noise; set a number"
+    if groups.user_encoder:
+        yield "groups.user_encoder: true", "learns from all users' embeddings without noise; set it to false"
+    if users.router != "none":
+        yield f"users.router: {users.router}", "is trained on all users without noise; set it to none"
+    if users.form != "lora":
+        yield f"users.form: {users.form}", "needs bases that are trained on all users without noise; set it to lora"
+    if users.start != "zero":
+        yield f"users.start: {users.start}", "starts a user from what others' adapters learned; set it to zero"
+    if len(config.evaluation.seeds) > 1:
+        yield f"evaluation.seeds: {config.evaluation.seeds}", "train several models, and epsilon is that of one"
+    if config.tasks:
+        yield "tasks", "weigh rows by the mean length of all users' answers; make one run for each task"

@@ -18,6 +18,9 @@ from proper.errors import InputError, ProperError, RunFolderError
 from proper.files import read_json
 from proper.run_folder import RunFolder
 
+POSTGRESQL = "postgresql://USER@HOST/DATABASE"
+"""The form of a database's URL, for messages."""
+
 
 @dataclass(frozen=True)
 class Location:
@@ -56,20 +59,18 @@ def is_made(database: Path) -> bool:
     return database.is_file() or location_of(database.parent) is not None
 
 
-def checked(url: str) -> str:
-    """Return the URL of a PostgreSQL database as it is.
+def checked(url: str, accepted: str = POSTGRESQL) -> str:
+    """Return the URL of a PostgreSQL database as it is; `accepted` is what the option `--store` accepts, for the error.
 
     Raises:
-        InputError: it is no PostgreSQL URL, names no database, or has a password.
+        InputError: it is no PostgreSQL URL, names no database, or has a password, which the message does not repeat.
     """
     try:
         parts = make_url(url)
-    except ArgumentError as error:
-        raise InputError(f"--store: not a URL: {url!r}; write it as postgresql://USER@HOST/DATABASE") from error
-    if parts.drivername != "postgresql" or not parts.database:
-        raise InputError(
-            f"--store: not the URL of a PostgreSQL database: {url!r}; as in postgresql://USER@HOST/DATABASE"
-        )
+    except (ArgumentError, ValueError) as error:  # ValueError: a port that is no number
+        raise InputError(f"--store: not a URL; write {accepted}") from error
     if parts.password is not None or "password" in parts.query:
         raise InputError("--store: has a password; leave it out, and set PGPASSWORD or PGPASSFILE instead")
+    if parts.drivername != "postgresql" or not parts.database:
+        raise InputError(f"--store {url}: not the URL of a PostgreSQL database; write {accepted}")
     return url

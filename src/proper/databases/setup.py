@@ -38,3 +38,14 @@ def keep_state(run: Path, url: str) -> None:
     new = Location(url, f"proper_{secrets.token_hex(8)}")
     make_schema(new)
     write_json(folder.database, asdict(new))
+
+
+def drop_state(place: Location) -> None:
+    """Remove a schema with everything in it, if it is there.
+
+    Raises:
+        StoreError: the database cannot be reached, or the schema is used.
+    """
+    with needs_extra("postgresql", f"the schema in {place}"):
+        from proper.databases.postgresql.database import drop_schema
+    drop_schema(place)

@@ -165,8 +165,7 @@ def drifts(fitter: Fitter, store: AdapterStore, log: InteractionLog, users: Sequ
     for user in users:
         if not log.count(store.tenant, user):
             continue
-        count, kind = fitter.model.encoder.count, config.task.kind
-        grown = grown_history(fitter.dataset, log, store.tenant, user, count, kind)
+        grown = grown_history(fitter.dataset, log, store.tenant, user, config.task.kind)
         drift = drift_of(fitter, store, log, user, grown, variance)
         if drift is not None and drift.new:
             found.append(drift)

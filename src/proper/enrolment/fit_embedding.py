@@ -80,7 +80,7 @@ class EmbeddingJob:
 
 @dataclass(frozen=True)
 class FittedEmbedding:
-    """An embedding, and the held-out loss per token before the first pass and after each."""
+    """An embedding after so many passes, and the held-out loss per token before the first pass and after each."""
 
     embedding: Float[Tensor, "D"]
     losses: tuple[float, ...]
@@ -99,9 +99,42 @@ def fit_embedding(setting: Setting, job: EmbeddingJob) -> FittedEmbedding:
     return found
 
 
+def try_embedding(setting: Setting, job: EmbeddingJob) -> FittedEmbedding:
+    """Fit one user's embedding on all but the held-out items, up to the pass with the lowest loss on these.
+
+    Raises:
+        NonFiniteLossError: a step's loss is not finite.
+    """
+    (found,) = _try(setting, [job])
+    if isinstance(found, NonFiniteLossError):
+        raise found
+    return found
+
+
 def fit_embeddings(setting: Setting, jobs: Sequence[EmbeddingJob]) -> list[FittedEmbedding | NonFiniteLossError]:
     """Fit many users' embeddings in one batch; a user whose loss is not finite gets the error; the others go on."""
     trials = [job for job in jobs if job.held_out]
+    tried = {job.user: each for job, each in zip(trials, _try(setting, trials), strict=True)}
+    finals = list[_Descent]()
+    for job in jobs:
+        trial = tried.get(job.user)
+        if not isinstance(trial, NonFiniteLossError):
+            passes = setting.passes if trial is None else trial.passes
+            finals.append(_Descent(job.user, job.items, job.start, passes))
+    _descend(setting, finals)
+    ends, found = {each.user: each for each in finals}, list[FittedEmbedding | NonFiniteLossError]()
+    for job in jobs:
+        trial = tried.get(job.user)
+        if isinstance(trial, NonFiniteLossError):
+            found.append(trial)
+            continue
+        end = ends[job.user]
+        found.append(end.error or FittedEmbedding(end.end, () if trial is None else trial.losses, end.passes))
+    return found
+
+
+def _try(setting: Setting, trials: Sequence[EmbeddingJob]) -> list[FittedEmbedding | NonFiniteLossError]:
+    """Make the trials of many users in one batch."""
     descents = [
         _Descent(
             job.user,
@@ -113,17 +146,9 @@ def fit_embeddings(setting: Setting, jobs: Sequence[EmbeddingJob]) -> list[Fitte
     ]
     _descend(setting, descents)
     losses = _held_out_losses(setting, trials, [[each.start, *each.after] for each in descents])
-    best = {job.user: each.index(min(each)) for job, each in zip(trials, losses, strict=True)}
-    measured = {job.user: tuple(each) for job, each in zip(trials, losses, strict=True)}
-    errors = {each.user: each.error for each in descents if each.error is not None}
-    passes = {job.user: best.get(job.user, setting.passes) for job in jobs if job.user not in errors}
-    finals = [_Descent(job.user, job.items, job.start, passes[job.user]) for job in jobs if job.user in passes]
-    _descend(setting, finals)
-    errors |= {each.user: each.error for each in finals if each.error is not None}
-    ends = {each.user: each.end for each in finals}
     return [
-        errors.get(job.user) or FittedEmbedding(ends[job.user], measured.get(job.user, ()), passes[job.user])
-        for job in jobs
+        each.error or FittedEmbedding([each.start, *each.after][best := own.index(min(own))], tuple(own), best)
+        for each, own in zip(descents, losses, strict=True)
     ]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class Rows:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows, untruncated."""
+        """Tokens of the rows from the run's data, untruncated; those of logged interactions are not counted."""
         return sum(each.tokens for each in self.examples)
 
     def rows(self, epoch: int) -> Iterator[TextExample]:
@@ -95,17 +95,12 @@ class Rows:
         return iter(order)
 
 
-Count = Callable[[Sequence[str], Sequence[str]], list[int]]
-
-
-def grown_history(
-    dataset: Dataset | None, log: InteractionLog, tenant: str, user: str, count: Count, kind: str
-) -> UserHistory:
+def grown_history(dataset: Dataset | None, log: InteractionLog, tenant: str, user: str, kind: str) -> UserHistory:
     """Merge the run's data and the interaction log into a user's history.
 
     The run's data belongs to the default tenant. A logged interaction without a time takes its time of arrival; an item
     of the run's data without a time comes before all others. A label that the run's data spells differently (3 for 3.0,
-    by the task's `kind`) takes the run's spelling.
+    by the task's `kind`) takes the run's spelling. The tokens of logged interactions are not counted: theirs are 0.
     """
     labels = dataset.labels if dataset is not None else []
     logged = [
@@ -115,12 +110,8 @@ def grown_history(
     before: list[TextExample] | None = []
     if tenant == DEFAULT_TENANT:
         before = dataset.history(user) if dataset is not None else None
-    tokens = count([each.prompt for each in logged], [each.target for each in logged])
-    since = [_example(user, each, length) for each, length in zip(logged, tokens, strict=True)]
     keyed = [(-math.inf if each.time is None else each.time, each) for each in before or ()]
-    keyed += [
-        (each.received if each.time is None else each.time, mine) for each, mine in zip(logged, since, strict=True)
-    ]
+    keyed += [(each.received if each.time is None else each.time, _example(user, each)) for each in logged]
     ordered = tuple(example for _, example in sorted(keyed, key=lambda pair: pair[0]))
     return UserHistory(ordered, None if before is None else len(before), len(logged))
 
@@ -154,5 +145,5 @@ def run_data(folder: Path) -> Dataset | None:
     return Dataset.open(path) if path.is_file() else None
 
 
-def _example(user: str, logged: LoggedInteraction, tokens: int) -> TextExample:
-    return TextExample(-logged.number, user, logged.prompt, logged.target, None, logged.time, tokens)
+def _example(user: str, logged: LoggedInteraction) -> TextExample:
+    return TextExample(-logged.number, user, logged.prompt, logged.target, None, logged.time, 0)

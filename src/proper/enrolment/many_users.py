@@ -3,7 +3,7 @@
     place   log the interactions, place every embedding, store all records in one transaction
     fit     fit the embeddings, then the adapters, of `TOGETHER` users at a time into files from which their fits go on
 
-The fits themselves follow user by user, from the fit queue (`worker`), and find that most is done. Every user gets what
+The users then leave the fit queue one by one (`worker`), each with the record that is there. Every user gets what
 they would get alone, up to rounding.
 """
 
@@ -116,11 +116,10 @@ def _histories(
     fitter: Fitter, store: AdapterStore, log: InteractionLog, users: Sequence[str]
 ) -> Iterator[tuple[list[str], list[UserHistory]]]:
     """Yield users who have items, `TOGETHER` at a time, and their histories."""
-    count, kind = fitter.model.encoder.count, fitter.model.config.task.kind
+    kind = fitter.model.config.task.kind
     for at in range(0, len(users), TOGETHER):
         pairs = [
-            (user, grown_history(fitter.dataset, log, store.tenant, user, count, kind))
-            for user in users[at : at + TOGETHER]
+            (user, grown_history(fitter.dataset, log, store.tenant, user, kind)) for user in users[at : at + TOGETHER]
         ]
         pairs = [(user, grown) for user, grown in pairs if grown.items]
         if pairs:

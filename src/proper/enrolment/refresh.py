@@ -43,7 +43,8 @@ from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.groups import train_groups
 from proper.training.jobs import held_out_items
-from proper.training.stages import join_processes, stage_plan
+from proper.training.plans import stage_plan
+from proper.training.stages import join_processes
 from proper.training.trainer import no_log
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ def refresh(folder: Path, left_out: Collection[str] = ()) -> Refreshed:
         left_out: users whose items are not trained on.
 
     Raises:
-        RunFolderError: a stage is missing, or the store has users of other tenants.
+        RunFolderError: a stage is missing, the store has users of other tenants, or the run has several tasks or
+            privacy.
     """
     run = RunFolder(folder)
     with _opened(folder) as work:
@@ -138,6 +140,8 @@ class _Work:
             raise RunFolderError(f"{run.path}: has users of other tenants, whose adapters need the groups as they are")
         if model.config.tasks:
             raise RunFolderError(f"{run.path}: is a run over several tasks, whose groups cannot be refreshed yet")
+        if model.config.privacy.on:
+            raise RunFolderError(f"{run.path}: was trained with privacy, and a refresh trains without noise")
 
     def close(self) -> None:
         self.log.close()
@@ -145,8 +149,7 @@ class _Work:
 
     def grown(self, user: str) -> UserHistory:
         """Return a user's items."""
-        count, kind = self.model.encoder.count, self.model.config.task.kind
-        return grown_history(self.fitter.dataset, self.log, self.store.tenant, user, count, kind)
+        return grown_history(self.fitter.dataset, self.log, self.store.tenant, user, self.model.config.task.kind)
 
     def held_out(self, items: Sequence[TextExample]) -> int:
         """Return how many of a user's newest items are held out."""

@@ -9,9 +9,9 @@
     compare     both versions on the newest of the new interactions and the newest earlier ones, which the update was
                 not trained on; the update is promoted as it was measured, or not at all
 
-Held-out interactions count as new at the next update. A user without an adapter is fitted as a new one, on all
-interactions but the held-out ones; if that is better, again on all of them. An update depends only on the run, the
-version in service and the user's interactions: not on other users, and not on a kill and resume.
+Held-out interactions count as new at the next update. A user without an adapter is fitted as a new one (`refit`), on
+all interactions but the held-out ones. An update depends only on the run, the version in service and the user's
+interactions: not on other users, and not on a kill and resume.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from proper.console import no_bar
 from proper.data.dataset import TextExample
 from proper.data.encoder import EncodedExample
 from proper.enrolment.change import change_point
-from proper.enrolment.comparison import State, Usual, VersionComparison, losses_of, outliers, per_item, state_of
+from proper.enrolment.comparison import Losses, State, Usual, VersionComparison, losses_of, outliers, state_of
 from proper.enrolment.fit_files import is_update_of, same_update
 from proper.enrolment.fit_user import Fitter, Tell, own_bank
 from proper.enrolment.history import Divided, Split, UserHistory, divide, hold_out
-from proper.enrolment.place import PLACED
+from proper.enrolment.place import FITTED, PLACED
+from proper.enrolment.refit import Refit
 from proper.files import hash_value
 from proper.layers.low_rank import adapter_distance
 from proper.run_folder import Tier
@@ -174,14 +175,13 @@ class _Update:
         adapter = encode(tensors, self.config.storage)
         candidate = UserRecord(self.base.user, Tier.USERS, self.base.embedding, decode(adapter))
         state = state_of(self.fitter.model, candidate)
-        found = self._compare(start, state, split)
+        found, after = self._compare(state, split)
         facts |= {"passes": result.state.best, "distance": self._moved(start.row, result.row), **found.facts()}
         if not found.is_better(self.config.update.past):
             return self._stays(found.text(), facts)
-        logged = self.grown.ordinals[split.held_new[0].id] - 1
         kept = {key: self.base.facts[key] for key in ("embedding",) if key in self.base.facts}
-        record = replace(candidate, adapter=adapter, facts={**kept, **self._group_facts(split, state)})
-        return self._promoted(record, found.text(), facts, logged, divided, self._usual(state, split))
+        record = replace(candidate, adapter=adapter, facts={**kept, **self._group_facts(split, state, after)})
+        return self._promoted(record, found.text(), facts, divided, split, after)
 
     def _rows(self, split: Split) -> tuple[EncodedExample, ...]:
         """Return an update's training rows: the new ones, and a sample of earlier ones, in the order of time."""
@@ -224,57 +224,53 @@ class _Update:
         """Fit a user as a new one, with the embedding if `anew`, and compare that with the version in service."""
         order = {item.id: at for at, item in enumerate(self.grown.items)}
 
-        def history(*parts: Sequence[TextExample]) -> UserHistory:
-            items = sorted((item for part in parts for item in part), key=lambda item: order[item.id])
-            return replace(self.grown, items=tuple(items))
+        def joined(*parts: Sequence[TextExample]) -> list[TextExample]:
+            return sorted((item for part in parts for item in part), key=lambda item: order[item.id])
 
-        trial = history(split.past, split.new)
-        tried = self.fitter.fit(self.store, self.base.user, trial, self.work / "trial", self.tell, anew=anew)
-        state = state_of(self.fitter.model, _decoded(tried))
-        found = self._compare(state_of(self.fitter.model, self.base), state, split)
-        facts |= {"trained": len(split.new), "anew": anew, **found.facts()}
+        items = joined(split.past, split.new)
+        items = items[-(self.config.max_items or len(items)) :]
+        embeds = anew or self.base.facts.get("embedding") == FITTED
+        parts = items, joined(split.held_past, split.held_new), embeds
+        record = Refit(self.fitter, self.store, self.base, *parts, self.work, self.tell).record()
+        facts |= {"trained": len(split.new), "anew": anew}
+        if record.adapter is None and not embeds:
+            return self._stays(str(record.facts["reason"]), facts)
+        found, after = self._compare(state_of(self.fitter.model, _decoded(record)), split)
+        facts |= found.facts()
         if not found.is_better(self.config.update.past):
             return self._stays(found.text(), facts)
-        usual = self._usual(state, split)
-        whole = history(divided.past, divided.new)
-        record = self.fitter.fit(self.store, self.base.user, whole, self.work / "final", self.tell, anew=anew)
-        logged = self.grown.ordinals[divided.new[-1].id]
-        return self._promoted(record, found.text(), facts, logged, divided, usual)
+        return self._promoted(record, found.text(), facts, divided, split, after)
 
     def _promoted(
-        self,
-        record: UserRecord,
-        reason: str,
-        facts: Mapping[str, Any],
-        logged: int,
-        divided: Divided,
-        usual: Usual | None,
+        self, record: UserRecord, reason: str, facts: Mapping[str, Any], divided: Divided, split: Split, after: Losses
     ) -> FitOutcome:
+        logged = self.grown.ordinals[split.held_new[0].id] - 1
         history: dict[str, Any] = {"run": self.grown.run, "logged": logged}
         history |= {"left_out": list(divided.left_out)} if divided.left_out else {}
         history |= {"since": divided.since} if divided.since else {}
         made = {"by": "update", "of": self.version}
         told: dict[str, Any] = {"history": history, "made": made, "update": dict(facts), "reason": reason}
+        usual = Usual.of((after[0] / after[1].clamp(min=1)).tolist())  # on what it was not trained on
         if usual is not None:
             told["usual"] = usual.facts()
         record = replace(record, facts={**record.facts, **told})
         return FitOutcome(record, self.version, reason, facts)
 
-    def _compare(self, served: State, updated: State, split: Split) -> VersionComparison:
-        new, past = self._encoded(split.held_new), self._encoded(split.held_past)
-        return VersionComparison.of(self.fitter.model, served, updated, new, past)
+    def _compare(self, updated: State, split: Split) -> tuple[VersionComparison, Losses]:
+        """Return the comparison of the two versions, and the losses of the update on all held-out interactions."""
+        model, held = self.fitter.model, self._encoded([*split.held_new, *split.held_past])
+        assert model.served is not None
+        new = len(split.held_new)
+        served, after = (losses_of(model, each, held) for each in (state_of(model, self.base), updated))
+        unknown = losses_of(model, State(model.served.mean), held[:new])
+        return VersionComparison.of(new, served, after, unknown), after
 
-    def _group_facts(self, split: Split, state: State) -> dict[str, float]:
+    def _group_facts(self, split: Split, state: State, after: Losses) -> dict[str, float]:
         """Return the held-out loss of the group tier and with the adapter, as stage 3's metadata has them."""
-        items, found = self._encoded([*split.held_past, *split.held_new]), {}
-        for name, each in (("group_loss", State(state.embedding)), ("user_loss", state)):
-            totals, tokens = losses_of(self.fitter.model, each, items)
-            found[name] = float(totals.sum() / tokens.sum())
-        return found
-
-    def _usual(self, state: State, split: Split) -> Usual | None:
-        """Return the usual loss of a new version: that on the interactions that it was not trained on."""
-        return Usual.of(per_item(self.fitter.model, state, self._encoded([*split.held_past, *split.held_new])))
+        held = self._encoded([*split.held_new, *split.held_past])
+        group = losses_of(self.fitter.model, State(state.embedding), held)
+        losses = {"group_loss": group, "user_loss": after}
+        return {name: float(totals.sum() / tokens.sum()) for name, (totals, tokens) in losses.items()}
 
     def _moved(self, start: Float[Tensor, "P"], row: Float[Tensor, "P"]) -> float:
         """Return the squared distance to the version in service, relative to its squared size."""

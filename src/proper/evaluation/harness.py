@@ -259,8 +259,15 @@ class Harness:
             "versions": versions,
             "data_sha256": self.dataset.sha256,
             "device": f"{device}, {torch.get_num_threads()} threads",
+            **self._privacy(),
             **({"budget": {"time": compute.budget, "lowered": lowered}} if compute.budget is not None else {}),
         }
+
+    def _privacy(self) -> dict[str, Any]:
+        """Return what stage 2 says of the privacy of stages 1 and 2; empty without it."""
+        marker = RunFolder(self.home).marker(Stage.GROUPS)
+        facts = read_json(marker) if self.config.privacy.on and marker.exists() else {}
+        return {"privacy": facts["privacy"]} if "privacy" in facts else {}
 
     def _seconds(self) -> dict[str, float]:
         """Return the wall time of each stage in seconds, summed over seeds."""

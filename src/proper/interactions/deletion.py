@@ -20,7 +20,7 @@ from proper.adapters.manifest import Manifest, user_of
 from proper.adapters.store import DEFAULT_TENANT, WAIT_SECONDS, AdapterStore
 from proper.databases.location import is_made
 from proper.errors import InputError, ProperError, StoreError
-from proper.files import close_to_others, links_out_of, locked, sweep
+from proper.files import close_to_others, locked, sweep
 from proper.interactions.deletion_jobs import Deletion
 from proper.interactions.log import InteractionLog
 from proper.interactions.personal_files import files_of, remove_quarantine, remove_work
@@ -150,6 +150,16 @@ def working(run: Path) -> Iterator[None]:
             yield
     finally:
         finish_deletions(home.users.path)
+
+
+def links_out_of(folder: Path) -> list[Path]:
+    """Return the symbolic links below a folder that point outside of it; links are not followed."""
+    home, found = folder.resolve(), list[Path]()
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
+                found.append(path)
+    return sorted(found)
 
 
 def _work(store: AdapterStore, log: InteractionLog, deletion: Deletion, patience: float) -> list[str]:

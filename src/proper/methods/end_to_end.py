@@ -41,7 +41,8 @@ from proper.training.checkpoint import seed_of
 from proper.training.groups import GroupsStage, train_stage
 from proper.training.jobs import full_passes
 from proper.training.optim import RowAdamW, clip_rows, resolve_rate
-from proper.training.stages import join_processes, stage_plan
+from proper.training.plans import stage_plan
+from proper.training.stages import join_processes
 from proper.training.trainer import Log, LossSum
 
 _SCALINGS = 3

@@ -30,7 +30,8 @@ from proper.models.personal import ProperModel, gradient_checkpointing
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.optim import RowAdamW
-from proper.training.stages import join_processes, stage_plan, stage_sample
+from proper.training.plans import stage_plan, stage_sample
+from proper.training.stages import join_processes
 from proper.training.trainer import LossSum, train
 
 

@@ -228,12 +228,21 @@ def metadata(run: RunFiles) -> list[tuple[str, str]]:
         "queries": _whole(count(task.get("queries"))),
         "history, items": f"{lengths[0]} to {lengths[2]}, median {lengths[1]}" if history else None,
         "seeds": ", ".join(map(str, seeds)) if isinstance(seeds, list) else seeds,
+        "privacy": _privacy(mapping(about.get("privacy"))),
         "device": about.get("device"),
         "time": ", ".join(f"{name} {duration(number(value))}" for name, value in seconds.items()),
         "versions": ", ".join(f"{name} {value}" for name, value in versions.items()),
         "data sha256": about.get("data_sha256"),
     }
     return [(name, str(value)) for name, value in rows.items() if value not in (None, "", "–")]
+
+
+def _privacy(values: dict[str, Any]) -> str:
+    """Return what is shown of differentially private training; empty without it."""
+    if not values:
+        return ""
+    epsilon, delta = number(values.get("epsilon")), number(values.get("delta"))
+    return f"epsilon {plain(epsilon)} at delta {delta:g} for a user, over stages 1 and 2" if delta is not None else ""
 
 
 def tiers(values: dict[str, Any]) -> tuple[list[tuple[str, int, float]], list[str]]:

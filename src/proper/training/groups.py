@@ -25,6 +25,7 @@ from proper.layers.routing_losses import constraint_loss
 from proper.models.personal import ProperModel, gradient_checkpointing
 from proper.training.checkpoint import seed_of
 from proper.training.optim import RowAdamW
+from proper.training.privacy import train_privately
 from proper.training.trainer import LossSum, TrainableStage, TrainingPlan, train
 
 
@@ -155,7 +156,10 @@ def train_stage(
         parameter.requires_grad_(True)
     model.train(True)
     with gradient_checkpointing(model.backbone.model, config.gradient_checkpointing):
-        train(stage, plan, accelerator)
+        if plan.privacy is not None:
+            train_privately(stage, plan, accelerator)
+        else:
+            train(stage, plan, accelerator)
     model.train(False)
     for parameter in stage.parameters().values():
         parameter.requires_grad_(False)

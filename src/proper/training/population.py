@@ -28,6 +28,7 @@ from proper.models.personal import answer_losses, gradient_checkpointing
 from proper.models.targets import find_targets
 from proper.training.checkpoint import seed_of
 from proper.training.early_stopping import EarlyStopping
+from proper.training.privacy import train_privately
 from proper.training.trainer import LossSum, TrainingPlan, train
 
 
@@ -94,8 +95,11 @@ def train_population(
     """
     wrapped = wrap(backbone, config, plan.seed)
     with in_training(backbone, wrapped, config) as stage:
-        stopping = EarlyStopping.on(held_out, config.patience, plan.encoder, plan.pad, stage.held_out_loss)
-        train(stage, plan, accelerator, stopping)
+        if plan.privacy is not None:
+            train_privately(stage, plan, accelerator)
+        else:
+            stopping = EarlyStopping.on(held_out, config.patience, plan.encoder, plan.pad, stage.held_out_loss)
+            train(stage, plan, accelerator, stopping)
     if accelerator.is_main_process:
         wrapped.save_pretrained(str(folder))
     absorb(backbone, wrapped)

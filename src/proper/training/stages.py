@@ -7,11 +7,13 @@ A stage is done when its `stage.json` exists; it is written last.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +24,13 @@ from torch import Tensor
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config
 from proper.data.batching import RowEncoder
-from proper.data.dataset import Role, SampledRows, UserSet
+from proper.data.dataset import Role, SampledRows
 from proper.data.derived.views import Histories
 from proper.data.encoder import Encoder
 from proper.data.task_weights import with_task_weights
-from proper.errors import DataError, RunFolderError
+from proper.errors import RunFolderError
 from proper.files import hash_file, write_json
-from proper.models.backbone import Backbone, configured_backbone, pick_device
+from proper.models.backbone import configured_backbone, pick_device
 from proper.models.checkpoints import bases_digest, load_groups, save_tensors, settled
 from proper.models.memory import give_back_memory
 from proper.models.peft_merge import apply_population
@@ -40,13 +42,16 @@ from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.early_stopping import hold_out
 from proper.training.expert_count import find_experts, user_scores
 from proper.training.groups import first_embeddings, train_groups
-from proper.training.optim import resolve_rate
+from proper.training.plans import NOT_COVERED, Guarantee, guarantee, stage_plan, stage_sample
 from proper.training.population import train_population
+from proper.training.privacy import noised_mean, secret_generator
 from proper.training.starts import train_start
 from proper.training.trainer import Log, TrainingPlan, no_log
 from proper.training.user_encoder import train_encoder
 from proper.training.user_stage import FitAdapters, UserStage
 from proper.training.users import train_users
+
+logger = logging.getLogger(__name__)
 
 
 def join_processes(config: Config) -> Accelerator:
@@ -58,43 +63,6 @@ def join_processes(config: Config) -> Accelerator:
     # Stage 3 and evaluation run in one process; the others wait for it far longer than the default ten minutes.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=30))
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[patient])
-
-
-def stage_sample(dataset: Histories, stage: str, users: UserSet, max_tokens: int | None, seed: int) -> SampledRows:
-    """Return the rows that stage 1 or 2 trains on.
-
-    Raises:
-        DataError: no user has rows to train on.
-    """
-    sample = dataset.sample(users, max_tokens, seed)
-    if not sample.size:
-        raise DataError(f"{stage}.train_on: '{users}' selects no rows to train on, because no such user has any")
-    return sample
-
-
-def stage_plan(
-    stage: Literal["population", "groups"],
-    config: Config,
-    sample: SampledRows,
-    backbone: Backbone,
-    encoder: RowEncoder,
-    folder: Path,
-    seed: int,
-    log: Log,
-) -> TrainingPlan:
-    """Return the plan of stage 1 or 2: its hyperparameters, and its checkpoint in the run folder `folder`."""
-    hyperparameters = config.population if stage == "population" else config.groups
-    return TrainingPlan(
-        config=hyperparameters,
-        rate=resolve_rate(hyperparameters.learning_rate, stage, backbone.hidden_size),
-        seed=seed,
-        encoder=encoder,
-        pad=backbone.pad_id,
-        sample=sample,
-        checkpoint=Checkpoint(RunFolder(folder).checkpoint(stage), config.compute.checkpoint_seconds),
-        log=log,
-        batch_tokens=backbone.batch_tokens,
-    )
 
 
 class StageRunner:
@@ -119,7 +87,7 @@ class StageRunner:
         self.dataset, self.folder, self.seed, self.log, self.run_folder = dataset, folder, seed, log, RunFolder(folder)
         self.config = settled(config, self.run_folder.experts)
         self.accelerator = join_processes(config)
-        self.backbone = configured_backbone(config, self.accelerator.device)
+        self.backbone, self._is_used = configured_backbone(config, self.accelerator.device), False
         self.encoder = self.backbone.encoder()
         self.rows = with_task_weights(config, dataset, self.encoder, seed)
         self.personal = self.rows if personal is None else personal(self.encoder)
@@ -155,8 +123,19 @@ class StageRunner:
         self._groups(model, wanted=False)
         return model
 
+    @cached_property
+    def guarantee(self) -> Guarantee | None:
+        """The privacy of stages 1 and 2, logged once; None without it."""
+        found = guarantee(self.config, self.dataset)
+        if found is not None:
+            logger.info(found.line())
+            logger.info(NOT_COVERED)
+        return found
+
     def _population(self, wanted: bool) -> None:
-        folder = self.run_folder.population
+        if self._is_used:  # by an earlier call, which has merged stage 1 into it and put layers into it
+            self.backbone = configured_backbone(self.config, self.accelerator.device)
+        self._is_used, folder = True, self.run_folder.population
         if self._is_done(Stage.POPULATION, wanted):
             apply_population(self.backbone, folder)
             return
@@ -213,7 +192,11 @@ class StageRunner:
         return train_groups(model, self.config.groups, users, plan, self.accelerator)
 
     def _save_groups(self, model: ProperModel, users: Sequence[str], embeddings: Tensor) -> None:
-        tensors = {**model.group_parameters(), "mean_embedding": embeddings.mean(0)}
+        mean, private = embeddings.mean(0), self.guarantee
+        if private is not None:
+            bound = self.config.groups.embedding_init * embeddings.shape[1] ** 0.5  # the usual norm before training
+            mean = noised_mean(embeddings, private.settings, bound, secret_generator())
+        tensors = {**model.group_parameters(), "mean_embedding": mean}
         save_tensors(self.run_folder.experts, tensors, {"modules": list(model.layers)})
         store = AdapterStore(self.run_folder.users.path)
         store.put(UserRecord(user, Tier.GROUPS, embeddings[at]) for at, user in enumerate(users))
@@ -247,7 +230,6 @@ class StageRunner:
             if head is None:
                 raise RunFolderError(f"{folder}: the store lacks target users; delete {self.folder} and run again")
             embeddings[at] = head.embedding
-        work_folder = self.run_folder.users.work
         stage = UserStage(
             model=model,
             config=self.config.users,
@@ -256,13 +238,12 @@ class StageRunner:
             users=users,
             embeddings=embeddings,
             store=store,
-            folder=work_folder,
+            folder=self.run_folder.users.work,
             seed=self.seed,
             checkpoint_seconds=self.config.compute.checkpoint_seconds,
             log=self.log,
             elsewhere=elsewhere,
         )
-
         facts: dict[str, Any] = {"users": len(users)}
 
         def work() -> None:
@@ -273,12 +254,13 @@ class StageRunner:
             save_tensors(self.run_folder.users.router, trained.router, {})
 
         self._record(Stage.USERS, work, facts)
-        shutil.rmtree(work_folder, ignore_errors=True)
+        shutil.rmtree(stage.folder, ignore_errors=True)
         store.close()
 
     def _plan(self, stage: Literal["population", "groups"], sample: SampledRows) -> TrainingPlan:
         encoder = self.rows if stage == "population" else self.personal
-        return stage_plan(stage, self.config, sample, self.backbone, encoder, self.folder, self.seed, self.log)
+        private = self.guarantee.settings if self.guarantee is not None else None
+        return stage_plan(stage, self.config, sample, self.backbone, encoder, self.folder, self.seed, self.log, private)
 
     def _is_done(self, stage: Stage, wanted: bool) -> bool:
         if self.run_folder.is_trained(stage):
@@ -296,5 +278,7 @@ class StageRunner:
         if self.accelerator.is_main_process:
             seconds = round(time.perf_counter() - started, 3)
             facts = {**facts, "seed": self.seed, "seconds": seconds, "backbone": self.backbone.digest}
+            if stage != Stage.USERS and self.guarantee is not None:
+                facts["privacy"] = self.guarantee.facts()
             write_json(self.run_folder.marker(stage), facts)
             self.run_folder.checkpoint(stage).unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from proper.config import OptimizerConfig
+from proper.config import OptimizerConfig, PrivacyConfig
 from proper.console import progress
 from proper.data.batching import Batch, RowEncoder, by_length, collate, similar_batches
 from proper.data.dataset import SampledRows, TextExample
@@ -106,6 +106,7 @@ class TrainingPlan:
 
     Attributes:
         batch_tokens: tokens, padding included, that run through the model at once.
+        privacy: settings, with the noise multiplier, of `train_privately`; None for `train`.
     """
 
     config: OptimizerConfig
@@ -117,6 +118,7 @@ class TrainingPlan:
     checkpoint: Checkpoint
     log: Log
     batch_tokens: int
+    privacy: PrivacyConfig | None = None
 
     @property
     def batches_per_epoch(self) -> int:
@@ -235,7 +237,7 @@ def _update(
             weight = 1 / (len(shares) * world)
             objective = objective + loss.penalty * weight
             penalties += float(loss.penalty.detach()) * weight
-        _require_finite(objective, stage.name, step, share)
+        require_finite(objective, stage.name, step, share)
         accelerator.backward(objective)
         total += float(loss.total.detach())
         tokens += batch.tokens
@@ -282,7 +284,8 @@ def _sum_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter])
         parameter.grad = accelerator.reduce(gradient, reduction="sum")
 
 
-def _require_finite(objective: Tensor, stage: str, step: int, rows: Sequence[EncodedExample]) -> None:
+def require_finite(objective: Tensor, stage: str, step: int, rows: Sequence[EncodedExample]) -> None:
+    """Raise NonFiniteLossError, with the step and users, if a step's loss is not finite."""
     if not bool(torch.isfinite(objective)):
         users = ", ".join(sorted({row.user for row in rows})[:10])
         raise NonFiniteLossError(f"{stage}: the loss at step {step + 1} is {float(objective.detach())}; users: {users}")

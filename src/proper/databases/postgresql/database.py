@@ -6,57 +6,20 @@ together. Advisory locks do this, which end with the transaction, also when the 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import psycopg
-from sqlalchemy import Engine as Pool
-from sqlalchemy import MetaData, create_engine
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy import MetaData
 
 from proper.databases.location import Location
+from proper.databases.postgresql.connections import POOLS, lock_key, open_pool, translated
 from proper.databases.postgresql.migrations import migrate
 from proper.databases.statements import Engine, Values
-from proper.errors import InputError, StoreError
 from proper.sqlite_files import read_only_error, writable
-
-# The server notices within a minute that a client's machine is gone, and rolls its transaction back.
-_SETTINGS = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
-
-
-class Pools:
-    """The connection pools of this process, each shared by all databases of one location and closed by the last."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._open: dict[tuple[int, Location], tuple[Pool, int]] = {}
-
-    def take(self, location: Location) -> Pool:
-        """Return the pool of a location; the first use checks that the schema is there, and migrates it."""
-        key = os.getpid(), location  # a connection does not survive a fork
-        with self._lock:
-            pool, users = self._open.get(key) or (_migrated(location), 0)
-            self._open[key] = pool, users + 1
-            return pool
-
-    def release(self, location: Location) -> None:
-        """Give a pool back."""
-        key = os.getpid(), location
-        with self._lock:
-            pool, users = self._open.pop(key)
-            if users > 1:
-                self._open[key] = pool, users - 1
-            else:
-                pool.dispose()
-
-
-_POOLS = Pools()
 
 
 class PostgresqlDatabase:
@@ -71,18 +34,18 @@ class PostgresqlDatabase:
         self._tables = [table.name for table in tables.sorted_tables]
         self.read_only = not writable(path)
         self._local = threading.local()
-        self._key = _lock_key(noun, location.schema)
+        self._key = lock_key(noun, location.schema)
         durably = "" if durable else "SET LOCAL synchronous_commit = off; "
         self._begin = f"BEGIN; SET LOCAL lock_timeout = {max(1, round(1000 * wait_seconds))}; {durably}"
-        with _translated(location, ""):
-            self._pool = _POOLS.take(location)
+        with translated(location, ""):
+            self._pool = POOLS.take(location)
         self._closed = False
 
     def close(self) -> None:
         """Close the connections, unless another database of this process uses them."""
         if not self._closed:
             self._closed = True
-            _POOLS.release(self._where)
+            POOLS.release(self._where)
 
     @contextmanager
     def transaction(self, owner: tuple[str, bytes] | str | None = None) -> Iterator[None]:
@@ -93,7 +56,7 @@ class PostgresqlDatabase:
             yield
             return
         with (
-            _translated(self._where, f"the {self._noun} cannot be written: "),
+            translated(self._where, f"the {self._noun} cannot be written: "),
             self._connected(self._begin + self._locks(owner)) as connection,
         ):
             self._local.connection = connection
@@ -112,7 +75,7 @@ class PostgresqlDatabase:
         connection = self._current()
         if connection is not None:
             return connection.execute(sql, values).fetchall()
-        with _translated(self._where, ""), self._connected() as connection:
+        with translated(self._where, ""), self._connected() as connection:
             try:
                 return connection.execute(sql, values).fetchall()
             except psycopg.OperationalError:
@@ -120,7 +83,7 @@ class PostgresqlDatabase:
                     raise
         # The server was restarted, or the connection was dropped: a read can be repeated.
         self._pool.dispose()
-        with _translated(self._where, ""), self._connected() as connection:
+        with translated(self._where, ""), self._connected() as connection:
             return connection.execute(sql, values).fetchall()
 
     def write(self, sql: str, values: Values | Sequence[object]) -> int:
@@ -132,7 +95,7 @@ class PostgresqlDatabase:
     def wipe(self, patience: float) -> bool:
         """Vacuum the tables; with a patience of 0 this is left to a later call, or to the server."""
         if patience > 0:
-            with _translated(self._where, ""), self._connected() as connection:
+            with translated(self._where, ""), self._connected() as connection:
                 connection.execute(f"VACUUM {', '.join(self._tables)}")
         return True
 
@@ -185,7 +148,7 @@ class PostgresqlDatabase:
         shared = f"SELECT pg_advisory_xact_lock_shared({self._key})"
         if isinstance(owner, str):
             return shared
-        own = _lock_key(self._noun, self._where.schema, owner[0], owner[1].hex())
+        own = lock_key(self._noun, self._where.schema, owner[0], owner[1].hex())
         return f"{shared}; SELECT pg_advisory_xact_lock({own})"
 
 
@@ -195,11 +158,11 @@ def make_schema(location: Location) -> None:
     Raises:
         StoreError: the database cannot be reached, or the schema cannot be made.
     """
-    pool = _pool(location)
+    pool = open_pool(location)
     try:
-        with _translated(location, ""), pool.begin() as connection:
+        with translated(location, ""), pool.begin() as connection:
             connection.exec_driver_sql(f'CREATE SCHEMA "{location.schema}"')
-        with _translated(location, ""):
+        with translated(location, ""):
             migrate(pool, location)
     finally:
         pool.dispose()
@@ -211,9 +174,9 @@ def drop_schema(location: Location) -> None:
     Raises:
         StoreError: the database cannot be reached, or the schema is used.
     """
-    pool = _pool(location)
+    pool = open_pool(location)
     try:
-        with _translated(location, ""), pool.connect() as connection:
+        with translated(location, ""), pool.connect() as connection:
             connection.exec_driver_sql(f'DROP SCHEMA IF EXISTS "{location.schema}" CASCADE')
     finally:
         pool.dispose()
@@ -222,9 +185,9 @@ def drop_schema(location: Location) -> None:
 def cells(location: Location) -> Iterator[bytes]:
     """Yield all texts and bytes in the rows of a run's tables, divided by zeros, a thousand rows at a time."""
     names = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema() ORDER BY tablename"
-    pool = _pool(location)
+    pool = open_pool(location)
     try:
-        with _translated(location, ""), pool.connect() as connection:
+        with translated(location, ""), pool.connect() as connection:
             # A named cursor, which reads in pieces, needs a transaction.
             reading = connection.execution_options(isolation_level="REPEATABLE READ", stream_results=True)
             for (name,) in reading.exec_driver_sql(names).fetchall():
@@ -233,49 +196,3 @@ def cells(location: Location) -> Iterator[bytes]:
                     yield b"\0".join(cell.encode() if isinstance(cell, str) else cell for cell in found)
     finally:
         pool.dispose()
-
-
-def _pool(location: Location) -> Pool:
-    url = make_url(location.url).set(drivername="postgresql+psycopg")
-    return create_engine(
-        url,
-        isolation_level="AUTOCOMMIT",
-        max_overflow=-1,  # a thread that waits for a second connection while it holds one must get it
-        pool_reset_on_return=None,
-        connect_args={
-            "options": f"{_SETTINGS} -c search_path={location.schema}",
-            "application_name": "proper",
-            "connect_timeout": 10,
-        },
-    )
-
-
-def _migrated(location: Location) -> Pool:
-    pool = _pool(location)
-    try:
-        migrate(pool, location)
-    except BaseException:
-        pool.dispose()
-        raise
-    return pool
-
-
-@contextmanager
-def _translated(location: Location, what: str) -> Iterator[None]:
-    """Turn errors of the driver into one line that names the database."""
-    try:
-        yield
-    except psycopg.DataError as error:  # such as the character NUL, which PostgreSQL's text cannot hold
-        raise InputError(f"{location}: {what}{_one_line(error)}") from error
-    except (psycopg.Error, SQLAlchemyError) as error:
-        cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-        raise StoreError(f"{location}: {what}{_one_line(cause)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _lock_key(*names: str) -> int:
-    content = "\0".join(names).encode("utf-8", "surrogatepass")
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "big", signed=True)
