@@ -309,7 +309,7 @@ def tensors(run: Path, marks: list[str]) -> set[bytes]:
                 sql = "SELECT embedding, blob, offset, length FROM records WHERE user = ?"
                 for embedding, blob, offset, length in store.execute(sql, (name(mark).encode(),)):
                     adapter = (path.parent / "blobs" / blob).read_bytes()[offset:][:length] if blob else b""
-                    pieces += (each[at : at + 32] for each in (embedding, adapter) for at in range(0, len(each), 4096))
+                    pieces += (each[at : at + 32] for each in (embedding, adapter) for at in range(0, len(each), 64))
     shared = (run / "groups" / "groups.safetensors").read_bytes()  # some embeddings are still the mean
     return {piece for piece in pieces if len(set(piece)) > 8 and piece not in shared}
 
