@@ -45,7 +45,7 @@ EVERY = 3
 RESAMPLES = 2000
 KEPT_ITEMS = 6
 """Interactions of a user's history on which forgetting is measured, the newest."""
-TOGETHER = 1
+TOGETHER = 2
 """Users who live through a policy in one copy of the run."""
 
 

@@ -192,7 +192,7 @@ def test_updates_leave_other_users_bytes_unchanged(run: Path, opened: Open, time
     before, model, promoted = everything(run, "new"), opened(run), 0
     assert len(before) == 6
     for at in range(times):
-        came = lessons((OTHER, HABIT)[at % 2], 27 + 3 * at, 3) if at else lessons(OTHER, 15, 15)
+        came = lessons((OTHER, HABIT)[at % 2], 28 + 2 * at, 2) if at else lessons(OTHER, 15, 15)
         model.users.update("new", came)
         promoted += model.users.log.updates.of("", "new")[0].version is not None
     print(f"{promoted} of {times} updates promoted")

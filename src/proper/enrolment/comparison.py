@@ -44,9 +44,11 @@ def state_of(model: PersonalizedModel, record: UserRecord) -> State:
     return State(record.embedding, row)
 
 
-def losses_of(
-    model: PersonalizedModel, state: State, items: Sequence[EncodedExample]
-) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+Losses = tuple[Float[Tensor, "n"], Float[Tensor, "n"]]
+"""Items' summed answer losses in nats, and their numbers of answer tokens (fp64)."""
+
+
+def losses_of(model: PersonalizedModel, state: State, items: Sequence[EncodedExample]) -> Losses:
     """Return each item's summed answer loss in nats, as served, and its number of answer tokens (fp64).
 
     The model's bank is replaced; the caller restores the serving bank.
@@ -121,19 +123,11 @@ class VersionComparison:
     unknown: float
 
     @classmethod
-    def of(
-        cls,
-        model: PersonalizedModel,
-        served: State,
-        updated: State,
-        new: Sequence[EncodedExample],
-        past: Sequence[EncodedExample],
-    ) -> VersionComparison:
-        """Measure both states on the same items."""
-        assert model.served is not None
-        before = _mean(model, served, new), _mean(model, served, past)
-        after = _mean(model, updated, new), _mean(model, updated, past)
-        return cls(len(new), len(past), before, after, _mean(model, State(model.served.mean), new))
+    def of(cls, new: int, served: Losses, updated: Losses, unknown: Losses) -> VersionComparison:
+        """Compare losses on the same items, of which `new` come first; the unknown user's are needed on these only."""
+        parts = (slice(None, new), slice(new, None))
+        before, after = ((_mean(each, parts[0]), _mean(each, parts[1])) for each in (served, updated))
+        return cls(new, len(served[0]) - new, before, after, _mean(unknown, parts[0]))
 
     @property
     def gain(self) -> float:
@@ -192,6 +186,6 @@ def outliers(
     return [at for at, loss in enumerate(per_item(model, state, new)) if not loss <= most]
 
 
-def _mean(model: PersonalizedModel, state: State, items: Sequence[EncodedExample]) -> float:
-    totals, tokens = losses_of(model, state, items)
-    return float(totals.sum() / tokens.sum()) if items else 0.0
+def _mean(losses: Losses, part: slice) -> float:
+    totals, tokens = losses[0][part], losses[1][part]
+    return float(totals.sum() / tokens.sum()) if len(totals) else 0.0

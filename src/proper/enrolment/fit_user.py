@@ -40,7 +40,7 @@ from proper.training.pooled_choice import Choice
 from proper.training.starts import load_start, mean_adapter
 from proper.training.tier_selection import Trial
 from proper.training.user_stage import UserStage
-from proper.training.users import train_users
+from proper.training.users import is_trained, train_users
 
 START_NEIGHBOURS = 5
 """Users whose mean adapter a new user's starts from, with `users.start: neighbours`."""
@@ -104,13 +104,13 @@ class Fitter:
         return Setting(self.model.model, self.model.config.groups, self.seed, step)
 
     def _fit(self, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell) -> UserRecord:
-        items, encoded = self.items(grown), self.encoded(grown)
-        pace = Pace.of(self.model, encoded, tell)
+        items = self.items(grown)
+        pace = Pace.of(self.model, len(items), tell)
         held = store.versions(user)
         facts: dict[str, Any] = {"history": {"run": grown.run, "logged": grown.logged}}
         head = store.head(user)
         if head is None or held[0].facts.get("embedding") in (FITTED, PLACED):
-            found = self._embedding(user, encoded, work, pace)
+            found = self._embedding(user, grown, work, pace)
             facts |= {"embedding": FITTED, "embedding_start": self.placer.kind}
             facts |= {"embedding_passes": found.passes, "embedding_losses": list(found.losses)}
             embedding = found.embedding
@@ -122,10 +122,11 @@ class Fitter:
         record = self._adapter(store, user, items, embedding, work, pace)
         return replace(record, facts={**record.facts, **facts})
 
-    def _embedding(self, user: str, items: Sequence[EncodedExample], work: Path, pace: Pace) -> FittedEmbedding:
+    def _embedding(self, user: str, grown: UserHistory, work: Path, pace: Pace) -> FittedEmbedding:
         found = load_embedding(work)
         if found is None:
-            (job,) = embedding_jobs(self.placer, [(user, items)], self.model.config.users.tiers.validation)
+            validation = self.model.config.users.tiers.validation
+            (job,) = embedding_jobs(self.placer, [(user, self.encoded(grown))], validation)
             found = fit_embedding(self.embedding_setting(lambda: pace.step("embedding")), job)
             save_embedding(work, found)
         pace.skip("embedding")
@@ -137,7 +138,8 @@ class Fitter:
         """Run stage 3 for one user into a temporary store, and return the record from there."""
         with closing(AdapterStore(work / "final")) as scratch, own_bank(self.model):
             stage = self.user_stage(store, user, items, embedding, work, scratch)
-            train_users(replace(stage, log=lambda facts: pace.step(str(facts["phase"]).removeprefix("users: "))))
+            if not is_trained(stage.folder):
+                train_users(replace(stage, log=lambda facts: pace.step(str(facts["phase"]).removeprefix("users: "))))
             record = scratch.get(user, coded=True)
         assert record is not None
         return record
@@ -267,12 +269,12 @@ class Pace:
         self.done = dict.fromkeys(expected, 0)
 
     @classmethod
-    def of(cls, model: PersonalizedModel, items: Sequence[EncodedExample], tell: Tell) -> Pace:
-        """Count the steps of every phase in full for these items; early stopping may end a phase sooner."""
+    def of(cls, model: PersonalizedModel, items: int, tell: Tell) -> Pace:
+        """Count the steps of every phase in full for so many items; early stopping may end a phase sooner."""
         config = model.config
-        batches = -(-len(items) // config.users.batch_size) * full_passes(config.users, len(items))
+        batches = -(-items // config.users.batch_size) * full_passes(config.users, items)
         adapter = {"trial": batches, "final": batches} if model.stage == "users" else {}
-        return cls({"embedding": 2 * len(items) * math.ceil(config.groups.epochs), **adapter}, tell)
+        return cls({"embedding": 2 * items * math.ceil(config.groups.epochs), **adapter}, tell)
 
     def step(self, phase: str) -> None:
         """Count one step of a phase; earlier phases count as complete."""

@@ -3,7 +3,7 @@
     place   log the interactions, place every embedding, store all records in one transaction
     fit     fit the embeddings, then the adapters, of `TOGETHER` users at a time into files from which their fits go on
 
-The fits themselves follow user by user, from the fit queue (`worker`), and find that most is done. Every user gets what
+The users then leave the fit queue one by one (`worker`), each with the record that is there. Every user gets what
 they would get alone, up to rounding.
 """
 

@@ -33,7 +33,7 @@ from proper.console import no_bar
 from proper.data.dataset import TextExample
 from proper.data.encoder import EncodedExample
 from proper.enrolment.change import change_point
-from proper.enrolment.comparison import State, Usual, VersionComparison, losses_of, outliers, per_item, state_of
+from proper.enrolment.comparison import Losses, State, Usual, VersionComparison, losses_of, outliers, state_of
 from proper.enrolment.fit_files import is_update_of, same_update
 from proper.enrolment.fit_user import Fitter, Tell, own_bank
 from proper.enrolment.history import Divided, Split, UserHistory, divide, hold_out
@@ -175,13 +175,13 @@ class _Update:
         adapter = encode(tensors, self.config.storage)
         candidate = UserRecord(self.base.user, Tier.USERS, self.base.embedding, decode(adapter))
         state = state_of(self.fitter.model, candidate)
-        found = self._compare(start, state, split)
+        found, after = self._compare(state, split)
         facts |= {"passes": result.state.best, "distance": self._moved(start.row, result.row), **found.facts()}
         if not found.is_better(self.config.update.past):
             return self._stays(found.text(), facts)
         kept = {key: self.base.facts[key] for key in ("embedding",) if key in self.base.facts}
-        record = replace(candidate, adapter=adapter, facts={**kept, **self._group_facts(split, state)})
-        return self._promoted(record, found.text(), facts, divided, split, state)
+        record = replace(candidate, adapter=adapter, facts={**kept, **self._group_facts(split, state, after)})
+        return self._promoted(record, found.text(), facts, divided, split, after)
 
     def _rows(self, split: Split) -> tuple[EncodedExample, ...]:
         """Return an update's training rows: the new ones, and a sample of earlier ones, in the order of time."""
@@ -235,15 +235,14 @@ class _Update:
         facts |= {"trained": len(split.new), "anew": anew}
         if record.adapter is None and not embeds:
             return self._stays(str(record.facts["reason"]), facts)
-        state = state_of(self.fitter.model, _decoded(record))
-        found = self._compare(state_of(self.fitter.model, self.base), state, split)
+        found, after = self._compare(state_of(self.fitter.model, _decoded(record)), split)
         facts |= found.facts()
         if not found.is_better(self.config.update.past):
             return self._stays(found.text(), facts)
-        return self._promoted(record, found.text(), facts, divided, split, state)
+        return self._promoted(record, found.text(), facts, divided, split, after)
 
     def _promoted(
-        self, record: UserRecord, reason: str, facts: Mapping[str, Any], divided: Divided, split: Split, state: State
+        self, record: UserRecord, reason: str, facts: Mapping[str, Any], divided: Divided, split: Split, after: Losses
     ) -> FitOutcome:
         logged = self.grown.ordinals[split.held_new[0].id] - 1
         history: dict[str, Any] = {"run": self.grown.run, "logged": logged}
@@ -251,27 +250,27 @@ class _Update:
         history |= {"since": divided.since} if divided.since else {}
         made = {"by": "update", "of": self.version}
         told: dict[str, Any] = {"history": history, "made": made, "update": dict(facts), "reason": reason}
-        usual = self._usual(state, split)
+        usual = Usual.of((after[0] / after[1].clamp(min=1)).tolist())  # on what it was not trained on
         if usual is not None:
             told["usual"] = usual.facts()
         record = replace(record, facts={**record.facts, **told})
         return FitOutcome(record, self.version, reason, facts)
 
-    def _compare(self, served: State, updated: State, split: Split) -> VersionComparison:
-        new, past = self._encoded(split.held_new), self._encoded(split.held_past)
-        return VersionComparison.of(self.fitter.model, served, updated, new, past)
+    def _compare(self, updated: State, split: Split) -> tuple[VersionComparison, Losses]:
+        """Return the comparison of the two versions, and the losses of the update on all held-out interactions."""
+        model, held = self.fitter.model, self._encoded([*split.held_new, *split.held_past])
+        assert model.served is not None
+        new = len(split.held_new)
+        served, after = (losses_of(model, each, held) for each in (state_of(model, self.base), updated))
+        unknown = losses_of(model, State(model.served.mean), held[:new])
+        return VersionComparison.of(new, served, after, unknown), after
 
-    def _group_facts(self, split: Split, state: State) -> dict[str, float]:
+    def _group_facts(self, split: Split, state: State, after: Losses) -> dict[str, float]:
         """Return the held-out loss of the group tier and with the adapter, as stage 3's metadata has them."""
-        items, found = self._encoded([*split.held_past, *split.held_new]), {}
-        for name, each in (("group_loss", State(state.embedding)), ("user_loss", state)):
-            totals, tokens = losses_of(self.fitter.model, each, items)
-            found[name] = float(totals.sum() / tokens.sum())
-        return found
-
-    def _usual(self, state: State, split: Split) -> Usual | None:
-        """Return the usual loss of a new version: that on the interactions that it was not trained on."""
-        return Usual.of(per_item(self.fitter.model, state, self._encoded([*split.held_past, *split.held_new])))
+        held = self._encoded([*split.held_new, *split.held_past])
+        group = losses_of(self.fitter.model, State(state.embedding), held)
+        losses = {"group_loss": group, "user_loss": after}
+        return {name: float(totals.sum() / tokens.sum()) for name, (totals, tokens) in losses.items()}
 
     def _moved(self, start: Float[Tensor, "P"], row: Float[Tensor, "P"]) -> float:
         """Return the squared distance to the version in service, relative to its squared size."""

@@ -80,27 +80,11 @@ class FitWorker:
         """
         fitter = self.fitter()
         with self.log.queue.lock():
-            if fitter.model.served is not None and fitter.model.served.outdated:
-                raise ProperError("the groups were refreshed since this process loaded them; start it again")
+            _refuse_outdated(fitter)
             self._tidy()
             if fitter.placer.encoder is not None:
                 self._place_waiting(fitter)
-            claim = self.log.queue.take(tenant, user)
-            if claim is None:
-                return False
-            try:
-                self._fit(fitter, claim, heard, even_if_usual)
-            except _Withdrawn:
-                remove_work(self.users, claim.tenant, claim.user)
-            except Exception as error:
-                # Out of memory, a NaN loss, a full disk: go on, because the next user's fit may succeed.
-                self.log.queue.fail(claim, str(error) if isinstance(error, ProperError) else type(error).__name__)
-            except BaseException:
-                self.log.queue.release(claim)
-                raise
-            finally:
-                self.log.queue.leave(claim)
-        return True
+            return self._take(fitter, tenant, user, heard, even_if_usual)
 
     def enrol(
         self, store: AdapterStore, entries: Mapping[str, Sequence[LogEntry]], *, refine: bool, heard: Heard
@@ -117,13 +101,14 @@ class FitWorker:
         place_users(fitter, store, self.log, users, _shares("place", len(users), heard))
         if not refine:
             return
-        with self.log.queue.lock():
-            fit_many(fitter, store, self.log, users, _shares("embeddings", len(users), heard), _bar_of(heard))
         done = _shares("fit", len(users), heard)
-        for user in users:
-            while self.fit_next(store.tenant, user):
-                pass
-            done(1)
+        with self.log.queue.lock():
+            _refuse_outdated(fitter)
+            fit_many(fitter, store, self.log, users, _shares("embeddings", len(users), heard), _bar_of(heard))
+            for user in users:
+                while self._take(fitter, store.tenant, user, unheard, even_if_usual=False):
+                    pass
+                done(1)
         fits = ((user, self.log.queue.fit(store.tenant, user)) for user in users)
         failed = [(user, fit.message) for user, fit in fits if fit.state == "failed"]
         if failed:
@@ -166,6 +151,25 @@ class FitWorker:
         """Return the number of queued fits, including those left behind by a dead process."""
         figures = self.log.queue.figures()
         return figures.queued + figures.fitting
+
+    def _take(self, fitter: Fitter, tenant: str | None, user: str | None, heard: Heard, even_if_usual: bool) -> bool:
+        """Take a claim as `fit_next` says, and fit its user; return whether there was one."""
+        claim = self.log.queue.take(tenant, user)
+        if claim is None:
+            return False
+        try:
+            self._fit(fitter, claim, heard, even_if_usual)
+        except _Withdrawn:
+            remove_work(self.users, claim.tenant, claim.user)
+        except Exception as error:
+            # Out of memory, a NaN loss, a full disk: go on, because the next user's fit may succeed.
+            self.log.queue.fail(claim, str(error) if isinstance(error, ProperError) else type(error).__name__)
+        except BaseException:
+            self.log.queue.release(claim)
+            raise
+        finally:
+            self.log.queue.leave(claim)
+        return True
 
     def _fit(self, fitter: Fitter, claim: Claim, heard: Heard, even_if_usual: bool) -> None:
         with (
@@ -244,6 +248,11 @@ def describe(fitted: FitOutcome) -> str:
     run = "the run's data is gone" if history["run"] is None else f"{history['run']} of the run"
     reason = record.facts.get("reason")
     return f"tier {record.tier}, {run}, {history['logged']} logged{f'; {reason}' if reason else ''}"
+
+
+def _refuse_outdated(fitter: Fitter) -> None:
+    if fitter.model.served is not None and fitter.model.served.outdated:
+        raise ProperError("the groups were refreshed since this process loaded them; start it again")
 
 
 def _shares(phase: str, total: int, heard: Heard) -> Callable[[int], None]:

@@ -36,6 +36,8 @@ from proper.training.user_stage import (
     record_of,
 )
 
+_KEPT = "kept.json"
+
 RECORDS = 1000
 """Number of records per put for users who were not trained."""
 
@@ -64,10 +66,15 @@ def train_users(stage: UserStage) -> TrainedUsers:
     return TrainedUsers(stage.model.router_parameters(), choice)
 
 
+def is_trained(folder: Path) -> bool:
+    """Return whether stage 3 with this folder has ended with the adapters and records of all users."""
+    return (folder / _KEPT).exists()
+
+
 def train_together(stages: Sequence[UserStage], bar: Bar) -> None:
     """Run stage 3 of many users, each a stage of their own, with the steps of all adapters in common batches.
 
-    Every user is tried, decided on and fitted as by `train_users`, which finds the results and has nothing left to do.
+    Every user is tried, decided on and fitted as by `train_users`; then `is_trained`.
     The stages differ in their users and folders only, and W_r is fixed. Nothing is kept of a batch that is killed.
     """
     left = list(stages)
@@ -138,7 +145,7 @@ def _fit(waiting: Sequence[_Waiting], bar: Bar) -> None:
 
 def _keep_on_group_tier(stage: UserStage, chosen: Sequence[int], metadata: Metadata) -> None:
     """Write group-tier records, with the reason, for the users who get no adapter."""
-    marker = stage.folder / "kept.json"
+    marker = stage.folder / _KEPT
     if marker.exists():
         return
     others = sorted(set(range(len(stage.users))) - set(chosen))
