@@ -107,6 +107,14 @@ COUNTS = st.builds(
 )
 
 
+def test_with_privacy_tokens_are_counted_and_steps_are_not() -> None:
+    counts = Counts((100, 900, 0), (80, 700, 0), (), (), 1)
+    config = make_config({"data": {"path": "x"}, "privacy": {"epsilon": 8}, "groups": {"epochs": 3}})
+    work = workload(config, counts, [])
+    assert (work["population"], work["groups"]) == (Work(tokens=2700), Work(tokens=2100))
+    assert "steps" not in estimate(config, counts, [], EVEN).lines()[0]
+
+
 @given(counts=COUNTS, minutes=st.integers(1, 300), steps=st.sampled_from([None, 40]))
 @settings(max_examples=25, deadline=None)
 def test_a_budget_is_kept_or_called_too_short(counts: Counts, minutes: int, steps: int | None) -> None:
