@@ -276,6 +276,7 @@ def main() -> int:
             if number < len(told["models"]):
                 continue
             folder = work / str(number)
+            shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
             told["models"].append(shadow(config, everyone, left_out, folder, given.seed + number))
             shutil.rmtree(folder)
             write_json(given.out, told)

@@ -97,8 +97,8 @@ def deletion_share(slices: Sequence[Sequence[int]], seconds: Sequence[float], wh
     return sum(costs) / len(costs)
 
 
-def measured(config: Config, everyone: Dataset, work: Path, numbers: Sequence[int], seed: int) -> list[dict[str, Any]]:
-    """Return the rows of the file; the first one is of one slice."""
+def measure(config: Config, everyone: Dataset, work: Path, numbers: Sequence[int], seed: int, out: Path) -> None:
+    """Write the file, a row after each training; the first row is of one slice."""
     users, told = [user.id for user in everyone.users()], list[dict[str, Any]]()
     ways = [(1, "own"), *((number, way) for number in numbers for way in ("own", "growing"))]
     one = np.zeros(0)
@@ -123,8 +123,8 @@ def measured(config: Config, everyone: Dataset, work: Path, numbers: Sequence[in
             }
         )
         print(json.dumps(told[-1]), flush=True)
+        write_json(out, {"users": len(users), "seed": seed, "rows": told})
         shutil.rmtree(folder)
-    return told
 
 
 def _figures(rows: Floats, names: Sequence[str]) -> dict[str, list[float]]:
@@ -153,8 +153,7 @@ def main() -> int:
         update={"groups": config.groups.model_copy(update={"experts": GroupsConfig().experts, "train_on": "all"})}
     )
     with prepare(config, work / "everyone.sqlite", configured_encoder(config).count) as everyone:
-        told = measured(config, everyone, work, sorted({*given.slices} - {1}), given.seed)
-    write_json(given.out, {"users": given.users, "seed": given.seed, "rows": told})
+        measure(config, everyone, work, sorted({*given.slices} - {1}), given.seed, given.out)
     shutil.rmtree(work, ignore_errors=True)
     return 0
 

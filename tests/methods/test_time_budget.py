@@ -149,8 +149,11 @@ def test_a_budget_is_kept_or_called_too_short(counts: Counts, minutes: int, step
         assert found.population.max_tokens == MIN_TOKENS, "tokens go first"
 
 
-def test_a_resumed_run_keeps_what_the_budget_lowered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_what_the_budget_lowered(
+    backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_of(tmp_path, compute={"budget": "30s"}, population={"max_tokens": None}, users={"epochs": 2})
+    config = config.model_copy(update={"backbone": str(backbone_folder)})
     slow = Speed(population=1e-2, groups=1e-2, forward=1e-3, decode=0.1)
     monkeypatch.setattr("proper.methods.time_budget.measure", lambda *_: slow)
     monkeypatch.setattr("proper.methods.time_budget.MIN_TOKENS", 1000)
