@@ -1,6 +1,7 @@
 """Measures what the shared stages keep of a user whose rows they were trained on: membership inference of users.
 
-    python -m experiments.residue --out FILE.json [--models 8] [--seed 0] [--users 48] [--epochs 15] [--backbone NAME]
+    python -m experiments.residue --out FILE.json [--models 8] [--seed 0] [--users 48] [--epochs 12] [--backbone NAME]
+        [--noise Z [--clip C] [--users-per-step N] [--rows-per-user R]]
 
 After a deletion, stages 1 and 2 and the mean embedding are what is left of a user. So models of stages 1 and 2 are
 trained on random halves of the users (`data.train_without` names the others), in pairs of complements: each user is in
@@ -15,6 +16,11 @@ The file has the area under the ROC curve and the true-positive rate at 1 and 5 
 first tokens between a model with the user and one without, beside that of two without, and the calibration error (ECE,
 ten bins) with and without; and the seconds to train one model, which is what `data.train_without` costs. Models that
 are in the file are not trained again. Data and backbone are those of `experiments.experts`.
+
+With `--noise`, the models are trained with `privacy` at this noise multiplier, and the file has their epsilon. In any
+case it has what the models are worth on the newest items: loss per answer token and accuracy of the first token, for
+users with their own embedding who were trained on, beside their most frequent first token and that of all users.
+`--models 1` trains one model on all users, without the attack, to measure that with more users.
 """
 
 from __future__ import annotations
@@ -25,7 +31,9 @@ import random
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +43,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from experiments.experts import generated, make, small_llama
-from proper.config import Config, GroupsConfig
+from proper.adapters.store import AdapterStore
+from proper.config import Config, GroupsConfig, make_config
 from proper.console import quiet_libraries
 from proper.data.batching import collate
 from proper.data.dataset import Dataset, TextExample, prepare
@@ -73,12 +82,21 @@ def shadow(config: Config, everyone: Dataset, left_out: Sequence[str], folder: P
         seconds = time.process_time() - started
         model = StageRunner(own, dataset, folder, seed, no_log).trained_groups()
     mean = load_tensors(RunFolder(folder).experts)[0]["mean_embedding"]
+    with closing(AdapterStore(RunFolder(folder).users.path)) as store:
+        embeddings = {user: head.embedding for user, head, _ in store.heads()}
     users = [user.id for user in everyone.users()]
 
+    def first_of(row: TextExample) -> int:
+        encoded = runner.encoder.encode(row)
+        return encoded.ids[encoded.start]
+
+    usual = {user: Counter(map(first_of, everyone.history(user))) for user in users}
+    most = sum(usual.values(), Counter[int]()).most_common(1)[0][0]
+
     @torch.no_grad()
-    def answered(rows: Sequence[TextExample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def answered(rows: Sequence[TextExample], own: torch.Tensor) -> tuple[torch.Tensor, ...]:
         batch = collate([runner.encoder.encode(row) for row in rows], runner.backbone.pad_id)
-        logits = model.answer_logits(batch, RowContext("groups", embedding=mean.expand(len(rows), -1)))
+        logits = model.answer_logits(batch, RowContext("groups", embedding=own.expand(len(rows), -1)))
         losses, tokens = answer_loss(logits, batch.labels)
         first = (batch.labels != -100).int().argmax(1)
         at = torch.arange(len(rows))
@@ -86,15 +104,37 @@ def shadow(config: Config, everyone: Dataset, left_out: Sequence[str], folder: P
         return losses.sum() / tokens.sum(), token, sure, token == batch.labels[at, first]
 
     found: dict[str, Any] = {"left_out": list(left_out), "seconds": round(seconds, 2), "users": {}}
+    if runner.guarantee is not None:
+        found["privacy"] = runner.guarantee.facts()
     for user in users:
-        newest = answered([row for row in everyone.queries(user)])
+        rows = list(everyone.queries(user))
+        newest = answered(rows, mean)
+        right = [first_of(row) for row in rows]
         found["users"][user] = {
-            "loss": float(answered(everyone.history(user))[0]),
+            "loss": float(answered(everyone.history(user), mean)[0]),
+            "usual": [float(np.mean([each == answer for each in right])) for answer in _answers(usual[user], most)],
             "tokens": newest[1].tolist(),
             "sure": [round(each, 5) for each in newest[2].tolist()],
             "right": newest[3].tolist(),
         }
+        if user in embeddings:
+            placed = answered(rows, embeddings[user])
+            found["users"][user]["own"] = [float(placed[0]), float(placed[3].float().mean())]
     return found
+
+
+def _answers(own: Counter[int], most: int) -> tuple[int, int]:
+    """Return a user's most frequent first token, the least of several, and that of all users."""
+    return min(own, key=lambda token: (-own[token], token)), most
+
+
+def quality(models: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return loss and accuracy on the newest items of users who were trained on, and the accuracy of usual answers."""
+    users = [user for user in models[0]["users"] if any("own" in model["users"][user] for model in models)]
+    told = [[model["users"][user] for model in models if "own" in model["users"][user]] for user in users]
+    names = ("loss", "accuracy", "usual_of_user", "usual_of_all")
+    values = np.array([np.mean([[*each["own"], *each["usual"]] for each in own], 0) for own in told])
+    return with_interval(lambda at: dict(zip(names, values[at].mean(0).tolist(), strict=True)), len(users))
 
 
 def scores(losses: Floats, inside: NDArray[np.bool_]) -> Floats:
@@ -141,6 +181,16 @@ def with_interval(measure: Callable[[NDArray[np.int64]], dict[str, float]], user
 
 def summary(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures of the file from all models."""
+    about = {
+        "quality": quality(models),
+        "seconds_to_train_again": round(float(np.mean([model["seconds"] for model in models])), 1),
+        **({"privacy": models[0]["privacy"]} if "privacy" in models[0] else {}),
+    }
+    return about if len(models) == 1 else {**membership(models), **about}
+
+
+def membership(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the attack finds, and the agreement and calibration with and without a user."""
     users = list(models[0]["users"])
     inside = np.array([[user not in model["left_out"] for user in users] for model in models])
     losses = np.array([[model["users"][user]["loss"] for user in users] for model in models])
@@ -172,8 +222,21 @@ def summary(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "loss_without_minus_with": round(float(np.mean(gaps)), 4),
         "agreement": agreement,
         "calibration": with_interval(calibration, len(users)),
-        "seconds_to_train_again": round(float(np.mean([model["seconds"] for model in models])), 1),
     }
+
+
+def with_privacy(config: Config, given: argparse.Namespace) -> Config:
+    """Return the config with the privacy of the command line, and without what that excludes."""
+    raw = config.model_dump()
+    raw["privacy"] = {
+        "noise_multiplier": given.noise,
+        "clip": given.clip,
+        "users_per_step": given.users_per_step,
+        "rows_per_user": given.rows_per_user,
+    }
+    raw["population"] |= {"patience": 0, "max_tokens": None}
+    raw["groups"]["constraint"]["kind"] = "none"
+    return make_config(raw)
 
 
 def main() -> int:
@@ -189,9 +252,13 @@ def main() -> int:
     parser.add_argument("--rates", type=float, nargs=2, default=[1e-2, 0.2], help="of the experts, of the embeddings")
     parser.add_argument("--own-traits", type=float, default=0.35)
     parser.add_argument("--backbone")
+    parser.add_argument("--noise", type=float, help="noise multiplier; without it, privacy is off")
+    parser.add_argument("--clip", type=float, default=0.1)
+    parser.add_argument("--users-per-step", type=int, default=12)
+    parser.add_argument("--rows-per-user", type=int, default=8)
     given = parser.parse_args()
-    if given.models < 4 or given.models % 2:
-        parser.error("--models: an even number from 4 on")
+    if given.models != 1 and (given.models < 4 or given.models % 2):
+        parser.error("--models: 1, or an even number from 4 on")
     quiet_libraries()
     work = make(given.out.with_suffix(".work"))
     backbone = given.backbone or small_llama(work / "backbone")
@@ -199,14 +266,17 @@ def main() -> int:
     config = config.model_copy(
         update={"groups": config.groups.model_copy(update={"experts": GroupsConfig().experts, "train_on": "all"})}
     )
+    if given.noise is not None:
+        config = with_privacy(config, given)
     told: dict[str, Any] = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
     told.setdefault("models", [])
     with prepare(config, work / "everyone.sqlite", configured_encoder(config).count) as everyone:
         users = sorted(user.id for user in everyone.users())
-        for number, left_out in enumerate(halves(users, given.models, given.seed)):
+        for number, left_out in enumerate(halves(users, given.models, given.seed) or [[]]):
             if number < len(told["models"]):
                 continue
             folder = work / str(number)
+            shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
             told["models"].append(shadow(config, everyone, left_out, folder, given.seed + number))
             shutil.rmtree(folder)
             write_json(given.out, told)

@@ -19,7 +19,7 @@ ODD = "../a/b 🦊"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, backbone_folder: Path) -> Path:
     """A run that has come as far as groups: its users are on the group tier."""
     from proper import pipeline
     from proper.adapters.store import AdapterStore, UserRecord
@@ -30,6 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw["split"] |= {"target_users": 2, "min_history": 2}
     short = {"max_tokens": 300, "epochs": 1}
     raw |= {"population": short, "groups": short | {"experts": 2, "rank": 3}, "compute": {"max_length": 64}}
+    raw["backbone"] = str(backbone_folder)
     made = pipeline.run(make_config(raw), folder / "run", stages=("population", "groups"))
     store = AdapterStore(made / "users")
     record = store.get(next(user for user, _ in store.users()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,9 @@ def _git_repository(folder: Path) -> None:
 
 PREPARE: dict[str, Callable[[Path], None]] = {"README.md": _git_repository}
 """What lies in the folder of a page before its first block, beside a run folder."""
+
+NAMED = re.compile(r"\b(?:configs|recipes|scripts|deploy|experiments|tests)/[\w./-]*\w")
+"""Paths of files in the repository."""
 
 RUN = [
     "README.md",
@@ -104,6 +108,21 @@ def _known(words: list[str]) -> bool:
         command = command.commands[names[0]]
     options = {spelling for one in command.params for spelling in (*one.opts, *one.secondary_opts)} | {"--help"}
     return all(word.partition("=")[0] in options for word in rest if word.startswith("--"))
+
+
+def test_files_that_the_documentation_and_the_help_name_exist() -> None:
+    root, found = HERE.parents[1], set[str]()
+    pages = [
+        root / "README.md",
+        root / "CONTRIBUTING.md",
+        *(root / "docs").rglob("*.md"),
+        *(root / "src").rglob("*.py"),
+    ]
+    for page in pages:
+        if page.parent.name != "releases":  # which tell of files of their time
+            found |= set(NAMED.findall(page.read_text(encoding="utf-8")))
+    assert len(found) > 50
+    assert [name for name in sorted(found) if not (root / name).exists()] == []
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from proper.export.peft_format import (
     Lora,
     adapter_config,
     folded_experts,
-    from_peft,
     joined,
     pack,
     scaled,
@@ -77,22 +76,15 @@ def test_the_paper_s_rank_is_padded_and_more_than_servers_take_is_named() -> Non
         served_rank(513)
 
 
-def test_peft_s_tensors_have_its_names_and_come_back() -> None:
+def test_peft_s_tensors_have_its_names() -> None:
     loras = uniform({"h.0.up": scaled(torch.randn(2, 3), torch.randn(4, 2), 0.5)}, 8)
     tensors = to_peft(loras)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
         "base_model.model.h.0.up.lora_A.weight": (8, 3),
         "base_model.model.h.0.up.lora_B.weight": (4, 8),
     }
-    back = from_peft(tensors, 1.0)
-    assert torch.equal(back["h.0.up"].up, loras["h.0.up"].up)
-    torch.testing.assert_close(dense(from_peft(tensors, 3.0)["h.0.up"]), 3 * dense(loras["h.0.up"]))
-
-
-@pytest.mark.parametrize("odd", ["base_model.model.h.0.up.lora_B.weight", "base_model.model.wte.weight"])
-def test_what_is_no_lora_is_refused(odd: str) -> None:
-    with pytest.raises(ValueError, match="1 tensors are not the A and B of 0 modules"):
-        from_peft({odd: torch.zeros(2, 2)}, 1.0)
+    down, up = tensors.values()
+    torch.testing.assert_close(up @ down, dense(loras["h.0.up"]))
 
 
 NAMES = ["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.0.mlp.c_fc", "h.1.attn.c_proj", "h.1.mlp.c_proj", "h.1.mlp.c_fc"]

@@ -106,12 +106,12 @@ def careless() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=[SHORT, pytest.param(LONG, marks=pytest.mark.slow)], ids=["short", "long"])
-def walk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Walk:
+def walk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, backbone_folder: Path) -> Walk:
     """The whole walk; tests that change its folder copy it."""
     place = tmp_path_factory.mktemp("walk")
     walk = Walk(place / "run", request.param)
     seeds = [0] if walk.methods == SHORT else [0, 1]
-    walk.proper("run", marked_data(place, walk.run, seeds), "--out", walk.run)
+    walk.proper("run", marked_data(place, walk.run, seeds, backbone_folder), "--out", walk.run)
     shutil.copytree(walk.run, place / "other")
     if len(seeds) == 1:  # A further seed is a run folder with the data of the first.
         shutil.copytree(place / "other", walk.run / "seeds" / "1", ignore=shutil.ignore_patterns("data", "data.sqlite"))
@@ -137,7 +137,7 @@ def texts(mark: str, count: int = 4) -> list[dict[str, str]]:
     return [{"input": f"{mark} says {at} {mark}", "output": "money now"} for at in range(count)]
 
 
-def marked_data(place: Path, run: Path, seeds: list[int]) -> Path:
+def marked_data(place: Path, run: Path, seeds: list[int], backbone: Path) -> Path:
     """Write the demo's data with marks to the run folder, as `proper demo` does, and beside it; return a config."""
     settings = DemoSettings(users=len(TRAINED), groups=2, items=(6, 7))
     data = write_demo(run / "data", settings)
@@ -159,10 +159,11 @@ def marked_data(place: Path, run: Path, seeds: list[int]) -> Path:
     short = {"max_tokens": 300, "epochs": 1}
     raw |= {
         "population": short,
-        "groups": short | {"experts": 2, "rank": 3, "layers": 5},
+        "groups": short | {"experts": 2, "rank": 3, "layers": 1, "user_embedding": 16},
         "compute": {"max_length": 64},
+        "backbone": str(backbone),
     }
-    raw |= {"users": {"epochs": 1, "rank": 2, "layers": 4, "tiers": {"select": False}}}
+    raw |= {"users": {"epochs": 1, "rank": 2, "layers": 1, "tiers": {"select": False}}}
     raw |= {"evaluation": {"methods": ["users"], "seeds": seeds, "resamples": 100}}
     (place / "config.yaml").write_text(yaml.safe_dump(raw), "utf-8")
     return place / "config.yaml"
@@ -308,7 +309,7 @@ def tensors(run: Path, marks: list[str]) -> set[bytes]:
                 sql = "SELECT embedding, blob, offset, length FROM records WHERE user = ?"
                 for embedding, blob, offset, length in store.execute(sql, (name(mark).encode(),)):
                     adapter = (path.parent / "blobs" / blob).read_bytes()[offset:][:length] if blob else b""
-                    pieces += (each[at : at + 32] for each in (embedding, adapter) for at in range(0, len(each), 4096))
+                    pieces += (each[at : at + 32] for each in (embedding, adapter) for at in range(0, len(each), 64))
     shared = (run / "groups" / "groups.safetensors").read_bytes()  # some embeddings are still the mean
     return {piece for piece in pieces if len(set(piece)) > 8 and piece not in shared}
 

@@ -107,6 +107,14 @@ COUNTS = st.builds(
 )
 
 
+def test_with_privacy_tokens_are_counted_and_steps_are_not() -> None:
+    counts = Counts((100, 900, 0), (80, 700, 0), (), (), 1)
+    config = make_config({"data": {"path": "x"}, "privacy": {"epsilon": 8}, "groups": {"epochs": 3}})
+    work = workload(config, counts, [])
+    assert (work["population"], work["groups"]) == (Work(tokens=2700), Work(tokens=2100))
+    assert "steps" not in estimate(config, counts, [], EVEN).lines()[0]
+
+
 @given(counts=COUNTS, minutes=st.integers(1, 300), steps=st.sampled_from([None, 40]))
 @settings(max_examples=25, deadline=None)
 def test_a_budget_is_kept_or_called_too_short(counts: Counts, minutes: int, steps: int | None) -> None:
@@ -141,8 +149,11 @@ def test_a_budget_is_kept_or_called_too_short(counts: Counts, minutes: int, step
         assert found.population.max_tokens == MIN_TOKENS, "tokens go first"
 
 
-def test_a_resumed_run_keeps_what_the_budget_lowered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_what_the_budget_lowered(
+    backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_of(tmp_path, compute={"budget": "30s"}, population={"max_tokens": None}, users={"epochs": 2})
+    config = config.model_copy(update={"backbone": str(backbone_folder)})
     slow = Speed(population=1e-2, groups=1e-2, forward=1e-3, decode=0.1)
     monkeypatch.setattr("proper.methods.time_budget.measure", lambda *_: slow)
     monkeypatch.setattr("proper.methods.time_budget.MIN_TOKENS", 1000)

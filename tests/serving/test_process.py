@@ -110,7 +110,7 @@ def test_sigterm_waits_no_longer_than_it_was_told(long_run: Path, tmp_path: Path
     raw["compute"]["max_length"] = 100_000
     (folder / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     body = {"model": "tiny", "prompt": "Well?", "user": "u0", "max_tokens": 90_000, "stream": True}
-    with serving(folder, "--drain", "1") as (started, url):
+    with serving(folder, "--no-worker", "--drain", "1") as (started, url):
         text = ""
         with (
             suppress(httpx.RemoteProtocolError),

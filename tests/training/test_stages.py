@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Stopped(Exception):
     """What a test throws into a run."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config(settings: Config) -> Config:
     stage = {"epochs": 1, "batch_size": 8}
     changed = {
@@ -38,15 +39,26 @@ def config(settings: Config) -> Config:
     return settings.model_copy(update=changed)
 
 
+def start(config: Config, dataset: Dataset, folder: Path, log: Callable[[dict[str, Any]], None]) -> StageRunner:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump()), encoding="utf-8")
+    return StageRunner(config, dataset, folder, 0, log)
+
+
 @pytest.fixture
 def runner(config: Config, dataset: Dataset, tmp_path: Path) -> Callable[..., StageRunner]:
     def build(name: str = "run", log: Callable[[dict[str, Any]], None] = [].append) -> StageRunner:
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump()), encoding="utf-8")
-        return StageRunner(config, dataset, folder, 0, log)
+        return start(config, dataset, tmp_path / name, log)
 
     return build
+
+
+@pytest.fixture(scope="module")
+def whole(config: Config, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with all three stages; tests that change it copy it."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    start(config, dataset, folder, [].append).run(tuple(Stage))
+    return folder
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -84,10 +96,8 @@ def test_all_stages_then_nothing_left_to_do(runner: Callable[..., StageRunner], 
 
 
 def test_stages_one_at_a_time_and_killed_in_between_give_the_same_files(
-    runner: Callable[..., StageRunner], tmp_path: Path
+    runner: Callable[..., StageRunner], whole: Path, tmp_path: Path
 ) -> None:
-    log: list[dict[str, Any]] = []
-    runner("whole", log.append).run(tuple(Stage))
     for stage in Stage:
         steps: list[dict[str, Any]] = []
 
@@ -100,7 +110,7 @@ def test_stages_one_at_a_time_and_killed_in_between_give_the_same_files(
             runner("cut", told).run([stage])
         assert not (tmp_path / "cut" / stage / "stage.json").exists()
         runner("cut").run([stage])
-    assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")
+    assert fingerprint(tmp_path / "cut") == fingerprint(whole)
 
 
 @pytest.mark.parametrize(("stage", "lacks"), [("groups", "population"), ("users", "population")])
@@ -110,10 +120,9 @@ def test_a_stage_needs_the_one_before_it(runner: Callable[..., StageRunner], sta
 
 
 def test_groups_trained_again_in_place_are_not_served_with_old_adapters(
-    runner: Callable[..., StageRunner], tmp_path: Path
+    runner: Callable[..., StageRunner], whole: Path, tmp_path: Path
 ) -> None:
-    runner().run(tuple(Stage))
-    folder = tmp_path / "run"
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
     (folder / "groups" / "stage.json").unlink()
     with pytest.raises(RunFolderError, match="users: was trained on groups that no longer exist; delete it too"):
         runner().run(["groups"])

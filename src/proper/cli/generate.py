@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
-  proper generate runs/demo --user p0007 --field input="The bus was late again."
-  proper generate runs/demo --user p0007 --prompt "The bus was late again. Category:" --max-new-tokens 8
+  proper generate runs/demo --user u007 --field input="The bus was late again."
+  proper generate runs/notes --user u7 --prompt "The bus was late again. Tag:" --max-new-tokens 8
   proper generate runs/demo --input questions.jsonl > answers.jsonl
   proper generate runs/both --task headline --user u7 --field description="The bus was late again."
 """

@@ -25,7 +25,7 @@ app = typer.Typer(
 def add(
     folder: RunFolder,
     scopes: Annotated[
-        str, typer.Option(metavar="A,B", help="Any of generate, write (versions, rollback) and admin.")
+        str, typer.Option(metavar="A,B", help="Any of generate, write (enrol, add interactions, roll back) and admin.")
     ] = "generate",
     tenant: Annotated[
         str, typer.Option(metavar="NAME", help="The tenant whose users the key may name; by default the run's own.")

@@ -15,8 +15,8 @@ from proper.files import write_json
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
-  proper simulate configs/simulation.yaml
-  proper simulate configs/simulation.yaml --json simulation.json
+  proper simulate configs/simulation/two-cores.yaml
+  proper simulate configs/simulation/two-cores.yaml --json simulation.json
 """
 
 Settings = Annotated[Path, typer.Argument(metavar="FILE", help="A YAML file of settings.", show_default=False)]
@@ -26,12 +26,12 @@ JsonFile = Annotated[
 
 
 def command(file: Settings, json_file: JsonFile = None) -> None:
-    """Simulate how many machines serve a million users.
+    """Simulate how many machines N users need.
 
-    Users are 10,000 to 1,000,000,000, on replicas of the server. Costs (decoding step by batch size, prefill, cold
-    load, fit) come from files of 'proper bench' or from the settings. Reports slot hit rate, times to the first token,
-    queueing, missed refits, storage, machines and price, with and
-    without affinity of users to replicas. The result is JSON; a table goes to stderr, or to stdout with --json.
+    N is 10,000 to 1,000,000,000; the users' requests go to replicas of the server. Costs (decoding step by batch size,
+    prefill, cold load, fit) come from files of 'proper bench' or from the settings. Reports slot hit rate, times to
+    the first token, queueing, missed refits, storage, machines and price, with and without affinity of users to
+    replicas. The result is JSON; a table goes to stderr, or to stdout with --json.
     """
     with needs_extra("simulate", "'proper simulate'"):
         from proper.simulation.simulate import in_words, load_simulation, simulate

@@ -56,7 +56,7 @@ def verify_deleted(
     """
     run = require_run(folder).home.path
     if originals and fingerprints is not None:
-        raise InputError("--fingerprints: give either originals or fingerprints")
+        raise InputError("--originals and --fingerprints exclude each other")
     from proper.interactions.fingerprints import Fingerprints, add_originals, new_salt, read_fingerprints
     from proper.interactions.verification import verify
 

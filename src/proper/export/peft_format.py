@@ -106,22 +106,6 @@ def to_peft(loras: Mapping[str, Lora]) -> dict[str, Tensor]:
     return tensors
 
 
-def from_peft(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Lora]:
-    """Return the LoRAs in PEFT's tensors, with `scale` (PEFT's alpha / r) multiplied into B.
-
-    Raises:
-        ValueError: a tensor is not the A or B of a LoRA, or its counterpart is missing.
-    """
-    loras = {}
-    for key in tensors:
-        name, end = key.removeprefix(_PREFIX), ".lora_A.weight"
-        if name.endswith(end) and (other := key.removesuffix(end) + ".lora_B.weight") in tensors:
-            loras[name.removesuffix(end)] = scaled(tensors[key], tensors[other], scale)
-    if 2 * len(loras) != len(tensors):
-        raise ValueError(f"{len(tensors)} tensors are not the A and B of {len(loras)} modules")
-    return loras
-
-
 def adapter_config(loras: Mapping[str, Lora], modules: Collection[str], *, fan_in_fan_out: bool) -> dict[str, Any]:
     """Return the content of PEFT's adapter_config.json, with `lora_alpha = r`, so that readers scale by 1.
 

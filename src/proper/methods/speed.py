@@ -87,8 +87,9 @@ def _typical(sample: SampledRows, config: Config, backbone: Backbone, stage: int
     encoder = backbone.encoder()
     rows = [row for row, _ in zip(sample.rows(0), range(SAMPLE), strict=False)]
     rows.sort(key=lambda row: row.tokens)
-    at = max(0, len(rows) // 2 - settings.batch_size // 2)
-    return [encoder.encode(row) for row in rows[at : at + settings.batch_size]]
+    size = config.privacy.rows_per_user if config.privacy.on else settings.batch_size
+    at = max(0, len(rows) // 2 - size // 2)
+    return [encoder.encode(row) for row in rows[at : at + size]]
 
 
 def _groups(config: Config, rows: list[EncodedExample], backbone: Backbone, accelerator: Accelerator) -> float:

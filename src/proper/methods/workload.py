@@ -103,8 +103,10 @@ def workload(config: Config, counts: Counts, methods: Sequence[Method]) -> dict[
     Methods with a training of their own count as the run's own stages, whatever their settings.
     """
     own = {
-        Stage.POPULATION: _shared(config.population, counts.population),
-        Stage.GROUPS: _shared(config.groups, counts.groups).times(2 if config.groups.experts == "auto" else 1),
+        Stage.POPULATION: _shared(config.population, counts.population, config.privacy.on),
+        Stage.GROUPS: _shared(config.groups, counts.groups, config.privacy.on).times(
+            2 if config.groups.experts == "auto" else 1
+        ),
         Stage.USERS: users_work(config.users, counts.histories),
     }
     repeats = Counter(
@@ -120,9 +122,10 @@ def workload(config: Config, counts: Counts, methods: Sequence[Method]) -> dict[
     return {**{str(stage): work.times(seeds) for stage, work in own.items()}, "evaluate": evaluated.times(seeds)}
 
 
-def _shared(config: PopulationConfig | GroupsConfig, counts: tuple[int, int, int]) -> Work:
+def _shared(config: PopulationConfig | GroupsConfig, counts: tuple[int, int, int], private: bool) -> Work:
     rows, tokens, held_out = counts
-    steps = count_updates(rows, config)
+    # Steps over drawn users are not counted; on average, these pass over the rows as often.
+    steps = 0 if private else count_updates(rows, config)
     measured = min(MEASUREMENTS, steps) * held_out
     return Work(steps, round(tokens * config.epochs), measured)
 
