@@ -196,6 +196,7 @@ def summary(outcomes: dict[str, Outcome], change_of: dict[str, str]) -> dict[str
             "share_of_gain": fmean(gains) / best if best else None,
             "share_interval": interval(pairs, _share),
             "kept_loss": fmean(each.kept.values()),
+            "kept_interval": interval([*each.kept.values()], fmean),
             "updates": each.tried,
             "promoted": each.promoted,
             "seconds": each.seconds,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from proper.api import Model
 from proper.data.dataset import TextExample
 from proper.enrolment import worker
 from proper.enrolment.comparison import VersionComparison, outliers, state_of
-from proper.enrolment.history import UserHistory, divide
+from proper.enrolment.history import Divided, UserHistory, divide, hold_out
 from proper.interactions.fit_queue import FitQueue
 from proper.layers.batch_context import RowContext
 from proper.layers.low_rank import adapter_distance
@@ -270,6 +271,15 @@ def test_divide_by_the_order_of_arrival() -> None:
         found = divide(grown, {"history": history} if history else {})
         assert [item.id for item in found.new] == new
         assert {item.id for item in found.past} == {item.id for item in items} - {*new, *left_out}
+
+
+def test_a_fit_anew_holds_out_a_share_of_the_earlier_interactions_too() -> None:
+    items = [TextExample(at, "ann", "a", "b", None, None, 1) for at in range(24)]
+    divided = Divided(tuple(items[:20]), tuple(items[20:]))
+    held = [hold_out(divided, 0.2, anew=anew) for anew in (False, True)]
+    assert [(len(each.held_past), len(each.held_new)) for each in held] == [(1, 1), (4, 1)]
+    assert all((*each.past, *each.held_past, *each.new, *each.held_new) == tuple(items) for each in held)
+    assert hold_out(replace(divided, past=()), 0.2, anew=True).held_past == ()
 
 
 def test_what_is_better() -> None:

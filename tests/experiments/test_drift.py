@@ -45,4 +45,5 @@ def test_figures_are_relative_to_never_and_always() -> None:
     assert found["drift"]["share_of_gain"] == 0.5 and found["drift"]["share_of_seconds"] == 0.25
     assert found["drift"]["share_of_updates"] == 0.25 and found["always"]["kept_loss"] == 1.5
     assert found["drift"]["gain_by_change"] == {"stable": 0, "abrupt": 0.5}
+    assert found["always"]["kept_interval"] == [1.0, 2.0]
     assert found["always"]["loss_by_period"] == [1, 1] and found["drift"]["gain_interval"] == [0, 0.5]

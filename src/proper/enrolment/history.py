@@ -131,10 +131,14 @@ def divide(grown: UserHistory, facts: Mapping[str, Any]) -> Divided:
     return Divided(past, tuple(new), left_out, since)
 
 
-def hold_out(divided: Divided, share: float) -> Split:
-    """Hold out a share of the new interactions, the newest, and as many of the newest earlier ones."""
+def hold_out(divided: Divided, share: float, *, anew: bool = False) -> Split:
+    """Hold out a share of the new interactions, the newest, and as many of the newest earlier ones.
+
+    For a fit `anew`, at least the share of the earlier ones is held out: they decide whether an adapter helps, too.
+    """
     held_new = held_out_items(len(divided.new), share)
-    held_past = min(held_new, max(0, len(divided.past) - 1))
+    wanted = max(held_new, held_out_items(len(divided.past), share)) if anew else held_new
+    held_past = min(wanted, max(0, len(divided.past) - 1))
     cut_new, cut_past = len(divided.new) - held_new, len(divided.past) - held_past
     return Split(divided.past[:cut_past], divided.new[:cut_new], divided.past[cut_past:], divided.new[cut_new:])
 

@@ -126,10 +126,9 @@ class _Update:
         divided, anew = changed or divided, changed is not None
         if len(divided.new) == 1:
             return self._stays("one new interaction cannot be both trained on and held out", facts)
-        split = hold_out(divided, self.config.tiers.validation)
-        if anew or self.base.adapter is None or self.fitter.model.stage != Tier.USERS:
-            return self._refit(divided, split, facts, anew)
-        return self._trained_on(divided, split, facts)
+        refit = anew or self.base.adapter is None or self.fitter.model.stage != Tier.USERS
+        split = hold_out(divided, self.config.tiers.validation, anew=refit)
+        return self._refit(divided, split, facts, anew) if refit else self._trained_on(divided, split, facts)
 
     def _since_change(self, divided: Divided) -> Divided | None:
         """Return the new interactions since the user's habits changed, without earlier ones; None if they did not."""
