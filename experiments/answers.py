@@ -175,6 +175,7 @@ def score_card(constants: Mapping[str, str]) -> Callable[[Tests], list[str]]:
             by_pair = {(test.method, test.against): test for test in found}
             if not set(STEPS) <= set(by_pair):
                 continue
+            by_pair = _by_set(tests)[source] if source in constants else by_pair
             constant = ("population", constants[set_of(source)])
             cells = [_change(by_pair.get(pair)) for pair in (constant, *STEPS)]
             lines.append(f"| {source} | {' | '.join(cells)} | {', '.join(_not_beaten(by_pair)) or 'none'} |")
@@ -189,10 +190,10 @@ def set_of(source: str) -> str:
 
 
 def _by_set(tests: Tests) -> dict[str, dict[tuple[str, str], Shown]]:
-    """Return the tests of each set's main table and of its rivals, by pair; a pair in both is the main table's."""
+    """Return the tests of each set's main table, rivals and other training; of a pair in several, the first."""
     sets: dict[str, dict[tuple[str, str], Shown]] = {}
     for source, found in tests.items():
-        if source in (set_of(source), f"{set_of(source)}, rivals"):
+        if source in {set_of(source) + more for more in ("", ", rivals", ", other training")}:
             own = sets.setdefault(set_of(source), {})
             for test in found:
                 own.setdefault((test.method, test.against), test)

@@ -100,9 +100,11 @@ def _main(name: str, task: str) -> Iterator[Source]:
         longer = (("population", "global-majority"), *STEPS, ("users", "head+prior"))
         yield Source("huffpost-label, twice the tokens", "findings/longer-huffpost-label.json", longer)
     if name != "git-area":
-        more = (*CONTROLS, *(("users", row) for row in ("rag", "oppu", "end-to-end")), ("users+rag", "users"))
-        prior = (("users+prior", "users"), ("users+prior", "prior")) if task == LABELS else ()
-        yield Source(f"{name}, rivals", f"findings/rivals-{name}.json", (*more, *prior))
+        yield Source(
+            f"{name}, rivals", f"findings/rivals-{name}.json", tuple(("users", row) for row in ("rag", "oppu"))
+        )
+        others = (*CONTROLS, ("users", "end-to-end"), ("users+rag", "users"))
+        yield Source(f"{name}, other training", f"findings/others-{name}.json", others)
 
 
 def _command(number: int) -> str:

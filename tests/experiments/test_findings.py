@@ -332,6 +332,7 @@ def test_the_main_table_counts_a_set_only_if_its_rivals_are_beaten_too(tmp_path:
     after = section(pages(tmp_path)["findings.md"], 0)
     assert "each significantly, on 1 of 1 sets (movielens-rating)" in after
     assert "compared with on 0 of 1 sets." in after
+    assert "| movielens-rating | +10 % | +11 % | +13 % | OPPU |" in after
 
 
 def test_the_main_table_counts_no_gain_below_the_goal(tmp_path: Path) -> None:
