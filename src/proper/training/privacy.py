@@ -126,7 +126,7 @@ def noised_mean(
 
 
 def secret_generator() -> torch.Generator:
-    """Return a generator that nobody can set up again."""
+    """Return a generator with a random seed that is not kept."""
     return torch.Generator().manual_seed(secrets.randbits(63))
 
 
