@@ -114,6 +114,15 @@ def make(folder: Path) -> Path:
     return folder
 
 
+def add_options(parser: argparse.ArgumentParser, own_traits: float) -> None:
+    """Add the options of the generated data and of the training on it."""
+    parser.add_argument("--users", type=int, default=48)
+    parser.add_argument("--epochs", type=float, default=12)
+    parser.add_argument("--rates", type=float, nargs=2, default=[1e-2, 0.2], help="of the experts, of the embeddings")
+    parser.add_argument("--own-traits", type=float, default=own_traits)
+    parser.add_argument("--backbone")
+
+
 def main() -> int:
     """Parse the command line, measure, and write the result; return the exit code."""
     parser = argparse.ArgumentParser(
@@ -122,11 +131,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--planted", type=int, nargs="+", default=[2, 3, 5, 8, 12])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--users", type=int, default=48)
-    parser.add_argument("--epochs", type=float, default=12)
-    parser.add_argument("--rates", type=float, nargs=2, default=[1e-2, 0.2], help="of the experts, of the embeddings")
-    parser.add_argument("--own-traits", type=float, default=0.0)
-    parser.add_argument("--backbone")
+    add_options(parser, own_traits=0.0)
     given = parser.parse_args()
     quiet_libraries()
     work = make(given.out.with_suffix(".work"))

@@ -42,7 +42,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from experiments.experts import generated, make, small_llama
+from experiments.experts import add_options, generated, make, small_llama
 from proper.adapters.store import AdapterStore
 from proper.config import Config, GroupsConfig, make_config
 from proper.console import quiet_libraries
@@ -239,6 +239,14 @@ def with_privacy(config: Config, given: argparse.Namespace) -> Config:
     return make_config(raw)
 
 
+def on_all_users(given: argparse.Namespace, work: Path) -> Config:
+    """Write generated data of five groups, and return the config whose stage 2 trains on all of its users."""
+    backbone = given.backbone or small_llama(work / "backbone")
+    config = generated(make(work / "data"), 5, given.seed, given, backbone)
+    groups = config.groups.model_copy(update={"experts": GroupsConfig().experts, "train_on": "all"})
+    return config.model_copy(update={"groups": groups})
+
+
 def main() -> int:
     """Parse the command line, measure, and write the result; return the exit code."""
     parser = argparse.ArgumentParser(
@@ -247,11 +255,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--users", type=int, default=48)
-    parser.add_argument("--epochs", type=float, default=12)
-    parser.add_argument("--rates", type=float, nargs=2, default=[1e-2, 0.2], help="of the experts, of the embeddings")
-    parser.add_argument("--own-traits", type=float, default=0.35)
-    parser.add_argument("--backbone")
+    add_options(parser, own_traits=0.35)
     parser.add_argument("--noise", type=float, help="noise multiplier; without it, privacy is off")
     parser.add_argument("--clip", type=float, default=0.1)
     parser.add_argument("--users-per-step", type=int, default=12)
@@ -261,11 +265,7 @@ def main() -> int:
         parser.error("--models: 1, or an even number from 4 on")
     quiet_libraries()
     work = make(given.out.with_suffix(".work"))
-    backbone = given.backbone or small_llama(work / "backbone")
-    config = generated(make(work / "data"), 5, given.seed, given, backbone)
-    config = config.model_copy(
-        update={"groups": config.groups.model_copy(update={"experts": GroupsConfig().experts, "train_on": "all"})}
-    )
+    config = on_all_users(given, work)
     if given.noise is not None:
         config = with_privacy(config, given)
     told: dict[str, Any] = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}

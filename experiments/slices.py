@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.experts import generated, make, small_llama
-from experiments.residue import Floats, with_interval
-from proper.config import Config, GroupsConfig
+from experiments.experts import add_options, make
+from experiments.residue import Floats, on_all_users, with_interval
+from proper.config import Config
 from proper.console import quiet_libraries
 from proper.data.batching import collate
 from proper.data.dataset import Dataset, prepare
@@ -140,18 +140,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--slices", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--users", type=int, default=48)
-    parser.add_argument("--epochs", type=float, default=12)
-    parser.add_argument("--rates", type=float, nargs=2, default=[1e-2, 0.2], help="of the experts, of the embeddings")
-    parser.add_argument("--own-traits", type=float, default=0.35)
-    parser.add_argument("--backbone")
+    add_options(parser, own_traits=0.35)
     given = parser.parse_args()
     quiet_libraries()
     work = make(given.out.with_suffix(".work"))
-    config = generated(make(work / "data"), 5, given.seed, given, given.backbone or small_llama(work / "backbone"))
-    config = config.model_copy(
-        update={"groups": config.groups.model_copy(update={"experts": GroupsConfig().experts, "train_on": "all"})}
-    )
+    config = on_all_users(given, work)
     with prepare(config, work / "everyone.sqlite", configured_encoder(config).count) as everyone:
         measure(config, everyone, work, sorted({*given.slices} - {1}), given.seed, given.out)
     shutil.rmtree(work, ignore_errors=True)
