@@ -99,9 +99,6 @@ def _main(name: str, task: str) -> Iterator[Source]:
         yield Source("huffpost-label, layers", "findings/layers-huffpost-label.json", LAST_LAYERS)
         longer = (("population", "global-majority"), *STEPS, ("users", "head+prior"))
         yield Source("huffpost-label, twice the tokens", "findings/longer-huffpost-label.json", longer)
-    if name == "git-subject":
-        longer = (("population", "lead"), *STEPS, ("users", "swapped"), ("users", "lead"))
-        yield Source("git-subject, three times the tokens", "findings/longer-git-subject.json", longer)
     if name != "git-area":
         yield Source(
             f"{name}, rivals", f"findings/rivals-{name}.json", tuple(("users", row) for row in ("rag", "oppu"))
