@@ -23,6 +23,7 @@ from proper.enrolment.many_users import append_all, fit_many, place_users
 from proper.enrolment.update_user import FitOutcome, fit_or_update
 from proper.errors import ProperError
 from proper.interactions.database import Database
+from proper.interactions.deletion import working
 from proper.interactions.fit_queue import Claim, FitQueue
 from proper.interactions.log import InteractionLog, LogEntry
 from proper.interactions.personal_files import remove_work, work_folder
@@ -102,7 +103,8 @@ class FitWorker:
         if not refine:
             return
         done = _shares("fit", len(users), heard)
-        with self.log.queue.lock():
+        # No claim is held on users who are fitted together, so their deletion has to wait for the end of this block.
+        with working(self.users.parent), self.log.queue.lock():
             _refuse_outdated(fitter)
             fit_many(fitter, store, self.log, users, _shares("embeddings", len(users), heard), _bar_of(heard))
             for user in users:
@@ -281,10 +283,7 @@ def _bar_of(heard: Heard) -> Bar:
 
 
 def _throttled(queue: FitQueue, claim: Claim, heard: Heard) -> Heard:
-    """Return a rate-limited callback that reports a fit's progress to the queue and to `heard`.
-
-    The callback raises `_Withdrawn` if the user was deleted.
-    """
+    """Return a throttled callback that tells the queue and `heard`; raises `_Withdrawn` if the user was deleted."""
     last, before = 0.0, ""
 
     def tell(phase: str, share: float) -> None:

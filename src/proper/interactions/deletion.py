@@ -190,8 +190,8 @@ def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: f
                 users = RunFolder(folder).users
                 if users.path != store.folder and is_made(users.manifest):
                     with _opened(users.path, store.tenant) as (nested, nested_log):
-                        waits += _remove(nested, nested_log, user, patience)
-            waits += _remove(store, log, user, patience)
+                        waits += _remove(nested, nested_log, user, patience, alone is not None)
+            waits += _remove(store, log, user, patience, alone is not None)
     except (ProperError, OSError) as error:
         waits.append(str(error))
     return waits
@@ -209,12 +209,13 @@ def _remove_files(run: Path, user: str) -> list[str]:
     return waits
 
 
-def _remove(store: AdapterStore, log: InteractionLog, user: str, patience: float) -> list[str]:
+def _remove(store: AdapterStore, log: InteractionLog, user: str, patience: float, alone: bool) -> list[str]:
     with log.deleting(store.tenant, user) as logged:
         store.delete(user)
     if logged.claim is not None:
         log.queue.wait_for(logged.claim)  # the worker that fits the user finds its claim void at the next step
-    remove_work(store.folder, store.tenant, user)
+    if alone:  # a command that enrols many users works in their folders
+        remove_work(store.folder, store.tenant, user)
     remove_quarantine(store.folder)
     wiped = {store.manifest.path: store.wipe(patience), log.database.path: log.database.wipe(patience)}
     return [f"{path}: another process reads it" for path, done in wiped.items() if not done]
