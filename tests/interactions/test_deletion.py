@@ -19,7 +19,7 @@ import torch
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import InputError, StoreError
 from proper.files import sweep, write_text
-from proper.interactions.deletion import finish_deletions, remove, working
+from proper.interactions.deletion import delete_returned, finish_deletions, remove, working
 from proper.interactions.log import DeletedError, InteractionLog, LogEntry
 from proper.interactions.personal_files import work_folder
 from proper.run_folder import UNFINISHED, RunFolder, Tier
@@ -232,3 +232,10 @@ def test_deleted_users_are_not_forgotten_without_a_word_when_the_key_is_damaged(
     with pytest.raises(StoreError, match="tombstones/key: is lost or damaged"):
         store.put([UserRecord("ann", Tier.GROUPS, torch.ones(4))])
     assert store.head("ann") is None
+
+
+def test_damaged_data_is_an_error_that_names_the_file(users: Path, store: AdapterStore, log: InteractionLog) -> None:
+    assert not remove(store, log, "ann", 0).waits
+    (users.parent / "data.sqlite").write_text("torn")
+    with pytest.raises(StoreError, match=r"data.sqlite: cannot be read: file is not a database"):
+        delete_returned(users)

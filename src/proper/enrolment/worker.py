@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from proper.errors import ProperError
 from proper.interactions.database import Database
 from proper.interactions.deletion import working
 from proper.interactions.fit_queue import Claim, FitQueue
-from proper.interactions.log import InteractionLog, LogEntry
+from proper.interactions.log import DeletedError, InteractionLog, LogEntry
 from proper.interactions.personal_files import remove_work, work_folder
 from proper.run_folder import UsersFolder
 from proper.training.user_stage import is_stored
@@ -136,10 +136,11 @@ class FitWorker:
             each = self.log.updates.seconds() or 0.0
             if hours is not None and tried and time.monotonic() - begun + each > 3600 * hours:
                 break
-            self.log.request_fit(store.tenant, drift.user)
-            while self.fit_next(store.tenant, drift.user, even_if_usual=True):
-                pass
-            tried.append(drift)
+            with suppress(DeletedError):  # since the drift was measured
+                self.log.request_fit(store.tenant, drift.user)
+                while self.fit_next(store.tenant, drift.user, even_if_usual=True):
+                    pass
+                tried.append(drift)
         return tried
 
     def watch(self, heard: Heard = unheard) -> None:
