@@ -126,7 +126,7 @@ class _Files:
         """
         path = self.folder / "key"
         try:
-            text = path.read_text(encoding="ascii", errors="replace")
+            text = path.read_text(encoding="ascii", errors="replace").strip()
         except FileNotFoundError:
             if not self.folder.is_dir() or not self.all():
                 return None
