@@ -136,7 +136,7 @@ QUESTIONS = (
         "for set in huffpost-label movielens-rating acl-title; do proper run configs/$set.yaml --out runs/$set; done",
         STEPS,
         (
-            "The gain is over a stage 1 that made one pass over a small budget. "
+            "The gain is over a stage 1 with a small budget. "
             "Question 10 shows how much of it comes from information about users.",
         ),
     ),
