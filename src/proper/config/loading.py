@@ -61,7 +61,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
+            found = super().construct_object(node, deep)
+            if isinstance(found, int) and abs(found) >= 2**63:  # SQLite's integers end there
+                raise ValueError("too large a number")
+            return found
         # PyYAML lets errors of the conversions through: `2024-02-30` is a ValueError, `!!bool x` a KeyError.
         except (ValueError, LookupError, AttributeError, RecursionError) as error:
             shown = node.value if isinstance(node.value, str) else "this"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -16,13 +16,6 @@ class Section(BaseModel):
     """Base of all config sections: frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
-
-    @field_validator("*")
-    @classmethod
-    def _fits_into_sqlite(cls, value: object) -> object:
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise ValueError(f"{value} is too large")
-        return value
 
 
 class OptimizerConfig(Section):
