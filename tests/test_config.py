@@ -215,6 +215,7 @@ def test_presets_say_what_the_paper_and_its_code_do() -> None:
         ("groups.experts=[", "--set groups.experts=[: the value is not YAML"),
         ("groups.exprts=3", "unknown key 'groups.exprts'; did you mean 'experts'?"),
         ("groups..experts=3", "unknown key 'groups.'"),
+        ("data.path=caf\udce9.jsonl", "--set data.path: the value is not UTF-8"),
     ],
 )
 def test_a_bad_override_is_named(tmp_path: Path, override: str, message: str) -> None:

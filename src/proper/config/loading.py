@@ -138,6 +138,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         if not as_it_is:
             raise ConfigError(f"--set {override}: the value is not YAML") from error
+        if not text.isascii() and text.encode(errors="replace").decode() != text:
+            raise ConfigError(f"--set {key.strip()}: the value is not UTF-8") from error
         value = text
     # For a text YAML's rules lose parts (what follows " #", line breaks) or make another value of it (1, on, {input}).
     values[last] = text if as_it_is and value is not None else value
