@@ -152,3 +152,12 @@ def test_the_headline_speaks_of_rows_without_a_model(
     summary, _ = headline(load_run(folder))
     assert summary.startswith(begins)
     assert ("Every stage improved" in summary) == praises
+
+
+def test_the_headline_names_the_controls_that_are_not_beaten(folder: Path, change: Change) -> None:
+    lost = ["groups > population-more", "users > swapped"]
+    change(lambda results: results.update(personalization={"claimed": False, "not_beaten": lost}))
+    said = "Groups over Population, more training; Users over Another user's adapter (swapped)."
+    assert headline(load_run(folder))[0].endswith(f"No measurable gain over a control: {said}")
+    change(lambda results: results.update(personalization={"claimed": True, "not_beaten": []}))
+    assert "control" not in headline(load_run(folder))[0]

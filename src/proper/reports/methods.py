@@ -21,7 +21,7 @@ from proper.reports.charts import NAMES, TICKS, Chart, canvas
 from proper.reports.figures import columns_with_values, framed
 from proper.reports.formats import method_name, metric_name, plain, plural, signed, size, span
 from proper.reports.load import ReportedComparison, ReportedMetric, RunFiles, load_run
-from proper.reports.narrative import is_higher_better, outcome, primary_metrics, verdict
+from proper.reports.narrative import is_higher_better, lost_controls, outcome, primary_metrics, verdict
 from proper.reports.reading import count, mapping, number
 from proper.reports.tables import Table
 from proper.run_folder import LADDER, RunFolder
@@ -128,14 +128,12 @@ def claim_story(claim: Mapping[str, Any]) -> list[str]:
     """Return sentences on whether the controls support a claim of personalization."""
     if not claim:
         return []
-    not_beaten = [str(pair) for pair in claim.get("not_beaten") or []]
     missing = [method_name(str(name)) for name in claim.get("missing") or []]
     if claim.get("claimed") is True:
         return ["Every control is beaten at p < .05: the gain comes from information about the user."]
     story = []
-    if not_beaten:
-        pairs = "; ".join(" over ".join(method_name(name) for name in pair.split(" > ")) for pair in not_beaten)
-        story.append(f"Personalization cannot be claimed. No measurable gain: {pairs}.")
+    if lost := lost_controls(claim):
+        story.append(f"Personalization cannot be claimed. No measurable gain: {lost}.")
     if missing:
         story.append(f"Controls that are missing: {', '.join(missing)}.")
     return story

@@ -56,7 +56,8 @@ def headline(run: RunFiles) -> tuple[str, list[Step]]:
     rows = [row for row in run.comparisons if row.primary and (row.method, row.against) in ladder]
     rows.sort(key=lambda row: (row.task, ladder.index((row.method, row.against))))
     steps = [_step(row, run) for row in rows]
-    return _with_trivial(_summary(rows, steps, run), run), steps
+    summary = _with_trivial(_summary(rows, steps, run), run)
+    return " ".join([summary, *_controls(run)]), steps
 
 
 def _with_trivial(summary: str, run: RunFiles) -> str:
@@ -78,6 +79,18 @@ def _with_trivial(summary: str, run: RunFiles) -> str:
     if parts:
         return " ".join([*parts, summary[0].upper() + summary[1:]])
     return f"{summary} {stage} is better than every answer without a model."
+
+
+def _controls(run: RunFiles) -> list[str]:
+    """Return a sentence on the controls that are not beaten: a gain that they have too is not personalization."""
+    lost = lost_controls(run.part("personalization") or {})
+    return [f"No measurable gain over a control: {lost}."] if lost else []
+
+
+def lost_controls(claim: Mapping[str, Any]) -> str:
+    """Return the pairs of a stage and a control that it does not beat, as text; "" if there are none."""
+    pairs = [str(pair).split(" > ") for pair in claim.get("not_beaten") or []]
+    return "; ".join(" over ".join(method_name(name) for name in pair) for pair in pairs)
 
 
 def _summary(rows: Sequence[ReportedComparison], steps: Sequence[Step], run: RunFiles) -> str:
