@@ -154,15 +154,10 @@ def test_connections_are_counted_by_address_and_in_all() -> None:
     assert doors.enter("b") is None
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [b"not http\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 200_000, HEAD + b"Content-Length: 7\r\n\r\n"],
-    ids=["words", "long header", "two lengths"],
-)
+@pytest.mark.parametrize("sent", [b"not http\r\n\r\n", HEAD + b"Content-Length: 7\r\n\r\n"], ids=["words", "lengths"])
 def test_what_is_not_http_is_refused_in_the_form_of_other_errors(strict: Running, sent: bytes) -> None:
     with connect(strict) as connection:
-        with contextlib.suppress(OSError):  # the server closes before it has read everything
-            connection.sendall(sent)
+        connection.sendall(sent)
         head, _, body = all_of(connection).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json")
     assert json.loads(body)["error"] == {
