@@ -9,11 +9,12 @@ and in `proper users check`. `delete_returned` deletes users again whom a backup
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from proper.adapters.manifest import Manifest, user_of
@@ -109,7 +110,7 @@ def _returned(store: AdapterStore) -> Iterator[tuple[str, str]]:
         run = RunFolder(folder)
         found |= everyone(run.users.path)
         if run.data.is_file():
-            with closing(sqlite3.connect(f"{run.data.absolute().as_uri()}?mode=ro", uri=True)) as data:
+            with _prepared(run.data) as data:
                 found |= {
                     (DEFAULT_TENANT, user_of(key)) for (key,) in data.execute("SELECT CAST(id AS BLOB) FROM users")
                 }
@@ -136,7 +137,7 @@ def everyone(users: Path) -> set[tuple[str, str]]:
 def working(run: Path) -> Iterator[None]:
     """Hold the shared writer lock of a run folder while the block runs: no deletion can finish before the block ends.
 
-    Unfinished deletions are resumed before and after the block; temporary files of killed processes are removed before.
+    Unfinished deletions are resumed before and after the block; files that killed processes left are removed before.
     """
     if not os.access(run, os.W_OK):
         yield  # the write itself raises the error
@@ -145,6 +146,7 @@ def working(run: Path) -> Iterator[None]:
     finish_deletions(home.users.path)
     delete_returned(home.users.path)
     sweep(home.path)
+    _drop_finished(home.path)
     try:
         with locked(home.writers_lock, shared=True):
             yield
@@ -188,8 +190,8 @@ def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: f
                 users = RunFolder(folder).users
                 if users.path != store.folder and is_made(users.manifest):
                     with _opened(users.path, store.tenant) as (nested, nested_log):
-                        waits += _remove(nested, nested_log, user, patience)
-            waits += _remove(store, log, user, patience)
+                        waits += _remove(nested, nested_log, user, patience, alone is not None)
+            waits += _remove(store, log, user, patience, alone is not None)
     except (ProperError, OSError) as error:
         waits.append(str(error))
     return waits
@@ -207,12 +209,13 @@ def _remove_files(run: Path, user: str) -> list[str]:
     return waits
 
 
-def _remove(store: AdapterStore, log: InteractionLog, user: str, patience: float) -> list[str]:
+def _remove(store: AdapterStore, log: InteractionLog, user: str, patience: float, alone: bool) -> list[str]:
     with log.deleting(store.tenant, user) as logged:
         store.delete(user)
     if logged.claim is not None:
         log.queue.wait_for(logged.claim)  # the worker that fits the user finds its claim void at the next step
-    remove_work(store.folder, store.tenant, user)
+    if alone:  # a command that enrols many users works in their folders
+        remove_work(store.folder, store.tenant, user)
     remove_quarantine(store.folder)
     wiped = {store.manifest.path: store.wipe(patience), log.database.path: log.database.wipe(patience)}
     return [f"{path}: another process reads it" for path, done in wiped.items() if not done]
@@ -225,12 +228,37 @@ def _opened(folder: Path, tenant: str) -> Iterator[tuple[AdapterStore, Interacti
         yield store, log
 
 
+def _drop_finished(run: Path) -> None:
+    """Remove what trained stages keep for resuming: a kill may have come between a stage's marker and its removal."""
+    for folder in map(RunFolder, nested_runs(run)):
+        # A refresh of the groups uses the same names.
+        for name in () if folder.users.refresh.exists() else UNFINISHED:
+            path = folder.path / name
+            if not folder.is_trained(PurePath(name).parts[0]):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
 def _require_no_training(run: Path, user: str) -> None:
     """Require that no stage is being trained on data of the user."""
+    _drop_finished(run)
     busy = next((folder / name for folder in nested_runs(run) for name in UNFINISHED if (folder / name).exists()), None)
     refresh = RunFolder(run).users.refresh.exists()  # it trains on logged interactions, too
     if busy is not None and (refresh or any(True for _ in run_rows(run, user))):
         raise InputError(f"{busy}: a stage is being trained and holds user {user!r}; let the run end, then delete them")
+
+
+@contextmanager
+def _prepared(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open prepared data to read; SQLite's errors inside the block become StoreError, which names the file."""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as data:
+            yield data
+    except sqlite3.Error as error:
+        raise StoreError(f"{path}: cannot be read: {error}") from error
 
 
 def run_rows(run: Path, user: str) -> Iterator[dict[str, Any]]:
@@ -238,7 +266,7 @@ def run_rows(run: Path, user: str) -> Iterator[dict[str, Any]]:
     path = RunFolder(run).data
     if not path.is_file():
         return
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as data:
+    with _prepared(path) as data:
         rows = data.execute(
             """SELECT r.id, r.part, r.time, t.prompt, t.target, t.item FROM rows r JOIN texts t ON t.id = r.text
             WHERE r.user = (SELECT number FROM users WHERE id = ?) ORDER BY r.id""",
