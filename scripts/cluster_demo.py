@@ -57,7 +57,7 @@ def main() -> int:
     chosen = parser.parse_args()
     folder: Path = chosen.folder
     if folder.exists():
-        print(f"{folder}: is there already", file=sys.stderr)
+        print(f"{folder}: exists already", file=sys.stderr)
         return 2
     folder.mkdir(parents=True)
     begun = time.monotonic()
