@@ -6,23 +6,19 @@ detectable one at 80 % power is called not resolvable here. A question whose job
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.answers import label
 from experiments.figures import Line, Panel, Row, curves, intervals
+from experiments.paired_tests import Test, is_higher_better, main_metric, main_rows, tests_of
 from experiments.questions import QUESTIONS, Question, Source
-from proper.evaluation.comparisons import CONTROLS, STEPS
-from proper.evaluation.statistics import holm
+from experiments.tables import other_metrics, routing, table, truncated
 from proper.files import read_json
-from proper.reports.formats import METRICS, NO_BREAK, p_text, plain, signed
+from proper.reports.formats import METRICS
 
-LEVEL = 0.05
 LOSS = "loss"
-Pair = tuple[str, str]
 HEAD = """\
 # The paper's questions on real data
 
@@ -37,43 +33,10 @@ by user, Holm-adjusted within a family of each table: the steps of the ladder, t
 "worse" mean p < .05. "Not resolvable here" marks a difference that is not significant and is below the minimal
 detectable difference of these users and queries at 80 % power. Nothing was tuned on the queries. Claims are about the
 main metric. The loss of the true answers (nats per token) is a second metric of the same runs; it detects smaller
-differences, because it includes the confidence of the model.
+differences, because it includes the confidence of the model. The other metrics, macro F1, root mean squared error,
+ROUGE-L and measures of style, are in the folded table of each run that was measured with them.
 
 """
-
-
-@dataclass(frozen=True)
-class Test:
-    """A tested difference between two methods."""
-
-    source: str
-    method: str
-    against: str
-    metric: str
-    difference: float
-    relative: float
-    low: float
-    high: float
-    p: float
-    resolvable: float
-    higher: bool
-
-    @property
-    def verdict(self) -> str:
-        """The verdict of the test."""
-        if self.p < LEVEL:
-            return "better" if (self.difference > 0) == self.higher else "worse"
-        return "not resolvable here" if abs(self.difference) < self.resolvable else "no difference shown"
-
-    def sentence(self) -> str:
-        """Return the test as one sentence."""
-        numbers = f"{signed(self.difference)} {METRICS[self.metric]} [{signed(self.low)}, {signed(self.high)}]"
-        change = f"{signed(100 * self.relative, 1)} % relative, " if math.isfinite(self.relative) else ""
-        change += _p(self.p)
-        verb = f"is {self.verdict} than" if self.verdict in ("better", "worse") else "against"
-        rest = "" if self.verdict in ("better", "worse") else f": {self.verdict}"
-        rest += f" (minimal detectable: {plain(self.resolvable)})" if self.verdict == "not resolvable here" else ""
-        return f"{self.source}: {label(self.method)} {verb} {label(self.against)}: {numbers}, {change}{rest}."
 
 
 def pages(results: Path) -> dict[str, str]:
@@ -110,8 +73,8 @@ def _section(
         if question.summary is not None:
             lines += [*question.summary(tests), ""]
         for source, part in found:
-            lines += [*_table(source, part, tests[source.name]), "", *_truncated(part)]
-            lines += [*_routing(part), *([""] if "routing_of" in part else [])]
+            lines += [*table(source, part, tests[source.name]), "", *truncated(part), *other_metrics(source, part)]
+            lines += [*routing(part), *([""] if "routing_of" in part else [])]
         lines += [f"![{question.title}](findings/q{question.number}.svg)", ""]
         lines += [*_sentences(question, tests), "", *_by_loss(question, found)]
     if missing:
@@ -147,119 +110,6 @@ def _is_key(question: Question, test: Test) -> bool:
     return not question.key or (test.method, test.against) in question.key
 
 
-def tests_of(source: Source, part: Mapping[str, Any], metric: str | None = None) -> list[Test]:
-    """Return tests by a metric, else the main one, turned as the pairs say, Holm-adjusted among themselves."""
-    by = metric or _metric(part)
-    rows = {(row["method"], row["against"]): row for row in part["comparisons"] if row["metric"] == by}
-    found = []
-    for method, against in source.pairs:
-        row, sign = rows.get((method, against)), 1
-        if row is None:
-            row, sign = rows.get((against, method)), -1
-        if row is not None:
-            found.append((method, against, row, sign, _relative(part, row, against)))
-    p_values = {(method, against): row["p_value"] for method, against, row, _, _ in found}
-    adjusted = [_adjusted(p_values)[pair] for pair in p_values]
-    tests = []
-    for (method, against, row, sign, relative), p in zip(found, adjusted, strict=True):
-        low, high = sorted(sign * edge for edge in row["ci95"])
-        difference, resolvable, higher = sign * row["difference"], row["resolvable"], row["higher_is_better"]
-        tests.append(Test(source.name, method, against, by, difference, relative, low, high, p, resolvable, higher))
-    return tests
-
-
-def _adjusted(p_values: Mapping[Pair, float]) -> dict[Pair, float]:
-    """Return Holm's p within each family: the steps of the ladder, the controls, everything else."""
-    found: dict[Pair, float] = {}
-    for family in (STEPS, CONTROLS, [pair for pair in p_values if pair not in (*STEPS, *CONTROLS)]):
-        members = [pair for pair in p_values if pair in family]
-        found |= dict(zip(members, holm([p_values[pair] for pair in members]), strict=True))
-    return found
-
-
-def _relative(part: Mapping[str, Any], row: Mapping[str, Any], against: str) -> float:
-    """Return the change in terms of what it is compared with; better is positive, and against 0 it is NaN."""
-    values = {one["method"]: one["value"] for one in part["metrics"] if one["metric"] == row["metric"]}
-    other = row["method"] if against == row["against"] else row["against"]
-    if not values[against]:
-        return math.nan
-    change = (values[other] - values[against]) / abs(values[against])
-    return float(change if row["higher_is_better"] else -change)
-
-
-def _metric(part: Mapping[str, Any]) -> str:
-    """Return the main metric; a slice has only that."""
-    main = next((row["metric"] for row in part["metrics"] if row.get("primary")), None)
-    return str(main or part["metrics"][0]["metric"])
-
-
-def _rows(part: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [row for row in part["metrics"] if row["metric"] == _metric(part)]
-
-
-def _table(source: Source, part: Mapping[str, Any], tests: Sequence[Test]) -> list[str]:
-    rows = _rows(part)
-    arrow = "↑" if _higher(part) else "↓"
-    seeds = max(len(row.get("by_seed", [0])) for row in rows)
-    size = f"{rows[0]['users']} users, {rows[0]['queries']} queries, {seeds} seed{'s' if seeds > 1 else ''}"
-    lines = [f"{source.name} ({size})", ""]
-    lines += [f"| method | {METRICS[_metric(part)]} {arrow} [95 %] | seeds | difference [95 %] | p | shows |"]
-    lines += ["|---|---|---|---|---|---|"]
-    by_method: dict[str, list[Test]] = {}
-    for test in tests:
-        by_method.setdefault(test.method, []).append(test)
-    for row in rows:
-        low, high = row["ci95"]
-        values = row.get("by_seed", [])
-        spread = f"{plain(min(values))} to {plain(max(values))}" if len(values) > 1 else "one"
-        cells = [label(row["method"]), f"{plain(row['value'])} [{plain(low)}, {plain(high)}]", spread]
-        of_method: Sequence[Test | None] = by_method.get(row["method"]) or [None]
-        for at, shown in enumerate(of_method):
-            lines.append("| " + " | ".join([*(cells if not at else ["", "", ""]), *_cells(shown)]) + " |")
-    return lines
-
-
-def _truncated(part: Mapping[str, Any]) -> list[str]:
-    """Return a sentence on the queries whose prompts were longer than the context of the backbone."""
-    cut = {row["method"]: row["truncated_prompts"] for row in part.get("cost", []) if row.get("truncated_prompts")}
-    if not cut:
-        return []
-    queries = _rows(part)[0]["queries"]
-    if len(set(cut.values())) == 1 and len(cut) == len(_rows(part)):
-        return [f"Prompts cut to the backbone's context: {next(iter(cut.values()))} of {queries}.", ""]
-    counts = ", ".join(f"{label(method)} {number}" for method, number in cut.items())
-    return [f"Prompts cut to the backbone's context, of {queries}: {counts}.", ""]
-
-
-def _cells(test: Test | None) -> list[str]:
-    if test is None:
-        return ["", "", ""]
-    change = f"{signed(test.difference)} [{signed(test.low)}, {signed(test.high)}] against {label(test.against)}"
-    return [change, _p(test.p).removeprefix("p = ").removeprefix("p "), test.verdict]
-
-
-def _p(value: float) -> str:
-    return p_text(value).replace(NO_BREAK, " ")
-
-
-def _higher(part: Mapping[str, Any]) -> bool:
-    return _metric(part) not in ("mae", "rmse", "loss")
-
-
-def _routing(part: Mapping[str, Any]) -> list[str]:
-    if "routing_of" not in part:
-        return []
-    lines = [
-        "| routing, seed 0 | expert utilization | entropy | user-expert mutual information | cosine between users |",
-        "|---|---|---|---|---|",
-    ]
-    for method, row in part["routing_of"].items():
-        shares = ", ".join(plain(share, 2) for share in row["utilization"])
-        numbers = [row["entropy"], row["user_expert_mutual_information"], row["constraint_cosine"]]
-        lines.append(f"| {label(method)} | {shares} | " + " | ".join(plain(number) for number in numbers) + " |")
-    return lines
-
-
 def _figure(question: Question, found: Sequence[tuple[Source, Mapping[str, Any]]]) -> str:
     curved = [(source, part) for source, part in found if question.curve and source.items]
     if curved:
@@ -268,7 +118,7 @@ def _figure(question: Question, found: Sequence[tuple[Source, Mapping[str, Any]]
     for source, part in found:
         main = {against for _, against in source.pairs}
         # The bare backbone is far off; on its scale the other methods could not be distinguished.
-        shown = [row for row in _rows(part) if row["method"] != "base"]
+        shown = [row for row in main_rows(part) if row["method"] != "base"]
         rows = []
         for row in shown:
             low, high = row["ci95"]
@@ -281,7 +131,7 @@ def _curves(question: Question, found: Sequence[tuple[Source, Mapping[str, Any]]
     """Draw every method over the items that were kept of a history."""
     lines: dict[str, list[tuple[float, float, float, float]]] = {}
     for source, part in found:
-        for row in _rows(part):
+        for row in main_rows(part):
             name = label(row["method"]).partition(",")[0]
             lines.setdefault(name, []).append((source.items, row["value"], *row["ci95"]))
     drawn = [Line(name, sorted(points)) for name, points in lines.items()]
@@ -289,4 +139,4 @@ def _curves(question: Question, found: Sequence[tuple[Source, Mapping[str, Any]]
 
 
 def _axis(part: Mapping[str, Any]) -> str:
-    return f"{METRICS[_metric(part)]} ({'higher' if _higher(part) else 'lower'} is better)"
+    return f"{METRICS[main_metric(part)]} ({'higher' if is_higher_better(part) else 'lower'} is better)"

@@ -1,4 +1,4 @@
-"""From a job's run folder to what is committed of it: the main metric and the loss, tests, cost and routing.
+"""From a job's run folder to what is committed of it: all metrics, tests, cost and routing.
 
 Knows where a run's files lie; nothing about the queue.
 """
@@ -29,7 +29,7 @@ from proper.methods.table import known_methods
 from proper.training.seeds import seed_folder
 
 RESAMPLES, DRAWS = 2000, 10_000
-KEPT = ("run", "task", "personalization")
+KEPT = ("run", "task", "personalization", "metrics", "comparisons", "cost")
 
 
 def collect(job: Job) -> dict[str, Any]:
@@ -61,12 +61,8 @@ def collect(job: Job) -> dict[str, Any]:
 
 
 def small(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return results without what the page does not need: other metrics than the main one and the loss."""
-    wanted = {row["metric"] for row in results["metrics"] if row["primary"]} | {"loss"}
-    parts = {name: results[name] for name in KEPT if name in results}
-    for name in ("metrics", "comparisons"):
-        parts[name] = [row for row in results[name] if row["metric"] in wanted]
-    return {**parts, "cost": results["cost"]}
+    """Return the parts of results that the page reads, with every metric."""
+    return {name: results[name] for name in KEPT if name in results}
 
 
 def routing_of(method: Method, home: Path, config: Config, dataset: Dataset) -> dict[str, Any]:

@@ -120,3 +120,14 @@ def test_only_listed_files_can_be_written_once_a_stage_is_trained(tmp_path: Path
     with pytest.raises(InputError, match="choose another path"):
         run_folder.require_listed(tmp_path / "notes.txt")
     run_folder.require_listed(run.results)
+
+
+def test_a_run_in_a_folder_called_seeds_or_variants_is_its_own_home(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()  # another program's
+    for name in ("seeds", "variants"):
+        run = RunFolder(tmp_path / name / "a")
+        assert run.home == run
+        run.marker(Stage.POPULATION).parent.mkdir(parents=True)
+        run.marker(Stage.POPULATION).touch()
+        run.config.touch()
+        assert run.home == run.seed(1).home == run.variant("x").seed(2).home == run

@@ -61,7 +61,7 @@ class ReadOnlyError(StoreError):
 
 
 class NonFiniteLossError(ProperError):
-    """A training step's loss is NaN or infinite; the message says where and which users."""
+    """The loss or gradient of a training step is NaN or infinite; the message says where and which users."""
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

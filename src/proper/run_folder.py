@@ -180,10 +180,11 @@ class RunFolder:
     @property
     def home(self) -> RunFolder:
         """The run folder that this folder of a seed or a variant belongs to; it has the data and the tombstones."""
-        path = self.path
+        home = path = self.path
         while path.parent.name in _NESTED:
-            path = path.parent.parent
-        return RunFolder(path)
+            if is_run(path := path.parent.parent) and _has_users(RunFolder(path)):  # not for `--out seeds/a`
+                home = path
+        return RunFolder(home)
 
     def marker(self, stage: str) -> Path:
         """The marker of a stage, with its time and seed; it exists once the stage is trained."""

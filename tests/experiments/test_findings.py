@@ -126,6 +126,18 @@ def test_the_loss_is_a_second_look_and_claims_nothing_by_itself(tmp_path: Path) 
     assert "By the loss" not in section(pages(tmp_path)["findings.md"], 10)
 
 
+def test_other_metrics_stand_in_a_folded_table(tmp_path: Path) -> None:
+    names = ("users", "groups", "population", "user-majority")
+    more = [{**row(name, 0.25), "metric": "rmse", "primary": False} for name in names]
+    losses = [{**row(name, 0.5), "metric": "loss", "primary": False} for name in names[:3]]
+    write(tmp_path, "main-movielens-rating", [row(name, 0.7) for name in names] + more + losses, [])
+    said = section(pages(tmp_path)["findings.md"], 0)
+    assert "| method | root mean squared error | answer loss |" in said
+    assert "| Users | 0.250 | 0.500 |" in said and "| User's majority answer | 0.250 | – |" in said
+    write(tmp_path, "main-movielens-rating", [row(name, 0.7) for name in names], [])
+    assert "other metrics" not in section(pages(tmp_path)["findings.md"], 0)
+
+
 def test_whose_prompts_were_cut_is_said_and_nothing_is_divided_by_zero(tmp_path: Path) -> None:
     rows = [row("users", 0.7), row("end-to-end", 0.0)]
     cost = [{"method": "users", "truncated_prompts": 4}, {"method": "end-to-end", "truncated_prompts": 0}]
@@ -284,7 +296,7 @@ def test_a_job_leaves_what_the_page_needs_and_is_then_done(
     assert jobs.state(job, {"tried": job}) == "done"
     # Once a seed, and not once more for the routing figures.
     assert (tmp_path / "runs" / "tried.log").read_text(encoding="utf-8").count("trains groups") == 2
-    assert {row["metric"] for row in found["metrics"]} == {"rouge1", "loss"}
+    assert {row["metric"] for row in found["metrics"]} >= {"rouge1", "rougeL", "loss", "style_prefix"}
     pairs = [(row["method"], row["against"]) for row in found["comparisons"] if row["metric"] == "rouge1"]
     assert sorted(pairs) == sorted(
         [("groups", "population"), ("groups", changed), (changed, "population")]

@@ -22,6 +22,7 @@ from proper.files import sweep, write_text
 from proper.interactions.deletion import finish_deletions, remove, working
 from proper.interactions.log import DeletedError, InteractionLog, LogEntry
 from proper.interactions.personal_files import work_folder
+from proper.run_folder import UNFINISHED, RunFolder
 
 SECRET = "zyzzyva-text"
 
@@ -200,3 +201,22 @@ def test_no_other_module_writes_files_by_itself() -> None:
         "models/gguf.py",
         "training/population.py",
     }
+
+
+@pytest.mark.parametrize("left_by_a_kill", UNFINISHED)
+def test_what_a_kill_left_of_a_trained_stage_does_not_keep_users_from_being_deleted(
+    users: Path, store: AdapterStore, log: InteractionLog, left_by_a_kill: str
+) -> None:
+    run = RunFolder(users.parent)
+    path = run.path / left_by_a_kill
+    run.users.work.mkdir()
+    run.users.refresh.touch()
+    if path != run.users.work:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(SECRET)
+    run.marker(left_by_a_kill.partition("/")[0]).touch()
+    with pytest.raises(InputError, match="a stage is being trained"):  # a refresh of the groups
+        remove(store, log, "ann", 0)
+    run.users.refresh.unlink()
+    assert not remove(store, log, "ann", 0).waits
+    assert not path.exists() and not left(users)

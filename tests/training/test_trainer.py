@@ -236,6 +236,18 @@ def test_a_loss_that_stops_being_finite_says_when(
         train_groups(model, settings(epochs=4), groups_of(dataset), made, accelerator)
 
 
+def test_a_gradient_that_is_not_finite_spoils_no_weights(
+    grouped: Build, plan: MakePlan, dataset: Dataset, accelerator: Accelerator, eight: Sample
+) -> None:
+    model = grouped()
+    weights = next(iter(model.group_parameters().values())).requires_grad_()
+    weights.register_hook(lambda gradient: gradient.fill_(float("inf")))
+    before, log = weights.detach().clone(), list[dict[str, Any]]()
+    with pytest.raises(NonFiniteLossError, match=r"^groups: the gradient's norm at step 1 is inf; users: ann, bob"):
+        train_groups(model, settings(), groups_of(dataset), plan(settings(), sample=eight, log=log), accelerator)
+    assert torch.equal(weights, before) and not log
+
+
 def test_losses_fall(run: Callable[..., Trained]) -> None:
     log: list[dict[str, Any]] = []
     run(settings(epochs=8, batch_size=8), log=log)

@@ -9,11 +9,12 @@ and in `proper users check`. `delete_returned` deletes users again whom a backup
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from proper.adapters.manifest import Manifest, user_of
@@ -136,7 +137,7 @@ def everyone(users: Path) -> set[tuple[str, str]]:
 def working(run: Path) -> Iterator[None]:
     """Hold the shared writer lock of a run folder while the block runs: no deletion can finish before the block ends.
 
-    Unfinished deletions are resumed before and after the block; temporary files of killed processes are removed before.
+    Unfinished deletions are resumed before and after the block; files that killed processes left are removed before.
     """
     if not os.access(run, os.W_OK):
         yield  # the write itself raises the error
@@ -145,6 +146,7 @@ def working(run: Path) -> Iterator[None]:
     finish_deletions(home.users.path)
     delete_returned(home.users.path)
     sweep(home.path)
+    _drop_finished(home.path)
     try:
         with locked(home.writers_lock, shared=True):
             yield
@@ -225,8 +227,23 @@ def _opened(folder: Path, tenant: str) -> Iterator[tuple[AdapterStore, Interacti
         yield store, log
 
 
+def _drop_finished(run: Path) -> None:
+    """Remove what trained stages keep for resuming: a kill may have come between a stage's marker and its removal."""
+    for folder in map(RunFolder, nested_runs(run)):
+        # A refresh of the groups uses the same names.
+        for name in () if folder.users.refresh.exists() else UNFINISHED:
+            path = folder.path / name
+            if not folder.is_trained(PurePath(name).parts[0]):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
 def _require_no_training(run: Path, user: str) -> None:
     """Require that no stage is being trained on data of the user."""
+    _drop_finished(run)
     busy = next((folder / name for folder in nested_runs(run) for name in UNFINISHED if (folder / name).exists()), None)
     refresh = RunFolder(run).users.refresh.exists()  # it trains on logged interactions, too
     if busy is not None and (refresh or any(True for _ in run_rows(run, user))):

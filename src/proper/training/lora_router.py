@@ -20,14 +20,13 @@ from proper.config import UsersConfig
 from proper.console import progress
 from proper.data.batching import collate
 from proper.data.encoder import EncodedExample
-from proper.errors import NonFiniteLossError
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint, adamw_tensors, resume_adamw, seed_of
 from proper.training.jobs import Job, Jobs
 from proper.training.optim import factor
-from proper.training.trainer import Log
+from proper.training.trainer import Log, require_finite
 
 ROWS_PER_STEP = 32
 
@@ -52,7 +51,7 @@ def train_router(model: ProperModel, jobs: Jobs, load: Load, plan: RouterPlan, t
     """Train W_r in place from zero on the items of `jobs`, with the adapters that `load` provides.
 
     Raises:
-        NonFiniteLossError: a step's loss is not finite.
+        NonFiniteLossError: a step's loss or gradient is not finite.
     """
     parameters = model.router_parameters()
     optimizer = torch.optim.AdamW(parameters.values(), lr=plan.rate, weight_decay=0.0)
@@ -69,12 +68,11 @@ def train_router(model: ProperModel, jobs: Jobs, load: Load, plan: RouterPlan, t
                 group["lr"] = plan.rate * factor(seen, plan.rows, plan.config.warmup, plan.config.schedule)
             optimizer.zero_grad()
             loss = _loss(model, work, plan.pad)
-            if not bool(torch.isfinite(loss)):
-                users = ", ".join(sorted({job.user for _, job, _ in work}))
-                value = float(loss.detach())
-                raise NonFiniteLossError(f"router: the loss at step {step + 1} is {value}; users: {users}")
+            rows = [row for _, _, row in work]
+            require_finite(loss, "router", step, rows)
             torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(parameters.values(), plan.config.clip)
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), plan.config.clip)
+            require_finite(norm, "router", step, rows, "gradient's norm")
             optimizer.step()
             value = round(float(loss.detach()), 6)
             plan.log({"stage": "router", "seed": plan.seed, "phase": title, "step": step + 1, "loss": value})

@@ -143,7 +143,7 @@ def train(
     """Train a stage to its end or until `stopping` ends it, resuming from its checkpoint if there is one.
 
     Raises:
-        NonFiniteLossError: a step's loss is not finite; names the step and users.
+        NonFiniteLossError: a step's loss or gradient is not finite; names the step and users.
     """
     parameters = stage.parameters()
     optimizer = torch.optim.AdamW(parameters.values(), lr=plan.rate, weight_decay=plan.config.weight_decay)
@@ -243,7 +243,8 @@ def _update(
         tokens += batch.tokens
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     _sum_gradients(accelerator, parameters)
-    norm = float(nn.utils.clip_grad_norm_(parameters, plan.config.clip))
+    norm = nn.utils.clip_grad_norm_(parameters, plan.config.clip)
+    require_finite(norm, stage.name, step, [row for rows in whole for row in rows], "gradient's norm")
     for group in optimizer.param_groups:
         group["lr"] = plan.rate * scale
     optimizer.step()
@@ -256,7 +257,7 @@ def _update(
         "epoch": round((step + 1) * plan.config.gradient_accumulation / plan.batches_per_epoch, 4),
         "loss": round(mean, 6),
         "penalty": round(penalties, 8),
-        "gradient_norm": round(norm, 6),
+        "gradient_norm": round(float(norm), 6),
         "learning_rate": plan.rate * scale,
         "tokens": tokens,
     }
@@ -284,8 +285,8 @@ def _sum_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter])
         parameter.grad = accelerator.reduce(gradient, reduction="sum")
 
 
-def require_finite(objective: Tensor, stage: str, step: int, rows: Sequence[EncodedExample]) -> None:
-    """Raise NonFiniteLossError, with the step and users, if a step's loss is not finite."""
-    if not bool(torch.isfinite(objective)):
+def require_finite(value: Tensor, stage: str, step: int, rows: Sequence[EncodedExample], what: str = "loss") -> None:
+    """Raise NonFiniteLossError, with the step and users, if a step's loss or the norm of its gradient is not finite."""
+    if not bool(torch.isfinite(value)):
         users = ", ".join(sorted({row.user for row in rows})[:10])
-        raise NonFiniteLossError(f"{stage}: the loss at step {step + 1} is {float(objective.detach())}; users: {users}")
+        raise NonFiniteLossError(f"{stage}: the {what} at step {step + 1} is {float(value.detach())}; users: {users}")
