@@ -1,4 +1,4 @@
-"""docs/findings.md and its charts, generated from the committed results: no number is typed in.
+"""docs/findings.md and its charts, generated from the committed results.
 
 A sentence claims what a paired test over users shows at p < .05 after Holm's adjustment; a difference below the minimal
 detectable one at 80 % power is called not resolvable here. A question whose jobs have not run says so.
