@@ -18,7 +18,7 @@ from proper.run_folder import require_run
 logger = logging.getLogger(__name__)
 
 app = typer.Typer(
-    help="Describe the groups of a run, and train them with new interactions.",
+    help="Describe and refresh the groups of a run.",
     rich_markup_mode=None,
     epilog=examples("groups", "show runs/notes", "refresh runs/notes"),
 )
