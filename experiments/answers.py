@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from proper.evaluation.comparisons import CONTROLS, STEPS
+from proper.evaluation.comparisons import CONTROLS, STEPS, TRIVIAL
 from proper.reports.formats import method_name, signed
 
 
@@ -151,10 +151,12 @@ def main_table(tests: Tests) -> str:
     sets = _by_set(tests)
     gained = [name for name, found in sets.items() if all(_reaches(found.get(pair), GOALS[pair]) for pair in GOALS)]
     first = [name for name, found in sets.items() if not _not_beaten(found)]
+    trivial = [name for name, found in sets.items() if not set(TRIVIAL) & set(_not_beaten(found))]
     goals = " and ".join(f"{signed(100 * goal, 2)} %" for goal in GOALS.values())
     return (
         f"The two steps reach the paper's gains, {goals}, each significantly, on {_count(gained, sets)}. "
-        f"Users beats every row that it was compared with on {_count(first, sets)}."
+        f"Users beats every row that needs no model on {_count(trivial, sets)}, "
+        f"and every row that it was compared with on {_count(first, sets)}."
     )
 
 
@@ -178,7 +180,7 @@ def score_card(constants: Mapping[str, str]) -> Callable[[Tests], list[str]]:
             by_pair = _by_set(tests)[source] if source in constants else by_pair
             constant = ("population", constants[set_of(source)])
             cells = [_change(by_pair.get(pair)) for pair in (constant, *STEPS)]
-            lines.append(f"| {source} | {' | '.join(cells)} | {', '.join(_not_beaten(by_pair)) or 'none'} |")
+            lines.append(f"| {source} | {' | '.join(cells)} | {_listed(_not_beaten(by_pair))} |")
         return lines
 
     return summary
@@ -200,14 +202,16 @@ def _by_set(tests: Tests) -> dict[str, dict[tuple[str, str], Shown]]:
     return sets
 
 
-def _not_beaten(found: Mapping[tuple[str, str], Shown]) -> list[str]:
-    """Return the rows beside Groups that Users does not beat, the better ones marked."""
+def _not_beaten(found: Mapping[tuple[str, str], Shown]) -> dict[str, Shown]:
+    """Return the rows beside Groups that Users does not beat, with the tests against them."""
     rivals = {against: test for (method, against), test in found.items() if method == "users" and against != "groups"}
-    return [
-        label(against) + (" (better)" if test.verdict == "worse" else "")
-        for against, test in rivals.items()
-        if test.verdict != "better"
-    ]
+    return {against: test for against, test in rivals.items() if test.verdict != "better"}
+
+
+def _listed(rows: Mapping[str, Shown]) -> str:
+    """Return the names of rows that are not beaten, the better ones marked."""
+    names = [label(row) + (" (better)" if test.verdict == "worse" else "") for row, test in rows.items()]
+    return ", ".join(names) or "none"
 
 
 def _reaches(test: Shown | None, goal: float) -> bool:

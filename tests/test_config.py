@@ -83,6 +83,11 @@ def test_an_unknown_key_suggests_the_nearest(sections: dict[str, Any], message: 
         ({"evaluation": {"seeds": [0, "a"]}}, "'evaluation.seeds': should be a valid integer, not 'a'"),
         ({"evaluation": {"seeds": [1, 1]}}, "'evaluation.seeds': seeds must be distinct"),
         ({"task": {"kind": "generation", "decode": "score"}}, "'task': decode: 'score' needs labels"),
+        ({"task": {"labels": ["a", "b"]}}, "'task': labels: go with kind: classification or rating"),
+        (
+            {"task": {"kind": "classification", "labels": [False, "yes"]}},
+            "'task.labels': label False is not text: YAML reads no, 1 or 2024-01-01 as another value",
+        ),
         ({"groups": 3}, "'groups': should be a section of keys, not 3"),
         ({"preset": "papr"}, "'preset': should be 'paper' or 'released', not 'papr'"),
         ({"preset": ["paper"]}, "'preset': should be 'paper' or 'released', not ['paper']"),
@@ -210,6 +215,7 @@ def test_presets_say_what_the_paper_and_its_code_do() -> None:
         ("groups.experts=[", "--set groups.experts=[: the value is not YAML"),
         ("groups.exprts=3", "unknown key 'groups.exprts'; did you mean 'experts'?"),
         ("groups..experts=3", "unknown key 'groups.'"),
+        ("data.path=caf\udce9.jsonl", "--set data.path: the value is not UTF-8"),
     ],
 )
 def test_a_bad_override_is_named(tmp_path: Path, override: str, message: str) -> None:
@@ -226,6 +232,12 @@ def test_a_bad_override_is_named(tmp_path: Path, override: str, message: str) ->
         (b"data: {path: x}\ngroups: [\n", "notes.yaml:3: not YAML: "),
         (b"data: {path: \xff\xfe}\n", "notes.yaml: not YAML: "),
         (b"data: {path: '\x00'}\n", "notes.yaml: not YAML: "),
+        (b"data:\n  path: x\n  path: y\n", "notes.yaml:3: not YAML: the key 'path' occurs twice"),
+        (b"data: {path: x}\ntask: {}\ndata: {path: y}\n", "notes.yaml:3: not YAML: the key 'data' occurs twice"),
+        (b"data:\n  path: 2024-02-30\n", "notes.yaml:2: not YAML: '2024-02-30' is not a value (day is out of range"),
+        (b"data: {path: x}\ntrust_remote_code: !!bool z\n", "notes.yaml:2: not YAML: 'z' is not a value"),
+        (b"split: {max_queries: 9223372036854775808}\n", "'9223372036854775808' is not a value (too large a number)"),
+        (b"data: " + b"[" * 3000, "notes.yaml: not YAML: nested too deep"),
     ],
 )
 def test_an_unreadable_file_is_named_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
@@ -235,6 +247,39 @@ def test_an_unreadable_file_is_named_with_its_line(tmp_path: Path, content: byte
         load_config(path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_may_replace_one_that_is_merged(tmp_path: Path) -> None:
+    data = "a: {data: &base {path: x, user: u}}\n  b: {data: {<<: *base, user: v}}\n"
+    tasks = load_config(write(tmp_path, f"tasks:\n  {data}")).tasks
+    assert [(one.data.path, one.data.user) for one in tasks.values()] == [("x", "u"), ("x", "v")]
+
+
+@pytest.mark.parametrize(
+    ("override", "prompt"),
+    [
+        ("{input}", "{input}"),
+        ("{title}: {text} ", "{title}: {text} "),
+        ("Issue #{number}, #{input}", "Issue #{number}, #{input}"),
+        ("Is it so?  # {input}\nAnswer:", "Is it so?  # {input}\nAnswer:"),
+        ("'{input}\n\nTag: '", "{input}\nTag: "),
+        ('"{input}\\nTag: "', "{input}\nTag: "),
+        ("2024-02-30", "2024-02-30"),
+        ("[a", "[a"),
+    ],
+)
+def test_an_override_of_a_text_is_the_text(tmp_path: Path, override: str, prompt: str) -> None:
+    path = write(tmp_path, "data: {path: x, prompt: y}\ntasks: {}\n")
+    assert load_config(path, [f"data.prompt={override}"]).data.prompt == prompt
+    both = write(tmp_path, "tasks: {a: {data: {path: x}}, b: {data: {path: x}}}\n")
+    assert load_config(both, [f"tasks.b.data.prompt={override}"]).tasks["b"].data.prompt == prompt
+
+
+def test_an_override_of_a_text_may_be_null_and_others_are_yaml(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {path: x}\ntask: {kind: rating}\n")
+    config = load_config(path, ["data.time=null", "data.user=1", "data.item=no", "task.labels=['1', '2']"])
+    assert (config.data.time, config.data.user, config.data.item) == (None, "1", "no")
+    assert config.task.labels == ["1", "2"]
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:

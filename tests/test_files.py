@@ -11,9 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from proper.errors import ProperError
 from proper.files import (
@@ -60,6 +62,9 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
         with pytest.raises(ProperError) as caught:
             write_text(path, "new" * 10_000)
+        said = f"{path}: cannot be written: .*{os.strerror(errno.EFBIG)}"
+        with pytest.raises(ProperError, match=said), atomic_path(path) as temporary:
+            save_file({"a": np.zeros(10_000)}, temporary)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)

@@ -15,6 +15,7 @@ import yaml
 
 from proper.cli.app import main
 from proper.errors import RunFolderError
+from proper.run_config import hold
 from proper.run_folder import RunFolder
 from proper.run_lock import exclusive
 
@@ -108,3 +109,12 @@ def test_a_full_disk_is_one_line_that_names_the_folder(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
+
+
+def test_an_unfinished_config_of_a_killed_run_does_not_take_its_folder(tmp_path: Path) -> None:
+    (tmp_path / ".config.yaml.x1.tmp").mkdir()
+    with hold(tmp_path):
+        pass
+    (tmp_path / ".letters.tmp").touch()
+    with pytest.raises(RunFolderError, match="is not empty and not a run folder"), hold(tmp_path):
+        pass

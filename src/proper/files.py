@@ -22,6 +22,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from proper.errors import ProperError
 from proper.run_folder import TEMPORARY, require_listed
 
@@ -136,8 +138,8 @@ def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
             # Some writers replace the file, which changes its mode.
             temporary.chmod(mode)
             os.replace(temporary, path)
-    except OSError as error:
-        raise ProperError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ProperError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 @contextmanager
@@ -162,8 +164,8 @@ def atomic_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
             if path.exists():
                 os.replace(path, hidden / "old")
             os.replace(new, path)
-    except OSError as error:
-        raise ProperError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ProperError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _settle(folder: Path) -> None:

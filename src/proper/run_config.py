@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from proper.data.chat import uses_chat_template
 from proper.errors import ProperError, RunFolderError
 from proper.files import private_folder, write_text
 from proper.models.tokenizer import load_tokenizer
-from proper.run_folder import RunFolder, is_run, require_run
+from proper.run_folder import TEMPORARY, RunFolder, is_run, require_run
 from proper.run_lock import exclusive, is_first_process
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,9 @@ def _require_free(folder: Path) -> None:
         raise RunFolderError(f"{folder}: is a file; choose another folder")
     run = RunFolder(folder)
     known = (run.demo_data, run.lock, run.storage, run.database)
-    if folder.exists() and any(child not in known for child in folder.iterdir()):
+    drafts = tuple(f".{path.name}." for path in (run.config, *known))  # a kill may leave unfinished files of these
+    others = (each for each in (folder.iterdir() if folder.exists() else ()) if each not in known)
+    if any(not (each.name.startswith(drafts) and fnmatchcase(each.name, TEMPORARY)) for each in others):
         raise RunFolderError(f"{folder}: is not empty and not a run folder; choose another folder")
 
 

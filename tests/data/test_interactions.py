@@ -180,6 +180,25 @@ def test_a_class_takes_the_configured_label_of_its_number(jsonl: Callable[..., P
     assert bad == ["4: output: '02' is not in task.labels; did you mean '2'?"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "labels", "message"),
+    [
+        ("classification", ["a", "b", "a"], "'a' and 'a' are one label"),
+        ("classification", ["3", "3.0"], "'3' and '3.0' are one label"),
+        ("classification", ["caf\u00e9", "cafe\u0301"], "'caf\u00e9' and 'cafe\u0301' are one label"),
+        ("classification", ["a", " "], "' ' is empty"),
+        ("rating", ["1", "good"], "'good' is not a number, as ratings are"),
+    ],
+)
+def test_configured_labels_are_distinct_and_of_their_kind(
+    jsonl: Callable[..., Path], kind: Any, labels: list[str], message: str
+) -> None:
+    config = DataConfig(path=str(jsonl([ROW])))
+    with pytest.raises(DataError) as caught:
+        next(read_interactions(config, BadRows(), TaskConfig(kind=kind, labels=labels)))
+    assert str(caught.value) == f"task.labels: {message}"
+
+
 def test_parquet_rows_are_numbered_from_one(tmp_path: Path) -> None:
     columns = {name: [value] * 3000 for name, value in ROW.items()}
     columns["output"] = [None if n == 2500 else "out" for n in range(3000)]

@@ -30,7 +30,7 @@ def prepared(place: Path, without: str | None) -> Dataset:
 
 
 def test_users_of_the_file_are_in_no_history_query_or_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "without.txt").write_text("ann\n\n 7 \nnobody\n", "utf-8")
+    (tmp_path / "without.txt").write_text("ann\n\n 7 \nnobody\n", "utf-8-sig")
     with prepared(tmp_path, str(tmp_path / "without.txt")) as dataset:
         assert {user.id for user in dataset.users()} == {"bo", " eve"}
         assert {row.user for row in dataset.sample("all", None, 0).rows(0)} == {"bo", " eve"}

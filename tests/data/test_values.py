@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ from proper.interactions.log import InteractionLog, LogEntry
         ("1522368000000", "2018-03-30"),
         (0, "1970-01-01"),
         (-86400, "1969-12-31"),
+        ("-86400", "1969-12-31"),
+        (Decimal("1522368000.00"), "2018-03-30"),
         (date(2018, 3, 30), "2018-03-30"),
         (datetime(2018, 3, 30, 12), "2018-03-30T12:00:00"),
         (datetime(2018, 3, 30, 12, tzinfo=timezone(timedelta(hours=2))), "2018-03-30T10:00:00"),
@@ -143,7 +146,13 @@ def test_lengths_are_those_of_the_spelling_that_stays(tmp_path: Path, jsonl: Cal
     ("kind", "texts", "changes"),
     [
         ("classification", ["3", "3.0", "3.00", "4.0", "-1", "-1.0"], {"3.0": "3", "3.00": "3", "-1.0": "-1"}),
-        ("classification", ["1.1", "1.10", "7", "007", "1e0", "1", "+1", "x"], {}),
+        ("classification", ["1.1", "1.10", "7", "007", "1e0", "1", "+1", "x", "X", "x y", "x  y"], {}),
+        (
+            "classification",
+            ["caf\u00e9", "cafe\u0301", "New York", "New\u00a0York", "\u200eשלום", "שלום", "3\ufeff", "3"],
+            {"cafe\u0301": "caf\u00e9", "New\u00a0York": "New York", "\u200eשלום": "שלום", "3\ufeff": "3"},
+        ),
+        ("classification", ["👩\u200d👩\u200d👧", "👩👩👧", "می\u200cخواهم", "میخواهم"], {}),
         (
             "rating",
             ["3.5", "3.50", "3", "3.0", "+3", "4.0", "1e1", "10"],
@@ -151,7 +160,7 @@ def test_lengths_are_those_of_the_spelling_that_stays(tmp_path: Path, jsonl: Cal
         ),
     ],
 )
-def test_what_counts_as_one_number(kind: str, texts: list[str], changes: dict[str, str]) -> None:
+def test_what_counts_as_one_label(kind: str, texts: list[str], changes: dict[str, str]) -> None:
     assert respelled(texts, kind) == changes
 
 
@@ -165,6 +174,7 @@ def test_after_respelling_no_two_ratings_are_equal(values: list[float]) -> None:
 
 
 def test_a_label_is_found_by_its_letters_first() -> None:
+    assert find_label("cafe\u0301", ["caf\u00e9", "cafe"], "classification") == "caf\u00e9"
     assert find_label("3.0", ["3", "3.0"], "classification") == "3.0"
     assert find_label("3.0", ["2", "3"], "classification") == "3"
     assert find_label("3", ["2.0", "3.0"], "rating") == "3.0"

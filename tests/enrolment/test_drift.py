@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import random
 import shutil
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from proper.adapters.store import AdapterStore
 from proper.enrolment.comparison import Usual
 from proper.enrolment.drift import Drift, by_group, cusum, deviation, usual_of
+from proper.enrolment.worker import FitWorker
 from proper.errors import InputError
+from proper.interactions.log import InteractionLog
 from proper.run_folder import Tier
 from tests.enrolment.conftest import Open
 from tests.enrolment.lessons import HABIT, OTHER, lessons, record, with_update
@@ -61,6 +65,18 @@ def test_drift_finds_who_changed_and_updates_them_first(run: Path, opened: Open)
     assert [drift.user for drift in users.update_drifted(budget=1)] == ["other"]
     assert users.log.updates.of("", "other")[0].base == bases["other"]
     assert users.versions("new")[0].version == bases["new"]
+
+
+def test_a_user_who_is_deleted_meanwhile_does_not_end_the_updates_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [replace(Drift(user, Tier.USERS, 1, 5), drifted=True) for user in ("gone", "here")]
+    monkeypatch.setattr(FitWorker, "drift", lambda *_: found)
+    monkeypatch.setattr(FitWorker, "fit_next", lambda *_, **__: False)
+    with closing(AdapterStore(tmp_path / "users")) as store, closing(InteractionLog(store.folder)) as log:
+        log.tombstones.add("", "gone")
+        worker = FitWorker(store.folder, log, lambda: pytest.fail("nobody is fitted"))
+        assert worker.update_drifted(store, None, None) == found[1:]
 
 
 def test_an_update_is_due_for_who_drifted_or_grew_and_not_again_at_once() -> None:

@@ -17,7 +17,10 @@ import yaml
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config
 from proper.data.dataset import Dataset
+from proper.enrolment.fit_embedding import FittedEmbedding
+from proper.enrolment.fit_files import load_embedding, same_history, save_embedding
 from proper.enrolment.fit_user import nearest
+from proper.enrolment.history import UserHistory
 from proper.errors import DataError, InputError, RunFolderError
 from proper.files import hash_file
 from proper.interactions.log import InteractionLog
@@ -191,3 +194,13 @@ def test_a_run_without_groups_has_no_users(run: Path, opened: Open) -> None:
         (run / stage / "stage.json").unlink()
     with pytest.raises(RunFolderError, match="stage 'groups' is not trained yet"):
         _ = opened(run).users
+
+
+def test_a_fit_does_not_go_on_from_what_was_fitted_to_other_groups(tmp_path: Path) -> None:
+    work, grown = tmp_path / "work", UserHistory((), 0, 0)
+    same_history(work, grown, "groups")
+    save_embedding(work, FittedEmbedding(torch.ones(4), (), 1))
+    same_history(work, grown, "groups")
+    assert load_embedding(work) is not None
+    same_history(work, grown, "refreshed")
+    assert load_embedding(work) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import yaml
 
 from proper.adapters.store import AdapterStore
 from proper.errors import InputError
+from proper.interactions.deletion import remove
+from proper.interactions.log import InteractionLog
 from proper.models.user_encoder import Pooling, Readout, UserEncoder, load_encoder, save_encoder
 from proper.run_folder import RunFolder
 from proper.training.user_encoder import project
@@ -94,3 +97,17 @@ def test_a_run_without_an_encoder_places_nobody(run: Path, opened: Open) -> None
     store.close()
     users.update("new")
     assert record(run, "new").facts["embedding_start"] == "mean" and len(users.versions("new")) == 1
+
+
+def test_a_user_who_is_deleted_while_many_are_fitted_leaves_nothing(run: Path, opened: Open) -> None:
+    users, waits = opened(run).users, list[tuple[str, ...]]()
+
+    def heard(phase: str, share: float) -> None:
+        if phase in ("trial", "final") and not waits:
+            with closing(AdapterStore(run / "users")) as store, closing(InteractionLog(run / "users")) as log:
+                waits.append(remove(store, log, "new", 0).waits)
+
+    users.enrol_many({user: users.entries(user, rows(3, 9)) for user in ("new", "other")}, heard=heard)
+    assert waits[0] and not users.log.deletions.pending()
+    assert not any((run / "users" / "fits").iterdir()) and "new" not in users
+    assert record(run, "other").facts["embedding"] == "fitted"

@@ -16,7 +16,7 @@ from proper.enrolment.refresh import refresh, roll_back
 from proper.errors import RunFolderError
 from proper.files import hash_file
 from proper.inference.loading import load
-from proper.models.checkpoints import load_metadata
+from proper.models.checkpoints import load_metadata, load_tensors, save_tensors
 from proper.run_folder import RunFolder
 from tests.enrolment.conftest import Open
 from tests.enrolment.lessons import HABIT, OTHER, lessons, record
@@ -68,6 +68,10 @@ def test_users_are_taken_along_and_go_back(grown: Path) -> None:
         assert kept.keys() == held.keys() and all(torch.equal(kept[name], held[name]) for name in kept)
         assert after[user].facts["made"] == {"by": "refresh", "of": numbers[user]}
     assert refresh(grown).rows == 0, "nothing has come since"
+    save_tensors(run.refreshed, *load_tensors(run.previous))  # as a way back leaves it that is killed
+    assert refresh(grown).rows == 0 and not run.refreshed.exists()
+    for path in (run.refreshed, run.users.refresh):  # as a refresh leaves them that is killed before its commit
+        save_tensors(path, {}, {})
     back = roll_back(grown)
     assert hash_file(run.experts) == old and not run.previous.exists() and back.users == len(users)
     for user in {*users} - {*refitted}:

@@ -54,6 +54,11 @@ def test_a_label_is_also_hit_by_its_number_in_another_spelling(make):
     rows = make([("a", "3", "3.0\n"), ("a", "2", "2"), ("a", "3", "3.5"), ("a", "2", "02"), ("a", "x", "3.0")])
     for labels in (("2", "3", "x"), ("2.0", "3.0", "x")):
         assert item_values("accuracy", rows, TaskInfo("own", "classification", labels)).tolist() == [1, 1, 0, 0, 0]
+    accented = make([("a", "caf\u00e9", "cafe\u0301"), ("a", "cafe", "caf\u00e9")])
+    assert item_values("accuracy", accented, TaskInfo("own", "classification", ("caf\u00e9", "cafe"))).tolist() == [
+        1,
+        0,
+    ]
     # Where a run's list has both, the letters decide.
     assert score("accuracy", rows[:1], TaskInfo("own", "classification", ("3", "3.0"))) == 0
 

@@ -327,8 +327,11 @@ def test_the_main_table_names_every_row_that_the_user_s_model_does_not_beat(tmp_
     write(tmp_path, "main-movielens-rating", rows, [*steps, *others, undecided, below])
     said = section(pages(tmp_path)["findings.md"], 0)
     assert "each significantly, on 0 of 1 sets." in said and "compared with on 0 of 1 sets." in said
+    assert "needs no model on 0 of 1 sets, and" in said
     lost = "Global majority answer, Linear head and prior (better)"
     assert f"| movielens-rating | −14 % | +25 % | +1.7 % (not significant) | {lost} |" in said
+    write(tmp_path, "main-movielens-rating", rows, [*steps, *others])
+    assert "needs no model on 1 of 1 sets (movielens-rating), and" in section(pages(tmp_path)["findings.md"], 0)
 
 
 def test_the_main_table_counts_a_set_only_if_its_rivals_are_beaten_too(tmp_path: Path) -> None:

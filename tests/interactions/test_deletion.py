@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from proper.adapters.store import AdapterStore, UserRecord
-from proper.errors import InputError
+from proper.errors import InputError, StoreError
 from proper.files import sweep, write_text
-from proper.interactions.deletion import finish_deletions, remove, working
+from proper.interactions.deletion import delete_returned, finish_deletions, remove, working
 from proper.interactions.log import DeletedError, InteractionLog, LogEntry
 from proper.interactions.personal_files import work_folder
-from proper.run_folder import UNFINISHED, RunFolder
+from proper.run_folder import UNFINISHED, RunFolder, Tier
 
 SECRET = "zyzzyva-text"
 
@@ -220,3 +220,22 @@ def test_what_a_kill_left_of_a_trained_stage_does_not_keep_users_from_being_dele
     run.users.refresh.unlink()
     assert not remove(store, log, "ann", 0).waits
     assert not path.exists() and not left(users)
+
+
+@pytest.mark.parametrize("content", [None, "", "no key"])
+def test_deleted_users_are_not_forgotten_without_a_word_when_the_key_is_damaged(
+    users: Path, store: AdapterStore, log: InteractionLog, content: str | None
+) -> None:
+    remove(store, log, "ann", 0)
+    key = users.parent / "tombstones" / "key"
+    key.unlink() if content is None else key.write_text(content)
+    with pytest.raises(StoreError, match="tombstones/key: is lost or damaged"):
+        store.put([UserRecord("ann", Tier.GROUPS, torch.ones(4))])
+    assert store.head("ann") is None
+
+
+def test_damaged_data_is_an_error_that_names_the_file(users: Path, store: AdapterStore, log: InteractionLog) -> None:
+    assert not remove(store, log, "ann", 0).waits
+    (users.parent / "data.sqlite").write_text("torn")
+    with pytest.raises(StoreError, match=r"data.sqlite: cannot be read: file is not a database"):
+        delete_returned(users)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable
 from contextlib import closing
@@ -118,10 +119,26 @@ class _Files:
         (self.folder / name).unlink(missing_ok=True)
 
     def key(self) -> bytes | None:
+        """Return the key; None if no user was ever deleted.
+
+        Raises:
+            StoreError: the key is lost or damaged, so that nobody can be recognized as deleted.
+        """
+        path = self.folder / "key"
         try:
-            return bytes.fromhex((self.folder / "key").read_text(encoding="ascii"))
+            text = path.read_text(encoding="ascii", errors="replace").strip()
         except FileNotFoundError:
-            return None
+            if not self.folder.is_dir() or not self.all():
+                return None
+            if path.exists():  # created meanwhile by another process, which then added a name
+                return self.key()
+            text = ""
+        if not re.fullmatch(f"[0-9a-f]{{{2 * _KEY_BYTES}}}", text):
+            raise StoreError(
+                f"{path}: is lost or damaged, so that nobody knows who was deleted; put back a copy, or remove "
+                f"{self.folder} to forget it"
+            )
+        return bytes.fromhex(text)
 
     def new_key(self, key: bytes) -> bytes:
         """Create the key file; if another process created it first, use and return that key."""

@@ -105,6 +105,22 @@ class TaskConfig(Section):
         """Whether labels are scored by likelihood (the default for tasks with labels)."""
         return self.kind != "generation" and self.decode != "generate"
 
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _quoted(cls, labels: object) -> object:
+        for label in labels if isinstance(labels, list | tuple) else ():
+            if not isinstance(label, str):
+                raise ValueError(
+                    f"label {label!r} is not text: YAML reads no, 1 or 2024-01-01 as another value; write it in quotes"
+                )
+        return labels
+
+    @model_validator(mode="after")
+    def _labels_go_with_kind(self) -> TaskConfig:
+        if self.labels != "auto" and self.kind == "generation":
+            raise ValueError("labels: go with kind: classification or rating, not with generation")
+        return self
+
     @model_validator(mode="after")
     def _score_needs_labels(self) -> TaskConfig:
         if self.kind == "generation" and self.decode == "score":

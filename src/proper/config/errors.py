@@ -1,4 +1,4 @@
-"""One-line error messages from pydantic validation errors of a config, with suggestions for misspelled keys."""
+"""One-line error messages from pydantic validation errors of a config, and which of its keys hold text."""
 
 from __future__ import annotations
 
@@ -83,6 +83,21 @@ def _section(annotation: Any) -> type[BaseModel] | None:
         if isinstance(choice, type) and issubclass(choice, BaseModel):
             return choice
     return None
+
+
+def takes_text(names: Sequence[str], model: type[BaseModel]) -> bool:
+    """Return whether the setting at a path of keys is a text, or a text or null."""
+    section: type[BaseModel] | None = model
+    entry = False
+    for name in names[:-1]:
+        if entry:  # the name of an entry of a mapping, such as that of a task
+            entry = False
+            continue
+        field = section.model_fields.get(name) if section is not None else None
+        section = None if field is None else _section(field.annotation)
+        entry = field is not None and get_origin(field.annotation) is dict
+    field = section.model_fields.get(names[-1]) if section is not None and not entry else None
+    return field is not None and field.annotation in (str, str | None)
 
 
 def _keys_beside(names: Sequence[str], model: type[BaseModel]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from proper.config.errors import explain
+from proper.config.errors import explain, takes_text
 from proper.config.lamp_tasks import lamp_defaults
 from proper.config.presets import PRESETS
 from proper.config.schema import Config
@@ -18,6 +19,8 @@ from proper.errors import ConfigError
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config and apply `key.subkey=value` overrides; overrides win over the file, the file over a preset.
+
+    An override of a setting that is a text is taken as it is; in quotes, or for another setting, it is YAML.
 
     A relative `data.path`, `data.train_without` or `backbone` that does not exist below the current folder is looked up
     beside the config.
@@ -39,7 +42,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, not YAML or no mapping; the message names file and line.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -51,6 +54,41 @@ def read_yaml(path: Path) -> dict[str, Any]:
         found = "empty" if raw is None else f"a {type(raw).__name__}"
         raise ConfigError(f"{path}: a config is a mapping of sections, this is {found}")
     return raw
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML loader that refuses a key that occurs twice in a mapping, and reports every bad value with its line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            found = super().construct_object(node, deep)
+            if isinstance(found, int) and abs(found) >= 2**63:  # SQLite's integers end there
+                raise ValueError("too large a number")
+            return found
+        # PyYAML lets errors of the conversions through: `2024-02-30` is a ValueError, `!!bool x` a KeyError.
+        except (ValueError, LookupError, AttributeError, RecursionError) as error:
+            shown = node.value if isinstance(node.value, str) else "this"
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shown[:40]!r} is not a value ({error}); write a text in quotes", node.start_mark
+            ) from error
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.composer.ComposerError(None, None, f"the key '{key.value}' occurs twice", key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+def _yaml(text: str) -> Any:
+    """Parse YAML; every problem of the text is a YAMLError."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a safe loader
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deep") from error
 
 
 def load_run_config(path: Path) -> Config:
@@ -94,10 +132,17 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             inner = values[section] = {}
         values = inner
+    as_it_is = takes_text([*sections, last], Config) and not text.lstrip().startswith(("'", '"', "!"))
     try:
-        values[last] = yaml.safe_load(text)
+        value = _yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML") from error
+        if not as_it_is:
+            raise ConfigError(f"--set {override}: the value is not YAML") from error
+        if not text.isascii() and text.encode(errors="replace").decode() != text:
+            raise ConfigError(f"--set {key.strip()}: the value is not UTF-8") from error
+        value = text
+    # For a text YAML's rules lose parts (what follows " #", line breaks) or make another value of it (1, on, {input}).
+    values[last] = text if as_it_is and value is not None else value
 
 
 def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
@@ -107,7 +152,7 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     sections = [(data, key) for data in found for key in ("path", "train_without")]
     for section, key in [*sections, (raw, "backbone")]:
         value = section.get(key)
-        if isinstance(value, str) and not Path(value).exists() and (folder / value).exists():
+        if isinstance(value, str) and not os.path.exists(value) and os.path.exists(folder / value):
             section[key] = str((folder / value).resolve())
 
 

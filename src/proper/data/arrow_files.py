@@ -35,7 +35,8 @@ def parquet_source(file: Path) -> Source:
     def read(wanted: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
         number = 0
         try:
-            with parquet.ParquetFile(file, buffer_size=1 << 20) as opened:
+            # Old writers store times as INT96, which in nanoseconds would wrap around beyond the year 2262.
+            with parquet.ParquetFile(file, buffer_size=1 << 20, coerce_int96_timestamp_unit="us") as opened:
                 for batch in opened.iter_batches(_BATCH, columns=list(wanted), use_threads=False):
                     for row in table_rows(batch):
                         number += 1
@@ -132,7 +133,20 @@ def _plain_array(array: Any) -> list[Any]:
     if arrow.types.is_timestamp(kind) and kind.unit == "ns":
         # Python's datetime stops at microseconds. Nanoseconds end in 2262, so nothing can go out of range here.
         array = array.cast(arrow.timestamp("us", kind.tz), safe=False)
+    if arrow.types.is_timestamp(kind) and not _has_zone(kind):
+        array = array.cast(arrow.timestamp(array.type.unit, "+00:00"))
     return _values(array)
+
+
+def _has_zone(kind: Any) -> bool:
+    """Return whether this system knows the time zone of a type; small containers have no database of zones."""
+    import pyarrow as arrow
+
+    try:
+        arrow.scalar(0, kind).as_py()
+    except (ValueError, KeyError):
+        return False
+    return True
 
 
 def _values(array: Any) -> list[Any]:

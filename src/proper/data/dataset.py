@@ -155,7 +155,7 @@ def left_out_users(path: str | None) -> frozenset[str]:
     if path is None:
         return frozenset()
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise DataError(f"data.train_without: {path}: cannot be read: {why}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -26,8 +27,8 @@ _RESPELLED = 100
 
 
 def normalize(prompt: str) -> str:
-    """Return the canonical form of an input: case-folded, with runs of white space as one space."""
-    return " ".join(prompt.casefold().split())
+    """Return the canonical form of an input: composed, case-folded, with runs of white space as one space."""
+    return " ".join(unicodedata.normalize("NFC", prompt).casefold().split())
 
 
 def ingest(
@@ -156,7 +157,7 @@ def _digest(each: Interaction) -> bytes:
 
 
 def _respell(connection: sqlite3.Connection, task: int, kind: str, count_tokens: CountTokens) -> None:
-    """Rewrite a task's targets that spell one number differently to one spelling; recompute digests and lengths."""
+    """Rewrite a task's targets that spell one label differently to one spelling; recompute digests and lengths."""
     found_targets = connection.execute(
         "SELECT DISTINCT t.target FROM texts t JOIN arrived a ON a.text = t.id WHERE a.task = ?", (task,)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from proper.config import DataConfig, TaskConfig
@@ -11,7 +11,7 @@ from proper.data.conversations import COMPLETION, MESSAGES, PROMPT, completion_r
 from proper.data.item_evidence import marked
 from proper.data.rows import BadValue, Source, Template, parse_template
 from proper.data.sources import open_sources
-from proper.data.values import find_label, identifier, parse_time, rating_of, written_id
+from proper.data.values import find_label, identifier, is_written_null, parse_time, rating_of, written_id
 from proper.errors import DataError, did_you_mean
 
 _SHOWN = 20
@@ -67,11 +67,24 @@ def read_interactions(
         DataError: there is nothing to read, a template is malformed, or a column is missing.
     """
     row_format = RowFormat.of(config, task or TaskConfig())
+    _check_labels(row_format.task)
     if config.rows in ("auto", "template") and not row_format.target.columns:
         raise DataError(f"data.target: {config.target!r} names no column, so every answer would be the same")
     sources = open_sources(config)
     wanted = [_columns(row_format, source, config.task_column) for source in sources]
     return _read(row_format, config.path, sources, wanted, bad, (config.task_column, name))
+
+
+def _check_labels(task: TaskConfig) -> None:
+    """Raise DataError if a configured label is empty or no rating, or if two are the same label."""
+    labels = [] if task.labels == "auto" else task.labels
+    for at, label in enumerate(labels):
+        if not label.strip():
+            raise DataError(f"task.labels: {label!r} is empty")
+        if task.kind == "rating" and rating_of(label) is None:
+            raise DataError(f"task.labels: {label!r} is not a number, as ratings are")
+        if (other := find_label(label, labels[:at], task.kind)) is not None:
+            raise DataError(f"task.labels: {other!r} and {label!r} are one label")
 
 
 def _read(
@@ -91,13 +104,20 @@ def _read(
                     raise BadValue("row", row)
                 if column is not None and str(row.get(column)) != name:
                     continue
-                interaction = row_format.interaction(row, source.typed)
+                interaction = _of_file(row_format.interaction(row, source.typed), row_format, source)
             except BadValue as error:
                 bad.add(f"{source.name}:{number}: {error}")
             else:
                 yield interaction
     if not seen:
         raise DataError(f"{path}: empty: no row in it")
+
+
+def _of_file(found: Interaction, row_format: RowFormat, source: Source) -> Interaction:
+    """Return an interaction without an item whose id is a written null; refuse such a user, who is several people."""
+    if is_written_null(found.user, source.typed):
+        raise BadValue(str(row_format.user), f"{found.user!r} stands for a missing id")
+    return replace(found, item=None) if is_written_null(found.item, source.typed) else found
 
 
 def _columns(row_format: RowFormat, source: Source, task_column: str | None) -> list[str]:

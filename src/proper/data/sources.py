@@ -5,6 +5,7 @@ One source is one file or one Hugging Face dataset.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,12 +37,14 @@ def open_sources(config: DataConfig) -> list[Source]:
     """
     if config.given_split:
         return lamp_sources(config) if config.format == "lamp" else oppu_sources(config)
-    path = Path(config.path).expanduser()
+    path = Path(os.path.expanduser(config.path))  # not Path.expanduser, which fails without a home directory
     kind = _kind(config, path) if config.format == "auto" else config.format
     if kind == "huggingface":
         return [huggingface_source(config, path)]
-    if not path.exists():
+    if not os.path.exists(path):
         raise _missing(config)
+    if not path.is_dir() and not path.is_file():
+        raise DataError(f"{config.path}: not a regular file; a file is read more than once, so it cannot be a pipe")
     files = _files(path, kind) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{config.path}: no {kind} file in this folder; the names end in {', '.join(_ENDINGS[kind])}")
@@ -62,7 +65,7 @@ def _kind(config: DataConfig, path: Path) -> str:
     for kind, endings in _ENDINGS.items():
         if path.name.lower().endswith(endings):
             return kind
-    if path.exists():
+    if os.path.exists(path):
         raise DataError(f"{config.path}: {_advice(path)}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", config.path) and not path.parent.is_dir():
         return "huggingface"
@@ -91,7 +94,9 @@ def _advice(path: Path) -> str:
 
 
 def _files(folder: Path, kind: str) -> list[Path]:
-    files = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith((".", "_")))
+    # A link whose file is gone is kept, so that opening it says so.
+    found = (file for file in folder.iterdir() if file.is_file() or (file.is_symlink() and not os.path.exists(file)))
+    files = (file for file in found if not file.name.startswith((".", "_")))
     # Other .json files in a folder are probably metadata, not rows.
     endings = tuple(each for each in _ENDINGS[kind] if not each.startswith(".json") or each.startswith(".jsonl"))
     return sorted(file for file in files if file.name.lower().endswith(endings))

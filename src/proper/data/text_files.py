@@ -137,6 +137,8 @@ def _named(file: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Row | str]]
     for number, cells in rows:
         if isinstance(cells, str):
             yield number, cells
+        elif cells == header or [cells[0].lstrip("\ufeff"), *cells[1:]] == header:
+            yield number, "the columns' names again, as in files that were joined"
         elif len(cells) != len(header):
             yield number, f"{len(cells)} cells, where the first row has {len(header)}"
         else:

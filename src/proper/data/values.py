@@ -1,7 +1,7 @@
-"""Values of data files: conversion of cells to text, ids and times, and equality of numeric labels.
+"""Values of data files: conversion of cells to text, ids and times, and equality of labels.
 
 "3" and "3.0" are one label: a column of integers with a missing value becomes a column of floats, so both spellings
-occur in one dataset.
+occur in one dataset. So are two spellings that look the same, such as a composed and a decomposed "é".
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -19,15 +20,24 @@ OUT_OF_RANGE = "a time outside of the years 1 to 9999"
 _EXACT = 2**53
 """From this value on, a float no longer distinguishes neighbouring whole numbers."""
 
-_FLOAT_ID = re.compile(r"[-+]?(\d+\.0+|\d(\.\d+)?[eE]\+\d+)")
+# Java's programs write 12345678 as 1.2345678E7; without a point, 7e12345 may be a hash.
+_FLOAT_ID = re.compile(r"[-+]?(\d+\.0+|\d(\.\d+)?[eE]\+\d+|\d\.\d+E\d+)")
+# Spreadsheets write a long number as they show it, with few digits: 123456789012 is 1.23457E+11.
+_SHORT_ID = re.compile(r"[-+]?\d(?:\.(\d+))?E\+(\d+)")
 _WHOLE_LABEL = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?")
 _YEAR = re.compile(r"\d{4}")
 _MONTH = re.compile(r"(\d{4})[-/.](\d{1,2})")
-_EPOCH = re.compile(r"[-+]?(\d{9,}(\.\d*)?|\d(\.\d+)?[eE]\+\d+)")
+_EPOCH = re.compile(r"-\d+(\.\d*)?|[-+]?(\d{9,}(\.\d*)?|\d(\.\d+)?[eE]\+\d+)")
 # Seconds reach 1e11 in the year 5138. Milliseconds reach 1e11, microseconds 1e14 and nanoseconds 1e17 in 1973.
 _UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
 _FIRST, _LAST = -62_135_596_800.0, 253_402_300_800.0
 """Epoch seconds of the years 1 to 9999; the end is exclusive."""
+
+_PRINTED_NULLS = frozenset({"nan", "NaN", "NaT", "None", "<NA>", "null", "NULL", "undefined"})
+_WRITTEN_NULLS = _PRINTED_NULLS | {"NA", "N/A", "#N/A", r"\N"}
+# Direction marks, zero-width spaces, byte order marks and soft hyphens; joiners shape emoji and letters, so they count.
+_INVISIBLE = re.compile("[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
+_SPACE = re.compile("[\u00a0\u2000-\u200a\u202f\u205f\u3000]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +92,7 @@ def identifier(value: object) -> str | None:
         return plain(value)
     if isinstance(value, float) and math.isnan(value):
         return None
-    if not math.isfinite(value) or value != value // 1:
+    if not math.isfinite(value) or value != int(value):
         raise ValueError(f"{value} is not a whole number; write the id as text")
     if isinstance(value, float) and (abs(value) >= _EXACT or isinstance(value, Rounded)):
         raise ValueError(f"{value}: the id has lost digits; write it as text")
@@ -91,14 +101,25 @@ def identifier(value: object) -> str | None:
 
 def written_id(value: object) -> object:
     """Return the value of an untyped cell: a float if the text is a whole number in float notation, else unchanged."""
-    return float(value) if isinstance(value, str) and _FLOAT_ID.fullmatch(value) else value
+    if not isinstance(value, str) or not _FLOAT_ID.fullmatch(value):
+        return value
+    short = _SHORT_ID.fullmatch(value)
+    return Rounded(value) if short and len(short[1] or "") < int(short[2]) else float(value)
+
+
+def is_written_null(text: str | None, typed: bool = True) -> bool:
+    """Return whether an id is the text that programs write for a missing value: "nan", "None", without types "NA" too.
+
+    Such an id is not one person's or one item's: every row whose id is missing has it.
+    """
+    return text in (_PRINTED_NULLS if typed else _WRITTEN_NULLS)
 
 
 def parse_time(value: object) -> float:
     """Return epoch seconds for ISO text (year, month, day or more), a number, a date or a datetime.
 
     Numbers with an absolute value above 1e11 are milliseconds, above 1e14 microseconds, above 1e17 nanoseconds. A time
-    without a zone is UTC. Text of nine or more digits is a number.
+    without a zone is UTC. Text of nine or more digits, or with a minus sign in front, is a number.
 
     Raises:
         ValueError: the value is none of these; the message is a few words.
@@ -107,7 +128,7 @@ def parse_time(value: object) -> float:
         return _from_text(value.strip())
     if isinstance(value, bool):
         raise ValueError(f"{value} is not a time")
-    if isinstance(value, int | float):
+    if isinstance(value, int | float | Decimal):
         return _from_number(value)
     if isinstance(value, datetime):
         return _from_datetime(value)
@@ -132,7 +153,7 @@ def _from_text(text: str) -> float:
         raise ValueError(f"{shown!r} is not a time") from None
 
 
-def _from_number(number: float) -> float:
+def _from_number(number: float | Decimal) -> float:
     try:
         seconds = float(number)
     except OverflowError:
@@ -153,16 +174,19 @@ def _in_range(seconds: float) -> float:
     return seconds
 
 
-def number_of(text: str, kind: str) -> float | str | None:
-    """Return a value that is equal for two spellings of one number; None for a text that is not a number.
+def label_key(text: str, kind: str) -> float | str | None:
+    """Return a value that is equal for two spellings of one label; None for a rating that is not a number.
 
-    A rating is any finite number. A class is a whole number as columns of integers, floats and decimals spell it:
-    "1.10" and "1.1" may be two chapters, and "007" is not "7".
+    A rating is any finite number. Two classes are one if they look the same, up to the kind of spaces and accents, or
+    are one whole number as columns of integers, floats and decimals spell it: "1.10" and "1.1" may be two chapters, and
+    "007" is not "7".
     """
     if kind == "rating":
         return rating_of(text)
+    if not text.isascii():
+        text = _SPACE.sub(" ", unicodedata.normalize("NFC", _INVISIBLE.sub("", text))).strip()
     found = _WHOLE_LABEL.fullmatch(text)
-    return found[1] if found else None
+    return found[1] if found else text
 
 
 def rating_of(text: str) -> float | None:
@@ -175,17 +199,17 @@ def rating_of(text: str) -> float | None:
 
 
 def find_label(text: str, labels: Sequence[str], kind: str) -> str | None:
-    """Return the label equal to `text`, as a string or as a number; None if there is none."""
+    """Return the label equal to `text`, as a string or by `label_key`; None if there is none."""
     if text in labels:
         return text
-    number = number_of(text, kind)
-    return None if number is None else next((each for each in labels if number_of(each, kind) == number), None)
+    key = label_key(text, kind)
+    return None if key is None else next((each for each in labels if label_key(each, kind) == key), None)
 
 
 def respelled(texts: Iterable[str], kind: str) -> dict[str, str]:
-    """Map each text to the shortest spelling of the same number among `texts`; unchanged texts are left out."""
-    numbers = {text: number for text in texts if (number := number_of(text, kind)) is not None}
+    """Map each text to the shortest spelling of the same label among `texts`; unchanged texts are left out."""
+    keys = {text: key for text in texts if (key := label_key(text, kind)) is not None}
     shortest: dict[float | str, str] = {}
-    for text, number in sorted(numbers.items(), key=lambda pair: (len(pair[0]), pair[0])):
-        shortest.setdefault(number, text)
-    return {text: shortest[number] for text, number in numbers.items() if shortest[number] != text}
+    for text, key in sorted(keys.items(), key=lambda pair: (len(pair[0]), pair[0])):
+        shortest.setdefault(key, text)
+    return {text: shortest[key] for text, key in keys.items() if shortest[key] != text}

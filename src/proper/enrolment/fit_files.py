@@ -13,13 +13,13 @@ from proper.models.checkpoints import load_tensors, save_tensors
 _HISTORY, _UPDATE, _EMBEDDING = "history.json", "update.json", "embedding.safetensors"
 
 
-def same_history(work: Path, grown: UserHistory) -> None:
-    """Remove the work folder if a fit of another history left it."""
-    marker, digest = work / _HISTORY, grown.digest
-    if marker.exists() and read_json(marker) == {"digest": digest}:
+def same_history(work: Path, grown: UserHistory, groups: str | None) -> None:
+    """Remove the work folder if a fit of another history, or with other groups (by their hash), left it."""
+    marker, told = work / _HISTORY, {"digest": grown.digest, "groups": groups}
+    if marker.exists() and read_json(marker) == told:
         return
     shutil.rmtree(work, ignore_errors=True)
-    write_json(marker, {"digest": digest})
+    write_json(marker, told)
 
 
 def same_update(work: Path, grown: UserHistory, version: int, state: str) -> None:

@@ -87,9 +87,14 @@ class Fitter:
         Raises:
             NonFiniteLossError: the embedding's loss is not finite.
         """
-        same_history(work, grown)
+        same_history(work, grown, self.groups)
         with self.model.model.caching(work, self.model.config.compute.cache_mb):
             return self._fit(store, user, grown, work, tell)
+
+    @property
+    def groups(self) -> str | None:
+        """The hash of the groups that users are fitted to."""
+        return None if self.model.served is None else self.model.served.groups
 
     def items(self, grown: UserHistory) -> tuple[TextExample, ...]:
         """Return the items that a user is fitted to: the newest `users.max_items`."""

@@ -85,7 +85,7 @@ def fit_many(
     for some, histories in _histories(fitter, store, log, users):
         folders = [work_folder(store.folder, store.tenant, user) for user in some]
         for folder, grown in zip(folders, histories, strict=True):
-            same_history(folder, grown)
+            same_history(folder, grown, fitter.groups)
         left = [at for at, folder in enumerate(folders) if load_embedding(folder) is None]
         jobs = embedding_jobs(fitter.placer, [(some[at], fitter.encoded(histories[at])) for at in left], validation)
         found = fit_embeddings(fitter.embedding_setting(lambda: None), jobs) if jobs else []

@@ -86,6 +86,8 @@ def refresh(folder: Path, left_out: Collection[str] = ()) -> Refreshed:
     with _opened(folder) as work:
         worse, again = work.refit()  # those of a call that was killed
         rows = work.rows(left_out)
+        if not run.users.refresh.exists():
+            run.refreshed.unlink(missing_ok=True)  # of a way back that was killed
         if not run.refreshed.exists():
             if not rows.size:
                 return Refreshed(0, len(work.users), worse=worse, adapters=again)
@@ -109,7 +111,8 @@ def roll_back(folder: Path) -> Refreshed:
     if not run.previous.exists() or hash_file(run.previous) == hash_file(run.experts):
         raise RunFolderError(f"{folder}: the groups were never refreshed; there is nothing to go back to")
     with _opened(folder) as work:
-        if not run.refreshed.exists():
+        if not run.refreshed.exists() or hash_file(run.refreshed) != hash_file(run.previous):
+            run.users.refresh.unlink(missing_ok=True)  # of a refresh that was killed before its commit
             tensors, facts = load_tensors(run.previous)
             save_tensors(run.refreshed, tensors, facts)
         work.put(map(work.before, work.users))

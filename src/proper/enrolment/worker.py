@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +23,9 @@ from proper.enrolment.many_users import append_all, fit_many, place_users
 from proper.enrolment.update_user import FitOutcome, fit_or_update
 from proper.errors import ProperError
 from proper.interactions.database import Database
+from proper.interactions.deletion import working
 from proper.interactions.fit_queue import Claim, FitQueue
-from proper.interactions.log import InteractionLog, LogEntry
+from proper.interactions.log import DeletedError, InteractionLog, LogEntry
 from proper.interactions.personal_files import remove_work, work_folder
 from proper.run_folder import UsersFolder
 from proper.training.user_stage import is_stored
@@ -102,7 +103,8 @@ class FitWorker:
         if not refine:
             return
         done = _shares("fit", len(users), heard)
-        with self.log.queue.lock():
+        # No claim is held on users who are fitted together, so their deletion has to wait for the end of this block.
+        with working(self.users.parent), self.log.queue.lock():
             _refuse_outdated(fitter)
             fit_many(fitter, store, self.log, users, _shares("embeddings", len(users), heard), _bar_of(heard))
             for user in users:
@@ -134,10 +136,11 @@ class FitWorker:
             each = self.log.updates.seconds() or 0.0
             if hours is not None and tried and time.monotonic() - begun + each > 3600 * hours:
                 break
-            self.log.request_fit(store.tenant, drift.user)
-            while self.fit_next(store.tenant, drift.user, even_if_usual=True):
-                pass
-            tried.append(drift)
+            with suppress(DeletedError):  # since the drift was measured
+                self.log.request_fit(store.tenant, drift.user)
+                while self.fit_next(store.tenant, drift.user, even_if_usual=True):
+                    pass
+                tried.append(drift)
         return tried
 
     def watch(self, heard: Heard = unheard) -> None:
@@ -281,10 +284,7 @@ def _bar_of(heard: Heard) -> Bar:
 
 
 def _throttled(queue: FitQueue, claim: Claim, heard: Heard) -> Heard:
-    """Return a rate-limited callback that reports a fit's progress to the queue and to `heard`.
-
-    The callback raises `_Withdrawn` if the user was deleted.
-    """
+    """Return a throttled callback that tells the queue and `heard`; raises `_Withdrawn` if the user was deleted."""
     last, before = 0.0, ""
 
     def tell(phase: str, share: float) -> None:

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from proper.data.values import number_of
+from proper.data.values import label_key
 from proper.errors import DataError
 from proper.evaluation import style
 from proper.evaluation.rouge import official_words, rouge_1, rouge_l, words
@@ -138,11 +138,11 @@ def get_metric(name: str) -> Metric:
 
 
 def _label_indices(texts: Iterable[str], task: TaskInfo) -> NDArray[np.int64]:
-    """Return each text's index in the fixed label list, matched stripped or as a number; -1 for anything else."""
+    """Return each text's index in the fixed label list, matched stripped or by `label_key`; -1 for anything else."""
     indices = {label.strip(): index for index, label in enumerate(task.labels)}
-    numbers = {number_of(label, task.kind): index for label, index in indices.items()}
-    numbers[None] = -1
-    found = (indices.get(text, numbers.get(number_of(text, task.kind), -1)) for text in map(str.strip, texts))
+    by_key = {label_key(label, task.kind): index for label, index in indices.items()}
+    by_key[None] = -1
+    found = (indices.get(text, by_key.get(label_key(text, task.kind), -1)) for text in map(str.strip, texts))
     return np.asarray([*found], dtype=np.int64)
 
 

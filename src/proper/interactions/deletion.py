@@ -110,7 +110,7 @@ def _returned(store: AdapterStore) -> Iterator[tuple[str, str]]:
         run = RunFolder(folder)
         found |= everyone(run.users.path)
         if run.data.is_file():
-            with closing(sqlite3.connect(f"{run.data.absolute().as_uri()}?mode=ro", uri=True)) as data:
+            with _prepared(run.data) as data:
                 found |= {
                     (DEFAULT_TENANT, user_of(key)) for (key,) in data.execute("SELECT CAST(id AS BLOB) FROM users")
                 }
@@ -190,8 +190,8 @@ def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: f
                 users = RunFolder(folder).users
                 if users.path != store.folder and is_made(users.manifest):
                     with _opened(users.path, store.tenant) as (nested, nested_log):
-                        waits += _remove(nested, nested_log, user, patience)
-            waits += _remove(store, log, user, patience)
+                        waits += _remove(nested, nested_log, user, patience, alone is not None)
+            waits += _remove(store, log, user, patience, alone is not None)
     except (ProperError, OSError) as error:
         waits.append(str(error))
     return waits
@@ -209,12 +209,13 @@ def _remove_files(run: Path, user: str) -> list[str]:
     return waits
 
 
-def _remove(store: AdapterStore, log: InteractionLog, user: str, patience: float) -> list[str]:
+def _remove(store: AdapterStore, log: InteractionLog, user: str, patience: float, alone: bool) -> list[str]:
     with log.deleting(store.tenant, user) as logged:
         store.delete(user)
     if logged.claim is not None:
         log.queue.wait_for(logged.claim)  # the worker that fits the user finds its claim void at the next step
-    remove_work(store.folder, store.tenant, user)
+    if alone:  # a command that enrols many users works in their folders
+        remove_work(store.folder, store.tenant, user)
     remove_quarantine(store.folder)
     wiped = {store.manifest.path: store.wipe(patience), log.database.path: log.database.wipe(patience)}
     return [f"{path}: another process reads it" for path, done in wiped.items() if not done]
@@ -250,12 +251,22 @@ def _require_no_training(run: Path, user: str) -> None:
         raise InputError(f"{busy}: a stage is being trained and holds user {user!r}; let the run end, then delete them")
 
 
+@contextmanager
+def _prepared(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open prepared data to read; SQLite's errors inside the block become StoreError, which names the file."""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as data:
+            yield data
+    except sqlite3.Error as error:
+        raise StoreError(f"{path}: cannot be read: {error}") from error
+
+
 def run_rows(run: Path, user: str) -> Iterator[dict[str, Any]]:
     """Yield every row of a user in the run's own data, queries included, oldest first."""
     path = RunFolder(run).data
     if not path.is_file():
         return
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as data:
+    with _prepared(path) as data:
         rows = data.execute(
             """SELECT r.id, r.part, r.time, t.prompt, t.target, t.item FROM rows r JOIN texts t ON t.id = r.text
             WHERE r.user = (SELECT number FROM users WHERE id = ?) ORDER BY r.id""",

@@ -15,12 +15,14 @@ from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from proper.config import PopulationConfig
 from proper.data.batching import Batch
 from proper.data.dataset import TextExample
+from proper.errors import ProperError
 from proper.layers.dropout import Dropout
 from proper.models.backbone import Backbone
 from proper.models.peft_merge import absorb, modules_as_named
@@ -101,7 +103,10 @@ def train_population(
             stopping = EarlyStopping.on(held_out, config.patience, plan.encoder, plan.pad, stage.held_out_loss)
             train(stage, plan, accelerator, stopping)
     if accelerator.is_main_process:
-        wrapped.save_pretrained(str(folder))
+        try:
+            wrapped.save_pretrained(str(folder))
+        except (OSError, SafetensorError) as error:
+            raise ProperError(f"{folder}: cannot be written: {error}") from error
     absorb(backbone, wrapped)
 
 

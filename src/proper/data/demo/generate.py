@@ -36,10 +36,12 @@ METRICS: Mapping[DemoTask, str] = {"classification": "accuracy", "rating": "mae"
 
 # Settings of the demo: small budgets, larger learning rates and batches, so that it ends soon. Stage 2 makes several
 # passes over the target users' histories: one pass over everyone's costs as much, and moves each embedding as rarely.
+# Stages 2 and 3 adapt the upper half of the 8 layers, so that the lower half is computed once per text.
 TRAINING: dict[str, dict[str, Any]] = {
     "population": {"epochs": 1, "max_tokens": 60_000, "dropout": 0, "patience": 0},
     "groups": {
         "train_on": "targets",
+        "layers": 4,
         "epochs": 7,
         "batch_size": 32,
         "learning_rate": 4e-3,
@@ -47,7 +49,7 @@ TRAINING: dict[str, dict[str, Any]] = {
         "embedding_learning_rate": 1e-1,
         "dropout": 0,
     },
-    "users": {"epochs": 3, "batch_size": 4, "learning_rate": 5e-3, "scales": [0.5]},
+    "users": {"layers": 4, "epochs": 3, "batch_size": 4, "learning_rate": 5e-3, "scales": [0.5]},
 }
 TARGET_USERS = 50
 

@@ -7,6 +7,7 @@ is `{"task", "golds": [{"id", "output"}]}`. The dev questions are the queries; t
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -30,7 +31,7 @@ def lamp_sources(config: DataConfig) -> list[Source]:
     Raises:
         DataError: the dev questions or an outputs file are missing, or the outputs are of another task.
     """
-    folder, task = Path(config.path).expanduser(), LAMP_TASKS[str(config.task)]
+    folder, task = Path(os.path.expanduser(config.path)), LAMP_TASKS[str(config.task)]
     if not folder.is_dir():
         split = " --split time" if folder.name.endswith("-time") else ""
         raise DataError(f"{config.path}: no such folder (data.path); get it with: proper data fetch {task.name}{split}")

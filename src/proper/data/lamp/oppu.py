@@ -7,6 +7,7 @@ the queries of the other users count as their history.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def oppu_sources(config: DataConfig) -> list[Source]:
     Raises:
         DataError: there is no file of test users, or there are both.
     """
-    folder, task = Path(config.path).expanduser(), LAMP_TASKS[str(config.task)]
+    folder, task = Path(os.path.expanduser(config.path)), LAMP_TASKS[str(config.task)]
     if not folder.is_dir():
         raise DataError(f"{config.path}: no such folder (data.path)")
     tested = [folder / name for name in _TESTED if (folder / name).is_file()]
