@@ -159,6 +159,14 @@ def test_layers_with_a_state_of_their_own_are_refused(make: Make, job: Any, kind
     assert "is not supported: its " in message and "instead of keys and values" in message
 
 
+def test_rows_that_take_positions_from_their_neighbours_are_refused(make: Make, job: Any) -> None:
+    sides = {f"{side}_{part}": 2 for side in ("encoder", "decoder") for part in ("layers", "attention_heads")}
+    message = refused(job, make("BartConfig", d_model=32, decoder_ffn_dim=48, is_encoder_decoder=False, **sides))
+    assert message.endswith(
+        "cached decoding fails: a row's answer depends on the length of the other rows of its batch"
+    )
+
+
 def test_only_the_text_model_is_adapted(make: Make, job: Any) -> None:
     backbone = passes(job, gemma3(make), "all")
     for wanted in ("ffn", "attention", "all", ["fc1", "q_proj"]):

@@ -118,3 +118,11 @@ def test_without_a_template_a_conversation_is_written_out(tokenizer_kinds: Modul
     assert plain_prompt(turns[1:2]) == "Hello"
     encoder = Encoder(tokenizer(tokenizer_kinds), 100)
     assert encoder.untruncated(turns) == encoder.prompt(plain_prompt(turns))
+
+
+def test_a_template_with_todays_date_writes_the_same_every_day(tokenizer_kinds: ModuleType) -> None:
+    dated = "{% if strftime_now is defined %}{{ strftime_now('%d %B %Y, %H:%M:%S.%f') }}{% endif %}" + CHATML
+    made = tokenizer(tokenizer_kinds, dated)
+    encoder = Encoder(made, 10**6, chat=True)
+    assert made.decode(encoder.prompt("x")).startswith("26 July 2024, 00:00:00.000000<|im_start|>")
+    assert encoder.prompt("x") == encoder.start + encoder.tokens("x") + encoder.after

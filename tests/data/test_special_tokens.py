@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from proper.data.chat import MARK, cut_names, pieces, quote, special_names
 from proper.data.encoder import Encoder
@@ -111,3 +112,17 @@ def test_encoding_leaves_the_tokenizer_as_it_is(tokenizer_kinds: ModuleType) -> 
     encoder.tokens("a <s>")
     assert tokenizer._tokenizer.encode_special_tokens is False
     assert tokenizer("a <s>", add_special_tokens=False).input_ids == before == list(encoder._templated("a <s>"))
+
+
+@pytest.mark.parametrize(
+    ("single", "start"), [("</s> $A", (2,)), ("$A </s>", ()), ("</s> $A </s>", (2,)), ("<s> $A </s>", (1,))]
+)
+def test_a_start_token_that_is_the_end_token_stays(tokenizer_kinds: ModuleType, single: str, start: Any) -> None:
+    """OPT's texts begin with `</s>`, which also ends answers."""
+    made = tokenizer_kinds.KINDS["chatml"]()
+    made.bos_token = "</s>" if "<s>" not in single else "<s>"
+    special = [("<s>", 1), ("</s>", 2)]
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    encoder = Encoder(made, 100)
+    assert encoder.start == start and encoder.prompt("the bus") == start + encoder.tokens("the bus")
+    assert encoder.answer("late")[-1] == 2

@@ -18,6 +18,11 @@ def test_the_nucleus_is_transformers(seed: int, mass: float) -> None:
     assert torch.equal(nucleus(scores, mass), expected)
 
 
+def test_no_mass_at_all_is_the_likeliest_token() -> None:
+    """OpenAI's API allows `top_p: 0`."""
+    assert Sampler(Sampling(temperature=2.0, top_p=0.0)).draw(torch.tensor([1.0, 3.0, 2.0])) == 1
+
+
 def test_shares() -> None:
     sampler = Sampler(Sampling(temperature=0.5, seed=3))
     logits = torch.tensor([0.0, 0.5, -1.0])

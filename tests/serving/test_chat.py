@@ -16,6 +16,7 @@ from proper.data.chat import TextMessage
 from proper.data.conversations import join_turns
 from proper.errors import ConfigError
 from proper.models.backbone import backbone_location
+from proper.serving.schemas.requests import ChatRequest
 
 if TYPE_CHECKING:
     Serve = Any  # tests/serving/conftest.py
@@ -68,3 +69,9 @@ def test_the_choice_is_a_setting_of_the_run() -> None:
         assert DataConfig(**yaml.safe_load(f"{{path: x, chat: {word}}}")).chat == word
     with pytest.raises((ValueError, ConfigError)):
         DataConfig(path="x", chat="always")  # type: ignore[arg-type]
+
+
+def test_a_developers_message_is_the_systems() -> None:
+    """Many chat templates leave out roles that they do not know."""
+    sent = {"model": "tiny", "messages": [{"role": "developer", "content": "Be brief."}]}
+    assert [one.role for one in ChatRequest.model_validate(sent).messages] == ["system"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import resource
 import socket
 import time
@@ -151,3 +152,17 @@ def test_connections_are_counted_by_address_and_in_all() -> None:
     assert [doors.enter(address) is None for address in "aaabb"] == [True, True, False, True, False]
     doors.leave("a")
     assert doors.enter("b") is None
+
+
+@pytest.mark.parametrize("sent", [b"not http\r\n\r\n", HEAD + b"Content-Length: 7\r\n\r\n"], ids=["words", "lengths"])
+def test_what_is_not_http_is_refused_in_the_form_of_other_errors(strict: Running, sent: bytes) -> None:
+    with connect(strict) as connection:
+        connection.sendall(sent)
+        head, _, body = all_of(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json")
+    assert json.loads(body)["error"] == {
+        "message": "Invalid HTTP request received.",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "http",
+    }

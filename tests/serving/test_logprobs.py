@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import openai
 import pytest
 import torch
 from openai import OpenAI
 
+from proper.data.encoder import Encoder
 from proper.inference import PersonalizedModel
 from proper.inference.sampling import LEAST, logprobs_of
+from proper.serving.answers import AnswerPiece, Answers
+from proper.serving.reply_format import ReplyFormat
+from proper.serving.routes.generation import server_sent
 
 if TYPE_CHECKING:
     Running = Any  # tests/serving/conftest.py
@@ -135,3 +142,32 @@ def test_a_stop_text_may_begin_the_answer(client: OpenAI) -> None:
     assert told is not None and told.tokens
     reply = client.completions.create(**common, stop=told.tokens[0]).choices[0]
     assert (reply.text, reply.finish_reason) == ("", "stop")
+
+
+@pytest.mark.parametrize("kind", ["nano", "byte_fallback", "unigram", "word_level", "word_piece"])
+def test_tokens_have_the_spaces_of_the_text(
+    server: Running, tokenizer_kinds: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    made = tokenizer_kinds.KINDS[kind]()
+    made.eos_token = made.eos_token or "[SEP]"
+    encoder = Encoder(made, 250)
+    monkeypatch.setattr(server.engine.model, "encoder", encoder)
+    answers = Answers(cast(Any, SimpleNamespace(engine=server.engine)), cast(Any, None), print)
+    ids = encoder.tokens("the bus was late again!")
+    assert "".join(map(answers.decode, ids)).strip() == made.decode(ids, clean_up_tokenization_spaces=False).strip()
+
+
+def test_no_line_of_a_stream_is_cut_in_two() -> None:
+    """`str.splitlines`, which httpx and requests use, ends a line at three characters that JSON allows."""
+    text = "one\u2028two\u2029three\x85four \u00e9"
+
+    async def pieces() -> AsyncGenerator[AnswerPiece, None]:
+        yield AnswerPiece(0, text, finish="stop")
+
+    async def read() -> list[str]:
+        shape = ReplyFormat("text", "tiny", 1, str)
+        return [line async for line in server_sent(shape, pieces(), usage=False)]
+
+    first, last = asyncio.run(read())
+    assert first.splitlines() == [first.rstrip("\n"), ""] and last == "data: [DONE]\n\n"
+    assert json.loads(first.removeprefix("data: "))["choices"][0]["text"] == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import shutil
 import socket
 import threading
@@ -207,3 +208,40 @@ def test_a_user_id_writes_no_line_into_the_log(own: Running) -> None:
     for line in own.log:
         assert line.isprintable() and line.isascii(), ascii(line)
     assert any(line.startswith("GET /v1/users/x%0aGET%20/v1/users%20200%201%20ms 404 ") for line in own.log)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/users", "/v1/users/u0/rollback"])
+@pytest.mark.parametrize("sent", [{"X-Requested-With": "curl"}, {"Authorization": "Bearer x"}], ids=str)
+def test_a_body_that_is_not_declared_as_json_is_415(own: Running, path: str, sent: dict[str, str]) -> None:
+    with own.client() as client:
+        for kind in ({}, {"Content-Type": "application/x-www-form-urlencoded"}, {"Content-Type": "text/plain"}):
+            reply = client.post(path, content=b'{"to": 1}', headers=sent | kind)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (415, "content_type"), kind
+        packed = gzip.compress(b'{"to": 1}')
+        reply = client.post(path, content=packed, headers=sent | JSON | {"Content-Encoding": "gzip"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (415, "content_encoding")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"model": "tiny",', "body: not JSON: Expecting property name enclosed in double quotes at line 1"),
+        ('{"prompt": "caf\u00e9"}'.encode("latin-1"), "body: not UTF-8 at byte 15"),
+        (b"[" * 20_000, "body: nested too deeply"),
+        (b"[" * 100_000, "body: nested too deeply"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "body: a number is too long"),
+    ],
+    ids=["cut", "latin-1", "deep", "deep and large", "digits"],
+)
+def test_a_body_that_cannot_be_read_says_why(own: Running, body: bytes, said: str) -> None:
+    with own.client() as client:
+        error = client.post("/v1/completions", content=body, headers=JSON)
+    assert error.status_code == 400 and error.json()["error"]["code"] == "invalid"
+    assert error.json()["error"]["message"].startswith(said)
+
+
+def test_a_path_with_a_slash_too_many_is_not_redirected(own: Running) -> None:
+    """Behind a TLS proxy the redirect would lead to plain HTTP."""
+    with own.client() as client:
+        for reply in (client.get("/v1/models/"), client.post("/v1/chat/completions/", json={})):
+            assert (reply.status_code, reply.json()["error"]["type"]) == (404, "not_found_error")

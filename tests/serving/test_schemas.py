@@ -70,6 +70,7 @@ NEUTRAL: list[dict[str, Any]] = [
     {"stream_options": {"include_obfuscation": False}},
     {"response_format": {"type": "text"}},
     {"stop": []},
+    {"top_p": 0},
     {"n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "store": False},
     {"metadata": {}, "prompt_cache_key": "any", "verbosity": "medium"},
     {"proper": {"tier": None, "gates": None, "tenant": None}},
@@ -130,7 +131,20 @@ ECHO = {"refusal": None, "annotations": None, "audio": None, "function_call": No
 
 
 @pytest.mark.parametrize(
-    "empty", [ECHO, {"annotations": [], "tool_calls": []}, {"provider_specific_fields": {}, "reasoning_content": ""}]
+    "name", ["max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "top_logprobs"]
+)
+def test_true_is_no_number(name: str) -> None:
+    with pytest.raises(ValidationError, match="should be a number"):
+        ChatRequest.model_validate({**CHAT, "logprobs": True, name: True})
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        ECHO | {"parsed": None},  # of the SDK's `chat.completions.stream` and `parse`
+        {"annotations": [], "tool_calls": []},
+        {"provider_specific_fields": {}, "reasoning_content": ""},
+    ],
 )
 def test_an_assistants_message_comes_back_as_it_was_dumped(server: Running, empty: dict[str, Any]) -> None:
     def turns(more: dict[str, Any]) -> list[dict[str, Any]]:

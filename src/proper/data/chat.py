@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from jinja2 import TemplateError
@@ -23,6 +24,9 @@ TURN = "\ufdd2"
 
 _CONTENT = "\ufdd1"
 """A noncharacter that stands for a message's content while a template is examined."""
+
+DAY = datetime(2024, 7, 26)
+"""The day that templates with today's date write (Llama 3, SmolLM3): prompts are the same in training and after it."""
 
 ChatMode = Literal["auto", "on", "off"]
 
@@ -88,6 +92,8 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Any, names: Iterable[str]) -> None:
         self._tokenizer, self._names = tokenizer, tuple(names)
+        dated = "strftime_now" in str(tokenizer.chat_template)
+        self._fixed = {"chat_template": _of_one_day(tokenizer.get_chat_template())} if dated else {}
         self.before, _, self.after = self.render([TextMessage("user", _CONTENT)]).partition(_CONTENT)
         self.closing = self._find_closing()
 
@@ -102,7 +108,9 @@ class ChatFormat:
     def _apply(self, turns: Sequence[Turn], answered: bool) -> str:
         messages = [{"role": turn.role, "content": quote(turn.text, self._names)} for turn in turns]
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered)
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=not answered, **self._fixed
+            )
         except (TemplateError, ValueError) as error:
             raise InputError(f"the backbone's chat template refuses these messages: {error}") from error
         return str(text)
@@ -140,6 +148,11 @@ def pieces(text: str, names: Iterable[str]) -> Iterator[tuple[str, bool]]:
 def cut_names(text: str, names: Iterable[str]) -> list[str]:
     """Split a text after the first character of every name in it, so that no part contains a whole name."""
     return [part for part in quote(text, names).split(MARK) if part]
+
+
+def _of_one_day(template: str) -> str:
+    """Replace the calls for today's date, by the form that they ask for, with `DAY`."""
+    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(DAY.strftime(call[2])), template)
 
 
 def _any_of(names: Iterable[str]) -> str:

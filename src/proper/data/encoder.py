@@ -262,7 +262,9 @@ class Encoder:
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the tokens before and after a prompt's text."""
         if self.chat is None:
-            return tuple(i for i in self.tokenizer("").input_ids if i != self.end), ()
+            around, opens = self.tokenizer("").input_ids, self.tokenizer("a").input_ids[:1]
+            starts = around[:1] == opens == [self.tokenizer.bos_token_id]  # OPT: the start token is the end token
+            return tuple(i for at, i in enumerate(around) if i != self.end or (starts and not at)), ()
         start, after = self._templated(self.chat.before), self._templated(self.chat.after)
         if 4 * (len(start) + len(after)) > self.max_length:
             size = len(start) + len(after)

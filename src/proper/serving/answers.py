@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 from proper.data.chat import Turn, readable
@@ -70,8 +70,17 @@ class Answers:
         self._longest_token = max(map(len, self.encoder.tokenizer.get_vocab()))
 
     def decode(self, token: int) -> str:
-        """Return the text of one token."""
-        text: str = self.encoder.tokenizer.decode([token])
+        """Return the text of one token inside a text: many tokenizers drop the space of a text's first token."""
+        letter, whole = (self._text([*self._letter, *more]) for more in ((), (token,)))
+        return whole.removeprefix(letter) if whole.startswith(letter) else self._text([token])
+
+    @cached_property
+    def _letter(self) -> tuple[int, ...]:
+        """The tokens of some text, behind which a token is not a text's first."""
+        return self.encoder.tokens("a")
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text: str = self.encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return text
 
     def card(self) -> RunCard:

@@ -122,6 +122,8 @@ def _empty_app(version: str, lifespan: Callable[[FastAPI], AbstractAsyncContextM
         lifespan=lifespan,
         responses=replies,
         dependencies=[Depends(check_surrogates)],
+        # A redirect's address has the scheme that the server sees: behind a TLS proxy it would lead to plain HTTP.
+        redirect_slashes=False,
         # FastAPI's documentation pages load scripts from a CDN; the schema is at /openapi.json.
         docs_url=None,
         redoc_url=None,

@@ -138,6 +138,13 @@ class TimedProtocol(H11Protocol):
         else:
             self._await(None)
 
+    def send_400_response(self, msg: str) -> None:
+        """Refuse a request that is not HTTP, or whose headers are too long, in the form of all other errors."""
+        if self.cycle is not None and self.cycle.response_started:
+            self.transport.abort()  # an error cannot follow half a reply
+            return
+        self._refuse(APIError(400, msg, code="http"))
+
     def pause_writing(self) -> None:
         """Start the deadline for a client that does not read its reply."""
         super().pause_writing()
@@ -175,7 +182,7 @@ class TimedProtocol(H11Protocol):
 
     def _refuse(self, refusal: APIError) -> None:
         body = json.dumps(refusal.body()).encode()
-        reason = {408: "Request Timeout", 503: "Service Unavailable"}[refusal.status]
+        reason = {400: "Bad Request", 408: "Request Timeout", 503: "Service Unavailable"}[refusal.status]
         headers = {
             "Content-Type": "application/json",
             "Content-Length": str(len(body)),

@@ -1,4 +1,4 @@
-"""JSON request bodies: validation of large bodies on a thread, lone surrogates, and the field of a pydantic error.
+"""JSON request bodies: parsing, validation of large ones on a thread, lone surrogates, the field of a pydantic error.
 
 A lone surrogate is half of a UTF-16 pair (JavaScript's `slice` cuts emoji in two). It is valid JSON but not valid text:
 it cannot be encoded, written to a file or put into a reply.
@@ -7,7 +7,7 @@ it cannot be encoded, written to a file or put into a reply.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from fastapi import Request, Response
@@ -27,7 +27,7 @@ async def check_surrogates(request: Request) -> None:
     Raises:
         APIError: 400; names the field with the lone surrogate.
     """
-    # AcceptOnly POST routes read a body, and FastAPI has read it by now.
+    # Only POST routes read a body, and FastAPI has read it by now.
     if request.method != "POST" or not may_hold_surrogates(await request.body()):
         return
     try:
@@ -119,7 +119,7 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class CheckedRoute(APIRoute):
-    """A route whose large bodies are validated off the event loop."""
+    """A route that refuses a body that is not plain JSON, and validates a large one off the event loop."""
 
     def get_route_handler(self) -> Handler:
         """Return the request handler."""
@@ -133,27 +133,63 @@ class CheckedRoute(APIRoute):
                 body = await request.body()
             except ClientDisconnect as error:
                 raise APIError(499, "the client disconnected") from error
-            if len(body) > LARGE and "json" in request.headers.get("content-type", ""):
+            if body:
+                _require_plain_json(request.headers)
                 principal = getattr(request.state, "principal", None)
                 key = "" if principal is None else principal.id
-                value = await _THREADS.run(key, lambda: _validated(body, model))
-                if value is not None:
-                    request._json = value  # the cache of `request.json()`
+                large = len(body) > LARGE
+                # `_json` is the cache of `request.json()`.
+                request._json = await _THREADS.run(key, lambda: _validated(body, model)) if large else _parsed(body)
             return await handle(request)
 
         return checked
 
 
-def _validated(body: bytes, model: TypeAdapter[Any]) -> Any:
-    """Return a body as its model; as plain values if it has few errors; None if it is not JSON.
+def is_json(kind: str) -> bool:
+    """Return whether a Content-Type is JSON."""
+    kind = kind.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+def _require_plain_json(headers: Mapping[str, str]) -> None:
+    """Check the headers of a request with a body.
 
     Raises:
-        APIError: 400; it has too many values or errors, or a lone surrogate.
+        APIError: 415; the body is not JSON, or is compressed.
+    """
+    if not is_json(headers.get("content-type", "")):
+        raise APIError(415, "the body needs the header Content-Type: application/json", code="content_type")
+    coding = headers.get("content-encoding", "identity")
+    if coding.strip().lower() != "identity":
+        raise APIError(415, "a body with the header Content-Encoding is not supported", code="content_encoding")
+
+
+def _parsed(body: bytes) -> Any:
+    """Return the value of a JSON body.
+
+    Raises:
+        APIError: 400; it is not JSON, its encoding is not Unicode, or it is nested too deeply.
     """
     try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return None  # a route that needs the body refuses it
+        return json.loads(body)
+    except RecursionError as error:
+        raise APIError(400, "body: nested too deeply", code="invalid") from error
+    except UnicodeDecodeError as error:
+        raise APIError(400, f"body: not UTF-8 at byte {error.start}", code="invalid") from error
+    except json.JSONDecodeError as error:
+        why = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        raise APIError(400, f"body: not JSON: {why}", code="invalid") from error
+    except ValueError as error:  # more digits than Python reads
+        raise APIError(400, "body: a number is too long", code="invalid") from error
+
+
+def _validated(body: bytes, model: TypeAdapter[Any]) -> Any:
+    """Return a body as its model; as plain values if it has few errors.
+
+    Raises:
+        APIError: 400; it is not JSON, has too many values or errors, or a lone surrogate.
+    """
+    value = _parsed(body)
     if _more_values_than(value, VALUES):
         raise APIError(400, f"body: more than {VALUES} values", code="invalid")
     # Checked here, because a validated model can no longer be searched.

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from proper.errors import ProperError
 from proper.serving.auth import Authenticator
 from proper.serving.errors import APIError
+from proper.serving.json_bodies import is_json
 from proper.serving.limits import RateLimiter
 from proper.serving.metrics import Metrics
 
@@ -142,7 +143,7 @@ def forged(method: str, headers: Mapping[str, str]) -> APIError | None:
     foreign = site not in ("same-origin", "none") if site is not None else origin not in (None, *_own(headers))
     if foreign:
         return APIError(403, "requests from a page of another origin are refused", code="origin")
-    if method == "POST" and not _json(headers.get("content-type", "")) and not _not_simple(headers):
+    if method == "POST" and not is_json(headers.get("content-type", "")) and not _not_simple(headers):
         return APIError(415, "a POST needs the header Content-Type: application/json", code="content_type")
     return None
 
@@ -151,11 +152,6 @@ def _own(headers: Mapping[str, str]) -> list[str]:
     """Return the origins of the server's own pages, under the name in the request's Host header."""
     host = headers.get("host", "").lower()
     return [f"http://{host}", f"https://{host}"]
-
-
-def _json(kind: str) -> bool:
-    kind = kind.partition(";")[0].strip().lower()
-    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 def _not_simple(headers: Mapping[str, str]) -> bool:

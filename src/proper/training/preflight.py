@@ -194,10 +194,17 @@ def _try_personal(backbone: Backbone, config: Config, batch: Batch, place: Path)
 
 
 def _try_decoding(model: ProperModel, prompts: list[tuple[int, ...]], rows: RowContext) -> None:
-    """Decode a few tokens with the KV cache as the engine does, and compare with passes over the whole rows."""
+    """Decode a few tokens with the KV cache as the engine does, and compare with passes over the whole rows.
+
+    The rows are also compared with each one alone: some families (Bart) ignore the positions of a padded row.
+    """
     with torch.no_grad():
         cache = RowCache(len(prompts), max(map(len, prompts)) + STEPS)
         logits = prefill(model, cache, prompts, rows)
+        plain, longest = RowContext(), max(map(len, prompts))
+        alone = [prefill(model, RowCache(1, longest), [prompt], plain) for prompt in prompts]
+        together = prefill(model, RowCache(len(prompts), longest), prompts, plain)
+        _compare(together, torch.cat(alone), "a row's answer depends on the length of the other rows of its batch")
         for _ in range(STEPS):
             chosen = logits.argmax(-1).tolist()
             prompts = [(*prompt, token) for prompt, token in zip(prompts, chosen, strict=True)]

@@ -28,6 +28,8 @@ from proper.serving.schemas.requests import ChatRequest, CompletionRequest
 from proper.serving.schemas.resources import ModelCard, ModelList
 
 T = TypeVar("T")
+_LINE_ENDS = {end: f"\\u{end:04x}" for end in (0x85, 0x2028, 0x2029)}
+"""Unicode's line ends, escaped in events: JSON allows them, but some clients split a stream's text into lines there."""
 
 
 def generation_routes(model: str, answers: Answers, auth: Authenticator, limiter: RateLimiter) -> APIRouter:
@@ -197,4 +199,4 @@ async def _gone(receive: Receive) -> None:
 
 
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(body, ensure_ascii=False).translate(_LINE_ENDS)}\n\n"

@@ -30,7 +30,7 @@ from proper.serving.schemas.resources import (
 )
 from proper.serving.tenancy import RawRoute, TenantLookup, tenant_lookup, user_in_path
 
-Tenant = Annotated[str | None, Query(max_length=512, description="AcceptOnly the key's own tenant is allowed.")]
+Tenant = Annotated[str | None, Query(max_length=512, description="Only the key's own tenant is allowed.")]
 User = Annotated[str, Depends(user_in_path)]
 DeletionId = Annotated[str, Path(max_length=64)]
 Deletion = DeleteReply | DeletionStatus

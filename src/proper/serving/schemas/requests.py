@@ -9,12 +9,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+
+def _not_a_boolean(value: Any) -> Any:
+    """Refuse true and false for a number, as which pydantic would take them: 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "should be a number")
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leave out null fields, whatever their names: SDKs send back what a message could have had."""
+    return {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value
+
 
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-Length = Annotated[int, Field(ge=1, le=1 << 20)]
+Length = Annotated[int, Field(ge=1, le=1 << 20), BeforeValidator(_not_a_boolean)]
 Ids = Annotated[list[StrictInt], Field(min_length=1)]
 
 
@@ -85,9 +107,9 @@ class Options(RequestSchema):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Length | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False), BeforeValidator(_not_a_boolean)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_not_a_boolean)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_not_a_boolean)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     proper: ProperOptions | None = None
     prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
@@ -128,9 +150,15 @@ class TextPart(RequestSchema):
     text: str
     cache_control: dict[str, Any] | None = None
 
+    _leave_out_nulls = model_validator(mode="before")(_without_nulls)
+
 
 class Message(RequestSchema):
-    """One message of a chat; an assistant's message is accepted as clients send it back, with null and empty fields."""
+    """One message of a chat; an assistant's message is accepted as clients send it back, with null and empty fields.
+
+    The role `developer`, OpenAI's newer name of `system`, becomes `system`: chat templates leave out roles that they do
+    not know.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str | list[TextPart] | None, Field(validate_default=True)] = None
@@ -146,6 +174,13 @@ class Message(RequestSchema):
     thinking_blocks: Annotated[None, AcceptOnly(([],))] = None
     images: Annotated[None, AcceptOnly(([],))] = None
     provider_specific_fields: Annotated[dict[str, Unsupported], Field()] | None = None
+
+    _leave_out_nulls = model_validator(mode="before")(_without_nulls)
+
+    @field_validator("role")
+    @classmethod
+    def _of_the_data(cls, value: str) -> str:
+        return "system" if value == "developer" else value
 
     @field_validator("content")
     @classmethod
@@ -168,7 +203,7 @@ class ChatRequest(Options):
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
     max_completion_tokens: Length | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(_not_a_boolean)] | None = None
     response_format: Annotated[None, AcceptOnly(({"type": "text"},))] = None
     tools: Annotated[None, AcceptOnly(([],))] = None
     tool_choice: Annotated[None, AcceptOnly(("none", "auto"))] = None
