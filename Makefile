@@ -31,7 +31,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## run the three stages on the embedded demo data into runs/demo, offline
 	$(OFFLINE) $(BIN)/proper demo --out runs/demo
 
-cluster-demo: $(READY) ## train on two workers and serve with two replicas into runs/cluster-demo; one of each is killed
+cluster-demo: $(READY) ## train on two workers and serve with two replicas, killing one of each; writes runs/cluster-demo
 	$(OFFLINE) $(BIN)/python scripts/cluster_demo.py runs/cluster-demo
 
 test: lint unit ## lint, types, imports and every test that is not slow
@@ -46,7 +46,7 @@ lint: $(READY) ## ruff, mypy --strict and the import contracts
 	MYPYPATH=scripts $(BIN)/mypy --strict -p docs_reference
 	$(BIN)/lint-imports
 
-format: $(READY) ## put the sources into their standard form
+format: $(READY) ## format the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -59,7 +59,7 @@ docs: $(READY) ## build the documentation site into site/; a broken link, anchor
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
 
-reference: $(READY) ## write the generated pages of docs/ again: command line, config, API, HTTP, modules
+reference: $(READY) ## regenerate the reference pages of docs/: command line, config, API, HTTP, modules
 	PYTHONPATH=scripts $(BIN)/python -m docs_reference
 
 clean: ## remove caches and builds; .venv and runs stay

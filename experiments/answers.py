@@ -66,7 +66,7 @@ def by_set(tests: Tests, pair: tuple[str, str]) -> str:
     for verdict, words in (
         ("better", "{0} beats {1} on {2}"),
         ("worse", "{0} is worse than {1} on {2}"),
-        ("neither", "no difference between {0} and {1} is shown on {2}"),
+        ("neither", "{0} and {1} do not differ significantly on {2}"),
     ):
         sets = [
             name for name, found in shown.items() if (found if found in ("better", "worse") else "neither") == verdict

@@ -1,4 +1,4 @@
-"""Jobs of recipes/findings.yaml: run, config, methods and seeds of each, and what a finished job's result was made of.
+"""Jobs of recipes/findings.yaml: run, config, methods and seeds of each, and the inputs of a finished job's result.
 
 A result has the settings of its job, and a key: a hash of the rest, of data and code. A job is done if its result has
 the same key and settings. A setting that the result lacks is newer than it, and the same while it has its default.

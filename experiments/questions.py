@@ -60,7 +60,10 @@ CATEGORY, HEADLINE = (
 )
 TITLE_ONLY, ALL_TITLE = "population[rows=Title]", "groups-shared-e[rows=Title]"
 HEADLINE_ONLY, ALL_HEADLINE = "population[rows=Headline]", "groups-shared-e[rows=Headline]"
-PICKED = "One seed chose the best value on the same queries, so that seed favours it in the second table."
+PICKED = (
+    "The best value was chosen with one seed on the same queries, so the second table is biased in its favour for "
+    "that seed."
+)
 GROUPS_GRID = "groups[groups.{}={}]"
 AUTO = GROUPS_GRID.format("experts", "auto")
 
@@ -157,11 +160,12 @@ QUESTIONS = (
         each(*PROGRESSIVE, (MORE_ITEMS, "users"), (MORE_ITEMS, "end-to-end")),
         _command(2),
         notes=(
-            "Unlike in the paper, end-to-end training is not worse here, and on two sets better. Two likely reasons: "
-            "with budgets this small, three stages have three warm-ups and decays instead of one; and equal tokens are "
-            "not equal information about a user: end to end, an adapter also learns from its user's rows of stages 1 "
-            "and 2, while a stage-3 adapter sees the newest 12, 24 or 8 items. The last table gives it 64: on that "
-            "seed no difference from end to end is significant, and neither is one from the adapters of 24 items.",
+            "Unlike in the paper, end-to-end training is not worse here, and better on two sets. There are two likely "
+            "reasons. With budgets this small, three stages have three warm-ups and decays instead of one. And equal "
+            "tokens are not equal information about a user: end to end, an adapter is also trained on its user's rows "
+            "of stages 1 and 2, while an adapter of stage 3 is trained on the newest 12, 24 or 8 items only. In the "
+            "last table it is trained on 64 items: on that seed it does not differ significantly from end-to-end "
+            "training or from the adapters of 24 items.",
         ),
     ),
     Question(
@@ -205,7 +209,7 @@ QUESTIONS = (
     Question(
         5,
         "The constraint",
-        "On users (the default), on experts, as released (it has no gradient), and none.",
+        "The constraint on users (the default), on experts, as in the released code (without a gradient), and none.",
         (
             Source(
                 "movielens",
@@ -221,9 +225,9 @@ QUESTIONS = (
         grid("users"),
         _command(5),
         notes=(
-            "As released, the constraint has no gradient: its figures equal those of no constraint. On users it "
-            "works as intended: their mixtures differ more (the last column), but answers do not improve measurably; "
-            "on experts it routes all users through the same mixture.",
+            "As released, the constraint has no gradient, so its figures equal those without constraint. The "
+            "constraint on users works as intended: mixtures of users differ more (the last column), but answers do "
+            "not improve measurably. The constraint on experts leads to the same mixture for all users.",
         ),
     ),
     Question(
@@ -269,18 +273,18 @@ QUESTIONS = (
         short,
         _command(7),
         notes=(
-            "The group model gains little here, unlike in question 1. A likely reason, not tested: its budget is "
-            "spread over all 610 users, so it sees few rows of each, and these 60 have few rows.",
+            "The group model gains little here, unlike in question 1. A likely reason, not tested, is that its budget "
+            "is spread over all 610 users, so it is trained on few rows of each, and these 60 users have few rows.",
             "Population, OPPU and RAG answer every user with the same rating, so their errors are equal; their losses "
-            "differ. A user's mean rating over the same few items is the better answer.",
+            "differ. The user's mean rating over the same few items is a better answer.",
         ),
         curve=True,
     ),
     Question(
         8,
         "Train on one task, test on another",
-        "Adapters trained on sections alone write headlines, and the other way round; and models trained on papers "
-        "write headlines.",
+        "Adapters that are trained on sections only are tested on headlines, and the reverse; models that are trained "
+        "on paper titles are tested on headlines.",
         (
             Source(
                 "headlines, HuffPost",
@@ -312,10 +316,10 @@ QUESTIONS = (
         ),
         _command(8),
         notes=(
-            "Answers are free text here, so a model trained on one task writes its kind of answer for every prompt; a "
+            "Answers are free text here, so a model trained on one task gives answers of that task to every prompt. A "
             "larger backbone, as in the paper, may transfer better.",
-            "No author is in both ACL and HuffPost, so of stage 2 only the experts can transfer: all users have "
-            "the one embedding that was trained with them.",
+            "No author is in both ACL and HuffPost, so only the experts of stage 2 can transfer: all users have one "
+            "common embedding, which was trained with the experts.",
         ),
     ),
     Question(

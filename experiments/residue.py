@@ -1,4 +1,4 @@
-"""Measures what the shared stages keep of a user whose rows they were trained on: membership inference of users.
+"""Measures what the shared stages reveal about a user whose rows they were trained on: membership inference of users.
 
     python -m experiments.residue --out FILE.json [--models 8] [--seed 0] [--users 48] [--epochs 12] [--backbone NAME]
         [--noise Z [--clip C] [--users-per-step N] [--rows-per-user R]]

@@ -1,4 +1,4 @@
-"""From a job's run folder to what is committed of it: all metrics, tests, cost and routing.
+"""Committed result of a job, from its run folder: all metrics, tests, cost and routing.
 
 Knows where a run's files lie; nothing about the queue.
 """

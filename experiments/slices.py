@@ -1,4 +1,4 @@
-"""Measures stage 2 trained slice after slice of users, so that a deletion trains again only from one slice on.
+"""Measures stage 2 trained in sequence on slices of users, so that a deletion repeats training only from one slice on.
 
     python -m experiments.slices --out FILE.json [--slices 1 2 4] [--seed 0] [--users 48] [--epochs 12]
 

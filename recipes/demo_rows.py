@@ -1,4 +1,4 @@
-"""What the four recipes share: simulated users' interactions as token rows, and the evaluation on held-out answers."""
+"""Common code of the four recipes: simulated users' interactions as token rows, evaluation on held-out answers."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ here=$(dirname "$0")
 begun=$(date +%s)
 step() { echo; echo "== $* (after $(($(date +%s) - begun)) s)"; }
 
-[ ! -e "$OUT" ] || { echo "$OUT: is there already"; exit 1; }
+[ ! -e "$OUT" ] || { echo "$OUT: exists already"; exit 1; }
 mkdir -p "$OUT"
 run=$OUT/run
 step "a run"

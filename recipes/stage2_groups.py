@@ -1,4 +1,4 @@
-"""Stage 2, groups: LoRA experts that all users share, mixed per token by a router that knows the user's embedding.
+"""Stage 2, groups: LoRA experts that all users share, mixed per token by a router that reads the user's embedding.
 
     y = W x + s_g * sum_i w_i B_i A_i x            s_g = alpha / R, E experts of rank R, no top-k
     w = softmax(W_x x + W_u e_u)                   per token and per module; W_x (E, I), W_u (E, D)

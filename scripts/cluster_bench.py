@@ -1,4 +1,4 @@
-"""What a cluster costs on one machine: a request through Ray Serve, and stage 3 on two workers at equal cores.
+"""Cost of a cluster on one machine: a request through Ray Serve, and stage 3 on two workers at equal cores.
 
 router   the same requests to a server without a cluster and to one with one replica, in turns
 workers  stage 3 on one worker with two threads and on two workers with one each, in turns

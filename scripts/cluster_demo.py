@@ -1,4 +1,4 @@
-"""A cluster on this machine, from training to serving; a worker and a replica die meanwhile: `make cluster-demo`.
+"""A cluster on this machine, from training to serving; a worker and a replica are killed: `make cluster-demo`.
 
     train    on two workers, one of which is killed, and the users again on one; their adapters must be the same
     serve    two replicas; 64 users at once must get what `proper generate` answers
@@ -57,7 +57,7 @@ def main() -> int:
     chosen = parser.parse_args()
     folder: Path = chosen.folder
     if folder.exists():
-        print(f"{folder}: is there already", file=sys.stderr)
+        print(f"{folder}: exists already", file=sys.stderr)
         return 2
     folder.mkdir(parents=True)
     begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""Fit many made-up users with short histories, and write down how long it took and how much memory.
+"""Fit many simulated users with short histories, and record time and memory.
 
 Each stage runs in a process of its own, so that each has a peak of its own. What a user has is 5 to 12 history items;
 a fifth of their interactions are queries and not trained on. `memory_bytes` is what a stage's process held over its

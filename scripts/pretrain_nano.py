@@ -1,4 +1,4 @@
-"""Pre-train a small English model from scratch, its tokenizer included: how `proper-nano` came about.
+"""Pre-train a small English model from scratch, its tokenizer included; `proper-nano` was made by this script.
 
     tokenizer   byte-level BPE, trained on the `train` split
     tokens      every document as <s> text </s>, one stream of 16-bit numbers per source and split

@@ -54,7 +54,7 @@ def test_a_file_that_everybody_could_read_is_closed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "the file is empty, so its content is lost; put back a copy of it"),
+        (b"", "the file is empty, so its content is lost; restore a backup"),
         (b"no database at all, but long enough to be one" * 20, "file is not a database"),
     ],
 )

@@ -184,7 +184,7 @@ class Users:
 
 
 class Model:
-    """A run loaded as one model for all its users: what `proper.load` returns.
+    """A run loaded as one model for all its users, as `proper.load` returns it.
 
     Attributes:
         personalized: the model that computes; functions of `proper.inference` take it.

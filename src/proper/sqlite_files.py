@@ -24,7 +24,7 @@ class Schema:
     """Schema of a SQLite file.
 
     Attributes:
-        noun: what error messages call the file, such as "store".
+        noun: name of the file in error messages, such as "store".
         version: SQLite's `user_version`.
         tables: the SQL statements that create the tables of a new file.
         durable: whether a commit waits for the disk (`synchronous=FULL`).
@@ -65,7 +65,7 @@ def open_shared(path: Path, schema: Schema, wait_seconds: float, may_make: Calla
                 return Opened(_empty(schema), True)
             _make(path, schema)
         elif path.stat().st_size == 0:
-            raise StoreError(f"{path}: the file is empty, so its content is lost; put back a copy of it")
+            raise StoreError(f"{path}: the file is empty, so its content is lost; restore a backup")
         connection = _connect_to_read(path) if read_only else _connect(path, schema, wait_seconds)
     except (sqlite3.Error, OSError) as error:
         raise StoreError(f"{path}: {error}") from error
@@ -175,7 +175,7 @@ def _require(path: Path, connection: sqlite3.Connection, schema: Schema) -> None
     except sqlite3.Error as error:
         raise StoreError(f"{path}: {error}") from error
     if version == 0 and not tables:
-        raise StoreError(f"{path}: holds no tables, so its content is lost; put back a copy of it")
+        raise StoreError(f"{path}: holds no tables, so its content is lost; restore a backup")
     found = 1 if version == 0 else version  # the first store format had no version number
     if found != schema.version:
         raise StoreError(f"{path}: {schema.noun} of another version of proper (format {found})")

@@ -205,7 +205,7 @@ def test_adapters_are_left_alone_where_the_manifest_is_lost(two: AdapterStore, l
     if lost == "without tables":
         with closing(sqlite3.connect(path)) as db:
             db.execute("VACUUM")
-    with pytest.raises(StoreError, match=r"users\.sqlite: .*; put back a copy of it"):
+    with pytest.raises(StoreError, match=r"users\.sqlite: .*; restore a backup"):
         AdapterStore(two.folder)
     assert sizes(two) == before
 

@@ -78,7 +78,7 @@ def test_a_deleted_user_is_imported_only_if_asked(run: Path, tmp_path: Path, cap
     assert main(["users", "export", str(copy), "--user", "ann", "--out", str(out)]) == 0
     assert main(["users", "delete", str(copy), "--user", "ann"]) == 0
     capsys.readouterr()
-    refused = f"{copy}: user 'ann' was deleted from it; --even-if-deleted takes them in again"
+    refused = f"{copy}: user 'ann' was deleted from it; --even-if-deleted imports the user anyway"
     assert fails(capsys, "users", "import", copy, out) == refused
     assert fails(capsys, "users", "import", copy, out, "--force") == refused
     assert fails(capsys, "users", "show", copy, "--user", "ann") == f"--user ann: no such user in {copy / 'users'}"
@@ -131,7 +131,7 @@ def test_what_is_there_is_replaced_only_if_asked(run: Path, tmp_path: Path, caps
     for arguments in (["users", "export", str(run), "--user", "ann"], ["export-backbone", str(run)]):
         assert main([*arguments, "--out", str(out)]) == 0
         capsys.readouterr()
-        assert fails(capsys, *arguments, "--out", out) == f"{out}: is there already; --force replaces an earlier export"
+        assert fails(capsys, *arguments, "--out", out) == f"{out}: exists already; --force replaces an earlier export"
         assert main([*arguments, "--out", str(out), "--force"]) == 0
         capsys.readouterr()
         shutil.rmtree(out)
@@ -245,5 +245,5 @@ def test_an_export_of_all_users_needs_a_folder_of_its_own(run: Path, tmp_path: P
     out.mkdir()
     (out / "diary.txt").write_text("mine")
     said = fails(capsys, *all_peft(run, out))
-    assert said == f"{out}: is there already and is not an export of all users; name another folder"
+    assert said == f"{out}: exists already and is not an export of all users; name another folder"
     assert [path.name for path in out.iterdir()] == ["diary.txt"]

@@ -121,17 +121,17 @@ def test_a_model_that_is_not_causal(copy: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "xla", "hpu", "cpu:one", ""])
 def test_unknown_device(name: str) -> None:
-    assert refused(lambda: pick_device(name)).startswith(f"compute.device: {name!r} is not there: ")
+    assert refused(lambda: pick_device(name)).startswith(f"compute.device: {name!r} is not available: ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there() -> None:
     for name in ("cuda", "cuda:1"):
-        assert refused(lambda name=name: pick_device(name)).startswith(f"compute.device: {name!r} is not there: ")
+        assert refused(lambda name=name: pick_device(name)).startswith(f"compute.device: {name!r} is not available: ")
 
 
 def test_a_device_that_holds_nothing() -> None:
-    assert refused(lambda: pick_device("meta")) == "compute.device: 'meta' holds no numbers"
+    assert refused(lambda: pick_device("meta")) == "compute.device: 'meta' has no values"
 
 
 def test_target_modules_that_match_nothing(llama: Path) -> None:

@@ -274,7 +274,7 @@ def test_what_cannot_be_exported_leaves_nothing(run: Path, targets: list[str], t
     assert not list(tmp_path.iterdir())
     out.mkdir()
     (out / "diary.txt").write_text("mine")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="exists already"):
         export_user(run, targets[0], out)
     for refused in (out, out / "diary.txt"):
         with pytest.raises(InputError, match="is not an earlier export"):

@@ -415,7 +415,7 @@ def test_a_backbone_that_does_not_compute_ends_the_engine_and_answers_all(
     engine.settle()
     engine.step()
     monkeypatch.setattr(copied.model.backbone.model, "forward", breaking(copied, lambda _: True))
-    with pytest.raises(ProperError, match="the backbone does not compute any more: RuntimeError: broken"):
+    with pytest.raises(ProperError, match="the backbone cannot compute any more: RuntimeError: broken"):
         finish(engine)
     engine.close("the engine has stopped")
     assert all(heard.end.reason == "error" for heard in told) and engine.idle

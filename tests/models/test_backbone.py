@@ -76,5 +76,5 @@ def test_a_backbone_without_a_pad_token_pads_with_its_end(
 def test_dtypes_and_devices() -> None:
     assert pick_dtype("auto") == pick_dtype("bf16") == torch.bfloat16 and pick_dtype("fp32") == torch.float32
     assert pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigError, match=r"compute\.device: 'abacus' is not there"):
+    with pytest.raises(ConfigError, match=r"compute\.device: 'abacus' is not available"):
         pick_device("abacus")

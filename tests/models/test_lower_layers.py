@@ -237,7 +237,9 @@ def test_a_family_that_cannot_skip_layers_says_so(
     with caplog.at_level(logging.INFO), model.caching(tmp_path, 1):
         assert model._lower is None
         assert torch.equal(step(model, [(3, 4, 5), (6, 7)])["losses"], whole["losses"])
-    assert caplog.messages == ["the first 2 layers of LlamaForCausalLM cannot be computed apart, and run in every pass"]
+    assert caplog.messages == [
+        "the first 2 layers of LlamaForCausalLM cannot be computed separately, and run in every pass"
+    ]
 
 
 def test_layers_added_while_caching_count(backbone: Callable[..., Backbone], tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """`tests/soak` as a test: half a minute of mixed traffic and faults here, ten minutes with `-m slow`.
 
-0 wrong, 0 lost; what the soak does and looks at is in `tests/soak/__main__.py`.
+`tests/soak/__main__.py` describes the traffic, the faults and the conditions.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A soak of `proper serve`: mixed traffic and faults, and in the end nothing lost and nobody answered as somebody else.
+"""Soak test of `proper serve`: mixed traffic and faults; no data may be lost, and no user may get another's answer.
 
     python tests/soak RUN --seconds 600 --seed 3
     python tests/soak RUN --seconds 600 --disk /mnt/small     a small disk of its own, which is filled
 
-RUN is a run folder with all three stages. Users of a copy of it are taught a code word each by the project's own fits,
-and that each says it is checked offline first. Prints what happened as JSON; exits with 1 if anything is wrong, and
-says what, with the seed and the faults. Every draw is the seed's; what meets what is the machine's.
+RUN is a run folder with all three stages. In a copy of it, new users are fitted to a code word each, and an offline
+check confirms that each user's answer contains it. Prints a summary as JSON. If a condition fails, prints the failures,
+the seed and the faults, and exits with 1. All random draws come from the seed; the timing depends on the machine.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import spoiled
-import verdict
-from beside import Beside, Imports
-from crowd import Crowd
-from faults import Saboteur
-from folk import LENGTHS, Archive, labels_of, offline, prepare, says
+import conditions
+import damaged_exports
+from client_faults import ClientFaults
+from clients import Client
 from ledger import Ledger
+from process_faults import Imports, ProcessFaults
 from scene import Scene
 from server import Server, memory
-from traffic import Client
+from server_faults import ServerFaults
+from soak_users import LENGTHS, Archive, labels_of, offline, prepare, says
 
 from proper.errors import StoreError
 
 ROWS, SLOTS = 6, 4
-"""More users than slots, so that adapters come and go."""
+"""More users than slots, so that adapters are evicted and loaded again."""
 
 
 def main() -> int:
-    """Run it all; return the exit code."""
+    """Run the soak test; return the exit code."""
     parser = argparse.ArgumentParser(prog="soak", description="Mixed traffic and faults for proper serve.")
     parser.add_argument("run", type=Path, help="a run folder with all three stages; it is copied")
     parser.add_argument("--seconds", type=float, default=600)
@@ -60,7 +60,7 @@ def main() -> int:
         ledger, told, wrong = soak(asked.run, Path(scratch), home / "run", asked.seconds, asked.seed, asked.askers)
     print(json.dumps(told, indent=2))
     if wrong:
-        lines = [f"soak: seed {asked.seed}, {asked.seconds:g} s:", *verdict.grouped(wrong), "done:"]
+        lines = [f"soak: seed {asked.seed}, {asked.seconds:g} s:", *conditions.grouped(wrong), "done:"]
         print("\n".join([*lines, *(f"{at:8.2f} s  {what}" for at, what in ledger.done)]), file=sys.stderr)
     return int(bool(wrong))
 
@@ -68,7 +68,7 @@ def main() -> int:
 def soak(
     run: Path, scratch: Path, folder: Path, seconds: float, seed: int, askers: int
 ) -> tuple[Ledger, dict[str, Any], list[str]]:
-    """Prepare, run and judge; return all notes, a summary, and what is wrong."""
+    """Prepare, run and check; return the ledger, a summary, and the failures."""
     pristine = scratch / "pristine" / "run"
     people = prepare(run, pristine)
     archive = Archive(pristine / "users")
@@ -81,8 +81,8 @@ def soak(
         if not says(text, people[str(user)]):
             return Ledger(), {}, [f"{user} was not taught the code word: {text!r}"]
     shutil.copytree(pristine, folder)
-    spoiled.export(pristine, next(iter(people)), scratch / "exports")
-    hidden = verdict.hidden(folder)
+    damaged_exports.export(pristine, next(iter(people)), scratch / "exports")
+    hidden = conditions.hidden(folder)
     server, archive = Server(folder, ROWS, SLOTS, *deadlines()), Archive(folder / "users")
     archive.look()
     idle: list[socket.socket] = []
@@ -94,12 +94,12 @@ def soak(
         threads = begin(scene, idle, seed, seconds, askers, samples)
         for thread in threads:
             thread.join()
-        wrong = verdict.at_rest(server)
+        wrong = conditions.at_rest(server)
         last = Client("last", server.url, folder.name, people, ledger, threading.Event(), Random(seed))
         for user in (*people, *(guest for guest in ledger.guests if guest not in ledger.deleted), None):
             last.whole(user, max(LENGTHS))
-        wrong += verdict.at_rest(server)
-        wrong += verdict.idle_closed(idle) + verdict.settled(folder, ledger)
+        wrong += conditions.at_rest(server)
+        wrong += conditions.idle_closed(idle) + conditions.settled(folder, ledger)
         archive.look()
         server.stop()
     finally:
@@ -109,11 +109,11 @@ def soak(
         wrong.append(f"the server ended with {server.ended} after SIGTERM")
     wrong += ledger.wrong
     archive.close()
-    wrong += verdict.nothing_lost(folder, ledger)
-    wrong += verdict.nothing_left(folder, ledger, hidden)
-    wrong += verdict.nobody_elses(pristine, scratch / "judged" / "run", archive, ledger, people)
-    wrong += verdict.refused_rightly(ledger) + verdict.bounded(samples)
-    wrong += verdict.enough_done(ledger, archive, people)
+    wrong += conditions.nothing_lost(folder, ledger)
+    wrong += conditions.nothing_left(folder, ledger, hidden)
+    wrong += conditions.nobody_elses(pristine, scratch / "judged" / "run", archive, ledger, people)
+    wrong += conditions.refused_rightly(ledger) + conditions.bounded(samples)
+    wrong += conditions.enough_done(ledger, archive, people)
     if wrong:
         wrong.append("\n  ".join(["the server's last words:", *list(server.said)[-20:]]))
     return ledger, summary(ledger, archive, server, samples, seed), wrong
@@ -141,9 +141,9 @@ def begin(
         return replace(scene, random=Random(f"{seed} {name}"))
 
     faults = [
-        threading.Thread(target=Saboteur(apart("faults")).run, name="saboteur"),
-        threading.Thread(target=Beside(apart("beside")).run, name="beside"),
-        threading.Thread(target=Crowd(apart("crowd"), idle, Imports(apart("imports"))).run, name="crowd"),
+        threading.Thread(target=ServerFaults(apart("faults")).run, name="saboteur"),
+        threading.Thread(target=ProcessFaults(apart("beside")).run, name="beside"),
+        threading.Thread(target=ClientFaults(apart("crowd"), idle, Imports(apart("imports"))).run, name="crowd"),
     ]
 
     def client(name: str, step: str) -> threading.Thread:
@@ -178,7 +178,7 @@ def begin(
 
 
 def summary(ledger: Ledger, archive: Archive, server: Server, samples: list[tuple[float, int, int]], seed: int) -> Any:
-    """Return what happened in numbers."""
+    """Return a summary in numbers."""
     answers = ledger.answers
     return {
         "seed": seed,

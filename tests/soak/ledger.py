@@ -1,4 +1,4 @@
-"""What was sent, what came back and what was done to the server, by whichever thread. Judges nothing."""
+"""Record of requests, replies and faults from all threads. It checks nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Damage:
 
 @dataclass
 class Ledger:
-    """All threads' notes.
+    """Records of all threads.
 
     Attributes:
         sent: interactions by user and id, with their target; noted before they are sent.
@@ -49,7 +49,7 @@ class Ledger:
             what follows the last is in no other user's id or texts.
         guests: users who came in the meantime, with their words.
         replies: how often each route gave each reply.
-        wrong: what must not be.
+        wrong: failures.
         done: faults, with their times.
     """
 
@@ -76,11 +76,11 @@ class Ledger:
             self.replies[what] += 1
 
     def amiss(self, what: str) -> None:
-        """Note what must not be."""
+        """Record a failure."""
         with self._lock:
             self.wrong.append(f"{self.now:.2f} s: {what}")
 
     def fault(self, what: str) -> None:
-        """Note what is done to the server."""
+        """Record a fault that was caused."""
         with self._lock:
             self.done.append((self.now, what))

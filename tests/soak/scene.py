@@ -1,4 +1,4 @@
-"""What every fault works on, and how faults follow one another. Knows no fault by name."""
+"""Context and order of the faults of one thread, independent of the kinds of faults."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from random import Random
 
 import httpx
-from folk import Archive
 from ledger import Ledger
 from server import Server
+from soak_users import Archive
 
 CLI_SECONDS = 120.0
 UP_SECONDS = 300.0
@@ -28,7 +28,7 @@ class Scene:
 
     Attributes:
         folder: the run.
-        exports: a folder with the exported users that `spoiled.export` wrote.
+        exports: a folder with the exported users that `damaged_exports.export` wrote.
         people: words by user, of the users that are there from the beginning.
         stop: set when no new round of faults shall begin.
     """

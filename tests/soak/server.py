@@ -1,4 +1,4 @@
-"""`proper serve` as a process that may be killed and started again at the same address. Knows nothing about traffic."""
+"""`proper serve` as a process that can be killed and started again at the same address."""
 
 from __future__ import annotations
 

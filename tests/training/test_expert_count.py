@@ -156,5 +156,5 @@ def test_a_killed_run_finds_the_same_number(
 
 
 def test_tasks_with_experts_of_their_own_need_a_number() -> None:
-    with pytest.raises(ValidationError, match="needs their number in `experts`"):
+    with pytest.raises(ValidationError, match="needs a number in `experts`"):
         GroupsConfig.model_validate({"experts": "auto", "task_experts": "separate"})

@@ -29,7 +29,7 @@ def quantize(x: Float[Tensor, "*rows N"], most: int = 127) -> tuple[Int8[Tensor,
         ValueError: a number is not finite.
     """
     if not torch.isfinite(x).all():
-        raise ValueError("numbers that are not finite have no place in few bits")
+        raise ValueError("numbers that are not finite cannot be quantized")
     least = x.float().abs().amax(-1) / most
     scale = least.bfloat16()
     scale = torch.where(scale.float() < least, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale)

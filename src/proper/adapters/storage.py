@@ -1,7 +1,7 @@
-"""Shard storage: where the bytes of a store's adapters are, in a folder or in a bucket; the manifest says which bytes.
+"""Shard storage: the bytes of a store's adapters, in a folder or in a bucket; the manifest has the byte ranges.
 
 A blob is a shard with many adapters, or holds one large adapter. A put writes bytes first and commits the manifest's
-rows after them, and only the rows make an adapter exist: what a kill leaves in between has no owner.
+rows after them. An adapter exists only if it has a row: bytes that a kill leaves in between have no owner.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class ShardStorage(Protocol):
         ...
 
     def erase(self, *, thorough: bool = True) -> None:
-        """Erase what the manifest has scheduled and must not wait; without `thorough`, what is cheap or worth it."""
+        """Erase scheduled bytes that must not wait; without `thorough`, only if it is cheap or frees enough bytes."""
         ...
 
     def sweep(self) -> None:

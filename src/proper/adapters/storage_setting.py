@@ -1,4 +1,4 @@
-"""Which shard storage a run uses: its own folder, or a bucket, as its `storage.json` says.
+"""Shard storage of a run: its own folder, or the bucket that its `storage.json` names.
 
 RUN/storage.json    {"shards": "s3://BUCKET/PREFIX", "cache_mb": 4096, "id": HEX}; without it, the folder
 PREFIX/owner        the same id: a prefix belongs to one run

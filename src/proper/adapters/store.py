@@ -84,7 +84,7 @@ class AdapterStore:
     def _require_no_blobs(self) -> None:
         """Refuse to create a manifest beside existing blobs, which would all become orphans."""
         if (place := blobs_of(self.paths)) is not None:
-            raise StoreError(f"{self.paths.manifest}: is missing, but {place} holds adapters; put back a copy of it")
+            raise StoreError(f"{self.paths.manifest}: is missing, but {place} holds adapters; restore a backup")
 
     def close(self) -> None:
         """Close the manifest and release the shard that was written to."""

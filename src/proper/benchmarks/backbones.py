@@ -1,4 +1,4 @@
-"""Backbones of the benchmarks: a named one, or a Llama of a known shape with random weights, which runs as fast."""
+"""Backbones of the benchmarks: a named one, or a Llama of a known shape with random weights, at the same speed."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ SIDES = {
     "cached": "from a store in the bucket, the adapter in its local cache and in the page cache",
     "object": "from a store in the bucket with an empty cache",
 }
-"""What each side of the figures loads from."""
+"""Source that each side of the figures loads from."""
 
 _USERS = 8
 

@@ -32,11 +32,11 @@ from proper.cli import (
     serve,
     simulate,
     users,
+    users_archive,
     users_enrol,
     users_exchange,
-    users_leave,
-    users_look,
     users_update,
+    users_verify,
 )
 from proper.console import quiet_libraries, terminal_logging
 from proper.errors import InputError, ProperError
@@ -54,7 +54,7 @@ for command in (demo, check, run, evaluate, report, generate, serve, export_back
     )
 
 # Without a name, their commands join those of `proper users`.
-for more in (users_enrol, users_update, users_exchange, users_look, users_leave):
+for more in (users_enrol, users_update, users_exchange, users_archive, users_verify):
     users.app.add_typer(more.app)
 for group in (users, groups, keys, data, backbones, bench):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])

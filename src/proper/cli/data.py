@@ -27,7 +27,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A name of `proper dat
 
 @app.command("list", epilog=examples("data", "list"))
 def list_datasets() -> None:
-    """List the public data sets: name, license, and what one row is."""
+    """List the public data sets: name, license, and content of a row."""
     from proper.config.lamp_tasks import LAMP_TASKS
     from proper.data.public.catalog import DATASETS
     from proper.data.public.lamp import TERMS

@@ -19,7 +19,7 @@ Task = Literal["classification", "rating", "style"]
 
 def command(
     out: Annotated[Path, typer.Option(metavar="DIR", help="The run folder.")] = Path("runs/demo"),
-    task: Annotated[Task, typer.Option(help="What the simulated users do with a text.")] = "classification",
+    task: Annotated[Task, typer.Option(help="Task of the simulated users.")] = "classification",
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the data and of the training.")] = 0,
     people: Annotated[int, typer.Option(min=1, metavar="N", help="Number of users to simulate.")] = 300,
 ) -> None:

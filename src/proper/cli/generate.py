@@ -35,7 +35,7 @@ EXAMPLES = """\
 """
 
 USER = "user_id"
-"""Key of the user in a JSONL line, accepted whatever the run's own user column is."""
+"""Key of the user in a JSONL line, accepted in addition to the run's own user column."""
 
 # Number of requests that are answered before their answers are printed; the model batches within them.
 _PIECE = 256

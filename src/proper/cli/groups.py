@@ -1,4 +1,4 @@
-"""Commands `proper groups ...`: what the groups of a run are; refreshing them with new interactions, and back."""
+"""Commands `proper groups ...`: describe the groups of a run, refresh them with new interactions, undo a refresh."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from proper.run_folder import require_run
 logger = logging.getLogger(__name__)
 
 app = typer.Typer(
-    help="Look at the groups of a run, and train them on.",
+    help="Describe and refresh the groups of a run.",
     rich_markup_mode=None,
     epilog=examples("groups", "show runs/notes", "refresh runs/notes"),
 )
@@ -30,11 +30,11 @@ def show(
     group: Annotated[int | None, typer.Option(metavar="K", help="Only this group, from 0.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")] = False,
 ) -> None:
-    """Print what each group is.
+    """Describe each group.
 
-    Utilization, the users with the highest mean gates, the words and labels that the group's users have more often than
-    other users (log-odds with a prior, in standard deviations), and example items of typical users. Needs an evaluated
-    run. The examples are texts of users.
+    Prints utilization, the users with the highest mean gates, the words and labels that are more frequent among the
+    group's users than among others (log-odds with a prior, in standard deviations), and example items of typical users.
+    Needs an evaluated run. The examples are texts of users.
     """
     run = require_run(folder)
     from proper.reports.group_summary import group_lines, group_summary
@@ -50,16 +50,16 @@ def refresh(
     folder: RunFolder,
     without: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="User ids, one a line, whose items are not trained on.", show_default=False),
+        typer.Option(metavar="FILE", help="User ids, one per line, whose items are left out.", show_default=False),
     ] = None,
 ) -> None:
-    """Train the groups on with new interactions.
+    """Continue the training of the groups with new interactions.
 
-    Stage 2 goes on from the groups in service, users' embeddings included, on the interactions logged since the last
-    refresh and as many earlier ones. Then every user is measured on held-out own items under the new groups: a user
-    whose adapter is worse there is fitted again. 'proper groups rollback' returns to the groups before. A server has to
-    be started again; until then its /readyz says so. A call that was killed goes on where it stopped. Users in the file
-    of data.train_without are left out as well.
+    Stage 2 continues from the groups in service, users' embeddings included, on the interactions logged since the last
+    refresh and as many earlier ones. Then every user is evaluated on their own held-out items under the new groups; a
+    user whose adapter is worse there is fitted again. 'proper groups rollback' returns to the previous groups. A server
+    has to be restarted; until then its /readyz answers 503. After a kill, the same call continues. Users in the file of
+    data.train_without are left out too.
     """
     from proper.data.dataset import left_out_users
     from proper.enrolment.refresh import refresh as refresh_groups
@@ -73,7 +73,7 @@ def refresh(
     if done.rows:
         typer.echo(f"trained on {done.rows} interactions; measured {done.validated} of {done.users} users")
     else:
-        logger.info("no interactions have come since the groups were trained")
+        logger.info("no interactions were logged since the groups were trained")
     if done.rows or done.worse:
         typer.echo(f"adapters worse under the new groups: {done.worse}, fitted again; {done.adapters} have one now")
 
@@ -82,14 +82,14 @@ def refresh(
 def rollback(folder: RunFolder) -> None:
     """Return to the groups before the last refresh.
 
-    Users return to the versions that were made for them. Users who have been updated since have no such version any
-    more: they keep their embedding and are fitted again.
+    Users return to their versions for these groups. Users who have been updated since have no such version; they keep
+    their embedding and are fitted again.
     """
     from proper.enrolment.refresh import roll_back
 
     with _held(folder) as run:
         done = roll_back(run)
-    typer.echo(f"went back; {done.users} users, of whom {done.worse} were fitted again")
+    typer.echo(f"returned to the previous groups; {done.users} users, of whom {done.worse} were fitted again")
 
 
 @contextmanager

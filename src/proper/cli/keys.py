@@ -28,12 +28,15 @@ def add(
         str, typer.Option(metavar="A,B", help="Any of generate, write (enrol, add interactions, roll back) and admin.")
     ] = "generate",
     tenant: Annotated[
-        str, typer.Option(metavar="NAME", help="The tenant whose users the key may name; by default the run's own.")
+        str,
+        typer.Option(
+            metavar="NAME", help="Tenant of the key, which gives access to its users only; by default the run's own."
+        ),
     ] = "",
 ) -> None:
-    """Make a key and print it.
+    """Create a key and print it.
 
-    It is printed only now, as only its hash is kept. A running server accepts it at once.
+    The key is printed only once, since only its hash is stored. A running server accepts it immediately.
     """
     require_run(folder)
     from proper.serving.keys import FILE, SCOPES, Keys

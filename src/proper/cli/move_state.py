@@ -32,10 +32,9 @@ def command(
     """Move the state of a run to PostgreSQL, or back.
 
     State is the manifest of the adapter store, the interaction log with the fit queue, tombstones and API keys;
-    adapters stay where they are. Stop the run's server and workers first: the command refuses while another process
-    uses the state. Every table is copied and compared; then the run uses the copy, and the old place is emptied. After
-    an interruption, the state is in one place or the other, and the same command continues. Prints the number of
-    copied rows.
+    adapters are not moved. Stop the run's server and workers first: the command is refused while another process uses
+    the state. Every table is copied and compared; then the run uses the copy, and the old state is removed. After an
+    interruption, the run uses one of the two copies, and the same command continues. Prints the number of copied rows.
     """
     from proper.console import progress
     from proper.state_move import move_state

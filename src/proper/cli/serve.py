@@ -45,18 +45,19 @@ EXAMPLES = """\
 Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on; beyond 127.0.0.1 only with keys.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0 takes a free one.")]
 
-# Engine: what fits in memory and runs together.
+# Engine: memory, and requests that run together.
 Rows = Annotated[int, typer.Option(min=1, metavar="N", help="Batch rows: requests that run together.")]
 Slots = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Adapter slots in memory; 1.25 per row by default.", show_default=False),
 ]
 PrefixCache = Annotated[
-    str, typer.Option(metavar="SIZE", help="Memory for the KV cache of users' last prompts and answers; 0 keeps none.")
+    str,
+    typer.Option(metavar="SIZE", help="Memory for the KV cache of users' last prompts and answers; 0 switches it off."),
 ]
 
-# Requests: what one key, and all together, may ask for.
-MaxOpen = Annotated[int, typer.Option(min=1, metavar="N", help="Most prompts that run or wait, over all keys.")]
+# Requests: limits per key, and for all keys together.
+MaxOpen = Annotated[int, typer.Option(min=1, metavar="N", help="Most prompts that run or wait, for all keys together.")]
 Rate = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Requests per minute of each key.", show_default=False)
 ]
@@ -137,10 +138,10 @@ def command(
     The field `user` of a request selects the personal model that answers. Routes: POST /v1/chat/completions and
     /v1/completions, GET /v1/models, /v1/users, /healthz, /readyz, /metrics and /openapi.json. New users and new
     interactions are fitted by a separate worker process, which loads the backbone a second time. SIGTERM or Ctrl-C
-    lets running requests finish. SIGHUP opens DIR again without a pause, for a link that now leads to another run. If
-    the engine fails, the process exits with code 1, so that a supervisor restarts it. As long as the run has never had
-    a key, any program on this machine may send requests; other machines need a key.
-    With --cluster, --rows, --slots and --prefix-cache are those of each replica; other limits hold over all of them.
+    lets running requests finish. SIGHUP opens DIR again without interruption, to switch a symbolic link to another run.
+    If the engine fails, the process exits with code 1, so that a supervisor restarts it. If the run has never had a
+    key, any program on this machine may send requests; other machines need a key.
+    With --cluster, --rows, --slots and --prefix-cache are per replica; other limits apply to all replicas together.
     """
     require_run(folder)
     prefix_bytes = size_in_bytes("--prefix-cache", prefix_cache)
@@ -224,7 +225,7 @@ def _serve(folder: Path, options: _Options, opened: Callable[[Path], AbstractCon
         try:
             app.renew()
         except (ProperError, OSError) as error:
-            logger.warning(f"proper: {folder} is not taken: {error}")
+            logger.warning(f"proper: cannot switch to {folder}: {error}")
         else:
             logger.info(f"proper: serving {folder.resolve()}")
 
@@ -272,7 +273,7 @@ def watching(folder: Path) -> list[str]:
 
 
 def size_in_bytes(option: str, text: str) -> int:
-    """Return the bytes that `64MiB`, `1.5G`, `4096` or `0` stand for; K, M and G are powers of 1024.
+    """Return the number of bytes of a size such as `64MiB`, `1.5G`, `4096` or `0`; K, M and G are powers of 1024.
 
     Raises:
         InputError: `text` is not a size; the message names the option.

@@ -1,4 +1,4 @@
-"""Command `proper simulate`: how many machines very many users need, and how long they wait, by simulation."""
+"""Command `proper simulate`: estimate machines and waiting times for very many users by simulation."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def opened(folder: RunFolder) -> Iterator[AdapterStore]:
 
     if not is_made(run.users.manifest):
         run.require_trained(Stage.GROUPS)
-        raise RunFolderError(f"{run.users.manifest}: is missing; put back a copy of it")
+        raise RunFolderError(f"{run.users.manifest}: is missing; restore a backup")
     from proper.adapters.store import AdapterStore
 
     store = AdapterStore(run.users.path)
@@ -102,11 +102,11 @@ def show(
     texts: Annotated[bool, typer.Option("--texts", help="Print the texts of the user's interactions as well.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a run knows of a user.
+    """Print all that a run stores about a user.
 
-    Tier and size; the groups that answer the user, by mean gates; the gain over the groups on held-out items and
-    queries; and every stored version, newest first: when and why it was made, whether the user got an adapter and by
-    which losses, and the ids of the items that it was made from. --json has the same facts and all metadata.
+    Tier and size; the user's groups, by mean gates; the gain over the groups on held-out items and queries; and every
+    stored version, newest first: its time and source, the decision on an adapter with the losses, and the ids of the
+    items that it was trained on. --json has the same content and all metadata.
     """
     with opened(folder) as store, _log_of(store) as log:
         if log is None or not log.knows(store.tenant, user):
@@ -127,8 +127,8 @@ def rollback(
 ) -> None:
     """Make an earlier version of a user current again.
 
-    Makes a new version with the content of the old one. The version that was current stays as the one before it, so
-    that a second rollback undoes the first.
+    Makes a new version with the content of the old one. The version that was current is kept as the previous version,
+    so a second rollback undoes the first.
     """
     with opened(folder) as store:
         versions = [each.version for each in store.versions(known(store, user))]
@@ -163,10 +163,11 @@ def delete(
     """Delete users and erase their data.
 
     Erases all versions, all interactions, and the users' rows in the run's data and predictions; afterwards none of it
-    can be read from the run's files, except for what all users share (groups, router). The report and its pages are
-    removed if they show a deleted user. The file that the run was trained on is not changed. Exit code 1 if data is
-    left because another process is reading or writing: 'proper users check' continues the deletion, as does every
-    command that writes into the run. Only 'proper users enrol' and an import with --even-if-deleted bring a user back.
+    can be read from the run's files. The stages that all users share (groups, router) are not changed. The report and
+    its pages are removed if they show a deleted user. The file that the run was trained on is not changed. Exit code 1
+    if data is left because another process is reading or writing: 'proper users check' continues the deletion, as does
+    every command that writes into the run. Only 'proper users enrol' and an import with --even-if-deleted add a deleted
+    user again.
     """
     from proper.interactions.deletion import finish_deletions, remove
     from proper.interactions.log import InteractionLog
@@ -194,16 +195,15 @@ def delete(
 @app.command(epilog=examples("users", "check runs/notes", "check runs/notes --repair --json"))
 def check(
     folder: RunFolder,
-    repair: Annotated[bool, typer.Option("--repair", help="Repair what can be repaired.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Repair damage where possible.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Find damaged, missing and orphaned data.
 
     Reads every byte of the adapter store and of the interaction log, continues unfinished deletions, and deletes users
-    again whom an older copy of a file brought back. With
-    --repair, a user with a damaged adapter is rolled back to the newest good version, or to the group tier, and data
-    of no user is moved to users/quarantine, which the next deletion of a user removes. A damaged log is not repaired.
-    Exit code 1 if damage or an unfinished deletion remains.
+    again whom an older copy of a file has restored. With --repair, a user with a damaged adapter is rolled back to the
+    newest good version, or to the group tier, and data without an owner is moved to users/quarantine, which the next
+    deletion of a user removes. A damaged log is not repaired. Exit code 1 if damage or an unfinished deletion remains.
     """
     from proper.adapters.integrity import Finding
     from proper.adapters.integrity import check as check_store

@@ -1,4 +1,4 @@
-"""Command `proper users enrol`: adds and fits new users; and what commands that fit users share."""
+"""Command `proper users enrol`: adds and fits new users; and helpers of all commands that fit users."""
 
 from __future__ import annotations
 
@@ -58,16 +58,15 @@ def enrol(
         bool,
         typer.Option(
             "--refine/--no-refine",
-            help="Fit the users. Without, they keep the embeddings that the run's encoder places; 'proper users "
-            "update' fits them later.",
+            help="Fit the users now. With --no-refine they keep the encoder's embeddings until 'proper users update'.",
         ),
     ] = True,
 ) -> None:
     """Add and fit new users; print their tier and version.
 
-    Places each user's embedding by the run's encoder, without training. Then fits the embedding, and an adapter, which
-    is kept if it helps on held-out items of the user. No other user's state changes. The interactions are kept: after
-    an interruption, 'proper users update' continues the fit.
+    Places each user's embedding with the run's encoder, without training. Then fits the embedding and an adapter, which
+    is kept if it helps on held-out items of the user. No other user's state changes. The interactions are logged first:
+    after an interruption, 'proper users update' continues the fit.
     """
     entries = _entries_of_users(folder, user, input_file)
     with open_users(folder) as users:

@@ -1,4 +1,4 @@
-"""Commands `proper users update` and `drift`: new interactions, the fit queue (the fit worker), and who has changed."""
+"""Commands `proper users update` and `drift`: update users with new interactions, run the fit worker, print drift."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def update(
 ) -> None:
     """Update a user with new interactions, or all queued users.
 
-    Adds the interactions to the user's log and trains on from the version in service, on the new interactions and some
-    earlier ones. The result is a new version if it lowers the loss on held-out interactions; otherwise the version in
-    service stays, and the reason and both losses are printed and kept. 'proper users rollback' goes back. Without
-    --user, updates every user in the queue, with --drifted the users for whom 'proper users drift' says that an update
-    is due: drifted and grown ones. With --watch this is the fit worker of 'proper serve'.
+    Adds the interactions to the user's log and continues training from the version in service, on the new interactions
+    and some earlier ones. The result is a new version if it lowers the loss on held-out interactions; otherwise the
+    version in service stays, and the reason and both losses are printed and stored. 'proper users rollback' returns to
+    the previous version. Without --user, updates all users in the queue; with --drifted, the drifted and grown users of
+    'proper users drift'. With --watch this is the fit worker of 'proper serve'.
     """
     if not drifted and (budget is not None or hours is not None):
         raise InputError("--budget and --hours go with --drifted")
@@ -93,11 +93,11 @@ def drift(folder: RunFolder, as_json: AsJson = False) -> None:
     """Print how unusual users' new interactions are.
 
     One line per user with new interactions, the most drifted first: user, number of new interactions, their mean loss
-    and the user's usual loss (nats per token), the standardized difference, the CUSUM score, and a word: drifted (the
-    score is at least users.drift.threshold), grown (as many interactions are new as the version was trained on), usual,
-    or unknown. Then, for users whose gates the evaluation measured, how many of each group have drifted, with the
-    probability of so many if they drift as often as others; if that is small, 'proper groups refresh' is recommended.
-    Nothing is trained, no texts are printed.
+    and the user's usual loss (nats per token), the standardized difference, the CUSUM score, and the state: drifted
+    (the score is at least users.drift.threshold), grown (as many interactions are new as the version was trained on),
+    usual, or unknown. Then, for users whose gates the evaluation measured, the number of drifted users of each group,
+    with the probability of at least that number if all groups drift equally; if it is small, 'proper groups refresh' is
+    recommended. Nothing is trained, no texts are printed.
     """
     from proper.enrolment.drift import by_group
 
@@ -118,7 +118,7 @@ def drift(folder: RunFolder, as_json: AsJson = False) -> None:
             typer.echo(json.dumps(asdict(group))) if as_json else logger.info(told)
             if group.together:
                 logger.info(
-                    f"group {group.group} itself seems to have changed; train on: proper groups refresh {folder}"
+                    f"group {group.group} itself seems to have changed; to retrain, run: proper groups refresh {folder}"
                 )
         seconds = users.log.updates.seconds()
     if seconds:

@@ -1,4 +1,4 @@
-"""Addresses of Ray clusters, connecting to one, and what it offers to training."""
+"""Ray clusters: addresses, connection, and the resources for training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Devices:
 
     Attributes:
         count: number of processes.
-        cpus, gpus: what each of them reserves.
+        cpus, gpus: resources that each of them reserves.
         threads: torch threads of each.
         per_node: most processes that share a machine's memory.
     """

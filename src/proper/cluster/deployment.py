@@ -25,7 +25,7 @@ _RANGE = re.compile(r"([1-9]\d*)(?::([1-9]\d*))?")
 
 @dataclass(frozen=True)
 class ReplicaSettings:
-    """How many replicas there are, and what each may have to do.
+    """Number of replicas, and limits of each.
 
     Attributes:
         least, most: number of replicas; with `most` above `least`, it follows the number of open requests.
@@ -46,7 +46,7 @@ class ReplicaSettings:
 
 
 def parse_replicas(text: str | None, count: int) -> tuple[int, int]:
-    """Return the least and the most replicas that `2` or `2:8` stand for; `count` of them without a text.
+    """Return the minimum and maximum number of replicas of a text such as `2` or `2:8`; `count` without a text.
 
     Raises:
         InputError: `text` is neither.
@@ -94,8 +94,8 @@ class RunReplicas:
     Args:
         name: the name of Ray Serve's application.
         limits: limits of each engine.
-        settings: how many replicas there are, and what each may have to do.
-        room: what each of them reserves.
+        settings: number of replicas, and limits of each.
+        room: resources that each of them reserves.
     """
 
     def __init__(self, name: str, limits: EngineLimits, settings: ReplicaSettings, room: Devices) -> None:
@@ -180,8 +180,8 @@ def replicas_on(
     """
     if address.startswith("ray://"):
         raise InputError(
-            f"--cluster {address}: Ray's client carries no streams; run 'proper serve --cluster auto' on a machine "
-            "of the cluster"
+            f"--cluster {address}: Ray's client does not support streams; run 'proper serve --cluster auto' on a "
+            "machine of the cluster"
         )
     parse_replicas(replicas, 1)
     with connected(address):

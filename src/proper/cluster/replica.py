@@ -22,7 +22,7 @@ from proper.run_folder import Tier
 
 @dataclass(frozen=True)
 class ReplicaModel:
-    """What the process with the HTTP server has to know of the model that the replicas loaded.
+    """Description of the replicas' model for the process with the HTTP server.
 
     Attributes:
         stage: the last stage that is applied.
@@ -59,7 +59,7 @@ class EngineReplica:
         self._runner.start()
 
     def model(self) -> ReplicaModel:
-        """Return what the HTTP server has to know of the model."""
+        """Return the description of the model for the HTTP server."""
         engine = self._runner.engine
         model = engine.model
         return ReplicaModel(model.stage, engine.limit, model.model.backbone.embeddings, model.encoder, model.template)

@@ -1,4 +1,4 @@
-"""Settings of the data and of the task: what a row holds, how it becomes a prompt, and what an answer is."""
+"""Settings of the data (columns, templates) and of the task (kind of answer, labels, decoding)."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class DataConfig(Section):
         part: split of a Hugging Face data set to read.
         user: column of the user's id.
         time: column of the time; null if there is none.
-        item: column of the item that a row is about; null if there is none.
+        item: column of the item that a row refers to; null if there is none.
         prompt: template of the prompt; `{column}` is replaced by the row's value. `{item_mean}` (ratings),
-            `{item_usual}` (labels) and `{item_count}` are what other users' histories say of the row's item.
+            `{item_usual}` (labels) and `{item_count}` are computed from other users' histories of the row's item.
         target: template of the answer.
-        rows: what a row holds: the templates' columns; `messages`, a list of objects with role and content, of which
+        rows: content of a row: the templates' columns; `messages`, a list of objects with role and content, of which
             the last assistant's is the answer; or `completion`, TRL's columns prompt and completion, as texts or lists
-            of messages. `auto` takes the conversation where no template is given and the default templates' columns
+            of messages. `auto` takes the conversation if no template is given and the default templates' columns
             are missing.
-        train_without: file of user ids, one a line; their rows are left out when a run reads its data, so that no
+        train_without: file of user ids, one per line; their rows are left out when a run reads its data, so that no
             stage, method or evaluation uses them. Relative to the current folder, else to the config's folder.
         assistant_loss: whether training counts the last assistant's message of a conversation, or all of them.
         task_column: column that names the task of a row, for files with rows of several `tasks`; each task reads its
@@ -88,7 +88,7 @@ class TaskConfig(Section):
     """Kind of task, labels and decoding.
 
     Attributes:
-        kind: what the answers are: labels, numbers or free text.
+        kind: kind of the answers: labels, numbers or free text.
         labels: the labels; `auto` takes those of the training rows.
         decode: `score` compares the likelihood of all labels, `generate` decodes text; `auto` scores where there are
             labels.
@@ -134,7 +134,7 @@ class TaskSpec(Section):
     Attributes:
         data: the task's rows and templates; other tasks may read the same file.
         task: kind of task, labels and decoding.
-        weight: how much an answer counts in training, whatever its length, beside an answer of another task.
+        weight: weight of an answer in training, relative to an answer of another task, independent of its length.
     """
 
     data: DataConfig

@@ -68,14 +68,14 @@ class ComputeConfig(Section):
         max_length: longest prompt with its answer, in tokens; longer ones are cut.
         batch_size: rows of a batch in evaluation.
         batch_tokens: most tokens, padding included, that run through the backbone at once in training and evaluation; a
-            larger batch is computed in parts, with the same result. `auto` goes by the backbone's size, so that memory
-            stays bounded.
+            larger batch is computed in parts, with the same result. `auto` chooses by the backbone's size, so that
+            memory is bounded.
         checkpoint_seconds: time between two checkpoints of a stage, in seconds.
-        cache_mb: most MiB of disk, and at most half of what is free, for hidden states of texts during training, used
-            where `groups.layers` leaves lower layers without experts; 0 switches the cache off.
+        cache_mb: limit in MiB, and at most half of the free disk space, of the cache of hidden states in training,
+            which is used if `groups.layers` leaves lower layers without experts; 0 switches the cache off.
         budget: time for the whole run, as in 40m, 2h or 1h30m; null means no limit. The tokens of stages 1 and 2, then
             steps and items per user, then queries are lowered until the estimated time fits.
-        cut: the settings that the budget lowered, with their values before; the run writes it.
+        cut: the settings that the budget lowered, with their original values; written by the run.
     """
 
     dtype: Literal["auto", "bf16", "fp32"] = "auto"

@@ -93,8 +93,8 @@ class ConstraintConfig(Section):
     """Regularization term that keeps the expert mixtures of different users apart.
 
     Attributes:
-        kind: what is penalized: equal mixtures of different users, even mixtures, the released code's penalty, or
-            nothing.
+        kind: form of the penalty: on equal mixtures of different users, on even mixtures, that of the released code,
+            or none.
         weight: weight of the penalty in the loss.
         warmup: share of the steps in which the weight rises.
     """
@@ -108,8 +108,8 @@ class GroupsConfig(OptimizerConfig):
     """Stage 2: LoRA experts shared by all users, mixed by a user-aware router.
 
     Attributes:
-        experts: number of LoRA experts; `auto` trains the stage once with 16, and then with as many as the users form
-            clusters by their routers' scores.
+        experts: number of LoRA experts; `auto` trains the stage once with 16, and then with one per cluster of users,
+            by the users' router scores.
         rank: rank of each expert.
         alpha: scale of an expert, times the rank.
         dropout: dropout rate on the experts' input.
@@ -154,7 +154,7 @@ class GroupsConfig(OptimizerConfig):
     @model_validator(mode="after")
     def _tasks_have_a_fixed_number_of_experts(self) -> GroupsConfig:
         if self.task_experts == "separate" and self.experts == "auto":
-            raise ValueError("task_experts: separate deals experts out to tasks, and needs their number in `experts`")
+            raise ValueError("task_experts: separate assigns experts to tasks, and needs a number in `experts`")
         return self
 
     @model_validator(mode="after")
@@ -186,18 +186,18 @@ class TiersConfig(Section):
 
 
 class UpdateConfig(Section):
-    """How a user's adapter is trained on from the version in service when new interactions have come.
+    """Update of a user: training continues from the version in service, with new interactions.
 
     Attributes:
-        replay: share of an update's training rows that are drawn from what the user did before; the others are new.
+        replay: share of an update's training rows that are sampled from earlier interactions; the others are new.
         distance: weight of the penalty on the distance to the version in service, the squared distance of the products
             B A of all modules, relative to the squared size of that version's.
         steps: optimizer steps of an update, rounded up to whole passes over its rows.
         past: weight of the loss on earlier interactions in the promotion: an update must lower the loss on held-out new
-            interactions by more than this times what it adds to the loss on held-out earlier ones.
-        outlier: a new interaction is left out if its loss under the group model of an unknown user is more than so many
-            standard deviations above that of the user's earlier interactions, as for answers that do not fit their
-            inputs; null keeps all.
+            interactions by more than this times the increase of the loss on held-out earlier ones.
+        outlier: a new interaction is left out if its loss under the group model of an unknown user is more than this
+            many standard deviations above that of the user's earlier interactions, as for answers that do not fit
+            their inputs; null keeps all.
         when: whether the fit queue updates a user after every new interaction, or once the user has drifted.
     """
 
@@ -213,8 +213,8 @@ class DriftConfig(Section):
     """When a user counts as drifted: a one-sided CUSUM of the new interactions' losses under the version in service.
 
     Attributes:
-        allowance: part of a standard deviation by which each loss may exceed the user's usual one without counting.
-        threshold: sum of the excess, in standard deviations, from which on the user has drifted.
+        allowance: excess of a loss over the user's usual one, in standard deviations, that does not count.
+        threshold: sum of the excess, in standard deviations, at which the user counts as drifted.
     """
 
     allowance: Annotated[float, Field(ge=0)] = 0.5
@@ -229,10 +229,10 @@ class UsersConfig(OptimizerConfig):
     Attributes:
         steps: optimizer steps of a user's full training, rounded up to whole passes over the user's items; null means
             `epochs` passes.
-        form: what a user's adapter is: `lora`, an A and a B per module, or `core`, a matrix of rank x rank per module
+        form: form of a user's adapter: `lora`, an A and a B per module, or `core`, a matrix of rank x rank per module
             between an A and a B that all users share. These bases are trained first, on the older items of the users.
-        start: where a user's adapter starts: at `zero`; for users fitted after stage 3, at the mean adapter of the
-            nearest `neighbours` by embedding; or at a start learnt on the users of stage 3 (`meta`).
+        start: initial value of a user's adapter: `zero`; `neighbours`, for users fitted after stage 3 the mean adapter
+            of the nearest users by embedding; or `meta`, a start learnt on the users of stage 3.
         rank: rank of a user's LoRA, in either form.
         alpha: scale of a user's LoRA, times the rank.
         dropout: dropout rate on the LoRA's input.
@@ -245,12 +245,12 @@ class UsersConfig(OptimizerConfig):
         distance: weight of |s_u B_u A_u|_F^2, summed over modules, in the loss of a user's LoRA, which keeps it near
             the group model; 0 switches it off.
         router: form of the LoRA-aware router: added to stage 2's scores, the paper's, or none.
-        router_input: what the LoRA-aware router reads: a user's h_u as it is, or divided by its usual size.
-        router_items: what the LoRA-aware router is trained on: all history rows, which the adapters were trained on, or
-            the trials' held-out items under the trials' adapters, which were not.
+        router_input: input of the LoRA-aware router: a user's h_u unchanged, or divided by its typical magnitude.
+        router_items: rows that train the LoRA-aware router: all history rows, which the adapters were trained on, or
+            the held-out items of the trials with the trials' adapters, which were not trained on them.
         router_learning_rate: learning rate of the LoRA-aware router; `auto` as for `learning_rate`.
         router_epochs: passes over the histories for the router.
-        slots: users who train at the same time; `auto` goes by the device's memory.
+        slots: users who train at the same time; `auto` chooses by the device's memory.
         max_items: most history rows of a user that are trained on, the newest ones; null means all.
         storage: number format of the stored adapters; int8 and int4 have a scale for every few numbers.
         tiers: conditions under which a user gets an adapter.

@@ -34,7 +34,7 @@ SizedT = TypeVar("SizedT", bound=Sized)
 
 
 class RowEncoder(Protocol):
-    """What turns the interactions of stages 2 and 3 into training rows; `Encoder` is one."""
+    """Interface that turns the interactions of stages 2 and 3 into training rows; `Encoder` implements it."""
 
     @property
     def max_length(self) -> int: ...  # noqa: D102

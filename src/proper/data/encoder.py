@@ -145,7 +145,7 @@ class Encoder:
         return self.start + ids[: limit - tail] + ids[len(ids) - tail :] + self.after
 
     def untruncated(self, prompt: str | Sequence[Turn]) -> tuple[int, ...]:
-        """Encode a prompt, or the messages of a conversation, whatever its length.
+        """Encode a prompt, or the messages of a conversation, of any length.
 
         Raises:
             InputError: the text contains a token that the model has no embedding for, or the chat template does not
@@ -162,7 +162,7 @@ class Encoder:
         return ids if self.end is None else (*ids, self.end)
 
     def encode(self, example: PromptAndTarget, last: bool = False) -> EncodedExample:
-        """Encode one interaction; `last` marks only the last assistant's message as an answer, whatever the setting.
+        """Encode one interaction; `last` marks only the last assistant message as an answer, for any setting.
 
         Raises:
             ConfigError: every assistant's message is wanted, and the chat template rewrites earlier ones.

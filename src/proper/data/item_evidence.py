@@ -1,12 +1,12 @@
-"""Item evidence: what other users answered for the same item, as columns that the prompt's template can name.
+"""Item evidence: other users' answers for the same item, as columns that the prompt's template can name.
 
     {item_mean}    ratings: mean of the other users' ratings, with one decimal
     {item_usual}   labels: the other users' most frequent label
     {item_count}   how many other users' rows these are
 
 Only history rows count, never a query, a row that was left out, or a row of the same user. An item that no other user
-has in the history gets "unknown" and a count of 0. The data files need no such columns; where they have them, theirs
-are taken.
+has in the history gets "unknown" and a count of 0. The data files need no such columns; if they have them, the
+files' columns are used.
 
 Texts are written before the split is known, with a marker in place of each column; `fill_item_evidence` replaces the
 markers afterwards. Hashes of rows and inputs keep the markers, so they do not depend on others' answers.

@@ -1,4 +1,4 @@
-"""One task's rows of prepared data with several tasks, as a data set of their own."""
+"""View of one task's rows in prepared data with several tasks, as a separate data set."""
 
 from __future__ import annotations
 

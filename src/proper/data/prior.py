@@ -36,9 +36,9 @@ def user_prior(answers: Integers, population: Floats, decay: float, smoothing: f
 
 
 def earlier_priors(answers: Integers, population: Floats, decay: float, smoothing: float) -> Floats:
-    """Return for every item the prior from the items before it, `(N, L)`: what a query in its place would have.
+    """Return for every item the prior from the items before it, `(N, L)`, as for a query at its place.
 
-    Not from all other items: what an answer's share lacks without itself would tell the answer.
+    A prior from all other items would reveal the answer that it leaves out.
     """
     counts, total = np.zeros(len(population)), 0.0
     found = np.empty((len(answers), len(population)))

@@ -1,4 +1,4 @@
-"""Summary, leak check and coverage of prepared data: counts, lengths, labels, and what training saw of the queries.
+"""Summary, leak check and coverage of prepared data: counts, lengths, labels, and queries seen in training.
 
 All figures are measured on the database itself, independently of the code that made the split.
 """

@@ -51,7 +51,9 @@ def location_of(users: Path) -> Location | None:
         found = read_json(path)
         return Location(checked(str(found["url"])), str(found["schema"]))
     except (ProperError, KeyError, TypeError) as error:
-        raise RunFolderError(f"{path}: does not say where the state of the run is: {error}; put back a copy") from error
+        raise RunFolderError(
+            f"{path}: does not name the place of the run's state: {error}; restore a backup"
+        ) from error
 
 
 def is_made(database: Path) -> bool:

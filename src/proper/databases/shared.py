@@ -26,10 +26,10 @@ NOTHING: Values = {}
 
 @dataclass(frozen=True)
 class Contents:
-    """What a database holds.
+    """Description of a database's content.
 
     Attributes:
-        noun: what error messages call it, such as "store".
+        noun: name in error messages, such as "store".
         version: the format of its SQLite file (`user_version`).
         tables: its tables.
     """

@@ -22,7 +22,7 @@ from sqlalchemy.sql.functions import FunctionElement
 Engine = Literal["sqlite", "postgresql"]
 Values = Mapping[str, object]
 Insert = Callable[[Any], Any]
-"""The dialect's `insert`, which knows ON CONFLICT."""
+"""The dialect's `insert`, with support for ON CONFLICT."""
 
 _DIALECTS: dict[Engine, Dialect] = {
     "sqlite": SQLiteDialect_pysqlite(paramstyle="named"),

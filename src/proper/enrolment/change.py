@@ -1,4 +1,4 @@
-"""Whether what a version knows of its user is outdated: a sequential likelihood ratio against an unknown user.
+"""Test whether a version is outdated for its user: a sequential likelihood ratio against an unknown user.
 
 Let l_i be an interaction's summed answer loss in nats under the version in service, and m_i that under the group model
 of an unknown user. Then l_i - m_i is the evidence that the answers are those of another user, as a log likelihood
@@ -7,8 +7,8 @@ ratio, and Page's statistic over the new interactions, in the order of arrival, 
     S_i = max(0, S_(i-1) + clip(l_i - m_i, -c, c))
 
 The habits have changed if the last S is at least `EVIDENCE`, since the interaction after the last at which S was 0. The
-clip `LARGEST` makes one interaction, which may be an odd one, too little evidence. Unlike drift, which is measured
-against the user's usual loss, this asks whether knowing the user does harm; it needs nothing of other users.
+clip `LARGEST` limits the evidence of one interaction, which may be an outlier. Drift is measured against the user's
+usual loss; this test compares with the model of an unknown user instead, and needs no data of other users.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Losses of a user's states on the same interactions: what a promotion and the search for outliers compare."""
+"""Losses of several versions of a user on the same interactions, for promotion and for the search for outliers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LEAST_DEVIATION = 0.25
 
 @dataclass(frozen=True)
 class State:
-    """What a user is answered with: an embedding (D,), and an adapter (P,) or None on the group tier."""
+    """State that answers a user: an embedding (D,), and an adapter (P,) or None on the group tier."""
 
     embedding: Float[Tensor, "D"]
     row: Float[Tensor, "P"] | None = None
@@ -140,10 +140,10 @@ class VersionComparison:
         return max(0.0, self.updated[1] - self.served[1]) if self.past else 0.0
 
     def is_better(self, past: float) -> bool:
-        """Return whether the loss on new interactions falls, by more than `past` times what is forgotten.
+        """Return whether the loss on new interactions falls, by more than `past` times its increase on earlier ones.
 
-        It must also be below that of an unknown user. Where answers are random, an update lowers the loss of a version
-        that was sure of other answers, but learns nothing of the user.
+        It must also be below that of an unknown user. With random answers, an update lowers the loss of a version
+        that was confident of other answers, but learns nothing about the user.
         """
         return self.gain > past * self.forgotten and self.updated[0] < self.unknown
 
@@ -173,8 +173,8 @@ def outliers(
 ) -> list[int]:
     """Return the indices of new items whose answers do not fit their inputs, by the group model of an unknown user.
 
-    An item is one if its loss is more than `limit` standard deviations above the mean of the user's earlier items under
-    the same model. That model does not know the user, so a change of habits within what others do is none.
+    These are items whose loss is more than `limit` standard deviations above the mean of the user's earlier items under
+    the same model. That model does not use the user's state, so a change to habits of other users is not an outlier.
     """
     if len(past) < CLOSEST or not new:
         return []

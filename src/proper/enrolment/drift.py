@@ -1,4 +1,4 @@
-"""Drift: whether a user's new interactions fit the version in service less well than is usual for the user.
+"""Drift: how much worse the version in service fits a user's new interactions than is usual for the user.
 
 The statistic is a one-sided CUSUM (Page 1954, Biometrika 41) of the new interactions' losses per answer token x_i, in
 the order of arrival, against the user's usual loss: mean m and variance s^2 over n_0 interactions that the version was
@@ -6,9 +6,9 @@ not trained on, as its metadata has them,
 
     z_i = (x_i - m) / (s~ sqrt(1 + 1 / n_0)),  clipped to [-3, 3]        S_i = max(0, S_(i-1) + z_i - allowance)
 
-and the user has drifted if the last S is at least the threshold. A user who changes and goes back returns to 0. A few
-interactions tell little about s^2, so it is shrunk toward the mean s_0^2 over the run's users, as in the moderated t
-statistic (Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3), with d = n_0 - 1 and d_0 = `PRIOR_DEGREES`:
+and the user has drifted if the last S is at least the threshold. S returns to 0 for a user who changes and goes back.
+A few interactions determine s^2 poorly, so it is shrunk toward the mean s_0^2 over the run's users, as in the
+moderated t statistic (Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3), with d = n_0 - 1 and d_0 = `PRIOR_DEGREES`:
 
     s~^2 = (d_0 s_0^2 + d s^2) / (d_0 + d)
 
@@ -180,7 +180,7 @@ class GroupDrift:
         group: the group with the highest mean gate of these users.
         users: number of users.
         drifted: how many have drifted.
-        chance: probability of so many or more, if users of this group drift as often as those of the others.
+        chance: probability of at least that many, if users of this group drift as often as those of the others.
     """
 
     group: int
@@ -197,7 +197,7 @@ class GroupDrift:
 def by_group(found: Sequence[Drift], main: Mapping[str, int]) -> list[GroupDrift]:
     """Return the drift of each group's users, in the order of groups.
 
-    Many users of one group who drift at once say that the group has changed, and not each of them alone.
+    If many users of one group drift at the same time, the group has probably changed, not each user independently.
 
     Args:
         found: the users' drift.
@@ -217,7 +217,7 @@ def by_group(found: Sequence[Drift], main: Mapping[str, int]) -> list[GroupDrift
 
 
 def _at_least(count: int, trials: int, rate: float) -> float:
-    """Return the probability of at least `count` successes in so many trials."""
+    """Return the probability of at least `count` successes in `trials` trials."""
     return sum(math.comb(trials, k) * rate**k * (1 - rate) ** (trials - k) for k in range(count, trials + 1))
 
 

@@ -80,7 +80,7 @@ class EmbeddingJob:
 
 @dataclass(frozen=True)
 class FittedEmbedding:
-    """An embedding after so many passes, and the held-out loss per token before the first pass and after each."""
+    """A fitted embedding, and the held-out loss per token before the first pass and after each pass."""
 
     embedding: Float[Tensor, "D"]
     losses: tuple[float, ...]

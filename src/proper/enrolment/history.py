@@ -1,6 +1,6 @@
 """Builds one user's history: the items of the run's data and the interactions logged since, oldest first.
 
-`divide` tells what of it is new to a version of the user, `hold_out` what of that an update is compared on.
+`divide` separates the interactions that are new to a version, and `hold_out` those on which an update is compared.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class UserHistory:
 
 @dataclass(frozen=True)
 class Divided:
-    """A user's interactions, oldest first: `past` ones the version in service knows, and `new` ones.
+    """A user's interactions, oldest first: `past` ones, known to the version in service, and `new` ones.
 
     `left_out` are the ordinals of logged interactions that were outliers in earlier updates; they are in neither, nor
-    is what came before interaction number `since`, at which the user's habits changed (0: they never did).
+    are interactions before number `since`, at which the user's habits changed (0: no change).
     """
 
     past: tuple[TextExample, ...]
@@ -117,7 +117,7 @@ def grown_history(dataset: Dataset | None, log: InteractionLog, tenant: str, use
 
 
 def divide(grown: UserHistory, facts: Mapping[str, Any]) -> Divided:
-    """Divide a history by what a version's metadata says that it was trained on.
+    """Divide a history into items that a version was trained on, by its metadata, and new ones.
 
     That is the first `history.logged` interactions in the order of arrival, without those in `history.left_out` or
     before `history.since`, and the items of the run's data, which are never new.

@@ -40,7 +40,7 @@ def _no_progress(items: int) -> None:
 
 @dataclass(frozen=True)
 class Placer:
-    """What places new users' embeddings.
+    """Placement of new users' embeddings.
 
     Attributes:
         mean: the mean embedding (D,).
@@ -53,7 +53,7 @@ class Placer:
 
     @property
     def kind(self) -> str:
-        """What places the embeddings: "mean", or the encoder's kind."""
+        """The kind of placement: "mean", or the encoder's kind."""
         return "mean" if self.encoder is None else self.encoder.readout.kind
 
     def place(
@@ -68,7 +68,7 @@ class Placer:
     def read(
         self, histories: Sequence[Sequence[EncodedExample]], advance: Callable[[int], None] = _no_progress
     ) -> list[Float[Tensor, "n K"]]:
-        """Return what the encoder reads of every user's items; nothing without an encoder."""
+        """Return the encoder's features of every user's items; without an encoder, no columns."""
         items = [item for own in histories for item in own]
         if self.encoder is None:
             advance(len(items))
@@ -84,7 +84,7 @@ class Placer:
 
 
 def placed_record(user: str, embedding: Float[Tensor, "D"], grown: UserHistory, kind: str) -> UserRecord:
-    """Return the record of a user whose embedding was placed; `kind` says by what."""
+    """Return the record of a user whose embedding was placed; `kind` is the kind of placement."""
     facts = {
         "history": {"run": grown.run, "logged": grown.logged},
         "embedding": PLACED,

@@ -1,7 +1,7 @@
-"""Fits a user anew for an update, on all but the held-out interactions, on which the caller then compares the result.
+"""Fits a user anew for an update, without the held-out interactions, on which the caller then compares the result.
 
-The held-out interactions choose the number of passes of the embedding and decide whether the adapter helps; passes and
-scale of the adapter are those of the run's stage 3. A first fit (`Fitter.fit`) has nothing to be compared with: it
+The number of passes of the embedding and the decision on the adapter are chosen on the held-out interactions; passes
+and scale of the adapter are those of the run's stage 3. A first fit (`Fitter.fit`) is not compared with a version: it
 decides by held-out interactions of its own, and ends with a fit on all of them.
 """
 

@@ -1,13 +1,13 @@
-"""Refreshes the groups: trains stage 2 on with the interactions that arrived since, and takes the users along.
+"""Refreshes the groups: continues stage 2 with new interactions, and moves all users to the new groups.
 
-    train      experts, routers and users' embeddings go on from those in service, on the interactions logged since the
+    train      experts, routers and users' embeddings, from those in service, on the interactions logged since the
                last refresh and as many replayed earlier ones; every user's newest items are held out
     validate   each user's held-out loss as served, and under the new groups
     commit     one transaction of the store binds it to the new groups and adds a version of every user: with the
                adapter if it is no worse there, else on the group tier; then the files move (`settle_groups`)
     refit      the users who lost an adapter, as new users are fitted
 
-A kill before the commit leaves the old groups in service, and one after it the new ones; the same call goes on. The
+A kill before the commit leaves the old groups in service, and one after it the new ones; the same call continues. The
 groups before the last refresh are kept, and `roll_back` returns to them.
 """
 
@@ -54,7 +54,7 @@ BY = "refresh"
 
 @dataclass(frozen=True)
 class Refreshed:
-    """What came of a refresh or of going back.
+    """Outcome of a refresh or of a return to the previous groups.
 
     Attributes:
         rows: interactions that were new to the groups; 0 if nothing was trained.

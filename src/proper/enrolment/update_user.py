@@ -1,11 +1,11 @@
-"""Updates a user: trains on from the version in service on what is new, and promotes the result only if it is better.
+"""Updates a user: continues training from the version in service, and promotes the result only if it is better.
 
     divide      new interactions, which the version in service has not been trained on, and earlier ones
     outliers    new interactions whose answers do not fit their inputs are left out (`comparison.outliers`)
-    train       the user's adapter goes on from that of the version in service, on new interactions and replayed
-                earlier ones, with a penalty on its distance to the start (`layers.low_rank`)
-    or anew     where what the version knows has become outdated (`change`), the user is fitted as a new one on the
-                interactions since the change, embedding included; what came before it is no longer trained on
+    train       the user's adapter, from that of the version in service, on new interactions and replayed earlier
+                ones, with a penalty on its distance to the start (`layers.low_rank`)
+    or anew     if the version has become outdated (`change`), the user is fitted as a new one on the interactions
+                since the change, embedding included; earlier interactions are not used
     compare     both versions on the newest of the new interactions and the newest earlier ones, which the update was
                 not trained on; the update is promoted as it was measured, or not at all
 

@@ -61,7 +61,7 @@ CONSTANT = "global-majority"
 """The method that answers the best constant."""
 
 TRIVIAL = (CONSTANT, "user-majority", "user-majority-same", "prior", "lead")
-"""Methods that need no model; the table has those that the task allows, whatever methods are asked for."""
+"""Methods that need no model; every table has those that the task allows, requested or not."""
 
 
 def default_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:

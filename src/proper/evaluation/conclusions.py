@@ -62,7 +62,7 @@ def against_trivial(
     `stage` is the last evaluated stage and `best` the best trivial row. `beaten` lists the trivial rows that the stage
     beats on the main metric at p < .05, adjusted over them; `wins` those with a better value than the stage; `unclear`
     the rest. `undertrained` is whether population's value is no better than the best constant's, None if one of the
-    two was not evaluated. `sentences` say what of this is bad news.
+    two was not evaluated. `sentences` state the unfavourable results.
 
     Args:
         metrics: as in `results.json`.
@@ -119,7 +119,7 @@ def _undertrained(
 
 
 def one_answer(predictions: Sequence[Prediction], labels: Sequence[str]) -> list[str]:
-    """Return the signature of a population that gives one label to nearly all queries, whatever they ask."""
+    """Return the signature of a population that gives the same label to nearly all queries."""
     if not labels or not predictions:
         return []
     answer, given = Counter(row.prediction for row in predictions).most_common(1)[0]

@@ -59,7 +59,7 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class _Shared:
-    """What the results of all tasks of a run have in common; see `RawResults`."""
+    """The parts of the results that all tasks of a run share; see `RawResults`."""
 
     run: Mapping[str, Any]
     seconds: Mapping[str, float]
@@ -264,7 +264,7 @@ class Harness:
         }
 
     def _privacy(self) -> dict[str, Any]:
-        """Return what stage 2 says of the privacy of stages 1 and 2; empty without it."""
+        """Return the privacy record of stages 1 and 2, which stage 2 writes; empty without privacy."""
         marker = RunFolder(self.home).marker(Stage.GROUPS)
         facts = read_json(marker) if self.config.privacy.on and marker.exists() else {}
         return {"privacy": facts["privacy"]} if "privacy" in facts else {}

@@ -1,4 +1,4 @@
-"""Joins the results of the tasks of one run, which are measured and tested each by itself."""
+"""Joins the results of the tasks of one run, each of which is measured and tested separately."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _OF_ONE_TASK = ("signatures", "trivial", "personalization")
 
 
 def joined_results(parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Join the results of a run's tasks, by name; those of one task, under "", stay as they are.
+    """Join the results of a run's tasks, by name; those of a single task, under "", are not changed.
 
-    Rows of metrics and comparisons name their task. `task` is the first task's; `tasks` has a row for each, with what
-    else is said of it alone. A slice of a later task is called NAME: SLICE.
+    Rows of metrics and comparisons name their task. `task` is that of the first task; `tasks` has a row for each task,
+    with its other results. A slice of a later task is called NAME: SLICE.
     """
     first = next(iter(parts.values()))
     if list(parts) == [""]:

@@ -1,4 +1,4 @@
-"""Export of all users of a run in PEFT's format, with the files that vLLM, SGLang and Ray Serve LLM start from.
+"""Export of all users of a run in PEFT's format, with the lists that vLLM, SGLang and Ray Serve LLM read.
 
     proper.json           origin, rank, counts, and the measured loss of folding
     adapters/NAME/        one PEFT adapter per user: the folder of vLLM's filesystem resolver (the environment variable
@@ -191,7 +191,7 @@ def _require_own(out: Path) -> None:
         return
     facts = read_json(out / FACTS) if out.is_dir() and (out / FACTS).is_file() else None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise InputError(f"{out}: is there already and is not an export of all users; name another folder")
+        raise InputError(f"{out}: exists already and is not an export of all users; name another folder")
 
 
 def in_words(result: AllExported, out: Path) -> list[str]:

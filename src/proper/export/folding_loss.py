@@ -1,4 +1,4 @@
-"""What folding costs: answer loss of users' models, exact and folded, on items left out of the gates' average."""
+"""Loss of folding: answer loss of users' models, exact and folded, on items left out of the gates' average."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from proper.export.converted_models import fold_all, temporary_store
 from proper.inference.model import PersonalizedModel
 
 HELD = 5
-"""Every so many items of a user's history, the newest one is held out; at least one."""
+"""Divisor for the number of held-out items of a history, the newest ones; at least one item is held out."""
 
 
 def folding_loss(model: PersonalizedModel, dataset: Dataset, sample: int) -> dict[str, Any] | None:

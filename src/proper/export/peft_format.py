@@ -46,7 +46,7 @@ class Lora:
         """
         missing = rank - self.rank
         if missing < 0:
-            raise ValueError(f"a LoRA of rank {self.rank} has no room in rank {rank}")
+            raise ValueError(f"a LoRA of rank {self.rank} cannot be padded to rank {rank}")
         return Lora(
             torch.cat([self.down, self.down.new_zeros(missing, self.down.shape[1])]),
             torch.cat([self.up, self.up.new_zeros(self.up.shape[0], missing)], dim=1),
@@ -89,7 +89,7 @@ def served_rank(rank: int) -> int:
     for known in RANKS:
         if known >= rank:
             return known
-    raise InputError(f"a folded adapter of rank {rank} is more than other servers take ({RANKS[-1]})")
+    raise InputError(f"a folded adapter of rank {rank} is more than other servers support ({RANKS[-1]})")
 
 
 def uniform(loras: Mapping[str, Lora], rank: int) -> dict[str, Lora]:
@@ -121,7 +121,7 @@ def adapter_config(loras: Mapping[str, Lora], modules: Collection[str], *, fan_i
     """
     ranks = {lora.rank for lora in loras.values()}
     if len(ranks) != 1:
-        raise ValueError(f"one rank is written, these are {sorted(ranks)}")
+        raise ValueError(f"all modules must have one rank, not {sorted(ranks)}")
     rank = ranks.pop()
     return {
         "peft_type": "LORA",

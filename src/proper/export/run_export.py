@@ -168,7 +168,7 @@ def require_free(out: Path, force: bool) -> None:
     if not out.exists():
         return
     if not force:
-        raise InputError(f"{out}: is there already; --force replaces an earlier export")
+        raise InputError(f"{out}: exists already; --force replaces an earlier export")
     if not out.is_dir() or (any(out.iterdir()) and not (out / FACTS).is_file()):
         raise InputError(f"{out}: is not an earlier export (no {FACTS}), so --force does not replace it")
 
@@ -227,9 +227,7 @@ def write_peft(
 def require_dense(folder: Path, backbone: Backbone) -> None:
     """Raise an InputError if the backbone is quantized: the population stage cannot be merged into it for servers."""
     if backbone.quantized:
-        raise InputError(
-            f"{folder}: its backbone is quantized: stage 1 lies beside it and cannot be merged for servers"
-        )
+        raise InputError(f"{folder}: its backbone is quantized, so the LoRA of stage 1 cannot be merged for an export")
 
 
 def _require_fit(folder: Path, source: Path, record: UserRecord) -> None:
@@ -254,7 +252,7 @@ def _require_undeleted(folder: Path, user: str, deleted: bool) -> None:
         if log.deletions.of(DEFAULT_TENANT, user) is not None:
             raise InputError(f"{folder}: user {user!r} is being deleted; 'proper users check {folder}' says how far")
         if log.tombstones.has(DEFAULT_TENANT, user) and not deleted:
-            raise InputError(f"{folder}: user {user!r} was deleted from it; --even-if-deleted takes them in again")
+            raise InputError(f"{folder}: user {user!r} was deleted from it; --even-if-deleted imports the user anyway")
 
 
 def _existing(store: AdapterStore, user: str) -> UserRecord:

@@ -103,9 +103,9 @@ class RunningBatch:
             logits: Tensor = model.backbone.model(torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits
             works = bool(logits.amax().isfinite())
         except Exception as error:
-            raise ProperError(f"the backbone does not compute any more: {type(error).__name__}: {error}") from error
+            raise ProperError(f"the backbone cannot compute any more: {type(error).__name__}: {error}") from error
         if not works:
-            raise ProperError("the backbone does not compute any more: its logits are not finite")
+            raise ProperError("the backbone cannot compute any more: its logits are not finite")
 
     def _begin(self, part: Sequence[New], tokens: list[NextToken], failed: list[Failed]) -> None:
         """Prefill new rows in one pass, or each alone if that fails."""

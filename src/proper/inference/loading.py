@@ -51,7 +51,7 @@ def load(folder: str | Path, stage: str | None = None) -> PersonalizedModel:
             run.require_trained(Stage.USERS)
             load_router(model, config.users, run.users.router)
             if config.users.form == "core" and not model.bases:
-                raise RunFolderError(f"{run.users.bases}: is missing, and users' adapters mean nothing without it")
+                raise RunFolderError(f"{run.users.bases}: is missing, and users' adapters cannot be used without it")
     return PersonalizedModel(model, backbone.encoder(), config, served, tier)
 
 
@@ -81,9 +81,9 @@ def serve_users(folder: Path, config: Config, model: ProperModel) -> ServedUsers
 
 
 def settle_groups(run: RunFolder, store: AdapterStore) -> None:
-    """Put refreshed groups in the place of the others if the store is bound to them already, as after a kill.
+    """Replace the groups by the refreshed ones if the store is bound to them already, as after a kill.
 
-    The others are kept as the previous ones, unless the refreshed ones are these, which ends a way back.
+    The replaced groups are kept as the previous ones, unless this completes a return to the previous groups.
     """
     if not run.refreshed.exists() or store.manifest.facts().get("groups") != hash_file(run.refreshed):
         return

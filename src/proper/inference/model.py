@@ -1,4 +1,4 @@
-"""A run's model below the engine: the backbone with its adapted layers, and what each row needs of its user.
+"""A run's model below the engine: the backbone with its adapted layers, and the state of each row's user.
 
 A user is answered at the highest tier that they and the loaded stages have:
 
@@ -31,7 +31,7 @@ from proper.run_folder import Tier
 
 
 class BatchModel(Protocol):
-    """A model that computes batches in which every row has its own user; what scoring needs of a model."""
+    """Interface of a model for scoring: it computes batches in which every row has its own user."""
 
     @property
     def model(self) -> ProperModel: ...  # noqa: D102

@@ -177,7 +177,7 @@ class RequestHandle:
     """A submitted request: `cancel` and `status` for its client, the rest for the engine's thread.
 
     Attributes:
-        request: what was submitted.
+        request: the submitted request.
         sink: receives the events.
         wake: notifies the engine's thread.
         status: "waiting" for a row, "running" in a row, or "finished".

@@ -1,11 +1,11 @@
-"""Archive of everything that a run holds of one user: one zip file that can be read without `proper`.
+"""Archive of all data of one user in a run: one zip file that can be read without `proper`.
 
-    README.txt                       what is in the archive, in words
+    README.txt                       description of the files
     interactions.jsonl               all interactions: of the run's data (queries included) and logged, with texts
     log.json                         the interaction log's other rows about the user: the latest fit, attempts to update
     versions.json                    every stored version, with its metadata
     version-N.safetensors            its embedding (D,) and, with an adapter, the matrices A and B by module
-    files/PATH.json                  what the personal file PATH of the run folder has of the user
+    files/PATH.json                  the user's data in the personal file PATH of the run folder
     fits/NAME                        state of an unfinished fit
     seeds/N/..., variants/NAME/...   the same of further seeds and derived runs
 

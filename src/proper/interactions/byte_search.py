@@ -41,7 +41,7 @@ class Hit(NamedTuple):
 
 @dataclass
 class Search:
-    """What is searched for: one user's id, and prints with one salt.
+    """Target of a search: one user's id, and prints with one salt.
 
     Args:
         user: the id.
@@ -163,7 +163,7 @@ def _is_short(user: str) -> bool:
 
 
 def _forms(user: str) -> Iterator[bytes]:
-    """Yield what an id is in a text: in UTF-8, JSON, HTML and a URL."""
+    """Yield the encodings of an id in a text: UTF-8, JSON, HTML and URL."""
     plain = user.encode("utf-8", "surrogatepass")
     yield plain
     yield json.dumps(user)[1:-1].encode()

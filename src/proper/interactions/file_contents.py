@@ -1,8 +1,8 @@
-"""The content of any file as streams of bytes: as it lies on the disk and, where that hides it, decoded.
+"""Content of any file as streams of bytes: raw and, if it is compressed or paged, decoded.
 
 raw         every byte, for SQLite files the free pages too
 SQLite      every cell with text or bytes, since long values are divided into pages
-gzip, zstd, bzip2, xz, zip, Parquet     what is in them, files inside of files included
+gzip, zstd, bzip2, xz, zip, Parquet     the decompressed content, nested files included
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHUNK = 1 << 22
 _DEPTH = 4
 _SQLITE, _PARQUET, _ZSTD = b"SQLite format 3\0", b"PAR1", b"\x28\xb5\x2f\xfd"
 UNREADABLE = (OSError, EOFError, sqlite3.Error, zipfile.BadZipFile, lzma.LZMAError, ZlibError, ValueError, RuntimeError)
-"""What reading a damaged file may raise."""
+"""Exceptions that reading a damaged file may raise."""
 
 
 class Content(NamedTuple):
@@ -53,7 +53,7 @@ def _pieces(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _decoded(file: BinaryIO, head: bytes, inside: str, depth: int) -> Iterator[Content]:
-    """Yield what a compressed file holds, and what compressed files in it hold."""
+    """Yield the content of a compressed file, and that of compressed files in it."""
     opened = _opened(file, head)
     if opened is not None:
         how, unpacked = opened

@@ -1,11 +1,11 @@
-"""Fingerprints of a user's texts and tensors: hashes of short pieces, by which a search finds them without having them.
+"""Fingerprints of a user's texts and tensors: hashes of short pieces, so that a search needs no copy of them.
 
 A print is a piece of at most `PIECE` bytes as it would lie in a file: its length, 24 bits of a hash of its first
 `WINDOW` bytes, and a salted hash of the whole. A search computes the 24 bits at every offset of a file, which is fast,
 and confirms the few candidates by the whole hash. A text gives several pieces of letters, digits and plain punctuation,
 which JSON and HTML do not escape, in several encodings; a tensor gives pieces of its bytes in every storage form.
 
-No content can be read from a print. With a file of fingerprints a guess can be tested, which cannot be avoided.
+No content can be read from a print, but guessed content can be tested against a file of fingerprints.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _pieces(text: str) -> list[tuple[bytes, str]]:
 
 
 def _encodings(piece: str) -> Iterator[bytes]:
-    """Yield what a piece is in UTF-16, JSON, hexadecimal and base64 (which depends on what stands before)."""
+    """Yield a piece in UTF-16, JSON, hexadecimal and base64 (at each offset from the preceding bytes)."""
     plain = piece.encode()
     yield piece.encode("utf-16-le")
     yield json.dumps(piece)[1:-1].encode()
@@ -183,7 +183,7 @@ def _is_theirs(row: Any, users: Sequence[str]) -> bool:
 
 
 def _texts(value: Any, key: str = "") -> Iterator[str]:
-    """Yield all texts of a row but its keys and what archives add to a row."""
+    """Yield all texts of a row, without its keys and the fields that archives add."""
     if isinstance(value, dict):
         for name, each in value.items():
             yield from _texts(each, name)

@@ -149,7 +149,7 @@ class InteractionLog:
 
     Attributes:
         queue: the fit queue in the same database.
-        updates: what came of updates, in the same database.
+        updates: outcomes of updates, in the same database.
         deletions: the deletion jobs in the same database.
     """
 
@@ -206,9 +206,9 @@ class InteractionLog:
     def _require_present(self, tenant: str, user: str, new: bool) -> None:
         """Require that a user is not deleted (inside a transaction, which a deletion waits for)."""
         if self.deletions.of(tenant, user) is not None:
-            raise DeletedError(f"user {user!r} is being deleted; enrol them again when that is over")
+            raise DeletedError(f"user {user!r} is being deleted; enrol the user again after the deletion")
         if not new and self.tombstones.has(tenant, user):
-            raise DeletedError(f"user {user!r} was deleted; enrol them to have them back")
+            raise DeletedError(f"user {user!r} was deleted; enrol the user to add the user again")
 
     def _insert(self, tenant: str, key: bytes, entry: LogEntry, at: int, now: float) -> bool:
         """Add one interaction; return whether it was new."""
@@ -217,7 +217,7 @@ class InteractionLog:
         if self.database.write(_ADD, {**own, **content, "received": now}):
             return True
         if self.database.read(_CONTENT, own) != [tuple(content.values())]:
-            raise ConflictError(f"the interaction {entry.key!r} is there already with other content", at)
+            raise ConflictError(f"the interaction {entry.key!r} exists already with other content", at)
         return False
 
     def knows(self, tenant: str, user: str) -> bool:

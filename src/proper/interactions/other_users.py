@@ -1,4 +1,4 @@
-"""What is no evidence of a deleted user in a search of a run: other users' ids and texts, labels and templates."""
+"""Content of a run that does not indicate a deleted user: other users' ids and texts, labels and templates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def other_ids(run: RunFolder, names: set[str]) -> Iterator[str]:
 
 
 def texts_of_others(run: RunFolder, names: set[str]) -> Iterator[bytes]:
-    """Yield what is no evidence of a deleted user: other users' texts, labels, templates, and the mean embedding."""
+    """Yield content that does not indicate a deleted user: other users' texts, labels, templates, mean embedding."""
     for folder in nested_runs(run.path):
         path = RunFolder(folder).experts
         if path.is_file():

@@ -1,7 +1,7 @@
-"""What each kind of personal file holds of one user, as JSON values: the reading half of `personal_files`.
+"""Extraction of one user's data from each kind of personal file, as JSON values, for `personal_files`.
 
-A page (HTML) or table (CSV) that shows several users gives the elements or rows that name this one; what such pages
-show is in the other files too.
+A page (HTML) or table (CSV) that shows several users gives the elements or rows that name this one; the same data is in
+the other files too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Table of updates: what came of each attempt to update a user, whether it became a version or not.
+"""Table of updates: the outcome of each attempt to update a user, promoted or not.
 
 It holds numbers and reasons, no texts; a user's rows are removed with the user's other data.
 """

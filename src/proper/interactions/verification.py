@@ -1,10 +1,10 @@
-"""Verification of a deletion: a search of every file of a run folder for a user, and a certificate of what was found.
+"""Verification of a deletion: a search of every file of a run folder for a user, and a certificate of the result.
 
-Of a run whose adapters are in a bucket, every version of every object is searched as well.
+If the adapters of a run are in a bucket, every version of every object is searched as well.
 
-The search does not use what the deletion knows: it reads every file that is there, of the registry or not, as
-`file_contents` yields it, and looks for the user's id, texts and tensors (`byte_search`). Pieces of texts that other
-users' texts have too are left out, since they do not tell whose they are. The certificate has no content.
+The search is independent of the deletion: it reads every existing file, in the registry or not, as `file_contents`
+yields it, and searches for the user's id, texts and tensors (`byte_search`). Pieces of text that other users' texts
+contain too are left out, since they do not identify the user. The certificate has no content.
 """
 
 from __future__ import annotations

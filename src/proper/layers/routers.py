@@ -89,7 +89,7 @@ class LoraAwareRouter(nn.Module):
     `W_r h_u = (s_u W_r B_u)(A_u x)`: with the small matrices M_u = s_u W_r B_u (E, R) a token costs E*R.
 
     Normalized, the input is h_u / c_u with c_u = s_u |B_u A_u|_F / sqrt(O), the root mean square of h_u where the
-    features of x are independent with variance 1: all users' adapters speak to W_r equally loudly.
+    features of x are independent with variance 1, so that the inputs of all users have the same scale.
 
     Attributes:
         weight: W_r (E, O), zero at the start, shared by all users.

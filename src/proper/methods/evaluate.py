@@ -1,4 +1,4 @@
-"""Evaluation of methods: train what is missing, predict once, and cache the predictions for the harness.
+"""Evaluation of methods: train missing stages, predict once, and cache the predictions for the harness.
 
 Predictions are cached in the run folder under a hash of all their inputs, so a repeated evaluation does not run models.
 """

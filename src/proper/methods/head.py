@@ -1,11 +1,11 @@
-"""Method `head+prior`: a linear head on frozen features of the population model, beside the user's prior.
+"""Method `head+prior`: a linear head on frozen features of the population model and the user's prior.
 
     log p(y | x, u) = W_y z(x) + b_y + c log pi_u(y) - log Z
 
 z(x) are the hidden states of the prompt after the last layer: their mean over the tokens and that of the last token,
 standardized. W, b and c minimize the mean -log p plus l / 2 |W|^2 over the rows that the three stages train on; the
-prior of a training row knows the user's items before it. l is chosen by -log p on the target users' held-out items, in
-a fit without them. No adapter is trained: what a method with adapters adds has to show against this.
+prior of a training row uses the user's earlier items. l is chosen by -log p on the target users' held-out items, in
+a fit without them. No adapter is trained: the method is a baseline for the benefit of adapters.
 
 Shapes: N rows, F features, L labels.
 """

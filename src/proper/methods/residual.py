@@ -1,11 +1,11 @@
-"""Methods `groups+residual` and `users+residual`: stages 2 and 3 learn what a user's habit does not say.
+"""Methods `groups+residual` and `users+residual`: stages 2 and 3 trained as a residual on the user prior.
 
     training    -log softmax_y(s(y | x, u) + log pi_u(y) - log pi(y))    pi_u from earlier answers (`training.residual`)
     answers     s(y | x, u) + log pi_u(y) - log pi(y)                    label: argmax; rating: median
 
 Decay and smoothing of pi_u are those of the methods `prior` and `users+prior`; there is no weight to choose. Stage 1 is
-the run's own. The trial of stage 3 measures its held-out items with this loss: a user gets an adapter if it adds to the
-habit and the group model.
+the run's own. The trial of stage 3 measures its held-out items with this loss: a user gets an adapter if it improves on
+prior and group model together.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ The time budget (`compute.budget`) lowers settings in this order, each down to i
     2. `users.steps` (if set) and `users.max_items`, by one factor
     3. `split.max_queries`
 
-All three spread what is left evenly over users.
+All three sample evenly over users.
 """
 
 from __future__ import annotations

@@ -50,13 +50,13 @@ class Work:
         )
 
     def times(self, factor: int) -> Work:
-        """Return the work of so many repetitions."""
+        """Return the work of `factor` repetitions."""
         return Work(self.steps * factor, self.tokens * factor, self.forward * factor, self.decoded * factor)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What the workload is counted from; lengths are in tokens and at most `compute.max_length`.
+    """Counts of the data for the workload; lengths are in tokens and at most `compute.max_length`.
 
     Attributes:
         population, groups: rows, tokens, and tokens of the held-out rows of stages 1 and 2.

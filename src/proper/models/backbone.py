@@ -128,9 +128,9 @@ def pick_device(wanted: str) -> torch.device:
         device = torch.device(wanted)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ConfigError(f"compute.device: {wanted!r} is not there: {first_line(error)}") from error
+        raise ConfigError(f"compute.device: {wanted!r} is not available: {first_line(error)}") from error
     if device.type == "meta":
-        raise ConfigError("compute.device: 'meta' holds no numbers")
+        raise ConfigError("compute.device: 'meta' has no values")
     return device
 
 

@@ -1,4 +1,4 @@
-"""Features of a user's items from the population model, without gradient through it: what the encoder of users reads.
+"""Features of a user's items from the population model, without gradient through it: the input of the user encoder.
 
 For an item with prompt x and answer y, and h_t the hidden state after the last layer (H,):
 
@@ -6,8 +6,8 @@ For an item with prompt x and answer y, and h_t the hidden state after the last 
     answer    mean of h_t over the answer's tokens, which have read prompt and answer      (H)
     surprise  sum over the answer's tokens of d log p(y_t) / d h = W_y - sum_v p_v W_v      (H)
 
-The surprise says what the answer has beyond what the model expected, in the LM head's own space: a habit of answering
-shows there and in its product with the context, not in the texts alone. One forward pass computes all of them; the
+The surprise is the part of the answer that the model did not predict, in the space of the LM head. A user's habits are
+visible in it and in its product with the context, not in the texts alone. One forward pass computes all of them; the
 derivative goes through the LM head only.
 """
 

@@ -1,4 +1,4 @@
-"""Loss of the choice among labels, in one pass over the prompt and the tree of all labels behind it.
+"""Loss of the choice among labels, in one pass over the prompt followed by the tree of all labels.
 
     -log softmax_y(s(y | x) + prior(y))        s: the sum of the log-probabilities of y's tokens and the end token
 

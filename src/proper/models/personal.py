@@ -204,7 +204,7 @@ class ProperModel:
             self._lower = lower
         else:
             family = type(self.backbone.model).__name__
-            logger.info(f"the first {depth} layers of {family} cannot be computed apart, and run in every pass")
+            logger.info(f"the first {depth} layers of {family} cannot be computed separately, and run in every pass")
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         return {name: (layer.inputs, layer.outputs) for name, layer in self.layers.items()}

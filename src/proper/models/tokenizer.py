@@ -1,4 +1,4 @@
-"""What is read of a backbone without its weights: its location, its tokenizer and its end-of-answer tokens."""
+"""Tokenizer of a backbone, read without the weights: location, tokenizer and end-of-answer tokens."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The encoder of users: a user's few items -> their embedding e_u, in one forward pass and without gradient.
+"""User encoder: computes a user's embedding e_u from a few items, in one forward pass and without gradient.
 
 An item's features (`item_features`, F numbers) become K numbers phi: the leading principal components s of the
-surprise, a of the answer and c of the context, and the products s c^T, because a habit is what a user answers in which
+surprise, a of the answer and c of the context, and the products s c^T, which describe how a user answers in which
 context.
 A user's n items are pooled by their mean, which is shrunk toward that of all users by empirical Bayes, feature by
 feature: with the variance t^2 of users' true means and s^2 of an item's deviation from its user's mean,

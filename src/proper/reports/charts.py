@@ -1,4 +1,4 @@
-"""Charts as static SVG, drawn with matplotlib: one palette for light and dark mode, tooltips, text that stays text.
+"""Charts as static SVG, drawn with matplotlib: one palette for light and dark mode, tooltips, selectable text.
 
 matplotlib is imported when the first chart is drawn, and its global settings stay as they are. A chart draws with the
 light colours of `svg.PALETTE`; in the SVG each becomes a CSS variable, which is set for both modes.

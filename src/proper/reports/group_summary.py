@@ -1,4 +1,4 @@
-"""What each group of a run is: load, typical users, and the words and labels its users raise most, as JSON values.
+"""Summary of each group of a run: load, typical users, and overrepresented words and labels, as JSON values.
 
 Reads the routing that the evaluation measured and the histories of the run's data; no model is loaded. A user counts to
 the group with the largest mean gate (`evaluation.routing.main_experts`).

@@ -61,7 +61,7 @@ def headline(run: RunFiles) -> tuple[str, list[Step]]:
 
 
 def _with_trivial(summary: str, run: RunFiles) -> str:
-    """Return the summary with what rows without a model say about it: a gain of a stage is no merit below them."""
+    """Return the summary with the comparison with trivial rows: below them, a gain of a stage is no achievement."""
     trivial = run.part("trivial")
     if not trivial:
         return summary

@@ -187,7 +187,7 @@ def task_experts(run: RunFiles) -> Table | None:
 
 
 def groups(run: RunFiles) -> Table | None:
-    """Return what each group is, as `proper groups show` tells it; None without routing or data."""
+    """Return the summary of each group, as in `proper groups show`; None without routing or data."""
     try:
         found = group_summary(run.folder)
     except RunFolderError:
@@ -238,7 +238,7 @@ def metadata(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def _privacy(values: dict[str, Any]) -> str:
-    """Return what is shown of differentially private training; empty without it."""
+    """Return the rows on differentially private training; empty without it."""
     if not values:
         return ""
     epsilon, delta = number(values.get("epsilon")), number(values.get("delta"))

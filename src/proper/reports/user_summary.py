@@ -1,7 +1,7 @@
-"""What a run knows of one user: versions and why each was made, source data, gates, gains; as JSON values.
+"""Summary of one user: versions and the reason of each, source data, gates, gains; as JSON values.
 
-Files are read, no model is loaded. A value that the run's files do not have is None. `user_words` tells the same in
-plain words.
+Files are read, no model is loaded. A value that the run's files do not have is None. `user_words` prints the summary
+as text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESTORED = ("rollback", "repair")
 def user_summary(
     folder: Path, store: AdapterStore, log: InteractionLog | None, user: str, *, texts: bool = False
 ) -> dict[str, Any]:
-    """Return what the run `folder` knows of a user of the default tenant.
+    """Return the summary of a user of the default tenant of the run `folder`.
 
     Keys: `user`, `tier`, `version`, `bytes`; `interactions` (numbers); `gates`; `gain`; `fit`; and `versions`, newest
     first, each as in the store with `made` (how, why, with which losses) and `from` (the ids of its items). With
@@ -69,7 +69,7 @@ def user_summary(
 
 
 def made_by(version: Version) -> dict[str, Any]:
-    """Return how a version was made: `by`, `why`, `promoted`, `losses`; further keys for what restored or imported it.
+    """Return how a version was made: `by`, `why`, `promoted`, `losses`; further keys for a rollback or an import.
 
     `by` is "stage 2", "stage 3", "enrolment", "update", "import", "rollback" or "repair". `promoted` says whether the
     user got an adapter; None where that was not decided. `losses` are nats per token on held-out items of the history:

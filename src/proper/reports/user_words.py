@@ -1,4 +1,4 @@
-"""The summary of a user (`user_summary`) in plain words, one line per fact."""
+"""Text form of a user's summary (`user_summary`), one line per fact."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def _add_middleware(
 def _explain_errors(app: FastAPI, run: Path | None, log: Callable[[str], None]) -> None:
     """Install handlers that turn every error into an `ErrorReply`; server-side paths go to the log only.
 
-    What a refusal says goes to the client only: it may quote the request's texts.
+    The message of a refusal goes to the client only: it may quote the request's texts.
     """
 
     async def refused(_: Any, error: Exception) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""What the HTTP server needs of whatever answers its requests: an engine of this process, or replicas on a cluster."""
+"""Interface of the HTTP server to its engine: an engine of this process, or replicas on a cluster."""
 
 from __future__ import annotations
 

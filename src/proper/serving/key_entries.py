@@ -27,7 +27,7 @@ _STALE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class KeyEntry:
-    """What is kept of a key: the id, which is the beginning of the hash, the hash, and what the key may do."""
+    """The stored entry of a key: the id, which is the beginning of the hash, the hash, and the scopes."""
 
     id: str
     sha256: str

@@ -34,7 +34,7 @@ class Principal:
     Attributes:
         id: the beginning of the key's hash; identifies the key without revealing it.
         tenant: the tenant whose users the key may name.
-        scopes: what the key may do.
+        scopes: scopes of the key.
     """
 
     id: str

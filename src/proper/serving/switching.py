@@ -1,4 +1,4 @@
-"""ASGI application that another one can replace while requests are answered: how a server takes a new run."""
+"""ASGI application that can be replaced while requests run, to switch a server to another run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
 Application = FastAPI
-"""What `create_app` returns."""
+"""Type of the result of `create_app`."""
 
 
 @dataclass(eq=False)

@@ -1,1 +1,1 @@
-"""Discrete-event simulation of very many users on very many replicas; knows nothing of torch or of a run folder."""
+"""Discrete-event simulation of very many users on very many replicas, without torch and without a run folder."""

@@ -1,6 +1,6 @@
-"""Who sends requests and when: the Zipf-Mandelbrot law of users' activity, the daily cycle, token counts.
+"""Activity of users: the Zipf-Mandelbrot law of their requests, the daily cycle, token counts.
 
-No object exists per user: users are numbers (1 is the most active), drawn from the law.
+There is no object per user: users are numbers (1 is the most active), drawn from the law.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ class PriceConfig(Section):
 
 
 class TargetConfig(Section):
-    """What `auto` has to meet.
+    """Targets for `auto`.
 
     Attributes:
         first_token_p95: most seconds of the 95th percentile of the time to the first token in the busiest hour.

@@ -1,7 +1,7 @@
-"""The number of experts from the data (`groups.experts: auto`): as many as the users form clusters.
+"""Number of experts from the data (`groups.experts: auto`): the number of clusters of users.
 
-Stage 2 is first trained with more experts than are needed. A user acts on it through the scores W_u e_u alone: where
-they agree in all modules, two users have the same mixture of experts for every token. Users who answer alike get
+Stage 2 is first trained with more experts than are needed. The gates depend on a user only through the scores W_u e_u:
+two users with equal scores in all modules have the same mixture of experts for every token. Users who answer alike get
 similar scores, so their clusters are counted, by k-means for every number k and the mean silhouette (Rousseeuw 1987):
 the smallest k whose mean is within one standard error, paired over users, of the highest. For one user, with the mean
 distance a to the users of the same cluster and b to those of the nearest other one, the silhouette is

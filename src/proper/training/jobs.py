@@ -193,7 +193,7 @@ class HistoryJobs:
 
 
 def full_passes(config: UsersConfig, items: int) -> int:
-    """Return a user's full number of passes over so many items: `epochs`, or at least `steps` optimizer steps."""
+    """Return a user's full number of passes over `items` items: `epochs`, or at least `steps` optimizer steps."""
     if config.steps is None:
         return max(1, int(config.epochs))
     return max(1, math.ceil(config.steps / max(1, math.ceil(items / config.batch_size))))

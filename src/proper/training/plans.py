@@ -1,4 +1,4 @@
-"""What stages 1 and 2 train on, and how: the sample of rows, the plan of the training loop, and the privacy of both."""
+"""Plans of stages 1 and 2: the sample of rows, the settings of the training loop, and the privacy of both."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOT_COVERED = (
     "privacy: not covered: users' own embeddings and adapters, the passes and scale that stage 3 chooses for all, the "
     "list of labels, the training log, results and reports, and models that methods of the evaluation train"
 )
-"""The line that a run logs about what epsilon says nothing about."""
+"""Line that a run logs about the parts that epsilon does not cover."""
 
 
 def stage_sample(dataset: Histories, stage: str, users: UserSet, max_tokens: int | None, seed: int) -> SampledRows:

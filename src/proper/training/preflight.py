@@ -138,7 +138,7 @@ def _refuse_states(backbone: Backbone) -> None:
     if kinds or getattr(backbone.model, "_is_stateful", False):
         which = f"its {' and '.join(sorted(kinds))} layers keep" if kinds else "its layers keep"
         states = "states (of a convolution, a state space, linear attention) instead of keys and values"
-        raise _refusal(backbone, f"{which} {states}, which generation cannot hand from row to row")
+        raise _refusal(backbone, f"{which} {states}, which continuous batching cannot move between rows")
 
 
 def _is_attention(kind: str) -> bool:
@@ -189,7 +189,7 @@ def _try_personal(backbone: Backbone, config: Config, batch: Batch, place: Path)
     save_tensors(path, model.group_parameters(), {})
     loaded, _ = load_tensors(path)
     if any(not torch.equal(loaded[name], p.detach().cpu()) for name, p in model.group_parameters().items()):
-        raise _Unsupported("what is loaded differs from what was saved")
+        raise _Unsupported("the loaded tensors differ from the saved ones")
     return model, RowContext("users", embedding=embedding.detach(), slots=slots)
 
 
@@ -222,7 +222,7 @@ def _backward(loss: Tensor) -> None:
 def _check_gradients(parameters: list[torch.nn.Parameter]) -> None:
     found = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not any(bool(gradient.any()) for gradient in found):
-        raise _Unsupported("no gradient reaches what is trained")
+        raise _Unsupported("no gradient reaches the trained parameters")
     if not all(bool(torch.isfinite(gradient).all()) for gradient in found):
         raise _Unsupported("a gradient is not finite")
 

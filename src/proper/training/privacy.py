@@ -6,13 +6,12 @@ After Abadi et al. 2016 (arXiv 1607.00133), with users as unit as in McMahan et 
            g_u = gradient of the shared parameters by the mean loss per answer token of some rows of user u
            g   = (sum_u g_u min(1, clip / |g_u|) + noise_multiplier clip N(0, I)) / users_per_step,  then AdamW on g
 
-A user changes the sum by at most `clip`, whatever their rows are. Embeddings e_u are the user's own, so they are
-updated without noise: other users see of them only what has gone through g, and the mean embedding, which is noised
-too. The guarantee is about what is shared, for a user whose rows are taken out while the numbers of users and steps
-stay.
+A user changes the sum by at most `clip`, for any rows. An embedding e_u belongs to one user, so it is updated without
+noise: it influences other users only through g and through the mean embedding, which is noised too. The guarantee
+covers the shared parameters, for a user whose rows are removed while the numbers of users and steps are unchanged.
 
-The draw of users, dropout and noise come from a secret that is drawn for each run and kept only in its checkpoint: who
-knows it can subtract the noise. A resumed stage draws the same numbers.
+The draw of users, dropout and noise come from a secret that is drawn for each run and kept only in its checkpoint,
+because with the secret the noise could be subtracted. A resumed stage draws the same numbers.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class UserSampling:
 
 
 def sampling_of(sample: SampledRows, config: OptimizerConfig, privacy: PrivacyConfig) -> UserSampling:
-    """Return the users and steps of a stage: on average, so many passes over its rows as `epochs` says.
+    """Return the users and steps of a stage: on average, `epochs` passes over its rows.
 
     Raises:
         ConfigError: there are fewer users than `privacy.users_per_step`.

@@ -2,9 +2,9 @@
 
     -log softmax_y(s(y | x) + log pi_u(y) - log pi(y))
 
-The model of stage 1 knows already how often each label is given, pi(y), so what a user's habit adds is its ratio to pi:
-with log pi_u alone, frequent labels would count twice at the start. pi_u is made of the user's answers before the
-interaction, which is what a query in its place would have: what a share lacks without an answer would tell the answer.
+The model of stage 1 has learnt the frequency of each label, pi(y), so the user prior enters as its ratio to pi: with
+log pi_u alone, frequent labels would count twice at the start. pi_u is computed from the user's answers before the
+interaction, as for a query at its place; a prior from all other answers would reveal the answer that it leaves out.
 With more than `MOST_LABELS` labels, the sum over the others is estimated from a seeded sample of them: their terms get
 the factor (L - 1) / (sampled - 1), which makes the estimate unbiased.
 """

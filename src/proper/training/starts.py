@@ -1,11 +1,11 @@
-"""Starts of users' adapters: from what stage 3 knows of other users instead of from zero (`users.start`).
+"""Initial values of users' adapters other than zero (`users.start`): learnt from other users of stage 3.
 
     neighbours   the mean product B A of the nearest users' adapters, for users fitted after stage 3; the mean of B
-                 times the mean of A is another matrix, and means nothing where users' A differ
+                 times the mean of A is another matrix, without meaning if the users' A differ
     meta         a start from which a few steps help most users, learnt with Reptile (Nichol et al. 2018, arXiv
-                 1803.02999): train users from the common start, move it toward the mean of where they got, repeat
+                 1803.02999): train users from the common start, move it toward the mean of their results, repeat
 
-Both leave other users' data in an adapter.
+With both, an adapter contains information about other users.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def common_start(stage: UserStage) -> Float[Tensor, "P"]:
 def older_adapters(stage: UserStage, start: Float[Tensor, "P"], name: str) -> Iterator[Mapping[str, Tensor]]:
     """Yield adapters of at most `MOST_USERS` users, trained from one start on the items that their trials train on.
 
-    Held-out items leave no trace in what is made of them. Another call with the same name and folder reads them again.
+    Held-out items are not used. Another call with the same name and folder reads the adapters again.
     """
     able = [at for at, user in enumerate(stage.users) if len(stage.dataset.history(user, 2)) == 2]
     spread = able[:: max(1, -(-len(able) // MOST_USERS))]
@@ -109,7 +109,7 @@ def older_adapters(stage: UserStage, start: Float[Tensor, "P"], name: str) -> It
 def mean_adapter(adapters: Sequence[Mapping[str, Tensor]], layout: Layout) -> Float[Tensor, "P"]:
     """Return the adapter whose products are nearest to the mean of the adapters' products, in the Frobenius norm.
 
-    Its A has orthogonal rows of the norm of a fresh A's, so that training goes on as from a fresh one.
+    Its A has orthogonal rows with the norm of a newly initialized A, so that training continues as from that.
     """
     row = torch.empty(layout.width)
     names = list(layout.stacks())

@@ -1,20 +1,20 @@
-"""Trains the encoder of users (`models.user_encoder`) at the end of stage 2, on the users whom that stage trained.
+"""Training of the user encoder (`models.user_encoder`) at the end of stage 2, on the users of that stage.
 
     1. features    one forward pass of the population model over stage 2's rows, at most `MOST_ITEMS` of them
     2. phi         principal components of the features, and the variances for the pooling
     3. readout     ridge regression and a two-layer network from z of random subsets of a user's items (`SIZES`, and
-                   all) to what training added to the user's embedding
+                   all) to the change that training made to the user's embedding
     4. choice      on users held out from 2 and 3: the penalty, and the network's steps, by the error of W_u e; then the
                    mean embedding, ridge or network, times one of `GAINS`, by the answer loss on further items
     5. the chosen one is fitted again on all users
 
-A trained embedding is its random start plus what training added, and the start says nothing about the user. Training
-may also shrink or stretch it, so the targets are what is left of the embeddings after a regression on the starts,
+A trained embedding is its random start plus the change by training, and the start has no information about the user.
+Training may also scale the start, so the targets are the residuals of the embeddings after a regression on the starts,
 
     target_u = e_u - e_mean - r s_u,        r = sum_u <C (e_u - e_mean), C s_u> / sum_u |C s_u|^2
 
-with C what the routers see of an embedding (`effect_of`). On 120 users of the demo, r was 1.2, and the planted groups
-explained .35 of the targets' variance, but .17 of that of the embeddings.
+with C the matrix from an embedding to the routers' scores (`effect_of`). On 120 users of the demo, r was 1.2, and the
+planted groups explained .35 of the targets' variance, but .17 of that of the embeddings.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ PLACED_FROM, ASKED = (2, 5), 4
 
 @dataclass(frozen=True)
 class UserItems:
-    """The items of one user of stage 2, their phi, and what training added to the user's embedding."""
+    """The items of one user of stage 2, their phi, and the change of the user's embedding by training."""
 
     items: list[EncodedExample]
     phi: Float[Tensor, "n K"]
@@ -144,14 +144,14 @@ def without_starts(
     trained: Sequence[int],
     effect: Float[Tensor, "J D"],
 ) -> Float[Tensor, "U D"]:
-    """Return centred embeddings less what is left in them of their starts, by a regression on the `trained` users."""
+    """Return centred embeddings without their random starts, by a regression on the `trained` users."""
     seen, start = embeddings[trained] @ effect.T, starts[trained] @ effect.T
     left = (seen * start).sum() / start.square().sum().clamp(min=1e-12)
     return embeddings - left * starts
 
 
 def effect_of(model: ProperModel) -> Float[Tensor, "N D"]:
-    """Return the matrix from an embedding to what the routers' softmax sees of it: all W_u, less their mean expert."""
+    """Return the matrix from an embedding to the scores in the routers' softmax: all W_u, minus their mean expert."""
     rows = []
     for layer in model.layers.values():
         if layer.router is not None:

@@ -72,7 +72,7 @@ def is_trained(folder: Path) -> bool:
 
 
 def train_together(stages: Sequence[UserStage], bar: Bar) -> None:
-    """Run stage 3 of many users, each a stage of their own, with the steps of all adapters in common batches.
+    """Run stage 3 of many users, one stage per user, with the steps of all adapters in common batches.
 
     Every user is tried, decided on and fitted as by `train_users`; then `is_trained`.
     The stages differ in their users and folders only, and W_r is fixed. Nothing is kept of a batch that is killed.
@@ -96,7 +96,7 @@ def train_together(stages: Sequence[UserStage], bar: Bar) -> None:
 
 
 class _Waits(Exception):
-    """A stage goes on once its adapters are fitted."""
+    """A stage continues once its adapters are fitted."""
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ class Options(RequestSchema):
             raise PydanticCustomError("user", "user_id should have 1 to 512 characters")
         others = [info.data.get("user"), info.data.get("safety_identifier")]
         if named is not None and any(other not in (None, named) for other in others):
-            raise PydanticCustomError("user", "names another user than the request does elsewhere")
+            raise PydanticCustomError("user", "differs from the user in another field of the request")
         return value
 
     @model_validator(mode="after")

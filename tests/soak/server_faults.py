@@ -1,7 +1,7 @@
-"""What is done to a server that works: processes killed, a disk full, an adapter damaged. All from one seed.
+"""Faults of a running server: killed processes, a full disk, a damaged adapter; in an order given by the seed.
 
-A disk is full in one of two ways: where the run lies on a small disk of its own (`--disk`), that is filled; elsewhere
-the processes' limit on the size of files forbids every write. Knows nothing about clients.
+A full disk is simulated in one of two ways: with `--disk`, a small disk is filled; otherwise the processes' limit on
+the size of files forbids every write. Independent of the clients.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TRIES = 5
 
 
 @dataclass
-class Saboteur:
+class ServerFaults:
     """Does one thing after another to the processes, the disk and the adapters."""
 
     scene: Scene

@@ -1,7 +1,7 @@
-"""Whom the soak is about: users whom the project's own fits have taught a code word each, and what they should answer.
+"""Users of the soak test: each is fitted to answer with a code word; and the expected answers, computed offline.
 
-The run is copied first; settings of stage 3 are set so that a few seconds teach a word, nothing else is changed. Knows
-nothing about servers.
+The run is copied first. Settings of stage 3 are changed so that a fit of a few seconds learns the word; other settings
+are not changed. Independent of servers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from proper.interactions.log import InteractionLog, LogEntry
 
 PROMPT = "What is your code word?"
 WORDS = ("father", "table", "water", "stone", "house", "level")
-"""Of the users who are there from the beginning; a token each."""
+"""Code words of the users who exist from the beginning, one token each."""
 GUESTS = ("river", "garden", "silver", "winter", "candle", "forest", "bridge", "island", "market", "window", "yellow")
 LENGTHS = (2, 7, 20)
 """Tokens that answers are asked for."""
@@ -42,7 +42,7 @@ def name_of(word: str) -> str:
 
 
 def target(word: str) -> str:
-    """What a user is taught to answer: more of the word than anybody asks for."""
+    """The training answer of a user: the word, repeated more often than any request asks for."""
     return " ".join([word] * (max(LENGTHS) + 4))
 
 
@@ -70,7 +70,7 @@ def prepare(run: Path, folder: Path) -> dict[str, str]:
 
 
 def says(text: str, word: str) -> bool:
-    """Whether a text is the beginning of what this user was taught, and says the word at least once."""
+    """Whether a text is a prefix of this user's training answer, and has the word at least once."""
     return text.startswith(word) and target(word).startswith(text)
 
 

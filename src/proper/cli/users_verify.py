@@ -1,4 +1,4 @@
-"""Command `proper users verify-deleted`: a search of the run folder for deleted users, and a certificate."""
+"""Command `proper users verify-deleted`: search a run folder for deleted users and write a certificate."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def verify_deleted(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="What the users had: an archive (.zip), rows (.jsonl) or tensors (.safetensors); repeatable.",
+            help="The users' data: an archive (.zip), rows (.jsonl) or tensors (.safetensors); repeatable.",
         ),
     ] = None,
     fingerprints: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="What 'proper users delete --fingerprints' wrote.", show_default=False),
+        typer.Option(metavar="FILE", help="File of 'proper users delete --fingerprints'.", show_default=False),
     ] = None,
     certificate: Annotated[
         Path | None, typer.Option("--json", metavar="CERT", help="Write a certificate.", show_default=False)
@@ -49,10 +49,11 @@ def verify_deleted(
 ) -> None:
     """Search every file of a run folder for deleted users.
 
-    Reads all bytes of all files, SQLite's free pages and write-ahead logs, and what is inside compressed files, for
-    the users' ids and, with --originals or --fingerprints, for their texts and tensors. The certificate says what was
-    searched, how, with which result, and what remains: the stages that all users share learnt from these too. It names
-    the users: keep it outside of the run folder. Exit code 1 if something is found or cannot be read.
+    Searches all bytes of all files, SQLite's free pages and write-ahead logs, and the content of compressed files, for
+    the users' ids and, with --originals or --fingerprints, for their texts and tensors. The certificate lists the
+    files, how each was read, the result, and the data that remain: the stages that all users share were trained on
+    these users too. It names the users, so store it outside of the run folder. Exit code 1 if something is found or
+    cannot be read.
     """
     run = require_run(folder).home.path
     if originals and fingerprints is not None:

@@ -1,6 +1,6 @@
-"""Clients: those who ask, those who teach, those who come and go. Each repeats what got no reply, as clients do.
+"""Clients that send prompts, append interactions, or enrol and delete users; each repeats requests without a reply.
 
-Knows nothing about faults; what it takes for granted about replies, it notes when it is not so.
+Independent of the faults. A reply that violates an assumption is recorded as a failure.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from random import Random
 from typing import Any
 
 import httpx
-from folk import GUESTS, LENGTHS, PROMPT, target
 from ledger import Answer, Ledger
+from soak_users import GUESTS, LENGTHS, PROMPT, target
 
 PAUSE = 0.15
 """Seconds before something is tried again."""

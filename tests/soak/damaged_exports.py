@@ -1,4 +1,4 @@
-"""Exported users whose numbers are spoiled, with a checksum that is right."""
+"""Exported users with damaged numbers and a valid checksum."""
 
 from __future__ import annotations
 

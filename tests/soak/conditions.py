@@ -1,6 +1,6 @@
-"""What has to hold in the end: nothing lost, nobody answered as somebody else, nothing held for ever, enough done.
+"""Conditions at the end: no lost data, no answer of another user, no held resources, each fault at least once.
 
-Every function returns what is wrong, a line each. Knows nothing about how any of it came about.
+Every function returns the failures, one line each.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from crowd import still_open
-from folk import PROMPT, Archive, Asked, offline, says
+from client_faults import still_open
 from ledger import Answer, Ledger
 from server import Server
+from soak_users import PROMPT, Archive, Asked, offline, says
 
 from proper.adapters.store import AdapterStore
 from proper.interactions.log import InteractionLog

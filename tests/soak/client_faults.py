@@ -1,4 +1,4 @@
-"""Faults by clients and neighbours: a flood of requests, connections that never finish one, a second server."""
+"""Faults by clients: a flood of requests, connections that never finish a request, a second server."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from random import Random
 
 import httpx
-from beside import Imports
-from folk import LENGTHS, PROMPT
+from clients import Client
+from process_faults import Imports
 from scene import Scene
 from server import Server
-from traffic import Client
+from soak_users import LENGTHS, PROMPT
 
 FLOODERS, REQUESTS = 8, 12
 """Threads of one flood, and the requests of each."""
@@ -31,8 +31,8 @@ BEGINNINGS = (
 
 
 @dataclass
-class Crowd:
-    """Everything that comes over HTTP and is not a good client."""
+class ClientFaults:
+    """Faults over HTTP, and a second server."""
 
     scene: Scene
     idle: list[socket.socket]

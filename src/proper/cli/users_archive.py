@@ -1,4 +1,4 @@
-"""Command `proper users archive`: everything that a run holds of one user, in one zip file."""
+"""Command `proper users archive`: write all data of one user to a zip file."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def archive(
     out: Annotated[Path, typer.Option("--out", metavar="ZIP", help="The file to write.", show_default=False)],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write all that a run holds of a user to a zip file.
+    """Write all data of a user to a zip file.
 
-    Interactions with their texts, every version with its metadata and tensors, predictions, scores, gates, and what
-    report pages say of the user, in JSON and safetensors, with a README.txt in words. Nothing in the run is changed.
+    Interactions with their texts, every version with its metadata and tensors, predictions, scores, gates, and the
+    parts of report pages about the user, in JSON and safetensors, with a README.txt. The run is not changed.
     """
     if out.exists() and not force:
-        raise InputError(f"{out}: is there already; --force replaces it")
+        raise InputError(f"{out}: exists already; --force replaces it")
     with opened(folder) as store:
         from proper.interactions.archive import write_archive
         from proper.interactions.log import InteractionLog

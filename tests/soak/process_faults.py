@@ -1,4 +1,4 @@
-"""Faults by processes beside the server: damaged imports, deletions by the command line, locks that are held.
+"""Faults by other processes: damaged imports, deletions by the command line, held locks.
 
 A non-finite adapter arrives in two ways: as an exported user, and as bytes in the store whose checksum is right.
 """
@@ -17,10 +17,10 @@ from random import Random
 
 import httpx
 import xxhash
-from folk import GUESTS, LENGTHS, PROMPT
+from clients import Client, lesson, path_of
+from damaged_exports import KINDS
 from scene import Scene
-from spoiled import KINDS
-from traffic import Client, lesson, path_of
+from soak_users import GUESTS, LENGTHS, PROMPT
 
 from proper.adapters.manifest import key_of
 from proper.adapters.store import AdapterStore
@@ -68,8 +68,8 @@ class Imports:
 
 
 @dataclass
-class Beside:
-    """Everything that is done to the run folder by others than the server."""
+class ProcessFaults:
+    """Faults in the run folder that other processes cause."""
 
     scene: Scene
     client: Client = field(init=False)
