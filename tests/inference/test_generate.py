@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-from proper.errors import StoreError
+from proper.errors import InputError, StoreError
 from proper.inference import PersonalizedModel, load
 from proper.inference import kv_cache as kv_module
 from proper.inference.generate import continuations, generate, respond
@@ -132,3 +133,28 @@ def test_what_goes_wrong_is_raised(tiny_run: Path, tmp_path: Path, monkeypatch: 
         generate(model, PROMPTS, [None, "u3", None, None])
     assert generate(model, PROMPTS, [None] * 4) == whole
     model.close()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "users", "said"),
+    [
+        ("ab", [None, None], "are lists"),
+        (["a", "b"], "u0", "are lists"),
+        (["a"], [None, None], "1 prompts and 2 user ids"),
+        (["a"], [7], "user id 0: 7 is not text"),
+        (["a", "\ud83d"], [None, None], "prompt 1: not a text"),
+        ([None], [None], "prompt 0: not a text"),
+    ],
+)
+def test_prompts_and_users_are_lists_of_texts(model: PersonalizedModel, prompts: Any, users: Any, said: str) -> None:
+    for asked in (lambda: generate(model, prompts, users), lambda: score(model, prompts, users, ["a", "b"])):
+        with pytest.raises(InputError, match=said):
+            asked()
+
+
+def test_no_token_and_no_label_are_refused(model: PersonalizedModel) -> None:
+    with pytest.raises(InputError, match="at least one token"):
+        generate(model, ["a"], [None], max_new_tokens=0)
+    for labels in ([], "ab"):
+        with pytest.raises(InputError, match="labels are a list"):
+            score(model, ["a"], [None], labels)

@@ -63,7 +63,8 @@ def generate(
 ) -> list[str]:
     """Return the text of each answer; see `respond`. `task` is a name; None is the run's first or only one."""
     number = model.config.task_number(task)
-    sampling = Sampling(max_new_tokens or answer_length(model.config, number), temperature, top_p, seed)
+    length = answer_length(model.config, number) if max_new_tokens is None else max_new_tokens
+    sampling = Sampling(length, temperature, top_p, seed)
     return [answer.text for answer in respond(model, prompts, user_ids, sampling, task=number)]
 
 
@@ -94,17 +95,35 @@ def respond(
         task: number of the prompts' task in a run of several.
 
     Raises:
-        InputError: the two lists differ in length, or a prompt is empty.
+        InputError: see `require_pairs`; or a prompt is empty.
         StoreError: a user's adapter is damaged.
     """
-    if len(prompts) != len(user_ids):
-        raise InputError(f"{len(prompts)} prompts and {len(user_ids)} user ids: there must be one user per prompt")
+    require_pairs(prompts, user_ids)
     if any(not prompt.strip() for prompt in prompts):
         raise InputError("a prompt is empty")
     sampling = sampling or Sampling(answer_length(model.config, task))
     encoded = [model.encoder.prompt(prompt, room=sampling.max_new_tokens) for prompt in prompts]
     found = zip(continuations(model, encoded, user_ids, sampling, advance, task), user_ids, strict=True)
     return [Answer(model.encoder.decode(one.tokens), user, one.tier) for one, user in found]
+
+
+def require_pairs(prompts: Sequence[str], user_ids: Sequence[str | None]) -> None:
+    """Check the prompts of a call and their users.
+
+    Raises:
+        InputError: they are not two lists of one length, an id is not text, or a prompt is not whole Unicode text.
+    """
+    if isinstance(prompts, str) or isinstance(user_ids, str):
+        raise InputError("prompts and user ids are lists, also of one text")
+    if len(prompts) != len(user_ids):
+        raise InputError(f"{len(prompts)} prompts and {len(user_ids)} user ids: there must be one user per prompt")
+    for at, (prompt, user) in enumerate(zip(prompts, user_ids, strict=True)):
+        if user is not None and not isinstance(user, str):
+            raise InputError(f"user id {at}: {user!r} is not text")
+        try:
+            prompt.encode()
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise InputError(f"prompt {at}: not a text of whole Unicode characters") from error
 
 
 def continuations(

@@ -20,8 +20,9 @@ from proper.console import Advance, unheard
 from proper.data.batching import by_length, collate
 from proper.data.encoder import EncodedExample
 from proper.data.label_tree import LabelTree
-from proper.errors import ProperError
+from proper.errors import InputError, ProperError
 from proper.inference.forward import pad_left
+from proper.inference.generate import require_pairs
 from proper.inference.model import BatchModel
 from proper.layers.batch_context import RowContext
 from proper.models.label_choice import takes_trees
@@ -45,9 +46,13 @@ def score(
     task in a run of several.
 
     Raises:
+        InputError: see `require_pairs`; or there is no label.
         StoreError: a user's adapter or embedding is damaged.
         ProperError: a likelihood is NaN; the message names the user.
     """
+    require_pairs(prompts, user_ids)
+    if isinstance(labels, str) or not labels:
+        raise InputError("the labels are a list of one text or more")
     tokens = [model.encoder.answer(label) for label in labels]
     room = max(len(label) for label in tokens)
     encoded = [model.encoder.prompt(prompt, room=room) for prompt in prompts]
