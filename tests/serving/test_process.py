@@ -109,7 +109,9 @@ def test_sigterm_waits_no_longer_than_it_was_told(long_run: Path, tmp_path: Path
     raw = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     raw["compute"]["max_length"] = 100_000
     (folder / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-    body = {"model": "tiny", "prompt": "Well?", "user": "u0", "max_tokens": 90_000, "stream": True}
+    # A sampled answer: the likeliest one may end within the second.
+    sampled = {"temperature": 1.0, "seed": 1}
+    body = {"model": "tiny", "prompt": "Well?", "user": "u0", "max_tokens": 90_000, "stream": True, **sampled}
     with serving(folder, "--no-worker", "--drain", "1") as (started, url):
         text = ""
         with (

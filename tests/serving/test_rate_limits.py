@@ -43,7 +43,7 @@ def small(serve: Serve, long_run: Path) -> Running:
         ({"max_tokens": 250}, 400, "are longer than the 250 that fit"),
         ({"max_tokens": 0}, 400, "max_tokens: "),
         ({"temperature": -1}, 400, "temperature: "),
-        ({"top_p": 0}, 400, "top_p: "),
+        ({"top_p": -0.1}, 400, "top_p: "),
         ({"n": 2}, 400, "n: "),
         ({"logprobs": 6}, 400, "logprobs: "),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty: "),
