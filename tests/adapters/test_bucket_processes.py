@@ -49,7 +49,9 @@ def test_kills_in_the_middle_of_a_put(run: tuple[Path, str], s3: S3Server) -> No
     (folder, bucket), draw = run, random.Random(1)
     log, left = folder.parent / "log", 0
     log.touch()
-    for _ in range(8):
+    for kills in range(24):
+        if kills >= 8 and left:
+            break  # on a busy machine the first eight may all miss the moment
         process, before = start("forever", folder / "users", log=str(log), file_bytes=1 << 20), log.stat().st_size
         while log.stat().st_size == before and process.poll() is None:
             time.sleep(0.01)
