@@ -56,6 +56,7 @@ def test_the_committed_comparison_is_within_the_bound() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # three repeats in real time take about seven minutes
 def test_the_simulation_agrees_with_the_server(tmp_path: Path) -> None:
     run(3, 40, 0.3, tmp_path / "check.json")
     result = json.loads((tmp_path / "check.json").read_text())
