@@ -122,7 +122,7 @@ class _Files:
         """Return the key; None if no user was ever deleted.
 
         Raises:
-            StoreError: the key is lost or damaged, so that nobody can be recognized as deleted.
+            StoreError: the key is lost or damaged, so that deleted users cannot be recognized.
         """
         path = self.folder / "key"
         try:
@@ -135,7 +135,7 @@ class _Files:
             text = ""
         if not re.fullmatch(f"[0-9a-f]{{{2 * _KEY_BYTES}}}", text):
             raise StoreError(
-                f"{path}: is lost or damaged, so that nobody knows who was deleted; put back a copy, or remove "
+                f"{path}: is lost or damaged, so deleted users cannot be recognized; put back a copy, or remove "
                 f"{self.folder} to forget it"
             )
         return bytes.fromhex(text)
