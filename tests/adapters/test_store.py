@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -300,3 +302,19 @@ def test_reading_from_another_thread(filled: AdapterStore) -> None:
     thread.start()
     thread.join()
     assert found[0] is not None and found[0].embedding.tolist() == [3, 3, 3]
+
+
+def test_a_row_that_moved_between_pages_leaves_nothing_after_its_deletion(tmp_path: Path) -> None:
+    left = 0
+    for seed in range(12):
+        draw, folder = random.Random(seed), tmp_path / str(seed)
+        names = [f"user-{draw.randrange(10**9):09d}" for _ in range(60)]
+        with closing(AdapterStore(folder)) as store:
+            for name in [*names, *draw.choices(names, k=120)]:
+                store.put([UserRecord(name, "groups", torch.ones(draw.randrange(1, 200)), None)])
+            for name in names[:30]:
+                store.delete(name)
+                left += name.encode() in store.manifest.path.read_bytes()
+                assert store.wipe(1.0, name) and name.encode() not in store.manifest.path.read_bytes()
+            assert sorted(user for user, _ in store.users()) == sorted(names[30:])
+    assert left > 0, "SQLite overwrote every place from which it moved a row: the test shows nothing"

@@ -259,10 +259,13 @@ class AdapterStore:
             self.wipe(0)
         return found
 
-    def wipe(self, patience: float) -> bool:
-        """Wipe data of deleted users; return False if another process reads for longer than `patience` (seconds)."""
+    def wipe(self, patience: float, trace: str = "") -> bool:
+        """Wipe data of deleted users; return False if another process reads for longer than `patience` (seconds).
+
+        `trace`: as of `Database.wipe`.
+        """
         self.shards.erase()
-        return self.manifest.wipe(patience)
+        return self.manifest.wipe(patience, trace)
 
     def record(self, user: str, row: ManifestRow, coded: bool = False) -> UserRecord:
         """Return the record of a manifest row; `coded` as in `get`.

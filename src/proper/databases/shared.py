@@ -54,7 +54,7 @@ class Backend(Protocol):
     def transaction(self, owner: Owner | None) -> AbstractContextManager[None]: ...  # noqa: D102
     def read(self, sql: str, values: Values | Sequence[object]) -> list[Any]: ...  # noqa: D102
     def write(self, sql: str, values: Values | Sequence[object]) -> int: ...  # noqa: D102
-    def wipe(self, patience: float) -> bool: ...  # noqa: D102
+    def wipe(self, patience: float, trace: str) -> bool: ...  # noqa: D102
     def damage(self) -> list[str]: ...  # noqa: D102
     def changes(self) -> str: ...  # noqa: D102
     def has_table(self, name: str) -> bool: ...  # noqa: D102
@@ -133,16 +133,17 @@ class SharedDatabase:
         """Run one statement inside a transaction; return how many rows it changed."""
         return self._backend.write(*self._bound(statement, values))
 
-    def wipe(self, patience: float = 1.0) -> bool:
+    def wipe(self, patience: float = 1.0, trace: str = "") -> bool:
         """Remove what deleted rows left behind: SQLite's write-ahead log is emptied, PostgreSQL's tables are vacuumed.
 
         Returns False if another process reads or writes an SQLite file for longer than `patience` (seconds): its
-        write-ahead log then still holds deleted data.
+        write-ahead log then still holds deleted data. An SQLite file that still holds the text `trace` is rebuilt:
+        SQLite overwrites deleted rows, but not the places from which it moved rows to other pages before.
 
         Raises:
             StoreError: the database is damaged, or the disk full.
         """
-        return self._backend.wipe(patience)
+        return self._backend.wipe(patience, trace)
 
     def damage(self) -> list[str]:
         """Return what the engine's own check finds, one text each; PostgreSQL's tables are not checked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sqlite3
 import threading
 import time
@@ -101,16 +102,19 @@ class SqliteDatabase:
         """Run one statement inside a transaction; return how many rows it changed."""
         return self._db.execute(sql, values).rowcount
 
-    def wipe(self, patience: float) -> bool:
-        """Checkpoint the write-ahead log into the file and truncate it, so that it keeps no deleted data."""
+    def wipe(self, patience: float, trace: str) -> bool:
+        """Checkpoint the write-ahead log into the file and truncate it; rebuild a file that still holds `trace`."""
         deadline = time.monotonic() + patience
         try:
             # A separate connection: this process's other connections may be in the middle of a read.
             with closing(sqlite3.connect(self.path, timeout=0, isolation_level=None)) as database:
-                while _is_busy(database):
-                    if time.monotonic() > deadline:
-                        return False
-                    time.sleep(0.02)
+                for rebuilds in (False, True):
+                    if rebuilds and not _holds(self.path, trace):
+                        break
+                    while _is_busy(database, rebuilds):
+                        if time.monotonic() > deadline:
+                            return False
+                        time.sleep(0.02)
         except sqlite3.Error as error:
             raise StoreError(f"{self.path}: {error}") from error
         return True
@@ -144,8 +148,18 @@ class SqliteDatabase:
                 self.write(statement)
 
 
-def _is_busy(database: sqlite3.Connection) -> bool:
+def _holds(path: Path, trace: str) -> bool:
+    """Whether the file's bytes contain a text."""
+    if not trace or not path.stat().st_size:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(trace.encode()) >= 0
+
+
+def _is_busy(database: sqlite3.Connection, rebuilds: bool) -> bool:
     try:
+        if rebuilds:
+            database.execute("VACUUM")
         return bool(database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
     except sqlite3.OperationalError as error:
         if "locked" not in str(error):

@@ -217,7 +217,7 @@ def _remove(store: AdapterStore, log: InteractionLog, user: str, patience: float
     if alone:  # a command that enrols many users works in their folders
         remove_work(store.folder, store.tenant, user)
     remove_quarantine(store.folder)
-    wiped = {store.manifest.path: store.wipe(patience), log.database.path: log.database.wipe(patience)}
+    wiped = {store.manifest.path: store.wipe(patience, user), log.database.path: log.database.wipe(patience, user)}
     return [f"{path}: another process reads it" for path, done in wiped.items() if not done]
 
 

@@ -92,7 +92,7 @@ class PostgresqlDatabase:
         assert connection is not None
         return connection.execute(sql, values).rowcount
 
-    def wipe(self, patience: float) -> bool:
+    def wipe(self, patience: float, trace: str) -> bool:
         """Vacuum the tables; with a patience of 0 this is left to a later call, or to the server."""
         if patience > 0:
             with translated(self._where, ""), self._connected() as connection:
