@@ -108,16 +108,12 @@ class SqliteDatabase:
         try:
             # A separate connection: this process's other connections may be in the middle of a read.
             with closing(sqlite3.connect(self.path, timeout=0, isolation_level=None)) as database:
-                for rebuilds in (False, True):
-                    if rebuilds and not _holds(self.path, trace):
-                        break
-                    while _is_busy(database, rebuilds):
-                        if time.monotonic() > deadline:
-                            return False
-                        time.sleep(0.02)
+                done = _until(deadline, _checkpointed, database)
+                if not done or not _holds(self.path, trace):
+                    return done
+                return _until(deadline, _rebuilt, database) and _until(deadline, _checkpointed, database)
         except sqlite3.Error as error:
             raise StoreError(f"{self.path}: {error}") from error
-        return True
 
     def damage(self) -> list[str]:
         """Return what `PRAGMA integrity_check` finds."""
@@ -156,12 +152,31 @@ def _holds(path: Path, trace: str) -> bool:
         return content.find(trace.encode()) >= 0
 
 
-def _is_busy(database: sqlite3.Connection, rebuilds: bool) -> bool:
+def _until(deadline: float, done: Callable[[sqlite3.Connection], bool], database: sqlite3.Connection) -> bool:
+    """Repeat a call until it is done; return False after the deadline."""
+    while not done(database):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _checkpointed(database: sqlite3.Connection) -> bool:
+    """Empty the write-ahead log into the file; return False if another connection is in the way."""
     try:
-        if rebuilds:
-            database.execute("VACUUM")
-        return bool(database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
+        return not database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
     except sqlite3.OperationalError as error:
         if "locked" not in str(error):
             raise
-        return True
+        return False
+
+
+def _rebuilt(database: sqlite3.Connection) -> bool:
+    """Write the whole database anew; return False if another connection writes."""
+    try:
+        database.execute("VACUUM")
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error):
+            raise
+        return False
+    return True
