@@ -76,6 +76,33 @@ def test_a_reader_makes_a_deletion_wait_and_it_goes_on(users: Path, store: Adapt
     assert log.deletions.state("other", removal.job) is None
 
 
+CLOSES = """
+import sys
+from contextlib import closing
+from pathlib import Path
+from proper.adapters.store import AdapterStore
+from proper.interactions.log import InteractionLog, LogEntry
+folder = Path(sys.argv[1])
+with closing(AdapterStore(folder)) as store, closing(InteractionLog(folder)) as log:
+    log.append("", "ben", [LogEntry("hello", "x")], new=True)
+    store.head("ann")
+"""
+
+
+def test_a_deletion_keeps_the_locks_of_this_process(users: Path, store: AdapterStore, log: InteractionLog) -> None:
+    """Another process that closes the files must not take itself for the last and delete the logs under us."""
+    assert not remove(store, log, "ann", 0).waits
+    log.append("", "cleo", [LogEntry("one", "x")], new=True)
+    store.put([UserRecord("cleo", "groups", torch.ones(4))])
+    logs = [users / f"{name}-{kind}" for name in ("users.sqlite", "interactions.sqlite") for kind in ("wal", "shm")]
+    before = [each.stat().st_ino for each in logs]
+    subprocess.run([sys.executable, "-c", CLOSES, str(users)], check=True)
+    assert [each.stat().st_ino for each in logs if each.exists()] == before
+    log.append("", "cleo", [LogEntry("two", "x")])
+    with closing(InteractionLog(users)) as another:
+        assert another.count("", "cleo") == 2 and another.knows("", "ben") and not another.knows("", "ann")
+
+
 def test_a_command_that_writes_makes_a_deletion_wait_and_ends_it(
     users: Path, store: AdapterStore, log: InteractionLog
 ) -> None:

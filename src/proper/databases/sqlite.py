@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -144,12 +145,27 @@ class SqliteDatabase:
                 self.write(statement)
 
 
+_FOUND = 3
+_SEARCH = f"""import mmap, sys
+with open(sys.argv[1], "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    sys.exit({_FOUND} if content.find(sys.stdin.buffer.read()) >= 0 else 0)
+"""
+
+
 def _holds(path: Path, trace: str) -> bool:
-    """Whether the file's bytes contain a text."""
+    """Return whether the file's bytes contain a text.
+
+    A child process reads them. POSIX locks belong to a process and a file: closing any descriptor of the file would
+    drop the locks of all of this process's connections, and another process that closes the file would then delete
+    the write-ahead log under them (https://sqlite.org/howtocorrupt.html, 2.2).
+    """
     if not trace or not path.stat().st_size:
         return False
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(trace.encode()) >= 0
+    command = [sys.executable, "-I", "-S", "-c", _SEARCH, str(path)]
+    ended = subprocess.run(command, input=trace.encode(), capture_output=True)
+    if ended.returncode not in (0, _FOUND):
+        raise StoreError(f"{path}: cannot be searched for a deleted user: {ended.stderr.decode().strip()}")
+    return ended.returncode == _FOUND
 
 
 def _until(deadline: float, done: Callable[[sqlite3.Connection], bool], database: sqlite3.Connection) -> bool:
