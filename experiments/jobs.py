@@ -2,6 +2,7 @@
 
 A result has the settings of its job, and a key: a hash of the rest, of data and code. A job is done if its result has
 the same key and settings. A setting that the result lacks is newer than it, and the same while it has its default.
+Jobs with a `table` share its file: each is done if the table has a cell for each of its methods and seeds.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Job:
         prepares: names of the jobs that this job prepares; a job that prepares others leaves no result of its own.
         changes: KEY=VALUE settings of the run that differ from its config.
         skip_bad_rows: whether the run leaves out bad rows, as `--skip-bad-rows` does.
+        table: name of the committed table that the job adds cells to; such a job has a run folder for each seed.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Job:
     routing: bool = False
     changes: tuple[str, ...] = ()
     skip_bad_rows: bool = False
+    table: str = ""
 
     @property
     def folder(self) -> Path:
@@ -68,7 +71,7 @@ class Job:
         # Without defaults, so that a new setting keeps the folder's name; the run itself compares all settings.
         settings = self.settings().model_dump(exclude={"evaluation": True, "data": {"path"}}, exclude_defaults=True)
         key = hash_value([settings, *map(_file_hash, self.data), code_version(*TRAINING)])
-        return RUNS / f"{self.run}-{key[:8]}"
+        return RUNS / (f"{self.run}-{key[:8]}" + "".join(f"-seed{seed}" for seed in self.seeds if self.table))
 
     @property
     def data(self) -> list[Path]:
@@ -78,7 +81,7 @@ class Job:
     @property
     def result(self) -> Path:
         """Path of the result, or of the marker that a preparing job is done."""
-        return RUNS / f"{self.name}.done.json" if self.prepares else RESULTS / f"{self.name}.json"
+        return RUNS / f"{self.name}.done.json" if self.prepares else RESULTS / f"{self.table or self.name}.json"
 
     def settings(self) -> Config:
         """Return the run's config with this job's seeds and methods."""
@@ -115,6 +118,7 @@ def read_queue(path: Path = ROOT / "recipes" / "findings.yaml") -> list[Job]:
                 routing=row.get("routing", False),
                 changes=tuple(run.get("set", ())),
                 skip_bad_rows=run.get("skip_bad_rows", False),
+                table=row.get("table", ""),
             )
         )
     return jobs
@@ -125,6 +129,16 @@ def key_of(job: Job, *, code: bool = True) -> str:
     made_of: list[Any] = [job.methods, job.stages, job.seeds, job.tasks, job.against, job.slice, job.routing]
     made_of += map(_file_hash, job.data)
     return hash_value([*made_of, code_version(*CODE)] if code else made_of)
+
+
+def data_key(job: Job) -> str:
+    """Return a hash of the data files of a job's run."""
+    return hash_value([job.made, *map(_file_hash, job.data)])
+
+
+def cell_key() -> str:
+    """Return a hash of the code on which a cell of a table depends."""
+    return hash_value(code_version(*CODE))
 
 
 def settings_of(config: Config) -> dict[str, Any]:
@@ -150,8 +164,31 @@ def state(job: Job, jobs: Mapping[str, Job], *, keep: bool = False) -> str:
     if not job.result.exists():
         return "to do"
     result = read_json(job.result)
+    if job.table:
+        return "stale" if lacking(job, result, keep=keep) else "done"
     same = result["key"] == key_of(job) or (keep and result["key_without_code"] == key_of(job, code=False))
     same = same and _same_settings(result.get("settings"), job.settings())
     if same and job.prepares and not job.folder.exists():
         return "to do"
     return "done" if same else "stale"
+
+
+def lacking(job: Job, table: Mapping[str, Any] | None, *, keep: bool = False) -> dict[int, list[str]]:
+    """Return the methods of a table's job that its table has not, or of other code, by seed; with `keep` of any code.
+
+    A table of other settings or data has none of them.
+    """
+    usable = table is not None and fits(job, table)
+    cells = table["cells"] if table is not None and usable else {}
+
+    def has(method: str, seed: int) -> bool:
+        cell = cells.get(method, {}).get(str(seed))
+        return cell is not None and (keep or cell["code"] == cell_key())
+
+    found = {seed: [method for method in job.methods if not has(method, seed)] for seed in job.seeds}
+    return {seed: methods for seed, methods in found.items() if methods}
+
+
+def fits(job: Job, table: Mapping[str, Any]) -> bool:
+    """Return whether a table is of the settings and data of a job."""
+    return table.get("data") == data_key(job) and _same_settings(table.get("settings"), job.settings())

@@ -81,6 +81,19 @@ def _short(items: int) -> Source:
 
 LABELS, TEXT = "labels", "text"
 MAIN = {"huffpost-label": LABELS, "movielens-rating": LABELS, "git-subject": TEXT, "git-area": LABELS}
+EARLIER = {
+    "movielens-rating": (
+        Source(
+            "movielens-rating, rivals", "findings/rivals-movielens-rating.json", (("users", "rag"), ("users", "oppu"))
+        ),
+        Source(
+            "movielens-rating, other training",
+            "findings/others-movielens-rating.json",
+            (*CONTROLS, ("users", "end-to-end"), ("users+rag", "users")),
+        ),
+    )
+}
+"""Results that hold what a table does not have yet: of its seed 0, with their own test of the stages."""
 LAST_LAYERS = tuple(("users[groups.layers=last 10][users.layers=last 10]", other) for other in ("users", "groups"))
 
 
@@ -90,24 +103,19 @@ def _constant(task: str) -> str:
 
 
 def _main(name: str, task: str) -> Iterator[Source]:
-    labels = ("global-majority", "user-majority", "user-majority-same", "prior", "head+prior")
-    trivial = labels if task == LABELS else ("lead", "user-majority", "user-majority-same")
-    against = ("swapped", *trivial)
-    yield Source(
-        name,
-        f"findings/main-{name}.json",
-        (("population", _constant(task)), *STEPS, *(("users", row) for row in against)),
-    )
+    yield Source(name, f"findings/main-{name}.json", _rows(task))
     if name == "huffpost-label":
         yield Source("huffpost-label, layers", "findings/layers-huffpost-label.json", LAST_LAYERS)
-        longer = (("population", "global-majority"), *STEPS, ("users", "head+prior"))
-        yield Source("huffpost-label, twice the tokens", "findings/longer-huffpost-label.json", longer)
-    if name != "git-area":
-        yield Source(
-            f"{name}, rivals", f"findings/rivals-{name}.json", tuple(("users", row) for row in ("rag", "oppu"))
-        )
-        others = (*CONTROLS, ("users", "end-to-end"), ("users+rag", "users"))
-        yield Source(f"{name}, other training", f"findings/others-{name}.json", others)
+        yield Source("huffpost-label, twice the tokens", "findings/longer-huffpost-label.json", _rows(task))
+    yield from EARLIER.get(name, ())
+
+
+def _rows(task: str) -> tuple[tuple[str, str], ...]:
+    """Return the pairs of a set's table: the steps, the controls, and Users against every other row."""
+    trivial = ("user-majority", "user-majority-same", *(("prior", "head+prior") if task == LABELS else ()))
+    rivals = ("rag", "oppu", "oppu[users.layers=last 10]", "end-to-end")
+    own = (("users", row) for row in dict.fromkeys((_constant(task), *trivial, *rivals)))
+    return (("population", _constant(task)), *STEPS, *CONTROLS, *own, ("users+rag", "users"))
 
 
 def _command(number: int) -> str:

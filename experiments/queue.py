@@ -1,7 +1,7 @@
 """The queue of jobs behind docs/findings.md: finished jobs are skipped, interrupted jobs resume.
 
 A job trains what its methods lack in its run folder under runs/findings/, answers all queries and writes its result to
-docs/results/findings/JOB.json.
+docs/results/findings/JOB.json, or its cells to those of its table.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.jobs import RUNS, Job, key_of, settings_of, state
+from experiments.jobs import RUNS, Job, fits, key_of, lacking, settings_of, state
+from experiments.score_tables import merged
 from proper.console import terminal_logging
 from proper.errors import ProperError
-from proper.files import write_json
+from proper.files import read_json, write_json
 
 
 def listing(jobs: list[Job], by_name: Mapping[str, Job], *, keep: bool) -> str:
@@ -46,7 +48,7 @@ def run(jobs: list[Job], by_name: Mapping[str, Job], max_minutes: float | None, 
             continue
         print(f"starting {job.name}: about {job.minutes:g} minutes, log in runs/findings/{job.name}.log", flush=True)
         try:
-            run_job(job)
+            run_job(job, keep=keep)
         except ProperError as error:
             print(f"failed   {job.name}: {error}", file=sys.stderr, flush=True)
             exit_code = 1
@@ -54,8 +56,16 @@ def run(jobs: list[Job], by_name: Mapping[str, Job], max_minutes: float | None, 
     return exit_code
 
 
-def run_job(job: Job) -> None:
-    """Run one job and write its result; its output goes to runs/findings/JOB.log."""
+def run_job(job: Job, *, keep: bool = False) -> None:
+    """Run one job and write its result; its output goes to runs/findings/JOB.log.
+
+    Of a table's job, run the cells that the table lacks, and write them seed by seed.
+    """
+    if job.table:
+        there = read_json(job.result) if job.result.exists() else None
+        for seed, methods in lacking(job, there, keep=keep).items():
+            _add_cells(replace(job, seeds=(seed,), methods=tuple(methods)))
+        return
     started = time.perf_counter()
     with _output_to(RUNS / f"{job.name}.log"):
         print(f"{job.name}: in {job.folder.name}")
@@ -74,6 +84,20 @@ def run_job(job: Job) -> None:
     write_json(job.result, {**header, **result})
 
 
+def _add_cells(job: Job) -> None:
+    """Run a table's job of one seed and add its cells to the table, which another job may have written meanwhile."""
+    from experiments.results import table_of
+
+    started = time.perf_counter()
+    with _output_to(RUNS / f"{job.name}.log"):
+        print(f"{job.name}: in {job.folder.name}")
+        _train_and_evaluate(job)
+        new = table_of(job, (time.perf_counter() - started) / 60)
+    there = read_json(job.result) if job.result.exists() else None
+    pairs = [(method, other) for other in job.against for method in job.methods if method != other]
+    write_json(job.result, {"config": job.config, **merged(there if there and fits(job, there) else None, new, pairs)})
+
+
 def _train_and_evaluate(job: Job) -> dict[str, Any]:
     # Imported here, because listing the jobs and writing the page need no torch.
     from experiments.data import make_data
@@ -85,7 +109,7 @@ def _train_and_evaluate(job: Job) -> dict[str, Any]:
     settings = job.settings()
     stages = [*job.stages, *(["evaluate"] if job.methods else [])]
     pipeline.run(settings, job.folder, stages=stages, skip_bad_rows=job.skip_bad_rows)
-    return collect(job) if job.methods and not job.prepares else {}
+    return collect(job) if job.methods and not job.prepares and not job.table else {}
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from experiments.jobs import Job
+from experiments.jobs import Job, cell_key, data_key, settings_of
+from experiments.score_tables import Table, cell_of
 from proper.config import Config, load_config
 from proper.data.dataset import Dataset
 from proper.evaluation.comparisons import Scores, comparison_rows
@@ -21,11 +22,12 @@ from proper.evaluation.routing import analyze_routing
 from proper.evaluation.runner import mean_gates, read_predictions
 from proper.evaluation.scoring import Predictions, score_all
 from proper.evaluation.slices import history_slices
-from proper.files import read_json
+from proper.evaluation.style import user_habits
+from proper.files import hash_value, read_json
 from proper.inference.loading import load
 from proper.methods.derived_runs import find_place
 from proper.methods.spec import Method, TrainedRun
-from proper.methods.table import known_methods
+from proper.methods.table import known_methods, table_methods
 from proper.training.seeds import seed_folder
 
 RESAMPLES, DRAWS = 2000, 10_000
@@ -58,6 +60,31 @@ def collect(job: Job) -> dict[str, Any]:
                 asked: small(of_task(job, predictions, asked, kind, results["run"])) for asked, kind in job.tasks
             }
     return dict(plain(found))
+
+
+def table_of(job: Job, minutes: float) -> Table:
+    """Return the cells of a table's job of one seed that has just been evaluated, the rows of every table included."""
+    config = load_config(job.folder / "config.yaml")
+    results = read_json(job.folder / "results.json")
+    methods = [method.name for method in table_methods(job.methods, config)]
+    predictions = _predictions(job.folder, config, methods)
+    (seed,) = predictions
+    rows = next(iter(predictions[seed].values()))
+    task = TaskInfo(results["task"]["name"], results["task"]["kind"], _labels(results["task"]["kind"], predictions))
+    with closing(Dataset.open(job.folder / "data.sqlite")) as dataset:
+        habits = user_habits(dataset, config.task.kind)
+    scores = score_all(predictions, task, habits)
+    measured = {"code": cell_key(), "device": results["run"]["device"], "minutes": round(minutes / len(methods), 1)}
+    cells = {
+        method: {str(seed): cell_of({name: one for (of, name), one in scores.items() if of == method}, **measured)}
+        for method in methods
+    }
+    return {
+        **{"settings": settings_of(job.settings()), "data": data_key(job), "run": results["run"]},
+        **{"task": results["task"], "cost": results["cost"], "cells": cells},
+        "counts": next(iter(scores.values())).counts.tolist(),
+        "queries": hash_value(sorted((row.id, row.user, row.prompt, row.target) for row in rows)),
+    }
 
 
 def small(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,10 +70,27 @@ def test_a_resample_is_the_metric_of_the_pooled_queries(name):
     scores = [user_scores(name, rows, TASKS[name]) for rows in (ours, theirs)]
     found = bootstrap(scores, resamples=40, seed=5)
     weights = np.random.default_rng(5).multinomial(6, np.full(6, 1 / 6), size=40)
+    drawn = np.random.default_rng([5, 1]).multinomial(2, np.full(2, 1 / 2), size=40)
+    assert {2, 1, 0} <= {int(count) for row in drawn for count in row}
     for row, seeds in enumerate((ours, theirs)):
-        for place, times in enumerate(weights):
+        for place, (times, seed_times) in enumerate(zip(weights, drawn, strict=True)):
             users = [user for user, count in zip(scores[0].users, times, strict=True) for _ in range(count)]
-            assert found[row, place] == pytest.approx(slow_value(name, seeds, users), abs=1e-12)
+            again = [seed for seed, count in zip(seeds, seed_times, strict=True) for _ in range(count)]
+            assert found[row, place] == pytest.approx(slow_value(name, again, users), abs=1e-12)
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    users = tuple(f"u{user}" for user in range(40))
+    gaps = np.random.default_rng(3).normal(0.5, 0.1, size=40)
+    same, apart = (np.stack([gaps + shift, gaps - shift])[:, :, None] for shift in (0.0, 0.3))
+    counts, none = np.ones(40), np.zeros((2, 40, 1))
+    metric = get_metric("mae")
+    widths = []
+    for sums in (same, apart):
+        found = compare(UserScores(metric, users, sums, counts), UserScores(metric, users, none, counts))
+        assert found.difference == pytest.approx(gaps.mean())
+        widths.append(found.high - found.low)
+    assert widths[1] > 5 * widths[0]
 
 
 @pytest.mark.parametrize("name", TASKS)

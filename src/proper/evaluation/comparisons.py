@@ -104,11 +104,16 @@ def comparison_rows(
                 "higher_is_better": scores[method, name].metric.higher_is_better,
             }
         )
+    adjust(rows)
+    return rows
+
+
+def adjust(rows: Sequence[dict[str, Any]]) -> None:
+    """Set `p_adjusted` of every comparison: Holm's p within its family."""
     for family in ("primary", "controls", "trivial", "style", "other"):
         members = [row for row in rows if row["family"] == family]
         for row, adjusted in zip(members, holm([row["p_value"] for row in members]), strict=True):
             row["p_adjusted"] = adjusted
-    return rows
 
 
 def _family(method: str, against: str) -> str:

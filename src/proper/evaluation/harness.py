@@ -29,7 +29,7 @@ from proper.evaluation.results import Effort, RawResults, build_results, gains_b
 from proper.evaluation.routing import analyze_routing, task_routing
 from proper.evaluation.runner import MethodRun, answer_losses, mean_gates
 from proper.evaluation.several_tasks import joined_gains, joined_results
-from proper.evaluation.style import Habits, habits_of
+from proper.evaluation.style import user_habits
 from proper.evaluation.truth import TruthShares, read_truth, truth_section
 from proper.files import hash_value, read_json, write_json
 from proper.inference.loading import load
@@ -145,7 +145,7 @@ class Harness:
             history_losses=history_losses or {},
             user_slices=shared.user_slices,
             query_slices=self._query_slices(),
-            habits=self._habits(),
+            habits=user_habits(self.dataset, self.config.task.kind),
         )
         results = build_results(raw, Effort(self.config.evaluation.resamples))
         return results, gains_by_user(predictions, self.task)
@@ -237,15 +237,6 @@ class Harness:
         seen = queries_seen_by_others(self.dataset)
         unseen = {query.id for query in self.dataset.queries()} - seen
         return {"items-seen-by-others": seen, "items-unseen-by-others": unseen}
-
-    def _habits(self) -> dict[str, Habits]:
-        """Return the style of every target user's history answers; empty for tasks with labels."""
-        if self.config.task.kind != "generation":
-            return {}
-        return {
-            user.id: habits_of([item.target for item in self.dataset.history(user.id)])
-            for user in self.dataset.users("target")
-        }
 
     def _run_metadata(self) -> dict[str, Any]:
         packages = ("proper-llm", "torch", "transformers", "peft", "accelerate")

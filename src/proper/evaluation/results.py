@@ -193,12 +193,13 @@ def _task_metadata(task: TaskInfo, lengths: Sequence[int], queries: int) -> dict
 
 
 def _metric_rows(scores: Scores, task: TaskInfo, effort: Effort) -> list[dict[str, Any]]:
-    rows = [_metric_row(key, one, task, effort) for key, one in scores.items()]
+    rows = [metric_row(key, one, task, effort) for key, one in scores.items()]
     _add_standings(rows, scores, effort)
     return rows
 
 
-def _metric_row(key: tuple[str, str], scores: UserScores, task: TaskInfo, effort: Effort) -> dict[str, Any]:
+def metric_row(key: tuple[str, str], scores: UserScores, task: TaskInfo, effort: Effort) -> dict[str, Any]:
+    """Return a row of `metrics` in `results.json`, without its standing among the methods; `key` is method, metric."""
     method, name = key
     found = estimate(scores, effort.resamples, effort.seed)
     by_seed = [float(value) for value in scores.values()]

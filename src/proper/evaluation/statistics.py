@@ -1,13 +1,13 @@
 """Bootstrap intervals and permutation tests with the user, not the query, as the unit.
 
 One estimator is used everywhere. `value` is the metric over all queries pooled; with several seeds it is computed for
-each and averaged. A *difference* is value minus value; its interval resamples users and pools their queries; its
-p-value comes from swapping the two methods' answers user by user and recomputing the same difference. So `difference`,
-`ci95` and `p_value` refer to one number, also for F1 and RMSE, which have no value per query. For a metric that is a
-mean, the swap is the sign-flip test on each user's summed difference, averaged over seeds. (`value_users`, in which
-every user has equal weight, is also reported and is not tested.) Queries of one user are not independent, so they are
-resampled and swapped together. The intervals are percentile intervals: for F1, which is biased down in resamples that
-lose a label, they can be slightly low.
+each and averaged. A *difference* is value minus value. Its interval resamples users, whose queries are pooled, and
+seeds, the same ones for both methods. Its p-value comes from swapping the two methods' answers user by user and
+recomputing the same difference. So `difference`, `ci95` and `p_value` refer to one number, also for F1 and RMSE, which
+have no value per query. For a metric that is a mean, the swap is the sign-flip test on each user's summed difference,
+averaged over seeds. (`value_users`, in which every user has equal weight, is also reported and is not tested.) Queries
+of one user are not independent, so they are resampled and swapped together. The intervals are percentile intervals: for
+F1, which is biased down in resamples that lose a label, they can be slightly low.
 
 Shapes: S seeds, U users, F contributions of the metric, N resamples or draws.
 """
@@ -106,7 +106,7 @@ def user_scores(name: str, seeds: Sequence[Sequence[Prediction]], task: TaskInfo
 
 
 def bootstrap(scores: Sequence[UserScores], resamples: int = 2000, seed: int = 0) -> FloatArray:
-    """Recompute several scores on the same N resamples of their common users; returns `(len(scores), N)`.
+    """Recompute several scores on the same N resamples of their common users and seeds; returns `(len(scores), N)`.
 
     Raises:
         DataError: the scores are not of the same users and queries.
@@ -115,17 +115,17 @@ def bootstrap(scores: Sequence[UserScores], resamples: int = 2000, seed: int = 0
         _require_paired(scores[0], other)
     count = len(scores[0].users)
     widest = max(one.sums.shape[0] * one.sums.shape[2] for one in scores)
-    draws = np.random.default_rng(seed)
-    share = np.full(count, 1.0 / count)
+    # A generator each, so that the draws do not depend on the size of the pieces.
+    of_users, of_seeds = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     pieces = []
     for size in _pieces(resamples, count + widest):
-        weights = draws.multinomial(count, share, size=size).astype(np.float64)
-        pieces.append(np.stack([_weighted(one, weights) for one in scores]))
+        users, seeds = _resampled(of_users, count, size), _resampled(of_seeds, scores[0].sums.shape[0], size)
+        pieces.append(np.stack([_weighted(one, users, seeds) for one in scores]))
     return np.concatenate(pieces, axis=1)
 
 
 def estimate(scores: UserScores, resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Return the value over queries with its 95 % bootstrap interval over users."""
+    """Return the value over queries with its 95 % bootstrap interval over users and seeds."""
     low, high = _interval(scores, bootstrap([scores], resamples, seed)[0])
     return Estimate(float(scores.values().mean()), float(scores.user_values().mean()), low, high)
 
@@ -147,7 +147,8 @@ def compare(
     low, high = _interval(method, differences)
     p_value, test = permutation_test(method, against, draws, seed)
     users = len(method.users)
-    # The standard deviation over resamples is sd / sqrt(users) for any metric, so it yields sd of users' differences.
+    # The standard deviation over resamples is sd / sqrt(users) for any metric, so it yields sd of users' differences
+    # (with several seeds, including what they add).
     sd = float(differences.std()) * math.sqrt(users) if users > 1 else math.nan
     relative = sign * difference / abs(theirs) if theirs else math.nan
     return Comparison(difference, relative, low, high, p_value, test, minimal_detectable_difference(sd, users))
@@ -239,9 +240,15 @@ def _require_paired(one: UserScores, other: UserScores) -> None:
         raise DataError(f"metric {one.metric.name}: the methods did not answer the same queries of the same users")
 
 
-def _weighted(scores: UserScores, weights: FloatArray) -> FloatArray:
-    """Return the value, averaged over seeds, for each row of user weights `(N, U)`."""
-    return np.asarray(scores.metric.finish(weights @ scores.sums, weights @ scores.counts).mean(axis=0))
+def _resampled(draws: np.random.Generator, count: int, size: int) -> FloatArray:
+    """Return how often each of `count` units is in each of `size` resamples, `(size, count)`."""
+    return draws.multinomial(count, np.full(count, 1.0 / count), size=size).astype(np.float64)
+
+
+def _weighted(scores: UserScores, users: FloatArray, seeds: FloatArray) -> FloatArray:
+    """Return the value for each row of user weights `(N, U)` and of seed weights `(N, S)`, averaged over seeds."""
+    by_seed = scores.metric.finish(users @ scores.sums, users @ scores.counts)
+    return np.asarray((by_seed * seeds.T).sum(axis=0) / seeds.sum(axis=1))
 
 
 def _interval(scores: UserScores, values: FloatArray) -> tuple[float, float]:

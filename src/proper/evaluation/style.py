@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from types import MappingProxyType
 
+from proper.data.dataset import Dataset
+
 _PREFIX = re.compile(r"([^\s:]{1,40}):(?=\s|$)")
 _MARKS = ".?!…。？！"
 
@@ -94,6 +96,13 @@ def habits_of(answers: Sequence[str]) -> Habits:
     counts = [Counter(map(feature, answers)) for feature in _HABITS]
     shares = tuple({value: count / len(answers) for value, count in each.items()} for each in counts)
     return Habits(shares, fmean(map(length, answers)))
+
+
+def user_habits(dataset: Dataset, kind: str) -> dict[str, Habits]:
+    """Return the habits of every target user's history by user id; empty for a kind of task with labels."""
+    if kind != "generation":
+        return {}
+    return {user.id: habits_of([item.target for item in dataset.history(user.id)]) for user in dataset.users("target")}
 
 
 def distances(own: Habits, answers: Habits) -> dict[str, float]:
