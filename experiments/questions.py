@@ -241,7 +241,7 @@ QUESTIONS = (
     Question(
         6,
         "Forms of the LoRA-aware router",
-        "Residual (the default), the paper's, and stage 3a alone.",
+        "Residual (the default when this was measured; it is `none` today), the paper's, and stage 3a alone.",
         (
             Source(
                 "movielens-rating",

@@ -49,15 +49,15 @@ def other_metrics(source: Source, part: Mapping[str, Any]) -> list[str]:
 
 
 def truncated(part: Mapping[str, Any]) -> list[str]:
-    """Return a sentence on the queries whose prompts were longer than the context of the backbone."""
+    """Return a sentence on the queries whose prompt and answer are longer than `compute.max_length`."""
     cut = {row["method"]: row["truncated_prompts"] for row in part.get("cost", []) if row.get("truncated_prompts")}
     if not cut:
         return []
     queries = main_rows(part)[0]["queries"]
     if len(set(cut.values())) == 1 and len(cut) == len(main_rows(part)):
-        return [f"Prompts cut to the backbone's context: {next(iter(cut.values()))} of {queries}.", ""]
+        return [f"Prompts cut to `compute.max_length`: {next(iter(cut.values()))} of {queries}.", ""]
     counts = ", ".join(f"{label(method)} {number}" for method, number in cut.items())
-    return [f"Prompts cut to the backbone's context, of {queries}: {counts}.", ""]
+    return [f"Prompts cut to `compute.max_length`, of {queries}: {counts}.", ""]
 
 
 def _cells(test: Test | None) -> list[str]:

@@ -17,6 +17,7 @@ import yaml
 
 from proper.cli.app import app
 from proper.config import make_config
+from proper.extras import EXTRAS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,3 +85,10 @@ def test_links_and_the_tree_lead_somewhere() -> None:
         name = line.split()[0]
         folder = ROOT / "src" / "proper" if line.startswith(" ") else ROOT
         assert (folder / name).exists(), f"{folder.name}/{name}"
+
+
+def test_every_extra_is_named() -> None:
+    install = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    for extra in EXTRAS:
+        assert f"`[{extra}]`" in README, extra
+        assert re.search(rf"^\| `{extra}` \|", install, flags=re.MULTILINE), extra

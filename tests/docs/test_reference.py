@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def test_every_command_and_option_is_on_the_page() -> None:
             if parameter.param_type_name == "option" and not parameter.hidden:
                 assert all(f"`{spelling}`" in section for spelling in parameter.opts), f"{name} {parameter.opts}"
                 assert parameter.help, f"{name} {parameter.opts} has no help text"
+
+
+def test_config_keys_in_texts_exist() -> None:
+    keys = {key for key, _ in config.keys()}
+    sections = {key[:at] for key in keys for at in range(len(key)) if key[at] == "."}
+    top = "|".join(sorted({key.partition(".")[0] for key in keys if "." in key}))
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for key in re.findall(rf"`((?:{top})(?:\.[a-z_]+)+)[`:=]", path.read_text(encoding="utf-8")):
+            is_file = key.endswith((".json", ".jsonl", ".sqlite", ".safetensors"))
+            assert is_file or key in keys | sections, f"{path.name}: no config key {key}"
 
 
 def test_every_config_key_is_on_the_page() -> None:

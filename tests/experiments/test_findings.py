@@ -143,7 +143,7 @@ def test_whose_prompts_were_cut_is_said_and_nothing_is_divided_by_zero(tmp_path:
     cost = [{"method": "users", "truncated_prompts": 4}, {"method": "end-to-end", "truncated_prompts": 0}]
     write(tmp_path, "progressive-movielens", rows, [test("users", "end-to-end", 0.7, 0.001)], cost=cost)
     said = section(pages(tmp_path)["findings.md"], 2)
-    assert "Prompts cut to the backbone's context, of 90: Users 4." in said
+    assert "Prompts cut to `compute.max_length`, of 90: Users 4." in said
     assert "+0.700 mean absolute error" in said and "relative" not in said and "nan" not in said
 
 

@@ -14,7 +14,7 @@ import typer
 from proper.files import read_json
 from proper.run_folder import LADDER, RunFolder
 
-_STANDINGS = {"best": "   best", "tied": "   not told from the best"}
+_STANDINGS = {"best": "   best", "tied": "   not significantly different from the best"}
 
 
 def results_table(results: Mapping[str, Any]) -> list[str]:
