@@ -47,7 +47,7 @@ def test_every_command_and_option_is_on_the_page() -> None:
 
 
 def test_config_keys_in_texts_exist() -> None:
-    keys = {key for key, _ in config.keys()}
+    keys = set(dict(config.keys()))
     sections = {key[:at] for key in keys for at in range(len(key)) if key[at] == "."}
     top = "|".join(sorted({key.partition(".")[0] for key in keys if "." in key}))
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:

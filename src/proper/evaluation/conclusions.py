@@ -106,8 +106,8 @@ def _undertrained(
     if found["undertrained"]:
         return [
             f"Population is undertrained: it is no better than the best constant, {CONSTANT} ({size}). No gain over it "
-            "counts as personalization. Stage 1 needs more tokens (population.max_tokens, population.epochs) or smaller "
-            "batches (population.batch_size)."
+            "counts as personalization. Stage 1 needs more tokens (population.max_tokens, population.epochs) or "
+            "smaller batches (population.batch_size)."
         ]
     row = tested.get(("population", CONSTANT))
     if row is None or _is_beaten(row):
