@@ -182,6 +182,8 @@ def test_a_folder_that_is_no_run_is_refused(finished: Path, tmp_path: Path) -> N
         ({"backbone": "no-such-model"}, [], "no-such-model", True),
         ({"data": {"user": "somebody"}}, [], "no column 'somebody'", False),
         ({"data": {"user": "somebody"}}, ["{postgresql}", "s3://{bucket}/run"], "no column 'somebody'", True),
+        ({"groups": {"target_modules": ["nothing"]}}, [], "matches ['nothing']", False),
+        ({"groups": {"target_modules": ["nothing"]}}, ["{postgresql}", "s3://{bucket}/run"], "['nothing']", True),
     ],
 )
 def test_bad_input_leaves_nothing_behind(

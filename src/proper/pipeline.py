@@ -18,11 +18,13 @@ from proper.adapters.store_urls import record_store
 from proper.adapters.tombstones import Tombstones
 from proper.config import Config, load_config, make_config
 from proper.console import progress, quiet_libraries
+from proper.data.database import get_meta
 from proper.data.dataset import Dataset, left_out_users, prepare
 from proper.data.demo import DemoSettings, demo_run, write_demo
 from proper.data.demo.users import DemoTask
+from proper.data.label_tree import require_distinct
 from proper.data.summary import summarize
-from proper.errors import ConfigError, did_you_mean
+from proper.errors import ConfigError, DataError, did_you_mean
 from proper.evaluation.harness import Harness
 from proper.evaluation.power import expected_power
 from proper.evaluation.side_by_side import compare_runs
@@ -286,4 +288,11 @@ def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:
     encoder = configured_encoder(config)
     with progress("read interactions", None) as advance:
         deleted = Tombstones(RunFolder(folder).users.path).of_tenant(DEFAULT_TENANT)
-        return prepare(config, path, encoder.count, skip_bad_rows=skip_bad_rows, progress=advance, is_left_out=deleted)
+        data = prepare(config, path, encoder.count, skip_bad_rows=skip_bad_rows, progress=advance, is_left_out=deleted)
+    try:
+        for name, labels in (get_meta(data.connection, "tasks") or {"": data.labels}).items():
+            require_distinct(labels, encoder.answer, f"tasks.{name}.task" if name else "task")
+    except DataError:
+        data.close()
+        raise
+    return data

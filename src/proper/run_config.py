@@ -17,7 +17,7 @@ from proper.data.chat import uses_chat_template
 from proper.errors import ProperError, RunFolderError
 from proper.files import private_folder, write_text
 from proper.models.tokenizer import load_tokenizer
-from proper.run_folder import TEMPORARY, RunFolder, is_run, require_run
+from proper.run_folder import TEMPORARY, RunFolder, Stage, is_run, require_run
 from proper.run_lock import exclusive, is_first_process
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,8 @@ def _require_free(folder: Path) -> None:
 def hold(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder, or of a folder that can become one.
 
-    If the block fails before a new run has data, the folder is as it was before, so that corrected input can use it.
+    If the block fails before a new run has data, or refuses its input before the first stage is trained, the folder is
+    as it was before, so that corrected input can use it.
     """
     if is_run(folder):
         with exclusive(folder):
@@ -103,13 +104,20 @@ def hold(folder: Path) -> Iterator[None]:
     with exclusive(folder):
         try:
             yield
-        except BaseException:
-            if is_first_process() and not RunFolder(folder).data.exists():
+        except BaseException as error:
+            if is_first_process() and _is_refused(RunFolder(folder), error):
                 _undo(folder, before)
                 for each in made:
                     with suppress(OSError):  # it has other files now
                         each.rmdir()
             raise
+
+
+def _is_refused(run: RunFolder, error: BaseException) -> bool:
+    """Return whether a new run has failed with nothing worth keeping: no data, or data but input that is refused."""
+    if run.is_trained(Stage.POPULATION) or run.checkpoint(Stage.POPULATION).exists():
+        return False
+    return not run.data.exists() or (isinstance(error, ProperError) and error.exit_code == 2)
 
 
 def _undo(folder: Path, before: set[Path]) -> None:
@@ -119,7 +127,7 @@ def _undo(folder: Path, before: set[Path]) -> None:
         forget_stores(folder, before)
     except ProperError as error:  # the settings stay, for the next call
         logger.warning("%s: not removed: %s", folder, error)
-    for path in (run.config, run.writers_lock, run.lock):
+    for path in (run.config, run.data, run.metrics_log, run.preflight, run.writers_lock, run.lock):
         if path not in before:
             path.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -149,6 +150,31 @@ def test_a_bad_config_is_named_before_anything_is_loaded(
     if text is not None:
         Path("notes.yaml").write_text(text)
     assert message in fails(capsys, [*command, "notes.yaml"])
+    assert not Path("a-run").exists()
+
+
+@pytest.mark.parametrize("command", [["check"], ["run", "--out", "a-run"]])
+def test_labels_of_the_same_tokens_are_named(
+    capsys: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    """Long labels are cut; a tokenizer may also drop capitals."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"user_id": user, "input": f"note {user} {at}", "output": f"{'very ' * 20}{('good', 'bad')[at % 2]}"}
+        for user in "ab"
+        for at in range(20)
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "data": {"path": "rows.jsonl", "prompt": "{input}", "target": "{output}"},
+        "task": {"kind": "classification"},
+        "compute": {"max_length": 32},
+    }
+    Path("notes.yaml").write_text(json.dumps(config))
+    assert main([*command, "notes.yaml"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("proper: task: the labels 'very very very ve...very very very bad' and ")
+    assert "have the same tokens in this backbone" in said
     assert not Path("a-run").exists()
 
 

@@ -100,3 +100,14 @@ def test_rows_without_a_model_are_marked_and_have_the_last_word() -> None:
         "  prior  0.6000 [0.5500, 0.6500]   trivial   best",
         "Trivial rows, without a model, are better than users.",
     ]
+
+
+def test_one_user_has_no_interval() -> None:
+    none = [None, None]
+    results = {
+        "metrics": [metric("population", 0.5, ci95=none), metric("groups", 0.6, ci95=none)],
+        "comparisons": [step("groups", "population", ci95=none, p_adjusted=1.0)],
+    }
+    first, second = results_table(results)[1:]
+    assert first == "  population  0.5000"
+    assert second == "  groups      0.6000   +0.1000 against population, 20.0 % better, p = 1.000"

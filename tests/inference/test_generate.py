@@ -152,9 +152,43 @@ def test_prompts_and_users_are_lists_of_texts(model: PersonalizedModel, prompts:
             asked()
 
 
-def test_no_token_and_no_label_are_refused(model: PersonalizedModel) -> None:
-    with pytest.raises(InputError, match="at least one token"):
-        generate(model, ["a"], [None], max_new_tokens=0)
+def test_no_label_is_refused(model: PersonalizedModel) -> None:
     for labels in ([], "ab"):
         with pytest.raises(InputError, match="labels are a list"):
             score(model, ["a"], [None], labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: 0 is not a whole number from 1"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens: 1.5"),
+        ({"max_new_tokens": 10**6}, r"prompt and answer may have \d+ tokens together, these would have 10000"),
+        ({"temperature": float("nan")}, "temperature: nan is not a number from 0"),
+        ({"temperature": "1"}, "temperature: '1'"),
+        ({"temperature": 1.0, "top_p": 2}, "top_p: 2 is not a number from 0 to 1"),
+        ({"temperature": 1.0, "seed": 2**70}, "seed: "),
+        ({"temperature": 1.0, "seed": True}, "seed: True"),
+    ],
+)
+def test_a_sampling_parameter_beyond_its_range_is_named(
+    model: PersonalizedModel, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        generate(model, ["a"], [None], **options)
+
+
+def test_an_answer_may_be_as_long_as_the_models_context(model: PersonalizedModel) -> None:
+    context = model.model.backbone.context
+    assert context is not None and context > model.config.compute.max_length
+    room = context - len(model.encoder.prompt("a", room=context))
+    assert generate(model, ["a"], [None], max_new_tokens=room)
+    with pytest.raises(InputError, match=f"may have {context} tokens together"):
+        generate(model, ["a"], [None], max_new_tokens=room + 1)
+
+
+def test_prompts_and_labels_of_another_kind_are_refused(model: PersonalizedModel) -> None:
+    with pytest.raises(InputError, match="are lists"):
+        generate(model, iter(["a"]), [None])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="labels are a list"):
+        score(model, ["a"], [None], ["a", 1])  # type: ignore[list-item]

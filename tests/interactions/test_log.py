@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from proper.errors import StoreError
+from proper.errors import InputError, StoreError
 from proper.interactions.fit_queue import ATTEMPTS
 from proper.interactions.log import ConflictError, ExistsError, InteractionLog, LogEntry
 
@@ -170,3 +171,10 @@ def test_deleted_texts_are_nowhere_in_the_files(tmp_path: Path) -> None:
         assert b"marmalade" not in data and b"ann" not in data, path
     assert log.count("", "user 1") > 0
     log.close()
+
+
+@pytest.mark.parametrize("user", ["", " ", "null", "undefined", "NaN", "a\ud83d", 7, None])
+def test_an_id_that_is_nobodys_is_not_enrolled(log: InteractionLog, user: Any) -> None:
+    with pytest.raises(InputError, match=r"^user .*: (an id is|the id is|this stands for|half of)"):
+        log.append("", user, [], new=True)
+    assert not log.knows("", str(user))

@@ -166,3 +166,16 @@ def test_what_is_not_http_is_refused_in_the_form_of_other_errors(strict: Running
         "param": None,
         "code": "http",
     }
+
+
+def test_an_offer_of_another_protocol_is_answered_in_this_one(
+    strict: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As curl's `--http2` and browsers' WebSockets send it; nothing is logged, as nothing is wrong."""
+    body = b'{"model": "tiny", "prompt": "a", "max_tokens": 1}'
+    for other in (b"h2c", b"websocket"):
+        offer = b"Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: " + other + b"\r\nHTTP2-Settings: AAMAAABk\r\n"
+        with connect(strict) as connection:
+            connection.sendall(HEAD.replace(b"100", str(len(body)).encode()) + offer + b"\r\n" + body)
+            assert all_of(connection).startswith(b"HTTP/1.1 200 ")
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn")]

@@ -89,6 +89,7 @@ def test_another_content_under_an_id_is_a_conflict(own: Running) -> None:
         ({"user": "cy", "interactions": [{**HISTORY[0], "outptu": "x"}]}, "interactions.0.outptu: "),
         ({"user": "", "interactions": []}, "user: "),
         ({"user": "..", "interactions": []}, "user: this id cannot be part of a URL"),
+        ({"user": "undefined", "interactions": []}, "user 'undefined': this stands for a missing id"),
         ({"user": "cy"}, "interactions: "),
     ],
 )

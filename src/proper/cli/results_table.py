@@ -75,5 +75,6 @@ def _percent(relative: float) -> str:
     return f"{100 * abs(relative):.1f} % {'better' if relative >= 0 else 'worse'}"
 
 
-def _interval(bounds: list[float] | None) -> str:
-    return "" if bounds is None else f" [{bounds[0]:.4f}, {bounds[1]:.4f}]"
+def _interval(bounds: list[float | None] | None) -> str:
+    """Return an interval; nothing if there is none, as of one user."""
+    return "" if bounds is None or None in bounds else f" [{bounds[0]:.4f}, {bounds[1]:.4f}]"

@@ -5,12 +5,14 @@ A prefix that several labels share is one branch, so that all labels together co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from proper.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,28 @@ class LabelChoice:
     tree: LabelTree
     prior: Float[Tensor, "L"]
     answer: int
+
+
+def require_distinct(labels: Sequence[str], answer: Callable[[str], tuple[int, ...]], key: str) -> None:
+    """Check that a model can tell the labels apart: a tokenizer may drop capitals or accents, and long labels are cut.
+
+    Args:
+        labels: the labels of a task.
+        answer: returns an answer's tokens, see `Encoder.answer`.
+        key: the config's key of the task, for the message.
+
+    Raises:
+        DataError: two labels have the same tokens.
+    """
+    known: dict[tuple[int, ...], str] = {}
+    for label in labels:
+        other = known.setdefault(answer(label), label)
+        if other != label:
+            raise DataError(
+                f"{key}: the labels {_short(other)!r} and {_short(label)!r} have the same tokens in this backbone, at "
+                "most half of compute.max_length; write them as one label, or choose another backbone"
+            )
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 40 else f"{label[:17]}...{label[-18:]}"

@@ -195,6 +195,8 @@ def rating_of(text: str) -> float | None:
         number = float(text)
     except ValueError:
         return None
+    if "_" in text:  # a digit separator in Python's own numbers
+        return None
     return number if math.isfinite(number) else None
 
 

@@ -204,10 +204,9 @@ def in_words(result: AllExported, out: Path) -> list[str]:
         lines.append("loss of folding: not measured, because no user has two items of history")
     else:
         loss = result.loss
-        low, high = loss["ci95"]
+        between = "" if loss["ci95"] is None else ", 95 % from {:+.4f} to {:+.4f}".format(*loss["ci95"])
         lines.append(
             f"loss of folding, {loss['items']} held-out items of {loss['users']} users: {loss['folded']:.4f} nats per "
-            f"answer token instead of {loss['exact']:.4f} (difference {loss['difference']:+.4f}, "
-            f"95 % from {low:+.4f} to {high:+.4f})"
+            f"answer token instead of {loss['exact']:.4f} (difference {loss['difference']:+.4f}{between})"
         )
     return [*lines, f"servers read {out / MODULES}, {out / REQUESTS} or {out / ADAPTERS}; see the guide 'Export'"]

@@ -27,7 +27,7 @@ def folding_loss(model: PersonalizedModel, dataset: Dataset, sample: int) -> dic
 
     Returns:
         {"users", "items", "exact", "folded", "difference", "ci95"}: nats per answer token, users weighted equally, and
-        the normal interval of the users' mean difference; None if no user has two items.
+        the normal interval of the users' mean difference (None of one user); None if no user has two items.
     """
     assert model.store is not None
     found = [user.id for user in dataset.users("target") if user.history > 1 and model.store.head(user.id) is not None]
@@ -41,15 +41,17 @@ def folding_loss(model: PersonalizedModel, dataset: Dataset, sample: int) -> dic
     with temporary_store() as store:
         folded = _folded(model, histories, held, store)
     differences = np.array(folded) - np.array(exact)
-    wide = 1.96 * float(differences.std(ddof=1)) / len(users) ** 0.5 if len(users) > 1 else 0.0
-    mean = float(differences.mean())
+    mean, interval = float(differences.mean()), None
+    if len(users) > 1:
+        wide = 1.96 * float(differences.std(ddof=1)) / len(users) ** 0.5
+        interval = [round(mean - wide, 4), round(mean + wide, 4)]
     return {
         "users": len(users),
         "items": sum(map(len, held.values())),
         "exact": round(float(np.mean(exact)), 4),
         "folded": round(float(np.mean(folded)), 4),
         "difference": round(mean, 4),
-        "ci95": [round(mean - wide, 4), round(mean + wide, 4)],
+        "ci95": interval,
     }
 
 

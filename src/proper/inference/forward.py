@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from proper.adapters.records import Head
+from proper.errors import ConfigError
 from proper.inference.kv_cache import RowCache
 from proper.inference.model import PersonalizedModel
 from proper.inference.prefix_cache import CachedPrefix
@@ -89,6 +90,9 @@ def prefill(
         prompts: token ids of each prompt.
         rows: the row context of these prompts.
         prefixes: the cached prefix of each prompt; None computes the whole prompts.
+
+    Raises:
+        ConfigError: the backbone fills no KV cache (OpenAI's first GPT).
     """
     ids, mask = pad_left(prompts, model.backbone.pad_id, model.device)
     width = ids.shape[1] if prefixes is None else columns_left(prompts, prefixes)
@@ -105,6 +109,9 @@ def prefill(
             use_cache=True,
             logits_to_keep=last,
         ).logits[:, -1]
+    if not filled.layers:
+        family = type(model.backbone.model).__name__
+        raise ConfigError(f"backbone: {model.backbone.name!r} ({family}) has no key-value cache, which answers need")
     cache.join(filled, sizes)
     return logits
 

@@ -95,7 +95,7 @@ def respond(
         task: number of the prompts' task in a run of several.
 
     Raises:
-        InputError: see `require_pairs`; or a prompt is empty.
+        InputError: see `require_pairs`; or a prompt is empty, or too long with its answer for the model's context.
         StoreError: a user's adapter is damaged.
     """
     require_pairs(prompts, user_ids)
@@ -113,7 +113,7 @@ def require_pairs(prompts: Sequence[str], user_ids: Sequence[str | None]) -> Non
     Raises:
         InputError: they are not two lists of one length, an id is not text, or a prompt is not whole Unicode text.
     """
-    if isinstance(prompts, str) or isinstance(user_ids, str):
+    if any(isinstance(each, str) or not isinstance(each, Sequence) for each in (prompts, user_ids)):
         raise InputError("prompts and user ids are lists, also of one text")
     if len(prompts) != len(user_ids):
         raise InputError(f"{len(prompts)} prompts and {len(user_ids)} user ids: there must be one user per prompt")
@@ -161,4 +161,12 @@ def _limits(model: PersonalizedModel, prompts: Sequence[Sequence[int]], room: in
     # The size of the model's own bank, so that it is reused: a second bank would need as much memory again.
     slots = None if model.served is None else model.served.bank.slots
     # No prefix cache: it would make the results' bits depend on earlier requests.
-    return EngineLimits(rows, slots, prefill=rows * longest, length=longest + room, prefix_bytes=0)
+    length = min(longest + room, _most_tokens(model))
+    return EngineLimits(rows, slots, prefill=rows * longest, length=length, prefix_bytes=0)
+
+
+def _most_tokens(model: PersonalizedModel) -> int:
+    """Return the maximum tokens of a prompt and its answer, for which memory is allocated at once."""
+    longest = model.config.compute.max_length
+    answer = max(one.task.max_new_tokens for one in model.config.each_task.values())
+    return max(longest, longest // 2 + answer, model.model.backbone.context or 0)

@@ -5,14 +5,17 @@ A row's draws come from a generator seeded by its request, so they do not depend
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from proper.errors import ProperError
+from proper.errors import InputError, ProperError
 
 LEAST = -9999.0
 """Log-probability reported for impossible tokens; OpenAI's value for very unlikely ones."""
@@ -27,12 +30,27 @@ class Sampling:
         temperature: sampling temperature; 0 is greedy decoding.
         top_p: nucleus sampling: draw among the likeliest tokens that together have this probability.
         seed: seed of this request's generator: the same prompt, user and seed give the same answer in any batch.
+
+    Raises:
+        InputError: a parameter is of another type, or beyond its range; the message names it.
     """
 
     max_new_tokens: int = 48
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require("max_new_tokens", self.max_new_tokens, Integral, 1, math.inf)
+        _require("temperature", self.temperature, Real, 0, sys.float_info.max)
+        _require("top_p", self.top_p, Real, 0, 1)
+        _require("seed", self.seed, Integral, -(2**63), 2**63 - 1)
+
+
+def _require(name: str, value: object, kind: type, least: float, most: float) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:  # type: ignore[operator]
+        what = "a whole number" if kind is Integral else "a number"
+        raise InputError(f"{name}: {value!r} is not {what} from {least} to {most:g}")
 
 
 @dataclass(frozen=True)

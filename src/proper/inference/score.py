@@ -51,7 +51,7 @@ def score(
         ProperError: a likelihood is NaN; the message names the user.
     """
     require_pairs(prompts, user_ids)
-    if isinstance(labels, str) or not labels:
+    if isinstance(labels, str) or not labels or not all(isinstance(label, str) for label in labels):
         raise InputError("the labels are a list of one text or more")
     tokens = [model.encoder.answer(label) for label in labels]
     room = max(len(label) for label in tokens)

@@ -18,6 +18,7 @@ from sqlalchemy import bindparam, delete, func, select
 
 from proper.adapters.manifest import key_of, user_of
 from proper.adapters.tombstones import Tombstones
+from proper.data.values import is_written_null
 from proper.databases.statements import Statement, of_user, row_of
 from proper.databases.tables import FITS, INTERACTIONS, PEOPLE, UPDATES
 from proper.errors import InputError
@@ -80,6 +81,10 @@ class ConflictError(InputError):
 
 class ExistsError(InputError):
     """The log already knows the user."""
+
+
+class UserIdError(InputError):
+    """An id is not text, or cannot be one user's."""
 
 
 class DeletedError(InputError):
@@ -174,11 +179,14 @@ class InteractionLog:
             new: whether the user must be unknown to the log; a deleted user can be enrolled again only with `new`.
 
         Raises:
+            UserIdError: `new` is set, and the id is not one user's.
             ExistsError: `new` is set and the user is known.
             DeletedError: the user is being deleted, or was deleted and `new` is not set.
             ConflictError: an id is already used with different content; names the id.
             StoreError: the log cannot be written.
         """
+        if new:
+            require_id(user)
         key, accepted, now = key_of(user), 0, time.time()
         with self.database.transaction((tenant, key)):
             self._require_present(tenant, user, new)
@@ -267,3 +275,19 @@ class InteractionLog:
                 self.database.write(removal, {"tenant": tenant, "user": key_of(user)})
             yield found
         self.database.wipe(0)
+
+
+def require_id(user: object) -> None:
+    """Check the id of a new user, by the same rules as for the users of data files.
+
+    Raises:
+        UserIdError: it is not text of whole Unicode characters, is empty, or is what programs write for a missing id.
+    """
+    if not isinstance(user, str):
+        raise UserIdError(f"user {user!r}: an id is text")
+    if not user.strip():
+        raise UserIdError(f"user {user!r}: the id is empty")
+    if is_written_null(user):
+        raise UserIdError(f"user {user!r}: this stands for a missing id")
+    if user.encode(errors="replace").decode() != user:
+        raise UserIdError(f"user {user!r}: half of a surrogate pair, which is no character")

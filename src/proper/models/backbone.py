@@ -17,7 +17,7 @@ from proper.data.chat import uses_chat_template
 from proper.data.encoder import Encoder
 from proper.errors import ConfigError
 from proper.models.memory import MOST_TOKENS, tokens_at_once
-from proper.models.positions import fix_rope, positions_of, require_positions
+from proper.models.positions import context_of, fix_rope, positions_of, require_positions
 from proper.models.tokenizer import (
     EMBEDDED,
     backbone_location,
@@ -91,6 +91,11 @@ class Backbone:
         return positions_of(self.model)
 
     @property
+    def context(self) -> int | None:
+        """Row length in tokens that the model was made for; None where its config does not tell."""
+        return context_of(self.model)
+
+    @property
     def pad_id(self) -> int:
         """Padding token, hidden by the attention mask: the tokenizer's pad or end token that the model has, else 0."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
@@ -152,9 +157,7 @@ def configured_backbone(config: Config, device: torch.device | None = None) -> B
     backbone.chat = uses_chat_template(config.data.chat, backbone.tokenizer, config.backbone)
     backbone.every_turn = config.data.assistant_loss == "all"
     backbone.batch_tokens = tokens_at_once(config.compute, backbone.model)
-    # A prompt always keeps half of `max_length`, however long its answer may be; see `Encoder.prompt`.
-    answer = max(one.task.max_new_tokens for one in config.each_task.values())
-    require_positions(backbone.model, max(longest, longest // 2 + answer))
+    require_positions(backbone.model, longest, max(one.task.max_new_tokens for one in config.each_task.values()))
     return backbone
 
 

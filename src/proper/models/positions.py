@@ -37,8 +37,7 @@ _PROBE = 8
 
 def positions_of(model: nn.Module) -> int | None:
     """Return the number of positions in a model's table; None without a table, where rows may have any length."""
-    config: Any = model.config
-    most: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    most = context_of(model)
     if most is None:
         return None
     tokens = model.get_input_embeddings()  # type: ignore[operator]
@@ -47,15 +46,31 @@ def positions_of(model: nn.Module) -> int | None:
     return most if any(_is_table(table, most) for table in tables) else None
 
 
-def require_positions(model: nn.Module, length: int) -> None:
-    """Check that a model has positions for rows of `length` tokens.
+def context_of(model: nn.Module) -> int | None:
+    """Return the row length in tokens that a model was made for; None where its config does not tell."""
+    config: Any = model.config
+    most: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return most
+
+
+def require_positions(model: nn.Module, length: int, answer: int) -> None:
+    """Check that a model can have rows of `length` tokens, and answers of `answer` tokens to the longest prompts.
+
+    Without a table, `length` is the caller's choice. Only an answer beyond it has to fit into the context, since
+    the memory for it is allocated at once.
 
     Raises:
-        ConfigError: the position table is shorter; the message names both lengths.
+        ConfigError: the position table or the context is shorter; the message names both lengths.
     """
-    most = positions_of(model)
-    if most is not None and length > most:
-        raise ConfigError(f"compute.max_length: rows may have {length} tokens, but the backbone has {most} positions")
+    # A prompt always keeps half of `max_length`, however long its answer may be; see `Encoder.prompt`.
+    rows, most, context = max(length, length // 2 + answer), positions_of(model), context_of(model)
+    if most is not None and rows > most:
+        raise ConfigError(f"compute.max_length: rows may have {rows} tokens, but the backbone has {most} positions")
+    if context is not None and rows > max(length, context):
+        raise ConfigError(
+            f"task.max_new_tokens: a prompt of {length // 2} tokens and an answer of {answer} do not fit into the "
+            f"backbone's context of {context}"
+        )
 
 
 def _is_table(weight: Tensor, most: int) -> bool:

@@ -114,7 +114,8 @@ def make_server(app: ASGIApp, drain_seconds: int, connections: ConnectionLimits 
             loop="asyncio",
             # The event loop accepts this many at once; `startup` sets a longer backlog for the kernel.
             backlog=ACCEPTED_AT_ONCE,
-            log_level="warning",
+            # Its warnings are about what strangers send: requests that are not HTTP, offers of HTTP/2 or WebSocket.
+            log_level="error",
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=drain_seconds,

@@ -12,7 +12,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query
 
 from proper.data.rows import BadValue
-from proper.interactions.log import ConflictError, DeletedError, ExistsError, LogEntry
+from proper.interactions.log import ConflictError, DeletedError, ExistsError, LogEntry, UserIdError
 from proper.interactions.parsing import Read, plain_reader
 from proper.serving.auth import Authenticator
 from proper.serving.engines import AnsweringModel
@@ -53,6 +53,8 @@ def enrolment_routes(router: APIRouter, model: AnsweringModel, lookup: TenantLoo
 def _append(users: TenantUsers, user: str, entries: Sequence[LogEntry], new: bool) -> AppendReply:
     try:
         result = users.log.append(users.tenant, user, entries, new=new)
+    except UserIdError as error:
+        raise APIError(400, str(error), code="invalid", param="user") from error
     except ExistsError as error:
         raise _exists(user) from error
     except DeletedError as error:
