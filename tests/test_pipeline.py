@@ -108,6 +108,14 @@ def test_the_same_call_again_trains_nothing_and_says_the_same(finished: Path) ->
     assert without_times(read(finished / "results.json")) == without_times(before)
 
 
+def test_the_results_have_the_slices_that_the_config_names(finished: Path) -> None:
+    config = small_config(finished.parent, evaluation={"slices": ["bottom-100"]})
+    pipeline.run(config, finished, stages=["evaluate"])
+    assert {row["slice"] for row in read(finished / "results.json")["slices"]} == {"bottom-100"}
+    pipeline.run(small_config(finished.parent), finished, stages=["evaluate"])
+    assert len({row["slice"] for row in read(finished / "results.json")["slices"]}) > 1
+
+
 def test_what_holds_personal_data_is_the_owners_alone(finished: Path) -> None:
     folders = [finished, finished / "users", finished / "users" / "blobs", finished / "predictions"]
     assert {path.stat().st_mode & 0o777 for path in folders} == {0o700}

@@ -96,6 +96,19 @@ class ComputeConfig(Section):
         return budget
 
 
+SliceName = Literal[
+    "history-q1",
+    "history-q2",
+    "history-q3",
+    "history-q4",
+    "bottom-100",
+    "under-10",
+    "new-to-groups",
+    "items-seen-by-others",
+    "items-unseen-by-others",
+]
+
+
 class EvaluationConfig(Section):
     """Methods to compare, seeds, and resamples of the confidence intervals.
 
@@ -104,12 +117,15 @@ class EvaluationConfig(Section):
         seeds: a run of all stages for each; results are averaged per user first.
         resamples: bootstrap resamples and permutations of the statistics.
         examples: answers shown in the report.
+        slices: subsets of users and queries that are scored too: all, or some of history-q1 to history-q4, bottom-100,
+            under-10, new-to-groups, items-seen-by-others and items-unseen-by-others.
     """
 
     methods: Annotated[list[str], Field(min_length=1)] = [str(stage) for stage in Stage]
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
     resamples: Annotated[int, Field(ge=100)] = 2000
     examples: Annotated[int, Field(ge=0)] = 8
+    slices: Literal["all"] | list[SliceName] = "all"
 
     @field_validator("seeds")
     @classmethod

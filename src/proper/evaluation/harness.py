@@ -148,6 +148,8 @@ class Harness:
             habits=user_habits(self.dataset, self.config.task.kind),
         )
         results = build_results(raw, Effort(self.config.evaluation.resamples))
+        wanted = self.config.evaluation.slices
+        results["slices"] = [row for row in results["slices"] if wanted == "all" or row["slice"] in wanted]
         return results, gains_by_user(predictions, self.task)
 
     def _answers(self, by_method: Mapping[str, Mapping[int, MethodRun]], seed: int) -> dict[str, list[Prediction]]:
