@@ -13,7 +13,8 @@ from typing import Any
 from experiments.answers import label
 from experiments.figures import Line, Panel, Row, curves, intervals
 from experiments.paired_tests import Test, is_higher_better, main_metric, main_rows, tests_of
-from experiments.questions import QUESTIONS, Question, Source
+from experiments.questions import QUESTIONS, Question
+from experiments.sources import Source
 from experiments.tables import other_metrics, routing, table, truncated
 from proper.files import read_json
 from proper.reports.formats import METRICS

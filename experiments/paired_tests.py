@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.answers import label
-from experiments.questions import Source
+from experiments.sources import Source
 from proper.evaluation.comparisons import CONTROLS, STEPS
 from proper.evaluation.statistics import holm
 from proper.reports.formats import METRICS, NO_BREAK, p_text, plain, signed

@@ -1,32 +1,34 @@
-"""The questions: text, the results that answer each, and the pairs of methods that are compared.
+"""The questions of the findings page: their text, the results that answer each, and the rule of the answer.
 
 An answer is a rule from `answers`; no number is written here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from experiments.answers import Tests, controls, each, grid, main_table, score_card, short, steps
+from experiments.sources import (
+    ALL_HEADLINE,
+    ALL_TITLE,
+    AUTO,
+    CATEGORY,
+    GROUPS_GRID,
+    HEADLINE,
+    HEADLINE_ONLY,
+    MAIN,
+    MORE_ITEMS,
+    PROGRESSIVE,
+    RIVALS,
+    TITLE_ONLY,
+    Source,
+    constant_of,
+    grid_of,
+    main_sources,
+    short_history,
+)
 from proper.evaluation.comparisons import CONTROLS, STEPS
-
-
-@dataclass(frozen=True)
-class Source:
-    """A committed result.
-
-    Attributes:
-        pairs: (method, against) of its table; a result with the opposite order is negated.
-        inside: keys of the part of the file that is used.
-        items: number of history items kept, for curves.
-    """
-
-    name: str
-    file: str
-    pairs: tuple[tuple[str, str], ...]
-    inside: tuple[str, ...] = ()
-    items: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,71 +53,10 @@ class Question:
     summary: Callable[[Tests], list[str]] | None = None
 
 
-RIVALS = (*STEPS, *CONTROLS, ("users", "user-majority"), ("users", "global-majority"))
-PROGRESSIVE = (("users", "end-to-end"),)
-MORE_ITEMS = "users[users.max_items=64]"
-CATEGORY, HEADLINE = (
-    f"users[rows={asked}][population.max_tokens=150000][groups.max_tokens=150000][users.max_items=12]"
-    for asked in ("Category", "Headline")
-)
-TITLE_ONLY, ALL_TITLE = "population[rows=Title]", "groups-shared-e[rows=Title]"
-HEADLINE_ONLY, ALL_HEADLINE = "population[rows=Headline]", "groups-shared-e[rows=Headline]"
 PICKED = (
     "The best value was chosen with one seed on the same queries, so the second table is biased in its favour for "
     "that seed."
 )
-GROUPS_GRID = "groups[groups.{}={}]"
-AUTO = GROUPS_GRID.format("experts", "auto")
-
-
-def _grid(key: str, values: Sequence[object]) -> tuple[tuple[str, str], ...]:
-    return (*((GROUPS_GRID.format(key, value), "groups") for value in values), ("groups", "population"))
-
-
-def _short(items: int) -> Source:
-    others = ("groups", "oppu", "per-user-only", "rag", "user-majority")
-    pairs = [(f"users[history={items}]", f"{other}[history={items}]") for other in others]
-    pairs += [(f"groups[history={items}]", "population"), (f"users[history={items}]", "population")]
-    return Source(f"{items} item{'s' if items > 1 else ''}", f"findings/short-{items}.json", tuple(pairs), items=items)
-
-
-LABELS, TEXT = "labels", "text"
-MAIN = {"huffpost-label": LABELS, "movielens-rating": LABELS, "git-subject": TEXT, "git-area": LABELS}
-EARLIER = {
-    "movielens-rating": (
-        Source(
-            "movielens-rating, rivals", "findings/rivals-movielens-rating.json", (("users", "rag"), ("users", "oppu"))
-        ),
-        Source(
-            "movielens-rating, other training",
-            "findings/others-movielens-rating.json",
-            (*CONTROLS, ("users", "end-to-end"), ("users+rag", "users")),
-        ),
-    )
-}
-"""Results that hold what a table does not have yet: of its seed 0, with their own test of the stages."""
-LAST_LAYERS = tuple(("users[groups.layers=last 10][users.layers=last 10]", other) for other in ("users", "groups"))
-
-
-def _constant(task: str) -> str:
-    """Return the trivial method that a population stage has to beat: the best constant, or the input's first words."""
-    return "global-majority" if task == LABELS else "lead"
-
-
-def _main(name: str, task: str) -> Iterator[Source]:
-    yield Source(name, f"findings/main-{name}.json", _rows(task))
-    if name == "huffpost-label":
-        yield Source("huffpost-label, layers", "findings/layers-huffpost-label.json", LAST_LAYERS)
-        yield Source("huffpost-label, twice the tokens", "findings/longer-huffpost-label.json", _rows(task))
-    yield from EARLIER.get(name, ())
-
-
-def _rows(task: str) -> tuple[tuple[str, str], ...]:
-    """Return the pairs of a set's table: the steps, the controls, and Users against every other row."""
-    trivial = ("user-majority", "user-majority-same", *(("prior", "head+prior") if task == LABELS else ()))
-    rivals = ("rag", "oppu", "oppu[users.layers=last 10]", "end-to-end")
-    own = (("users", row) for row in dict.fromkeys((_constant(task), *trivial, *rivals)))
-    return (("population", _constant(task)), *STEPS, *CONTROLS, *own, ("users+rag", "users"))
 
 
 def _command(number: int) -> str:
@@ -128,11 +69,11 @@ QUESTIONS = (
         "Main table: SmolLM2-135M",
         "A pre-trained backbone, SmolLM2-135M-Instruct. Does each stage improve on the one before, over a population "
         "model that beats the best constant? Does the user's model beat every rival, the trivial ones included?",
-        tuple(source for name, task in MAIN.items() for source in _main(name, task)),
+        tuple(source for name, task in MAIN.items() for source in main_sources(name, task)),
         main_table,
         _command(0),
         STEPS,
-        summary=score_card({name: _constant(task) for name, task in MAIN.items()}),
+        summary=score_card({name: constant_of(task) for name, task in MAIN.items()}),
     ),
     Question(
         1,
@@ -181,8 +122,8 @@ QUESTIONS = (
         "How many experts",
         "E in {1, 2, 5, 8}, stage 2 trained on one population each time; the paper finds 5 best of {2, 5, 8}.",
         (
-            Source("movielens", "findings/experts.json", _grid("experts", (1, 2, 8))),
-            Source("movielens, best value", "findings/winners.json", _grid("experts", (8,))),
+            Source("movielens", "findings/experts.json", grid_of("experts", (1, 2, 8))),
+            Source("movielens, best value", "findings/winners.json", grid_of("experts", (8,))),
             Source(
                 "huffpost, automatic E",
                 "findings/experts-auto.json",
@@ -204,8 +145,8 @@ QUESTIONS = (
         "How large an embedding",
         "D in {32, 64, 128, 256}, stage 2 trained on one population each time.",
         (
-            Source("movielens", "findings/embedding.json", _grid("user_embedding", (32, 64, 256))),
-            Source("movielens, best value", "findings/winners.json", _grid("user_embedding", (256,))),
+            Source("movielens", "findings/embedding.json", grid_of("user_embedding", (32, 64, 256))),
+            Source("movielens, best value", "findings/winners.json", grid_of("user_embedding", (256,))),
         ),
         grid("D = 128"),
         _command(4),
@@ -267,7 +208,7 @@ QUESTIONS = (
         "Short histories",
         "60 users with 1, 5 or 20 items kept, stage 1 without them; and the 100 users with the shortest histories.",
         (
-            *(_short(items) for items in (1, 5, 20)),
+            *(short_history(items) for items in (1, 5, 20)),
             Source(
                 "bottom 100",
                 "findings/bottom-100.json",

@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.answers import label
 from experiments.paired_tests import Test, is_higher_better, main_metric, main_rows, p_of
-from experiments.questions import Source
+from experiments.sources import Source
 from proper.reports.formats import METRICS, plain, signed
 
 

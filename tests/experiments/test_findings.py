@@ -14,7 +14,8 @@ from pyarrow import parquet
 
 from experiments import data, jobs, queue
 from experiments.page import pages
-from experiments.questions import EARLIER, QUESTIONS
+from experiments.questions import QUESTIONS
+from experiments.sources import EARLIER
 
 ROOT = Path(__file__).parents[2]
 CONTROLS = (("groups", "population-more"), ("groups", "groups-shared-e"), ("users", "swapped"), ("users", "shuffled"))
