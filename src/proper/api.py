@@ -15,8 +15,9 @@ from torch import Tensor
 from proper.adapters.store import AdapterStore, Head, Version
 from proper.config import Config
 from proper.enrolment.drift import Drift
+from proper.enrolment.fit_progress import ProgressCallback, no_progress
 from proper.enrolment.fit_user import Fitter, open_fitter
-from proper.enrolment.worker import FitWorker, Heard, unheard
+from proper.enrolment.worker import FitWorker
 from proper.errors import InputError, ProperError, RunFolderError
 from proper.export.run_export import Format, export_user
 from proper.inference.generate import Answer, generate, respond
@@ -66,7 +67,7 @@ class Users:
         """Make an older version current again and return its new number; see `AdapterStore.rollback`."""
         return self.store.rollback(user, to)
 
-    def enrol(self, user: str, interactions: Iterable[Row], heard: Heard | None = None) -> Head | None:
+    def enrol(self, user: str, interactions: Iterable[Row], heard: ProgressCallback | None = None) -> Head | None:
         """Enrol and fit a new user; return their tier, version and embedding, or None if there is nothing to fit yet.
 
         Args:
@@ -85,7 +86,7 @@ class Users:
         return self.append(user, entries, new=True, heard=heard)
 
     def enrol_many(
-        self, entries: Mapping[str, Sequence[LogEntry]], *, refine: bool = True, heard: Heard | None = None
+        self, entries: Mapping[str, Sequence[LogEntry]], *, refine: bool = True, heard: ProgressCallback | None = None
     ) -> None:
         """Enrol many new users, all or none: place their embeddings at once, then fit them.
 
@@ -101,9 +102,9 @@ class Users:
         for user in entries:
             if user in self:
                 raise ExistsError(f"user {user!r} exists already; users.update adds interactions")
-        self.worker.enrol(self.store, entries, refine=refine, heard=heard or unheard)
+        self.worker.enrol(self.store, entries, refine=refine, heard=heard or no_progress)
 
-    def update(self, user: str, interactions: Iterable[Row] = (), heard: Heard | None = None) -> Head | None:
+    def update(self, user: str, interactions: Iterable[Row] = (), heard: ProgressCallback | None = None) -> Head | None:
         """Add interactions of a user and update the user; return tier, version and embedding.
 
         The update is trained from the version in service and becomes a new version only if that lowers the loss on
@@ -164,7 +165,9 @@ class Users:
         named = ((f"interactions[{at}]", row) for at, row in enumerate(rows))
         return read_rows(named, record_reader(config.data, config.task, user))
 
-    def append(self, user: str, entries: list[LogEntry], *, new: bool, heard: Heard | None = None) -> Head | None:
+    def append(
+        self, user: str, entries: list[LogEntry], *, new: bool, heard: ProgressCallback | None = None
+    ) -> Head | None:
         """Log entries and fit the user; the common part of `enrol` and `update`.
 
         Raises:

@@ -28,7 +28,7 @@ Advance = Callable[..., None]
 """
 
 
-def unheard(n: int = 1, note: str = "", share: float | None = None) -> None:
+def no_advance(n: int = 1, note: str = "", share: float | None = None) -> None:
     """Show nothing: the default of functions that say how far they are."""
 
 
@@ -98,7 +98,7 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
 @contextmanager
 def no_bar(title: str, total: int | None) -> Iterator[Advance]:
     """Show no progress, for work that is a part of a larger piece with a progress bar."""
-    yield unheard
+    yield no_advance
 
 
 def quiet_libraries() -> None:

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from proper.api import Model
-from proper.enrolment import worker
+from proper.enrolment import fit_progress
 from proper.enrolment.comparison import state_of
 from proper.files import read_json, write_json
 from proper.layers.bank import AdapterBank
@@ -90,7 +90,7 @@ def test_an_adapter_that_does_not_help_is_not_promoted(run: Path, opened: Open) 
 def test_a_refit_killed_anywhere_ends_the_same(
     run: Path, opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "TOLD_SECONDS", 0.0)
+    monkeypatch.setattr(fit_progress, "REPORT_SECONDS", 0.0)
     came, phases = lessons(HABIT, 15, 15), list[str]()
     whole = Path(shutil.copytree(run, tmp_path / "whole"))
     without_adapter(opened(whole)).users.update("new", came, lambda phase, _: phases.append(phase))

@@ -17,7 +17,7 @@ from proper.adapters.quantization import decode
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.api import Model
 from proper.data.dataset import TextExample
-from proper.enrolment import worker
+from proper.enrolment import fit_progress
 from proper.enrolment.comparison import VersionComparison, outliers, state_of
 from proper.enrolment.history import Divided, UserHistory, divide, hold_out
 from proper.interactions.fit_queue import FitQueue
@@ -136,7 +136,7 @@ class Killed(BaseException):
 def test_an_update_killed_anywhere_ends_the_same(
     run: Path, opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "TOLD_SECONDS", 0.0)  # the last step is told as well, however fast it is
+    monkeypatch.setattr(fit_progress, "REPORT_SECONDS", 0.0)  # the last step is told as well, however fast it is
     came = lessons(OTHER, 15, 15)
     whole = Path(shutil.copytree(run, tmp_path / "whole"))
     opened(whole).users.update("new", came)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from proper.adapters.store import AdapterStore
-from proper.console import Advance, Bar
 from proper.enrolment.drift import Drift, drifts, usual_still
+from proper.enrolment.fit_progress import ProgressCallback, WithdrawnError, bar_of, no_progress, shares_of, throttled
 from proper.enrolment.fit_user import Fitter
 from proper.enrolment.history import grown_history
 from proper.enrolment.many_users import append_all, fit_many, place_users
@@ -32,20 +32,7 @@ from proper.training.user_stage import is_stored
 
 logger = logging.getLogger(__name__)
 
-TOLD_SECONDS = 0.2
-"""Interval in which a fit reports its progress and checks whether its user was deleted."""
 POLL_SECONDS = 0.25
-
-Heard = Callable[[str, float], None]
-"""Progress callback (phase, share of the fit that is done)."""
-
-
-class _Withdrawn(Exception):
-    """The user was deleted during the fit."""
-
-
-def unheard(phase: str, share: float) -> None:
-    """Ignore progress; the default callback."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +54,7 @@ class FitWorker:
         self,
         tenant: str | None = None,
         user: str | None = None,
-        heard: Heard = unheard,
+        heard: ProgressCallback = no_progress,
         *,
         even_if_usual: bool = False,
     ) -> bool:
@@ -88,7 +75,7 @@ class FitWorker:
             return self._take(fitter, tenant, user, heard, even_if_usual)
 
     def enrol(
-        self, store: AdapterStore, entries: Mapping[str, Sequence[LogEntry]], *, refine: bool, heard: Heard
+        self, store: AdapterStore, entries: Mapping[str, Sequence[LogEntry]], *, refine: bool, heard: ProgressCallback
     ) -> None:
         """Enrol many new users, all or none: place their embeddings in one batch, then fit them if `refine` is set.
 
@@ -99,16 +86,16 @@ class FitWorker:
         users = list(entries)
         append_all(self.log, store.tenant, entries)
         fitter = self.fitter()
-        place_users(fitter, store, self.log, users, _shares("place", len(users), heard))
+        place_users(fitter, store, self.log, users, shares_of("place", len(users), heard))
         if not refine:
             return
-        done = _shares("fit", len(users), heard)
+        done = shares_of("fit", len(users), heard)
         # No claim is held on users who are fitted together, so their deletion has to wait for the end of this block.
         with working(self.users.parent), self.log.queue.lock():
             _refuse_outdated(fitter)
-            fit_many(fitter, store, self.log, users, _shares("embeddings", len(users), heard), _bar_of(heard))
+            fit_many(fitter, store, self.log, users, shares_of("embeddings", len(users), heard), bar_of(heard))
             for user in users:
-                while self._take(fitter, store.tenant, user, unheard, even_if_usual=False):
+                while self._take(fitter, store.tenant, user, no_progress, even_if_usual=False):
                     pass
                 done(1)
         fits = ((user, self.log.queue.fit(store.tenant, user)) for user in users)
@@ -143,7 +130,7 @@ class FitWorker:
                 tried.append(drift)
         return tried
 
-    def watch(self, heard: Heard = unheard) -> None:
+    def watch(self, heard: ProgressCallback = no_progress) -> None:
         """Fit queued users until `heard` raises; it is also called from time to time while the queue is empty."""
         while True:
             heard("idle", 0.0)
@@ -155,14 +142,16 @@ class FitWorker:
         figures = self.log.queue.figures()
         return figures.queued + figures.fitting
 
-    def _take(self, fitter: Fitter, tenant: str | None, user: str | None, heard: Heard, even_if_usual: bool) -> bool:
+    def _take(
+        self, fitter: Fitter, tenant: str | None, user: str | None, heard: ProgressCallback, even_if_usual: bool
+    ) -> bool:
         """Take a claim as `fit_next` says, and fit its user; return whether there was one."""
         claim = self.log.queue.take(tenant, user)
         if claim is None:
             return False
         try:
             self._fit(fitter, claim, heard, even_if_usual)
-        except _Withdrawn:
+        except WithdrawnError:
             remove_work(self.users, claim.tenant, claim.user)
         except Exception as error:
             # Out of memory, a NaN loss, a full disk: go on, because the next user's fit may succeed.
@@ -174,7 +163,7 @@ class FitWorker:
             self.log.queue.leave(claim)
         return True
 
-    def _fit(self, fitter: Fitter, claim: Claim, heard: Heard, even_if_usual: bool) -> None:
+    def _fit(self, fitter: Fitter, claim: Claim, heard: ProgressCallback, even_if_usual: bool) -> None:
         with (
             closing(AdapterStore(self.users, claim.tenant)) as store,
             closing(Database(UsersFolder(self.users).log, durable=False)) as database,
@@ -189,7 +178,7 @@ class FitWorker:
                 if waits is not None:
                     self.log.queue.done(claim, waits.version, f"{waits.text()}; version {waits.version} stays")
                     return
-            tell = _throttled(FitQueue(database), claim, heard)
+            tell = throttled(FitQueue(database), claim, heard)
             work = work_folder(self.users, claim.tenant, claim.user)
             started = time.monotonic()
             fitted = fit_or_update(fitter, store, claim.user, grown, work, tell)
@@ -216,7 +205,7 @@ class FitWorker:
         """Put the new version into the store, unless its user was deleted or rolled back meanwhile."""
         with self.log.queue.ending(claim) as stands:
             if not stands:
-                raise _Withdrawn
+                raise WithdrawnError
             if fitted.record is not None and not is_stored(store, fitted.record):  # stored already before a kill
                 head = store.head(claim.user)
                 if fitted.base != (None if head is None else head.version):
@@ -256,45 +245,3 @@ def describe(fitted: FitOutcome) -> str:
 def _refuse_outdated(fitter: Fitter) -> None:
     if fitter.model.served is not None and fitter.model.served.outdated:
         raise ProperError("the groups were refreshed since this process loaded them; start it again")
-
-
-def _shares(phase: str, total: int, heard: Heard) -> Callable[[int], None]:
-    """Return a callback for numbers of users done, which passes on the share of all users."""
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        heard(phase, done / max(1, total))
-
-    return advance
-
-
-def _bar_of(heard: Heard) -> Bar:
-    """Return a progress display that tells `heard` the title, as the phase, and the share of it that is done."""
-
-    @contextmanager
-    def bar(title: str, total: int | None) -> Iterator[Advance]:
-        def advance(n: int = 1, note: str = "", share: float | None = None) -> None:
-            heard(title, 1.0 if share is None else share)
-
-        yield advance
-
-    return bar
-
-
-def _throttled(queue: FitQueue, claim: Claim, heard: Heard) -> Heard:
-    """Return a throttled callback that tells the queue and `heard`; raises `_Withdrawn` if the user was deleted."""
-    last, before = 0.0, ""
-
-    def tell(phase: str, share: float) -> None:
-        nonlocal last, before
-        now = time.monotonic()
-        if phase == before and now - last < TOLD_SECONDS:
-            return
-        last, before = now, phase
-        if not queue.advance(claim, round(min(share, 0.99), 3), phase):
-            raise _Withdrawn
-        heard(phase, share)
-
-    return tell

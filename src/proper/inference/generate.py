@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from proper.config import Config
-from proper.console import Advance, unheard
+from proper.console import Advance, no_advance
 from proper.errors import InputError
 from proper.inference.engine import Engine
 from proper.inference.model import PersonalizedModel
@@ -38,7 +38,7 @@ class Continuation:
 
     tokens: list[int] = field(default_factory=list)
     tier: str = ""
-    advance: Advance = unheard
+    advance: Advance = no_advance
 
     def __call__(self, event: Event) -> None:
         """Receive an event of the engine."""
@@ -78,7 +78,7 @@ def respond(
     prompts: Sequence[str],
     user_ids: Sequence[str | None],
     sampling: Sampling | None = None,
-    advance: Advance = unheard,
+    advance: Advance = no_advance,
     task: int = 0,
 ) -> list[Answer]:
     """Answer each prompt for its own user; a batch may mix any users.
@@ -131,7 +131,7 @@ def continuations(
     prompts: Sequence[Sequence[int]],
     users: Sequence[str | None],
     sampling: Sampling,
-    advance: Advance = unheard,
+    advance: Advance = no_advance,
     task: int = 0,
 ) -> list[Continuation]:
     """Continue each prompt's tokens until the end token or `max_new_tokens`, `compute.batch_size` rows at a time.

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from proper.console import Advance, unheard
+from proper.console import Advance, no_advance
 from proper.data.batching import by_length, collate
 from proper.data.encoder import EncodedExample
 from proper.data.label_tree import LabelTree
@@ -37,7 +37,7 @@ def score(
     prompts: Sequence[str],
     user_ids: Sequence[str | None],
     labels: Sequence[str],
-    advance: Advance = unheard,
+    advance: Advance = no_advance,
     task: int = 0,
 ) -> Float[Tensor, "B L"]:
     """Return the log-likelihood (nats) of every label after every prompt, each prompt for its own user.
