@@ -68,11 +68,6 @@ class AdapterBank:
                 draw = torch.rand(piece.size, generator=generator) * (2 * bound) - bound
                 row[piece.offset : piece.offset + piece.size] = draw.to(row.device)
 
-    def freeze(self, frozen: bool = True) -> None:
-        """Stop collecting gradients, or resume with `frozen=False`."""
-        for view in (*self.down.values(), *self.up.values(), *self.core.values()):
-            view.requires_grad_(not frozen)
-
     def take(self, view: nn.Parameter, slots: Int[Tensor, "B"]) -> Float[Tensor, "B J K"]:
         """Return `view[slots]` for a view of `down`, `up` or `core`, differentiably."""
         if view not in self._gradient or not view.requires_grad:
