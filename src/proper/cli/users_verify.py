@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -70,18 +71,22 @@ def verify_deleted(
     files = sum(path.is_file() for path in run.rglob("*"))
     with progress("search", files) as advance:
         verified = verify(run, wanted, advance)
-    told = verified.certificate
     if certificate is not None:
-        write_json(certificate, told)
+        write_json(certificate, verified.certificate)
     if not originals and fingerprints is None:
         logger.info("only the ids were searched for; give --originals or --fingerprints for texts and tensors")
-    for each in told["users"]:
+    _print_findings(verified.certificate)
+    if not verified.clean:
+        raise typer.Exit(1)
+
+
+def _print_findings(certificate: Mapping[str, Any]) -> None:
+    for each in certificate["users"]:
         for hit in each["found"]:
             inside = f" in {hit['inside']}" if "inside" in hit else ""
             typer.echo(f"{hit['file']}{inside}: {hit['kind']} of user {each['user']!r}, read as {hit['read_as']}")
-    for unread in told["unreadable"]:
+    for unread in certificate["unreadable"]:
         logger.warning(f"{unread['file']}: cannot be read: {unread['why']}")
-    total = f"{told['searched']['files']:,} files, {told['searched']['bytes']:,} bytes"
-    typer.echo(f"{told['result']} in {total}; {len(told['remains'])} shared files learnt from all users")
-    if not verified.clean:
-        raise typer.Exit(1)
+    total = f"{certificate['searched']['files']:,} files, {certificate['searched']['bytes']:,} bytes"
+    remains = len(certificate["remains"])
+    typer.echo(f"{certificate['result']} in {total}; {remains} shared files learnt from all users")

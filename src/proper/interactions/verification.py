@@ -38,6 +38,10 @@ PLACES = 5
 Tell = Callable[[int], None]
 """Called with the number of files that were searched since the last call."""
 
+_NOT_COVERED = (
+    "the file that the run was trained on (data.path) and folders that were exported",
+    "backups, snapshots of file systems, and flash storage, which may keep bytes that were overwritten",
+)
 _NOT_ROWS = (
     "files of the PostgreSQL server: rows were searched by query, but free space in pages, the write-ahead log, "
     "replicas and logs of the server may keep deleted rows until they are overwritten"
@@ -86,12 +90,7 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
         tell: progress callback.
     """
     home = RunFolder(run).home
-    searches = {}
-    names = {user for user, _ in wanted}
-    for user, prints in wanted:
-        search = Search(user, other_ids(home, names), prints.prints, prints.salt)
-        search.drop(search.shared(texts_of_others(home, names)))
-        searches[user] = search
+    searches = _searches(home, wanted)
     found: dict[str, list[dict[str, Any]]] = {user: _still_known(home, user) for user in searches}
     searched, unreadable = [], []
     for path in sorted(each for each in run.rglob("*") if each.is_file() and not each.is_symlink()):
@@ -114,29 +113,42 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
     bucket, hits = _search_bucket(home.path, searches, searched, unreadable)
     for user, reports in hits.items():
         found[user] += reports
-    links = [path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_symlink()]
     clean = not unreadable and not any(found.values())
+    result = "nothing found" if clean else "found" if any(found.values()) else "not all files could be read"
+    users = [_told(user, prints, searches[user], found[user]) for user, prints in wanted]
+    own_storage = ([] if location is None else [_NOT_ROWS]) + (list(_NOT_IN_BUCKET) if bucket else [])
     certificate = {
+        **_heading(run, result),
+        "users": users,
+        "searched": {"files": len(searched), "bytes": sum(each["bytes"] for each in searched), "each": searched},
+        **({"object_storage": bucket} if bucket else {}),
+        "unreadable": unreadable,
+        "links_not_followed": [path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_symlink()],
+        "remains": _remains(run),
+        "not_covered": [*_NOT_COVERED, *own_storage],
+    }
+    return Verified(certificate, clean)
+
+
+def _searches(home: RunFolder, wanted: Sequence[tuple[str, Fingerprints]]) -> dict[str, Search]:
+    """Return the search for each user, without pieces of text that other users have too."""
+    searches, names = {}, {user for user, _ in wanted}
+    for user, prints in wanted:
+        search = Search(user, other_ids(home, names), prints.prints, prints.salt)
+        search.drop(search.shared(texts_of_others(home, names)))
+        searches[user] = search
+    return searches
+
+
+def _heading(run: Path, result: str) -> dict[str, Any]:
+    return {
         "format": "proper-deletion-certificate",
         "version": 1,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "proper": version("proper-llm"),
-        "run": home.path.resolve().name,
-        "result": "nothing found" if clean else "found" if any(found.values()) else "not all files could be read",
-        "users": [_told(user, prints, searches[user], found[user]) for user, prints in wanted],
-        "searched": {"files": len(searched), "bytes": sum(each["bytes"] for each in searched), "each": searched},
-        **({"object_storage": bucket} if bucket else {}),
-        "unreadable": unreadable,
-        "links_not_followed": links,
-        "remains": _remains(run),
-        "not_covered": [
-            "the file that the run was trained on (data.path) and folders that were exported",
-            "backups, snapshots of file systems, and flash storage, which may keep bytes that were overwritten",
-            *([] if location is None else [_NOT_ROWS]),
-            *(_NOT_IN_BUCKET if bucket else ()),
-        ],
+        "run": RunFolder(run).home.path.resolve().name,
+        "result": result,
     }
-    return Verified(certificate, clean)
 
 
 def _search_file(
