@@ -123,6 +123,10 @@ def test_a_healthy_run_has_none_and_neither_has_an_empty_one():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        (
+            {"p_adjusted": 1.0, "difference": 0.0, "resolvable": 0.0},
+            "No gain from groups against population: every user's accuracy is the same with both.",
+        ),
         ({"p_adjusted": 0.2}, "No measurable gain from groups against population (accuracy +0.0500, adjusted p = 0.2"),
         ({"p_adjusted": 0.2}, "80 % power is about 0.0300."),
         ({"difference": -0.05}, "A measurable loss from groups against population"),

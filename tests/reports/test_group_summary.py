@@ -63,7 +63,7 @@ def test_the_command_prints_words_or_json(run: Path, capsys: pytest.CaptureFixtu
     assert main(["groups", "show", str(run), "--group", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "group 0: 52 % of the mean gate; main group of 4 users"
-    assert lines[3].startswith("  labels it raises against other users: sport (z ")
+    assert lines[3].startswith("  overrepresented labels, against other users: sport (z ")
     assert main(["groups", "show", str(run), "--json"]) == 0
     assert [json.loads(line)["group"] for line in capsys.readouterr().out.splitlines()] == [0, 1]
 

@@ -50,6 +50,11 @@ def test_ladder_shows_stages_with_intervals_and_no_other_method(render: Render) 
     assert "OPPU" not in page.text["ladder"]
 
 
+def test_one_seed_is_counted_as_one(render: Render, change: Callable[..., None]) -> None:
+    change(lambda results: [row.update(seeds=1) for row in results["metrics"]])
+    assert "All over 60 users, 300 queries, 1 seed." in render().text["scores"]
+
+
 def test_tables_hold_every_score_and_comparison(render: Render) -> None:
     page = render()
     text = page.text["scores"]

@@ -188,7 +188,9 @@ def _steps(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
         better = row["difference"] > 0 if row["higher_is_better"] else row["difference"] < 0
         step = f"{row['method']} against {row['against']}"
         size = f"{row['metric']} {row['difference']:+.4f}, adjusted p = {row['p_adjusted']:.3f}"
-        if row["p_adjusted"] >= LEVEL:
+        if row["difference"] == row["resolvable"] == 0:
+            found.append(f"No gain from {step}: every user's {row['metric']} is the same with both.")
+        elif row["p_adjusted"] >= LEVEL:
             text = f"No measurable gain from {step} ({size})"
             if math.isfinite(row["resolvable"]):
                 shown = f"{row['resolvable']:.4f}"

@@ -178,10 +178,10 @@ def group_lines(summary: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"  typical users, by mean gate: {typical}"
         for name in ("words", "labels"):
             if each[name]:
-                told = ", ".join(f"{row['text']} (z {row['z']:.1f})" for row in each[name])
-                yield f"  {name} it raises against other users: {told}"
+                shown = ", ".join(f"{row['text']} (z {row['z']:.1f})" for row in each[name])
+                yield f"  overrepresented {name}, against other users: {shown}"
         if not each["words"] and not each["labels"]:
-            yield f"  no word or label is raised by {LEAST} standard deviations or more"
+            yield f"  no word or label is overrepresented by {LEAST} standard deviations or more"
         for row in each["examples"]:
             yield f"  example, {row['user']} row {row['row']}: {_short(row['prompt'])} -> {_short(row['target'])}"
 

@@ -31,6 +31,7 @@ from proper.reports.reading import count, interval, mapping, number
 from proper.run_folder import LADDER
 
 COUNTS = ("users", "queries", "seeds")
+ONE = ("user", "query", "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,9 @@ def metrics(run: RunFiles) -> Table | None:
     alike = {tuple(line[-3:]) for line in lines}
     if len(alike) == 1:
         head, lines = head[:-3], [line[:-3] for line in lines]
-        note += f" All over {', '.join(f'{n} {name}' for n, name in zip(alike.pop(), COUNTS, strict=True))}."
+        counted = zip(alike.pop(), ONE, COUNTS, strict=True)
+        amounts = [f"{n} {one if n == '1' else many}" for n, one, many in counted]
+        note += f" All over {', '.join(amounts)}."
     return Table(head, lines, frozenset({0, 1, 4}), note) if lines else None
 
 
@@ -197,7 +200,7 @@ def groups(run: RunFiles) -> Table | None:
         typical = ", ".join(f"{row['user']} ({row['gate']:.2f})" for row in each["typical"])
         words, labels = (", ".join(str(row["text"]) for row in each[name]) or "–" for name in ("words", "labels"))
         lines.append([str(each["group"]), percent(each["utilization"], 0), str(each["users"]), typical, labels, words])
-    head = ["group", "mean gate", "users", "typical users (gate)", "labels it raises", "words it raises"]
+    head = ["group", "mean gate", "users", "typical users (gate)", "overrepresented labels", "overrepresented words"]
     note = (
         "Users: those whose largest mean gate it is. Labels and words: log-odds against other users' items, z ≥ 1.96."
     )
