@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from proper.errors import StoreError
+from proper.interactions.log import InteractionLog, LogEntry
 from proper.sqlite_files import Schema, open_shared
 
 NUMBERS = Schema("numbers", 3, ("CREATE TABLE numbers (n INTEGER)",))
@@ -112,3 +113,75 @@ def test_a_folder_that_cannot_be_written_is_read(
     assert found["home"] == found["running"] == [True, [[7]]]
     assert found["empty"] == [True, []]
     assert "x-wal cannot be read without x-shm in a read-only folder" in found["half"]
+
+
+CHANGED = """
+import sys
+from pathlib import Path
+from proper.interactions.log import InteractionLog
+log = InteractionLog(Path(sys.argv[1]))
+for _ in range(4):
+    print(log.database.read_only, log.count("", "ann"), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_changes_by_others_are_seen_where_nothing_can_be_written(tmp_path: Path, unprivileged: list[str]) -> None:
+    """As with a volume that one machine mounts `:ro` while another writes."""
+    folder = tmp_path / "users"
+    command = [*unprivileged, sys.executable, "-c", CHANGED, str(folder)]
+    folder.mkdir(mode=0o500)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdin is not None and reader.stdout is not None
+        said = [reader.stdout.readline()]
+        for rows in (1, 2, 3):
+            folder.chmod(0o700)  # where the tests do not run as root
+            log = InteractionLog(folder)
+            log.append("", "ann", [LogEntry("x" * 3000, "y", id=str(rows))])
+            for path in folder.iterdir():
+                path.chmod(0o400)
+            folder.chmod(0o500)
+            if rows < 3:
+                log.close()
+            reader.stdin.write("\n")
+            reader.stdin.flush()
+            said.append(reader.stdout.readline())
+            log.close()
+            for path in folder.iterdir():
+                path.chmod(0o600)
+        folder.chmod(0o700)
+        reader.kill()
+    assert said == ["True 0\n", "True 1\n", "True 2\n", "True 3\n"]
+
+
+@pytest.mark.parametrize("end", ["-wal", "-journal"])
+def test_a_lost_file_is_not_made_anew_beside_its_log(tmp_path: Path, end: str) -> None:
+    """SQLite would write the pages of the lost file into the new one."""
+    (tmp_path / f"x{end}").write_bytes(b"pages of the lost file")
+    with pytest.raises(StoreError, match=f"x: is missing, but x{end} is there; restore a backup and remove x{end}"):
+        open_shared(tmp_path / "x", NUMBERS, 1)
+    assert [each.name for each in tmp_path.iterdir()] == [f"x{end}"]
+
+
+def test_a_file_system_without_hard_links_loses_no_file_of_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: Path) -> None:
+        monkeypatch.undo()
+        with closing(open_shared(tmp_path / "x", NUMBERS, 1).connection) as faster:
+            faster.execute("INSERT INTO numbers VALUES (7)")
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", link)
+    with closing(open_shared(tmp_path / "x", NUMBERS, 1).connection) as db:
+        assert db.execute("SELECT n FROM numbers").fetchall() == [(7,)]
+    assert [each.name for each in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_file_system_without_hard_links_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", link)
+    open_shared(tmp_path / "x", NUMBERS, 1).connection.close()
+    assert [each.name for each in tmp_path.iterdir()] == ["x"]

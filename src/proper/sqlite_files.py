@@ -5,6 +5,7 @@ A file in a folder that cannot be written is opened read-only, without creating 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import sqlite3
@@ -63,6 +64,7 @@ def open_shared(path: Path, schema: Schema, wait_seconds: float, may_make: Calla
             _ask(path, may_make)
             if read_only:
                 return Opened(_empty(schema), True)
+            _require_no_log(path)
             _make(path, schema)
         elif path.stat().st_size == 0:
             raise StoreError(f"{path}: the file is empty, so its content is lost; restore a backup")
@@ -85,10 +87,30 @@ def _ask(path: Path, may_make: Callable[[], None]) -> None:
             raise
 
 
+def _require_no_log(path: Path) -> None:
+    """Refuse to make a file beside the log of a lost one: SQLite would write its pages into the new file."""
+    for log in (path.with_name(path.name + end) for end in ("-wal", "-journal")):
+        if log.exists() and log.stat().st_size and not path.exists():
+            raise StoreError(f"{path}: is missing, but {log.name} is there; restore a backup and remove {log.name}")
+
+
 def writable(path: Path) -> bool:
     """Return whether this process may write a file, or create it and SQLite's files beside it."""
     there = next(each for each in (path.parent, *path.parents) if each.exists())
     return os.access(there, os.W_OK | os.X_OK) and (not path.exists() or os.access(path, os.W_OK))
+
+
+def state_of(path: Path) -> list[tuple[int, int, int] | None]:
+    """Return what changes when a process writes to a file: inode, time and size of it and of its write-ahead log."""
+    found = list[tuple[int, int, int] | None]()
+    for each in (path, path.with_name(f"{path.name}-wal")):
+        try:
+            facts = each.stat()
+        except FileNotFoundError:
+            found.append(None)
+        else:
+            found.append((facts.st_ino, facts.st_mtime_ns, facts.st_size))
+    return found
 
 
 def read_only_error(path: Path) -> ReadOnlyError:
@@ -103,6 +125,7 @@ def _make(path: Path, schema: Schema) -> None:
     os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, PRIVATE_FILE))
     try:
         with closing(sqlite3.connect(temporary, isolation_level=None)) as new:
+            new.execute("PRAGMA journal_mode=OFF")  # a kill leaves nothing that `files.sweep` does not know
             _add_tables(new, schema)
         try:
             os.link(temporary, path)
@@ -111,9 +134,20 @@ def _make(path: Path, schema: Schema) -> None:
         except FileNotFoundError:  # `files.sweep` took it for the file of a killed process
             _make(path, schema)
         except OSError:  # a file system without hard links
-            os.replace(temporary, path)
+            _rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    """Rename a new file into its place, unless another process was faster: what that one wrote would be lost."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if not path.exists():
+            os.replace(temporary, path)
+    finally:
+        os.close(folder)
 
 
 def _add_tables(new: sqlite3.Connection, schema: Schema) -> None:
@@ -122,6 +156,17 @@ def _add_tables(new: sqlite3.Connection, schema: Schema) -> None:
         new.execute(table)
     new.execute(f"PRAGMA user_version={schema.version}")
     new.execute("COMMIT")
+
+
+def open_to_read(path: Path) -> sqlite3.Connection:
+    """Return a read-only connection to a SQLite file.
+
+    If a process that changed the file was killed, the change is undone first: a read-only connection cannot do that.
+    """
+    if path.with_name(f"{path.name}-journal").exists():
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as database:
+            database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False)
 
 
 def _empty(schema: Schema) -> sqlite3.Connection:

@@ -134,6 +134,36 @@ def test_the_hash_is_of_contents_and_settings_not_of_order_or_place(tmp_path: Pa
     assert len(first.sha256) == 64
 
 
+KILLED = """
+import os, signal, sqlite3, sys
+data = sqlite3.connect(sys.argv[1], isolation_level=None)
+data.execute("PRAGMA cache_size = 2")
+data.execute("BEGIN IMMEDIATE")
+data.execute("UPDATE texts SET prompt = 'changed'")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_killed_change_is_undone_and_not_rolled_back_into_other_data(
+    tmp_path: Path, jsonl: Callable[..., Path], lost: bool
+) -> None:
+    """A deletion changes the data; the file may also be removed, so as to be prepared again."""
+    config = {"data": {"path": str(jsonl(make_rows({"a": 300, "b": 30}))), "prompt": "{input}", "target": "{output}"}}
+    out = tmp_path / "data.sqlite"
+    prepare(make_config({**config, "task": CHOICE}), out, no_tokens).close()
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(out)], check=False)
+    assert killed.returncode == -9 and (tmp_path / "data.sqlite-journal").stat().st_size
+    if lost:
+        out.unlink()
+        config["data"]["path"] = str(jsonl(make_rows({"c": 40, "d": 20}, words=9)))
+        prepare(make_config({**config, "task": CHOICE}), out, no_tokens).close()
+    with Dataset.open(out) as dataset:
+        assert dataset.connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert {user.id for user in dataset.users()} == ({"c", "d"} if lost else {"a", "b"})
+        assert all(row.prompt.startswith(row.user) for user in dataset.users() for row in dataset.history(user.id))
+
+
 def test_progress_counts_rows_and_tokens_come_in_chunks(tmp_path: Path, jsonl: Callable[..., Path]) -> None:
     sizes: list[int] = []
     seen: list[int] = []

@@ -211,10 +211,6 @@ def test_no_other_module_writes_files_by_itself() -> None:
         "data/database.py",
         "data/public/download.py",
         "files.py",
-        "interactions/deletion.py",
-        "interactions/file_contents.py",  # reads only
-        "interactions/personal_extracts.py",  # reads only
-        "interactions/other_users.py",  # reads only
         "interactions/personal_files.py",
         "models/checkpoints.py",
         "databases/sqlite.py",

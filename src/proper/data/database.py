@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from proper.errors import RunFolderError
+from proper.sqlite_files import open_to_read
 
 VERSION = 1
 
@@ -69,9 +70,11 @@ def open_read_only(path: Path) -> sqlite3.Connection:
     """
     if not path.is_file():
         raise RunFolderError(f"{path}: no such file; `proper run` prepares it")
-    connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
-    )
+    try:
+        connection = open_to_read(path)
+    except sqlite3.DatabaseError as error:
+        raise RunFolderError(f"{path}: not readable as prepared data: {error}") from error
+    connection.isolation_level = None
     try:
         _set_up(connection)
         version = get_meta(connection, "version")

@@ -140,6 +140,8 @@ def prepare(
             raise ProperError(f"{path}: cannot be written: {error}") from error
         finally:
             connection.close()
+        # Of a killed change to a file that is gone by now: SQLite would roll it back into the new one.
+        path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
     named, found = ({name.strip() for name in names} for names in (without, met))
     if named != found:
         logger.warning(f"data.train_without: {len(named - found)} of its {len(named)} users have no rows in the data")

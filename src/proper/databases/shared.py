@@ -137,9 +137,8 @@ class SharedDatabase:
         """Remove what deleted rows left behind: SQLite's write-ahead log is emptied, PostgreSQL's tables are vacuumed.
 
         Returns False if another process reads or writes an SQLite file for longer than `patience` (seconds): its
-        write-ahead log then still holds deleted data. An SQLite file that still holds the text `trace` is rebuilt:
-        SQLite overwrites deleted rows, but not the places from which it moved rows to other pages before.
-        A piece of such a copy without `trace` is not noticed.
+        write-ahead log then still holds deleted data. An SQLite file with the text `trace` in its unused space is
+        rebuilt (see `unused_space`). A piece of such a copy without `trace` is not noticed.
 
         Raises:
             StoreError: the database is damaged, or the disk full.

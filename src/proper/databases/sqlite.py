@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import MetaData
 
 from proper.databases.statements import Engine, Values, additions, created
+from proper.databases.unused_space import is_in_unused_space
 from proper.errors import StoreError
-from proper.sqlite_files import Schema, open_shared, read_only_error
+from proper.sqlite_files import Schema, open_shared, read_only_error, state_of
 
 _RETRY_SECONDS = 0.01
 
@@ -45,7 +45,9 @@ class SqliteDatabase:
         self._read_lock = self._lock if reads_wait else nullcontext()
         self._wait_seconds = wait_seconds
         schema = Schema(noun, version, created(tables), durable)
-        self._db, self.read_only = open_shared(path, schema, wait_seconds, may_make)
+        self._open = partial(open_shared, path, schema, wait_seconds, may_make)
+        self._seen = state_of(path)
+        self._db, self.read_only = self._open()
         self._db.execute("PRAGMA busy_timeout = 0")  # `_patiently` waits instead
         if not self.read_only:
             self._complete(tables)
@@ -80,9 +82,18 @@ class SqliteDatabase:
         """Return all rows of a query."""
         try:
             with self._read_lock:
+                if self.read_only:
+                    self._open_again()
                 return self._patiently(sql, values)
         except sqlite3.Error as error:
             raise StoreError(f"{self.path}: {error}") from error
+
+    def _open_again(self) -> None:
+        """Open a file again that another process has changed: SQLite does not look for changes of a read-only file."""
+        with self._lock:
+            if (now := state_of(self.path)) != self._seen:
+                # Not closed, since another thread may be reading: it ends with its last reader.
+                self._seen, self._db = now, self._open().connection
 
     def _patiently(self, sql: str, values: Values | Sequence[object] = ()) -> list[Any]:
         """Run one statement and return its rows; wait while another process holds a lock that it needs.
@@ -104,16 +115,16 @@ class SqliteDatabase:
         return self._db.execute(sql, values).rowcount
 
     def wipe(self, patience: float, trace: str) -> bool:
-        """Checkpoint the write-ahead log into the file and truncate it; rebuild a file that still holds `trace`."""
+        """Checkpoint the write-ahead log into the file and truncate it; rebuild a file with copies of `trace`."""
         deadline = time.monotonic() + patience
         try:
             # A separate connection: this process's other connections may be in the middle of a read.
             with closing(sqlite3.connect(self.path, timeout=0, isolation_level=None)) as database:
                 done = _until(deadline, _checkpointed, database)
-                if not done or not _holds(self.path, trace):
+                if not done or not trace or not is_in_unused_space(self.path, trace):
                     return done
                 return _until(deadline, _rebuilt, database) and _until(deadline, _checkpointed, database)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise StoreError(f"{self.path}: {error}") from error
 
     def damage(self) -> list[str]:
@@ -143,29 +154,6 @@ class SqliteDatabase:
             there = set(map(tuple, self.read(names)))  # another process may have added them
             for statement in additions(tables, there):
                 self.write(statement)
-
-
-_FOUND = 3
-_SEARCH = f"""import mmap, sys
-with open(sys.argv[1], "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-    sys.exit({_FOUND} if content.find(sys.stdin.buffer.read()) >= 0 else 0)
-"""
-
-
-def _holds(path: Path, trace: str) -> bool:
-    """Return whether the file's bytes contain a text.
-
-    A child process reads them. POSIX locks belong to a process and a file: closing any descriptor of the file would
-    drop the locks of all of this process's connections, and another process that closes the file would then delete
-    the write-ahead log under them (https://sqlite.org/howtocorrupt.html, 2.2).
-    """
-    if not trace or not path.stat().st_size:
-        return False
-    command = [sys.executable, "-I", "-S", "-c", _SEARCH, str(path)]
-    ended = subprocess.run(command, input=trace.encode(), capture_output=True)
-    if ended.returncode not in (0, _FOUND):
-        raise StoreError(f"{path}: cannot be searched for a deleted user: {ended.stderr.decode().strip()}")
-    return ended.returncode == _FOUND
 
 
 def _until(deadline: float, done: Callable[[sqlite3.Connection], bool], database: sqlite3.Connection) -> bool:

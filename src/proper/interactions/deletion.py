@@ -26,7 +26,7 @@ from proper.interactions.deletion_jobs import Deletion
 from proper.interactions.log import InteractionLog
 from proper.interactions.personal_files import files_of, remove_quarantine, remove_work
 from proper.run_folder import UNFINISHED, RunFolder, UsersFolder, nested_runs
-from proper.sqlite_files import read_only_error
+from proper.sqlite_files import open_to_read, read_only_error
 
 PATIENCE = 5.0
 """Seconds for which a deletion waits for other readers and writers."""
@@ -255,7 +255,7 @@ def _require_no_training(run: Path, user: str) -> None:
 def _prepared(path: Path) -> Iterator[sqlite3.Connection]:
     """Open prepared data to read; SQLite's errors inside the block become StoreError, which names the file."""
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as data:
+        with closing(open_to_read(path)) as data:
             yield data
     except sqlite3.Error as error:
         raise StoreError(f"{path}: cannot be read: {error}") from error

@@ -80,7 +80,7 @@ class Deletions:
         """Erase the user's id and end a deletion; return False if a process reads for longer than `patience`."""
         with self.database.transaction():
             self.database.write(_WIPING, {"wanted": deletion.job})
-        if not self.database.wipe(patience):
+        if not self.database.wipe(patience, deletion.user or ""):
             return False
         with self.database.transaction():
             self.database.write(_DONE, {"at": time.time(), "wanted": deletion.job})

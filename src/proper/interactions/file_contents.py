@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from zlib import error as ZlibError
 
+from proper.sqlite_files import open_to_read
+
 CHUNK = 1 << 22
 _DEPTH = 4
 _SQLITE, _PARQUET, _ZSTD = b"SQLite format 3\0", b"PAR1", b"\x28\xb5\x2f\xfd"
@@ -38,12 +40,17 @@ def contents(path: Path) -> Iterator[Content]:
     """Yield the streams of a file; an error of `UNREADABLE` may come from here or from a stream."""
     with path.open("rb") as file:
         head = file.read(16)
-        yield Content("raw", "", _pieces(path.open("rb")))
+    yield Content("raw", "", _raw(path))
     if head.startswith(_SQLITE):
         yield Content("SQLite", "", _cells(path))
     else:
         with path.open("rb") as file:
             yield from _decoded(file, head, "", _DEPTH)
+
+
+def _raw(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from _pieces(file)
 
 
 def _pieces(file: BinaryIO) -> Iterator[bytes]:
@@ -106,7 +113,7 @@ def _rows(file: BinaryIO) -> Iterator[bytes]:
 
 def _cells(path: Path) -> Iterator[bytes]:
     """Yield all cells of an SQLite file that are text or bytes, the write-ahead log included, divided by zeros."""
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as data:
+    with closing(open_to_read(path)) as data:
         data.text_factory = bytes
         tables = data.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
         for (table,) in tables:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -17,13 +16,14 @@ from proper.databases.location import is_made
 from proper.interactions.deletion import everyone
 from proper.interactions.log import InteractionLog
 from proper.run_folder import RunFolder, nested_runs
+from proper.sqlite_files import open_to_read
 
 
 def other_ids(run: RunFolder, names: set[str]) -> Iterator[str]:
     """Yield the ids of all other users of the run's data, store and log, those of other tenants included."""
     found = {user for _, user in everyone(run.users.path)}
     if run.data.is_file():
-        with closing(_read_only(run.data)) as data:
+        with closing(open_to_read(run.data)) as data:
             found |= {str(user) for (user,) in data.execute("SELECT id FROM users")}
     yield from found - names
 
@@ -56,11 +56,7 @@ def texts_of_others(run: RunFolder, names: set[str]) -> Iterator[bytes]:
 
 
 def _cells(path: Path, query: str, values: Sequence[Any]) -> Iterator[bytes]:
-    with closing(_read_only(path)) as data:
+    with closing(open_to_read(path)) as data:
         rows = data.execute(query, values)
         while some := rows.fetchmany(1000):
             yield "\0".join(str(cell) for row in some for cell in ("", *row, "")).encode("utf-8", "surrogatepass")
-
-
-def _read_only(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from proper.errors import StoreError
 from proper.files import read_json
+from proper.sqlite_files import open_to_read
 
 _BLOCKS = {"article", "caption", "dd", "dt", "figcaption", "h1", "h2", "h3", "h4", "li", "p", "summary", "title"}
 _BLOCKS |= {"tr", "td", "th"}
@@ -79,7 +80,7 @@ def from_data(path: Path, user: str) -> list[Any]:
     query = """SELECT r.id AS row, r.part, r.reason, r.time, r.tokens, t.prompt, t.target, t.item
         FROM rows r JOIN texts t ON t.id = r.text JOIN users u ON u.number = r.user WHERE u.id = ? ORDER BY r.id"""
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as data:
+        with closing(open_to_read(path)) as data:
             data.row_factory = sqlite3.Row
             return [dict(row) for row in data.execute(query, (user,))]
     except sqlite3.Error as error:

@@ -36,6 +36,7 @@ from proper.errors import StoreError
 from proper.files import atomic_path, read_json, write_json
 from proper.interactions import personal_extracts as extracts
 from proper.run_folder import Personal, RunFolder, UsersFolder, nested_runs
+from proper.sqlite_files import open_to_read
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _whole(path: Path, user: str) -> None:
 def _derived(path: Path, user: str) -> None:
     """Remove derived data, which can be regenerated; it may assign the user's texts to other users."""
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as data:
+        with closing(open_to_read(path)) as data:
             found = data.execute("SELECT 1 FROM users WHERE id = ?", (user,)).fetchone() is not None
     except sqlite3.Error:
         found = True  # half-written: it has to be regenerated in any case

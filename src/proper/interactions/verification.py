@@ -5,6 +5,8 @@ If the adapters of a run are in a bucket, every version of every object is searc
 The search is independent of the deletion: it reads every existing file, in the registry or not, as `file_contents`
 yields it, and searches for the user's id, texts and tensors (`byte_search`). Pieces of text that other users' texts
 contain too are left out, since they do not identify the user. The certificate has no content.
+
+A process that has one of the run's databases open must not search: closing a file drops its locks (`unused_space`).
 """
 
 from __future__ import annotations
