@@ -20,8 +20,9 @@ import proper
 from proper import pipeline
 from proper.cli.app import main
 from proper.config import Config, load_run_config, make_config, with_chat
+from proper.data.dataset import Dataset
 from proper.data.demo import DemoSettings, demo_config, write_demo
-from proper.errors import ConfigError, RunFolderError
+from proper.errors import ConfigError, DataError, RunFolderError
 from proper.interactions.personal_files import files_of
 from proper.models.tokenizer import EMBEDDED, backbone_location, configured_encoder, load_tokenizer
 from proper.run_folder import LADDER, STORES, Stage
@@ -98,6 +99,18 @@ def test_every_method_answers_every_query(finished: Path) -> None:
     assert results["tiers"]["groups"] + results["tiers"]["users"] == 4
     primary = [row for row in results["comparisons"] if row["family"] == "primary"]
     assert [(row["method"], row["against"]) for row in primary] == [("groups", "population"), ("users", "groups")]
+
+
+def test_a_run_whose_target_users_were_all_deleted_cannot_be_evaluated(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    with Dataset.open(run / "data.sqlite") as dataset:
+        targets = [word for user in dataset.users("target") for word in ("--user", user.id)]
+    assert main(["users", "delete", str(run), *targets]) == 0
+    said = "no query is left, since all target users were deleted; nothing is evaluated"
+    with pytest.raises(DataError, match=said):
+        pipeline.evaluate(run)
+    with pytest.raises(DataError, match=said):
+        pipeline.run(small_config(finished.parent), run)
 
 
 def test_the_same_call_again_trains_nothing_and_says_the_same(finished: Path) -> None:

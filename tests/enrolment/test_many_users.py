@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from proper.adapters.store import AdapterStore
+from proper.enrolment import many_users, worker
 from proper.errors import InputError
 from proper.interactions.deletion import remove
 from proper.interactions.log import InteractionLog
@@ -111,3 +112,22 @@ def test_a_user_who_is_deleted_while_many_are_fitted_leaves_nothing(run: Path, o
     assert waits[0] and not users.log.deletions.pending()
     assert not any((run / "users" / "fits").iterdir()) and "new" not in users
     assert record(run, "other").facts["embedding"] == "fitted"
+
+
+def test_a_deletion_does_not_wait_for_users_who_are_fitted_later(
+    run: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (worker, many_users):
+        monkeypatch.setattr(module, "TOGETHER", 1, raising=False)
+    users, waits = opened(run).users, list[int]()
+
+    def heard(phase: str, share: float) -> None:
+        if phase == "embeddings":
+            with closing(AdapterStore(run / "users")) as store, closing(InteractionLog(run / "users")) as log:
+                if not waits:
+                    assert remove(store, log, "new", 0).waits
+                waits.append(len(log.deletions.pending()))
+
+    users.enrol_many({user: users.entries(user, rows(3, 9)) for user in ("new", "other")}, heard=heard)
+    assert waits == [1, 0]
+    assert "new" not in users and record(run, "other").facts["embedding"] == "fitted"

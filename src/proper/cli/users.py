@@ -71,6 +71,23 @@ def _log_of(store: AdapterStore) -> Iterator[InteractionLog | None]:
         yield log
 
 
+@contextmanager
+def log_of_users(store: AdapterStore, *users: str) -> Iterator[InteractionLog]:
+    """Open the interaction log beside a store, and close it after the block; it is made for known users only.
+
+    Raises:
+        InputError: there is no log, and a user is not in the store.
+    """
+    from proper.databases.location import is_made
+    from proper.interactions.log import InteractionLog
+
+    if not is_made(store.paths.log):
+        for user in users:
+            known(store, user)
+    with closing(InteractionLog(store.folder)) as log:
+        yield log
+
+
 def known(store: AdapterStore, user: str) -> str:
     """Return a user's id if the user is in the store.
 
@@ -170,11 +187,9 @@ def delete(
     user again.
     """
     from proper.interactions.deletion import finish_deletions, remove
-    from proper.interactions.log import InteractionLog
 
     finish_deletions(require_run(folder).users.path)
-
-    with opened(folder) as store, closing(InteractionLog(store.folder)) as log:
+    with opened(folder) as store, log_of_users(store, *user) as log:
         begun = {each.user for each in log.deletions.pending() if each.tenant == store.tenant}
         wanted = [
             each if each in begun or log.knows(store.tenant, each) else known(store, each)

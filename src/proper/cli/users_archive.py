@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from proper.cli.options import RunFolder, examples
-from proper.cli.users import OneUser, known, opened
+from proper.cli.users import OneUser, known, log_of_users, opened
 from proper.errors import InputError
 from proper.files import atomic_path
 
@@ -30,13 +29,11 @@ def archive(
     """
     if out.exists() and not force:
         raise InputError(f"{out}: exists already; --force replaces it")
-    with opened(folder) as store:
+    with opened(folder) as store, log_of_users(store, user) as log:
         from proper.interactions.archive import write_archive
-        from proper.interactions.log import InteractionLog
 
-        with closing(InteractionLog(store.folder)) as log:
-            if not log.knows(store.tenant, user):
-                known(store, user)
-            with atomic_path(out) as temporary, temporary.open("r+b") as target:
-                write_archive(target, store, log, user)
+        if not log.knows(store.tenant, user):
+            known(store, user)
+        with atomic_path(out) as temporary, temporary.open("r+b") as target:
+            write_archive(target, store, log, user)
     typer.echo(out)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proper.cli.options import RunFolder, examples
-from proper.cli.users import AsJson, known, printable
+from proper.cli.users import AsJson, known, log_of_users, opened, printable
 from proper.cli.users_enrol import INPUT, append, open_users, print_user, read_entries
 from proper.console import progress, silent
 from proper.errors import InputError, ProperError
@@ -76,16 +76,17 @@ def update(
         _watch(folder, parent)
         return
     entries = [] if user is None or input_file is None else read_entries(folder, user, input_file)
+    if user is not None:
+        with opened(folder) as store, log_of_users(store, user) as log:
+            if not log.knows(store.tenant, user):
+                known(store, user)
     with open_users(folder) as users:
         if drifted:
             _update_drifted(users, budget, hours)
-            return
-        if user is None:
+        elif user is None:
             _fit_all(users)
-            return
-        if user not in users:
-            known(users.store, user)
-        append(users, user, entries, new=False)
+        else:
+            append(users, user, entries, new=False)
 
 
 @app.command(epilog=examples("users", "drift runs/notes", "drift runs/notes --json"))

@@ -139,6 +139,20 @@ def require_no_leaks(dataset: Dataset) -> None:
         raise DataError(f"{get_meta(dataset.connection, 'path')}: leak: {found[0]}{more}; nothing is evaluated")
 
 
+def require_queries(dataset: Dataset) -> None:
+    """Require a query of every task; none is left after all target users were deleted.
+
+    Raises:
+        DataError: a task has no query; names it.
+    """
+    task = "task" if dataset.tasks else "0"
+    found = {row[0] for row in dataset.connection.execute(f"SELECT DISTINCT {task} FROM rows WHERE part = 'query'")}
+    for number, name in enumerate(dataset.tasks or ("",)):
+        if number not in found:
+            path, of = get_meta(dataset.connection, "path"), f" of task '{name}'" if name else ""
+            raise DataError(f"{path}: no query{of} is left, since all target users were deleted; nothing is evaluated")
+
+
 def _measures(connection: sqlite3.Connection) -> dict[str, str]:
     """Return SQL for the ids of leaking queries, by kind of leak."""
     measures = {"its own row": _OWN_ROW}

@@ -19,7 +19,7 @@ from proper.enrolment.drift import Drift, drifts, usual_still
 from proper.enrolment.fit_progress import ProgressCallback, WithdrawnError, bar_of, no_progress, shares_of, throttled
 from proper.enrolment.fit_user import Fitter
 from proper.enrolment.history import grown_history
-from proper.enrolment.many_users import append_all, fit_many, place_users
+from proper.enrolment.many_users import TOGETHER, append_all, fit_many, place_users
 from proper.enrolment.update_user import FitOutcome, fit_or_update
 from proper.errors import ProperError
 from proper.interactions.database import Database
@@ -87,17 +87,17 @@ class FitWorker:
         append_all(self.log, store.tenant, entries)
         fitter = self.fitter()
         place_users(fitter, store, self.log, users, shares_of("place", len(users), heard))
-        if not refine:
-            return
-        done = shares_of("fit", len(users), heard)
-        # No claim is held on users who are fitted together, so their deletion has to wait for the end of this block.
-        with working(self.users.parent), self.log.queue.lock():
-            _refuse_outdated(fitter)
-            fit_many(fitter, store, self.log, users, shares_of("embeddings", len(users), heard), bar_of(heard))
-            for user in users:
-                while self._take(fitter, store.tenant, user, no_progress, even_if_usual=False):
-                    pass
-                done(1)
+        done, placed = (shares_of(phase, len(users), heard) for phase in ("fit", "embeddings"))
+        for at in range(0, len(users) if refine else 0, TOGETHER):
+            some = users[at : at + TOGETHER]
+            # No claim is held on users who are fitted together, so a deletion has to wait for the end of this block.
+            with working(self.users.parent), self.log.queue.lock():
+                _refuse_outdated(fitter)
+                fit_many(fitter, store, self.log, some, placed, bar_of(heard))
+                for user in some:
+                    while self._take(fitter, store.tenant, user, no_progress, even_if_usual=False):
+                        pass
+                    done(1)
         fits = ((user, self.log.queue.fit(store.tenant, user)) for user in users)
         failed = [(user, fit.message) for user, fit in fits if fit.state == "failed"]
         if failed:

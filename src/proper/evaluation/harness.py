@@ -21,7 +21,7 @@ from proper.config import Config
 from proper.console import progress
 from proper.data.dataset import Dataset
 from proper.data.one_task import one_task
-from proper.data.summary import queries_seen_by_others, require_no_leaks, targets_outside
+from proper.data.summary import queries_seen_by_others, require_no_leaks, require_queries, targets_outside
 from proper.evaluation.fingerprint import code_version
 from proper.evaluation.lamp_predictions import write_lamp_predictions
 from proper.evaluation.metrics import Prediction, TaskInfo
@@ -97,9 +97,10 @@ class Harness:
         """Run all methods on all queries, write the results and the report's files, and return the results.
 
         Raises:
-            DataError: a query leaks into training.
+            DataError: a query leaks into training, or no query is left.
             RunFolderError: a stage is missing.
         """
+        require_queries(self.dataset)
         require_no_leaks(self.dataset)
         names = [method.name for method in methods]
         # Method by method, so that a killed process loses at most one method.
