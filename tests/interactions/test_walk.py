@@ -11,6 +11,7 @@ import functools
 import gzip
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -38,7 +39,9 @@ import yaml
 from proper import run_folder
 from proper.cli.app import app, main
 from proper.data.demo import DemoSettings, demo_config, write_demo
+from proper.files import hash_file
 from proper.run_folder import kind_of
+from tests.descriptors import sitecustomize
 
 SCOPES = "generate,write,admin"
 SHORT = "users,shuffled,rag"
@@ -105,8 +108,21 @@ def careless() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def misuse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The file in which this process and all that it starts record what `sitecustomize` describes."""
+    report = tmp_path_factory.mktemp("descriptors") / "report"
+    with pytest.MonkeyPatch.context() as change:
+        change.setenv(sitecustomize.NAME, str(report))
+        change.setenv("PYTHONPATH", str(Path(sitecustomize.__file__).parent), prepend=os.pathsep)
+        sitecustomize.watch()
+        yield report
+
+
 @pytest.fixture(scope="module", params=[SHORT, pytest.param(LONG, marks=pytest.mark.slow)], ids=["short", "long"])
-def walk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, backbone_folder: Path) -> Walk:
+def walk(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, backbone_folder: Path, misuse: Path
+) -> Walk:
     """The whole walk; tests that change its folder copy it."""
     place = tmp_path_factory.mktemp("walk")
     walk = Walk(place / "run", request.param)
@@ -370,6 +386,16 @@ def test_nothing_is_left_of_several_deleted_users(walk: Walk, tmp_path: Path) ->
     if walk.methods == LONG:
         here.proper("evaluate", run, "--methods", LONG)
     assert set.union(*search(run).values()) == {*MARKS} - {LEFT, *gone}, "data that is prepared again"
+
+
+def test_no_process_opens_an_sqlite_file_that_it_has_a_connection_to(walk: Walk, misuse: Path) -> None:
+    """Of all commands above, the server and its worker included; and the search for this would find one."""
+    assert not misuse.exists(), misuse.read_text()
+    with closing(sqlite3.connect(walk.run / "users" / "users.sqlite")) as connection:
+        connection.execute("SELECT count(*) FROM records").fetchone()
+        hash_file(walk.run / "users" / "users.sqlite")
+    assert misuse.read_text().startswith(f"open {walk.run}/users/users.sqlite at ")
+    misuse.unlink()
 
 
 def test_the_search_reads_compressed_and_paged_files(tmp_path: Path) -> None:
