@@ -29,7 +29,9 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
     report = os.environ.get(NAME)
     if event not in EVENTS or not report:
         return
-    paths = [os.fsdecode(each) for each in arguments[:2] if isinstance(each, str | bytes | os.PathLike)]
+    # A link never replaces a file, which another thread of this process may just have made.
+    named = arguments[: 1 if event == "os.link" else 2]
+    paths = [os.fsdecode(each) for each in named if isinstance(each, str | bytes | os.PathLike)]
     if event == "os.fork":
         found = [path for _, path in _descriptors() if KIND in path]
     else:
