@@ -88,11 +88,10 @@ def _add_cells(job: Job) -> None:
     """Run a table's job of one seed and add its cells to the table, which another job may have written meanwhile."""
     from experiments.results import table_of
 
-    started = time.perf_counter()
     with _output_to(RUNS / f"{job.name}.log"):
         print(f"{job.name}: in {job.folder.name}")
         _train_and_evaluate(job)
-        new = table_of(job, (time.perf_counter() - started) / 60)
+        new = table_of(job)
     there = read_json(job.result) if job.result.exists() else None
     pairs = [(method, other) for other in job.against for method in job.methods if method != other]
     write_json(job.result, {"config": job.config, **merged(there if there and fits(job, there) else None, new, pairs)})

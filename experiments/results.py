@@ -62,7 +62,7 @@ def collect(job: Job) -> dict[str, Any]:
     return dict(plain(found))
 
 
-def table_of(job: Job, minutes: float) -> Table:
+def table_of(job: Job) -> Table:
     """Return the cells of a table's job of one seed that has just been evaluated, the rows of every table included."""
     config = load_config(job.folder / "config.yaml")
     results = read_json(job.folder / "results.json")
@@ -74,7 +74,7 @@ def table_of(job: Job, minutes: float) -> Table:
     with closing(Dataset.open(job.folder / "data.sqlite")) as dataset:
         habits = user_habits(dataset, config.task.kind)
     scores = score_all(predictions, task, habits)
-    measured = {"code": cell_key(), "device": results["run"]["device"], "minutes": round(minutes / len(methods), 1)}
+    measured = {"code": cell_key(), "device": results["run"]["device"]}
     cells = {
         method: {str(seed): cell_of({name: one for (of, name), one in scores.items() if of == method}, **measured)}
         for method in methods
