@@ -385,13 +385,15 @@ def _refusing(*_: object) -> AdapterStore:
     raise OSError("too many open files")
 
 
-def test_a_seed_that_no_generator_takes_ends_its_request_alone(model: PersonalizedModel) -> None:
+def test_sampling_that_no_generator_takes_is_refused_alone(model: PersonalizedModel) -> None:
     engine = Engine(model, EngineLimits(4, 4))
-    odd, _ = ask(engine, PROMPTS[0], None, 3, temperature=1.0, seed=2**80)
-    endless, _ = ask(engine, PROMPTS[0], None, 3, temperature=torch.inf, top_p=0.5)
+    for name, odd in (("seed", 2**80), ("temperature", torch.inf)):
+        with pytest.raises(InputError, match=name):
+            ask(engine, PROMPTS[0], None, 3, **{"temperature": 1.0, name: odd})
+    hottest, _ = ask(engine, PROMPTS[0], None, 3, temperature=1e308, top_p=0.5, seed=2**63 - 1)
     good, _ = ask(engine, PROMPTS[0], None, 3)
     finish(engine)
-    assert odd.end.reason == "error" and len(good.tokens) == 3 and endless.end.reason in ("length", "error")
+    assert len(good.tokens) == 3 and hottest.end.reason in ("length", "error")
     engine.close()
 
 

@@ -76,7 +76,8 @@ def written(folder: Path, config: Any) -> Path:
 
 def settings(folder: Path, length: int = 64) -> dict[str, Any]:
     compute = {"dtype": "fp32", "max_length": length, "batch_size": 8, "device": "cpu"}
-    return {"data": {"path": "nothing.jsonl"}, "backbone": str(folder), "compute": compute}
+    task = {"max_new_tokens": 8}  # half of the shortest row
+    return {"data": {"path": "nothing.jsonl"}, "backbone": str(folder), "task": task, "compute": compute}
 
 
 @pytest.fixture(scope="module", params=sorted(KINDS))

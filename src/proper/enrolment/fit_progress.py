@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 
 from proper.console import Advance, Bar
@@ -16,7 +17,7 @@ ProgressCallback = Callable[[str, float], None]
 """Progress callback (phase, share of the fit that is done)."""
 
 
-class WithdrawnError(Exception):
+class WithdrawnError(CancelledError):
     """The user was deleted during the fit."""
 
 
