@@ -85,6 +85,7 @@ def test_an_answer_beyond_the_context_is_refused_at_load(tmp_path: Path) -> None
     """The rows may be longer than the context: that is the config's choice."""
     kind = LlamaConfig(**HIDDEN, intermediate_size=48)
     load(tmp_path, kind, 100, 50)
-    said = r"^task\.max_new_tokens: a prompt of 50 tokens and an answer of 1000000 do not fit .* context of 24$"
+    load(tmp_path, kind, 24, 24)
+    said = r"^task\.max_new_tokens: an answer of 1000000 tokens does not fit into the backbone's context of 24$"
     with pytest.raises(ConfigError, match=said):
         load(tmp_path, kind, 100, 10**6)

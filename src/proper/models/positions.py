@@ -56,7 +56,7 @@ def context_of(model: nn.Module) -> int | None:
 def require_positions(model: nn.Module, length: int, answer: int) -> None:
     """Check that a model can have rows of `length` tokens, and answers of `answer` tokens to the longest prompts.
 
-    Without a table, `length` is the caller's choice. Only an answer beyond it has to fit into the context, since
+    Without a table, `length` is the caller's choice. Only an answer that is longer has to fit into the context, since
     the memory for it is allocated at once.
 
     Raises:
@@ -66,10 +66,9 @@ def require_positions(model: nn.Module, length: int, answer: int) -> None:
     rows, most, context = max(length, length // 2 + answer), positions_of(model), context_of(model)
     if most is not None and rows > most:
         raise ConfigError(f"compute.max_length: rows may have {rows} tokens, but the backbone has {most} positions")
-    if context is not None and rows > max(length, context):
+    if context is not None and answer > max(length, context):
         raise ConfigError(
-            f"task.max_new_tokens: a prompt of {length // 2} tokens and an answer of {answer} do not fit into the "
-            f"backbone's context of {context}"
+            f"task.max_new_tokens: an answer of {answer} tokens does not fit into the backbone's context of {context}"
         )
 
 
