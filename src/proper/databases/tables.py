@@ -65,7 +65,7 @@ RECORDS = Table(
     **_TREE,
 )
 
-PEOPLE = Table(
+USERS = Table(
     "people", LOG, Column("tenant", Text, primary_key=True), Column("user", LargeBinary, primary_key=True), **_TREE
 )
 

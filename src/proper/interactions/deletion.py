@@ -129,7 +129,7 @@ def everyone(users: Path) -> set[tuple[str, str]]:
             found += manifest.owners_of_records()
     if is_made(paths.log):
         with closing(InteractionLog(users)) as log:
-            found += log.people()
+            found += log.owners()
     return {(tenant, user_of(key)) for tenant, key in found}
 
 

@@ -119,7 +119,7 @@ class FitQueue:
 
     def advance(self, claim: Claim, progress: float, phase: str) -> bool:
         """Record the progress of a fit; return False if the claim is void, because the user was deleted."""
-        return self._set(sql.ADVANCE, claim, reached=progress, now_in=phase)
+        return self._set(sql.ADVANCE, claim, new_progress=progress, new_phase=phase)
 
     def release(self, claim: Claim) -> None:
         """Release a claim: the fit is queued again, at its old place."""
@@ -137,13 +137,13 @@ class FitQueue:
     def done(self, claim: Claim, version: int | None, message: str | None) -> None:
         """Record that a fit is done and wrote this version."""
         with self.database.transaction(_owner(claim)):
-            if self._set(sql.TELL_DONE, claim, written=version, said=message):
+            if self._set(sql.RECORD_DONE, claim, new_version=version, new_message=message):
                 self._end(claim, "done")
 
     def fail(self, claim: Claim, message: str) -> None:
         """Record that a fit failed, and why."""
         with self.database.transaction(_owner(claim)):
-            if self._set(sql.TELL_FAILED, claim, said=message):
+            if self._set(sql.RECORD_FAILURE, claim, new_message=message):
                 self._end(claim, "failed")
 
     @contextmanager
@@ -186,7 +186,7 @@ class FitQueue:
             return None
         number = int(rows[0][0])
         if self._many_workers:
-            self.database.write(sql.WITHDRAW, {"number": number, "nobody": secrets.token_bytes(16)})
+            self.database.write(sql.WITHDRAW, {"number": number, "placeholder": secrets.token_bytes(16)})
         return number
 
     def wait_for(self, number: int) -> None:
@@ -219,7 +219,7 @@ class FitQueue:
         if wanted > claim.wanted:
             self._set(sql.END_AGAIN, claim)
         else:
-            self._set(sql.END, claim, ended=state)
+            self._set(sql.END, claim, new_state=state)
         self.database.write(sql.COUNT, {"name": state})
 
     def _set(self, statement: Statement, claim: Claim, **values: object) -> bool:

@@ -70,14 +70,14 @@ WANTED = Statement(lambda _: select(FITS.c.wanted).where(_CLAIMED))
 _LEFT = select(*_KEY, FITS.c.claim, FITS.c.wanted, FITS.c.attempts).where(FITS.c.state == "fitting")
 ALL_LEFT = Statement(lambda _: _LEFT)
 LEASE_OVER = Statement(lambda _: _LEFT.where(FITS.c.lease < now()))
-ADVANCE = _change(progress=bindparam("reached"), phase=bindparam("now_in"), lease=_LEASED)
+ADVANCE = _change(progress=bindparam("new_progress"), phase=bindparam("new_phase"), lease=_LEASED)
 CLAIM_OF = Statement(lambda _: select(FITS.c.claim).where(_OWN, FITS.c.state == "fitting"))
 # The row of a deleted user whose worker has not noticed yet: it names no user.
 _WITHDRAWN = and_(FITS.c.state == "withdrawn", FITS.c.claim == bindparam("number"))
 WITHDRAW = Statement(
     lambda insert: insert(FITS).values(
         tenant="",
-        user=bindparam("nobody"),
+        user=bindparam("placeholder"),
         state="withdrawn",
         wanted=0,
         attempts=0,
@@ -90,15 +90,15 @@ STILL_THERE = Statement(lambda _: select(FITS.c.claim).where(_WITHDRAWN, FITS.c.
 LEFT_BEHIND = Statement(lambda _: delete(FITS).where(_WITHDRAWN))
 RELEASE = _change(state="queued", claim=null(), attempts=FITS.c.attempts - 1, progress=0.0, phase=null())
 REQUEUE = _change(state="queued", claim=null(), progress=0.0, phase=null())
-TELL_DONE = _change(version=bindparam("written"), message=bindparam("said"))
-TELL_FAILED = _change(message=bindparam("said"))
+RECORD_DONE = _change(version=bindparam("new_version"), message=bindparam("new_message"))
+RECORD_FAILURE = _change(message=bindparam("new_message"))
 END_AGAIN = _change(state="queued", attempts=0, claim=null(), phase=null(), progress=0.0, message=null())
 END = _change(
-    state=bindparam("ended"),
+    state=bindparam("new_state"),
     attempts=0,
     claim=null(),
     phase=null(),
-    progress=case((bindparam("ended", type_=Text) == "done", 1.0), else_=FITS.c.progress),
+    progress=case((bindparam("new_state", type_=Text) == "done", 1.0), else_=FITS.c.progress),
 )
 COUNT = Statement(
     lambda insert: (

@@ -20,7 +20,7 @@ from proper.adapters.manifest import key_of, user_of
 from proper.adapters.tombstones import Tombstones
 from proper.data.values import is_written_null
 from proper.databases.statements import Statement, of_user, row_of
-from proper.databases.tables import FITS, INTERACTIONS, PEOPLE, UPDATES
+from proper.databases.tables import FITS, INTERACTIONS, UPDATES, USERS
 from proper.errors import InputError
 from proper.interactions.database import Database
 from proper.interactions.deletion_jobs import Deletions
@@ -30,12 +30,12 @@ from proper.run_folder import UsersFolder
 
 _PAGE = 1000
 
-_KNOWS = Statement(lambda _: select(PEOPLE.c.user).where(of_user(PEOPLE)))
-_MEET = Statement(lambda insert: insert(PEOPLE).on_conflict_do_nothing())
-_USERS = select(PEOPLE.c.user).where(PEOPLE.c.tenant == bindparam("tenant")).order_by(PEOPLE.c.user).limit(_PAGE)
+_KNOWS = Statement(lambda _: select(USERS.c.user).where(of_user(USERS)))
+_ADD_USER = Statement(lambda insert: insert(USERS).on_conflict_do_nothing())
+_USERS = select(USERS.c.user).where(USERS.c.tenant == bindparam("tenant")).order_by(USERS.c.user).limit(_PAGE)
 _FIRST_USERS = Statement(lambda _: _USERS)
-_NEXT_USERS = Statement(lambda _: _USERS.where(PEOPLE.c.user > bindparam("after")))
-_PEOPLE = Statement(lambda _: select(PEOPLE))
+_NEXT_USERS = Statement(lambda _: _USERS.where(USERS.c.user > bindparam("after")))
+_OWNERS = Statement(lambda _: select(USERS))
 _TEXTS = Statement(
     lambda _: (
         select(*(INTERACTIONS.c[name] for name in ("number", "tenant", "user", "prompt", "target", "id")))
@@ -63,7 +63,7 @@ _OF = Statement(
 )
 _REMOVALS = [
     Statement(lambda _, table=table: delete(table).where(of_user(table)))  # type: ignore[misc]
-    for table in (INTERACTIONS, FITS, UPDATES, PEOPLE)
+    for table in (INTERACTIONS, FITS, UPDATES, USERS)
 ]
 
 
@@ -190,7 +190,7 @@ class InteractionLog:
         key, accepted, now = key_of(user), 0, time.time()
         with self.database.transaction((tenant, key)):
             self._require_present(tenant, user, new)
-            added = self.database.write(_MEET, {"tenant": tenant, "user": key})
+            added = self.database.write(_ADD_USER, {"tenant": tenant, "user": key})
             if new and not added:
                 raise ExistsError(f"there is a user {user!r} already")
             for at, entry in enumerate(entries):
@@ -242,9 +242,9 @@ class InteractionLog:
             yield from (user_of(key) for (key,) in page)
             page = self.database.read(_NEXT_USERS, {"tenant": tenant, "after": page[-1][0]})
 
-    def people(self) -> list[tuple[str, bytes]]:
+    def owners(self) -> list[tuple[str, bytes]]:
         """Return tenant and key of every user of every tenant."""
-        return self.database.read(_PEOPLE)
+        return self.database.read(_OWNERS)
 
     def texts(self) -> Iterator[tuple[str, bytes, str, str, str]]:
         """Yield tenant, key, prompt, target and id of every interaction of every user."""

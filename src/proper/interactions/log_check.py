@@ -11,13 +11,13 @@ from sqlalchemy import and_, exists, func, literal, or_, select
 from proper.adapters.integrity import Finding, one_line
 from proper.databases.location import is_made
 from proper.databases.statements import Statement
-from proper.databases.tables import FITS, INTERACTIONS, PEOPLE
+from proper.databases.tables import FITS, INTERACTIONS, USERS
 from proper.errors import StoreError
 from proper.interactions.fit_queue import State
 from proper.interactions.log import InteractionLog
 from proper.run_folder import UsersFolder
 
-_UNKNOWN = ~exists().where(PEOPLE.c.tenant == INTERACTIONS.c.tenant, PEOPLE.c.user == INTERACTIONS.c.user)
+_UNKNOWN = ~exists().where(USERS.c.tenant == INTERACTIONS.c.tenant, USERS.c.user == INTERACTIONS.c.user)
 _NO_FIT = or_(
     *(FITS.c.state.not_in([literal(state) for state in (*get_args(State), "withdrawn")]),),
     and_(FITS.c.state == "queued", FITS.c.place.is_(None)),
