@@ -34,11 +34,11 @@ METHODS = {
         "__iter__": "(self)",
         "close": "(self)",
         "delete": "(self, user)",
-        "enrol": "(self, user, interactions, heard=None)",
+        "enrol": "(self, user, interactions, on_progress=None)",
         "export": "(self, user, path, *, form='native', force=False)",
         "head": "(self, user)",
         "rollback": "(self, user, to=None)",
-        "update": "(self, user, interactions=(), heard=None)",
+        "update": "(self, user, interactions=(), on_progress=None)",
         "versions": "(self, user)",
     },
 }

@@ -34,9 +34,7 @@ Row = Mapping[str, Any]
 
 
 class Users:
-    """The users of a run.
-
-    `enrol` and `update` fit the user before they return.
+    """The users of a run; `enrol` and `update` fit the user before they return.
 
     Args:
         folder: the run folder.
@@ -67,13 +65,13 @@ class Users:
         """Make an older version current again and return its new number; see `AdapterStore.rollback`."""
         return self.store.rollback(user, to)
 
-    def enrol(self, user: str, interactions: Iterable[Row], heard: ProgressCallback | None = None) -> Head | None:
+    def enrol(self, user: str, interactions: Iterable[Row], on_progress: ProgressCallback | None = None) -> Head | None:
         """Enrol and fit a new user; return their tier, version and embedding, or None if there is nothing to fit yet.
 
         Args:
             user: id of the new user.
             interactions: rows in the run's own columns, or `{"prompt": ..., "target": ...}`; see `entries`.
-            heard: progress callback of the fit.
+            on_progress: progress callback of the fit.
 
         Raises:
             InputError: the user exists already, or two interactions have the same id and different content.
@@ -83,17 +81,21 @@ class Users:
         entries = self.entries(user, interactions)
         if user in self:
             raise ExistsError(f"user {user!r} exists already; users.update adds interactions")
-        return self.append(user, entries, new=True, heard=heard)
+        return self.append(user, entries, new=True, on_progress=on_progress)
 
     def enrol_many(
-        self, entries: Mapping[str, Sequence[LogEntry]], *, refine: bool = True, heard: ProgressCallback | None = None
+        self,
+        entries: Mapping[str, Sequence[LogEntry]],
+        *,
+        refine: bool = True,
+        on_progress: ProgressCallback | None = None,
     ) -> None:
         """Enrol many new users, all or none: place their embeddings at once, then fit them.
 
         Args:
             entries: the users' interactions, as `entries` returns them.
             refine: whether to fit the users; without, they keep their placed embeddings and stay in the fit queue.
-            heard: progress callback (phase, share of it that is done).
+            on_progress: progress callback (phase, share of it that is done).
 
         Raises:
             InputError: a user exists already, or two interactions of a user have the same id and different content.
@@ -102,9 +104,11 @@ class Users:
         for user in entries:
             if user in self:
                 raise ExistsError(f"user {user!r} exists already; users.update adds interactions")
-        self.worker.enrol(self.store, entries, refine=refine, heard=heard or no_progress)
+        self.worker.enrol(self.store, entries, refine=refine, on_progress=on_progress or no_progress)
 
-    def update(self, user: str, interactions: Iterable[Row] = (), heard: ProgressCallback | None = None) -> Head | None:
+    def update(
+        self, user: str, interactions: Iterable[Row] = (), on_progress: ProgressCallback | None = None
+    ) -> Head | None:
         """Add interactions of a user and update the user; return tier, version and embedding.
 
         The update is trained from the version in service and becomes a new version only if that lowers the loss on
@@ -113,7 +117,7 @@ class Users:
         Args:
             user: id of an existing user.
             interactions: as for `enrol`; with none, those in the log that are new to the version in service.
-            heard: progress callback of the fit.
+            on_progress: progress callback of the fit.
 
         Raises:
             InputError: there is no such user, or an interaction's id exists with different content.
@@ -123,7 +127,7 @@ class Users:
         entries = self.entries(user, interactions)
         if user not in self:
             raise InputError(f"{self.store.folder}: there is no user {user!r}; users.enrol adds a new user")
-        return self.append(user, entries, new=False, heard=heard)
+        return self.append(user, entries, new=False, on_progress=on_progress)
 
     def drift(self) -> list[Drift]:
         """Return the drift of all users with new interactions, the highest score first; see `enrolment.drift`."""
@@ -166,7 +170,7 @@ class Users:
         return read_rows(named, record_reader(config.data, config.task, user))
 
     def append(
-        self, user: str, entries: list[LogEntry], *, new: bool, heard: ProgressCallback | None = None
+        self, user: str, entries: list[LogEntry], *, new: bool, on_progress: ProgressCallback | None = None
     ) -> Head | None:
         """Log entries and fit the user; the common part of `enrol` and `update`.
 
@@ -178,7 +182,7 @@ class Users:
         self.log.append(tenant, user, entries, new=new)
         if entries or not new:
             self.log.request_fit(tenant, user)
-        while self.worker.fit_next(tenant, user, *([heard] if heard is not None else [])):
+        while self.worker.fit_next(tenant, user, on_progress or no_progress):
             pass
         fit = self.log.queue.fit(tenant, user)
         if fit.state == "failed":
@@ -244,15 +248,9 @@ class Model:
             InputError: the two lists differ in length, or a prompt is empty.
             StoreError: a user's adapter is damaged.
         """
+        rows = self.personalized, prompts, user_ids
         return generate(
-            self.personalized,
-            prompts,
-            user_ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            task=task,
+            *rows, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, task=task
         )
 
     def respond(

@@ -36,13 +36,13 @@ _PATIENCE = 2.0
 """Seconds to wait for other processes that use the run."""
 
 
-def move_state(run: Path, url: str | None, tell: Callable[[int], None] = lambda count: None) -> int:
+def move_state(run: Path, url: str | None, advance: Callable[[int], None] = lambda count: None) -> int:
     """Move the state of a run; return the number of copied rows, 0 if it is there already.
 
     Args:
         run: the run folder.
         url: `postgresql://USER@HOST/DATABASE`; None for SQLite files in the run folder.
-        tell: called with the number of rows that were copied since the last call.
+        advance: called with the number of rows that were copied since the last call.
 
     Raises:
         InputError: the URL is no PostgreSQL URL, or PostgreSQL cannot hold a text.
@@ -63,7 +63,7 @@ def move_state(run: Path, url: str | None, tell: Callable[[int], None] = lambda 
         write_json(folder.moving, {"from": _values(old), "to": _values(new)})
         try:
             with hidden_folder(folder.database) as draft, _opened(folder) as opened:
-                count = _copy(folder, RunFolder(draft), opened, new, tell)
+                count = _copy(folder, RunFolder(draft), opened, new, advance)
                 _switch(folder, RunFolder(draft), new)
                 # Before the locks are released: who waited for them must not write here any more.
                 if old is None:
@@ -133,7 +133,7 @@ def _copy(
     draft: RunFolder,
     opened: list[tuple[SharedDatabase, MetaData]],
     new: Location | None,
-    tell: Callable[[int], None],
+    advance: Callable[[int], None],
 ) -> int:
     """Copy everything to the new place, which the folder `draft` points to or holds; return the number of rows."""
     if new is not None:
@@ -145,7 +145,7 @@ def _copy(
     for source, tables in opened:
         made = Database(draft.users.log) if tables is LOG else Manifest(draft.users.manifest, _PATIENCE)
         with closing(made) as target, target.transaction():
-            count += copy_tables(source, target, tables, tell)
+            count += copy_tables(source, target, tables, advance)
             if tables is LOG:  # a worker that died before the move has no lease
                 target.write("UPDATE fits SET lease = 0 WHERE state = 'fitting'")
     Tombstones(folder.users.path).copy_to(Tombstones(draft.users.path))

@@ -47,7 +47,9 @@ def test_many_are_enrolled_as_each_alone(encoded: Path, opened: Open, tmp_path: 
     new = {"new": rows(3, 9), "few": rows(8, 3), "one": rows(1, 1)}
     users, phases = opened(encoded).users, list[str]()
     before = record(encoded, "ann")
-    users.enrol_many({user: users.entries(user, own) for user, own in new.items()}, heard=lambda p, _: phases.append(p))
+    users.enrol_many(
+        {user: users.entries(user, own) for user, own in new.items()}, on_progress=lambda p, _: phases.append(p)
+    )
     assert list(dict.fromkeys(phases)) == ["place", "embeddings", "trial" if select else "final", "fit"]
     for user, own in new.items():
         opened(alone).users.enrol(user, own)
@@ -103,12 +105,12 @@ def test_a_run_without_an_encoder_places_nobody(run: Path, opened: Open) -> None
 def test_a_user_who_is_deleted_while_many_are_fitted_leaves_nothing(run: Path, opened: Open) -> None:
     users, waits = opened(run).users, list[tuple[str, ...]]()
 
-    def heard(phase: str, share: float) -> None:
+    def on_progress(phase: str, share: float) -> None:
         if phase in ("trial", "final") and not waits:
             with closing(AdapterStore(run / "users")) as store, closing(InteractionLog(run / "users")) as log:
                 waits.append(remove(store, log, "new", 0).waits)
 
-    users.enrol_many({user: users.entries(user, rows(3, 9)) for user in ("new", "other")}, heard=heard)
+    users.enrol_many({user: users.entries(user, rows(3, 9)) for user in ("new", "other")}, on_progress=on_progress)
     assert waits[0] and not users.log.deletions.pending()
     assert not any((run / "users" / "fits").iterdir()) and "new" not in users
     assert record(run, "other").facts["embedding"] == "fitted"
@@ -121,13 +123,13 @@ def test_a_deletion_does_not_wait_for_users_who_are_fitted_later(
         monkeypatch.setattr(module, "TOGETHER", 1, raising=False)
     users, waits = opened(run).users, list[int]()
 
-    def heard(phase: str, share: float) -> None:
+    def on_progress(phase: str, share: float) -> None:
         if phase == "embeddings":
             with closing(AdapterStore(run / "users")) as store, closing(InteractionLog(run / "users")) as log:
                 if not waits:
                     assert remove(store, log, "new", 0).waits
                 waits.append(len(log.deletions.pending()))
 
-    users.enrol_many({user: users.entries(user, rows(3, 9)) for user in ("new", "other")}, heard=heard)
+    users.enrol_many({user: users.entries(user, rows(3, 9)) for user in ("new", "other")}, on_progress=on_progress)
     assert waits == [1, 0]
     assert "new" not in users and record(run, "other").facts["embedding"] == "fitted"

@@ -76,8 +76,8 @@ def enrol(
         if user is not None and refine:
             append(users, user, entries[user], new=True)
             return
-        with _bars(len(entries)) as heard:
-            users.enrol_many(entries, refine=refine, heard=heard)
+        with _bars(len(entries)) as on_progress:
+            users.enrol_many(entries, refine=refine, on_progress=on_progress)
         for each in entries:
             print_user(users, each)
 
@@ -135,8 +135,8 @@ def append(users: Users, user: str, entries: list[LogEntry], *, new: bool) -> No
     with users.log.queue.lock(wait=False) as free:
         if not free:
             logger.info("another process is fitting a user; waiting for it")
-    with _bar(f"fit {user if user.isprintable() else 'the user'}") as heard:
-        users.append(user, entries, new=new, heard=heard)
+    with _bar(f"fit {user if user.isprintable() else 'the user'}") as on_progress:
+        users.append(user, entries, new=new, on_progress=on_progress)
     print_user(users, user)
 
 
@@ -155,13 +155,13 @@ def _bar(title: str) -> Iterator[Callable[[str, float], None]]:
     shown = 0
     with progress(title, 100) as advance:
 
-        def heard(phase: str, share: float) -> None:
+        def on_progress(phase: str, share: float) -> None:
             nonlocal shown
             now = int(100 * share)
             advance(max(0, now - shown), phase)
             shown = max(shown, now)
 
-        yield heard
+        yield on_progress
         advance(100 - shown)
 
 
@@ -171,7 +171,7 @@ def _bars(total: int) -> Iterator[Callable[[str, float], None]]:
     with ExitStack() as bars:
         shown: dict[str, tuple[Callable[..., None], int]] = {}
 
-        def heard(phase: str, share: float) -> None:
+        def on_progress(phase: str, share: float) -> None:
             if phase not in shown:
                 bars.close()
                 shown[phase] = bars.enter_context(progress(f"users: {phase}", total)), 0
@@ -180,4 +180,4 @@ def _bars(total: int) -> Iterator[Callable[[str, float], None]]:
             advance(now - before)
             shown[phase] = advance, now
 
-        yield heard
+        yield on_progress

@@ -172,7 +172,7 @@ def _watch(folder: Path, parent: int | None) -> None:
     def end(*_: Any) -> None:
         raise _Ended
 
-    def heard(phase: str, share: float) -> None:
+    def on_progress(phase: str, share: float) -> None:
         if parent is not None and os.getppid() != parent:
             raise _Ended
 
@@ -180,7 +180,7 @@ def _watch(folder: Path, parent: int | None) -> None:
     try:
         with open_users(folder) as users, silent():
             # Messages of fits name users, and user ids stay out of a server's log.
-            users.worker.watch(heard)
+            users.worker.watch(on_progress)
     except _Ended:
         logger.info("proper: the fit worker stops; an unfinished fit is queued again")
     finally:

@@ -32,7 +32,10 @@ class _Digest:
 
 
 def copy_tables(
-    source: SharedDatabase, target: SharedDatabase, tables: MetaData, tell: Callable[[int], None] = lambda count: None
+    source: SharedDatabase,
+    target: SharedDatabase,
+    tables: MetaData,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> int:
     """Copy every row of these tables into the empty ones of `target`, inside a transaction; return how many.
 
@@ -49,7 +52,7 @@ def copy_tables(
             for row in page:
                 target.write(added, dict(zip(table.columns.keys(), row, strict=True)))
             written.add(page)
-            tell(len(page))
+            advance(len(page))
         for page in _pages(target, table):
             found.add(page)
         if found != written:

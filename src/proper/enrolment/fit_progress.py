@@ -25,36 +25,39 @@ def no_progress(phase: str, share: float) -> None:
     """Ignore progress; the default callback."""
 
 
-def shares_of(phase: str, total: int, heard: ProgressCallback) -> Callable[[int], None]:
+def shares_of(phase: str, total: int, on_progress: ProgressCallback) -> Callable[[int], None]:
     """Return a callback for numbers of users done, which passes on the share of all users."""
     done = 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        heard(phase, done / max(1, total))
+        on_progress(phase, done / max(1, total))
 
     return advance
 
 
-def bar_of(heard: ProgressCallback) -> Bar:
-    """Return a progress display that tells `heard` the title, as the phase, and the share of it that is done."""
+def bar_of(on_progress: ProgressCallback) -> Bar:
+    """Return a progress display that calls `on_progress` with its title, as the phase, and its share done."""
 
     @contextmanager
     def bar(title: str, total: int | None) -> Iterator[Advance]:
         def advance(n: int = 1, note: str = "", share: float | None = None) -> None:
-            heard(title, 1.0 if share is None else share)
+            on_progress(title, 1.0 if share is None else share)
 
         yield advance
 
     return bar
 
 
-def throttled(queue: FitQueue, claim: Claim, heard: ProgressCallback) -> ProgressCallback:
-    """Return a throttled callback that tells the queue and `heard`; raises `WithdrawnError` if the user was deleted."""
+def throttled(queue: FitQueue, claim: Claim, on_progress: ProgressCallback) -> ProgressCallback:
+    """Return a callback that passes progress on to the queue and `on_progress`, at intervals of `REPORT_SECONDS`.
+
+    It raises `WithdrawnError` if the user was deleted.
+    """
     last, before = 0.0, ""
 
-    def tell(phase: str, share: float) -> None:
+    def report(phase: str, share: float) -> None:
         nonlocal last, before
         now = time.monotonic()
         if phase == before and now - last < REPORT_SECONDS:
@@ -62,6 +65,6 @@ def throttled(queue: FitQueue, claim: Claim, heard: ProgressCallback) -> Progres
         last, before = now, phase
         if not queue.advance(claim, round(min(share, 0.99), 3), phase):
             raise WithdrawnError
-        heard(phase, share)
+        on_progress(phase, share)
 
-    return tell
+    return report

@@ -28,6 +28,7 @@ from proper.data.derived.views import OneHistory
 from proper.data.encoder import EncodedExample
 from proper.enrolment.fit_embedding import FittedEmbedding, Setting, fit_embedding
 from proper.enrolment.fit_files import load_embedding, same_history, save_embedding
+from proper.enrolment.fit_progress import ProgressCallback
 from proper.enrolment.history import UserHistory, run_data
 from proper.enrolment.place import FITTED, PLACED, Placer, embedding_jobs
 from proper.errors import RunFolderError
@@ -44,9 +45,6 @@ from proper.training.users import is_trained, train_users
 
 START_NEIGHBOURS = 5
 """Users whose mean adapter a new user's starts from, with `users.start: neighbours`."""
-
-Tell = Callable[[str, float], None]
-"""Progress callback (phase, share of all work that is done); called after every step, and may raise to stop."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,9 @@ class Fitter:
         if self.dataset is not None:
             self.dataset.close()
 
-    def fit(self, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell) -> UserRecord:
+    def fit(
+        self, store: AdapterStore, user: str, grown: UserHistory, work: Path, on_progress: ProgressCallback
+    ) -> UserRecord:
         """Return a user's new record; nothing is put into the store.
 
         Args:
@@ -82,14 +82,14 @@ class Fitter:
             grown: the user's history, with at least one item.
             work: checkpoint folder from which an interrupted fit of the same history resumes; the caller removes it
                 once the record is saved.
-            tell: progress callback.
+            on_progress: progress callback; called after every step, and may raise to stop.
 
         Raises:
             NonFiniteLossError: the embedding's loss is not finite.
         """
         same_history(work, grown, self.groups)
         with self.model.model.caching(work, self.model.config.compute.cache_mb):
-            return self._fit(store, user, grown, work, tell)
+            return self._fit(store, user, grown, work, on_progress)
 
     @property
     def groups(self) -> str | None:
@@ -108,9 +108,11 @@ class Fitter:
         """Return the setting with which embeddings are fitted; `step` is called after every step of every user."""
         return Setting(self.model.model, self.model.config.groups, self.seed, step)
 
-    def _fit(self, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell) -> UserRecord:
+    def _fit(
+        self, store: AdapterStore, user: str, grown: UserHistory, work: Path, on_progress: ProgressCallback
+    ) -> UserRecord:
         items = self.items(grown)
-        pace = Pace.of(self.model, len(items), tell)
+        pace = Pace.of(self.model, len(items), on_progress)
         held = store.versions(user)
         facts: dict[str, Any] = {"history": {"run": grown.run, "logged": grown.logged}}
         head = store.head(user)
@@ -269,17 +271,17 @@ def own_bank(model: PersonalizedModel) -> Iterator[None]:
 class Pace:
     """Progress of a fit: steps done, out of the maximum number, by phase."""
 
-    def __init__(self, expected: dict[str, int], tell: Tell) -> None:
-        self.expected, self.tell = expected, tell
+    def __init__(self, expected: dict[str, int], on_progress: ProgressCallback) -> None:
+        self.expected, self.on_progress = expected, on_progress
         self.done = dict.fromkeys(expected, 0)
 
     @classmethod
-    def of(cls, model: PersonalizedModel, items: int, tell: Tell) -> Pace:
+    def of(cls, model: PersonalizedModel, items: int, on_progress: ProgressCallback) -> Pace:
         """Count the steps of every phase in full for so many items; early stopping may end a phase sooner."""
         config = model.config
         batches = -(-items // config.users.batch_size) * full_passes(config.users, items)
         adapter = {"trial": batches, "final": batches} if model.stage == "users" else {}
-        return cls({"embedding": 2 * items * math.ceil(config.groups.epochs), **adapter}, tell)
+        return cls({"embedding": 2 * items * math.ceil(config.groups.epochs), **adapter}, on_progress)
 
     def step(self, phase: str) -> None:
         """Count one step of a phase; earlier phases count as complete."""
@@ -288,7 +290,7 @@ class Pace:
                 break
             self.done[before] = self.expected[before]
         self.done[phase] = min(self.expected[phase], self.done[phase] + 1)
-        self.tell(phase, sum(self.done.values()) / sum(self.expected.values()))
+        self.on_progress(phase, sum(self.done.values()) / sum(self.expected.values()))
 
     def skip(self, phase: str) -> None:
         """Mark a phase as complete."""

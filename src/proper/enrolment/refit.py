@@ -25,7 +25,8 @@ from proper.data.encoder import EncodedExample
 from proper.enrolment.comparison import State, losses_of, state_of
 from proper.enrolment.fit_embedding import EmbeddingJob, FittedEmbedding, try_embedding
 from proper.enrolment.fit_files import load_embedding, save_embedding
-from proper.enrolment.fit_user import Fitter, Pace, Tell, nearest, own_bank
+from proper.enrolment.fit_progress import ProgressCallback
+from proper.enrolment.fit_user import Fitter, Pace, nearest, own_bank
 from proper.enrolment.place import FITTED
 from proper.files import private_folder
 from proper.run_folder import Tier
@@ -36,7 +37,7 @@ from proper.training.tier_selection import Trial, decide
 from proper.training.user_stage import fit_adapters
 
 EMBEDDING, ADAPTER = "embedding", "update"
-"""Phases that the progress tells."""
+"""Phases that are reported as progress."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Refit:
         held_out: the items that decide.
         embeds: whether the embedding is fitted, too; otherwise it stays.
         work: folder from which an interrupted fit goes on.
-        tell: progress callback.
+        on_progress: progress callback.
     """
 
     fitter: Fitter
@@ -61,7 +62,7 @@ class Refit:
     held_out: Sequence[TextExample]
     embeds: bool
     work: Path
-    tell: Tell
+    on_progress: ProgressCallback
 
     def record(self) -> UserRecord:
         """Return the user's state after the fit, with the adapter in its stored form if it helps.
@@ -90,7 +91,7 @@ class Refit:
         config, count = self.fitter.model.config, len(self.items)
         passes = passes_of(full_passes(config.users, count), self._choice.part)
         steps = {EMBEDDING: math.ceil(config.groups.epochs) * count if self.embeds else 0}
-        return Pace({**steps, ADAPTER: passes * -(-count // config.users.batch_size)}, self.tell)
+        return Pace({**steps, ADAPTER: passes * -(-count // config.users.batch_size)}, self.on_progress)
 
     def _embedding(self, pace: Pace) -> FittedEmbedding:
         found = load_embedding(self.work)

@@ -35,7 +35,8 @@ from proper.data.encoder import EncodedExample
 from proper.enrolment.change import change_point
 from proper.enrolment.comparison import Losses, State, Usual, VersionComparison, losses_of, outliers, state_of
 from proper.enrolment.fit_files import is_update_of, same_update
-from proper.enrolment.fit_user import Fitter, Tell, own_bank
+from proper.enrolment.fit_progress import ProgressCallback
+from proper.enrolment.fit_user import Fitter, own_bank
 from proper.enrolment.history import Divided, Split, UserHistory, divide, hold_out
 from proper.enrolment.place import FITTED, PLACED
 from proper.enrolment.refit import Refit
@@ -69,7 +70,7 @@ class FitOutcome:
 
 
 def fit_or_update(
-    fitter: Fitter, store: AdapterStore, user: str, grown: UserHistory, work: Path, tell: Tell
+    fitter: Fitter, store: AdapterStore, user: str, grown: UserHistory, work: Path, on_progress: ProgressCallback
 ) -> FitOutcome:
     """Fit a user unknown to the store, or update a known one; nothing is put into the store.
 
@@ -78,16 +79,16 @@ def fit_or_update(
     head = store.head(user)
     base = None if head is None else store.get(user, head.version)
     if head is None or base is None:
-        return FitOutcome(fitter.fit(store, user, grown, work, tell))
+        return FitOutcome(fitter.fit(store, user, grown, work, on_progress))
     if base.facts.get("embedding") == PLACED:  # answers until the first fit, which need not be better
-        return FitOutcome(fitter.fit(store, user, grown, work, tell), head.version)
+        return FitOutcome(fitter.fit(store, user, grown, work, on_progress), head.version)
     landed = _landed(work, grown, head.version, base)
     if landed is not None:
         return landed
     state = hash_value([base.embedding.tolist(), dict(base.facts), fitter.model.config.users.model_dump()])
     same_update(work, grown, head.version, state)
     with fitter.model.model.caching(work, fitter.model.config.compute.cache_mb), own_bank(fitter.model):
-        return _Update(fitter, store, base, head.version, grown, work, tell).result()
+        return _Update(fitter, store, base, head.version, grown, work, on_progress).result()
 
 
 def _landed(work: Path, grown: UserHistory, version: int, base: UserRecord) -> FitOutcome | None:
@@ -106,7 +107,7 @@ class _Update:
     version: int
     grown: UserHistory
     work: Path
-    tell: Tell
+    on_progress: ProgressCallback
 
     @property
     def config(self) -> UsersConfig:
@@ -214,7 +215,7 @@ class _Update:
             found.extend(results)
 
         def step(told: Mapping[str, Any]) -> None:
-            self.tell("update", min(1.0, told["step"] / (per_pass * passes)))
+            self.on_progress("update", min(1.0, told["step"] / (per_pass * passes)))
 
         trainer.run([job], done, checkpoint, step, "update", no_bar)
         return found[0]
@@ -230,7 +231,7 @@ class _Update:
         items = items[-(self.config.max_items or len(items)) :]
         embeds = anew or self.base.facts.get("embedding") == FITTED
         parts = items, joined(split.held_past, split.held_new), embeds
-        record = Refit(self.fitter, self.store, self.base, *parts, self.work, self.tell).record()
+        record = Refit(self.fitter, self.store, self.base, *parts, self.work, self.on_progress).record()
         facts |= {"trained": len(split.new), "anew": anew}
         if record.adapter is None and not embeds:
             return self._stays(str(record.facts["reason"]), facts)

@@ -54,7 +54,7 @@ class FitWorker:
         self,
         tenant: str | None = None,
         user: str | None = None,
-        heard: ProgressCallback = no_progress,
+        on_progress: ProgressCallback = no_progress,
         *,
         even_if_usual: bool = False,
     ) -> bool:
@@ -72,10 +72,15 @@ class FitWorker:
             self._tidy()
             if fitter.placer.encoder is not None:
                 self._place_waiting(fitter)
-            return self._take(fitter, tenant, user, heard, even_if_usual)
+            return self._take(fitter, tenant, user, on_progress, even_if_usual)
 
     def enrol(
-        self, store: AdapterStore, entries: Mapping[str, Sequence[LogEntry]], *, refine: bool, heard: ProgressCallback
+        self,
+        store: AdapterStore,
+        entries: Mapping[str, Sequence[LogEntry]],
+        *,
+        refine: bool,
+        on_progress: ProgressCallback,
     ) -> None:
         """Enrol many new users, all or none: place their embeddings in one batch, then fit them if `refine` is set.
 
@@ -86,14 +91,14 @@ class FitWorker:
         users = list(entries)
         append_all(self.log, store.tenant, entries)
         fitter = self.fitter()
-        place_users(fitter, store, self.log, users, shares_of("place", len(users), heard))
-        done, placed = (shares_of(phase, len(users), heard) for phase in ("fit", "embeddings"))
+        place_users(fitter, store, self.log, users, shares_of("place", len(users), on_progress))
+        done, placed = (shares_of(phase, len(users), on_progress) for phase in ("fit", "embeddings"))
         for at in range(0, len(users) if refine else 0, TOGETHER):
             some = users[at : at + TOGETHER]
             # No claim is held on users who are fitted together, so a deletion has to wait for the end of this block.
             with working(self.users.parent), self.log.queue.lock():
                 _refuse_outdated(fitter)
-                fit_many(fitter, store, self.log, some, placed, bar_of(heard))
+                fit_many(fitter, store, self.log, some, placed, bar_of(on_progress))
                 for user in some:
                     while self._take(fitter, store.tenant, user, no_progress, even_if_usual=False):
                         pass
@@ -130,11 +135,11 @@ class FitWorker:
                 tried.append(drift)
         return tried
 
-    def watch(self, heard: ProgressCallback = no_progress) -> None:
-        """Fit queued users until `heard` raises; it is also called from time to time while the queue is empty."""
+    def watch(self, on_progress: ProgressCallback = no_progress) -> None:
+        """Fit queued users until `on_progress` raises; it is also called from time to time while the queue is empty."""
         while True:
-            heard("idle", 0.0)
-            if not (self.waiting() and self.fit_next(heard=heard)):
+            on_progress("idle", 0.0)
+            if not (self.waiting() and self.fit_next(on_progress=on_progress)):
                 time.sleep(POLL_SECONDS)
 
     def waiting(self) -> int:
@@ -143,14 +148,14 @@ class FitWorker:
         return figures.queued + figures.fitting
 
     def _take(
-        self, fitter: Fitter, tenant: str | None, user: str | None, heard: ProgressCallback, even_if_usual: bool
+        self, fitter: Fitter, tenant: str | None, user: str | None, on_progress: ProgressCallback, even_if_usual: bool
     ) -> bool:
         """Take a claim as `fit_next` says, and fit its user; return whether there was one."""
         claim = self.log.queue.take(tenant, user)
         if claim is None:
             return False
         try:
-            self._fit(fitter, claim, heard, even_if_usual)
+            self._fit(fitter, claim, on_progress, even_if_usual)
         except WithdrawnError:
             remove_work(self.users, claim.tenant, claim.user)
         except Exception as error:
@@ -163,7 +168,7 @@ class FitWorker:
             self.log.queue.leave(claim)
         return True
 
-    def _fit(self, fitter: Fitter, claim: Claim, heard: ProgressCallback, even_if_usual: bool) -> None:
+    def _fit(self, fitter: Fitter, claim: Claim, on_progress: ProgressCallback, even_if_usual: bool) -> None:
         with (
             closing(AdapterStore(self.users, claim.tenant)) as store,
             closing(Database(UsersFolder(self.users).log, durable=False)) as database,
@@ -178,10 +183,10 @@ class FitWorker:
                 if waits is not None:
                     self.log.queue.done(claim, waits.version, f"{waits.text()}; version {waits.version} stays")
                     return
-            tell = throttled(FitQueue(database), claim, heard)
+            report = throttled(FitQueue(database), claim, on_progress)
             work = work_folder(self.users, claim.tenant, claim.user)
             started = time.monotonic()
-            fitted = fit_or_update(fitter, store, claim.user, grown, work, tell)
+            fitted = fit_or_update(fitter, store, claim.user, grown, work, report)
             self._land(store, claim, fitted, time.monotonic() - started)
 
     def _place_waiting(self, fitter: Fitter) -> None:

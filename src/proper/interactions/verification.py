@@ -37,9 +37,6 @@ from proper.run_folder import PEFT_WEIGHTS, RunFolder, kind_of, nested_runs
 PLACES = 5
 """Byte offsets that the certificate names per file and kind."""
 
-Tell = Callable[[int], None]
-"""Called with the number of files that were searched since the last call."""
-
 _NOT_COVERED = (
     "the file that the run was trained on (data.path) and folders that were exported",
     "backups, snapshots of file systems, and flash storage, which may keep bytes that were overwritten",
@@ -83,13 +80,15 @@ def fingerprint(store: AdapterStore, log: InteractionLog, user: str, salt: bytes
     return prints
 
 
-def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = lambda count: None) -> Verified:
+def verify(
+    run: Path, wanted: Sequence[tuple[str, Fingerprints]], advance: Callable[[int], None] = lambda count: None
+) -> Verified:
     """Search a run folder for users of the default tenant and return the certificate.
 
     Args:
         run: the run folder.
         wanted: each user and their prints; all with one salt.
-        tell: progress callback.
+        advance: called with the number of files that were searched since the last call.
     """
     home = RunFolder(run).home
     searches = _searches(home, wanted)
@@ -105,7 +104,7 @@ def verify(run: Path, wanted: Sequence[tuple[str, Fingerprints]], tell: Tell = l
             searched.append(entry)
             for user, reports in hits.items():
                 found[user] += reports
-        tell(1)
+        advance(1)
     location = location_of(home.users.path)
     if location is not None:
         entry, hits = _search_rows(location, searches)
@@ -197,11 +196,11 @@ def _search_bucket(
     setting, found = setting_of(run), dict[str, list[dict[str, Any]]]()
     if setting is None:
         return {}, found
-    told: dict[str, Any] = {"url": setting.bucket.url}
+    bucket: dict[str, Any] = {"url": setting.bucket.url}
     try:
-        told |= {"versioned": setting.bucket.is_versioned, "versions": 0, "delete_markers": 0}
+        bucket |= {"versioned": setting.bucket.is_versioned, "versions": 0, "delete_markers": 0}
         for each in setting.bucket.versions():
-            told["delete_markers" if each.is_marker else "versions"] += 1
+            bucket["delete_markers" if each.is_marker else "versions"] += 1
             name = setting.bucket.url + each.key + ("" if each.id == "null" else f"?versionId={each.id}")
             data = b"" if each.is_marker else b"".join(setting.bucket.pieces(each))
             for user, search in searches.items():
@@ -210,11 +209,11 @@ def _search_bucket(
             digest = sha256(data).hexdigest()
             searched.append({"file": name, "kind": "object", "bytes": len(data), "sha256": digest, "read_as": ["raw"]})
         uploads = [f"{setting.bucket.url}{each.key}" for each in setting.bucket.uploads()]
-        told["unfinished_uploads"] = len(uploads)
+        bucket["unfinished_uploads"] = len(uploads)
         unreadable += [{"file": each, "why": "an unfinished upload cannot be read"} for each in uploads]
     except StoreError as error:
         unreadable.append({"file": setting.bucket.url, "why": str(error)})
-    return told, found
+    return bucket, found
 
 
 def _is_of_sqlite(path: Path) -> bool:
