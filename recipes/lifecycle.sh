@@ -3,7 +3,7 @@
 # archived, some are deleted, and the deletion is verified. Prints what happened; the first failure ends it.
 #
 #   recipes/lifecycle.sh
-#   NEW=8 RUN=runs/small recipes/lifecycle.sh     fewer new users, in a copy of a run of `proper demo --people 24`
+#   NEW=8 RUN=runs/small recipes/lifecycle.sh     fewer new users, in a copy of a run of `proper demo --users 24`
 #
 # Everything lies in $OUT (by default runs/lifecycle), which must not exist yet.
 set -euo pipefail
@@ -20,7 +20,7 @@ step() { echo; echo "== $* (after $(($(date +%s) - begun)) s)"; }
 mkdir -p "$OUT"
 run=$OUT/run
 step "a run"
-if [ -n "${RUN:-}" ]; then cp -r "$RUN" "$run"; else proper demo --people 24 --out "$run"; fi
+if [ -n "${RUN:-}" ]; then cp -r "$RUN" "$run"; else proper demo --users 24 --out "$run"; fi
 
 step "$NEW new users enrol, ask and give feedback"
 python "$here/lifecycle.py" rows "$OUT" "$NEW"

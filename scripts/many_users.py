@@ -4,7 +4,7 @@ Each stage runs in a process of its own, so that each has a peak of its own. Wha
 a fifth of their interactions are queries and not trained on. `memory_bytes` is what a stage's process held over its
 time, looked at at equal distances.
 
-    python scripts/many_users.py --people 10000 --out runs/many --json docs/results/bench/many-users.json
+    python scripts/many_users.py --users 10000 --out runs/many --json docs/results/bench/many-users.json
 
 The same command again after a kill goes on where it stopped; seconds are then those of the last start.
 """
@@ -47,32 +47,32 @@ TRAINING: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Make the data, run the stages, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--people", type=int, default=10_000)
+    parser.add_argument("--users", "--people", type=int, default=10_000)
     parser.add_argument("--out", type=Path, default=Path("runs/many"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    config = prepare(options.out, options.people)
-    figures: dict[str, Any] = {"people": options.people, "history_items": [5, 12], "machine": machine()}
+    config = prepare(options.out, options.users)
+    figures: dict[str, Any] = {"people": options.users, "history_items": [5, 12], "machine": machine()}
     for stage in ("population", "groups", "users"):
         seconds, peak, held = timed(["run", str(config), "--out", str(options.out / "run"), "--stages", stage])
         figures[stage] = {"seconds": round(seconds, 1), "peak_memory_bytes": peak, "memory_bytes": held}
         print(f"{stage}: {seconds:.0f} s, at most {peak / 1e6:.0f} MB", flush=True)
     figures["tiers"] = tiers(options.out / "run")
-    figures["users_per_hour"] = round(3600 * options.people / figures["users"]["seconds"])
+    figures["users_per_hour"] = round(3600 * options.users / figures["users"]["seconds"])
     print(json.dumps(figures, indent=2))
     if options.json is not None:
         write_json(options.json, figures)
 
 
-def prepare(folder: Path, people: int) -> Path:
+def prepare(folder: Path, users: int) -> Path:
     """Write the interactions and the config, once; return the config's path."""
-    settings = DemoSettings(users=people, items=ITEMS)
+    settings = DemoSettings(users=users, items=ITEMS)
     data, path = folder / "data" / "interactions.jsonl", folder / "config.yaml"
     if path.exists():
         return path
     write_demo(data.parent, settings)
     raw = {**demo_config(data.resolve(), settings), **TRAINING}
-    raw["split"] |= {"target_users": people, "min_history": 5}
+    raw["split"] |= {"target_users": users, "min_history": 5}
     path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
     return path
 

@@ -161,7 +161,7 @@ for name in names(proper):
 
 @pytest.mark.slow
 def test_the_demo_needs_no_extra(tmp_path: Path) -> None:
-    arguments = ["demo", "--out", str(tmp_path / "run"), "--people", "24"]
+    arguments = ["demo", "--out", str(tmp_path / "run"), "--users", "24"]
     done = blocked(f"from proper.cli.app import main\nsys.exit(main({arguments!r}))")
     assert done.returncode == 0, done.stderr
 

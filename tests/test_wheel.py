@@ -78,7 +78,7 @@ def test_the_wheel_runs_the_demo_in_a_fresh_environment(wheel: Path, tmp_path: P
     where = [str(python), "-c", "import proper; print(proper.__file__)"]
     found = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert Path(found.stdout.strip()).is_relative_to(packages)
-    command = [str(home / "bin" / "proper"), "demo", "--people", "24", "--out", "run"]
+    command = [str(home / "bin" / "proper"), "demo", "--users", "24", "--out", "run"]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
     )

@@ -233,14 +233,14 @@ def check_backbone(config: Config) -> str:
     return f"backbone {config.backbone} ({type(backbone.model).__name__}) is supported; adapted are {'; '.join(parts)}"
 
 
-def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, people: int = 300) -> Path:
+def demo(out: str | Path, *, task: DemoTask = "classification", seed: int = 0, users: int = 300) -> Path:
     """Generate data of simulated users and run all stages on it; return the run folder.
 
     Raises:
         InputError: a setting is impossible.
         RunFolderError: the folder has a run with other settings.
     """
-    folder, settings = Path(out), DemoSettings(task=task, users=people, seed=seed)
+    folder, settings = Path(out), DemoSettings(task=task, users=users, seed=seed)
     run = RunFolder(folder)
     config = make_config(demo_run(run.demo_rows.resolve(), settings), "demo")
     quiet_libraries()

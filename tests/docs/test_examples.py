@@ -159,7 +159,7 @@ def test_a_page_runs_as_far_as_its_check(page: str, tmp_path: Path) -> None:
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run folder of the demo, with fewer users than its default; their ids have three digits too."""
     folder = tmp_path_factory.mktemp("demo") / "runs" / "demo"
-    command = [sys.executable, "-m", "proper", "demo", "--people", "100", "--out", str(folder)]
+    command = [sys.executable, "-m", "proper", "demo", "--users", "100", "--out", str(folder)]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONWARNINGS": "ignore"}, capture_output=True)
     return folder
 

@@ -21,7 +21,9 @@ def command(
     out: Annotated[Path, typer.Option(metavar="DIR", help="The run folder.")] = Path("runs/demo"),
     task: Annotated[Task, typer.Option(help="Task of the simulated users.")] = "classification",
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the data and of the training.")] = 0,
-    people: Annotated[int, typer.Option(min=1, metavar="N", help="Number of users to simulate.")] = 300,
+    users: Annotated[
+        int, typer.Option("--users", "--people", min=1, metavar="N", help="Number of users to simulate.")
+    ] = 300,
 ) -> None:
     """Run all stages on simulated users, offline.
 
@@ -29,4 +31,4 @@ def command(
     """
     from proper import pipeline
 
-    print_results(pipeline.demo(out, task=task, seed=seed, people=people))
+    print_results(pipeline.demo(out, task=task, seed=seed, users=users))
