@@ -105,7 +105,7 @@ def shadow(config: Config, everyone: Dataset, left_out: Sequence[str], folder: P
 
     found: dict[str, Any] = {"left_out": list(left_out), "seconds": round(seconds, 2), "users": {}}
     if runner.guarantee is not None:
-        found["privacy"] = runner.guarantee.facts()
+        found["privacy"] = runner.guarantee.metadata()
     for user in users:
         rows = list(everyone.queries(user))
         newest = answered(rows, mean)

@@ -106,7 +106,7 @@ def resident(process: int) -> int:
 def tiers(run: Path) -> dict[str, Any]:
     """Return how many users are on which tier, and why."""
     store = AdapterStore(run / "users")
-    held = [(tier, str(facts.get("reason"))) for _, tier, facts, _ in store.facts()]
+    held = [(tier, str(metadata.get("reason"))) for _, tier, metadata, _ in store.metadata()]
     store.close()
     counts = Counter(tier for tier, _ in held)
     return {**counts, "reasons": dict(Counter(reason for _, reason in held).most_common())}

@@ -105,11 +105,11 @@ def state_of(path: Path) -> list[tuple[int, int, int] | None]:
     found = list[tuple[int, int, int] | None]()
     for each in (path, path.with_name(f"{path.name}-wal")):
         try:
-            facts = each.stat()
+            status = each.stat()
         except FileNotFoundError:
             found.append(None)
         else:
-            found.append((facts.st_ino, facts.st_mtime_ns, facts.st_size))
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
     return found
 
 

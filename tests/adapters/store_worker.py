@@ -24,7 +24,7 @@ def record(user: str, number: int) -> UserRecord:
 
 def verify(found: UserRecord) -> int:
     """Return the number that a record was made of, if it is one of `record`'s."""
-    number = int(found.facts["number"])
+    number = int(found.metadata["number"])
     wanted = record(found.user, number)
     assert wanted.adapter is not None and found.adapter is not None
     assert torch.equal(found.embedding, wanted.embedding), found.user

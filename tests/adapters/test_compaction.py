@@ -27,7 +27,7 @@ def intact(store: AdapterStore, adapter: Draw) -> int:
     for user, _ in store.users():
         record = store.get(user)
         assert record is not None and record.adapter is not None
-        wanted = adapter(int(record.facts["seed"]))
+        wanted = adapter(int(record.metadata["seed"]))
         assert all(torch.equal(record.adapter[name], wanted[name]) for name in wanted), user
         found += 1
     return found
@@ -76,8 +76,8 @@ def test_all_versions_move_together(many: AdapterStore, adapter: Draw) -> None:
     record = many.get("u00")
     assert (
         record is not None
-        and record.facts["seed"] == 70
-        and record.facts["made"]["by"] == "rollback"
+        and record.metadata["seed"] == 70
+        and record.metadata["made"]["by"] == "rollback"
         and intact(many, adapter) == 40
     )
 
@@ -104,7 +104,7 @@ def test_a_reader_with_an_old_row_looks_again(many: AdapterStore, adapter: Draw)
         return many.record("u00", row)  # type: ignore[arg-type]
 
     record = many.read("u00", read)
-    assert isinstance(record, UserRecord) and record.facts == {"seed": 0} and len(rows) == 2
+    assert isinstance(record, UserRecord) and record.metadata == {"seed": 0} and len(rows) == 2
 
 
 def test_a_user_deleted_while_bytes_are_copied_leaves_no_copy(

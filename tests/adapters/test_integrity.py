@@ -77,7 +77,7 @@ def test_a_damaged_current_version(two: AdapterStore, adapter: Draw, kind: str) 
         assert {each.repair for each in fixed} == {"went back to the group tier"}
         assert list(two.users()) == [("a", "groups"), ("b", "groups"), ("c", "groups")]
         record = two.get("c")
-        assert record is not None and record.embedding.tolist() == [1, 1] and "damaged" in record.facts["reason"]
+        assert record is not None and record.embedding.tolist() == [1, 1] and "damaged" in record.metadata["reason"]
     else:
         assert fixed[0].repair == "went back to version 1"
         record = two.get("c")

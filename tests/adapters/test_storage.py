@@ -71,9 +71,9 @@ def seeds_of(store: AdapterStore, adapter: Draw) -> dict[str, int]:
     for user, _ in store.users():
         record = store.get(user)
         assert record is not None and record.adapter is not None
-        wanted = adapter(int(record.facts["seed"]))
+        wanted = adapter(int(record.metadata["seed"]))
         assert all(torch.equal(record.adapter[name], wanted[name]) for name in wanted), user
-        found[user] = int(record.facts["seed"])
+        found[user] = int(record.metadata["seed"])
     return found
 
 
@@ -83,7 +83,7 @@ def test_puts_versions_and_rollback(place: Place, adapter: Draw) -> None:
     store.put(people(adapter, range(2), first=10))
     assert seeds_of(store, adapter) == {"u0": 10, "u1": 11, "u2": 2, "u3": 3, "u4": 4, "u5": 5}
     older = store.get("u0", 1)
-    assert older is not None and older.facts == {"seed": 0}
+    assert older is not None and older.metadata == {"seed": 0}
     store.rollback("u1")
     assert seeds_of(store, adapter)["u1"] == 1
     again = place.open()
@@ -163,7 +163,7 @@ def test_a_reader_with_an_old_row_looks_again(place: Place, adapter: Draw) -> No
         return store.record("u0", row)  # type: ignore[arg-type]
 
     found = store.read("u0", read)
-    assert isinstance(found, UserRecord) and found.facts == {"seed": 0}
+    assert isinstance(found, UserRecord) and found.metadata == {"seed": 0}
 
 
 def test_compaction_loses_nobody(place: Place, adapter: Draw) -> None:

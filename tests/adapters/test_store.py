@@ -43,8 +43,8 @@ def same(one: UserRecord | None, other: UserRecord) -> bool:
         tensors = one.adapter.keys() == other.adapter.keys() and all(
             torch.equal(one.adapter[name], other.adapter[name]) for name in one.adapter
         )
-    facts = (one.user, one.tier, one.facts) == (other.user, other.tier, other.facts)
-    return facts and torch.equal(one.embedding, other.embedding) and tensors
+    metadata = (one.user, one.tier, one.metadata) == (other.user, other.tier, other.metadata)
+    return metadata and torch.equal(one.embedding, other.embedding) and tensors
 
 
 @both
@@ -237,11 +237,11 @@ def test_a_batch_of_records_is_stored_whole_or_not_at_all(store: AdapterStore, a
 
 
 @both
-def test_facts_come_without_reading_adapters(filled: AdapterStore, adapter: Draw) -> None:
+def test_metadata_comes_without_reading_adapters(filled: AdapterStore, adapter: Draw) -> None:
     filled.put([UserRecord("z", "users", torch.zeros(3), adapter(0), {"passes": 2})])
     for path in blobs(filled):
         path.unlink()
-    told = {user: (tier, facts, size) for user, tier, facts, size in filled.facts()}
+    told = {user: (tier, metadata, size) for user, tier, metadata, size in filled.metadata()}
     assert told["g"] == ("groups", {}, 12)
     assert told["z"] == ("users", {"passes": 2}, len(raw(adapter(0))) + 12)
     assert list(told) == ["g", "u0", "u1", "u2", "u3", "u4", "z"]

@@ -30,7 +30,7 @@ def current(store: AdapterStore, adapter: Draw, user: str = "a") -> int:
     if record.tier == "groups":
         return int(record.embedding[0])
     assert record.adapter is not None
-    seed = int(record.facts["seed"])
+    seed = int(record.metadata["seed"])
     assert record.embedding.tolist() == [seed]
     assert all(torch.equal(record.adapter[name], tensor) for name, tensor in adapter(seed).items())
     return seed
@@ -42,11 +42,11 @@ def test_versions_say_where_they_come_from(users: Path, adapter: Draw) -> None:
     store.put([UserRecord("a", "groups", torch.zeros(1))])
     for seed in (1, 2, 3):
         put(store, adapter, seed)
-    told = [(each.version, each.parent, each.tier, each.facts) for each in store.versions("a")]
+    told = [(each.version, each.parent, each.tier, each.metadata) for each in store.versions("a")]
     assert told == [(4, 3, "users", {"seed": 3}), (3, 2, "users", {"seed": 2}), (2, 1, "users", {"seed": 1})]
     assert store.versions("nobody") == []
     old = store.get("a", version=3)
-    assert old is not None and old.facts == {"seed": 2} and store.get("a", version=1) is None
+    assert old is not None and old.metadata == {"seed": 2} and store.get("a", version=1) is None
     store.close()
 
 

@@ -167,7 +167,7 @@ def test_a_worker_killed_in_a_fit_goes_on_and_ends_the_same(run: Path, tmp_path:
             log.queue.add("", "ann")
         assert main(["users", "update", str(alone)]) == 0
         one, other = store.get("ann"), again.get("ann")
-    assert one is not None and other is not None and one.facts == other.facts and one.tier == other.tier
+    assert one is not None and other is not None and one.metadata == other.metadata and one.tier == other.tier
     assert one.embedding.equal(other.embedding)
     assert all(tensor.equal((other.adapter or {})[name]) for name, tensor in (one.adapter or {}).items())
 

@@ -86,7 +86,7 @@ def adapters(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Every user's embedding and adapter."""
     store = AdapterStore(RunFolder(folder).users.path)
     found = {}
-    for user, _, _, _ in store.facts():
+    for user, _, _, _ in store.metadata():
         record = store.get(user)
         assert record is not None and record.adapter is not None
         found[user] = {"embedding": record.embedding, **record.adapter}

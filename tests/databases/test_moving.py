@@ -60,14 +60,14 @@ def content(run: Path) -> dict[str, Any]:
                 [
                     name,
                     store.versions(name),
-                    None if (record := store.get(name)) is None else [record.facts, record.adapter["a"].tolist()],  # type: ignore[index]
+                    None if (record := store.get(name)) is None else [record.metadata, record.adapter["a"].tolist()],  # type: ignore[index]
                     log.interactions(tenant, name),
                     log.queue.fit(tenant, name),
                     Tombstones(run / "users").has(tenant, name),
                 ]
                 for name in NAMES
             ]
-            found[f"{tenant} figures"] = [log.queue.figures(), store.manifest.shards(), list(store.facts())]
+            found[f"{tenant} figures"] = [log.queue.figures(), store.manifest.shards(), list(store.metadata())]
     with closing(Keys(run / FILE)) as keys:
         found["keys"] = [keys.principals(), keys.required]
     return found

@@ -63,7 +63,7 @@ def record(folder: Path, user: str, version: int | None = None) -> UserRecord:
 def same(one: UserRecord, other: UserRecord) -> bool:
     tensors, others = one.adapter or {}, other.adapter or {}
     return (
-        (one.tier, one.facts) == (other.tier, other.facts)
+        (one.tier, one.metadata) == (other.tier, other.metadata)
         and one.embedding.equal(other.embedding)
         and tensors.keys() == others.keys()
         and all(tensor.equal(others[name]) for name, tensor in tensors.items())

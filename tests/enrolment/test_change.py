@@ -51,12 +51,12 @@ def test_a_user_who_has_become_another_is_fitted_anew(run: Path, opened: Open, m
     (attempt,) = model.users.log.updates.of("", "new")
     assert head is not None and attempt.version == 2, attempt.reason
     after = record(run, "new", 2)
-    assert attempt.facts["anew"] and attempt.facts["held_out"] == {"new": 3, "past": 0}
-    assert attempt.facts["new"] == 16 and attempt.facts["trained"] == 11
-    assert after.facts["history"] == {"run": 0, "logged": 28, "since": since}, "what was held out is new still"
-    assert after.facts["embedding"] == "fitted" and not torch.equal(after.embedding, before.embedding)
+    assert attempt.metrics["anew"] and attempt.metrics["held_out"] == {"new": 3, "past": 0}
+    assert attempt.metrics["new"] == 16 and attempt.metrics["trained"] == 11
+    assert after.metadata["history"] == {"run": 0, "logged": 28, "since": since}, "what was held out is new still"
+    assert after.metadata["embedding"] == "fitted" and not torch.equal(after.embedding, before.embedding)
     monkeypatch.undo()
     model.users.update("new", lessons({"small": "blue", "large": "blue", "quiet": "blue"}, 31, 5))
     attempt = model.users.log.updates.of("", "new")[0]
-    assert (attempt.facts["new"], attempt.facts["trained"]) == (8, 6)
-    assert record(run, "new").facts["history"]["since"] == since
+    assert (attempt.metrics["new"], attempt.metrics["trained"]) == (8, 6)
+    assert record(run, "new").metadata["history"]["since"] == since

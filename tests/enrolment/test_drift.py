@@ -110,7 +110,7 @@ def test_a_queue_that_waits_for_drift(run: Path, opened: Open) -> None:
     assert users.enrol("more", [{**row, "id": f"m{row['id']}"} for row in lessons(HABIT, 0, 8)]) is not None
     stored = record(run, "new")
     usual = {"mean": 0.1, "variance": 0.01, "items": 4}
-    users.store.put([replace(stored, facts={**stored.facts, "usual": usual})])
+    users.store.put([replace(stored, metadata={**stored.metadata, "usual": usual})])
     head = users.update("new", lessons(OTHER, 15, 14))
     message = users.log.queue.fit("", "new").message
     assert head is not None and head.version == 2 and message is not None and message.startswith("not drifted: score")

@@ -82,7 +82,7 @@ def record(folder: Path, user: str) -> UserRecord:
 
 
 def same(one: UserRecord, other: UserRecord) -> bool:
-    if (one.tier, one.facts) != (other.tier, other.facts) or not torch.equal(one.embedding, other.embedding):
+    if (one.tier, one.metadata) != (other.tier, other.metadata) or not torch.equal(one.embedding, other.embedding):
         return False
     pairs = ((tensor, (other.adapter or {})[name]) for name, tensor in (one.adapter or {}).items())
     return all(torch.equal(mine, theirs) for mine, theirs in pairs)
@@ -113,7 +113,7 @@ def test_a_fit_is_the_same_alone_in_a_fresh_process_and_in_any_company(run: Path
     (attempt,) = model.users.log.updates.of("", "new")
     with closing(InteractionLog(alone / "users")) as log:
         (other,) = log.updates.of("", "new")
-    assert (attempt.base, attempt.version, attempt.facts) == (1, other.version, other.facts)
+    assert (attempt.base, attempt.version, attempt.metrics) == (1, other.version, other.metrics)
     assert all(same(record(run, user), theirs) for user, theirs in before.items())
     assert shared == [hash_file(run / name) for name in ("users/router.safetensors", "groups/groups.safetensors")]
     assert not list(UsersFolder(run / "users").fits.iterdir())
@@ -125,9 +125,9 @@ def test_the_embedding_begins_at_the_mean_and_lowers_the_loss(run: Path, opened:
     assert served is not None
     model.users.enrol("new", rows(3, 14))
     made = record(run, "new")
-    losses = made.facts["embedding_losses"]
-    assert len(losses) == 2 and losses[made.facts["embedding_passes"]] == min(losses)
-    assert made.facts["embedding_passes"] > 0 and not torch.equal(made.embedding, served.mean)
+    losses = made.metadata["embedding_losses"]
+    assert len(losses) == 2 and losses[made.metadata["embedding_passes"]] == min(losses)
+    assert made.metadata["embedding_passes"] > 0 and not torch.equal(made.embedding, served.mean)
 
 
 def test_a_known_user_grows_from_the_run_s_history(run: Path, opened: Open) -> None:
@@ -136,18 +136,18 @@ def test_a_known_user_grows_from_the_run_s_history(run: Path, opened: Open) -> N
     head = model.users.update("ann", rows(5, 4))
     after, (attempt,) = record(run, "ann"), model.users.log.updates.of("", "ann")
     assert head is not None and head.version == attempt.version == old + 1 and attempt.base == old
-    assert after.facts["history"] == {"run": 12, "logged": 3}
-    assert attempt.facts["trained"] == 3 and torch.equal(after.embedding, before.embedding)
+    assert after.metadata["history"] == {"run": 12, "logged": 3}
+    assert attempt.metrics["trained"] == 3 and torch.equal(after.embedding, before.embedding)
     again = shutil.copytree(run, run.parent / "gone")
     (again / "data.sqlite").unlink()
     opened(again).users.enrol("zoe", rows(5, 4))
-    assert record(again, "zoe").facts["history"] == {"run": None, "logged": 4}
+    assert record(again, "zoe").metadata["history"] == {"run": None, "logged": 4}
 
 
 def test_one_item_gives_the_group_tier(run: Path, opened: Open) -> None:
     head = opened(run).users.enrol("one", rows(1, 1))
     assert head is not None and head.tier == "groups"
-    assert record(run, "one").facts["reason"] == "one item cannot be both trained on and held out"
+    assert record(run, "one").metadata["reason"] == "one item cannot be both trained on and held out"
 
 
 def test_an_adapter_is_what_answers(run: Path, opened: Open) -> None:
@@ -168,7 +168,7 @@ def test_pooled_decisions_ask_the_run_s_own_users_only(run: Path, opened: Open) 
     model.users.update("bob", rows(4, 2))
     store = AdapterStore(run / "users")
     found = nearest(store, "ann", torch.ones(16), 10)
-    tried = {user for user, _, facts, _ in store.facts() if "group_loss" in facts}
+    tried = {user for user, _, metadata, _ in store.metadata() if "group_loss" in metadata}
     store.close()
     assert {"new", "bob"} <= tried and {trial.user for trial, _ in found} == tried - {"new", "bob", "ann"}
 

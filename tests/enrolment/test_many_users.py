@@ -54,12 +54,12 @@ def test_many_are_enrolled_as_each_alone(encoded: Path, opened: Open, tmp_path: 
     for user, own in new.items():
         opened(alone).users.enrol(user, own)
         mine, theirs = record(encoded, user), record(alone, user)
-        assert mine.tier == theirs.tier and mine.facts["embedding"] == "fitted"
-        assert mine.facts["embedding_passes"] == theirs.facts["embedding_passes"]
+        assert mine.tier == theirs.tier and mine.metadata["embedding"] == "fitted"
+        assert mine.metadata["embedding_passes"] == theirs.metadata["embedding_passes"]
         assert (mine.adapter is None) == (theirs.adapter is None) == select
         for name, tensor in (mine.adapter or {}).items():
             torch.testing.assert_close(tensor, (theirs.adapter or {})[name], rtol=0, atol=1e-3)
-        assert mine.facts["embedding_start"] == "ridge" and [v.version for v in users.versions(user)] == [2, 1]
+        assert mine.metadata["embedding_start"] == "ridge" and [v.version for v in users.versions(user)] == [2, 1]
         torch.testing.assert_close(mine.embedding, theirs.embedding, rtol=0, atol=1e-3)
     assert torch.equal(record(encoded, "ann").embedding, before.embedding) and users.versions("ann")[0].version == 2
 
@@ -71,12 +71,12 @@ def test_without_refining_users_keep_the_placed_embedding_until_an_update(encode
     placed = record(encoded, "new")
     encoder = load_encoder(RunFolder(encoded).encoder)
     assert encoder is not None and served is not None
-    assert (placed.tier, placed.facts["embedding"]) == ("groups", "placed") and model.tier("new") == "groups"
+    assert (placed.tier, placed.metadata["embedding"]) == ("groups", "placed") and model.tier("new") == "groups"
     assert not torch.equal(placed.embedding, served.mean)
     assert users.log.queue.fit("", "new").state == "queued"
     users.update("new")
     fitted = record(encoded, "new")
-    assert fitted.facts["embedding"] == "fitted" and len(users.versions("new")) == 2
+    assert fitted.metadata["embedding"] == "fitted" and len(users.versions("new")) == 2
     assert users.rollback("new") == 3 and torch.equal(record(encoded, "new").embedding, placed.embedding)
 
 
@@ -99,7 +99,7 @@ def test_a_run_without_an_encoder_places_nobody(run: Path, opened: Open) -> None
     assert store.head("new") is None
     store.close()
     users.update("new")
-    assert record(run, "new").facts["embedding_start"] == "mean" and len(users.versions("new")) == 1
+    assert record(run, "new").metadata["embedding_start"] == "mean" and len(users.versions("new")) == 1
 
 
 def test_a_user_who_is_deleted_while_many_are_fitted_leaves_nothing(run: Path, opened: Open) -> None:
@@ -113,7 +113,7 @@ def test_a_user_who_is_deleted_while_many_are_fitted_leaves_nothing(run: Path, o
     users.enrol_many({user: users.entries(user, rows(3, 9)) for user in ("new", "other")}, on_progress=on_progress)
     assert waits[0] and not users.log.deletions.pending()
     assert not any((run / "users" / "fits").iterdir()) and "new" not in users
-    assert record(run, "other").facts["embedding"] == "fitted"
+    assert record(run, "other").metadata["embedding"] == "fitted"
 
 
 def test_a_deletion_does_not_wait_for_users_who_are_fitted_later(
@@ -132,4 +132,4 @@ def test_a_deletion_does_not_wait_for_users_who_are_fitted_later(
 
     users.enrol_many({user: users.entries(user, rows(3, 9)) for user in ("new", "other")}, on_progress=on_progress)
     assert waits == [1, 0]
-    assert "new" not in users and record(run, "other").facts["embedding"] == "fitted"
+    assert "new" not in users and record(run, "other").metadata["embedding"] == "fitted"

@@ -36,12 +36,12 @@ def run(taught: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def without_adapter(model: Model, **facts: Any) -> Model:
-    """Put a version without an adapter into service; facts of None are left out."""
+def without_adapter(model: Model, **metadata: Any) -> Model:
+    """Put a version without an adapter into service; metadata of None are left out."""
     stored = model.users.store.get("new")
     assert stored is not None
-    told = {name: each for name, each in {**stored.facts, **facts}.items() if each is not None}
-    model.users.store.put([replace(stored, tier=Tier.GROUPS, adapter=None, facts=told)])
+    changed = {name: each for name, each in {**stored.metadata, **metadata}.items() if each is not None}
+    model.users.store.put([replace(stored, tier=Tier.GROUPS, adapter=None, metadata=changed)])
     return model
 
 
@@ -51,7 +51,7 @@ def test_a_refit_is_what_the_slow_oracle_does_and_is_promoted_as_measured(run: P
     head = model.users.update("new", came)
     after = record(run, "new")
     assert head is not None and (head.version, head.tier) == (3, "users") and after.adapter is not None
-    assert after.facts["history"] == {"run": 0, "logged": 27} and after.facts["made"] == {"by": "update", "of": 2}
+    assert after.metadata["history"] == {"run": 0, "logged": 27} and after.metadata["made"] == {"by": "update", "of": 2}
     trained = [*lessons(HABIT, 0, 12), *came[:12]]
     held = [*lessons(HABIT, 12, 3), *came[12:]]
     layout = own.model.user_layout(config)
@@ -63,10 +63,10 @@ def test_a_refit_is_what_the_slow_oracle_does_and_is_promoted_as_measured(run: P
     found = state_of(own, after).row
     assert found is not None and layout.width == len(found)
     assert float((found - slow).norm()) < 1e-2 * float((slow - start).norm())
-    facts = after.facts["update"]
-    assert facts["updated_loss"]["new"] == pytest.approx(loss(model, after, came[12:]), rel=1e-3)
-    assert after.facts["user_loss"] == pytest.approx(loss(model, after, held), rel=1e-3)
-    assert after.facts["usual"]["items"] == len(held) and after.facts["held_out"] == len(held)
+    metrics = after.metadata["update"]
+    assert metrics["updated_loss"]["new"] == pytest.approx(loss(model, after, came[12:]), rel=1e-3)
+    assert after.metadata["user_loss"] == pytest.approx(loss(model, after, held), rel=1e-3)
+    assert after.metadata["usual"]["items"] == len(held) and after.metadata["held_out"] == len(held)
 
 
 def fresh_row(model: Model) -> torch.Tensor:
@@ -95,7 +95,7 @@ def test_a_refit_killed_anywhere_ends_the_same(
     whole = Path(shutil.copytree(run, tmp_path / "whole"))
     without_adapter(opened(whole)).users.update("new", came, lambda phase, _: phases.append(phase))
     wanted = record(whole, "new")
-    assert list(dict.fromkeys(phases)) == ["embedding", "update"] and wanted.facts["embedding"] == "fitted"
+    assert list(dict.fromkeys(phases)) == ["embedding", "update"] and wanted.metadata["embedding"] == "fitted"
     for share in (0.1, 0.7, 1.0):
         folder = Path(shutil.copytree(run, tmp_path / f"killed-{share}"))
         model = without_adapter(opened(folder))
@@ -106,6 +106,6 @@ def test_a_refit_killed_anywhere_ends_the_same(
 
         with pytest.raises(Killed):
             model.users.update("new", came, kill)
-        assert record(folder, "new").facts == record(folder, "new", 2).facts
+        assert record(folder, "new").metadata == record(folder, "new", 2).metadata
         model.users.update("new")
         assert same(record(folder, "new"), wanted)

@@ -57,16 +57,16 @@ def test_users_are_taken_along_and_go_back(grown: Path) -> None:
     assert hash_file(run.experts) != old == hash_file(run.previous) and not run.refreshed.exists()
     assert load_metadata(run.experts)["logged"] > 0 and not run.users.work.exists()
     after = {user: record(grown, user) for user in users}
-    assert all(each.facts["made"]["by"] == "refresh" for each in after.values())
+    assert all(each.metadata["made"]["by"] == "refresh" for each in after.values())
     for user in ("new", "ann"):
         assert not torch.equal(after[user].embedding, before[user].embedding)
     lost = [user for user in users if before[user].adapter and after[user].adapter is None]
-    refitted = [user for user in users if after[user].facts["reason"].startswith("fitted again")]
+    refitted = [user for user in users if after[user].metadata["reason"].startswith("fitted again")]
     assert {*lost} <= {*refitted} and len(refitted) == done.worse
     for user in {*users} - {*refitted}:
         kept, held = after[user].adapter or {}, before[user].adapter or {}
         assert kept.keys() == held.keys() and all(torch.equal(kept[name], held[name]) for name in kept)
-        assert after[user].facts["made"] == {"by": "refresh", "of": numbers[user]}
+        assert after[user].metadata["made"] == {"by": "refresh", "of": numbers[user]}
     assert refresh(grown).rows == 0, "nothing has come since"
     save_tensors(run.refreshed, *load_tensors(run.previous))  # as a way back leaves it that is killed
     assert refresh(grown).rows == 0 and not run.refreshed.exists()
@@ -76,7 +76,7 @@ def test_users_are_taken_along_and_go_back(grown: Path) -> None:
     assert hash_file(run.experts) == old and not run.previous.exists() and back.users == len(users)
     for user in {*users} - {*refitted}:
         assert torch.equal(record(grown, user).embedding, before[user].embedding)
-        assert record(grown, user).facts["made"]["of"] == numbers[user]
+        assert record(grown, user).metadata["made"]["of"] == numbers[user]
     load(grown).close()
     with pytest.raises(RunFolderError, match="never refreshed"):
         roll_back(grown)

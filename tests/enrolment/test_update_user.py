@@ -63,19 +63,19 @@ def test_a_change_of_habits_is_promoted_and_is_better_on_what_it_was_not_trained
     head = model.users.update("new", came)
     assert head is not None and (head.version, head.tier) == (2, "users")
     before, after = record(run, "new", 1), record(run, "new", 2)
-    facts = after.facts["update"]
-    assert facts["held_out"] == {"new": 3, "past": 3} and facts["left_out"] == 0
-    assert (facts["trained"], facts["replayed"]) == (12, 12) and facts["distance"] > 0
+    metrics = after.metadata["update"]
+    assert metrics["held_out"] == {"new": 3, "past": 3} and metrics["left_out"] == 0
+    assert (metrics["trained"], metrics["replayed"]) == (12, 12) and metrics["distance"] > 0
     for name, stored in (("served_loss", before), ("updated_loss", after)):
         held = {"new": came[-3:], "past": lessons(HABIT, 12, 3)}
         measured = {key: loss(model, stored, rows) for key, rows in held.items()}
-        assert facts[name] == pytest.approx(measured, rel=1e-3)
-    assert facts["updated_loss"]["new"] < facts["served_loss"]["new"]
-    assert after.facts["made"] == {"by": "update", "of": 1} and torch.equal(after.embedding, before.embedding)
-    assert after.facts["history"] == {"run": 0, "logged": 27}
+        assert metrics[name] == pytest.approx(measured, rel=1e-3)
+    assert metrics["updated_loss"]["new"] < metrics["served_loss"]["new"]
+    assert after.metadata["made"] == {"by": "update", "of": 1} and torch.equal(after.embedding, before.embedding)
+    assert after.metadata["history"] == {"run": 0, "logged": 27}
     (attempt,) = model.users.log.updates.of("", "new")
-    assert (attempt.base, attempt.version, attempt.reason) == (1, 2, after.facts["reason"])
-    assert attempt.facts == facts and f"{facts['updated_loss']['new']:.3f}" in attempt.reason
+    assert (attempt.base, attempt.version, attempt.reason) == (1, 2, after.metadata["reason"])
+    assert attempt.metrics == metrics and f"{metrics['updated_loss']['new']:.3f}" in attempt.reason
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,10 @@ def test_junk_among_good_interactions_is_left_out_for_good(run: Path, opened: Op
     with_update(run, outlier=OUTLIER)
     model = opened(run)
     model.users.update("new", [*lessons(OTHER, 15, 9), *junk(lessons(HABIT, 24, 3)), *lessons(OTHER, 27, 6)])
-    facts = record(run, "new").facts
-    assert facts["made"]["by"] == "update" and 3 <= facts["update"]["left_out"] < 6
-    left_out = facts["history"]["left_out"]
-    assert {25, 26, 27} <= set(left_out) and len(left_out) == facts["update"]["left_out"]
+    metadata = record(run, "new").metadata
+    assert metadata["made"]["by"] == "update" and 3 <= metadata["update"]["left_out"] < 6
+    left_out = metadata["history"]["left_out"]
+    assert {25, 26, 27} <= set(left_out) and len(left_out) == metadata["update"]["left_out"]
 
 
 def test_an_update_is_what_the_slow_oracle_does(run: Path, opened: Open) -> None:
@@ -122,7 +122,7 @@ def test_an_update_is_what_the_slow_oracle_does(run: Path, opened: Open) -> None
     rate = resolve_rate(config.learning_rate, "users", own.model.backbone.hidden_size)
     model.users.update("new", came)
     after = record(run, "new")
-    slow = oracle(own.model, job, config, rate, after.facts["update"]["passes"], torch.float32)
+    slow = oracle(own.model, job, config, rate, after.metadata["update"]["passes"], torch.float32)
     found = state_of(own, after).row
     assert found is not None and start.row is not None and after.adapter is not None
     assert decode(after.adapter).keys() == after.adapter.keys()
@@ -151,7 +151,7 @@ def test_an_update_killed_anywhere_ends_the_same(
 
         with pytest.raises(Killed):
             model.users.update("new", came, kill)
-        assert record(folder, "new").facts == record(run, "new").facts
+        assert record(folder, "new").metadata == record(run, "new").metadata
         model.users.update("new")
         assert same(record(folder, "new"), wanted)
     # The new version is in the store, and the queue does not know it yet.
@@ -179,7 +179,7 @@ def everything(folder: Path, but: str) -> dict[str, tuple[Any, ...]]:
             one = store.get(user)
             assert one is not None
             tensors = {name: tensor.numpy().tobytes() for name, tensor in (one.adapter or {}).items()}
-            found[user] = (one.tier, one.facts, one.embedding.numpy().tobytes(), tensors, store.versions(user))
+            found[user] = (one.tier, one.metadata, one.embedding.numpy().tobytes(), tensors, store.versions(user))
     store.close()
     return found
 
@@ -208,11 +208,11 @@ def test_an_update_starts_from_the_version_that_was_rolled_back_to(run: Path, op
     model.users.update("new", came)
     assert model.users.rollback("new") == 3
     head, before = model.users.head("new"), record(run, "new", 3)
-    assert head is not None and {**before.facts, "made": None} == {**record(run, "new", 3).facts, "made": None}
-    assert divide(UserHistory((), 0, 0), before.facts).new == ()
+    assert head is not None and {**before.metadata, "made": None} == {**record(run, "new", 3).metadata, "made": None}
+    assert divide(UserHistory((), 0, 0), before.metadata).new == ()
     model.users.update("new")
     newest = model.users.log.updates.of("", "new")[0]
-    assert newest.base == 3 and newest.facts["new"] == 15, "all that came since the older version is new to it"
+    assert newest.base == 3 and newest.metrics["new"] == 15, "all that came since the older version is new to it"
     head = model.users.head("new")
     assert head is not None and head.version == (newest.version or 3)
 
@@ -243,7 +243,7 @@ def test_one_new_interaction_waits_and_none_changes_nothing(run: Path, opened: O
         message = users.log.queue.fit("", "new").message
         assert head is not None and head.version == 1 and message is not None and message.startswith(said)
     (attempt,) = users.log.updates.of("", "new")
-    assert attempt.facts == {"logged": 16, "new": 1, "left_out": 0}
+    assert attempt.metrics == {"logged": 16, "new": 1, "left_out": 0}
 
 
 def test_numbers_of_another_run_s_log_mean_nothing_after_an_import(run: Path, opened: Open, tmp_path: Path) -> None:
@@ -253,9 +253,9 @@ def test_numbers_of_another_run_s_log_mean_nothing_after_an_import(run: Path, op
     from proper.export.run_export import import_user
 
     import_user(run, tmp_path / "new", name="twin")
-    facts = record(run, "twin").facts
+    metadata = record(run, "twin").metadata
     items = tuple(TextExample(-at, "twin", "a", "b", None, None, 1) for at in (1, 2))
-    assert divide(UserHistory(items, 0, 2), facts).new == items
+    assert divide(UserHistory(items, 0, 2), metadata).new == items
 
 
 def test_divide_by_the_order_of_arrival() -> None:

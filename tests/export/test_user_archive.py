@@ -15,7 +15,7 @@ from torch import Tensor
 
 from proper.adapters.store import UserRecord
 from proper.errors import InputError
-from proper.export.user_archive import FACTS, read_user, write_user
+from proper.export.user_archive import DESCRIPTION, read_user, write_user
 
 ORIGIN = {"backbone": "b", "groups": "g", "rank": "2"}
 ODD = ["../../etc/passwd", "a/b\\c", "🦊 𝔘ser", "", ".", "x" * 1000, 'say "hi"\n']
@@ -39,19 +39,19 @@ def folder(tmp_path: Path, record: UserRecord) -> Path:
 def test_a_user_comes_back_to_the_last_bit(tmp_path: Path, record: UserRecord, user: str, kind: torch.dtype) -> None:
     assert record.adapter is not None
     adapter = {name: tensor.to(kind) for name, tensor in record.adapter.items()}
-    write_user(tmp_path, UserRecord(user, "users", record.embedding, adapter, record.facts), ORIGIN)
+    write_user(tmp_path, UserRecord(user, "users", record.embedding, adapter, record.metadata), ORIGIN)
     back, origin = read_user(tmp_path, ORIGIN)
-    assert (back.user, back.tier, back.facts, origin) == (user, "users", record.facts, ORIGIN)
+    assert (back.user, back.tier, back.metadata, origin) == (user, "users", record.metadata, ORIGIN)
     assert torch.equal(back.embedding, record.embedding)
     assert back.adapter is not None and back.adapter.keys() == adapter.keys()
     assert all(torch.equal(back.adapter[name], tensor) for name, tensor in adapter.items())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [FACTS, "user.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [DESCRIPTION, "user.safetensors"]
 
 
 def test_the_group_tier_has_an_embedding_only(tmp_path: Path) -> None:
     write_user(tmp_path, UserRecord("g", "groups", torch.ones(3), None, {"loss": math.nan}), ORIGIN)
     back, _ = read_user(tmp_path, ORIGIN)
-    assert (back.tier, back.adapter, back.facts) == ("groups", None, {"loss": None})
+    assert (back.tier, back.adapter, back.metadata) == ("groups", None, {"loss": None})
 
 
 @pytest.mark.parametrize("key", ORIGIN)
@@ -87,8 +87,8 @@ def test_a_flipped_bit_and_a_missing_file_are_named(folder: Path) -> None:
     ],
 )
 def test_what_is_no_exported_user_is_named(folder: Path, change: dict[str, Any], message: str) -> None:
-    said = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    (folder / FACTS).write_text(json.dumps({**said, **change}), encoding="utf-8")
+    said = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    (folder / DESCRIPTION).write_text(json.dumps({**said, **change}), encoding="utf-8")
     with pytest.raises(InputError, match=message):
         read_user(folder, ORIGIN)
 
@@ -112,9 +112,9 @@ def test_numbers_that_would_spoil_answers_are_not_taken_in(tmp_path: Path, recor
 
 @pytest.mark.parametrize(("text", "message"), [("{", "not readable as JSON"), ("[]", "not an exported user: value")])
 def test_damaged_facts_are_named(folder: Path, text: str, message: str) -> None:
-    (folder / FACTS).write_text(text)
+    (folder / DESCRIPTION).write_text(text)
     with pytest.raises(InputError, match=message):
         read_user(folder, ORIGIN)
-    (folder / FACTS).unlink()
+    (folder / DESCRIPTION).unlink()
     with pytest.raises(InputError, match=r"not an exported user \(no proper.json\)"):
         read_user(folder, ORIGIN)

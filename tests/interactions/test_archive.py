@@ -22,6 +22,7 @@ from proper.interactions.archive import write_archive
 from proper.interactions.deletion import remove
 from proper.interactions.log import InteractionLog, LogEntry
 from proper.interactions.personal_files import PERSONAL_FILES, work_folder
+from proper.interactions.updates import UpdateAttempt
 from proper.run_folder import Personal
 
 ANN, OTHER = "ann <ü>&'", "other-user"
@@ -108,11 +109,17 @@ def test_what_every_file_of_the_registry_holds_is_in_the_archive(run: Path) -> N
     for prefix in ("", "seeds/1/"):
         first, second = json.loads(found[f"{prefix}versions.json"])
         assert (first["version"], first["facts"], second["facts"]) == (2, {"said": ANN}, {"loss": None})
+        assert [*first] == ["version", "parent", "tier", "bytes", "written", "checksum", "facts"]
         assert load(found[f"{prefix}version-2.safetensors"])["x.A"].tolist() == [[1.0] * 3] * 2
         assert load(found[f"{prefix}version-1.safetensors"])["embedding"].tolist() == [1.0] * 4
     assert found["fits/state"].startswith(MARK.encode())
     readme = found["README.txt"].decode()
     assert all(name in readme for name in found if name != "README.txt") and ANN in readme
+
+
+def test_an_attempt_in_an_archive_keeps_its_keys() -> None:
+    fields = {"ended": 1.0, "base": 1, "version": None, "seconds": 2.0, "reason": "r"}
+    assert UpdateAttempt(**fields, metrics={"new": 3}).as_json() == {**fields, "facts": {"new": 3}}  # type: ignore[arg-type]
 
 
 def test_an_archive_has_nothing_of_other_users_or_tenants(run: Path) -> None:

@@ -203,7 +203,7 @@ def test_the_released_oppu_trains_each_user_on_those_before(judged: Path) -> Non
     items = {}
     for name in ("oppu", "oppu-released"):
         store = AdapterStore(folder_of(judged, name) / "users")
-        items[name] = {user: facts["items"] for user, _, facts, _ in store.facts()}
+        items[name] = {user: metadata["items"] for user, _, metadata, _ in store.metadata()}
         store.close()
     with Dataset.open(judged / "data.sqlite") as dataset:
         order = [(user.id, user.history) for user in dataset.users("target")]

@@ -75,12 +75,12 @@ def test_one_adapter_per_user_learns_from_all_tasks(finished: Path, model: prope
     tensors, _ = load_tensors(finished / "groups" / "groups.safetensors")
     terms = {name: tensor for name, tensor in tensors.items() if name.endswith(".task")}
     assert terms and all(tensor.shape == (3, 2) for tensor in terms.values())
-    facts = {user: versions[0].facts for user in model.users if (versions := model.users.versions(user))}
+    metadata = {user: versions[0].metadata for user in model.users if (versions := model.users.versions(user))}
     marker = read(finished / "groups" / "stage.json")
     sizes = {row["user"]: row["history"] for row in read(finished / "users.json")["users"]}
     assert marker["rows"] > sum(sizes.values())
     for user, size in sizes.items():
-        assert facts[user]["items"] == 2 * size
+        assert metadata[user]["items"] == 2 * size
 
 
 def test_a_batch_of_several_tasks_is_each_row_alone(model: proper.Model) -> None:

@@ -92,7 +92,7 @@ def test_a_rollback_of_a_rollback_names_the_first_writing(store: AdapterStore) -
     first = store.versions("ann")[1].written
     for _ in range(3):
         store.rollback("ann")
-    made = store.versions("ann")[0].facts["made"]
+    made = store.versions("ann")[0].metadata["made"]
     assert made == {
         "by": "rollback",
         "of": 3,

@@ -83,8 +83,8 @@ def _unconsidered(store: AdapterStore, log: InteractionLog, user: str) -> list[s
     if fit.state != "done" or not held or held[0].version != fit.version:  # rolled back or imported since
         return []
     # An update leaves a row of its own, a first fit only its version.
-    attempts = [each.facts["logged"] for each in log.updates.of("", user)]
-    considered, count = max([held[0].facts["history"].get("logged", 0), *attempts]), log.count("", user)
+    attempts = [each.metrics["logged"] for each in log.updates.of("", user)]
+    considered, count = max([held[0].metadata["history"].get("logged", 0), *attempts]), log.count("", user)
     return [] if considered == count else [f"{user!r} has {count} interactions, and fits considered {considered}"]
 
 

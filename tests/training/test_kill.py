@@ -122,7 +122,7 @@ def assert_same(one: Path, other: Path) -> None:
     for user, record in records[0].items():
         again = records[1][user]
         assert record is not None and again is not None
-        assert (record.tier, record.facts) == (again.tier, again.facts)
+        assert (record.tier, record.metadata) == (again.tier, again.metadata)
         assert (record.adapter is None) == (again.adapter is None)
         for name, tensor in (record.adapter or {}).items():
             assert again.adapter is not None and torch.equal(tensor, again.adapter[name])

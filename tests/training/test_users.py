@@ -96,7 +96,7 @@ def assert_same(one: Everything, other: Everything) -> None:
     assert one[0].keys() == other[0].keys() and one[1].keys() == other[1].keys()
     for user, record in one[0].items():
         again = other[0][user]
-        assert (record.tier, record.facts) == (again.tier, again.facts)
+        assert (record.tier, record.metadata) == (again.tier, again.metadata)
         assert torch.equal(record.embedding, again.embedding)
         assert (record.adapter is None) == (again.adapter is None)
         for name, tensor in (record.adapter or {}).items():
@@ -111,12 +111,12 @@ def test_everybody_ends_in_the_store_with_a_reason(run: Callable[..., Everything
     assert sorted(records) == sorted(targets) and len(targets) == 4
     for user, record in records.items():
         assert (record.adapter is not None) == (record.tier == "users")
-        assert record.facts["user"] == user and record.facts["reason"]
-        assert record.facts["up"] == (record.tier == "users")
+        assert record.metadata["user"] == user and record.metadata["reason"]
+        assert record.metadata["up"] == (record.tier == "users")
         if record.adapter is not None:
             assert {tensor.dtype for tensor in record.adapter.values()} == {torch.bfloat16}
             history = dataset.history(user)
-            assert record.facts["items"] == len(history), "the final adapter is fitted on all items"
+            assert record.metadata["items"] == len(history), "the final adapter is fitted on all items"
     phases = list(dict.fromkeys(facts["phase"] for facts in log.steps))
     assert phases[:2] == ["users: trial", "router: trial"]
     if any(record.tier == "users" for record in records.values()):
@@ -160,7 +160,7 @@ def test_a_bad_user_stays_on_the_group_tier_and_harms_nobody(
     tiers = {"select": select, "pool_below": 100}
     records, router = run("spoiled", Log(), spoil=1, tiers=tiers)
     assert records[bad].tier == "groups" and records[bad].adapter is None
-    assert "not finite" in records[bad].facts["reason"] and not records[bad].facts["up"]
+    assert "not finite" in records[bad].metadata["reason"] and not records[bad].metadata["up"]
     assert sum(f"{bad!r}: quarantined" in line for line in caplog.messages) == 1
     assert all(weight.isfinite().all() for weight in router.values())
     whole, _ = run("whole", Log(), tiers=tiers)
@@ -172,7 +172,7 @@ def test_a_bad_user_stays_on_the_group_tier_and_harms_nobody(
             for name, tensor in record.adapter.items():
                 assert float((tensor.float() - other[name].float()).norm()) <= 2e-2 * float(other[name].float().norm())
         if select and user != bad:
-            assert "similar users" in record.facts["reason"], "their neighbours' gains are finite"
+            assert "similar users" in record.metadata["reason"], "their neighbours' gains are finite"
 
 
 def test_rows_are_counted_without_reading_them(
@@ -223,16 +223,16 @@ def test_tiers_follow_from_losses_on_held_out_items_as_served(
         assert trial is not None and trial.adapter is not None
         bank.layout.pack(trial.adapter, bank.values[0])
         own, group = loss(user, "users"), loss(user, "groups")
-        assert record.facts["user_loss"] == pytest.approx(own, rel=1e-4)
-        assert record.facts["group_loss"] == pytest.approx(group, rel=1e-4)
-        assert (record.tier == "users") == (own < group and record.facts["passes"] > 0)
+        assert record.metadata["user_loss"] == pytest.approx(own, rel=1e-4)
+        assert record.metadata["group_loss"] == pytest.approx(group, rel=1e-4)
+        assert (record.tier == "users") == (own < group and record.metadata["passes"] > 0)
     trials.close()
     assert {record.tier for record in records.values()} == {"users", "groups"}, "this run shows both"
 
 
 def test_only_the_newest_items_are_used(run: Callable[..., Everything]) -> None:
     records, _ = run("few", Log(), max_items=3, tiers={"select": False})
-    assert {record.facts["items"] for record in records.values()} == {3}
+    assert {record.metadata["items"] for record in records.values()} == {3}
 
 
 def test_without_a_router_trials_are_measured_where_the_choice_says(
@@ -258,9 +258,11 @@ def test_without_a_router_trials_are_measured_where_the_choice_says(
         trainer.bank.values[0] = results[0].row
         trainer.bank.scale *= choice["scale"]
         measured = replace(job, held_out=tuple(items[cut:]))
-        assert record.facts["user_loss"] == pytest.approx(held_out_losses(model, {0: measured}, "fit", 0)[0], rel=1e-3)
-        assert record.facts["group_loss"] == pytest.approx(held_out_losses(model, {0: measured}, "groups", 0)[0])
-        assert record.facts["scale"] == choice["scale"] and record.facts["held_out"] == len(items) - cut
+        assert record.metadata["user_loss"] == pytest.approx(
+            held_out_losses(model, {0: measured}, "fit", 0)[0], rel=1e-3
+        )
+        assert record.metadata["group_loss"] == pytest.approx(held_out_losses(model, {0: measured}, "groups", 0)[0])
+        assert record.metadata["scale"] == choice["scale"] and record.metadata["held_out"] == len(items) - cut
 
 
 def test_the_scale_goes_into_the_stored_adapters(run: Callable[..., Everything], monkeypatch: Any) -> None:
@@ -295,5 +297,5 @@ def test_adapters_of_absurd_size_are_not_kept(run: Callable[..., Everything], ca
     """A learning rate at which numbers grow beyond all reason, and the loss stays finite."""
     records, _ = run("huge", Log(), learning_rate=1e5, tiers={"select": False}, router="none")
     assert records and all(record.tier == "groups" for record in records.values())
-    assert {record.facts["reason"].partition(":")[0] for record in records.values()} == {"quarantined"}
+    assert {record.metadata["reason"].partition(":")[0] for record in records.values()} == {"quarantined"}
     assert "numbers beyond 10000; the user stays on the group tier" in caplog.text

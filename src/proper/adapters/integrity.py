@@ -180,9 +180,9 @@ def _fall_back(store: AdapterStore, now: list[ManifestRow], bad: dict[int, Findi
             done = f"went back to version {good[0].version}"
         elif sound:
             reason = "the adapter was damaged, and no other version was left"
-            facts = json.dumps({"reason": reason, MADE: {"by": "repair", "of": sound[0].version}})
+            metadata = json.dumps({"reason": reason, MADE: {"by": "repair", "of": sound[0].version}})
             bare = sound[0]._replace(layout=None, blob=None, offset=None, length=0, xxh3=None, sha256=None)
-            manifest.add(bare._replace(tier="groups", facts=facts))
+            manifest.add(bare._replace(tier="groups", facts=metadata))
             done = "went back to the group tier"
         else:
             done = "removed the user: nothing of them was left"

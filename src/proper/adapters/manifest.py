@@ -93,13 +93,13 @@ class Manifest(SharedDatabase):
     def __init__(self, path: Path, wait_seconds: float, may_make: Callable[[], None] = lambda: None) -> None:
         super().__init__(path, _CONTENTS, wait_seconds, may_make, reads_wait=False)
 
-    def facts(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """Return the metadata that the store is bound to (see `AdapterStore.bind`)."""
-        return dict(self.read(sql.LIST_FACTS))
+        return dict(self.read(sql.LIST_METADATA))
 
-    def bind(self, facts: Mapping[str, str]) -> None:
+    def bind(self, metadata: Mapping[str, str]) -> None:
         """Write the metadata that the store is bound to (inside a transaction)."""
-        for key, value in facts.items():
+        for key, value in metadata.items():
             self.write(sql.BIND, {"key": key, "value": value})
 
     def head(self, tenant: str, user: bytes) -> ManifestRow | None:

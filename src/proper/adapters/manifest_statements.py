@@ -18,7 +18,7 @@ from sqlalchemy import (
 )
 
 from proper.databases.statements import Insert, Statement, of_user, row_of
-from proper.databases.tables import ERASURES, FACTS, LAYOUTS, RECORDS, SHARDS
+from proper.databases.tables import ERASURES, LAYOUTS, RECORDS, SHARDS, STORE_METADATA
 
 PAGE = 1000
 """Number of rows that a paginated query returns."""
@@ -50,11 +50,11 @@ def _added(insert: Insert) -> Any:
 
 
 def _bound(insert: Insert) -> Any:
-    new = insert(FACTS)
-    return new.on_conflict_do_update(index_elements=[FACTS.c.key], set_={"value": new.excluded.value})
+    new = insert(STORE_METADATA)
+    return new.on_conflict_do_update(index_elements=[STORE_METADATA.c.key], set_={"value": new.excluded.value})
 
 
-LIST_FACTS = Statement(lambda _: select(FACTS))
+LIST_METADATA = Statement(lambda _: select(STORE_METADATA))
 BIND = Statement(_bound)
 HEAD = Statement(lambda _: _VERSIONS.limit(literal_column("1")))
 ALL = Statement(lambda _: _VERSIONS)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -39,14 +39,14 @@ class UserRecord:
         embedding: e_u (D,), fp32.
         adapter: stacked tensors, as `layers.layout.Layout` names them, or their `quantization.encode` form; None on the
             group tier.
-        facts: JSON-serializable metadata about how the record was made.
+        metadata: JSON-serializable, about how the record was made.
     """
 
     user: str
     tier: Tier
     embedding: Tensor
     adapter: Mapping[str, Tensor] | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,13 @@ class Version:
     bytes: int
     written: int
     checksum: str | None
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields by name, as files and `--json` have them: there the metadata is called `facts`."""
+        fields = asdict(self)
+        fields["facts"] = fields.pop("metadata")
+        return fields
 
 
 def head_of(row: ManifestRow) -> Head:
@@ -118,12 +124,12 @@ def restored(row: ManifestRow, current: ManifestRow, by: str) -> ManifestRow:
         current: the version that it replaces.
         by: what restores it.
     """
-    facts = json.loads(row.facts)
-    before = facts.get(MADE, {})
+    metadata = json.loads(row.facts)
+    before = metadata.get(MADE, {})
     made = {"by": by, "of": row.version, "instead_of": current.version, "written": before.get("written", row.written)}
     first = before.get("before") if before.get("by") in ("rollback", "repair") else before
-    facts = {**facts, MADE: {**made, **({"before": first} if first else {})}}
-    return row._replace(written=int(time.time()), facts=json.dumps(facts, ensure_ascii=False))
+    metadata = {**metadata, MADE: {**made, **({"before": first} if first else {})}}
+    return row._replace(written=int(time.time()), facts=json.dumps(metadata, ensure_ascii=False))
 
 
 def vector(data: bytes) -> Tensor:
@@ -138,7 +144,7 @@ class Prepared:
     user: bytes
     tier: Tier
     embedding: bytes
-    facts: str
+    metadata: str
     spec: str | None = None
     place: ByteRange | None = None
     xxh3: bytes | None = None
@@ -153,16 +159,16 @@ def prepare(record: UserRecord, writer: ShardWriter, file_bytes: int) -> Prepare
         OSError: the disk is full or broken.
     """
     require_sound(record.user, {"embedding": record.embedding, **(record.adapter or {})})
-    facts = json.dumps(dict(record.facts), ensure_ascii=False)
+    metadata = json.dumps(dict(record.metadata), ensure_ascii=False)
     embedding = record.embedding.detach().float().cpu().numpy().tobytes()
     if record.adapter is None:
         if record.tier == Tier.USERS:
             raise StoreError(f"user {record.user!r} cannot be on the tier 'users' without an adapter")
-        return Prepared(key_of(record.user), record.tier, embedding, facts)
+        return Prepared(key_of(record.user), record.tier, embedding, metadata)
     spec, data = pack(record.adapter)
     place = writer.write_file(spec.header(), data) if len(data) > file_bytes else writer.append(data)
     hashes = xxhash.xxh3_64_digest(data), hashlib.sha256(data).digest()
-    return Prepared(key_of(record.user), record.tier, embedding, facts, spec.text(), place, *hashes)
+    return Prepared(key_of(record.user), record.tier, embedding, metadata, spec.text(), place, *hashes)
 
 
 def commit(
@@ -180,7 +186,7 @@ def commit(
             parent=None,
             tier=new.tier,
             written=now,
-            facts=new.facts,
+            facts=new.metadata,
             layout=None if new.spec is None else layouts[new.spec],
             blob=None if new.place is None else new.place.blob,
             offset=None if new.place is None else new.place.offset,

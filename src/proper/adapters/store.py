@@ -91,24 +91,24 @@ class AdapterStore:
         self.writer.close()
         self.manifest.close()
 
-    def bind(self, facts: Mapping[str, str]) -> None:
+    def bind(self, metadata: Mapping[str, str]) -> None:
         """Bind the store to a backbone and groups (by their hashes), or check that it is bound to these.
 
         Raises:
             StoreError: the store is bound to others; names the value that differs.
         """
-        self.require(facts)
+        self.require(metadata)
         with self.manifest.transaction():
-            self.manifest.bind(facts)
+            self.manifest.bind(metadata)
 
-    def require(self, facts: Mapping[str, str]) -> None:
+    def require(self, metadata: Mapping[str, str]) -> None:
         """Check that the store is not bound to values other than these; does not bind it.
 
         Raises:
             StoreError: the store is bound to others; names the value that differs.
         """
-        bound = self.manifest.facts()
-        for key, value in facts.items():
+        bound = self.manifest.metadata()
+        for key, value in metadata.items():
             if bound.get(key, value) != value:
                 raise StoreError(f"{self.folder}: these adapters belong to another {key} ({bound[key]}, not {value})")
 
@@ -230,7 +230,7 @@ class AdapterStore:
         for row in self.manifest.heads(self.tenant, None if after is None else key_of(after)):
             yield user_of(row.user), tier_of(row)
 
-    def facts(self) -> Iterator[tuple[str, Tier, dict[str, Any], int]]:
+    def metadata(self) -> Iterator[tuple[str, Tier, dict[str, Any], int]]:
         """Yield user, tier, metadata and size in bytes of every current record without reading adapters."""
         for row in self.manifest.heads(self.tenant):
             size = row.length + len(row.embedding)

@@ -55,9 +55,9 @@ def _is_postgresql(url: str) -> bool:
     """Return whether a URL is a database's rather than a bucket's; raise InputError if it is neither."""
     scheme, found, _ = url.partition("://")
     if not found or (scheme != "s3" and not scheme.startswith("postgres")):
-        said = f"{scheme}://..." if found else url  # what follows may have a password
+        text = f"{scheme}://..." if found else url  # what follows may have a password
         raise InputError(
-            f"--store {said}: neither {EXAMPLE} (for adapters) nor {POSTGRESQL} (for state); leave --store out to keep "
+            f"--store {text}: neither {EXAMPLE} (for adapters) nor {POSTGRESQL} (for state); leave --store out to keep "
             "both in the run folder"
         )
     return scheme != "s3"

@@ -103,9 +103,9 @@ def known(store: AdapterStore, user: str) -> str:
 def list_users(folder: RunFolder, as_json: AsJson = False) -> None:
     """Print every user with their tier and size in bytes."""
     with opened(folder) as store:
-        for user, tier, facts, size in store.facts():
-            told = {"user": user, "tier": tier, "bytes": size, "facts": facts}
-            typer.echo(_line(told) if as_json else f"{printable(user)}\t{tier}\t{size}")
+        for user, tier, metadata, size in store.metadata():
+            row = {"user": user, "tier": tier, "bytes": size, "facts": metadata}
+            typer.echo(_line(row) if as_json else f"{printable(user)}\t{tier}\t{size}")
 
 
 @app.command(

@@ -113,10 +113,10 @@ def drift(folder: RunFolder, as_json: AsJson = False) -> None:
             state = "drifted" if each.drifted else "grown" if each.grown else state
             typer.echo("\t".join([printable(each.user), str(each.new), *losses, f"{each.score:.2f}", state]))
         for group in by_group(found, _main_groups(folder)):
-            told = (
+            line = (
                 f"group {group.group}: {group.drifted} of {group.users} users have drifted (chance {group.chance:.3f})"
             )
-            typer.echo(json.dumps(asdict(group))) if as_json else logger.info(told)
+            typer.echo(json.dumps(asdict(group))) if as_json else logger.info(line)
             if group.together:
                 logger.info(
                     f"group {group.group} itself seems to have changed; to retrain, run: proper groups refresh {folder}"

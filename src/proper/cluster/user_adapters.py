@@ -248,5 +248,5 @@ def _records(made: AdapterStore, users: Sequence[str], metadata: Metadata) -> It
         if record is None:
             continue
         if record.tier == Tier.GROUPS:
-            warn(user, str(record.facts.get("reason")))
-        yield replace(record, facts={**metadata(user), **record.facts})
+            warn(user, str(record.metadata.get("reason")))
+        yield replace(record, metadata={**metadata(user), **record.metadata})

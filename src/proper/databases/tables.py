@@ -16,7 +16,9 @@ _NUMBER = BigInteger().with_variant(Integer, "sqlite")
 _TREE: dict[str, Any] = {"sqlite_with_rowid": False}
 
 
-FACTS = Table("facts", STORE, Column("key", Text, primary_key=True), Column("value", Text, nullable=False), **_TREE)
+STORE_METADATA = Table(
+    "facts", STORE, Column("key", Text, primary_key=True), Column("value", Text, nullable=False), **_TREE
+)
 
 # The tensor spec of an adapter's bytes, stored once for all users who share it.
 LAYOUTS = Table("layouts", STORE, Column("id", _NUMBER, primary_key=True), Column("spec", Text, nullable=False))

@@ -99,7 +99,7 @@ class Usual:
             return None
         return cls(fmean(losses), variance(losses) if len(losses) > 1 else None, len(losses))
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Return the figures for a record's metadata."""
         return asdict(self)
 
@@ -149,13 +149,13 @@ class VersionComparison:
 
     def text(self) -> str:
         """Return the losses in words."""
-        said = f"loss on {self.new} held-out new interactions {self.served[0]:.3f} -> {self.updated[0]:.3f}"
+        text = f"loss on {self.new} held-out new interactions {self.served[0]:.3f} -> {self.updated[0]:.3f}"
         if self.past:
-            said += f", on {self.past} earlier ones {self.served[1]:.3f} -> {self.updated[1]:.3f}"
-        return f"{said} nats per token (unknown user: {self.unknown:.3f})"
+            text += f", on {self.past} earlier ones {self.served[1]:.3f} -> {self.updated[1]:.3f}"
+        return f"{text} nats per token (unknown user: {self.unknown:.3f})"
 
-    def facts(self) -> Mapping[str, Any]:
-        """Return the figures for a record's metadata."""
+    def metrics(self) -> Mapping[str, Any]:
+        """Return the figures under the keys that a record's metadata has."""
         return {
             "held_out": {"new": self.new, "past": self.past},
             "served_loss": {"new": self.served[0], "past": self.served[1]},

@@ -91,25 +91,25 @@ class Drift:
         """Return the figures in words."""
         if self.loss is None or self.usual is None:
             return f"{self.new} new interactions, usual loss not known"
-        said = "drifted" if self.drifted else "not drifted"
+        state = "drifted" if self.drifted else "not drifted"
         losses = f"loss {self.loss:.3f}, usually {self.usual:.3f} nats per token"
-        return f"{said}: score {self.score:.2f} after {self.new} new interactions ({losses})"
+        return f"{state}: score {self.score:.2f} after {self.new} new interactions ({losses})"
 
 
-def usual_of(facts: Mapping[str, Any], tier: str) -> Usual | None:
+def usual_of(metadata: Mapping[str, Any], tier: str) -> Usual | None:
     """Return a user's usual loss from a version's metadata; None if it has none."""
-    if "usual" in facts:
-        return Usual(**facts["usual"])
-    mean = facts.get("user_loss" if tier == Tier.USERS else "group_loss")
-    if mean is not None and "held_out" in facts:
-        return Usual(float(mean), facts.get("variance"), int(facts["held_out"]))
-    losses = facts.get("embedding_losses")
+    if "usual" in metadata:
+        return Usual(**metadata["usual"])
+    mean = metadata.get("user_loss" if tier == Tier.USERS else "group_loss")
+    if mean is not None and "held_out" in metadata:
+        return Usual(float(mean), metadata.get("variance"), int(metadata["held_out"]))
+    losses = metadata.get("embedding_losses")
     return Usual(float(min(losses)), None, 1) if losses else None
 
 
 def usual_variance(store: AdapterStore) -> float:
     """Return the mean variance of the loss over the store's users; `DEFAULT_VARIANCE` if none is known."""
-    found = (usual_of(facts, tier) for _, tier, facts, _ in store.facts())
+    found = (usual_of(metadata, tier) for _, tier, metadata, _ in store.metadata())
     known = [each.variance for each in found if each is not None and each.variance is not None]
     return fmean(known) if known and any(known) else DEFAULT_VARIANCE
 
@@ -139,16 +139,16 @@ def drift_of(
     record = None if head is None else store.get(user, head.version)
     if head is None or record is None:
         return None
-    divided = divide(grown, record.facts)
+    divided = divide(grown, record.metadata)
     new, attempts = divided.new, log.updates.of(store.tenant, user)[:1]
-    tried = [int(each.facts["new"]) for each in attempts if (each.base, each.version) == (head.version, None)]
+    tried = [int(each.metrics["new"]) for each in attempts if (each.base, each.version) == (head.version, None)]
     found = Drift(user, head.tier, head.version, len(new), known=len(divided.past), tried=sum(tried))
     if not new:
         return found
     with own_bank(fitter.model):
         state = state_of(fitter.model, record)
         losses = per_item(fitter.model, state, [fitter.model.encoder.encode(item) for item in new])
-    usual, loss = usual_of(record.facts, head.tier), fmean(losses)
+    usual, loss = usual_of(record.metadata, head.tier), fmean(losses)
     if usual is None:
         return replace(found, loss=loss)
     score = cusum(losses, usual, variance, config.allowance)
@@ -208,12 +208,12 @@ def by_group(found: Sequence[Drift], main: Mapping[str, int]) -> list[GroupDrift
         if drift.user in main and drift.usual is not None:
             groups.setdefault(main[drift.user], []).append(drift.drifted)
     every = [drifted for each in groups.values() for drifted in each]
-    told = []
+    each_group = []
     for group, own in sorted(groups.items()):
         # One drifted and one usual user more, so that the rate is neither 0 nor 1.
         rate = (sum(every) - sum(own) + 1) / (len(every) - len(own) + 2)
-        told.append(GroupDrift(group, len(own), sum(own), _at_least(sum(own), len(own), rate)))
-    return told
+        each_group.append(GroupDrift(group, len(own), sum(own), _at_least(sum(own), len(own), rate)))
+    return each_group
 
 
 def _at_least(count: int, trials: int, rate: float) -> float:
@@ -229,7 +229,7 @@ def usual_still(
     A user without a version, with one that was only placed, or without a known usual loss is not kept waiting.
     """
     versions = store.versions(user)
-    if not versions or versions[0].facts.get("embedding") == PLACED:
+    if not versions or versions[0].metadata.get("embedding") == PLACED:
         return None
     drift = drift_of(fitter, store, log, user, grown, usual_variance(store))
     known = drift is not None and (drift.usual is not None or not drift.new)

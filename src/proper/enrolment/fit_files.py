@@ -15,11 +15,11 @@ _HISTORY, _UPDATE, _EMBEDDING = "history.json", "update.json", "embedding.safete
 
 def same_history(work: Path, grown: UserHistory, groups: str | None) -> None:
     """Remove the work folder if a fit of another history, or with other groups (by their hash), left it."""
-    marker, told = work / _HISTORY, {"digest": grown.digest, "groups": groups}
-    if marker.exists() and read_json(marker) == told:
+    marker, content = work / _HISTORY, {"digest": grown.digest, "groups": groups}
+    if marker.exists() and read_json(marker) == content:
         return
     shutil.rmtree(work, ignore_errors=True)
-    write_json(marker, told)
+    write_json(marker, content)
 
 
 def same_update(work: Path, grown: UserHistory, version: int, state: str) -> None:
@@ -31,11 +31,11 @@ def same_update(work: Path, grown: UserHistory, version: int, state: str) -> Non
         version: the version that the update is trained from.
         state: a hash of that version and of the settings.
     """
-    marker, told = work / _UPDATE, {"history": grown.digest, "version": version, "state": state}
-    if marker.exists() and read_json(marker) == told:
+    marker, content = work / _UPDATE, {"history": grown.digest, "version": version, "state": state}
+    if marker.exists() and read_json(marker) == content:
         return
     shutil.rmtree(work, ignore_errors=True)
-    write_json(marker, told)
+    write_json(marker, content)
 
 
 def is_update_of(work: Path, grown: UserHistory, version: int) -> bool:
@@ -43,14 +43,14 @@ def is_update_of(work: Path, grown: UserHistory, version: int) -> bool:
     marker = work / _UPDATE
     if not marker.exists():
         return False
-    told = read_json(marker)
-    return (told["history"], told["version"]) == (grown.digest, version)
+    content = read_json(marker)
+    return (content["history"], content["version"]) == (grown.digest, version)
 
 
 def save_embedding(work: Path, found: FittedEmbedding) -> None:
     """Write the fitted embedding, from which an interrupted fit goes on."""
-    facts = {"losses": list(found.losses), "passes": found.passes}
-    save_tensors(work / _EMBEDDING, {"embedding": found.embedding}, facts)
+    metadata = {"losses": list(found.losses), "passes": found.passes}
+    save_tensors(work / _EMBEDDING, {"embedding": found.embedding}, metadata)
 
 
 def load_embedding(work: Path) -> FittedEmbedding | None:
@@ -58,5 +58,5 @@ def load_embedding(work: Path) -> FittedEmbedding | None:
     path = work / _EMBEDDING
     if not path.exists():
         return None
-    tensors, facts = load_tensors(path)
-    return FittedEmbedding(tensors["embedding"], tuple(facts["losses"]), facts["passes"])
+    tensors, metadata = load_tensors(path)
+    return FittedEmbedding(tensors["embedding"], tuple(metadata["losses"]), metadata["passes"])

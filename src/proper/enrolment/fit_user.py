@@ -114,20 +114,20 @@ class Fitter:
         items = self.items(grown)
         pace = Pace.of(self.model, len(items), on_progress)
         held = store.versions(user)
-        facts: dict[str, Any] = {"history": {"run": grown.run, "logged": grown.logged}}
+        metadata: dict[str, Any] = {"history": {"run": grown.run, "logged": grown.logged}}
         head = store.head(user)
-        if head is None or held[0].facts.get("embedding") in (FITTED, PLACED):
+        if head is None or held[0].metadata.get("embedding") in (FITTED, PLACED):
             found = self._embedding(user, grown, work, pace)
-            facts |= {"embedding": FITTED, "embedding_start": self.placer.kind}
-            facts |= {"embedding_passes": found.passes, "embedding_losses": list(found.losses)}
+            metadata |= {"embedding": FITTED, "embedding_start": self.placer.kind}
+            metadata |= {"embedding_passes": found.passes, "embedding_losses": list(found.losses)}
             embedding = found.embedding
         else:
             pace.skip("embedding")
             embedding = head.embedding
         if self.model.stage != Tier.USERS:
-            return UserRecord(user, Tier.GROUPS, embedding, None, facts)
+            return UserRecord(user, Tier.GROUPS, embedding, None, metadata)
         record = self._adapter(store, user, items, embedding, work, pace)
-        return replace(record, facts={**record.facts, **facts})
+        return replace(record, metadata={**record.metadata, **metadata})
 
     def _embedding(self, user: str, grown: UserHistory, work: Path, pace: Pace) -> FittedEmbedding:
         found = load_embedding(work)
@@ -146,7 +146,9 @@ class Fitter:
         with closing(AdapterStore(work / "final")) as scratch, own_bank(self.model):
             stage = self.user_stage(store, user, items, embedding, work, scratch)
             if not is_trained(stage.folder):
-                train_users(replace(stage, log=lambda facts: pace.step(str(facts["phase"]).removeprefix("users: "))))
+                train_users(
+                    replace(stage, log=lambda metrics: pace.step(str(metrics["phase"]).removeprefix("users: ")))
+                )
             record = scratch.get(user, coded=True)
         assert record is not None
         return record
@@ -173,7 +175,7 @@ class Fitter:
             folder=work / "stage",
             seed=self.seed,
             checkpoint_seconds=config.compute.checkpoint_seconds,
-            log=lambda facts: None,
+            log=lambda metrics: None,
             fixed_router=True,
             choice=self.choice,
             bar=no_bar,
@@ -221,8 +223,8 @@ def nearest(
     """
     own = functional.normalize(embedding.float(), dim=0)
     kept: list[tuple[float, int, Trial, Tensor]] = []
-    for at, (name, head, facts) in enumerate(store.heads()):
-        trial = _trial(name, facts)
+    for at, (name, head, metadata) in enumerate(store.heads()):
+        trial = _trial(name, metadata)
         if trial is None or name == user or head.embedding.shape != embedding.shape:
             continue
         near = float(functional.normalize(head.embedding, dim=0) @ own)
@@ -241,20 +243,20 @@ def nearest_adapters(
     own = functional.normalize(embedding.float(), dim=0)
     near = (
         (float(functional.normalize(head.embedding, dim=0) @ own), -at, name)
-        for at, (name, head, facts) in enumerate(store.heads())
-        if head.tier == Tier.USERS and "history" not in facts and name != user and head.embedding.shape == own.shape
+        for at, (name, head, metadata) in enumerate(store.heads())
+        if head.tier == Tier.USERS and "history" not in metadata and name != user and head.embedding.shape == own.shape
     )
     found = (store.get(name) for _, _, name in heapq.nlargest(count, near))
     return [record.adapter for record in found if record is not None and record.adapter is not None]
 
 
-def _trial(user: str, facts: dict[str, Any]) -> Trial | None:
-    if "history" in facts or not {"items", "group_loss", "user_loss", "passes"} <= {*facts}:
+def _trial(user: str, metadata: dict[str, Any]) -> Trial | None:
+    if "history" in metadata or not {"items", "group_loss", "user_loss", "passes"} <= {*metadata}:
         return None
-    losses = float(facts["group_loss"]), float(facts["user_loss"])
+    losses = float(metadata["group_loss"]), float(metadata["user_loss"])
     # Older runs stored neither the number of held-out items nor the spread.
-    noise = int(facts.get("held_out", 1)), float(facts.get("spread", 0.0))
-    trial = Trial(user, int(facts["items"]), *losses, int(facts["passes"]), *noise)
+    noise = int(metadata.get("held_out", 1)), float(metadata.get("spread", 0.0))
+    trial = Trial(user, int(metadata["items"]), *losses, int(metadata["passes"]), *noise)
     return trial if all(map(math.isfinite, losses)) else None
 
 

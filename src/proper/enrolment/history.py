@@ -116,13 +116,13 @@ def grown_history(dataset: Dataset | None, log: InteractionLog, tenant: str, use
     return UserHistory(ordered, None if before is None else len(before), len(logged))
 
 
-def divide(grown: UserHistory, facts: Mapping[str, Any]) -> Divided:
+def divide(grown: UserHistory, metadata: Mapping[str, Any]) -> Divided:
     """Divide a history into items that a version was trained on, by its metadata, and new ones.
 
     That is the first `history.logged` interactions in the order of arrival, without those in `history.left_out` or
     before `history.since`, and the items of the run's data, which are never new.
     """
-    history, ordinals = facts.get("history", {}), grown.ordinals
+    history, ordinals = metadata.get("history", {}), grown.ordinals
     logged, left_out = int(history.get("logged", 0)), tuple(history.get("left_out", ()))
     since = int(history.get("since", 0))
     items = [item for item in grown.items if (at := ordinals.get(item.id, 0)) >= since and at not in left_out]

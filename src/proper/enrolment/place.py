@@ -85,13 +85,13 @@ class Placer:
 
 def placed_record(user: str, embedding: Float[Tensor, "D"], grown: UserHistory, kind: str) -> UserRecord:
     """Return the record of a user whose embedding was placed; `kind` is the kind of placement."""
-    facts = {
+    metadata = {
         "history": {"run": grown.run, "logged": grown.logged},
         "embedding": PLACED,
         "embedding_start": kind,
         "reason": "placed by the run's encoder, not fitted yet",
     }
-    return UserRecord(user, Tier.GROUPS, embedding, None, facts)
+    return UserRecord(user, Tier.GROUPS, embedding, None, metadata)
 
 
 def embedding_jobs(

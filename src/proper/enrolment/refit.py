@@ -70,16 +70,16 @@ class Refit:
         Raises:
             NonFiniteLossError: the embedding's loss is not finite.
         """
-        pace, facts, embedding = self._pace(), dict[str, Any](), self.base.embedding
+        pace, metadata, embedding = self._pace(), dict[str, Any](), self.base.embedding
         if self.embeds:
             found = self._embedding(pace)
             embedding = found.embedding
-            facts |= {"embedding": FITTED, "embedding_start": self.fitter.placer.kind}
-            facts |= {"embedding_passes": found.passes, "embedding_losses": list(found.losses)}
+            metadata |= {"embedding": FITTED, "embedding_start": self.fitter.placer.kind}
+            metadata |= {"embedding_passes": found.passes, "embedding_losses": list(found.losses)}
         pace.skip(EMBEDDING)
         if self.fitter.model.stage != Tier.USERS:
-            return UserRecord(self.base.user, Tier.GROUPS, embedding, None, facts)
-        record = self._adapter(embedding, facts, pace)
+            return UserRecord(self.base.user, Tier.GROUPS, embedding, None, metadata)
+        record = self._adapter(embedding, metadata, pace)
         return self._decided(record) if self.fitter.model.config.users.tiers.select else record
 
     @property
@@ -103,7 +103,7 @@ class Refit:
             save_embedding(self.work, found)
         return found
 
-    def _adapter(self, embedding: Float[Tensor, "D"], facts: Mapping[str, Any], pace: Pace) -> UserRecord:
+    def _adapter(self, embedding: Float[Tensor, "D"], metadata: Mapping[str, Any], pace: Pace) -> UserRecord:
         """Train an adapter on all of `items` as stage 3's final ones; the record says if the user is in quarantine."""
         user, choice = self.base.user, self._choice
         with closing(AdapterStore(self.work / "final")) as scratch, own_bank(self.fitter.model):
@@ -111,7 +111,7 @@ class Refit:
             stage = replace(stage, log=lambda _: pace.step(ADAPTER))
             private_folder(stage.folder)
             jobs = stage.jobs([0], trial=False, part=choice.part)
-            fit_adapters(stage, jobs, scratch, "final", lambda _: {**facts, "scale": choice.scale}, choice.scale)
+            fit_adapters(stage, jobs, scratch, "final", lambda _: {**metadata, "scale": choice.scale}, choice.scale)
             record = scratch.get(user, coded=True)
         assert record is not None
         return record
@@ -124,16 +124,16 @@ class Refit:
         served = state_of(model, replace(record, adapter=decode(record.adapter)))
         group, own = (torch.stack(losses_of(model, each, items), 1) for each in (State(record.embedding), served))
         if not (group.isfinite().all() and own.isfinite().all()):
-            facts = {**record.facts, "up": False, "reason": "quarantined: the held-out loss is not finite"}
-            return replace(record, tier=Tier.GROUPS, adapter=None, facts=facts)
-        count, passes = len(self.items) + len(items), int(record.facts["passes"])
+            metadata = {**record.metadata, "up": False, "reason": "quarantined: the held-out loss is not finite"}
+            return replace(record, tier=Tier.GROUPS, adapter=None, metadata=metadata)
+        count, passes = len(self.items) + len(items), int(record.metadata["passes"])
         figures = len(items), spread(group, own), item_variance(own)
         trial = Trial(record.user, count, per_token(group), per_token(own), passes, *figures)
         tiers = model.config.users.tiers
         near = nearest(self.store, record.user, record.embedding, tiers.neighbours) if tiers.pools(count) else []
         embeddings = torch.stack([record.embedding, *(theirs for _, theirs in near)])
         decision = decide([trial, *(other for other, _ in near)], embeddings, tiers)[0]
-        record = replace(record, facts={**record.facts, **asdict(trial), **asdict(decision)})
+        record = replace(record, metadata={**record.metadata, **asdict(trial), **asdict(decision)})
         return record if decision.up else replace(record, tier=Tier.GROUPS, adapter=None)
 
     def _encoded(self, items: Sequence[TextExample]) -> list[EncodedExample]:

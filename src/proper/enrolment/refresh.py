@@ -113,8 +113,8 @@ def roll_back(folder: Path) -> Refreshed:
     with _opened(folder) as work:
         if not run.refreshed.exists() or hash_file(run.refreshed) != hash_file(run.previous):
             run.users.refresh.unlink(missing_ok=True)  # of a refresh that was killed before its commit
-            tensors, facts = load_tensors(run.previous)
-            save_tensors(run.refreshed, tensors, facts)
+            tensors, metadata = load_tensors(run.previous)
+            save_tensors(run.refreshed, tensors, metadata)
         work.put(map(work.before, work.users))
     with _opened(folder) as work:
         worse, again = work.refit()
@@ -181,10 +181,10 @@ class _Work:
         heads = [self.store.head(user) for user in users]
         start = torch.stack([head.embedding for head in heads if head is not None])
         # A checkpoint of other rows, as when more interactions have come after a kill, is of no use.
-        state, told = self.run.users.refresh, {"rows": hash_value([[row.user, row.id] for row in rows.examples])}
-        if not state.exists() or load_metadata(state)["rows"] != told["rows"]:
+        state, metadata = self.run.users.refresh, {"rows": hash_value([[row.user, row.id] for row in rows.examples])}
+        if not state.exists() or load_metadata(state)["rows"] != metadata["rows"]:
             self.run.checkpoint(Stage.GROUPS).unlink(missing_ok=True)
-            save_tensors(state, {}, told)
+            save_tensors(state, {}, metadata)
         plan = stage_plan("groups", config, rows, model.backbone, self.model.encoder, self.run.path, rows.seed, no_log)
         with model.caching(self.run.path, config.compute.cache_mb):
             embeddings = train_groups(model, config.groups, users, plan, join_processes(config), start)
@@ -192,7 +192,7 @@ class _Work:
         everyone |= dict(zip(users, embeddings, strict=True))
         logged = max(-row.id for row in rows.examples)
         tensors = {**model.group_parameters(), "mean_embedding": torch.stack([*everyone.values()]).mean(0)}
-        save_tensors(state, {"embeddings": embeddings}, {**told, "users": users})
+        save_tensors(state, {"embeddings": embeddings}, {**metadata, "users": users})
         save_tensors(self.run.refreshed, tensors, {"modules": list(model.layers), "logged": logged})
         self.run.checkpoint(Stage.GROUPS).unlink(missing_ok=True)
 
@@ -208,8 +208,8 @@ class _Work:
         tensors, _ = load_tensors(self.run.refreshed)
         for name, parameter in own.group_parameters().items():
             parameter.data.copy_(tensors[name])
-        found, facts = load_tensors(self.run.users.refresh)
-        embeddings = dict(zip(facts["users"], found["embeddings"], strict=True))
+        found, metadata = load_tensors(self.run.users.refresh)
+        embeddings = dict(zip(metadata["users"], found["embeddings"], strict=True))
         with progress("validate users", len(self.users)) as advance:
             records = list[UserRecord]()
             for user in self.users:
@@ -231,34 +231,34 @@ class _Work:
             record, decoded = replace(record, embedding=embedding), replace(decoded, embedding=embedding)
         state, made = state_of(self.model, decoded), dict[str, Any](by=BY, of=head.version)
         if before is None:
-            return replace(record, facts={**record.facts, MADE: made, "reason": "the groups were refreshed"})
+            return replace(record, metadata={**record.metadata, MADE: made, "reason": "the groups were refreshed"})
         after = self._loss(state, held)
         reason = f"the groups were refreshed; loss on {len(held)} held-out items {before:.3f} -> {after:.3f}"
         if state.row is not None and not after <= before:
             made, state = {**made, "refit": True}, State(state.embedding)
-            record = UserRecord(user, Tier.GROUPS, record.embedding, None, record.facts)
+            record = UserRecord(user, Tier.GROUPS, record.embedding, None, record.metadata)
         with own_bank(self.model):
             usual = Usual.of(per_item(self.model, state, self._encoded(held)))
-        kept = {} if usual is None else {"usual": usual.facts()}
-        return replace(record, facts={**record.facts, **kept, MADE: made, "reason": reason})
+        kept = {} if usual is None else {"usual": usual.metadata()}
+        return replace(record, metadata={**record.metadata, **kept, MADE: made, "reason": reason})
 
     def before(self, user: str) -> UserRecord:
         """Return a user's version that was made for the groups before the last refresh, as a new version."""
         versions = self.store.versions(user)
         found: Version | None = versions[0]
         made: dict[str, Any] = {"by": "rollback", "instead_of": versions[0].version}
-        while found is not None and found.facts.get(MADE, {}).get("by") == BY:
-            of = found.facts[MADE]["of"]
+        while found is not None and found.metadata.get(MADE, {}).get("by") == BY:
+            of = found.metadata[MADE]["of"]
             found = next((each for each in versions if each.version == of), None)
         # Otherwise an update has been trained on the refreshed groups, or the version is no longer kept.
         record = self.store.get(user, versions[0].version if found is None else found.version, coded=True)
         assert record is not None
         if found is None or found is versions[0]:
             made = {"by": BY, "of": versions[0].version, "refit": record.adapter is not None}
-            record = UserRecord(user, Tier.GROUPS, record.embedding, None, record.facts)
+            record = UserRecord(user, Tier.GROUPS, record.embedding, None, record.metadata)
         else:
             made["of"] = found.version
-        return replace(record, facts={**record.facts, MADE: made, "reason": "went back to the groups before"})
+        return replace(record, metadata={**record.metadata, MADE: made, "reason": "went back to the groups before"})
 
     def put(self, records: Iterator[UserRecord]) -> None:
         """Commit: bind the store to the new groups and add the users' versions, then move the files."""
@@ -268,7 +268,7 @@ class _Work:
 
     def refit(self) -> tuple[int, int]:
         """Fit the users who lost an adapter; return how many these are, and how many have one again."""
-        waiting = [user for user, _, facts in self.store.heads() if facts.get(MADE, {}).get("refit")]
+        waiting = [user for user, _, metadata in self.store.heads() if metadata.get(MADE, {}).get("refit")]
         again = 0
         with progress("refit users", len(waiting)) as advance:
             for user in waiting:
@@ -285,7 +285,7 @@ class _Work:
             record = self.fitter.fit(self.store, user, grown, work, lambda phase, share: None)
             made = {"by": BY, "of": head.version}
             reason = "fitted again, since the adapter was worse under the refreshed groups"
-            self.store.put([replace(record, facts={**record.facts, MADE: made, "reason": reason})])
+            self.store.put([replace(record, metadata={**record.metadata, MADE: made, "reason": reason})])
         remove_work(self.store.folder, self.store.tenant, user)
         return record.adapter is not None
 

@@ -60,13 +60,13 @@ class FitOutcome:
         record: the new version; None if the version in service stays.
         base: the version in service; None without one.
         reason: why it was promoted or not, in one line; None for a first fit.
-        facts: the losses that were compared, and numbers of interactions.
+        metrics: the losses that were compared, and numbers of interactions.
     """
 
     record: UserRecord | None
     base: int | None = None
     reason: str | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
 def fit_or_update(
@@ -80,12 +80,12 @@ def fit_or_update(
     base = None if head is None else store.get(user, head.version)
     if head is None or base is None:
         return FitOutcome(fitter.fit(store, user, grown, work, on_progress))
-    if base.facts.get("embedding") == PLACED:  # answers until the first fit, which need not be better
+    if base.metadata.get("embedding") == PLACED:  # answers until the first fit, which need not be better
         return FitOutcome(fitter.fit(store, user, grown, work, on_progress), head.version)
     landed = _landed(work, grown, head.version, base)
     if landed is not None:
         return landed
-    state = hash_value([base.embedding.tolist(), dict(base.facts), fitter.model.config.users.model_dump()])
+    state = hash_value([base.embedding.tolist(), dict(base.metadata), fitter.model.config.users.model_dump()])
     same_update(work, grown, head.version, state)
     with fitter.model.model.caching(work, fitter.model.config.compute.cache_mb), own_bank(fitter.model):
         return _Update(fitter, store, base, head.version, grown, work, on_progress).result()
@@ -93,10 +93,10 @@ def fit_or_update(
 
 def _landed(work: Path, grown: UserHistory, version: int, base: UserRecord) -> FitOutcome | None:
     """Return the result of an update that was put into the store before a kill, and is the version in service now."""
-    made = base.facts.get("made", {})
+    made = base.metadata.get("made", {})
     if made.get("by") != "update" or version != made["of"] + 1 or not is_update_of(work, grown, made["of"]):
         return None
-    return FitOutcome(base, made["of"], base.facts["reason"], base.facts["update"])
+    return FitOutcome(base, made["of"], base.metadata["reason"], base.metadata["update"])
 
 
 @dataclass(frozen=True)
@@ -114,22 +114,22 @@ class _Update:
         return self.fitter.model.config.users
 
     def result(self) -> FitOutcome:
-        divided = divide(self.grown, self.base.facts)
+        divided = divide(self.grown, self.base.metadata)
         divided = replace(divided, past=divided.past[-(self.config.max_items or len(divided.past)) :])
         came = len(divided.new)
         if not came:
             return FitOutcome(None, self.version, "there is no new interaction")
         divided = self._without_outliers(divided)
-        facts = {"logged": self.grown.logged, "new": came, "left_out": came - len(divided.new)}
+        metrics = {"logged": self.grown.logged, "new": came, "left_out": came - len(divided.new)}
         if not divided.new:
-            return self._stays(f"the answers do not fit their inputs (new interactions: {came})", facts)
+            return self._stays(f"the answers do not fit their inputs (new interactions: {came})", metrics)
         changed = self._since_change(divided)
         divided, anew = changed or divided, changed is not None
         if len(divided.new) == 1:
-            return self._stays("one new interaction cannot be both trained on and held out", facts)
+            return self._stays("one new interaction cannot be both trained on and held out", metrics)
         refit = anew or self.base.adapter is None or self.fitter.model.stage != Tier.USERS
         split = hold_out(divided, self.config.tiers.validation, anew=refit)
-        return self._refit(divided, split, facts, anew) if refit else self._trained_on(divided, split, facts)
+        return self._refit(divided, split, metrics, anew) if refit else self._trained_on(divided, split, metrics)
 
     def _since_change(self, divided: Divided) -> Divided | None:
         """Return the new interactions since the user's habits changed, without earlier ones; None if they did not."""
@@ -143,8 +143,8 @@ class _Update:
             return None
         return replace(divided, past=(), new=divided.new[at:], since=self.grown.ordinals[divided.new[at].id])
 
-    def _stays(self, reason: str, facts: Mapping[str, Any]) -> FitOutcome:
-        return FitOutcome(None, self.version, f"not promoted: {reason}", facts)
+    def _stays(self, reason: str, metrics: Mapping[str, Any]) -> FitOutcome:
+        return FitOutcome(None, self.version, f"not promoted: {reason}", metrics)
 
     def _without_outliers(self, divided: Divided) -> Divided:
         served, limit = self.fitter.model.served, self.config.update.outlier
@@ -158,30 +158,30 @@ class _Update:
         ordinals = sorted(self.grown.ordinals[each] for each in left_out)
         return replace(divided, new=new, left_out=(*divided.left_out, *ordinals))
 
-    def _trained_on(self, divided: Divided, split: Split, facts: dict[str, Any]) -> FitOutcome:
+    def _trained_on(self, divided: Divided, split: Split, metrics: dict[str, Any]) -> FitOutcome:
         """Train the user's adapter on from the version in service, and compare the two."""
         start = state_of(self.fitter.model, self.base)
         assert start.row is not None
         rows = self._rows(split)
-        facts |= {"trained": len(split.new), "replayed": len(rows) - len(split.new)}
+        metrics |= {"trained": len(split.new), "replayed": len(rows) - len(split.new)}
         result = self._train(start, rows, self._encoded([*split.held_past, *split.held_new]))
         if result.row is None or result.state.best == 0:
-            return self._stays(result.reason or "no pass lowered the held-out loss", facts)
+            return self._stays(result.reason or "no pass lowered the held-out loss", metrics)
         tensors = self.fitter.model.model.user_layout(self.config).unpack(result.row)
         fault = fault_of(tensors)
         if fault is not None:
-            return self._stays(f"quarantined: {fault}", facts)
+            return self._stays(f"quarantined: {fault}", metrics)
         # Compared in the form that is stored and served.
         adapter = encode(tensors, self.config.storage)
         candidate = UserRecord(self.base.user, Tier.USERS, self.base.embedding, decode(adapter))
         state = state_of(self.fitter.model, candidate)
         found, after = self._compare(state, split)
-        facts |= {"passes": result.state.best, "distance": self._moved(start.row, result.row), **found.facts()}
+        metrics |= {"passes": result.state.best, "distance": self._moved(start.row, result.row), **found.metrics()}
         if not found.is_better(self.config.update.past):
-            return self._stays(found.text(), facts)
-        kept = {key: self.base.facts[key] for key in ("embedding",) if key in self.base.facts}
-        record = replace(candidate, adapter=adapter, facts={**kept, **self._group_facts(split, state, after)})
-        return self._promoted(record, found.text(), facts, divided, split, after)
+            return self._stays(found.text(), metrics)
+        kept = {key: self.base.metadata[key] for key in ("embedding",) if key in self.base.metadata}
+        record = replace(candidate, adapter=adapter, metadata={**kept, **self._group_losses(split, state, after)})
+        return self._promoted(record, found.text(), metrics, divided, split, after)
 
     def _rows(self, split: Split) -> tuple[EncodedExample, ...]:
         """Return an update's training rows: the new ones, and a sample of earlier ones, in the order of time."""
@@ -214,13 +214,13 @@ class _Update:
         def done(results: Sequence[FitResult], again: bool) -> None:
             found.extend(results)
 
-        def step(told: Mapping[str, Any]) -> None:
-            self.on_progress("update", min(1.0, told["step"] / (per_pass * passes)))
+        def step(metrics: Mapping[str, Any]) -> None:
+            self.on_progress("update", min(1.0, metrics["step"] / (per_pass * passes)))
 
         trainer.run([job], done, checkpoint, step, "update", no_bar)
         return found[0]
 
-    def _refit(self, divided: Divided, split: Split, facts: dict[str, Any], anew: bool) -> FitOutcome:
+    def _refit(self, divided: Divided, split: Split, metrics: dict[str, Any], anew: bool) -> FitOutcome:
         """Fit a user as a new one, with the embedding if `anew`, and compare that with the version in service."""
         order = {item.id: at for at, item in enumerate(self.grown.items)}
 
@@ -229,32 +229,32 @@ class _Update:
 
         items = joined(split.past, split.new)
         items = items[-(self.config.max_items or len(items)) :]
-        embeds = anew or self.base.facts.get("embedding") == FITTED
+        embeds = anew or self.base.metadata.get("embedding") == FITTED
         parts = items, joined(split.held_past, split.held_new), embeds
         record = Refit(self.fitter, self.store, self.base, *parts, self.work, self.on_progress).record()
-        facts |= {"trained": len(split.new), "anew": anew}
+        metrics |= {"trained": len(split.new), "anew": anew}
         if record.adapter is None and not embeds:
-            return self._stays(str(record.facts["reason"]), facts)
+            return self._stays(str(record.metadata["reason"]), metrics)
         found, after = self._compare(state_of(self.fitter.model, _decoded(record)), split)
-        facts |= found.facts()
+        metrics |= found.metrics()
         if not found.is_better(self.config.update.past):
-            return self._stays(found.text(), facts)
-        return self._promoted(record, found.text(), facts, divided, split, after)
+            return self._stays(found.text(), metrics)
+        return self._promoted(record, found.text(), metrics, divided, split, after)
 
     def _promoted(
-        self, record: UserRecord, reason: str, facts: Mapping[str, Any], divided: Divided, split: Split, after: Losses
+        self, record: UserRecord, reason: str, metrics: Mapping[str, Any], divided: Divided, split: Split, after: Losses
     ) -> FitOutcome:
         logged = self.grown.ordinals[split.held_new[0].id] - 1
         history: dict[str, Any] = {"run": self.grown.run, "logged": logged}
         history |= {"left_out": list(divided.left_out)} if divided.left_out else {}
         history |= {"since": divided.since} if divided.since else {}
         made = {"by": "update", "of": self.version}
-        told: dict[str, Any] = {"history": history, "made": made, "update": dict(facts), "reason": reason}
+        metadata: dict[str, Any] = {"history": history, "made": made, "update": dict(metrics), "reason": reason}
         usual = Usual.of((after[0] / after[1].clamp(min=1)).tolist())  # on what it was not trained on
         if usual is not None:
-            told["usual"] = usual.facts()
-        record = replace(record, facts={**record.facts, **told})
-        return FitOutcome(record, self.version, reason, facts)
+            metadata["usual"] = usual.metadata()
+        record = replace(record, metadata={**record.metadata, **metadata})
+        return FitOutcome(record, self.version, reason, metrics)
 
     def _compare(self, updated: State, split: Split) -> tuple[VersionComparison, Losses]:
         """Return the comparison of the two versions, and the losses of the update on all held-out interactions."""
@@ -265,7 +265,7 @@ class _Update:
         unknown = losses_of(model, State(model.served.mean), held[:new])
         return VersionComparison.of(new, served, after, unknown), after
 
-    def _group_facts(self, split: Split, state: State, after: Losses) -> dict[str, float]:
+    def _group_losses(self, split: Split, state: State, after: Losses) -> dict[str, float]:
         """Return the held-out loss of the group tier and with the adapter, as stage 3's metadata has them."""
         held = self._encoded([*split.held_new, *split.held_past])
         group = losses_of(self.fitter.model, State(state.embedding), held)

@@ -219,10 +219,10 @@ class FitWorker:
                 store.put([fitted.record])
             head = store.head(claim.user)
             version = None if head is None else head.version
-            if fitted.base is not None and fitted.facts:
+            if fitted.base is not None and fitted.metrics:
                 made = None if fitted.record is None else version
-                told = fitted.base, made, seconds, fitted.reason or "", fitted.facts
-                self.log.updates.add(claim.tenant, claim.user, *told)
+                outcome = fitted.base, made, seconds, fitted.reason or "", fitted.metrics
+                self.log.updates.add(claim.tenant, claim.user, *outcome)
             self.log.queue.done(claim, version, describe(fitted))
         # Not before: after a kill, the folder says that the version in service is this fit's result.
         remove_work(self.users, claim.tenant, claim.user)
@@ -241,9 +241,9 @@ def describe(fitted: FitOutcome) -> str:
     record = fitted.record
     if record is None:
         return f"{fitted.reason}; version {fitted.base} stays"
-    history = record.facts["history"]
+    history = record.metadata["history"]
     run = "the run's data is gone" if history["run"] is None else f"{history['run']} of the run"
-    reason = record.facts.get("reason")
+    reason = record.metadata.get("reason")
     return f"tier {record.tier}, {run}, {history['logged']} logged{f'; {reason}' if reason else ''}"
 
 

@@ -260,8 +260,8 @@ class Harness:
     def _privacy(self) -> dict[str, Any]:
         """Return the privacy record of stages 1 and 2, which stage 2 writes; empty without privacy."""
         marker = RunFolder(self.home).marker(Stage.GROUPS)
-        facts = read_json(marker) if self.config.privacy.on and marker.exists() else {}
-        return {"privacy": facts["privacy"]} if "privacy" in facts else {}
+        stage = read_json(marker) if self.config.privacy.on and marker.exists() else {}
+        return {"privacy": stage["privacy"]} if "privacy" in stage else {}
 
     def _seconds(self) -> dict[str, float]:
         """Return the wall time of each stage in seconds, summed over seeds."""
@@ -277,7 +277,7 @@ class Harness:
         """Return the number of target users per serving tier, with the reasons, first seed."""
         store = AdapterStore(RunFolder(self.home).users.path)
         targets = {user.id for user in self.dataset.users("target")}
-        served = [(tier, metadata) for user, tier, metadata, _ in store.facts() if user in targets]
+        served = [(tier, metadata) for user, tier, metadata, _ in store.metadata() if user in targets]
         store.close()
         counts = Counter(tier for tier, _ in served)
         reasons = Counter(str(metadata["reason"]) for _, metadata in served if "reason" in metadata)

@@ -25,7 +25,7 @@ def joined_results(parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         for name, part in parts.items()
         for row in part["slices"]
     ]
-    joined["signatures"] = [f"{name}: {said}" for name, part in parts.items() for said in part["signatures"]]
+    joined["signatures"] = [f"{name}: {signature}" for name, part in parts.items() for signature in part["signatures"]]
     joined["tasks"] = [
         {**part["task"], **{key: part[key] for key in _OF_ONE_TASK if key in part}} for part in parts.values()
     ]

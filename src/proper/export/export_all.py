@@ -35,7 +35,7 @@ from proper.export.fold import folded_rank
 from proper.export.folding_loss import folding_loss
 from proper.export.peft_format import served_rank
 from proper.export.run_export import require_dense, run_data, run_origin, write_peft
-from proper.export.user_archive import FACTS
+from proper.export.user_archive import DESCRIPTION
 from proper.files import atomic_folder, atomic_path, make_folder, read_json, write_json
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
@@ -103,16 +103,16 @@ def export_all(
         require_dense(folder, model.model.backbone)
         rank = served_rank(folded_rank(model))
         make_folder(out / ADAPTERS)
-        facts = {"format": FORMAT, "version": 1, "origin": origin, "rank": rank, "base": base}
-        write_json(out / FACTS, facts | {"complete": False})
+        description = {"format": FORMAT, "version": 1, "origin": origin, "rank": rank, "base": base}
+        write_json(out / DESCRIPTION, description | {"complete": False})
         prefix = str(out.resolve()) if served_at is None else served_at.rstrip("/")
         counts = _write_all(model, dataset, out, prefix, origin | {"base": str(base)}, base)
         loss = folding_loss(model, dataset, sample)
         result = AllExported(**counts, rank=rank, loss=loss)
         users = result.written + result.kept
         write_json(
-            out / FACTS,
-            facts | {"complete": True, "adapters": users, "skipped": result.skipped, "loss_of_folding": loss},
+            out / DESCRIPTION,
+            description | {"complete": True, "adapters": users, "skipped": result.skipped, "loss_of_folding": loss},
         )
     return result
 
@@ -129,10 +129,10 @@ def _write_all(
         for user, head in _heads(store):
             name = adapter_name(user)
             history = dataset.history(user, model.config.users.max_items)
-            facts = {"user": user, "tier": str(model.tier(user)), "items": len(history)}
+            row = {"user": user, "tier": str(model.tier(user)), "items": len(history)}
             if not history:
                 counts["skipped"] += 1
-                print(json.dumps(facts | {"reason": "no history in the run's data"}, ensure_ascii=False), file=users)
+                print(json.dumps(row | {"reason": "no history in the run's data"}, ensure_ascii=False), file=users)
                 advance(1)
                 continue
             state = {"origin": origin, "record": {"version": head.version, "checksum": (head.checksum or b"").hex()}}
@@ -146,7 +146,7 @@ def _write_all(
             path = f"{prefix}/{ADAPTERS}/{name}"
             print(f"{name}={path}", file=modules)
             print(json.dumps({"lora_name": name, "lora_path": path}), file=requests)
-            print(json.dumps({"lora_name": name} | facts, ensure_ascii=False), file=users)
+            print(json.dumps({"lora_name": name} | row, ensure_ascii=False), file=users)
             advance(1)
         counts["removed"] = _remove_gone(out / ADAPTERS, store, dataset)
     return counts
@@ -161,9 +161,9 @@ def _heads(store: AdapterStore) -> Iterator[tuple[str, Head]]:
 
 def _is_current(place: Path, state: dict[str, Any]) -> bool:
     """Whether an adapter is there and belongs to this version of its user."""
-    if not (place / FACTS).is_file():
+    if not (place / DESCRIPTION).is_file():
         return False
-    found = read_json(place / FACTS)
+    found = read_json(place / DESCRIPTION)
     return isinstance(found, dict) and all(found.get(key) == value for key, value in state.items())
 
 
@@ -171,8 +171,8 @@ def _remove_gone(adapters: Path, store: AdapterStore, dataset: Dataset) -> int:
     """Remove the adapters of users who are no longer in the store or have no history any more; return how many."""
     gone = []
     for place in adapters.iterdir():
-        facts = read_json(place / FACTS) if (place / FACTS).is_file() else {}
-        user = facts.get("user") if isinstance(facts, dict) else None
+        description = read_json(place / DESCRIPTION) if (place / DESCRIPTION).is_file() else {}
+        user = description.get("user") if isinstance(description, dict) else None
         if not isinstance(user, str) or store.head(user) is None or not dataset.history(user, 1):
             gone.append(place)
     for place in gone:
@@ -189,8 +189,8 @@ def _require_own(out: Path) -> None:
     """Raise an InputError unless `out` is missing, empty or an export of all users."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    facts = read_json(out / FACTS) if out.is_dir() and (out / FACTS).is_file() else None
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+    description = read_json(out / DESCRIPTION) if out.is_dir() and (out / DESCRIPTION).is_file() else None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise InputError(f"{out}: exists already and is not an export of all users; name another folder")
 
 

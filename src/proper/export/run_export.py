@@ -29,7 +29,7 @@ from proper.data.dataset import Dataset, TextExample
 from proper.errors import InputError, RunFolderError
 from proper.export.fold import fold, folded_rank
 from proper.export.peft_format import adapter_config, served_rank, to_peft, uniform
-from proper.export.user_archive import FACTS, read_user, write_user
+from proper.export.user_archive import DESCRIPTION, read_user, write_user
 from proper.files import atomic_folder, hash_file, read_json, write_json
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
@@ -99,10 +99,10 @@ def import_user(
     """
     record, written = read_user(source, run_origin(folder))
     made = {"by": "import", **({} if name in (None, record.user) else {"exported_as": record.user})}
-    facts = {**record.facts, MADE: made}
-    if "history" in facts:  # it counts interactions in another run's log: all of this run's are new to the user
-        facts["history"] = {"run": None, "logged": 0}
-    record = replace(record, user=record.user if name is None else name, facts=facts)
+    metadata = {**record.metadata, MADE: made}
+    if "history" in metadata:  # it counts interactions in another run's log: all of this run's are new to the user
+        metadata["history"] = {"run": None, "logged": 0}
+    record = replace(record, user=record.user if name is None else name, metadata=metadata)
     _require_fit(folder, source, record)
     with _store(folder) as store:
         if store.head(record.user) is not None and not force:
@@ -132,7 +132,7 @@ def export_backbone(folder: Path, out: Path, *, force: bool = False) -> None:
         backbone.model.save_pretrained(place)
         backbone.tokenizer.save_pretrained(place)
         origin = {"backbone": backbone.digest, "population": _hash(RunFolder(folder).population / PEFT_WEIGHTS)}
-        write_json(place / FACTS, {"format": "proper-backbone", "version": 1, "origin": origin})
+        write_json(place / DESCRIPTION, {"format": "proper-backbone", "version": 1, "origin": origin})
 
 
 def run_origin(folder: Path) -> dict[str, str]:
@@ -145,11 +145,11 @@ def run_origin(folder: Path) -> dict[str, str]:
     run = RunFolder(folder)
     run.require_trained(Stage.GROUPS)
     marker = run.marker(Stage.GROUPS)
-    facts = read_json(marker)
-    if not isinstance(facts, dict) or "backbone" not in facts:
+    stage = read_json(marker)
+    if not isinstance(stage, dict) or "backbone" not in stage:
         raise RunFolderError(f"{marker}: key 'backbone' is missing; the stage has to be trained again")
     return {
-        "backbone": str(facts["backbone"]),
+        "backbone": str(stage["backbone"]),
         "population": _hash(RunFolder(folder).population / PEFT_WEIGHTS),
         "groups": _hash(RunFolder(folder).experts),
         "rank": str(config.users.rank),
@@ -169,8 +169,8 @@ def require_free(out: Path, force: bool) -> None:
         return
     if not force:
         raise InputError(f"{out}: exists already; --force replaces an earlier export")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / FACTS).is_file()):
-        raise InputError(f"{out}: is not an earlier export (no {FACTS}), so --force does not replace it")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / DESCRIPTION).is_file()):
+        raise InputError(f"{out}: is not an earlier export (no {DESCRIPTION}), so --force does not replace it")
 
 
 def _write_texts(path: Path, folder: Path, user: str) -> None:
@@ -221,7 +221,7 @@ def write_peft(
         "items": len(history),
         "gates": {name: [round(gate, 6) for gate in gates.tolist()] for name, gates in folded.gates.items()},
     }
-    write_json(place / FACTS, metadata | dict(state))
+    write_json(place / DESCRIPTION, metadata | dict(state))
 
 
 def require_dense(folder: Path, backbone: Backbone) -> None:
@@ -232,13 +232,13 @@ def require_dense(folder: Path, backbone: Backbone) -> None:
 
 def _require_fit(folder: Path, source: Path, record: UserRecord) -> None:
     """Check that the record's tensors have this run's shapes, so that they can be served."""
-    tensors, facts = load_tensors(RunFolder(folder).experts)
+    tensors, metadata = load_tensors(RunFolder(folder).experts)
     if record.embedding.shape != tensors["mean_embedding"].shape:
         size = len(tensors["mean_embedding"])
         raise InputError(f"{source}: its embedding has {len(record.embedding)} numbers, this run's have {size}")
     if record.adapter is None:
         return
-    shapes = {m: (tensors[f"{m}.down"].shape[1], tensors[f"{m}.up"].shape[0]) for m in facts["modules"]}
+    shapes = {m: (tensors[f"{m}.down"].shape[1], tensors[f"{m}.up"].shape[0]) for m in metadata["modules"]}
     users = _config(folder).users
     layout = Layout.of(user_targets(shapes, users), users.rank, {} if users.form == "core" else None)
     try:

@@ -24,7 +24,7 @@ from proper.errors import InputError, ProperError
 from proper.files import hash_file, read_json, write_json
 from proper.run_folder import Tier
 
-FACTS = "proper.json"
+DESCRIPTION = "proper.json"
 """The file that marks a folder as an export of any format and describes it."""
 
 _TENSORS = "user.safetensors"
@@ -56,11 +56,11 @@ def write_user(folder: Path, record: UserRecord, origin: Mapping[str, str]) -> N
     tensors = {_EMBEDDING: record.embedding, **(record.adapter or {})}
     path = folder / _TENSORS
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    # A loss among the facts may be NaN, which JSON does not have; it becomes null.
-    facts = json.loads(json.dumps(dict(record.facts)), parse_constant=lambda _: None)
+    # A loss in the metadata may be NaN, which JSON does not have; it becomes null.
+    metadata = json.loads(json.dumps(dict(record.metadata)), parse_constant=lambda _: None)
     tier: Literal["groups", "users"] = "users" if record.tier == Tier.USERS else "groups"
-    exported = Exported(user=record.user, tier=tier, facts=facts, origin=dict(origin), sha256=hash_file(path))
-    write_json(folder / FACTS, exported.model_dump())
+    exported = Exported(user=record.user, tier=tier, facts=metadata, origin=dict(origin), sha256=hash_file(path))
+    write_json(folder / DESCRIPTION, exported.model_dump())
 
 
 def read_user(folder: Path, origin: Mapping[str, str]) -> tuple[UserRecord, dict[str, str]]:
@@ -74,14 +74,14 @@ def read_user(folder: Path, origin: Mapping[str, str]) -> tuple[UserRecord, dict
         InputError: `folder` is not an exported user, is damaged, belongs to another origin (names the key that
             differs), or has values that are not finite or absurdly large (names the tensor).
     """
-    exported = _read_facts(folder)
+    exported = _read_description(folder)
     for key, value in origin.items():
         if exported.origin.get(key) != value:
             raise InputError(f"{folder}: belongs to another {key} ({exported.origin.get(key)}, this run's is {value})")
     path = folder / _TENSORS
     try:
         if hash_file(path) != exported.sha256:
-            raise InputError(f"{path}: damaged: its sha256 is not the one in {FACTS}")
+            raise InputError(f"{path}: damaged: its sha256 is not the one in {DESCRIPTION}")
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
@@ -95,10 +95,10 @@ def read_user(folder: Path, origin: Mapping[str, str]) -> tuple[UserRecord, dict
     return record, exported.origin
 
 
-def _read_facts(folder: Path) -> Exported:
-    path = folder / FACTS
+def _read_description(folder: Path) -> Exported:
+    path = folder / DESCRIPTION
     if not path.is_file():
-        raise InputError(f"{folder}: not an exported user (no {FACTS})")
+        raise InputError(f"{folder}: not an exported user (no {DESCRIPTION})")
     try:
         return Exported.model_validate(read_json(path))
     except ProperError as error:

@@ -85,7 +85,7 @@ def settle_groups(run: RunFolder, store: AdapterStore) -> None:
 
     The replaced groups are kept as the previous ones, unless this completes a return to the previous groups.
     """
-    if not run.refreshed.exists() or store.manifest.facts().get("groups") != hash_file(run.refreshed):
+    if not run.refreshed.exists() or store.manifest.metadata().get("groups") != hash_file(run.refreshed):
         return
     back = run.previous.exists() and hash_file(run.previous) == hash_file(run.refreshed)
     if not back:

@@ -82,7 +82,7 @@ class ServedUsers:
     @property
     def outdated(self) -> bool:
         """Whether the groups were refreshed since they were loaded, so that the run has to be loaded again."""
-        return self.groups is not None and self.store.manifest.facts().get("groups", self.groups) != self.groups
+        return self.groups is not None and self.store.manifest.metadata().get("groups", self.groups) != self.groups
 
     def head(self, user: str | None) -> Head | None:
         """Return a user's current record without the adapter; None for no user or an unknown one."""

@@ -90,9 +90,9 @@ def write_archive(target: IO[bytes], store: AdapterStore, log: InteractionLog, u
         note = (
             "Data that a repair of the store set aside cannot be attributed to users and is not here.\n" if held else ""
         )
-        told = "\n".join(f"  {name}" for name in names) or "  nothing"
+        contents = "\n".join(f"  {name}" for name in names) or "  nothing"
         date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        text = README.format(texts=TEXTS, run=run.name, user=user, date=date, quarantine=note, contents=told)
+        text = README.format(texts=TEXTS, run=run.name, user=user, date=date, quarantine=note, contents=contents)
         archive.writestr("README.txt", text.encode("utf-8", "backslashreplace"))
 
 
@@ -101,7 +101,7 @@ def _contents(run: Path, store: AdapterStore, log: InteractionLog, user: str) ->
     tenant = store.tenant
     own = list(run_rows(run, user)) if tenant == DEFAULT_TENANT else []
     yield TEXTS, b"".join(map(_line, [*own, *logged_rows(log, tenant, user)]))
-    updates = [asdict(attempt) for attempt in log.updates.of(tenant, user)]
+    updates = [attempt.as_json() for attempt in log.updates.of(tenant, user)]
     yield "log.json", _json({"fit": asdict(log.queue.fit(tenant, user)), "updates": updates})
     yield from _stored(store, user, "")
     yield from _fits(store.folder, tenant, user, "")
@@ -129,7 +129,7 @@ def _stored(store: AdapterStore, user: str, prefix: str) -> Iterator[tuple[str, 
     """Yield all versions of a user: their metadata, and the tensors of each."""
     versions = store.versions(user)
     if versions:
-        yield f"{prefix}versions.json", _json([asdict(each) for each in versions])
+        yield f"{prefix}versions.json", _json([each.as_json() for each in versions])
     for each in versions:
         record = store.get(user, each.version)
         if record is not None:

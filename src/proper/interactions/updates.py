@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
@@ -42,7 +42,7 @@ class UpdateAttempt:
         version: the version that it became; None if it was not promoted.
         seconds: how long it took.
         reason: why it was promoted or not, in one line.
-        facts: the losses that were compared, and numbers of interactions; `logged` is how many the log had then.
+        metrics: the losses that were compared, and numbers of interactions; `logged` is how many the log had then.
     """
 
     ended: float
@@ -50,7 +50,13 @@ class UpdateAttempt:
     version: int | None
     seconds: float
     reason: str
-    facts: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields by name, as archives have them: there the metrics are called `facts`."""
+        fields = asdict(self)
+        fields["facts"] = fields.pop("metrics")
+        return fields
 
 
 class Updates:
@@ -67,13 +73,13 @@ class Updates:
         version: int | None,
         seconds: float,
         reason: str,
-        facts: Mapping[str, Any],
+        metrics: Mapping[str, Any],
     ) -> None:
         """Add an attempt that has just ended, and drop the user's oldest beyond `KEPT`."""
         key = {"tenant": tenant, "user": key_of(user)}
         row = {"ended": time.time(), "base": base, "version": version, "seconds": seconds, "reason": reason}
         with self.database.transaction((tenant, key_of(user))):
-            self.database.write(_ADD, {**key, **row, "facts": json.dumps(dict(facts), ensure_ascii=False)})
+            self.database.write(_ADD, {**key, **row, "facts": json.dumps(dict(metrics), ensure_ascii=False)})
             self.database.write(_DROP, {**key, "kept": KEPT})
 
     def of(self, tenant: str, user: str) -> list[UpdateAttempt]:
@@ -82,8 +88,8 @@ class Updates:
             return []
         rows = self.database.read(_OF, {"tenant": tenant, "user": key_of(user)})
         return [
-            UpdateAttempt(ended, base, version, seconds, reason, json.loads(facts))
-            for ended, base, version, seconds, reason, facts in rows
+            UpdateAttempt(ended, base, version, seconds, reason, json.loads(metrics))
+            for ended, base, version, seconds, reason, metrics in rows
         ]
 
     def seconds(self) -> float | None:

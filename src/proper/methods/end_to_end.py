@@ -241,10 +241,10 @@ class JointRunner:
         with model.caching(self.folder, config.compute.cache_mb):
             train_stage(stage, model, config.groups, plan, accelerator)
         self._save(model, users, groups.embeddings, slots, bank)
-        facts = {"rows": sample.size, "tokens": sample.tokens, "seed": self.seed, "backbone": backbone.digest}
-        facts |= {"users": len(slots), "seconds": round(time.perf_counter() - started, 3)}
+        metadata = {"rows": sample.size, "tokens": sample.tokens, "seed": self.seed, "backbone": backbone.digest}
+        metadata |= {"users": len(slots), "seconds": round(time.perf_counter() - started, 3)}
         for name in (Stage.GROUPS, Stage.USERS):
-            write_json(run.marker(name), facts)
+            write_json(run.marker(name), metadata)
         plan.checkpoint.remove()
 
     def rows(self) -> Together:

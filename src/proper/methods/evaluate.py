@@ -148,7 +148,7 @@ def _kept(method: Method, place: TrainedRun) -> tuple[int, int, int]:
         return (*_exported(place), marker["users"])
     store = AdapterStore(RunFolder(place.folder).users.path)
     try:
-        held = [(user, tier, size) for user, tier, _, size in store.facts() if user in targets]
+        held = [(user, tier, size) for user, tier, _, size in store.metadata() if user in targets]
         width = next((len(head.embedding) for user, _, _ in held if (head := store.head(user))), 0)
         if method.keeps == "embedding" or not held:
             return width, 4 * width, marker["users"]

@@ -84,8 +84,8 @@ class DirectRunner:
             train_users(stage)
         store.close()
         seconds = round(time.perf_counter() - started, 3)
-        facts = {"users": len(users), "seed": self.seed, "seconds": seconds, "backbone": backbone.digest}
-        write_json(run.marker(Stage.USERS), facts)
+        metadata = {"users": len(users), "seed": self.seed, "seconds": seconds, "backbone": backbone.digest}
+        write_json(run.marker(Stage.USERS), metadata)
         shutil.rmtree(run.users.work, ignore_errors=True)
 
 

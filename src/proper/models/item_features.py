@@ -89,11 +89,11 @@ def _surprise(model: nn.Module, states: Float[Tensor, "B T H"], counted: Tensor,
     asked = counted.roll(-1, 1)
     asked[:, -1] = False
     sums = torch.zeros(states.shape[0], states.shape[2], device=states.device)
-    rows, told = asked.nonzero()[:, 0], batch.input_ids[counted]
+    rows, targets = asked.nonzero()[:, 0], batch.input_ids[counted]
     for piece in torch.split(torch.arange(len(rows), device=rows.device), ANSWER_TOKENS):
         predicting = states[asked][piece].detach().requires_grad_()
         logits = at_least_fp32(head(predicting))
-        likelihood = -nn.functional.cross_entropy(logits, told[piece], reduction="sum")
+        likelihood = -nn.functional.cross_entropy(logits, targets[piece], reduction="sum")
         (gradient,) = torch.autograd.grad(likelihood, predicting)
         sums.index_add_(0, rows[piece], gradient.float())
     return sums

@@ -157,7 +157,7 @@ def _nearest(store: AdapterStore, user: str) -> tuple[list[Neighbour], float | N
 def _means(store: AdapterStore, targets: set[str]) -> dict[str, float]:
     """Return the mean of each numeric metadata field over the target users."""
     found: dict[str, list[float]] = {}
-    for user, _, metadata, _ in store.facts():
+    for user, _, metadata, _ in store.metadata():
         for key, value in metadata.items() if user in targets else ():
             if (finite := number(value)) is not None:
                 found.setdefault(key, []).append(finite)
@@ -185,7 +185,7 @@ def _history_loss(folder: Path, user: str) -> tuple[float, float] | None:
 
 def metadata_of(report: UserReport) -> dict[str, Any]:
     """Return the metadata of the current version; empty for a user who is not in the store."""
-    return dict(report.stored.versions[0].facts) if report.stored.versions else {}
+    return dict(report.stored.versions[0].metadata) if report.stored.versions else {}
 
 
 def known_items(report: UserReport) -> int | None:

@@ -178,7 +178,7 @@ def _versions(report: UserReport) -> Table | None:
         written = datetime.fromtimestamp(each.written, UTC).strftime("%Y-%m-%d %H:%M UTC")
         parent = "–" if each.parent is None else str(each.parent)
         cells = [str(each.version), parent, method_name(each.tier), size(each.bytes), written, each.checksum or "–"]
-        lines.append([*cells, str(each.facts.get("reason") or "")])
+        lines.append([*cells, str(each.metadata.get("reason") or "")])
     head = ["version", "parent", "tier", "bytes", "written", "xxh3 of the adapter", "reason"]
     note = "Newest first; the first is served. `proper users rollback` serves an earlier version again."
     return Table(head, lines, frozenset({2, 4, 5, 6}), note) if lines else None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +48,9 @@ def user_summary(
     logged = [] if log is None else list(logged_rows(log, store.tenant, user))
     limit = load_run_config(RunFolder(folder).config).users.max_items
     versions = store.versions(user)
-    told = []
+    described = []
     for each in versions:
-        told.append({**asdict(each), "made": made_by(each), "from": source_items(each, run, logged, limit)})
+        described.append({**each.as_json(), "made": made_by(each), "from": source_items(each, run, logged, limit)})
     parts = [str(row["part"]) for row in run]
     fit = None if log is None else log.queue.fit(store.tenant, user)
     return {
@@ -63,7 +62,7 @@ def user_summary(
         "gates": _gates(folder, user),
         "gain": {"held_out": _held_out(versions), "queries": _queries(folder, user)},
         "fit": None if fit is None or fit.state == "idle" else {"state": fit.state, "message": fit.message},
-        "versions": told,
+        "versions": described,
         **({"texts": [*run, *logged]} if texts else {}),
     }
 
@@ -75,9 +74,9 @@ def made_by(version: Version) -> dict[str, Any]:
     user got an adapter; None where that was not decided. `losses` are nats per token on held-out items of the history:
     `group` and `user`, and the number of items `held_out`.
     """
-    facts, entry = version.facts, mapping(version.facts.get(MADE))
-    by, promoted = str(entry.get("by") or _trained_by(version)), facts.get("up")
-    reason = facts.get("reason")
+    metadata, entry = version.metadata, mapping(version.metadata.get(MADE))
+    by, promoted = str(entry.get("by") or _trained_by(version)), metadata.get("up")
+    reason = metadata.get("reason")
     if by == "rollback":
         reason = f"went back to version {entry.get('of')} from version {entry.get('instead_of')}"
     elif by == "repair" and "of" in entry:
@@ -87,17 +86,17 @@ def made_by(version: Version) -> dict[str, Any]:
         reason = f"taken over from an export{named}"
     elif reason is None:
         reason = _usual_reason(by, version)
-    losses = {"group": number(facts.get("group_loss")), "user": number(facts.get("user_loss"))}
-    measured = {**losses, "held_out": count(facts.get("held_out"))} if None not in losses.values() else None
+    losses = {"group": number(metadata.get("group_loss")), "user": number(metadata.get("user_loss"))}
+    measured = {**losses, "held_out": count(metadata.get("held_out"))} if None not in losses.values() else None
     more = {key: value for key, value in entry.items() if key != "by"}
     decided = promoted if isinstance(promoted, bool) else None
     return {"by": by, "why": str(reason), "promoted": decided, "losses": measured, **more}
 
 
 def _trained_by(version: Version) -> str:
-    if "history" in version.facts:
+    if "history" in version.metadata:
         return "enrolment" if version.parent is None else "update"
-    if version.tier == Tier.USERS or {"up", "reason", "items"} & set(version.facts):
+    if version.tier == Tier.USERS or {"up", "reason", "items"} & set(version.metadata):
         return "stage 3"
     return "stage 2"
 
@@ -119,8 +118,8 @@ def source_items(
     one of the first n, and of more than `limit` items a fit takes the newest. With `groups.max_tokens`, stage 2 takes a
     sample of the rows that are listed for it. None for a version from elsewhere.
     """
-    history = mapping(version.facts.get("history"))
-    origin = mapping(version.facts.get(MADE))
+    history = mapping(version.metadata.get("history"))
+    origin = mapping(version.metadata.get(MADE))
     if "import" in (origin.get("by"), mapping(origin.get("before")).get("by")):
         return None
     found = [(_time(row["timestamp"], None), row) for row in run if row["part"] == "history"]
@@ -141,9 +140,9 @@ def source_items(
     }
 
 
-def _time(told: Any, received: float | None) -> float:
+def _time(own: Any, received: float | None) -> float:
     """Return the time by which a fit orders an item; see `enrolment.history`."""
-    return told if told is not None else -math.inf if received is None else received
+    return own if own is not None else -math.inf if received is None else received
 
 
 def _gates(folder: Path, user: str) -> dict[str, Any] | None:
@@ -159,15 +158,15 @@ def _gates(folder: Path, user: str) -> dict[str, Any] | None:
 def gate_words(shares: list[float]) -> str:
     """Return mean gates in words, as in "mostly group 3 (.61), then group 1 (.20)"."""
     order = sorted(range(len(shares)), key=lambda at: (-shares[at], at))
-    first, told = shares[order[0]], [f"group {at} ({decimal(shares[at], 2)})" for at in order[:2]]
+    first, groups = shares[order[0]], [f"group {at} ({decimal(shares[at], 2)})" for at in order[:2]]
     if len(shares) == 1:
         return "group 0, the only one"
-    then = f", then {told[1]}"
+    then = f", then {groups[1]}"
     if first >= 0.5:
-        return f"mostly {told[0]}{then}"
+        return f"mostly {groups[0]}{then}"
     if first >= 1.25 / len(shares):
-        return f"more than others {told[0]}{then}"
-    return f"all {len(shares)} groups about equally; most {told[0]}"
+        return f"more than others {groups[0]}{then}"
+    return f"all {len(shares)} groups about equally; most {groups[0]}"
 
 
 def decimal(value: float, digits: int = 3) -> str:

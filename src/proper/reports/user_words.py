@@ -63,8 +63,8 @@ def _version(each: Mapping[str, Any], state: str) -> Iterator[str]:
     decided = {True: "promoted to an adapter", False: "not promoted", None: ""}[made["promoted"]]
     losses = made["losses"]
     if losses is not None:
-        told = f"held-out loss {decimal(losses['group'])} with groups, {decimal(losses['user'])} with the adapter"
-        decided = f"{decided}: {told}" if decided else told
+        compared = f"held-out loss {decimal(losses['group'])} with groups, {decimal(losses['user'])} with the adapter"
+        decided = f"{decided}: {compared}" if decided else compared
     if decided:
         yield f"    {decided}"
     source = each["from"]

@@ -107,6 +107,6 @@ def find_experts(
         if accelerator.is_main_process:
             write_json(path, asdict(found))
         accelerator.wait_for_everyone()
-    told = read_json(path)
-    logger.info(f"groups.experts: auto: {told['experts']} experts, since {told['reason']}")
-    return with_experts(config, told["experts"])
+    count = read_json(path)
+    logger.info(f"groups.experts: auto: {count['experts']} experts, since {count['reason']}")
+    return with_experts(config, count["experts"])

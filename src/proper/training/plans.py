@@ -64,7 +64,7 @@ class Guarantee:
             f"{own.users_per_step} users a step, noise {own.noise_multiplier:.3f} x clip {own.clip:g}"
         )
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Return plain values for `stage.json` and `results.json`."""
         own = self.settings
         return {

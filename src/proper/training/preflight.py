@@ -64,16 +64,16 @@ def check_once(backbone: Backbone, config: Config, folder: Path, *, write: bool 
         ConfigError: see `preflight`.
     """
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    facts = {"backbone": backbone.digest, **versions}
+    metadata = {"backbone": backbone.digest, **versions}
     marker = RunFolder(folder).preflight
-    if marker.exists() and read_json(marker) == facts:
+    if marker.exists() and read_json(marker) == metadata:
         return
     if backbone.name == EMBEDDED:  # covered by the tests of every release
         _find_all(backbone, config)
         return
     preflight(backbone, config)
     if write:
-        write_json(marker, facts)
+        write_json(marker, metadata)
 
 
 def preflight(backbone: Backbone, config: Config) -> None:

@@ -148,8 +148,8 @@ class StageRunner:
             plan = self._plan("population", rows)
             train_population(self.backbone, config, plan, held_out, self.accelerator, folder)
 
-        facts = {"rows": rows.size, "tokens": rows.tokens, "held_out_rows": len(held_out)}
-        self._record(Stage.POPULATION, work, facts)
+        metadata = {"rows": rows.size, "tokens": rows.tokens, "held_out_rows": len(held_out)}
+        self._record(Stage.POPULATION, work, metadata)
 
     def _groups(self, model: ProperModel, wanted: bool) -> None:
         if self._is_done(Stage.GROUPS, wanted):
@@ -165,17 +165,17 @@ class StageRunner:
         sample = stage_sample(self.dataset, "groups", config.train_on, config.max_tokens, self.seed)
         role: Role | None = "target" if config.train_on == "targets" else None
         users = [user.id for user in self.dataset.users(role) if user.history > 0]
-        facts: dict[str, Any] = {"rows": sample.size, "tokens": sample.tokens, "users": len(users)}
+        metadata: dict[str, Any] = {"rows": sample.size, "tokens": sample.tokens, "users": len(users)}
 
         def work() -> None:
             self._settle_experts(model, users, sample)
-            facts["experts"] = self.config.groups.experts
+            metadata["experts"] = self.config.groups.experts
             embeddings = self._train_groups(model, users, self._plan("groups", sample))
             if self.accelerator.is_main_process:
                 self._save_groups(model, users, embeddings)
                 self._save_encoder(model, users, embeddings, sample)
 
-        self._record(Stage.GROUPS, work, facts)
+        self._record(Stage.GROUPS, work, metadata)
 
     def _settle_experts(self, model: ProperModel, users: Sequence[str], sample: SampledRows) -> None:
         """Replace `groups.experts: auto` by the number that a first training finds."""
@@ -244,16 +244,16 @@ class StageRunner:
             log=self.log,
             elsewhere=elsewhere,
         )
-        facts: dict[str, Any] = {"users": len(users)}
+        metadata: dict[str, Any] = {"users": len(users)}
 
         def work() -> None:
             train_bases(stage, self.run_folder.users.bases)
             store.bind(bases_digest(self.run_folder.users.bases))
             trained = train_users(replace(stage, starts=train_start(stage, self.run_folder.users.start)))
-            facts["choice"] = asdict(trained.choice)
+            metadata["choice"] = asdict(trained.choice)
             save_tensors(self.run_folder.users.router, trained.router, {})
 
-        self._record(Stage.USERS, work, facts)
+        self._record(Stage.USERS, work, metadata)
         shutil.rmtree(stage.folder, ignore_errors=True)
         store.close()
 
@@ -269,7 +269,7 @@ class StageRunner:
             raise RunFolderError(f"{self.folder}: stage '{stage}' is not trained yet; add it to --stages")
         return False
 
-    def _record(self, stage: Stage, work: Callable[[], None], facts: dict[str, Any]) -> None:
+    def _record(self, stage: Stage, work: Callable[[], None], metadata: dict[str, Any]) -> None:
         """Run a stage's work, then write its `stage.json`."""
         started = time.perf_counter()
         work()
@@ -277,8 +277,8 @@ class StageRunner:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             seconds = round(time.perf_counter() - started, 3)
-            facts = {**facts, "seed": self.seed, "seconds": seconds, "backbone": self.backbone.digest}
+            metadata = {**metadata, "seed": self.seed, "seconds": seconds, "backbone": self.backbone.digest}
             if stage != Stage.USERS and self.guarantee is not None:
-                facts["privacy"] = self.guarantee.facts()
-            write_json(self.run_folder.marker(stage), facts)
+                metadata["privacy"] = self.guarantee.metadata()
+            write_json(self.run_folder.marker(stage), metadata)
             self.run_folder.checkpoint(stage).unlink(missing_ok=True)

@@ -82,7 +82,7 @@ def _trials(stage: UserStage) -> tuple[list[Trial], Choice, Quarantined]:
                 fit_router(stage, jobs, store, "trial")
                 trials = list(_measured(stage, jobs, store))
             write_json(path, {"choice": asdict(choice), "trials": [asdict(trial) for trial in trials]})
-        quarantined = {user: metadata for user, tier, metadata, _ in store.facts() if tier == "groups"}
+        quarantined = {user: metadata for user, tier, metadata, _ in store.metadata() if tier == "groups"}
     finally:
         store.close()
     found = read_json(path)
@@ -92,18 +92,18 @@ def _trials(stage: UserStage) -> tuple[list[Trial], Choice, Quarantined]:
 def _curve(stage: UserStage, jobs: HistoryJobs, at: int, store: AdapterStore) -> TrialCurve:
     """Return the held-out losses of one user's trial."""
     user = jobs.users[at]
-    facts = store.versions(user)[0].facts
-    items, held_out = int(facts["items"]), len(facts["before"])
+    metadata = store.versions(user)[0].metadata
+    items, held_out = int(metadata["items"]), len(metadata["before"])
     return TrialCurve(
         user,
         items + held_out,
         held_out,
         full_passes(stage.config, items),
         (*stage.config.scales, 1.0),
-        float(facts["held_losses"][0]),
-        facts["grid"],
-        facts["spreads"],
-        item_variance(torch.tensor(facts["before"], dtype=torch.float64)),
+        float(metadata["held_losses"][0]),
+        metadata["grid"],
+        metadata["spreads"],
+        item_variance(torch.tensor(metadata["before"], dtype=torch.float64)),
     )
 
 

@@ -121,16 +121,16 @@ def train_encoder(
         for key, readout in candidates.items()
     }
     kind, gain = best = min(losses, key=lambda key: losses[key])
-    told = {f"{kind} x {gain:g}" if gain else kind: round(loss, 6) for (kind, gain), loss in losses.items()}
-    facts = {"kind": kind, "gain": gain, "losses": told, "penalty": penalty, "steps": steps}
-    facts |= {"users": len(known), "held_out_users": held, "items": len(items)}
-    said = ", ".join(f"{name} {loss:.4f}" for name, loss in told.items())
-    logger.info(f"encoder of users: {kind}; answer loss on held-out users: {said}")
+    rounded = {f"{kind} x {gain:g}" if gain else kind: round(loss, 6) for (kind, gain), loss in losses.items()}
+    metadata = {"kind": kind, "gain": gain, "losses": rounded, "penalty": penalty, "steps": steps}
+    metadata |= {"users": len(known), "held_out_users": held, "items": len(items)}
+    text = ", ".join(f"{name} {loss:.4f}" for name, loss in rounded.items())
+    logger.info(f"encoder of users: {kind}; answer loss on held-out users: {text}")
     if best == ("mean", 0.0):
         return None
     final = Regression.of(known, effect, rng)
     readout = final.ridge(penalty) if kind == "ridge" else final.network(seed, None, steps)[0]
-    return UserEncoder(projection, final.pooling, readout.times(gain), mean, facts)
+    return UserEncoder(projection, final.pooling, readout.times(gain), mean, metadata)
 
 
 def nothing(width: int, size: int) -> Readout:

@@ -169,10 +169,10 @@ def record_of(stage: UserStage, result: FitResult, trial: bool, metadata: Metada
         warn(user, reason)
         return refused(stage.embeddings, user, result.embedding, reason, metadata(user))
     adapter = encode(tensors, stage.config.storage)
-    facts = {**metadata(user), "items": result.items, "passes": state.best, "loss": state.trained}
+    fit: dict[str, Any] = {"items": result.items, "passes": state.best, "loss": state.trained}
     if trial:
-        facts |= {"held_losses": state.losses, "before": state.before, "grid": state.grid, "spreads": state.spreads}
-    return UserRecord(user, Tier.USERS, result.embedding, adapter, facts)
+        fit |= {"held_losses": state.losses, "before": state.before, "grid": state.grid, "spreads": state.spreads}
+    return UserRecord(user, Tier.USERS, result.embedding, adapter, {**metadata(user), **fit})
 
 
 def fit_marker(folder: Path, phase: str) -> Path:
@@ -188,7 +188,7 @@ def warn(user: str, reason: str) -> None:
 def is_stored(store: AdapterStore, record: UserRecord) -> bool:
     """Return whether the store already has exactly this record, written before a kill."""
     stored = store.get(record.user)
-    return stored is not None and (stored.tier, stored.facts) == (record.tier, record.facts)
+    return stored is not None and (stored.tier, stored.metadata) == (record.tier, record.metadata)
 
 
 def fitted(stage: UserStage, indices: Sequence[int], store: AdapterStore) -> list[int]:
@@ -226,4 +226,4 @@ def adapter_of(store: AdapterStore, user: str) -> tuple[Mapping[str, Tensor], Ma
     """Return the adapter and the metadata of a user who has one."""
     record = store.get(user)
     assert record is not None and record.adapter is not None
-    return record.adapter, record.facts
+    return record.adapter, record.metadata

@@ -176,6 +176,6 @@ def _git(repository: Path, *words: str) -> str:
     except FileNotFoundError as error:
         raise InputError("git is not installed, or not on PATH") from error
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"git ended with {done.returncode}"]
-        raise InputError(f"{repository}: {said[0].removeprefix('fatal: ')}")
+        lines = done.stderr.strip().splitlines() or [f"git ended with {done.returncode}"]
+        raise InputError(f"{repository}: {lines[0].removeprefix('fatal: ')}")
     return done.stdout.strip()

@@ -28,7 +28,7 @@ def health_routes(runner: EngineRunner, worker: FitProcess | None, metrics: Metr
     def groups() -> str | None:
         """Return the hash of the groups that the store's users belong to; it changes when they are refreshed."""
         store = runner.engine.model.store
-        return None if store is None else store.manifest.facts().get("groups")
+        return None if store is None else store.manifest.metadata().get("groups")
 
     loaded = groups()
     AdminCaller = Annotated[Principal, Depends(auth.needs("admin"))]
