@@ -156,6 +156,16 @@ def test_ratings_are_numbers(jsonl: Callable[..., Path]) -> None:
     assert bad == [f"{n}: output: '{text}' is not a number" for n, text in ((4, "four"), (5, "nan"), (6, "True"))]
 
 
+def test_ratings_are_small_enough_to_be_squared_and_told_apart(jsonl: Callable[..., Path]) -> None:
+    rows = [ROW | {"output": value} for value in (1e300, "-9007199254740992", 9007199254740991)]
+    good, bad = read(jsonl(rows), TaskConfig(kind="rating"))
+    assert [each.target for each in good] == ["9007199254740991"]
+    assert bad == [
+        "1: output: '1e+300' is not a number below 2**53 in size",
+        "2: output: '-9007199254740992' is not a number below 2**53 in size",
+    ]
+
+
 def test_configured_labels_are_the_only_ones(jsonl: Callable[..., Path]) -> None:
     rows = [ROW | {"output": value} for value in ("SPORTS", "SPORT", "x" * 50)]
     good, bad = read(jsonl(rows), TaskConfig(kind="classification", labels=["SPORTS", "CRIME"]))
@@ -244,6 +254,18 @@ def test_time_and_item_may_be_absent_at_their_default_names_or_switched_off(json
 def test_an_answer_without_a_column_is_refused(jsonl: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match="^data.target: 'yes' names no column, so every answer would be the same$"):
         read(jsonl([ROW]), target="yes")
+
+
+def test_a_prompt_that_contains_its_answer_is_refused(jsonl: Callable[..., Path]) -> None:
+    path, message = (
+        jsonl([ROW]),
+        "^data.prompt: has every column of data.target, so each prompt would contain its answer$",
+    )
+    with pytest.raises(DataError, match=message):
+        read(path, prompt="{input}\nAnswer: {output}")
+    with pytest.raises(DataError, match=message):
+        read(path, prompt="{output} {input}", target="{input}: {output}")
+    assert read(path, prompt="{input}", target="{input}: {output}")[0][0].target == f"{ROW['input']}: {ROW['output']}"
 
 
 def test_bad_rows_are_all_counted_and_twenty_are_shown() -> None:

@@ -155,6 +155,13 @@ def test_too_little_history_is_said_with_the_longest(build: Build) -> None:
     )
 
 
+def test_too_little_history_names_the_rows_that_repeat_another(build: Build) -> None:
+    same = {"input": "in", "output": "out"}
+    rows = [row | same for row in make_rows({"a": 20, "b": 20}, timestamp=None, item_id=None)]
+    with pytest.raises(DataError, match=r"has 0 rows; 38 rows repeat another one and do not count$"):
+        build(rows)
+
+
 def test_users_without_times_are_split_in_seeded_order(build: Build) -> None:
     rows = make_rows({"a": 40}, timestamp=None)
     first, same, other = (build(rows, split={"seed": seed}) for seed in (0, 0, 1))

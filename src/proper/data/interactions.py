@@ -11,7 +11,7 @@ from proper.data.conversations import COMPLETION, MESSAGES, PROMPT, completion_r
 from proper.data.item_evidence import marked
 from proper.data.rows import BadValue, Source, Template, parse_template
 from proper.data.sources import open_sources
-from proper.data.values import find_label, identifier, is_written_null, parse_time, rating_of, written_id
+from proper.data.values import find_label, identifier, is_written_null, no_rating, parse_time, rating_of, written_id
 from proper.errors import DataError, did_you_mean
 
 _SHOWN = 20
@@ -82,7 +82,7 @@ def _check_labels(task: TaskConfig) -> None:
         if not label.strip():
             raise DataError(f"task.labels: {label!r} is empty")
         if task.kind == "rating" and rating_of(label) is None:
-            raise DataError(f"task.labels: {label!r} is not a number, as ratings are")
+            raise DataError(f"task.labels: {label!r} is {no_rating(label)}, as ratings are")
         if (other := find_label(label, labels[:at], task.kind)) is not None:
             raise DataError(f"task.labels: {other!r} and {label!r} are one label")
 
@@ -131,6 +131,8 @@ def _columns(row_format: RowFormat, source: Source, task_column: str | None) -> 
         for template in (row_format.prompt, row_format.target):
             needed = [name for name in template.columns if name not in template.defaults or name in (have or ())]
             named.update(dict.fromkeys(needed, template.key))
+        if set(row_format.target.columns) <= set(row_format.prompt.columns):
+            raise DataError("data.prompt: has every column of data.target, so each prompt would contain its answer")
     else:
         named.update(dict.fromkeys(_CONVERSATION[kind], "data.rows"))
     defaults = DataConfig.model_fields
@@ -218,7 +220,7 @@ class RowFormat:
         _check_characters(name, target)
         labels = self.task.labels if self.task.kind != "generation" and self.task.labels != "auto" else None
         if self.task.kind == "rating" and rating_of(target) is None:
-            raise BadValue(name, f"{_short(target)} is not a number")
+            raise BadValue(name, f"{_short(target)} is {no_rating(target)}")
         if labels is None:
             return target
         found = find_label(target, labels, self.task.kind)

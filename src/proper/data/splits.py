@@ -178,9 +178,11 @@ def _choose_targets(connection: sqlite3.Connection, split: SplitConfig, first: b
     connection.execute("DROP TABLE chosen")
     if not found:
         users, longest = connection.execute(f"SELECT count(*), max(history) FROM ({counts})").fetchone()
+        dropped = get_meta(connection, "duplicates")
         raise DataError(
             f"split.min_history: no user has {least} history rows and a query besides; "
             f"of {users:,} users the longest history has {longest or 0:,} rows"
+            + (f"; {dropped:,} rows repeat another one and do not count" if dropped else "")
         )
 
 

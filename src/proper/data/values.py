@@ -177,9 +177,9 @@ def _in_range(seconds: float) -> float:
 def label_key(text: str, kind: str) -> float | str | None:
     """Return a value that is equal for two spellings of one label; None for a rating that is not a number.
 
-    A rating is any finite number. Two classes are one if they look the same, up to the kind of spaces and accents, or
-    are one whole number as columns of integers, floats and decimals spell it: "1.10" and "1.1" may be two chapters, and
-    "007" is not "7".
+    A rating is any number below 2**53 in size. Two classes are one if they look the same, up to the kind of spaces and
+    accents, or are one whole number as columns of integers, floats and decimals spell it: "1.10" and "1.1" may be two
+    chapters, and "007" is not "7".
     """
     if kind == "rating":
         return rating_of(text)
@@ -190,14 +190,23 @@ def label_key(text: str, kind: str) -> float | str | None:
 
 
 def rating_of(text: str) -> float | None:
-    """Return a rating as a float; None if it is not a finite number."""
+    """Return a rating as a float; None if it is not a number, or 2**53 or more in size."""
     try:
         number = float(text)
     except ValueError:
         return None
     if "_" in text:  # a digit separator in Python's own numbers
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < _EXACT else None
+
+
+def no_rating(text: str) -> str:
+    """Return, for messages, what a text is of which `rating_of` makes nothing."""
+    try:
+        large = math.isfinite(float(text)) and "_" not in text
+    except ValueError:
+        large = False
+    return "not a number below 2**53 in size" if large else "not a number"
 
 
 def find_label(text: str, labels: Sequence[str], kind: str) -> str | None:

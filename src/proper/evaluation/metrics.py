@@ -167,12 +167,12 @@ def _confusions(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray
 
 
 def _number(text: str) -> float | None:
-    """Return `float(text)`; None if that fails or is not finite (the official script would return NaN)."""
+    """Return `float(text)`; None if that fails or its square is not finite (the official script would return NaN)."""
     try:
         number = float(text)
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+    return number if math.isfinite(number * number) else None
 
 
 def _errors(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
