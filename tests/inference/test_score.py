@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from proper.inference.score import _row_by_row, score_labels
+from proper.inference.score import LABEL_TOKENS, _row_by_row, label_groups, score_labels
 from proper.layers.batch_context import RowContext
 from proper.models.label_choice import takes_trees
 from proper.models.personal import ProperModel
@@ -74,6 +74,26 @@ def test_scores_do_not_depend_on_the_other_labels_or_rows(personal: Callable[...
         for number, label in enumerate(LABELS):
             alone = score_labels(model, [prompts()[at]], [label], own)
             assert float(alone[0, 0]) == pytest.approx(float(together[at, number]), abs=1e-4)
+
+
+def test_many_labels_are_scored_in_trees_of_bounded_size(personal: Callable[..., ProperModel]) -> None:
+    model = personal()
+    rows = RowContext("users", embedding=embeddings(), slots=torch.tensor(SLOTS))
+    draw = torch.Generator().manual_seed(8)
+    labels = [torch.randint(3, 8000, (1 + at % 5,), generator=draw).tolist() for at in range(1000)]
+    groups = label_groups(labels)
+    assert sorted(at for members, _ in groups for at in members) == list(range(1000))
+    assert len(groups) == 3 and all(len(tree.target) <= LABEL_TOKENS for _, tree in groups)
+    found = score_labels(model, prompts(), labels, rows)
+    some = [0, 1, 499, 998, 999]
+    torch.testing.assert_close(
+        found[:, some], score_labels(model, prompts(), [labels[at] for at in some], rows), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_label_longer_than_a_tree_has_one_of_its_own() -> None:
+    labels = [[5], list(range(3, 2003)), [4, 9]]
+    assert [members for members, _ in label_groups(labels)] == [[1], [2, 0]]
 
 
 def test_all_one_token_labels_are_a_distribution(personal: Callable[..., ProperModel]) -> None:

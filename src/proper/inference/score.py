@@ -4,7 +4,8 @@
 
 The labels form a tree: a prefix that several labels share is one branch. All branches of a prompt run in one row behind
 the prompt's KV cache, and a mask lets every token see the prompt and the earlier tokens of its own branch, so that
-nothing is computed or stored twice.
+nothing is computed or stored twice. Beyond `LABEL_TOKENS` tokens the labels form several trees, one pass each: mask and
+logits of one tree grow with the square of its tokens and with the vocabulary.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from proper.models.personal import ProperModel
 
 LABEL_TOKENS = 1024
 """Maximum label tokens, over all prompts of a batch, that are scored at once: each needs a row of logits."""
+
+Group = tuple[list[int], LabelTree]
+"""Indices of some labels, and their tree."""
 
 
 def score(
@@ -58,9 +62,10 @@ def score(
     encoded = [model.encoder.prompt(prompt, room=room) for prompt in prompts]
     found = torch.empty(len(prompts), len(labels))
     size = max(1, min(model.config.compute.batch_size, LABEL_TOKENS // sum(map(len, tokens))))
+    groups = label_groups(tokens)
     for chunk in by_length([len(ids) for ids in encoded], size, model.model.backbone.batch_tokens):
         rows = model.rows([user_ids[i] for i in chunk], task)
-        found[chunk] = score_labels(model.model, [encoded[i] for i in chunk], tokens, rows).cpu()
+        found[chunk] = score_labels(model.model, [encoded[i] for i in chunk], tokens, rows, groups).cpu()
         advance(len(chunk))
     for at in found.isnan().any(1).nonzero().flatten().tolist():
         raise ProperError(f"user {user_ids[at]!r}: the likelihoods are not finite")
@@ -68,16 +73,43 @@ def score(
 
 
 def score_labels(
-    model: ProperModel, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], rows: RowContext
+    model: ProperModel,
+    prompts: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    rows: RowContext,
+    groups: Sequence[Group] | None = None,
 ) -> Float[Tensor, "B L"]:
-    """Return log-likelihoods (nats, fp32) of every label's tokens after every prompt."""
+    """Return log-likelihoods (nats, fp32) of every label's tokens after every prompt.
+
+    `groups` is what `label_groups` returns for the labels; callers with many batches build it once.
+    """
+    found = torch.empty(len(prompts), len(labels), device=model.device)
     with torch.no_grad():
         if not takes_trees(model.backbone.model, max(map(len, prompts)) + max(map(len, labels))):
             return _row_by_row(model, prompts, labels, rows)
-        tree = LabelTree.of(labels)
-        with model.routing.use(rows):
-            edges = _edges(model, prompts, tree)
-        return edges @ tree.member.to(edges.device)
+        for members, tree in label_groups(labels) if groups is None else groups:
+            with model.routing.use(rows):
+                edges = _edges(model, prompts, tree)
+            found[:, members] = edges @ tree.member.to(edges.device)
+    return found
+
+
+def label_groups(labels: Sequence[Sequence[int]]) -> list[Group]:
+    """Return trees of at most `LABEL_TOKENS` tokens, each with its labels; labels that share a beginning stay close.
+
+    A single tree keeps the labels' order. A longer label has a tree of its own.
+    """
+    if sum(map(len, labels)) <= LABEL_TOKENS:
+        return [(list(range(len(labels))), LabelTree.of(labels))]
+    groups: list[list[int]] = []
+    room = 0
+    for at in sorted(range(len(labels)), key=lambda at: tuple(labels[at])):
+        if len(labels[at]) > room:
+            groups.append([])
+            room = LABEL_TOKENS
+        groups[-1].append(at)
+        room -= len(labels[at])
+    return [(members, LabelTree.of([labels[at] for at in members])) for members in groups]
 
 
 def _edges(model: ProperModel, prompts: Sequence[Sequence[int]], tree: LabelTree) -> Float[Tensor, "B E"]:
