@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proper.cli.generate import PromptRequest, final_prompts, from_fields, from_file
+from proper.cli.generate import PromptRequest, final_prompts, from_fields, from_file, render_with
+from proper.data.conversations import messages_row
 from proper.data.rows import parse_template
 from proper.errors import DataError, InputError
 
@@ -54,6 +55,8 @@ def test_any_text_comes_back(tmp_path_factory: pytest.TempPathFactory, rows: lis
         (b"[" * 100_000, "1: not readable as JSON"),
         (b'["a"]', "1: a line is one JSON object, this is list"),
         (b'{"prompt": 3}', "1: prompt: should be text, not int"),
+        (b'{"prompt": ["x"]}', "1: prompt[0]: should be an object with role and content"),
+        (b'{"prompt": [{"role": "assistant", "content": "x"}]}', "1: prompt: no message to answer"),
         (b'{"prompt": "\\ud800"}', "1: not readable as JSON"),
         (b'{"user_id": true, "prompt": "x"}', "1: user_id: should be text or a whole number, not bool"),
         (b'{"user_id": 1.5, "prompt": "x"}', "1: user_id: should be text or a whole number, not float"),
@@ -66,6 +69,20 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     with pytest.raises(DataError) as caught:
         from_file(path)
     assert str(caught.value).startswith(f"{path}:{message}")
+
+
+def test_a_line_may_be_a_conversation_as_in_the_data(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    answer = {"role": "assistant", "content": "d"}
+    path = tmp_path / "questions.jsonl"
+    rows = [{"messages": turns}, {"messages": [*turns, answer]}, {"prompt": turns}, {"prompt": "c", "completion": "d"}]
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    requests = from_file(path)
+    expected, _ = messages_row({"messages": [*turns, answer]})
+    template = parse_template("{input}", "data.prompt")
+    assert final_prompts(requests, render_with(template)) == [expected, expected, expected, "c"]
+    own = parse_template("{messages}!", "data.prompt")
+    assert final_prompts([PromptRequest(None, None, {"messages": "m"}, "x")], render_with(own)) == ["m!"]
 
 
 def test_a_line_may_use_the_runs_own_name_for_the_user(tmp_path: Path) -> None:

@@ -149,6 +149,12 @@ def test_any_script_and_any_length_is_taken_as_it_is(jsonl: Callable[..., Path])
     assert bad == []
 
 
+def test_an_id_is_no_longer_than_the_server_takes(jsonl: Callable[..., Path]) -> None:
+    good, bad = read(jsonl([ROW | {"user_id": "é" * 512}, ROW | {"user_id": "e" * 513}]))
+    assert [each.user for each in good] == ["é" * 512]
+    assert bad == ["2: user_id: longer than 512 characters"]
+
+
 def test_ratings_are_numbers(jsonl: Callable[..., Path]) -> None:
     rows = [ROW | {"output": value} for value in (4, 4.0, "3.5", "four", "nan", True)]
     good, bad = read(jsonl(rows), TaskConfig(kind="rating"))

@@ -18,11 +18,13 @@ import typer
 from proper.cli.options import RunFolder
 from proper.config import load_run_config
 from proper.console import progress
+from proper.data.conversations import MESSAGES, PROMPT, question
 from proper.data.rows import BadValue
 from proper.errors import DataError, InputError
 from proper.run_folder import require_run
 
 if TYPE_CHECKING:
+    from proper.data.rows import Template
     from proper.inference import Answer
 
 logger = logging.getLogger(__name__)
@@ -100,7 +102,7 @@ def command(
 
     model = load(folder)
     number = model.config.task_number(task)
-    prompts = final_prompts(requests, model.template_of(task).fill)
+    prompts = final_prompts(requests, render_with(model.template_of(task)))
     sampling = Sampling(max_new_tokens or answer_length(model.config, number), temperature, top_p, seed)
 
     def answer(piece: slice) -> list[Answer]:
@@ -185,6 +187,8 @@ def from_fields(user: str | None, fields: Sequence[str]) -> PromptRequest:
 def from_file(path: Path, user: str | None = None, column: str = USER) -> list[PromptRequest]:
     """Read one request per line: `{"user_id": ..., "prompt": ...}`, or the template's columns instead of a prompt.
 
+    A conversation is `messages`, or a list of messages as the prompt.
+
     Args:
         path: a JSONL file; `-` is standard input. Empty lines are skipped.
         user: the user of lines without one.
@@ -204,6 +208,16 @@ def from_file(path: Path, user: str | None = None, column: str = USER) -> list[P
     if not requests:
         raise DataError(f"{name}: has no lines to answer")
     return requests
+
+
+def render_with(template: Template) -> Callable[[Mapping[str, Any]], str]:
+    """Return the function that fills the template, or reads `messages` if the template has no such column."""
+
+    def render(fields: Mapping[str, Any]) -> str:
+        conversation = MESSAGES in fields and MESSAGES not in template.columns
+        return question(fields, MESSAGES) if conversation else template.fill(fields)
+
+    return render
 
 
 def final_prompts(requests: Iterable[PromptRequest], render: Callable[[Mapping[str, Any]], str]) -> list[str]:
@@ -256,6 +270,11 @@ def _parse(line: bytes, user: str | None, column: str, where: str) -> PromptRequ
     if isinstance(name, bool) or not isinstance(name, str | int | None):
         raise DataError(f"{where}: {key}: should be text or a whole number, not {type(name).__name__}")
     prompt = row.pop("prompt", None)
+    if isinstance(prompt, list):
+        try:
+            prompt = question({PROMPT: prompt}, PROMPT)
+        except BadValue as error:
+            raise DataError(f"{where}: {error}") from error
     if prompt is not None and not isinstance(prompt, str):
         raise DataError(f"{where}: prompt: should be text, not {type(prompt).__name__}")
     if prompt is None and not row:

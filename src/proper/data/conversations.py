@@ -65,6 +65,20 @@ def completion_row(row: Mapping[str, object]) -> tuple[str, str]:
     return _texts([*before, *after], COMPLETION)
 
 
+def question(row: Mapping[str, object], field: str) -> str:
+    """Return the prompt of the messages in a column that wait for an answer; a row's own answer at the end is left out.
+
+    Raises:
+        BadValue: the messages are malformed, or all of them are the assistant's.
+    """
+    turns = _messages(row, field)
+    while turns and turns[-1].role == "assistant":
+        turns.pop()
+    if not turns:
+        raise BadValue(field, "no message to answer")
+    return join_turns(turns)
+
+
 def _texts(turns: Sequence[TextMessage], field: str) -> tuple[str, str]:
     last = max((at for at, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
     if last < 0:

@@ -11,7 +11,16 @@ from proper.data.conversations import COMPLETION, MESSAGES, PROMPT, completion_r
 from proper.data.item_evidence import marked
 from proper.data.rows import BadValue, Source, Template, parse_template
 from proper.data.sources import open_sources
-from proper.data.values import find_label, identifier, is_written_null, no_rating, parse_time, rating_of, written_id
+from proper.data.values import (
+    LONGEST_ID,
+    find_label,
+    identifier,
+    is_written_null,
+    no_rating,
+    parse_time,
+    rating_of,
+    written_id,
+)
 from proper.errors import DataError, did_you_mean
 
 _SHOWN = 20
@@ -254,6 +263,8 @@ def _user(row: Mapping[str, object], column: str, typed: bool) -> str:
         raise BadValue(column, "null" if column in row else "missing")
     if not user.strip():
         raise BadValue(column, "empty")
+    if len(user) > LONGEST_ID:
+        raise BadValue(column, f"longer than {LONGEST_ID} characters")
     return user
 
 

@@ -17,6 +17,9 @@ from decimal import Decimal
 
 OUT_OF_RANGE = "a time outside of the years 1 to 9999"
 
+LONGEST_ID = 512
+"""Characters of the longest user id; the server accepts no longer one."""
+
 _EXACT = 2**53
 """From this value on, a float no longer distinguishes neighbouring whole numbers."""
 
