@@ -124,7 +124,7 @@ def simulate(run: Path, folder: Path, choose: Choose, items: Sequence[LaterItem]
             started = time.process_time()
             for user in sorted(set(choose(model, period)) & set(users)):
                 model.users.log.request_fit("", user)
-                while model.users.worker.fit_next("", user, even_if_usual=True):
+                while model.users.worker.fit_next("", user, even_if_not_due=True):
                     pass
                 outcome.tried += 1
                 outcome.promoted += model.users.log.updates.of("", user)[0].version is not None

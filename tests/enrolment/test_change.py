@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proper.enrolment.change import EVIDENCE, LARGEST, change_point
+from proper.enrolment.change import CLIP, EVIDENCE, change_point
 from tests.enrolment.conftest import Open
 from tests.enrolment.lessons import HABIT, lessons, record, with_update
 
@@ -19,7 +19,7 @@ MARGIN = 1e-6
 
 def slow(ratios: list[float]) -> int | None:
     """The definition: the stretch to the end with the largest sum, the shortest of equal ones, if that is enough."""
-    clipped = [min(LARGEST, max(-LARGEST, each)) for each in ratios]
+    clipped = [min(CLIP, max(-CLIP, each)) for each in ratios]
     best, at = max(((sum(clipped[at:]), at) for at in range(len(clipped))), default=(0.0, 0))
     return at if best >= EVIDENCE else None
 

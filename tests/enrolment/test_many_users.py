@@ -120,7 +120,7 @@ def test_a_deletion_does_not_wait_for_users_who_are_fitted_later(
     run: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (worker, many_users):
-        monkeypatch.setattr(module, "TOGETHER", 1, raising=False)
+        monkeypatch.setattr(module, "USERS_PER_BATCH", 1)
     users, waits = opened(run).users, list[int]()
 
     def on_progress(phase: str, share: float) -> None:

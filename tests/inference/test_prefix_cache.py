@@ -20,7 +20,7 @@ from proper.inference import PersonalizedModel, load
 from proper.inference.engine import Engine
 from proper.inference.forward import columns_left, prefill
 from proper.inference.kv_cache import RowCache
-from proper.inference.prefix_cache import SHORTEST, CachedPrefix, PrefixCache, PrefixKey, States
+from proper.inference.prefix_cache import MIN_TOKENS, CachedPrefix, PrefixCache, PrefixKey, States
 from proper.inference.requests import EngineLimits, Event, Finished, Request, Token
 from proper.inference.sampling import Sampling
 from proper.run_folder import Tier
@@ -303,13 +303,13 @@ def test_what_is_found_is_ones_own_and_begins_the_prompt(
             kept = {other: texts for other, texts in kept.items() if other.user != who.user}
         elif tokens and (found := prefixes.find(who, tokens)) is not None:
             size = len(found.tokens)
-            assert SHORTEST <= size < len(tokens) and found.tokens == tokens[:size] and 2 * size >= len(tokens)
+            assert MIN_TOKENS <= size < len(tokens) and found.tokens == tokens[:size] and 2 * size >= len(tokens)
             for ours, expected in zip(found.states, states(who, tokens[:size]), strict=True):
                 assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
             assert any(other[:size] == tokens[:size] for other in kept[who])
         elif tokens and budget == 1 << 20:
-            best = max((shared_by(other, tokens) for other in kept.get(who, []) if len(other) >= SHORTEST), default=0)
-            assert min(best, len(tokens) - 1) < max(SHORTEST, len(tokens) / 2)
+            best = max((shared_by(other, tokens) for other in kept.get(who, []) if len(other) >= MIN_TOKENS), default=0)
+            assert min(best, len(tokens) - 1) < max(MIN_TOKENS, len(tokens) / 2)
         assert prefixes.bytes <= budget
         assert prefixes.bytes == sum(k.nbytes + v.nbytes for pairs in prefixes._kept.values() for k, v in pairs)
 

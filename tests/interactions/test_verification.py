@@ -28,7 +28,13 @@ from proper.cli.app import main
 from proper.data.database import create
 from proper.interactions.byte_search import Search
 from proper.interactions.deletion import remove
-from proper.interactions.fingerprints import LONGEST, WINDOW, Fingerprints, read_fingerprints, write_fingerprints
+from proper.interactions.fingerprints import (
+    MAX_PRINT_BYTES,
+    WINDOW,
+    Fingerprints,
+    read_fingerprints,
+    write_fingerprints,
+)
 from proper.interactions.log import InteractionLog, LogEntry
 from proper.interactions.verification import fingerprint, verify
 
@@ -276,7 +282,10 @@ def test_a_search_finds_exactly_what_a_plain_search_finds(data: st.DataObject) -
 
 
 @given(
-    st.binary(min_size=0, max_size=600), st.integers(WINDOW, LONGEST), st.integers(0, 500), st.sets(st.integers(0, 900))
+    st.binary(min_size=0, max_size=600),
+    st.integers(WINDOW, MAX_PRINT_BYTES),
+    st.integers(0, 500),
+    st.sets(st.integers(0, 900)),
 )
 def test_prints_are_found_at_every_offset(noise: bytes, length: int, offset: int, cuts: set[int]) -> None:
     piece = bytes((7 * at + 3) % 251 for at in range(length))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from proper.reports.compare import Both, settings, summary, write_comparison
+from proper.reports.compare import RunPair, settings, summary, write_comparison
 from proper.reports.load import load_run
 
 
@@ -89,9 +89,9 @@ def test_every_number_is_in_the_csv(pair: tuple[Path, Path]) -> None:
 )
 def test_the_summary_claims_only_what_was_shown(rows: Any, says: str, folder: Path) -> None:
     run = load_run(folder)
-    assert summary(Both((run, run), ("A", "B"), found(*rows))) == says
+    assert summary(RunPair((run, run), ("A", "B"), found(*rows))) == says
 
 
 def test_the_same_config_has_no_table(folder: Path) -> None:
     run = load_run(folder)
-    assert settings(Both((run, run), ("A", "B"), MEASURED)) is None
+    assert settings(RunPair((run, run), ("A", "B"), MEASURED)) is None

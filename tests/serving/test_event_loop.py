@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proper.serving.json_bodies import LARGE, VALUES
+from proper.serving.json_bodies import LARGE, MAX_VALUES
 from proper.serving.limits import ServeLimits
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def test_a_body_of_many_valid_values_is_answered(copied: Running) -> None:
         reply = client.post("/v1/completions", json={**ASK, "metadata": dict.fromkeys(map(str, range(50_000)), "")})
         assert reply.status_code == 200, reply.text
         reply = client.post("/v1/chat/completions", json=NUMBERS)
-        assert f"more than {VALUES} values" in reply.json()["error"]["message"]
+        assert f"more than {MAX_VALUES} values" in reply.json()["error"]["message"]
 
 
 def test_a_lock_on_the_log_holds_up_writers_only(copied: Running) -> None:

@@ -16,7 +16,7 @@ from openai import OpenAI
 
 from proper.data.encoder import Encoder
 from proper.inference import PersonalizedModel
-from proper.inference.sampling import LEAST, logprobs_of
+from proper.inference.sampling import MIN_LOGPROB, logprobs_of
 from proper.serving.answers import AnswerPiece, Answers
 from proper.serving.reply_format import ReplyFormat
 from proper.serving.routes.generation import server_sent
@@ -132,8 +132,8 @@ def test_ids_that_are_no_tokens_are_refused(client: OpenAI, prompt: Any) -> None
 
 def test_what_cannot_come_is_a_number() -> None:
     told = logprobs_of(torch.tensor([0.0, -math.inf, 1.0]), 1, 5)
-    assert told.own == LEAST and [token for token, _ in told.likeliest] == [2, 0, 1]
-    assert logprobs_of(torch.tensor([math.nan, 0.0]), 1, 1).own == LEAST
+    assert told.own == MIN_LOGPROB and [token for token, _ in told.likeliest] == [2, 0, 1]
+    assert logprobs_of(torch.tensor([math.nan, 0.0]), 1, 1).own == MIN_LOGPROB
 
 
 def test_a_stop_text_may_begin_the_answer(client: OpenAI) -> None:

@@ -17,7 +17,7 @@ import yaml
 
 from proper.serving.errors import APIError, hide_users
 from proper.serving.limits import RateLimiter, ServeLimits
-from proper.serving.routes.generation import unless_gone
+from proper.serving.routes.generation import cancel_on_disconnect
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -146,7 +146,7 @@ def test_going_away_is_noticed_while_nothing_is_sent() -> None:
         return {"type": "http.disconnect"}
 
     with pytest.raises(APIError, match="the client disconnected"):
-        asyncio.run(unless_gone(receive, busy()))
+        asyncio.run(cancel_on_disconnect(receive, busy()))
     assert left == ["row"]
 
 

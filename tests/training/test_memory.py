@@ -87,7 +87,7 @@ def test_a_step_allocates_what_the_formula_says(nano: ProperModel, slots: int, l
 
 def test_as_many_slots_as_fit() -> None:
     parts = Footprint(weights=1000, slot=100, activations=500, pending=50)
-    fits = [slots for slots in range(1, 33) if parts.total(slots) <= 4000 * memory.SHARE]
+    fits = [slots for slots in range(1, 33) if parts.total(slots) <= 4000 * memory.MEMORY_SHARE]
     assert auto_slots(parts, 4000, "cpu") == max(fits) < 32
     assert auto_slots(parts, 10**9, "cpu") == 32 and auto_slots(parts, 10**9, "cuda") == 256
     assert auto_slots(parts, 0, "cpu") == 1, "one user always has to fit"

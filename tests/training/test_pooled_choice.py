@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proper.training.jobs import PARTS, passes_of
-from proper.training.pooled_choice import EVERYTHING, Choice, TrialCurve, choose
+from proper.training.pooled_choice import ALL_PASSES, Choice, TrialCurve, choose
 
 SCALES = (0.25, 0.5, 1.0)
 
@@ -67,4 +67,4 @@ def test_a_user_who_left_early_counts_with_the_last_measurement() -> None:
 
 
 def test_without_trials_all_is_trained() -> None:
-    assert choose([]) == EVERYTHING == Choice(PARTS, 1.0)
+    assert choose([]) == ALL_PASSES == Choice(PARTS, 1.0)

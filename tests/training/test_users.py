@@ -268,7 +268,7 @@ def test_without_a_router_trials_are_measured_where_the_choice_says(
 def test_the_scale_goes_into_the_stored_adapters(run: Callable[..., Everything], monkeypatch: Any) -> None:
     options: dict[str, Any] = {"router": "none", "storage": "fp32", "tiers": {"select": False}}
     whole, _ = run("whole", Log(), **options)
-    monkeypatch.setattr(users_module, "EVERYTHING", Choice(PARTS, 0.5))
+    monkeypatch.setattr(users_module, "ALL_PASSES", Choice(PARTS, 0.5))
     half, _ = run("half", Log(), **options)
     for user, record in whole.items():
         assert record.adapter is not None

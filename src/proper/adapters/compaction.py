@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from proper.adapters.store import AdapterStore
 
-ALIVE = 0.8
+MIN_LIVE_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Compaction:
     bytes_after: int
 
 
-def compact(store: AdapterStore, below: float = ALIVE) -> Compaction:
+def compact(store: AdapterStore, below: float = MIN_LIVE_SHARE) -> Compaction:
     """Rewrite the shards whose share of live bytes is less than `below`.
 
     Raises:

@@ -106,7 +106,7 @@ def _check_user(store: AdapterStore, rows: list[ManifestRow], repair: bool) -> l
 
 
 def _check_row(store: AdapterStore, row: ManifestRow) -> Finding | None:
-    found = _nonsense(store, row)
+    found = _invalid(store, row)
     kind: Kind = "row"
     if found is None and row.place is not None:
         kind, found = _damage(store, row, row.place)
@@ -118,7 +118,7 @@ def _check_row(store: AdapterStore, row: ManifestRow) -> Finding | None:
     return Finding(kind, f"user {user!r}, version {row.version}: {found}", user, row.version)
 
 
-def _nonsense(store: AdapterStore, row: ManifestRow) -> str | None:
+def _invalid(store: AdapterStore, row: ManifestRow) -> str | None:
     """Return why a manifest row is invalid by itself, without reading the adapter; None if it is valid."""
     if row.tier not in (Tier.GROUPS, Tier.USERS):
         return f"no such tier: {row.tier!r}"

@@ -19,7 +19,7 @@ from torch import Tensor
 Storage = Literal["bf16", "fp32", "int8", "int4"]
 BLOCK = 32
 _SCALE = ":scale"
-_MOST = {"int8": 127, "int4": 7}
+_MAX_LEVEL = {"int8": 127, "int4": 7}
 
 
 def quantize(x: Float[Tensor, "*rows N"], most: int = 127) -> tuple[Int8[Tensor, "*rows N"], BFloat16[Tensor, "*rows"]]:
@@ -56,7 +56,7 @@ def encode(adapter: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]
     coded: dict[str, Tensor] = {}
     for name, tensor in adapter.items():
         try:
-            q, scale = quantize(tensor.reshape(_blocks(name, tensor, storage)), _MOST[storage])
+            q, scale = quantize(tensor.reshape(_blocks(name, tensor, storage)), _MAX_LEVEL[storage])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         q = q.view(tensor.shape)

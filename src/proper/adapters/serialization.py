@@ -20,7 +20,7 @@ from torch import Tensor
 
 from proper.errors import StoreError
 
-LARGEST = 1e4
+MAX_ABSOLUTE = 1e4
 """Trained adapters and embeddings stay below 1e2."""
 
 _SCALE = ":scale"  # suffix of an int8 tensor's scales; its numbers reach 127 times the scale, see `quantization`
@@ -120,7 +120,7 @@ def unpack(spec: TensorSpec, data: Tensor) -> dict[str, Tensor]:
     return {e.name: data[e.offset : e.offset + e.size].view(e.dtype).view(e.shape) for e in spec.entries}
 
 
-def is_sound(tensor: Tensor, largest: float = LARGEST) -> bool:
+def is_sound(tensor: Tensor, largest: float = MAX_ABSOLUTE) -> bool:
     """Return whether all numbers are finite and none exceeds `largest` in magnitude."""
     if not tensor.numel():
         return True
@@ -135,9 +135,9 @@ def fault_of(tensors: Mapping[str, Tensor]) -> str | None:
     int8 tensors are checked by their scales.
     """
     for name, tensor in tensors.items():
-        if not is_sound(tensor, LARGEST / _LEVELS if name.endswith(_SCALE) else LARGEST):
+        if not is_sound(tensor, MAX_ABSOLUTE / _LEVELS if name.endswith(_SCALE) else MAX_ABSOLUTE):
             finite = bool(tensor.isfinite().all())
-            return f"{name}: {f'numbers beyond {LARGEST:g}' if finite else 'numbers that are not finite'}"
+            return f"{name}: {f'numbers beyond {MAX_ABSOLUTE:g}' if finite else 'numbers that are not finite'}"
     return None
 
 

@@ -134,7 +134,7 @@ def convert(
 def from_git(
     repository: Annotated[Path, typer.Argument(metavar="REPO", help="A git repository.", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="FILE.parquet", help="The file to write.", show_default=False)],
-    min_words: Annotated[int, typer.Option(min=0, help="Fewest words of a commit's body.")] = 12,
+    min_words: Annotated[int, typer.Option(min=0, help="Minimum number of words of a commit's body.")] = 12,
     max_chars: Annotated[int, typer.Option(min=1, help="Length in characters to which a body is cut.")] = 800,
     salt: Annotated[
         str, typer.Option(help="Key of the authors' pseudonyms; the first commit's id by default.", show_default=False)

@@ -57,7 +57,9 @@ PrefixCache = Annotated[
 ]
 
 # Requests: limits per key, and for all keys together.
-MaxOpen = Annotated[int, typer.Option(min=1, metavar="N", help="Most prompts that run or wait, for all keys together.")]
+MaxOpen = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Maximum number of prompts that run or wait, for all keys together.")
+]
 Rate = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Requests per minute of each key.", show_default=False)
 ]
@@ -66,7 +68,7 @@ KeyRows = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Most rows of one key while other keys wait; half of all by default.",
+        help="Maximum number of rows of one key while other keys wait; half of all by default.",
         show_default=False,
     ),
 ]
@@ -82,13 +84,19 @@ BodyTimeout = Annotated[float, typer.Option(min=0.1, metavar="S", help="Seconds 
 MaxConnections = Annotated[
     int | None,
     typer.Option(
-        min=1, metavar="N", help="Most connections; never more than the limit of open files allows.", show_default=False
+        min=1,
+        metavar="N",
+        help="Maximum number of connections; never more than the limit of open files allows.",
+        show_default=False,
     ),
 ]
 MaxConnectionsPerAddress = Annotated[
     int | None,
     typer.Option(
-        min=1, metavar="N", help="Most connections of one address; half of all by default.", show_default=False
+        min=1,
+        metavar="N",
+        help="Maximum number of connections of one address; half of all by default.",
+        show_default=False,
     ),
 ]
 

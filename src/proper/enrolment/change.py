@@ -7,7 +7,7 @@ ratio, and Page's statistic over the new interactions, in the order of arrival, 
     S_i = max(0, S_(i-1) + clip(l_i - m_i, -c, c))
 
 The habits have changed if the last S is at least `EVIDENCE`, since the interaction after the last at which S was 0. The
-clip `LARGEST` limits the evidence of one interaction, which may be an outlier. Drift is measured against the user's
+clip `CLIP` limits the evidence of one interaction, which may be an outlier. Drift is measured against the user's
 usual loss; this test compares with the model of an unknown user instead, and needs no data of other users.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 EVIDENCE = 3.0
 """Nats from which on the habits have changed: a likelihood ratio of 20."""
-LARGEST = 2.0
+CLIP = 2.0
 """Most nats of one interaction, for or against."""
 
 
@@ -30,7 +30,7 @@ def change_point(served: Float[Tensor, "n"], unknown: Float[Tensor, "n"]) -> int
         unknown: the same under the group model of an unknown user.
     """
     score, begun = 0.0, 0
-    for at, each in enumerate((served - unknown).clamp(-LARGEST, LARGEST).tolist()):
+    for at, each in enumerate((served - unknown).clamp(-CLIP, CLIP).tolist()):
         score = score + each
         if not score > 0:
             score, begun = 0.0, at + 1

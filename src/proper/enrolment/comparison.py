@@ -19,10 +19,10 @@ from proper.layers.bank import AdapterBank
 from proper.training.jobs import Job
 from proper.training.microbatching import item_losses
 
-CLOSEST = 4
+MIN_EARLIER_ITEMS = 4
 """Fewest earlier interactions against which a new one can be an outlier."""
 
-LEAST_DEVIATION = 0.25
+MIN_DEVIATION = 0.25
 """Least standard deviation, in nats per token, by which outliers are judged: some users' losses hardly differ."""
 
 
@@ -176,13 +176,13 @@ def outliers(
     These are items whose loss is more than `limit` standard deviations above the mean of the user's earlier items under
     the same model. That model does not use the user's state, so a change to habits of other users is not an outlier.
     """
-    if len(past) < CLOSEST or not new:
+    if len(past) < MIN_EARLIER_ITEMS or not new:
         return []
     state = State(mean)
     usual = Usual.of(per_item(model, state, past))
     if usual is None:
         return []
-    most = usual.mean + limit * max(LEAST_DEVIATION, math.sqrt(usual.variance or 0.0))
+    most = usual.mean + limit * max(MIN_DEVIATION, math.sqrt(usual.variance or 0.0))
     return [at for at, loss in enumerate(per_item(model, state, new)) if not loss <= most]
 
 

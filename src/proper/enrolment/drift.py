@@ -221,9 +221,7 @@ def _at_least(count: int, trials: int, rate: float) -> float:
     return sum(math.comb(trials, k) * rate**k * (1 - rate) ** (trials - k) for k in range(count, trials + 1))
 
 
-def usual_still(
-    fitter: Fitter, store: AdapterStore, log: InteractionLog, user: str, grown: UserHistory
-) -> Drift | None:
+def not_due(fitter: Fitter, store: AdapterStore, log: InteractionLog, user: str, grown: UserHistory) -> Drift | None:
     """Return the drift of a user for whom no update is due, as far as is known; None for any other.
 
     A user without a version, with one that was only placed, or without a known usual loss is not kept waiting.

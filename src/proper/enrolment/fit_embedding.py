@@ -2,7 +2,8 @@
 
 An embedding starts where the encoder places it, or at the mean embedding, and is trained as in stage 2, with one item
 per step, which is about one user's share of a batch of many users. The learning rate is that stage's or, if it is
-higher, `REACH` of the spread of the embeddings at their start: the few steps must be able to lead away from the start.
+higher, `MIN_RELATIVE_RATE` of the spread of the embeddings at their start: the few steps must be able to lead away
+from the start.
 Early stopping on the user's held-out items gives the number of passes, which may be 0; then the embedding is fitted
 again on all items for that many passes.
 
@@ -29,13 +30,13 @@ from proper.models.personal import ProperModel
 from proper.training.checkpoint import seed_of
 from proper.training.optim import RowAdamW, factor
 
-REACH = 0.05
+MIN_RELATIVE_RATE = 0.05
 """Least learning rate, as a part of `groups.embedding_init`: Adam moves each number by about the rate in a step."""
 
-MEASURED = 16
+HELD_OUT_BATCH = 16
 """Batch size for the held-out loss of one user."""
 
-TOGETHER = 64
+ROWS_PER_BATCH = 64
 """Rows of many users in one forward pass."""
 
 
@@ -56,7 +57,7 @@ class Setting:
     @property
     def rate(self) -> float:
         """Learning rate of the embedding."""
-        return max(self.config.embedding_learning_rate, REACH * self.config.embedding_init)
+        return max(self.config.embedding_learning_rate, MIN_RELATIVE_RATE * self.config.embedding_init)
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def _factor(setting: Setting, descent: _Descent, step: int) -> float:
 def _gradients(setting: Setting, items: Sequence[EncodedExample], values: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
     """Return the gradient of each item's loss per token with respect to its embedding; NaN where it is not finite."""
     found = torch.empty_like(values)
-    for piece in _pieces(setting, items, TOGETHER):
+    for piece in _pieces(setting, items, ROWS_PER_BATCH):
         own = values[piece].detach().to(setting.model.device).requires_grad_()
         total, tokens = _losses(setting, [items[at] for at in piece], own)
         losses = total / tokens
@@ -231,7 +232,7 @@ def _held_out_losses(
     setting: Setting, jobs: Sequence[EmbeddingJob], tried: Sequence[Sequence[Float[Tensor, "D"]]]
 ) -> list[list[float]]:
     """Return every job's mean loss per answer token on its held-out items at each tried embedding; infinity if NaN."""
-    size = MEASURED if len(jobs) == 1 else TOGETHER
+    size = HELD_OUT_BATCH if len(jobs) == 1 else ROWS_PER_BATCH
     work = [
         (job, attempt, item)
         for job, each in enumerate(tried)

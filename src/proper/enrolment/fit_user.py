@@ -112,42 +112,42 @@ class Fitter:
         self, store: AdapterStore, user: str, grown: UserHistory, work: Path, on_progress: ProgressCallback
     ) -> UserRecord:
         items = self.items(grown)
-        pace = Pace.of(self.model, len(items), on_progress)
+        counter = StepCounter.of(self.model, len(items), on_progress)
         held = store.versions(user)
         metadata: dict[str, Any] = {"history": {"run": grown.run, "logged": grown.logged}}
         head = store.head(user)
         if head is None or held[0].metadata.get("embedding") in (FITTED, PLACED):
-            found = self._embedding(user, grown, work, pace)
+            found = self._embedding(user, grown, work, counter)
             metadata |= {"embedding": FITTED, "embedding_start": self.placer.kind}
             metadata |= {"embedding_passes": found.passes, "embedding_losses": list(found.losses)}
             embedding = found.embedding
         else:
-            pace.skip("embedding")
+            counter.skip("embedding")
             embedding = head.embedding
         if self.model.stage != Tier.USERS:
             return UserRecord(user, Tier.GROUPS, embedding, None, metadata)
-        record = self._adapter(store, user, items, embedding, work, pace)
+        record = self._adapter(store, user, items, embedding, work, counter)
         return replace(record, metadata={**record.metadata, **metadata})
 
-    def _embedding(self, user: str, grown: UserHistory, work: Path, pace: Pace) -> FittedEmbedding:
+    def _embedding(self, user: str, grown: UserHistory, work: Path, counter: StepCounter) -> FittedEmbedding:
         found = load_embedding(work)
         if found is None:
             validation = self.model.config.users.tiers.validation
             (job,) = embedding_jobs(self.placer, [(user, self.encoded(grown))], validation)
-            found = fit_embedding(self.embedding_setting(lambda: pace.step("embedding")), job)
+            found = fit_embedding(self.embedding_setting(lambda: counter.step("embedding")), job)
             save_embedding(work, found)
-        pace.skip("embedding")
+        counter.skip("embedding")
         return found
 
     def _adapter(
-        self, store: AdapterStore, user: str, items: Sequence[Any], embedding: Tensor, work: Path, pace: Pace
+        self, store: AdapterStore, user: str, items: Sequence[Any], embedding: Tensor, work: Path, counter: StepCounter
     ) -> UserRecord:
         """Run stage 3 for one user into a temporary store, and return the record from there."""
         with closing(AdapterStore(work / "final")) as scratch, own_bank(self.model):
             stage = self.user_stage(store, user, items, embedding, work, scratch)
             if not is_trained(stage.folder):
                 train_users(
-                    replace(stage, log=lambda metrics: pace.step(str(metrics["phase"]).removeprefix("users: ")))
+                    replace(stage, log=lambda metrics: counter.step(str(metrics["phase"]).removeprefix("users: ")))
                 )
             record = scratch.get(user, coded=True)
         assert record is not None
@@ -270,7 +270,7 @@ def own_bank(model: PersonalizedModel) -> Iterator[None]:
         model.model.use_bank(model.served.bank)
 
 
-class Pace:
+class StepCounter:
     """Progress of a fit: steps done, out of the maximum number, by phase."""
 
     def __init__(self, expected: dict[str, int], on_progress: ProgressCallback) -> None:
@@ -278,7 +278,7 @@ class Pace:
         self.done = dict.fromkeys(expected, 0)
 
     @classmethod
-    def of(cls, model: PersonalizedModel, items: int, on_progress: ProgressCallback) -> Pace:
+    def of(cls, model: PersonalizedModel, items: int, on_progress: ProgressCallback) -> StepCounter:
         """Count the steps of every phase in full for so many items; early stopping may end a phase sooner."""
         config = model.config
         batches = -(-items // config.users.batch_size) * full_passes(config.users, items)

@@ -1,7 +1,8 @@
 """Enrols many users at once: embeddings are placed in one pass over all items, then all is fitted in common batches.
 
     place   log the interactions, place every embedding, store all records in one transaction
-    fit     fit the embeddings, then the adapters, of `TOGETHER` users at a time into files from which their fits go on
+    fit     fit the embeddings, then the adapters, of `USERS_PER_BATCH` users at a time, into files from which
+            their fits resume
 
 The users then leave the fit queue one by one (`worker`), each with the record that is there. Every user gets what
 they would get alone, up to rounding.
@@ -24,7 +25,7 @@ from proper.interactions.personal_files import work_folder
 from proper.run_folder import Tier
 from proper.training.users import train_together
 
-TOGETHER = 256
+USERS_PER_BATCH = 256
 """Users who are fitted in one batch."""
 
 Advance = Callable[[int], None]
@@ -115,11 +116,12 @@ def _fit_adapters(
 def _histories(
     fitter: Fitter, store: AdapterStore, log: InteractionLog, users: Sequence[str]
 ) -> Iterator[tuple[list[str], list[UserHistory]]]:
-    """Yield users who have items, `TOGETHER` at a time, and their histories."""
+    """Yield users who have items, `USERS_PER_BATCH` at a time, and their histories."""
     kind = fitter.model.config.task.kind
-    for at in range(0, len(users), TOGETHER):
+    for at in range(0, len(users), USERS_PER_BATCH):
         pairs = [
-            (user, grown_history(fitter.dataset, log, store.tenant, user, kind)) for user in users[at : at + TOGETHER]
+            (user, grown_history(fitter.dataset, log, store.tenant, user, kind))
+            for user in users[at : at + USERS_PER_BATCH]
         ]
         pairs = [(user, grown) for user, grown in pairs if grown.items]
         if pairs:

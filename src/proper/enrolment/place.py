@@ -27,7 +27,7 @@ FITTED = "fitted"
 PLACED = "placed"
 """Key in a record's metadata for an embedding that the encoder placed, and that is not fitted yet."""
 
-TOGETHER = 2_048
+ITEMS_PER_BATCH = 2_048
 """Items whose features are in memory at once."""
 
 UserItems = tuple[str, Sequence[EncodedExample]]
@@ -74,8 +74,8 @@ class Placer:
             advance(len(items))
             return [torch.zeros(len(own), 0) for own in histories]
         found = [torch.zeros(0, len(self.encoder.pooling.center))]
-        for at in range(0, len(items), TOGETHER):
-            found.append(self.encoder.projection(item_features(self.model, items[at : at + TOGETHER], advance)))
+        for at in range(0, len(items), ITEMS_PER_BATCH):
+            found.append(self.encoder.projection(item_features(self.model, items[at : at + ITEMS_PER_BATCH], advance)))
         return list(torch.split(torch.cat(found), [len(own) for own in histories]))
 
     def embed(self, phi: Sequence[Float[Tensor, "n K"]]) -> Float[Tensor, "U D"]:

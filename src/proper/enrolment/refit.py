@@ -26,13 +26,13 @@ from proper.enrolment.comparison import State, losses_of, state_of
 from proper.enrolment.fit_embedding import EmbeddingJob, FittedEmbedding, try_embedding
 from proper.enrolment.fit_files import load_embedding, save_embedding
 from proper.enrolment.fit_progress import ProgressCallback
-from proper.enrolment.fit_user import Fitter, Pace, nearest, own_bank
+from proper.enrolment.fit_user import Fitter, StepCounter, nearest, own_bank
 from proper.enrolment.place import FITTED
 from proper.files import private_folder
 from proper.run_folder import Tier
 from proper.training.held_out import item_variance, per_token, spread
 from proper.training.jobs import full_passes, passes_of
-from proper.training.pooled_choice import EVERYTHING, Choice
+from proper.training.pooled_choice import ALL_PASSES, Choice
 from proper.training.tier_selection import Trial, decide
 from proper.training.user_stage import fit_adapters
 
@@ -70,45 +70,45 @@ class Refit:
         Raises:
             NonFiniteLossError: the embedding's loss is not finite.
         """
-        pace, metadata, embedding = self._pace(), dict[str, Any](), self.base.embedding
+        counter, metadata, embedding = self._counter(), dict[str, Any](), self.base.embedding
         if self.embeds:
-            found = self._embedding(pace)
+            found = self._embedding(counter)
             embedding = found.embedding
             metadata |= {"embedding": FITTED, "embedding_start": self.fitter.placer.kind}
             metadata |= {"embedding_passes": found.passes, "embedding_losses": list(found.losses)}
-        pace.skip(EMBEDDING)
+        counter.skip(EMBEDDING)
         if self.fitter.model.stage != Tier.USERS:
             return UserRecord(self.base.user, Tier.GROUPS, embedding, None, metadata)
-        record = self._adapter(embedding, metadata, pace)
+        record = self._adapter(embedding, metadata, counter)
         return self._decided(record) if self.fitter.model.config.users.tiers.select else record
 
     @property
     def _choice(self) -> Choice:
         selected = self.fitter.model.config.users.tiers.select
-        return self.fitter.choice if selected and self.fitter.choice is not None else EVERYTHING
+        return self.fitter.choice if selected and self.fitter.choice is not None else ALL_PASSES
 
-    def _pace(self) -> Pace:
+    def _counter(self) -> StepCounter:
         config, count = self.fitter.model.config, len(self.items)
         passes = passes_of(full_passes(config.users, count), self._choice.part)
         steps = {EMBEDDING: math.ceil(config.groups.epochs) * count if self.embeds else 0}
-        return Pace({**steps, ADAPTER: passes * -(-count // config.users.batch_size)}, self.on_progress)
+        return StepCounter({**steps, ADAPTER: passes * -(-count // config.users.batch_size)}, self.on_progress)
 
-    def _embedding(self, pace: Pace) -> FittedEmbedding:
+    def _embedding(self, counter: StepCounter) -> FittedEmbedding:
         found = load_embedding(self.work)
         if found is None:
             encoded = self._encoded(self.items)
             (start,) = self.fitter.placer.place([encoded])
             job = EmbeddingJob(self.base.user, [*encoded, *self._encoded(self.held_out)], len(self.held_out), start)
-            found = try_embedding(self.fitter.embedding_setting(lambda: pace.step(EMBEDDING)), job)
+            found = try_embedding(self.fitter.embedding_setting(lambda: counter.step(EMBEDDING)), job)
             save_embedding(self.work, found)
         return found
 
-    def _adapter(self, embedding: Float[Tensor, "D"], metadata: Mapping[str, Any], pace: Pace) -> UserRecord:
+    def _adapter(self, embedding: Float[Tensor, "D"], metadata: Mapping[str, Any], counter: StepCounter) -> UserRecord:
         """Train an adapter on all of `items` as stage 3's final ones; the record says if the user is in quarantine."""
         user, choice = self.base.user, self._choice
         with closing(AdapterStore(self.work / "final")) as scratch, own_bank(self.fitter.model):
             stage = self.fitter.user_stage(self.store, user, self.items, embedding, self.work, scratch)
-            stage = replace(stage, log=lambda _: pace.step(ADAPTER))
+            stage = replace(stage, log=lambda _: counter.step(ADAPTER))
             private_folder(stage.folder)
             jobs = stage.jobs([0], trial=False, part=choice.part)
             fit_adapters(stage, jobs, scratch, "final", lambda _: {**metadata, "scale": choice.scale}, choice.scale)

@@ -213,13 +213,13 @@ class _Work:
         with progress("validate users", len(self.users)) as advance:
             records = list[UserRecord]()
             for user in self.users:
-                record = self._taken_along(user, embeddings.get(user), held[user], before.get(user))
+                record = self._revalidated(user, embeddings.get(user), held[user], before.get(user))
                 records += [] if record is None else [record]
                 advance(1)
         self.put(iter(records))
         return len(before)
 
-    def _taken_along(
+    def _revalidated(
         self, user: str, embedding: Tensor | None, held: Sequence[TextExample], before: float | None
     ) -> UserRecord | None:
         """Return a user's version for the new groups; None for a user who was deleted meanwhile."""

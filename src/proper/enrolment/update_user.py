@@ -82,16 +82,16 @@ def fit_or_update(
         return FitOutcome(fitter.fit(store, user, grown, work, on_progress))
     if base.metadata.get("embedding") == PLACED:  # answers until the first fit, which need not be better
         return FitOutcome(fitter.fit(store, user, grown, work, on_progress), head.version)
-    landed = _landed(work, grown, head.version, base)
-    if landed is not None:
-        return landed
+    committed = _committed(work, grown, head.version, base)
+    if committed is not None:
+        return committed
     state = hash_value([base.embedding.tolist(), dict(base.metadata), fitter.model.config.users.model_dump()])
     same_update(work, grown, head.version, state)
     with fitter.model.model.caching(work, fitter.model.config.compute.cache_mb), own_bank(fitter.model):
         return _Update(fitter, store, base, head.version, grown, work, on_progress).result()
 
 
-def _landed(work: Path, grown: UserHistory, version: int, base: UserRecord) -> FitOutcome | None:
+def _committed(work: Path, grown: UserHistory, version: int, base: UserRecord) -> FitOutcome | None:
     """Return the result of an update that was put into the store before a kill, and is the version in service now."""
     made = base.metadata.get("made", {})
     if made.get("by") != "update" or version != made["of"] + 1 or not is_update_of(work, grown, made["of"]):
@@ -122,11 +122,11 @@ class _Update:
         divided = self._without_outliers(divided)
         metrics = {"logged": self.grown.logged, "new": came, "left_out": came - len(divided.new)}
         if not divided.new:
-            return self._stays(f"the answers do not fit their inputs (new interactions: {came})", metrics)
+            return self._not_promoted(f"the answers do not fit their inputs (new interactions: {came})", metrics)
         changed = self._since_change(divided)
         divided, anew = changed or divided, changed is not None
         if len(divided.new) == 1:
-            return self._stays("one new interaction cannot be both trained on and held out", metrics)
+            return self._not_promoted("one new interaction cannot be both trained on and held out", metrics)
         refit = anew or self.base.adapter is None or self.fitter.model.stage != Tier.USERS
         split = hold_out(divided, self.config.tiers.validation, anew=refit)
         return self._refit(divided, split, metrics, anew) if refit else self._trained_on(divided, split, metrics)
@@ -143,7 +143,7 @@ class _Update:
             return None
         return replace(divided, past=(), new=divided.new[at:], since=self.grown.ordinals[divided.new[at].id])
 
-    def _stays(self, reason: str, metrics: Mapping[str, Any]) -> FitOutcome:
+    def _not_promoted(self, reason: str, metrics: Mapping[str, Any]) -> FitOutcome:
         return FitOutcome(None, self.version, f"not promoted: {reason}", metrics)
 
     def _without_outliers(self, divided: Divided) -> Divided:
@@ -166,11 +166,11 @@ class _Update:
         metrics |= {"trained": len(split.new), "replayed": len(rows) - len(split.new)}
         result = self._train(start, rows, self._encoded([*split.held_past, *split.held_new]))
         if result.row is None or result.state.best == 0:
-            return self._stays(result.reason or "no pass lowered the held-out loss", metrics)
+            return self._not_promoted(result.reason or "no pass lowered the held-out loss", metrics)
         tensors = self.fitter.model.model.user_layout(self.config).unpack(result.row)
         fault = fault_of(tensors)
         if fault is not None:
-            return self._stays(f"quarantined: {fault}", metrics)
+            return self._not_promoted(f"quarantined: {fault}", metrics)
         # Compared in the form that is stored and served.
         adapter = encode(tensors, self.config.storage)
         candidate = UserRecord(self.base.user, Tier.USERS, self.base.embedding, decode(adapter))
@@ -178,7 +178,7 @@ class _Update:
         found, after = self._compare(state, split)
         metrics |= {"passes": result.state.best, "distance": self._moved(start.row, result.row), **found.metrics()}
         if not found.is_better(self.config.update.past):
-            return self._stays(found.text(), metrics)
+            return self._not_promoted(found.text(), metrics)
         kept = {key: self.base.metadata[key] for key in ("embedding",) if key in self.base.metadata}
         record = replace(candidate, adapter=adapter, metadata={**kept, **self._group_losses(split, state, after)})
         return self._promoted(record, found.text(), metrics, divided, split, after)
@@ -234,11 +234,11 @@ class _Update:
         record = Refit(self.fitter, self.store, self.base, *parts, self.work, self.on_progress).record()
         metrics |= {"trained": len(split.new), "anew": anew}
         if record.adapter is None and not embeds:
-            return self._stays(str(record.metadata["reason"]), metrics)
+            return self._not_promoted(str(record.metadata["reason"]), metrics)
         found, after = self._compare(state_of(self.fitter.model, _decoded(record)), split)
         metrics |= found.metrics()
         if not found.is_better(self.config.update.past):
-            return self._stays(found.text(), metrics)
+            return self._not_promoted(found.text(), metrics)
         return self._promoted(record, found.text(), metrics, divided, split, after)
 
     def _promoted(

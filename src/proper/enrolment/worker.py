@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from proper.adapters.store import AdapterStore
-from proper.enrolment.drift import Drift, drifts, usual_still
+from proper.enrolment.drift import Drift, drifts, not_due
 from proper.enrolment.fit_progress import ProgressCallback, WithdrawnError, bar_of, no_progress, shares_of, throttled
 from proper.enrolment.fit_user import Fitter
 from proper.enrolment.history import grown_history
-from proper.enrolment.many_users import TOGETHER, append_all, fit_many, place_users
+from proper.enrolment.many_users import USERS_PER_BATCH, append_all, fit_many, place_users
 from proper.enrolment.update_user import FitOutcome, fit_or_update
 from proper.errors import ProperError
 from proper.interactions.database import Database
@@ -56,12 +56,12 @@ class FitWorker:
         user: str | None = None,
         on_progress: ProgressCallback = no_progress,
         *,
-        even_if_usual: bool = False,
+        even_if_not_due: bool = False,
     ) -> bool:
         """Fit the user who has waited longest, or the given one; return False if no such fit is queued.
 
         With `users.update.when: drifted`, a user who has a version keeps it until an update is due (`drift`), unless
-        `even_if_usual`. Blocks while another process fits. A failure is recorded in the queue.
+        `even_if_not_due`. Blocks while another process fits. A failure is recorded in the queue.
 
         Raises:
             ProperError: the groups were refreshed since the run was loaded.
@@ -69,10 +69,10 @@ class FitWorker:
         fitter = self.fitter()
         with self.log.queue.lock():
             _refuse_outdated(fitter)
-            self._tidy()
+            self._remove_stale_work()
             if fitter.placer.encoder is not None:
                 self._place_waiting(fitter)
-            return self._take(fitter, tenant, user, on_progress, even_if_usual)
+            return self._take(fitter, tenant, user, on_progress, even_if_not_due)
 
     def enrol(
         self,
@@ -93,14 +93,14 @@ class FitWorker:
         fitter = self.fitter()
         place_users(fitter, store, self.log, users, shares_of("place", len(users), on_progress))
         done, placed = (shares_of(phase, len(users), on_progress) for phase in ("fit", "embeddings"))
-        for at in range(0, len(users) if refine else 0, TOGETHER):
-            some = users[at : at + TOGETHER]
+        for at in range(0, len(users) if refine else 0, USERS_PER_BATCH):
+            some = users[at : at + USERS_PER_BATCH]
             # No claim is held on users who are fitted together, so a deletion has to wait for the end of this block.
             with working(self.users.parent), self.log.queue.lock():
                 _refuse_outdated(fitter)
                 fit_many(fitter, store, self.log, some, placed, bar_of(on_progress))
                 for user in some:
-                    while self._take(fitter, store.tenant, user, no_progress, even_if_usual=False):
+                    while self._take(fitter, store.tenant, user, no_progress, even_if_not_due=False):
                         pass
                     done(1)
         fits = ((user, self.log.queue.fit(store.tenant, user)) for user in users)
@@ -130,7 +130,7 @@ class FitWorker:
                 break
             with suppress(DeletedError):  # since the drift was measured
                 self.log.request_fit(store.tenant, drift.user)
-                while self.fit_next(store.tenant, drift.user, even_if_usual=True):
+                while self.fit_next(store.tenant, drift.user, even_if_not_due=True):
                     pass
                 tried.append(drift)
         return tried
@@ -148,14 +148,14 @@ class FitWorker:
         return figures.queued + figures.fitting
 
     def _take(
-        self, fitter: Fitter, tenant: str | None, user: str | None, on_progress: ProgressCallback, even_if_usual: bool
+        self, fitter: Fitter, tenant: str | None, user: str | None, on_progress: ProgressCallback, even_if_not_due: bool
     ) -> bool:
         """Take a claim as `fit_next` says, and fit its user; return whether there was one."""
         claim = self.log.queue.take(tenant, user)
         if claim is None:
             return False
         try:
-            self._fit(fitter, claim, on_progress, even_if_usual)
+            self._fit(fitter, claim, on_progress, even_if_not_due)
         except WithdrawnError:
             remove_work(self.users, claim.tenant, claim.user)
         except Exception as error:
@@ -168,7 +168,7 @@ class FitWorker:
             self.log.queue.leave(claim)
         return True
 
-    def _fit(self, fitter: Fitter, claim: Claim, on_progress: ProgressCallback, even_if_usual: bool) -> None:
+    def _fit(self, fitter: Fitter, claim: Claim, on_progress: ProgressCallback, even_if_not_due: bool) -> None:
         with (
             closing(AdapterStore(self.users, claim.tenant)) as store,
             closing(Database(UsersFolder(self.users).log, durable=False)) as database,
@@ -178,8 +178,8 @@ class FitWorker:
             if not grown.items:
                 self.log.queue.done(claim, None, "no interactions yet")
                 return
-            if config.users.update.when == "drifted" and not even_if_usual:
-                waits = usual_still(fitter, store, self.log, claim.user, grown)
+            if config.users.update.when == "drifted" and not even_if_not_due:
+                waits = not_due(fitter, store, self.log, claim.user, grown)
                 if waits is not None:
                     self.log.queue.done(claim, waits.version, f"{waits.text()}; version {waits.version} stays")
                     return
@@ -187,7 +187,7 @@ class FitWorker:
             work = work_folder(self.users, claim.tenant, claim.user)
             started = time.monotonic()
             fitted = fit_or_update(fitter, store, claim.user, grown, work, report)
-            self._land(store, claim, fitted, time.monotonic() - started)
+            self._commit(store, claim, fitted, time.monotonic() - started)
 
     def _place_waiting(self, fitter: Fitter) -> None:
         """Give every new user in the queue an embedding at once, which answers until the user's fit is done.
@@ -206,7 +206,7 @@ class FitWorker:
                         # The user's own fit meets the same error and records it; the users behind must not wait.
                         logger.warning(f"a new user could not be placed: {type(error).__name__}")
 
-    def _land(self, store: AdapterStore, claim: Claim, fitted: FitOutcome, seconds: float) -> None:
+    def _commit(self, store: AdapterStore, claim: Claim, fitted: FitOutcome, seconds: float) -> None:
         """Put the new version into the store, unless its user was deleted or rolled back meanwhile."""
         with self.log.queue.ending(claim) as stands:
             if not stands:
@@ -227,7 +227,7 @@ class FitWorker:
         # Not before: after a kill, the folder says that the version in service is this fit's result.
         remove_work(self.users, claim.tenant, claim.user)
 
-    def _tidy(self) -> None:
+    def _remove_stale_work(self) -> None:
         """Remove work folders of interrupted fits whose users are no longer queued."""
         folder = UsersFolder(self.users).fits
         if folder.is_dir():

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from proper.adapters.records import Head
 
-SHORTEST = 16
-"""Minimum tokens of a prefix; shorter ones are not kept and are computed again."""
+MIN_TOKENS = 16
+"""Minimum number of tokens of a prefix; shorter ones are not kept and are computed again."""
 
 States = tuple[tuple[Float[Tensor, "H T D"], Float[Tensor, "H T D"]], ...]
 """Keys and values of each layer."""
@@ -100,7 +100,7 @@ class PrefixCache:
         found = [(_shared(tokens, prompt), tokens) for owner, tokens in self._kept if owner == key]
         shared, tokens = max(found, default=(0, ()))
         shared = min(shared, len(prompt) - 1)
-        if shared < max(SHORTEST, len(prompt) / 2):
+        if shared < max(MIN_TOKENS, len(prompt) / 2):
             return None
         self._kept.move_to_end((key, tokens))
         states = self._kept[key, tokens]
@@ -109,7 +109,7 @@ class PrefixCache:
     def keep(self, key: PrefixKey | None, tokens: tuple[int, ...], states: States) -> None:
         """Store a copy of a row's tokens and of each layer's keys and values, if it fits the budget."""
         size = _size(states)
-        if key is None or len(tokens) < SHORTEST or size > self.budget:
+        if key is None or len(tokens) < MIN_TOKENS or size > self.budget:
             return
         for owner, other in [entry for entry in self._kept if entry[0] == key]:
             if other[: len(tokens)] == tokens:

@@ -178,26 +178,26 @@ class _Shares:
         running: number of rows of each flow.
         limit: maximum rows of a flow while another flow that is below this limit waits.
         spare: maximum number of rows kept free, one for each recently active flow that may send a request again.
-        lately: the recently active flows.
+        recent: the recently active flows.
         waiting: the flows with waiting requests.
     """
 
     running: Counter[Hashable]
     limit: int
     spare: int
-    lately: set[Hashable]
+    recent: set[Hashable]
     waiting: set[Hashable]
 
     def allows(self, flow: Hashable, free: int) -> bool:
         """Whether a flow may take one more of the free rows."""
-        mine = self.running[flow]
-        if not mine or len(self.lately) == 1:
+        own = self.running[flow]
+        if not own or len(self.recent) == 1:
             return True
-        if mine >= self.limit and any(self.running[other] < self.limit for other in self.waiting if other != flow):
+        if own >= self.limit and any(self.running[other] < self.limit for other in self.waiting if other != flow):
             return False
-        return free > min(self.spare, sum(other != flow and self._may_come(other) for other in self.lately))
+        return free > min(self.spare, sum(other != flow and self._has_reservation(other) for other in self.recent))
 
-    def _may_come(self, flow: Hashable) -> bool:
+    def _has_reservation(self, flow: Hashable) -> bool:
         """Whether a row is reserved for a flow's next request; a waiting one is served in queue order anyway."""
-        mine = self.running[flow]
-        return not mine or (mine < self.limit and flow not in self.waiting)
+        own = self.running[flow]
+        return not own or (own < self.limit and flow not in self.waiting)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from proper.errors import InputError, ProperError
 
-LEAST = -9999.0
+MIN_LOGPROB = -9999.0
 """Log-probability reported for impossible tokens; OpenAI's value for very unlikely ones."""
 
 
@@ -106,8 +106,8 @@ def nucleus(scores: Float[Tensor, "V"], mass: float) -> Float[Tensor, "V"]:
 
 
 def logprobs_of(logits: Float[Tensor, "V"], token: int, count: int) -> Logprobs:
-    """Return a token's log-probability and the `count` largest; `LEAST` replaces -inf, which JSON lacks."""
-    shares = logits.float().log_softmax(-1).nan_to_num(nan=LEAST, neginf=LEAST).clamp(min=LEAST).cpu()
+    """Return a token's log-probability and the `count` largest; `MIN_LOGPROB` replaces -inf, which JSON lacks."""
+    shares = logits.float().log_softmax(-1).nan_to_num(nan=MIN_LOGPROB, neginf=MIN_LOGPROB).clamp(min=MIN_LOGPROB).cpu()
     values, ids = shares.topk(min(count, len(shares)))
     return Logprobs(float(shares[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 

@@ -20,15 +20,15 @@ from urllib.parse import quote
 import numpy as np
 
 from proper.interactions.file_contents import CHUNK
-from proper.interactions.fingerprints import LONGEST, WINDOW, Kind, Print, digest, heads
+from proper.interactions.fingerprints import MAX_PRINT_BYTES, WINDOW, Kind, Print, digest, heads
 
 _OVERLAP, _MARGIN = 4096, 1024
-_SHORT = 4
+_SHORT_ID = 4
 _AROUND, _MOST_LEARNT = 16, 1000
 _PLAIN_END, _PLAIN_START = re.compile(rb"[A-Za-z0-9 ,.]+$"), re.compile(rb"[A-Za-z0-9 ,.]+")
 _WORD = rb"[A-Za-z0-9_]"
 _BEFORE, _AFTER = rb"(?<=[\x00\"'>,;\t\n])", rb"(?=[\x00\"'<,;\t\r\n]|$)"
-_ENCODED_LEAST = 6
+_MIN_ENCODED = 6
 
 
 class Hit(NamedTuple):
@@ -144,7 +144,7 @@ class Search:
             data = before + piece
             found |= {(each.kind, each.source, each.piece) for _, each in self.matches(data)}
             self._learn(data)
-            before = data[-LONGEST:]
+            before = data[-MAX_PRINT_BYTES:]
         return found
 
     def _learn(self, data: bytes) -> None:
@@ -159,7 +159,7 @@ class Search:
 
 
 def _is_short(user: str) -> bool:
-    return len(user.encode("utf-8", "surrogatepass")) < _SHORT or user.isdigit()
+    return len(user.encode("utf-8", "surrogatepass")) < _SHORT_ID or user.isdigit()
 
 
 def _forms(user: str) -> Iterator[bytes]:
@@ -178,7 +178,7 @@ def _patterns(user: str, whole_values: bool) -> Iterator[bytes]:
         else:
             yield rb"(?<!" + _WORD + rb")" + re.escape(form) + rb"(?!" + _WORD + rb")"
     plain = user.encode("utf-8", "surrogatepass")
-    if len(plain) >= _ENCODED_LEAST and not _is_short(user):
+    if len(plain) >= _MIN_ENCODED and not _is_short(user):
         yield re.escape(user.encode("utf-16-le", "surrogatepass"))
         yield re.escape(plain.hex().encode())
         for before in range(3):
@@ -189,4 +189,4 @@ def _patterns(user: str, whole_values: bool) -> Iterator[bytes]:
 def _loose_pattern(user: str) -> re.Pattern[bytes] | None:
     """Return a pattern for an id beside other values without anything between; None if it is too short for that."""
     plain = user.encode("utf-8", "surrogatepass")
-    return re.compile(re.escape(plain)) if len(plain) >= _ENCODED_LEAST and not _is_short(user) else None
+    return re.compile(re.escape(plain)) if len(plain) >= _MIN_ENCODED and not _is_short(user) else None

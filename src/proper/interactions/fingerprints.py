@@ -32,9 +32,9 @@ from proper.errors import InputError
 from proper.files import read_json, write_json
 
 PIECE, WINDOW = 32, 8
-LONGEST = 256
+MAX_PRINT_BYTES = 256
 """Most bytes of a print, which in an encoding is longer than the piece."""
-_LEAST = 12
+_MIN_PIECE = 12
 _PIECES, _ENCODED = 6, 2
 _TENSOR_STEP, _TENSOR_PIECES = 4096, 64
 _PLAIN = re.compile(r"[A-Za-z0-9 ,.;:!?()-]+")
@@ -94,7 +94,7 @@ class Fingerprints:
                     self._add("tensor", self.tensors, piece, content)
 
     def _add(self, kind: Kind, source: int, piece: int, content: bytes) -> None:
-        content = content[:LONGEST]
+        content = content[:MAX_PRINT_BYTES]
         if len(content) >= WINDOW:
             head = int(heads(np.frombuffer(content[:WINDOW], "<u8"), self.salt)[0])
             self.prints.append(Print(kind, source, piece, head, len(content), digest(content, self.salt)))
@@ -114,7 +114,7 @@ def digest(content: bytes, salt: bytes) -> str:
 
 def _pieces(text: str) -> list[tuple[bytes, str]]:
     """Return pieces of a text, as bytes and as text, spread evenly over it; none if the text is too short."""
-    least = min(_LEAST, len(text))
+    least = min(_MIN_PIECE, len(text))
     runs = [found[0] for found in _PLAIN.finditer(text)]
     cut = [run[at : at + PIECE].strip() for run in runs for at in range(0, len(run), PIECE)]
     plain = [piece for piece in cut if len(piece) >= max(WINDOW, least)]

@@ -52,25 +52,25 @@ def from_json(path: Path, user: str) -> list[Any]:
 def from_truth(path: Path, user: str) -> list[Any]:
     """Return the parts of the demo's ground truth about a user and the user's items, which are named USER-NUMBER."""
 
-    def is_theirs(key: str) -> bool:
+    def is_of_user(key: str) -> bool:
         return key == user or key.startswith(f"{user}-")
 
-    return [{"at": at, "value": value} for at, value in _about(read_json(path), user, [], is_theirs)]
+    return [{"at": at, "value": value} for at, value in _about(read_json(path), user, [], is_of_user)]
 
 
-def _about(value: Any, user: str, at: list[Any], is_theirs: Callable[[str], bool]) -> Iterator[tuple[list[Any], Any]]:
+def _about(value: Any, user: str, at: list[Any], is_of_user: Callable[[str], bool]) -> Iterator[tuple[list[Any], Any]]:
     if isinstance(value, dict):
         if user in (value.get(name) for name in _NAMES):
             yield at, value
             return
         for key, each in value.items():
-            if is_theirs(key):
+            if is_of_user(key):
                 yield [*at, key], each
             else:
-                yield from _about(each, user, [*at, key], is_theirs)
+                yield from _about(each, user, [*at, key], is_of_user)
     elif isinstance(value, list):
         for index, each in enumerate(value):
-            yield from _about(each, user, [*at, index], is_theirs)
+            yield from _about(each, user, [*at, index], is_of_user)
     elif value == user:
         yield at, value
 
@@ -129,7 +129,7 @@ class _Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         if tag in _BLOCKS and any(name == tag for name, _ in self.open):
-            while self._shut() != tag:
+            while self._close_tag() != tag:
                 pass
 
     def handle_data(self, data: str) -> None:
@@ -138,11 +138,11 @@ class _Page(HTMLParser):
     def finish(self) -> list[str]:
         """Shut what is still open, and return all texts that name the user."""
         while len(self.open) > 1:
-            self._shut()
+            self._close_tag()
         self._keep(self.open[0][1])
         return self.found
 
-    def _shut(self) -> str:
+    def _close_tag(self) -> str:
         tag, texts = self.open.pop()
         self._keep(texts)
         if tag in ("td", "th"):  # a row is returned whole

@@ -34,7 +34,7 @@ from proper.interactions.other_users import other_ids, texts_of_others
 from proper.interactions.personal_files import work_folder
 from proper.run_folder import PEFT_WEIGHTS, RunFolder, kind_of, nested_runs
 
-PLACES = 5
+MAX_OFFSETS = 5
 """Byte offsets that the certificate names per file and kind."""
 
 _NOT_COVERED = (
@@ -116,7 +116,7 @@ def verify(
         found[user] += reports
     clean = not unreadable and not any(found.values())
     result = "nothing found" if clean else "found" if any(found.values()) else "not all files could be read"
-    users = [_told(user, prints, searches[user], found[user]) for user, prints in wanted]
+    users = [_certificate_entry(user, prints, searches[user], found[user]) for user, prints in wanted]
     own_storage = ([] if location is None else [_NOT_ROWS]) + (list(_NOT_IN_BUCKET) if bucket else [])
     certificate = {
         **_heading(run, result),
@@ -229,7 +229,7 @@ def _reports(name: str, inside: str, how: str, hits: Iterable[Hit]) -> list[dict
         places = sorted({hit.at for hit in hits if hit.kind == kind})
         sources = len({hit.source for hit in hits if hit.kind == kind})
         where = {"file": name, **({"inside": inside} if inside else {}), "read_as": how}
-        reports.append({**where, "kind": kind, "different": sources, "times": len(places), "at": places[:PLACES]})
+        reports.append({**where, "kind": kind, "different": sources, "times": len(places), "at": places[:MAX_OFFSETS]})
     return reports
 
 
@@ -256,7 +256,7 @@ def _still_known(run: RunFolder, user: str) -> list[dict[str, Any]]:
     return found
 
 
-def _told(user: str, prints: Fingerprints, search: Search, found: list[dict[str, Any]]) -> dict[str, Any]:
+def _certificate_entry(user: str, prints: Fingerprints, search: Search, found: list[dict[str, Any]]) -> dict[str, Any]:
     pieces = {(each.kind, each.source) for each in search.prints}
     texts, tensors = (sum(kind == wanted for kind, _ in pieces) for wanted in ("text", "tensor"))
     distinct = {

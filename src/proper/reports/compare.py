@@ -42,7 +42,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Both:
+class RunPair:
     """Two runs, their display names, and the rows of `evaluation.side_by_side`."""
 
     runs: tuple[RunFiles, RunFiles]
@@ -73,7 +73,7 @@ def write_comparison(first: Path, second: Path, found: Mapping[str, Any]) -> lis
     Raises:
         RunFolderError: a file of either run is not readable.
     """
-    both = Both((load_run(first), load_run(second)), _names(first.resolve(), second.resolve()), found)
+    both = RunPair((load_run(first), load_run(second)), _names(first.resolve(), second.resolve()), found)
     page, text = render("compare.html.j2", gather(both)), csv_text(both)
     name = safe_name(second.resolve().name)
     paths = [RunFolder(first).comparison(name, ending) for ending in ("html", "csv")]
@@ -82,7 +82,7 @@ def write_comparison(first: Path, second: Path, found: Mapping[str, Any]) -> lis
     return paths
 
 
-def gather(both: Both) -> dict[str, Any]:
+def gather(both: RunPair) -> dict[str, Any]:
     """Return the template's values, section by section."""
     task = mapping(both.found.get("task"))
     main = both.main
@@ -104,7 +104,7 @@ def gather(both: Both) -> dict[str, Any]:
     }
 
 
-def summary(both: Both) -> str:
+def summary(both: RunPair) -> str:
     """Return one sentence that says which run is better for which methods, as far as the tests show it."""
     tested = [row for row in both.main if number(row.get("p_adjusted")) is not None]
     if not tested:
@@ -131,7 +131,7 @@ def verdict(row: Mapping[str, Any]) -> str:
     return "not resolvable here" if resolvable is not None and abs(difference) < resolvable else "not significant"
 
 
-def scores(both: Both) -> Table | None:
+def scores(both: RunPair) -> Table | None:
     """Return every common method and metric: both values with intervals, and the paired difference."""
     lines, last = [], ""
     for row in both.rows:
@@ -153,7 +153,7 @@ def _interval(row: Mapping[str, Any]) -> str:
     return span(interval(row.get("ci95")), sign=True)
 
 
-def _score_note(both: Both) -> str:
+def _score_note(both: RunPair) -> str:
     paired = next((row for row in both.rows if row.get("users") is not None), None)
     note = f"Differences are {both.names[0]} minus {both.names[1]}; relative is positive where the first is better. "
     if paired is None:
@@ -165,7 +165,7 @@ def _score_note(both: Both) -> str:
     return note + "all other rows."
 
 
-def settings(both: Both) -> Table | None:
+def settings(both: RunPair) -> Table | None:
     """Return the settings in which the configs differ; None if there are none."""
     one, other = (dict(_flat(run.settings)) for run in both.runs)
     names = [name for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
@@ -186,7 +186,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def cost(both: Both) -> Table | None:
+def cost(both: RunPair) -> Table | None:
     """Return the cost per user of each method of both runs."""
     sides = [{str(row.get("method")): row for row in run.rows("cost")} for run in both.runs]
     kinds = (("parameters_per_user", _whole), ("bytes_per_user", size), ("train_seconds_per_user", duration))
@@ -205,7 +205,7 @@ def _whole(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
 
 
-def routing(both: Both) -> Table | None:
+def routing(both: RunPair) -> Table | None:
     """Return the routing figures of both runs."""
     names = {
         "experts": "experts",
@@ -231,14 +231,14 @@ def _shares(value: Any) -> str:
     return " · ".join(plain(number(share), 2) for share in value) if isinstance(value, list) else "–"
 
 
-def metadata(both: Both) -> Table | None:
+def metadata(both: RunPair) -> Table | None:
     """Return the metadata of both runs, side by side."""
     one, other = (dict(tables.metadata(run)) for run in both.runs)
     lines = [[name, one.get(name, "–"), other.get(name, "–")] for name in dict.fromkeys([*one, *other])]
     return Table(["", *both.names], lines, frozenset({0, 1, 2})) if lines else None
 
 
-def csv_text(both: Both) -> str:
+def csv_text(both: RunPair) -> str:
     """Return every row of the comparison as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
@@ -261,12 +261,12 @@ def _names(first: Path, second: Path) -> tuple[str, str]:
     return f"{first.parent.name}/{first.name}", f"{second.parent.name}/{second.name}"
 
 
-def _only(both: Both, side: int) -> set[str]:
+def _only(both: RunPair, side: int) -> set[str]:
     own, others = ({row.method for row in both.runs[at].metrics} for at in (side, 1 - side))
     return {METHODS.get(method, method) for method in own - others}
 
 
-def _tiles(both: Both) -> list[tuple[str, str]]:
+def _tiles(both: RunPair) -> list[tuple[str, str]]:
     paired: Sequence[dict[str, Any]] = [row for row in both.main if row.get("users") is not None]
     tiles = [("A", both.names[0]), ("B", both.names[1])]
     if paired:

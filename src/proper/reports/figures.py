@@ -157,11 +157,11 @@ def _scatter(users: Sequence[RoutedUser], hues: Sequence[int], label: str) -> Ma
             shape = charts.marker(hue)
             marks = drawing.axes.scatter(x, y, 52 * charts.MARKERS[shape], marker=shape, **look)
             drawing.tips(marks, [_position_tip(user) for user in inside], "mark")
-        framed(drawing.axes)
+        hide_ticks(drawing.axes)
     return drawing.svg
 
 
-def framed(axes: Axes) -> None:
+def hide_ticks(axes: Axes) -> None:
     """Draw a frame without ticks, for a map whose axes have no meaning of their own."""
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():

@@ -28,7 +28,7 @@ from proper.run_folder import RunFolder
 
 PRIOR = 100.0
 """Weight of the prior, in items of the average user."""
-LEAST = 1.96
+MIN_Z = 1.96
 """Standard deviations from which a word is listed: the two-sided 5 % point of a single comparison."""
 WORDS, LABELS, TYPICAL, EXAMPLES = 10, 5, 5, 3
 _WORD = re.compile(r"[^\W\d_][\w'-]+")
@@ -110,7 +110,7 @@ class _Counts:
             if key[0] != kind or (kind == "word" and self.users[group][key] < 2):
                 continue
             z = log_odds(having, inside, self.all[key] - having, total - inside)
-            if z >= LEAST:
+            if z >= MIN_Z:
                 rows.append({"text": key[1], "z": round(z, 2), "items": having, "of": inside})
         return sorted(rows, key=lambda row: (-float(row["z"]), str(row["text"])))[:most]
 
@@ -181,7 +181,7 @@ def group_lines(summary: Sequence[dict[str, Any]]) -> Iterator[str]:
                 shown = ", ".join(f"{row['text']} (z {row['z']:.1f})" for row in each[name])
                 yield f"  overrepresented {name}, against other users: {shown}"
         if not each["words"] and not each["labels"]:
-            yield f"  no word or label is overrepresented by {LEAST} standard deviations or more"
+            yield f"  no word or label is overrepresented by {MIN_Z} standard deviations or more"
         for row in each["examples"]:
             yield f"  example, {row['user']} row {row['row']}: {_short(row['prompt'])} -> {_short(row['target'])}"
 

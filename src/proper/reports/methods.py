@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from proper.files import write_text
 from proper.reports import charts
 from proper.reports.charts import NAMES, TICKS, Chart, canvas
-from proper.reports.figures import columns_with_values, framed
+from proper.reports.figures import columns_with_values, hide_ticks
 from proper.reports.formats import method_name, metric_name, plain, plural, signed, size, span
 from proper.reports.load import ReportedComparison, ReportedMetric, RunFiles, load_run
 from proper.reports.narrative import is_higher_better, lost_controls, outcome, primary_metrics, verdict
@@ -102,7 +102,7 @@ def cost_quality(run: RunFiles) -> Chart | None:
             shape = charts.marker(index)
             charts.whiskers(drawing, [spot], [(row.value, row.interval)], [tip], index, 60, shape)
         charts.value_axis(drawing.axes)
-        framed(drawing.axes)
+        hide_ticks(drawing.axes)
         charts.titles(drawing.axes, f"{metric} ({better} is better)", "bytes per user")
     corner = "top" if rows[0].higher_is_better else "bottom"
     caption = (

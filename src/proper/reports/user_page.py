@@ -14,7 +14,7 @@ from typing import Any
 from proper.files import write_text
 from proper.reports import charts
 from proper.reports.charts import NAMES, TICKS, Canvas, Chart, canvas, color
-from proper.reports.figures import framed
+from proper.reports.figures import hide_ticks
 from proper.reports.formats import method_name, metric_name, plain, plural, safe_name, signed, size
 from proper.reports.html import render
 from proper.reports.load import RoutedUser, RunFiles, UserGain, load_run
@@ -285,7 +285,7 @@ def position_map(own: RoutedUser, all_users: Sequence[RoutedUser], near: Sequenc
             points = [user.position or (0.0, 0.0) for user in users]
             marks = drawing.axes.scatter([x for x, _ in points], [y for _, y in points], **look)
             drawing.tips(marks, [f"user {user.user}\nmain expert {user.main}" for user in users], css)
-        framed(drawing.axes)
+        hide_ticks(drawing.axes)
     caption = "A projection to two dimensions: users who are near here need not be near in all dimensions."
     legend = charts.keys([(0, "this user"), (2, "nearest users")])
     return Chart("Map of user embeddings", drawing.svg + legend, caption)

@@ -23,7 +23,7 @@ from proper.serving.metrics import Metrics
 from proper.serving.schemas.requests import Options, ProperOptions
 from proper.serving.schemas.resources import RunCard
 
-LONG = 512
+LONG_ANSWER = 512
 """Number of tokens of an answer from which on it is detokenized on a worker thread."""
 
 
@@ -209,7 +209,7 @@ class Answers:
                     continue
                 counts[index] += 1
                 work = partial(self._piece, index, event, texts[index])
-                piece = work() if counts[index] < LONG else await self.threads.run(requests[index].client, work)
+                piece = work() if counts[index] < LONG_ANSWER else await self.threads.run(requests[index].client, work)
                 if texts[index].stopped and piece.finish is None:
                     handles[index].cancel()
                     piece = replace(piece, text=piece.text + texts[index].close(), finish="stop")

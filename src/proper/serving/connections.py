@@ -25,7 +25,7 @@ _TURNS = 3
 """Event loop iterations from accepting an excess connection to closing it; each may accept `ACCEPTED_AT_ONCE` more."""
 RESERVED = _TURNS * ACCEPTED_AT_ONCE + 112
 """File descriptors reserved for the store, the interaction log, weights and the worker."""
-MOST = 4096
+MAX_CONNECTIONS = 4096
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ConnectionLimits:
 def descriptors_left() -> int:
     """Return how many connections the process's limit of open files allows beyond the reserved files; at least 8."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST if soft == resource.RLIM_INFINITY else min(MOST, max(8, soft - RESERVED))
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, max(8, soft - RESERVED))
 
 
 class ConnectionCounter:

@@ -31,7 +31,7 @@ class FitProcess:
         self.restarts = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._look_after, name="proper-worker", daemon=True)
+        self._thread = threading.Thread(target=self._supervise, name="proper-worker", daemon=True)
 
     @property
     def alive(self) -> bool:
@@ -63,7 +63,7 @@ class FitProcess:
     def _begin(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
-    def _look_after(self) -> None:
+    def _supervise(self) -> None:
         pause = self.pause
         while True:
             assert self._process is not None

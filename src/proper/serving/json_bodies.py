@@ -109,9 +109,9 @@ def _is_text(value: str) -> bool:
 
 LARGE = 1 << 16
 """Size in bytes above which a body is not parsed on the event loop."""
-VALUES = 100_000
+MAX_VALUES = 100_000
 """Most values and keys of one body: the time to validate it, and to refuse it, grows with their number."""
-ERRORS = 100
+MAX_ERRORS = 100
 """Most validation errors of a body that are reported one by one."""
 _THREADS = LimitedThreads(2)
 
@@ -190,15 +190,15 @@ def _validated(body: bytes, model: TypeAdapter[Any]) -> Any:
         APIError: 400; it is not JSON, has too many values or errors, or a lone surrogate.
     """
     value = _parsed(body)
-    if _more_values_than(value, VALUES):
-        raise APIError(400, f"body: more than {VALUES} values", code="invalid")
+    if _more_values_than(value, MAX_VALUES):
+        raise APIError(400, f"body: more than {MAX_VALUES} values", code="invalid")
     # Checked here, because a validated model can no longer be searched.
     if may_hold_surrogates(body):
         refuse_lone_surrogates(value)
     try:
         return model.validate_python(value)
     except ValidationError as error:
-        if error.error_count() > ERRORS:
+        if error.error_count() > MAX_ERRORS:
             raise APIError(400, f"body: {error.error_count()} values are invalid", code="invalid") from error
         return value
 

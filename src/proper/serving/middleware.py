@@ -47,14 +47,14 @@ class RequestMiddleware:
             return
         begun, status = time.monotonic(), 499
 
-        async def noting(message: Message) -> None:
+        async def record_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._limited(scope, receive, noting)
+            await self._limited(scope, receive, record_status)
         except Exception:
             status = 500  # the outer application replies with 500
             raise
@@ -96,7 +96,7 @@ _READS = ("GET", "HEAD", "OPTIONS")
 
 
 class RequestChecksMiddleware:
-    """ASGI middleware that refuses forged requests and answers HEAD.
+    """ASGI middleware that refuses cross-origin requests that write, and answers HEAD.
 
     A browser sends "simple" requests for any page that it shows, and names the origin of the page in `Sec-Fetch-Site`,
     or in `Origin` where that is missing. A request that writes is refused if its page has another origin, and if it is
@@ -111,7 +111,7 @@ class RequestChecksMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        refusal = forged(scope["method"], Headers(scope=scope))
+        refusal = cross_origin_error(scope["method"], Headers(scope=scope))
         if refusal is not None:
             await reply(refusal)(scope, receive, send)
         elif scope["method"] == "HEAD":
@@ -122,19 +122,19 @@ class RequestChecksMiddleware:
     async def _head(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer HEAD with the headers of GET and no body."""
 
-        async def bodiless(message: Message) -> None:
+        async def without_body(message: Message) -> None:
             await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
         # A copy: uvicorn reads HEAD from its own scope and so accepts a Content-Length without a body.
         get_scope = {**scope, "method": "GET"}
         try:
-            await self.app(get_scope, receive, bodiless)
+            await self.app(get_scope, receive, without_body)
         finally:
             if "route" in get_scope:
                 scope["route"] = get_scope["route"]
 
 
-def forged(method: str, headers: Mapping[str, str]) -> APIError | None:
+def cross_origin_error(method: str, headers: Mapping[str, str]) -> APIError | None:
     """Return the error for a request that writes and may come from a page of another origin; None if it cannot."""
     if method in _READS:
         return None
@@ -143,7 +143,7 @@ def forged(method: str, headers: Mapping[str, str]) -> APIError | None:
     foreign = site not in ("same-origin", "none") if site is not None else origin not in (None, *_own(headers))
     if foreign:
         return APIError(403, "requests from a page of another origin are refused", code="origin")
-    if method == "POST" and not is_json(headers.get("content-type", "")) and not _not_simple(headers):
+    if method == "POST" and not is_json(headers.get("content-type", "")) and not _needs_preflight(headers):
         return APIError(415, "a POST needs the header Content-Type: application/json", code="content_type")
     return None
 
@@ -154,12 +154,12 @@ def _own(headers: Mapping[str, str]) -> list[str]:
     return [f"http://{host}", f"https://{host}"]
 
 
-def _not_simple(headers: Mapping[str, str]) -> bool:
+def _needs_preflight(headers: Mapping[str, str]) -> bool:
     """Return whether a browser would have sent a CORS preflight first, which this server never grants."""
     return "authorization" in headers or "x-requested-with" in headers
 
 
-OPEN = ("/", "/healthz", "/readyz", "/openapi.json")
+PUBLIC_PATHS = ("/", "/healthz", "/readyz", "/openapi.json")
 """Paths that need no key; paths below /page/ need none either."""
 
 
@@ -175,7 +175,7 @@ class AdmissionMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http" or scope["path"] in OPEN or scope["path"].startswith("/page/"):
+        if scope["type"] != "http" or scope["path"] in PUBLIC_PATHS or scope["path"].startswith("/page/"):
             await self.app(scope, receive, send)
             return
         with ExitStack() as stack:

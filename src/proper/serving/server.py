@@ -21,7 +21,7 @@ from proper.serving.connections import ACCEPTED_AT_ONCE, ConnectionLimits, proto
 from proper.serving.engines import EngineRunner
 from proper.serving.keys import Keys
 
-QUEUED = 2048
+BACKLOG = 2048
 """Listen backlog: connections that the kernel queues for the event loop."""
 
 
@@ -49,10 +49,10 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen with a backlog of `QUEUED`, so that connections wait in the kernel while the event loop is busy."""
+        """Listen with a backlog of `BACKLOG`, so that connections wait in the kernel while the event loop is busy."""
         await super().startup(sockets)
         for bound in sockets or []:
-            bound.listen(QUEUED)
+            bound.listen(BACKLOG)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -27,7 +27,7 @@ MEASUREMENTS = 10
 FEWEST_ROWS, MOST_ROWS = 16, 128
 """Limits of the number of held-out rows; a sample for which the share is below the first has no early stopping."""
 
-HELD_OUT = -1
+HELD_OUT_EPOCH = -1
 """The epoch whose seeded order decides which rows are held out; training epochs count from 0."""
 
 _BATCH = 32
@@ -70,7 +70,7 @@ def hold_out(sample: SampledRows, share: float, max_length: int) -> tuple[Sample
     of_user: Counter[str] = Counter()
     limit = 1
     while len(chosen) < wanted:
-        for row in sample.rows(HELD_OUT):
+        for row in sample.rows(HELD_OUT_EPOCH):
             if row.id not in chosen and of_user[row.user] < limit:
                 chosen[row.id] = row
                 of_user[row.user] += 1

@@ -32,7 +32,7 @@ from proper.models.personal import ProperModel
 FloatArray = NDArray[np.float64]
 
 logger = logging.getLogger(__name__)
-STRUCTURE = 0.25
+MIN_SILHOUETTE = 0.25
 """Mean silhouette up to which Kaufman & Rousseeuw (1990) speak of no substantial structure."""
 
 
@@ -75,8 +75,8 @@ def count_experts(scores: Float[Tensor, "U K"], most: int, default: int) -> Expe
     best = max(found, key=lambda number: found[number], default=default)
     if not found:
         return ExpertCount(default, f"{distinct} different users are too few to count clusters; the default", found)
-    if found[best] <= STRUCTURE:
-        why = f"no number of clusters has a silhouette above {STRUCTURE} (highest: {found[best]:.2f}); the default"
+    if found[best] <= MIN_SILHOUETTE:
+        why = f"no number of clusters has a silhouette above {MIN_SILHOUETTE} (highest: {found[best]:.2f}); the default"
         return ExpertCount(default, why, found)
     fewest = next(number for number, values in own.items() if _as_good(values, own[best]))
     why = f"the {len(points)} users form {fewest} clusters (silhouette {found[fewest]:.2f}, highest {found[best]:.2f})"

@@ -23,10 +23,10 @@ from proper.training.microbatching import MICRO_TOKENS
 
 __all__ = ["Footprint", "auto_slots", "device_memory", "footprint", "pending_rows"]
 
-SHARE = 0.6
+MEMORY_SHARE = 0.6
 """Share of the device's memory that stage 3 uses."""
 
-MOST = {"cpu": 32, "cuda": 256}
+MAX_SLOTS = {"cpu": 32, "cuda": 256}
 """Maximum number of slots: with more, a step's rows already saturate the device."""
 
 PENDING_BYTES = 1 << 29
@@ -66,9 +66,9 @@ def footprint(model: ProperModel, config: UsersConfig, longest: int, tokens: int
 
 
 def auto_slots(parts: Footprint, memory: int, device: str) -> int:
-    """Return how many slots fit in `SHARE` of `memory` bytes, at least one, at most `MOST` for this device type."""
-    most = MOST.get(device, MOST["cpu"])
-    fitting = [slots for slots in range(1, most + 1) if parts.total(slots) <= memory * SHARE]
+    """Return how many slots fit in `MEMORY_SHARE` of `memory` bytes: at least one, at most `MAX_SLOTS`."""
+    most = MAX_SLOTS.get(device, MAX_SLOTS["cpu"])
+    fitting = [slots for slots in range(1, most + 1) if parts.total(slots) <= memory * MEMORY_SHARE]
     return fitting[-1] if fitting else 1
 
 

@@ -31,7 +31,7 @@ class Choice:
     scale: float
 
 
-EVERYTHING = Choice(PARTS, 1.0)
+ALL_PASSES = Choice(PARTS, 1.0)
 """The full passes at the full scale."""
 
 
@@ -77,7 +77,7 @@ class TrialCurve:
 def choose(curves: Sequence[TrialCurve]) -> Choice:
     """Return the choice with the highest lower bound of the mean gain; of equal ones, the least training and scale."""
     if not curves:
-        return EVERYTHING
+        return ALL_PASSES
     choices = [Choice(part, scale) for part in range(1, PARTS + 1) for scale in sorted(curves[0].scales)]
     return max(choices, key=lambda choice: _lower_bound([curve.at(choice).gain for curve in curves]))
 

@@ -35,7 +35,7 @@ from proper.run_folder import RunFolder
 from proper.training.bases import random_bases
 from proper.training.population import in_training, wrap
 
-ALIKE = 0.8
+MIN_COSINE = 0.8
 """Minimum cosine between logits with and without a cache; rounding, which can change a token's expert, stays above."""
 STEPS = 2
 
@@ -230,5 +230,5 @@ def _check_gradients(parameters: list[torch.nn.Parameter]) -> None:
 def _compare(found: Tensor, expected: Tensor, otherwise: str) -> None:
     one, two = (logits.float().flatten(0, -2) for logits in (found, expected))
     alike = torch.nn.functional.cosine_similarity(one - one.mean(-1, True), two - two.mean(-1, True), dim=-1)
-    if not bool((alike > ALIKE).all()):
+    if not bool((alike > MIN_COSINE).all()):
         raise _Unsupported(otherwise)

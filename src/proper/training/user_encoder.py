@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 MOST_ITEMS = 20_000
 """Rows whose features are computed."""
-PROJECTED_FROM = 2_048
+PCA_ROWS = 2_048
 """Rows from whose features the principal components are taken; only these are in memory at once."""
 COMPONENTS = 16, 32, 12
 """Principal components of surprise, answer and context."""
@@ -113,7 +113,7 @@ def train_encoder(
     test = Regression.of(known[:held], effect, rng, fit.pooling)
     penalty = min(PENALTIES, key=lambda each: test.error(fit.ridge(each)))
     network, steps, _ = fit.network(seed, test)
-    candidates = {("mean", 0.0): nothing(phi.shape[1], len(mean))}
+    candidates = {("mean", 0.0): zero_readout(phi.shape[1], len(mean))}
     for gain in GAINS:
         candidates |= {("ridge", gain): fit.ridge(penalty).times(gain), ("network", gain): network.times(gain)}
     losses = {
@@ -133,7 +133,7 @@ def train_encoder(
     return UserEncoder(projection, final.pooling, readout.times(gain), mean, metadata)
 
 
-def nothing(width: int, size: int) -> Readout:
+def zero_readout(width: int, size: int) -> Readout:
     """Return the readout that places all users at the mean."""
     return Readout(torch.zeros(size, width), torch.empty(0), torch.empty(size, 0))
 
@@ -166,11 +166,11 @@ def _features(model: ProperModel, items: Sequence[EncodedExample]) -> tuple[Item
     """Return the projection, from the first items, and phi of all items."""
     found: list[Tensor] = []
     with progress("encoder of users: features", len(items)) as advance:
-        first = item_features(model, items[:PROJECTED_FROM], advance)
+        first = item_features(model, items[:PCA_ROWS], advance)
         projection = project(first)
         found.append(projection(first))
-        for at in range(PROJECTED_FROM, len(items), PROJECTED_FROM):
-            found.append(projection(item_features(model, items[at : at + PROJECTED_FROM], advance)))
+        for at in range(PCA_ROWS, len(items), PCA_ROWS):
+            found.append(projection(item_features(model, items[at : at + PCA_ROWS], advance)))
     return projection, torch.cat(found)
 
 

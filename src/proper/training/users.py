@@ -22,7 +22,7 @@ from proper.files import private_folder, write_json
 from proper.run_folder import Tier
 from proper.training.jobs import FitResult, HistoryJobs, Job
 from proper.training.multi_user_trainer import MultiUserTrainer
-from proper.training.pooled_choice import EVERYTHING, Choice
+from proper.training.pooled_choice import ALL_PASSES, Choice
 from proper.training.tier_selection import storable
 from proper.training.trials import select
 from proper.training.user_stage import (
@@ -56,7 +56,7 @@ def train_users(stage: UserStage) -> TrainedUsers:
     if stage.config.tiers.select:
         chosen, choice, metadata = select(stage)
     else:
-        chosen, choice, metadata = list(range(len(stage.users))), EVERYTHING, no_metadata
+        chosen, choice, metadata = list(range(len(stage.users))), ALL_PASSES, no_metadata
     jobs = stage.jobs(chosen, trial=False, part=choice.part)
     fit_adapters(stage, jobs, stage.store, "final", metadata, choice.scale)
     _keep_on_group_tier(stage, chosen, metadata)

@@ -119,7 +119,7 @@ class ServedModel:
                 usage = body.stream_options is not None and bool(body.stream_options.include_usage)
                 lines = server_sent(shape, pieces, usage)
                 return EventStream(lines, stack.pop_all(), self.limiter.limits.stalled_seconds)
-            whole = await unless_gone(http.receive, collect(shape, pieces, len(requests)))
+            whole = await cancel_on_disconnect(http.receive, collect(shape, pieces, len(requests)))
             return JSONResponse(dump(whole))
 
 
@@ -157,7 +157,7 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all events and stop when the client disconnects, even while there is nothing to send."""
 
-        async def in_time(message: Message) -> None:
+        async def send_in_time(message: Message) -> None:
             try:
                 async with asyncio.timeout(self._stalled):
                     await send(message)
@@ -166,14 +166,14 @@ class EventStream(StreamingResponse):
 
         with self._stack:
             try:
-                await unless_gone(receive, self.stream_response(in_time))
+                await cancel_on_disconnect(receive, self.stream_response(send_in_time))
             except (APIError, ClientDisconnect):
                 return  # the client is gone, so no error is sent
             finally:
                 await self._lines.aclose()
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Return what `work` returns; cancel it if the client disconnects first.
 
     Raises:
