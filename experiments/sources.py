@@ -80,6 +80,7 @@ def main_sources(name: str, task: str) -> Iterator[Source]:
     if name == "huffpost-label":
         yield Source("huffpost-label, layers", "findings/layers-huffpost-label.json", LAST_LAYERS)
         yield Source("huffpost-label, twice the tokens", "findings/longer-huffpost-label.json", _rows(task))
+        yield Source("huffpost-label, four times the tokens", "findings/longest-huffpost-label.json", _rows(task))
     yield from EARLIER.get(name, ())
 
 
