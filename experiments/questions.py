@@ -74,9 +74,9 @@ QUESTIONS = (
         _command(0),
         STEPS,
         (
-            "HuffPost with one, two and four times the tokens in stages 1 and 2: Population and Groups rise with the tokens, "
-            "Users does not after the second, and the linear head with the prior, which reads the features of Population, "
-            "rises with Population. So more training of the shared stages does not bring Users above the linear head.",
+            "HuffPost with one, two and four times the tokens in stages 1 and 2: Population and Groups rise with the "
+            "tokens, Users does not after the second budget, and the linear head with the prior, which reads features "
+            "of Population, rises. So more training of the shared stages does not bring Users above the linear head.",
         ),
         summary=score_card({name: constant_of(task) for name, task in MAIN.items()}),
     ),
