@@ -69,7 +69,8 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
+# Not of the module: a worker that steals tests leaves a module and comes back, and would train it again.
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
     return pipeline.run(small_config(folder), folder / "run")

@@ -86,7 +86,13 @@ class Killed(BaseException):
     """What a test throws into a refresh."""
 
 
-def test_a_refresh_killed_anywhere_ends_the_same(grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["per_item", *(pytest.param(name, marks=pytest.mark.slow) for name in ("train_groups", "settle_groups"))],
+)
+def test_a_refresh_killed_anywhere_ends_the_same(
+    grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     whole = Path(shutil.copytree(grown, tmp_path / "whole"))
     refresh(whole)
     wanted, old = hash_file(RunFolder(whole).experts), hash_file(RunFolder(grown).experts)
@@ -94,20 +100,19 @@ def test_a_refresh_killed_anywhere_ends_the_same(grown: Path, tmp_path: Path, mo
     def dies(*_: Any) -> None:
         raise Killed
 
-    for at, name in enumerate(("train_groups", "per_item", "settle_groups")):
-        folder = Path(shutil.copytree(grown, tmp_path / f"killed-{at}"))
-        with monkeypatch.context() as patched:
-            patched.setattr(module, name, dies)
-            with pytest.raises(Killed):
-                refresh(folder)
-        if name != "settle_groups":
-            assert hash_file(RunFolder(folder).experts) == old
-        model = load(folder)
-        model.close()
-        refresh(folder)
-        assert hash_file(RunFolder(folder).experts) == wanted and not RunFolder(folder).users.work.exists()
-        for user in everyone(whole):
-            assert torch.equal(record(folder, user).embedding, record(whole, user).embedding)
+    folder = Path(shutil.copytree(grown, tmp_path / "killed"))
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, dies)
+        with pytest.raises(Killed):
+            refresh(folder)
+    if name != "settle_groups":
+        assert hash_file(RunFolder(folder).experts) == old
+    model = load(folder)
+    model.close()
+    refresh(folder)
+    assert hash_file(RunFolder(folder).experts) == wanted and not RunFolder(folder).users.work.exists()
+    for user in everyone(whole):
+        assert torch.equal(record(folder, user).embedding, record(whole, user).embedding)
 
 
 def test_users_who_are_left_out_and_a_process_that_loaded_the_groups_before(grown: Path, opened: Open) -> None:

@@ -1,4 +1,4 @@
-"""`tests/soak` as a test: half a minute of mixed traffic and faults here, ten minutes with `-m slow`.
+"""`tests/soak` as a test: some seconds of mixed traffic and faults here, ten minutes with `-m slow`.
 
 `tests/soak/__main__.py` describes the traffic, the faults and the conditions.
 """
@@ -26,9 +26,9 @@ def soak(run: Path, seconds: float, seed: int, *more: str) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(1600)
-def test_half_a_minute(tiny_run: Path) -> None:
-    told = soak(tiny_run, 20, 0, "--askers", "2")
-    assert told["answers"] > 100 and told["acknowledged"] > 10
+def test_some_seconds(tiny_run: Path) -> None:
+    told = soak(tiny_run, 12, 0, "--askers", "2")
+    assert told["answers"] > 50 and told["acknowledged"] > 5
 
 
 def test_a_run_with_labels_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -21,11 +21,11 @@ from proper.models.user_encoder import Pooling, Readout, UserEncoder, load_encod
 from proper.training.user_encoder import (
     Regression,
     UserItems,
-    nothing,
     pool,
     project,
     train_encoder,
     without_starts,
+    zero_readout,
 )
 
 
@@ -62,7 +62,7 @@ def test_planted_users_are_found_better_than_by_the_mean(kind: str) -> None:
     fit = Regression.of(planted(120, noise=0.5), torch.eye(8), rng)
     test = Regression.of(planted(160, noise=0.5)[120:], torch.eye(8), rng, fit.pooling)
     readout = fit.ridge(0.01) if kind == "ridge" else fit.network(0, test)[0]
-    assert readout.kind == kind and test.error(readout) < 0.5 * test.error(nothing(6, 8))
+    assert readout.kind == kind and test.error(readout) < 0.5 * test.error(zero_readout(6, 8))
 
 
 @pytest.mark.parametrize("kind", ["ridge", "network"])
