@@ -76,7 +76,7 @@ QUESTIONS = (
         (
             "HuffPost with one, two and four times the tokens in stages 1 and 2: Population and Groups rise with the "
             "tokens, Users does not after the second budget, and the linear head with the prior, which reads features "
-            "of Population, rises. So more training of the shared stages does not bring Users above the linear head.",
+            "of Population, rises. Here more training of the shared stages does not bring Users above that head.",
         ),
         summary=score_card({name: constant_of(task) for name, task in MAIN.items()}),
     ),

@@ -248,9 +248,15 @@ class Model:
             InputError: the two lists differ in length, or a prompt is empty.
             StoreError: a user's adapter is damaged.
         """
-        rows = self.personalized, prompts, user_ids
         return generate(
-            *rows, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, task=task
+            self.personalized,
+            prompts,
+            user_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            task=task,
         )
 
     def respond(

@@ -66,12 +66,7 @@ def command(
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Maximum number of tokens of an answer; the config's by default.",
-            show_default=False,
-        ),
+        typer.Option(min=1, metavar="N", help="Maximum answer tokens; the config's by default.", show_default=False),
     ] = None,
     temperature: Annotated[
         float, typer.Option(metavar="X", help="0 takes the likeliest token; above 0, sampling temperature.")
