@@ -42,7 +42,7 @@ from proper.run_folder import RunFolder
 from proper.training.expert_count import count_experts, user_scores
 from proper.training.stages import StageRunner
 
-MOST = GroupsConfig(experts="auto").expert_count
+MAX_EXPERTS = GroupsConfig(experts="auto").expert_count
 
 
 def small_llama(folder: Path) -> str:
@@ -80,7 +80,7 @@ def generated(folder: Path, planted: int, seed: int, given: argparse.Namespace, 
     del raw["task"]["labels"]
     raw["split"]["target_users"] = given.users
     raw["population"]["max_tokens"] = 3000
-    raw["groups"] |= {"epochs": given.epochs, "batch_size": 64, "experts": MOST, "user_encoder": False}
+    raw["groups"] |= {"epochs": given.epochs, "batch_size": 64, "experts": MAX_EXPERTS, "user_encoder": False}
     raw["groups"] |= {"learning_rate": given.rates[0], "embedding_learning_rate": given.rates[1]}
     return make_config({**raw, "backbone": backbone, "compute": {"dtype": "fp32", "device": "cpu"}})
 
@@ -104,7 +104,7 @@ def measure(folder: Path, planted: int, seed: int, given: argparse.Namespace, ba
     scores = user_scores(model, torch.stack([*heads.values()]))
     clusters = KMeans(planted, n_init=10, random_state=0).fit_predict(scores.numpy())
     nmi = float(normalized_mutual_info_score([groups[user] for user in heads], clusters))
-    found = asdict(count_experts(scores, MOST, GroupsConfig().expert_count))
+    found = asdict(count_experts(scores, MAX_EXPERTS, GroupsConfig().expert_count))
     return {"planted": planted, "seed": seed, **found, "nmi": round(nmi, 3), "loss": round(fmean(losses), 3)}
 
 

@@ -28,7 +28,7 @@ import httpx
 import numpy as np
 
 from experiments.simulation_client import Client, running_server
-from experiments.simulation_server import LONGEST_ANSWER, LONGEST_PROMPT, ROWS, SLOTS, USERS, Work, read_log
+from experiments.simulation_server import MAX_ANSWER, MAX_PROMPT, ROWS, SLOTS, USERS, Work, read_log
 from proper.benchmarks.measure import machine
 from proper.benchmarks.serve_costs import line
 from proper.files import write_json
@@ -67,8 +67,8 @@ def load(seed: int, count: int, rate: float) -> list[Arrival]:
     draw = np.random.default_rng(seed)
     users = ZipfLaw(USERS, 0.9).draw(draw, count).tolist()
     times = np.cumsum(draw.exponential(1 / rate, count)).tolist()
-    prompts = draw.integers(SHORT_PROMPT, LONGEST_PROMPT + 1, count).tolist()
-    answers = draw.integers(2, LONGEST_ANSWER + 1, count).tolist()
+    prompts = draw.integers(SHORT_PROMPT, MAX_PROMPT + 1, count).tolist()
+    answers = draw.integers(2, MAX_ANSWER + 1, count).tolist()
     return [Arrival(*each) for each in zip(times, users, prompts, answers, strict=True)]
 
 
@@ -124,7 +124,7 @@ async def compare(url: str, log: Path, repeats: int, count: int, keep: Callable[
             start = read_log(log)[2]
             for user in range(1, SLOTS + 1):
                 await client.ask(user, SHORT_PROMPT, 1)
-            await asyncio.gather(*(client.ask(user, LONGEST_PROMPT, 4) for user in range(1, ROWS + 1)))
+            await asyncio.gather(*(client.ask(user, MAX_PROMPT, 4) for user in range(1, ROWS + 1)))
             now = costs_of(read_log(log, start)[0])
             # Half of what the rows could do, so that queues form and drain.
             rate = 0.5 / (now.prefill + now.prefill_token * 52 + 9 * now.steps[-1] / ROWS)

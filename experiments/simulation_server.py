@@ -25,7 +25,7 @@ from proper.serving.keys import Keys
 from proper.serving.server import free_port, make_server
 
 USERS, ROWS, SLOTS = 48, 3, 8
-LONGEST_PROMPT, LONGEST_ANSWER = 96, 16
+MAX_PROMPT, MAX_ANSWER = 96, 16
 PAD_TOKENS = 100
 """Padding of a prefill grows by the padding of a step with so many prompt tokens."""
 
@@ -120,7 +120,7 @@ def read_log(log: Path, start: int = 0) -> tuple[list[Work], list[Reply], int]:
 def serve(folder: Path, port: int, pad: float) -> None:
     """Serve until the process is terminated; the work is logged to FOLDER/work.jsonl."""
     device, backbone = torch.device("cpu"), BenchBackbone()
-    shape = ServedShape(backbone, "all", torch.float32, USERS, 1, LONGEST_PROMPT, LONGEST_ANSWER)
+    shape = ServedShape(backbone, "all", torch.float32, USERS, 1, MAX_PROMPT, MAX_ANSWER)
     served = Served(shape, backbone.load(torch.float32, device), device, folder)
     engine = Engine(served.personal, EngineLimits(ROWS, SLOTS, prefix_bytes=0))
     measure(engine, folder / "work.jsonl", pad)

@@ -10,7 +10,7 @@ import torch
 
 from proper.config import ComputeConfig
 from proper.models.backbone import Backbone, load_backbone
-from proper.models.memory import MOST_TOKENS, ROOM, token_bytes, tokens_at_once
+from proper.models.memory import MAX_TOKENS, ROOM, token_bytes, tokens_at_once
 
 CPU = torch.device("cpu")
 
@@ -21,13 +21,13 @@ def nano() -> Backbone:
 
 
 def test_tokens_at_once_go_by_the_backbones_size(nano: Backbone) -> None:
-    assert tokens_at_once(ComputeConfig(), nano.model) == MOST_TOKENS, "the small backbone has room for more"
+    assert tokens_at_once(ComputeConfig(), nano.model) == MAX_TOKENS, "the small backbone has room for more"
     assert tokens_at_once(ComputeConfig(batch_tokens=100), nano.model) == 100
     layers = nano.model.config.num_hidden_layers
     try:
         nano.model.config.num_hidden_layers = 10 * layers
         found = tokens_at_once(ComputeConfig(), nano.model)
-        assert found == ROOM // token_bytes(nano.model.config, 2, 256) and 256 < found < MOST_TOKENS
+        assert found == ROOM // token_bytes(nano.model.config, 2, 256) and 256 < found < MAX_TOKENS
         nano.model.config.num_hidden_layers = 10**6
         assert tokens_at_once(ComputeConfig(), nano.model) == 256, "one row always fits"
     finally:

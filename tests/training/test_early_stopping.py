@@ -21,7 +21,7 @@ from proper.data.dataset import Dataset, TextExample
 from proper.data.encoder import Encoder
 from proper.models.backbone import Backbone
 from proper.models.personal import answer_logits, answer_loss
-from proper.training.early_stopping import FEWEST_ROWS, MEASUREMENTS, MOST_ROWS, EarlyStopping, hold_out
+from proper.training.early_stopping import MAX_ROWS, MEASUREMENTS, MIN_ROWS, EarlyStopping, hold_out
 from proper.training.population import train_population
 from proper.training.trainer import TrainingPlan
 
@@ -57,8 +57,8 @@ def sample_of(histories: list[int]) -> Rows:
 def test_rows_are_held_out_evenly_over_users(histories: list[int], share: float) -> None:
     sample = sample_of(histories)
     rest, held_out = hold_out(sample, share, 6)
-    wanted = min(MOST_ROWS, round(share * sample.size))
-    if wanted < FEWEST_ROWS:
+    wanted = min(MAX_ROWS, round(share * sample.size))
+    if wanted < MIN_ROWS:
         assert held_out == () and rest is sample
         return
     assert len(held_out) == wanted and rest.size == sample.size - wanted

@@ -139,7 +139,7 @@ def test_the_choice_is_the_lowest_answer_loss_of_held_out_users(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("proper.training.user_encoder.FEWEST_USERS", 5)
+    monkeypatch.setattr("proper.training.user_encoder.MIN_USERS", 5)
     caplog.set_level("INFO", logger="proper")
     users = [user.id for user in dataset.users() if user.history > 0]
     kinds = set()

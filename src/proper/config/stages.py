@@ -85,7 +85,7 @@ class PopulationConfig(OptimizerConfig):
     validation: Annotated[float, Field(gt=0, le=0.5)] = 0.05
 
 
-MOST_EXPERTS = 16
+MAX_EXPERTS = 16
 """Number of experts with which `groups.experts: auto` trains first, and the most that it finds."""
 
 
@@ -149,7 +149,7 @@ class GroupsConfig(OptimizerConfig):
     @property
     def expert_count(self) -> int:
         """The number of experts that are added to the model; with `auto`, that of the first training."""
-        return MOST_EXPERTS if self.experts == "auto" else self.experts
+        return MAX_EXPERTS if self.experts == "auto" else self.experts
 
     @model_validator(mode="after")
     def _tasks_have_a_fixed_number_of_experts(self) -> GroupsConfig:

@@ -12,7 +12,7 @@ from proper.data.item_evidence import marked
 from proper.data.rows import BadValue, Source, Template, parse_template
 from proper.data.sources import open_sources
 from proper.data.values import (
-    LONGEST_ID,
+    MAX_ID_LENGTH,
     find_label,
     identifier,
     is_written_null,
@@ -263,8 +263,8 @@ def _user(row: Mapping[str, object], column: str, typed: bool) -> str:
         raise BadValue(column, "null" if column in row else "missing")
     if not user.strip():
         raise BadValue(column, "empty")
-    if len(user) > LONGEST_ID:
-        raise BadValue(column, f"longer than {LONGEST_ID} characters")
+    if len(user) > MAX_ID_LENGTH:
+        raise BadValue(column, f"longer than {MAX_ID_LENGTH} characters")
     return user
 
 

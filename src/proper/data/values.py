@@ -17,7 +17,7 @@ from decimal import Decimal
 
 OUT_OF_RANGE = "a time outside of the years 1 to 9999"
 
-LONGEST_ID = 512
+MAX_ID_LENGTH = 512
 """Characters of the longest user id; the server accepts no longer one."""
 
 _EXACT = 2**53

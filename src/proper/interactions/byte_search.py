@@ -24,7 +24,7 @@ from proper.interactions.fingerprints import MAX_PRINT_BYTES, WINDOW, Kind, Prin
 
 _OVERLAP, _MARGIN = 4096, 1024
 _SHORT_ID = 4
-_AROUND, _MOST_LEARNT = 16, 1000
+_AROUND, _MAX_PATTERNS = 16, 1000
 _PLAIN_END, _PLAIN_START = re.compile(rb"[A-Za-z0-9 ,.]+$"), re.compile(rb"[A-Za-z0-9 ,.]+")
 _WORD = rb"[A-Za-z0-9_]"
 _BEFORE, _AFTER = rb"(?<=[\x00\"'>,;\t\n])", rb"(?=[\x00\"'<,;\t\r\n]|$)"
@@ -154,7 +154,7 @@ class Search:
                 left = _PLAIN_END.search(data[max(0, found.start() - _AROUND) : found.start()])
                 right = _PLAIN_START.match(data[found.end() : found.end() + _AROUND])
                 around = (left[0] if left else b"") + found[0] + (right[0] if right else b"")
-                if len(around) > len(found[0]) and len(self._longer) < _MOST_LEARNT and around not in self._longer:
+                if len(around) > len(found[0]) and len(self._longer) < _MAX_PATTERNS and around not in self._longer:
                     self._longer.append(around)
 
 

@@ -132,14 +132,14 @@ def at_least_fp32(x: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-NEVER = -1e3
+MASKED = -1e3
 """Score that leaves an expert a gate of exactly 0; finite, since stored tensors must be."""
 
 
 def _separate(experts: int, tasks: int) -> Float[Tensor, "E K"]:
     """Return W_t that gives expert i to task i mod K alone."""
     own = torch.arange(experts)[:, None] % tasks == torch.arange(tasks)
-    return torch.zeros(experts, tasks).masked_fill(~own, NEVER)
+    return torch.zeros(experts, tasks).masked_fill(~own, MASKED)
 
 
 def _uniform(rows: int, columns: int) -> Tensor:

@@ -37,7 +37,7 @@ from proper.run_folder import Tier
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 """Values of l, from the strongest; each fit starts at the one before."""
 
-MOST_ROWS = 20_000
+MAX_ROWS = 20_000
 """Rows that are fitted: their features are in memory."""
 
 
@@ -116,7 +116,7 @@ def head_with_prior(place: TrainedRun) -> MethodRun:
 
 
 def training_rows(place: TrainedRun) -> list[TextExample]:
-    """List the rows that the three stages train on, each once; at most `MOST_ROWS`, those of target users first."""
+    """List the rows that the three stages train on, each once; at most `MAX_ROWS`, those of target users first."""
     dataset, config = place.dataset, place.config
     targets = (dataset.history(user.id, config.users.max_items) for user in dataset.users("target"))
     samples = (
@@ -126,7 +126,7 @@ def training_rows(place: TrainedRun) -> list[TextExample]:
     every = itertools.chain(itertools.chain.from_iterable(targets), *(sample.rows(0) for sample in samples))
     found: dict[int, TextExample] = {}
     for row in every:
-        if len(found) == MOST_ROWS:
+        if len(found) == MAX_ROWS:
             break
         found.setdefault(row.id, row)
     return list(found.values())

@@ -43,7 +43,7 @@ Floats = NDArray[np.float64]
 
 WEIGHTS = np.linspace(0, 1, 41)
 
-MOST_HELD = 256
+MAX_HELD = 256
 """Held-out items that are scored to choose w: one number needs no more, and scoring costs as much as a query each."""
 
 
@@ -110,7 +110,7 @@ class HeldOut:
 
 
 def held_out(place: TrainedRun, priors: UserPriors) -> HeldOut:
-    """Score at most `MOST_HELD` held-out items with the group model, in rounds of one per user, the newest first."""
+    """Score at most `MAX_HELD` held-out items with the group model, in rounds of one per user, the newest first."""
     labels, rows = place.dataset.labels, _held_out(place.dataset, priors)
     if not rows:
         return HeldOut((), np.zeros((0, len(labels))), np.zeros((0, len(labels))))
@@ -123,10 +123,10 @@ def held_out(place: TrainedRun, priors: UserPriors) -> HeldOut:
 
 
 def held_out_by_adapters(place: TrainedRun, priors: UserPriors) -> HeldOut:
-    """Score at most `MOST_HELD` held-out items with adapters that are trained without any held-out item."""
+    """Score at most `MAX_HELD` held-out items with adapters that are trained without any held-out item."""
 
     def derive(source: Dataset, path: Path, config: Config, seed: int) -> None:
-        ask_held_out(source, path, priors.held, MOST_HELD)
+        ask_held_out(source, path, priors.held, MAX_HELD)
 
     users = place.config.users
     # The name is a part of the data's key, and the held-out items follow from these settings.
@@ -177,7 +177,7 @@ def _held_out(dataset: Dataset, priors: UserPriors) -> list[TextExample]:
     }
     rounds = range(max((len(rows) for rows in newest.values()), default=0))
     found = [rows[at] for at in rounds for rows in newest.values() if at < len(rows)]
-    return found[:MOST_HELD]
+    return found[:MAX_HELD]
 
 
 def with_shares(

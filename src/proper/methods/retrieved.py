@@ -31,7 +31,7 @@ from proper.models.tokenizer import configured_encoder
 NEWEST = 200
 """History items of a target user that have embeddings."""
 
-LONGEST = 128
+MAX_TOKENS = 128
 """Tokens of a prompt that are embedded, from its begin."""
 
 
@@ -86,7 +86,7 @@ def prompt_vectors(source: Dataset, config: Config) -> Vectors:
     rows = [*items, *source.queries()]
     backbone = configured_backbone(config)
     encoder = backbone.encoder()
-    encoded = [encoder.start + encoder.tokens(readable(row.prompt))[:LONGEST] for row in rows]
+    encoded = [encoder.start + encoder.tokens(readable(row.prompt))[:MAX_TOKENS] for row in rows]
     found: dict[int, np.ndarray[Any, np.dtype[np.float32]]] = {}
     with progress("retrieval: embeds", len(rows)) as advance, torch.no_grad():
         for chunk in by_length([len(ids) for ids in encoded], config.compute.batch_size, backbone.batch_tokens):

@@ -16,7 +16,7 @@ from proper.config import Config
 from proper.data.chat import uses_chat_template
 from proper.data.encoder import Encoder
 from proper.errors import ConfigError
-from proper.models.memory import MOST_TOKENS, tokens_at_once
+from proper.models.memory import MAX_TOKENS, tokens_at_once
 from proper.models.positions import context_of, fix_rope, positions_of, require_positions
 from proper.models.tokenizer import (
     EMBEDDED,
@@ -62,7 +62,7 @@ class Backbone:
     ends: tuple[int, ...] = ()
     max_length: int | None = None
     chat: bool = False
-    batch_tokens: int = MOST_TOKENS
+    batch_tokens: int = MAX_TOKENS
     every_turn: bool = False
 
     @property

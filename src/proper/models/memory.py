@@ -1,6 +1,6 @@
 """Memory of forward and backward passes: activations per token, tokens that run at once, freed memory given back.
 
-    tokens at once = ROOM / bytes per token, at least one row, at most MOST_TOKENS on a CPU
+    tokens at once = ROOM / bytes per token, at least one row, at most MAX_TOKENS on a CPU
 
 The bytes per token are a formula, about those of stage 3. Measured, SmolLM2-135M with rows of 256 tokens needs 1.6
 times as much in stage 1, whose LoRA is on all modules, and 1.3 times as much in stage 2.
@@ -25,7 +25,7 @@ ROOM = 5 << 28
 DEVICE_SHARE = 1 / 8
 """Share of a GPU's memory for activations."""
 
-MOST_TOKENS = 4096
+MAX_TOKENS = 4096
 """Maximum number of tokens at once on a CPU: more only cost memory."""
 
 
@@ -37,7 +37,7 @@ def tokens_at_once(config: ComputeConfig, model: PreTrainedModel) -> int:
     on_cpu = model.device.type == "cpu"
     room = ROOM if on_cpu else int(device_memory(model.device) * DEVICE_SHARE)
     fitting = max(config.max_length, room // per_token)
-    return min(fitting, max(MOST_TOKENS, config.max_length)) if on_cpu else fitting
+    return min(fitting, max(MAX_TOKENS, config.max_length)) if on_cpu else fitting
 
 
 def token_bytes(config: Any, compute: int, longest: int) -> int:

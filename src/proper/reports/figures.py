@@ -24,8 +24,8 @@ from proper.run_folder import LADDER
 Item = TypeVar("Item")
 Row = Mapping[str, Any]
 
-MOST_COLUMNS = 400
-MOST_MARKS = 1500
+MAX_COLUMNS = 400
+MAX_MARKS = 1500
 
 
 def ladder(rows: Sequence[ReportedMetric], changes: dict[str, str]) -> Chart | None:
@@ -79,7 +79,7 @@ def heat(routed: Sequence[RoutedUser], of: str = "") -> Chart | None:
     if not routed:
         return None
     ordered = sorted(routed, key=lambda user: (user.main, -user.gates[user.main], user.user))
-    users, experts = _thin(ordered, MOST_COLUMNS), max(len(user.gates) for user in routed)
+    users, experts = _thin(ordered, MAX_COLUMNS), max(len(user.gates) for user in routed)
     gates = [[user.gates[row] if row < len(user.gates) else 0.0 for user in users] for row in range(experts)]
     low, high = min(map(min, gates)), max(map(max, gates))
     label = f"Mean gates of {len(users)} users over {experts} experts{f', {of}' if of else ''}"
@@ -126,7 +126,7 @@ def _gate_tip(user: RoutedUser) -> str:
 def maps(routed: Sequence[RoutedUser]) -> list[Chart]:
     """Draw 2-D scatter plots of users' embeddings, coloured by main expert and, if known, by true group."""
     known = [user for user in routed if user.position]
-    placed = _thin(known, MOST_MARKS)
+    placed = _thin(known, MAX_MARKS)
     if not placed:
         return []
     counts = {index: sum(user.main == index for user in placed) for index in sorted({user.main for user in placed})}
@@ -180,7 +180,7 @@ def gains(users: Sequence[UserGain], step: str, metric: str) -> Chart | None:
     if not known:
         return None
     known.sort(key=lambda pair: (-pair[1], -pair[0].history, pair[0].user))
-    shown = _thin(known, MOST_COLUMNS)
+    shown = _thin(known, MAX_COLUMNS)
     before = {"groups": "population", "users": "groups"}[step]
     what = f"gain in {metric_name(metric)}, {method_name(step).lower()} over {before} (up is better)"
     tips = [_user_tip(user, gain) for user, gain in shown]

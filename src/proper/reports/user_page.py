@@ -25,8 +25,8 @@ from proper.reports.user_data import UserReport, known_items, load_user, metadat
 from proper.run_folder import LADDER, RunFolder, Stage, Tier
 
 STEPS = (("groups", "population"), ("users", "groups"))
-MOST_QUERIES = 200
-MOST_DOTS = 800
+MAX_QUERIES = 200
+MAX_DOTS = 800
 SERVED: dict[str, str] = {
     Tier.USERS: "the user's adapter, on top of the group model",
     Tier.GROUPS: "the group model with the user's embedding",
@@ -67,7 +67,7 @@ def gather(run: RunFiles, report: UserReport) -> dict[str, Any]:
         "gates": gates(routed, run.routed) if routed else None,
         "neighbours": _neighbours(run, report),
         "position": position_map(routed, run.routed, near) if routed else None,
-        "examples": report.examples[:MOST_QUERIES],
+        "examples": report.examples[:MAX_QUERIES],
         "all_queries": len(report.examples),
         "versions": _versions(report),
         "problem": report.stored.problem,
@@ -204,7 +204,7 @@ def standing(own: UserGain, all_users: Sequence[UserGain], metric: str) -> Chart
 
 def _strip(drawing: Canvas, panel: int, own: UserGain, users: Sequence[UserGain], step: str) -> None:
     axes = drawing.panels[panel]
-    shown = users[:: max(1, -(-len(users) // MOST_DOTS))]
+    shown = users[:: max(1, -(-len(users) // MAX_DOTS))]
     values = [gain_of(user, step) or 0.0 for user in shown]
     dots = axes.scatter(
         values, [_height(user.user) for user in shown], s=38, color=color("same"), alpha=0.4, linewidth=0
@@ -273,7 +273,7 @@ def position_map(own: RoutedUser, all_users: Sequence[RoutedUser], near: Sequenc
     if own.position is None or len(known) < 3:
         return None
     nearest = [user for user in known if user.user in near]
-    others = [user for user in known[:: max(1, -(-len(known) // MOST_DOTS))] if user.user not in {own.user, *near}]
+    others = [user for user in known[:: max(1, -(-len(known) // MAX_DOTS))] if user.user not in {own.user, *near}]
     looks: list[tuple[list[RoutedUser], str, dict[str, Any]]] = [
         (others, "dot", {"s": 38, "color": color("same"), "alpha": 0.4, "linewidth": 0}),
         (nearest, "mark", {"s": 46, "color": color(2), "marker": charts.marker(2)}),

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-LONGEST_PAUSE = 60.0
+MAX_PAUSE_SECONDS = 60.0
 """Longest pause in seconds between two starts; a worker that lived longer than this resets the pause."""
 
 
@@ -71,12 +71,12 @@ class FitProcess:
             code = self._process.wait()
             if self._stopping.is_set():
                 return
-            if time.monotonic() - begun > LONGEST_PAUSE:
+            if time.monotonic() - begun > MAX_PAUSE_SECONDS:
                 pause = self.pause
             self.log(f"proper: the fit worker ended with code {code}; restart in {pause:g} s")
             if self._stopping.wait(pause):
                 return
-            pause = min(2 * pause, LONGEST_PAUSE)
+            pause = min(2 * pause, MAX_PAUSE_SECONDS)
             self.restarts += 1
             self._process = self._begin()
             if self._stopping.is_set():  # `stop` was called between the check and the start

@@ -20,7 +20,7 @@ from proper.simulation.schema import SimulationConfig
 from proper.simulation.serving import ClusterSlice, simulate_slice
 from proper.simulation.sizing import CLOSE, needed_replicas, needed_workers, storage_and_price
 
-MOST_TRIALS = 30
+MAX_TRIALS = 30
 """The search for the number of replicas gives up after so many simulated days."""
 
 
@@ -111,7 +111,7 @@ def _enough_replicas(config: SimulationConfig, costs: ServingCosts) -> tuple[int
     """
     with progress("finding the number of replicas", None):
         replicas = needed_replicas(config, costs)
-    for _ in range(MOST_TRIALS):
+    for _ in range(MAX_TRIALS):
         figures = _serve(config, costs, replicas, affinity=True)
         if figures["peak_first_token_p95"] <= config.targets.first_token_p95:
             return replicas, figures

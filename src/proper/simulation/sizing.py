@@ -16,7 +16,7 @@ from proper.simulation.serving import ClusterSlice, simulate_slice
 
 CLOSE = 1.03
 """The search ends when the smallest number that meets the targets is known to within this factor."""
-MOST_TIMES = 32
+MAX_FACTOR = 32
 """The search gives up at this many times the number that the throughput alone asks for."""
 MONTH_HOURS = 730.0
 
@@ -30,12 +30,12 @@ def smallest(least: int, enough: Callable[[int], bool], name: str) -> int:
         name: key of the number, for the error.
 
     Raises:
-        ProperError: `MOST_TIMES` times `least` are not enough.
+        ProperError: `MAX_FACTOR` times `least` are not enough.
     """
     low, high = least - 1, least
     while not enough(high):
         low, high = high, max(high + 1, math.ceil(1.2 * high))
-        if high > MOST_TIMES * least:
+        if high > MAX_FACTOR * least:
             raise ProperError(f"'{name}': {high} do not meet the targets either; the costs may not allow any number")
     while high - low > 1 and high > CLOSE * low:
         middle = (low + high) // 2

@@ -22,9 +22,9 @@ from proper.data.dataset import SampledRows, TextExample
 from proper.data.encoder import EncodedExample
 
 MEASUREMENTS = 10
-"""Measurements of the held-out loss over all steps: with at most `MOST_ROWS` rows, 5 % of the stage's time."""
+"""Measurements of the held-out loss over all steps: with at most `MAX_ROWS` rows, 5 % of the stage's time."""
 
-FEWEST_ROWS, MOST_ROWS = 16, 128
+MIN_ROWS, MAX_ROWS = 16, 128
 """Limits of the number of held-out rows; a sample for which the share is below the first has no early stopping."""
 
 HELD_OUT_EPOCH = -1
@@ -61,10 +61,10 @@ def hold_out(sample: SampledRows, share: float, max_length: int) -> tuple[Sample
     """Split a sample into training rows and held-out rows, taken evenly over users in seeded order.
 
     Returns:
-        The sample itself and no rows if the share is less than `FEWEST_ROWS` rows.
+        The sample itself and no rows if the share is less than `MIN_ROWS` rows.
     """
-    wanted = min(MOST_ROWS, round(share * sample.size))
-    if wanted < FEWEST_ROWS:
+    wanted = min(MAX_ROWS, round(share * sample.size))
+    if wanted < MIN_ROWS:
         return sample, ()
     chosen: dict[int, TextExample] = {}
     of_user: Counter[str] = Counter()

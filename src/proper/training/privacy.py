@@ -45,7 +45,7 @@ from proper.training.trainer import TrainableStage, TrainingPlan, parts_of, requ
 ORDERS = [*(1 + x / 100 for x in (1, 5, 10, 20, 30, 50, 75)), *range(2, 64), 128, 256]
 """Renyi orders of the accountant: small ones are the best for large epsilons. Those that are not whole are slow."""
 
-MOST_NOISE = 1000
+MAX_NOISE = 1000
 """Largest noise multiplier that is tried for an epsilon."""
 
 
@@ -87,8 +87,8 @@ def with_noise(privacy: PrivacyConfig, stages: Sequence[UserSampling]) -> tuple[
     low, high = 0.05, 0.1
     while epsilon_of(high, privacy, stages) > privacy.epsilon:
         low, high = high, 2 * high
-        if high > MOST_NOISE:
-            raise ConfigError(f"privacy.epsilon: {privacy.epsilon:g} needs a noise multiplier above {MOST_NOISE:g}")
+        if high > MAX_NOISE:
+            raise ConfigError(f"privacy.epsilon: {privacy.epsilon:g} needs a noise multiplier above {MAX_NOISE:g}")
     while high / low > 1.004:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if epsilon_of(middle, privacy, stages) <= privacy.epsilon else (middle, high)

@@ -5,7 +5,7 @@
 The model of stage 1 has learnt the frequency of each label, pi(y), so the user prior enters as its ratio to pi: with
 log pi_u alone, frequent labels would count twice at the start. pi_u is computed from the user's answers before the
 interaction, as for a query at its place; a prior from all other answers would reveal the answer that it leaves out.
-With more than `MOST_LABELS` labels, the sum over the others is estimated from a seeded sample of them: their terms get
+With more than `MAX_LABELS` labels, the sum over the others is estimated from a seeded sample of them: their terms get
 the factor (L - 1) / (sampled - 1), which makes the estimate unbiased.
 """
 
@@ -25,7 +25,7 @@ from proper.data.label_tree import LabelChoice, LabelTree
 from proper.data.prior import EarlierPriors, Floats
 from proper.training.checkpoint import seed_of
 
-MOST_LABELS = 32
+MAX_LABELS = 32
 """Labels of one interaction: their tokens run through the model behind the prompt."""
 
 
@@ -36,7 +36,7 @@ class ResidualEncoder:
     encoder: Encoder
     priors: EarlierPriors
     seed: int
-    most: int = MOST_LABELS
+    most: int = MAX_LABELS
 
     @property
     def max_length(self) -> int:

@@ -31,7 +31,7 @@ from proper.training.checkpoint import seed_of
 from proper.training.jobs import Starts, fresh
 from proper.training.user_stage import UserStage, fit_adapters, no_metadata
 
-MOST_USERS = 128
+MAX_USERS = 128
 """Most users on whose items shared parts of stage 3 are trained, spread evenly over all."""
 
 ROUNDS, INNER_STEPS = 3, 6
@@ -89,12 +89,12 @@ def common_start(stage: UserStage) -> Float[Tensor, "P"]:
 
 
 def older_adapters(stage: UserStage, start: Float[Tensor, "P"], name: str) -> Iterator[Mapping[str, Tensor]]:
-    """Yield adapters of at most `MOST_USERS` users, trained from one start on the items that their trials train on.
+    """Yield adapters of at most `MAX_USERS` users, trained from one start on the items that their trials train on.
 
     Held-out items are not used. Another call with the same name and folder reads the adapters again.
     """
     able = [at for at, user in enumerate(stage.users) if len(stage.dataset.history(user, 2)) == 2]
-    spread = able[:: max(1, -(-len(able) // MOST_USERS))]
+    spread = able[:: max(1, -(-len(able) // MAX_USERS))]
     with closing(AdapterStore(stage.folder / name)) as store:
         config = stage.config.model_copy(update={"storage": "fp32"})
         source = replace(stage, config=config, store=store, elsewhere=None, starts=lambda user, embedding: start)

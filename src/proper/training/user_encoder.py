@@ -1,6 +1,6 @@
 """Training of the user encoder (`models.user_encoder`) at the end of stage 2, on the users of that stage.
 
-    1. features    one forward pass of the population model over stage 2's rows, at most `MOST_ITEMS` of them
+    1. features    one forward pass of the population model over stage 2's rows, at most `MAX_ITEMS` of them
     2. phi         principal components of the features, and the variances for the pooling
     3. readout     ridge regression and a two-layer network from z of random subsets of a user's items (`SIZES`, and
                    all) to the change that training made to the user's embedding
@@ -42,7 +42,7 @@ from proper.training.checkpoint import seed_of
 
 logger = logging.getLogger(__name__)
 
-MOST_ITEMS = 20_000
+MAX_ITEMS = 20_000
 """Rows whose features are computed."""
 PCA_ROWS = 2_048
 """Rows from whose features the principal components are taken; only these are in memory at once."""
@@ -56,9 +56,9 @@ HIDDEN, STEPS, CHECKED = 32, 200, 5
 """Hidden units of the network, its largest number of steps, and the steps between two measurements."""
 GAINS = 1.0, 2.0, 4.0
 """Factors on the placed embeddings' distance from the mean: a regression from few items shrinks it."""
-FEWEST_USERS = 16
+MIN_USERS = 16
 """Below this number of trained users there is no encoder."""
-HELD_OUT, MOST_HELD_OUT = 0.2, 64
+HELD_OUT, MAX_HELD_OUT = 0.2, 64
 """Share and largest number of users held out for the choice."""
 PLACED_FROM, ASKED = (2, 5), 4
 """The choice's answer loss: embeddings from so many items, on so many others of the user."""
@@ -93,10 +93,10 @@ def train_encoder(
         starts: their embeddings before training.
         seed: the run's seed.
     """
-    rows = list(islice(sample.rows(0), MOST_ITEMS))
+    rows = list(islice(sample.rows(0), MAX_ITEMS))
     trained = len({row.user for row in rows})
-    if trained < FEWEST_USERS:
-        logger.info(f"no encoder of users: stage 2 trained {trained} users, and it takes {FEWEST_USERS}")
+    if trained < MIN_USERS:
+        logger.info(f"no encoder of users: stage 2 trained {trained} users, and it takes {MIN_USERS}")
         return None
     items = [encoder.encode(row) for row in rows]
     projection, phi = _features(model, items)
@@ -108,7 +108,7 @@ def train_encoder(
     known = [UserItems([items[at] for at in ats], phi[ats], added[index[user]]) for user, ats in own.items()]
     rng = random.Random(seed_of(seed, "encoder"))
     rng.shuffle(known)
-    held = min(MOST_HELD_OUT, max(4, round(HELD_OUT * len(known))))
+    held = min(MAX_HELD_OUT, max(4, round(HELD_OUT * len(known))))
     fit = Regression.of(known[held:], effect, rng)
     test = Regression.of(known[:held], effect, rng, fit.pooling)
     penalty = min(PENALTIES, key=lambda each: test.error(fit.ridge(each)))

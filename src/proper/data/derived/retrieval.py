@@ -37,7 +37,7 @@ Vectors = Mapping[int, NDArray[np.float32]]
 """Embeddings of length 1, `(D,)`, by row id."""
 
 Kind = Literal["bm25", "embedding", "both"]
-_LEAST = 24
+_MIN_TOKENS = 24
 """Tokens of an item below which fewer items are better than shorter ones."""
 
 _FUSION = 60
@@ -167,7 +167,7 @@ def _in_front(row: TextExample, chosen: Sequence[TextExample], count: Count, max
     """Prepend items to a row's prompt, the best one nearest to it, each with its share of what the row leaves."""
     room = max_length - min(row.tokens, max_length)
     # Fewer items where each would be cut to a few words.
-    chosen = chosen[-max(1, room // _LEAST) :]
+    chosen = chosen[-max(1, room // _MIN_TOKENS) :]
     texts: list[str] = []
     cut = False
     for left, item in zip(range(len(chosen), 0, -1), reversed(chosen), strict=True):

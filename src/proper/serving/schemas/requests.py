@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from proper.data.values import LONGEST_ID
+from proper.data.values import MAX_ID_LENGTH
 
 
 def _not_a_boolean(value: Any) -> Any:
@@ -36,7 +36,7 @@ def _without_nulls(value: Any) -> Any:
     return {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
-Name = Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Length = Annotated[int, Field(ge=1, le=1 << 20), BeforeValidator(_not_a_boolean)]
 Ids = Annotated[list[StrictInt], Field(min_length=1)]
@@ -127,8 +127,8 @@ class Options(RequestSchema):
     @classmethod
     def _names_one_user(cls, value: Any, info: ValidationInfo) -> Any:
         named = _named(value)
-        if named is not None and not 1 <= len(named) <= LONGEST_ID:
-            raise PydanticCustomError("user", f"user_id should have 1 to {LONGEST_ID} characters")
+        if named is not None and not 1 <= len(named) <= MAX_ID_LENGTH:
+            raise PydanticCustomError("user", f"user_id should have 1 to {MAX_ID_LENGTH} characters")
         others = [info.data.get("user"), info.data.get("safety_identifier")]
         if named is not None and any(other not in (None, named) for other in others):
             raise PydanticCustomError("user", "differs from the user in another field of the request")
