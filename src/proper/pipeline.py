@@ -23,7 +23,7 @@ from proper.data.dataset import Dataset, left_out_users, prepare
 from proper.data.demo import DemoSettings, demo_run, write_demo
 from proper.data.demo.users import DemoTask
 from proper.data.label_tree import require_distinct
-from proper.data.summary import summarize
+from proper.data.summary import summarize, truncation
 from proper.errors import ConfigError, DataError, did_you_mean
 from proper.evaluation.harness import Harness
 from proper.evaluation.power import expected_power
@@ -263,12 +263,12 @@ def _trainer(cluster: str | None, folder: Path) -> AbstractContextManager[TrainS
 
 
 def _in_time(config: Config, dataset: Dataset, folder: Path, skip_bad_rows: bool) -> tuple[Config, Dataset]:
-    """Show how long a new run takes, lower its settings to its time budget, and return the config and the data."""
+    """Show what a new run cuts and how long it takes, and fit it to its time budget; return the config and the data."""
     run = RunFolder(folder)
     if run.is_trained(Stage.POPULATION) or run.checkpoint(Stage.POPULATION).exists():
         return config, dataset
     fitting, lines = plan(config, dataset, table_methods(config.evaluation.methods, config))
-    for line in lines:
+    for line in filter(None, [truncation(dataset), *lines]):
         logger.info(line)
     if fitting.split != config.split:
         # Before the config is written: a killed run prepares the data again, by whichever config it finds.

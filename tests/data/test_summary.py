@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from proper.data.dataset import Dataset
-from proper.data.summary import leaks, queries_seen_by_others, summarize, targets_outside
+from proper.data.summary import leaks, queries_seen_by_others, summarize, targets_outside, truncation
 
 Build = Callable[..., Dataset]
 CHOICE = {"kind": "classification"}
@@ -37,6 +37,13 @@ def test_everything_is_counted(build: Build) -> None:
     assert (summary.truncated, summary.truncated_share) == (1, 1 / 77)
     assert (summary.leaks, summary.shared_items) == (0, "allow")
     assert summary.sha256 == dataset.sha256
+
+
+def test_rows_that_are_cut_are_named_from_one_in_a_hundred(build: Build) -> None:
+    rows = make_rows({"a": 20, "b": 15, "c": 65})
+    rows[19]["input"] += " word" * 300
+    assert truncation(build(rows)) == "1 of 100 rows (1%) have more tokens than compute.max_length, 256, and are cut"
+    assert truncation(build([*rows, *make_rows({"d": 1})])) is None
 
 
 def test_the_median_of_an_even_number_of_targets_lies_between(build: Build) -> None:

@@ -109,6 +109,20 @@ class DataSummary:
             yield "", f"{unseen} ({self.unseen_label_queries:,} queries ask for them)"
 
 
+def truncation(dataset: Dataset) -> str | None:
+    """Return a sentence on the rows that are cut to `compute.max_length`; None if they are less than 1 %."""
+    cut, rows = _truncated(dataset.connection), dataset.connection.execute("SELECT count(*) FROM rows").fetchone()[0]
+    if 100 * cut < rows:
+        return None
+    limit = get_meta(dataset.connection, "max_length")
+    return f"{cut:,} of {rows:,} rows ({cut / rows:.0%}) have more tokens than compute.max_length, {limit}, and are cut"
+
+
+def _truncated(connection: sqlite3.Connection) -> int:
+    limit = get_meta(connection, "max_length")
+    return int(connection.execute("SELECT count(*) FROM rows WHERE tokens > ?", [limit]).fetchone()[0])
+
+
 def _some(names: list[str], limit: int = 12) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
@@ -225,7 +239,7 @@ def summarize(dataset: Dataset) -> DataSummary:
         unseen_labels=[label for label, _ in unseen],
         unseen_label_queries=sum(queries for _, queries in unseen),
         max_length=max_length,
-        truncated=one("SELECT count(*) FROM rows WHERE tokens > ?", max_length),
+        truncated=_truncated(connection),
         leaks=one(f"SELECT count(*) FROM ({' UNION '.join(_measures(connection).values())})"),
         split_by=get_meta(connection, "split_by"),
         cutoff=get_meta(connection, "cutoff"),
