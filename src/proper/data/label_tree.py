@@ -38,23 +38,37 @@ class LabelTree:
     @classmethod
     def of(cls, labels: Sequence[Sequence[int]]) -> LabelTree:
         """Build the tree of these labels' tokens."""
-        inner = sorted({tuple(label[:end]) for label in labels for end in range(1, len(label))})
-        number = {(): 0} | {path: at for at, path in enumerate(inner, start=1)}
-        paths = {tuple(label[:end]) for label in labels for end in range(1, len(label) + 1)}
-        edges = sorted(paths, key=lambda path: (number[path[:-1]], path))
-        sees = torch.zeros(len(inner), len(inner), dtype=torch.bool)
-        for at, path in enumerate(inner):
-            sees[at, [number[path[:end]] - 1 for end in range(1, len(path) + 1)]] = True
-        index = {path: at for at, path in enumerate(edges)}
+        # Labels in order, so that nodes are numbered in the order of their paths; node 0 is the prompt.
+        parent, token, children = [0], [-1], [dict[int, int]()]
+        for path in sorted({tuple(label) for label in labels}):
+            at = 0
+            for each in path:
+                if each not in children[at]:
+                    children[at][each] = len(parent)
+                    parent.append(at)
+                    token.append(each)
+                    children.append({})
+                at = children[at][each]
+        inner = [node for node in range(1, len(parent)) if children[node]]
+        number = {0: 0} | {node: at for at, node in enumerate(inner, start=1)}
+        sees = torch.eye(len(inner), dtype=torch.bool)
+        for at, node in enumerate(inner):
+            if parent[node]:
+                sees[at] |= sees[number[parent[node]] - 1]
+        edges = sorted(range(1, len(parent)), key=lambda node: number[parent[node]])
+        edge = {node: at for at, node in enumerate(edges)}
         member = torch.zeros(len(edges), len(labels))
-        for at, label in enumerate(labels):
-            member[[index[tuple(label[:end])] for end in range(1, len(label) + 1)], at] = 1.0
+        for column, label in enumerate(labels):
+            at = 0
+            for each in label:
+                at = children[at][each]
+                member[edge[at], column] = 1.0
         return cls(
-            tokens=torch.tensor([path[-1] for path in inner], dtype=torch.long),
-            depth=torch.tensor([len(path) - 1 for path in inner], dtype=torch.long),
+            tokens=torch.tensor([token[node] for node in inner], dtype=torch.long),
+            depth=sees.sum(1) - 1,
             sees=sees,
-            start=torch.tensor([number[path[:-1]] for path in edges]),
-            target=torch.tensor([path[-1] for path in edges]),
+            start=torch.tensor([number[parent[node]] for node in edges]),
+            target=torch.tensor([token[node] for node in edges]),
             member=member,
         )
 
