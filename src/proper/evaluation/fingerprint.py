@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -26,8 +26,14 @@ def code_version(*paths: str) -> str:
             raise FileNotFoundError(path)
         for source in [path] if path.is_file() else sorted(path.rglob("*.py")):
             state.update(source.relative_to(root).as_posix().encode())
-            state.update(bare_syntax(source.read_text(encoding="utf-8")).encode())
+            state.update(_file_version(source))
     return state.hexdigest()[:12]
+
+
+@cache
+def _file_version(path: Path) -> bytes:
+    """Hash a file once, although several keys are made of it."""
+    return hashlib.sha256(bare_syntax(path.read_text(encoding="utf-8")).encode()).digest()
 
 
 def bare_syntax(source: str) -> str:
