@@ -36,9 +36,9 @@ def opened() -> Iterator[Open]:
         model.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def taught(settings: Config, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run with a user "new" who has learnt HABIT and has an adapter."""
+    """A small run with a user "new" who has learnt HABIT and has an adapter; tests work in copies of it."""
     folder = tmp_path_factory.mktemp("updates") / "run"
     folder.mkdir()
     stage = {"epochs": 1, "batch_size": 8}

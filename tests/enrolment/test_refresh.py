@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 
+import proper
 from proper.adapters.store import AdapterStore
 from proper.enrolment import refresh as module
-from proper.enrolment.refresh import refresh, roll_back
+from proper.enrolment.refresh import Refreshed, refresh, roll_back
 from proper.errors import RunFolderError
 from proper.files import hash_file
 from proper.inference.loading import load
@@ -22,15 +23,28 @@ from tests.enrolment.conftest import Open
 from tests.enrolment.lessons import HABIT, OTHER, lessons, record
 
 
-@pytest.fixture
-def grown(taught: Path, tmp_path: Path, opened: Open) -> Path:
-    """A run in which "new" and "ann" have new interactions."""
-    folder = Path(shutil.copytree(taught, tmp_path / "run"))
-    users = opened(folder).users
+@pytest.fixture(scope="module")
+def kept(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in which "new" and "ann" have new interactions; tests work in copies of it."""
+    folder = Path(shutil.copytree(taught, tmp_path_factory.mktemp("grown") / "run"))
+    model = proper.load(folder)
     for user, habit in (("new", HABIT), ("ann", OTHER)):
         rows = [{**row, "id": f"{user}{row['id']}"} for row in lessons(habit, 40, 8)]
-        users.log.append("", user, users.entries(user, rows))
+        model.users.log.append("", user, model.users.entries(user, rows))
+    model.close()
     return folder
+
+
+@pytest.fixture(scope="module")
+def whole(kept: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Refreshed]:
+    """The run after a refresh, and what that returned."""
+    folder = Path(shutil.copytree(kept, tmp_path_factory.mktemp("refreshed") / "run"))
+    return folder, refresh(folder)
+
+
+@pytest.fixture
+def grown(kept: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(kept, tmp_path / "run"))
 
 
 def everyone(folder: Path) -> list[str]:
@@ -48,11 +62,11 @@ def version(folder: Path, user: str) -> int:
     return head.version
 
 
-def test_users_are_taken_along_and_go_back(grown: Path) -> None:
-    run, users = RunFolder(grown), everyone(grown)
-    old, before = hash_file(run.experts), {user: record(grown, user) for user in users}
-    numbers = {user: version(grown, user) for user in users}
-    done = refresh(grown)
+def test_users_are_taken_along_and_go_back(kept: Path, whole: tuple[Path, Refreshed], tmp_path: Path) -> None:
+    grown, done = Path(shutil.copytree(whole[0], tmp_path / "run")), whole[1]
+    run, users = RunFolder(grown), everyone(kept)
+    old, before = hash_file(RunFolder(kept).experts), {user: record(kept, user) for user in users}
+    numbers = {user: version(kept, user) for user in users}
     assert done.rows > 2 and done.users == len(users) and 0 < done.validated <= len(users)
     assert hash_file(run.experts) != old == hash_file(run.previous) and not run.refreshed.exists()
     assert load_metadata(run.experts)["logged"] > 0 and not run.users.work.exists()
@@ -91,16 +105,14 @@ class Killed(BaseException):
     ["per_item", *(pytest.param(name, marks=pytest.mark.slow) for name in ("train_groups", "settle_groups"))],
 )
 def test_a_refresh_killed_anywhere_ends_the_same(
-    grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    grown: Path, whole: tuple[Path, Refreshed], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    whole = Path(shutil.copytree(grown, tmp_path / "whole"))
-    refresh(whole)
-    wanted, old = hash_file(RunFolder(whole).experts), hash_file(RunFolder(grown).experts)
+    folder = grown
+    wanted, old = hash_file(RunFolder(whole[0]).experts), hash_file(RunFolder(folder).experts)
 
     def dies(*_: Any) -> None:
         raise Killed
 
-    folder = Path(shutil.copytree(grown, tmp_path / "killed"))
     with monkeypatch.context() as patched:
         patched.setattr(module, name, dies)
         with pytest.raises(Killed):
@@ -111,8 +123,8 @@ def test_a_refresh_killed_anywhere_ends_the_same(
     model.close()
     refresh(folder)
     assert hash_file(RunFolder(folder).experts) == wanted and not RunFolder(folder).users.work.exists()
-    for user in everyone(whole):
-        assert torch.equal(record(folder, user).embedding, record(whole, user).embedding)
+    for user in everyone(whole[0]):
+        assert torch.equal(record(folder, user).embedding, record(whole[0], user).embedding)
 
 
 def test_users_who_are_left_out_and_a_process_that_loaded_the_groups_before(grown: Path, opened: Open) -> None:

@@ -1,4 +1,4 @@
-"""`tests/soak` as a test: some seconds of mixed traffic and faults here, ten minutes with `-m slow`.
+"""`tests/soak` as a test: some seconds and ten minutes of mixed traffic and faults.
 
 `tests/soak/__main__.py` describes the traffic, the faults and the conditions.
 """
@@ -25,12 +25,14 @@ def soak(run: Path, seconds: float, seed: int, *more: str) -> dict[str, Any]:
     return told
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1600)
 def test_some_seconds(tiny_run: Path) -> None:
     told = soak(tiny_run, 12, 0, "--askers", "2")
     assert told["answers"] > 50 and told["acknowledged"] > 5
 
 
+@pytest.mark.slow
 def test_a_run_with_labels_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("task: {labels: ['yes', 'no']}\n", encoding="utf-8")
     ended = subprocess.run([sys.executable, str(SOAK), str(tmp_path)], capture_output=True, text=True, timeout=120)
