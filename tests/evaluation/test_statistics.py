@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proper.errors import DataError
+from proper.evaluation import statistics
 from proper.evaluation.metrics import METRICS, Prediction, TaskInfo, get_metric, score
 from proper.evaluation.statistics import (
     UserScores,
@@ -77,6 +78,19 @@ def test_a_resample_is_the_metric_of_the_pooled_queries(name):
             users = [user for user, count in zip(scores[0].users, times, strict=True) for _ in range(count)]
             again = [seed for seed, count in zip(seeds, seed_times, strict=True) for _ in range(count)]
             assert found[row, place] == pytest.approx(slow_value(name, again, users), abs=1e-12)
+
+
+@given(st.integers(1, 300), st.integers(1, 60), st.integers(0, 3), st.integers(1, 70_000))
+@settings(deadline=None)
+def test_kept_resamples_are_those_that_are_drawn_anew(users, resamples, seed, width):
+    drawn = np.random.default_rng(seed).multinomial(users, np.full(users, 1.0 / users), size=resamples)
+    for most in (statistics._KEPT_CELLS, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(statistics, "_KEPT_CELLS", most)
+            patch.setattr(statistics, "_CELLS", 1 << 16)  # several pieces
+            statistics._kept_resamples.cache_clear()
+            found = list(statistics._user_resamples(users, resamples, seed, width))
+        np.testing.assert_array_equal(np.concatenate(found), drawn)
 
 
 def test_seeds_that_disagree_widen_the_interval():

@@ -17,15 +17,19 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from proper.errors import DataError
 from proper.evaluation.metrics import FloatArray, Metric, Prediction, TaskInfo, get_metric
 
 _LARGEST_EXACT = 13  # 2 ** 13 = 8,192 swaps, fewer than the default number of random draws
 _CELLS = 1 << 22  # maximum numbers in one chunk of resamples
+_KEPT_CELLS = 1 << 25  # maximum numbers of resamples that are kept for the next call, of 2 bytes each
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +120,10 @@ def bootstrap(scores: Sequence[UserScores], resamples: int = 2000, seed: int = 0
     count = len(scores[0].users)
     widest = max(one.sums.shape[0] * one.sums.shape[2] for one in scores)
     # A generator each, so that the draws do not depend on the size of the pieces.
-    of_users, of_seeds = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+    of_seeds = np.random.default_rng([seed, 1])
     pieces = []
-    for size in _pieces(resamples, count + widest):
-        users, seeds = _resampled(of_users, count, size), _resampled(of_seeds, scores[0].sums.shape[0], size)
+    for users in _user_resamples(count, resamples, seed, count + widest):
+        seeds = _resampled(of_seeds, scores[0].sums.shape[0], len(users))
         pieces.append(np.stack([_weighted(one, users, seeds) for one in scores]))
     return np.concatenate(pieces, axis=1)
 
@@ -243,6 +247,31 @@ def _require_paired(one: UserScores, other: UserScores) -> None:
 def _resampled(draws: np.random.Generator, count: int, size: int) -> FloatArray:
     """Return how often each of `count` units is in each of `size` resamples, `(size, count)`."""
     return draws.multinomial(count, np.full(count, 1.0 / count), size=size).astype(np.float64)
+
+
+def _user_resamples(count: int, resamples: int, seed: int, width: int) -> Iterator[FloatArray]:
+    """Yield `_resampled` of `count` users in chunks for rows of `width` numbers; the chunks do not change the draws."""
+    if count * resamples <= _KEPT_CELLS:
+        kept, at = _kept_resamples(count, resamples, seed), 0
+        for size in _pieces(resamples, width):
+            yield kept[at : at + size].astype(np.float64)
+            at += size
+        return
+    draws = np.random.default_rng(seed)
+    for size in _pieces(resamples, width):
+        yield _resampled(draws, count, size)
+
+
+# Drawing costs far more than what is computed with the draws, and every metric, comparison and method of the same
+# users has the same ones. Slices come one after the other, so few draws have to be kept.
+@lru_cache(maxsize=2)
+def _kept_resamples(count: int, resamples: int, seed: int) -> NDArray[np.unsignedinteger[Any]]:
+    """Return all resamples of `count` users, `(resamples, count)`, in the smallest type that holds `count`."""
+    draws, kind = np.random.default_rng(seed), np.min_scalar_type(count)
+    pieces = [_resampled(draws, count, size).astype(kind) for size in _pieces(resamples, count)]
+    kept = np.concatenate(pieces)
+    kept.flags.writeable = False
+    return kept
 
 
 def _weighted(scores: UserScores, users: FloatArray, seeds: FloatArray) -> FloatArray:
