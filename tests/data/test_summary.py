@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -151,3 +152,25 @@ def test_users_outside_a_sample(build) -> None:
     sample = dataset.sample("all", 1, 0)
     (drawn,) = {row.user for row in sample.rows(0)}
     assert targets_outside(dataset, sample) == {"a", "b", "c"} - {drawn}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_seen_by_others_is_what_a_comparison_of_all_pairs_finds(build: Build, seed: int) -> None:
+    draw = random.Random(seed)
+    rows = [
+        {"user_id": user, "timestamp": at, "input": f"ask {draw.randint(0, 60)}", "output": "yes"}
+        | ({"item_id": str(draw.randint(0, 90))} if draw.random() < 0.6 else {"item_id": None})
+        for user in "abcde"
+        for at in range(24)
+    ]
+    dataset = build(rows, split={"shared_items": "allow", "queries": 0.3})
+    found = dataset.connection.execute("SELECT id, user, part, item_key, prompt_key FROM rows").fetchall()
+    expected = {
+        number
+        for number, user, part, item, prompt in found
+        if part == "query"
+        for _, other, its_part, its_item, its_prompt in found
+        if its_part == "history" and other != user and (prompt == its_prompt if item is None else item == its_item)
+    }
+    assert expected
+    assert queries_seen_by_others(dataset) == expected

@@ -189,14 +189,16 @@ def leaks(dataset: Dataset) -> list[str]:
     return found
 
 
+_SEEN = """SELECT q.id FROM rows q JOIN (
+    SELECT {key} AS key, min(user) AS low, max(user) AS high FROM rows WHERE part = 'history' GROUP BY {key}) h
+    ON h.key = q.{key} WHERE q.part = 'query' AND (h.low <> q.user OR h.high <> q.user)"""
+
+
 def queries_seen_by_others(dataset: Dataset) -> set[int]:
     """Return the ids of queries whose item (or normalized input if there is no item) is in another user's history."""
-    found = dataset.connection.execute("""
-        SELECT DISTINCT q.id FROM rows h JOIN rows q ON q.item_key = h.item_key AND q.user <> h.user
-        WHERE h.part = 'history' AND q.part = 'query'
-        UNION
-        SELECT DISTINCT q.id FROM rows h JOIN rows q ON q.prompt_key = h.prompt_key AND q.user <> h.user
-        WHERE h.part = 'history' AND q.part = 'query' AND q.item_key IS NULL""")
+    # Grouped first: an item with many queries and histories would otherwise give a row for each pair of them.
+    found = dataset.connection.execute(f"""
+        {_SEEN.format(key="item_key")} UNION {_SEEN.format(key="prompt_key")} AND q.item_key IS NULL""")
     return {row for (row,) in found}
 
 
