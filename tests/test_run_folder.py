@@ -11,7 +11,7 @@ import pytest
 
 from proper import run_folder
 from proper.errors import InputError, RunFolderError
-from proper.run_folder import Personal, RunFolder, Stage, Tier, UsersFolder, kind_of, require_run
+from proper.run_folder import Personal, RunFolder, Stage, Tier, UsersFolder, kind_of, nested_runs, require_run
 
 SOURCE = Path(run_folder.__file__).parent
 LAYOUT = Path(run_folder.__file__)
@@ -131,3 +131,18 @@ def test_a_run_in_a_folder_called_seeds_or_variants_is_its_own_home(tmp_path: Pa
         run.marker(Stage.POPULATION).touch()
         run.config.touch()
         assert run.home == run.seed(1).home == run.variant("x").seed(2).home == run
+
+
+def test_nested_runs_are_all_folders_with_a_config(tmp_path: Path) -> None:
+    home = RunFolder(tmp_path / "run")
+    inside = ("", "seeds/1", "seeds/2", "variants/poly-1f", "variants/poly-1f/seeds/3", "variants/poly-1f/aa")
+    for name in inside:
+        (home.path / name).mkdir(parents=True)
+        (home.path / name / home.config.name).touch()
+    home.users.blobs.mkdir(parents=True)
+    (home.users.blobs / "1.shard").touch()
+    (home.path / "seeds" / "link").symlink_to(home.path / "seeds" / "1")
+    found = list(nested_runs(home.path))
+    assert found[0] == home.path
+    assert found[1:] == [each.parent for each in sorted(home.path.rglob(home.config.name)) if each != home.config]
+    assert len(found) == len(inside)

@@ -16,6 +16,7 @@ A pattern is relative to a run folder, or to the folder of a seed or a variant; 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -31,6 +32,8 @@ TEMPORARY = ".*.tmp"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """File names of a PEFT adapter folder, which `population/` is."""
 _NESTED = ("seeds", "variants")
+_MANY_FILES = ("blobs", "cache")
+"""Folders of a store, which have a file for each large adapter and no folders."""
 
 
 class Stage(StrEnum):
@@ -251,9 +254,13 @@ def require_run(folder: Path) -> RunFolder:
 def nested_runs(run: Path) -> Iterator[Path]:
     """Yield the run folder and the run folders nested in it: further seeds and other methods."""
     yield run
-    for config in sorted(run.rglob(RunFolder(run).config.name)):
-        if config.parent != run:
-            yield config.parent
+    found, config = list[Path](), RunFolder(run).config.name
+    for parent, folders, files in os.walk(run):
+        if config in files:
+            found.append(Path(parent, config))
+        # A store may have a file for each of very many users.
+        folders[:] = [name for name in folders if name not in _MANY_FILES]
+    yield from (each.parent for each in sorted(found) if each.parent != run)
 
 
 def kind_of(relative: PurePath) -> Kind | None:

@@ -12,7 +12,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -156,12 +156,21 @@ def working(run: Path) -> Iterator[None]:
 
 def links_out_of(folder: Path) -> list[Path]:
     """Return the symbolic links below a folder that point outside of it; links are not followed."""
-    home, found = folder.resolve(), list[Path]()
-    for parent, folders, files in os.walk(folder):
-        for path in (Path(parent, name) for name in (*folders, *files)):
-            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
-                found.append(path)
-    return sorted(found)
+    home = folder.resolve()
+    return sorted(path for path in _links(folder) if not Path(os.path.realpath(path)).is_relative_to(home))
+
+
+def _links(folder: Path) -> Iterator[Path]:
+    """Yield the symbolic links below a folder; a folder that cannot be read has none."""
+    left = [str(folder)]
+    while left:
+        with suppress(OSError), os.scandir(left.pop()) as entries:
+            # The entries know their kind: a call for each of a million users' files would take a long time.
+            for entry in entries:
+                if entry.is_symlink():
+                    yield Path(entry.path)
+                elif entry.is_dir(follow_symlinks=False):
+                    left.append(entry.path)
 
 
 def _work(store: AdapterStore, log: InteractionLog, deletion: Deletion, patience: float) -> list[str]:
