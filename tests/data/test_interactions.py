@@ -11,6 +11,7 @@ from pyarrow import parquet
 
 from proper.config import DataConfig, TaskConfig
 from proper.data.interactions import BadRows, Interaction, read_interactions
+from proper.data.rows import BadValue
 from proper.errors import DataError
 
 ROW: dict[str, Any] = {"user_id": "u7", "input": "in", "output": "out", "timestamp": "2018-03-30", "item_id": "i1"}
@@ -275,12 +276,19 @@ def test_a_prompt_that_contains_its_answer_is_refused(jsonl: Callable[..., Path]
 
 
 def test_bad_rows_are_all_counted_and_twenty_are_shown() -> None:
-    bad = BadRows()
-    bad.add("a.jsonl:1: input: null")
+    bad, reasons = BadRows(), list[int]()
+
+    def reason() -> str:
+        reasons.append(len(reasons))
+        return "null"
+
+    bad.add("a.jsonl:1", BadValue("input", "null"))
     assert bad.message() == "a.jsonl:1: input: null (--skip-bad-rows leaves it out)"
-    bad.add("a.jsonl:2: input: null")
+    bad.add("a.jsonl:2", BadValue("input", "null"))
     assert bad.message() == "a.jsonl:1: input: null (and 1 more bad row; --skip-bad-rows leaves them out)"
     for number in range(3, 43):
-        bad.add(f"a.jsonl:{number}: input: null")
+        bad.add(f"a.jsonl:{number}", BadValue("input", reason))
     assert bad.message() == "a.jsonl:1: input: null (and 41 more bad rows; --skip-bad-rows leaves them out)"
     assert (bad.count, len(bad.first)) == (42, 20)
+    assert bad.first[19] == "a.jsonl:20: input: null"
+    assert len(reasons) == 18, "only reasons that are shown are looked for"

@@ -16,6 +16,7 @@ from proper.data.values import (
     find_label,
     identifier,
     is_written_null,
+    label_key,
     no_rating,
     parse_time,
     rating_of,
@@ -49,11 +50,11 @@ class BadRows:
     count: int = 0
     first: list[str] = field(default_factory=list)
 
-    def add(self, message: str) -> None:
+    def add(self, where: str, error: BadValue) -> None:
         """Count one bad row."""
         self.count += 1
         if len(self.first) < _SHOWN:
-            self.first.append(message)
+            self.first.append(f"{where}: {error}")
 
     def message(self) -> str:
         """Return one line with the first bad row and the number of bad rows."""
@@ -86,14 +87,16 @@ def read_interactions(
 
 def _check_labels(task: TaskConfig) -> None:
     """Raise DataError if a configured label is empty or no rating, or if two are the same label."""
-    labels = [] if task.labels == "auto" else task.labels
-    for at, label in enumerate(labels):
+    known: dict[float | str | None, str] = {}
+    for label in () if task.labels == "auto" else task.labels:
         if not label.strip():
             raise DataError(f"task.labels: {label!r} is empty")
         if task.kind == "rating" and rating_of(label) is None:
             raise DataError(f"task.labels: {label!r} is {no_rating(label)}, as ratings are")
-        if (other := find_label(label, labels[:at], task.kind)) is not None:
-            raise DataError(f"task.labels: {other!r} and {label!r} are one label")
+        key = label_key(label, task.kind)
+        if key in known:
+            raise DataError(f"task.labels: {known[key]!r} and {label!r} are one label")
+        known[key] = label
 
 
 def _read(
@@ -115,7 +118,7 @@ def _read(
                     continue
                 interaction = _of_file(row_format.interaction(row, source.typed), row_format, source)
             except BadValue as error:
-                bad.add(f"{source.name}:{number}: {error}")
+                bad.add(f"{source.name}:{number}", error)
             else:
                 yield interaction
     if not seen:
@@ -234,7 +237,7 @@ class RowFormat:
             return target
         found = find_label(target, labels, self.task.kind)
         if found is None:
-            raise BadValue(name, f"{_short(target)} is not in task.labels; {did_you_mean(target, labels)}")
+            raise BadValue(name, lambda: f"{_short(target)} is not in task.labels; {did_you_mean(target, labels)}")
         return found
 
     def _time(self, row: Mapping[str, object]) -> float | None:

@@ -19,11 +19,22 @@ Row = dict[str, Any]
 
 
 class BadValue(DataError):
-    """A value of a row is unusable; `field` names the column, `what` gives the reason in a few words."""
+    """A value of a row is unusable; `field` names the column, `what` gives the reason in a few words.
 
-    def __init__(self, field: str, what: str) -> None:
-        super().__init__(f"{field}: {what}")
-        self.field, self.what = field, what
+    The reason may be a function, where it takes long to find and most bad rows are only counted.
+    """
+
+    def __init__(self, field: str, what: str | Callable[[], str]) -> None:
+        super().__init__(field)
+        self.field, self._what = field, what
+
+    @property
+    def what(self) -> str:
+        """The reason."""
+        return self._what if isinstance(self._what, str) else self._what()
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.what}"
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def read_rows(rows: Iterable[tuple[str, Mapping[str, Any] | str]], read: Read) -
                 raise BadValue("row", row)
             entries.append(read(row))
         except BadValue as error:
-            bad.add(f"{name}: {error}")
+            bad.add(name, error)
     if bad.count:
         others = f" (and {bad.count - 1:,} more bad row{'s' * (bad.count > 2)})" if bad.count > 1 else ""
         raise DataError(f"{bad.first[0]}{others}")
