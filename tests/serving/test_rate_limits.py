@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from proper.serving import limits
 from proper.serving.errors import APIError, hide_users
 from proper.serving.limits import RateLimiter, ServeLimits
 from proper.serving.routes.generation import cancel_on_disconnect
@@ -221,6 +222,22 @@ def test_health_and_figures(small: Running) -> None:
     assert figures['proper_first_token_seconds_count{tier="users"}'] >= 1
     assert figures['proper_http_replies_total{route="/v1/completions",status="200"}'] >= 1
     assert not any("u0" in name for name in figures)
+
+
+def test_what_is_kept_of_keys_does_not_grow_with_those_who_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_BUCKETS", 10)
+    now = [0.0]
+    limiter = RateLimiter(ServeLimits(per_minute=2), lambda: now[0])
+    for minute in range(5):
+        now[0] = 61.0 * minute
+        for number in range(100):
+            with limiter.visit(f"{minute} {number}"), limiter.enter(f"{minute} {number}", 1):
+                pass
+        assert len(limiter._buckets) <= 2 * 100 + 1
+    with pytest.raises(APIError, match="2 requests a minute"):
+        for _ in range(3):
+            limiter.count("4 99")
+    assert not limiter._open_prompts and not limiter._open_requests
 
 
 def test_a_rate_fills_up_again() -> None:

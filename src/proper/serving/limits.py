@@ -46,6 +46,7 @@ class RateLimiter:
         self._open_prompts: Counter[str] = Counter()
         self._open_requests: Counter[str] = Counter()
         self._buckets: dict[str, tuple[float, float]] = {}
+        self._most = _BUCKETS
 
     @contextmanager
     def enter(self, key: str, prompts: int) -> Iterator[None]:
@@ -63,6 +64,8 @@ class RateLimiter:
             yield
         finally:
             self._open_prompts[key] -= prompts
+            if not self._open_prompts[key]:
+                del self._open_prompts[key]
 
     @contextmanager
     def visit(self, key: str) -> Iterator[None]:
@@ -96,8 +99,10 @@ class RateLimiter:
         if left < 1:
             raise _too_many(f"this key may send {self.limits.per_minute} requests a minute", (1 - left) * 60 / size)
         self._buckets[key] = (left - 1, now)
-        if len(self._buckets) > _BUCKETS:  # drop buckets that are full again
+        if len(self._buckets) > self._most:  # drop buckets that are full again
             self._buckets = {name: pair for name, pair in self._buckets.items() if now - pair[1] < 60}
+            # Not again for each of the next requests, where none is full yet.
+            self._most = max(_BUCKETS, 2 * len(self._buckets))
 
 
 def _too_many(why: str, seconds: float) -> APIError:
