@@ -312,6 +312,8 @@ def test_what_is_found_is_ones_own_and_begins_the_prompt(
             assert min(best, len(tokens) - 1) < max(MIN_TOKENS, len(tokens) / 2)
         assert prefixes.bytes <= budget
         assert prefixes.bytes == sum(k.nbytes + v.nbytes for pairs in prefixes._kept.values() for k, v in pairs)
+        assert prefixes.owners() == {(owner.tenant, owner.user) for owner, _ in prefixes._kept}
+        assert {entry for own in prefixes._of_user.values() for entry in own} == set(prefixes._kept)
 
 
 def shared_by(one: Sequence[int], other: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,6 +58,9 @@ class PrefixKey(NamedTuple):
         return cls(tenant, user, head.version, head.checksum, embedding, adapter, task)
 
 
+_Entry = tuple[PrefixKey, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class CachedPrefix:
     """The first tokens of a prompt, with their cached keys and values."""
@@ -75,7 +78,9 @@ class PrefixCache:
 
     def __init__(self, budget: int) -> None:
         self.budget, self.bytes = budget, 0
-        self._kept: OrderedDict[tuple[PrefixKey, tuple[int, ...]], States] = OrderedDict()
+        self._kept: OrderedDict[_Entry, States] = OrderedDict()
+        # Every request looks at one user's entries, of which there are few; of all users there may be very many.
+        self._of_user: dict[tuple[str, str], dict[_Entry, None]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -96,8 +101,11 @@ class PrefixCache:
         """
         if key is None:
             return None
-        self._drop(lambda other: other[:2] == key[:2] and other[:-2] != key[:-2])
-        found = [(_shared(tokens, prompt), tokens) for owner, tokens in self._kept if owner == key]
+        for entry in self._entries(key.tenant, key.user):
+            if entry[0][:-2] != key[:-2]:
+                self._pop(entry)
+        own = self._entries(key.tenant, key.user)
+        found = [(_shared(tokens, prompt), tokens) for owner, tokens in own if owner == key]
         shared, tokens = max(found, default=(0, ()))
         shared = min(shared, len(prompt) - 1)
         if shared < max(MIN_TOKENS, len(prompt) / 2):
@@ -111,7 +119,9 @@ class PrefixCache:
         size = _size(states)
         if key is None or len(tokens) < MIN_TOKENS or size > self.budget:
             return
-        for owner, other in [entry for entry in self._kept if entry[0] == key]:
+        for owner, other in self._entries(key.tenant, key.user):
+            if owner != key:
+                continue
             if other[: len(tokens)] == tokens:
                 self._kept.move_to_end((owner, other))
                 return
@@ -120,22 +130,27 @@ class PrefixCache:
         while self.bytes + size > self.budget:
             self._pop(next(iter(self._kept)))
         self._kept[key, tokens] = tuple((keys.clone(), values.clone()) for keys, values in states)
+        self._of_user.setdefault((key.tenant, key.user), {})[key, tokens] = None
         self.bytes += size
 
     def forget(self, tenant: str, user: str) -> None:
         """Drop all entries of a user."""
-        self._drop(lambda key: (key.tenant, key.user) == (tenant, user))
+        for entry in self._entries(tenant, user):
+            self._pop(entry)
 
     def owners(self) -> set[tuple[str, str]]:
         """Return (tenant, user) of all entries."""
-        return {(key.tenant, key.user) for key, _ in self._kept}
+        return set(self._of_user)
 
-    def _drop(self, gone: Callable[[PrefixKey], bool]) -> None:
-        for entry in [entry for entry in self._kept if gone(entry[0])]:
-            self._pop(entry)
+    def _entries(self, tenant: str, user: str) -> list[_Entry]:
+        return list(self._of_user.get((tenant, user), ()))
 
-    def _pop(self, entry: tuple[PrefixKey, tuple[int, ...]]) -> None:
+    def _pop(self, entry: _Entry) -> None:
         self.bytes -= _size(self._kept.pop(entry))
+        owner = (entry[0].tenant, entry[0].user)
+        del self._of_user[owner][entry]
+        if not self._of_user[owner]:
+            del self._of_user[owner]
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
