@@ -9,11 +9,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from proper.adapters.store import AdapterStore
+from proper.adapters.store import AdapterStore, UserRecord
 from proper.enrolment.comparison import Usual
-from proper.enrolment.drift import Drift, by_group, cusum, deviation, usual_of
+from proper.enrolment.drift import Drift, KnownVariance, by_group, cusum, deviation, usual_of, usual_variance
 from proper.enrolment.worker import FitWorker
 from proper.errors import InputError
 from proper.interactions.log import InteractionLog
@@ -46,6 +47,24 @@ def test_the_cusum_is_the_largest_sum_to_the_end() -> None:
         2.0, 0.1, 3
     )
     assert usual_of({}, "users") is None
+
+
+@pytest.mark.parametrize("users", [0, 3, 250])
+def test_the_variance_over_users_is_measured_again_for_one_in_a_hundred(tmp_path: Path, users: int) -> None:
+    def put(store: AdapterStore, names: list[str], variance: float) -> None:
+        metadata = {"usual": {"mean": 1.0, "variance": variance, "items": 3}}
+        store.put(UserRecord(name, Tier.GROUPS, torch.zeros(2), None, metadata) for name in names)
+
+    known, told, exact = KnownVariance(), [], []
+    with closing(AdapterStore(tmp_path / "users")) as store:
+        put(store, [f"u{at}" for at in range(users)], 0.5)
+        for at in range(6):
+            exact.append(usual_variance(store))
+            told.append(known.of(store))
+            put(store, [f"u{at}"] if users else [], 9.0)
+    every = max(1, users // 100)
+    assert told == [exact[at - at % every] for at in range(6)]
+    assert users == 0 or len(set(exact)) >= min(users, 6)
 
 
 def test_drift_finds_who_changed_and_updates_them_first(run: Path, opened: Open) -> None:

@@ -109,9 +109,34 @@ def usual_of(metadata: Mapping[str, Any], tier: str) -> Usual | None:
 
 def usual_variance(store: AdapterStore) -> float:
     """Return the mean variance of the loss over the store's users; `DEFAULT_VARIANCE` if none is known."""
-    found = (usual_of(metadata, tier) for _, tier, metadata, _ in store.metadata())
+    return _measured(store)[0]
+
+
+def _measured(store: AdapterStore) -> tuple[float, int]:
+    """Return the mean variance, and the number of users."""
+    found = [usual_of(metadata, tier) for _, tier, metadata, _ in store.metadata()]
     known = [each.variance for each in found if each is not None and each.variance is not None]
-    return fmean(known) if known and any(known) else DEFAULT_VARIANCE
+    return (fmean(known) if known and any(known) else DEFAULT_VARIANCE), len(found)
+
+
+@dataclass
+class KnownVariance:
+    """The `usual_variance` of a store that changes by one user from call to call.
+
+    It is measured again after as many calls as one in a hundred users: it is a mean over all of them, and to read a
+    million users for each fit would take as long as the fit.
+    """
+
+    _value: float = DEFAULT_VARIANCE
+    _calls_left: int = 0
+
+    def of(self, store: AdapterStore) -> float:
+        """Return the mean variance; `store` is the same in every call."""
+        if not self._calls_left:
+            self._value, users = _measured(store)
+            self._calls_left = max(1, users // 100)
+        self._calls_left -= 1
+        return self._value
 
 
 def deviation(usual: Usual, variance: float) -> float:
@@ -221,7 +246,9 @@ def _at_least(count: int, trials: int, rate: float) -> float:
     return sum(math.comb(trials, k) * rate**k * (1 - rate) ** (trials - k) for k in range(count, trials + 1))
 
 
-def not_due(fitter: Fitter, store: AdapterStore, log: InteractionLog, user: str, grown: UserHistory) -> Drift | None:
+def not_due(
+    fitter: Fitter, store: AdapterStore, log: InteractionLog, user: str, grown: UserHistory, variance: KnownVariance
+) -> Drift | None:
     """Return the drift of a user for whom no update is due, as far as is known; None for any other.
 
     A user without a version, with one that was only placed, or without a known usual loss is not kept waiting.
@@ -229,6 +256,6 @@ def not_due(fitter: Fitter, store: AdapterStore, log: InteractionLog, user: str,
     versions = store.versions(user)
     if not versions or versions[0].metadata.get("embedding") == PLACED:
         return None
-    drift = drift_of(fitter, store, log, user, grown, usual_variance(store))
+    drift = drift_of(fitter, store, log, user, grown, variance.of(store))
     known = drift is not None and (drift.usual is not None or not drift.new)
     return drift if known and drift is not None and not drift.due else None

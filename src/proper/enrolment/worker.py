@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from proper.adapters.store import AdapterStore
-from proper.enrolment.drift import Drift, drifts, not_due
+from proper.enrolment.drift import Drift, KnownVariance, drifts, not_due
 from proper.enrolment.fit_progress import ProgressCallback, WithdrawnError, bar_of, no_progress, shares_of, throttled
 from proper.enrolment.fit_user import Fitter
 from proper.enrolment.history import grown_history
@@ -43,12 +43,14 @@ class FitWorker:
         users: the folder of store and log.
         fitter: loads the run; called when the first fit is due, while no claim is held.
         placed: tenants and users in the queue whose embeddings have been placed.
+        variances: the usual variance of each tenant's users.
     """
 
     users: Path
     log: InteractionLog
     fitter: Callable[[], Fitter]
     placed: set[tuple[str, str]] = field(default_factory=set)
+    variances: dict[str, KnownVariance] = field(default_factory=dict)
 
     def fit_next(
         self,
@@ -179,7 +181,8 @@ class FitWorker:
                 self.log.queue.done(claim, None, "no interactions yet")
                 return
             if config.users.update.when == "drifted" and not even_if_not_due:
-                waits = not_due(fitter, store, self.log, claim.user, grown)
+                variance = self.variances.setdefault(claim.tenant, KnownVariance())
+                waits = not_due(fitter, store, self.log, claim.user, grown, variance)
                 if waits is not None:
                     self.log.queue.done(claim, waits.version, f"{waits.text()}; version {waits.version} stays")
                     return
