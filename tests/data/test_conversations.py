@@ -189,6 +189,27 @@ def test_a_long_conversation_loses_its_oldest_messages(tokenizer_kinds: ModuleTy
     assert len(alone.ids) <= 120 and alone.ids[: len(encoder.start)] == encoder.start
 
 
+def slow_newest(encoder: Encoder, talk: list[TextMessage], limit: int) -> list[TextMessage]:
+    """Try every user's message as the first one, the oldest first."""
+    system = [turn for turn in talk if turn.role == "system"]
+    others = [turn for turn in talk if turn.role != "system"]
+    starts = [at for at, turn in enumerate(others) if turn.role == "user" and at > 0]
+    tried = [talk, *([*system, *others[at:]] for at in starts)]
+    return next((kept for kept in tried if len(encoder.untruncated(kept)) <= limit), [])
+
+
+@given(talk=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=9), limit=st.integers(1, 120), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_newest_messages_are_those_that_a_search_from_the_oldest_finds(
+    tokenizer_kinds: ModuleType, talk: list[tuple[str, str]], limit: int, data: st.DataObject
+) -> None:
+    pairs = [pair for ask, reply in talk for pair in (("user", ask), ("assistant", reply))]
+    said = turns([TALK[0], *pairs] if data.draw(st.booleans()) else pairs)
+    for chat in (True, False):
+        encoder = Encoder(made(tokenizer_kinds), 120, chat=chat)
+        assert encoder._newest(said, limit) == slow_newest(encoder, said, limit)
+
+
 def test_a_template_that_forgets_cannot_train_on_every_answer(tokenizer_kinds: ModuleType) -> None:
     encoder = Encoder(made(tokenizer_kinds, FORGETFUL), 1000, chat=True, every_turn=True)
     with pytest.raises(ConfigError, match="data.assistant_loss: all, but the backbone's chat template rewrites"):

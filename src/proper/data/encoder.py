@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -182,10 +183,15 @@ class Encoder:
         system = [turn for turn in turns if turn.role == "system"]
         others = [turn for turn in turns if turn.role != "system"]
         users = [at for at, turn in enumerate(others) if turn.role == "user" and at > 0]
-        for kept in (list(turns), *([*system, *others[at:]] for at in users)):
-            if len(self.untruncated(kept)) <= limit:
-                return kept
-        return []
+
+        def fits(kept: Sequence[Turn]) -> bool:
+            return len(self.untruncated(kept)) <= limit
+
+        if fits(turns):
+            return list(turns)
+        # Fewer messages have fewer tokens: a conversation of hundreds is tokenized a few times, not once a message.
+        first = bisect_left(users, True, key=lambda at: fits([*system, *others[at:]]))
+        return [*system, *others[users[first] :]] if first < len(users) else []
 
     def _earlier(self, text: str, prompt: tuple[int, ...]) -> list[tuple[int, int]]:
         """Return the spans of the assistant's messages in a prompt: begin and end as indices of its tokens."""
