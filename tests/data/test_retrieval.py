@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import re
 import sqlite3
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,17 @@ def test_profiles_in_words(dataset: Dataset) -> None:
     history = dataset.history("a")
     assert template_profile(history, "classification").startswith("Profile: often ")
     assert template_profile(history, "generation").startswith("Profile: about ")
+
+
+def test_a_profile_counts_the_words_of_all_answers(dataset: Dataset) -> None:
+    answers = ["Late again, late", "the early BIRD", "", "Bird bird early again"] * 3
+    history = [replace(item, target=text) for item, text in zip(dataset.history("a"), answers, strict=False)]
+    words = [re.findall(r"\w+", item.target.casefold()) for item in history]
+    counts = Counter(word for own in words for word in dict.fromkeys(own) if len(word) > 3)
+    usual = ", ".join(word for word, _ in counts.most_common(8))
+    length = sum(map(len, words)) / len(words)
+    for _ in range(2):  # also from the cache
+        assert template_profile(history, "generation") == f"Profile: about {length:.0f} words, often {usual}."
 
 
 def test_a_later_item_in_a_prompt_is_a_leak(dataset: Dataset, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -153,9 +154,18 @@ def template_profile(earlier: Sequence[TextExample], kind: str) -> str:
         )
     if kind == "classification":
         return "Profile: " + _most(counts, 4)
-    words = Counter(word for item in earlier for word in set(_words(item.target)) if len(word) > 3)
-    length = fmean(len(_words(item.target)) for item in earlier)
+    answers = [_answer_words(item.target) for item in earlier]
+    words = Counter(word for _, long in answers for word in long)
+    length = fmean(count for count, _ in answers)
     return f"Profile: about {length:.0f} words, often {', '.join(word for word, _ in words.most_common(8))}."
+
+
+# An answer is read again for every later item of its user; the cache holds the longest of histories.
+@lru_cache(maxsize=1 << 14)
+def _answer_words(answer: str) -> tuple[int, tuple[str, ...]]:
+    """Return the number of words of an answer, and its different words of more than three letters, in order."""
+    words = _words(answer)
+    return len(words), tuple(dict.fromkeys(word for word in words if len(word) > 3))
 
 
 def _most(counts: Counter[str], limit: int) -> str:
