@@ -134,7 +134,8 @@ class ObjectShards:
 
     def _remove(self, blobs: Sequence[str]) -> None:
         """Remove objects with their versions and what the cache has of them; then their erasures are done."""
-        noted = [each for each in self.manifest.erasures() if each.blob in set(blobs)]
+        gone = set(blobs)
+        noted = [each for each in self.manifest.erasures() if each.blob in gone]
         self.cache.remove(ByteRange(each.blob, each.offset or 0, each.length or 0) for each in noted)
         for blob in blobs:
             self.bucket.abort_uploads(blob)
