@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The LaMP table: every public task by time, fetched, trained and evaluated with the paper's hyperparameters.
-# Needs a GPU and the gated backbone (`hf auth login`). Run it from the root of the repository; the same call again goes
-# on where it stopped. Fetching means agreeing to CC BY-NC-SA 4.0: `proper data fetch lamp-3` shows the license.
+# Needs a GPU and the gated backbone (`hf auth login`). Run it from the root of the repository; the same call again
+# continues where it stopped. Fetching means agreeing to CC BY-NC-SA 4.0: `proper data fetch lamp-3` shows the license.
 #
 #   recipes/lamp.sh                              all seven tasks
 #   recipes/lamp.sh lamp-3 lamp-5                some of them
 #   SET="backbone=mistralai/Mistral-7B-v0.3 evaluation.seeds=[0]" recipes/lamp.sh lamp-3
 #   RUNS=/scratch/lamp recipes/lamp.sh
 #
-# Leaves a run folder a task under $RUNS, the results together in $RUNS/results, and prints the table.
+# Writes a run folder per task under $RUNS and all results to $RUNS/results, and prints the table.
 set -euo pipefail
 
 RUNS=${RUNS:-runs/lamp}

@@ -1,10 +1,10 @@
-"""Rows of new users for recipes/lifecycle.sh, and what they say: simulated users of the demo who arrive later.
+"""The Python parts of recipes/lifecycle.sh: simulated users of the demo who arrive after training, and their results.
 
     python recipes/lifecycle.py rows DIR COUNT    write the interactions of new users: arrive/ID.jsonl, later/ID.jsonl
-    python recipes/lifecycle.py live RUN DIR      enrol all of arrive/, generate for each, log later/ as feedback
-    python recipes/lifecycle.py drifted DIR       print whom DIR/drift.jsonl says to have drifted; fails if no user has
-    python recipes/lifecycle.py updated RUN DIR   print what came of each update, and why; write who got a
-                                                  new version to DIR/promoted.txt; fails if none did
+    python recipes/lifecycle.py live RUN DIR      enrol the users of arrive/, answer a prompt of each, log later/
+    python recipes/lifecycle.py drifted DIR       print the users in DIR/drift.jsonl who have drifted; fails if none has
+    python recipes/lifecycle.py updated RUN DIR   print the result of each update and its reason; write the users with
+                                                  a new version to DIR/promoted.txt; fails if there is none
 
 A quarter of the users each stay as they are, change abruptly, change slowly, and change and go back; `later/` has the
 interactions after the change (`proper.data.demo.changes`).
@@ -27,7 +27,7 @@ from proper.data.demo.changes import later_items
 from proper.data.demo.users import DemoSettings
 from proper.interactions.log import InteractionLog
 
-RUN_PEOPLE = 24
+RUN_USERS = 24
 """Users of the demo run; the new ones come after them in the same simulated world."""
 ARRIVE, LATER = 8, 8
 """Interactions of a user at enrolment, and after the change."""
@@ -38,10 +38,10 @@ def write_rows(folder: Path, count: int) -> None:
     prompt = load_bank("classification").prompt
     rows: dict[tuple[str, str], list[str]] = {}
     kinds: dict[str, str] = {}
-    for item in later_items(DemoSettings(users=RUN_PEOPLE + count), 2, max(ARRIVE, LATER)):
+    for item in later_items(DemoSettings(users=RUN_USERS + count), 2, max(ARRIVE, LATER)):
         number = int(item.user.removeprefix("u"))
-        if number > RUN_PEOPLE:
-            user, part = f"new{number - RUN_PEOPLE:02d}", ("arrive", "later")[item.period]
+        if number > RUN_USERS:
+            user, part = f"new{number - RUN_USERS:02d}", ("arrive", "later")[item.period]
             kinds[user] = item.change
             row = {"prompt": prompt.replace("{input}", item.text), "target": item.answer}
             rows.setdefault((part, user), []).append(json.dumps(row, ensure_ascii=False))
@@ -90,7 +90,7 @@ def drifted(folder: Path) -> None:
 
 
 def updated(run: Path, folder: Path) -> None:
-    """Print what came of every update and why, and write the users with a new version; fail if there is none."""
+    """Print the result of every update and its reason; write the users with a new version; fail if there is none."""
     tried = [line.split("\t")[0] for line in (folder / "updated.tsv").read_text(encoding="utf-8").splitlines()]
     with closing(InteractionLog(run / "users")) as log:
         latest = {user: log.updates.of("", user)[0] for user in tried}

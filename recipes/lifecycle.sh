@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A user's life: new users enrol in a small demo run, ask, give feedback, drift, are updated; one is rolled back, one is
-# archived, some are deleted, and the deletion is verified. Prints what happened; the first failure ends it.
+# The life cycle of users: new users enrol in a small demo run, send prompts and feedback, drift, and are updated; one is
+# rolled back, one is archived, some are deleted, and the deletion is verified. Prints each result; a failure ends it.
 #
 #   recipes/lifecycle.sh
 #   NEW=8 RUN=runs/small recipes/lifecycle.sh     fewer new users, in a copy of a run of `proper demo --users 24`
 #
-# Everything lies in $OUT (by default runs/lifecycle), which must not exist yet.
+# All files are written to $OUT (by default runs/lifecycle), which must not exist yet.
 set -euo pipefail
 
 OUT=${OUT:-runs/lifecycle}
@@ -22,7 +22,7 @@ run=$OUT/run
 step "a run"
 if [ -n "${RUN:-}" ]; then cp -r "$RUN" "$run"; else proper demo --users 24 --out "$run"; fi
 
-step "$NEW new users enrol, ask and give feedback"
+step "$NEW new users enrol, send prompts and give feedback"
 python "$here/lifecycle.py" rows "$OUT" "$NEW"
 python "$here/lifecycle.py" live "$run" "$OUT"
 

@@ -47,7 +47,7 @@ def main() -> None:
     history, queries = demo_rows(OUT / "data", USERS, SEED, Encoder(backbone.tokenizer, max_length=128))
     rows = [row for own in history.values() for row in own]
 
-    # PEFT adds A and B to every linear layer of the blocks and freezes rows else.
+    # PEFT adds A and B to every linear layer of the blocks and freezes all other parameters.
     modules = list(find_targets(backbone.model, "all"))
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=modules)
     model = get_peft_model(backbone.model, lora)
