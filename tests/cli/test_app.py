@@ -15,7 +15,7 @@ import pytest
 import typer
 
 import proper
-from proper.cli.app import app, main, require_text
+from proper.cli.app import _after_interruption, app, main, require_text
 from proper.cli.demo import Task
 from proper.data.demo.users import DemoTask
 from proper.errors import InputError
@@ -285,3 +285,18 @@ def test_a_file_may_have_any_name(tmp_path: Path) -> None:
         require_text([f"--out={path}"])
     path.mkdir()
     require_text([f"--out={path}", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("run notes.yaml --out runs/notes", "the same command continues"),
+        ("move-state runs/notes --store folder", "the same command continues"),
+        ("groups refresh runs/notes", "the same command continues"),
+        ("users enrol runs/notes --input new.jsonl", "'proper users update' continues the fit"),
+        ("groups show runs/notes", "the same command starts again"),
+        ("", "the same command starts again"),
+    ],
+)
+def test_an_interrupted_command_says_how_to_continue(command: str, said: str) -> None:
+    assert _after_interruption(command.split()).startswith(said)

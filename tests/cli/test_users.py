@@ -108,7 +108,10 @@ def test_check(capsys: Output, run: Path) -> None:
 
 @pytest.mark.parametrize("command", ["show", "rollback", "delete", "update", "archive --out a.zip"])
 def test_an_unknown_user_is_named(capsys: Output, run: Path, command: str) -> None:
-    assert fails(capsys, *command.split(), str(run), "--user", "u77") == f"--user u77: no such user in {run}/users"
+    assert (
+        fails(capsys, *command.split(), str(run), "--user", "u77")
+        == f"--user u77: no such user in {run}/users; 'proper users list' prints all"
+    )
     assert not (run / "users" / "interactions.sqlite").exists(), "nothing is made for a user who is not there"
 
 

@@ -189,7 +189,10 @@ def test_a_deleted_user_comes_back_by_an_enrolment_only_and_without_the_past(
         assert main(["users", "check", str(run)]) == 0
         capsys.readouterr()
         assert main(["users", "update", str(run), "--user", "ann", "--input", rows]) == 2
-        assert capsys.readouterr().err == f"proper: --user ann: no such user in {run / 'users'}\n"
+        assert (
+            capsys.readouterr().err
+            == f"proper: --user ann: no such user in {run / 'users'}; 'proper users list' prints all\n"
+        )
         assert store.head("ann") is None and not log.knows("", "ann")
         assert main(["users", "enrol", str(run), "--user", "ann", "--input", rows]) == 0
         assert store.head("ann") is not None

@@ -81,7 +81,10 @@ def test_a_deleted_user_is_imported_only_if_asked(run: Path, tmp_path: Path, cap
     refused = f"{copy}: user 'ann' was deleted from it; --even-if-deleted imports the user anyway"
     assert fails(capsys, "users", "import", copy, out) == refused
     assert fails(capsys, "users", "import", copy, out, "--force") == refused
-    assert fails(capsys, "users", "show", copy, "--user", "ann") == f"--user ann: no such user in {copy / 'users'}"
+    assert (
+        fails(capsys, "users", "show", copy, "--user", "ann")
+        == f"--user ann: no such user in {copy / 'users'}; 'proper users list' prints all"
+    )
     assert main(["users", "import", str(copy), str(out), "--even-if-deleted"]) == 0
     assert capsys.readouterr() == ("ann\tgroups\n", "")
     with closing(AdapterStore(copy / "users")) as store, closing(InteractionLog(copy / "users")) as log:

@@ -145,6 +145,9 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 
 def _after_interruption(arguments: Sequence[str]) -> str:
-    if arguments and arguments[0] in {"demo", "run", "evaluate", "data"}:
+    words = " ".join(arguments[:2])
+    if words.partition(" ")[0] in {"demo", "run", "evaluate", "data", "move-state"} or words == "groups refresh":
         return "the same command continues where this one stopped"
+    if words == "users enrol":
+        return "'proper users update' continues the fit; if no user is queued, the same command starts again"
     return "the same command starts again"

@@ -24,6 +24,10 @@ Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or auto.")]
 BackboneName = Annotated[
     str | None, typer.Option("--backbone", metavar="NAME", help="The backbone; proper-nano if not given.")
 ]
+ServeBackboneName = Annotated[
+    str | None,
+    typer.Option("--backbone", metavar="NAME", help="Measure this backbone instead of the two, such as proper-nano."),
+]
 ShapeName = Annotated[
     str | None,
     typer.Option("--shape", metavar="NAME", help="Use random weights of this model's shape: smollm2-135m."),
@@ -106,14 +110,15 @@ def serve(
     json_file: JsonFile = None,
     quick: Quick = False,
     device: Device = "auto",
-    backbone: BackboneName = None,
+    backbone: ServeBackboneName = None,
     shape: ShapeName = None,
     layers: Annotated[str, typer.Option(metavar="N", help="Adapted layers: all or the last N.")] = "all",
 ) -> None:
     """Time answers for 32 users at once.
 
     Compares them with the backbone alone, one user, PEFT's mixed batch and plain generate. Also measures the time to
-    the first token with 16 users per slot. Without --backbone or --shape, a random Llama and proper-nano are measured.
+    the first token with 16 users per slot. Without --backbone or --shape, two backbones are measured: a random Llama
+    and proper-nano.
     """
     from proper.benchmarks.backbones import BenchBackbone
     from proper.benchmarks.serve import QUICK, ServeBenchSize, run

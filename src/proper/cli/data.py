@@ -57,7 +57,9 @@ def fetch(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Folder to write; data/NAME, for LaMP by time data/NAME-time.", show_default=False
+            metavar="DIR",
+            help="Folder to write; by default data/NAME, or data/NAME-time for LaMP by time.",
+            show_default=False,
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Agree to the license without being asked.")] = False,
@@ -102,7 +104,9 @@ def fetch(
     ),
 )
 def convert(
-    name: Name,
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="movielens-small, huffpost-news or acl-titles.", show_default=False)
+    ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file as published.", show_default=False)],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder to write; data/NAME by default.", show_default=False)

@@ -28,7 +28,8 @@ def command(
     """Evaluate methods on a run's held-out queries.
 
     Trains the models that the methods need beyond the run in its folder variants/, reuses those that exist, and
-    reports on stderr which. Writes predictions, results.json and methods.csv, and prints the main metric.
+    reports on stderr which. Writes predictions, results.json and methods.csv, and prints the main metric. The page
+    'Methods' of the documentation lists all methods; the stages are base, population, groups and users.
     """
     require_run(folder)
     names = None if methods is None else chosen("--methods", methods)

@@ -51,7 +51,7 @@ def command(
         str | None, typer.Option(metavar="ID", help="The user; with --input, the user of lines without one.")
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Final prompt text for the model to complete.")
+        str | None, typer.Option(metavar="TEXT", help="The complete prompt, in the format of the run's template.")
     ] = None,
     field: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Fill a column of the run's template; repeatable.")
@@ -61,7 +61,7 @@ def command(
         typer.Option(
             "--input",
             metavar="FILE",
-            help="JSONL with user_id (or the run's user column) and prompt, or columns; - is stdin.",
+            help="JSONL: user_id (or the run's user column), and prompt or the template's columns; - is stdin.",
         ),
     ] = None,
     max_new_tokens: Annotated[
@@ -78,14 +78,17 @@ def command(
         int, typer.Option(min=0, metavar="N", help="Seed of the sampling, used for each prompt separately.")
     ] = 0,
     task: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The prompts' task in a run of several; else the first one.")
+        str | None,
+        typer.Option(metavar="NAME", help="Task of the prompts in a run of several tasks; the first by default."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print user, output and tier as JSON.")] = False,
 ) -> None:
     """Answer prompts with a user's personal model.
 
-    A user without an adapter gets the best tier that they have. The answer goes to stdout, the tier that gave it to
-    stderr. With --input each line of stdout is one JSON object with user_id, output and tier.
+    A user without an adapter is answered by the group model, an unknown user by the group model with the mean user
+    embedding. The answer goes to stdout, the tier that gave it to stderr. With --input each line of stdout is one JSON
+    object with user_id, output and tier. --field fills the template of the run's config; --prompt is not changed, so it
+    must have the same format.
 
     With a --temperature each prompt is sampled from --seed separately: no answer depends on the other prompts, and
     the same prompt of the same user gets the same answer again.

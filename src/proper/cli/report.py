@@ -30,8 +30,8 @@ def command(
 ) -> None:
     """Write the report and print its path.
 
-    The report is one HTML file that opens offline. --compare writes a page that compares two runs and its numbers as
-    CSV instead, --user a page for each user; the report itself stays unchanged then.
+    The report is one HTML file that opens offline. With --compare or --user, another page is written instead of the
+    report: --compare writes a page that compares two runs, and its numbers as CSV; --user writes a page for each user.
     """
     require_run(folder)
     if compare is not None:

@@ -12,7 +12,7 @@ from proper.cli.results_table import print_results
 
 EXAMPLES = """\
   proper run notes.yaml --out runs/notes
-  proper run notes.yaml --out runs/notes8 --set groups.experts=8 --set evaluation.seeds=[0,1,2]
+  proper run notes.yaml --out runs/notes8 --set groups.experts=8 --set 'evaluation.seeds=[0,1,2]'
   proper run notes.yaml --out runs/notes --stages population,groups
   proper run notes.yaml --out runs/notes --cluster local:2
   proper run notes.yaml --out runs/notes --store postgresql://proper@db.example.org/proper

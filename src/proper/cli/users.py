@@ -95,7 +95,7 @@ def known(store: AdapterStore, user: str) -> str:
         InputError: the user is not in the store.
     """
     if store.head(user) is None:
-        raise InputError(f"--user {user}: no such user in {store.folder}")
+        raise InputError(f"--user {user}: no such user in {store.folder}; 'proper users list' prints all")
     return user
 
 

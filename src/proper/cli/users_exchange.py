@@ -74,7 +74,7 @@ def _export_all(
     if user is not None:
         raise InputError("--user and --all exclude each other")
     if form != "peft":
-        raise InputError("--all needs --format peft; 'proper users archive' takes users out in the native format")
+        raise InputError("--all needs --format peft; the format native is for one --user at a time")
     from proper.export.export_all import export_all, in_words
 
     for line in in_words(export_all(folder, out, served_at=served_at, base=base), out):
@@ -88,7 +88,10 @@ def _export_all(
 )
 def import_command(
     folder: RunFolder,
-    source: Annotated[Path, typer.Argument(metavar="F", help="An exported user (native).", show_default=False)],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="F", help="A folder of 'proper users export' in the format native.", show_default=False),
+    ],
     user: Annotated[str | None, typer.Option(metavar="ID", help="Import the user under this id.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing user with this id.")] = False,
     even_if_deleted: Annotated[

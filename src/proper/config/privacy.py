@@ -25,7 +25,7 @@ class PrivacyConfig(Section):
         delta: probability with which the privacy loss may exceed epsilon; to be well below 1 / users.
         clip: largest norm of one user's gradient.
         users_per_step: mean number of users in a step; every user is drawn independently of all others.
-        rows_per_user: most rows of a user in a step, drawn from the user's rows.
+        rows_per_user: maximum number of rows of a user in a step, drawn from the user's rows.
     """
 
     epsilon: Positive | None = None

@@ -24,12 +24,12 @@ class SplitConfig(Section):
 
     Attributes:
         target_users: number of users who get adapters and queries: those with the longest histories.
-        min_history: fewest history rows of a target user.
+        min_history: minimum number of history rows of a target user, in addition to the queries.
         queries: share of a target user's rows that become queries.
         by: how queries are chosen: each user's newest rows, all rows after one date, whole items, or at random.
         shared_items: whether a row may be trained on if its item or input is a query of any user; `auto` is `exclude`
             for generation tasks.
-        max_queries: most queries in all, sampled evenly over users; null means no limit.
+        max_queries: maximum number of queries, sampled evenly over users; null means no limit.
         evaluate_on: the queries, or a validation part of the histories to choose settings on.
         seed: seed of everything random in the split.
     """
@@ -67,9 +67,9 @@ class ComputeConfig(Section):
         device: torch device; `auto` takes a GPU if there is one.
         max_length: longest prompt with its answer, in tokens; longer ones are cut.
         batch_size: rows of a batch in evaluation.
-        batch_tokens: most tokens, padding included, that run through the backbone at once in training and evaluation; a
-            larger batch is computed in parts, with the same result. `auto` chooses by the backbone's size, so that
-            memory is bounded.
+        batch_tokens: maximum number of tokens, padding included, that run through the backbone at once in training and
+            evaluation; a larger batch is computed in parts, with the same result. `auto` chooses by the backbone's
+            size, so that memory is bounded.
         checkpoint_seconds: time between two checkpoints of a stage, in seconds.
         cache_mb: limit in MiB, and at most half of the free disk space, of the cache of hidden states in training,
             which is used if `groups.layers` leaves lower layers without experts; 0 switches the cache off.
@@ -140,7 +140,7 @@ class RetrievalConfig(Section):
 
     Attributes:
         kind: how items are found: by words (BM25), by the frozen backbone's hidden states, or by both rankings.
-        k: most items of a prompt.
+        k: maximum number of items that are prepended to a prompt.
         max_length: longest prompt with its items and its answer in these methods, in tokens; null means
             compute.max_length.
     """

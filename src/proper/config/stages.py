@@ -69,8 +69,8 @@ class PopulationConfig(OptimizerConfig):
         max_tokens: budget of training tokens, sampled evenly over users; null means all.
         patience: measurements of the held-out loss, of ten over all epochs, without a lower one after which training
             ends; the weights with the lowest loss are kept. 0 trains all epochs on all rows.
-        validation: share of the rows that is held out for this, sampled evenly over users; at most 128 rows, and none
-            if it is below 16.
+        validation: share of the rows that is held out to measure this loss, sampled evenly over users: at most 128
+            rows; if it would be fewer than 16 rows, none are held out.
     """
 
     rank: Count = 8
@@ -114,8 +114,8 @@ class GroupsConfig(OptimizerConfig):
         alpha: scale of an expert, times the rank.
         dropout: dropout rate on the experts' input.
         target_modules: layers that get experts and user adapters: a group of them, or a list of names.
-        layers: decoder layers that get experts: `all`, or a number N for the last N. With N, training computes the
-            layers below only once per text.
+        layers: decoder layers that get experts: `all`, or N (also written `last N`) for the last N. With N, training
+            computes the layers below only once per text.
         user_embedding: size of a user embedding.
         embedding: one embedding per user for all layers, or one per layer.
         embedding_init: standard deviation of the user embeddings' initial values; the mean is 0.
@@ -236,7 +236,8 @@ class UsersConfig(OptimizerConfig):
         rank: rank of a user's LoRA, in either form.
         alpha: scale of a user's LoRA, times the rank.
         dropout: dropout rate on the LoRA's input.
-        layers: decoder layers that get user adapters: `all` that have experts, or a number N for the last N of these.
+        layers: decoder layers that get user adapters: `all` that have experts, or N (also written `last N`) for the
+            last N of these.
         patience: measurements, of four over a user's trial, without a lower held-out loss at any scale after which the
             user leaves the trial.
         scales: factors on a trial's adapter, beside 1, at which the held-out loss is measured. One number of passes and
@@ -251,7 +252,7 @@ class UsersConfig(OptimizerConfig):
         router_learning_rate: learning rate of the LoRA-aware router; `auto` as for `learning_rate`.
         router_epochs: passes over the histories for the router.
         slots: users who train at the same time; `auto` chooses by the device's memory.
-        max_items: most history rows of a user that are trained on, the newest ones; null means all.
+        max_items: maximum number of history rows that a user's adapter is trained on, the newest ones; null means all.
         storage: number format of the stored adapters; int8 and int4 have a scale for every few numbers.
         tiers: conditions under which a user gets an adapter.
         update: how new interactions change a user's adapter.

@@ -56,7 +56,7 @@ class ClusterConfig(Section):
         rows: requests that a replica decodes at once (`proper serve --rows`).
         slots: adapters in a replica's memory (`proper serve --slots`); at least `rows`.
         loaders: adapter loads that a replica runs at once; the server has one loading thread.
-        prefill_tokens: most prompt tokens of one prefill, with all prompts padded to the longest.
+        prefill_tokens: maximum number of prompt tokens of one prefill, with all prompts padded to the longest.
         patience: how often a request whose adapter is not loaded may be overtaken.
         local_adapters: adapters that a replica keeps on its own disk; `all` keeps every adapter there.
         spill: waiting requests of a replica from which on it is full, and its users' requests may go to another one.
@@ -162,7 +162,7 @@ class TargetConfig(Section):
     """Targets for `auto`.
 
     Attributes:
-        first_token_p95: most seconds of the 95th percentile of the time to the first token in the busiest hour.
+        first_token_p95: maximum of the 95th percentile of the time to the first token in the busiest hour, in seconds.
         missed_refits: largest share of refits that miss their deadline.
     """
 
@@ -175,8 +175,8 @@ class SampleConfig(Section):
 
     Attributes:
         replicas: replicas that are simulated at once, as a slice of the cluster with its share of the users.
-        requests: most requests of the simulated day. A day with more is shortened: the daily cycle runs faster, while
-            every rate and every cost keeps its size.
+        requests: maximum number of requests of the simulated day. A day with more is shortened: the daily cycle runs
+            faster, while every rate and every cost keeps its size.
     """
 
     replicas: int = Field(default=4, ge=1, le=64)
