@@ -200,9 +200,13 @@ def test_a_class_takes_the_configured_label_of_its_number(jsonl: Callable[..., P
 @pytest.mark.parametrize(
     ("kind", "labels", "message"),
     [
-        ("classification", ["a", "b", "a"], "'a' and 'a' are one label"),
-        ("classification", ["3", "3.0"], "'3' and '3.0' are one label"),
-        ("classification", ["caf\u00e9", "cafe\u0301"], "'caf\u00e9' and 'cafe\u0301' are one label"),
+        ("classification", ["a", "b", "a"], "'a' and 'a' are the same label; leave one out"),
+        ("classification", ["3", "3.0"], "'3' and '3.0' are the same label; leave one out"),
+        (
+            "classification",
+            ["caf\u00e9", "cafe\u0301"],
+            "'caf\u00e9' and 'cafe\u0301' are the same label; leave one out",
+        ),
         ("classification", ["a", " "], "' ' is empty"),
         ("rating", ["1", "good"], "'good' is not a number, as ratings are"),
     ],

@@ -152,6 +152,7 @@ def test_too_little_history_is_said_with_the_longest(build: Build) -> None:
         build(make_rows({"a": 5, "b": 3, "one": 1}))
     assert str(caught.value) == (
         "split.min_history: no user has 10 history rows and a query besides; of 3 users the longest history has 4 rows"
+        "; lower it to 4 or less, or add rows"
     )
 
 

@@ -138,8 +138,8 @@ def test_what_goes_wrong_is_raised(tiny_run: Path, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("prompts", "users", "said"),
     [
-        ("ab", [None, None], "are lists"),
-        (["a", "b"], "u0", "are lists"),
+        ("ab", [None, None], "must be lists"),
+        (["a", "b"], "u0", "must be lists"),
         (["a"], [None, None], "1 prompts and 2 user ids"),
         (["a"], [7], "user id 0: 7 is not text"),
         (["a", "\ud83d"], [None, None], "prompt 1: not a text"),
@@ -188,7 +188,7 @@ def test_an_answer_may_be_as_long_as_the_models_context(model: PersonalizedModel
 
 
 def test_prompts_and_labels_of_another_kind_are_refused(model: PersonalizedModel) -> None:
-    with pytest.raises(InputError, match="are lists"):
+    with pytest.raises(InputError, match="must be lists"):
         generate(model, iter(["a"]), [None])  # type: ignore[arg-type]
     with pytest.raises(InputError, match="labels are a list"):
         score(model, ["a"], [None], ["a", 1])  # type: ignore[list-item]

@@ -49,12 +49,13 @@ def load(folder: Path, config: Any, max_length: int, max_new_tokens: int = 4) ->
     return configured_backbone(made), made
 
 
-@pytest.mark.parametrize(("length", "new"), [(25, 4), (20, 15)], ids=["rows", "answers"])
+@pytest.mark.parametrize(
+    ("length", "new", "lower"), [(25, 4, "it"), (20, 15, "task.max_new_tokens")], ids=["rows", "answers"]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_longer_rows_than_the_table_are_refused(tmp_path: Path, kind: str, length: int, new: int) -> None:
-    with pytest.raises(
-        ConfigError, match=r"^compute\.max_length: rows may have 25 tokens, but the backbone has 24 positions$"
-    ):
+def test_longer_rows_than_the_table_are_refused(tmp_path: Path, kind: str, length: int, new: int, lower: str) -> None:
+    said = rf"^compute\.max_length: rows may have 25 tokens, but the backbone has 24 positions; lower {lower}$"
+    with pytest.raises(ConfigError, match=said):
         load(tmp_path, KINDS[kind](), length, new)
 
 

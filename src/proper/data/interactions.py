@@ -95,7 +95,7 @@ def _check_labels(task: TaskConfig) -> None:
             raise DataError(f"task.labels: {label!r} is {no_rating(label)}, as ratings are")
         key = label_key(label, task.kind)
         if key in known:
-            raise DataError(f"task.labels: {known[key]!r} and {label!r} are one label")
+            raise DataError(f"task.labels: {known[key]!r} and {label!r} are the same label; leave one out")
         known[key] = label
 
 

@@ -88,7 +88,7 @@ def fill_item_evidence(
         DataError: a column does not go with the task, or no column of items is configured.
     """
     if config.tasks and any(mark in one.data.prompt for one in config.each_task.values() for mark in _BRACED):
-        raise DataError("data.prompt: columns of item evidence need a run of one task")
+        raise DataError(f"data.prompt: {', '.join(_BRACED)} need a run of one task")
     columns = parse_template(config.data.prompt, "data.prompt").columns
     missing = [name for name in COLUMNS if name in columns and _is_marked(connection, name)]
     wrong = {"rating": USUAL, "classification": MEAN}.get(config.task.kind)

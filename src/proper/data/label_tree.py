@@ -109,8 +109,8 @@ def require_distinct(labels: Sequence[str], answer: Callable[[str], tuple[int, .
         other = known.setdefault(answer(label), label)
         if other != label:
             raise DataError(
-                f"{key}: the labels {_short(other)!r} and {_short(label)!r} have the same tokens in this backbone, at "
-                "most half of compute.max_length; write them as one label, or choose another backbone"
+                f"{key}: the labels {_short(other)!r} and {_short(label)!r} have the same tokens in this backbone "
+                "(labels are cut at half of compute.max_length); write them as one label, or choose another backbone"
             )
 
 

@@ -183,6 +183,7 @@ def _choose_targets(connection: sqlite3.Connection, split: SplitConfig, first: b
             f"split.min_history: no user has {least} history rows and a query besides; "
             f"of {users:,} users the longest history has {longest or 0:,} rows"
             + (f"; {dropped:,} rows repeat another one and do not count" if dropped else "")
+            + (f"; lower it to {longest} or less, or add rows" if 0 < (longest or 0) < least else "")
         )
 
 

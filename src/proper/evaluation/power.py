@@ -42,7 +42,7 @@ class Power:
         """Return one line for a terminal."""
         size = f"a difference of {self.smallest:.3f} in {self.metric}"
         whom = f"{self.queries:,} queries of {self.users:,} users"
-        return f"{'power':<10}{size} shows with {whom} (80 %, p < .05), if {self.assumes}"
+        return f"{'power':<10}{whom} can show {size} (p < .05 in 80 % of runs), if {self.assumes}"
 
 
 def expected_power(dataset: Dataset, kind: TaskKind) -> Power | None:
@@ -50,7 +50,7 @@ def expected_power(dataset: Dataset, kind: TaskKind) -> Power | None:
     counts = [user.queries for user in dataset.users("target") if user.queries]
     if kind == "generation" or not counts:
         return None
-    agree = f"one user's queries agree with r = {CORRELATION}"
+    agree = f"the differences of one user's queries correlate with r = {CORRELATION}"
     if kind == "classification":
         spread, assumes = math.sqrt(DISAGREEMENT), f"methods differ on {DISAGREEMENT:.0%} of the queries and {agree}"
         metric = "accuracy"

@@ -114,7 +114,7 @@ def require_pairs(prompts: Sequence[str], user_ids: Sequence[str | None]) -> Non
         InputError: they are not two lists of one length, an id is not text, or a prompt is not whole Unicode text.
     """
     if any(isinstance(each, str) or not isinstance(each, Sequence) for each in (prompts, user_ids)):
-        raise InputError("prompts and user ids are lists, also of one text")
+        raise InputError("prompts and user ids must be lists; write [prompt] and [user] for a single prompt")
     if len(prompts) != len(user_ids):
         raise InputError(f"{len(prompts)} prompts and {len(user_ids)} user ids: there must be one user per prompt")
     for at, (prompt, user) in enumerate(zip(prompts, user_ids, strict=True)):

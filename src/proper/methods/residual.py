@@ -43,7 +43,7 @@ def train_residual(work: TrainingWork) -> None:
 
     runner = StageRunner(run.config, run.dataset, run.folder, run.seed, work.log, personal)
     if not takes_trees(runner.backbone.model, run.config.compute.max_length):
-        raise ConfigError("evaluation.methods: '+residual' needs a backbone that takes attention masks of its own")
+        raise ConfigError("evaluation.methods: '+residual' needs a backbone that accepts a custom attention mask")
     runner.run(work.stages)
 
 

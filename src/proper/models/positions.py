@@ -65,7 +65,10 @@ def require_positions(model: nn.Module, length: int, answer: int) -> None:
     # A prompt always keeps half of `max_length`, however long its answer may be; see `Encoder.prompt`.
     rows, most, context = max(length, length // 2 + answer), positions_of(model), context_of(model)
     if most is not None and rows > most:
-        raise ConfigError(f"compute.max_length: rows may have {rows} tokens, but the backbone has {most} positions")
+        key = "it" if length > most else "task.max_new_tokens"
+        raise ConfigError(
+            f"compute.max_length: rows may have {rows} tokens, but the backbone has {most} positions; lower {key}"
+        )
     if context is not None and answer > max(length, context):
         raise ConfigError(
             f"task.max_new_tokens: an answer of {answer} tokens does not fit into the backbone's context of {context}"

@@ -116,7 +116,7 @@ def _enough_replicas(config: SimulationConfig, costs: ServingCosts) -> tuple[int
         if figures["peak_first_token_p95"] <= config.targets.first_token_p95:
             return replicas, figures
         replicas = max(replicas + 1, math.ceil(CLOSE * replicas))
-    raise ProperError(f"'cluster.replicas': {replicas} do not meet the targets on the simulated day")
+    raise ProperError(f"'cluster.replicas': {replicas} do not meet the targets on the simulated day; relax 'targets'")
 
 
 def _serve(config: SimulationConfig, costs: ServingCosts, replicas: int, *, affinity: bool) -> dict[str, Any]:

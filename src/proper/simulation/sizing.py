@@ -36,7 +36,7 @@ def smallest(least: int, enough: Callable[[int], bool], name: str) -> int:
     while not enough(high):
         low, high = high, max(high + 1, math.ceil(1.2 * high))
         if high > MAX_FACTOR * least:
-            raise ProperError(f"'{name}': {high} do not meet the targets either; the costs may not allow any number")
+            raise ProperError(f"'{name}': even {high} do not meet the targets; relax 'targets', or check the costs")
     while high - low > 1 and high > CLOSE * low:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)

@@ -69,7 +69,10 @@ def sampling_of(sample: SampledRows, config: OptimizerConfig, privacy: PrivacyCo
 def _sampling(lengths: Sequence[int], config: OptimizerConfig, privacy: PrivacyConfig) -> UserSampling:
     users = len(lengths)
     if privacy.users_per_step > users:
-        raise ConfigError(f"privacy.users_per_step: {privacy.users_per_step} is more than the {users} users with rows")
+        raise ConfigError(
+            f"privacy.users_per_step: {privacy.users_per_step} is more than the {users} users with rows; set it to "
+            f"{users} or less"
+        )
     rows_per_step = privacy.users_per_step * sum(min(rows, privacy.rows_per_user) for rows in lengths) / users
     return UserSampling(users, max(1, math.ceil(config.epochs * sum(lengths) / rows_per_step)))
 
@@ -88,7 +91,9 @@ def with_noise(privacy: PrivacyConfig, stages: Sequence[UserSampling]) -> tuple[
     while epsilon_of(high, privacy, stages) > privacy.epsilon:
         low, high = high, 2 * high
         if high > MAX_NOISE:
-            raise ConfigError(f"privacy.epsilon: {privacy.epsilon:g} needs a noise multiplier above {MAX_NOISE:g}")
+            raise ConfigError(
+                f"privacy.epsilon: {privacy.epsilon:g} needs a noise multiplier above {MAX_NOISE:g}; raise epsilon"
+            )
     while high / low > 1.004:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if epsilon_of(middle, privacy, stages) <= privacy.epsilon else (middle, high)

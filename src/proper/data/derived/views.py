@@ -147,7 +147,7 @@ def keep_asking(source: Dataset, path: Path, asked: str) -> None:
         )
         _recount(connection)
         if not connection.execute("SELECT sum(history) FROM users").fetchone()[0]:
-            raise DataError(f"rows={asked}: the last line of no history row's prompt is '{asked}:'")
+            raise DataError(f"rows={asked}: no prompt of a history row ends with the line '{asked}:'")
 
 
 def _asked(prompt: str) -> str:
