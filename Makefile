@@ -6,9 +6,9 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3 python3.12 python3.13 py
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-WORKERS ?= 2
+WORKERS ?= 3
 
-# Two test processes with one thread each use two cores better than one process with two threads.
+# Processes with one thread each use two cores better than one with two threads; one more, as tests wait for servers and disks.
 # The tests and the demo never need the network: this says so to the Hugging Face libraries.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 PYTEST  := OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/pytest -n $(WORKERS) --dist worksteal -q

@@ -96,7 +96,7 @@ def test_rows_that_ask_for_something_else_go(run: Path, tmp_path: Path) -> None:
             for user in both.users():
                 kept = [row for row in both.history(user.id) if row.prompt.endswith("Colour:")]
                 assert one.history(user.id) == kept
-        with pytest.raises(DataError, match="no history row's prompt is 'Taste:'"):
+        with pytest.raises(DataError, match="no prompt of a history row ends with the line 'Taste:'"):
             keep_asking(both, tmp_path / "none.sqlite", "Taste")
     assert not (tmp_path / "none.sqlite").exists()
 
