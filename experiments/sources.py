@@ -61,7 +61,7 @@ EARLIER = {
         Source(
             "movielens-rating, other training",
             "findings/others-movielens-rating.json",
-            (*CONTROLS, ("users", "end-to-end"), ("users+rag", "users")),
+            (*CONTROLS, ("users", "end-to-end"), ("users", "population-more"), ("users+rag", "users")),
         ),
     )
 }
@@ -87,6 +87,6 @@ def main_sources(name: str, task: str) -> Iterator[Source]:
 def _rows(task: str) -> tuple[tuple[str, str], ...]:
     """Return the pairs of a set's table: the steps, the controls, and Users against every other row."""
     trivial = ("user-majority", "user-majority-same", *(("prior", "head+prior") if task == LABELS else ()))
-    rivals = ("rag", "oppu", "oppu[users.layers=last 10]", "end-to-end")
+    rivals = ("rag", "oppu", "oppu[users.layers=last 10]", "end-to-end", "population-more")
     own = (("users", row) for row in dict.fromkeys((constant_of(task), *trivial, *rivals)))
     return (("population", constant_of(task)), *STEPS, *CONTROLS, *own, ("users+rag", "users"))
