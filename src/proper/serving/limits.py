@@ -46,7 +46,7 @@ class RateLimiter:
         self._open_prompts: Counter[str] = Counter()
         self._open_requests: Counter[str] = Counter()
         self._buckets: dict[str, tuple[float, float]] = {}
-        self._most = _BUCKETS
+        self._max_buckets = _BUCKETS
 
     @contextmanager
     def enter(self, key: str, prompts: int) -> Iterator[None]:
@@ -99,10 +99,10 @@ class RateLimiter:
         if left < 1:
             raise _too_many(f"this key may send {self.limits.per_minute} requests a minute", (1 - left) * 60 / size)
         self._buckets[key] = (left - 1, now)
-        if len(self._buckets) > self._most:  # drop buckets that are full again
+        if len(self._buckets) > self._max_buckets:  # drop buckets that are full again
             self._buckets = {name: pair for name, pair in self._buckets.items() if now - pair[1] < 60}
             # Not again for each of the next requests, where none is full yet.
-            self._most = max(_BUCKETS, 2 * len(self._buckets))
+            self._max_buckets = max(_BUCKETS, 2 * len(self._buckets))
 
 
 def _too_many(why: str, seconds: float) -> APIError:
