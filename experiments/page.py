@@ -19,7 +19,7 @@ from experiments.tables import other_metrics, routing, table, truncated
 from proper.files import read_json
 from proper.reports.formats import METRICS
 
-LOSS = "loss"
+LOSS, STYLE = "loss", "style_match"
 HEAD = """\
 # The paper's questions on real data
 
@@ -79,7 +79,7 @@ def _section(
             lines += [*table(source, part, tests[source.name]), "", *truncated(part), *other_metrics(source, part)]
             lines += [*routing(part), *([""] if "routing_of" in part else [])]
         lines += [f"![{question.title}](findings/q{question.number}.svg)", ""]
-        lines += [*_sentences(question, tests), "", *_by_loss(question, found)]
+        lines += [*_sentences(question, tests), "", *_by_loss(question, found), *_by_style(question, found)]
     if missing:
         lines += [f"Not run yet: {', '.join(missing)}.", ""]
     lines += [f"Note: {note}" for note in question.notes] + ([""] if question.notes else [])
@@ -94,19 +94,26 @@ def _sentences(question: Question, tests: Mapping[str, Sequence[Test]]) -> list[
 
 def _by_loss(question: Question, found: Sequence[tuple[Source, Mapping[str, Any]]]) -> list[str]:
     """Return the answer and the differences by the loss of the true answers, where it was measured."""
-    tests = {source.name: tests_of(source, part, LOSS) for source, part in found}
-    tests = {name: of_source for name, of_source in tests.items() if of_source}
+    tests = _tests_by(LOSS, found)
     if not tests:
         return []
-    details = [
-        "<details><summary>Each difference in loss</summary>",
-        "",
-        *_sentences(question, tests),
-        "",
-        "</details>",
-        "",
-    ]
-    return [f"By the loss of the true answers: {question.answer(tests)}", "", *details]
+    return [f"By the loss of the true answers: {question.answer(tests)}", "", *_folded("loss", question, tests)]
+
+
+def _by_style(question: Question, found: Sequence[tuple[Source, Mapping[str, Any]]]) -> list[str]:
+    """Return the differences by the mean of the measures of style; one test per pair, so no measure is picked."""
+    tests = _tests_by(STYLE, found)
+    return _folded("style", question, tests) if tests else []
+
+
+def _tests_by(metric: str, found: Sequence[tuple[Source, Mapping[str, Any]]]) -> dict[str, list[Test]]:
+    tests = {source.name: tests_of(source, part, metric) for source, part in found}
+    return {name: of_source for name, of_source in tests.items() if of_source}
+
+
+def _folded(what: str, question: Question, tests: Mapping[str, Sequence[Test]]) -> list[str]:
+    head = f"<details><summary>Each difference in {what}</summary>"
+    return [head, "", *_sentences(question, tests), "", "</details>", ""]
 
 
 def _is_key(question: Question, test: Test) -> bool:

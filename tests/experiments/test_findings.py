@@ -127,6 +127,22 @@ def test_the_loss_is_a_second_look_and_claims_nothing_by_itself(tmp_path: Path) 
     assert "By the loss" not in section(pages(tmp_path)["findings.md"], 10)
 
 
+def test_style_is_compared_by_the_mean_match_and_a_result_without_it_has_no_such_list(tmp_path: Path) -> None:
+    names = ("users", "groups", "population")
+    rows = [row(name, 0.3) for name in names]
+    styles = [{**row(name, 0.7), "metric": metric} for name in names for metric in ("style_match", "style_prefix")]
+    tests = [test("groups", "population", 0.01, 0.8), test("users", "groups", 0.01, 0.8)]
+    by_style = [{**one, "metric": "style_match", "p_value": p} for one, p in zip(tests, (0.01, 0.04), strict=True)]
+    prefix = [{**one, "metric": "style_prefix", "p_value": 0.001} for one in tests]
+    write(tmp_path, "main-git-subject", rows + styles, tests + by_style + prefix)
+    said = section(pages(tmp_path)["findings.md"], 0)
+    listed = said.partition("Each difference in style")[2].partition("</details>")[0]
+    # Holm over the two steps of this measure alone, as for the main metric; other measures are not listed.
+    assert "p = .020" in listed and "p = .040" in listed and listed.count("\n- ") == 2
+    write(tmp_path, "main-git-subject", rows, tests)
+    assert "Each difference in style" not in section(pages(tmp_path)["findings.md"], 0)
+
+
 def test_other_metrics_stand_in_a_folded_table(tmp_path: Path) -> None:
     names = ("users", "groups", "population", "user-majority")
     more = [{**row(name, 0.25), "metric": "rmse", "primary": False} for name in names]
