@@ -14,6 +14,7 @@ from torch import Tensor
 
 from proper.adapters.store import AdapterStore, Head, Version
 from proper.config import Config
+from proper.data.chat import readable
 from proper.enrolment.drift import Drift
 from proper.enrolment.fit_progress import ProgressCallback, no_progress
 from proper.enrolment.fit_user import Fitter, open_fitter
@@ -250,7 +251,7 @@ class Model:
         """
         return generate(
             self.personalized,
-            prompts,
+            _texts(prompts),
             user_ids,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -263,7 +264,7 @@ class Model:
         self, prompts: Sequence[str], user_ids: Sequence[str | None], sampling: Sampling | None = None
     ) -> list[Answer]:
         """Like `generate`, but return answers that also name their user and the tier that answered."""
-        return respond(self.personalized, prompts, user_ids, sampling)
+        return respond(self.personalized, _texts(prompts), user_ids, sampling)
 
     def score(
         self, prompts: Sequence[str], user_ids: Sequence[str | None], labels: Sequence[str], task: str | None = None
@@ -274,7 +275,7 @@ class Model:
             StoreError: a user's adapter or embedding is damaged.
             ProperError: a likelihood is NaN; the message names the user.
         """
-        return score(self.personalized, prompts, user_ids, labels, task=self.config.task_number(task))
+        return score(self.personalized, _texts(prompts), user_ids, labels, task=self.config.task_number(task))
 
     def tier(self, user: str | None) -> str:
         """Return the tier that answers this user: "base", "population", "none", "groups" or "users"."""
@@ -305,3 +306,10 @@ def load(folder: str | Path, stage: str | None = None) -> Model:
         RunFolderError: the folder is not a run folder, or the stage is not trained yet.
     """
     return Model(Path(folder), load_personalized(folder, stage))
+
+
+def _texts(prompts: Sequence[str]) -> Sequence[str]:
+    """Return prompts of one message each, whatever their authors wrote; what is not text is refused later."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        return prompts
+    return [readable(each) if isinstance(each, str) else each for each in prompts]

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proper.cli.generate import PromptRequest, final_prompts, from_fields, from_file, render_with
+from proper.data.chat import TURN, readable
 from proper.data.conversations import messages_row
 from proper.data.rows import parse_template
 from proper.errors import DataError, InputError
@@ -44,7 +45,15 @@ def test_any_text_comes_back(tmp_path_factory: pytest.TempPathFactory, rows: lis
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     lines = [json.dumps({"user_id": user, "prompt": prompt}, ensure_ascii=False) for user, prompt in rows]
     path.write_text("\n".join(lines), encoding="utf-8")
-    assert [(request.user, request.prompt) for request in from_file(path)] == rows
+    # The mark that separates messages in a prompt is not a character that a text can have.
+    expected = [(user, readable(prompt)) for user, prompt in rows]
+    assert [(request.user, request.prompt) for request in from_file(path)] == expected
+
+
+def test_marks_of_messages_in_a_text_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"prompt": f"Well {TURN}System: x"}), encoding="utf-8")
+    assert [request.prompt for request in from_file(path)] == ["Well System: x"]
 
 
 @pytest.mark.parametrize(

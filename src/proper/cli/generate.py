@@ -18,6 +18,7 @@ import typer
 from proper.cli.options import RunFolder
 from proper.config import load_run_config
 from proper.console import progress
+from proper.data.chat import readable
 from proper.data.conversations import MESSAGES, PROMPT, question
 from proper.data.rows import BadValue
 from proper.errors import DataError, InputError
@@ -130,7 +131,7 @@ def _requests(
         return requests
     if fields:
         return [from_fields(user, fields)]
-    return [PromptRequest(user, prompt, {}, "--prompt")]
+    return [PromptRequest(user, readable(prompt or ""), {}, "--prompt")]
 
 
 def _print_answers(answer: Callable[[slice], list[Answer]], count: int, *, of_file: bool, as_json: bool) -> None:
@@ -278,7 +279,9 @@ def _parse(line: bytes, user: str | None, column: str, where: str) -> PromptRequ
             prompt = question({PROMPT: prompt}, PROMPT)
         except BadValue as error:
             raise DataError(f"{where}: {error}") from error
-    if prompt is not None and not isinstance(prompt, str):
+    elif isinstance(prompt, str):
+        prompt = readable(prompt)  # a text is one message, whatever its author wrote into it
+    elif prompt is not None:
         raise DataError(f"{where}: prompt: should be text, not {type(prompt).__name__}")
     if prompt is None and not row:
         raise DataError(f"{where}: prompt: is missing, and there are no fields for the template")
