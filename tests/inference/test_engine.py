@@ -381,6 +381,22 @@ def test_forgotten_users_leave_the_bank(copied: PersonalizedModel) -> None:
     engine.close()
 
 
+def test_users_of_an_unreadable_store_leave_the_bank(copied: PersonalizedModel) -> None:
+    engine = Engine(copied, EngineLimits(rows=2, slots=2))
+    heard, _ = ask(engine, 0, "u0")
+    finish(engine)
+    bank = next(iter(copied.model.layers.values())).bank
+    assert copied.store is not None and bank is not None and engine.stats().resident == 1
+    copied.store.manifest.path.write_bytes(b"not a database" * 1000)
+    engine.recheck()
+    engine.step()
+    assert bank.values.abs().sum() == 0 and engine.stats().resident == 0
+    heard, _ = ask(engine, 0, None)
+    finish(engine)
+    assert heard.reason != "error"
+    engine.close()
+
+
 def test_a_sink_that_raises_loses_its_row_only(shared: PersonalizedModel, alone: Alone) -> None:
     engine = Engine(shared)
 

@@ -194,7 +194,11 @@ class Engine:
 
     def _forget_deleted(self) -> None:
         for owner in self._adapters.owners() | self._prefixes.owners():
-            if self._adapters.is_gone(*owner):
+            try:
+                gone = self._adapters.is_gone(*owner)
+            except Exception:  # a store that cannot be read: an error here would end the engine for everyone
+                gone = True
+            if gone:
                 self._forget_user(*owner)
 
     def _accept(self) -> None:
