@@ -15,6 +15,7 @@ from proper.config import DataConfig
 from proper.data.chat import TextMessage
 from proper.data.conversations import join_turns
 from proper.errors import ConfigError
+from proper.inference.generate import generate
 from proper.models.backbone import backbone_location
 from proper.serving.schemas.requests import ChatRequest
 
@@ -47,7 +48,7 @@ def test_both_routes_ask_as_the_run_was_trained(serve: Serve, long_run: Path, tm
     # A row of the same messages, as training and evaluation read it, has the same answer.
     model = proper.load(folder)
     texts = [join_turns([TextMessage(each["role"], each["content"]) for each in talk]) for talk in (messages, longer)]
-    answers = model.generate(texts, user_ids=["u1", "u1"], max_new_tokens=8)
+    answers = generate(model.personalized, texts, ["u1", "u1"], max_new_tokens=8)
     assert [one["choices"][0]["message"]["content"] for one in (reply, two)] == answers
     assert reply["usage"] == plain["usage"]
     # A run that does not say whether it uses the template was trained without it.
