@@ -204,6 +204,13 @@ def test_csv_is_read_whatever_it_is_packed_in(tmp_path: Path, ending: str) -> No
     assert read(tmp_path / f"rows.tsv{ending}") == [Interaction("u", "a,b", "c", None, None)]
 
 
+@pytest.mark.parametrize(("mark", "cell"), [(";", "a,b"), ("\t", "a,b"), (",", "a;b")])
+def test_a_csv_file_may_separate_its_cells_as_spreadsheets_do(tmp_path: Path, mark: str, cell: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f'user_id{mark}"input"{mark}output{mark}"a;b,c"\nu{mark}"{cell}"{mark}c{mark}d\n')
+    assert read(path) == [Interaction("u", cell, "c", None, None)]
+
+
 def test_bad_rows_of_csv_have_the_number_of_the_line_where_they_begin(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(
@@ -229,7 +236,7 @@ def test_bad_rows_of_csv_have_the_number_of_the_line_where_they_begin(tmp_path: 
     [
         ("user_id,input,output\n".encode("utf-16"), "1: row: not UTF-8"),
         (b'"user_id"x,input\n', "1: row: not CSV (',' expected after '\"')"),
-        (b"user_id;input;output\n", " no column 'user_id' (data.user); did you mean 'user_id;input;output'?"),
+        (b"user_id|input|output\n", " no column 'user_id' (data.user); did you mean 'user_id|input|output'?"),
     ],
 )
 def test_a_csv_file_whose_first_row_names_no_columns_is_refused(tmp_path: Path, body: bytes, what: str) -> None:

@@ -12,11 +12,12 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -147,11 +148,12 @@ def _named(file: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Row | str]]
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, list[str] | str]]:
     """Yield (number of its first line, cells or error text) for each row that is not empty."""
-    tabs = ".tsv" in (ending.lower() for ending in file.suffixes[-2:])
     with _opened(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as text:
         # The limit is global to the process; only this function reads CSV here.
         csv.field_size_limit(_FIELD)
-        rows = csv.reader(cast(Iterable[str], text), delimiter="\t" if tabs else ",", strict=True)
+        first = text.readline()
+        lines = cast(Iterable[str], chain([first] if first else [], text))
+        rows = csv.reader(lines, delimiter=_delimiter(file, first), strict=True)
         while True:
             begun = rows.line_num + 1
             try:
@@ -163,6 +165,14 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, list[str] | str]]:
                 continue
             if cells:
                 yield begun, cells if _is_text(cells) else "not UTF-8"
+
+
+def _delimiter(file: Path, first: str) -> str:
+    """Return what separates the cells: where a decimal comma is usual, spreadsheets write CSV files with semicolons."""
+    if ".tsv" in (ending.lower() for ending in file.suffixes[-2:]):
+        return "\t"
+    unquoted = re.sub('"[^"]*"', "", first)
+    return next((mark for mark in ",;\t" if mark in unquoted), ",")
 
 
 def _is_text(cells: Sequence[str]) -> bool:
