@@ -163,6 +163,12 @@ def test_too_little_history_names_the_rows_that_repeat_another(build: Build) -> 
         build(rows)
 
 
+def test_users_on_one_side_of_the_date_are_said_to_have_no_query(build: Build) -> None:
+    rows = make_rows({"early": 30}) + [row | {"timestamp": "2030-01-01"} for row in make_rows({"late": 8})]
+    with pytest.raises(DataError, match=r"of 2 users 1 have that history, but no query; split\.by: time gives"):
+        build(rows, split={"by": "time-global"})
+
+
 def test_users_without_times_are_split_in_seeded_order(build: Build) -> None:
     rows = make_rows({"a": 40}, timestamp=None)
     first, same, other = (build(rows, split={"seed": seed}) for seed in (0, 0, 1))

@@ -177,14 +177,23 @@ def _choose_targets(connection: sqlite3.Connection, split: SplitConfig, first: b
     found = connection.execute("SELECT count(*) FROM chosen").fetchone()[0]
     connection.execute("DROP TABLE chosen")
     if not found:
-        users, longest = connection.execute(f"SELECT count(*), max(history) FROM ({counts})").fetchone()
-        dropped = get_meta(connection, "duplicates")
-        raise DataError(
-            f"split.min_history: no user has {least} history rows and a query besides; "
-            f"of {users:,} users the longest history has {longest or 0:,} rows"
-            + (f"; {dropped:,} rows repeat another one and do not count" if dropped else "")
-            + (f"; lower it to {longest} or less, or add rows" if 0 < (longest or 0) < least else "")
-        )
+        raise DataError(_why_no_target(connection, split, least, counts))
+
+
+def _why_no_target(connection: sqlite3.Connection, split: SplitConfig, least: int, counts: str) -> str:
+    users, longest, askless = connection.execute(
+        f"SELECT count(*), max(history), sum(history >= {least}) FROM ({counts})"
+    ).fetchone()
+    why = f"split.min_history: no user has {least} history rows and a query besides; of {users:,} users "
+    if askless:  # with split.by: time-global, users who were active on one side of the date only
+        return why + f"{askless:,} have that history, but no query; split.by: time gives every user queries"
+    dropped = get_meta(connection, "duplicates")
+    return (
+        why
+        + f"the longest history has {longest or 0:,} rows"
+        + (f"; {dropped:,} rows repeat another one and do not count" if dropped else "")
+        + (f"; lower it to {longest} or less, or add rows" if 0 < (longest or 0) < least else "")
+    )
 
 
 def _limit_queries(connection: sqlite3.Connection, limit: int, salted: bytes) -> None:
