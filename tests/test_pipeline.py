@@ -244,6 +244,17 @@ def test_unknown_stages_and_methods_are_named(finished: Path, tmp_path: Path) ->
         pipeline.evaluate(finished, ["grups"])
 
 
+def test_methods_that_the_data_cannot_have_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    for name in ("swapped", "shuffled"):
+        config = small_config(tmp_path, split={"target_users": 1}, evaluation={"methods": ["users", name]})
+        for refused in (lambda c=config: pipeline.check(c), lambda c=config: pipeline.run(c, tmp_path / "run")):
+            with pytest.raises(DataError, match=f"^evaluation.methods: '{name}' needs at least 2 target users; this"):
+                refused()
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="'lead' answers with words of the input"):
+        pipeline.check(small_config(tmp_path, evaluation={"methods": ["lead"]}))
+
+
 def test_a_stage_without_its_predecessor_is_refused(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="stage 'population' is not trained yet"):
         pipeline.run(small_config(finished.parent), tmp_path / "run", stages=["groups"])

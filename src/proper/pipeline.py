@@ -24,14 +24,14 @@ from proper.data.demo import DemoSettings, demo_run, write_demo
 from proper.data.demo.users import DemoTask
 from proper.data.label_tree import require_distinct
 from proper.data.summary import summarize, truncation
-from proper.errors import ConfigError, DataError, did_you_mean
+from proper.errors import ConfigError, DataError, ProperError, did_you_mean
 from proper.evaluation.harness import Harness
 from proper.evaluation.power import expected_power
 from proper.evaluation.side_by_side import compare_runs
 from proper.interactions.deletion import working
 from proper.interactions.personal_files import remove_deleted, remove_rows
 from proper.methods.evaluate import evaluating
-from proper.methods.table import known_methods, table_methods
+from proper.methods.table import known_methods, require_targets, table_methods
 from proper.methods.time_budget import plan, time_lines
 from proper.models.backbone import configured_backbone
 from proper.models.checkpoints import settled
@@ -149,6 +149,7 @@ def _evaluate(folder: Path, methods: Sequence[str] | None) -> dict[str, Any]:
         Dataset.open(RunFolder(folder).data) as dataset,
         evaluating(config, dataset, folders) as evaluator,
     ):
+        require_targets(chosen, dataset)
         results = Harness(config, dataset, folders).evaluate(evaluator.contenders(chosen))
         write_methods_csv(folder)
     return results
@@ -197,9 +198,11 @@ def check(config: Config, *, skip_bad_rows: bool = False) -> list[str]:
     privacy guarantee, if the config asks for one.
 
     Raises:
+        ConfigError: the task has not what a method of `evaluation.methods` needs.
         DataError: the data cannot be used.
     """
     quiet_libraries()
+    known_methods(config.evaluation.methods, config)
     with tempfile.TemporaryDirectory() as folder, _data(config, Path(folder), skip_bad_rows) as dataset:
         power = None if config.tasks else expected_power(dataset, config.task.kind)
         found = (power, guarantee(config, dataset))
@@ -281,10 +284,21 @@ def _in_time(config: Config, dataset: Dataset, folder: Path, skip_bad_rows: bool
 def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:
     """Open the run's prepared data; prepare it if it does not exist."""
     path = RunFolder(folder).data
-    if path.exists():
+    if not path.exists():
+        data = _prepared(config, path, folder, skip_bad_rows)
+    else:
         if not RunFolder(folder).is_trained(Stage.POPULATION):
             remove_rows(path, left_out_users(config.data.train_without))
-        return Dataset.open(path)
+        data = Dataset.open(path)
+    try:
+        require_targets(known_methods(config.evaluation.methods, config), data)
+    except ProperError:
+        data.close()
+        raise
+    return data
+
+
+def _prepared(config: Config, path: Path, folder: Path, skip_bad_rows: bool) -> Dataset:
     encoder = configured_encoder(config)
     with progress("read interactions", None) as advance:
         deleted = Tombstones(RunFolder(folder).users.path).of_tenant(DEFAULT_TENANT)

@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from proper.data.derived.views import OneUser
-from proper.errors import DataError
 from proper.evaluation.runner import MethodRun, predict
 from proper.export.converted_models import STATIC_EXPORT, USERS_INT8, in_int8, static_export
 from proper.inference.loading import load
@@ -84,13 +83,7 @@ def answer_with(run: TrainedRun, model: ProperModel, users: ServedUsers) -> Meth
 
 
 def derangement(users: Sequence[str], seed: int) -> Mapping[str, str]:
-    """Return a seeded derangement of the users, as one cycle: every user maps to another user, each used once.
-
-    Raises:
-        DataError: there is only one user.
-    """
-    if len(users) < 2:
-        raise DataError("evaluation.methods: 'swapped' needs at least two target users; this run has one")
+    """Return a seeded derangement of at least two users, as one cycle: every user maps to another, each used once."""
     order = sorted(users)
     random.Random(seed_of(seed, "derangement")).shuffle(order)
     return dict(zip(order, [*order[1:], order[0]], strict=True))

@@ -14,7 +14,7 @@ from proper.config import PRESETS, Config
 from proper.data.dataset import Dataset
 from proper.data.derived.retrieval import add_profiles
 from proper.data.derived.views import SINGLE_USER, shuffle_users
-from proper.errors import ConfigError, did_you_mean
+from proper.errors import ConfigError, DataError, did_you_mean
 from proper.evaluation.comparisons import TRIVIAL
 from proper.export.converted_models import STATIC_EXPORT, USERS_INT8
 from proper.methods.end_to_end import answer_end_to_end, train_end_to_end, train_equal_steps
@@ -106,6 +106,21 @@ def table_methods(names: Sequence[str], config: Config) -> list[Method]:
     return known_methods([*names, *(name for name in wanted if name in known)], config)
 
 
+def require_targets(methods: Sequence[Method], dataset: Dataset) -> None:
+    """Check that the data has as many target users as each method needs.
+
+    Raises:
+        DataError: it has fewer.
+    """
+    targets = sum(1 for _ in dataset.users("target"))
+    for method in methods:
+        if targets < method.targets:
+            raise DataError(
+                f"evaluation.methods: '{method.name}' needs at least {method.targets} target users; this data has "
+                f"{targets}; leave it out, or raise split.target_users or lower split.min_history if users allow it"
+            )
+
+
 def _ladder() -> list[Method]:
     return [
         Method("base", as_itself(Tier.BASE)),
@@ -161,8 +176,8 @@ def _controls(config: Config) -> list[Method]:
             GROUPS,
             DerivedRun("groups-shared-e", train_one_user, (Stage.POPULATION,)),
         ),
-        Method("swapped", as_another, ALL, keeps="adapter"),
-        Method("shuffled", as_itself(Tier.USERS), ALL, shuffled, keeps="adapter"),
+        Method("swapped", as_another, ALL, keeps="adapter", targets=2),
+        Method("shuffled", as_itself(Tier.USERS), ALL, shuffled, keeps="adapter", targets=2),
     ]
 
 
