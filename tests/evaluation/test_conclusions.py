@@ -67,6 +67,13 @@ def test_what_trivial_rows_say(sign):
     assert few["sentences"][1].startswith("Not measurably worse than users")
 
 
+@pytest.mark.parametrize(("best", "worse", "higher"), [(1.0, 0.9, True), (0.0, 0.3, False)])
+def test_a_population_that_is_always_right_as_the_constant_is_is_not_undertrained(best, worse, higher):
+    same = measured(best, best, best, best, p=1.0, higher=higher)
+    assert same["undertrained"] is False and "cannot show a gain" in same["sentences"][0]
+    assert measured(worse, best, best, best, higher=higher)["undertrained"] is True
+
+
 def test_no_gain_over_an_undertrained_population_is_claimed():
     every = [control(pair) for pair in CONTROLS]
     assert claim(every, measured(0.3, 0.8, 0.3, 0.6))["claimed"] is False

@@ -61,8 +61,8 @@ def against_trivial(
 
     `stage` is the last evaluated stage and `best` the best trivial row. `beaten` lists the trivial rows that the stage
     beats on the main metric at p < .05, adjusted over them; `wins` those with a better value than the stage; `unclear`
-    the rest. `undertrained` is whether population's value is no better than the best constant's, None if one of the
-    two was not evaluated. `sentences` state the unfavourable results.
+    the rest. `undertrained` is whether population's value is no better than the best constant's (unless it is perfect),
+    None if one of the two was not evaluated. `sentences` state the unfavourable results.
 
     Args:
         metrics: as in `results.json`.
@@ -83,7 +83,7 @@ def against_trivial(
     wins = sorted((name for name in names if score[name] > score[stage]), key=lambda name: -score[name])
     undertrained = None
     if "population" in values and CONSTANT in values:
-        undertrained = score["population"] <= score[CONSTANT]
+        undertrained = score["population"] <= score[CONSTANT] and not _is_perfect(values["population"])
     found = {
         "methods": names,
         "stage": stage,
@@ -102,6 +102,11 @@ def _undertrained(
     if found["undertrained"] is None:
         return []
     population, constant = values["population"], values[CONSTANT]
+    if _is_perfect(constant):
+        return [
+            f"One constant answers every query, {CONSTANT} ({constant['metric']} {constant['value']:.4f}): these queries "
+            "cannot show a gain of any method."
+        ]
     size = f"{population['metric']} {population['value']:.4f} against {constant['value']:.4f}"
     if found["undertrained"]:
         return [
@@ -116,6 +121,10 @@ def _undertrained(
         f"Population is not measurably better than the best constant, {CONSTANT} ({size}, adjusted "
         f"p = {row['p_adjusted']:.3f}): it is undertrained, or there are too few queries to tell."
     ]
+
+
+def _is_perfect(row: Mapping[str, Any]) -> bool:
+    return bool(row["value"] == (1 if row["higher_is_better"] else 0))
 
 
 def one_answer(predictions: Sequence[Prediction], labels: Sequence[str]) -> list[str]:
