@@ -104,8 +104,8 @@ def _undertrained(
     population, constant = values["population"], values[CONSTANT]
     if _is_perfect(constant):
         return [
-            f"One constant answers every query, {CONSTANT} ({constant['metric']} {constant['value']:.4f}): these queries "
-            "cannot show a gain of any method."
+            f"One constant answers every query, {CONSTANT} ({constant['metric']} {constant['value']:.4f}): these "
+            "queries cannot show a gain of a method."
         ]
     size = f"{population['metric']} {population['value']:.4f} against {constant['value']:.4f}"
     if found["undertrained"]:
