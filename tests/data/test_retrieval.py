@@ -110,6 +110,15 @@ def test_a_profile_knows_nothing_of_what_comes_later(dataset: Dataset, tmp_path:
     assert max(map(len, told.values())) >= 8
 
 
+def test_only_the_rows_that_are_read_get_a_profile_and_their_number_is_told(dataset: Dataset, tmp_path: Path) -> None:
+    query = next(row for row in dataset.queries() if row.user == "a")
+    done: list[int] = []
+    add_profiles(dataset, tmp_path / "pag.sqlite", "generation", count, 1000, only={query.id}, advance=done.append)
+    with Dataset.open(tmp_path / "pag.sqlite") as pag:
+        rows = [row for user in pag.users() for row in (*pag.history(user.id), *pag.queries(user.id))]
+        assert [row.id for row in rows if row.prompt.startswith("Profile: ")] == [query.id] and done == [1]
+
+
 def test_profiles_in_words(dataset: Dataset) -> None:
     history = dataset.history("a")
     assert template_profile(history, "classification").startswith("Profile: often ")

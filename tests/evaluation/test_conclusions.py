@@ -13,7 +13,7 @@ from proper.evaluation.conclusions import against_trivial, claim, failure_signat
 def control(pair, difference=0.1, p=0.01, higher=True, primary=True):
     return {
         "method": pair[0], "against": pair[1], "difference": difference, "p_adjusted": p, "primary": primary,
-        "higher_is_better": higher,
+        "higher_is_better": higher, "family": "trivial",
     }  # fmt: skip
 
 
@@ -36,16 +36,17 @@ def test_what_was_not_run_is_said():
     assert claim([control(("users", "rag")), control(CONTROLS[0], primary=False)]) is None
 
 
-def metric(method: str, value: float, higher: bool = True) -> dict[str, Any]:
-    return {"method": method, "metric": "m", "value": value, "higher_is_better": higher, "primary": True}
+def metric(method: str, value: float, higher: bool = True, users: int = 20) -> dict[str, Any]:
+    shared = {"metric": "m", "higher_is_better": higher, "primary": True, "users": users}
+    return {"method": method, "value": value, **shared}
 
 
-def measured(population: float, users: float, constant: float, own: float, p: float = 0.01, higher: bool = True):
+def measured(population: float, users: float, constant: float, own: float, p: float = 0.01, higher=True, n: int = 20):
     """The `trivial` of a run with these values, where every comparison has this p-value."""
     values = {"population": population, "users": users, "global-majority": constant, "user-majority": own}
     pairs = [("population", "global-majority"), ("users", "global-majority"), ("users", "user-majority")]
     rows = [control(pair, values[pair[0]] - values[pair[1]], p, higher) for pair in pairs]
-    return against_trivial([metric(name, value, higher) for name, value in values.items()], rows)
+    return against_trivial([metric(name, value, higher, n) for name, value in values.items()], rows)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -65,6 +66,15 @@ def test_what_trivial_rows_say(sign):
     assert few["unclear"] == ["global-majority", "user-majority"] and few["undertrained"] is False
     assert few["sentences"][0].startswith("Population is not measurably better")
     assert few["sentences"][1].startswith("Not measurably worse than users")
+
+
+def test_too_few_users_for_any_significant_difference_are_said_to_be(n=6):
+    few = measured(0.5, 0.8, 0.3, 0.6, p=0.1, n=n)
+    assert few["sentences"] == [
+        "6 target users are too few for a significant difference (p < .05, adjusted) between users (m 0.8000) "
+        "and these trivial rows: global-majority (0.3000), user-majority (0.6000)."
+    ]
+    assert "measurably" in measured(0.5, 0.8, 0.3, 0.6, p=0.1, n=n + 1)["sentences"][0]
 
 
 @pytest.mark.parametrize(("best", "worse", "higher"), [(1.0, 0.9, True), (0.0, 0.3, False)])

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from proper.evaluation.power import smallest_difference
+from proper.evaluation.power import LEAST_USERS, Power, smallest_difference
 
 Z = 1.959964 + 0.841621
 
@@ -30,3 +30,12 @@ def test_a_simulated_test_finds_it_in_four_of_five_runs():
     means = (difference + shared + own).mean(2)
     z = means.mean(1) / (means.std(1, ddof=1) / math.sqrt(users))
     assert (np.abs(z) > 1.96).mean() == pytest.approx(0.8, abs=0.03)
+
+
+def test_users_too_few_for_any_p_below_the_level_can_show_nothing():
+    assert LEAST_USERS == 6 and math.isnan(smallest_difference([9] * 5, 0.5)) and smallest_difference([9] * 6, 0.5) > 0
+    line = Power("accuracy", math.nan, "", 5, 45).line()
+    assert line.endswith(
+        "45 queries of 5 users cannot show any difference: users are the unit of the test, and p < .05 "
+        "needs 6 target users or more"
+    )

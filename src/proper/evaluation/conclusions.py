@@ -14,6 +14,7 @@ from typing import Any
 
 from proper.evaluation.comparisons import CONSTANT, CONTROLS, TRIVIAL
 from proper.evaluation.metrics import Prediction
+from proper.evaluation.statistics import smallest_p
 from proper.run_folder import LADDER
 
 LEVEL = 0.05
@@ -93,11 +94,16 @@ def against_trivial(
         "unclear": [name for name in names if name not in (*beaten, *wins)],
         "undertrained": undertrained,
     }
-    return {**found, "sentences": [*_undertrained(found, values, tested), *_trivial_wins(found, values)]}
+    family = sum(row["family"] == "trivial" for row in tested.values())
+    few = max(1, family) * smallest_p(values[stage]["users"]) >= LEVEL
+    return {**found, "sentences": [*_undertrained(found, values, tested, few), *_trivial_wins(found, values, few)]}
 
 
 def _undertrained(
-    found: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]], tested: Mapping[tuple[str, str], Any]
+    found: Mapping[str, Any],
+    values: Mapping[str, Mapping[str, Any]],
+    tested: Mapping[tuple[str, str], Any],
+    few: bool,
 ) -> list[str]:
     if found["undertrained"] is None:
         return []
@@ -115,7 +121,7 @@ def _undertrained(
             "smaller batches (population.batch_size)."
         ]
     row = tested.get(("population", CONSTANT))
-    if row is None or _is_beaten(row):
+    if few or row is None or _is_beaten(row):
         return []
     return [
         f"Population is not measurably better than the best constant, {CONSTANT} ({size}, adjusted "
@@ -141,7 +147,7 @@ def one_answer(predictions: Sequence[Prediction], labels: Sequence[str]) -> list
     ]
 
 
-def _trivial_wins(found: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _trivial_wins(found: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]], few: bool) -> list[str]:
     stage = found["stage"]
 
     def sizes(names: Sequence[str]) -> str:
@@ -151,7 +157,12 @@ def _trivial_wins(found: Mapping[str, Any], values: Mapping[str, Mapping[str, An
     sentences = []
     if found["wins"]:
         sentences.append(f"Trivial rows, without a model, are better than {own}: {sizes(found['wins'])}.")
-    if found["unclear"]:
+    if few:
+        sentences.append(
+            f"{values[stage]['users']} target users are too few for a significant difference (p < .05, adjusted) "
+            f"between {own} and these trivial rows: {sizes(found['methods'])}."
+        )
+    elif found["unclear"]:
         sentences.append(f"Not measurably worse than {own} are these trivial rows: {sizes(found['unclear'])}.")
     return sentences
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from statistics import pstdev
 
 from proper.data.dataset import Dataset
 from proper.evaluation.metrics import TaskKind
-from proper.evaluation.statistics import minimal_detectable_difference
+from proper.evaluation.statistics import minimal_detectable_difference, smallest_p
 
 DISAGREEMENT = 0.25
 """Assumed share of queries that exactly one of two methods answers correctly; HuffPost and the demo are near it."""
@@ -27,10 +28,16 @@ RATING_SHARE = 0.5
 CORRELATION = 0.1
 """Assumed correlation of the paired differences of one user's queries."""
 
+LEAST_USERS = next(users for users in count(1) if smallest_p(users) < 0.05)
+"""Fewest users with whom a difference can be significant."""
+
 
 @dataclass(frozen=True)
 class Power:
-    """The minimal detectable difference in the main metric (80 % power at 5 %), with its assumptions."""
+    """The minimal detectable difference in the main metric (80 % power at 5 %), with its assumptions.
+
+    It is NaN where the users are too few for any test.
+    """
 
     metric: str
     smallest: float
@@ -42,6 +49,11 @@ class Power:
         """Return one line for a terminal."""
         size = f"a difference of {self.smallest:.3f} in {self.metric}"
         whom = f"{self.queries:,} queries of {self.users:,} users"
+        if math.isnan(self.smallest):
+            return (
+                f"{'power':<10}{whom} cannot show any difference: users are the unit of the test, and p < .05 needs "
+                f"{LEAST_USERS} target users or more"
+            )
         return f"{'power':<10}{whom} can show {size} (p < .05 in 80 % of runs), if {self.assumes}"
 
 

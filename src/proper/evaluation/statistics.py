@@ -222,17 +222,24 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def smallest_p(users: int) -> float:
+    """Return the smallest p-value that the exact permutation test has for so many users."""
+    return 2.0 ** (1 - users)
+
+
 def minimal_detectable_difference(sd: float, users: int, power: float = 0.8, level: float = 0.05) -> float:
     """Return the smallest true difference that a two-sided test at `level` finds with probability `power`.
 
     Normal approximation: `(z(1 - level / 2) + z(power)) * sd / sqrt(users)`, with `sd` the standard deviation over
-    users of the paired difference.
+    users of the paired difference. NaN where users differ but are too few for any p-value below `level`.
 
     Raises:
         DataError: there are no users.
     """
     if users < 1:
         raise DataError("the smallest detectable difference needs at least one user")
+    if sd and smallest_p(users) >= level:
+        return math.nan
     normal = NormalDist()
     return (normal.inv_cdf(1 - level / 2) + normal.inv_cdf(power)) * sd / math.sqrt(users)
 

@@ -64,6 +64,14 @@ def _retrieve(source: Dataset, path: Path, config: Config, seed: int) -> None:
         retrieve(source, path, chosen.k, count, longest, vectors, chosen.kind, rows, advance)
 
 
+def add_profile(source: Dataset, path: Path, config: Config, seed: int) -> None:
+    """Write the rows of `pag`: a profile of the user in front of the prompts that are read."""
+    rows = rows_that_are_read(source, config)
+    with progress("profiles: writes", len(rows)) as advance:
+        kind, longest = config.task.kind, config.compute.max_length
+        add_profiles(source, path, kind, token_counter(config), longest, only=rows, advance=advance)
+
+
 def rows_that_are_read(source: Dataset, config: Config) -> set[int]:
     """Return the ids of the queries and of all rows that the stages of any seed can train on.
 

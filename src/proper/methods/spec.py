@@ -78,7 +78,7 @@ class Method:
         keeps: data that must be kept per user.
         needs: what the task must have: labels or ratings, or free text.
         on_all_tasks: whether it can answer the tasks of a run of several.
-        targets: smallest number of target users: a user cannot be exchanged with another where there is one.
+        targets: smallest number of target users, if it cannot do with any: one user has nobody to change places with.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Method:
     keeps: PerUser = "nothing"
     needs: Needs = "nothing"
     on_all_tasks: bool = False
-    targets: int = 1
+    targets: int = 0
 
     def obstacle_in(self, config: Config) -> str | None:
         """Return why the method cannot answer any task of a config; None if it can.

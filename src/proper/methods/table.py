@@ -12,7 +12,6 @@ from typing import Any
 
 from proper.config import PRESETS, Config
 from proper.data.dataset import Dataset
-from proper.data.derived.retrieval import add_profiles
 from proper.data.derived.views import SINGLE_USER, shuffle_users
 from proper.errors import ConfigError, DataError, did_you_mean
 from proper.evaluation.comparisons import TRIVIAL
@@ -25,7 +24,7 @@ from proper.methods.per_user_lora import answer_per_user, train_leaking, train_p
 from proper.methods.poly import answer_poly, train_poly
 from proper.methods.prior import prior, with_prior
 from proper.methods.residual import RESIDUAL, with_residual
-from proper.methods.retrieved import retrieved_run, token_counter
+from proper.methods.retrieved import add_profile, retrieved_run
 from proper.methods.spec import DerivedRun, Method
 from proper.methods.trivial import global_majority, lead, user_majority, user_majority_same
 from proper.run_folder import Stage, Tier
@@ -244,14 +243,10 @@ def _retrieval(config: Config) -> list[Method]:
     return [
         Method("rag", population, ALL[:1], own, keeps="history"),
         *(Method(f"rag-{k}", population, ALL[:1], retrieved_run(config, k), keeps="history") for k in (1, 2, 4)),
-        Method("pag", population, ALL[:1], DerivedRun("pag", train_stages, derive=_profiled), keeps="history"),
+        Method("pag", population, ALL[:1], DerivedRun("pag", train_stages, derive=add_profile), keeps="history"),
         Method("users+rag", as_itself(Tier.USERS), ALL, own, keeps="adapter"),
     ]
 
 
 def _shuffled(source: Dataset, path: Path, config: Config, seed: int) -> None:
     shuffle_users(source, path, seed)
-
-
-def _profiled(source: Dataset, path: Path, config: Config, seed: int) -> None:
-    add_profiles(source, path, config.task.kind, token_counter(config), config.compute.max_length)

@@ -127,20 +127,32 @@ class _Known:
 
 
 def add_profiles(
-    source: Dataset, path: Path, kind: str, count: Count, max_length: int, writer: ProfileWriter | None = None
+    source: Dataset,
+    path: Path,
+    kind: str,
+    count: Count,
+    max_length: int,
+    writer: ProfileWriter | None = None,
+    only: Set[int] | None = None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write `source` to `path` with a profile, made from the user's earlier items, prepended to every prompt."""
+    """Write `source` to `path` with a profile, made from the user's earlier items, prepended to every prompt.
+
+    Only the rows with the ids `only`, if given, get one. `advance` is called with the number of rows done.
+    """
     write = writer or template_profile
 
     def rewritten() -> Iterator[Rewritten]:
         for user in source.users():
             for row, earlier in _with_earlier(source, user.id):
-                if not earlier:
+                if only is not None and row.id not in only:
                     continue
-                text = write(earlier, kind)
-                kept, tokens = _fit(text, row, count, max_length)
-                prompt = f"{kept}\n{row.prompt}" if kept else row.prompt
-                yield Rewritten(row.id, prompt, tokens, tuple(item.id for item in earlier), cut=kept != text)
+                if earlier:
+                    text = write(earlier, kind)
+                    kept, tokens = _fit(text, row, count, max_length)
+                    prompt = f"{kept}\n{row.prompt}" if kept else row.prompt
+                    yield Rewritten(row.id, prompt, tokens, tuple(item.id for item in earlier), cut=kept != text)
+                advance(1)
 
     rewrite(source, path, "profiles", rewritten())
 
