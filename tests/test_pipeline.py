@@ -251,6 +251,8 @@ def test_methods_that_the_data_cannot_have_are_refused_before_anything_is_traine
             with pytest.raises(DataError, match=f"^evaluation.methods: '{name}' needs at least 2 target users; this"):
                 refused()
     assert not (tmp_path / "run").exists()
+    with pytest.raises(DataError, match="selects no rows .*; set it to all, or lower split.target_users"):
+        pipeline.check(small_config(tmp_path, "paper", split={"target_users": 20}))
     with pytest.raises(ConfigError, match="'lead' answers with words of the input"):
         pipeline.check(small_config(tmp_path, evaluation={"methods": ["lead"]}))
 

@@ -44,7 +44,7 @@ from proper.reports.user_page import write_user_pages
 from proper.run_config import claim, hold, run_config, write_config
 from proper.run_folder import RunFolder, Stage, require_run
 from proper.run_lock import exclusive
-from proper.training.plans import guarantee
+from proper.training.plans import guarantee, stage_sample
 from proper.training.preflight import preflight
 from proper.training.seeds import TrainSeed, seed_folder, train_here, train_seeds
 from proper.training.stages import join_processes
@@ -199,11 +199,13 @@ def check(config: Config, *, skip_bad_rows: bool = False) -> list[str]:
 
     Raises:
         ConfigError: the task has not what a method of `evaluation.methods` needs.
-        DataError: the data cannot be used.
+        DataError: the data cannot be used, or a stage has no rows to train on.
     """
     quiet_libraries()
     known_methods(config.evaluation.methods, config)
     with tempfile.TemporaryDirectory() as folder, _data(config, Path(folder), skip_bad_rows) as dataset:
+        for stage, own in (("population", config.population), ("groups", config.groups)):
+            stage_sample(dataset, stage, own.train_on, own.max_tokens, 0)
         power = None if config.tasks else expected_power(dataset, config.task.kind)
         found = (power, guarantee(config, dataset))
         return [*summarize(dataset).lines(), *(each.line() for each in found if each is not None)]

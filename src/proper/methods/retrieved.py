@@ -20,7 +20,7 @@ from proper.console import progress
 from proper.data.batching import by_length
 from proper.data.chat import readable
 from proper.data.dataset import Dataset
-from proper.data.derived.retrieval import Vectors, retrieve
+from proper.data.derived.retrieval import Vectors, add_profiles, retrieve
 from proper.data.derived.views import Count
 from proper.inference.forward import pad_left
 from proper.methods.ladder import train_stages

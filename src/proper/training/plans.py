@@ -36,7 +36,8 @@ def stage_sample(dataset: Histories, stage: str, users: UserSet, max_tokens: int
     """
     sample = dataset.sample(users, max_tokens, seed)
     if not sample.size:
-        raise DataError(f"{stage}.train_on: '{users}' selects no rows to train on, because no such user has any")
+        how = "; set it to all, or lower split.target_users" if users == "others" else ""
+        raise DataError(f"{stage}.train_on: '{users}' selects no rows to train on, because no such user has any{how}")
     return sample
 
 
