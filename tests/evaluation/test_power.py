@@ -39,3 +39,7 @@ def test_users_too_few_for_any_p_below_the_level_can_show_nothing():
         "45 queries of 5 users cannot show any difference: users are the unit of the test, and p < .05 "
         "needs 6 target users or more"
     )
+    enough = Power("accuracy", 0.2, "so", 6, 54).line()
+    assert enough.endswith(
+        "54 queries of 6 users can show a difference of 0.200 in accuracy (p < .05 in 80 % of runs), if so"
+    )

@@ -284,11 +284,11 @@ def test_ratings_and_free_text(kind: str, settings: Callable[..., Config], tmp_p
 
 
 def test_check_says_what_can_be_resolved(settings: Callable[..., Config]) -> None:
-    line = pipeline.check(settings())[-1]
-    assert (
-        line.startswith("power     9 queries of 4 users can show a difference of 0.") and " in accuracy (p < " in line
-    )
+    line = pipeline.check(settings(split={"target_users": 6, "min_history": 1}))[-1]
+    assert "queries of 6 users can show a difference of 0." in line and " in accuracy (p < " in line
     assert "methods differ on 25% of the queries" in line
+    few = pipeline.check(settings())[-1]
+    assert few.startswith("power     9 queries of 4 users cannot show any difference: users are the unit of the test")
 
 
 def test_users_int8_answers_with_the_rounded_adapters_and_leaves_the_run_as_it_was(judged: Path) -> None:
