@@ -257,6 +257,14 @@ def test_methods_that_the_data_cannot_have_are_refused_before_anything_is_traine
         pipeline.check(small_config(tmp_path, evaluation={"methods": ["lead"]}))
 
 
+def test_a_template_whose_line_break_was_not_read_is_named(tmp_path: Path) -> None:
+    """In single quotes YAML keeps the backslash: the model would be trained on it, and nothing said so."""
+    config = small_config(tmp_path, data={"prompt": r"{input}\nAnswer:"})
+    note = "note      data.prompt has a backslash and an n instead of a line break: YAML needs double quotes for that"
+    assert note in pipeline.check(config)
+    assert not any("backslash" in line for line in pipeline.check(small_config(tmp_path)))
+
+
 def test_a_stage_without_its_predecessor_is_refused(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="stage 'population' is not trained yet"):
         pipeline.run(small_config(finished.parent), tmp_path / "run", stages=["groups"])

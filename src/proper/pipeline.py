@@ -208,7 +208,8 @@ def check(config: Config, *, skip_bad_rows: bool = False) -> list[str]:
             stage_sample(dataset, stage, own.train_on, own.max_tokens, 0)
         power = None if config.tasks else expected_power(dataset, config.task.kind)
         found = (power, guarantee(config, dataset))
-        return [*summarize(dataset).lines(), *(each.line() for each in found if each is not None)]
+        notes = [f"{'note':<10}{sentence}" for sentence in config.unescaped]
+        return [*summarize(dataset).lines(), *notes, *(each.line() for each in found if each is not None)]
 
 
 def check_time(config: Config, *, skip_bad_rows: bool = False) -> list[str]:
@@ -273,7 +274,7 @@ def _in_time(config: Config, dataset: Dataset, folder: Path, skip_bad_rows: bool
     if run.is_trained(Stage.POPULATION) or run.checkpoint(Stage.POPULATION).exists():
         return config, dataset
     fitting, lines = plan(config, dataset, table_methods(config.evaluation.methods, config))
-    for line in filter(None, [truncation(dataset), *lines]):
+    for line in filter(None, [*config.unescaped, truncation(dataset), *lines]):
         logger.info(line)
     if fitting.split != config.split:
         # Before the config is written: a killed run prepares the data again, by whichever config it finds.

@@ -185,6 +185,17 @@ class Config(Section):
             for name, one in self.tasks.items()
         } or {"": self}
 
+    @property
+    def unescaped(self) -> list[str]:
+        """A sentence for each template with a backslash and an n: YAML reads a line break in double quotes only."""
+        return [
+            f"{f'tasks.{name}.' if name else ''}data.{key} has a backslash and an n instead of a line break: YAML "
+            "needs double quotes for that"
+            for name, one in self.each_task.items()
+            for key in ("prompt", "target")
+            if r"\n" in getattr(one.data, key)
+        ]
+
     def task_number(self, name: str | None) -> int:
         """Return the number of a task, from 0, as rows have it; the first one's for None.
 
