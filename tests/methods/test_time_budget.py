@@ -22,7 +22,17 @@ from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.errors import ConfigError, RunFolderError
 from proper.methods.speed import Speed, measure
 from proper.methods.table import table_methods
-from proper.methods.time_budget import MIN_ITEMS, MIN_QUERIES, MIN_STEPS, MIN_TOKENS, estimate, fit
+from proper.methods.time_budget import (
+    ENOUGH_ITEMS,
+    ENOUGH_QUERIES,
+    ENOUGH_TOKENS,
+    MIN_ITEMS,
+    MIN_QUERIES,
+    MIN_STEPS,
+    MIN_TOKENS,
+    estimate,
+    fit,
+)
 from proper.methods.workload import Counts, Work, count, cut_to, workload
 from proper.run_config import claim, run_config
 from proper.run_folder import RunFolder
@@ -145,8 +155,23 @@ def test_a_budget_is_kept_or_called_too_short(counts: Counts, minutes: int, step
     for name in found.compute.cut:
         value, least = lowered[name]
         assert value is not None and value >= least
-    if "split.max_queries" in found.compute.cut and counts.population[1] > MIN_TOKENS:
-        assert found.population.max_tokens == MIN_TOKENS, "tokens go first"
+    queries, items = found.split.max_queries, found.users.max_items
+    if queries is not None and queries < ENOUGH_QUERIES and counts.population[1] > MIN_TOKENS:
+        assert found.population.max_tokens == MIN_TOKENS, "training goes before the last queries"
+    for stage in (found.population, found.groups):
+        if stage.max_tokens is not None and stage.max_tokens < ENOUGH_TOKENS:
+            assert len(counts.histories[0]) <= ENOUGH_ITEMS or (items is not None and items <= ENOUGH_ITEMS)
+
+
+def test_stage_1_is_not_starved_for_the_sake_of_long_histories() -> None:
+    """HuffPost's sizes: stages 1 and 2 had 23,000 tokens of 760,000, and stage 3 most of the time, on all items."""
+    counts = Counts((9_600, 730_000, 38_000), (9_600, 730_000, 0), ((75,) * 110,) * 100, (75,) * 2_000, 4)
+    config = make_config({"data": {"path": "rows.jsonl"}, "compute": {"budget": "40m"}})
+    methods, speed = table_methods(["population", "users"], config), Speed(5e-4, 7e-4, 2e-4, 1e-2)
+    fitted = fit(config, counts, methods, speed).config
+    seconds = estimate(fitted, cut_to(fitted, counts), methods, speed).seconds
+    assert fitted.population.max_tokens is not None and fitted.population.max_tokens >= ENOUGH_TOKENS
+    assert seconds["users"] < 3 * seconds["population"] and sum(seconds.values()) <= 2400
 
 
 def test_a_resumed_run_keeps_what_the_budget_lowered(

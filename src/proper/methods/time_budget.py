@@ -2,11 +2,13 @@
 
 The time budget (`compute.budget`) lowers settings in this order, each down to its minimum before the next:
 
-    1. `population.max_tokens` and `groups.max_tokens`, by one factor
-    2. `users.steps` (if set) and `users.max_items`, by one factor
-    3. `split.max_queries`
+    1. `population.max_tokens`, `groups.max_tokens` and `users.max_items`, by one factor, to what usually suffices
+    2. `split.max_queries`, likewise
+    3. the settings of 1 and `users.steps` (if set), by one factor, to the least that trains at all
+    4. `split.max_queries`, to the least that is worth testing
 
-All three sample evenly over users.
+One factor for all stages: a stage without enough tokens loses what the stages after it need. All samples are drawn
+evenly over users.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from proper.methods.spec import Method
 from proper.methods.speed import Speed, measure, parameters_of
 from proper.methods.workload import Counts, Work, count, cut_to, workload
 from proper.models.backbone import configured_backbone
+
+ENOUGH_TOKENS, ENOUGH_ITEMS, ENOUGH_QUERIES = 100_000, 24, 480
+"""Tokens of stages 1 and 2, items of a user and queries with which runs of docs/findings.md show gains (question 0)."""
 
 MIN_TOKENS = 20_000
 """Minimum of `max_tokens` of stages 1 and 2: below, not even the format of the answers is learned."""
@@ -122,7 +127,10 @@ def fit(config: Config, counts: Counts, methods: Sequence[Method], speed: Speed)
         return estimate(changed, cut_to(changed, counts), methods, speed).total
 
     lowered = config
-    for step in (_fewer_tokens, _fewer_items, _fewer_queries):
+    enough = partial(_less_training, tokens=ENOUGH_TOKENS, items=ENOUGH_ITEMS, steps=config.users.steps or MIN_STEPS)
+    least = partial(_less_training, tokens=MIN_TOKENS, items=MIN_ITEMS, steps=MIN_STEPS)
+    some, few = (partial(_fewer_queries, least=queries) for queries in (ENOUGH_QUERIES, MIN_QUERIES))
+    for step in (enough, some, least, few):
         if total(lowered) > limit:
             lowered = _largest(partial(step, lowered, counts), total, limit)
     before, after = _settings(config), _settings(lowered)
@@ -145,29 +153,25 @@ def _largest(lower: Callable[[float], Config], total: Callable[[Config], float],
     return lower(low / 256)
 
 
-def _fewer_tokens(config: Config, counts: Counts, share: float) -> Config:
-    found = {}
-    for name, (_, tokens, held_out) in (("population", counts.population), ("groups", counts.groups)):
-        there = tokens + held_out
-        if there > MIN_TOKENS:
-            found[f"{name}.max_tokens"] = _between(MIN_TOKENS, there, share)
-    return _set(config, found)
+def _less_training(config: Config, counts: Counts, share: float, *, tokens: int, items: int, steps: int) -> Config:
+    """Return the config with the budgets of all stages between the given ones (share 0) and its own (share 1)."""
+    longest, own_steps = max(map(len, counts.histories), default=0), config.users.steps or 0
+    now = {
+        "population.max_tokens": (_at_most(sum(counts.population[1:]), config.population.max_tokens), tokens),
+        "groups.max_tokens": (_at_most(sum(counts.groups[1:]), config.groups.max_tokens), tokens),
+        "users.max_items": (_at_most(longest, config.users.max_items), items),
+        "users.steps": (own_steps, steps),
+    }
+    return _set(config, {name: _between(low, high, share) for name, (high, low) in now.items() if high > low})
 
 
-def _fewer_items(config: Config, counts: Counts, share: float) -> Config:
-    found = {}
-    longest = max(map(len, counts.histories), default=0)
-    items = longest if config.users.max_items is None else min(longest, config.users.max_items)
-    if items > MIN_ITEMS:
-        found["users.max_items"] = _between(MIN_ITEMS, items, share)
-    if config.users.steps is not None and config.users.steps > MIN_STEPS:
-        found["users.steps"] = _between(MIN_STEPS, config.users.steps, share)
-    return _set(config, found)
+def _at_most(there: int, limit: int | None) -> int:
+    return there if limit is None else min(there, limit)
 
 
-def _fewer_queries(config: Config, counts: Counts, share: float) -> Config:
-    there = len(counts.queries)
-    return config if there <= MIN_QUERIES else _set(config, {"split.max_queries": _between(MIN_QUERIES, there, share)})
+def _fewer_queries(config: Config, counts: Counts, share: float, *, least: int) -> Config:
+    there = _at_most(len(counts.queries), config.split.max_queries)
+    return config if there <= least else _set(config, {"split.max_queries": _between(least, there, share)})
 
 
 def _between(low: int, high: int, share: float) -> int:
