@@ -78,7 +78,7 @@ class Method:
         keeps: data that must be kept per user.
         needs: what the task must have: labels or ratings, or free text.
         on_all_tasks: whether it can answer the tasks of a run of several.
-        targets: smallest number of target users, if it cannot do with any: one user has nobody to change places with.
+        targets: smallest number of target users (0: any); controls that exchange users need two.
     """
 
     name: str
