@@ -196,7 +196,7 @@ class Engine:
         for owner in self._adapters.owners() | self._prefixes.owners():
             try:
                 gone = self._adapters.is_gone(*owner)
-            except Exception:  # a store that cannot be read: an error here would end the engine for everyone
+            except Exception:  # a store that cannot be read: it must not end the engine; the next request reports it
                 gone = True
             if gone:
                 self._forget_user(*owner)
