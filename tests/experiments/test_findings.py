@@ -319,7 +319,7 @@ def test_a_job_leaves_what_the_page_needs_and_is_then_done(
     assert sorted(pairs) == sorted(
         [("groups", "population"), ("groups", changed), (changed, "population")]
         + [("groups", "user-majority"), ("user-majority", "population")]
-        + [("groups", "lead")]
+        + [("groups", "lead"), ("population", "lead")]
     )
     assert list(found["routing_of"]) == ["groups", changed]
     assert [found["routing_of"][name]["experts"] for name in found["routing_of"]] == [5, 2]

@@ -60,17 +60,20 @@ FORMS = ("users+prior", "users+residual", "users+rag")
 CONSTANT = "global-majority"
 """The method that answers the best constant."""
 
-TRIVIAL = (CONSTANT, "user-majority", "user-majority-same", "prior", "lead")
+LEAD = "lead"
+"""The method that answers the first words of the input, where answers are text."""
+
+TRIVIAL = (CONSTANT, "user-majority", "user-majority-same", "prior", LEAD)
 """Methods that need no model; every table has those that the task allows, requested or not."""
 
 
 def default_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
     """Return the (method, against) pairs that every run compares.
 
-    These are the steps of the ladder, users against population, the controls, population against the best constant,
-    and the last evaluated stage against every other method.
+    These are the steps of the ladder, users against population, the controls, population against the best constant
+    (text: against the input's first words), and the last evaluated stage against every other method.
     """
-    wanted = (*STEPS, ("users", "population"), *CONTROLS, *ABLATIONS, ("population", CONSTANT))
+    wanted = (*STEPS, ("users", "population"), *CONTROLS, *ABLATIONS, ("population", CONSTANT), ("population", LEAD))
     pairs = [pair for pair in wanted if set(pair) <= set(methods)]
     ladder = [method for method in LADDER[1:] if method in methods]
     others = [method for method in methods if method not in ladder]
