@@ -172,7 +172,7 @@ def test_nan_is_refused_and_the_old_file_stays(tmp_path: Path) -> None:
     assert read_json(path) == {"x": 1}
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b'"\xff"'])
+@pytest.mark.parametrize("content", [b"{", b"", b'"\xff"', b"[" * 100_000, b"1" * 5_000])
 def test_what_is_not_json_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)

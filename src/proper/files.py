@@ -281,7 +281,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ProperError(f"{path}: no such file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of 5000 digits, and lists nested 5000 deep
         raise ProperError(f"{path}: not readable as JSON: {error}") from error
 
 

@@ -26,8 +26,9 @@ from proper.databases.shared import SharedDatabase, open_run
 from proper.databases.tables import LOG, STORE
 from proper.errors import ProperError, RunFolderError, StoreError
 from proper.extras import needs_extra
-from proper.files import hidden_folder, locked, private_folder, read_json, wipe_file, write_json
+from proper.files import hidden_folder, locked, private_folder, wipe_file, write_json
 from proper.interactions.database import Database
+from proper.json_records import read_record
 from proper.run_folder import RunFolder, require_run
 from proper.run_lock import exclusive
 from proper.serving.key_entries import entries_of
@@ -179,7 +180,9 @@ def _finish(folder: RunFolder) -> None:
     """Remove the place of a move that is not the run's: the old one after the switch, the new one before."""
     if not folder.moving.exists():
         return
-    found, now = read_json(folder.moving), _values(location_of(folder.users.path))
+    place = (dict, type(None))  # None: the SQLite files of the folder
+    found = read_record(folder.moving, "restore a copy of it", **{"from": place, "to": place})
+    now = _values(location_of(folder.users.path))
     other = found["from"] if now == found["to"] else found["to"]
     if other is None:
         _wipe_files(folder)

@@ -68,6 +68,13 @@ def test_the_command_prints_words_or_json(run: Path, capsys: pytest.CaptureFixtu
     assert [json.loads(line)["group"] for line in capsys.readouterr().out.splitlines()] == [0, 1]
 
 
+@pytest.mark.parametrize("value", [-1, "x", None, {}])
+def test_utilization_that_is_no_list_is_a_run_without_groups(run: Path, value: object) -> None:
+    path = run / "routing.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "utilization": value}))
+    assert group_summary(run) == []
+
+
 def test_a_run_without_routing_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="proper evaluate"):
         group_summary(tmp_path)

@@ -212,6 +212,10 @@ def test_results_that_are_missing_or_broken_are_named(folder: Path) -> None:
     path.write_text('{"schema": 1,\n oops')
     with pytest.raises(RunFolderError, match=r"results\.json:2: not readable as JSON"):
         write_report(folder)
+    for damaged in (b"\xff", b"[" * 100_000, b"1" * 5_000):
+        path.write_bytes(damaged)
+        with pytest.raises(RunFolderError, match=r"results\.json: not readable as JSON"):
+            write_report(folder)
     path.unlink()
     with pytest.raises(RunFolderError, match=r"results\.json: no such file; run: proper evaluate .* \(once"):
         write_report(folder)
@@ -224,9 +228,10 @@ def test_a_line_cut_off_at_the_end_is_left_out_and_one_inside_is_named(render: R
     lines = path.read_text()
     path.write_text(lines + '{"stage": "users", "st')
     assert render().text["curves"] == whole
-    path.write_text('{"stage"\n' + lines)
-    with pytest.raises(RunFolderError, match=r"metrics\.jsonl:1: not readable"):
-        render()
+    for damaged in (b'{"stage"', b'{"stage": "\xff"}', b"[" * 100_000, b"1" * 5_000):
+        path.write_bytes(damaged + b"\n" + lines.encode())
+        with pytest.raises(RunFolderError, match=r"metrics\.jsonl:1: not readable"):
+            render()
 
 
 def test_the_same_files_give_the_same_page(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from proper.files import read_json
+from proper.json_records import REMOVE_IT, read_record
 from proper.run_folder import LADDER, RunFolder
 
 _STANDINGS = {"best": "   best", "tied": "   not significantly different from the best"}
@@ -42,7 +42,7 @@ def print_results(folder: Path) -> None:
     """Print the table of results, if there are any, and the report's path, or the run folder if there is no report."""
     run = RunFolder(folder)
     if run.results.is_file():
-        for line in results_table(read_json(run.results)):
+        for line in results_table(read_record(run.results, REMOVE_IT)):
             typer.echo(line)
     typer.echo(run.report if run.report.is_file() else folder)
 

@@ -25,7 +25,8 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.cluster.address import Devices, devices
 from proper.cluster.shared_stages import last_line
 from proper.errors import ProperError
-from proper.files import make_folder, read_json, write_json
+from proper.files import make_folder, write_json
+from proper.json_records import read_record
 from proper.models.checkpoints import load_bases
 from proper.run_folder import RunFolder, Tier
 from proper.training.jobs import HistoryJobs
@@ -222,7 +223,7 @@ def cut(stage: UserStage, jobs: HistoryJobs, phase: str, scale: float, count: in
     if not path.exists():
         make_folder(folder)
         write_json(path, {"size": max(1, min(PIECE, -(-len(jobs) // (PIECES_PER_DEVICE * count))))})
-    size = int(read_json(path)["size"])
+    size = int(read_record(path, size=int)["size"])
     pieces = []
     for at in range(0, len(jobs), size):
         here = slice(at, at + size)

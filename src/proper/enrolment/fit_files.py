@@ -8,6 +8,7 @@ from pathlib import Path
 from proper.enrolment.fit_embedding import FittedEmbedding
 from proper.enrolment.history import UserHistory
 from proper.files import read_json, write_json
+from proper.json_records import read_record
 from proper.models.checkpoints import load_tensors, save_tensors
 
 _HISTORY, _UPDATE, _EMBEDDING = "history.json", "update.json", "embedding.safetensors"
@@ -43,7 +44,7 @@ def is_update_of(work: Path, grown: UserHistory, version: int) -> bool:
     marker = work / _UPDATE
     if not marker.exists():
         return False
-    content = read_json(marker)
+    content = read_record(marker, history=str, version=int)
     return (content["history"], content["version"]) == (grown.digest, version)
 
 

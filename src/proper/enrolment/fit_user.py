@@ -32,8 +32,8 @@ from proper.enrolment.fit_progress import ProgressCallback
 from proper.enrolment.history import UserHistory, run_data
 from proper.enrolment.place import FITTED, PLACED, Placer, embedding_jobs
 from proper.errors import RunFolderError
-from proper.files import read_json
 from proper.inference.model import PersonalizedModel
+from proper.json_records import read_record
 from proper.models.user_encoder import load_encoder
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.jobs import Starts, full_passes
@@ -207,9 +207,9 @@ def open_fitter(folder: Path, model: PersonalizedModel) -> Fitter:
         raise RunFolderError(f"{folder}: stage 'groups' is not trained yet, and new users need it")
     run = RunFolder(folder)
     marker = run.marker(Stage.USERS)
-    chosen = read_json(marker).get("choice") if marker.exists() else None
-    choice = Choice(**chosen) if chosen is not None else None
-    seed = int(read_json(run.marker(Stage.GROUPS))["seed"])
+    chosen = read_record(marker).get("choice") if marker.exists() else None
+    choice = Choice.read(chosen, marker) if chosen is not None else None
+    seed = int(read_record(run.marker(Stage.GROUPS), seed=int)["seed"])
     placer = Placer(model.model, model.served.mean, load_encoder(run.encoder))
     return Fitter(folder, model, run_data(folder), seed, placer, choice)
 

@@ -34,6 +34,7 @@ from proper.evaluation.truth import TruthShares, read_truth, truth_section
 from proper.files import hash_value, read_json, write_json
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
+from proper.json_records import NUMBER, REMOVE_IT, read_record
 from proper.models.memory import give_back_memory
 from proper.run_folder import RunFolder, Stage, Tier
 
@@ -166,11 +167,12 @@ class Harness:
         stages = [read_json(marker) for marker in markers if marker.exists()]
         key = hash_value([what, self.dataset.sha256, stages, code_version(*MEASURING_CODE)])
         path = RunFolder(self.home).analysis
-        cached: dict[str, Any] = read_json(path) if path.exists() else {}
-        if cached.get(what, {}).get("key") != key:
-            cached[what] = {"key": key, "value": plain(measure())}
-            write_json(path, cached)
-        value: dict[str, Any] = cached[what]["value"]
+        cached = read_record(path, REMOVE_IT) if path.exists() else {}
+        found = cached.get(what)
+        if not isinstance(found, dict) or found.get("key") != key or not isinstance(found.get("value"), dict):
+            found = {"key": key, "value": plain(measure())}
+            write_json(path, {**cached, what: found})
+        value: dict[str, Any] = found["value"]
         return value
 
     def _routing(self) -> dict[str, Any]:
@@ -260,7 +262,7 @@ class Harness:
     def _privacy(self) -> dict[str, Any]:
         """Return the privacy record of stages 1 and 2, which stage 2 writes; empty without privacy."""
         marker = RunFolder(self.home).marker(Stage.GROUPS)
-        stage = read_json(marker) if self.config.privacy.on and marker.exists() else {}
+        stage = read_record(marker) if self.config.privacy.on and marker.exists() else {}
         return {"privacy": stage["privacy"]} if "privacy" in stage else {}
 
     def _seconds(self) -> dict[str, float]:
@@ -270,7 +272,7 @@ class Harness:
             for stage in Stage:
                 marker = RunFolder(folder).marker(stage)
                 if marker.exists():
-                    found[str(stage)] += read_json(marker)["seconds"]
+                    found[str(stage)] += read_record(marker, seconds=NUMBER)["seconds"]
         return dict(found)
 
     def _tiers(self) -> dict[str, Any]:

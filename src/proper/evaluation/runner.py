@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from proper.config import TaskConfig
@@ -18,17 +19,20 @@ from proper.data.batching import by_length, collate
 from proper.data.chat import readable
 from proper.data.dataset import Dataset, TextExample
 from proper.data.encoder import EncodedExample
-from proper.errors import ConfigError
+from proper.errors import ConfigError, RunFolderError
 from proper.evaluation.metrics import Prediction
 from proper.files import write_text
 from proper.inference.generate import respond
 from proper.inference.model import BatchModel, PersonalizedModel
 from proper.inference.sampling import Sampling
 from proper.inference.score import score
+from proper.json_records import REMOVE_IT
 from proper.layers.batch_context import RowContext
 
 CHUNK = 512
 """Number of queries in memory at once."""
+
+_PREDICTION = TypeAdapter(Prediction)
 
 GATE_ITEMS = 1024
 """History items, of all users together, over which mean gates are taken; every item is a forward pass."""
@@ -218,10 +222,22 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
 
 
 def read_predictions(path: Path, *, label_scores: bool = False) -> list[Prediction]:
-    """Read what `write_predictions` wrote, without the labels' scores unless they are asked for."""
-    with path.open(encoding="utf-8") as lines:
-        found = (Prediction(**json.loads(line)) for line in lines)
-        return [one if label_scores else replace(one, label_scores=None) for one in found]
+    """Read what `write_predictions` wrote, without the labels' scores unless they are asked for.
+
+    Raises:
+        RunFolderError: a line is no prediction; the message names file and line.
+    """
+    found = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                one = _PREDICTION.validate_json(line, strict=True)
+            except ValidationError as error:
+                at = ".".join(map(str, error.errors()[0]["loc"]))
+                why = f"{at}: {error.errors()[0]['msg']}" if at else error.errors()[0]["msg"]
+                raise RunFolderError(f"{path}:{number}: not a prediction: {why}; {REMOVE_IT}") from error
+            found.append(one if label_scores else replace(one, label_scores=None))
+    return found
 
 
 Runs = Mapping[int, Mapping[str, Sequence[Prediction]]]

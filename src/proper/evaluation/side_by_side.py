@@ -17,7 +17,7 @@ from proper.evaluation.metrics import TASK_METRICS, Prediction, TaskInfo
 from proper.evaluation.results import Effort, plain
 from proper.evaluation.runner import read_predictions
 from proper.evaluation.statistics import compare, holm, user_scores
-from proper.files import read_json
+from proper.json_records import REMOVE_IT, read_record
 from proper.run_folder import RunFolder
 
 COMPARED = (
@@ -47,7 +47,7 @@ class RunSide:
         path = RunFolder(folder).results
         if not path.is_file():
             raise RunFolderError(f"{path}: no such file; 'proper evaluate {folder}' makes it")
-        return cls(folder, read_json(path))
+        return cls(folder, read_record(path, REMOVE_IT, run=dict, task=dict))
 
     @property
     def seeds(self) -> list[int]:

@@ -26,15 +26,16 @@ from proper.adapters.records import MADE
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore, UserRecord
 from proper.config import Config, load_run_config
 from proper.data.dataset import Dataset, TextExample
-from proper.errors import InputError, RunFolderError
+from proper.errors import InputError
 from proper.export.fold import fold, folded_rank
 from proper.export.peft_format import adapter_config, served_rank, to_peft, uniform
 from proper.export.user_archive import DESCRIPTION, read_user, write_user
-from proper.files import atomic_folder, hash_file, read_json, write_json
+from proper.files import atomic_folder, hash_file, write_json
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
 from proper.interactions.deletion import logged_rows, run_rows
 from proper.interactions.log import InteractionLog
+from proper.json_records import read_record
 from proper.layers.layout import Layout
 from proper.models.backbone import Backbone
 from proper.models.checkpoints import bases_digest, load_tensors
@@ -145,9 +146,7 @@ def run_origin(folder: Path) -> dict[str, str]:
     run = RunFolder(folder)
     run.require_trained(Stage.GROUPS)
     marker = run.marker(Stage.GROUPS)
-    stage = read_json(marker)
-    if not isinstance(stage, dict) or "backbone" not in stage:
-        raise RunFolderError(f"{marker}: key 'backbone' is missing; the stage has to be trained again")
+    stage = read_record(marker, "the stage has to be trained again", backbone=str)
     return {
         "backbone": str(stage["backbone"]),
         "population": _hash(RunFolder(folder).population / PEFT_WEIGHTS),

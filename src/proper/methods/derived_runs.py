@@ -24,7 +24,8 @@ from proper.data.dataset import Dataset
 from proper.data.summary import require_no_leaks
 from proper.errors import ConfigError
 from proper.evaluation.fingerprint import code_version
-from proper.files import hash_value, make_folder, read_json, write_text
+from proper.files import hash_value, make_folder, write_text
+from proper.json_records import NUMBER, read_record
 from proper.methods.spec import DerivedRun, Method, TrainedRun, TrainingWork
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.stages import join_processes
@@ -158,4 +159,4 @@ def _inherit_embeddings(source: Path, target: Path) -> None:
 def seconds_of(place: TrainedRun, stages: Sequence[Stage]) -> float:
     """Return the training time of these stages in seconds, stages taken over from the run included."""
     markers = [RunFolder(place.folder).marker(stage) for stage in stages]
-    return sum(float(read_json(marker)["seconds"]) for marker in markers if marker.exists())
+    return sum(float(read_record(marker, seconds=NUMBER)["seconds"]) for marker in markers if marker.exists())

@@ -23,6 +23,7 @@ from proper.evaluation.runner import MethodRun, read_predictions, write_predicti
 from proper.export.converted_models import folded_size, int8_bytes
 from proper.files import hash_value, read_json, write_json
 from proper.inference.loading import load
+from proper.json_records import NUMBER, REMOVE_IT, read_record
 from proper.methods.derived_runs import find_place, seconds_of
 from proper.methods.spec import Method, TrainedRun
 from proper.models.checkpoints import settled
@@ -91,7 +92,7 @@ def answered(method: Method, place: TrainedRun, run_folder: RunFolder, *, label_
     beside = path.with_suffix(".json")
     key = _key(method, place)
     if path.exists() and beside.exists():
-        made = read_json(beside)
+        made = read_record(beside, REMOVE_IT, key=str, seconds=NUMBER, tokens=int)
         if made["key"] == key:
             logger.info(f"evaluate: {method.name} (seed {place.seed}) reuses its predictions")
             return MethodRun(read_predictions(path, label_scores=label_scores), made["seconds"], made["tokens"])
@@ -143,7 +144,7 @@ def _kept(method: Method, place: TrainedRun) -> tuple[int, int, int]:
     if method.keeps == "history":
         texts = (item for user in targets for item in place.dataset.history(user))
         return 0, round(sum(len((t.prompt + t.target).encode()) for t in texts) / len(targets)), len(targets)
-    marker = read_json(RunFolder(place.folder).marker(method.stages[-1]))
+    marker = read_record(RunFolder(place.folder).marker(method.stages[-1]), users=int)
     if method.keeps == "export":
         return (*_exported(place), marker["users"])
     store = AdapterStore(RunFolder(place.folder).users.path)

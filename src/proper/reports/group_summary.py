@@ -53,7 +53,8 @@ def group_summary(folder: Path, group: int | None = None) -> list[dict[str, Any]
     users = [row for row in objects(routing.get("users")) if isinstance(row.get("gates"), list)]
     if not users:
         raise RunFolderError(f"{folder}: no routing was measured yet; run: proper evaluate {folder} --methods groups")
-    shares = [number(share) or 0.0 for share in routing.get("utilization") or []]
+    used = routing.get("utilization")
+    shares = [number(share) or 0.0 for share in used] if isinstance(used, list) else []
     groups = range(len(shares))
     if group is not None and group not in groups:
         raise InputError(f"--group {group}: the run has groups 0 to {len(shares) - 1}")

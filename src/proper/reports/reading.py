@@ -23,8 +23,8 @@ def read_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_nothing)
     except json.JSONDecodeError as error:
         raise RunFolderError(f"{path}:{error.lineno}: not readable as JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise RunFolderError(f"{path}: not readable as UTF-8 text") from error
+    except (ValueError, RecursionError) as error:
+        raise RunFolderError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(value, dict):
         raise RunFolderError(f"{path}: holds a {type(value).__name__}, not a JSON object")
     return value
@@ -40,16 +40,17 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.is_file():
         return
-    with path.open(encoding="utf-8", newline="\n") as file:
+    with path.open("rb") as file:
         for number_, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                value = json.loads(line, parse_constant=_nothing)
-            except json.JSONDecodeError as error:
-                if not line.endswith("\n"):
+                value = json.loads(line.decode("utf-8"), parse_constant=_nothing)
+            except (ValueError, RecursionError) as error:
+                if not line.endswith(b"\n"):
                     return
-                raise RunFolderError(f"{path}:{number_}: not readable as JSON: {error.msg}") from error
+                why = getattr(error, "msg", error)
+                raise RunFolderError(f"{path}:{number_}: not readable as JSON: {why}") from error
             if not isinstance(value, dict):
                 raise RunFolderError(f"{path}:{number_}: a line is one JSON object")
             yield value

@@ -25,7 +25,8 @@ from sklearn.metrics import silhouette_samples
 from torch import Tensor
 
 from proper.config import Config, GroupsConfig
-from proper.files import read_json, write_json
+from proper.files import write_json
+from proper.json_records import read_record
 from proper.models.checkpoints import with_experts
 from proper.models.personal import ProperModel
 
@@ -107,6 +108,6 @@ def find_experts(
         if accelerator.is_main_process:
             write_json(path, asdict(found))
         accelerator.wait_for_everyone()
-    count = read_json(path)
+    count = read_record(path, experts=int, reason=str)
     logger.info(f"groups.experts: auto: {count['experts']} experts, since {count['reason']}")
     return with_experts(config, count["experts"])

@@ -12,8 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
+from proper.errors import RunFolderError
 from proper.training.jobs import PARTS, passes_of
 from proper.training.tier_selection import Trial
 
@@ -29,6 +32,18 @@ class Choice:
 
     part: int
     scale: float
+
+    @classmethod
+    def read(cls, found: Any, path: Path) -> Choice:
+        """Return the choice that a JSON file holds.
+
+        Raises:
+            RunFolderError: it is none; the message names the file.
+        """
+        try:
+            return cls(int(found["part"]), float(found["scale"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunFolderError(f"{path}: key 'choice' has a wrong value; restore a copy of it") from error
 
 
 ALL_PASSES = Choice(PARTS, 1.0)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from proper.adapters.store import AdapterStore
-from proper.files import read_json, write_json
+from proper.files import write_json
+from proper.json_records import read_record
 from proper.layers.bank import AdapterBank
 from proper.training.held_out import item_variance, per_token, spread
 from proper.training.jobs import HistoryJobs, full_passes, refusal
@@ -85,8 +86,8 @@ def _trials(stage: UserStage) -> tuple[list[Trial], Choice, Quarantined]:
         quarantined = {user: metadata for user, tier, metadata, _ in store.metadata() if tier == "groups"}
     finally:
         store.close()
-    found = read_json(path)
-    return [Trial(**trial) for trial in found["trials"]], Choice(**found["choice"]), quarantined
+    found = read_record(path, trials=list, choice=dict)
+    return [Trial(**trial) for trial in found["trials"]], Choice.read(found["choice"], path), quarantined
 
 
 def _curve(stage: UserStage, jobs: HistoryJobs, at: int, store: AdapterStore) -> TrialCurve:

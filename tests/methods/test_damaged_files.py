@@ -1,0 +1,61 @@
+"""Damaged files of a run end an evaluation with code 2 and one line that names the file, and the line or the key."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from proper import pipeline
+from proper.cli.app import main
+
+PREDICTION = '{"id": 1, "user": "ann", "prompt": "p", "target": "t", "prediction": '
+
+
+@pytest.fixture(scope="module")
+def evaluated(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("damaged") / "run"
+    shutil.copytree(run, folder)
+    pipeline.evaluate(folder, ["population", "groups"])
+    return folder
+
+
+def replaced(text: str) -> Callable[[str], str]:
+    return lambda _: text
+
+
+def second_line(text: str) -> Callable[[str], str]:
+    def change(content: str) -> str:
+        first, _, *others = content.splitlines()
+        return "\n".join([first, text, *others, ""])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("predictions/groups.json", replaced("{}"), "groups.json: key 'key' is missing; remove it"),
+        ("predictions/groups.json", replaced('"x"'), "groups.json: holds a str, not a JSON object; remove it"),
+        ("predictions/groups.jsonl", second_line("{}"), "groups.jsonl:2: not a prediction: id: Field required"),
+        ("predictions/groups.jsonl", second_line(PREDICTION), "groups.jsonl:2: not a prediction: Invalid JSON"),
+        ("predictions/groups.jsonl", second_line(PREDICTION + "[]}"), "groups.jsonl:2: not a prediction: prediction:"),
+        ("predictions/groups.jsonl", second_line(PREDICTION + '"\x00'), "groups.jsonl:2: not a prediction: Invalid"),
+        ("analysis.json", replaced("[]"), "analysis.json: holds a list, not a JSON object; remove it"),
+        ("groups/stage.json", lambda text: text.replace("seconds", "s"), "groups/stage.json: key 'seconds' is missing"),
+    ],
+)
+def test_a_damaged_file_is_named(
+    evaluated: Path, name: str, damage: Callable[[str], str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = evaluated / name
+    before, results = path.read_text(encoding="utf-8"), (evaluated / "results.json").read_bytes()
+    path.write_text(damage(before), encoding="utf-8")
+    try:
+        assert main(["evaluate", str(evaluated), "--methods", "population,groups"]) == 2
+    finally:
+        path.write_text(before, encoding="utf-8")
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert (evaluated / "results.json").read_bytes() == results
