@@ -262,3 +262,27 @@ def test_damaged_data_is_an_error_that_names_the_file(users: Path, store: Adapte
     (users.parent / "data.sqlite").write_text("torn")
     with pytest.raises(StoreError, match=r"data.sqlite: cannot be read: file is not a database"):
         delete_returned(users)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("predictions/users.jsonl", f'{{"user": "ann", "prompt": "{SECRET}\n{{"user": "bob"}}\n\n{{"user": "ann"}}\n'),
+        ("predictions/users.jsonl", f'{{"user": "ann"}}\n"\ud800{SECRET}\n'),
+        ("users.json", f'{{"users": [{{"user": "ann", "said": "{SECRET}'),
+        ("routing.json", f'["ann", "{SECRET}"]'),
+        ("data/truth.json", '{"groups": {"ann": 1'),
+        ("data/truth.json", '["ann"]'),
+        ("data/interactions.jsonl", f'{{"user_id": "ann", "input": "{SECRET}'),
+    ],
+)
+def test_what_is_damaged_keeps_nobody_from_being_deleted(
+    users: Path, store: AdapterStore, log: InteractionLog, name: str, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = users.parent / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content.encode("utf-8", "surrogatepass"))
+    assert not remove(store, log, "ann", 0).waits
+    assert not left(users)
+    assert str(path) in caplog.text
+    assert ("bob" not in content) or path.read_text() == '{"user": "bob"}\n\n'

@@ -20,6 +20,7 @@ when the process ends; a deletion waits for that process.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
@@ -32,11 +33,14 @@ from typing import Any
 from proper.adapters.manifest import key_of
 from proper.adapters.store import DEFAULT_TENANT
 from proper.adapters.tombstones import Tombstones
-from proper.errors import StoreError
-from proper.files import atomic_path, read_json, write_json
+from proper.errors import RunFolderError, StoreError
+from proper.files import atomic_path, write_json
 from proper.interactions import personal_extracts as extracts
+from proper.json_records import read_record
 from proper.run_folder import Personal, RunFolder, UsersFolder, nested_runs
 from proper.sqlite_files import open_to_read
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,25 +87,40 @@ def remove_deleted(run: RunFolder) -> None:
 
 
 def _from_lines(path: Path, user: str) -> None:
-    """Remove a user's lines from a JSONL file."""
-
-    def is_of_user(line: bytes) -> bool:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            return False
-        return isinstance(row, dict) and user in (row.get("user"), row.get("user_id"))
-
+    """Remove a user's lines from a JSONL file, and the lines that cannot be read: they may be the user's."""
     if not _mentions(path, user):
         return
+    unreadable = 0
     with atomic_path(path) as temporary, path.open("rb") as lines, temporary.open("wb") as kept:
-        kept.writelines(line for line in lines if not is_of_user(line))
+        for line in lines:
+            try:
+                row = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError):
+                unreadable += 1
+                continue
+            if not _is_about(row, user):
+                kept.write(line)
+    if unreadable:
+        logger.warning(f"{path}: removed {unreadable} damaged lines, which may be about a deleted user")
 
 
 def _from_json(path: Path, user: str) -> None:
-    """Remove the entries about a user from the lists of a JSON file."""
-    if _mentions(path, user):
-        write_json(path, _without(read_json(path), user))
+    """Remove the entries about a user from the lists of a JSON file; a damaged file goes as a whole."""
+    if _mentions(path, user) and (found := _readable(path)) is not None:
+        write_json(path, _without(found, user))
+
+
+def _readable(path: Path) -> dict[str, Any] | None:
+    """Return the object of a JSON file that can be made again; a damaged one is removed.
+
+    Nobody can tell whose data a damaged file holds, and a deletion that waited for its repair would never end.
+    """
+    try:
+        return read_record(path, "such a file can be written again")
+    except RunFolderError as error:
+        logger.warning(f"{error}: removed the file, which may be about a deleted user")
+        path.unlink(missing_ok=True)
+        return None
 
 
 def _without(value: Any, user: str) -> Any:
@@ -114,9 +133,8 @@ def _without(value: Any, user: str) -> Any:
 
 def _from_truth(path: Path, user: str) -> None:
     """Remove a user of the demo, and the user's items, from the mappings of its ground-truth file."""
-    if not _mentions(path, user):
+    if not _mentions(path, user) or (truth := _readable(path)) is None:
         return
-    truth = read_json(path)
     for name, value in truth.items():
         if isinstance(value, dict):
             truth[name] = {k: each for k, each in value.items() if k != user and not k.startswith(f"{user}-")}
