@@ -10,6 +10,7 @@ import pytest
 
 from proper import pipeline
 from proper.cli.app import main
+from proper.models.checkpoints import load_tensors, save_tensors
 
 PREDICTION = '{"id": 1, "user": "ann", "prompt": "p", "target": "t", "prediction": '
 
@@ -59,3 +60,16 @@ def test_a_damaged_file_is_named(
         path.write_text(before, encoding="utf-8")
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert (evaluated / "results.json").read_bytes() == results
+
+
+def test_weights_that_lack_a_tensor_are_named(
+    evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(evaluated, folder)
+    path = folder / "groups" / "groups.safetensors"
+    tensors, facts = load_tensors(path)
+    del tensors["mean_embedding"]
+    save_tensors(path, tensors, facts)
+    assert main(["generate", str(folder), "--user", "ann", "--prompt", "red is"]) == 1
+    assert "groups.safetensors: the tensor 'mean_embedding' is missing" in capsys.readouterr().err.splitlines()[-1]

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from proper.errors import ProperError
-from proper.models.checkpoints import load_tensors, save_tensors
+from proper.errors import ProperError, StoreError
+from proper.models.checkpoints import fill, load_metadata, load_tensors, save_tensors
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -28,3 +30,29 @@ def test_damage_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ProperError, match="x.safetensors: damaged or unreadable"):
         load_tensors(path)
+
+
+@pytest.mark.parametrize("facts", ["[]", "3", "null", "{", "[" * 100_000, '{"a": ' + "1" * 5_000 + "}"])
+def test_facts_that_are_no_object_are_damage(tmp_path: Path, facts: str) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(2)}, path, metadata={"facts": facts})
+    for load in (load_tensors, load_metadata):
+        with pytest.raises(ProperError, match="x.safetensors: damaged or unreadable"):
+            load(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({}, "the tensor 'a' is missing"),
+        # These two would be copied: PyTorch repeats them.
+        ({"a": torch.ones(1)}, r"the tensor 'a' has the shape \[1\], the model has \[2, 3\]"),
+        ({"a": torch.ones(3)}, r"the tensor 'a' has the shape \[3\], the model has \[2, 3\]"),
+        ({"a": torch.full((2, 3), torch.nan)}, "a: numbers that are not finite"),
+    ],
+)
+def test_only_tensors_of_the_model_s_shapes_are_copied(tensors: dict[str, Tensor], said: str) -> None:
+    parameter = nn.Parameter(torch.zeros(2, 3))
+    with pytest.raises(StoreError, match=rf"x\.safetensors: {said}"):
+        fill({"a": parameter}, tensors, Path("x.safetensors"))
+    assert not parameter.any()

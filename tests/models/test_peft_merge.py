@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from proper.errors import ProperError
 from proper.models.backbone import Backbone
 from proper.models.peft_merge import absorb, apply_population
 
@@ -63,3 +68,36 @@ def test_bf16_weights_are_rounded_once(backbone: Callable[..., Backbone]) -> Non
     assert merged.dtype == torch.bfloat16
     assert float((merged == expected).float().mean()) > 0.999
     assert float((merged.float() - expected.float()).abs().max()) < 0.01
+
+
+def lost(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    del tensors[min(tensors)]
+
+
+def small(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    tensors[min(tensors)] = torch.zeros(3)
+
+
+def mistyped(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    config["bias"] = []
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lost, r"adapter_model\.safetensors: the tensor 'base_model\.\S+' is missing"),
+        (small, "not readable as a PEFT adapter: "),
+        (mistyped, "not readable as a PEFT adapter: "),
+    ],
+)
+def test_a_damaged_adapter_is_named(
+    backbone: Callable[..., Backbone], tmp_path: Path, damage: Callable[..., None], said: str
+) -> None:
+    wrapped(backbone()).save_pretrained(str(tmp_path))
+    weights, settings = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors, config = load_file(weights), json.loads(settings.read_text())
+    damage(tensors, config)
+    save_file(tensors, weights)
+    settings.write_text(json.dumps(config))
+    with pytest.raises(ProperError, match=said):
+        apply_population(backbone(), tmp_path)

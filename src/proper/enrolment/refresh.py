@@ -38,7 +38,7 @@ from proper.inference.loading import load, settle_groups
 from proper.inference.model import PersonalizedModel
 from proper.interactions.log import InteractionLog
 from proper.interactions.personal_files import remove_work, work_folder
-from proper.models.checkpoints import load_metadata, load_tensors, save_tensors
+from proper.models.checkpoints import fill, load_metadata, load_tensors, save_tensors
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.groups import train_groups
@@ -206,8 +206,7 @@ class _Work:
             if held[user] and record is not None:
                 before[user] = self._loss(state_of(self.model, record), held[user])
         tensors, _ = load_tensors(self.run.refreshed)
-        for name, parameter in own.group_parameters().items():
-            parameter.data.copy_(tensors[name])
+        fill(own.group_parameters(), tensors, self.run.refreshed)
         found, metadata = load_tensors(self.run.users.refresh)
         embeddings = dict(zip(metadata["users"], found["embeddings"], strict=True))
         with progress("validate users", len(self.users)) as advance:

@@ -24,7 +24,7 @@ from proper.layers.batch_context import RowContext
 from proper.methods.poly_layers import Poly, add_poly
 from proper.methods.spec import TrainedRun, TrainingWork
 from proper.models.backbone import configured_backbone
-from proper.models.checkpoints import load_tensors, save_tensors
+from proper.models.checkpoints import fill, load_tensors, save_tensors, tensor_of
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel, gradient_checkpointing
 from proper.run_folder import RunFolder, Stage, Tier
@@ -179,11 +179,11 @@ def load_poly(run: TrainedRun) -> PolyModel:
     model, store = ProperModel(backbone), AdapterStore(RunFolder(run.folder).users.path)
     heads = {user.id: head for user in run.dataset.users("target") if (head := store.head(user.id)) is not None}
     store.close()
-    tensors, _ = load_tensors(RunFolder(run.folder).poly)
+    path = RunFolder(run.folder).poly
+    tensors, _ = load_tensors(path)
     poly = add_poly(model, config.groups, len(heads) + 1, seed=0)
-    for name, parameter in poly.skills().items():
-        parameter.data.copy_(tensors[name])
-    logits = [*(head.embedding for head in heads.values()), tensors["mean_logits"]]
+    fill(poly.skills(), tensors, path)
+    logits = [*(head.embedding for head in heads.values()), tensor_of(tensors, "mean_logits", path)]
     poly.put(torch.arange(len(logits)), torch.stack(logits))
     encoder = backbone.encoder()
     return PolyModel(model, encoder, config, {user: at for at, user in enumerate(heads)})

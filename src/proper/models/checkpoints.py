@@ -38,9 +38,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("facts", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            return {name: file.get_tensor(name) for name in file.keys()}, _facts(file.metadata())  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ProperError(f"{path}: damaged or unreadable: {error}") from error
 
 
@@ -52,10 +51,46 @@ def load_metadata(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata: dict[str, Any] = json.loads((file.metadata() or {}).get("facts", "{}"))
-            return metadata
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            return _facts(file.metadata())
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ProperError(f"{path}: damaged or unreadable: {error}") from error
+
+
+def _facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    facts = json.loads((metadata or {}).get("facts", "{}"))
+    if not isinstance(facts, dict):
+        raise ValueError(f"its metadata is a {type(facts).__name__}, not a JSON object")
+    return facts
+
+
+def tensor_of(tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
+    """Return a tensor of a file.
+
+    Raises:
+        StoreError: the file does not have it.
+    """
+    if name not in tensors:
+        raise StoreError(f"{path}: the tensor '{name}' is missing")
+    return tensors[name]
+
+
+def fill(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy the tensors of a file, which all users share, into the parameters of these names.
+
+    Raises:
+        StoreError: a tensor is missing, has another shape, or has values that are not finite, which would spoil every
+            answer, or absurdly large.
+    """
+    fault = fault_of(tensors)
+    if fault is not None:
+        raise StoreError(f"{path}: {fault}")
+    for name, parameter in parameters.items():
+        found = tensor_of(tensors, name, path)
+        # A smaller tensor would be repeated, without an error.
+        if found.shape != parameter.shape:
+            shapes = f"{list(found.shape)}, the model has {list(parameter.shape)}"
+            raise StoreError(f"{path}: the tensor '{name}' has the shape {shapes}")
+        parameter.data.copy_(found)
 
 
 def load_groups(model: ProperModel, config: GroupsConfig, path: Path, tasks: int = 0) -> Float[Tensor, "D"]:
@@ -74,8 +109,9 @@ def load_groups(model: ProperModel, config: GroupsConfig, path: Path, tasks: int
         raise StoreError(
             f"{path}: its modules are not those of groups.target_modules and groups.layers: {min(missing)}"
         )
-    _copy(model.group_parameters(), tensors, path)
-    return tensors["mean_embedding"]
+    fill(model.group_parameters(), tensors, path)
+    _freeze(model.group_parameters())
+    return tensor_of(tensors, "mean_embedding", path)
 
 
 def settled(config: Config, path: Path) -> Config:
@@ -112,7 +148,8 @@ def load_router(model: ProperModel, config: UsersConfig, path: Path) -> None:
     model.add_lora_router(config)
     if path.exists():
         tensors, _ = load_tensors(path)
-        _copy(model.router_parameters(), tensors, path)
+        fill(model.router_parameters(), tensors, path)
+        _freeze(model.router_parameters())
 
 
 def bases_digest(path: Path) -> dict[str, str]:
@@ -134,14 +171,10 @@ def load_bases(model: ProperModel, path: Path) -> None:
     if fault is not None:
         raise StoreError(f"{path}: {fault}")
     placed = {name: tensor.to(model.device) for name, tensor in tensors.items()}
-    model.bases = {name[:-2]: (placed[name], placed[f"{name[:-2]}.B"]) for name in placed if name.endswith(".A")}
+    modules = [name.removesuffix(".A") for name in placed if name.endswith(".A")]
+    model.bases = {each: (placed[f"{each}.A"], tensor_of(placed, f"{each}.B", path)) for each in modules}
 
 
-def _copy(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copy tensors that all users share into frozen parameters; a NaN among them would spoil every answer."""
-    fault = fault_of(tensors)
-    if fault is not None:
-        raise StoreError(f"{path}: {fault}")
-    for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[name])
+def _freeze(parameters: Mapping[str, nn.Parameter]) -> None:
+    for parameter in parameters.values():
         parameter.requires_grad_(False)

@@ -5,19 +5,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from proper.errors import ProperError
 from proper.models.backbone import Backbone
+from proper.run_folder import PEFT_WEIGHTS
 
 
 def apply_population(backbone: Backbone, folder: Path) -> None:
@@ -39,10 +41,19 @@ def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
         ProperError: the adapter cannot be read.
     """
     try:
-        with modules_as_named(model):
-            return PeftModel.from_pretrained(model, str(folder))
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        with modules_as_named(model), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            wrapped = PeftModel.from_pretrained(model, str(folder))
+        with safe_open(folder / PEFT_WEIGHTS, framework="pt") as file:
+            found = set(file.keys())
+    # PEFT raises what its code happens to meet in a damaged config, and RuntimeError for tensors of other shapes.
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise ProperError(f"{folder}: not readable as a PEFT adapter: {error}") from error
+    # PEFT leaves what the file lacks at its random start.
+    lost = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys() - found
+    if lost:
+        raise ProperError(f"{folder / PEFT_WEIGHTS}: the tensor '{min(lost)}' is missing")
+    return wrapped
 
 
 @contextmanager

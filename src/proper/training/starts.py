@@ -26,7 +26,7 @@ from proper.errors import StoreError
 from proper.files import private_folder
 from proper.layers.bank import AdapterBank
 from proper.layers.layout import Layout
-from proper.models.checkpoints import load_tensors, save_tensors
+from proper.models.checkpoints import load_tensors, save_tensors, tensor_of
 from proper.training.checkpoint import seed_of
 from proper.training.jobs import Starts, fresh
 from proper.training.user_stage import UserStage, fit_adapters, no_metadata
@@ -62,7 +62,8 @@ def load_start(config: UsersConfig, path: Path) -> Starts:
     fault = fault_of(tensors)
     if fault is not None:
         raise StoreError(f"{path}: {fault}")
-    return lambda user, embedding: tensors["start"]
+    start = tensor_of(tensors, "start", path)
+    return lambda user, embedding: start
 
 
 def meta_start(stage: UserStage) -> Float[Tensor, "P"]:

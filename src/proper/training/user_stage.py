@@ -25,7 +25,7 @@ from proper.console import Bar, progress
 from proper.data.batching import RowEncoder
 from proper.data.derived.views import Histories
 from proper.files import write_json
-from proper.models.checkpoints import load_tensors, save_tensors
+from proper.models.checkpoints import fill, load_tensors, save_tensors
 from proper.models.personal import ProperModel
 from proper.run_folder import Tier
 from proper.training.checkpoint import Checkpoint
@@ -205,8 +205,7 @@ def fit_router(stage: UserStage, jobs: HistoryJobs, store: AdapterStore, phase: 
         return
     if path.exists():
         tensors, _ = load_tensors(path)
-        for name, parameter in parameters.items():
-            parameter.data.copy_(tensors[name])
+        fill(parameters, tensors, path)
         return
     config = stage.config
     checkpoint = stage.checkpoint(f"{phase}-router")
