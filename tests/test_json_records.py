@@ -34,6 +34,13 @@ def test_what_cannot_be_used_is_named_with_what_to_do(tmp_path: Path, content: s
         read_record(path, "train it again", seconds=NUMBER)
 
 
+def test_a_key_that_may_be_null_has_to_be_there(tmp_path: Path) -> None:
+    path = tmp_path / "moving.json"
+    path.write_text('{"from": null}')
+    with pytest.raises(RunFolderError, match="key 'to' is missing"):
+        read_record(path, **{"from": type(None), "to": type(None)})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("seconds", [1, 1.5])
 def test_what_can_be_used_is_returned(tmp_path: Path, seconds: Any) -> None:
     path = tmp_path / "stage.json"

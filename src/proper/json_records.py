@@ -32,9 +32,10 @@ def read_record(path: Path, remedy: str = "restore a copy of it", /, **keys: typ
     if not isinstance(found, dict):
         raise RunFolderError(f"{path}: holds a {type(found).__name__}, not a JSON object; {remedy}")
     for key, kinds in keys.items():
-        if not _is(found.get(key), kinds if isinstance(kinds, tuple) else (kinds,)):
-            state = "has a wrong value" if key in found else "is missing"
-            raise RunFolderError(f"{path}: key '{key}' {state}; {remedy}")
+        if key not in found:
+            raise RunFolderError(f"{path}: key '{key}' is missing; {remedy}")
+        if not _is(found[key], kinds if isinstance(kinds, tuple) else (kinds,)):
+            raise RunFolderError(f"{path}: key '{key}' has a wrong value; {remedy}")
     return found
 
 

@@ -20,7 +20,8 @@ from proper.adapters.objects import ObjectShards
 from proper.adapters.shard_cache import ShardCache
 from proper.adapters.storage import ShardStorage
 from proper.errors import InputError
-from proper.files import read_json, write_json
+from proper.files import write_json
+from proper.json_records import read_record
 from proper.run_folder import RunFolder, UsersFolder, nested_runs
 
 CACHE_MB = 4096
@@ -100,10 +101,10 @@ def setting_of(run: Path) -> BucketSetting | None:
     path = RunFolder(run).home.storage
     if not path.is_file():
         return None
-    found = read_json(path)
+    found = read_record(path, shards=str, cache_mb=int, id=str)
     try:
-        return parse_url(f"{found['shards']}?cache_mb={found['cache_mb']}", str(found["id"]))
-    except (KeyError, TypeError, InputError) as error:
+        return parse_url(f"{found['shards']}?cache_mb={found['cache_mb']}", found["id"])
+    except InputError as error:
         raise InputError(f"{path}: not a storage setting: {error}") from error
 
 

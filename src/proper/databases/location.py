@@ -14,8 +14,8 @@ from pathlib import Path
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from proper.errors import InputError, ProperError, RunFolderError
-from proper.files import read_json
+from proper.errors import InputError, RunFolderError
+from proper.json_records import read_record
 from proper.run_folder import RunFolder
 
 POSTGRESQL = "postgresql://USER@HOST/DATABASE"
@@ -47,10 +47,10 @@ def location_of(users: Path) -> Location | None:
     path = RunFolder(users.absolute().parent).database
     if users.name != RunFolder(Path()).users.path.name or not path.is_file():
         return None
+    found = read_record(path, "it names the place of the run's state, restore a backup", url=str, schema=str)
     try:
-        found = read_json(path)
-        return Location(checked(str(found["url"])), str(found["schema"]))
-    except (ProperError, KeyError, TypeError) as error:
+        return Location(checked(found["url"]), found["schema"])
+    except InputError as error:
         raise RunFolderError(
             f"{path}: does not name the place of the run's state: {error}; restore a backup"
         ) from error

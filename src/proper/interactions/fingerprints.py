@@ -15,6 +15,7 @@ import json
 import re
 import secrets
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -23,6 +24,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, uint8
@@ -162,7 +164,8 @@ def add_originals(prints: Fingerprints, path: Path, users: Sequence[str]) -> Non
                     _add_file(prints, name, archive.read(name), users)
         else:
             _add_file(prints, path.name, path.read_bytes(), users)
-    except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
+    # zipfile raises RuntimeError for a password and for a method of compression that it does not know.
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read as originals: {error}") from error
 
 
@@ -200,15 +203,16 @@ def write_fingerprints(path: Path, found: Mapping[str, Fingerprints], salt: byte
     Raises:
         InputError: the file is there with another salt, or no file of fingerprints.
     """
-    users: dict[str, Any] = _read(path)["users"] if path.exists() else {}
+    content = _read(path) if path.exists() else {"users": {}}
+    users: dict[str, Any] = content["users"]
     for user, prints in found.items():
         key = digest(user.encode("utf-8", "surrogatepass"), salt)
-        before = users.get(key, {"prints": []})
-        first = 1 + max((each[1] for each in before["prints"]), default=0)
-        known = {each[-1] for each in before["prints"]}
+        before = _entry(path, content, key) or _Entry([])
+        first = 1 + max((each.source for each in before.prints), default=0)
+        known = {each.digest for each in before.prints}
         new = [each._replace(source=first + each.source) for each in prints.prints if each.digest not in known]
-        counts = {name: max(getattr(prints, name), before.get(name, 0)) for name in ("texts", "short", "tensors")}
-        users[key] = {**counts, "prints": [*before["prints"], *map(list, new)]}
+        counts = {name: max(getattr(prints, name), getattr(before, name)) for name in ("texts", "short", "tensors")}
+        users[key] = {**counts, "prints": [*map(list, before.prints), *map(list, new)]}
     write_json(path, {"format": _FORMAT, "version": _VERSION, "salt": salt.hex(), "users": users})
 
 
@@ -221,15 +225,37 @@ def read_fingerprints(path: Path, user: str) -> Fingerprints:
     """Return the prints of a user.
 
     Raises:
-        InputError: the file is no file of fingerprints, or does not have the user.
+        InputError: the file is no file of fingerprints, is damaged, or does not have the user.
     """
     content = _read(path)
     salt = bytes.fromhex(content["salt"])
-    entry = content["users"].get(digest(user.encode("utf-8", "surrogatepass"), salt))
+    entry = _entry(path, content, digest(user.encode("utf-8", "surrogatepass"), salt))
     if entry is None:
         raise InputError(f"{path}: has no fingerprints of user {user!r}")
-    prints = [Print(*each) for each in entry["prints"]]
-    return Fingerprints(salt, entry["texts"], entry["short"], entry["tensors"], prints)
+    return Fingerprints(salt, entry.texts, entry.short, entry.tensors, entry.prints)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a file holds of one user."""
+
+    prints: list[Print]
+    texts: int = 0
+    short: int = 0
+    tensors: int = 0
+
+
+_ENTRY = TypeAdapter(_Entry)
+
+
+def _entry(path: Path, content: Mapping[str, Any], key: str) -> _Entry | None:
+    if key not in content["users"]:
+        return None
+    try:
+        return _ENTRY.validate_python(content["users"][key])
+    except ValidationError as error:
+        at = ".".join(map(str, error.errors()[0]["loc"])) or "the user"
+        raise InputError(f"{path}: users: {key}: {at}: {error.errors()[0]['msg']}; restore a copy of it") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -238,4 +264,8 @@ def _read(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
         raise InputError(f"{path}: is no file of fingerprints of this version of proper")
+    if not isinstance(content.get("salt"), str) or not re.fullmatch("(?:[0-9a-f]{2})+", content["salt"]):
+        raise InputError(f"{path}: key 'salt' is damaged; restore a copy of it")
+    if not isinstance(content.get("users"), dict):
+        raise InputError(f"{path}: key 'users' is damaged; restore a copy of it")
     return content
