@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from proper.errors import ProperError, RunFolderError
 from proper.files import read_json
 
@@ -37,6 +39,13 @@ def read_record(path: Path, remedy: str = "restore a copy of it", /, **keys: typ
         if not _is(found[key], kinds if isinstance(kinds, tuple) else (kinds,)):
             raise RunFolderError(f"{path}: key '{key}' has a wrong value; {remedy}")
     return found
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first problem that pydantic found in a JSON value, after the keys and indexes that lead to it."""
+    found = error.errors()[0]
+    at = ".".join(map(str, found["loc"]))
+    return f"{at}: {found['msg']}" if at else str(found["msg"])
 
 
 def _is(value: Any, kinds: tuple[type, ...]) -> bool:

@@ -131,6 +131,26 @@ def test_other_tasks_and_data_are_refused(
         compare_runs(one, other, EFFORT)
 
 
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda results: results["run"].pop("seeds"), r"run\.seeds: Field required"),
+        (lambda results: results["run"].update(seeds=[]), r"run\.seeds: List should have at least 1 item"),
+        (lambda results: results["task"].update(kind=None), r"task\.kind: "),
+        (lambda results: results["metrics"][1].pop("ci95"), r"metrics\.1\.ci95: Field required"),
+        (lambda results: results.update(metrics=[3]), r"metrics\.0: "),
+    ],
+)
+def test_damaged_results_are_named(make: Callable[..., Path], damage: Callable[[Any], object], says: str) -> None:
+    one, other = make("one", {"users": 0.9}), make("other", {"users": 0.9})
+    path = other / "results.json"
+    results = json.loads(path.read_text())
+    damage(results)
+    path.write_text(json.dumps(results))
+    with pytest.raises(RunFolderError, match=rf"other/results\.json: {says}.*; remove it, and 'proper evaluate'"):
+        compare_runs(one, other, EFFORT)
+
+
 def test_a_run_without_results_is_named(make: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="nowhere/results.json: no such file"):
         compare_runs(make("one", {"users": 0.9}), tmp_path / "nowhere")

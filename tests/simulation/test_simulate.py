@@ -150,6 +150,25 @@ def test_a_wrong_setting_is_one_line_that_names_it(
     assert f"{path}: {message}" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("store", "[]", "is not a file of 'proper bench store'"),
+        ("store", '{"figures": []}', "figures: has a wrong value; measure again"),
+        ("store", '{"figures": {"load_bytes": "x"}}', "figures.load_bytes: has a wrong value"),
+        ("store", '{"figures": {"load_p50_ms": NaN}}', "figures.load_p50_ms: has a wrong value"),
+        ("users", '{"users_per_hour": 3}', "users_per_hour: has a wrong value"),
+        ("users", '{"users_per_hour": {"mixed": 0}}', "users_per_hour.mixed: has a wrong value"),
+        ("users", "[" * 100_000, "not readable as JSON"),
+    ],
+)
+def test_a_damaged_file_of_a_benchmark_is_named(tmp_path: Path, file: str, content: str, said: str) -> None:
+    (tmp_path / "bench.json").write_text(content)
+    costs = {key: value for key, value in COSTS.items() if key != "fit_seconds"}
+    with pytest.raises(ConfigError, match=rf"'costs\.{file}': .*bench\.json: {said}"):
+        load_simulation(written(tmp_path, {"users": 100, "costs": {**costs, file: "bench.json"}}))
+
+
 def test_costs_come_from_bench_files_and_values_win(tmp_path: Path) -> None:
     costs = {key: value for key, value in COSTS.items() if key != "fit_seconds"}
     (tmp_path / "serve.json").write_text(json.dumps({"figures": {}, "costs": costs}))

@@ -26,7 +26,7 @@ from proper.inference.generate import respond
 from proper.inference.model import BatchModel, PersonalizedModel
 from proper.inference.sampling import Sampling
 from proper.inference.score import score
-from proper.json_records import REMOVE_IT
+from proper.json_records import REMOVE_IT, first_problem
 from proper.layers.batch_context import RowContext
 
 CHUNK = 512
@@ -233,8 +233,7 @@ def read_predictions(path: Path, *, label_scores: bool = False) -> list[Predicti
             try:
                 one = _PREDICTION.validate_json(line, strict=True)
             except ValidationError as error:
-                at = ".".join(map(str, error.errors()[0]["loc"]))
-                why = f"{at}: {error.errors()[0]['msg']}" if at else error.errors()[0]["msg"]
+                why = first_problem(error)
                 raise RunFolderError(f"{path}:{number}: not a prediction: {why}; {REMOVE_IT}") from error
             found.append(one if label_scores else replace(one, label_scores=None))
     return found

@@ -9,15 +9,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import MinLen
+from pydantic import TypeAdapter, ValidationError
 
 from proper.data.dataset import Dataset
 from proper.errors import DataError, RunFolderError
-from proper.evaluation.metrics import TASK_METRICS, Prediction, TaskInfo
+from proper.evaluation.metrics import TASK_METRICS, Prediction, TaskInfo, TaskKind
 from proper.evaluation.results import Effort, plain
 from proper.evaluation.runner import read_predictions
 from proper.evaluation.statistics import compare, holm, user_scores
-from proper.json_records import REMOVE_IT, read_record
+from proper.json_records import REMOVE_IT, first_problem, read_record
 from proper.run_folder import RunFolder
 
 COMPARED = (
@@ -28,6 +31,39 @@ COMPARED = (
 
 Seeds = Sequence[Sequence[Prediction]]
 """One method's predictions of every seed, the same queries in each."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    seeds: Annotated[list[int], MinLen(1)]
+
+
+@dataclass(frozen=True)
+class _Task:
+    name: str
+    kind: TaskKind
+
+
+@dataclass(frozen=True)
+class _Row:
+    method: str
+    metric: str
+    primary: bool
+    higher_is_better: bool
+    value: float | None
+    ci95: list[float | None] | None
+
+
+@dataclass(frozen=True)
+class _Comparable:
+    """The keys of `results.json` that a comparison uses."""
+
+    run: _Run
+    task: _Task
+    metrics: list[_Row]
+
+
+_COMPARABLE = TypeAdapter(_Comparable)
 
 
 @dataclass(frozen=True)
@@ -42,12 +78,17 @@ class RunSide:
         """Read a run folder.
 
         Raises:
-            RunFolderError: the run has not been evaluated.
+            RunFolderError: the run has not been evaluated, or its results lack what is compared.
         """
         path = RunFolder(folder).results
         if not path.is_file():
             raise RunFolderError(f"{path}: no such file; 'proper evaluate {folder}' makes it")
-        return cls(folder, read_record(path, REMOVE_IT, run=dict, task=dict))
+        found = read_record(path, REMOVE_IT)
+        try:
+            _COMPARABLE.validate_python(found)
+        except ValidationError as error:
+            raise RunFolderError(f"{path}: {first_problem(error)}; {REMOVE_IT}") from error
+        return cls(folder, found)
 
     @property
     def seeds(self) -> list[int]:

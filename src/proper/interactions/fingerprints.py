@@ -32,6 +32,7 @@ from torch import Tensor, uint8
 from proper.adapters.quantization import Storage, encode
 from proper.errors import InputError
 from proper.files import read_json, write_json
+from proper.json_records import first_problem
 
 PIECE, WINDOW = 32, 8
 MAX_PRINT_BYTES = 256
@@ -254,8 +255,7 @@ def _entry(path: Path, content: Mapping[str, Any], key: str) -> _Entry | None:
     try:
         return _ENTRY.validate_python(content["users"][key])
     except ValidationError as error:
-        at = ".".join(map(str, error.errors()[0]["loc"])) or "the user"
-        raise InputError(f"{path}: users: {key}: {at}: {error.errors()[0]['msg']}; restore a copy of it") from error
+        raise InputError(f"{path}: users: {key}: {first_problem(error)}; restore a copy of it") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

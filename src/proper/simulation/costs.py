@@ -112,6 +112,10 @@ def _of_serve(costs: CostConfig, serve: dict[str, Any]) -> CostConfig:
         raise ConfigError(f"{costs.serve}: costs: {explain(error, CostConfig)}") from error
 
 
+_READ = {"figures": ("load_p50_ms", "load_bytes", "bytes_over_raw"), "users_per_hour": ("mixed_experts", "mixed")}
+"""What is read of the files of benchmarks, by the object that holds it."""
+
+
 def _read(name: str | None, key: str, folder: Path) -> dict[str, Any]:
     if name is None:
         return {}
@@ -122,7 +126,20 @@ def _read(name: str | None, key: str, folder: Path) -> dict[str, Any]:
         raise ConfigError(f"'costs.{key}': {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"'costs.{key}': {path}: is not a file of 'proper bench {key}'")
-    return found
+    read: dict[str, Any] = found
+    for part, names in _READ.items():
+        values = read.get(part, {})
+        wrong = [name for name in names if isinstance(values, dict) and not _is_number(values.get(name))]
+        if wrong or not isinstance(values, dict):
+            raise ConfigError(
+                f"'costs.{key}': {path}: {'.'.join([part, *wrong[:1]])}: has a wrong value; measure again"
+            )
+    return read
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a figure can be used: a number above zero, or None if it was not measured."""
+    return value is None or (isinstance(value, int | float) and value is not True and value > 0)
 
 
 def _figure(bench: dict[str, Any], name: str, unit: float) -> float | None:
