@@ -77,6 +77,12 @@ QUESTIONS = (
             "HuffPost with one, two and four times the tokens in stages 1 and 2: Population and Groups rise with the "
             "tokens, Users does not after the second budget, and the linear head with the prior, which reads features "
             "of Population, rises. Here more training of the shared stages does not bring Users above that head.",
+            "MovieLens with twice the users and four times the queries: both steps are larger and more certain. "
+            "Groups beats as much more training without users, which 50 users did not resolve. Users is no longer "
+            "ahead of the linear head, and Population does not beat the best constant.",
+            "HuffPost's headlines: the steps lower the loss by less than 1 %, and no difference in ROUGE-1 is "
+            "resolvable. Every headline begins with a capital, and nearly all answers have the right prefix, mostly "
+            "none: an author's habits hardly show in these measures.",
         ),
         summary=score_card({name: constant_of(task) for name, task in MAIN.items()}),
     ),
@@ -90,14 +96,15 @@ QUESTIONS = (
             Source("acl-title", "acl-title.json", STEPS),
         ),
         steps,
-        "for set in huffpost-label movielens-rating acl-title; do proper run configs/$set.yaml --out runs/$set "
-        "--set population.max_tokens=150000; done",
+        "for set in huffpost-label acl-title; do proper run configs/$set.yaml --out runs/$set; done; proper run "
+        "configs/movielens-rating.yaml --out runs/movielens-rating --set population.max_tokens=150000 --set "
+        "evaluation.seeds=[0,1]",
         STEPS,
         (
             "The gain is over a stage 1 with a small budget. "
             "Question 10 shows how much of it comes from information about users. "
-            "With three times the tokens, one seed, HuffPost's population beats the best constant, and both steps are "
-            "significant (docs/results/recipe.md).",
+            "HuffPost has three times the tokens of movielens-rating in stage 1; its population beats the best "
+            "constant (docs/results/recipe.md).",
         ),
     ),
     Question(

@@ -52,7 +52,13 @@ def short_history(items: int) -> Source:
 
 
 LABELS, TEXT = "labels", "text"
-MAIN = {"huffpost-label": LABELS, "movielens-rating": LABELS, "git-subject": TEXT, "git-area": LABELS}
+MAIN = {
+    "huffpost-label": LABELS,
+    "movielens-rating": LABELS,
+    "git-subject": TEXT,
+    "git-area": LABELS,
+    "huffpost-headline": TEXT,
+}
 EARLIER = {
     "movielens-rating": (
         Source(
@@ -81,6 +87,8 @@ def main_sources(name: str, task: str) -> Iterator[Source]:
         yield Source("huffpost-label, layers", "findings/layers-huffpost-label.json", LAST_LAYERS)
         yield Source("huffpost-label, twice the tokens", "findings/longer-huffpost-label.json", _rows(task))
         yield Source("huffpost-label, four times the tokens", "findings/longest-huffpost-label.json", _rows(task))
+    if name == "movielens-rating":
+        yield Source("movielens-rating, twice the users", "findings/wider-movielens-rating.json", _rows(task))
     yield from EARLIER.get(name, ())
 
 
