@@ -45,8 +45,8 @@ def short(folder: Path = RESULTS) -> str:
     trivial = _trivial(folder)
     for path in sorted(folder.glob("*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
-        values = {row["method"]: f"{row['value']:.3f}" for row in results["metrics"] if row["primary"]}
-        values |= trivial.get(path.stem, {})
+        own = {row["method"]: f"{row['value']:.3f}" for row in results["metrics"] if row["primary"]}
+        values = {**trivial.get(path.stem, {}), **own}
         metric = next(NAMES[row["metric"]] for row in results["metrics"] if row["primary"])
         cells = [values.get(method, "") for method in SHORT]
         lines.append(f"| {path.stem} | {metric} | {' | '.join(cells)} |")
@@ -54,7 +54,10 @@ def short(folder: Path = RESULTS) -> str:
 
 
 def _trivial(folder: Path) -> dict[str, dict[str, str]]:
-    """Return the values of the answers without a model, by data set, from the jobs that compared them."""
+    """Return the values of the answers without a model, by data set, from the jobs that compared them.
+
+    They stand for what a file of before these rows lacks. The queries of such a job may be others than the file's.
+    """
     found: dict[str, dict[str, str]] = {}
     for path in sorted((folder / "findings").glob("controls-*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))

@@ -17,7 +17,6 @@ from proper.cli.users import AsJson, known, log_of_users, opened, printable
 from proper.cli.users_enrol import INPUT, append, open_users, print_user, read_entries
 from proper.console import progress, silent
 from proper.errors import InputError, ProperError
-from proper.reports.reading import objects, read_object
 from proper.run_folder import require_run
 
 if TYPE_CHECKING:
@@ -130,6 +129,8 @@ def drift(folder: RunFolder, as_json: AsJson = False) -> None:
 
 def _main_groups(folder: Path) -> dict[str, int]:
     """Return the group with the highest mean gate of the users whose gates the evaluation measured."""
+    from proper.reports.reading import objects, read_object  # loads numpy, which --help does not need
+
     path = require_run(folder).routing
     rows = objects(read_object(path).get("users"))
     return {str(row.get("user")): row["main"] for row in rows if isinstance(row.get("main"), int)}

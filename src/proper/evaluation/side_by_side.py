@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from annotated_types import MinLen
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from proper.data.dataset import Dataset
 from proper.errors import DataError, RunFolderError
@@ -35,7 +34,7 @@ Seeds = Sequence[Sequence[Prediction]]
 
 @dataclass(frozen=True)
 class _Run:
-    seeds: Annotated[list[int], MinLen(1)]
+    seeds: Annotated[list[int], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class _Task:
 
 
 @dataclass(frozen=True)
-class _Row:
+class _MetricValue:
     method: str
     metric: str
     primary: bool
@@ -60,7 +59,7 @@ class _Comparable:
 
     run: _Run
     task: _Task
-    metrics: list[_Row]
+    metrics: list[_MetricValue]
 
 
 _COMPARABLE = TypeAdapter(_Comparable)
