@@ -56,7 +56,7 @@ def short(folder: Path = RESULTS) -> str:
 def _trivial(folder: Path) -> dict[str, dict[str, str]]:
     """Return the values of the answers without a model, by data set, from the jobs that compared them.
 
-    They stand for what a file of before these rows lacks. The queries of such a job may be others than the file's.
+    They are used where a result has no such rows of its own; the queries of such a job can differ from the result's.
     """
     found: dict[str, dict[str, str]] = {}
     for path in sorted((folder / "findings").glob("controls-*.json")):

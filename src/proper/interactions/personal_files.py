@@ -113,7 +113,7 @@ def _from_json(path: Path, user: str) -> None:
 def _readable(path: Path) -> dict[str, Any] | None:
     """Return the object of a JSON file that can be made again; a damaged one is removed.
 
-    Nobody can tell whose data a damaged file holds, and a deletion that waited for its repair would never end.
+    A damaged file may hold the deleted user's data, and the deletion cannot wait until it is repaired.
     """
     try:
         return read_record(path, "such a file can be written again")
