@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,3 +110,30 @@ def test_it_learns_what_texts_say_of_ratings(settings: Callable[..., Config], tm
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     mae = {row["method"]: row["value"] for row in results["metrics"] if row["metric"] == "mae"}
     assert mae["head+prior"] < 0.5 * min(mae["prior"], mae["user-majority"])
+
+
+def test_with_a_stage_it_answers_with_the_mean_of_both(
+    run: Path, settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    result = pipeline.evaluate(folder, ["groups", "users", "head+prior", "groups+head", "users+head"])
+    with Dataset.open(folder / "data.sqlite") as dataset:
+        labels = dataset.labels
+
+    def answers(method: str) -> dict[int, dict[str, Any]]:
+        lines = (folder / "predictions" / f"{method}.jsonl").read_text(encoding="utf-8").splitlines()
+        return {row["id"]: row for row in map(json.loads, lines)}
+
+    head = answers("head+prior")
+    for stage in ("groups", "users"):
+        own, mixed = answers(stage), answers(f"{stage}+head")
+        assert mixed.keys() == own.keys() == head.keys()
+        for key, row in mixed.items():
+            shares = [np.exp(np.array(one["label_scores"])) for one in (own[key], head[key])]
+            mean = sum(share / share.sum() for share in shares) / 2
+            assert row["prediction"] == labels[int(np.argmax(mean))]
+            assert row["label_loss"] == pytest.approx(-np.log(mean[labels.index(row["target"])]), abs=2e-3)
+            assert row["loss"] is None
+    tested = {(row["method"], row["against"]) for row in result["comparisons"]}
+    assert {("users+head", "head+prior"), ("users+head", "users"), ("users+head", "groups+head")} <= tested

@@ -49,11 +49,14 @@ ABLATIONS = (
     ("users+residual", "users"),
     ("users+residual", "groups+residual"),
     ("users+residual", "users+prior"),
+    ("groups+head", "groups"),
+    ("users+head", "users"),
+    ("users+head", "groups+head"),
     ("users+rag", "users"),
 )
 """Methods that are also compared with a specific counterpart, besides the last stage."""
 
-FORMS = ("users+prior", "users+residual", "users+rag")
+FORMS = ("users+prior", "users+residual", "users+head", "users+rag")
 """Further forms of stage 3, which are compared with every method that is not of the ladder, as the last stage is."""
 
 

@@ -1,11 +1,17 @@
-"""Method `head+prior`: a linear head on frozen features of the population model and the user's prior.
+"""Methods with a linear head on frozen features: `head+prior` alone, and its mean with a stage's label probabilities.
 
     log p(y | x, u) = W_y z(x) + b_y + c log pi_u(y) - log Z
 
 z(x) are the hidden states of the prompt after the last layer: their mean over the tokens and that of the last token,
 standardized. W, b and c minimize the mean -log p plus l / 2 |W|^2 over the rows that the three stages train on; the
 prior of a training row uses the user's earlier items. l is chosen by -log p on the target users' held-out items, in
-a fit without them. No adapter is trained: the method is a baseline for the benefit of adapters.
+a fit without them. `head+prior` trains no adapter: it is a baseline for the benefit of adapters.
+
+`groups+head` and `users+head` answer with the mean of two distributions, that of the stage and that of `head+prior`:
+
+    (p_stage(y | x, u) + p_head(y | x, u)) / 2                label: argmax; rating: median
+
+The weights are equal, so nothing is chosen and no adapter is trained again (a linear opinion pool: Stone, 1961).
 
 Shapes: N rows, F features, L labels.
 """
@@ -15,7 +21,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,9 +36,10 @@ from proper.evaluation.runner import MethodRun, prediction_of
 from proper.inference.forward import pad_left
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
-from proper.methods.prior import user_priors, with_shares
-from proper.methods.spec import TrainedRun
-from proper.run_folder import Tier
+from proper.methods.evaluate import answered
+from proper.methods.prior import probabilities, score_as, user_priors, with_shares
+from proper.methods.spec import Method, TrainedRun
+from proper.run_folder import RunFolder, Stage, Tier
 
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 """Values of l, from the strongest; each fit starts at the one before."""
@@ -112,7 +119,29 @@ def head_with_prior(place: TrainedRun) -> MethodRun:
     histories = {user.id: user.history for user in dataset.users("target")}
     blank = [prediction_of(query, "", Tier.POPULATION, histories.get(query.user, 0)) for query in queries]
     found = with_shares(place, blank, queries, shares)
-    return MethodRun(found, max(seconds, 1e-9), sum(query.tokens for query in queries))
+    scores = np.log(shares).round(4).tolist()
+    kept = [replace(row, label_scores=own) for row, own in zip(found, scores, strict=True)]
+    return MethodRun(kept, max(seconds, 1e-9), sum(query.tokens for query in queries))
+
+
+HEAD = Method("head+prior", head_with_prior, (Stage.POPULATION,), keeps="history", needs="labels")
+
+
+def with_head(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
+    """Answer with the mean of a tier's label probabilities and those of `head+prior`."""
+
+    def answer(place: TrainedRun) -> MethodRun:
+        stage = score_as(tier, place)
+        head = answered(HEAD, place, RunFolder(place.folder), label_scores=True)
+        by_id = {row.id: row.label_scores or [] for row in head.predictions}
+        queries = {query.id: query for query in place.dataset.queries()}
+        asked = [queries[row.id] for row in stage.predictions]
+        of_stage = probabilities([row.label_scores or [] for row in stage.predictions])
+        of_head = probabilities([by_id[row.id] for row in stage.predictions])
+        found = with_shares(place, stage.predictions, asked, (of_stage + of_head) / 2)
+        return MethodRun(found, stage.seconds + head.seconds, stage.tokens + head.tokens)
+
+    return answer
 
 
 def training_rows(place: TrainedRun) -> list[TextExample]:

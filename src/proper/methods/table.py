@@ -17,7 +17,7 @@ from proper.errors import ConfigError, DataError, did_you_mean
 from proper.evaluation.comparisons import TRIVIAL
 from proper.export.converted_models import STATIC_EXPORT, USERS_INT8
 from proper.methods.end_to_end import answer_end_to_end, train_end_to_end, train_equal_steps
-from proper.methods.head import head_with_prior
+from proper.methods.head import HEAD, with_head
 from proper.methods.ladder import as_another, as_itself, as_one, exported, in_eight_bits, train_one_user, train_stages
 from proper.methods.overrides import change, split_name
 from proper.methods.per_user_lora import answer_per_user, train_leaking, train_per_user
@@ -147,7 +147,9 @@ def _priors() -> list[Method]:
         Method("users+prior", with_prior(Tier.USERS), ALL, keeps="adapter", needs="labels"),
         Method("groups+residual", with_residual(Tier.GROUPS), GROUPS, RESIDUAL, keeps="embedding", needs="labels"),
         Method("users+residual", with_residual(Tier.USERS), ALL, RESIDUAL, keeps="adapter", needs="labels"),
-        Method("head+prior", head_with_prior, ALL[:1], keeps="history", needs="labels"),
+        HEAD,
+        Method("groups+head", with_head(Tier.GROUPS), GROUPS, keeps="embedding", needs="labels"),
+        Method("users+head", with_head(Tier.USERS), ALL, keeps="adapter", needs="labels"),
     ]
 
 

@@ -38,6 +38,8 @@ METHODS = {
     "users+residual": "Users, residual to the prior",
     "groups+residual": "Groups, residual to the prior",
     "head+prior": "Linear head and prior",
+    "users+head": "Users and linear head",
+    "groups+head": "Groups and linear head",
     "global-majority": "Global majority answer",
     "constraint-experts": "Groups, constraint on experts",
     "released": "Released preset",
