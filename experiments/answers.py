@@ -146,18 +146,35 @@ GOALS = dict(zip(STEPS, (0.0469, 0.0502), strict=True))
 """The paper's relative gains of the two steps on LaMP with 7 B."""
 
 
-def main_table(tests: Tests) -> str:
-    """Return the answer of the main table: the sets on which the steps reach the goals, and Users beats every row."""
-    sets = _by_set(tests)
-    gained = [name for name, found in sets.items() if all(_reaches(found.get(pair), GOALS[pair]) for pair in GOALS)]
-    first = [name for name, found in sets.items() if not _not_beaten(found)]
-    trivial = [name for name, found in sets.items() if not set(TRIVIAL) & set(_not_beaten(found))]
-    goals = " and ".join(f"{signed(100 * goal, 2)} %" for goal in GOALS.values())
-    return (
-        f"The two steps reach the paper's gains, {goals}, each significantly, on {_count(gained, sets)}. "
-        f"Users beats every row that needs no model on {_count(trivial, sets)}, "
-        f"and every row that it was compared with on {_count(first, sets)}."
-    )
+FORMS = ("users", "users+head")
+"""The forms of Users that the main table compares with every other row."""
+
+
+def main_table(constants: Mapping[str, str]) -> Callable[[Tests], str]:
+    """Return the rule of the main table: the sets on which the steps reach the goals, and Users beats every row.
+
+    Args:
+        constants: by set, the trivial method that a population stage has to beat.
+    """
+
+    def answer(tests: Tests) -> str:
+        sets = {name: _by_pair(tests[name]) for name in constants if name in tests}
+        gained = [name for name, found in sets.items() if _steps_reach(found, constants[name])]
+        trivial = [name for name, found in sets.items() if not set(TRIVIAL) & set(_not_beaten(found))]
+        goals = " and ".join(f"{signed(100 * goal, 2)} %" for goal in GOALS.values())
+        parts = [
+            f"The two steps reach the paper's gains, {goals}, each significantly and over a population that beats the "
+            f"best constant, on {_count(gained, sets)}. Users beats every row that needs no model on "
+            f"{_count(trivial, sets)}."
+        ]
+        for form in FORMS:
+            compared = {name: found for name, found in sets.items() if any(method == form for method, _ in found)}
+            first = [name for name, found in compared.items() if not _not_beaten(found, form)]
+            if compared:
+                parts.append(f"{label(form)} beats every row that it was compared with on {_count(first, compared)}.")
+        return " ".join(parts)
+
+    return answer
 
 
 def score_card(constants: Mapping[str, str]) -> Callable[[Tests], list[str]]:
@@ -168,19 +185,24 @@ def score_card(constants: Mapping[str, str]) -> Callable[[Tests], list[str]]:
     """
 
     def summary(tests: Tests) -> list[str]:
-        over = [f"{label(method)} over {label(against)}" for method, against in STEPS]
-        lines = [
-            f"| result | Population over the constant | {' | '.join(over)} | Users does not beat |",
-            "|---|---|---|---|---|",
+        heads = [
+            "result",
+            "Population over the constant",
+            *(f"{label(method)} over {label(against)}" for method, against in STEPS),
+            *(f"{label(form)} does not beat" for form in FORMS),
         ]
-        for source, found in tests.items():
-            by_pair = {(test.method, test.against): test for test in found}
-            if not set(STEPS) <= set(by_pair):
+        lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for source, tests_of in tests.items():
+            found = _by_pair(tests_of)
+            if not set(STEPS) <= set(found):
                 continue
-            by_pair = _by_set(tests)[source] if source in constants else by_pair
             constant = ("population", constants[set_of(source)])
-            cells = [_change(by_pair.get(pair)) for pair in (constant, *STEPS)]
-            lines.append(f"| {source} | {' | '.join(cells)} | {_listed(_not_beaten(by_pair))} |")
+            cells = [_change(found.get(pair)) for pair in (constant, *STEPS)]
+            lost = [
+                _listed(_not_beaten(found, form)) if any(method == form for method, _ in found) else "–"
+                for form in FORMS
+            ]
+            lines.append(f"| {' | '.join((source, *cells, *lost))} |")
         return lines
 
     return summary
@@ -191,20 +213,14 @@ def set_of(source: str) -> str:
     return source.partition(",")[0]
 
 
-def _by_set(tests: Tests) -> dict[str, dict[tuple[str, str], Shown]]:
-    """Return the tests of each set's main table, rivals and other training; of a pair in several, the first."""
-    sets: dict[str, dict[tuple[str, str], Shown]] = {}
-    for source, found in tests.items():
-        if source in {set_of(source) + more for more in ("", ", rivals", ", other training")}:
-            own = sets.setdefault(set_of(source), {})
-            for test in found:
-                own.setdefault((test.method, test.against), test)
-    return sets
+def _by_pair(tests: Sequence[Shown]) -> dict[tuple[str, str], Shown]:
+    return {(test.method, test.against): test for test in tests}
 
 
-def _not_beaten(found: Mapping[tuple[str, str], Shown]) -> dict[str, Shown]:
-    """Return the rows beside Groups that Users does not beat, with the tests against them."""
-    rivals = {against: test for (method, against), test in found.items() if method == "users" and against != "groups"}
+def _not_beaten(found: Mapping[tuple[str, str], Shown], form: str = "users") -> dict[str, Shown]:
+    """Return the rows beside those of the stages that a form of Users does not beat, with the tests against them."""
+    own = ("groups", "groups+head", "users")
+    rivals = {against: test for (method, against), test in found.items() if method == form and against not in own}
     return {against: test for against, test in rivals.items() if test.verdict != "better"}
 
 
@@ -212,6 +228,12 @@ def _listed(rows: Mapping[str, Shown]) -> str:
     """Return the names of rows that are not beaten, the better ones marked."""
     names = [label(row) + (" (better)" if test.verdict == "worse" else "") for row, test in rows.items()]
     return ", ".join(names) or "none"
+
+
+def _steps_reach(found: Mapping[tuple[str, str], Shown], constant: str) -> bool:
+    """Return whether both steps reach the goals, over a population that beats `constant`."""
+    base = found.get(("population", constant))
+    return base is not None and base.verdict == "better" and all(_reaches(found.get(p), GOALS[p]) for p in GOALS)
 
 
 def _reaches(test: Shown | None, goal: float) -> bool:

@@ -70,7 +70,7 @@ QUESTIONS = (
         "A pre-trained backbone, SmolLM2-135M-Instruct. Does each stage improve on the one before, over a population "
         "model that beats the best constant? Does the user's model beat every rival, the trivial ones included?",
         tuple(source for name, task in MAIN.items() for source in main_sources(name, task)),
-        main_table,
+        main_table({name: constant_of(task) for name, task in MAIN.items()}),
         _command(0),
         STEPS,
         (

@@ -61,17 +61,13 @@ MAIN = {
 }
 EARLIER = {
     "movielens-rating": (
-        Source(
-            "movielens-rating, rivals", "findings/rivals-movielens-rating.json", (("users", "rag"), ("users", "oppu"))
-        ),
-        Source(
-            "movielens-rating, other training",
-            "findings/others-movielens-rating.json",
-            (*CONTROLS, ("users", "end-to-end"), ("users", "population-more"), ("users+rag", "users")),
-        ),
+        ("half the tokens in stage 1", "wider-movielens-rating"),
+        ("50 users", "small-movielens-rating"),
+        ("50 users, rivals", "rivals-movielens-rating"),
+        ("50 users, other training", "others-movielens-rating"),
     )
 }
-"""Results that hold what a table does not have yet: of its seed 0, with their own test of the stages."""
+"""Results of earlier code that no job of the queue makes: what differs, and the file."""
 LAST_LAYERS = tuple(("users[groups.layers=last 10][users.layers=last 10]", other) for other in ("users", "groups"))
 
 
@@ -87,14 +83,15 @@ def main_sources(name: str, task: str) -> Iterator[Source]:
         yield Source("huffpost-label, layers", "findings/layers-huffpost-label.json", LAST_LAYERS)
         yield Source("huffpost-label, twice the tokens", "findings/longer-huffpost-label.json", _rows(task))
         yield Source("huffpost-label, four times the tokens", "findings/longest-huffpost-label.json", _rows(task))
-    if name == "movielens-rating":
-        yield Source("movielens-rating, twice the users", "findings/wider-movielens-rating.json", _rows(task))
-    yield from EARLIER.get(name, ())
+    for difference, file in EARLIER.get(name, ()):
+        yield Source(f"{name}, {difference}", f"findings/{file}.json", _rows(task))
 
 
 def _rows(task: str) -> tuple[tuple[str, str], ...]:
-    """Return the pairs of a set's table: the steps, the controls, and Users against every other row."""
+    """Return the pairs of a set's table: the steps, the controls, and each form of Users against every other row."""
     trivial = ("user-majority", "user-majority-same", *(("prior", "head+prior") if task == LABELS else ()))
     rivals = ("rag", "oppu", "oppu[users.layers=last 10]", "end-to-end", "population-more")
-    own = (("users", row) for row in dict.fromkeys((constant_of(task), *trivial, *rivals)))
-    return (("population", constant_of(task)), *STEPS, *CONTROLS, *own, ("users+rag", "users"))
+    others = dict.fromkeys((constant_of(task), *trivial, *rivals))
+    more = (("users+rag", "users"), ("users+head", "users"), ("users+head", "groups+head"), ("users+head", "swapped"))
+    forms = ((form, other) for form in ("users", "users+head") for other in others)
+    return (("population", constant_of(task)), *STEPS, *CONTROLS, *forms, *more)
