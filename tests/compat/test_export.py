@@ -20,7 +20,7 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import load_config
 from proper.data.batching import Batch
 from proper.data.dataset import Dataset
-from proper.errors import InputError, RunFolderError
+from proper.errors import InputError, RunFolderError, StoreError
 from proper.export.converted_models import static_export
 from proper.export.fold import fold
 from proper.export.peft_format import adapter_config, to_peft
@@ -237,6 +237,18 @@ def test_another_backbone_population_or_groups_is_refused_with_the_reason(
     write_json(marker, read_json(run / "groups" / "stage.json"))
     (copy / "population" / "adapter_model.safetensors").write_bytes(b"other")
     refused("population")
+
+
+def test_groups_that_do_not_say_which_modules_they_adapt_are_named(
+    run: Path, targets: list[str], tmp_path: Path
+) -> None:
+    mine = Path(shutil.copytree(run, tmp_path / "mine"))
+    groups = mine / "groups" / "groups.safetensors"
+    tensors, metadata = load_tensors(groups)
+    save_tensors(groups, tensors, {name: value for name, value in metadata.items() if name != "modules"})
+    export_user(mine, targets[0], tmp_path / "out")
+    with pytest.raises(StoreError, match=r"groups\.safetensors: its metadata has no list of modules"):
+        import_user(mine, tmp_path / "out", force=True)
 
 
 def test_a_stage_that_names_no_backbone_is_refused_in_one_line(copy: Path, targets: list[str], tmp_path: Path) -> None:

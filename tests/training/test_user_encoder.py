@@ -126,6 +126,22 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         load_encoder(path)
 
 
+@pytest.mark.parametrize("kind", ["ridge", "network"])
+def test_a_tensor_of_another_shape_is_named(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, made_encoder(kind))
+    tensors, metadata = load_tensors(path)
+    for name, tensor in tensors.items():
+        if tensor.numel() and name not in ("mean", "readout.bias"):
+            save_tensors(path, {**tensors, name: tensor[1:]}, metadata)
+            with pytest.raises(StoreError, match="encoder.safetensors: the tensor '.*' has the shape"):
+                load_encoder(path)
+    for name in ("mean", "readout.bias"):
+        save_tensors(path, {**tensors, name: tensors[name][1:] if len(tensors[name]) else torch.ones(3)}, metadata)
+        with pytest.raises(StoreError, match="has the shape"):
+            load_encoder(path)
+
+
 def test_few_users_give_no_encoder(grouped: Callable[..., ProperModel], dataset: Dataset, encoder: Encoder) -> None:
     users = [user.id for user in dataset.users() if user.history > 0]
     sample = dataset.sample("all", None, 0)

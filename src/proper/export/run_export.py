@@ -26,7 +26,7 @@ from proper.adapters.records import MADE
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore, UserRecord
 from proper.config import Config, load_run_config
 from proper.data.dataset import Dataset, TextExample
-from proper.errors import InputError
+from proper.errors import InputError, StoreError
 from proper.export.fold import fold, folded_rank
 from proper.export.peft_format import adapter_config, served_rank, to_peft, uniform
 from proper.export.user_archive import DESCRIPTION, read_user, write_user
@@ -38,7 +38,7 @@ from proper.interactions.log import InteractionLog
 from proper.json_records import read_record
 from proper.layers.layout import Layout
 from proper.models.backbone import Backbone
-from proper.models.checkpoints import bases_digest, load_tensors
+from proper.models.checkpoints import bases_digest, load_tensors, tensor_of
 from proper.models.targets import user_targets
 from proper.run_folder import PEFT_CONFIG, PEFT_WEIGHTS, RunFolder, Stage, require_run
 
@@ -231,13 +231,18 @@ def require_dense(folder: Path, backbone: Backbone) -> None:
 
 def _require_fit(folder: Path, source: Path, record: UserRecord) -> None:
     """Check that the record's tensors have this run's shapes, so that they can be served."""
-    tensors, metadata = load_tensors(RunFolder(folder).experts)
-    if record.embedding.shape != tensors["mean_embedding"].shape:
-        size = len(tensors["mean_embedding"])
+    path = RunFolder(folder).experts
+    tensors, metadata = load_tensors(path)
+    mean = tensor_of(tensors, "mean_embedding", path)
+    if record.embedding.shape != mean.shape:
+        size = len(mean)
         raise InputError(f"{source}: its embedding has {len(record.embedding)} numbers, this run's have {size}")
     if record.adapter is None:
         return
-    shapes = {m: (tensors[f"{m}.down"].shape[1], tensors[f"{m}.up"].shape[0]) for m in metadata["modules"]}
+    if not isinstance(metadata.get("modules"), list):
+        raise StoreError(f"{path}: its metadata has no list of modules; restore a copy of it")
+    sides = {m: [tensor_of(tensors, f"{m}.{side}", path) for side in ("down", "up")] for m in metadata["modules"]}
+    shapes = {m: (down.shape[1], up.shape[0]) for m, (down, up) in sides.items()}
     users = _config(folder).users
     layout = Layout.of(user_targets(shapes, users), users.rank, {} if users.form == "core" else None)
     try:

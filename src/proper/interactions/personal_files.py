@@ -207,7 +207,11 @@ def _forget_bad_rows(data: sqlite3.Connection) -> None:
     """Drop the messages about bad rows, which quote values without naming the user; their count stays."""
     found = data.execute("SELECT value FROM meta WHERE key = 'bad_rows'").fetchone()
     if found is not None:
-        value = json.dumps({**json.loads(found[0]), "first": []})
+        try:
+            count = int(json.loads(found[0])["count"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            count = 0  # damaged: what it quotes goes with it
+        value = json.dumps({"count": count, "first": []})
         data.execute("UPDATE meta SET value = ? WHERE key = 'bad_rows'", (value,))
 
 

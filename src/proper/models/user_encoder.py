@@ -27,7 +27,7 @@ from torch import Tensor
 
 from proper.adapters.serialization import fault_of
 from proper.errors import StoreError
-from proper.models.checkpoints import load_tensors, save_tensors
+from proper.models.checkpoints import load_tensors, save_tensors, tensor_of
 from proper.models.item_features import PARTS
 
 Kind = Literal["ridge", "network"]
@@ -152,7 +152,7 @@ def load_encoder(path: Path) -> UserEncoder | None:
 
     Raises:
         ProperError: the file is damaged.
-        StoreError: it has values that are not finite or absurdly large, or tensors are missing.
+        StoreError: it has values that are not finite or absurdly large, or a tensor is missing or has a wrong shape.
     """
     if not path.exists():
         return None
@@ -160,11 +160,34 @@ def load_encoder(path: Path) -> UserEncoder | None:
     fault = fault_of(tensors)
     if fault is not None:
         raise StoreError(f"{path}: {fault}")
-    try:
-        projection, pooling, readout = (
-            part(**{field.name: tensors[f"{name}.{field.name}"] for field in fields(part)})
-            for name, part in _TENSORS.items()
-        )
-        return UserEncoder(projection, pooling, readout, tensors["mean"], metadata)
-    except KeyError as error:
-        raise StoreError(f"{path}: the tensor {error} is missing") from error
+    projection, pooling, readout = (
+        part(**{field.name: tensor_of(tensors, f"{name}.{field.name}", path) for field in fields(part)})
+        for name, part in _TENSORS.items()
+    )
+    encoder = UserEncoder(projection, pooling, readout, tensor_of(tensors, "mean", path), metadata)
+    for name, shape in _shapes(encoder).items():
+        if tensors[name].shape != shape:
+            raise StoreError(
+                f"{path}: the tensor '{name}' has the shape {list(tensors[name].shape)}, not {list(shape)}"
+            )
+    return encoder
+
+
+def _shapes(encoder: UserEncoder) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that the tensors must have, from the sizes of some of them."""
+    projection, readout = encoder.projection, encoder.readout
+    width = len(projection.mean) // len(PARTS)
+    surprise, answer, context = (
+        part.shape[-1] for part in (projection.surprise, projection.answer, projection.context)
+    )
+    size, features = len(encoder.mean), surprise + answer + surprise * context
+    network = readout.kind == "network"
+    hidden = len(readout.bias)
+    return {
+        "projection.surprise": (width, surprise),
+        "projection.answer": (width, answer),
+        "projection.context": (2 * width, context),
+        **dict.fromkeys(("pooling.center", "pooling.between", "pooling.within"), (features,)),
+        "readout.first": (hidden if network else size, features),
+        "readout.second": (size, hidden) if network else tuple(readout.second.shape),
+    }
