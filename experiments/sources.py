@@ -60,12 +60,13 @@ MAIN = {
     "huffpost-headline": TEXT,
 }
 EARLIER = {
+    "huffpost-label": (("half the tokens in stages 1 and 2", "shorter-huffpost-label"),),
     "movielens-rating": (
         ("half the tokens in stage 1", "wider-movielens-rating"),
         ("50 users", "small-movielens-rating"),
         ("50 users, rivals", "rivals-movielens-rating"),
         ("50 users, other training", "others-movielens-rating"),
-    )
+    ),
 }
 """Results of earlier code that no job of the queue makes: what differs, and the file."""
 LAST_LAYERS = tuple(("users[groups.layers=last 10][users.layers=last 10]", other) for other in ("users", "groups"))
@@ -82,7 +83,6 @@ def main_sources(name: str, task: str) -> Iterator[Source]:
     if name == "huffpost-label":
         yield Source("huffpost-label, layers", "findings/layers-huffpost-label.json", LAST_LAYERS)
         yield Source("huffpost-label, twice the tokens", "findings/longer-huffpost-label.json", _rows(task))
-        yield Source("huffpost-label, four times the tokens", "findings/longest-huffpost-label.json", _rows(task))
     for difference, file in EARLIER.get(name, ()):
         yield Source(f"{name}, {difference}", f"findings/{file}.json", _rows(task))
 

@@ -2,9 +2,10 @@
 
     python scripts/results_table.py [FOLDER]
 
-README.md has the short one: a line per data set. docs/results/README.md has a line per data set and stage, with the
-main metric, its interval over users, and the step from the stage before with its Holm-adjusted p; and a line per
-control, which tells information about the user from more training. All numbers are taken from the files.
+README.md has the main table, of SmolLM2-135M, and the short one: a line per data set. docs/results/README.md has a line
+per data set and stage, with the main metric, its interval over users, and the step from the stage before with its
+Holm-adjusted p; and a line per control, which tells information about the user from more training. All numbers are
+taken from the files.
 """
 
 from __future__ import annotations
@@ -17,6 +18,36 @@ from typing import Any
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 NAMES = {"accuracy": "accuracy ↑", "mae": "MAE ↓", "rouge1": "ROUGE-1 ↑"}
 
+MAIN = {
+    "HuffPost, accuracy ↑": "main-huffpost-label",
+    "Git's folders, accuracy ↑": "main-git-area",
+    "MovieLens, MAE ↓": "main-movielens-rating",
+    "Git's subject lines, ROUGE-1 ↑": "main-git-subject",
+}
+"""The columns of the main table, and the files of their numbers."""
+MAIN_ROWS = {
+    "best constant": ("global-majority",),
+    "first words of the input": ("lead",),
+    "user's usual answer": ("user-majority",),
+    "the same, from the items that the adapter was trained on": ("user-majority-same",),
+    "user prior": ("prior",),
+    "linear head and prior": ("head+prior",),
+    "base": ("base",),
+    "population": ("population",),
+    "groups": ("groups",),
+    "**users**": ("users",),
+    "users and prior": ("users+prior",),
+    "users and linear head": ("users+head",),
+    "groups and linear head": ("groups+head",),
+    "another user's adapter (`swapped`)": ("swapped",),
+    "`oppu`: a larger LoRA for each user on population": ("oppu", "oppu[users.layers=last 10]"),
+    "`rag`: population with the user's 4 best items in the prompt": ("rag",),
+    "`end-to-end`: the three parts trained at once": ("end-to-end",),
+    "`population-more`: the steps of groups without users": ("population-more",),
+    "the three stages with `shuffled` user ids": ("shuffled",),
+}
+"""The rows of the main table: the methods of each, of which a file has at most one."""
+
 SHORT = ("global-majority", "user-majority", "base", "population", "groups", "users")
 """The columns of the short table."""
 CONTROLS = {
@@ -28,6 +59,31 @@ CONTROLS = {
     },
 }
 """The controls of each stage, with a short description."""
+
+
+def main_table(folder: Path = RESULTS) -> str:
+    """Return the main table of README.md: methods by data set, with intervals; * marks rows of fewer seeds."""
+    columns = {}
+    for head, name in MAIN.items():
+        path = folder / "findings" / f"{name}.json"
+        columns[head] = _column(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for title, methods in MAIN_ROWS.items():
+        cells = [next((column[one] for one in methods if one in column), "") for column in columns.values()]
+        if any(cells):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _column(results: dict[str, Any]) -> dict[str, str]:
+    seeds = {method: len(cells) for method, cells in results["cells"].items()}
+    found = {}
+    for row in results["metrics"]:
+        if row["primary"]:
+            low, high = row["ci95"]
+            star = "*" if seeds[row["method"]] < max(seeds.values()) else ""
+            found[row["method"]] = f"{row['value']:.3f} [{low:.3f}, {high:.3f}]{star}"
+    return found
 
 
 def table(folder: Path = RESULTS) -> str:
@@ -106,4 +162,4 @@ def _difference(row: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    print("\n".join((short(folder), table(folder), controls(folder))), end="")
+    print("\n".join((main_table(folder), short(folder), table(folder), controls(folder))), end="")
