@@ -51,6 +51,8 @@ def short_history(items: int) -> Source:
     return Source(f"{items} item{'s' if items > 1 else ''}", f"findings/short-{items}.json", tuple(pairs), items=items)
 
 
+EQUAL_OPPU = "oppu[users.batch_size=2][users.layers=last 10]"
+"""OPPU with the steps and the rows of Users: its own batch of 16 needs eight times the rows for as many steps."""
 LABELS, TEXT = "labels", "text"
 MAIN = {
     "huffpost-label": LABELS,
@@ -90,7 +92,7 @@ def main_sources(name: str, task: str) -> Iterator[Source]:
 def _rows(task: str) -> tuple[tuple[str, str], ...]:
     """Return the pairs of a set's table: the steps, the controls, and each form of Users against every other row."""
     trivial = ("user-majority", "user-majority-same", *(("prior", "head+prior") if task == LABELS else ()))
-    rivals = ("rag", "oppu", "oppu[users.layers=last 10]", "end-to-end", "population-more")
+    rivals = ("rag", "oppu", "oppu[users.layers=last 10]", EQUAL_OPPU, "end-to-end", "population-more")
     others = dict.fromkeys((constant_of(task), *trivial, *rivals))
     more = (("users+rag", "users"), ("users+head", "users"), ("users+head", "groups+head"), ("users+head", "swapped"))
     forms = ((form, other) for form in ("users", "users+head") for other in others)

@@ -40,7 +40,11 @@ MAIN_ROWS = {
     "users and linear head": ("users+head",),
     "groups and linear head": ("groups+head",),
     "another user's adapter (`swapped`)": ("swapped",),
-    "`oppu`: a larger LoRA for each user on population": ("oppu", "oppu[users.layers=last 10]"),
+    "`oppu`: a larger LoRA for each user on population": (
+        "oppu",
+        "oppu[users.layers=last 10]",
+        "oppu[users.batch_size=2][users.layers=last 10]",
+    ),
     "`rag`: population with the user's 4 best items in the prompt": ("rag",),
     "`end-to-end`: the three parts trained at once": ("end-to-end",),
     "`population-more`: the steps of groups without users": ("population-more",),
