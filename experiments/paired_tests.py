@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.answers import label
 from experiments.sources import Source
-from proper.evaluation.comparisons import CONTROLS, STEPS
+from proper.evaluation.comparisons import CONTROLS, FORMS, STEPS
 from proper.evaluation.statistics import holm
 from proper.reports.formats import METRICS, NO_BREAK, p_text, plain, signed
 
@@ -73,9 +73,12 @@ def tests_of(source: Source, part: Mapping[str, Any], metric: str | None = None)
 
 
 def _adjusted(p_values: Mapping[Pair, float]) -> dict[Pair, float]:
-    """Return Holm's p within each family: the steps of the ladder, the controls, everything else."""
+    """Return Holm's p within each family: steps of the ladder, controls, other forms of Users, everything else."""
     found: dict[Pair, float] = {}
-    for family in (STEPS, CONTROLS, [pair for pair in p_values if pair not in (*STEPS, *CONTROLS)]):
+    rest = [pair for pair in p_values if pair not in (*STEPS, *CONTROLS)]
+    # A further form must not make what is said of Users itself less certain.
+    forms = [pair for pair in rest if pair[0] in FORMS]
+    for family in (STEPS, CONTROLS, forms, [pair for pair in rest if pair not in forms]):
         members = [pair for pair in p_values if pair in family]
         found |= dict(zip(members, holm([p_values[pair] for pair in members]), strict=True))
     return found

@@ -68,11 +68,12 @@ def table_of(job: Job) -> Table:
     results = read_json(job.folder / "results.json")
     methods = [method.name for method in table_methods(job.methods, config)]
     predictions = _predictions(job.folder, config, methods)
-    (seed,) = predictions
-    rows = next(iter(predictions[seed].values()))
     task = TaskInfo(results["task"]["name"], results["task"]["kind"], _labels(results["task"]["kind"], predictions))
     with closing(Dataset.open(job.folder / "data.sqlite")) as dataset:
         habits = user_habits(dataset, config.task.kind)
+        # Those of the run: a method that retrieves has other prompts.
+        queries = sorted((row.id, row.user, row.prompt, row.target) for row in dataset.queries())
+    (seed,) = predictions
     scores = score_all(predictions, task, habits)
     measured = {"code": cell_key(), "device": results["run"]["device"]}
     cells = {
@@ -83,7 +84,7 @@ def table_of(job: Job) -> Table:
         **{"settings": settings_of(job.settings()), "data": data_key(job), "run": results["run"]},
         **{"task": results["task"], "cost": results["cost"], "cells": cells},
         "counts": next(iter(scores.values())).counts.tolist(),
-        "queries": hash_value(sorted((row.id, row.user, row.prompt, row.target) for row in rows)),
+        "queries": hash_value(queries),
     }
 
 

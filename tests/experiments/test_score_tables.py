@@ -139,6 +139,10 @@ def test_a_job_runs_the_cells_that_its_table_lacks(
     assert seeds["population"] == 2 and seeds["user-majority"] == 2
     text = json.dumps({**found, "config": "", "settings": "", "run": {**found["run"], "backbone": ""}})
     assert str(tmp_path) not in text and '"ann"' not in text
+    # The prompts of a method that retrieves are others, the queries are the same.
+    queue.run_job(replace(job, name="two", methods=("rag",)))
+    found = json.loads((tmp_path / "results" / "whole.json").read_text(encoding="utf-8"))
+    assert {"population", "rag"} <= set(found["cells"])
     # Of other code, cells are run again, unless they are to be kept; of other settings, the table begins anew.
     monkeypatch.setattr(jobs, "cell_key", lambda: "other code")
     assert jobs.state(both, {}) == "stale" and jobs.state(both, {}, keep=True) == "done"
