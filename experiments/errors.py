@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from proper.data.dataset import Dataset
+from proper.errors import ProperError
 from proper.evaluation.metrics import Prediction, TaskInfo
 from proper.evaluation.runner import read_predictions
 from proper.evaluation.statistics import compare, estimate, user_scores
@@ -156,7 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
-    answers = read(given.runs)
+    try:
+        answers = read(given.runs)
+    except (ValueError, ProperError) as error:
+        parser.error(str(error))
     methods = {
         name: variance(runs, answers.labels, answers.task)
         for name, runs in answers.by_method.items()

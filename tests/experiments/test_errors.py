@@ -91,7 +91,7 @@ def test_labels_of_similar_items_differ_where_they_alternate(run: Path) -> None:
     assert sum(row["different"] for row in near) == sizes[1] // 2
 
 
-def test_runs_of_other_queries_are_refused(run: Path, tmp_path: Path) -> None:
+def test_runs_of_other_queries_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = (Path(shutil.copytree(run, tmp_path / name)) for name in ("first", "second"))
     with pytest.raises(ValueError, match="no method in common"):
         errors.read([first, second])
@@ -100,5 +100,8 @@ def test_runs_of_other_queries_are_refused(run: Path, tmp_path: Path) -> None:
     path = second / "predictions" / "users.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     path.write_text("".join(lines[1:]), encoding="utf-8")
-    with pytest.raises(ValueError, match="different queries"):
-        errors.read([first, second])
+    with pytest.raises(SystemExit) as ended:
+        errors.main([str(first), str(second), "--out", str(tmp_path / "found.json")])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and said.endswith("error: the runs have different queries")
+    assert not (tmp_path / "found.json").exists()
