@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,18 @@ def test_training_ends_early_where_the_loss_rises(fit: Fit) -> None:
     _, steps = fit("high", alpha=2000, epochs=20, patience=1)
     losses = [step["held_out_loss"] for step in steps if "held_out_loss" in step]
     assert len(losses) < MEASUREMENTS and losses[-1] > min(losses)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_first_pass_is_never_cut(fit: Fit, accumulation: int) -> None:
+    options = {"alpha": 2000, "batch_size": 1, "gradient_accumulation": accumulation}
+    _, whole = fit("whole", epochs=1, patience=0, **options)
+    _, one = fit("one", epochs=1, patience=1, **options)
+    losses = [step["held_out_loss"] for step in one if "held_out_loss" in step]
+    assert any(later > earlier for earlier, later in pairwise(losses[:-1]))
+    assert [step["step"] for step in one] == [step["step"] for step in whole]
+    _, many = fit("many", epochs=20, patience=1, **options)
+    assert len(whole) <= len(many) < 20 * len(whole)
 
 
 def test_patience_0_measures_nothing(fit: Fit) -> None:

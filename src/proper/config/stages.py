@@ -68,7 +68,8 @@ class PopulationConfig(OptimizerConfig):
         train_on: the histories of all users, or of users who are not targets.
         max_tokens: budget of training tokens, sampled evenly over users; null means all.
         patience: measurements of the held-out loss, of ten over all epochs, without a lower one after which training
-            ends; the weights with the lowest loss are kept. 0 trains all epochs on all rows.
+            ends, but not within the first epoch; the weights with the lowest loss are kept. 0 trains all epochs on all
+            rows.
         validation: share of the rows that is held out to measure this loss, sampled evenly over users: at most 128
             rows; if it would be fewer than 16 rows, none are held out.
     """

@@ -2,7 +2,8 @@
 
 The rows are sampled evenly over users and left out of the stage's training rows; later stages may train on them. The
 trained parameters of the measurement with the lowest loss are kept, and training ends after `patience` measurements
-without a lower one. All state is in the checkpoint, so a resumed stage ends with the same weights.
+without a lower one, but not within the first pass: its rows are new, and while the learning rate is high, a loss that
+does not fall for a while falls later. All state is in the checkpoint, so a resumed stage ends with the same weights.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class EarlyStopping:
 
     Attributes:
         rows: the held-out rows, encoded.
-        patience: measurements without a lower loss after which training ends.
+        patience: measurements without a lower loss after which training ends, once all rows were seen.
         losses_of: function from a batch to the summed answer loss and the number of answer tokens, without dropout.
         losses: held-out loss per answer token (nats) of every measurement so far.
         best: the trained parameters at the lowest loss.
@@ -130,7 +131,7 @@ class EarlyStopping:
 
     @property
     def is_over(self) -> bool:
-        """Whether the last `patience` measurements were no better than one before them."""
+        """Whether the last `patience` measurements were no better than one before them, in the first pass too."""
         lowest = max(at for at, loss in enumerate(self.losses) if loss == min(self.losses)) if self.losses else 0
         return len(self.losses) - 1 - lowest >= self.patience
 

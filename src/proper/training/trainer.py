@@ -130,6 +130,10 @@ class TrainingPlan:
         """Total number of optimizer steps."""
         return count_updates(self.sample.size, self.config)
 
+    def has_seen_all_rows(self, step: int) -> bool:
+        """Return whether the first pass is over after so many optimizer steps."""
+        return step * self.config.gradient_accumulation >= self.batches_per_epoch
+
 
 def count_updates(rows: int, config: OptimizerConfig) -> int:
     """Return the number of optimizer steps over all epochs of so many rows."""
@@ -165,7 +169,7 @@ def train(
             if accelerator.is_main_process:
                 plan.log(metrics)
             advance(1, f"loss {metrics['loss']:.3f}")
-            if stopping is not None and stopping.is_over:
+            if stopping is not None and stopping.is_over and plan.has_seen_all_rows(step + 1):
                 break
             if plan.checkpoint.due() and accelerator.is_main_process:
                 state = {**adamw_tensors(optimizer, parameters), **stage.state()}
