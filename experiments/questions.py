@@ -80,7 +80,8 @@ QUESTIONS = (
             "of Population, rises. Here more training of the shared stages does not bring Users above that head.",
             "MovieLens: with twice the tokens in stage 1 Population is no longer behind the best constant, but not "
             "significantly ahead of it. Both steps are significant with either budget, but gains over such a "
-            "population do not count. With 50 users Users was ahead of the linear head; 100 users do not confirm it.",
+            "population do not count. With 50 users Users was ahead of the linear head; 100 users do not confirm it. "
+            "Early stopping ended stage 1 after 248 of 311 steps; it does not cut a first pass any more (recipe.md).",
             "Users and linear head, the mean of both methods' label probabilities, beats the head on no set. Which "
             "error remains there is in docs/results/README.md.",
             "HuffPost's headlines: the steps lower the loss by less than 1 %, and no difference in ROUGE-1 is "
