@@ -136,6 +136,10 @@ def test_a_tensor_of_another_shape_is_named(kind: str, tmp_path: Path) -> None:
             save_tensors(path, {**tensors, name: tensor[1:]}, metadata)
             with pytest.raises(StoreError, match="encoder.safetensors: the tensor '.*' has the shape"):
                 load_encoder(path)
+    for name in tensors:
+        save_tensors(path, {**tensors, name: torch.zeros(())}, metadata)
+        with pytest.raises(StoreError, match="the tensor '.*' has the shape"):
+            load_encoder(path)
     for name in ("mean", "readout.bias"):
         save_tensors(path, {**tensors, name: tensors[name][1:] if len(tensors[name]) else torch.ones(3)}, metadata)
         with pytest.raises(StoreError, match="has the shape"):

@@ -165,6 +165,9 @@ def load_encoder(path: Path) -> UserEncoder | None:
         for name, part in _TENSORS.items()
     )
     encoder = UserEncoder(projection, pooling, readout, tensor_of(tensors, "mean", path), metadata)
+    flat = next((name for name, tensor in tensors.items() if not tensor.dim()), None)
+    if flat is not None:
+        raise StoreError(f"{path}: the tensor '{flat}' has the shape []")
     for name, shape in _shapes(encoder).items():
         if tensors[name].shape != shape:
             raise StoreError(
