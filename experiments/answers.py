@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from experiments.sources import USER_FORMS
 from proper.evaluation.comparisons import CONTROLS, STEPS, TRIVIAL
 from proper.reports.formats import method_name, signed
 
@@ -146,10 +147,6 @@ GOALS = dict(zip(STEPS, (0.0469, 0.0502), strict=True))
 """The paper's relative gains of the two steps on LaMP with 7 B."""
 
 
-FORMS = ("users", "users+head")
-"""The forms of Users that the main table compares with every other row."""
-
-
 def main_table(constants: Mapping[str, str]) -> Callable[[Tests], str]:
     """Return the rule of the main table: the sets on which the steps reach the goals, and Users beats every row.
 
@@ -167,7 +164,7 @@ def main_table(constants: Mapping[str, str]) -> Callable[[Tests], str]:
             f"best constant, on {_count(gained, sets)}. Users beats every row that needs no model on "
             f"{_count(trivial, sets)}."
         ]
-        for form in FORMS:
+        for form in USER_FORMS:
             compared = {name: found for name, found in sets.items() if any(method == form for method, _ in found)}
             first = [name for name, found in compared.items() if not _not_beaten(found, form)]
             if compared:
@@ -189,7 +186,7 @@ def score_card(constants: Mapping[str, str]) -> Callable[[Tests], list[str]]:
             "result",
             "Population over the constant",
             *(f"{label(method)} over {label(against)}" for method, against in STEPS),
-            *(f"{label(form)} does not beat" for form in FORMS),
+            *(f"{label(form)} does not beat" for form in USER_FORMS),
         ]
         lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for source, tests_of in tests.items():
@@ -200,7 +197,7 @@ def score_card(constants: Mapping[str, str]) -> Callable[[Tests], list[str]]:
             cells = [_change(found.get(pair)) for pair in (constant, *STEPS)]
             lost = [
                 _listed(_not_beaten(found, form)) if any(method == form for method, _ in found) else "–"
-                for form in FORMS
+                for form in USER_FORMS
             ]
             lines.append(f"| {' | '.join((source, *cells, *lost))} |")
         return lines

@@ -8,10 +8,10 @@ RUN is a run folder, or a seed's folder, with the predictions of the same querie
     shared     queries that every run and method answers wrongly, and how many have the true label in second place
     labels     share of pairs of one user's history items that have different labels, by cosine of their TF-IDF vectors
 
-Two items with the same text have different labels with probability d = 1 - sum p(y)^2 <= 2 e - e^2, where e is the
-error of the best answer, max p(y). So d of the most similar pairs gives an estimate of the noise of the labels there:
-e is at least 1 - sqrt(1 - d), and at most d, since max p(y) >= sum p(y)^2. Similar items are not the same, which makes
-d too large; queries that resemble nothing can be noisier.
+Two items with the same text have different labels with probability d = 1 - sum p(y)^2 <= 2 e - e^2, where
+e = 1 - max p(y) is the error of the best answer. So d of the most similar pairs gives an estimate of the noise of the
+labels there: e is at least 1 - sqrt(1 - d), and at most d, since max p(y) >= sum p(y)^2. Similar items are not the
+same, which makes d too large; queries that resemble nothing can be noisier.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from proper.data.dataset import Dataset
@@ -34,14 +33,14 @@ from proper.evaluation.metrics import Prediction, TaskInfo
 from proper.evaluation.runner import read_predictions
 from proper.evaluation.statistics import compare, estimate, user_scores
 from proper.files import write_json
+from proper.methods.prior import Floats, probabilities
 from proper.run_folder import RunFolder
 
-METHODS = ("users", "head+prior", "users+head")
+METHODS = ("users", "head+prior")
 BINS = (0.2, 0.3, 0.4, 0.5, 1.01)
 """Limits of the cosine of two items of one user."""
 SHOWN = 5
 
-Floats = NDArray[np.float64]
 Runs = Sequence[Sequence[Prediction]]
 """Predictions of one method by run, of the same queries in the same order."""
 
@@ -59,7 +58,7 @@ def read(folders: Sequence[Path]) -> Answers:
     """Return the predictions of the methods that every run has.
 
     Raises:
-        ValueError: the runs have different queries or labels, or no method in common.
+        ValueError: the runs have different queries or labels, no method in common, or predictions without scores.
     """
     sets = [_labels(folder) for folder in folders]
     there = [method for method in METHODS if all(RunFolder(f).predictions_of(method).exists() for f in folders)]
@@ -79,6 +78,8 @@ def _labels(folder: Path) -> list[str]:
 
 def _predictions(folder: Path, method: str) -> list[Prediction]:
     found = read_predictions(RunFolder(folder).predictions_of(method), label_scores=True)
+    if not all(row.label_scores for row in found):
+        raise ValueError(f"{folder}: the predictions of {method} have no label scores; evaluate it again")
     # Runs of other budgets have other ids for the same queries.
     ordered = sorted(found, key=lambda row: (row.user, row.prompt, row.target))
     return [replace(row, id=at) for at, row in enumerate(ordered)]
@@ -86,9 +87,7 @@ def _predictions(folder: Path, method: str) -> list[Prediction]:
 
 def shares(run: Sequence[Prediction]) -> Floats:
     """Return the label probabilities of every query, `(N, L)`."""
-    scores = np.asarray([row.label_scores or [] for row in run], dtype=np.float64)
-    raised = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return np.asarray(raised / raised.sum(axis=1, keepdims=True))
+    return probabilities([row.label_scores or [] for row in run])
 
 
 def variance(runs: Runs, labels: Sequence[str], task: TaskInfo) -> dict[str, Any]:
@@ -115,8 +114,7 @@ def shared(answers: Answers) -> dict[str, Any]:
     """Return the errors that all runs and methods share, and what the true label's place is there."""
     every = [run for runs in answers.by_method.values() for run in runs]
     wrong = np.all([[row.prediction != row.target for row in run] for run in every], axis=0)
-    scored = [run for run in every if run[0].label_scores]
-    order = (-np.mean([shares(run) for run in scored], axis=0)).argsort(axis=1)
+    order = (-np.mean([shares(run) for run in every], axis=0)).argsort(axis=1)
     at = {label: index for index, label in enumerate(answers.labels)}
     second = [order[i, 1] == at.get(row.target) for i, row in enumerate(every[0]) if wrong[i]]
     # The answer of all runs together: single runs can be wrong in different ways.
@@ -161,11 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         answers = read(given.runs)
     except (ValueError, ProperError) as error:
         parser.error(str(error))
-    methods = {
-        name: variance(runs, answers.labels, answers.task)
-        for name, runs in answers.by_method.items()
-        if all(row.label_scores for run in runs for row in run)
-    }
+    methods = {name: variance(runs, answers.labels, answers.task) for name, runs in answers.by_method.items()}
     found = {"runs": len(given.runs), "methods": methods, **shared(answers), "items": similar_items(given.runs[0])}
     write_json(given.out, found)
 

@@ -51,6 +51,8 @@ def short_history(items: int) -> Source:
     return Source(f"{items} item{'s' if items > 1 else ''}", f"findings/short-{items}.json", tuple(pairs), items=items)
 
 
+USER_FORMS = ("users", "users+head")
+"""The forms of Users that the main table compares with every other row."""
 EQUAL_OPPU = "oppu[users.batch_size=2][users.layers=last 10]"
 """OPPU with the steps and the rows of Users: its own batch of 16 needs eight times the rows for as many steps."""
 LABELS, TEXT = "labels", "text"
@@ -95,5 +97,5 @@ def _rows(task: str) -> tuple[tuple[str, str], ...]:
     rivals = ("rag", "oppu", "oppu[users.layers=last 10]", EQUAL_OPPU, "end-to-end", "population-more")
     others = dict.fromkeys((constant_of(task), *trivial, *rivals))
     more = (("users+rag", "users"), ("users+head", "users"), ("users+head", "groups+head"), ("users+head", "swapped"))
-    forms = ((form, other) for form in ("users", "users+head") for other in others)
+    forms = ((form, other) for form in USER_FORMS for other in others)
     return (("population", constant_of(task)), *STEPS, *CONTROLS, *forms, *more)
