@@ -140,6 +140,7 @@ def test_what_holds_personal_data_is_the_owners_alone(finished: Path) -> None:
     assert {path for path in personal if path.is_file() and path.stat().st_mode & 0o777 != 0o600} == set()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(finished: Path, tmp_path: Path) -> None:
     raw = yaml.safe_load((finished / "config.yaml").read_text(encoding="utf-8"))
     config = tmp_path / "config.yaml"

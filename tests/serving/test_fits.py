@@ -140,6 +140,7 @@ def begin(tiny_run: Path, tmp_path: Path) -> Iterator[tuple[Begin, Path]]:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_what_was_acknowledged_survives_a_kill_and_is_fitted(begin: tuple[Begin, Path]) -> None:
     start, folder = begin
     server, url = start()

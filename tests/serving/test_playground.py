@@ -261,6 +261,7 @@ def test_deleting_asks_first(opened: Opened, served: Running) -> None:
     expect(page.get_by_role("option")).to_have_text(["u7new user"])
 
 
+@pytest.mark.slow
 def test_teaching_shows_before_and_after(browser: Browser, serve: Serve, long_run: Path, tmp_path: Path) -> None:
     prompt = {"prompt": "Title: {title}\nText: {text}\nTag:", "target": "{tag}"}
     running = serve(changed(long_run, tmp_path / "tiny", data=prompt, task={"max_new_tokens": TOKENS}), fits=True)
