@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,37 @@ def test_an_id_that_is_nobodys_is_not_enrolled(log: InteractionLog, user: Any) -
     with pytest.raises(InputError, match=r"^user .*: (an id is|the id is|this stands for|half of)"):
         log.append("", user, [], new=True)
     assert not log.knows("", str(user))
+
+
+@both
+def test_a_refused_enrolment_leaves_every_tombstone(log: InteractionLog) -> None:
+    log.append("", "bob", [ONE], new=True)
+    log.tombstones.add("", "ann")
+    clash = [ONE, replace(ONE, target="x")]
+    for others in ({"bob": [TWO]}, {"new": clash}, {"": [TWO]}):
+        with pytest.raises(InputError):
+            log.enrol_all("", {"ann": [ONE], **others})
+        assert log.tombstones.has("", "ann") and not log.knows("", "ann"), "ann was deleted and is not enrolled"
+    log.enrol_all("", {"ann": [ONE], "new": [TWO]})
+    assert not log.tombstones.has("", "ann") and log.knows("", "ann") and log.knows("", "new")
+
+
+@both
+def test_a_tombstone_comes_back_when_the_commit_fails(log: InteractionLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    log.tombstones.add("", "ann")
+
+    class Full(Exception):
+        """What the disk says."""
+
+    @contextmanager
+    def failing(owner: object = None) -> Iterator[None]:
+        with begun(owner):
+            yield
+            raise Full
+
+    begun = log.database.transaction
+    monkeypatch.setattr(log.database, "transaction", failing)
+    with pytest.raises(Full):
+        log.append("", "ann", [ONE], new=True)
+    monkeypatch.undo()
+    assert log.tombstones.has("", "ann") and not log.knows("", "ann")

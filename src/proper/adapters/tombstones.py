@@ -16,8 +16,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -77,6 +77,20 @@ class Tombstones:
         key = self._names.key()
         if key is not None:
             self._names.remove(_name(key, tenant, user))
+
+    @contextmanager
+    def lifted(self, tenant: str, users: Collection[str]) -> Iterator[None]:
+        """Remove users' tombstones; those that were there come back if the block, which adds the users, fails."""
+        deleted = self.predicate(tenant, len(users))
+        gone = [user for user in users if deleted(user)]
+        for user in gone:
+            self.lift(tenant, user)
+        try:
+            yield
+        except BaseException:
+            for user in gone:
+                self.add(tenant, user)
+            raise
 
     def copy_to(self, other: Tombstones) -> None:
         """Copy key and tombstones to a run that has none."""

@@ -10,7 +10,7 @@ they would get alone, up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 
 from proper.adapters.store import AdapterStore
@@ -20,7 +20,7 @@ from proper.enrolment.fit_files import load_embedding, same_history, save_embedd
 from proper.enrolment.fit_user import Fitter, own_bank
 from proper.enrolment.history import UserHistory, grown_history
 from proper.enrolment.place import embedding_jobs, placed_record
-from proper.interactions.log import InteractionLog, LogEntry
+from proper.interactions.log import InteractionLog
 from proper.interactions.personal_files import work_folder
 from proper.run_folder import Tier
 from proper.training.users import train_together
@@ -29,18 +29,6 @@ USERS_PER_BATCH = 256
 """Users who are fitted in one batch."""
 
 Advance = Callable[[int], None]
-
-
-def append_all(log: InteractionLog, tenant: str, entries: Mapping[str, Sequence[LogEntry]]) -> None:
-    """Add new users with their interactions to the log and the fit queue, all or none.
-
-    Raises:
-        ExistsError: one of the users is known.
-        ConflictError: an id of a user has two contents.
-    """
-    with log.database.transaction():
-        for user, own in entries.items():
-            log.append(tenant, user, own, new=True)
 
 
 def place_users(

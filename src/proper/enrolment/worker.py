@@ -19,7 +19,7 @@ from proper.enrolment.drift import Drift, KnownVariance, drifts, not_due
 from proper.enrolment.fit_progress import ProgressCallback, WithdrawnError, bar_of, no_progress, shares_of, throttled
 from proper.enrolment.fit_user import Fitter
 from proper.enrolment.history import grown_history
-from proper.enrolment.many_users import USERS_PER_BATCH, append_all, fit_many, place_users
+from proper.enrolment.many_users import USERS_PER_BATCH, fit_many, place_users
 from proper.enrolment.update_user import FitOutcome, fit_or_update
 from proper.errors import ProperError
 from proper.interactions.database import Database
@@ -91,7 +91,7 @@ class FitWorker:
             ProperError: fits failed; the message says how many and why the first one did. The others are done.
         """
         users = list(entries)
-        append_all(self.log, store.tenant, entries)
+        self.log.enrol_all(store.tenant, entries)
         fitter = self.fitter()
         place_users(fitter, store, self.log, users, shares_of("place", len(users), on_progress))
         done, placed = (shares_of(phase, len(users), on_progress) for phase in ("fit", "embeddings"))

@@ -111,8 +111,8 @@ def import_user(
                 f"{folder}: has a user {record.user!r} already; --force replaces them, --user names another"
             )
         _require_undeleted(folder, record.user, deleted)
-        store.tombstones.lift(DEFAULT_TENANT, record.user)
-        store.put([record])
+        with store.tombstones.lifted(DEFAULT_TENANT, [record.user] if deleted else []):
+            store.put([record])
     router = _router(folder)
     return Imported(record, all(written.get(key) == value for key, value in router.items()))
 

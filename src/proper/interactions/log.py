@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -19,6 +19,7 @@ from sqlalchemy import bindparam, delete, func, select
 from proper.adapters.manifest import key_of, user_of
 from proper.adapters.tombstones import Tombstones
 from proper.data.values import is_written_null
+from proper.databases.shared import Owner
 from proper.databases.statements import Statement, of_user, row_of
 from proper.databases.tables import FITS, INTERACTIONS, UPDATES, USERS
 from proper.errors import InputError
@@ -187,19 +188,37 @@ class InteractionLog:
         """
         if new:
             require_id(user)
-        key, accepted, now = key_of(user), 0, time.time()
-        with self.database.transaction((tenant, key)):
-            self._require_present(tenant, user, new)
-            added = self.database.write(_ADD_USER, {"tenant": tenant, "user": key})
-            if new and not added:
-                raise ExistsError(f"there is a user {user!r} already")
-            for at, entry in enumerate(entries):
-                accepted += self._insert(tenant, key, entry, at, now)
-            if accepted:
-                self.queue.add(tenant, user)
-            if new:
-                self.tombstones.lift(tenant, user)
+        accepted = self._add(tenant, {user: entries}, (tenant, key_of(user)), new)
         return AppendResult(accepted, len(entries) - accepted)
+
+    def enrol_all(self, tenant: str, entries: Mapping[str, Sequence[LogEntry]]) -> None:
+        """Add new users with their interactions, and queue them for fits: all or none. Errors as for `append`."""
+        for user in entries:
+            require_id(user)
+        self._add(tenant, entries, None, new=True)
+
+    def _add(self, tenant: str, entries: Mapping[str, Sequence[LogEntry]], owner: Owner | None, new: bool) -> int:
+        accepted, now = 0, time.time()
+        # A tombstone is lifted last, since another user of the same transaction may be refused, and before the commit:
+        # who is enrolled and has a tombstone would be deleted again. It comes back if the commit fails.
+        with ExitStack() as lifted, self.database.transaction(owner):
+            for user, own in entries.items():
+                accepted += self._add_user(tenant, user, own, now, new)
+            if new:
+                lifted.enter_context(self.tombstones.lifted(tenant, entries.keys()))
+        return accepted
+
+    def _add_user(self, tenant: str, user: str, entries: Sequence[LogEntry], now: float, new: bool) -> int:
+        self._require_present(tenant, user, new)
+        key, accepted = key_of(user), 0
+        added = self.database.write(_ADD_USER, {"tenant": tenant, "user": key})
+        if new and not added:
+            raise ExistsError(f"there is a user {user!r} already")
+        for at, entry in enumerate(entries):
+            accepted += self._insert(tenant, key, entry, at, now)
+        if accepted:
+            self.queue.add(tenant, user)
+        return accepted
 
     def request_fit(self, tenant: str, user: str) -> None:
         """Queue a user for a fit, even without new interactions.
