@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ def read_record(path: Path, remedy: str = "restore a copy of it", /, **keys: typ
         if not _is(found[key], kinds if isinstance(kinds, tuple) else (kinds,)):
             raise RunFolderError(f"{path}: key '{key}' has a wrong value; {remedy}")
     return found
+
+
+def number(value: Any) -> float | None:
+    """Return a value as a finite float; None for anything else, true and false included."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def first_problem(error: ValidationError) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import yaml
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.enrolment.comparison import Usual
 from proper.enrolment.drift import Drift, KnownVariance, by_group, cusum, deviation, usual_of, usual_variance
+from proper.enrolment.fit_user import nearest, nearest_adapters
 from proper.enrolment.worker import FitWorker
 from proper.errors import InputError
 from proper.interactions.log import InteractionLog
@@ -65,6 +68,41 @@ def test_the_variance_over_users_is_measured_again_for_one_in_a_hundred(tmp_path
     every = max(1, users // 100)
     assert told == [exact[at - at % every] for at in range(6)]
     assert users == 0 or len(set(exact)) >= min(users, 6)
+
+
+BAD_FIGURES: list[dict[str, Any]] = [
+    {"items": 5, "group_loss": None, "user_loss": 1.0, "passes": 1, "held_out": 2},  # an export's null for NaN
+    {"items": 5, "group_loss": 1.0, "user_loss": 1.0, "passes": 1, "held_out": 2, "spread": math.nan},
+    {"items": 5, "group_loss": math.nan, "user_loss": math.nan, "passes": 1, "held_out": 2, "variance": math.nan},
+    {"items": [], "group_loss": "x", "user_loss": {}, "passes": None, "held_out": "y", "spread": [], "variance": "z"},
+    {"embedding_losses": [1.5, None]},
+    {"embedding_losses": 3},
+    {"usual": 3},
+    {"usual": {"mean": 1.0, "variance": math.nan, "items": 0}},
+]
+
+
+@pytest.mark.parametrize("bad", BAD_FIGURES)
+def test_bad_figures_of_one_user_do_not_harm_the_others(tmp_path: Path, bad: dict[str, Any]) -> None:
+    good = {"items": 9, "group_loss": 2.0, "user_loss": 1.0, "passes": 1, "held_out": 2, "variance": 0.25}
+    with closing(AdapterStore(tmp_path / "users")) as store:
+        embedding = torch.ones(2)
+        store.put(UserRecord(name, Tier.GROUPS, embedding, None, {**good}) for name in ("ann", "bob"))
+        store.put([UserRecord("bad", Tier.GROUPS, embedding, None, bad)])
+        assert usual_variance(store) == 0.25
+        assert {trial.user for trial, _ in nearest(store, "ann", embedding, 10)} == {"bob"}
+        usual = usual_of(bad, Tier.GROUPS)
+        assert usual is None or math.isfinite(deviation(usual, 0.25))
+
+
+def test_a_damaged_neighbour_is_left_out_of_the_start_of_others(tmp_path: Path) -> None:
+    with closing(AdapterStore(tmp_path / "users", file_bytes=1)) as store:
+        for at, name in enumerate(("ann", "bob")):
+            store.put([UserRecord(name, Tier.USERS, torch.ones(2), {"a": torch.full((4,), at + 1.0)}, {})])
+        path = store.paths.blobs / str(store.manifest.versions("", b"ann")[0].blob)
+        path.write_bytes(bytes(path.stat().st_size))
+        (found,) = nearest_adapters(store, "new", torch.ones(2), 5)
+        assert torch.equal(found["a"], torch.full((4,), 2.0))
 
 
 def test_drift_finds_who_changed_and_updates_them_first(run: Path, opened: Open) -> None:

@@ -33,6 +33,7 @@ from proper.enrolment.fit_user import Fitter, own_bank
 from proper.enrolment.history import UserHistory, divide, grown_history
 from proper.enrolment.place import PLACED
 from proper.interactions.log import InteractionLog
+from proper.json_records import number
 from proper.run_folder import Tier
 
 PRIOR_DEGREES = 4.0
@@ -97,14 +98,28 @@ class Drift:
 
 
 def usual_of(metadata: Mapping[str, Any], tier: str) -> Usual | None:
-    """Return a user's usual loss from a version's metadata; None if it has none."""
-    if "usual" in metadata:
-        return Usual(**metadata["usual"])
+    """Return a user's usual loss from a version's metadata; None if it has none.
+
+    Figures that are not finite count as none: a loss can be NaN, which an export writes as null, and an import takes
+    whatever its file says. They would end the measurement of every other user.
+    """
+    kept = metadata.get("usual")
+    if isinstance(kept, dict) and (usual := _usual(kept.get("mean"), kept.get("variance"), kept.get("items"))):
+        return usual
     mean = metadata.get("user_loss" if tier == Tier.USERS else "group_loss")
-    if mean is not None and "held_out" in metadata:
-        return Usual(float(mean), metadata.get("variance"), int(metadata["held_out"]))
+    if usual := _usual(mean, metadata.get("variance"), metadata.get("held_out")):
+        return usual
     losses = metadata.get("embedding_losses")
-    return Usual(float(min(losses)), None, 1) if losses else None
+    finite = [loss for each in (losses if isinstance(losses, list) else ()) if (loss := number(each)) is not None]
+    return Usual(min(finite), None, 1) if finite else None
+
+
+def _usual(mean: Any, variance: Any, items: Any) -> Usual | None:
+    """Return these figures if the mean is finite and of one item or more."""
+    loss, spread, amount = number(mean), number(variance), number(items)
+    if loss is None or amount is None or amount < 1:
+        return None
+    return Usual(loss, spread if spread is not None and spread >= 0 else None, int(amount))
 
 
 def usual_variance(store: AdapterStore) -> float:

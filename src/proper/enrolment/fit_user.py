@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ from proper.enrolment.fit_files import load_embedding, same_history, save_embedd
 from proper.enrolment.fit_progress import ProgressCallback
 from proper.enrolment.history import UserHistory, run_data
 from proper.enrolment.place import FITTED, PLACED, Placer, embedding_jobs
-from proper.errors import RunFolderError
+from proper.errors import RunFolderError, StoreError
 from proper.inference.model import PersonalizedModel
-from proper.json_records import read_record
+from proper.json_records import number, read_record
 from proper.models.user_encoder import load_encoder
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.jobs import Starts, full_passes
@@ -246,18 +246,26 @@ def nearest_adapters(
         for at, (name, head, metadata) in enumerate(store.heads())
         if head.tier == Tier.USERS and "history" not in metadata and name != user and head.embedding.shape == own.shape
     )
-    found = (store.get(name) for _, _, name in heapq.nlargest(count, near))
-    return [record.adapter for record in found if record is not None and record.adapter is not None]
+    found = list[Mapping[str, Tensor]]()
+    for _, _, name in heapq.nlargest(count, near):
+        with suppress(StoreError):  # damaged: that user is answered without it, and others start from the rest
+            record = store.get(name)
+            found += [] if record is None or record.adapter is None else [record.adapter]
+    return found
 
 
 def _trial(user: str, metadata: dict[str, Any]) -> Trial | None:
-    if "history" in metadata or not {"items", "group_loss", "user_loss", "passes"} <= {*metadata}:
+    """Return the trial of the run's own stage 3; None without one, or if a figure is not a finite number."""
+    if "history" in metadata:
         return None
-    losses = float(metadata["group_loss"]), float(metadata["user_loss"])
     # Older runs stored neither the number of held-out items nor the spread.
-    noise = int(metadata.get("held_out", 1)), float(metadata.get("spread", 0.0))
-    trial = Trial(user, int(metadata["items"]), *losses, int(metadata["passes"]), *noise)
-    return trial if all(map(math.isfinite, losses)) else None
+    kept = {"held_out": 1, "spread": 0.0, **metadata}
+    names = ("items", "group_loss", "user_loss", "passes", "held_out", "spread")
+    found = [figure for name in names if (figure := number(kept.get(name))) is not None]
+    if len(found) < len(names):
+        return None
+    items, group, own, passes, held_out, spread = found
+    return Trial(user, int(items), group, own, int(passes), int(held_out), spread)
 
 
 @contextmanager

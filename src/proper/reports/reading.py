@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from proper.errors import RunFolderError
+from proper.json_records import number as number
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -54,13 +54,6 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(value, dict):
                 raise RunFolderError(f"{path}:{number_}: a line is one JSON object")
             yield value
-
-
-def number(value: Any) -> float | None:
-    """Return `value` as a finite float, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
 
 
 def count(value: Any) -> int | None:
