@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import shutil
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,3 +105,46 @@ def test_requests_go_on_while_a_run_takes_the_place_of_another(link: Path) -> No
     app.close()
     bound.close()
     assert opened == ["first", "second", "closed first", "broken", "closed second"]
+
+
+def test_two_switches_at_once_close_no_run_that_is_in_use() -> None:
+    release, closed, numbers = threading.Event(), list[int](), itertools.count()
+
+    @contextmanager
+    def application() -> Iterator[FastAPI]:
+        number, app = next(numbers), FastAPI()
+
+        @app.get("/number")
+        async def answer(slow: bool = False) -> list[int | bool]:
+            while slow and not release.is_set():
+                await asyncio.sleep(0.01)
+            return [number, number in closed]
+
+        yield app
+        closed.append(number)
+
+    app = SwitchableApp(application)
+    server, bound = make_server(app, 10), free_port("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=([bound],))
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{bound.getsockname()[1]}/number"
+    with ThreadPoolExecutor(3) as threads:
+        try:
+            slow = threads.submit(httpx.get, url, params={"slow": True}, timeout=60)
+            while app._current is None or not app._current.open:
+                time.sleep(0.01)
+            switches = [threads.submit(app.renew) for _ in range(2)]  # SIGHUP was sent twice
+            wait(switches, timeout=0.5)
+            assert closed == [], "the first run still answers"
+        finally:
+            release.set()
+        for each in switches:
+            each.result(60)
+        assert slow.result().json() == [0, False] and httpx.get(url).json() == [2, False] and closed == [0, 1]
+    server.should_exit = True
+    thread.join()
+    app.close()
+    bound.close()
+    assert closed == [0, 1, 2]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
+
+from proper.errors import ProperError
 
 Application = FastAPI
 """Type of the result of `create_app`."""
@@ -36,6 +39,7 @@ class SwitchableApp:
         self._first = self._kept.enter_context(opened())
         self._current: _Started | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._renewing = threading.Lock()
 
     def close(self) -> None:
         """Close the current application, after the server has stopped."""
@@ -44,14 +48,20 @@ class SwitchableApp:
     def renew(self) -> None:
         """Open an application, pass it all new requests, and close the former one after its last reply.
 
-        For another thread than the server's.
+        For another thread than the server's. A call waits for the end of one that has begun: the second would otherwise
+        close the resources of the first's former application, which may still have requests.
+
+        Raises:
+            ProperError: the server has not started yet, or has stopped.
         """
-        assert self._loop is not None, "the server has started"
-        with ExitStack() as stack:
-            app = stack.enter_context(self._opened())
-            asyncio.run_coroutine_threadsafe(self._switch(app), self._loop).result()
-            former, self._kept = self._kept, stack.pop_all()
-        former.close()
+        with self._renewing:
+            if self._loop is None or self._loop.is_closed():
+                raise ProperError("the server is not running")
+            with ExitStack() as stack:
+                app = stack.enter_context(self._opened())
+                asyncio.run_coroutine_threadsafe(self._switch(app), self._loop).result()
+                former, self._kept = self._kept, stack.pop_all()
+            former.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the lifespan of the server."""
