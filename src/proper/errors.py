@@ -54,6 +54,10 @@ class NoVersionError(StoreError):
     """The store does not have the requested version."""
 
 
+class ChangedError(StoreError):
+    """Another process has changed the store since the caller read it."""
+
+
 class ReadOnlyError(StoreError):
     """A write was requested in a read-only copy of a run. Exit code 2."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,29 @@ def test_groups_that_were_trained_with_privacy_are_not_refreshed(grown: Path) ->
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     with pytest.raises(RunFolderError, match="was trained with privacy, and a refresh trains without noise"):
         refresh(grown)
+
+
+def test_what_others_do_to_users_while_they_are_validated_is_not_undone(
+    grown: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While users are validated, a server rolls "new" back and stores a user who has just been fitted."""
+    others = AdapterStore(grown / "users")
+    others.put([record(grown, "new")])
+    before = version(grown, "new")
+    validate, changed = module._Work._revalidated, list[str]()
+
+    def revalidated(work: Any, user: str, *rest: Any) -> Any:
+        found = validate(work, user, *rest)
+        if user == "new" and not changed:
+            changed.append(user)
+            others.rollback(user)
+            others.put([replace(record(grown, "ann"), user="late")])
+        return found
+
+    monkeypatch.setattr(module._Work, "_revalidated", revalidated)
+    done = refresh(grown)
+    assert changed and done.users == len(everyone(grown))
+    for user, number in (("new", before + 1), ("late", 1)):
+        made = [each.metadata.get("made") for each in others.versions(user)]
+        assert {"by": "refresh", "of": number} in made or {"by": "refresh", "of": number, "refit": True} in made
+    others.close()

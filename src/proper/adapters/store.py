@@ -32,7 +32,7 @@ from proper.adapters.serialization import TensorSpec, unpack
 from proper.adapters.shards import BlobError
 from proper.adapters.storage_setting import blobs_of, open_storage
 from proper.adapters.tombstones import Tombstones
-from proper.errors import NoVersionError, StoreError
+from proper.errors import ChangedError, NoVersionError, StoreError
 from proper.files import locked, private_folder
 from proper.run_folder import Tier, UsersFolder
 from proper.sqlite_files import read_only_error
@@ -112,13 +112,25 @@ class AdapterStore:
             if bound.get(key, value) != value:
                 raise StoreError(f"{self.folder}: these adapters belong to another {key} ({bound[key]}, not {value})")
 
-    def put(self, records: Iterable[UserRecord], *, bound: Mapping[str, str] | None = None) -> None:
+    def put(
+        self,
+        records: Iterable[UserRecord],
+        *,
+        bound: Mapping[str, str] | None = None,
+        seen: Mapping[str, int] | None = None,
+    ) -> None:
         """Add users or new versions of them and, if given, bind the store to new values, all in one transaction.
 
         The iterable must not write to this store; a few hundred bytes of each record (and its embedding) stay in memory
         until the commit. Records of users who were deleted from the run are skipped.
 
+        Args:
+            records: the records.
+            bound: the values to bind the store to.
+            seen: the version of every user of the store that the caller has seen; read after `records`.
+
         Raises:
+            ChangedError: a user has another version than in `seen`, or is not in it.
             StoreError: a write fails, or a record's numbers are not finite or absurdly large (names user and tensor);
                 no record is changed.
         """
@@ -127,6 +139,8 @@ class AdapterStore:
                 prepared = [prepare(record, self.writer, self.file_bytes) for record in records]
                 self.writer.sync()
                 with self.manifest.transaction():
+                    if seen is not None and any(seen.get(user) != head.version for user, head, _ in self.heads()):
+                        raise ChangedError(f"{self.folder}: users were changed meanwhile")
                     self.manifest.bind(bound or {})
                     kept = list(self._without_deleted(prepared))
                     commit(self.manifest, self.tenant, kept, self.writer.sizes(), self.keep)

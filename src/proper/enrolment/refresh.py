@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,14 +25,15 @@ import torch
 from torch import Tensor
 
 from proper.adapters.records import MADE
-from proper.adapters.store import AdapterStore, UserRecord, Version
+from proper.adapters.store import AdapterStore, UserRecord
 from proper.console import progress
 from proper.data.dataset import TextExample
 from proper.data.encoder import EncodedExample
 from proper.enrolment.comparison import State, Usual, losses_of, per_item, state_of
 from proper.enrolment.fit_user import Fitter, open_fitter, own_bank
+from proper.enrolment.group_versions import BY, versions_before
 from proper.enrolment.history import Rows, UserHistory, grown_history
-from proper.errors import RunFolderError
+from proper.errors import ChangedError, RunFolderError
 from proper.files import hash_file, hash_value
 from proper.inference.loading import load, settle_groups
 from proper.inference.model import PersonalizedModel
@@ -48,8 +49,6 @@ from proper.training.stages import join_processes
 from proper.training.trainer import no_log
 
 logger = logging.getLogger(__name__)
-BY = "refresh"
-"""`made.by` of a version that a refresh made."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def roll_back(folder: Path) -> Refreshed:
             run.users.refresh.unlink(missing_ok=True)  # of a refresh that was killed before its commit
             tensors, metadata = load_tensors(run.previous)
             save_tensors(run.refreshed, tensors, metadata)
-        work.put(map(work.before, work.users))
+        work.go_back()
     with _opened(folder) as work:
         worse, again = work.refit()
         return Refreshed(0, len(work.users), worse=worse, adapters=again)
@@ -197,26 +196,41 @@ class _Work:
         self.run.checkpoint(Stage.GROUPS).unlink(missing_ok=True)
 
     def commit(self) -> int:
-        """Validate all users under the new groups and put them in service; return how many could be validated."""
-        own, held, before = self.model.model, dict[str, tuple[TextExample, ...]](), dict[str, float]()
-        for user in self.users:
-            items = self.grown(user).items
-            held[user] = items[len(items) - self.held_out(items) :]
-            record = self.store.get(user)
-            if held[user] and record is not None:
-                before[user] = self._loss(state_of(self.model, record), held[user])
-        tensors, _ = load_tensors(self.run.refreshed)
-        fill(own.group_parameters(), tensors, self.run.refreshed)
+        """Validate all users under the new groups and put them in service; return how many could be validated.
+
+        Users who are enrolled, updated or rolled back meanwhile are validated again: putting what was read before would
+        undo that.
+        """
+        groups = self.model.model.group_parameters()
+        old = {name: each.detach().clone() for name, each in groups.items()}
+        new, _ = load_tensors(self.run.refreshed)
         found, metadata = load_tensors(self.run.users.refresh)
         embeddings = dict(zip(metadata["users"], found["embeddings"], strict=True))
-        with progress("validate users", len(self.users)) as advance:
-            records = list[UserRecord]()
-            for user in self.users:
-                record = self._revalidated(user, embeddings.get(user), held[user], before.get(user))
-                records += [] if record is None else [record]
-                advance(1)
-        self.put(iter(records))
-        return len(before)
+        records, seen, measured = dict[str, UserRecord | None](), dict[str, int](), set[str]()
+        while True:
+            now = {user: head.version for user, head, _ in self.store.heads()}
+            changed = [user for user, number in now.items() if seen.get(user) != number]
+            held = {user: self._held(user) for user in changed}
+            fill(groups, old, self.run.experts)
+            before = self._losses_before(held)
+            measured |= {*before}
+            fill(groups, new, self.run.refreshed)
+            with progress("validate users", len(changed)) as advance:
+                for user in changed:
+                    records[user] = self._revalidated(user, embeddings.get(user), held[user], before.get(user))
+                    advance(1)
+            seen |= now
+            if self.put((record for record in records.values() if record is not None), seen):
+                return len(measured)
+
+    def _held(self, user: str) -> tuple[TextExample, ...]:
+        items = self.grown(user).items
+        return items[len(items) - self.held_out(items) :]
+
+    def _losses_before(self, held: Mapping[str, tuple[TextExample, ...]]) -> dict[str, float]:
+        """Return the held-out loss, under the loaded groups, of the users who have held-out items."""
+        pairs = ((user, self.store.get(user)) for user, items in held.items() if items)
+        return {user: self._loss(state_of(self.model, record), held[user]) for user, record in pairs if record}
 
     def _revalidated(
         self, user: str, embedding: Tensor | None, held: Sequence[TextExample], before: float | None
@@ -241,29 +255,25 @@ class _Work:
         kept = {} if usual is None else {"usual": usual.metadata()}
         return replace(record, metadata={**record.metadata, **kept, MADE: made, "reason": reason})
 
-    def before(self, user: str) -> UserRecord:
-        """Return a user's version that was made for the groups before the last refresh, as a new version."""
-        versions = self.store.versions(user)
-        found: Version | None = versions[0]
-        made: dict[str, Any] = {"by": "rollback", "instead_of": versions[0].version}
-        while found is not None and found.metadata.get(MADE, {}).get("by") == BY:
-            of = found.metadata[MADE]["of"]
-            found = next((each for each in versions if each.version == of), None)
-        # Otherwise an update has been trained on the refreshed groups, or the version is no longer kept.
-        record = self.store.get(user, versions[0].version if found is None else found.version, coded=True)
-        assert record is not None
-        if found is None or found is versions[0]:
-            made = {"by": BY, "of": versions[0].version, "refit": record.adapter is not None}
-            record = UserRecord(user, Tier.GROUPS, record.embedding, None, record.metadata)
-        else:
-            made["of"] = found.version
-        return replace(record, metadata={**record.metadata, MADE: made, "reason": "went back to the groups before"})
+    def go_back(self) -> None:
+        """Put every user's version from before the last refresh in service."""
+        done = False
+        while not done:
+            seen = dict[str, int]()
+            done = self.put(versions_before(self.store, seen), seen)
 
-    def put(self, records: Iterator[UserRecord]) -> None:
-        """Commit: bind the store to the new groups and add the users' versions, then move the files."""
+    def put(self, records: Iterable[UserRecord], seen: Mapping[str, int]) -> bool:
+        """Commit: bind the store to the new groups and add the users' versions, then move the files.
+
+        Returns False, and changes nothing, if a user has another version than in `seen`.
+        """
         with self.log.queue.lock():  # no fit ends in between
-            self.store.put(records, bound={"groups": hash_file(self.run.refreshed)})
+            try:
+                self.store.put(records, bound={"groups": hash_file(self.run.refreshed)}, seen=seen)
+            except ChangedError:
+                return False
         settle_groups(self.run, self.store)
+        return True
 
     def refit(self) -> tuple[int, int]:
         """Fit the users who lost an adapter; return how many these are, and how many have one again."""
