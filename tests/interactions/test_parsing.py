@@ -41,3 +41,12 @@ def test_times_are_those_of_data_files_and_files_may_be_packed(tmp_path: Path) -
     with output_stream(str(path), compression="zstd") as file:
         file.write(b'{"input": "a", "output": "b", "timestamp": 1700000000000000000}\n')
     assert read_file(path, record_reader(DataConfig(path=""), TaskConfig(), "7")) == [LogEntry("a", "b", 1.7e9)]
+
+
+def test_what_others_answered_is_unknown_for_submitted_rows() -> None:
+    config = DataConfig(path="", prompt="{title}, others {item_mean} ({item_count}):", target="{stars}")
+    read = record_reader(config, TaskConfig(kind="rating"), "7")
+    row = {"title": "Alien", "stars": 4}
+    assert read(row) == LogEntry("Alien, others unknown (0):", "4")
+    assert read({**row, "item_mean": "3.5"}) == LogEntry("Alien, others 3.5 (0):", "4")
+    assert read({**row, "prompt": "final", "target": "2"}) == LogEntry("Alien, others unknown (0):", "4")

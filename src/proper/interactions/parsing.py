@@ -16,6 +16,7 @@ from typing import Any
 
 from proper.config import DataConfig, TaskConfig
 from proper.data.interactions import BadRows, Interaction, RowFormat
+from proper.data.item_evidence import neutral
 from proper.data.rows import BadValue, parse_template
 from proper.data.text_files import json_rows
 from proper.data.values import identifier
@@ -43,7 +44,9 @@ def record_reader(config: DataConfig, task: TaskConfig, user: str) -> Read:
     """
     plain = plain_reader(task, "prompt", "target")
     own = replace(RowFormat.of(config, task), item=None, query=False)
-    columns = {*own.prompt.columns, *own.target.columns}
+    # The markers of what other users answered are filled when a run reads its data; here, as for an unknown item.
+    own = replace(own, prompt=neutral(own.prompt))
+    columns = {*own.prompt.columns, *own.target.columns} - {*own.prompt.defaults}
 
     def read(row: Mapping[str, Any]) -> LogEntry:
         try:
