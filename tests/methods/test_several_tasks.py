@@ -71,6 +71,21 @@ def test_results_have_rows_for_each_task(finished: Path) -> None:
     assert "Which experts serve which task" in page and "say: " in page
 
 
+def test_a_user_with_queries_but_no_history_of_a_task_is_evaluated(config: Config, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(config.data.path).read_text(encoding="utf-8").splitlines()]
+    alone = max(rows, key=lambda row: (row["user_id"] == "ann", row["timestamp"]))
+    path = tmp_path / "say.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row is alone or row["user_id"] != "ann"))
+    say = config.tasks["say"]
+    tasks = {**config.tasks, "say": say.model_copy(update={"data": say.data.model_copy(update={"path": str(path)})})}
+    run = pipeline.run(config.model_copy(update={"tasks": tasks}), tmp_path / "run")
+    found = read(run / "users.json")["tasks"]["say"]["users"]
+    assert {row["user"]: row["history"] for row in found}["ann"] == 0 and len(found) > 2
+    metrics = read(run / "results.json")["metrics"]
+    sizes = {row["metric"]: row["users"] for row in metrics if (row["task"], row["method"]) == ("say", "users")}
+    assert sizes["rouge1"] == len(found) and sizes["style_distance"] == len(found) - 1
+
+
 def test_one_adapter_per_user_learns_from_all_tasks(finished: Path, model: proper.Model) -> None:
     tensors, _ = load_tensors(finished / "groups" / "groups.safetensors")
     terms = {name: tensor for name, tensor in tensors.items() if name.endswith(".task")}

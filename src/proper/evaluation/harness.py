@@ -208,10 +208,11 @@ class Harness:
             return dict(zip(users, mean_gates(model, dataset, users), strict=True)) if users else {}
 
     def _history_losses(self) -> dict[str, float]:
-        """Return the answer loss of every target user on their own newest history, first seed."""
+        """Return the answer loss of every target user with a history on the newest of it, first seed."""
         model = load(self.home, Tier.USERS)
         losses = {}
-        users = list(self.dataset.users("target"))
+        # Of several tasks, a user may have queries of one without a history of it.
+        users = [user for user in self.dataset.users("target") if user.history]
         with progress("losses on the histories", len(users)) as advance:
             for user in users:
                 own = answer_losses(model, self.dataset.history(user.id, HISTORY_SAMPLE))

@@ -31,7 +31,8 @@ def score_all(
 ) -> dict[tuple[str, str], UserScores]:
     """Score every method on every metric of the task, and on each loss that all its predictions have as a number.
 
-    For free text also the measures of style; those of distance need `habits`, the users' own by user id.
+    For free text also the measures of style; those of distance are over the users in `habits`, the users' own habits by
+    id. A user without a history has none.
     """
     seeds = list(predictions.values())
     scores = {}
@@ -41,9 +42,10 @@ def score_all(
         style = STYLE_METRICS if task.kind == "generation" else ()
         for name in [*TASK_METRICS[task.kind], *losses, *style]:
             scores[method, name] = scores_of(name, method, predictions, task)
-        if style and habits and all(row.user in habits for row in rows):
+        known = scores[method, style[0]].only(habits) if style and habits else None
+        if known is not None and known.users:
             for name in STYLE_DISTANCES:
-                scores[method, name] = _distances(name, scores[method, style[0]], method, predictions, habits)
+                scores[method, name] = _distances(name, known, method, predictions, habits or {})
     return scores
 
 
@@ -78,7 +80,8 @@ def _distances(
     for seed, methods in enumerate(predictions.values()):
         answers: dict[str, list[str]] = {user: [] for user in like.users}
         for row in methods[method]:
-            answers[row.user].append(row.prediction)
+            if row.user in answers:
+                answers[row.user].append(row.prediction)
         for at, user in enumerate(like.users):
             sums[seed, at, 0] = distances(habits[user], habits_of(answers[user]))[name] * like.counts[at]
     return replace(like, metric=get_metric(name), sums=sums)

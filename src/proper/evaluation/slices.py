@@ -64,6 +64,8 @@ def part_rows(
     """Return one slice's rows from scores computed on only its queries."""
     rows = []
     for (method, metric), part in scores.items():
+        if not part.users:  # a distance of styles, where no user of the slice has a history
+            continue
         found = estimate(part, resamples, seed)
         lengths = [histories[user] for user in part.users]
         rows.append(

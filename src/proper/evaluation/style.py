@@ -99,10 +99,11 @@ def habits_of(answers: Sequence[str]) -> Habits:
 
 
 def user_habits(dataset: Dataset, kind: str) -> dict[str, Habits]:
-    """Return the habits of every target user's history by user id; empty for a kind of task with labels."""
+    """Return the habits of every target user with a history by user id; empty for a kind of task with labels."""
     if kind != "generation":
         return {}
-    return {user.id: habits_of([item.target for item in dataset.history(user.id)]) for user in dataset.users("target")}
+    users = [user.id for user in dataset.users("target") if user.history]
+    return {user: habits_of([item.target for item in dataset.history(user)]) for user in users}
 
 
 def distances(own: Habits, answers: Habits) -> dict[str, float]:
