@@ -9,9 +9,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pyarrow as arrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from proper.config import make_config
 from proper.data.dataset import Dataset, TextExample, prepare
@@ -146,3 +148,76 @@ def test_tasks_and_a_section_data_do_not_go_together() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             make_config(raw)
+
+
+def two_shapes(size: int) -> Rows:
+    """Rows of the task `colour`, then rows of the task `name`, which have other columns."""
+    users = [{"user_id": f"u{at % 3}", "timestamp": at} for at in range(size)]
+    first = [{**row, "what": "colour", "input": f"x {at}", "output": f"c{at // 3 % 2}"} for at, row in enumerate(users)]
+    return first + [{**row, "what": "name", "thing": f"y {at}", "said": f"z {at}"} for at, row in enumerate(users)]
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_rows_of_one_task_need_not_have_the_columns_of_another(
+    tmp_path: Path, open_data: Callable[..., Dataset], files: int
+) -> None:
+    rows = two_shapes(1200)
+    for number in range(files):
+        own = rows if files == 1 else rows[number * 1200 : (number + 1) * 1200]
+        (tmp_path / f"rows{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    path = tmp_path / "rows0.jsonl" if files == 1 else tmp_path
+    tasks = with_path(path, task_column="what")
+    tasks["name"]["data"] |= {"prompt": "{thing}", "target": "{said}"}
+    assert summarize(open_data(tasks=tasks)).rows == 2400
+    tasks["name"]["data"]["target"] = "{sais}"
+    with pytest.raises(DataError, match=r"no column 'sais' \(data.target\)"):
+        open_data(tasks=tasks)
+
+
+def test_parquet_files_of_one_task_each(tmp_path: Path, open_data: Callable[..., Dataset]) -> None:
+    rows = two_shapes(60)
+    for number in range(2):
+        table = arrow.Table.from_pylist(rows[number * 60 : (number + 1) * 60])
+        parquet.write_table(table, tmp_path / f"rows{number}.parquet")
+    tasks = with_path(tmp_path, task_column="what")
+    tasks["name"]["data"] |= {"prompt": "{thing}", "target": "{said}"}
+    assert summarize(open_data(tasks=tasks)).rows == 120
+
+
+def test_rows_of_no_task_are_counted(
+    jsonl: Callable[[Rows], Path], open_data: Callable[..., Dataset], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = spread(3, 8)
+    strange = [{**rows[0], "what": what} for what in ("Name", "name ", None, "other", "Name")]
+    path = jsonl([*rows, *strange])
+    assert summarize(open_data(tasks=with_path(path, task_column="what"))).rows == len(rows)
+    assert [record.message for record in caplog.records] == [
+        f"{path}: 5 rows are of no task of this run: column 'what' has 'Name', 'name ', null"
+    ]
+
+
+def test_a_column_of_numbers_may_name_tasks(tmp_path: Path, open_data: Callable[..., Dataset]) -> None:
+    rows = [{**row, "what": float(list(TASKS).index(row["what"]))} for row in spread(3, 8)]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    tasks = with_path(tmp_path / "rows.parquet", task_column="what")
+    assert summarize(open_data(tasks={str(at): task for at, task in enumerate(tasks.values())})).rows == len(rows)
+
+
+def test_a_line_that_cannot_be_read_is_counted_once(jsonl: Callable[[Rows], Path], tmp_path: Path) -> None:
+    path = jsonl(spread(3, 8))
+    with path.open("a") as file:
+        file.write("{\n")
+    for more in ({}, {"task_column": "what"}):
+        config = make_config({"split": SPLIT, "tasks": with_path(path, **more)})
+        with prepare(config, tmp_path / "data.sqlite", count_words, skip_bad_rows=True) as both:
+            assert summarize(both).bad_rows == 1
+
+
+def test_a_task_with_bad_rows_only_is_named(jsonl: Callable[[Rows], Path], tmp_path: Path) -> None:
+    path = jsonl(spread(3, 8))
+    tasks = with_path(path)
+    tasks["name"]["task"] = {"kind": "rating"}
+    with pytest.raises(DataError, match="not one good row of the task 'name'; the first of 27 bad rows: "):
+        prepare(
+            make_config({"split": SPLIT, "tasks": tasks}), tmp_path / "data.sqlite", count_words, skip_bad_rows=True
+        )

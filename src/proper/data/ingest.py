@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sqlite3
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import islice
@@ -14,8 +15,11 @@ from itertools import islice
 from proper.config import Config
 from proper.data.database import set_meta, text_key
 from proper.data.interactions import BadRows, Interaction, read_interactions
+from proper.data.task_rows import task_rows
 from proper.data.values import respelled
 from proper.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 CountTokens = Callable[[Sequence[str], Sequence[str]], list[int]]
 """Prompts and targets (B each) to B lengths in tokens, prompt and target together, untruncated."""
@@ -51,6 +55,7 @@ def ingest(
                                   item_key INTEGER, prompt_key INTEGER, tokens INTEGER, part TEXT, task INTEGER)""")
     bad, count = _load(connection, config, count_tokens, skip_bad_rows, progress, is_left_out)
     alone = config.each_task
+    _require_rows(connection, alone, bad)
     for at, one in enumerate(alone.values()):
         if one.task.kind != "generation" and one.task.labels == "auto":
             _respell(connection, at, one.task.kind, count_tokens)
@@ -102,22 +107,34 @@ def _load(
     return bad, count
 
 
+def _require_rows(connection: sqlite3.Connection, tasks: Mapping[str, Config], bad: BadRows) -> None:
+    """Raise DataError if all rows of one of several tasks were left out."""
+    for at, (name, one) in enumerate(tasks.items()):
+        if not connection.execute("SELECT 1 FROM arrived WHERE task = ? LIMIT 1", (at,)).fetchone():
+            why = f"the first of {bad.count:,} bad rows: {bad.first[0]}" if bad.count else "its users are left out"
+            raise DataError(f"{one.data.path}: not one good row of the task {name!r}; {why}")
+
+
 def _all_tasks(config: Config, bad: BadRows) -> Iterator[Interaction]:
     """Yield the good rows of every task, one task after the other.
 
     Raises:
         DataError: see `read_interactions`; a task has no row of its own in its file.
     """
+    own = task_rows(config)
     for at, (name, one) in enumerate(config.each_task.items()):
-        rows = read_interactions(one.data, bad, one.task, name)
+        rows = read_interactions(one.data, bad, one.task, own[name])
         if not config.tasks:
             yield from rows
             continue
-        before, row = bad.count, None
+        row = None
         for row in rows:
             yield replace(row, task=at)
-        if row is None and bad.count == before:
+        if row is None and not bad.count:
             raise DataError(f"{one.data.path}: no row of the task {name!r} (data.task_column: {one.data.task_column})")
+        warning = own[name].warning(one.data.path)
+        if warning is not None:
+            logger.warning(warning)
 
 
 def _chunks(interactions: Iterable[Interaction]) -> Iterator[list[Interaction]]:

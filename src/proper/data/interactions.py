@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from proper.config import DataConfig, TaskConfig
+from proper.data.columns import columns_to_read
 from proper.data.conversations import COMPLETION, MESSAGES, PROMPT, completion_row, messages_row
 from proper.data.item_evidence import marked
 from proper.data.rows import BadValue, Source, Template, parse_template
 from proper.data.sources import open_sources
+from proper.data.task_rows import TaskRows
 from proper.data.values import (
     MAX_ID_LENGTH,
     find_label,
@@ -65,12 +67,12 @@ class BadRows:
 
 
 def read_interactions(
-    config: DataConfig, bad: BadRows, task: TaskConfig | None = None, name: str = ""
+    config: DataConfig, bad: BadRows, task: TaskConfig | None = None, own: TaskRows | None = None
 ) -> Iterator[Interaction]:
     """Yield the good rows of `config.path` one by one; count the others in `bad`.
 
     With a `task`, the target is checked too: a number for ratings, one of the labels if they are configured. With
-    `data.task_column`, only rows of the task `name` are read.
+    `own`, only that task's rows are read.
     Every file is opened and its columns are checked before the first row is yielded.
 
     Raises:
@@ -81,8 +83,8 @@ def read_interactions(
     if config.rows in ("auto", "template") and not row_format.target.columns:
         raise DataError(f"data.target: {config.target!r} names no column, so every answer would be the same")
     sources = open_sources(config)
-    wanted = [_columns(row_format, source, config.task_column) for source in sources]
-    return _read(row_format, config.path, sources, wanted, bad, (config.task_column, name))
+    wanted = columns_to_read(row_format, sources, config.task_column)
+    return _read(row_format, config.path, sources, wanted, bad, own or TaskRows())
 
 
 def _check_labels(task: TaskConfig) -> None:
@@ -105,16 +107,18 @@ def _read(
     sources: Sequence[Source],
     wanted: Sequence[Sequence[str]],
     bad: BadRows,
-    one_task: tuple[str | None, str],
+    own: TaskRows,
 ) -> Iterator[Interaction]:
-    seen, (column, name) = False, one_task
+    seen = False
     for source, columns in zip(sources, wanted, strict=True):
         for number, row in source.read(columns):
             seen = True
             try:
                 if isinstance(row, str):
-                    raise BadValue("row", row)
-                if column is not None and str(row.get(column)) != name:
+                    if own.counts:
+                        raise BadValue("row", row)
+                    continue
+                if not own.takes(row):
                     continue
                 interaction = _of_file(row_format.interaction(row, source.typed), row_format, source)
             except BadValue as error:
@@ -130,36 +134,6 @@ def _of_file(found: Interaction, row_format: RowFormat, source: Source) -> Inter
     if is_written_null(found.user, source.typed):
         raise BadValue(str(row_format.user), f"{found.user!r} stands for a missing id")
     return replace(found, item=None) if is_written_null(found.item, source.typed) else found
-
-
-def _columns(row_format: RowFormat, source: Source, task_column: str | None) -> list[str]:
-    """List the columns to read from `source`; raise DataError for the first missing or repeated one."""
-    have = source.columns
-    named = {row_format.user: "data.user"} if row_format.user is not None else {}
-    if task_column is not None:
-        named[task_column] = "data.task_column"
-    kind = row_format.kind(have or ())
-    if kind == "template":
-        for template in (row_format.prompt, row_format.target):
-            needed = [name for name in template.columns if name not in template.defaults or name in (have or ())]
-            named.update(dict.fromkeys(needed, template.key))
-        if set(row_format.target.columns) <= set(row_format.prompt.columns):
-            raise DataError("data.prompt: has every column of data.target, so each prompt would contain its answer")
-    else:
-        named.update(dict.fromkeys(_CONVERSATION[kind], "data.rows"))
-    defaults = DataConfig.model_fields
-    for column, key in ((row_format.time, "time"), (row_format.item, "item")):
-        if column is not None and (column != defaults[key].default or column in (have or ())):
-            named.setdefault(column, f"data.{key}")
-    for column, key in named.items():
-        if have is not None and column not in have:
-            raise DataError(f"{source.name}: no column '{column}' ({key}); {did_you_mean(column, have)}")
-        if have is not None and have.count(column) > 1:
-            raise DataError(f"{source.name}: {have.count(column)} columns are called '{column}' ({key})")
-    return list(named)
-
-
-_CONVERSATION = {"messages": (MESSAGES,), "completion": (PROMPT, COMPLETION)}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ A template is plain text with `{column}` fields; it has no attributes, indices o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any
@@ -43,13 +43,15 @@ class Source:
 
     `columns` is None if they are unknown (no line of a JSONL file is an object). `read(columns)` yields
     (row number from 1, values by column), or an error text in place of the values of a bad row. `typed` is false if
-    all values are text because the format has no numbers.
+    all values are text because the format has no numbers. `every_column` reads the whole source for columns that only
+    later rows have; None if `columns` are all.
     """
 
     name: str
     columns: tuple[str, ...] | None
     read: Callable[[Sequence[str]], Iterator[tuple[int, Row | str]]]
     typed: bool = True
+    every_column: Callable[[], Collection[str]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,11 +37,15 @@ _FIELD = 1 << 24
 
 def jsonl_source(file: Path) -> Source:
     """Open a JSONL file; its columns are the keys of its first rows."""
-    columns: dict[str, None] = {}
-    for _, row in islice(json_rows(file), _HEAD):
-        if isinstance(row, dict):
-            columns.update(dict.fromkeys(row))
-    return Source(str(file), tuple(columns) or None, lambda wanted: json_rows(file))
+    columns = tuple(_keys(islice(json_rows(file), _HEAD)))
+    return Source(
+        str(file), columns or None, lambda wanted: json_rows(file), every_column=lambda: _keys(json_rows(file))
+    )
+
+
+def _keys(rows: Iterable[tuple[int, Row | str]]) -> dict[str, None]:
+    """Return the keys of rows, in the order of their first occurrence."""
+    return {key: None for _, row in rows if isinstance(row, dict) for key in row}
 
 
 def csv_source(file: Path) -> Source:
