@@ -130,7 +130,7 @@ def test_ids_are_text_and_empty_items_and_null_times_are_none(jsonl: Callable[..
         ROW | {"user_id": 7, "item_id": 3.0},
         ROW | {"user_id": "ü 7\t", "item_id": ""},
         {key: value for key, value in ROW.items() if key not in ("timestamp", "item_id")},
-        ROW | {"timestamp": None, "item_id": None},
+        ROW | {"timestamp": None, "item_id": "  "},
         ROW | {"user_id": 2.0**53 - 1, "item_id": 76561197960287931},
     ]
     good, bad = read(jsonl(rows))

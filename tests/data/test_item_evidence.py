@@ -117,10 +117,12 @@ def test_a_column_of_the_files_comes_first(tmp_path):
         ("{input} {item_usual}", "rating", {}, "'{item_usual}' does not go with task.kind rating"),
         ("{input} {item_count}", "generation", {}, "'{item_count}' does not go with task.kind generation"),
         ("{input} {item_mean}", "rating", {"item": None}, "'{item_mean}' needs data.item"),
+        ("{input} {item_mean}", "rating", {"item": "none"}, r"no row has one in column 'none' \(data.item\)"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(tmp_path, prompt, kind, data, says):
-    path = write_jsonl(tmp_path / "rows.jsonl", rows_of([("a", "x", 1)] * 4))
+    rows = [{**row, "none": None} for row in rows_of([("a", "x", 1)] * 4)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.raises(DataError, match=says.replace("{", "\\{")):
         prepare(config_of(path, prompt, kind, **data), tmp_path / "data.sqlite", count_words)
 

@@ -317,7 +317,7 @@ def test_values_that_python_cannot_hold_spoil_their_own_row_only(tmp_path: Path)
     assert len(list(read_interactions(DataConfig(path=str(path), prompt="{input} {times}"), bad))) == 1
     assert [message.removeprefix(f"{path}:") for message in bad.first] == [
         "2: input: not UTF-8",
-        "3: times: a value of type list<element: timestamp[ms]> that cannot be read (date value out of range)",
+        "3: times: a time outside of the years 1 to 9999",
     ]
 
 

@@ -6,6 +6,7 @@ A value that Python cannot represent makes only its own cell unreadable, not the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,11 @@ def _plain_array(array: Any) -> list[Any]:
     if arrow.types.is_dictionary(kind):
         values = _plain_array(array.dictionary)
         return [None if index is None else values[index] for index in array.indices.to_pylist()]
+    if arrow.types.is_list(kind) or arrow.types.is_large_list(kind) or arrow.types.is_fixed_size_list(kind):
+        parts, sizes = iter(_plain_array(array.flatten())), array.value_lengths().to_pylist()
+        return [None if size is None else list(islice(parts, size)) for size in sizes]
+    if arrow.types.is_struct(kind) and len({field.name for field in kind}) == kind.num_fields > 0:
+        return _plain_structs(array)
     if arrow.types.is_float32(kind) or arrow.types.is_float16(kind):
         exact = 2.0**24 if arrow.types.is_float32(kind) else 2.0**11
         return [None if value is None else _short_float(value, exact) for value in _scalars(array)]
@@ -136,6 +142,13 @@ def _plain_array(array: Any) -> list[Any]:
     if arrow.types.is_timestamp(kind) and not _has_zone(kind):
         array = array.cast(arrow.timestamp(array.type.unit, "+00:00"))
     return _values(array)
+
+
+def _plain_structs(array: Any) -> list[Any]:
+    names = [field.name for field in array.type]
+    rows = zip(*map(_plain_array, array.flatten()), strict=True)
+    missing = array.is_null().to_pylist()
+    return [None if gone else dict(zip(names, row, strict=True)) for gone, row in zip(missing, rows, strict=True)]
 
 
 def _has_zone(kind: Any) -> bool:

@@ -184,7 +184,8 @@ class RowFormat:
         asked, answered, prompt, target = self._texts(row)
         if not prompt.strip():
             raise BadValue(asked, "empty")
-        item = _identifier(row, self.item, typed) or None
+        item = _identifier(row, self.item, typed)
+        item = item if item and item.strip() else None
         for name, text in ((self.user, user), (asked, prompt), (self.item, item)):
             _check_characters(str(name), text)
         query = self.query and bool(row.get("query"))

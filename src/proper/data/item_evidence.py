@@ -85,7 +85,7 @@ def fill_item_evidence(
     """Replace the markers in all prompts, and count their tokens again; do nothing if there are none.
 
     Raises:
-        DataError: a column does not go with the task, or no column of items is configured.
+        DataError: a column does not go with the task, no column of items is configured, or no row has an item.
     """
     if config.tasks and any(mark in one.data.prompt for one in config.each_task.values() for mark in _BRACED):
         raise DataError(f"data.prompt: {', '.join(_BRACED)} need a run of one task")
@@ -97,6 +97,10 @@ def fill_item_evidence(
             raise DataError(f"data.prompt: '{{{name}}}' does not go with task.kind {config.task.kind}")
         if config.data.item is None:
             raise DataError(f"data.prompt: '{{{name}}}' needs data.item, the column of the items' ids")
+        if not connection.execute("SELECT 1 FROM rows WHERE item_key IS NOT NULL LIMIT 1").fetchone():
+            raise DataError(
+                f"data.prompt: '{{{name}}}' needs items, and no row has one in column '{config.data.item}' (data.item)"
+            )
     if not missing:
         return
     connection.execute("CREATE TEMP TABLE evidence(id INTEGER PRIMARY KEY, mean TEXT, usual TEXT, count TEXT)")
