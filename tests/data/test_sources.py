@@ -216,10 +216,12 @@ def test_bad_rows_of_csv_have_the_number_of_the_line_where_they_begin(tmp_path: 
     path.write_bytes(
         b'user_id,input,output,timestamp\nu,"two\nlines",a,2018\nu,x\nu,"x"y,b,\nu,\xff,c,\nu,,d,\n'
         b'7.656119796028794e+16,x,e,\nu,x,f,1.7e+18\nu,x,g,soon\nu,"never closed,h,\nu,x,i,\n'
+        b'u,"nor this,j,\nu,"but",k,\nu,"two\nlines" x,l,\nu,x,m,\n'
     )
     bad = BadRows()
     good = list(read_interactions(DataConfig(path=str(path)), bad))
-    assert [(each.target, each.time) for each in good] == [("a", 1514764800.0), ("f", 1.7e9)]
+    assert [(each.target, each.time) for each in good[:3]] == [("a", 1514764800.0), ("f", 1.7e9), ("i", None)]
+    assert [each.target for each in good[3:]] == ["k", "m"]
     assert [message.removeprefix(f"{path}:") for message in bad.first] == [
         "4: row: 2 cells, where the first row has 4",
         "5: row: not CSV (',' expected after '\"')",
@@ -227,7 +229,8 @@ def test_bad_rows_of_csv_have_the_number_of_the_line_where_they_begin(tmp_path: 
         "7: input: null",
         "8: user_id: 7.656119796028794e+16: the id has lost digits; write it as text",
         "10: timestamp: 'soon' is not a time",
-        "11: row: not CSV (unexpected end of data)",
+        *(f"{line}: row: not CSV (a quote is not closed, or more follows behind one that is)" for line in (11, 13, 15)),
+        "16: row: 3 cells, where the first row has 4",
     ]
 
 

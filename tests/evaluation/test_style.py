@@ -111,7 +111,9 @@ def test_without_histories_there_are_matches_only() -> None:
 def test_users_without_a_history_are_left_out_of_the_distances_alone() -> None:
     history = {f"u{at}": habits_of(["refs: pack it"] if at % 2 == 0 else ["Say hello."]) for at in range(5)}
     sizes = {(row["metric"], row["users"]) for row in results(habits=history)["metrics"]}
-    assert sizes == {(name, 6) for name in ("rouge1", "rougeL", *STYLE_METRICS)} | {(name, 5) for name in STYLE_DISTANCES}
+    assert sizes == {(name, 6) for name in ("rouge1", "rougeL", *STYLE_METRICS)} | {
+        (name, 5) for name in STYLE_DISTANCES
+    }
     found = results(habits={"u0": history["u0"]}, query_slices={"last": {10, 11}, "first": {0, 1}})
     named = {row["slice"] for row in found["slices"] if row["metric"] == "style_distance"}
     assert "first" in named and "last" not in named

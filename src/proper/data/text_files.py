@@ -14,7 +14,7 @@ import json
 import lzma
 import re
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -150,22 +150,55 @@ def _named(file: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Row | str]]
             yield number, {column: cells[index] or None for column, index in indices.items()}
 
 
+class _Lines:
+    """Lines of a text file for a CSV reader, with the number of those read; a bad row gives all but its first back."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self._lines, self._again, self._row = iter(lines), deque[str](), list[str]()
+        self.number = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else next(self._lines)
+        self._row.append(line)
+        self.number += 1
+        return line
+
+    def begin(self) -> int:
+        """Begin a row; return the number of its first line."""
+        self._row.clear()
+        return self.number + 1
+
+    def give_back(self) -> bool:
+        """Give the lines of a row back, except for the first; return whether there were any."""
+        rest = self._row[1:]
+        self._again.extendleft(reversed(rest))
+        self.number -= len(rest)
+        return bool(rest)
+
+
 def _csv_rows(file: Path) -> Iterator[tuple[int, list[str] | str]]:
-    """Yield (number of its first line, cells or error text) for each row that is not empty."""
+    """Yield (number of its first line, cells or error text) for each row that is not empty.
+
+    A quote that is not closed costs its own line, not the rows after it.
+    """
     with _opened(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as text:
         # The limit is global to the process; only this function reads CSV here.
         csv.field_size_limit(_FIELD)
         first = text.readline()
-        lines = cast(Iterable[str], chain([first] if first else [], text))
+        lines = _Lines(chain([first] if first else [], text))
         rows = csv.reader(lines, delimiter=_delimiter(file, first), strict=True)
         while True:
-            begun = rows.line_num + 1
+            begun = lines.begin()
             try:
                 cells = next(rows)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield begun, f"not CSV ({error})"
+                why = "a quote is not closed, or more follows behind one that is" if lines.give_back() else error
+                yield begun, f"not CSV ({why})"
                 continue
             if cells:
                 yield begun, cells if _is_text(cells) else "not UTF-8"
