@@ -84,6 +84,11 @@ def test_an_unknown_key_suggests_the_nearest(sections: dict[str, Any], message: 
         ({"evaluation": {"seeds": [1, 1]}}, "'evaluation.seeds': seeds must be distinct"),
         ({"task": {"kind": "generation", "decode": "score"}}, "'task': decode: 'score' needs labels"),
         ({"task": {"labels": ["a", "b"]}}, "'task': labels: go with kind: classification or rating"),
+        ({"groups": {"layers": True}}, "'groups.layers': should be a number, not true (as which YAML reads"),
+        ({"population": {"epochs": False}}, "'population.epochs': should be a number, not false"),
+        ({"split": {"max_queries": True}}, "'split.max_queries': should be a number, not true"),
+        ({"evaluation": {"seeds": [0, True]}}, "'evaluation.seeds': should be a number, not true"),
+        ({"trust_remote_code": True, "groups": {"experts": True}}, "'groups.experts': should be a number, not true"),
         (
             {"task": {"kind": "classification", "labels": [False, "yes"]}},
             "'task.labels': label False is not text: YAML reads no, 1 or 2024-01-01 as another value",

@@ -11,6 +11,7 @@ from proper.config.schema import (
     SplitConfig,
     seconds_of,
 )
+from proper.config.section import Section
 from proper.config.stages import (
     ConstraintConfig,
     DriftConfig,
@@ -18,7 +19,6 @@ from proper.config.stages import (
     LastLayers,
     OptimizerConfig,
     PopulationConfig,
-    Section,
     TargetModules,
     TiersConfig,
     UpdateConfig,

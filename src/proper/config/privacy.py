@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from proper.config.stages import Count, Positive, Section
+from proper.config.section import Section
+from proper.config.stages import Count, Positive
 
 
 class PrivacyConfig(Section):

@@ -1,21 +1,17 @@
-"""Settings of the three training stages as pydantic models, and the base of all sections."""
+"""Settings of the three training stages as pydantic models."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from proper.config.section import Section
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Rate = Positive | Literal["auto"]
-
-
-class Section(BaseModel):
-    """Base of all config sections: frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 class OptimizerConfig(Section):

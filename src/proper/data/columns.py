@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Literal, Protocol
 
 from proper.config import DataConfig
 from proper.data.conversations import COMPLETION, MESSAGES, PROMPT
-from proper.data.rows import Source
+from proper.data.rows import Source, Template
 from proper.errors import DataError, did_you_mean
-
-if TYPE_CHECKING:
-    from proper.data.interactions import RowFormat
 
 _CONVERSATION = {"messages": (MESSAGES,), "completion": (PROMPT, COMPLETION)}
 
 
+class NamesColumns(Protocol):
+    """What names the columns of rows; `interactions.RowFormat` is it."""
+
+    @property
+    def user(self) -> str | None: ...  # noqa: D102
+    @property
+    def time(self) -> str | None: ...  # noqa: D102
+    @property
+    def item(self) -> str | None: ...  # noqa: D102
+    @property
+    def prompt(self) -> Template: ...  # noqa: D102
+    @property
+    def target(self) -> Template: ...  # noqa: D102
+    def kind(self, columns: Collection[str]) -> Literal["template", "messages", "completion"]: ...  # noqa: D102
+
+
 def columns_to_read(
-    row_format: RowFormat, sources: Sequence[Source], task_column: str | None = None
+    row_format: NamesColumns, sources: Sequence[Source], task_column: str | None = None
 ) -> list[list[str]]:
     """List the columns to read from each source.
 
@@ -41,7 +54,7 @@ def columns_to_read(
     return [_present(_named(row_format, source, task_column), source, may_lack) for source in sources]
 
 
-def _named(row_format: RowFormat, source: Source, task_column: str | None) -> dict[str, str]:
+def _named(row_format: NamesColumns, source: Source, task_column: str | None) -> dict[str, str]:
     """Return the columns of a source that are read, each with the setting that names it."""
     have = source.columns or ()
     named = {row_format.user: "data.user"} if row_format.user is not None else {}

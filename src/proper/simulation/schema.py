@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from proper.config.stages import Section
+from proper.config.section import Section
 
 
 class TokenCounts(Section):
