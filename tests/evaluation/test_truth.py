@@ -8,7 +8,7 @@ import pytest
 
 from proper.errors import DataError
 from proper.evaluation.metrics import TaskInfo
-from proper.evaluation.truth import TruthShares, read_truth, truth_section
+from proper.evaluation.truth import TruthShares, fits, read_truth, truth_of_data, truth_section
 from proper.files import write_json
 
 TASK = TaskInfo("demo", "classification", ("a", "b"))
@@ -82,3 +82,20 @@ def test_a_truth_file_is_read_back(tmp_path):
     write_json(tmp_path / "truth.json", {**whole, "metric": "bleu"})
     with pytest.raises(DataError, match="'bleu' is not known"):
         read_truth(tmp_path / "truth.json")
+
+
+def test_a_file_of_another_program_is_not_the_truth(tmp_path, caplog):
+    own, data = tmp_path / "run" / "data" / "truth.json", tmp_path / "rows.jsonl"
+    assert truth_of_data(data, own) is None
+    (tmp_path / "truth.json").write_text("[1, 2]")
+    assert truth_of_data(data, own) is None
+    assert caplog.messages == [f"{tmp_path / 'truth.json'}: metric: is missing or is no str; the file is not used"]
+    with pytest.raises(DataError, match="metric: is missing"):
+        truth_of_data(data, tmp_path / "truth.json")
+
+
+def test_a_truth_of_other_rows_or_another_kind_of_task_does_not_fit(make):
+    truth, rows = truth_of([("a", "a", "a"), ("b", "b", "a")]), queries(make, "a", "ab")
+    assert fits(truth, rows, TASK)
+    assert not fits(truth, rows, TaskInfo("free", "generation"))
+    assert not fits(truth, [replace(rows[0], item="new"), rows[1]], TASK)

@@ -30,7 +30,7 @@ from proper.evaluation.routing import analyze_routing, task_routing
 from proper.evaluation.runner import MethodRun, answer_losses, mean_gates
 from proper.evaluation.several_tasks import joined_gains, joined_results
 from proper.evaluation.style import user_habits
-from proper.evaluation.truth import TruthShares, read_truth, truth_section
+from proper.evaluation.truth import TruthShares, fits, truth_of_data, truth_section
 from proper.files import hash_value, read_json, write_json
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
@@ -222,14 +222,13 @@ class Harness:
         return losses
 
     def _read_truth(self) -> TruthShares | None:
-        path = Path(self.config.data.path).with_name(RunFolder(self.home).demo_truth.name)
-        return read_truth(path) if path.is_file() else None
+        return truth_of_data(Path(self.config.data.path), RunFolder(self.home).demo_truth)
 
     def _truth(
         self, predictions: Mapping[int, Mapping[str, Sequence[Prediction]]], routing: Mapping[str, Any] | None
     ) -> dict[str, Any] | None:
-        truth = self._read_truth()
-        if truth is None:
+        truth, asked = self._read_truth(), next(iter(next(iter(predictions.values())).values()))
+        if truth is None or not fits(truth, asked, self.task):
             return None
         return truth_section(truth, predictions, self.task, (routing or {}).get("nmi"))
 

@@ -6,6 +6,7 @@ or the user. Scored on the same queries as the methods, these oracles bound each
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from proper.errors import DataError, ProperError
-from proper.evaluation.metrics import METRICS, Prediction, TaskInfo, score
+from proper.evaluation.metrics import METRICS, TASK_METRICS, Prediction, TaskInfo, score
 from proper.files import read_json
 from proper.run_folder import Stage
+
+logger = logging.getLogger(__name__)
 
 LEVELS = tuple(map(str, Stage))
 
@@ -46,6 +49,34 @@ def read_truth(path: Path) -> TruthShares:
     if raw["metric"] not in METRICS:
         raise DataError(f"{path}: metric: {raw['metric']!r} is not known; known are {', '.join(METRICS)}")
     return TruthShares(raw["metric"], raw["groups"], raw["n_groups"], raw["answers"])
+
+
+def truth_of_data(data: Path, own: Path) -> TruthShares | None:
+    """Return the truth in the file beside the data, if there is one; a file of that name that is no truth is ignored.
+
+    Args:
+        data: the file of the interactions.
+        own: where the truth of the run's own demo data is.
+
+    Raises:
+        DataError: the run's own file is damaged.
+    """
+    path = data.with_name(own.name)
+    if not path.is_file():
+        return None
+    try:
+        return read_truth(path)
+    except DataError as error:
+        if path.resolve() == own.resolve():
+            raise
+        logger.warning(f"{error}; the file is not used")
+        return None
+
+
+def fits(truth: TruthShares, predictions: Sequence[Prediction], task: TaskInfo) -> bool:
+    """Return whether the truth is of these queries and of a metric of their task: the data may have been changed."""
+    known = all(set(LEVELS) <= set(truth.answers.get(str(row.item), ())) for row in predictions)
+    return known and truth.metric in TASK_METRICS[task.kind]
 
 
 def oracle(truth: TruthShares, level: str, predictions: Sequence[Prediction]) -> list[Prediction]:
