@@ -28,6 +28,7 @@ from proper.inference.loading import load
 from proper.methods.derived_runs import find_place
 from proper.methods.spec import Method, TrainedRun
 from proper.methods.table import known_methods, table_methods
+from proper.run_folder import RunFolder
 from proper.training.seeds import seed_folder
 
 RESAMPLES, DRAWS = 2000, 10_000
@@ -154,7 +155,7 @@ def _predictions(home: Path, config: Config, methods: Sequence[str]) -> Predicti
     found = {}
     for seed in config.evaluation.seeds:
         places = {name: seed_folder(home, config, seed) if own else home for name, own in trained.items()}
-        found[seed] = {name: read_predictions(at / "predictions" / f"{name}.jsonl") for name, at in places.items()}
+        found[seed] = {name: read_predictions(RunFolder(at).predictions_of(name)) for name, at in places.items()}
     return found
 
 

@@ -209,7 +209,7 @@ class RunFolder:
 
     def predictions_of(self, method: str) -> Path:
         """A method's answers to the queries, one JSON object a line."""
-        return self.predictions / f"{method}.jsonl"
+        return self.predictions / f"{method_file(method)}.jsonl"
 
     def seed(self, seed: int) -> RunFolder:
         """The folder of a further seed."""
@@ -230,6 +230,11 @@ class RunFolder:
     def comparison(self, name: str, ending: str) -> Path:
         """The page (html) or table (csv) of the comparison with another run."""
         return self.path / f"compare-{name}.{ending}"
+
+
+def method_file(method: str) -> str:
+    """Return a method's name as a file's: `users[rows=yes/no]` has a slash."""
+    return method.replace("%", "%25").replace("/", "%2F")
 
 
 def is_run(folder: Path) -> bool:

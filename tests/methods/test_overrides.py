@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sqlite3
 from collections.abc import Callable
@@ -117,3 +118,28 @@ def test_changed_methods_answer_beside_the_others_and_share_what_is_trained(
     caplog.clear()
     pipeline.evaluate(run, names)
     assert "trains" not in caplog.text
+
+
+def test_rows_whose_names_are_alike_in_file_names_stay_apart(settings: Callable[..., Config], tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(settings().data.path).read_text(encoding="utf-8").splitlines()]
+    path, asked = tmp_path / "rows.jsonl", ("C", "C++", "C/C")
+    rows = [{**row, "asks": asked[row["timestamp"] % 3]} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings(data={"path": str(path), "prompt": "{input}\n{asks}:"}, split={"min_history": 4})
+    folder = pipeline.run(config, tmp_path / "run", stages=["population", "groups", "users"])
+    names = [f"groups[rows={ask}]" for ask in asked]
+    results = pipeline.evaluate(folder, names)
+    assert [row["method"] for row in results["metrics"] if row["primary"] and not row["trivial"]] == names
+    found = set[str]()
+    for file in (folder / "variants" / "data").iterdir():
+        with Dataset.open(file) as data:
+            prompts = {row.prompt.rsplit("\n", 1)[1] for user in data.users() for row in data.history(user.id)}
+        assert len(prompts) == 1
+        found |= prompts
+    assert found == {"C:", "C++:", "C/C:"}
+    assert (folder / "predictions" / "groups[rows=C%2FC].jsonl").is_file()
+
+
+def test_a_name_too_long_for_a_file_is_refused(settings: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match="a method's name has at most 200 bytes"):
+        known_methods([f"users[rows={'ä' * 100}]"], settings())

@@ -14,6 +14,7 @@ from proper.config.lamp_tasks import LAMP_TASKS
 from proper.evaluation.metrics import TASK_METRICS, Prediction, TaskInfo, item_values, score
 from proper.evaluation.rouge import rouge_official
 from proper.files import write_json
+from proper.run_folder import method_file
 
 GOLDS, SCORES = "golds.lamp.json", "scores.lamp.json"
 _OFFICIAL_NAMES = {
@@ -36,7 +37,7 @@ def write_lamp_predictions(
     for method, found in predictions.items():
         ids = _ids(found)
         answers = [official_output(data.task, row.prediction) for row in found]
-        _write(folder / f"{method}.lamp.json", name, ids, answers)
+        _write(folder / f"{method_file(method)}.lamp.json", name, ids, answers)
         _write(folder / GOLDS, name, ids, [row.target for row in found])
         scores[method] = official_scores(found, task)
     write_json(folder / SCORES, {"task": name, "scores": scores})

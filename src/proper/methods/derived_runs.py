@@ -90,7 +90,14 @@ def _derived(variant: DerivedRun, config: Config, run: TrainedRun, home: Path, o
     assert variant.derive is not None
     seed = run.seed if variant.seeded else None
     read = [[stage.train_on, stage.max_tokens] for stage in (config.population, config.groups)]
-    made_of: list[object] = [variant.name, run.dataset.sha256, seed, config.backbone, config.compute.max_length]
+    made_of: list[object] = [
+        variant.name,
+        variant.derived_by,
+        run.dataset.sha256,
+        seed,
+        config.backbone,
+        config.compute.max_length,
+    ]
     made_of += [config.data.chat, read, config.users.max_items, config.evaluation.seeds, config.retrieval.model_dump()]
     key = hash_value([*made_of, code_version("data", "methods/table.py", "methods/retrieved.py")])
     path = RunFolder(home).variant_data(f"{variant.name}-{key[:8]}")

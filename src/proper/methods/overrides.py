@@ -29,6 +29,9 @@ from proper.run_folder import Stage
 STAGES = tuple(Stage)
 
 _NAME = re.compile(r"(?P<method>[^\[\]]+)(?P<changes>(\[[^\[\]=]+=[^\[\]]+\])+)")
+_LONGEST = 200
+"""Bytes of the longest name of a method: its files are called so."""
+
 _CHANGE = re.compile(r"\[([^\[\]=]+)=([^\[\]]+)\]")
 
 
@@ -68,6 +71,8 @@ def change(method: Method, changes: list[tuple[str, str]], config: Config) -> Me
         ConfigError: a key is unknown, a value is impossible, or the overrides change nothing that the method trains.
     """
     name = method.name + "".join(f"[{key}={value}]" for key, value in changes)
+    if len(name.encode()) > _LONGEST:
+        raise ConfigError(f"evaluation.methods: '{name[:40]}...': a method's name has at most {_LONGEST} bytes")
     found = _read(name, changes, config, method.variant)
     own = method.variant or DerivedRun("", train_stages, inherits=method.stages)
     inherits = tuple(stage for stage in own.inherits if STAGES.index(stage) < STAGES.index(found.first))
@@ -81,6 +86,8 @@ def change(method: Method, changes: list[tuple[str, str]], config: Config) -> Me
         inherits=inherits,
         settings={**own.settings, **found.settings},
         derive=_after(found.derive, own.derive),
+        # The folder's name does not tell rows=C from rows=C++.
+        derived_by=own.derived_by + name.removeprefix(method.name),
     )
     return replace(method, name=name, variant=variant)
 

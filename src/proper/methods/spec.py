@@ -57,6 +57,7 @@ class DerivedRun:
         settings: config settings that differ, by section.
         derive: function that derives its data from the run's; None for the same data.
         seeded: whether the derived data depends on the seed.
+        derived_by: what tells derived data of runs of one name apart.
     """
 
     name: str
@@ -65,6 +66,7 @@ class DerivedRun:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     derive: Derive | None = None
     seeded: bool = False
+    derived_by: str = ""
 
 
 @dataclass(frozen=True)
