@@ -106,6 +106,16 @@ def test_a_line_may_use_the_runs_own_name_for_the_user(tmp_path: Path) -> None:
     ]
 
 
+def test_a_prompt_fills_a_template_that_has_a_column_of_this_name(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    turns = [{"role": "user", "content": "a"}]
+    path.write_text("\n".join(json.dumps(row) for row in ({"prompt": "x", "n": 1}, {"prompt": turns})))
+    template = parse_template("Q {n}: {prompt}", "data.prompt")
+    found = final_prompts(from_file(path, columns=template.columns), render_with(template))
+    assert found == ["Q 1: x", "a"]
+    assert final_prompts(from_file(path, columns=["n"]), render_with(template)) == ["x", "a"]
+
+
 def test_all_bad_lines_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text('{"prompt": "fine"}\n{\n{"prompt": "fine"}\n3\n[]\n')

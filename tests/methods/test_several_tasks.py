@@ -27,11 +27,14 @@ TEXT = {"kind": "generation", "max_new_tokens": 4}
 
 
 @pytest.fixture(scope="module")
-def config(settings: Callable[..., Config]) -> Config:
-    path = settings().data.path
+def config(settings: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Config:
+    rows = [json.loads(line) for line in Path(settings().data.path).read_text(encoding="utf-8").splitlines()]
+    path = tmp_path_factory.mktemp("both") / "rows.jsonl"
+    path.write_text("".join(json.dumps({**row, "author": row["user_id"]}) + "\n" for row in rows), encoding="utf-8")
+    say = {"path": str(path), "user": "author", "prompt": "Say {input}:", "target": "{output} {input}"}
     tasks: dict[str, dict[str, Any]] = {
-        "colour": {"data": {"path": path, "prompt": "{input}"}, "task": LABEL},
-        "say": {"data": {"path": path, "prompt": "Say {input}:", "target": "{output} {input}"}, "task": TEXT},
+        "colour": {"data": {"path": str(path), "prompt": "{input}"}, "task": LABEL},
+        "say": {"data": say, "task": TEXT},
     }
     return settings(tasks=tasks, data={**tasks["colour"]["data"]}, task=LABEL, split={"shared_items": "allow"})
 
@@ -139,13 +142,20 @@ def test_prefixes_of_another_task_are_not_reused(model: proper.Model) -> None:
     assert answer([1, 1])[1] > 0
 
 
-def test_the_command_names_a_task(finished: Path, model: proper.Model, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_names_a_task(
+    finished: Path, model: proper.Model, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "asked.jsonl"
     asked = ["generate", str(finished), "--user", "ann", "--field", "input=red old"]
     assert main([*asked, "--task", "say"]) == 0
     said = capsys.readouterr().out.strip()
     assert [said] == model.generate(["Say red old:"], ["ann"], task="say")
     assert main([*asked, "--task", "sing"]) == 2
     assert "no task 'sing'; the tasks are colour, say" in capsys.readouterr().err
+    path.write_text('{"author": "ann", "input": "red old"}\n{"user_id": "ann", "prompt": "Say red old:"}\n')
+    assert main(["generate", str(finished), "--task", "say", "--input", str(path)]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["user_id"], row["output"]) for row in found] == [("ann", said)] * 2
 
 
 def test_methods_that_choose_on_one_task_are_refused(config: Config) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from proper.cli.options import RunFolder
-from proper.config import load_run_config
+from proper.config import DataConfig, load_run_config
 from proper.console import progress
 from proper.data.chat import readable
 from proper.data.conversations import MESSAGES, PROMPT, question
-from proper.data.rows import BadValue
+from proper.data.rows import BadValue, parse_template
 from proper.errors import DataError, InputError
 from proper.run_folder import require_run
 
@@ -62,7 +62,7 @@ def command(
         typer.Option(
             "--input",
             metavar="FILE",
-            help="JSONL: user_id (or the run's user column), and prompt or the template's columns; - is stdin.",
+            help="JSONL: user_id (or the task's user column), and prompt or the template's columns; - is stdin.",
         ),
     ] = None,
     max_new_tokens: Annotated[
@@ -95,7 +95,7 @@ def command(
     the same prompt of the same user gets the same answer again.
     """
     require_run(folder)
-    requests = _requests(folder, user, prompt, field or [], input_file)
+    requests = _requests(folder, user, prompt, field or [], input_file, task)
     if not 0 <= temperature < math.inf:
         raise InputError(f"--temperature: {temperature} is not a number from 0 up")
     if not 0 < top_p <= 1:
@@ -116,13 +116,15 @@ def command(
 
 
 def _requests(
-    folder: Path, user: str | None, prompt: str | None, fields: list[str], path: Path | None
+    folder: Path, user: str | None, prompt: str | None, fields: list[str], path: Path | None, task: str | None
 ) -> list[PromptRequest]:
     given = [prompt is not None, bool(fields), path is not None]
     if sum(given) != 1:
         raise InputError("give one of --prompt, --field and --input; see 'proper generate --help'")
     if path is not None:
-        requests = from_file(path, user, load_run_config(require_run(folder).config).data.user)
+        config = load_run_config(require_run(folder).config)
+        own = list(config.each_task.values())[config.task_number(task)].data
+        requests = from_file(path, user, own.user, _columns(own))
         nameless = sum(request.user is None for request in requests)
         if nameless:
             logger.info(
@@ -132,6 +134,11 @@ def _requests(
     if fields:
         return [from_fields(user, fields)]
     return [PromptRequest(user, readable(prompt or ""), {}, "--prompt")]
+
+
+def _columns(data: DataConfig) -> tuple[str, ...]:
+    """Return the columns of the prompt's template; none for data whose rows are conversations."""
+    return parse_template(data.prompt, "data.prompt").columns if data.rows in ("auto", "template") else ()
 
 
 def _print_answers(answer: Callable[[slice], list[Answer]], count: int, *, of_file: bool, as_json: bool) -> None:
@@ -188,15 +195,19 @@ def from_fields(user: str | None, fields: Sequence[str]) -> PromptRequest:
     return PromptRequest(user, None, values, "--field")
 
 
-def from_file(path: Path, user: str | None = None, column: str = USER) -> list[PromptRequest]:
+def from_file(
+    path: Path, user: str | None = None, column: str = USER, columns: Collection[str] = ()
+) -> list[PromptRequest]:
     """Read one request per line: `{"user_id": ..., "prompt": ...}`, or the template's columns instead of a prompt.
 
-    A conversation is `messages`, or a list of messages as the prompt.
+    A conversation is `messages`, or a list of messages as the prompt. If the template has a column `prompt`, a text of
+    that name fills it.
 
     Args:
         path: a JSONL file; `-` is standard input. Empty lines are skipped.
         user: the user of lines without one.
         column: the run's own name for the user, which a line may use instead of `user_id`.
+        columns: the columns of the run's template.
 
     Raises:
         DataError: the file cannot be read, or lines are bad; the message names the first as FILE:LINE and counts the
@@ -208,7 +219,7 @@ def from_file(path: Path, user: str | None = None, column: str = USER) -> list[P
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     numbered = [(f"{name}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
-    requests = _each(lambda item: _parse(item[1], user, column, item[0]), numbered)
+    requests = _each(lambda item: _parse(item[1], user, column, item[0], PROMPT in columns), numbered)
     if not requests:
         raise DataError(f"{name}: has no lines to answer")
     return requests
@@ -260,7 +271,7 @@ def _each(function: Callable[[_Given], _Made], items: Iterable[_Given]) -> list[
     return done
 
 
-def _parse(line: bytes, user: str | None, column: str, where: str) -> PromptRequest:
+def _parse(line: bytes, user: str | None, column: str, where: str, fills: bool) -> PromptRequest:
     try:
         row = json.loads(line)
         # A lone surrogate is valid JSON but cannot be encoded as UTF-8.
@@ -273,7 +284,7 @@ def _parse(line: bytes, user: str | None, column: str, where: str) -> PromptRequ
     name = row.pop(key, None)
     if isinstance(name, bool) or not isinstance(name, str | int | None):
         raise DataError(f"{where}: {key}: should be text or a whole number, not {type(name).__name__}")
-    prompt = row.pop("prompt", None)
+    prompt = None if fills and not isinstance(row.get(PROMPT), list) else row.pop(PROMPT, None)
     if isinstance(prompt, list):
         try:
             prompt = question({PROMPT: prompt}, PROMPT)
