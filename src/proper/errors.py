@@ -5,7 +5,9 @@
         ConfigError          2     a setting: unknown key, wrong type, impossible value; names the key
         DataError            2     a data file: unreadable, or with bad rows; names file, line and column
         RunFolderError       2     a run folder: not one, made by another config, in use, or a stage is missing
+        UnstorableError      2     a value that the run's database cannot hold
       StoreError             1   the adapter store or the interaction log is damaged or unusable
+        ChangedError         1     another process has changed the store since it was read
         NoVersionError       1     a version of a user that the store does not have
         ReadOnlyError        2     a write into a run that cannot be written here
       NonFiniteLossError     1   training diverged
@@ -44,6 +46,10 @@ class DataError(InputError):
 
 class RunFolderError(InputError):
     """A run folder lacks a file or stage, or was made by another config."""
+
+
+class UnstorableError(InputError):
+    """The run's database cannot hold a value: PostgreSQL's texts have no character NUL."""
 
 
 class StoreError(ProperError):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from proper.interactions.log import InteractionLog
-from proper.serving.errors import one_line, without_folders
+from proper.serving.errors import one_line, without_folders, without_places
 
 if TYPE_CHECKING:
     import httpx
@@ -80,6 +80,13 @@ def test_paths_within_the_run_stay(tmp_path: Path) -> None:
         == "users/users.sqlite: damaged; see a run"
     )
     assert without_folders("there is no user '/etc'", run) == "there is no user '/etc'"
+
+
+def test_a_database_and_a_bucket_are_not_named() -> None:
+    lost = 'postgresql://me@db.corp/x (schema y): connection to server at "10.0.0.9", port 5432 failed'
+    assert without_places(lost) == "the run's database cannot be used; the server's log has the details"
+    torn = "s3://corp-secret/runs/a/users/3.shard: the adapter of user 'u' is missing"
+    assert without_places(torn) == "(bucket)/3.shard: the adapter of user 'u' is missing"
 
 
 def test_a_line_of_the_log_is_one_line() -> None:

@@ -22,6 +22,9 @@ import pytest
 from proper.adapters.store import AdapterStore
 from proper.inference import PersonalizedModel
 from proper.inference.generate import generate
+from proper.models.checkpoints import save_tensors
+from proper.run_folder import UsersFolder
+from proper.state_move import move_state
 
 if TYPE_CHECKING:
     Running = Serve = Any  # tests/serving/conftest.py
@@ -180,3 +183,31 @@ def test_a_run_without_users_says_so(serve: Serve, tiny_run: Path, tmp_path: Pat
         reply = client.post("/v1/completions", json={"model": "tiny", "prompt": "Well?", "user": "u0"}).json()
         assert reply["proper"] == {"tier": "population"}
         assert client.get("/v1/users").json()["error"]["code"] == "no_users"
+
+
+def test_a_user_whom_a_refresh_trains_on_is_deleted_later(own: Running) -> None:
+    paths = UsersFolder(own.folder / "users")
+    save_tensors(paths.refresh, {}, {})  # as a refresh of the groups has it until its commit
+    with own.client() as client:
+        reply = client.delete("/v1/users/u0")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (409, "training_running")
+        assert str(own.folder) not in reply.text and client.get("/v1/users/u0").status_code == 200
+        shutil.rmtree(paths.work)
+        assert client.delete("/v1/users/u0").status_code == 200
+
+
+def test_text_that_the_database_cannot_hold_is_refused(
+    serve: Serve, tiny_run: Path, tmp_path: Path, postgresql: str
+) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
+    move_state(run, postgresql)
+    nul = [{"input": "a\0b", "output": "y"}]
+    with serve(run).client() as client:
+        replies = [
+            client.post("/v1/users/u0/interactions", json={"interactions": nul}),
+            client.post("/v1/users", json={"user": "new", "interactions": nul}),
+        ]
+        assert [reply.status_code for reply in replies] == [400, 400], [reply.text for reply in replies]
+        assert all("NUL" in reply.text and "postgresql://" not in reply.text for reply in replies)
+        assert client.get("/v1/deletions/%00").status_code == 404
+        assert client.get("/v1/users/new").status_code == 404 and client.get("/v1/users/u0").status_code == 200

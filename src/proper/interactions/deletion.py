@@ -32,6 +32,10 @@ PATIENCE = 5.0
 """Seconds for which a deletion waits for other readers and writers."""
 
 
+class TrainingError(InputError):
+    """A stage is being trained on data of the user, who can be deleted after it."""
+
+
 @dataclass(frozen=True)
 class Removal:
     """The result of a deletion.
@@ -53,7 +57,7 @@ def remove(store: AdapterStore, log: InteractionLog, user: str, patience: float 
     Nothing adds the user again: neither a running fit or evaluation, nor data that is prepared again.
 
     Raises:
-        InputError: a stage is being trained on data that includes the user; nothing is changed.
+        TrainingError: a stage is being trained on data that includes the user; nothing is changed.
         StoreError: the log cannot be written, or a symbolic link leads out of the run folder; nothing is changed.
     """
     run = RunFolder(store.folder.parent).home.path
@@ -257,7 +261,9 @@ def _require_no_training(run: Path, user: str) -> None:
     busy = next((folder / name for folder in nested_runs(run) for name in UNFINISHED if (folder / name).exists()), None)
     refresh = RunFolder(run).users.refresh.exists()  # it trains on logged interactions, too
     if busy is not None and (refresh or any(True for _ in run_rows(run, user))):
-        raise InputError(f"{busy}: a stage is being trained and holds user {user!r}; let the run end, then delete them")
+        raise TrainingError(
+            f"{busy}: a stage is being trained and holds user {user!r}; let the run end, then delete them"
+        )
 
 
 @contextmanager

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ _BEGIN = Statement(lambda insert: insert(DELETIONS))
 _WIPING = Statement(lambda _: update(DELETIONS).where(_JOB).values(user=null(), state="wiping"))
 _DONE = Statement(lambda _: update(DELETIONS).where(_JOB).values(state="done", ended=bindparam("at")))
 
+_ID = re.compile("[0-9a-f]{32}")
 KEPT_SECONDS = 7 * 24 * 3600.0
 
 
@@ -73,6 +75,8 @@ class Deletions:
 
     def state(self, tenant: str, job: str) -> State | None:
         """Return the state of a tenant's deletion; None for one that is unknown, or finished long ago."""
+        if not _ID.fullmatch(job):  # PostgreSQL refuses some texts, which come from a URL
+            return None
         found = self._found(_OF_JOB, {"tenant": tenant, "wanted": job})
         return found[0].state if found else None
 

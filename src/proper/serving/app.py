@@ -20,7 +20,7 @@ from proper.serving.answers import Answers
 from proper.serving.auth import Authenticator
 from proper.serving.deletion_watch import DeletionWatch
 from proper.serving.engines import EngineRunner
-from proper.serving.errors import APIError, ErrorReply, hide_users, one_line, without_folders
+from proper.serving.errors import APIError, ErrorReply, hide_users, one_line, without_folders, without_places
 from proper.serving.fit_process import FitProcess
 from proper.serving.json_bodies import check_surrogates, first_error
 from proper.serving.keys import Keys
@@ -183,5 +183,5 @@ def _as_refusal(error: Exception) -> APIError:
         case ReadOnlyError():
             return APIError(403, "this server serves a read-only copy", code="read_only")
         case ProperError():
-            return APIError(500, str(error), code="store")
+            return APIError(500, without_places(str(error)), code="store")
     return APIError(500, "internal error; the server's log has the details", code="internal")

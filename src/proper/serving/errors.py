@@ -56,6 +56,16 @@ def without_folders(text: str, run: Path) -> str:
     return text
 
 
+def without_places(text: str) -> str:
+    """Return a failure's text without the places of the run's database and bucket, for clients.
+
+    A driver's message may have the database's host in any place, so nothing of it is kept.
+    """
+    if "postgresql://" in text:
+        return "the run's database cannot be used; the server's log has the details"
+    return re.sub(r"s3://\S*/", "(bucket)/", text)
+
+
 def hide_users(text: str) -> str:
     """Return a log message without user ids; messages name a user as `user 'ID'`, in Python's own quotes."""
     return _QUOTED_USER.sub("user (hidden)", text)

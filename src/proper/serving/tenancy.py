@@ -24,7 +24,7 @@ from proper.interactions.log import InteractionLog
 from proper.run_folder import Tier
 from proper.serving.auth import own_tenant
 from proper.serving.engines import AnsweringEngine
-from proper.serving.errors import APIError, without_folders
+from proper.serving.errors import APIError, without_folders, without_places
 from proper.serving.json_bodies import CheckedRoute
 from proper.serving.keys import Principal
 from proper.serving.schemas.resources import FitState, UserCard
@@ -64,7 +64,7 @@ class TenantUsers:
         """Return the state of a user's latest fit."""
         state = FitState(**asdict(self.log.queue.fit(self.tenant, user)))
         if state.message is not None:
-            state.message = without_folders(state.message, self.store.folder.parent)
+            state.message = without_places(without_folders(state.message, self.store.folder.parent))
         return state
 
     def users(self, after: str | None) -> Iterator[tuple[str, str]]:

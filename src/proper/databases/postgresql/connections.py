@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from proper.databases.location import Location
 from proper.databases.postgresql.migrations import migrate
-from proper.errors import InputError, RunFolderError, StoreError
+from proper.errors import RunFolderError, StoreError, UnstorableError
 
 # The server notices within a minute that a client's machine is gone, and rolls its transaction back.
 _SETTINGS = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
@@ -132,7 +132,7 @@ def translated(location: Location, what: str) -> Iterator[None]:
     try:
         yield
     except psycopg.DataError as error:  # such as the character NUL, which PostgreSQL's text cannot hold
-        raise InputError(f"{location}: {what}{_one_line(error)}") from error
+        raise UnstorableError(f"{location}: {what}{_one_line(error)}") from error
     except (psycopg.Error, SQLAlchemyError) as error:
         cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
         raise StoreError(f"{location}: {what}{_one_line(cause)}") from error

@@ -12,6 +12,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query
 
 from proper.data.rows import BadValue
+from proper.errors import UnstorableError
 from proper.interactions.log import ConflictError, DeletedError, ExistsError, LogEntry, UserIdError
 from proper.interactions.parsing import Read, plain_reader
 from proper.serving.auth import Authenticator
@@ -64,6 +65,9 @@ def _append(users: TenantUsers, user: str, entries: Sequence[LogEntry], new: boo
     except ConflictError as error:
         location = f"interactions.{error.at}.id"
         raise APIError(409, f"{location}: {error}", code="interaction_conflict", param=location) from error
+    except UnstorableError as error:
+        why = "has text that the run's database cannot hold: PostgreSQL has no character NUL"
+        raise APIError(400, f"interactions: {why}", code="invalid", param="interactions") from error
     card = users.card(user)
     return AppendReply(
         id=user,

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Path, Query, Response
 
 from proper.errors import NoVersionError
 from proper.interactions.archive import write_archive
-from proper.interactions.deletion import remove
+from proper.interactions.deletion import TrainingError, remove
 from proper.interactions.log import InteractionLog
 from proper.serving.auth import Authenticator
 from proper.serving.engines import AnsweringEngine
@@ -135,7 +135,10 @@ def _one_user(router: APIRouter, engine: AnsweringEngine, lookup: TenantLookup, 
         tenant_users = lookup(caller, tenant)
         if not tenant_users.log.deletions.of(tenant_users.tenant, user):
             tenant_users.require(user)
-        removal = remove(tenant_users.store, tenant_users.log, user, PATIENCE)
+        try:
+            removal = remove(tenant_users.store, tenant_users.log, user, PATIENCE)
+        except TrainingError as error:
+            raise APIError(409, str(error), code="training_running", param="user") from error
         engine.forget(tenant_users.tenant, user)
         if not removal.waits:
             return DeleteReply(id=user)
