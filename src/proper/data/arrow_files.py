@@ -87,25 +87,49 @@ def huggingface_source(config: DataConfig, path: Path) -> Source:
 
 
 def _dataset_rows(dataset: Any, wanted: Sequence[str], name: str) -> Iterator[tuple[int, Row | str]]:
-    names = {column: feature.int2str for column, feature in _class_labels(dataset) if column in wanted}
+    features = dataset.features or {}
+    labelled = {column: features[column] for column in wanted if column in features and _has_labels(features[column])}
     number = 0
     try:
         arrow = dataset.select_columns(list(wanted)).with_format("arrow")
         for batch in arrow.iter(batch_size=_BATCH):
             for row in table_rows(batch):
                 number += 1
-                for column, to_name in names.items():
-                    row[column] = None if row[column] in (None, -1) else to_name(row[column])
+                for column, feature in labelled.items():
+                    row[column] = _with_names(row[column], feature)
                 yield number, row
     # As above: the exception types depend on where the dataset is stored.
     except Exception as error:
         raise DataError(f"{name}: cannot be read after row {number}: {_first_line(error)}") from error
 
 
-def _class_labels(dataset: Any) -> list[tuple[str, Any]]:
-    """Return the `ClassLabel` columns, each with the feature that maps its numbers to names."""
-    features = dataset.features or {}
-    return [(column, feature) for column, feature in features.items() if hasattr(feature, "int2str")]
+def _parts(feature: Any) -> list[Any]:
+    """Return the features that a feature of a list or a struct consists of; none for any other."""
+    if isinstance(feature, dict):
+        return list(feature.values())
+    if isinstance(feature, list):
+        return feature
+    inner = getattr(feature, "feature", None)
+    return [] if inner is None else [inner]
+
+
+def _has_labels(feature: Any) -> bool:
+    """Return whether a feature is a `ClassLabel`, which maps numbers to names, or a list or struct with one."""
+    return hasattr(feature, "int2str") or any(map(_has_labels, _parts(feature)))
+
+
+def _with_names(value: Any, feature: Any) -> Any:
+    """Return a cell with the names of its labels in place of their numbers; -1 stands for a missing label."""
+    if hasattr(feature, "int2str"):
+        if value in (None, -1):
+            return None
+        names = feature.names
+        return names[value] if 0 <= value < len(names) else Unreadable(f"label {value}, of {len(names)} labels from 0")
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {key: _with_names(each, feature.get(key)) for key, each in value.items()}
+    if isinstance(value, list) and (parts := _parts(feature)):
+        return [_with_names(each, parts[0]) for each in value]
+    return value
 
 
 def table_rows(batch: Any) -> Iterator[Row]:
