@@ -68,6 +68,21 @@ def test_commits_become_rows_of_pseudonymous_users(repository: Path, tmp_path: P
     assert b"example.org" not in (tmp_path / "x.parquet").read_bytes()
 
 
+@pytest.mark.parametrize("date", ["", " 99999999999999 +0000"])
+def test_commits_without_a_date_or_with_an_impossible_one_are_left_out(
+    repository: Path, tmp_path: Path, date: str, capsys: Output
+) -> None:
+    git = ["git", "-C", str(repository)]
+    tree, parent = subprocess.check_output([*git, "rev-parse", "HEAD^{tree}", "HEAD"], text=True).split()
+    raw = f"tree {tree}\nparent {parent}\nauthor A <a@b.c>{date}\ncommitter A <a@b.c> 1 +0000\n\nOdd\n\n{LONG} Odd.\n"
+    store = [*git, "hash-object", "-t", "commit", "-w", "--stdin", "--literally"]
+    made = subprocess.check_output(store, input=raw, text=True).strip()
+    subprocess.run([*git, "reset", "-q", "--soft", made], check=True)
+    assert main(["data", "from-git", str(repository), "--out", str(tmp_path / "x.parquet")]) == 0
+    assert "2 of 5 commits by 2 authors" in capsys.readouterr().err
+    assert "Odd" not in {row["subject"] for row in rows(tmp_path / "x.parquet")}
+
+
 def test_the_same_author_has_one_id_and_another_salt_another(repository: Path, tmp_path: Path) -> None:
     found = []
     for salt in ("", "", "else"):

@@ -97,7 +97,7 @@ def count_commits(repository: Path) -> int:
 
 
 def read_commits(repository: Path, wanted: CommitFilter, step: Callable[[], None]) -> Iterator[Commit]:
-    """Yield the commits that qualify, oldest first; memory holds one commit.
+    """Yield the commits that qualify and have a date, oldest first; memory holds one commit.
 
     Raises:
         InputError: no git, or no repository with commits there.
@@ -138,8 +138,11 @@ def _parse(
     body = clean_body(parts[4], wanted.max_chars)
     if len(body.split()) < wanted.min_words or not subject.strip():
         return
+    try:
+        when = datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):  # a damaged commit has no date, or one beyond the year 9999
+        return
     author = blake2b(address.lower().encode(), key=blake2b(salt.encode()).digest(), digest_size=6).hexdigest()
-    when = datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     subject = mask_addresses(subject.strip())
     yield Commit(f"u{author}", commit[:12], when, subject, body, prefix_of(subject), area_of(parts[5]))
 
