@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -16,7 +17,7 @@ from proper.config import Config, DataConfig, load_run_config, make_config, with
 from proper.data.chat import uses_chat_template
 from proper.errors import ProperError, RunFolderError
 from proper.files import private_folder, write_text
-from proper.models.tokenizer import load_tokenizer
+from proper.models.tokenizer import EMBEDDED, load_tokenizer
 from proper.run_folder import TEMPORARY, RunFolder, Stage, is_run, require_run
 from proper.run_lock import exclusive, is_first_process
 
@@ -26,18 +27,18 @@ logger = logging.getLogger(__name__)
 def claim(folder: Path, config: Config) -> Config:
     """Write the config into a new run folder, or check that an existing one has the same; return it.
 
-    The returned config has an absolute data path, and states whether prompts use the chat template. The section
-    `evaluation` may change between calls, except for the first seed; all other settings must stay the same.
+    The returned config has absolute paths, and states whether prompts use the chat template. The section `evaluation`
+    may change between calls, except for the first seed; all other settings must stay the same.
 
     Raises:
         RunFolderError: the folder was made by another config, or it has files that are not a run's.
     """
-    config = config.with_data(_absolute)
+    config = _absolute(config)
     path = RunFolder(folder).config
     started = run_config(folder) if path.exists() else None
     config = _settle_cut(_settle_chat(config, started), started)
     if path.exists():
-        different = _difference(run_config(folder).model_dump(), config.model_dump())
+        different = _difference(_absolute(run_config(folder)).model_dump(), config.model_dump())
         if different is not None:
             raise RunFolderError(f"{folder}: was made by another config: {different}; choose another folder")
     else:
@@ -47,9 +48,19 @@ def claim(folder: Path, config: Config) -> Config:
     return config
 
 
-def _absolute(data: DataConfig) -> DataConfig:
-    path = Path(data.path)
-    return data.model_copy(update={"path": str(path.resolve())}) if path.exists() else data
+def _absolute(config: Config) -> Config:
+    """Return the config with absolute paths of what exists, so that a run can be used from any current folder."""
+
+    def found(path: str | None) -> str | None:
+        return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+    def of_data(data: DataConfig) -> DataConfig:
+        return data.model_copy(update={"path": found(data.path), "train_without": found(data.train_without)})
+
+    name = config.backbone
+    # Links are kept: that of a GGUF file in a cache has the name that tells its format.
+    own = name != EMBEDDED and (os.path.isdir(name) or (os.path.isfile(name) and name.endswith(".gguf")))
+    return config.with_data(of_data).model_copy(update={"backbone": os.path.abspath(name) if own else name})
 
 
 def _settle_chat(config: Config, started: Config | None) -> Config:
@@ -150,6 +161,8 @@ def run_config(folder: Path) -> Config:
 
 def _difference(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str | None:
     """Return the first setting that differs between the folder's config and the new one, as text."""
+    if prefix == "tasks." and list(there) != list(here):
+        return f"tasks are {', '.join(there) or 'none'} there and {', '.join(here) or 'none'} here"
     for key, value in here.items():
         name, other = f"{prefix}{key}", there[key]
         if name == "evaluation":
