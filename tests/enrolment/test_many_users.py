@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,3 +134,22 @@ def test_a_deletion_does_not_wait_for_users_who_are_fitted_later(
     users.enrol_many({user: users.entries(user, rows(3, 9)) for user in ("new", "other")}, on_progress=on_progress)
     assert waits == [1, 0]
     assert "new" not in users and record(run, "other").metadata["embedding"] == "fitted"
+
+
+@pytest.mark.parametrize("refine", [True, False])
+def test_whom_a_worker_has_fitted_meanwhile_keeps_that_version(
+    encoded: Path, opened: Open, monkeypatch: pytest.MonkeyPatch, refine: bool
+) -> None:
+    users, server, place_users = opened(encoded).users, opened(encoded).users, worker.place_users
+
+    def later(*given: Any) -> None:
+        monkeypatch.setattr(worker, "place_users", place_users)
+        assert server.worker.fit_next("", "new")  # the server's worker, while this process loads the model
+        place_users(*given)
+
+    monkeypatch.setattr(worker, "place_users", later)
+    users.enrol_many({user: users.entries(user, rows(3, 9)) for user in ("new", "other")}, refine=refine)
+    assert record(encoded, "new").metadata["embedding"] == "fitted" and len(users.versions("new")) == 2
+    assert record(encoded, "other").metadata["embedding"] == ("fitted" if refine else "placed")
+    fits = encoded / "users" / "fits"
+    assert not fits.is_dir() or not any(fits.iterdir())

@@ -118,6 +118,7 @@ class AdapterStore:
         *,
         bound: Mapping[str, str] | None = None,
         seen: Mapping[str, int] | None = None,
+        only_new: bool = False,
     ) -> None:
         """Add users or new versions of them and, if given, bind the store to new values, all in one transaction.
 
@@ -128,6 +129,7 @@ class AdapterStore:
             records: the records.
             bound: the values to bind the store to.
             seen: the version of every user of the store that the caller has seen; read after `records`.
+            only_new: whether records of users whom the store has by then are skipped, too.
 
         Raises:
             ChangedError: a user has another version than in `seen`, or is not in it.
@@ -142,7 +144,7 @@ class AdapterStore:
                     if seen is not None and any(seen.get(user) != head.version for user, head, _ in self.heads()):
                         raise ChangedError(f"{self.folder}: users were changed meanwhile")
                     self.manifest.bind(bound or {})
-                    kept = list(self._without_deleted(prepared))
+                    kept = list(self._wanted(prepared, only_new))
                     commit(self.manifest, self.tenant, kept, self.writer.sizes(), self.keep)
             except BaseException as error:
                 with suppress(StoreError, OSError):  # bytes left behind are reported by `check` as orphans
@@ -153,12 +155,13 @@ class AdapterStore:
             self.writer.done()
         self.shards.erase(thorough=len(kept) < len(prepared))
 
-    def _without_deleted(self, prepared: Sequence[Prepared]) -> Iterator[Prepared]:
-        """Skip deleted users, and schedule their bytes for erasure (inside a transaction)."""
+    def _wanted(self, prepared: Sequence[Prepared], only_new: bool) -> Iterator[Prepared]:
+        """Skip deleted users and, if `only_new`, known ones; schedule their bytes for erasure (in a transaction)."""
         # A deletion writes its tombstone before it removes records, so this check cannot miss a running deletion.
         deleted = self.tombstones.predicate(self.tenant, len(prepared))
         for new in prepared:
-            if not deleted(user_of(new.user)):
+            known = only_new and self.manifest.head(self.tenant, new.user) is not None
+            if not known and not deleted(user_of(new.user)):
                 yield new
             elif new.place is not None:
                 blob, offset, length = new.place

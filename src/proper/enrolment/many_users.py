@@ -40,7 +40,7 @@ def place_users(
         fitter: the loaded run.
         store: the tenant's store.
         log: has the users' interactions.
-        users: users who are not in the store.
+        users: users who are not in the store; those who are there by the end keep what they have.
         advance: called with the number of users done since its last call.
     """
     if fitter.placer.encoder is None:
@@ -48,10 +48,12 @@ def place_users(
         return
     for some, histories in _histories(fitter, store, log, users):
         embeddings = fitter.placer.place([fitter.encoded(grown) for grown in histories])
-        store.put(
+        records = (
             placed_record(user, embedding, grown, fitter.placer.kind)
             for user, embedding, grown in zip(some, embeddings, histories, strict=True)
         )
+        # A worker may have fitted a user meanwhile: the users are in its queue since they were enrolled.
+        store.put(records, only_new=True)
         advance(len(some))
 
 
