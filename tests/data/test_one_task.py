@@ -221,3 +221,15 @@ def test_a_task_with_bad_rows_only_is_named(jsonl: Callable[[Rows], Path], tmp_p
         prepare(
             make_config({"split": SPLIT, "tasks": tasks}), tmp_path / "data.sqlite", count_words, skip_bad_rows=True
         )
+
+
+def test_answers_of_another_task_are_no_label_that_was_seen(
+    jsonl: Callable[[Rows], Path], open_data: Callable[..., Dataset]
+) -> None:
+    rows = spread(3, 8)
+    rows += [{**rows[0], "what": "name", "output": "rare", "timestamp": 40}]
+    rows += [{**row, "timestamp": 50, "what": "colour", "output": "rare x", "input": "x"} for row in rows[:1]]
+    tasks = with_path(jsonl(rows), task_column="what")
+    tasks["name"]["data"]["target"] = "{output} x"
+    found = summarize(open_data(tasks=tasks))
+    assert (found.unseen_labels, found.unseen_label_queries) == (["rare x"], 1)

@@ -219,7 +219,9 @@ def summarize(dataset: Dataset) -> DataSummary:
 
     max_length = get_meta(connection, "max_length")
     bad = get_meta(connection, "bad_rows")
-    unseen = _unseen_labels(connection, labels)
+    # With several tasks, the labels are the first one's.
+    with one_task(dataset, dataset.tasks[0] if dataset.tasks else "") as first:
+        unseen = _unseen_labels(first.connection, labels)
     return DataSummary(
         path=get_meta(connection, "path"),
         users=one("SELECT count(*) FROM users"),
