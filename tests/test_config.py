@@ -84,6 +84,10 @@ def test_an_unknown_key_suggests_the_nearest(sections: dict[str, Any], message: 
         ({"evaluation": {"seeds": [1, 1]}}, "'evaluation.seeds': seeds must be distinct"),
         ({"task": {"kind": "generation", "decode": "score"}}, "'task': decode: 'score' needs labels"),
         ({"task": {"labels": ["a", "b"]}}, "'task': labels: go with kind: classification or rating"),
+        (
+            {"data": {"path": "x", "layout": "oppu"}},
+            "'data': layout: 'oppu' goes with format: lamp or oppu, not 'auto'",
+        ),
         ({"groups": {"layers": True}}, "'groups.layers': should be a number, not true (as which YAML reads"),
         ({"population": {"epochs": False}}, "'population.epochs': should be a number, not false"),
         ({"split": {"max_queries": True}}, "'split.max_queries': should be a number, not true"),

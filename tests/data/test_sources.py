@@ -411,3 +411,12 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder" / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
     assert refused(tmp_path / "folder").endswith("b.jsonl: cannot be read: No such file or directory")
     assert refused("~no-such-person/rows.jsonl").startswith("~no-such-person/rows.jsonl: no such file or folder")
+
+
+@pytest.mark.parametrize(("key", "value"), [("part", "test"), ("name", "small")])
+def test_parts_of_hugging_face_data_sets_are_refused_for_files(tmp_path: Path, key: str, value: str) -> None:
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(ROW))
+    message = f"data.{key}: {value!r} is a part of a Hugging Face data set, and {tmp_path} is jsonl"
+    assert refused(tmp_path, **{key: value}) == message
+    assert len(read(tmp_path, part="train")) == 2

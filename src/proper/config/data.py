@@ -82,6 +82,8 @@ class DataConfig(Section):
             raise ValueError(f"format: '{self.format}' needs data.task, one of {', '.join(get_args(LampName))}")
         if self.task is not None and not self.given_split:
             raise ValueError(f"task: '{self.task}' goes with format: lamp or oppu, not '{self.format}'")
+        if self.layout != "official" and not self.given_split:
+            raise ValueError(f"layout: '{self.layout}' goes with format: lamp or oppu, not '{self.format}'")
         return self
 
 

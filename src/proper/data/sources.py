@@ -36,11 +36,13 @@ def open_sources(config: DataConfig) -> list[Source]:
         DataError: the path does not exist, its format is not known, or it cannot be read.
     """
     if config.given_split:
+        _require_no_parts(config, config.format)
         return lamp_sources(config) if config.format == "lamp" else oppu_sources(config)
     path = Path(os.path.expanduser(config.path))  # not Path.expanduser, which fails without a home directory
     kind = _kind(config, path) if config.format == "auto" else config.format
     if kind == "huggingface":
         return [huggingface_source(config, path)]
+    _require_no_parts(config, kind)
     if not os.path.exists(path):
         raise _missing(config)
     if not path.is_dir() and not path.is_file():
@@ -49,6 +51,16 @@ def open_sources(config: DataConfig) -> list[Source]:
     if not files:
         raise DataError(f"{config.path}: no {kind} file in this folder; the names end in {', '.join(_ENDINGS[kind])}")
     return [_OPEN[kind](file) for file in files]
+
+
+def _require_no_parts(config: DataConfig, kind: str) -> None:
+    """Raise DataError if the config names a part of a Hugging Face data set: all files of another format are read."""
+    for key, value, usual in (
+        ("part", config.part, DataConfig.model_fields["part"].default),
+        ("name", config.name, None),
+    ):
+        if value != usual:
+            raise DataError(f"data.{key}: {value!r} is a part of a Hugging Face data set, and {config.path} is {kind}")
 
 
 def _kind(config: DataConfig, path: Path) -> str:
