@@ -49,7 +49,7 @@ class RunFolderError(InputError):
 
 
 class UnstorableError(InputError):
-    """The run's database cannot hold a value: PostgreSQL's texts have no character NUL."""
+    """The run's database cannot hold a value: PostgreSQL has no character NUL, and limits the length of ids."""
 
 
 class StoreError(ProperError):

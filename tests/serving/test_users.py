@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import shutil
 import sqlite3
 import subprocess
@@ -20,6 +21,7 @@ from urllib.parse import quote
 import pytest
 
 from proper.adapters.store import AdapterStore
+from proper.data.values import MAX_ID_LENGTH
 from proper.inference import PersonalizedModel
 from proper.inference.generate import generate
 from proper.models.checkpoints import save_tensors
@@ -210,4 +212,9 @@ def test_text_that_the_database_cannot_hold_is_refused(
         assert [reply.status_code for reply in replies] == [400, 400], [reply.text for reply in replies]
         assert all("NUL" in reply.text and "postgresql://" not in reply.text for reply in replies)
         assert client.get("/v1/deletions/%00").status_code == 404
+        draw = random.Random(0)  # an id of random characters, so that it cannot be compressed
+        user, name = ("".join(chr(draw.randint(0x20000, 0x2A000)) for _ in range(MAX_ID_LENGTH)) for _ in range(2))
+        long = {"user": user, "interactions": [{"id": name, "input": "x", "output": "y"}]}
+        reply = client.post("/v1/users", json=long)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid"), reply.text
         assert client.get("/v1/users/new").status_code == 404 and client.get("/v1/users/u0").status_code == 200

@@ -131,7 +131,8 @@ def translated(location: Location, what: str) -> Iterator[None]:
     """Turn errors of the driver into one line that names the database."""
     try:
         yield
-    except psycopg.DataError as error:  # such as the character NUL, which PostgreSQL's text cannot hold
+    # The character NUL, which PostgreSQL's text cannot hold; ids of user and interaction too long for one index entry.
+    except (psycopg.DataError, psycopg.errors.ProgramLimitExceeded) as error:
         raise UnstorableError(f"{location}: {what}{_one_line(error)}") from error
     except (psycopg.Error, SQLAlchemyError) as error:
         cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error

@@ -66,7 +66,7 @@ def _append(users: TenantUsers, user: str, entries: Sequence[LogEntry], new: boo
         location = f"interactions.{error.at}.id"
         raise APIError(409, f"{location}: {error}", code="interaction_conflict", param=location) from error
     except UnstorableError as error:
-        why = "has text that the run's database cannot hold: PostgreSQL has no character NUL"
+        why = "has text that the run's database cannot hold: a character NUL, or ids of more than 2,600 bytes"
         raise APIError(400, f"interactions: {why}", code="invalid", param="interactions") from error
     card = users.card(user)
     return AppendReply(
