@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from proper.config import make_config
-from proper.data.dataset import Dataset, TextExample, prepare
+from proper.data.dataset import Dataset, SampledBy, TextExample, prepare
 from proper.data.summary import summarize
 from proper.errors import DataError, RunFolderError
 
@@ -215,9 +215,29 @@ class TestSample:
         assert ids(sample.rows(0)) != sorted(ids(sample.rows(0)))
         assert set(ids(sample.rows(0))) != set(ids(dataset.sample("all", 203, seed=1).rows(0)))
 
-    def test_a_larger_budget_keeps_what_a_smaller_one_has(self, build: Build) -> None:
+    def test_a_budget_of_rows_counts_users_in_proportion_to_their_histories(self, build: Build) -> None:
+        dataset = build(make_rows({"a": 600, "b": 100, **{f"few{at}": 2 for at in range(50)}}))
+        shares: Counter[str] = Counter()
+        for seed in range(20):
+            sample = dataset.sample("all", 4 * 40, seed, by="rows")
+            assert (sample.size, sample.tokens) == (40, 160)
+            shares.update(row.user[0] for row in sample.rows(0))
+        histories = Counter({"a": 0, "b": 0, "f": 0})
+        for user in dataset.users():
+            histories[user.id[0]] += user.history
+        for user, rows in histories.items():  # four standard deviations of a draw without replacement, at most
+            expected = 800 * rows / histories.total()
+            assert abs(shares[user] - expected) < 4 * expected**0.5
+        by_users = dataset.sample("all", 4 * 40, 0)
+        assert Counter(row.user[0] for row in by_users.rows(0))["f"] > 30
+        assert set(ids(dataset.sample("all", 160, 0, by="rows").rows(0))) != set(
+            ids(dataset.sample("all", 160, 1, by="rows").rows(0))
+        )
+
+    @pytest.mark.parametrize("by", ["users", "rows"])
+    def test_a_larger_budget_keeps_what_a_smaller_one_has(self, build: Build, by: SampledBy) -> None:
         dataset = build(make_rows({"a": 100, "b": 40}))
-        small, large = (set(ids(dataset.sample("all", budget, seed=0).rows(0))) for budget in (40, 120))
+        small, large = (set(ids(dataset.sample("all", budget, 0, by).rows(0))) for budget in (40, 120))
         assert small < large
 
     def test_long_rows_count_as_long_as_the_model_reads(self, build: Build) -> None:

@@ -16,7 +16,7 @@ def rows():
 def test_one_user_has_the_same_rows_in_the_same_order(build) -> None:
     dataset = build(rows())
     view = OneUser(dataset)
-    mine, theirs = view.sample("all", 60, 3), dataset.sample("all", 60, 3)
+    mine, theirs = view.sample("all", 60, 3, "rows"), dataset.sample("all", 60, 3, "rows")
     assert (mine.size, mine.tokens) == (theirs.size, theirs.tokens)
     for epoch in (0, 1):
         pairs = list(zip(mine.rows(epoch), theirs.rows(epoch), strict=True))

@@ -48,7 +48,7 @@ def config_of(folder: Path, **changes: Any) -> Config:
     raw = demo_config(path, PEOPLE)
     raw["split"] |= {"target_users": 5, "min_history": 5}
     raw |= {
-        "population": {"epochs": 2, "max_tokens": 2500, "patience": 0},
+        "population": {"epochs": 2, "max_tokens": 2600, "patience": 0, "sampling": "rows"},
         "groups": {"epochs": 1, "max_tokens": 2000},
         "users": {"epochs": 2, "tiers": {"select": False}},
         "evaluation": {"methods": ["population", "users"], "resamples": 200},
@@ -85,6 +85,8 @@ def test_the_counts_are_those_of_the_trained_run(trained: tuple[Path, float], da
         tokens[row["stage"]] += row["tokens"]
     for stage in ("population", "groups"):
         assert (work[stage].steps, work[stage].tokens) == (steps[stage], tokens[stage])
+    drawn, spread = (dataset.sample("all", 2600, config.evaluation.seeds[0], by).tokens for by in ("rows", "users"))
+    assert tokens["population"] == 2 * drawn != 2 * spread
     assert work["users"].tokens == tokens["users"], "every user trains all passes"
 
 

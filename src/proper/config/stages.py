@@ -62,7 +62,9 @@ class PopulationConfig(OptimizerConfig):
         dropout: dropout rate on the LoRA's input.
         target_modules: layers that get the LoRA: a group of them, or a list of names.
         train_on: the histories of all users, or of users who are not targets.
-        max_tokens: budget of training tokens, sampled evenly over users; null means all.
+        max_tokens: budget of training tokens; null means all.
+        sampling: what the budget is drawn from: `users` takes one row of every user in turn, `rows` takes rows at
+            random, so that a user counts in proportion to their history.
         patience: measurements of the held-out loss, of ten over all epochs, without a lower one after which training
             ends, but not within the first epoch; the weights with the lowest loss are kept. 0 trains all epochs on all
             rows.
@@ -78,6 +80,7 @@ class PopulationConfig(OptimizerConfig):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     train_on: Literal["all", "others"] = "all"
     max_tokens: Count | None = None
+    sampling: Literal["users", "rows"] = "users"
     patience: Annotated[int, Field(ge=0)] = 3
     validation: Annotated[float, Field(gt=0, le=0.5)] = 0.05
 

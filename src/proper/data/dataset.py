@@ -1,8 +1,8 @@
 """Prepared dataset of a run: one SQLite file with histories and queries, written once and then read-only.
 
-Training samples are all history rows or a token budget spread evenly over users, in seeded order. Order and choice come
-from hashes inside SQL, so only ids are sorted and rows stream: memory does not grow with their number. The token count
-comes in as a callable.
+Training samples are all history rows or a token budget, spread evenly over users or rows, in seeded order. Order and
+choice come from hashes inside SQL, so only ids are sorted and rows stream: memory does not grow with their number. The
+token count comes in as a callable.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 Role = Literal["target", "other"]
 UserSet = Literal["all", "others", "targets"]
+SampledBy = Literal["users", "rows"]
 
 GIVEN = "the files"
 """Value of `split_by` when the data files define the split."""
@@ -258,10 +259,13 @@ class Dataset:
             )
         return (TextExample(*row) for row in found)
 
-    def sample(self, users: UserSet, max_tokens: int | None, seed: int) -> Sample:
-        """Sample history rows of `users` for training, at most `max_tokens` tokens, spread evenly over users."""
+    def sample(self, users: UserSet, max_tokens: int | None, seed: int, by: SampledBy = "users") -> Sample:
+        """Sample history rows of `users` for training, at most `max_tokens` tokens.
+
+        By `users`, the tokens are spread evenly over users; by `rows`, every row is drawn with the same probability.
+        """
         table = f"sample_{next(self._tables)}"
-        return _draw(self.connection, users, max_tokens, seed, get_meta(self.connection, "max_length"), table)
+        return _draw(self.connection, users, max_tokens, seed, by, get_meta(self.connection, "max_length"), table)
 
 
 def _examples(connection: sqlite3.Connection) -> str:
@@ -270,13 +274,20 @@ def _examples(connection: sqlite3.Connection) -> str:
 
 
 def _draw(
-    connection: sqlite3.Connection, users: UserSet, max_tokens: int | None, seed: int, max_length: int, table: str
+    connection: sqlite3.Connection,
+    users: UserSet,
+    max_tokens: int | None,
+    seed: int,
+    by: SampledBy,
+    max_length: int,
+    table: str,
 ) -> Sample:
     """Sample history rows of `users` into the new temporary table `table`.
 
-    With `max_tokens`, rows are taken in rounds of one row per user, users in random order in each round, until the next
-    row would exceed the budget; at least one row is taken.
+    With `max_tokens`, rows are taken until the next one would exceed the budget; at least one row is taken. By `users`,
+    they are taken in rounds of one row per user, users in random order in each round; by `rows`, in random order.
     """
+    order = "round, scramble(name || ' ' || round, :salt)" if by == "users" else "scramble(digest, :salt)"
     roles = {"all": "('target', 'other')", "others": "('other')", "targets": "('target')"}[users]
     history = f"""
         FROM rows r JOIN users u ON u.number = r.user WHERE r.part = 'history' AND u.role IN {roles}"""
@@ -289,10 +300,10 @@ def _draw(
             INSERT INTO {table}
             SELECT id, tokens FROM (
                 SELECT id, tokens, sum(tokens) OVER spent AS used, row_number() OVER spent AS number FROM (
-                    SELECT r.id, min(r.tokens, {max_length}) AS tokens, u.id AS name,
+                    SELECT r.id, min(r.tokens, {max_length}) AS tokens, u.id AS name, r.digest,
                            row_number() OVER (PARTITION BY r.user ORDER BY scramble(r.digest, :salt), r.id) AS round
                     {history})
-                WINDOW spent AS (ORDER BY round, scramble(name || ' ' || round, :salt), id
+                WINDOW spent AS (ORDER BY {order}, id
                                  ROWS UNBOUNDED PRECEDING))
             WHERE used <= :budget OR number = 1 ORDER BY id""",
             {"salt": salt("sample", seed), "budget": max_tokens},

@@ -254,9 +254,10 @@ class JointRunner:
         newest = Newest(self.dataset, own, users.max_items, self.config.compute.max_length, self.seed)
         lengths = [len(self.dataset.history(user, users.max_items)) for user in own]
         passes = sum(full_passes(users, items) * items for items in lengths) / max(1, sum(lengths))
+        first = self.dataset.sample(population.train_on, population.max_tokens, self.seed, population.sampling)
         together = Together(
             (
-                (self.dataset.sample(population.train_on, population.max_tokens, self.seed), population.epochs),
+                (first, population.epochs),
                 (self.dataset.sample(groups.train_on, groups.max_tokens, self.seed), groups.epochs),
                 (newest, passes),
             ),

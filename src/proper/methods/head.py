@@ -147,10 +147,11 @@ def with_head(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
 def training_rows(place: TrainedRun) -> list[TextExample]:
     """List the rows that the three stages train on, each once; at most `MAX_ROWS`, those of target users first."""
     dataset, config = place.dataset, place.config
+    first = config.population
     targets = (dataset.history(user.id, config.users.max_items) for user in dataset.users("target"))
     samples = (
         dataset.sample(config.groups.train_on, config.groups.max_tokens, place.seed),
-        dataset.sample(config.population.train_on, config.population.max_tokens, place.seed),
+        dataset.sample(first.train_on, first.max_tokens, place.seed, first.sampling),
     )
     every = itertools.chain(itertools.chain.from_iterable(targets), *(sample.rows(0) for sample in samples))
     found: dict[int, TextExample] = {}

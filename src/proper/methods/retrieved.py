@@ -82,8 +82,11 @@ def rows_that_are_read(source: Dataset, config: Config) -> set[int]:
     for user in source.users("target"):
         found |= {item.id for item in source.history(user.id, config.users.max_items)}
     for seed in config.evaluation.seeds:
-        for stage in (config.population, config.groups):
-            sample = source.sample(stage.train_on, stage.max_tokens, seed)
+        first, second = config.population, config.groups
+        for sample in (
+            source.sample(first.train_on, first.max_tokens, seed, first.sampling),
+            source.sample(second.train_on, second.max_tokens, seed),
+        ):
             found |= {row for (row,) in source.connection.execute(f"SELECT id FROM {sample.table}")}
     return found
 

@@ -66,9 +66,8 @@ def measure(config: Config, dataset: Dataset, backbone: Backbone | None = None) 
     first, second = config.population, config.groups
     accelerator = Accelerator(cpu=backbone.device.type == "cpu", mixed_precision="no")
     with torch.random.fork_rng():
-        rows = _typical(
-            stage_sample(dataset, "population", first.train_on, first.max_tokens, seed), config, backbone, 1
-        )
+        sample = stage_sample(dataset, "population", first.train_on, first.max_tokens, seed, first.sampling)
+        rows = _typical(sample, config, backbone, 1)
         wrapped = wrap(backbone, first, seed)
         with in_training(backbone, wrapped, first) as stage:
             population = _training(stage, rows, backbone)

@@ -80,7 +80,7 @@ def count(config: Config, dataset: Dataset) -> Counts:
     """
     longest, seed = config.compute.max_length, config.evaluation.seeds[0]
     first, second = config.population, config.groups
-    sample = stage_sample(dataset, "population", first.train_on, first.max_tokens, seed)
+    sample = stage_sample(dataset, "population", first.train_on, first.max_tokens, seed, first.sampling)
     rows, held_out = hold_out(sample, first.validation if first.patience else 0.0, longest)
     experts = stage_sample(dataset, "groups", second.train_on, second.max_tokens, seed)
     histories = tuple(

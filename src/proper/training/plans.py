@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from proper.config import Config, PrivacyConfig
 from proper.data.batching import RowEncoder
-from proper.data.dataset import SampledRows, UserSet
+from proper.data.dataset import SampledBy, SampledRows, UserSet
 from proper.data.derived.views import Histories
 from proper.errors import DataError
 from proper.models.backbone import Backbone
@@ -28,13 +28,15 @@ NOT_COVERED = (
 """Line that a run logs about the parts that epsilon does not cover."""
 
 
-def stage_sample(dataset: Histories, stage: str, users: UserSet, max_tokens: int | None, seed: int) -> SampledRows:
+def stage_sample(
+    dataset: Histories, stage: str, users: UserSet, max_tokens: int | None, seed: int, by: SampledBy = "users"
+) -> SampledRows:
     """Return the rows that stage 1 or 2 trains on.
 
     Raises:
         DataError: no user has rows to train on.
     """
-    sample = dataset.sample(users, max_tokens, seed)
+    sample = dataset.sample(users, max_tokens, seed, by)
     if not sample.size:
         how = "; set it to all, or lower split.target_users" if users == "others" else ""
         raise DataError(f"{stage}.train_on: '{users}' selects no rows to train on, because no such user has any{how}")

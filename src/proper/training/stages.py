@@ -140,7 +140,8 @@ class StageRunner:
             apply_population(self.backbone, folder)
             return
         config = self.config.population
-        sample = stage_sample(self.dataset, "population", config.train_on, config.max_tokens, self.seed)
+        budget = config.max_tokens
+        sample = stage_sample(self.dataset, "population", config.train_on, budget, self.seed, config.sampling)
         share = config.validation if config.patience else 0.0
         rows, held_out = hold_out(sample, share, self.config.compute.max_length)
 

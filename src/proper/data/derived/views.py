@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from proper.data.database import copy, get_meta, salt, set_meta
-from proper.data.dataset import Dataset, Role, SampledRows, TextExample, User, UserSet
+from proper.data.dataset import Dataset, Role, SampledBy, SampledRows, TextExample, User, UserSet
 from proper.errors import DataError, ProperError
 from proper.files import atomic_path, hash_value
 
@@ -204,7 +204,7 @@ class Histories(Protocol):
     def history(self, user: str, newest: int | None = None) -> list[TextExample]:
         """List a user's history, oldest first."""
 
-    def sample(self, users: UserSet, max_tokens: int | None, seed: int) -> SampledRows:
+    def sample(self, users: UserSet, max_tokens: int | None, seed: int, by: SampledBy = "users") -> SampledRows:
         """Choose history rows to train on."""
 
 
@@ -222,9 +222,9 @@ class OneUser:
         """Raise NotImplementedError: the history of the single user would be the whole dataset."""
         raise NotImplementedError("the single user of this view has no history to fit an adapter on")
 
-    def sample(self, users: UserSet, max_tokens: int | None, seed: int) -> SampledRows:
+    def sample(self, users: UserSet, max_tokens: int | None, seed: int, by: SampledBy = "users") -> SampledRows:
         """Sample the same rows as the dataset."""
-        return _Renamed(self.dataset.sample(users, max_tokens, seed))
+        return _Renamed(self.dataset.sample(users, max_tokens, seed, by))
 
 
 @dataclass(frozen=True)
@@ -263,9 +263,9 @@ class Leaking:
         before = self.order[: self.order.index(user) + 1]
         return [item for each in before for item in self.dataset.history(each, self.max_items)]
 
-    def sample(self, users: UserSet, max_tokens: int | None, seed: int) -> SampledRows:
+    def sample(self, users: UserSet, max_tokens: int | None, seed: int, by: SampledBy = "users") -> SampledRows:
         """Sample the same rows as the dataset."""
-        return self.dataset.sample(users, max_tokens, seed)
+        return self.dataset.sample(users, max_tokens, seed, by)
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ class OneHistory:
         items = list(self.items) if user == self.user else []
         return items if newest is None else items[-newest:]
 
-    def sample(self, users: UserSet, max_tokens: int | None, seed: int) -> SampledRows:
+    def sample(self, users: UserSet, max_tokens: int | None, seed: int, by: SampledBy = "users") -> SampledRows:
         """Raise NotImplementedError: only stages that train on all users sample rows."""
         raise NotImplementedError(
             "the history of one user cannot be sampled; only stages that train on all users sample rows"
