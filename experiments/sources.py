@@ -66,6 +66,7 @@ MAIN = {
 EARLIER = {
     "huffpost-label": (("half the tokens in stages 1 and 2", "shorter-huffpost-label"),),
     "movielens-rating": (
+        ("four times the tokens in stage 1, twice in stage 2", "longer-movielens-rating"),
         ("half the tokens in stage 1", "wider-movielens-rating"),
         ("50 users", "small-movielens-rating"),
         ("50 users, rivals", "rivals-movielens-rating"),
