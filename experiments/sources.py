@@ -63,7 +63,7 @@ MAIN = {
     "git-area": LABELS,
     "huffpost-headline": TEXT,
 }
-EARLIER = {
+FURTHER = {
     "huffpost-label": (("half the tokens in stages 1 and 2", "shorter-huffpost-label"),),
     "movielens-rating": (
         ("four times the tokens in stage 1, twice in stage 2", "longer-movielens-rating"),
@@ -73,7 +73,7 @@ EARLIER = {
         ("50 users, other training", "others-movielens-rating"),
     ),
 }
-"""Results of earlier code that no job of the queue makes: what differs, and the file."""
+"""Further results of a set, which no job of the queue makes: what differs from its main run, and the file."""
 LAST_LAYERS = tuple(("users[groups.layers=last 10][users.layers=last 10]", other) for other in ("users", "groups"))
 
 
@@ -88,7 +88,7 @@ def main_sources(name: str, task: str) -> Iterator[Source]:
     if name == "huffpost-label":
         yield Source("huffpost-label, layers", "findings/layers-huffpost-label.json", LAST_LAYERS)
         yield Source("huffpost-label, twice the tokens", "findings/longer-huffpost-label.json", _rows(task))
-    for difference, file in EARLIER.get(name, ()):
+    for difference, file in FURTHER.get(name, ()):
         yield Source(f"{name}, {difference}", f"findings/{file}.json", _rows(task))
 
 

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from experiments import data, jobs, queue
 from experiments.page import pages
 from experiments.questions import QUESTIONS
-from experiments.sources import EARLIER
+from experiments.sources import FURTHER
 
 ROOT = Path(__file__).parents[2]
 CONTROLS = (("groups", "population-more"), ("groups", "groups-shared-e"), ("users", "swapped"), ("users", "shuffled"))
@@ -182,7 +182,7 @@ def test_curves_are_drawn_over_the_items_kept(tmp_path: Path) -> None:
 def test_every_job_has_a_result_on_the_page_or_prepares_one() -> None:
     by_name = {job.name: job for job in jobs.read_queue()}
     read = {source.file for question in QUESTIONS for source in question.sources if "/" in source.file}
-    read -= {f"findings/{file}.json" for earlier in EARLIER.values() for _, file in earlier}
+    read -= {f"findings/{file}.json" for further in FURTHER.values() for _, file in further}
     assert {f"findings/{job.result.name}" for job in by_name.values() if not job.prepares} == read
     assert [question.number for question in QUESTIONS] == list(range(11))
     for job in by_name.values():

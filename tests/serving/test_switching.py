@@ -47,6 +47,21 @@ def lead(link: Path, name: str) -> None:
     link.with_name("next").replace(link)
 
 
+@contextmanager
+def served(app: SwitchableApp) -> Iterator[str]:
+    """Serve an application in the block; yields its URL."""
+    server, bound = make_server(app, 10), free_port("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=([bound],))
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    app.close()
+    bound.close()
+
+
 def test_requests_go_on_while_a_run_takes_the_place_of_another(link: Path) -> None:
     opened: list[str] = []
 
@@ -62,48 +77,40 @@ def test_requests_go_on_while_a_run_takes_the_place_of_another(link: Path) -> No
         opened.append(f"closed {run.name}")
 
     app = SwitchableApp(application)
-    server, bound = make_server(app, 10), free_port("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, args=([bound],))
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    url, stop, seen = f"http://127.0.0.1:{bound.getsockname()[1]}", threading.Event(), list[tuple[int, str]]()
+    with served(app) as url:
+        stop, seen = threading.Event(), list[tuple[int, str]]()
 
-    def ask(length: int) -> httpx.Response:
-        body = {"model": "tiny", "prompt": "Well?", "user": "u0", "max_tokens": length}
-        return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        def ask(length: int) -> httpx.Response:
+            body = {"model": "tiny", "prompt": "Well?", "user": "u0", "max_tokens": length}
+            return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
 
-    def keep_asking() -> None:
-        while not stop.is_set():
-            reply = ask(3)
-            seen.append((reply.status_code, reply.json()["proper"]["tier"]))
+        def keep_asking() -> None:
+            while not stop.is_set():
+                reply = ask(3)
+                seen.append((reply.status_code, reply.json()["proper"]["tier"]))
 
-    with ThreadPoolExecutor(5) as threads:
-        try:
-            work = [threads.submit(keep_asking) for _ in range(4)]
-            long = threads.submit(ask, 150)
-            while len(seen) < 8:
-                time.sleep(0.01)
-            lead(link, "second")
-            app.renew()
-            assert long.result().json()["proper"]["tier"] == "users", "it began on the former run"
-            after = len(seen)
-            while len(seen) < after + 8:
-                time.sleep(0.01)
-            lead(link, "broken")
-            with pytest.raises(RunFolderError):
+        with ThreadPoolExecutor(5) as threads:
+            try:
+                work = [threads.submit(keep_asking) for _ in range(4)]
+                long = threads.submit(ask, 150)
+                while len(seen) < 8:
+                    time.sleep(0.01)
+                lead(link, "second")
                 app.renew()
-            assert ask(3).json()["proper"]["tier"] == "none", "the server goes on with the run that it has"
-        finally:
-            stop.set()
-        for each in work:
-            each.result()
-    assert {status for status, _ in seen} == {200}
-    assert {tier for _, tier in seen[:4]} == {"users"} and {tier for _, tier in seen[after + 4 :]} == {"none"}
-    server.should_exit = True
-    thread.join()
-    app.close()
-    bound.close()
+                assert long.result().json()["proper"]["tier"] == "users", "it began on the former run"
+                after = len(seen)
+                while len(seen) < after + 8:
+                    time.sleep(0.01)
+                lead(link, "broken")
+                with pytest.raises(RunFolderError):
+                    app.renew()
+                assert ask(3).json()["proper"]["tier"] == "none", "the server goes on with the run that it has"
+            finally:
+                stop.set()
+            for each in work:
+                each.result()
+        assert {status for status, _ in seen} == {200}
+        assert {tier for _, tier in seen[:4]} == {"users"} and {tier for _, tier in seen[after + 4 :]} == {"none"}
     assert opened == ["first", "second", "closed first", "broken", "closed second"]
 
 
@@ -124,15 +131,9 @@ def test_two_switches_at_once_close_no_run_that_is_in_use() -> None:
         closed.append(number)
 
     app = SwitchableApp(application)
-    server, bound = make_server(app, 10), free_port("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, args=([bound],))
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    url = f"http://127.0.0.1:{bound.getsockname()[1]}/number"
-    with ThreadPoolExecutor(3) as threads:
+    with served(app) as url, ThreadPoolExecutor(3) as threads:
         try:
-            slow = threads.submit(httpx.get, url, params={"slow": True}, timeout=60)
+            slow = threads.submit(httpx.get, f"{url}/number", params={"slow": True}, timeout=60)
             while app._current is None or not app._current.open:
                 time.sleep(0.01)
             switches = [threads.submit(app.renew) for _ in range(2)]  # SIGHUP was sent twice
@@ -142,9 +143,6 @@ def test_two_switches_at_once_close_no_run_that_is_in_use() -> None:
             release.set()
         for each in switches:
             each.result(60)
-        assert slow.result().json() == [0, False] and httpx.get(url).json() == [2, False] and closed == [0, 1]
-    server.should_exit = True
-    thread.join()
-    app.close()
-    bound.close()
+        assert slow.result().json() == [0, False] and closed == [0, 1]
+        assert httpx.get(f"{url}/number").json() == [2, False]
     assert closed == [0, 1, 2]

@@ -100,8 +100,8 @@ class FitWorker:
             # No claim is held on users who are fitted together, so a deletion has to wait for the end of this block.
             with working(self.users.parent), self.log.queue.lock():
                 _refuse_outdated(fitter)
-                waiting = {user for tenant, user in self.log.queue.waiting() if tenant == store.tenant}
-                left = [user for user in some if user in waiting]  # a worker may have fitted the others by now
+                states = ((user, self.log.queue.fit(store.tenant, user).state) for user in some)
+                left = [user for user, state in states if state in ("queued", "fitting")]  # a worker fitted the others
                 fit_many(fitter, store, self.log, left, placed, bar_of(on_progress))
                 for user in some:
                     while self._take(fitter, store.tenant, user, no_progress, even_if_not_due=False):

@@ -89,16 +89,17 @@ def _place(variant: DerivedRun, run: TrainedRun, home: Path, opened: dict[Path, 
 def _derived(variant: DerivedRun, config: Config, run: TrainedRun, home: Path, opened: dict[Path, Dataset]) -> Dataset:
     assert variant.derive is not None
     seed = run.seed if variant.seeded else None
-    read = [[stage.train_on, stage.max_tokens] for stage in (config.population, config.groups)]
-    made_of: list[object] = [
-        variant.name,
-        variant.derived_by,
-        run.dataset.sha256,
-        seed,
-        config.backbone,
+    first, second = config.population, config.groups
+    read = [first.train_on, first.max_tokens, first.sampling, second.train_on, second.max_tokens]
+    made_of: list[object] = [variant.name, variant.derived_by, run.dataset.sha256, seed, config.backbone]
+    made_of += [
         config.compute.max_length,
+        config.data.chat,
+        read,
+        config.users.max_items,
+        config.evaluation.seeds,
+        config.retrieval.model_dump(),
     ]
-    made_of += [config.data.chat, read, config.users.max_items, config.evaluation.seeds, config.retrieval.model_dump()]
     key = hash_value([*made_of, code_version("data", "methods/table.py", "methods/retrieved.py")])
     path = RunFolder(home).variant_data(f"{variant.name}-{key[:8]}")
     if path not in opened:
