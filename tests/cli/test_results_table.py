@@ -111,3 +111,10 @@ def test_one_user_has_no_interval() -> None:
     first, second = results_table(results)[1:]
     assert first == "  population  0.5000"
     assert second == "  groups      0.6000   +0.1000 against population, 20.0 % better, p = 1.000"
+
+
+def test_trivial_rows_that_are_not_beaten_are_said_below_their_task() -> None:
+    tasks = [{"name": name, "trivial": {"sentences": [f"{name} is beaten."]}} for name in ("one", "two")]
+    metrics = [metric("users", 0.5, task=name) for name in ("one", "two")]
+    lines = results_table({"metrics": metrics, "comparisons": [], "tasks": tasks})
+    assert [lines[2], lines[5]] == ["one is beaten.", "two is beaten."] and len(lines) == 6

@@ -130,6 +130,7 @@ def test_which_pairs_are_compared():
     ]  # fmt: skip
     assert default_pairs(["base", "population", "groups"]) == [("groups", "population"), ("groups", "base")]
     assert default_pairs(["rag", "oppu"]) == []
+    assert default_pairs(["base", "prior"]) == [("base", "prior")], "what is said of them needs a test"
     assert ("population", "lead") in default_pairs(["population", "groups", "lead"]), "text has no best constant"
     asked = build(pairs=[("groups", "population"), ("population", "users")])["comparisons"]
     assert [(row["method"], row["against"]) for row in asked if row["primary"]] == [

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proper.reports.formats import NO_BREAK, duration, p_text, percent, plain, plural, signed, size, span
+from proper.reports.html import gather
 from proper.reports.load import ReportedComparison, UserGain, load_run
 from proper.reports.narrative import gain_story, headline, outcome
 
@@ -99,10 +100,22 @@ def test_several_tasks_are_told_apart(render: Callable[[], Any], change: Change)
         for key in ("metrics", "comparisons"):
             results[key] += [{**row, "task": "letters"} for row in results[key]]
 
+        for row in (row for key in ("metrics", "comparisons") for row in results[key] if row["task"] == "letters"):
+            row.update(metric={"accuracy": "mae"}.get(row["metric"], row["metric"]), higher_is_better=False)
+            row.update(difference=-row.get("difference", 0))
+        size = {"kind": "classification", "target_users": 7, "queries": 70}
+        results["tasks"] = [{**results["task"]}, {"name": "letters", **size}]
+
     change(edit)
     page = render()
     assert "Letters, groups: a measurable gain" in page.text["header"] and "notes, users" in page.text["header"]
-    assert "notes: accuracy" in page.text["ladder"] and "letters: accuracy" in page.text["ladder"]
+    assert "notes: Population → Groups" in page.text["header"] and "letters: Population → Groups" in page.text["header"]
+    assert "7letters: target users" in page.text["header"] and "letters: queries70" in page.text["run"]
+    assert "notes: accuracy" in page.text["ladder"] and "letters: mean absolute error" in page.text["ladder"]
+    assert "notes: Users − Groups" in page.text["scores"] and "letters: Users − Groups" in page.text["scores"]
+    said = "methodmain metric", "Accuracy, higher is better; Mean absolute error, lower is better; best first"
+    assert all(each in page.text["scores"] for each in said)
+    assert "Task notes; users.json has the gains of all." in page.text["gains"]
 
 
 def users(gain: Callable[[int], float], tier: str = "users") -> list[UserGain]:
@@ -152,6 +165,25 @@ def test_the_headline_speaks_of_rows_without_a_model(
     summary, _ = headline(load_run(folder))
     assert summary.startswith(begins)
     assert ("Every stage improved" in summary) == praises
+
+
+def test_each_of_several_tasks_is_judged_by_its_own_trivial_rows_and_controls(folder: Path, change: Change) -> None:
+    def edit(results: dict[str, Any]) -> None:
+        for row in results["comparisons"]:
+            row.update(p_value=0.01, p_adjusted=0.01)
+        results["comparisons"] += [{**row, "task": "letters"} for row in results["comparisons"]]
+        own = [{**row, "task": "letters", "value": 0.3} for row in results["metrics"]]
+        results["metrics"] += [*own, {**own[0], "method": "prior", "value": 0.7}]
+        lost = {"trivial": trivial(wins=["prior"]), "personalization": {"not_beaten": ["users > swapped"]}}
+        results["tasks"] = [{"name": "notes", "trivial": trivial()}, {"name": "letters", **lost}]
+
+    change(edit)
+    said, _ = headline(load_run(folder))
+    assert said.startswith("letters: Better than Users (0.300), without a model: User prior (0.700). Letters, groups: ")
+    assert (
+        "notes: Users is better than every answer without a model. letters: No measurable gain over a control" in said
+    )
+    assert any("letters: Personalization cannot be claimed" in line for line in gather(load_run(folder))["claim"])
 
 
 def test_the_headline_names_the_controls_that_are_not_beaten(folder: Path, change: Change) -> None:

@@ -73,6 +73,28 @@ def test_the_page_tells_everything_of_one_user(stocked: Path, page_of: PageOf) -
     assert "21Users" in page.text["versions"] and "1–Groups" in page.text["versions"]
 
 
+def test_of_several_tasks_the_page_has_the_scores_of_the_first(
+    stocked: Path, page_of: PageOf, change: Callable[[Callable[[dict[str, Any]], None]], None]
+) -> None:
+    def edit(results: dict[str, Any]) -> None:
+        results["metrics"] += [{**row, "task": "letters", "value_users": 0.111} for row in results["metrics"]]
+        results["tasks"] = [{"name": "notes", "kind": "classification"}, {"name": "letters", "kind": "classification"}]
+
+    change(edit)
+    for path in (stocked / "predictions").iterdir():
+        rows = [{**json.loads(line), "task": "notes"} for line in path.read_text().splitlines()]
+        more = [{**row, "id": row["id"] + 300, "task": "letters", "loss": 9.0} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]))
+    page = page_of(stocked, "u1")
+    assert "Users0.4600.641" in page.text["gain"] and "0.111" not in page.text["gain"]
+    assert "queries, users1.250" in page.text["served"] and "notes: Gain in accuracy" in page.text["header"]
+    assert page.text["queries"].count("reference") == 10
+    users = json.loads((stocked / "users.json").read_text())
+    users["users"] = [row for row in users["users"] if row["user"] != "u1"]
+    (stocked / "users.json").write_text(json.dumps(users))
+    assert "The task notes has no queries of this user." in page_of(stocked, "u1").text["header"]
+
+
 def test_neighbours_are_the_largest_cosines(stocked: Path) -> None:
     person = load_user(load_run(stocked), "u30")
     # Both sides of the circle are equally near.

@@ -18,8 +18,9 @@ _STANDINGS = {"best": "   best", "tied": "   not significantly different from th
 
 
 def results_table(results: Mapping[str, Any]) -> list[str]:
-    """Return lines for a terminal: for each task a heading, then its methods in the order of `results`."""
+    """Return lines for a terminal: of each task a heading, its methods in the order of `results`, its trivial wins."""
     rows = [row for row in results.get("metrics", []) if row.get("primary")]
+    several = {row["name"]: row for row in results.get("tasks", [])}
     lines: list[str] = []
     for task in dict.fromkeys(row["task"] for row in rows):
         here = [row for row in rows if row["task"] == task]
@@ -35,6 +36,7 @@ def results_table(results: Mapping[str, Any]) -> list[str]:
         marks = [_STANDINGS.get(row.get("standing"), "") if set(map(_name, here)) - set(LADDER) else "" for row in here]
         kinds = ["   trivial" if row.get("trivial") else "" for row in here]
         lines += [f"{line}{kind}{mark}" for line, kind, mark in zip(shown, kinds, marks, strict=True)]
+        lines += several.get(task, {}).get("trivial", {}).get("sentences", [])
     return [*lines, *results.get("trivial", {}).get("sentences", [])]
 
 

@@ -78,7 +78,8 @@ def default_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
     """
     wanted = (*STEPS, ("users", "population"), *CONTROLS, *ABLATIONS, ("population", CONSTANT), ("population", LEAD))
     pairs = [pair for pair in wanted if set(pair) <= set(methods)]
-    ladder = [method for method in LADDER[1:] if method in methods]
+    # The backbone alone is a stage only where no other was evaluated.
+    ladder = [method for method in LADDER[1:] if method in methods] or [m for m in LADDER[:1] if m in methods]
     others = [method for method in methods if method not in ladder]
     forms = [(form, other) for form in FORMS if form in methods for other in others if other != form]
     return list(dict.fromkeys(pairs + [(ladder[-1], other) for other in others if ladder] + forms))

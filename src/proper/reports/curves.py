@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from proper.reports import charts
 from proper.reports.charts import NAMES, TICKS, Chart, canvas, color
-from proper.reports.formats import method_name, metric_name, plain, plural, signed, span
+from proper.reports.formats import method_name, metric_name, of_task, plain, plural, signed, span
 from proper.reports.load import CurvePoint, RunFiles
 from proper.reports.narrative import primary_metrics
 from proper.reports.reading import count, interval, number
@@ -167,7 +167,8 @@ def history_curves(run: RunFiles) -> list[Chart]:
     stages = [stage for stage in LADDER[1:] if stage in methods] or methods[:1]
     shared = _edges(slices, [method for method in methods if method != "base"] or methods)
     title = f"{metric_name(metric)} ({'higher' if higher else 'lower'} is better)"
-    found = [Chart("Against history length", _draw(slices, stages, shared, title), _caption(slices, stages))]
+    whole = of_task(run.first_task, "Against history length")
+    found = [Chart(whole, _draw(slices, stages, shared, title), _caption(slices, stages))]
     for method in (method for method in methods if method not in stages):
         # The bare backbone scores far from all other methods; on their scale its panel would be empty.
         edges = _edges(slices, [method, stages[-1]]) if method == "base" else shared

@@ -76,6 +76,11 @@ def method_name(method: str) -> str:
     return METHODS.get(method, method)
 
 
+def of_task(task: str, text: str) -> str:
+    """Return a text about one of several tasks; without a name, the text itself."""
+    return f"{task}: {text}" if task else text
+
+
 def metric_name(metric: str) -> str:
     """Return a metric's display name."""
     return METRICS.get(metric, metric)

@@ -60,7 +60,7 @@ def gather(run: RunFiles) -> dict[str, Any]:
         "tiles": _tiles(run),
         "ladders": _ladders(run),
         "methods": methods.methods_table(run),
-        "claim": methods.claim_story(run.part("personalization")),
+        "claim": _claims(run),
         "cost_quality": methods.cost_quality(run),
         "metrics": tables.metrics(run),
         "comparisons": tables.comparisons(run),
@@ -98,13 +98,20 @@ def _tiles(run: RunFiles) -> list[tuple[str, str]]:
     for task in dict.fromkeys(row.task for row in rows):
         values = {row.method: formats.plain(row.value) for row in rows if row.task == task}
         stages = [values[method] for method in LADDER[1:] if method in values]
-        name = next(row.metric for row in rows if row.task == task)
-        tiles.append((formats.metric_name(name), " → ".join(stages or values.values())))
-    metadata = run.part("task")
-    for name, key in (("target users", "target_users"), ("held-out queries", "queries")):
-        if (amount := metadata.get(key)) is not None:
-            tiles.append((name, f"{amount:,}" if isinstance(amount, int) else str(amount)))
+        name = formats.metric_name(next(row.metric for row in rows if row.task == task))
+        title = formats.of_task(task if run.first_task else "", name)
+        tiles.append((title, " → ".join(stages or values.values())))
+    for title, key in (("target users", "target_users"), ("held-out queries", "queries")):
+        for task, metadata in tables.sizes(run).items():
+            if (amount := metadata.get(key)) is not None:
+                tiles.append((formats.of_task(task, title), f"{amount:,}" if isinstance(amount, int) else str(amount)))
     return tiles
+
+
+def _claims(run: RunFiles) -> list[str]:
+    """Return whether the controls support a claim of personalization, task by task."""
+    found = [(task, methods.claim_story(mapping(part.get("personalization")))) for task, part in run.tasks.items()]
+    return [formats.of_task(task, sentence) for task, sentences in found for sentence in sentences]
 
 
 def _ladders(run: RunFiles) -> list[charts.Chart]:
@@ -130,7 +137,8 @@ def _gains(run: RunFiles) -> list[dict[str, Any]]:
         figure = figures.gains(run.gains, step, run.gain_metric)
         if figure:
             story, table = narrative.gain_story(run.gains, step), tables.who_gained(run.gains, step)
-            found.append({"figure": figure, "story": story, "table": table})
+            only = [f"Task {run.first_task}; users.json has the gains of all."] if run.first_task else []
+            found.append({"figure": figure, "story": [*only, *story], "table": table})
     return found
 
 

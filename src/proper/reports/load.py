@@ -122,6 +122,16 @@ class RunFiles:
         wanted = count(mapping(self.settings.get("evaluation")).get("examples"))
         return EXAMPLES if wanted is None else max(0, wanted)
 
+    @property
+    def tasks(self) -> dict[str, Mapping[str, Any]]:
+        """Each task's size, `trivial` and `personalization` by name; of a run of one task, its results under ""."""
+        return {str(row.get("name")): row for row in self.rows("tasks")} or {"": self.results}
+
+    @property
+    def first_task(self) -> str:
+        """Name of the first of several tasks, which `users.json` and the unnamed slices are of; else ""."""
+        return next(iter(self.tasks))
+
     def part(self, key: str) -> dict[str, Any]:
         """Return the mapping `key` of results.json; empty if it is absent."""
         return mapping(self.results.get(key))

@@ -19,7 +19,7 @@ from proper.files import write_text
 from proper.reports import charts
 from proper.reports.charts import NAMES, TICKS, Chart, canvas
 from proper.reports.figures import columns_with_values, hide_ticks
-from proper.reports.formats import method_name, metric_name, plain, plural, signed, size, span
+from proper.reports.formats import method_name, metric_name, of_task, plain, plural, signed, size, span
 from proper.reports.load import ReportedComparison, ReportedMetric, RunFiles, load_run
 from proper.reports.narrative import is_higher_better, lost_controls, outcome, primary_metrics, verdict
 from proper.reports.reading import count, mapping, number
@@ -49,15 +49,16 @@ def methods_table(run: RunFiles) -> Table | None:
     costs = {str(row.get("method")): row for row in run.rows("cost")}
     several = len({row.task for row in rows}) > 1
     lines = [_method_cells(run, row, costs.get(row.method, {}), several) for row in _ranked(rows)]
-    metric, better = metric_name(rows[0].metric), "higher" if rows[0].higher_is_better else "lower"
+    metrics = {metric_name(row.metric): "higher" if row.higher_is_better else "lower" for row in rows}
+    said = "; ".join(f"{metric[0].upper() + metric[1:]}, {better} is better" for metric, better in metrics.items())
     note = (
-        f"{metric[0].upper() + metric[1:]}, {better} is better; best first and bold. ≈: tied with the best, as "
+        f"{said}; best first and bold. ≈: tied with the best, as "
         "the 95 % interval of the difference, paired by user, contains 0. Not resolvable here: the difference is below "
         "the minimal detectable difference of these users and queries at 80 % power."
     )
     head = [
         "method",
-        metric,
+        next(iter(metrics)) if len(metrics) == 1 else "main metric",
         "95 % interval",
         "seeds",
         "difference",
@@ -71,7 +72,7 @@ def methods_table(run: RunFiles) -> Table | None:
 
 def _method_cells(run: RunFiles, row: ReportedMetric, cost: Mapping[str, Any], with_task: bool) -> list[str]:
     found = _against(run, row)
-    task = f"{row.task}: " if with_task else ""
+    task = f"{row.task}: " if with_task else ""  # before the bold name, so not by `of_task`
     return [
         Markup("{}{}").format(task, _marked(method_name(row.method), row.standing)),
         _marked(plain(row.value), row.standing),
@@ -110,7 +111,7 @@ def cost_quality(run: RunFiles) -> Chart | None:
     )
     caption += "methods that store nothing per user are drawn at the left end."
     legend = charts.keys([(index, method_name(row.method)) for index, row in enumerate(rows)])
-    return Chart("Cost against quality", drawing.svg + legend, caption)
+    return Chart(of_task(run.first_task, "Cost against quality"), drawing.svg + legend, caption)
 
 
 def _sizes_axis(axes: Axes, sizes: Sequence[float]) -> list[float]:
@@ -261,7 +262,7 @@ def _ablation(family: Family, rows: Sequence[ReportedMetric], run: RunFiles) -> 
         f"{len(named)} {family.what}; {better} is better, bars are 95 % intervals over users. Below: difference from "
         f"{method_name(family.own).lower()} of this run, in brackets where the test does not show one."
     )
-    return Chart(family.title, drawing.svg, caption)
+    return Chart(of_task(run.first_task, family.title), drawing.svg, caption)
 
 
 def _in_order(named: list[tuple[str, ReportedMetric]]) -> list[tuple[str, ReportedMetric]]:

@@ -13,9 +13,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-from proper.reports.formats import method_name, metric_name, p_text, percent, plain, plural, signed, size, span
+from proper.reports.formats import (
+    method_name,
+    metric_name,
+    of_task,
+    p_text,
+    percent,
+    plain,
+    plural,
+    signed,
+    size,
+    span,
+)
 from proper.reports.load import ReportedComparison, ReportedMetric, RunFiles, UserGain
-from proper.reports.reading import number
+from proper.reports.reading import mapping, number
 
 ALPHA = 0.05
 Outcome = Literal["gain", "loss", "none"]
@@ -56,16 +67,24 @@ def headline(run: RunFiles) -> tuple[str, list[Step]]:
     rows = [row for row in run.comparisons if row.primary and (row.method, row.against) in ladder]
     rows.sort(key=lambda row: (row.task, ladder.index((row.method, row.against))))
     steps = [_step(row, run) for row in rows]
-    summary = _with_trivial(_summary(rows, steps, run), run)
-    return " ".join([summary, *_controls(run)]), steps
+    bad, good = _trivial(run)
+    summary = _summary(rows, steps, run)
+    opened = summary[0].upper() + summary[1:] if bad else summary
+    return " ".join([*bad, opened, *good, *_controls(run)]), steps
 
 
-def _with_trivial(summary: str, run: RunFiles) -> str:
-    """Return the summary with the comparison with trivial rows: below them, a gain of a stage is no achievement."""
-    trivial = run.part("trivial")
+def _trivial(run: RunFiles) -> tuple[list[str], list[str]]:
+    """Return the comparisons with trivial rows, unfavourable and favourable: below them, a gain is no achievement."""
+    found = [(task, _against_trivial(mapping(part.get("trivial")), task, run)) for task, part in run.tasks.items()]
+    bad, good = ([of_task(task, both[at]) for task, both in found if both[at]] for at in (0, 1))
+    return bad, good
+
+
+def _against_trivial(trivial: Mapping[str, Any], task: str, run: RunFiles) -> tuple[str, str]:
+    """Return what to say before the summary and after it of one task; "" is nothing."""
     if not trivial:
-        return summary
-    values = {row.method: row.value for row in primary_metrics(run)}
+        return "", ""
+    values = {row.method: row.value for row in primary_metrics(run) if not task or row.task == task}
     stage, own = method_name(str(trivial["stage"])), values.get(str(trivial["stage"]))
 
     def shown(names: Sequence[str]) -> str:
@@ -76,15 +95,13 @@ def _with_trivial(summary: str, run: RunFiles) -> str:
         parts.append(f"Better than {stage} ({plain(own)}), without a model: {shown(trivial['wins'])}.")
     elif trivial["unclear"]:
         parts.append(f"{stage} ({plain(own)}) is not measurably better than {shown(trivial['unclear'])}.")
-    if parts:
-        return " ".join([*parts, summary[0].upper() + summary[1:]])
-    return f"{summary} {stage} is better than every answer without a model."
+    return (" ".join(parts), "") if parts else ("", f"{stage} is better than every answer without a model.")
 
 
 def _controls(run: RunFiles) -> list[str]:
     """Return a sentence on the controls that are not beaten: a gain that they have too is not personalization."""
-    lost = lost_controls(run.part("personalization") or {})
-    return [f"No measurable gain over a control: {lost}."] if lost else []
+    found = [(task, lost_controls(mapping(part.get("personalization")))) for task, part in run.tasks.items()]
+    return [of_task(task, f"No measurable gain over a control: {lost}.") for task, lost in found if lost]
 
 
 def lost_controls(claim: Mapping[str, Any]) -> str:
@@ -96,8 +113,8 @@ def lost_controls(claim: Mapping[str, Any]) -> str:
 def _summary(rows: Sequence[ReportedComparison], steps: Sequence[Step], run: RunFiles) -> str:
     if not steps:
         return "The stages were not compared, so the report has no gains."
-    trivial = run.part("trivial")
-    helped = not trivial or not (trivial["wins"] or trivial["undertrained"])
+    trivial = [mapping(part.get("trivial")) for part in run.tasks.values()]
+    helped = not any(each and (each["wins"] or each["undertrained"]) for each in trivial)
     if all(step.outcome == "gain" for step in steps) and helped:
         alone = f"{method_name(rows[0].method)} improved on the stage before."
         return "Every stage improved on the one before." if len(steps) > 1 else alone
@@ -127,7 +144,8 @@ def _step(row: ReportedComparison, run: RunFiles) -> Step:
     p = p_text(row.p_value if row.p_adjusted is None else row.p_adjusted)
     sure = f"difference {signed(row.difference)}, 95 % interval {span(row.interval, sign=True)}, {p}{adjusted}"
     better = "" if higher else " Lower is better."
-    title = f"{method_name(row.against)} → {method_name(row.method)}"
+    task = row.task if run.first_task else ""
+    title = of_task(task, f"{method_name(row.against)} → {method_name(row.method)}")
     return Step(row.task, title, result, percent(row.relative, sign=True), f"{opening}{change} ({sure}).{better}")
 
 

@@ -16,6 +16,7 @@ from proper.reports.formats import (
     mean_text,
     method_name,
     metric_name,
+    of_task,
     p_text,
     percent,
     plain,
@@ -96,9 +97,10 @@ def _counts(row: ReportedMetric) -> list[str]:
 def comparisons(run: RunFiles) -> Table | None:
     """Return every paired comparison with its verdict at p < .05, adjusted if its family was."""
     lines = []
+    several = len({row.task for row in run.comparisons}) > 1
     for row in sorted(run.comparisons, key=lambda row: not row.primary):
         result = verdict(row, is_higher_better(run, row.metric))
-        step = f"{method_name(row.method)} − {method_name(row.against)}"
+        step = of_task(row.task if several else "", f"{method_name(row.method)} − {method_name(row.against)}")
         values = [signed(row.difference), span(row.interval, sign=True), percent(row.relative, sign=True)]
         tests = [_p_cell(row.p_value), _p_cell(row.p_adjusted)]
         lines.append([step, metric_name(row.metric), *values, *tests, result])
@@ -216,20 +218,22 @@ def truth(values: dict[str, Any]) -> Table | None:
     return Table(["method", "oracle", "measured"], lines) if lines else None
 
 
+def sizes(run: RunFiles) -> dict[str, dict[str, Any]]:
+    """Return the kind and the size of each task by name; under "" those of a run of one task."""
+    return {name: dict(row) if name else run.part("task") for name, row in run.tasks.items()}
+
+
 def metadata(run: RunFiles) -> list[tuple[str, str]]:
     """Return the run's metadata: backbone, data, versions, device, time."""
-    about, task = run.part("run"), run.part("task")
-    history, seconds, versions = (
-        mapping(part) for part in (task.get("history"), about.get("seconds"), about.get("versions"))
-    )
-    lengths = [plain(number(history.get(name)), 0) for name in ("min", "median", "max")]
+    about = run.part("run")
+    seconds, versions = (mapping(about.get(part)) for part in ("seconds", "versions"))
     seeds = about.get("seeds")
+    of_tasks = {
+        of_task(name, title): value for name, task in sizes(run).items() for title, value in _size(task).items()
+    }
     rows = {
         "backbone": about.get("backbone"),
-        "task": task.get("kind"),
-        "target users": _whole(count(task.get("target_users"))),
-        "queries": _whole(count(task.get("queries"))),
-        "history, items": f"{lengths[0]} to {lengths[2]}, median {lengths[1]}" if history else None,
+        **of_tasks,
         "seeds": ", ".join(map(str, seeds)) if isinstance(seeds, list) else seeds,
         "privacy": _privacy(mapping(about.get("privacy"))),
         "device": about.get("device"),
@@ -238,6 +242,17 @@ def metadata(run: RunFiles) -> list[tuple[str, str]]:
         "data sha256": about.get("data_sha256"),
     }
     return [(name, str(value)) for name, value in rows.items() if value not in (None, "", "–")]
+
+
+def _size(task: dict[str, Any]) -> dict[str, Any]:
+    history = mapping(task.get("history"))
+    lengths = [plain(number(history.get(name)), 0) for name in ("min", "median", "max")]
+    return {
+        "task": task.get("kind"),
+        "target users": _whole(count(task.get("target_users"))),
+        "queries": _whole(count(task.get("queries"))),
+        "history, items": f"{lengths[0]} to {lengths[2]}, median {lengths[1]}" if history else None,
+    }
 
 
 def _privacy(values: dict[str, Any]) -> str:

@@ -57,7 +57,8 @@ class UserReport:
 
     Attributes:
         scores: the user's main metric by method, on the user's own queries.
-        losses: the user's mean answer loss on queries by stage, first seed, in nats per token.
+        losses: the user's mean answer loss on queries by stage, first seed, in nats per token. Of several tasks,
+            this and `gain`, `scores` and `queries` are of the first.
         history_loss: answer loss of method `users` on the user's newest history items, and the mean over all users.
         examples: all queries of the user with the answers of each stage, first seed.
     """
@@ -96,7 +97,7 @@ def load_user(run: RunFiles, user: str) -> UserReport:
         queries=gain.queries if gain else None,
         gain=gain,
         scores=scores,
-        losses=stage_losses(run.folder, user),
+        losses=stage_losses(run.folder, user, run.first_task),
         history_loss=_history_loss(run.folder, user),
         routed=next((row for row in run.routed if row.user == user), None),
         stored=stored,
@@ -164,11 +165,12 @@ def _means(store: AdapterStore, targets: set[str]) -> dict[str, float]:
     return {key: fmean(values) for key, values in found.items()}
 
 
-def stage_losses(folder: Path, user: str) -> dict[str, float]:
-    """Return a user's mean answer loss on queries by stage, first seed, in nats per token."""
+def stage_losses(folder: Path, user: str, task: str = "") -> dict[str, float]:
+    """Return a user's mean answer loss on the queries of a task by stage, first seed, in nats per token."""
     found = {}
     for stage in LADDER:
-        rows = (row for row in read_lines(RunFolder(folder).predictions_of(stage)) if row.get("user") == user)
+        lines = read_lines(RunFolder(folder).predictions_of(stage))
+        rows = (row for row in lines if row.get("user") == user and (row.get("task") or "") == task)
         losses = [number(row.get("loss")) for row in rows]
         known = [loss for loss in losses if loss is not None]
         if known:

@@ -15,9 +15,9 @@ from proper.files import write_text
 from proper.reports import charts
 from proper.reports.charts import NAMES, TICKS, Canvas, Chart, canvas, color
 from proper.reports.figures import hide_ticks
-from proper.reports.formats import method_name, metric_name, plain, plural, safe_name, signed, size
+from proper.reports.formats import method_name, metric_name, of_task, plain, plural, safe_name, signed, size
 from proper.reports.html import render
-from proper.reports.load import RoutedUser, RunFiles, UserGain, load_run
+from proper.reports.load import ReportedMetric, RoutedUser, RunFiles, UserGain, load_run
 from proper.reports.narrative import gain_of, is_higher_better
 from proper.reports.reading import number
 from proper.reports.tables import Table
@@ -81,6 +81,8 @@ def _tier(report: UserReport) -> str:
 
 
 def _summary(run: RunFiles, report: UserReport) -> str:
+    if report.gain is None and report.examples:
+        return f"The task {run.first_task} has no queries of this user."
     if report.gain is None:
         return "Not a target user: the run has no queries of this user."
     names = ((Stage.GROUPS, "group model"), (Stage.USERS, "user adapter"))
@@ -88,7 +90,7 @@ def _summary(run: RunFiles, report: UserReport) -> str:
     if not gains:
         return "The stages to compare were not scored."
     steps = ", ".join(f"{name} {signed(gain)}" for name, gain in gains)
-    return f"Gain in {metric_name(run.gain_metric)} on this user's queries: {steps}."
+    return of_task(run.first_task, f"Gain in {metric_name(run.gain_metric)} on this user's queries: {steps}.")
 
 
 def _tiles(report: UserReport) -> list[tuple[str, str]]:
@@ -132,21 +134,27 @@ def _losses(run: RunFiles, report: UserReport) -> Table | None:
         lines.append(["held-out history after each pass", passes, ""])
     if report.history_loss is not None:
         lines.append(["newest items of the history, trained on", *map(plain, report.history_loss)])
-    all_users = {row.method: row.value_users for row in run.metrics if row.metric == "loss"}
+    all_users = {row.method: row.value_users for row in _of_first_task(run) if row.metric == "loss"}
     for stage in LADDER:
         if stage in report.losses:
             lines.append(
                 [f"queries, {method_name(stage).lower()}", plain(report.losses[stage]), plain(all_users.get(stage))]
             )
     note = "In nats per answer token; lower is better. On queries: this user in the first seed, all users over seeds."
-    return Table(["answer loss", "this user", "mean of users"], lines, frozenset({0}), note) if lines else None
+    head = [of_task(run.first_task, "answer loss"), "this user", "mean of users"]
+    return Table(head, lines, frozenset({0}), note) if lines else None
+
+
+def _of_first_task(run: RunFiles) -> list[ReportedMetric]:
+    """Return the metrics of the task that the user's own scores and losses are of."""
+    return [row for row in run.metrics if not run.first_task or row.task == run.first_task]
 
 
 def _scores(run: RunFiles, report: UserReport) -> Table | None:
     """Return every method's score on this user's queries, beside the mean over all users."""
     if not report.scores:
         return None
-    rows = {row.method: row for row in run.metrics if row.metric == run.gain_metric}
+    rows = {row.method: row for row in _of_first_task(run) if row.metric == run.gain_metric}
     lines = []
     for method, value in report.scores.items():
         usual = rows[method].value_users if method in rows else None
@@ -155,6 +163,7 @@ def _scores(run: RunFiles, report: UserReport) -> Table | None:
         )
     better = "higher" if is_higher_better(run, run.gain_metric) else "lower"
     note = f"{metric_name(run.gain_metric)}, {better} is better; over seeds. No interval: one user is one observation."
+    note = of_task(run.first_task, note)
     return Table(["method", "this user", "mean of users", "difference"], lines, frozenset({0}), note)
 
 

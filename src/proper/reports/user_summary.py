@@ -187,7 +187,8 @@ def _queries(folder: Path, user: str) -> dict[str, Any] | None:
     row = next((row for row in objects(scores.get("users")) if row.get("user") == user), None)
     if row is None:
         return None
-    values, losses = mapping(row.get("values")), stage_losses(folder, user)
+    task = next(iter(mapping(scores.get("tasks"))), "")  # of several, the rows are the first one's
+    values, losses = mapping(row.get("values")), stage_losses(folder, user, task)
     return {
         "metric": scores.get("metric"),
         "higher_is_better": scores.get("higher_is_better") is not False,
