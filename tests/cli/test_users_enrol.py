@@ -147,6 +147,7 @@ def until(log: InteractionLog, user: str, right: Callable[[Fit], bool]) -> Fit:
 MANY = [LogEntry(f"Thing number {at}?", ("yes", "no")[at % 2]) for at in range(60)]
 
 
+@pytest.mark.slow  # two processes that load the model, and a long fit
 def test_a_worker_killed_in_a_fit_goes_on_and_ends_the_same(run: Path, tmp_path: Path, start: Start) -> None:
     with closing(InteractionLog(run / "users")) as log:
         log.append("", "ann", MANY)

@@ -168,7 +168,8 @@ class _Ended(BaseException):
 
 def _watch(folder: Path, parent: int | None) -> None:
     if parent is not None:
-        os.nice(10)  # requests of the server have priority
+        # Requests of the server have priority. With 10 a fit got a tenth of a core where other work has the others.
+        os.nice(5)
 
     def end(*_: Any) -> None:
         raise _Ended

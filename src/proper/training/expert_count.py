@@ -20,8 +20,6 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
-from sklearn.metrics import silhouette_samples
 from torch import Tensor
 
 from proper.config import Config, GroupsConfig
@@ -66,6 +64,10 @@ def count_experts(scores: Float[Tensor, "U K"], most: int, default: int) -> Expe
     Returns:
         The `default` if there are too few users or the silhouettes show no substantial structure.
     """
+    # Here, since importing sklearn takes 1.5 s of CPU time that most commands would pay for nothing.
+    from sklearn.cluster import KMeans  # noqa: PLC0415
+    from sklearn.metrics import silhouette_samples  # noqa: PLC0415
+
     own: dict[int, FloatArray] = {}
     points = scores.double().numpy()
     distinct = len(np.unique(points, axis=0))
