@@ -121,6 +121,10 @@ def test_a_dataset_that_is_loaded_by_id_streams(tmp_path: Path) -> None:
 
 def test_what_is_not_there_or_not_known_is_said(tmp_path: Path) -> None:
     (tmp_path / "data.txt").write_text("a,b")
+    (tmp_path / "rows").write_bytes(b"PAR1\0\0")
+    (tmp_path / "rows.sqlite").write_bytes(b"SQLite format 3\0\x10\0")
+    (tmp_path / "array.json").write_text('\ufeff[{"user_id": "u"}]')
+    (tmp_path / "lines.json").write_text('[\n  {"user_id": "u"},\n  {"user_id": "v"}\n]')
     for name in ("data.zip", "rows.parquet.gz", "rows.zst"):
         (tmp_path / name).touch()
     (tmp_path / "none").mkdir()
@@ -131,6 +135,10 @@ def test_what_is_not_there_or_not_known_is_said(tmp_path: Path) -> None:
         "missing.jsonl": "no such file or folder (data.path)",
         "missing": "no such file or folder (data.path)",
         "data.txt": "format not known by its name; set data.format to jsonl, csv or parquet",
+        "rows": "format not known by its name; set data.format to jsonl, csv or parquet",
+        "rows.sqlite": "not a text file and no Parquet; convert it to JSONL, CSV or Parquet",
+        "array.json": "one JSON array, expected one JSON object per line; 'jq -c .[] FILE' writes such lines",
+        "lines.json": "one JSON array, expected one JSON object per line; 'jq -c .[] FILE' writes such lines",
         "data.zip": "a .zip file is not read; unpack it first",
         "rows.parquet.gz": "a .gz file is not read; unpack it first",
         "rows.zst": "format not known by its name; set data.format to jsonl or csv",

@@ -99,10 +99,22 @@ def _advice(path: Path) -> str:
     """Return advice for a file whose name matches no supported format."""
     ending = path.suffix.lower()
     if ending not in _ARCHIVES:
+        if path.is_file() and _is_binary(path):  # a pipe would not end
+            return "not a text file and no Parquet; convert it to JSONL, CSV or Parquet"
         return "format not known by its name; set data.format to jsonl, csv or parquet"
     if ending in PACKED and not path.name.lower().removesuffix(ending).endswith(_ENDINGS["parquet"]):
         return "format not known by its name; set data.format to jsonl or csv"
     return f"a {ending} file is not read; unpack it first"
+
+
+def _is_binary(path: Path) -> bool:
+    """Return whether a file is neither text nor Parquet, as spreadsheets, SQLite and Arrow files are."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4096)
+    except OSError:
+        return False  # opening it in a named format gives the reason
+    return b"\0" in start and not start.startswith(b"PAR1")
 
 
 def _files(folder: Path, kind: str) -> list[Path]:

@@ -14,6 +14,7 @@ import json
 import lzma
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,8 +36,20 @@ _FIELD = 1 << 24
 """Maximum characters of a CSV cell: an unclosed quote must not read the rest of the file into memory."""
 
 
+_ARRAY = re.compile(rb"\s*\[\s*(\{|$)")
+"""How a file begins that is one JSON array of rows."""
+
+
 def jsonl_source(file: Path) -> Source:
-    """Open a JSONL file; its columns are the keys of its first rows."""
+    """Open a JSONL file; its columns are the keys of its first rows.
+
+    Raises:
+        DataError: the file cannot be read, or is one JSON array.
+    """
+    with _opened(file) as lines:
+        first = next((line for line in lines if line.strip()), b"")
+    if _ARRAY.match(first.removeprefix(BOM_UTF8)):
+        raise DataError(f"{file}: one JSON array, expected one JSON object per line; 'jq -c .[] FILE' writes such lines")
     columns = tuple(_keys(islice(json_rows(file), _HEAD)))
     return Source(
         str(file), columns or None, lambda wanted: json_rows(file), every_column=lambda: _keys(json_rows(file))
