@@ -225,6 +225,9 @@ def test_presets_say_what_the_paper_and_its_code_do() -> None:
         ("groups.exprts=3", "unknown key 'groups.exprts'; did you mean 'experts'?"),
         ("groups..experts=3", "unknown key 'groups.'"),
         ("data.path=caf\udce9.jsonl", "--set data.path: the value is not UTF-8"),
+        ("data.path=''", "'data.path': empty"),
+        ("data.train_without=''", "'data.train_without': empty"),
+        ("backbone=''", "'backbone': empty"),
     ],
 )
 def test_a_bad_override_is_named(tmp_path: Path, override: str, message: str) -> None:

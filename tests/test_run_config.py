@@ -46,6 +46,10 @@ def test_a_run_continues_from_the_folder_where_it_was_started(place: Path) -> No
     assert claim(place / "run", config()) == before
     with pytest.raises(RunFolderError, match="groups.experts is 5 there and 3 here"):
         claim(place / "run", config(groups={"experts": 3}))
+    with pytest.raises(RunFolderError, match="groups.user_encoder is true there and false here"):
+        claim(place / "run", config(groups={"user_encoder": False}))
+    with pytest.raises(RunFolderError, match="split.max_queries is null there and 20 here"):
+        claim(place / "run", config(split={"max_queries": 20}))
 
 
 def test_a_name_of_a_backbone_stays_a_name(place: Path) -> None:

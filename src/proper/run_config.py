@@ -173,5 +173,10 @@ def _difference(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -
             if inner is not None:
                 return inner
         elif other != value:
-            return f"{name} is {other!r} there and {value!r} here"
+            return f"{name} is {_shown(other)} there and {_shown(value)} here"
     return None
+
+
+def _shown(value: object) -> str:
+    """Return a value as a config writes it."""
+    return {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | None) else repr(value)

@@ -108,6 +108,14 @@ def test_a_saved_dataset_gives_the_part_and_the_names_of_classes(tmp_path: Path)
     assert refused(tmp_path / "parts", part="tst") == (
         f"{tmp_path / 'parts'}: no part 'tst' (data.part); did you mean 'test'?"
     )
+    assert refused(tmp_path / "one", part="test") == (
+        f"data.part: 'test': {tmp_path / 'one'} is one data set without parts"
+    )
+    for name in ("one", "parts"):
+        why = f"{tmp_path / name} is a saved data set, which has no configurations"
+        assert refused(tmp_path / name, name="small") == f"data.name: 'small': {why}"
+    datasets.Dataset.from_dict(columns, features=features, split="test").save_to_disk(tmp_path / "test")
+    assert len(read(tmp_path / "test", part="test", **settings)) == 2
 
 
 @pytest.mark.usefixtures("quiet")
@@ -137,8 +145,8 @@ def test_what_is_not_there_or_not_known_is_said(tmp_path: Path) -> None:
         "data.txt": "format not known by its name; set data.format to jsonl, csv or parquet",
         "rows": "format not known by its name; set data.format to jsonl, csv or parquet",
         "rows.sqlite": "not a text file and no Parquet; convert it to JSONL, CSV or Parquet",
-        "array.json": "one JSON array, expected one JSON object per line; 'jq -c .[] FILE' writes such lines",
-        "lines.json": "one JSON array, expected one JSON object per line; 'jq -c .[] FILE' writes such lines",
+        "array.json": "one JSON array, expected one JSON object per line (jq -c .[] FILE)",
+        "lines.json": "one JSON array, expected one JSON object per line (jq -c .[] FILE)",
         "data.zip": "a .zip file is not read; unpack it first",
         "rows.parquet.gz": "a .gz file is not read; unpack it first",
         "rows.zst": "format not known by its name; set data.format to jsonl or csv",

@@ -65,6 +65,13 @@ class DataConfig(Section):
         """Whether the data files define which rows are queries."""
         return self.format in GIVEN_FORMATS
 
+    @field_validator("path", "train_without")
+    @classmethod
+    def _names_a_file(cls, path: str | None) -> str | None:
+        if path is not None and not path.strip():
+            raise ValueError("empty")  # as a path, it would be the current folder
+        return path
+
     @field_validator("task", mode="before")
     @classmethod
     def _spelling(cls, task: object) -> object:

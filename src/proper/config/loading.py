@@ -152,7 +152,7 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     sections = [(data, key) for data in found for key in ("path", "train_without")]
     for section, key in [*sections, (raw, "backbone")]:
         value = section.get(key)
-        if isinstance(value, str) and not os.path.exists(value) and os.path.exists(folder / value):
+        if isinstance(value, str) and value.strip() and not os.path.exists(value) and os.path.exists(folder / value):
             section[key] = str((folder / value).resolve())
 
 

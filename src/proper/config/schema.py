@@ -25,7 +25,8 @@ class SplitConfig(Section):
 
     Attributes:
         target_users: number of users who get adapters and queries: those with the longest histories.
-        min_history: minimum number of history rows of a target user, in addition to the queries.
+        min_history: minimum number of history rows of a target user, in addition to the queries; `shared_items` may
+            leave some of them out afterwards.
         queries: share of a target user's rows that become queries.
         by: how queries are chosen: each user's newest rows, all rows after one date, whole items, or at random.
         shared_items: whether a row may be trained on if its item or input is a query of any user; `auto` is `exclude`
@@ -214,6 +215,13 @@ class Config(Section):
         """Return this config with the data section of every task changed."""
         tasks = {name: one.model_copy(update={"data": change(one.data)}) for name, one in self.tasks.items()}
         return self.model_copy(update={"data": change(self.data), "tasks": tasks})
+
+    @field_validator("backbone")
+    @classmethod
+    def _names_a_backbone(cls, backbone: str) -> str:
+        if not backbone.strip():
+            raise ValueError("empty")
+        return backbone
 
     @model_validator(mode="before")
     @classmethod

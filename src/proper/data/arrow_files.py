@@ -57,7 +57,7 @@ def huggingface_source(config: DataConfig, path: Path) -> Source:
     """Open a Hugging Face dataset: a folder that `save_to_disk` wrote, a folder of files, or a name on the hub.
 
     Raises:
-        DataError: the dataset cannot be read, or has no part `data.part`.
+        DataError: the dataset cannot be read, has no part `data.part`, or is a saved one that has no configurations.
         MissingExtraError: the extra `data` is not installed.
     """
     missing = "" if path.exists() else "no such file or folder, and "
@@ -67,6 +67,7 @@ def huggingface_source(config: DataConfig, path: Path) -> Source:
     try:
         if is_saved_dataset(path):
             dataset = datasets.load_from_disk(str(path))
+            _require_no_choice(config, dataset)
         else:
             name = str(path) if path.is_dir() else config.path
             dataset = datasets.load_dataset(name, config.name, split=config.part, streaming=True)
@@ -84,6 +85,15 @@ def huggingface_source(config: DataConfig, path: Path) -> Source:
         message = f"{config.path}: {missing}not readable as a Hugging Face dataset: {_first_line(error)}"
         raise DataError(message) from error
     return Source(config.path, tuple(columns) or None, lambda wanted: _dataset_rows(dataset, wanted, config.path))
+
+
+def _require_no_choice(config: DataConfig, saved: Any) -> None:
+    """Raise DataError if the config chooses a part or configuration that a saved data set does not have."""
+    if config.name is not None:
+        raise DataError(f"data.name: {config.name!r}: {config.path} is a saved data set, which has no configurations")
+    usual = DataConfig.model_fields["part"].default
+    if not isinstance(saved, dict) and config.part not in (usual, str(saved.split)):
+        raise DataError(f"data.part: {config.part!r}: {config.path} is one data set without parts")
 
 
 def _dataset_rows(dataset: Any, wanted: Sequence[str], name: str) -> Iterator[tuple[int, Row | str]]:

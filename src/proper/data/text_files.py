@@ -49,7 +49,7 @@ def jsonl_source(file: Path) -> Source:
     with _opened(file) as lines:
         first = next((line for line in lines if line.strip()), b"")
     if _ARRAY.match(first.removeprefix(BOM_UTF8)):
-        raise DataError(f"{file}: one JSON array, expected one JSON object per line; 'jq -c .[] FILE' writes such lines")
+        raise DataError(f"{file}: one JSON array, expected one JSON object per line (jq -c .[] FILE)")
     columns = tuple(_keys(islice(json_rows(file), _HEAD)))
     return Source(
         str(file), columns or None, lambda wanted: json_rows(file), every_column=lambda: _keys(json_rows(file))
