@@ -102,12 +102,14 @@ def test_only_users_and_seeds_of_both_are_paired(make: Callable[..., Path]) -> N
 
 
 def test_what_cannot_be_paired_says_why_and_keeps_its_values(make: Callable[..., Path]) -> None:
-    one, other = make("one", {"users": 0.9, "groups": 0.7}), make("other", {"users": 0.5, "groups": 0.7})
+    one, other = (make(name, {"users": 0.9, "groups": 0.7, "base": 0.2}) for name in ("one", "other"))
     (other / "seeds" / "1" / "predictions" / "users.jsonl").unlink()
+    for folder in (one, other):  # what needs no training is answered once
+        (folder / "seeds" / "1" / "predictions" / "base.jsonl").unlink()
     found = compare_runs(one, other, EFFORT)
     assert found["missing"] == {"users": "other keeps no predictions of seed 1"}
     row = next(row for row in found["rows"] if row["method"] == "users")
-    assert row["difference"] is None and row["first"]["value"] > row["second"]["value"]
+    assert row["difference"] is None and row["first"]["value"] == row["second"]["value"] > 0.5
     (one / "data.sqlite").unlink()
     assert set(compare_runs(one, other, EFFORT)["missing"].values()) == {"its prepared data is missing"}
 

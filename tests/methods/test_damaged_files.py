@@ -44,6 +44,8 @@ def second_line(text: str) -> Callable[[str], str]:
         ("predictions/groups.jsonl", second_line(PREDICTION), "groups.jsonl:2: not a prediction: Invalid JSON"),
         ("predictions/groups.jsonl", second_line(PREDICTION + "[]}"), "groups.jsonl:2: not a prediction: prediction:"),
         ("predictions/groups.jsonl", second_line(PREDICTION + '"\x00'), "groups.jsonl:2: not a prediction: Invalid"),
+        ("predictions/groups.jsonl", replaced(""), "groups.jsonl: holds 0 of 9 predictions; remove it"),
+        ("predictions/groups.jsonl", lambda text: text.partition("\n")[0] + "\n", "groups.jsonl: holds 1 of 9"),
         ("analysis.json", replaced("[]"), "analysis.json: holds a list, not a JSON object; remove it"),
         ("groups/stage.json", lambda text: text.replace("seconds", "s"), "groups/stage.json: key 'seconds' is missing"),
     ],

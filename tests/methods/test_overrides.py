@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from proper.data.derived.views import keep_asking, shorten_histories
 from proper.errors import ConfigError, DataError
 from proper.methods.derived_runs import varied
 from proper.methods.overrides import split_name
-from proper.methods.table import known_methods
+from proper.methods.table import known_methods, require_targets
 
 
 def test_names_with_changes_are_split() -> None:
@@ -43,6 +44,34 @@ def test_names_with_changes_are_split() -> None:
 def test_impossible_changes_are_named(name: str, says: str, settings: Callable[..., Config]) -> None:
     with pytest.raises(ConfigError, match=says.replace("[", r"\[")):
         known_methods([name], settings())
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("users-paper", "users.router: paper is trained on all users"),
+        ("groups[groups.experts=8][groups.max_tokens=999]", "groups.max_tokens: 999"),
+        ("groups-shared-e", "one user's, whom privacy would clip as one"),
+    ],
+)
+def test_what_privacy_excludes_is_refused_before_training(
+    name: str, says: str, settings: Callable[..., Config]
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        known_methods([name], settings(privacy={"noise_multiplier": 1.0}))
+
+
+def test_a_method_that_trains_on_others_needs_some(
+    settings: Callable[..., Config], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["released", "population[population.train_on=others]"]
+    with Dataset.open(run / "data.sqlite") as dataset:
+        require_targets(known_methods(names, settings()), dataset)
+        targets = list(dataset.users("target"))
+        monkeypatch.setattr(dataset, "users", lambda role=None: iter(() if role == "other" else targets))
+        for name in names:
+            with pytest.raises(DataError, match=re.escape(f"'{name}' trains population on users who are not targets")):
+                require_targets(known_methods(["oppu", name], settings()), dataset)
 
 
 def test_what_a_change_does_not_touch_is_the_run_s_own(settings: Callable[..., Config]) -> None:

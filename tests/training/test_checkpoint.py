@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
+from proper.errors import RunFolderError
 from proper.training.checkpoint import Checkpoint, adamw_tensors, resume_adamw, seed_of
 
 
@@ -24,6 +26,10 @@ def test_a_file_that_is_replaced_as_a_whole(tmp_path: Path) -> None:
     checkpoint.save({"b": torch.zeros(1)}, {"step": 2})
     held = checkpoint.load()
     assert held is not None and held[1] == {"step": 2} and list(held[0]) == ["b"]
+    checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:-1])
+    for read in (checkpoint.load, checkpoint.metadata):
+        with pytest.raises(RunFolderError, match=r"stage.checkpoint: damaged .*; remove it, and its part"):
+            read()
     checkpoint.remove()
     checkpoint.remove()
     assert checkpoint.load() is None and list(tmp_path.iterdir()) == []

@@ -117,7 +117,7 @@ class EvaluationConfig(Section):
     Attributes:
         methods: methods of the table; see `proper evaluate`.
         seeds: a run of all stages for each; results are averaged per user first.
-        resamples: bootstrap resamples and permutations of the statistics.
+        resamples: bootstrap resamples of the intervals; paired tests always draw 10,000 permutations.
         examples: answers shown in the report.
         slices: subsets of users and queries that are scored too: all, or some of history-q1 to history-q4, bottom-100,
             under-10, new-to-groups, items-seen-by-others and items-unseen-by-others.

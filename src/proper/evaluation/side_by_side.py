@@ -15,12 +15,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from proper.data.dataset import Dataset
 from proper.errors import DataError, RunFolderError
+from proper.evaluation.comparisons import TRIVIAL
 from proper.evaluation.metrics import TASK_METRICS, Prediction, TaskInfo, TaskKind
 from proper.evaluation.results import Effort, plain
 from proper.evaluation.runner import read_predictions
 from proper.evaluation.statistics import compare, holm, user_scores
 from proper.json_records import REMOVE_IT, first_problem, read_record
-from proper.run_folder import RunFolder
+from proper.run_folder import RunFolder, Tier
 
 COMPARED = (
     *("difference", "relative", "ci95", "p_value", "p_adjusted", "test", "resolvable", "users", "queries"),
@@ -95,9 +96,12 @@ class RunSide:
         return [int(seed) for seed in self.results["run"]["seeds"]]
 
     def predictions(self, method: str, seed: int) -> list[Prediction] | None:
-        """Return a method's predictions of one seed; None if they were not kept."""
-        run = RunFolder(self.folder)
-        path = (run if seed == self.seeds[0] else run.seed(seed)).predictions_of(method)
+        """Return a method's predictions of one seed; None if they were not kept.
+
+        Methods without training answer once for all seeds, in the folder of the first.
+        """
+        run, first = RunFolder(self.folder), seed == self.seeds[0] or method.partition("[")[0] in (Tier.BASE, *TRIVIAL)
+        path = (run if first else run.seed(seed)).predictions_of(method)
         return read_predictions(path) if path.is_file() else None
 
 

@@ -17,6 +17,7 @@ from proper.config import Config
 from proper.data.dataset import Dataset
 from proper.data.derived.views import cut_queries
 from proper.data.one_task import one_task
+from proper.errors import RunFolderError
 from proper.evaluation.fingerprint import code_version
 from proper.evaluation.harness import MethodSpec
 from proper.evaluation.runner import MethodRun, read_predictions, write_predictions
@@ -87,6 +88,9 @@ def answered(method: Method, place: TrainedRun, run_folder: RunFolder, *, label_
     """Return a method's predictions: those cached in the run folder if their inputs are the same, else new ones.
 
     The labels' scores are left out, since all methods' predictions are in memory at once, unless they are asked for.
+
+    Raises:
+        RunFolderError: the file of cached predictions is damaged.
     """
     path = run_folder.predictions_of(method.name)
     beside = path.with_suffix(".json")
@@ -94,14 +98,24 @@ def answered(method: Method, place: TrainedRun, run_folder: RunFolder, *, label_
     if path.exists() and beside.exists():
         made = read_record(beside, REMOVE_IT, key=str, seconds=NUMBER, tokens=int)
         if made["key"] == key:
+            found = read_predictions(path, label_scores=label_scores)
+            _require_whole(path, len(found), made.get("answers"))
             logger.info(f"evaluate: {method.name} (seed {place.seed}) reuses its predictions")
-            return MethodRun(read_predictions(path, label_scores=label_scores), made["seconds"], made["tokens"])
+            return MethodRun(found, made["seconds"], made["tokens"])
     beside.unlink(missing_ok=True)
     run = _each_task(method, place)
     give_back_memory()
     write_predictions(path, run.predictions)
-    write_json(beside, {"key": key, "seconds": run.seconds, "tokens": run.tokens})
+    record = {"key": key, "seconds": run.seconds, "tokens": run.tokens, "answers": len(run.predictions)}
+    write_json(beside, record)
     return run if label_scores else replace(run, predictions=[replace(p, label_scores=None) for p in run.predictions])
+
+
+def _require_whole(path: Path, found: int, written: int | None) -> None:
+    """Check that a file still has the predictions that were written; older runs do not say how many."""
+    if not found or (written is not None and found != written):
+        of = "" if written is None else f" of {written}"
+        raise RunFolderError(f"{path}: holds {found}{of} predictions; {REMOVE_IT}")
 
 
 def _each_task(method: Method, place: TrainedRun) -> MethodRun:

@@ -81,6 +81,7 @@ class Method:
         needs: what the task must have: labels or ratings, or free text.
         on_all_tasks: whether it can answer the tasks of a run of several.
         targets: smallest number of target users (0: any); controls that exchange users need two.
+        pools_users: whether its training takes all rows as one user's.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Method:
     needs: Needs = "nothing"
     on_all_tasks: bool = False
     targets: int = 0
+    pools_users: bool = False
 
     def obstacle_in(self, config: Config) -> str | None:
         """Return why the method cannot answer any task of a config; None if it can.
@@ -100,6 +102,8 @@ class Method:
         """
         if config.tasks and not self.on_all_tasks:
             return f"'{self.name}' needs a run of one task"
+        if config.privacy.on and self.pools_users:
+            return f"'{self.name}' trains on all rows as one user's, whom privacy would clip as one; leave it out"
         found = [self.obstacle(one.task) for one in config.each_task.values()]
         return None if None in found else found[0]
 

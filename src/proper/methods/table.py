@@ -16,6 +16,7 @@ from proper.data.derived.views import SINGLE_USER, shuffle_users
 from proper.errors import ConfigError, DataError, did_you_mean
 from proper.evaluation.comparisons import TRIVIAL
 from proper.export.converted_models import STATIC_EXPORT, USERS_INT8
+from proper.methods.derived_runs import varied
 from proper.methods.end_to_end import answer_end_to_end, train_end_to_end, train_equal_steps
 from proper.methods.head import HEAD, with_head
 from proper.methods.ladder import as_another, as_itself, as_one, exported, in_eight_bits, train_one_user, train_stages
@@ -77,7 +78,8 @@ def known_methods(names: Sequence[str], config: Config) -> list[Method]:
     """Return methods by their names, with the overrides in brackets applied (`overrides.change`).
 
     Raises:
-        ConfigError: a name is unknown, an override is impossible, or the task has not what the method needs.
+        ConfigError: a name is unknown, an override is impossible, the task has not what the method needs, or the config
+            excludes its settings.
     """
     known = _registered(config)
     found = []
@@ -89,6 +91,8 @@ def known_methods(names: Sequence[str], config: Config) -> list[Method]:
         if obstacle is not None:
             raise ConfigError(f"evaluation.methods: {obstacle}")
         found.append(change(known[name], changes, config) if changes else known[name])
+        if (variant := found[-1].variant) is not None:
+            varied(config, variant)  # refuses its settings before anything is trained
     return found
 
 
@@ -106,13 +110,20 @@ def table_methods(names: Sequence[str], config: Config) -> list[Method]:
 
 
 def require_targets(methods: Sequence[Method], dataset: Dataset) -> None:
-    """Check that the data has as many target users as each method needs.
+    """Check that the data has as many target users as each method needs, and others if it trains on these.
 
     Raises:
         DataError: it has fewer.
     """
     targets = sum(1 for _ in dataset.users("target"))
+    others = any(user.history for user in dataset.users("other"))
     for method in methods:
+        first = method.variant.settings.get("population", {}) if method.variant is not None else {}
+        if first.get("train_on") == "others" and not others:
+            raise DataError(
+                f"evaluation.methods: '{method.name}' trains population on users who are not targets, and this data "
+                "has no row of such a user; leave it out, or lower split.target_users"
+            )
         if targets < method.targets:
             raise DataError(
                 f"evaluation.methods: '{method.name}' needs at least {method.targets} target users; this data has "
@@ -176,6 +187,7 @@ def _controls(config: Config) -> list[Method]:
             as_one(Tier.GROUPS, SINGLE_USER),
             GROUPS,
             DerivedRun("groups-shared-e", train_one_user, (Stage.POPULATION,)),
+            pools_users=True,
         ),
         Method("swapped", as_another, ALL, keeps="adapter", targets=2),
         Method("shuffled", as_itself(Tier.USERS), ALL, shuffled, keeps="adapter", targets=2),

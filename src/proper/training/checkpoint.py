@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from proper.errors import ProperError, RunFolderError
 from proper.models.checkpoints import load_metadata, load_tensors, save_tensors
+
+T = TypeVar("T")
 
 
 def seed_of(*parts: Any) -> int:
@@ -47,12 +50,26 @@ class Checkpoint:
         self._took = self._last - started
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the last saved tensors and metadata, or None if there is no checkpoint."""
-        return load_tensors(self.path) if self.path.exists() else None
+        """Return the last saved tensors and metadata, or None if there is no checkpoint.
+
+        Raises:
+            RunFolderError: the file is damaged.
+        """
+        return self._read(load_tensors)
 
     def metadata(self) -> dict[str, Any] | None:
-        """Return the metadata of the last saved state without its tensors, or None if there is no checkpoint."""
-        return load_metadata(self.path) if self.path.exists() else None
+        """Return the metadata of the last saved state without its tensors, or None if there is no checkpoint.
+
+        Raises:
+            RunFolderError: the file is damaged.
+        """
+        return self._read(load_metadata)
+
+    def _read(self, load: Callable[[Path], T]) -> T | None:
+        try:
+            return load(self.path) if self.path.exists() else None
+        except ProperError as error:
+            raise RunFolderError(f"{error}; remove it, and its part of the training begins again") from error
 
     def remove(self) -> None:
         """Remove the checkpoint of a stage that is done."""
