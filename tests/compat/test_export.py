@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -213,6 +214,18 @@ def test_a_user_answers_the_same_in_a_copy_of_the_run(
     import_user(copy, tmp_path / "out", force=True)
     import_user(copy, tmp_path / "out", name="someone else")
     assert torch.equal(ours(load(copy), batch, "someone else"), ours(here, batch, user))
+
+
+def test_an_id_that_is_nobodys_is_not_imported(run: Path, copy: Path, targets: list[str], tmp_path: Path) -> None:
+    export_user(run, targets[0], tmp_path / "out")
+    for user in ("", "nan", "a\ud83d", "x" * 513):
+        with pytest.raises(InputError, match=r"out: user '.*; --user names another"):
+            import_user(copy, tmp_path / "out", name=user)
+    description = read_json(tmp_path / "out" / "proper.json")
+    (tmp_path / "out" / "proper.json").write_text(json.dumps(description | {"user": "a\ud83d"}), encoding="utf-8")
+    with pytest.raises(InputError, match=r"out: user 'a\\ud83d': half of a surrogate pair"):
+        import_user(copy, tmp_path / "out")
+    assert not list(AdapterStore(copy / "users").users())
 
 
 def test_another_backbone_population_or_groups_is_refused_with_the_reason(

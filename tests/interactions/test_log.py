@@ -174,7 +174,7 @@ def test_deleted_texts_are_nowhere_in_the_files(tmp_path: Path) -> None:
     log.close()
 
 
-@pytest.mark.parametrize("user", ["", " ", "null", "undefined", "NaN", "a\ud83d", 7, None])
+@pytest.mark.parametrize("user", ["", " ", "null", "undefined", "NaN", "a\ud83d", "x" * 513, 7, None])
 def test_an_id_that_is_nobodys_is_not_enrolled(log: InteractionLog, user: Any) -> None:
     with pytest.raises(InputError, match=r"^user .*: (an id is|the id is|this stands for|half of)"):
         log.append("", user, [], new=True)

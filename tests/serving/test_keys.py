@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -179,6 +180,17 @@ def test_damaged_keys_are_named_and_never_written_over(tmp_path: Path) -> None:
         with pytest.raises(DamagedKeysError, match=r"keys\.json: .*; restore a copy of it, or remove it"):
             change()
     assert path.read_text() == "[1"
+
+
+@pytest.mark.parametrize("changed", [{"tenant": None}, {"tenant": 7}, {"scopes": "admin"}, {"scopes": ["root"]}])
+def test_an_entry_with_a_value_of_another_kind_is_named(tmp_path: Path, changed: dict[str, object]) -> None:
+    keys = Keys(tmp_path / "keys.json")
+    keys.add("", ["admin"])
+    entries = json.loads(keys.path.read_text())["keys"]
+    keys.path.write_text(json.dumps({"schema": 1, "keys": [entries[0] | changed]}))
+    (key,) = changed
+    with pytest.raises(DamagedKeysError, match=rf"keys\.json: keys\.0\.{key}.*: Input should be .*; restore"):
+        keys.principals()
 
 
 def test_keys_of_an_earlier_version_are_remembered(tmp_path: Path) -> None:

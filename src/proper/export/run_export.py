@@ -34,7 +34,7 @@ from proper.files import atomic_folder, hash_file, write_json
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
 from proper.interactions.deletion import logged_rows, run_rows
-from proper.interactions.log import InteractionLog
+from proper.interactions.log import InteractionLog, UserIdError, require_id
 from proper.json_records import read_record
 from proper.layers.layout import Layout
 from proper.models.backbone import Backbone
@@ -94,8 +94,9 @@ def import_user(
     """Import a natively exported user into a run, under another name if `name` is given.
 
     Raises:
-        InputError: `source` is not an exported user or belongs to another backbone or other groups; or the run has a
-            user of that name (without `force`), or had one who was deleted (without `deleted`).
+        InputError: `source` is not an exported user or belongs to another backbone or other groups; the id cannot be
+            one user's; or the run has a user of that name (without `force`), or had one who was deleted (without
+            `deleted`).
         RunFolderError: the run has no groups stage yet.
     """
     record, written = read_user(source, run_origin(folder))
@@ -104,6 +105,10 @@ def import_user(
     if "history" in metadata:  # it counts interactions in another run's log: all of this run's are new to the user
         metadata["history"] = {"run": None, "logged": 0}
     record = replace(record, user=record.user if name is None else name, metadata=metadata)
+    try:
+        require_id(record.user)
+    except UserIdError as error:
+        raise InputError(f"{source}: {error}; --user names another") from error
     _require_fit(folder, source, record)
     with _store(folder) as store:
         if store.head(record.user) is not None and not force:

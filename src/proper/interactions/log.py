@@ -18,7 +18,7 @@ from sqlalchemy import bindparam, delete, func, select
 
 from proper.adapters.manifest import key_of, user_of
 from proper.adapters.tombstones import Tombstones
-from proper.data.values import is_written_null
+from proper.data.values import MAX_ID_LENGTH, is_written_null
 from proper.databases.shared import Owner
 from proper.databases.statements import Statement, of_user, row_of
 from proper.databases.tables import FITS, INTERACTIONS, UPDATES, USERS
@@ -180,7 +180,7 @@ class InteractionLog:
             new: whether the user must be unknown to the log; a deleted user can be enrolled again only with `new`.
 
         Raises:
-            UserIdError: `new` is set, and the id is not one user's.
+            UserIdError: `new` is set, and the id is not one user's, or too long.
             ExistsError: `new` is set and the user is known.
             DeletedError: the user is being deleted, or was deleted and `new` is not set.
             ConflictError: an id is already used with different content; names the id.
@@ -300,12 +300,15 @@ def require_id(user: object) -> None:
     """Check the id of a new user, by the same rules as for the users of data files.
 
     Raises:
-        UserIdError: it is not text of whole Unicode characters, is empty, or is what programs write for a missing id.
+        UserIdError: it is not text of whole Unicode characters, is empty or too long, or is what programs write for a
+            missing id.
     """
     if not isinstance(user, str):
         raise UserIdError(f"user {user!r}: an id is text")
     if not user.strip():
         raise UserIdError(f"user {user!r}: the id is empty")
+    if len(user) > MAX_ID_LENGTH:
+        raise UserIdError(f"user '{user[:40]}...': the id is longer than {MAX_ID_LENGTH} characters")
     if is_written_null(user):
         raise UserIdError(f"user {user!r}: this stands for a missing id")
     if user.encode(errors="replace").decode() != user:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -11,13 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import bindparam, delete, select
 
 from proper.databases.shared import SharedDatabase, open_run
 from proper.databases.statements import Statement, row_of
 from proper.databases.tables import API_KEYS, SETTINGS
 from proper.errors import ProperError, StoreError
-from proper.files import locked, private_folder, read_json, write_json, write_text
+from proper.files import locked, private_folder, write_json, write_text
+from proper.json_records import first_problem, read_record
 from proper.run_folder import RunFolder
 
 Scope = Literal["generate", "write", "admin"]
@@ -131,12 +134,20 @@ class KeyFile:
             write_text(self._marker, "This run has had API keys: requests without a valid key are refused.\n")
 
 
+_KEYS = TypeAdapter(list[KeyEntry])
+_RESTORE = "restore a copy of it, or remove it and add keys again"
+
+
 def _entries(path: Path) -> list[KeyEntry]:
     try:
-        return [KeyEntry(**{**entry, "scopes": tuple(entry["scopes"])}) for entry in read_json(path)["keys"]]
-    except (ProperError, OSError, KeyError, TypeError, ValueError) as error:
-        reason = str(error) if isinstance(error, ProperError) else f"{path}: not a file of keys: {error!r}"
-        raise DamagedKeysError(f"{reason}; restore a copy of it, or remove it and add keys again") from error
+        found = read_record(path, _RESTORE, keys=list)["keys"]
+        return _KEYS.validate_json(json.dumps(found), strict=True)  # strict takes JSON's lists for tuples, not Python's
+    except ValidationError as error:
+        raise DamagedKeysError(f"{path}: keys.{first_problem(error)}; {_RESTORE}") from error
+    except OSError as error:
+        raise DamagedKeysError(f"{path}: cannot be read: {error.strerror or error}; {_RESTORE}") from error
+    except ProperError as error:
+        raise DamagedKeysError(str(error)) from error
 
 
 _ENTRIES = Statement(lambda _: select(API_KEYS).order_by(API_KEYS.c.created))
