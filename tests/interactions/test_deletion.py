@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import torch
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import InputError, StoreError
 from proper.files import sweep, write_text
+from proper.interactions import deletion
 from proper.interactions.deletion import delete_returned, finish_deletions, remove, working
 from proper.interactions.log import DeletedError, InteractionLog, LogEntry
 from proper.interactions.personal_files import work_folder
@@ -149,6 +151,26 @@ def test_nothing_but_an_enrolment_brings_a_user_back(users: Path, store: Adapter
     log.append("", "ann", [LogEntry(SECRET, "x")], new=True)
     store.put([UserRecord("ann", "groups", torch.ones(4))])
     assert store.head("ann") is not None and log.count("", "ann") == 1
+
+
+def test_a_deletion_that_another_process_ended_spares_the_user_enrolled_since(
+    users: Path, store: AdapterStore, log: InteractionLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.append("", "bob", [LogEntry("p", "t")])
+    for user in ("ann", "bob"):
+        log.deletions.begin("", user)
+    second, whole = str(log.deletions.pending()[1].user), deletion._work
+
+    def busy_with_the_first(*given: Any) -> list[str]:
+        monkeypatch.undo()
+        assert not remove(store, log, second, 0).waits
+        log.append("", second, [LogEntry("again", "t")], new=True)
+        return whole(*given)
+
+    monkeypatch.setattr(deletion, "_work", busy_with_the_first)
+    assert not finish_deletions(users)
+    assert log.count("", second) == 1 and not log.tombstones.has("", second)
+    assert not log.deletions.pending()
 
 
 def test_what_fits_and_killed_writers_left_goes_with_the_user(

@@ -12,7 +12,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -100,6 +100,8 @@ def delete_returned(users: Path, patience: float = 0.0) -> list[str]:
         pending = {(each.tenant, each.user) for each in log.deletions.pending()}
         for tenant, user in sorted(set(_returned(store)) - pending):
             with closing(AdapterStore(users, tenant)) as theirs:
+                if not store.tombstones.has(tenant, user):
+                    continue  # enrolled again since the list was made
                 try:
                     waits += remove(theirs, log, user, patience).waits
                 except (InputError, StoreError) as error:
@@ -191,7 +193,10 @@ def _work(store: AdapterStore, log: InteractionLog, deletion: Deletion, patience
 def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: float) -> list[str]:
     run, waits = RunFolder(store.folder.parent).home.path, list[str]()
     try:
-        store.tombstones.add(store.tenant, user)
+        with _being_deleted(log, store.tenant, user) as goes_on:
+            if not goes_on:
+                return []
+            store.tombstones.add(store.tenant, user)
         if store.tenant == DEFAULT_TENANT:
             _require_no_training(run, user)
         with locked(RunFolder(run).writers_lock, patience=patience) as alone:
@@ -203,8 +208,9 @@ def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: f
                 users = RunFolder(folder).users
                 if users.path != store.folder and is_made(users.manifest):
                     with _opened(users.path, store.tenant) as (nested, nested_log):
-                        waits += _remove(nested, nested_log, user, patience, alone is not None)
-            waits += _remove(store, log, user, patience, alone is not None)
+                        waits += _remove(nested, nested_log, user, patience, alone is not None, nullcontext(True))
+            deleting = _being_deleted(log, store.tenant, user)
+            waits += _remove(store, log, user, patience, alone is not None, deleting)
     except (ProperError, OSError) as error:
         waits.append(str(error))
     return waits
@@ -222,9 +228,30 @@ def _remove_files(run: Path, user: str) -> list[str]:
     return waits
 
 
-def _remove(store: AdapterStore, log: InteractionLog, user: str, patience: float, alone: bool) -> list[str]:
-    with log.deleting(store.tenant, user) as logged:
-        store.delete(user)
+@contextmanager
+def _being_deleted(log: InteractionLog, tenant: str, user: str) -> Iterator[bool]:
+    """Yield whether a user's deletion has not ended, which cannot change while the block runs.
+
+    Two processes may run one deletion. When the first has ended it, the user can be enrolled again: the second, which
+    knows the deletion from an earlier look, must not touch what came since.
+    """
+    with log.database.transaction():
+        yield log.deletions.of(tenant, user) is not None
+
+
+def _remove(
+    store: AdapterStore,
+    log: InteractionLog,
+    user: str,
+    patience: float,
+    alone: bool,
+    deleting: AbstractContextManager[bool],
+) -> list[str]:
+    with deleting as goes_on:
+        if not goes_on:
+            return []
+        with log.deleting(store.tenant, user) as logged:
+            store.delete(user)
     if logged.claim is not None:
         log.queue.wait_for(logged.claim)  # the worker that fits the user finds its claim void at the next step
     if alone:  # a command that enrols many users works in their folders
