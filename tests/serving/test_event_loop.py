@@ -131,6 +131,33 @@ def test_a_lock_on_the_store_holds_up_writers_only(copied: Running) -> None:
     assert replies == [409, 409], "these users have one version"
 
 
+def test_a_database_that_does_not_answer_holds_readiness_up_only(
+    copied: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, asked, replies = threading.Event(), threading.Event(), list[int]()
+    read = copied.engine.model.store.manifest.metadata
+
+    def late() -> dict[str, str]:
+        asked.set()
+        release.wait(20)
+        return read()
+
+    def ready() -> None:
+        with copied.client() as client:
+            replies.append(client.get("/readyz").status_code)
+
+    monkeypatch.setattr(copied.engine.model.store.manifest, "metadata", late)
+    with beside(ready), copied.client() as client:
+        assert asked.wait(20)
+        begun = time.monotonic()
+        try:
+            assert client.get("/healthz").status_code == 200
+            assert time.monotonic() - begun < BOUND and not replies
+        finally:
+            release.set()
+    assert replies == [200]
+
+
 def test_a_body_is_not_waited_for_where_the_key_is_wrong(serve: Serve, long_run: Path, tmp_path: Path) -> None:
     running = serve(shutil.copytree(long_run, tmp_path / "tiny"), ServeLimits(per_minute=3), rows=1, slots=1)
     running.keys.add("", ["generate"])

@@ -7,9 +7,9 @@ import itertools
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import httpx
@@ -17,7 +17,7 @@ import pytest
 from fastapi import FastAPI
 
 from proper.adapters.store import AdapterStore
-from proper.errors import RunFolderError
+from proper.errors import ProperError, RunFolderError
 from proper.inference import load
 from proper.inference.engine import Engine
 from proper.inference.engine_thread import EngineThread
@@ -146,3 +146,39 @@ def test_two_switches_at_once_close_no_run_that_is_in_use() -> None:
         assert slow.result().json() == [0, False] and closed == [0, 1]
         assert httpx.get(f"{url}/number").json() == [2, False]
     assert closed == [0, 1, 2]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_server_that_stops_during_a_switch_starts_no_run_and_says_why(stopped: bool) -> None:
+    opening, ending, release = threading.Event(), threading.Event(), threading.Event()
+    numbers, living = itertools.count(), list[int]()
+
+    @contextmanager
+    def application() -> Iterator[FastAPI]:
+        number = next(numbers)
+
+        @asynccontextmanager
+        async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+            living.append(number)
+            yield
+            ending.set()
+            while not (stopped or release.is_set()):
+                await asyncio.sleep(0.01)
+            living.remove(number)
+
+        if number:
+            opening.set()
+            assert (release if stopped else ending).wait(60)
+        yield FastAPI(lifespan=lifespan)
+
+    app = SwitchableApp(application)
+    with ThreadPoolExecutor(1) as threads:
+        with served(app):
+            renewal = threads.submit(app.renew)
+            assert opening.wait(60)
+            if not stopped:
+                renewal.add_done_callback(lambda _: release.set())
+        release.set()
+        with pytest.raises(ProperError, match="the server has stopped"):
+            renewal.result(60)
+    assert living == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError, wait
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
 from proper.errors import ProperError
+
+_POLL_SECONDS = 0.5
 
 Application = FastAPI
 """Type of the result of `create_app`."""
@@ -39,6 +42,7 @@ class SwitchableApp:
         self._first = self._kept.enter_context(opened())
         self._current: _Started | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended = False
         self._renewing = threading.Lock()
 
     def close(self) -> None:
@@ -59,9 +63,31 @@ class SwitchableApp:
                 raise ProperError("the server is not running")
             with ExitStack() as stack:
                 app = stack.enter_context(self._opened())
-                asyncio.run_coroutine_threadsafe(self._switch(app), self._loop).result()
+                self._switch_on(self._loop, app)
                 former, self._kept = self._kept, stack.pop_all()
             former.close()
+
+    def _switch_on(self, loop: asyncio.AbstractEventLoop, app: FastAPI) -> None:
+        """Run `_switch` on the server's loop and wait for it; the loop may end at any moment.
+
+        Raises:
+            ProperError: the server has stopped.
+        """
+        switch = self._switch(app)
+        try:
+            future = asyncio.run_coroutine_threadsafe(switch, loop)
+        except RuntimeError as error:
+            switch.close()
+            raise ProperError("the server has stopped") from error
+        while not future.done():
+            wait([future], _POLL_SECONDS)
+            if loop.is_closed():  # what it has not begun it never will
+                future.cancel()
+        try:
+            future.result()
+        except CancelledError as error:
+            switch.close()
+            raise ProperError("the server has stopped") from error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the lifespan of the server."""
@@ -80,6 +106,8 @@ class SwitchableApp:
                 current.idle.set()
 
     async def _switch(self, app: FastAPI) -> None:
+        if self._ended:
+            raise ProperError("the server has stopped")
         former, self._current = self._current, await _started(app)
         assert former is not None
         await former.idle.wait()
@@ -95,6 +123,7 @@ class SwitchableApp:
             raise
         await send({"type": "lifespan.startup.complete"})
         await receive()
+        self._ended = True
         await _stop(self._current)
         await send({"type": "lifespan.shutdown.complete"})
 

@@ -41,7 +41,7 @@ def health_routes(runner: EngineRunner, worker: FitProcess | None, metrics: Metr
         return health("ok")
 
     @router.get("/readyz")
-    async def readyz() -> Health:
+    def readyz() -> Health:  # on a thread: a database that does not answer must not stop all other requests
         """Readiness: 503 if the server accepts no requests, or must be started again to load refreshed groups."""
         if not runner.alive:
             raise APIError(503, "the server accepts no requests", code="not_ready")
