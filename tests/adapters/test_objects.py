@@ -161,6 +161,38 @@ def test_old_versions_wait_until_a_rewrite_pays(run: tuple[Path, str], adapter: 
         assert len(store.manifest.erasures()) <= 1
 
 
+def test_a_bucket_that_removes_nothing_undoes_no_commit(
+    run: tuple[Path, str],
+    adapter: Draw,
+    s3: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder, bucket = run
+
+    def put(store: AdapterStore, seed: int) -> None:
+        store.put([UserRecord("ann", "users", torch.ones(1), adapter(seed))])
+
+    def refuse(self: Bucket, key: str) -> None:
+        raise StoreError(f"{key}: not now")
+
+    with closing(AdapterStore(folder / "users", keep=1)) as store:
+        put(store, 1)
+        with monkeypatch.context() as broken:
+            broken.setattr(Bucket, "remove", refuse)
+            put(store, 2)
+            with closing(AdapterStore(folder / "users", keep=2)) as opened:
+                put(opened, 3)
+                assert opened.rollback("ann") == 4, "a client that saw an error would roll back once more"
+            with pytest.raises(StoreError, match="not now"):
+                store.delete("bob")
+        assert "1.shard: not now" in caplog.text and "people/users/1.shard?null" in s3.contents(bucket)
+        head = store.head("ann")
+        assert head is not None and head.version == 4
+        put(store, 5)
+        assert store.manifest.erasures() == [] and len(s3.contents(bucket)) == 2, "the owner and one object"
+
+
 def test_a_deletion_rewrites_the_objects_with_bytes_of_the_user_only(
     run: tuple[Path, str], adapter: Draw, s3: S3Server
 ) -> None:

@@ -109,7 +109,6 @@ class ObjectShards:
         noted, sizes = self.manifest.erasures(), self.manifest.shards()
         if not noted:
             return
-        self._claim()
         gone, chosen, may_wait = list[str](), list[str](), self.manifest.replaced()
         for blob, rows in groupby(noted, key=lambda each: each.blob):
             ranges = list(rows)
@@ -118,6 +117,9 @@ class ObjectShards:
                 gone.append(blob)
             elif dead >= _DEAD * size or (thorough and any(each.id not in may_wait for each in ranges)):
                 chosen.append(blob)
+        if not gone and not chosen:
+            return  # without a request: a store opens while the bucket does not answer
+        self._claim()
         if chosen:
             live = self.manifest.referenced()
             gone += [blob for blob in chosen if blob not in live]

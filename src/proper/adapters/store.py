@@ -13,6 +13,7 @@ store knows nothing about models.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -36,6 +37,8 @@ from proper.errors import ChangedError, NoVersionError, StoreError
 from proper.files import locked, private_folder
 from proper.run_folder import Tier, UsersFolder
 from proper.sqlite_files import read_only_error
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 DEFAULT_TENANT = ""
@@ -79,7 +82,8 @@ class AdapterStore:
         if not self.manifest.read_only:
             private_folder(folder)
             self.shards.make()
-            self.shards.erase(thorough=False)
+            with suppress(StoreError, OSError):  # what cannot be erased now waits; who only reads need not know
+                self.shards.erase(thorough=False)
 
     def _require_no_blobs(self) -> None:
         """Refuse to create a manifest beside existing blobs, which would all become orphans."""
@@ -153,7 +157,17 @@ class AdapterStore:
                     raise
                 raise StoreError(f"{self.shards.name}: cannot be written: {error.strerror or error}") from error
             self.writer.done()
-        self.shards.erase(thorough=len(kept) < len(prepared))
+        if len(kept) < len(prepared):
+            self.shards.erase()
+        else:
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Erase what may wait after a commit, which stands if that fails: the bytes stay scheduled."""
+        try:
+            self.shards.erase(thorough=False)
+        except (StoreError, OSError) as error:
+            logger.warning(f"proper: bytes of replaced versions are erased later: {error}")
 
     def _wanted(self, prepared: Sequence[Prepared], only_new: bool) -> Iterator[Prepared]:
         """Skip deleted users and, if `only_new`, known ones; schedule their bytes for erasure (in a transaction)."""
@@ -239,7 +253,7 @@ class AdapterStore:
                 raise NoVersionError(f"{self.folder}: user {user!r} does not have {wanted}")
             version = self.manifest.add(restored(chosen[0], versions[0], "rollback"))
             self.manifest.prune(self.tenant, key_of(user), max(self.keep, 2))
-        self.shards.erase(thorough=False)
+        self._tidy()
         return version
 
     def users(self, after: str | None = None) -> Iterator[tuple[str, Tier]]:
