@@ -10,6 +10,7 @@
         ChangedError         1     another process has changed the store since it was read
         NoVersionError       1     a version of a user that the store does not have
         ReadOnlyError        2     a write into a run that cannot be written here
+        UnavailableError     1     the run's database or bucket does not answer: nothing is wrong with a user
       NonFiniteLossError     1   training diverged
 
 Raise the most specific class whose line is true; the message is one line that names the file, line or key and says what
@@ -68,6 +69,10 @@ class ReadOnlyError(StoreError):
     """A write was requested in a read-only copy of a run. Exit code 2."""
 
     exit_code = 2
+
+
+class UnavailableError(StoreError):
+    """The run's database or bucket does not answer, or refuses everything; the same call may succeed later."""
 
 
 class NonFiniteLossError(ProperError):

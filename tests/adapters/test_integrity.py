@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -49,6 +49,18 @@ def test_a_sound_store_has_nothing_to_find(two: AdapterStore) -> None:
     two.delete("b")
     before = sizes(two)
     assert check(two) == [] and check(two, repair=True) == [] and sizes(two) == before
+
+
+def test_bytes_that_cannot_be_read_now_are_not_damaged(two: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pieces(*_: object) -> Iterator[bytes]:
+        raise PermissionError(13, "no permission")
+
+    before = {user: two.versions(user) for user in "abc"}
+    with monkeypatch.context() as closed:
+        closed.setattr(type(two.shards), "pieces", pieces)
+        with pytest.raises(StoreError, match=r"blobs/.*: cannot be read: no permission; nothing is repaired"):
+            check(two, repair=True)
+    assert {user: two.versions(user) for user in "abc"} == before and check(two) == []
 
 
 @pytest.mark.parametrize("kind", ["flipped", "torn", "missing"])

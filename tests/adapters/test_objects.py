@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from proper.adapters.storage_setting import parse_url, record, setting_of
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.adapters.store_urls import check_store
 from proper.cli.app import main
-from proper.errors import InputError, StoreError
+from proper.errors import InputError, StoreError, UnavailableError
 from tests.s3_server import S3Server
 
 Draw = Callable[[int], dict[str, Tensor]]
@@ -145,6 +146,24 @@ def test_damage_in_the_bucket_is_found_and_repaired(run: tuple[Path, str], s3: S
         assert repaired[0].repair == "went back to version 1" and check(store) == []
         s3.client.delete_object(Bucket=bucket, Key="people/users/1.shard")
         assert {each.kind for each in check(store)} == {"missing"}
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind"),
+    [
+        ("SlowDown", 503, UnavailableError),
+        ("InternalError", 500, UnavailableError),
+        ("AccessDenied", 403, BucketError),
+        ("EntityTooLarge", 400, StoreError),
+    ],
+)
+def test_a_server_that_is_busy_is_not_one_that_refuses(code: str, status: int, kind: type[StoreError]) -> None:
+    from botocore.exceptions import ClientError
+
+    answer: Any = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    with pytest.raises(StoreError) as raised, Bucket("b", "")._errors():
+        raise ClientError(answer, "PutObject")
+    assert raised.type is kind
 
 
 def test_old_versions_wait_until_a_rewrite_pays(run: tuple[Path, str], adapter: Draw, s3: S3Server) -> None:

@@ -22,7 +22,7 @@ from proper.databases import tables
 from proper.databases.location import Location, location_of
 from proper.databases.setup import keep_state
 from proper.databases.shared import open_run
-from proper.errors import InputError, StoreError
+from proper.errors import InputError, StoreError, UnavailableError
 from proper.interactions.deletion import finish_deletions, remove
 from proper.interactions.log import DeletedError, InteractionLog, LogEntry
 from proper.interactions.log_check import check_log
@@ -121,6 +121,10 @@ def test_a_dropped_connection_is_replaced(users: Path, log: InteractionLog) -> N
         assert log.count("", "ann") == 1
         connection.execute(end)
         assert log.append("", "bo", [ENTRY]).accepted == 1
+        with pytest.raises(UnavailableError), log.database.transaction():
+            connection.execute(end)
+            log.knows("", "ann")
+        assert log.knows("", "ann")
 
 
 TAKE = """

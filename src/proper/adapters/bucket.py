@@ -16,7 +16,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
-from proper.errors import StoreError
+from proper.errors import StoreError, UnavailableError
 from proper.extras import needs_extra
 
 T = TypeVar("T")
@@ -28,10 +28,11 @@ _WRITER = "writer"  # key of an object's metadata: which put wrote it
 _ENVIRONMENT = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE")
 _SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _DENIED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403")
+_BUSY = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "429")
 _NO_VERSIONS = ("NotImplemented", "MethodNotAllowed", "501")
 
 
-class BucketError(StoreError):
+class BucketError(UnavailableError):
     """A bucket cannot be used with this URL and these credentials. Exit code 2."""
 
     exit_code = 2
@@ -245,13 +246,14 @@ class Bucket:
                 raise BucketError(f"{self.url}: no such bucket; create it, or correct the URL") from error
             if code in _DENIED:
                 raise BucketError(f"{self.url}: access denied ({code}); check the AWS_* credentials") from error
-            raise StoreError(f"{self.url}: {error}") from error
+            busy = code in _BUSY or error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500
+            raise (UnavailableError if busy else StoreError)(f"{self.url}: {error}") from error
         except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.ProfileNotFound) as error:
             raise BucketError(f"{self.url}: no credentials ({error}); set AWS_ACCESS_KEY_ID and the like") from error
         except (exceptions.ParamValidationError, ValueError) as error:
             raise BucketError(f"{self.url}: cannot be used: {' '.join(str(error).split())}") from error
         except exceptions.BotoCoreError as error:
-            raise StoreError(f"{self.url}: {error}") from error
+            raise UnavailableError(f"{self.url}: {error}") from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from an older backup, valid bytes look orphaned too. Check and repair may run be
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -34,6 +35,13 @@ from proper.sqlite_files import read_only_error
 
 Kind = Literal["manifest", "row", "missing", "torn", "flipped", "unsound", "orphan-file", "orphan-bytes", "log"]
 _BLOB = re.compile(r"\d+\.shard|[0-9a-f]{32}\.safetensors")
+
+
+_UNREADABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN),
+}
+"""Errors of a process or of a share: the bytes may be intact."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ def check(store: AdapterStore, repair: bool = False) -> list[Finding]:
     """Return all problems of a store, in all tenants; with `repair`, fix them.
 
     Raises:
-        StoreError: the manifest cannot be read, or a repair cannot be written.
+        StoreError: the manifest or a file cannot be read, or a repair cannot be written.
     """
     if repair and store.manifest.read_only:
         raise read_only_error(store.manifest.path)
@@ -152,6 +160,8 @@ def _damage(store: AdapterStore, row: ManifestRow, place: ByteRange) -> tuple[Ki
     except FileNotFoundError:
         return "missing", f"{path} is missing"
     except OSError as error:
+        if error.errno in _UNREADABLE:
+            raise StoreError(f"{path}: cannot be read: {error.strerror or error}; nothing is repaired") from error
         return "missing", f"{path}: {error.strerror}"
     if left:
         return "torn", f"{path} ends {left} bytes too early"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from proper.enrolment.fit_files import load_embedding, same_history, save_embedd
 from proper.enrolment.fit_progress import ProgressCallback
 from proper.enrolment.history import UserHistory, run_data
 from proper.enrolment.place import FITTED, PLACED, Placer, embedding_jobs
-from proper.errors import RunFolderError, StoreError
+from proper.errors import RunFolderError, StoreError, UnavailableError
 from proper.inference.model import PersonalizedModel
 from proper.json_records import number, read_record
 from proper.models.user_encoder import load_encoder
@@ -248,9 +248,13 @@ def nearest_adapters(
     )
     found = list[Mapping[str, Tensor]]()
     for _, _, name in heapq.nlargest(count, near):
-        with suppress(StoreError):  # damaged: that user is answered without it, and others start from the rest
+        try:
             record = store.get(name)
-            found += [] if record is None or record.adapter is None else [record.adapter]
+        except UnavailableError:
+            raise  # a start from fewer neighbours would make the fit another one
+        except StoreError:
+            continue  # damaged: that user is answered without it, and others start from the rest
+        found += [] if record is None or record.adapter is None else [record.adapter]
     return found
 
 

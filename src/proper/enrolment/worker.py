@@ -21,7 +21,7 @@ from proper.enrolment.fit_user import Fitter
 from proper.enrolment.history import grown_history
 from proper.enrolment.many_users import USERS_PER_BATCH, fit_many, place_users
 from proper.enrolment.update_user import FitOutcome, fit_or_update
-from proper.errors import ProperError
+from proper.errors import ProperError, UnavailableError
 from proper.interactions.database import Database
 from proper.interactions.deletion import working
 from proper.interactions.fit_queue import Claim, FitQueue
@@ -67,6 +67,7 @@ class FitWorker:
 
         Raises:
             ProperError: the groups were refreshed since the run was loaded.
+            UnavailableError: the run's database or bucket does not answer; the user keeps the place in the queue.
         """
         fitter = self.fitter()
         with self.log.queue.lock():
@@ -162,6 +163,9 @@ class FitWorker:
             self._fit(fitter, claim, on_progress, even_if_not_due)
         except WithdrawnError:
             remove_work(self.users, claim.tenant, claim.user)
+        except UnavailableError:
+            self.log.queue.release(claim)  # not for this user's sake, and the next user's fit would meet the same
+            raise
         except Exception as error:
             # Out of memory, a NaN loss, a full disk: go on, because the next user's fit may succeed.
             self.log.queue.fail(claim, str(error) if isinstance(error, ProperError) else type(error).__name__)

@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from proper.databases.location import Location
 from proper.databases.postgresql.migrations import migrate
-from proper.errors import RunFolderError, StoreError, UnstorableError
+from proper.errors import RunFolderError, StoreError, UnavailableError, UnstorableError
 
 # The server notices within a minute that a client's machine is gone, and rolls its transaction back.
 _SETTINGS = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
@@ -136,7 +136,8 @@ def translated(location: Location, what: str) -> Iterator[None]:
         raise UnstorableError(f"{location}: {what}{_one_line(error)}") from error
     except (psycopg.Error, SQLAlchemyError) as error:
         cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-        raise StoreError(f"{location}: {what}{_one_line(cause)}") from error
+        kind = UnavailableError if isinstance(cause, psycopg.OperationalError) else StoreError
+        raise kind(f"{location}: {what}{_one_line(cause)}") from error
 
 
 def _one_line(error: BaseException) -> str:
