@@ -114,10 +114,13 @@ def test_a_run_whose_target_users_were_all_deleted_cannot_be_evaluated(finished:
         pipeline.run(small_config(finished.parent), run)
 
 
-def test_the_same_call_again_trains_nothing_and_says_the_same(finished: Path) -> None:
+def test_the_same_call_again_trains_nothing_and_says_the_same(finished: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = read(finished / "results.json")
     written = {stage: (finished / stage / "stage.json").stat().st_mtime_ns for stage in Stage}
-    pipeline.run(small_config(finished.parent), finished)
+    config = small_config(finished.parent)
+    os.utime(config.data.path)  # as if rows had been added
+    pipeline.run(config, finished)
+    assert f"{config.data.path}: has changed since this run read it; the run keeps the rows" in caplog.text
     assert written == {stage: (finished / stage / "stage.json").stat().st_mtime_ns for stage in Stage}
     assert without_times(read(finished / "results.json")) == without_times(before)
 

@@ -41,7 +41,7 @@ from proper.reports.compare import write_comparison
 from proper.reports.html import write_report
 from proper.reports.methods import write_methods_csv
 from proper.reports.user_page import write_user_pages
-from proper.run_config import claim, hold, run_config, write_config
+from proper.run_config import claim, hold, run_config, warn_of_newer_data, write_config
 from proper.run_folder import RunFolder, Stage, require_run
 from proper.run_lock import exclusive
 from proper.training.plans import guarantee, stage_sample
@@ -290,6 +290,7 @@ def _data(config: Config, folder: Path, skip_bad_rows: bool) -> Dataset:
     if not path.exists():
         data = _prepared(config, path, folder, skip_bad_rows)
     else:
+        warn_of_newer_data(config, path)
         if not RunFolder(folder).is_trained(Stage.POPULATION):
             remove_rows(path, left_out_users(config.data.train_without))
         data = Dataset.open(path)

@@ -48,6 +48,13 @@ def claim(folder: Path, config: Config) -> Config:
     return config
 
 
+def warn_of_newer_data(config: Config, prepared: Path) -> None:
+    """Say so if a file of interactions has been written since the run read it into `prepared`."""
+    for file in dict.fromkeys(Path(one.data.path) for one in config.each_task.values()):
+        if file.is_file() and file.stat().st_mtime > prepared.stat().st_mtime:
+            logger.warning(f"{file}: has changed since this run read it; the run keeps the rows that it has read")
+
+
 def _absolute(config: Config) -> Config:
     """Return the config with absolute paths of what exists, so that a run can be used from any current folder."""
 

@@ -75,3 +75,11 @@ def test_weights_that_lack_a_tensor_are_named(
     save_tensors(path, tensors, facts)
     assert main(["generate", str(folder), "--user", "ann", "--prompt", "red is"]) == 1
     assert "groups.safetensors: the tensor 'mean_embedding' is missing" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_routing_that_is_gone_is_measured_again(evaluated: Path) -> None:
+    path = evaluated / "routing.json"
+    before = path.read_bytes()
+    path.unlink()
+    pipeline.evaluate(evaluated, ["groups"])
+    assert path.read_bytes() == before

@@ -145,9 +145,14 @@ def test_signatures_truth_tiers_cost_and_run(render: Render) -> None:
     assert "proper-nano" in text["run"] and "median 42" in text["run"] and "1" in text["run"]
 
 
-def test_no_signatures_found_is_not_the_same_as_not_looked_for(render: Render, change: Change) -> None:
+def test_no_signatures_found_is_not_the_same_as_not_looked_for(folder: Path, render: Render, change: Change) -> None:
     change(lambda results: results.update(signatures=[]))
-    assert "None: expert mixtures do not overlap" in render().text["signatures"]
+    said = "None: expert mixtures do not overlap and no user is worse with their own adapter."
+    assert said in render().text["signatures"], "no loss of users was measured"
+    change(lambda results: results.update(routing={}))
+    assert "None: no user is worse with their own adapter." in render().text["signatures"]
+    (folder / "users.json").unlink()
+    assert "None; routing and user adapters were not evaluated." in render().text["signatures"]
     change(lambda results: results.pop("signatures"))
     assert "Not available" in render().text["signatures"]
 

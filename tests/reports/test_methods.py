@@ -85,6 +85,7 @@ def test_the_csv_holds_what_the_table_shows(many: Path) -> None:
     [
         ({"claimed": True}, "Every control is beaten at p < .05"),
         ({"claimed": None, "not_beaten": [], "missing": ["shuffled"]}, "missing: Shuffled user ids"),
+        ({"claimed": False, "undertrained": True, "not_beaten": []}, "cannot be claimed: population is no better"),
         ({"claimed": False, "not_beaten": ["groups > population-more"]}, "Groups over Population, more training"),
     ],
 )

@@ -12,7 +12,7 @@ import typer
 
 from proper.cli.options import examples
 from proper.config import LastLayers
-from proper.errors import InputError
+from proper.errors import InputError, ProperError
 from proper.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,11 @@ def publish(result: dict[str, Any], path: Path | None) -> None:
     if path is None:
         typer.echo(json.dumps(result, indent=2))
         return
-    write_json(path, result, shared=True)
+    try:
+        write_json(path, result, shared=True)
+    except ProperError:
+        typer.echo(json.dumps(result, indent=2))  # measured for minutes
+        raise
     for name, value in result["figures"].items():
         typer.echo(f"{name:32} {value}")
 

@@ -106,7 +106,8 @@ class Harness:
         names = [method.name for method in methods]
         # Method by method, so that a killed process loses at most one method.
         by_method = {one.name: {seed: one.answers(seed) for seed in self.folders} for one in methods}
-        routing = self._cached("routing", self._routing) if {Tier.GROUPS, Tier.USERS} & set(names) else None
+        detail = RunFolder(self.home).routing
+        routing = self._cached("routing", self._routing, detail) if {Tier.GROUPS, Tier.USERS} & set(names) else None
         first = next(iter(self.folders))
         shared = _Shared(
             run=self._run_metadata(),
@@ -161,14 +162,17 @@ class Harness:
         }
         return {name: rows for name, rows in found.items() if rows}
 
-    def _cached(self, what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a measure of the trained stages, cached under the hash of stages, data and code."""
+    def _cached(self, what: str, measure: Callable[[], dict[str, Any]], *files: Path) -> dict[str, Any]:
+        """Return a measure of the trained stages, cached under the hash of stages, data and code.
+
+        It is measured again without one of the `files` that it also writes.
+        """
         markers = [RunFolder(self.home).marker(stage) for stage in (Stage.GROUPS, Stage.USERS)]
         stages = [read_json(marker) for marker in markers if marker.exists()]
         key = hash_value([what, self.dataset.sha256, stages, code_version(*MEASURING_CODE)])
         path = RunFolder(self.home).analysis
         cached = read_record(path, REMOVE_IT) if path.exists() else {}
-        found = cached.get(what)
+        found = cached.get(what) if all(each.exists() for each in files) else None
         if not isinstance(found, dict) or found.get("key") != key or not isinstance(found.get("value"), dict):
             found = {"key": key, "value": plain(measure())}
             write_json(path, {**cached, what: found})

@@ -158,6 +158,13 @@ def plural(amount: int, noun: str) -> str:
     return f"{amount:,} {noun if amount == 1 else many}"
 
 
+def listed(parts: Sequence[str]) -> str:
+    """Return `a`, `a and b`, or `a, b, and c`."""
+    if len(parts) < 3:
+        return " and ".join(parts)
+    return f"{', '.join(parts[:-1])}, and {parts[-1]}"
+
+
 def mean_text(values: Sequence[float]) -> str:
     """Return the mean with its sign, or a dash for no values."""
     return signed(fmean(values)) if values else "–"

@@ -76,6 +76,7 @@ def gather(run: RunFiles) -> dict[str, Any]:
         "gains": _gains(run),
         "examples": choose_examples(run.folder, kind, run.examples, task_kinds(run)),
         "signatures": _sentences(run.results.get("signatures")),
+        "no_signatures": _no_signatures(run),
         "cost": tables.cost(run),
         "cost_words": narrative.cost_story(run.rows("cost")),
         "tiers": tables.tiers(tiers) if tiers else None,
@@ -140,6 +141,19 @@ def _gains(run: RunFiles) -> list[dict[str, Any]]:
             only = [f"Task {run.first_task}; users.json has the gains of all."] if run.first_task else []
             found.append({"figure": figure, "story": [*only, *story], "table": table})
     return found
+
+
+def _no_signatures(run: RunFiles) -> str:
+    """Return what the absence of signatures says, of what was measured."""
+    scored = any(user.gain_users is not None for user in run.gains)
+    found = {
+        "expert mixtures do not overlap": number(run.part("routing").get("constraint_cosine")) is not None,
+        "no user is worse with their own adapter": scored,
+        "query loss is not far above history loss": scored
+        and any((row.method, row.metric) == ("users", "loss") for row in run.metrics),
+    }
+    known = [text for text, measured in found.items() if measured]
+    return f"None: {formats.listed(known)}." if known else "None; routing and user adapters were not evaluated."
 
 
 def _sentences(value: Any) -> list[str] | None:

@@ -133,6 +133,8 @@ def claim_story(claim: Mapping[str, Any]) -> list[str]:
     if claim.get("claimed") is True:
         return ["Every control is beaten at p < .05: the gain comes from information about the user."]
     story = []
+    if claim.get("undertrained"):
+        story.append("Personalization cannot be claimed: population is no better than the best constant.")
     if lost := lost_controls(claim):
         story.append(f"Personalization cannot be claimed. No measurable gain: {lost}.")
     if missing:
