@@ -288,6 +288,9 @@ def test_seeds_are_repeats_in_folders_of_their_own(backbone_folder: Path, tmp_pa
     alone = pipeline.run(one, tmp_path / "alone", stages=["population", "groups"])
     results = read(out / "results.json")
     assert results["run"]["seeds"] == [0, 7]
+    with pytest.raises(RunFolderError, match="stage 'users' is not trained yet"):
+        pipeline.evaluate(out, ["base", "users"])
+    assert not (out / "predictions" / "base.jsonl").exists()
     assert (out / "seeds" / "7" / "predictions" / "groups.jsonl").is_file()
     first = (out / "groups" / "groups.safetensors").read_bytes()
     assert first == (alone / "groups" / "groups.safetensors").read_bytes()

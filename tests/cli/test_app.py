@@ -123,7 +123,7 @@ def test_no_command_shows_help_on_stderr(capsys: Output) -> None:
         (["report", "runs/x", "more"], "Got unexpected extra argument(s) (more)"),
         (["demo", "--users", "0"], "Invalid value for '--users'"),
         (["demo", "--people", "0"], "Invalid value for '--users' / '--people'"),
-        (["demo", "--task", "chess"], "Invalid value for '--task'"),
+        (["demo", "--task", "chess"], "Invalid value for '--task': 'chess' is not one of 'classification'"),
         (["generate", "x", "--seed", "one"], "Invalid value for '--seed'"),
     ],
 )

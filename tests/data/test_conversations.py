@@ -70,6 +70,7 @@ def test_every_format_gives_the_same_prompt_and_answer(tmp_path: Path) -> None:
         "lists": {"prompt": prompt, "completion": whole[-1:]},
         "parts": {"messages": [*prompt, {"role": "assistant", "content": [{"type": "text", "text": "Ann."}]}]},
         "mixed": {"prompt": prompt, "completion": "Ann."},
+        "developer": {"messages": [{"role": "developer", "content": TALK[0][1]}, *whole[1:]]},
     }
     want = [(join_turns(turns(TALK[:-1])), "Ann.")]
     for name, row in rows.items():
@@ -109,6 +110,7 @@ def test_one_message_is_its_text_and_templates_come_first(tmp_path: Path) -> Non
             {"messages": [{"role": "tool", "content": "x"}]},
             "messages[0].role: should be one of system, user, assistant, not 'tool'",
         ),
+        ({"messages": [{"from": "human", "value": "x"}]}, "messages[0].role: missing"),
         ({"messages": [*messages(TALK[:1]), {"role": "user"}]}, "messages[1].content: null"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content: should be text, not int"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages[0].content: empty"),

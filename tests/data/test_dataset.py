@@ -121,6 +121,8 @@ def test_nothing_but_bad_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         prepare(make_config({"data": {"path": str(path)}}), tmp_path / "data.sqlite", no_tokens, skip_bad_rows=True)
     assert str(caught.value).startswith(f"{path}: not one good row; the first of 3 bad rows: {path}:1: row: not JSON")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: row: not JSON .* \(no row is good, of 3\)$"):
+        prepare(make_config({"data": {"path": str(path)}}), tmp_path / "data.sqlite", no_tokens)
 
 
 def test_the_hash_is_of_contents_and_settings_not_of_order_or_place(tmp_path: Path, build: Build) -> None:

@@ -293,6 +293,7 @@ def test_bad_rows_are_all_counted_and_twenty_are_shown() -> None:
     for number in range(3, 43):
         bad.add(f"a.jsonl:{number}", BadValue("input", reason))
     assert bad.message() == "a.jsonl:1: input: null (and 41 more bad rows; --skip-bad-rows leaves them out)"
+    assert bad.message(all_bad=True) == "a.jsonl:1: input: null (no row is good, of 42)"
     assert (bad.count, len(bad.first)) == (42, 20)
     assert bad.first[19] == "a.jsonl:20: input: null"
     assert len(reasons) == 18, "only reasons that are shown are looked for"

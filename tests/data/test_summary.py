@@ -64,6 +64,11 @@ def test_labels_that_no_history_has_are_listed(build: Build) -> None:
     ]
 
 
+def test_labels_that_differ_in_capitals_are_listed(build: Build) -> None:
+    rows = [row | {"output": ["Bug", "bug", "ok"][at % 3]} for at, row in enumerate(make_rows({"a": 20}))]
+    assert "          different in capitals only: Bug and bug" in summarize(build(rows, task=CHOICE)).lines()
+
+
 def test_lines_are_a_small_table(build: Build) -> None:
     dataset = build([*make_rows({"a": 20, "one": 1}), {}], skip_bad_rows=True)
     summary = summarize(dataset)

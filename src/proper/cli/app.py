@@ -138,7 +138,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "proper"
-        return f"{error.format_message().rstrip('.')}; see '{path} --help'", 2
+        said = error.format_message().replace(": Value error, ", ": ").rstrip(".")
+        return f"{said}; see '{path} --help'", 2
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", 1
     return f"{type(error).__name__}: {error}; PROPER_DEBUG=1 shows where", 1

@@ -152,6 +152,8 @@ def from_git(
     """
     from proper.data.public.git_history import CommitFilter, count_commits, write_git_history
 
+    if out.suffix.lower() not in (".parquet", ".pq"):
+        raise InputError(f"--out {out}: the file is Parquet, and a config takes its format from the name: FILE.parquet")
     total = count_commits(repository)
     with progress("commits", total) as advance:
         rows, users = write_git_history(repository, out, CommitFilter(min_words, max_chars, salt), advance)

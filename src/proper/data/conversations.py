@@ -105,8 +105,10 @@ def _message(found: object, where: str) -> TextMessage:
     if not isinstance(found, Mapping):
         raise BadValue(where, "should be an object with role and content")
     role, content = found.get("role"), found.get("content")
+    role = "system" if role == "developer" else role  # its newer name in OpenAI's API
     if role not in ROLES:
-        raise BadValue(f"{where}.role", f"should be one of {', '.join(ROLES)}, not {str(role)[:40]!r}")
+        what = "missing" if role is None else f"should be one of {', '.join(ROLES)}, not {str(role)[:40]!r}"
+        raise BadValue(f"{where}.role", what)
     if isinstance(content, list):  # the parts of OpenAI's format
         texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
         if not all(isinstance(text, str) for text in texts):

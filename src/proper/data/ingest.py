@@ -86,11 +86,12 @@ def _load(
     is_left_out: Callable[[str], bool] | None,
 ) -> tuple[BadRows, int]:
     """Insert the good rows as they are read; return the bad rows and the number of good ones."""
-    bad, count = BadRows(), 0
+    bad, count, all_bad = BadRows(), 0, True
     interactions = _all_tasks(config, bad)
     if is_left_out is not None:
         interactions = (each for each in interactions if not is_left_out(each.user))
     for chunk in _chunks(interactions):
+        all_bad = False
         if bad.count and not skip_bad_rows:
             continue  # Nothing is kept; the rest is read only to count the bad rows.
         tokens = count_tokens([each.prompt for each in chunk], [each.target for each in chunk])
@@ -99,7 +100,7 @@ def _load(
         if progress is not None:
             progress(len(chunk))
     if bad.count and not skip_bad_rows:
-        raise DataError(bad.message())
+        raise DataError(bad.message(all_bad=all_bad))
     if not count:
         gone = "every user was deleted or is in data.train_without"
         why = f"the first of {bad.count:,} bad rows: {bad.first[0]}" if bad.count else gone

@@ -58,8 +58,10 @@ class BadRows:
         if len(self.first) < _SHOWN:
             self.first.append(f"{where}: {error}")
 
-    def message(self) -> str:
-        """Return one line with the first bad row and the number of bad rows."""
+    def message(self, *, all_bad: bool = False) -> str:
+        """Return one line with the first bad row and the number of bad rows; leaving out all rows is no advice."""
+        if all_bad:
+            return f"{self.first[0]} (no row is good, of {self.count:,})"
         if self.count == 1:
             return f"{self.first[0]} (--skip-bad-rows leaves it out)"
         more = self.count - 1

@@ -104,6 +104,9 @@ class DataSummary:
         if not self.labels:
             return
         yield "labels", f"{len(self.labels):,}: {_some(self.labels)}"
+        alike = _alike(self.labels)
+        if alike:
+            yield "", f"different in capitals only: {_some([' and '.join(names) for names in alike], 4)}"
         if self.unseen_labels:
             unseen = f"{len(self.unseen_labels):,} not in any history: {_some(self.unseen_labels)}"
             yield "", f"{unseen} ({self.unseen_label_queries:,} queries ask for them)"
@@ -121,6 +124,14 @@ def truncation(dataset: Dataset) -> str | None:
 def _truncated(connection: sqlite3.Connection) -> int:
     limit = get_meta(connection, "max_length")
     return int(connection.execute("SELECT count(*) FROM rows WHERE tokens > ?", [limit]).fetchone()[0])
+
+
+def _alike(labels: list[str]) -> list[list[str]]:
+    """Return the labels that are equal but for capitals, together; often they are meant as one."""
+    found: dict[str, list[str]] = {}
+    for label in labels:
+        found.setdefault(label.casefold(), []).append(label)
+    return [names for names in found.values() if len(names) > 1]
 
 
 def _some(names: list[str], limit: int = 12) -> str:

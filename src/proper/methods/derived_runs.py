@@ -50,9 +50,8 @@ def find_place(method: Method, run: TrainedRun, home: Path, opened: dict[Path, D
         RunFolderError: a stage of the run itself is missing.
         DataError: the variant's data leaks.
     """
+    require_own_stages(method, run.folder)
     variant = method.variant
-    for stage in variant.inherits if variant is not None else method.stages:
-        RunFolder(run.folder).require_trained(stage)
     if variant is None:
         return run
     place = _place(variant, run, home, opened)
@@ -63,6 +62,12 @@ def find_place(method: Method, run: TrainedRun, home: Path, opened: dict[Path, D
         return place
     _train(method, variant, run, place)
     return place
+
+
+def require_own_stages(method: Method, folder: Path) -> None:
+    """Raise RunFolderError unless a run has the stages that `method` takes from it."""
+    for stage in method.variant.inherits if method.variant is not None else method.stages:
+        RunFolder(folder).require_trained(stage)
 
 
 def varied(config: Config, variant: DerivedRun) -> Config:

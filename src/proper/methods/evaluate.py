@@ -25,7 +25,7 @@ from proper.export.converted_models import folded_size, int8_bytes
 from proper.files import hash_value, read_json, write_json
 from proper.inference.loading import load
 from proper.json_records import NUMBER, REMOVE_IT, read_record
-from proper.methods.derived_runs import find_place, seconds_of
+from proper.methods.derived_runs import find_place, require_own_stages, seconds_of
 from proper.methods.spec import Method, TrainedRun
 from proper.models.checkpoints import settled
 from proper.models.memory import give_back_memory
@@ -51,7 +51,14 @@ class MethodEvaluator:
     opened: dict[Path, Dataset] = field(default_factory=dict)
 
     def contenders(self, methods: Sequence[Method]) -> list[MethodSpec]:
-        """Return the methods as `MethodSpec` for the harness."""
+        """Return the methods as `MethodSpec` for the harness.
+
+        Raises:
+            RunFolderError: a stage of the run that a method needs is missing; before any method is evaluated.
+        """
+        for method in methods:
+            for folder in self.folders.values():
+                require_own_stages(method, folder)
         return [self._contender(method) for method in methods]
 
     def _contender(self, method: Method) -> MethodSpec:

@@ -93,6 +93,12 @@ def test_the_same_author_has_one_id_and_another_salt_another(repository: Path, t
     assert not set(found[0]) & set(found[2])
 
 
+def test_another_name_than_that_of_a_parquet_file_is_refused(repository: Path, tmp_path: Path, capsys: Output) -> None:
+    """A config would read a file called x.csv as CSV."""
+    assert main(["data", "from-git", str(repository), "--out", str(tmp_path / "x.csv")]) == 2
+    assert "x.csv: the file is Parquet" in capsys.readouterr().err and not (tmp_path / "x.csv").exists()
+
+
 @pytest.mark.parametrize("options", [[], ["--min-words", "99"]])
 def test_nothing_to_write_is_one_line(repository: Path, tmp_path: Path, options: list[str], capsys: Output) -> None:
     where = repository if options else tmp_path / "nothing"
