@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,6 +151,26 @@ def test_few_users_give_no_encoder(grouped: Callable[..., ProperModel], dataset:
     users = [user.id for user in dataset.users() if user.history > 0]
     sample = dataset.sample("all", None, 0)
     assert train_encoder(grouped(), encoder, sample, users, *torch.randn(2, len(users), 16), 0) is None
+
+
+def test_users_with_few_items_are_not_held_out(
+    grouped: Callable[..., ProperModel],
+    dataset: Dataset,
+    encoder: Encoder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Among many users with one row, none of those held out could be asked anything: every loss was infinite."""
+    monkeypatch.setattr("proper.training.user_encoder.MIN_USERS", 2)
+    caplog.set_level("INFO", logger="proper")
+    rows = list(dataset.sample("all", None, 0).rows(0))
+    users = list(dict.fromkeys(row.user for row in rows))
+    own = [[row for row in rows if row.user == user] for user in users]
+    for full, seed, said in ((2, 3, "answer loss on held-out users: mean "), (1, 0, "1 users with more than 2 rows")):
+        few = [row for at, some in enumerate(own) for row in (some if at >= len(own) - full else some[:1])]
+        sample = SimpleNamespace(rows=lambda epoch, few=few: iter(few))
+        train_encoder(grouped(), encoder, sample, users, *torch.randn(2, len(users), 16), seed)
+        assert said in caplog.messages[-1] and "inf" not in caplog.messages[-1]
 
 
 def test_the_choice_is_the_lowest_answer_loss_of_held_out_users(

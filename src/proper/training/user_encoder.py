@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -56,12 +57,12 @@ HIDDEN, STEPS, CHECKED = 32, 200, 5
 """Hidden units of the network, its largest number of steps, and the steps between two measurements."""
 GAINS = 1.0, 2.0, 4.0
 """Factors on the placed embeddings' distance from the mean: a regression from few items shrinks it."""
-MIN_USERS = 16
-"""Below this number of trained users there is no encoder."""
 HELD_OUT, MAX_HELD_OUT = 0.2, 64
 """Share and largest number of users held out for the choice."""
 PLACED_FROM, ASKED = (2, 5), 4
 """The choice's answer loss: embeddings from so many items, on so many others of the user."""
+MIN_USERS = 16
+"""Below this number of users with more items than `PLACED_FROM[0]`, which can be held out, there is no encoder."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,10 @@ def train_encoder(
         seed: the run's seed.
     """
     rows = list(islice(sample.rows(0), MAX_ITEMS))
-    trained = len({row.user for row in rows})
-    if trained < MIN_USERS:
-        logger.info(f"no encoder of users: stage 2 trained {trained} users, and it takes {MIN_USERS}")
+    enough = sum(n > PLACED_FROM[0] for n in Counter(row.user for row in rows).values())
+    if enough < MIN_USERS:
+        who = f"{enough} users with more than {PLACED_FROM[0]} rows"
+        logger.info(f"no encoder of users: stage 2 trained {who}, and it takes {MIN_USERS}")
         return None
     items = [encoder.encode(row) for row in rows]
     projection, phi = _features(model, items)
@@ -108,7 +110,8 @@ def train_encoder(
     known = [UserItems([items[at] for at in ats], phi[ats], added[index[user]]) for user, ats in own.items()]
     rng = random.Random(seed_of(seed, "encoder"))
     rng.shuffle(known)
-    held = min(MAX_HELD_OUT, max(4, round(HELD_OUT * len(known))))
+    known.sort(key=lambda user: len(user.items) <= PLACED_FROM[0])  # those who can be held out first, in random order
+    held = min(MAX_HELD_OUT, max(4, round(HELD_OUT * len(known))), enough // 2)
     fit = Regression.of(known[held:], effect, rng)
     test = Regression.of(known[:held], effect, rng, fit.pooling)
     penalty = min(PENALTIES, key=lambda each: test.error(fit.ridge(each)))
