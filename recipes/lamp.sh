@@ -17,6 +17,10 @@ settings=()
 for setting in ${SET:-}; do settings+=(--set "$setting"); done
 tasks=("$@")
 [ $# -gt 0 ] || tasks=(lamp-1 lamp-2m lamp-2n lamp-3 lamp-4 lamp-5 lamp-7)
+# Before the first of them trains for hours.
+for task in "${tasks[@]}"; do
+    [ -f "configs/lamp/$task.yaml" ] || { echo "$task: no such task: there is no configs/lamp/$task.yaml" >&2; exit 2; }
+done
 
 mkdir -p "$RUNS/results"
 for task in "${tasks[@]}"; do

@@ -159,6 +159,19 @@ def test_the_configs_hold_the_paper_s_hyperparameters(task: str) -> None:
     assert (third.router_learning_rate, third.router_epochs) == (2e-4, 1)
 
 
+def test_the_recipe_refuses_an_unknown_task_before_it_trains_another(tmp_path: Path) -> None:
+    told = subprocess.run(
+        [ROOT / "recipes" / "lamp.sh", "lamp-3", "lamp5"],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "RUNS": str(tmp_path / "runs")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (told.returncode, told.stderr) == (2, "lamp5: no such task: there is no configs/lamp/lamp5.yaml\n")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.slow
 def test_the_recipe_makes_the_table(site: Any, lamp_files: ModuleType, backbone: Path, tmp_path: Path) -> None:
     publish(site, lamp_files, "lamp-2n", "time", tmp_path / "made")
