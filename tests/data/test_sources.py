@@ -157,6 +157,8 @@ def test_what_is_not_there_or_not_known_is_said(tmp_path: Path) -> None:
     assert refused(tmp_path / "none", format="parquet") == (
         f"{tmp_path / 'none'}: no parquet file in this folder; the names end in .parquet, .pq"
     )
+    (tmp_path / "none" / "rows.json").write_bytes(lines(ROW))
+    assert refused(tmp_path / "none", format="jsonl").endswith(".ndjson.xz, .ndjson.zst")  # a .json file is not taken
 
 
 def test_empty_files_are_refused(tmp_path: Path) -> None:

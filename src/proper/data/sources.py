@@ -49,7 +49,8 @@ def open_sources(config: DataConfig) -> list[Source]:
         raise DataError(f"{config.path}: not a regular file; a file is read more than once, so it cannot be a pipe")
     files = _files(path, kind) if path.is_dir() else [path]
     if not files:
-        raise DataError(f"{config.path}: no {kind} file in this folder; the names end in {', '.join(_ENDINGS[kind])}")
+        names = ", ".join(_folder_endings(kind))
+        raise DataError(f"{config.path}: no {kind} file in this folder; the names end in {names}")
     return [_OPEN[kind](file) for file in files]
 
 
@@ -121,9 +122,12 @@ def _files(folder: Path, kind: str) -> list[Path]:
     # A link whose file is gone is kept, so that opening it says so.
     found = (file for file in folder.iterdir() if file.is_file() or (file.is_symlink() and not os.path.exists(file)))
     files = (file for file in found if not file.name.startswith((".", "_")))
-    # Other .json files in a folder are probably metadata, not rows.
-    endings = tuple(each for each in _ENDINGS[kind] if not each.startswith(".json") or each.startswith(".jsonl"))
-    return sorted(file for file in files if file.name.lower().endswith(endings))
+    return sorted(file for file in files if file.name.lower().endswith(_folder_endings(kind)))
+
+
+def _folder_endings(kind: str) -> tuple[str, ...]:
+    """Return how the names of a format's files in a folder end; .json files there are probably metadata, not rows."""
+    return tuple(each for each in _ENDINGS[kind] if not each.startswith(".json") or each.startswith(".jsonl"))
 
 
 _OPEN: Mapping[str, Callable[[Path], Source]] = MappingProxyType(
