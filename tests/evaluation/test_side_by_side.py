@@ -30,7 +30,15 @@ def invent(right: float, seed: int, users: int = 12) -> list[Prediction]:
         target = "ab"[id_ * 7 % 3 % 2]
         said = target if noise.random() < right else "ab"[target == "a"]
         rows.append(
-            Prediction(id=id_, user=f"u{id_ % users}", prompt="", target=target, prediction=said, loss=2 - right)
+            Prediction(
+                id=id_,
+                user=f"u{id_ % users}",
+                prompt="",
+                target=target,
+                prediction=said,
+                loss=2 - right,
+                label_loss=0.1 if said == target else 2.5,
+            )
         )
     return rows
 
@@ -74,6 +82,7 @@ def test_differences_are_those_of_the_paired_comparison(make: Callable[..., Path
     assert found["seeds"] == [[0, 0], [1, 1]] and found["missing"] == {}
     rows = {(row["method"], row["metric"]): row for row in found["rows"]}
     assert {method for method, _ in rows} == {"groups", "users"}
+    assert {metric for _, metric in rows} == {"accuracy", "f1_macro", "loss", "label_loss"}
     for (method, metric), row in rows.items():
         ours, theirs = (
             user_scores(metric, [invent(share, seed) for seed in (0, 1)], TASK)

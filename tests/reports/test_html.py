@@ -245,5 +245,7 @@ def test_the_same_files_give_the_same_page(folder: Path) -> None:
 
 
 def test_the_config_says_how_many_examples(render: Render, folder: Path) -> None:
+    (folder / "config.yaml").write_text("evaluation: {examples: 0}\n")
+    assert "evaluation.examples to 0" in render().text["examples"], "not that all answers are the same"
     (folder / "config.yaml").write_text("evaluation: {examples: 3}\n")
     assert render().count("article") == 3

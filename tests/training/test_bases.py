@@ -84,6 +84,14 @@ def test_held_out_items_leave_no_trace_in_the_bases(stage: UserStage, dataset: D
     assert not torch.allclose(found[0][name][1], found[2][name][1])
 
 
+def test_without_items_besides_held_out_ones_bases_are_random(stage: UserStage, dataset: Dataset) -> None:
+    user = stage.users[0]
+    history = OneHistory(user, dataset.history(user, 1))
+    one = replace(stage, users=[user], embeddings=stage.embeddings[:1], dataset=history)
+    for down, up in stacked_bases(one).values():
+        assert torch.allclose(down @ down.mT, torch.eye(3), atol=1e-4) and up.shape[1] == 3
+
+
 def test_bases_are_trained_once(stage: UserStage, tmp_path: Path) -> None:
     path = tmp_path / "bases.safetensors"
     train_bases(stage, path)

@@ -235,6 +235,14 @@ def test_only_the_newest_items_are_used(run: Callable[..., Everything]) -> None:
     assert {record.metadata["items"] for record in records.values()} == {3}
 
 
+def test_of_one_item_nothing_can_be_held_out(run: Callable[..., Everything]) -> None:
+    records, _ = run("one", Log(), max_items=1)
+    assert {record.tier for record in records.values()} == {"groups"}
+    assert {record.metadata["reason"] for record in records.values()} == {
+        "one item cannot be both trained on and held out"
+    }
+
+
 def test_without_a_router_trials_are_measured_where_the_choice_says(
     run: Callable[..., Everything], grouped: Build, dataset: Dataset, encoder: Encoder, tmp_path: Path
 ) -> None:

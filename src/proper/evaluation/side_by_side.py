@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from proper.data.dataset import Dataset
 from proper.errors import DataError, RunFolderError
 from proper.evaluation.comparisons import TRIVIAL
-from proper.evaluation.metrics import TASK_METRICS, Prediction, TaskInfo, TaskKind
+from proper.evaluation.metrics import LOSSES, METRICS, STYLE_DISTANCES, Prediction, TaskInfo, TaskKind
 from proper.evaluation.results import Effort, plain
 from proper.evaluation.runner import read_predictions
 from proper.evaluation.statistics import compare, holm, user_scores
@@ -207,9 +207,9 @@ def _rows(
 
 
 def _difference(metric: str, task: TaskInfo, pair: tuple[Seeds, Seeds], effort: Effort) -> dict[str, Any] | None:
-    if metric == "loss" and not all(_finite(rows) for seeds in pair for rows in seeds):
+    if metric in LOSSES and not all(_finite(metric, rows) for seeds in pair for rows in seeds):
         return None
-    if metric != "loss" and metric not in TASK_METRICS[task.kind]:
+    if metric not in METRICS or metric in STYLE_DISTANCES:  # of another version, or of the users' histories
         return None
     one, other = (user_scores(metric, seeds, task) for seeds in pair)
     found = compare(one, other, effort.resamples, effort.draws, effort.seed)
@@ -228,8 +228,8 @@ def _difference(metric: str, task: TaskInfo, pair: tuple[Seeds, Seeds], effort: 
     }
 
 
-def _finite(rows: Sequence[Prediction]) -> bool:
-    return all(row.loss is not None and math.isfinite(row.loss) for row in rows)
+def _finite(loss: str, rows: Sequence[Prediction]) -> bool:
+    return all((value := getattr(row, loss)) is not None and math.isfinite(value) for row in rows)
 
 
 def _adjust(rows: list[dict[str, Any]]) -> None:

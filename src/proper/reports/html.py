@@ -74,6 +74,7 @@ def gather(run: RunFiles) -> dict[str, Any]:
         "task_experts": tables.task_experts(run),
         "routing": narrative.routing_story(routing),
         "gains": _gains(run),
+        "wanted_examples": run.examples,
         "examples": choose_examples(run.folder, kind, run.examples, task_kinds(run)),
         "signatures": _sentences(run.results.get("signatures")),
         "no_signatures": _no_signatures(run),

@@ -22,6 +22,7 @@ from proper.files import private_folder
 from proper.layers.layout import Bases, Layout
 from proper.models.checkpoints import load_bases, save_tensors
 from proper.models.personal import ProperModel
+from proper.training.checkpoint import seed_of
 from proper.training.starts import common_start, older_adapters
 from proper.training.user_stage import UserStage
 
@@ -45,12 +46,16 @@ def train_bases(stage: UserStage, path: Path) -> None:
 
 
 def stacked_bases(stage: UserStage) -> Bases:
-    """Return bases from LoRAs of the users."""
+    """Return bases from LoRAs of the users; random ones if no user has items besides the held-out ones."""
     config = stage.config.model_copy(update={"form": "lora", "rank": SOURCE_RANK})
     source = replace(stage, config=config)
     layout = stage.model.user_layout(config)
     # With an A of their own, the users' products would have no rows in common.
-    return decomposed(list(older_adapters(source, common_start(source), "bases")), layout, stage.config.rank)
+    adapters = list(older_adapters(source, common_start(source), "bases"))
+    if not adapters:
+        draw = torch.Generator().manual_seed(seed_of(stage.seed, "bases"))
+        return random_bases(stage.model, stage.config, draw)
+    return decomposed(adapters, layout, stage.config.rank)
 
 
 def decomposed(adapters: Sequence[Mapping[str, Tensor]], layout: Layout, rank: int) -> Bases:

@@ -94,7 +94,7 @@ def older_adapters(stage: UserStage, start: Float[Tensor, "P"], name: str) -> It
 
     Held-out items are not used. Another call with the same name and folder reads the adapters again.
     """
-    able = [at for at, user in enumerate(stage.users) if len(stage.dataset.history(user, 2)) == 2]
+    able = stage.able
     spread = able[:: max(1, -(-len(able) // MAX_USERS))]
     with closing(AdapterStore(stage.folder / name)) as store:
         config = stage.config.model_copy(update={"storage": "fp32"})

@@ -67,13 +67,12 @@ def select(stage: UserStage) -> tuple[list[int], Choice, Metadata]:
 def _trials(stage: UserStage) -> tuple[list[Trial], Choice, Quarantined]:
     """Return the trials, the choice, and the metadata of users in quarantine."""
     path = stage.folder / "trials.json"
-    able = [at for at, user in enumerate(stage.users) if len(stage.dataset.history(user, 2)) == 2]
     store = AdapterStore(stage.folder / "trial")
     try:
         if not path.exists():
             part = {} if stage.choice is None else {"part": stage.choice.part}
-            fit_adapters(stage, stage.jobs(able, True, **part), store, "trial", no_metadata)
-            jobs = stage.jobs(fitted(stage, able, store), True, **part)
+            fit_adapters(stage, stage.jobs(stage.able, True, **part), store, "trial", no_metadata)
+            jobs = stage.jobs(fitted(stage, stage.able, store), True, **part)
             curves = [_curve(stage, jobs, at, store) for at in range(len(jobs))]
             choice = stage.choice or choose(curves)
             trials = [curve.at(choice) for curve in curves]
