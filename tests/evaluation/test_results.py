@@ -173,6 +173,9 @@ def test_gains_without_a_stage_are_none():
     predictions = {0: {"base": invent(LABELS, 0.1, 0), "groups": invent(LABELS, 0.5, 0)}}
     row = gains_by_user(predictions, LABELS)["users"][0]
     assert row["gain_groups"] is None and row["gain_users"] is None
+    constant = [replace(row, tier="trivial") for row in predictions[0]["base"]]
+    rows = gains_by_user({0: {"prior": constant, **predictions[0]}}, LABELS)["users"]
+    assert {row["tier"] for row in rows} == {"groups", "users"}, "the last stage's, whichever method comes first"
 
 
 def test_the_order_of_predictions_changes_nothing():

@@ -37,6 +37,7 @@ def test_names_with_changes_are_split() -> None:
         ("groups[groups.constraints.kind=none]", "no setting 'groups.constraints.kind'"),
         ("population[groups.experts=8]", "trains nothing that this changes"),
         ("user-majority[users.rank=2]", "trains nothing that this changes"),
+        ("users[users.gradient_accumulation=4]", "stage 3 does not use 'users.gradient_accumulation'"),
         ("users[history=0]", "history is a number of rows"),
         ("group[groups.experts=8]", "did you mean 'groups'"),
     ],

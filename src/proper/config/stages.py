@@ -224,7 +224,8 @@ class DriftConfig(Section):
 class UsersConfig(OptimizerConfig):
     """Stage 3: one LoRA per user (3a), then the LoRA-aware router (3b).
 
-    A config that sets `epochs` and not `steps` trains for these epochs.
+    A config that sets `epochs` and not `steps` trains for these epochs. `gradient_accumulation` and
+    `gradient_checkpointing` are not used.
 
     Attributes:
         steps: optimizer steps of a user's full training, rounded up to whole passes over the user's items; null means

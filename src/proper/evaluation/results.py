@@ -25,6 +25,7 @@ from proper.evaluation.scoring import Predictions, require_ids, score_all, score
 from proper.evaluation.slices import part_rows, slice_rows
 from proper.evaluation.statistics import UserScores, estimate, standings
 from proper.evaluation.style import Habits
+from proper.run_folder import LADDER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +117,8 @@ def gains_by_user(predictions: Predictions, task: TaskInfo, scores: Scores | Non
 
     `{"metric", "higher_is_better", "users": [{"user", "history", "queries", "tier", "values": {method: value},
     "gain_groups", "gain_users"}]}`. Values are means over the user's queries and over seeds. Gains are positive for an
-    improvement, also for error metrics, and None if a stage is missing. `tier` is the serving tier of method `users` in
-    the first seed.
+    improvement, also for error metrics, and None if a stage is missing. `tier` is the serving tier of method `users`,
+    or of the last stage there is, in the first seed.
 
     Raises:
         DataError: there are no predictions, or methods or seeds did not answer exactly the same queries.
@@ -127,7 +128,8 @@ def gains_by_user(predictions: Predictions, task: TaskInfo, scores: Scores | Non
     first = next(iter(predictions.values()))
     if scores is None:
         scores = {(method, name): scores_of(name, method, predictions, task) for method in first}
-    tiers = {row.user: row.tier for row in first.get("users", next(iter(first.values())))}
+    last = next((stage for stage in reversed(LADDER) if stage in first), next(iter(first)))
+    tiers = {row.user: row.tier for row in first[last]}
     values = {method: scores[method, name].user_values() for method in first}
     users, counts = scores[next(iter(first)), name].users, scores[next(iter(first)), name].counts
     higher = get_metric(name).higher_is_better

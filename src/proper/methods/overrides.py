@@ -32,6 +32,9 @@ _NAME = re.compile(r"(?P<method>[^\[\]]+)(?P<changes>(\[[^\[\]=]+=[^\[\]]+\])+)"
 _LONGEST = 200
 """Bytes of the longest name of a method: its files are called so."""
 
+UNUSED = ("users.gradient_accumulation", "users.gradient_checkpointing")
+"""Settings that all stages have and stage 3 does not use: a method would have another name and the same answers."""
+
 _CHANGE = re.compile(r"\[([^\[\]=]+)=([^\[\]]+)\]")
 
 
@@ -106,6 +109,8 @@ def _read(name: str, changes: list[tuple[str, str]], config: Config, variant: De
             derive, first = _after(derive, _shortened(name, value)), Stage.GROUPS
         elif key == "rows":
             derive, first = _after(derive, _asking(value)), Stage.POPULATION
+        elif key in UNUSED:
+            raise ConfigError(f"evaluation.methods: '{name}': stage 3 does not use '{key}'")
         elif stage is not None:
             _put(raw, key, value, name)
             sections.append(stage)
