@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -18,11 +19,13 @@ import torch
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.adapters.tombstones import Tombstones
+from proper.cli.app import main
 from proper.databases import tables
 from proper.databases.location import Location, location_of
 from proper.databases.setup import keep_state
 from proper.databases.shared import open_run
 from proper.errors import InputError, StoreError, UnavailableError
+from proper.files import write_json
 from proper.interactions.deletion import finish_deletions, remove
 from proper.interactions.log import DeletedError, InteractionLog, LogEntry
 from proper.interactions.log_check import check_log
@@ -105,6 +108,19 @@ def test_a_lost_schema_and_a_newer_one_are_named(users: Path) -> None:
         connection.execute(f"DROP SCHEMA {place(users).schema} CASCADE")
     with pytest.raises(StoreError, match="there is no such schema, so the state of the run is lost"):
         InteractionLog(users)
+
+
+def test_a_server_that_is_away_is_no_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("psycopg")
+    (tmp_path / "users").mkdir()
+    (tmp_path / "config.yaml").write_text("data: {path: x}\n", encoding="utf-8")
+    with socket.socket() as nobody:  # bound, but it does not listen
+        nobody.bind(("127.0.0.1", 0))
+        url = f"postgresql://proper@127.0.0.1:{nobody.getsockname()[1]}/x"
+        write_json(RunFolder(tmp_path).database, {"url": url, "schema": "proper_0"})
+        assert main(["users", "check", str(tmp_path), "--repair"]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and "found" not in said.err and said.err.startswith(f"proper: {url}")
 
 
 def test_a_text_that_postgresql_cannot_hold_is_bad_input(log: InteractionLog) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proper.cli.options import RunFolder, examples
-from proper.errors import InputError, ReadOnlyError, RunFolderError, StoreError
+from proper.errors import InputError, ReadOnlyError, RunFolderError, StoreError, UnavailableError
 from proper.run_folder import Stage, require_run
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def check(
         with opened(folder) as store:
             findings = check_store(store, repair=repair) + findings
         waits += [] if findings else delete_returned(users, PATIENCE)
-    except ReadOnlyError:
+    except (ReadOnlyError, UnavailableError):
         raise
     except StoreError as error:
         findings.insert(0, Finding("manifest", str(error)))

@@ -12,7 +12,7 @@ from proper.adapters.integrity import Finding, one_line
 from proper.databases.location import is_made
 from proper.databases.statements import Statement
 from proper.databases.tables import FITS, INTERACTIONS, USERS
-from proper.errors import StoreError
+from proper.errors import StoreError, UnavailableError
 from proper.interactions.fit_queue import State
 from proper.interactions.log import InteractionLog
 from proper.run_folder import UsersFolder
@@ -66,6 +66,8 @@ def check_log(users: Path) -> list[Finding]:
                 return [Finding("log", one_line(path, text)) for text in messages]
             queries = (*_INVALID_ROWS, *(_INVALID_TYPES if log.database.engine == "sqlite" else ()))
             counts = [(log.database.read(query)[0][0], what) for query, what in queries]
+    except UnavailableError:
+        raise  # not damage
     except StoreError as error:
         return [Finding("log", one_line(path, str(error)))]
     return [Finding("log", f"{path}: {count} {what}") for count, what in counts if count]
