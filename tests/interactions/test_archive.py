@@ -6,9 +6,11 @@ import io
 import json
 import sqlite3
 import zipfile
+from collections.abc import Iterator
 from contextlib import closing
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.cli.app import main
 from proper.data.database import create
 from proper.errors import InputError
+from proper.interactions import archive
 from proper.interactions.archive import write_archive
 from proper.interactions.deletion import remove
 from proper.interactions.log import InteractionLog, LogEntry
@@ -92,8 +95,8 @@ def read(run: Path, tenant: str = "") -> dict[str, bytes]:
     target = io.BytesIO()
     with closing(AdapterStore(run / "users", tenant)) as store, closing(InteractionLog(run / "users")) as log:
         write_archive(target, store, log, ANN)
-    with zipfile.ZipFile(target) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(target) as content:
+        return {name: content.read(name) for name in content.namelist()}
 
 
 def test_what_every_file_of_the_registry_holds_is_in_the_archive(run: Path) -> None:
@@ -138,6 +141,20 @@ def test_the_command_writes_a_private_file_outside_the_run(
     assert out.stat().st_mode & 0o777 == 0o600 and zipfile.ZipFile(out).testzip() is None
     assert main([*command, str(out)]) == 2 and "--force" in capsys.readouterr().err
     assert main([*command, str(run / "ann.zip")]) == 2 and "lies in the run folder" in capsys.readouterr().err
+
+
+def test_a_user_who_is_deleted_meanwhile_gets_no_part_of_an_archive(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(AdapterStore(run / "users")) as store, closing(InteractionLog(run / "users")) as log:
+        whole = archive._stored
+
+        def deleted_first(*given: Any) -> Iterator[tuple[str, bytes]]:
+            monkeypatch.undo()
+            assert not remove(store, log, ANN, 0).waits
+            return whole(*given)
+
+        monkeypatch.setattr(archive, "_stored", deleted_first)
+        with pytest.raises(InputError, match="there is no user"):
+            write_archive(io.BytesIO(), store, log, ANN)
 
 
 def test_a_user_who_is_unknown_or_leaving_has_no_archive(run: Path) -> None:

@@ -24,8 +24,11 @@ from proper.adapters.store import AdapterStore
 from proper.data.values import MAX_ID_LENGTH
 from proper.inference import PersonalizedModel
 from proper.inference.generate import generate
+from proper.interactions.deletion import remove
+from proper.interactions.log import InteractionLog
 from proper.models.checkpoints import save_tensors
 from proper.run_folder import UsersFolder
+from proper.serving.routes import users
 from proper.state_move import move_state
 
 if TYPE_CHECKING:
@@ -105,6 +108,21 @@ def test_any_id_is_one_segment(own: Running, user: str) -> None:
         assert client.delete(url).json()["id"] == user
         assert client.get(url).status_code == 404
         assert client.get("/v1/users/x").json()["version"] == 2, "and nobody else's"
+
+
+def test_an_archive_of_a_user_who_is_deleted_meanwhile_is_not_found(
+    own: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = users.write_archive
+
+    def late(content: io.BytesIO, store: AdapterStore, log: InteractionLog, user: str) -> None:
+        assert not remove(store, log, user).waits
+        whole(content, store, log, user)
+
+    monkeypatch.setattr(users, "write_archive", late)
+    with own.client() as client:
+        reply = client.get("/v1/users/u0/archive")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "user_not_found")
 
 
 def test_what_was_said_is_kept_until_its_person_is_deleted(own: Running) -> None:

@@ -73,13 +73,10 @@ def write_archive(target: IO[bytes], store: AdapterStore, log: InteractionLog, u
         user: the user.
 
     Raises:
-        InputError: the run does not know the user, or is deleting them.
+        InputError: the run does not know the user, or is deleting them, or has begun to while the archive was written.
         StoreError: a file of the run is damaged; names it.
     """
-    if log.deletions.of(store.tenant, user) is not None:
-        raise InputError(f"{store.folder}: user {user!r} is being deleted")
-    if store.head(user) is None and not log.knows(store.tenant, user):
-        raise InputError(f"{store.folder}: there is no user {user!r}")
+    _require_there(store, log, user)
     run = RunFolder(store.folder.parent).home.path
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         names = list[str]()
@@ -94,6 +91,14 @@ def write_archive(target: IO[bytes], store: AdapterStore, log: InteractionLog, u
         date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         text = README.format(texts=TEXTS, run=run.name, user=user, date=date, quarantine=note, contents=contents)
         archive.writestr("README.txt", text.encode("utf-8", "backslashreplace"))
+    _require_there(store, log, user)  # else only a part was there to be read
+
+
+def _require_there(store: AdapterStore, log: InteractionLog, user: str) -> None:
+    if log.deletions.of(store.tenant, user) is not None:
+        raise InputError(f"{store.folder}: user {user!r} is being deleted")
+    if store.head(user) is None and not log.knows(store.tenant, user):
+        raise InputError(f"{store.folder}: there is no user {user!r}")
 
 
 def _contents(run: Path, store: AdapterStore, log: InteractionLog, user: str) -> Iterator[tuple[str, bytes]]:

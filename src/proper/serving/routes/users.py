@@ -9,7 +9,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Response
 
-from proper.errors import NoVersionError
+from proper.errors import InputError, NoVersionError
 from proper.interactions.archive import write_archive
 from proper.interactions.deletion import TrainingError, remove
 from proper.interactions.log import InteractionLog
@@ -119,10 +119,12 @@ def _one_user(router: APIRouter, engine: AnsweringEngine, lookup: TenantLookup, 
         """Return everything that the run holds of a user, texts included, as a zip file with a README.txt."""
         tenant_users = lookup(caller, tenant)
         tenant_users.require(user)
-        if tenant_users.log.deletions.of(tenant_users.tenant, user):
-            raise APIError(409, f"user {user!r} is being deleted", code="deletion_running", param="user")
         content = BytesIO()
-        write_archive(content, tenant_users.store, tenant_users.log, user)
+        try:
+            write_archive(content, tenant_users.store, tenant_users.log, user)
+        except InputError as error:
+            tenant_users.require(user)
+            raise APIError(409, f"user {user!r} is being deleted", code="deletion_running", param="user") from error
         return ZipReply(content.getvalue(), headers={"Content-Disposition": 'attachment; filename="archive.zip"'})
 
     @router.delete("/{user}", responses={202: {"model": DeletionStatus, "description": "The deletion goes on."}})
