@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -127,6 +128,14 @@ def test_a_text_that_postgresql_cannot_hold_is_bad_input(log: InteractionLog) ->
     with pytest.raises(InputError, match="NUL"):
         log.append("", "ann", [LogEntry("a\0b", "x")])
     assert not log.knows("", "ann")
+
+
+def test_a_client_notices_that_the_machine_of_the_server_is_gone(users: Path, log: InteractionLog) -> None:
+    with log.database.transaction():
+        connection = log.database._backend._current()  # type: ignore[attr-defined]
+        with socket.socket(fileno=os.dup(connection.fileno())) as own:
+            names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+            assert [own.getsockopt(socket.IPPROTO_TCP, name) for name in names] == [30, 10, 3, 60_000]
 
 
 def test_a_dropped_connection_is_replaced(users: Path, log: InteractionLog) -> None:

@@ -50,27 +50,35 @@ class DeletionWatch:
         self._thread.join()
 
     def _look(self) -> None:
-        # A separate store: its connection sees commits of all other connections, those of this process included.
-        with closing(AdapterStore(self.users)) as store:
-            seen, looked, stale, sweep_at = "", False, True, 0.0
-            while not self._stopping.is_set():
-                try:
-                    changes = store.manifest.changes()
-                    if changes != seen:
-                        self.engine.recheck()
-                        stale = True
-                    seen = changes
-                    if stale and time.monotonic() >= sweep_at:
-                        store.shards.sweep()
-                        stale, sweep_at = False, time.monotonic() + SWEEP_SECONDS
-                    finish_deletions(self.users)
-                    if not looked:
-                        delete_returned(self.users)
-                    looked = True
-                    self._log_once("")
-                except (ProperError, OSError) as error:
-                    self._log_once(str(error))
+        while not self._stopping.is_set():
+            try:
+                # A separate store: its connection sees the commits of all others, those of this process included.
+                with closing(AdapterStore(self.users)) as store:
+                    self._poll(store)
+            except (ProperError, OSError) as error:  # it cannot be opened yet
+                self._log_once(str(error))
                 self._stopping.wait(PERIOD)
+
+    def _poll(self, store: AdapterStore) -> None:
+        seen, looked, stale, sweep_at = "", False, True, 0.0
+        while not self._stopping.is_set():
+            try:
+                changes = store.manifest.changes()
+                if changes != seen:
+                    self.engine.recheck()
+                    stale = True
+                seen = changes
+                if stale and time.monotonic() >= sweep_at:
+                    store.shards.sweep()
+                    stale, sweep_at = False, time.monotonic() + SWEEP_SECONDS
+                finish_deletions(self.users)
+                if not looked:
+                    delete_returned(self.users)
+                looked = True
+                self._log_once("")
+            except (ProperError, OSError) as error:
+                self._log_once(str(error))
+            self._stopping.wait(PERIOD)
 
     def _log_once(self, what: str) -> None:
         """Log an error once, until it changes or is gone."""

@@ -25,6 +25,8 @@ from proper.errors import RunFolderError, StoreError, UnavailableError, Unstorab
 
 # The server notices within a minute that a client's machine is gone, and rolls its transaction back.
 _SETTINGS = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
+# A client notices as soon that the server's machine is gone. By the system's own limits, a read would wait for hours.
+_KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
 
 
 class Pools:
@@ -107,6 +109,7 @@ def _pool(location: Location) -> Pool:
             "options": f"{_SETTINGS} -c search_path={location.schema}",
             "application_name": "proper",
             "connect_timeout": 10,
+            **_KEEPALIVES,
         },
     )
 
