@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from proper.adapters import store
 from proper.adapters.integrity import Finding, check
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.errors import StoreError
@@ -61,6 +62,22 @@ def test_bytes_that_cannot_be_read_now_are_not_damaged(two: AdapterStore, monkey
         with pytest.raises(StoreError, match=r"blobs/.*: cannot be read: no permission; nothing is repaired"):
             check(two, repair=True)
     assert {user: two.versions(user) for user in "abc"} == before and check(two) == []
+
+
+def test_a_failed_put_leaves_nothing_to_the_next_one(
+    two: AdapterStore, adapter: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> int:
+        raise StoreError("the manifest is away")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "commit", away)
+        for name in ("shard_size", "refers_to"):
+            broken.setattr(type(two.manifest), name, away)
+        with pytest.raises(StoreError, match="is away"):
+            two.put([UserRecord("d", "users", torch.ones(2), adapter(30))])
+    two.put([UserRecord("e", "users", torch.ones(2), adapter(31))])
+    assert two.shards.remove_unowned(1) and check(two) == []
 
 
 @pytest.mark.parametrize("kind", ["flipped", "torn", "missing"])

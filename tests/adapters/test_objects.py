@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from proper.adapters import bucket as buckets
+from proper.adapters import store as stores
 from proper.adapters.bucket import Bucket, BucketError, MissingObjectError
 from proper.adapters.integrity import check
 from proper.adapters.storage_setting import parse_url, record, setting_of
@@ -178,6 +179,22 @@ def test_old_versions_wait_until_a_rewrite_pays(run: tuple[Path, str], adapter: 
         for at in (1, 2, 3):
             store.put([UserRecord(f"u{at}", "users", torch.ones(1), adapter(20 + at))])
         assert len(store.manifest.erasures()) <= 1
+
+
+def test_a_failed_put_leaves_nothing_to_the_next_one(
+    run: tuple[Path, str], adapter: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> int:
+        raise StoreError("the manifest is away")
+
+    with closing(AdapterStore(run[0] / "users")) as store:
+        with monkeypatch.context() as broken:
+            broken.setattr(stores, "commit", away)
+            broken.setattr(type(store.manifest), "shard_size", away)
+            with pytest.raises(StoreError, match="is away"):
+                store.put([UserRecord("ann", "users", torch.ones(1), adapter(1))])
+        store.put([UserRecord("bob", "users", torch.ones(1), adapter(2))])
+        assert check(store) == []
 
 
 def test_a_bucket_that_removes_nothing_undoes_no_commit(

@@ -173,6 +173,34 @@ def test_a_deletion_that_another_process_ended_spares_the_user_enrolled_since(
     assert not log.deletions.pending()
 
 
+KILLED_PUT = """
+import os, sys, torch
+from pathlib import Path
+from proper.adapters import store
+from proper.adapters.store import AdapterStore, UserRecord
+opened = AdapterStore(Path(sys.argv[1]), file_bytes=int(sys.argv[2]))
+store.commit = lambda *_: os.kill(os.getpid(), 9)
+opened.put([UserRecord("ann", "users", torch.ones(4), {"x.A": torch.full((64, 4), 3.25)})])
+"""
+
+
+@pytest.mark.parametrize("file_bytes", [0, 1 << 20], ids=["files", "shards"])
+def test_what_a_killed_put_left_goes_with_the_next_deletion(
+    users: Path, store: AdapterStore, log: InteractionLog, file_bytes: int
+) -> None:
+    mark = torch.full((64,), 3.25).numpy().tobytes()
+    kept = {"x.A": torch.full((64, 4), 7.5)}
+    with closing(AdapterStore(users, file_bytes=file_bytes)) as other:
+        other.put([UserRecord("bob", "users", torch.ones(4), kept)])
+    ended = subprocess.run([sys.executable, "-c", KILLED_PUT, users, str(file_bytes)], timeout=60)
+    blobs = users / "blobs"
+    assert ended.returncode == -signal.SIGKILL and any(mark in path.read_bytes() for path in blobs.iterdir())
+    assert not remove(store, log, "ann").waits
+    assert not any(mark in path.read_bytes() for path in blobs.iterdir())
+    bob = store.get("bob")
+    assert bob is not None and bob.adapter is not None and bob.adapter["x.A"].equal(kept["x.A"])
+
+
 def test_what_fits_and_killed_writers_left_goes_with_the_user(
     users: Path, store: AdapterStore, log: InteractionLog
 ) -> None:

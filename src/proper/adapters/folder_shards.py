@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from proper.adapters.manifest import ByteRange, Manifest, ManifestRow, shard_name, shard_number
-from proper.adapters.shards import BlobWriter, erase, fill, lock_shard, stream
+from proper.adapters.shards import BlobWriter, erase, fill, lock_shard, stream, wipe_tail
 from proper.adapters.storage import Aside, ShardWriter, move_live
 from proper.errors import StoreError
-from proper.files import private_folder
+from proper.files import locked, private_folder
 
 _TOGETHER = 8
 _PIECE = 1 << 20
+_FILE = ".safetensors"
 
 
 class FolderShards:
@@ -22,15 +23,16 @@ class FolderShards:
     Args:
         folder: the folder.
         manifest: the manifest of the blobs.
+        lock: the file that writers of blobs hold shared until they have committed.
 
     Raises:
         StoreError: the folder is a symbolic link.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, lock: Path) -> None:
         if folder.is_symlink():
             raise StoreError(f"{folder}: is a symbolic link; put the folder itself there, or mount one")
-        self.folder, self.manifest = folder, manifest
+        self.folder, self.manifest, self._lock = folder, manifest, lock
 
     @property
     def name(self) -> str:
@@ -71,6 +73,33 @@ class FolderShards:
     def erase(self, *, thorough: bool = True) -> None:
         """Erase everything that is scheduled, `thorough` or not: zeroing a range costs little."""
         erase(self.folder, self.manifest)
+
+    def remove_unowned(self, patience: float) -> bool:
+        """Wipe bytes behind the shards' committed ends, and remove files of large adapters that no row names."""
+        try:
+            for number in self.manifest.shards():
+                wipe_tail(self.folder, self.manifest, number)
+            if self._files() == len(self._named()):
+                return True
+            with locked(self._lock, patience=patience) as alone:
+                if alone is None:
+                    return False  # the rows of a living writer's files are still to come
+                named = self._named()
+                with os.scandir(self.folder) as entries:
+                    gone = [entry.path for entry in entries if entry.name.endswith(_FILE) and entry.name not in named]
+                for path in gone:
+                    os.unlink(path)
+            return True
+        except OSError as error:
+            raise StoreError(f"{error.filename or self.folder}: cannot be erased: {error.strerror or error}") from error
+
+    def _files(self) -> int:
+        with os.scandir(self.folder) as entries:
+            return sum(entry.name.endswith(_FILE) for entry in entries)
+
+    def _named(self) -> set[str]:
+        blobs = self.manifest.referenced() | {each.blob for each in self.manifest.erasures()}
+        return {blob for blob in blobs if blob.endswith(_FILE)}
 
     def sweep(self) -> None:
         """Do nothing: a folder has no cache."""

@@ -58,8 +58,9 @@ class ObjectWriter:
 
     def undo(self) -> None:
         """Remove the objects that are not committed."""
-        given = [number for number in self._given if not self.manifest.shard_size(number)]
-        self.done()
+        given = self._given
+        self.done()  # first: after a manifest that cannot be read, the next commit must not make these objects its own
+        given = [number for number in given if not self.manifest.shard_size(number)]
         with self.manifest.transaction():
             for number in given:
                 self.manifest.drop_shard(number)

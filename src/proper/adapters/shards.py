@@ -113,12 +113,14 @@ class BlobWriter:
 
     def undo(self) -> None:
         """Remove everything written since the last commit, as the manifest records it, whatever the error was."""
-        for name in self._files:
-            if not self.manifest.refers_to(name):
-                (self.folder / name).unlink(missing_ok=True)
-        for shard in self._touched:
-            os.ftruncate(shard.file, self.manifest.shard_size(shard.number) or 0)
-        self.close()
+        try:
+            for name in self._files:
+                if not self.manifest.refers_to(name):
+                    (self.folder / name).unlink(missing_ok=True)
+            for shard in self._touched:
+                os.ftruncate(shard.file, self.manifest.shard_size(shard.number) or 0)
+        finally:  # also if the manifest cannot be read: the next commit must not make these bytes its own
+            self.close()
 
     def close(self) -> None:
         """Release all shards."""
@@ -260,6 +262,22 @@ def _erase_blob(path: Path, ranges: list[tuple[int | None, int]]) -> None:
             assert offset is not None
             os.pwrite(file, bytes(max(0, min(length, end - offset))), offset)
         os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def wipe_tail(folder: Path, manifest: Manifest, number: int) -> None:
+    """Wipe the bytes behind a shard's committed end, which a killed writer left, unless a writer owns the shard."""
+    file = lock_shard(folder, number)
+    if file is None:
+        return
+    try:
+        size, end = manifest.shard_size(number), os.fstat(file).st_size
+        if size is not None and size < end:
+            for at in range(size, end, _FLUSH):
+                os.pwrite(file, bytes(min(_FLUSH, end - at)), at)
+            os.fsync(file)
+            os.ftruncate(file, size)
     finally:
         os.close(file)
 

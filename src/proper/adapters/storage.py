@@ -89,6 +89,13 @@ class ShardStorage(Protocol):
         """Erase scheduled bytes that must not wait; without `thorough`, only if it is cheap or frees enough bytes."""
         ...
 
+    def remove_unowned(self, patience: float, /) -> bool:
+        """Remove what killed puts left: bytes without a row, whose owner is unknown, so that a deletion has to.
+
+        Returns False if other writers keep it from that for longer than `patience` (seconds).
+        """
+        ...
+
     def sweep(self) -> None:
         """Wipe what this machine keeps of blobs that another machine has erased."""
         ...

@@ -150,7 +150,7 @@ def open_storage(paths: UsersFolder, manifest: Manifest) -> ShardStorage:
     """Return the storage of a store; only a run's own store and those of nested runs are in its bucket."""
     found = _bucket_of(paths)
     if found is None:
-        return FolderShards(paths.blobs, manifest)
+        return FolderShards(paths.blobs, manifest, paths.lock)
     setting, bucket = found
     cache = ShardCache(paths.cache, setting.cache_mb << 20)
     return ObjectShards(bucket, manifest, cache, paths.lock, setting.claim)

@@ -258,7 +258,10 @@ def _remove(
         remove_work(store.folder, store.tenant, user)
     remove_quarantine(store.folder)
     wiped = {store.manifest.path: store.wipe(patience, user), log.database.path: log.database.wipe(patience, user)}
-    return [f"{path}: another process reads it" for path, done in wiped.items() if not done]
+    waits = [f"{path}: another process reads it" for path, done in wiped.items() if not done]
+    if not store.shards.remove_unowned(patience):
+        waits.append(f"{store.shards.name}: another process writes it")
+    return waits
 
 
 @contextmanager
