@@ -73,7 +73,7 @@ def test_many_users_of_one_file(run: Path, tmp_path: Path, capsys: Output) -> No
     printed = [line.split("\t") for line in out.splitlines()]
     assert [user for user, _, _ in printed] == [*users] and {tier for _, tier, _ in printed} <= {"groups", "users"}
     assert main(["users", "enrol", str(run), "--input", path]) == 2
-    assert "--user ann: exists already" in capsys.readouterr().err
+    assert f"{path}: user 'ann' exists already" in capsys.readouterr().err
     other = written(tmp_path / "other.jsonl", [{**ROWS[0], "user_id": "dan"}, ROWS[1]])
     assert main(["users", "enrol", str(run), "--input", other]) == 2
     assert f"{other}:2: user_id: missing" in capsys.readouterr().err

@@ -72,7 +72,8 @@ def enrol(
     with open_users(folder) as users:
         for each in entries:
             if each in users:
-                raise InputError(f"--user {each}: exists already; 'proper users update' adds interactions")
+                where = f"--user {each}:" if user is not None else f"{input_file}: user {each!r}"
+                raise InputError(f"{where} exists already; 'proper users update' adds interactions")
         if user is not None and refine:
             append(users, user, entries[user], new=True)
             return
