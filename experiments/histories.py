@@ -54,7 +54,7 @@ def differences(
     """
     histories = {row.user: row.history for row in first}
     limits = (0.0, *map(float, edges), math.inf)
-    ranges = [(0.0, math.inf), *pairwise(limits)]
+    ranges = dict.fromkeys([(0.0, math.inf), *pairwise(limits)])  # without limits, the two are the same
     rows = []
     losses = [
         name for name in ("loss", "label_loss") if all(getattr(row, name) is not None for row in (*first, *second))

@@ -66,6 +66,7 @@ MAIN = {
 FURTHER = {
     "huffpost-label": (("half the tokens in stages 1 and 2", "shorter-huffpost-label"),),
     "movielens-rating": (
+        ("rows of stage 1 drawn by rows", "rows-movielens-rating"),
         ("four times the tokens in stage 1, twice in stage 2", "longer-movielens-rating"),
         ("half the tokens in stage 1", "wider-movielens-rating"),
         ("50 users", "small-movielens-rating"),

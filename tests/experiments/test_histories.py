@@ -40,6 +40,7 @@ def test_each_range_has_the_difference_of_its_users() -> None:
         (50, None): (1, 1, 1, 1),
     }
     assert {row["metric"] for row in differences(first, second, TASK)} == {"mae", "rmse", "label_loss"}
+    assert [row["history"] for row in differences(first, second, TASK, []) if row["metric"] == "mae"] == [[0, None]]
     assert rows[0, None]["difference"] == pytest.approx(1 / 5)
     assert rows[0, None]["ci95"][0] <= 1 / 5 <= rows[0, None]["ci95"][1] and 0 < rows[0, None]["p_value"] <= 1
 
