@@ -294,7 +294,8 @@ def check_file(written: Written, out: Path) -> None:
             prepare(config_of(written), out / "data.sqlite", count_words)
         first, lines = f"{path}:{bad[0]}: ", str(caught.value).splitlines()
         assert len(lines) == 1 and lines[0].startswith(first), (lines, first)
-        assert len(bad) == 1 or f"(and {len(bad) - 1:,} more bad row" in lines[0], (lines, len(bad))
+        said = f"(and {len(bad) - 1:,} more bad row" if good else f"(no row is good, of {len(bad):,})"
+        assert (good and len(bad) == 1) or said in lines[0], (lines, len(bad))
         str(caught.value).encode()
         assert not list(out.iterdir())
     if len({*good}) == len(good):  # no user has a history and a query
@@ -341,7 +342,7 @@ def test_check_says_it_in_one_line_or_goes_on_without(tmp_path: Path, capsys: py
 
 def test_interactions_of_one_user_are_all_read_or_none(tmp_path: Path) -> None:
     """As `proper users enrol` and `proper.load(...).users` read them."""
-    dice, config = random.Random(2), DataConfig(path="", prompt="{n} {input}")
+    dice, config = random.Random(2), DataConfig(path="rows.jsonl", prompt="{n} {input}")
     for number in range(4):
         written = json_lines(dice, tmp_path / f"{number}.jsonl", 250)
         read = record_reader(config, TaskConfig(kind=written.kind), "u1")

@@ -16,7 +16,7 @@ ROW = {"input": "a", "output": "b"}
 
 @pytest.mark.parametrize("said", ["7", 7, 7.0])
 def test_a_row_may_name_its_user_as_the_runs_data_does(said: Any) -> None:
-    read = record_reader(DataConfig(path=""), TaskConfig(), "7")
+    read = record_reader(DataConfig(path="x"), TaskConfig(), "7")
     assert read({**ROW, "user_id": said}) == LogEntry("a", "b")
 
 
@@ -30,7 +30,7 @@ def test_a_row_may_name_its_user_as_the_runs_data_does(said: Any) -> None:
     ],
 )
 def test_a_row_of_a_user_who_cannot_be_told_is_refused(said: Any, what: str) -> None:
-    read = record_reader(DataConfig(path=""), TaskConfig(), "9007199254740992")
+    read = record_reader(DataConfig(path="x"), TaskConfig(), "9007199254740992")
     with pytest.raises(BadValue) as caught:
         read({**ROW, "user_id": said})
     assert str(caught.value) == what
@@ -40,11 +40,11 @@ def test_times_are_those_of_data_files_and_files_may_be_packed(tmp_path: Path) -
     path = tmp_path / "rows.jsonl.zst"
     with output_stream(str(path), compression="zstd") as file:
         file.write(b'{"input": "a", "output": "b", "timestamp": 1700000000000000000}\n')
-    assert read_file(path, record_reader(DataConfig(path=""), TaskConfig(), "7")) == [LogEntry("a", "b", 1.7e9)]
+    assert read_file(path, record_reader(DataConfig(path="x"), TaskConfig(), "7")) == [LogEntry("a", "b", 1.7e9)]
 
 
 def test_what_others_answered_is_unknown_for_submitted_rows() -> None:
-    config = DataConfig(path="", prompt="{title}, others {item_mean} ({item_count}):", target="{stars}")
+    config = DataConfig(path="rows.jsonl", prompt="{title}, others {item_mean} ({item_count}):", target="{stars}")
     read = record_reader(config, TaskConfig(kind="rating"), "7")
     row = {"title": "Alien", "stars": 4}
     assert read(row) == LogEntry("Alien, others unknown (0):", "4")

@@ -17,7 +17,7 @@ from proper.reports.curves import curves, history_curves
 from proper.reports.examples import choose_examples, task_kinds
 from proper.reports.load import RunFiles, load_run
 from proper.reports.reading import mapping, number
-from proper.run_folder import LADDER, RunFolder
+from proper.run_folder import LADDER, Personal, RunFolder
 
 
 def write_report(folder: Path) -> Path:
@@ -139,7 +139,7 @@ def _gains(run: RunFiles) -> list[dict[str, Any]]:
         figure = figures.gains(run.gains, step, run.gain_metric)
         if figure:
             story, table = narrative.gain_story(run.gains, step), tables.who_gained(run.gains, step)
-            only = [f"Task {run.first_task}; users.json has the gains of all."] if run.first_task else []
+            only = [f"Task {run.first_task}; {Personal.USER_SCORES} has the gains of all."] if run.first_task else []
             found.append({"figure": figure, "story": [*only, *story], "table": table})
     return found
 
