@@ -15,30 +15,28 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from proper.data.dataset import Dataset
 from proper.errors import ProperError
 from proper.evaluation.metrics import TASK_METRICS, Prediction, TaskInfo
-from proper.evaluation.runner import read_predictions
+from proper.evaluation.side_by_side import RunSide
 from proper.evaluation.statistics import compare, user_scores
-from proper.files import read_json, write_json
-from proper.run_folder import RunFolder
+from proper.files import write_json
 
 EDGES = (30, 60, 150)
 
 
 def read(folder: Path, method: str) -> tuple[list[Prediction], TaskInfo]:
-    """Return a method's predictions in a run folder, and the task.
+    """Return a method's predictions of a run's first seed, and the task.
 
     Raises:
-        ProperError: the run has no results or no predictions of the method.
+        ProperError: the run has no results, no prepared data or no predictions of the method.
     """
-    run = RunFolder(folder)
-    for path in (run.results, run.predictions_of(method)):
-        if not path.is_file():
-            raise ProperError(f"{path}: no such file; 'proper evaluate {folder} --methods {method}' makes it")
-    task = read_json(run.results)["task"]
-    with Dataset.open(run.data) as dataset:
-        return read_predictions(run.predictions_of(method)), TaskInfo(task["name"], task["kind"], tuple(dataset.labels))
+    side = RunSide.of(folder)
+    task, found = side.task(), side.predictions(method, side.seeds[0])
+    if task is None or found is None:
+        raise ProperError(
+            f"{folder}: no data or no predictions; 'proper evaluate {folder} --methods {method}' makes them"
+        )
+    return found, task
 
 
 def differences(

@@ -123,6 +123,11 @@ def test_nothing_but_bad_rows_is_refused(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{path}: not one good row; the first of 3 bad rows: {path}:1: row: not JSON")
     with pytest.raises(DataError, match=r"rows.jsonl:1: row: not JSON .* \(no row is good, of 3\)$"):
         prepare(make_config({"data": {"path": str(path)}}), tmp_path / "data.sqlite", no_tokens)
+    # A user who is left out has good rows too.
+    path.write_text('{"user_id": "a", "input": "x", "output": "y"}\n{\n')
+    with pytest.raises(DataError, match=r"rows.jsonl:2: row: not JSON .*--skip-bad-rows leaves it out\)$"):
+        config = make_config({"data": {"path": str(path)}})
+        prepare(config, tmp_path / "data.sqlite", no_tokens, is_left_out=lambda user: user == "a")
 
 
 def test_the_hash_is_of_contents_and_settings_not_of_order_or_place(tmp_path: Path, build: Build) -> None:

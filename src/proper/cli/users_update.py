@@ -168,7 +168,7 @@ class _Ended(BaseException):
 
 def _watch(folder: Path, parent: int | None) -> None:
     if parent is not None:
-        # Requests of the server have priority. With 10 a fit got a tenth of a core where other work has the others.
+        # Requests of the server have priority. By its weight, niceness 10 is a tenth of a core that other work uses.
         os.nice(5)
 
     def end(*_: Any) -> None:

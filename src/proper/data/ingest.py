@@ -87,11 +87,15 @@ def _load(
 ) -> tuple[BadRows, int]:
     """Insert the good rows as they are read; return the bad rows and the number of good ones."""
     bad, count, all_bad = BadRows(), 0, True
-    interactions = _all_tasks(config, bad)
-    if is_left_out is not None:
-        interactions = (each for each in interactions if not is_left_out(each.user))
-    for chunk in _chunks(interactions):
-        all_bad = False
+
+    def kept() -> Iterator[Interaction]:
+        nonlocal all_bad
+        for each in _all_tasks(config, bad):
+            all_bad = False
+            if is_left_out is None or not is_left_out(each.user):
+                yield each
+
+    for chunk in _chunks(kept()):
         if bad.count and not skip_bad_rows:
             continue  # Nothing is kept; the rest is read only to count the bad rows.
         tokens = count_tokens([each.prompt for each in chunk], [each.target for each in chunk])

@@ -95,6 +95,15 @@ class RunSide:
         """The seeds of the run; the seed of the run folder itself is the first."""
         return [int(seed) for seed in self.results["run"]["seeds"]]
 
+    def task(self) -> TaskInfo | None:
+        """Return the task with its labels, which are read from the prepared data; None if that is missing."""
+        path = RunFolder(self.folder).data
+        if not path.is_file():
+            return None
+        task = self.results["task"]
+        with Dataset.open(path) as dataset:
+            return TaskInfo(task["name"], task["kind"], tuple(dataset.labels), dataset.given_split)
+
     def predictions(self, method: str, seed: int) -> list[Prediction] | None:
         """Return a method's predictions of one seed; None if they were not kept.
 
@@ -118,7 +127,7 @@ def compare_runs(first: Path, second: Path, effort: Effort | None = None) -> dic
     """
     sides = (RunSide.of(first), RunSide.of(second))
     _require_same_data(*sides)
-    task, seeds = _task(sides[0]), _seed_pairs(*sides)
+    task, seeds = sides[0].task(), _seed_pairs(*sides)
     rows: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
     for method in _common(sides):
@@ -144,19 +153,6 @@ def _require_same_data(one: RunSide, other: RunSide) -> None:
             f"{one.folder} and {other.folder} are of different data: sha256 {str(left)[:12]} and {str(right)[:12]}; "
             "rows, templates, task and split must be the same"
         )
-
-
-def _task(side: RunSide) -> TaskInfo | None:
-    """Return the task with its labels, which are read from the prepared data."""
-    path = RunFolder(side.folder).data
-    if not path.is_file():
-        return None
-    dataset = Dataset.open(path)
-    try:
-        task = side.results["task"]
-        return TaskInfo(task["name"], task["kind"], tuple(dataset.labels), dataset.given_split)
-    finally:
-        dataset.close()
 
 
 def _seed_pairs(one: RunSide, other: RunSide) -> list[tuple[int, int]]:
