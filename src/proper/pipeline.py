@@ -23,6 +23,7 @@ from proper.data.dataset import Dataset, left_out_users, prepare
 from proper.data.demo import DemoSettings, demo_run, write_demo
 from proper.data.demo.users import DemoTask
 from proper.data.label_tree import require_distinct
+from proper.data.stage_sample import SHARED_STAGES, stage_sample
 from proper.data.summary import summarize, truncation
 from proper.errors import ConfigError, DataError, ProperError, did_you_mean
 from proper.evaluation.harness import Harness
@@ -44,7 +45,7 @@ from proper.reports.user_page import write_user_pages
 from proper.run_config import claim, hold, run_config, warn_of_newer_data, write_config
 from proper.run_folder import RunFolder, Stage, require_run
 from proper.run_lock import exclusive
-from proper.training.plans import guarantee, stage_sample
+from proper.training.plans import guarantee
 from proper.training.preflight import preflight
 from proper.training.seeds import TrainSeed, seed_folder, train_here, train_seeds
 from proper.training.stages import join_processes
@@ -204,8 +205,8 @@ def check(config: Config, *, skip_bad_rows: bool = False) -> list[str]:
     quiet_libraries()
     known_methods(config.evaluation.methods, config)
     with tempfile.TemporaryDirectory() as folder, _data(config, Path(folder), skip_bad_rows) as dataset:
-        for stage, own in (("population", config.population), ("groups", config.groups)):
-            stage_sample(dataset, stage, own.train_on, own.max_tokens, 0)
+        for stage in SHARED_STAGES:
+            stage_sample(dataset, stage, config, 0)
         power = None if config.tasks else expected_power(dataset, config.task.kind)
         found = (power, guarantee(config, dataset))
         notes = [f"{'note':<10}{sentence}" for sentence in config.unescaped]

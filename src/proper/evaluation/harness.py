@@ -21,6 +21,7 @@ from proper.config import Config
 from proper.console import progress
 from proper.data.dataset import Dataset
 from proper.data.one_task import one_task
+from proper.data.stage_sample import stage_sample
 from proper.data.summary import queries_seen_by_others, require_no_leaks, require_queries, targets_outside
 from proper.evaluation.fingerprint import code_version
 from proper.evaluation.lamp_predictions import write_lamp_predictions
@@ -238,8 +239,7 @@ class Harness:
 
     def _user_slices(self) -> dict[str, set[str]]:
         """Return the target users with no row in the stage 2 sample of the first seed (new users for stage 2)."""
-        groups = self.config.groups
-        sample = self.dataset.sample(groups.train_on, groups.max_tokens, next(iter(self.folders)))
+        sample = stage_sample(self.dataset, "groups", self.config, next(iter(self.folders)))
         return {"new-to-groups": targets_outside(self.dataset, sample)}
 
     def _query_slices(self) -> dict[str, set[int]]:

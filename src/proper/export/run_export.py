@@ -33,8 +33,8 @@ from proper.export.user_archive import DESCRIPTION, read_user, write_user
 from proper.files import atomic_folder, hash_file, write_json
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
-from proper.interactions.deletion import logged_rows, run_rows
 from proper.interactions.log import InteractionLog, UserIdError, require_id
+from proper.interactions.user_rows import logged_rows, run_rows
 from proper.json_records import read_record
 from proper.layers.layout import Layout
 from proper.models.backbone import Backbone

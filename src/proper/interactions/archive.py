@@ -29,9 +29,9 @@ from safetensors.torch import save
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore
 from proper.databases.location import is_made
 from proper.errors import InputError
-from proper.interactions.deletion import logged_rows, run_rows
 from proper.interactions.log import InteractionLog
 from proper.interactions.personal_files import files_of, work_folder
+from proper.interactions.user_rows import logged_rows, run_rows
 from proper.run_folder import RunFolder, nested_runs
 
 TEXTS = "interactions.jsonl"

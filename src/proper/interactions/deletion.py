@@ -1,4 +1,4 @@
-"""Deletion of a user from every personal file of a run, and export of a user's rows; see `personal_files`.
+"""Deletion of a user from every personal file of a run; see `personal_files`.
 
 A deletion first writes a row in the log's database (`deletions`) and a tombstone, then removes the data, and ends when
 no byte is left. After a kill at any point the row remains; while another process reads or writes, the rest is
@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import os
 import shutil
-import sqlite3
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
 
-from proper.adapters.manifest import Manifest, user_of
-from proper.adapters.store import DEFAULT_TENANT, WAIT_SECONDS, AdapterStore
+from proper.adapters.store import DEFAULT_TENANT, AdapterStore
 from proper.databases.location import is_made
 from proper.errors import InputError, ProperError, StoreError
 from proper.files import close_to_others, locked, sweep
 from proper.interactions.deletion_jobs import Deletion
-from proper.interactions.log import InteractionLog
+from proper.interactions.log import InteractionLog, Known
 from proper.interactions.personal_files import files_of, remove_quarantine, remove_work
+from proper.interactions.user_rows import run_rows, users_of_data, users_of_stores
 from proper.run_folder import UNFINISHED, RunFolder, UsersFolder, nested_runs
-from proper.sqlite_files import open_to_read, read_only_error
+from proper.sqlite_files import read_only_error
 
 PATIENCE = 5.0
 """Seconds for which a deletion waits for other readers and writers."""
@@ -110,33 +108,18 @@ def delete_returned(users: Path, patience: float = 0.0) -> list[str]:
 
 
 def _returned(store: AdapterStore) -> Iterator[tuple[str, str]]:
-    """Yield tenant and user of everyone with a tombstone in a store, a log or the data, of seeds and variants too."""
+    """Yield tenant and user of all users with a tombstone in a store, a log or data, of seeds and variants too."""
     found = set[tuple[str, str]]()
     for folder in nested_runs(RunFolder(store.folder.parent).home.path):
         run = RunFolder(folder)
-        found |= everyone(run.users.path)
+        found |= users_of_stores(run.users.path)
         if run.data.is_file():
-            with _prepared(run.data) as data:
-                found |= {
-                    (DEFAULT_TENANT, user_of(key)) for (key,) in data.execute("SELECT CAST(id AS BLOB) FROM users")
-                }
+            found |= {(DEFAULT_TENANT, user) for user in users_of_data(run.data)}
     deleted = {tenant: store.tombstones.of_tenant(tenant) for tenant, _ in found}
     for tenant, user in found:
         is_deleted = deleted[tenant]
         if is_deleted is not None and is_deleted(user):
             yield tenant, user
-
-
-def everyone(users: Path) -> set[tuple[str, str]]:
-    """Return tenant and user of everyone whom the store or the log of a folder has."""
-    paths, found = UsersFolder(users), list[tuple[str, bytes]]()
-    if is_made(paths.manifest):
-        with closing(Manifest(paths.manifest, WAIT_SECONDS)) as manifest:
-            found += manifest.owners_of_records()
-    if is_made(paths.log):
-        with closing(InteractionLog(users)) as log:
-            found += log.owners()
-    return {(tenant, user_of(key)) for tenant, key in found}
 
 
 @contextmanager
@@ -191,10 +174,15 @@ def _work(store: AdapterStore, log: InteractionLog, deletion: Deletion, patience
 
 
 def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: float) -> list[str]:
+    """Remove a user from the files, the nested runs and, last, the store and the log; return what it waits for.
+
+    Two processes may run one deletion. When the first has ended it, the user can be enrolled again: the second, which
+    knows the deletion from an earlier look, must not touch what came since. So each transaction looks again.
+    """
     run, waits = RunFolder(store.folder.parent).home.path, list[str]()
     try:
-        with _being_deleted(log, store.tenant, user) as goes_on:
-            if not goes_on:
+        with log.database.transaction():
+            if log.deletions.of(store.tenant, user) is None:
                 return []
             store.tombstones.add(store.tenant, user)
         if store.tenant == DEFAULT_TENANT:
@@ -208,9 +196,13 @@ def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: f
                 users = RunFolder(folder).users
                 if users.path != store.folder and is_made(users.manifest):
                     with _opened(users.path, store.tenant) as (nested, nested_log):
-                        waits += _remove(nested, nested_log, user, patience, alone is not None, nullcontext(True))
-            deleting = _being_deleted(log, store.tenant, user)
-            waits += _remove(store, log, user, patience, alone is not None, deleting)
+                        known = _delete(nested, nested_log, user)
+                        waits += _wipe(nested, nested_log, user, known, patience, alone is not None)
+            with log.database.transaction():
+                if log.deletions.of(store.tenant, user) is None:
+                    return waits
+                known = _delete(store, log, user)
+            waits += _wipe(store, log, user, known, patience, alone is not None)
     except (ProperError, OSError) as error:
         waits.append(str(error))
     return waits
@@ -228,32 +220,17 @@ def _remove_files(run: Path, user: str) -> list[str]:
     return waits
 
 
-@contextmanager
-def _being_deleted(log: InteractionLog, tenant: str, user: str) -> Iterator[bool]:
-    """Yield whether a user's deletion has not ended, which cannot change while the block runs.
-
-    Two processes may run one deletion. When the first has ended it, the user can be enrolled again: the second, which
-    knows the deletion from an earlier look, must not touch what came since.
-    """
-    with log.database.transaction():
-        yield log.deletions.of(tenant, user) is not None
+def _delete(store: AdapterStore, log: InteractionLog, user: str) -> Known:
+    """Delete a user's records and log; return what the log knew of the user."""
+    with log.deleting(store.tenant, user) as known:
+        store.delete(user)
+    return known
 
 
-def _remove(
-    store: AdapterStore,
-    log: InteractionLog,
-    user: str,
-    patience: float,
-    alone: bool,
-    deleting: AbstractContextManager[bool],
-) -> list[str]:
-    with deleting as goes_on:
-        if not goes_on:
-            return []
-        with log.deleting(store.tenant, user) as logged:
-            store.delete(user)
-    if logged.claim is not None:
-        log.queue.wait_for(logged.claim)  # the worker that fits the user finds its claim void at the next step
+def _wipe(store: AdapterStore, log: InteractionLog, user: str, known: Known, patience: float, alone: bool) -> list[str]:
+    """Remove what is left of a user whose records and log are deleted; return what it has to wait for."""
+    if known.claim is not None:
+        log.queue.wait_for(known.claim)  # the worker that fits the user finds its claim void at the next step
     if alone:  # a command that enrols many users works in their folders
         remove_work(store.folder, store.tenant, user)
     remove_quarantine(store.folder)
@@ -294,36 +271,3 @@ def _require_no_training(run: Path, user: str) -> None:
         raise TrainingError(
             f"{busy}: a stage is being trained and holds user {user!r}; let the run end, then delete them"
         )
-
-
-@contextmanager
-def _prepared(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open prepared data to read; SQLite's errors inside the block become StoreError, which names the file."""
-    try:
-        with closing(open_to_read(path)) as data:
-            yield data
-    except sqlite3.Error as error:
-        raise StoreError(f"{path}: cannot be read: {error}") from error
-
-
-def run_rows(run: Path, user: str) -> Iterator[dict[str, Any]]:
-    """Yield every row of a user in the run's own data, queries included, oldest first."""
-    path = RunFolder(run).data
-    if not path.is_file():
-        return
-    with _prepared(path) as data:
-        rows = data.execute(
-            """SELECT r.id, r.part, r.time, t.prompt, t.target, t.item FROM rows r JOIN texts t ON t.id = r.text
-            WHERE r.user = (SELECT number FROM users WHERE id = ?) ORDER BY r.id""",
-            (user,),
-        )
-        for row, part, time, prompt, target, item in rows:
-            texts = {"prompt": prompt, "target": target, "timestamp": time, "item": item}
-            yield {"source": "run", "row": row, "part": part, **texts}
-
-
-def logged_rows(log: InteractionLog, tenant: str, user: str) -> Iterator[dict[str, Any]]:
-    """Yield every logged interaction of a user, in the order of arrival."""
-    for each in log.interactions(tenant, user):
-        own = {"id": each.id, "prompt": each.prompt, "target": each.target, "timestamp": each.time}
-        yield {"source": "log", **own, "received": each.received}

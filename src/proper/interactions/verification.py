@@ -26,12 +26,12 @@ from proper.databases.location import Location, is_made, location_of
 from proper.errors import StoreError
 from proper.files import hash_file
 from proper.interactions.byte_search import Hit, Search
-from proper.interactions.deletion import logged_rows, run_rows
 from proper.interactions.file_contents import UNREADABLE, contents
 from proper.interactions.fingerprints import Fingerprints, stored_forms
 from proper.interactions.log import InteractionLog
 from proper.interactions.other_users import other_ids, texts_of_others
 from proper.interactions.personal_files import work_folder
+from proper.interactions.user_rows import logged_rows, run_rows
 from proper.run_folder import PEFT_WEIGHTS, RunFolder, kind_of, nested_runs
 
 MAX_OFFSETS = 5

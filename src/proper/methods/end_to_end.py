@@ -27,6 +27,7 @@ from proper.config import Config
 from proper.data.batching import Batch
 from proper.data.dataset import SampledRows, TextExample, User
 from proper.data.derived.views import Histories
+from proper.data.stage_sample import stage_sample
 from proper.evaluation.runner import MethodRun
 from proper.files import hash_file, write_json
 from proper.inference.loading import serve_users
@@ -254,11 +255,10 @@ class JointRunner:
         newest = Newest(self.dataset, own, users.max_items, self.config.compute.max_length, self.seed)
         lengths = [len(self.dataset.history(user, users.max_items)) for user in own]
         passes = sum(full_passes(users, items) * items for items in lengths) / max(1, sum(lengths))
-        first = self.dataset.sample(population.train_on, population.max_tokens, self.seed, population.sampling)
         together = Together(
             (
-                (first, population.epochs),
-                (self.dataset.sample(groups.train_on, groups.max_tokens, self.seed), groups.epochs),
+                (stage_sample(self.dataset, "population", self.config, self.seed), population.epochs),
+                (stage_sample(self.dataset, "groups", self.config, self.seed), groups.epochs),
                 (newest, passes),
             ),
             self.seed,

@@ -32,6 +32,7 @@ from proper.console import progress
 from proper.data.batching import by_length
 from proper.data.dataset import Dataset, TextExample
 from proper.data.prior import Floats, UserPriors, earlier_priors, label_numbers, user_prior
+from proper.data.stage_sample import SHARED_STAGES, stage_sample
 from proper.evaluation.runner import MethodRun, prediction_of
 from proper.inference.forward import pad_left
 from proper.inference.loading import load
@@ -147,12 +148,8 @@ def with_head(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
 def training_rows(place: TrainedRun) -> list[TextExample]:
     """List the rows that the three stages train on, each once; at most `MAX_ROWS`, those of target users first."""
     dataset, config = place.dataset, place.config
-    first = config.population
     targets = (dataset.history(user.id, config.users.max_items) for user in dataset.users("target"))
-    samples = (
-        dataset.sample(config.groups.train_on, config.groups.max_tokens, place.seed),
-        dataset.sample(first.train_on, first.max_tokens, place.seed, first.sampling),
-    )
+    samples = (stage_sample(dataset, stage, config, place.seed) for stage in reversed(SHARED_STAGES))
     every = itertools.chain(itertools.chain.from_iterable(targets), *(sample.rows(0) for sample in samples))
     found: dict[int, TextExample] = {}
     for row in every:

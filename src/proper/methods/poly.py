@@ -18,6 +18,7 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config
 from proper.data.batching import Batch
 from proper.data.encoder import Encoder
+from proper.data.stage_sample import stage_sample
 from proper.evaluation.runner import MethodRun, predict
 from proper.files import write_json
 from proper.layers.batch_context import RowContext
@@ -30,7 +31,7 @@ from proper.models.personal import ProperModel, gradient_checkpointing
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.optim import RowAdamW
-from proper.training.plans import stage_plan, stage_sample
+from proper.training.plans import stage_plan
 from proper.training.stages import join_processes
 from proper.training.trainer import LossSum, train
 
@@ -107,7 +108,7 @@ def train_poly(work: TrainingWork) -> None:
     accelerator = join_processes(run.config)
     backbone = configured_backbone(run.config, accelerator.device)
     apply_population(backbone, RunFolder(run.folder).population)
-    sample = stage_sample(run.dataset, "groups", config.train_on, config.max_tokens, run.seed)
+    sample = stage_sample(run.dataset, "groups", run.config, run.seed)
     encoder = backbone.encoder()
     plan = stage_plan("groups", run.config, sample, backbone, encoder, run.folder, run.seed, work.log)
     model = ProperModel(backbone)

@@ -22,6 +22,7 @@ from proper.data.chat import readable
 from proper.data.dataset import Dataset
 from proper.data.derived.retrieval import Vectors, add_profiles, retrieve
 from proper.data.derived.views import Count
+from proper.data.stage_sample import SHARED_STAGES, stage_sample
 from proper.inference.forward import pad_left
 from proper.methods.ladder import train_stages
 from proper.methods.spec import DerivedRun
@@ -82,11 +83,8 @@ def rows_that_are_read(source: Dataset, config: Config) -> set[int]:
     for user in source.users("target"):
         found |= {item.id for item in source.history(user.id, config.users.max_items)}
     for seed in config.evaluation.seeds:
-        first, second = config.population, config.groups
-        for sample in (
-            source.sample(first.train_on, first.max_tokens, seed, first.sampling),
-            source.sample(second.train_on, second.max_tokens, seed),
-        ):
+        for stage in SHARED_STAGES:
+            sample = stage_sample(source, stage, config, seed)
             found |= {row for (row,) in source.connection.execute(f"SELECT id FROM {sample.table}")}
     return found
 

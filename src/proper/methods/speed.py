@@ -20,12 +20,12 @@ from proper.config import Config
 from proper.data.batching import Batch, collate
 from proper.data.dataset import Dataset, SampledRows
 from proper.data.encoder import EncodedExample
+from proper.data.stage_sample import stage_sample
 from proper.methods.workload import Work
 from proper.models.backbone import Backbone, configured_backbone
 from proper.models.memory import give_back_memory
 from proper.models.personal import ProperModel
 from proper.training.groups import GroupsStage
-from proper.training.plans import stage_sample
 from proper.training.population import in_training, wrap
 from proper.training.trainer import TrainableStage, parts_of
 
@@ -63,10 +63,10 @@ def measure(config: Config, dataset: Dataset, backbone: Backbone | None = None) 
     """
     backbone = backbone or configured_backbone(config)
     seed = config.evaluation.seeds[0]
-    first, second = config.population, config.groups
+    first = config.population
     accelerator = Accelerator(cpu=backbone.device.type == "cpu", mixed_precision="no")
     with torch.random.fork_rng():
-        sample = stage_sample(dataset, "population", first.train_on, first.max_tokens, seed, first.sampling)
+        sample = stage_sample(dataset, "population", config, seed)
         rows = _typical(sample, config, backbone, 1)
         wrapped = wrap(backbone, first, seed)
         with in_training(backbone, wrapped, first) as stage:
@@ -74,7 +74,7 @@ def measure(config: Config, dataset: Dataset, backbone: Backbone | None = None) 
         wrapped.unload()
         forward = _forward(backbone, rows)
         decode = _decode(backbone, min(config.compute.batch_size, max(1, sum(1 for _ in dataset.queries()))))
-        rows = _typical(stage_sample(dataset, "groups", second.train_on, second.max_tokens, seed), config, backbone, 2)
+        rows = _typical(stage_sample(dataset, "groups", config, seed), config, backbone, 2)
         groups = _groups(config, rows, backbone, accelerator)
     give_back_memory()
     return Speed(population, groups, forward, decode)

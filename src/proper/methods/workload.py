@@ -13,12 +13,12 @@ from math import ceil
 
 from proper.config import Config, GroupsConfig, PopulationConfig, UsersConfig
 from proper.data.dataset import Dataset
+from proper.data.stage_sample import stage_sample
 from proper.evaluation.harness import HISTORY_SAMPLE
 from proper.methods.spec import Method
 from proper.run_folder import Stage, Tier
 from proper.training.early_stopping import MEASUREMENTS, hold_out
 from proper.training.jobs import PARTS, full_passes, held_out_items
-from proper.training.plans import stage_sample
 from proper.training.trainer import count_updates
 
 ROUTED_ITEMS = 32
@@ -79,10 +79,10 @@ def count(config: Config, dataset: Dataset) -> Counts:
         DataError: a stage has no rows to train on.
     """
     longest, seed = config.compute.max_length, config.evaluation.seeds[0]
-    first, second = config.population, config.groups
-    sample = stage_sample(dataset, "population", first.train_on, first.max_tokens, seed, first.sampling)
+    first = config.population
+    sample = stage_sample(dataset, "population", config, seed)
     rows, held_out = hold_out(sample, first.validation if first.patience else 0.0, longest)
-    experts = stage_sample(dataset, "groups", second.train_on, second.max_tokens, seed)
+    experts = stage_sample(dataset, "groups", config, seed)
     histories = tuple(
         tuple(min(row.tokens, longest) for row in dataset.history(user.id))
         for user in dataset.users("target")

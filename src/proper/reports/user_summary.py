@@ -14,8 +14,8 @@ from typing import Any
 from proper.adapters.records import MADE
 from proper.adapters.store import AdapterStore, Version
 from proper.config import load_run_config
-from proper.interactions.deletion import logged_rows, run_rows
 from proper.interactions.log import InteractionLog
+from proper.interactions.user_rows import logged_rows, run_rows
 from proper.reports.reading import count, mapping, number, objects, read_object
 from proper.reports.user_data import stage_losses
 from proper.run_folder import RunFolder, Tier

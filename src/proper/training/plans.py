@@ -1,17 +1,17 @@
-"""Plans of stages 1 and 2: the sample of rows, the settings of the training loop, and the privacy of both."""
+"""Plans of stages 1 and 2: the settings of the training loop, and the privacy of both."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from proper.config import Config, PrivacyConfig
+from proper.config import Config, OptimizerConfig, PrivacyConfig
 from proper.data.batching import RowEncoder
-from proper.data.dataset import SampledBy, SampledRows, UserSet
+from proper.data.dataset import SampledRows
 from proper.data.derived.views import Histories
-from proper.errors import DataError
+from proper.data.stage_sample import SharedStage, stage_sample
 from proper.models.backbone import Backbone
 from proper.run_folder import RunFolder
 from proper.training.checkpoint import Checkpoint
@@ -26,21 +26,6 @@ NOT_COVERED = (
     "list of labels, the training log, results and reports, and models that methods of the evaluation train"
 )
 """Line that a run logs about the parts that epsilon does not cover."""
-
-
-def stage_sample(
-    dataset: Histories, stage: str, users: UserSet, max_tokens: int | None, seed: int, by: SampledBy = "users"
-) -> SampledRows:
-    """Return the rows that stage 1 or 2 trains on.
-
-    Raises:
-        DataError: no user has rows to train on.
-    """
-    sample = dataset.sample(users, max_tokens, seed, by)
-    if not sample.size:
-        how = "; set it to all, or lower split.target_users" if users == "others" else ""
-        raise DataError(f"{stage}.train_on: '{users}' selects no rows to train on, because no such user has any{how}")
-    return sample
 
 
 @dataclass(frozen=True)
@@ -93,9 +78,10 @@ def guarantee(config: Config, dataset: Histories) -> Guarantee | None:
     """
     if not config.privacy.on:
         return None
+    stages: dict[SharedStage, OptimizerConfig] = {"population": config.population, "groups": config.groups}
     first, second = (
-        sampling_of(stage_sample(dataset, name, stage.train_on, None, 0), stage, config.privacy)
-        for name, stage in (("population", config.population), ("groups", config.groups))
+        sampling_of(stage_sample(dataset, stage, config, 0), settings, config.privacy)
+        for stage, settings in stages.items()
     )
     settings, epsilon = with_noise(config.privacy, (first, second))
     if settings.delta >= 1 / max(first.users, second.users):
@@ -104,7 +90,7 @@ def guarantee(config: Config, dataset: Histories) -> Guarantee | None:
 
 
 def stage_plan(
-    stage: Literal["population", "groups"],
+    stage: SharedStage,
     config: Config,
     sample: SampledRows,
     backbone: Backbone,

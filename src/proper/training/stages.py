@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -27,6 +27,7 @@ from proper.data.batching import RowEncoder
 from proper.data.dataset import Role, SampledRows
 from proper.data.derived.views import Histories
 from proper.data.encoder import Encoder
+from proper.data.stage_sample import SharedStage, stage_sample
 from proper.data.task_weights import with_task_weights
 from proper.errors import RunFolderError
 from proper.files import hash_file, write_json
@@ -42,7 +43,7 @@ from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.early_stopping import hold_out
 from proper.training.expert_count import find_experts, user_scores
 from proper.training.groups import first_embeddings, train_groups
-from proper.training.plans import NOT_COVERED, Guarantee, guarantee, stage_plan, stage_sample
+from proper.training.plans import NOT_COVERED, Guarantee, guarantee, stage_plan
 from proper.training.population import train_population
 from proper.training.privacy import noised_mean, secret_generator
 from proper.training.starts import train_start
@@ -140,8 +141,7 @@ class StageRunner:
             apply_population(self.backbone, folder)
             return
         config = self.config.population
-        budget = config.max_tokens
-        sample = stage_sample(self.dataset, "population", config.train_on, budget, self.seed, config.sampling)
+        sample = stage_sample(self.dataset, "population", self.config, self.seed)
         share = config.validation if config.patience else 0.0
         rows, held_out = hold_out(sample, share, self.config.compute.max_length)
 
@@ -163,7 +163,7 @@ class StageRunner:
                 "delete it too, and run again to train both"
             )
         config = self.config.groups
-        sample = stage_sample(self.dataset, "groups", config.train_on, config.max_tokens, self.seed)
+        sample = stage_sample(self.dataset, "groups", self.config, self.seed)
         role: Role | None = "target" if config.train_on == "targets" else None
         users = [user.id for user in self.dataset.users(role) if user.history > 0]
         metadata: dict[str, Any] = {"rows": sample.size, "tokens": sample.tokens, "users": len(users)}
@@ -258,7 +258,7 @@ class StageRunner:
         shutil.rmtree(stage.folder, ignore_errors=True)
         store.close()
 
-    def _plan(self, stage: Literal["population", "groups"], sample: SampledRows) -> TrainingPlan:
+    def _plan(self, stage: SharedStage, sample: SampledRows) -> TrainingPlan:
         encoder = self.rows if stage == "population" else self.personal
         private = self.guarantee.settings if self.guarantee is not None else None
         return stage_plan(stage, self.config, sample, self.backbone, encoder, self.folder, self.seed, self.log, private)
