@@ -203,18 +203,32 @@ def test_a_deletion_waits_for_the_worker_that_fits_the_user(users: Path, log: In
     log.append("", "ann", [ENTRY])
     claim = log.queue.take()
     assert claim is not None
-    with log.deleting("", "ann") as known:
-        assert known.claim == claim.number
+    with log.deleting("", "ann"):
+        pass
     with connect(users) as connection:
         (row,) = connection.execute('SELECT state, tenant FROM fits WHERE "user" <> %s', (b"ann",)).fetchall()
         assert row == ("withdrawn", "") and check_log(users) == []
-    waits = threading.Thread(target=log.queue.wait_for, args=(claim.number,))
+    assert not log.queue.noticed(0.2) and not log.queue.advance(claim, 0.6, "fit")
+    waits = threading.Thread(target=log.queue.noticed, args=(60.0,))
     waits.start()
-    time.sleep(0.2)
-    assert waits.is_alive() and not log.queue.advance(claim, 0.6, "fit")
     log.queue.leave(claim)
     waits.join(10)
-    assert not waits.is_alive()
+    assert not waits.is_alive() and log.queue.noticed(0.0)
+
+
+def test_a_deletion_does_not_wait_for_a_dead_worker_without_end(users: Path, log: InteractionLog) -> None:
+    """The lease of a killed worker runs out after minutes; a client that deletes the user is answered before."""
+    log.append("", "ann", [ENTRY])
+    assert log.queue.take() is not None
+    with closing(AdapterStore(users)) as store:
+        begun = time.monotonic()
+        removal = remove(store, log, "ann", patience=0.2)
+    assert time.monotonic() - begun < 60
+    assert removal.waits == (f"{users}: a fit of a deleted user has not ended yet",)
+    assert finish_deletions(users) == list(removal.waits), "the deletion is not over before the worker is"
+    with connect(users) as connection:
+        connection.execute("UPDATE fits SET lease = lease - 1000")
+    assert finish_deletions(users) == [] and log.deletions.pending() == []
 
 
 def test_a_writer_waits_no_longer_than_it_should(users: Path) -> None:

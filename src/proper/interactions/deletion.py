@@ -20,7 +20,7 @@ from proper.databases.location import is_made
 from proper.errors import InputError, ProperError, StoreError
 from proper.files import close_to_others, locked, sweep
 from proper.interactions.deletion_jobs import Deletion
-from proper.interactions.log import InteractionLog, Known
+from proper.interactions.log import InteractionLog
 from proper.interactions.personal_files import files_of, remove_quarantine, remove_work
 from proper.interactions.user_rows import run_rows, users_of_data, users_of_stores
 from proper.run_folder import UNFINISHED, RunFolder, UsersFolder, nested_runs
@@ -196,13 +196,13 @@ def _remove_all(store: AdapterStore, log: InteractionLog, user: str, patience: f
                 users = RunFolder(folder).users
                 if users.path != store.folder and is_made(users.manifest):
                     with _opened(users.path, store.tenant) as (nested, nested_log):
-                        known = _delete(nested, nested_log, user)
-                        waits += _wipe(nested, nested_log, user, known, patience, alone is not None)
+                        _delete(nested, nested_log, user)
+                        waits += _wipe(nested, nested_log, user, patience, alone is not None)
             with log.database.transaction():
                 if log.deletions.of(store.tenant, user) is None:
                     return waits
-                known = _delete(store, log, user)
-            waits += _wipe(store, log, user, known, patience, alone is not None)
+                _delete(store, log, user)
+            waits += _wipe(store, log, user, patience, alone is not None)
     except (ProperError, OSError) as error:
         waits.append(str(error))
     return waits
@@ -220,22 +220,22 @@ def _remove_files(run: Path, user: str) -> list[str]:
     return waits
 
 
-def _delete(store: AdapterStore, log: InteractionLog, user: str) -> Known:
-    """Delete a user's records and log; return what the log knew of the user."""
-    with log.deleting(store.tenant, user) as known:
+def _delete(store: AdapterStore, log: InteractionLog, user: str) -> None:
+    """Delete a user's records and log."""
+    with log.deleting(store.tenant, user):
         store.delete(user)
-    return known
 
 
-def _wipe(store: AdapterStore, log: InteractionLog, user: str, known: Known, patience: float, alone: bool) -> list[str]:
+def _wipe(store: AdapterStore, log: InteractionLog, user: str, patience: float, alone: bool) -> list[str]:
     """Remove what is left of a user whose records and log are deleted; return what it has to wait for."""
-    if known.claim is not None:
-        log.queue.wait_for(known.claim)  # the worker that fits the user finds its claim void at the next step
+    noticed = log.queue.noticed(patience)  # the worker that fits the user finds its claim void at the next step
     if alone:  # a command that enrols many users works in their folders
         remove_work(store.folder, store.tenant, user)
     remove_quarantine(store.folder)
     wiped = {store.manifest.path: store.wipe(patience, user), log.database.path: log.database.wipe(patience, user)}
     waits = [f"{path}: another process reads it" for path, done in wiped.items() if not done]
+    if not noticed:
+        waits.append(f"{store.folder}: a fit of a deleted user has not ended yet")
     if not store.shards.remove_unowned(patience):
         waits.append(f"{store.shards.name}: another process writes it")
     return waits

@@ -16,13 +16,14 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from proper.adapters.manifest import key_of, user_of
+from proper.databases.shared import NOTHING
 from proper.databases.statements import Statement
 from proper.files import locked
 from proper.interactions import fit_statements as sql
@@ -159,7 +160,7 @@ class FitQueue:
             held = self._fitting.acquire(blocking=wait)
             try:
                 if held:
-                    self._recover(sql.LEASE_OVER)
+                    self._recover(sql.LEASE_OVER, sql.DROP_OVER)
                 yield held
             finally:
                 if held:
@@ -167,7 +168,7 @@ class FitQueue:
             return
         with locked(lock_path(self.database.path), patience=None if wait else 0) as lock:
             if lock is not None:
-                self._recover(sql.ALL_LEFT)
+                self._recover(sql.ALL_LEFT, sql.DROP_ALL)
             yield lock is not None
 
     @contextmanager
@@ -179,33 +180,40 @@ class FitQueue:
         with self.database.transaction((tenant, key_of(user))):
             yield
 
-    def withdraw(self, tenant: str, user: str) -> int | None:
-        """Void the claim on a user (inside a transaction that deletes the user's row); return its number, if any."""
+    def withdraw(self, tenant: str, user: str) -> None:
+        """Void the claim on a user, if there is one (inside a transaction that deletes the user's row)."""
         rows = self.database.read(sql.CLAIM_OF, {"tenant": tenant, "user": key_of(user)})
-        if not rows:
-            return None
-        number = int(rows[0][0])
-        if self._many_workers:
-            self.database.write(sql.WITHDRAW, {"number": number, "placeholder": secrets.token_bytes(16)})
-        return number
+        if rows:
+            self.database.write(sql.WITHDRAW, {"number": rows[0][0], "placeholder": secrets.token_bytes(16)})
 
-    def wait_for(self, number: int) -> None:
-        """Wait until the worker with a voided claim has noticed and removed its files, or its lease has run out."""
-        if not self._many_workers:
-            with self.lock():
-                return
-        while self.database.read(sql.STILL_THERE, {"number": number}):
+    def noticed(self, patience: float) -> bool:
+        """Wait until every worker with a voided claim has noticed, and removed its files, or is dead.
+
+        Returns False if one has not within `patience` (seconds).
+        """
+        deadline = time.monotonic() + patience
+        while self.database.read(sql.VOIDED):
+            with self.lock(wait=False):  # drops the voided claims of dead workers
+                pass
+            if not self.database.read(sql.VOIDED):
+                break
+            if time.monotonic() > deadline:
+                return False
             time.sleep(_POLL_SECONDS)
-        with self.database.transaction("any"):
-            self.database.write(sql.LEFT_BEHIND, {"number": number})
+        return True
 
     def leave(self, claim: Claim) -> None:
         """Say that a worker has finished with a claim, also one that was voided, and has removed its files."""
-        if self._many_workers:
-            with self.database.transaction("any"):
-                self.database.write(sql.LEFT_BEHIND, {"number": claim.number})
+        self._drop_voided(sql.LEAVE, {"number": claim.number})
 
-    def _recover(self, left: Statement) -> None:
+    def _drop_voided(self, statement: Statement, values: Mapping[str, object] = NOTHING) -> None:
+        if self.database.read(sql.VOIDED):
+            with self.database.transaction("any"):
+                self.database.write(statement, values)
+
+    def _recover(self, left: Statement, drop: Statement) -> None:
+        """Queue again the fits of `left`, and remove the voided claims of dead workers."""
+        self._drop_voided(drop)
         for tenant, key, number, wanted, attempts in self.database.read(left):
             claim = Claim(tenant, user_of(key), number, wanted)
             if attempts >= ATTEMPTS:

@@ -73,7 +73,7 @@ LEASE_OVER = Statement(lambda _: _LEFT.where(FITS.c.lease < now()))
 ADVANCE = _change(progress=bindparam("new_progress"), phase=bindparam("new_phase"), lease=_LEASED)
 CLAIM_OF = Statement(lambda _: select(FITS.c.claim).where(_OWN, FITS.c.state == "fitting"))
 # The row of a deleted user whose worker has not noticed yet: it names no user.
-_WITHDRAWN = and_(FITS.c.state == "withdrawn", FITS.c.claim == bindparam("number"))
+_VOIDED = FITS.c.state == "withdrawn"
 WITHDRAW = Statement(
     lambda insert: insert(FITS).values(
         tenant="",
@@ -86,8 +86,10 @@ WITHDRAW = Statement(
         lease=_LEASED,
     )
 )
-STILL_THERE = Statement(lambda _: select(FITS.c.claim).where(_WITHDRAWN, FITS.c.lease > now()))
-LEFT_BEHIND = Statement(lambda _: delete(FITS).where(_WITHDRAWN))
+VOIDED = Statement(lambda _: select(FITS.c.claim).where(_VOIDED))
+LEAVE = Statement(lambda _: delete(FITS).where(_VOIDED, FITS.c.claim == bindparam("number")))
+DROP_OVER = Statement(lambda _: delete(FITS).where(_VOIDED, FITS.c.lease < now()))
+DROP_ALL = Statement(lambda _: delete(FITS).where(_VOIDED))
 RELEASE = _change(state="queued", claim=null(), attempts=FITS.c.attempts - 1, progress=0.0, phase=null())
 REQUEUE = _change(state="queued", claim=null(), progress=0.0, phase=null())
 RECORD_DONE = _change(version=bindparam("new_version"), message=bindparam("new_message"))

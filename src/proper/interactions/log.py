@@ -142,14 +142,6 @@ class AppendResult:
     duplicates: int
 
 
-@dataclass(frozen=True)
-class Known:
-    """Whether the log knew a user, and the number of the claim of the worker that was fitting the user."""
-
-    known: bool
-    claim: int | None
-
-
 class InteractionLog:
     """The log of a store's folder, created if it does not exist. Thread-safe.
 
@@ -282,17 +274,17 @@ class InteractionLog:
         return [LoggedInteraction(*row) for row in rows]
 
     @contextmanager
-    def deleting(self, tenant: str, user: str) -> Iterator[Known]:
-        """Remove all rows of a user when the block ends; yields what the log knew of the user.
+    def deleting(self, tenant: str, user: str) -> Iterator[None]:
+        """Remove all rows of a user when the block ends.
 
         Other writers wait meanwhile, no fit of the user can end after it, and if the block fails nothing is removed.
         The bytes are gone when this returns, unless another process still reads them: see `database.wipe`.
         """
         with self.database.transaction():
-            found = Known(self.knows(tenant, user), self.queue.withdraw(tenant, user))
+            self.queue.withdraw(tenant, user)
             for removal in _REMOVALS:
                 self.database.write(removal, {"tenant": tenant, "user": key_of(user)})
-            yield found
+            yield
         self.database.wipe(0)
 
 
