@@ -180,7 +180,7 @@ def curve(stage: UserStage, form: str) -> dict[str, Any]:
     layout, adapters = fit(stage, form)
     exact = {scale: measure(stage, layout, adapters, scale, "fp32") for scale in SCALES}
     halves = [torch.arange(len(adapters)) % 2 == half for half in (0, 1)]
-    chosen = [min(SCALES, key=lambda scale: float(exact[scale][~half, 0].mean())) for half in halves]  # noqa: B023
+    chosen = [min(SCALES, key=lambda scale: float(exact[scale][~half, 0].mean())) for half in halves]
     found: dict[str, Any] = {"scales": chosen, "precisions": {}}
     for storage in get_args(Storage):
         users = torch.zeros(len(adapters), 2, dtype=torch.float64)

@@ -198,7 +198,7 @@ def main(arguments: Sequence[str]) -> int:
         if asked.out is not None:
             write_json(asked.out, figures)
         else:
-            print(json.dumps(figures, indent=1))  # noqa: T201
+            print(json.dumps(figures, indent=1))
     return 0
 
 

@@ -25,7 +25,7 @@ def parquet_source(file: Path) -> Source:
     Raises:
         DataError: the file cannot be read.
     """
-    import pyarrow as arrow  # noqa: PLC0415 - half a second that JSONL need not pay
+    import pyarrow as arrow  # not at the top: takes half a second to import
     import pyarrow.parquet as parquet
 
     try:
@@ -156,7 +156,7 @@ def _plain_column(column: Any) -> list[Any]:
 
 
 def _plain_array(array: Any) -> list[Any]:
-    import pyarrow as arrow  # noqa: PLC0415 - half a second that JSONL need not pay
+    import pyarrow as arrow  # not at the top: takes half a second to import
 
     kind = array.type
     if arrow.types.is_dictionary(kind):

@@ -87,7 +87,7 @@ def _kind(config: DataConfig, path: Path) -> str:
 
 def _missing(config: DataConfig) -> DataError:
     """Return the error for a path that does not exist; it says how to get the file of a public data set."""
-    from proper.data.public.catalog import DATASETS  # noqa: PLC0415 - its converters need pyarrow, half a second
+    from proper.data.public.catalog import DATASETS  # not at the top: its converters import pyarrow
 
     name = Path(config.path).parent.name
     how = f"; get it with: proper data fetch {name}" if name in DATASETS else ""

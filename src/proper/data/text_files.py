@@ -105,7 +105,7 @@ def _unpacked(file: Path) -> IO[bytes]:
     if ending == ".xz":
         return lzma.open(file, "rb")
     if ending == ".zst":
-        import pyarrow as arrow  # noqa: PLC0415 - half a second that other files need not pay
+        import pyarrow as arrow  # not at the top: takes half a second to import
 
         return io.BufferedReader(arrow.input_stream(str(file), compression="zstd"))
     return file.open("rb")

@@ -62,7 +62,7 @@ def row_of(table: Table, *, without: str = "") -> dict[str, BindParameter[Any]]:
     return {name: bindparam(name, type_=table.c[name].type) for name in names}
 
 
-class now(FunctionElement[float]):  # noqa: N801
+class now(FunctionElement[float]):
     """The time of the database's machine, in seconds since 1970: workers on several machines need one clock."""
 
     type = Double()

@@ -131,9 +131,9 @@ def group_nmi(gates: FloatArray, users: Sequence[str], groups: Mapping[str, int]
     known = [index for index, user in enumerate(users) if user in groups]
     if not known:
         return None
-    # Here, since importing sklearn takes 1.5 s of CPU time that most commands would pay for nothing.
-    from sklearn.cluster import KMeans  # noqa: PLC0415
-    from sklearn.metrics import normalized_mutual_info_score  # noqa: PLC0415
+    # Not at the top: scikit-learn takes 1.5 s to import.
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import normalized_mutual_info_score
 
     points = gates.reshape(len(users), -1)[known]
     truth = [groups[users[index]] for index in known]

@@ -64,9 +64,9 @@ def count_experts(scores: Float[Tensor, "U K"], most: int, default: int) -> Expe
     Returns:
         The `default` if there are too few users or the silhouettes show no substantial structure.
     """
-    # Here, since importing sklearn takes 1.5 s of CPU time that most commands would pay for nothing.
-    from sklearn.cluster import KMeans  # noqa: PLC0415
-    from sklearn.metrics import silhouette_samples  # noqa: PLC0415
+    # Not at the top: scikit-learn takes 1.5 s to import.
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import silhouette_samples
 
     own: dict[int, FloatArray] = {}
     points = scores.double().numpy()

@@ -135,8 +135,8 @@ def fresh(user: str, embedding: Float[Tensor, "D"]) -> None:
 class Jobs(Protocol):
     """A sequence of jobs that are created on access, so that memory does not grow with the number of users."""
 
-    def __len__(self) -> int: ...  # noqa: D105
-    def __getitem__(self, index: int, /) -> Job: ...  # noqa: D105
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Job: ...
 
 
 @dataclass(frozen=True)
