@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proper.cli.generate import PromptRequest, final_prompts, from_fields, from_file, render_with
+from proper.cli.prompts import PromptRequest, final_prompts, from_fields, from_file, render_with
 from proper.data.chat import TURN, readable
 from proper.data.conversations import messages_row
 from proper.data.rows import parse_template

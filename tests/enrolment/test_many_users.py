@@ -18,7 +18,7 @@ from proper.interactions.deletion import remove
 from proper.interactions.log import InteractionLog
 from proper.models.user_encoder import Pooling, Readout, UserEncoder, load_encoder, save_encoder
 from proper.run_folder import RunFolder
-from proper.training.user_encoder import project
+from proper.training.encoder_regression import project
 from tests.enrolment.conftest import Open
 from tests.enrolment.test_fit_user import record, rows, run, trained
 

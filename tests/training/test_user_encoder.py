@@ -19,15 +19,8 @@ from proper.errors import StoreError
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.personal import ProperModel
 from proper.models.user_encoder import Pooling, Readout, UserEncoder, load_encoder, save_encoder
-from proper.training.user_encoder import (
-    Regression,
-    UserItems,
-    pool,
-    project,
-    train_encoder,
-    without_starts,
-    zero_readout,
-)
+from proper.training.encoder_regression import Regression, UserItems, pool, project, zero_readout
+from proper.training.user_encoder import train_encoder, without_starts
 
 
 def planted(users: int, noise: float, seed: int = 0) -> list[UserItems]:

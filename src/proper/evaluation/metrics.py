@@ -90,12 +90,11 @@ class Metric:
 
     `contributions(predictions, task)` has shape `(N, F)`. `finish(sums (..., F), counts (...))` returns the values
     `(...)` of query sets with those sums; `finish_user` does the same for the queries of one user (only F1 differs, see
-    `_f1_present`). `per_item` is true if the value is the mean of one number per query.
+    `_f1_present`).
     """
 
     name: str
     higher_is_better: bool
-    per_item: bool
     contributions: Contributions
     finish: Finish
     finish_user: Finish
@@ -263,16 +262,16 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
     {
         metric.name: metric
         for metric in (
-            Metric("accuracy", True, True, _accuracy, _mean, _mean),
-            Metric("f1_macro", True, False, _confusions, _f1_fixed, _f1_present),
-            Metric("mae", False, True, _absolute_errors, _mean, _mean),
-            Metric("rmse", False, False, _squared_errors, _root_mean, _root_mean),
-            Metric("rouge1", True, True, _rouge(rouge_1), _mean, _mean),
-            Metric("rougeL", True, True, _rouge(rouge_l), _mean, _mean),
-            *(Metric(name, True, True, _style(match), _mean, _mean) for name, match in style.MATCHES.items()),
-            *(Metric(name, False, False, _unpaired, _mean, _mean) for name in STYLE_DISTANCES),
-            Metric("loss", False, True, _losses("loss"), _mean, _mean),
-            Metric("label_loss", False, True, _losses("label_loss"), _mean, _mean),
+            Metric("accuracy", True, _accuracy, _mean, _mean),
+            Metric("f1_macro", True, _confusions, _f1_fixed, _f1_present),
+            Metric("mae", False, _absolute_errors, _mean, _mean),
+            Metric("rmse", False, _squared_errors, _root_mean, _root_mean),
+            Metric("rouge1", True, _rouge(rouge_1), _mean, _mean),
+            Metric("rougeL", True, _rouge(rouge_l), _mean, _mean),
+            *(Metric(name, True, _style(match), _mean, _mean) for name, match in style.MATCHES.items()),
+            *(Metric(name, False, _unpaired, _mean, _mean) for name in STYLE_DISTANCES),
+            Metric("loss", False, _losses("loss"), _mean, _mean),
+            Metric("label_loss", False, _losses("label_loss"), _mean, _mean),
         )
     }
 )

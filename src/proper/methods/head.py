@@ -1,4 +1,4 @@
-"""Methods with a linear head on frozen features: `head+prior` alone, and its mean with a stage's label probabilities.
+"""Method `head+prior`: a linear head on frozen features, and the user's prior.
 
     log p(y | x, u) = W_y z(x) + b_y + c log pi_u(y) - log Z
 
@@ -6,12 +6,6 @@ z(x) are the hidden states of the prompt after the last layer: their mean over t
 standardized. W, b and c minimize the mean -log p plus l / 2 |W|^2 over the rows that the three stages train on; the
 prior of a training row uses the user's earlier items. l is chosen by -log p on the target users' held-out items, in
 a fit without them. `head+prior` trains no adapter: it is a baseline for the benefit of adapters.
-
-`groups+head` and `users+head` answer with the mean of two distributions, that of the stage and that of `head+prior`:
-
-    (p_stage(y | x, u) + p_head(y | x, u)) / 2                label: argmax; rating: median
-
-The weights are equal, so nothing is chosen and no adapter is trained again (a linear opinion pool: Stone, 1961).
 
 Shapes: N rows, F features, L labels.
 """
@@ -37,10 +31,9 @@ from proper.evaluation.runner import MethodRun, prediction_of
 from proper.inference.forward import pad_left
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
-from proper.methods.evaluate import answered
-from proper.methods.prior import probabilities, score_as, user_priors, with_shares
+from proper.methods.prior import user_priors, with_shares
 from proper.methods.spec import Method, TrainedRun
-from proper.run_folder import RunFolder, Stage, Tier
+from proper.run_folder import Stage, Tier
 
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 """Values of l, from the strongest; each fit starts at the one before."""
@@ -126,23 +119,6 @@ def head_with_prior(place: TrainedRun) -> MethodRun:
 
 
 HEAD = Method("head+prior", head_with_prior, (Stage.POPULATION,), keeps="history", needs="labels")
-
-
-def with_head(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
-    """Answer with the mean of a tier's label probabilities and those of `head+prior`."""
-
-    def answer(place: TrainedRun) -> MethodRun:
-        stage = score_as(tier, place)
-        head = answered(HEAD, place, RunFolder(place.folder), label_scores=True)
-        by_id = {row.id: row.label_scores or [] for row in head.predictions}
-        queries = {query.id: query for query in place.dataset.queries()}
-        asked = [queries[row.id] for row in stage.predictions]
-        of_stage = probabilities([row.label_scores or [] for row in stage.predictions])
-        of_head = probabilities([by_id[row.id] for row in stage.predictions])
-        found = with_shares(place, stage.predictions, asked, (of_stage + of_head) / 2)
-        return MethodRun(found, stage.seconds + head.seconds, stage.tokens + head.tokens)
-
-    return answer
 
 
 def training_rows(place: TrainedRun) -> list[TextExample]:

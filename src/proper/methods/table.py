@@ -18,7 +18,7 @@ from proper.evaluation.comparisons import TRIVIAL
 from proper.export.converted_models import STATIC_EXPORT, USERS_INT8
 from proper.methods.derived_runs import varied
 from proper.methods.end_to_end import answer_end_to_end, train_end_to_end, train_equal_steps
-from proper.methods.head import HEAD, with_head
+from proper.methods.head import HEAD
 from proper.methods.ladder import as_another, as_itself, as_one, exported, in_eight_bits, train_one_user, train_stages
 from proper.methods.overrides import change, split_name
 from proper.methods.per_user_lora import answer_per_user, train_leaking, train_per_user
@@ -27,6 +27,7 @@ from proper.methods.prior import prior, with_prior
 from proper.methods.residual import RESIDUAL, with_residual
 from proper.methods.retrieved import add_profile, retrieved_run
 from proper.methods.spec import DerivedRun, Method
+from proper.methods.stage_and_head import with_head
 from proper.methods.trivial import global_majority, lead, user_majority, user_majority_same
 from proper.run_folder import Stage, Tier
 

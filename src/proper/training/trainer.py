@@ -230,21 +230,7 @@ def _update(
     answers = _sum(accelerator, sum(r.answers for share in shares for r in share))
     set_seed(seed_of(plan.seed, stage.name, step, rank) % 2**32)
     optimizer.zero_grad(set_to_none=True)
-    total, penalties, tokens = 0.0, 0.0, 0
-    for share in shares:
-        if not share:
-            continue
-        batch = collate(share, plan.pad, accelerator.device)
-        loss = stage.loss(batch, step / plan.updates)
-        objective = loss.total / answers
-        if loss.penalty is not None:
-            weight = 1 / (len(shares) * world)
-            objective = objective + loss.penalty * weight
-            penalties += float(loss.penalty.detach()) * weight
-        require_finite(objective, stage.name, step, share)
-        accelerator.backward(objective)
-        total += float(loss.total.detach())
-        tokens += batch.tokens
+    total, penalties, tokens = _backward(stage, plan, accelerator, step, shares, answers)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     _sum_gradients(accelerator, parameters)
     norm = nn.utils.clip_grad_norm_(parameters, plan.config.clip)
@@ -265,6 +251,36 @@ def _update(
         "learning_rate": plan.rate * scale,
         "tokens": tokens,
     }
+
+
+def _backward(
+    stage: TrainableStage,
+    plan: TrainingPlan,
+    accelerator: Accelerator,
+    step: int,
+    shares: Sequence[Sequence[EncodedExample]],
+    answers: float,
+) -> tuple[float, float, int]:
+    """Add the gradients of this process's shares of a step; return their summed loss, their penalty and their tokens.
+
+    `answers` is the step's number of answer tokens in all processes.
+    """
+    total, penalties, tokens = 0.0, 0.0, 0
+    for share in shares:
+        if not share:
+            continue
+        batch = collate(share, plan.pad, accelerator.device)
+        loss = stage.loss(batch, step / plan.updates)
+        objective = loss.total / answers
+        if loss.penalty is not None:
+            weight = 1 / (len(shares) * accelerator.num_processes)
+            objective = objective + loss.penalty * weight
+            penalties += float(loss.penalty.detach()) * weight
+        require_finite(objective, stage.name, step, share)
+        accelerator.backward(objective)
+        total += float(loss.total.detach())
+        tokens += batch.tokens
+    return total, penalties, tokens
 
 
 def parts_of(rows: Sequence[EncodedExample], tokens: int) -> list[list[EncodedExample]]:

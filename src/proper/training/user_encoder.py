@@ -8,6 +8,8 @@
                    mean embedding, ridge or network, times one of `GAINS`, by the answer loss on further items
     5. the chosen one is fitted again on all users
 
+The functions of 2 and 3 are in `encoder_regression`.
+
 A trained embedding is its random start plus the change by training, and the start has no information about the user.
 Training may also scale the start, so the targets are the residuals of the embeddings after a regression on the starts,
 
@@ -23,13 +25,13 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from proper.console import progress
 from proper.data.batching import by_length, collate
@@ -38,8 +40,9 @@ from proper.data.encoder import EncodedExample, Encoder
 from proper.layers.batch_context import RowContext
 from proper.models.item_features import item_features
 from proper.models.personal import ProperModel
-from proper.models.user_encoder import ItemProjection, Pooling, Readout, UserEncoder, parts_of
+from proper.models.user_encoder import ItemProjection, Readout, UserEncoder
 from proper.training.checkpoint import seed_of
+from proper.training.encoder_regression import Regression, UserItems, project, zero_readout
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +50,8 @@ MAX_ITEMS = 20_000
 """Rows whose features are computed."""
 PCA_ROWS = 2_048
 """Rows from whose features the principal components are taken; only these are in memory at once."""
-COMPONENTS = 16, 32, 12
-"""Principal components of surprise, answer and context."""
-SIZES = (1, 1, 2, 2, 5, 5, 10)
-"""Sizes of the random subsets of a user's items, beside all of them."""
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Ridge penalties, as a share of the number of rows."""
-HIDDEN, STEPS, CHECKED = 32, 200, 5
-"""Hidden units of the network, its largest number of steps, and the steps between two measurements."""
 GAINS = 1.0, 2.0, 4.0
 """Factors on the placed embeddings' distance from the mean: a regression from few items shrinks it."""
 HELD_OUT, MAX_HELD_OUT = 0.2, 64
@@ -63,15 +60,6 @@ PLACED_FROM, ASKED = (2, 5), 4
 """The choice's answer loss: embeddings from so many items, on so many others of the user."""
 MIN_USERS = 16
 """Below this number of users with more items than `PLACED_FROM[0]`, which can be held out, there is no encoder."""
-
-
-@dataclass(frozen=True)
-class UserItems:
-    """The items of one user of stage 2, their phi, and the change of the user's embedding by training."""
-
-    items: list[EncodedExample]
-    phi: Float[Tensor, "n K"]
-    added: Float[Tensor, "D"]
 
 
 def train_encoder(
@@ -102,43 +90,67 @@ def train_encoder(
         return None
     items = [encoder.encode(row) for row in rows]
     projection, phi = _features(model, items)
-    index, own = {user: at for at, user in enumerate(users)}, dict[str, list[int]]()
-    for at, item in enumerate(items):
-        own.setdefault(item.user, []).append(at)
     effect, mean = effect_of(model), embeddings.mean(0)
-    added = without_starts(embeddings - mean, starts, [index[user] for user in own], effect)
-    known = [UserItems([items[at] for at in ats], phi[ats], added[index[user]]) for user, ats in own.items()]
+    known = _user_items(items, phi, users, embeddings - mean, starts, effect)
     rng = random.Random(seed_of(seed, "encoder"))
     rng.shuffle(known)
     known.sort(key=lambda user: len(user.items) <= PLACED_FROM[0])  # those who can be held out first, in random order
     held = min(MAX_HELD_OUT, max(4, round(HELD_OUT * len(known))), enough // 2)
     fit = Regression.of(known[held:], effect, rng)
     test = Regression.of(known[:held], effect, rng, fit.pooling)
-    penalty = min(PENALTIES, key=lambda each: test.error(fit.ridge(each)))
-    network, steps, _ = fit.network(seed, test)
-    candidates = {("mean", 0.0): zero_readout(phi.shape[1], len(mean))}
-    for gain in GAINS:
-        candidates |= {("ridge", gain): fit.ridge(penalty).times(gain), ("network", gain): network.times(gain)}
-    losses = {
-        key: _answer_loss(model, known[:held], UserEncoder(projection, fit.pooling, readout, mean, {}))
-        for key, readout in candidates.items()
-    }
-    kind, gain = best = min(losses, key=lambda key: losses[key])
-    rounded = {f"{kind} x {gain:g}" if gain else kind: round(loss, 6) for (kind, gain), loss in losses.items()}
-    metadata = {"kind": kind, "gain": gain, "losses": rounded, "penalty": penalty, "steps": steps}
-    metadata |= {"users": len(known), "held_out_users": held, "items": len(items)}
-    text = ", ".join(f"{name} {loss:.4f}" for name, loss in rounded.items())
-    logger.info(f"encoder of users: {kind}; answer loss on held-out users: {text}")
-    if best == ("mean", 0.0):
+
+    def answer_loss(readout: Readout) -> float:
+        return _answer_loss(model, known[:held], UserEncoder(projection, fit.pooling, readout, mean, {}))
+
+    choice = _choose(fit, test, answer_loss, seed)
+    if choice.kind == "mean":
         return None
     final = Regression.of(known, effect, rng)
-    readout = final.ridge(penalty) if kind == "ridge" else final.network(seed, None, steps)[0]
-    return UserEncoder(projection, final.pooling, readout.times(gain), mean, metadata)
+    readout = final.ridge(choice.penalty) if choice.kind == "ridge" else final.network(seed, None, choice.steps)[0]
+    metadata = {**asdict(choice), "users": len(known), "held_out_users": held, "items": len(items)}
+    return UserEncoder(projection, final.pooling, readout.times(choice.gain), mean, metadata)
 
 
-def zero_readout(width: int, size: int) -> Readout:
-    """Return the readout that places all users at the mean."""
-    return Readout(torch.zeros(size, width), torch.empty(0), torch.empty(size, 0))
+def _user_items(
+    items: Sequence[EncodedExample],
+    phi: Float[Tensor, "N K"],
+    users: Sequence[str],
+    embeddings: Float[Tensor, "U D"],
+    starts: Float[Tensor, "U D"],
+    effect: Float[Tensor, "J D"],
+) -> list[UserItems]:
+    """Return the users who have items, with these; `embeddings` are those of `users`, centred."""
+    index, own = {user: at for at, user in enumerate(users)}, dict[str, list[int]]()
+    for at, item in enumerate(items):
+        own.setdefault(item.user, []).append(at)
+    added = without_starts(embeddings, starts, [index[user] for user in own], effect)
+    return [UserItems([items[at] for at in ats], phi[ats], added[index[user]]) for user, ats in own.items()]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The readout with the lowest answer loss on held-out users: "mean" (no encoder), "ridge" or "network"."""
+
+    kind: str
+    gain: float
+    losses: dict[str, float]
+    penalty: float
+    steps: int
+
+
+def _choose(fit: Regression, test: Regression, answer_loss: Callable[[Readout], float], seed: int) -> Choice:
+    """Choose the penalty and the network's steps by the error on `test`, then kind and gain by the answer loss."""
+    penalty = min(PENALTIES, key=lambda each: test.error(fit.ridge(each)))
+    network, steps, _ = fit.network(seed, test)
+    candidates = {("mean", 0.0): zero_readout(fit.z.shape[1], fit.target.shape[1])}
+    for gain in GAINS:
+        candidates |= {("ridge", gain): fit.ridge(penalty).times(gain), ("network", gain): network.times(gain)}
+    losses = {key: answer_loss(readout) for key, readout in candidates.items()}
+    kind, gain = min(losses, key=lambda key: losses[key])
+    rounded = {f"{kind} x {gain:g}" if gain else kind: round(loss, 6) for (kind, gain), loss in losses.items()}
+    text = ", ".join(f"{name} {loss:.4f}" for name, loss in rounded.items())
+    logger.info(f"encoder of users: {kind}; answer loss on held-out users: {text}")
+    return Choice(kind, gain, rounded, penalty, steps)
 
 
 def without_starts(
@@ -175,99 +187,6 @@ def _features(model: ProperModel, items: Sequence[EncodedExample]) -> tuple[Item
         for at in range(PCA_ROWS, len(items), PCA_ROWS):
             found.append(projection(item_features(model, items[at : at + PCA_ROWS], advance)))
     return projection, torch.cat(found)
-
-
-def project(features: Float[Tensor, "N F"]) -> ItemProjection:
-    """Return the leading principal components of each part of the features, scaled to unit variance."""
-    mean = features.mean(0)
-    context, answer, surprise = parts_of(features - mean)
-    directions = (_components(part, n) for part, n in zip((surprise, answer, context), COMPONENTS, strict=True))
-    return ItemProjection(mean, *directions)
-
-
-def _components(part: Float[Tensor, "N F"], count: int) -> Float[Tensor, "J K"]:
-    _, sizes, directions = torch.linalg.svd(part.double(), full_matrices=False)
-    kept = [at for at in range(min(count, len(sizes))) if sizes[at] > 1e-4 * sizes[0]]
-    scaled: Tensor = directions[kept] / sizes[kept].unsqueeze(1) * math.sqrt(len(part))
-    return scaled.T.float().contiguous()
-
-
-def pool(users: Sequence[Float[Tensor, "n K"]]) -> Pooling:
-    """Return the users' mean phi, and the variances between users and within a user, by the method of moments."""
-    sizes = torch.tensor([len(own) for own in users], dtype=torch.float64)
-    means = torch.stack([own.double().mean(0) for own in users])
-    center = means.mean(0)
-    within = torch.stack([(own.double() - mean).square().sum(0) for own, mean in zip(users, means, strict=True)]).sum(0)
-    within = within / (sizes - 1).sum().clamp(min=1)
-    between = (means.var(0) - within * (1 / sizes).mean()).clamp(min=0)
-    return Pooling(center.float(), between.float(), within.float())
-
-
-@dataclass(frozen=True)
-class Regression:
-    """Pooled subsets of users' items and the users' embeddings, as rows of a regression.
-
-    Attributes:
-        z: (N, K). target: (N, D), see the module. effect: see `effect_of`.
-    """
-
-    pooling: Pooling
-    z: Float[Tensor, "N K"]
-    target: Float[Tensor, "N D"]
-    effect: Float[Tensor, "J D"]
-
-    @classmethod
-    def of(
-        cls,
-        users: Sequence[UserItems],
-        effect: Float[Tensor, "J D"],
-        rng: random.Random,
-        pooling: Pooling | None = None,
-    ) -> Regression:
-        """Draw subsets of every user's items; `pooling` None takes that of these users."""
-        pooling = pooling or pool([user.phi for user in users])
-        means, counts, target = [], [], []
-        for user in users:
-            for size in (*SIZES, len(user.items)):
-                if size <= len(user.items):
-                    means.append(user.phi[rng.sample(range(len(user.items)), size)].mean(0))
-                    counts.append(float(size))
-                    target.append(user.added)
-        return cls(pooling, pooling(torch.stack(means), torch.tensor(counts)), torch.stack(target), effect)
-
-    def ridge(self, penalty: float) -> Readout:
-        """Return the ridge regression of the embeddings on z."""
-        z, target = self.z.double(), self.target.double()
-        gram = z.T @ z + penalty * len(z) * torch.eye(z.shape[1], dtype=torch.float64)
-        weight = torch.linalg.solve(gram, z.T @ target).T.float().contiguous()
-        return Readout(weight, torch.empty(0), torch.empty(len(weight), 0))
-
-    def error(self, readout: Readout) -> float:
-        """Return the mean squared error of the routers' logits."""
-        return float(((readout(self.z) - self.target) @ self.effect.T).square().mean())
-
-    def network(self, seed: int, test: Regression | None, steps: int = STEPS) -> tuple[Readout, int, float]:
-        """Return a network, its steps and its error on `test`: that with the least error, or after all steps."""
-        draw = torch.Generator().manual_seed(seed_of(seed, "encoder network"))
-        width, size = self.z.shape[1], self.target.shape[1]
-        first = torch.randn(HIDDEN, width, generator=draw) / math.sqrt(width)
-        shapes = first, torch.zeros(HIDDEN), torch.zeros(size, HIDDEN)
-        parameters = [nn.Parameter(each) for each in shapes]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
-        best: tuple[Readout, int, float] | None = None
-        for step in range(1, steps + 1):
-            optimizer.zero_grad()
-            guess = torch.tanh(self.z @ parameters[0].T + parameters[1]) @ parameters[2].T
-            loss = ((guess - self.target) @ self.effect.T).square().mean()
-            torch.autograd.backward(loss)
-            optimizer.step()
-            if step == steps or (test is not None and step % CHECKED == 0):
-                now = Readout(*(each.detach().clone() for each in parameters))
-                error = 0.0 if test is None else test.error(now)
-                if best is None or error < best[2]:
-                    best = now, step, error
-        assert best is not None
-        return best
 
 
 @torch.no_grad()

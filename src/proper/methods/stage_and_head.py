@@ -1,0 +1,35 @@
+"""Methods `groups+head` and `users+head`: the mean of the label probabilities of a stage and of `head+prior`.
+
+    (p_stage(y | x, u) + p_head(y | x, u)) / 2                label: argmax; rating: median
+
+The weights are equal, so nothing is chosen and no adapter is trained again (a linear opinion pool: Stone, 1961).
+On no data set of docs/findings.md is the mean better than `head+prior`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from proper.evaluation.runner import MethodRun
+from proper.methods.evaluate import answered
+from proper.methods.head import HEAD
+from proper.methods.prior import probabilities, score_as, with_shares
+from proper.methods.spec import TrainedRun
+from proper.run_folder import RunFolder, Tier
+
+
+def with_head(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
+    """Answer with the mean of a tier's label probabilities and those of `head+prior`."""
+
+    def answer(place: TrainedRun) -> MethodRun:
+        stage = score_as(tier, place)
+        head = answered(HEAD, place, RunFolder(place.folder), label_scores=True)
+        by_id = {row.id: row.label_scores or [] for row in head.predictions}
+        queries = {query.id: query for query in place.dataset.queries()}
+        asked = [queries[row.id] for row in stage.predictions]
+        of_stage = probabilities([row.label_scores or [] for row in stage.predictions])
+        of_head = probabilities([by_id[row.id] for row in stage.predictions])
+        found = with_shares(place, stage.predictions, asked, (of_stage + of_head) / 2)
+        return MethodRun(found, stage.seconds + head.seconds, stage.tokens + head.tokens)
+
+    return answer
