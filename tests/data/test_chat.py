@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -13,23 +12,12 @@ from hypothesis import strategies as st
 from proper.data.chat import ChatFormat, TextMessage, plain_prompt, uses_chat_template
 from proper.data.encoder import Encoder
 from proper.errors import ConfigError, InputError
+from tests.data.text_rows import CHATML, Row
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
 TEXTS = st.lists(
     st.sampled_from(["the bus", " ", "\n", "<|im_end|>", "<|im_start|>", "<s>", "late", "é", "🎈", "{{ m }}"])
 ).map("".join)
-
-
-@dataclass(frozen=True)
-class Row:
-    prompt: str
-    target: str
-    user: str = "ann"
-    task: int = 0
 
 
 def tokenizer(kinds: ModuleType, template: str | None = CHATML) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,25 +21,14 @@ from proper.data.conversations import join_turns, split_turns
 from proper.data.encoder import Encoder
 from proper.data.interactions import BadRows, read_interactions
 from proper.errors import ConfigError
+from tests.data.text_rows import CHATML, Row
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 FORGETFUL = CHATML.replace("messages %}", "messages[-2:] %}")
 TALK = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."), ("user", "Who?"), ("assistant", "Ann.")]
 TEXTS = st.lists(
     st.sampled_from(["the bus", " ", "\n", "User: x", "<|im_end|>", "</s>", TURN, "late"]), min_size=1
 ).map("".join)
 TURNS = st.lists(st.tuples(TEXTS, TEXTS), max_size=3)
-
-
-@dataclass(frozen=True)
-class Row:
-    prompt: str
-    target: str
-    user: str = "ann"
-    task: int = 0
 
 
 def messages(talk: list[tuple[str, str]]) -> list[dict[str, str]]:

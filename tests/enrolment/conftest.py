@@ -36,19 +36,10 @@ def opened() -> Iterator[Open]:
         model.close()
 
 
-@pytest.fixture(scope="session")
-def taught(settings: Config, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run with a user "new" who has learnt HABIT and has an adapter; tests work in copies of it."""
-    folder = tmp_path_factory.mktemp("updates") / "run"
+def train_run(settings: Config, dataset: Dataset, folder: Path, users: dict[str, object]) -> Path:
+    """Train all stages in a new folder: one epoch of the shared ones, stage 3 with the settings `users`."""
     folder.mkdir()
     stage = {"epochs": 1, "batch_size": 8}
-    users = {
-        "steps": 60,
-        "learning_rate": 1e-2,
-        "storage": "fp32",
-        "update": settings.users.update.model_copy(update={"outlier": None}),
-        "tiers": settings.users.tiers.model_copy(update={"select": False}),
-    }
     config = settings.model_copy(
         update={
             "population": settings.population.model_copy(update=stage),
@@ -61,6 +52,20 @@ def taught(settings: Config, dataset: Dataset, tmp_path_factory: pytest.TempPath
     database = Path(dataset.connection.execute("PRAGMA database_list").fetchone()[2])
     shutil.copyfile(database, folder / "data.sqlite")
     StageRunner(config, dataset, folder, 0, [].append).run(tuple(Stage))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def taught(settings: Config, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run with a user "new" who has learnt HABIT and has an adapter; tests work in copies of it."""
+    users = {
+        "steps": 60,
+        "learning_rate": 1e-2,
+        "storage": "fp32",
+        "update": settings.users.update.model_copy(update={"outlier": None}),
+        "tiers": settings.users.tiers.model_copy(update={"select": False}),
+    }
+    folder = train_run(settings, dataset, tmp_path_factory.mktemp("updates") / "run", users)
     model = proper.load(folder)
     head = model.users.enrol("new", lessons(HABIT, 0, 15))
     model.close()

@@ -26,9 +26,9 @@ from proper.inference.generate import generate
 from proper.inference.loading import load
 from proper.layers.bank import AdapterBank
 from proper.models.checkpoints import save_tensors
-from proper.run_folder import RunFolder, Stage
-from proper.training.stages import StageRunner
+from proper.run_folder import RunFolder
 from proper.training.starts import mean_adapter
+from tests.enrolment.conftest import train_run
 
 WORDS = ["red", "green", "blue", "small", "large", "old", "new", "quiet", "loud", "round"]
 RANK = 3
@@ -43,23 +43,9 @@ def rows(count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def trained(settings: Config, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("core") / "run"
-    folder.mkdir()
-    stage = {"epochs": 1, "batch_size": 8}
     tiers = settings.users.tiers.model_copy(update={"select": False})
     users = {"form": "core", "rank": RANK, "steps": 6, "learning_rate": 2e-2, "router": "residual", "tiers": tiers}
-    config = settings.model_copy(
-        update={
-            "population": settings.population.model_copy(update=stage),
-            "groups": settings.groups.model_copy(update=stage),
-            "users": settings.users.model_copy(update=users),
-        }
-    )
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump()), encoding="utf-8")
-    database = Path(dataset.connection.execute("PRAGMA database_list").fetchone()[2])
-    shutil.copyfile(database, folder / "data.sqlite")
-    StageRunner(config, dataset, folder, 0, [].append).run(tuple(Stage))
-    return folder
+    return train_run(settings, dataset, tmp_path_factory.mktemp("core") / "run", users)
 
 
 @pytest.fixture

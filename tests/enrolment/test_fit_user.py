@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config
@@ -24,9 +23,8 @@ from proper.enrolment.history import UserHistory
 from proper.errors import DataError, InputError, RunFolderError
 from proper.files import hash_file
 from proper.interactions.log import InteractionLog
-from proper.run_folder import Stage, UsersFolder
-from proper.training.stages import StageRunner
-from tests.enrolment.conftest import Open
+from proper.run_folder import UsersFolder
+from tests.enrolment.conftest import Open, train_run
 
 WORDS = ["red", "green", "blue", "small", "large", "old", "new", "quiet", "loud", "round"]
 
@@ -47,24 +45,9 @@ def rows(shift: int, count: int) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def trained(settings: Config, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run with all three stages, its data and its config."""
-    folder = tmp_path_factory.mktemp("grow") / "run"
-    folder.mkdir()
-    stage = {"epochs": 1, "batch_size": 8}
     tiers = settings.users.tiers.model_copy(update={"pool_below": 6})
     users = {"epochs": 2, "steps": None, "learning_rate": 5e-3, "tiers": tiers}
-    config = settings.model_copy(
-        update={
-            "population": settings.population.model_copy(update=stage),
-            "groups": settings.groups.model_copy(update=stage),
-            "users": settings.users.model_copy(update=users),
-            "compute": settings.compute.model_copy(update={"checkpoint_seconds": 1e-9}),
-        }
-    )
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump()), encoding="utf-8")
-    database = Path(dataset.connection.execute("PRAGMA database_list").fetchone()[2])
-    shutil.copyfile(database, folder / "data.sqlite")
-    StageRunner(config, dataset, folder, 0, [].append).run(tuple(Stage))
-    return folder
+    return train_run(settings, dataset, tmp_path_factory.mktemp("grow") / "run", users)
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from proper.config import GroupsConfig, UsersConfig
+from proper.inference import PersonalizedModel, load
 from proper.layers.bank import AdapterBank
 from proper.models.backbone import Backbone
 from proper.models.personal import ProperModel
+from tests.models.conftest import randomize
 
 
 @pytest.fixture(scope="session")
@@ -25,15 +29,26 @@ def personal(backbone: Callable[..., Backbone]) -> Callable[..., ProperModel]:
         users = UsersConfig.model_validate({"router": router})
         model.add_experts(GroupsConfig(**{"user_embedding": 16, **groups}), seed=0)
         model.add_lora_router(users)
-        bank = AdapterBank(model.user_layout(users), 3, alpha=users.alpha, trainable=False)
-        model.use_bank(bank)
-        generator = torch.Generator().manual_seed(1)
-        for parameter in (*model.group_parameters().values(), *model.router_parameters().values()):
-            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-        bank.values.copy_(0.2 * torch.randn(bank.values.shape, generator=generator))
+        randomize(model, AdapterBank(model.user_layout(users), 3, alpha=users.alpha, trainable=False))
         return model
 
     return build
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_run: Path) -> Iterator[PersonalizedModel]:
+    """A model for one engine after the other."""
+    model = load(tiny_run)
+    yield model
+    model.close()
+
+
+@pytest.fixture
+def copied(tiny_run: Path, tmp_path: Path) -> Iterator[PersonalizedModel]:
+    """The model of a copy of the run, whose store may be changed."""
+    model = load(shutil.copytree(tiny_run, tmp_path / "run"))
+    yield model
+    model.close()
 
 
 class OneUser(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -101,22 +100,6 @@ def alone(tiny_run: Path, decoding: ModuleType) -> Iterator[Alone]:
     oracle = Alone(tiny_run, decoding)
     yield oracle
     oracle.close()
-
-
-@pytest.fixture(scope="module")
-def shared(tiny_run: Path) -> Iterator[PersonalizedModel]:
-    """A model for one engine after the other."""
-    model = load(tiny_run)
-    yield model
-    model.close()
-
-
-@pytest.fixture
-def copied(tiny_run: Path, tmp_path: Path) -> Iterator[PersonalizedModel]:
-    """A run of one's own, whose store may be changed."""
-    model = load(shutil.copytree(tiny_run, tmp_path / "run"))
-    yield model
-    model.close()
 
 
 def ask(

@@ -117,14 +117,6 @@ def half(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     yield from spoiled_run(tiny_run, tmp_path_factory.mktemp("half") / "run", "bf16")
 
 
-@pytest.fixture
-def copied(tiny_run: Path, tmp_path: Path) -> Iterator[PersonalizedModel]:
-    """A run of one's own, whose store may be changed."""
-    made = load(shutil.copytree(tiny_run, tmp_path / "run"))
-    yield made
-    made.close()
-
-
 @pytest.fixture(scope="module")
 def alone(model: PersonalizedModel) -> Callable[[int, str | None, int], list[int]]:
     """Each answer from an engine that has one row and has never seen anything else."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,20 +29,6 @@ USERS = ("u0", "u1", "u2", "group", "stranger", None)
 OPENINGS = ((*range(100, 120),), (*range(100, 118), 7, 8))
 """Two prompts that begin with the same 18 tokens."""
 TURNS = ((30, 31), (30, 32, 33), (40,))
-
-
-@pytest.fixture(scope="module")
-def shared(tiny_run: Path) -> Iterator[PersonalizedModel]:
-    model = load(tiny_run)
-    yield model
-    model.close()
-
-
-@pytest.fixture
-def copied(tiny_run: Path, tmp_path: Path) -> Iterator[PersonalizedModel]:
-    model = load(shutil.copytree(tiny_run, tmp_path / "run"))
-    yield model
-    model.close()
 
 
 class Alone:

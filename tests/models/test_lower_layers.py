@@ -25,6 +25,7 @@ from proper.layers.batch_context import RowContext
 from proper.models.backbone import Backbone, digest, load_tokenizer
 from proper.models.lower_layers import HiddenStates
 from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
+from tests.models.conftest import randomize
 
 CLOSE = {"rtol": 0, "atol": 1e-4}
 TEXTS = st.lists(st.integers(3, 60), min_size=2, max_size=14).map(tuple)
@@ -39,12 +40,7 @@ def model_of(config: LlamaConfig, layers: int = 2, dtype: torch.dtype = torch.fl
     model = ProperModel(Backbone("tiny", network, load_tokenizer("proper-nano"), digest(network)))
     model.add_experts(GroupsConfig(layers=layers, user_embedding=16, dropout=0.1), seed=0)
     model.add_lora_router(UsersConfig())
-    bank = AdapterBank(model.user_layout(UsersConfig()), 3, alpha=8.0, trainable=True)
-    model.use_bank(bank)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in (*model.group_parameters().values(), *model.router_parameters().values()):
-        parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    bank.values.copy_(0.2 * torch.randn(bank.values.shape, generator=generator))
+    randomize(model, AdapterBank(model.user_layout(UsersConfig()), 3, alpha=8.0, trainable=True))
     return model
 
 

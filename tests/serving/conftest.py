@@ -117,3 +117,9 @@ def serve() -> Iterator[Serve]:
 def server(serve: Serve, long_run: Path) -> Running:
     """One server without keys for a module's tests."""
     return serve(long_run)
+
+
+@pytest.fixture
+def own(serve: Serve, tiny_run: Path, tmp_path: Path) -> Running:
+    """A server whose store may be changed."""
+    return serve(shutil.copytree(tiny_run, tmp_path / "tiny"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -18,12 +17,6 @@ if TYPE_CHECKING:
     import httpx
 
     Running = Serve = Any  # tests/serving/conftest.py
-
-
-@pytest.fixture
-def own(serve: Serve, tiny_run: Path, tmp_path: Path) -> Running:
-    running: Running = serve(shutil.copytree(tiny_run, tmp_path / "tiny"))
-    return running
 
 
 def drop(database: Path) -> None:

@@ -35,13 +35,6 @@ if TYPE_CHECKING:
     Running = Serve = Any  # tests/serving/conftest.py
 
 
-@pytest.fixture
-def own(serve: Serve, tiny_run: Path, tmp_path: Path) -> Running:
-    """A server whose store may be changed."""
-    running: Running = serve(shutil.copytree(tiny_run, tmp_path / "tiny"))
-    return running
-
-
 def test_users_are_listed_read_taken_back_and_deleted(own: Running, alone: PersonalizedModel) -> None:
     store = AdapterStore(own.folder / "users")
     other = store.get("u1")
