@@ -2,7 +2,7 @@
 
     python scripts/results_table.py [FOLDER]
 
-README.md has the main table, of SmolLM2-135M, and the short one: a line per data set. docs/results/README.md has a line
+README.md has the main table, of SmolLM2-135M. docs/results/README.md has the short table, a line per data set; a line
 per data set and stage, with the main metric, its interval over users, and the step from the stage before with its
 Holm-adjusted p; and a line per control, which tells information about the user from more training. All numbers are
 taken from the files.
@@ -26,31 +26,20 @@ MAIN = {
 }
 """The columns of the main table, and the files of their numbers."""
 MAIN_ROWS = {
-    "best constant": ("global-majority",),
-    "first words of the input": ("lead",),
-    "user's usual answer": ("user-majority",),
-    "the same, from the items that the adapter was trained on": ("user-majority-same",),
-    "user prior": ("prior",),
-    "linear head and prior": ("head+prior",),
-    "base": ("base",),
-    "population": ("population",),
-    "groups": ("groups",),
-    "**users**": ("users",),
-    "users and prior": ("users+prior",),
-    "users and linear head": ("users+head",),
-    "groups and linear head": ("groups+head",),
-    "another user's adapter (`swapped`)": ("swapped",),
-    "`oppu`: a larger LoRA for each user on population": (
-        "oppu",
-        "oppu[users.layers=last 10]",
-        "oppu[users.batch_size=2][users.layers=last 10]",
-    ),
-    "`rag`: population with the user's 4 best items in the prompt": ("rag",),
-    "`end-to-end`: the three parts trained at once": ("end-to-end",),
-    "`population-more`: the steps of groups without users": ("population-more",),
-    "the three stages with `shuffled` user ids": ("shuffled",),
+    "best constant": "global-majority",
+    "first words of the input": "lead",
+    "user's usual answer": "user-majority",
+    "the same, from the items that the adapter was trained on": "user-majority-same",
+    "user prior": "prior",
+    "linear head and prior": "head+prior",
+    "base": "base",
+    "population": "population",
+    "groups": "groups",
+    "**users**": "users",
+    "another user's adapter (`swapped`)": "swapped",
+    "`population-more`: the steps of groups without users": "population-more",
 }
-"""The rows of the main table: the methods of each, of which a file has at most one."""
+"""The rows of the main table, and the method of each; docs/findings.md has all methods."""
 
 SHORT = ("global-majority", "user-majority", "base", "population", "groups", "users")
 """The columns of the short table."""
@@ -72,10 +61,8 @@ def main_table(folder: Path = RESULTS) -> str:
         path = folder / "findings" / f"{name}.json"
         columns[head] = _column(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for title, methods in MAIN_ROWS.items():
-        cells = [next((column[one] for one in methods if one in column), "") for column in columns.values()]
-        if any(cells):
-            lines.append(f"| {title} | {' | '.join(cells)} |")
+    for title, method in MAIN_ROWS.items():
+        lines.append(f"| {title} | {' | '.join(column.get(method, '') for column in columns.values())} |")
     return "\n".join(lines) + "\n"
 
 
@@ -99,7 +86,7 @@ def table(folder: Path = RESULTS) -> str:
 
 
 def short(folder: Path = RESULTS) -> str:
-    """Return the table of README.md: the stages beside the answers that need no model, one line per data set."""
+    """Return the short table: the stages beside the answers that need no model, one line per data set."""
     lines = ["| data set | metric | best constant | user's usual answer | base | population | groups | users |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     trivial = _trivial(folder)
