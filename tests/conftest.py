@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Before any test imports the Hugging Face libraries, which read these once.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-# One thread for everybody, also in processes that tests start: equal bits need equal threads.
+# One thread everywhere, also in processes that tests start: equal bits need equal threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # The same examples on every run: a failure in continuous integration is a failure here. Machines differ in speed.
@@ -43,7 +43,7 @@ def chromium() -> str:
 
 @pytest.fixture(scope="module")
 def browser(chromium: str) -> Iterator[Browser]:
-    """A browser that asks nobody for updates. Not for longer than a module: no event loop may run beside it."""
+    """A browser that does not look for updates. Not for longer than a module: no event loop may run beside it."""
     from playwright.sync_api import sync_playwright
 
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]

@@ -129,7 +129,7 @@ class Manifest(SharedDatabase):
             page = self.read(sql.NEXT_ROWS, dict(zip(("tenant", "user", "version"), page[-1], strict=False)))
 
     def owners_of_records(self) -> list[tuple[str, bytes]]:
-        """Return tenant and key of everyone who has a record."""
+        """Return tenant and key of every user who has a record."""
         return self.read(sql.USERS)
 
     def add(self, row: ManifestRow) -> int:

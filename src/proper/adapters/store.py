@@ -82,7 +82,7 @@ class AdapterStore:
         if not self.manifest.read_only:
             private_folder(folder)
             self.shards.make()
-            with suppress(StoreError, OSError):  # what cannot be erased now waits; who only reads need not know
+            with suppress(StoreError, OSError):  # what cannot be erased now stays scheduled; a reader needs no warning
                 self.shards.erase(thorough=False)
 
     def _require_no_blobs(self) -> None:

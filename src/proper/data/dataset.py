@@ -141,7 +141,7 @@ def prepare(
             raise ProperError(f"{path}: cannot be written: {error}") from error
         finally:
             connection.close()
-        # Of a killed change to a file that is gone by now: SQLite would roll it back into the new one.
+        # A journal of a killed change to the former file: SQLite would roll it back into the new one.
         path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
     named, found = ({name.strip() for name in names} for names in (without, met))
     if named != found:

@@ -95,10 +95,10 @@ class Encoder:
         ends: every id that ends an answer.
         start: tokens before a prompt's text: BOS, or the beginning of the chat template.
         after: tokens between a prompt's text and the answer: the rest of the chat template.
+        names: ids of the special tokens by name.
 
     Raises:
         ConfigError: the chat template takes more than a quarter of `max_length`.
-        names: ids of the special tokens by name.
     """
 
     def __init__(

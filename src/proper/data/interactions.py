@@ -132,7 +132,7 @@ def _read(
 
 
 def _of_file(found: Interaction, row_format: RowFormat, source: Source) -> Interaction:
-    """Return an interaction without an item whose id is a written null; refuse such a user, who is several people."""
+    """Return an interaction, without its item if that id is a written null; refuse such a user id."""
     if is_written_null(found.user, source.typed):
         raise BadValue(str(row_format.user), f"{found.user!r} stands for a missing id")
     return replace(found, item=None) if is_written_null(found.item, source.typed) else found

@@ -113,7 +113,7 @@ def written_id(value: object) -> object:
 def is_written_null(text: str | None, typed: bool = True) -> bool:
     """Return whether an id is the text that programs write for a missing value: "nan", "None", without types "NA" too.
 
-    Such an id is not one person's or one item's: every row whose id is missing has it.
+    Such an id is not one user's or one item's: every row whose id is missing has it.
     """
     return text in (_PRINTED_NULLS if typed else _WRITTEN_NULLS)
 

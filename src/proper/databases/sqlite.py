@@ -59,7 +59,7 @@ class SqliteDatabase:
 
     @contextmanager
     def transaction(self, owner: object = None) -> Iterator[None]:
-        """BEGIN IMMEDIATE ... COMMIT: one writer at a time, whoever the owner is."""
+        """BEGIN IMMEDIATE ... COMMIT: one writer at a time, for any owner."""
         if self.read_only:
             raise read_only_error(self.path)
         with self._lock:

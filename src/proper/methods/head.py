@@ -70,7 +70,7 @@ class LinearHead:
         return self._scaled(rows) @ self.weight.T + self.bias + self.habit * rows.habits
 
     def fit(self, rows: HeadRows, penalty: float, steps: int = 200) -> None:
-        """Minimize from where the parameters are, by L-BFGS."""
+        """Minimize the loss from the current parameters, by L-BFGS."""
         parameters = [self.weight, self.bias, self.habit]
         for parameter in parameters:
             parameter.requires_grad_(True)

@@ -89,7 +89,7 @@ class HiddenStates:
         self.used += size
 
     def _stop(self, why: str) -> None:
-        """Store no more texts, and say so once."""
+        """Store no more texts, and log that once."""
         if self.limit > 0:
             logger.info(f"hidden states of lower layers: {why}; other texts are computed in every pass")
         self.limit = 0

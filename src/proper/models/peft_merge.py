@@ -46,7 +46,7 @@ def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
             wrapped = PeftModel.from_pretrained(model, str(folder))
         with safe_open(folder / PEFT_WEIGHTS, framework="pt") as file:
             found = set(file.keys())
-    # PEFT raises what its code happens to meet in a damaged config, and RuntimeError for tensors of other shapes.
+    # A damaged config can raise any exception in PEFT; tensors of other shapes raise RuntimeError.
     except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise ProperError(f"{folder}: not readable as a PEFT adapter: {error}") from error
     # PEFT leaves what the file lacks at its random start.

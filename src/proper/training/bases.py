@@ -33,7 +33,7 @@ SOURCE_RANK = 4
 def train_bases(stage: UserStage, path: Path) -> None:
     """Put the bases of the form `core` into the stage's model: those of the file, or new ones, which are written to it.
 
-    Of the form `lora`, do nothing.
+    With the form `lora`, nothing is done.
     """
     if stage.config.form == "lora":
         return

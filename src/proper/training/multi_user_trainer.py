@@ -110,8 +110,8 @@ class MultiUserTrainer:
 
     def _share(self, jobs: int) -> float:
         """Return the share of all steps that is done, as if every user took all of theirs."""
-        seats = filter(None, self.slots)
-        begun = sum(state.step / (job.steps_per_pass(self.each) * job.epochs) for job, state in seats)
+        occupied = filter(None, self.slots)
+        begun = sum(state.step / (job.steps_per_pass(self.each) * job.epochs) for job, state in occupied)
         return (self._finished() + begun) / jobs
 
     def _hand_over(self, done: Done, checkpoint: Checkpoint | None = None, again: bool = False) -> None:
@@ -153,12 +153,12 @@ class MultiUserTrainer:
 
     def _step(self) -> dict[str, Any] | None:
         """Take one optimizer step for all users in slots; if a user is quarantined, update nothing and return None."""
-        seats = {slot: entry for slot, entry in enumerate(self.slots) if entry is not None}
-        chosen = {slot: job.batch(self.seed, state.step, self.each) for slot, (job, state) in seats.items()}
+        occupied = {slot: entry for slot, entry in enumerate(self.slots) if entry is not None}
+        chosen = {slot: job.batch(self.seed, state.step, self.each) for slot, (job, state) in occupied.items()}
         losses, tokens, padded = self._backward(chosen)
         assert (gradients := self.bank.gradients) is not None
         if self.config.distance:
-            for slot, (job, _) in seats.items():
+            for slot, (job, _) in occupied.items():
                 pull_(self.bank, slot, job.anchor, self.config.distance)
         bad = {slot: "quarantined: the loss is not finite" for slot, loss in losses.items() if not math.isfinite(loss)}
         for slot in chosen:
@@ -170,7 +170,7 @@ class MultiUserTrainer:
         rates, each = self.rate * self._factors(list(chosen)), (gradients[slot] for slot in chosen)
         self.optimizer.step(self.bank.values, torch.tensor(list(chosen)), each, rates)
         self.steps += 1
-        for slot, (_, state) in seats.items():
+        for slot, (_, state) in occupied.items():
             state.step += 1
             state.trained = losses[slot]
         loss = round(sum(losses.values()) / len(losses), 6)
@@ -211,8 +211,8 @@ class MultiUserTrainer:
 
     def _pass_ended(self) -> None:
         """Compute the held-out loss of users who have just ended a pass, and free the slots of finished users."""
-        seats = ((slot, *entry) for slot, entry in enumerate(self.slots) if entry is not None)
-        ended = [slot for slot, job, state in seats if state.step % job.steps_per_pass(self.each) == 0]
+        occupied = ((slot, *entry) for slot, entry in enumerate(self.slots) if entry is not None)
+        ended = [slot for slot, job, state in occupied if state.step % job.steps_per_pass(self.each) == 0]
         self._measure([slot for slot in ended if self._passes(slot) in self.job_in(slot)[0].measured_passes])
         for slot in ended:
             if self.slots[slot] is not None and self._is_finished(slot):

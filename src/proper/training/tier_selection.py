@@ -103,7 +103,7 @@ def shrunk_gains(trials: Sequence[Trial], embeddings: Float[Tensor, "U D"], neig
     items = torch.tensor([trial.held_out for trial in trials], dtype=torch.float64)
     degrees = float((items - 1).sum())
     between = float(gains.var()) if len(trials) > 1 else 0.0
-    # Without a second item of anybody, nothing tells noise from difference: all of it counts as noise.
+    # If no user has a second item, noise cannot be told from differences between users: all of it counts as noise.
     noise = sum(trial.spread for trial in trials) / degrees / items if degrees else torch.full_like(items, between)
     true = max(0.0, between - float(noise.mean()))
     weights = true / (true + noise).clamp(min=1e-300)

@@ -128,7 +128,7 @@ def _user_items(
 
 
 @dataclass(frozen=True)
-class Choice:
+class EncoderChoice:
     """The readout with the lowest answer loss on held-out users: "mean" (no encoder), "ridge" or "network"."""
 
     kind: str
@@ -138,7 +138,7 @@ class Choice:
     steps: int
 
 
-def _choose(fit: Regression, test: Regression, answer_loss: Callable[[Readout], float], seed: int) -> Choice:
+def _choose(fit: Regression, test: Regression, answer_loss: Callable[[Readout], float], seed: int) -> EncoderChoice:
     """Choose the penalty and the network's steps by the error on `test`, then kind and gain by the answer loss."""
     penalty = min(PENALTIES, key=lambda each: test.error(fit.ridge(each)))
     network, steps, _ = fit.network(seed, test)
@@ -150,7 +150,7 @@ def _choose(fit: Regression, test: Regression, answer_loss: Callable[[Readout], 
     rounded = {f"{kind} x {gain:g}" if gain else kind: round(loss, 6) for (kind, gain), loss in losses.items()}
     text = ", ".join(f"{name} {loss:.4f}" for name, loss in rounded.items())
     logger.info(f"encoder of users: {kind}; answer loss on held-out users: {text}")
-    return Choice(kind, gain, rounded, penalty, steps)
+    return EncoderChoice(kind, gain, rounded, penalty, steps)
 
 
 def without_starts(

@@ -74,8 +74,9 @@ def is_trained(folder: Path) -> bool:
 def train_together(stages: Sequence[UserStage], bar: Bar) -> None:
     """Run stage 3 of many users, one stage per user, with the steps of all adapters in common batches.
 
-    Every user is tried, decided on and fitted as by `train_users`; then `is_trained`.
-    The stages differ in their users and folders only, and W_r is fixed. Nothing is kept of a batch that is killed.
+    Each stage runs as by `train_users` until it needs adapters that are not fitted yet. All adapters that stages wait
+    for are fitted together, and the stages are started again: they find the adapters in their files and go on. The
+    stages differ in their users and folders only, and W_r is fixed. Nothing is kept of a batch that is killed.
     """
     left = list(stages)
     while left:
@@ -96,7 +97,7 @@ def train_together(stages: Sequence[UserStage], bar: Bar) -> None:
 
 
 class _Waits(Exception):
-    """A stage continues once its adapters are fitted."""
+    """Ends a stage that needs adapters, which are fitted together with those of the other stages."""
 
 
 @dataclass(frozen=True)
