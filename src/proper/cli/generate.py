@@ -38,43 +38,49 @@ EXAMPLES = """\
 _PIECE = 256
 
 
+User = Annotated[str | None, typer.Option(metavar="ID", help="The user; with --input, the user of lines without one.")]
+Prompt = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="The complete prompt, in the format of the run's template.")
+]
+Fields = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Fill a column of the run's template; repeatable.")
+]
+InputFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--input",
+        metavar="FILE",
+        help="JSONL: user_id (or the task's user column), and prompt or the template's columns; - is stdin.",
+    ),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Maximum answer tokens; the config's by default.", show_default=False),
+]
+Temperature = Annotated[
+    float, typer.Option(metavar="X", help="0 takes the likeliest token; above 0, sampling temperature.")
+]
+TopP = Annotated[float, typer.Option(metavar="X", help="Sample from the likeliest tokens with this total probability.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling, used for each prompt separately.")]
+TaskName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Task of the prompts in a run of several tasks; the first by default."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print user, output and tier as JSON.")]
+
+
 def command(
     folder: RunFolder,
-    user: Annotated[
-        str | None, typer.Option(metavar="ID", help="The user; with --input, the user of lines without one.")
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="The complete prompt, in the format of the run's template.")
-    ] = None,
-    field: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Fill a column of the run's template; repeatable.")
-    ] = None,
-    input_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--input",
-            metavar="FILE",
-            help="JSONL: user_id (or the task's user column), and prompt or the template's columns; - is stdin.",
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Maximum answer tokens; the config's by default.", show_default=False),
-    ] = None,
-    temperature: Annotated[
-        float, typer.Option(metavar="X", help="0 takes the likeliest token; above 0, sampling temperature.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(metavar="X", help="Sample from the likeliest tokens with this total probability.")
-    ] = 1.0,
-    seed: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Seed of the sampling, used for each prompt separately.")
-    ] = 0,
-    task: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Task of the prompts in a run of several tasks; the first by default."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print user, output and tier as JSON.")] = False,
+    user: User = None,
+    prompt: Prompt = None,
+    field: Fields = None,
+    input_file: InputFile = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    task: TaskName = None,
+    as_json: AsJson = False,
 ) -> None:
     """Answer prompts with a user's personal model.
 

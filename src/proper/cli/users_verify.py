@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from proper.console import progress
 from proper.errors import InputError
 from proper.files import write_json
 from proper.run_folder import require_run
+
+if TYPE_CHECKING:
+    from proper.interactions.fingerprints import Fingerprints
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +62,9 @@ def verify_deleted(
     run = require_run(folder).home.path
     if originals and fingerprints is not None:
         raise InputError("--originals and --fingerprints exclude each other")
-    from proper.interactions.fingerprints import Fingerprints, add_originals, new_salt, read_fingerprints
     from proper.interactions.verification import verify
 
-    salt, wanted = new_salt(), []
-    for each in dict.fromkeys(user):
-        prints = Fingerprints(salt) if fingerprints is None else read_fingerprints(fingerprints, each)
-        for path in originals or []:
-            add_originals(prints, path, [each] if len(user) > 1 and path.suffix == ".jsonl" else user)
-        wanted.append((each, prints))
+    wanted = _wanted(user, originals or [], fingerprints)
     files = sum(path.is_file() for path in run.rglob("*"))
     with progress("search", files) as advance:
         verified = verify(run, wanted, advance)
@@ -78,6 +75,19 @@ def verify_deleted(
     _print_findings(verified.certificate)
     if not verified.clean:
         raise typer.Exit(1)
+
+
+def _wanted(users: list[str], originals: list[Path], fingerprints: Path | None) -> list[tuple[str, Fingerprints]]:
+    """Return what is searched for: each user, with the prints of the user's texts and tensors."""
+    from proper.interactions.fingerprints import Fingerprints, add_originals, new_salt, read_fingerprints
+
+    salt, wanted = new_salt(), []
+    for user in dict.fromkeys(users):
+        prints = Fingerprints(salt) if fingerprints is None else read_fingerprints(fingerprints, user)
+        for path in originals:
+            add_originals(prints, path, [user] if len(users) > 1 and path.suffix == ".jsonl" else users)
+        wanted.append((user, prints))
+    return wanted
 
 
 def _print_findings(certificate: Mapping[str, Any]) -> None:

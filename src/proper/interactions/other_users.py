@@ -14,7 +14,7 @@ from proper.adapters.manifest import key_of
 from proper.adapters.store import DEFAULT_TENANT
 from proper.databases.location import is_made
 from proper.interactions.log import InteractionLog
-from proper.interactions.user_rows import users_of_stores
+from proper.interactions.user_rows import users_of_data, users_of_stores
 from proper.run_folder import RunFolder, nested_runs
 from proper.sqlite_files import open_to_read
 
@@ -23,8 +23,7 @@ def other_ids(run: RunFolder, names: set[str]) -> Iterator[str]:
     """Yield the ids of all other users of the run's data, store and log, those of other tenants included."""
     found = {user for _, user in users_of_stores(run.users.path)}
     if run.data.is_file():
-        with closing(open_to_read(run.data)) as data:
-            found |= {str(user) for (user,) in data.execute("SELECT id FROM users")}
+        found |= users_of_data(run.data)
     yield from found - names
 
 

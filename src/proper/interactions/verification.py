@@ -11,7 +11,7 @@ A process that has one of the run's databases open must not search: closing a fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -93,7 +93,12 @@ def verify(
     home = RunFolder(run).home
     searches = _searches(home, wanted)
     found: dict[str, list[dict[str, Any]]] = {user: _still_known(home, user) for user in searches}
-    searched, unreadable = [], []
+    searched, unreadable = list[dict[str, Any]](), list[dict[str, Any]]()
+
+    def add(hits: Mapping[str, list[dict[str, Any]]]) -> None:
+        for user, reports in hits.items():
+            found[user] += reports
+
     for path in sorted(each for each in run.rglob("*") if each.is_file() and not each.is_symlink()):
         name = path.relative_to(run).as_posix()
         try:
@@ -102,18 +107,15 @@ def verify(
             unreadable.append({"file": name, "why": f"{type(error).__name__}: {error}"})
         else:
             searched.append(entry)
-            for user, reports in hits.items():
-                found[user] += reports
+            add(hits)
         advance(1)
     location = location_of(home.users.path)
     if location is not None:
         entry, hits = _search_rows(location, searches)
         searched.append(entry)
-        for user, reports in hits.items():
-            found[user] += reports
+        add(hits)
     bucket, hits = _search_bucket(home.path, searches, searched, unreadable)
-    for user, reports in hits.items():
-        found[user] += reports
+    add(hits)
     clean = not unreadable and not any(found.values())
     result = "nothing found" if clean else "found" if any(found.values()) else "not all files could be read"
     users = [_certificate_entry(user, prints, searches[user], found[user]) for user, prints in wanted]

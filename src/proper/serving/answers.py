@@ -60,6 +60,15 @@ Prompt = str | TokenIds | Sequence[Turn]
 """A prompt: its text, its tokens, or the messages of a conversation."""
 
 
+def sampling_of(options: Options, length: int) -> Sampling:
+    """Return the sampling parameters of a request: greedy by default, with a random seed if it sets none."""
+    temperature = options.temperature or 0.0
+    seed = options.seed
+    if seed is None:
+        seed = secrets.randbits(63) if temperature else 0
+    return Sampling(length, temperature, 1.0 if options.top_p is None else options.top_p, seed)
+
+
 class Answers:
     """Submits requests to a running engine and streams the answers."""
 
@@ -123,19 +132,13 @@ class Answers:
         ids = self._ids(prompt, room)
         if len(ids) + room > engine.limit:
             raise self._too_long(f"{len(ids)} tokens", room)
-        temperature = options.temperature or 0.0
-        seed = options.seed
-        if seed is None:
-            seed = secrets.randbits(63) if temperature else 0
-        top_p = 1.0 if options.top_p is None else options.top_p
         extra = options.proper or ProperOptions()
-        sampling = Sampling(room, temperature, top_p, seed)
         request = Request(
             ids,
             options.user,
             tenant,
             Tier(extra.tier or Tier.USERS),
-            sampling,
+            sampling_of(options, room),
             bool(extra.gates),
             alternatives=alternatives,
             task=task,

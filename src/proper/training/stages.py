@@ -212,7 +212,6 @@ class StageRunner:
             save_encoder(self.run_folder.encoder, found)
 
     def _users(self, model: ProperModel, elsewhere: FitAdapters | None) -> None:
-        folder = self.run_folder.users.path
         if self._is_done(Stage.USERS, wanted=True):
             return
         if not self.accelerator.is_main_process:
@@ -220,7 +219,23 @@ class StageRunner:
             self.accelerator.wait_for_everyone()
             return
         model.add_lora_router(self.config.users)
-        store = AdapterStore(folder)
+        store = AdapterStore(self.run_folder.users.path)
+        stage = self._user_stage(model, store, elsewhere)
+        metadata: dict[str, Any] = {"users": len(stage.users)}
+
+        def work() -> None:
+            train_bases(stage, self.run_folder.users.bases)
+            store.bind(bases_digest(self.run_folder.users.bases))
+            trained = train_users(replace(stage, starts=train_start(stage, self.run_folder.users.start)))
+            metadata["choice"] = asdict(trained.choice)
+            save_tensors(self.run_folder.users.router, trained.router, {})
+
+        self._record(Stage.USERS, work, metadata)
+        shutil.rmtree(stage.folder, ignore_errors=True)
+        store.close()
+
+    def _user_stage(self, model: ProperModel, store: AdapterStore, elsewhere: FitAdapters | None) -> UserStage:
+        """Return the inputs of stage 3, with the embeddings of stage 2; bind the store to backbone and groups."""
         # Adapters fit only these group experts: after retraining in place, the hash differs and the store refuses.
         groups = hash_file(self.run_folder.experts)
         store.bind({"backbone": self.backbone.digest, "groups": groups, **self.config.users.adapter_shape})
@@ -229,9 +244,11 @@ class StageRunner:
         for at, user in enumerate(users):
             head = store.head(user)
             if head is None:
-                raise RunFolderError(f"{folder}: the store lacks target users; delete {self.folder} and run again")
+                raise RunFolderError(
+                    f"{store.folder}: the store lacks target users; delete {self.folder} and run again"
+                )
             embeddings[at] = head.embedding
-        stage = UserStage(
+        return UserStage(
             model=model,
             config=self.config.users,
             dataset=self.dataset,
@@ -245,18 +262,6 @@ class StageRunner:
             log=self.log,
             elsewhere=elsewhere,
         )
-        metadata: dict[str, Any] = {"users": len(users)}
-
-        def work() -> None:
-            train_bases(stage, self.run_folder.users.bases)
-            store.bind(bases_digest(self.run_folder.users.bases))
-            trained = train_users(replace(stage, starts=train_start(stage, self.run_folder.users.start)))
-            metadata["choice"] = asdict(trained.choice)
-            save_tensors(self.run_folder.users.router, trained.router, {})
-
-        self._record(Stage.USERS, work, metadata)
-        shutil.rmtree(stage.folder, ignore_errors=True)
-        store.close()
 
     def _plan(self, stage: SharedStage, sample: SampledRows) -> TrainingPlan:
         encoder = self.rows if stage == "population" else self.personal
