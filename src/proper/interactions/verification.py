@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import version
@@ -61,6 +61,27 @@ class Verified:
     clean: bool
 
 
+@dataclass
+class _Findings:
+    """Results of the search so far.
+
+    Attributes:
+        found: by user, where something of the user was found.
+        searched: the files, objects and tables that were searched.
+        unreadable: those that could not be read, and why.
+    """
+
+    found: dict[str, list[dict[str, Any]]]
+    searched: list[dict[str, Any]] = field(default_factory=list)
+    unreadable: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, entry: dict[str, Any], found: Mapping[str, list[dict[str, Any]]]) -> None:
+        """Add a file that was searched, and what was found in it of each user."""
+        self.searched.append(entry)
+        for user, reports in found.items():
+            self.found[user] += reports
+
+
 def fingerprint(store: AdapterStore, log: InteractionLog, user: str, salt: bytes) -> Fingerprints:
     """Return the prints of everything a run has of a user: texts of the run's data and of the log, and all tensors."""
     run, prints = RunFolder(store.folder.parent).home.path, Fingerprints(salt)
@@ -92,33 +113,16 @@ def verify(
     """
     home = RunFolder(run).home
     searches = _searches(home, wanted)
-    found: dict[str, list[dict[str, Any]]] = {user: _still_known(home, user) for user in searches}
-    searched, unreadable = list[dict[str, Any]](), list[dict[str, Any]]()
-
-    def add(hits: Mapping[str, list[dict[str, Any]]]) -> None:
-        for user, reports in hits.items():
-            found[user] += reports
-
-    for path in sorted(each for each in run.rglob("*") if each.is_file() and not each.is_symlink()):
-        name = path.relative_to(run).as_posix()
-        try:
-            entry, hits = _search_file(path, name, searches)
-        except UNREADABLE as error:
-            unreadable.append({"file": name, "why": f"{type(error).__name__}: {error}"})
-        else:
-            searched.append(entry)
-            add(hits)
-        advance(1)
+    findings = _Findings({user: _still_known(home, user) for user in searches})
+    _search_files(run, searches, findings, advance)
     location = location_of(home.users.path)
     if location is not None:
-        entry, hits = _search_rows(location, searches)
-        searched.append(entry)
-        add(hits)
-    bucket, hits = _search_bucket(home.path, searches, searched, unreadable)
-    add(hits)
-    clean = not unreadable and not any(found.values())
-    result = "nothing found" if clean else "found" if any(found.values()) else "not all files could be read"
-    users = [_certificate_entry(user, prints, searches[user], found[user]) for user, prints in wanted]
+        _search_rows(location, searches, findings)
+    bucket = _search_bucket(home.path, searches, findings)
+    any_found, searched, unreadable = any(findings.found.values()), findings.searched, findings.unreadable
+    clean = not unreadable and not any_found
+    result = "nothing found" if clean else "found" if any_found else "not all files could be read"
+    users = [_certificate_entry(user, prints, searches[user], findings.found[user]) for user, prints in wanted]
     own_storage = ([] if location is None else [_NOT_ROWS]) + (list(_NOT_IN_BUCKET) if bucket else [])
     certificate = {
         **_heading(run, result),
@@ -141,6 +145,17 @@ def _searches(home: RunFolder, wanted: Sequence[tuple[str, Fingerprints]]) -> di
         search.drop(search.shared(texts_of_others(home, names)))
         searches[user] = search
     return searches
+
+
+def _search_files(run: Path, searches: dict[str, Search], findings: _Findings, advance: Callable[[int], None]) -> None:
+    """Search every file of the run folder."""
+    for path in sorted(each for each in run.rglob("*") if each.is_file() and not each.is_symlink()):
+        name = path.relative_to(run).as_posix()
+        try:
+            findings.add(*_search_file(path, name, searches))
+        except UNREADABLE as error:
+            findings.unreadable.append({"file": name, "why": f"{type(error).__name__}: {error}"})
+        advance(1)
 
 
 def _heading(run: Path, result: str) -> dict[str, Any]:
@@ -172,9 +187,7 @@ def _search_file(
     return entry, found
 
 
-def _search_rows(
-    location: Location, searches: dict[str, Search]
-) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+def _search_rows(location: Location, searches: dict[str, Search], findings: _Findings) -> None:
     """Search all rows of a run's tables in PostgreSQL as `_search_file` searches a file."""
     from proper.databases.postgresql.database import cells
 
@@ -185,19 +198,17 @@ def _search_rows(
     for user, search in searches.items():
         found[user] = _reports(name, "", "rows", search.scan(cells(location)))
     entry = {"file": name, "kind": "store", "bytes": size, "sha256": digest.hexdigest(), "read_as": ["rows"]}
-    return entry, found
+    findings.add(entry, found)
 
 
-def _search_bucket(
-    run: Path, searches: dict[str, Search], searched: list[dict[str, Any]], unreadable: list[dict[str, str]]
-) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+def _search_bucket(run: Path, searches: dict[str, Search], findings: _Findings) -> dict[str, Any]:
     """Search every version of every object of a run whose adapters are in a bucket, those of nested runs included.
 
-    Adds to `searched` and `unreadable`; returns what the certificate says of the bucket, and the findings of each user.
+    Returns what the certificate says of the bucket; nothing without one.
     """
-    setting, found = setting_of(run), dict[str, list[dict[str, Any]]]()
+    setting = setting_of(run)
     if setting is None:
-        return {}, found
+        return {}
     bucket: dict[str, Any] = {"url": setting.bucket.url}
     try:
         bucket |= {"versioned": setting.bucket.is_versioned, "versions": 0, "delete_markers": 0}
@@ -205,17 +216,19 @@ def _search_bucket(
             bucket["delete_markers" if each.is_marker else "versions"] += 1
             name = setting.bucket.url + each.key + ("" if each.id == "null" else f"?versionId={each.id}")
             data = b"" if each.is_marker else b"".join(setting.bucket.pieces(each))
+            found = dict[str, list[dict[str, Any]]]()
             for user, search in searches.items():
                 reports = _reports(name, "", "object name", search.scan([each.key.encode()]))
-                found.setdefault(user, []).extend([*reports, *_reports(name, "", "raw", search.scan([data]))])
+                found[user] = [*reports, *_reports(name, "", "raw", search.scan([data]))]
             digest = sha256(data).hexdigest()
-            searched.append({"file": name, "kind": "object", "bytes": len(data), "sha256": digest, "read_as": ["raw"]})
+            entry = {"file": name, "kind": "object", "bytes": len(data), "sha256": digest, "read_as": ["raw"]}
+            findings.add(entry, found)
         uploads = [f"{setting.bucket.url}{each.key}" for each in setting.bucket.uploads()]
         bucket["unfinished_uploads"] = len(uploads)
-        unreadable += [{"file": each, "why": "an unfinished upload cannot be read"} for each in uploads]
+        findings.unreadable += [{"file": each, "why": "an unfinished upload cannot be read"} for each in uploads]
     except StoreError as error:
-        unreadable.append({"file": setting.bucket.url, "why": str(error)})
-    return bucket, found
+        findings.unreadable.append({"file": setting.bucket.url, "why": str(error)})
+    return bucket
 
 
 def _is_of_sqlite(path: Path) -> bool:
