@@ -183,9 +183,7 @@ class Users:
         self.log.append(tenant, user, entries, new=new)
         if entries or not new:
             self.log.request_fit(tenant, user)
-        while self.worker.fit_next(tenant, user, on_progress or no_progress):
-            pass
-        fit = self.log.queue.fit(tenant, user)
+        fit = self.worker.fit(tenant, user, on_progress or no_progress)
         if fit.state == "failed":
             raise ProperError(f"user {user!r} could not be fitted: {fit.message}")
         return self.store.head(user)

@@ -10,7 +10,7 @@
         ChangedError         1     another process has changed the store since it was read
         NoVersionError       1     a version of a user that the store does not have
         ReadOnlyError        2     a write into a run that cannot be written here
-        UnavailableError     1     the run's database or bucket does not answer: nothing is wrong with a user
+        UnavailableError     1     the database or bucket does not answer, or the disk is full: no user's fault
       NonFiniteLossError     1   training diverged
 
 Raise the most specific class whose line is true; the message is one line that names the file, line or key and says what
@@ -72,7 +72,10 @@ class ReadOnlyError(StoreError):
 
 
 class UnavailableError(StoreError):
-    """The run's database or bucket does not answer, or refuses everything; the same call may succeed later."""
+    """The run's database or bucket does not answer or refuses everything, or the disk is full for a fit.
+
+    The same call may succeed later.
+    """
 
 
 class NonFiniteLossError(ProperError):

@@ -12,7 +12,9 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import sqlite3
 import stat
 import tempfile
 import time
@@ -30,6 +32,8 @@ from proper.run_folder import TEMPORARY, require_listed
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 _OTHERS = 0o007
 _PIECE = 1 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def make_folder(path: Path, *, shared: bool = False) -> None:
@@ -178,6 +182,17 @@ def _settle(folder: Path) -> None:
             entry.chmod(mode & 0o666)
         elif entry.is_dir() and not entry.is_symlink():
             entry.chmod(mode)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Return whether an error was caused by a full disk or quota, or by a limit on the size of files."""
+    while error is not None:
+        found = _OS_ERROR.search(str(error)) if isinstance(error, SafetensorError) else None
+        number = int(found[1]) if found else getattr(error, "errno", None)
+        if number in _FULL or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def wipe_file(path: Path) -> int:

@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,9 +26,11 @@ from proper.databases import tables
 from proper.databases.location import Location, location_of
 from proper.databases.setup import keep_state
 from proper.databases.shared import open_run
+from proper.enrolment.worker import FitWorker
 from proper.errors import InputError, StoreError, UnavailableError
 from proper.files import write_json
 from proper.interactions.deletion import finish_deletions, remove
+from proper.interactions.fit_queue import Fit
 from proper.interactions.log import DeletedError, InteractionLog, LogEntry
 from proper.interactions.log_check import check_log
 from proper.interactions.verification import fingerprint, verify
@@ -214,6 +217,22 @@ def test_a_deletion_waits_for_the_worker_that_fits_the_user(users: Path, log: In
     log.queue.leave(claim)
     waits.join(10)
     assert not waits.is_alive() and log.queue.noticed(0.0)
+
+
+def test_who_asks_for_a_fit_waits_for_the_worker_that_has_it(users: Path, log: InteractionLog) -> None:
+    log.append("", "ann", [ENTRY])
+    claim = log.queue.take()
+    assert claim is not None
+    fitter = SimpleNamespace(model=SimpleNamespace(served=None), placer=SimpleNamespace(encoder=None))
+    worker = FitWorker(users, log, lambda: cast(Any, fitter))
+    found: list[Fit] = []
+    waits = threading.Thread(target=lambda: found.append(worker.fit("", "ann")))
+    waits.start()
+    time.sleep(1)
+    assert waits.is_alive()
+    log.queue.done(claim, 3, "better")
+    waits.join(60)
+    assert [(fit.state, fit.version, fit.message) for fit in found] == [("done", 3, "better")]
 
 
 def test_a_deletion_does_not_wait_for_a_dead_worker_without_end(users: Path, log: InteractionLog) -> None:

@@ -129,7 +129,7 @@ def test_a_user_who_is_deleted_meanwhile_does_not_end_the_updates_of_others(
 ) -> None:
     found = [replace(Drift(user, Tier.USERS, 1, 5), drifted=True) for user in ("gone", "here")]
     monkeypatch.setattr(FitWorker, "drift", lambda *_: found)
-    monkeypatch.setattr(FitWorker, "fit_next", lambda *_, **__: False)
+    monkeypatch.setattr(FitWorker, "fit", lambda *_, **__: None)
     with closing(AdapterStore(tmp_path / "users")) as store, closing(InteractionLog(store.folder)) as log:
         log.tombstones.add("", "gone")
         worker = FitWorker(store.folder, log, lambda: pytest.fail("nobody is fitted"))

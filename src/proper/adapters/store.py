@@ -111,10 +111,13 @@ class AdapterStore:
         Raises:
             StoreError: the store is bound to others; names the value that differs.
         """
+        for key, found in self._bound_to_others(metadata):
+            raise StoreError(f"{self.folder}: these adapters belong to another {key} ({found}, not {metadata[key]})")
+
+    def _bound_to_others(self, metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        """Yield the keys to whose values the store is not bound, and those that it is bound to."""
         bound = self.manifest.metadata()
-        for key, value in metadata.items():
-            if bound.get(key, value) != value:
-                raise StoreError(f"{self.folder}: these adapters belong to another {key} ({bound[key]}, not {value})")
+        yield from ((key, bound[key]) for key, value in metadata.items() if bound.get(key, value) != value)
 
     def put(
         self,
@@ -123,6 +126,7 @@ class AdapterStore:
         bound: Mapping[str, str] | None = None,
         seen: Mapping[str, int] | None = None,
         only_new: bool = False,
+        only_if_bound: Mapping[str, str] | None = None,
     ) -> None:
         """Add users or new versions of them and, if given, bind the store to new values, all in one transaction.
 
@@ -134,9 +138,11 @@ class AdapterStore:
             bound: the values to bind the store to.
             seen: the version of every user of the store that the caller has seen; read after `records`.
             only_new: whether records of users whom the store has by then are skipped, too.
+            only_if_bound: values that the records were made for, of those that the store is bound to.
 
         Raises:
-            ChangedError: a user has another version than in `seen`, or is not in it.
+            ChangedError: a user has another version than in `seen`, or is not in it; or the store is bound to others
+                than `only_if_bound` by now.
             StoreError: a write fails, or a record's numbers are not finite or absurdly large (names user and tensor);
                 no record is changed.
         """
@@ -147,6 +153,8 @@ class AdapterStore:
                 with self.manifest.transaction():
                     if seen is not None and any(seen.get(user) != head.version for user, head, _ in self.heads()):
                         raise ChangedError(f"{self.folder}: users were changed meanwhile")
+                    for key, found in self._bound_to_others(only_if_bound or {}):
+                        raise ChangedError(f"{self.folder}: belongs to other {key} meanwhile ({found}); try again")
                     self.manifest.bind(bound or {})
                     kept = list(self._wanted(prepared, only_new))
                     commit(self.manifest, self.tenant, kept, self.writer.sizes(), self.keep)

@@ -150,7 +150,7 @@ def _fit_all(users: Users) -> None:
             advance(1)
     failed = 0
     for tenant, user in waiting:
-        fit = users.log.queue.fit(tenant, user)
+        fit = users.worker.fit(tenant, user)  # another worker may be fitting the user
         failed += fit.state == "failed"
         if tenant == users.store.tenant:
             print_user(users, user)

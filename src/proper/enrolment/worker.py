@@ -21,10 +21,11 @@ from proper.enrolment.fit_user import Fitter
 from proper.enrolment.history import grown_history
 from proper.enrolment.many_users import USERS_PER_BATCH, fit_many, place_users
 from proper.enrolment.update_user import FitOutcome, fit_or_update
-from proper.errors import ProperError, UnavailableError
+from proper.errors import ChangedError, ProperError, UnavailableError
+from proper.files import is_full
 from proper.interactions.database import Database
 from proper.interactions.deletion import working
-from proper.interactions.fit_queue import Claim, FitQueue
+from proper.interactions.fit_queue import Claim, Fit, FitQueue
 from proper.interactions.log import DeletedError, InteractionLog, LogEntry
 from proper.interactions.personal_files import remove_work, work_folder
 from proper.run_folder import UsersFolder
@@ -66,8 +67,9 @@ class FitWorker:
         `even_if_not_due`. Blocks while another process fits. A failure is recorded in the queue.
 
         Raises:
-            ProperError: the groups were refreshed since the run was loaded.
-            UnavailableError: the run's database or bucket does not answer; the user keeps the place in the queue.
+            ChangedError: the groups were refreshed since the run was loaded; the user keeps the place in the queue.
+            UnavailableError: the run's database or bucket does not answer, or the disk is full; the user keeps the
+                place in the queue.
         """
         fitter = self.fitter()
         with self.log.queue.lock():
@@ -76,6 +78,18 @@ class FitWorker:
             if fitter.placer.encoder is not None:
                 self._place_waiting(fitter)
             return self._take(fitter, tenant, user, on_progress, even_if_not_due)
+
+    def fit(
+        self, tenant: str, user: str, on_progress: ProgressCallback = no_progress, *, even_if_not_due: bool = False
+    ) -> Fit:
+        """Fit a user until no fit of the user is due, or wait for the worker that does; return the latest fit.
+
+        Errors as for `fit_next`.
+        """
+        while (latest := self.log.queue.fit(tenant, user)).state in ("queued", "fitting"):
+            if not self.fit_next(tenant, user, on_progress, even_if_not_due=even_if_not_due):
+                time.sleep(POLL_SECONDS)
+        return latest
 
     def enrol(
         self,
@@ -108,7 +122,7 @@ class FitWorker:
                     while self._take(fitter, store.tenant, user, no_progress, even_if_not_due=False):
                         pass
                     done(1)
-        fits = ((user, self.log.queue.fit(store.tenant, user)) for user in users)
+        fits = [(user, self.fit(store.tenant, user)) for user in users if refine]
         failed = [(user, fit.message) for user, fit in fits if fit.state == "failed"]
         if failed:
             raise ProperError(f"{len(failed)} users could not be fitted; user {failed[0][0]!r}: {failed[0][1]}")
@@ -135,8 +149,7 @@ class FitWorker:
                 break
             with suppress(DeletedError):  # since the drift was measured
                 self.log.request_fit(store.tenant, drift.user)
-                while self.fit_next(store.tenant, drift.user, even_if_not_due=True):
-                    pass
+                self.fit(store.tenant, drift.user, even_if_not_due=True)
                 tried.append(drift)
         return tried
 
@@ -163,11 +176,14 @@ class FitWorker:
             self._fit(fitter, claim, on_progress, even_if_not_due)
         except WithdrawnError:
             remove_work(self.users, claim.tenant, claim.user)
-        except UnavailableError:
+        except (UnavailableError, ChangedError):
             self.log.queue.release(claim)  # not for this user's sake, and the next user's fit would meet the same
             raise
         except Exception as error:
-            # Out of memory, a NaN loss, a full disk: go on, because the next user's fit may succeed.
+            if is_full(error):
+                self.log.queue.release(claim)
+                raise UnavailableError(f"fits wait until there is room again: {error}") from error
+            # Out of memory, a NaN loss: go on, because the next user's fit may succeed.
             self.log.queue.fail(claim, str(error) if isinstance(error, ProperError) else type(error).__name__)
         except BaseException:
             self.log.queue.release(claim)
@@ -196,7 +212,7 @@ class FitWorker:
             work = work_folder(self.users, claim.tenant, claim.user)
             started = time.monotonic()
             fitted = fit_or_update(fitter, store, claim.user, grown, work, report)
-            self._commit(store, claim, fitted, time.monotonic() - started)
+            self._commit(fitter, store, claim, fitted, time.monotonic() - started)
 
     def _place_waiting(self, fitter: Fitter) -> None:
         """Give every new user in the queue an embedding at once, which answers until the user's fit is done.
@@ -215,8 +231,12 @@ class FitWorker:
                         # The user's own fit meets the same error and records it; the users behind must not wait.
                         logger.warning(f"a new user could not be placed: {type(error).__name__}")
 
-    def _commit(self, store: AdapterStore, claim: Claim, fitted: FitOutcome, seconds: float) -> None:
-        """Put the new version into the store, unless its user was deleted or rolled back meanwhile."""
+    def _commit(self, fitter: Fitter, store: AdapterStore, claim: Claim, fitted: FitOutcome, seconds: float) -> None:
+        """Put the new version into the store, unless its user was deleted or rolled back meanwhile.
+
+        Raises:
+            ChangedError: the groups were refreshed meanwhile, which the lock of the only worker would have prevented.
+        """
         with self.log.queue.ending(claim) as stands:
             if not stands:
                 raise WithdrawnError
@@ -225,7 +245,9 @@ class FitWorker:
                 if fitted.base != (None if head is None else head.version):
                     self.log.queue.release(claim)  # another version is in service by now: fit again, from that one
                     return
-                store.put([fitted.record])
+                served = fitter.model.served
+                groups = {} if served is None or served.groups is None else {"groups": served.groups}
+                store.put([fitted.record], only_if_bound=groups)
             head = store.head(claim.user)
             version = None if head is None else head.version
             if fitted.base is not None and fitted.metrics:
@@ -258,4 +280,4 @@ def describe(fitted: FitOutcome) -> str:
 
 def _refuse_outdated(fitter: Fitter) -> None:
     if fitter.model.served is not None and fitter.model.served.outdated:
-        raise ProperError("the groups were refreshed since this process loaded them; start it again")
+        raise ChangedError("the groups were refreshed since this process loaded them; start it again")

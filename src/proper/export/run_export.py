@@ -99,6 +99,8 @@ def import_user(
             `deleted`).
         RunFolderError: the run has no groups stage yet.
     """
+    RunFolder(folder).require_trained(Stage.GROUPS)
+    groups = hash_file(RunFolder(folder).experts)
     record, written = read_user(source, run_origin(folder))
     made = {"by": "import", **({} if name in (None, record.user) else {"exported_as": record.user})}
     metadata = {**record.metadata, MADE: made}
@@ -117,7 +119,7 @@ def import_user(
             )
         _require_undeleted(folder, record.user, deleted)
         with store.tombstones.lifted(DEFAULT_TENANT, [record.user] if deleted else []):
-            store.put([record])
+            store.put([record], only_if_bound={"groups": groups})
     router = _router(folder)
     return Imported(record, all(written.get(key) == value for key, value in router.items()))
 
