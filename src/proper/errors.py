@@ -89,3 +89,8 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
         return f"did you mean '{near[0]}'?"
     shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
     return f"known: {shown}" if known else "none is known"
+
+
+def first_line(error: BaseException, longest: int | None = None) -> str:
+    """Return another library's error as one line, or its class if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:longest]

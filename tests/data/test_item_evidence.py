@@ -18,14 +18,11 @@ from proper.data.item_evidence import neutral
 from proper.data.rows import parse_template
 from proper.data.summary import require_no_leaks
 from proper.errors import DataError
+from tests.data.conftest import count_words
 
 PROMPT = "{input} | {item_mean} | {item_count}"
 LABELS = "{input} | {item_usual} | {item_count}"
 ROWS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xyz"), st.integers(1, 5)), min_size=8, max_size=30)
-
-
-def count_words(prompts, targets):
-    return [len(prompt.split()) + len(target.split()) for prompt, target in zip(prompts, targets, strict=True)]
 
 
 def write_jsonl(path, rows):

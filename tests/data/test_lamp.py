@@ -23,6 +23,7 @@ from proper.data.rows import BadValue
 from proper.data.summary import leaks, summarize
 from proper.data.text_files import json_entries
 from proper.errors import ConfigError, DataError
+from tests.data.conftest import count_words
 
 TASKS = [name for name in LAMP_TASKS if name != "lamp-6"]
 ONE_SIDED = {"lamp-1", "lamp-7"}
@@ -46,10 +47,6 @@ def bad_rows(settings: Config) -> BadRows:
     bad = BadRows()
     list(read_interactions(settings.data, bad, settings.task))
     return bad
-
-
-def count_words(prompts: Any, targets: Any) -> list[int]:
-    return [len(prompt.split()) + len(target.split()) for prompt, target in zip(prompts, targets, strict=True)]
 
 
 @pytest.fixture

@@ -26,6 +26,18 @@ def write_rows(path: Path) -> None:
                 file.write(json.dumps(row) + "\n")
 
 
+def answers(run: Path, method: str) -> list[dict[str, Any]]:
+    """Return the predictions of a method."""
+    lines = (run / "predictions" / f"{method}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def steps_of(folder: Path, stage: str) -> list[tuple[int, int]]:
+    """Return number and tokens of the logged steps of a stage."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [(row["step"], row["tokens"]) for row in rows if row["stage"] == stage]
+
+
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory, backbone_folder: Path) -> Callable[..., Config]:
     """Build the config of a run; sections are merged."""

@@ -34,6 +34,7 @@ from proper.methods.derived_runs import varied
 from proper.methods.end_to_end import JointRunner
 from proper.methods.ladder import derangement
 from proper.methods.table import all_methods
+from tests.methods.conftest import answers, steps_of
 
 LABELS = ["blue", "green", "red"]
 
@@ -42,19 +43,9 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def answers(run: Path, method: str) -> list[dict[str, Any]]:
-    lines = (run / "predictions" / f"{method}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def folder_of(run: Path, name: str) -> Path:
     (found,) = (path for path in (run / "variants").iterdir() if path.name[:-9] == name)
     return found
-
-
-def steps_of(folder: Path, stage: str) -> list[tuple[int, int]]:
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [(row["step"], row["tokens"]) for row in rows if row["stage"] == stage]
 
 
 @pytest.fixture(scope="module")

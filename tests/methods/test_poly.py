@@ -28,6 +28,7 @@ from proper.models.backbone import Backbone, load_backbone
 from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel, answer_loss
+from tests.methods.conftest import steps_of
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +40,6 @@ def place(run: Path, settings: Callable[..., Config], tmp_path_factory: pytest.T
     (variant,) = (folder / "variants").glob("poly-*")
     with Dataset.open(folder / "data.sqlite") as dataset:
         yield TrainedRun(settings(), dataset, variant, 0)
-
-
-def steps_of(folder: Path, stage: str) -> list[tuple[int, int]]:
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [(row["step"], row["tokens"]) for row in rows if row["stage"] == stage]
 
 
 def test_it_sees_the_tokens_of_stage_2_and_a_user_is_a_row_of_logits(place: TrainedRun) -> None:

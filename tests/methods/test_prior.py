@@ -8,7 +8,6 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,6 +20,7 @@ from proper.inference.loading import load
 from proper.inference.score import score
 from proper.methods.prior import WEIGHTS, user_priors
 from proper.methods.table import known_methods
+from tests.methods.conftest import answers
 
 NAMES = ["users", "users+prior", "groups+prior"]
 
@@ -31,11 +31,6 @@ def scored(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(run, folder)
     pipeline.evaluate(folder, NAMES)
     return folder
-
-
-def answers(run: Path, method: str) -> list[dict[str, Any]]:
-    lines = (run / "predictions" / f"{method}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def softmax(scores: list[float]) -> list[float]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from proper.errors import InputError
+from proper.errors import InputError, first_line
 from proper.extras import needs_extra
 
 _LOCAL = re.compile(r"local:([1-9]\d*)")
@@ -63,7 +63,7 @@ def connected(address: str) -> Iterator[None]:
         else:
             ray.init(address=address, log_to_driver=False, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(f"--cluster {address}: no Ray cluster answers: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--cluster {address}: no Ray cluster answers: {first_line(error)}") from error
     try:
         yield
     finally:

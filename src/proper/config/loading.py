@@ -14,7 +14,7 @@ from proper.config.errors import explain, takes_text
 from proper.config.lamp_tasks import lamp_defaults
 from proper.config.presets import PRESETS
 from proper.config.schema import Config
-from proper.errors import ConfigError
+from proper.errors import ConfigError, first_line
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -48,7 +48,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = f"{path}:{line + 1}" if line is not None else str(path)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise ConfigError(f"{where}: not YAML: {problem}") from error
     if not isinstance(raw, dict):
         found = "empty" if raw is None else f"a {type(raw).__name__}"

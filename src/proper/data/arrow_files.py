@@ -13,7 +13,7 @@ from typing import Any
 from proper.config import DataConfig
 from proper.data.rows import Row, Source
 from proper.data.values import OUT_OF_RANGE, Rounded, Unreadable
-from proper.errors import DataError, did_you_mean
+from proper.errors import DataError, did_you_mean, first_line
 from proper.extras import needs_extra
 
 _BATCH = 1024
@@ -31,7 +31,7 @@ def parquet_source(file: Path) -> Source:
     try:
         columns = tuple(parquet.read_schema(file).names)
     except (OSError, arrow.ArrowException) as error:
-        raise DataError(f"{file}: not readable as Parquet: {_first_line(error)}") from error
+        raise DataError(f"{file}: not readable as Parquet: {first_line(error)}") from error
 
     def read(wanted: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
         number = 0
@@ -43,7 +43,7 @@ def parquet_source(file: Path) -> Source:
                         number += 1
                         yield number, row
         except (OSError, arrow.ArrowException) as error:
-            raise DataError(f"{file}: cannot be read after row {number}: {_first_line(error)}") from error
+            raise DataError(f"{file}: cannot be read after row {number}: {first_line(error)}") from error
 
     return Source(str(file), columns, read)
 
@@ -82,7 +82,7 @@ def huggingface_source(config: DataConfig, path: Path) -> Source:
         raise
     # The hub's client raises dozens of exception types, its own and those of its dependencies.
     except Exception as error:
-        message = f"{config.path}: {missing}not readable as a Hugging Face dataset: {_first_line(error)}"
+        message = f"{config.path}: {missing}not readable as a Hugging Face dataset: {first_line(error)}"
         raise DataError(message) from error
     return Source(config.path, tuple(columns) or None, lambda wanted: _dataset_rows(dataset, wanted, config.path))
 
@@ -110,7 +110,7 @@ def _dataset_rows(dataset: Any, wanted: Sequence[str], name: str) -> Iterator[tu
                 yield number, row
     # As above: the exception types depend on where the dataset is stored.
     except Exception as error:
-        raise DataError(f"{name}: cannot be read after row {number}: {_first_line(error)}") from error
+        raise DataError(f"{name}: cannot be read after row {number}: {first_line(error)}") from error
 
 
 def _parts(feature: Any) -> list[Any]:
@@ -214,7 +214,7 @@ def _value(scalar: Any) -> Any:
     except (ValueError, OverflowError) as error:
         if arrow.types.is_temporal(scalar.type):
             return Unreadable(OUT_OF_RANGE)
-        return Unreadable(f"a value of type {scalar.type} that cannot be read ({_first_line(error)})")
+        return Unreadable(f"a value of type {scalar.type} that cannot be read ({first_line(error)})")
 
 
 def _short_float(value: Any, exact: float) -> float:
@@ -226,7 +226,3 @@ def _short_float(value: Any, exact: float) -> float:
 def _scalars(array: Any) -> Iterator[Any]:
     values, missing = array.to_numpy(zero_copy_only=False), array.is_null().to_pylist()
     return (None if gone else value for value, gone in zip(values, missing, strict=True))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

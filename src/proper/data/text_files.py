@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from proper.data.rows import Row, Source
-from proper.errors import DataError
+from proper.errors import DataError, first_line
 from proper.extras import needs_extra
 
 PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
@@ -253,7 +253,7 @@ def json_entries(path: Path, where: str = "item") -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ijson.JSONError, UnicodeDecodeError) as error:
         after = f" after entry {number}" if number else ""
-        raise DataError(f"{path}: not readable as JSON{after}: {_first_line(error)}") from error
+        raise DataError(f"{path}: not readable as JSON{after}: {first_line(error)}") from error
 
 
 def json_value(path: Path, key: str) -> Any:
@@ -263,7 +263,3 @@ def json_value(path: Path, key: str) -> Any:
         DataError: as in `json_entries`.
     """
     return next((value for _, value in json_entries(path, key)), None)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

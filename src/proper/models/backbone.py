@@ -21,9 +21,9 @@ from proper.models.positions import context_of, fix_rope, positions_of, require_
 from proper.models.tokenizer import (
     EMBEDDED,
     backbone_location,
-    first_line,
     load_tokenizer,
     named_ends,
+    reason,
     settle_ends,
     what,
 )
@@ -133,7 +133,7 @@ def pick_device(wanted: str) -> torch.device:
         device = torch.device(wanted)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ConfigError(f"compute.device: {wanted!r} is not available: {first_line(error)}") from error
+        raise ConfigError(f"compute.device: {wanted!r} is not available: {reason(error)}") from error
     if device.type == "meta":
         raise ConfigError("compute.device: 'meta' has no values")
     return device
@@ -207,7 +207,7 @@ def _load_model(name: str, dtype: torch.dtype, device: torch.device, trust_remot
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"backbone: {what(name)} cannot be loaded: {first_line(error)}") from error
+        raise ConfigError(f"backbone: {what(name)} cannot be loaded: {reason(error)}") from error
     model, found = loaded
     # transformers initializes missing weights at random and only warns about it.
     wrong = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])

