@@ -41,8 +41,8 @@ ASKED: dict[str, Callable[..., str]] = {
 }
 
 
-class People:
-    """Made-up people who write one item after another for one task. Users share nothing but words."""
+class Authors:
+    """Made-up users who write one item after another for one task. Users share nothing but words."""
 
     def __init__(self, task: str, seed: int = 0, citations: bool = False) -> None:
         self.task, self.citations = task, citations
@@ -93,19 +93,19 @@ def write(path: Path, value: Any) -> Path:
 def write_lamp(
     folder: Path, task: str, *, split: str = "user", users: int = 4, items: int = 6, ids: bool = False
 ) -> Path:
-    """Write a task's official files. By user, dev has other people than train and dates are missing; by time, the same.
+    """Write a task's official files. By user, dev has other users than train and dates are missing; by time, the same.
 
     `ids` gives questions the `user_id` that some releases have.
     """
-    people = People(task)
+    authors = Authors(task)
     official = LAMP_TASKS[task].official
-    profiles = {user: [people.item(user, place) for place in range(items + 1)] for user in range(2 * users)}
+    profiles = {user: [authors.item(user, place) for place in range(items + 1)] for user in range(2 * users)}
     for part in ("train", "dev"):
         questions, golds = [], []
         for number in range(users):
             user = number + users * (split == "user" and part == "dev")
             seen = profiles[user][: items + (part == "dev" and split == "time")]
-            question, answer = people.question(user, items + (part == "dev"), f"{user}{number}{part == 'dev':d}")
+            question, answer = authors.question(user, items + (part == "dev"), f"{user}{number}{part == 'dev':d}")
             profile = [dict(item) for item in seen]
             if split == "user":
                 for item in profile:
@@ -119,15 +119,15 @@ def write_lamp(
 
 def write_oppu(folder: Path, task: str, *, users: int = 3, others: int = 3, items: int = 6, asked: int = 2) -> Path:
     """Write a task's files as OPPU regroups them: whole years as numbers for dates, a gold with every query."""
-    people = People(task, citations=True)
+    authors = Authors(task, citations=True)
     tested = "user_more_100_history.json" if task == "lamp-7" else "user_top_100_history.json"
     for name, first, count in (("user_others.json", 1000, others), (tested, 0, users)):
         entries = []
         for user in range(first, first + count):
-            profile = [people.item(user, place) | {"date": 2000 + place} for place in range(items)]
+            profile = [authors.item(user, place) | {"date": 2000 + place} for place in range(items)]
             queries = []
             for place in range(asked):
-                question, answer = people.question(user, items + place, f"{user}{place}")
+                question, answer = authors.question(user, items + place, f"{user}{place}")
                 queries.append(question | {"gold": answer})
             entries.append({"user_id": user, "profile": profile, "query": queries})
         write(folder / name, entries)

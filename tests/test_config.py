@@ -169,7 +169,7 @@ def test_explain_works_for_any_model() -> None:
 
 
 def test_a_number_in_scientific_notation_is_a_number(tmp_path: Path) -> None:
-    # YAML 1.1 reads 1e-3 as text; people write it all the same.
+    # YAML 1.1 reads 1e-3 as text; it is often written all the same.
     path = write(tmp_path, "data: {path: x}\ngroups: {learning_rate: 1e-3}\n")
     assert load_config(path).groups.learning_rate == 1e-3
     assert load_config(path, ["groups.learning_rate=2e-4"]).groups.learning_rate == 2e-4

@@ -1,4 +1,4 @@
-"""The main job from end to end, on a handful of made-up people: files, results, resume, refusals, answers."""
+"""The main job from end to end, on a handful of made-up users: files, results, resume, refusals, answers."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ DOCUMENTED = (
     *("population/adapter_config.json", "population/adapter_model.safetensors"),
     *("groups/groups.safetensors", "users/users.sqlite", "users/router.safetensors"),
 )
-PEOPLE = DemoSettings(users=20, items=(10, 12))
+DEMO = DemoSettings(users=20, items=(10, 12))
 
 
 def small_config(folder: Path, preset: str | None = None, **changes: Any) -> Config:
     """A run of seconds: every stage takes a few steps."""
     path = folder / "people" / "interactions.jsonl"
     if not path.exists():
-        write_demo(path.parent, PEOPLE)
-    raw = demo_config(path, PEOPLE)
+        write_demo(path.parent, DEMO)
+    raw = demo_config(path, DEMO)
     raw["split"] |= {"target_users": 4, "min_history": 5}
     raw |= {
         "population": {"epochs": 1, "max_tokens": 1500},

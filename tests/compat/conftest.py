@@ -160,7 +160,7 @@ class Personal:
         return self.model.backbone
 
     def fill(self, seed: int = 0) -> None:
-        """Fill everything that is zero at the start, so that nobody's answer is the backbone's or a neighbour's."""
+        """Fill everything that is zero at the start, so that no user's answer is the backbone's or a neighbour's."""
         generator = torch.Generator().manual_seed(seed)
         matrices = {**self.model.group_parameters(), **self.model.router_parameters()}
         for parameter in matrices.values():
@@ -225,7 +225,7 @@ def batch(encoded: list[EncodedExample]) -> Batch:
 
 @dataclass(frozen=True)
 class TinyJob:
-    """A few people's demo data, and configs of short runs on it."""
+    """Demo data of a few users, and configs of short runs on it."""
 
     data: Path
 

@@ -1,4 +1,4 @@
-"""An engine on its own thread: answers arrive, an idle one sleeps, stopping leaves nobody waiting."""
+"""An engine on its own thread: answers arrive, an idle one sleeps, stopping leaves no request waiting."""
 
 from __future__ import annotations
 

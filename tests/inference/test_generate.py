@@ -24,7 +24,7 @@ from proper.inference.score import score
 PROMPTS = ["What does this say?", "Short", "A rather longer text than both of the others: what does it say?", "Well?"]
 USERS: list[str | None] = [*(f"u{at}" for at in range(8)), "group", "stranger", None]
 ASKED = [(PROMPTS[at % 4], USERS[at % 11]) for at in range(30)]
-"""More people than the bank has slots, more prompts than rows."""
+"""More users than the bank has slots, more prompts than rows."""
 
 
 @pytest.fixture(scope="module")

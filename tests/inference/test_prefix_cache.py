@@ -1,4 +1,4 @@
-"""A person's next prompt goes on from their last one; nobody else's does, and what is gone is gone."""
+"""A user's next prompt reuses keys and values of the last one, no other user's does; what is dropped stays dropped."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_one_prompt_of_two_people(shared: PersonalizedModel, alone: Alone) -> No
 
 
 def test_nobody_is_touched_by_what_another_left(copied: PersonalizedModel, alone: Alone) -> None:
-    """One person's keys and values are poisoned: their own next answer shows it, nobody else's does."""
+    """One user's keys and values are poisoned: the user's own next answer shows it, no other user's does."""
     assert copied.store is not None
     embedding = copied.store.head("group")
     assert embedding is not None

@@ -31,12 +31,12 @@ def line(items: list[One], patience: int) -> RequestQueue[One]:
     return waiting
 
 
-people = st.lists(st.tuples(st.integers(1, 9), st.booleans()), max_size=12)
+queued = st.lists(st.tuples(st.integers(1, 9), st.booleans()), max_size=12)
 
 
-@given(people=people, rows=st.integers(0, 5), tokens=st.integers(1, 30), patience=st.integers(0, 4))
-def test_what_is_taken(people: list[tuple[int, bool]], rows: int, tokens: int, patience: int) -> None:
-    items = [One(name, *rest) for name, rest in enumerate(people)]
+@given(queued=queued, rows=st.integers(0, 5), tokens=st.integers(1, 30), patience=st.integers(0, 4))
+def test_what_is_taken(queued: list[tuple[int, bool]], rows: int, tokens: int, patience: int) -> None:
+    items = [One(name, *rest) for name, rest in enumerate(queued)]
     waiting = line(items, patience)
     taken = waiting.take(rows, tokens, lambda item: item.ready)
     assert all(item.ready for item in taken) and len(taken) <= rows
@@ -84,11 +84,11 @@ def fifo(items: list[One], rows: int, tokens: int, patience: int) -> list[One]:
     return taken
 
 
-@given(people=people, rows=st.integers(0, 5), tokens=st.integers(1, 30), patience=st.integers(0, 4))
+@given(queued=queued, rows=st.integers(0, 5), tokens=st.integers(1, 30), patience=st.integers(0, 4))
 def test_a_single_flow_is_first_in_first_out(
-    people: list[tuple[int, bool]], rows: int, tokens: int, patience: int
+    queued: list[tuple[int, bool]], rows: int, tokens: int, patience: int
 ) -> None:
-    items = [One(name, *rest) for name, rest in enumerate(people)]
+    items = [One(name, *rest) for name, rest in enumerate(queued)]
     waiting = line(items, patience)
     assert waiting.items() == items
     assert waiting.take(rows, tokens, lambda item: item.ready) == fifo(items, rows, tokens, patience)

@@ -1,4 +1,4 @@
-"""A trained run of seconds: a tiny random Llama, six people who label short texts, each in their own way."""
+"""A trained run of seconds: a tiny random Llama, six users who label short texts, each in their own way."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 from proper import pipeline
 from proper.config import Config, make_config
 
-PEOPLE = {"ann": 13, "bob": 9, "çem": 8, "dan/../x": 6, "eve": 10, "fay": 3}
+HISTORIES = {"ann": 13, "bob": 9, "çem": 8, "dan/../x": 6, "eve": 10, "fay": 3}
 WORDS = ["red", "green", "blue", "small", "large", "old", "new", "quiet", "loud", "round"]
 
 
 def write_rows(path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for number, (user, size) in enumerate(PEOPLE.items()):
+        for number, (user, size) in enumerate(HISTORIES.items()):
             for at in range(size):
                 text = " ".join(WORDS[(number * 3 + at * k) % 10] for k in range(1, 3 + (at * 5 + number) % 7))
                 label = WORDS[(number + (at % 4 == 0)) % 3]

@@ -1,4 +1,4 @@
-"""Every method from end to end on a few made-up people, and what the controls claim to be."""
+"""Every method from end to end on a few made-up users, and what the controls claim to be."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_population_more_is_one_lora_on_the_tokens_of_stage_2(judged: Path, sett
     config = varied(settings(), all_methods(settings())["population-more"].variant)  # type: ignore[arg-type]
     assert (config.groups.experts, config.groups.rank, config.groups.constraint.kind) == (1, 12, "none")
     assert config.groups.alpha / config.groups.rank == settings().groups.alpha / settings().groups.rank
-    # Who asks does not matter: the model of one expert is the same for everybody.
+    # Who asks does not matter: the model of one expert is the same for all users.
     model = load(more, "groups")
     scores = [score(model, ["red green is"], [user], ["red", "green"]) for user in ("ann", "bob", None)]
     model.close()

@@ -37,15 +37,15 @@ from proper.methods.workload import Counts, Work, count, cut_to, workload
 from proper.run_config import claim, run_config
 from proper.run_folder import RunFolder
 
-PEOPLE = DemoSettings(users=24, items=(10, 14))
+DEMO = DemoSettings(users=24, items=(10, 14))
 EVEN = Speed(population=1e-3, groups=1e-3, forward=3e-4, decode=1e-2)
 
 
 def config_of(folder: Path, **changes: Any) -> Config:
     path = folder / "people" / "interactions.jsonl"
     if not path.exists():
-        write_demo(path.parent, PEOPLE)
-    raw = demo_config(path, PEOPLE)
+        write_demo(path.parent, DEMO)
+    raw = demo_config(path, DEMO)
     raw["split"] |= {"target_users": 5, "min_history": 5}
     raw |= {
         "population": {"epochs": 2, "max_tokens": 2600, "patience": 0, "sampling": "rows"},

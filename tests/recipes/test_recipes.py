@@ -130,7 +130,7 @@ def demo_rows(
 
 
 def group_model(out: Path, folder: Path) -> tuple[ProperModel, Tensor, dict[str, int]]:
-    """The library's model with the weights of stage 2's recipe, the embeddings, and everybody's number."""
+    """The library's model with the weights of stage 2's recipe, the embeddings, and every user's number."""
     backbone = load_backbone(str(folder), torch.bfloat16, torch.device("cpu"))
     apply_population(backbone, out / "population")
     model = ProperModel(backbone)
@@ -141,14 +141,14 @@ def group_model(out: Path, folder: Path) -> tuple[ProperModel, Tensor, dict[str,
     return model, tensors["embeddings"], {user: at for at, user in enumerate(metadata["users"])}
 
 
-def held_out(model: ProperModel, out: Path, rows_of: Callable[[Tensor], RowContext], people: dict[str, int]) -> float:
+def held_out(model: ProperModel, out: Path, rows_of: Callable[[Tensor], RowContext], numbers: dict[str, int]) -> float:
     """Mean loss per answer token, one row at a time and written from the definition."""
     loss, count = 0.0, 0
     for user, rows in demo_rows(model.backbone, out / "again")[1].items():
         for row in rows:
             batch = collate([row], model.backbone.pad_id)
             with torch.no_grad():
-                logits = model.answer_logits(batch, rows_of(torch.tensor([people[user]])))
+                logits = model.answer_logits(batch, rows_of(torch.tensor([numbers[user]])))
             likely = logits.float().log_softmax(-1)[0]
             loss -= sum(float(likely[at, token]) for at, token in enumerate(batch.labels[0].tolist()))
             count += batch.labels.shape[1]
@@ -159,22 +159,22 @@ def test_the_library_serves_what_the_recipes_trained(
     finished: tuple[Path, dict[str, Told]], backbone_folder: Path
 ) -> None:
     out, told = finished
-    model, e, people = group_model(out, backbone_folder)
-    loss = held_out(model, out, lambda who: RowContext("groups", embedding=e[who]), people)
+    model, e, numbers = group_model(out, backbone_folder)
+    loss = held_out(model, out, lambda who: RowContext("groups", embedding=e[who]), numbers)
     assert told["stage2_groups"].held_out[-1] == pytest.approx(loss, abs=2e-3)
 
     config = UsersConfig(router="residual")
     model.add_lora_router(config)
-    bank = AdapterBank(model.layout(config.rank), len(people), alpha=config.alpha, trainable=False)
+    bank = AdapterBank(model.layout(config.rank), len(numbers), alpha=config.alpha, trainable=False)
     bank.values.copy_(load_tensors(out / "users.safetensors")[0]["values"])
     model.use_bank(bank)
-    loss = held_out(model, out, lambda who: RowContext("fit", embedding=e[who], slots=who), people)
+    loss = held_out(model, out, lambda who: RowContext("fit", embedding=e[who], slots=who), numbers)
     assert told["stage3a_users"].held_out[-1] == pytest.approx(loss, abs=2e-3)
 
     trained, _ = load_tensors(out / "router.safetensors")
     for name, parameter in model.router_parameters().items():
         parameter.data.copy_(trained[name])
-    loss = held_out(model, out, lambda who: RowContext("users", embedding=e[who], slots=who), people)
+    loss = held_out(model, out, lambda who: RowContext("users", embedding=e[who], slots=who), numbers)
     assert told["stage3b_router"].held_out[-1] == pytest.approx(loss, abs=2e-3)
 
 
@@ -192,9 +192,9 @@ def test_stage_2_loses_what_the_library_s_stage_loses(
     (tmp_path / "population").symlink_to(finished[0] / "population")
     still = {"EPOCHS": 1, "RATE": 0.0, "EMBEDDING_RATE": 0.0}
     told = run("stage2_groups", tmp_path, **still, SPREAD=1.0, Experts=shaken_experts)
-    model, e, people = group_model(tmp_path, backbone_folder)
+    model, e, numbers = group_model(tmp_path, backbone_folder)
     config = GroupsConfig(dropout=0.0, constraint=ConstraintConfig(weight=1.0))
-    stage = GroupsStage(model, config, list(people), 0, Accelerator(cpu=True))
+    stage = GroupsStage(model, config, list(numbers), 0, Accelerator(cpu=True))
     stage.embeddings = e
     with torch.no_grad():
         loss = stage.loss(first_batch(model.backbone, tmp_path / "again"), progress=1.0)
@@ -211,7 +211,7 @@ def shaken_experts(*sizes: int, **settings: Any) -> Experts:
 def test_stage_3a_trains_everybody_as_if_alone(
     finished: tuple[Path, dict[str, Told]], run: Run, tmp_path: Path
 ) -> None:
-    """Where one person's history changes, nobody else's LoRA does, to the bit."""
+    """If one user's history changes, no other user's LoRA changes, to the bit."""
     (tmp_path / "population").symlink_to(finished[0] / "population")
     (tmp_path / "groups.safetensors").symlink_to(finished[0] / "groups.safetensors")
     original = load_recipe("demo_rows").demo_rows

@@ -70,18 +70,18 @@ def soak(
 ) -> tuple[Ledger, dict[str, Any], list[str]]:
     """Prepare, run and check; return the ledger, a summary, and the failures."""
     pristine = scratch / "pristine" / "run"
-    people = prepare(run, pristine)
+    words = prepare(run, pristine)
     archive = Archive(pristine / "users")
     archive.look()
     archive.close()
     before = offline(
-        pristine, scratch / "first" / "run", archive.records, [(u, 1, "users", n) for u in people for n in LENGTHS]
+        pristine, scratch / "first" / "run", archive.records, [(u, 1, "users", n) for u in words for n in LENGTHS]
     )
     for (user, *_), text in before.items():
-        if not says(text, people[str(user)]):
+        if not says(text, words[str(user)]):
             return Ledger(), {}, [f"{user} was not taught the code word: {text!r}"]
     shutil.copytree(pristine, folder)
-    damaged_exports.export(pristine, next(iter(people)), scratch / "exports")
+    damaged_exports.export(pristine, next(iter(words)), scratch / "exports")
     hidden = conditions.hidden(folder)
     server, archive = Server(folder, ROWS, SLOTS, *deadlines()), Archive(folder / "users")
     archive.look()
@@ -90,13 +90,13 @@ def soak(
     server.start()
     ledger = Ledger()
     try:
-        scene = Scene(server, folder, scratch / "exports", people, archive, ledger, threading.Event(), Random(seed))
+        scene = Scene(server, folder, scratch / "exports", words, archive, ledger, threading.Event(), Random(seed))
         threads = begin(scene, idle, seed, seconds, askers, samples)
         for thread in threads:
             thread.join()
         wrong = conditions.at_rest(server)
-        last = Client("last", server.url, folder.name, people, ledger, threading.Event(), Random(seed))
-        for user in (*people, *(guest for guest in ledger.guests if guest not in ledger.deleted), None):
+        last = Client("last", server.url, folder.name, words, ledger, threading.Event(), Random(seed))
+        for user in (*words, *(guest for guest in ledger.guests if guest not in ledger.deleted), None):
             last.whole(user, max(LENGTHS))
         wrong += conditions.at_rest(server)
         wrong += conditions.idle_closed(idle) + conditions.settled(folder, ledger)
@@ -111,9 +111,9 @@ def soak(
     archive.close()
     wrong += conditions.nothing_lost(folder, ledger)
     wrong += conditions.nothing_left(folder, ledger, hidden)
-    wrong += conditions.nobody_elses(pristine, scratch / "judged" / "run", archive, ledger, people)
+    wrong += conditions.only_own_answers(pristine, scratch / "judged" / "run", archive, ledger, words)
     wrong += conditions.refused_rightly(ledger) + conditions.bounded(samples)
-    wrong += conditions.enough_done(ledger, archive, people)
+    wrong += conditions.enough_done(ledger, archive, words)
     if wrong:
         wrong.append("\n  ".join(["the server's last words:", *list(server.said)[-20:]]))
     return ledger, summary(ledger, archive, server, samples, seed), wrong
@@ -147,7 +147,7 @@ def begin(
     ]
 
     def client(name: str, step: str) -> threading.Thread:
-        one = Client(name, server.url, scene.folder.name, scene.people, ledger, stop, Random(f"{seed} {name}"))
+        one = Client(name, server.url, scene.folder.name, scene.words, ledger, stop, Random(f"{seed} {name}"))
         return threading.Thread(target=one.run, args=(getattr(one, step),), name=name)
 
     def watch() -> None:

@@ -93,10 +93,10 @@ class ClientFaults:
             second.start()
             seed = scene.random.random()
             client = Client(
-                f"second-{seed}", second.url, scene.folder.name, scene.people, scene.ledger, scene.stop, Random(seed)
+                f"second-{seed}", second.url, scene.folder.name, scene.words, scene.ledger, scene.stop, Random(seed)
             )
             with closing(client.http):
-                for user in (*scene.people, None):
+                for user in (*scene.words, None):
                     client.whole(user, scene.random.choice(LENGTHS))
                 for _ in range(3):
                     client.teach()

@@ -27,14 +27,14 @@ class Client:
     """One of many, on a thread of its own until `stop`.
 
     Attributes:
-        people: words by user, of those who are there from the beginning.
+        words: code words by user, of the users who exist from the beginning.
         model: the name of the served model.
     """
 
     name: str
     url: str
     model: str
-    people: Mapping[str, str]
+    words: Mapping[str, str]
     ledger: Ledger
     stop: threading.Event
     random: Random
@@ -85,7 +85,7 @@ class Client:
         """Ask for one answer, streamed or not, and sometimes leave before its end."""
         guests = [user for user in list(self.ledger.guests) if user not in self.ledger.deleted]
         strangers = [None, "nobody", f"stranger-{self.random.randrange(1000)}"]
-        user = self.random.choice([*self.people, *self.people, *self.people, *guests[-3:], *strangers])
+        user = self.random.choice([*self.words, *self.words, *self.words, *guests[-3:], *strangers])
         length = self.random.choice(LENGTHS)
         if self.random.random() < 0.4:
             self.whole(user, length)
@@ -148,9 +148,9 @@ class Client:
     # Teaching
 
     def teach(self) -> None:
-        """Hand in something new of somebody until it is acknowledged, and now and then once more."""
-        user = self.random.choice([*self.people])
-        word, first = self.people[user], len(self.ledger.sent)
+        """Send a new interaction of a user until it is acknowledged, and now and then once more."""
+        user = self.random.choice([*self.words])
+        word, first = self.words[user], len(self.ledger.sent)
         ids = [f"{self.name}-{first}-{at}" for at in range(self.random.randint(1, 3))]
         self.hand_in(user, word, ids)
         if self.random.random() < 0.2:
@@ -176,7 +176,7 @@ class Client:
     # Coming and going
 
     def visit(self) -> None:
-        """Enrol somebody; see them fitted or not; sometimes delete them, sometimes take a version back."""
+        """Enrol a user; wait for the fit or not; sometimes delete them, sometimes take a version back."""
         marker = f"{self.random.getrandbits(64):016x}"
         user = f"guest {self.name}/{len(self.ledger.guests)}-{marker}"
         word, ids = GUESTS[len(self.ledger.guests) % len(GUESTS)], [f"a-{marker}", f"b-{marker}"]
@@ -202,7 +202,7 @@ class Client:
         if self.random.random() < 0.5:
             self.delete(user)
         if self.random.random() < 0.5:
-            self.take_back(self.random.choice([*self.people]))
+            self.take_back(self.random.choice([*self.words]))
 
     def delete(self, user: str) -> None:
         """Delete a user, and see that nothing of theirs answers any more."""

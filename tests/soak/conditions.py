@@ -49,7 +49,7 @@ def at_rest(server: Server) -> list[str]:
         if figures["proper_fits_done_total"] != done:
             done, since = figures["proper_fits_done_total"], time.monotonic()
         elif time.monotonic() - since > REST_SECONDS:
-            return [f"people still wait for their fits: {figures}"]
+            return [f"users still wait for their fits: {figures}"]
         time.sleep(0.2)
     idle = ("batch_rows", "queue_requests", "slots_pinned", "slots_loading")
     return [f"proper_{name} is {figures[f'proper_{name}']:g} at rest" for name in idle if figures[f"proper_{name}"]]
@@ -88,7 +88,7 @@ def _unconsidered(store: AdapterStore, log: InteractionLog, user: str) -> list[s
     return [] if considered == count else [f"{user!r} has {count} interactions, and fits considered {considered}"]
 
 
-def nobody_elses(run: Path, folder: Path, archive: Archive, ledger: Ledger, people: Mapping[str, str]) -> list[str]:
+def only_own_answers(run: Path, folder: Path, archive: Archive, ledger: Ledger, words: Mapping[str, str]) -> list[str]:
     """Every answer is what `generate` gives the same user at that version, and holds no other user's word."""
     wrong = []
     known: list[Answer] = []
@@ -102,20 +102,20 @@ def nobody_elses(run: Path, folder: Path, archive: Archive, ledger: Ledger, peop
         text = expected[_asked(one)]
         if one.text != text if one.whole else not text.startswith(one.text):
             wrong.append(f"not what generate answers ({text!r}): {one}")
-        wrong += _by_word(one, people, ledger)
+        wrong += _by_word(one, words, ledger)
         if one.fallback is not None and not _damaged(one, ledger):
             wrong.append(f"fell back without damage: {one}")
     return wrong
 
 
-def _by_word(one: Answer, people: Mapping[str, str], ledger: Ledger) -> list[str]:
-    own = people.get(str(one.user))
+def _by_word(one: Answer, words: Mapping[str, str], ledger: Ledger) -> list[str]:
+    own = words.get(str(one.user))
     if own is not None and one.tier == "users":
         return [] if says(one.text, own) or (not one.whole and not one.text) else [f"not the code word {own!r}: {one}"]
     if own is not None and (one.tier, one.fallback) != ("groups", "damaged adapter"):
         return [f"neither the user's own adapter nor a fallback that is said: {one}"]
     theirs = ledger.guests.get(str(one.user))
-    others = {*people.values(), *ledger.guests.values()} - {theirs}
+    others = {*words.values(), *ledger.guests.values()} - {theirs}
     return [f"another user's code word: {one}" for word in one.text.split() if word in others][:1]
 
 
@@ -194,20 +194,20 @@ def _traces(folder: Path, ledger: Ledger) -> list[str]:
     return [*names, *(f"{owner.get(marker, marker)!r} in {path}" for path, marker in hits)]
 
 
-def enough_done(ledger: Ledger, archive: Archive, people: Mapping[str, str]) -> list[str]:
+def enough_done(ledger: Ledger, archive: Archive, words: Mapping[str, str]) -> list[str]:
     """A soak in which something never happened shows nothing about it."""
     answers, done = ledger.answers, [what for _, what in ledger.done]
     happened = {
         "an answer of every user": all(
-            any(one.user == user and one.tier == "users" for one in answers) for user in people
+            any(one.user == user and one.tier == "users" for one in answers) for user in words
         ),
         "an answer to nobody": any(one.tier == "none" for one in answers),
         "a fallback": any(one.fallback is not None for one in answers),
-        "an answer by a newer version": any(one.user in people and (one.version or 0) > 1 for one in answers),
+        "an answer by a newer version": any(one.user in words and (one.version or 0) > 1 for one in answers),
         "a guest": bool(ledger.guests),
         "a client that left": bool(ledger.replies["stream: left"]),
         "an answer that was cut off": any("Error" in what for what in ledger.replies),
-        "an interaction": any(user in people for user, _ in ledger.acknowledged),
+        "an interaction": any(user in words for user, _ in ledger.acknowledged),
         "a write on a full disk": any("500 store" in what or "503 store" in what for what in ledger.replies),
         "a big prompt that was refused": any(what.startswith("flood of big prompts: 4") for what in ledger.replies),
         **{

@@ -77,7 +77,7 @@ class ProcessFaults:
     def __post_init__(self) -> None:
         scene = self.scene
         self.client = Client(
-            "beside", scene.server.url, scene.folder.name, scene.people, scene.ledger, threading.Event(), Random(0)
+            "beside", scene.server.url, scene.folder.name, scene.words, scene.ledger, threading.Event(), Random(0)
         )
 
     def run(self) -> None:
@@ -90,7 +90,7 @@ class ProcessFaults:
         """Fill a stored adapter with NaN, with the checksum of that; its user falls back or is refused."""
         scene, user = self.scene, f"spoiled slot-{self.scene.marker()}"
         with closing(AdapterStore(scene.folder / "users")) as store:
-            record = scene.archive.records[next(iter(scene.people)), 1]
+            record = scene.archive.records[next(iter(scene.words)), 1]
             try:
                 store.put([replace(record, user=user)])
                 _fill_with_nan(store, user)
@@ -115,7 +115,7 @@ class ProcessFaults:
         scene = self.scene
         enrolled, imported = f"cli guest-{scene.marker()}", f"cli import-{scene.marker()}"
         self._enrol(enrolled)
-        source = scene.people[next(iter(scene.people))]
+        source = scene.words[next(iter(scene.words))]
         scene.ledger.guests[imported] = source
         try:
             import_user(scene.folder, scene.exports / "good", name=imported)

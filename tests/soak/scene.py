@@ -29,14 +29,14 @@ class Scene:
     Attributes:
         folder: the run.
         exports: a folder with the exported users that `damaged_exports.export` wrote.
-        people: words by user, of the users that are there from the beginning.
+        words: code words by user, of the users who exist from the beginning.
         stop: set when no new round of faults shall begin.
     """
 
     server: Server
     folder: Path
     exports: Path
-    people: dict[str, str]
+    words: dict[str, str]
     archive: Archive
     ledger: Ledger
     stop: threading.Event

@@ -19,7 +19,7 @@ START_SECONDS = 600.0
 
 
 class Server:
-    """The command on one port, with the process that fits people below it.
+    """The command on one port, with the fit worker below it.
 
     Attributes:
         said: the newest lines of its log.
@@ -84,7 +84,7 @@ class Server:
             self._process.kill()
 
     def worker(self) -> int | None:
-        """The process id of the one that fits people; None while there is none."""
+        """The process id of the fit worker; None while there is none."""
         # A child belongs to the thread that made it.
         for tasks in Path(f"/proc/{self.pid}/task").glob("*/children"):
             with suppress(OSError):

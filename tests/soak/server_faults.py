@@ -21,9 +21,9 @@ from proper.adapters.manifest import ManifestRow, key_of
 from proper.adapters.store import AdapterStore
 
 FULL_SECONDS = 1.5
-"""At least; longer, within reason, if nobody has tried to write meanwhile."""
+"""At least; longer, within reason, if no process has tried to write meanwhile."""
 DAMAGED_SECONDS = 6.0
-"""At most; until somebody was told of it, if that is sooner."""
+"""At most; until a client was told of it, if that is sooner."""
 LIFE = 6
 """Rounds that a server lives: long enough to see whether its memory grows."""
 WORKER_SECONDS, FIRST_WORKER_SECONDS = 10.0, 120.0
@@ -31,7 +31,7 @@ WORKER_SECONDS, FIRST_WORKER_SECONDS = 10.0, 120.0
 WORKS_SECONDS = 4.0
 """That one is left alone at most, so that some are killed in the middle of a fit."""
 TRIES = 5
-"""Adapters that are damaged one after another until somebody is told."""
+"""Adapters that are damaged one after another until a client is told."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class ServerFaults:
         return faults if number % LIFE else [*faults, self.kill_server]
 
     def kill_worker(self) -> None:
-        """SIGKILL for the process that fits people; it may be starting still."""
+        """SIGKILL for the fit worker process; it may be starting still."""
         # One that waits for the other server's to end may be absent for a while.
         before = any(what == "worker killed" for _, what in self.scene.ledger.done)
         seconds = WORKER_SECONDS if before else FIRST_WORKER_SECONDS
@@ -113,10 +113,10 @@ class ServerFaults:
         return heal
 
     def damage(self) -> None:
-        """Change a bit of an adapter where it lies, and change it back; and another, until somebody is told."""
+        """Change a bit of an adapter where it lies, and change it back; and another, until a client is told."""
         with closing(AdapterStore(self.scene.folder / "users")) as store:
             for _ in range(TRIES):
-                if self._damage_one(store, self.scene.random.choice([*self.scene.people])):
+                if self._damage_one(store, self.scene.random.choice([*self.scene.words])):
                     return
 
     def _damage_one(self, store: AdapterStore, user: str) -> bool:
@@ -139,7 +139,7 @@ class ServerFaults:
         return told
 
     def _damaged(self, user: str, version: int) -> bool:
-        """Wait until somebody is told that this adapter is damaged; return whether that came."""
+        """Wait until a client is told that this adapter is damaged; return whether that came."""
         self.scene.ledger.damages.append(Damage(user, self.scene.ledger.now))
         self.scene.ledger.fault(f"adapter damaged: {user}, version {version}")
         first, until = len(self.scene.ledger.answers), self.scene.ledger.now + DAMAGED_SECONDS

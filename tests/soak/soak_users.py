@@ -59,14 +59,14 @@ def prepare(run: Path, folder: Path) -> dict[str, str]:
     for section, change in TEACHING.items():
         raw[section] = {**raw.get(section, {}), **change}
     (folder / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-    people = {name_of(word): word for word in WORDS}
+    words = {name_of(word): word for word in WORDS}
     with closing(InteractionLog(folder / "users")) as log, closing(open_fitter(folder, load(folder))) as fitter:
-        for user, word in people.items():
+        for user, word in words.items():
             log.append("", user, [LogEntry(PROMPT, target(word), id=f"first-{at}") for at in range(2)])
         desk = FitWorker(folder / "users", log, lambda: fitter)
         while desk.fit_next():
             pass
-    return people
+    return words
 
 
 def says(text: str, word: str) -> bool:

@@ -1,4 +1,4 @@
-"""The engine's promise: whoever trains with whom, in what order, killed or not, is trained as if alone."""
+"""Every user is trained as if alone: with any other users, in any order, killed or not."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def fit(
         for outcome in outcomes:
             assert outcome.row is not None
             if outcome.user in found:
-                assert again and torch.equal(found[outcome.user], outcome.row), "nobody is trained twice"
+                assert again and torch.equal(found[outcome.user], outcome.row), "no user is trained twice"
             found[outcome.user] = outcome.row
 
     def told(facts: dict[str, Any]) -> None:

@@ -70,7 +70,7 @@ def test_rows_are_held_out_evenly_over_users(histories: list[int], share: float)
     taken = Counter(row.user for row in held_out)
     most = max(taken.values())
     for user, rows in enumerate(histories):
-        # Limits double: nobody gives more than twice what others gave who had more to give.
+        # Limits double: a user with rows left has given at least half as many as any other user.
         assert taken[f"u{user}"] == rows or 2 * taken[f"u{user}"] >= most - 1
 
 

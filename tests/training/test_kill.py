@@ -1,4 +1,4 @@
-"""kill -9 of stage 3 at random points: the end is the same to the bit, and nobody in the store is trained again."""
+"""kill -9 of stage 3 at random points: the end is the same to the bit, and no user in the store is trained again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One bad user harms nobody: they go, with a reason, and nobody else's numbers know of it."""
+"""A bad user goes into quarantine, with a reason, and changes no other user's numbers."""
 
 from __future__ import annotations
 
