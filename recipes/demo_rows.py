@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from proper.data.batching import Batch, collate
+from proper.data.batching import IGNORED, Batch, collate
 from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.data.encoder import EncodedExample, Encoder
 from proper.models.personal import answer_loss
@@ -70,6 +70,6 @@ def evaluate(logits_of: Callable[[Batch], Tensor], rows: Rows, pad: int) -> tupl
         with torch.no_grad():
             logits = logits_of(batch)
         totals, counts = answer_loss(logits, batch.labels)
-        hit = (logits.argmax(-1) == batch.labels) | (batch.labels == -100)
+        hit = (logits.argmax(-1) == batch.labels) | (batch.labels == IGNORED)
         loss, tokens, right = loss + float(totals.sum()), tokens + float(counts.sum()), right + int(hit.all(1).sum())
     return loss / tokens, right / len(by_length)

@@ -30,7 +30,7 @@ from proper.enrolment.fit_embedding import FittedEmbedding, Setting, fit_embeddi
 from proper.enrolment.fit_files import load_embedding, same_history, save_embedding
 from proper.enrolment.fit_progress import ProgressCallback
 from proper.enrolment.history import UserHistory, run_data
-from proper.enrolment.place import FITTED, PLACED, Placer, embedding_jobs
+from proper.enrolment.place import FITTED, PLACED, Placer, embedding_jobs, fitted_metadata
 from proper.errors import RunFolderError, StoreError, UnavailableError
 from proper.inference.model import PersonalizedModel
 from proper.json_records import number, read_record
@@ -118,8 +118,7 @@ class Fitter:
         head = store.head(user)
         if head is None or held[0].metadata.get("embedding") in (FITTED, PLACED):
             found = self._embedding(user, grown, work, counter)
-            metadata |= {"embedding": FITTED, "embedding_start": self.placer.kind}
-            metadata |= {"embedding_passes": found.passes, "embedding_losses": list(found.losses)}
+            metadata |= fitted_metadata(self.placer, found)
             embedding = found.embedding
         else:
             counter.skip("embedding")

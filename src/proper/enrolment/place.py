@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from proper.adapters.store import UserRecord
 from proper.data.encoder import EncodedExample
-from proper.enrolment.fit_embedding import EmbeddingJob
+from proper.enrolment.fit_embedding import EmbeddingJob, FittedEmbedding
 from proper.enrolment.history import UserHistory
 from proper.models.item_features import item_features
 from proper.models.personal import ProperModel
@@ -92,6 +93,12 @@ def placed_record(user: str, embedding: Float[Tensor, "D"], grown: UserHistory, 
         "reason": "placed by the run's encoder, not fitted yet",
     }
     return UserRecord(user, Tier.GROUPS, embedding, None, metadata)
+
+
+def fitted_metadata(placer: Placer, found: FittedEmbedding) -> dict[str, Any]:
+    """Return what a record says about an embedding that was fitted from where the placer put it."""
+    passes = {"embedding_passes": found.passes, "embedding_losses": list(found.losses)}
+    return {"embedding": FITTED, "embedding_start": placer.kind, **passes}
 
 
 def embedding_jobs(

@@ -27,7 +27,7 @@ from proper.enrolment.fit_embedding import EmbeddingJob, FittedEmbedding, try_em
 from proper.enrolment.fit_files import load_embedding, save_embedding
 from proper.enrolment.fit_progress import ProgressCallback
 from proper.enrolment.fit_user import Fitter, StepCounter, nearest, own_bank
-from proper.enrolment.place import FITTED
+from proper.enrolment.place import fitted_metadata
 from proper.files import private_folder
 from proper.run_folder import Tier
 from proper.training.held_out import item_variance, per_token, spread
@@ -74,8 +74,7 @@ class Refit:
         if self.embeds:
             found = self._embedding(counter)
             embedding = found.embedding
-            metadata |= {"embedding": FITTED, "embedding_start": self.fitter.placer.kind}
-            metadata |= {"embedding_passes": found.passes, "embedding_losses": list(found.losses)}
+            metadata |= fitted_metadata(self.fitter.placer, found)
         counter.skip(EMBEDDING)
         if self.fitter.model.stage != Tier.USERS:
             return UserRecord(self.base.user, Tier.GROUPS, embedding, None, metadata)

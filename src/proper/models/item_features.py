@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from proper.data.batching import Batch, by_length, collate
+from proper.data.batching import IGNORED, Batch, by_length, collate
 from proper.data.encoder import EncodedExample
 from proper.layers.batch_context import RowContext
 from proper.layers.routers import at_least_fp32
@@ -67,7 +67,7 @@ def _features(model: ProperModel, batch: Batch) -> Float[Tensor, "B F"]:
         ).last_hidden_state
         length, answer = batch.input_ids.shape[1], batch.labels.shape[1]
         counted = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
-        counted[:, length - answer :] = batch.labels != -100
+        counted[:, length - answer :] = batch.labels != IGNORED
         first = counted.int().argmax(1)
         before = batch.attention_mask.bool() & (torch.arange(length, device=first.device) < first.unsqueeze(1))
         rows = torch.arange(len(first), device=first.device)

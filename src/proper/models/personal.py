@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from proper.config import GroupsConfig, UsersConfig
-from proper.data.batching import Batch
+from proper.data.batching import IGNORED, Batch
 from proper.layers.bank import AdapterBank
 from proper.layers.batch_context import BatchContext, RowContext
 from proper.layers.experts import Experts
@@ -240,9 +240,9 @@ def answer_loss(
 ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
     """Return each row's summed answer loss in nats (fp32) and its number of answer tokens."""
     losses = nn.functional.cross_entropy(
-        at_least_fp32(logits).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+        at_least_fp32(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     ).view(labels.shape)
-    return losses.sum(1), (labels != -100).sum(1).to(losses.dtype)
+    return losses.sum(1), (labels != IGNORED).sum(1).to(losses.dtype)
 
 
 def answer_losses(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
@@ -250,7 +250,7 @@ def answer_losses(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "B"], F
 
     The LM head and the log-softmax see only tokens that the loss counts, not a rectangle as wide as the longest answer.
     """
-    wanted = batch.labels != -100
+    wanted = batch.labels != IGNORED
     head = model.get_output_embeddings()  # type: ignore[operator]
     packed: list[bool] = []
 
