@@ -58,14 +58,14 @@ class PopulationConfig(OptimizerConfig):
 
     Attributes:
         rank: rank of the LoRA.
-        alpha: scale of the LoRA, times the rank.
+        alpha: the output of the LoRA is multiplied by alpha / rank.
         dropout: dropout rate on the LoRA's input.
         target_modules: layers that get the LoRA: a group of them, or a list of names.
         train_on: the histories of all users, or of users who are not targets.
         max_tokens: budget of training tokens; null means all.
-        sampling: what the budget is drawn from: `users` takes one row of every user in turn, `rows` takes rows at
-            random, so that a user counts in proportion to their history. On MovieLens the loss was
-            lower with `rows` for users with long histories, and higher for those with short ones.
+        sampling: how rows are drawn within the budget: `users` takes one row of every user in turn, `rows` takes rows
+            at random, so that a user counts in proportion to their history. On MovieLens the loss was lower with `rows`
+            for users with long histories, and higher for those with short ones.
         patience: measurements of the held-out loss, of ten over all epochs, without a lower one after which training
             ends, but not within the first epoch; the weights with the lowest loss are kept. 0 trains all epochs on all
             rows.
@@ -112,7 +112,7 @@ class GroupsConfig(OptimizerConfig):
         experts: number of LoRA experts; `auto` trains the stage once with 16, and then with one per cluster of users,
             by the users' router scores.
         rank: rank of each expert.
-        alpha: scale of an expert, times the rank.
+        alpha: the output of an expert is multiplied by alpha / rank.
         dropout: dropout rate on the experts' input.
         target_modules: layers that get experts and user adapters: a group of them, or a list of names.
         layers: decoder layers that get experts: `all`, or N (also written `last N`) for the last N. With N, training
@@ -236,7 +236,7 @@ class UsersConfig(OptimizerConfig):
         start: initial value of a user's adapter: `zero`; `neighbours`, for users fitted after stage 3 the mean adapter
             of the nearest users by embedding; or `meta`, a start learnt on the users of stage 3.
         rank: rank of a user's LoRA, in either form.
-        alpha: scale of a user's LoRA, times the rank.
+        alpha: the output of a user's LoRA is multiplied by alpha / rank.
         dropout: dropout rate on the LoRA's input.
         layers: decoder layers that get user adapters: `all` that have experts, or N (also written `last N`) for the
             last N of these.
