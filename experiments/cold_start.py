@@ -50,8 +50,8 @@ from proper.adapters.store import AdapterStore
 from proper.config import UsersConfig
 from proper.console import no_bar
 from proper.data.batching import by_length, collate
-from proper.data.dataset import TextExample
 from proper.data.encoder import EncodedExample
+from proper.data.histories import TextExample
 from proper.enrolment.fit_embedding import EmbeddingJob, FittedEmbedding, fit_embeddings
 from proper.enrolment.fit_user import Fitter, open_fitter
 from proper.enrolment.place import Placer, UserItems, embedding_jobs

@@ -11,10 +11,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from proper.config import Config, make_config
-from proper.data.dataset import Dataset, TextExample
+from proper.data.dataset import Dataset
 from proper.data.demo import DemoSettings, demo_run, write_demo
 from proper.data.derived.retrieval import retrieve, with_items
 from proper.data.encoder import EncodedExample
+from proper.data.histories import TextExample
 from proper.enrolment.fit_user import Fitter
 from proper.files import write_text
 from proper.interactions.parsing import read_users

@@ -28,10 +28,10 @@ from typing import Any, TypeVar
 import proper
 from proper.api import Model
 from proper.config import make_config
-from proper.data.dataset import TextExample
 from proper.data.demo.changes import CHANGES, LaterItem, later_items
 from proper.data.demo.generate import demo_run, write_demo
 from proper.data.demo.users import DemoSettings
+from proper.data.histories import TextExample
 from proper.data.rows import parse_template
 from proper.enrolment.comparison import per_item, state_of
 from proper.enrolment.fit_user import own_bank

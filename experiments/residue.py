@@ -47,7 +47,8 @@ from proper.adapters.store import AdapterStore
 from proper.config import Config, GroupsConfig, make_config
 from proper.console import quiet_libraries
 from proper.data.batching import collate
-from proper.data.dataset import Dataset, TextExample, prepare
+from proper.data.dataset import Dataset, prepare
+from proper.data.histories import TextExample
 from proper.files import write_json, write_text
 from proper.layers.batch_context import RowContext
 from proper.models.checkpoints import load_tensors

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from proper.config import make_config
-from proper.data.dataset import Dataset, SampledBy, TextExample, prepare
+from proper.data.dataset import Dataset, prepare
+from proper.data.histories import SampledBy, TextExample
 from proper.data.summary import summarize
 from proper.errors import DataError, RunFolderError
 

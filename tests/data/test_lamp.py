@@ -16,7 +16,8 @@ import pytest
 
 from proper.config import Config, make_config
 from proper.config.lamp_tasks import LAMP_TASKS
-from proper.data.dataset import Dataset, TextExample, prepare
+from proper.data.dataset import Dataset, prepare
+from proper.data.histories import TextExample
 from proper.data.interactions import BadRows, Interaction, read_interactions
 from proper.data.lamp.rows import moment
 from proper.data.rows import BadValue

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from proper.config import make_config
-from proper.data.dataset import Dataset, TextExample, prepare
+from proper.data.dataset import Dataset, prepare
+from proper.data.histories import TextExample
 from proper.data.one_task import one_task
 from proper.data.summary import summarize
 from proper.errors import ConfigError, DataError

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from proper.data.dataset import Dataset
+from proper.data.derived.copies import cut_queries, rewrite, shuffle_users
 from proper.data.derived.retrieval import Kind, add_profiles, retrieve, template_profile
-from proper.data.derived.views import cut_queries, rewrite, shuffle_users
 from proper.data.summary import leaks, require_no_leaks
 from proper.errors import DataError
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proper.data.dataset import Dataset, TextExample
+from proper.data.dataset import Dataset
+from proper.data.histories import TextExample
 from proper.data.ingest import normalize
 from proper.data.splits import AFTER_CUTOFF, BEYOND_BUDGET, HELD_OUT, NO_TIME, OTHERS_QUERY_ITEM, SHARED
 from proper.data.summary import leaks, summarize

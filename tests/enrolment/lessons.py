@@ -10,8 +10,8 @@ import yaml
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.api import Model
-from proper.data.dataset import TextExample
 from proper.data.encoder import EncodedExample
+from proper.data.histories import TextExample
 
 HABIT = {"small": "red", "large": "blue", "quiet": "green"}
 """What the user answers to the last word."""

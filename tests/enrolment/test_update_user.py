@@ -16,7 +16,7 @@ import yaml
 from proper.adapters.quantization import decode
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.api import Model
-from proper.data.dataset import TextExample
+from proper.data.histories import TextExample
 from proper.enrolment import fit_progress
 from proper.enrolment.comparison import VersionComparison, outliers, state_of
 from proper.enrolment.history import Divided, UserHistory, divide, hold_out

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from proper.data.batching import collate
-from proper.data.dataset import TextExample
+from proper.data.histories import TextExample
 from proper.evaluation.runner import _losses_from, answer_losses, gate_items, mean_gates
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import GroupsConfig, make_config
 from proper.data.batching import collate
-from proper.data.dataset import TextExample
 from proper.data.encoder import Encoder
+from proper.data.histories import TextExample
 from proper.errors import InputError
 from proper.export.converted_models import fold_all, folded_size
 from proper.export.fold import fold, folded_rank, history_gates

@@ -14,7 +14,7 @@ import pytest
 from proper import pipeline
 from proper.config import Config
 from proper.data.dataset import Dataset
-from proper.data.derived.views import keep_asking, shorten_histories
+from proper.data.derived.copies import keep_asking, shorten_histories
 from proper.errors import ConfigError, DataError
 from proper.methods.derived_runs import varied
 from proper.methods.overrides import split_name

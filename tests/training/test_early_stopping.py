@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from proper.config import PopulationConfig
 from proper.data.batching import Batch, collate
-from proper.data.dataset import Dataset, TextExample
+from proper.data.dataset import Dataset
 from proper.data.encoder import Encoder
+from proper.data.histories import TextExample
 from proper.models.backbone import Backbone
 from proper.models.personal import answer_logits, answer_loss
 from proper.training.early_stopping import MAX_ROWS, MEASUREMENTS, MIN_ROWS, EarlyStopping, hold_out

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from proper.data.dataset import TextExample
 from proper.data.encoder import Encoder
+from proper.data.histories import TextExample
 from proper.data.prior import EarlierPriors
 from proper.training.residual import ResidualEncoder, habit
 

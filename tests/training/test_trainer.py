@@ -14,8 +14,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from proper.config import GroupsConfig
-from proper.data.dataset import Dataset, Sample, TextExample
+from proper.data.dataset import Dataset, Sample
 from proper.data.encoder import EncodedExample
+from proper.data.histories import TextExample
 from proper.errors import NonFiniteLossError
 from proper.models.personal import ProperModel, gradient_checkpointing
 from proper.training import groups

@@ -13,23 +13,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Literal, Protocol
 
 from proper.config import Config
 from proper.data.database import VERSION, create, get_meta, open_read_only, salt, set_meta
+from proper.data.histories import Role, SampledBy, TextExample, User, UserSet
 from proper.data.ingest import CountTokens, ingest
 from proper.data.item_evidence import fill_item_evidence
 from proper.data.splits import assign
 from proper.errors import DataError, ProperError
 from proper.files import atomic_path
 
-__all__ = ["CountTokens", "Dataset", "Role", "Sample", "SampledRows", "TextExample", "User", "UserSet", "prepare"]
+__all__ = ["CountTokens", "Dataset", "Sample", "prepare"]
 
 logger = logging.getLogger(__name__)
-
-Role = Literal["target", "other"]
-UserSet = Literal["all", "others", "targets"]
-SampledBy = Literal["users", "rows"]
 
 GIVEN = "the files"
 """Value of `split_by` when the data files define the split."""
@@ -39,43 +35,6 @@ _CHUNK = 1000
 _EXAMPLES = """
     SELECT r.id, u.id, t.prompt, t.target, t.item, r.time, r.tokens{task}
     FROM rows r CROSS JOIN users u ON u.number = r.user CROSS JOIN texts t ON t.id = r.text"""
-
-
-@dataclass(frozen=True, slots=True)
-class User:
-    """One user, with the numbers of history rows and queries."""
-
-    id: str
-    role: Role
-    history: int
-    queries: int
-
-
-@dataclass(frozen=True, slots=True)
-class TextExample:
-    """One interaction. `tokens` counts prompt and target in backbone tokens, untruncated; `time` is epoch seconds.
-
-    `task` is the number of its task, from 0.
-    """
-
-    id: int
-    user: str
-    prompt: str
-    target: str
-    item: str | None
-    time: float | None
-    tokens: int
-    task: int = 0
-
-
-class SampledRows(Protocol):
-    """Rows to train on: `size` rows with `tokens` tokens in all, in a different order in every epoch."""
-
-    @property
-    def size(self) -> int: ...  # noqa: D102
-    @property
-    def tokens(self) -> int: ...  # noqa: D102
-    def rows(self, epoch: int) -> Iterator[TextExample]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from proper.data.dataset import Dataset, TextExample
+from proper.data.dataset import Dataset
 from proper.data.encoder import HistoryRow
+from proper.data.histories import TextExample
 from proper.data.values import find_label
 
 Floats = NDArray[np.float64]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, Protocol, TypeVar
 
 from proper.config import Config
-from proper.data.dataset import SampledBy, SampledRows, UserSet
+from proper.data.histories import SampledBy, SampledRows, UserSet
 from proper.errors import DataError
 
 SharedStage = Literal["population", "groups"]

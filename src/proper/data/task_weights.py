@@ -12,8 +12,8 @@ from itertools import islice
 
 from proper.config import Config
 from proper.data.batching import RowEncoder
-from proper.data.derived.views import Histories
 from proper.data.encoder import EncodedExample, HistoryRow
+from proper.data.histories import Histories
 
 ROWS = 2000
 """Rows from which the mean length of a task's answers is estimated."""

@@ -23,9 +23,10 @@ from torch.nn import functional
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.console import no_bar
-from proper.data.dataset import Dataset, TextExample
+from proper.data.dataset import Dataset
 from proper.data.derived.views import OneHistory
 from proper.data.encoder import EncodedExample
+from proper.data.histories import TextExample
 from proper.enrolment.fit_embedding import FittedEmbedding, Setting, fit_embedding
 from proper.enrolment.fit_files import load_embedding, same_history, save_embedding
 from proper.enrolment.fit_progress import ProgressCallback

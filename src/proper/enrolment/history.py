@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from proper.adapters.store import DEFAULT_TENANT
-from proper.data.dataset import Dataset, TextExample
+from proper.data.dataset import Dataset
+from proper.data.histories import TextExample
 from proper.data.values import find_label
 from proper.files import hash_value
 from proper.interactions.log import InteractionLog, LoggedInteraction

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from proper.adapters.quantization import decode
 from proper.adapters.store import AdapterStore, UserRecord
-from proper.data.dataset import TextExample
 from proper.data.encoder import EncodedExample
+from proper.data.histories import TextExample
 from proper.enrolment.comparison import State, losses_of, state_of
 from proper.enrolment.fit_embedding import EmbeddingJob, FittedEmbedding, try_embedding
 from proper.enrolment.fit_files import load_embedding, save_embedding

@@ -27,8 +27,8 @@ from torch import Tensor
 from proper.adapters.records import MADE
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.console import progress
-from proper.data.dataset import TextExample
 from proper.data.encoder import EncodedExample
+from proper.data.histories import TextExample
 from proper.enrolment.comparison import State, Usual, losses_of, per_item, state_of
 from proper.enrolment.fit_user import Fitter, open_fitter, own_bank
 from proper.enrolment.group_versions import BY, versions_before

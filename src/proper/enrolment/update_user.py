@@ -30,8 +30,8 @@ from proper.adapters.serialization import fault_of
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import UsersConfig
 from proper.console import no_bar
-from proper.data.dataset import TextExample
 from proper.data.encoder import EncodedExample
+from proper.data.histories import TextExample
 from proper.enrolment.change import change_point
 from proper.enrolment.comparison import Losses, State, Usual, VersionComparison, losses_of, outliers, state_of
 from proper.enrolment.fit_files import is_update_of, same_update

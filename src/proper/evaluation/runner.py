@@ -17,8 +17,9 @@ from proper.config import TaskConfig
 from proper.console import Advance, progress
 from proper.data.batching import by_length, collate
 from proper.data.chat import readable
-from proper.data.dataset import Dataset, TextExample
+from proper.data.dataset import Dataset
 from proper.data.encoder import EncodedExample
+from proper.data.histories import TextExample
 from proper.errors import ConfigError, RunFolderError
 from proper.evaluation.metrics import Prediction
 from proper.files import write_text

@@ -23,7 +23,8 @@ from proper.adapters.quantization import encode
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import GroupsConfig
 from proper.console import progress
-from proper.data.dataset import Dataset, TextExample
+from proper.data.dataset import Dataset
+from proper.data.histories import TextExample
 from proper.export.fold import fold, folded_rank
 from proper.export.peft_format import pack, served_rank
 from proper.inference.loading import load

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from proper.data.batching import by_length, collate
-from proper.data.dataset import TextExample
+from proper.data.histories import TextExample
 from proper.errors import InputError
 from proper.export.peft_format import Lora, folded_experts, joined, scaled, uniform
 from proper.inference.model import PersonalizedModel

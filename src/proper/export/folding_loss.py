@@ -10,7 +10,8 @@ import torch
 
 from proper.adapters.store import AdapterStore
 from proper.data.batching import by_length, collate
-from proper.data.dataset import Dataset, TextExample
+from proper.data.dataset import Dataset
+from proper.data.histories import TextExample
 from proper.export.converted_models import fold_all, temporary_store
 from proper.inference.model import PersonalizedModel
 

@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from proper.adapters.records import MADE
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore, UserRecord
 from proper.config import Config, load_run_config
-from proper.data.dataset import Dataset, TextExample
+from proper.data.dataset import Dataset
+from proper.data.histories import TextExample
 from proper.errors import InputError, StoreError
 from proper.export.fold import fold, folded_rank
 from proper.export.peft_format import adapter_config, served_rank, to_peft, uniform

@@ -25,8 +25,7 @@ from proper.adapters.quantization import encode
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config
 from proper.data.batching import Batch
-from proper.data.dataset import SampledRows, TextExample, User
-from proper.data.derived.views import Histories
+from proper.data.histories import Histories, SampledRows, TextExample, User
 from proper.data.stage_sample import stage_sample
 from proper.evaluation.runner import MethodRun
 from proper.files import hash_file, write_json

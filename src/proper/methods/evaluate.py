@@ -15,7 +15,7 @@ from typing import Any
 from proper.adapters.store import AdapterStore
 from proper.config import Config
 from proper.data.dataset import Dataset
-from proper.data.derived.views import cut_queries
+from proper.data.derived.copies import cut_queries
 from proper.data.one_task import one_task
 from proper.errors import RunFolderError
 from proper.evaluation.fingerprint import code_version

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from proper.console import progress
 from proper.data.batching import by_length
-from proper.data.dataset import Dataset, TextExample
+from proper.data.dataset import Dataset
+from proper.data.histories import TextExample
 from proper.data.prior import Floats, UserPriors, earlier_priors, label_numbers, user_prior
 from proper.data.stage_sample import SHARED_STAGES, stage_sample
 from proper.evaluation.runner import MethodRun, prediction_of

@@ -20,7 +20,7 @@ import yaml
 
 from proper.config import Config, make_config
 from proper.data.dataset import Dataset
-from proper.data.derived.views import keep_asking, shorten_histories
+from proper.data.derived.copies import keep_asking, shorten_histories
 from proper.errors import ConfigError
 from proper.methods.ladder import train_stages
 from proper.methods.spec import Derive, DerivedRun, Method

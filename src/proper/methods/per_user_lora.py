@@ -13,7 +13,8 @@ import torch
 
 from proper.adapters.store import AdapterStore
 from proper.config import Config
-from proper.data.derived.views import Histories, Leaking
+from proper.data.derived.views import Leaking
+from proper.data.histories import Histories
 from proper.evaluation.runner import MethodRun
 from proper.files import write_json
 from proper.inference.model import ServedUsers

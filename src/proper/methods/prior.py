@@ -25,8 +25,9 @@ import torch
 from numpy.typing import NDArray
 
 from proper.config import Config, TaskConfig
-from proper.data.dataset import Dataset, TextExample
-from proper.data.derived.views import ask_held_out
+from proper.data.dataset import Dataset
+from proper.data.derived.copies import ask_held_out
+from proper.data.histories import TextExample
 from proper.data.prior import UserPriors
 from proper.evaluation.metrics import Prediction
 from proper.evaluation.runner import MethodRun, label_losses, likely_labels, prediction_of

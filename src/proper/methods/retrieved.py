@@ -20,8 +20,8 @@ from proper.console import progress
 from proper.data.batching import by_length
 from proper.data.chat import readable
 from proper.data.dataset import Dataset
+from proper.data.derived.copies import Count
 from proper.data.derived.retrieval import Vectors, add_profiles, retrieve
-from proper.data.derived.views import Count
 from proper.data.stage_sample import SHARED_STAGES, stage_sample
 from proper.inference.forward import pad_left
 from proper.methods.ladder import train_stages

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from proper.config import Config
 from proper.data.batching import Batch, collate
-from proper.data.dataset import Dataset, SampledRows
+from proper.data.dataset import Dataset
 from proper.data.encoder import EncodedExample
+from proper.data.histories import SampledRows
 from proper.data.stage_sample import stage_sample
 from proper.methods.workload import Work
 from proper.models.backbone import Backbone, configured_backbone

@@ -12,7 +12,8 @@ from typing import Any
 
 from proper.config import PRESETS, Config
 from proper.data.dataset import Dataset
-from proper.data.derived.views import SINGLE_USER, shuffle_users
+from proper.data.derived.copies import shuffle_users
+from proper.data.derived.views import SINGLE_USER
 from proper.errors import ConfigError, DataError, did_you_mean
 from proper.evaluation.comparisons import TRIVIAL
 from proper.export.converted_models import STATIC_EXPORT, USERS_INT8

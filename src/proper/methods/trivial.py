@@ -18,7 +18,8 @@ from os.path import commonprefix
 
 from proper.config import Config
 from proper.data.conversations import split_turns
-from proper.data.dataset import Dataset, TextExample
+from proper.data.dataset import Dataset
+from proper.data.histories import TextExample
 from proper.data.rows import parse_template
 from proper.evaluation.runner import MethodRun, prediction_of
 from proper.methods.spec import TrainedRun

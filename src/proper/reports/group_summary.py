@@ -20,7 +20,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from proper.data.dataset import Dataset, TextExample
+from proper.data.dataset import Dataset
+from proper.data.histories import TextExample
 from proper.errors import InputError, RunFolderError
 from proper.reports.formats import plural
 from proper.reports.reading import count, number, objects, read_object

@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from proper.data.batching import Batch, RowEncoder, collate
-from proper.data.dataset import SampledRows, TextExample
 from proper.data.encoder import EncodedExample
+from proper.data.histories import SampledRows, TextExample
 
 MEASUREMENTS = 10
 """Measurements of the held-out loss over all steps: with at most `MAX_ROWS` rows, 5 % of the stage's time."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from proper.config import UsersConfig
 from proper.data.batching import RowEncoder
-from proper.data.derived.views import Histories
 from proper.data.encoder import EncodedExample
+from proper.data.histories import Histories
 from proper.training.checkpoint import seed_of
 
 PARTS = 4

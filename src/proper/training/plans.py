@@ -9,8 +9,7 @@ from typing import Any
 
 from proper.config import Config, OptimizerConfig, PrivacyConfig
 from proper.data.batching import RowEncoder
-from proper.data.dataset import SampledRows
-from proper.data.derived.views import Histories
+from proper.data.histories import Histories, SampledRows
 from proper.data.stage_sample import SharedStage, stage_sample
 from proper.models.backbone import Backbone
 from proper.run_folder import RunFolder

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from proper.config import PopulationConfig
 from proper.data.batching import Batch
-from proper.data.dataset import TextExample
+from proper.data.histories import TextExample
 from proper.errors import ProperError
 from proper.layers.dropout import Dropout
 from proper.models.backbone import Backbone

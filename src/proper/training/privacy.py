@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from proper.config import OptimizerConfig, PrivacyConfig
 from proper.console import progress
 from proper.data.batching import collate
-from proper.data.dataset import SampledRows, TextExample
 from proper.data.encoder import EncodedExample
+from proper.data.histories import SampledRows, TextExample
 from proper.errors import ConfigError, NonFiniteLossError
 from proper.extras import needs_extra
 from proper.training.checkpoint import adamw_tensors, resume_adamw, seed_of

@@ -24,9 +24,8 @@ from torch import Tensor
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import Config
 from proper.data.batching import RowEncoder
-from proper.data.dataset import Role, SampledRows
-from proper.data.derived.views import Histories
 from proper.data.encoder import Encoder
+from proper.data.histories import Histories, Role, SampledRows
 from proper.data.stage_sample import SharedStage, stage_sample
 from proper.data.task_weights import with_task_weights
 from proper.errors import RunFolderError

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from proper.config import OptimizerConfig, PrivacyConfig
 from proper.console import progress
 from proper.data.batching import Batch, RowEncoder, by_length, collate, similar_batches
-from proper.data.dataset import SampledRows, TextExample
 from proper.data.encoder import EncodedExample
+from proper.data.histories import SampledRows, TextExample
 from proper.errors import NonFiniteLossError
 from proper.files import make_folder, open_private
 from proper.training.checkpoint import Checkpoint, adamw_tensors, resume_adamw, seed_of

@@ -35,8 +35,8 @@ from torch import Tensor
 
 from proper.console import progress
 from proper.data.batching import by_length, collate
-from proper.data.dataset import SampledRows
 from proper.data.encoder import EncodedExample, Encoder
+from proper.data.histories import SampledRows
 from proper.layers.batch_context import RowContext
 from proper.models.item_features import item_features
 from proper.models.personal import ProperModel

@@ -23,7 +23,7 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.config import UsersConfig
 from proper.console import Bar, progress
 from proper.data.batching import RowEncoder
-from proper.data.derived.views import Histories
+from proper.data.histories import Histories
 from proper.files import write_json
 from proper.models.checkpoints import fill, load_tensors, save_tensors
 from proper.models.personal import ProperModel

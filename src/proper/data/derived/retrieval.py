@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proper.data.chat import readable
-from proper.data.dataset import Dataset, TextExample
-from proper.data.derived.views import Count, Rewritten, rewrite
+from proper.data.dataset import Dataset
+from proper.data.derived.copies import Count, Rewritten, rewrite
+from proper.data.histories import TextExample
 
 _WORD = re.compile(r"\w+")
 
