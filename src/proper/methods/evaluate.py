@@ -6,8 +6,8 @@ Predictions are cached in the run folder under a hash of all their inputs, so a 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from proper.files import hash_value, read_json, write_json
 from proper.inference.loading import load
 from proper.json_records import NUMBER, REMOVE_IT, read_record
 from proper.methods.derived_runs import find_place, require_own_stages, seconds_of
-from proper.methods.spec import Method, TrainedRun
+from proper.methods.spec import Method, PerUser, TrainedRun
 from proper.models.checkpoints import settled
 from proper.models.memory import give_back_memory
 from proper.run_folder import RunFolder, Stage, Tier
@@ -168,25 +168,24 @@ def _kept(method: Method, place: TrainedRun) -> tuple[int, int, int]:
     marker = read_record(RunFolder(place.folder).marker(method.stages[-1]), users=int)
     if method.keeps == "export":
         return (*_exported(place), marker["users"])
-    store = AdapterStore(RunFolder(place.folder).users.path)
-    try:
-        held = [(user, tier, size) for user, tier, _, size in store.metadata() if user in targets]
-        width = next((len(head.embedding) for user, _, _ in held if (head := store.head(user))), 0)
-        if method.keeps == "embedding" or not held:
-            return width, 4 * width, marker["users"]
-        adapted = [user for user, tier, _ in held if tier == Tier.USERS]
-        record = store.get(adapted[0]) if adapted else None
-        adapter = sum(t.numel() for t in (record.adapter or {}).values()) if record else 0
-        if method.keeps == "int8":
-            own_bytes = int8_bytes(record) if record else 0
-            held = [(user, tier, 4 * width + (own_bytes if tier == Tier.USERS else 0)) for user, tier, _ in held]
-    finally:
-        store.close()
-    return (
-        width + round(adapter * len(adapted) / len(held)),
-        round(sum(size for *_, size in held) / len(held)),
-        marker["users"],
-    )
+    with closing(AdapterStore(RunFolder(place.folder).users.path)) as store:
+        return (*_stored(store, method.keeps, targets), marker["users"])
+
+
+def _stored(store: AdapterStore, keeps: PerUser, targets: Container[str]) -> tuple[int, int]:
+    """Return parameters and bytes that a store has per user, as a mean over its target users."""
+    held = [(user, tier, size) for user, tier, _, size in store.metadata() if user in targets]
+    width = next((len(head.embedding) for user, _, _ in held if (head := store.head(user))), 0)
+    if keeps == "embedding" or not held:
+        return width, 4 * width
+    adapted = [user for user, tier, _ in held if tier == Tier.USERS]
+    record = store.get(adapted[0]) if adapted else None
+    adapter = 0 if record is None else sum(tensor.numel() for tensor in (record.adapter or {}).values())
+    if keeps == "int8":
+        size = 4 * width * len(held) + len(adapted) * (0 if record is None else int8_bytes(record))
+    else:
+        size = sum(each for *_, each in held)
+    return width + round(adapter * len(adapted) / len(held)), round(size / len(held))
 
 
 def _exported(place: TrainedRun) -> tuple[int, int]:
