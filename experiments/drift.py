@@ -7,7 +7,7 @@ slowly, or change and go back (`proper.data.demo.changes`). In each period, ever
 interactions with the version in service, which has not seen them: their loss is the quality. Then it logs them, and
 updates the users that it chooses. `kept` is the loss on interactions before any change under the last version: what
 was forgotten. Intervals are bootstraps over users. The cost is the processor seconds of all updates and of measuring
-drift. Users do not depend on one another: `TOGETHER` of them at a time live through a policy, and what came of it is
+drift. Users do not depend on one another: `TOGETHER` of them are simulated at a time, and the outcome is
 kept in DIR, so that the same call goes on after a kill, and a call with more users has only these left.
 """
 
@@ -46,12 +46,12 @@ RESAMPLES = 2000
 KEPT_ITEMS = 6
 """Interactions of a user's history on which forgetting is measured, the newest."""
 TOGETHER = 2
-"""Users who live through a policy in one copy of the run."""
+"""Users who are simulated together, in one copy of the run."""
 
 
 @dataclass
 class Outcome:
-    """What a policy did: losses by user and period, losses on old items, updates and their processor seconds."""
+    """Outcome of a policy: losses by user and period, losses on old items, updates and their processor seconds."""
 
     losses: dict[str, list[float]] = field(default_factory=dict)
     kept: dict[str, float] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Outcome:
     seconds: float = 0.0
 
     def add(self, other: Outcome) -> None:
-        """Add what came of the same policy with other users."""
+        """Add the outcome of the same policy for other users."""
         self.losses |= other.losses
         self.kept |= other.kept
         self.tried += other.tried
@@ -74,17 +74,17 @@ Choose = Callable[[Model, int], list[str]]
 
 
 def never(model: Model, period: int) -> list[str]:
-    """Update nobody."""
+    """Update no user."""
     return []
 
 
 def always(model: Model, period: int) -> list[str]:
-    """Update everybody who has new interactions."""
+    """Update all users who have new interactions."""
     return list(model.users)
 
 
 def periodic(model: Model, period: int) -> list[str]:
-    """Update everybody after every `EVERY` periods."""
+    """Update all users after every `EVERY` periods."""
     return list(model.users) if (period + 1) % EVERY == 0 else []
 
 
@@ -106,7 +106,7 @@ def prepare(folder: Path, settings: DemoSettings) -> Path:
 
 
 def simulate(run: Path, folder: Path, choose: Choose, items: Sequence[LaterItem]) -> Outcome:
-    """Let one policy live through all periods on a copy of the run."""
+    """Simulate one policy over all periods, on a copy of the run."""
     shutil.copytree(run, folder)
     outcome, model = Outcome(), proper.load(folder)
     try:
@@ -136,7 +136,7 @@ def simulate(run: Path, folder: Path, choose: Choose, items: Sequence[LaterItem]
 
 
 def _once(run: Path, folder: Path, choose: Choose, items: Sequence[LaterItem]) -> Outcome:
-    """Return what came of a policy, measured unless an earlier call has done so."""
+    """Return the outcome of a policy, measured unless an earlier call has done so."""
     done = folder.with_suffix(".json")
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
