@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from proper.config import Config, GroupsConfig, OptimizerConfig, make_config
 from proper.data.dataset import Dataset, Sample, prepare
 from proper.data.encoder import EncodedExample, Encoder
+from proper.data.histories import TextExample
 from proper.models.backbone import Backbone
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint
@@ -21,6 +23,25 @@ from proper.training.jobs import Job
 from proper.training.trainer import TrainingPlan
 
 HISTORIES = {"ann": 13, "bob": 9, "çem": 6, "dan/../x": 4, "eve": 8, "fay": 5}
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Rows to train on, in the same order in every epoch; with `turns`, reversed in every second epoch."""
+
+    all: tuple[TextExample, ...]
+    turns: bool = False
+
+    @property
+    def size(self) -> int:
+        return len(self.all)
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.tokens for row in self.all)
+
+    def rows(self, epoch: int) -> Iterator[TextExample]:
+        return iter(self.all[:: -1 if self.turns and epoch % 2 else 1])
 
 
 @pytest.fixture(scope="session")

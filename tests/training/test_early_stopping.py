@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,33 +25,17 @@ from proper.models.personal import answer_logits, answer_loss
 from proper.training.early_stopping import MAX_ROWS, MEASUREMENTS, MIN_ROWS, EarlyStopping, hold_out
 from proper.training.population import train_population
 from proper.training.trainer import TrainingPlan
+from tests.training.conftest import InMemory
 
 
 class Stopped(Exception):
     """What a test throws into a run."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A sample in memory, with the order of every epoch reversed by turns."""
-
-    all: tuple[TextExample, ...]
-
-    @property
-    def size(self) -> int:
-        return len(self.all)
-
-    @property
-    def tokens(self) -> int:
-        return sum(row.tokens for row in self.all)
-
-    def rows(self, epoch: int) -> Iterator[TextExample]:
-        return iter(self.all[:: -1 if epoch % 2 else 1])
-
-
-def sample_of(histories: list[int]) -> Rows:
+def sample_of(histories: list[int]) -> InMemory:
     users = [user for user, rows in enumerate(histories) for _ in range(rows)]
-    return Rows(tuple(TextExample(at, f"u{user}", "p", "t", None, None, 3 + at % 5) for at, user in enumerate(users)))
+    rows = (TextExample(at, f"u{user}", "p", "t", None, None, 3 + at % 5) for at, user in enumerate(users))
+    return InMemory(tuple(rows), turns=True)
 
 
 @given(histories=st.lists(st.integers(1, 60), min_size=1, max_size=40), share=st.floats(0.01, 0.5))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,13 +16,13 @@ from torch import Tensor
 from proper.config import GroupsConfig
 from proper.data.dataset import Dataset, Sample
 from proper.data.encoder import EncodedExample
-from proper.data.histories import TextExample
 from proper.errors import NonFiniteLossError
 from proper.models.personal import ProperModel, gradient_checkpointing
 from proper.training import groups
 from proper.training.groups import train_groups
 from proper.training.optim import factor
 from proper.training.trainer import TrainingPlan, _batches, parts_of
+from tests.training.conftest import InMemory
 
 Build = Callable[..., ProperModel]
 MakePlan = Callable[..., TrainingPlan]
@@ -33,29 +33,11 @@ class Stopped(Exception):
     """What a test throws into a run."""
 
 
-@dataclass(frozen=True)
-class Only:
-    """The first rows of a sample, always in the same order."""
-
-    rows_held: tuple[TextExample, ...]
-
-    @property
-    def size(self) -> int:
-        return len(self.rows_held)
-
-    @property
-    def tokens(self) -> int:
-        return sum(row.tokens for row in self.rows_held)
-
-    def rows(self, epoch: int) -> Iterator[TextExample]:
-        return iter(self.rows_held)
-
-
 @pytest.fixture
 def eight(dataset: Dataset) -> Any:
     """Eight rows of three users, with answers of different lengths."""
     found = [row for user in ("ann", "bob", "çem") for row in dataset.history(user)[:3]][:8]
-    return Only(tuple(replace(row, target=f"{row.target} " * (1 + at)) for at, row in enumerate(found)))
+    return InMemory(tuple(replace(row, target=f"{row.target} " * (1 + at)) for at, row in enumerate(found)))
 
 
 def settings(**changed: Any) -> GroupsConfig:
