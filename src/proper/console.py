@@ -112,6 +112,7 @@ def quiet_libraries() -> None:
         "HF_HUB_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",  # transformers has bars of tqdm that its own switch does not reach
     }.items():
         os.environ.setdefault(name, value)
     # PEFT uses an attribute that transformers deprecates; users of this package cannot change that.

@@ -1,5 +1,6 @@
 """GGUF backbones: the de-quantized model computes what the original does, is made once, and errors are one line."""
 
+import subprocess
 import sys
 import zipfile
 from dataclasses import replace
@@ -131,6 +132,15 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(
         backbone_location(str(path))
     assert "\n" not in str(failed.value) and str(path) in str(failed.value)
     assert not list(cache.glob("gguf/*"))
+
+
+def test_without_a_terminal_progress_is_plain_lines(file: Path) -> None:
+    code = "import sys\nfrom pathlib import Path\nfrom proper.console import quiet_libraries, terminal_logging\n"
+    code += "quiet_libraries()\nfrom proper.models.gguf import gguf_folder\n"
+    code += "with terminal_logging():\n    gguf_folder(Path(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
+    assert "de-quantizing tiny.gguf: 3/3" in done.stderr
+    assert all(line.startswith("de-quantizing tiny.gguf: ") for line in done.stderr.splitlines())
 
 
 def test_a_missing_package_is_one_line_that_names_the_extra(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
