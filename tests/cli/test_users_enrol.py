@@ -102,8 +102,12 @@ def test_bad_rows_are_named_and_leave_nothing(
 
 def test_usage_errors_are_one_line(run: Path, tmp_path: Path, capsys: Output) -> None:
     rows = written(tmp_path / "rows.jsonl", ROWS)
+    twice = written(tmp_path / "twice.jsonl", [{**row, "id": "a", "user_id": "ann"} for row in ROWS[:2]])
+    contradicts = f"{twice}: the interaction 'a' of user 'ann' exists already with other content"
     for arguments, said in (
         (["enrol", str(run), "--user", "u0", "--input", rows], "--user u0: exists already"),
+        (["enrol", str(run), "--user", "ann", "--input", twice], contradicts),
+        (["enrol", str(run), "--input", twice], contradicts),
         (["update", str(run), "--user", "nobody", "--input", rows], "--user nobody: no such user"),
         (["update", str(run), "--input", rows], "--input: the user is missing"),
         (["update", str(run), "--watch", "--user", "u0"], "--watch: fits all queued users"),

@@ -166,7 +166,7 @@ def test_bad_interactions_and_users_change_nothing(run: Path, opened: Open) -> N
     with pytest.raises(DataError, match=r"interactions\[2\]: output: missing \(and 1 more bad row\)"):
         users.enrol("new", bad)
     users.enrol("new", [{"prompt": "red is", "target": "blue", "id": "a"}])
-    with pytest.raises(InputError, match="'a' exists already with other content"):
+    with pytest.raises(InputError, match="'a' of user '[a-z]+' exists already with other content"):
         users.update("new", [{"prompt": "red is", "target": "green", "id": "a"}])
     assert len(users.versions("new")) == 1
     assert users.delete("new") and "new" not in users and not users.delete("new")

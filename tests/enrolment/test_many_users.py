@@ -88,7 +88,7 @@ def test_one_known_user_stops_all(encoded: Path, opened: Open) -> None:
         users.enrol_many(entries)
     assert "new" not in users
     clash = users.entries("bad", [{**rows(3, 1)[0], "id": "a"}, {**rows(4, 1)[0], "id": "a"}])
-    with pytest.raises(InputError, match="'a' exists already with other content"):
+    with pytest.raises(InputError, match="'a' of user '[a-z]+' exists already with other content"):
         users.enrol_many({"new": entries["new"], "bad": clash})
     assert "new" not in users and "bad" not in users
 

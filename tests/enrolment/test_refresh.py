@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from proper.enrolment.refresh import Refreshed, refresh, roll_back
 from proper.errors import RunFolderError
 from proper.files import hash_file
 from proper.inference.loading import load
+from proper.interactions.deletion import remove
+from proper.interactions.log import InteractionLog
 from proper.models.checkpoints import load_metadata, load_tensors, save_tensors
 from proper.run_folder import RunFolder
 from tests.enrolment.conftest import Open
@@ -150,6 +153,29 @@ def test_groups_that_were_trained_with_privacy_are_not_refreshed(grown: Path) ->
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     with pytest.raises(RunFolderError, match="was trained with privacy, and a refresh trains without noise"):
         refresh(grown)
+
+
+@pytest.mark.parametrize("when", ["train", "_revalidated"])
+def test_a_user_of_another_tenant_ends_a_refresh_that_has_begun(
+    grown: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """A server fits the first user of another tenant meanwhile: the refresh neither commits nor blocks deletions."""
+    old, step = hash_file(RunFolder(grown).experts), getattr(module._Work, when)
+    theirs = replace(record(grown, "new"), user="theirs")
+
+    def after(work: Any, *rest: Any) -> Any:
+        found = step(work, *rest)
+        with closing(AdapterStore(grown / "users", "acme")) as store:
+            store.put([theirs], only_new=True)
+        return found
+
+    monkeypatch.setattr(module._Work, when, after)
+    for _ in range(2):
+        with pytest.raises(RunFolderError, match="has users of other tenants"):
+            refresh(grown)
+    assert hash_file(RunFolder(grown).experts) == old
+    with closing(AdapterStore(grown / "users")) as store, closing(InteractionLog(grown / "users")) as log:
+        assert remove(store, log, "new").waits == ()
 
 
 def test_what_others_do_to_users_while_they_are_validated_is_not_undone(

@@ -45,7 +45,7 @@ def test_an_interaction_counts_once(log: InteractionLog) -> None:
 @pytest.mark.parametrize("change", [{"prompt": "x"}, {"target": "x"}, {"time": None}])
 def test_another_content_under_the_same_id_changes_nothing(log: InteractionLog, change: dict[str, None]) -> None:
     log.append("", "ann", [ONE])
-    with pytest.raises(ConflictError, match="'1' exists already with other content") as caught:
+    with pytest.raises(ConflictError, match="'1' of user 'ann' exists already with other content") as caught:
         log.append("", "ann", [TWO, replace(ONE, **change)])
     assert caught.value.at == 1 and log.count("", "ann") == 1
     log.append("theirs", "ann", [replace(ONE, **change)])

@@ -58,8 +58,8 @@ def refresh(
     Stage 2 continues from the groups in service, users' embeddings included, on the interactions logged since the last
     refresh and as many earlier ones. Then every user is evaluated on their own held-out items under the new groups; a
     user whose adapter is worse there is fitted again. 'proper groups rollback' returns to the previous groups. A server
-    has to be restarted; until then its /readyz answers 503. After a kill, the same call continues. Users in the file of
-    data.train_without are left out too.
+    has to be restarted, or to get SIGHUP; until then its /readyz answers 503. After a kill, the same call continues.
+    Users in the file of data.train_without are left out too.
     """
     from proper.data.dataset import left_out_users
     from proper.enrolment.refresh import refresh as refresh_groups
@@ -69,7 +69,7 @@ def refresh(
     with _held(folder) as run:
         named = left_out_users(run_config(run).data.train_without)
         remove_rows(require_run(run).data, named)
-        done = refresh_groups(run, named | left_out_users(None if without is None else str(without)))
+        done = refresh_groups(run, named | left_out_users(None if without is None else str(without), "--without"))
     if done.rows:
         typer.echo(f"trained on {done.rows} interactions; measured {done.validated} of {done.users} users")
     else:

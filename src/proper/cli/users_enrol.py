@@ -75,9 +75,9 @@ def enrol(
                 where = f"--user {each}:" if user is not None else f"{input_file}: user {each!r}"
                 raise InputError(f"{where} exists already; 'proper users update' adds interactions")
         if user is not None and refine:
-            append(users, user, entries[user], new=True)
+            append(users, user, entries[user], input_file, new=True)
             return
-        with _bars(len(entries)) as on_progress:
+        with _naming(input_file), _bars(len(entries)) as on_progress:
             users.enrol_many(entries, refine=refine, on_progress=on_progress)
         for each in entries:
             print_user(users, each)
@@ -131,12 +131,23 @@ def _fitter(folder: Path) -> Iterator[Callable[[], Fitter]]:
             fitter.close()
 
 
-def append(users: Users, user: str, entries: list[LogEntry], *, new: bool) -> None:
-    """Log a user's interactions, fit the user with a progress bar, and print the result."""
+@contextmanager
+def _naming(path: Path | None) -> Iterator[None]:
+    """Name the file in the error for an interaction that another one contradicts."""
+    from proper.interactions.log import ConflictError
+
+    try:
+        yield
+    except ConflictError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def append(users: Users, user: str, entries: list[LogEntry], path: Path | None, *, new: bool) -> None:
+    """Log a user's interactions from a file, fit the user with a progress bar, and print the result."""
     with users.log.queue.lock(wait=False) as free:
         if not free:
             logger.info("another process is fitting a user; waiting for it")
-    with _bar(f"fit {user if user.isprintable() else 'the user'}") as on_progress:
+    with _naming(path), _bar(f"fit {user if user.isprintable() else 'the user'}") as on_progress:
         users.append(user, entries, new=new, on_progress=on_progress)
     print_user(users, user)
 

@@ -85,7 +85,7 @@ def update(
         elif user is None:
             _fit_all(users)
         else:
-            append(users, user, entries, new=False)
+            append(users, user, entries, input_file, new=False)
 
 
 @app.command(epilog=examples("users", "drift runs/notes", "drift runs/notes --json"))

@@ -108,11 +108,11 @@ def prepare(
     return Dataset.open(path)
 
 
-def left_out_users(path: str | None) -> frozenset[str]:
+def left_out_users(path: str | None, named_by: str = "data.train_without") -> frozenset[str]:
     """Return the user ids of a file with one a line, as `data.train_without` names it; none without a file.
 
     Raises:
-        DataError: the file cannot be read; names the key.
+        DataError: the file cannot be read; names the key or option that it is `named_by`.
     """
     if path is None:
         return frozenset()
@@ -120,7 +120,7 @@ def left_out_users(path: str | None) -> frozenset[str]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise DataError(f"data.train_without: {path}: cannot be read: {why}") from error
+        raise DataError(f"{named_by}: {path}: cannot be read: {why}") from error
     lines = text.split("\n")
     return frozenset(name for line in lines for name in (line.strip(), line.rstrip("\r")) if name)
 

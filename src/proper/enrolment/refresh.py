@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,8 @@ def refresh(folder: Path, left_out: Collection[str] = ()) -> Refreshed:
         left_out: users whose items are not trained on.
 
     Raises:
-        RunFolderError: a stage is missing, the store has users of other tenants, or the run has several tasks or
-            privacy.
+        RunFolderError: a stage is missing, the store has users of other tenants (also if the first one comes
+            meanwhile), or the run has several tasks or privacy.
     """
     run = RunFolder(folder)
     with _opened(folder) as work:
@@ -138,12 +138,25 @@ class _Work:
         self.run, self.model, self.fitter, self.log = run, model, fitter, log
         self.store: AdapterStore = model.store
         self.users = [user for user, _ in self.store.users()]
-        if any(tenant != self.store.tenant for tenant, _ in self.store.manifest.owners_of_records()):
-            raise RunFolderError(f"{run.path}: has users of other tenants, whose adapters need the groups as they are")
+        self._require_one_tenant()
         if model.config.tasks:
             raise RunFolderError(f"{run.path}: is a run over several tasks, whose groups cannot be refreshed yet")
         if model.config.privacy.on:
             raise RunFolderError(f"{run.path}: was trained with privacy, and a refresh trains without noise")
+
+    def _require_one_tenant(self) -> None:
+        """Require that no other tenant has users; otherwise what a refresh has trained so far is given up.
+
+        A refresh that cannot end would keep users from being deleted.
+        """
+        if any(tenant != self.store.tenant for tenant, _ in self.store.manifest.owners_of_records()):
+            for path in (self.run.checkpoint(Stage.GROUPS), self.run.users.refresh, self.run.refreshed):
+                path.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty, or not there
+                self.run.users.work.rmdir()
+            raise RunFolderError(
+                f"{self.run.path}: has users of other tenants, whose adapters need the groups as they are"
+            )
 
     def close(self) -> None:
         self.log.close()
@@ -268,6 +281,7 @@ class _Work:
         Returns False, and changes nothing, if a user has another version than in `seen`.
         """
         with self.log.queue.lock():  # no fit ends in between
+            self._require_one_tenant()  # the first one may have come since
             try:
                 self.store.put(records, bound={"groups": hash_file(self.run.refreshed)}, seen=seen)
             except ChangedError:

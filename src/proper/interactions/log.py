@@ -236,7 +236,8 @@ class InteractionLog:
         if self.database.write(_ADD, {**own, **content, "received": now}):
             return True
         if self.database.read(_CONTENT, own) != [tuple(content.values())]:
-            raise ConflictError(f"the interaction {entry.key!r} exists already with other content", at)
+            what = f"the interaction {entry.key!r} of user {user_of(key)!r}"
+            raise ConflictError(f"{what} exists already with other content", at)
         return False
 
     def knows(self, tenant: str, user: str) -> bool:

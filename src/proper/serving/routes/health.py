@@ -46,7 +46,8 @@ def health_routes(runner: EngineRunner, worker: FitProcess | None, metrics: Metr
         if not runner.alive:
             raise APIError(503, "the server accepts no requests", code="not_ready")
         if groups() != loaded:
-            raise APIError(503, "the run's groups were refreshed; start the server again", code="groups_refreshed")
+            why = "the run's groups were refreshed; restart the server, or send it SIGHUP"
+            raise APIError(503, why, code="groups_refreshed")
         return health("ready")
 
     @router.get("/metrics", response_class=Response)
