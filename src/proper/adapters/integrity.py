@@ -171,7 +171,7 @@ def _damage(store: AdapterStore, row: ManifestRow, place: ByteRange) -> tuple[Ki
 
 
 def _unsound(store: AdapterStore, row: ManifestRow) -> tuple[Kind, str]:
-    """Return which tensor of an intact record has unusable numbers (see `validation`); an empty text if none has."""
+    """Return which tensor of an intact record has unusable numbers (see `serialization`); an empty text if none has."""
     try:
         record = store.record(user_of(row.user), row, coded=True)
     except BlobError as error:  # damaged since its bytes were checked
@@ -184,7 +184,7 @@ def _fall_back(store: AdapterStore, now: list[ManifestRow], bad: dict[int, Findi
     manifest, good = store.manifest, [row for row in now if row.version not in bad]
     done = "removed this version; a newer one is current"
     if now[0].version in bad:
-        sound = [row for row in now if _embedding_is_sound(store, row)]
+        sound = [row for row in now if _embedding_is_sound(row)]
         if good:
             manifest.add(restored(good[0], now[0], "repair"))
             done = f"went back to version {good[0].version}"
@@ -202,7 +202,7 @@ def _fall_back(store: AdapterStore, now: list[ManifestRow], bad: dict[int, Findi
     return done
 
 
-def _embedding_is_sound(store: AdapterStore, row: ManifestRow) -> bool:
+def _embedding_is_sound(row: ManifestRow) -> bool:
     return len(row.embedding) % 4 == 0 and is_sound(vector(row.embedding))
 
 

@@ -117,7 +117,7 @@ def _edges(model: ProperModel, prompts: Sequence[Sequence[int]], tree: LabelTree
     backbone, device = model.backbone.model, model.device
     ids, mask = pad_left(prompts, model.backbone.pad_id, device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    # A cache layer without a window for every layer: `_takes_trees` has checked that no window is shorter.
+    # A cache layer without a window for every layer: `takes_trees` has checked that no window is shorter.
     cache = DynamicCache()
     prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}
     first: Tensor = backbone(**prompt, past_key_values=cache, use_cache=True).logits[:, -1:]
