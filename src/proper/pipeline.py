@@ -24,7 +24,7 @@ from proper.data.demo import DemoSettings, demo_run, write_demo
 from proper.data.demo.users import DemoTask
 from proper.data.label_tree import require_distinct
 from proper.data.stage_sample import SHARED_STAGES, stage_sample
-from proper.data.summary import summarize, truncation
+from proper.data.summary import require_query_of_each_task, summarize, truncation
 from proper.errors import ConfigError, DataError, ProperError, did_you_mean
 from proper.evaluation.harness import Harness
 from proper.evaluation.power import expected_power
@@ -311,6 +311,7 @@ def _prepared(config: Config, path: Path, folder: Path, skip_bad_rows: bool) -> 
     try:
         for name, labels in (get_meta(data.connection, "tasks") or {"": data.labels}).items():
             require_distinct(labels, encoder.answer, f"tasks.{name}.task" if name else "task")
+        require_query_of_each_task(data)
     except DataError:
         data.close()
         raise

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proper.cli.generate import _requests
 from proper.cli.prompts import PromptRequest, final_prompts, from_fields, from_file, render_with
 from proper.data.chat import TURN, readable
 from proper.data.conversations import messages_row
@@ -104,6 +105,26 @@ def test_a_line_may_use_the_runs_own_name_for_the_user(tmp_path: Path) -> None:
         {"author": "x", "text": "y"},
         {"text": "z"},
     ]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("--input", '{"author": "ann", "text": "x"}'),
+        ("--input", '{"user_id": "ann", "text": "x"}'),
+        ("--input", '{"text": "x"}'),
+        ("--field", "text=x"),
+    ],
+)
+def test_a_template_may_name_the_column_of_users(tmp_path: Path, asked: tuple[str, str]) -> None:
+    (tmp_path / "config.yaml").write_text('data: {path: x.jsonl, user: author, prompt: "{author} says {text}"}')
+    path = tmp_path / "questions.jsonl"
+    path.write_text(asked[1])
+    file = path if asked[0] == "--input" else None
+    user = None if '"ann"' in asked[1] else "ann"
+    requests = _requests(tmp_path, user, None, [asked[1]] if file is None else [], file, None)
+    template = parse_template("{author} says {text}", "data.prompt")
+    assert final_prompts(requests, render_with(template)) == ["ann says x"]
 
 
 def test_a_prompt_fills_a_template_that_has_a_column_of_this_name(tmp_path: Path) -> None:

@@ -124,6 +124,23 @@ def test_what_cannot_be_computed_is_refused(tmp_path, prompt, kind, data, says):
         prepare(config_of(path, prompt, kind, **data), tmp_path / "data.sqlite", count_words)
 
 
+@pytest.mark.parametrize(
+    ("split", "warned"),
+    [({}, False), ({"by": "item"}, True), ({"shared_items": "exclude"}, True)],
+)
+def test_a_split_without_evidence_for_any_query_is_said(tmp_path, caplog, split, warned):
+    rows = rows_of([(user, item, 3) for item in "uvwxyz" for user in "abc"])
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = make_config(
+        {**config_of(path, PROMPT, "rating").model_dump(), "split": {"min_history": 1, "queries": 0.5, **split}}
+    )
+    with prepare(config, tmp_path / "data.sqlite", count_words) as dataset:
+        unknown = [" unknown " in query.prompt for query in dataset.queries()]
+    assert all(unknown) == warned
+    said = "data.prompt: '{item_mean}' is unknown in every query, since no other user's history has an item of a query"
+    assert [record.message.split(" (")[0] for record in caplog.records] == [said] * warned
+
+
 def test_a_request_without_the_columns_gets_neutral_texts():
     template = neutral(parse_template(PROMPT, "data.prompt"))
     assert template.fill({"input": "a film"}) == "a film | unknown | 0"

@@ -21,6 +21,7 @@ from proper.data.histories import TextExample
 from proper.data.one_task import one_task
 from proper.data.summary import summarize
 from proper.errors import ConfigError, DataError
+from proper.pipeline import check
 
 Rows = list[dict[str, Any]]
 SPLIT = {"target_users": 3, "min_history": 2, "shared_items": "allow"}
@@ -130,6 +131,18 @@ def test_a_task_without_rows_and_a_missing_column_are_named(
     wrong["name"]["data"]["prompt"] = "{input} {item_mean}"
     with pytest.raises(DataError, match="need a run of one task"):
         open_data(tasks=wrong)
+
+
+@pytest.mark.parametrize("split", [{"target_users": 2}, {"max_queries": 1}])
+def test_a_task_without_a_query_is_named_before_anything_is_trained(
+    jsonl: Callable[[Rows], Path], split: dict[str, Any]
+) -> None:
+    """Users of one task each: those with the longest histories have rows of the first task only."""
+    rows = [{**row, "what": "name" if row["user_id"] in ("u0", "u1") else "colour"} for row in spread(5, 9)]
+    tasks = with_path(jsonl(rows), task_column="what")
+    assert check(make_config({"tasks": tasks, "split": {**SPLIT, "target_users": 5}}))
+    with pytest.raises(DataError, match=r"tasks\.name: no query, since no target user has a row of it to ask"):
+        check(make_config({"tasks": tasks, "split": {**SPLIT, **split}}))
 
 
 def test_tasks_and_a_section_data_do_not_go_together() -> None:

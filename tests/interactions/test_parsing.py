@@ -9,7 +9,7 @@ from pyarrow import output_stream
 from proper.config import DataConfig, TaskConfig
 from proper.data.rows import BadValue
 from proper.interactions.log import LogEntry
-from proper.interactions.parsing import read_file, record_reader
+from proper.interactions.parsing import read_file, read_users, record_reader
 
 ROW = {"input": "a", "output": "b"}
 
@@ -50,3 +50,17 @@ def test_what_others_answered_is_unknown_for_submitted_rows() -> None:
     assert read(row) == LogEntry("Alien, others unknown (0):", "4")
     assert read({**row, "item_mean": "3.5"}) == LogEntry("Alien, others 3.5 (0):", "4")
     assert read({**row, "prompt": "final", "target": "2"}) == LogEntry("Alien, others unknown (0):", "4")
+
+
+@pytest.mark.parametrize("column", ["user", "item", "time", "prompt"])
+def test_an_id_that_is_a_column_of_the_run_is_no_interactions_own(column: str, tmp_path: Path) -> None:
+    """Equal ids count once: every interaction of a user but the first would be lost."""
+    config = DataConfig.model_validate(
+        {"path": "x", "prompt": "{input}", column: "{id}" if column == "prompt" else "id"}
+    )
+    path = tmp_path / "rows.jsonl"
+    named = "" if column == "user" else '"user_id": "7", '
+    path.write_text("".join(f'{{{named}"id": 7, "input": "a{at}", "output": "b"}}\n' for at in range(3)))
+    assert [each.id for each in read_users(path, config, TaskConfig())["7"]] == [None] * 3
+    usual = record_reader(DataConfig(path="x"), TaskConfig(), "7")
+    assert usual({**ROW, "id": 7}).id == usual({"prompt": "a", "target": "b", "id": 7}).id == "7"

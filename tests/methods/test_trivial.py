@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proper.data.dataset import prepare
+from proper.data.one_task import one_task
 from proper.methods.spec import TrainedRun
 from proper.methods.trivial import lead, median_words, user_majority, user_majority_same, usual
 
@@ -76,6 +77,31 @@ def test_the_same_items_are_those_of_the_adapter(tmp_path, settings):
         assert len(dataset.history("ann")) == 9
         assert {row.prediction for row in user_majority(place).predictions} == {"a"}
         assert {row.prediction for row in user_majority_same(place).predictions} == {"b"}
+
+
+def test_the_same_items_of_several_tasks_are_those_of_the_one_adapter(tmp_path, settings):
+    """The adapter saw the newest 8 rows of both tasks together, 4 of each."""
+    labels = ["a"] * 6 + ["b"] * 3 + ["c"] * 2
+    path = tmp_path / "rows.jsonl"
+    rows = [{"user_id": "ann", "timestamp": at, "input": f"text {at}", "output": x} for at, x in enumerate(labels)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"kind": "classification"}
+    tasks = {
+        "first": {"data": {"path": str(path)}, "task": task},
+        "second": {"data": {"path": str(path), "prompt": "Again {input}"}, "task": task},
+    }
+    config = settings(
+        tasks=tasks, data=tasks["first"]["data"], task=task, users={"max_items": 8}, split={"queries": 0.1}
+    )
+    with prepare(config, tmp_path / "data.sqlite", lambda prompts, targets: [1] * len(prompts)) as dataset:
+        seen = {row.id for row in dataset.history("ann", 8)}
+        for name in tasks:
+            with one_task(dataset, name) as own:
+                place = TrainedRun(config.each_task[name], own, tmp_path, 0)
+                counted = [row.target for row in own.history("ann") if row.id in seen]
+                assert counted == ["a", "b", "b", "b"] and len(own.history("ann")) == 9
+                assert {row.prediction for row in user_majority(place).predictions} == {"a"}
+                assert {row.prediction for row in user_majority_same(place).predictions} == {"b"}
 
 
 def test_the_lead_of_a_conversation_is_of_its_last_question(tmp_path, settings):

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -119,19 +120,25 @@ def _requests(
     given = [prompt is not None, bool(fields), path is not None]
     if sum(given) != 1:
         raise InputError("give one of --prompt, --field and --input; see 'proper generate --help'")
-    if path is not None:
-        config = load_run_config(require_run(folder).config)
-        own = list(config.each_task.values())[config.task_number(task)].data
+    if prompt is not None:
+        return [PromptRequest(user, readable(prompt), {}, "--prompt")]
+    config = load_run_config(require_run(folder).config)
+    own = list(config.each_task.values())[config.task_number(task)].data
+    if path is None:
+        requests = [from_fields(user, fields)]
+    else:
         requests = from_file(path, user, own.user, _columns(own))
         nameless = sum(request.user is None for request in requests)
         if nameless:
             logger.info(
                 f"{path}: {nameless} of {len(requests)} lines have no user; the mean over all users answers them"
             )
-        return requests
-    if fields:
-        return [from_fields(user, fields)]
-    return [PromptRequest(user, readable(prompt or ""), {}, "--prompt")]
+    return [_with_user(request, own.user) for request in requests]
+
+
+def _with_user(request: PromptRequest, column: str) -> PromptRequest:
+    """Return a request whose user is also a field, for templates that name the column of users."""
+    return request if request.user is None else replace(request, fields={column: request.user, **request.fields})
 
 
 def _columns(data: DataConfig) -> tuple[str, ...]:

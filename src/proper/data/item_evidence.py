@@ -14,6 +14,7 @@ markers afterwards. Hashes of rows and inputs keep the markers, so they do not d
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,8 +23,11 @@ from decimal import Decimal
 from itertools import groupby
 
 from proper.config import Config
+from proper.data.database import get_meta
 from proper.data.rows import Template, parse_template
 from proper.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 MEAN, USUAL, COUNT = "item_mean", "item_usual", "item_count"
 COLUMNS = (MEAN, USUAL, COUNT)
@@ -105,6 +109,7 @@ def fill_item_evidence(
         return
     connection.execute("CREATE TEMP TABLE evidence(id INTEGER PRIMARY KEY, mean TEXT, usual TEXT, count TEXT)")
     connection.executemany("INSERT INTO evidence VALUES (?, ?, ?, ?)", _evidence(connection, config.task.kind))
+    _warn_of_unknown_queries(connection, missing[0], config)
     last = 0
     while rows := connection.execute(
         """SELECT r.id, r.text, t.prompt, t.target, e.mean, e.usual, e.count
@@ -120,6 +125,16 @@ def fill_item_evidence(
         connection.executemany("UPDATE rows SET tokens = ? WHERE id = ?", zip(tokens, ids, strict=True))
         last = ids[-1]
     connection.execute("DROP TABLE evidence")
+
+
+def _warn_of_unknown_queries(connection: sqlite3.Connection, name: str, config: Config) -> None:
+    """Warn if no query has evidence, as where the split keeps the queries' items out of all histories."""
+    known = "SELECT 1 FROM rows r JOIN evidence e ON e.id = r.id WHERE r.part = 'query' AND e.count <> '0' LIMIT 1"
+    if not connection.execute(known).fetchone():
+        logger.warning(
+            f"data.prompt: '{{{name}}}' is unknown in every query, since no other user's history has an item of a "
+            f"query (split.by: {config.split.by}, split.shared_items: {get_meta(connection, 'shared_items')})"
+        )
 
 
 def _is_marked(connection: sqlite3.Connection, name: str) -> bool:

@@ -170,12 +170,28 @@ def require_queries(dataset: Dataset) -> None:
     Raises:
         DataError: a task has no query; names it.
     """
+    for name in _unasked_tasks(dataset):
+        path, of = get_meta(dataset.connection, "path"), f" of task '{name}'" if name else ""
+        raise DataError(f"{path}: no query{of} is left, since all target users were deleted; nothing is evaluated")
+
+
+def require_query_of_each_task(dataset: Dataset) -> None:
+    """Require a query of every task of newly prepared data, before a run of several trains on it.
+
+    Raises:
+        DataError: a task has no query; names it.
+    """
+    for name in _unasked_tasks(dataset):
+        raise DataError(
+            f"tasks.{name}: no query, since no target user has a row of it to ask; raise split.target_users or "
+            "split.max_queries, lower split.min_history, or leave the task out"
+        )
+
+
+def _unasked_tasks(dataset: Dataset) -> list[str]:
     task = "task" if dataset.tasks else "0"
     found = {row[0] for row in dataset.connection.execute(f"SELECT DISTINCT {task} FROM rows WHERE part = 'query'")}
-    for number, name in enumerate(dataset.tasks or ("",)):
-        if number not in found:
-            path, of = get_meta(dataset.connection, "path"), f" of task '{name}'" if name else ""
-            raise DataError(f"{path}: no query{of} is left, since all target users were deleted; nothing is evaluated")
+    return [name for number, name in enumerate(dataset.tasks or ("",)) if number not in found]
 
 
 def _measures(connection: sqlite3.Connection) -> dict[str, str]:

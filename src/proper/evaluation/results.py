@@ -264,8 +264,7 @@ def _signatures(
 def _gain(values: Mapping[str, float], step: str, below: str, higher_is_better: bool) -> float | None:
     if step not in values or below not in values:
         return None
-    gain = values[step] - values[below]
-    return gain if higher_is_better else -gain
+    return values[step] - values[below] if higher_is_better else values[below] - values[step]
 
 
 def _query_losses(scores: Scores) -> dict[str, float]:

@@ -3,7 +3,8 @@
     {"prompt": final text, "target": text}          final texts, as the model sees them
     the columns of data.prompt and data.target      as in the run's data, filled into its templates
 
-Both may have an `id`, and a time in the run's time column or in `timestamp`.
+Both may have an `id`, unless the run's data has a column of that name, and a time in the run's time column or in
+`timestamp`.
 """
 
 from __future__ import annotations
@@ -32,9 +33,13 @@ def plain_reader(task: TaskConfig, prompt: str, target: str) -> Read:
 
     The parser raises `BadValue`, which names the field, for an invalid row.
     """
+    row_format = _plain_format(task, prompt, target)
+    return lambda row: _entry(row_format.interaction(row), row.get(_ID))
+
+
+def _plain_format(task: TaskConfig, prompt: str, target: str) -> RowFormat:
     texts = parse_template(f"{{{prompt}}}", "data.prompt"), parse_template(f"{{{target}}}", "data.target")
-    row_format = RowFormat(None, _TIME, None, *texts, task)
-    return lambda row: _entry(row_format.interaction(row), row)
+    return RowFormat(None, _TIME, None, *texts, task)
 
 
 def record_reader(config: DataConfig, task: TaskConfig, user: str) -> Read:
@@ -42,11 +47,13 @@ def record_reader(config: DataConfig, task: TaskConfig, user: str) -> Read:
 
     The parser raises `BadValue` for a row that is invalid or names another user.
     """
-    plain = plain_reader(task, "prompt", "target")
+    plain = _plain_format(task, "prompt", "target")
     own = replace(RowFormat.of(config, task), item=None, query=False)
     # The markers of what other users answered are filled when a run reads its data; here, as for an unknown item.
     own = replace(own, prompt=neutral(own.prompt))
     columns = {*own.prompt.columns, *own.target.columns} - {*own.prompt.defaults}
+    # As a column of the run, say the user's, it is no interaction's own: all of a user would be the same one.
+    numbered = _ID not in {config.user, config.time, config.item, *columns}
 
     def read(row: Mapping[str, Any]) -> LogEntry:
         try:
@@ -56,8 +63,10 @@ def record_reader(config: DataConfig, task: TaskConfig, user: str) -> Read:
         if named != user:
             raise BadValue(config.user, "is another user's")
         if not columns <= {*row} and {"prompt", "target"} <= {*row}:
-            return plain(row)
-        return _entry(own.interaction({**row, config.user: user}), row)
+            found = plain.interaction(row)
+        else:
+            found = own.interaction({**row, config.user: user})
+        return _entry(found, row.get(_ID) if numbered else None)
 
     return read
 
@@ -126,8 +135,7 @@ def read_rows(rows: Iterable[tuple[str, Mapping[str, Any] | str]], read: Read) -
     return entries
 
 
-def _entry(found: Interaction, row: Mapping[str, Any]) -> LogEntry:
-    own = row.get(_ID)
+def _entry(found: Interaction, own: Any) -> LogEntry:
     if own is not None and (isinstance(own, bool) or not isinstance(own, str | int) or not str(own).strip()):
         raise BadValue(_ID, "should be text or a whole number, and not empty")
     try:

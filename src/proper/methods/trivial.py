@@ -2,7 +2,8 @@
 
     global-majority      the best constant: the most frequent label of all histories, or the rating with the lowest MAE
     user-majority        the same from the user's own history
-    user-majority-same   the same from the items that a user's adapter is trained on (the newest `users.max_items`)
+    user-majority-same   the same from the items that a user's adapter is trained on (the newest `users.max_items`, of
+                         several tasks together)
     lead                 the first words of the input, as many as the median answer has
 
 For free text a majority is the most frequent answer, or the newest if all differ.
@@ -117,10 +118,24 @@ def _own_usual(place: TrainedRun, newest: int | None) -> MethodRun:
 
     def answer(query: TextExample) -> str:
         if query.user not in answers:
-            answers[query.user] = usual(_counts(dataset.history(query.user, newest)), kind, dataset.labels)
+            seen = dataset.history(query.user)
+            if newest is not None:
+                kept = _newest(dataset, query.user, newest)
+                seen = [item for item in seen if item.id in kept]
+            answers[query.user] = usual(_counts(seen), kind, dataset.labels)
         return answers[query.user]
 
     return answer_alone(place, answer)
+
+
+def _newest(dataset: Dataset, user: str, newest: int) -> set[int]:
+    """Return the ids of a user's newest history rows, of all tasks if the data set is that of one of several."""
+    found = dataset.connection.execute(
+        """SELECT r.id FROM main.rows r WHERE r.user = (SELECT number FROM main.users WHERE id = ?)
+        AND r.part = 'history' ORDER BY r.id DESC LIMIT ?""",
+        (user, newest),
+    )
+    return {row for (row,) in found}
 
 
 def _counts(history: Sequence[TextExample]) -> dict[str, int]:
