@@ -14,15 +14,17 @@ import yaml
 
 import proper
 from proper.adapters.store import AdapterStore
+from proper.data.dataset import Dataset
 from proper.enrolment import refresh as module
 from proper.enrolment.refresh import Refreshed, refresh, roll_back
 from proper.errors import RunFolderError
+from proper.evaluation.fingerprint import served_version
 from proper.files import hash_file
 from proper.inference.loading import load
 from proper.interactions.deletion import remove
 from proper.interactions.log import InteractionLog
 from proper.models.checkpoints import load_metadata, load_tensors, save_tensors
-from proper.run_folder import RunFolder
+from proper.run_folder import RunFolder, Stage
 from tests.enrolment.conftest import Open
 from tests.enrolment.lessons import HABIT, OTHER, lessons, record
 
@@ -66,6 +68,13 @@ def version(folder: Path, user: str) -> int:
     return head.version
 
 
+def served(folder: Path) -> list[str]:
+    """What the evaluation of groups and of users would reuse answers by."""
+    run = RunFolder(folder)
+    with Dataset.open(run.data) as dataset:
+        return [served_version(run, dataset, tuple(Stage)[:count]) for count in (2, 3)]
+
+
 def test_users_are_taken_along_and_go_back(kept: Path, whole: tuple[Path, Refreshed], tmp_path: Path) -> None:
     grown, done = Path(shutil.copytree(whole[0], tmp_path / "run")), whole[1]
     run, users = RunFolder(grown), everyone(kept)
@@ -78,12 +87,13 @@ def test_users_are_taken_along_and_go_back(kept: Path, whole: tuple[Path, Refres
     assert all(each.metadata["made"]["by"] == "refresh" for each in after.values())
     for user in ("new", "ann"):
         assert not torch.equal(after[user].embedding, before[user].embedding)
+    assert not {*served(grown)} & {*served(kept)}, "an evaluation would reuse answers of the groups before"
     lost = [user for user in users if before[user].adapter and after[user].adapter is None]
     refitted = [user for user in users if after[user].metadata["reason"].startswith("fitted again")]
     assert {*lost} <= {*refitted} and len(refitted) == done.worse
     for user in {*users} - {*refitted}:
-        kept, held = after[user].adapter or {}, before[user].adapter or {}
-        assert kept.keys() == held.keys() and all(torch.equal(kept[name], held[name]) for name in kept)
+        now, held = after[user].adapter or {}, before[user].adapter or {}
+        assert now.keys() == held.keys() and all(torch.equal(now[name], held[name]) for name in now)
         assert after[user].metadata["made"] == {"by": "refresh", "of": numbers[user]}
     assert refresh(grown).rows == 0, "nothing has come since"
     save_tensors(run.refreshed, *load_tensors(run.previous))  # as a way back leaves it that is killed

@@ -9,6 +9,7 @@ import math
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -34,6 +35,7 @@ from proper.methods.derived_runs import varied
 from proper.methods.end_to_end import JointRunner
 from proper.methods.ladder import derangement
 from proper.methods.table import all_methods
+from proper.run_folder import Tier
 from tests.methods.conftest import answers, steps_of
 
 LABELS = ["blue", "green", "red"]
@@ -76,6 +78,34 @@ def test_the_same_call_again_reuses_everything(
     assert "trains" not in said
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
     assert read(judged / "results.json") == before
+
+
+def test_a_user_who_has_another_version_is_answered_again(
+    judged: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stage's marker does not change with an update or a rollback of its users."""
+    run = Path(shutil.copytree(judged, tmp_path / "run"))
+    caplog.set_level(logging.INFO)
+    with closing(AdapterStore(run / "users")) as store:
+        user = next(user for user, tier in store.users() if tier == Tier.USERS)
+        store.rollback(user)  # to the version of stage 2
+    pipeline.evaluate(run, ["groups", "users", "oppu"])
+    assert "users (seed 0) reuses its predictions" not in caplog.text
+    assert all(f"{name} (seed 0) reuses its predictions" in caplog.text for name in ("groups", "oppu"))
+    same = ("prediction", "loss", "tier")
+    stages = {name: [row for row in answers(run, name) if row["user"] == user] for name in ("groups", "users")}
+    assert stages["users"] and all(
+        [row[key] for row in stages["users"]] == [row[key] for row in stages["groups"]] for key in same
+    )
+    others = [[row for row in answers(folder, "users") if row["user"] != user] for folder in (run, judged)]
+    assert others[0] == others[1]
+    tiers = {row["user"]: row["tier"] for row in read(run / "users.json")["users"]}
+    assert (
+        tiers[user] == "groups" and list(tiers.values()).count("users") == read(run / "results.json")["tiers"]["users"]
+    )
+    caplog.clear()
+    pipeline.evaluate(run, ["users"])
+    assert "users (seed 0) reuses its predictions" in caplog.text
 
 
 def test_an_unknown_method_is_named(judged: Path) -> None:

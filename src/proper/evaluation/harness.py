@@ -23,7 +23,7 @@ from proper.data.dataset import Dataset
 from proper.data.one_task import one_task
 from proper.data.stage_sample import stage_sample
 from proper.data.summary import queries_seen_by_others, require_no_leaks, require_queries, targets_outside
-from proper.evaluation.fingerprint import code_version
+from proper.evaluation.fingerprint import code_version, served_version
 from proper.evaluation.lamp_predictions import write_lamp_predictions
 from proper.evaluation.metrics import Prediction, TaskInfo
 from proper.evaluation.results import Effort, RawResults, build_results, gains_by_user, plain
@@ -170,7 +170,8 @@ class Harness:
         """
         markers = [RunFolder(self.home).marker(stage) for stage in (Stage.GROUPS, Stage.USERS)]
         stages = [read_json(marker) for marker in markers if marker.exists()]
-        key = hash_value([what, self.dataset.sha256, stages, code_version(*MEASURING_CODE)])
+        served = served_version(RunFolder(self.home), self.dataset, tuple(Stage))
+        key = hash_value([what, self.dataset.sha256, stages, served, code_version(*MEASURING_CODE)])
         path = RunFolder(self.home).analysis
         cached = read_record(path, REMOVE_IT) if path.exists() else {}
         found = cached.get(what) if all(each.exists() for each in files) else None

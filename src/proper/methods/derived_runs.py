@@ -23,7 +23,7 @@ from proper.config import Config, make_config
 from proper.data.dataset import Dataset
 from proper.data.summary import require_no_leaks
 from proper.errors import ConfigError
-from proper.evaluation.fingerprint import code_version
+from proper.evaluation.fingerprint import code_version, served_version
 from proper.files import hash_value, make_folder, write_text
 from proper.json_records import NUMBER, read_record
 from proper.methods.spec import DerivedRun, Method, TrainedRun, TrainingWork
@@ -87,7 +87,8 @@ def _place(variant: DerivedRun, run: TrainedRun, home: Path, opened: dict[Path, 
         dataset = _derived(variant, config, run, home, opened)
     settings = config.model_dump(exclude={"evaluation"})
     code = code_version(*TRAINING_CODE)
-    key = hash_value([variant.name, settings, list(variant.inherits), dataset.sha256, run.seed, code])
+    inherited = served_version(RunFolder(run.folder), run.dataset, variant.inherits)
+    key = hash_value([variant.name, settings, list(variant.inherits), dataset.sha256, run.seed, code, inherited])
     return TrainedRun(config, dataset, RunFolder(run.folder).variant(f"{variant.name}-{key[:8]}").path, run.seed)
 
 

@@ -18,7 +18,7 @@ from proper.data.dataset import Dataset
 from proper.data.derived.copies import cut_queries
 from proper.data.one_task import one_task
 from proper.errors import RunFolderError
-from proper.evaluation.fingerprint import code_version
+from proper.evaluation.fingerprint import code_version, served_version
 from proper.evaluation.harness import MethodSpec
 from proper.evaluation.runner import MethodRun, read_predictions, write_predictions
 from proper.export.converted_models import folded_size, int8_bytes
@@ -201,4 +201,7 @@ def _key(method: Method, place: TrainedRun) -> str:
     markers = [RunFolder(place.folder).marker(stage) for stage in method.stages]
     stages = [read_json(marker) for marker in markers]
     settings = place.config.model_dump(exclude={"evaluation"})
-    return hash_value([method.name, settings, place.dataset.sha256, place.seed, stages, code_version(*ANSWERING_CODE)])
+    made_of = [method.name, settings, place.dataset.sha256, place.seed, stages, code_version(*ANSWERING_CODE)]
+    # Nobody changes the users of a variant after its training.
+    own = method.stages if method.variant is None else ()
+    return hash_value([*made_of, served_version(RunFolder(place.folder), place.dataset, own)])
