@@ -16,6 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from proper.data.chat import readable
 from proper.errors import StoreError
 from proper.files import read_json
 from proper.sqlite_files import open_to_read
@@ -82,7 +83,7 @@ def from_data(path: Path, user: str) -> list[Any]:
     try:
         with closing(open_to_read(path)) as data:
             data.row_factory = sqlite3.Row
-            return [dict(row) for row in data.execute(query, (user,))]
+            return [{**dict(row), "prompt": readable(row["prompt"])} for row in data.execute(query, (user,))]
     except sqlite3.Error as error:
         if path.suffix != ".sqlite":
             return []

@@ -10,6 +10,7 @@ from typing import Any
 
 from proper.adapters.manifest import Manifest, user_of
 from proper.adapters.store import WAIT_SECONDS
+from proper.data.chat import readable
 from proper.databases.location import is_made
 from proper.errors import StoreError
 from proper.interactions.log import InteractionLog
@@ -29,14 +30,14 @@ def run_rows(run: Path, user: str) -> Iterator[dict[str, Any]]:
             (user,),
         )
         for row, part, time, prompt, target, item in rows:
-            texts = {"prompt": prompt, "target": target, "timestamp": time, "item": item}
+            texts = {"prompt": readable(prompt), "target": target, "timestamp": time, "item": item}
             yield {"source": "run", "row": row, "part": part, **texts}
 
 
 def logged_rows(log: InteractionLog, tenant: str, user: str) -> Iterator[dict[str, Any]]:
     """Yield every logged interaction of a user, in the order of arrival."""
     for each in log.interactions(tenant, user):
-        own = {"id": each.id, "prompt": each.prompt, "target": each.target, "timestamp": each.time}
+        own = {"id": each.id, "prompt": readable(each.prompt), "target": each.target, "timestamp": each.time}
         yield {"source": "log", **own, "received": each.received}
 
 

@@ -20,6 +20,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from proper.data.chat import readable
 from proper.data.dataset import Dataset
 from proper.data.histories import TextExample
 from proper.errors import InputError, RunFolderError
@@ -167,7 +168,7 @@ def _examples(dataset: Dataset, typical: Sequence[dict[str, Any]], words: dict[s
         if history:
             scored = [(sum(words.get(word, 0.0) for _, word in set(_features(each, False))), each) for each in history]
             best = max(scored, key=lambda pair: (pair[0], -pair[1].id))[1]
-            found.append({"user": best.user, "row": best.id, "prompt": best.prompt, "target": best.target})
+            found.append({"user": best.user, "row": best.id, "prompt": readable(best.prompt), "target": best.target})
     return found[:EXAMPLES]
 
 
