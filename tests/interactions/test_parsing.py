@@ -54,7 +54,7 @@ def test_what_others_answered_is_unknown_for_submitted_rows() -> None:
 
 @pytest.mark.parametrize("column", ["user", "item", "time", "prompt"])
 def test_an_id_that_is_a_column_of_the_run_is_no_interactions_own(column: str, tmp_path: Path) -> None:
-    """Equal ids count once: every interaction of a user but the first would be lost."""
+    """Every interaction of a user but the first would be refused, for the same id with different content."""
     config = DataConfig.model_validate(
         {"path": "x", "prompt": "{input}", column: "{id}" if column == "prompt" else "id"}
     )

@@ -52,7 +52,7 @@ def record_reader(config: DataConfig, task: TaskConfig, user: str) -> Read:
     # The markers of what other users answered are filled when a run reads its data; here, as for an unknown item.
     own = replace(own, prompt=neutral(own.prompt))
     columns = {*own.prompt.columns, *own.target.columns} - {*own.prompt.defaults}
-    # As a column of the run, say the user's, it is no interaction's own: all of a user would be the same one.
+    # As a column of the run, say the user's, it is no interaction's own, and several have the same.
     numbered = _ID not in {config.user, config.time, config.item, *columns}
 
     def read(row: Mapping[str, Any]) -> LogEntry:
