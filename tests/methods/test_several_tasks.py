@@ -71,6 +71,7 @@ def test_results_have_rows_for_each_task(finished: Path) -> None:
     assert set(shares) == {"colour", "say"} and all(abs(sum(own) - 1) < 1e-5 for own in shares.values())
     assert set(read(finished / "users.json")["tasks"]) == {"colour", "say"}
     page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "<title>colour, say on " in page
     assert "Which experts serve which task" in page and "say: " in page
 
 

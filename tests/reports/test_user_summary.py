@@ -110,8 +110,12 @@ def test_gates_and_scores_are_those_of_the_evaluation(run: Path, store: AdapterS
     (run / "users.json").write_text(json.dumps({"metric": "accuracy", "users": [scores]}))
     found = user_summary(run, store, None, "ann")
     assert found["gates"]["words"] == "mostly group 1 (.61), then group 0 (.20)"
-    lines = list(user_words(found))
-    assert "accuracy on 4 queries: .250 with groups, .500 as served" in lines
+    said = "accuracy on 4 queries in the last evaluation: .250 with groups, .500 with users"
+    assert said in user_words(found)
+    (run / "results.json").write_text(
+        '{"run": {"seeds": [0, 1]}}'
+    )  # no single seed, such as the served one, need have it
+    assert f"{said}, means of 2 seeds" in user_words(user_summary(run, store, None, "ann"))
 
 
 def test_gates_in_words() -> None:

@@ -89,7 +89,8 @@ def gather(run: RunFiles) -> dict[str, Any]:
 
 
 def _title(run: RunFiles, kind: str) -> str:
-    task, backbone = run.part("task").get("name") or kind or run.folder.name, run.part("run").get("backbone")
+    task = ", ".join(filter(None, run.tasks)) or run.part("task").get("name") or kind or run.folder.name
+    backbone = run.part("run").get("backbone")
     return f"{task} on {Path(str(backbone)).name}" if backbone else str(task)
 
 

@@ -182,17 +182,22 @@ def _held_out(versions: list[Version]) -> dict[str, Any] | None:
 
 
 def _queries(folder: Path, user: str) -> dict[str, Any] | None:
-    """Return the evaluation's scores on the user's own queries, with groups and with the user's adapter."""
+    """Return the last evaluation's scores on the user's own queries, with groups and with users, means over seeds.
+
+    They may be of an earlier version of the user. `loss` is that of the first seed.
+    """
     scores = read_object(RunFolder(folder).user_scores)
     row = next((row for row in objects(scores.get("users")) if row.get("user") == user), None)
     if row is None:
         return None
     task = next(iter(mapping(scores.get("tasks"))), "")  # of several, the rows are the first one's
     values, losses = mapping(row.get("values")), stage_losses(folder, user, task)
+    seeds = mapping(read_object(RunFolder(folder).results).get("run")).get("seeds")
     return {
         "metric": scores.get("metric"),
         "higher_is_better": scores.get("higher_is_better") is not False,
         "queries": count(row.get("queries")),
+        "seeds": len(seeds) if isinstance(seeds, list) else None,
         "groups": number(values.get("groups")),
         "users": number(values.get("users")),
         "gain": number(row.get("gain_users")),

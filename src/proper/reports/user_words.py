@@ -47,9 +47,10 @@ def _gain(gain: Mapping[str, Any]) -> Iterator[str]:
         yield f"loss on {items} of the history (nats per token): {change}"
     if asked is not None and asked["groups"] is not None and asked["users"] is not None:
         better = "" if asked["higher_is_better"] else " (lower is better)"
-        change = f"{decimal(asked['groups'])} with groups, {decimal(asked['users'])} as served"
+        change = f"{decimal(asked['groups'])} with groups, {decimal(asked['users'])} with users"
         many = plural(asked["queries"] or 0, "query")
-        yield f"{metric_name(str(asked['metric']))} on {many}{better}: {change}"
+        mean = f", means of {asked['seeds']} seeds" if (asked["seeds"] or 1) > 1 else ""
+        yield f"{metric_name(str(asked['metric']))} on {many} in the last evaluation{better}: {change}{mean}"
     if held is None and asked is None:
         yield "gain over the groups: not measured"
 
