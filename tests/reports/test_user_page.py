@@ -89,10 +89,20 @@ def test_of_several_tasks_the_page_has_the_scores_of_the_first(
     assert "Users0.4600.641" in page.text["gain"] and "0.111" not in page.text["gain"]
     assert "queries, users1.250" in page.text["served"] and "notes: Gain in accuracy" in page.text["header"]
     assert page.text["queries"].count("reference") == 10
+    assert "newest 8 of" not in page.text["served"], "stage 3 chooses from the rows of all tasks"
     users = json.loads((stocked / "users.json").read_text())
     users["users"] = [row for row in users["users"] if row["user"] != "u1"]
     (stocked / "users.json").write_text(json.dumps(users))
     assert "The task notes has no queries of this user." in page_of(stocked, "u1").text["header"]
+
+
+def test_a_version_of_an_update_is_not_said_to_be_of_stage_3(stocked: Path, page_of: PageOf) -> None:
+    store = AdapterStore(stocked / "users")
+    facts = {"items": 8, "history": {"run": 10, "logged": 2}, "reason": "loss 2.1 -> 2.0"}
+    store.put([UserRecord("u1", "users", torch.ones(2), {"m.A": torch.ones(1, 2, 3)}, facts)])
+    store.close()
+    served = page_of(stocked, "u1").text["served"]
+    assert "Reason: loss 2.1 -> 2.0." in served and "Stage 3" not in served
 
 
 def test_neighbours_are_the_largest_cosines(stocked: Path) -> None:

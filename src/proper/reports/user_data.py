@@ -56,6 +56,7 @@ class UserReport:
     """One user of a run; values that the run's files lack are None or empty.
 
     Attributes:
+        rows: length of the history that stage 3 chooses from, of all tasks together.
         scores: the user's main metric by method, on the user's own queries.
         losses: the user's mean answer loss on queries by stage, first seed, in nats per token. Of several tasks,
             this and `gain`, `scores` and `queries` are of the first.
@@ -65,6 +66,7 @@ class UserReport:
 
     user: str
     history: int | None
+    rows: int | None
     queries: int | None
     gain: UserGain | None
     scores: Mapping[str, float]
@@ -94,6 +96,7 @@ def load_user(run: RunFiles, user: str) -> UserReport:
     return UserReport(
         user=user,
         history=gain.history if gain else interactions,
+        rows=gain.history if gain and not run.first_task else interactions,
         queries=gain.queries if gain else None,
         gain=gain,
         scores=scores,

@@ -116,8 +116,9 @@ def _served(report: UserReport) -> list[str]:
         pooled = pooled if metadata.get("pooled") and "similar users" not in str(metadata["reason"]) else ""
         story.append(f"Reason: {metadata['reason']}{pooled}.")
     items, passes = number(metadata.get("items")), number(metadata.get("passes"))
-    if items is not None and report.history is not None and items < report.history:
-        story.append(f"Stage 3 used the newest {items:.0f} of {report.history:,} items.")
+    own = "history" not in metadata  # which a version has that was enrolled or updated since
+    if own and items is not None and report.rows is not None and items < report.rows:
+        story.append(f"Stage 3 used the newest {items:.0f} of {report.rows:,} items.")
     if passes is not None and tier == "users":
         story.append(f"The adapter was trained for {plural(int(passes), 'epoch')}.")
     return story
