@@ -64,6 +64,15 @@ def test_bytes_that_cannot_be_read_now_are_not_damaged(two: AdapterStore, monkey
     assert {user: two.versions(user) for user in "abc"} == before and check(two) == []
 
 
+def test_a_file_that_is_replaced_during_a_check_is_no_error(two: AdapterStore) -> None:
+    found = two.shards.blobs()
+    first, _ = next(found)
+    for path in two.paths.blobs.iterdir():
+        if path.name != first:
+            path.unlink()
+    assert list(found) == []
+
+
 def test_a_failed_put_leaves_nothing_to_the_next_one(
     two: AdapterStore, adapter: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:

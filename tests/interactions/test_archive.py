@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sqlite3
 import zipfile
 from collections.abc import Iterator
@@ -155,6 +156,33 @@ def test_a_user_who_is_deleted_meanwhile_gets_no_part_of_an_archive(run: Path, m
         monkeypatch.setattr(archive, "_stored", deleted_first)
         with pytest.raises(InputError, match="there is no user"):
             write_archive(io.BytesIO(), store, log, ANN)
+
+
+def test_files_that_go_while_an_archive_is_written_are_left_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit ends, and reports are removed with another user, between the look at a folder and at its files."""
+    work, files_of = work_folder(run / "users", "", ANN), archive.files_of
+    (work / "stage").mkdir()
+    (work / "stage" / "state").write_text(MARK)
+
+    class Target(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if b"fits/stage/state" in bytes(data):
+                shutil.rmtree(work, ignore_errors=True)
+            return super().write(data)
+
+    def going(folder: Path) -> Iterator[tuple[Any, Path]]:
+        for kind, path in files_of(folder):
+            path.unlink()
+            yield kind, path
+
+    monkeypatch.setattr(archive, "files_of", going)
+    target = Target()
+    with closing(AdapterStore(run / "users")) as store, closing(InteractionLog(run / "users")) as log:
+        write_archive(target, store, log, ANN)
+    with zipfile.ZipFile(target) as content:
+        names = content.namelist()
+    assert "fits/stage/state" in names and "fits/state" not in names
+    assert "version-2.safetensors" in names and not [name for name in names if name.startswith("files/")]
 
 
 def test_a_user_who_is_unknown_or_leaving_has_no_archive(run: Path) -> None:

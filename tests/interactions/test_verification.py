@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import base64
 import bz2
+import errno
 import gzip
 import html
 import io
 import json
 import lzma
+import os
+import shutil
 import sqlite3
 import zipfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -193,6 +197,35 @@ def test_a_file_name_counts_and_an_unreadable_file_is_not_clean(gone: tuple[Path
     (run / "a.gz").write_bytes(gzip.compress(b"x" * 1000)[:-9])
     verified = verify(run, [(USER, prints)])
     assert not verified.clean and verified.certificate["unreadable"][0]["file"] == "a.gz"
+
+
+def test_files_that_a_server_removes_meanwhile_are_left_out(gone: tuple[Path, Fingerprints]) -> None:
+    run, prints = gone
+    ends = run / "users" / "fits" / "0" / "stage"
+    ends.mkdir(parents=True)
+    (ends / "state.sqlite").write_bytes(b"SQLite format 3")
+
+    verified = verify(run, [(USER, prints)], lambda count: shutil.rmtree(ends.parent, ignore_errors=True))
+    assert verified.clean
+    assert "state.sqlite" not in str(verified.certificate["searched"])
+
+
+def test_a_folder_that_cannot_be_read_is_not_clean(
+    gone: tuple[Path, Fingerprints], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, prints = gone
+    (run / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: Any = ".") -> Any:  # a test may run as root, whom no mode keeps out
+        if Path(os.fsdecode(path)).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    verified = verify(run, [(USER, prints)])
+    assert not verified.clean and verified.certificate["result"] == "not all files could be read"
+    assert [each["file"] for each in verified.certificate["unreadable"]] == ["closed"]
 
 
 def test_what_others_wrote_too_is_no_evidence(run: Path, gone: tuple[Path, Fingerprints]) -> None:

@@ -139,7 +139,11 @@ class FolderShards:
     def blobs(self) -> Iterator[tuple[str, int]]:
         """Yield name and size of every file; symbolic links are not followed."""
         for path in sorted(self.folder.iterdir()):
-            yield path.name, path.lstat().st_size
+            try:
+                size = path.lstat().st_size
+            except FileNotFoundError:
+                continue  # of a version that another process has replaced since
+            yield path.name, size
 
     def set_aside(self, blob: str, target: Path) -> None:
         """Move a file (or a symbolic link, which is not followed) to `target`."""

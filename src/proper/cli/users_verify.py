@@ -62,11 +62,11 @@ def verify_deleted(
     run = require_run(folder).home.path
     if originals and fingerprints is not None:
         raise InputError("--originals and --fingerprints exclude each other")
+    from proper.interactions.file_contents import files_below
     from proper.interactions.verification import verify
 
     wanted = _wanted(user, originals or [], fingerprints)
-    files = sum(path.is_file() for path in run.rglob("*"))
-    with progress("search", files) as advance:
+    with progress("search", len(files_below(run))) as advance:
         verified = verify(run, wanted, advance)
     if certificate is not None:
         write_json(certificate, verified.certificate)

@@ -16,6 +16,7 @@ in it.
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing
@@ -28,7 +29,7 @@ from safetensors.torch import save
 
 from proper.adapters.store import DEFAULT_TENANT, AdapterStore
 from proper.databases.location import is_made
-from proper.errors import InputError
+from proper.errors import InputError, ProperError
 from proper.interactions.log import InteractionLog
 from proper.interactions.personal_files import files_of, work_folder
 from proper.interactions.user_rows import logged_rows, run_rows
@@ -124,7 +125,12 @@ def _contents(run: Path, store: AdapterStore, log: InteractionLog, user: str) ->
             yield from _fits(users.path, tenant, user, prefix)
     if tenant == DEFAULT_TENANT:
         for kind, path in files_of(run):
-            found = kind.extract(path, user)
+            try:
+                found = kind.extract(path, user)
+            except (OSError, ProperError):
+                if path.exists():
+                    raise
+                continue  # removed since it was listed, as a report is when another user is deleted
             if found:
                 name = f"files/{path.relative_to(run).as_posix()}.json"
                 yield name, _json({"file": path.relative_to(run).as_posix(), "kind": kind.holds, "found": found})
@@ -144,9 +150,12 @@ def _stored(store: AdapterStore, user: str, prefix: str) -> Iterator[tuple[str, 
 
 def _fits(users: Path, tenant: str, user: str, prefix: str) -> Iterator[tuple[str, bytes]]:
     folder = work_folder(users, tenant, user)
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        if path.is_file():
-            yield f"{prefix}fits/{path.relative_to(folder).as_posix()}", path.read_bytes()
+    for path in sorted(Path(parent, name) for parent, _, names in os.walk(folder) for name in names):
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            continue  # the fit goes on, or has ended
+        yield f"{prefix}fits/{path.relative_to(folder).as_posix()}", content
 
 
 def _line(value: Any) -> bytes:

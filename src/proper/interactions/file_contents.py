@@ -1,4 +1,4 @@
-"""Content of any file as streams of bytes: raw and, if it is compressed or paged, decoded.
+"""Files below a folder, and the content of any file as streams of bytes: raw and, if compressed or paged, decoded.
 
 raw         every byte, for SQLite files the free pages too
 SQLite      every cell with text or bytes, since long values are divided into pages
@@ -11,9 +11,11 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import sqlite3
+import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -34,6 +36,35 @@ class Content(NamedTuple):
     how: str
     inside: str
     pieces: Iterator[bytes]
+
+
+def files_below(folder: Path, unread: Callable[[Path, OSError], None] = lambda path, error: None) -> list[Path]:
+    """Return the files that are searched, in order: all below a folder; `unread` gets folders that cannot be read."""
+    return sorted(path for path in everything_below(folder, unread) if _is_file(path))
+
+
+def everything_below(
+    folder: Path, unread: Callable[[Path, OSError], None] = lambda path, error: None
+) -> Iterator[Path]:
+    """Yield all that is below a folder. `Path.rglob` ends where a folder is removed, and skips what it may not read."""
+    for parent, folders, names in os.walk(folder, onerror=lambda error: unread(Path(error.filename), error)):
+        yield from (Path(parent, name) for name in (*folders, *names))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return True  # reading it says why
+
+
+def is_gone(path: Path) -> bool:
+    """Return whether there is no such file any more."""
+    try:
+        path.lstat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return False
 
 
 def contents(path: Path) -> Iterator[Content]:

@@ -11,6 +11,7 @@ A process that has one of the run's databases open must not search: closing a fi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from proper.databases.location import Location, is_made, location_of
 from proper.errors import StoreError
 from proper.files import hash_file
 from proper.interactions.byte_search import Hit, Search
-from proper.interactions.file_contents import UNREADABLE, contents
+from proper.interactions.file_contents import UNREADABLE, contents, everything_below, files_below, is_gone
 from proper.interactions.fingerprints import Fingerprints, stored_forms
 from proper.interactions.log import InteractionLog
 from proper.interactions.other_users import other_ids, texts_of_others
@@ -130,7 +131,9 @@ def verify(
         "searched": {"files": len(searched), "bytes": sum(each["bytes"] for each in searched), "each": searched},
         **({"object_storage": bucket} if bucket else {}),
         "unreadable": unreadable,
-        "links_not_followed": [path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_symlink()],
+        "links_not_followed": [
+            path.relative_to(run).as_posix() for path in everything_below(run) if os.path.islink(path)
+        ],
         "remains": _remains(run),
         "not_covered": [*_NOT_COVERED, *own_storage],
     }
@@ -148,13 +151,18 @@ def _searches(home: RunFolder, wanted: Sequence[tuple[str, Fingerprints]]) -> di
 
 
 def _search_files(run: Path, searches: dict[str, Search], findings: _Findings, advance: Callable[[int], None]) -> None:
-    """Search every file of the run folder."""
-    for path in sorted(each for each in run.rglob("*") if each.is_file() and not each.is_symlink()):
-        name = path.relative_to(run).as_posix()
+    """Search every file of the run folder; those that a server or a fit removes meanwhile are left out."""
+
+    def unread(path: Path, error: BaseException) -> None:
+        if not is_gone(path):
+            why = f"{type(error).__name__}: {error}"
+            findings.unreadable.append({"file": path.relative_to(run).as_posix(), "why": why})
+
+    for path in files_below(run, unread):
         try:
-            findings.add(*_search_file(path, name, searches))
+            findings.add(*_search_file(path, path.relative_to(run).as_posix(), searches))
         except UNREADABLE as error:
-            findings.unreadable.append({"file": name, "why": f"{type(error).__name__}: {error}"})
+            unread(path, error)
         advance(1)
 
 
