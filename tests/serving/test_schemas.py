@@ -127,6 +127,12 @@ def test_what_would_be_ignored_is_refused(server: Running, more: dict[str, Any])
     assert error["param"] == next(iter(more)) and "is not supported" in error["message"]
 
 
+def test_two_different_lengths_are_refused() -> None:
+    assert ChatRequest.model_validate({**CHAT, "max_tokens": 5, "max_completion_tokens": 5}).max_tokens == 5
+    with pytest.raises(ValidationError, match="max_completion_tokens\n  differs from max_tokens; send one of them"):
+        ChatRequest.model_validate({**CHAT, "max_tokens": 5, "max_completion_tokens": 3})
+
+
 ECHO = {"refusal": None, "annotations": None, "audio": None, "function_call": None, "tool_calls": None, "name": None}
 
 

@@ -219,6 +219,13 @@ class ChatRequest(Options):
     audio: Unsupported = None
     web_search_options: Unsupported = None
 
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _one_length(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("max_tokens") not in (None, value):
+            raise PydanticCustomError("length", "differs from max_tokens; send one of them")
+        return value
+
     @field_validator("top_logprobs")
     @classmethod
     def _with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
