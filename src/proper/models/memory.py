@@ -66,8 +66,8 @@ def device_memory(device: torch.device) -> int:
 def give_back_memory() -> None:
     """Return freed memory to the system, where the C library is glibc.
 
-    glibc keeps what a stage has freed, and the next stage, with tensors of other sizes, cannot always use it: the
-    process would grow from stage to stage.
+    glibc keeps what a batch has freed, and batches of other sizes cannot always use it: the process would grow with its
+    steps, and from stage to stage.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -28,6 +28,7 @@ from proper.data.encoder import EncodedExample
 from proper.data.histories import SampledRows, TextExample
 from proper.errors import NonFiniteLossError
 from proper.files import make_folder, open_private
+from proper.models.memory import give_back_memory
 from proper.training.checkpoint import Checkpoint, adamw_tensors, resume_adamw, seed_of
 from proper.training.early_stopping import EarlyStopping
 from proper.training.optim import factor
@@ -176,8 +177,10 @@ def train(
                 held_out = {} if stopping is None else {"held_out_losses": stopping.losses}
                 best = {} if stopping is None else stopping.tensors()
                 plan.checkpoint.save({**state, **best}, {"step": step + 1, **held_out})
+                give_back_memory()
     if stopping is not None:
         stopping.restore_best(parameters)
+    give_back_memory()
 
 
 @contextmanager
