@@ -66,12 +66,13 @@ MAIN = {
 FURTHER = {
     "huffpost-label": (("half the tokens in stages 1 and 2", "shorter-huffpost-label"),),
     "movielens-rating": (
-        ("rows of stage 1 drawn by rows", "rows-movielens-rating"),
-        ("four times the tokens in stage 1, twice in stage 2", "longer-movielens-rating"),
-        ("half the tokens in stage 1", "wider-movielens-rating"),
-        ("50 users", "small-movielens-rating"),
-        ("50 users, rivals", "rivals-movielens-rating"),
-        ("50 users, other training", "others-movielens-rating"),
+        ("half the tokens in stage 2", "rows-movielens-rating"),
+        ("stage 1 evenly over users, half the tokens in stage 2", "even-movielens-rating"),
+        ("stage 1 evenly over users, four times the tokens in it", "longer-movielens-rating"),
+        ("stage 1 evenly over users, half the tokens", "wider-movielens-rating"),
+        ("50 users, stage 1 evenly over users, half the tokens", "small-movielens-rating"),
+        ("50 users, the same, rivals", "rivals-movielens-rating"),
+        ("50 users, the same, other training", "others-movielens-rating"),
     ),
 }
 """Further results of a set, which no job of the queue makes: what differs from its main run, and the file."""
