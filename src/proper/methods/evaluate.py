@@ -202,6 +202,6 @@ def _key(method: Method, place: TrainedRun) -> str:
     stages = [read_json(marker) for marker in markers]
     settings = place.config.model_dump(exclude={"evaluation"})
     made_of = [method.name, settings, place.dataset.sha256, place.seed, stages, code_version(*ANSWERING_CODE)]
-    # Nobody changes the users of a variant after its training.
+    # The users of a variant do not change after its training.
     own = method.stages if method.variant is None else ()
     return hash_value([*made_of, served_version(RunFolder(place.folder), place.dataset, own)])
