@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from proper.errors import ProperError, RunFolderError
 from proper.models.checkpoints import load_metadata, load_tensors, save_tensors
+from proper.models.memory import give_back_memory
 
 T = TypeVar("T")
 
@@ -43,9 +44,10 @@ class Checkpoint:
         return time.monotonic() - self._last >= max(self.seconds, min(20 * self._took, 20 * self.seconds))
 
     def save(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Replace the checkpoint."""
+        """Replace the checkpoint, and return to the system what the steps since the last one have freed."""
         started = time.monotonic()
         save_tensors(self.path, tensors, metadata)
+        give_back_memory()
         self._last = time.monotonic()
         self._took = self._last - started
 

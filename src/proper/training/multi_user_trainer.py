@@ -27,7 +27,6 @@ from proper.console import Bar, progress
 from proper.data.encoder import EncodedExample
 from proper.layers.bank import AdapterBank
 from proper.layers.low_rank import pull_
-from proper.models.memory import give_back_memory
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.held_out import losses_at_scales, record_losses
@@ -118,7 +117,6 @@ class MultiUserTrainer:
     def _hand_over(self, done: Done, checkpoint: Checkpoint | None = None, again: bool = False) -> None:
         if checkpoint is not None:
             checkpoint.save(self._tensors(), self._metadata())
-            give_back_memory()
         if self.results:
             done(self.results, again)
             self.results = []

@@ -177,7 +177,6 @@ def train(
                 held_out = {} if stopping is None else {"held_out_losses": stopping.losses}
                 best = {} if stopping is None else stopping.tensors()
                 plan.checkpoint.save({**state, **best}, {"step": step + 1, **held_out})
-                give_back_memory()
     if stopping is not None:
         stopping.restore_best(parameters)
     give_back_memory()
