@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from experiments.sources import USER_FORMS
-from proper.evaluation.comparisons import CONTROLS, STEPS, TRIVIAL
+from proper.evaluation.comparisons import CONTROLS, TRIVIAL
 from proper.reports.formats import method_name, signed
+from proper.run_folder import STEPS
 
 
 class Shown(Protocol):
@@ -79,7 +80,7 @@ def by_set(tests: Tests, pair: tuple[str, str]) -> str:
 
 
 def steps(tests: Tests) -> str:
-    """Return the answer on the steps of the ladder."""
+    """Return the answer on the steps between stages."""
     return " ".join(by_set(tests, pair) for pair in (("groups", "population"), ("users", "groups")))
 
 

@@ -33,14 +33,14 @@ before them (`docs/results/recipe.md`).
 `recipes/findings.sh` runs missing jobs; `recipes/findings.sh --list` lists their durations.
 
 95 % intervals are bootstraps over users, in question 0 also over seeds; the other questions average seeds first. p is
-from a permutation test paired by user, with seeds averaged, Holm-adjusted within a family of each table: the steps of
-the ladder, the controls, the other forms of Users, all others. "Better" and "worse" mean p < .05. "Not resolvable here"
-marks a difference that is not significant and is below the minimal detectable difference of these users and queries at
-80 % power. No setting was tuned on the queries; the budget of MovieLens' stage 2 in the main table was raised to that
-of the other sets after a result on them (question 0). Claims are about the main metric. The loss of the true answers
-(nats per token) is a second metric of the same runs; it detects smaller differences, because it includes the confidence
-of the model. The other metrics (macro F1, root mean squared error, ROUGE-L and measures of style) are in the folded
-table of each run that was measured with them.
+from a permutation test paired by user, with seeds averaged, Holm-adjusted within a family of each table: the steps
+between stages, the controls, the other forms of Users, all others. "Better" and "worse" mean p < .05. "Not resolvable
+here" marks a difference that is not significant and is below the minimal detectable difference of these users and
+queries at 80 % power. No setting was tuned on the queries; the budget of MovieLens' stage 2 in the main table was
+raised to that of the other sets after a result on them (question 0). Claims are about the main metric. The loss of the
+true answers (nats per token) is a second metric of the same runs; it detects smaller differences, because it includes
+the confidence of the model. The other metrics (macro F1, root mean squared error, ROUGE-L and measures of style) are in
+the folded table of each run that was measured with them.
 
 """
 

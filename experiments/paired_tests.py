@@ -9,9 +9,10 @@ from typing import Any
 
 from experiments.answers import label
 from experiments.sources import Source
-from proper.evaluation.comparisons import CONTROLS, FORMS, STEPS
+from proper.evaluation.comparisons import CONTROLS, FORMS
 from proper.evaluation.statistics import holm
 from proper.reports.formats import METRICS, NO_BREAK, p_text, plain, signed
+from proper.run_folder import STEPS
 
 LEVEL = 0.05
 Pair = tuple[str, str]
@@ -73,7 +74,7 @@ def tests_of(source: Source, part: Mapping[str, Any], metric: str | None = None)
 
 
 def _adjusted(p_values: Mapping[Pair, float]) -> dict[Pair, float]:
-    """Return Holm's p within each family: steps of the ladder, controls, other forms of Users, everything else."""
+    """Return Holm's p within each family: steps between stages, controls, other forms of Users, everything else."""
     found: dict[Pair, float] = {}
     rest = [pair for pair in p_values if pair not in (*STEPS, *CONTROLS)]
     # A further form must not make what is said of Users itself less certain.

@@ -28,7 +28,8 @@ from experiments.sources import (
     main_sources,
     short_history,
 )
-from proper.evaluation.comparisons import CONTROLS, STEPS
+from proper.evaluation.comparisons import CONTROLS
+from proper.run_folder import STEPS
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from proper.evaluation.comparisons import CONTROLS, STEPS
+from proper.evaluation.comparisons import CONTROLS
+from proper.run_folder import STEPS
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def answer(folder: Path, methods: Sequence[str]) -> None:
         Dataset.open(RunFolder(folder).data) as dataset,
         evaluating(config, dataset, {0: folder}) as evaluator,
     ):
-        for method in evaluator.contenders(known_methods(methods, config)):
+        for method in evaluator.specs(known_methods(methods, config)):
             method.answers(0)
 
 

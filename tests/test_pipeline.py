@@ -25,7 +25,7 @@ from proper.data.demo import DemoSettings, demo_config, write_demo
 from proper.errors import ConfigError, DataError, RunFolderError
 from proper.interactions.personal_files import files_of
 from proper.models.tokenizer import EMBEDDED, backbone_location, configured_encoder, load_tokenizer
-from proper.run_folder import LADDER, STORES, Stage
+from proper.run_folder import STAGE_METHODS, STORES, Stage
 from tests.s3_server import S3Server
 
 DOCUMENTED = (
@@ -90,7 +90,7 @@ TRIVIAL = ("global-majority", "user-majority", "user-majority-same", "prior")
 def test_every_method_answers_every_query(finished: Path) -> None:
     results = read(finished / "results.json")
     assert results["schema"] == 1
-    assert {row["method"] for row in results["metrics"]} == {*LADDER, *TRIVIAL}
+    assert {row["method"] for row in results["metrics"]} == {*STAGE_METHODS, *TRIVIAL}
     counts = {
         method: (finished / "predictions" / f"{method}.jsonl").read_text(encoding="utf-8").count("\n")
         for method in ("base", "population", "groups", "users")
@@ -303,7 +303,7 @@ def test_presets_run_to_the_report(backbone_folder: Path, tmp_path: Path, preset
     assert (out / "report.html").is_file()
     results = read(out / "results.json")
     assert results["routing"]["experts"] == 3
-    assert {row["method"] for row in results["metrics"]} == {*LADDER, *TRIVIAL}
+    assert {row["method"] for row in results["metrics"]} == {*STAGE_METHODS, *TRIVIAL}
     if preset == "released":
         # A table per module with D = I: the sum of all inputs of the FFN's modules in both layers.
         cost = next(row for row in results["cost"] if row["method"] == "groups")

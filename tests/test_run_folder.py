@@ -86,7 +86,7 @@ def test_the_search_finds_what_it_looks_for(tmp_path: Path, source: str, hit: st
 
 def test_stages_and_tiers_are_their_names_on_disk() -> None:
     assert [f"{stage}" for stage in Stage] == ["population", "groups", "users"]
-    assert ("base", *Stage) == run_folder.LADDER and Tier.NONE == "none"
+    assert ("base", *Stage) == run_folder.STAGE_METHODS and Tier.NONE == "none"
 
 
 def test_every_path_is_in_the_registry() -> None:

@@ -151,7 +151,7 @@ def _evaluate(folder: Path, methods: Sequence[str] | None) -> dict[str, Any]:
         evaluating(config, dataset, folders) as evaluator,
     ):
         require_targets(chosen, dataset)
-        results = Harness(config, dataset, folders).evaluate(evaluator.contenders(chosen))
+        results = Harness(config, dataset, folders).evaluate(evaluator.specs(chosen))
         write_methods_csv(folder)
     return results
 

@@ -58,8 +58,11 @@ class Tier(StrEnum):
     USERS = "users"
 
 
-LADDER: tuple[str, ...] = (Tier.BASE, Tier.POPULATION, Tier.GROUPS, Tier.USERS)
-"""The backbone and the three stages: the methods whose differences measure what each stage adds."""
+STAGE_METHODS: tuple[str, ...] = (Tier.BASE, Tier.POPULATION, Tier.GROUPS, Tier.USERS)
+"""The backbone and the three stages, as compared methods."""
+
+STEPS: tuple[tuple[str, str], ...] = ((Tier.GROUPS, Tier.POPULATION), (Tier.USERS, Tier.GROUPS))
+"""Each personalized stage with the stage before it: their differences measure what the stage adds."""
 
 
 class Personal(StrEnum):

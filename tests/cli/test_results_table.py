@@ -79,7 +79,7 @@ def test_errors_are_better_when_lower_and_seeds_are_counted() -> None:
     ]
 
 
-def test_a_run_prints_its_ladder_and_where_its_report_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_prints_its_stages_and_where_its_report_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_results(tmp_path)
     assert capsys.readouterr().out == f"{tmp_path}\n"
     write_json(tmp_path / "results.json", {"metrics": [metric("population", 0.5)], "comparisons": []})

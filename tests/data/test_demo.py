@@ -34,13 +34,13 @@ from proper.errors import InputError
 TASKS = ("classification", "rating", "style")
 _ROUGE = RougeScorer(["rouge1"], use_stemmer=False)
 
-# Per task: what an answer scores against the gold one, and the interval each rung of the ladder must lie in.
+# Per task: what an answer scores against the gold one, and the interval of the mean score by what is known of a user.
 _SCORES: dict[str, Callable[[str, str], float]] = {
     "classification": lambda answer, gold: float(answer == gold),
     "rating": lambda answer, gold: abs(float(answer) - float(gold)),
     "style": lambda answer, gold: _ROUGE.score(gold, answer)["rouge1"].fmeasure,
 }
-_LADDERS = {
+_TRUE_SCORES = {
     "classification": {"population": (0.17, 0.25), "groups": (0.66, 0.76), "users": (0.96, 1.0)},
     "rating": {"population": (1.1, 1.3), "groups": (0.38, 0.5), "users": (0.0, 0.08)},
     "style": {"population": (0.5, 0.62), "groups": (0.69, 0.8), "users": (0.98, 1.0)},
@@ -88,17 +88,17 @@ def test_rows_have_the_documented_columns_in_order_of_time(demo: Demo) -> None:
     assert len({row["item_id"] for row in demo.rows}) == len(demo.rows)
 
 
-def test_truth_covers_every_person_and_item(demo: Demo) -> None:
+def test_truth_covers_every_user_and_item(demo: Demo) -> None:
     assert demo.truth["n_groups"] == 5
     assert demo.truth["groups"].keys() == {row["user_id"] for row in demo.rows}
     assert Counter(demo.truth["groups"].values()) == dict.fromkeys(range(5), 60)
     assert demo.truth["answers"].keys() == {row["item_id"] for row in demo.rows}
 
 
-def test_truth_is_a_ladder_of_the_intended_size(demo: Demo) -> None:
+def test_knowledge_of_group_and_user_adds_as_much_as_intended(demo: Demo) -> None:
     task = demo.truth["task"]
     assert demo.truth["metric"] == {"classification": "accuracy", "rating": "mae", "style": "rouge1"}[task]
-    for knowledge, (low, high) in _LADDERS[task].items():
+    for knowledge, (low, high) in _TRUE_SCORES[task].items():
         answers = demo.truth["answers"]
         scores = [_SCORES[task](answers[row["item_id"]][knowledge], row["output"]) for row in demo.queries()]
         assert low <= np.mean(scores) <= high, knowledge

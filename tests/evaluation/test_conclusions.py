@@ -159,7 +159,7 @@ def test_a_step_whose_power_is_unknown_says_nothing_about_it():
     assert found(comparisons=[row(p_adjusted=1.0, resolvable=float("nan"))])[0].endswith("adjusted p = 1.000).")
 
 
-def test_only_the_ladder_speaks():
+def test_only_the_primary_family_speaks():
     assert found(comparisons=[row(family="other", p_adjusted=0.9)]) == []
 
 

@@ -107,11 +107,11 @@ def test_a_method_with_a_missing_loss_has_no_loss_row():
 
 
 @pytest.mark.parametrize("task", [LABELS, STARS])
-def test_the_primary_family_is_the_ladder_and_each_family_is_adjusted_by_itself(task):
+def test_the_primary_family_is_the_steps_between_stages_and_each_family_is_adjusted_by_itself(task):
     found = build(task, predictions_of(task, rag=0.4))["comparisons"]
     main = "accuracy" if task is LABELS else "mae"
-    ladder = [row for row in found if row["family"] == "primary"]
-    assert [(row["method"], row["against"], row["metric"]) for row in ladder] == [
+    steps = [row for row in found if row["family"] == "primary"]
+    assert [(row["method"], row["against"], row["metric"]) for row in steps] == [
         ("groups", "population", main),
         ("users", "groups", main),
     ]
@@ -119,8 +119,8 @@ def test_the_primary_family_is_the_ladder_and_each_family_is_adjusted_by_itself(
     for family in ("primary", "other"):
         rows = [row for row in found if row["family"] == family]
         assert [row["p_adjusted"] for row in rows] == holm([row["p_value"] for row in rows])
-    assert all(row["relative"] > 0 for row in ladder)
-    assert (ladder[0]["difference"] > 0) == (task is LABELS)
+    assert all(row["relative"] > 0 for row in steps)
+    assert (steps[0]["difference"] > 0) == (task is LABELS)
     assert ("users", "rag", main) in [(row["method"], row["against"], row["metric"]) for row in found]
 
 

@@ -135,7 +135,7 @@ def test_scores_are_those_of_the_tier(run: Path, model: PersonalizedModel) -> No
         assert found[at].tolist() == pytest.approx(score_labels(model.model, ids, tokens, rows)[0].tolist(), abs=1e-4)
 
 
-def test_the_ladder(run: Path, model: PersonalizedModel) -> None:
+def test_each_stage_adds_its_part_of_the_model(run: Path, model: PersonalizedModel) -> None:
     tiers, texts = {}, {}
     for stage in ("base", "population", "groups", "users"):
         at = load(run, stage)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ from proper.inference.loading import load
 from proper.inference.score import score
 from proper.methods.derived_runs import varied
 from proper.methods.end_to_end import JointRunner
-from proper.methods.ladder import derangement
+from proper.methods.stage_methods import derangement
 from proper.methods.table import all_methods
 from proper.run_folder import Tier
 from tests.methods.conftest import answers, steps_of

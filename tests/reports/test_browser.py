@@ -30,7 +30,7 @@ def opened(browser: Browser, folder: Path, width: int, scheme: str, path: Path |
 def test_every_figure_is_drawn(browser: Browser, folder: Path, width: int, scheme: str) -> None:
     page, trouble = opened(browser, folder, width, scheme)
     drawings = page.locator("svg[role=img]")
-    assert drawings.count() == 1 + 2 + 1 + 2 + 5  # ladder, gains, heat map, maps, curves
+    assert drawings.count() == 1 + 2 + 1 + 2 + 5  # stages, gains, heat map, maps, curves
     for index in range(drawings.count()):
         box = drawings.nth(index).bounding_box()
         assert box and box["width"] > 80 and box["height"] > 8
@@ -76,7 +76,7 @@ def test_hovering_names_the_user_and_the_values(browser: Browser, folder: Path) 
 
 def test_text_can_be_read_on_a_phone(browser: Browser, folder: Path) -> None:
     page, _ = opened(browser, folder, 360, "light")
-    names = page.locator("#ladder .name").evaluate_all(
+    names = page.locator("#stages .name").evaluate_all(
         "texts => texts.map(text => text.getBoundingClientRect()).map(box => [box.left, box.right])"
     )
     assert len(names) == 4

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from proper.reports.charts import canvas, color, key, log_axis, value_axis, whiskers
 from proper.reports.curves import curves
-from proper.reports.figures import forest, gains, heat, ladder, maps, values
+from proper.reports.figures import forest, gains, heat, main_metric, maps, values
 from proper.reports.load import CurvePoint, ReportedMetric, RoutedUser, UserGain
 from proper.reports.svg import PALETTE
 
@@ -88,7 +88,7 @@ def test_one_of_everything_and_no_variation_still_draws(value: float) -> None:
     user = RoutedUser("u", None, (0.5, 0.5), 0, (value, value), None)
     side = {"method": "users", "metric": "accuracy", "higher_is_better": True, "first": {"value": value}}
     charts = [
-        ladder([row], {}),
+        main_metric([row], {}),
         heat([user, user]),
         *maps([user]),
         gains([UserGain("u", 0, None, "users", None, value)], "users", "accuracy"),
@@ -100,7 +100,7 @@ def test_one_of_everything_and_no_variation_still_draws(value: float) -> None:
 
 
 def test_nothing_to_draw_is_no_chart() -> None:
-    assert ladder([], {}) is None and heat([]) is None and maps([]) == [] and curves({}) == []
+    assert main_metric([], {}) is None and heat([]) is None and maps([]) == [] and curves({}) == []
     assert gains([UserGain("u", 3, 1, "users", None, None)], "users", "accuracy") is None
     assert values([], ("a", "b")) is None and forest([], ("a", "b")) is None
 

@@ -17,7 +17,7 @@ from proper.reports import write_report
 Render = Callable[[], Any]
 Change = Callable[[Callable[[dict[str, Any]], None]], None]
 OPTIONAL = ["metrics.jsonl", "routing.json", "users.json", "predictions"]
-SECTIONS = ["ladder", "scores", "gains", "examples", "routing", "curves", "signatures", "truth", "tiers", "cost", "run"]
+SECTIONS = ["stages", "scores", "gains", "examples", "routing", "curves", "signatures", "truth", "tiers", "cost", "run"]
 
 
 def remove(path: Path) -> None:
@@ -41,13 +41,13 @@ def test_headline_tells_a_clear_gain_from_one_that_is_not(render: Render) -> Non
     assert "0.512 → 0.583 → 0.641" in header
 
 
-def test_ladder_shows_stages_with_intervals_and_no_other_method(render: Render) -> None:
+def test_the_first_chart_shows_stages_with_intervals_and_no_other_method(render: Render) -> None:
     page = render()
-    assert "accuracy (higher is better)" in page.text["ladder"]
+    assert "accuracy (higher is better)" in page.text["stages"]
     for value in ("0.210", "0.512", "0.583", "0.641", "+13.9 %", "(+9.9 %)"):
-        assert value in page.text["ladder"]
-    assert "Groups\naccuracy 0.583\n95 % [0.543, 0.623]" in page.tips["ladder"]
-    assert "OPPU" not in page.text["ladder"]
+        assert value in page.text["stages"]
+    assert "Groups\naccuracy 0.583\n95 % [0.543, 0.623]" in page.tips["stages"]
+    assert "OPPU" not in page.text["stages"]
 
 
 def test_one_seed_is_counted_as_one(render: Render, change: Callable[..., None]) -> None:

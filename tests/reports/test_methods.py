@@ -16,7 +16,7 @@ from proper.reports.methods import claim_story, cost_quality, methods_table, wri
 
 @pytest.fixture
 def many(change: Callable[[Callable[[dict[str, Any]], None]], None], folder: Path) -> Path:
-    """The run with a method beside the ladder, standings and what could be resolved."""
+    """The run with a method beside the stages, standings and what could be resolved."""
 
     def edit(results: dict[str, Any]) -> None:
         for row in results["metrics"]:
@@ -53,7 +53,7 @@ def test_the_best_is_bold_and_first_and_a_tie_is_marked(many: Path) -> None:
     )
 
 
-def test_the_ladder_alone_has_no_table_of_methods(folder: Path, change: Any) -> None:
+def test_stages_alone_have_no_table_of_methods(folder: Path, change: Any) -> None:
     change(lambda results: results.update(metrics=[r for r in results["metrics"] if r["method"] != "oppu"]))
     assert methods_table(load_run(folder)) is None
     assert "All methods on the same queries" not in write_report(folder).read_text(encoding="utf-8")

@@ -111,7 +111,7 @@ def test_several_tasks_are_told_apart(render: Callable[[], Any], change: Change)
     assert "Letters, groups: a measurable gain" in page.text["header"] and "notes, users" in page.text["header"]
     assert "notes: Population → Groups" in page.text["header"] and "letters: Population → Groups" in page.text["header"]
     assert "7letters: target users" in page.text["header"] and "letters: queries70" in page.text["run"]
-    assert "notes: accuracy" in page.text["ladder"] and "letters: mean absolute error" in page.text["ladder"]
+    assert "notes: accuracy" in page.text["stages"] and "letters: mean absolute error" in page.text["stages"]
     assert "notes: Users − Groups" in page.text["scores"] and "letters: Users − Groups" in page.text["scores"]
     said = "methodmain metric", "Accuracy, higher is better; Mean absolute error, lower is better; best first"
     assert all(each in page.text["scores"] for each in said)

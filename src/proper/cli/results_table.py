@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from proper.json_records import REMOVE_IT, read_record
-from proper.run_folder import LADDER, RunFolder
+from proper.run_folder import STAGE_METHODS, RunFolder
 
 _STANDINGS = {"best": "   best", "tied": "   not significantly different from the best"}
 
@@ -33,7 +33,8 @@ def results_table(results: Mapping[str, Any]) -> list[str]:
         }
         shown = [_method(row, steps.get(row["method"]), width) for row in here]
         # The best method is marked only if there are others than the four stages.
-        marks = [_STANDINGS.get(row.get("standing"), "") if set(map(_name, here)) - set(LADDER) else "" for row in here]
+        others = set(map(_name, here)) - set(STAGE_METHODS)
+        marks = [_STANDINGS.get(row.get("standing"), "") if others else "" for row in here]
         kinds = ["   trivial" if row.get("trivial") else "" for row in here]
         lines += [f"{line}{kind}{mark}" for line, kind, mark in zip(shown, kinds, marks, strict=True)]
         lines += several.get(task, {}).get("trivial", {}).get("sentences", [])

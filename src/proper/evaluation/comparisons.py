@@ -1,6 +1,6 @@
 """Paired comparisons of methods: which pairs are tested, and their p-values, Holm-adjusted by family.
 
-The primary family is the two steps of the ladder (groups against population, users against groups) on the task's main
+The primary family is the two steps between stages (groups against population, users against groups) on the task's main
 metric. The controls are a second family, the trivial rows a third, measures of style a fourth, and all other
 comparisons form the family "other"; p-values are adjusted within each family.
 """
@@ -13,12 +13,10 @@ from typing import Any
 
 from proper.evaluation.metrics import TaskInfo, primary_metric
 from proper.evaluation.statistics import UserScores, compare, holm
-from proper.run_folder import LADDER
+from proper.run_folder import STAGE_METHODS, STEPS
 
 Scores = Mapping[tuple[str, str], UserScores]
 """Scores by (method, metric)."""
-
-STEPS = (("groups", "population"), ("users", "groups"))
 
 CONTROLS = (
     ("groups", "population-more"),
@@ -57,8 +55,7 @@ ABLATIONS = (
 """Methods that are also compared with a specific counterpart, besides the last stage."""
 
 FORMS = ("users+prior", "users+residual", "users+head", "users+rag")
-"""Further forms of stage 3, which are compared with every method that is not of the ladder, as the last stage is."""
-
+"""Further forms of stage 3, which are compared with every method that is not a stage, as the last stage is."""
 
 CONSTANT = "global-majority"
 """The method that answers the best constant."""
@@ -73,16 +70,16 @@ TRIVIAL = (CONSTANT, "user-majority", "user-majority-same", "prior", LEAD)
 def default_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
     """Return the (method, against) pairs that every run compares.
 
-    These are the steps of the ladder, users against population, the controls, population against the best constant
+    These are the steps between stages, users against population, the controls, population against the best constant
     (text: against the input's first words), and the last evaluated stage against every other method.
     """
     wanted = (*STEPS, ("users", "population"), *CONTROLS, *ABLATIONS, ("population", CONSTANT), ("population", LEAD))
     pairs = [pair for pair in wanted if set(pair) <= set(methods)]
     # The backbone alone is a stage only where no other was evaluated.
-    ladder = [method for method in LADDER[1:] if method in methods] or [m for m in LADDER[:1] if m in methods]
-    others = [method for method in methods if method not in ladder]
+    stages = [m for m in STAGE_METHODS[1:] if m in methods] or [m for m in STAGE_METHODS[:1] if m in methods]
+    others = [method for method in methods if method not in stages]
     forms = [(form, other) for form in FORMS if form in methods for other in others if other != form]
-    return list(dict.fromkeys(pairs + [(ladder[-1], other) for other in others if ladder] + forms))
+    return list(dict.fromkeys(pairs + [(stages[-1], other) for other in others if stages] + forms))
 
 
 def comparison_rows(
@@ -125,7 +122,7 @@ def adjust(rows: Sequence[dict[str, Any]]) -> None:
 
 def _family(method: str, against: str) -> str:
     pair = (method, against)
-    if method in LADDER and against in TRIVIAL:
+    if method in STAGE_METHODS and against in TRIVIAL:
         return "trivial"
     return "primary" if pair in STEPS else "controls" if pair in CONTROLS else "other"
 

@@ -15,7 +15,7 @@ from typing import Any
 from proper.evaluation.comparisons import CONSTANT, CONTROLS, TRIVIAL
 from proper.evaluation.metrics import Prediction
 from proper.evaluation.statistics import smallest_p
-from proper.run_folder import LADDER
+from proper.run_folder import STAGE_METHODS
 
 LEVEL = 0.05
 """Significance level of the tests, after Holm's adjustment."""
@@ -58,7 +58,7 @@ def claim(comparisons: Sequence[Mapping[str, Any]], trivial: Mapping[str, Any] |
 def against_trivial(
     metrics: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """Return the `trivial` of `results.json`: how the ladder compares with rows that need no model.
+    """Return the `trivial` of `results.json`: how the stages compare with rows that need no model.
 
     `stage` is the last evaluated stage and `best` the best trivial row. `beaten` lists the trivial rows that the stage
     beats on the main metric at p < .05, adjusted over them; `wins` those with a better value than the stage; `unclear`
@@ -74,7 +74,7 @@ def against_trivial(
     """
     values = {row["method"]: row for row in metrics if row["primary"]}
     names = [name for name in TRIVIAL if name in values]
-    stages = [stage for stage in LADDER if stage in values]
+    stages = [stage for stage in STAGE_METHODS if stage in values]
     if not names or not stages:
         return None
     stage, tested = stages[-1], {(row["method"], row["against"]): row for row in comparisons if row["primary"]}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from proper.errors import DataError
-from proper.evaluation.comparisons import STEPS, TRIVIAL, Scores, comparison_rows, default_pairs
+from proper.evaluation.comparisons import TRIVIAL, Scores, comparison_rows, default_pairs
 from proper.evaluation.conclusions import against_trivial, claim, failure_signatures, one_answer
 from proper.evaluation.metrics import (
     TaskInfo,
@@ -25,7 +25,7 @@ from proper.evaluation.scoring import Predictions, require_ids, score_all, score
 from proper.evaluation.slices import part_rows, slice_rows
 from proper.evaluation.statistics import UserScores, estimate, standings
 from proper.evaluation.style import Habits
-from proper.run_folder import LADDER
+from proper.run_folder import STAGE_METHODS, STEPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ def gains_by_user(predictions: Predictions, task: TaskInfo, scores: Scores | Non
     first = next(iter(predictions.values()))
     if scores is None:
         scores = {(method, name): scores_of(name, method, predictions, task) for method in first}
-    last = next((stage for stage in reversed(LADDER) if stage in first), next(iter(first)))
+    last = next((stage for stage in reversed(STAGE_METHODS) if stage in first), next(iter(first)))
     tiers = {row.user: row.tier for row in first[last]}
     values = {method: scores[method, name].user_values() for method in first}
     users, counts = scores[next(iter(first)), name].users, scores[next(iter(first)), name].counts

@@ -18,7 +18,7 @@ from proper.models.backbone import configured_backbone
 from proper.models.checkpoints import bases_digest, load_bases, load_groups, load_router, settled
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
-from proper.run_folder import LADDER, RunFolder, Stage, Tier, require_run
+from proper.run_folder import STAGE_METHODS, RunFolder, Stage, Tier, require_run
 
 
 def load(folder: str | Path, stage: str | None = None) -> PersonalizedModel:
@@ -36,8 +36,8 @@ def load(folder: str | Path, stage: str | None = None) -> PersonalizedModel:
     """
     run = require_run(Path(folder))
     config = settled(load_run_config(run.config), run.experts)
-    if stage is not None and stage not in LADDER:
-        raise InputError(f"there is no stage {stage!r}; stages are: {', '.join(LADDER)}")
+    if stage is not None and stage not in STAGE_METHODS:
+        raise InputError(f"there is no stage {stage!r}; stages are: {', '.join(STAGE_METHODS)}")
     tier = last_stage(run) if stage is None else Tier(stage)
     backbone = configured_backbone(config)
     if tier != Tier.BASE:

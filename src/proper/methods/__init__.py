@@ -1,1 +1,1 @@
-"""Methods under comparison (baselines, ladder, ablations, controls): training data, training and inference of each."""
+"""Methods under comparison (stages, baselines, ablations, controls): training data, training and inference of each."""

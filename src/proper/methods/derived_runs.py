@@ -33,8 +33,8 @@ from proper.training.trainer import MetricsLog
 
 logger = logging.getLogger(__name__)
 
-BASELINES = tuple(f"methods/{name}.py" for name in ("end_to_end", "per_user_lora", "poly", "poly_layers", "residual"))
-TRAINING_CODE = ("data", "layers", "models", "training", "methods/ladder.py", "methods/derived_runs.py", *BASELINES)
+_TRAINERS = ("stage_methods", "derived_runs", "end_to_end", "per_user_lora", "poly", "poly_layers", "residual")
+TRAINING_CODE = ("data", "layers", "models", "training", *(f"methods/{name}.py" for name in _TRAINERS))
 
 
 def find_place(method: Method, run: TrainedRun, home: Path, opened: dict[Path, Dataset]) -> TrainedRun:

@@ -31,8 +31,8 @@ from proper.evaluation.runner import MethodRun
 from proper.files import hash_file, write_json
 from proper.inference.loading import serve_users
 from proper.layers.bank import AdapterBank
-from proper.methods.ladder import answer_with
 from proper.methods.spec import TrainedRun, TrainingWork
+from proper.methods.stage_methods import answer_with
 from proper.models.backbone import configured_backbone
 from proper.models.checkpoints import save_tensors
 from proper.models.personal import ProperModel

@@ -50,7 +50,7 @@ class MethodEvaluator:
     folders: Mapping[int, Path]
     opened: dict[Path, Dataset] = field(default_factory=dict)
 
-    def contenders(self, methods: Sequence[Method]) -> list[MethodSpec]:
+    def specs(self, methods: Sequence[Method]) -> list[MethodSpec]:
         """Return the methods as `MethodSpec` for the harness.
 
         Raises:
@@ -59,9 +59,9 @@ class MethodEvaluator:
         for method in methods:
             for folder in self.folders.values():
                 require_own_stages(method, folder)
-        return [self._contender(method) for method in methods]
+        return [self._spec(method) for method in methods]
 
-    def _contender(self, method: Method) -> MethodSpec:
+    def _spec(self, method: Method) -> MethodSpec:
         places: dict[int, TrainedRun] = {}
         made: list[MethodRun] = []
 
@@ -83,11 +83,11 @@ class MethodEvaluator:
 @contextmanager
 def evaluating(config: Config, dataset: Dataset, folders: Mapping[int, Path]) -> Iterator[MethodEvaluator]:
     """Yield an evaluator; close the datasets of variants on exit."""
-    judge = MethodEvaluator(config, dataset, folders)
+    evaluator = MethodEvaluator(config, dataset, folders)
     try:
-        yield judge
+        yield evaluator
     finally:
-        for opened in judge.opened.values():
+        for opened in evaluator.opened.values():
             opened.close()
 
 

@@ -22,8 +22,8 @@ from proper.config import Config, make_config
 from proper.data.dataset import Dataset
 from proper.data.derived.copies import keep_asking, shorten_histories
 from proper.errors import ConfigError
-from proper.methods.ladder import train_stages
 from proper.methods.spec import Derive, DerivedRun, Method
+from proper.methods.stage_methods import train_stages
 from proper.run_folder import Stage
 
 STAGES = tuple(Stage)
@@ -81,7 +81,7 @@ def change(method: Method, changes: list[tuple[str, str]], config: Config) -> Me
     inherits = tuple(stage for stage in own.inherits if STAGES.index(stage) < STAGES.index(found.first))
     if found.derive is None and all(STAGES.index(stage) < STAGES.index(found.first) for stage in method.stages):
         raise ConfigError(f"evaluation.methods: '{name}': '{method.name}' trains nothing that this changes")
-    # The ladder's methods share one folder, as do methods with the same variant, so groups and users train only once.
+    # The stages share one folder, as do methods with the same variant, so groups and users train only once.
     stem = re.sub(r"[^\w.]+", "-", f"{own.name}{name.removeprefix(method.name)}").strip("-")
     variant = replace(
         own,

@@ -19,8 +19,8 @@ from proper.evaluation.runner import MethodRun
 from proper.files import write_json
 from proper.inference.model import ServedUsers
 from proper.layers.bank import AdapterBank
-from proper.methods.ladder import answer_with
 from proper.methods.spec import TrainedRun, TrainingWork
+from proper.methods.stage_methods import answer_with
 from proper.models.backbone import configured_backbone
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel

@@ -35,8 +35,8 @@ from proper.inference.loading import load
 from proper.inference.score import score
 from proper.methods.derived_runs import find_place
 from proper.methods.evaluate import answered
-from proper.methods.ladder import as_itself, train_stages
 from proper.methods.spec import DerivedRun, Method, PerUser, TrainedRun
+from proper.methods.stage_methods import as_itself, train_stages
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.jobs import held_out_items
 

@@ -24,8 +24,8 @@ from proper.data.derived.copies import Count
 from proper.data.derived.retrieval import Vectors, add_profiles, retrieve
 from proper.data.stage_sample import SHARED_STAGES, stage_sample
 from proper.inference.forward import pad_left
-from proper.methods.ladder import train_stages
 from proper.methods.spec import DerivedRun
+from proper.methods.stage_methods import train_stages
 from proper.models.backbone import configured_backbone
 from proper.models.tokenizer import configured_encoder
 

@@ -1,4 +1,4 @@
-"""Registry of all methods by name: the ladder, baselines, the paper's ablations, and the controls.
+"""Registry of all methods by name: the stages, baselines, the paper's ablations, and the controls.
 
 A new method is a new entry here.
 """
@@ -20,7 +20,6 @@ from proper.export.converted_models import STATIC_EXPORT, USERS_INT8
 from proper.methods.derived_runs import varied
 from proper.methods.end_to_end import answer_end_to_end, train_end_to_end, train_equal_steps
 from proper.methods.head import HEAD
-from proper.methods.ladder import as_another, as_itself, as_one, exported, in_eight_bits, train_one_user, train_stages
 from proper.methods.overrides import change, split_name
 from proper.methods.per_user_lora import answer_per_user, train_leaking, train_per_user
 from proper.methods.poly import answer_poly, train_poly
@@ -29,6 +28,15 @@ from proper.methods.residual import RESIDUAL, with_residual
 from proper.methods.retrieved import add_profile, retrieved_run
 from proper.methods.spec import DerivedRun, Method
 from proper.methods.stage_and_head import with_head
+from proper.methods.stage_methods import (
+    as_another,
+    as_itself,
+    as_one,
+    exported,
+    in_eight_bits,
+    train_one_user,
+    train_stages,
+)
 from proper.methods.trivial import global_majority, lead, user_majority, user_majority_same
 from proper.run_folder import Stage, Tier
 
@@ -71,7 +79,7 @@ def all_methods(config: Config) -> dict[str, Method]:
 
 
 def _registered(config: Config) -> dict[str, Method]:
-    ours = [*_ladder(), *_trivial(), *_priors(), *_controls(config), *_ablations(config)]
+    ours = [*_stages(), *_trivial(), *_priors(), *_controls(config), *_ablations(config)]
     methods = [*ours, *_baselines(config), *_retrieval(config)]
     return {method.name: replace(method, on_all_tasks=method.name in ON_ALL_TASKS) for method in methods}
 
@@ -133,7 +141,7 @@ def require_targets(methods: Sequence[Method], dataset: Dataset) -> None:
             )
 
 
-def _ladder() -> list[Method]:
+def _stages() -> list[Method]:
     return [
         Method("base", as_itself(Tier.BASE)),
         Method("population", as_itself(Tier.POPULATION), ALL[:1]),

@@ -16,7 +16,7 @@ from proper.reports.formats import method_name, metric_name, of_task, plain, plu
 from proper.reports.load import CurvePoint, RunFiles
 from proper.reports.narrative import primary_metrics
 from proper.reports.reading import count, interval, number
-from proper.run_folder import LADDER
+from proper.run_folder import STAGE_METHODS
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -164,7 +164,7 @@ def history_curves(run: RunFiles) -> list[Chart]:
     methods = list(dict.fromkeys(method for part in slices for method in part.scores))
     if sum(part.name in QUARTERS for part in slices) < 2 or not methods:
         return []
-    stages = [stage for stage in LADDER[1:] if stage in methods] or methods[:1]
+    stages = [stage for stage in STAGE_METHODS[1:] if stage in methods] or methods[:1]
     shared = _edges(slices, [method for method in methods if method != "base"] or methods)
     title = f"{metric_name(metric)} ({'higher' if higher else 'lower'} is better)"
     whole = of_task(run.first_task, "Against history length")

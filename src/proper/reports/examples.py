@@ -17,9 +17,9 @@ from typing import Any
 
 from proper.reports.load import RunFiles
 from proper.reports.reading import count, number, read_lines
-from proper.run_folder import LADDER, RunFolder
+from proper.run_folder import STAGE_METHODS, RunFolder
 
-STAGES = LADDER[1:]
+STAGES = STAGE_METHODS[1:]
 _ONE: Mapping[str, str] = {}
 WHY = {
     ("users", 1): "The user model wins",
@@ -43,7 +43,7 @@ class ExampleAnswer:
 
 @dataclass(frozen=True, slots=True)
 class ReportExample:
-    """One query with the answers of the stages, in the order of the ladder."""
+    """One query with the answers of the stages, in their order."""
 
     id: str
     user: str
@@ -86,7 +86,7 @@ def choose_examples(
 def user_examples(folder: Path, kind: str, user: str, kinds: Mapping[str, str] = _ONE) -> list[ReportExample]:
     """Return all queries of one user with the answers of every stage that has predictions, in the files' order."""
     examples: dict[str, ReportExample] = {}
-    known = [method for method in LADDER if RunFolder(folder).predictions_of(method).is_file()]
+    known = [method for method in STAGE_METHODS if RunFolder(folder).predictions_of(method).is_file()]
     for done, method in enumerate(known):
         for row in read_lines(RunFolder(folder).predictions_of(method)):
             name = str(row.get("id"))

@@ -19,7 +19,7 @@ from proper.reports.reading import interval, mapping, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-from proper.run_folder import LADDER
+from proper.run_folder import STAGE_METHODS
 
 Item = TypeVar("Item")
 Row = Mapping[str, Any]
@@ -28,9 +28,9 @@ MAX_COLUMNS = 400
 MAX_MARKS = 1500
 
 
-def ladder(rows: Sequence[ReportedMetric], changes: dict[str, str]) -> Chart | None:
+def main_metric(rows: Sequence[ReportedMetric], changes: dict[str, str]) -> Chart | None:
     """Draw the stages of one task's main metric with 95 % intervals; `changes` holds each stage's relative gain."""
-    stages = sorted((row for row in rows if row.method in LADDER), key=lambda row: LADDER.index(row.method))
+    stages = [row for stage in STAGE_METHODS for row in rows if row.method == stage]
     if not stages:
         return None
     metric, better = metric_name(stages[0].metric), "higher" if stages[0].higher_is_better else "lower"
@@ -231,7 +231,7 @@ def _histories(drawing: Canvas, shown: Sequence[tuple[UserGain, float]]) -> None
 
 def values(rows: Sequence[Row], names: tuple[str, str]) -> Chart | None:
     """Draw the stages of two runs on the main metric, with 95 % intervals."""
-    stages = [row for stage in LADDER for row in rows if row["method"] == stage]
+    stages = [row for stage in STAGE_METHODS for row in rows if row["method"] == stage]
     sides = [[mapping(row.get(side)) for row in stages] for side in ("first", "second")]
     if not any(number(one.get("value")) is not None for side in sides for one in side):
         return None

@@ -17,7 +17,7 @@ from proper.reports.curves import curves, history_curves
 from proper.reports.examples import choose_examples, task_kinds
 from proper.reports.load import RunFiles, load_run
 from proper.reports.reading import mapping, number
-from proper.run_folder import LADDER, Personal, RunFolder
+from proper.run_folder import STAGE_METHODS, STEPS, Personal, RunFolder
 
 
 def write_report(folder: Path) -> Path:
@@ -58,7 +58,7 @@ def gather(run: RunFiles) -> dict[str, Any]:
         "summary": summary,
         "steps": steps,
         "tiles": _tiles(run),
-        "ladders": _ladders(run),
+        "main_metrics": _main_metrics(run),
         "methods": methods.methods_table(run),
         "claim": _claims(run),
         "cost_quality": methods.cost_quality(run),
@@ -100,7 +100,7 @@ def _tiles(run: RunFiles) -> list[tuple[str, str]]:
     tiles = []
     for task in dict.fromkeys(row.task for row in rows):
         values = {row.method: formats.plain(row.value) for row in rows if row.task == task}
-        stages = [values[method] for method in LADDER[1:] if method in values]
+        stages = [values[method] for method in STAGE_METHODS[1:] if method in values]
         name = formats.metric_name(next(row.metric for row in rows if row.task == task))
         title = formats.of_task(task if run.first_task else "", name)
         tiles.append((title, " → ".join(stages or values.values())))
@@ -117,19 +117,19 @@ def _claims(run: RunFiles) -> list[str]:
     return [formats.of_task(task, sentence) for task, sentences in found for sentence in sentences]
 
 
-def _ladders(run: RunFiles) -> list[charts.Chart]:
+def _main_metrics(run: RunFiles) -> list[charts.Chart]:
     if not run.metrics:
         return []
     rows = narrative.primary_metrics(run)
     drawn = []
     for task in dict.fromkeys(row.task for row in rows):
-        steps = {("groups", "population"), ("users", "groups"), ("population", "base")}
+        steps = {*STEPS, ("population", "base")}
         changes = {
             row.method: narrative.change_text(row, run)
             for row in run.comparisons
             if row.task == task and (row.method, row.against) in steps and row.metric in {one.metric for one in rows}
         }
-        figure = figures.ladder([row for row in rows if row.task == task], changes)
+        figure = figures.main_metric([row for row in rows if row.task == task], changes)
         drawn += [figure] if figure else []
     return drawn
 

@@ -24,7 +24,7 @@ from proper.reports.load import ReportedComparison, ReportedMetric, RunFiles, lo
 from proper.reports.narrative import is_higher_better, lost_controls, outcome, primary_metrics, verdict
 from proper.reports.reading import count, mapping, number
 from proper.reports.tables import Table
-from proper.run_folder import LADDER, RunFolder
+from proper.run_folder import STAGE_METHODS, RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,9 +42,9 @@ COLUMNS = (
 
 
 def methods_table(run: RunFiles) -> Table | None:
-    """Return one row per method on the main metric; None if only stages of the ladder were compared."""
+    """Return one row per method on the main metric; None if only stages were compared."""
     rows = primary_metrics(run) if run.metrics else []
-    if all(row.method in LADDER for row in rows):
+    if all(row.method in STAGE_METHODS for row in rows):
         return None
     costs = {str(row.get("method")): row for row in run.rows("cost")}
     several = len({row.task for row in rows}) > 1
@@ -183,8 +183,8 @@ def _against(run: RunFiles, row: ReportedMetric) -> ReportedComparison | None:
     """Return the comparison of a stage with the one before, or of the last stage with any other method."""
     here = (row.metric, row.task)
     same = {(one.method, one.against): one for one in run.comparisons if (one.metric, one.task) == here}
-    last = next((stage for stage in reversed(LADDER) if any(one.method == stage for one in run.metrics)), "")
-    before = LADDER[LADDER.index(row.method) - 1] if row.method in LADDER[1:] else ""
+    last = next((stage for stage in reversed(STAGE_METHODS) if any(one.method == stage for one in run.metrics)), "")
+    before = STAGE_METHODS[STAGE_METHODS.index(row.method) - 1] if row.method in STAGE_METHODS[1:] else ""
     return same.get((row.method, before)) or same.get((last, row.method))
 
 

@@ -27,6 +27,7 @@ from proper.reports.formats import (
 )
 from proper.reports.load import ReportedComparison, ReportedMetric, RunFiles, UserGain
 from proper.reports.reading import mapping, number
+from proper.run_folder import STEPS
 
 ALPHA = 0.05
 Outcome = Literal["gain", "loss", "none"]
@@ -34,7 +35,7 @@ Outcome = Literal["gain", "loss", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of the ladder in words. `outcome` is gain or loss only if the test shows it."""
+    """One step between stages in words. `outcome` is gain or loss only if the test shows it."""
 
     task: str
     title: str
@@ -62,10 +63,9 @@ def is_higher_better(run: RunFiles, metric: str) -> bool:
 
 
 def headline(run: RunFiles) -> tuple[str, list[Step]]:
-    """Return the result in one sentence, and each tested step of the ladder in words."""
-    ladder = [("groups", "population"), ("users", "groups")]
-    rows = [row for row in run.comparisons if row.primary and (row.method, row.against) in ladder]
-    rows.sort(key=lambda row: (row.task, ladder.index((row.method, row.against))))
+    """Return the result in one sentence, and each tested step between stages in words."""
+    rows = [row for row in run.comparisons if row.primary and (row.method, row.against) in STEPS]
+    rows.sort(key=lambda row: (row.task, STEPS.index((row.method, row.against))))
     steps = [_step(row, run) for row in rows]
     bad, good = _trivial(run)
     summary = _summary(rows, steps, run)

@@ -29,7 +29,7 @@ from proper.reports.group_summary import group_summary
 from proper.reports.load import ReportedMetric, RunFiles, UserGain
 from proper.reports.narrative import gain_of, is_higher_better, primary_metrics, verdict
 from proper.reports.reading import count, interval, mapping, number
-from proper.run_folder import LADDER
+from proper.run_folder import STAGE_METHODS
 
 COUNTS = ("users", "queries", "seeds")
 ONE = ("user", "query", "seed")
@@ -53,7 +53,7 @@ def metrics(run: RunFiles) -> Table | None:
         groups.setdefault((row.task, row.metric), []).append(row)
     lines = []
     for (task, name), rows in groups.items():
-        rows.sort(key=lambda row: LADDER.index(row.method) if row.method in LADDER else len(LADDER))
+        rows.sort(key=lambda row: _stage_order(row.method))
         arrow = "↑" if rows[0].higher_is_better else "↓"
         title = f"{f'{task}: ' if several else ''}{metric_name(name)} {arrow}"
         for index, row in enumerate(rows):
@@ -209,11 +209,16 @@ def groups(run: RunFiles) -> Table | None:
     return Table(head, lines, frozenset({3, 4, 5}), note)
 
 
+def _stage_order(method: str) -> int:
+    """Return the sort key that puts the stages first, in their order."""
+    return STAGE_METHODS.index(method) if method in STAGE_METHODS else len(STAGE_METHODS)
+
+
 def truth(values: dict[str, Any]) -> Table | None:
     """Return each method's oracle value under the planted truth beside its measured value."""
     allowed, measured = mapping(values.get("allowed")), mapping(values.get("measured"))
     names = list(dict.fromkeys([*allowed, *measured]))
-    names.sort(key=lambda name: LADDER.index(name) if name in LADDER else len(LADDER))
+    names.sort(key=_stage_order)
     lines = [[method_name(name), plain(number(allowed.get(name))), plain(number(measured.get(name)))] for name in names]
     return Table(["method", "oracle", "measured"], lines) if lines else None
 
@@ -265,7 +270,7 @@ def _privacy(values: dict[str, Any]) -> str:
 
 def tiers(values: dict[str, Any]) -> tuple[list[tuple[str, int, float]], list[str]]:
     """Return (tier, users, share of users), starting with users' own adapters, and the reasons as sentences."""
-    amounts = [(name, amount) for name in reversed(LADDER[1:]) if (amount := count(values.get(name)))]
+    amounts = [(name, amount) for name in reversed(STAGE_METHODS[1:]) if (amount := count(values.get(name)))]
     whole = sum(amount for _, amount in amounts)
     reasons = []
     for name, reported in mapping(values.get("reasons")).items():

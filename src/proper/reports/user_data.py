@@ -22,7 +22,7 @@ from proper.errors import InputError, StoreError, did_you_mean
 from proper.reports.examples import ReportExample, task_kinds, user_examples
 from proper.reports.load import RoutedUser, RunFiles, UserGain
 from proper.reports.reading import count, mapping, number, objects, read_lines, read_object
-from proper.run_folder import LADDER, RunFolder
+from proper.run_folder import STAGE_METHODS, RunFolder
 
 NEAREST = 8
 
@@ -171,7 +171,7 @@ def _means(store: AdapterStore, targets: set[str]) -> dict[str, float]:
 def stage_losses(folder: Path, user: str, task: str = "") -> dict[str, float]:
     """Return a user's mean answer loss on the queries of a task by stage, first seed, in nats per token."""
     found = {}
-    for stage in LADDER:
+    for stage in STAGE_METHODS:
         lines = read_lines(RunFolder(folder).predictions_of(stage))
         rows = (row for row in lines if row.get("user") == user and (row.get("task") or "") == task)
         losses = [number(row.get("loss")) for row in rows]

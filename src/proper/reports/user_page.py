@@ -22,7 +22,7 @@ from proper.reports.narrative import gain_of, is_higher_better
 from proper.reports.reading import number
 from proper.reports.tables import Table
 from proper.reports.user_data import UserReport, known_items, load_user, metadata_of
-from proper.run_folder import LADDER, RunFolder, Stage, Tier
+from proper.run_folder import STAGE_METHODS, RunFolder, Stage, Tier
 
 STEPS = (("groups", "population"), ("users", "groups"))
 MAX_QUERIES = 200
@@ -136,7 +136,7 @@ def _losses(run: RunFiles, report: UserReport) -> Table | None:
     if report.history_loss is not None:
         lines.append(["newest items of the history, trained on", *map(plain, report.history_loss)])
     all_users = {row.method: row.value_users for row in _of_first_task(run) if row.metric == "loss"}
-    for stage in LADDER:
+    for stage in STAGE_METHODS:
         if stage in report.losses:
             lines.append(
                 [f"queries, {method_name(stage).lower()}", plain(report.losses[stage]), plain(all_users.get(stage))]

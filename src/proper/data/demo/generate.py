@@ -24,7 +24,7 @@ from typing import Any
 from proper.data.demo.banks import Bank, Topic, draw, load_bank, sentence
 from proper.data.demo.users import DemoSettings, DemoTask, DemoUser, World, make_world, shuffled
 from proper.files import write_json, write_text
-from proper.run_folder import LADDER, RunFolder
+from proper.run_folder import STAGE_METHODS, RunFolder
 
 _RUN = RunFolder(Path())
 _SAMPLES = 2  # contents per topic over which the best styled answer is chosen
@@ -115,7 +115,7 @@ def demo_run(path: Path, settings: DemoSettings) -> dict[str, Any]:
     """Return the config of `proper demo` for the data in `path`, as plain values for `make_config`."""
     raw = demo_config(path, settings)
     raw["split"]["target_users"] = min(TARGET_USERS, settings.users)
-    evaluation = {"methods": list(map(str, LADDER)), "seeds": [settings.seed]}
+    evaluation = {"methods": list(map(str, STAGE_METHODS)), "seeds": [settings.seed]}
     return {**raw, **TRAINING, "evaluation": evaluation}
 
 

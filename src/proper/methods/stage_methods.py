@@ -1,4 +1,4 @@
-"""Methods that train and answer with the run's own three stages: the ladder, its controls, and its exported forms.
+"""Methods that train and answer with the run's own three stages: the stages themselves, controls, and exported forms.
 
 Training: the stages as in the main run, or with all rows attributed to one user. Inference: each user with their own
 model, with another user's, all as one user, or from exported or int8 adapters.
