@@ -38,6 +38,10 @@ def test_the_docstring_draws_the_tree_with_its_exit_codes() -> None:
 
 def test_an_unknown_name_gets_the_nearest_or_all() -> None:
     assert did_you_mean("lable", ["label", "title"]) == "did you mean 'label'?"
+    assert did_you_mean("LABEL", ["title", "Label"]) == "did you mean 'Label'?"
+    assert did_you_mean("user", ["output", "user_id"]) == "did you mean 'user_id'?"
     assert did_you_mean("xyz", ["label", "title"]) == "known: label, title"
+    for name, others in (("text", "site"), ("input", "output"), ("time", "title"), ("2.5", "2")):
+        assert did_you_mean(name, [others]) == f"known: {others}"
     assert did_you_mean("zzz", [f"name{at}" for at in range(30)]).endswith("name19, ...")
     assert did_you_mean("xyz", []) == "none is known"

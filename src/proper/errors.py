@@ -83,10 +83,15 @@ class NonFiniteLossError(ProperError):
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Return the end of a message about an unknown name: the nearest known name, or the first 20 if none is near."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    """Return the end of a message about an unknown name: the nearest known name, or the first 20 if none is near.
+
+    Capitals do not count. A name that shares half of its letters is not near: "site" is no guess for "text", nor
+    "output" for "input".
+    """
+    folded = {each.casefold(): each for each in known}
+    near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.7)
     if near:
-        return f"did you mean '{near[0]}'?"
+        return f"did you mean '{folded[near[0]]}'?"
     shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
     return f"known: {shown}" if known else "none is known"
 

@@ -222,11 +222,28 @@ def test_csv_is_read_whatever_it_is_packed_in(tmp_path: Path, ending: str) -> No
     assert read(tmp_path / f"rows.tsv{ending}") == [Interaction("u", "a,b", "c", None, None)]
 
 
-@pytest.mark.parametrize(("mark", "cell"), [(";", "a,b"), ("\t", "a,b"), (",", "a;b")])
+@pytest.mark.parametrize(("mark", "cell"), [(";", "a,b"), ("\t", "a,b"), (",", "a;b"), ("|", "a b")])
 def test_a_csv_file_may_separate_its_cells_as_spreadsheets_do(tmp_path: Path, mark: str, cell: str) -> None:
     path = tmp_path / "rows.csv"
     path.write_text(f'user_id{mark}"input"{mark}output{mark}"a;b,c"\nu{mark}"{cell}"{mark}c{mark}d\n')
     assert read(path) == [Interaction("u", cell, "c", None, None)]
+
+
+def test_the_line_that_tells_excel_what_separates_the_cells_is_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"\xef\xbb\xbfsep=|\r\nuser_id|input|output;x\r\nu|a,b|c\r\nu|d\r\n")
+    bad = BadRows()
+    good = list(read_interactions(DataConfig(path=str(path), target="{output;x}"), bad))
+    assert [(each.prompt, each.target) for each in good] == [("a,b", "c")]
+    assert bad.first == [f"{path}:4: row: 2 cells, where the first row has 3"]
+    path.write_text("sep=;\n")
+    assert refused(path) == f"{path}: empty: no row in it"
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.jsonl", "rows.jsonl.gz"])
+def test_a_file_in_utf_16_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+    packed(tmp_path / name, lines(ROW).decode().encode("utf-16"))
+    assert refused(tmp_path / name) == f"{tmp_path / name}: UTF-16, expected UTF-8 (iconv -f UTF-16 -t UTF-8 FILE)"
 
 
 def test_bad_rows_of_csv_have_the_number_of_the_line_where_they_begin(tmp_path: Path) -> None:
@@ -255,9 +272,9 @@ def test_bad_rows_of_csv_have_the_number_of_the_line_where_they_begin(tmp_path: 
 @pytest.mark.parametrize(
     ("body", "what"),
     [
-        ("user_id,input,output\n".encode("utf-16"), "1: row: not UTF-8"),
+        ("user_id,input,é\n".encode("latin-1"), "1: row: not UTF-8"),
         (b'"user_id"x,input\n', "1: row: not CSV (',' expected after '\"')"),
-        (b"user_id|input|output\n", " no column 'user_id' (data.user); did you mean 'user_id|input|output'?"),
+        (b"user_id^input^output\n", " no column 'user_id' (data.user); known: user_id^input^output"),
     ],
 )
 def test_a_csv_file_whose_first_row_names_no_columns_is_refused(tmp_path: Path, body: bytes, what: str) -> None:

@@ -80,6 +80,7 @@ def test_lines_are_a_small_table(build: Build) -> None:
         f"          {summary.path}:22: user_id: missing",
         "users     2: 1 targets, 1 others",
         "          1 with one row only",
+        "times     1970-01-01 to 1970-01-01",
         "split     by time; shared items: exclude",
         "history   17 rows, 51 tokens",
         "          a target has 16 to 16 rows, median 16",
@@ -123,8 +124,15 @@ def test_shared_items_are_no_leak_where_they_are_allowed(build: Build) -> None:
 
 def test_the_one_date_is_shown(build: Build) -> None:
     rows = [row | {"timestamp": f"2020-01-{row['timestamp'] + 1:02}"} for row in make_rows({"a": 20})]
+    rows.append(rows[0] | {"timestamp": "0999-12-31 23:58", "input": "long ago"})
     lines = summarize(build(rows, split={"by": "time-global"})).lines()
+    assert "times     0999-12-31 23:58 to 2020-01-20" in lines
     assert "split     by time-global at 2020-01-17; shared items: exclude" in lines
+
+
+def test_without_times_there_are_none_to_show(build: Build) -> None:
+    rows = [{key: value for key, value in row.items() if key != "timestamp"} for row in make_rows({"a": 20})]
+    assert not [line for line in summarize(build(rows)).lines() if line.startswith("times")]
 
 
 def test_seen_by_others_is_by_item_else_by_input(build) -> None:

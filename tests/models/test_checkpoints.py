@@ -32,6 +32,29 @@ def test_damage_is_named(tmp_path: Path) -> None:
         load_tensors(path)
 
 
+def test_no_flipped_bit_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors = {"w": torch.ones(3, dtype=torch.bfloat16), "step": torch.tensor(7), "none": torch.ones(0, 2)}
+    save_tensors(path, tensors, {"step": 7})
+    whole = path.read_bytes()
+    for at in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[at // 8] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        try:
+            found, facts = load_tensors(path)
+        except ProperError as error:
+            assert "x.safetensors: damaged or unreadable" in str(error)
+        else:  # the padding, and the name of the checksum itself
+            assert facts == {"step": 7} and found.keys() == tensors.keys(), at
+            assert all(torch.equal(found[name], tensors[name]) for name in tensors), at
+
+
+def test_a_file_without_a_checksum_is_read(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"facts": '{"step": 1}'})
+    assert load_tensors(tmp_path / "x.safetensors")[1] == {"step": 1}
+
+
 @pytest.mark.parametrize("facts", ["[]", "3", "null", "{", "[" * 100_000, '{"a": ' + "1" * 5_000 + "}"])
 def test_facts_that_are_no_object_are_damage(tmp_path: Path, facts: str) -> None:
     path = tmp_path / "x.safetensors"

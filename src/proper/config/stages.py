@@ -69,8 +69,9 @@ class PopulationConfig(OptimizerConfig):
         patience: measurements of the held-out loss, of ten over all epochs, without a lower one after which training
             ends, but not within the first epoch; the weights with the lowest loss are kept. 0 trains all epochs on all
             rows.
-        validation: share of the rows that is held out to measure this loss, sampled evenly over users: at most 128
-            rows; if it would be fewer than 16 rows, none are held out.
+        validation: share of the rows that is held out to measure this loss: at most 128 rows, sampled evenly over users
+            whatever `sampling` is, so that they are not those of a few users; if it would be fewer than 16 rows, none
+            are held out.
     """
 
     rank: Count = 8

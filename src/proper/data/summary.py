@@ -23,7 +23,8 @@ class DataSummary:
 
     `tasks` has (target users, history rows, queries) by name, for data of several tasks; `labels` are the first one's.
 
-    `cutoff` is the date of `split.by: time-global`, in epoch seconds; otherwise None.
+    `cutoff` is the date of `split.by: time-global`, and `times` the first and the last time of all rows, in epoch
+    seconds; None where there is none.
     """
 
     path: str
@@ -41,6 +42,7 @@ class DataSummary:
     duplicates: int
     bad_rows: int
     first_bad_rows: list[str]
+    times: tuple[float, float] | None
     untimed_users: int
     labels: list[str]
     unseen_labels: list[str]
@@ -70,6 +72,7 @@ class DataSummary:
             *(("", message) for message in self.first_bad_rows[:3]),
             ("users", f"{self.users:,}: {self.targets:,} targets, {self.others:,} others"),
             *self._special_users(),
+            *([("times", " to ".join(map(_moment, self.times)))] if self.times is not None else []),
             ("split", f"by {self.split_by}{self._date()}; shared items: {self.shared_items}"),
             ("history", f"{self.history_rows:,} rows, {self.history_tokens:,} tokens"),
             ("", f"a target has {low:,} to {high:,} rows, median {median:g}"),
@@ -86,11 +89,7 @@ class DataSummary:
         return [f"{heading:<10}{text}" for heading, text in table]
 
     def _date(self) -> str:
-        if self.cutoff is None:
-            return ""
-        # Added to the epoch: `fromtimestamp` refuses years that some systems do not support.
-        date = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=self.cutoff)
-        return f" at {date:%Y-%m-%d %H:%M}".removesuffix(" 00:00")
+        return "" if self.cutoff is None else f" at {_moment(self.cutoff)}"
 
     def _special_users(self) -> Iterator[tuple[str, str]]:
         if self.one_item_users:
@@ -110,6 +109,12 @@ class DataSummary:
         if self.unseen_labels:
             unseen = f"{len(self.unseen_labels):,} not in any history: {_some(self.unseen_labels)}"
             yield "", f"{unseen} ({self.unseen_label_queries:,} queries ask for them)"
+
+
+def _moment(seconds: float) -> str:
+    # Added to the epoch: `fromtimestamp` refuses years that some systems do not support.
+    date = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
+    return date.isoformat(" ", "minutes").removesuffix("+00:00").removesuffix(" 00:00")
 
 
 def truncation(dataset: Dataset) -> str | None:
@@ -265,6 +270,7 @@ def summarize(dataset: Dataset) -> DataSummary:
         duplicates=get_meta(connection, "duplicates"),
         bad_rows=bad["count"],
         first_bad_rows=bad["first"],
+        times=connection.execute("SELECT min(time), max(time) FROM rows HAVING min(time) NOTNULL").fetchone(),
         untimed_users=one("SELECT count(*) FROM users WHERE NOT timed"),
         labels=labels,
         unseen_labels=[label for label, _ in unseen],

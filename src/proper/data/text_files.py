@@ -14,7 +14,7 @@ import json
 import lzma
 import re
 import zlib
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +35,8 @@ _HEAD = 1000
 _FIELD = 1 << 24
 """Maximum characters of a CSV cell: an unclosed quote must not read the rest of the file into memory."""
 
+_SEPARATOR = re.compile(r"sep=(.)\s*", re.IGNORECASE)
+"""The line that Excel reads, and that some programs write for it, before the names of the columns."""
 
 _ARRAY = re.compile(rb"\s*\[\s*(\{|$)")
 """How a file begins that is one JSON array of rows."""
@@ -67,9 +69,9 @@ def csv_source(file: Path) -> Source:
     Raises:
         DataError: the file cannot be read, or the first row is malformed.
     """
-    first = next(_csv_rows(file), (1, None))[1]
+    number, first = next(_csv_rows(file), (1, None))
     if isinstance(first, str):
-        raise DataError(f"{file}:1: row: {first}")
+        raise DataError(f"{file}:{number}: row: {first}")
     columns = None if first is None else tuple(first)
     return Source(str(file), columns, lambda wanted: _named(file, wanted), typed=False)
 
@@ -88,18 +90,20 @@ def json_rows(file: Path) -> Iterator[tuple[int, Row | str]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading, decompressed; read errors become DataErrors."""
+    """Open a file for reading, decompressed; read errors become DataErrors, as UTF-16 does."""
     try:
         with _unpacked(file) as lines:
-            yield lines
+            if lines.peek(2).startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+                raise DataError(f"{file}: UTF-16, expected UTF-8 (iconv -f UTF-16 -t UTF-8 FILE)")
+            yield cast(IO[bytes], lines)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _unpacked(file: Path) -> IO[bytes]:
+def _unpacked(file: Path) -> io.BufferedReader | gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile:
     ending = file.suffix.lower()
     if ending == ".gz":
-        return cast(IO[bytes], gzip.open(file, "rb"))
+        return gzip.open(file, "rb")
     if ending == ".bz2":
         return bz2.open(file, "rb")
     if ending == ".xz":
@@ -166,9 +170,9 @@ def _named(file: Path, wanted: Sequence[str]) -> Iterator[tuple[int, Row | str]]
 class _Lines:
     """Lines of a text file for a CSV reader, with the number of those read; a bad row gives all but its first back."""
 
-    def __init__(self, lines: Iterable[str]) -> None:
+    def __init__(self, lines: Iterable[str], number: int) -> None:
         self._lines, self._again, self._row = iter(lines), deque[str](), list[str]()
-        self.number = 0
+        self.number = number
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -201,8 +205,9 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, list[str] | str]]:
         # The limit is global to the process; only this function reads CSV here.
         csv.field_size_limit(_FIELD)
         first = text.readline()
-        lines = _Lines(chain([first] if first else [], text))
-        rows = csv.reader(lines, delimiter=_delimiter(file, first), strict=True)
+        said = _SEPARATOR.fullmatch(first)
+        lines = _Lines(text if said else chain([first], text) if first else [], number=1 if said else 0)
+        rows = csv.reader(lines, delimiter=said[1] if said else _delimiter(file, first), strict=True)
         while True:
             begun = lines.begin()
             try:
@@ -218,11 +223,11 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, list[str] | str]]:
 
 
 def _delimiter(file: Path, first: str) -> str:
-    """Return what separates the cells: where a decimal comma is usual, spreadsheets write CSV files with semicolons."""
+    """Return what separates the cells: where a decimal comma is usual, spreadsheets write semicolons; databases, bars."""
     if ".tsv" in (ending.lower() for ending in file.suffixes[-2:]):
         return "\t"
     unquoted = re.sub('"[^"]*"', "", first)
-    return next((mark for mark in ",;\t" if mark in unquoted), ",")
+    return next((mark for mark in ",;\t|" if mark in unquoted), ",")
 
 
 def _is_text(cells: Sequence[str]) -> bool:

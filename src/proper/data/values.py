@@ -33,6 +33,8 @@ _MONTH = re.compile(r"(\d{4})[-/.](\d{1,2})")
 _EPOCH = re.compile(r"-\d+(\.\d*)?|[-+]?(\d{9,}(\.\d*)?|\d(\.\d+)?[eE]\+\d+)")
 # Seconds reach 1e11 in the year 5138. Milliseconds reach 1e11, microseconds 1e14 and nanoseconds 1e17 in 1973.
 _UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
+# 20240131120000 is a date in a log or data warehouse; as milliseconds, these would be in the years 2572 to 2635.
+_DATED = (19000101000000, 21001231235959)
 _FIRST, _LAST = -62_135_596_800.0, 253_402_300_800.0
 """Epoch seconds of the years 1 to 9999; the end is exclusive."""
 
@@ -121,8 +123,9 @@ def is_written_null(text: str | None, typed: bool = True) -> bool:
 def parse_time(value: object) -> float:
     """Return epoch seconds for ISO text (year, month, day or more), a number, a date or a datetime.
 
-    Numbers with an absolute value above 1e11 are milliseconds, above 1e14 microseconds, above 1e17 nanoseconds. A time
-    without a zone is UTC. Text of nine or more digits, or with a minus sign in front, is a number.
+    Numbers with an absolute value above 1e11 are milliseconds, above 1e14 microseconds, above 1e17 nanoseconds, but
+    20240131120000 is noon of 31 January 2024. A time without a zone is UTC. Text of nine or more digits, or with a
+    minus sign in front, is a number.
 
     Raises:
         ValueError: the value is none of these; the message is a few words.
@@ -150,7 +153,7 @@ def _from_text(text: str) -> float:
             return _from_datetime(datetime(int(month[1]), int(month[2]), 1))
         if _EPOCH.fullmatch(text):
             return _from_number(float(text))
-        return _from_datetime(datetime.fromisoformat(text))
+        return _from_datetime(datetime.fromisoformat(text.removesuffix(" UTC")))  # as BigQuery writes it
     except (ValueError, OverflowError):
         shown = text if len(text) <= 40 else text[:40] + "..."
         raise ValueError(f"{shown!r} is not a time") from None
@@ -163,6 +166,9 @@ def _from_number(number: float | Decimal) -> float:
         seconds = math.inf
     if not math.isfinite(seconds):
         raise ValueError(f"{'NaN' if math.isnan(seconds) else 'infinity'} is not a time")
+    if _DATED[0] <= seconds <= _DATED[1]:
+        digits = f"{seconds:.0f}"
+        return _from_text(f"{digits[:8]}T{digits[8:]}")
     return _in_range(seconds / next((unit for above, unit in _UNITS if abs(seconds) > above), 1.0))
 
 

@@ -1,16 +1,19 @@
 """Checkpoints: safetensors files with JSON metadata, and loading of the stages' shared weights into a model.
 
-Files are written atomically, and a damaged one is an error that names it. The states of single users are in the adapter
+Files are written atomically, with a checksum of their tensors and metadata, and a damaged one is an error that names
+it: training that continued from a flipped bit would end without one. Files without a checksum are read as well. The states of single users are in the adapter
 store, which this module does not open.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,8 +29,9 @@ from proper.models.personal import ProperModel
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors and JSON metadata to one safetensors file, atomically."""
     flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    facts = json.dumps(dict(metadata))
     with atomic_path(path) as temporary:
-        save_file(flat, temporary, metadata={"facts": json.dumps(dict(metadata))})
+        save_file(flat, temporary, metadata={"facts": facts, "sha256": _sha256(flat, facts)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -38,7 +42,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, _facts(file.metadata())  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            written = file.metadata() or {}
+        if written.get("sha256", expected := _sha256(tensors, written.get("facts", ""))) != expected:
+            raise ValueError("its content does not have the checksum that it was written with")
+        return tensors, _facts(written)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ProperError(f"{path}: damaged or unreadable: {error}") from error
 
@@ -54,6 +62,16 @@ def load_metadata(path: Path) -> dict[str, Any]:
             return _facts(file.metadata())
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ProperError(f"{path}: damaged or unreadable: {error}") from error
+
+
+def _sha256(tensors: Mapping[str, Tensor], facts: str) -> str:
+    """Return a checksum of contiguous tensors on the CPU, their names and shapes, and the metadata."""
+    found = hashlib.sha256(facts.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:
