@@ -24,7 +24,7 @@ from proper.data.demo import DemoSettings, demo_run, write_demo
 from proper.data.demo.users import DemoTask
 from proper.data.label_tree import require_distinct
 from proper.data.stage_sample import SHARED_STAGES, stage_sample
-from proper.data.summary import require_query_of_each_task, summarize, truncation
+from proper.data.summary import require_query_of_each_task, summarize, truncation, untimed
 from proper.errors import ConfigError, DataError, ProperError, did_you_mean
 from proper.evaluation.harness import Harness
 from proper.evaluation.power import expected_power
@@ -275,7 +275,7 @@ def _in_time(config: Config, dataset: Dataset, folder: Path, skip_bad_rows: bool
     if run.is_trained(Stage.POPULATION) or run.checkpoint(Stage.POPULATION).exists():
         return config, dataset
     fitting, lines = plan(config, dataset, table_methods(config.evaluation.methods, config))
-    for line in filter(None, [*config.unescaped, truncation(dataset), *lines]):
+    for line in filter(None, [*config.unescaped, untimed(dataset), truncation(dataset), *lines]):
         logger.info(line)
     if fitting.split != config.split:
         # Before the config is written: a killed run prepares the data again, by whichever config it finds.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from proper.data.dataset import Dataset
-from proper.data.summary import leaks, queries_seen_by_others, summarize, targets_outside, truncation
+from proper.data.summary import leaks, queries_seen_by_others, summarize, targets_outside, truncation, untimed
 
 Build = Callable[..., Dataset]
 CHOICE = {"kind": "classification"}
@@ -132,6 +132,12 @@ def test_the_one_date_is_shown(build: Build) -> None:
 
 def test_without_times_there_are_none_to_show(build: Build) -> None:
     rows = [{key: value for key, value in row.items() if key != "timestamp"} for row in make_rows({"a": 20})]
+    dataset = build([*rows, *make_rows({"b": 20})])
+    assert untimed(dataset) == (
+        "1 of 2 users have rows without a time (data.time): their queries are random, not the newest"
+    )
+    assert untimed(build(rows, split={"by": "random"})) is None
+    assert untimed(build(make_rows({"a": 20}))) is None
     assert not [line for line in summarize(build(rows)).lines() if line.startswith("times")]
 
 

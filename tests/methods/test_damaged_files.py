@@ -83,3 +83,14 @@ def test_routing_that_is_gone_is_measured_again(evaluated: Path) -> None:
     path.unlink()
     pipeline.evaluate(evaluated, ["groups"])
     assert path.read_bytes() == before
+
+
+def test_a_run_is_evaluated_again_after_a_target_user_is_deleted(evaluated: Path, tmp_path: Path) -> None:
+    folder, methods = tmp_path / "run", ["population", "groups", "global-majority"]
+    shutil.copytree(evaluated, folder)
+    before = pipeline.evaluate(folder, methods)["metrics"]
+    assert main(["users", "delete", str(folder), "--user", "ann"]) == 0
+    after = pipeline.evaluate(folder, methods)["metrics"]
+    assert [row["method"] for row in after] == [row["method"] for row in before]
+    assert all(new["users"] == old["users"] - 1 for new, old in zip(after, before, strict=True))
+    assert all(new["queries"] < old["queries"] for new, old in zip(after, before, strict=True))

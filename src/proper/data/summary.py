@@ -126,6 +126,16 @@ def truncation(dataset: Dataset) -> str | None:
     return f"{cut:,} of {rows:,} rows ({cut / rows:.0%}) have more tokens than compute.max_length, {limit}, and are cut"
 
 
+def untimed(dataset: Dataset) -> str | None:
+    """Return a sentence on the users whose newest rows are not known, if these should be the queries; else None."""
+    if get_meta(dataset.connection, "split_by") != "time":
+        return None
+    users, some = dataset.connection.execute("SELECT count(*), sum(NOT timed) FROM users").fetchone()
+    if not some:
+        return None
+    return f"{some:,} of {users:,} users have rows without a time (data.time): their queries are random, not the newest"
+
+
 def _truncated(connection: sqlite3.Connection) -> int:
     limit = get_meta(connection, "max_length")
     return int(connection.execute("SELECT count(*) FROM rows WHERE tokens > ?", [limit]).fetchone()[0])

@@ -223,7 +223,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, list[str] | str]]:
 
 
 def _delimiter(file: Path, first: str) -> str:
-    """Return what separates the cells: where a decimal comma is usual, spreadsheets write semicolons; databases, bars."""
+    """Return what separates the cells: spreadsheets write semicolons where a decimal comma is usual, databases bars."""
     if ".tsv" in (ending.lower() for ending in file.suffixes[-2:]):
         return "\t"
     unquoted = re.sub('"[^"]*"', "", first)

@@ -201,7 +201,10 @@ def _key(method: Method, place: TrainedRun) -> str:
     markers = [RunFolder(place.folder).marker(stage) for stage in method.stages]
     stages = [read_json(marker) for marker in markers]
     settings = place.config.model_dump(exclude={"evaluation"})
-    made_of = [method.name, settings, place.dataset.sha256, place.seed, stages, code_version(*ANSWERING_CODE)]
+    # A deletion removes rows, and the hash of the data stays; without the deleted users, others are answered anew.
+    left = place.dataset.connection.execute("SELECT count(*), sum(part = 'query') FROM rows").fetchone()
+    data = [place.dataset.sha256, *left]
+    made_of = [method.name, settings, data, place.seed, stages, code_version(*ANSWERING_CODE)]
     # The users of a variant do not change after its training.
     own = method.stages if method.variant is None else ()
     return hash_value([*made_of, served_version(RunFolder(place.folder), place.dataset, own)])

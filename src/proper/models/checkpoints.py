@@ -1,8 +1,8 @@
 """Checkpoints: safetensors files with JSON metadata, and loading of the stages' shared weights into a model.
 
 Files are written atomically, with a checksum of their tensors and metadata, and a damaged one is an error that names
-it: training that continued from a flipped bit would end without one. Files without a checksum are read as well. The states of single users are in the adapter
-store, which this module does not open.
+it: training that continued from a flipped bit would end without one. Files without a checksum are read as well. The
+states of single users are in the adapter store, which this module does not open.
 """
 
 from __future__ import annotations
