@@ -182,6 +182,7 @@ def test_labels_of_the_same_tokens_are_named(
 def test_a_bad_override_is_named(capsys: Output, tmp_path: Path) -> None:
     path = tmp_path / "notes.yaml"
     path.write_text("data: {path: x}\n")
+    assert "give --backbone or --time" in fails(capsys, ["check", str(path), "--backbone", "--time"])
     said = fails(capsys, ["check", str(path), "--set", "groups.experts=8", "--set", "split.quries=1"])
     assert "unknown key 'split.quries'; did you mean 'queries'?" in said
 

@@ -75,6 +75,7 @@ def test_too_few_users_for_any_significant_difference_are_said_to_be(n=6):
         "and these trivial rows: global-majority (0.3000), user-majority (0.6000)."
     ]
     assert "measurably" in measured(0.5, 0.8, 0.3, 0.6, p=0.1, n=n + 1)["sentences"][0]
+    assert measured(0.5, 0.8, 0.3, 0.6, p=1.0, n=1)["sentences"][-1].startswith("1 target user is too few")
 
 
 @pytest.mark.parametrize(("best", "worse", "higher"), [(1.0, 0.9, True), (0.0, 0.3, False)])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from proper import pipeline
 from proper.config import Config
@@ -18,7 +19,7 @@ from proper.data.summary import require_no_leaks
 from proper.errors import ConfigError
 from proper.inference.loading import load
 from proper.inference.score import score
-from proper.methods.prior import WEIGHTS, user_priors
+from proper.methods.prior import WEIGHTS, log_mixture, log_probabilities, user_priors
 from proper.methods.table import known_methods
 from tests.methods.conftest import answers
 
@@ -54,6 +55,14 @@ def slow_weight(run: Path, folder: Path, dataset: Dataset, config: Config, tier:
         return right, sum(math.log(one[at]) for one, at in mixed)
 
     return max(map(float, WEIGHTS), key=quality)
+
+
+def test_a_mixture_is_finite_where_a_probability_is_below_the_smallest_number() -> None:
+    sure, even = log_probabilities([[0.0, -2000.0]]), log_probabilities([[3.0, 3.0]])
+    assert log_mixture(sure, even, 1.0).tolist() == sure.tolist() == [[0.0, -2000.0]]
+    assert log_mixture(sure, even, 0.0).tolist() == even.tolist()
+    assert log_mixture(sure, even, 0.5).exp().tolist() == [pytest.approx([0.75, 0.25])]
+    assert log_mixture(sure, torch.tensor([[-1.0, -1000.0]]).double(), 0.5)[0, 1] == pytest.approx(-1000 - math.log(2))
 
 
 @pytest.mark.parametrize("tier", ["groups", "users"])

@@ -50,6 +50,11 @@ def test_the_first_chart_shows_stages_with_intervals_and_no_other_method(render:
     assert "OPPU" not in page.text["stages"]
 
 
+def test_methods_that_are_no_stages_are_no_steps_of_the_headline(render: Render, change: Callable[..., None]) -> None:
+    change(lambda results: results.update(metrics=[r for r in results["metrics"] if r["method"] in ("base", "oppu")]))
+    assert not re.search(r"[\d.]+ → [\d.]+", render().text["header"])
+
+
 def test_one_seed_is_counted_as_one(render: Render, change: Callable[..., None]) -> None:
     change(lambda results: [row.update(seeds=1) for row in results["metrics"]])
     assert "All over 60 users, 300 queries, 1 seed." in render().text["scores"]

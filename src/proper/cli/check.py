@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from proper.cli.options import ConfigFile, Overrides, SkipBadRows
+from proper.errors import InputError
 
 EXAMPLES = """\
   proper check notes.yaml
@@ -42,6 +43,8 @@ def command(
     """
     from proper.config import load_config
 
+    if backbone and time:
+        raise InputError("give --backbone or --time, not both")
     settings = load_config(config, overrides or ())
     from proper import pipeline
 

@@ -158,9 +158,10 @@ def _trivial_wins(found: Mapping[str, Any], values: Mapping[str, Mapping[str, An
     if found["wins"]:
         sentences.append(f"Trivial rows, without a model, are better than {own}: {sizes(found['wins'])}.")
     if few:
+        users = values[stage]["users"]
         sentences.append(
-            f"{values[stage]['users']} target users are too few for a significant difference (p < .05, adjusted) "
-            f"between {own} and these trivial rows: {sizes(found['methods'])}."
+            f"{users} target user{'s are' if users > 1 else ' is'} too few for a significant difference "
+            f"(p < .05, adjusted) between {own} and these trivial rows: {sizes(found['methods'])}."
         )
     elif found["unclear"]:
         sentences.append(f"Not measurably worse than {own} are these trivial rows: {sizes(found['unclear'])}.")

@@ -32,7 +32,7 @@ from proper.evaluation.runner import MethodRun, prediction_of
 from proper.inference.forward import pad_left
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
-from proper.methods.prior import user_priors, with_shares
+from proper.methods.prior import log_priors, user_priors, with_scores
 from proper.methods.spec import Method, TrainedRun
 from proper.run_folder import Stage, Tier
 
@@ -108,14 +108,12 @@ def head_with_prior(place: TrainedRun) -> MethodRun:
     finally:
         model.close()
     head = fit_head(features, rows, dataset, priors, label_numbers(dataset.labels, place.config.task.kind))
-    habits = torch.from_numpy(np.log(np.stack([priors.shares(query.user) for query in queries]))).float()
     unknown = torch.zeros(len(queries), dtype=torch.long)
-    shares = head.scores(HeadRows(asked, habits, unknown)).double().softmax(1).numpy()
+    logs = head.scores(HeadRows(asked, log_priors(priors, queries).float(), unknown)).double().log_softmax(1)
     histories = {user.id: user.history for user in dataset.users("target")}
     blank = [prediction_of(query, "", Tier.POPULATION, histories.get(query.user, 0)) for query in queries]
-    found = with_shares(place, blank, queries, shares)
-    scores = np.log(shares).round(4).tolist()
-    kept = [replace(row, label_scores=own) for row, own in zip(found, scores, strict=True)]
+    found = with_scores(place, blank, queries, logs)
+    kept = [replace(row, label_scores=own) for row, own in zip(found, logs.round(decimals=4).tolist(), strict=True)]
     return MethodRun(kept, max(seconds, 1e-9), sum(query.tokens for query in queries))
 
 

@@ -22,7 +22,9 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
 from proper.config import Config, TaskConfig
 from proper.data.dataset import Dataset
@@ -64,8 +66,8 @@ def prior(place: TrainedRun) -> MethodRun:
     priors, queries = user_priors(dataset, place.config), list(dataset.queries())
     histories = {user.id: user.history for user in dataset.users("target")}
     blank = [prediction_of(query, "", "trivial", histories.get(query.user, 0)) for query in queries]
-    shares = np.stack([priors.shares(query.user) for query in queries])
-    return MethodRun(with_shares(place, blank, queries, shares), max(time.perf_counter() - started, 1e-9), 0)
+    habits = log_priors(priors, queries)
+    return MethodRun(with_scores(place, blank, queries, habits), max(time.perf_counter() - started, 1e-9), 0)
 
 
 def with_prior(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
@@ -78,10 +80,9 @@ def with_prior(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
         weight = choose_weight(scored, place.config.task, place.dataset.labels)
         queries = {query.id: query for query in place.dataset.queries()}
         asked = [queries[found.id] for found in run.predictions]
-        model = probabilities([found.label_scores or [] for found in run.predictions])
-        habit = np.stack([priors.shares(query.user) for query in asked])
-        mixed = weight * model + (1 - weight) * habit
-        return replace(run, predictions=with_shares(place, run.predictions, asked, mixed))
+        model = log_probabilities([found.label_scores or [] for found in run.predictions])
+        mixed = log_mixture(model, log_priors(priors, asked), weight)
+        return replace(run, predictions=with_scores(place, run.predictions, asked, mixed))
 
     return answer
 
@@ -165,7 +166,23 @@ def choose_weight(found: HeldOut, task: TaskConfig, labels: Sequence[str]) -> fl
 
 def probabilities(scores: Sequence[Sequence[float]]) -> Floats:
     """Return the softmax over the labels of log-likelihoods in nats, `(N, L)`."""
-    return np.asarray(torch.tensor(scores, dtype=torch.float64).softmax(1).numpy())
+    return np.asarray(log_probabilities(scores).exp().numpy())
+
+
+def log_probabilities(scores: Sequence[Sequence[float]]) -> Float[Tensor, "N L"]:
+    """Return the logarithms of `probabilities`, which are finite where a probability is below the smallest number."""
+    return torch.tensor(scores, dtype=torch.float64).log_softmax(1)
+
+
+def log_priors(priors: UserPriors, queries: Sequence[TextExample]) -> Float[Tensor, "N L"]:
+    """Return log pi_u of the queries' users."""
+    return torch.from_numpy(np.log(np.stack([priors.shares(query.user) for query in queries])))
+
+
+def log_mixture(one: Float[Tensor, "N L"], other: Float[Tensor, "N L"], weight: float) -> Float[Tensor, "N L"]:
+    """Return log(w p_one + (1 - w) p_other) from log-probabilities."""
+    first, second = torch.tensor([weight, 1 - weight], dtype=torch.float64).log()
+    return torch.logaddexp(one + first, other + second)
 
 
 def _held_out(dataset: Dataset, priors: UserPriors) -> list[TextExample]:
@@ -181,14 +198,14 @@ def _held_out(dataset: Dataset, priors: UserPriors) -> list[TextExample]:
     return found[:MAX_HELD]
 
 
-def with_shares(
-    place: TrainedRun, blank: Sequence[Prediction], queries: Sequence[TextExample], shares: Floats
+def with_scores(
+    place: TrainedRun, blank: Sequence[Prediction], queries: Sequence[TextExample], scores: Float[Tensor, "N L"]
 ) -> list[Prediction]:
-    """Return predictions with the answers that these label probabilities (N, L) give.
+    """Return predictions with the answers that these log-probabilities of the labels give.
 
     They have no loss per token: a mixture of label probabilities says nothing of an answer's tokens.
     """
-    labels, scores = place.dataset.labels, torch.from_numpy(np.log(shares))
+    labels = place.dataset.labels
     answers = likely_labels(scores, place.config.task, labels)
     losses = label_losses(scores, queries, labels)
     return [

@@ -22,7 +22,7 @@ from proper.data.encoder import Encoder
 from proper.data.prior import EarlierPriors
 from proper.errors import ConfigError
 from proper.evaluation.runner import MethodRun
-from proper.methods.prior import probabilities, score_as, user_priors, with_shares
+from proper.methods.prior import log_probabilities, score_as, user_priors, with_scores
 from proper.methods.spec import DerivedRun, TrainedRun, TrainingWork
 from proper.models.label_choice import takes_trees
 from proper.run_folder import Stage, Tier
@@ -67,7 +67,7 @@ def with_residual(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
         priors = user_priors(place.dataset, place.config)
         added = habit(np.stack([priors.shares(query.user) for query in asked]), priors.population)
         scores = np.asarray([found.label_scores or [] for found in run.predictions])
-        both = probabilities((scores + added).tolist())
-        return replace(run, predictions=with_shares(place, run.predictions, asked, both))
+        both = log_probabilities((scores + added).tolist())
+        return replace(run, predictions=with_scores(place, run.predictions, asked, both))
 
     return answer

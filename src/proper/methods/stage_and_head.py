@@ -13,7 +13,7 @@ from collections.abc import Callable
 from proper.evaluation.runner import MethodRun
 from proper.methods.evaluate import answered
 from proper.methods.head import HEAD
-from proper.methods.prior import probabilities, score_as, with_shares
+from proper.methods.prior import log_mixture, log_probabilities, score_as, with_scores
 from proper.methods.spec import TrainedRun
 from proper.run_folder import RunFolder, Tier
 
@@ -27,9 +27,9 @@ def with_head(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
         by_id = {row.id: row.label_scores or [] for row in head.predictions}
         queries = {query.id: query for query in place.dataset.queries()}
         asked = [queries[row.id] for row in stage.predictions]
-        of_stage = probabilities([row.label_scores or [] for row in stage.predictions])
-        of_head = probabilities([by_id[row.id] for row in stage.predictions])
-        found = with_shares(place, stage.predictions, asked, (of_stage + of_head) / 2)
+        of_stage = log_probabilities([row.label_scores or [] for row in stage.predictions])
+        of_head = log_probabilities([by_id[row.id] for row in stage.predictions])
+        found = with_scores(place, stage.predictions, asked, log_mixture(of_stage, of_head, 0.5))
         return MethodRun(found, stage.seconds + head.seconds, stage.tokens + head.tokens)
 
     return answer

@@ -103,7 +103,8 @@ def _tiles(run: RunFiles) -> list[tuple[str, str]]:
         stages = [values[method] for method in STAGE_METHODS[1:] if method in values]
         name = formats.metric_name(next(row.metric for row in rows if row.task == task))
         title = formats.of_task(task if run.first_task else "", name)
-        tiles.append((title, " → ".join(stages or values.values())))
+        if stages:
+            tiles.append((title, " → ".join(stages)))
     for title, key in (("target users", "target_users"), ("held-out queries", "queries")):
         for task, metadata in tables.sizes(run).items():
             if (amount := metadata.get(key)) is not None:
