@@ -45,9 +45,17 @@ def test_no_flipped_bit_is_read(tmp_path: Path) -> None:
             found, facts = load_tensors(path)
         except ProperError as error:
             assert "x.safetensors: damaged or unreadable" in str(error)
-        else:  # the padding, and the name of the checksum itself
+        else:  # the padding
             assert facts == {"step": 7} and found.keys() == tensors.keys(), at
             assert all(torch.equal(found[name], tensors[name]) for name in tensors), at
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
+    """The users' adapters are bound to the hash of the groups' file."""
+    paths = [tmp_path / f"{i}.safetensors" for i in range(20)]
+    for path in paths:
+        save_tensors(path, {"a": torch.ones(2), "b": torch.zeros(3)}, {"step": 7, "modules": ["q", "v"]})
+    assert len({path.read_bytes() for path in paths}) == 1
 
 
 def test_a_file_without_a_checksum_is_read(tmp_path: Path) -> None:

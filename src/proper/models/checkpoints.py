@@ -31,7 +31,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     facts = json.dumps(dict(metadata))
     with atomic_path(path) as temporary:
-        save_file(flat, temporary, metadata={"facts": facts, "sha256": _sha256(flat, facts)})
+        # One key, as safetensors writes several in a random order: the same content gives the same bytes.
+        save_file(flat, temporary, metadata={"checked": f"{_sha256(flat, facts)} {facts}"})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -43,10 +44,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            written = file.metadata() or {}
-        if written.get("sha256", expected := _sha256(tensors, written.get("facts", ""))) != expected:
+            checksum, facts = _checksum_and_facts(file.metadata())
+        if checksum is not None and checksum != _sha256(tensors, facts):
             raise ValueError("its content does not have the checksum that it was written with")
-        return tensors, _facts(written)
+        return tensors, _parsed(facts)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ProperError(f"{path}: damaged or unreadable: {error}") from error
 
@@ -59,7 +60,7 @@ def load_metadata(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return _facts(file.metadata())
+            return _parsed(_checksum_and_facts(file.metadata())[1])
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ProperError(f"{path}: damaged or unreadable: {error}") from error
 
@@ -74,11 +75,23 @@ def _sha256(tensors: Mapping[str, Tensor], facts: str) -> str:
     return found.hexdigest()
 
 
-def _facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    facts = json.loads((metadata or {}).get("facts", "{}"))
-    if not isinstance(facts, dict):
-        raise ValueError(f"its metadata is a {type(facts).__name__}, not a JSON object")
-    return facts
+def _checksum_and_facts(metadata: Mapping[str, str] | None) -> tuple[str | None, str]:
+    """Return the checksum of a file, or None if it was written without one, and its metadata as JSON."""
+    if not metadata:
+        return None, "{}"
+    if "checked" in metadata:
+        checksum, _, facts = metadata["checked"].partition(" ")
+        return checksum, facts
+    if "facts" in metadata:
+        return None, metadata["facts"]
+    raise ValueError("its metadata is not that of a checkpoint")
+
+
+def _parsed(facts: str) -> dict[str, Any]:
+    found = json.loads(facts)
+    if not isinstance(found, dict):
+        raise ValueError(f"its metadata is a {type(found).__name__}, not a JSON object")
+    return found
 
 
 def tensor_of(tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
