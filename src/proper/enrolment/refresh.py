@@ -33,12 +33,12 @@ from proper.enrolment.comparison import State, Usual, losses_of, per_item, state
 from proper.enrolment.fit_user import Fitter, open_fitter, own_bank
 from proper.enrolment.group_versions import BY, versions_before
 from proper.enrolment.history import Rows, UserHistory, grown_history
+from proper.enrolment.lost_adapters import refit
 from proper.errors import ChangedError, RunFolderError
 from proper.files import hash_file, hash_value
 from proper.inference.loading import load, settle_groups
 from proper.inference.model import PersonalizedModel
 from proper.interactions.log import InteractionLog
-from proper.interactions.personal_files import remove_work, work_folder
 from proper.models.checkpoints import fill, load_metadata, load_tensors, save_tensors
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import seed_of
@@ -83,7 +83,7 @@ def refresh(folder: Path, left_out: Collection[str] = ()) -> Refreshed:
     """
     run = RunFolder(folder)
     with _opened(folder) as work:
-        worse, again = work.refit()  # those of a call that was killed
+        worse, again = refit(work.fitter, work.store, work.log)  # those of a call that was killed
         rows = work.rows(left_out)
         if not run.users.refresh.exists():
             run.refreshed.unlink(missing_ok=True)  # of a way back that was killed
@@ -94,7 +94,7 @@ def refresh(folder: Path, left_out: Collection[str] = ()) -> Refreshed:
     with _opened(folder) as work:  # training has changed the model
         validated = work.commit()
     with _opened(folder) as work:
-        worse, again = work.refit()
+        worse, again = refit(work.fitter, work.store, work.log)
         return Refreshed(rows.size, len(work.users), validated, worse, again)
 
 
@@ -116,7 +116,7 @@ def roll_back(folder: Path) -> Refreshed:
             save_tensors(run.refreshed, tensors, metadata)
         work.go_back()
     with _opened(folder) as work:
-        worse, again = work.refit()
+        worse, again = refit(work.fitter, work.store, work.log)
         return Refreshed(0, len(work.users), worse=worse, adapters=again)
 
 
@@ -288,29 +288,6 @@ class _Work:
                 return False
         settle_groups(self.run, self.store)
         return True
-
-    def refit(self) -> tuple[int, int]:
-        """Fit the users who lost an adapter; return how many these are, and how many have one again."""
-        waiting = [user for user, _, metadata in self.store.heads() if metadata.get(MADE, {}).get("refit")]
-        again = 0
-        with progress("refit users", len(waiting)) as advance:
-            for user in waiting:
-                again += self._refit(user)
-                advance(1)
-        return len(waiting), again
-
-    def _refit(self, user: str) -> bool:
-        head, grown = self.store.head(user), self.grown(user)
-        if head is None or not grown.items:
-            return False
-        with self.log.queue.lock():
-            work = work_folder(self.store.folder, self.store.tenant, user)
-            record = self.fitter.fit(self.store, user, grown, work, lambda phase, share: None)
-            made = {"by": BY, "of": head.version}
-            reason = "fitted again, since the adapter was worse under the refreshed groups"
-            self.store.put([replace(record, metadata={**record.metadata, MADE: made, "reason": reason})])
-        remove_work(self.store.folder, self.store.tenant, user)
-        return record.adapter is not None
 
     def _loss(self, state: State, items: Sequence[TextExample]) -> float:
         with own_bank(self.model):

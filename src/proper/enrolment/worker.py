@@ -112,16 +112,16 @@ class FitWorker:
         done, placed = (shares_of(phase, len(users), on_progress) for phase in ("fit", "embeddings"))
         for at in range(0, len(users) if refine else 0, USERS_PER_BATCH):
             some = users[at : at + USERS_PER_BATCH]
-            # No claim is held on users who are fitted together, so a deletion has to wait for the end of this block.
+            # Users who are fitted together do not notice a deletion, which has to wait for the end of this block.
             with working(self.users.parent), self.log.queue.lock():
                 _refuse_outdated(fitter)
-                states = ((user, self.log.queue.fit(store.tenant, user).state) for user in some)
-                left = [user for user, state in states if state in ("queued", "fitting")]  # a worker fitted the others
-                fit_many(fitter, store, self.log, left, placed, bar_of(on_progress))
-                for user in some:
-                    while self._take(fitter, store.tenant, user, no_progress, even_if_not_due=False):
-                        pass
-                    done(1)
+                claims = [claim for user in some if (claim := self.log.queue.take(store.tenant, user)) is not None]
+                with self.log.queue.holding(claims):  # another worker has fitted the other users, or does it now
+                    fit_many(fitter, store, self.log, [claim.user for claim in claims], placed, bar_of(on_progress))
+                    for claim in claims:
+                        self._fit_claimed(fitter, claim, no_progress, even_if_not_due=False)
+                        done(1)
+                done(len(some) - len(claims))
         fits = [(user, self.fit(store.tenant, user)) for user in users if refine]
         failed = [(user, fit.message) for user, fit in fits if fit.state == "failed"]
         if failed:
@@ -170,8 +170,12 @@ class FitWorker:
     ) -> bool:
         """Take a claim as `fit_next` says, and fit its user; return whether there was one."""
         claim = self.log.queue.take(tenant, user)
-        if claim is None:
-            return False
+        if claim is not None:
+            self._fit_claimed(fitter, claim, on_progress, even_if_not_due)
+        return claim is not None
+
+    def _fit_claimed(self, fitter: Fitter, claim: Claim, on_progress: ProgressCallback, even_if_not_due: bool) -> None:
+        """Fit the user of a claim, and end or release it."""
         try:
             self._fit(fitter, claim, on_progress, even_if_not_due)
         except WithdrawnError:
@@ -190,7 +194,6 @@ class FitWorker:
             raise
         finally:
             self.log.queue.leave(claim)
-        return True
 
     def _fit(self, fitter: Fitter, claim: Claim, on_progress: ProgressCallback, even_if_not_due: bool) -> None:
         with (
@@ -256,15 +259,27 @@ class FitWorker:
                 self.log.updates.add(claim.tenant, claim.user, *outcome)
             self.log.queue.done(claim, version, describe(fitted))
         # Not before: after a kill, the folder says that the version in service is this fit's result.
-        remove_work(self.users, claim.tenant, claim.user)
+        remove_ended_work(self.log, self.users, claim)
 
     def _remove_stale_work(self) -> None:
         """Remove work folders of interrupted fits whose users are no longer queued."""
         folder = UsersFolder(self.users).fits
-        if folder.is_dir():
-            kept = {work_folder(self.users, tenant, user) for tenant, user in self.log.queue.waiting()}
-            for work in set(folder.iterdir()) - kept:
+        if not folder.is_dir() or not self._stale(folder):
+            return
+        with self.log.database.transaction():  # in which no other worker takes a claim, and with it a folder
+            for work in self._stale(folder):
                 shutil.rmtree(work, ignore_errors=True)
+
+    def _stale(self, folder: Path) -> set[Path]:
+        found = set(folder.iterdir())
+        return found and found - {work_folder(self.users, *owner) for owner in self.log.queue.waiting()}
+
+
+def remove_ended_work(log: InteractionLog, users: Path, claim: Claim) -> None:
+    """Remove the work folder of a fit that has ended, unless another worker has taken the user's next fit already."""
+    with log.queue.unclaimed(claim.tenant, claim.user) as free:
+        if free:
+            remove_work(users, claim.tenant, claim.user)
 
 
 def describe(fitted: FitOutcome) -> str:

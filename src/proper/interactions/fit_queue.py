@@ -9,14 +9,17 @@ a dead worker come back depends on the database:
                  acquires the lock was left behind, and is queued again
     PostgreSQL   many workers take claims, each of another user (FOR UPDATE SKIP LOCKED); a claim whose lease has run
                  out, because no progress was reported for `LEASE_SECONDS`, is queued again
+
+Who works in a user's work folder holds the claim on the user.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +28,15 @@ from typing import Literal
 from proper.adapters.manifest import key_of, user_of
 from proper.databases.shared import NOTHING
 from proper.databases.statements import Statement
+from proper.errors import StoreError
 from proper.files import locked
 from proper.interactions import fit_statements as sql
 from proper.interactions.database import Database
 from proper.interactions.fit_statements import LEASE_SECONDS as LEASE_SECONDS
 from proper.run_folder import UsersFolder
 from proper.sqlite_files import read_only_error
+
+logger = logging.getLogger(__name__)
 
 State = Literal["idle", "queued", "fitting", "done", "failed"]
 _POLL_SECONDS = 0.05
@@ -127,6 +133,32 @@ class FitQueue:
         self._set(sql.RELEASE, claim)
 
     @contextmanager
+    def holding(self, claims: Sequence[Claim]) -> Iterator[None]:
+        """Keep claims while the block runs, however long it reports no progress; those not ended in it are released."""
+        ended = threading.Event()
+
+        def renew() -> None:
+            while not ended.wait(LEASE_SECONDS / 6):
+                try:
+                    for claim in claims:
+                        self._set(sql.RENEW, claim)
+                except StoreError as error:  # the database may be back before the leases run out
+                    logger.warning(f"claims on fits could not be renewed: {error}")
+
+        thread = threading.Thread(target=renew, name="fit claims", daemon=True)
+        if self._many_workers:
+            thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            if self._many_workers:
+                thread.join()
+            for claim in claims:
+                self.release(claim)  # has no effect on one that has ended
+                self.leave(claim)
+
+    @contextmanager
     def ending(self, claim: Claim) -> Iterator[bool]:
         """Yield whether the claim is valid, which cannot change while the block runs.
 
@@ -179,6 +211,13 @@ class FitQueue:
             return
         with self.database.transaction((tenant, key_of(user))):
             yield
+
+    @contextmanager
+    def unclaimed(self, tenant: str, user: str) -> Iterator[bool]:
+        """Yield whether no worker holds a claim on a user, which cannot change while the block runs."""
+        own = {"tenant": tenant, "user": key_of(user)}
+        with self.database.transaction((tenant, key_of(user))):
+            yield self.database.read(sql.LOCKED, own) != [("fitting",)]
 
     def withdraw(self, tenant: str, user: str) -> None:
         """Void the claim on a user, if there is one (inside a transaction that deletes the user's row)."""

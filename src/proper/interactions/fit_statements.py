@@ -71,7 +71,10 @@ _LEFT = select(*_KEY, FITS.c.claim, FITS.c.wanted, FITS.c.attempts).where(FITS.c
 ALL_LEFT = Statement(lambda _: _LEFT)
 LEASE_OVER = Statement(lambda _: _LEFT.where(FITS.c.lease < now()))
 ADVANCE = _change(progress=bindparam("new_progress"), phase=bindparam("new_phase"), lease=_LEASED)
+RENEW = _change(lease=_LEASED)
 CLAIM_OF = Statement(lambda _: select(FITS.c.claim).where(_OWN, FITS.c.state == "fitting"))
+# The row's lock keeps other workers from taking a claim on the user.
+LOCKED = Statement(lambda _: select(FITS.c.state).where(_OWN).with_for_update())
 # The row of a deleted user whose worker has not noticed yet: it names no user.
 _VOIDED = FITS.c.state == "withdrawn"
 WITHDRAW = Statement(

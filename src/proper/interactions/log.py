@@ -25,7 +25,7 @@ from proper.databases.tables import FITS, INTERACTIONS, UPDATES, USERS
 from proper.errors import InputError
 from proper.interactions.database import Database
 from proper.interactions.deletion_jobs import Deletions
-from proper.interactions.fit_queue import FitQueue
+from proper.interactions.fit_queue import Claim, FitQueue
 from proper.interactions.updates import Updates
 from proper.run_folder import UsersFolder
 
@@ -221,6 +221,16 @@ class InteractionLog:
         with self.database.transaction((tenant, key_of(user))):
             self._require_present(tenant, user, new=False)
             self.queue.add(tenant, user)
+
+    def claim_fit(self, tenant: str, user: str) -> Claim | None:
+        """Claim a user for a fit, whether one is queued or not; None while a worker fits the user.
+
+        Raises:
+            DeletedError: the user was deleted meanwhile.
+        """
+        with self.database.transaction((tenant, key_of(user))):
+            self.request_fit(tenant, user)
+            return self.queue.take(tenant, user)
 
     def _require_present(self, tenant: str, user: str, new: bool) -> None:
         """Require that a user is not deleted (inside a transaction, which a deletion waits for)."""
