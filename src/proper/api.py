@@ -28,7 +28,7 @@ from proper.inference.sampling import Sampling
 from proper.inference.score import score
 from proper.interactions.deletion import remove
 from proper.interactions.log import ExistsError, InteractionLog, LogEntry
-from proper.interactions.parsing import read_rows, record_reader
+from proper.interactions.parsing import read_rows, record_reader, with_known_labels
 from proper.run_folder import Tier
 
 Row = Mapping[str, Any]
@@ -167,8 +167,9 @@ class Users:
             DataError: an interaction cannot be used; the message names it.
         """
         config = self.worker.fitter().model.config
+        task = with_known_labels(self.folder, config.task)
         named = ((f"interactions[{at}]", row) for at, row in enumerate(rows))
-        return read_rows(named, record_reader(config.data, config.task, user))
+        return read_rows(named, record_reader(config.data, task, user))
 
     def append(
         self, user: str, entries: list[LogEntry], *, new: bool, on_progress: ProgressCallback | None = None

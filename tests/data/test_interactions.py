@@ -178,8 +178,8 @@ def test_configured_labels_are_the_only_ones(jsonl: Callable[..., Path]) -> None
     good, bad = read(jsonl(rows), TaskConfig(kind="classification", labels=["SPORTS", "CRIME"]))
     assert [each.target for each in good] == ["SPORTS"]
     assert bad == [
-        "2: output: 'SPORT' is not in task.labels; did you mean 'SPORTS'?",
-        f"3: output: '{'x' * 40}...' is not in task.labels; known: SPORTS, CRIME",
+        "2: output: 'SPORT' is none of the task's labels; did you mean 'SPORTS'?",
+        f"3: output: '{'x' * 40}...' is none of the task's labels; known: SPORTS, CRIME",
     ]
 
 
@@ -187,14 +187,14 @@ def test_a_rating_takes_the_configured_label_of_its_value(jsonl: Callable[..., P
     rows = [ROW | {"output": value} for value in (1.0, "2", 2.5)]
     good, bad = read(jsonl(rows), TaskConfig(kind="rating", labels=["1", "2"]))
     assert [each.target for each in good] == ["1", "2"]
-    assert bad == ["3: output: '2.5' is not in task.labels; known: 1, 2"]
+    assert bad == ["3: output: '2.5' is none of the task's labels; known: 1, 2"]
 
 
 def test_a_class_takes_the_configured_label_of_its_number(jsonl: Callable[..., Path]) -> None:
     rows = [ROW | {"output": value} for value in (1.0, "2", "2.00", "02")]
     good, bad = read(jsonl(rows), TaskConfig(kind="classification", labels=["1", "2"]))
     assert [each.target for each in good] == ["1", "2", "2"]
-    assert bad == ["4: output: '02' is not in task.labels; known: 1, 2"]
+    assert bad == ["4: output: '02' is none of the task's labels; known: 1, 2"]
 
 
 @pytest.mark.parametrize(

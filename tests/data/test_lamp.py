@@ -373,7 +373,7 @@ def test_labels_are_taken_but_for_case_spaces_and_brackets(tmp_path: Path, lamp_
     edit(folder / "user_top_100_history.json", lambda e: e[0]["profile"][2].update(category="gossip"))
     bad = bad_rows(config(folder, "lamp-2n", "oppu"))
     assert bad.count == 1
-    assert ":1: output: 'gossip' is not in task.labels" in bad.first[0]
+    assert ":1: output: 'gossip' is none of the task's labels" in bad.first[0]
 
 
 @pytest.mark.parametrize("score", ["4", "4.0", 4, 4.0])
@@ -427,7 +427,7 @@ def test_quotes_and_markers_inside_a_text_are_text(tmp_path: Path, lamp_files: M
             lambda e: e[1]["profile"][3].update(id=2.0**53),
             ":2: row: profile[3].id: 9007199254740992.0: the id has lost digits; write it as text",
         ),
-        (lambda e: e[1]["profile"][3].update(score="9"), ":2: output: '9' is not in task.labels"),
+        (lambda e: e[1]["profile"][3].update(score="9"), ":2: output: '9' is none of the task's labels"),
         (lambda e: e[1].update(input="Rate this."), "': input: no question of lamp-3: 'review:' is missing"),
         (lambda e: e[1].update(id=e[0]["id"]), "no answer, or its answer is already used, in dev_outputs.json"),
         (lambda e: e.pop(), ": missing, and dev_outputs.json has its answer"),

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pyarrow import output_stream
 
-from proper.config import DataConfig, TaskConfig
+from proper.config import DataConfig, TaskConfig, make_config
+from proper.data.dataset import prepare
 from proper.data.rows import BadValue
+from proper.errors import DataError
 from proper.interactions.log import LogEntry
-from proper.interactions.parsing import read_file, read_users, record_reader
+from proper.interactions.parsing import plain_reader, read_file, read_users, record_reader, with_known_labels
 
 ROW = {"input": "a", "output": "b"}
 
@@ -64,3 +67,23 @@ def test_an_id_that_is_a_column_of_the_run_is_no_interactions_own(column: str, t
     assert [each.id for each in read_users(path, config, TaskConfig())["7"]] == [None] * 3
     usual = record_reader(DataConfig(path="x"), TaskConfig(), "7")
     assert usual({**ROW, "id": 7}).id == usual({"prompt": "a", "target": "b", "id": 7}).id == "7"
+
+
+@pytest.mark.parametrize("kind", ["classification", "rating"])
+def test_a_target_is_one_of_the_labels_of_the_runs_data(kind: str, tmp_path: Path) -> None:
+    names = ["4", "5"] if kind == "rating" else ["4", "SPORTS"]
+    rows = [{"user_id": f"u{at % 4}", "input": f"a{at}", "output": names[at % 2], "timestamp": at} for at in range(80)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = make_config({"data": {"path": str(tmp_path / "rows.jsonl")}, "task": {"kind": kind}})
+    prepare(config, tmp_path / "data.sqlite", lambda prompts, targets: [1] * len(prompts)).close()
+    task = with_known_labels(tmp_path, config.task)
+    new, rows = tmp_path / "new.jsonl", [{"input": "a", "output": one} for one in (4.0, names[1], "4.50", "SPORT")]
+    new.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for reader in (record_reader(config.data, task, "u1"), plain_reader(task, "input", "output")):
+        with pytest.raises(DataError) as caught:
+            read_file(new, reader)
+        hint = f"known: {', '.join(names)}"
+        assert str(caught.value) == f"{new}:3: output: '4.50' is none of the task's labels; {hint} (and 1 more bad row)"
+        assert [reader({"input": "a", "output": one}).target for one in ("4.0", names[1])] == names
+    (tmp_path / "data.sqlite").unlink()
+    assert with_known_labels(tmp_path, config.task) == config.task

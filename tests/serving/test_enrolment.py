@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
+from proper.config import make_config
+from proper.data.dataset import prepare
 from proper.interactions.log import InteractionLog
 
 if TYPE_CHECKING:
@@ -100,6 +104,36 @@ def test_a_bad_body_is_one_clear_line_and_leaves_nothing(own: Running, body: dic
         message = reply.json()["error"]["message"]
         assert said in message and "\n" not in message
         assert client.get("/v1/users/cy").status_code == 404
+
+
+def test_a_time_is_a_number_or_text(own: Running) -> None:
+    with own.client() as client:
+        for at, time in enumerate(("2025-03-01", 1740787200, 1740787200.0, "1740787200", 1740787200000)):
+            rows = [{"input": "x", "output": "y", "timestamp": time}]
+            path, body = ("/v1/users/di/interactions", {}) if at else ("/v1/users", {"user": "di"})
+            reply = client.post(path, json={**body, "interactions": rows})
+            assert (reply.status_code, reply.json().get("duplicates")) == (200, min(at, 1)), (time, reply.text)
+        for wrong in (True, [1], {}, 1e300, "9" * 65):
+            rows = [{"input": "x", "output": "y", "timestamp": wrong}]
+            reply = client.post("/v1/users/di/interactions", json={"interactions": rows})
+            assert reply.status_code == 400 and "interactions.0.timestamp: " in reply.json()["error"]["message"], wrong
+
+
+def test_an_output_is_one_of_the_labels_of_the_runs_data(serve: Serve, tiny_run: Path, tmp_path: Path) -> None:
+    run, config = Path(shutil.copytree(tiny_run, tmp_path / "tiny")), tmp_path / "tiny" / "config.yaml"
+    raw = {**yaml.safe_load(config.read_text("utf-8")), "task": {"kind": "classification"}}
+    config.write_text(yaml.safe_dump(raw), "utf-8")
+    rows = [{"user_id": f"u{at % 4}", "input": f"a{at}", "output": ("plane", "train")[at % 2]} for at in range(80)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+    settings = make_config({**raw, "data": {"path": str(tmp_path / "rows.jsonl"), "time": None}})
+    prepare(settings, run / "data.sqlite", lambda prompts, targets: [1] * len(prompts)).close()
+    with serve(run).client() as client:
+        rows = [{"input": "x", "output": each} for each in ("train", "trian")]
+        for path, body in (("/v1/users", {"user": "bo"}), ("/v1/users/u1/interactions", {})):
+            reply = client.post(path, json={**body, "interactions": rows})
+            why = "interactions.1.output: 'trian' is none of the task's labels; did you mean 'train'?"
+            assert (reply.status_code, reply.json()["error"]["message"]) == (400, why)
+            assert client.post(path, json={**body, "interactions": rows[:1]}).json()["accepted"] == 1
 
 
 def test_tenants_and_scopes(serve: Serve, tiny_run: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def small(serve: Serve, long_run: Path) -> Running:
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty: "),
         ({"promt": "x"}, 400, "promt: "),
         ({"user": ""}, 400, "user: "),
-        ({"prompt": ["x"] * 65}, 400, "prompt"),
+        ({"prompt": ["x"] * 65}, 400, "prompt: should be at most 64 prompts"),
         ({"prompt": "x" * 2000}, 413, "larger than 2000 bytes"),
         ({"prompt": ["a", "b", "c"]}, 429, "may have 2 prompts open at once"),
         ({"prompt": ["a", "b", "c", "d"]}, 429, "too many prompts are open"),
@@ -73,6 +73,14 @@ def test_bodies_that_are_no_json_or_come_in_pieces(small: Running) -> None:
         assert client.post("/v1/completions", content=(b"x" * 500 for _ in range(9))).status_code == 413
         assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
         assert client.get("/v1/completions").status_code == 405
+
+
+def test_a_body_that_is_far_too_large_is_told_so(small: Running) -> None:
+    """The client sends more than the buffers between them hold, and reads after that."""
+    with small.client() as client:
+        reply = client.post("/v1/completions", json={**ASK, "prompt": "x" * (16 << 20)})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (413, "too_large")
+        assert client.post("/v1/completions", json=ASK).status_code == 200
 
 
 def sent(running: Running, body: dict[str, Any]) -> socket.socket:

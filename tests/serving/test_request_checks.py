@@ -189,6 +189,23 @@ def test_head_is_get_without_a_body(own: Running, path: str) -> None:
         assert head.headers["content-length"] == whole.headers["content-length"]
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/users", "GET, HEAD, POST"),
+        ("/v1/users/u0", "DELETE, GET, HEAD"),
+        ("/v1/users/u0%2Fversions", "DELETE, GET, HEAD"),
+        ("/v1/users/u0/versions", "GET, HEAD"),
+        ("/v1/chat/completions", "POST"),
+        ("/healthz", "GET, HEAD"),
+    ],
+)
+def test_a_wrong_method_names_all_right_ones(own: Running, path: str, allowed: str) -> None:
+    with own.client() as client:
+        reply = client.put(path, json={})
+    assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
+
+
 def test_head_on_one_connection_with_others(own: Running) -> None:
     host, _, port = own.url.removeprefix("http://").partition(":")
     ask = "{} /readyz HTTP/1.1\r\nHost: localhost\r\n{}\r\n"

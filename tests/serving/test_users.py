@@ -49,10 +49,12 @@ def test_users_are_listed_read_taken_back_and_deleted(own: Running, alone: Perso
             return reply["choices"][0]["text"], reply["proper"].get("version")
 
         pages: list[str] = []
+        cards: dict[str, Any] = {}
         after: dict[str, Any] = {}
         while True:
             page = client.get("/v1/users", params={"limit": 4, **after}).json()
             pages += [card["id"] for card in page["data"]]
+            cards |= {card["id"]: card for card in page["data"]}
             if page["next"] is None:
                 break
             after = {"after": page["next"]}
@@ -60,6 +62,7 @@ def test_users_are_listed_read_taken_back_and_deleted(own: Running, alone: Perso
         assert client.get("/v1/users/a%2Fb%20c").json()["tier"] == "users"
         idle = {"state": "idle", "progress": 0, "phase": None, "message": None, "version": None}
         card = {"id": "u0", "object": "user", "tier": "users", "version": 2}
+        assert cards["u0"] == card
         assert client.get("/v1/users/u0").json() == {**card, "interactions": 0, "fit": idle}
         assert [one["version"] for one in client.get("/v1/users/u0/versions").json()["data"]] == [2, 1]
         assert answer() == (generate(alone, ["Well?"], ["u1"])[0], 2)
@@ -70,6 +73,10 @@ def test_users_are_listed_read_taken_back_and_deleted(own: Running, alone: Perso
         assert client.post("/v1/users/u0/rollback", json={}).json()["version"] == 3
         assert answer() == (generate(alone, ["Well?"], ["u0"])[0], 3)
         assert client.post("/v1/users/u0/rollback", json={"to": 99}).status_code == 409
+        assert (
+            client.post("/v1/users/u0/rollback", json={"to": True}).json()["error"]["message"]
+            == "to: should be a number"
+        )
         assert client.delete("/v1/users/u0").json() == {"id": "u0", "object": "user.deleted", "deleted": True}
         for method, path in (
             ("GET", ""),

@@ -275,9 +275,9 @@ class AdapterStore:
             size = row.length + len(row.embedding)
             yield user_of(row.user), tier_of(row), json.loads(row.facts), size
 
-    def heads(self) -> Iterator[tuple[str, Head, dict[str, Any]]]:
-        """Yield user, head and metadata of every current record without reading adapters."""
-        for row in self.manifest.heads(self.tenant):
+    def heads(self, after: str | None = None) -> Iterator[tuple[str, Head, dict[str, Any]]]:
+        """Yield user, head and metadata of every current record without reading adapters, in the order of `users`."""
+        for row in self.manifest.heads(self.tenant, None if after is None else key_of(after)):
             yield user_of(row.user), head_of(row), json.loads(row.facts)
 
     def delete(self, user: str) -> bool:

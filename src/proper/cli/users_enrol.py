@@ -86,20 +86,20 @@ def enrol(
 def read_entries(folder: Path, user: str, path: Path) -> list[LogEntry]:
     """Read one user's interactions from a file, for the run's columns."""
     run = require_run(folder)
-    from proper.interactions.parsing import read_file, record_reader
+    from proper.interactions.parsing import read_file, record_reader, with_known_labels
 
     config = load_run_config(run.config)
-    return read_file(path, record_reader(config.data, config.task, user))
+    return read_file(path, record_reader(config.data, with_known_labels(folder, config.task), user))
 
 
 def _entries_of_users(folder: Path, user: str | None, path: Path) -> dict[str, list[LogEntry]]:
     if user is not None:
         return {user: read_entries(folder, user, path)}
     run = require_run(folder)
-    from proper.interactions.parsing import read_users
+    from proper.interactions.parsing import read_users, with_known_labels
 
     config = load_run_config(run.config)
-    return read_users(path, config.data, config.task)
+    return read_users(path, config.data, with_known_labels(folder, config.task))
 
 
 @contextmanager

@@ -99,7 +99,7 @@ class TaskConfig(Section):
 
     Attributes:
         kind: kind of the answers: labels, numbers or free text.
-        labels: the labels; `auto` takes those of the training rows.
+        labels: the labels, of which every answer is one; `auto` takes those of the training rows.
         decode: `score` compares the likelihood of all labels, `generate` decodes text; `auto` scores where there are
             labels.
         max_new_tokens: longest generated answer, in tokens.

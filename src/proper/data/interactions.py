@@ -214,7 +214,9 @@ class RowFormat:
             return target
         found = find_label(target, labels, self.task.kind)
         if found is None:
-            raise BadValue(name, lambda: f"{_short(target)} is not in task.labels; {did_you_mean(target, labels)}")
+            raise BadValue(
+                name, lambda: f"{_short(target)} is none of the task's labels; {did_you_mean(target, labels)}"
+            )
         return found
 
     def _time(self, row: Mapping[str, object]) -> float | None:

@@ -3,6 +3,7 @@
     {"prompt": final text, "target": text}          final texts, as the model sees them
     the columns of data.prompt and data.target      as in the run's data, filled into its templates
 
+The target of a task with labels is one of them: of those configured or, with `labels: auto`, of the run's data.
 Both may have an `id`, unless the run's data has a column of that name, and a time in the run's time column or in
 `timestamp`.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from proper.config import DataConfig, TaskConfig
+from proper.data.dataset import Dataset
 from proper.data.interactions import BadRows, Interaction, RowFormat
 from proper.data.item_evidence import neutral
 from proper.data.rows import BadValue, parse_template
@@ -23,9 +25,23 @@ from proper.data.text_files import json_rows
 from proper.data.values import identifier
 from proper.errors import DataError
 from proper.interactions.log import LogEntry
+from proper.run_folder import RunFolder
 
 Read = Callable[[Mapping[str, Any]], LogEntry]
 _ID, _TIME = "id", "timestamp"
+
+
+def with_known_labels(run: Path, task: TaskConfig) -> TaskConfig:
+    """Return the task of a run with the labels that `labels: auto` found in the run's data, if that still exists.
+
+    Raises:
+        RunFolderError: the data cannot be read.
+    """
+    data = RunFolder(run).home.data
+    if task.kind == "generation" or task.labels != "auto" or not data.is_file():
+        return task
+    with Dataset.open(data) as dataset:
+        return task.model_copy(update={"labels": dataset.labels})
 
 
 def plain_reader(task: TaskConfig, prompt: str, target: str) -> Read:

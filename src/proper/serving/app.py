@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from proper.errors import ProperError, ReadOnlyError
 from proper.interactions.log import InteractionLog
@@ -157,8 +158,10 @@ def _explain_errors(app: FastAPI, run: Path | None, log: Callable[[str], None]) 
     The message of a refusal goes to the client only: it may quote the request's texts.
     """
 
-    async def refused(_: Any, error: Exception) -> JSONResponse:
+    async def refused(request: Request, error: Exception) -> JSONResponse:
         refusal = _as_refusal(error)
+        if refusal.status == 405:
+            refusal.headers["Allow"] = ", ".join(sorted(_methods(request)))
         if isinstance(error, ProperError) and not (isinstance(error, APIError) and error.status < 500):
             log(f"{type(error).__name__}: {error}")
         if run is not None:
@@ -167,6 +170,17 @@ def _explain_errors(app: FastAPI, run: Path | None, log: Callable[[str], None]) 
 
     for kind in (APIError, RequestValidationError, HTTPException, ProperError, Exception):
         app.add_exception_handler(kind, refused)
+
+
+def _methods(request: Request) -> set[str]:
+    """Return the methods of a request's path: those of all its routes, of which the framework names the first one's."""
+    found = {
+        method
+        for method in ("DELETE", "GET", "PATCH", "POST", "PUT")
+        for route in request.app.routes
+        if route.matches({**request.scope, "method": method})[0] is Match.FULL
+    }
+    return found | ({"HEAD"} if "GET" in found else set())
 
 
 def _as_refusal(error: Exception) -> APIError:

@@ -84,7 +84,9 @@ class RequestMiddleware:
 
 
 def _too_large(limit: int) -> APIError:
-    return APIError(413, f"the body is larger than {limit} bytes", code="too_large", headers={"Connection": "close"})
+    # Without "Connection: close", the rest of the body is read and dropped, for at most the time that a body may take.
+    # A connection that is closed before is reset, and the client does not get to read why.
+    return APIError(413, f"the body is larger than {limit} bytes", code="too_large")
 
 
 def reply(refusal: APIError) -> JSONResponse:

@@ -67,12 +67,13 @@ class TenantUsers:
             state.message = without_places(without_folders(state.message, self.store.folder.parent))
         return state
 
-    def users(self, after: str | None) -> Iterator[tuple[str, str]]:
-        """Yield users and tiers, ordered by id."""
-        unfitted = ((user, Tier.NONE) for user in self.log.users(self.tenant, after))
-        both = heapq.merge(self.store.users(after), unfitted, key=lambda pair: pair[0].encode("utf-8", "surrogatepass"))
+    def users(self, after: str | None) -> Iterator[UserCard]:
+        """Yield all users, ordered by id."""
+        stored = (UserCard(id=user, tier=head.tier, version=head.version) for user, head, _ in self.store.heads(after))
+        unfitted = (UserCard(id=user, tier=Tier.NONE) for user in self.log.users(self.tenant, after))
+        both = heapq.merge(stored, unfitted, key=lambda card: card.id.encode("utf-8", "surrogatepass"))
         # For a user in both, the store's entry comes first.
-        return (next(pairs) for _, pairs in groupby(both, key=lambda pair: pair[0]))
+        return (next(cards) for _, cards in groupby(both, key=lambda card: card.id))
 
 
 TenantLookup = Callable[[Principal, str | None], TenantUsers]

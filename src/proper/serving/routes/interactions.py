@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Query
 from proper.data.rows import BadValue
 from proper.errors import UnstorableError
 from proper.interactions.log import ConflictError, DeletedError, ExistsError, LogEntry, UserIdError
-from proper.interactions.parsing import Read, plain_reader
+from proper.interactions.parsing import Read, plain_reader, with_known_labels
 from proper.serving.auth import Authenticator
 from proper.serving.engines import AnsweringModel
 from proper.serving.errors import APIError
@@ -26,7 +26,10 @@ from proper.serving.tenancy import TenantLookup, TenantUsers, user_in_path
 def enrolment_routes(router: APIRouter, model: AnsweringModel, lookup: TenantLookup, auth: Authenticator) -> None:
     """Add the enrolment and append routes to a router at /v1/users."""
     WriteCaller = Annotated[Principal, Depends(auth.needs("write", "admin"))]
-    reading = plain_reader(model.config.task, "input", "output")
+
+    def entries(users: TenantUsers, interactions: Sequence[NewInteraction]) -> list[LogEntry]:
+        task = with_known_labels(users.store.folder.parent, model.config.task)
+        return _entries(interactions, plain_reader(task, "input", "output"))
 
     @router.post("")
     def enrol(body: Enrolment, caller: WriteCaller) -> AppendReply:
@@ -36,7 +39,7 @@ def enrolment_routes(router: APIRouter, model: AnsweringModel, lookup: TenantLoo
             raise APIError(400, "user: this id cannot be part of a URL", code="invalid", param="user")
         if users.knows(body.user):
             raise _exists(body.user)
-        return _append(users, body.user, _entries(body.interactions, reading), True)
+        return _append(users, body.user, entries(users, body.interactions), True)
 
     @router.post("/{user}/interactions")
     def append(
@@ -48,7 +51,7 @@ def enrolment_routes(router: APIRouter, model: AnsweringModel, lookup: TenantLoo
         """Add interactions of a user; interactions that are already stored count as duplicates."""
         users = lookup(caller, tenant)
         users.require(user)
-        return _append(users, user, _entries(body.interactions, reading), False)
+        return _append(users, user, entries(users, body.interactions), False)
 
 
 def _append(users: TenantUsers, user: str, entries: Sequence[LogEntry], new: bool) -> AppendReply:

@@ -67,9 +67,8 @@ def _listing(router: APIRouter, lookup: TenantLookup, auth: Authenticator) -> No
     ) -> UserList:
         """List users ordered by id, one page at a time."""
         tenant_users = lookup(caller, tenant)
-        found = list(islice(tenant_users.users(after), limit + 1))
-        cards = [UserCard(id=user, tier=tier) for user, tier in found[:limit]]
-        return UserList(data=cards, next=cards[-1].id if len(found) > limit else None)
+        cards = list(islice(tenant_users.users(after), limit + 1))
+        return UserList(data=cards[:limit], next=cards[limit - 1].id if len(cards) > limit else None)
 
 
 def _versions(router: APIRouter, lookup: TenantLookup, auth: Authenticator) -> None:

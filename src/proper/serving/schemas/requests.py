@@ -24,7 +24,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from proper.data.values import MAX_ID_LENGTH
 
 
-def _not_a_boolean(value: Any) -> Any:
+def not_a_boolean(value: Any) -> Any:
     """Refuse true and false for a number, as which pydantic would take them: 1 and 0."""
     if isinstance(value, bool):
         raise PydanticCustomError("number", "should be a number")
@@ -38,7 +38,7 @@ def _without_nulls(value: Any) -> Any:
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-Length = Annotated[int, Field(ge=1, le=1 << 20), BeforeValidator(_not_a_boolean)]
+Length = Annotated[int, Field(ge=1, le=1 << 20), BeforeValidator(not_a_boolean)]
 Ids = Annotated[list[StrictInt], Field(min_length=1)]
 
 
@@ -109,9 +109,9 @@ class Options(RequestSchema):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Length | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False), BeforeValidator(_not_a_boolean)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_not_a_boolean)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_not_a_boolean)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False), BeforeValidator(not_a_boolean)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(not_a_boolean)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(not_a_boolean)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     proper: ProperOptions | None = None
     prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
@@ -205,7 +205,7 @@ class ChatRequest(Options):
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
     max_completion_tokens: Length | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(_not_a_boolean)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(not_a_boolean)] | None = None
     response_format: Annotated[None, AcceptOnly(({"type": "text"},))] = None
     tools: Annotated[None, AcceptOnly(([],))] = None
     tool_choice: Annotated[None, AcceptOnly(("none", "auto"))] = None
@@ -242,9 +242,7 @@ class ChatRequest(Options):
 class CompletionRequest(Options):
     """The request body of /v1/completions; a prompt is text or a list of token ids."""
 
-    prompt: (
-        str | Annotated[list[str], Field(min_length=1, max_length=64)] | Ids | Annotated[list[Ids], Field(min_length=1)]
-    )
+    prompt: str | Annotated[list[str], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=5, strict=True)] | Literal[False] | None = None
     echo: Annotated[None, AcceptOnly((False,))] = None
     suffix: Annotated[None, AcceptOnly(("",))] = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field, StrictFloat, StrictInt
 
-from proper.serving.schemas.requests import Name, RequestSchema
+from proper.serving.schemas.requests import Name, RequestSchema, not_a_boolean
 
 
 class RunCard(BaseModel):
@@ -49,13 +49,13 @@ class NewInteraction(RequestSchema):
 
     Attributes:
         id: unique among the user's interactions; without ids, interactions with equal content are the same one.
-        timestamp: ISO 8601, or seconds since 1970.
+        timestamp: ISO 8601, or seconds since 1970 as a number or as text.
     """
 
     id: Name | None = None
     input: str
     output: str
-    timestamp: Annotated[str, Field(max_length=64)] | None = None
+    timestamp: Annotated[str, Field(max_length=64)] | StrictInt | StrictFloat | None = None
 
 
 InteractionList = Annotated[list[NewInteraction], Field(max_length=10_000)]
@@ -140,7 +140,7 @@ class VersionList(BaseModel):
 class Rollback(RequestSchema):
     """The version to roll back to; null for the one before the current version."""
 
-    to: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+    to: Annotated[int, Field(ge=1, lt=2**63), BeforeValidator(not_a_boolean)] | None = None
 
 
 class DeleteReply(BaseModel):
