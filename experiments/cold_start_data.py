@@ -24,8 +24,8 @@ from proper.methods.retrieved import token_counter
 from proper.models.personal import ProperModel
 from proper.pipeline import run
 from proper.run_folder import RunFolder
+from proper.training.metrics_log import no_log
 from proper.training.stages import StageRunner
-from proper.training.trainer import no_log
 
 RAG_ITEMS = 4
 """Most earlier items in front of a prompt."""

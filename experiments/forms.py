@@ -45,8 +45,8 @@ from proper.models.personal import answer_loss
 from proper.training.bases import random_bases, stacked_bases
 from proper.training.jobs import Job
 from proper.training.microbatching import row_losses
-from proper.training.optim import RowAdamW, factor
-from proper.training.user_stage import UserStage, fit_adapters, no_metadata
+from proper.training.optim import RowAdamW, rate_factor
+from proper.training.user_stage import AdapterPhase, UserStage, fit_adapters
 
 RESAMPLES = 2000
 SCALES = (1.0, 0.5)
@@ -93,7 +93,7 @@ def fit(stage: UserStage, form: str) -> tuple[Layout, list[Mapping[str, Tensor]]
     jobs = replace(stage.jobs(range(len(stage.users)), trial=True), measured=False)
     layout = stage.model.user_layout(stage.config)
     with closing(AdapterStore(stage.folder / "store")) as store:
-        fit_adapters(stage, jobs, store, "fit", no_metadata)
+        fit_adapters(stage, AdapterPhase("fit", jobs, store))
         records = [store.get(user) for user in stage.users]
     return layout, [record.adapter for record in records if record is not None and record.adapter is not None]
 
@@ -115,7 +115,7 @@ def joint_bases(stage: UserStage) -> dict[str, tuple[Tensor, Tensor]]:
     for step in range(total):
         for at in range(0, len(jobs), COHORT):
             cohort = dict(list(enumerate(jobs))[at : at + COHORT])
-            now = rate * factor(step, total, config.warmup, config.schedule)
+            now = rate * rate_factor(step, total, config.warmup, config.schedule)
             for group in shared.param_groups:
                 group["lr"] = now * group.get("times", 1.0)
             _joint_step(stage, bank, cohort, step, now, shared, own)

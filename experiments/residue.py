@@ -55,8 +55,8 @@ from proper.models.checkpoints import load_tensors
 from proper.models.personal import answer_loss
 from proper.models.tokenizer import configured_encoder
 from proper.run_folder import RunFolder
+from proper.training.metrics_log import no_log
 from proper.training.stages import StageRunner
-from proper.training.trainer import no_log
 
 Floats = NDArray[np.float64]
 RESAMPLES = 1000

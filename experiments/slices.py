@@ -40,9 +40,9 @@ from proper.models.personal import ProperModel, answer_loss
 from proper.models.tokenizer import configured_encoder
 from proper.training.checkpoint import seed_of
 from proper.training.groups import first_embeddings, train_groups
+from proper.training.metrics_log import no_log
 from proper.training.plans import stage_plan
 from proper.training.stages import StageRunner
-from proper.training.trainer import no_log
 
 
 def slices_of(users: Sequence[str], number: int) -> list[list[int]]:

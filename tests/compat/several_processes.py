@@ -19,8 +19,8 @@ import torch
 from proper.config import load_config
 from proper.data.dataset import Dataset
 from proper.models.checkpoints import save_tensors
+from proper.training.metrics_log import MetricsLog
 from proper.training.stages import StageRunner
-from proper.training.trainer import MetricsLog
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 

@@ -21,8 +21,8 @@ from proper.data.encoder import Encoder
 from proper.files import read_json, write_text
 from proper.models.backbone import load_tokenizer
 from proper.models.checkpoints import load_tensors
+from proper.training.metrics_log import MetricsLog
 from proper.training.stages import StageRunner
-from proper.training.trainer import MetricsLog
 
 STAGES = ("population", "groups", "users")
 SCRIPT = Path(__file__).with_name("several_processes.py")

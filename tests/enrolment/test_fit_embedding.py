@@ -26,7 +26,7 @@ from proper.errors import NonFiniteLossError
 from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import seed_of
-from proper.training.optim import factor
+from proper.training.optim import rate_factor
 
 CONFIG = GroupsConfig(user_embedding=16, epochs=2)
 
@@ -66,7 +66,7 @@ def slow(setting: Setting, job: EmbeddingJob) -> FittedEmbedding:
             (gradient,) = torch.autograd.grad(total / tokens, own)
             first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
             spread = (second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
-            rate = max(1e-2, MIN_RELATIVE_RATE) * factor(step, steps, CONFIG.warmup, CONFIG.schedule)
+            rate = max(1e-2, MIN_RELATIVE_RATE) * rate_factor(step, steps, CONFIG.warmup, CONFIG.schedule)
             value = value - rate * first / (1 - 0.9 ** (step + 1)) / spread
             if at == len(items) - 1:
                 found.append(value)

@@ -19,7 +19,7 @@ from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.jobs import FitResult, Job
 from proper.training.multi_user_trainer import MultiUserTrainer
-from proper.training.optim import factor
+from proper.training.optim import rate_factor
 from tests.training.test_alone import MODELS
 
 MODEL = MODELS[torch.float64]
@@ -59,7 +59,7 @@ def oracle(
         (pulled,) = torch.autograd.grad(penalty(bank.layout, own, job.start, bank.scale), own)
         gradient = bank.gradients[0] + config.distance * pulled
         gradient = gradient * min(1.0, config.clip / float(gradient.norm()))
-        lr = rate * factor(step, per_pass * job.epochs, config.warmup, config.schedule)
+        lr = rate * rate_factor(step, per_pass * job.epochs, config.warmup, config.schedule)
         first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
         moved = first / (1 - 0.9 ** (step + 1)) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
         row = row - lr * moved

@@ -24,7 +24,7 @@ from proper.training import trials as trials_module
 from proper.training import user_stage as stage_module
 from proper.training import users as users_module
 from proper.training.multi_user_trainer import MultiUserTrainer
-from proper.training.user_stage import UserStage
+from proper.training.user_stage import AdapterPhase, UserStage
 from proper.training.users import train_users
 
 Build = Callable[..., ProperModel]
@@ -40,13 +40,13 @@ def never_again(monkeypatch: pytest.MonkeyPatch) -> None:
     stores: list[AdapterStore] = []
     fit, step = stage_module.fit_adapters, MultiUserTrainer._step
 
-    def watched_fit(stage: UserStage, jobs: object, store: AdapterStore, *rest: object) -> None:
-        stores.append(store)
-        fit(stage, jobs, store, *rest)  # type: ignore[arg-type]
+    def watched_fit(stage: UserStage, phase: AdapterPhase) -> None:
+        stores.append(phase.store)
+        fit(stage, phase)
 
     def watched_step(self: MultiUserTrainer) -> object:
-        for seat in self.slots:
-            head = stores[-1].head(seat[0].user) if seat is not None else None
+        for entry in self.slots:
+            head = stores[-1].head(entry[0].user) if entry is not None else None
             assert head is None or head.tier == "groups", "a finished user is trained again"
         return step(self)
 

@@ -14,10 +14,11 @@ from torch.profiler import ProfilerActivity, profile
 from proper.config import GroupsConfig, UsersConfig
 from proper.data.encoder import EncodedExample
 from proper.models.backbone import load_backbone
+from proper.models.memory import device_memory
 from proper.models.personal import ProperModel
 from proper.training import memory
 from proper.training.jobs import Job
-from proper.training.memory import Footprint, auto_slots, device_memory, footprint, pending_rows
+from proper.training.memory import Footprint, auto_slots, footprint, pending_rows
 from proper.training.multi_user_trainer import MultiUserTrainer
 
 Build = Callable[..., ProperModel]

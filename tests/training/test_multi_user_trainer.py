@@ -27,7 +27,7 @@ from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import FitProgress, FitResult, Job
 from proper.training.microbatching import held_out_losses, micro_batches, row_losses
 from proper.training.multi_user_trainer import MultiUserTrainer
-from proper.training.optim import factor
+from proper.training.optim import rate_factor
 
 Build = Callable[..., ProperModel]
 Results = dict[str, tuple[FitProgress, Tensor]]
@@ -135,7 +135,7 @@ def test_one_user_is_trained_as_peft_and_adamw_would(
         optimizer.zero_grad()
         (total.sum() / tokens.sum()).backward()
         torch.nn.utils.clip_grad_norm_(list(parameters.values()), 0.5)
-        optimizer.param_groups[0]["lr"] = RATE * factor(step, 8, config.warmup, config.schedule)
+        optimizer.param_groups[0]["lr"] = RATE * rate_factor(step, 8, config.warmup, config.schedule)
         optimizer.step()
     expected = torch.zeros_like(first)
     for piece, parameter in parameters.items():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from proper.training.optim import RowAdamW, clip_rows, factor, factors, resolve_rate
+from proper.training.optim import RowAdamW, clip_rows, rate_factor, rate_factors, resolve_rate
 
 
 def draws(seed: int, *shape: int) -> Tensor:
@@ -119,14 +119,14 @@ def test_many_users_at_once_have_the_factors_of_each(
     totals: list[int], share: float, warmup: float, schedule: str
 ) -> None:
     steps = [int(share * total) for total in totals]
-    found = factors(torch.tensor(steps), torch.tensor(totals), warmup, schedule)
-    expected = [factor(step, total, warmup, schedule) for step, total in zip(steps, totals, strict=True)]
+    found = rate_factors(torch.tensor(steps), torch.tensor(totals), warmup, schedule)
+    expected = [rate_factor(step, total, warmup, schedule) for step, total in zip(steps, totals, strict=True)]
     assert found.tolist() == pytest.approx(expected, abs=1e-12)
 
 
 @given(total=st.integers(2, 200), warmup=st.floats(0, 0.5), schedule=st.sampled_from(SCHEDULES))
 def test_rates_rise_then_fall(total: int, warmup: float, schedule: str) -> None:
-    found = [factor(step, total, warmup, schedule) for step in range(total)]
+    found = [rate_factor(step, total, warmup, schedule) for step in range(total)]
     top = found.index(max(found))
     assert found[:top] == sorted(found[:top]) and found[top:] == sorted(found[top:], reverse=True)
     assert all(0 < value <= 1 for value in found)
@@ -135,12 +135,12 @@ def test_rates_rise_then_fall(total: int, warmup: float, schedule: str) -> None:
 
 @pytest.mark.parametrize(("schedule", "half"), [("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)])
 def test_without_warmup(schedule: str, half: float) -> None:
-    assert factor(0, 10, 0.0, schedule) == 1
-    assert factor(5, 10, 0.0, schedule) == pytest.approx(half)
+    assert rate_factor(0, 10, 0.0, schedule) == 1
+    assert rate_factor(5, 10, 0.0, schedule) == pytest.approx(half)
 
 
 def test_warmup_starts_above_zero() -> None:
-    assert [factor(step, 10, 0.3, "constant") for step in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert [rate_factor(step, 10, 0.3, "constant") for step in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
 def test_auto_scales_the_papers_rate_by_width() -> None:

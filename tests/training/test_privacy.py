@@ -30,9 +30,10 @@ from proper.models.personal import ProperModel
 from proper.run_folder import RunFolder
 from proper.training import privacy as dp
 from proper.training.groups import GroupsStage, first_embeddings, train_groups
-from proper.training.optim import factor
+from proper.training.metrics_log import no_log
+from proper.training.optim import rate_factor
 from proper.training.stages import StageRunner
-from proper.training.trainer import LossSum, TrainingPlan, no_log
+from proper.training.trainer import LossSum, TrainingPlan
 
 Build = Callable[..., ProperModel]
 MakePlan = Callable[..., TrainingPlan]
@@ -108,7 +109,7 @@ def test_a_step_without_noise_is_the_mean_of_clipped_gradients_by_hand(
     moments = [(torch.zeros(16), torch.zeros(16)) for _ in users]
     norms = []
     for step in range(3):
-        scale = factor(step, 3, config.warmup, config.schedule)
+        scale = rate_factor(step, 3, config.warmup, config.schedule)
         total = {name: torch.zeros_like(p) for name, p in parameters.items()}
         for at, user in enumerate(users):
             batch = collate([encoder.encode(row) for row in dataset.history(user)], 0)

@@ -23,7 +23,7 @@ from proper.errors import NonFiniteLossError
 from proper.models.personal import ProperModel, gradient_checkpointing
 from proper.training import groups
 from proper.training.groups import train_groups
-from proper.training.optim import factor
+from proper.training.optim import rate_factor
 from proper.training.trainer import TrainingPlan, _batches, parts_of
 from tests.training.conftest import InMemory
 
@@ -186,7 +186,7 @@ def test_epochs_batches_and_updates(
     batches = round(epochs * -(-rows // batch_size))
     assert len(log) == plan(config).updates == max(1, -(-batches // accumulation))
     assert [facts["step"] for facts in log] == list(range(1, len(log) + 1))
-    expected = [2e-3 * factor(step, len(log), 0.2, "cosine") for step in range(len(log))]
+    expected = [2e-3 * rate_factor(step, len(log), 0.2, "cosine") for step in range(len(log))]
     assert [facts["learning_rate"] for facts in log] == pytest.approx(expected)
     tokens = dataset.sample("all", None, 0).tokens
     if epochs == int(epochs):

@@ -18,10 +18,11 @@ from proper.data.batching import collate
 from proper.data.encoder import EncodedExample, Encoder
 from proper.errors import ProperError
 from proper.layers.batch_context import RowContext
+from proper.models.memory import device_memory
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import FitResult, Job
-from proper.training.memory import auto_slots, device_memory, footprint
+from proper.training.memory import auto_slots, footprint
 from proper.training.microbatching import Work
 from proper.training.multi_user_trainer import MultiUserTrainer
 

@@ -10,8 +10,8 @@ from proper.console import quiet_libraries
 from proper.data.dataset import Dataset
 from proper.run_config import run_config
 from proper.run_folder import RunFolder
+from proper.training.metrics_log import MetricsLog, no_log
 from proper.training.stages import StageRunner
-from proper.training.trainer import MetricsLog, no_log
 
 
 @contextmanager

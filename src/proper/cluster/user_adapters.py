@@ -29,8 +29,7 @@ from proper.files import make_folder, write_json
 from proper.json_records import read_record
 from proper.models.checkpoints import load_bases
 from proper.run_folder import RunFolder, Tier
-from proper.training.jobs import HistoryJobs
-from proper.training.user_stage import Metadata, UserStage, fit_marker, is_stored, warn
+from proper.training.user_stage import AdapterPhase, Metadata, UserStage, fit_marker, is_stored, warn
 
 PIECE = 256
 """Most users in a piece."""
@@ -88,21 +87,19 @@ class ClusterFitting:
     folder: Path
     seed: int
 
-    def __call__(
-        self, stage: UserStage, jobs: HistoryJobs, store: AdapterStore, phase: str, metadata: Metadata, scale: float
-    ) -> None:
-        """Fit all jobs on the cluster; finished adapters, times `scale`, are written to the store."""
-        pieces = cut(stage, jobs, phase, scale, devices(self.address).count)
+    def __call__(self, stage: UserStage, phase: AdapterPhase) -> None:
+        """Fit the adapters of a phase on the cluster; the finished ones are written to its store."""
+        pieces = cut(stage, phase, devices(self.address).count)
         ready = [piece for piece in pieces if piece.is_done]
         waiting = deque(piece for piece in pieces if not piece.is_done)
-        with stage.bar(f"users: {phase}", len(jobs)) as advance:
+        with stage.bar(f"users: {phase.name}", len(phase.jobs)) as advance:
             for piece in ready:
-                collect(stage, piece, store, metadata)
+                collect(piece, phase)
                 advance(len(piece.users))
             for piece, lines in self._fitted(waiting):
                 for line in lines:
                     stage.log(line)
-                collect(stage, piece, store, metadata)
+                collect(piece, phase)
                 advance(len(piece.users))
         for piece in pieces:
             shutil.rmtree(piece.folder, ignore_errors=True)
@@ -175,7 +172,7 @@ class UserWorker:
         """Fit the users of a piece into its store, and return the log lines of the training."""
         from proper.console import no_bar
         from proper.training.starts import load_start
-        from proper.training.user_stage import fit_adapters, no_metadata
+        from proper.training.user_stage import fit_adapters
 
         lines: list[dict[str, Any]] = []
         store = AdapterStore(piece.store)
@@ -198,14 +195,15 @@ class UserWorker:
             jobs = stage.jobs(range(len(piece.users)), piece.trial, piece.part)
             cache = self.runner.config.compute.cache_mb // self.room.per_node
             with self.model.caching(piece.folder, cache):
-                fit_adapters(stage, jobs, store, piece.phase, no_metadata, piece.scale)
+                fit_adapters(stage, AdapterPhase(piece.phase, jobs, store, scale=piece.scale))
         finally:
             store.close()
         return lines
 
     def _config(self) -> Any:
         """Return the settings of stage 3, with slots for this actor's share of the machine's memory."""
-        from proper.training.memory import auto_slots, device_memory, footprint
+        from proper.models.memory import device_memory
+        from proper.training.memory import auto_slots, footprint
 
         config = self.runner.config.users
         if config.slots != "auto":
@@ -216,9 +214,9 @@ class UserWorker:
         return config.model_copy(update={"slots": auto_slots(parts, device_memory(device) // shared, device.type)})
 
 
-def cut(stage: UserStage, jobs: HistoryJobs, phase: str, scale: float, count: int) -> list[UserPiece]:
+def cut(stage: UserStage, phase: AdapterPhase, count: int) -> list[UserPiece]:
     """Cut the users of a phase into pieces, the same ones after a restart on another number of devices."""
-    folder = stage.folder / f"{phase}-pieces"
+    jobs, folder = phase.jobs, stage.folder / f"{phase.name}-pieces"
     path = folder / "size.json"
     if not path.exists():
         make_folder(folder)
@@ -227,18 +225,18 @@ def cut(stage: UserStage, jobs: HistoryJobs, phase: str, scale: float, count: in
     pieces = []
     for at in range(0, len(jobs), size):
         here = slice(at, at + size)
-        part = (tuple(jobs.users[here]), jobs.embeddings[here].clone(), jobs.trial, jobs.part, scale)
-        pieces.append(UserPiece(phase, folder / str(at), *part))
+        part = (tuple(jobs.users[here]), jobs.embeddings[here].clone(), jobs.trial, jobs.part, phase.scale)
+        pieces.append(UserPiece(phase.name, folder / str(at), *part))
     for piece in pieces:
         make_folder(piece.folder)
     return pieces
 
 
-def collect(stage: UserStage, piece: UserPiece, store: AdapterStore, metadata: Metadata) -> None:
-    """Put the records of a fitted piece into the store, with the users' metadata; those there already are skipped."""
-    made = AdapterStore(piece.store)
+def collect(piece: UserPiece, phase: AdapterPhase) -> None:
+    """Put the records of a fitted piece into the phase's store, with the users' metadata, unless they are there."""
+    made, store = AdapterStore(piece.store), phase.store
     try:
-        store.put(record for record in _records(made, piece.users, metadata) if not is_stored(store, record))
+        store.put(record for record in _records(made, piece.users, phase.metadata) if not is_stored(store, record))
     finally:
         made.close()
 

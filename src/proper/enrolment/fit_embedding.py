@@ -28,7 +28,7 @@ from proper.errors import NonFiniteLossError
 from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import seed_of
-from proper.training.optim import RowAdamW, factor
+from proper.training.optim import RowAdamW, rate_factor
 
 MIN_RELATIVE_RATE = 0.05
 """Least learning rate, as a part of `groups.embedding_init`: Adam moves each number by about the rate in a step."""
@@ -211,7 +211,7 @@ def _descend(setting: Setting, descents: Sequence[_Descent]) -> None:
 
 def _factor(setting: Setting, descent: _Descent, step: int) -> float:
     total = setting.passes * len(descent.items)
-    return factor(step, total, setting.config.warmup, setting.config.schedule)
+    return rate_factor(step, total, setting.config.warmup, setting.config.schedule)
 
 
 def _gradients(setting: Setting, items: Sequence[EncodedExample], values: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:

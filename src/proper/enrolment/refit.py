@@ -34,7 +34,7 @@ from proper.training.held_out import item_variance, per_token, spread
 from proper.training.jobs import full_passes, passes_of
 from proper.training.pooled_choice import ALL_PASSES, Choice
 from proper.training.tier_selection import Trial, decide
-from proper.training.user_stage import fit_adapters
+from proper.training.user_stage import AdapterPhase, fit_adapters
 
 EMBEDDING, ADAPTER = "embedding", "update"
 """Phases that are reported as progress."""
@@ -110,7 +110,8 @@ class Refit:
             stage = replace(stage, log=lambda _: counter.step(ADAPTER))
             private_folder(stage.folder)
             jobs = stage.jobs([0], trial=False, part=choice.part)
-            fit_adapters(stage, jobs, scratch, "final", lambda _: {**metadata, "scale": choice.scale}, choice.scale)
+            own = {**metadata, "scale": choice.scale}
+            fit_adapters(stage, AdapterPhase("final", jobs, scratch, lambda _: own, choice.scale))
             record = scratch.get(user, coded=True)
         assert record is not None
         return record

@@ -44,9 +44,9 @@ from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.groups import train_groups
 from proper.training.jobs import held_out_items
+from proper.training.metrics_log import no_log
 from proper.training.plans import stage_plan
 from proper.training.stages import join_processes
-from proper.training.trainer import no_log
 
 logger = logging.getLogger(__name__)
 

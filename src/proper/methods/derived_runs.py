@@ -28,8 +28,8 @@ from proper.files import hash_value, make_folder, write_text
 from proper.json_records import NUMBER, read_record
 from proper.methods.spec import DerivedRun, Method, TrainedRun, TrainingWork
 from proper.run_folder import RunFolder, Stage, Tier
+from proper.training.metrics_log import MetricsLog
 from proper.training.stages import join_processes
-from proper.training.trainer import MetricsLog
 
 logger = logging.getLogger(__name__)
 

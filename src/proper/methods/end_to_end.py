@@ -40,10 +40,11 @@ from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.checkpoint import seed_of
 from proper.training.groups import GroupsStage, train_stage
 from proper.training.jobs import full_passes
+from proper.training.metrics_log import Log
 from proper.training.optim import RowAdamW, clip_rows, resolve_rate
 from proper.training.plans import stage_plan
 from proper.training.stages import join_processes
-from proper.training.trainer import Log, LossSum
+from proper.training.trainer import LossSum
 
 _SCALINGS = 3
 """Rounds of scaling the passes: steps do not grow quite in proportion, since a batch may hold two rows of a user."""

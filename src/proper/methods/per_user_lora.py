@@ -25,7 +25,7 @@ from proper.models.backbone import configured_backbone
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.run_folder import RunFolder, Stage
-from proper.training.trainer import Log
+from proper.training.metrics_log import Log
 from proper.training.user_stage import UserStage
 from proper.training.users import train_users
 

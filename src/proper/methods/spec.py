@@ -15,7 +15,7 @@ from proper.config import Config, TaskConfig
 from proper.data.dataset import Dataset
 from proper.evaluation.runner import MethodRun
 from proper.run_folder import Stage
-from proper.training.trainer import Log
+from proper.training.metrics_log import Log
 
 PerUser = Literal["nothing", "history", "embedding", "adapter", "export", "int8"]
 """Data that must be kept per user for a method to answer."""

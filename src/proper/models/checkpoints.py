@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,24 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ProperError: the file is damaged.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            checksum, facts = _checksum_and_facts(file.metadata())
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        checksum, facts = _checksum_and_facts(file.metadata())
         if checksum is not None and checksum != _sha256(tensors, facts):
             raise ValueError("its content does not have the checksum that it was written with")
         return tensors, _parsed(facts)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ProperError(f"{path}: damaged or unreadable: {error}") from error
+
+
+def load_sound_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what `load_tensors` returns, if all values are finite and of a plausible size.
+
+    Raises:
+        ProperError: the file is damaged.
+        StoreError: it has values that are not finite or absurdly large.
+    """
+    tensors, metadata = load_tensors(path)
+    _require_sound(tensors, path)
+    return tensors, metadata
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
@@ -58,10 +68,17 @@ def load_metadata(path: Path) -> dict[str, Any]:
     Raises:
         ProperError: the file is damaged.
     """
+    with _opened(path) as file:
+        return _parsed(_checksum_and_facts(file.metadata())[1])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; an error inside the block is a ProperError that names the file."""
     try:
         with safe_open(path, framework="pt") as file:
-            return _parsed(_checksum_and_facts(file.metadata())[1])
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            yield file
+    except (SafetensorError, OSError, ValueError, LookupError, RecursionError) as error:
         raise ProperError(f"{path}: damaged or unreadable: {error}") from error
 
 
@@ -112,9 +129,7 @@ def fill(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], 
         StoreError: a tensor is missing, has another shape, or has values that are not finite, which would spoil every
             answer, or absurdly large.
     """
-    fault = fault_of(tensors)
-    if fault is not None:
-        raise StoreError(f"{path}: {fault}")
+    _require_sound(tensors, path)
     for name, parameter in parameters.items():
         found = tensor_of(tensors, name, path)
         # A smaller tensor would be repeated, without an error.
@@ -155,13 +170,9 @@ def settled(config: Config, path: Path) -> Config:
     """
     if config.groups.experts != "auto" or not path.exists():
         return config
-    try:
-        with safe_open(path, framework="pt") as file:
-            routers = [name for name in file.keys() if name.endswith(".token")]  # noqa: SIM118
-            number = file.get_slice(routers[0]).get_shape()[0]
-    except (SafetensorError, OSError, IndexError) as error:
-        raise ProperError(f"{path}: damaged or unreadable: {error}") from error
-    return with_experts(config, number)
+    with _opened(path) as file:
+        routers = [name for name in file.keys() if name.endswith(".token")]  # noqa: SIM118
+        return with_experts(config, file.get_slice(routers[0]).get_shape()[0])
 
 
 def with_experts(config: Config, number: int) -> Config:
@@ -197,13 +208,16 @@ def load_bases(model: ProperModel, path: Path) -> None:
     """
     if not path.exists():
         return
-    tensors, _ = load_tensors(path)
-    fault = fault_of(tensors)
-    if fault is not None:
-        raise StoreError(f"{path}: {fault}")
+    tensors, _ = load_sound_tensors(path)
     placed = {name: tensor.to(model.device) for name, tensor in tensors.items()}
     modules = [name.removesuffix(".A") for name in placed if name.endswith(".A")]
     model.bases = {each: (placed[f"{each}.A"], tensor_of(placed, f"{each}.B", path)) for each in modules}
+
+
+def _require_sound(tensors: Mapping[str, Tensor], path: Path) -> None:
+    fault = fault_of(tensors)
+    if fault is not None:
+        raise StoreError(f"{path}: {fault}")
 
 
 def _freeze(parameters: Mapping[str, nn.Parameter]) -> None:

@@ -25,9 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from proper.adapters.serialization import fault_of
 from proper.errors import StoreError
-from proper.models.checkpoints import load_tensors, save_tensors, tensor_of
+from proper.models.checkpoints import load_sound_tensors, save_tensors, tensor_of
 from proper.models.item_features import PARTS
 
 Kind = Literal["ridge", "network"]
@@ -156,10 +155,7 @@ def load_encoder(path: Path) -> UserEncoder | None:
     """
     if not path.exists():
         return None
-    tensors, metadata = load_tensors(path)
-    fault = fault_of(tensors)
-    if fault is not None:
-        raise StoreError(f"{path}: {fault}")
+    tensors, metadata = load_sound_tensors(path)
     projection, pooling, readout = (
         part(**{field.name: tensor_of(tensors, f"{name}.{field.name}", path) for field in fields(part)})
         for name, part in _TENSORS.items()

@@ -25,8 +25,9 @@ from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel
 from proper.training.checkpoint import Checkpoint, adamw_tensors, resume_adamw, seed_of
 from proper.training.jobs import Job, Jobs
-from proper.training.optim import factor
-from proper.training.trainer import Log, require_finite
+from proper.training.metrics_log import Log
+from proper.training.optim import rate_factor
+from proper.training.trainer import require_finite
 
 ROWS_PER_STEP = 32
 
@@ -65,7 +66,7 @@ def train_router(model: ProperModel, jobs: Jobs, load: Load, plan: RouterPlan, t
     with progress(title, plan.rows) as advance:
         for step, (seen, work) in enumerate(_steps(jobs, bank, load, plan, done), start=done):
             for group in optimizer.param_groups:
-                group["lr"] = plan.rate * factor(seen, plan.rows, plan.config.warmup, plan.config.schedule)
+                group["lr"] = plan.rate * rate_factor(seen, plan.rows, plan.config.warmup, plan.config.schedule)
             optimizer.zero_grad()
             loss = _loss(model, work, plan.pad)
             rows = [row for _, _, row in work]

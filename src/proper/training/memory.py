@@ -17,11 +17,9 @@ from dataclasses import dataclass
 
 from proper.config import UsersConfig
 from proper.layers.bank import AdapterBank
-from proper.models.memory import device_memory, token_bytes
+from proper.models.memory import token_bytes
 from proper.models.personal import ProperModel
 from proper.training.microbatching import MICRO_TOKENS
-
-__all__ = ["Footprint", "auto_slots", "device_memory", "footprint", "pending_rows"]
 
 MEMORY_SHARE = 0.6
 """Share of the device's memory that stage 3 uses."""

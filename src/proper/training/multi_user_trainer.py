@@ -32,9 +32,9 @@ from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.held_out import losses_at_scales, record_losses
 from proper.training.jobs import Done, FitProgress, FitResult, Job, Jobs, refusal
 from proper.training.memory import pending_rows
+from proper.training.metrics_log import Log
 from proper.training.microbatching import Work, micro_batches, padded_tokens, row_losses
-from proper.training.optim import RowAdamW, clip_row_, factors
-from proper.training.trainer import Log
+from proper.training.optim import RowAdamW, clip_row_, rate_factors
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ class MultiUserTrainer:
         jobs, states = zip(*map(self.job_in, slots), strict=True)
         steps = torch.tensor([state.step for state in states])
         totals = torch.tensor([job.steps_per_pass(self.each) * (job.horizon or job.epochs) for job in jobs])
-        return factors(steps, totals, self.config.warmup, self.config.schedule).to(self.bank.values.device)
+        return rate_factors(steps, totals, self.config.warmup, self.config.schedule).to(self.bank.values.device)
 
     def _pass_ended(self) -> None:
         """Compute the held-out loss of users who have just ended a pass, and free the slots of finished users."""

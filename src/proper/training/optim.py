@@ -32,7 +32,7 @@ def resolve_rate(rate: float | Literal["auto"], stage: str, hidden_size: int) ->
     return PAPER_RATES[stage] * REFERENCE_WIDTH / hidden_size if rate == "auto" else rate
 
 
-def factor(step: int, total: int, warmup: float, schedule: str) -> float:
+def rate_factor(step: int, total: int, warmup: float, schedule: str) -> float:
     """Return the factor on the learning rate at `step` (from 0) of `total`."""
     warm = math.ceil(warmup * total)
     if step < warm:
@@ -43,8 +43,8 @@ def factor(step: int, total: int, warmup: float, schedule: str) -> float:
     return 1 - progress if schedule == "linear" else 1.0
 
 
-def factors(steps: Tensor, totals: Tensor, warmup: float, schedule: str) -> Tensor:
-    """Return `factor` for many users at once, each with its own step and total."""
+def rate_factors(steps: Tensor, totals: Tensor, warmup: float, schedule: str) -> Tensor:
+    """Return `rate_factor` for many users at once, each with its own step and total."""
     steps, totals = steps.double(), totals.double().clamp(min=1)
     warm = (warmup * totals).ceil()
     progress = (steps - warm) / (totals - warm).clamp(min=1)

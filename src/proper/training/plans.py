@@ -14,9 +14,10 @@ from proper.data.stage_sample import SharedStage, stage_sample
 from proper.models.backbone import Backbone
 from proper.run_folder import RunFolder
 from proper.training.checkpoint import Checkpoint
+from proper.training.metrics_log import Log
 from proper.training.optim import resolve_rate
 from proper.training.privacy import UserSampling, sampling_of, with_noise
-from proper.training.trainer import Log, TrainingPlan
+from proper.training.trainer import TrainingPlan
 
 logger = logging.getLogger(__name__)
 

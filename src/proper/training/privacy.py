@@ -21,7 +21,7 @@ import random
 import secrets
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ from proper.data.histories import SampledRows, TextExample
 from proper.errors import ConfigError, NonFiniteLossError
 from proper.extras import needs_extra
 from proper.training.checkpoint import adamw_tensors, resume_adamw, seed_of
-from proper.training.optim import factor
+from proper.training.optim import rate_factor
 from proper.training.trainer import TrainableStage, TrainingPlan, parts_of, require_finite
 
 ORDERS = [*(1 + x / 100 for x in (1, 5, 10, 20, 30, 50, 75)), *range(2, 64), 128, 256]
@@ -151,15 +151,10 @@ def train_privately(
         ConfigError: there are several processes, or too few users.
         NonFiniteLossError: a user's loss or gradient is not finite.
     """
-    privacy = plan.privacy
-    assert privacy is not None and privacy.noise_multiplier is not None
-    if accelerator.num_processes > 1:
-        raise ConfigError(
-            f"privacy: stages 1 and 2 are trained by one process, not by {accelerator.num_processes}; "
-            "run without accelerate launch and --cluster"
-        )
+    assert plan.privacy is not None
+    _require_one_process(accelerator)
     rows_of = _rows_by_user(plan.sample)
-    sampling = _sampling([len(rows) for rows in rows_of.values()], plan.config, privacy)
+    sampling = _sampling([len(rows) for rows in rows_of.values()], plan.config, plan.privacy)
     parameters = stage.parameters()
     optimizer = torch.optim.AdamW(parameters.values(), lr=plan.rate, weight_decay=plan.config.weight_decay)
     done, tensors = resume_adamw(plan.checkpoint, optimizer, parameters)
@@ -167,14 +162,15 @@ def train_privately(
         stage.restore(tensors)
         secret = (plan.checkpoint.metadata() or {})["secret"]
     secret = secrets.randbits(63) if secret is None else secret
+    draws = _Draws(rows_of, sampling, secret)
     with progress(f"{stage.name} (seed {plan.seed})", sampling.steps) as advance:
         advance(done)
         for step in range(done, sampling.steps):
             started = time.perf_counter()
-            scale = factor(step, sampling.steps, plan.config.warmup, plan.config.schedule)
+            scale = rate_factor(step, sampling.steps, plan.config.warmup, plan.config.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = plan.rate * scale
-            metrics = _step(stage, plan, privacy, rows_of, sampling, step, secret)
+            metrics = _step(stage, plan, plan.privacy, draws, step)
             optimizer.step()
             stage.after_backward(scale, 1.0)
             if metrics is not None:
@@ -186,17 +182,29 @@ def train_privately(
                 plan.checkpoint.save(state, {"step": step + 1, "secret": secret})
 
 
+def _require_one_process(accelerator: Accelerator) -> None:
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            f"privacy: stages 1 and 2 are trained by one process, not by {accelerator.num_processes}; "
+            "run without accelerate launch and --cluster"
+        )
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """What steps are drawn from: every user's rows, the sampling, and the secret that seeds all random numbers."""
+
+    rows_of: Mapping[str, Sequence[TextExample]]
+    sampling: UserSampling
+    secret: int
+
+
 def _step(
-    stage: TrainableStage,
-    plan: TrainingPlan,
-    privacy: PrivacyConfig,
-    rows_of: dict[str, list[TextExample]],
-    sampling: UserSampling,
-    step: int,
-    secret: int,
+    stage: TrainableStage, plan: TrainingPlan, privacy: PrivacyConfig, draws: _Draws, step: int
 ) -> dict[str, Any] | None:
     """Set the parameters' gradients to those of one step; return its metrics, or None if no user was drawn."""
     assert privacy.noise_multiplier is not None
+    rows_of, sampling, secret = draws.rows_of, draws.sampling, draws.secret
     parameters = list(stage.parameters().values())
     draw = random.Random(seed_of(secret, stage.name, step))
     sampled = [user for user in rows_of if draw.random() < privacy.users_per_step / sampling.users]

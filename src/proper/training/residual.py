@@ -54,10 +54,8 @@ class ResidualEncoder:
     def encode(self, example: HistoryRow, /) -> EncodedExample:
         """Encode an interaction of the histories as a choice among labels."""
         answer, shares = self.priors.before(example)
-        chosen, logs = (
-            self._candidates(example, answer),
-            torch.from_numpy(habit(shares, self.priors.population)).float(),
-        )
+        chosen = self._candidates(example, answer)
+        logs = torch.from_numpy(habit(shares, self.priors.population)).float()
         tokens = [self._labels[at] for at in chosen]
         known = int(answer >= 0)
         prior = logs[chosen] + math.log(max(1, len(self._labels) - known) / max(1, len(chosen) - known))

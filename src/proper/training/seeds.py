@@ -9,9 +9,9 @@ from proper.config import Config
 from proper.data.dataset import Dataset
 from proper.run_config import write_config
 from proper.run_folder import RunFolder, Stage
+from proper.training.metrics_log import MetricsLog, no_log
 from proper.training.preflight import check_once
 from proper.training.stages import StageRunner
-from proper.training.trainer import MetricsLog, no_log
 
 TrainSeed = Callable[[StageRunner, Sequence[str]], None]
 """Function that trains the given stages of one seed."""

@@ -42,11 +42,12 @@ from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.early_stopping import hold_out
 from proper.training.expert_count import find_experts, user_scores
 from proper.training.groups import first_embeddings, train_groups
+from proper.training.metrics_log import Log, no_log
 from proper.training.plans import NOT_COVERED, Guarantee, guarantee, stage_plan
 from proper.training.population import train_population
 from proper.training.privacy import noised_mean, secret_generator
 from proper.training.starts import train_start
-from proper.training.trainer import Log, TrainingPlan, no_log
+from proper.training.trainer import TrainingPlan
 from proper.training.user_encoder import train_encoder
 from proper.training.user_stage import FitAdapters, UserStage
 from proper.training.users import train_users

@@ -19,17 +19,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from proper.adapters.serialization import fault_of
 from proper.adapters.store import AdapterStore
 from proper.config import UsersConfig
-from proper.errors import StoreError
 from proper.files import private_folder
 from proper.layers.bank import AdapterBank
 from proper.layers.layout import Layout
-from proper.models.checkpoints import load_tensors, save_tensors, tensor_of
+from proper.models.checkpoints import load_sound_tensors, save_tensors, tensor_of
 from proper.training.checkpoint import seed_of
 from proper.training.jobs import Starts, fresh
-from proper.training.user_stage import UserStage, fit_adapters, no_metadata
+from proper.training.user_stage import AdapterPhase, UserStage, fit_adapters
 
 MAX_USERS = 128
 """Most users on whose items shared parts of stage 3 are trained, spread evenly over all."""
@@ -58,10 +56,7 @@ def load_start(config: UsersConfig, path: Path) -> Starts:
     """
     if config.start != "meta" or not path.exists():
         return fresh
-    tensors, _ = load_tensors(path)
-    fault = fault_of(tensors)
-    if fault is not None:
-        raise StoreError(f"{path}: {fault}")
+    tensors, _ = load_sound_tensors(path)
     start = tensor_of(tensors, "start", path)
     return lambda user, embedding: start
 
@@ -100,7 +95,7 @@ def older_adapters(stage: UserStage, start: Float[Tensor, "P"], name: str) -> It
         config = stage.config.model_copy(update={"storage": "fp32"})
         source = replace(stage, config=config, store=store, elsewhere=None, starts=lambda user, embedding: start)
         jobs = replace(source.jobs(spread, trial=True), measured=False)
-        fit_adapters(source, jobs, store, name, no_metadata)
+        fit_adapters(source, AdapterPhase(name, jobs, store))
         for user in jobs.users:
             record = store.get(user)
             if record is not None and record.adapter is not None:

@@ -6,14 +6,11 @@ The loop uses `accelerate`: each process takes its share of every batch, and gra
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -27,41 +24,11 @@ from proper.data.batching import Batch, RowEncoder, by_length, collate, similar_
 from proper.data.encoder import EncodedExample
 from proper.data.histories import SampledRows, TextExample
 from proper.errors import NonFiniteLossError
-from proper.files import make_folder, open_private
 from proper.models.memory import give_back_memory
 from proper.training.checkpoint import Checkpoint, adamw_tensors, resume_adamw, seed_of
 from proper.training.early_stopping import EarlyStopping
-from proper.training.optim import factor
-
-Log = Callable[[dict[str, Any]], None]
-
-
-class MetricsLog:
-    """Append-only `metrics.jsonl` of a run, written during training.
-
-    A line truncated by a kill is dropped when the file is opened again. Steps after the last checkpoint are logged
-    again after a resume; readers take the later of two lines for one step.
-    """
-
-    def __init__(self, path: Path) -> None:
-        make_folder(path.parent)
-        self._file = os.fdopen(open_private(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "a+b")
-        self._file.seek(0)
-        whole = self._file.read().rfind(b"\n") + 1
-        self._file.truncate(whole)
-
-    def __call__(self, metrics: dict[str, Any]) -> None:
-        """Write one line."""
-        self._file.write(json.dumps(metrics).encode() + b"\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def no_log(metrics: dict[str, Any]) -> None:
-    """Log nothing; for processes other than the one that writes `metrics.jsonl`."""
+from proper.training.metrics_log import Log
+from proper.training.optim import rate_factor
 
 
 @dataclass(frozen=True)
@@ -162,8 +129,7 @@ def train(
         advance(done)
         for step, micro_batches in enumerate(_updates(plan, done), start=done):
             started = time.perf_counter()
-            scale = factor(step, plan.updates, plan.config.warmup, plan.config.schedule)
-            metrics = _update(stage, plan, accelerator, optimizer, step, scale, micro_batches)
+            metrics = _update(stage, plan, accelerator, optimizer, step, micro_batches)
             if stopping is not None and stopping.is_due(step + 1, plan.updates):
                 metrics["held_out_loss"] = round(stopping.measure(parameters, accelerator), 6)
             metrics["seconds"] = round(time.perf_counter() - started, 4)
@@ -222,7 +188,6 @@ def _update(
     accelerator: Accelerator,
     optimizer: torch.optim.Optimizer,
     step: int,
-    scale: float,
     micro_batches: Sequence[Sequence[TextExample]],
 ) -> dict[str, Any]:
     """Take one optimizer step on the mean loss over the answer tokens of all micro-batches and processes."""
@@ -237,6 +202,7 @@ def _update(
     _sum_gradients(accelerator, parameters)
     norm = nn.utils.clip_grad_norm_(parameters, plan.config.clip)
     require_finite(norm, stage.name, step, [row for rows in whole for row in rows], "gradient's norm")
+    scale = rate_factor(step, plan.updates, plan.config.warmup, plan.config.schedule)
     for group in optimizer.param_groups:
         group["lr"] = plan.rate * scale
     optimizer.step()

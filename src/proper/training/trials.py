@@ -27,13 +27,13 @@ from proper.training.microbatching import item_losses
 from proper.training.pooled_choice import Choice, TrialCurve, choose
 from proper.training.tier_selection import Trial, decide, refused
 from proper.training.user_stage import (
+    AdapterPhase,
     Metadata,
     UserStage,
     adapter_of,
     fit_adapters,
     fit_router,
     fitted,
-    no_metadata,
     warn,
 )
 
@@ -71,7 +71,7 @@ def _trials(stage: UserStage) -> tuple[list[Trial], Choice, Quarantined]:
     try:
         if not path.exists():
             part = {} if stage.choice is None else {"part": stage.choice.part}
-            fit_adapters(stage, stage.jobs(stage.able, True, **part), store, "trial", no_metadata)
+            fit_adapters(stage, AdapterPhase("trial", stage.jobs(stage.able, True, **part), store))
             jobs = stage.jobs(fitted(stage, stage.able, store), True, **part)
             curves = [_curve(stage, jobs, at, store) for at in range(len(jobs))]
             choice = stage.choice or choose(curves)

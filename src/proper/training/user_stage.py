@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -26,17 +26,18 @@ from proper.data.batching import RowEncoder
 from proper.data.histories import Histories
 from proper.files import write_json
 from proper.models.checkpoints import fill, load_tensors, save_tensors
+from proper.models.memory import device_memory
 from proper.models.personal import ProperModel
 from proper.run_folder import Tier
 from proper.training.checkpoint import Checkpoint
 from proper.training.jobs import PARTS, FitResult, HistoryJobs, Starts, fresh
 from proper.training.lora_router import RouterPlan, train_router
-from proper.training.memory import auto_slots, device_memory, footprint
+from proper.training.memory import auto_slots, footprint
+from proper.training.metrics_log import Log
 from proper.training.multi_user_trainer import MultiUserTrainer
 from proper.training.optim import resolve_rate
 from proper.training.pooled_choice import Choice
 from proper.training.tier_selection import Others, no_others, refused
-from proper.training.trainer import Log
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +48,28 @@ Metadata = Callable[[str], Mapping[str, Any]]
 """Function from a user to the metadata of the user's trial."""
 
 
-class FitAdapters(Protocol):
-    """Type of `fit_adapters`, for what runs stage 3a in other processes."""
+def no_metadata(user: str) -> Mapping[str, Any]:
+    """Return no metadata."""
+    return {}
 
-    def __call__(  # noqa: D102
-        self, stage: UserStage, jobs: HistoryJobs, store: AdapterStore, phase: str, metadata: Metadata, scale: float, /
-    ) -> None: ...
+
+@dataclass(frozen=True)
+class AdapterPhase:
+    """One phase of stage 3a: adapters to fit.
+
+    Attributes:
+        name: the phase's name, in its files and in the log.
+        jobs: the users and their items.
+        store: gets the finished adapters.
+        metadata: what a user's record says beside the fit.
+        scale: factor on the finished adapters.
+    """
+
+    name: str
+    jobs: HistoryJobs
+    store: AdapterStore
+    metadata: Metadata = no_metadata
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -131,55 +148,53 @@ class UserStage:
         return HistoryJobs(self.config, *data, users, embeddings, trial, part, starts=self.starts)
 
 
-def no_metadata(user: str) -> Mapping[str, Any]:
-    """Return no metadata."""
-    return {}
+FitAdapters = Callable[[UserStage, AdapterPhase], None]
+"""Type of `fit_adapters`, for what runs stage 3a in other processes."""
 
 
-def fit_adapters(
-    stage: UserStage, jobs: HistoryJobs, store: AdapterStore, phase: str, metadata: Metadata, scale: float = 1.0
-) -> None:
-    """Run stage 3a for these jobs; finished adapters, times `scale`, are written to the store."""
-    marker = fit_marker(stage.folder, phase)
+def fit_adapters(stage: UserStage, phase: AdapterPhase) -> None:
+    """Fit the adapters of a phase; the finished ones are written to its store."""
+    jobs, store = phase.jobs, phase.store
+    marker = fit_marker(stage.folder, phase.name)
     if marker.exists() or not len(jobs):
         return
     if stage.elsewhere is not None:
-        stage.elsewhere(stage, jobs, store, phase, metadata, scale)
+        stage.elsewhere(stage, phase)
         write_json(marker, {"users": len(jobs)})
         return
-    checkpoint = stage.checkpoint(f"{phase}-fit")
+    checkpoint = stage.checkpoint(f"{phase.name}-fit")
     saved = checkpoint.metadata()
     slots = stage.slots if saved is None else len(saved["seats"])
     trainer = MultiUserTrainer(stage.model, stage.config, stage.rate("users"), stage.seed, slots, stage.pad)
 
     def done(results: Sequence[FitResult], again: bool) -> None:
-        records = (record_of(stage, result, jobs.trial, metadata, scale) for result in results)
+        records = (record_of(stage, phase, result) for result in results)
         store.put(new for new in records if not (again and is_stored(store, new)))
 
-    trainer.run(jobs, done, checkpoint, stage.log, f"users: {phase}", stage.bar)
+    trainer.run(jobs, done, checkpoint, stage.log, f"users: {phase.name}", stage.bar)
     write_json(marker, {"users": len(jobs)})
     checkpoint.remove()
 
 
-def record_of(stage: UserStage, result: FitResult, trial: bool, metadata: Metadata, scale: float) -> UserRecord:
-    """Return the record of a result of stage 3a: the adapter times `scale`, or that of a user in quarantine."""
-    user, state = result.user, result.state
+def record_of(stage: UserStage, phase: AdapterPhase, result: FitResult) -> UserRecord:
+    """Return the record of a phase's result: the adapter times its scale, or that of a user in quarantine."""
+    user, state, metadata = result.user, result.state, phase.metadata(result.user)
     if result.row is None:
-        return refused(stage.embeddings, user, result.embedding, result.reason, metadata(user))
+        return refused(stage.embeddings, user, result.embedding, result.reason, metadata)
     tensors = stage.model.user_layout(stage.config).unpack(result.row)
     for name in tensors:
-        if name.endswith((".B", ".C")) and scale != 1:
-            tensors[name].mul_(scale)
+        if name.endswith((".B", ".C")) and phase.scale != 1:
+            tensors[name].mul_(phase.scale)
     fault = fault_of(tensors)
     if fault is not None:
         reason = f"quarantined: {fault}"
         warn(user, reason)
-        return refused(stage.embeddings, user, result.embedding, reason, metadata(user))
+        return refused(stage.embeddings, user, result.embedding, reason, metadata)
     adapter = encode(tensors, stage.config.storage)
     fit: dict[str, Any] = {"items": result.items, "passes": state.best, "loss": state.trained}
-    if trial:
+    if phase.jobs.trial:
         fit |= {"held_losses": state.losses, "before": state.before, "grid": state.grid, "spreads": state.spreads}
-    return UserRecord(user, Tier.USERS, result.embedding, adapter, {**metadata(user), **fit})
+    return UserRecord(user, Tier.USERS, result.embedding, adapter, {**metadata, **fit})
 
 
 def fit_marker(folder: Path, phase: str) -> Path:

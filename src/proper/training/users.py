@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -20,12 +19,13 @@ from proper.adapters.store import AdapterStore, UserRecord
 from proper.console import Bar
 from proper.files import private_folder, write_json
 from proper.run_folder import Tier
-from proper.training.jobs import FitResult, HistoryJobs, Job
+from proper.training.jobs import FitResult, Job
 from proper.training.multi_user_trainer import MultiUserTrainer
 from proper.training.pooled_choice import ALL_PASSES, Choice
 from proper.training.tier_selection import storable
 from proper.training.trials import select
 from proper.training.user_stage import (
+    AdapterPhase,
     Metadata,
     UserStage,
     fit_adapters,
@@ -58,7 +58,7 @@ def train_users(stage: UserStage) -> TrainedUsers:
     else:
         chosen, choice, metadata = list(range(len(stage.users))), ALL_PASSES, no_metadata
     jobs = stage.jobs(chosen, trial=False, part=choice.part)
-    fit_adapters(stage, jobs, stage.store, "final", metadata, choice.scale)
+    fit_adapters(stage, AdapterPhase("final", jobs, stage.store, metadata, choice.scale))
     _keep_on_group_tier(stage, chosen, metadata)
     # A router of the trials' held-out items is loaded: it must not see the items of the final adapters' fit.
     phase = "trial" if stage.config.router_on_held_out else "final"
@@ -82,8 +82,8 @@ def train_together(stages: Sequence[UserStage], bar: Bar) -> None:
     while left:
         waiting: list[_Waiting] = []
 
-        def later(stage: UserStage, jobs: HistoryJobs, store: AdapterStore, *rest: Any, found: Any = waiting) -> None:
-            found.append(_Waiting(replace(stage, elsewhere=None), jobs, store.folder, *rest))
+        def later(stage: UserStage, phase: AdapterPhase, found: list[_Waiting] = waiting) -> None:
+            found.append(_Waiting(replace(stage, elsewhere=None), phase))
             raise _Waits
 
         for stage in left:
@@ -102,14 +102,10 @@ class _Waits(Exception):
 
 @dataclass(frozen=True)
 class _Waiting:
-    """Adapters that a stage waits for; the arguments of `fit_adapters`, with the store's folder."""
+    """Adapters that a stage waits for. The phase's store may be closed by then."""
 
     stage: UserStage
-    jobs: HistoryJobs
-    folder: Path
-    phase: str
-    metadata: Metadata
-    scale: float
+    phase: AdapterPhase
 
 
 @dataclass(frozen=True)
@@ -123,12 +119,12 @@ class _AllJobs:
 
     def __getitem__(self, at: int, /) -> Job:
         waiting, index = self.entries[at]
-        return waiting.jobs[index]
+        return waiting.phase.jobs[index]
 
 
 def _fit(waiting: Sequence[_Waiting], bar: Bar) -> None:
     """Fit the adapters that these stages wait for, and leave them where each stage finds them."""
-    entries = [(each, at) for each in waiting for at in range(len(each.jobs))]
+    entries = [(each, at) for each in waiting for at in range(len(each.phase.jobs))]
     first = waiting[0].stage
     slots = min(first.most_slots, len(entries))
     trainer = MultiUserTrainer(first.model, first.config, first.rate("users"), first.seed, slots, first.pad)
@@ -136,12 +132,12 @@ def _fit(waiting: Sequence[_Waiting], bar: Bar) -> None:
     def done(results: Sequence[FitResult], again: bool) -> None:
         for result in results:
             own, _ = entries[result.state.index]
-            with closing(AdapterStore(own.folder)) as store:
-                store.put([record_of(own.stage, result, own.jobs.trial, own.metadata, own.scale)])
+            with closing(AdapterStore(own.phase.store.folder)) as store:
+                store.put([record_of(own.stage, own.phase, result)])
 
-    trainer.run(_AllJobs(entries), done, None, first.log, waiting[0].phase, bar)
+    trainer.run(_AllJobs(entries), done, None, first.log, waiting[0].phase.name, bar)
     for each in waiting:
-        write_json(fit_marker(each.stage.folder, each.phase), {"users": len(each.jobs)})
+        write_json(fit_marker(each.stage.folder, each.phase.name), {"users": len(each.phase.jobs)})
 
 
 def _keep_on_group_tier(stage: UserStage, chosen: Sequence[int], metadata: Metadata) -> None:
