@@ -19,7 +19,8 @@ from proper.config import Config
 from proper.data.batching import collate
 from proper.data.dataset import Dataset
 from proper.data.encoder import EncodedExample
-from proper.enrolment.fit_user import START_NEIGHBOURS, nearest_adapters
+from proper.enrolment.fit_user import START_NEIGHBOURS
+from proper.enrolment.neighbours import nearest_adapters
 from proper.errors import InputError, RunFolderError, StoreError
 from proper.export.run_export import export_user, import_user
 from proper.inference.generate import generate

@@ -17,7 +17,7 @@ import yaml
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.enrolment.comparison import Usual
 from proper.enrolment.drift import Drift, KnownVariance, by_group, cusum, deviation, usual_of, usual_variance
-from proper.enrolment.fit_user import nearest, nearest_adapters
+from proper.enrolment.neighbours import nearest_adapters, nearest_trials
 from proper.enrolment.worker import FitWorker
 from proper.errors import InputError
 from proper.interactions.log import InteractionLog
@@ -90,7 +90,7 @@ def test_bad_figures_of_one_user_do_not_harm_the_others(tmp_path: Path, bad: dic
         store.put(UserRecord(name, Tier.GROUPS, embedding, None, {**good}) for name in ("ann", "bob"))
         store.put([UserRecord("bad", Tier.GROUPS, embedding, None, bad)])
         assert usual_variance(store) == 0.25
-        assert {trial.user for trial, _ in nearest(store, "ann", embedding, 10)} == {"bob"}
+        assert {trial.user for trial, _ in nearest_trials(store, "ann", embedding, 10)} == {"bob"}
         usual = usual_of(bad, Tier.GROUPS)
         assert usual is None or math.isfinite(deviation(usual, 0.25))
 

@@ -18,8 +18,8 @@ from proper.config import Config
 from proper.data.dataset import Dataset
 from proper.enrolment.fit_embedding import FittedEmbedding
 from proper.enrolment.fit_files import load_embedding, same_history, save_embedding
-from proper.enrolment.fit_user import nearest
 from proper.enrolment.history import UserHistory
+from proper.enrolment.neighbours import nearest_trials
 from proper.errors import DataError, InputError, RunFolderError
 from proper.files import hash_file
 from proper.interactions.log import InteractionLog
@@ -150,7 +150,7 @@ def test_pooled_decisions_ask_the_run_s_own_users_only(run: Path, opened: Open) 
     model.users.enrol("new", rows(3, 14))
     model.users.update("bob", rows(4, 2))
     store = AdapterStore(run / "users")
-    found = nearest(store, "ann", torch.ones(16), 10)
+    found = nearest_trials(store, "ann", torch.ones(16), 10)
     tried = {user for user, _, metadata, _ in store.metadata() if "group_loss" in metadata}
     store.close()
     assert {"new", "bob"} <= tried and {trial.user for trial, _ in found} == tried - {"new", "bob", "ann"}

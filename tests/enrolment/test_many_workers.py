@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import proper
-from proper.adapters.records import MADE
+from proper.adapters.records import MADE, UserRecord
 from proper.adapters.store import AdapterStore
 from proper.enrolment import lost_adapters, worker
-from proper.enrolment.fit_user import Fitter
+from proper.enrolment.fit_user import Fitter, UserFit
 from proper.enrolment.worker import FitWorker
 from proper.interactions import fit_queue
 from proper.interactions.log import InteractionLog, LogEntry
@@ -60,9 +59,9 @@ def test_a_user_who_is_fitted_after_a_refresh_is_nobody_elses(
         store.put([replace(record, tier="groups", adapter=None, metadata={**record.metadata, MADE: made})])
     work, fit, kept = work_folder(shared / "users", "", "new"), Fitter.fit, list[set[str]]()
 
-    def fits(fitter: Fitter, store: AdapterStore, user: str, *rest: Any) -> Any:
-        found = fit(fitter, store, user, *rest)
-        if user == "new":
+    def fits(fitter: Fitter, asked: UserFit) -> UserRecord:
+        found = fit(fitter, asked)
+        if asked.user == "new":
             kept.append(contents(work))
             other.log.append("", "new", entries(HABIT, "more"))
             other.log.append("", "ann", entries(OTHER, "ann"))

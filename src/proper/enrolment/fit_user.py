@@ -9,7 +9,6 @@ The result depends only on the run and the user's own history: not on users fitt
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -19,7 +18,6 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from proper.adapters.store import AdapterStore, UserRecord
 from proper.console import no_bar
@@ -31,21 +29,41 @@ from proper.enrolment.fit_embedding import FittedEmbedding, Setting, fit_embeddi
 from proper.enrolment.fit_files import load_embedding, same_history, save_embedding
 from proper.enrolment.fit_progress import ProgressCallback
 from proper.enrolment.history import UserHistory, run_data
+from proper.enrolment.neighbours import nearest_adapters, nearest_trials
 from proper.enrolment.place import FITTED, PLACED, Placer, embedding_jobs, fitted_metadata
-from proper.errors import RunFolderError, StoreError, UnavailableError
+from proper.errors import RunFolderError
 from proper.inference.model import PersonalizedModel
-from proper.json_records import number, read_record
+from proper.json_records import read_record
 from proper.models.user_encoder import load_encoder
 from proper.run_folder import RunFolder, Stage, Tier
 from proper.training.jobs import Starts, full_passes
 from proper.training.pooled_choice import Choice
 from proper.training.starts import load_start, mean_adapter
-from proper.training.tier_selection import Trial
 from proper.training.user_stage import UserStage
 from proper.training.users import is_trained, train_users
 
 START_NEIGHBOURS = 5
 """Users whose mean adapter a new user's starts from, with `users.start: neighbours`."""
+
+
+@dataclass(frozen=True)
+class UserFit:
+    """One user to fit.
+
+    Attributes:
+        store: the store of the user's tenant; only read.
+        user: the user's id.
+        grown: the user's history, with at least one item.
+        work: checkpoint folder from which an interrupted fit of the same history resumes; the caller removes it once
+            the record is saved.
+        on_progress: progress callback; called after every step, and may raise to stop.
+    """
+
+    store: AdapterStore
+    user: str
+    grown: UserHistory
+    work: Path
+    on_progress: ProgressCallback
 
 
 @dataclass(frozen=True)
@@ -72,25 +90,15 @@ class Fitter:
         if self.dataset is not None:
             self.dataset.close()
 
-    def fit(
-        self, store: AdapterStore, user: str, grown: UserHistory, work: Path, on_progress: ProgressCallback
-    ) -> UserRecord:
+    def fit(self, fit: UserFit) -> UserRecord:
         """Return a user's new record; nothing is put into the store.
-
-        Args:
-            store: the store of the user's tenant; only read.
-            user: the user.
-            grown: the user's history, with at least one item.
-            work: checkpoint folder from which an interrupted fit of the same history resumes; the caller removes it
-                once the record is saved.
-            on_progress: progress callback; called after every step, and may raise to stop.
 
         Raises:
             NonFiniteLossError: the embedding's loss is not finite.
         """
-        same_history(work, grown, self.groups)
-        with self.model.model.caching(work, self.model.config.compute.cache_mb):
-            return self._fit(store, user, grown, work, on_progress)
+        same_history(fit.work, fit.grown, self.groups)
+        with self.model.model.caching(fit.work, self.model.config.compute.cache_mb):
+            return self._fit(fit)
 
     @property
     def groups(self) -> str | None:
@@ -109,47 +117,47 @@ class Fitter:
         """Return the setting with which embeddings are fitted; `step` is called after every step of every user."""
         return Setting(self.model.model, self.model.config.groups, self.seed, step)
 
-    def _fit(
-        self, store: AdapterStore, user: str, grown: UserHistory, work: Path, on_progress: ProgressCallback
-    ) -> UserRecord:
-        items = self.items(grown)
-        counter = StepCounter.of(self.model, len(items), on_progress)
-        held = store.versions(user)
-        metadata: dict[str, Any] = {"history": {"run": grown.run, "logged": grown.logged}}
-        head = store.head(user)
+    def _fit(self, fit: UserFit) -> UserRecord:
+        items = self.items(fit.grown)
+        counter = StepCounter.of(self.model, len(items), fit.on_progress)
+        held = fit.store.versions(fit.user)
+        metadata: dict[str, Any] = {"history": {"run": fit.grown.run, "logged": fit.grown.logged}}
+        head = fit.store.head(fit.user)
         if head is None or held[0].metadata.get("embedding") in (FITTED, PLACED):
-            found = self._embedding(user, grown, work, counter)
+            found = self._embedding(fit, counter)
             metadata |= fitted_metadata(self.placer, found)
             embedding = found.embedding
         else:
             counter.skip("embedding")
             embedding = head.embedding
         if self.model.stage != Tier.USERS:
-            return UserRecord(user, Tier.GROUPS, embedding, None, metadata)
-        record = self._adapter(store, user, items, embedding, work, counter)
+            return UserRecord(fit.user, Tier.GROUPS, embedding, None, metadata)
+        record = self._adapter(fit, items, embedding, counter)
         return replace(record, metadata={**record.metadata, **metadata})
 
-    def _embedding(self, user: str, grown: UserHistory, work: Path, counter: StepCounter) -> FittedEmbedding:
-        found = load_embedding(work)
+    def _embedding(self, fit: UserFit, counter: StepCounter) -> FittedEmbedding:
+        found = load_embedding(fit.work)
         if found is None:
             validation = self.model.config.users.tiers.validation
-            (job,) = embedding_jobs(self.placer, [(user, self.encoded(grown))], validation)
+            (job,) = embedding_jobs(self.placer, [(fit.user, self.encoded(fit.grown))], validation)
             found = fit_embedding(self.embedding_setting(lambda: counter.step("embedding")), job)
-            save_embedding(work, found)
+            save_embedding(fit.work, found)
         counter.skip("embedding")
         return found
 
     def _adapter(
-        self, store: AdapterStore, user: str, items: Sequence[Any], embedding: Tensor, work: Path, counter: StepCounter
+        self, fit: UserFit, items: Sequence[TextExample], embedding: Float[Tensor, "D"], counter: StepCounter
     ) -> UserRecord:
         """Run stage 3 for one user into a temporary store, and return the record from there."""
-        with closing(AdapterStore(work / "final")) as scratch, own_bank(self.model):
-            stage = self.user_stage(store, user, items, embedding, work, scratch)
+
+        def count(metrics: Mapping[str, Any]) -> None:
+            counter.step(str(metrics["phase"]).removeprefix("users: "))
+
+        with closing(AdapterStore(fit.work / "final")) as scratch, own_bank(self.model):
+            stage = self.user_stage(fit.store, fit.user, items, embedding, fit.work, scratch)
             if not is_trained(stage.folder):
-                train_users(
-                    replace(stage, log=lambda metrics: counter.step(str(metrics["phase"]).removeprefix("users: ")))
-                )
-            record = scratch.get(user, coded=True)
+                train_users(replace(stage, log=count))
+            record = scratch.get(fit.user, coded=True)
         assert record is not None
         return record
 
@@ -179,7 +187,7 @@ class Fitter:
             fixed_router=True,
             choice=self.choice,
             bar=no_bar,
-            others=lambda near: nearest(store, user, near[0], config.users.tiers.neighbours),
+            others=lambda near: nearest_trials(store, user, near[0], config.users.tiers.neighbours),
             starts=self._starts(store),
         )
 
@@ -212,64 +220,6 @@ def open_fitter(folder: Path, model: PersonalizedModel) -> Fitter:
     seed = int(read_record(run.marker(Stage.GROUPS), seed=int)["seed"])
     placer = Placer(model.model, model.served.mean, load_encoder(run.encoder))
     return Fitter(folder, model, run_data(folder), seed, placer, choice)
-
-
-def nearest(
-    store: AdapterStore, user: str, embedding: Float[Tensor, "D"], count: int
-) -> list[tuple[Trial, Float[Tensor, "D"]]]:
-    """Return the trials and embeddings of the nearest users (by embedding) of the run's own stage 3.
-
-    Users fitted after training are left out, so that the order of enrolment does not matter.
-    """
-    own = functional.normalize(embedding.float(), dim=0)
-    kept: list[tuple[float, int, Trial, Tensor]] = []
-    for at, (name, head, metadata) in enumerate(store.heads()):
-        trial = _trial(name, metadata)
-        if trial is None or name == user or head.embedding.shape != embedding.shape:
-            continue
-        near = float(functional.normalize(head.embedding, dim=0) @ own)
-        entry = (near, -at, trial, head.embedding)
-        if len(kept) < count:
-            heapq.heappush(kept, entry)
-        elif entry[:2] > kept[0][:2]:
-            heapq.heapreplace(kept, entry)
-    return [(trial, theirs) for _, _, trial, theirs in sorted(kept, key=lambda entry: entry[:2], reverse=True)]
-
-
-def nearest_adapters(
-    store: AdapterStore, user: str, embedding: Float[Tensor, "D"], count: int
-) -> list[Mapping[str, Tensor]]:
-    """Return the adapters of the nearest users (by embedding) of the run's own stage 3, the nearest first."""
-    own = functional.normalize(embedding.float(), dim=0)
-    near = (
-        (float(functional.normalize(head.embedding, dim=0) @ own), -at, name)
-        for at, (name, head, metadata) in enumerate(store.heads())
-        if head.tier == Tier.USERS and "history" not in metadata and name != user and head.embedding.shape == own.shape
-    )
-    found = list[Mapping[str, Tensor]]()
-    for _, _, name in heapq.nlargest(count, near):
-        try:
-            record = store.get(name)
-        except UnavailableError:
-            raise  # a start from fewer neighbours would make the fit another one
-        except StoreError:
-            continue  # damaged: that user is answered without it, and others start from the rest
-        found += [] if record is None or record.adapter is None else [record.adapter]
-    return found
-
-
-def _trial(user: str, metadata: dict[str, Any]) -> Trial | None:
-    """Return the trial of the run's own stage 3; None without one, or if a figure is not a finite number."""
-    if "history" in metadata:
-        return None
-    # Older runs stored neither the number of held-out items nor the spread.
-    kept = {"held_out": 1, "spread": 0.0, **metadata}
-    names = ("items", "group_loss", "user_loss", "passes", "held_out", "spread")
-    found = [figure for name in names if (figure := number(kept.get(name))) is not None]
-    if len(found) < len(names):
-        return None
-    items, group, own, passes, held_out, spread = found
-    return Trial(user, int(items), group, own, int(passes), int(held_out), spread)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from dataclasses import replace
 from proper.adapters.records import MADE
 from proper.adapters.store import AdapterStore
 from proper.console import progress
-from proper.enrolment.fit_user import Fitter
+from proper.enrolment.fit_progress import no_progress
+from proper.enrolment.fit_user import Fitter, UserFit
 from proper.enrolment.group_versions import BY
 from proper.enrolment.history import grown_history
 from proper.enrolment.worker import POLL_SECONDS, remove_ended_work
@@ -50,7 +51,8 @@ def _fit_claimed(fitter: Fitter, store: AdapterStore, log: InteractionLog, claim
     if head is None or not grown.items:
         log.queue.done(claim, None if head is None else head.version, "no interactions yet")
         return False
-    record = fitter.fit(store, user, grown, work_folder(store.folder, claim.tenant, user), lambda phase, share: None)
+    work = work_folder(store.folder, claim.tenant, user)
+    record = fitter.fit(UserFit(store, user, grown, work, no_progress))
     made = {"by": BY, "of": head.version}
     record = replace(record, metadata={**record.metadata, MADE: made, "reason": REASON})
     with log.queue.ending(claim) as stands:

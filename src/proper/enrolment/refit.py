@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +24,8 @@ from proper.data.histories import TextExample
 from proper.enrolment.comparison import State, losses_of, state_of
 from proper.enrolment.fit_embedding import EmbeddingJob, FittedEmbedding, try_embedding
 from proper.enrolment.fit_files import load_embedding, save_embedding
-from proper.enrolment.fit_progress import ProgressCallback
-from proper.enrolment.fit_user import Fitter, StepCounter, nearest, own_bank
+from proper.enrolment.fit_user import Fitter, StepCounter, UserFit, own_bank
+from proper.enrolment.neighbours import nearest_trials
 from proper.enrolment.place import fitted_metadata
 from proper.files import private_folder
 from proper.run_folder import Tier
@@ -46,23 +45,19 @@ class Refit:
 
     Attributes:
         fitter: the loaded run.
-        store: the store of the user's tenant; only read.
+        fit: the user; of the history, only `items` and `held_out` are read.
         base: the version in service.
         items: the items to train on, oldest first.
         held_out: the items that decide.
         embeds: whether the embedding is fitted, too; otherwise it stays.
-        work: folder from which an interrupted fit goes on.
-        on_progress: progress callback.
     """
 
     fitter: Fitter
-    store: AdapterStore
+    fit: UserFit
     base: UserRecord
     items: Sequence[TextExample]
     held_out: Sequence[TextExample]
     embeds: bool
-    work: Path
-    on_progress: ProgressCallback
 
     def record(self) -> UserRecord:
         """Return the user's state after the fit, with the adapter in its stored form if it helps.
@@ -90,23 +85,23 @@ class Refit:
         config, count = self.fitter.model.config, len(self.items)
         passes = passes_of(full_passes(config.users, count), self._choice.part)
         steps = {EMBEDDING: math.ceil(config.groups.epochs) * count if self.embeds else 0}
-        return StepCounter({**steps, ADAPTER: passes * -(-count // config.users.batch_size)}, self.on_progress)
+        return StepCounter({**steps, ADAPTER: passes * -(-count // config.users.batch_size)}, self.fit.on_progress)
 
     def _embedding(self, counter: StepCounter) -> FittedEmbedding:
-        found = load_embedding(self.work)
+        found = load_embedding(self.fit.work)
         if found is None:
             encoded = self._encoded(self.items)
             (start,) = self.fitter.placer.place([encoded])
             job = EmbeddingJob(self.base.user, [*encoded, *self._encoded(self.held_out)], len(self.held_out), start)
             found = try_embedding(self.fitter.embedding_setting(lambda: counter.step(EMBEDDING)), job)
-            save_embedding(self.work, found)
+            save_embedding(self.fit.work, found)
         return found
 
     def _adapter(self, embedding: Float[Tensor, "D"], metadata: Mapping[str, Any], counter: StepCounter) -> UserRecord:
         """Train an adapter on all of `items` as stage 3's final ones; the record says if the user is in quarantine."""
         user, choice = self.base.user, self._choice
-        with closing(AdapterStore(self.work / "final")) as scratch, own_bank(self.fitter.model):
-            stage = self.fitter.user_stage(self.store, user, self.items, embedding, self.work, scratch)
+        with closing(AdapterStore(self.fit.work / "final")) as scratch, own_bank(self.fitter.model):
+            stage = self.fitter.user_stage(self.fit.store, user, self.items, embedding, self.fit.work, scratch)
             stage = replace(stage, log=lambda _: counter.step(ADAPTER))
             private_folder(stage.folder)
             jobs = stage.jobs([0], trial=False, part=choice.part)
@@ -130,7 +125,11 @@ class Refit:
         figures = len(items), spread(group, own), item_variance(own)
         trial = Trial(record.user, count, per_token(group), per_token(own), passes, *figures)
         tiers = model.config.users.tiers
-        near = nearest(self.store, record.user, record.embedding, tiers.neighbours) if tiers.pools(count) else []
+        near = (
+            nearest_trials(self.fit.store, record.user, record.embedding, tiers.neighbours)
+            if tiers.pools(count)
+            else []
+        )
         embeddings = torch.stack([record.embedding, *(theirs for _, theirs in near)])
         decision = decide([trial, *(other for other, _ in near)], embeddings, tiers)[0]
         record = replace(record, metadata={**record.metadata, **asdict(trial), **asdict(decision)})

@@ -19,7 +19,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from proper.adapters.quantization import decode, encode
 from proper.adapters.serialization import fault_of
-from proper.adapters.store import AdapterStore, UserRecord
+from proper.adapters.store import UserRecord
 from proper.config import UsersConfig
 from proper.console import no_bar
 from proper.data.encoder import EncodedExample
@@ -35,8 +34,7 @@ from proper.data.histories import TextExample
 from proper.enrolment.change import change_point
 from proper.enrolment.comparison import Losses, State, Usual, VersionComparison, losses_of, outliers, state_of
 from proper.enrolment.fit_files import is_update_of, same_update
-from proper.enrolment.fit_progress import ProgressCallback
-from proper.enrolment.fit_user import Fitter, own_bank
+from proper.enrolment.fit_user import Fitter, UserFit, own_bank
 from proper.enrolment.history import Divided, Split, UserHistory, divide, hold_out
 from proper.enrolment.place import FITTED, PLACED
 from proper.enrolment.refit import Refit
@@ -69,45 +67,47 @@ class FitOutcome:
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
-def fit_or_update(
-    fitter: Fitter, store: AdapterStore, user: str, grown: UserHistory, work: Path, on_progress: ProgressCallback
-) -> FitOutcome:
+def fit_or_update(fitter: Fitter, fit: UserFit) -> FitOutcome:
     """Fit a user unknown to the store, or update a known one; nothing is put into the store.
 
-    Arguments and errors as for `Fitter.fit`.
+    Raises:
+        NonFiniteLossError: the embedding's loss is not finite.
     """
-    head = store.head(user)
-    base = None if head is None else store.get(user, head.version)
+    head = fit.store.head(fit.user)
+    base = None if head is None else fit.store.get(fit.user, head.version)
     if head is None or base is None:
-        return FitOutcome(fitter.fit(store, user, grown, work, on_progress))
+        return FitOutcome(fitter.fit(fit))
     if base.metadata.get("embedding") == PLACED:  # answers until the first fit, which need not be better
-        return FitOutcome(fitter.fit(store, user, grown, work, on_progress), head.version)
-    committed = _committed(work, grown, head.version, base)
+        return FitOutcome(fitter.fit(fit), head.version)
+    committed = _committed(fit, head.version, base)
     if committed is not None:
         return committed
     state = hash_value([base.embedding.tolist(), dict(base.metadata), fitter.model.config.users.model_dump()])
-    same_update(work, grown, head.version, state)
-    with fitter.model.model.caching(work, fitter.model.config.compute.cache_mb), own_bank(fitter.model):
-        return _Update(fitter, store, base, head.version, grown, work, on_progress).result()
+    same_update(fit.work, fit.grown, head.version, state)
+    with fitter.model.model.caching(fit.work, fitter.model.config.compute.cache_mb), own_bank(fitter.model):
+        return _Update(fitter, fit, base, head.version).result()
 
 
-def _committed(work: Path, grown: UserHistory, version: int, base: UserRecord) -> FitOutcome | None:
+def _committed(fit: UserFit, version: int, base: UserRecord) -> FitOutcome | None:
     """Return the result of an update that was put into the store before a kill, and is the version in service now."""
     made = base.metadata.get("made", {})
-    if made.get("by") != "update" or version != made["of"] + 1 or not is_update_of(work, grown, made["of"]):
+    if made.get("by") != "update" or version != made["of"] + 1 or not is_update_of(fit.work, fit.grown, made["of"]):
         return None
     return FitOutcome(base, made["of"], base.metadata["reason"], base.metadata["update"])
 
 
 @dataclass(frozen=True)
 class _Update:
+    """The update of one user; `base` is the version in service, and `version` its number."""
+
     fitter: Fitter
-    store: AdapterStore
+    fit: UserFit
     base: UserRecord
     version: int
-    grown: UserHistory
-    work: Path
-    on_progress: ProgressCallback
+
+    @property
+    def grown(self) -> UserHistory:
+        return self.fit.grown
 
     @property
     def config(self) -> UsersConfig:
@@ -209,13 +209,13 @@ class _Update:
         config = config.model_copy(update={"distance": config.update.distance / size if size else 0.0})
         rate = resolve_rate(config.learning_rate, "users", model.model.backbone.hidden_size)
         trainer = MultiUserTrainer(model.model, config, rate, self.fitter.seed, 1, model.model.backbone.pad_id)
-        checkpoint = Checkpoint(self.work / "update.checkpoint", model.config.compute.checkpoint_seconds)
+        checkpoint = Checkpoint(self.fit.work / "update.checkpoint", model.config.compute.checkpoint_seconds)
 
         def done(results: Sequence[FitResult], again: bool) -> None:
             found.extend(results)
 
         def step(metrics: Mapping[str, Any]) -> None:
-            self.on_progress("update", min(1.0, metrics["step"] / (per_pass * passes)))
+            self.fit.on_progress("update", min(1.0, metrics["step"] / (per_pass * passes)))
 
         trainer.run([job], done, checkpoint, step, "update", no_bar)
         return found[0]
@@ -230,8 +230,8 @@ class _Update:
         items = joined(split.past, split.new)
         items = items[-(self.config.max_items or len(items)) :]
         embeds = anew or self.base.metadata.get("embedding") == FITTED
-        parts = items, joined(split.held_past, split.held_new), embeds
-        record = Refit(self.fitter, self.store, self.base, *parts, self.work, self.on_progress).record()
+        held_out = joined(split.held_past, split.held_new)
+        record = Refit(self.fitter, self.fit, self.base, items, held_out, embeds).record()
         metrics |= {"trained": len(split.new), "anew": anew}
         if record.adapter is None and not embeds:
             return self._not_promoted(str(record.metadata["reason"]), metrics)

@@ -17,7 +17,7 @@ from pathlib import Path
 from proper.adapters.store import AdapterStore
 from proper.enrolment.drift import Drift, KnownVariance, drifts, not_due
 from proper.enrolment.fit_progress import ProgressCallback, WithdrawnError, bar_of, no_progress, shares_of, throttled
-from proper.enrolment.fit_user import Fitter
+from proper.enrolment.fit_user import Fitter, UserFit
 from proper.enrolment.history import grown_history
 from proper.enrolment.many_users import USERS_PER_BATCH, fit_many, place_users
 from proper.enrolment.update_user import FitOutcome, fit_or_update
@@ -214,7 +214,7 @@ class FitWorker:
             report = throttled(FitQueue(database), claim, on_progress)
             work = work_folder(self.users, claim.tenant, claim.user)
             started = time.monotonic()
-            fitted = fit_or_update(fitter, store, claim.user, grown, work, report)
+            fitted = fit_or_update(fitter, UserFit(store, claim.user, grown, work, report))
             self._commit(fitter, store, claim, fitted, time.monotonic() - started)
 
     def _place_waiting(self, fitter: Fitter) -> None:
