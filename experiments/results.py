@@ -25,7 +25,7 @@ from proper.evaluation.slices import history_slices
 from proper.evaluation.style import user_habits
 from proper.files import hash_value, read_json
 from proper.inference.loading import load
-from proper.methods.derived_runs import find_place
+from proper.methods.derived_runs import trained_run
 from proper.methods.spec import Method, TrainedRun
 from proper.methods.table import known_methods, table_methods
 from proper.run_folder import RunFolder
@@ -98,14 +98,14 @@ def routing_of(method: Method, home: Path, config: Config, dataset: Dataset) -> 
     """Return the routing figures of a method that ends with groups, of the first seed."""
     opened: dict[Path, Dataset] = {}
     run = TrainedRun(config, dataset, home, config.evaluation.seeds[0])
-    place = find_place(method, run, home, opened)
+    trained = trained_run(method, run, home, opened)
     users = list(dataset.users("target"))
     ids = [user.id for user in users]
-    model = load(place.folder, "groups")
+    model = load(trained.folder, "groups")
     try:
         assert model.served is not None
         embeddings = model.served.embeddings(ids)
-        gates = mean_gates(model, place.dataset, ids)
+        gates = mean_gates(model, trained.dataset, ids)
     finally:
         model.close()
         for each in opened.values():

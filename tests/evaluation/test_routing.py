@@ -79,10 +79,8 @@ def test_everything_comes_out_as_json():
     json.dumps([results, detail], allow_nan=False)
 
 
-def test_token_entropy_is_used_where_it_is_given():
-    users = [f"u{k}" for k in range(6)]
-    results, _ = analyze_routing(invent(0), users, np.zeros((6, 2)), {}, token_entropy=[[0.5, 1.0]])
-    assert results["entropy"] == 0.75
+def test_without_true_groups_there_is_no_nmi():
+    results, _ = analyze_routing(invent(0), [f"u{k}" for k in range(6)], np.zeros((6, 2)), {})
     assert "nmi" not in results
 
 

@@ -94,7 +94,7 @@ def test_heat_map_and_map_show_everybody(render: Render) -> None:
     # One user has no place on the map, which is drawn by expert and by true group.
     placed = [tip for tip in page.tips["routing"] if "true group" in tip]
     assert len(placed) == 2 * 59
-    assert "Routing entropy 1.21 of 1.61 nats" in page.text["routing"]
+    assert "Entropy of users' mean gates 1.21 of 1.61 nats" in page.text["routing"]
     assert "0.432 nats" in page.text["routing"] and "0.712" in page.text["routing"]
     assert "true group 4" in page.text["routing"]
 

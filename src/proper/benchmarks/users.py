@@ -149,8 +149,9 @@ def _floor(bench: UsersBench, hourly: float) -> dict[str, float]:
     }
 
 
-def _speed(bench: UsersBench, tokens: int = 1024) -> float:
-    """Return operations per second of the FFN's matrix product at `tokens` tokens, median of 20."""
+def _speed(bench: UsersBench) -> float:
+    """Return operations per second of the FFN's matrix product at 1,024 tokens, median of 20."""
+    tokens = 1024
     weight = next(p for name, p in bench.bare.model.named_parameters() if "gate_proj" in name or "up_proj" in name)
     x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
     times = []

@@ -5,7 +5,7 @@ A run without an encoder (an older one, or one in which it did not help) places 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,6 @@ UserItems = tuple[str, Sequence[EncodedExample]]
 """A user and their items, oldest first."""
 
 
-def _no_progress(items: int) -> None:
-    """Show nothing."""
-
-
 @dataclass(frozen=True)
 class Placer:
     """Placement of new users' embeddings.
@@ -57,26 +53,18 @@ class Placer:
         """The kind of placement: "mean", or the encoder's kind."""
         return "mean" if self.encoder is None else self.encoder.readout.kind
 
-    def place(
-        self, histories: Sequence[Sequence[EncodedExample]], advance: Callable[[int], None] = _no_progress
-    ) -> Float[Tensor, "U D"]:
-        """Return the embeddings of users from their items; `advance` is called with numbers of items done.
+    def place(self, histories: Sequence[Sequence[EncodedExample]]) -> Float[Tensor, "U D"]:
+        """Return the embeddings of users from their items; none depends on the other users."""
+        return self.embed(self.read(histories))
 
-        A user's embedding does not depend on the other users.
-        """
-        return self.embed(self.read(histories, advance))
-
-    def read(
-        self, histories: Sequence[Sequence[EncodedExample]], advance: Callable[[int], None] = _no_progress
-    ) -> list[Float[Tensor, "n K"]]:
+    def read(self, histories: Sequence[Sequence[EncodedExample]]) -> list[Float[Tensor, "n K"]]:
         """Return the encoder's features of every user's items; without an encoder, no columns."""
         items = [item for own in histories for item in own]
         if self.encoder is None:
-            advance(len(items))
             return [torch.zeros(len(own), 0) for own in histories]
         found = [torch.zeros(0, len(self.encoder.pooling.center))]
         for at in range(0, len(items), ITEMS_PER_BATCH):
-            found.append(self.encoder.projection(item_features(self.model, items[at : at + ITEMS_PER_BATCH], advance)))
+            found.append(self.encoder.projection(item_features(self.model, items[at : at + ITEMS_PER_BATCH])))
         return list(torch.split(torch.cat(found), [len(own) for own in histories]))
 
     def embed(self, phi: Sequence[Float[Tensor, "n K"]]) -> Float[Tensor, "U D"]:
@@ -101,21 +89,15 @@ def fitted_metadata(placer: Placer, found: FittedEmbedding) -> dict[str, Any]:
     return {"embedding": FITTED, "embedding_start": placer.kind, **passes}
 
 
-def embedding_jobs(
-    placer: Placer,
-    users: Sequence[UserItems],
-    validation: float,
-    advance: Callable[[int], None] = _no_progress,
-) -> list[EmbeddingJob]:
+def embedding_jobs(placer: Placer, users: Sequence[UserItems], validation: float) -> list[EmbeddingJob]:
     """Return the jobs that fit these users' embeddings from where they are placed.
 
     Args:
         placer: places the embeddings: from all items and, for the trial, from those that are not held out.
         users: the users and their items.
         validation: share of a user's items that is held out; none of a single one.
-        advance: progress callback of the placement.
     """
-    phi = placer.read([items for _, items in users], advance)
+    phi = placer.read([items for _, items in users])
     held = [held_out_items(len(items), validation) if len(items) > 1 else 0 for _, items in users]
     starts = placer.embed(phi)
     trial_starts = placer.embed([own[: len(own) - cut] for own, cut in zip(phi, held, strict=True)])

@@ -107,8 +107,8 @@ def _f_measure(shared: int, target: int, answer: int) -> float:
     return 2 * precision * recall / (precision + recall) if shared else 0.0
 
 
-def rouge_official(values: NDArray[np.float64], seed: int, samples: int = 1000) -> float:
-    """Return the official script's aggregate of ROUGE values: the median of bootstrapped means, not the mean.
+def rouge_official(values: NDArray[np.float64], seed: int) -> float:
+    """Return the official script's aggregate of ROUGE values: the median of 1,000 bootstrapped means, not the mean.
 
     Draws are those of `rouge_score.scoring.BootstrapAggregator` after `numpy.random.seed(seed)`, for one score type.
     """
@@ -116,5 +116,5 @@ def rouge_official(values: NDArray[np.float64], seed: int, samples: int = 1000) 
         raise DataError("no ROUGE values to aggregate")
     # The aggregator uses numpy's legacy generator, whose stream differs from that of default_rng.
     draws = np.random.RandomState(seed)
-    means = [values[draws.choice(np.arange(len(values)), size=len(values))].mean() for _ in range(samples)]
+    means = [values[draws.choice(np.arange(len(values)), size=len(values))].mean() for _ in range(1000)]
     return float(np.percentile(means, 50))

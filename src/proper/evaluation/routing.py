@@ -24,10 +24,10 @@ def analyze_routing(
     embeddings: ArrayLike,
     histories: Mapping[str, int],
     groups: Mapping[str, int] | None = None,
-    token_entropy: ArrayLike | None = None,
-    seed: int = 0,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the routing figures for `results.json`, and one row per user for `routing.json`.
+
+    `entropy` is that of users' mean gates, which is never smaller than the mean entropy of single tokens' gates.
 
     Args:
         gates: `(U, M, E)`, each user's mean gate over their tokens; every row sums to 1.
@@ -35,25 +35,21 @@ def analyze_routing(
         embeddings: `(U, D)`, or `(U, M, D)` if every module has its own table.
         histories: history length by user.
         groups: the true group of each user, if it is known (demo data).
-        token_entropy: mean entropy of single tokens' gates, any shape (its mean is taken); without it, `entropy` is
-            that of the mean gates, which is never smaller.
-        seed: of k-means.
 
     Raises:
         DataError: shapes do not match, a gate is not finite, or rows do not sum to 1.
     """
     mean_gates = _checked(gates, users)
     points = np.asarray(embeddings, dtype=np.float64).reshape(len(users), -1)
-    entropy = _entropy(mean_gates).mean() if token_entropy is None else np.mean(np.asarray(token_entropy))
     results: dict[str, Any] = {
         "experts": mean_gates.shape[2],
         "utilization": [float(share) for share in mean_gates.mean(axis=(0, 1))],
-        "entropy": float(entropy),
+        "entropy": float(_entropy(mean_gates).mean()),
         "user_expert_mutual_information": mutual_information(mean_gates),
         "constraint_cosine": constraint_cosine(mean_gates),
     }
     if groups is not None:
-        results["nmi"] = group_nmi(mean_gates, users, groups, seed)
+        results["nmi"] = group_nmi(mean_gates, users, groups)
     (map_, map_share), (gate_map, gate_share) = project(points), project(mean_gates.reshape(len(users), -1))
     rows = _user_rows(mean_gates, users, histories, groups, np.concatenate([map_, gate_map], axis=1))
     explained = {"embeddings": map_share, "gates": gate_share}
@@ -123,7 +119,7 @@ def task_routing(gates: Mapping[str, ArrayLike]) -> dict[str, Any]:
     }
 
 
-def group_nmi(gates: FloatArray, users: Sequence[str], groups: Mapping[str, int], seed: int = 0) -> float | None:
+def group_nmi(gates: FloatArray, users: Sequence[str], groups: Mapping[str, int]) -> float | None:
     """Return the NMI (0 to 1) between k-means clusters of the concatenated mean gates and the true groups.
 
     k is the number of groups in `groups`; users without a true group are left out. None if no user has one.
@@ -138,7 +134,7 @@ def group_nmi(gates: FloatArray, users: Sequence[str], groups: Mapping[str, int]
     points = gates.reshape(len(users), -1)[known]
     truth = [groups[users[index]] for index in known]
     clusters = min(len(set(groups.values())), len(np.unique(points, axis=0)))
-    found = KMeans(n_clusters=clusters, n_init=50, random_state=seed).fit_predict(points)
+    found = KMeans(n_clusters=clusters, n_init=50, random_state=0).fit_predict(points)
     return float(normalized_mutual_info_score(truth, found))
 
 

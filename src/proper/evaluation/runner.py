@@ -196,10 +196,8 @@ def _gates(model: BatchModel, rows: Sequence[EncodedExample]) -> tuple[Float[Ten
     return model.model.routing.stacked()[:, 0].cpu(), batch.tokens
 
 
-def prediction_of(
-    query: TextExample, answer: str, tier: str, history: int, *, loss: float | None = None, tokens: int = 0
-) -> Prediction:
-    """Return the prediction row of a query and its answer; see `Prediction`."""
+def prediction_of(query: TextExample, answer: str, tier: str, history: int) -> Prediction:
+    """Return the prediction row of a query and its answer, without a loss; see `Prediction`."""
     return Prediction(
         id=query.id,
         user=query.user,
@@ -207,8 +205,8 @@ def prediction_of(
         prompt=readable(query.prompt),
         target=query.target,
         prediction=answer,
-        loss=loss,
-        tokens=tokens,
+        loss=None,
+        tokens=0,
         tier=tier,
         history=history,
     )

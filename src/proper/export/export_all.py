@@ -42,6 +42,8 @@ from proper.inference.model import PersonalizedModel
 
 FORMAT = "proper-peft-all"
 ADAPTERS = "adapters"
+SAMPLE = 16
+"""Users over whom the loss of folding is measured."""
 MODULES, REQUESTS, USERS = "lora-modules.txt", "load-requests.jsonl", "users.jsonl"
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -79,17 +81,14 @@ def adapter_name(user: str) -> str:
     return "user-" + blake2b(user.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def export_all(
-    folder: Path, out: Path, *, served_at: str | None = None, base: str | None = None, sample: int = 16
-) -> AllExported:
+def export_all(folder: Path, out: Path, *, served_at: str | None, base: str | None) -> AllExported:
     """Export all users of a run in PEFT's format to the folder `out`, or complete an earlier export.
 
     Args:
         folder: the run folder.
         out: a new or empty folder, or an earlier export of all users.
         served_at: path or URL under which the server will find `out`; its absolute path if None.
-        base: name or path of the merged backbone on the server, written as `base_model_name_or_path`.
-        sample: number of users over whom the loss of folding is measured.
+        base: name or path of the merged backbone on the server, written as `base_model_name_or_path`, if known.
 
     Raises:
         InputError: `out` is something else, or the backbone is quantized.
@@ -107,7 +106,7 @@ def export_all(
         write_json(out / DESCRIPTION, description | {"complete": False})
         prefix = str(out.resolve()) if served_at is None else served_at.rstrip("/")
         counts = _write_all(model, dataset, out, prefix, origin | {"base": str(base)}, base)
-        loss = folding_loss(model, dataset, sample)
+        loss = folding_loss(model, dataset, SAMPLE)
         result = AllExported(**counts, rank=rank, loss=loss)
         users = result.written + result.kept
         write_json(

@@ -37,7 +37,7 @@ _TRAINERS = ("stage_methods", "derived_runs", "end_to_end", "per_user_lora", "po
 TRAINING_CODE = ("data", "layers", "models", "training", *(f"methods/{name}.py" for name in _TRAINERS))
 
 
-def find_place(method: Method, run: TrainedRun, home: Path, opened: dict[Path, Dataset]) -> TrainedRun:
+def trained_run(method: Method, run: TrainedRun, home: Path, opened: dict[Path, Dataset]) -> TrainedRun:
     """Return the trained folder that `method` answers from; train missing stages.
 
     Args:
@@ -54,14 +54,14 @@ def find_place(method: Method, run: TrainedRun, home: Path, opened: dict[Path, D
     variant = method.variant
     if variant is None:
         return run
-    place = _place(variant, run, home, opened)
-    missing = [stage for stage in method.stages if not RunFolder(place.folder).is_trained(stage)]
+    trained = _variant_run(variant, run, home, opened)
+    missing = [stage for stage in method.stages if not RunFolder(trained.folder).is_trained(stage)]
     if not missing:
-        if place.folder != run.folder:
-            logger.info(f"evaluate: {method.name} (seed {run.seed}) reuses {place.folder.relative_to(home)}")
-        return place
-    _train(method, variant, run, place)
-    return place
+        if trained.folder != run.folder:
+            logger.info(f"evaluate: {method.name} (seed {run.seed}) reuses {trained.folder.relative_to(home)}")
+        return trained
+    _train(method, variant, run, trained)
+    return trained
 
 
 def require_own_stages(method: Method, folder: Path) -> None:
@@ -80,7 +80,7 @@ def varied(config: Config, variant: DerivedRun) -> Config:
     return make_config(raw, f"method {variant.name}")
 
 
-def _place(variant: DerivedRun, run: TrainedRun, home: Path, opened: dict[Path, Dataset]) -> TrainedRun:
+def _variant_run(variant: DerivedRun, run: TrainedRun, home: Path, opened: dict[Path, Dataset]) -> TrainedRun:
     config = varied(run.config, variant)
     dataset = run.dataset
     if variant.derive is not None:
@@ -117,19 +117,19 @@ def _derived(variant: DerivedRun, config: Config, run: TrainedRun, home: Path, o
     return opened[path]
 
 
-def _train(method: Method, variant: DerivedRun, run: TrainedRun, place: TrainedRun) -> None:
-    if join_processes(place.config).num_processes > 1:
+def _train(method: Method, variant: DerivedRun, run: TrainedRun, trained: TrainedRun) -> None:
+    if join_processes(trained.config).num_processes > 1:
         raise ConfigError(
             f"evaluation.methods: '{method.name}' has to be trained first, in one process: proper evaluate {run.folder}"
         )
-    logger.info(f"evaluate: trains {method.name} (seed {run.seed}) in {place.folder}")
-    text = yaml.safe_dump(place.config.model_dump(), sort_keys=False, allow_unicode=True)
-    write_text(RunFolder(place.folder).config, text)
+    logger.info(f"evaluate: trains {method.name} (seed {run.seed}) in {trained.folder}")
+    text = yaml.safe_dump(trained.config.model_dump(), sort_keys=False, allow_unicode=True)
+    write_text(RunFolder(trained.folder).config, text)
     for stage in variant.inherits:
-        _inherit(stage, run.folder, place.folder)
-    log = MetricsLog(RunFolder(place.folder).metrics_log)
+        _inherit(stage, run.folder, trained.folder)
+    log = MetricsLog(RunFolder(trained.folder).metrics_log)
     try:
-        variant.train(TrainingWork(place, _in_order([*variant.inherits, *method.stages]), log))
+        variant.train(TrainingWork(trained, _in_order([*variant.inherits, *method.stages]), log))
     finally:
         log.close()
 
@@ -170,7 +170,7 @@ def _inherit_embeddings(source: Path, target: Path) -> None:
         ours.close()
 
 
-def seconds_of(place: TrainedRun, stages: Sequence[Stage]) -> float:
+def seconds_of(trained: TrainedRun, stages: Sequence[Stage]) -> float:
     """Return the training time of these stages in seconds, stages taken over from the run included."""
-    markers = [RunFolder(place.folder).marker(stage) for stage in stages]
+    markers = [RunFolder(trained.folder).marker(stage) for stage in stages]
     return sum(float(read_record(marker, seconds=NUMBER)["seconds"]) for marker in markers if marker.exists())

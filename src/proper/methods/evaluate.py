@@ -25,7 +25,7 @@ from proper.export.converted_models import folded_size, int8_bytes
 from proper.files import hash_value, read_json, write_json
 from proper.inference.loading import load
 from proper.json_records import NUMBER, REMOVE_IT, read_record
-from proper.methods.derived_runs import find_place, require_own_stages, seconds_of
+from proper.methods.derived_runs import require_own_stages, seconds_of, trained_run
 from proper.methods.spec import Method, PerUser, TrainedRun
 from proper.models.checkpoints import settled
 from proper.models.memory import give_back_memory
@@ -62,7 +62,7 @@ class MethodEvaluator:
         return [self._spec(method) for method in methods]
 
     def _spec(self, method: Method) -> MethodSpec:
-        places: dict[int, TrainedRun] = {}
+        runs: dict[int, TrainedRun] = {}
         made: list[MethodRun] = []
 
         def answers(seed: int) -> MethodRun:
@@ -70,12 +70,12 @@ class MethodEvaluator:
                 return made[0]  # A method without training gives the same answers for every seed.
             config = settled(self.config, RunFolder(self.folders[seed]).experts)
             run = TrainedRun(config, self.dataset, self.folders[seed], seed)
-            places[seed] = find_place(method, run, next(iter(self.folders.values())), self.opened)
-            made.append(answered(method, places[seed], RunFolder(self.folders[seed])))
+            runs[seed] = trained_run(method, run, next(iter(self.folders.values())), self.opened)
+            made.append(answered(method, runs[seed], RunFolder(self.folders[seed])))
             return made[-1]
 
         def cost(run: MethodRun) -> dict[str, Any]:
-            return cost_row(method, next(iter(places.values())), run)
+            return cost_row(method, next(iter(runs.values())), run)
 
         return MethodSpec(method.name, answers, cost)
 
@@ -91,7 +91,7 @@ def evaluating(config: Config, dataset: Dataset, folders: Mapping[int, Path]) ->
             opened.close()
 
 
-def answered(method: Method, place: TrainedRun, run_folder: RunFolder, *, label_scores: bool = False) -> MethodRun:
+def answered(method: Method, trained: TrainedRun, run_folder: RunFolder, *, label_scores: bool = False) -> MethodRun:
     """Return a method's predictions: those cached in the run folder if their inputs are the same, else new ones.
 
     The labels' scores are left out, since all methods' predictions are in memory at once, unless they are asked for.
@@ -101,16 +101,16 @@ def answered(method: Method, place: TrainedRun, run_folder: RunFolder, *, label_
     """
     path = run_folder.predictions_of(method.name)
     beside = path.with_suffix(".json")
-    key = _key(method, place)
+    key = _key(method, trained)
     if path.exists() and beside.exists():
         made = read_record(beside, REMOVE_IT, key=str, seconds=NUMBER, tokens=int)
         if made["key"] == key:
             found = read_predictions(path, label_scores=label_scores)
             _require_whole(path, len(found), made.get("answers"))
-            logger.info(f"evaluate: {method.name} (seed {place.seed}) reuses its predictions")
+            logger.info(f"evaluate: {method.name} (seed {trained.seed}) reuses its predictions")
             return MethodRun(found, made["seconds"], made["tokens"])
     beside.unlink(missing_ok=True)
-    run = _each_task(method, place)
+    run = _each_task(method, trained)
     give_back_memory()
     write_predictions(path, run.predictions)
     record = {"key": key, "seconds": run.seconds, "tokens": run.tokens, "answers": len(run.predictions)}
@@ -125,25 +125,25 @@ def _require_whole(path: Path, found: int, written: int | None) -> None:
         raise RunFolderError(f"{path}: holds {found}{of} predictions; {REMOVE_IT}")
 
 
-def _each_task(method: Method, place: TrainedRun) -> MethodRun:
+def _each_task(method: Method, trained: TrainedRun) -> MethodRun:
     """Answer the queries, of several tasks each by itself; a task that the method cannot answer is left out."""
-    if not place.config.tasks:
-        return method.answer(place)
+    if not trained.config.tasks:
+        return method.answer(trained)
     found: list[MethodRun] = []
-    for name, config in place.config.each_task.items():
+    for name, config in trained.config.each_task.items():
         if method.obstacle(config.task) is None:
-            with one_task(place.dataset, name) as dataset:
-                run = method.answer(replace(place, config=config, dataset=dataset))
+            with one_task(trained.dataset, name) as dataset:
+                run = method.answer(replace(trained, config=config, dataset=dataset))
             found.append(replace(run, predictions=[replace(p, task=name) for p in run.predictions]))
     predictions = [row for run in found for row in run.predictions]
     return MethodRun(predictions, sum(run.seconds for run in found), sum(run.tokens for run in found))
 
 
-def cost_row(method: Method, place: TrainedRun, run: MethodRun) -> dict[str, Any]:
+def cost_row(method: Method, trained: TrainedRun, run: MethodRun) -> dict[str, Any]:
     """Return the cost per user, as a mean over target users."""
-    numbers, size, users = _kept(method, place)
+    numbers, size, users = _kept(method, trained)
     own = [stage for stage in method.stages if stage != Stage.POPULATION][-1:]
-    seconds = seconds_of(place, own) / max(1, users) if method.keeps not in ("nothing", "history") else 0
+    seconds = seconds_of(trained, own) / max(1, users) if method.keeps not in ("nothing", "history") else 0
     inherited = method.variant.inherits if method.variant is not None else ()
     return {
         "method": method.name,
@@ -152,23 +152,23 @@ def cost_row(method: Method, place: TrainedRun, run: MethodRun) -> dict[str, Any
         "train_seconds_per_user": round(seconds, 3),
         "tokens_per_second": round(run.tokens / run.seconds, 1),
         "tokens_per_query": round(run.tokens / max(1, len(run.predictions)), 1),
-        "train_seconds": round(seconds_of(place, [s for s in method.stages if s not in inherited]), 3),
-        "truncated_prompts": cut_queries(place.dataset) if method.stages or method.name == Tier.BASE else 0,
+        "train_seconds": round(seconds_of(trained, [s for s in method.stages if s not in inherited]), 3),
+        "truncated_prompts": cut_queries(trained.dataset) if method.stages or method.name == Tier.BASE else 0,
     }
 
 
-def _kept(method: Method, place: TrainedRun) -> tuple[int, int, int]:
+def _kept(method: Method, trained: TrainedRun) -> tuple[int, int, int]:
     """Return parameters and bytes per user, and the number of users that the last stage trained."""
-    targets = {user.id: user for user in place.dataset.users("target")}
+    targets = {user.id: user for user in trained.dataset.users("target")}
     if method.keeps == "nothing":
         return 0, 0, len(targets)
     if method.keeps == "history":
-        texts = (item for user in targets for item in place.dataset.history(user))
+        texts = (item for user in targets for item in trained.dataset.history(user))
         return 0, round(sum(len((t.prompt + t.target).encode()) for t in texts) / len(targets)), len(targets)
-    marker = read_record(RunFolder(place.folder).marker(method.stages[-1]), users=int)
+    marker = read_record(RunFolder(trained.folder).marker(method.stages[-1]), users=int)
     if method.keeps == "export":
-        return (*_exported(place), marker["users"])
-    with closing(AdapterStore(RunFolder(place.folder).users.path)) as store:
+        return (*_exported(trained), marker["users"])
+    with closing(AdapterStore(RunFolder(trained.folder).users.path)) as store:
         return (*_stored(store, method.keeps, targets), marker["users"])
 
 
@@ -188,23 +188,23 @@ def _stored(store: AdapterStore, keeps: PerUser, targets: Container[str]) -> tup
     return width + round(adapter * len(adapted) / len(held)), round(size / len(held))
 
 
-def _exported(place: TrainedRun) -> tuple[int, int]:
+def _exported(trained: TrainedRun) -> tuple[int, int]:
     """Return parameters and bytes of one exported adapter."""
-    model = load(place.folder, Tier.USERS)
+    model = load(trained.folder, Tier.USERS)
     try:
         return folded_size(model)
     finally:
         model.close()
 
 
-def _key(method: Method, place: TrainedRun) -> str:
-    markers = [RunFolder(place.folder).marker(stage) for stage in method.stages]
+def _key(method: Method, trained: TrainedRun) -> str:
+    markers = [RunFolder(trained.folder).marker(stage) for stage in method.stages]
     stages = [read_json(marker) for marker in markers]
-    settings = place.config.model_dump(exclude={"evaluation"})
+    settings = trained.config.model_dump(exclude={"evaluation"})
     # A deletion removes rows, and the hash of the data stays; without the deleted users, others are answered anew.
-    left = place.dataset.connection.execute("SELECT count(*), sum(part = 'query') FROM rows").fetchone()
-    data = [place.dataset.sha256, *left]
-    made_of = [method.name, settings, data, place.seed, stages, code_version(*ANSWERING_CODE)]
+    left = trained.dataset.connection.execute("SELECT count(*), sum(part = 'query') FROM rows").fetchone()
+    data = [trained.dataset.sha256, *left]
+    made_of = [method.name, settings, data, trained.seed, stages, code_version(*ANSWERING_CODE)]
     # The users of a variant do not change after its training.
     own = method.stages if method.variant is None else ()
-    return hash_value([*made_of, served_version(RunFolder(place.folder), place.dataset, own)])
+    return hash_value([*made_of, served_version(RunFolder(trained.folder), trained.dataset, own)])

@@ -95,11 +95,11 @@ class LinearHead:
         return (rows.features - self.mean) / self.scale
 
 
-def head_with_prior(place: TrainedRun) -> MethodRun:
+def head_with_prior(trained: TrainedRun) -> MethodRun:
     """Fit the head on the rows of the three stages, and answer every query."""
-    dataset, priors = place.dataset, user_priors(place.dataset, place.config)
-    rows, queries = training_rows(place), list(dataset.queries())
-    model = load(place.folder, Tier.POPULATION)
+    dataset, priors = trained.dataset, user_priors(trained.dataset, trained.config)
+    rows, queries = training_rows(trained), list(dataset.queries())
+    model = load(trained.folder, Tier.POPULATION)
     try:
         features = pooled_states(model, [row.prompt for row in rows], dataset.labels, "head+prior, histories")
         started = time.perf_counter()
@@ -107,12 +107,12 @@ def head_with_prior(place: TrainedRun) -> MethodRun:
         seconds = time.perf_counter() - started
     finally:
         model.close()
-    head = fit_head(features, rows, dataset, priors, label_numbers(dataset.labels, place.config.task.kind))
+    head = fit_head(features, rows, dataset, priors, label_numbers(dataset.labels, trained.config.task.kind))
     unknown = torch.zeros(len(queries), dtype=torch.long)
     logs = head.scores(HeadRows(asked, log_priors(priors, queries).float(), unknown)).double().log_softmax(1)
     histories = {user.id: user.history for user in dataset.users("target")}
     blank = [prediction_of(query, "", Tier.POPULATION, histories.get(query.user, 0)) for query in queries]
-    found = with_scores(place, blank, queries, logs)
+    found = with_scores(trained, blank, queries, logs)
     kept = [replace(row, label_scores=own) for row, own in zip(found, logs.round(decimals=4).tolist(), strict=True)]
     return MethodRun(kept, max(seconds, 1e-9), sum(query.tokens for query in queries))
 
@@ -120,11 +120,11 @@ def head_with_prior(place: TrainedRun) -> MethodRun:
 HEAD = Method("head+prior", head_with_prior, (Stage.POPULATION,), keeps="history", needs="labels")
 
 
-def training_rows(place: TrainedRun) -> list[TextExample]:
+def training_rows(trained: TrainedRun) -> list[TextExample]:
     """List the rows that the three stages train on, each once; at most `MAX_ROWS`, those of target users first."""
-    dataset, config = place.dataset, place.config
+    dataset, config = trained.dataset, trained.config
     targets = (dataset.history(user.id, config.users.max_items) for user in dataset.users("target"))
-    samples = (stage_sample(dataset, stage, config, place.seed) for stage in reversed(SHARED_STAGES))
+    samples = (stage_sample(dataset, stage, config, trained.seed) for stage in reversed(SHARED_STAGES))
     every = itertools.chain(itertools.chain.from_iterable(targets), *(sample.rows(0) for sample in samples))
     found: dict[int, TextExample] = {}
     for row in every:

@@ -125,13 +125,13 @@ def _read(name: str, changes: list[tuple[str, str]], config: Config, variant: De
 
 def _put(raw: dict[str, Any], key: str, value: str, name: str) -> None:
     *sections, last = key.split(".")
-    place: Any = raw
+    node: Any = raw
     for section in sections:
-        place = place.get(section) if isinstance(place, dict) else None
-    if not isinstance(place, dict):
+        node = node.get(section) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
         raise ConfigError(f"evaluation.methods: '{name}': there is no setting '{key}'")
     try:
-        place[last] = yaml.safe_load(value)
+        node[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"evaluation.methods: '{name}': the value of '{key}' is not YAML") from error
 

@@ -35,7 +35,7 @@ from proper.evaluation.metrics import Prediction
 from proper.evaluation.runner import MethodRun, label_losses, likely_labels, prediction_of
 from proper.inference.loading import load
 from proper.inference.score import score
-from proper.methods.derived_runs import find_place
+from proper.methods.derived_runs import trained_run
 from proper.methods.evaluate import answered
 from proper.methods.spec import DerivedRun, Method, PerUser, TrainedRun
 from proper.methods.stage_methods import as_itself, train_stages
@@ -60,46 +60,46 @@ def user_priors(dataset: Dataset, config: Config) -> UserPriors:
     return UserPriors.of(dataset, config.task.kind, held_out)
 
 
-def prior(place: TrainedRun) -> MethodRun:
+def prior(trained: TrainedRun) -> MethodRun:
     """Answer every query with the user's prior alone."""
-    started, dataset = time.perf_counter(), place.dataset
-    priors, queries = user_priors(dataset, place.config), list(dataset.queries())
+    started, dataset = time.perf_counter(), trained.dataset
+    priors, queries = user_priors(dataset, trained.config), list(dataset.queries())
     histories = {user.id: user.history for user in dataset.users("target")}
     blank = [prediction_of(query, "", "trivial", histories.get(query.user, 0)) for query in queries]
     habits = log_priors(priors, queries)
-    return MethodRun(with_scores(place, blank, queries, habits), max(time.perf_counter() - started, 1e-9), 0)
+    return MethodRun(with_scores(trained, blank, queries, habits), max(time.perf_counter() - started, 1e-9), 0)
 
 
 def with_prior(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
     """Answer with the mixture of a tier's label probabilities and the user's prior."""
 
-    def answer(place: TrainedRun) -> MethodRun:
-        run = score_as(tier, place)
-        priors = user_priors(place.dataset, place.config)
-        scored = held_out(place, priors) if tier == Tier.GROUPS else held_out_by_adapters(place, priors)
-        weight = choose_weight(scored, place.config.task, place.dataset.labels)
-        queries = {query.id: query for query in place.dataset.queries()}
+    def answer(trained: TrainedRun) -> MethodRun:
+        run = score_as(tier, trained)
+        priors = user_priors(trained.dataset, trained.config)
+        scored = held_out(trained, priors) if tier == Tier.GROUPS else held_out_by_adapters(trained, priors)
+        weight = choose_weight(scored, trained.config.task, trained.dataset.labels)
+        queries = {query.id: query for query in trained.dataset.queries()}
         asked = [queries[found.id] for found in run.predictions]
         model = log_probabilities([found.label_scores or [] for found in run.predictions])
         mixed = log_mixture(model, log_priors(priors, asked), weight)
-        return replace(run, predictions=with_scores(place, run.predictions, asked, mixed))
+        return replace(run, predictions=with_scores(trained, run.predictions, asked, mixed))
 
     return answer
 
 
-def score_as(tier: Tier, place: TrainedRun) -> MethodRun:
+def score_as(tier: Tier, trained: TrainedRun) -> MethodRun:
     """Return a tier's own predictions with the labels' scores."""
     stages = tuple(Stage)[: list(Stage).index(Stage(tier)) + 1]
     keeps: PerUser = "embedding" if tier == Tier.GROUPS else "adapter"
-    return _scored(Method(tier, as_itself(tier), stages, keeps=keeps), place)
+    return _scored(Method(tier, as_itself(tier), stages, keeps=keeps), trained)
 
 
-def _scored(method: Method, place: TrainedRun) -> MethodRun:
+def _scored(method: Method, trained: TrainedRun) -> MethodRun:
     """Return a method's predictions with the labels' scores: those of its own row if the task scores labels."""
-    if place.config.task.scored:
-        return answered(method, place, RunFolder(place.folder), label_scores=True)
-    task = place.config.task.model_copy(update={"decode": "score"})
-    return method.answer(replace(place, config=place.config.model_copy(update={"task": task})))
+    if trained.config.task.scored:
+        return answered(method, trained, RunFolder(trained.folder), label_scores=True)
+    task = trained.config.task.model_copy(update={"decode": "score"})
+    return method.answer(replace(trained, config=trained.config.model_copy(update={"task": task})))
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,12 @@ class HeldOut:
     habit: Floats
 
 
-def held_out(place: TrainedRun, priors: UserPriors) -> HeldOut:
+def held_out(trained: TrainedRun, priors: UserPriors) -> HeldOut:
     """Score at most `MAX_HELD` held-out items with the group model, in rounds of one per user, the newest first."""
-    labels, rows = place.dataset.labels, _held_out(place.dataset, priors)
+    labels, rows = trained.dataset.labels, _held_out(trained.dataset, priors)
     if not rows:
         return HeldOut((), np.zeros((0, len(labels))), np.zeros((0, len(labels))))
-    model = load(place.folder, Tier.GROUPS)
+    model = load(trained.folder, Tier.GROUPS)
     try:
         scores = score(model, [row.prompt for row in rows], [row.user for row in rows], labels)
     finally:
@@ -124,22 +124,22 @@ def held_out(place: TrainedRun, priors: UserPriors) -> HeldOut:
     return HeldOut(rows, probabilities(scores.tolist()), np.stack([priors.shares_before(row.user) for row in rows]))
 
 
-def held_out_by_adapters(place: TrainedRun, priors: UserPriors) -> HeldOut:
+def held_out_by_adapters(trained: TrainedRun, priors: UserPriors) -> HeldOut:
     """Score at most `MAX_HELD` held-out items with adapters that are trained without any held-out item."""
 
     def derive(source: Dataset, path: Path, config: Config, seed: int) -> None:
         ask_held_out(source, path, priors.held, MAX_HELD)
 
-    users = place.config.users
+    users = trained.config.users
     # The name is a part of the data's key, and the held-out items follow from these settings.
     name = f"held-out-{users.max_items or 'all'}-{users.tiers.validation:g}"
     variant = DerivedRun(name, train_stages, (Stage.POPULATION, Stage.GROUPS), derive=derive)
     method = Method(str(Tier.USERS), as_itself(Tier.USERS), tuple(Stage), variant, keeps="adapter")
     opened: dict[Path, Dataset] = {}
     try:
-        trial = find_place(method, place, RunFolder(place.folder).home.path, opened)
+        trial = trained_run(method, trained, RunFolder(trained.folder).home.path, opened)
         found = {row.id: row for row in _scored(method, trial).predictions}
-        known = set(place.dataset.labels)
+        known = set(trained.dataset.labels)
         rows = [row for row in trial.dataset.queries() if row.target in known]
     finally:
         for dataset in opened.values():
@@ -199,14 +199,14 @@ def _held_out(dataset: Dataset, priors: UserPriors) -> list[TextExample]:
 
 
 def with_scores(
-    place: TrainedRun, blank: Sequence[Prediction], queries: Sequence[TextExample], scores: Float[Tensor, "N L"]
+    trained: TrainedRun, blank: Sequence[Prediction], queries: Sequence[TextExample], scores: Float[Tensor, "N L"]
 ) -> list[Prediction]:
     """Return predictions with the answers that these log-probabilities of the labels give.
 
     They have no loss per token: a mixture of label probabilities says nothing of an answer's tokens.
     """
-    labels = place.dataset.labels
-    answers = likely_labels(scores, place.config.task, labels)
+    labels = trained.dataset.labels
+    answers = likely_labels(scores, trained.config.task, labels)
     losses = label_losses(scores, queries, labels)
     return [
         replace(row, prediction=answer, loss=None, label_loss=loss, label_scores=None)

@@ -60,14 +60,14 @@ RESIDUAL = DerivedRun("residual", train_residual, (Stage.POPULATION,))
 def with_residual(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
     """Answer with a tier of the stages that were trained in this form, and the user's prior."""
 
-    def answer(place: TrainedRun) -> MethodRun:
-        run = score_as(tier, place)
-        queries = {query.id: query for query in place.dataset.queries()}
+    def answer(trained: TrainedRun) -> MethodRun:
+        run = score_as(tier, trained)
+        queries = {query.id: query for query in trained.dataset.queries()}
         asked = [queries[found.id] for found in run.predictions]
-        priors = user_priors(place.dataset, place.config)
+        priors = user_priors(trained.dataset, trained.config)
         added = habit(np.stack([priors.shares(query.user) for query in asked]), priors.population)
         scores = np.asarray([found.label_scores or [] for found in run.predictions])
         both = log_probabilities((scores + added).tolist())
-        return replace(run, predictions=with_scores(place, run.predictions, asked, both))
+        return replace(run, predictions=with_scores(trained, run.predictions, asked, both))
 
     return answer

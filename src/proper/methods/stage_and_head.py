@@ -21,15 +21,15 @@ from proper.run_folder import RunFolder, Tier
 def with_head(tier: Tier) -> Callable[[TrainedRun], MethodRun]:
     """Answer with the mean of a tier's label probabilities and those of `head+prior`."""
 
-    def answer(place: TrainedRun) -> MethodRun:
-        stage = score_as(tier, place)
-        head = answered(HEAD, place, RunFolder(place.folder), label_scores=True)
+    def answer(trained: TrainedRun) -> MethodRun:
+        stage = score_as(tier, trained)
+        head = answered(HEAD, trained, RunFolder(trained.folder), label_scores=True)
         by_id = {row.id: row.label_scores or [] for row in head.predictions}
-        queries = {query.id: query for query in place.dataset.queries()}
+        queries = {query.id: query for query in trained.dataset.queries()}
         asked = [queries[row.id] for row in stage.predictions]
         of_stage = log_probabilities([row.label_scores or [] for row in stage.predictions])
         of_head = log_probabilities([by_id[row.id] for row in stage.predictions])
-        found = with_scores(place, stage.predictions, asked, log_mixture(of_stage, of_head, 0.5))
+        found = with_scores(trained, stage.predictions, asked, log_mixture(of_stage, of_head, 0.5))
         return MethodRun(found, stage.seconds + head.seconds, stage.tokens + head.tokens)
 
     return answer

@@ -26,26 +26,26 @@ from proper.evaluation.runner import MethodRun, prediction_of
 from proper.methods.spec import TrainedRun
 
 
-def global_majority(place: TrainedRun) -> MethodRun:
+def global_majority(trained: TrainedRun) -> MethodRun:
     """Answer every query with the best constant over all histories."""
-    overall = usual(_all_answers(place.dataset), place.config.task.kind, place.dataset.labels)
-    return answer_alone(place, lambda query: overall)
+    overall = usual(_all_answers(trained.dataset), trained.config.task.kind, trained.dataset.labels)
+    return answer_alone(trained, lambda query: overall)
 
 
-def user_majority(place: TrainedRun) -> MethodRun:
+def user_majority(trained: TrainedRun) -> MethodRun:
     """Answer every query with the user's usual answer in the whole history."""
-    return _own_usual(place, None)
+    return _own_usual(trained, None)
 
 
-def user_majority_same(place: TrainedRun) -> MethodRun:
+def user_majority_same(trained: TrainedRun) -> MethodRun:
     """Answer every query with the user's usual answer among the newest `users.max_items` items."""
-    return _own_usual(place, place.config.users.max_items)
+    return _own_usual(trained, trained.config.users.max_items)
 
 
-def lead(place: TrainedRun) -> MethodRun:
+def lead(trained: TrainedRun) -> MethodRun:
     """Answer every query with the first words of its input, as many as the median answer has."""
-    words, text_of = median_words(place.dataset), InputText(place.config, place.dataset)
-    return answer_alone(place, lambda query: " ".join(text_of(query.prompt).split()[:words]))
+    words, text_of = median_words(trained.dataset), InputText(trained.config, trained.dataset)
+    return answer_alone(trained, lambda query: " ".join(text_of(query.prompt).split()[:words]))
 
 
 def usual(counts: Mapping[str, int], kind: str, labels: Sequence[str]) -> str:
@@ -103,17 +103,17 @@ class InputText:
         return max(found.groups(), key=len, default=prompt) if found else prompt
 
 
-def answer_alone(place: TrainedRun, answer: Callable[[TextExample], str]) -> MethodRun:
+def answer_alone(trained: TrainedRun, answer: Callable[[TextExample], str]) -> MethodRun:
     """Answer every query with a function of the query, without a model."""
     started = time.perf_counter()
-    histories = {user.id: user.history for user in place.dataset.users("target")}
-    queries = place.dataset.queries()
+    histories = {user.id: user.history for user in trained.dataset.users("target")}
+    queries = trained.dataset.queries()
     found = [prediction_of(query, answer(query), "trivial", histories.get(query.user, 0)) for query in queries]
     return MethodRun(found, max(time.perf_counter() - started, 1e-9), 0)
 
 
-def _own_usual(place: TrainedRun, newest: int | None) -> MethodRun:
-    dataset, kind = place.dataset, place.config.task.kind
+def _own_usual(trained: TrainedRun, newest: int | None) -> MethodRun:
+    dataset, kind = trained.dataset, trained.config.task.kind
     answers: dict[str, str] = {}
 
     def answer(query: TextExample) -> str:
@@ -125,7 +125,7 @@ def _own_usual(place: TrainedRun, newest: int | None) -> MethodRun:
             answers[query.user] = usual(_counts(seen), kind, dataset.labels)
         return answers[query.user]
 
-    return answer_alone(place, answer)
+    return answer_alone(trained, answer)
 
 
 def _newest(dataset: Dataset, user: str, newest: int) -> set[int]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 BANDS = 60
+MAX_POINTS = 240
 STAGES = {
     "population": "1 · Population",
     "groups": "2 · Groups",
@@ -99,9 +100,9 @@ def _ends(steps: Sequence[float]) -> tuple[float, float]:
     return (low, high) if low < high else (low - 1, high + 1)
 
 
-def _binned(line: Sequence[tuple[int, float]], most: int = 240) -> list[tuple[float, float]]:
-    """Return at most `most` points, each the mean of its neighbours."""
-    wide = -(-len(line) // most)
+def _binned(line: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+    """Return at most `MAX_POINTS` points, each the mean of its neighbours."""
+    wide = -(-len(line) // MAX_POINTS)
     pieces = [line[start : start + wide] for start in range(0, len(line), wide)]
     return [(fmean(step for step, _ in piece), fmean(value for _, value in piece)) for piece in pieces]
 

@@ -118,7 +118,7 @@ class _Counts:
         return sorted(rows, key=lambda row: (-float(row["z"]), str(row["text"])))[:most]
 
 
-def log_odds(having: int, of: int, others_having: int, others_of: int, prior: float = PRIOR) -> float:
+def log_odds(having: int, of: int, others_having: int, others_of: int) -> float:
     """Return the log-odds ratio of a feature between two sets of items, in standard deviations; 0 without items.
 
     Args:
@@ -126,12 +126,11 @@ def log_odds(having: int, of: int, others_having: int, others_of: int, prior: fl
         of: number of items of the set.
         others_having: number of items of the others that have it.
         others_of: number of items of the others.
-        prior: weight of the prior in items; its rate is that of both sets together.
     """
     if not of or not others_of:
         return 0.0
-    yes = prior * (having + others_having + 0.5) / (of + others_of + 1)
-    no = prior - yes
+    yes = PRIOR * (having + others_having + 0.5) / (of + others_of + 1)
+    no = PRIOR - yes
     ours = math.log((having + yes) / (of - having + no))
     theirs = math.log((others_having + yes) / (others_of - others_having + no))
     cells = (having + yes, of - having + no, others_having + yes, others_of - others_having + no)

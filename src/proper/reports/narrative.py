@@ -228,7 +228,9 @@ def routing_story(figures: Mapping[str, Any]) -> list[str]:
     story = []
     if entropy is not None:
         most = f" of {plain(math.log(experts), 2)} nats at most" if experts and experts > 1 else " nats"
-        story.append(f"Routing entropy {plain(entropy, 2)}{most}; lower means that a token uses fewer experts.")
+        story.append(
+            f"Entropy of users' mean gates {plain(entropy, 2)}{most}; lower means that a user uses fewer experts."
+        )
     if shared is not None:
         story.append(f"Mutual information of user and expert {plain(shared)} nats; 0 means equal routing of all users.")
     if cosine is not None:
