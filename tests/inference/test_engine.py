@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from proper.errors import InputError, ProperError
 from proper.inference import PersonalizedModel, load
 from proper.inference.adapter_manager import DAMAGED
 from proper.inference.engine import Engine
-from proper.inference.requests import EngineLimits, Event, Finished, Request, RequestHandle, Started, Token
+from proper.inference.requests import EngineLimits, Event, Request, RequestHandle, Started, Token
 from proper.inference.sampling import Sampling
 from proper.run_folder import Tier
+from tests.inference.submission import Listener, finish, submit
 
 TIERS = (Tier.USERS, Tier.GROUPS, Tier.POPULATION)
 PROMPTS = (
@@ -31,35 +33,6 @@ PROMPTS = (
     "Well?",
 )
 USERS = (*(f"u{at}" for at in range(8)), "group", "stranger", None)
-
-
-@dataclass
-class Heard:
-    """What a sink was told."""
-
-    events: list[Event] = field(default_factory=list)
-
-    def __call__(self, event: Event) -> None:
-        assert not self.done, "nothing follows the end"
-        self.events.append(event)
-
-    @property
-    def tokens(self) -> list[int]:
-        return [event.id for event in self.events if isinstance(event, Token)]
-
-    @property
-    def started(self) -> Started:
-        (event,) = [event for event in self.events if isinstance(event, Started)]
-        return event
-
-    @property
-    def reason(self) -> str:
-        assert isinstance(self.events[-1], Finished)
-        return self.events[-1].reason
-
-    @property
-    def done(self) -> bool:
-        return bool(self.events) and isinstance(self.events[-1], Finished)
 
 
 class Alone:
@@ -103,31 +76,12 @@ def alone(tiny_run: Path, decoding: ModuleType) -> Iterator[Alone]:
 
 
 def ask(
-    engine: Engine,
-    prompt: int,
-    user: str | None,
-    length: int = 6,
-    *,
-    tier: Tier = Tier.USERS,
-    gates: bool = False,
-    **sampling: float,
-) -> tuple[Heard, RequestHandle]:
-    heard = Heard()
-    ids = engine.model.encoder.prompt(PROMPTS[prompt], room=length)
-    request = Request(ids, user, tier=tier, sampling=Sampling(length, **sampling), gates=gates)  # type: ignore[arg-type]
-    return heard, engine.submit(request, heard)
+    engine: Engine, prompt: int, user: str | None, length: int = 6, **wanted: Any
+) -> tuple[Listener, RequestHandle]:
+    return submit(engine, engine.model.encoder.prompt(PROMPTS[prompt], room=length), user, length, **wanted)
 
 
-def finish(engine: Engine) -> None:
-    deadline = time.monotonic() + 60
-    while not engine.idle:
-        assert time.monotonic() < deadline, "stuck"
-        if engine.blocked:
-            time.sleep(0.001)
-        engine.step()
-
-
-def text(engine: Engine, heard: Heard) -> str:
+def text(engine: Engine, heard: Listener) -> str:
     decoded: str = engine.model.encoder.tokenizer.decode(heard.tokens, skip_special_tokens=True)
     return decoded.strip()
 
@@ -161,7 +115,7 @@ def test_everybody_is_answered_as_alone(
     patience: int,
 ) -> None:
     engine = Engine(shared, EngineLimits(rows, slots, prefill, patience))
-    running: list[tuple[Heard, RequestHandle, int | None]] = []
+    running: list[tuple[Listener, RequestHandle, int | None]] = []
     for prompt, user, length, pause, leave, tier, gates in asked:
         for _ in range(pause):
             engine.step()
@@ -174,12 +128,12 @@ def test_everybody_is_answered_as_alone(
         whole = alone(prompt, user, length, tier)
         told = [event.gates is not None for event in heard.events if isinstance(event, Token)]
         assert all(told) if gates and tier != "population" else not any(told)
-        if ticket.cancelled and heard.reason == "cancelled":
+        if ticket.cancelled and heard.end.reason == "cancelled":
             assert whole.startswith(text(engine, heard).rstrip("\N{REPLACEMENT CHARACTER}"))
             continue
         assert text(engine, heard) == whole
         assert heard.started.tier == alone.models[tier].tier(user)
-        assert heard.reason in ("stop", "length")
+        assert heard.end.reason in ("stop", "length")
     stats = engine.stats()
     assert (stats.running, stats.waiting) == (0, 0)
     assert sum(stats.tokens.values()) == sum(len(heard.tokens) for heard, _, _ in running)
@@ -253,7 +207,7 @@ def test_cancelling_frees_the_row_before_the_next_step(shared: PersonalizedModel
     assert first.events and not second.events
     ticket.cancel()
     engine.step()
-    assert first.reason == "cancelled" and second.tokens
+    assert first.end.reason == "cancelled" and second.tokens
     finish(engine)
     engine.close()
 
@@ -344,7 +298,7 @@ def test_other_tenants_users_are_others(copied: PersonalizedModel, alone: Alone)
     heard = {}
     ids = engine.model.encoder.prompt(PROMPTS[2], room=6)
     for tenant in ("", "theirs", "nobody's"):
-        heard[tenant] = Heard()
+        heard[tenant] = Listener()
         engine.submit(Request(ids, "u0", tenant, sampling=Sampling(6)), heard[tenant])
     finish(engine)
     expected = {"": "u0", "theirs": "u1", "nobody's": None}
@@ -376,7 +330,7 @@ def test_users_of_an_unreadable_store_leave_the_bank(copied: PersonalizedModel) 
     assert bank.values.abs().sum() == 0 and engine.stats().resident == 0
     heard, _ = ask(engine, 0, None)
     finish(engine)
-    assert heard.reason != "error"
+    assert heard.end.reason != "error"
     engine.close()
 
 
@@ -397,15 +351,15 @@ def test_a_sink_that_raises_loses_its_row_only(shared: PersonalizedModel, alone:
 def test_what_does_not_fit_is_refused(shared: PersonalizedModel) -> None:
     engine = Engine(shared)
     with pytest.raises(InputError, match="64 tokens together, these would have 65"):
-        engine.submit(Request((5,) * 60, sampling=Sampling(5)), Heard())
+        engine.submit(Request((5,) * 60, sampling=Sampling(5)), Listener())
     with pytest.raises(InputError, match="at least one token"):
-        engine.submit(Request((), sampling=Sampling(5)), Heard())
-    heard = Heard()
+        engine.submit(Request((), sampling=Sampling(5)), Listener())
+    heard = Listener()
     engine.submit(Request((5,) * 60, sampling=Sampling(4)), heard)
     engine.close()
-    assert heard.reason == "cancelled"
+    assert heard.end.reason == "cancelled"
     with pytest.raises(ProperError, match="closed"):
-        engine.submit(Request((5,)), Heard())
+        engine.submit(Request((5,)), Listener())
 
 
 @pytest.mark.parametrize("stage", ["base", "population", "groups"])
@@ -435,7 +389,7 @@ def test_bf16_tokens_are_as_likely_as_those_alone(copied: PersonalizedModel, tin
     finish(engine)
     engine.close()
     for at, one in heard:
-        assert one.reason in ("stop", "length")
+        assert one.end.reason in ("stop", "length")
         prompt = list(oracle.encoder.prompt(PROMPTS[at % 4], room=6))
         for token in one.tokens:
             with torch.no_grad(), oracle.model.routing.use(oracle.rows([USERS[at % 11]])):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,54 +21,15 @@ from proper.inference.adapter_manager import DAMAGED, DAMAGED_EMBEDDING
 from proper.inference.engine import Engine
 from proper.inference.generate import generate
 from proper.inference.kv_cache import RowCache
-from proper.inference.requests import EngineLimits, Event, Finished, Request, RequestHandle, Started, Token
+from proper.inference.requests import EngineLimits, Finished, Request, Started
 from proper.inference.sampling import Sampling
 from proper.inference.score import score
+from tests.inference.submission import Listener, finish_settled, submit
 
 PROMPTS = (tuple(range(5, 25)), (40, 41), (7,) * 9, tuple(range(60, 93)))
 GOOD = ("u0", "u1", "u2", "group", None)
 POISON = 99
 """A token on which the broken models of these tests fail."""
-
-
-@dataclass
-class Heard:
-    """What a sink was told."""
-
-    events: list[Event] = field(default_factory=list)
-
-    def __call__(self, event: Event) -> None:
-        self.events.append(event)
-
-    @property
-    def tokens(self) -> list[int]:
-        return [event.id for event in self.events if isinstance(event, Token)]
-
-    @property
-    def end(self) -> Finished:
-        (end,) = [event for event in self.events if isinstance(event, Finished)]
-        return end
-
-    @property
-    def started(self) -> Started:
-        (started,) = [event for event in self.events if isinstance(event, Started)]
-        return started
-
-
-def ask(
-    engine: Engine, prompt: tuple[int, ...], user: str | None, length: int = 6, **sampling: Any
-) -> tuple[Heard, RequestHandle]:
-    heard = Heard()
-    return heard, engine.submit(Request(prompt, user, sampling=Sampling(length, **sampling)), heard)
-
-
-def finish(engine: Engine) -> None:
-    for _ in range(10_000):
-        if engine.idle:
-            return
-        engine.settle()
-        engine.step()
-    raise AssertionError("stuck")
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +86,8 @@ def alone(model: PersonalizedModel) -> Callable[[int, str | None, int], list[int
     def answer(prompt: int, user: str | None, length: int) -> list[int]:
         if (prompt, user, length) not in known:
             engine = Engine(model, EngineLimits(1, 1))
-            heard, _ = ask(engine, PROMPTS[prompt], user, length)
-            finish(engine)
+            heard, _ = submit(engine, PROMPTS[prompt], user, length)
+            finish_settled(engine)
             engine.close()
             known[prompt, user, length] = heard.tokens
         return known[prompt, user, length]
@@ -182,11 +143,11 @@ def beside_spoiled(
     told = []
     for at, (prompt, user, length, pause) in enumerate(asked):
         drawn = {"temperature": 1.0} if user in SPOILED and at % 2 else {}
-        told.append(ask(engine, PROMPTS[prompt], user, length, **drawn)[0])
+        told.append(submit(engine, PROMPTS[prompt], user, length, **drawn)[0])
         for _ in range(pause):
             engine.settle()
             engine.step()
-    finish(engine)
+    finish_settled(engine)
     engine.close()
     for (prompt, user, length, _), heard in zip(asked, told, strict=True):
         if user in SPOILED:
@@ -222,11 +183,11 @@ def test_neighbours_that_are_not_finite_change_no_answer_in_bf16(
 def test_a_row_that_leaves_leaves_zeros(model: PersonalizedModel) -> None:
     engine = Engine(model, EngineLimits(3, 4, length=24, prefix_bytes=0))
     for at in range(40):
-        ask(engine, PROMPTS[at % 3][:15], f"u{at % 8}", 1 + at % 7)
+        submit(engine, PROMPTS[at % 3][:15], f"u{at % 8}", 1 + at % 7)
         engine.settle()
         engine.step()
         _assert_clean(engine._batch._cache)
-    finish(engine)
+    finish_settled(engine)
     cache = engine._batch._cache
     assert engine.stats().steps > 24 and cache._layers
     assert not any(layer.k.any() or layer.v.any() for layer in cache._layers)
@@ -245,14 +206,14 @@ def _assert_clean(cache: RowCache) -> None:
 
 def test_an_answer_that_is_not_finite_ends_and_its_adapter_is_loaded_again(model: PersonalizedModel) -> None:
     engine = Engine(model, EngineLimits(3, 4))
-    before, _ = ask(engine, PROMPTS[0], "u6")
-    finish(engine)
+    before, _ = submit(engine, PROMPTS[0], "u6")
+    finish_settled(engine)
     spoil(engine, "u6", float("nan"))
-    bad, _ = ask(engine, PROMPTS[0], "u6", temperature=1.0)
-    finish(engine)
+    bad, _ = submit(engine, PROMPTS[0], "u6", temperature=1.0)
+    finish_settled(engine)
     assert not bad.tokens and bad.end == Finished("error", "ProperError: the logits are not finite")
-    again, _ = ask(engine, PROMPTS[0], "u6")
-    finish(engine)
+    again, _ = submit(engine, PROMPTS[0], "u6")
+    finish_settled(engine)
     assert again.tokens == before.tokens and engine.stats().errors == 1
     engine.close()
 
@@ -273,10 +234,10 @@ def test_what_an_older_version_stored_falls_back(copied: PersonalizedModel) -> N
     engine = Engine(copied, EngineLimits(8, 8))
     told = {}
     for user in ("adapter", "vector", "short"):
-        told[user] = Heard()
+        told[user] = Listener()
         engine.submit(Request(PROMPTS[0], user, "old", sampling=Sampling(4)), told[user])
-    stranger, _ = ask(engine, PROMPTS[0], None, 4)
-    finish(engine)
+    stranger, _ = submit(engine, PROMPTS[0], None, 4)
+    finish_settled(engine)
     engine.close()
     assert told["adapter"].started == Started("groups", 1, DAMAGED)
     for user in ("vector", "short"):
@@ -333,9 +294,9 @@ def test_a_pass_that_fails_for_one_row_ends_that_row_alone(
         "forward",
         breaking(model, lambda ids: bool(((ids == token) | (ids == POISON)).any())),
     )
-    told = [(key, ask(engine, PROMPTS[key[0]], key[1])[0]) for key in answers]
-    poisoned, _ = ask(engine, (5, POISON, 6), "u0")
-    finish(engine)
+    told = [(key, submit(engine, PROMPTS[key[0]], key[1])[0]) for key in answers]
+    poisoned, _ = submit(engine, (5, POISON, 6), "u0")
+    finish_settled(engine)
     for key, heard in told:
         if key == (lost_at, lost_user):
             assert heard.end == Finished("error", "RuntimeError: broken") and heard.tokens == answers[key][:3]
@@ -353,8 +314,8 @@ def test_a_pass_too_large_for_the_memory_is_made_row_by_row(
     wanted = [alone(at, user, 6) for at in range(4) for user in GOOD]
     engine = Engine(model, EngineLimits(5, 4))
     monkeypatch.setattr(model.model.backbone.model, "forward", breaking(model, lambda ids: len(ids) > 1))
-    told = [ask(engine, PROMPTS[at], user)[0] for at in range(4) for user in GOOD]
-    finish(engine)
+    told = [submit(engine, PROMPTS[at], user)[0] for at in range(4) for user in GOOD]
+    finish_settled(engine)
     assert [heard.tokens for heard in told] == wanted and engine.stats().errors == 0
     engine.close()
 
@@ -363,12 +324,12 @@ def test_a_store_that_cannot_be_read_ends_its_requests_alone(
     copied: PersonalizedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(copied, EngineLimits(4, 4))
-    heard = Heard()
+    heard = Listener()
     # A tenant's store that cannot be opened: too many open files, say.
     monkeypatch.setattr("proper.inference.model.AdapterStore", _refusing)
     engine.submit(Request(PROMPTS[0], "u0", "full", sampling=Sampling(3)), heard)
-    good, _ = ask(engine, PROMPTS[0], "u0", 3)
-    finish(engine)
+    good, _ = submit(engine, PROMPTS[0], "u0", 3)
+    finish_settled(engine)
     assert heard.end == Finished("error", "OSError: too many open files") and len(good.tokens) == 3
     engine.close()
 
@@ -381,10 +342,10 @@ def test_sampling_that_no_generator_takes_is_refused_alone(model: PersonalizedMo
     engine = Engine(model, EngineLimits(4, 4))
     for name, odd in (("seed", 2**80), ("temperature", torch.inf)):
         with pytest.raises(InputError, match=name):
-            ask(engine, PROMPTS[0], None, 3, **{"temperature": 1.0, name: odd})
-    hottest, _ = ask(engine, PROMPTS[0], None, 3, temperature=1e308, top_p=0.5, seed=2**63 - 1)
-    good, _ = ask(engine, PROMPTS[0], None, 3)
-    finish(engine)
+            submit(engine, PROMPTS[0], None, 3, **{"temperature": 1.0, name: odd})
+    hottest, _ = submit(engine, PROMPTS[0], None, 3, temperature=1e308, top_p=0.5, seed=2**63 - 1)
+    good, _ = submit(engine, PROMPTS[0], None, 3)
+    finish_settled(engine)
     assert len(good.tokens) == 3 and hottest.end.reason in ("length", "error")
     engine.close()
 
@@ -394,9 +355,9 @@ def test_tokens_without_an_embedding_are_refused(model: PersonalizedModel) -> No
     size = model.model.backbone.embeddings
     for odd in (size, -1, 2**40):
         with pytest.raises(InputError, match=f"token {odd}; the model has embeddings for 0 to {size - 1}"):
-            ask(engine, (5, odd, 6), "u0")
-    heard, _ = ask(engine, (5, size - 1), "u0", 2)
-    finish(engine)
+            submit(engine, (5, odd, 6), "u0")
+    heard, _ = submit(engine, (5, size - 1), "u0", 2)
+    finish_settled(engine)
     assert heard.end.error is None
     engine.close()
 
@@ -405,12 +366,12 @@ def test_a_backbone_that_does_not_compute_ends_the_engine_and_answers_all(
     copied: PersonalizedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(copied, EngineLimits(2, 2))
-    told = [ask(engine, PROMPTS[0], f"u{at}")[0] for at in range(5)]
+    told = [submit(engine, PROMPTS[0], f"u{at}")[0] for at in range(5)]
     engine.settle()
     engine.step()
     monkeypatch.setattr(copied.model.backbone.model, "forward", breaking(copied, lambda _: True))
     with pytest.raises(ProperError, match="the backbone cannot compute any more: RuntimeError: broken"):
-        finish(engine)
+        finish_settled(engine)
     engine.close("the engine has stopped")
     assert all(heard.end.reason == "error" for heard in told) and engine.idle
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -20,9 +19,10 @@ from proper.inference.engine import Engine
 from proper.inference.forward import columns_left, prefill
 from proper.inference.kv_cache import RowCache
 from proper.inference.prefix_cache import MIN_TOKENS, CachedPrefix, PrefixCache, PrefixKey, States
-from proper.inference.requests import EngineLimits, Event, Finished, Request, Token
+from proper.inference.requests import EngineLimits
 from proper.inference.sampling import Sampling
 from proper.run_folder import Tier
+from tests.inference.submission import Listener, finish_settled, submit
 
 TIERS = (Tier.USERS, Tier.GROUPS, Tier.POPULATION)
 USERS = ("u0", "u1", "u2", "group", "stranger", None)
@@ -54,35 +54,14 @@ def alone(tiny_run: Path, decoding: ModuleType) -> Iterator[Alone]:
         model.close()
 
 
-@dataclass
-class Heard:
-    tokens: list[int] = field(default_factory=list)
-    done: bool = False
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Token):
-            self.tokens.append(event.id)
-        self.done = self.done or isinstance(event, Finished)
-
-
-def ask(engine: Engine, prompt: Sequence[int], user: str | None, length: int = 4, tier: Tier = Tier.USERS) -> Heard:
-    heard = Heard()
-    engine.submit(Request(tuple(prompt), user, tier=tier, sampling=Sampling(length)), heard)
-    return heard
-
-
-def finish(engine: Engine) -> None:
-    deadline = time.monotonic() + 60
-    while not engine.idle:
-        assert time.monotonic() < deadline, "stuck"
-        engine.settle()
-        engine.step()
+def ask(engine: Engine, prompt: Sequence[int], user: str | None, length: int = 4, tier: Tier = Tier.USERS) -> Listener:
+    return submit(engine, prompt, user, length, tier=tier)[0]
 
 
 def answer(engine: Engine, prompt: Sequence[int], user: str | None, tier: Tier = Tier.USERS) -> tuple[list[int], int]:
     """The answer, and how many of the prompt's tokens were there already."""
     before, heard = engine.stats().reused_tokens, ask(engine, prompt, user, tier=tier)
-    finish(engine)
+    finish_settled(engine)
     return heard.tokens, engine.stats().reused_tokens - before
 
 
@@ -113,7 +92,7 @@ def test_chats_are_answered_as_without(
                 running.append((ask(engine, said, user, tier=tier), user, tier, said))
             for _ in range(pause):
                 engine.step()
-        finish(engine)
+        finish_settled(engine)
         assert engine.stats().prefix_bytes <= budget
         for heard, user, tier, said in running:
             assert heard.tokens == alone(said, user, tier=tier)
@@ -152,7 +131,7 @@ def test_one_prompt_of_two_people(shared: PersonalizedModel, alone: Alone) -> No
         kept = user in ("u0", "u1", "u2", "group")
         assert answer(engine, prompt, user) == (alone(prompt, user), len(prompt) - 1 if kept else 0)
     heard = {user: ask(engine, prompt, user) for user in USERS}
-    finish(engine)
+    finish_settled(engine)
     engine.close()
     assert {user: one.tokens for user, one in heard.items()} == {user: alone(prompt, user) for user in USERS}
 
@@ -202,7 +181,7 @@ def test_another_version_has_prefixes_of_its_own(copied: PersonalizedModel, alon
     while not late.tokens:
         engine.step()
     copied.store.rollback("u0")
-    finish(engine)
+    finish_settled(engine)
     assert late.tokens == alone(prompt, "u1", length=8), "it runs on the old version"
     assert engine.stats().prefix_bytes == held, "and leaves nothing"
     assert answer(engine, prompt, "u0") == (alone(prompt, "u0"), 0)
@@ -227,7 +206,7 @@ def test_those_who_are_deleted_leave_nothing(copied: PersonalizedModel) -> None:
     engine.forget("", "u0")
     engine.step()
     assert engine.stats().prefix_bytes == others and not running.done
-    finish(engine)
+    finish_settled(engine)
     assert waiting.done and engine.stats().prefix_bytes == others
     engine.close()
 
