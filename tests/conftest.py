@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+from tests import range_server
 
 if TYPE_CHECKING:
     import torch
@@ -57,10 +56,11 @@ def browser(chromium: str) -> Iterator[Browser]:
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
     """The URL of a PostgreSQL server; tests that need it are skipped where there is none."""
-    server = _load("postgresql_server")
-    if why := server.missing():
+    from tests import postgresql_server
+
+    if why := postgresql_server.missing():
         pytest.skip(why)
-    with server.running() as url:
+    with postgresql_server.running() as url:
         yield url
 
 
@@ -169,40 +169,13 @@ def backbone_folder(backbone: Callable[..., Backbone], tmp_path_factory: pytest.
     return folder
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # Where dataclasses look for it.
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def lamp_files() -> ModuleType:
-    """`tests/lamp_files.py`: made-up files in the formats of LaMP and OPPU."""
-    return _load("lamp_files")
-
-
-@pytest.fixture(scope="session")
-def decoding() -> ModuleType:
-    """`tests/decoding.py`: transformers' `generate` as the oracle, and the engine's passes."""
-    return _load("decoding")
-
-
-@pytest.fixture(scope="session")
-def tokenizer_kinds() -> ModuleType:
-    """`tests/tokenizer_kinds.py`: a small tokenizer of every kind."""
-    return _load("tokenizer_kinds")
-
-
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A web server of this test's own, see `tests/range_server.py`; it serves `site.folder` at `site.url`."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     folder = tmp_path / "site"
     folder.mkdir()
-    with _load("range_server").serve(folder) as server:
+    with range_server.serve(folder) as server:
         yield server
 
 

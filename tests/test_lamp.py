@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from proper.cli.app import main
 from proper.config import load_config
 from proper.config.lamp_tasks import LAMP_TASKS
 from proper.models.backbone import EMBEDDED, backbone_location
+from tests import lamp_files
 
 TASKS = [name for name in LAMP_TASKS if name != "lamp-6"]
 TRAINED = ("lamp-2m", "lamp-3", "lamp-4")
@@ -39,7 +39,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def publish(site: Any, lamp_files: ModuleType, task: str, split: str, made: Path) -> None:
+def publish(site: Any, task: str, split: str, made: Path) -> None:
     """Put a task's files where the benchmark's site has them."""
     base = site.folder / ("time" if split == "time" else "") / LAMP_TASKS[task].site
     for path in lamp_files.write_lamp(made, task, split=split, ids=split == "time").iterdir():
@@ -80,14 +80,13 @@ def official_check(golds: Path, predictions: Path, name: str) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_from_the_site_to_official_predictions(
     site: Any,
-    lamp_files: ModuleType,
     backbone: Path,
     tmp_path: Path,
     task: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     split = "time" if task in ("lamp-1", "lamp-4", "lamp-5") else "user"
-    publish(site, lamp_files, task, split, tmp_path / "made")
+    publish(site, task, split, tmp_path / "made")
     there = tmp_path / "data"
     assert main(["data", "fetch", task, "--split", split, "--out", str(there), "--site", site.url, "--yes"]) == 0
     data = {"format": "lamp", "path": str(there), "task": task}
@@ -113,7 +112,7 @@ def test_a_task_from_the_site_to_official_predictions(
 
 
 def test_oppu_s_files_run_to_predictions_and_golds(
-    lamp_files: ModuleType, backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = lamp_files.write_oppu(tmp_path / "movies", "lamp-2m")
     data = {"format": "oppu", "path": str(folder), "task": "lamp-2m", "layout": "oppu"}
@@ -128,9 +127,7 @@ def test_oppu_s_files_run_to_predictions_and_golds(
     assert {row["id"]: row["output"] for row in read(predictions / "golds.lamp.json")["golds"]} == wanted
 
 
-def test_a_population_of_nobody_is_refused(
-    lamp_files: ModuleType, backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_population_of_nobody_is_refused(backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = lamp_files.write_oppu(tmp_path / "movies", "lamp-2m", others=0)
     data = {"format": "oppu", "path": str(folder), "task": "lamp-2m"}
     config = write_config(tmp_path / "run.yaml", backbone, data, preset="paper")
@@ -173,8 +170,8 @@ def test_the_recipe_refuses_an_unknown_task_before_it_trains_another(tmp_path: P
 
 
 @pytest.mark.slow
-def test_the_recipe_makes_the_table(site: Any, lamp_files: ModuleType, backbone: Path, tmp_path: Path) -> None:
-    publish(site, lamp_files, "lamp-2n", "time", tmp_path / "made")
+def test_the_recipe_makes_the_table(site: Any, backbone: Path, tmp_path: Path) -> None:
+    publish(site, "lamp-2n", "time", tmp_path / "made")
     short = "compute.dtype=fp32 split.target_users=2 split.min_history=1 population.epochs=1 groups.epochs=1"
     short += " users.epochs=1 users.tiers.select=false evaluation.seeds=[0] evaluation.resamples=100"
     short += " evaluation.methods=[base]"

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -28,6 +27,7 @@ from proper.layers.personalized_linear import AdaptedLinear
 from proper.models.backbone import Backbone, load_backbone
 from proper.models.personal import ProperModel, answer_loss, gradient_checkpointing
 from proper.models.targets import decoder_layers, expert_targets, find_targets, linear_shape
+from tests import decoding
 
 CPU = torch.device("cpu")
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -127,7 +127,7 @@ def test_one_expert_and_an_adapter_are_two_merged_loras(personal: Any, folder: P
 
 
 def test_a_checkpoints_own_habits_do_not_decide_what_is_said(
-    personal: Any, personalize: Any, folder: Path, encoded: list[EncodedExample], tmp_path: Path, decoding: ModuleType
+    personal: Any, personalize: Any, folder: Path, encoded: list[EncodedExample], tmp_path: Path
 ) -> None:
     """Qwen's files ask for a repetition penalty; greedy decoding takes the likeliest token all the same."""
     shutil.copytree(folder, tmp_path / "habits")
@@ -219,9 +219,7 @@ def _is_the_backbones_module(module: nn.Module) -> bool:
     return not isinstance(module, AdaptedLinear) and "proper" not in type(module).__module__
 
 
-def test_greedy_decoding_equals_full_recomputation(
-    personal: Any, encoded: list[EncodedExample], decoding: ModuleType
-) -> None:
+def test_greedy_decoding_equals_full_recomputation(personal: Any, encoded: list[EncodedExample]) -> None:
     personal.fill()
     users, steps = [0, 3, 1, 2], 6
     prompts = [row.ids[: row.start] for row in encoded]
@@ -268,7 +266,7 @@ def test_scores_equal_a_full_forward_of_every_label(personal: Any, encoded: list
 
 
 def test_a_backbone_without_a_padding_token_works(
-    personal: Any, personalize: Any, folder: Path, encoded: list[EncodedExample], tmp_path: Path, decoding: ModuleType
+    personal: Any, personalize: Any, folder: Path, encoded: list[EncodedExample], tmp_path: Path
 ) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from proper.models.tokenizer import configured_encoder
 from proper.run_folder import RunFolder
 from proper.training.population import wrap
 from proper.training.preflight import check_once, preflight
+from tests import tokenizer_kinds
 
 CPU = torch.device("cpu")
 Make = Callable[..., Path]
@@ -243,9 +243,7 @@ def test_a_padding_token_without_an_embedding(make: Make, job: Any) -> None:
     assert backbone.tokenizer.pad_token_id == rows and backbone.pad_id == 2
 
 
-def test_a_tokenizer_without_an_end_token_ends_with_its_separator(
-    make: Make, job: Any, tokenizer_kinds: ModuleType
-) -> None:
+def test_a_tokenizer_without_an_end_token_ends_with_its_separator(make: Make, job: Any) -> None:
     """uer/gpt2-chinese: BERT's tokenizer, and a config whose end is GPT-2's, far beyond the vocabulary."""
     tokenizer = tokenizer_kinds.word_piece()
     folder = make("GPT2Config", tokenizer, n_embd=32, n_layer=2, n_head=4, eos_token_id=50256, bos_token_id=50256)
@@ -255,7 +253,7 @@ def test_a_tokenizer_without_an_end_token_ends_with_its_separator(
         assert encoder.start == (tokenizer.cls_token_id,) and encoder.rows == len(tokenizer)
 
 
-def test_ends_that_the_configs_name(make: Make, job: Any, tokenizer_kinds: ModuleType) -> None:
+def test_ends_that_the_configs_name(make: Make, job: Any) -> None:
     tokenizer = tokenizer_kinds.chatml()
     turn, word = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.convert_tokens_to_ids("s")
     folder = make("LlamaConfig", tokenizer, eos_token_id=[2, turn, word, 10**6])
@@ -266,7 +264,7 @@ def test_ends_that_the_configs_name(make: Make, job: Any, tokenizer_kinds: Modul
     assert encoder.end == turn and encoder.answer("x")[-1] == turn
 
 
-def test_no_end_at_all_is_refused(make: Make, job: Any, tokenizer_kinds: ModuleType) -> None:
+def test_no_end_at_all_is_refused(make: Make, job: Any) -> None:
     tokenizer = tokenizer_kinds.word_level()
     tokenizer.eos_token = None
     folder = make("LlamaConfig", tokenizer, eos_token_id=None)

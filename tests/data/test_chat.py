@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from proper.data.chat import ChatFormat, TextMessage, plain_prompt, uses_chat_template
 from proper.data.encoder import Encoder
 from proper.errors import ConfigError, InputError
+from tests import tokenizer_kinds
 from tests.data.text_rows import CHATML, Row
 
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
@@ -20,16 +20,16 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-def tokenizer(kinds: ModuleType, template: str | None = CHATML) -> Any:
-    made = kinds.KINDS["chatml"]()
+def tokenizer(template: str | None = CHATML) -> Any:
+    made = tokenizer_kinds.KINDS["chatml"]()
     made.chat_template = template
     return made
 
 
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs", "Cn"]), max_size=40))
 @settings(max_examples=60)
-def test_a_prompt_is_what_the_template_gives(tokenizer_kinds: ModuleType, text: str) -> None:
-    made = tokenizer(tokenizer_kinds)
+def test_a_prompt_is_what_the_template_gives(text: str) -> None:
+    made = tokenizer()
     encoder = Encoder(made, 10**6, chat=True)
     want = made.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
     assert list(encoder.prompt(text)) == list(want)
@@ -37,8 +37,8 @@ def test_a_prompt_is_what_the_template_gives(tokenizer_kinds: ModuleType, text: 
 
 @given(text=TEXTS)
 @settings(max_examples=60)
-def test_a_users_text_never_becomes_a_control_token(tokenizer_kinds: ModuleType, text: str) -> None:
-    encoder = Encoder(tokenizer(tokenizer_kinds), 10**6, chat=True)
+def test_a_users_text_never_becomes_a_control_token(text: str) -> None:
+    encoder = Encoder(tokenizer(), 10**6, chat=True)
     control = set(encoder.names.values())
     assert [i for i in encoder.prompt(text) if i in control] == [i for i in encoder.prompt("x") if i in control]
     turns = [
@@ -52,8 +52,8 @@ def test_a_users_text_never_becomes_a_control_token(tokenizer_kinds: ModuleType,
     assert found == [i for i in encoder.untruncated(plain) if i in control]
 
 
-def test_an_answer_ends_with_the_token_that_closes_an_assistants_message(tokenizer_kinds: ModuleType) -> None:
-    made = tokenizer(tokenizer_kinds)
+def test_an_answer_ends_with_the_token_that_closes_an_assistants_message() -> None:
+    made = tokenizer()
     encoder = Encoder(made, 100, chat=True)
     closing = made.convert_tokens_to_ids("<|im_end|>")
     assert encoder.answer(" late ") == (*encoder.tokens("late"), closing)
@@ -65,37 +65,37 @@ def test_an_answer_ends_with_the_token_that_closes_an_assistants_message(tokeniz
 
 @given(text=TEXTS, room=st.integers(0, 60))
 @settings(max_examples=60)
-def test_a_long_prompt_keeps_the_template(tokenizer_kinds: ModuleType, text: str, room: int) -> None:
-    encoder = Encoder(tokenizer(tokenizer_kinds), 120, chat=True)
+def test_a_long_prompt_keeps_the_template(text: str, room: int) -> None:
+    encoder = Encoder(tokenizer(), 120, chat=True)
     ids = encoder.prompt(text * 20, room)
     assert len(ids) <= max(120 - room, 60)
     assert ids[: len(encoder.start)] == encoder.start and ids[len(ids) - len(encoder.after) :] == encoder.after
 
 
-def test_a_template_without_control_tokens_ends_with_the_tokenizers_own(tokenizer_kinds: ModuleType) -> None:
-    made = tokenizer(tokenizer_kinds, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:")
+def test_a_template_without_control_tokens_ends_with_the_tokenizers_own() -> None:
+    made = tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:")
     encoder = Encoder(made, 100, chat=True)
     assert ChatFormat(made, encoder.names).closing is None
     assert encoder.answer("late")[-1] == made.eos_token_id
 
 
-def test_refused_messages_and_long_templates_are_clear_errors(tokenizer_kinds: ModuleType) -> None:
-    encoder = Encoder(tokenizer(tokenizer_kinds, STRICT), 100, chat=True)
+def test_refused_messages_and_long_templates_are_clear_errors() -> None:
+    encoder = Encoder(tokenizer(STRICT), 100, chat=True)
     with pytest.raises(InputError, match="chat template refuses these messages: no system"):
         encoder.untruncated([TextMessage("system", "a"), TextMessage("user", "b")])
     with pytest.raises(ConfigError, match="compute.max_length: 16 is too short for the chat template"):
-        Encoder(tokenizer(tokenizer_kinds), 16, chat=True)
+        Encoder(tokenizer(), 16, chat=True)
 
 
-def test_auto_means_where_there_is_a_template(tokenizer_kinds: ModuleType) -> None:
-    with_one, without = tokenizer(tokenizer_kinds), tokenizer(tokenizer_kinds, None)
+def test_auto_means_where_there_is_a_template() -> None:
+    with_one, without = tokenizer(), tokenizer(None)
     assert [uses_chat_template("auto", each, "b") for each in (with_one, without)] == [True, False]
     assert uses_chat_template("on", with_one, "b") and not uses_chat_template("off", with_one, "b")
     with pytest.raises(ConfigError, match="data.chat: on, but the tokenizer of backbone 'b' has no chat template"):
         uses_chat_template("on", without, "b")
 
 
-def test_without_a_template_a_conversation_is_written_out(tokenizer_kinds: ModuleType) -> None:
+def test_without_a_template_a_conversation_is_written_out() -> None:
     turns = [
         TextMessage("system", "Be brief."),
         TextMessage("user", "Hello"),
@@ -104,13 +104,13 @@ def test_without_a_template_a_conversation_is_written_out(tokenizer_kinds: Modul
     ]
     assert plain_prompt(turns) == "System: Be brief.\nUser: Hello\nAssistant: Hi.\nUser: Who?\nAssistant:"
     assert plain_prompt(turns[1:2]) == "Hello"
-    encoder = Encoder(tokenizer(tokenizer_kinds), 100)
+    encoder = Encoder(tokenizer(), 100)
     assert encoder.untruncated(turns) == encoder.prompt(plain_prompt(turns))
 
 
-def test_a_template_with_todays_date_writes_the_same_every_day(tokenizer_kinds: ModuleType) -> None:
+def test_a_template_with_todays_date_writes_the_same_every_day() -> None:
     dated = "{% if strftime_now is defined %}{{ strftime_now('%d %B %Y, %H:%M:%S.%f') }}{% endif %}" + CHATML
-    made = tokenizer(tokenizer_kinds, dated)
+    made = tokenizer(dated)
     encoder = Encoder(made, 10**6, chat=True)
     assert made.decode(encoder.prompt("x")).startswith("26 July 2024, 00:00:00.000000<|im_start|>")
     assert encoder.prompt("x") == encoder.start + encoder.tokens("x") + encoder.after

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pyarrow as arrow
@@ -21,6 +20,7 @@ from proper.data.conversations import join_turns, split_turns
 from proper.data.encoder import Encoder
 from proper.data.interactions import BadRows, read_interactions
 from proper.errors import ConfigError
+from tests import tokenizer_kinds
 from tests.data.text_rows import CHATML, Row
 
 FORGETFUL = CHATML.replace("messages %}", "messages[-2:] %}")
@@ -39,8 +39,8 @@ def turns(talk: list[tuple[str, str]]) -> list[TextMessage]:
     return [TextMessage(*each) for each in talk]
 
 
-def made(kinds: ModuleType, template: str = CHATML) -> Any:
-    found = kinds.KINDS["chatml"]()
+def made(template: str = CHATML) -> Any:
+    found = tokenizer_kinds.KINDS["chatml"]()
     found.chat_template = template
     return found
 
@@ -136,14 +136,12 @@ def test_a_prompt_keeps_its_messages(pairs: list[tuple[str, str]], system: str |
 
 @given(pairs=TURNS, last=TEXTS, chat=st.booleans())
 @settings(max_examples=60)
-def test_training_asks_as_the_chat_route_does(
-    tokenizer_kinds: ModuleType, pairs: list[tuple[str, str]], last: str, chat: bool
-) -> None:
+def test_training_asks_as_the_chat_route_does(pairs: list[tuple[str, str]], last: str, chat: bool) -> None:
     talk = [("system", "Be brief.")]
     talk += [each for asked, answered in pairs for each in (("user", asked), ("assistant", answered))]
     talk.append(("user", last))
     clean = [TextMessage(role, readable(text)) for role, text in talk]
-    encoder = Encoder(made(tokenizer_kinds), 10**6, chat=chat)
+    encoder = Encoder(made(), 10**6, chat=chat)
     row = encoder.encode(Row(join_turns(turns(talk)), "late"))
     assert row.ids[: row.start] == encoder.untruncated(clean)
     control = set(encoder.names.values())
@@ -153,10 +151,10 @@ def test_training_asks_as_the_chat_route_does(
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_the_loss_is_on_the_assistants_messages(tokenizer_kinds: ModuleType, chat: bool) -> None:
+def test_the_loss_is_on_the_assistants_messages(chat: bool) -> None:
     talk = [*TALK[:3], ("user", "Where?"), ("assistant", "<|im_end|> here"), *TALK[3:4]]
     row = Row(join_turns(turns(talk)), "Ann.")
-    last, every = (Encoder(made(tokenizer_kinds), 1000, chat=chat, every_turn=each) for each in (False, True))
+    last, every = (Encoder(made(), 1000, chat=chat, every_turn=each) for each in (False, True))
     first, second = last.encode(row), every.encode(row)
     assert first.ids == second.ids and every.encode(row, last=True) == first
     batch = collate([first, second], pad=0)
@@ -169,9 +167,9 @@ def test_the_loss_is_on_the_assistants_messages(tokenizer_kinds: ModuleType, cha
     assert second.answers == len(sides[1]) and first.answers == len(sides[0])
 
 
-def test_a_long_conversation_loses_its_oldest_messages(tokenizer_kinds: ModuleType) -> None:
+def test_a_long_conversation_loses_its_oldest_messages() -> None:
     old = [("user", "the bus " * 40), ("assistant", "late")]
-    encoder = Encoder(made(tokenizer_kinds), 120, chat=True, every_turn=True)
+    encoder = Encoder(made(), 120, chat=True, every_turn=True)
     found = encoder.encode(Row(join_turns(turns([TALK[0], *old, *TALK[1:4]])), "Ann."))
     want = encoder.encode(Row(join_turns(turns(TALK[:4])), "Ann."))
     assert found == want and found.between
@@ -191,17 +189,17 @@ def slow_newest(encoder: Encoder, talk: list[TextMessage], limit: int) -> list[T
 @given(talk=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=9), limit=st.integers(1, 120), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_the_newest_messages_are_those_that_a_search_from_the_oldest_finds(
-    tokenizer_kinds: ModuleType, talk: list[tuple[str, str]], limit: int, data: st.DataObject
+    talk: list[tuple[str, str]], limit: int, data: st.DataObject
 ) -> None:
     pairs = [pair for ask, reply in talk for pair in (("user", ask), ("assistant", reply))]
     said = turns([TALK[0], *pairs] if data.draw(st.booleans()) else pairs)
     for chat in (True, False):
-        encoder = Encoder(made(tokenizer_kinds), 120, chat=chat)
+        encoder = Encoder(made(), 120, chat=chat)
         assert encoder._newest(said, limit) == slow_newest(encoder, said, limit)
 
 
-def test_a_template_that_forgets_cannot_train_on_every_answer(tokenizer_kinds: ModuleType) -> None:
-    encoder = Encoder(made(tokenizer_kinds, FORGETFUL), 1000, chat=True, every_turn=True)
+def test_a_template_that_forgets_cannot_train_on_every_answer() -> None:
+    encoder = Encoder(made(FORGETFUL), 1000, chat=True, every_turn=True)
     with pytest.raises(ConfigError, match="data.assistant_loss: all, but the backbone's chat template rewrites"):
         encoder.encode(Row(join_turns(turns(TALK[:4])), "Ann."))
 

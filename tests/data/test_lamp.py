@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from proper.data.rows import BadValue
 from proper.data.summary import leaks, summarize
 from proper.data.text_files import json_entries
 from proper.errors import ConfigError, DataError
+from tests import lamp_files
 from tests.data.conftest import count_words
 
 TASKS = [name for name in LAMP_TASKS if name != "lamp-6"]
@@ -63,9 +63,7 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("split", ["user", "time"])
-def test_official_files_become_histories_and_queries(
-    tmp_path: Path, lamp_files: ModuleType, prepared: Any, task: str, split: str
-) -> None:
+def test_official_files_become_histories_and_queries(tmp_path: Path, prepared: Any, task: str, split: str) -> None:
     folder = lamp_files.write_lamp(tmp_path / "files", task, split=split, ids=split == "time")
     with prepared(config(folder, task)) as data:
         people = [*data.users()]
@@ -89,9 +87,7 @@ def test_official_files_become_histories_and_queries(
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("layout", ["official", "oppu"])
-def test_oppu_s_files_name_the_targets(
-    tmp_path: Path, lamp_files: ModuleType, prepared: Any, task: str, layout: str
-) -> None:
+def test_oppu_s_files_name_the_targets(tmp_path: Path, prepared: Any, task: str, layout: str) -> None:
     folder = lamp_files.write_oppu(tmp_path / "files", task, users=101, others=2)
     with prepared(config(folder, task, "oppu", data={"layout": layout})) as data:
         targets = {user.id: user for user in data.users("target")}
@@ -101,9 +97,7 @@ def test_oppu_s_files_name_the_targets(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_what_oppu_s_others_were_asked_is_their_history(
-    tmp_path: Path, lamp_files: ModuleType, prepared: Any, task: str
-) -> None:
+def test_what_oppu_s_others_were_asked_is_their_history(tmp_path: Path, prepared: Any, task: str) -> None:
     folder = lamp_files.write_oppu(tmp_path / "files", task)
     with prepared(config(folder, task, "oppu")) as data:
         assert [(user.id, user.history, user.queries) for user in data.users("other")] == [
@@ -113,7 +107,7 @@ def test_what_oppu_s_others_were_asked_is_their_history(
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task not in ONE_SIDED])
-def test_items_are_worded_as_the_questions_are(tmp_path: Path, lamp_files: ModuleType, task: str) -> None:
+def test_items_are_worded_as_the_questions_are(tmp_path: Path, task: str) -> None:
     folder = lamp_files.write_lamp(tmp_path, task)
     entry = json.loads((folder / "dev_questions.json").read_text())[0]
     found = {row.prompt: row.target for row in rows(config(folder, task)) if not row.query}
@@ -134,16 +128,14 @@ OPPU_ENDS = {
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("form", ["lamp", "oppu"])
-def test_oppu_s_layout_asks_for_the_answer_and_never_ends_in_a_bracket(
-    tmp_path: Path, lamp_files: ModuleType, task: str, form: str
-) -> None:
+def test_oppu_s_layout_asks_for_the_answer_and_never_ends_in_a_bracket(tmp_path: Path, task: str, form: str) -> None:
     folder = (lamp_files.write_lamp if form == "lamp" else lamp_files.write_oppu)(tmp_path, task)
     for row in rows(config(folder, task, form, data={"layout": "oppu"})):
         assert row.prompt.endswith(OPPU_ENDS[task])
         assert "{" not in row.prompt
 
 
-def test_a_tweet_s_item_asks_only_for_what_it_does_not_show(tmp_path: Path, lamp_files: ModuleType) -> None:
+def test_a_tweet_s_item_asks_only_for_what_it_does_not_show(tmp_path: Path) -> None:
     folder = lamp_files.write_lamp(tmp_path, "lamp-7")
     whole = {
         item["text"]
@@ -158,7 +150,7 @@ def test_a_tweet_s_item_asks_only_for_what_it_does_not_show(tmp_path: Path, lamp
     assert (start, "word") in {(row.prompt, row.target) for row in rows(config(folder, "lamp-7"))}
 
 
-def test_a_prompt_of_one_s_own_may_use_the_fields(tmp_path: Path, lamp_files: ModuleType) -> None:
+def test_a_prompt_of_one_s_own_may_use_the_fields(tmp_path: Path) -> None:
     folder = lamp_files.write_lamp(tmp_path, "lamp-3")
     found = rows(config(folder, "lamp-3", data={"prompt": "Review: {text}\nStars:"}))
     assert {row.prompt.startswith("Review: ") and row.prompt.endswith("\nStars:") for row in found} == {True}
@@ -180,7 +172,7 @@ def choices(settings: Config) -> dict[tuple[str, str], tuple[str, str, str]]:
     return found
 
 
-def test_a_citation_is_a_choice_with_a_fair_coin(tmp_path: Path, lamp_files: ModuleType) -> None:
+def test_a_citation_is_a_choice_with_a_fair_coin(tmp_path: Path) -> None:
     folder = lamp_files.write_oppu(tmp_path, "lamp-1", users=20, others=20, items=10, asked=0)
     entries = [
         entry
@@ -200,7 +192,7 @@ def test_a_citation_is_a_choice_with_a_fair_coin(tmp_path: Path, lamp_files: Mod
     assert choices(config(folder, "lamp-1", "oppu")) == found
 
 
-def test_without_citations_the_author_s_own_paper_stands_in(tmp_path: Path, lamp_files: ModuleType) -> None:
+def test_without_citations_the_author_s_own_paper_stands_in(tmp_path: Path) -> None:
     folder = lamp_files.write_lamp(tmp_path, "lamp-1", ids=True)
     profiles: dict[str, list[str]] = {}
     for part in ("train", "dev"):
@@ -215,7 +207,7 @@ def test_without_citations_the_author_s_own_paper_stands_in(tmp_path: Path, lamp
         assert wrong not in profiles[user]
 
 
-def test_several_citations_and_none(tmp_path: Path, lamp_files: ModuleType) -> None:
+def test_several_citations_and_none(tmp_path: Path) -> None:
     folder = lamp_files.write_oppu(tmp_path, "lamp-1")
 
     def change(entries: Any) -> None:
@@ -233,7 +225,7 @@ def test_several_citations_and_none(tmp_path: Path, lamp_files: ModuleType) -> N
     assert {"this", "that"} & set(choices(config(folder, "lamp-1", "oppu"))["0", title])
 
 
-def test_a_single_author_has_nobody_to_choose_against(tmp_path: Path, lamp_files: ModuleType) -> None:
+def test_a_single_author_has_nobody_to_choose_against(tmp_path: Path) -> None:
     folder = lamp_files.write_oppu(tmp_path, "lamp-1", users=1, others=0)
     assert "no other author's paper to choose against" in bad_rows(config(folder, "lamp-1", "oppu")).first[0]
 
@@ -241,7 +233,7 @@ def test_a_single_author_has_nobody_to_choose_against(tmp_path: Path, lamp_files
 # Users and ids
 
 
-def test_one_profile_is_one_user_and_another_profile_another(tmp_path: Path, lamp_files: ModuleType) -> None:
+def test_one_profile_is_one_user_and_another_profile_another(tmp_path: Path) -> None:
     folder = lamp_files.write_lamp(tmp_path, "lamp-3")
 
     def again(entries: Any) -> None:
@@ -254,7 +246,7 @@ def test_one_profile_is_one_user_and_another_profile_another(tmp_path: Path, lam
     assert len({row.user for row in asked}) == 3
 
 
-def test_ids_that_users_share_mean_different_items(tmp_path: Path, lamp_files: ModuleType, prepared: Any) -> None:
+def test_ids_that_users_share_mean_different_items(tmp_path: Path, prepared: Any) -> None:
     folder = lamp_files.write_oppu(tmp_path / "files", "lamp-4")
     # Every profile has items 0 to 5, and user 0 a query "0": nothing of that is shared.
     edit(folder / "user_top_100_history.json", lambda e: e[0]["query"][0].update(id="0"))
@@ -264,9 +256,7 @@ def test_ids_that_users_share_mean_different_items(tmp_path: Path, lamp_files: M
         assert len(items) == len(set(items))
 
 
-def test_queries_with_one_text_and_two_ids_are_both_asked(
-    tmp_path: Path, lamp_files: ModuleType, prepared: Any
-) -> None:
+def test_queries_with_one_text_and_two_ids_are_both_asked(tmp_path: Path, prepared: Any) -> None:
     folder = lamp_files.write_oppu(tmp_path / "files", "lamp-3")
 
     def repeat(entries: Any) -> None:
@@ -277,7 +267,7 @@ def test_queries_with_one_text_and_two_ids_are_both_asked(
         assert sorted(query.item for query in data.queries("0")) == ["00", "01", "again"]
 
 
-def test_a_query_in_its_own_user_s_profile_is_kept_out(tmp_path: Path, lamp_files: ModuleType, prepared: Any) -> None:
+def test_a_query_in_its_own_user_s_profile_is_kept_out(tmp_path: Path, prepared: Any) -> None:
     folder = lamp_files.write_oppu(tmp_path / "files", "lamp-3")
 
     def plant(entries: Any) -> None:
@@ -292,9 +282,7 @@ def test_a_query_in_its_own_user_s_profile_is_kept_out(tmp_path: Path, lamp_file
         assert [len(data.history(user)) for user in ("0", "1", "2")] == [6, 7, 6]
 
 
-def test_a_stranger_who_may_be_the_same_person_never_trains_on_a_query(
-    tmp_path: Path, lamp_files: ModuleType, prepared: Any
-) -> None:
+def test_a_stranger_who_may_be_the_same_person_never_trains_on_a_query(tmp_path: Path, prepared: Any) -> None:
     """Without user ids, leaving one out makes two profiles of a person, each with the other's answer."""
     folder = lamp_files.write_lamp(tmp_path / "files", "lamp-3")
     asked = json.loads((folder / "dev_questions.json").read_text())[0]["input"]
@@ -308,16 +296,14 @@ def test_a_stranger_who_may_be_the_same_person_never_trains_on_a_query(
         assert leaks(data) == []
 
 
-def test_questions_of_users_who_are_no_targets_are_not_trained_on(
-    tmp_path: Path, lamp_files: ModuleType, prepared: Any
-) -> None:
+def test_questions_of_users_who_are_no_targets_are_not_trained_on(tmp_path: Path, prepared: Any) -> None:
     folder = lamp_files.write_lamp(tmp_path / "files", "lamp-2m")
     with prepared(config(folder, "lamp-2m", split={"target_users": 1})) as data:
         assert summarize(data).unused == {"question of a user who is no target": 3}
         assert summarize(data).split_by == "the files"
 
 
-def test_validation_is_cut_from_the_histories(tmp_path: Path, lamp_files: ModuleType, prepared: Any) -> None:
+def test_validation_is_cut_from_the_histories(tmp_path: Path, prepared: Any) -> None:
     folder = lamp_files.write_oppu(tmp_path / "files", "lamp-3")
     with prepared(config(folder, "lamp-3", "oppu", split={"evaluate_on": "validation", "queries": 0.3})) as data:
         queries: list[TextExample] = [*data.queries()]
@@ -358,7 +344,7 @@ def test_no_date_and_what_is_none() -> None:
             moment(value)
 
 
-def test_labels_are_taken_but_for_case_spaces_and_brackets(tmp_path: Path, lamp_files: ModuleType) -> None:
+def test_labels_are_taken_but_for_case_spaces_and_brackets(tmp_path: Path) -> None:
     folder = lamp_files.write_oppu(tmp_path, "lamp-2n", users=1, others=0)
 
     def respell(entries: Any) -> None:
@@ -377,25 +363,25 @@ def test_labels_are_taken_but_for_case_spaces_and_brackets(tmp_path: Path, lamp_
 
 
 @pytest.mark.parametrize("score", ["4", "4.0", 4, 4.0])
-def test_a_score_is_the_label_of_its_value(tmp_path: Path, lamp_files: ModuleType, score: object) -> None:
+def test_a_score_is_the_label_of_its_value(tmp_path: Path, score: object) -> None:
     folder = lamp_files.write_oppu(tmp_path, "lamp-3", users=1, others=0)
     edit(folder / "user_top_100_history.json", lambda e: [i.update(score=score) for i in e[0]["profile"]] and None)
     assert {row.target for row in rows(config(folder, "lamp-3", "oppu")) if not row.query} == {"4"}
 
 
 @pytest.mark.parametrize("gold", ["[1]", "1", "1]", " [1] ", 1])
-def test_a_citation_s_gold_is_in_brackets(tmp_path: Path, lamp_files: ModuleType, gold: object) -> None:
+def test_a_citation_s_gold_is_in_brackets(tmp_path: Path, gold: object) -> None:
     folder = lamp_files.write_oppu(tmp_path, "lamp-1")
     edit(folder / "user_top_100_history.json", lambda e: [q.update(gold=gold) for q in e[0]["query"]] and None)
     assert {row.target for row in rows(config(folder, "lamp-1", "oppu")) if row.query and row.user == "0"} == {"[1]"}
 
 
-def test_headlines_keep_what_follows_a_colon(tmp_path: Path, lamp_files: ModuleType) -> None:
+def test_headlines_keep_what_follows_a_colon(tmp_path: Path) -> None:
     folder = lamp_files.write_lamp(tmp_path, "lamp-4")
     assert all(row.target.startswith("Today: ") for row in rows(config(folder, "lamp-4")))
 
 
-def test_quotes_and_markers_inside_a_text_are_text(tmp_path: Path, lamp_files: ModuleType) -> None:
+def test_quotes_and_markers_inside_a_text_are_text(tmp_path: Path) -> None:
     folder = lamp_files.write_oppu(tmp_path / "1", "lamp-1")
     item = {"title": 'On "quotes", and [1]: "them"'}
     asked = lamp_files.ASKED["lamp-1"](item, 'A "b" c', "D [2] e")
@@ -435,7 +421,7 @@ def test_quotes_and_markers_inside_a_text_are_text(tmp_path: Path, lamp_files: M
     ],
 )
 def test_a_bad_question_or_item_is_named_and_can_be_skipped(
-    tmp_path: Path, lamp_files: ModuleType, change: Callable[[Any], Any], says: str
+    tmp_path: Path, change: Callable[[Any], Any], says: str
 ) -> None:
     folder = lamp_files.write_lamp(tmp_path / "files", "lamp-3")
     edit(folder / "dev_questions.json", lambda entries: change(entries) and None)
@@ -460,9 +446,7 @@ def test_a_bad_question_or_item_is_named_and_can_be_skipped(
         (lambda e: e.append(None), ":4: row: no object"),
     ],
 )
-def test_a_bad_entry_of_oppu_s_is_named(
-    tmp_path: Path, lamp_files: ModuleType, change: Callable[[Any], Any], says: str
-) -> None:
+def test_a_bad_entry_of_oppu_s_is_named(tmp_path: Path, change: Callable[[Any], Any], says: str) -> None:
     folder = lamp_files.write_oppu(tmp_path, "lamp-3")
     edit(folder / "user_top_100_history.json", lambda entries: change(entries) and None)
     bad = bad_rows(config(folder, "lamp-3", "oppu"))
@@ -470,7 +454,7 @@ def test_a_bad_entry_of_oppu_s_is_named(
     assert says in bad.first[0]
 
 
-def test_files_of_another_task_are_refused(tmp_path: Path, lamp_files: ModuleType) -> None:
+def test_files_of_another_task_are_refused(tmp_path: Path) -> None:
     folder = lamp_files.write_lamp(tmp_path / "3", "lamp-3")
     with pytest.raises(DataError, match="task: 'LaMP_3'; data.task lamp-4 needs 'LaMP_4'"):
         rows(config(folder, "lamp-4"))
@@ -481,7 +465,7 @@ def test_files_of_another_task_are_refused(tmp_path: Path, lamp_files: ModuleTyp
     assert rows(config(folder, "lamp-2n"))
 
 
-def test_files_that_are_missing(tmp_path: Path, lamp_files: ModuleType) -> None:
+def test_files_that_are_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder .*get it with: proper data fetch lamp-3$"):
         rows(config(tmp_path / "none", "lamp-3"))
     with pytest.raises(DataError, match=r"no such folder \(data.path\)"):
@@ -500,7 +484,7 @@ def test_files_that_are_missing(tmp_path: Path, lamp_files: ModuleType) -> None:
         rows(config(folder, "lamp-3", "oppu"))
 
 
-def test_files_that_are_cut_or_no_json(tmp_path: Path, lamp_files: ModuleType) -> None:
+def test_files_that_are_cut_or_no_json(tmp_path: Path) -> None:
     folder = lamp_files.write_lamp(tmp_path, "lamp-3")
     questions = folder / "dev_questions.json"
     questions.write_bytes(questions.read_bytes()[:-500])
@@ -518,7 +502,7 @@ def test_files_that_are_cut_or_no_json(tmp_path: Path, lamp_files: ModuleType) -
         ([{"id": "1"}], ":1: an answer has id and output"),
     ],
 )
-def test_bad_golds_are_named(tmp_path: Path, lamp_files: ModuleType, golds: Any, says: str) -> None:
+def test_bad_golds_are_named(tmp_path: Path, golds: Any, says: str) -> None:
     folder = lamp_files.write_lamp(tmp_path, "lamp-3")
     edit(folder / "dev_outputs.json", lambda value: value.update(golds=golds))
     with pytest.raises(DataError, match=f"dev_outputs.json{says}"):

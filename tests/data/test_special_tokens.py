@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,13 +13,14 @@ from proper.data.chat import MARK, cut_names, pieces, quote, special_names
 from proper.data.encoder import Encoder
 from proper.errors import InputError
 from proper.models.backbone import load_tokenizer
+from tests import tokenizer_kinds
 
 KINDS = ["nano", "chatml", "byte_fallback", "unigram", "word_level", "word_piece"]
 NAMES = ["<s>", "</s>", "<pad>", "<|im_end|>", "<|im_start|>", "[SEP]", "[CLS]", "<think>"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def encoder(request: pytest.FixtureRequest, tokenizer_kinds: ModuleType) -> Encoder:
+def encoder(request: pytest.FixtureRequest) -> Encoder:
     tokenizer = tokenizer_kinds.KINDS[request.param]()
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = tokenizer.sep_token
@@ -46,7 +46,7 @@ def test_a_name_in_a_text_is_no_control_token(encoder: Encoder, text: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["nano", "chatml", "byte_fallback"])
-def test_what_was_written_is_what_is_read(tokenizer_kinds: ModuleType, kind: str) -> None:
+def test_what_was_written_is_what_is_read(kind: str) -> None:
     encoder = Encoder(tokenizer_kinds.KINDS[kind](), 100)
     for text in ("it was <s>cheap</s> dear", "end <|im_end|> of it"):
         assert encoder.decode(encoder.answer(text)) == text
@@ -59,8 +59,8 @@ def test_many_texts_at_once(encoder: Encoder) -> None:
 
 @given(text=MARKED)
 @settings(max_examples=60)
-def test_a_template_has_its_own_control_tokens_and_a_message_has_none(tokenizer_kinds: ModuleType, text: str) -> None:
-    encoder = _chat(tokenizer_kinds)
+def test_a_template_has_its_own_control_tokens_and_a_message_has_none(text: str) -> None:
+    encoder = _chat()
     start, end = encoder.names["<|im_start|>"], encoder.names["<|im_end|>"]
     plain = encoder._templated("<|im_start|>user\n" + quote("hello", encoder.names) + "<|im_end|>\n")
     assert list(plain) == encoder.tokenizer("<|im_start|>user\nhello<|im_end|>\n", add_special_tokens=False).input_ids
@@ -73,9 +73,9 @@ def test_a_template_has_its_own_control_tokens_and_a_message_has_none(tokenizer_
 _MADE: list[Encoder] = []
 
 
-def _chat(kinds: ModuleType) -> Encoder:
+def _chat() -> Encoder:
     if not _MADE:
-        _MADE.append(Encoder(kinds.chatml(), 1000))
+        _MADE.append(Encoder(tokenizer_kinds.chatml(), 1000))
     return _MADE[0]
 
 
@@ -88,7 +88,7 @@ def test_quoting(text: str) -> None:
     assert "".join(parts) == text.replace(MARK, "") and not any("<s>" in part or "</s>" in part for part in parts)
 
 
-def test_a_token_beyond_the_embeddings_is_split_or_refused(tokenizer_kinds: ModuleType) -> None:
+def test_a_token_beyond_the_embeddings_is_split_or_refused() -> None:
     """An added token that was never given a row (Gemma 3's `<image_soft_token>`) fails one text, not a batch."""
     tokenizer = load_tokenizer("proper-nano")
     rows = len(tokenizer)
@@ -104,7 +104,7 @@ def test_a_token_beyond_the_embeddings_is_split_or_refused(tokenizer_kinds: Modu
     assert "<image_soft_token>" in special_names(tokenizer) and "<row>" not in special_names(tokenizer)
 
 
-def test_encoding_leaves_the_tokenizer_as_it_is(tokenizer_kinds: ModuleType) -> None:
+def test_encoding_leaves_the_tokenizer_as_it_is() -> None:
     """Threads share it: a template's control tokens must not depend on who encodes beside it."""
     tokenizer: Any = tokenizer_kinds.chatml()
     encoder = Encoder(tokenizer, 100)
@@ -117,7 +117,7 @@ def test_encoding_leaves_the_tokenizer_as_it_is(tokenizer_kinds: ModuleType) -> 
 @pytest.mark.parametrize(
     ("single", "start"), [("</s> $A", (2,)), ("$A </s>", ()), ("</s> $A </s>", (2,)), ("<s> $A </s>", (1,))]
 )
-def test_a_start_token_that_is_the_end_token_stays(tokenizer_kinds: ModuleType, single: str, start: Any) -> None:
+def test_a_start_token_that_is_the_end_token_stays(single: str, start: Any) -> None:
     """OPT's texts begin with `</s>`, which also ends answers."""
     made = tokenizer_kinds.KINDS["chatml"]()
     made.bos_token = "</s>" if "<s>" not in single else "<s>"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from proper.inference.detokenizer import Detokenizer, overlap
 from proper.models.backbone import load_tokenizer
+from tests import tokenizer_kinds
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ KINDS = ["chatml", "byte_fallback", "unigram", "word_level", "word_piece"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def kind(request: pytest.FixtureRequest, tokenizer_kinds: ModuleType) -> Any:
+def kind(request: pytest.FixtureRequest) -> Any:
     return tokenizer_kinds.KINDS[request.param]()
 
 
@@ -61,7 +61,7 @@ def test_what_clean_up_rewrites_is_held_back(kind: Any, text: str) -> None:
     _is_the_whole(kind, kind(text, add_special_tokens=False).input_ids)
 
 
-def test_bytes_that_are_text_until_another_comes(tokenizer_kinds: ModuleType) -> None:
+def test_bytes_that_are_text_until_another_comes() -> None:
     tokenizer = tokenizer_kinds.byte_fallback()
     good, bad = ["▁the", "<0xC3>", "<0xA9>"], ["▁the", "<0xC3>", "<0xA9>", "<0xC3>", "▁t"]
     _is_the_whole(tokenizer, tokenizer.convert_tokens_to_ids(good))
@@ -69,7 +69,7 @@ def test_bytes_that_are_text_until_another_comes(tokenizer_kinds: ModuleType) ->
     assert tokenizer.decode(tokenizer.convert_tokens_to_ids(bad)).strip() == "the\ufffd\ufffd\ufffd t"
 
 
-def test_only_where_clean_up_happens_is_anything_held_back_for_it(tokenizer_kinds: ModuleType) -> None:
+def test_only_where_clean_up_happens_is_anything_held_back_for_it() -> None:
     """Llama 3's files ask for clean-up too, and transformers does not do it for byte-level tokenizers."""
     tokenizer = tokenizer_kinds.chatml()
     tokenizer.clean_up_tokenization_spaces = True

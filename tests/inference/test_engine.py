@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from proper.inference.engine import Engine
 from proper.inference.requests import EngineLimits, Event, Request, RequestHandle, Started, Token
 from proper.inference.sampling import Sampling
 from proper.run_folder import Tier
+from tests import decoding
 from tests.inference.submission import Listener, finish, submit
 
 TIERS = (Tier.USERS, Tier.GROUPS, Tier.POPULATION)
@@ -38,8 +38,7 @@ USERS = (*(f"u{at}" for at in range(8)), "group", "stranger", None)
 class Alone:
     """The oracle: transformers' `generate`, one request at a time, on models of its own, one for each tier."""
 
-    def __init__(self, folder: Path, decoding: ModuleType) -> None:
-        self.decoding = decoding
+    def __init__(self, folder: Path) -> None:
         self.models = {tier: load(folder, tier) for tier in TIERS}
         self.model = self.models["users"]
         self._known: dict[tuple[int, str | None, int, Tier], str] = {}
@@ -47,7 +46,7 @@ class Alone:
     def __call__(self, prompt: int, user: str | None, length: int, tier: Tier = Tier.USERS) -> str:
         key = prompt, user, length, tier
         if key not in self._known:
-            self._known[key] = self.decoding.alone(self.models[tier], PROMPTS[prompt], user, Sampling(length))
+            self._known[key] = decoding.alone(self.models[tier], PROMPTS[prompt], user, Sampling(length))
         return self._known[key]
 
     def gates(self, prompt: int, user: str | None, tier: Tier, tokens: list[int]) -> list[list[float]]:
@@ -69,8 +68,8 @@ class Alone:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_run: Path, decoding: ModuleType) -> Iterator[Alone]:
-    oracle = Alone(tiny_run, decoding)
+def alone(tiny_run: Path) -> Iterator[Alone]:
+    oracle = Alone(tiny_run)
     yield oracle
     oracle.close()
 
@@ -195,7 +194,7 @@ def test_draws_do_not_depend_on_who_else_is_there(shared: PersonalizedModel, alo
     finish(engine)
     for at, heard in enumerate(together):
         drawn = Sampling(6, seed=at % 3, **sampling)
-        assert text(engine, heard) == alone.decoding.alone(alone.model, PROMPTS[at % 4], USERS[at % 11], drawn)
+        assert text(engine, heard) == decoding.alone(alone.model, PROMPTS[at % 4], USERS[at % 11], drawn)
     engine.close()
 
 
@@ -363,7 +362,7 @@ def test_what_does_not_fit_is_refused(shared: PersonalizedModel) -> None:
 
 
 @pytest.mark.parametrize("stage", ["base", "population", "groups"])
-def test_lower_stages(tiny_run: Path, stage: str, decoding: ModuleType) -> None:
+def test_lower_stages(tiny_run: Path, stage: str) -> None:
     oracle, model = load(tiny_run, stage), load(tiny_run, stage)  # type: ignore[arg-type]
     engine = Engine(model)
     users = ("u0", None, "group", "u0")

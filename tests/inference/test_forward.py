@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 from proper.inference.forward import pad_left
 from proper.layers.batch_context import RowContext
 from proper.models.personal import ProperModel
+from tests import decoding
 
 Build = Callable[..., ProperModel]
 Reference = Callable[..., PreTrainedModel]
@@ -43,7 +43,7 @@ def next_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
 @pytest.mark.parametrize("router", ["residual", "paper", "none"])
 @pytest.mark.parametrize("mode", ["groups", "fit", "users"])
 def test_fp32_logits_are_the_slow_ones_and_greedy_tokens_the_same(
-    personal: Build, reference: Reference, decoding: ModuleType, router: str, mode: str
+    personal: Build, reference: Reference, router: str, mode: str
 ) -> None:
     model, rows = personal(router=router), mixed(mode)
 
@@ -63,9 +63,7 @@ def test_fp32_logits_are_the_slow_ones_and_greedy_tokens_the_same(
         assert len(seen) == len(prompt) + NEW
 
 
-def test_in_bf16_the_first_divergence_is_at_a_near_tie(
-    personal: Build, reference: Reference, decoding: ModuleType
-) -> None:
+def test_in_bf16_the_first_divergence_is_at_a_near_tie(personal: Build, reference: Reference) -> None:
     model = personal(torch.bfloat16)
     answers = decoding.ours(model, prompts(), mixed(), NEW)
     agreed = 0
@@ -83,7 +81,7 @@ def test_in_bf16_the_first_divergence_is_at_a_near_tie(
     assert agreed > len(SLOTS) * NEW / 2
 
 
-def test_rows_do_not_depend_on_the_batch_or_its_order(personal: Build, decoding: ModuleType) -> None:
+def test_rows_do_not_depend_on_the_batch_or_its_order(personal: Build) -> None:
     model, rows = personal(), mixed()
     assert rows.embedding is not None and rows.slots is not None
     together = decoding.ours(model, prompts(), rows, NEW)

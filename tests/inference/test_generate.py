@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from proper.inference import kv_cache as kv_module
 from proper.inference.generate import continuations, generate, respond
 from proper.inference.sampling import Sampling
 from proper.inference.score import score
+from tests import decoding
 
 PROMPTS = ["What does this say?", "Short", "A rather longer text than both of the others: what does it say?", "Well?"]
 USERS: list[str | None] = [*(f"u{at}" for at in range(8)), "group", "stranger", None]
@@ -39,7 +39,7 @@ def model(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_run: Path, decoding: ModuleType) -> Iterator[Callable[[str, str | None, Sampling], str]]:
+def alone(tiny_run: Path) -> Iterator[Callable[[str, str | None, Sampling], str]]:
     oracle = load(tiny_run)
     yield lambda prompt, user, sampling: decoding.alone(oracle, prompt, user, sampling)
     oracle.close()

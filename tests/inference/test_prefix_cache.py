@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from proper.inference.prefix_cache import MIN_TOKENS, CachedPrefix, PrefixCache,
 from proper.inference.requests import EngineLimits
 from proper.inference.sampling import Sampling
 from proper.run_folder import Tier
+from tests import decoding
 from tests.inference.submission import Listener, finish_settled, submit
 
 TIERS = (Tier.USERS, Tier.GROUPS, Tier.POPULATION)
@@ -34,21 +34,21 @@ TURNS = ((30, 31), (30, 32, 33), (40,))
 class Alone:
     """The oracle: transformers' `generate` on one row."""
 
-    def __init__(self, folder: Path, decoding: ModuleType) -> None:
-        self.models, self.decoding = {tier: load(folder, tier) for tier in TIERS}, decoding
+    def __init__(self, folder: Path) -> None:
+        self.models = {tier: load(folder, tier) for tier in TIERS}
         self._known: dict[tuple[tuple[int, ...], str | None, int, Tier], list[int]] = {}
 
     def __call__(self, prompt: Sequence[int], user: str | None, length: int = 4, tier: Tier = Tier.USERS) -> list[int]:
         key, model = (tuple(prompt), user, length, tier), self.models[tier]
         if key not in self._known:
             rows, sampling = model.rows([user]), Sampling(length)
-            (self._known[key],) = self.decoding.theirs(model.model, [prompt], rows, sampling, model.encoder.end)
+            (self._known[key],) = decoding.theirs(model.model, [prompt], rows, sampling, model.encoder.end)
         return self._known[key]
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_run: Path, decoding: ModuleType) -> Iterator[Alone]:
-    oracle = Alone(tiny_run, decoding)
+def alone(tiny_run: Path) -> Iterator[Alone]:
+    oracle = Alone(tiny_run)
     yield oracle
     for model in oracle.models.values():
         model.close()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,24 +20,13 @@ from hypothesis import strategies as st
 from proper.data.encoder import Encoder
 from proper.errors import InputError
 from proper.models import load_backbone
+from scripts import pretrain_nano
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain_nano.py"
 TINY = "--vocabulary 400 --width 32 --layers 2 --heads 2 --ffn 48 --context 64 --window 32 --batch 4 --steps 20"
 TINY += " --warmup 4 --mixture books=0.6 --validate-every 8 --device cpu"
 
 Run = Callable[..., int]
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pretrain_nano", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up their annotations
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 def documents() -> list[dict[str, str]]:
@@ -67,7 +53,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(texts: Path) -> Run:
     def start(out: Path, *more: str, data: Path = texts) -> int:
-        return int(script.main([str(data), "--out", str(out), *TINY.split(), *more]))
+        return int(pretrain_nano.main([str(data), "--out", str(out), *TINY.split(), *more]))
 
     return start
 
@@ -123,17 +109,17 @@ def test_a_run_that_paused_ends_in_the_same_weights(run: Run, finished: Path, tm
 def test_a_run_that_was_killed_goes_on_from_its_checkpoint(
     run: Run, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, draw = tmp_path / "model", script.draw
+    out, draw = tmp_path / "model", pretrain_nano.draw
 
     def killed(*arguments: Any) -> Any:
         if arguments[-1] == 13:
             raise KeyboardInterrupt
         return draw(*arguments)
 
-    monkeypatch.setattr(script, "draw", killed)
+    monkeypatch.setattr(pretrain_nano, "draw", killed)
     with pytest.raises(KeyboardInterrupt):
         run(out, "--checkpoint-every", "5")
-    monkeypatch.setattr(script, "draw", draw)
+    monkeypatch.setattr(pretrain_nano, "draw", draw)
     assert run(out, "--checkpoint-every", "5") == 0
     assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 
@@ -154,7 +140,7 @@ def test_a_time_limit_ends_the_run(run: Run, tmp_path: Path) -> None:
 def test_every_document_has_one_start_and_one_end(run: Run, texts: Path, tmp_path: Path) -> None:
     assert run(tmp_path, "--pause-at", "0") == 0
     index = json.loads((tmp_path / "work" / "tokens.json").read_text())
-    streams = script._streams(tmp_path / "work", index, "train")
+    streams = pretrain_nano._streams(tmp_path / "work", index, "train")
     rows = [row for row in documents() if row["split"] == "train"]
     for source, stream in streams.items():
         mine = [row["text"] for row in rows if row["source"] == source]
@@ -214,24 +200,24 @@ def streams(**sizes: int) -> dict[str, Any]:
 
 @given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 50), st.floats(0, 1))
 def test_shares_are_one_in_all_and_the_rest_is_by_size(a: int, b: int, c: int, share: float) -> None:
-    found = script.shares(f"a={share}", streams(a=a, b=b, c=c))
+    found = pretrain_nano.shares(f"a={share}", streams(a=a, b=b, c=c))
     assert found["a"] == share
     assert sum(found.values()) == pytest.approx(1)
     assert found["b"] * c == pytest.approx(found["c"] * b)
 
 
 def test_shares_that_leave_nothing_over_need_no_rest() -> None:
-    assert script.shares("a=0.25,b=0.75", streams(a=1, b=1)) == {"a": 0.25, "b": 0.75}
+    assert pretrain_nano.shares("a=0.25,b=0.75", streams(a=1, b=1)) == {"a": 0.25, "b": 0.75}
     with pytest.raises(InputError):
-        script.shares("a=0.25,b=0.5", streams(a=1, b=1))
+        pretrain_nano.shares("a=0.25,b=0.5", streams(a=1, b=1))
 
 
 def test_batches_follow_from_seed_and_step_and_keep_the_mixture() -> None:
-    recipe = script.Recipe(window=8, batch=2000)
+    recipe = pretrain_nano.Recipe(window=8, batch=2000)
     sources = streams(a=900, b=90)
-    chances = script.shares("a=0.6", sources)
-    first = script.draw(sources, chances, recipe, 3)
+    chances = pretrain_nano.shares("a=0.6", sources)
+    first = pretrain_nano.draw(sources, chances, recipe, 3)
     assert first.shape == (2000, 9)
-    assert torch.equal(first, script.draw(sources, chances, recipe, 3))
-    assert not torch.equal(first, script.draw(sources, chances, recipe, 4))
+    assert torch.equal(first, pretrain_nano.draw(sources, chances, recipe, 3))
+    assert not torch.equal(first, pretrain_nano.draw(sources, chances, recipe, 4))
     assert (first[:, 0] == 0).float().mean() == pytest.approx(0.6, abs=0.04)

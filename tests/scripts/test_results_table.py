@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from scripts import results_table
+
 ROOT = Path(__file__).parents[2]
-
-
-def results_table() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("results_table", ROOT / "scripts" / "results_table.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def row(method: str, value: float) -> dict[str, Any]:
@@ -24,12 +16,11 @@ def row(method: str, value: float) -> dict[str, Any]:
 
 
 def test_the_readme_s_table_is_that_of_the_committed_results() -> None:
-    module = results_table()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     full = (ROOT / "docs" / "results" / "README.md").read_text(encoding="utf-8")
-    assert module.main_table() in readme
-    assert module.short() in full and module.table() in full and module.controls() in full
-    assert module.controls().count("| `population-more`") >= 1
+    assert results_table.main_table() in readme
+    assert results_table.short() in full and results_table.table() in full and results_table.controls() in full
+    assert results_table.controls().count("| `population-more`") >= 1
 
 
 def test_rows_without_a_model_are_a_job_s_only_where_the_result_has_none(tmp_path: Path) -> None:
@@ -38,4 +29,4 @@ def test_rows_without_a_model_are_a_job_s_only_where_the_result_has_none(tmp_pat
     (tmp_path / "findings" / "controls-films.json").write_text(json.dumps(job), encoding="utf-8")
     own = {"metrics": [row("users", 0.5), row("global-majority", 0.7)]}
     (tmp_path / "films.json").write_text(json.dumps(own), encoding="utf-8")
-    assert "| films | MAE ↓ | 0.700 | 0.800 |" in results_table().short(tmp_path)
+    assert "| films | MAE ↓ | 0.700 | 0.800 |" in results_table.short(tmp_path)

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from proper.files import read_json
 from proper.simulation.simulate import load_simulation
+from scripts import scale
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def scale() -> Any:
-    spec = importlib.util.spec_from_file_location("scale", ROOT / "scripts" / "scale.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_has_the_committed_table_and_picture(scale: Any) -> None:
+def test_the_page_has_the_committed_table_and_picture() -> None:
     runs = read_json(scale.RESULT)["runs"]
     assert scale.table(runs) in (ROOT / "docs/how-to/scale.md").read_text(encoding="utf-8")
     assert scale.PICTURE.read_text(encoding="utf-8") == scale.picture(runs), "run python scripts/scale.py draw"
 
 
-def test_the_result_is_of_the_committed_configs_and_meets_their_targets(scale: Any) -> None:
+def test_the_result_is_of_the_committed_configs_and_meets_their_targets() -> None:
     runs = read_json(scale.RESULT)["runs"]
     assert {path.stem for path in scale.CONFIGS.glob("*.yaml")} == runs.keys() == scale.NAMES.keys()
     for name, results in runs.items():

@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import AsyncGenerator, Iterator
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import openai
@@ -20,6 +20,7 @@ from proper.inference.sampling import MIN_LOGPROB, logprobs_of
 from proper.serving.answers import AnswerPiece, Answers
 from proper.serving.reply_format import ReplyFormat
 from proper.serving.routes.generation import server_sent
+from tests import tokenizer_kinds
 
 if TYPE_CHECKING:
     Running = Any  # tests/serving/conftest.py
@@ -145,9 +146,7 @@ def test_a_stop_text_may_begin_the_answer(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nano", "byte_fallback", "unigram", "word_level", "word_piece"])
-def test_tokens_have_the_spaces_of_the_text(
-    server: Running, tokenizer_kinds: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_tokens_have_the_spaces_of_the_text(server: Running, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     made = tokenizer_kinds.KINDS[kind]()
     made.eos_token = made.eos_token or "[SEP]"
     encoder = Encoder(made, 250)
