@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from proper.config import make_config
+from proper.config import Config, make_config
 from proper.data.dataset import Dataset, prepare
 from proper.errors import DataError
 
@@ -48,6 +48,12 @@ def build(tmp_path: Path) -> Iterator[Callable[..., Dataset]]:
     yield build_from
     for dataset in made:
         dataset.close()
+
+
+@pytest.fixture
+def prepare_run(tmp_path: Path) -> Callable[[Config], Dataset]:
+    """Prepare the data of a config."""
+    return lambda config: prepare(config, tmp_path / "data.sqlite", count_words)
 
 
 @contextmanager
