@@ -77,17 +77,18 @@ QUESTIONS = (
         (
             "The table of a set is its run with most users, queries, methods and seeds; others follow it.",
             "HuffPost with half, once and twice the tokens in stages 1 and 2: Population and Groups rise with the "
-            "tokens, Users does not after the second budget, and the linear head with the prior, which reads features "
-            "of Population, rises. Here more training of the shared stages does not bring Users above that head.",
-            "MovieLens: the rows of stage 1 are drawn from all rows (population.sampling: rows; answers on these "
-            "queries raised the question, validation items with the embedded backbone decided it, recipe.md), "
-            "because with rows drawn evenly over users Population does not beat the best constant: most of its "
-            "answers are 4.0, and active users, who are asked, rate lower. The budget of stage 2 is that of HuffPost "
-            "and Git's subject lines; it was raised after half of it had shown a first step of 3.9 % on these "
-            "queries, below the goal. With half of it Users is not shown to beat the user prior either. With 50 "
-            "users Users was ahead of the linear head; 100 users do not confirm it. In the runs with rows drawn "
-            "evenly early stopping could end stage 1 within its first pass (after 248 of 311 steps with 100,000 "
-            "tokens), except in the one with four times the tokens.",
+            "tokens; Users does not rise from once to twice the tokens. The linear head with the prior, which reads "
+            "features of Population, rises too. So more training of the shared stages does not bring Users above "
+            "that head here.",
+            "MovieLens: the rows of stage 1 are drawn from all rows (population.sampling: rows). With rows drawn "
+            "evenly over users, Population does not beat the best constant: most of its answers are 4.0, and active "
+            "users, who have the queries, rate lower. Answers on these queries raised the question; validation items "
+            "with the embedded backbone decided it (recipe.md). The budget of stage 2 is that of HuffPost and Git's "
+            "subject lines; it was raised after half of it had shown a first step of 3.9 % on these queries, below "
+            "the goal. With half of it, Users is not shown to beat the user prior either. With 50 users, Users was "
+            "ahead of the linear head; 100 users do not confirm it. In the runs with rows drawn evenly, early "
+            "stopping could end stage 1 within its first pass (after 248 of 311 steps with 100,000 tokens), except in "
+            "the one with four times the tokens.",
             "Users and linear head, the mean of both methods' label probabilities, beats the head on no set. Which "
             "error remains there is in docs/results/README.md.",
             "HuffPost's headlines: the steps lower the loss by less than 1 %, and no difference in ROUGE-1 is "

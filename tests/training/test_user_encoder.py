@@ -20,7 +20,7 @@ from proper.models.checkpoints import load_tensors, save_tensors
 from proper.models.personal import ProperModel
 from proper.models.user_encoder import Pooling, Readout, UserEncoder, load_encoder, save_encoder
 from proper.training.encoder_regression import Regression, UserItems, pool, project, zero_readout
-from proper.training.user_encoder import train_encoder, without_starts
+from proper.training.user_encoder import TrainedEmbeddings, train_encoder, without_starts
 
 
 def planted(users: int, noise: float, seed: int = 0) -> list[UserItems]:
@@ -143,7 +143,8 @@ def test_a_tensor_of_another_shape_is_named(kind: str, tmp_path: Path) -> None:
 def test_few_users_give_no_encoder(grouped: Callable[..., ProperModel], dataset: Dataset, encoder: Encoder) -> None:
     users = [user.id for user in dataset.users() if user.history > 0]
     sample = dataset.sample("all", None, 0)
-    assert train_encoder(grouped(), encoder, sample, users, *torch.randn(2, len(users), 16), 0) is None
+    trained = TrainedEmbeddings(users, *torch.randn(2, len(users), 16))
+    assert train_encoder(grouped(), encoder, sample, trained, 0) is None
 
 
 def test_users_with_few_items_are_not_held_out(
@@ -162,7 +163,8 @@ def test_users_with_few_items_are_not_held_out(
     for full, seed, said in ((2, 3, "answer loss on held-out users: mean "), (1, 0, "1 users with more than 2 rows")):
         few = [row for at, some in enumerate(own) for row in (some if at >= len(own) - full else some[:1])]
         sample = SimpleNamespace(rows=lambda epoch, few=few: iter(few))
-        train_encoder(grouped(), encoder, sample, users, *torch.randn(2, len(users), 16), seed)
+        trained = TrainedEmbeddings(users, *torch.randn(2, len(users), 16))
+        train_encoder(grouped(), encoder, sample, trained, seed)
         assert said in caplog.messages[-1] and "inf" not in caplog.messages[-1]
 
 
@@ -179,7 +181,8 @@ def test_the_choice_is_the_lowest_answer_loss_of_held_out_users(
     kinds = set()
     for seed in range(3):
         embeddings = torch.randn(2, len(users), 16, generator=torch.Generator().manual_seed(seed))
-        found = train_encoder(grouped(), encoder, dataset.sample("all", None, 0), users, *embeddings, seed)
+        trained = TrainedEmbeddings(users, *embeddings)
+        found = train_encoder(grouped(), encoder, dataset.sample("all", None, 0), trained, seed)
         kind, said = caplog.messages[-1].removeprefix("encoder of users: ").split("; answer loss on held-out users: ")
         losses = [each.rsplit(" ", 1) for each in said.split(", ")]
         assert min(losses, key=lambda pair: float(pair[1]))[0].split(" x ")[0] == kind and len(losses) == 7

@@ -151,10 +151,7 @@ class AdapterStore:
                 prepared = [prepare(record, self.writer, self.file_bytes) for record in records]
                 self.writer.sync()
                 with self.manifest.transaction():
-                    if seen is not None and any(seen.get(user) != head.version for user, head, _ in self.heads()):
-                        raise ChangedError(f"{self.folder}: users were changed meanwhile")
-                    for key, found in self._bound_to_others(only_if_bound or {}):
-                        raise ChangedError(f"{self.folder}: belongs to other {key} meanwhile ({found}); try again")
+                    self._require_unchanged(seen, only_if_bound)
                     self.manifest.bind(bound or {})
                     kept = list(self._wanted(prepared, only_new))
                     commit(self.manifest, self.tenant, kept, self.writer.sizes(), self.keep)
@@ -169,6 +166,13 @@ class AdapterStore:
             self.shards.erase()
         else:
             self._tidy()
+
+    def _require_unchanged(self, seen: Mapping[str, int] | None, bound: Mapping[str, str] | None) -> None:
+        """Raise ChangedError if users have other versions than in `seen`, or the store is bound to others."""
+        if seen is not None and any(seen.get(user) != head.version for user, head, _ in self.heads()):
+            raise ChangedError(f"{self.folder}: users were changed meanwhile")
+        for key, found in self._bound_to_others(bound or {}):
+            raise ChangedError(f"{self.folder}: belongs to other {key} meanwhile ({found}); try again")
 
     def _tidy(self) -> None:
         """Erase what may wait after a commit, which stands if that fails: the bytes stay scheduled."""

@@ -16,14 +16,12 @@ from pathlib import Path
 
 from proper.config import Config
 from proper.data.database import VERSION, create, get_meta, open_read_only, salt, set_meta
-from proper.data.histories import Role, SampledBy, TextExample, User, UserSet
-from proper.data.ingest import CountTokens, ingest
+from proper.data.histories import CountTokens, Role, SampledBy, TextExample, User, UserSet
+from proper.data.ingest import ingest
 from proper.data.item_evidence import fill_item_evidence
 from proper.data.splits import assign
 from proper.errors import DataError, ProperError
 from proper.files import atomic_path
-
-__all__ = ["CountTokens", "Dataset", "Sample", "prepare"]
 
 logger = logging.getLogger(__name__)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 Role = Literal["target", "other"]
 UserSet = Literal["all", "others", "targets"]
 SampledBy = Literal["users", "rows"]
+CountTokens = Callable[[Sequence[str], Sequence[str]], list[int]]
+"""Prompts and targets (B each) to B lengths in tokens, prompt and target together, untruncated."""
 
 
 @dataclass(frozen=True, slots=True)

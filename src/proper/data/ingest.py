@@ -7,22 +7,20 @@ import json
 import logging
 import sqlite3
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import islice
 
 from proper.config import Config
 from proper.data.database import set_meta, text_key
+from proper.data.histories import CountTokens
 from proper.data.interactions import BadRows, Interaction, read_interactions
 from proper.data.task_rows import task_rows
 from proper.data.values import respelled
 from proper.errors import DataError
 
 logger = logging.getLogger(__name__)
-
-CountTokens = Callable[[Sequence[str], Sequence[str]], list[int]]
-"""Prompts and targets (B each) to B lengths in tokens, prompt and target together, untruncated."""
 
 _CHUNK = 1000
 # Bounds the memory of a chunk when texts are long.

@@ -17,13 +17,14 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import groupby
 
 from proper.config import Config
 from proper.data.database import get_meta
+from proper.data.histories import CountTokens
 from proper.data.rows import Template, parse_template
 from proper.errors import DataError
 
@@ -83,13 +84,27 @@ def _with_defaults(template: Template, texts: Mapping[str, str]) -> Template:
 _BRACED = tuple(f"{{{name}}}" for name in COLUMNS)
 
 
-def fill_item_evidence(
-    connection: sqlite3.Connection, config: Config, count_tokens: Callable[[Sequence[str], Sequence[str]], list[int]]
-) -> None:
+def fill_item_evidence(connection: sqlite3.Connection, config: Config, count_tokens: CountTokens) -> None:
     """Replace the markers in all prompts, and count their tokens again; do nothing if there are none.
 
     Raises:
         DataError: a column does not go with the task, no column of items is configured, or no row has an item.
+    """
+    missing = _missing_columns(connection, config)
+    if not missing:
+        return
+    connection.execute("CREATE TEMP TABLE evidence(id INTEGER PRIMARY KEY, mean TEXT, usual TEXT, count TEXT)")
+    connection.executemany("INSERT INTO evidence VALUES (?, ?, ?, ?)", _evidence(connection, config.task.kind))
+    _warn_of_unknown_queries(connection, missing[0], config)
+    _replace_markers(connection, count_tokens)
+    connection.execute("DROP TABLE evidence")
+
+
+def _missing_columns(connection: sqlite3.Connection, config: Config) -> list[str]:
+    """Return the columns of item evidence that the prompt names and that some row does not have itself.
+
+    Raises:
+        DataError: as `fill_item_evidence`.
     """
     if config.tasks and any(mark in one.data.prompt for one in config.each_task.values() for mark in _BRACED):
         raise DataError(f"data.prompt: {', '.join(_BRACED)} need a run of one task")
@@ -105,11 +120,11 @@ def fill_item_evidence(
             raise DataError(
                 f"data.prompt: '{{{name}}}' needs items, and no row has one in column '{config.data.item}' (data.item)"
             )
-    if not missing:
-        return
-    connection.execute("CREATE TEMP TABLE evidence(id INTEGER PRIMARY KEY, mean TEXT, usual TEXT, count TEXT)")
-    connection.executemany("INSERT INTO evidence VALUES (?, ?, ?, ?)", _evidence(connection, config.task.kind))
-    _warn_of_unknown_queries(connection, missing[0], config)
+    return missing
+
+
+def _replace_markers(connection: sqlite3.Connection, count_tokens: CountTokens) -> None:
+    """Replace the markers in all prompts by the evidence, and count the rows' tokens again."""
     last = 0
     while rows := connection.execute(
         """SELECT r.id, r.text, t.prompt, t.target, e.mean, e.usual, e.count
@@ -124,7 +139,6 @@ def fill_item_evidence(
         ids = [row[0] for row in rows]
         connection.executemany("UPDATE rows SET tokens = ? WHERE id = ?", zip(tokens, ids, strict=True))
         last = ids[-1]
-    connection.execute("DROP TABLE evidence")
 
 
 def _warn_of_unknown_queries(connection: sqlite3.Connection, name: str, config: Config) -> None:

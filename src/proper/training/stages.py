@@ -48,7 +48,7 @@ from proper.training.population import train_population
 from proper.training.privacy import noised_mean, secret_generator
 from proper.training.starts import train_start
 from proper.training.trainer import TrainingPlan
-from proper.training.user_encoder import train_encoder
+from proper.training.user_encoder import TrainedEmbeddings, train_encoder
 from proper.training.user_stage import FitAdapters, UserStage
 from proper.training.users import train_users
 
@@ -207,7 +207,7 @@ class StageRunner:
         if not self.config.groups.user_encoder:
             return
         starts = first_embeddings(self.config.groups, len(users), model.embedding_size, self.seed)
-        found = train_encoder(model, self.encoder, sample, users, embeddings, starts, self.seed)
+        found = train_encoder(model, self.encoder, sample, TrainedEmbeddings(users, starts, embeddings), self.seed)
         if found is not None:
             save_encoder(self.run_folder.encoder, found)
 

@@ -62,14 +62,17 @@ MIN_USERS = 16
 """Below this number of users with more items than `PLACED_FROM[0]`, which can be held out, there is no encoder."""
 
 
+@dataclass(frozen=True)
+class TrainedEmbeddings:
+    """The users of stage 2, with their embeddings before and after training."""
+
+    users: Sequence[str]
+    starts: Float[Tensor, "U D"]
+    embeddings: Float[Tensor, "U D"]
+
+
 def train_encoder(
-    model: ProperModel,
-    encoder: Encoder,
-    sample: SampledRows,
-    users: Sequence[str],
-    embeddings: Float[Tensor, "U D"],
-    starts: Float[Tensor, "U D"],
-    seed: int,
+    model: ProperModel, encoder: Encoder, sample: SampledRows, trained: TrainedEmbeddings, seed: int
 ) -> UserEncoder | None:
     """Return an encoder for a trained stage 2; None if there are too few users, or if the mean embedding does better.
 
@@ -77,9 +80,7 @@ def train_encoder(
         model: the model with the trained experts and routers.
         encoder: the tokenizer.
         sample: the rows that stage 2 trained on.
-        users: its users.
-        embeddings: their trained embeddings.
-        starts: their embeddings before training.
+        trained: its users.
         seed: the run's seed.
     """
     rows = list(islice(sample.rows(0), MAX_ITEMS))
@@ -90,8 +91,8 @@ def train_encoder(
         return None
     items = [encoder.encode(row) for row in rows]
     projection, phi = _features(model, items)
-    effect, mean = effect_of(model), embeddings.mean(0)
-    known = _user_items(items, phi, users, embeddings - mean, starts, effect)
+    effect, mean = effect_of(model), trained.embeddings.mean(0)
+    known = _user_items(items, phi, trained, effect)
     rng = random.Random(seed_of(seed, "encoder"))
     rng.shuffle(known)
     known.sort(key=lambda user: len(user.items) <= PLACED_FROM[0])  # those who can be held out first, in random order
@@ -114,16 +115,15 @@ def train_encoder(
 def _user_items(
     items: Sequence[EncodedExample],
     phi: Float[Tensor, "N K"],
-    users: Sequence[str],
-    embeddings: Float[Tensor, "U D"],
-    starts: Float[Tensor, "U D"],
+    trained: TrainedEmbeddings,
     effect: Float[Tensor, "J D"],
 ) -> list[UserItems]:
-    """Return the users who have items, with these; `embeddings` are those of `users`, centred."""
-    index, own = {user: at for at, user in enumerate(users)}, dict[str, list[int]]()
+    """Return the users who have items, with these and the change that training made to the user's embedding."""
+    index, own = {user: at for at, user in enumerate(trained.users)}, dict[str, list[int]]()
     for at, item in enumerate(items):
         own.setdefault(item.user, []).append(at)
-    added = without_starts(embeddings, starts, [index[user] for user in own], effect)
+    centred = trained.embeddings - trained.embeddings.mean(0)
+    added = without_starts(centred, trained.starts, [index[user] for user in own], effect)
     return [UserItems([items[at] for at in ats], phi[ats], added[index[user]]) for user, ats in own.items()]
 
 

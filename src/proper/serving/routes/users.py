@@ -51,7 +51,8 @@ def user_routes(engine: AnsweringEngine, log: InteractionLog | None, auth: Authe
     _listing(router, lookup, auth)
     enrolment_routes(router, engine.model, lookup, auth)
     _versions(router, lookup, auth)
-    _one_user(router, engine, lookup, auth)
+    _one_user(router, lookup, auth)
+    _deletion(router, engine, lookup, auth)
     return router
 
 
@@ -97,7 +98,7 @@ def _versions(router: APIRouter, lookup: TenantLookup, auth: Authenticator) -> N
         return tenant_users.card(user)
 
 
-def _one_user(router: APIRouter, engine: AnsweringEngine, lookup: TenantLookup, auth: Authenticator) -> None:
+def _one_user(router: APIRouter, lookup: TenantLookup, auth: Authenticator) -> None:
     WriteCaller = Annotated[Principal, Depends(auth.needs("write", "admin"))]
     AdminCaller = Annotated[Principal, Depends(auth.needs("admin"))]
 
@@ -125,6 +126,10 @@ def _one_user(router: APIRouter, engine: AnsweringEngine, lookup: TenantLookup, 
             tenant_users.require(user)
             raise APIError(409, f"user {user!r} is being deleted", code="deletion_running", param="user") from error
         return ZipReply(content.getvalue(), headers={"Content-Disposition": 'attachment; filename="archive.zip"'})
+
+
+def _deletion(router: APIRouter, engine: AnsweringEngine, lookup: TenantLookup, auth: Authenticator) -> None:
+    AdminCaller = Annotated[Principal, Depends(auth.needs("admin"))]
 
     @router.delete("/{user}", responses={202: {"model": DeletionStatus, "description": "The deletion goes on."}})
     def delete(user: User, caller: AdminCaller, response: Response, tenant: Tenant = None) -> Deletion:
