@@ -19,7 +19,7 @@ from proper.config import Config
 from proper.data.dataset import Dataset
 from proper.data.prior import label_numbers, user_prior
 from proper.inference.loading import load
-from proper.methods.head import HeadRows, LinearHead, habits, head_with_prior, pooled_states, training_rows
+from proper.methods.head import HeadData, HeadRows, LinearHead, head_with_prior, pooled_states, training_rows
 from proper.methods.prior import user_priors
 from proper.methods.spec import TrainedRun
 
@@ -58,7 +58,7 @@ def test_a_rows_habit_is_of_the_items_before_it(place: TrainedRun) -> None:
     assert len({row.id for row in rows}) == len(rows)
     assert {row.user for row in rows} == {user.id for user in dataset.users()}
     for hold_out in (False, True):
-        found, held = habits(rows, dataset, priors, number, hold_out=hold_out)
+        found, held = HeadData(rows, torch.zeros(len(rows), 1), dataset, priors, number).habits(hold_out=hold_out)
         population = priors.population_before if hold_out else priors.population
         assert len(held) == (sum(priors.held.values()) if hold_out else 0)
         for row in rows:

@@ -86,7 +86,7 @@ def collate(rows: Sequence[EncodedExample], pad: int, device: torch.device | str
         labels[at, answer - len(tail) :] = torch.tensor(tail)
         for index in row.between:
             labels[at, answer - len(row.ids) + index] = IGNORED
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = position_ids(mask)
     choices = tuple(row.choice for row in rows if row.choice is not None)
     for at, choice in enumerate(choices):
         if choice.tree.size:
@@ -96,6 +96,11 @@ def collate(rows: Sequence[EncodedExample], pad: int, device: torch.device | str
     weighed = any(row.weight != 1 for row in rows)
     weights = torch.tensor([row.weight for row in rows], device=device) if weighed else None
     return Batch(users, ids, mask, positions, labels, choices, tuple(row.task for row in rows), weights)
+
+
+def position_ids(mask: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Return each token's position in its left-padded row, from the attention mask; 0 for padding."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def number_users(users: Iterable[str]) -> tuple[list[str], list[int]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from proper.adapters.records import Head
+from proper.data.batching import position_ids
 from proper.errors import ConfigError
 from proper.inference.kv_cache import RowCache
 from proper.inference.model import PersonalizedModel
@@ -104,7 +105,7 @@ def prefill(
         logits: Tensor = model.backbone.model(
             input_ids=ids[:, -width:],
             attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -width:],
+            position_ids=position_ids(mask)[:, -width:],
             past_key_values=filled,
             use_cache=True,
             logits_to_keep=last,

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from proper.console import Advance, no_advance
-from proper.data.batching import by_length, collate
+from proper.data.batching import by_length, collate, position_ids
 from proper.data.encoder import EncodedExample
 from proper.data.label_tree import LabelTree
 from proper.errors import InputError, ProperError
@@ -116,7 +116,7 @@ def _edges(model: ProperModel, prompts: Sequence[Sequence[int]], tree: LabelTree
     """Return the log-probability (nats, fp32) of every edge's token after every prompt."""
     backbone, device = model.backbone.model, model.device
     ids, mask = pad_left(prompts, model.backbone.pad_id, device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = position_ids(mask)
     # A cache layer without a window for every layer: `takes_trees` has checked that no window is shorter.
     cache = DynamicCache()
     prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}

@@ -34,6 +34,7 @@ from proper.training.stages import join_processes
 logger = logging.getLogger(__name__)
 
 _TRAINERS = ("stage_methods", "derived_runs", "end_to_end", "per_user_lora", "poly", "poly_layers", "residual")
+DERIVING_CODE = ("data", "methods/table.py", "methods/retrieved.py", "methods/prompt_states.py")
 TRAINING_CODE = ("data", "layers", "models", "training", *(f"methods/{name}.py" for name in _TRAINERS))
 
 
@@ -106,7 +107,7 @@ def _derived(variant: DerivedRun, config: Config, run: TrainedRun, home: Path, o
         config.evaluation.seeds,
         config.retrieval.model_dump(),
     ]
-    key = hash_value([*made_of, code_version("data", "methods/table.py", "methods/retrieved.py")])
+    key = hash_value([*made_of, code_version(*DERIVING_CODE)])
     path = RunFolder(home).variant_data(f"{variant.name}-{key[:8]}")
     if path not in opened:
         if not path.exists():

@@ -23,16 +23,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from proper.console import progress
-from proper.data.batching import by_length
 from proper.data.dataset import Dataset
 from proper.data.histories import TextExample
 from proper.data.prior import Floats, UserPriors, earlier_priors, label_numbers, user_prior
 from proper.data.stage_sample import SHARED_STAGES, stage_sample
 from proper.evaluation.runner import MethodRun, prediction_of
-from proper.inference.forward import pad_left
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel
 from proper.methods.prior import log_priors, user_priors, with_scores
+from proper.methods.prompt_states import mean_state, prompt_states
 from proper.methods.spec import Method, TrainedRun
 from proper.run_folder import Stage, Tier
 
@@ -107,7 +106,8 @@ def head_with_prior(trained: TrainedRun) -> MethodRun:
         seconds = time.perf_counter() - started
     finally:
         model.close()
-    head = fit_head(features, rows, dataset, priors, label_numbers(dataset.labels, trained.config.task.kind))
+    number = label_numbers(dataset.labels, trained.config.task.kind)
+    head = fit_head(HeadData(rows, features, dataset, priors, number))
     unknown = torch.zeros(len(queries), dtype=torch.long)
     logs = head.scores(HeadRows(asked, log_priors(priors, queries).float(), unknown)).double().log_softmax(1)
     histories = {user.id: user.history for user in dataset.users("target")}
@@ -138,34 +138,65 @@ def pooled_states(
     model: PersonalizedModel, prompts: Sequence[str], labels: Sequence[str], title: str
 ) -> Float[Tensor, "N F"]:
     """Return z(x): the mean and the last of a prompt's hidden states after the last layer, fp32, on the CPU."""
-    backbone, device = model.model.backbone.model.base_model, model.model.device
     room = max(len(model.encoder.answer(label)) for label in labels)
     encoded = [model.encoder.prompt(prompt, room=room) for prompt in prompts]
     found: dict[int, Tensor] = {}
-    limit = model.model.backbone.batch_tokens
-    with progress(title, len(prompts)) as advance, torch.no_grad():
-        for chunk in by_length([len(ids) for ids in encoded], model.config.compute.batch_size, limit):
-            ids, mask = pad_left([encoded[at] for at in chunk], model.model.backbone.pad_id, device)
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
-            states = backbone(**given).last_hidden_state.float()
-            mean = (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
-            found |= dict(zip(chunk, torch.cat([mean, states[:, -1]], dim=1).cpu(), strict=True))
-            advance(len(chunk))
+    for chunk, states, mask in prompt_states(model.model.backbone, encoded, model.config.compute.batch_size, title):
+        pooled = torch.cat([mean_state(states, mask), states[:, -1]], dim=1)
+        found |= dict(zip(chunk, pooled.cpu(), strict=True))
     return torch.stack([found[at] for at in range(len(prompts))])
 
 
-def fit_head(
-    features: Float[Tensor, "N F"],
-    rows: Sequence[TextExample],
-    dataset: Dataset,
-    priors: UserPriors,
-    number: Callable[[str], int],
-) -> LinearHead:
+@dataclass(frozen=True)
+class HeadData:
+    """Rows to fit a head on, and what their priors are computed from.
+
+    Attributes:
+        features: z(x) of the rows, `(N, F)`.
+        dataset: has the users' histories.
+        number: function from a label to its index; negative for a text that is no label.
+    """
+
+    rows: Sequence[TextExample]
+    features: Float[Tensor, "N F"]
+    dataset: Dataset
+    priors: UserPriors
+    number: Callable[[str], int]
+
+    def habits(self, *, hold_out: bool) -> tuple[dict[int, Floats], set[int]]:
+        """Return log pi_u by the id of a row, from the user's items before it, and the ids of held-out rows.
+
+        With `hold_out`, no prior knows a held-out answer; without, no row is held out.
+        """
+        priors = self.priors
+        population = priors.population_before if hold_out else priors.population
+        found: dict[int, Floats] = {}
+        newest: set[int] = set()
+        for user in dict.fromkeys(row.user for row in self.rows):
+            known = [(row.id, at) for row in self.dataset.history(user) if (at := self.number(row.target)) >= 0]
+            cut = len(known) - (priors.held.get(user, 0) if hold_out else 0)
+            answers = np.asarray([at for _, at in known[:cut]], dtype=np.int64)
+            own = earlier_priors(answers, population, priors.decay, priors.smoothing)
+            found |= {key: np.log(shares) for (key, _), shares in zip(known[:cut], own, strict=True)}
+            after = np.log(user_prior(answers, population, priors.decay, priors.smoothing))
+            found |= {key: after for key, _ in known[cut:]}
+            newest |= {key for key, _ in known[cut:]}
+        return found, newest
+
+    def select(self, habits: Mapping[int, Floats]) -> HeadRows:
+        """Return the rows that have a prior in `habits`; rows without a label have none."""
+        chosen = [at for at, row in enumerate(self.rows) if row.id in habits]
+        width = len(next(iter(habits.values()))) if habits else 0
+        stacked = np.stack([habits[self.rows[at].id] for at in chosen]) if chosen else np.zeros((0, width))
+        labels = torch.tensor([self.number(self.rows[at].target) for at in chosen], dtype=torch.long)
+        return HeadRows(self.features[chosen], torch.from_numpy(stacked).float(), labels)
+
+
+def fit_head(data: HeadData) -> LinearHead:
     """Choose l on the held-out rows in a fit on the others, then fit all rows; rows without a label do not count."""
-    before, held = habits(rows, dataset, priors, number, hold_out=True)
-    older = _rows(features, rows, {key: habit for key, habit in before.items() if key not in held}, number)
-    newest = _rows(features, rows, {key: habit for key, habit in before.items() if key in held}, number)
+    before, held = data.habits(hold_out=True)
+    older = data.select({key: habit for key, habit in before.items() if key not in held})
+    newest = data.select({key: habit for key, habit in before.items() if key in held})
     penalty = PENALTIES[len(PENALTIES) // 2]
     if len(newest.labels) and len(older.labels):
         head, losses = LinearHead(older), []
@@ -175,48 +206,7 @@ def fit_head(
                 losses.append(float(nn.functional.cross_entropy(head.scores(newest), newest.labels)))
                 advance()
         penalty = PENALTIES[losses.index(min(losses))]
-    every = _rows(features, rows, habits(rows, dataset, priors, number, hold_out=False)[0], number)
+    every = data.select(data.habits(hold_out=False)[0])
     head = LinearHead(every)
     head.fit(every, penalty)
     return head
-
-
-def habits(
-    rows: Sequence[TextExample],
-    dataset: Dataset,
-    priors: UserPriors,
-    number: Callable[[str], int],
-    *,
-    hold_out: bool,
-) -> tuple[dict[int, Floats], set[int]]:
-    """Return log pi_u by the id of a row, from the user's items before it, and the ids of held-out rows.
-
-    With `hold_out`, no prior knows a held-out answer; without, no row is held out.
-    """
-    population = priors.population_before if hold_out else priors.population
-    found: dict[int, Floats] = {}
-    newest: set[int] = set()
-    for user in dict.fromkeys(row.user for row in rows):
-        known = [(row.id, at) for row in dataset.history(user) if (at := number(row.target)) >= 0]
-        cut = len(known) - (priors.held.get(user, 0) if hold_out else 0)
-        answers = np.asarray([at for _, at in known[:cut]], dtype=np.int64)
-        own = earlier_priors(answers, population, priors.decay, priors.smoothing)
-        found |= {key: np.log(shares) for (key, _), shares in zip(known[:cut], own, strict=True)}
-        after = np.log(user_prior(answers, population, priors.decay, priors.smoothing))
-        found |= {key: after for key, _ in known[cut:]}
-        newest |= {key for key, _ in known[cut:]}
-    return found, newest
-
-
-def _rows(
-    features: Float[Tensor, "N F"],
-    rows: Sequence[TextExample],
-    habit: Mapping[int, Floats],
-    number: Callable[[str], int],
-) -> HeadRows:
-    """Return the rows that have a prior in `habit`."""
-    chosen = [at for at, row in enumerate(rows) if row.id in habit]
-    width = len(next(iter(habit.values()))) if habit else 0
-    stacked = np.stack([habit[rows[at].id] for at in chosen]) if chosen else np.zeros((0, width))
-    labels = torch.tensor([number(rows[at].target) for at in chosen], dtype=torch.long)
-    return HeadRows(features[chosen], torch.from_numpy(stacked).float(), labels)

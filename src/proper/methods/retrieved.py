@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from proper.config import Config
 from proper.console import progress
-from proper.data.batching import by_length
 from proper.data.chat import readable
 from proper.data.dataset import Dataset
 from proper.data.derived.copies import Count
 from proper.data.derived.retrieval import Vectors, add_profiles, retrieve
 from proper.data.stage_sample import SHARED_STAGES, stage_sample
-from proper.inference.forward import pad_left
+from proper.methods.prompt_states import mean_state, prompt_states
 from proper.methods.spec import DerivedRun
 from proper.methods.stage_methods import train_stages
 from proper.models.backbone import configured_backbone
@@ -97,16 +95,8 @@ def prompt_vectors(source: Dataset, config: Config) -> Vectors:
     encoder = backbone.encoder()
     encoded = [encoder.start + encoder.tokens(readable(row.prompt))[:MAX_TOKENS] for row in rows]
     found: dict[int, np.ndarray[Any, np.dtype[np.float32]]] = {}
-    with progress("retrieval: embeds", len(rows)) as advance, torch.no_grad():
-        for chunk in by_length([len(ids) for ids in encoded], config.compute.batch_size, backbone.batch_tokens):
-            ids, mask = pad_left([encoded[at] for at in chunk], backbone.pad_id, backbone.device)
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            states = backbone.model.base_model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
-            ).last_hidden_state.float()
-            pooled = ((states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)).cpu().numpy()
-            found |= dict(zip((rows[at].id for at in chunk), pooled, strict=True))
-            advance(len(chunk))
+    for chunk, states, mask in prompt_states(backbone, encoded, config.compute.batch_size, "retrieval: embeds"):
+        found |= dict(zip((rows[at].id for at in chunk), mean_state(states, mask).cpu().numpy(), strict=True))
     center = np.mean([found[item.id] for item in items], axis=0)
     centered = {row: vector - center for row, vector in found.items()}
     return {row: vector / max(float(np.linalg.norm(vector)), 1e-12) for row, vector in centered.items()}
