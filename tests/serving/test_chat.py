@@ -20,7 +20,7 @@ from proper.models.backbone import backbone_location
 from proper.serving.schemas.requests import ChatRequest
 
 if TYPE_CHECKING:
-    Serve = Any  # tests/serving/conftest.py
+    from tests.serving.conftest import Serve
 
 
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"

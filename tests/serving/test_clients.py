@@ -12,7 +12,7 @@ from proper.inference import PersonalizedModel
 from proper.inference.generate import generate
 
 if TYPE_CHECKING:
-    Running = Any  # tests/serving/conftest.py
+    from tests.serving.conftest import Running
 
 # What these two packages warn of on import is not ours.
 pytestmark = pytest.mark.filterwarnings("default")

@@ -8,7 +8,7 @@ import json
 import resource
 import socket
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,7 +18,7 @@ from proper.serving.connections import ConnectionCounter, ConnectionLimits
 if TYPE_CHECKING:
     from pathlib import Path
 
-    Running = Serve = Any  # tests/serving/conftest.py
+    from tests.serving.conftest import Running, Serve
 
 SOON = 0.5
 BUDGET = ConnectionLimits(

@@ -15,7 +15,7 @@ from proper.data.dataset import prepare
 from proper.interactions.log import InteractionLog
 
 if TYPE_CHECKING:
-    Running = Serve = Any  # tests/serving/conftest.py
+    from tests.serving.conftest import Running, Serve
 
 QUEUED = {"state": "queued", "progress": 0, "phase": None, "message": None, "version": None}
 HISTORY = [

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,7 +16,7 @@ from proper.serving.errors import one_line, without_folders, without_places
 if TYPE_CHECKING:
     import httpx
 
-    Running = Serve = Any  # tests/serving/conftest.py
+    from tests.serving.conftest import Running
 
 
 def drop(database: Path) -> None:

@@ -20,7 +20,7 @@ from proper.serving.limits import ServeLimits
 if TYPE_CHECKING:
     from pathlib import Path
 
-    Running = Serve = Any  # tests/serving/conftest.py
+    from tests.serving.conftest import Running, Serve
 
 ASK: dict[str, Any] = {"model": "tiny", "prompt": "What does this say?", "user": "u0", "max_tokens": 2}
 PROMPT = {**ASK, "prompt": "a" * 1_000_000}

@@ -25,7 +25,7 @@ from proper.interactions.log import InteractionLog
 from proper.serving.fit_process import FitProcess
 
 if TYPE_CHECKING:
-    Running = Serve = Any  # tests/serving/conftest.py
+    from tests.serving.conftest import Serve
 
 HISTORY = [{"input": f"Thing number {at}?", "output": ("yes", "no")[at % 2], "id": f"{at}"} for at in range(12)]
 

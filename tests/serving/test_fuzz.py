@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    Running = Serve = Any  # tests/serving/conftest.py
+    from tests.serving.conftest import Running, Serve
 
 FEW, MANY = 400, 10_000
 METHODS = ("GET", "POST", "HEAD", "DELETE", "PUT", "PATCH", "OPTIONS", "TRACE", "FOO")

@@ -17,7 +17,7 @@ from proper.errors import InputError
 from proper.serving.keys import FILE, DamagedKeysError, Keys, Principal
 
 if TYPE_CHECKING:
-    Running = Serve = Any  # tests/serving/conftest.py
+    from tests.serving.conftest import Running, Serve
 
 ASK = {"model": "tiny", "prompt": "Well?", "max_tokens": 1}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Well?"}], "max_tokens": 1}

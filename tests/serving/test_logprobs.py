@@ -23,7 +23,7 @@ from proper.serving.routes.generation import server_sent
 from tests import tokenizer_kinds
 
 if TYPE_CHECKING:
-    Running = Any  # tests/serving/conftest.py
+    from tests.serving.conftest import Running
 
 PROMPT = "What does this say?"
 LENGTH = 6

@@ -18,7 +18,7 @@ PROMPTS = ("What does this say?", "Short", "A rather longer text: what does it s
 USERS = (*(f"u{at}" for at in range(8)), "group", "stranger", None)
 
 if TYPE_CHECKING:
-    Running = Any  # tests/serving/conftest.py
+    from tests.serving.conftest import Running
 
 
 def named(user: str | None) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +10,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
 if TYPE_CHECKING:
-    Running = Any  # tests/serving/conftest.py
+    from tests.serving.conftest import Running
 
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
 

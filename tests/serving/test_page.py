@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import proper
 
 if TYPE_CHECKING:
-    Running = Any  # tests/serving/conftest.py
+    from tests.serving.conftest import Running
 
 FOLDER = Path(proper.__file__).parent / "serving" / "page"
 

@@ -12,7 +12,7 @@ import yaml
 from playwright.sync_api import Browser, Page, Route, expect
 
 if TYPE_CHECKING:
-    Running = Serve = Any  # tests/serving/conftest.py
+    from tests.serving.conftest import Running, Serve
 
 pytestmark = pytest.mark.browser
 TIERS = ("population", "groups", "users")

@@ -23,7 +23,7 @@ from proper.serving.routes.generation import cancel_on_disconnect
 if TYPE_CHECKING:
     from pathlib import Path
 
-    Running = Serve = Any  # tests/serving/conftest.py
+    from tests.serving.conftest import Running, Serve
 
 ASK: dict[str, Any] = {"model": "tiny", "prompt": "What does this say?", "user": "u0"}
 LONGEST = 4000

@@ -14,7 +14,7 @@ from proper.serving.schemas.requests import ChatRequest, CompletionRequest
 if TYPE_CHECKING:
     import httpx
 
-    Running = Any  # tests/serving/conftest.py
+    from tests.serving.conftest import Running
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
 TEXT: dict[str, Any] = {"model": "tiny", "prompt": "Hello", "max_tokens": 2}

@@ -32,7 +32,7 @@ from proper.serving.routes import users
 from proper.state_move import move_state
 
 if TYPE_CHECKING:
-    Running = Serve = Any  # tests/serving/conftest.py
+    from tests.serving.conftest import Running, Serve
 
 
 def test_users_are_listed_read_taken_back_and_deleted(own: Running, alone: PersonalizedModel) -> None:

@@ -88,7 +88,7 @@ class Squares:
 def step_of(stage: Squares, plan: TrainingPlan, step: int = 0, users: int = 6) -> Any:
     rows = dp._rows_by_user(plan.sample)
     assert plan.privacy is not None
-    return dp._step(stage, plan, plan.privacy, rows, dp.UserSampling(users, 10), step, SECRET)
+    return dp._step(stage, plan, plan.privacy, dp._Draws(rows, dp.UserSampling(users, 10), SECRET), step)
 
 
 @pytest.mark.parametrize("kind", ["none", "experts"])
@@ -191,7 +191,13 @@ def test_without_one_user_the_gradient_moves_by_at_most_the_clip(scale: float, p
         # The numbers of users stay those that the settings have: a removed user is one without rows.
         for parameter in stage.parameters().values():
             parameter.grad = None
-        dp._step(stage, made, made.privacy, {u: of[:3] for u, of in own.items()}, dp.UserSampling(6, 10), 0, SECRET)
+        dp._step(
+            stage,
+            made,
+            made.privacy,
+            dp._Draws({u: of[:3] for u, of in own.items()}, dp.UserSampling(6, 10), SECRET),
+            0,
+        )
         assert stage.weights.grad is not None
         found.append(stage.weights.grad * 6)
     assert 0 < float((found[0] - found[1]).norm()) <= 0.5 * (1 + 1e-5)
