@@ -22,6 +22,7 @@ from proper.evaluation.routing import analyze_routing
 from proper.evaluation.runner import mean_gates, read_predictions
 from proper.evaluation.scoring import Predictions, score_all
 from proper.evaluation.slices import history_slices
+from proper.evaluation.statistics import Effort
 from proper.evaluation.style import user_habits
 from proper.files import hash_value, read_json
 from proper.inference.loading import load
@@ -31,7 +32,6 @@ from proper.methods.table import known_methods, table_methods
 from proper.run_folder import RunFolder
 from proper.training.seeds import seed_folder
 
-RESAMPLES, DRAWS = 2000, 10_000
 KEPT = ("run", "task", "personalization", "metrics", "comparisons", "cost")
 
 
@@ -145,7 +145,7 @@ def _against(job: Job, scores: Scores, task: TaskInfo, there: Sequence[Mapping[s
         done = {(row["method"], row["against"]) for row in there if row["metric"] == metric}
         done |= {(against, method) for method, against in done}
         wanted = {key: one for key, one in scores.items() if key[1] == metric}
-        rows += comparison_rows(wanted, [p for p in pairs if p not in done], task, RESAMPLES, DRAWS, seed=0)
+        rows += comparison_rows(wanted, [p for p in pairs if p not in done], task, Effort())
     return rows
 
 

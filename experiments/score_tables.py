@@ -14,8 +14,8 @@ import numpy as np
 
 from proper.evaluation.comparisons import adjust, comparison_rows, default_pairs
 from proper.evaluation.metrics import FloatArray, TaskInfo, get_metric
-from proper.evaluation.results import Effort, metric_row, plain
-from proper.evaluation.statistics import UserScores
+from proper.evaluation.results import metric_row, plain
+from proper.evaluation.statistics import Effort, UserScores
 
 Table = dict[str, Any]
 Cells = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -64,7 +64,7 @@ def _figures(cells: Cells, counts: FloatArray, task: TaskInfo, more: Sequence[tu
         names = [name for name in _metrics(cells[method]) if name in _metrics(cells[against])] if shared else []
         for name in names:
             both = {(one, name): _scores(name, cells[one], counts, shared) for one in (method, against)}
-            comparisons += comparison_rows(both, [(method, against)], task, EFFORT.resamples, EFFORT.draws, EFFORT.seed)
+            comparisons += comparison_rows(both, [(method, against)], task, EFFORT)
     adjust(comparisons)
     return dict(plain({"metrics": metrics, "comparisons": comparisons}))
 

@@ -15,8 +15,8 @@ import pytest
 from proper.errors import DataError
 from proper.evaluation.comparisons import default_pairs
 from proper.evaluation.metrics import Prediction, TaskInfo, score
-from proper.evaluation.results import Effort, RawResults, build_results, gains_by_user, plain, require_same_queries
-from proper.evaluation.statistics import holm
+from proper.evaluation.results import RawResults, build_results, gains_by_user, plain, require_same_queries
+from proper.evaluation.statistics import Effort, holm
 
 LABELS = TaskInfo("demo", "classification", ("a", "b", "c"))
 STARS = TaskInfo("stars", "rating", ("1", "2", "3", "4", "5"))

@@ -14,10 +14,10 @@ from proper.config import make_config
 from proper.data.dataset import prepare
 from proper.errors import DataError, RunFolderError
 from proper.evaluation.metrics import Prediction, TaskInfo
-from proper.evaluation.results import Effort, RawResults, build_results
+from proper.evaluation.results import RawResults, build_results
 from proper.evaluation.runner import write_predictions
 from proper.evaluation.side_by_side import compare_runs
-from proper.evaluation.statistics import compare, holm, user_scores
+from proper.evaluation.statistics import Effort, compare, holm, user_scores
 
 TASK = TaskInfo("notes", "classification", ("a", "b"))
 EFFORT = Effort(200, 500)

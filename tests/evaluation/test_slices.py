@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from proper.evaluation.metrics import TaskInfo
 from proper.evaluation.slices import history_slices, slice_rows
-from proper.evaluation.statistics import estimate, user_scores
+from proper.evaluation.statistics import Effort, estimate, user_scores
 
 TASK = TaskInfo("demo", "classification", ("a", "b"))
 
@@ -45,7 +45,7 @@ def test_a_row_holds_the_numbers_of_its_users_alone(make):
     rows = make([(f"u{k % 12:02d}", "a", random_.choice("ab")) for k in range(60)])
     histories = {f"u{k:02d}": k + 4 for k in range(12)}
     scores = {("groups", "accuracy"): user_scores("accuracy", [rows], TASK)}
-    found = {row["slice"]: row for row in slice_rows(scores, histories, resamples=200, seed=3)}
+    found = {row["slice"]: row for row in slice_rows(scores, histories, Effort(200, seed=3))}
     short = found["under-10"]
     alone = estimate(user_scores("accuracy", [[row for row in rows if row.user < "u06"]], TASK), 200, 3)
     assert (short["value"], short["ci95"]) == (alone.value, [alone.low, alone.high])

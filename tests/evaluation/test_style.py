@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from proper.errors import DataError
 from proper.evaluation.metrics import STYLE_DISTANCES, STYLE_METRICS, Prediction, TaskInfo, score
-from proper.evaluation.results import Effort, RawResults, build_results
+from proper.evaluation.results import RawResults, build_results
+from proper.evaluation.statistics import Effort
 from proper.evaluation.style import MATCHES, case, distances, habits_of, length_match, prefix, punctuation
 
 TITLES = TaskInfo("titles", "generation")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from proper.evaluation.metrics import TaskInfo, primary_metric
-from proper.evaluation.statistics import UserScores, compare, holm
+from proper.evaluation.statistics import Effort, UserScores, compare, holm
 from proper.run_folder import STAGE_METHODS, STEPS
 
 Scores = Mapping[tuple[str, str], UserScores]
@@ -83,13 +83,13 @@ def default_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def comparison_rows(
-    scores: Scores, pairs: Sequence[tuple[str, str]], task: TaskInfo, resamples: int, draws: int, seed: int
+    scores: Scores, pairs: Sequence[tuple[str, str]], task: TaskInfo, effort: Effort
 ) -> list[dict[str, Any]]:
     """Return the `comparisons` of `results.json`: every pair on every common metric, p-values adjusted by family."""
     rows: list[dict[str, Any]] = []
     for method, against, name in _tested(scores, pairs):
         primary = name == primary_metric(task)
-        found = compare(scores[method, name], scores[against, name], resamples, draws, seed)
+        found = compare(scores[method, name], scores[against, name], effort.resamples, effort.draws, effort.seed)
         rows.append(
             {
                 "task": task.name,

@@ -26,10 +26,11 @@ from proper.data.summary import queries_seen_by_others, require_no_leaks, requir
 from proper.evaluation.fingerprint import code_version, served_version
 from proper.evaluation.lamp_predictions import write_lamp_predictions
 from proper.evaluation.metrics import Prediction, TaskInfo
-from proper.evaluation.results import Effort, RawResults, build_results, gains_by_user, plain
+from proper.evaluation.results import RawResults, build_results, gains_by_user, plain
 from proper.evaluation.routing import analyze_routing, task_routing
 from proper.evaluation.runner import MethodRun, answer_losses, mean_gates
 from proper.evaluation.several_tasks import joined_gains, joined_results
+from proper.evaluation.statistics import Effort
 from proper.evaluation.style import user_habits
 from proper.evaluation.truth import TruthShares, fits, truth_of_data, truth_section
 from proper.files import hash_value, read_json, write_json

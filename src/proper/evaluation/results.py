@@ -23,7 +23,7 @@ from proper.evaluation.metrics import (
 )
 from proper.evaluation.scoring import Predictions, require_ids, score_all, scores_of
 from proper.evaluation.slices import part_rows, slice_rows
-from proper.evaluation.statistics import UserScores, estimate, standings
+from proper.evaluation.statistics import Effort, UserScores, estimate, standings
 from proper.evaluation.style import Habits
 from proper.run_folder import STAGE_METHODS, STEPS
 
@@ -66,15 +66,6 @@ class RawResults:
         return list(next(iter(self.predictions.values())))
 
 
-@dataclass(frozen=True)
-class Effort:
-    """Number of bootstrap resamples and of permutation draws, and the seed of both."""
-
-    resamples: int = 2000
-    draws: int = 10_000
-    seed: int = 0
-
-
 def build_results(found: RawResults, effort: Effort | None = None) -> dict[str, Any]:
     """Assemble `results.json`, schema 1, from plain values only; non-finite numbers become None.
 
@@ -86,7 +77,7 @@ def build_results(found: RawResults, effort: Effort | None = None) -> dict[str, 
     scores = score_all(found.predictions, found.task, found.habits)
     metrics = _metric_rows(scores, found.task, effort)
     pairs = list(dict.fromkeys([*default_pairs(found.methods), *found.pairs]))
-    comparisons = comparison_rows(scores, pairs, found.task, effort.resamples, effort.draws, effort.seed)
+    comparisons = comparison_rows(scores, pairs, found.task, effort)
     trivial = against_trivial(metrics, comparisons)
     results = {
         "schema": 1,
@@ -97,7 +88,7 @@ def build_results(found: RawResults, effort: Effort | None = None) -> dict[str, 
         "cost": [dict(row) for row in found.cost],
         "routing": dict(found.routing),
         "slices": [
-            *slice_rows(scores, histories, effort.resamples, effort.seed, found.user_slices),
+            *slice_rows(scores, histories, effort, found.user_slices),
             *_query_slices(found, histories, effort),
         ],
         "signatures": _signatures(found, scores, comparisons, trivial),
@@ -239,7 +230,7 @@ def _query_slices(found: RawResults, histories: Mapping[str, int], effort: Effor
             for each, by_method in found.predictions.items()
         }
         if any(answers for by_method in part.values() for answers in by_method.values()):
-            rows += part_rows(name, score_all(part, found.task, found.habits), histories, effort.resamples, effort.seed)
+            rows += part_rows(name, score_all(part, found.task, found.habits), histories, effort)
     return rows
 
 

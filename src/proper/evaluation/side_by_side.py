@@ -17,9 +17,9 @@ from proper.data.dataset import Dataset
 from proper.errors import DataError, RunFolderError
 from proper.evaluation.comparisons import TRIVIAL
 from proper.evaluation.metrics import LOSSES, METRICS, STYLE_DISTANCES, Prediction, TaskInfo, TaskKind
-from proper.evaluation.results import Effort, plain
+from proper.evaluation.results import plain
 from proper.evaluation.runner import read_predictions
-from proper.evaluation.statistics import compare, holm, user_scores
+from proper.evaluation.statistics import Effort, compare, holm, user_scores
 from proper.json_records import REMOVE_IT, first_problem, read_record
 from proper.run_folder import RunFolder, Tier
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from proper.evaluation.statistics import UserScores, estimate
+from proper.evaluation.statistics import Effort, UserScores, estimate
 
 
 def history_slices(histories: Mapping[str, int]) -> dict[str, list[str]]:
@@ -37,8 +37,7 @@ def history_slices(histories: Mapping[str, int]) -> dict[str, list[str]]:
 def slice_rows(
     scores: Mapping[tuple[str, str], UserScores],
     histories: Mapping[str, int],
-    resamples: int = 2000,
-    seed: int = 0,
+    effort: Effort,
     more: Mapping[str, Collection[str]] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the `slices` of `results.json`: one row per slice, method and metric.
@@ -50,23 +49,19 @@ def slice_rows(
     others = {name: [user for user in histories if user in users] for name, users in (more or {}).items()}
     for name, users in {**history_slices(histories), **others}.items():
         parts = {key: whole.only(set(users)) for key, whole in scores.items()} if users else {}
-        rows += part_rows(name, parts, histories, resamples, seed)
+        rows += part_rows(name, parts, histories, effort)
     return rows
 
 
 def part_rows(
-    name: str,
-    scores: Mapping[tuple[str, str], UserScores],
-    histories: Mapping[str, int],
-    resamples: int = 2000,
-    seed: int = 0,
+    name: str, scores: Mapping[tuple[str, str], UserScores], histories: Mapping[str, int], effort: Effort
 ) -> list[dict[str, Any]]:
     """Return one slice's rows from scores computed on only its queries."""
     rows = []
     for (method, metric), part in scores.items():
         if not part.users:  # a distance of styles, where no user of the slice has a history
             continue
-        found = estimate(part, resamples, seed)
+        found = estimate(part, effort.resamples, effort.seed)
         lengths = [histories[user] for user in part.users]
         rows.append(
             {

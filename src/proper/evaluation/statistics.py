@@ -109,6 +109,15 @@ def user_scores(name: str, seeds: Sequence[Sequence[Prediction]], task: TaskInfo
     return UserScores(metric, users, np.stack(sums), counts)
 
 
+@dataclass(frozen=True)
+class Effort:
+    """Number of bootstrap resamples and of permutation draws, and the seed of both."""
+
+    resamples: int = 2000
+    draws: int = 10_000
+    seed: int = 0
+
+
 def bootstrap(scores: Sequence[UserScores], resamples: int = 2000, seed: int = 0) -> FloatArray:
     """Recompute several scores on the same N resamples of their common users and seeds; returns `(len(scores), N)`.
 
