@@ -32,7 +32,8 @@ from proper.export.converted_models import in_int8
 from proper.inference.loading import load
 from proper.inference.score import score
 from proper.methods.derived_runs import varied
-from proper.methods.end_to_end import JointRunner
+from proper.methods.end_to_end import JointTraining
+from proper.methods.spec import TrainedRun
 from proper.methods.stage_methods import derangement
 from proper.methods.table import all_methods
 from proper.run_folder import Tier
@@ -203,7 +204,7 @@ def test_end_to_end_spends_the_tokens_of_the_three_stages(judged: Path) -> None:
 def test_end_to_end_steps_takes_the_steps_of_stage_3(judged: Path, settings: Callable[..., Config]) -> None:
     config = settings()
     with Dataset.open(judged / "data.sqlite") as dataset:
-        runner = JointRunner(config, dataset, judged, 0, lambda metrics: None, equal_steps=True)
+        runner = JointTraining(TrainedRun(config, dataset, judged, 0), lambda metrics: None, equal_steps=True)
         rows = runner.rows()
         own = [user.id for user in dataset.users("target")]
         present, some = 0, [row.user for row in rows.rows(0)]

@@ -145,21 +145,23 @@ def _label_indices(texts: Iterable[str], task: TaskInfo) -> NDArray[np.int64]:
     return np.asarray([*found], dtype=np.int64)
 
 
-def _accuracy(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
+def _found_and_gold(predictions: Sequence[Prediction], task: TaskInfo) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the labels' indices of the predictions and of the golds; -1 for a text that is no label."""
     if not task.labels:
         raise DataError(f"task {task.name}: a classification task needs its labels")
     found = _label_indices((row.prediction for row in predictions), task)
-    golds = _label_indices((row.target for row in predictions), task)
+    return found, _label_indices((row.target for row in predictions), task)
+
+
+def _accuracy(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
+    found, golds = _found_and_gold(predictions, task)
     # A gold outside the list is wrong for every method; the official script would call -1 == -1 correct.
     return np.asarray((found == golds) & (golds >= 0), dtype=np.float64)[:, None]
 
 
 def _confusions(predictions: Sequence[Prediction], task: TaskInfo) -> FloatArray:
     """Return `(N, 3 L)`: for each label, indicators of a true positive, of the gold and of the prediction."""
-    if not task.labels:
-        raise DataError(f"task {task.name}: a classification task needs its labels")
-    found = _label_indices((row.prediction for row in predictions), task)
-    golds = _label_indices((row.target for row in predictions), task)
+    found, golds = _found_and_gold(predictions, task)
     labels = np.arange(len(task.labels))
     predicted, gold = found[:, None] == labels, golds[:, None] == labels
     return np.concatenate([predicted & gold, gold, predicted], axis=1).astype(np.float64)

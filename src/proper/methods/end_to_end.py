@@ -15,7 +15,6 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 
 import torch
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 
 from proper.adapters.quantization import encode
 from proper.adapters.store import AdapterStore, UserRecord
-from proper.config import Config
 from proper.data.batching import Batch
 from proper.data.histories import Histories, SampledRows, TextExample, User
 from proper.data.stage_sample import stage_sample
@@ -180,27 +178,23 @@ class JointStage:
 
     def state(self) -> dict[str, Tensor]:
         """Return embeddings, adapters and their optimizer moments."""
-        moments = {f"adapters/{key}": value for key, value in self.optimizer.tensors().items()}
-        return {**self.groups.state(), "adapters": self.bank.values, **moments}
+        return {**self.groups.state(), "adapters": self.bank.values, **self.optimizer.tensors("adapters/")}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Restore embeddings, adapters and their optimizer moments."""
         self.groups.restore(tensors)
         self.bank.values.copy_(tensors["adapters"])
-        prefix = "adapters/"
-        self.optimizer.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        self.optimizer.restore(tensors, "adapters/")
 
 
 def train_end_to_end(work: TrainingWork) -> None:
     """Train experts and user adapters jointly on the backbone, on as many tokens as the three stages."""
-    run = work.run
-    JointRunner(run.config, run.dataset, run.folder, run.seed, work.log).run()
+    JointTraining(work.run, work.log).train()
 
 
 def train_equal_steps(work: TrainingWork) -> None:
     """Train as `train_end_to_end`, for as many optimizer steps per adapter as stage 3."""
-    run = work.run
-    JointRunner(run.config, run.dataset, run.folder, run.seed, work.log, equal_steps=True).run()
+    JointTraining(work.run, work.log, equal_steps=True).train()
 
 
 def answer_end_to_end(run: TrainedRun) -> MethodRun:
@@ -209,59 +203,63 @@ def answer_end_to_end(run: TrainedRun) -> MethodRun:
     return answer_with(run, model, serve_users(run.folder, run.config, model))
 
 
-class JointRunner:
-    """End-to-end training into `groups` and `users` of a folder that has no population."""
+@dataclass(frozen=True)
+class JointTraining:
+    """End-to-end training into `groups` and `users` of a folder that has no population.
 
-    def __init__(
-        self, config: Config, dataset: Histories, folder: Path, seed: int, log: Log, equal_steps: bool = False
-    ) -> None:
-        self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
-        self.equal_steps = equal_steps
+    Attributes:
+        run: the folder, its config, data and seed.
+        equal_steps: whether an adapter gets the optimizer steps of stage 3, as a mean over users.
+    """
 
-    def run(self) -> None:
+    run: TrainedRun
+    log: Log
+    equal_steps: bool = False
+
+    def train(self) -> None:
         """Train to the end, resuming from the checkpoint; do nothing if training is complete."""
-        run = RunFolder(self.folder)
-        if run.is_trained(Stage.USERS):
+        folder = RunFolder(self.run.folder)
+        if folder.is_trained(Stage.USERS):
             return
-        config, started = self.config, time.perf_counter()
+        config, started = self.run.config, time.perf_counter()
         accelerator = join_processes(config)
         backbone = configured_backbone(config, accelerator.device)
         model = ProperModel(backbone)
-        model.add_experts(config.groups, seed_of(self.seed, "experts"))
-        users = [user.id for user in self.dataset.users() if user.history > 0]
+        model.add_experts(config.groups, seed_of(self.run.seed, "experts"))
+        users = [user.id for user in self.run.dataset.users() if user.history > 0]
         slots = {user.id: at for at, user in enumerate(self._targets())}
         bank = self._bank(model, slots)
         rate = resolve_rate(config.users.learning_rate, "users", backbone.hidden_size)
-        groups = GroupsStage(model, config.groups, users, self.seed, accelerator, backbone.batch_tokens)
+        groups = GroupsStage(model, config.groups, users, self.run.seed, accelerator, backbone.batch_tokens)
         stage = JointStage(groups, bank, slots, rate, config.users.clip)
         sample = self.rows()
         # One pass, because `sample` already contains every row as often as the three stages train on it.
         once = config.model_copy(update={"groups": config.groups.model_copy(update={"epochs": 1.0})})
         encoder = backbone.encoder()
-        plan = stage_plan("groups", once, sample, backbone, encoder, self.folder, self.seed, self.log)
-        with model.caching(self.folder, config.compute.cache_mb):
+        plan = stage_plan("groups", once, sample, backbone, encoder, self.run.folder, self.run.seed, self.log)
+        with model.caching(self.run.folder, config.compute.cache_mb):
             train_stage(stage, model, config.groups, plan, accelerator)
         self._save(model, users, groups.embeddings, slots, bank)
-        metadata = {"rows": sample.size, "tokens": sample.tokens, "seed": self.seed, "backbone": backbone.digest}
+        metadata = {"rows": sample.size, "tokens": sample.tokens, "seed": self.run.seed, "backbone": backbone.digest}
         metadata |= {"users": len(slots), "seconds": round(time.perf_counter() - started, 3)}
         for name in (Stage.GROUPS, Stage.USERS):
-            write_json(run.marker(name), metadata)
+            write_json(folder.marker(name), metadata)
         plan.checkpoint.remove()
 
     def rows(self) -> Together:
         """Return the training rows of the three stages: the same samples, with as many passes or adapter steps."""
-        population, groups, users = self.config.population, self.config.groups, self.config.users
+        population, groups, users = self.run.config.population, self.run.config.groups, self.run.config.users
         own = [user.id for user in self._targets()]
-        newest = Newest(self.dataset, own, users.max_items, self.config.compute.max_length, self.seed)
-        lengths = [len(self.dataset.history(user, users.max_items)) for user in own]
+        newest = Newest(self.run.dataset, own, users.max_items, self.run.config.compute.max_length, self.run.seed)
+        lengths = [len(self.run.dataset.history(user, users.max_items)) for user in own]
         passes = sum(full_passes(users, items) * items for items in lengths) / max(1, sum(lengths))
         together = Together(
             (
-                (stage_sample(self.dataset, "population", self.config, self.seed), population.epochs),
-                (stage_sample(self.dataset, "groups", self.config, self.seed), groups.epochs),
+                (stage_sample(self.run.dataset, "population", self.run.config, self.run.seed), population.epochs),
+                (stage_sample(self.run.dataset, "groups", self.run.config, self.run.seed), groups.epochs),
                 (newest, passes),
             ),
-            self.seed,
+            self.run.seed,
         )
         if not self.equal_steps:
             return together
@@ -269,28 +267,28 @@ class JointRunner:
         return with_steps(together, own, groups.batch_size * groups.gradient_accumulation, wanted)
 
     def _targets(self) -> list[User]:
-        return [user for user in self.dataset.users("target") if user.history > 0]
+        return [user for user in self.run.dataset.users("target") if user.history > 0]
 
     def _bank(self, model: ProperModel, slots: dict[str, int]) -> AdapterBank:
-        users = self.config.users
+        users = self.run.config.users
         bank = AdapterBank(model.user_layout(users), len(slots), alpha=users.alpha, trainable=True, device=model.device)
         for user, slot in slots.items():
-            bank.fresh(slot, torch.Generator().manual_seed(seed_of(self.seed, "adapter", user)))
+            bank.fresh(slot, torch.Generator().manual_seed(seed_of(self.run.seed, "adapter", user)))
         model.use_bank(bank)
         return bank
 
     def _save(
         self, model: ProperModel, users: Sequence[str], embeddings: Tensor, slots: dict[str, int], bank: AdapterBank
     ) -> None:
-        run = RunFolder(self.folder)
+        folder = RunFolder(self.run.folder)
         tensors = {**model.group_parameters(), "mean_embedding": embeddings.mean(0)}
-        save_tensors(run.experts, tensors, {"modules": list(model.layers)})
-        store = AdapterStore(run.users.path)
-        groups = hash_file(run.experts)
-        store.bind({"backbone": model.backbone.digest, "groups": groups, **self.config.users.adapter_shape})
+        save_tensors(folder.experts, tensors, {"modules": list(model.layers)})
+        store = AdapterStore(folder.users.path)
+        groups = hash_file(folder.experts)
+        store.bind({"backbone": model.backbone.digest, "groups": groups, **self.run.config.users.adapter_shape})
         for at, user in enumerate(users):
             adapter = None
             if user in slots:
-                adapter = encode(bank.layout.unpack(bank.values[slots[user]]), self.config.users.storage)
+                adapter = encode(bank.layout.unpack(bank.values[slots[user]]), self.run.config.users.storage)
             store.put([UserRecord(user, Tier.USERS if adapter else Tier.GROUPS, embeddings[at], adapter)])
         store.close()

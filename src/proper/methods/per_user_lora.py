@@ -25,22 +25,18 @@ from proper.models.backbone import configured_backbone
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.run_folder import RunFolder, Stage
-from proper.training.metrics_log import Log
 from proper.training.user_stage import UserStage
 from proper.training.users import train_users
 
 
 def train_per_user(work: TrainingWork) -> None:
     """Train user adapters on the backbone or on population, without groups."""
-    run = work.run
-    DirectRunner(run.config, run.dataset, run.folder, run.seed, work.log).run()
+    _train(work, work.run.dataset)
 
 
 def train_leaking(work: TrainingWork) -> None:
     """Train as `train_per_user`, with the leak of OPPU's released code: users also train on all earlier users' rows."""
-    run = work.run
-    rows = Leaking(run.dataset, run.config.users.max_items)
-    DirectRunner(run.config, rows, run.folder, run.seed, work.log).run()
+    _train(work, Leaking(work.run.dataset, work.run.config.users.max_items))
 
 
 def answer_per_user(run: TrainedRun) -> MethodRun:
@@ -52,42 +48,39 @@ def answer_per_user(run: TrainedRun) -> MethodRun:
     return answer_with(run, model, ServedUsers(AdapterStore(RunFolder(run.folder).users.path), bank, torch.zeros(1)))
 
 
-class DirectRunner:
-    """Trainer of user adapters in `folder/users`, on the backbone and, if it exists, on `folder/population`."""
+def _train(work: TrainingWork, histories: Histories) -> None:
+    """Fit all users to these histories, resuming where an earlier call stopped; do nothing if all are fitted.
 
-    def __init__(self, config: Config, dataset: Histories, folder: Path, seed: int, log: Log) -> None:
-        self.config, self.dataset, self.folder, self.seed, self.log = config, dataset, folder, seed, log
-
-    def run(self) -> None:
-        """Fit all users, resuming where an earlier call stopped; do nothing if all are fitted."""
-        run = RunFolder(self.folder)
-        if run.is_trained(Stage.USERS):
-            return
-        model = direct_model(self.config, self.folder)
-        backbone, started = model.backbone, time.perf_counter()
-        users = [user.id for user in self.dataset.users("target") if user.history > 0]
-        store = AdapterStore(run.users.path)
-        store.bind({"backbone": backbone.digest, **self.config.users.adapter_shape})
-        stage = UserStage(
-            model=model,
-            config=self.config.users,
-            dataset=self.dataset,
-            encoder=backbone.encoder(),
-            users=users,
-            embeddings=torch.zeros(len(users), 1),
-            store=store,
-            folder=run.users.work,
-            seed=self.seed,
-            checkpoint_seconds=self.config.compute.checkpoint_seconds,
-            log=self.log,
-        )
-        with model.caching(self.folder, self.config.compute.cache_mb):
-            train_users(stage)
-        store.close()
-        seconds = round(time.perf_counter() - started, 3)
-        metadata = {"users": len(users), "seed": self.seed, "seconds": seconds, "backbone": backbone.digest}
-        write_json(run.marker(Stage.USERS), metadata)
-        shutil.rmtree(run.users.work, ignore_errors=True)
+    The adapters are in `users` of the run folder, on the backbone and, if it exists, on the folder's `population`.
+    """
+    run, folder = work.run, RunFolder(work.run.folder)
+    if folder.is_trained(Stage.USERS):
+        return
+    model = direct_model(run.config, run.folder)
+    backbone, started = model.backbone, time.perf_counter()
+    users = [user.id for user in histories.users("target") if user.history > 0]
+    store = AdapterStore(folder.users.path)
+    store.bind({"backbone": backbone.digest, **run.config.users.adapter_shape})
+    stage = UserStage(
+        model=model,
+        config=run.config.users,
+        dataset=histories,
+        encoder=backbone.encoder(),
+        users=users,
+        embeddings=torch.zeros(len(users), 1),
+        store=store,
+        folder=folder.users.work,
+        seed=run.seed,
+        checkpoint_seconds=run.config.compute.checkpoint_seconds,
+        log=work.log,
+    )
+    with model.caching(run.folder, run.config.compute.cache_mb):
+        train_users(stage)
+    store.close()
+    seconds = round(time.perf_counter() - started, 3)
+    metadata = {"users": len(users), "seed": run.seed, "seconds": seconds, "backbone": backbone.digest}
+    write_json(folder.marker(Stage.USERS), metadata)
+    shutil.rmtree(folder.users.work, ignore_errors=True)
 
 
 def direct_model(config: Config, folder: Path) -> ProperModel:

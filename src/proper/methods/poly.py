@@ -80,13 +80,12 @@ class PolyStage:
 
     def state(self) -> dict[str, Tensor]:
         """Return logits and their optimizer moments."""
-        return {"logits": self.logits, **{f"logits/{key}": value for key, value in self.optimizer.tensors().items()}}
+        return {"logits": self.logits, **self.optimizer.tensors("logits/")}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Restore logits and optimizer moments."""
         self.logits.copy_(tensors["logits"])
-        prefix = "logits/"
-        self.optimizer.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        self.optimizer.restore(tensors, "logits/")
         self.poly.put(torch.arange(len(self.logits)), self.logits)
 
 

@@ -111,16 +111,12 @@ class GroupsStage:
 
     def state(self) -> dict[str, Tensor]:
         """Return embeddings and their moments."""
-        return {
-            "embeddings": self.embeddings,
-            **{f"embeddings/{k}": v for k, v in self.optimizer.tensors().items()},
-        }
+        return {"embeddings": self.embeddings, **self.optimizer.tensors("embeddings/")}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Restore embeddings and moments."""
         self.embeddings.copy_(tensors["embeddings"])
-        prefix = "embeddings/"
-        self.optimizer.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        self.optimizer.restore(tensors, "embeddings/")
 
 
 def first_embeddings(config: GroupsConfig, users: int, size: int, seed: int) -> Float[Tensor, "U D"]:

@@ -9,7 +9,7 @@ count.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,15 +108,14 @@ class RowAdamW:
             value.mul_(1 - rate * self.weight_decay)
         value.addcdiv_(first, spread, value=-rate / (1 - beta1**count))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the state for a checkpoint."""
-        return {"first": self.first, "second": self.second, "steps": self.steps}
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """Return the state for a checkpoint, under names that begin with `prefix`."""
+        return {f"{prefix}first": self.first, f"{prefix}second": self.second, f"{prefix}steps": self.steps}
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Restore the state from the tensors of `tensors`."""
-        self.first.copy_(tensors["first"])
-        self.second.copy_(tensors["second"])
-        self.steps.copy_(tensors["steps"])
+    def restore(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+        """Restore the state from a checkpoint with the tensors of `tensors`."""
+        for name, own in self.tensors(prefix).items():
+            own.copy_(tensors[name])
 
 
 def clip_rows(gradients: Float[Tensor, "n P"], limit: float) -> Float[Tensor, "n P"]:
