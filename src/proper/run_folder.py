@@ -31,6 +31,8 @@ TEMPORARY = ".*.tmp"
 """Temporary folders of `files.atomic_path`; `files.sweep` removes those whose writer is dead."""
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """File names of a PEFT adapter folder, which `population/` is."""
+MARKER = "stage.json"
+"""File name of the marker that a trained stage has in its folder."""
 _NESTED = ("seeds", "variants")
 _MANY_FILES = ("blobs", "cache")
 """Folders of a store, which have a file for each large adapter and no folders."""
@@ -194,7 +196,7 @@ class RunFolder:
 
     def marker(self, stage: str) -> Path:
         """The marker of a stage, with its time and seed; it exists once the stage is trained."""
-        return self.path / stage / "stage.json"
+        return self.path / stage / MARKER
 
     def checkpoint(self, stage: str) -> Path:
         """State for resuming a stage after a kill."""

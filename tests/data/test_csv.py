@@ -72,9 +72,10 @@ def test_the_line_that_tells_excel_what_separates_the_cells_is_no_row(tmp_path: 
     assert refused(path) == f"{path}: empty: no row in it"
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.jsonl", "rows.jsonl.gz"])
-def test_a_file_in_utf_16_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
-    packed(tmp_path / name, lines(ROW).decode().encode("utf-16"))
+def test_a_file_in_utf_16_is_refused_by_its_name(tmp_path: Path, name: str, encoding: str) -> None:
+    packed(tmp_path / name, lines(ROW).decode().encode(encoding))
     assert refused(tmp_path / name) == f"{tmp_path / name}: UTF-16, expected UTF-8 (iconv -f UTF-16 -t UTF-8 FILE)"
 
 

@@ -14,7 +14,7 @@ import yaml
 from proper.config import Config
 from proper.data.dataset import Dataset, prepare
 from proper.data.encoder import Encoder
-from proper.errors import DataError, RunFolderError, StoreError
+from proper.errors import DataError, ProperError, RunFolderError, StoreError
 from proper.files import hash_file, read_json
 from proper.inference.generate import respond
 from proper.inference.loading import load
@@ -134,6 +134,22 @@ def test_groups_trained_again_in_place_are_not_served_with_old_adapters(
     save_tensors(folder / "groups" / "groups.safetensors", {n: t + 1 for n, t in tensors.items()}, facts)
     with pytest.raises(StoreError, match=r"users: these adapters belong to another groups \("):
         runner().run(tuple(Stage))
+
+
+def test_groups_are_not_used_on_another_population(
+    runner: Callable[..., StageRunner], whole: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    weights = folder / "population" / "adapter_model.safetensors"
+    trained = weights.read_bytes()
+    weights.write_bytes(trained[:-1] + bytes([trained[-1] ^ 1]))
+    for use in (lambda: load(folder), runner().trained_groups):
+        with pytest.raises(ProperError, match="adapter_model.safetensors: damaged, or not the adapter that stage 1"):
+            use()
+    (folder / "population" / "stage.json").unlink()
+    with pytest.raises(RunFolderError, match="groups: was trained on a population that no longer exists; delete it"):
+        runner().run(tuple(Stage))
+    assert not (folder / "population" / "stage.json").exists()
 
 
 def test_a_stage_without_rows_is_refused(settings: Config, encoder: Encoder, tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def _opened(file: Path) -> Iterator[IO[bytes]]:
     """Open a file for reading, decompressed; read errors become DataErrors, as UTF-16 does."""
     try:
         with _unpacked(file) as lines:
-            if lines.peek(2).startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            first = lines.peek(2)[:2]
+            if first in (BOM_UTF16_LE, BOM_UTF16_BE) or b"\0" in first:
                 raise DataError(f"{file}: UTF-16, expected UTF-8 (iconv -f UTF-16 -t UTF-8 FILE)")
             yield cast(IO[bytes], lines)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:

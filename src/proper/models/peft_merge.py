@@ -18,8 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from proper.errors import ProperError
+from proper.files import hash_file
+from proper.json_records import read_record
 from proper.models.backbone import Backbone
-from proper.run_folder import PEFT_WEIGHTS
+from proper.run_folder import MARKER, PEFT_WEIGHTS
 
 
 def apply_population(backbone: Backbone, folder: Path) -> None:
@@ -29,8 +31,12 @@ def apply_population(backbone: Backbone, folder: Path) -> None:
     keeps the frozen LoRA beside its weights, and adapted layers call both.
 
     Raises:
-        ProperError: the adapter cannot be read.
+        ProperError: the adapter cannot be read, or is not the one that stage 1 has recorded in its marker.
     """
+    weights, marker = folder / PEFT_WEIGHTS, folder / MARKER
+    recorded = read_record(marker).get("sha256") if marker.exists() else None
+    if recorded is not None and weights.exists() and hash_file(weights) != recorded:
+        raise ProperError(f"{weights}: damaged, or not the adapter that stage 1 has trained; restore a copy of it")
     absorb(backbone, load_lora(backbone.model, folder))
 
 

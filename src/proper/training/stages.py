@@ -36,7 +36,7 @@ from proper.models.memory import give_back_memory
 from proper.models.peft_merge import apply_population
 from proper.models.personal import ProperModel
 from proper.models.user_encoder import save_encoder
-from proper.run_folder import RunFolder, Stage, Tier
+from proper.run_folder import PEFT_WEIGHTS, RunFolder, Stage, Tier
 from proper.training.bases import train_bases
 from proper.training.checkpoint import Checkpoint, seed_of
 from proper.training.early_stopping import hold_out
@@ -140,6 +140,7 @@ class StageRunner:
         if self._is_done(Stage.POPULATION, wanted):
             apply_population(self.backbone, folder)
             return
+        self._require_untrained(Stage.GROUPS, "a population that no longer exists")
         config = self.config.population
         sample = stage_sample(self.dataset, "population", self.config, self.seed)
         share = config.validation if config.patience else 0.0
@@ -149,7 +150,10 @@ class StageRunner:
             plan = self._plan("population", rows)
             train_population(self.backbone, config, plan, held_out, self.accelerator, folder)
 
-        metadata = {"rows": rows.size, "tokens": rows.tokens, "held_out_rows": len(held_out)}
+            if self.accelerator.is_main_process:
+                metadata["sha256"] = hash_file(folder / PEFT_WEIGHTS)
+
+        metadata: dict[str, Any] = {"rows": rows.size, "tokens": rows.tokens, "held_out_rows": len(held_out)}
         self._record(Stage.POPULATION, work, metadata)
 
     def _groups(self, model: ProperModel, wanted: bool) -> None:
@@ -157,11 +161,7 @@ class StageRunner:
             if self.accelerator.is_main_process:
                 load_groups(model, self.config.groups, self.run_folder.experts, len(self.config.tasks))
             return
-        if self.run_folder.is_trained(Stage.USERS):
-            raise RunFolderError(
-                f"{self.run_folder.users.path}: was trained on groups that no longer exist; "
-                "delete it too, and run again to train both"
-            )
+        self._require_untrained(Stage.USERS, "groups that no longer exist")
         config = self.config.groups
         sample = stage_sample(self.dataset, "groups", self.config, self.seed)
         role: Role | None = "target" if config.train_on == "targets" else None
@@ -274,6 +274,13 @@ class StageRunner:
         if not wanted:
             raise RunFolderError(f"{self.folder}: stage '{stage}' is not trained yet; add it to --stages")
         return False
+
+    def _require_untrained(self, stage: Stage, lost: str) -> None:
+        """Raise RunFolderError if a stage is trained, although what it was trained on has to be trained anew."""
+        if self.run_folder.is_trained(stage):
+            raise RunFolderError(
+                f"{self.folder / stage}: was trained on {lost}; delete it too, and run again to train both"
+            )
 
     def _record(self, stage: Stage, work: Callable[[], None], metadata: dict[str, Any]) -> None:
         """Run a stage's work, then write its `stage.json`."""
