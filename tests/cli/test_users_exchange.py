@@ -65,6 +65,8 @@ def test_out_of_a_run_and_into_a_copy(run: Path, tmp_path: Path, capsys: Output)
     assert capsys.readouterr() == (f"{ODD}\tgroups\n", "")
     assert main(["users", "import", str(copy), str(out), "--user", "bo"]) == 0
     assert capsys.readouterr() == ("bo\tgroups\n", "")
+    assert main(["users", "import", str(copy), str(out), "--user", "a\tb\x1b[2J"]) == 0
+    assert capsys.readouterr() == ('"a\\tb\\u001b[2J"\tgroups\n', ""), "no column and no command of a terminal"
     said = fails(capsys, "users", "import", copy, out)
     assert said == f"{copy}: has a user {ODD!r} already; --force replaces them, --user names another"
 

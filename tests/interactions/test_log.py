@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from proper.errors import InputError, StoreError
+from proper.interactions import fit_statements
 from proper.interactions.fit_queue import ATTEMPTS
 from proper.interactions.log import ConflictError, ExistsError, InteractionLog, LogEntry
 
@@ -68,6 +69,24 @@ def test_a_queue_is_first_come_first_served(log: InteractionLog) -> None:
     taken = [log.queue.take() for _ in range(4)]
     assert [claim and claim.user for claim in taken] == ["bo", "ann", "cy", None]
     assert taken[0] is not None and taken[0].wanted == 2
+
+
+@both
+def test_work_is_there_until_the_last_fit_has_ended(log: InteractionLog) -> None:
+    assert not log.queue.has_work()
+    log.append("", "ann", [ONE])
+    assert log.queue.has_work()
+    claim = log.queue.take()
+    assert claim is not None and log.queue.has_work(), "a fit whose process dies is queued again"
+    log.queue.done(claim, 1, None)
+    assert not log.queue.has_work()
+
+
+def test_an_idle_worker_reads_no_fit_that_has_ended(log: InteractionLog) -> None:
+    """It looks several times a second, and every user who was ever fitted has a row."""
+    sql, constants = fit_statements.ANY_WAITING.text("sqlite")
+    steps = [step for *_, step in log.database.read(f"EXPLAIN QUERY PLAN {sql}", constants)]
+    assert any("USING" in step for step in steps) and not any(step.startswith("SCAN") for step in steps), steps
 
 
 @both

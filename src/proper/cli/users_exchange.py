@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from proper.cli.options import RunFolder, examples
+from proper.cli.users import printable
 from proper.errors import InputError
 from proper.run_folder import Tier, require_run
 
@@ -106,7 +107,7 @@ def import_command(
     from proper.export.run_export import import_user
 
     taken = import_user(folder, source, name=user, force=force, deleted=even_if_deleted)
-    typer.echo(f"{taken.record.user}\t{taken.record.tier}")
+    typer.echo(f"{printable(taken.record.user)}\t{taken.record.tier}")
     if taken.record.tier == Tier.USERS and not taken.same_router:
         logger.info(
             "this run's LoRA-aware router is another than the user came with; their answers can differ from there"

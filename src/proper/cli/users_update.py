@@ -146,7 +146,7 @@ def _update_drifted(users: Users, budget: int | None, hours: float | None) -> No
 def _fit_all(users: Users) -> None:
     waiting = users.log.queue.waiting()
     with progress("fit", len(waiting)) as advance:
-        while users.worker.waiting() and users.worker.fit_next():
+        while users.log.queue.has_work() and users.worker.fit_next():
             advance(1)
     failed = 0
     for tenant, user in waiting:

@@ -157,13 +157,8 @@ class FitWorker:
         """Fit queued users until `on_progress` raises; it is also called from time to time while the queue is empty."""
         while True:
             on_progress("idle", 0.0)
-            if not (self.waiting() and self.fit_next(on_progress=on_progress)):
+            if not (self.log.queue.has_work() and self.fit_next(on_progress=on_progress)):
                 time.sleep(POLL_SECONDS)
-
-    def waiting(self) -> int:
-        """Return the number of queued fits, including those left behind by a dead process."""
-        figures = self.log.queue.figures()
-        return figures.queued + figures.fitting
 
     def _take(
         self, fitter: Fitter, tenant: str | None, user: str | None, on_progress: ProgressCallback, even_if_not_due: bool

@@ -107,6 +107,10 @@ class FitQueue:
             states.get("queued", 0), states.get("fitting", 0), ended.get("done", 0), ended.get("failed", 0)
         )
 
+    def has_work(self) -> bool:
+        """Return whether a fit is queued, or was left behind by a dead process; as fast with any number of users."""
+        return bool(self.database.read(sql.ANY_WAITING))
+
     def waiting(self) -> list[tuple[str, str]]:
         """Return tenant and user of every fit that is queued or running."""
         return [(tenant, user_of(key)) for tenant, key in self.database.read(sql.WAITING)]
