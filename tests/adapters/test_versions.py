@@ -73,6 +73,35 @@ def test_rolling_back_from_an_adapter_to_the_group_tier(store: AdapterStore, ada
     assert list(store.users()) == [("a", "groups")] and current(store, adapter) == 5
 
 
+@both
+def test_nobody_goes_back_to_a_version_for_other_groups(store: AdapterStore, adapter: Draw) -> None:
+    put(store, adapter, 1)
+    with store.manifest.transaction():
+        store.manifest.write("UPDATE records SET written = written - 60")
+    record = UserRecord("a", "users", torch.tensor([2.0]), adapter(2), {"seed": 2})
+    store.put([record], bound={"groups": "refreshed"})
+    for to in (None, 1):
+        with pytest.raises(StoreError, match="made since the groups were refreshed"):
+            store.rollback("a", to)
+    assert current(store, adapter) == 2
+    put(store, adapter, 3)
+    assert store.rollback("a") == 4 and current(store, adapter) == 2
+    assert store.rollback("a") == 5 and current(store, adapter) == 3
+
+
+@both
+def test_a_repair_does_not_go_back_to_a_version_for_other_groups(store: AdapterStore, adapter: Draw) -> None:
+    put(store, adapter, 1)
+    with store.manifest.transaction():
+        store.manifest.write("UPDATE records SET written = written - 60")
+    store.put([UserRecord("a", "users", torch.tensor([2.0]), adapter(2))], bound={"groups": "refreshed"})
+    with store.manifest.transaction():
+        store.manifest.write("UPDATE records SET tier = 'other' WHERE version = 2")
+    found, *_ = check(store, repair=True)
+    assert found.repair == "went back to the group tier" and list(store.users()) == [("a", "groups")]
+    assert current(store, adapter) == 2, "the embedding is that of the damaged version"
+
+
 def test_there_may_be_nothing_to_go_back_to(tmp_path: Path, adapter: Draw) -> None:
     store = AdapterStore(tmp_path, keep=1)
     with pytest.raises(StoreError, match="user 'a' does not have an earlier version"):

@@ -17,7 +17,7 @@ from proper.adapters.store import AdapterStore
 from proper.data.dataset import Dataset
 from proper.enrolment import refresh as module
 from proper.enrolment.refresh import Refreshed, refresh, roll_back
-from proper.errors import RunFolderError
+from proper.errors import NoVersionError, RunFolderError
 from proper.evaluation.fingerprint import served_version
 from proper.files import hash_file
 from proper.inference.loading import load
@@ -95,6 +95,10 @@ def test_users_are_taken_along_and_go_back(kept: Path, whole: tuple[Path, Refres
         now, held = after[user].adapter or {}, before[user].adapter or {}
         assert now.keys() == held.keys() and all(torch.equal(now[name], held[name]) for name in now)
         assert after[user].metadata["made"] == {"by": "refresh", "of": numbers[user]}
+    with closing(AdapterStore(grown / "users")) as store:
+        for user in {*users} - {*refitted}:
+            with pytest.raises(NoVersionError, match="made since the groups were refreshed"):
+                store.rollback(user)  # to an adapter and an embedding for the groups before
     assert refresh(grown).rows == 0, "nothing has come since"
     save_tensors(run.refreshed, *load_tensors(run.previous))  # as a way back leaves it that is killed
     assert refresh(grown).rows == 0 and not run.refreshed.exists()

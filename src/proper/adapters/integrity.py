@@ -24,7 +24,7 @@ from typing import Any, Literal
 import xxhash
 
 from proper.adapters.manifest import ByteRange, ManifestRow, shard_name, user_of
-from proper.adapters.records import MADE, restored, vector
+from proper.adapters.records import MADE, is_for_bound, restored, vector
 from proper.adapters.serialization import fault_of, is_sound
 from proper.adapters.shards import BlobError
 from proper.adapters.store import AdapterStore
@@ -181,7 +181,8 @@ def _unsound(store: AdapterStore, row: ManifestRow) -> tuple[Kind, str]:
 
 def _fall_back(store: AdapterStore, now: list[ManifestRow], bad: dict[int, Finding]) -> str:
     """Delete a user's bad versions inside a transaction, which orphans their bytes; return what was done, as text."""
-    manifest, good = store.manifest, [row for row in now if row.version not in bad]
+    manifest, bound = store.manifest, store.manifest.metadata()
+    good = [row for row in now if row.version not in bad and is_for_bound(row, bound)]
     done = "removed this version; a newer one is current"
     if now[0].version in bad:
         sound = [row for row in now if _embedding_is_sound(row)]

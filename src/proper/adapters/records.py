@@ -26,6 +26,9 @@ from proper.run_folder import Tier
 MADE = "made"
 """Key in a record's metadata: how this version was made, if not by training; see `restored`."""
 
+BOUND_AT = "bound_at"
+"""Key in the store's metadata: when it was last bound to other values (refreshed groups), in seconds of Unix time."""
+
 _TIERS = {str(tier): tier for tier in (Tier.GROUPS, Tier.USERS)}
 
 
@@ -130,6 +133,17 @@ def restored(row: ManifestRow, current: ManifestRow, by: str) -> ManifestRow:
     first = before.get("before") if before.get("by") in ("rollback", "repair") else before
     metadata = {**metadata, MADE: {**made, **({"before": first} if first else {})}}
     return row._replace(written=int(time.time()), facts=json.dumps(metadata, ensure_ascii=False))
+
+
+def is_for_bound(row: ManifestRow, bound: Mapping[str, str]) -> bool:
+    """Return whether a version was made since the store is bound to its present values: others fit the groups before.
+
+    Args:
+        row: the version.
+        bound: the store's metadata.
+    """
+    first = json.loads(row.facts).get(MADE, {}).get("written", row.written)
+    return bool(first >= int(bound.get(BOUND_AT, 0)))
 
 
 def vector(data: bytes) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -25,8 +26,19 @@ import torch
 
 from proper.adapters.manifest import Manifest, ManifestRow, key_of, user_of
 from proper.adapters.quantization import decode
+from proper.adapters.records import (
+    BOUND_AT,
+    Prepared,
+    commit,
+    head_of,
+    is_for_bound,
+    prepare,
+    restored,
+    tier_of,
+    vector,
+    version_of,
+)
 from proper.adapters.records import Head as Head
-from proper.adapters.records import Prepared, commit, head_of, prepare, restored, tier_of, vector, version_of
 from proper.adapters.records import UserRecord as UserRecord
 from proper.adapters.records import Version as Version
 from proper.adapters.serialization import TensorSpec, unpack
@@ -152,7 +164,7 @@ class AdapterStore:
                 self.writer.sync()
                 with self.manifest.transaction():
                     self._require_unchanged(seen, only_if_bound)
-                    self.manifest.bind(bound or {})
+                    self.manifest.bind({**bound, BOUND_AT: str(int(time.time()))} if bound else {})
                     kept = list(self._wanted(prepared, only_new))
                     commit(self.manifest, self.tenant, kept, self.writer.sizes(), self.keep)
             except BaseException as error:
@@ -252,6 +264,7 @@ class AdapterStore:
         The rollback adds a new version with the old one's content, so that numbers only increase and caches notice; the
         version it replaces stays as the previous one. Rolling back twice restores the original state. The new version's
         metadata names both versions (`records.restored`). `to` None takes the version before the current one.
+        A version from before the groups were refreshed fits other groups, and is none to go back to.
 
         Raises:
             NoVersionError: there is no such version.
@@ -259,10 +272,12 @@ class AdapterStore:
         """
         with self.manifest.transaction():
             versions = self.manifest.versions(self.tenant, key_of(user))
-            chosen = [row for row in versions[1:] if to in (None, row.version)]
+            bound = self.manifest.metadata()
+            chosen = [row for row in versions[1:] if to in (None, row.version) and is_for_bound(row, bound)]
             if not chosen:
                 wanted = "an earlier version" if to is None else f"a version {to} to go back to"
-                raise NoVersionError(f"{self.folder}: user {user!r} does not have {wanted}")
+                since = " that was made since the groups were refreshed" if BOUND_AT in bound else ""
+                raise NoVersionError(f"{self.folder}: user {user!r} does not have {wanted}{since}")
             version = self.manifest.add(restored(chosen[0], versions[0], "rollback"))
             self.manifest.prune(self.tenant, key_of(user), max(self.keep, 2))
         self._tidy()

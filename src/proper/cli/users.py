@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proper.cli.options import RunFolder, examples
-from proper.errors import InputError, ReadOnlyError, RunFolderError, StoreError, UnavailableError
+from proper.errors import InputError, NoVersionError, ReadOnlyError, RunFolderError, StoreError, UnavailableError
 from proper.run_folder import Stage, require_run
 
 if TYPE_CHECKING:
@@ -145,7 +145,8 @@ def rollback(
     """Make an earlier version of a user current again.
 
     Makes a new version with the content of the old one. The version that was current is kept as the previous version,
-    so a second rollback undoes the first.
+    so a second rollback undoes the first. A version from before 'proper groups refresh' fits the groups before, and is
+    refused; 'proper groups rollback' returns to those with all users.
     """
     with opened(folder) as store:
         versions = [each.version for each in store.versions(known(store, user))]
@@ -154,7 +155,10 @@ def rollback(
                 f"earlier ones are {', '.join(map(str, versions[1:]))}" if versions[1:] else "there are no earlier ones"
             )
             raise InputError(f"--user {user}: cannot be rolled back; version {versions[0]} is current and {others}")
-        typer.echo(f"version {store.rollback(user, version)} is current")
+        try:
+            typer.echo(f"version {store.rollback(user, version)} is current")
+        except NoVersionError as error:
+            raise InputError(f"--user {user}: cannot be rolled back: {error}") from error
 
 
 @app.command(
