@@ -13,7 +13,7 @@ import yaml
 
 from proper.adapters.store import AdapterStore
 from proper.enrolment import many_users, worker
-from proper.errors import InputError
+from proper.errors import ChangedError, InputError
 from proper.interactions.deletion import remove
 from proper.interactions.log import InteractionLog
 from proper.models.user_encoder import Pooling, Readout, UserEncoder, load_encoder, save_encoder
@@ -79,6 +79,16 @@ def test_without_refining_users_keep_the_placed_embedding_until_an_update(encode
     fitted = record(encoded, "new")
     assert fitted.metadata["embedding"] == "fitted" and len(users.versions("new")) == 2
     assert users.rollback("new") == 3 and torch.equal(record(encoded, "new").embedding, placed.embedding)
+
+
+@pytest.mark.parametrize("refine", [True, False])
+def test_nobody_is_placed_among_groups_that_were_refreshed_meanwhile(encoded: Path, opened: Open, refine: bool) -> None:
+    users = opened(encoded).users
+    with closing(AdapterStore(encoded / "users")) as store:
+        store.put([], bound={"groups": "others"})
+        with pytest.raises(ChangedError, match="belongs to other groups meanwhile"):
+            users.enrol_many({"new": users.entries("new", rows(3, 9))}, refine=refine)
+        assert store.head("new") is None and users.log.queue.fit("", "new").state == "queued"
 
 
 def test_one_known_user_stops_all(encoded: Path, opened: Open) -> None:

@@ -188,6 +188,17 @@ def test_a_refused_message_names_the_cause(server: Running, message: Any, place:
     assert "str" not in error["param"] and error["code"] == "invalid"
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_a_prompt_without_a_text_is_named_by_its_field(server: Running, text: str) -> None:
+    chat = {**CHAT, "messages": [{"role": "system", "content": text}, {"role": "user", "content": text}]}
+    for route, body, field in (
+        ("completions", {**TEXT, "prompt": text}, "prompt"),
+        ("chat/completions", chat, "messages"),
+    ):
+        error = sent(server, route, body).json()["error"]
+        assert (error["message"], error["param"], error["code"]) == ("the prompt is empty", field, "invalid")
+
+
 @pytest.mark.parametrize(
     ("body", "place"),
     [

@@ -105,6 +105,11 @@ class Fitter:
         """The hash of the groups that users are fitted to."""
         return None if self.model.served is None else self.model.served.groups
 
+    @property
+    def bound(self) -> dict[str, str]:
+        """What a store is bound to that takes this fitter's records (`AdapterStore.put`, `only_if_bound`)."""
+        return {} if self.groups is None else {"groups": self.groups}
+
     def items(self, grown: UserHistory) -> tuple[TextExample, ...]:
         """Return the items that a user is fitted to: the newest `users.max_items`."""
         return grown.items[-(self.model.config.users.max_items or len(grown.items)) :]

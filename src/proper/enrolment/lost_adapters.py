@@ -59,7 +59,7 @@ def _fit_claimed(fitter: Fitter, store: AdapterStore, log: InteractionLog, claim
         now = store.head(user)
         stands = stands and now is not None and now.version == head.version  # else deleted or rolled back meanwhile
         if stands:
-            store.put([record])
+            store.put([record], only_if_bound=fitter.bound)
             log.queue.done(claim, head.version + 1, REASON)
     remove_ended_work(log, store.folder, claim)
     return stands and record.adapter is not None

@@ -42,6 +42,9 @@ def place_users(
         log: has the users' interactions.
         users: users who are not in the store; those who are there by the end keep what they have.
         advance: called with the number of users done since its last call.
+
+    Raises:
+        ChangedError: the groups were refreshed since the run was loaded.
     """
     if fitter.placer.encoder is None:
         advance(len(users))
@@ -53,7 +56,7 @@ def place_users(
             for user, embedding, grown in zip(some, embeddings, histories, strict=True)
         )
         # A worker may have fitted a user meanwhile: the users are in its queue since they were enrolled.
-        store.put(records, only_new=True)
+        store.put(records, only_new=True, only_if_bound=fitter.bound)
         advance(len(some))
 
 

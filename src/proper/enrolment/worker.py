@@ -103,6 +103,7 @@ class FitWorker:
 
         Raises:
             InputError: the log knows a user, or two interactions of a user have the same id and different content.
+            ChangedError: the groups were refreshed since the run was loaded; the users are in the queue.
             ProperError: fits failed; the message says how many and why the first one did. The others are done.
         """
         users = list(entries)
@@ -243,9 +244,7 @@ class FitWorker:
                 if fitted.base != (None if head is None else head.version):
                     self.log.queue.release(claim)  # another version is in service by now: fit again, from that one
                     return
-                served = fitter.model.served
-                groups = {} if served is None or served.groups is None else {"groups": served.groups}
-                store.put([fitted.record], only_if_bound=groups)
+                store.put([fitted.record], only_if_bound=fitter.bound)
             head = store.head(claim.user)
             version = None if head is None else head.version
             if fitted.base is not None and fitted.metrics:

@@ -146,7 +146,7 @@ class Answers:
         try:
             engine.check(request)
         except InputError as error:
-            raise APIError(400, str(error), code="invalid", param="prompt") from error
+            raise APIError(400, str(error), code="invalid", param=_field(prompt)) from error
         return request
 
     def _task(self, options: Options) -> int:
@@ -175,18 +175,19 @@ class Answers:
         """
         if isinstance(prompt, TokenIds):
             return prompt.ids
+        field = _field(prompt)
         if isinstance(prompt, str):
             prompt = readable(prompt)  # a text is one message, whatever a client writes into it
         texts = [prompt] if isinstance(prompt, str) else [turn.text for turn in prompt]
         if not any(text.strip() for text in texts):
-            raise APIError(400, "the prompt is empty", param="prompt")
+            raise APIError(400, "the prompt is empty", code="invalid", param=field)
         characters = sum(map(len, texts))
         if characters > self._longest_token * max(1, self.runner.engine.limit - answer):
             raise self._too_long(f"{characters} characters", answer)
         try:
             return self.encoder.untruncated(prompt)
         except InputError as error:
-            raise APIError(400, f"the prompt: {error}", param="prompt") from error
+            raise APIError(400, f"the prompt: {error}", code="invalid", param=field) from error
 
     async def stream(self, requests: Sequence[Request], stop: Sequence[str]) -> AsyncGenerator[AnswerPiece, None]:
         """Yield pieces of the answers as they are generated; leaving the loop early cancels the requests.
@@ -247,3 +248,8 @@ class Answers:
         if event.reason == "cancelled":
             raise APIError(503, "the server is stopping", code="stopping")
         return AnswerPiece(index, text.close(), finish=event.reason)
+
+
+def _field(prompt: Prompt) -> str:
+    """Return the name of the field of a request that has its prompt."""
+    return "prompt" if isinstance(prompt, str | TokenIds) else "messages"
