@@ -128,9 +128,9 @@ def test_an_archive_of_a_user_who_is_deleted_meanwhile_is_not_found(
 def test_what_was_said_is_kept_until_its_person_is_deleted(own: Running) -> None:
     prompt = "A rather longer text: what does it say, and to whom does it say it?"
     with own.client() as client:
-        for _ in range(2):
+        for text in (prompt, f"{prompt} And why?"):
             for user in ("u0", "u1"):
-                client.post("/v1/completions", json={"model": "tiny", "prompt": prompt, "user": user})
+                client.post("/v1/completions", json={"model": "tiny", "prompt": text, "user": user})
         both = own.figures()
         assert both["proper_prompt_tokens_reused_total"] > 0 and both["proper_prefix_bytes"] > 0
         client.delete("/v1/users/u0")

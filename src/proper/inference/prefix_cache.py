@@ -94,10 +94,12 @@ class PrefixCache:
         return PrefixKey.of(*owner, head, adapter=adapter, task=task)
 
     def find(self, key: PrefixKey | None, prompt: Sequence[int]) -> CachedPrefix | None:
-        """Return the longest cached prefix of `prompt` as views of the cached tensors; never the whole prompt.
+        """Return the longest cached prefix of `prompt` as views of the cached tensors.
 
-        A prefix shorter than half of the prompt is not worth a separate forward pass, so it gives None. Entries of
-        other versions of this user are dropped: the user has a new version.
+        A prefix shorter than half of the prompt is not worth a separate forward pass, so it gives None. So does a
+        whole prompt: its last token alone is rounded otherwise than in the pass over all tokens, and in bf16 the same
+        request could have another answer the second time. Entries of other versions of this user are dropped: the user
+        has a new version.
         """
         if key is None:
             return None
@@ -107,8 +109,7 @@ class PrefixCache:
         own = self._entries(key.tenant, key.user)
         found = [(_shared(tokens, prompt), tokens) for owner, tokens in own if owner == key]
         shared, tokens = max(found, default=(0, ()))
-        shared = min(shared, len(prompt) - 1)
-        if shared < max(MIN_TOKENS, len(prompt) / 2):
+        if shared == len(prompt) or shared < max(MIN_TOKENS, len(prompt) / 2):
             return None
         self._kept.move_to_end((key, tokens))
         states = self._kept[key, tokens]
