@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from proper.config import ComputeConfig
 
-ROOM = 5 << 28
-"""Bytes of activations on a CPU: 1.25 GiB by the formula."""
+ROOM = 5 << 27
+"""Bytes of activations on a CPU: 640 MiB by the formula."""
 
 DEVICE_SHARE = 1 / 8
 """Share of a GPU's memory for activations."""
