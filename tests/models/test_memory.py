@@ -21,11 +21,12 @@ def nano() -> Backbone:
 
 
 def test_tokens_at_once_go_by_the_backbones_size(nano: Backbone) -> None:
-    assert tokens_at_once(ComputeConfig(), nano.model) == MAX_TOKENS, "the small backbone has room for more"
     assert tokens_at_once(ComputeConfig(batch_tokens=100), nano.model) == 100
     layers = nano.model.config.num_hidden_layers
     try:
-        nano.model.config.num_hidden_layers = 10 * layers
+        nano.model.config.num_hidden_layers = 1
+        assert tokens_at_once(ComputeConfig(), nano.model) == MAX_TOKENS, "a small backbone has room for more"
+        nano.model.config.num_hidden_layers = 5 * layers
         found = tokens_at_once(ComputeConfig(), nano.model)
         assert found == ROOM // token_bytes(nano.model.config, 2, 256) and 256 < found < MAX_TOKENS
         nano.model.config.num_hidden_layers = 10**6
