@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -26,7 +26,7 @@ from proper.export.converted_models import static_export
 from proper.export.fold import fold
 from proper.export.peft_format import adapter_config, to_peft
 from proper.export.run_export import export_backbone, export_user, import_user
-from proper.files import read_json, write_json
+from proper.files import hash_file, read_json, write_json
 from proper.inference.generate import generate
 from proper.inference.loading import load
 from proper.inference.model import PersonalizedModel, ServedUsers
@@ -48,8 +48,10 @@ def personalize(run: Path, users: list[str]) -> None:
         return torch.randn(*shape, generator=draw) * shape[-1] ** -0.5
 
     population = run / "population" / "adapter_model.safetensors"
-    tensors, _ = load_tensors(population)
+    tensors = load_file(population)
     save_file({name: 0.5 * random(*t.shape) for name, t in tensors.items()}, population, metadata={"format": "pt"})
+    trained = run / "population" / "stage.json"
+    write_json(trained, {**read_json(trained), "sha256": hash_file(population)})
     groups = run / "groups" / "groups.safetensors"
     tensors, facts = load_tensors(groups)
     save_tensors(groups, {n: random(*t.shape) if t.dim() == 2 else t for n, t in tensors.items()}, facts)

@@ -61,6 +61,8 @@ def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_file_without_a_checksum_is_read(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"facts": '{"step": 1}'})
     assert load_tensors(tmp_path / "x.safetensors")[1] == {"step": 1}
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    assert load_tensors(tmp_path / "x.safetensors")[1] == load_metadata(tmp_path / "x.safetensors") == {}
 
 
 @pytest.mark.parametrize("facts", ["[]", "3", "null", "{", "[" * 100_000, '{"a": ' + "1" * 5_000 + "}"])

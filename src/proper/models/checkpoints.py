@@ -94,7 +94,7 @@ def _sha256(tensors: Mapping[str, Tensor], facts: str) -> str:
 
 def _checksum_and_facts(metadata: Mapping[str, str] | None) -> tuple[str | None, str]:
     """Return the checksum of a file, or None if it was written without one, and its metadata as JSON."""
-    if not metadata:
+    if not metadata or metadata.keys() == {"format"}:  # as PEFT and other programs write a file
         return None, "{}"
     if "checked" in metadata:
         checksum, _, facts = metadata["checked"].partition(" ")
