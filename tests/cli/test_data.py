@@ -14,6 +14,7 @@ import pytest
 from proper.cli.app import main
 from proper.config.lamp_tasks import LAMP_TASKS
 from proper.data.public.lamp import SITE, fetchable_task, file_urls
+from tests import lamp_files
 
 Output = pytest.CaptureFixture[str]
 NAMES = ("train_questions.json", "train_outputs.json", "dev_questions.json", "dev_outputs.json")
@@ -25,7 +26,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def lamp_site(site: Any, lamp_files: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def lamp_site(site: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A site with LaMP-3 by user."""
     written = lamp_files.write_lamp(tmp_path / "made", "lamp-3")
     for name in NAMES:

@@ -176,7 +176,9 @@ def test_another_version_has_prefixes_of_its_own(copied: PersonalizedModel, alon
     other = copied.store.get("u1")
     assert other is not None and held > 0
     copied.store.put([replace(other, user="u0")])
-    assert answer(engine, prompt, "u0") == (alone(prompt, "u1"), 0)
+    longer = (*prompt, 30, 31)
+    assert answer(engine, longer, "u0") == (alone(longer, "u1"), 0)
+    held += 2 * 256
     assert engine.stats().prefix_bytes == held, "the old one's are gone"
     late = ask(engine, prompt, "u0", length=8)
     while not late.tokens:
@@ -185,7 +187,7 @@ def test_another_version_has_prefixes_of_its_own(copied: PersonalizedModel, alon
     finish_settled(engine)
     assert late.tokens == alone(prompt, "u1", length=8), "it runs on the old version"
     assert engine.stats().prefix_bytes == held, "and leaves nothing"
-    assert answer(engine, prompt, "u0") == (alone(prompt, "u0"), 0)
+    assert answer(engine, longer, "u0") == (alone(longer, "u0"), 0)
     assert engine.stats().prefix_bytes == held
     engine.close()
 

@@ -124,23 +124,25 @@ def test_a_batch_of_several_tasks_is_each_row_alone(model: proper.Model) -> None
 
 
 def test_prefixes_of_another_task_are_not_reused(model: proper.Model) -> None:
-    prompt = model.personalized.encoder.prompt("red old new quiet loud round small large " * 3)
+    encoder, text = model.personalized.encoder, "red old new quiet loud round small large " * 3
+    # The second prompt goes on from the first: a prompt that was asked before is computed again.
+    prompts = encoder.prompt(text), encoder.prompt(text + "red old new")
 
-    def answer(tasks: list[int]) -> tuple[list[list[int]], int]:
+    def answer(*asked: tuple[int, int]) -> tuple[list[list[int]], int]:
         engine, found = Engine(model.personalized, strict=True), []
-        for task in tasks:
+        for task, number in asked:
             found.append(Continuation())
-            engine.submit(Request(prompt, "ann", sampling=Sampling(6), task=task), found[-1])
+            engine.submit(Request(prompts[number], "ann", sampling=Sampling(6), task=task), found[-1])
             while not engine.idle:
                 engine.step()
         reused = engine.stats().reused_tokens
         engine.close()
         return [one.tokens for one in found], reused
 
-    first, second = answer([0]), answer([1])
-    both, reused = answer([0, 1])
+    first, second = answer((0, 0)), answer((1, 1))
+    both, reused = answer((0, 0), (1, 1))
     assert both == [*first[0], *second[0]] and reused == 0
-    assert answer([1, 1])[1] > 0
+    assert answer((1, 0), (1, 1))[1] > 0
 
 
 def test_the_command_names_a_task(
